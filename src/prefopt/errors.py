@@ -1,0 +1,59 @@
+"""The tree of exceptions.
+
+::
+
+    PrefoptError
+    ├── UserError            one line for a person: what, where, what to do; exit status 2
+    │   ├── ConfigError      an option: unknown, misspelt, out of range, or at odds with another
+    │   ├── DataError        a file or a row of it
+    │   ├── ModelError       a model folder, its tokenizer, or a model that cannot be scored as asked
+    │   ├── CacheError       the reference cache
+    │   └── RunError         an output folder, a checkpoint, the disk, a preflight check that failed
+    └── Interrupted          the user or the system asked to stop; what was computed is kept
+
+A traceback that reaches a user for anything under ``UserError`` is a bug.
+"""
+
+from __future__ import annotations
+
+
+class PrefoptError(Exception):
+    """Root of everything prefopt raises on purpose."""
+
+
+class UserError(PrefoptError):
+    """Something a person can put right. The message is one line: what, where, what to do."""
+
+
+class ConfigError(UserError):
+    """An option is unknown, misspelt, out of range or contradicts another."""
+
+
+class DataError(UserError):
+    """A data file, or one row of it, cannot be used."""
+
+    def __init__(self, what: str, *, file: str | None = None, row: int | None = None) -> None:
+        """``row`` counts records from 1, as a person does."""
+        self.what, self.file, self.row = what, file, row
+        place = ", ".join(p for p in (file, f"row {row}" if row is not None else None) if p)
+        super().__init__(f"{place}: {what}" if place else what)
+
+
+class ModelError(UserError):
+    """A model folder is incomplete, or the model cannot be scored as asked."""
+
+
+class CacheError(UserError):
+    """The reference cache cannot be read or written."""
+
+
+class RunError(UserError):
+    """An output folder, a checkpoint, the disk or a preflight check stands in the way."""
+
+
+class Interrupted(PrefoptError):
+    """Stopped on request (Ctrl-C, SIGTERM) after saving; ``signal`` is its number."""
+
+    def __init__(self, what: str, signal: int) -> None:
+        self.signal = signal
+        super().__init__(what)
