@@ -7,8 +7,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +38,8 @@ class Response:
 class Comparison:
     """One prompt, its K responses, and what people said of them.
 
-    ``prompt`` is a conversation, or plain text for a base model (then ``text`` is true and every message is
-    taken as it stands, without a chat template). ``tiers`` lists the responses best first; responses in one tier are tied.
+    ``prompt`` is a conversation, or plain text for a base model (then ``text`` is true and every message is taken as it
+    stands, without a chat template). ``tiers`` lists the responses best first; responses in one tier are tied.
     """
 
     prompt: tuple[Message, ...]
@@ -46,6 +49,28 @@ class Comparison:
     file: str = ""
     text: bool = False
     extra: dict[str, object] = field(default_factory=dict, compare=False)
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """All (preferred, dispreferred) pairs of response indices that the tiers imply; ties give none."""
+        tiers = self.tiers
+        return tuple(
+            (best, worse)
+            for i, tier in enumerate(tiers)
+            for best in tier
+            for lower in tiers[i + 1 :]
+            for worse in lower
+        )
+
+    @property
+    def prompt_key(self) -> bytes:
+        """16 bytes that name the prompt by its roles and words, white space around each message aside."""
+        digest = hashlib.blake2b(digest_size=16)
+        for message in self.prompt:
+            for part in (message.role, message.content.strip()):
+                data = part.encode("utf-8", "surrogatepass")
+                digest.update(len(data).to_bytes(8, "little") + data)
+        return digest.digest()
 
     @classmethod
     def pair(

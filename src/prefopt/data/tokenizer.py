@@ -1,0 +1,136 @@
+"""Tokenizers: loading them, and token ids with the characters each token covers.
+
+A folder with only ``vocab.json`` and ``merges.txt`` is read as GPT-2's byte-level BPE, which has no other files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from prefopt.data.group import IntArray
+from prefopt.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    Tokenizer: TypeAlias = PreTrainedTokenizerBase
+else:  # transformers takes seconds to import, and brings torch along
+    Tokenizer = Any
+
+OffsetArray = npt.NDArray[np.int64]
+
+VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "tekken.json"}
+
+# Answers of a tokenizer without a chat template. The prompt ends in "Assistant:" without a space, for byte-level
+# tokenizers join that space to the first word of the answer.
+PLAIN_TURNS = (
+    "{%- for message in messages -%}"
+    "{{- message.role | capitalize + ': ' + message.content -}}"
+    "{%- if message.role == 'assistant' -%}{{- END -}}{%- endif -%}"
+    "{%- if not loop.last or add_generation_prompt -%}{{- '\\n\\n' -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}"
+)
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer of a folder or of a Hub name; foreign code is never run.
+
+    Raises :class:`ModelError` in one line where the folder is missing or incomplete, or the tokenizer cannot give the
+    characters of its tokens.
+    """
+    from transformers import AutoTokenizer, GPT2Tokenizer
+
+    path = Path(source)
+    here = {p.name for p in path.iterdir()} if path.is_dir() else set()
+    if not path.exists() and (path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1):
+        raise ModelError(f"{source}: no such folder; check the path of the model or tokenizer")
+    if path.is_dir() and not any(name in VOCABULARIES or name.endswith(".model") for name in here):
+        raise ModelError(f"{source}: the folder has no tokenizer (tokenizer.json); copy it there, or name one that has")
+    described = here & {"tokenizer.json", "tokenizer_config.json", "config.json"}
+    bare = {"vocab.json", "merges.txt"} <= here and not described
+    try:
+        if bare:
+            tokenizer: Tokenizer = GPT2Tokenizer.from_pretrained(str(source))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+    except Exception as error:  # tokenizers raises plain Exception for a damaged file
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"{source}: the tokenizer cannot be loaded: {reason}") from None
+    if not tokenizer.is_fast:
+        what = "the tokenizer gives no character offsets, so what is trained cannot be told from the prompt"
+        raise ModelError(f"{source}: {what}; convert it to tokenizer.json")
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """The largest token id plus one: what a model's embedding must at least hold."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def eos_id(tokenizer: Tokenizer) -> int:
+    """The id of EOS. Raises :class:`ModelError` where there is none: no answer would ever end."""
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{tokenizer.name_or_path}: the tokenizer has no EOS token; set eos_token in its config")
+    return int(tokenizer.eos_token_id)
+
+
+def pad_id(tokenizer: Tokenizer) -> int:
+    """A filler for batches of samples. Only its place, never its value, tells padding: EOS serves where no pad is."""
+    return eos_id(tokenizer) if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+
+def leading_ids(tokenizer: Tokenizer) -> list[int]:
+    """What the tokenizer puts before plain text by itself: [BOS], or nothing."""
+    bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    full = tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"]
+    start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+    return [int(i) for i in full[:start]]
+
+
+def end_marks(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Special tokens that may end a turn (all but BOS, unless BOS is EOS), longest first."""
+    marks = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
+    if tokenizer.bos_token != tokenizer.eos_token:
+        marks.discard(str(tokenizer.bos_token))
+    return tuple(sorted(marks, key=lambda t: (-len(t), t)))
+
+
+def plain_template(tokenizer: Tokenizer, *, add_eos: bool = True) -> str:
+    r"""A chat template for a tokenizer without one: ``User: ...\n\nAssistant: ...`` and EOS after each answer.
+
+    It is an ordinary Jinja template, so that a trained model can carry it along.
+    """
+    lead = "".join(tokenizer.convert_ids_to_tokens(leading_ids(tokenizer)))
+    end = str(tokenizer.convert_ids_to_tokens(eos_id(tokenizer))) if add_eos else ""
+    return f"{{{{- {lead!r} -}}}}{PLAIN_TURNS.replace('END', repr(end))}"
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[tuple[IntArray, OffsetArray]]:
+    """Token ids [L] and the characters [L, 2) each covers, for every text; no special token is added.
+
+    Tokenizers may leave the space that belongs to a token out of its offsets: a token covers all characters since the
+    one before it ended. Tokens that share the bytes of one character share its offsets.
+    """
+    if not texts:
+        return []
+    batch = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    encoded = []
+    for ids, pairs in zip(batch["input_ids"], batch["offset_mapping"], strict=True):
+        offsets = np.array(pairs, np.int64).reshape(-1, 2)
+        ended = np.maximum.accumulate(np.concatenate([[0], offsets[:, 1]]))[:-1]
+        offsets[:, 0] = np.minimum(offsets[:, 0], ended)
+        encoded.append((np.array(ids, np.int32), offsets))
+    return encoded

@@ -1,0 +1,70 @@
+"""Over-long rows: the prompt is cut from the left, then the end of each response.
+
+>>> ids = [1, 2, 3, 4, 5, 6, 7, 8]
+>>> cut = truncate([(ids, [0, 0, 0, 0, 1, 1, 1, 1])], max_length=4)
+>>> cut.sequences[0][0].tolist(), cut.prompt, cut.responses
+([3, 4, 5, 6], 2, (2,))
+
+A response that lost its end lost its EOS with it: it is never trained as if it were finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from prefopt.data.group import BoolArray, IntArray
+from prefopt.errors import ConfigError
+
+KEEP_PROMPT = 128
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Truncated:
+    """K sequences (ids [L], trained [L]), tokens cut from the prompt they share, and from each response's end."""
+
+    sequences: tuple[tuple[IntArray, BoolArray], ...]
+    prompt: int
+    responses: tuple[int, ...]
+
+
+def check_max_length(max_length: int | None) -> None:
+    """Raise :class:`ConfigError` for a length that cannot hold a token of prompt and one of response."""
+    if max_length is not None and max_length < 2:
+        raise ConfigError(f"--max-length {max_length} is too small; it should be at least 2 tokens")
+
+
+def truncate(
+    sequences: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]], max_length: int, *, bos: int | None = None
+) -> Truncated:
+    """Cut K sequences of one prompt to ``max_length`` tokens each.
+
+    The prompt loses tokens on its left, the same ones for all K, until the longest sequence fits or
+    min(128, max_length // 2) tokens of it are left; a BOS at its start stays. Then each response loses its end.
+    Raises ``ValueError`` where no token of a response fits: its own part of the prompt is too long.
+    """
+    check_max_length(max_length)
+    whole = [(np.asarray(i, np.int32), np.asarray(t, np.bool_)) for i, t in sequences]
+    prompts = [int(np.argmax(trained)) for _, trained in whole]
+    need = max(len(ids) for ids, _ in whole) - max_length
+    first = whole[0][0]
+    shared = min(prompts)
+    for ids, _ in whole[1:]:
+        differs = np.nonzero(ids[:shared] != first[:shared])[0]
+        shared = int(differs[0]) if len(differs) else shared
+    start = 1 if shared and bos is not None and first[0] == bos else 0
+    cut = max(0, min(need, min(prompts) - min(KEEP_PROMPT, max_length // 2), shared - start))
+    kept, lost = [], []
+    for ids, trained in whole:
+        left = np.concatenate([ids[:start], ids[start + cut :]])
+        mask = np.concatenate([trained[:start], trained[start + cut :]])
+        where = np.nonzero(mask[:max_length])[0]
+        if not len(where):
+            raise ValueError("the prompt leaves no room for the response")
+        end = int(where[-1]) + 1 if len(left) > max_length else len(left)
+        kept.append((left[:end], mask[:end]))
+        lost.append(len(left) - end)
+    return Truncated(tuple(kept), cut, tuple(lost))
