@@ -1,0 +1,179 @@
+"""Groups to packed batches: one flat row of tokens, nothing padded, nothing encoded twice.
+
+A group of two responses stands in the row as ``[P R1 R2]``. Positions restart after P for R2. ``[P R1]`` is one
+segment of ordinary causal attention; R2 is a second segment whose queries also see P::
+
+    segments = ((0, P + R1, 0, 0), (P + R1, P + R1 + R2, 0, P))
+
+A log-probability is read at the token *before* the one it scores: for the first token of every response that is
+the last token of P, which therefore is read K times and stored once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from prefopt.data.group import Group
+
+Segment = tuple[int, int, int, int]
+"""(start, stop, prefix start, prefix length): queries and own keys in [start, stop), and a prefix all of them see."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pass:
+    """What one forward pass of the model sees: ``ids`` and ``positions`` [T], the segments of its attention."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedBatch:
+    """G groups with N responses of which M tokens are scored.
+
+    ``read`` [M] indexes the passes' hidden states laid end to end, ``target`` [M] are the scored token ids,
+    ``owner`` [M] the response each belongs to, ``length`` [N] how many each response has (all int64).
+    """
+
+    groups: tuple[Group, ...]
+    passes: tuple[Pass, ...]
+    read: torch.Tensor
+    target: torch.Tensor
+    owner: torch.Tensor
+    length: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Tokens the model encodes, T summed over the passes."""
+        return sum(len(p.ids) for p in self.passes)
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch with its tensors on ``device``."""
+
+        def move(x: torch.Tensor) -> torch.Tensor:
+            return x.to(device, non_blocking=True)
+
+        passes = tuple(Pass(move(p.ids), move(p.positions), p.segments) for p in self.passes)
+        return PackedBatch(self.groups, passes, move(self.read), move(self.target), move(self.owner), move(self.length))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a model may be fed. ``share``: prefixes are encoded once and groups share a row.
+
+    ``rope_limit``: beyond this many tokens the model's rotary frequencies are others (longrope), so that a row never
+    holds sequences from both sides of it.
+    """
+
+    share: bool = True
+    rope_limit: int | None = None
+
+    def side(self, group: Group) -> str:
+        """``shared`` (the common row), ``long`` (the row beyond the limit) or ``separate`` (a row per response)."""
+        if not self.share:
+            return "separate"
+        if self.rope_limit is None or group.longest <= self.rope_limit:
+            return "shared"
+        shortest = len(group.prefix) + min(len(c.ids) for c in group.continuations)
+        return "long" if shortest > self.rope_limit else "separate"
+
+
+class _Row:
+    """A row under construction."""
+
+    def __init__(self) -> None:
+        self.ids: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.segments: list[Segment] = []
+        self.length = 0
+
+    def add(self, ids: np.ndarray, first_position: int) -> int:
+        start = self.length
+        self.ids.append(ids)
+        self.positions.append(np.arange(first_position, first_position + len(ids)))
+        self.length += len(ids)
+        return start
+
+    def finish(self) -> Pass:
+        ids = torch.from_numpy(np.concatenate(self.ids).astype(np.int64))
+        return Pass(ids, torch.from_numpy(np.concatenate(self.positions)), tuple(self.segments))
+
+
+@dataclass(slots=True)
+class _Response:
+    """Where a response's tokens came to stand: ``before`` is the row index of the last shared token, or -1."""
+
+    row: _Row
+    start: int
+    before: int
+    ids: np.ndarray
+    trained: np.ndarray
+
+
+def pack(groups: Sequence[Group], layout: Layout | None = None) -> PackedBatch:
+    """Lay groups out for the scorer; responses keep the order of the groups."""
+    layout = layout or Layout()
+    common: dict[str, _Row] = {}
+    rows: list[_Row] = []
+    responses: list[_Response] = []
+    for group in groups:
+        side = layout.side(group)
+        if side == "separate":
+            for k in range(len(group.continuations)):
+                rows.append(row := _Row())
+                ids, trained = group.sequence(k)
+                row.segments.append((0, len(ids), 0, 0))
+                responses.append(_Response(row, row.add(ids, 0), -1, ids, trained))
+            continue
+        if side not in common:
+            rows.append(common.setdefault(side, _Row()))
+        responses += _add_shared(common[side], group)
+    return _finish(groups, rows, responses)
+
+
+def _add_shared(row: _Row, group: Group) -> list[_Response]:
+    prefix = len(group.prefix)
+    origin = row.add(group.prefix, 0)
+    responses = []
+    for k, c in enumerate(group.continuations):
+        start = row.add(c.ids, prefix)
+        first = k == 0
+        row.segments.append((origin if first else start, row.length, 0 if first else origin, 0 if first else prefix))
+        responses.append(_Response(row, start, origin + prefix - 1 if prefix else -1, c.ids, c.trained))
+    return responses
+
+
+def _finish(groups: Sequence[Group], rows: list[_Row], responses: list[_Response]) -> PackedBatch:
+    offsets = dict(zip(map(id, rows), np.cumsum([0, *(r.length for r in rows)]), strict=False))
+    read, target, owner = [], [], []
+    for n, r in enumerate(responses):
+        where = np.nonzero(r.trained)[0]
+        read.append(np.where(where > 0, r.start + where - 1, r.before) + offsets[id(r.row)])
+        target.append(r.ids[where])
+        owner.append(np.full(len(where), n))
+
+    def tensor(parts: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+    length = torch.tensor([len(t) for t in target], dtype=torch.int64)
+    passes = tuple(row.finish() for row in rows)
+    return PackedBatch(tuple(groups), passes, tensor(read), tensor(target), tensor(owner), length)
+
+
+def split(groups: Sequence[Group], token_budget: int) -> Iterator[list[Group]]:
+    """Cut groups, in their order, into micro-batches of at most ``token_budget`` tokens; a larger group stands alone."""
+    batch: list[Group] = []
+    used = 0
+    for group in groups:
+        if batch and used + group.tokens > token_budget:
+            yield batch
+            batch, used = [], 0
+        batch.append(group)
+        used += group.tokens
+    if batch:
+        yield batch

@@ -1,0 +1,131 @@
+"""The load check: before anything is trained or cached, scoring is shown to be exact for the model at hand.
+
+A tiny float64 twin of the architecture is scored through the packed path and by the model class's own forward, one
+sequence per call, values and gradients. Then real groups are scored by the real model, shared, separately, and in two
+packings, which also measures the noise that the working dtype brings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from prefopt.data.group import Group
+from prefopt.data.packer import pack
+from prefopt.errors import ModelError
+from prefopt.model.clone import VOCABULARY, tiny_clone
+from prefopt.model.scorer import Scorer, causal_model
+
+# Rotary tables are float32 even in a float64 model, so that the last digits differ between packings.
+CLONE_TOLERANCE = 1e-5
+# Root mean square difference of a token's log-probability, shared against separate, that is still rounding.
+_GROSS = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.15}
+_FLOOR = {torch.float64: 1e-7, torch.float32: 1e-5, torch.bfloat16: 5e-3}
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """``clone_error``: largest relative difference on the twin (none: it could not be built).
+
+    ``sharing_error`` and ``noise``: root mean square difference of a token's log-probability, in nats, shared against
+    separate and between two packings.
+    """
+
+    clone_error: float | None
+    sharing_error: float
+    noise: float
+
+    def tolerance(self, tokens: float) -> float:
+        """Largest log-ratio, in nats, that rounding explains for a response of so many tokens."""
+        return 10 * self.noise * tokens**0.5
+
+
+def check_scoring(scorer: Scorer, groups: Sequence[Group]) -> CheckReport:
+    """Run the check with a few of ``groups``. Raises :class:`ModelError` where scoring would be wrong."""
+    model = causal_model(scorer.model)
+    clone = tiny_clone(model.config)
+    clone_error = None
+    if clone is not None:
+        clone_error = clone_difference(clone, scorer.attention)
+        if not clone_error < CLONE_TOLERANCE:
+            raise ModelError(
+                f"{type(model).__name__}: packed scoring differs from the model's own forward by {clone_error:.1e} (relative)"
+                " on a small copy; please report this architecture"
+            )
+    sharing, noise = _real_differences(scorer, groups)
+    gross = _GROSS[scorer.dtype]
+    if not max(sharing, noise) < gross:
+        raise ModelError(
+            f"{type(model).__name__}: log-probabilities differ by {sharing:.2g} per token between shared and separate"
+            f" scoring in {scorer.dtype} (up to {gross:g} is rounding); try --attention loop or --dtype float32"
+        )
+    return CheckReport(clone_error, sharing, max(noise, _FLOOR[scorer.dtype]))
+
+
+def clone_difference(clone: PreTrainedModel, attention: str = "auto") -> float:
+    """Largest difference of values and of gradients, relative to the largest of each, on a float64 twin."""
+    groups = _random_groups()
+    weights = list(clone.parameters())
+    expected = _separately(clone, groups)
+    upstream = torch.linspace(-1, 1, len(expected), dtype=torch.float64)
+    expected_grads = torch.autograd.grad((expected * upstream).sum(), weights, allow_unused=True)
+    scorer = Scorer(clone, attention=attention)
+    batch = pack(groups, scorer.layout)
+    found = scorer(batch)
+    found_grads = torch.autograd.grad((found * upstream).sum(), weights, allow_unused=True)
+    scorer.detach_hook()
+    pairs = [(a, b) for a, b in zip(expected_grads, found_grads, strict=True) if a is not None]
+    top = max(float(a.abs().max()) for a, _ in pairs)
+    grad = max(float((a - (0 if b is None else b)).abs().max()) for a, b in pairs) / top
+    value = float((expected - found).detach().abs().max() / expected.detach().abs().max())
+    return max(value, grad)
+
+
+def _separately(model: PreTrainedModel, groups: Sequence[Group]) -> torch.Tensor:
+    """Token log-probabilities [M] by the model's own forward, one sequence per call: the oracle."""
+    parts = []
+    for group in groups:
+        for k in range(len(group.continuations)):
+            ids, trained = (torch.from_numpy(np.asarray(x)) for x in group.sequence(k))
+            ids = ids.long()
+            logp = torch.log_softmax(model(input_ids=ids[None], use_cache=False).logits[0], -1)
+            where = trained.nonzero()[:, 0]
+            parts.append(logp[where - 1, ids[where]])
+    return torch.cat(parts)
+
+
+def _random_groups() -> list[Group]:
+    rng = np.random.default_rng(0)
+    groups = []
+    for prefix, *lengths in ((11, 7, 13), (3, 17, 2, 9), (1, 1, 5)):
+        start = rng.integers(0, VOCABULARY, prefix)
+        sequences = []
+        for length in lengths:
+            ids = np.concatenate([start, rng.integers(0, VOCABULARY, length)])
+            sequences.append((ids, np.arange(len(ids)) >= prefix))
+        groups.append(Group.from_sequences(sequences, row=0))
+    return groups
+
+
+@torch.no_grad()
+def _real_differences(scorer: Scorer, groups: Sequence[Group]) -> tuple[float, float]:
+    # A few groups of middling length: long enough to be typical, cheap enough for every start.
+    some = sorted(groups, key=lambda g: abs(g.tokens - 300))[:3]
+    device = next(scorer.model.parameters()).device
+    together = scorer(pack(some, scorer.layout).to(device))
+    apart = torch.cat([scorer(pack([g], scorer.layout).to(device)) for g in some])
+    noise = _rms(together - apart)
+    if not scorer.layout.share:
+        return 0.0, noise
+    scorer.detach_hook()
+    plain = Scorer(scorer.model, share=False)
+    separate = plain(pack(some[:1], plain.layout).to(device))
+    scorer.attach_hook()
+    return _rms(apart[: len(separate)] - separate), noise
+
+
+def _rms(x: torch.Tensor) -> float:
+    return float(x.float().square().mean().sqrt())

@@ -1,0 +1,162 @@
+"""Models from folders or the Hub, adapters on them, and finished models back to folders."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from prefopt.errors import ConfigError, ModelError
+from prefopt.model.scorer import causal_model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """The device asked for, or the best there is. Raises :class:`ConfigError` where it is not there."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name is None:
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    device = torch.device(name)
+    there = {"cuda": cuda and (device.index or 0) < torch.cuda.device_count(), "mps": mps, "cpu": True}
+    if not there.get(device.type, False):
+        raise ConfigError(f"--device {name}: this machine has no such device; leave --device out to use what it has")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 where the device multiplies it natively, else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    return torch.bfloat16 if native_bfloat16(device) else torch.float32
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products run on the device's own instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported()) if torch.backends.mkldnn.is_available() else False
+    return False
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """The configuration of a model folder or Hub name."""
+    with _model_errors(name):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+def load_model(name: str, *, dtype: torch.dtype, device: torch.device, adapter: str | None = None) -> torch.nn.Module:
+    """A causal language model, dropout off, with ``adapter`` (trainable) on it where one is named.
+
+    Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, or needs code of its own.
+    """
+    config = load_config(name)
+    silence_dropout(config)
+    extra: dict[str, Any] = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+    with _model_errors(name):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **extra,
+        )
+    lacking = sorted(info["missing_keys"])
+    if lacking:
+        raise ModelError(
+            f"{name}: {len(lacking)} weights are missing, the first is {lacking[0]}; the folder is incomplete"
+        )
+    model = model.to(device)
+    return add_adapter(model, adapter) if adapter else model
+
+
+def silence_dropout(config: PreTrainedConfig) -> None:
+    """Set every dropout and jitter of a configuration to zero: log-probabilities must not be random."""
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for field, value in list(vars(part).items()):
+            if re.search(r"drop(out|_rate)?$|_pdrop$|dropout|layerdrop|jitter_noise", field) and isinstance(
+                value, float
+            ):
+                setattr(part, field, 0.0)
+
+
+def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
+    """Put a saved PEFT adapter on ``model``, trainable."""
+    from peft import PeftModel
+
+    if not (Path(folder) / "adapter_config.json").is_file() and Path(folder).exists():
+        raise ModelError(f"--adapter {folder} holds no adapter_config.json: it is not a PEFT adapter")
+    with _model_errors(folder):
+        return PeftModel.from_pretrained(causal_model(model), folder, is_trainable=True)
+
+
+def new_lora(
+    model: torch.nn.Module, *, rank: int, alpha: int, dropout: float, targets: list[str] | None
+) -> torch.nn.Module:
+    """Wrap ``model`` in a fresh LoRA adapter (which changes nothing yet); all other weights are frozen.
+
+    The random start comes from torch's generator.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    transposed = any(isinstance(m, Conv1D) for m in model.modules())
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets or "all-linear",
+        fan_in_fan_out=transposed,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(causal_model(model), config)
+    except ValueError as error:
+        raise ConfigError(f"--lora-targets {' '.join(targets or [])}: {_first_line(error)}") from error
+
+
+@contextmanager
+def _model_errors(name: str) -> Iterator[None]:
+    """What the loading libraries raise, in one line that names the model and the remedy."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        raise ModelError(_explain(name, error)) from error
+
+
+def _explain(name: str, error: Exception) -> str:
+    text = str(error)
+    folder = Path(name)
+    if not folder.exists():
+        if os.sep in name and name.count("/") != 1 or name.startswith((".", "/", "~")):
+            return f"{name}: no such folder"
+        return f"{name}: no such folder here, and the Hub did not give it ({_first_line(error)})"
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        return f"{name}: no config.json in this folder; it should hold a model saved by save_pretrained"
+    if isinstance(error, SafetensorError) or "safetensors" in text and "deserial" in text:
+        return f"{name}: the weight file is damaged ({_first_line(error)}); copy it again"
+    if not list(folder.glob("*.safetensors")):
+        pickled = list(folder.glob("*.bin"))
+        remedy = "convert its .bin files with save_pretrained" if pickled else "the weights are missing"
+        return f"{name}: no .safetensors file in this folder; {remedy}"
+    return f"{name}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the input embedding."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])

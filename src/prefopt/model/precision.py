@@ -1,0 +1,81 @@
+"""Mixed precision with float32 master weights.
+
+A bfloat16 run computes with bfloat16 copies of the weights. What the optimiser moves are their float32 masters:
+steps of 1e-6 are far below the distance between two bfloat16 numbers and would vanish. Gradients of a micro-batch
+arrive in bfloat16 and are added up in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from prefopt.model.scorer import causal_model
+
+
+class MasterWeights:
+    """Trainable weights by name: ``masters`` are what the optimiser moves; the model's own are followed by ``publish``."""
+
+    def __init__(self, model: torch.nn.Module, compute: torch.dtype) -> None:
+        """Cast ``model`` to ``compute`` in place, its trainable weights keeping a float32 master (float64 stays)."""
+        self.model = model
+        self.masters: dict[str, torch.nn.Parameter] = {}
+        self._copies: dict[str, torch.nn.Parameter] = {}
+        keep = tuple(_kept_in_float32(model))
+        for name, parameter in model.named_parameters():
+            target = compute if not any(part in keep for part in name.split(".")) else parameter.dtype
+            if not parameter.requires_grad:
+                if parameter.dtype.is_floating_point and parameter.dtype != target:
+                    parameter.data = parameter.data.to(target)
+                continue
+            wide = parameter.data.to(torch.promote_types(target, torch.float32))
+            if target == wide.dtype:
+                parameter.data = wide
+                self.masters[name] = parameter
+                continue
+            parameter.data = wide.to(target)
+            self.masters[name] = torch.nn.Parameter(wide)
+            self._copies[name] = parameter
+            parameter.register_post_accumulate_grad_hook(self._collector(self.masters[name]))
+
+    @staticmethod
+    def _collector(master: torch.nn.Parameter):  # type: ignore[no-untyped-def]
+        def collect(copy: torch.Tensor) -> None:
+            assert copy.grad is not None
+            if master.grad is None:
+                master.grad = copy.grad.to(master.dtype)
+            else:
+                master.grad.add_(copy.grad)
+            copy.grad = None
+
+        return collect
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for parameter in (*self.masters.values(), *self._copies.values()):
+            parameter.grad = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the masters into the weights the model computes with."""
+        for name, copy in self._copies.items():
+            copy.copy_(self.masters[name])
+
+    @torch.no_grad()
+    def load(self, values: dict[str, torch.Tensor]) -> None:
+        """Set the masters, and with them the model."""
+        for name, master in self.masters.items():
+            master.copy_(values[name])
+        self.publish()
+
+    def saved(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The masters by parameter name, for checkpoints and for the finished model."""
+        for name, master in self.masters.items():
+            yield name, master.detach()
+
+
+def _kept_in_float32(model: torch.nn.Module) -> Iterator[str]:
+    inner = causal_model(model)
+    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        yield from getattr(inner, attribute, None) or ()

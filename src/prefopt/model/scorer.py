@@ -1,0 +1,162 @@
+"""The scorer: the root module whose forward pass returns token log-probabilities.
+
+Everything that needs a model's opinion goes through here, so that wrappers (activation checkpointing, sharding)
+see one forward call and nothing ever reaches for the head from outside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from prefopt.data.packer import Layout, PackedBatch, Pass
+from prefopt.errors import ModelError
+from prefopt.model.attention import HOOK, gather_plan, kernel_for
+from prefopt.model.logprobs import module_logprobs, token_logprobs
+from prefopt.model.sharing import layout_of
+
+VERSION = 1
+"""Part of the key of every cached value: raised whenever the scorer's results change beyond rounding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What happens between the last hidden state and the logits.
+
+    ``kind``: ``fused`` for a plain linear layer, ``module`` where it carries an adapter, ``model`` where the model's
+    own forward makes the logits in a way we do not know.
+    """
+
+    kind: str
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class Scorer(torch.nn.Module):
+    """Scores packed batches with a causal language model, or one wrapped by PEFT.
+
+    ``attention`` is ``auto`` or ``loop`` (the plain kernel). ``share=False`` scores every response in a row of its
+    own with the model's own attention, as is done for models that cannot share a prefix.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, attention: str = "auto", share: bool = True) -> None:
+        super().__init__()
+        self.model = model
+        causal = causal_model(model)
+        self.layout, self.reason = layout_of(causal)
+        if not share:
+            self.layout, self.reason = Layout(False, self.layout.rope_limit), "sharing is switched off"
+        self.attention = attention
+        self.head = _head_of(causal)
+        self._configs = _configs(causal)
+        self._attention_before = [getattr(c, "_attn_implementation", None) for c in self._configs]
+        self.attach_hook()
+
+    @property
+    def path(self) -> str:
+        """``shared`` or ``separate``: part of the key of cached values."""
+        return "shared" if self.layout.share else "separate"
+
+    @property
+    def kernel(self) -> str:
+        """The attention kernel in use: part of the key of cached values."""
+        if not self.layout.share:
+            return str(self._attention_before[0])
+        weight = next(self.model.parameters())
+        return kernel_for(weight.device, self.dtype, self.attention)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the model computes in."""
+        weight: torch.Tensor = causal_model(self.model).get_input_embeddings().weight
+        return weight.dtype
+
+    def attach_hook(self) -> None:
+        """Put shared-prefix attention under the model, where it can share."""
+        if self.layout.share:
+            for config in self._configs:
+                config._attn_implementation = HOOK
+
+    def detach_hook(self) -> None:
+        """Give the model its own attention back, for generation or for its owner."""
+        for config, before in zip(self._configs, self._attention_before, strict=True):
+            config._attn_implementation = before
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        """Log-probability [M] of every scored token, float32 (float64 for a float64 model)."""
+        if self.head.kind == "model":
+            return self._own_logits(batch)
+        hidden = torch.cat([self._hidden(p) for p in batch.passes]).index_select(0, batch.read)
+        head = causal_model(self.model).get_output_embeddings()
+        assert head is not None
+        if self.head.kind == "module":
+            return module_logprobs(head, hidden, batch.target, scale=self.head.scale, softcap=self.head.softcap)
+        return token_logprobs(
+            hidden, head.weight, batch.target, bias=head.bias, scale=self.head.scale, softcap=self.head.softcap
+        )
+
+    def _hidden(self, row: Pass) -> torch.Tensor:
+        """Last hidden states [T, H] of one row."""
+        body = body_of(causal_model(self.model))
+        extra: dict[str, Any] = {}
+        if self.layout.share:
+            kernel = self.kernel
+            extra = {"position_ids": row.positions[None], "prefix_segments": row.segments, "prefix_kernel": kernel}
+            if kernel == "varlen":
+                extra["prefix_gather"] = gather_plan(row.segments, row.ids.device)
+        out = body(input_ids=row.ids[None], use_cache=False, return_dict=True, **extra)
+        hidden: torch.Tensor = out.last_hidden_state[0]
+        return hidden
+
+    def _own_logits(self, batch: PackedBatch) -> torch.Tensor:
+        causal = causal_model(self.model)
+        logits = [causal(input_ids=p.ids[None], use_cache=False, return_dict=True).logits[0] for p in batch.passes]
+        z = torch.cat(logits).index_select(0, batch.read)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        return z.gather(-1, batch.target[:, None])[:, 0] - z.logsumexp(-1)
+
+
+def response_sums(logp_M: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """Sum of each response's token log-probabilities [N], in float64 where the device has it."""
+    wide = logp_M if logp_M.device.type == "mps" else logp_M.double()
+    return wide.new_zeros(len(batch.length)).index_add(0, batch.owner, wide)
+
+
+def causal_model(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel):
+        raise ModelError(f"{type(inner).__name__} is not a transformers model")
+    return inner
+
+
+def body_of(model: PreTrainedModel) -> torch.nn.Module:
+    """What gives the last hidden state: the model without its head. The model itself where none can be told apart."""
+    body = model.base_model
+    return body if body is not model else getattr(model, "model", model)
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """The configuration, and that of the text part where the model has several: every one a layer may ask."""
+    found = [model.config, model.config.get_text_config()]
+    found += [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    return list({id(c): c for c in found}.values())
+
+
+def _head_of(model: PreTrainedModel) -> Head:
+    head = model.get_output_embeddings()
+    config: Any = model.config.get_text_config()
+    if head is None:
+        raise ModelError(f"{type(model).__name__} has no language-model head; load it as a causal language model")
+    scale = 1.0
+    if getattr(config, "logit_scale", None) is not None:  # Cohere multiplies
+        scale = float(config.logit_scale)
+    elif getattr(config, "logits_scaling", None):  # Granite divides
+        scale = 1.0 / float(config.logits_scaling)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    if body_of(model) is model:
+        return Head("model")
+    return Head("fused" if type(head) is torch.nn.Linear else "module", scale, softcap)
