@@ -1,0 +1,49 @@
+# make demo       set everything up and run the demonstration
+# make test       set everything up, check style and types, run the quick tests
+# make test-slow  run the tests that take longer
+# make lint       style and types only
+#
+# Everything is installed into .venv in this folder; PYTHON names another interpreter than python3.
+
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TORCH := $(shell grep "^torch==" constraints.txt)
+
+# One thread per test process: tensors in tests are small, and two processes use two cores better than threads do.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+.PHONY: demo test test-slow lint setup clean
+
+demo: setup
+	$(BIN)/prefopt demo
+
+test: lint
+	$(PYTEST) -m "not slow and not gpu"
+
+test-slow: setup
+	$(PYTEST) -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict src
+
+setup: $(READY)
+
+# Written last, so that an interrupted set-up is taken up again. The cost of a set-up with nothing to do is none.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: prefopt needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1): name another by make PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing into $(VENV): the first time takes some minutes."
+	@# torch first and by itself, so that its processor-only build is taken where one is offered
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation --editable ".[dev]"
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,26 @@
+"""prefopt aligns a language model with preferences on the hardware you have.
+
+``prefopt.dpo(model=..., data=..., output=...)`` runs what ``prefopt dpo`` runs; torch is imported by then, not here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prefopt.api import dpo
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "dpo"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "dpo":
+        from prefopt.api import dpo
+
+        return dpo
+    raise AttributeError(f"module 'prefopt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), "dpo"])

@@ -1,0 +1,66 @@
+"""The Python face: one function per method, with names or objects."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from prefopt.config.dpo import DpoConfig
+from prefopt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Row = Mapping[str, object]
+
+
+def dpo(
+    model: str | os.PathLike[str] | PreTrainedModel,
+    data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Iterable[Row],
+    *,
+    output: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Any,
+) -> Any:
+    """Align a model with preference pairs, as ``prefopt dpo`` does.
+
+    ``model`` is a folder, a Hub name, or a transformers model, which then needs its ``tokenizer`` and is trained in
+    place. ``data`` is one or more files, or rows as such files hold them:
+    ``{"prompt": ..., "chosen": ..., "rejected": ...}``. ``options`` are the fields of ``DpoConfig``.
+    Returns what ``prefopt.methods.preference.run`` does. Raises ``prefopt.errors.UserError`` where ``prefopt dpo``
+    prints one line.
+
+    >>> import prefopt
+    >>> prefopt.dpo("my-model", "pairs.jsonl", output="aligned", beta=0.05, lora=True)  # doctest: +SKIP
+    """
+    named = isinstance(model, (str, os.PathLike))
+    if named and tokenizer is not None:
+        raise ConfigError("tokenizer goes with a model object; a model named by its folder brings its own")
+    if not named and tokenizer is None:
+        raise ConfigError("a model object needs its tokenizer: prefopt.dpo(model=model, tokenizer=tokenizer, ...)")
+    names, rows = _names_or_rows(data)
+    values = {
+        "model": model if named else str(getattr(model, "name_or_path", "")) or "model given in Python",
+        "data": names,
+        "output": output,
+        **options,
+    }
+    config = DpoConfig.from_dict(values)
+
+    from prefopt.methods.preference import run
+
+    return run(config, model=None if named else model, tokenizer=tokenizer, rows=rows)
+
+
+def _names_or_rows(data: object) -> tuple[object, list[Row] | None]:
+    """What the config keeps as ``data``, and the rows where rows were given and not names of files."""
+    if isinstance(data, (str, os.PathLike)):
+        return data, None
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+        raise ConfigError("data must be names of files, or a list of rows (dicts)")
+    items = list(data)
+    rows = [item for item in items if isinstance(item, Mapping)]
+    if rows and len(rows) < len(items):
+        raise ConfigError("data mixes rows and names of files: give one or the other")
+    return (["rows given in Python"], rows) if rows else (items, None)

@@ -1,0 +1,17 @@
+"""What ``prefopt demo`` reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prefopt.config.option import check_all, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The demonstration decides everything but where its results go."""
+
+    output: str = option("runs/demo", "folder to write the results to", group="output")
+
+    def __post_init__(self) -> None:
+        check_all(self)

@@ -1,0 +1,184 @@
+"""Options: the fields of a config dataclass, with help, type and range, for command line, YAML and Python alike.
+
+>>> from dataclasses import dataclass
+>>> @dataclass(frozen=True, kw_only=True)
+... class Config:
+...     beta: float = option(0.1, "strength", group="loss", above=0)
+>>> [o.flag for o in options(Config)], checked(options(Config)[0], 2)
+(['--beta'], 2.0)
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+import operator
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal, TypeVar
+
+from prefopt.errors import ConfigError
+
+Config = TypeVar("Config")
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "a list of text"}
+_COMPARE = {"of at least": operator.ge, "above": operator.gt, "of at most": operator.le, "below": operator.lt}
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option: ``type`` is the field's annotation; ``default_text`` is what help prints; ``limits`` bound a number.
+
+    ``default`` is the field's, or None where the option is required.
+    """
+
+    name: str
+    type: Any
+    help: str
+    group: str
+    required: bool
+    default: Any
+    default_text: str
+    limits: tuple[tuple[str, float], ...]
+
+    @property
+    def flag(self) -> str:
+        """The spelling of the command line: ``--max-length``."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """The types a value may have, ``None`` left out."""
+        if typing.get_origin(self.type) in (typing.Union, types.UnionType):
+            return tuple(a for a in typing.get_args(self.type) if a is not types.NoneType)
+        return (self.type,)
+
+    @property
+    def optional(self) -> bool:
+        """Whether ``None`` (``null`` in YAML) may be given: it stands for the default."""
+        return not self.required and self.default is None
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values of a ``Literal``, else nothing."""
+        return tuple(a for k in self.kinds if typing.get_origin(k) is Literal for a in typing.get_args(k))
+
+    @property
+    def expects(self) -> str:
+        """What a value must be, in words: ``a whole number of at least 1``."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        limits = " and".join(f" {word} {limit:.10g}" for word, limit in self.limits)
+        return " or ".join(_WORDS[k] for k in self.kinds) + limits
+
+
+def option(
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    group: str,
+    default_text: str | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field with its help; required where it has no default. ``default_text`` says what None stands for."""
+    bounds = {"of at least": at_least, "above": above, "of at most": at_most, "below": below}
+    limits = tuple((word, limit) for word, limit in bounds.items() if limit is not None)
+    metadata = {"help": help, "group": group, "default_text": default_text, "limits": limits}
+    return field(default=default, metadata=metadata)
+
+
+def options(config: type) -> tuple[Option, ...]:
+    """The options of a config dataclass, in the order of its fields."""
+    hints = typing.get_type_hints(config)
+    found = []
+    for f in fields(config):
+        m, required = f.metadata, f.default is MISSING
+        default = None if required else f.default
+        text = m["default_text"] or _shown(default)
+        found.append(Option(f.name, hints[f.name], m["help"], m["group"], required, default, text, m["limits"]))
+    return tuple(found)
+
+
+def checked(o: Option, value: object, place: str | None = None) -> Any:
+    """``value`` with the option's type. Raises ``ConfigError``, which names the YAML file ``place`` or the flag."""
+    if value is None and o.optional:
+        return None
+    for kind in o.kinds:
+        found = _converted(kind, value)
+        if found is not None and all(_COMPARE[word](found, limit) for word, limit in o.limits):
+            return found
+    name = f"{place}: {o.name}" if place else o.flag
+    if value is None:
+        raise ConfigError(f"{name} has no value; it must be {o.expects}")
+    guess = nearest(value, o.choices) if isinstance(value, str) else ""
+    raise ConfigError(f"{name} is {value!r}; it must be {o.expects}{guess}")
+
+
+def check_all(config: Any) -> None:
+    """Give every field of a frozen dataclass its checked value; called by its ``__post_init__``."""
+    for o in options(type(config)):
+        object.__setattr__(config, o.name, checked(o, getattr(config, o.name)))
+
+
+def check_values(config: type, values: Mapping[str, object], place: str | None = None) -> dict[str, Any]:
+    """The values of some options, typed; an unknown name or a wrong value raises ``ConfigError``."""
+    known = {o.name: o for o in options(config)}
+    for name in values:
+        if name not in known:
+            where = f"{place}: " if place else ""
+            guess = nearest(name, list(known)) or "; see --help for all of them"
+            raise ConfigError(f"{where}unknown option {name!r}{guess}")
+    return {name: checked(known[name], value, place) for name, value in values.items()}
+
+
+def from_dict(config: type[Config], values: Mapping[str, object], place: str | None = None) -> Config:
+    """A config from plain values, as a YAML file holds them; unknown and missing names raise ``ConfigError``."""
+    typed = check_values(config, values, place)
+    if missing := [o for o in options(config) if o.required and o.name not in typed]:
+        raise ConfigError("; ".join(f"{o.flag} is missing: {o.help}" for o in missing))
+    return config(**typed)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Every option with its value, lists copied; ``from_dict`` takes it back."""
+    values = {o.name: getattr(config, o.name) for o in options(type(config))}
+    return {name: list(v) if isinstance(v, list) else v for name, v in values.items()}
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """``; did you mean beta?`` where one of ``known`` is near, else nothing. A dash counts as an underscore."""
+    plain = {k.lower().replace("_", "-"): k for k in known}
+    close = difflib.get_close_matches(word.lower().replace("_", "-"), list(plain), n=1, cutoff=0.6)
+    return f"; did you mean {plain[close[0]]}?" if close else ""
+
+
+def _converted(kind: Any, value: object) -> Any:
+    """The value as ``kind``, or None where it is none. Booleans are no numbers; whole numbers are numbers."""
+    if kind is bool:
+        return value if isinstance(value, bool) else None
+    if kind is int:
+        return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
+    if kind is float:
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+        return float(typing.cast(float, value)) if real else None
+    if kind is str:
+        text = os.fspath(value) if isinstance(value, os.PathLike) else value
+        return text if isinstance(text, str) and text else None
+    if typing.get_origin(kind) is Literal:
+        return value if isinstance(value, str) and value in typing.get_args(kind) else None
+    assert kind == list[str], kind
+    many = [value] if isinstance(value, (str, os.PathLike)) else value
+    items = [_converted(str, v) for v in many] if isinstance(many, (list, tuple)) else []
+    return items if items and None not in items else None
+
+
+def _shown(default: object) -> str:
+    if isinstance(default, bool):
+        return str(default).lower()
+    return "none" if default is None else str(default)

@@ -1,0 +1,42 @@
+"""What every test may count on: one thread, no network, a cache of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+# Before anything imports torch or transformers. One thread also keeps sums in one order.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of data sets, tokenizers and models that tests may read: ``PREFOPT_SHARED``, or beside the clone."""
+    folder = Path(os.environ.get("PREFOPT_SHARED") or ROOT.parent / "shared")
+    if not folder.is_dir():
+        pytest.skip(f"needs the shared data: {folder} is not there; set PREFOPT_SHARED")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the test an empty cache, and undo what the one before did to torch's threads."""
+    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests of a GPU where there is none."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
