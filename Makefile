@@ -18,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfil
 .PHONY: demo test test-slow lint setup clean
 
 demo: setup
-	$(BIN)/prefopt demo
+	$(BIN)/python -m prefopt demo
 
 test: lint
 	$(PYTEST) -m "not slow and not gpu"
@@ -27,16 +27,17 @@ test-slow: setup
 	$(PYTEST) -m slow
 
 lint: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict src
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy --strict src
 
 setup: $(READY)
 
 # Written last, so that an interrupted set-up is taken up again. The cost of a set-up with nothing to do is none.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "error: prefopt needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1): name another by make PYTHON=/path/to/python3" >&2; exit 2; }
+	  found=$$($(PYTHON) --version 2>/dev/null || echo "not there"); \
+	  echo "error: prefopt needs Python 3.11 or newer, and $(PYTHON) is $$found: name another by make PYTHON=/path/to/python3" >&2; exit 2; }
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing into $(VENV): the first time takes some minutes."
 	@# torch first and by itself, so that its processor-only build is taken where one is offered

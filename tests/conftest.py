@@ -11,7 +11,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import hypothesis
 import pytest
+
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("prefopt", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("prefopt")
 
 ROOT = Path(__file__).resolve().parents[1]
 

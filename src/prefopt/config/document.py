@@ -68,8 +68,9 @@ def write_document(config: type, values: Mapping[str, object]) -> str:
             continue
         value = values.get(o.name, o.default)
         flow = None if isinstance(value, list) else False
-        text = yaml.dump({o.name: value}, Dumper=_Dumper, default_flow_style=flow, allow_unicode=True, width=2**31)
-        lines.append(text.rstrip())
+        plain = "".join(value if isinstance(value, list) else str(value)).isprintable()  # else it is escaped
+        text = yaml.dump({o.name: value}, None, _Dumper, default_flow_style=flow, allow_unicode=plain, width=2**31)
+        lines.append(text.removesuffix("\n"))
     return "\n".join(lines) + "\n"
 
 
