@@ -12,6 +12,8 @@ from prefopt.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from prefopt.methods.preference import DpoResult
+
 Row = Mapping[str, object]
 
 
@@ -22,7 +24,7 @@ def dpo(
     output: str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
     **options: Any,
-) -> Any:
+) -> DpoResult | None:
     """Align a model with preference pairs, as ``prefopt dpo`` does.
 
     ``model`` is a folder, a Hub name, or a transformers model, which then needs its ``tokenizer`` and is trained in
