@@ -165,15 +165,15 @@ def _finish(groups: Sequence[Group], rows: list[_Row], responses: list[_Response
     return PackedBatch(tuple(groups), passes, tensor(read), tensor(target), tensor(owner), length)
 
 
-def split(groups: Sequence[Group], token_budget: int) -> Iterator[list[Group]]:
-    """Cut groups, in their order, into micro-batches of at most ``token_budget`` tokens; a larger group stands alone."""
-    batch: list[Group] = []
+def split(items: Sequence[int], tokens: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+    """Cut items, in their order, into runs of at most ``token_budget`` tokens; a larger item stands alone."""
+    batch: list[int] = []
     used = 0
-    for group in groups:
-        if batch and used + group.tokens > token_budget:
+    for item, size in zip(items, tokens, strict=True):
+        if batch and used + size > token_budget:
             yield batch
             batch, used = [], 0
-        batch.append(group)
-        used += group.tokens
+        batch.append(item)
+        used += size
     if batch:
         yield batch

@@ -12,7 +12,7 @@ The hook receives the packed row's queries, keys and values [1, heads, T, D] and
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,9 @@ HOOK = "prefopt_shared"
 
 # What layers hand to an attention function without changing what it should compute.
 _HARMLESS = frozenset(
-    "position_ids cache_position output_attentions output_hidden_states output_router_logits use_cache num_items_in_batch "
-    "position_embeddings is_causal cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k layer_idx logits_to_keep".split()
+    "position_ids cache_position output_attentions output_hidden_states output_router_logits use_cache"
+    " num_items_in_batch position_embeddings is_causal cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k"
+    " layer_idx logits_to_keep".split()
 )
 
 
@@ -150,7 +151,7 @@ def visible_keys(rows: int, columns: int, window: int | None, device: torch.devi
 
 def _has_varlen() -> bool:
     try:
-        import torch.nn.attention.varlen  # noqa: F401  (a probe)
+        import torch.nn.attention.varlen
     except ImportError:
         return False
     return torch.cuda.get_device_capability() >= (8, 0)
@@ -187,7 +188,7 @@ def _varlen(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    attend: Callable[..., torch.Tensor] = varlen_attn
+    attend = cast(Callable[..., torch.Tensor], varlen_attn)
     # The window counts the keys to the left of the query; transformers counts the query too.
     left = -1 if window is None else window - 1
     out = attend(

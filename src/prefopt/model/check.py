@@ -7,8 +7,10 @@ packings, which also measures the noise that the working dtype brings.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
 import numpy as np
 import torch
 from transformers import PreTrainedModel
@@ -40,7 +42,7 @@ class CheckReport:
 
     def tolerance(self, tokens: float) -> float:
         """Largest log-ratio, in nats, that rounding explains for a response of so many tokens."""
-        return 10 * self.noise * tokens**0.5
+        return 10 * self.noise * math.sqrt(tokens)
 
 
 def check_scoring(scorer: Scorer, groups: Sequence[Group]) -> CheckReport:
@@ -52,8 +54,8 @@ def check_scoring(scorer: Scorer, groups: Sequence[Group]) -> CheckReport:
         clone_error = clone_difference(clone, scorer.attention)
         if not clone_error < CLONE_TOLERANCE:
             raise ModelError(
-                f"{type(model).__name__}: packed scoring differs from the model's own forward by {clone_error:.1e} (relative)"
-                " on a small copy; please report this architecture"
+                f"{type(model).__name__}: packed scoring differs from the model's own forward by {clone_error:.1e}"
+                " (relative) on a small copy; please report this architecture"
             )
     sharing, noise = _real_differences(scorer, groups)
     gross = _GROSS[scorer.dtype]

@@ -15,6 +15,7 @@ _SMALL = {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
     "ffn_dim": 48,
+    "ffn_hidden_size": 48,
     "num_local_experts": 4,
     "num_experts": 4,
     "n_routed_experts": 4,
@@ -93,13 +94,18 @@ def _shrink_heads(small: Any) -> None:
     width = 16
     _set(small, num_attention_heads=4, hidden_size=4 * width)
     if isinstance(getattr(small, "num_kv_heads", None), int):  # Falcon
-        small.num_kv_heads = 4 if small.num_kv_heads == heads else 1
+        small.num_kv_heads = _shared_heads(small.num_kv_heads, heads)
     if shared is not None:
-        small.num_key_value_heads = 4 if shared == heads else 2 if shared > 1 else 1
-    if getattr(small, "head_dim", None) is not None:
+        small.num_key_value_heads = _shared_heads(shared, heads)
+    if vars(small).get("head_dim") is not None:  # where it is a property (Falcon), it follows from the rest
         small.head_dim = width
     if getattr(small, "word_embed_proj_dim", None) is not None:
         small.word_embed_proj_dim = small.hidden_size
+
+
+def _shared_heads(shared: int, heads: int) -> int:
+    """Key heads for four query heads, of the kind that the model has: one each, in groups, or one for all."""
+    return 4 if shared == heads else 2 if shared > 1 else 1
 
 
 def _set(config: Any, **values: Any) -> None:

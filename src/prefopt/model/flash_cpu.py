@@ -81,7 +81,8 @@ def _grouped(x: torch.Tensor, heads: int, start: int, stop: int) -> torch.Tensor
     part = x[:, start:stop]
     if x.shape[0] == heads:
         return part[:, None]
-    return part.unflatten(0, (heads, -1))
+    grouped: torch.Tensor = part.unflatten(0, (heads, -1))
+    return grouped
 
 
 class _FlashShared(torch.autograd.Function):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.scorer import causal_model
@@ -24,7 +25,10 @@ def resolve_device(name: str | None) -> torch.device:
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name is None:
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name}: no such kind of device; try cpu, cuda, cuda:1 or mps") from error
     there = {"cuda": cuda and (device.index or 0) < torch.cuda.device_count(), "mps": mps, "cpu": True}
     if not there.get(device.type, False):
         raise ConfigError(f"--device {name}: this machine has no such device; leave --device out to use what it has")
@@ -47,6 +51,20 @@ def native_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def local_folder(name: str) -> str:
+    """The folder of a model or adapter: ``name`` itself, or where the Hub's files were put on this machine."""
+    if Path(name).exists() or _is_path(name):
+        return name
+    from huggingface_hub import snapshot_download
+
+    with _model_errors(name):
+        return snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def load_config(name: str) -> PreTrainedConfig:
     """The configuration of a model folder or Hub name."""
     with _model_errors(name):
@@ -61,7 +79,7 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device, adapter: 
     config = load_config(name)
     silence_dropout(config)
     extra: dict[str, Any] = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
-    with _model_errors(name):
+    with _model_errors(name), quiet():
         model, info = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -69,35 +87,58 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device, adapter: 
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # and then refused, in one line
             **extra,
+        )
+    if info["mismatched_keys"]:
+        weight, there, wanted = sorted(info["mismatched_keys"])[0]
+        raise ModelError(
+            f"{name}: {weight} is {list(there)}, config.json wants {list(wanted)}; they do not belong together"
         )
     lacking = sorted(info["missing_keys"])
     if lacking:
         raise ModelError(
             f"{name}: {len(lacking)} weights are missing, the first is {lacking[0]}; the folder is incomplete"
         )
-    model = model.to(device)
-    return add_adapter(model, adapter) if adapter else model
+    loaded: torch.nn.Module = model.to(device)
+    return add_adapter(loaded, adapter) if adapter else loaded
 
 
-def silence_dropout(config: PreTrainedConfig) -> None:
-    """Set every dropout and jitter of a configuration to zero: log-probabilities must not be random."""
+_DROPS = re.compile(r"drop(out|_rate)?$|_pdrop$|dropout|layerdrop|jitter_noise")
+
+
+def silence_dropout(target: PreTrainedConfig | torch.nn.Module) -> None:
+    """Set every dropout and jitter of a configuration to zero: log-probabilities must not be random.
+
+    Of a model too, which was built with others: its configuration, its dropout modules, and the rates that its layers
+    have taken from the configuration.
+    """
+    if isinstance(target, torch.nn.Module):
+        for module in target.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            _zero_rates(module)
+    config: Any = causal_model(target).config if isinstance(target, torch.nn.Module) else target
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        for field, value in list(vars(part).items()):
-            if re.search(r"drop(out|_rate)?$|_pdrop$|dropout|layerdrop|jitter_noise", field) and isinstance(
-                value, float
-            ):
-                setattr(part, field, 0.0)
+        _zero_rates(part)
+
+
+def _zero_rates(holder: object) -> None:
+    for field, value in list(vars(holder).items()):
+        if _DROPS.search(field) and isinstance(value, float):
+            setattr(holder, field, 0.0)
 
 
 def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
-    """Put a saved PEFT adapter on ``model``, trainable."""
+    """Put a saved PEFT adapter on ``model``, trainable; the dropout it was trained with is off."""
     from peft import PeftModel
 
     if not (Path(folder) / "adapter_config.json").is_file() and Path(folder).exists():
         raise ModelError(f"--adapter {folder} holds no adapter_config.json: it is not a PEFT adapter")
-    with _model_errors(folder):
-        return PeftModel.from_pretrained(causal_model(model), folder, is_trainable=True)
+    with _model_errors(folder), _peft_warnings_off():
+        wrapped: torch.nn.Module = PeftModel.from_pretrained(causal_model(model), folder, is_trainable=True)
+    silence_dropout(wrapped)
+    return wrapped
 
 
 def new_lora(
@@ -120,9 +161,33 @@ def new_lora(
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(causal_model(model), config)
+        with _peft_warnings_off():
+            wrapped: torch.nn.Module = get_peft_model(causal_model(model), config)
+        return wrapped
     except ValueError as error:
         raise ConfigError(f"--lora-targets {' '.join(targets or [])}: {_first_line(error)}") from error
+
+
+@contextmanager
+def _peft_warnings_off() -> Iterator[None]:
+    """Hide what peft warns of and no user can change: a name that transformers has deprecated, and that in a
+    mixture of experts the adapter of two fused matrices has the rank of one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+        yield
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own progress bars: a run has its own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager
@@ -138,12 +203,12 @@ def _explain(name: str, error: Exception) -> str:
     text = str(error)
     folder = Path(name)
     if not folder.exists():
-        if os.sep in name and name.count("/") != 1 or name.startswith((".", "/", "~")):
+        if _is_path(name):
             return f"{name}: no such folder"
         return f"{name}: no such folder here, and the Hub did not give it ({_first_line(error)})"
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         return f"{name}: no config.json in this folder; it should hold a model saved by save_pretrained"
-    if isinstance(error, SafetensorError) or "safetensors" in text and "deserial" in text:
+    if isinstance(error, SafetensorError) or ("safetensors" in text and "deserial" in text):
         return f"{name}: the weight file is damaged ({_first_line(error)}); copy it again"
     if not list(folder.glob("*.safetensors")):
         pickled = list(folder.glob("*.bin"))

@@ -15,7 +15,7 @@ from prefopt.model.scorer import causal_model
 
 
 class MasterWeights:
-    """Trainable weights by name: ``masters`` are what the optimiser moves; the model's own are followed by ``publish``."""
+    """Trainable weights by name: the optimiser moves ``masters``, and ``publish`` brings the model's own after them."""
 
     def __init__(self, model: torch.nn.Module, compute: torch.dtype) -> None:
         """Cast ``model`` to ``compute`` in place, its trainable weights keeping a float32 master (float64 stays)."""

@@ -127,7 +127,8 @@ def response_sums(logp_M: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
 
 def causal_model(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper, or the model itself."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)
+    inner = unwrap() if unwrap is not None else model
     if not isinstance(inner, PreTrainedModel):
         raise ModelError(f"{type(inner).__name__} is not a transformers model")
     return inner
@@ -136,7 +137,8 @@ def causal_model(model: torch.nn.Module) -> PreTrainedModel:
 def body_of(model: PreTrainedModel) -> torch.nn.Module:
     """What gives the last hidden state: the model without its head. The model itself where none can be told apart."""
     body = model.base_model
-    return body if body is not model else getattr(model, "model", model)
+    inner: torch.nn.Module = getattr(model, "model", model)
+    return body if body is not model else inner
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:

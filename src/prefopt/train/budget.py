@@ -1,0 +1,124 @@
+"""How many tokens go through the model at once: estimated from its size and the free memory, then tried.
+
+The estimate counts what a transformer layer keeps for backward, in numbers per token: about 20 times the hidden and 4
+times the intermediate width. With activation checkpointing only a layer's input stays, and one layer's inside.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+import torch
+
+from prefopt.data.group import Group
+from prefopt.data.packer import pack
+from prefopt.errors import RunError
+from prefopt.losses.preference import LossOutput
+from prefopt.model.logprobs import KEEP_BYTES
+from prefopt.model.precision import MasterWeights
+from prefopt.model.scorer import Scorer, causal_model, response_sums
+from prefopt.train.loop import Objective
+
+SHARE = 0.5
+"""Of the free memory, what activations may take: the rest is for gradients, optimiser state and fragmentation."""
+
+# More tokens at once than these gain nothing: matrix products are as fast as they get.
+CEILING = {"cpu": 2048, "cuda": 32768, "mps": 4096}
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    return int(psutil.virtual_memory().available)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: by the device's tensors, or by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def state_bytes(masters: MasterWeights) -> int:
+    """Bytes that gradients and the optimiser's two moments take beside the weights."""
+    return 3 * sum(p.numel() * p.element_size() for p in masters.masters.values())
+
+
+def bytes_per_token(scorer: Scorer, *, checkpointing: bool) -> int:
+    """Estimated bytes of activations that one token leaves for backward."""
+    config: Any = causal_model(scorer.model).config.get_text_config()
+    hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
+    inner = int(getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden)
+    experts = int(getattr(config, "num_experts_per_tok", None) or 1)
+    layer = 20 * hidden + 4 * inner * experts
+    numbers = layers * hidden + layer if checkpointing else layers * layer
+    return numbers * scorer.dtype.itemsize
+
+
+def estimate(scorer: Scorer, groups: Sequence[Group], *, checkpointing: bool, still_to_come: int) -> int:
+    """A token budget for training. ``still_to_come``: bytes that gradients and optimiser state will take."""
+    device = next(scorer.model.parameters()).device
+    free = free_memory(device) - still_to_come - KEEP_BYTES
+    affordable = int(max(0, free) * SHARE) // bytes_per_token(scorer, checkpointing=checkpointing)
+    largest = max(g.tokens for g in groups)
+    return max(largest, min(affordable, CEILING[device.type]))
+
+
+def largest_batch(groups: Sequence[Group], token_budget: int) -> list[int]:
+    """The groups that strain the memory most: the largest, as many as go into one micro-batch."""
+    taken: list[int] = []
+    used = 0
+    for i in sorted(range(len(groups)), key=lambda i: -groups[i].tokens):
+        if taken and used + groups[i].tokens > token_budget:
+            continue
+        taken.append(i)
+        used += groups[i].tokens
+        if used >= token_budget:
+            break
+    return taken
+
+
+def try_largest(
+    scorer: Scorer, masters: MasterWeights, objective: Objective, groups: Sequence[Group], token_budget: int
+) -> tuple[int, float]:
+    """Run forward and backward on the largest micro-batch, halving the budget where memory ends.
+
+    Returns the budget that works and the tokens per second it ran at. Weights and random states stay as they were.
+    """
+    device = next(scorer.model.parameters()).device
+    state = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if device.type == "cuda" else []
+    scorer.train()
+    while True:
+        part = largest_batch(groups, token_budget)
+        batch = pack([groups[i] for i in part], scorer.layout).to(device)
+        started = time.monotonic()
+        try:
+            output: LossOutput = objective(response_sums(scorer(batch), batch), batch, part)
+            output.numerator_G.sum().backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            break
+        except torch.OutOfMemoryError as error:
+            if token_budget <= max(g.tokens for g in groups):
+                raise RunError(
+                    f"the largest pair, of {token_budget} tokens, does not fit into the device's memory; give"
+                    " --gradient-checkpointing, --lora or a smaller --max-length"
+                ) from error
+            token_budget = max(max(g.tokens for g in groups), token_budget // 2)
+            torch.cuda.empty_cache()
+        finally:
+            masters.zero_grad()
+    torch.set_rng_state(state)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)
+    return token_budget, batch.tokens / (time.monotonic() - started)

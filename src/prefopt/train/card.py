@@ -1,0 +1,106 @@
+"""The finished model: an ordinary Hugging Face folder with a card that says where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+import prefopt
+from prefopt.model.load import quiet
+from prefopt.model.precision import MasterWeights
+from prefopt.model.scorer import Scorer, causal_model
+from prefopt.train.checkpoint import disk_errors
+
+
+def save_model(folder: Path, scorer: Scorer, masters: MasterWeights, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write weights, tokenizer, template and generation config.
+
+    What was trained is written in float32, as it was trained: in bfloat16 a short run's changes would round away.
+    """
+    scorer.detach_hook()
+    model: Any = scorer.model
+    causal = causal_model(model)
+    with disk_errors(folder), quiet():
+        if model is causal:
+            _save_whole(folder, causal, masters)
+        else:
+            weights = dict(masters.saved())
+            state = {**dict(model.state_dict()), **weights}
+            model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+        tokenizer.save_pretrained(folder)
+    scorer.attach_hook()
+
+
+def _save_whole(folder: Path, model: Any, masters: MasterWeights) -> None:
+    weights = dict(masters.saved())
+    dtype = next(iter(weights.values())).dtype
+    state = {name: weights.get(name, value) for name, value in model.state_dict().items()}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        tied = next((n for n, p in model.named_parameters() if p is value), name)
+        state[name] = weights.get(tied, value.detach())
+    before = model.config.dtype
+    model.config.dtype = dtype
+    try:
+        model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    finally:
+        model.config.dtype = before
+
+
+def write_card(
+    folder: Path,
+    *,
+    model: str,
+    title: str,
+    data: str,
+    settings: Mapping[str, Any],
+    results: Mapping[str, Any],
+    license: str,
+) -> None:
+    """README.md with front matter that the Hub reads, the data, every setting and the results."""
+    local = Path(model).exists()
+    front = [
+        "---",
+        "library_name: transformers" if not (folder / "adapter_config.json").exists() else "library_name: peft",
+    ]
+    front += [] if local else [f"base_model: {model}"]
+    front += ["tags:", "- dpo", "- preference-optimization", "- prefopt", "---", ""]
+    lines = [
+        *front,
+        f"# {folder.name}",
+        "",
+        f"{title} of `{Path(model).name if local else model}` with [prefopt](https://pypi.org/project/prefopt/)"
+        f" {prefopt.__version__} (torch {torch.__version__.split('+')[0]}).",
+        "",
+        "## Data",
+        "",
+        data,
+        "",
+        "## Results",
+        "",
+        *_table("measure", results),
+        "",
+        "## Settings",
+        "",
+        *_table("option", settings),
+        "",
+        license,
+        "",
+    ]
+    path = folder / "README.md"
+    with disk_errors(path):
+        path.write_text("\n".join(lines))
+
+
+def _table(name: str, values: Mapping[str, Any]) -> list[str]:
+    rows = [f"| {key} | {_cell(value)} |" for key, value in values.items() if value is not None]
+    return [f"| {name} | value |", "| --- | --- |", *rows]
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

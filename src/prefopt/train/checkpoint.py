@@ -1,0 +1,163 @@
+"""Checkpoints: written aside, checked, renamed; a damaged one is told by its checksums and the one before it used.
+
+A checkpoint is a folder ``step-00000010`` of ``weights.safetensors`` (the float32 masters of what is trained),
+``optimizer.safetensors`` and ``state.json``, with ``manifest.json`` that holds the SHA-256 of each. Random states and
+numbers live in ``state.json``; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from prefopt.errors import RunError
+
+log = logging.getLogger(__name__)
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a run needs to go on: ``state`` is plain JSON data."""
+
+    weights: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+
+def save(folder: Path, weights: Tensors, optimizer: Tensors, state: dict[str, Any], *, keep_last: int) -> Path:
+    """Write the checkpoint of ``state["step"]`` and remove all but the newest ``keep_last``."""
+    path = folder / f"step-{state['step']:08d}"
+    aside = folder / f".{path.name}.{os.getpid()}"
+    with disk_errors(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".step-*"):
+            shutil.rmtree(left)
+        aside.mkdir()
+        write_tensors(aside / "weights.safetensors", weights)
+        write_tensors(aside / "optimizer.safetensors", optimizer)
+        _write(aside / "state.json", json.dumps(state).encode())
+        names = ("weights.safetensors", "optimizer.safetensors", "state.json")
+        sums = {name: _sha256(aside / name) for name in names}
+        _write(aside / "manifest.json", json.dumps(sums).encode())
+        if path.exists():  # a damaged one, that the run went back behind
+            shutil.rmtree(path)
+        aside.rename(path)
+        _sync_folder(folder)
+        for old in sorted(folder.glob("step-*"))[:-keep_last]:
+            shutil.rmtree(old)
+    return path
+
+
+def newest(folder: Path) -> tuple[Path, Checkpoint] | None:
+    """The newest checkpoint that is whole; damaged ones are named in the log and passed over."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            return path, _read(path)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            log.warning("checkpoint %s is damaged (%s): the one before it is used", path, error)
+    return None
+
+
+def _read(path: Path) -> Checkpoint:
+    for name, expected in json.loads((path / "manifest.json").read_text()).items():
+        if _sha256(path / name) != expected:
+            raise ValueError(f"{name} is not what was written")
+    state = json.loads((path / "state.json").read_text())
+    return Checkpoint(load_file(path / "weights.safetensors"), load_file(path / "optimizer.safetensors"), state)
+
+
+def write_tensors(path: Path, tensors: Tensors) -> None:
+    """A safetensors file, on the disk when this returns."""
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file, whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(aside, json.dumps(value, indent=2).encode())
+        aside.replace(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """A full or forbidden disk, in one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise RunError(f"{path}: cannot be written ({reason}); make room or choose another --output") from error
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimiser's state, flat: ``INDEX.NAME`` in the order of its parameters."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": value for i, values in state.items() for name, value in values.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    """The inverse of :func:`optimizer_tensors`."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def random_states() -> dict[str, Any]:
+    """The states of torch's generators, the only ones that training draws from, as JSON data."""
+    cuda = [_text(s) for s in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
+    return {"torch": _text(torch.get_rng_state()), "cuda": cuda}
+
+
+def restore_random(states: dict[str, Any]) -> None:
+    """The inverse of :func:`random_states`."""
+    torch.set_rng_state(_tensor(states["torch"]))
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([_tensor(s) for s in states["cuda"]])
+
+
+def _text(state: torch.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _tensor(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

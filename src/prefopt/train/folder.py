@@ -1,0 +1,89 @@
+"""The output folder of a run: whose it is, how far it came, and whether a resumed run is the same run.
+
+``run.json`` holds the options, the fingerprint of data and reference, the token budgets and the results;
+``config.yaml`` the options alone, to be used again with ``--config``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from prefopt.data.group import Group
+from prefopt.errors import RunError
+from prefopt.train.checkpoint import write_json
+
+# Options that may differ at a resume: they change what is shown and kept, never the weights.
+FREE = frozenset({"resume", "progress", "save_every", "keep_last", "output", "dry_run"})
+
+
+class RunFolder:
+    """An output folder, opened for a new run or to go on with the one it holds."""
+
+    def __init__(self, path: Path, options: Mapping[str, Any], *, resume: bool, dry: bool = False) -> None:
+        """Raises :class:`RunError` where the folder holds something else, or the run with other options.
+
+        ``dry``: nothing is ever written.
+        """
+        self.path, self._dry = path, dry
+        self.file = path / "run.json"
+        self.record: dict[str, Any] = {"status": "started", "options": dict(options)}
+        if path.exists() and not path.is_dir():
+            raise RunError(f"--output {path} is a file; name a folder")
+        if self.file.exists():
+            before = self._read()
+            if not resume:
+                what = "a finished run" if before.get("status") == "finished" else "an unfinished run"
+                raise RunError(f"--output {path} holds {what}; go on with it by --resume, or name another folder")
+            self._refuse_other_options(before.get("options", {}), options)
+            self.record = {**before, "status": "resumed"}
+        elif path.exists() and any(path.iterdir()):
+            raise RunError(f"--output {path} is not empty and holds no run of prefopt; name another folder")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints go."""
+        return self.path / "checkpoints"
+
+    def remember(self, **values: Any) -> None:
+        """Add to ``run.json``."""
+        self.record.update(values)
+        if self._dry:
+            return
+        write_json(self.file, self.record)
+
+    def same(self, name: str, value: Any, what: str) -> None:
+        """Record ``value`` at the first start; refuse another one at a resume."""
+        before = self.record.get(name)
+        if before is not None and before != value:
+            raise RunError(
+                f"--resume: {what} changed since {self.path} was started; put it back, or start anew elsewhere"
+            )
+        self.record[name] = value
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.file.read_text())
+            if isinstance(found, dict):
+                return found
+        except (OSError, ValueError):
+            pass
+        raise RunError(f"{self.file} cannot be read; restore it, or name another --output")
+
+    def _refuse_other_options(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        changed = [n for n in now if n not in FREE and n in before and before[n] != now[n]]
+        if changed:
+            listed = ", ".join(f"--{n.replace('_', '-')} was {before[n]!r} and is {now[n]!r}" for n in changed)
+            raise RunError(f"--resume goes on with the same run, but {listed}; put it back, or start anew elsewhere")
+
+
+def fingerprint(groups: Iterable[Group]) -> str:
+    """A digest of all token ids and masks, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for group in groups:
+        for k in range(len(group.continuations)):
+            digest.update(group.key(k))
+    return digest.hexdigest()

@@ -1,0 +1,132 @@
+"""What a run tells: lines for people, ``metrics.jsonl`` for machines, a progress bar on a terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from prefopt.train.checkpoint import disk_errors
+
+PLAIN_SECONDS = 10.0
+"""Where there is no terminal, a line of progress at most this often."""
+
+
+class Reporter:
+    """Lines and bars. ``mode``: ``rich``, ``plain``, ``none``, or ``auto`` (rich on a terminal, else plain)."""
+
+    def __init__(self, mode: str = "auto") -> None:
+        self._console = Console(highlight=False, soft_wrap=True)
+        self.mode = ("rich" if self._console.is_terminal else "plain") if mode == "auto" else mode
+
+    def say(self, line: str) -> None:
+        """One line, whatever is on the screen."""
+        if self.mode != "none":
+            self._console.print(line, markup=False)
+
+    def bar(self, what: str, total: int, unit: str) -> Bar:
+        """A bar of ``total`` units; use it as a context."""
+        return Bar(self, self._console, what, total, unit)
+
+
+class Bar:
+    """A progress bar with the time left, or a line every few seconds where there is no terminal."""
+
+    def __init__(self, reporter: Reporter, console: Console, what: str, total: int, unit: str) -> None:
+        self._reporter, self._what, self._total, self._unit = reporter, what, total, unit
+        self._started = self._printed = time.monotonic()
+        self._first: int | None = None
+        self._task: TaskID | None = None
+        self._rich: Progress | None = None
+        if reporter.mode == "rich":
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total} " + unit),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            self._rich = Progress(*columns, console=console)
+
+    def __enter__(self) -> Bar:
+        if self._rich:
+            self._rich.start()
+            self._task = self._rich.add_task(self._what, total=self._total, note="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._rich:
+            self._rich.stop()
+
+    def update(self, done: int, note: str = "", *, first: bool = False) -> None:
+        """``done`` units in all; ``first`` prints a plain line however soon."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._started = done, now
+        if self._rich and self._task is not None:
+            self._rich.update(self._task, completed=done, note=note)
+        elif self._reporter.mode == "plain" and (first or done == self._total or now - self._printed >= PLAIN_SECONDS):
+            self._printed = now
+            left = ""
+            if done > self._first and done < self._total:
+                left = f", {duration((now - self._started) / (done - self._first) * (self._total - done))} left"
+            self._reporter.say(f"{self._what}: {done}/{self._total} {self._unit}{left}{', ' + note if note else ''}")
+
+
+def duration(seconds: float) -> str:
+    """``41 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes for people: ``3.1 GB``."""
+    for unit in ("bytes", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+class Metrics:
+    """``metrics.jsonl``: one line per step and per evaluation, appended and flushed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Append one line; numbers that are not finite become null, as JSON has none."""
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        with disk_errors(self.path), self.path.open("a") as file:
+            file.write(json.dumps(plain) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of later steps: they are done again after a resume."""
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:  # the last line of a killed process
+                continue
+            if record.get("step", 0) <= step:
+                kept.append(line)
+        aside = self.path.with_name(f".{self.path.name}")
+        with disk_errors(self.path):
+            aside.write_text("".join(line + "\n" for line in kept))
+            aside.replace(self.path)

@@ -1,0 +1,278 @@
+"""The training loop: global batches cut into micro-batches, one optimiser step each, checkpoints in between."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from prefopt.data.group import Group
+from prefopt.data.packer import PackedBatch, pack, split
+from prefopt.data.sampler import Sampler
+from prefopt.errors import RunError
+from prefopt.losses.preference import LossOutput
+from prefopt.model.precision import MasterWeights
+from prefopt.model.scorer import Scorer, response_sums
+from prefopt.train import checkpoint
+from prefopt.train.log import Metrics, Reporter
+from prefopt.train.optim import Schedule, clip_
+from prefopt.train.stop import StopRequest
+
+Record = dict[str, float]
+
+
+class Objective(Protocol):
+    """What is optimised. It sees micro-batches; ``weight`` is known from the data alone, before anything is scored."""
+
+    def weight(self, indices: Sequence[int]) -> float:
+        """Sum of the weights of these groups of the data: what the loss of a global batch is divided by."""
+
+    def __call__(self, logp_N: torch.Tensor, batch: PackedBatch, indices: Sequence[int]) -> LossOutput:
+        """Numerators, weights and metrics [G] from the responses' log-probabilities [N]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopOptions:
+    """How long and how often. ``eval_every`` and ``save_every`` count steps; none: never (but see the loop)."""
+
+    steps: int
+    max_grad_norm: float
+    eval_every: int | None = None
+    early_stopping: int | None = None
+    save_every: int | None = None
+    keep_last: int = 2
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands; goes into every checkpoint."""
+
+    step: int = 0
+    token_budget: int = 0
+    best_step: int | None = None
+    best_loss: float = math.inf
+    without_gain: int = 0
+    stopped_early: bool = False
+    seconds: float = 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Loop:
+    """One run over ``groups``, of which ``train`` and ``held_out`` are indices.
+
+    ``checkpoints`` is a folder; ``inspect_first`` sees the first step's metrics before any weight moves.
+    """
+
+    scorer: Scorer
+    masters: MasterWeights
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    objective: Objective
+    groups: Sequence[Group]
+    train: Sequence[int]
+    held_out: Sequence[int]
+    sampler: Sampler
+    options: LoopOptions
+    metrics: Metrics
+    reporter: Reporter
+    checkpoints: Path
+    stop: StopRequest
+    token_budget: int
+    measure: Callable[[Sequence[PackedBatch], float], Record]
+    inspect_first: Callable[[Record], None] | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.scorer.model.parameters()).device
+
+    def resume(self) -> Path | None:
+        """Go back to the newest whole checkpoint; returns it, or none where there is none (then lines are dropped)."""
+        found = checkpoint.newest(self.checkpoints)
+        if found is None:
+            self.metrics.forget_after(-1)
+            return None
+        path, saved = found
+        self.masters.load(saved.weights)
+        checkpoint.restore_optimizer(self.optimizer, saved.optimizer)
+        checkpoint.restore_random(saved.state["random"])
+        self.progress = Progress(**saved.state["progress"])
+        self.token_budget = self.progress.token_budget
+        self.metrics.forget_after(self.progress.step)
+        return path
+
+    def run(self) -> Progress:
+        """Train to the end, or to a stop: then :class:`prefopt.errors.Interrupted` follows on a checkpoint."""
+        progress, options = self.progress, self.options
+        self.scorer.train()
+        with self.reporter.bar("train", options.steps, "steps") as bar:
+            while progress.step < options.steps and not progress.stopped_early:
+                started = time.monotonic()
+                record = self._step(progress.step)
+                progress.seconds += time.monotonic() - started
+                progress.step += 1
+                self.metrics.write({"step": progress.step, **record})
+                bar.update(progress.step, _note(record), first=progress.step == 1)
+                if self._evaluation_due():
+                    self._evaluate()
+                if self.stop.signal is not None or (options.save_every and progress.step % options.save_every == 0):
+                    self._save()
+                self.stop.check()
+        return progress
+
+    def _step(self, step: int) -> Record:
+        while True:
+            try:
+                return self._try_step(step)
+            except torch.OutOfMemoryError as error:
+                self.masters.zero_grad()
+                torch.cuda.empty_cache()
+                largest = max(self.groups[i].tokens for i in self._step_indices(step))
+                if self.token_budget <= largest:
+                    raise RunError(
+                        f"step {step + 1}: one pair of {largest} tokens does not fit into the device's memory; give"
+                        " --gradient-checkpointing, --lora or a smaller --max-length"
+                    ) from error
+                self.token_budget = max(largest, self.token_budget // 2)
+                self.reporter.say(f"out of memory: the step is repeated with {self.token_budget} tokens at once")
+
+    def _try_step(self, step: int) -> Record:
+        started = time.monotonic()
+        indices = self._step_indices(step)
+        weight = self.objective.weight(indices)
+        sums = Sums()
+        batches = []
+        for part, batch in self._micro_batches(indices):
+            output = self.objective(response_sums(self.scorer(batch), batch), batch, part)
+            (output.numerator_G.sum() / weight).backward()
+            sums.add(output)
+            batches.append(batch)
+        norm = clip_(self.masters.masters.values(), self.options.max_grad_norm)
+        record = sums.means(weight, norm)  # the one wait for the device in a step
+        record["learning_rate"] = self.schedule(step)
+        self._refuse_nonsense(step, record)
+        if step == 0 and self.inspect_first is not None:
+            self.inspect_first(record)
+        for group in self.optimizer.param_groups:
+            group["lr"] = record["learning_rate"]
+        self.optimizer.step()
+        self.masters.publish()
+        self.masters.zero_grad()
+        record["epoch"] = (step + 1) / self.sampler.steps_per_epoch
+        return record | self.measure(batches, time.monotonic() - started)
+
+    def _step_indices(self, step: int) -> list[int]:
+        return [self.train[i] for i in self.sampler.batch(step)]
+
+    def _micro_batches(self, indices: Sequence[int]) -> Iterator[tuple[list[int], PackedBatch]]:
+        for part in split(indices, [self.groups[i].tokens for i in indices], self.token_budget):
+            yield part, pack([self.groups[i] for i in part], self.scorer.layout).to(self.device)
+
+    def _refuse_nonsense(self, step: int, record: Record) -> None:
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(record[name]):
+                raise RunError(
+                    f"step {step + 1}: {name} is {record[name]}; lower --learning-rate, or try --dtype float32."
+                    " Checkpoints written before are kept"
+                )
+
+    def _evaluation_due(self) -> bool:
+        if not self.held_out:
+            return False
+        step, every = self.progress.step, self.options.eval_every or self.sampler.steps_per_epoch
+        return step % every == 0 or step == self.options.steps
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        progress = self.progress
+        self.scorer.eval()
+        sums = Sums()
+        for part, batch in self._micro_batches(sorted(self.held_out, key=lambda i: self.groups[i].tokens)):
+            sums.add(self.objective(response_sums(self.scorer(batch), batch), batch, part))
+        self.scorer.train()
+        record = sums.means(self.objective.weight(self.held_out))
+        self.metrics.write({"step": progress.step, **{f"eval_{name}": value for name, value in record.items()}})
+        better = record["loss"] < progress.best_loss
+        self.reporter.say(f"step {progress.step}: held out: {_note(record)}{' (best so far)' if better else ''}")
+        if better:
+            progress.best_step, progress.best_loss, progress.without_gain = progress.step, record["loss"], 0
+            save_best(self.checkpoints, progress.step, dict(self.masters.saved()))
+        else:
+            progress.without_gain += 1
+            patience = self.options.early_stopping
+            progress.stopped_early = patience is not None and progress.without_gain >= patience
+
+    def _save(self) -> None:
+        self.progress.token_budget = self.token_budget
+        state = {"step": self.progress.step, "progress": asdict(self.progress), "random": checkpoint.random_states()}
+        optimizer = checkpoint.optimizer_tensors(self.optimizer)
+        weights = dict(self.masters.saved())
+        path = checkpoint.save(self.checkpoints, weights, optimizer, state, keep_last=self.options.keep_last)
+        self.reporter.say(f"checkpoint: {path}")
+
+
+class Sums:
+    """Sums of losses and metrics over micro-batches, left on the device until they are asked for."""
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._rows: list[torch.Tensor] = []
+        self._groups = 0
+
+    def add(self, output: LossOutput) -> None:
+        """One micro-batch."""
+        values: Mapping[str, torch.Tensor] = {"loss": output.numerator_G.detach(), **output.metrics}
+        self._names = tuple(values)
+        self._rows.append(torch.stack([v.sum() for v in values.values()]))
+        self._groups += len(output.numerator_G)
+
+    def means(self, weight: float, norm: torch.Tensor | None = None) -> Record:
+        """Loss over ``weight``, metrics over groups, and ``grad_norm`` where one is given."""
+        total = torch.stack(self._rows).sum(0)
+        if norm is not None:
+            total = torch.cat([total, norm.to(total.dtype)[None]])
+        numbers = total.tolist()
+        record = {name: number / self._groups for name, number in zip(self._names, numbers, strict=False)}
+        record["loss"] = numbers[0] / weight
+        return record if norm is None else record | {"grad_norm": numbers[-1]}
+
+
+def save_best(folder: Path, step: int, weights: Mapping[str, torch.Tensor]) -> None:
+    """Keep the weights of the best evaluation beside the checkpoints, in one file that names its step."""
+    path = folder / "best.safetensors"
+    aside = folder / ".best.safetensors"
+    with checkpoint.disk_errors(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_tensors(aside, {**weights, "step": torch.tensor(step)})
+        aside.replace(path)
+
+
+def load_best(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """The weights of evaluation ``step``. Raises :class:`RunError` where they are not there."""
+    path = folder / "best.safetensors"
+    try:
+        weights: dict[str, torch.Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"{path}: the best weights cannot be read ({error}); go on from a checkpoint with --resume"
+        ) from error
+    if int(weights.pop("step")) != step:
+        raise RunError(f"{path}: holds another step than {step}; go on from a checkpoint with --resume")
+    return weights
+
+
+def _note(record: Record) -> str:
+    parts = [f"loss {record['loss']:.4f}"]
+    if "rewards/margins" in record:
+        parts += [f"margin {record['rewards/margins']:+.3f}", f"accuracy {record['rewards/accuracies']:.2f}"]
+    if "tokens_per_second" in record:
+        parts.append(f"{record['tokens_per_second']:.0f} tokens/s")
+    return ", ".join(parts)

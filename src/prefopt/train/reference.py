@@ -1,0 +1,131 @@
+"""Which model log-ratios are taken against, and its values for a set of groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from prefopt.config.dpo import DpoConfig
+from prefopt.data.group import Group
+from prefopt.data.packer import pack
+from prefopt.errors import ModelError
+from prefopt.model.identity import Identity, identity_of_folder, identity_of_model
+from prefopt.model.load import load_model, local_folder
+from prefopt.model.reference import FillReport, ReferenceCache, ReferenceValues, Score, Scored, SpaceKey
+from prefopt.model.scorer import VERSION, Scorer, response_sums
+from prefopt.train.log import Reporter
+from prefopt.train.stop import StopRequest
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceChoice:
+    """``model`` and ``adapter`` name it; ``is_start``: it is the policy as it is before training."""
+
+    model: str
+    adapter: str | None
+    is_start: bool
+
+    @property
+    def words(self) -> str:
+        """For the line that a run prints."""
+        name = f"{self.model} with adapter {self.adapter}" if self.adapter else self.model
+        return f"{name}{' (the model as it is before training)' if self.is_start else ''}"
+
+
+def choose_reference(config: DpoConfig) -> ReferenceChoice:
+    """The reference that a configuration asks for."""
+    if config.reference is not None:
+        same = config.reference == config.model and config.reference_adapter == config.adapter
+        return ReferenceChoice(config.reference, config.reference_adapter, same)
+    if config.reference_adapter is not None:
+        return ReferenceChoice(config.model, config.reference_adapter, config.reference_adapter == config.adapter)
+    return ReferenceChoice(config.model, config.adapter, True)
+
+
+def identify(choice: ReferenceChoice, model: torch.nn.Module | None) -> Identity:
+    """Identity of the reference; ``model`` is the object given in Python, where one was and it is the reference."""
+    if model is not None and choice.is_start:
+        return identity_of_model(model, name=choice.model)
+    return identity_of_folder(
+        local_folder(choice.model), adapter=local_folder(choice.adapter) if choice.adapter else None
+    )
+
+
+class ReferenceRun:
+    """The reference's values for ``groups``: from the cache, or scored now and cached.
+
+    ``start`` is the policy's scorer, used where the policy as it stands now is the reference.
+    """
+
+    def __init__(self, choice: ReferenceChoice, identity: Identity, start: Scorer, config: DpoConfig) -> None:
+        self.choice, self.identity, self.start, self.config = choice, identity, start, config
+        self.device = next(start.model.parameters()).device
+        self._scorer: Scorer | None = start if choice.is_start else None
+
+    def values(
+        self, groups: Sequence[Group], token_budget: int, reporter: Reporter, stop: StopRequest
+    ) -> tuple[ReferenceValues, FillReport]:
+        """Fill the cache and read it."""
+        cache = ReferenceCache(self.space())
+        missing = cache.missing(groups)
+        if not missing:
+            report = FillReport(0, sum(len(g.continuations) for g in groups), 0, 0.0)
+        else:
+            with reporter.bar("reference", missing, "responses") as bar:
+                report = cache.fill(
+                    groups,
+                    self._make_score,
+                    token_budget=token_budget,
+                    progress=lambda done, total, seconds: bar.update(done),
+                    stop=stop.check,
+                )
+        if not self.choice.is_start:
+            self._scorer = None  # its memory is the policy's now
+        return cache.values(groups), report
+
+    def space(self) -> SpaceKey:
+        """Where the values are kept."""
+        # Another reference has the policy's kind of device and dtype; whether it can share, only the model can say.
+        scorer = self.start if self.choice.is_start else self._other()
+        dtype = str(scorer.dtype).removeprefix("torch.")
+        return SpaceKey(self.identity, dtype, scorer.path, scorer.kernel, self.device.type, VERSION)
+
+    def _other(self) -> Scorer:
+        if self._scorer is None:
+            adapter = local_folder(self.choice.adapter) if self.choice.adapter else None
+            model = load_model(
+                local_folder(self.choice.model), dtype=self.start.dtype, device=self.device, adapter=adapter
+            )
+            self._scorer = Scorer(model.to(self.start.dtype), attention=self.config.attention)
+        return self._scorer
+
+    def _make_score(self) -> Score:
+        scorer = self.start if self.choice.is_start else self._other()
+        scorer.eval()
+
+        @torch.no_grad()
+        def score(groups: list[Group]) -> list[list[Scored]]:
+            batch = pack(groups, scorer.layout).to(self.device)
+            sums: Any = response_sums(scorer(batch), batch).tolist()
+            counts = batch.length.tolist()
+            found, n = [], 0
+            for group in groups:
+                k = len(group.continuations)
+                found.append([Scored(s, c) for s, c in zip(sums[n : n + k], counts[n : n + k], strict=True)])
+                n += k
+            return found
+
+        return score
+
+
+def check_vocabulary(groups: Sequence[Group], rows: int, model: str) -> None:
+    """Refuse token ids beyond the embedding: the tokenizer is another model's. Raises :class:`ModelError`."""
+    top = max(int(max(g.prefix.max(initial=0), *(c.ids.max() for c in g.continuations))) for g in groups)
+    if top >= rows:
+        raise ModelError(
+            f"{model}: the tokenizer gives token {top}, but the model's vocabulary has {rows}; they belong to different"
+            " models"
+        )
