@@ -112,6 +112,20 @@ def test_switched_off_sharing_gives_the_same_values() -> None:
     assert_same(shared, separate, 1e-9)
 
 
+def test_a_model_that_cannot_be_taken_apart_makes_its_own_logits() -> None:
+    model, groups = build("gpt2"), groups_of_every_kind()[:4]
+    expected = oracle_logprobs(model, groups)
+    expected_gradients = gradients(expected, model)
+    model.base_model_prefix = "nothing_of_this_name"
+    model.get_output_embeddings = lambda: model.lm_head
+    scorer = Scorer(model)
+    assert (scorer.head.kind, scorer.path) == ("model", "separate")
+    assert "does not tell its layers from its head" in str(scorer.reason)
+    found = scorer(pack(groups, scorer.layout))
+    assert_same(found, expected, 1e-12)
+    assert_same_gradients(gradients(found, model), expected_gradients, 1e-12)
+
+
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,

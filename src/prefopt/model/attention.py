@@ -167,10 +167,11 @@ def gather_plan(segments: tuple[Segment, ...], device: torch.device) -> dict[str
     keys = [len(r) for r in rows]
 
     def cumulative(lengths: list[int]) -> torch.Tensor:
-        return F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(device)
+        ends = torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return F.pad(ends, (1, 0)).to(device, non_blocking=True)
 
     return {
-        "index": torch.cat(rows).to(device),
+        "index": torch.cat(rows).to(device, non_blocking=True),
         "cu_q": cumulative(queries),
         "cu_k": cumulative(keys),
         "max_q": max(queries),

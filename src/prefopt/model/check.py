@@ -2,7 +2,7 @@
 
 A tiny float64 twin of the architecture is scored through the packed path and by the model class's own forward, one
 sequence per call, values and gradients. Then real groups are scored by the real model, shared, separately, and in two
-packings, which also measures the noise that the working dtype brings.
+packings, which also measures the noise that the working dtype brings; and a few of their tokens by its own logits.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from prefopt.model.scorer import Scorer, causal_model
 
 # Rotary tables are float32 even in a float64 model, so that the last digits differ between packings.
 CLONE_TOLERANCE = 1e-5
+HEAD_TOKENS = 32
+"""Tokens whose logits are made to check the head: few, since a vocabulary can be large."""
 # Root mean square difference of a token's log-probability, shared against separate, that is still rounding.
 _GROSS = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.15}
 _FLOOR = {torch.float64: 1e-7, torch.float32: 1e-5, torch.bfloat16: 5e-3}
@@ -58,11 +60,17 @@ def check_scoring(scorer: Scorer, groups: Sequence[Group]) -> CheckReport:
                 " (relative) on a small copy; please report this architecture"
             )
     sharing, noise = _real_differences(scorer, groups)
-    gross = _GROSS[scorer.dtype]
+    gross, name = _GROSS[scorer.dtype], type(model).__name__
     if not max(sharing, noise) < gross:
         raise ModelError(
-            f"{type(model).__name__}: log-probabilities differ by {sharing:.2g} per token between shared and separate"
+            f"{name}: log-probabilities differ by {max(sharing, noise):.2g} per token between shared and separate"
             f" scoring in {scorer.dtype} (up to {gross:g} is rounding); try --attention loop or --dtype float32"
+        )
+    head = _head_difference(scorer, groups[0])
+    if not head < gross:
+        raise ModelError(
+            f"{name}: log-probabilities differ by {head:.2g} per token from those of the model's own logits in"
+            f" {scorer.dtype} (up to {gross:g} is rounding); please report this architecture"
         )
     return CheckReport(clone_error, sharing, max(noise, _FLOOR[scorer.dtype]))
 
@@ -88,12 +96,13 @@ def clone_difference(clone: PreTrainedModel, attention: str = "auto") -> float:
 
 def _separately(model: PreTrainedModel, groups: Sequence[Group]) -> torch.Tensor:
     """Token log-probabilities [M] by the model's own forward, one sequence per call: the oracle."""
-    parts = []
+    device, parts = next(model.parameters()).device, []
     for group in groups:
         for k in range(len(group.continuations)):
             ids, trained = (torch.from_numpy(np.asarray(x)) for x in group.sequence(k))
-            ids = ids.long()
-            logp = torch.log_softmax(model(input_ids=ids[None], use_cache=False).logits[0], -1)
+            ids, trained = ids.long().to(device), trained.to(device)
+            logits = model(input_ids=ids[None], use_cache=False).logits[0]
+            logp = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
             where = trained.nonzero()[:, 0]
             parts.append(logp[where - 1, ids[where]])
     return torch.cat(parts)
@@ -127,6 +136,18 @@ def _real_differences(scorer: Scorer, groups: Sequence[Group]) -> tuple[float, f
     separate = plain(pack(some[:1], plain.layout).to(device))
     scorer.attach_hook()
     return _rms(apart[: len(separate)] - separate), noise
+
+
+@torch.no_grad()
+def _head_difference(scorer: Scorer, group: Group) -> float:
+    """The scorer against the logits that the model itself makes, on a few tokens: whatever its vocabulary."""
+    ids = group.sequence(0)[0][:HEAD_TOKENS]
+    start = [Group.from_sequences([(ids, np.arange(len(ids)) > 0)], row=0)]
+    found = scorer(pack(start, scorer.layout).to(next(scorer.model.parameters()).device))
+    scorer.detach_hook()
+    own = _separately(causal_model(scorer.model), start)
+    scorer.attach_hook()
+    return _rms(found - own)
 
 
 def _rms(x: torch.Tensor) -> float:

@@ -51,6 +51,9 @@ class Scorer(torch.nn.Module):
             self.layout, self.reason = Layout(False, self.layout.rope_limit), "sharing is switched off"
         self.attention = attention
         self.head = _head_of(causal)
+        if self.head.kind == "model" and self.layout.share:
+            self.reason = f"{type(causal).__name__} does not tell its layers from its head"
+            self.layout = Layout(False, self.layout.rope_limit)
         self._configs = _configs(causal)
         self._attention_before = [getattr(c, "_attn_implementation", None) for c in self._configs]
         self.attach_hook()

@@ -1,0 +1,119 @@
+"""Operations by formula against operations counted as they happen."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.architectures import SEPARATE, build
+from model.dense import who_sees_whom
+from model.oracle import groups_of_every_kind
+from prefopt.data.packer import pack
+from prefopt.model.flops import FlopCount, matmul_peak, visible_pairs
+from prefopt.model.load import new_lora
+from prefopt.model.scorer import Scorer
+
+GROUPS = groups_of_every_kind()[:6]
+
+
+def counted(scorer: Scorer, batch: Any, trains: bool) -> int:
+    """Operations of forward, and backward, as torch sees its matrix products; attention in plain ones."""
+
+    def in_place(total: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
+        return int(2 * a[0] * a[1] * b[1])
+
+    in_place_products = {torch.ops.aten.addmm_: in_place}
+    with FlopCounterMode(display=False, custom_mapping=in_place_products) as counter, sdpa_kernel(SDPBackend.MATH):
+        with torch.set_grad_enabled(trains):
+            logp = scorer(batch)
+        if trains:
+            logp.sum().backward()
+    return int(counter.get_total_flops())
+
+
+def expected(flops: FlopCount, batch: Any) -> float:
+    """What plain products take: attention computes every pair of a segment and hides some."""
+    (row,) = batch.passes
+    pairs = sum((stop - start) * (prefix + stop - start) for start, stop, _, prefix in row.segments)
+    layers = sum(n for _, n in flops.windows)
+    return flops.per_token * batch.tokens + flops.per_scored * len(batch.target) + flops.per_pair * layers * pairs
+
+
+@pytest.mark.parametrize("trains", [True, False], ids=["training", "scoring"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma3", "qwen3_moe", "mixtral", "latent attention"])
+def test_the_formula_is_what_happens(name: str, trains: bool) -> None:
+    # Experts run one after the other here, so that each token's products are seen.
+    model = build(name, hidden_size=64) if name != "gpt2" else build(name)
+    scorer = Scorer(model, attention="loop")
+    batch = pack(GROUPS, scorer.layout)
+    flops = FlopCount.of(model, trains=trains)
+    assert counted(scorer, batch, trains) == pytest.approx(expected(flops, batch), rel=0.02)
+
+
+@pytest.mark.parametrize("part", ["head", "embedding"])
+def test_frozen_weights_cost_less(part: str) -> None:
+    model = build("llama", num_hidden_layers=3)
+    full = FlopCount.of(model)
+    (model.lm_head if part == "head" else model.model.embed_tokens).requires_grad_(False)
+    flops = FlopCount.of(model)
+    assert flops.per_scored == full.per_scored * (2 / 3 if part == "head" else 1)
+    # Nothing asks for the gradient of the first layer's input.
+    assert (flops.per_token < full.per_token) == (part == "embedding")
+    scorer = Scorer(model, attention="loop")
+    batch = pack(GROUPS, scorer.layout)
+    assert counted(scorer, batch, trains=True) == pytest.approx(expected(flops, batch), rel=0.03)
+
+
+def test_adapters_cost_two_thirds() -> None:
+    model = build("llama", num_hidden_layers=4, hidden_size=64, intermediate_size=128)
+    full = FlopCount.of(model)
+    policy = new_lora(model, rank=2, alpha=4, dropout=0.0, targets=None).double()
+    scorer = Scorer(policy, attention="loop")
+    batch = pack(GROUPS, scorer.layout)
+    flops = FlopCount.of(policy)
+    assert 0.6 < flops.per_token / full.per_token < 0.85
+    assert counted(scorer, batch, trains=True) == pytest.approx(expected(flops, batch), rel=0.04)
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 8, 9, 500])
+def test_pairs_are_those_that_attention_shows(window: int | None) -> None:
+    (row,) = pack(GROUPS).passes
+    assert visible_pairs(list(row.segments), window) == int(who_sees_whom(GROUPS, window).sum())
+
+
+def test_windows_are_counted_by_layer() -> None:
+    model = build("gemma3")
+    flops = FlopCount.of(model)
+    assert sorted(flops.windows, key=str) == [(8, 1), (None, 1)]
+    batch = pack(GROUPS)
+    pairs = sum(int(who_sees_whom(GROUPS, window).sum()) for window in (8, None))
+    linear = flops.per_token * batch.tokens + flops.per_scored * len(batch.target)
+    assert flops(batch) == linear + pairs * 3 * 2 * 2 * 4 * 8
+
+
+@pytest.mark.parametrize("name", SEPARATE)
+def test_every_architecture_can_be_counted(name: str) -> None:
+    model = build(name)
+    body = sum(p.numel() for p in model.parameters())
+    flops = FlopCount.of(model)
+    assert 0 < flops.per_token <= 6 * body
+    assert flops(pack(GROUPS, Scorer(model).layout)) > 0
+
+
+def test_the_measured_peak_bounds_a_product() -> None:
+    cpu = torch.device("cpu")
+    began = time.perf_counter()
+    peak = matmul_peak(cpu, torch.float32)
+    assert time.perf_counter() - began < 5
+    a = torch.randn(300, 300)
+    rates = []
+    for _ in range(5):
+        began = time.perf_counter()
+        torch.mm(a, a)
+        rates.append(2 * 300**3 / (time.perf_counter() - began))
+    assert 0.3 * max(rates) < peak < 1e14

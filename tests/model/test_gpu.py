@@ -1,0 +1,139 @@
+"""What only a CUDA device can show: variable-length flash attention, and scores that equal the CPU's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from model.architectures import build
+from model.dense import dense_attention, random_heads, who_sees_whom
+from model.oracle import Draw, assert_same, assert_same_gradients, gradients, groups_of_every_kind, oracle_logprobs
+from prefopt.data.packer import pack
+from prefopt.model.attention import gather_plan, kernel_for, shared_attention
+from prefopt.model.check import check_scoring
+from prefopt.model.flops import matmul_peak
+from prefopt.model.precision import MasterWeights
+from prefopt.model.scorer import Scorer
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+GROUPS = [*groups_of_every_kind(), Draw(3).group(150, 300, 90), Draw(4).group(1, 257, 130, 64)]
+
+
+def attend(kernel: str, heads: Any, **options: Any) -> torch.Tensor:
+    (row,) = pack(GROUPS).passes
+    query, key, value, sinks = heads
+    gather = gather_plan(row.segments, query.device) if kernel == "varlen" else None
+    more = {} if sinks is None else {"s_aux": sinks}
+    out, _ = shared_attention(
+        torch.nn.Module(),
+        query,
+        key,
+        value,
+        None,
+        prefix_segments=row.segments,
+        prefix_kernel=kernel,
+        prefix_gather=gather,
+        **more,
+        **options,
+    )
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 8, 100], ids=str)
+@pytest.mark.parametrize("shape", [(4, 4, 64), (6, 2, 128), (5, 1, 64), (3, 3, 96), (2, 2, 256)], ids=str)
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("kernel", ["varlen", "loop"])
+def test_bfloat16_kernels_stay_near_float64(
+    kernel: str, sinks: bool, shape: tuple[int, int, int], window: int | None
+) -> None:
+    tokens = sum(g.tokens for g in GROUPS)
+    low = random_heads(tokens, *shape, sinks=sinks, dtype=torch.bfloat16, device=CUDA)
+    leaves = [x for x in low if x is not None]
+    high = [x.detach().double().requires_grad_() for x in leaves]
+    upstream = torch.randn(1, tokens, shape[0], shape[2], generator=torch.Generator().manual_seed(9)).to(CUDA)
+    expected = dense_attention(
+        *high[:3], who_sees_whom(GROUPS, window), scale=shape[2] ** -0.5, sinks=high[3] if sinks else None
+    )
+    found = attend(kernel, low, sliding_window=window)
+    assert float((found - expected).detach().abs().max()) < 0.03
+    grads = torch.autograd.grad(found, leaves, upstream.bfloat16())
+    for got, wanted in zip(grads, torch.autograd.grad(expected, high, upstream.double()), strict=True):
+        assert float((got - wanted).norm() / wanted.norm()) < 0.015
+
+
+@pytest.mark.parametrize("window", [None, 8, 100], ids=str)
+def test_float32_takes_the_loop_and_is_exact(window: int | None) -> None:
+    assert kernel_for(CUDA, torch.float32) == "loop"
+    tokens = sum(g.tokens for g in GROUPS)
+    heads = random_heads(tokens, 6, 2, 64, dtype=torch.float64, device=CUDA)
+    expected = dense_attention(*heads[:3], who_sees_whom(GROUPS, window), scale=0.125)
+    found = attend("loop", heads, sliding_window=window)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gemma2", "gpt_oss", "qwen3_moe"])
+def test_scores_and_gradients_equal_the_cpus(name: str) -> None:
+    groups = groups_of_every_kind()
+    model = build(name)
+    scorer = Scorer(model)
+    expected = scorer(pack(groups, scorer.layout))
+    expected_gradients = gradients(expected, model)
+    model.to(CUDA)
+    assert scorer.kernel == "loop"
+    found = scorer(pack(groups, scorer.layout).to(CUDA))
+    assert_same(found.cpu(), expected, 1e-6)
+    moved = {n: g.cpu() for n, g in gradients_on_device(found, model).items()}
+    assert_same_gradients(moved, expected_gradients, 1e-5)
+
+
+def gradients_on_device(logp: torch.Tensor, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    upstream = torch.randn(len(logp), generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(logp)
+    (logp * upstream).sum().backward()
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "qwen3", "gpt_oss"])
+def test_in_bfloat16_sharing_is_within_the_rounding_of_separate_runs(name: str) -> None:
+    groups = groups_of_every_kind()
+    differences = []
+    for seed in range(3):
+        low, wide = build(name, torch.bfloat16, seed=seed), build(name, torch.float32, seed=seed)
+        low.to(CUDA)
+        with torch.no_grad():
+            run = oracle_logprobs(wide, groups)
+            scorer = Scorer(low)
+            assert scorer.kernel == "varlen"
+            together = scorer(pack(groups, scorer.layout).to(CUDA)).cpu()
+            plain = Scorer(low, share=False)
+            scorer.detach_hook()
+            apart = plain(pack(groups, plain.layout).to(CUDA)).cpu()
+        differences.append(torch.stack([together - apart, apart - run]))
+    sharing, precision = (float(x.square().mean().sqrt()) for x in torch.cat(differences, 1))
+    assert sharing <= precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_load_check_passes_on_the_device(dtype: torch.dtype) -> None:
+    scorer = Scorer(build("mistral", dtype).to(CUDA))
+    assert check_scoring(scorer, groups_of_every_kind()).clone_error is not None
+
+
+def test_no_step_of_a_micro_batch_waits_for_the_device() -> None:
+    model = build("llama", torch.float32).to(CUDA)
+    MasterWeights(model, torch.bfloat16)
+    scorer = Scorer(model)
+    batch = pack(GROUPS[:3], scorer.layout).to(CUDA)
+    scorer(batch).sum().backward()  # what is allocated once
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        scorer(batch).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_peak_of_the_device_is_plausible() -> None:
+    assert matmul_peak(CUDA, torch.bfloat16) > 1e13
