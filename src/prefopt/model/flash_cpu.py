@@ -121,9 +121,10 @@ class _FlashShared(torch.autograd.Function):
         wide = lse.dtype
         grad = grads[0].transpose(0, 1)
         result = out.transpose(0, 1)
-        grad_q = torch.zeros_like(query)
-        grad_k = torch.zeros(key.shape, dtype=wide)
-        grad_v = torch.zeros(value.shape, dtype=wide)
+        # Without a window the tiles of a segment's own keys cover the row once: they are written, the others added.
+        make = torch.empty if window is None else torch.zeros
+        grad_q = make(query.shape, dtype=query.dtype)
+        grad_k, grad_v = make(key.shape, dtype=wide), make(value.shape, dtype=wide)
         heads = key.shape[0]
         for tiles in tiles_of(segments, window):
             q0, q1 = tiles[0].q0, tiles[0].q1
@@ -131,14 +132,22 @@ class _FlashShared(torch.autograd.Function):
             norm = lse[:, q0:q1].unflatten(0, (heads, -1))
             for tile in tiles:
                 dq, dk, dv = _tile_backward(g, query, key, value, o, norm, tile, scale)
-                grad_q[:, q0:q1] += dq.flatten(0, 1)
-                grad_k[:, tile.k0 : tile.k1] += dk.sum(1, dtype=wide) if dk.shape[1] > 1 else dk[:, 0]
-                grad_v[:, tile.k0 : tile.k1] += dv.sum(1, dtype=wide) if dv.shape[1] > 1 else dv[:, 0]
+                _put(grad_q[:, q0:q1], dq.flatten(0, 1), tile.causal)
+                for total, part in ((grad_k, dk), (grad_v, dv)):
+                    one = part.sum(1, dtype=wide) if part.shape[1] > 1 else part[:, 0]
+                    _put(total[:, tile.k0 : tile.k1], one, tile.causal)
         grad_s = None
         if sinks is not None and ctx.needs_input_grad[3]:
             weight = torch.exp(sinks.to(wide)[:, None] - lse)
             grad_s = -(weight * (grad.to(wide) * result.to(wide)).sum(-1)).sum(-1).to(sinks.dtype)
         return grad_q, grad_k.to(key.dtype), grad_v.to(value.dtype), grad_s, None, None, None
+
+
+def _put(total: torch.Tensor, part: torch.Tensor, first: bool) -> None:
+    if first:
+        total.copy_(part)
+    else:
+        total.add_(part)
 
 
 def _tile_forward(

@@ -136,9 +136,11 @@ class _HeadLogprobs(torch.autograd.Function):
             return ctx.slope * g[:, None].to(ctx.slope.dtype), None, None, None, None, None, None
         wants = ctx.needs_input_grad
         grad_h = torch.empty_like(hidden) if wants[0] else None
-        grad_w = torch.zeros(weight.shape, dtype=_wide(weight.dtype), device=weight.device) if wants[1] else None
+        grad_w = None
         grad_b = torch.zeros_like(bias, dtype=_wide(weight.dtype)) if bias is not None and wants[2] else None
-        for part in _tiles(len(target), weight.shape[0], hidden.device):
+        # What is kept is there whole: one tall matrix product each, and no sums.
+        whole = [slice(0, len(target))] if ctx.kept is not None else None
+        for part in whole or _tiles(len(target), weight.shape[0], hidden.device):
             if ctx.kept is not None:
                 z = ctx.kept[part].neg_()
                 z[torch.arange(len(z), device=z.device), target[part]] += 1
@@ -149,8 +151,8 @@ class _HeadLogprobs(torch.autograd.Function):
                 slope = z.mul_(g[part, None]).to(hidden.dtype)
             if grad_h is not None:
                 grad_h[part] = slope @ weight
-            if grad_w is not None:
-                _accumulate(grad_w, slope, hidden[part])
+            if wants[1]:
+                grad_w = _accumulate(grad_w, slope, hidden[part])
             if grad_b is not None:
                 grad_b += slope.sum(0, dtype=grad_b.dtype)
         ctx.kept = None
@@ -162,11 +164,13 @@ class _HeadLogprobs(torch.autograd.Function):
         )
 
 
-def _accumulate(total: torch.Tensor, slope: torch.Tensor, hidden: torch.Tensor) -> None:
+def _accumulate(total: torch.Tensor | None, slope: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """``total`` [V, H], in float32 or wider, plus slope^T hidden."""
+    if total is None:
+        return (slope.t() @ hidden).to(_wide(slope.dtype))
     if slope.dtype == total.dtype:
-        total.addmm_(slope.t(), hidden)
-    else:
-        total += slope.t() @ hidden
+        return total.addmm_(slope.t(), hidden)
+    return total.add_(slope.t() @ hidden)
 
 
 def _slope(

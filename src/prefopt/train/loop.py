@@ -22,7 +22,7 @@ from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer, response_sums
 from prefopt.train import checkpoint
 from prefopt.train.log import Metrics, Reporter
-from prefopt.train.optim import Schedule, clip_
+from prefopt.train.optim import Schedule, clip_, grad_norm
 from prefopt.train.stop import StopRequest
 
 Record = dict[str, float]
@@ -155,12 +155,13 @@ class Loop:
             (output.numerator_G.sum() / weight).backward()
             sums.add(output)
             batches.append(batch)
-        norm = clip_(self.masters.masters.values(), self.options.max_grad_norm)
-        record = sums.means(weight, norm)  # the one wait for the device in a step
+        weights = self.masters.masters.values()
+        record = sums.means(weight, grad_norm(weights))  # the one wait for the device in a step
         record["learning_rate"] = self.schedule(step)
         self._refuse_nonsense(step, record)
         if step == 0 and self.inspect_first is not None:
             self.inspect_first(record)
+        clip_(weights, record["grad_norm"], self.options.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = record["learning_rate"]
         self.optimizer.step()

@@ -43,10 +43,12 @@ def adamw(
     return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=epsilon, fused=fused)
 
 
-def clip_(parameters: Iterable[torch.nn.Parameter], limit: float) -> torch.Tensor:
-    """Scale gradients so that their global norm is at most ``limit``; returns the norm before, on the device."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(grads, factor)
-    return norm
+def grad_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    """The global norm of all gradients, left on the device."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def clip_(parameters: Iterable[torch.nn.Parameter], norm: float, limit: float) -> None:
+    """Scale gradients of global norm ``norm`` down to ``limit``; shorter ones are left alone."""
+    if norm > limit:
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], limit / (norm + 1e-6))
