@@ -171,11 +171,11 @@ def run_case(case: Case, dtype: str, options: argparse.Namespace) -> dict[str, A
 
 
 def set_up_trl(folder: Path) -> None:
-    """An environment of TRL's own, with the torch that runs here."""
+    """An environment of TRL's own, with the version of torch that runs here."""
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    index = ["--extra-index-url", "https://download.pytorch.org/whl/cpu"] if "+cpu" in torch.__version__ else []
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", *index]
-    subprocess.run([*pip, f"torch=={torch.__version__}", f"trl=={TRL_VERSION}"], check=True)
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install"]
+    for package in (f"torch=={torch.__version__.split('+')[0]}", f"trl=={TRL_VERSION}"):
+        subprocess.run([*pip, package], check=True)
 
 
 def parse_options() -> argparse.Namespace:
