@@ -28,6 +28,7 @@ from prefopt.errors import RunError
 log = logging.getLogger(__name__)
 
 Tensors = Mapping[str, torch.Tensor]
+FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +52,16 @@ def save(folder: Path, weights: Tensors, optimizer: Tensors, state: dict[str, An
         write_tensors(aside / "weights.safetensors", weights)
         write_tensors(aside / "optimizer.safetensors", optimizer)
         _write(aside / "state.json", json.dumps(state).encode())
-        names = ("weights.safetensors", "optimizer.safetensors", "state.json")
-        sums = {name: _sha256(aside / name) for name in names}
+        sums = {name: _sha256(aside / name) for name in FILES}
         _write(aside / "manifest.json", json.dumps(sums).encode())
         if path.exists():  # a damaged one, that the run went back behind
             shutil.rmtree(path)
         aside.rename(path)
         _sync_folder(folder)
-        for old in sorted(folder.glob("step-*"))[:-keep_last]:
-            shutil.rmtree(old)
+        # Later ones are damaged and passed over by the run that is here now: they must not count as kept.
+        kept = sorted(p for p in folder.glob("step-*") if p.name <= path.name)[-keep_last:]
+        for other in set(folder.glob("step-*")) - set(kept):
+            shutil.rmtree(other)
     return path
 
 
@@ -68,14 +70,15 @@ def newest(folder: Path) -> tuple[Path, Checkpoint] | None:
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             return path, _read(path)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             log.warning("checkpoint %s is damaged (%s): the one before it is used", path, error)
     return None
 
 
 def _read(path: Path) -> Checkpoint:
-    for name, expected in json.loads((path / "manifest.json").read_text()).items():
-        if _sha256(path / name) != expected:
+    sums = json.loads((path / "manifest.json").read_text())
+    for name in FILES:
+        if _sha256(path / name) != sums[name]:
             raise ValueError(f"{name} is not what was written")
     state = json.loads((path / "state.json").read_text())
     return Checkpoint(load_file(path / "weights.safetensors"), load_file(path / "optimizer.safetensors"), state)
