@@ -11,12 +11,13 @@ import torch
 from prefopt.config.dpo import DpoConfig
 from prefopt.data.group import Group
 from prefopt.data.packer import pack
-from prefopt.errors import ModelError
+from prefopt.errors import ModelError, RunError
 from prefopt.model.identity import Identity, identity_of_folder, identity_of_model
-from prefopt.model.load import load_model, local_folder
+from prefopt.model.load import load_model, local_folder, vocabulary_size
 from prefopt.model.reference import FillReport, ReferenceCache, ReferenceValues, Score, Scored, SpaceKey
-from prefopt.model.scorer import VERSION, Scorer, response_sums
-from prefopt.train.log import Reporter
+from prefopt.model.scorer import VERSION, Scorer, causal_model, response_sums
+from prefopt.model.sharing import context_length
+from prefopt.train.log import Bar, Reporter
 from prefopt.train.stop import StopRequest
 
 
@@ -68,23 +69,61 @@ class ReferenceRun:
     def values(
         self, groups: Sequence[Group], token_budget: int, reporter: Reporter, stop: StopRequest
     ) -> tuple[ReferenceValues, FillReport]:
-        """Fill the cache and read it."""
+        """Fill the cache and read it. Raises :class:`ModelError` where the reference cannot take the data."""
         cache = ReferenceCache(self.space())
+        if not self.choice.is_start:
+            self._check_fits(groups)
         missing = cache.missing(groups)
         if not missing:
             report = FillReport(0, sum(len(g.continuations) for g in groups), 0, 0.0)
         else:
             with reporter.bar("reference", missing, "responses") as bar:
-                report = cache.fill(
+                report = self._fill(cache, groups, token_budget, reporter, bar, stop)
+        if not self.choice.is_start:
+            self._scorer = None  # its memory is the policy's now
+        return cache.values(groups), report
+
+    def _fill(
+        self,
+        cache: ReferenceCache,
+        groups: Sequence[Group],
+        token_budget: int,
+        reporter: Reporter,
+        bar: Bar,
+        stop: StopRequest,
+    ) -> FillReport:
+        """Score what is missing, with half as many tokens at once where memory ends; what is scored is kept."""
+        while True:
+            try:
+                return cache.fill(
                     groups,
                     self._make_score,
                     token_budget=token_budget,
                     progress=lambda done, total, seconds: bar.update(done),
                     stop=stop.check,
                 )
-        if not self.choice.is_start:
-            self._scorer = None  # its memory is the policy's now
-        return cache.values(groups), report
+            except torch.OutOfMemoryError as error:
+                largest = max(cache.space.cost(g) for g in groups)
+                if token_budget <= largest:
+                    raise RunError(
+                        f"the reference cannot score a pair of {largest} tokens in the device's memory; give a smaller"
+                        " --max-length"
+                    ) from error
+                token_budget //= 2
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                reporter.say(f"out of memory: the reference is scored with {token_budget} tokens at once")
+
+    def _check_fits(self, groups: Sequence[Group]) -> None:
+        """Another model than the policy has a vocabulary and a context of its own."""
+        model = causal_model(self._other().model)
+        check_vocabulary(groups, vocabulary_size(model), f"--reference {self.choice.model}")
+        context, longest = context_length(model.config), max(g.longest for g in groups)
+        if context is not None and longest > context:
+            raise ModelError(
+                f"--reference {self.choice.model}: its context is {context} tokens, but a row has {longest};"
+                f" give --max-length {context}"
+            )
 
     def space(self) -> SpaceKey:
         """Where the values are kept."""
