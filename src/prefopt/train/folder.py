@@ -36,11 +36,14 @@ class RunFolder:
         if self.file.exists():
             before = self._read()
             if not resume:
-                what = "a finished run" if before.get("status") == "finished" else "an unfinished run"
-                raise RunError(f"--output {path} holds {what}; go on with it by --resume, or name another folder")
+                what = "a finished run;" if _finished(before) else "an unfinished run; go on with it by --resume, or"
+                raise RunError(f"--output {path} holds {what} name another folder")
+            if _finished(before):
+                raise RunError(f"--resume: the run in {path} is finished; to train further, name its folder as --model")
             self._refuse_other_options(before.get("options", {}), options)
             self.record = {**before, "status": "resumed"}
-        elif path.exists() and any(path.iterdir()):
+        elif path.exists() and any(not entry.name.startswith(".run.json.") for entry in path.iterdir()):
+            # (A run killed in its first moment leaves only its record, half written.)
             raise RunError(f"--output {path} is not empty and holds no run of prefopt; name another folder")
 
     @property
@@ -78,6 +81,10 @@ class RunFolder:
         if changed:
             listed = ", ".join(f"--{n.replace('_', '-')} was {before[n]!r} and is {now[n]!r}" for n in changed)
             raise RunError(f"--resume goes on with the same run, but {listed}; put it back, or start anew elsewhere")
+
+
+def _finished(record: Mapping[str, Any]) -> bool:
+    return record.get("status") == "finished"
 
 
 def fingerprint(groups: Iterable[Group]) -> str:
