@@ -26,7 +26,7 @@ from prefopt.data.tokenizer import load_tokenizer
 from prefopt.errors import ConfigError, DataError, RunError
 from prefopt.losses.preference import LossOutput, dpo
 from prefopt.model.check import CheckReport, check_scoring
-from prefopt.model.flops import matmul_peak, training_flops
+from prefopt.model.flops import FlopCount, matmul_peak
 from prefopt.model.load import (
     load_config,
     load_model,
@@ -116,6 +116,7 @@ class _Run:
     ) -> None:
         self.config, self.reporter, self.stop = config, reporter, stop
         self.given, self.rows = model, rows
+        self._scorer: Scorer | None = None
         self.device = resolve_device(config.device) if model is None else next(model.parameters()).device
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.folder = RunFolder(Path(config.output), config.to_dict(), resume=config.resume, dry=config.dry_run)
@@ -124,6 +125,13 @@ class _Run:
         self.limit = self._max_length(model.config if model is not None else load_config(self.source))
 
     def run(self) -> DpoResult | None:
+        try:
+            return self._stages()
+        finally:
+            if self._scorer is not None:  # a model given in Python goes back to its owner, whatever happened
+                self._scorer.detach_hook()
+
+    def _stages(self) -> DpoResult | None:
         self._prepare_machine()
         data, groups, train, held_out = self._data()
         choice = choose_reference(self.config)
@@ -217,16 +225,14 @@ class _Run:
             adapter = local_folder(config.adapter) if config.adapter else None
             model = load_model(self.source, dtype=dtype, device=self.device, adapter=adapter)
         else:
-            silence_dropout(causal_model(model).config)
-            for module in model.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = 0.0
+            silence_dropout(model)
         check_vocabulary(groups, vocabulary_size(causal_model(model)), config.model)
         self._new_lora = config.lora and config.adapter is None
         for parameter in model.parameters() if self._new_lora else ():
             parameter.requires_grad_(False)
         self._masters = MasterWeights(model, self.dtype)
-        return Scorer(model, attention=config.attention)
+        self._scorer = Scorer(model, attention=config.attention)
+        return self._scorer
 
     def _say_scoring(self, scorer: Scorer, check: CheckReport) -> None:
         if scorer.reason and scorer.path == "separate":
@@ -247,7 +253,7 @@ class _Run:
         path.write_text(write_document(DpoConfig, self.config.to_dict()))
 
     def _scoring_budget(self, scorer: Scorer, groups: Sequence[Group]) -> int:
-        still = budget.estimate(scorer, groups, checkpointing=False, still_to_come=0)
+        still = self.config.token_budget or budget.estimate(scorer, groups, checkpointing=False, still_to_come=0)
         return SCORING_AHEAD * still
 
     def _trainable(self, scorer: Scorer) -> tuple[Scorer, MasterWeights]:
@@ -266,9 +272,12 @@ class _Run:
                 targets=config.lora_targets,
             )
             masters = MasterWeights(model, self.dtype)
-            scorer = Scorer(model, attention=config.attention)
+            self._scorer = scorer = Scorer(model, attention=config.attention)
         if config.gradient_checkpointing:
-            causal_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            causal: Any = causal_model(model)
+            # Older versions of transformers know only the second name, newer ones warn of it.
+            enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         trained, total = sum(p.numel() for p in masters.masters.values()), sum(p.numel() for p in model.parameters())
         self.reporter.say(f"training {trained:,} of {total:,} weights{' (LoRA)' if config.lora else ''}")
         return scorer, masters
@@ -383,17 +392,16 @@ class _Run:
         return tokens, speed
 
     def _measure(self, scorer: Scorer) -> Any:
-        peak = matmul_peak(self.device, self.dtype)
+        peak, flops = matmul_peak(self.device, self.dtype), FlopCount.of(scorer.model)
 
         def measure(batches: Sequence[PackedBatch], seconds: float) -> Record:
             tokens, pairs = sum(b.tokens for b in batches), sum(len(b.groups) for b in batches)
-            flops = sum(training_flops(scorer, b) for b in batches)
             return {
                 "step_seconds": seconds,
                 "tokens": tokens,
                 "tokens_per_second": tokens / seconds,
                 "pairs_per_second": pairs / seconds,
-                "utilisation": flops / seconds / peak,
+                "utilisation": sum(map(flops, batches)) / seconds / peak,
                 "peak_memory_bytes": budget.peak_memory(self.device),
             }
 
@@ -451,7 +459,6 @@ class _Run:
             license="The licences of the base model and of the data apply.",
         )
         self.folder.remember(status="finished", finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), results=results)
-        loop.scorer.detach_hook()
         self.reporter.say(f"done in {duration(progress.seconds)}: {folder}")
         return DpoResult(folder, progress.step, last, held_out_loss, progress.best_step)
 
