@@ -1,0 +1,20 @@
+"""docs/cli.md shows the options as they are."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+from prefopt.cli import VERBS
+from prefopt.config.option import options
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def test_the_tables_of_options_are_current() -> None:
+    page = (DOCS / "cli.md").read_text("utf-8")
+    written = runpy.run_path(str(DOCS / "make_cli.py"))["written"]
+    assert written(page) == page, "run: python docs/make_cli.py"
+    for verb in VERBS:
+        assert not options(VERBS[verb].config) or f"<!-- options of prefopt {verb} -->" in page, verb
+    assert written(page.replace("| `--beta` |", "| `--betta` |")) == page
