@@ -12,42 +12,39 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from prefopt.config.document import write_document
 from prefopt.config.dpo import DpoConfig
-from prefopt.data.formats import parse_comparisons
 from prefopt.data.group import Group
-from prefopt.data.load import GroupSet, build_groups, load_groups
 from prefopt.data.packer import PackedBatch
 from prefopt.data.sampler import Sampler
 from prefopt.data.show import show
 from prefopt.data.tokenizer import load_tokenizer
-from prefopt.errors import ConfigError, DataError, RunError
-from prefopt.losses.preference import LossOutput, dpo
+from prefopt.errors import ConfigError, RunError
 from prefopt.model.check import CheckReport, check_scoring
 from prefopt.model.flops import FlopCount, matmul_peak
 from prefopt.model.load import (
     load_config,
-    load_model,
     local_folder,
     native_bfloat16,
-    new_lora,
     resolve_device,
     resolve_dtype,
-    silence_dropout,
     vocabulary_size,
 )
-from prefopt.model.precision import MasterWeights
-from prefopt.model.reference import ReferenceCache, ReferenceValues
+from prefopt.model.reference import ReferenceCache
 from prefopt.model.scorer import Scorer, causal_model
 from prefopt.model.sharing import context_length
 from prefopt.train import budget
 from prefopt.train.card import save_model, write_card
+from prefopt.train.data import TrainingData, load_data
 from prefopt.train.folder import RunFolder, fingerprint
 from prefopt.train.log import Metrics, Reporter, duration, size
 from prefopt.train.loop import Loop, LoopOptions, Record, load_best
+from prefopt.train.objective import PairObjective
 from prefopt.train.optim import Schedule, adamw
+from prefopt.train.policy import Policy
 from prefopt.train.reference import ReferenceRun, check_vocabulary, choose_reference, identify
 from prefopt.train.stop import StopRequest
 
@@ -83,31 +80,6 @@ def run(
         return _Run(config, Reporter(config.progress), stop, model, tokenizer, rows).run()
 
 
-class PairObjective:
-    """The DPO loss on packed pairs: response 2g is group g's chosen one, 2g + 1 its rejected one."""
-
-    def __init__(self, reference: ReferenceValues, *, beta: float, label_smoothing: float) -> None:
-        self.reference_G2 = torch.from_numpy(reference.sums_N.reshape(-1, 2))
-        self.beta, self.label_smoothing = beta, label_smoothing
-
-    def weight(self, indices: Sequence[int]) -> float:
-        """Every pair weighs 1."""
-        return float(len(indices))
-
-    def __call__(self, logp_N: torch.Tensor, batch: PackedBatch, indices: Sequence[int]) -> LossOutput:
-        """See :class:`prefopt.train.loop.Objective`."""
-        reference = self.reference_G2[list(indices)].to(logp_N.device, logp_N.dtype)
-        policy = logp_N.view(-1, 2)
-        out = dpo(*policy.unbind(1), *reference.unbind(1), beta=self.beta, label_smoothing=self.label_smoothing)
-        length = batch.length.view(-1, 2).to(logp_N.dtype)
-        ratio = (policy.detach() - reference) / length
-        more = {}
-        for side, name in enumerate(("chosen", "rejected")):
-            more[f"log_ratios_per_token/{name}"] = ratio[:, side]
-            more[f"lengths/{name}"] = length[:, side]
-        return LossOutput(out.numerator_G, out.weight_G, {**out.metrics, **more})
-
-
 class _Run:
     """One run, stage by stage."""
 
@@ -116,7 +88,6 @@ class _Run:
     ) -> None:
         self.config, self.reporter, self.stop = config, reporter, stop
         self.given, self.rows = model, rows
-        self._scorer: Scorer | None = None
         self.device = resolve_device(config.device) if model is None else next(model.parameters()).device
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.folder = RunFolder(Path(config.output), config.to_dict(), resume=config.resume, dry=config.dry_run)
@@ -125,41 +96,28 @@ class _Run:
         self.limit = self._max_length(model.config if model is not None else load_config(self.source))
 
     def run(self) -> DpoResult | None:
-        try:
-            return self._stages()
-        finally:
-            if self._scorer is not None:  # a model given in Python goes back to its owner, whatever happened
-                self._scorer.detach_hook()
-
-    def _stages(self) -> DpoResult | None:
         self._prepare_machine()
-        data, groups, train, held_out = self._data()
+        data = load_data(self.config, self.tokenizer, self.limit, self.rows, self.reporter)
         choice = choose_reference(self.config)
         identity = identify(choice, self.given)
-        scorer = self._load(groups)
-        check = check_scoring(scorer, groups)
-        self._say_scoring(scorer, check)
-        reference = ReferenceRun(choice, identity, scorer, self.config)
-        self.reporter.say(f"reference: {choice.words}, {identity.digest[:12]}")
-        if self.config.dry_run:
-            self._preview(data, groups, train, scorer, reference)
-            return None
-        self.folder.same("reference", identity.digest, "the reference model")
-        self.folder.same("data", fingerprint(groups), "the data")
-        self._start_folder()
-        values, report = reference.values(groups, self._scoring_budget(scorer, groups), self.reporter, self.stop)
-        if report.scored_responses:
-            self.reporter.say(
-                f"reference: {report.scored_responses} responses scored in {duration(report.seconds)},"
-                f" {report.reused_responses} from the cache"
-            )
-        else:
-            self.reporter.say(f"reference: all {report.reused_responses} responses from the cache")
-        scorer, masters = self._trainable(scorer)
-        objective = PairObjective(values, beta=self.config.beta, label_smoothing=self.config.label_smoothing)
-        loop = self._loop(scorer, masters, objective, groups, train, held_out, check if choice.is_start else None)
-        progress = loop.run()
-        return self._finish(loop, data, len(train), len(held_out)) if progress.step else None
+        policy = Policy(self.config, self.source, self.dtype, self.device, self.given)
+        try:
+            check_vocabulary(data.groups, vocabulary_size(causal_model(policy.scorer.model)), self.config.model)
+            check = check_scoring(policy.scorer, data.groups)
+            self._say_scoring(policy.scorer, check)
+            reference = ReferenceRun(choice, identity, policy.scorer, self.config)
+            self.reporter.say(f"reference: {choice.words}, {identity.digest[:12]}")
+            if self.config.dry_run:
+                self._preview(data, policy, reference)
+                return None
+            values = self._reference_values(data, identity.digest, reference, policy.scorer)
+            self.reporter.say(policy.make_trainable())
+            objective = self._objective(values)
+            loop = self._loop(policy, objective, data, check if choice.is_start else None)
+            loop.run()
+            return self._finish(loop, data)
+        finally:
+            policy.release()
 
     # -- what is needed before training ------------------------------------------------------------------------
 
@@ -186,165 +144,76 @@ class _Run:
             )
         return self.config.max_length
 
-    def _data(self) -> tuple[GroupSet, list[Group], list[int], list[int]]:
-        config = self.config
-        options: dict[str, Any] = {"max_length": self.limit, "on_bad_row": config.on_bad_row}
-        if self.rows is not None:
-            data = build_groups([parse_comparisons(self.rows, "data")], self.tokenizer, **options)
-        else:
-            data = load_groups(config.data, self.tokenizer, **options)
-        for line in data.summary():
-            self.reporter.say(f"data: {line}")
-        groups = list(data.groups)
-        train, held_out = list(range(len(groups))), list[int]()
-        if config.eval_fraction:
-            train, held_out = data.split(config.eval_fraction, config.seed)
-        elif config.eval_data:
-            more = load_groups(config.eval_data, self.tokenizer, **options)
-            for line in more.summary():
-                self.reporter.say(f"evaluation data: {line}")
-            both = {c.prompt_key for c in data.comparisons} & {c.prompt_key for c in more.comparisons}
-            if both:
-                self.reporter.say(f"evaluation data: {len(both)} prompts stand in the training data too")
-            held_out = list(range(len(groups), len(groups) + len(more.groups)))
-            groups += more.groups
-        if not train:
-            raise DataError("no pair is left to train on; lower --eval-fraction")
-        if held_out:
-            self.reporter.say(f"data: {len(train)} pairs to train on, {len(held_out)} held out")
-        if data.template and not self.tokenizer.chat_template:
-            self.tokenizer.chat_template = data.template
-        return data, groups, train, held_out
-
-    def _load(self, groups: Sequence[Group]) -> Scorer:
-        config = self.config
-        model = self.given
-        if model is None:
-            # A full fine-tuning keeps float32 masters: they come from the file, not from rounded weights.
-            dtype = self.dtype if config.lora else torch.promote_types(self.dtype, torch.float32)
-            adapter = local_folder(config.adapter) if config.adapter else None
-            model = load_model(self.source, dtype=dtype, device=self.device, adapter=adapter)
-        else:
-            silence_dropout(model)
-        check_vocabulary(groups, vocabulary_size(causal_model(model)), config.model)
-        self._new_lora = config.lora and config.adapter is None
-        for parameter in model.parameters() if self._new_lora else ():
-            parameter.requires_grad_(False)
-        self._masters = MasterWeights(model, self.dtype)
-        self._scorer = Scorer(model, attention=config.attention)
-        return self._scorer
-
     def _say_scoring(self, scorer: Scorer, check: CheckReport) -> None:
         if scorer.reason and scorer.path == "separate":
             self.reporter.say(f"scoring: each response separately, since {scorer.reason}")
-        twin = (
-            "no small copy could be built"
-            if check.clone_error is None
-            else f"small copy exact to {check.clone_error:.0e}"
-        )
+        error = check.clone_error
+        twin = "no small copy could be built" if error is None else f"small copy exact to {error:.0e}"
         self.reporter.say(
             f"scoring: {scorer.path} ({scorer.kernel}, {str(self.dtype).removeprefix('torch.')}, {self.device});"
             f" {twin}; rounding {check.noise:.1g} nats per token"
         )
 
-    def _start_folder(self) -> None:
+    def _reference_values(
+        self, data: TrainingData, digest: str, reference: ReferenceRun, scorer: Scorer
+    ) -> npt.NDArray[np.float64]:
+        """The reference's sums for all responses. From here on the output folder is this run's."""
+        self.folder.same("reference", digest, "the reference model")
+        self.folder.same("data", fingerprint(data.groups), "the data")
         self.folder.remember(max_length=self.limit)
-        path = self.folder.path / "config.yaml"
-        path.write_text(write_document(DpoConfig, self.config.to_dict()))
+        (self.folder.path / "config.yaml").write_text(write_document(DpoConfig, self.config.to_dict()))
+        tokens = self.config.token_budget or budget.estimate(scorer, data.groups, checkpointing=False, still_to_come=0)
+        values, report = reference.values(data.groups, SCORING_AHEAD * tokens, self.reporter, self.stop)
+        scored, reused = report.scored_responses, report.reused_responses
+        self.reporter.say(
+            f"reference: {scored} responses scored in {duration(report.seconds)}, {reused} from the cache"
+            if scored
+            else f"reference: all {reused} responses from the cache"
+        )
+        return values.sums_N
 
-    def _scoring_budget(self, scorer: Scorer, groups: Sequence[Group]) -> int:
-        still = self.config.token_budget or budget.estimate(scorer, groups, checkpointing=False, still_to_come=0)
-        return SCORING_AHEAD * still
+    def _objective(self, reference_N: npt.NDArray[np.float64]) -> PairObjective:
+        return PairObjective(reference_N, beta=self.config.beta, label_smoothing=self.config.label_smoothing)
 
-    def _trainable(self, scorer: Scorer) -> tuple[Scorer, MasterWeights]:
-        """Wrap the model for LoRA, and turn activation checkpointing on."""
-        config = self.config
-        torch.manual_seed(config.seed)
-        model, masters = scorer.model, self._masters
-        if self._new_lora:
-            scorer.detach_hook()
-            assert config.lora_rank and config.lora_alpha and config.lora_dropout is not None
-            model = new_lora(
-                model,
-                rank=config.lora_rank,
-                alpha=config.lora_alpha,
-                dropout=config.lora_dropout,
-                targets=config.lora_targets,
-            )
-            masters = MasterWeights(model, self.dtype)
-            self._scorer = scorer = Scorer(model, attention=config.attention)
-        if config.gradient_checkpointing:
-            causal: Any = causal_model(model)
-            # Older versions of transformers know only the second name, newer ones warn of it.
-            enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-        trained, total = sum(p.numel() for p in masters.masters.values()), sum(p.numel() for p in model.parameters())
-        self.reporter.say(f"training {trained:,} of {total:,} weights{' (LoRA)' if config.lora else ''}")
-        return scorer, masters
-
-    def _preview(
-        self, data: GroupSet, groups: Sequence[Group], train: Sequence[int], scorer: Scorer, reference: ReferenceRun
-    ) -> None:
+    def _preview(self, data: TrainingData, policy: Policy, reference: ReferenceRun) -> None:
         """What a dry run shows beyond the lines of every run: examples, options, what it would take."""
         say = self.reporter.say
-        for i in range(min(2, len(data.groups))):
-            say(f"\nrow {data.comparisons[i].row}, trained tokens in ⟦ ⟧:\n{show(data.groups[i], self.tokenizer)}")
+        for comparison, group in zip(data.source.comparisons[:2], data.source.groups[:2], strict=True):
+            say(f"\nrow {comparison.row}, trained tokens in ⟦ ⟧:\n{show(group, self.tokenizer)}")
         say("\n" + write_document(DpoConfig, self.config.to_dict()))
-        missing = ReferenceCache(reference.space()).missing(groups)
-        say(f"reference: {missing} of {sum(len(g.continuations) for g in groups)} responses are not in the cache")
-        scorer, masters = self._trainable(scorer)
-        zeros = np.zeros(2 * len(groups))
-        counts, starts = np.ones(len(zeros), np.int32), np.arange(0, len(zeros) + 1, 2)
-        values = ReferenceValues(zeros, counts, starts, np.arange(len(zeros) + 1))
-        objective = PairObjective(values, beta=self.config.beta, label_smoothing=self.config.label_smoothing)
-        tokens, speed = self._token_budget(scorer, masters, objective, groups)
-        steps = self._steps(len(train))
+        missing = ReferenceCache(reference.space()).missing(data.groups)
+        say(f"reference: {missing} of {data.responses} responses are not in the cache")
+        say(policy.make_trainable())
+        tokens, speed = self._token_budget(policy, self._objective(np.zeros(data.responses)), data.groups)
         # Forward alone is a third of a training step's work.
-        ahead = sum(g.tokens for g in groups) / (3 * speed) if missing else 0.0
-        state = budget.state_bytes(masters)
-        say(
-            f"{steps} steps of {self.config.batch_size} pairs, {tokens} tokens at once: about"
-            f" {duration(ahead + self._seconds(groups, train, steps, speed))} on this machine"
-        )
-        say(
-            f"memory: {size(budget.peak_memory(self.device))} in the trial, and {size(state)} for the optimiser to come"
-        )
+        ahead = sum(g.tokens for g in data.groups) / (3 * speed) if missing else 0.0
+        peak, state = budget.peak_memory(self.device), budget.state_bytes(policy.masters)
+        say(f"{self._plan(data, tokens, speed)}, with the reference {duration(ahead + self._seconds(data, speed))}")
+        say(f"memory: {size(peak)} in the trial, and {size(state)} for the optimiser to come")
         say("dry run: nothing was trained or written")
 
     # -- training ----------------------------------------------------------------------------------------------
 
-    def _loop(
-        self,
-        scorer: Scorer,
-        masters: MasterWeights,
-        objective: PairObjective,
-        groups: Sequence[Group],
-        train: Sequence[int],
-        held_out: Sequence[int],
-        check: CheckReport | None,
-    ) -> Loop:
+    def _loop(self, policy: Policy, objective: PairObjective, data: TrainingData, check: CheckReport | None) -> Loop:
         config = self.config
-        sampler = Sampler(len(train), config.batch_size, seed=config.seed, shuffle=config.shuffle)
-        steps = self._steps(len(train))
-        tokens, speed = self._token_budget(scorer, masters, objective, groups)
+        steps = self._steps(data)
+        tokens, speed = self._token_budget(policy, objective, data.groups)
+        self.reporter.say(self._plan(data, tokens, speed))
         assert config.learning_rate is not None
-        schedule = Schedule(config.schedule, config.learning_rate, steps, round(config.warmup * steps))
         betas = (config.adam_beta1, config.adam_beta2)
-        optimizer = adamw(masters.masters, betas=betas, epsilon=config.adam_epsilon, weight_decay=config.weight_decay)
-        self.reporter.say(
-            f"{steps} steps of {config.batch_size} pairs, {tokens} tokens at once; about"
-            f" {duration(self._seconds(groups, train, steps, speed))}"
-        )
+        masters = policy.masters
         loop = Loop(
-            scorer=scorer,
+            scorer=policy.scorer,
             masters=masters,
-            optimizer=optimizer,
-            schedule=schedule,
+            optimizer=adamw(
+                masters.masters, betas=betas, epsilon=config.adam_epsilon, weight_decay=config.weight_decay
+            ),
+            schedule=Schedule(config.schedule, config.learning_rate, steps, round(config.warmup * steps)),
             objective=objective,
-            groups=groups,
-            train=train,
-            held_out=held_out,
-            sampler=sampler,
+            groups=data.groups,
+            train=data.train,
+            held_out=data.held_out,
+            sampler=Sampler(len(data.train), config.batch_size, seed=config.seed, shuffle=config.shuffle),
             options=LoopOptions(
                 steps=steps,
                 max_grad_norm=config.max_grad_norm,
@@ -358,7 +227,7 @@ class _Run:
             checkpoints=self.folder.checkpoints,
             stop=self.stop,
             token_budget=tokens,
-            measure=self._measure(scorer),
+            measure=self._measure(policy.scorer),
             inspect_first=lambda record: self._inspect_first(record, check),
         )
         torch.manual_seed(config.seed + 1)
@@ -367,27 +236,31 @@ class _Run:
             self.reporter.say(f"resumed: {path}" if path else "no checkpoint yet: starting at the first step")
         return loop
 
-    def _steps(self, pairs: int) -> int:
-        steps = max(1, math.ceil(self.config.epochs * math.ceil(pairs / self.config.batch_size)))
+    def _steps(self, data: TrainingData) -> int:
+        steps = max(1, math.ceil(self.config.epochs * math.ceil(len(data.train) / self.config.batch_size)))
         return min(steps, self.config.max_steps or steps)
 
-    def _seconds(self, groups: Sequence[Group], train: Sequence[int], steps: int, speed: float) -> float:
-        tokens = sum(groups[i].tokens for i in train) / math.ceil(len(train) / self.config.batch_size)
-        return steps * tokens / speed
+    def _seconds(self, data: TrainingData, speed: float) -> float:
+        per_step = data.train_tokens / math.ceil(len(data.train) / self.config.batch_size)
+        return self._steps(data) * per_step / speed
 
-    def _token_budget(
-        self, scorer: Scorer, masters: MasterWeights, objective: PairObjective, groups: Sequence[Group]
-    ) -> tuple[int, float]:
+    def _plan(self, data: TrainingData, tokens: int, speed: float) -> str:
+        return (
+            f"{self._steps(data)} steps of {self.config.batch_size} pairs, {tokens} tokens at once: about"
+            f" {duration(self._seconds(data, speed))}"
+        )
+
+    def _token_budget(self, policy: Policy, objective: PairObjective, groups: Sequence[Group]) -> tuple[int, float]:
         """The budget of ``--token-budget``, of the run's first start, or an estimate; tried either way."""
         tokens = self.config.token_budget or self.folder.record.get("token_budget")
         if not tokens:
             tokens = budget.estimate(
-                scorer,
+                policy.scorer,
                 groups,
                 checkpointing=self.config.gradient_checkpointing,
-                still_to_come=budget.state_bytes(masters),
+                still_to_come=budget.state_bytes(policy.masters),
             )
-        tokens, speed = budget.try_largest(scorer, masters, objective, groups, int(tokens))
+        tokens, speed = budget.try_largest(policy.scorer, policy.masters, objective, groups, int(tokens))
         self.folder.remember(token_budget=tokens)
         return tokens, speed
 
@@ -431,7 +304,7 @@ class _Run:
 
     # -- after training ----------------------------------------------------------------------------------------
 
-    def _finish(self, loop: Loop, data: GroupSet, train: int, held_out: int) -> DpoResult:
+    def _finish(self, loop: Loop, data: TrainingData) -> DpoResult:
         progress = loop.progress
         last = self._last_metrics()
         if progress.best_step is not None and progress.best_step != progress.step:
@@ -448,12 +321,14 @@ class _Run:
             "training time": duration(progress.seconds),
             "peak memory": size(budget.peak_memory(self.device)),
         }
-        pairs = f"{train} preference pairs" + (f", {held_out} held out" if held_out else "")
+        files = ", ".join(f"`{Path(d).name}`" for d in self.config.data)
+        pairs = f"{len(data.train)} preference pairs"
+        pairs += f", {len(data.held_out)} held out" if data.held_out else ""
         write_card(
             folder,
             model=self.config.model,
             title="Direct Preference Optimization",
-            data=f"{pairs}, from {', '.join(f'`{Path(d).name}`' for d in self.config.data)}. {data.summary()[0]}.",
+            data=f"{pairs}, from {files}. {data.source.summary()[0]}.",
             settings=self.config.to_dict(),
             results=results,
             license="The licences of the base model and of the data apply.",

@@ -125,7 +125,7 @@ class Loop:
                     self._evaluate()
                 if self.stop.signal is not None or (options.save_every and progress.step % options.save_every == 0):
                     self._save()
-                self.stop.check()
+                self.stop.check(f" after step {progress.step} of {options.steps}")
         return progress
 
     def _step(self, step: int) -> Record:

@@ -12,6 +12,7 @@ from prefopt.config.dpo import DpoConfig
 from prefopt.data.group import Group
 from prefopt.data.packer import pack
 from prefopt.errors import ModelError, RunError
+from prefopt.model.check import check_scoring
 from prefopt.model.identity import Identity, identity_of_folder, identity_of_model
 from prefopt.model.load import load_model, local_folder, vocabulary_size
 from prefopt.model.reference import FillReport, ReferenceCache, ReferenceValues, Score, Scored, SpaceKey
@@ -77,6 +78,8 @@ class ReferenceRun:
         if not missing:
             report = FillReport(0, sum(len(g.continuations) for g in groups), 0, 0.0)
         else:
+            if not self.choice.is_start:  # the policy has been checked already
+                check_scoring(self._other(), groups)
             with reporter.bar("reference", missing, "responses") as bar:
                 report = self._fill(cache, groups, token_budget, reporter, bar, stop)
         if not self.choice.is_start:

@@ -28,10 +28,10 @@ class StopRequest:
     ) -> None:
         self._restore()
 
-    def check(self) -> None:
-        """Raise :class:`Interrupted` where a stop was asked for."""
+    def check(self, where: str = "") -> None:
+        """Raise :class:`Interrupted` where a stop was asked for; ``where`` says how far the work is."""
         if self.signal is not None:
-            raise Interrupted("stopped; what was computed is kept", self.signal)
+            raise Interrupted(f"stopped{where}; what was computed is kept, go on with --resume", self.signal)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
