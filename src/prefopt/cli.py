@@ -252,7 +252,7 @@ def _cache_list(_: CacheListConfig) -> int:
     from prefopt.model.spaces import list_spaces
 
     spaces = list_spaces()
-    print(f"{reference_folder()}: {len(spaces)} spaces, {_size(sum(s.bytes for s in spaces))}")
+    print(f"{reference_folder()}: {len(spaces)} space{'s' * (len(spaces) != 1)}, {_size(sum(s.bytes for s in spaces))}")
     for s in spaces:
         scored = ", ".join(str(s.about[key]) for key in ("dtype", "path", "kernel", "device") if key in s.about)
         used = s.last_used.astimezone().strftime("%Y-%m-%d %H:%M")
@@ -295,5 +295,5 @@ VERBS: dict[str, Verb] = {
     "cache list": Verb("list the kept log-probabilities of reference models", CacheListConfig, _cache_list),
     "cache verify": Verb("check them against their checksums", CacheVerifyConfig, _cache_verify),
     "cache clear": Verb("remove them", CacheClearConfig, _cache_clear),
-    "demo": Verb("run the demonstration, offline, in minutes", DemoConfig, _demo),
+    "demo": Verb("run the demonstration, offline, in less than a minute", DemoConfig, _demo),
 }

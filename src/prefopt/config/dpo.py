@@ -81,7 +81,11 @@ class DpoConfig:
         None, "rank of a new adapter", group="adapter", default_text=f"{LORA_RANK}", at_least=1
     )
     lora_alpha: int | None = option(
-        None, "scale of a new adapter, times its rank", group="adapter", default_text="twice the rank", at_least=1
+        None,
+        "scale of a new adapter: its change is multiplied by alpha / rank",
+        group="adapter",
+        default_text="twice the rank",
+        at_least=1,
     )
     lora_dropout: float | None = option(
         None, "dropout of a new adapter", group="adapter", default_text="0", at_least=0, below=1
@@ -170,7 +174,9 @@ class DpoConfig:
     attention: Literal["auto", "loop"] = option(
         "auto", "attention kernel; loop: the plain one, segment by segment, to compare with", group="machine"
     )
-    seed: int = option(0, "seed of order, dropout and new adapters", group="machine", at_least=0, at_most=2**32 - 1)
+    seed: int = option(
+        0, "seed of order, held-out split, dropout and new adapters", group="machine", at_least=0, at_most=2**32 - 1
+    )
     deterministic: bool = option(
         False, "deterministic kernels on a GPU, so that a resumed run is the same to the bit", group="machine"
     )

@@ -38,8 +38,9 @@ from prefopt.model.scorer import Scorer, causal_model
 from prefopt.model.sharing import context_length
 from prefopt.train import budget
 from prefopt.train.card import save_model, write_card
+from prefopt.train.checkpoint import disk_errors
 from prefopt.train.data import TrainingData, load_data
-from prefopt.train.folder import RunFolder, fingerprint
+from prefopt.train.folder import FREE, RunFolder, fingerprint
 from prefopt.train.log import Metrics, Reporter, duration, size
 from prefopt.train.loop import Loop, LoopOptions, Record, load_best
 from prefopt.train.objective import PairObjective
@@ -161,7 +162,9 @@ class _Run:
         self.folder.same("reference", digest, "the reference model")
         self.folder.same("data", fingerprint(data.groups), "the data")
         self.folder.remember(max_length=self.limit)
-        (self.folder.path / "config.yaml").write_text(write_document(DpoConfig, self.config.to_dict()))
+        path = self.folder.path / "config.yaml"
+        with disk_errors(path):
+            path.write_text(self._options(), encoding="utf-8")
         tokens = self.config.token_budget or budget.estimate(scorer, data.groups, checkpointing=False, still_to_come=0)
         values, report = reference.values(data.groups, SCORING_AHEAD * tokens, self.reporter, self.stop)
         scored, reused = report.scored_responses, report.reused_responses
@@ -172,6 +175,10 @@ class _Run:
         )
         return values.sums_N
 
+    def _options(self) -> str:
+        """The options as a file for ``--config``, less what a second run should not repeat."""
+        return write_document(DpoConfig, {**self.config.to_dict(), "dry_run": False, "resume": False})
+
     def _objective(self, reference_N: npt.NDArray[np.float64]) -> PairObjective:
         return PairObjective(reference_N, beta=self.config.beta, label_smoothing=self.config.label_smoothing)
 
@@ -180,9 +187,9 @@ class _Run:
         say = self.reporter.say
         for comparison, group in zip(data.source.comparisons[:2], data.source.groups[:2], strict=True):
             say(f"\nrow {comparison.row}, trained tokens in ⟦ ⟧:\n{show(group, self.tokenizer)}")
-        say("\n" + write_document(DpoConfig, self.config.to_dict()))
+        say("\n" + self._options())
         missing = ReferenceCache(reference.space()).missing(data.groups)
-        say(f"reference: {missing} of {data.responses} responses are not in the cache")
+        say(f"reference: {missing or 'no'} responses are still to be scored")
         say(policy.make_trainable())
         tokens, speed = self._token_budget(policy, self._objective(np.zeros(data.responses)), data.groups)
         # Forward alone is a third of a training step's work.
@@ -285,8 +292,8 @@ class _Run:
         if check is None:
             if record["rewards/accuracies"] == 1.0 and self.config.batch_size >= 8:
                 self.reporter.say(
-                    "step 1: the policy already prefers every chosen response to the reference's mind (accuracy 1.0);"
-                    " is --reference the model that training started from?"
+                    "step 1: accuracy is 1.0 before any weight moved: the policy has seen these preferences and the"
+                    " reference has not. Is --reference the model that training should be judged from?"
                 )
             return
         expected = math.log(2.0)
@@ -329,7 +336,7 @@ class _Run:
             model=self.config.model,
             title="Direct Preference Optimization",
             data=f"{pairs}, from {files}. {data.source.summary()[0]}.",
-            settings=self.config.to_dict(),
+            settings={n: v for n, v in self.config.to_dict().items() if n not in FREE},
             results=results,
             license="The licences of the base model and of the data apply.",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,16 @@ def save_model(folder: Path, scorer: Scorer, masters: MasterWeights, tokenizer: 
             model.save_pretrained(folder, state_dict=state, safe_serialization=True)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
         tokenizer.save_pretrained(folder)
+        _share(folder)
     scorer.attach_hook()
+
+
+def _share(folder: Path) -> None:
+    """Weights readable as other new files are: safetensors writes them for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
 
 
 def _save_whole(folder: Path, model: Any, masters: MasterWeights) -> None:
@@ -73,7 +83,7 @@ def write_card(
         *front,
         f"# {folder.name}",
         "",
-        f"{title} of `{Path(model).name if local else model}` with [prefopt](https://pypi.org/project/prefopt/)"
+        f"{title} of `{Path(model).name if local else model}` with prefopt"
         f" {prefopt.__version__} (torch {torch.__version__.split('+')[0]}).",
         "",
         "## Data",
@@ -102,5 +112,9 @@ def _table(name: str, values: Mapping[str, Any]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(_cell, value))
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from prefopt.train.checkpoint import disk_errors
 
@@ -48,12 +49,12 @@ class Bar:
         if reporter.mode == "rich":
             columns = (
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=16),
                 TextColumn("{task.completed}/{task.total} " + unit),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             )
-            self._rich = Progress(*columns, console=console)
+            self._rich = Progress(*columns, console=console, expand=True)
 
     def __enter__(self) -> Bar:
         if self._rich:
