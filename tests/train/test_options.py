@@ -1,0 +1,273 @@
+"""Every option of DPO does something: one entry for each field of its configuration, with what shows it.
+
+An option that nothing read would leave two float64 runs equal to the bit, or the trace it should leave away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import prefopt
+from prefopt.config.dpo import DpoConfig
+from prefopt.errors import ConfigError, DataError, RunError
+from prefopt.model.scorer import Scorer
+from train.small import dpo, evaluations, metrics, pairs, steps, weights, write_model, write_rows
+
+ROWS = pairs(9)
+QUICK = {"dtype": "float64", "warmup": 0.3, "batch_size": 3, "max_length": 128}
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a test works: a tiny model ``m``, another ``other``, data, an adapter ``lora``, and a folder for runs."""
+
+    folder: Path
+
+    @functools.cached_property
+    def m(self) -> str:
+        return write_model(self.folder / "m")
+
+    @functools.cached_property
+    def other(self) -> str:
+        return write_model(self.folder / "other", seed=1)
+
+    @functools.cached_property
+    def data(self) -> str:
+        return write_rows(self.folder / "data.jsonl", ROWS)
+
+    @functools.cached_property
+    def more(self) -> str:
+        return write_rows(self.folder / "more.jsonl", pairs(5, seed=7))
+
+    @functools.cached_property
+    def lora(self) -> str:
+        return self.run(lora=True, learning_rate=0.05)
+
+    def run(self, **options: Any) -> str:
+        """A run with options; asked for again, the one that was."""
+        output = self.folder / re.sub(r"\W+", "-", json.dumps(options, sort_keys=True))[-200:]
+        if not output.exists():
+            dpo(**{"model": self.m, "data": self.data, "output": output, **QUICK, **options})
+        return str(output)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("options"))
+
+
+def moves(option: str, value: Any, **company: Any) -> Callable[[Place], None]:
+    """With the option the run ends with other weights than without; ``company`` is given to both."""
+
+    def check(place: Place) -> None:
+        given = {name: getattr(place, v[1:]) if str(v).startswith("@") else v for name, v in company.items()}
+        chosen = getattr(place, value[1:]) if str(value).startswith("@") else value
+        plain, other = weights(Path(place.run(**given))), weights(Path(place.run(**given, **{option: chosen})))
+        assert plain.keys() != other.keys() or any(
+            plain[n].shape != other[n].shape or not torch.equal(plain[n], other[n]) for n in plain
+        )
+
+    return check
+
+
+def lora_targets(place: Place) -> None:
+    assert {n.split(".")[-3] for n in weights(Path(place.run(lora=True, lora_targets=["q_proj"])))} == {"q_proj"}
+
+
+def eval_data(place: Place) -> None:
+    output = Path(place.run(eval_data=[place.more]))
+    assert [line["step"] for line in evaluations(output)] == [3]
+    assert weights(output).keys() == weights(Path(place.run())).keys()
+
+
+def eval_every(place: Place) -> None:
+    assert [line["step"] for line in evaluations(Path(place.run(eval_data=[place.more], eval_every=2)))] == [2, 3]
+
+
+def early_stopping(place: Place) -> None:
+    hopeless = {"eval_data": [place.more], "eval_every": 1, "learning_rate": 3.0, "epochs": 3}
+    whole, stopped = (len(steps(Path(place.run(**hopeless, **more)))) for more in ({}, {"early_stopping": 1}))
+    assert (whole, stopped < 9) == (9, True)
+
+
+def on_bad_row(place: Place) -> None:
+    bad = write_rows(place.folder / "bad.jsonl", [*ROWS, {"prompt": "p", "chosen": "c"}])
+    with pytest.raises(DataError, match="row 10: 1 of 10 rows cannot be used"):
+        place.run(data=bad)
+    assert metrics(Path(place.run(data=bad, on_bad_row="skip", epochs=1.5))) == metrics(Path(place.run(epochs=1.5)))
+
+
+def output(place: Place) -> None:
+    assert {"config.json", "model.safetensors", "README.md"} <= {p.name for p in Path(place.run()).iterdir()}
+
+
+def save_every(place: Place) -> None:
+    assert not list(Path(place.run()).glob("checkpoints/step-*"))
+    saved = sorted(p.name for p in Path(place.run(save_every=2, epochs=2)).glob("checkpoints/step-*"))
+    assert saved == [f"step-{n:08d}" for n in (4, 6)]
+
+
+def keep_last(place: Place) -> None:
+    saved = Path(place.run(save_every=1, keep_last=1)).glob("checkpoints/step-*")
+    assert [p.name for p in saved] == ["step-00000003"]
+
+
+def resume(place: Place) -> None:
+    folder = Path(place.run(save_every=1, seed=5))
+    options = {**QUICK, "output": folder, "save_every": 1, "seed": 5, "data": place.data, "model": place.m}
+    with pytest.raises(RunError, match="holds a finished run; name another folder"):
+        dpo(**options)
+    with pytest.raises(RunError, match=r"--resume: the run in .* is finished"):
+        dpo(**options, resume=True)
+    (folder / "run.json").write_text((folder / "run.json").read_text().replace('"finished"', '"started"', 1))
+    with pytest.raises(RunError, match="holds an unfinished run; go on with it by --resume"):
+        dpo(**options)
+    assert dpo(**options, resume=True).steps == 3
+
+
+def dry_run(place: Place) -> None:
+    folder = place.folder / "dry"
+    assert prefopt.dpo(place.m, place.data, output=folder, dry_run=True, progress="none") is None
+    assert not folder.exists()
+
+
+def progress(place: Place) -> None:
+    for mode in ("auto", "rich", "plain", "none"):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            place.run(progress=mode)
+        text = out.getvalue()
+        assert ("step 1: loss 0.693147" in text) == (mode != "none")
+        assert ("train: 1/3 steps" in text) == (mode in ("auto", "plain"))  # here is no terminal
+        assert ("━" in text) == (mode == "rich")
+        assert bool(text) == (mode != "none")
+
+
+def dtype(place: Place) -> None:
+    kinds = [{t.dtype for t in weights(Path(place.run(dtype=d))).values()} for d in ("float32", "float64")]
+    assert kinds == [{torch.float32}, {torch.float64}]
+
+
+def device(place: Place) -> None:
+    with pytest.raises(ConfigError, match="--device cuda:77"):
+        place.run(device="cuda:77")
+
+
+def threads(place: Place) -> None:
+    asked: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:  # really to take two would slow everything down where there is one
+        patch.setattr(torch, "set_num_threads", asked.append)
+        place.run(threads=2, max_steps=1)
+    assert asked == [2]
+
+
+def token_budget(place: Place) -> None:
+    assert passes(place, token_budget=1) > passes(place, token_budget=100_000)
+
+
+def passes(place: Place, **options: Any) -> int:
+    """How often the model's body runs in a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        calls: list[int] = []
+        hidden = Scorer._hidden
+        patch.setattr(Scorer, "_hidden", lambda self, row: calls.append(1) or hidden(self, row))
+        place.run(beta=0.2, **options)
+    return len(calls)
+
+
+def gradient_checkpointing(place: Place) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    def layers(**options: Any) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            calls: list[int] = []
+            forward = LlamaMLP.forward
+            patch.setattr(LlamaMLP, "forward", lambda self, x: calls.append(1) or forward(self, x))
+            place.run(beta=0.4, **options)
+        return len(calls)
+
+    assert layers(gradient_checkpointing=True) > layers()
+
+
+def attention(place: Place) -> None:
+    kernels = []
+    with pytest.MonkeyPatch.context() as patch:
+        hidden = Scorer._hidden
+        patch.setattr(Scorer, "_hidden", lambda self, row: kernels.append(self.kernel) or hidden(self, row))
+        place.run(beta=0.3, attention="loop")
+    assert "loop" in kernels and "flash-cpu" not in kernels  # and once the model's own, to compare with
+
+
+def deterministic(place: Place) -> None:
+    try:
+        place.run(deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+SHOWN: dict[str, Callable[[Place], None]] = {
+    "model": moves("model", "@other"),
+    "reference": moves("reference", "@other"),
+    "adapter": moves("adapter", "@lora"),
+    "reference_adapter": moves("reference_adapter", "@lora", lora=True),
+    "data": moves("data", "@more"),
+    "eval_data": eval_data,
+    "eval_fraction": moves("eval_fraction", 0.3),
+    "on_bad_row": on_bad_row,
+    "max_length": moves("max_length", 12),
+    "shuffle": moves("shuffle", False),
+    "beta": moves("beta", 0.5),
+    "label_smoothing": moves("label_smoothing", 0.3),
+    "lora": moves("lora", True),
+    "lora_rank": moves("lora_rank", 3, lora=True),
+    "lora_alpha": moves("lora_alpha", 5, lora=True),
+    "lora_dropout": moves("lora_dropout", 0.2, lora=True),
+    "lora_targets": lora_targets,
+    "epochs": moves("epochs", 2.0),
+    "max_steps": moves("max_steps", 2),
+    "batch_size": moves("batch_size", 4),
+    "learning_rate": moves("learning_rate", 2e-3),
+    "schedule": moves("schedule", "constant"),
+    "warmup": moves("warmup", 0.0),
+    "weight_decay": moves("weight_decay", 0.1),
+    "adam_beta1": moves("adam_beta1", 0.5),
+    "adam_beta2": moves("adam_beta2", 0.5),
+    "adam_epsilon": moves("adam_epsilon", 1e-3),
+    "max_grad_norm": moves("max_grad_norm", 0.01),
+    "eval_every": eval_every,
+    "early_stopping": early_stopping,
+    "output": output,
+    "save_every": save_every,
+    "keep_last": keep_last,
+    "resume": resume,
+    "dry_run": dry_run,
+    "progress": progress,
+    "dtype": dtype,
+    "device": device,
+    "threads": threads,
+    "token_budget": token_budget,
+    "gradient_checkpointing": gradient_checkpointing,
+    "attention": attention,
+    "seed": moves("seed", 1),
+    "deterministic": deterministic,
+}
+
+
+def test_no_option_is_left_out() -> None:
+    assert set(SHOWN) == {field.name for field in dataclasses.fields(DpoConfig)}
+
+
+@pytest.mark.parametrize("option", SHOWN)
+def test_the_option_does_something(option: str, place: Place) -> None:
+    SHOWN[option](place)
