@@ -53,10 +53,12 @@ def _save_whole(folder: Path, model: Any, masters: MasterWeights) -> None:
     for name, value in model.named_parameters(remove_duplicate=False):
         tied = next((n for n, p in model.named_parameters() if p is value), name)
         state[name] = weights.get(tied, value.detach())
+    model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    # That wrote the type the model computes in, to which whoever loads the folder would round the weights.
     before = model.config.dtype
     model.config.dtype = dtype
     try:
-        model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+        model.config.save_pretrained(folder)
     finally:
         model.config.dtype = before
 
