@@ -203,6 +203,16 @@ def test_a_reference_that_cannot_take_the_data_is_refused(
         dpo(model, ROWS, tmp_path / "out", reference=other)
 
 
+def test_scoring_ahead_keeps_to_the_token_budget(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefopt.train import reference
+
+    sizes: list[int] = []
+    pack = reference.pack
+    monkeypatch.setattr(reference, "pack", lambda g, layout: sizes.append(sum(x.tokens for x in g)) or pack(g, layout))
+    dpo(model, ROWS, tmp_path / "out", token_budget=30, max_steps=1)
+    assert 60 < max(sizes) <= 4 * 30  # forward alone takes a fraction of the memory
+
+
 def test_where_memory_ends_the_reference_is_scored_in_smaller_batches(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reports: list[FillReport]
 ) -> None:

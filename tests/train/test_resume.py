@@ -46,7 +46,10 @@ def stopped_at(step: int, *arguments: Any, **options: Any) -> None:
             dpo(*arguments, **options)
 
 
-@pytest.mark.parametrize(("options", "step"), [(FULL, 1), (FULL, 4), (LORA, 3), (LORA | {"dtype": "float64"}, 6)])
+@pytest.mark.parametrize(
+    ("options", "step"),
+    [(FULL, 1), (FULL, 4), (LORA, 3), (LORA | {"dtype": "float64"}, 6), (FULL | {"dtype": "bfloat16"}, 2)],
+)
 def test_a_stopped_run_goes_on_to_the_same_bits(options: dict[str, Any], step: int, model: str, tmp_path: Path) -> None:
     dpo(model, ROWS, tmp_path / "whole", **options)
     stopped_at(step, model, ROWS, tmp_path / "parts", **options)
