@@ -14,7 +14,9 @@ from data.small import small_tokenizer
 from model.architectures import Float64Throughout, with_exact_rotary
 from prefopt.data.formats import parse_comparisons
 from prefopt.data.load import build_groups
+from prefopt.data.packer import pack
 from prefopt.data.sampler import Sampler
+from prefopt.errors import RunError
 from prefopt.train.optim import Schedule
 from train.flat import flat_dpo
 from train.small import dpo, pairs, steps, tiny_llama, weights
@@ -91,6 +93,32 @@ def test_what_only_costs_time_or_memory_changes_nothing(options: dict[str, Any],
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-6)
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
         assert line["lengths/chosen"] == expected["lengths/chosen"]
+
+
+def test_where_memory_ends_the_step_is_repeated_in_smaller_parts(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"dtype": "float64", "batch_size": 7, "epochs": 3, "lora": True, "lora_dropout": 0.0}
+    dpo(model, ROWS, tmp_path / "plain", **options)
+    largest, sizes = 100, []
+
+    def limited(groups: Any, layout: Any) -> Any:
+        sizes.append(sum(g.tokens for g in groups))
+        if sizes[-1] > largest:
+            raise torch.OutOfMemoryError("no more")
+        return pack(groups, layout)
+
+    monkeypatch.setattr("prefopt.train.loop.pack", limited)
+    dpo(model, ROWS, tmp_path / "tight", **options, save_every=1, progress="plain")
+    assert "out of memory: the step is repeated with" in capsys.readouterr().out
+    tried = [size for size in sizes if size > largest]
+    assert tried and sizes.index(tried[-1]) < 7, "the smaller budget is kept for the steps that follow"
+    assert_same_weights(weights(tmp_path / "tight"), weights(tmp_path / "plain"), 1e-6)
+    assert len(steps(tmp_path / "tight")) == 3
+
+    largest = 1
+    with pytest.raises(RunError, match=r"step 1: one pair of \d+ tokens does not fit"):
+        dpo(model, ROWS, tmp_path / "hopeless", **options)
 
 
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:

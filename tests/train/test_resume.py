@@ -100,6 +100,34 @@ def test_a_signal_ends_the_command_with_a_checkpoint(number: int, status: int, m
     assert steps(tmp_path / "parts") == steps(tmp_path / "whole")
 
 
+def test_a_run_stopped_while_it_scores_keeps_what_it_scored(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from prefopt.train import reference
+
+    data = write_rows(tmp_path / "data.jsonl", ROWS)
+    arguments = words(model, data, tmp_path / "parts", token_budget=8, progress="plain")
+    calls: list[int] = []
+    pack = reference.pack
+
+    def stopping(groups: Any, layout: Any) -> Any:
+        calls.append(len(groups))
+        if len(calls) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return pack(groups, layout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "pack", stopping)
+        assert main(arguments) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+    kept = 2 * sum(calls)
+    assert len(calls) == 4 and f"{26 - kept} responses scored" in capsys.readouterr().out
+    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path / "another"))
+    dpo(model, data, tmp_path / "whole", token_budget=8)
+    assert same_bits(tmp_path / "parts", tmp_path / "whole")
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
