@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prefopt
 from prefopt.cli import main
 from prefopt.errors import ConfigError, DataError, RunError
-from train.small import QUICK, dpo, metrics, pairs, weights, words, write_model, write_rows
+from train.small import dpo, metrics, pairs, quick, weights, words, write_model, write_rows
 
 ROWS = pairs(9)
 PROBE = torch.tensor([[0, 20, 30, 40]])
@@ -75,7 +75,7 @@ def test_a_model_given_is_given_back_after_a_dry_run_and_after_an_error(
 ) -> None:
     given, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     before, attention = logits(given), given.config._attn_implementation
-    options = {**QUICK, "output": tmp_path / "out", "tokenizer": tokenizer}
+    options = {**quick(given), "output": tmp_path / "out", "tokenizer": tokenizer}
     for more in ({}, {"lora": True}):
         assert prefopt.dpo(given, ROWS, dry_run=True, **options, **more) is None
         assert given.config._attn_implementation == attention and not (tmp_path / "out").exists()

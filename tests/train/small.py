@@ -92,9 +92,14 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> str:
     return str(path)
 
 
+def quick(model: Any) -> dict[str, Any]:
+    """The options of a quick test; a model object is where it is already."""
+    return QUICK if isinstance(model, (str, Path)) else {k: v for k, v in QUICK.items() if k != "device"}
+
+
 def dpo(model: Any, data: Any, output: Path, **options: Any) -> DpoResult:
     """``prefopt.dpo`` with the options of a quick test."""
-    result = prefopt.dpo(model, data, output=output, **{**QUICK, **options})
+    result = prefopt.dpo(model, data, output=output, **{**quick(model), **options})
     assert result is not None
     return result
 
