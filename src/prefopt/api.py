@@ -41,6 +41,8 @@ def dpo(
         raise ConfigError("tokenizer goes with a model object; a model named by its folder brings its own")
     if not named and tokenizer is None:
         raise ConfigError("a model object needs its tokenizer: prefopt.dpo(model=model, tokenizer=tokenizer, ...)")
+    if not named:
+        _refuse_for_objects(model, options)
     names, rows = _names_or_rows(data)
     values = {
         "model": model if named else str(getattr(model, "name_or_path", "")) or "model given in Python",
@@ -53,6 +55,20 @@ def dpo(
     from prefopt.methods.preference import run
 
     return run(config, model=None if named else model, tokenizer=tokenizer, rows=rows)
+
+
+def _refuse_for_objects(model: Any, options: Mapping[str, Any]) -> None:
+    """Options that say how a model is loaded do nothing to one that is there already."""
+    remedies = {
+        "adapter": "put the adapter on it with PEFT",
+    }
+    for name, remedy in remedies.items():
+        if options.get(name):
+            raise ConfigError(f"{name} is for a model named by its folder; this one is an object: {remedy}")
+    if options.get("reference_adapter") and not options.get("reference"):
+        raise ConfigError("reference_adapter with a model object needs the model it belongs to: give reference")
+    if options.get("lora") and hasattr(model, "peft_config"):
+        raise ConfigError("lora adds a new adapter, but this model has one already, which is trained: leave lora out")
 
 
 def _names_or_rows(data: object) -> tuple[object, list[Row] | None]:

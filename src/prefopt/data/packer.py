@@ -73,6 +73,11 @@ class Layout:
     share: bool = True
     rope_limit: int | None = None
 
+    def cost(self, group: Group) -> int:
+        """Tokens that scoring ``group`` encodes."""
+        apart = len(group.continuations) - 1 if self.side(group) == "separate" else 0
+        return group.tokens + apart * len(group.prefix)
+
     def side(self, group: Group) -> str:
         """``shared`` (the common row), ``long`` (the row beyond the limit) or ``separate`` (a row per response)."""
         if not self.share:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,12 +39,13 @@ from prefopt.model.reference import ReferenceCache
 from prefopt.model.scorer import Scorer, causal_model
 from prefopt.model.sharing import context_length
 from prefopt.train import budget
-from prefopt.train.card import save_model, write_card
+from prefopt.train.card import repair_generation, save_model, write_card
 from prefopt.train.checkpoint import disk_errors
 from prefopt.train.data import TrainingData, load_data
 from prefopt.train.folder import FREE, RunFolder, fingerprint
 from prefopt.train.log import Metrics, Reporter, duration, size
 from prefopt.train.loop import Loop, LoopOptions, Record, load_best
+from prefopt.train.memory import peak_memory
 from prefopt.train.objective import PairObjective
 from prefopt.train.optim import Schedule, adamw
 from prefopt.train.policy import Policy
@@ -90,20 +93,25 @@ class _Run:
         self.config, self.reporter, self.stop = config, reporter, stop
         self.given, self.rows = model, rows
         self.device = resolve_device(config.device) if model is None else next(model.parameters()).device
+        if config.device and torch.device(config.device).type != self.device.type:
+            raise ConfigError(f"--device {config.device}: the model given is on {self.device}; move it with model.to()")
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.folder = RunFolder(Path(config.output), config.to_dict(), resume=config.resume, dry=config.dry_run)
         self.source = "" if model is not None else local_folder(config.model)
-        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(self.source)
+        # A copy: the plain chat template may be put on it.
+        self.tokenizer = copy.deepcopy(tokenizer) if tokenizer is not None else load_tokenizer(self.source)
         self.limit = self._max_length(model.config if model is not None else load_config(self.source))
 
     def run(self) -> DpoResult | None:
         self._prepare_machine()
         data = load_data(self.config, self.tokenizer, self.limit, self.rows, self.reporter)
-        choice = choose_reference(self.config)
+        choice = choose_reference(self.config, self.given)
         identity = identify(choice, self.given)
         policy = Policy(self.config, self.source, self.dtype, self.device, self.given)
         try:
             check_vocabulary(data.groups, vocabulary_size(causal_model(policy.scorer.model)), self.config.model)
+            if self.config.attention != "auto" and policy.scorer.path == "separate":
+                raise ConfigError(f"--attention does nothing here: {policy.scorer.reason}; leave it out")
             check = check_scoring(policy.scorer, data.groups)
             self._say_scoring(policy.scorer, check)
             reference = ReferenceRun(choice, identity, policy.scorer, self.config)
@@ -119,6 +127,7 @@ class _Run:
             return self._finish(loop, data)
         finally:
             policy.release()
+            self.folder.leave()
 
     # -- what is needed before training ------------------------------------------------------------------------
 
@@ -159,14 +168,20 @@ class _Run:
         self, data: TrainingData, digest: str, reference: ReferenceRun, scorer: Scorer
     ) -> npt.NDArray[np.float64]:
         """The reference's sums for all responses. From here on the output folder is this run's."""
+        self.folder.take()
         self.folder.same("reference", digest, "the reference model")
-        self.folder.same("data", fingerprint(data.groups), "the data")
+        sizes = f"{len(data.train)}+{len(data.held_out)}"
+        self.folder.same("data", f"{fingerprint(data.groups)} {sizes}", "the data")
         self.folder.remember(max_length=self.limit)
         path = self.folder.path / "config.yaml"
         with disk_errors(path):
             path.write_text(self._options(), encoding="utf-8")
-        tokens = self.config.token_budget or budget.estimate(scorer, data.groups, checkpointing=False, still_to_come=0)
-        values, report = reference.values(data.groups, SCORING_AHEAD * tokens, self.reporter, self.stop)
+        # Remembered, since a resumed run must pack as the first one did to give the same bits.
+        tokens = self.folder.record.get("scoring_budget") or SCORING_AHEAD * (
+            self.config.token_budget or budget.estimate(scorer, data.groups, checkpointing=False, still_to_come=0)
+        )
+        self.folder.remember(scoring_budget=tokens)
+        values, report = reference.values(data.groups, tokens, self.reporter, self.stop)
         scored, reused = report.scored_responses, report.reused_responses
         self.reporter.say(
             f"reference: {scored} responses scored in {duration(report.seconds)}, {reused} from the cache"
@@ -188,16 +203,18 @@ class _Run:
         for comparison, group in zip(data.source.comparisons[:2], data.source.groups[:2], strict=True):
             say(f"\nrow {comparison.row}, trained tokens in ⟦ ⟧:\n{show(group, self.tokenizer)}")
         say("\n" + self._options())
+        reference.check_fits(data.groups)
         missing = ReferenceCache(reference.space()).missing(data.groups)
         say(f"reference: {missing or 'no'} responses are still to be scored")
         say(policy.make_trainable())
         tokens, speed = self._token_budget(policy, self._objective(np.zeros(data.responses)), data.groups)
         # Forward alone is a third of a training step's work.
-        ahead = sum(g.tokens for g in data.groups) / (3 * speed) if missing else 0.0
-        peak, state = budget.peak_memory(self.device), budget.state_bytes(policy.masters)
-        say(f"{self._plan(data, tokens, speed)}, with the reference {duration(ahead + self._seconds(data, speed))}")
+        ahead = sum(map(policy.scorer.layout.cost, data.groups)) / (3 * speed) if missing else 0.0
+        peak, state = peak_memory(self.device), budget.state_bytes(policy.masters)
+        whole = duration(ahead + self._seconds(policy, data, speed))
+        say(f"{self._plan(policy, data, tokens, speed)}, with the reference {whole}")
         say(f"memory: {size(peak)} in the trial, and {size(state)} for the optimiser to come")
-        say("dry run: nothing was trained or written")
+        say("dry run: nothing was trained, and no output written")
 
     # -- training ----------------------------------------------------------------------------------------------
 
@@ -205,7 +222,7 @@ class _Run:
         config = self.config
         steps = self._steps(data)
         tokens, speed = self._token_budget(policy, objective, data.groups)
-        self.reporter.say(self._plan(data, tokens, speed))
+        self.reporter.say(self._plan(policy, data, tokens, speed))
         assert config.learning_rate is not None
         betas = (config.adam_beta1, config.adam_beta2)
         masters = policy.masters
@@ -240,21 +257,23 @@ class _Run:
         torch.manual_seed(config.seed + 1)
         if config.resume:
             path = loop.resume()
-            self.reporter.say(f"resumed: {path}" if path else "no checkpoint yet: starting at the first step")
+            none = "no checkpoint that is whole" if loop.checkpoints.exists() else "no checkpoint yet"
+            self.reporter.say(f"resumed: {path}" if path else f"{none}: starting at the first step")
         return loop
 
     def _steps(self, data: TrainingData) -> int:
         steps = max(1, math.ceil(self.config.epochs * math.ceil(len(data.train) / self.config.batch_size)))
         return min(steps, self.config.max_steps or steps)
 
-    def _seconds(self, data: TrainingData, speed: float) -> float:
-        per_step = data.train_tokens / math.ceil(len(data.train) / self.config.batch_size)
+    def _seconds(self, policy: Policy, data: TrainingData, speed: float) -> float:
+        tokens = sum(policy.scorer.layout.cost(data.groups[i]) for i in data.train)
+        per_step = tokens / math.ceil(len(data.train) / self.config.batch_size)
         return self._steps(data) * per_step / speed
 
-    def _plan(self, data: TrainingData, tokens: int, speed: float) -> str:
+    def _plan(self, policy: Policy, data: TrainingData, tokens: int, speed: float) -> str:
         return (
             f"{self._steps(data)} steps of {self.config.batch_size} pairs, {tokens} tokens at once: about"
-            f" {duration(self._seconds(data, speed))}"
+            f" {duration(self._seconds(policy, data, speed))}"
         )
 
     def _token_budget(self, policy: Policy, objective: PairObjective, groups: Sequence[Group]) -> tuple[int, float]:
@@ -282,7 +301,7 @@ class _Run:
                 "tokens_per_second": tokens / seconds,
                 "pairs_per_second": pairs / seconds,
                 "utilisation": sum(map(flops, batches)) / seconds / peak,
-                "peak_memory_bytes": budget.peak_memory(self.device),
+                "peak_memory_bytes": peak_memory(self.device),
             }
 
         return measure
@@ -319,6 +338,8 @@ class _Run:
             self.reporter.say(f"the weights of step {progress.best_step} are saved: the best on held-out pairs")
         held_out_loss = progress.best_loss if progress.best_step is not None else None
         folder = self.folder.path
+        if said := repair_generation(causal_model(loop.scorer.model)):
+            self.reporter.say(f"the model as it was given cannot be saved: {said}")
         save_model(folder, loop.scorer, loop.masters, self.tokenizer)
         results: dict[str, Any] = {
             "steps": progress.step,
@@ -326,7 +347,7 @@ class _Run:
             "best step": progress.best_step,
             **{f"last step: {name}": last[name] for name in sorted(last) if name.partition("/")[0] in _CARD},
             "training time": duration(progress.seconds),
-            "peak memory": size(budget.peak_memory(self.device)),
+            "peak memory": size(peak_memory(self.device)),
         }
         files = ", ".join(f"`{Path(d).name}`" for d in self.config.data)
         pairs = f"{len(data.train)} preference pairs"
@@ -340,6 +361,8 @@ class _Run:
             results=results,
             license="The licences of the base model and of the data apply.",
         )
+        if not self.config.save_every:
+            shutil.rmtree(loop.checkpoints)  # they were there for what might have happened until now
         self.folder.remember(status="finished", finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), results=results)
         self.reporter.say(f"done in {duration(progress.seconds)}: {folder}")
         return DpoResult(folder, progress.step, last, held_out_loss, progress.best_step)

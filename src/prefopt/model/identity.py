@@ -125,10 +125,17 @@ def identity_of_model(
     return Identity(
         weights=whole.hexdigest(),
         config=_digest([type(model).__name__, _relevant(fields, _IRRELEVANT)]),
-        adapter=_digest(adapters) if adapters else "",
+        adapter=_digest([adapters, _adapter_states(model)]) if adapters else "",
         quantization=_quantization(fields, quantization),
         name=name or str(getattr(config, "_name_or_path", "") or type(model).__name__),
     )
+
+
+def _adapter_states(model: Any) -> list[str]:
+    """Which adapters are active, merged or switched off in the layers of a PEFT model: its forward depends on it."""
+    names = ("active_adapters", "merged_adapters", "disable_adapters")
+    layers = [m for m in model.modules() if hasattr(m, "merged_adapters")]
+    return sorted({repr([getattr(layer, name, None) for name in names]) for layer in layers})
 
 
 def _weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:

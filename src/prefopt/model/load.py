@@ -53,8 +53,8 @@ def native_bfloat16(device: torch.device) -> bool:
 
 def local_folder(name: str) -> str:
     """The folder of a model or adapter: ``name`` itself, or where the Hub's files were put on this machine."""
-    if Path(name).exists() or _is_path(name):
-        return name
+    if Path(name).expanduser().exists() or _is_path(name):
+        return str(Path(name).expanduser())
     from huggingface_hub import snapshot_download
 
     with _model_errors(name):
@@ -135,6 +135,8 @@ def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
 
     if not (Path(folder) / "adapter_config.json").is_file() and Path(folder).exists():
         raise ModelError(f"--adapter {folder} holds no adapter_config.json: it is not a PEFT adapter")
+    if Path(folder).is_dir() and not (Path(folder) / "adapter_model.safetensors").is_file():
+        raise ModelError(f"--adapter {folder} holds no adapter_model.safetensors; pickled weights are not opened")
     with _model_errors(folder), _peft_warnings_off():
         wrapped: torch.nn.Module = PeftModel.from_pretrained(causal_model(model), folder, is_trainable=True)
     silence_dropout(wrapped)

@@ -22,6 +22,7 @@ class MasterWeights:
         self.model = model
         self.masters: dict[str, torch.nn.Parameter] = {}
         self._copies: dict[str, torch.nn.Parameter] = {}
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         keep = tuple(_kept_in_float32(model))
         for name, parameter in model.named_parameters():
             target = compute if not any(part in keep for part in name.split(".")) else parameter.dtype
@@ -37,7 +38,8 @@ class MasterWeights:
             parameter.data = wide.to(target)
             self.masters[name] = torch.nn.Parameter(wide)
             self._copies[name] = parameter
-            parameter.register_post_accumulate_grad_hook(self._collector(self.masters[name]))
+            hook = parameter.register_post_accumulate_grad_hook(self._collector(self.masters[name]))
+            self._hooks.append(hook)
 
     @staticmethod
     def _collector(master: torch.nn.Parameter):  # type: ignore[no-untyped-def]
@@ -50,6 +52,12 @@ class MasterWeights:
             copy.grad = None
 
         return collect
+
+    def release(self) -> None:
+        """Take the hooks off the model: gradients stay on its own weights again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def zero_grad(self) -> None:
         """Forget all gradients."""

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from prefopt.data.group import Group
@@ -22,32 +20,13 @@ from prefopt.model.logprobs import KEEP_BYTES
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer, causal_model, response_sums
 from prefopt.train.loop import Objective
+from prefopt.train.memory import free_memory, out_of_memory
 
 SHARE = 0.5
 """Of the free memory, what activations may take: the rest is for gradients, optimiser state and fragmentation."""
 
 # More tokens at once than these gain nothing: matrix products are as fast as they get.
 CEILING = {"cpu": 2048, "cuda": 32768, "mps": 4096}
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    return int(psutil.virtual_memory().available)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: by the device's tensors, or by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # what getrusage reports on Linux is inherited from the parent process
-        return next(int(x.split()[1]) * 1024 for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def state_bytes(masters: MasterWeights) -> int:
@@ -59,7 +38,8 @@ def bytes_per_token(scorer: Scorer, *, checkpointing: bool) -> int:
     """Estimated bytes of activations that one token leaves for backward."""
     config: Any = causal_model(scorer.model).config.get_text_config()
     hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
-    inner = int(getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden)
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden
+    inner = int(max(inner) if isinstance(inner, (list, tuple)) else inner)
     experts = int(getattr(config, "num_experts_per_tok", None) or 1)
     layer = 20 * hidden + 4 * inner * experts
     numbers = layers * hidden + layer if checkpointing else layers * layer
@@ -71,19 +51,19 @@ def estimate(scorer: Scorer, groups: Sequence[Group], *, checkpointing: bool, st
     device = next(scorer.model.parameters()).device
     free = free_memory(device) - still_to_come - KEEP_BYTES
     affordable = int(max(0, free) * SHARE) // bytes_per_token(scorer, checkpointing=checkpointing)
-    largest = max(g.tokens for g in groups)
+    largest = max(map(scorer.layout.cost, groups))
     return max(largest, min(affordable, CEILING[device.type]))
 
 
-def largest_batch(groups: Sequence[Group], token_budget: int) -> list[int]:
+def largest_batch(costs: Sequence[int], token_budget: int) -> list[int]:
     """The groups that strain the memory most: the largest, as many as go into one micro-batch."""
     taken: list[int] = []
     used = 0
-    for i in sorted(range(len(groups)), key=lambda i: -groups[i].tokens):
-        if taken and used + groups[i].tokens > token_budget:
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        if taken and used + costs[i] > token_budget:
             continue
         taken.append(i)
-        used += groups[i].tokens
+        used += costs[i]
         if used >= token_budget:
             break
     return taken
@@ -100,8 +80,9 @@ def try_largest(
     state = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if device.type == "cuda" else []
     scorer.train()
+    costs = list(map(scorer.layout.cost, groups))
     while True:
-        part = largest_batch(groups, token_budget)
+        part = largest_batch(costs, token_budget)
         batch = pack([groups[i] for i in part], scorer.layout).to(device)
         started = time.monotonic()
         try:
@@ -110,14 +91,17 @@ def try_largest(
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             break
-        except torch.OutOfMemoryError as error:
-            if token_budget <= max(g.tokens for g in groups):
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            if token_budget <= max(costs):
                 raise RunError(
                     f"the largest pair, of {token_budget} tokens, does not fit into the device's memory; give"
                     " --gradient-checkpointing, --lora or a smaller --max-length"
                 ) from error
-            token_budget = max(max(g.tokens for g in groups), token_budget // 2)
-            torch.cuda.empty_cache()
+            token_budget = max(*costs, token_budget // 2)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
         finally:
             masters.zero_grad()
     torch.set_rng_state(state)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 import prefopt
 from prefopt.model.load import quiet
@@ -36,6 +37,27 @@ def save_model(folder: Path, scorer: Scorer, masters: MasterWeights, tokenizer: 
         tokenizer.save_pretrained(folder)
         _share(folder)
     scorer.attach_hook()
+
+
+def repair_generation(model: Any) -> str | None:
+    """Make a generation config such as transformers agrees to save; says what was changed, if anything.
+
+    Some published models set a temperature without sampling, which loads but cannot be saved.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return None
+    try:
+        config.validate(strict=True)
+        return None
+    except ValueError:
+        config.do_sample = True
+    try:
+        config.validate(strict=True)
+        return "its generation config sets sampling options without sampling: do_sample is switched on"
+    except ValueError:
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+        return "its generation config is not valid: a plain one is saved"
 
 
 def _share(folder: Path) -> None:
@@ -74,7 +96,7 @@ def write_card(
     license: str,
 ) -> None:
     """README.md with front matter that the Hub reads, the data, every setting and the results."""
-    local = Path(model).exists()
+    local = Path(model).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model)
     front = [
         "---",
         "library_name: transformers" if not (folder / "adapter_config.json").exists() else "library_name: peft",

@@ -28,11 +28,6 @@ class TrainingData:
         """Responses of all groups."""
         return sum(len(g.continuations) for g in self.groups)
 
-    @property
-    def train_tokens(self) -> int:
-        """Tokens that one epoch encodes."""
-        return sum(self.groups[i].tokens for i in self.train)
-
 
 def load_data(
     config: DpoConfig,

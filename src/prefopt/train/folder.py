@@ -12,12 +12,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from prefopt.data.group import Group
 from prefopt.errors import RunError
-from prefopt.train.checkpoint import write_json
+from prefopt.train.checkpoint import disk_errors, write_json
 
 # Options that may differ at a resume: they change what is shown and kept, never the weights.
 FREE = frozenset({"resume", "progress", "save_every", "keep_last", "output", "dry_run"})
+
+_LOCK = ".lock"
 
 
 class RunFolder:
@@ -29,8 +33,11 @@ class RunFolder:
         ``dry``: nothing is ever written.
         """
         self.path, self._dry = path, dry
+        self._lock: FileLock | None = None
         self.file = path / "run.json"
         self.record: dict[str, Any] = {"status": "started", "options": dict(options)}
+        if dry:
+            return
         if path.exists() and not path.is_dir():
             raise RunError(f"--output {path} is a file; name a folder")
         if self.file.exists():
@@ -42,9 +49,28 @@ class RunFolder:
                 raise RunError(f"--resume: the run in {path} is finished; to train further, name its folder as --model")
             self._refuse_other_options(before.get("options", {}), options)
             self.record = {**before, "status": "resumed"}
-        elif path.exists() and any(not entry.name.startswith(".run.json.") for entry in path.iterdir()):
-            # (A run killed in its first moment leaves only its record, half written.)
+        elif path.exists() and any(not entry.name.startswith((".run.json.", _LOCK)) for entry in path.iterdir()):
+            # (A run killed in its first moment leaves only its lock and its record, half written.)
             raise RunError(f"--output {path} is not empty and holds no run of prefopt; name another folder")
+
+    def take(self) -> None:
+        """Make the folder and hold it for this process. Raises :class:`RunError` where another one does."""
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            there = self.file.exists()
+            self._lock = FileLock(self.path / _LOCK)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                there = True
+        if (there and self.record["status"] == "started") or not self._lock.is_locked:
+            raise RunError(f"--output {self.path} is in use by another process; wait for it, or name another folder")
+
+    def leave(self) -> None:
+        """Let the folder go."""
+        if self._lock is not None and self._lock.is_locked:
+            (self.path / _LOCK).unlink(missing_ok=True)
+            self._lock.release()
 
     @property
     def checkpoints(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer, response_sums
 from prefopt.train import checkpoint
 from prefopt.train.log import Metrics, Reporter
+from prefopt.train.memory import out_of_memory
 from prefopt.train.optim import Schedule, clip_, grad_norm
 from prefopt.train.stop import StopRequest
 
@@ -88,6 +90,7 @@ class Loop:
     measure: Callable[[Sequence[PackedBatch], float], Record]
     inspect_first: Callable[[Record], None] | None = None
     progress: Progress = field(default_factory=Progress)
+    _saved: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +108,7 @@ class Loop:
         checkpoint.restore_optimizer(self.optimizer, saved.optimizer)
         checkpoint.restore_random(saved.state["random"])
         self.progress = Progress(**saved.state["progress"])
-        self.token_budget = self.progress.token_budget
+        self.token_budget, self._saved = self.progress.token_budget, self.progress.step
         self.metrics.forget_after(self.progress.step)
         return path
 
@@ -126,16 +129,22 @@ class Loop:
                 if self.stop.signal is not None or (options.save_every and progress.step % options.save_every == 0):
                     self._save()
                 self.stop.check(f" after step {progress.step} of {options.steps}")
+        if self._saved != progress.step:  # what follows may fail on a full disk: nothing computed is lost
+            self._save()
         return progress
 
     def _step(self, step: int) -> Record:
         while True:
+            started = time.monotonic()
             try:
-                return self._try_step(step)
-            except torch.OutOfMemoryError as error:
+                record, batches = self._gradients(step)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 self.masters.zero_grad()
-                torch.cuda.empty_cache()
-                largest = max(self.groups[i].tokens for i in self._step_indices(step))
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                largest = max(self.scorer.layout.cost(self.groups[i]) for i in self._step_indices(step))
                 if self.token_budget <= largest:
                     raise RunError(
                         f"step {step + 1}: one pair of {largest} tokens does not fit into the device's memory; give"
@@ -143,38 +152,49 @@ class Loop:
                     ) from error
                 self.token_budget = max(largest, self.token_budget // 2)
                 self.reporter.say(f"out of memory: the step is repeated with {self.token_budget} tokens at once")
+                continue
+            self._update(step, record)
+            return record | self.measure(batches, time.monotonic() - started)
 
-    def _try_step(self, step: int) -> Record:
-        started = time.monotonic()
+    def _gradients(self, step: int) -> tuple[Record, list[PackedBatch]]:
+        """Gradients of a global batch on the masters, and its metrics; weights stay as they are."""
         indices = self._step_indices(step)
         weight = self.objective.weight(indices)
         sums = Sums()
-        batches = []
+        batches: list[PackedBatch] = []
         for part, batch in self._micro_batches(indices):
             output = self.objective(response_sums(self.scorer(batch), batch), batch, part)
             (output.numerator_G.sum() / weight).backward()
             sums.add(output)
             batches.append(batch)
-        weights = self.masters.masters.values()
-        record = sums.means(weight, grad_norm(weights))  # the one wait for the device in a step
+        # The one wait for the device that metrics cost.
+        return sums.means(weight, grad_norm(self.masters.masters.values())), batches
+
+    def _update(self, step: int, record: Record) -> None:
         record["learning_rate"] = self.schedule(step)
+        record["epoch"] = (step + 1) / self.sampler.steps_per_epoch
         self._refuse_nonsense(step, record)
         if step == 0 and self.inspect_first is not None:
             self.inspect_first(record)
-        clip_(weights, record["grad_norm"], self.options.max_grad_norm)
+        clip_(self.masters.masters.values(), record["grad_norm"], self.options.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = record["learning_rate"]
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"step {step + 1}: the optimiser's state does not fit into the device's memory; give --lora, or a"
+                " smaller --token-budget"
+            ) from error
         self.masters.publish()
         self.masters.zero_grad()
-        record["epoch"] = (step + 1) / self.sampler.steps_per_epoch
-        return record | self.measure(batches, time.monotonic() - started)
 
     def _step_indices(self, step: int) -> list[int]:
         return [self.train[i] for i in self.sampler.batch(step)]
 
     def _micro_batches(self, indices: Sequence[int]) -> Iterator[tuple[list[int], PackedBatch]]:
-        for part in split(indices, [self.groups[i].tokens for i in indices], self.token_budget):
+        costs = [self.scorer.layout.cost(self.groups[i]) for i in indices]
+        for part in split(indices, costs, self.token_budget):
             yield part, pack([self.groups[i] for i in part], self.scorer.layout).to(self.device)
 
     def _refuse_nonsense(self, step: int, record: Record) -> None:
@@ -206,10 +226,13 @@ class Loop:
         if better:
             progress.best_step, progress.best_loss, progress.without_gain = progress.step, record["loss"], 0
             save_best(self.checkpoints, progress.step, dict(self.masters.saved()))
+            forget_bests(self.checkpoints, progress.step)
         else:
             progress.without_gain += 1
             patience = self.options.early_stopping
             progress.stopped_early = patience is not None and progress.without_gain >= patience
+            if progress.stopped_early:
+                self.reporter.say(f"stopping early: no lower loss in {patience} evaluations since {progress.best_step}")
 
     def _save(self) -> None:
         self.progress.token_budget = self.token_budget
@@ -217,7 +240,10 @@ class Loop:
         optimizer = checkpoint.optimizer_tensors(self.optimizer)
         weights = dict(self.masters.saved())
         path = checkpoint.save(self.checkpoints, weights, optimizer, state, keep_last=self.options.keep_last)
-        self.reporter.say(f"checkpoint: {path}")
+        self._saved = self.progress.step
+        forget_bests(self.checkpoints, self.progress.best_step)
+        if self.options.save_every or self.stop.signal is not None:
+            self.reporter.say(f"checkpoint: {path}")
 
 
 class Sums:
@@ -247,27 +273,41 @@ class Sums:
 
 
 def save_best(folder: Path, step: int, weights: Mapping[str, torch.Tensor]) -> None:
-    """Keep the weights of the best evaluation beside the checkpoints, in one file that names its step."""
-    path = folder / "best.safetensors"
+    """Keep the weights of the best evaluation beside the checkpoints, in a file that its step names."""
+    path = _best(folder, step)
     aside = folder / ".best.safetensors"
     with checkpoint.disk_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_tensors(aside, {**weights, "step": torch.tensor(step)})
+        checkpoint.write_tensors(aside, weights)
         aside.replace(path)
+
+
+def forget_bests(folder: Path, step: int | None) -> None:
+    """Remove the weights of earlier bests that neither the run nor a checkpoint still names."""
+    named = {step}
+    for state in folder.glob("step-*/state.json"):
+        try:
+            named.add(json.loads(state.read_text())["progress"]["best_step"])
+        except (OSError, ValueError, KeyError):
+            return  # a damaged checkpoint: what it named is not known
+    for path in folder.glob("best-*.safetensors"):
+        if path not in {_best(folder, n) for n in named if n is not None}:
+            path.unlink()
+
+
+def _best(folder: Path, step: int) -> Path:
+    return folder / f"best-{step:08d}.safetensors"
 
 
 def load_best(folder: Path, step: int) -> dict[str, torch.Tensor]:
     """The weights of evaluation ``step``. Raises :class:`RunError` where they are not there."""
-    path = folder / "best.safetensors"
+    path = _best(folder, step)
     try:
-        weights: dict[str, torch.Tensor] = load_file(path)
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise RunError(
-            f"{path}: the best weights cannot be read ({error}); go on from a checkpoint with --resume"
+            f"{path}: the best weights cannot be read ({error}); the last ones are in the checkpoint beside it"
         ) from error
-    if int(weights.pop("step")) != step:
-        raise RunError(f"{path}: holds another step than {step}; go on from a checkpoint with --resume")
-    return weights
 
 
 def _note(record: Record) -> str:

@@ -17,7 +17,7 @@ class Policy:
 
     def __init__(self, config: DpoConfig, source: str, dtype: torch.dtype, device: torch.device, given: Any) -> None:
         """Load the model in folder ``source``, or take the one ``given`` in Python, to compute in ``dtype``."""
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self._named = config, dtype, given is None
         model = given
         if model is None:
             # A full fine-tuning keeps float32 masters: they come from the file, not from rounded weights.
@@ -51,6 +51,9 @@ class Policy:
                 dropout=config.lora_dropout,
                 targets=config.lora_targets,
             )
+            if self._named:  # not the folder on this machine that a name on the Hub was resolved to
+                for adapter in getattr(model, "peft_config", {}).values():
+                    adapter.base_model_name_or_path = config.model
             self.masters = MasterWeights(model, self.dtype)
             self.scorer = Scorer(model, attention=config.attention)
         if config.gradient_checkpointing:
@@ -63,5 +66,6 @@ class Policy:
         return f"training {trained:,} of {total:,} weights{' (LoRA)' if config.lora else ''}"
 
     def release(self) -> None:
-        """Give the model its own attention back: one given in Python goes back to its owner, whatever happened."""
+        """Give the model its own attention and gradients back: one given in Python goes back to its owner."""
         self.scorer.detach_hook()
+        self.masters.release()

@@ -19,6 +19,7 @@ from prefopt.model.reference import FillReport, ReferenceCache, ReferenceValues,
 from prefopt.model.scorer import VERSION, Scorer, causal_model, response_sums
 from prefopt.model.sharing import context_length
 from prefopt.train.log import Bar, Reporter
+from prefopt.train.memory import out_of_memory
 from prefopt.train.stop import StopRequest
 
 
@@ -37,10 +38,10 @@ class ReferenceChoice:
         return f"{name}{' (the model as it is before training)' if self.is_start else ''}"
 
 
-def choose_reference(config: DpoConfig) -> ReferenceChoice:
-    """The reference that a configuration asks for."""
+def choose_reference(config: DpoConfig, given: Any = None) -> ReferenceChoice:
+    """The reference that a configuration asks for; a model ``given`` in Python is never the one a name stands for."""
     if config.reference is not None:
-        same = config.reference == config.model and config.reference_adapter == config.adapter
+        same = config.reference == config.model and config.reference_adapter == config.adapter and given is None
         return ReferenceChoice(config.reference, config.reference_adapter, same)
     if config.reference_adapter is not None:
         return ReferenceChoice(config.model, config.reference_adapter, config.reference_adapter == config.adapter)
@@ -72,8 +73,7 @@ class ReferenceRun:
     ) -> tuple[ReferenceValues, FillReport]:
         """Fill the cache and read it. Raises :class:`ModelError` where the reference cannot take the data."""
         cache = ReferenceCache(self.space())
-        if not self.choice.is_start:
-            self._check_fits(groups)
+        self.check_fits(groups)
         missing = cache.missing(groups)
         if not missing:
             report = FillReport(0, sum(len(g.continuations) for g in groups), 0, 0.0)
@@ -105,7 +105,9 @@ class ReferenceRun:
                     progress=lambda done, total, seconds: bar.update(done),
                     stop=stop.check,
                 )
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 largest = max(cache.space.cost(g) for g in groups)
                 if token_budget <= largest:
                     raise RunError(
@@ -117,8 +119,10 @@ class ReferenceRun:
                     torch.cuda.empty_cache()
                 reporter.say(f"out of memory: the reference is scored with {token_budget} tokens at once")
 
-    def _check_fits(self, groups: Sequence[Group]) -> None:
-        """Another model than the policy has a vocabulary and a context of its own."""
+    def check_fits(self, groups: Sequence[Group]) -> None:
+        """Another model than the policy has a vocabulary and a context of its own. Raises :class:`ModelError`."""
+        if self.choice.is_start:
+            return
         model = causal_model(self._other().model)
         check_vocabulary(groups, vocabulary_size(model), f"--reference {self.choice.model}")
         context, longest = context_length(model.config), max(g.longest for g in groups)
