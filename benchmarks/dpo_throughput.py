@@ -1,7 +1,7 @@
 """DPO throughput and memory, prefopt against TRL, on one machine in one run.
 
     python benchmarks/dpo_throughput.py --setup-trl trl-env          # once: TRL's own environment
-    python benchmarks/dpo_throughput.py --trl-python trl-env/bin/python --data-root ../shared/data
+    python benchmarks/dpo_throughput.py --trl-python trl-env/bin/python --data-root DATA
 
 Every run is a process of its own; the trainers take turns. Same model, float32 weights, pairs, order, token ids, pairs
 per step, optimiser and checkpointing setting. The first step is a warm-up; loading, tokenising and reference
@@ -183,7 +183,7 @@ def parse_options() -> argparse.Namespace:
     add = parser.add_argument
     add("--trl-python", default=sys.executable, help="interpreter of TRL's environment")
     add("--setup-trl", type=Path, metavar="DIR", help=f"make an environment with TRL {TRL_VERSION} there, and end")
-    add("--data-root", type=Path, default=HERE.parents[1] / "shared" / "data", help="folder of the data sets")
+    add("--data-root", type=Path, default=Path("data"), help="folder with llamafactory_demo and ultrafeedback_sample")
     add("--cache", type=Path, default=HERE.parent / "runs" / "benchmark", help="folder of the model and all runs")
     add("--cases", nargs="+", default=[c.name for c in CASES], choices=[c.name for c in CASES])
     add("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])

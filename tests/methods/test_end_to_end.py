@@ -61,7 +61,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
 
 
 def slice_of(shared: Path, rows: slice, folder: Path) -> str:
-    """Some rows of the data set that the mission names."""
+    """Some rows of LLaMA-Factory's dpo_en_demo."""
     whole = json.loads((shared / "data/llamafactory_demo/dpo_en_demo.json").read_text("utf-8"))
     path = folder / "dpo_en_demo.json"
     path.write_text(json.dumps(whole[rows]), "utf-8")
@@ -93,7 +93,7 @@ def conversations(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> str
     return str(folder)
 
 
-def test_the_missions_data_end_to_end(
+def test_dpo_en_demo_end_to_end(
     shared: Path,
     conversations: str,
     tmp_path: Path,
