@@ -7,7 +7,7 @@ arrive in bfloat16 and are added up in float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -42,7 +42,7 @@ class MasterWeights:
             self._hooks.append(hook)
 
     @staticmethod
-    def _collector(master: torch.nn.Parameter):  # type: ignore[no-untyped-def]
+    def _collector(master: torch.nn.Parameter) -> Callable[[torch.Tensor], None]:
         def collect(copy: torch.Tensor) -> None:
             assert copy.grad is not None
             if master.grad is None:
