@@ -240,7 +240,7 @@ def test_every_option_of_the_command_line_reaches_the_config(ran: list[dict[str,
             continue
         value: Any = other.get(o.name) or (next((c for c in o.choices if c != o.default), None))
         if value is None:
-            value = {bool: str(not o.default).lower(), int: "3", float: "0.25", str: "name"}[o.kinds[0]]
+            value = {bool: str(not o.default).lower(), int: "3", float: "0.25", str: "name"}.get(o.kinds[0], "name=1")
         with_it = [f"--{flag}" for flag, names in company.items() if o.name in names]
         ran.clear()
         assert cli.main(["dpo", *NEEDED, *with_it, o.flag, value]) == 0, o.flag

@@ -107,9 +107,11 @@ def parser_of(name: str) -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
     verb = VERBS[name]
+    first = next((o for o in options(verb.config) if o.positional), None)
+    metavar = f"{_shape(first)['metavar']} " if first else ""
     parser = ArgumentParser(
         prog=f"prefopt {name}",
-        usage=f"prefopt {name} [options]",
+        usage=f"prefopt {name} {metavar}[options]",
         description=verb.help,
         formatter_class=argparse.HelpFormatter,
         exit_on_error=False,
@@ -135,6 +137,9 @@ def parse(name: str, words: list[str]) -> dict[str, Any]:
 
     known = {o.name: o for o in options(VERBS[name].config)}
     lists = {o.flag for o in known.values() if list[str] in o.kinds}
+    first = next((o.flag for o in known.values() if o.positional), None)
+    if first and words and not words[0].startswith("-"):
+        words = [first, *words]
     words = _gathered(words, lists)
     try:
         return dict(vars(parser_of(name).parse_args(words)))

@@ -1,8 +1,11 @@
 """What a row of preference data says, before any tokenizer has seen it.
 
 >>> row = Comparison.pair([Message("user", "2 + 2?")], chosen="4", rejected="22", row=1)
->>> row.responses[0].text, row.tiers
-('4', ((0,), (1,)))
+>>> row.responses[0].text, row.tiers, row.pairs
+('4', ((0,), (1,)), ((0, 1),))
+>>> row = Comparison.scored([Message("user", "2 + 2?")], ["22", "4", "four"], scores=[0, 9, 9], row=2)
+>>> row.tiers, row.pairs
+(((1, 2), (0,)), ((1, 0), (2, 0)))
 """
 
 from __future__ import annotations
@@ -15,11 +18,29 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function that the assistant asks for; ``arguments`` is a JSON object as text."""
+
+    name: str
+    arguments: str
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation; ``role`` is ``system``, ``user``, ``assistant`` or ``tool``."""
+    """One turn of a conversation; ``role`` is ``system``, ``user``, ``assistant`` or ``tool``.
+
+    ``reasoning`` is what a thinking model wrote before its answer. ``trained`` is false for a turn of the assistant
+    that stands in a response but is not to be learned.
+    """
 
     role: str
     content: str
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+    trained: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +60,17 @@ class Comparison:
     """One prompt, its K responses, and what people said of them.
 
     ``prompt`` is a conversation, or plain text for a base model (then ``text`` is true and every message is taken as it
-    stands, without a chat template). ``tiers`` lists the responses best first; responses in one tier are tied.
+    stands, without a chat template). ``tools`` are the functions that the model may call, JSON objects as text.
+
+    What people said is any of these:
+
+    - ``tiers``: the responses best first; those of one tier are tied. A list of the best few ends in a tier that holds
+      all others: among the last, no order is known.
+    - ``scores`` [K]: a number for each response. Tiers follow from them, see :meth:`scored`.
+    - ``labels`` [K]: whether each response is desirable; no response need be compared with another.
+    - ``votes``: (preferred, dispreferred, weight), where they form no order: cycles, ties that are not transitive.
+
+    With none of them the responses are demonstrations, and with no response the row is a prompt.
     """
 
     prompt: tuple[Message, ...]
@@ -49,10 +80,16 @@ class Comparison:
     file: str = ""
     text: bool = False
     extra: dict[str, object] = field(default_factory=dict, compare=False)
+    scores: tuple[float, ...] | None = None
+    labels: tuple[bool, ...] | None = None
+    votes: tuple[tuple[int, int, float], ...] | None = None
+    tools: tuple[str, ...] = ()
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
-        """All (preferred, dispreferred) pairs of response indices that the tiers imply; ties give none."""
+        """All (preferred, dispreferred) pairs of response indices that votes or tiers give; ties give none."""
+        if self.votes is not None:
+            return tuple((best, worse) for best, worse, _ in self.votes)
         tiers = self.tiers
         return tuple(
             (best, worse)
@@ -77,7 +114,33 @@ class Comparison:
         cls, prompt: Sequence[Message] | str, *, chosen: str, rejected: str, row: int, file: str = ""
     ) -> Comparison:
         """One response preferred to another; a prompt given as a string is plain text."""
-        text = isinstance(prompt, str)
-        turns = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
-        sides = tuple(Response((Message("assistant", side),)) for side in (chosen, rejected))
-        return cls(turns, sides, ((0,), (1,)), row, file, text)
+        turns, sides = _turns(prompt), _responses([chosen, rejected])
+        return cls(turns, sides, ((0,), (1,)), row, file, isinstance(prompt, str))
+
+    @classmethod
+    def scored(
+        cls,
+        prompt: Sequence[Message] | str,
+        responses: Sequence[str],
+        *,
+        scores: Sequence[float],
+        row: int,
+        file: str = "",
+    ) -> Comparison:
+        """Responses with a number each, higher is better; a prompt given as a string is plain text."""
+        turns, sides = _turns(prompt), _responses(responses)
+        given = tuple(float(s) for s in scores)
+        return cls(turns, sides, tiers_of(given), row, file, isinstance(prompt, str), scores=given)
+
+
+def tiers_of(scores: Sequence[float]) -> tuple[tuple[int, ...], ...]:
+    """Indices by falling score; equal scores share a tier."""
+    return tuple(tuple(i for i, s in enumerate(scores) if s == value) for value in sorted(set(scores), reverse=True))
+
+
+def _turns(prompt: Sequence[Message] | str) -> tuple[Message, ...]:
+    return (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
+
+
+def _responses(texts: Sequence[str]) -> tuple[Response, ...]:
+    return tuple(Response((Message("assistant", text),)) for text in texts)

@@ -32,7 +32,8 @@ _COMPARE = {"of at least": operator.ge, "above": operator.gt, "of at most": oper
 class Option:
     """One option: ``type`` is the field's annotation; ``default_text`` is what help prints; ``limits`` bound a number.
 
-    ``default`` is the field's, or None where the option is required.
+    ``default`` is the field's, or None where the option is required. A ``positional`` one may come without its flag,
+    as the first words after the verb.
     """
 
     name: str
@@ -43,11 +44,12 @@ class Option:
     default: Any
     default_text: str
     limits: tuple[tuple[str, float], ...]
+    positional: bool = False
 
     @property
     def flag(self) -> str:
         """The spelling of the command line: ``--max-length``."""
-        return "--" + self.name.replace("_", "-")
+        return flag(self.name)
 
     @property
     def kinds(self) -> tuple[Any, ...]:
@@ -75,6 +77,11 @@ class Option:
         return " or ".join(_WORDS[k] for k in self.kinds) + limits
 
 
+def flag(name: str) -> str:
+    """How the command line spells the name of an option: ``--max-length``."""
+    return "--" + name.replace("_", "-")
+
+
 def option(
     default: Any = MISSING,
     help: str = "",
@@ -85,24 +92,33 @@ def option(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    positional: bool = False,
 ) -> Any:
     """A dataclass field with its help; required where it has no default. ``default_text`` says what None stands for."""
     bounds = {"of at least": at_least, "above": above, "of at most": at_most, "below": below}
     limits = tuple((word, limit) for word, limit in bounds.items() if limit is not None)
-    metadata = {"help": help, "group": group, "default_text": default_text, "limits": limits}
+    metadata = {
+        "help": help,
+        "group": group,
+        "default_text": default_text,
+        "limits": limits,
+        "positional": positional,
+    }
     return field(default=default, metadata=metadata)
 
 
 def options(config: type) -> tuple[Option, ...]:
-    """The options of a config dataclass, in the order of its fields."""
+    """The options of a config dataclass, group by group, in the order of its fields."""
     hints = typing.get_type_hints(config)
     found = []
     for f in fields(config):
         m, required = f.metadata, f.default is MISSING
         default = None if required else f.default
         text = m["default_text"] or _shown(default)
-        found.append(Option(f.name, hints[f.name], m["help"], m["group"], required, default, text, m["limits"]))
-    return tuple(found)
+        limits, positional = m["limits"], m["positional"]
+        found.append(Option(f.name, hints[f.name], m["help"], m["group"], required, default, text, limits, positional))
+    groups = list(dict.fromkeys(o.group for o in found))  # configs inherit, so that a group may come in parts
+    return tuple(sorted(found, key=lambda o: groups.index(o.group)))
 
 
 def checked(o: Option, value: object, place: str | None = None) -> Any:

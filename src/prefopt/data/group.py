@@ -34,12 +34,20 @@ class Continuation:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """``prefix`` [P] and K continuations; ``pairs`` are (preferred, dispreferred) indices into them."""
+    """``prefix`` [P] and K continuations, with what people said of them (see :class:`prefopt.records.Comparison`).
+
+    ``pairs`` are (preferred, dispreferred) indices into the continuations, ``weights`` one number for each pair (none:
+    all weigh the same); ``tiers``, ``scores`` [K] and ``labels`` [K] are the record's.
+    """
 
     prefix: IntArray
     continuations: tuple[Continuation, ...]
     row: int
     pairs: tuple[tuple[int, int], ...] = ((0, 1),)
+    weights: tuple[float, ...] | None = None
+    tiers: tuple[tuple[int, ...], ...] = ()
+    scores: tuple[float, ...] | None = None
+    labels: tuple[bool, ...] | None = None
 
     @classmethod
     def from_sequences(

@@ -1,0 +1,88 @@
+"""Options that say which data are read, how, and what becomes of a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from prefopt.config.option import option
+from prefopt.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """How the rows of a file are understood."""
+
+    format: str | None = option(
+        None,
+        "layout of the rows, as prefopt data layouts names them",
+        group="data",
+        default_text="recognised from all rows, or from a dataset_info.json beside the file",
+    )
+    columns: list[str] | None = option(
+        None,
+        "columns and roles by another name, NAME=COLUMN, such as prompt=question or user_tag=human",
+        group="data",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderOptions:
+    """How a conversation becomes tokens."""
+
+    max_length: int | None = option(
+        None,
+        "tokens of prompt and response together; longer rows are truncated and counted",
+        group="data",
+        default_text="1024, or the model's context where that is smaller",
+        at_least=2,
+    )
+    chat_template: str | None = option(
+        None,
+        "file with a chat template (Jinja) to render conversations with",
+        group="data",
+        default_text="the tokenizer's own",
+    )
+    template_variables: list[str] | None = option(
+        None,
+        "what the chat template is given besides the turns, NAME=VALUE, such as enable_thinking=false",
+        group="data",
+    )
+    reasoning: Literal["keep", "strip"] = option(
+        "keep", "reasoning blocks of the answers: trained with them, or left out", group="data"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(RenderOptions, ReadOptions):
+    """The data of a run: part of the config of every verb that trains."""
+
+    data: list[str] = option(help="files, folders, globs or Hub data sets to train on; one or more", group="data")
+    data_weights: list[str] | None = option(
+        None,
+        "how often an epoch takes the rows of each --data, in their order: 2 is twice, 0.5 another half every epoch",
+        group="data",
+        default_text="each once",
+    )
+    eval_data: list[str] | None = option(None, "data to evaluate on, named as --data is", group="data")
+    eval_fraction: float = option(
+        0.0,
+        "part of the prompts to hold out for evaluation; no prompt is on both sides",
+        group="data",
+        at_least=0,
+        below=1,
+    )
+    on_bad_row: Literal["refuse", "skip"] = option(
+        "refuse", "a row that cannot be used stops the run, or is left out and counted", group="data"
+    )
+    shuffle: bool = option(True, "draw a new order every epoch, from the seed", group="data")
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether rows are held out or given to evaluate on."""
+        return self.eval_data is not None or self.eval_fraction > 0
+
+    def check_data(self) -> None:
+        """Refuse contradictions. Raises ``ConfigError``."""
+        if self.eval_data is not None and self.eval_fraction > 0:
+            raise ConfigError("--eval-data and --eval-fraction both name evaluation pairs: give one of them")

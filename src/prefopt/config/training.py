@@ -1,0 +1,118 @@
+"""Options of the training loop, its output and the machine: the same for every verb that trains."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from prefopt.config.option import flag, nearest, option
+from prefopt.errors import ConfigError
+
+# The DPO paper's 1e-6 for full fine-tuning, at the upper end of the 3e-7..1e-6 that the field reports; LoRA, whose few
+# weights start at no change at all, takes 5e-6..5e-5, of which 2e-5 is about the geometric middle.
+LEARNING_RATE = {False: 1e-6, True: 2e-5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """Optimiser, evaluation, output and machine. ``learning_rate`` is filled in on construction."""
+
+    epochs: float = option(1.0, "passes over the data", group="optimiser", above=0)
+    max_steps: int | None = option(
+        None, "stop after this many steps, where the epochs are longer", group="optimiser", at_least=1
+    )
+    batch_size: int = option(
+        16,
+        "pairs per optimiser step, whatever fits into memory at once; small data sets, of hundreds of pairs, want"
+        " steps more than they want large ones",
+        group="optimiser",
+        at_least=1,
+    )
+    learning_rate: float = option(
+        None,
+        "peak learning rate; 3e-7 to 1e-6 is usual, with LoRA 5e-6 to 5e-5",
+        group="optimiser",
+        default_text=f"{LEARNING_RATE[False]:g}, with LoRA {LEARNING_RATE[True]:g}",
+        above=0,
+    )
+    schedule: Literal["linear", "cosine", "constant"] = option(
+        "linear", "learning rate after the warm-up: falls to zero, or stays", group="optimiser"
+    )
+    warmup: float = option(0.1, "part of the steps in which it rises from zero", group="optimiser", at_least=0, below=1)
+    weight_decay: float = option(0.0, "AdamW's weight decay", group="optimiser", at_least=0)
+    adam_beta1: float = option(0.9, "AdamW's decay of the mean", group="optimiser", at_least=0, below=1)
+    adam_beta2: float = option(0.999, "AdamW's decay of the square", group="optimiser", at_least=0, below=1)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon", group="optimiser", above=0)
+    max_grad_norm: float = option(
+        1.0, "gradients are scaled down to this norm; a huge number clips nothing", group="optimiser", above=0
+    )
+
+    eval_every: int | None = option(
+        None, "steps between evaluations", group="evaluation", default_text="at the end of each epoch", at_least=1
+    )
+    early_stopping: int | None = option(
+        None, "stop after this many evaluations without a lower loss", group="evaluation", at_least=1
+    )
+
+    output: str = option(help="folder to write the model, its card and the metrics to", group="output")
+    save_every: int | None = option(
+        None,
+        "steps between checkpoints",
+        group="output",
+        default_text="only where the run is interrupted",
+        at_least=1,
+    )
+    keep_last: int = option(2, "checkpoints to keep, the newest", group="output", at_least=1)
+    resume: bool = option(False, "go on from the newest whole checkpoint in the output folder", group="output")
+    dry_run: bool = option(
+        False, "show the options, rows, rendered examples and estimates; train and write nothing", group="output"
+    )
+    progress: Literal["auto", "rich", "plain", "none"] = option(
+        "auto", "how progress is shown; auto: rich on a terminal, plain lines elsewhere", group="output"
+    )
+
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = option(
+        "auto",
+        "precision of computation (trained weights stay float32 under bfloat16); auto: bfloat16 where the device"
+        " has it natively, else float32",
+        group="machine",
+    )
+    device: str | None = option(
+        None, "cpu, cuda, cuda:N or mps", group="machine", default_text="cuda, then mps, where there is one, else cpu"
+    )
+    threads: int | None = option(None, "processor threads", group="machine", default_text="torch's choice", at_least=1)
+    token_budget: int | None = option(
+        None,
+        "tokens encoded at once",
+        group="machine",
+        default_text="estimated from memory, then tried",
+        at_least=1,
+    )
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass: less memory, about a third slower", group="machine"
+    )
+    attention: Literal["auto", "loop"] = option(
+        "auto", "attention kernel; loop: the plain one, segment by segment, to compare with", group="machine"
+    )
+    seed: int = option(
+        0, "seed of order, held-out split, dropout and new adapters", group="machine", at_least=0, at_most=2**32 - 1
+    )
+    deterministic: bool = option(
+        False, "deterministic kernels on a GPU, so that a resumed run is the same to the bit", group="machine"
+    )
+
+    def check_training(self, *, evaluates: bool) -> None:
+        """Refuse contradictions; ``evaluates`` tells whether there are rows to evaluate on. Raises ``ConfigError``."""
+        for name in ("eval_every", "early_stopping"):
+            if getattr(self, name) is not None and not evaluates:
+                raise ConfigError(
+                    f"{flag(name)} needs evaluation pairs: give --eval-data or --eval-fraction, or leave it out"
+                )
+        if self.resume and self.dry_run:
+            raise ConfigError("--dry-run trains nothing that --resume could go on with: leave one of them out")
+        if self.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device):
+            near = nearest(self.device, ["cpu", "cuda", "mps"])
+            raise ConfigError(f"--device is {self.device!r}; it must be cpu, cuda, cuda:N or mps{near}")
+        if self.device == "mps" and self.dtype == "float64":
+            raise ConfigError("--device mps has no float64: take --device cpu, or --dtype float32")
