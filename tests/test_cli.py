@@ -320,10 +320,10 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_cache_commands_on_an_empty_cache(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["cache", "list"]) == 0
-    assert "0 spaces, 0 B" in capsys.readouterr().out
+    assert "0 spaces, 0 bytes" in capsys.readouterr().out
     assert cli.main(["cache", "verify"]) == 0
     assert cli.main(["cache", "clear", "--older-than", "30"]) == 0
-    assert "0 B freed" in capsys.readouterr().out
+    assert "0 bytes freed" in capsys.readouterr().out
     assert cli.main(["cache", "clear", "--space", "abc"]) == 2
     assert "no space abc" in capsys.readouterr().err
 

@@ -253,16 +253,17 @@ def _demo(config: DemoConfig) -> int:
 
 
 def _cache_list(_: CacheListConfig) -> int:
-    from prefopt.model.disk import reference_folder
+    from prefopt.disk.cache import reference_folder
     from prefopt.model.spaces import list_spaces
+    from prefopt.progress import size
 
     spaces = list_spaces()
-    print(f"{reference_folder()}: {len(spaces)} space{'s' * (len(spaces) != 1)}, {_size(sum(s.bytes for s in spaces))}")
+    print(f"{reference_folder()}: {len(spaces)} space{'s' * (len(spaces) != 1)}, {size(sum(s.bytes for s in spaces))}")
     for s in spaces:
         scored = ", ".join(str(s.about[key]) for key in ("dtype", "path", "kernel", "device") if key in s.about)
         used = s.last_used.astimezone().strftime("%Y-%m-%d %H:%M")
         model = s.about.get("model") or "description unreadable"
-        print(f"{s.id}  {s.responses:>9,} responses  {_size(s.bytes):>9}  last used {used}  {model} ({scored})")
+        print(f"{s.id}  {s.responses:>9,} responses  {size(s.bytes):>9}  last used {used}  {model} ({scored})")
     return 0
 
 
@@ -281,18 +282,11 @@ def _cache_verify(config: CacheVerifyConfig) -> int:
 
 def _cache_clear(config: CacheClearConfig) -> int:
     from prefopt.model.spaces import clear
+    from prefopt.progress import size
 
     freed = clear(ids=config.space, older_than_days=config.older_than)
-    print(f"{_size(freed)} freed")
+    print(f"{size(freed)} freed")
     return 0
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            break
-        count /= 1000
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
 
 
 VERBS: dict[str, Verb] = {

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from data.small import small_tokenizer
 from prefopt.data.formats import parse_comparisons
 from prefopt.data.load import build_groups
+from prefopt.disk.cache import cache_root
 from prefopt.errors import ModelError, RunError
 from prefopt.model.blocks import read_sealed, write_sealed
-from prefopt.model.disk import cache_root
 from prefopt.model.reference import FillReport
 from prefopt.train.reference import ReferenceRun
 from train.flat import response_logprobs

@@ -16,9 +16,9 @@ import safetensors.numpy
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from prefopt.disk import hashes
+from prefopt.disk.hashes import file_hashes
 from prefopt.errors import ModelError
-from prefopt.model import hashes
-from prefopt.model.hashes import file_hashes
 from prefopt.model.identity import Identity, identity_of_folder, identity_of_model
 
 CONFIG = {
@@ -83,7 +83,7 @@ def let_rest(monkeypatch: pytest.MonkeyPatch) -> None:
 def count_hashing(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     hashed: list[Path] = []
     real = hashes._hash
-    monkeypatch.setattr(hashes, "_hash", lambda path: (hashed.append(path), real(path))[1])
+    monkeypatch.setattr(hashes, "_hash", lambda path, error: (hashed.append(path), real(path, error))[1])
     return hashed
 
 

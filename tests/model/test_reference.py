@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from model.fake_reference import BUDGET, SPACE, Fake, Once, committed, fill, keys_of, make_groups, sums
 from prefopt.data.group import Group
+from prefopt.disk.cache import cache_root
 from prefopt.errors import CacheError, Interrupted, ModelError
 from prefopt.model import reference
 from prefopt.model.blocks import Damaged, block_files, read_sealed, write_sealed
-from prefopt.model.disk import cache_root
 from prefopt.model.plan import Plan
 from prefopt.model.reference import ReferenceCache, Scored
 from prefopt.model.spaces import clear, list_spaces, verify

@@ -23,12 +23,12 @@ from prefopt.data.packer import pack
 from prefopt.data.read import read_json
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.demo.model import LAYERS, WIDTH, build_model
+from prefopt.disk.write import output_errors, write_json
 from prefopt.errors import RunError
 from prefopt.methods.preference import run
 from prefopt.model.load import load_model
 from prefopt.model.scorer import Scorer, response_sums
-from prefopt.train.checkpoint import disk_errors, write_json
-from prefopt.train.log import duration
+from prefopt.progress import duration
 
 MARK = "demo.json"
 MADE = ("model", "pairs.jsonl", "aligned")
@@ -56,7 +56,7 @@ def run_demo(output: str) -> DemoResult:
     folder = Path(output)
     config = _config(folder)
     _make_room(folder)
-    with disk_errors(folder):
+    with output_errors(folder):
         weights = _build(folder)
     _title(console, "1. A model and its data")
     console.print(
@@ -127,7 +127,7 @@ def _make_room(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
         raise RunError(f"--output {folder} is not empty and holds no demonstration; name another folder")
     for path in (folder / name for name in MADE):
-        with disk_errors(path):
+        with output_errors(path):
             if path.is_dir():
                 shutil.rmtree(path)
             else:

@@ -24,6 +24,7 @@ from prefopt.data.packer import PackedBatch
 from prefopt.data.sampler import Sampler
 from prefopt.data.show import show
 from prefopt.data.tokenizer import load_tokenizer
+from prefopt.disk.write import output_errors
 from prefopt.errors import ConfigError, RunError
 from prefopt.model.check import CheckReport, check_scoring
 from prefopt.model.flops import FlopCount, matmul_peak
@@ -38,14 +39,14 @@ from prefopt.model.load import (
 from prefopt.model.reference import ReferenceCache
 from prefopt.model.scorer import Scorer, causal_model
 from prefopt.model.sharing import context_length
+from prefopt.progress import Reporter, duration, size
 from prefopt.train import budget
 from prefopt.train.card import repair_generation, save_model, write_card
-from prefopt.train.checkpoint import disk_errors
 from prefopt.train.data import TrainingData, load_data
 from prefopt.train.folder import FREE, RunFolder, fingerprint
-from prefopt.train.log import Metrics, Reporter, duration, size
 from prefopt.train.loop import Loop, LoopOptions, Record, load_best
 from prefopt.train.memory import peak_memory
+from prefopt.train.metrics import Metrics
 from prefopt.train.objective import PairObjective
 from prefopt.train.optim import Schedule, adamw
 from prefopt.train.policy import Policy
@@ -174,7 +175,7 @@ class _Run:
         self.folder.same("data", f"{fingerprint(data.groups)} {sizes}", "the data")
         self.folder.remember(max_length=self.limit)
         path = self.folder.path / "config.yaml"
-        with disk_errors(path):
+        with output_errors(path):
             path.write_text(self._options(), encoding="utf-8")
         # Remembered, since a resumed run must pack as the first one did to give the same bits.
         tokens = self.folder.record.get("scoring_budget") or SCORING_AHEAD * (

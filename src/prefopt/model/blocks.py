@@ -26,7 +26,7 @@ import numpy.typing as npt
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from prefopt.model.disk import disk_errors, write_atomically
+from prefopt.disk.cache import cache_errors, write_cached
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Damaged(Exception):
 def write_sealed(path: Path, arrays: Arrays, space: str) -> None:
     """Write named arrays with a checksum over names, types, shapes, bytes and ``space``. Raises ``CacheError``."""
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    write_atomically(path, safetensors.numpy.save(arrays, metadata={"sha256": _seal(arrays, space)}))
+    write_cached(path, safetensors.numpy.save(arrays, metadata={"sha256": _seal(arrays, space)}))
 
 
 def read_sealed(path: Path, space: str) -> Arrays:
@@ -103,7 +103,7 @@ def block_files(folder: Path) -> list[Path]:
 
 def move_aside(path: Path) -> None:
     """Take a damaged file out of use, keeping it for whoever wants to look."""
-    with disk_errors(path), suppress(FileNotFoundError):  # another process may be first
+    with cache_errors(path), suppress(FileNotFoundError):  # another process may be first
         path.rename(path.with_name(path.name + ".damaged"))
 
 
@@ -131,7 +131,7 @@ class Index:
             if path.name in self._seen:
                 continue
             try:
-                with disk_errors(path), suppress(FileNotFoundError):  # cleared since it was listed
+                with cache_errors(path), suppress(FileNotFoundError):  # cleared since it was listed
                     new.append(Block.read(path, self.space))
                     self._seen.add(path.name)
             except Damaged as damage:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefopt.disk.hashes import file_hashes
 from prefopt.errors import ModelError
-from prefopt.model.hashes import file_hashes
 
 if TYPE_CHECKING:
     import torch

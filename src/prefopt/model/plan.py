@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from prefopt.disk.cache import cache_errors
 from prefopt.model.blocks import Damaged, read_sealed, write_sealed
-from prefopt.model.disk import disk_errors
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Plan:
     def read(cls, path: Path, space: str) -> Plan | None:
         """The plan kept at ``path``; None where there is none or it is damaged, and a new one must be made."""
         try:
-            with disk_errors(path):
+            with cache_errors(path):
                 if not path.exists():
                     return None
                 arrays = read_sealed(path, space)

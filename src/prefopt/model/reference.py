@@ -28,9 +28,9 @@ import numpy as np
 import numpy.typing as npt
 
 from prefopt.data.group import Group
+from prefopt.disk.cache import acquired, cache_errors, reference_folder, space_lock, write_cached
 from prefopt.errors import CacheError, ModelError
 from prefopt.model.blocks import KEY, Block, Index
-from prefopt.model.disk import acquired, disk_errors, reference_folder, space_lock, write_atomically
 from prefopt.model.identity import Identity
 from prefopt.model.plan import Keys, Plan, plan_file
 
@@ -217,7 +217,7 @@ class ReferenceCache:
             plan = Plan.read(path, self.space.id)
             keys = {key for batch in plan.batches for keys in batch for key in keys} if plan else set()
             if not self._missing(keys, token_values=path.name.startswith("plan-tokens")):
-                with disk_errors(path):
+                with cache_errors(path):
                     path.unlink()
 
     @contextmanager
@@ -240,7 +240,7 @@ class ReferenceCache:
             return
         fields: dict[str, Any] = asdict(self.space)
         about = {"model": self.space.identity.name, **fields, "created": datetime.now(UTC).isoformat("T", "seconds")}
-        write_atomically(path, json.dumps(about, indent=2).encode())
+        write_cached(path, json.dumps(about, indent=2).encode())
 
     def _touch(self) -> None:
         """Note the use, by which old spaces are told; a cache that may only be read keeps no such note."""

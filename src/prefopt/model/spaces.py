@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from prefopt.disk.cache import acquired, cache_errors, reference_folder, space_lock
 from prefopt.errors import CacheError
 from prefopt.model.blocks import KEY, Block, Damaged, block_files, move_aside, read_sealed
-from prefopt.model.disk import acquired, disk_errors, reference_folder, space_lock
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def verify(root: Path | None = None, *, repair: bool = False) -> list[Problem]:
     for folder in _folders(root):
         for path in sorted(folder.glob("*.safetensors")):
             try:
-                with disk_errors(path):
+                with cache_errors(path):
                     if path.name.startswith("block-"):
                         Block.read(path, folder.name)
                     else:
@@ -95,7 +95,7 @@ def clear(root: Path | None = None, ids: Collection[str] | None = None, *, older
             stack.callback(lock.release)
         for folder in folders:
             freed += _size(folder)
-            with disk_errors(folder):
+            with cache_errors(folder):
                 # out of sight first: a reader sees the whole space or none of it
                 gone = folder.with_name(folder.name + ".removed")
                 shutil.rmtree(gone, ignore_errors=True)
@@ -106,7 +106,7 @@ def clear(root: Path | None = None, ids: Collection[str] | None = None, *, older
 
 def _folders(root: Path | None) -> list[Path]:
     parent = reference_folder(root)
-    with disk_errors(parent):
+    with cache_errors(parent):
         names = sorted(parent.iterdir()) if parent.is_dir() else []
     return [path for path in names if re.fullmatch("[0-9a-f]{12}", path.name) and path.is_dir()]
 

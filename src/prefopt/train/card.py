@@ -12,10 +12,10 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 import prefopt
+from prefopt.disk.write import output_errors
 from prefopt.model.load import quiet
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer, causal_model
-from prefopt.train.checkpoint import disk_errors
 
 
 def save_model(folder: Path, scorer: Scorer, masters: MasterWeights, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -26,7 +26,7 @@ def save_model(folder: Path, scorer: Scorer, masters: MasterWeights, tokenizer: 
     scorer.detach_hook()
     model: Any = scorer.model
     causal = causal_model(model)
-    with disk_errors(folder), quiet():
+    with output_errors(folder), quiet():
         if model is causal:
             _save_whole(folder, causal, masters)
         else:
@@ -126,7 +126,7 @@ def write_card(
         "",
     ]
     path = folder / "README.md"
-    with disk_errors(path):
+    with output_errors(path):
         path.write_text("\n".join(lines))
 
 

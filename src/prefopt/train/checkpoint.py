@@ -13,8 +13,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from prefopt.errors import RunError
+from prefopt.disk.write import output_errors, sync_folder, write_flushed
 
 log = logging.getLogger(__name__)
 
@@ -44,20 +43,20 @@ def save(folder: Path, weights: Tensors, optimizer: Tensors, state: dict[str, An
     """Write the checkpoint of ``state["step"]`` and remove all but the newest ``keep_last``."""
     path = folder / f"step-{state['step']:08d}"
     aside = folder / f".{path.name}.{os.getpid()}"
-    with disk_errors(path):
+    with output_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".step-*"):
             shutil.rmtree(left)
         aside.mkdir()
         write_tensors(aside / "weights.safetensors", weights)
         write_tensors(aside / "optimizer.safetensors", optimizer)
-        _write(aside / "state.json", json.dumps(state).encode())
+        write_flushed(aside / "state.json", json.dumps(state).encode())
         sums = {name: _sha256(aside / name) for name in FILES}
-        _write(aside / "manifest.json", json.dumps(sums).encode())
+        write_flushed(aside / "manifest.json", json.dumps(sums).encode())
         if path.exists():  # a damaged one, that the run went back behind
             shutil.rmtree(path)
         aside.rename(path)
-        _sync_folder(folder)
+        sync_folder(folder)
         # Later ones are damaged and passed over by the run that is here now: they must not count as kept.
         kept = sorted(p for p in folder.glob("step-*") if p.name <= path.name)[-keep_last:]
         for other in set(folder.glob("step-*")) - set(kept):
@@ -91,43 +90,9 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
         os.fsync(file.fileno())
 
 
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file, whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(aside, json.dumps(value, indent=2).encode())
-        aside.replace(path)
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """A full or forbidden disk, in one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise RunError(f"{path}: cannot be written ({reason}); make room or choose another --output") from error
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from prefopt.data.formats import parse_comparisons
 from prefopt.data.group import Group
 from prefopt.data.load import GroupSet, build_groups, load_groups
 from prefopt.errors import DataError
-from prefopt.train.log import Reporter
+from prefopt.progress import Reporter
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from prefopt.data.group import Group
+from prefopt.disk.write import output_errors, write_json
 from prefopt.errors import RunError
-from prefopt.train.checkpoint import disk_errors, write_json
 
 # Options that may differ at a resume: they change what is shown and kept, never the weights.
 FREE = frozenset({"resume", "progress", "save_every", "keep_last", "output", "dry_run"})
@@ -55,7 +55,7 @@ class RunFolder:
 
     def take(self) -> None:
         """Make the folder and hold it for this process. Raises :class:`RunError` where another one does."""
-        with disk_errors(self.path):
+        with output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             there = self.file.exists()
             self._lock = FileLock(self.path / _LOCK)

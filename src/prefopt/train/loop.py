@@ -17,13 +17,15 @@ from safetensors.torch import load_file
 from prefopt.data.group import Group
 from prefopt.data.packer import PackedBatch, pack, split
 from prefopt.data.sampler import Sampler
+from prefopt.disk.write import output_errors
 from prefopt.errors import RunError
 from prefopt.losses.preference import LossOutput
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer, response_sums
+from prefopt.progress import Reporter
 from prefopt.train import checkpoint
-from prefopt.train.log import Metrics, Reporter
 from prefopt.train.memory import out_of_memory
+from prefopt.train.metrics import Metrics
 from prefopt.train.optim import Schedule, clip_, grad_norm
 from prefopt.train.stop import StopRequest
 
@@ -276,7 +278,7 @@ def save_best(folder: Path, step: int, weights: Mapping[str, torch.Tensor]) -> N
     """Keep the weights of the best evaluation beside the checkpoints, in a file that its step names."""
     path = _best(folder, step)
     aside = folder / ".best.safetensors"
-    with checkpoint.disk_errors(path):
+    with output_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_tensors(aside, weights)
         aside.replace(path)

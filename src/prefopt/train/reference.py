@@ -18,7 +18,7 @@ from prefopt.model.load import load_model, local_folder, vocabulary_size
 from prefopt.model.reference import FillReport, ReferenceCache, ReferenceValues, Score, Scored, SpaceKey
 from prefopt.model.scorer import VERSION, Scorer, causal_model, response_sums
 from prefopt.model.sharing import context_length
-from prefopt.train.log import Bar, Reporter
+from prefopt.progress import Bar, Reporter
 from prefopt.train.memory import out_of_memory
 from prefopt.train.stop import StopRequest
 

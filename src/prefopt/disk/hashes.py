@@ -13,8 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from prefopt.errors import ModelError
-from prefopt.model.disk import acquired, cache_root, write_atomically
+from prefopt.disk.cache import acquired, cache_root, write_cached
+from prefopt.errors import ModelError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +26,12 @@ LARGE_BYTES = 1 << 30
 Signature = list[int]
 
 
-def file_hashes(paths: Sequence[Path], root: Path | None = None) -> list[str]:
+def file_hashes(paths: Sequence[Path], root: Path | None = None, *, error: type[UserError] = ModelError) -> list[str]:
     """SHA-256 (hex) of each file's bytes, in the order of ``paths``.
 
     Remembered in ``hashes.json`` of the cache by real path, device, inode, size and times. The time of the last
     change of the inode is among them, because a copy can set a file's modification time back, but not that one.
-    Raises ``ModelError`` where a file cannot be read, ``CacheError`` where the memory cannot be written.
+    Raises ``error`` where a file cannot be read, ``CacheError`` where the memory cannot be written.
     """
     memo_path = (root or cache_root()) / "hashes.json"
     real = [Path(os.path.realpath(p)) for p in paths]
@@ -39,14 +39,14 @@ def file_hashes(paths: Sequence[Path], root: Path | None = None) -> list[str]:
     known: dict[Path, str] = {}
     for path in set(real):
         entry = memo.get(str(path))
-        if entry is not None and entry[0] == _signature(path):
+        if entry is not None and entry[0] == _signature(path, error):
             known[path] = entry[1]
     todo = sorted(set(real) - set(known))
-    size = sum(_signature(path)[2] for path in todo)
+    size = sum(_signature(path, error)[2] for path in todo)
     if size > LARGE_BYTES:
-        log.warning("hashing %.1f GB of weights (remembered until they change)", size / 1e9)
+        log.warning("hashing %.1f GB (remembered until they change)", size / 1e9)
     with ThreadPoolExecutor(min(4, len(todo) or 1)) as pool:
-        results = list(pool.map(_hash, todo))
+        results = list(pool.map(lambda path: _hash(path, error), todo))
     known |= {path: digest for path, (digest, _) in zip(todo, results, strict=True)}
     at_rest = {str(p): (sign, digest) for p, (digest, sign) in zip(todo, results, strict=True) if sign is not None}
     if at_rest:
@@ -54,26 +54,26 @@ def file_hashes(paths: Sequence[Path], root: Path | None = None) -> list[str]:
     return [known[path] for path in real]
 
 
-def _hash(path: Path) -> tuple[str, Signature | None]:
+def _hash(path: Path, error: type[UserError]) -> tuple[str, Signature | None]:
     """The digest and the signature to remember it by: None where the file has only just changed.
 
     The signature is from before reading, so that of a file written meanwhile differs at the next look.
     """
-    before, started = _signature(path), time.time_ns()
+    before, started = _signature(path, error), time.time_ns()
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}; make the file readable") from error
+    except OSError as failure:
+        raise error(f"{path}: {failure.strerror}; make the file readable") from failure
     newest = max(before[3], before[4])
     return digest, before if started - newest > RACY_SECONDS * 1e9 else None
 
 
-def _signature(path: Path) -> Signature:
+def _signature(path: Path, error: type[UserError]) -> Signature:
     try:
         stat = path.stat()
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}; download or copy the model again") from error
+    except OSError as failure:
+        raise error(f"{path}: {failure.strerror}; download or copy it again") from failure
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
@@ -92,6 +92,6 @@ def _remember(path: Path, new: dict[str, tuple[Signature, str]]) -> None:
         pass  # held for the moment of one small write
     try:  # read again under the lock: another process may have added its own
         entries = {name: entry for name, entry in _read_memo(path).items() if Path(name).exists()} | new
-        write_atomically(path, json.dumps({"files": entries}, indent=0).encode())
+        write_cached(path, json.dumps({"files": entries}, indent=0).encode())
     finally:
         lock.release()

@@ -1,4 +1,4 @@
-"""The cache's folder and the one way to write into it: aside, flushed, renamed."""
+"""The cache's folder: where it is, who may write into it, and what is said when that fails."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from prefopt.disk.write import replace_file
 from prefopt.errors import CacheError
 
 
@@ -34,7 +35,7 @@ def space_lock(folder: Path) -> FileLock:
 def acquired(lock: FileLock, seconds: float = 0) -> bool:
     """Try to take a lock for so long; the system frees it when its holder dies. Raises ``CacheError``."""
     path = Path(lock.lock_file)
-    with disk_errors(path):
+    with cache_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=seconds)
@@ -44,7 +45,7 @@ def acquired(lock: FileLock, seconds: float = 0) -> bool:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def cache_errors(path: Path) -> Iterator[None]:
     """Turn an ``OSError`` about ``path`` into a one-line ``CacheError`` with its remedy."""
     try:
         yield
@@ -57,27 +58,11 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data``, whole or not at all, also across a power cut.
+def write_cached(path: Path, data: bytes) -> None:
+    """Replace a file of the cache by ``data``, as :func:`replace_file` does. Raises ``CacheError``.
 
     The caller holds the lock of the folder: the name written aside is always the same, so that a killed process
-    leaves at most one stray file, which the next writer overwrites. Raises ``CacheError``.
+    leaves at most one stray file, which the next writer overwrites.
     """
-    aside = path.with_name("writing.tmp")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with aside.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(path)
-        except OSError:
-            aside.unlink(missing_ok=True)
-            raise
-        if os.name == "posix":  # the rename itself becomes durable only with its folder
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+    with cache_errors(path):
+        replace_file(path, data, aside="writing.tmp")

@@ -1,20 +1,13 @@
-"""What a run tells: lines for people, ``metrics.jsonl`` for machines, a progress bar on a terminal."""
+"""What a person is told while something runs: lines, bars, times and sizes in words."""
 
 from __future__ import annotations
 
-import json
-import math
 import time
-from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
-
-from prefopt.train.checkpoint import disk_errors
 
 PLAIN_SECONDS = 10.0
 """Where there is no terminal, a line of progress at most this often."""
@@ -100,34 +93,3 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
-
-
-class Metrics:
-    """``metrics.jsonl``: one line per step and per evaluation, appended and flushed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-
-    def write(self, values: Mapping[str, Any]) -> None:
-        """Append one line; numbers that are not finite become null, as JSON has none."""
-        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        with disk_errors(self.path), self.path.open("a") as file:
-            file.write(json.dumps(plain) + "\n")
-
-    def forget_after(self, step: int) -> None:
-        """Drop the lines of later steps: they are done again after a resume."""
-        kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # the last line of a killed process
-                continue
-            if record.get("step", 0) <= step:
-                kept.append(line)
-        aside = self.path.with_name(f".{self.path.name}")
-        with disk_errors(self.path):
-            aside.write_text("".join(line + "\n" for line in kept))
-            aside.replace(self.path)

@@ -1,0 +1,64 @@
+"""The one way to write a file: aside, flushed, renamed; and what is said when that fails."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from prefopt.errors import RunError
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """A full or forbidden disk, in one line (``RunError``)."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise RunError(f"{path}: cannot be written ({reason}); make room or choose another --output") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file of a run's output, whole or not at all. Raises ``RunError``."""
+    with output_errors(path):
+        replace_file(path, json.dumps(value, indent=2).encode())
+
+
+def replace_file(path: Path, data: bytes, *, aside: str | None = None) -> None:
+    """Replace ``path`` by ``data``, whole or not at all, also across a power cut; an ``OSError`` leaves it as it was.
+
+    ``aside`` names the file that is written first, beside it; without one each process takes its own.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first = path.with_name(aside or f".{path.name}.{os.getpid()}")
+    try:
+        write_flushed(first, data)
+        first.replace(path)
+    except OSError:
+        first.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)  # the rename itself becomes durable only with its folder
+
+
+def write_flushed(path: Path, data: bytes) -> None:
+    """A file that is on the disk when this returns."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable; a system without folder handles does it by itself."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
