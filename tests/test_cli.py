@@ -357,6 +357,7 @@ def test_python_passes_names_or_objects(ran: list[dict[str, Any]], tmp_path: Pat
         "model": None,
         "tokenizer": None,
         "rows": None,
+        "callbacks": (),
     }
     prefopt.dpo("m", (name for name in ("a", "b")), output="o")  # type: ignore[arg-type]
     assert ran.pop()["config"].data == ["a", "b"]

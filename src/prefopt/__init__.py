@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prefopt.api import dpo
+    from prefopt.train.callbacks import Callback
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "dpo"]
+__all__ = ["Callback", "__version__", "dpo"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,8 +20,12 @@ def __getattr__(name: str) -> Any:
         from prefopt.api import dpo
 
         return dpo
+    if name == "Callback":
+        from prefopt.train.callbacks import Callback
+
+        return Callback
     raise AttributeError(f"module 'prefopt' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), "dpo"])
+    return sorted([*globals(), "Callback", "dpo"])

@@ -23,13 +23,15 @@ def dpo(
     *,
     output: str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
+    callbacks: Sequence[Any] = (),
     **options: Any,
 ) -> DpoResult | None:
     """Align a model with preference pairs, as ``prefopt dpo`` does.
 
     ``model`` is a folder, a Hub name, or a transformers model, which then needs its ``tokenizer`` and is trained in
     place. ``data`` is one or more files, or rows as such files hold them:
-    ``{"prompt": ..., "chosen": ..., "rejected": ...}``. ``options`` are the fields of ``DpoConfig``.
+    ``{"prompt": ..., "chosen": ..., "rejected": ...}``. ``callbacks`` are objects with the hooks
+    of ``prefopt.Callback``. ``options`` are the fields of ``DpoConfig``.
     Returns what ``prefopt.methods.preference.run`` does. Raises ``prefopt.errors.UserError`` where ``prefopt dpo``
     prints one line.
 
@@ -54,7 +56,7 @@ def dpo(
 
     from prefopt.methods.preference import run
 
-    return run(config, model=None if named else model, tokenizer=tokenizer, rows=rows)
+    return run(config, model=None if named else model, tokenizer=tokenizer, rows=rows, callbacks=callbacks)
 
 
 def _refuse_for_objects(model: Any, options: Mapping[str, Any]) -> None:

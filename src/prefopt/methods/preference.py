@@ -41,6 +41,7 @@ from prefopt.model.scorer import Scorer, causal_model
 from prefopt.model.sharing import context_length
 from prefopt.progress import Reporter, duration, size
 from prefopt.train import budget
+from prefopt.train.callbacks import Callbacks
 from prefopt.train.card import repair_generation, save_model, write_card
 from prefopt.train.data import TrainingData, load_data
 from prefopt.train.folder import FREE, RunFolder, fingerprint
@@ -75,18 +76,24 @@ def run(
     model: Any = None,
     tokenizer: Any = None,
     rows: Iterable[Mapping[str, object]] | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> DpoResult | None:
     """Run DPO. ``model``, ``tokenizer`` and ``rows`` stand in for what ``config`` names (a model is trained in place).
+    ``callbacks``: see :class:`prefopt.train.callbacks.Callback`.
 
     Returns none for a dry run. Raises :class:`prefopt.errors.UserError`, and
     :class:`prefopt.errors.Interrupted` after a stop, with everything kept.
     """
     with StopRequest() as stop:
-        return _Run(config, Reporter(config.progress), stop, model, tokenizer, rows).run()
+        run = _Run(config, Reporter(config.progress), stop, model, tokenizer, rows)
+        run.callbacks = Callbacks(callbacks, config.to_dict())
+        return run.run()
 
 
 class _Run:
     """One run, stage by stage."""
+
+    callbacks: Callbacks
 
     def __init__(
         self, config: DpoConfig, reporter: Reporter, stop: StopRequest, model: Any, tokenizer: Any, rows: Any
@@ -254,6 +261,7 @@ class _Run:
             token_budget=tokens,
             measure=self._measure(policy.scorer),
             inspect_first=lambda record: self._inspect_first(record, check),
+            callbacks=self.callbacks,
         )
         torch.manual_seed(config.seed + 1)
         if config.resume:

@@ -24,6 +24,7 @@ from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer, response_sums
 from prefopt.progress import Reporter
 from prefopt.train import checkpoint
+from prefopt.train.callbacks import Callbacks, RunInfo
 from prefopt.train.memory import out_of_memory
 from prefopt.train.metrics import Metrics
 from prefopt.train.optim import Schedule, clip_, grad_norm
@@ -91,6 +92,7 @@ class Loop:
     token_budget: int
     measure: Callable[[Sequence[PackedBatch], float], Record]
     inspect_first: Callable[[Record], None] | None = None
+    callbacks: Callbacks = field(default_factory=Callbacks)
     progress: Progress = field(default_factory=Progress)
     _saved: int | None = None
 
@@ -118,7 +120,14 @@ class Loop:
         """Train to the end, or to a stop: then :class:`prefopt.errors.Interrupted` follows on a checkpoint."""
         progress, options = self.progress, self.options
         self.scorer.train()
-        with self.reporter.bar("train", options.steps, "steps") as bar:
+        about = RunInfo(
+            output=self.metrics.path.parent,
+            options=self.callbacks.options,
+            model=self.scorer.model,
+            steps=options.steps,
+            step=progress.step,
+        )
+        with self.callbacks.around(about, self._keep), self.reporter.bar("train", options.steps, "steps") as bar:
             while progress.step < options.steps and not progress.stopped_early:
                 started = time.monotonic()
                 record = self._step(progress.step)
@@ -126,14 +135,23 @@ class Loop:
                 progress.step += 1
                 self.metrics.write({"step": progress.step, **record})
                 bar.update(progress.step, _note(record), first=progress.step == 1)
-                if self._evaluation_due():
-                    self._evaluate()
-                if self.stop.signal is not None or (options.save_every and progress.step % options.save_every == 0):
-                    self._save()
+                evaluation = self._evaluate() if self._evaluation_due() else None
+                saved = self._save() if options.save_every and progress.step % options.save_every == 0 else None
+                self.callbacks.done(progress.step, record, evaluation, saved)
+                if about.stopping:
+                    progress.stopped_early = True
+                    if self.held_out and evaluation is None:
+                        self.callbacks.done(progress.step, evaluation=self._evaluate())
+                if self.stop.signal is not None:
+                    self._keep()
                 self.stop.check(f" after step {progress.step} of {options.steps}")
-        if self._saved != progress.step:  # what follows may fail on a full disk: nothing computed is lost
-            self._save()
+            self._keep()
         return progress
+
+    def _keep(self) -> None:
+        """A checkpoint of where the run stands: what follows may fail, and nothing computed is lost."""
+        if self._saved != self.progress.step:
+            self._save()
 
     def _step(self, step: int) -> Record:
         while True:
@@ -214,7 +232,7 @@ class Loop:
         return step % every == 0 or step == self.options.steps
 
     @torch.no_grad()
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> Record:
         progress = self.progress
         self.scorer.eval()
         sums = Sums()
@@ -235,8 +253,9 @@ class Loop:
             progress.stopped_early = patience is not None and progress.without_gain >= patience
             if progress.stopped_early:
                 self.reporter.say(f"stopping early: no lower loss in {patience} evaluations since {progress.best_step}")
+        return record
 
-    def _save(self) -> None:
+    def _save(self) -> Path:
         self.progress.token_budget = self.token_budget
         state = {"step": self.progress.step, "progress": asdict(self.progress), "random": checkpoint.random_states()}
         optimizer = checkpoint.optimizer_tensors(self.optimizer)
@@ -246,6 +265,7 @@ class Loop:
         forget_bests(self.checkpoints, self.progress.best_step)
         if self.options.save_every or self.stop.signal is not None:
             self.reporter.say(f"checkpoint: {path}")
+        return path
 
 
 class Sums:
