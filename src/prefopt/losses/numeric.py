@@ -1,0 +1,35 @@
+"""Functions of numbers that stay finite, in value and gradient, where the plain formula overflows."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+LINE = 30.0  # exp(30) is 1e13; its square still fits into float32
+
+
+def exp_or_line(x: torch.Tensor) -> torch.Tensor:
+    """exp(x) up to x = 30, and its tangent there beyond: finite, rising, and with a gradient everywhere."""
+    low = x.clamp(max=LINE)
+    # The clamp passes no gradient beyond the point where the line takes over.
+    return torch.exp(low) + torch.where(x > LINE, (x - LINE) * torch.exp(torch.full_like(x, LINE)), torch.zeros_like(x))
+
+
+def log1m_exp(x: torch.Tensor) -> torch.Tensor:
+    """log(1 - exp(x)) for x < 0, without cancellation on either side of -log 2."""
+    middle = -0.6931471805599453
+    near, far = x.clamp(min=middle), x.clamp(max=middle)
+    return torch.where(x > middle, torch.log(-torch.expm1(near)), torch.log1p(-torch.exp(far)))
+
+
+def logistic(margin: torch.Tensor, label_smoothing: float = 0.0, label: torch.Tensor | None = None) -> torch.Tensor:
+    """-p log sigmoid(margin) - (1 - p) log sigmoid(-margin), element by element.
+
+    p is the probability that the chosen response is the better one: ``label``, or 1 where there is none, of which
+    ``label_smoothing`` e is assumed to be flipped: p (1 - e) + (1 - p) e.
+    """
+    if label is None and not label_smoothing:
+        return -F.logsigmoid(margin)
+    right = 1.0 if label is None else label.to(margin.dtype)
+    p = right * (1 - label_smoothing) + (1 - right) * label_smoothing
+    return -p * F.logsigmoid(margin) - (1 - p) * F.logsigmoid(-margin)

@@ -1,0 +1,164 @@
+"""From what a person writes, ``dpo:1.0,nll:0.2`` and ``beta=0.1``, to losses with their weights and options.
+
+>>> [(t.loss.name, t.weight, t.values["beta"]) for t in parse_losses("dpo:2,simpo", ["simpo.beta=5"], beta=0.3)]
+[('dpo', 2.0, 0.3), ('simpo', 1.0, 5.0)]
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from prefopt.config.option import nearest
+from prefopt.errors import ConfigError
+from prefopt.losses.declare import LOSSES, Loss, LossOutput, Value, declared
+
+State = dict[str, dict[str, torch.Tensor]]
+
+
+class Term(NamedTuple):
+    """One part of a weighted sum: the loss, its weight, and a value for each of its options."""
+
+    loss: Loss
+    weight: float
+    values: dict[str, Value]
+
+    def __call__(self, tensors: Mapping[str, torch.Tensor], state: State | None = None) -> LossOutput:
+        """The loss, without the term's weight, on tensors named as in ``INPUTS``; ``state`` is that of all terms."""
+        return self.loss(tensors, (state or {}).get(self.loss.name), **self.values)
+
+
+def parse_losses(
+    text: str,
+    options: Sequence[str] = (),
+    *,
+    beta: float | None = None,
+    label_smoothing: float | None = None,
+) -> tuple[Term, ...]:
+    """The terms of ``NAME[:WEIGHT],...``, where a name is one of ``LOSSES`` or ``module:function``, one's own.
+
+    ``options`` are ``NAME=VALUE``, for every chosen loss that reads it, or ``LOSS.NAME=VALUE``, which wins over it;
+    ``beta`` and ``label_smoothing``, where not None, are two more of the first kind. Raises ``ConfigError`` for what
+    does not exist, is out of range, comes twice, or is read by no chosen loss.
+    """
+    chosen = _chosen(text)
+    losses = [loss for loss, _ in chosen]
+    given: dict[str, dict[str, Value]] = {loss.name: {} for loss in losses}
+    shared = {"beta": beta, "label_smoothing": label_smoothing}
+    for name, value in shared.items():
+        if value is not None:
+            _set(given, losses, None, name, value, f"--{name.replace('_', '-')}")
+    specific: dict[str, dict[str, Value]] = {loss.name: {} for loss in losses}
+    for item in options:
+        scope, name, word = _split_option(item)
+        name = name.replace("-", "_")
+        place = f"--loss-option {item.partition('=')[0]}"
+        target = given if scope is None else specific
+        _set(target, losses, scope, name, word, place)
+    terms = []
+    for loss, weight in chosen:
+        values = loss.defaults | given[loss.name] | specific[loss.name]
+        for o in loss.options:
+            if o.name not in values:
+                raise ConfigError(f"--loss {loss.name} needs --loss-option {o.name}=VALUE, {o.expects}")
+        terms.append(Term(loss, weight, values))
+    return tuple(terms)
+
+
+def _chosen(text: str) -> list[tuple[Loss, float]]:
+    found: list[tuple[Loss, float]] = []
+    for part in text.split(","):
+        loss, weight = _one(part.strip(), text)
+        for other, _ in found:
+            if other.name == loss.name:
+                raise ConfigError(f"--loss {text}: {loss.name} comes twice; give it one weight")
+            if other.kind != loss.kind:
+                raise ConfigError(
+                    f"--loss {text}: {other.name} is a loss on {other.kind} and {loss.name} one on {loss.kind}; a sum"
+                    " takes one kind"
+                )
+        found.append((loss, weight))
+    return found
+
+
+def _one(part: str, text: str) -> tuple[Loss, float]:
+    """A loss and its weight from ``NAME[:WEIGHT]`` or ``module:function[:WEIGHT]``."""
+    words = [word.strip() for word in part.split(":")]
+    name = words[0].replace("-", "_")
+    if name in LOSSES and len(words) <= 2:
+        return LOSSES[name], _weight(words[1], part) if len(words) == 2 else 1.0
+    own = len(words) in (2, 3) and words[0] and words[1].isidentifier()
+    if not own:
+        guess = nearest(words[0], list(LOSSES)) or "; prefopt losses lists them, and module:function is one's own"
+        raise ConfigError(f"--loss {text}: there is no loss {words[0]!r}{guess}")
+    return _own(words[0], words[1]), _weight(words[2], part) if len(words) == 3 else 1.0
+
+
+def _weight(word: str, part: str) -> float:
+    try:
+        weight = float(word)
+    except ValueError:
+        weight = math.nan
+    if not (math.isfinite(weight) and weight > 0):
+        raise ConfigError(f"--loss {part}: the weight is {word!r}; it must be a number above 0")
+    return weight
+
+
+def _own(module: str, function: str) -> Loss:
+    """A function of the user's, found from the current folder or among what is installed."""
+    label, here = f"{module}:{function}", str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.split(".")[0] and error.name != module:
+            raise ConfigError(f"--loss {label}: {module} imports {error.name}, which is not installed") from error
+        guess = nearest(module, list(LOSSES))
+        raise ConfigError(f"--loss {label}: there is no module {module} in {here} or installed{guess}") from error
+    except Exception as error:
+        raise ConfigError(f"--loss {label}: importing {module} raised {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(here)
+    what = getattr(found, function, None)
+    if what is None:
+        raise ConfigError(f"--loss {label}: {module} has no {function}{nearest(function, list(vars(found)))}")
+    if not callable(what):
+        raise ConfigError(f"--loss {label}: {function} is no function but of type {type(what).__name__}")
+    return next((loss for loss in LOSSES.values() if loss.function is what), None) or declared(what, label)
+
+
+def _split_option(item: str) -> tuple[str | None, str, str]:
+    """``(LOSS or None, NAME, VALUE)``."""
+    key, equals, value = item.partition("=")
+    if not equals or not key.strip() or not value.strip():
+        raise ConfigError(f"--loss-option {item}: write NAME=VALUE or LOSS.NAME=VALUE")
+    scope, dot, name = key.strip().rpartition(".")
+    return (scope if dot else None), name, value.strip()
+
+
+def _set(
+    target: dict[str, dict[str, Value]], losses: list[Loss], scope: str | None, name: str, value: object, place: str
+) -> None:
+    """Check one option and hand it to the losses that read it."""
+    if scope is not None:
+        aimed = [x for x in losses if scope.replace("-", "_") in (x.name, x.name.rpartition(":")[2]) or scope == x.name]
+        if not aimed:
+            names = [x.name for x in losses]
+            guess = nearest(scope, names) or f"; it is {', '.join(names)}"
+            raise ConfigError(f"{place}: {scope} is not what --loss names{guess}")
+        losses = aimed
+    readers = [(loss, o) for loss in losses for o in loss.options if o.name == name]
+    if not readers:
+        known = sorted({o.name for loss in losses for o in loss.options})
+        guess = nearest(name, known) or f"; {'they read ' + ', '.join(known) if known else 'there are no options'}"
+        raise ConfigError(f"{place}: {' and '.join(x.name for x in losses)} do not read {name}{guess}")
+    for loss, o in readers:
+        if name in target[loss.name]:
+            raise ConfigError(f"{place} is given twice for {loss.name}; leave one out")
+        target[loss.name][name] = o.checked(value, place)
