@@ -197,7 +197,7 @@ def test_responses_that_the_template_makes_the_same_are_refused() -> None:
 def test_special_tokens_written_in_the_text_are_said() -> None:
     renderer = Renderer(with_template(CHATML, eos_token="<|im_end|>"))
     renderer.render(pair("fine", "a<|im_start|>b", ("user", "q")))
-    assert renderer.notes == ["1 rows write special tokens out in their text, read as those tokens: rows 1"]
+    assert renderer.notes == ["special tokens written out in the text, read as those tokens: 1 row (1)"]
 
 
 def test_no_eos_is_one_line() -> None:

@@ -13,26 +13,27 @@ one is neither trained nor kept. Where answers lie in the text is found by rende
 
 from __future__ import annotations
 
+import datetime
+import hashlib
+import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
-from jinja2 import TemplateError
 
+from prefopt.data.findings import Findings, lines
 from prefopt.data.group import BoolArray, Group, IntArray
-from prefopt.data.tokenizer import OffsetArray, Tokenizer, encode, end_marks, eos_id, leading_ids, plain_template
-from prefopt.data.truncate import check_max_length, truncate
-from prefopt.data.validate import NAMED_ROWS, Problem
+from prefopt.data.rendering import Rendering
+from prefopt.data.template import ChatTemplate, Turns, Unrenderable
+from prefopt.data.tokenizer import OffsetArray, Tokenizer, encode, end_marks, eos_id, leading_ids, tokenizer_digest
+from prefopt.data.truncate import truncate
+from prefopt.data.validate import Problem
 from prefopt.errors import DataError
-from prefopt.records import Comparison, Message
+from prefopt.records import Comparison
 
-# Stands in for the words of a turn to see where a template puts them.
-PROBE = "prefopt9f2c41probe"
 BATCH = 64
-
-Turns = tuple[Message, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,39 +55,52 @@ class Layout:
     eos: bool = False
 
 
-class _Unrenderable(Exception):
-    pass
-
-
 class Renderer:
     """Turns comparisons into groups with one tokenizer.
 
-    A conversation goes through the tokenizer's chat template, or, where it has none, through the plain layout
-    ``User: ...``, ``Assistant: ...`` (see :func:`plain_template`); ``template`` holds it then. A ``text`` comparison is
-    prompt and response as they stand, BOS before them where the tokenizer wants it. ``add_eos`` ends answers with EOS
-    wherever no template does. ``notes`` collects what a person should be told once.
+    A conversation goes through the chat template, or, where there is none, through the plain layout ``User: ...``,
+    ``Assistant: ...`` (see :func:`plain_template`). A ``text`` comparison is prompt and response as they stand, BOS
+    before them where the tokenizer wants it. ``template`` is the source that a model trained on conversations should
+    carry, where its tokenizer has another or none. ``findings`` collects what a person should be told: what is said,
+    and the rows it concerns (none: it is said once); see :func:`prefopt.data.findings.lines`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, max_length: int | None = None, add_eos: bool = True) -> None:
-        """Raises :class:`ConfigError` for a length under 2, :class:`ModelError` where EOS is needed and not there."""
-        check_max_length(max_length)
-        self.tokenizer, self.max_length, self.add_eos = tokenizer, max_length, add_eos
-        self.plain = tokenizer.chat_template is None
-        self.template: str | None = plain_template(tokenizer, add_eos=add_eos) if self.plain else None
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        rendering: Rendering | None = None,
+        *,
+        max_length: int | None = None,
+        add_eos: bool = True,
+    ) -> None:
+        """``max_length`` and ``add_eos`` stand for a rendering of their own.
+
+        Raises :class:`ConfigError` for template variables that the template never reads, :class:`ModelError` for a
+        template that is no Jinja and where EOS is needed and not there.
+        """
+        self.rendering = rendering or Rendering(max_length, add_eos)
+        self.max_length, self.add_eos = self.rendering.max_length, self.rendering.add_eos
+        self.tokenizer = tokenizer
+        self.findings: Findings = {}
+        self._template = ChatTemplate(tokenizer, self.rendering)
+        self.template: str | None = self._template.carried
         self._lead = leading_ids(tokenizer)
         self._marks = end_marks(tokenizer)
         self._mark_pattern = re.compile("|".join(map(re.escape, self._marks)) or r"(?!)")
-        self._said: dict[str, None] = {}
-        self._rows_with_marks: dict[tuple[str, int], None] = {}
 
     @property
     def notes(self) -> list[str]:
         """What to tell a person once, about all rows rendered so far."""
-        notes = list(self._said)
-        if rows := [row for _, row in self._rows_with_marks]:
-            first = ", ".join(map(str, rows[:NAMED_ROWS])) + (", ..." if len(rows) > NAMED_ROWS else "")
-            notes.append(f"{len(rows)} rows write special tokens out in their text, read as those tokens: rows {first}")
-        return notes
+        return lines(self.findings)
+
+    def digest(self) -> str:
+        """16 bytes in hexadecimal that name all that ids and masks depend on beside the rows: a cache key.
+
+        Tokenizer, template, its variables, length and reasoning; and the date where the template shows it.
+        """
+        date = datetime.date.today().isoformat() if self._template.reads_date else ""
+        parts = [tokenizer_digest(self.tokenizer), self.rendering.digest(), *self._template.sources, date]
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
     def render(self, comparison: Comparison) -> Rendered:
         """One comparison as a group. Raises :class:`DataError` where it cannot be one."""
@@ -107,6 +121,39 @@ class Renderer:
                     yield row
                 else:
                     yield self._group(comparison, [self._sequence(x, *next(encoded)) for x in row])
+
+    def prompts(self, comparisons: Iterable[Comparison]) -> Iterator[IntArray | Problem]:
+        """Token ids [P] up to where an answer begins, generation prompt included, or why there are none, in order.
+
+        What a model is given to sample from. It is how the trained sequence begins, unless the tokenizer joins the
+        end of the prompt and the start of an answer into one token, or the template shows a finished answer behind
+        something else than its generation prompt (an opened reasoning block, say). Responses are not looked at, and
+        nothing is truncated.
+        """
+        rows = iter(comparisons)
+        while batch := list(islice(rows, BATCH)):
+            laid = [self._lay_out_prompt(c) for c in batch]
+            encoded = iter(encode(self.tokenizer, [x.text for x in laid if not isinstance(x, Problem)]))
+            for c, layout in zip(batch, laid, strict=True):
+                if isinstance(layout, Problem):
+                    yield layout
+                    continue
+                ids, _ = self._sequence(layout, *next(encoded))
+                yield ids if len(ids) else Problem("empty prompt", c.row, "the prompt has no token", c.file)
+
+    def _lay_out_prompt(self, c: Comparison) -> Layout | Problem:
+        if c.text:
+            return Layout("".join(m.content for m in c.prompt), (), bos=True)
+        try:
+            return Layout(self._template.show(c.prompt, c.tools, generation=True), ())
+        except Unrenderable as error:
+            return Problem("chat template", c.row, str(error), c.file)
+
+    def _say(self, what: str, c: Comparison | None = None) -> None:
+        """Note what a person should be told, of a row or once."""
+        rows = self.findings.setdefault(what, [])
+        if c is not None:
+            rows.append(c.row)
 
     def _sequence(self, layout: Layout, ids: IntArray, offsets: OffsetArray) -> tuple[IntArray, BoolArray]:
         trained = covered(offsets, layout.spans, len(layout.text))
@@ -132,7 +179,10 @@ class Renderer:
                 if any(same(*pair) for pair in c.pairs):
                     what = f"the responses differ only beyond {self.max_length} tokens"
                     return Problem("identical after truncation", c.row, what, c.file)
-            return Rendered(Group.from_sequences(sequences, c.row, c.pairs), prompt_cut, responses_cut)
+            group = Group.from_sequences(sequences, c.row, c.pairs)
+            weights = None if c.votes is None else tuple(weight for *_, weight in c.votes)
+            group = replace(group, weights=weights, tiers=c.tiers, scores=c.scores, labels=c.labels)
+            return Rendered(group, prompt_cut, responses_cut)
         except ValueError as error:
             return Problem("nothing to train", c.row, str(error), c.file)
 
@@ -140,16 +190,16 @@ class Renderer:
         eos = str(self.tokenizer.eos_token)
         contents = [m.content.removesuffix(eos) for r in (c.prompt, *(x.messages for x in c.responses)) for m in r]
         if any(self._mark_pattern.search(content) for content in contents):
-            self._rows_with_marks[c.file, c.row] = None
+            self._say("special tokens written out in the text, read as those tokens", c)
         if c.text:
             prompt = "".join(m.content for m in c.prompt)
             return [self._text(prompt, "".join(m.content for m in r.messages)) for r in c.responses]
-        if self.plain:
-            self._said["the tokenizer has no chat template: turns are written as 'User: ...', 'Assistant: ...'"] = None
+        if self._template.plain:
+            self._say("the tokenizer has no chat template: turns are written as 'User: ...', 'Assistant: ...'")
         shown: dict[tuple[Turns, bool], str] = {}
         try:
-            return [self._conversation(c.prompt, r.messages, shown) for r in c.responses]
-        except _Unrenderable as error:
+            return [self._conversation(c, r.messages, shown) for r in c.responses]
+        except Unrenderable as error:
             return Problem("chat template", c.row, str(error), c.file)
 
     def _text(self, prompt: str, response: str) -> Layout:
@@ -157,58 +207,55 @@ class Renderer:
         eos = self.add_eos and not text.endswith(str(self.tokenizer.convert_ids_to_tokens(eos_id(self.tokenizer))))
         return Layout(text, ((len(prompt), len(text)),), bos=True, eos=eos)
 
-    def _conversation(self, prompt: Turns, response: Turns, shown: dict[tuple[Turns, bool], str]) -> Layout:
-        whole = prompt + response
-        full = self._show(whole, False, shown)
+    def _conversation(self, c: Comparison, response: Turns, shown: dict[tuple[Turns, bool], str]) -> Layout:
+        def show(turns: Turns, generation: bool) -> str:
+            """What the responses of one prompt have in common is rendered once."""
+            if (turns, generation) not in shown:
+                shown[turns, generation] = self._template.show(turns, c.tools, generation=generation)
+            return shown[turns, generation]
+
+        whole = c.prompt + response
+        full = show(whole, False)
         spans, ended = [], False
-        for j in range(len(prompt), len(whole)):
-            if whole[j].role == "assistant":
-                start, end, ended = self._turn(whole, j, full, shown)
+        for j in range(len(c.prompt), len(whole)):
+            if whole[j].role == "assistant" and whole[j].trained:
+                start, end, ended = self._turn(whole, j, full, show)
                 spans.append((start, end))
         if not spans:
-            raise _Unrenderable("a response has no turn of the assistant")
+            raise Unrenderable("a response has no turn of the assistant to train")
         if not ended and self.add_eos:
             eos_id(self.tokenizer)
-            self._said["the chat template ends no answer with a token of its own: EOS is added"] = None
+            self._say("the chat template ends no answer with a token of its own: EOS is added")
         return Layout(full[: spans[-1][1]], tuple(spans), eos=not ended and self.add_eos)
 
-    def _turn(self, whole: Turns, j: int, full: str, shown: dict[tuple[Turns, bool], str]) -> tuple[int, int, bool]:
+    def _turn(self, whole: Turns, j: int, full: str, show: Callable[[Turns, bool], str]) -> tuple[int, int, bool]:
         """Trained characters [start, end) of turn j in ``full``, and whether an end-of-turn token is among them."""
-        probe = (*whole[:j], replace(whole[j], content=PROBE), *whole[j + 1 :])
-        around = self._show(probe, False, shown).split(PROBE)
+        mark = _probe(full, *(m.content for m in whole))
+        around = show((*whole[:j], replace(whole[j], content=mark), *whole[j + 1 :]), False).split(mark)
         if len(around) != 2:
-            raise _Unrenderable(f"the template shows an answer {len(around) - 1} times instead of once")
+            raise Unrenderable(f"the template shows an answer {len(around) - 1} times instead of once")
         head, tail = around
         words_end = len(full) - len(tail)
-        asked = self._show(whole[:j], True, shown)
+        asked = show(whole[:j], True)
         if full.startswith(asked):
             start = len(asked)
         else:
             start = _common(full, head)
-            before = self._show(whole[:j], False, shown)
+            before = show(whole[:j], False)
             if full.startswith(before) and asked.startswith(before):
                 start = min(start, _common(full, asked))
         if not full.endswith(tail) or start >= words_end:
-            raise _Unrenderable("the template gives an answer no place of its own that could be told from its prompt")
+            raise Unrenderable("the template gives an answer no place of its own that could be told from its prompt")
         rest = tail.lstrip()
-        mark = next((m for m in self._marks if rest.startswith(m)), None)
-        if mark is None:
+        end = next((m for m in self._marks if rest.startswith(m)), None)
+        if end is None:
             return start, words_end, False
-        return start, words_end + len(tail) - len(rest) + len(mark), True
+        return start, words_end + len(tail) - len(rest) + len(end), True
 
-    def _show(self, turns: Turns, generation: bool, shown: dict[tuple[Turns, bool], str]) -> str:
-        """The template applied; ``shown`` keeps what the responses of one prompt have in common."""
-        if (turns, generation) not in shown:
-            messages = [{"role": m.role, "content": m.content} for m in turns]
-            try:
-                text = self.tokenizer.apply_chat_template(
-                    messages, chat_template=self.template, tokenize=False, add_generation_prompt=generation
-                )
-            except (TemplateError, TypeError, ValueError) as error:
-                reason = next(iter(str(error).splitlines()), type(error).__name__)
-                raise _Unrenderable(f"the template refuses the conversation: {reason}") from None
-            shown[turns, generation] = str(text)
-        return shown[turns, generation]
+
+def _probe(*texts: str) -> str:
+    """What stands in for the words of a turn, to see where a template puts them: in none of the texts."""
+    return next(probe for n in count() if not any((probe := f"prefopt{n}probe") in text for text in texts))
 
 
 def covered(offsets: OffsetArray, spans: Sequence[tuple[int, int]], length: int) -> BoolArray:

@@ -5,6 +5,8 @@ A folder with only ``vocab.json`` and ``merges.txt`` is read as GPT-2's byte-lev
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -109,6 +111,25 @@ def plain_template(tokenizer: Tokenizer, *, add_eos: bool = True) -> str:
     lead = "".join(tokenizer.convert_ids_to_tokens(leading_ids(tokenizer)))
     end = str(tokenizer.convert_ids_to_tokens(eos_id(tokenizer))) if add_eos else ""
     return f"{{{{- {lead!r} -}}}}{PLAIN_TURNS.replace('END', repr(end))}"
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """16 bytes in hexadecimal that name everything a tokenizer's ids depend on, the same in every process.
+
+    Vocabulary, merges, added and special tokens, normaliser, pre-tokeniser and post-processor (the whole of
+    ``tokenizer.json``; a length or padding that it was last asked for aside), chat template, and the settings that
+    Python keeps beside them.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["truncation"] = backend["padding"] = None
+    beside = {
+        "class": type(tokenizer).__name__,
+        "special": {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())},
+        "split special": bool(tokenizer.split_special_tokens),
+        "template": tokenizer.chat_template,
+    }
+    text = json.dumps([backend, beside], sort_keys=True, ensure_ascii=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[tuple[IntArray, OffsetArray]]:

@@ -64,6 +64,6 @@ def load_data(
         raise DataError("no pair is left to train on; lower --eval-fraction")
     if held_out:
         reporter.say(f"data: {len(train)} pairs to train on, {len(held_out)} held out")
-    if source.template and not tokenizer.chat_template:
+    if source.template:
         tokenizer.chat_template = source.template
     return TrainingData(source, groups, train, held_out)
