@@ -36,6 +36,7 @@ from prefopt.model.load import (
     resolve_dtype,
     vocabulary_size,
 )
+from prefopt.model.memory import peak_memory
 from prefopt.model.reference import ReferenceCache
 from prefopt.model.scorer import Scorer, causal_model
 from prefopt.model.sharing import context_length
@@ -46,7 +47,6 @@ from prefopt.train.card import repair_generation, save_model, write_card
 from prefopt.train.data import TrainingData, load_data
 from prefopt.train.folder import FREE, RunFolder, fingerprint
 from prefopt.train.loop import Loop, LoopOptions, Record, load_best
-from prefopt.train.memory import peak_memory
 from prefopt.train.metrics import Metrics
 from prefopt.train.objective import PairObjective
 from prefopt.train.optim import Schedule, adamw

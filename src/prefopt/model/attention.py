@@ -65,8 +65,11 @@ def shared_attention(
 
     Raises :class:`ModelError` for anything a layer asks for that would otherwise be swallowed.
     """
-    _refuse(module, attention_mask, prefix_segments, dropout, others)
-    assert prefix_segments is not None
+    if prefix_segments is None:
+        raise ModelError(
+            f"{type(module).__name__} does not hand its keyword arguments to its attention: score it separately"
+        )
+    refuse_foreign(module, attention_mask, dropout, others)
     segments, kernel, gather = prefix_segments, prefix_kernel, prefix_gather
     width, scale = value.shape[-1], scaling if scaling is not None else query.shape[-1] ** -0.5
     if width != key.shape[-1]:  # multi-head latent attention: pad the values, cut the result
@@ -84,16 +87,9 @@ def shared_attention(
 AttentionInterface.register(HOOK, shared_attention)
 
 
-def _refuse(
-    module: torch.nn.Module,
-    mask: torch.Tensor | None,
-    segments: tuple[Segment, ...] | None,
-    dropout: float,
-    others: dict[str, Any],
-) -> None:
+def refuse_foreign(module: torch.nn.Module, mask: torch.Tensor | None, dropout: float, others: dict[str, Any]) -> None:
+    """Raise :class:`ModelError` for what a layer hands to its attention and our kernels would swallow."""
     name = type(module).__name__
-    if segments is None:
-        raise ModelError(f"{name} does not hand its keyword arguments to its attention: score it separately")
     if mask is not None:
         raise ModelError(f"{name} brings an attention mask of its own: score it separately")
     if dropout:

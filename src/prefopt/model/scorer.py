@@ -6,6 +6,8 @@ see one forward call and nothing ever reaches for the head from outside.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +89,19 @@ class Scorer(torch.nn.Module):
         """Give the model its own attention back, for generation or for its owner."""
         for config, before in zip(self._configs, self._attention_before, strict=True):
             config._attn_implementation = before
+
+    @contextmanager
+    def attention_by(self, hook: str | None) -> Iterator[None]:
+        """Another attention under the model for a while, by its name in transformers; none: the model's own."""
+        now = [getattr(c, "_attn_implementation", None) for c in self._configs]
+        wanted = self._attention_before if hook is None else [hook] * len(now)
+        try:
+            for config, name in zip(self._configs, wanted, strict=True):
+                config._attn_implementation = name
+            yield
+        finally:
+            for config, name in zip(self._configs, now, strict=True):
+                config._attn_implementation = name
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """Log-probability [M] of every scored token, float32 (float64 for a float64 model)."""

@@ -17,10 +17,10 @@ from prefopt.data.packer import pack
 from prefopt.errors import RunError
 from prefopt.losses.preference import LossOutput
 from prefopt.model.logprobs import KEEP_BYTES
+from prefopt.model.memory import free_memory, out_of_memory
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer, causal_model, response_sums
 from prefopt.train.loop import Objective
-from prefopt.train.memory import free_memory, out_of_memory
 
 SHARE = 0.5
 """Of the free memory, what activations may take: the rest is for gradients, optimiser state and fragmentation."""

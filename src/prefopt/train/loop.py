@@ -20,12 +20,12 @@ from prefopt.data.sampler import Sampler
 from prefopt.disk.write import output_errors
 from prefopt.errors import RunError
 from prefopt.losses.preference import LossOutput
+from prefopt.model.memory import out_of_memory
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer, response_sums
 from prefopt.progress import Reporter
 from prefopt.train import checkpoint
 from prefopt.train.callbacks import Callbacks, RunInfo
-from prefopt.train.memory import out_of_memory
 from prefopt.train.metrics import Metrics
 from prefopt.train.optim import Schedule, clip_, grad_norm
 from prefopt.train.stop import StopRequest

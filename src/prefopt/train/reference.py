@@ -15,11 +15,11 @@ from prefopt.errors import ModelError, RunError
 from prefopt.model.check import check_scoring
 from prefopt.model.identity import Identity, identity_of_folder, identity_of_model
 from prefopt.model.load import load_model, local_folder, vocabulary_size
+from prefopt.model.memory import out_of_memory
 from prefopt.model.reference import FillReport, ReferenceCache, ReferenceValues, Score, Scored, SpaceKey
 from prefopt.model.scorer import VERSION, Scorer, causal_model, response_sums
 from prefopt.model.sharing import context_length
 from prefopt.progress import Bar, Reporter
-from prefopt.train.memory import out_of_memory
 from prefopt.train.stop import StopRequest
 
 
