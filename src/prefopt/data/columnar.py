@@ -1,0 +1,146 @@
+"""Rows of parquet and arrow files, batch by batch, as plain Python values.
+
+Values are what JSON could hold: text, numbers, booleans, null, lists and dicts. What else such a file may hold is
+written as text: dates and times in ISO 8601, bytes as UTF-8 or, where they are not, as base64. Decimals become numbers
+and NaN, as everywhere in prefopt, null.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import decimal
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from prefopt.data.content import Content, damaged
+from prefopt.errors import DataError
+
+# Bytes of a batch to turn into Python objects at once, and rows at most.
+BATCH_BYTES = 4 << 20
+BATCH_ROWS = 1024
+
+
+def read_parquet(content: Content) -> Iterator[object]:
+    """Rows of a parquet file, no more than a part of a row group in memory."""
+    import pyarrow.parquet as pq
+
+    file = str(content.path)
+
+    def batches() -> Iterator[Any]:
+        with pq.ParquetFile(content.path, buffer_size=1 << 20, pre_buffer=False) as parquet:
+            meta = parquet.metadata
+            size = sum(meta.row_group(at).total_byte_size for at in range(meta.num_row_groups))
+            rows = _rows_of_a_batch(size, meta.num_rows)
+            yield from parquet.iter_batches(batch_size=rows, use_threads=False)
+
+    return table_rows(batches, file)
+
+
+def read_arrow(content: Content) -> Iterator[object]:
+    """Rows of an arrow file, in the layout of a file or of a stream; it is mapped, not loaded."""
+    return table_rows(lambda: arrow_batches(content), str(content.path))
+
+
+def arrow_batches(content: Content) -> Iterator[Any]:
+    """Record batches of an arrow file or stream."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(content.path)) as source:
+        if content.head.startswith(b"ARROW1"):
+            with pa.ipc.open_file(source) as reader:
+                for at in range(reader.num_record_batches):
+                    yield reader.get_batch(at)
+        else:
+            with pa.ipc.open_stream(source) as reader:
+                yield from reader
+
+
+def table_rows(batches: Callable[[], Iterable[Any]], file: str) -> Iterator[object]:
+    """Rows of record batches. Raises :class:`DataError` where they are damaged, or there is none."""
+    import pyarrow as pa
+
+    number = 0
+    source = iter(batches())
+    while True:
+        try:
+            batch = next(source, None)
+            if batch is None:
+                break
+            # Offsets and lengths come from the file: unless they are checked, a damaged one reads foreign memory.
+            batch.validate(full=True)
+            plain = _plain_columns(batch.schema)
+            step = _rows_of_a_batch(batch.nbytes, batch.num_rows)
+        except (pa.ArrowException, *_DAMAGED) as error:
+            raise damaged(error, file, number) from None
+        if len(set(batch.schema.names)) < len(batch.schema.names):
+            twice = next(name for name in batch.schema.names if batch.schema.names.count(name) > 1)
+            raise DataError(f"two columns are named {twice!r}; rename one of them", file=file)
+        for start in range(0, batch.num_rows, step):
+            try:
+                rows = batch.slice(start, step).to_pylist(maps_as_pydicts="strict")
+                for name in plain:
+                    for row in rows:
+                        row[name] = _plain(row[name])
+            except (pa.ArrowException, *_DAMAGED) as error:
+                raise damaged(error, file, number) from None
+            number += len(rows)
+            yield from rows
+    if not number:
+        raise DataError("holds no rows", file=file)
+
+
+# What pyarrow raises for a damaged file besides its own exceptions. A length read from one can ask for any memory.
+_DAMAGED = (OSError, ValueError, MemoryError, OverflowError, LookupError, TypeError, RecursionError)
+
+
+def _rows_of_a_batch(size: int, rows: int) -> int:
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(size, 1)))
+
+
+def _plain_columns(schema: Any) -> list[str]:
+    """Names of the columns with values that JSON could not hold, or NaN."""
+    return [field.name for field in schema if not _is_plain(field.type)]
+
+
+def _is_plain(kind: Any) -> bool:
+    import pyarrow as pa
+
+    types = pa.types
+    if types.is_struct(kind):
+        return all(_is_plain(kind.field(at).type) for at in range(kind.num_fields))
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _is_plain(kind.value_type)
+    if types.is_dictionary(kind):
+        return _is_plain(kind.value_type)
+    text = types.is_string(kind) or types.is_large_string(kind)
+    return bool(text or types.is_integer(kind) or types.is_boolean(kind) or types.is_null(kind))
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case None | str() | bool() | int():
+            return value
+        case float():
+            return None if math.isnan(value) else value
+        case dict():
+            return {str(key): _plain(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [_plain(inner) for inner in value]
+        case bytes():
+            return _text(value)
+        case decimal.Decimal():
+            return int(value) if value == value.to_integral_value() else float(value)
+        case datetime.timedelta():
+            return value.total_seconds()
+        case datetime.datetime() | datetime.date() | datetime.time():
+            return value.isoformat()
+    return str(value)
+
+
+def _text(value: bytes) -> str:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return base64.b64encode(value).decode("ascii")

@@ -1,0 +1,92 @@
+"""The data files below a folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from prefopt.data.read import is_data_name
+from prefopt.data.saved import choose
+from prefopt.errors import DataError
+
+# Files beside the data that look like data by their names.
+NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "package.json"}
+# Words in a path that name a split, as the Hub reads them too.
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+def data_files(folder: Path, split: str | None) -> tuple[list[Path], list[str]]:
+    """The data files below ``folder``, sorted by path, and notes on what was passed over.
+
+    Paths may name splits (``train-00000.parquet``, ``test/rows.jsonl``). Where they name several, ``split`` has to say
+    which is meant. Raises :class:`DataError` where it does not, where there is no data, and where the folder cannot be
+    read.
+    """
+    files, passed = _walk(folder)
+    if not files:
+        what = f"holds no data files, only {listed(passed)}" if passed else "is an empty folder"
+        endings = ".json, .jsonl, .csv, .tsv, .parquet or .arrow, maybe .gz"
+        raise DataError(f"{what}; it should hold files that end in {endings}", file=str(folder))
+    by_split: dict[str, list[str]] = {}
+    for file in files:
+        by_split.setdefault(split_of(file), []).append(file)
+    named = [name for name in by_split if name]
+    if split is not None or len(named) > 1:
+        chosen = choose(split, sorted(named), str(folder))
+        passed += [file for file in files if file not in by_split[chosen]]
+        files = by_split[chosen]
+    notes = [f"{folder}: passed over {listed(sorted(passed))}"] if passed else []
+    return [folder / file for file in files], notes
+
+
+def split_of(file: str) -> str:
+    """The split that a relative path names, or nothing.
+
+    What stands before the number of a shard is one (``train_sft-00000-of-00003.parquet``); else one of the words of
+    the path is, the file's own name first.
+    """
+    if shard := re.match(r"(\w+)-\d{5}-of-\d{5}", Path(file).name):
+        return shard[1]
+    for part in reversed(Path(file).parts):
+        words = re.split(r"[^a-z]+", part.lower())
+        for name, known in SPLIT_WORDS.items():
+            if any(word in known for word in words):
+                return name
+    return ""
+
+
+def listed(names: list[str], most: int = 5) -> str:
+    """Names in a line, the first few of them."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _walk(folder: Path) -> tuple[list[str], list[str]]:
+    """Relative paths of data files and of what is none, sorted; hidden files and folders are neither."""
+    files: list[str] = []
+    passed: list[str] = []
+    seen = set()
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"cannot be read: {error.strerror}", file=str(error.filename or folder))
+
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        # A link to a folder that was seen already would lead round in circles.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in names:
+            if name.startswith("."):
+                continue
+            path = Path(place, name)
+            is_data = is_data_name(path) and name not in NO_DATA and not re.match(r"cache-.*\.arrow$", name)
+            (files if is_data else passed).append(path.relative_to(folder).as_posix())
+    return sorted(files), sorted(passed)

@@ -1,0 +1,205 @@
+"""Rows of JSON text, one at a time, with the place of whatever is wrong.
+
+Both layouts are read: a list of rows, and one row per line. The text is never held whole: a list is decoded row by row
+from a window of it.
+
+What JSON leaves open is decided here. A key that stands twice in an object is refused, for one of its values would be
+lost. ``NaN``, which many tools write where a value is missing, is read as null. ``Infinity`` is a number.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+from collections.abc import Iterator
+from typing import IO, Any
+
+from prefopt.data.content import not_utf8
+from prefopt.errors import DataError
+
+WINDOW = 1 << 20
+# Decoding stops this near the end of the window only for want of more text ("tru", "\\ud83d\\ude0", "-Infin").
+TAIL = 16
+# Deeper than any row of data, and far from the depth at which Python gives up, here or wherever the row goes next.
+DEPTH = 100
+
+
+class _DuplicateKey(ValueError):
+    pass
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in found if keys.count(key) > 1)
+        raise _DuplicateKey(f"the key {twice!r} stands twice in one object; keep one of them")
+    return found
+
+
+_CONSTANTS = {"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_CONSTANTS.__getitem__)
+_LENIENT = json.JSONDecoder()  # only to find where a row with a duplicate key ends
+
+
+def decode(text: str) -> object:
+    """One JSON value. Raises ``ValueError``, or ``RecursionError`` for one nested too deeply."""
+    value: object = _DECODER.decode(text)
+    _check_depth(text, 0, len(text))
+    return value
+
+
+def _check_depth(text: str, start: int, end: int) -> None:
+    """Refuse a value nested deeply. Counting brackets, which is fast, clears almost every row."""
+    if text.count("[", start, end) + text.count("{", start, end) <= DEPTH:
+        return
+    depth, quoted, skip = 0, False, False
+    for at in range(start, end):
+        sign = text[at]
+        if skip:
+            skip = False
+        elif sign == "\\":
+            skip = quoted
+        elif sign == '"':
+            quoted = not quoted
+        elif not quoted and sign in "[{":
+            depth += 1
+            if depth > DEPTH:
+                raise RecursionError(f"nested more than {DEPTH} deep")
+        elif not quoted and sign in "]}":
+            depth -= 1
+
+
+def read_lines(handle: IO[bytes], file: str, keep_going: bool = False) -> Iterator[object]:
+    """Rows of JSON lines; blank lines are none. ``keep_going`` as :func:`prefopt.data.read.read_rows` has it."""
+    row = 0
+    for number, raw in enumerate(handle, 1):
+        problem = None
+        value: object = None
+        try:
+            line = (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).decode("utf-8").strip(" \t\r\n")
+            if not line:
+                continue
+            value = decode(line)
+        except UnicodeDecodeError as error:
+            problem = not_utf8(error, f"at line {number}")
+        except json.JSONDecodeError as error:
+            problem = f"not JSON at line {number} ({error.msg}, column {error.colno}); {_line_hint(line, error)}"
+        except (ValueError, RecursionError) as error:
+            problem = f"not readable at line {number}: {error}"
+        row += 1
+        if problem is None:
+            yield value
+        elif keep_going:
+            yield DataError(problem, file=file, row=row)
+        else:
+            raise DataError(problem, file=file, row=row)
+
+
+def _line_hint(line: str, error: json.JSONDecodeError) -> str:
+    if line[0] not in "[{":
+        return "each line should hold one row, or the file a list of rows; comma-separated values go by the name .csv"
+    if error.pos >= len(line):
+        return "the row does not end in its line: each line should hold one row, or the file a list of rows"
+    return "each line should hold one row, or the file a list of rows"
+
+
+class _Window:
+    """A part of the text: ``text[at:]`` is not yet used; what is used is dropped, its lines counted."""
+
+    def __init__(self, handle: IO[bytes], file: str) -> None:
+        self.handle, self.file = handle, file
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self.text, self.at, self.ended = "", 0, False
+        self.line, self.column = 1, 0
+        self.row: int | None = None
+
+    def more(self) -> bool:
+        """Drop what is used and read on, at least as much again as is held; false at the end of the file."""
+        if self.ended:
+            return False
+        self.line, self.column = self.place(self.at)
+        held = self.text[self.at :]
+        raw = self.handle.read(max(WINDOW, len(held)))
+        self.ended = not raw
+        try:
+            self.text, self.at = held + self.decoder.decode(raw, final=self.ended), 0
+        except UnicodeDecodeError as error:
+            before = held + bytes(error.object[: error.start]).decode("utf-8")
+            where = f"at line {self.line + before.count(chr(10))}"
+            raise DataError(not_utf8(error, where), file=self.file, row=self.row) from None
+        return not self.ended
+
+    def place(self, at: int) -> tuple[int, int]:
+        """Line (from 1) and column (from 0) of a position in the window."""
+        lines = self.text.count("\n", 0, at)
+        return self.line + lines, (at - 1 - self.text.rfind("\n", 0, at) if lines else self.column + at)
+
+    def peek(self) -> str:
+        """The next character that is not white space, or nothing at the end of the file."""
+        while True:
+            while self.at < len(self.text):
+                if self.text[self.at] not in " \t\r\n":
+                    return self.text[self.at]
+                self.at += 1
+            if not self.more():
+                return ""
+
+    def fail(self, what: str, at: int | None = None, why: str = "not JSON") -> DataError:
+        line, column = self.place(self.at if at is None else at)
+        return DataError(f"{why} at line {line}, column {column + 1} ({what})", file=self.file, row=self.row)
+
+    def value(self) -> object:
+        """Decode one value and step over it. A value that is JSON but cannot be used is given as the error to raise."""
+        decoder, unusable = _DECODER, None
+        while True:
+            try:
+                value, end = decoder.raw_decode(self.text, self.at)
+                if end == len(self.text) and isinstance(value, int | float) and self.more():
+                    continue  # the window may end within a number
+                if unusable is None:
+                    try:
+                        _check_depth(self.text, self.at, end)
+                    except RecursionError as error:
+                        unusable = self.fail(str(error), why="not readable")
+                self.at = end
+                return unusable or value
+            except _DuplicateKey as error:
+                decoder, unusable = _LENIENT, self.fail(str(error), why="not readable")
+            except json.JSONDecodeError as error:
+                unterminated = error.msg.startswith("Unterminated string")
+                if not self.ended and (unterminated or error.pos >= len(self.text) - TAIL):
+                    self.more()
+                elif unterminated or error.pos >= len(self.text.rstrip()):
+                    raise self.fail("the file ends within a row; it may be cut off") from None
+                else:
+                    raise self.fail(error.msg, error.pos) from None
+            except (ValueError, RecursionError) as error:
+                raise self.fail(str(error), why="not readable") from None
+
+
+def read_list(handle: IO[bytes], file: str, keep_going: bool = False) -> Iterator[object]:
+    """Rows of a JSON list. ``keep_going`` as :func:`prefopt.data.read.read_rows` has it."""
+    window = _Window(handle, file)
+    window.peek()
+    window.at += 1
+    if window.peek() == "]":
+        raise DataError("is an empty list; it should hold rows of data", file=file)
+    window.row = 0
+    while True:
+        window.row += 1
+        window.peek()
+        value = window.value()
+        if isinstance(value, DataError) and not keep_going:
+            raise value
+        yield value
+        mark = window.peek()
+        if mark not in (",", "]"):
+            raise window.fail("a comma or the end of the list should follow a row" if mark else "the list never ends")
+        window.at += 1
+        if mark == "]":
+            break
+    window.row = None
+    if window.peek():
+        raise window.fail("text after the end of the list")
