@@ -59,8 +59,9 @@ class Response:
 class Comparison:
     """One prompt, its K responses, and what people said of them.
 
-    ``prompt`` is a conversation, or plain text for a base model (then ``text`` is true and every message is taken as it
-    stands, without a chat template). ``tools`` are the functions that the model may call, JSON objects as text.
+    ``prompt`` is a conversation, or plain text for a base model: then ``text`` is true, the prompt is one message of
+    the user (empty where there is none), each response one of the assistant, and they are joined as they stand,
+    without a chat template. ``tools`` are the functions that the model may call, JSON objects as text.
 
     What people said is any of these:
 
@@ -101,12 +102,19 @@ class Comparison:
 
     @property
     def prompt_key(self) -> bytes:
-        """16 bytes that name the prompt by its roles and words, white space around each message aside."""
+        """16 bytes that name the prompt by its roles and words, white space around each message aside.
+
+        Tools and tool calls belong to it; ids and reasoning do not. A row without a prompt, such as raw text, is named
+        by its responses, so that rows are still told apart.
+        """
+        parts = [part for m in self.prompt for part in _parts(m)]
+        parts += [part for tool in self.tools for part in ("tools", tool)]
+        if not any(m.content.strip() or m.tool_calls for m in self.prompt):
+            parts += [part for r in self.responses for m in r.messages for part in ("response", *_parts(m))]
         digest = hashlib.blake2b(digest_size=16)
-        for message in self.prompt:
-            for part in (message.role, message.content.strip()):
-                data = part.encode("utf-8", "surrogatepass")
-                digest.update(len(data).to_bytes(8, "little") + data)
+        for text in parts:
+            data = text.encode("utf-8", "surrogatepass")
+            digest.update(len(data).to_bytes(8, "little") + data)
         return digest.digest()
 
     @classmethod
@@ -136,6 +144,10 @@ class Comparison:
 def tiers_of(scores: Sequence[float]) -> tuple[tuple[int, ...], ...]:
     """Indices by falling score; equal scores share a tier."""
     return tuple(tuple(i for i, s in enumerate(scores) if s == value) for value in sorted(set(scores), reverse=True))
+
+
+def _parts(m: Message) -> list[str]:
+    return [m.role, m.content.strip(), *(part for call in m.tool_calls for part in ("call", call.name, call.arguments))]
 
 
 def _turns(prompt: Sequence[Message] | str) -> tuple[Message, ...]:

@@ -10,50 +10,58 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
-from prefopt.errors import DataError
-from prefopt.records import Comparison
+from prefopt.data.problem import NAMED_ROWS, Problem, describe, refuse, refused_rows
+from prefopt.data.want import Want, convert
+from prefopt.records import Comparison, Message
 
-NAMED_ROWS = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One reason why one row cannot be used; ``kind`` is what rows are counted by, ``what`` says it for this row."""
-
-    kind: str
-    row: int
-    what: str
-    file: str = ""
+__all__ = ["NAMED_ROWS", "Problem", "Want", "check", "convert", "describe", "refuse", "refused_rows", "validate"]
 
 
-def validate(comparisons: Sequence[Comparison]) -> tuple[list[Comparison], list[Problem]]:
+def validate(comparisons: Sequence[Comparison], want: Want = "pairs") -> tuple[list[Comparison], list[Problem]]:
     """Part rows into those that can be used and the problems of those that cannot (a row may have several)."""
     kept, problems = [], []
     for comparison in comparisons:
-        found = [Problem(kind, comparison.row, what, comparison.file) for kind, what in _check(comparison)]
+        found = check(comparison, want)
         problems += found
         if not found:
             kept.append(comparison)
     return kept, problems
 
 
-def _check(c: Comparison) -> Iterator[tuple[str, str]]:
-    messages = [*c.prompt, *(m for r in c.responses for m in r.messages)]
-    if any(_lone_surrogate(m.content) for m in messages):
+def check(comparison: Comparison, want: Want) -> list[Problem]:
+    """Everything that keeps a row from being used for what is wanted; nothing where :func:`convert` gives it."""
+    c = comparison
+    converted = convert(c, want)
+    found = [Problem(kind, c.row, what, c.file) for kind, what in _content(c, want)]
+    if isinstance(converted, Problem):
+        return [*found, converted]
+    compared = converted.pairs if want != "demonstrations" else ()
+    if want == "labels" and len(converted.responses) > 1 and converted.labels is not None:
+        good, bad = (tuple(k for k, x in enumerate(converted.labels) if x is wanted) for wanted in (True, False))
+        compared = tuple((g, b) for g in good for b in bad)
+    if any(c.responses[best] == c.responses[worse] for best, worse in compared):
+        found.append(Problem("identical responses", c.row, "the preferred response and the other are the same", c.file))
+    return found
+
+
+def _content(c: Comparison, want: Want) -> Iterator[tuple[str, str]]:
+    responses = () if want == "prompts" else c.responses
+    messages = [*c.prompt, *(m for r in responses for m in r.messages)]
+    if any(_broken(text) for m in messages for text in _texts(m)) or any(_broken(tool) for tool in c.tools):
         yield "broken text", "holds half of a surrogate pair, which is no character"
     if not c.text:
         yield from _check_turns(c)
-    for k, response in enumerate(c.responses):
+    elif want == "prompts" and not any(m.content.strip() for m in c.prompt):
+        yield "empty prompt", "the prompt is empty"
+    for k, response in enumerate(responses):
+        answers = [m for m in response.messages if m.role == "assistant"]
         if not response.messages or response.messages[-1].role != "assistant":
             yield "response without an answer", f"the {_name(c, k)} response does not end with the assistant's turn"
-        elif any(not m.content.strip() for m in response.messages if m.role == "assistant"):
+        elif any(not m.content.strip() and not m.tool_calls for m in answers):
             yield "empty response", f"the {_name(c, k)} response is empty"
-    if not c.pairs:
-        yield "no preference", "no response is preferred to another"
-    elif any(c.responses[w] == c.responses[loser] for w, loser in c.pairs):
-        yield "identical responses", "the preferred response and the other are the same"
+        elif not any(m.trained for m in answers):
+            yield "nothing to train", f"no turn of the {_name(c, k)} response is to be trained"
 
 
 def _check_turns(c: Comparison) -> Iterator[tuple[str, str]]:
@@ -67,45 +75,18 @@ def _name(c: Comparison, k: int) -> str:
     return ("chosen", "rejected")[k] if c.tiers == ((0,), (1,)) else f"{k + 1}."
 
 
-def _lone_surrogate(text: str) -> bool:
+def _texts(m: Message) -> Iterator[str]:
+    yield m.content
+    if m.reasoning is not None:
+        yield m.reasoning
+    for call in m.tool_calls:
+        yield call.name
+        yield call.arguments
+
+
+def _broken(text: str) -> bool:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         return True
     return False
-
-
-def refused_rows(problems: Sequence[Problem]) -> int:
-    """How many rows the problems concern: a row with two problems is one row."""
-    return len({(p.file, p.row) for p in problems})
-
-
-def describe(problems: Sequence[Problem]) -> str:
-    """One line: each kind with its count and its first rows.
-
-    >>> describe([Problem("empty response", 3, "it is empty"), Problem("empty response", 9, "it is empty")])
-    'empty response: 2 (rows 3, 9)'
-    """
-    kinds: dict[str, list[Problem]] = {}
-    for problem in problems:
-        kinds.setdefault(problem.kind, []).append(problem)
-    files = {p.file for p in problems}
-    parts = []
-    for kind, found in kinds.items():
-        rows = [f"{p.file}:{p.row}" if len(files) > 1 else str(p.row) for p in found]
-        more = ", ..." if len(rows) > NAMED_ROWS else ""
-        only = f"; {found[0].what}" if len(found) == 1 and found[0].what else ""
-        parts.append(
-            f"{kind}: {len(rows)} (row{'s' if len(rows) > 1 else ''} {', '.join(rows[:NAMED_ROWS])}{more}{only})"
-        )
-    return "; ".join(parts)
-
-
-def refuse(problems: Sequence[Problem], read: int) -> DataError:
-    """The error for rows that cannot be used, naming rows and count."""
-    files = {p.file for p in problems}
-    count = refused_rows(problems)
-    remedy = "put them right, or leave them out with --on-bad-row skip"
-    what = f"{count} of {read} rows cannot be used: {describe(problems)}; {remedy}"
-    row = problems[0].row if count == 1 else None
-    return DataError(what, file=files.pop() if len(files) == 1 else None, row=row)

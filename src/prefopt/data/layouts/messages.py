@@ -1,0 +1,239 @@
+"""Conversations as rows spell them: OpenAI's ``role`` and ``content``, ShareGPT's ``from`` and ``value``, tool calls.
+
+>>> turns = [{"from": "human", "value": "hi"}, {"role": "assistant", "content": [{"type": "text", "text": "ho"}]}]
+>>> [(m.role, m.content) for m in read_messages(turns)]
+[('user', 'hi'), ('assistant', 'ho')]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from prefopt.data.layouts.values import BadRow, json_of, kind, object_text
+from prefopt.records import Message, ToolCall
+
+# A turn of the assistant whose text is a JSON object or a list of them: functions it calls.
+CALL = "call"
+ROLES: Mapping[str, str] = MappingProxyType(
+    {
+        "user": "user",
+        "human": "user",
+        "assistant": "assistant",
+        "gpt": "assistant",
+        "system": "system",
+        "developer": "system",
+        "tool": "tool",
+        "observation": "tool",
+        "function": "tool",
+        "function_call": CALL,
+    }
+)
+REASONING = ("reasoning_content", "reasoning", "thinking")
+WEIGHTS = ("loss_weight", "weight")
+READ = frozenset((*REASONING, *WEIGHTS, "trained", "tool_calls", "function_call", "tool_call_id", "name"))
+NOT_READ = ("images", "videos", "audios", "image", "video", "audio", "refusal")
+
+
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """How messages spell role, content and roles; of several keys the first that a message has is taken.
+
+    With ``verbatim``, JSON text and empty text are kept as they stand, as the canonical layout wants them. Keys of
+    messages that nothing reads are put into ``unread``.
+    """
+
+    role: tuple[str, ...] = ("role", "from")
+    content: tuple[str, ...] = ("content", "value")
+    roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
+    verbatim: bool = False
+    unread: set[str] = field(default_factory=set, compare=False)
+
+    def exactly(self, verbatim: bool) -> Tags:
+        """The same tags, with or without ``verbatim``."""
+        return self if verbatim == self.verbatim else replace(self, verbatim=verbatim)
+
+
+TAGS = Tags()
+
+
+def read_messages(value: object, name: str = "messages", tags: Tags = TAGS) -> tuple[Message, ...]:
+    """Messages from a list of objects; ``name`` says where they stand. Raises :class:`BadRow`."""
+    if not isinstance(value, (list, tuple)):
+        raise BadRow("wrong type", f"{name} is {kind(value)}, not a list of messages")
+    return tuple(read_message(item, name, tags) for item in value)
+
+
+def read_message(item: object, name: str = "messages", tags: Tags = TAGS) -> Message:
+    """One message. Content may be text, text in parts, or null beside tool calls or reasoning."""
+    if not isinstance(item, dict):
+        raise BadRow("wrong type", f"{name} holds {kind(item)}, not a message")
+    pair = next((i for i, key in enumerate(tags.role) if item.get(key) is not None), 0)
+    role = _role(item.get(tags.role[pair]), tags.role[pair], name, tags)
+    for key in NOT_READ:
+        if item.get(key):
+            raise BadRow("field that cannot be used", f"a message of {name} has {key}, which is not read")
+    key = tags.content[pair]
+    content, reasoning, calls = _content(item.get(key), key, name, tags.verbatim)
+    for said in (_text(item, word, name) for word in REASONING):
+        reasoning = reasoning if said is None else (reasoning or "") + said
+    calls += _calls(item, name, tags.verbatim)
+    if role == CALL:
+        calls, content, role = [*calls, *_spelt_calls(content or "", name)], "", "assistant"
+    if calls and role != "assistant":
+        raise BadRow("wrong type", f"a message of {name} calls a tool, but its role is {role}")
+    if content is None and not calls and not reasoning:
+        raise BadRow("missing field", f"a message of {name} lacks {key}")
+    answers, called = _text(item, "tool_call_id", name), _text(item, "name", name)
+    if not tags.verbatim:  # empty text says nothing
+        reasoning, answers, called = reasoning or None, answers or None, called or None
+    trained = _trained(item, role, name)
+    if unread := item.keys() - READ:
+        tags.unread.update(str(k) for k in unread if k not in (tags.role[pair], key) and item[k] is not None)
+    return Message(role, content or "", reasoning, tuple(calls), answers, called, trained)
+
+
+def read_tools(value: object, *, verbatim: bool = False) -> tuple[str, ...]:
+    """The functions that a model may call, as JSON objects: from a list of them, or from JSON text of such a list."""
+    if isinstance(value, str):
+        value = json_of(value, "tools") if value.strip() else None
+    if value is None:
+        return ()
+    items = [value] if isinstance(value, dict) else value
+    if not isinstance(items, (list, tuple)):
+        raise BadRow("wrong type", f"tools is {kind(value)}, not a list of functions")
+    return tuple(object_text(item, "an item of tools", verbatim=verbatim) for item in items)
+
+
+def _role(value: object, key: str, name: str, tags: Tags) -> str:
+    if value is None:
+        raise BadRow("missing field", f"a message of {name} lacks {key}")
+    if not isinstance(value, str):
+        raise BadRow("wrong type", f"{key} of a message of {name} is {kind(value)}, not text")
+    role = tags.roles.get(value)
+    if role is None:
+        raise BadRow("unknown role", f"{name} has the role {value!r}; known are {', '.join(tags.roles)}")
+    return role
+
+
+def _text(item: Mapping[str, object], key: str, name: str) -> str | None:
+    value = item.get(key)
+    if value is not None and not isinstance(value, str):
+        raise BadRow("wrong type", f"{key} of a message of {name} is {kind(value)}, not text")
+    return value
+
+
+def _content(value: object, key: str, name: str, verbatim: bool) -> tuple[str | None, str | None, list[ToolCall]]:
+    """Text, reasoning and calls from text, or from parts of the kinds that LLaMA-Factory v1 and OpenAI write."""
+    if value is None or isinstance(value, str):
+        return value, None, []
+    if not isinstance(value, (list, tuple)):
+        raise BadRow("wrong type", f"{key} of a message of {name} is {kind(value)}, not text")
+    text: list[str] = []
+    reasoning: list[str] = []
+    calls: list[ToolCall] = []
+    for part in value:
+        what = part.get("type") if isinstance(part, dict) else None
+        if what == "text":
+            text.append(_part(part, ("text", "value"), name))
+        elif what in ("reasoning", "thinking"):
+            reasoning.append(_part(part, ("value", "text", "thinking"), name))
+        elif what in ("tool_call", "tool_calls"):
+            calls += _spelt_calls(_part(part, ("value",), name), name, verbatim)
+        elif isinstance(what, str):
+            raise BadRow("field that cannot be used", f"a message of {name} has a part of type {what!r}, not text")
+        else:
+            raise BadRow("wrong type", f"{key} of a message of {name} holds {kind(part)}, not parts with a type")
+    return "".join(text) if text else None, "".join(reasoning) if reasoning else None, calls
+
+
+def _part(part: Mapping[str, object], keys: Sequence[str], name: str) -> str:
+    value = next((part[key] for key in keys if part.get(key) is not None), None)
+    if not isinstance(value, str):
+        raise BadRow("wrong type", f"a part of a message of {name} holds {kind(value)}, not text")
+    return value
+
+
+def _calls(item: Mapping[str, object], name: str, verbatim: bool) -> Iterator[ToolCall]:
+    """Calls as OpenAI spells them, ``tool_calls`` and the older ``function_call``."""
+    given = item.get("tool_calls")
+    if given is not None and not isinstance(given, (list, tuple)):
+        raise BadRow("wrong type", f"tool_calls of a message of {name} is {kind(given)}, not a list")
+    for call in given or ():
+        yield _call(call, name, verbatim)
+    if item.get("function_call") is not None:
+        yield _call(item["function_call"], name, verbatim)
+
+
+def _spelt_calls(text: str, name: str, verbatim: bool = False) -> list[ToolCall]:
+    """Calls from JSON text, as ShareGPT's function_call turns hold them."""
+    found = json_of(text, f"the call of a message of {name}")
+    return [_call(call, name, verbatim) for call in (found if isinstance(found, list) else [found])]
+
+
+def _call(call: object, name: str, verbatim: bool) -> ToolCall:
+    if not isinstance(call, dict):
+        raise BadRow("wrong type", f"a tool call of {name} is {kind(call)}, not an object")
+    function = call.get("function")
+    inner = function if isinstance(function, dict) else call
+    called, id = inner.get("name"), call.get("id")
+    if not isinstance(called, str) or not (called or verbatim):
+        raise BadRow("missing field", f"a tool call of {name} lacks the name of its function")
+    if id is not None and not isinstance(id, str):
+        raise BadRow("wrong type", f"the id of a tool call of {name} is {kind(id)}, not text")
+    arguments = inner.get("arguments")
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        arguments = {}
+    text = object_text(arguments, f"the arguments of a tool call of {name}", verbatim=verbatim)
+    return ToolCall(called, text, id if verbatim else id or None)
+
+
+def _trained(item: Mapping[str, object], role: str, name: str) -> bool:
+    """Whether a turn is learned: ``trained``, or a weight of 0 or 1. Only the assistant's turns can be."""
+    said = item.get("trained")
+    if said is not None and not isinstance(said, bool):
+        raise BadRow("wrong type", f"trained of a message of {name} is {kind(said)}, not true or false")
+    weight = next((item[key] for key in WEIGHTS if item.get(key) is not None), None)
+    if weight is not None:
+        if isinstance(weight, bool) or weight not in (0, 1):
+            raise BadRow("wrong type", f"a message of {name} has the weight {weight!r}; it should be 0 or 1")
+        if weight and role != "assistant":
+            raise BadRow("wrong type", f"a message of {name} has the weight 1, but its role is {role}")
+        return role != "assistant" or weight == 1
+    return said is not False
+
+
+def write_messages(turns: Sequence[Message], weight: str | None = None) -> list[dict[str, object]]:
+    """Messages as OpenAI spells them; ``weight`` is the key that says 0 of a turn that is not trained.
+
+    Without it that is ``"trained": false``. What a message does not have is left out.
+    """
+    return [write_message(m, weight) for m in turns]
+
+
+def write_message(m: Message, weight: str | None = None) -> dict[str, object]:
+    """One message as OpenAI spells it, with ``reasoning_content`` as chat templates do."""
+    written: dict[str, object] = {"role": m.role, "content": m.content}
+    if m.reasoning is not None:
+        written["reasoning_content"] = m.reasoning
+    if m.tool_calls:
+        written["tool_calls"] = [_write_call(call) for call in m.tool_calls]
+    if m.tool_call_id is not None:
+        written["tool_call_id"] = m.tool_call_id
+    if m.name is not None:
+        written["name"] = m.name
+    if not m.trained:
+        written |= {weight: 0} if weight else {"trained": False}
+    return written
+
+
+def write_tools(tools: Sequence[str]) -> dict[str, object]:
+    """The column ``tools``, or nothing where there are none."""
+    return {"tools": [json.loads(tool) for tool in tools]} if tools else {}
+
+
+def _write_call(call: ToolCall) -> dict[str, object]:
+    id = {} if call.id is None else {"id": call.id}
+    return {**id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

@@ -1,0 +1,134 @@
+"""From what a row says to what a method needs of it.
+
+>>> from prefopt.records import Message
+>>> row = Comparison.scored([Message("user", "2 + 2?")], ["22", "4"], scores=[0, 9], row=1)
+>>> convert(row, "demonstrations").responses[0].text, convert(row, "labels").labels
+('4', (False, True))
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from prefopt.data.problem import Problem
+from prefopt.records import Comparison, tiers_of
+
+Want = Literal["pairs", "ranking", "labels", "demonstrations", "prompts"]
+Tiers = tuple[tuple[int, ...], ...]
+
+
+class _Impossible(Exception):
+    def __init__(self, kind: str, what: str) -> None:
+        self.kind, self.what = kind, what
+
+
+def convert(c: Comparison, want: Want) -> Comparison | Problem:
+    """The comparison with what is wanted of it.
+
+    - ``pairs``: votes, or tiers of which at least two differ (from an order, scores, or labels of several responses)
+    - ``ranking``: such tiers; votes give them where they agree with an order
+    - ``labels``: labels, or the better of two tiers as desirable and the other as not
+    - ``demonstrations``: the best response alone, of several equally good ones the first; responses without any
+      preference all stay
+    - ``prompts``: no responses
+
+    A :class:`Problem` where that cannot be had, ``only ties`` where all responses are equally good.
+    """
+    makers = {
+        "pairs": _pairs,
+        "ranking": _ranking,
+        "labels": _labels,
+        "demonstrations": _demonstrations,
+        "prompts": _bare,
+    }
+    try:
+        return makers[want](c)
+    except _Impossible as why:
+        return Problem(why.kind, c.row, why.what, c.file)
+
+
+def tiers_from_votes(c: Comparison) -> Tiers:
+    """The order that votes agree with, or nothing where there is none: cycles, missing pairs, ties not transitive.
+
+    Whether one response wins against another is the sum of the weights for it, less those against it. In an order with
+    ties, responses with as many wins less losses are tied, so that one sort finds the only candidate.
+    """
+    count = len(c.responses)
+    margin = [[0.0] * count for _ in range(count)]
+    seen = set()
+    for best, worse, weight in c.votes or ():
+        margin[best][worse] += weight
+        margin[worse][best] -= weight
+        seen |= {(best, worse), (worse, best)}
+    if len(seen) < count * (count - 1):
+        return ()
+    sign = [[(m > 0) - (m < 0) for m in row] for row in margin]
+    net = [sum(row) for row in sign]
+    fits = all(sign[i][j] == (net[i] > net[j]) - (net[i] < net[j]) for i in range(count) for j in range(count))
+    return tuple(tuple(i for i, n in enumerate(net) if n == value) for value in sorted(set(net), reverse=True)) * fits
+
+
+def _ordered(c: Comparison) -> Tiers:
+    """Tiers of at least two responses, from whatever gives an order."""
+    if not c.responses:
+        raise _Impossible("no response", "holds a prompt alone, without responses to compare")
+    if len(c.responses) < 2:
+        raise _Impossible("too few responses", "has one response; a preference needs two")
+    tiers = c.tiers or (tiers_of(c.scores) if c.scores is not None else ())
+    if not tiers and c.labels is not None:
+        split = (tuple(k for k, good in enumerate(c.labels) if good is wanted) for wanted in (True, False))
+        tiers = tuple(tier for tier in split if tier)
+    if not tiers:
+        raise _Impossible("no preference", "no response is preferred to another")
+    if len(tiers) < 2:
+        raise _Impossible("only ties", "all responses are equally good, so none is preferred")
+    return tiers
+
+
+def _pairs(c: Comparison) -> Comparison:
+    if c.votes:
+        return c
+    return replace(c, tiers=_ordered(c), votes=None)
+
+
+def _ranking(c: Comparison) -> Comparison:
+    if c.votes and not c.tiers:
+        tiers = tiers_from_votes(c)
+        if not tiers:
+            raise _Impossible("no order", "its votes form no order (a cycle, a missing pair, or ties among unequals)")
+        c = replace(c, tiers=tiers)
+    return replace(c, tiers=_ordered(c), votes=None)
+
+
+def _labels(c: Comparison) -> Comparison:
+    if c.labels is not None:
+        return c
+    tiers = _ranking(c).tiers
+    if len(tiers) > 2:
+        raise _Impossible("no label", f"ranks its responses in {len(tiers)} steps; which are desirable is not said")
+    return replace(c, labels=tuple(k in tiers[0] for k in range(len(c.responses))))
+
+
+def _demonstrations(c: Comparison) -> Comparison:
+    if not c.responses:
+        raise _Impossible("no response", "holds a prompt alone, without a response to learn from")
+    kept = range(len(c.responses))
+    if c.tiers:
+        kept = range(best := min(c.tiers[0]), best + 1)
+    elif c.labels is not None:
+        good = [k for k, desirable in enumerate(c.labels) if desirable]
+        if not good:
+            raise _Impossible("no desirable response", "every response is labelled undesirable")
+        kept = range(good[0], good[0] + 1)
+    elif c.votes:
+        beaten = {worse for _, worse, _ in c.votes}
+        best = next((k for k in kept if k not in beaten), -1)
+        if best < 0:
+            raise _Impossible("no best response", "every response loses against another")
+        kept = range(best, best + 1)
+    return replace(_bare(c), responses=tuple(c.responses[k] for k in kept))
+
+
+def _bare(c: Comparison) -> Comparison:
+    return replace(c, responses=(), tiers=(), scores=None, labels=None, votes=None)
