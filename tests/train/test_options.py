@@ -11,6 +11,7 @@ import functools
 import io
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,21 @@ def progress(place: Place) -> None:
         assert bool(text) == (mode != "none")
 
 
+def track(place: Place) -> None:
+    assert list(Path(place.run(track=["tensorboard"])).glob("tensorboard/events*"))
+    assert not Path(place.run(), "tensorboard").exists()
+
+
+def track_project(place: Place) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).with_name("stand_ins")))
+        import trackio
+
+        place.run(track=["trackio"], track_project="films")
+        assert [run.project for run in trackio.runs.values()] == ["films"]
+        patch.delitem(sys.modules, "trackio")
+
+
 def dtype(place: Place) -> None:
     kinds = [{t.dtype for t in weights(Path(place.run(dtype=d))).values()} for d in ("float32", "float64")]
     assert kinds == [{torch.float32}, {torch.float64}]
@@ -266,6 +282,8 @@ SHOWN: dict[str, Callable[[Place], None]] = {
     "resume": resume,
     "dry_run": dry_run,
     "progress": progress,
+    "track": track,
+    "track_project": track_project,
     "dtype": dtype,
     "device": device,
     "threads": threads,

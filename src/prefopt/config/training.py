@@ -13,6 +13,8 @@ from prefopt.errors import ConfigError
 # weights start at no change at all, takes 5e-6..5e-5, of which 2e-5 is about the geometric middle.
 LEARNING_RATE = {False: 1e-6, True: 2e-5}
 
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
@@ -72,6 +74,15 @@ class TrainingOptions:
         "auto", "how progress is shown; auto: rich on a terminal, plain lines elsewhere", group="output"
     )
 
+    track: list[str] | None = option(
+        None,
+        f"draw the run's curves by {', '.join(TRACKERS[:-1])} or {TRACKERS[-1]}, one or more; each is an extra, such as"
+        ' pip install "prefopt[tensorboard]"',
+        group="tracking",
+        default_text="nothing leaves the output folder",
+    )
+    track_project: str = option("prefopt", "project or experiment of the trackers that have one", group="tracking")
+
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = option(
         "auto",
         "precision of computation (trained weights stay float32 under bfloat16); auto: bfloat16 where the device"
@@ -111,6 +122,11 @@ class TrainingOptions:
                 )
         if self.resume and self.dry_run:
             raise ConfigError("--dry-run trains nothing that --resume could go on with: leave one of them out")
+        for name in self.track or ():
+            if name not in TRACKERS:
+                raise ConfigError(f"--track {name}: it must be one of {', '.join(TRACKERS)}{nearest(name, TRACKERS)}")
+        if self.track_project != type(self).track_project and not set(self.track or ()) - {"tensorboard"}:
+            raise ConfigError("--track-project does nothing without --track wandb, trackio or mlflow: leave it out")
         if self.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device):
             near = nearest(self.device, ["cpu", "cuda", "mps"])
             raise ConfigError(f"--device is {self.device!r}; it must be cpu, cuda, cuda:N or mps{near}")

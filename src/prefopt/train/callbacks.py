@@ -138,6 +138,8 @@ class Callbacks:
                 continue
             try:
                 method(self.run, *arguments)
+            except CallbackFailed as error:  # it has its own words
+                failed = failed or error
             except Exception as error:
                 what = " ".join(f"{type(error).__name__}: {error}".split())
                 failed = failed or CallbackFailed(

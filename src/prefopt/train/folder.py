@@ -19,7 +19,7 @@ from prefopt.disk.write import output_errors, write_json
 from prefopt.errors import RunError
 
 # Options that may differ at a resume: they change what is shown and kept, never the weights.
-FREE = frozenset({"resume", "progress", "save_every", "keep_last", "output", "dry_run"})
+FREE = frozenset({"resume", "progress", "save_every", "keep_last", "output", "dry_run", "track", "track_project"})
 
 _LOCK = ".lock"
 
