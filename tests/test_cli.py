@@ -229,10 +229,11 @@ def test_the_command_line_overrides_the_file(ran: list[dict[str, Any]], tmp_path
 
 def test_every_option_of_the_command_line_reaches_the_config(ran: list[dict[str, Any]]) -> None:
     """One option at a time, set to something else than its default."""
-    other: dict[str, str] = {"device": "cpu", "lora_targets": "q", "eval_data": "e"}
+    other: dict[str, str] = {"device": "cpu", "lora_targets": "q", "eval_data": "e", "track": "wandb"}
     company = {
         "lora": ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "reference_adapter"],
         "eval-fraction=0.5": ["eval_every", "early_stopping"],
+        "track=wandb": ["track_project"],
     }
     plain = to_dict(DpoConfig(model="m", data=["d.jsonl"], output="o"))
     for o in options(DpoConfig):
