@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from prefopt.data.formats import read_comparisons
 from prefopt.data.load import load_groups
 from prefopt.data.show import show
 from prefopt.data.tokenizer import load_tokenizer
@@ -97,8 +98,8 @@ def test_text_rows_are_joined_as_they_stand(shared: Path, tmp_path: Path, gpt2: 
     for tokenizer, lead in ((gpt2, []), (stories, [1])):
         data = load_groups([file], tokenizer, on_bad_row="skip")
         assert data.read == len(rows) == data.kept + data.refused
-        for comparison, group in zip(data.comparisons, data.groups, strict=True):
-            row = rows[comparison.row - 1]
+        for group in data.groups:
+            row = rows[group.row - 1]
             for k, side in enumerate(("chosen", "rejected")):
                 plain = tokenizer(row["prompt"] + row[side], add_special_tokens=False)["input_ids"]
                 ids, trained = group.sequence(k)
@@ -107,7 +108,7 @@ def test_text_rows_are_joined_as_they_stand(shared: Path, tmp_path: Path, gpt2: 
                 assert answer.endswith(row[side] + tokenizer.eos_token)
                 # Anything more is the first token's own share of the prompt, where the two merged.
                 merged = len(answer) - len(row[side] + tokenizer.eos_token)
-                assert merged < len(tokenizer.decode([int(ids[trained][0])])), (comparison.row, answer[:20])
+                assert merged < len(tokenizer.decode([int(ids[trained][0])])), (group.row, answer[:20])
 
 
 def test_bad_rows_are_refused_by_name_or_skipped_with_a_count(shared: Path, tmp_path: Path, imdb: Any) -> None:
@@ -132,8 +133,9 @@ def test_bad_rows_are_refused_by_name_or_skipped_with_a_count(shared: Path, tmp_
 
 
 def test_show_marks_what_is_trained(shared: Path, tmp_path: Path, minimind: Any) -> None:
-    data = load_groups([sample(shared / DEMO.format("en"), tmp_path, 100)[0]], minimind)
-    row = data.comparisons[0]
+    file = sample(shared / DEMO.format("en"), tmp_path, 100)[0]
+    data = load_groups([file], minimind)
+    row = read_comparisons(file).comparisons[0]
     text = show(data.groups[0], minimind)
     assert text.count("⟦") == text.count("⟧") == 2
     assert f"⟦{row.responses[0].text}<|im_end|>⟧" in text and f"⟦{row.responses[1].text}<|im_end|>⟧" in text
@@ -144,7 +146,7 @@ def test_split_keeps_prompts_apart(shared: Path, minimind: Any) -> None:
     data = load_groups([shared / DEMO.format("en")], minimind, max_length=1024)
     train, held = data.split(0.2, seed=3)
     assert sorted(train + held) == list(range(300)) and 35 <= len(held) <= 85
-    prompts = [c.prompt for c in data.comparisons]
+    prompts = [c.prompt for c in read_comparisons(shared / DEMO.format("en")).comparisons]
     assert len(set(prompts)) == 295
     assert not {prompts[i] for i in train} & {prompts[i] for i in held}
     assert data.split(0.2, seed=3) == (train, held) != data.split(0.2, seed=4)

@@ -7,8 +7,11 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +20,12 @@ from hypothesis import strategies as st
 
 from model.fake_reference import BUDGET, SPACE, Fake, Once, committed, fill, keys_of, make_groups, sums
 from prefopt.data.group import Group
-from prefopt.disk.cache import cache_root
+from prefopt.data.table import KEY
+from prefopt.disk.cache import Damaged, cache_root
 from prefopt.errors import CacheError, Interrupted, ModelError
 from prefopt.model import reference
-from prefopt.model.blocks import Damaged, block_files, read_sealed, write_sealed
-from prefopt.model.plan import Plan
+from prefopt.model.blocks import block_files, read_sealed, write_sealed
+from prefopt.model.plan import Named, Plan
 from prefopt.model.reference import ReferenceCache, Scored
 from prefopt.model.spaces import clear, list_spaces, verify
 
@@ -186,6 +190,42 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
 
 
 names = st.integers(0, 12).map(lambda n: bytes([n]) * 16)
+Keys = tuple[bytes, ...]
+
+
+def named(groups: Iterable[Keys]) -> Named:
+    groups = list(groups)
+    keys = np.frombuffer(b"".join(key for group in groups for key in group), KEY)
+    return Named.of(keys, np.cumsum([0, *map(len, groups)]))
+
+
+def key_array(keys: Iterable[bytes]) -> Any:
+    return np.frombuffer(b"".join(sorted(keys)), KEY)
+
+
+def batches_of(plan: Plan) -> list[list[Keys]]:
+    data, starts = plan.groups.keys_N.tobytes(), plan.groups.starts.tolist()
+    groups = [tuple(data[n * 16 : n * 16 + 16] for n in range(a, b)) for a, b in pairwise(starts)]
+    bounds = plan.batch_starts.tolist()
+    return [groups[a:b] for a, b in pairwise(bounds)]
+
+
+def greedy(costs: dict[Keys, int], wanted: set[bytes], budget: int) -> list[list[Keys]]:
+    """The plan group by group, with sets."""
+    order = named(costs).names_G
+    batches: list[list[Keys]] = []
+    left, room = set(wanted), 0
+    for i in sorted(range(len(costs)), key=lambda i: (-list(costs.values())[i], order[i])):
+        keys = list(costs)[i]
+        if left.isdisjoint(keys):
+            continue
+        left.difference_update(keys)
+        if not batches or costs[keys] > room:
+            batches.append([])
+            room = budget
+        batches[-1].append(keys)
+        room -= costs[keys]
+    return batches
 
 
 @settings(max_examples=200, deadline=None)
@@ -196,17 +236,19 @@ names = st.integers(0, 12).map(lambda n: bytes([n]) * 16)
     budget=st.integers(1, 100),
 )
 def test_a_plan_brings_each_wanted_response_once_and_keeps_the_budget(
-    costs: dict[tuple[bytes, ...], int], unknown: set[bytes], done: set[bytes], budget: int
+    costs: dict[Keys, int], unknown: set[bytes], done: set[bytes], budget: int
 ) -> None:
     wanted = unknown & {key for keys in costs for key in keys}
-    plan = Plan.make(costs, wanted, budget)
-    assert all(sum(costs[keys] for keys in batch) <= budget or len(batch) == 1 for batch in plan.batches)
+    plan = Plan.make(named(costs), np.array(list(costs.values())), key_array(wanted), budget)
+    batches = batches_of(plan)
+    assert batches == greedy(costs, wanted, budget)
+    assert all(sum(costs[keys] for keys in batch) <= budget or len(batch) == 1 for batch in batches)
+    every = [key for batch in batches for keys in batch for key in keys]
     for still in (wanted, wanted - done):
-        work = list(plan.work(still))
-        brought = [keys[k] for batch, take in work for keys, ks in zip(batch, take, strict=True) for k in ks]
-        assert sorted(brought) == sorted(still)
-        assert all(any(take) for _, take in work)
-    assert not [keys for batch in plan.batches for keys in batch if not wanted & set(keys)]
+        work = list(plan.work(key_array(still)))
+        assert sorted(every[n] for _, take in work for n in take) == sorted(still)
+        assert all(len(take) and plan.groups.starts[batch.start] <= take.min() for batch, take in work)
+        assert all(take.max() < plan.groups.starts[batch.stop] for batch, take in work)
 
 
 def test_a_damaged_plan_is_made_anew(tmp_path: Path) -> None:

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Literal
 
 from prefopt.data.formats import Rows, read_comparisons
-from prefopt.data.group import Group
 from prefopt.data.render import Renderer
-from prefopt.data.split import split_by_prompt
+from prefopt.data.split import Indices, split_by_prompt
+from prefopt.data.table import GroupTable, Part, TableBuilder
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.data.validate import Problem, describe, refuse, refused_rows, validate
 from prefopt.errors import ConfigError, DataError
-from prefopt.records import Comparison
 
 OnBadRow = Literal["refuse", "skip"]
 
@@ -26,15 +25,11 @@ OnBadRow = Literal["refuse", "skip"]
 class GroupSet:
     """Groups of all files in order, and what became of every row.
 
-    ``groups[i]`` was made from ``comparisons[i]``; ``prompts_cut[i]`` and ``responses_cut[i]`` count the tokens it lost
-    to ``--max-length`` from its prompt and from the end of each response. ``template`` is the plain layout's chat
-    template where the tokenizer has none and conversations were rendered with it: a trained model should carry it.
+    ``template`` is the plain layout's chat template where the tokenizer has none and conversations were rendered with
+    it: a trained model should carry it.
     """
 
-    groups: list[Group] = field(default_factory=list)
-    comparisons: list[Comparison] = field(default_factory=list)
-    prompts_cut: list[int] = field(default_factory=list)
-    responses_cut: list[tuple[int, ...]] = field(default_factory=list)
+    groups: GroupTable = field(default_factory=GroupTable)
     read: int = 0
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -53,7 +48,7 @@ class GroupSet:
     @property
     def truncated(self) -> int:
         """Groups that lost tokens of their prompt or of a response."""
-        return sum(bool(p) or any(r) for p, r in zip(self.prompts_cut, self.responses_cut, strict=True))
+        return int(self.groups.truncated_G.sum())
 
     def summary(self) -> list[str]:
         """Lines that a run prints: rows read, kept and refused, rows truncated, notes."""
@@ -61,14 +56,14 @@ class GroupSet:
         if self.problems:
             lines.append(f"refused: {describe(self.problems)}")
         if self.truncated:
-            prompts = sum(bool(p) for p in self.prompts_cut)
-            responses = sum(bool(r) for row in self.responses_cut for r in row)
+            prompts = int((self.groups.column("prompt_cut_G") > 0).sum())
+            responses = int((self.groups.column("cut_N") > 0).sum())
             lines.append(f"{self.truncated} of {self.kept} rows truncated ({prompts} prompts, {responses} responses)")
         return lines + self.notes
 
-    def split(self, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    def split(self, fraction: float, seed: int) -> tuple[Indices, Indices]:
         """Indices of groups (train, held out), no prompt on both sides; see :func:`split_by_prompt`."""
-        return split_by_prompt([c.prompt_key for c in self.comparisons], fraction, seed)
+        return split_by_prompt(self.groups.prompt_key_G, fraction, seed)
 
 
 def load_groups(
@@ -106,19 +101,25 @@ def build_groups(
         raise ConfigError(f"--on-bad-row {on_bad_row} should be refuse or skip")
     renderer = Renderer(tokenizer, max_length=max_length, add_eos=add_eos)
     result = GroupSet(read=sum(r.read for r in rows), notes=[note for r in rows for note in r.notes])
-    for source in rows:
+    conversations = False
+    for number, source in enumerate(rows):
         good, bad = validate(source.comparisons)
+        builder = TableBuilder()
         result.problems += [*source.problems, *bad]
         for comparison, rendered in zip(good, renderer.render_all(good), strict=True):
             if isinstance(rendered, Problem):
                 result.problems.append(rendered)
                 continue
-            result.groups.append(rendered.group)
-            result.comparisons.append(comparison)
-            result.prompts_cut.append(rendered.prompt_cut)
-            result.responses_cut.append(rendered.responses_cut)
+            builder.add(
+                rendered.group,
+                prompt_key=comparison.prompt_key,
+                prompt_cut=rendered.prompt_cut,
+                cuts=rendered.responses_cut,
+            )
+            conversations = conversations or not comparison.text
+        result.groups += GroupTable([Part(builder.columns(), source=number)])
     result.notes += renderer.notes
-    if any(not c.text for c in result.comparisons):
+    if conversations:
         result.template = renderer.template
     if result.problems and on_bad_row == "refuse":
         raise refuse(result.problems, result.read)

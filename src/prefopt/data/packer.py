@@ -15,9 +15,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from prefopt.data.group import Group
+from prefopt.data.table import GroupTable, IndexArray
 
 Segment = tuple[int, int, int, int]
 """(start, stop, prefix start, prefix length): queries and own keys in [start, stop), and a prefix all of them see."""
@@ -77,6 +79,21 @@ class Layout:
         """Tokens that scoring ``group`` encodes."""
         apart = len(group.continuations) - 1 if self.side(group) == "separate" else 0
         return group.tokens + apart * len(group.prefix)
+
+    def costs(self, groups: GroupTable) -> IndexArray:
+        """:meth:`cost` of all groups, [G]."""
+        tokens: IndexArray = groups.tokens_G.astype(np.int64)
+        if self.share and self.rope_limit is None:
+            return tokens
+        tokens += groups.prefix_G * (groups.responses_G - 1) * self._separate(groups)
+        return tokens
+
+    def _separate(self, groups: GroupTable) -> npt.NDArray[np.bool_]:
+        """Whether :meth:`side` is ``separate``, [G]."""
+        if not self.share:
+            return np.ones(len(groups), np.bool_)
+        limit = self.rope_limit or 0
+        return np.logical_and(groups.longest_G > limit, groups.shortest_G <= limit)
 
     def side(self, group: Group) -> str:
         """``shared`` (the common row), ``long`` (the row beyond the limit) or ``separate`` (a row per response)."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -152,7 +153,7 @@ def _held_out(config: DpoConfig, step: int) -> DemoResult:
     return DemoResult(Path(config.output), len(held_out), *(found[name] for name in names))
 
 
-def _pairs(config: DpoConfig) -> tuple[GroupSet, list[int]]:
+def _pairs(config: DpoConfig) -> tuple[GroupSet, Sequence[int]]:
     data = load_groups(config.data, load_tokenizer(config.model))
     return data, data.split(config.eval_fraction, config.seed)[1]
 
@@ -171,6 +172,7 @@ def _rewards(config: DpoConfig, data: GroupSet, held_out: Sequence[int]) -> list
 
 def _tell(console: Console, config: DpoConfig, result: DemoResult) -> None:
     data, held_out = _pairs(config)
+    rows: list[Any] = list(read_json(config.data[0]))
     right = round(result.accuracy * result.held_out_pairs)
     console.print(
         f"loss on {result.held_out_pairs} held-out pairs: {result.loss:.4f}, down from ln 2 = {math.log(2):.4f}, the"
@@ -181,10 +183,10 @@ def _tell(console: Console, config: DpoConfig, result: DemoResult) -> None:
     )
     shown = held_out[:SHOWN]
     for i, rewards in zip(shown, _rewards(config, data, shown), strict=True):
-        row = data.comparisons[i]
-        console.print(f"  {row.prompt[-1].content}", markup=False)
-        for reward, response in zip(rewards, row.responses, strict=True):
-            console.print(f"    {reward:+6.2f}  {response.text}", markup=False)
+        row = rows[data.groups[i].row - 1]
+        console.print(f"  {row['prompt'][-1]['content']}", markup=False)
+        for reward, side in zip(rewards, ("chosen", "rejected"), strict=True):
+            console.print(f"    {reward:+6.2f}  {row[side][-1]['content']}", markup=False)
     console.print(
         "\nThe model knows no language: it has learnt to tell two kinds of answers apart, on questions it never saw.",
         markup=False,

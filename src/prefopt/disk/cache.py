@@ -14,6 +14,10 @@ from prefopt.disk.write import replace_file
 from prefopt.errors import CacheError
 
 
+class Damaged(Exception):
+    """A file of the cache is not what was written."""
+
+
 def cache_root() -> Path:
     """``PREFOPT_CACHE``, else ``$XDG_CACHE_HOME/prefopt``, else ``~/.cache/prefopt``; it need not exist yet."""
     if named := os.environ.get("PREFOPT_CACHE"):

@@ -209,8 +209,8 @@ class _Run:
     def _preview(self, data: TrainingData, policy: Policy, reference: ReferenceRun) -> None:
         """What a dry run shows beyond the lines of every run: examples, options, what it would take."""
         say = self.reporter.say
-        for comparison, group in zip(data.source.comparisons[:2], data.source.groups[:2], strict=True):
-            say(f"\nrow {comparison.row}, trained tokens in ⟦ ⟧:\n{show(group, self.tokenizer)}")
+        for group in data.source.groups[:2]:
+            say(f"\nrow {group.row}, trained tokens in ⟦ ⟧:\n{show(group, self.tokenizer)}")
         say("\n" + self._options())
         reference.check_fits(data.groups)
         missing = ReferenceCache(reference.space()).missing(data.groups)
@@ -218,7 +218,7 @@ class _Run:
         say(policy.make_trainable())
         tokens, speed = self._token_budget(policy, self._objective(np.zeros(data.responses)), data.groups)
         # Forward alone is a third of a training step's work.
-        ahead = sum(map(policy.scorer.layout.cost, data.groups)) / (3 * speed) if missing else 0.0
+        ahead = int(policy.scorer.layout.costs(data.groups).sum()) / (3 * speed) if missing else 0.0
         peak, state = peak_memory(self.device), budget.state_bytes(policy.masters)
         whole = duration(ahead + self._seconds(policy, data, speed))
         say(f"{self._plan(policy, data, tokens, speed)}, with the reference {whole}")
@@ -276,7 +276,7 @@ class _Run:
         return min(steps, self.config.max_steps or steps)
 
     def _seconds(self, policy: Policy, data: TrainingData, speed: float) -> float:
-        tokens = sum(policy.scorer.layout.cost(data.groups[i]) for i in data.train)
+        tokens = int(policy.scorer.layout.costs(data.groups)[np.asarray(data.train)].sum())
         per_step = tokens / math.ceil(len(data.train) / self.config.batch_size)
         return self._steps(data) * per_step / speed
 

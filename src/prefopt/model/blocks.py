@@ -26,16 +26,12 @@ import numpy.typing as npt
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from prefopt.disk.cache import cache_errors, write_cached
+from prefopt.data.table import KEY
+from prefopt.disk.cache import Damaged, cache_errors, write_cached
 
 log = logging.getLogger(__name__)
 
-KEY = np.dtype("S16")  # fixed width and padded with zero bytes, so that comparing as strings is comparing all 16
 Arrays = dict[str, npt.NDArray[Any]]
-
-
-class Damaged(Exception):
-    """A file of the cache is not what was written."""
 
 
 def write_sealed(path: Path, arrays: Arrays, space: str) -> None:

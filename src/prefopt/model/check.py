@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from prefopt.data.group import Group
 from prefopt.data.packer import pack
+from prefopt.data.table import GroupTable
 from prefopt.errors import ModelError
 from prefopt.model.clone import VOCABULARY, tiny_clone
 from prefopt.model.scorer import Scorer, causal_model
@@ -124,7 +125,8 @@ def _random_groups() -> list[Group]:
 @torch.no_grad()
 def _real_differences(scorer: Scorer, groups: Sequence[Group]) -> tuple[float, float]:
     # A few groups of middling length: long enough to be typical, cheap enough for every start.
-    some = sorted(groups, key=lambda g: abs(g.tokens - 300))[:3]
+    far = np.abs(GroupTable.of(groups).tokens_G - 300)
+    some = [groups[i] for i in np.argsort(far, kind="stable")[:3].tolist()]
     device = next(scorer.model.parameters()).device
     together = scorer(pack(some, scorer.layout).to(device))
     apart = torch.cat([scorer(pack([g], scorer.layout).to(device)) for g in some])

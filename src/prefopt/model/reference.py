@@ -17,7 +17,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -28,11 +28,12 @@ import numpy as np
 import numpy.typing as npt
 
 from prefopt.data.group import Group
+from prefopt.data.table import Array, GroupTable, IndexArray, KeyArray
 from prefopt.disk.cache import acquired, cache_errors, reference_folder, space_lock, write_cached
 from prefopt.errors import CacheError, ModelError
-from prefopt.model.blocks import KEY, Block, Index
+from prefopt.model.blocks import Block, Index
 from prefopt.model.identity import Identity
-from prefopt.model.plan import Keys, Plan, plan_file
+from prefopt.model.plan import Named, Plan, plan_file
 
 log = logging.getLogger(__name__)
 
@@ -81,11 +82,10 @@ class SpaceKey:
         parts = [self.identity.digest, self.dtype, self.path, self.kernel, self.device, self.scorer_version]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
-    def cost(self, group: Group) -> int:
-        """Tokens that scoring ``group`` encodes this way."""
-        if self.path == "shared":
-            return group.tokens
-        return group.tokens + len(group.prefix) * (len(group.continuations) - 1)
+    def costs(self, groups: GroupTable) -> IndexArray:
+        """Tokens that scoring each group encodes this way, [G]."""
+        tokens: IndexArray = groups.tokens_G.astype(np.int64)
+        return tokens if self.path == "shared" else tokens + groups.prefix_G * (groups.responses_G - 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,14 +130,14 @@ class ReferenceCache:
         self.folder = reference_folder(root) / space.id
         self._index = Index(self.folder, space.id)
 
-    def missing(self, groups: Iterable[Group], *, token_values: bool = False) -> int:
+    def missing(self, groups: Sequence[Group], *, token_values: bool = False) -> int:
         """How many distinct responses of ``groups`` would have to be scored."""
-        return len(self._missing({key for group in groups for key in _keys(group)}, token_values))
+        return len(self._missing(np.unique(GroupTable.of(groups).key_N), token_values))
 
     def values(self, groups: Sequence[Group], *, token_values: bool = False) -> ReferenceValues:
         """The values of ``groups``, in their order. Raises ``CacheError`` where ``fill`` has not been there before."""
-        names = [_keys(group) for group in groups]
-        keys = _array(key for group in names for key in group)
+        table = GroupTable.of(groups)
+        keys = table.key_N
         rows = self._index.find(keys)
         token_rows = self._index.find(keys, token_values=True) if token_values else rows
         if (rows < 0).any() or (token_rows < 0).any():
@@ -152,9 +152,8 @@ class ReferenceCache:
         if token_values:
             shift = self._index.token_starts[token_rows] - token_starts[:-1]
             tokens = self._index.token_values[np.repeat(shift, counts) + np.arange(token_starts[-1])]
-        starts = np.cumsum([0, *(len(group) for group in names)], dtype=np.int64)
         self._touch()
-        return ReferenceValues(self._index.sums[rows], counts, starts, token_starts, tokens)
+        return ReferenceValues(self._index.sums[rows], counts, table.response_starts, token_starts, tokens)
 
     def fill(
         self,
@@ -177,46 +176,46 @@ class ReferenceCache:
         Another process that scores into the same space is waited for. Raises ``CacheError`` where the disk refuses,
         ``ModelError`` where the reference gives no finite number.
         """
-        by_keys = {_keys(group): group for group in groups}
-        asked = {key for keys in by_keys for key in keys}
+        table = GroupTable.of(groups)
+        asked = np.unique(table.key_N)
         wanted = self._missing(asked, token_values)
         calls, seconds = 0, 0.0
-        if wanted:
+        if len(wanted):
             with self._locked(stop):
                 wanted = self._missing(asked, token_values)
-                if wanted:
+                if len(wanted):
                     self._describe()
-                    plan = self._plan(by_keys, wanted, token_budget, token_values)
+                    named = Named.of(table.key_N, table.response_starts)
+                    plan = self._plan(named, self.space.costs(table), wanted, token_budget, token_values)
                     run = _Run(self.folder, self.space.id, len(wanted), token_values)
-                    run.score(plan, by_keys, wanted, make_score(), progress, stop)
+                    run.score(plan, table, named.find(plan.groups.names_G), wanted, make_score(), progress, stop)
                     calls, seconds = run.calls, time.monotonic() - run.started
                     self._index.refresh()
                 self._forget_finished_plans()
         self._touch()
         return FillReport(len(wanted), len(asked) - len(wanted), calls, seconds)
 
-    def _missing(self, asked: set[bytes], token_values: bool) -> set[bytes]:
-        ordered = list(asked)
-        if (self._index.find(_array(ordered), token_values=token_values) < 0).any():
+    def _missing(self, asked: KeyArray, token_values: bool) -> KeyArray:
+        """Those of ``asked`` that have no value yet."""
+        if (self._index.find(asked, token_values=token_values) < 0).any():
             self._index.refresh()
-        rows = self._index.find(_array(ordered), token_values=token_values)
-        return {key for key, row in zip(ordered, rows.tolist(), strict=True) if row < 0}
+        return asked[self._index.find(asked, token_values=token_values) < 0]
 
-    def _plan(self, by_keys: dict[Keys, Group], wanted: set[bytes], token_budget: int, token_values: bool) -> Plan:
-        path = plan_file(self.folder, by_keys, token_values)
+    def _plan(
+        self, groups: Named, costs_G: IndexArray, wanted: KeyArray, token_budget: int, token_values: bool
+    ) -> Plan:
+        path = plan_file(self.folder, groups, token_values)
         plan = Plan.read(path, self.space.id)
         if plan is not None and 2 * token_budget > plan.token_budget and plan.covers(wanted):
             return plan
-        costs = {keys: self.space.cost(group) for keys, group in by_keys.items()}
-        plan = Plan.make(costs, wanted, token_budget)
+        plan = Plan.make(groups, costs_G, wanted, token_budget)
         plan.write(path, self.space.id)
         return plan
 
     def _forget_finished_plans(self) -> None:
         for path in self.folder.glob("plan-*.safetensors"):
             plan = Plan.read(path, self.space.id)
-            keys = {key for batch in plan.batches for keys in batch for key in keys} if plan else set()
-            if not self._missing(keys, token_values=path.name.startswith("plan-tokens")):
+            if not (plan and len(self._missing(plan.groups.keys_N, token_values=path.name.startswith("plan-tokens")))):
                 with cache_errors(path):
                     path.unlink()
 
@@ -255,30 +254,36 @@ class _Run:
         self.folder, self.space, self.total, self.token_values = folder, space, total, token_values
         self.calls = self.done = 0
         self.started = self.committed = time.monotonic()
-        self._pending: list[tuple[bytes, Scored]] = []
+        self._keys: list[Array] = []
+        self._pending: list[Scored] = []
 
     def score(
         self,
         plan: Plan,
-        by_keys: dict[Keys, Group],
-        wanted: set[bytes],
+        table: GroupTable,
+        place: IndexArray,
+        wanted: KeyArray,
         score: Score,
         progress: Progress | None,
         stop: Callable[[], None] | None,
     ) -> None:
+        """``place`` says where in ``table`` each group of the plan is."""
         self.started = self.committed = time.monotonic()
         try:
             for batch, take in plan.work(wanted):
                 if stop is not None:
                     stop()
-                groups = [by_keys[keys] for keys in batch]
+                groups = [table[g] for g in place[batch.start : batch.stop].tolist()]
                 results = score(groups)
                 self.calls += 1
-                found = [
-                    (keys[k], _checked(result[k], group, k, self.token_values))
-                    for keys, group, result, ks in zip(batch, groups, results, take, strict=True)
-                    for k in sorted(ks)
+                every = [
+                    (scored, group, k)
+                    for group, result in zip(groups, results, strict=True)
+                    for k, scored in enumerate(result)
                 ]
+                first = plan.groups.starts[batch.start]
+                found = [_checked(*every[n], token_values=self.token_values) for n in (take - first).tolist()]
+                self._keys.append(plan.groups.keys_N[take])
                 self._pending += found
                 self.done += len(found)
                 now = time.monotonic()
@@ -290,20 +295,21 @@ class _Run:
             self._commit()
 
     def _commit(self) -> None:
-        ready, self._pending = self._pending, []  # emptied first: what the disk refused is not tried again
+        # Emptied first: what the disk refused is not tried again.
+        keys, ready, self._keys, self._pending = self._keys, self._pending, [], []
         if not ready:
             return
-        tokens = [scored.token_values for _, scored in ready if scored.token_values is not None]
+        tokens = [scored.token_values for scored in ready if scored.token_values is not None]
         Block(
-            keys=np.frombuffer(b"".join(key for key, _ in ready), np.uint8).reshape(-1, 16),
-            sums=np.array([scored.sum for _, scored in ready], np.float64),
-            counts=np.array([scored.count for _, scored in ready], np.int32),
+            keys=np.frombuffer(b"".join(k.tobytes() for k in keys), np.uint8).reshape(-1, 16),
+            sums=np.array([scored.sum for scored in ready], np.float64),
+            counts=np.array([scored.count for scored in ready], np.int32),
             token_values=np.concatenate(tokens, dtype=np.float32) if self.token_values else None,
         ).write(self.folder, self.space)
         self.committed = time.monotonic()
 
 
-def _checked(scored: Scored, group: Group, k: int, token_values: bool) -> Scored:
+def _checked(scored: Scored, group: Group, k: int, *, token_values: bool) -> Scored:
     """A number that is wrong must not be kept: it would come back in every later run."""
     if not math.isfinite(scored.sum):
         raise ModelError(
@@ -314,11 +320,3 @@ def _checked(scored: Scored, group: Group, k: int, token_values: bool) -> Scored
     if token_values:
         assert scored.token_values is not None and scored.token_values.shape == (scored.count,)
     return scored
-
-
-def _keys(group: Group) -> Keys:
-    return tuple(group.key(k) for k in range(len(group.continuations)))
-
-
-def _array(keys: Iterable[bytes]) -> npt.NDArray[np.bytes_]:
-    return np.frombuffer(b"".join(keys), KEY)

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from prefopt.disk.cache import acquired, cache_errors, reference_folder, space_lock
+from prefopt.data.table import KEY
+from prefopt.disk.cache import Damaged, acquired, cache_errors, reference_folder, space_lock
 from prefopt.errors import CacheError
-from prefopt.model.blocks import KEY, Block, Damaged, block_files, move_aside, read_sealed
+from prefopt.model.blocks import Block, block_files, move_aside, read_sealed
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from prefopt.data.group import Group
 from prefopt.data.packer import pack
+from prefopt.data.table import GroupTable, IndexArray
 from prefopt.errors import RunError
 from prefopt.losses.preference import LossOutput
 from prefopt.model.logprobs import KEEP_BYTES
@@ -51,20 +53,22 @@ def estimate(scorer: Scorer, groups: Sequence[Group], *, checkpointing: bool, st
     device = next(scorer.model.parameters()).device
     free = free_memory(device) - still_to_come - KEEP_BYTES
     affordable = int(max(0, free) * SHARE) // bytes_per_token(scorer, checkpointing=checkpointing)
-    largest = max(map(scorer.layout.cost, groups))
+    largest = int(scorer.layout.costs(GroupTable.of(groups)).max())
     return max(largest, min(affordable, CEILING[device.type]))
 
 
-def largest_batch(costs: Sequence[int], token_budget: int) -> list[int]:
+def largest_batch(costs: IndexArray, token_budget: int) -> list[int]:
     """The groups that strain the memory most: the largest, as many as go into one micro-batch."""
+    order = np.argsort(-costs, kind="stable")
+    smallest = int(costs[order[-1]])
     taken: list[int] = []
-    used = 0
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        if taken and used + costs[i] > token_budget:
+    room = token_budget
+    for i, cost in zip(order.tolist(), costs[order].tolist(), strict=True):
+        if taken and cost > room:
             continue
         taken.append(i)
-        used += costs[i]
-        if used >= token_budget:
+        room -= cost
+        if room < smallest:
             break
     return taken
 
@@ -80,7 +84,8 @@ def try_largest(
     state = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if device.type == "cuda" else []
     scorer.train()
-    costs = list(map(scorer.layout.cost, groups))
+    costs = scorer.layout.costs(GroupTable.of(groups))
+    largest = int(costs.max())
     while True:
         part = largest_batch(costs, token_budget)
         batch = pack([groups[i] for i in part], scorer.layout).to(device)
@@ -94,12 +99,12 @@ def try_largest(
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            if token_budget <= max(costs):
+            if token_budget <= largest:
                 raise RunError(
                     f"the largest pair, of {token_budget} tokens, does not fit into the device's memory; give"
                     " --gradient-checkpointing, --lora or a smaller --max-length"
                 ) from error
-            token_budget = max(*costs, token_budget // 2)
+            token_budget = max(largest, token_budget // 2)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         finally:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from prefopt.config.dpo import DpoConfig
 from prefopt.data.formats import parse_comparisons
-from prefopt.data.group import Group
 from prefopt.data.load import GroupSet, build_groups, load_groups
+from prefopt.data.table import GroupTable
 from prefopt.errors import DataError
 from prefopt.progress import Reporter
 
@@ -19,14 +21,14 @@ class TrainingData:
     """``groups`` are all of them; ``train`` and ``held_out`` index them. ``source`` is what ``--data`` gave."""
 
     source: GroupSet
-    groups: list[Group]
-    train: list[int]
-    held_out: list[int]
+    groups: GroupTable
+    train: Sequence[int]
+    held_out: Sequence[int]
 
     @property
     def responses(self) -> int:
         """Responses of all groups."""
-        return sum(len(g.continuations) for g in self.groups)
+        return len(self.groups.key_N)
 
 
 def load_data(
@@ -48,17 +50,18 @@ def load_data(
         source = load_groups(config.data, tokenizer, **options)
     for line in source.summary():
         reporter.say(f"data: {line}")
-    groups = list(source.groups)
-    train, held_out = list(range(len(groups))), list[int]()
+    groups = source.groups
+    train: Sequence[int] = range(len(groups))
+    held_out: Sequence[int] = ()
     if config.eval_fraction:
         train, held_out = source.split(config.eval_fraction, config.seed)
     elif config.eval_data:
         more = load_groups(config.eval_data, tokenizer, **options)
         for line in more.summary():
             reporter.say(f"evaluation data: {line}")
-        if both := {c.prompt_key for c in source.comparisons} & {c.prompt_key for c in more.comparisons}:
-            reporter.say(f"evaluation data: {len(both)} prompts stand in the training data too")
-        held_out = list(range(len(groups), len(groups) + len(more.groups)))
+        if both := len(np.intersect1d(groups.prompt_key_G, more.groups.prompt_key_G)):
+            reporter.say(f"evaluation data: {both} prompts stand in the training data too")
+        held_out = range(len(groups), len(groups) + len(more.groups))
         groups += more.groups
     if not train:
         raise DataError("no pair is left to train on; lower --eval-fraction")

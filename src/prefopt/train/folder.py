@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from prefopt.data.group import Group
+from prefopt.data.table import GroupTable
 from prefopt.disk.write import output_errors, write_json
 from prefopt.errors import RunError
 
@@ -113,10 +114,6 @@ def _finished(record: Mapping[str, Any]) -> bool:
     return record.get("status") == "finished"
 
 
-def fingerprint(groups: Iterable[Group]) -> str:
+def fingerprint(groups: Sequence[Group]) -> str:
     """A digest of all token ids and masks, in order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for group in groups:
-        for k in range(len(group.continuations)):
-            digest.update(group.key(k))
-    return digest.hexdigest()
+    return hashlib.blake2b(GroupTable.of(groups).key_N.tobytes(), digest_size=16).hexdigest()

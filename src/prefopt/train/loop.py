@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from prefopt.data.group import Group
 from prefopt.data.packer import PackedBatch, pack, split
 from prefopt.data.sampler import Sampler
+from prefopt.data.table import GroupTable
 from prefopt.disk.write import output_errors
 from prefopt.errors import RunError
 from prefopt.losses.preference import LossOutput
@@ -217,6 +219,10 @@ class Loop:
         for part in split(indices, costs, self.token_budget):
             yield part, pack([self.groups[i] for i in part], self.scorer.layout).to(self.device)
 
+    def _by_length(self, indices: Sequence[int]) -> list[int]:
+        tokens = GroupTable.of(self.groups).tokens_G[np.asarray(indices)]
+        return [indices[i] for i in np.argsort(tokens, kind="stable").tolist()]
+
     def _refuse_nonsense(self, step: int, record: Record) -> None:
         for name in ("loss", "grad_norm"):
             if not math.isfinite(record[name]):
@@ -236,7 +242,7 @@ class Loop:
         progress = self.progress
         self.scorer.eval()
         sums = Sums()
-        for part, batch in self._micro_batches(sorted(self.held_out, key=lambda i: self.groups[i].tokens)):
+        for part, batch in self._micro_batches(self._by_length(self.held_out)):
             sums.add(self.objective(response_sums(self.scorer(batch), batch), batch, part))
         self.scorer.train()
         record = sums.means(self.objective.weight(self.held_out))

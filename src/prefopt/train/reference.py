@@ -11,6 +11,7 @@ import torch
 from prefopt.config.dpo import DpoConfig
 from prefopt.data.group import Group
 from prefopt.data.packer import pack
+from prefopt.data.table import GroupTable
 from prefopt.errors import ModelError, RunError
 from prefopt.model.check import check_scoring
 from prefopt.model.identity import Identity, identity_of_folder, identity_of_model
@@ -76,7 +77,7 @@ class ReferenceRun:
         self.check_fits(groups)
         missing = cache.missing(groups)
         if not missing:
-            report = FillReport(0, sum(len(g.continuations) for g in groups), 0, 0.0)
+            report = FillReport(0, len(GroupTable.of(groups).key_N), 0, 0.0)
         else:
             if not self.choice.is_start:  # the policy has been checked already
                 check_scoring(self._other(), groups)
@@ -108,7 +109,7 @@ class ReferenceRun:
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                largest = max(cache.space.cost(g) for g in groups)
+                largest = int(cache.space.costs(GroupTable.of(groups)).max())
                 if token_budget <= largest:
                     raise RunError(
                         f"the reference cannot score a pair of {largest} tokens in the device's memory; give a smaller"
@@ -125,7 +126,7 @@ class ReferenceRun:
             return
         model = causal_model(self._other().model)
         check_vocabulary(groups, vocabulary_size(model), f"--reference {self.choice.model}")
-        context, longest = context_length(model.config), max(g.longest for g in groups)
+        context, longest = context_length(model.config), int(GroupTable.of(groups).longest_G.max())
         if context is not None and longest > context:
             raise ModelError(
                 f"--reference {self.choice.model}: its context is {context} tokens, but a row has {longest};"
@@ -169,7 +170,7 @@ class ReferenceRun:
 
 def check_vocabulary(groups: Sequence[Group], rows: int, model: str) -> None:
     """Refuse token ids beyond the embedding: the tokenizer is another model's. Raises :class:`ModelError`."""
-    top = max(int(max(g.prefix.max(initial=0), *(c.ids.max() for c in g.continuations))) for g in groups)
+    top = GroupTable.of(groups).max_id
     if top >= rows:
         raise ModelError(
             f"{model}: the tokenizer gives token {top}, but the model's vocabulary has {rows}; they belong to different"

@@ -1,0 +1,292 @@
+"""Groups in columns: a million of them, and hardly a Python object.
+
+>>> import numpy as np
+>>> one = (np.array([1, 2, 3, 4]), np.array([0, 0, 1, 1], bool))
+>>> other = (np.array([1, 2, 9]), np.array([0, 0, 1], bool))
+>>> table = GroupTable.of([Group.from_sequences([one, other], row=1)])
+>>> len(table), table.tokens_G.tolist(), table.longest_G.tolist(), table[0].continuations[1].ids.tolist()
+(1, [5], [4], [9])
+
+A table stands on parts, one for each file that was tokenised: arrays in memory, or mapped from the token cache. What
+belongs to all groups at once (lengths, names, rows) is an array; a :class:`Group` is made when it is asked for, and its
+token ids are views into the part, never copies.
+"""
+
+from __future__ import annotations
+
+import operator
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from prefopt.data.group import Continuation, Group
+
+KEY = np.dtype("S16")  # fixed width and padded with zero bytes, so that comparing as strings is comparing all 16
+
+Array = npt.NDArray[Any]
+Columns = Mapping[str, Array]
+IndexArray = npt.NDArray[np.int64]
+KeyArray = npt.NDArray[np.bytes_]
+
+COLUMNS: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+    # tokens T, group after group: the shared prefix, then what each response adds
+    "ids_T": (np.dtype(np.int32), ()),
+    "trained_T": (np.dtype(np.bool_), ()),
+    # groups G
+    "prefix_G": (np.dtype(np.int32), ()),  # tokens of the shared prefix
+    "tokens_G": (np.dtype(np.int32), ()),  # of the prefix and all responses
+    "responses_G": (np.dtype(np.int32), ()),
+    "pairs_G": (np.dtype(np.int32), ()),
+    "row_G": (np.dtype(np.int64), ()),
+    "prompt_cut_G": (np.dtype(np.int32), ()),  # tokens that truncation took
+    "prompt_key_G": (KEY, ()),  # Comparison.prompt_key
+    # responses N
+    "length_N": (np.dtype(np.int32), ()),  # tokens beyond the shared prefix
+    "trained_N": (np.dtype(np.int32), ()),  # how many of them are trained
+    "cut_N": (np.dtype(np.int32), ()),
+    "key_N": (KEY, ()),  # Group.key
+    "tier_N": (np.dtype(np.int32), ()),  # -1: in none
+    "score_N": (np.dtype(np.float64), ()),  # NaN: none
+    "label_N": (np.dtype(np.int8), ()),  # -1: none
+    # pairs P
+    "pair_P": (np.dtype(np.int32), (2,)),
+    "weight_P": (np.dtype(np.float64), ()),  # NaN: none
+}
+
+
+class Part:
+    """A run of groups that was tokenised together: arrays by the names in ``COLUMNS``, ``source`` it came from.
+
+    ``max_id`` is the largest token id (-1 without tokens); where it is not given it is looked up.
+    """
+
+    def __init__(self, columns: Columns, *, max_id: int | None = None, source: int = 0) -> None:
+        self.columns, self.source = columns, source
+        self.max_id = int(columns["ids_T"].max(initial=-1)) if max_id is None else max_id
+        self.token_starts = _starts(columns["tokens_G"])
+        self.response_starts = _starts(columns["responses_G"])
+        self.pair_starts = _starts(columns["pairs_G"])
+
+    def __len__(self) -> int:
+        return len(self.columns["row_G"])
+
+    def group(self, g: int) -> Group:
+        """Group g; its arrays are views."""
+        c = self.columns
+        prefix = int(c["prefix_G"][g])
+        start = int(self.token_starts[g])
+        ids, trained = c["ids_T"], c["trained_T"]
+        responses = slice(int(self.response_starts[g]), int(self.response_starts[g + 1]))
+        pairs = slice(int(self.pair_starts[g]), int(self.pair_starts[g + 1]))
+        continuations = []
+        at = start + prefix
+        for length in c["length_N"][responses].tolist():
+            continuations.append(Continuation(ids[at : at + length], trained[at : at + length]))
+            at += length
+        weights, scores = c["weight_P"][pairs].tolist(), c["score_N"][responses].tolist()
+        labels = c["label_N"][responses].tolist()
+        return Group(
+            ids[start : start + prefix],
+            tuple(continuations),
+            int(c["row_G"][g]),
+            tuple(map(tuple, c["pair_P"][pairs].tolist())),
+            weights=tuple(weights) if weights and weights[0] == weights[0] else None,
+            tiers=_tiers(c["tier_N"][responses].tolist()),
+            scores=tuple(scores) if scores and scores[0] == scores[0] else None,
+            labels=tuple(map(bool, labels)) if labels and labels[0] >= 0 else None,
+        )
+
+
+class GroupTable(Sequence[Group]):
+    """G groups with N responses in all, standing on ``parts`` in their order."""
+
+    def __init__(self, parts: Sequence[Part] = ()) -> None:
+        self.parts = tuple(parts)
+        self._ends = np.cumsum([len(p) for p in self.parts], dtype=np.int64).tolist()
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> GroupTable:
+        """The same groups in columns; a table is given back as it is."""
+        if isinstance(groups, GroupTable):
+            return groups
+        builder = TableBuilder()
+        for group in groups:
+            builder.add(group)
+        return cls([Part(builder.columns())])
+
+    def __add__(self, other: GroupTable) -> GroupTable:
+        return GroupTable([*self.parts, *other.parts])
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> Group: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Group]: ...
+    def __getitem__(self, index: int | slice) -> Group | list[Group]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = operator.index(index)
+        i += len(self) if i < 0 else 0
+        if not 0 <= i < len(self):
+            raise IndexError(f"group {index} of {len(self)}")
+        p = bisect_right(self._ends, i)
+        return self.parts[p].group(i - (self._ends[p - 1] if p else 0))
+
+    def column(self, name: str) -> Array:
+        """One of ``COLUMNS`` over all parts: the part's own array where there is but one."""
+        found = [part.columns[name] for part in self.parts]
+        if len(found) == 1:
+            return found[0]
+        dtype, width = COLUMNS[name]
+        return np.concatenate(found) if found else np.empty((0, *width), dtype)
+
+    @cached_property
+    def tokens_G(self) -> Array:
+        """[G] tokens of the prefix and all responses: what one shared forward pass encodes."""
+        return self.column("tokens_G")
+
+    @cached_property
+    def prefix_G(self) -> Array:
+        """[G] tokens of the shared prefix."""
+        return self.column("prefix_G")
+
+    @cached_property
+    def responses_G(self) -> Array:
+        """[G] how many responses a group has."""
+        return self.column("responses_G")
+
+    @cached_property
+    def row_G(self) -> Array:
+        """[G] the row of its file that a group was made from."""
+        return self.column("row_G")
+
+    @cached_property
+    def prompt_key_G(self) -> KeyArray:
+        """[G] names of the prompts, see ``Comparison.prompt_key``."""
+        return self.column("prompt_key_G")
+
+    @cached_property
+    def length_N(self) -> Array:
+        """[N] tokens of each response beyond the shared prefix."""
+        return self.column("length_N")
+
+    @cached_property
+    def trained_N(self) -> Array:
+        """[N] trained tokens of each response."""
+        return self.column("trained_N")
+
+    @cached_property
+    def key_N(self) -> KeyArray:
+        """[N] names of the responses, see ``Group.key``."""
+        return self.column("key_N")
+
+    @cached_property
+    def response_starts(self) -> IndexArray:
+        """[G + 1] group g has the responses ``response_starts[g]:response_starts[g + 1]``."""
+        return _starts(self.responses_G)
+
+    @cached_property
+    def source_G(self) -> IndexArray:
+        """[G] which source each group came from."""
+        return np.repeat(np.array([p.source for p in self.parts], np.int64), [len(p) for p in self.parts])
+
+    @cached_property
+    def longest_G(self) -> Array:
+        """[G] tokens of the longest whole sequence."""
+        return self._over_responses(np.maximum)
+
+    @cached_property
+    def shortest_G(self) -> Array:
+        """[G] tokens of the shortest whole sequence."""
+        return self._over_responses(np.minimum)
+
+    @cached_property
+    def truncated_G(self) -> npt.NDArray[np.bool_]:
+        """[G] whether a group lost tokens of its prompt or of a response."""
+        found = self.column("prompt_cut_G") > 0
+        found[np.repeat(np.arange(len(found)), self.responses_G)[self.column("cut_N") > 0]] = True
+        return found
+
+    @property
+    def max_id(self) -> int:
+        """The largest token id, -1 where there are no tokens."""
+        return max((part.max_id for part in self.parts), default=-1)
+
+    def _over_responses(self, best: np.ufunc) -> Array:
+        found = self.prefix_G.astype(np.int64)
+        has = self.responses_G > 0
+        if has.any():
+            found[has] += best.reduceat(self.length_N, self.response_starts[:-1][has])
+        return found
+
+
+class TableBuilder:
+    """Columns in memory, group by group."""
+
+    def __init__(self) -> None:
+        self._tokens: list[tuple[Array, Array]] = []
+        self._rows: dict[str, list[Any]] = {name: [] for name in COLUMNS if not name.endswith("_T")}
+
+    def add(
+        self, group: Group, *, prompt_key: bytes = bytes(16), prompt_cut: int = 0, cuts: Sequence[int] | None = None
+    ) -> None:
+        """``prompt_cut`` and ``cuts`` [K]: the tokens that truncation took from the prompt and from each response."""
+        many, rows = group.continuations, self._rows
+        self._tokens.append((group.prefix, np.zeros(len(group.prefix), np.bool_)))
+        self._tokens += [(c.ids, c.trained) for c in many]
+        values = {
+            "prefix_G": len(group.prefix),
+            "tokens_G": group.tokens,
+            "responses_G": len(many),
+            "pairs_G": len(group.pairs),
+            "row_G": group.row,
+            "prompt_cut_G": prompt_cut,
+            "prompt_key_G": prompt_key,
+        }
+        for name, value in values.items():
+            rows[name].append(value)
+        rows["length_N"] += [len(c.ids) for c in many]
+        rows["trained_N"] += [int(c.trained.sum()) for c in many]
+        rows["cut_N"] += [0] * len(many) if cuts is None else cuts
+        rows["key_N"] += [group.key(k) for k in range(len(many))]
+        tier = {k: t for t, members in enumerate(group.tiers) for k in members}
+        rows["tier_N"] += [tier.get(k, -1) for k in range(len(many))]
+        rows["score_N"] += [np.nan] * len(many) if group.scores is None else group.scores
+        rows["label_N"] += [-1] * len(many) if group.labels is None else group.labels
+        rows["pair_P"] += group.pairs
+        rows["weight_P"] += [np.nan] * len(group.pairs) if group.weights is None else group.weights
+
+    def columns(self) -> dict[str, Array]:
+        """What was added, by the names in ``COLUMNS``."""
+        found: dict[str, Array] = {}
+        for place, name in enumerate(("ids_T", "trained_T")):
+            found[name] = np.concatenate([np.empty(0, COLUMNS[name][0]), *(pair[place] for pair in self._tokens)])
+        for name, values in self._rows.items():
+            dtype, width = COLUMNS[name]
+            if dtype == KEY:
+                found[name] = np.frombuffer(b"".join(values), KEY)
+            else:
+                found[name] = np.array(values, dtype).reshape(-1, *width)
+        return found
+
+
+def joined(chunks: Sequence[Columns]) -> dict[str, Array]:
+    """Columns one after the other."""
+    empty = {name: np.empty((0, *width), dtype) for name, (dtype, width) in COLUMNS.items()}
+    return {name: np.concatenate([empty[name], *(chunk[name] for chunk in chunks)]) for name in COLUMNS}
+
+
+def _starts(counts: Array) -> IndexArray:
+    starts = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=starts[1:])
+    return starts
+
+
+def _tiers(tier: list[int]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(k for k, t in enumerate(tier) if t == best) for best in sorted({t for t in tier if t >= 0}))
