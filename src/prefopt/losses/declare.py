@@ -96,6 +96,7 @@ class LossOption:
     """A number, a truth value or one of some words.
 
     ``default`` is the one in the function's signature, filled in on declaration; None: it must be given (a number).
+    ``only`` names another option and the value of it with which alone this one is read.
     """
 
     name: str
@@ -106,6 +107,7 @@ class LossOption:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
+    only: tuple[str, Value] | None = None
 
     def checked(self, value: object, place: str) -> Value:
         """The value with its type. Raises ``ConfigError``, which names ``place`` and what would be right."""
@@ -191,10 +193,11 @@ class Loss:
         return {o.name: o.default for o in self.options if o.default is not None}
 
     def start(self, device: torch.device | str = "cpu") -> dict[str, torch.Tensor] | None:
-        """The running state that a run begins with, float64 scalars; None where the loss has none."""
+        """The running state that a run begins with, scalars (float64 where the device has it), or None."""
         if self.state0 is None:
             return None
-        return {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in self.state0.items()}
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        return {name: torch.tensor(value, dtype=dtype, device=device) for name, value in self.state0.items()}
 
     def __call__(
         self,

@@ -1,6 +1,6 @@
 """What stands for the log-ratio where the pull to the reference is another f-divergence than reverse KL.
 
-Wang, Jiang, Yang, Liu, Chen 2023, *Beyond Reverse KL* (arXiv 2309.16240), table 1 and equation 7: with rho = pi / ref
+Wang, Jiang, Yang, Liu, Chen 2023, *Beyond Reverse KL* (arXiv 2309.16240), table 1: with rho = pi / ref
 the implied reward is beta f'(rho) plus a term of the prompt alone, which falls out of a difference of two responses.
 Only losses that see nothing but the difference are valid with it.
 
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from prefopt.losses.declare import LossOption
-from prefopt.losses.numeric import exp_or_line
+from prefopt.losses.numeric import expm1_or_line
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 
@@ -34,9 +34,10 @@ DIVERGENCE = (
     ),
     LossOption(
         name="divergence_alpha",
-        help="of divergence=alpha: 0 is reverse_kl, 1 is forward_kl",
+        help="0 is reverse_kl, 1 is forward_kl",
         at_least=0,
         at_most=1,
+        only=("divergence", "alpha"),
     ),
 )
 
@@ -44,17 +45,21 @@ DIVERGENCE = (
 def implied(log_ratio: torch.Tensor, divergence: str, alpha: float) -> torch.Tensor:
     """f'(exp(log_ratio)) of the named divergence, any shape; ``alpha`` counts for ``alpha`` alone.
 
-    Exponentials go on as straight lines beyond exp(30) (see :func:`prefopt.losses.numeric.exp_or_line`).
+    Exponentials go on as straight lines beyond exp(30) (see :func:`prefopt.losses.numeric.expm1_or_line`).
     """
     if divergence == "reverse_kl" or (divergence == "alpha" and alpha == 0):
         return log_ratio
     if divergence == "forward_kl":
-        return -_expm1(-log_ratio)
+        return -expm1_or_line(-log_ratio)
     if divergence == "js":
         return math.log(2) + F.logsigmoid(log_ratio)
     assert divergence == "alpha", divergence
-    return -_expm1(-alpha * log_ratio) / alpha
+    return -expm1_or_line(-alpha * log_ratio) / alpha
 
 
-def _expm1(x: torch.Tensor) -> torch.Tensor:
-    return torch.where(x < 1, torch.expm1(x.clamp(max=1)), exp_or_line(x) - 1)
+def implied_rewards(
+    chosen_ratio_G: torch.Tensor, rejected_ratio_G: torch.Tensor, beta: float, divergence: str, alpha: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """beta f'(rho) of both sides of pairs, from their log-ratios."""
+    chosen, rejected = (implied(ratio, divergence, alpha) for ratio in (chosen_ratio_G, rejected_ratio_G))
+    return beta * chosen, beta * rejected

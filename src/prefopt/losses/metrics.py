@@ -1,10 +1,12 @@
-"""The metrics that every loss on pairs gives, under the names that dashboards know, and options that many share."""
+"""What losses share: the metrics that every loss on pairs gives, under the names that dashboards know, and options."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
-from prefopt.losses.declare import LossOption
+from prefopt.losses.declare import LossOption, LossOutput
 
 BETA = LossOption(name="beta", help="strength of the pull to the reference; 0.01 to 0.5 is usual", above=0)
 SMOOTHING = LossOption(
@@ -12,19 +14,27 @@ SMOOTHING = LossOption(
 )
 
 
-@torch.no_grad()
-def pair_metrics(
+NLL_WEIGHT = LossOption(name="nll_weight", help="weight of the chosen response's negative log-likelihood", at_least=0)
+
+
+def pair_output(
+    numerator_G: torch.Tensor,
     chosen_reward_G: torch.Tensor,
     rejected_reward_G: torch.Tensor,
     chosen_logp_G: torch.Tensor,
     rejected_logp_G: torch.Tensor,
-) -> dict[str, torch.Tensor]:
-    """Rewards as the loss implies them, their margin and accuracy, and log-probabilities, all [G], without gradients.
+    *,
+    weight_G: torch.Tensor | None = None,
+    state: dict[str, torch.Tensor] | None = None,
+    more: Mapping[str, torch.Tensor] | None = None,
+) -> LossOutput:
+    """The output of a loss on pairs, each of weight 1 unless told, with rewards as the loss implies them.
 
-    A tie is half right: equal responses under an untrained policy give an accuracy of 0.5, not 0.
+    Metrics carry no gradients. A tie is half right: equal responses under an untrained policy give an accuracy of 0.5,
+    not 0. ``more`` are further metrics.
     """
     margin = chosen_reward_G.detach() - rejected_reward_G.detach()
-    return {
+    metrics = {
         "rewards/chosen": chosen_reward_G.detach(),
         "rewards/rejected": rejected_reward_G.detach(),
         "rewards/margins": margin,
@@ -32,6 +42,8 @@ def pair_metrics(
         "logps/chosen": chosen_logp_G.detach(),
         "logps/rejected": rejected_logp_G.detach(),
     }
+    metrics |= {name: value.detach() for name, value in (more or {}).items()}
+    return LossOutput(numerator_G, torch.ones_like(margin) if weight_G is None else weight_G, metrics, state)
 
 
 def right(margin: torch.Tensor) -> torch.Tensor:

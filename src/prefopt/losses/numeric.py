@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 LINE = 30.0  # exp(30) is 1e13; its square still fits into float32
 
 
-def exp_or_line(x: torch.Tensor) -> torch.Tensor:
-    """exp(x) up to x = 30, and its tangent there beyond: finite, rising, and with a gradient everywhere."""
-    low = x.clamp(max=LINE)
-    # The clamp passes no gradient beyond the point where the line takes over.
-    return torch.exp(low) + torch.where(x > LINE, (x - LINE) * torch.exp(torch.full_like(x, LINE)), torch.zeros_like(x))
+def expm1_or_line(x: torch.Tensor) -> torch.Tensor:
+    """exp(x) - 1 up to x = 30, and its tangent there beyond: finite, rising, and with a gradient everywhere."""
+    low = x.clamp(max=LINE)  # passes no gradient where the line has taken over
+    return torch.expm1(low) + math.exp(LINE) * torch.relu(x - LINE)
 
 
 def log1m_exp(x: torch.Tensor) -> torch.Tensor:

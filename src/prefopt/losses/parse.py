@@ -18,20 +18,35 @@ import torch
 from prefopt.config.option import nearest
 from prefopt.errors import ConfigError
 from prefopt.losses.declare import LOSSES, Loss, LossOutput, Value, declared
+from prefopt.losses.weighting import WEIGHTINGS, Weighting
 
 State = dict[str, dict[str, torch.Tensor]]
 
 
 class Term(NamedTuple):
-    """One part of a weighted sum: the loss, its weight, and a value for each of its options."""
+    """One part of a weighted sum: the loss, its weight, and a value for each of its options.
+
+    ``weighting``, where there is one, multiplies the loss pair by pair, under the options ``weighting_values``.
+    """
 
     loss: Loss
     weight: float
     values: dict[str, Value]
+    weighting: Weighting | None = None
+    weighting_values: dict[str, Value] | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What loss and weighting must be given."""
+        return self.loss.inputs + (self.weighting.inputs if self.weighting else ())
 
     def __call__(self, tensors: Mapping[str, torch.Tensor], state: State | None = None) -> LossOutput:
         """The loss, without the term's weight, on tensors named as in ``INPUTS``; ``state`` is that of all terms."""
-        return self.loss(tensors, (state or {}).get(self.loss.name), **self.values)
+        output = self.loss(tensors, (state or {}).get(self.loss.name), **self.values)
+        if self.weighting is None:
+            return output
+        given = {name: tensors[name] for name in self.weighting.inputs}
+        return self.weighting.function(output, **given, **(self.weighting_values or {}))
 
 
 def parse_losses(
@@ -40,15 +55,19 @@ def parse_losses(
     *,
     beta: float | None = None,
     label_smoothing: float | None = None,
+    weighting: str | None = None,
 ) -> tuple[Term, ...]:
     """The terms of ``NAME[:WEIGHT],...``, where a name is one of ``LOSSES`` or ``module:function``, one's own.
 
     ``options`` are ``NAME=VALUE``, for every chosen loss that reads it, or ``LOSS.NAME=VALUE``, which wins over it;
-    ``beta`` and ``label_smoothing``, where not None, are two more of the first kind. Raises ``ConfigError`` for what
-    does not exist, is out of range, comes twice, or is read by no chosen loss.
+    ``beta`` and ``label_smoothing``, where not None, are two more of the first kind. ``weighting`` is one of
+    ``WEIGHTINGS``, whose options are named as a loss's are. Raises ``ConfigError`` for what does not exist, is out of
+    range, comes twice, or is read by no chosen loss.
     """
     chosen = _chosen(text)
     losses = [loss for loss, _ in chosen]
+    factor = _weighting(weighting, losses)
+    factor_values, options = _weighting_values(factor, options)
     given: dict[str, dict[str, Value]] = {loss.name: {} for loss in losses}
     shared = {"beta": beta, "label_smoothing": label_smoothing}
     for name, value in shared.items():
@@ -63,11 +82,16 @@ def parse_losses(
         _set(target, losses, scope, name, word, place)
     terms = []
     for loss, weight in chosen:
-        values = loss.defaults | given[loss.name] | specific[loss.name]
+        told = given[loss.name] | specific[loss.name]
+        values = loss.defaults | told
         for o in loss.options:
             if o.name not in values:
                 raise ConfigError(f"--loss {loss.name} needs --loss-option {o.name}=VALUE, {o.expects}")
-        terms.append(Term(loss, weight, values))
+            if o.only is not None and o.name in told and values[o.only[0]] != o.only[1]:
+                raise ConfigError(
+                    f"--loss {loss.name} reads {o.name} only with {o.only[0]}={str(o.only[1]).lower()}; leave it out"
+                )
+        terms.append(Term(loss, weight, values, factor, factor_values))
     return tuple(terms)
 
 
@@ -98,6 +122,38 @@ def _one(part: str, text: str) -> tuple[Loss, float]:
         guess = nearest(words[0], list(LOSSES)) or "; prefopt losses lists them, and module:function is one's own"
         raise ConfigError(f"--loss {text}: there is no loss {words[0]!r}{guess}")
     return _own(words[0], words[1]), _weight(words[2], part) if len(words) == 3 else 1.0
+
+
+def _weighting(name: str | None, losses: Sequence[Loss]) -> Weighting | None:
+    if name is None:
+        return None
+    if name not in WEIGHTINGS:
+        guess = nearest(name, list(WEIGHTINGS)) or f"; there is {', '.join(WEIGHTINGS)}"
+        raise ConfigError(f"--weighting {name}: there is no such weighting{guess}")
+    for loss in losses:
+        if loss.kind != "pairs" or not loss.per_row:
+            why = "sorts the batch" if loss.kind == "pairs" else f"is a loss on {loss.kind}"
+            raise ConfigError(f"--weighting {name} weighs pair by pair, and {loss.name} {why}; leave one of them out")
+    return WEIGHTINGS[name]
+
+
+def _weighting_values(factor: Weighting | None, options: Sequence[str]) -> tuple[dict[str, Value], list[str]]:
+    """The values of the weighting's options, and the options that are not the weighting's."""
+    if factor is None:
+        return {}, list(options)
+    known = {o.name: o for o in factor.options}
+    values = {o.name: o.default for o in factor.options if o.default is not None}
+    others = []
+    for item in options:
+        scope, name, word = _split_option(item)
+        if scope != factor.name:
+            others.append(item)
+        elif name not in known:
+            guess = nearest(name, list(known))
+            raise ConfigError(f"--loss-option {scope}.{name}: {scope} does not read {name}{guess}")
+        else:
+            values[name] = known[name].checked(word, f"--loss-option {scope}.{name}")
+    return values, others
 
 
 def _weight(word: str, part: str) -> float:
@@ -156,8 +212,11 @@ def _set(
     readers = [(loss, o) for loss in losses for o in loss.options if o.name == name]
     if not readers:
         known = sorted({o.name for loss in losses for o in loss.options})
-        guess = nearest(name, known) or f"; {'they read ' + ', '.join(known) if known else 'there are no options'}"
-        raise ConfigError(f"{place}: {' and '.join(x.name for x in losses)} do not read {name}{guess}")
+        guess = (
+            nearest(name, known) or f"; {'what is read is ' + ', '.join(known) if known else 'there are no options'}"
+        )
+        verb = "do" if len(losses) > 1 else "does"
+        raise ConfigError(f"{place}: {' and '.join(x.name for x in losses)} {verb} not read {name}{guess}")
     for loss, o in readers:
         if name in target[loss.name]:
             raise ConfigError(f"{place} is given twice for {loss.name}; leave one out")

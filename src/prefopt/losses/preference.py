@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from prefopt.losses.declare import LossOption, LossOutput, loss
-from prefopt.losses.divergence import DIVERGENCE, implied
-from prefopt.losses.metrics import BETA, SMOOTHING, pair_metrics
+from prefopt.losses.divergence import DIVERGENCE, implied_rewards
+from prefopt.losses.metrics import BETA, SMOOTHING, pair_output
 from prefopt.losses.numeric import logistic
 
 __all__ = ["LossOutput", "dpo", "hinge", "ipo"]
@@ -43,11 +43,11 @@ def dpo(
     2023): :math:`-(1-e)\log\sigma(\beta h) - e\log\sigma(-\beta h)`, least where :math:`\sigma(\beta h) = 1-e`.
     ``label_G``, the probability that the chosen response is the better one, takes the place of 1 there.
     """
-    chosen = beta * implied(chosen_logp_G - chosen_ref_logp_G, divergence, divergence_alpha)
-    rejected = beta * implied(rejected_logp_G - rejected_ref_logp_G, divergence, divergence_alpha)
+    chosen, rejected = implied_rewards(
+        chosen_logp_G - chosen_ref_logp_G, rejected_logp_G - rejected_ref_logp_G, beta, divergence, divergence_alpha
+    )
     numerator = logistic(chosen - rejected, label_smoothing, label_G)
-    metrics = pair_metrics(chosen, rejected, chosen_logp_G, rejected_logp_G)
-    return LossOutput(numerator, torch.ones_like(numerator), metrics)
+    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G)
 
 
 @loss(
@@ -84,13 +84,13 @@ def ipo(
     log-ratio by its length and says that the authors confirmed it. ``average`` chooses; beta means something else in
     each (an average of 5 nats per token, for beta 0.1, is a long way).
     """
-    chosen = implied(chosen_logp_G - chosen_ref_logp_G, divergence, divergence_alpha)
-    rejected = implied(rejected_logp_G - rejected_ref_logp_G, divergence, divergence_alpha)
+    chosen, rejected = implied_rewards(
+        chosen_logp_G - chosen_ref_logp_G, rejected_logp_G - rejected_ref_logp_G, 1.0, divergence, divergence_alpha
+    )
     if average:
         chosen, rejected = chosen / chosen_length_G, rejected / rejected_length_G
     numerator = (chosen - rejected - 1 / (2 * beta)) ** 2
-    metrics = pair_metrics(beta * chosen, beta * rejected, chosen_logp_G, rejected_logp_G)
-    return LossOutput(numerator, torch.ones_like(numerator), metrics)
+    return pair_output(numerator, beta * chosen, beta * rejected, chosen_logp_G, rejected_logp_G)
 
 
 @loss(
@@ -111,8 +111,8 @@ def hinge(
     divergence_alpha: float = 0.5,
 ) -> LossOutput:
     r"""Hinge on normalised likelihoods, Liu et al. 2023 (arXiv 2309.06657): :math:`\max(0, 1 - \beta h)`."""
-    chosen = beta * implied(chosen_logp_G - chosen_ref_logp_G, divergence, divergence_alpha)
-    rejected = beta * implied(rejected_logp_G - rejected_ref_logp_G, divergence, divergence_alpha)
+    chosen, rejected = implied_rewards(
+        chosen_logp_G - chosen_ref_logp_G, rejected_logp_G - rejected_ref_logp_G, beta, divergence, divergence_alpha
+    )
     numerator = torch.relu(1 - (chosen - rejected))
-    metrics = pair_metrics(chosen, rejected, chosen_logp_G, rejected_logp_G)
-    return LossOutput(numerator, torch.ones_like(numerator), metrics)
+    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G)

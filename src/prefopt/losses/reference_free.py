@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 
 from prefopt.losses.declare import LossOption, LossOutput, loss
-from prefopt.losses.metrics import SMOOTHING, pair_metrics
-from prefopt.losses.numeric import logistic
-
-SCALE = LossOption(name="beta", help="scale of the implied reward", above=0)
+from prefopt.losses.metrics import NLL_WEIGHT, SMOOTHING, pair_output
+from prefopt.losses.numeric import expm1_or_line, log1m_exp, logistic
 
 
 @loss(
@@ -41,8 +39,8 @@ def nll(
     length = chosen_length_G.to(chosen_logp_G.dtype)
     numerator = -chosen_logp_G / length if average == "response" else -chosen_logp_G
     weight = length if average == "tokens" else torch.ones_like(numerator)
-    metrics = pair_metrics(chosen_logp_G, rejected_logp_G, chosen_logp_G, rejected_logp_G)
-    return LossOutput(numerator, weight, metrics | {"nll_loss": (-chosen_logp_G / length).detach()})
+    sides = chosen_logp_G, rejected_logp_G
+    return pair_output(numerator, *sides, *sides, weight_G=weight, more={"nll_loss": -chosen_logp_G / length})
 
 
 @loss(
@@ -75,5 +73,158 @@ def simpo(
     chosen = beta * chosen_logp_G / chosen_length_G
     rejected = beta * rejected_logp_G / rejected_length_G
     numerator = logistic(chosen - rejected - gamma, label_smoothing, label_G)
-    metrics = pair_metrics(chosen, rejected, chosen_logp_G, rejected_logp_G)
-    return LossOutput(numerator, torch.ones_like(numerator), metrics)
+    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G)
+
+
+@loss(
+    kind="pairs",
+    formula="-log sigmoid(r(w) - r(l) - gamma), r = beta (1 - p^-alpha) / alpha, p = pi^(1/|y|)",
+    paper="Gupta et al. 2025 (AlphaPO), arXiv 2501.03884",
+    when="SimPO with a reward that is not the logarithm: alpha bends how far likelihoods are moved.",
+    options=(
+        LossOption(name="beta", help="scale of the reward", above=0),
+        LossOption(name="alpha", help="bend of the reward; 0 is simpo", at_least=-10, at_most=10),
+        LossOption(name="gamma", help="margin aimed at", at_least=0),
+        SMOOTHING,
+    ),
+    notes="p^-alpha grows without bound as p falls: beyond exp(30) it goes on as a straight line.",
+)
+def alphapo(
+    chosen_logp_G: torch.Tensor,
+    rejected_logp_G: torch.Tensor,
+    chosen_length_G: torch.Tensor,
+    rejected_length_G: torch.Tensor,
+    label_G: torch.Tensor | None = None,
+    *,
+    beta: float = 2.0,
+    alpha: float = 0.25,
+    gamma: float = 1.0,
+    label_smoothing: float = 0.0,
+) -> LossOutput:
+    r"""AlphaPO, Gupta et al. 2025 (arXiv 2501.03884).
+
+    :math:`r(y) = \beta(1 - p^{-\alpha})/\alpha` with :math:`p = \pi(y)^{1/|y|}`, and
+    :math:`-\log\sigma(r_w - r_l - \gamma)`. The limit for alpha 0 is SimPO. :math:`p^{-\alpha}` goes on as a straight
+    line beyond exp(30).
+    """
+
+    def reward(logp: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        mean = logp / length
+        return beta * (-expm1_or_line(-alpha * mean) / alpha if alpha else mean)
+
+    chosen, rejected = reward(chosen_logp_G, chosen_length_G), reward(rejected_logp_G, rejected_length_G)
+    numerator = logistic(chosen - rejected - gamma, label_smoothing, label_G)
+    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G)
+
+
+@loss(
+    kind="pairs",
+    formula="-log sigmoid(beta (log pi(w) - log pi(l))) - nll_weight log pi(w) / |w|",
+    paper="Xu et al. 2024 (CPO), arXiv 2401.08417",
+    when="DPO under a uniform reference, held up by the likelihood of the chosen responses (translation).",
+    options=(
+        LossOption(name="beta", help="scale of the log-probability", above=0),
+        NLL_WEIGHT,
+        LossOption(
+            name="average",
+            help="the likelihood as a mean over the response's tokens; false: as a sum (the paper)",
+        ),
+        SMOOTHING,
+    ),
+)
+def cpo(
+    chosen_logp_G: torch.Tensor,
+    rejected_logp_G: torch.Tensor,
+    chosen_length_G: torch.Tensor,
+    label_G: torch.Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    nll_weight: float = 1.0,
+    average: bool = True,
+    label_smoothing: float = 0.0,
+) -> LossOutput:
+    r"""Contrastive preference optimisation, Xu et al. 2024 (arXiv 2401.08417).
+
+    :math:`-\log\sigma(\beta\log\pi_w - \beta\log\pi_l) - \log\pi_w`. Sources disagree on the second term: a sum in the
+    paper, the mean over all tokens of the batch in TRL. Here it is the mean over the response's tokens; ``average``
+    false is the paper's, and ``cpo:1,nll:1`` with ``cpo.nll_weight=0`` and ``nll.average=tokens`` TRL's.
+    """
+    chosen, rejected = beta * chosen_logp_G, beta * rejected_logp_G
+    nll = -chosen_logp_G / chosen_length_G
+    numerator = logistic(chosen - rejected, label_smoothing, label_G) + nll_weight * (
+        nll if average else -chosen_logp_G
+    )
+    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G, more={"nll_loss": nll})
+
+
+@loss(
+    kind="pairs",
+    formula="-log p(w) - beta log sigmoid(log odds(w) - log odds(l)), p = pi^(1/|y|), odds = p / (1 - p)",
+    paper="Hong, Lee, Thorne 2024 (ORPO), arXiv 2403.07691, equations 6 and 7",
+    when="From a base model in one stage: the likelihood term is the fine-tuning. No reference.",
+    options=(LossOption(name="beta", help="lambda of the paper: weight of the odds ratio", above=0), SMOOTHING),
+    notes="The odds diverge where p is 1: there log p is held at -1e-6 in 1 - p.",
+)
+def orpo(
+    chosen_logp_G: torch.Tensor,
+    rejected_logp_G: torch.Tensor,
+    chosen_length_G: torch.Tensor,
+    rejected_length_G: torch.Tensor,
+    label_G: torch.Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> LossOutput:
+    r"""Odds ratio preference optimisation, Hong et al. 2024 (arXiv 2403.07691), equations 6 and 7.
+
+    With :math:`p(y) = \pi(y)^{1/|y|}` the loss is
+    :math:`-\log p(w) - \lambda\log\sigma(\log\frac{p(w)}{1-p(w)} - \log\frac{p(l)}{1-p(l)})`. Sources disagree on the
+    first term: TRL takes it over the tokens of prompt and response, the paper (and this function) over the response's.
+    """
+    chosen, rejected = chosen_logp_G / chosen_length_G, rejected_logp_G / rejected_length_G
+
+    def log_odds(mean: torch.Tensor) -> torch.Tensor:
+        return mean - log1m_exp(mean.clamp(max=-1e-6))
+
+    ratio = log_odds(chosen) - log_odds(rejected)
+    odds = logistic(ratio, label_smoothing, label_G)
+    more = {"nll_loss": -chosen, "log_odds_ratio": -odds, "log_odds_chosen": ratio}
+    sides = beta * chosen, beta * rejected
+    return pair_output(beta * odds - chosen, *sides, chosen_logp_G, rejected_logp_G, more=more)
+
+
+@loss(
+    kind="pairs",
+    formula="max(0, delta - log pi(w) + log pi(l)) - nll_weight log pi(w)",
+    paper="Zhao et al. 2023 (SLiC-HF), arXiv 2305.10425",
+    when="The margin is on sequence likelihoods and ends where it is reached; no reference, only a likelihood term.",
+    options=(
+        LossOption(name="delta", help="margin of log-probability aimed at", at_least=0),
+        NLL_WEIGHT,
+        LossOption(
+            name="average",
+            help="all log-probabilities as means over tokens; false: as sums (the paper)",
+        ),
+    ),
+)
+def slic_hf(
+    chosen_logp_G: torch.Tensor,
+    rejected_logp_G: torch.Tensor,
+    chosen_length_G: torch.Tensor,
+    rejected_length_G: torch.Tensor,
+    *,
+    delta: float = 1.0,
+    nll_weight: float = 0.1,
+    average: bool = False,
+) -> LossOutput:
+    r"""Sequence likelihood calibration from feedback, Zhao et al. 2023 (arXiv 2305.10425).
+
+    :math:`\max(0, \delta - \log\pi_w + \log\pi_l) - \lambda\log\pi_{\mathrm{target}}`. The target is the chosen
+    response here, where the paper also takes that of supervised fine-tuning.
+    """
+    chosen, rejected = chosen_logp_G, rejected_logp_G
+    if average:
+        chosen, rejected = chosen / chosen_length_G, rejected / rejected_length_G
+    numerator = torch.relu(delta - chosen + rejected) - nll_weight * chosen
+    nll = -chosen_logp_G / chosen_length_G
+    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G, more={"nll_loss": nll})

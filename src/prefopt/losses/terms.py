@@ -1,0 +1,129 @@
+"""Losses on log-ratios with a second term: a penalty, a likelihood, a divergence.
+
+Tensors are [G], one entry per pair, as :data:`prefopt.losses.declare.INPUTS` describes them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from prefopt.losses.declare import LossOption, LossOutput, loss
+from prefopt.losses.divergence import DIVERGENCE, implied_rewards
+from prefopt.losses.metrics import BETA, NLL_WEIGHT, SMOOTHING, pair_output
+from prefopt.losses.numeric import logistic
+
+
+@loss(
+    kind="pairs",
+    formula="-log sigmoid(beta (h - lambda max(0, -s(w))))",
+    paper="Pal et al. 2024 (Smaug, DPO-Positive), arXiv 2402.13228",
+    when="Responses that differ in few tokens: the chosen one must not become less likely than under the reference.",
+    options=(
+        BETA,
+        LossOption(name="penalty", help="lambda: how much a fall of the chosen response costs", at_least=0),
+        SMOOTHING,
+    ),
+)
+def dpop(
+    chosen_logp_G: torch.Tensor,
+    rejected_logp_G: torch.Tensor,
+    chosen_ref_logp_G: torch.Tensor,
+    rejected_ref_logp_G: torch.Tensor,
+    label_G: torch.Tensor | None = None,
+    *,
+    beta: float = 0.3,
+    penalty: float = 50.0,
+    label_smoothing: float = 0.0,
+) -> LossOutput:
+    r"""DPO-Positive, Pal et al. 2024 (arXiv 2402.13228).
+
+    :math:`-\log\sigma(\beta(h - \lambda\max(0, \log\mathrm{ref}_w - \log\pi_w)))`; the paper took lambda 50 and beta
+    0.3. Not a loss on the difference, so that no other divergence is valid.
+    """
+    chosen = chosen_logp_G - chosen_ref_logp_G
+    rejected = rejected_logp_G - rejected_ref_logp_G
+    fall = torch.relu(-chosen)
+    more = {"fall/chosen": fall}
+    numerator = logistic(beta * (chosen - rejected - penalty * fall), label_smoothing, label_G)
+    return pair_output(numerator, beta * chosen, beta * rejected, chosen_logp_G, rejected_logp_G, more=more)
+
+
+@loss(
+    kind="pairs",
+    formula="-log sigmoid(beta h) - nll_weight log pi(w) / |w|",
+    paper="Pang et al. 2024 (Iterative RPO), arXiv 2404.19733, equation 1",
+    when="Reasoning and code, where the chosen answer is right: its likelihood is held up.",
+    options=(BETA, NLL_WEIGHT, SMOOTHING, *DIVERGENCE),
+)
+def rpo(
+    chosen_logp_G: torch.Tensor,
+    rejected_logp_G: torch.Tensor,
+    chosen_ref_logp_G: torch.Tensor,
+    rejected_ref_logp_G: torch.Tensor,
+    chosen_length_G: torch.Tensor,
+    label_G: torch.Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    nll_weight: float = 1.0,
+    label_smoothing: float = 0.0,
+    divergence: str = "reverse_kl",
+    divergence_alpha: float = 0.5,
+) -> LossOutput:
+    r"""DPO with the negative log-likelihood of the chosen response, Pang et al. 2024 (arXiv 2404.19733), equation 1.
+
+    :math:`-\log\sigma(\beta h) - \alpha\log\pi_w/|w|`: the same as the sum ``dpo:1,nll:alpha``.
+    """
+    chosen, rejected = implied_rewards(
+        chosen_logp_G - chosen_ref_logp_G, rejected_logp_G - rejected_ref_logp_G, beta, divergence, divergence_alpha
+    )
+    nll = -chosen_logp_G / chosen_length_G
+    numerator = logistic(chosen - rejected, label_smoothing, label_G) + nll_weight * nll
+    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G, more={"nll_loss": nll})
+
+
+@loss(
+    kind="pairs",
+    formula="-log sigmoid(beta (h - alpha (D(l) - sg D(w)))), D(y) = sum over t of KL(ref || pi), sg without gradient",
+    paper="Zeng et al. 2024, arXiv 2404.11999, versions TDPO1 and TDPO2",
+    when="The divergence itself should stay balanced between chosen and rejected. Needs whole distributions: slower.",
+    options=(
+        BETA,
+        LossOption(
+            name="version",
+            help="2: alpha weighs the divergences, and none flows back through the chosen one; 1: alpha is 1, and both"
+            " carry gradients",
+            choices=("1", "2"),
+        ),
+        LossOption(name="alpha", help="weight of the difference of divergences", at_least=0, only=("version", "2")),
+        SMOOTHING,
+    ),
+)
+def tdpo(
+    chosen_logp_G: torch.Tensor,
+    rejected_logp_G: torch.Tensor,
+    chosen_ref_logp_G: torch.Tensor,
+    rejected_ref_logp_G: torch.Tensor,
+    chosen_kl_G: torch.Tensor,
+    rejected_kl_G: torch.Tensor,
+    label_G: torch.Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    version: str = "2",
+    alpha: float = 0.5,
+    label_smoothing: float = 0.0,
+) -> LossOutput:
+    r"""Token-level DPO, Zeng et al. 2024 (arXiv 2404.11999).
+
+    With :math:`D(y) = \sum_t \mathrm{KL}(\mathrm{ref}(\cdot|y_{<t})\,\|\,\pi(\cdot|y_{<t}))`, TDPO1 is
+    :math:`-\log\sigma(\beta(h - (D_l - D_w)))` and TDPO2
+    :math:`-\log\sigma(\beta(h - \alpha(D_l - \mathrm{sg}(D_w))))`. The reward of a response, in the metrics, is
+    beta (s + D), as in the paper's code.
+    """
+    chosen = chosen_logp_G - chosen_ref_logp_G
+    rejected = rejected_logp_G - rejected_ref_logp_G
+    anchor = chosen_kl_G.detach() if version == "2" else chosen_kl_G
+    drift = (alpha if version == "2" else 1.0) * (rejected_kl_G - anchor)
+    numerator = logistic(beta * (chosen - rejected - drift), label_smoothing, label_G)
+    more = {"kl/chosen": chosen_kl_G, "kl/rejected": rejected_kl_G}
+    rewards = beta * (chosen + chosen_kl_G), beta * (rejected + rejected_kl_G)
+    return pair_output(numerator, *rewards, chosen_logp_G, rejected_logp_G, more=more)
