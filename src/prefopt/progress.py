@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Column
+from rich.text import Text
 
 PLAIN_SECONDS = 10.0
 """Where there is no terminal, a line of progress at most this often."""
+NOTE_LINES = 4
+"""On a terminal, lines of numbers below a bar at most."""
 
 
 class Reporter:
@@ -38,21 +41,12 @@ class Bar:
         self._started = self._printed = time.monotonic()
         self._first: int | None = None
         self._task: TaskID | None = None
-        self._rich: Progress | None = None
-        if reporter.mode == "rich":
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=16),
-                TextColumn("{task.completed}/{task.total} " + unit),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
-            )
-            self._rich = Progress(*columns, console=console, expand=True)
+        self._rich = _Noted(unit, console) if reporter.mode == "rich" else None
 
     def __enter__(self) -> Bar:
         if self._rich:
             self._rich.start()
-            self._task = self._rich.add_task(self._what, total=self._total, note="")
+            self._task = self._rich.add_task(self._what, total=self._total)
         return self
 
     def __exit__(
@@ -61,19 +55,54 @@ class Bar:
         if self._rich:
             self._rich.stop()
 
-    def update(self, done: int, note: str = "", *, first: bool = False) -> None:
-        """``done`` units in all; ``first`` prints a plain line however soon."""
+    def update(self, done: int, note: str | Sequence[str] = (), *, first: bool = False) -> None:
+        """``done`` units in all; ``note``: numbers in words; ``first`` prints a plain line however soon."""
+        parts = [note] if isinstance(note, str) else list(note)
         now = time.monotonic()
         if self._first is None:
             self._first, self._started = done, now
         if self._rich and self._task is not None:
-            self._rich.update(self._task, completed=done, note=note)
+            self._rich.note = parts
+            self._rich.update(self._task, completed=done)
         elif self._reporter.mode == "plain" and (first or done == self._total or now - self._printed >= PLAIN_SECONDS):
             self._printed = now
             left = ""
             if done > self._first and done < self._total:
                 left = f", {duration((now - self._started) / (done - self._first) * (self._total - done))} left"
-            self._reporter.say(f"{self._what}: {done}/{self._total} {self._unit}{left}{', ' + note if note else ''}")
+            told = "".join(f", {part}" for part in parts if part)
+            self._reporter.say(f"{self._what}: {done}/{self._total} {self._unit}{left}{told}")
+
+
+class _Noted(Progress):
+    """One bar with its time left, and numbers below it, wrapped between them and never within one."""
+
+    def __init__(self, unit: str, console: Console) -> None:
+        self.note: Sequence[str] = ()
+        self._screen = console
+        super().__init__(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=32),
+            TextColumn("{task.completed}/{task.total} " + unit),
+            TimeRemainingColumn(),
+            console=console,
+        )
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar, then the numbers."""
+        yield self.make_tasks_table(self.tasks)
+        for line in wrapped(self.note, self._screen.width)[:NOTE_LINES]:
+            yield Text(line, no_wrap=True, overflow="ellipsis", style="dim")
+
+
+def wrapped(parts: Iterable[str], width: int) -> list[str]:
+    """Lines of whole parts, indented by two, each no wider than ``width`` where one part is not."""
+    lines: list[str] = []
+    for part in filter(None, parts):
+        if lines and len(lines[-1]) + 2 + len(part) <= width:
+            lines[-1] += "  " + part
+        else:
+            lines.append("  " + part)
+    return lines
 
 
 def duration(seconds: float) -> str:

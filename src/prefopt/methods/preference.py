@@ -53,7 +53,7 @@ from prefopt.train.optim import Schedule, adamw
 from prefopt.train.policy import Policy
 from prefopt.train.reference import ReferenceRun, check_vocabulary, choose_reference, identify
 from prefopt.train.stop import StopRequest
-from prefopt.train.trackers import tracking
+from prefopt.train.watch import watchers
 
 DEFAULT_LENGTH = 1024
 SCORING_AHEAD = 4
@@ -87,7 +87,7 @@ def run(
     """
     with StopRequest() as stop:
         run = _Run(config, Reporter(config.progress), stop, model, tokenizer, rows)
-        run.callbacks = Callbacks([*tracking(config, run.folder), *callbacks], config.to_dict())
+        run.callbacks = Callbacks([*watchers(config, run.folder), *callbacks], config.to_dict())
         return run.run()
 
 

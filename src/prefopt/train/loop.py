@@ -28,7 +28,7 @@ from prefopt.model.scorer import Scorer, response_sums
 from prefopt.progress import Reporter
 from prefopt.train import checkpoint
 from prefopt.train.callbacks import Callbacks, RunInfo
-from prefopt.train.metrics import Metrics
+from prefopt.train.metrics import Metrics, note
 from prefopt.train.optim import Schedule, clip_, grad_norm
 from prefopt.train.stop import StopRequest
 
@@ -136,7 +136,7 @@ class Loop:
                 progress.seconds += time.monotonic() - started
                 progress.step += 1
                 self.metrics.write({"step": progress.step, **record})
-                bar.update(progress.step, _note(record), first=progress.step == 1)
+                bar.update(progress.step, note(record), first=progress.step == 1)
                 evaluation = self._evaluate() if self._evaluation_due() else None
                 saved = self._save() if options.save_every and progress.step % options.save_every == 0 else None
                 self.callbacks.done(progress.step, record, evaluation, saved)
@@ -248,7 +248,9 @@ class Loop:
         record = sums.means(self.objective.weight(self.held_out))
         self.metrics.write({"step": progress.step, **{f"eval_{name}": value for name, value in record.items()}})
         better = record["loss"] < progress.best_loss
-        self.reporter.say(f"step {progress.step}: held out: {_note(record)}{' (best so far)' if better else ''}")
+        self.reporter.say(
+            f"step {progress.step}: held out: {', '.join(note(record))}{' (best so far)' if better else ''}"
+        )
         if better:
             progress.best_step, progress.best_loss, progress.without_gain = progress.step, record["loss"], 0
             save_best(self.checkpoints, progress.step, dict(self.masters.saved()))
@@ -336,12 +338,3 @@ def load_best(folder: Path, step: int) -> dict[str, torch.Tensor]:
         raise RunError(
             f"{path}: the best weights cannot be read ({error}); the last ones are in the checkpoint beside it"
         ) from error
-
-
-def _note(record: Record) -> str:
-    parts = [f"loss {record['loss']:.4f}"]
-    if "rewards/margins" in record:
-        parts += [f"margin {record['rewards/margins']:+.3f}", f"accuracy {record['rewards/accuracies']:.2f}"]
-    if "tokens_per_second" in record:
-        parts.append(f"{record['tokens_per_second']:.0f} tokens/s")
-    return ", ".join(parts)

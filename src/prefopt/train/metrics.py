@@ -40,3 +40,22 @@ class Metrics:
         with output_errors(self.path):
             aside.write_text("".join(line + "\n" for line in kept))
             aside.replace(self.path)
+
+
+def note(record: Mapping[str, float]) -> list[str]:
+    """The numbers of a step or an evaluation that a person watches, in a few words each; what it lacks is left out."""
+    sides = [record.get(f"log_ratios_per_token/{side}") for side in ("chosen", "rejected")]
+    pattern = {
+        "loss": "loss {:.4f}",
+        "rewards/margins": "margin {:+.3f}",
+        "rewards/accuracies": "accuracy {:.2f}",
+        "": "log-ratio per token {:+.3f} chosen, {:+.3f} rejected",
+        "learning_rate": "learning rate {:.1e}",
+        "tokens_per_second": "{:,.0f} tokens/s",
+        "pairs_per_second": "{:.1f} pairs/s",
+        "grad_norm": "gradient norm {:.3g}",
+    }
+    found = {name: [record[name]] for name in pattern if record.get(name) is not None}
+    if None not in sides:
+        found[""] = sides  # type: ignore[assignment]
+    return [text.format(*found[name]) for name, text in pattern.items() if name in found]

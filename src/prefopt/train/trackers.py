@@ -15,10 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from prefopt.config.training import TrainingOptions
 from prefopt.errors import ConfigError
 from prefopt.train.callbacks import Callback, CallbackFailed, Metrics, RunInfo
-from prefopt.train.folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -268,18 +266,3 @@ def _last_step(path: Path) -> int:
         except (ValueError, KeyError, TypeError):
             continue
     return last
-
-
-def tracking(config: TrainingOptions, folder: RunFolder) -> list[Callback]:
-    """The trackers that ``--track`` names, as a callback; none where it names none."""
-    if not config.track:
-        return []
-    return [
-        Tracking(
-            list(dict.fromkeys(config.track)),
-            project=config.track_project,
-            output=folder.path,
-            ids=folder.record.get("tracking", {}),
-            remember=lambda ids: folder.remember(tracking=ids),
-        )
-    ]

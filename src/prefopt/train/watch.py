@@ -1,0 +1,47 @@
+"""Who watches every run: its own record, and the trackers that were asked for."""
+
+from __future__ import annotations
+
+import time
+
+from prefopt.config.training import TrainingOptions
+from prefopt.train.callbacks import Callback, RunInfo
+from prefopt.train.folder import RunFolder
+from prefopt.train.trackers import Tracking
+
+
+class Recorder(Callback):
+    """Keeps in ``run.json`` when training started, how many steps it has, and how it ended."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+
+    def on_start(self, run: RunInfo) -> None:
+        """``started`` is when the first process began to train, ``steps`` how many there are to do."""
+        started = self._folder.record.get("started") or time.strftime(TIME)
+        self._folder.remember(started=started, steps=run.steps)
+
+    def on_end(self, run: RunInfo, status: str) -> None:
+        """``trained``, ``interrupted`` or ``failed``, until the model is saved."""
+        self._folder.remember(status=status)
+
+
+def watchers(config: TrainingOptions, folder: RunFolder) -> list[Callback]:
+    """The callbacks of every run, before those that are given in Python.
+
+    Make them before the run is resumed. Raises :class:`prefopt.errors.ConfigError` where a tracker is not installed.
+    """
+    many: list[Callback] = [Recorder(folder)]
+    if config.track:
+        tracking = Tracking(
+            list(dict.fromkeys(config.track)),
+            project=config.track_project,
+            output=folder.path,
+            ids=folder.record.get("tracking", {}),
+            remember=lambda ids: folder.remember(tracking=ids),
+        )
+        many.append(tracking)
+    return many
+
+
+TIME = "%Y-%m-%dT%H:%M:%S%z"
