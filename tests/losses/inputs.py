@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from prefopt.losses.declare import INPUTS, Loss, LossOutput
+from prefopt.losses.declare import Loss, LossOutput
 from prefopt.losses.parse import State, Term
 
 Rows = Sequence[torch.Tensor]
@@ -69,7 +69,3 @@ def mean(output: LossOutput) -> torch.Tensor:
 def total(terms: Sequence[Term], tensors: Mapping[str, torch.Tensor], state: State | None = None) -> torch.Tensor:
     """The loss of a batch under a weighted sum: every part has its own normaliser."""
     return torch.stack([term.weight * mean(term(tensors, state)) for term in terms]).sum()
-
-
-def known() -> set[str]:
-    return {name for inputs in INPUTS.values() for name in inputs}

@@ -128,7 +128,7 @@ def r_dpo(
     chosen, rejected = implied_rewards(
         chosen_logp_G - chosen_ref_logp_G, rejected_logp_G - rejected_ref_logp_G, beta, divergence, divergence_alpha
     )
-    longer = chosen_length_G - rejected_length_G
+    longer = (chosen_length_G - rejected_length_G).to(chosen.dtype)
     numerator = logistic(chosen - rejected + alpha * longer, label_smoothing, label_G)
     return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G)
 
