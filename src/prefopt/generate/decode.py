@@ -1,0 +1,193 @@
+"""One token after another: three ways to feed a causal language model, the fastest that the model at hand can take.
+
+========  =========================================================================================================
+slots     models that take shared-prefix attention: prompts are encoded in one packed row, then every sample reads and
+          extends its own row of a cache that never moves (:mod:`prefopt.generate.slots`); lengths may differ
+cache     other models that give their cache away (recurrent and hybrid layers, ALiBi): their own cache and attention,
+          on prompts of one length, so that nothing is padded
+whole     the rest: whole sequences again for every token, prompts of one length
+========  =========================================================================================================
+
+All of them encode a prompt once for its K samples (``whole`` alone has nothing to keep).
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from prefopt.data.packer import split
+from prefopt.generate.sample import Ids
+from prefopt.generate.slots import HOOK, Filling, Slots
+from prefopt.model.attention import gather_plan
+from prefopt.model.scorer import Scorer, body_of, causal_model
+
+PREFILL_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
+"""Prompt tokens encoded at once."""
+
+
+class Decoder(ABC):
+    """A batch of sequences that grow by a token at a time.
+
+    ``start`` and ``step`` return what :meth:`logits` makes logits of, a row for each sequence: so that whoever draws
+    can take a few rows at a time, and the logits of a large batch never stand side by side.
+    """
+
+    same_length = True
+    """Whether the prompts of a batch must have one length."""
+    hook: str | None = None
+    """The attention that the model must have while decoding; none: its own."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+        self.model = causal_model(scorer.model)
+        self.device = next(scorer.model.parameters()).device
+        self.wide = torch.promote_types(scorer.dtype, torch.float32)
+
+    @abstractmethod
+    def start(self, prompts: Sequence[Ids]) -> torch.Tensor:
+        """Encode prompts, a sequence for each."""
+
+    @abstractmethod
+    def step(self, token_n: torch.Tensor) -> torch.Tensor:
+        """Append a token to each sequence."""
+
+    @abstractmethod
+    def keep(self, index: torch.Tensor) -> None:
+        """Go on with these sequences, in this order; one may come several times."""
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """Logits [n, V] of rows, float32 or float64."""
+        return rows.to(self.wide)
+
+
+class SlotDecoder(Decoder):
+    """See :mod:`prefopt.generate.slots`."""
+
+    same_length = False
+    hook = HOOK
+
+    def start(self, prompts: Sequence[Ids]) -> torch.Tensor:
+        # The last token of every prompt is the first step: the head sees no other.
+        before = [np.asarray(p, np.int64)[:-1] for p in prompts]
+        self.slots = Slots.of_lengths([len(ids) for ids in before], self.device)
+        if self.slots.length:
+            budget = PREFILL_TOKENS[self.device.type]
+            for part in split(range(len(before)), [len(ids) for ids in before], budget):
+                self._fill([before[i] for i in part])
+        return self.step(torch.tensor([int(p[-1]) for p in prompts], device=self.device))
+
+    def _fill(self, prompts: Sequence[np.ndarray]) -> None:
+        """Encode prompts laid end to end, a segment each, and put their keys and values into slots."""
+        ends = np.cumsum([len(ids) for ids in prompts])
+        starts = [int(end) - len(ids) for end, ids in zip(ends, prompts, strict=True)]
+        segments = tuple((a, int(b), 0, 0) for a, b in zip(starts, ends, strict=True) if b > a)
+        # Slot j of a row holds token j - (length - end); what lies left of a prompt is hidden, whatever stands there.
+        index = torch.arange(self.slots.length) - self.slots.length + torch.from_numpy(ends)[:, None]
+        kernel = self.scorer.kernel
+        gather = gather_plan(segments, self.device) if kernel == "varlen" else None
+        filling = Filling(self.slots, segments, index.clamp_(min=0).to(self.device), kernel, gather)
+        positions = np.concatenate([np.arange(len(ids)) for ids in prompts])
+        row = [torch.from_numpy(x).to(self.device)[None] for x in (np.concatenate(prompts), positions)]
+        body_of(self.model)(input_ids=row[0], position_ids=row[1], use_cache=False, return_dict=True, filling=filling)
+
+    def step(self, token_n: torch.Tensor) -> torch.Tensor:
+        positions = self.slots.positions[None]
+        out = body_of(self.model)(
+            input_ids=token_n[None], position_ids=positions, use_cache=False, return_dict=True, slots=self.slots
+        )
+        self.slots.length += 1
+        hidden: torch.Tensor = out.last_hidden_state[0]
+        return hidden
+
+    def keep(self, index: torch.Tensor) -> None:
+        self.slots.keep(index)
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        head: Any = self.model.get_output_embeddings()
+        z: torch.Tensor = head(rows).to(self.wide)
+        if self.scorer.head.scale != 1:
+            z = z * self.scorer.head.scale
+        cap = self.scorer.head.softcap
+        return z if cap is None else torch.tanh(z / cap) * cap
+
+
+class _OwnForward(Decoder):
+    """What the model's own forward, attention and masks need: rows of one length, and only the last token's logits."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        super().__init__(scorer)
+        known = inspect.signature(type(self.model).forward).parameters
+        self._last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+
+    def _forward(self, ids: torch.Tensor, **more: Any) -> Any:
+        return self.model(input_ids=ids, return_dict=True, **self._last, **more)
+
+
+class CacheDecoder(_OwnForward):
+    """The model's own cache, whatever it holds."""
+
+    @staticmethod
+    def fits(scorer: Scorer) -> bool:
+        """Whether the model gives a cache away whose rows can be picked, as seen on two tokens."""
+        decoder = CacheDecoder(scorer)
+        with torch.no_grad(), scorer.attention_by(None):
+            out = decoder._forward(torch.zeros(1, 2, dtype=torch.long, device=decoder.device), use_cache=True)
+        return decoder._name(out) is not None
+
+    @staticmethod
+    def _name(out: Any) -> str | None:
+        """The argument that the model takes its cache by."""
+        names = ("past_key_values", "cache_params")
+        return next((n for n in names if hasattr(getattr(out, n, None), "reorder_cache")), None)
+
+    def start(self, prompts: Sequence[Ids]) -> torch.Tensor:
+        ids = torch.from_numpy(np.array([np.asarray(p, np.int64) for p in prompts])).to(self.device)
+        return self._take(self._forward(ids, use_cache=True))
+
+    def step(self, token_n: torch.Tensor) -> torch.Tensor:
+        return self._take(self._forward(token_n[:, None], use_cache=True, **{self._argument: self.cache}))
+
+    def _take(self, out: Any) -> torch.Tensor:
+        name = self._name(out)
+        assert name is not None
+        self._argument, self.cache = name, getattr(out, name)
+        last: torch.Tensor = out.logits[:, -1]
+        return last
+
+    def keep(self, index: torch.Tensor) -> None:
+        self.cache.reorder_cache(index)
+
+
+class WholeDecoder(_OwnForward):
+    """No cache at all."""
+
+    def start(self, prompts: Sequence[Ids]) -> torch.Tensor:
+        self.ids = torch.from_numpy(np.array([np.asarray(p, np.int64) for p in prompts])).to(self.device)
+        return self._last_logits()
+
+    def step(self, token_n: torch.Tensor) -> torch.Tensor:
+        self.ids = torch.cat([self.ids, token_n[:, None]], 1)
+        return self._last_logits()
+
+    def _last_logits(self) -> torch.Tensor:
+        last: torch.Tensor = self._forward(self.ids, use_cache=False).logits[:, -1]
+        return last
+
+    def keep(self, index: torch.Tensor) -> None:
+        self.ids = self.ids[index]
+
+
+def decoder_of(scorer: Scorer) -> tuple[type[Decoder], str | None]:
+    """The fastest decoder that the model can take, and in one line what is lost where that is not the first."""
+    if scorer.layout.share:
+        return SlotDecoder, None
+    if CacheDecoder.fits(scorer):
+        return CacheDecoder, f"{scorer.reason}: its own cache is used, and only prompts of one length share a batch"
+    name = type(causal_model(scorer.model)).__name__
+    return WholeDecoder, f"{name} gives no cache away: every token encodes its whole sequence again, which is slow"

@@ -1,0 +1,204 @@
+"""Keys and values of many samples side by side, and the attention hook that reads and extends them.
+
+All samples of a batch stand in rows of slots. Prompts are aligned at their ends, so that a token drawn at the same
+step goes into the same slot of every row::
+
+    slot     0  1  2  3 | 4  5 ...
+    row 0    a  b  c  d | x  y          4 prompt tokens, position = slot
+    row 1    .  .  e  f | z  w          2 prompt tokens, position = slot - 2
+
+What lies left of a prompt is masked. A step writes one slot and attends over all before it; nothing is copied but when
+the slots are used up or rows leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from prefopt.data.packer import Segment
+from prefopt.errors import ModelError
+from prefopt.model.attention import refuse_foreign, shared_attention
+
+HOOK = "prefopt_slots"
+"""Not among transformers' mask functions, so that models build no mask."""
+GROWTH = 64
+"""Slots added at least when they are used up."""
+
+
+@dataclass(slots=True)
+class _Layer:
+    """Keys and values [rows, key heads, slots, D] of one attention layer."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+@dataclass(slots=True)
+class Slots:
+    """The cache of one batch: ``start`` [rows] is each row's first slot, ``length`` how many are used."""
+
+    start: torch.Tensor
+    length: int
+    layers: dict[int, _Layer] = field(default_factory=dict)
+    bias: torch.Tensor | None = None
+
+    @classmethod
+    def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> Slots:
+        """Rows with so many tokens each, at the same slot at their ends."""
+        longest = max(lengths)
+        return cls(torch.tensor([longest - n for n in lengths], device=device), longest)
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """The position [rows] of the token that comes next."""
+        return self.length - self.start
+
+    def fill(self, layer: int, key: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> None:
+        """Prompts of more rows: ``index`` [rows, length] picks them from keys and values [heads, T, D]."""
+        made = _Layer(*(x[:, index].transpose(0, 1) for x in (key, value)))
+        before = self.layers.get(layer)
+        if before is not None:
+            made = _Layer(torch.cat([before.key, made.key]), torch.cat([before.value, made.value]))
+        self.layers[layer] = made
+
+    def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the token of this step, [rows, heads, D] each; returns what it sees, [rows, heads, length + 1, D]."""
+        kept = self.layers.get(layer)
+        if kept is None:  # prompts of one token: nothing came before
+            kept = self.layers[layer] = _Layer(key[:, :, None, :][:, :, :0], value[:, :, None, :][:, :, :0])
+        if kept.key.shape[2] <= self.length:
+            kept.key, kept.value = (self._with_room(x[:, :, : self.length]) for x in (kept.key, kept.value))
+        kept.key[:, :, self.length] = key
+        kept.value[:, :, self.length] = value
+        return kept.key[:, :, : self.length + 1], kept.value[:, :, : self.length + 1]
+
+    def keep(self, index: torch.Tensor) -> None:
+        """Rows ``index`` alone, in that order; a row may come several times. Slots that no row uses go."""
+        self.start = self.start[index]
+        unused = int(self.start.min())
+        for layer in self.layers.values():
+            layer.key, layer.value = (
+                self._with_room(x[index, :, unused : self.length]) for x in (layer.key, layer.value)
+            )
+        self.start = self.start - unused
+        self.length -= unused
+        self.bias = None
+
+    @staticmethod
+    def _with_room(x: torch.Tensor) -> torch.Tensor:
+        """The same slots with free ones behind them."""
+        rows, heads, used, width = x.shape
+        larger = x.new_empty(rows, heads, used + max(GROWTH, used // 2), width)
+        larger[:, :, :used] = x
+        return larger
+
+    def hidden(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """What is added to scores [rows, 1, 1, length + 1] to hide slots before each row's start; often nothing."""
+        if self.bias is None or self.bias.shape[-1] <= self.length:
+            slot = torch.arange(self.length + GROWTH, device=self.start.device)
+            before = slot < self.start[:, None]
+            zero = torch.zeros(before.shape, dtype=dtype, device=slot.device)
+            self.bias = zero.masked_fill_(before, float("-inf"))[:, None, None] if bool(before.any()) else zero[:0]
+        return self.bias[..., : self.length + 1] if len(self.bias) else None
+
+
+@dataclass(slots=True)
+class Filling:
+    """A forward pass over whole prompts, laid end to end: ``segments`` of the row, ``index`` as in :meth:`Slots.fill`.
+
+    ``gather``: what the scorer's kernel for variable lengths needs.
+    """
+
+    slots: Slots
+    segments: tuple[Segment, ...]
+    index: torch.Tensor
+    kernel: str
+    gather: dict[str, Any] | None
+
+
+def slot_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    slots: Slots | None = None,
+    filling: Filling | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """The hook: fills slots with prompts, or steps, every row one token. query [1, heads, T or rows, D].
+
+    Returns [1, T or rows, heads, D]. Raises :class:`ModelError` for what a layer asks for and slots do not know.
+    """
+    if filling is not None:
+        filling.slots.fill(id(module), key[0], value[0], filling.index)
+        return shared_attention(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            prefix_segments=filling.segments,
+            prefix_kernel=filling.kernel,
+            prefix_gather=filling.gather,
+            scaling=scaling,
+            dropout=dropout,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            s_aux=s_aux,
+            **others,
+        )
+    if slots is None:
+        raise ModelError(f"{type(module).__name__} does not hand its keyword arguments to its attention")
+    refuse_foreign(module, attention_mask, dropout, others)
+    seen_key, seen_value = slots.extend(id(module), key[0].transpose(0, 1), value[0].transpose(0, 1))
+    bias = slots.hidden(query.dtype)
+    if sliding_window is not None and seen_key.shape[2] > sliding_window:
+        seen_key, seen_value = seen_key[:, :, -sliding_window:], seen_value[:, :, -sliding_window:]
+        bias = None if bias is None else bias[..., -sliding_window:]
+    rows, heads = query.shape[2], query.shape[1]
+    # Queries that share a key head become its rows: [rows, key heads, queries each, D].
+    grouped = query[0].transpose(0, 1).unflatten(1, (seen_key.shape[1], -1))
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if query.device.type == "cuda" and softcap is None and s_aux is None:
+        out = F.scaled_dot_product_attention(grouped, seen_key, seen_value, bias, scale=scale)
+    else:
+        out = _plainly(grouped, seen_key, seen_value, bias, scale, softcap, s_aux)
+    return out.reshape(1, rows, heads, -1), None
+
+
+def _plainly(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """For one query per row two matrix products beat the flash kernel of the CPU, and know caps and sinks."""
+    scores = (query * scale) @ key.transpose(-1, -2)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
+    scores = scores.to(torch.promote_types(query.dtype, torch.float32))
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, scores.shape[1], scores.shape[2], 1).expand(len(scores), -1, -1, 1)
+        return torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1].to(value.dtype) @ value
+    return torch.softmax(scores, -1).to(value.dtype) @ value
+
+
+AttentionInterface.register(HOOK, slot_attention)

@@ -1,0 +1,72 @@
+"""Every way to decode gives the logits of the model's own forward, one sequence per call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from model.architectures import SEPARATE, SHARED, VOCABULARY, WINDOW, Float64Throughout, build
+from prefopt.generate.decode import CacheDecoder, Decoder, SlotDecoder, WholeDecoder, decoder_of
+from prefopt.model.scorer import Scorer
+
+LENGTHS = (1, 5, WINDOW, WINDOW + 1, 2, 20)
+STEPS = 2 * WINDOW + 1
+EXPECTED = {**dict.fromkeys(SHARED, SlotDecoder), **dict.fromkeys(SEPARATE, CacheDecoder)}
+
+
+def draw(*lengths: int, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, VOCABULARY, n).tolist() for n in lengths]
+
+
+def own_logits(scorer: Scorer, ids: Sequence[int]) -> torch.Tensor:
+    with torch.no_grad(), scorer.attention_by(None):
+        logits: torch.Tensor = scorer.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+    return logits
+
+
+def check_decoder(scorer: Scorer, decoder: Decoder, prompts: list[list[int]]) -> None:
+    """Three sequences per prompt, of which some leave on the way, some of them twice in the batch."""
+    sequences = [list(p) for p in prompts for _ in range(3)]
+    rng = np.random.default_rng(1)
+
+    def compare(rows: torch.Tensor) -> None:
+        found = decoder.logits(rows)
+        for row, ids in zip(found, sequences, strict=True):
+            expected = own_logits(scorer, ids).double()
+            torch.testing.assert_close(row.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+    with torch.no_grad(), scorer.attention_by(decoder.hook), Float64Throughout():
+        rows = decoder.start(prompts)
+        index = torch.arange(len(prompts)).repeat_interleave(3)
+        decoder.keep(index)
+        compare(rows[index])
+        for step in range(STEPS):
+            if step % 5 == 4:  # all but one leave at last
+                kept = rng.permutation(len(sequences))[: max(1, len(sequences) // 2)]
+                decoder.keep(torch.from_numpy(kept))
+                sequences = [list(sequences[i]) for i in kept]
+            token = rng.integers(3, VOCABULARY, len(sequences))
+            rows = decoder.step(torch.from_numpy(token))
+            for ids, t in zip(sequences, token, strict=True):
+                ids.append(int(t))
+            if step % 4 == 0 or step == STEPS - 1:
+                compare(rows)
+
+
+@pytest.mark.parametrize("name", [*SHARED, *SEPARATE])
+def test_logits_are_those_of_the_models_own_forward(name: str) -> None:
+    scorer = Scorer(build(name))
+    kind, note = decoder_of(scorer)
+    assert kind is EXPECTED[name] and (note is None) == (kind is SlotDecoder)
+    lengths = LENGTHS if not kind.same_length else (9, 9)
+    check_decoder(scorer, kind(scorer), draw(*lengths))
+
+
+@pytest.mark.parametrize("name", ["llama", "mamba"])
+def test_whole_sequences_need_no_cache(name: str) -> None:
+    scorer = Scorer(build(name))
+    check_decoder(scorer, WholeDecoder(scorer), draw(7, 7))
