@@ -27,16 +27,9 @@ class ReadOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RenderOptions:
-    """How a conversation becomes tokens."""
+class TemplateOptions:
+    """How a conversation becomes text."""
 
-    max_length: int | None = option(
-        None,
-        "tokens of prompt and response together; longer rows are truncated and counted",
-        group="data",
-        default_text="1024, or the model's context where that is smaller",
-        at_least=2,
-    )
     chat_template: str | None = option(
         None,
         "file with a chat template (Jinja) to render conversations with",
@@ -47,6 +40,19 @@ class RenderOptions:
         None,
         "what the chat template is given besides the turns, NAME=VALUE, such as enable_thinking=false",
         group="data",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderOptions(TemplateOptions):
+    """How a conversation becomes tokens."""
+
+    max_length: int | None = option(
+        None,
+        "tokens of prompt and response together; longer rows are truncated and counted",
+        group="data",
+        default_text="1024, or the model's context where that is smaller",
+        at_least=2,
     )
     reasoning: Literal["keep", "strip"] = option(
         "keep", "reasoning blocks of the answers: trained with them, or left out", group="data"

@@ -26,6 +26,8 @@ from prefopt.errors import ConfigError
 Config = TypeVar("Config")
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "a list of text"}
 _COMPARE = {"of at least": operator.ge, "above": operator.gt, "of at most": operator.le, "below": operator.lt}
+LAST = "machine"
+"""The group that help and docs show last, whichever class brings it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,7 @@ def options(config: type) -> tuple[Option, ...]:
         limits, positional = m["limits"], m["positional"]
         found.append(Option(f.name, hints[f.name], m["help"], m["group"], required, default, text, limits, positional))
     groups = list(dict.fromkeys(o.group for o in found))  # configs inherit, so that a group may come in parts
+    groups.sort(key=LAST.__eq__)
     return tuple(sorted(found, key=lambda o: groups.index(o.group)))
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
+from prefopt.config.machine import MachineOptions
 from prefopt.config.option import flag, nearest, option
 from prefopt.errors import ConfigError
 
@@ -17,7 +17,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
+class TrainingOptions(MachineOptions):
     """Optimiser, evaluation, output and machine. ``learning_rate`` is filled in on construction."""
 
     epochs: float = option(1.0, "passes over the data", group="optimiser", above=0)
@@ -83,16 +83,6 @@ class TrainingOptions:
     )
     track_project: str = option("prefopt", "project or experiment of the trackers that have one", group="tracking")
 
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = option(
-        "auto",
-        "precision of computation (trained weights stay float32 under bfloat16); auto: bfloat16 where the device"
-        " has it natively, else float32",
-        group="machine",
-    )
-    device: str | None = option(
-        None, "cpu, cuda, cuda:N or mps", group="machine", default_text="cuda, then mps, where there is one, else cpu"
-    )
-    threads: int | None = option(None, "processor threads", group="machine", default_text="torch's choice", at_least=1)
     token_budget: int | None = option(
         None,
         "tokens encoded at once",
@@ -127,8 +117,4 @@ class TrainingOptions:
                 raise ConfigError(f"--track {name}: it must be one of {', '.join(TRACKERS)}{nearest(name, TRACKERS)}")
         if self.track_project != type(self).track_project and not set(self.track or ()) - {"tensorboard"}:
             raise ConfigError("--track-project does nothing without --track wandb, trackio or mlflow: leave it out")
-        if self.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device):
-            near = nearest(self.device, ["cpu", "cuda", "mps"])
-            raise ConfigError(f"--device is {self.device!r}; it must be cpu, cuda, cuda:N or mps{near}")
-        if self.device == "mps" and self.dtype == "float64":
-            raise ConfigError("--device mps has no float64: take --device cpu, or --dtype float32")
+        self.check_machine()
