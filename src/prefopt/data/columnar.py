@@ -12,9 +12,10 @@ import datetime
 import decimal
 import math
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice, repeat
 from typing import Any
 
-from prefopt.data.content import Content, damaged
+from prefopt.data.content import ARROW_FILE, Content, damaged
 from prefopt.errors import DataError
 
 # Bytes of a batch to turn into Python objects at once, and rows at most.
@@ -29,7 +30,9 @@ def read_parquet(content: Content) -> Iterator[object]:
     file = str(content.path)
 
     def batches() -> Iterator[Any]:
-        with pq.ParquetFile(content.path, buffer_size=1 << 20, pre_buffer=False) as parquet:
+        with pq.ParquetFile(
+            content.path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
+        ) as parquet:
             meta = parquet.metadata
             size = sum(meta.row_group(at).total_byte_size for at in range(meta.num_row_groups))
             rows = _rows_of_a_batch(size, meta.num_rows)
@@ -48,7 +51,7 @@ def arrow_batches(content: Content) -> Iterator[Any]:
     import pyarrow as pa
 
     with pa.memory_map(str(content.path)) as source:
-        if content.head.startswith(b"ARROW1"):
+        if content.head.startswith(ARROW_FILE):
             with pa.ipc.open_file(source) as reader:
                 for at in range(reader.num_record_batches):
                     yield reader.get_batch(at)
@@ -70,19 +73,14 @@ def table_rows(batches: Callable[[], Iterable[Any]], file: str) -> Iterator[obje
                 break
             # Offsets and lengths come from the file: unless they are checked, a damaged one reads foreign memory.
             batch.validate(full=True)
-            plain = _plain_columns(batch.schema)
             step = _rows_of_a_batch(batch.nbytes, batch.num_rows)
         except (pa.ArrowException, *_DAMAGED) as error:
             raise damaged(error, file, number) from None
-        if len(set(batch.schema.names)) < len(batch.schema.names):
-            twice = next(name for name in batch.schema.names if batch.schema.names.count(name) > 1)
-            raise DataError(f"two columns are named {twice!r}; rename one of them", file=file)
         for start in range(0, batch.num_rows, step):
             try:
-                rows = batch.slice(start, step).to_pylist(maps_as_pydicts="strict")
-                for name in plain:
-                    for row in rows:
-                        row[name] = _plain(row[name])
+                rows = _values(batch.slice(start, step).to_struct_array())
+            except _DuplicateName as error:
+                raise DataError(str(error), file=file) from None
             except (pa.ArrowException, *_DAMAGED) as error:
                 raise damaged(error, file, number) from None
             number += len(rows)
@@ -95,30 +93,53 @@ def table_rows(batches: Callable[[], Iterable[Any]], file: str) -> Iterator[obje
 _DAMAGED = (OSError, ValueError, MemoryError, OverflowError, LookupError, TypeError, RecursionError)
 
 
+class _DuplicateName(Exception):
+    pass
+
+
 def _rows_of_a_batch(size: int, rows: int) -> int:
     return max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(size, 1)))
 
 
-def _plain_columns(schema: Any) -> list[str]:
-    """Names of the columns with values that JSON could not hold, or NaN."""
-    return [field.name for field in schema if not _is_plain(field.type)]
-
-
-def _is_plain(kind: Any) -> bool:
+def _values(array: Any) -> list[Any]:
+    """The values of an array, column by column where it is nested, which is many times faster than row by row."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
-    types = pa.types
+    kind, types = array.type, pa.types
     if types.is_struct(kind):
-        return all(_is_plain(kind.field(at).type) for at in range(kind.num_fields))
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return _is_plain(kind.value_type)
-    if types.is_dictionary(kind):
-        return _is_plain(kind.value_type)
-    text = types.is_string(kind) or types.is_large_string(kind)
-    return bool(text or types.is_integer(kind) or types.is_boolean(kind) or types.is_null(kind))
+        values: list[Any] = _structs(array)
+    elif types.is_list(kind) or types.is_large_list(kind):
+        inner, lengths = iter(_values(array.flatten())), pc.list_value_length(array).to_pylist()
+        values = [None if length is None else list(islice(inner, length)) for length in lengths]
+    elif types.is_dictionary(kind):
+        return _values(array.dictionary_decode())
+    elif isinstance(kind, pa.BaseExtensionType):
+        return _values(array.storage)
+    elif types.is_string(kind) or types.is_large_string(kind):
+        values = array.to_numpy(zero_copy_only=False).tolist()  # None where it is null
+    elif types.is_integer(kind) or types.is_boolean(kind) or types.is_null(kind):
+        values = array.to_pylist()
+    else:
+        values = [_plain(value) for value in array.to_pylist(maps_as_pydicts="strict")]
+    return values
+
+
+def _structs(array: Any) -> list[dict[str, Any] | None]:
+    names = [field.name for field in array.type]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _DuplicateName(f"two columns are named {twice!r}; rename one of them")
+    columns = [_values(array.field(at)) for at in range(len(names))]
+    cells = zip(*columns, strict=True) if names else repeat((), len(array))
+    rows = [dict(zip(names, row, strict=True)) for row in cells]
+    if not array.null_count:
+        return list(rows)
+    return [row if valid else None for row, valid in zip(rows, array.is_valid().to_pylist(), strict=True)]
 
 
 def _plain(value: Any) -> Any:
+    """A value as JSON could hold it."""
     match value:
         case None | str() | bool() | int():
             return value

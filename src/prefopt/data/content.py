@@ -9,20 +9,20 @@ import io
 import lzma
 import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from prefopt.errors import DataError
 
 HEAD = 4096
 BUFFER = 1 << 20
+SAID = 300  # characters of another library's message, at most
 
-_OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {"bzip2": bz2.BZ2File, "xz": lzma.LZMAFile}
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-PARQUET, ARROW_FILE, ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
+PARQUET, ARROW_FILE, ARROW_STREAM = b"PAR1", b"ARROW1\0\0", b"\xff\xff\xff\xff"
 
 _PICKLE = "is a Python pickle, which can run code and is never loaded; write JSON lines or parquet"
 # What is not data, or not yet: told by how it begins, so that the message can say what to do.
@@ -40,8 +40,7 @@ _REFUSED = {
     b"\x89HDF": "is an HDF5 file; write JSON lines or parquet",
     b"\x93NUMPY": "is a numpy array; write JSON lines or parquet",
     b"Obj\x01": "is an Avro file; write JSON lines or parquet",
-    b"ORC": "is an ORC file; write JSON lines or parquet",
-    b"FEA1": "is a Feather file of version 1; write it again as version 2, or as parquet",
+    b"FEA1\0": "is a Feather file of version 1; write it again as version 2, or as parquet",
     b"version https://git-lfs": "is a Git LFS pointer, not the data; fetch the data with: git lfs pull",
     codecs.BOM_UTF32_LE: "is not UTF-8 but UTF-32 text; save it as UTF-8",
     codecs.BOM_UTF32_BE: "is not UTF-8 but UTF-32 text; save it as UTF-8",
@@ -62,7 +61,7 @@ class Content:
     first: bytes
 
     @contextmanager
-    def opened(self) -> Iterator[IO[bytes]]:
+    def opened(self) -> Iterator[io.BufferedReader]:
         """The bytes from the start, decompressed as they are read."""
         with ExitStack() as stack:
             yield _decompressed(self.path, self.compression, stack)
@@ -85,31 +84,65 @@ def look(path: Path) -> Content:
     except (OSError, ValueError) as error:
         raise DataError(f"cannot be opened: {reason(error)}", file=file) from None
     compression = next((name for start, name in COMPRESSED.items() if magic.startswith(start)), None)
-    try:
-        with ExitStack() as stack:
-            handle = _decompressed(path, compression, stack)
-            head = handle.read(HEAD)
-            first = head.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
-            while not first and (more := handle.read(BUFFER)):
-                first = more.lstrip()[:1]
-    except DAMAGED as error:
-        raise damaged(error, file) from None
-    _refuse(file, head, compression)
-    if not first:
+    with ExitStack() as stack:
+        handle = _decompressed(path, compression, stack)
+        head, failure = read_some(handle, HEAD)
+        _refuse(file, head, compression)
+        text = head.removeprefix(codecs.BOM_UTF8)
+        while not text.strip() and not failure and (more := read_some(handle, BUFFER))[0]:
+            text, failure = more
+    if failure and not text.strip():
+        raise damaged(failure, file)
+    if not text.strip():
         raise DataError("is empty; it should hold rows of data", file=file)
-    return Content(path, compression, head, first)
+    return Content(path, compression, head, text.lstrip()[:1])
 
 
-def _decompressed(path: Path, compression: str | None, stack: ExitStack) -> IO[bytes]:
+def read_some(handle: io.BufferedReader, size: int) -> tuple[bytes, Exception | None]:
+    """As many bytes, or fewer at the end of the file or before damage, and what the damage raised: what can be read
+    before it is not lost."""
+    parts: list[bytes] = []
+    held = 0
+    try:
+        while held < size and (part := handle.read1(size - held)):
+            parts.append(part)
+            held += len(part)
+    except DAMAGED as error:
+        return b"".join(parts), error
+    return b"".join(parts), None
+
+
+class _Parts(io.RawIOBase):
+    """A decompressed stream that gives what it has, and only then what stopped it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        part = self._stream.read1(len(buffer))
+        buffer[: len(part)] = part
+        return len(part)
+
+
+def _decompressed(path: Path, compression: str | None, stack: ExitStack) -> io.BufferedReader:
     raw = stack.enter_context(path.open("rb"))
-    if compression is None:
-        return raw
-    if compression == "zstd":
-        import pyarrow as pa
+    match compression:
+        case None:
+            return raw
+        case "gzip":
+            stream: Any = gzip.GzipFile(fileobj=raw)
+        case "bzip2":
+            stream = bz2.BZ2File(raw)
+        case "xz":
+            stream = lzma.LZMAFile(raw)  # noqa: SIM115  (entered below)
+        case _:
+            import pyarrow as pa
 
-        return cast(IO[bytes], io.BufferedReader(stack.enter_context(pa.CompressedInputStream(raw, "zstd")), BUFFER))
-    stream: Any = gzip.GzipFile(fileobj=raw) if compression == "gzip" else _OPENERS[compression](raw)
-    return cast(IO[bytes], io.BufferedReader(stack.enter_context(stream), BUFFER))
+            stream = pa.CompressedInputStream(raw, "zstd")
+    return io.BufferedReader(_Parts(stack.enter_context(stream)), BUFFER)
 
 
 def _refuse(file: str, head: bytes, compression: str | None) -> None:
@@ -129,7 +162,7 @@ def _refuse(file: str, head: bytes, compression: str | None) -> None:
         raise DataError(f"is a tar archive{inside}; unpack it first", file=file)
     if head.startswith((PARQUET, ARROW_FILE, ARROW_STREAM)):
         return
-    if b"\0" in head:
+    if head.count(0) > 0.1 * len(head):
         halves = head[0::2].count(0), head[1::2].count(0)
         if max(halves) > 0.4 * (len(head) // 2) and min(halves) < 0.1 * (len(head) // 2):
             raise DataError("is not UTF-8, it looks like UTF-16 text; save it as UTF-8", file=file)
@@ -141,7 +174,8 @@ def _refuse(file: str, head: bytes, compression: str | None) -> None:
 def reason(error: BaseException) -> str:
     """What an exception says, on one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split()) or type(error).__name__
+    text = " ".join(text.split()) or type(error).__name__
+    return text if len(text) <= SAID else text[:SAID] + "..."
 
 
 def damaged(error: BaseException, file: str, rows: int = 0) -> DataError:

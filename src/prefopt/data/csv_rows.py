@@ -16,7 +16,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
-from typing import IO
+from io import BufferedReader
 
 from prefopt.data.content import DAMAGED, Content, not_utf8
 from prefopt.data.json_rows import decode
@@ -72,7 +72,7 @@ def _row(table: _Table, cells: list[str], structured: list[str]) -> dict[str, ob
 class _Table:
     """The records of a file as lists of cells: ``header`` names them, ``start`` is the line that the last began in."""
 
-    def __init__(self, handle: IO[bytes], content: Content) -> None:
+    def __init__(self, handle: BufferedReader, content: Content) -> None:
         self.file = str(content.path)
         self.delimiter = _delimiter(content)
         csv.field_size_limit(FIELD_LIMIT)
@@ -109,7 +109,7 @@ class _Table:
         return names
 
 
-def _text_lines(handle: IO[bytes], file: str) -> Iterator[str]:
+def _text_lines(handle: BufferedReader, file: str) -> Iterator[str]:
     number = 0
     for at, raw in enumerate(handle):
         for line in (raw.removeprefix(codecs.BOM_UTF8) if at == 0 else raw).splitlines(keepends=True):
@@ -131,6 +131,7 @@ def _delimiter(content: Content) -> str:
 
 def _structured_columns(content: Content) -> list[str]:
     """Names of the columns to decode. It reads as far as a cell in every column tells: most often, one row."""
+    decoded: dict[int, bool] = {}
     with content.opened() as handle:
         try:
             table = _Table(handle, content)
@@ -154,7 +155,7 @@ def _structure(cell: str) -> object:
     if cell.lstrip()[:1] not in ("[", "{"):
         raise ValueError("it is text")
     try:
-        value = decode(cell)
+        value = decode(cell.strip(" \t\r\n"))
     except json.JSONDecodeError as error:
         value = _printed(cell, error)
     if isinstance(value, list) or (isinstance(value, dict) and ("role" in value or "from" in value)):

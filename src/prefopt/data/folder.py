@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from pathlib import Path
@@ -64,6 +65,17 @@ def listed(names: list[str], most: int = 5) -> str:
     """Names in a line, the first few of them."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def nearest(name: str) -> Path | None:
+    """What lies where ``name`` points to and is spelt almost like it."""
+    path = Path(name).expanduser()
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
+    except (OSError, ValueError):
+        return None
+    close = difflib.get_close_matches(path.name, names, 1, cutoff=0.75)
+    return path.parent / close[0] if close else None
 
 
 def _walk(folder: Path) -> tuple[list[str], list[str]]:

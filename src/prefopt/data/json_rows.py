@@ -13,9 +13,10 @@ import codecs
 import json
 import math
 from collections.abc import Iterator
-from typing import IO, Any
+from io import BufferedReader
+from typing import Any
 
-from prefopt.data.content import not_utf8
+from prefopt.data.content import not_utf8, read_some
 from prefopt.errors import DataError
 
 WINDOW = 1 << 20
@@ -31,11 +32,11 @@ class _DuplicateKey(ValueError):
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in found if keys.count(key) > 1)
-        raise _DuplicateKey(f"the key {twice!r} stands twice in one object; keep one of them")
-    return found
+    if len(found) == len(pairs):
+        return found
+    keys = [key for key, _ in pairs]
+    twice = next(key for key in found if keys.count(key) > 1)
+    raise _DuplicateKey(f"the key {twice!r} stands twice in one object; keep one of them")
 
 
 _CONSTANTS = {"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -44,15 +45,18 @@ _LENIENT = json.JSONDecoder()  # only to find where a row with a duplicate key e
 
 
 def decode(text: str) -> object:
-    """One JSON value. Raises ``ValueError``, or ``RecursionError`` for one nested too deeply."""
-    value: object = _DECODER.decode(text)
+    """One JSON value with nothing around it. Raises ``ValueError``, and ``RecursionError`` for deep nesting."""
+    value: object
+    value, end = _DECODER.raw_decode(text)
+    if end < len(text):
+        raise json.JSONDecodeError("Extra data", text, end)
     _check_depth(text, 0, len(text))
     return value
 
 
 def _check_depth(text: str, start: int, end: int) -> None:
     """Refuse a value nested deeply. Counting brackets, which is fast, clears almost every row."""
-    if text.count("[", start, end) + text.count("{", start, end) <= DEPTH:
+    if end - start <= DEPTH or text.count("[", start, end) + text.count("{", start, end) <= DEPTH:
         return
     depth, quoted, skip = 0, False, False
     for at in range(start, end):
@@ -71,7 +75,7 @@ def _check_depth(text: str, start: int, end: int) -> None:
             depth -= 1
 
 
-def read_lines(handle: IO[bytes], file: str, keep_going: bool = False) -> Iterator[object]:
+def read_lines(handle: BufferedReader, file: str, keep_going: bool = False) -> Iterator[object]:
     """Rows of JSON lines; blank lines are none. ``keep_going`` as :func:`prefopt.data.read.read_rows` has it."""
     row = 0
     for number, raw in enumerate(handle, 1):
@@ -108,27 +112,34 @@ def _line_hint(line: str, error: json.JSONDecodeError) -> str:
 class _Window:
     """A part of the text: ``text[at:]`` is not yet used; what is used is dropped, its lines counted."""
 
-    def __init__(self, handle: IO[bytes], file: str) -> None:
+    def __init__(self, handle: BufferedReader, file: str) -> None:
         self.handle, self.file = handle, file
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.text, self.at, self.ended = "", 0, False
         self.line, self.column = 1, 0
         self.row: int | None = None
+        self.failure: Exception | None = None  # to raise when the text before it is used
 
     def more(self) -> bool:
         """Drop what is used and read on, at least as much again as is held; false at the end of the file."""
         if self.ended:
             return False
+        if isinstance(self.failure, DataError):
+            raise DataError(self.failure.what, file=self.file, row=self.row)
+        if self.failure:
+            raise self.failure
         self.line, self.column = self.place(self.at)
         held = self.text[self.at :]
-        raw = self.handle.read(max(WINDOW, len(held)))
-        self.ended = not raw
+        raw, self.failure = read_some(self.handle, max(WINDOW, len(held)))
+        self.ended = not raw and not self.failure
         try:
-            self.text, self.at = held + self.decoder.decode(raw, final=self.ended), 0
+            text = self.decoder.decode(raw, final=self.ended)
         except UnicodeDecodeError as error:
-            before = held + bytes(error.object[: error.start]).decode("utf-8")
-            where = f"at line {self.line + before.count(chr(10))}"
-            raise DataError(not_utf8(error, where), file=self.file, row=self.row) from None
+            # The text before it is used up first, so that the row is known when this is raised.
+            text = bytes(error.object[: error.start]).decode("utf-8-sig")
+            self.failure = DataError(not_utf8(error, f"at line {self.line + (held + text).count(chr(10))}"))
+            self.ended = False
+        self.text, self.at = held + text, 0
         return not self.ended
 
     def place(self, at: int) -> tuple[int, int]:
@@ -179,7 +190,7 @@ class _Window:
                 raise self.fail(str(error), why="not readable") from None
 
 
-def read_list(handle: IO[bytes], file: str, keep_going: bool = False) -> Iterator[object]:
+def read_list(handle: BufferedReader, file: str, keep_going: bool = False) -> Iterator[object]:
     """Rows of a JSON list. ``keep_going`` as :func:`prefopt.data.read.read_rows` has it."""
     window = _Window(handle, file)
     window.peek()

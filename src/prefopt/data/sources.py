@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from prefopt.data.folder import data_files, listed
+from prefopt.data.folder import data_files, listed, nearest
 from prefopt.data.hub import HubSplit
 from prefopt.data.read import is_data_name, read_rows
 from prefopt.data.saved import is_saved, saved_split
@@ -71,7 +71,7 @@ class FileOrigin:
 
     def rows(self, name: str, keep_going: bool) -> Iterator[object]:
         """Rows as :func:`prefopt.data.read.read_rows` gives them."""
-        return read_rows(name if Path(name) == self.path else self.path, keep_going=keep_going)
+        return read_rows(self.path, keep_going=keep_going)
 
     def digest(self) -> str:
         """SHA-256 of the file's bytes."""
@@ -110,9 +110,10 @@ def _find(name: str) -> list[Source]:
         if options:
             raise ConfigError(f"{name}: a glob takes no options; name the files")
         return _glob(base)
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base) or is_data_name(path):
+    if not re.fullmatch(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?", base) or is_data_name(path):
         raise _absent(base)
-    return [Source(name, None, HubSplit(base, **options))]
+    wanted = HubSplit(base, **options)
+    return [Source(wanted.name, None, wanted)]
 
 
 def _exists(path: Path) -> bool:
@@ -176,15 +177,10 @@ def _noted(sources: list[Source], notes: list[str]) -> list[Source]:
 
 
 def _absent(base: str) -> DataError:
-    path = Path(base).expanduser()
-    parent = path.parent
-    try:
-        names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
-    except OSError:
-        names = []
-    if close := difflib.get_close_matches(path.name, names, 1):
-        return DataError(f"no such file or folder; did you mean {parent / close[0]}?", file=base)
-    if not parent.is_dir():
+    parent = Path(base).expanduser().parent
+    if close := nearest(base):
+        return DataError(f"no such file or folder; did you mean {close}?", file=base)
+    if not _exists(parent):
         return DataError(f"no such file or folder: there is no folder {parent}; check the path", file=base)
     return DataError("no such file or folder; check the path", file=base)
 
