@@ -86,7 +86,7 @@ BAD_FILES = {
     "wrong type": ("beta: high\n", "o.yaml: beta is 'high'; it must be a number above 0"),
     "number for text": ("reference: 5\n", "o.yaml: reference is 5; it must be text"),
     "text for truth": ("lora: 'yes'\n", "o.yaml: lora is 'yes'; it must be true or false"),
-    "null": ("beta:\n", "o.yaml: beta has no value; it must be a number above 0"),
+    "null": ("epochs:\n", "o.yaml: epochs has no value; it must be a number above 0"),
     "out of range": ("batch-size: 0\n", "o.yaml: batch_size is 0; it must be a whole number of at least 1"),
     "twice": ("beta: 1\nseed: 1\nbeta: 2\n", "o.yaml, line 3: beta stands there twice"),
     "twice, spelt in two ways": ("max_length: 9\nmax-length: 8\n", "o.yaml, line 2: max_length stands there twice"),

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prefopt.cli import main, parse
 from prefopt.config.dpo import DpoConfig
 from prefopt.demo.run import program, run_demo
+from prefopt.train.terms import terms_of
 
 
 def test_the_demonstration_learns_what_its_pairs_prefer(
@@ -50,7 +51,7 @@ def commands_hold(out: str, aligned: Path) -> None:
     given = [DpoConfig.from_dict(parse("dpo", shlex.split(words))) for verb, words in found if verb == "dpo"]
     assert len(given) == len(found) == 4
     made = json.loads((aligned / "run.json").read_text())["options"]
-    assert given[0].to_dict() == made
+    assert terms_of(given[0])[0].to_dict() == made
     assert given[1].dry_run and given[2].beta == 0.3
     assert {(c.model, *c.data) for c in given[:3]} == {(made["model"], *made["data"])}
     assert all(not Path(c.output).exists() for c in given[1:])

@@ -31,12 +31,15 @@ def dpo(
     ``model`` is a folder, a Hub name, or a transformers model, which then needs its ``tokenizer`` and is trained in
     place. ``data`` is one or more files, or rows as such files hold them:
     ``{"prompt": ..., "chosen": ..., "rejected": ...}``. ``callbacks`` are objects with the hooks
-    of ``prefopt.Callback``. ``options`` are the fields of ``DpoConfig``.
+    of ``prefopt.Callback``. ``options`` are the fields of ``DpoConfig``; ``loss_options`` may be a mapping.
     Returns what ``prefopt.methods.preference.run`` does. Raises ``prefopt.errors.UserError`` where ``prefopt dpo``
     prints one line.
 
     >>> import prefopt
     >>> prefopt.dpo("my-model", "pairs.jsonl", output="aligned", beta=0.05, lora=True)  # doctest: +SKIP
+    >>> prefopt.dpo(
+    ...     "my-model", "pairs.jsonl", output="aligned", loss="simpo", loss_options={"gamma": 1.0}
+    ... )  # doctest: +SKIP
     """
     named = isinstance(model, (str, os.PathLike))
     if named and tokenizer is not None:
@@ -45,6 +48,8 @@ def dpo(
         raise ConfigError("a model object needs its tokenizer: prefopt.dpo(model=model, tokenizer=tokenizer, ...)")
     if not named:
         _refuse_for_objects(model, options)
+    if isinstance(options.get("loss_options"), Mapping):
+        options["loss_options"] = [f"{name}={value}" for name, value in options["loss_options"].items()] or None
     names, rows = _names_or_rows(data)
     values = {
         "model": model if named else str(getattr(model, "name_or_path", "")) or "model given in Python",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import transformers
 
 from prefopt.data.group import Group
 from prefopt.data.packer import pack, split
+from prefopt.losses.parse import parse_losses
 from prefopt.model.scorer import Scorer, response_sums
-from prefopt.train.objective import PairObjective
+from prefopt.train.objective import PreferenceObjective
+from prefopt.train.reference import unscored
+from prefopt.train.step import differentiate
 
 MODELS: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "golden/dpo.json").read_text("utf-8"))["models"]
 # Llama's norms and eager attention round to float32 in any dtype (see make_dpo_golden.py); GPT-2 under SDPA does not.
@@ -55,24 +59,20 @@ def test_a_model_has_trls_loss_metrics_and_gradients(case: dict[str, Any], token
         reference = Scorer(rebuilt(case, 0.03))
         batch = pack(groups, reference.layout)
         sums = response_sums(reference(batch), batch)
-    objective = PairObjective(sums.numpy(), beta=case["beta"], label_smoothing=0.0)
+    terms = parse_losses("dpo", beta=case["beta"])
+    values = replace(unscored(groups), sums_N=sums.numpy())
+    objective = PreferenceObjective(terms, groups, values, device=torch.device("cpu"))
 
     model = rebuilt(case, 0.0)
     scorer = Scorer(model)
     assert scorer.path == "shared"
-    loss, metrics = 0.0, dict.fromkeys(case["metrics"], 0.0)
-    for part in split(range(len(groups)), [g.tokens for g in groups], token_budget):
-        batch = pack([groups[i] for i in part], scorer.layout)
-        output = objective(response_sums(scorer(batch), batch), batch, part)
-        share = output.numerator_G.sum() / objective.weight(range(len(groups)))
-        share.backward()
-        loss += share.item()
-        for name in metrics:
-            metrics[name] += output.metrics[name].sum().item() / len(groups)
+    parts = list(split(range(len(groups)), [g.tokens for g in groups], token_budget))
+    cut = [(part, pack([groups[i] for i in part], scorer.layout)) for part in parts]
+    found = differentiate(scorer, objective, range(len(groups)), lambda: cut).sums.means()
 
-    assert loss == pytest.approx(case["loss"], rel=rtol)
+    assert found["loss"] == pytest.approx(case["loss"], rel=rtol)
     for name, value in case["metrics"].items():
-        assert metrics[name] == pytest.approx(value, rel=10 * rtol, abs=1e-7 if "accuracies" in name else 0), name
+        assert found[name] == pytest.approx(value, rel=10 * rtol, abs=1e-7 if "accuracies" in name else 0), name
     parameters = dict(model.named_parameters())
     norm = torch.stack([p.grad.norm() for p in parameters.values() if p.grad is not None]).norm().item()
     assert norm == pytest.approx(case["grad_norm"], rel=rtol)

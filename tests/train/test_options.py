@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -21,8 +22,10 @@ import torch
 
 import prefopt
 from prefopt.config.dpo import DpoConfig
+from prefopt.data.formats import Rows
 from prefopt.errors import ConfigError, DataError, RunError
 from prefopt.model.scorer import Scorer
+from prefopt.records import Comparison
 from train.small import dpo, evaluations, metrics, pairs, steps, weights, write_model, write_rows
 
 ROWS = pairs(9)
@@ -245,6 +248,23 @@ def seed(place: Place) -> None:
             assert not torch.equal(adapters[0][name], adapters[2][name])
 
 
+def pairs_option(place: Place) -> None:
+    """Of three responses, all pairs or the best against the worst."""
+
+    def scored(_: object, name: str) -> Rows:
+        texts = [[f"{row['chosen']}a", row["rejected"], f"k{row['chosen']}"] for row in ROWS]
+        rows = [Comparison.scored("p", t, scores=[2, 1, 0], row=i, file=name) for i, t in enumerate(texts, 1)]
+        return Rows(name, "scored", rows, [], len(rows))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prefopt.train.data.parse_comparisons", scored)
+        for which in ("all", "best-worst"):
+            dpo(place.m, ROWS, place.folder / f"pairs-{which}", **QUICK, pairs=which)
+    runs = [place.folder / f"pairs-{which}" for which in ("all", "best-worst")]
+    assert [steps(r)[0]["loss"] for r in runs] == pytest.approx([math.log(2)] * 2)
+    assert steps(runs[0])[-1]["loss"] != steps(runs[1])[-1]["loss"]
+
+
 SHOWN: dict[str, Callable[[Place], None]] = {
     "model": moves("model", "@other"),
     "reference": moves("reference", "@other"),
@@ -258,6 +278,9 @@ SHOWN: dict[str, Callable[[Place], None]] = {
     "shuffle": moves("shuffle", False),
     "beta": moves("beta", 0.5),
     "label_smoothing": moves("label_smoothing", 0.3),
+    "loss": moves("loss", "dpo:1.0,nll:0.2"),
+    "loss_options": moves("loss_options", ["nll.average=tokens"], loss="dpo,nll"),
+    "pairs": pairs_option,
     "lora": moves("lora", True),
     "lora_rank": moves("lora_rank", 3, lora=True),
     "lora_alpha": moves("lora_alpha", 5, lora=True),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from prefopt.config import option as _options
 from prefopt.config.data import DataOptions
@@ -24,7 +24,8 @@ class DpoConfig(TrainingOptions, DataOptions, ModelOptions):
 
     Defaults that depend on other options are filled in on construction, so that what is read here, and what
     ``to_dict`` writes, is what the run does: ``learning_rate``; ``lora_rank``, ``lora_alpha`` and ``lora_dropout``
-    where a new adapter is trained; ``lora``, which ``adapter`` implies.
+    where a new adapter is trained; ``lora``, which ``adapter`` implies. What depends on the loss (``beta``,
+    ``label_smoothing``, ``pairs``) is filled in when the run begins, since to know losses takes torch.
     """
 
     reference: str | None = option(
@@ -39,9 +40,38 @@ class DpoConfig(TrainingOptions, DataOptions, ModelOptions):
         group="model",
     )
 
-    beta: float = option(0.1, "strength of the pull to the reference; 0.01 to 0.5 is usual", group="loss", above=0)
+    loss: str = option(
+        "dpo",
+        "what is optimised: a name that prefopt losses lists, a weighted sum such as dpo:1.0,nll:0.2, or one's own as"
+        " module:function",
+        group="loss",
+    )
+    loss_options: list[str] | None = option(
+        None,
+        "options of the loss, NAME=VALUE, such as gamma=1.0; LOSS.NAME=VALUE is for one of a sum",
+        group="loss",
+        default_text="those of each loss, see prefopt losses",
+    )
+    beta: float = option(
+        None,
+        "strength of the pull to the reference; 0.01 to 0.5 is usual for dpo",
+        group="loss",
+        default_text="0.1 for dpo; each loss has its own",
+        above=0,
+    )
     label_smoothing: float = option(
-        0.0, "assumed part of labels that are wrong (conservative DPO)", group="loss", at_least=0, below=0.5
+        None,
+        "assumed part of labels that are wrong (conservative DPO)",
+        group="loss",
+        default_text="0",
+        at_least=0,
+        below=0.5,
+    )
+    pairs: Literal["all", "best-worst"] = option(
+        None,
+        "of more than two responses: every pair, those of a prompt weighing 1 together, or the best against the worst",
+        group="loss",
+        default_text="all",
     )
 
     def __post_init__(self) -> None:

@@ -30,6 +30,7 @@ from prefopt.methods.preference import run
 from prefopt.model.load import load_model
 from prefopt.model.scorer import Scorer, response_sums
 from prefopt.progress import duration
+from prefopt.train.terms import terms_of
 
 MARK = "demo.json"
 MADE = ("model", "pairs.jsonl", "aligned")
@@ -166,7 +167,8 @@ def _rewards(config: DpoConfig, data: GroupSet, held_out: Sequence[int]) -> list
         batch = pack([data.groups[i] for i in held_out], scorer.layout)
         with torch.no_grad():
             sums.append(response_sums(scorer(batch), batch))
-    rewards: list[list[float]] = (config.beta * (sums[0] - sums[1])).view(-1, 2).tolist()
+    beta = terms_of(config)[0].beta
+    rewards: list[list[float]] = (beta * (sums[0] - sums[1])).view(-1, 2).tolist()
     return [(chosen, rejected) for chosen, rejected in rewards]
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from prefopt.config.document import write_document
@@ -25,7 +24,7 @@ from prefopt.data.sampler import Sampler
 from prefopt.data.show import show
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.disk.write import output_errors
-from prefopt.errors import ConfigError, RunError
+from prefopt.errors import ConfigError
 from prefopt.model.check import CheckReport, check_scoring
 from prefopt.model.flops import FlopCount, matmul_peak
 from prefopt.model.load import (
@@ -37,22 +36,26 @@ from prefopt.model.load import (
     vocabulary_size,
 )
 from prefopt.model.memory import peak_memory
-from prefopt.model.reference import ReferenceCache
+from prefopt.model.reference import ReferenceValues
 from prefopt.model.scorer import Scorer, causal_model
 from prefopt.model.sharing import context_length
 from prefopt.progress import Reporter, duration, size
 from prefopt.train import budget
+from prefopt.train.best import load_best
 from prefopt.train.callbacks import Callbacks
 from prefopt.train.card import repair_generation, save_model, write_card
 from prefopt.train.data import TrainingData, load_data
 from prefopt.train.folder import FREE, RunFolder, fingerprint
-from prefopt.train.loop import Loop, LoopOptions, Record, load_best
+from prefopt.train.loop import Loop, LoopOptions
 from prefopt.train.metrics import Metrics
-from prefopt.train.objective import PairObjective
+from prefopt.train.objective import PreferenceObjective
 from prefopt.train.optim import Schedule, adamw
 from prefopt.train.policy import Policy
-from prefopt.train.reference import ReferenceRun, check_vocabulary, choose_reference, identify
+from prefopt.train.preflight import inspect_first
+from prefopt.train.reference import ReferenceRun, check_vocabulary, choose_reference, identify, unscored
 from prefopt.train.stop import StopRequest
+from prefopt.train.sums import Record
+from prefopt.train.terms import names_of, needs_reference, terms_of, words
 from prefopt.train.watch import watchers
 
 DEFAULT_LENGTH = 1024
@@ -79,15 +82,16 @@ def run(
     rows: Iterable[Mapping[str, object]] | None = None,
     callbacks: Sequence[Any] = (),
 ) -> DpoResult | None:
-    """Run DPO. ``model``, ``tokenizer`` and ``rows`` stand in for what ``config`` names (a model is trained in place).
-    ``callbacks``: see :class:`prefopt.train.callbacks.Callback`.
+    """Run DPO, or the other loss of ``config``. ``callbacks``: see :class:`prefopt.train.callbacks.Callback`.
+
+    ``model``, ``tokenizer`` and ``rows`` stand in for what ``config`` names (a model is trained in place).
 
     Returns none for a dry run. Raises :class:`prefopt.errors.UserError`, and
     :class:`prefopt.errors.Interrupted` after a stop, with everything kept.
     """
     with StopRequest() as stop:
         run = _Run(config, Reporter(config.progress), stop, model, tokenizer, rows)
-        run.callbacks = Callbacks([*watchers(config, run.folder), *callbacks], config.to_dict())
+        run.callbacks = Callbacks([*watchers(run.config, run.folder), *callbacks], run.config.to_dict())
         return run.run()
 
 
@@ -99,6 +103,7 @@ class _Run:
     def __init__(
         self, config: DpoConfig, reporter: Reporter, stop: StopRequest, model: Any, tokenizer: Any, rows: Any
     ) -> None:
+        config, self.terms = terms_of(config)
         self.config, self.reporter, self.stop = config, reporter, stop
         self.given, self.rows = model, rows
         self.device = resolve_device(config.device) if model is None else next(model.parameters()).device
@@ -114,8 +119,8 @@ class _Run:
     def run(self) -> DpoResult | None:
         self._prepare_machine()
         data = load_data(self.config, self.tokenizer, self.limit, self.rows, self.reporter)
-        choice = choose_reference(self.config, self.given)
-        identity = identify(choice, self.given)
+        choice = choose_reference(self.config, self.given) if needs_reference(self.terms) else None
+        identity = identify(choice, self.given) if choice else None
         policy = Policy(self.config, self.source, self.dtype, self.device, self.given)
         try:
             check_vocabulary(data.groups, vocabulary_size(causal_model(policy.scorer.model)), self.config.model)
@@ -123,15 +128,22 @@ class _Run:
                 raise ConfigError(f"--attention does nothing here: {policy.scorer.reason}; leave it out")
             check = check_scoring(policy.scorer, data.groups)
             self._say_scoring(policy.scorer, check)
-            reference = ReferenceRun(choice, identity, policy.scorer, self.config)
-            self.reporter.say(f"reference: {choice.words}, {identity.digest[:12]}")
+            self.reporter.say(f"loss: {words(self.terms)}")
+            reference = None
+            if choice and identity:
+                tokens = any(term.loss.needs_head_values for term in self.terms)
+                reference = ReferenceRun(choice, identity, policy.scorer, self.config, token_values=tokens)
+                self.reporter.say(f"reference: {choice.words}, {identity.digest[:12]}")
+            else:
+                self.reporter.say(f"reference: none is loaded, {names_of(self.terms)} compares with none")
             if self.config.dry_run:
                 self._preview(data, policy, reference)
                 return None
-            values = self._reference_values(data, identity.digest, reference, policy.scorer)
+            self._take_folder(data, reference)
+            values = self._reference_values(data, reference, policy.scorer) if reference else None
             self.reporter.say(policy.make_trainable())
-            objective = self._objective(values)
-            loop = self._loop(policy, objective, data, check if choice.is_start else None)
+            objective = self._objective(data, values)
+            loop = self._loop(policy, objective, data, check if choice and choice.is_start else None)
             loop.run()
             return self._finish(loop, data)
         finally:
@@ -173,18 +185,19 @@ class _Run:
             f" {twin}; rounding {check.noise:.1g} nats per token"
         )
 
-    def _reference_values(
-        self, data: TrainingData, digest: str, reference: ReferenceRun, scorer: Scorer
-    ) -> npt.NDArray[np.float64]:
-        """The reference's sums for all responses. From here on the output folder is this run's."""
+    def _take_folder(self, data: TrainingData, reference: ReferenceRun | None) -> None:
+        """From here on the output folder is this run's."""
         self.folder.take()
-        self.folder.same("reference", digest, "the reference model")
+        self.folder.same("reference", reference.identity.digest if reference else "none", "the reference model")
         sizes = f"{len(data.train)}+{len(data.held_out)}"
         self.folder.same("data", f"{fingerprint(data.groups)} {sizes}", "the data")
-        self.folder.remember(max_length=self.limit)
+        self.folder.remember(max_length=self.limit, loss=words(self.terms))
         path = self.folder.path / "config.yaml"
         with output_errors(path):
             path.write_text(self._options(), encoding="utf-8")
+
+    def _reference_values(self, data: TrainingData, reference: ReferenceRun, scorer: Scorer) -> ReferenceValues:
+        """The reference's values for all responses."""
         # Remembered, since a resumed run must pack as the first one did to give the same bits.
         tokens = self.folder.record.get("scoring_budget") or SCORING_AHEAD * (
             self.config.token_budget or budget.estimate(scorer, data.groups, checkpointing=False, still_to_come=0)
@@ -197,26 +210,30 @@ class _Run:
             if scored
             else f"reference: all {reused} responses from the cache"
         )
-        return values.sums_N
+        return values
 
     def _options(self) -> str:
         """The options as a file for ``--config``, less what a second run should not repeat."""
         return write_document(DpoConfig, {**self.config.to_dict(), "dry_run": False, "resume": False})
 
-    def _objective(self, reference_N: npt.NDArray[np.float64]) -> PairObjective:
-        return PairObjective(reference_N, beta=self.config.beta, label_smoothing=self.config.label_smoothing)
+    def _objective(self, data: TrainingData, reference: ReferenceValues | None) -> PreferenceObjective:
+        which = self.config.pairs or "all"
+        return PreferenceObjective(self.terms, data.groups, reference, device=self.device, pairs=which)
 
-    def _preview(self, data: TrainingData, policy: Policy, reference: ReferenceRun) -> None:
+    def _preview(self, data: TrainingData, policy: Policy, reference: ReferenceRun | None) -> None:
         """What a dry run shows beyond the lines of every run: examples, options, what it would take."""
         say = self.reporter.say
         for group in data.source.groups[:2]:
             say(f"\nrow {group.row}, trained tokens in ⟦ ⟧:\n{show(group, self.tokenizer)}")
         say("\n" + self._options())
-        reference.check_fits(data.groups)
-        missing = ReferenceCache(reference.space()).missing(data.groups)
-        say(f"reference: {missing or 'no'} responses are still to be scored")
+        missing = 0
+        if reference:
+            reference.check_fits(data.groups)
+            missing = reference.missing(data.groups)
+            say(f"reference: {missing or 'no'} responses are still to be scored")
         say(policy.make_trainable())
-        tokens, speed = self._token_budget(policy, self._objective(np.zeros(data.responses)), data.groups)
+        objective = self._objective(data, unscored(data.groups) if reference else None)
+        tokens, speed = self._token_budget(policy, objective, data.groups)
         # Forward alone is a third of a training step's work.
         ahead = int(policy.scorer.layout.costs(data.groups).sum()) / (3 * speed) if missing else 0.0
         peak, state = peak_memory(self.device), budget.state_bytes(policy.masters)
@@ -227,7 +244,9 @@ class _Run:
 
     # -- training ----------------------------------------------------------------------------------------------
 
-    def _loop(self, policy: Policy, objective: PairObjective, data: TrainingData, check: CheckReport | None) -> Loop:
+    def _loop(
+        self, policy: Policy, objective: PreferenceObjective, data: TrainingData, check: CheckReport | None
+    ) -> Loop:
         config = self.config
         steps = self._steps(data)
         tokens, speed = self._token_budget(policy, objective, data.groups)
@@ -261,7 +280,7 @@ class _Run:
             stop=self.stop,
             token_budget=tokens,
             measure=self._measure(policy.scorer),
-            inspect_first=lambda record: self._inspect_first(record, check),
+            inspect_first=lambda *found: self._tell(inspect_first(objective, check, *found)),
             callbacks=self.callbacks,
         )
         torch.manual_seed(config.seed + 1)
@@ -286,7 +305,9 @@ class _Run:
             f" {duration(self._seconds(policy, data, speed))}"
         )
 
-    def _token_budget(self, policy: Policy, objective: PairObjective, groups: Sequence[Group]) -> tuple[int, float]:
+    def _token_budget(
+        self, policy: Policy, objective: PreferenceObjective, groups: Sequence[Group]
+    ) -> tuple[int, float]:
         """The budget of ``--token-budget``, of the run's first start, or an estimate; tried either way."""
         tokens = self.config.token_budget or self.folder.record.get("token_budget")
         if not tokens:
@@ -316,27 +337,9 @@ class _Run:
 
         return measure
 
-    def _inspect_first(self, record: Record, check: CheckReport | None) -> None:
-        """Preflight on the first step's numbers, before any weight has moved."""
-        if check is None:
-            if record["rewards/accuracies"] == 1.0 and self.config.batch_size >= 8:
-                self.reporter.say(
-                    "step 1: accuracy is 1.0 before any weight moved: the policy has seen these preferences and the"
-                    " reference has not. Is --reference the model that training should be judged from?"
-                )
-            return
-        expected = math.log(2.0)
-        tokens = max(record["lengths/chosen"], record["lengths/rejected"])
-        allowed = self.config.beta * 2 * check.tolerance(tokens) + 1e-6
-        if abs(record["loss"] - expected) > allowed:
-            raise RunError(
-                f"step 1: the loss is {record['loss']:.6f} where an untrained policy has ln 2 = {expected:.6f}"
-                f" (rounding explains {allowed:.1g}): the reference's values are not this model's. Check them with"
-                " prefopt cache verify, or remove them with prefopt cache clear"
-            )
-        self.reporter.say(
-            f"step 1: loss {record['loss']:.6f}, ln 2 = {expected:.6f}, as it must be before any weight moves"
-        )
+    def _tell(self, line: str | None) -> None:
+        if line is not None:
+            self.reporter.say(line)
 
     # -- after training ----------------------------------------------------------------------------------------
 
@@ -365,7 +368,8 @@ class _Run:
         write_card(
             folder,
             model=self.config.model,
-            title="Direct Preference Optimization",
+            title=_TITLES.get(self.config.loss, f"Preference optimisation ({words(self.terms)})"),
+            tag=self.terms[0].loss.name.rpartition(":")[2],
             data=f"{pairs}, from {files}. {data.source.summary()[0]}.",
             settings={n: v for n, v in self.config.to_dict().items() if n not in FREE},
             results=results,
@@ -383,4 +387,5 @@ class _Run:
         return steps[-1]  # type: ignore[no-any-return]
 
 
+_TITLES = {"dpo": "Direct Preference Optimization"}
 _CARD = {"loss", "rewards", "logps", "lengths"}

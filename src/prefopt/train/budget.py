@@ -17,12 +17,12 @@ from prefopt.data.group import Group
 from prefopt.data.packer import pack
 from prefopt.data.table import GroupTable, IndexArray
 from prefopt.errors import RunError
-from prefopt.losses.preference import LossOutput
 from prefopt.model.logprobs import KEEP_BYTES
 from prefopt.model.memory import free_memory, out_of_memory
 from prefopt.model.precision import MasterWeights
-from prefopt.model.scorer import Scorer, causal_model, response_sums
-from prefopt.train.loop import Objective
+from prefopt.model.scorer import Scorer, causal_model
+from prefopt.train.objective import Objective
+from prefopt.train.step import differentiate, same_randomness
 
 SHARE = 0.5
 """Of the free memory, what activations may take: the rest is for gradients, optimiser state and fragmentation."""
@@ -81,8 +81,6 @@ def try_largest(
     Returns the budget that works and the tokens per second it ran at. Weights and random states stay as they were.
     """
     device = next(scorer.model.parameters()).device
-    state = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if device.type == "cuda" else []
     scorer.train()
     costs = scorer.layout.costs(GroupTable.of(groups))
     largest = int(costs.max())
@@ -91,11 +89,11 @@ def try_largest(
         batch = pack([groups[i] for i in part], scorer.layout).to(device)
         started = time.monotonic()
         try:
-            output: LossOutput = objective(response_sums(scorer(batch), batch), batch, part)
-            output.numerator_G.sum().backward()
+            with same_randomness(device):
+                differentiate(scorer, objective, part, lambda: [(part, batch)])  # noqa: B023
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            break
+            return token_budget, batch.tokens / (time.monotonic() - started)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -109,7 +107,3 @@ def try_largest(
                 torch.cuda.empty_cache()
         finally:
             masters.zero_grad()
-    torch.set_rng_state(state)
-    if cuda:
-        torch.cuda.set_rng_state_all(cuda)
-    return token_budget, batch.tokens / (time.monotonic() - started)

@@ -90,6 +90,7 @@ def write_card(
     *,
     model: str,
     title: str,
+    tag: str,
     data: str,
     settings: Mapping[str, Any],
     results: Mapping[str, Any],
@@ -102,7 +103,7 @@ def write_card(
         "library_name: transformers" if not (folder / "adapter_config.json").exists() else "library_name: peft",
     ]
     front += [] if local else [f"base_model: {model}"]
-    front += ["tags:", "- dpo", "- preference-optimization", "- prefopt", "---", ""]
+    front += ["tags:", f"- {tag}", "- preference-optimization", "- prefopt", "---", ""]
     lines = [
         *front,
         f"# {folder.name}",

@@ -2,47 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from prefopt.data.group import Group
 from prefopt.data.packer import PackedBatch, pack, split
 from prefopt.data.sampler import Sampler
 from prefopt.data.table import GroupTable
-from prefopt.disk.write import output_errors
 from prefopt.errors import RunError
-from prefopt.losses.preference import LossOutput
 from prefopt.model.memory import out_of_memory
 from prefopt.model.precision import MasterWeights
-from prefopt.model.scorer import Scorer, response_sums
+from prefopt.model.scorer import Scorer
 from prefopt.progress import Reporter
 from prefopt.train import checkpoint
+from prefopt.train.best import forget_bests, save_best
 from prefopt.train.callbacks import Callbacks, RunInfo
+from prefopt.train.facts import Values
 from prefopt.train.metrics import Metrics, note
+from prefopt.train.objective import Objective
 from prefopt.train.optim import Schedule, clip_, grad_norm
+from prefopt.train.step import Gradients, differentiate, values_of
 from prefopt.train.stop import StopRequest
-
-Record = dict[str, float]
-
-
-class Objective(Protocol):
-    """What is optimised. It sees micro-batches; ``weight`` is known from the data alone, before anything is scored."""
-
-    def weight(self, indices: Sequence[int]) -> float:
-        """Sum of the weights of these groups of the data: what the loss of a global batch is divided by."""
-
-    def __call__(self, logp_N: torch.Tensor, batch: PackedBatch, indices: Sequence[int]) -> LossOutput:
-        """Numerators, weights and metrics [G] from the responses' log-probabilities [N]."""
+from prefopt.train.sums import Record, Sums
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +61,8 @@ class Progress:
 class Loop:
     """One run over ``groups``, of which ``train`` and ``held_out`` are indices.
 
-    ``checkpoints`` is a folder; ``inspect_first`` sees the first step's metrics before any weight moves.
+    ``checkpoints`` is a folder; ``inspect_first`` sees the first step's metrics, groups and values before any weight
+    moves.
     """
 
     scorer: Scorer
@@ -93,7 +81,7 @@ class Loop:
     stop: StopRequest
     token_budget: int
     measure: Callable[[Sequence[PackedBatch], float], Record]
-    inspect_first: Callable[[Record], None] | None = None
+    inspect_first: Callable[[Record, Sequence[int], Values], None] | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
     progress: Progress = field(default_factory=Progress)
     _saved: int | None = None
@@ -113,6 +101,9 @@ class Loop:
         self.masters.load(saved.weights)
         checkpoint.restore_optimizer(self.optimizer, saved.optimizer)
         checkpoint.restore_random(saved.state["random"])
+        for name, kept in saved.state.get("losses", {}).items():
+            now = self.objective.state[name]
+            self.objective.state[name] = {k: now[k].new_tensor(value) for k, value in kept.items()}
         self.progress = Progress(**saved.state["progress"])
         self.token_budget, self._saved = self.progress.token_budget, self.progress.step
         self.metrics.forget_after(self.progress.step)
@@ -159,7 +150,7 @@ class Loop:
         while True:
             started = time.monotonic()
             try:
-                record, batches = self._gradients(step)
+                record, found = self._gradients(step)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -175,29 +166,21 @@ class Loop:
                 self.token_budget = max(largest, self.token_budget // 2)
                 self.reporter.say(f"out of memory: the step is repeated with {self.token_budget} tokens at once")
                 continue
-            self._update(step, record)
-            return record | self.measure(batches, time.monotonic() - started)
+            self._update(step, record, found)
+            return record | self.measure(found.batches, time.monotonic() - started)
 
-    def _gradients(self, step: int) -> tuple[Record, list[PackedBatch]]:
+    def _gradients(self, step: int) -> tuple[Record, Gradients]:
         """Gradients of a global batch on the masters, and its metrics; weights stay as they are."""
         indices = self._step_indices(step)
-        weight = self.objective.weight(indices)
-        sums = Sums()
-        batches: list[PackedBatch] = []
-        for part, batch in self._micro_batches(indices):
-            output = self.objective(response_sums(self.scorer(batch), batch), batch, part)
-            (output.numerator_G.sum() / weight).backward()
-            sums.add(output)
-            batches.append(batch)
-        # The one wait for the device that metrics cost.
-        return sums.means(weight, grad_norm(self.masters.masters.values())), batches
+        found = differentiate(self.scorer, self.objective, indices, lambda: self._micro_batches(indices))
+        return found.sums.means(grad_norm(self.masters.masters.values())), found
 
-    def _update(self, step: int, record: Record) -> None:
+    def _update(self, step: int, record: Record, found: Gradients) -> None:
         record["learning_rate"] = self.schedule(step)
         record["epoch"] = (step + 1) / self.sampler.steps_per_epoch
         self._refuse_nonsense(step, record)
         if step == 0 and self.inspect_first is not None:
-            self.inspect_first(record)
+            self.inspect_first(record, self._step_indices(step), found.values)
         clip_(self.masters.masters.values(), record["grad_norm"], self.options.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = record["learning_rate"]
@@ -210,6 +193,7 @@ class Loop:
             ) from error
         self.masters.publish()
         self.masters.zero_grad()
+        self.objective.state = found.state
 
     def _step_indices(self, step: int) -> list[int]:
         return [self.train[i] for i in self.sampler.batch(step)]
@@ -241,11 +225,11 @@ class Loop:
     def _evaluate(self) -> Record:
         progress = self.progress
         self.scorer.eval()
-        sums = Sums()
-        for part, batch in self._micro_batches(self._by_length(self.held_out)):
-            sums.add(self.objective(response_sums(self.scorer(batch), batch), batch, part))
+        indices, sums = self._by_length(self.held_out), Sums()
+        values = values_of(self.scorer, self.objective, self._micro_batches(indices))
+        sums.add(self.objective(values, indices, self.objective.normaliser(indices)))
         self.scorer.train()
-        record = sums.means(self.objective.weight(self.held_out))
+        record = sums.means()
         self.metrics.write({"step": progress.step, **{f"eval_{name}": value for name, value in record.items()}})
         better = record["loss"] < progress.best_loss
         self.reporter.say(
@@ -266,6 +250,7 @@ class Loop:
     def _save(self) -> Path:
         self.progress.token_budget = self.token_budget
         state = {"step": self.progress.step, "progress": asdict(self.progress), "random": checkpoint.random_states()}
+        state["losses"] = {name: {k: float(v) for k, v in kept.items()} for name, kept in self.objective.state.items()}
         optimizer = checkpoint.optimizer_tensors(self.optimizer)
         weights = dict(self.masters.saved())
         path = checkpoint.save(self.checkpoints, weights, optimizer, state, keep_last=self.options.keep_last)
@@ -274,67 +259,3 @@ class Loop:
         if self.options.save_every or self.stop.signal is not None:
             self.reporter.say(f"checkpoint: {path}")
         return path
-
-
-class Sums:
-    """Sums of losses and metrics over micro-batches, left on the device until they are asked for."""
-
-    def __init__(self) -> None:
-        self._names: tuple[str, ...] = ()
-        self._rows: list[torch.Tensor] = []
-        self._groups = 0
-
-    def add(self, output: LossOutput) -> None:
-        """One micro-batch."""
-        values: Mapping[str, torch.Tensor] = {"loss": output.numerator_G.detach(), **output.metrics}
-        self._names = tuple(values)
-        self._rows.append(torch.stack([v.sum() for v in values.values()]))
-        self._groups += len(output.numerator_G)
-
-    def means(self, weight: float, norm: torch.Tensor | None = None) -> Record:
-        """Loss over ``weight``, metrics over groups, and ``grad_norm`` where one is given."""
-        total = torch.stack(self._rows).sum(0)
-        if norm is not None:
-            total = torch.cat([total, norm.to(total.dtype)[None]])
-        numbers = total.tolist()
-        record = {name: number / self._groups for name, number in zip(self._names, numbers, strict=False)}
-        record["loss"] = numbers[0] / weight
-        return record if norm is None else record | {"grad_norm": numbers[-1]}
-
-
-def save_best(folder: Path, step: int, weights: Mapping[str, torch.Tensor]) -> None:
-    """Keep the weights of the best evaluation beside the checkpoints, in a file that its step names."""
-    path = _best(folder, step)
-    aside = folder / ".best.safetensors"
-    with output_errors(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_tensors(aside, weights)
-        aside.replace(path)
-
-
-def forget_bests(folder: Path, step: int | None) -> None:
-    """Remove the weights of earlier bests that neither the run nor a checkpoint still names."""
-    named = {step}
-    for state in folder.glob("step-*/state.json"):
-        try:
-            named.add(json.loads(state.read_text())["progress"]["best_step"])
-        except (OSError, ValueError, KeyError):
-            return  # a damaged checkpoint: what it named is not known
-    for path in folder.glob("best-*.safetensors"):
-        if path not in {_best(folder, n) for n in named if n is not None}:
-            path.unlink()
-
-
-def _best(folder: Path, step: int) -> Path:
-    return folder / f"best-{step:08d}.safetensors"
-
-
-def load_best(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    """The weights of evaluation ``step``. Raises :class:`RunError` where they are not there."""
-    path = _best(folder, step)
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"{path}: the best weights cannot be read ({error}); the last ones are in the checkpoint beside it"
-        ) from error

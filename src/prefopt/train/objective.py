@@ -1,40 +1,206 @@
-"""The DPO loss on packed batches: where a pure function of log-probabilities meets the loop."""
+"""What is optimised: a weighted sum of losses on groups, each over its own normaliser of the whole global batch.
+
+Scoring gives *values*, tensors by name over the responses or pairs of some groups; losses are computed on those. The
+two are apart because a loss may need the values of a whole global batch, which is scored in parts (see ``step.py``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from prefopt.data.group import Group
 from prefopt.data.packer import PackedBatch
-from prefopt.losses.preference import LossOutput, dpo
+from prefopt.errors import DataError
+from prefopt.losses.declare import Kind
+from prefopt.losses.parse import Term
+from prefopt.model.reference import ReferenceValues
+from prefopt.model.scorer import Scorer, response_sums
+from prefopt.train import items
+from prefopt.train.facts import Facts, Values, head_sums
+from prefopt.train.sums import Outcome, State, summed
+
+Normaliser = tuple[torch.Tensor, ...]
+
+DIFFERENTIATED = ("logp_N", "kl_N", "chosen_head_logp_G", "rejected_head_logp_G")
+"""Values through which gradients flow."""
 
 
-class PairObjective:
-    """The DPO loss on packed pairs: response 2g is group g's chosen one, 2g + 1 its rejected one.
+class Objective(Protocol):
+    """What a loop optimises. ``indices`` name groups of the data, in the order in which their values stand."""
 
-    ``reference_N``: sums of the reference's log-probabilities for all responses of the data, in their order.
+    whole_batch: bool
+    """Whether losses must see the values of the whole global batch at once."""
+
+    state: State
+    """What losses keep from batch to batch; the loop sets it once a step is done."""
+
+    def normaliser(self, indices: Sequence[int]) -> Normaliser:
+        """What each loss is divided by, from the data alone: before anything is scored."""
+
+    def fixed(self, batch: PackedBatch, indices: Sequence[int]) -> Values:
+        """Values without gradients that are scored anew for each batch."""
+
+    def policy(self, scorer: Scorer, batch: PackedBatch, indices: Sequence[int]) -> Values:
+        """Values under the policy, with gradients where they are switched on."""
+
+    def __call__(self, values: Values, indices: Sequence[int], normaliser: Normaliser) -> Outcome:
+        """The loss on ``values`` of these groups."""
+
+
+class PreferenceObjective:
+    """Losses on pairs, labelled responses or rankings (see :class:`Objective`).
+
+    ``reference`` holds the reference's values of all ``groups``; none where no loss needs them. ``pairs``: see
+    :data:`prefopt.train.items.WHICH`.
     """
 
-    def __init__(self, reference_N: npt.NDArray[np.float64], *, beta: float, label_smoothing: float) -> None:
-        self.reference_G2 = torch.from_numpy(reference_N.reshape(-1, 2))
-        self.beta, self.label_smoothing = beta, label_smoothing
+    def __init__(
+        self,
+        terms: Sequence[Term],
+        groups: Sequence[Group],
+        reference: ReferenceValues | None,
+        *,
+        device: torch.device,
+        pairs: str = "all",
+    ) -> None:
+        """Raises :class:`DataError` where a group has nothing that the losses could be computed on."""
+        self.terms, self.groups, self.reference, self.which = tuple(terms), groups, reference, pairs
+        self.device, self.dtype = device, torch.float32 if device.type == "mps" else torch.float64
+        self.kind: Kind = terms[0].loss.kind
+        self.names = {name for term in terms for name in term.loss.inputs}
+        self.optional = {name for term in terms for name in term.loss.optional_inputs} - self.names
+        self.whole_batch = any(term.loss.whole_batch for term in terms)
+        self.state: State = {term.loss.name: start for term in terms if (start := term.loss.start(device)) is not None}
+        self._needs = frozenset(self.names | self.optional)
+        self._check()
 
-    def weight(self, indices: Sequence[int]) -> float:
-        """Every pair weighs 1."""
-        return float(len(indices))
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any loss compares with a reference."""
+        return any(term.loss.needs_reference for term in self.terms)
 
-    def __call__(self, logp_N: torch.Tensor, batch: PackedBatch, indices: Sequence[int]) -> LossOutput:
-        """See :class:`prefopt.train.loop.Objective`."""
-        reference = self.reference_G2[list(indices)].to(logp_N.device, logp_N.dtype)
-        policy = logp_N.view(-1, 2)
-        out = dpo(*policy.unbind(1), *reference.unbind(1), beta=self.beta, label_smoothing=self.label_smoothing)
-        length = batch.length.view(-1, 2).to(logp_N.dtype)
-        ratio = (policy.detach() - reference) / length
-        more = {}
-        for side, name in enumerate(("chosen", "rejected")):
-            more[f"log_ratios_per_token/{name}"] = ratio[:, side]
-            more[f"lengths/{name}"] = length[:, side]
-        return LossOutput(out.numerator_G, out.weight_G, {**out.metrics, **more})
+    def normaliser(self, indices: Sequence[int]) -> Normaliser:
+        """See :class:`Objective`. A loss tells the weights of its rows whatever the policy gives: here, nothing."""
+        facts = self._facts(indices)
+        with torch.no_grad():
+            outputs = [term(facts.inputs(self.names, self.optional, {}), self.state) for term in self.terms]
+            return tuple((out.weight_G * facts.weight_R).sum().clamp(min=_TINY) for out in outputs)
+
+    def fixed(self, batch: PackedBatch, indices: Sequence[int]) -> Values:
+        """See :class:`Objective`."""
+        return {}
+
+    def policy(self, scorer: Scorer, batch: PackedBatch, indices: Sequence[int]) -> Values:
+        """See :class:`Objective`."""
+        logp_M = scorer(batch)
+        values = {"logp_N": response_sums(logp_M, batch)}
+        if "chosen_head_logp_G" in self._needs:
+            facts = self._facts(indices)
+            ends = np.cumsum(items.lengths_of(facts.groups))
+            starts = ends - items.lengths_of(facts.groups)
+            for side in ("chosen", "rejected"):
+                response: items.Ints = getattr(facts.pairs, side)
+                wide = logp_M.to(self.dtype)
+                values[f"{side}_head_logp_G"] = head_sums(wide, starts, response, facts.head_R)
+        return values
+
+    def __call__(self, values: Values, indices: Sequence[int], normaliser: Normaliser) -> Outcome:
+        """See :class:`Objective`."""
+        facts = self._facts(indices)
+        values = self._with_reference(values, facts, indices)
+        inputs = facts.inputs(self.names, self.optional, values)
+        shares: list[torch.Tensor] = []
+        metrics: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        state = dict(self.state)
+        for term, weight in zip(self.terms, normaliser, strict=True):
+            output = term(inputs, self.state)
+            if self.whole_batch:  # which rows count may depend on the batch, all of which is here
+                weight = (output.weight_G * facts.weight_R).sum().clamp(min=_TINY)
+            shares.append(term.weight * (output.numerator_G * facts.weight_R).sum() / weight)
+            for name, values_R in output.metrics.items():
+                metrics.setdefault(name, summed(values_R, facts.weight_R))
+            if output.state is not None:
+                state[term.loss.name] = output.state
+        total = torch.stack(shares).sum()
+        named = {"loss": total}
+        if len(shares) > 1:
+            named |= {f"loss/{t.loss.name}": x / t.weight for t, x in zip(self.terms, shares, strict=True)}
+        return Outcome(total, named, {**metrics, **self._seen(values, facts)}, state)
+
+    def at_reference(self, values: Values, indices: Sequence[int]) -> Values:
+        """``values`` as they would be if the policy were the reference."""
+        facts = self._facts(indices)
+        known = self._with_reference(values, facts, indices)
+        same = {name: known[n] for name in values if (n := name.replace("logp", "ref_logp")) in known}
+        same |= {name: torch.zeros_like(v) for name, v in values.items() if name == "kl_N"}
+        return {**known, **same}
+
+    def longest(self, indices: Sequence[int]) -> int:
+        """Trained tokens of the longest response of these groups."""
+        return max(int(c.trained.sum()) for i in indices for c in self.groups[i].continuations)
+
+    def _facts(self, indices: Sequence[int]) -> Facts:
+        groups = [self.groups[i] for i in indices]
+        return Facts(groups, self.kind, self.which, "label_G" in self._needs, self.device, self.dtype)
+
+    def _with_reference(self, values: Values, facts: Facts, indices: Sequence[int]) -> Values:
+        """``values`` with those of the reference, where they are known beforehand."""
+        reference = self.reference
+        if reference is None:
+            return values
+        first = reference.starts[list(indices)]
+        counts = reference.starts[np.asarray(indices) + 1] - first
+        ends = np.cumsum(counts)
+        at_N = np.repeat(first - (ends - counts), counts) + np.arange(int(ends[-1]))
+        found = {"ref_logp_N": facts.tensor(reference.sums_N[at_N], facts.dtype)}
+        if "chosen_head_ref_logp_G" in self._needs:
+            assert reference.token_values_M is not None
+            tokens = torch.from_numpy(reference.token_values_M).double()
+            starts = reference.token_starts[at_N]
+            for side in ("chosen", "rejected"):
+                head = head_sums(tokens, starts, getattr(facts.pairs, side), facts.head_R)
+                found[f"{side}_head_ref_logp_G"] = head.to(facts.device, facts.dtype)
+        return {**found, **values}
+
+    @torch.no_grad()
+    def _seen(self, values: Values, facts: Facts) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Metrics that come from the responses and not from the loss."""
+        per_response = {"lengths": facts.length_N}
+        if "ref_logp_N" in values:
+            per_response["log_ratios_per_token"] = (values["logp_N"] - values["ref_logp_N"]) / facts.length_N
+        rows, found = facts.rows, {}
+        for name, x in per_response.items():
+            if isinstance(rows, items.Pairs):
+                for side in ("chosen", "rejected"):
+                    found[f"{name}/{side}"] = summed(x[facts.tensor(getattr(rows, side))], facts.weight_R)
+            elif isinstance(rows, items.Labels):
+                for side, where in (("chosen", rows.label), ("rejected", ~rows.label)):
+                    weight = facts.weight_R * facts.tensor(where, facts.dtype)
+                    found[f"{name}/{side}"] = summed(x[facts.tensor(rows.response)], weight)
+            else:
+                for side, where in (("chosen", rows.tier == 0), ("rejected", rows.last)):
+                    weight = facts.tensor(where, facts.dtype)
+                    found[f"{name}/{side}"] = summed(x[facts.tensor(rows.response)], weight)
+        return found
+
+    def _check(self) -> None:
+        """Every group has what the losses are computed on, and none is weighted where rows cannot be."""
+        sorting = [term.loss.name for term in self.terms if not term.loss.per_row]
+        if not sorting and self.kind != "ranking" and self.which == "all":
+            return  # that there are pairs or labels is seen when rows are read
+        weights: set[float] = set()
+        for group in self.groups:
+            weights.update(items.weights_of(group, self.kind, self.which))
+            if sorting and len(weights) > 1:
+                raise DataError(
+                    f"--loss {sorting[0]} sorts the pairs of a batch, so that all must weigh the same, but this row has"
+                    " more or fewer of them than those before; give --pairs best-worst, or another loss",
+                    row=group.row,
+                )
+
+
+_TINY = 1e-30  # a batch may hold no row that a loss has a weight for; its numerators are zero then

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from prefopt.config.dpo import DpoConfig
@@ -61,11 +62,15 @@ def identify(choice: ReferenceChoice, model: torch.nn.Module | None) -> Identity
 class ReferenceRun:
     """The reference's values for ``groups``: from the cache, or scored now and cached.
 
-    ``start`` is the policy's scorer, used where the policy as it stands now is the reference.
+    ``start`` is the policy's scorer, used where the policy as it stands now is the reference. ``token_values``: the
+    value of every token is wanted, not only the sums.
     """
 
-    def __init__(self, choice: ReferenceChoice, identity: Identity, start: Scorer, config: DpoConfig) -> None:
+    def __init__(
+        self, choice: ReferenceChoice, identity: Identity, start: Scorer, config: DpoConfig, *, token_values: bool
+    ) -> None:
         self.choice, self.identity, self.start, self.config = choice, identity, start, config
+        self.token_values = token_values
         self.device = next(start.model.parameters()).device
         self._scorer: Scorer | None = start if choice.is_start else None
 
@@ -75,7 +80,7 @@ class ReferenceRun:
         """Fill the cache and read it. Raises :class:`ModelError` where the reference cannot take the data."""
         cache = ReferenceCache(self.space())
         self.check_fits(groups)
-        missing = cache.missing(groups)
+        missing = cache.missing(groups, token_values=self.token_values)
         if not missing:
             report = FillReport(0, len(GroupTable.of(groups).key_N), 0, 0.0)
         else:
@@ -85,7 +90,7 @@ class ReferenceRun:
                 report = self._fill(cache, groups, token_budget, reporter, bar, stop)
         if not self.choice.is_start:
             self._scorer = None  # its memory is the policy's now
-        return cache.values(groups), report
+        return cache.values(groups, token_values=self.token_values), report
 
     def _fill(
         self,
@@ -103,6 +108,7 @@ class ReferenceRun:
                     groups,
                     self._make_score,
                     token_budget=token_budget,
+                    token_values=self.token_values,
                     progress=lambda done, total, seconds: bar.update(done),
                     stop=stop.check,
                 )
@@ -133,6 +139,10 @@ class ReferenceRun:
                 f" give --max-length {context}"
             )
 
+    def missing(self, groups: Sequence[Group]) -> int:
+        """Responses still to be scored."""
+        return ReferenceCache(self.space()).missing(groups, token_values=self.token_values)
+
     def space(self) -> SpaceKey:
         """Where the values are kept."""
         # Another reference has the policy's kind of device and dtype; whether it can share, only the model can say.
@@ -156,16 +166,24 @@ class ReferenceRun:
         @torch.no_grad()
         def score(groups: list[Group]) -> list[list[Scored]]:
             batch = pack(groups, scorer.layout).to(self.device)
-            sums: Any = response_sums(scorer(batch), batch).tolist()
+            logp_M = scorer(batch)
+            sums: Any = response_sums(logp_M, batch).tolist()
             counts = batch.length.tolist()
-            found, n = [], 0
-            for group in groups:
-                k = len(group.continuations)
-                found.append([Scored(s, c) for s, c in zip(sums[n : n + k], counts[n : n + k], strict=True)])
-                n += k
-            return found
+            tokens: list[Any] = [None] * len(counts)
+            if self.token_values:
+                tokens = np.split(logp_M.float().cpu().numpy(), np.cumsum(counts)[:-1])
+            scored = map(Scored, sums, counts, tokens)
+            return [[next(scored) for _ in group.continuations] for group in groups]
 
         return score
+
+
+def unscored(groups: Sequence[Group]) -> ReferenceValues:
+    """Zeros where the reference's values will stand, to try a step before anything is scored."""
+    counts = np.array([int(c.trained.sum()) for g in groups for c in g.continuations], np.int32)
+    starts = np.cumsum([0, *(len(g.continuations) for g in groups)], dtype=np.int64)
+    tokens = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    return ReferenceValues(np.zeros(len(counts)), counts, starts, tokens, np.zeros(int(tokens[-1]), np.float32))
 
 
 def check_vocabulary(groups: Sequence[Group], rows: int, model: str) -> None:

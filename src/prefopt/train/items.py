@@ -1,0 +1,183 @@
+"""What a loss is computed on: pairs, labelled responses or rankings, as arrays over the responses of some groups.
+
+The responses of G groups laid end to end are numbered 0 to N - 1; every index here is one of those numbers.
+
+>>> import numpy as np
+>>> from prefopt.data.group import Group
+>>> rows = [([1, 2, n], [False, False, True]) for n in (3, 4, 5)]
+>>> group = Group.from_sequences(rows, row=1, pairs=((0, 1), (0, 2), (1, 2)))
+>>> found = pairs_of([group, group], "all")
+>>> found.chosen.tolist(), found.rejected.tolist(), found.weight.round(3).tolist()
+([0, 0, 1, 3, 3, 4], [1, 2, 2, 4, 5, 5], [0.333, 0.333, 0.333, 0.333, 0.333, 0.333])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prefopt.data.group import Group
+from prefopt.errors import DataError
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Weighted = tuple[int, int, float]  # preferred, dispreferred, weight
+WHICH = ("all", "best-worst")
+"""``all``: every pair that the data give. ``best-worst``: the best response (or tied best) against the worst."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pairs:
+    """P pairs: ``chosen`` and ``rejected`` responses, ``weight`` (1 in sum for each group), ``label``: the probability
+    that the chosen one is better, 1 but where people's votes went both ways and were put together."""
+
+    chosen: Ints
+    rejected: Ints
+    weight: Floats
+    label: Floats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Labels:
+    """Labelled responses: ``response``, ``label`` (desirable or not) and ``weight``."""
+
+    response: Ints
+    label: npt.NDArray[np.bool_]
+    weight: Floats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rankings:
+    """Responses with ``tier`` (0 the best, equal where tied) and ``group`` (0 to G - 1), those of a group together."""
+
+    response: Ints
+    tier: Ints
+    group: Ints
+
+    @property
+    def last(self) -> npt.NDArray[np.bool_]:
+        """Whether a response stands in the last tier of its group."""
+        last = np.zeros(int(self.group.max(initial=-1)) + 1, np.int64)
+        np.maximum.at(last, self.group, self.tier)
+        found: npt.NDArray[np.bool_] = self.tier == last[self.group]
+        return found
+
+
+def starts_of(groups: Sequence[Group]) -> Ints:
+    """Number of the first response of each group, and N behind them, [G + 1]."""
+    return np.cumsum([0, *(len(g.continuations) for g in groups)], dtype=np.int64)
+
+
+def lengths_of(groups: Sequence[Group]) -> Ints:
+    """Trained tokens of each response, [N]."""
+    return np.array([int(c.trained.sum()) for g in groups for c in g.continuations], np.int64)
+
+
+def scores_of(groups: Sequence[Group]) -> Floats:
+    """The data's score of each response, [N]; NaN where it has none."""
+    none = float("nan")
+    return np.array([s for g in groups for s in (g.scores or [none] * len(g.continuations))], np.float64)
+
+
+def pairs_of(groups: Sequence[Group], which: str, *, merge: bool = False) -> Pairs:
+    """The pairs of ``groups``; see :data:`WHICH`. The pairs of a group weigh 1 together, whatever its K (InstructGPT:
+    otherwise a prompt with many responses is overfitted).
+
+    ``merge``: votes for both sides of a pair become one pair with a label between 0 and 1.
+    Raises :class:`DataError` for a group that has no pair.
+    """
+    rows: list[tuple[int, int, float, float]] = []
+    for group, start in zip(groups, starts_of(groups).tolist(), strict=False):
+        found = _weighted(group) if which == "all" else _best_against_worst(group)
+        total = sum(w for _, _, w in found)
+        labelled = _merged(found) if merge else [(a, b, w, 1.0) for a, b, w in found]
+        rows += [(start + a, start + b, w / total, p) for a, b, w, p in labelled]
+    columns: Any = np.array(rows, np.float64).reshape(-1, 4).T
+    return Pairs(columns[0].astype(np.int64), columns[1].astype(np.int64), columns[2], columns[3])
+
+
+def labels_of(groups: Sequence[Group], which: str) -> Labels:
+    """Labelled responses: by the data's labels, else each pair split in two, its chosen response desirable."""
+    rows: list[tuple[int, bool, float]] = []
+    for group, start in zip(groups, starts_of(groups).tolist(), strict=False):
+        if group.labels is not None:
+            rows += [(start + k, label, 1.0) for k, label in enumerate(group.labels)]
+            continue
+        pairs = pairs_of([group], which)
+        for pair in zip(pairs.chosen.tolist(), pairs.rejected.tolist(), pairs.weight.tolist(), strict=True):
+            rows += [(start + pair[0], True, pair[2]), (start + pair[1], False, pair[2])]
+    response, label, weight = (list(x) for x in zip(*rows, strict=True))
+    return Labels(np.array(response, np.int64), np.array(label, np.bool_), np.array(weight, np.float64))
+
+
+def rankings_of(groups: Sequence[Group]) -> Rankings:
+    """Every response with its tier. Raises :class:`DataError` for a group whose data give no order."""
+    response, tiers, owner = [], [], []
+    for g, (group, start) in enumerate(zip(groups, starts_of(groups).tolist(), strict=False)):
+        for tier, members in enumerate(_tiers(group)):
+            response += [start + k for k in members]
+            tiers += [tier] * len(members)
+            owner += [g] * len(members)
+    return Rankings(np.array(response, np.int64), np.array(tiers, np.int64), np.array(owner, np.int64))
+
+
+def weights_of(group: Group, kind: str, which: str) -> list[float]:
+    """The weights of a group's pairs, labels or ranking. Raises :class:`DataError` where it has none."""
+    if kind == "ranking":
+        _tiers(group)
+        return [1.0]
+    if kind == "labels" and group.labels is not None:
+        return [1.0]
+    found = _weighted(group) if which == "all" else _best_against_worst(group)
+    total = sum(w for _, _, w in found)
+    return sorted({round(w / total, 9) for _, _, w in found})
+
+
+def _weighted(group: Group) -> list[Weighted]:
+    """All pairs of a group with their weights."""
+    weights = group.weights or [1.0] * len(group.pairs)
+    found = [(a, b, float(w)) for (a, b), w in zip(group.pairs, weights, strict=True) if w > 0]
+    if not found:
+        raise DataError("no response is preferred to another", row=group.row)
+    return found
+
+
+def _best_against_worst(group: Group) -> list[Weighted]:
+    tiers = group.tiers or _tiers_by_wins(group)
+    if len(tiers) < 2:
+        raise DataError("no response is preferred to all others; leave --pairs out", row=group.row)
+    return [(best, worst, 1.0) for best in tiers[0] for worst in tiers[-1]]
+
+
+def _tiers(group: Group) -> Sequence[Sequence[int]]:
+    if group.tiers:
+        tiers: Sequence[Sequence[int]] = group.tiers
+    else:  # one pair is an order; votes are none
+        tiers = [list(p) for p in zip(*group.pairs, strict=True)] if len(group.pairs) == 1 else []
+    if len(tiers) < 2 or sum(map(len, tiers)) != len(group.continuations):
+        raise DataError("its responses have no order; take a loss on pairs, or leave the row out", row=group.row)
+    return tiers
+
+
+def _tiers_by_wins(group: Group) -> list[list[int]]:
+    """An order where only votes are: by the weight of what was won less that of what was lost."""
+    net = [0.0] * len(group.continuations)
+    for best, worst, weight in _weighted(group):
+        net[best] += weight
+        net[worst] -= weight
+    return [[k for k, x in enumerate(net) if x == value] for value in sorted(set(net), reverse=True)]
+
+
+def _merged(pairs: Sequence[Weighted]) -> Iterator[tuple[int, int, float, float]]:
+    """Pairs with the part of their votes that went this way; of two sides the one with more comes first."""
+    votes: dict[tuple[int, int], float] = {}
+    for best, worst, weight in pairs:
+        votes[best, worst] = votes.get((best, worst), 0.0) + weight
+    for (best, worst), weight in votes.items():
+        against = votes.get((worst, best), 0.0)
+        if weight > against or (weight == against and best < worst):
+            yield best, worst, weight + against, weight / (weight + against)

@@ -1,0 +1,71 @@
+"""Sums of a global batch over its micro-batches, left on the device until they are asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+Record = dict[str, float]
+State = dict[str, dict[str, torch.Tensor]]
+
+
+class Outcome(NamedTuple):
+    """What an objective makes of one part of a global batch, or of the whole.
+
+    ``total`` is the part's share of the loss, to be differentiated. ``shares`` (such as ``loss`` and ``loss/dpo``) are
+    to be added up over the parts; ``metrics`` are pairs (sum, weight of what was summed). ``state`` is the running
+    state after it.
+    """
+
+    total: torch.Tensor
+    shares: Mapping[str, torch.Tensor]
+    metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    state: State
+
+
+class Sums:
+    """What the parts of a global batch add up to."""
+
+    def __init__(self) -> None:
+        self._shares: tuple[str, ...] = ()
+        self._metrics: tuple[str, ...] = ()
+        self._rows: list[torch.Tensor] = []
+
+    def add(self, outcome: Outcome) -> None:
+        """One part."""
+        self._shares, self._metrics = tuple(outcome.shares), tuple(outcome.metrics)
+        sums, weights = zip(*outcome.metrics.values(), strict=True) if outcome.metrics else ((), ())
+        self._rows.append(torch.stack([x.detach() for x in (*outcome.shares.values(), *sums, *weights)]))
+
+    def means(self, norm: torch.Tensor | None = None) -> Record:
+        """Shares added up, metrics as means, and ``grad_norm`` where one is given: the one wait for the device.
+
+        A metric that no row had a value for is left out.
+        """
+        total = torch.stack(self._rows).sum(0)
+        if norm is not None:
+            total = torch.cat([total, norm.to(total.dtype)[None]])
+        numbers = total.tolist()
+        record = dict(zip(self._shares, numbers, strict=False))
+        first, many = len(self._shares), len(self._metrics)
+        for i, name in enumerate(self._metrics):
+            value, weight = numbers[first + i], numbers[first + many + i]
+            if weight:
+                record[name] = value / weight
+        return record if norm is None else record | {"grad_norm": numbers[-1]}
+
+
+def summed(metric_R: torch.Tensor, weight_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum, weight) of a metric over rows, those that are NaN left out; one number for all rows counts once."""
+    if metric_R.ndim == 0 or len(metric_R) != len(weight_R):
+        metric_R, weight_R = metric_R.reshape(-1), torch.ones_like(metric_R.reshape(-1))
+    there = ~metric_R.isnan()
+    return torch.where(there, metric_R * weight_R, 0.0).sum(), (weight_R * there).sum()
+
+
+def finite(record: Record) -> bool:
+    """Whether loss and gradient norm are numbers."""
+    return all(math.isfinite(record[name]) for name in ("loss", "grad_norm") if name in record)
