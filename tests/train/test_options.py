@@ -13,7 +13,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 
 import prefopt
 from prefopt.config.dpo import DpoConfig
-from prefopt.data.formats import Rows
+from prefopt.data.formats import Reading
 from prefopt.errors import ConfigError, DataError, RunError
 from prefopt.model.scorer import Scorer
 from prefopt.records import Comparison
@@ -251,13 +251,13 @@ def seed(place: Place) -> None:
 def pairs_option(place: Place) -> None:
     """Of three responses, all pairs or the best against the worst."""
 
-    def scored(_: object, name: str) -> Rows:
-        texts = [[f"{row['chosen']}a", row["rejected"], f"k{row['chosen']}"] for row in ROWS]
-        rows = [Comparison.scored("p", t, scores=[2, 1, 0], row=i, file=name) for i, t in enumerate(texts, 1)]
-        return Rows(name, "scored", rows, [], len(rows))
+    def ranked(reading: Reading) -> Iterator[Comparison]:
+        for i, row in enumerate(ROWS, 1):
+            texts = [f"{row['chosen']}a", row["rejected"], f"k{row['chosen']}"]
+            yield Comparison.scored("p", texts, scores=[2, 1, 0], row=i, file=reading.file)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prefopt.train.data.parse_comparisons", scored)
+        patch.setattr(Reading, "__iter__", ranked)
         for which in ("all", "best-worst"):
             dpo(place.m, ROWS, place.folder / f"pairs-{which}", **QUICK, pairs=which)
     runs = [place.folder / f"pairs-{which}" for which in ("all", "best-worst")]
