@@ -45,7 +45,9 @@ from prefopt.train.best import load_best
 from prefopt.train.callbacks import Callbacks
 from prefopt.train.card import repair_generation, save_model, write_card
 from prefopt.train.data import TrainingData, load_data
+from prefopt.train.diagnose import diagnose, in_words
 from prefopt.train.folder import FREE, RunFolder, fingerprint
+from prefopt.train.history import read_history
 from prefopt.train.loop import Loop, LoopOptions
 from prefopt.train.metrics import Metrics
 from prefopt.train.objective import PreferenceObjective
@@ -191,7 +193,9 @@ class _Run:
         self.folder.same("reference", reference.identity.digest if reference else "none", "the reference model")
         sizes = f"{len(data.train)}+{len(data.held_out)}"
         self.folder.same("data", f"{fingerprint(data.groups)} {sizes}", "the data")
-        self.folder.remember(max_length=self.limit, loss=words(self.terms))
+        source = data.source
+        rows = {"read": source.read, "kept": source.kept, "truncated": source.truncated}
+        self.folder.remember(max_length=self.limit, loss=words(self.terms), rows=rows)
         path = self.folder.path / "config.yaml"
         with output_errors(path):
             path.write_text(self._options(), encoding="utf-8")
@@ -378,6 +382,8 @@ class _Run:
         if not self.config.save_every:
             shutil.rmtree(loop.checkpoints)  # they were there for what might have happened until now
         self.folder.remember(status="finished", finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), results=results)
+        for line in in_words(diagnose(read_history(folder))):
+            self.reporter.say(line)
         self.reporter.say(f"done in {duration(progress.seconds)}: {folder}")
         return DpoResult(folder, progress.step, last, held_out_loss, progress.best_step)
 

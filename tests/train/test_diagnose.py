@@ -1,0 +1,281 @@
+"""Every sentence at the end of a run is said where its numbers carry it, and not where they do not."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import math
+import random
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefopt.errors import RunError
+from prefopt.train.diagnose import CHECKS, diagnose, in_words
+from prefopt.train.history import Curve, read_history
+from prefopt.train.trend import change, mean_with_noise, share_interval
+from train.small import dpo, pairs
+
+N = 60
+LN2 = math.log(2)
+
+
+def noisy(f: Callable[[float], float], spread: float = 0.02, n: int = N, seed: int = 0) -> list[float]:
+    """A curve over a run, ``f`` of the part of it that is done, under noise; its first step has none."""
+    chance = random.Random(seed)
+    return [f(0.0)] + [f(i / (n - 1)) + chance.gauss(0, spread) for i in range(1, n)]
+
+
+GOOD: dict[str, Any] = {
+    "training": {
+        "loss": noisy(lambda t: LN2 - 0.2 * t),
+        "rewards/margins": noisy(lambda t: 0.5 * t),
+        "rewards/accuracies": noisy(lambda t: 0.5 + 0.3 * t),
+        "log_ratios_per_token/chosen": noisy(lambda t: 0.05 * t, 0.002),
+        "log_ratios_per_token/rejected": noisy(lambda t: -0.1 * t, 0.002),
+        "lengths/chosen": noisy(lambda t: 100, 5),
+        "lengths/rejected": noisy(lambda t: 98, 5),
+        "grad_norm": noisy(lambda t: 0.8, 0.02),
+        "epoch": [(i + 1) / N for i in range(N)],
+    },
+    "held_out": {
+        "loss": [0.66, 0.62, 0.58],
+        "rewards/margins": [0.1, 0.3, 0.4],
+        "rewards/accuracies": [0.6, 0.65, 0.7],
+    },
+    "record": {
+        "status": "finished",
+        "steps": N,
+        "data": "0123abcd 900+100",
+        "options": {"learning_rate": 1e-6, "max_grad_norm": 1.0},
+        "rows": {"read": 1000, "kept": 1000, "truncated": 10},
+        "max_length": 512,
+        "results": {"best step": 60},
+    },
+}
+
+
+def write(folder: Path, *, training: Any = None, held_out: Any = None, record: Any = None) -> Path:
+    """An output folder with the good run's numbers but for those given; a metric that is None is left out."""
+    training = {k: v for k, v in {**GOOD["training"], **(training or {})}.items() if v is not None}
+    held_out = {k: v for k, v in {**GOOD["held_out"], **(held_out or {})}.items() if v is not None}
+    steps = min(len(values) for values in training.values())
+    lines = [{"step": i + 1, **{k: v[i] for k, v in training.items()}} for i in range(steps)]
+    evaluations = min((len(values) for values in held_out.values()), default=0)
+    for i in range(evaluations):
+        lines.append({"step": (i + 1) * steps // evaluations, **{f"eval_{k}": v[i] for k, v in held_out.items()}})
+    folder.mkdir(exist_ok=True)
+    lines.sort(key=lambda line: int(line["step"]))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "run.json").write_text(json.dumps({**GOOD["record"], **(record or {})}))
+    return folder
+
+
+def names(folder: Path) -> set[str]:
+    return {finding.name for finding in diagnose(read_history(folder))}
+
+
+def test_a_good_run_has_nothing_to_look_at(tmp_path: Path) -> None:
+    findings = diagnose(read_history(write(tmp_path)))
+    assert {f.name for f in findings} == {"loss fell", "held out", "accuracy", "chosen rose"}
+    assert not any(f.look for f in findings)
+    text = "\n".join(in_words(findings))
+    assert "what happened:\n" in text and "what to look at" not in text
+    assert "fell from 0.6931 to 0.49" in text and "the mean of the last 6 of 60 steps" in text
+    assert "on 100 held-out rows the chosen answer has the higher reward in 70% (95 % interval 60% to 78%)" in text
+    assert "lowest at step 60: 0.5800, and was still falling there" in text
+    assert text.endswith("only seen on samples of it")
+
+
+NONE_HELD_OUT: dict[str, Any] = dict.fromkeys(GOOD["held_out"])
+
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "loss rose": ({"training": {"loss": noisy(lambda t: LN2 + 0.5 * t)}}, r"rose from 0.6931 to 1.1.* \(it is 1e-06\)"),
+    "loss flat": ({"training": {"loss": noisy(lambda t: LN2, 0.1)}}, "did not change beyond noise"),
+    "overshot": (
+        {"training": {"loss": noisy(lambda t: LN2 + 3 * math.exp(-((t - 0.2) ** 2) * 300) - 0.3 * t)}},
+        r"rose to 3.* on the way \(mean of steps 1\d to 1\d\)",
+    ),
+    "hardly moved": (
+        {
+            "training": {
+                "log_ratios_per_token/chosen": noisy(lambda t: 2e-4 * t, 2e-5),
+                "log_ratios_per_token/rejected": noisy(lambda t: -2e-4 * t, 2e-5),
+            }
+        },
+        r"changed by \+0.0002 \(chosen\) and -0.0002 \(rejected\) nats; the learning rate \(it is 1e-06\) is too small",
+    ),
+    "nothing held out": ({"held_out": NONE_HELD_OUT}, "give --eval-fraction or --eval-data"),
+    "training accuracy": ({"held_out": NONE_HELD_OUT}, "accuracy on training batches went from 0.5. to 0.7."),
+    "never better": ({"held_out": {"loss": [0.8, 0.75, 0.9]}}, "never came below the 0.6931 .* 0.7500, at step 40"),
+    "over-trained": (
+        {"held_out": {"loss": [0.60, 0.55, 0.65]}, "record": {"results": {"best step": 40}}},
+        r"lowest at step 40 \(0.5500\) and 0.6500 at the end.*The weights of step 40 are the ones that were saved",
+    ),
+    "gap": (
+        {"training": {"epoch": [3 * (i + 1) / N for i in range(N)], "loss": noisy(lambda t: LN2 - 0.5 * t)}},
+        "after 3 passes over the data the loss is 0.2.* on training rows and 0.5800 on held-out ones",
+    ),
+    "no better than chance": (
+        {"held_out": {"rewards/accuracies": [0.5, 0.5, 0.55]}},
+        r"55% \(95 % interval 45% to 64%\).*cannot be told from chance",
+    ),
+    "worse than chance": (
+        {"held_out": {"rewards/accuracies": [0.5, 0.4, 0.3]}},
+        r"30% \(95 % interval 22% to 40%\).*are chosen and rejected exchanged",
+    ),
+    "fitted": (
+        {
+            "training": {
+                "rewards/accuracies": noisy(lambda t: min(1.0, 0.5 + t), 0),
+                "rewards/margins": noisy(lambda t: 8 * t),
+            }
+        },
+        "fitted almost wholly .accuracy 1.00, margin 7.",
+    ),
+    "chosen fell": (
+        {"training": {"log_ratios_per_token/chosen": noisy(lambda t: -0.1 * t, 0.002)}},
+        r"became less likely \(by 0.09\d* nats per token, so that each token is 9.. % less likely\); rejected ones"
+        r" changed by -0.09\d*: in part this is expected",
+    ),
+    "chosen fell far": (
+        {"training": {"log_ratios_per_token/chosen": noisy(lambda t: -0.7 * t, 0.002)}},
+        "became much less likely .*look at samples",
+    ),
+    "lengths differ": (
+        {"training": {"lengths/chosen": noisy(lambda t: 200, 5, seed=1)}},
+        r"longer than rejected ones: 201 and 98 tokens in the mean \(difference \+10[123] ± [12]\)",
+    ),
+    "spike": (
+        {"training": {"grad_norm": [30.0 if i == 40 else 0.8 for i in range(N)]}},
+        r"was 30 at step 41, 38 times its median 0.8",
+    ),
+    "clipped": (
+        {"training": {"grad_norm": [0.5] * 20 + [5.0] * 40}},
+        r"--max-grad-norm 1 in 40 of 60 steps \(median norm 5\)",
+    ),
+    "truncated": (
+        {"record": {"rows": {"read": 1000, "kept": 1000, "truncated": 120}}},
+        r"120 of 1000 rows \(12%\) were truncated to 512 tokens",
+    ),
+    "ended early": ({"record": {"steps": 90}}, "ended at step 60 of 90"),
+    "few steps": ({"training": {"loss": [0.69, 0.6, 0.5]}}, "3 steps: too few"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_said_where_its_numbers_carry_it(name: str, tmp_path: Path) -> None:
+    changes, pattern = CASES[name]
+    found = {f.name: f for f in diagnose(read_history(write(tmp_path, **changes)))}
+    assert name in found and re.search(pattern, found[name].text), found.get(name)
+
+
+NEARLY: dict[str, dict[str, Any]] = {
+    "loss rose": {"training": {"loss": noisy(lambda t: LN2 + 0.02 * t, 0.1)}},
+    "loss fell": {"training": {"loss": noisy(lambda t: LN2 - 0.02 * t, 0.1)}},
+    "overshot": {"training": {"loss": noisy(lambda t: LN2 + (0.6 if abs(t - 0.5) < 0.01 else 0) - 0.2 * t)}},
+    "hardly moved": {"training": {"log_ratios_per_token/rejected": noisy(lambda t: -0.01 * t, 1e-3)}},
+    "never better": {"held_out": {"loss": [0.8, 0.69, 0.9]}},
+    "over-trained": {"held_out": {"loss": [0.60, 0.55, 0.56]}},
+    "gap": {"training": {"epoch": [(i + 1) / N for i in range(N)], "loss": noisy(lambda t: LN2 - 0.5 * t)}},
+    "accuracy": {"record": {"data": "0123abcd 900+10"}},
+    "no better than chance": {"record": {"data": "0123abcd 900+1000"}, "held_out": {"rewards/accuracies": [0.55] * 3}},
+    "fitted": {"training": {"rewards/accuracies": noisy(lambda t: 1.0, 0), "rewards/margins": noisy(lambda t: 2 * t)}},
+    "chosen fell": {"training": {"log_ratios_per_token/chosen": noisy(lambda t: -0.01 * t, 0.1)}},
+    "chosen rose": {"training": {"log_ratios_per_token/chosen": noisy(lambda t: 0.01 * t, 0.1)}},
+    "chosen fell far": {"training": {"log_ratios_per_token/chosen": noisy(lambda t: -0.2 * t, 0.002)}},
+    "lengths differ": {"training": {"lengths/chosen": noisy(lambda t: 130, 400, seed=1)}},
+    "spike": {"training": {"grad_norm": [5.0 if i == 40 else 0.8 for i in range(N)]}},
+    "clipped": {"record": {"options": {"max_grad_norm": 1e9}}, "training": {"grad_norm": [5.0] * N}},
+    "truncated": {"record": {"rows": {"kept": 1000, "truncated": 40}}},
+    "ended early": {"record": {"status": "interrupted", "steps": 90}},
+    "nothing held out": {"held_out": NONE_HELD_OUT, "record": {"status": "interrupted"}},
+    "few steps": {"training": {"loss": noisy(lambda t: 1 - t, n=12)}},
+}
+
+
+@pytest.mark.parametrize("name", NEARLY)
+def test_it_is_not_said_where_they_do_not(name: str, tmp_path: Path) -> None:
+    assert name not in names(write(tmp_path, **NEARLY[name]))
+
+
+def test_every_sentence_is_tested_both_ways() -> None:
+
+    from prefopt.train import diagnose as module
+
+    tree = ast.parse(inspect.getsource(module))
+    said = {
+        node.args[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding" and node.args
+        if isinstance(node.args[0], ast.Constant)
+    }
+    good = {"loss fell", "held out", "accuracy", "chosen rose"}
+    assert said == set(CASES) | good
+    assert said - set(NEARLY) == {"loss flat", "held out", "worse than chance", "training accuracy"}  # said above
+    assert len(CHECKS) == 10
+
+
+def test_losses_of_other_kinds_are_told_too(tmp_path: Path) -> None:
+    """A run that has a loss and little else; one whose first step is not at ln 2 claims no known start."""
+    only = {name: None for name in GOOD["training"] if name not in ("loss", "epoch")}
+    loss = noisy(lambda t: 3 - t)
+    changes = {"training": {**only, "loss": loss}, "held_out": {**NONE_HELD_OUT, "loss": [3.5, 3.2]}}
+    assert names(write(tmp_path, **changes)) == {"loss fell", "held out"}
+    text = "\n".join(in_words(diagnose(read_history(tmp_path))))
+    assert "the mean of the first 6, and the mean of the last 6" in text
+
+
+def test_a_run_without_steps_has_nothing_to_tell(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert in_words(diagnose(read_history(tmp_path))) == []
+
+
+def test_a_run_tells_it_at_its_end(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dpo(model, pairs(40), tmp_path / "out", eval_fraction=0.2, epochs=4, progress="plain", learning_rate=5e-3)
+    said = capsys.readouterr().out
+    told = in_words(diagnose(read_history(tmp_path / "out")))
+    assert "what happened:" in told and "\n".join(told) in said
+
+
+def test_what_is_no_run_is_said(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"no run of prefopt \(no run.json in it\)"):
+        read_history(tmp_path / "none")
+    write(tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 61, "lo']))
+    assert read_history(tmp_path).step == N
+    (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], "what", *lines[1:]]))
+    with pytest.raises(RunError, match="line 2 holds no metrics"):
+        read_history(tmp_path)
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(RunError, match="damaged"):
+        read_history(tmp_path)
+
+
+def test_noise_is_told_from_change_at_the_level_it_says() -> None:
+    """Of curves that are noise alone, one in twenty seems to change."""
+    chance = random.Random(1)
+    curves = [[chance.gauss(0, 1) for _ in range(50)] for _ in range(1000)]
+    for since in (None, 0.0):
+        found = [change(Curve(list(range(50)), values), since=since) for values in curves]
+        share = sum(c is not None and c.direction != 0 for c in found) / len(curves)
+        assert 0.03 < share < 0.07
+    covered = sum(abs(m) <= noise for m, noise in (mean_with_noise(v[:6]) for v in curves)) / len(curves)
+    assert 0.93 < covered < 0.97
+    assert change(Curve([1, 2, 3, 4, 5, 6, 7], [0.0] * 7)) is None
+
+
+def test_an_interval_of_a_share_covers_it() -> None:
+    chance = random.Random(2)
+    for share, count in ((0.5, 20), (0.9, 40), (0.1, 50)):
+        seen = [sum(chance.random() < share for _ in range(count)) / count for _ in range(2000)]
+        covered = statistics.fmean(low <= share <= high for low, high in (share_interval(s, count) for s in seen))
+        assert covered > 0.92
+    assert share_interval(1.0, 10)[1] == 1.0
