@@ -379,10 +379,17 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "o/n: is no file or folder here, and the Hub cannot be asked (" in error("o/n")
     # The library takes the last one it has where it cannot ask; that may be another than the one that is wanted.
     cached = type("Cache", (SimpleNamespace,), {"__module__": "datasets.packaged_modules.cache.cache"})
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: cached(builder_configs={}))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: cached(builder_configs={}, repo_id="o/n"))
     assert "may be another revision than abc" in error("o/n,revision=abc")
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install 'prefopt[hub]'" in error("o/m")
+
+
+@pytest.mark.usefixtures("cache")
+def test_readers_of_the_library_are_no_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "other.jsonl")
+    assert "json: is no file or folder here, and names no data set" in error("json")
 
 
 def test_real_folders(shared: Path) -> None:

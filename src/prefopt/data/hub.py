@@ -64,6 +64,9 @@ def _load(wanted: HubSplit) -> Any:
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # nobody is told what is loaded
     try:
         builder = datasets.load_dataset_builder(wanted.repo, wanted.config, revision=wanted.revision)
+        if builder.repo_id is None and "/" not in wanted.repo:
+            # "json" and its like are readers of the library, which take whatever lies in the current folder.
+            raise DataError("is no file or folder here, and names no data set; check the spelling", file=wanted.name)
         if wanted.config is None and len(builder.builder_configs) > 1:
             raise _which_config(wanted, list(builder.builder_configs))
         if wanted.revision and type(builder).__module__.endswith(".cache.cache"):
