@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from data.small import small_tokenizer
-from prefopt.data.render import Rendered, Renderer, covered
-from prefopt.data.tokenizer import encode, leading_ids, vocabulary_size
+from prefopt.data.encoding import Encoder
+from prefopt.data.render import APART, Rendered, Renderer
+from prefopt.data.tokenizer import leading_ids, vocabulary_size
 from prefopt.data.validate import Problem
 from prefopt.errors import DataError, ModelError
 from prefopt.records import Comparison, Message, Response
@@ -65,15 +66,18 @@ def runs(tokenizer: Any, rendered: Rendered, k: int) -> list[tuple[bool, str]]:
     return [(bool(trained[a]), tokenizer.decode(ids[a:b].tolist())) for a, b in pairwise(cuts)]
 
 
-def test_boundary_tokens_that_merge_differently_per_response() -> None:
+def test_prompt_and_answer_that_the_tokenizer_would_join_are_tokenized_apart() -> None:
     tokenizer = small_tokenizer([("a", "b"), ("Ġ", "b")])
     vocabulary = tokenizer.get_vocab()
-    group = Renderer(tokenizer).render(text("xa", " b", "b")).group
+    renderer = Renderer(tokenizer)
+    group = renderer.render(text("xa", " b", "b")).group
     chosen, rejected = (group.sequence(k) for k in (0, 1))
     assert chosen[0].tolist() == [vocabulary[t] for t in ("x", "a", "Ġb", "</s>")]
-    assert rejected[0].tolist() == [vocabulary[t] for t in ("x", "ab", "</s>")]
-    assert chosen[1].tolist() == [False, False, True, True] and rejected[1].tolist() == [False, True, True]
-    assert group.prefix.tolist() == [vocabulary["x"]]
+    assert rejected[0].tolist() == [vocabulary[t] for t in ("x", "a", "b", "</s>")]
+    assert chosen[1].tolist() == rejected[1].tolist() == [False, False, True, True]
+    (prompt,) = renderer.prompts([text("xa", " b", "b")])
+    assert group.prefix.tolist() == list(prompt) == [vocabulary["x"], vocabulary["a"]]
+    assert renderer.findings == {APART: [1]}
 
 
 def test_empty_prompt_and_response_of_one_token() -> None:
@@ -174,11 +178,11 @@ def test_template_without_end_of_turn_gets_eos_and_says_so_once() -> None:
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "refuses the conversation"),
-        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "0 times"),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "not show the assistant turn"),
         ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "2 times"),
         (
             "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages[-1].content | length }}",
-            "no place of its own",
+            "no end of its own",
         ),
     ],
 )
@@ -223,9 +227,10 @@ def test_truncation_of_a_group() -> None:
 def test_offsets_cover_every_character(gpt2: Any, minimind: Any, stories: Any) -> None:
     words = "  Hi  there 你好 👍🏽\n\n  end "
     for tokenizer in (gpt2, minimind, stories):
-        ((ids, offsets),) = encode(tokenizer, [words])
+        (encoded,) = Encoder(tokenizer).encode([words])
+        ids, offsets = encoded.ids, encoded.offsets
         assert tokenizer.decode(ids.tolist()).strip() == words.strip()
-        assert covered(offsets, [(0, len(words))], len(words)).all()
+        assert encoded.covers([(0, len(words))]).all()
         assert (offsets[1:, 0] <= np.maximum.accumulate(offsets[:, 1])[:-1]).all() and offsets[-1, 1] == len(words)
 
 

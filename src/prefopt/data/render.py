@@ -1,39 +1,47 @@
-"""From a comparison to a group: chat template, token ids, trained masks. The only user of chat templates.
+"""From a comparison to a group: chat template, token ids, trained masks.
 
-Each response is rendered with its prompt as one text and tokenised once. What is trained is known in characters first,
-then in tokens: a token is trained if it covers any character of an answer, so that a merge across the boundary is
-trained with the answer it belongs to. An answer ends with its end-of-turn token; what a template puts after the last
-one is neither trained nor kept. Where answers lie in the text is found by rendering, not by knowing templates:
-
-- the answer of a turn *starts* where the prompt with its generation prompt ends, if the whole text begins with that
-  (what the template adds behind it, such as an empty reasoning block, is the model's to write, hence trained), else
-  where the template puts the words of that turn;
-- it *ends* where the text behind those words begins, plus the end-of-turn token that stands there.
+Each response is rendered with its prompt as one text. What is trained is known in characters first (see
+:mod:`prefopt.data.answers`), then in tokens (see :mod:`prefopt.data.encoding`): those that cover the answer, decoded,
+are the answer and its end-of-turn token. What a template puts after the last one is neither trained nor kept.
 """
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from functools import cached_property
+from itertools import islice
 
 import numpy as np
 
+from prefopt.data.answers import Answers
+from prefopt.data.encoding import Encoded, Encoder, Layout
 from prefopt.data.findings import Findings, lines
 from prefopt.data.group import BoolArray, Group, IntArray
+from prefopt.data.reasoning import strip_reasoning
 from prefopt.data.rendering import Rendering
 from prefopt.data.template import ChatTemplate, Turns, Unrenderable
-from prefopt.data.tokenizer import OffsetArray, Tokenizer, encode, end_marks, eos_id, leading_ids, tokenizer_digest
+from prefopt.data.tokenizer import Tokenizer, end_marks, eos_id, leading_ids, tokenizer_digest
 from prefopt.data.truncate import truncate
 from prefopt.data.validate import Problem
 from prefopt.errors import DataError
-from prefopt.records import Comparison
+from prefopt.records import Comparison, Response
 
 BATCH = 64
+
+NO_TEMPLATE = "the tokenizer has no chat template: turns are written as 'User: ...', 'Assistant: ...'"
+NO_END = "the chat template ends no answer with a token of its own: EOS is added"
+NO_END_AT_ALL = "the chat template ends no answer with a token of its own, and none is added"
+NO_BOS = "the tokenizer puts a BOS before plain text and the chat template puts none: conversations have none"
+DATED = "the chat template shows the day's date: cached tokens and reference serve that day only"
+NO_FIELD = "the chat template has no place for reasoning: it is written into the answer, as <think>...</think>"
+SPECIAL = "special tokens written out in the text, read as those tokens"
+STRIPPED = "reasoning left out, as --reasoning strip says"
+APART = "the tokenizer would join the end of the prompt to the answer: they are tokenized apart, as in sampling"
+JOINED = "the tokenizer joins the end of the prompt to the answer, which sampling never sees"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,16 +51,6 @@ class Rendered:
     group: Group
     prompt_cut: int = 0
     responses_cut: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """One response with its prompt as text; ``spans`` are the trained characters, [start, end); EOS may follow."""
-
-    text: str
-    spans: tuple[tuple[int, int], ...]
-    bos: bool = False
-    eos: bool = False
 
 
 class Renderer:
@@ -79,14 +77,18 @@ class Renderer:
         template that is no Jinja and where EOS is needed and not there.
         """
         self.rendering = rendering or Rendering(max_length, add_eos)
-        self.max_length, self.add_eos = self.rendering.max_length, self.rendering.add_eos
         self.tokenizer = tokenizer
         self.findings: Findings = {}
         self._template = ChatTemplate(tokenizer, self.rendering)
         self.template: str | None = self._template.carried
+        self._encoder = Encoder(tokenizer)
         self._lead = leading_ids(tokenizer)
-        self._marks = end_marks(tokenizer)
-        self._mark_pattern = re.compile("|".join(map(re.escape, self._marks)) or r"(?!)")
+        marks = end_marks(tokenizer)
+        self._end_ids = frozenset(int(i) for i in tokenizer.convert_tokens_to_ids(list(marks)))
+        special = sorted({*marks, *tokenizer.all_special_tokens}, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        self._answers = Answers(self._template, marks, tokenizer.eos_token, self._say)
+        self._row, self._told = 0, False
 
     @property
     def notes(self) -> list[str]:
@@ -98,7 +100,7 @@ class Renderer:
 
         Tokenizer, template, its variables, length and reasoning; and the date where the template shows it.
         """
-        date = datetime.date.today().isoformat() if self._template.reads_date else ""
+        date = self.rendering.date if self._template.reads_date else ""
         parts = [tokenizer_digest(self.tokenizer), self.rendering.digest(), *self._template.sources, date]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
@@ -114,54 +116,135 @@ class Renderer:
         rows = iter(comparisons)
         while batch := list(islice(rows, BATCH)):
             laid = [self._lay_out(c) for c in batch]
-            texts = [layout.text for row in laid if not isinstance(row, Problem) for layout in row]
-            encoded = iter(encode(self.tokenizer, texts))
+            encoded = iter(self._encoder.encode_rows([row for row in laid if not isinstance(row, Problem)]))
             for comparison, row in zip(batch, laid, strict=True):
                 if isinstance(row, Problem):
                     yield row
-                else:
-                    yield self._group(comparison, [self._sequence(x, *next(encoded)) for x in row])
+                    continue
+                self._row = comparison.row
+                parts = zip(row, next(encoded), strict=True)
+                yield self._group(comparison, [self._sequence(layout, tokens) for layout, tokens in parts])
 
     def prompts(self, comparisons: Iterable[Comparison]) -> Iterator[IntArray | Problem]:
         """Token ids [P] up to where an answer begins, generation prompt included, or why there are none, in order.
 
-        What a model is given to sample from. It is how the trained sequence begins, unless the tokenizer joins the
-        end of the prompt and the start of an answer into one token, or the template shows a finished answer behind
-        something else than its generation prompt (an opened reasoning block, say). Responses are not looked at, and
-        nothing is truncated.
+        What a model is given to sample from. It is how the trained sequences begin, but for rows whose answers the
+        template shows behind something else than its generation prompt (``findings`` of :meth:`render_all` names
+        them). Responses are not looked at, and nothing is truncated.
         """
         rows = iter(comparisons)
         while batch := list(islice(rows, BATCH)):
             laid = [self._lay_out_prompt(c) for c in batch]
-            encoded = iter(encode(self.tokenizer, [x.text for x in laid if not isinstance(x, Problem)]))
+            encoded = iter(self._encoder.encode([x.text for x in laid if not isinstance(x, Problem)]))
             for c, layout in zip(batch, laid, strict=True):
                 if isinstance(layout, Problem):
                     yield layout
                     continue
-                ids, _ = self._sequence(layout, *next(encoded))
+                ids, _ = self._sequence(layout, next(encoded))
                 yield ids if len(ids) else Problem("empty prompt", c.row, "the prompt has no token", c.file)
 
     def _lay_out_prompt(self, c: Comparison) -> Layout | Problem:
+        self._row = c.row
+        c = self._without_reasoning(c)
         if c.text:
             return Layout("".join(m.content for m in c.prompt), (), bos=True)
+        self._say_once()
         try:
             return Layout(self._template.show(c.prompt, c.tools, generation=True), ())
         except Unrenderable as error:
             return Problem("chat template", c.row, str(error), c.file)
 
-    def _say(self, what: str, c: Comparison | None = None) -> None:
-        """Note what a person should be told, of a row or once."""
-        rows = self.findings.setdefault(what, [])
-        if c is not None:
-            rows.append(c.row)
+    def _lay_out(self, c: Comparison) -> list[Layout] | Problem:
+        self._row = c.row
+        c = self._without_reasoning(c)
+        self._look_for_special_tokens(c)
+        turns = [r.messages for r in c.responses]
+        if not turns:
+            return Problem("no response", c.row, "the row is a prompt without a response", c.file)
+        if any(map(_empty, turns)):
+            return Problem("empty response", c.row, "an answer holds no words, or nothing but reasoning", c.file)
+        if c.text:
+            prompt = "".join(m.content for m in c.prompt)
+            return [self._text(prompt, "".join(m.content for m in r.messages)) for r in c.responses]
+        self._say_once()
+        if not self._template.reads_reasoning and any(m.reasoning for r in turns for m in r):
+            self._say(NO_FIELD, once=True)
+        try:
+            laid = self._answers.lay_out(c.prompt, turns, c.tools)
+        except Unrenderable as error:
+            return Problem("chat template", c.row, str(error), c.file)
+        return [self._ended(layout) for layout in laid]
 
-    def _sequence(self, layout: Layout, ids: IntArray, offsets: OffsetArray) -> tuple[IntArray, BoolArray]:
-        trained = covered(offsets, layout.spans, len(layout.text))
+    def _ended(self, layout: Layout) -> Layout:
+        """``eos`` as it is wanted: where the template ends no answer, and none is forbidden."""
+        if not layout.eos:
+            return layout
+        self._say(NO_END if self.rendering.add_eos else NO_END_AT_ALL, once=True)
+        return layout if self.rendering.add_eos else replace(layout, eos=False)
+
+    def _text(self, prompt: str, response: str) -> Layout:
+        text = prompt + response
+        eos = self.rendering.add_eos and not text.endswith(str(self.tokenizer.convert_ids_to_tokens(self._eos)))
+        return Layout(text, ((len(prompt), len(text)),), bos=True, eos=eos)
+
+    def _without_reasoning(self, c: Comparison) -> Comparison:
+        if self.rendering.reasoning == "keep":
+            return c
+        prompt: Turns = tuple(map(strip_reasoning, c.prompt))
+        responses = tuple(Response(tuple(map(strip_reasoning, r.messages))) for r in c.responses)
+        if prompt == c.prompt and responses == c.responses:
+            return c
+        self._say(STRIPPED)
+        return replace(c, prompt=prompt, responses=responses)
+
+    def _look_for_special_tokens(self, c: Comparison) -> None:
+        eos, bos = self.tokenizer.eos_token or "", self.tokenizer.bos_token or ""
+        for turns in (c.prompt, *(r.messages for r in c.responses)):
+            for turn in turns:
+                content = turn.content.removesuffix(eos)
+                content = content.removeprefix(bos) if c.text else content
+                if self._special.search(content) or (turn.reasoning and self._special.search(turn.reasoning)):
+                    self._say(SPECIAL)
+                    return
+
+    def _say_once(self) -> None:
+        """What is to be told of a chat template, whatever the rows."""
+        if self._told:
+            return
+        self._told = True
+        if self._template.plain:
+            self._say(NO_TEMPLATE, once=True)
+        if self._lacks_bos:
+            self._say(NO_BOS, once=True)
+        if self._template.reads_date:
+            self._say(DATED, once=True)
+
+    @cached_property
+    def _lacks_bos(self) -> bool:
+        if not self._lead:
+            return False
+        start = "".join(self.tokenizer.convert_ids_to_tokens(self._lead))
+        return not self._template.sample().startswith(start)
+
+    @cached_property
+    def _eos(self) -> int:
+        return eos_id(self.tokenizer)
+
+    def _say(self, what: str, *, once: bool = False) -> None:
+        """Note what a person should be told: of the row at hand, or ``once`` for all."""
+        rows = self.findings.setdefault(what, [])
+        if not once and rows[-1:] != [self._row]:
+            rows.append(self._row)
+
+    def _sequence(self, layout: Layout, tokens: Encoded) -> tuple[IntArray, BoolArray]:
+        ids, trained = tokens.ids, tokens.covers(layout.spans)
+        if tokens.boundary:
+            self._say(APART if tokens.boundary == "apart" else JOINED)
         if layout.bos and ids[: len(self._lead)].tolist() != self._lead:
             ids = np.concatenate([np.array(self._lead, np.int32), ids])
             trained = np.concatenate([np.zeros(len(self._lead), np.bool_), trained])
         if layout.eos:
-            ids, trained = np.append(ids, np.int32(eos_id(self.tokenizer))), np.append(trained, True)
+            ids, trained = np.append(ids, np.int32(self._eos)), np.append(trained, True)
         return ids, trained
 
     def _group(self, c: Comparison, sequences: Sequence[tuple[IntArray, BoolArray]]) -> Rendered | Problem:
@@ -171,107 +254,22 @@ class Renderer:
         if any(same(*pair) for pair in c.pairs):
             return Problem("identical responses", c.row, "the responses are the same token for token", c.file)
         prompt_cut, responses_cut = 0, (0,) * len(sequences)
+        limit = self.rendering.max_length
         try:
-            if self.max_length is not None and max(len(ids) for ids, _ in sequences) > self.max_length:
-                bos = self.tokenizer.bos_token_id
-                cut = truncate(sequences, self.max_length, bos=bos)
+            if limit is not None and max(len(ids) for ids, _ in sequences) > limit:
+                cut = truncate(sequences, limit, bos=self.tokenizer.bos_token_id, ends=self._end_ids)
                 sequences, prompt_cut, responses_cut = cut.sequences, cut.prompt, cut.responses
                 if any(same(*pair) for pair in c.pairs):
-                    what = f"the responses differ only beyond {self.max_length} tokens"
+                    what = f"the responses differ only beyond {limit} tokens"
                     return Problem("identical after truncation", c.row, what, c.file)
             group = Group.from_sequences(sequences, c.row, c.pairs)
-            weights = None if c.votes is None else tuple(weight for *_, weight in c.votes)
-            group = replace(group, weights=weights, tiers=c.tiers, scores=c.scores, labels=c.labels)
-            return Rendered(group, prompt_cut, responses_cut)
         except ValueError as error:
             return Problem("nothing to train", c.row, str(error), c.file)
-
-    def _lay_out(self, c: Comparison) -> list[Layout] | Problem:
-        eos = str(self.tokenizer.eos_token)
-        contents = [m.content.removesuffix(eos) for r in (c.prompt, *(x.messages for x in c.responses)) for m in r]
-        if any(self._mark_pattern.search(content) for content in contents):
-            self._say("special tokens written out in the text, read as those tokens", c)
-        if c.text:
-            prompt = "".join(m.content for m in c.prompt)
-            return [self._text(prompt, "".join(m.content for m in r.messages)) for r in c.responses]
-        if self._template.plain:
-            self._say("the tokenizer has no chat template: turns are written as 'User: ...', 'Assistant: ...'")
-        shown: dict[tuple[Turns, bool], str] = {}
-        try:
-            return [self._conversation(c, r.messages, shown) for r in c.responses]
-        except Unrenderable as error:
-            return Problem("chat template", c.row, str(error), c.file)
-
-    def _text(self, prompt: str, response: str) -> Layout:
-        text = prompt + response
-        eos = self.add_eos and not text.endswith(str(self.tokenizer.convert_ids_to_tokens(eos_id(self.tokenizer))))
-        return Layout(text, ((len(prompt), len(text)),), bos=True, eos=eos)
-
-    def _conversation(self, c: Comparison, response: Turns, shown: dict[tuple[Turns, bool], str]) -> Layout:
-        def show(turns: Turns, generation: bool) -> str:
-            """What the responses of one prompt have in common is rendered once."""
-            if (turns, generation) not in shown:
-                shown[turns, generation] = self._template.show(turns, c.tools, generation=generation)
-            return shown[turns, generation]
-
-        whole = c.prompt + response
-        full = show(whole, False)
-        spans, ended = [], False
-        for j in range(len(c.prompt), len(whole)):
-            if whole[j].role == "assistant" and whole[j].trained:
-                start, end, ended = self._turn(whole, j, full, show)
-                spans.append((start, end))
-        if not spans:
-            raise Unrenderable("a response has no turn of the assistant to train")
-        if not ended and self.add_eos:
-            eos_id(self.tokenizer)
-            self._say("the chat template ends no answer with a token of its own: EOS is added")
-        return Layout(full[: spans[-1][1]], tuple(spans), eos=not ended and self.add_eos)
-
-    def _turn(self, whole: Turns, j: int, full: str, show: Callable[[Turns, bool], str]) -> tuple[int, int, bool]:
-        """Trained characters [start, end) of turn j in ``full``, and whether an end-of-turn token is among them."""
-        mark = _probe(full, *(m.content for m in whole))
-        around = show((*whole[:j], replace(whole[j], content=mark), *whole[j + 1 :]), False).split(mark)
-        if len(around) != 2:
-            raise Unrenderable(f"the template shows an answer {len(around) - 1} times instead of once")
-        head, tail = around
-        words_end = len(full) - len(tail)
-        asked = show(whole[:j], True)
-        if full.startswith(asked):
-            start = len(asked)
-        else:
-            start = _common(full, head)
-            before = show(whole[:j], False)
-            if full.startswith(before) and asked.startswith(before):
-                start = min(start, _common(full, asked))
-        if not full.endswith(tail) or start >= words_end:
-            raise Unrenderable("the template gives an answer no place of its own that could be told from its prompt")
-        rest = tail.lstrip()
-        end = next((m for m in self._marks if rest.startswith(m)), None)
-        if end is None:
-            return start, words_end, False
-        return start, words_end + len(tail) - len(rest) + len(end), True
+        weights = None if c.votes is None else tuple(weight for *_, weight in c.votes)
+        group = replace(group, weights=weights, tiers=c.tiers, scores=c.scores, labels=c.labels)
+        return Rendered(group, prompt_cut, responses_cut)
 
 
-def _probe(*texts: str) -> str:
-    """What stands in for the words of a turn, to see where a template puts them: in none of the texts."""
-    return next(probe for n in count() if not any((probe := f"prefopt{n}probe") in text for text in texts))
-
-
-def covered(offsets: OffsetArray, spans: Sequence[tuple[int, int]], length: int) -> BoolArray:
-    """Which tokens [L] cover any character of the spans; ``offsets`` [L, 2), text of ``length`` characters.
-
-    A token that covers nothing goes with the character at its place.
-    """
-    inside = np.zeros(length + 1, np.bool_)
-    for start, end in spans:
-        inside[start:end] = True
-    before = np.concatenate([[0], np.cumsum(inside)])
-    starts, ends = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
-    trained: BoolArray = before[np.minimum(ends, length + 1)] > before[starts]
-    return trained
-
-
-def _common(one: str, other: str) -> int:
-    """How many characters two texts have in common at their start."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+def _empty(response: Turns) -> bool:
+    """Whether a turn that is to be learned says and calls nothing."""
+    return any(m.trained and m.role == "assistant" and not (m.content.strip() or m.tool_calls) for m in response)

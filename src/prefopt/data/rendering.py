@@ -8,6 +8,7 @@ False
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,8 @@ class Rendering:
 
     ``max_length`` bounds prompt and response together. ``add_eos`` ends answers with EOS where no template does.
     ``chat_template`` is the text of a template to use instead of the tokenizer's, ``variables`` are given to either.
-    ``reasoning`` says whether reasoning blocks of the assistant are kept or stripped.
+    ``reasoning`` says whether reasoning blocks of the assistant are kept or stripped. ``date`` is what templates show
+    that ask for today's: one for all processes of a run.
     """
 
     max_length: int | None = None
@@ -50,14 +52,18 @@ class Rendering:
     chat_template: str | None = None
     variables: Mapping[str, object] = field(default_factory=dict, hash=False)
     reasoning: Literal["keep", "strip"] = "keep"
+    date: str = field(default_factory=lambda: datetime.date.today().isoformat())
 
     def __post_init__(self) -> None:
         """Raise :class:`ConfigError` for a length under 2 and for variables that are not plain values."""
         check_max_length(self.max_length)
         try:
             json.dumps(dict(self.variables), allow_nan=False)
+            datetime.date.fromisoformat(self.date)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"template variables should be plain values, as JSON has them: {error}") from None
+            raise ConfigError(
+                f"rendering takes plain values, as JSON has them, and a date as 2026-11-23: {error}"
+            ) from None
 
     @classmethod
     def from_options(cls, options: RenderOptions, max_length: int | None = None) -> Rendering:
@@ -71,8 +77,13 @@ class Rendering:
         return cls(max_length, True, template, variables, options.reasoning)
 
     def digest(self) -> str:
-        """16 bytes in hexadecimal that name these values, the same in every process."""
-        text = json.dumps([VERSION, asdict(self)], sort_keys=True, ensure_ascii=True)
+        """16 bytes in hexadecimal that name these values, the same in every process.
+
+        The date is left out: whether it counts depends on the template. :meth:`prefopt.data.render.Renderer.digest`
+        covers that too, and the tokenizer with its template.
+        """
+        values = {name: value for name, value in asdict(self).items() if name != "date"}
+        text = json.dumps([VERSION, values], sort_keys=True, ensure_ascii=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

@@ -1,19 +1,22 @@
 """Chat templates: given turns as they expect them, refusing in one line.
 
 They run in the environment of transformers, so that what is trained is what ``tokenizer.apply_chat_template`` shows the
-finished model.
+finished model. How a template wants to be given some things (content as text or in parts, a tool call's arguments as
+an object or as text) is found out by asking it for turns made up on the spot, once and whatever the rows.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
 
 from prefopt.data import jinja
+from prefopt.data.reasoning import join_reasoning
 from prefopt.data.rendering import Rendering, check_mentioned, check_names
 from prefopt.data.tokenizer import Tokenizer, plain_template
 from prefopt.errors import ModelError
@@ -23,6 +26,7 @@ Turns = tuple[Message, ...]
 # Where templates look for reasoning. As in transformers, the first two are filled in together.
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+_WORD, _OTHER = "prefoptword", "prefoptother"
 
 
 class Unrenderable(Exception):
@@ -51,11 +55,16 @@ class ChatTemplate:
         if reason := next(filter(None, map(jinja.syntax_error, sources)), ""):
             raise ModelError(f"{tokenizer.name_or_path}: the chat template is no Jinja: {reason}")
         self._fields = frozenset[str]().union(*map(jinja.fields, sources))
-        self.reads_date = any("strftime_now" in jinja.names(s) for s in sources)
         check_names(rendering.variables)
         check_mentioned(rendering.variables, frozenset[str]().union(*map(jinja.variables, sources)))
         special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-        self._given: dict[str, Any] = {**special, **rendering.variables}
+        self._date, self._asked_date = datetime.datetime.fromisoformat(rendering.date), False
+        self._given: dict[str, Any] = {"documents": None, "strftime_now": self._strftime, **special}
+        self._given.update(rendering.variables)
+        self._content_form = "text"
+        if _WORD not in self.sample():
+            self._content_form = "parts"
+            self._content_form = "parts" if _WORD in self.sample() else "text"
 
     @property
     def sources(self) -> tuple[str, str]:
@@ -67,6 +76,17 @@ class ChatTemplate:
         """Whether the template takes reasoning from a field of its own."""
         return not self._fields.isdisjoint(REASONING_FIELDS)
 
+    @cached_property
+    def reads_date(self) -> bool:
+        """Whether the text changes with the day it is rendered on."""
+        if not any("strftime_now" in jinja.names(source) for source in self.sources):
+            return False
+        self._asked_date = False
+        for tools in ((), ('{"name": "f"}',)):
+            self._try(Message("user", _WORD), tools=tools)
+            self._try(Message("system", _WORD), Message("user", _WORD), tools=tools)
+        return self._asked_date
+
     def show(self, turns: Turns, tools: Sequence[str] = (), *, generation: bool = False) -> str:
         """The turns as text, with the generation prompt behind them if asked. Raises :class:`Unrenderable`."""
         template = jinja.compiled(self._with_tools if tools else self.text)
@@ -74,7 +94,6 @@ class ChatTemplate:
             text = template.render(
                 messages=[self._message(turn) for turn in turns],
                 tools=[_tool(tool) for tool in tools] or None,
-                documents=None,
                 add_generation_prompt=generation,
                 **self._given,
             )
@@ -82,30 +101,58 @@ class ChatTemplate:
             raise Unrenderable(f"the template refuses the conversation: {jinja.one_line(error)}") from None
         return str(text)
 
+    def sample(self) -> str:
+        """What the template makes of one question; nothing where it refuses that."""
+        return self._try(Message("user", _WORD))
+
+    def _try(self, *turns: Message, tools: Sequence[str] = ()) -> str:
+        """The turns as text, or nothing where the template refuses them."""
+        try:
+            return self.show(turns, tools)
+        except Unrenderable:
+            return ""
+
+    def _strftime(self, form: str) -> str:
+        """One date for all rows of a run, in every process, also past midnight."""
+        self._asked_date = True
+        return self._date.strftime(form)
+
     def _message(self, turn: Message) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+        content = turn.content
+        message: dict[str, Any] = {"role": turn.role}
         if turn.reasoning is not None and self.reads_reasoning:
             known = not self._fields.isdisjoint(REASONING_FIELDS[:2])
             message.update(dict.fromkeys(REASONING_FIELDS[:2] if known else REASONING_FIELDS[2:], turn.reasoning))
         elif turn.reasoning is not None:
-            message["content"] = inline_reasoning(turn.reasoning, turn.content)
+            content = join_reasoning(turn.reasoning, content)
         if turn.tool_calls:
-            message["tool_calls"] = [_call(call) for call in turn.tool_calls]
+            as_text, bare = self._call_form
+            message["tool_calls"] = [_call(call, as_text) for call in turn.tool_calls]
+        if content or not turn.tool_calls or not bare:
+            message["content"] = content if self._content_form == "text" else [{"type": "text", "text": content}]
         if turn.tool_call_id is not None:
             message["tool_call_id"] = turn.tool_call_id
         if turn.name is not None:
             message["name"] = turn.name
         return message
 
+    @cached_property
+    def _call_form(self) -> tuple[bool, bool]:
+        """Whether a call's arguments are wanted as text, and whether a call without words is to have no content."""
+        call = ToolCall(_OTHER, json.dumps({"key": _WORD}), "prefoptid")
+        asked, answer = Message("user", "q"), Message("assistant", "", tool_calls=(call,))
+        for form in ((False, False), (False, True), (True, False), (True, True)):
+            self.__dict__["_call_form"] = form
+            text = self._try(asked, answer)
+            printed_by_python = f"'{_WORD}'" in text and f'"{_WORD}"' not in text
+            if _OTHER in text and _WORD in text and not printed_by_python:
+                return form
+        return (False, False)
 
-def inline_reasoning(reasoning: str, content: str) -> str:
-    """Reasoning and answer as one text, the way most thinking models write them."""
-    return f"<think>\n{reasoning}\n</think>\n\n{content}"
 
-
-def _call(call: ToolCall) -> dict[str, Any]:
+def _call(call: ToolCall, as_text: bool) -> dict[str, Any]:
     try:
-        arguments = json.loads(call.arguments)
+        arguments = call.arguments if as_text else json.loads(call.arguments)
     except ValueError:
         arguments = call.arguments
     known = {} if call.id is None else {"id": call.id}

@@ -7,14 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
-
-from prefopt.data.group import IntArray
 from prefopt.errors import ModelError
 
 if TYPE_CHECKING:
@@ -23,8 +18,6 @@ if TYPE_CHECKING:
     Tokenizer: TypeAlias = PreTrainedTokenizerBase
 else:  # transformers takes seconds to import, and brings torch along
     Tokenizer = Any
-
-OffsetArray = npt.NDArray[np.int64]
 
 VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "tekken.json"}
 
@@ -130,28 +123,3 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
     }
     text = json.dumps([backend, beside], sort_keys=True, ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[tuple[IntArray, OffsetArray]]:
-    """Token ids [L] and the characters [L, 2) each covers, for every text; no special token is added.
-
-    Tokenizers may leave the space that belongs to a token out of its offsets: a token covers all characters since the
-    one before it ended. Tokens that share the bytes of one character share its offsets.
-    """
-    if not texts:
-        return []
-    batch = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    encoded = []
-    for ids, pairs in zip(batch["input_ids"], batch["offset_mapping"], strict=True):
-        offsets = np.array(pairs, np.int64).reshape(-1, 2)
-        ended = np.maximum.accumulate(np.concatenate([[0], offsets[:, 1]]))[:-1]
-        offsets[:, 0] = np.minimum(offsets[:, 0], ended)
-        encoded.append((np.array(ids, np.int32), offsets))
-    return encoded

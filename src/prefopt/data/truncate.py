@@ -10,7 +10,7 @@ A response that lost its end lost its EOS with it: it is never trained as if it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,13 +38,18 @@ def check_max_length(max_length: int | None) -> None:
 
 
 def truncate(
-    sequences: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]], max_length: int, *, bos: int | None = None
+    sequences: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]],
+    max_length: int,
+    *,
+    bos: int | None = None,
+    ends: Collection[int] = (),
 ) -> Truncated:
     """Cut K sequences of one prompt to ``max_length`` tokens each.
 
     The prompt loses tokens on its left, the same ones for all K, until the longest sequence fits or
-    min(128, max_length // 2) tokens of it are left; a BOS at its start stays. Then each response loses its end.
-    Raises ``ValueError`` where no token of a response fits: its own part of the prompt is too long.
+    min(128, max_length // 2) tokens of it are left; a BOS at its start stays. Then each response loses its end, and
+    with it the ``ends`` (ids that may end a turn) that its own words spell out just there: they would say that it is
+    finished. Raises ``ValueError`` where no token of a response fits: its own part of the prompt is too long.
     """
     check_max_length(max_length)
     whole = [(np.asarray(i, np.int32), np.asarray(t, np.bool_)) for i, t in sequences]
@@ -61,10 +66,17 @@ def truncate(
     for ids, trained in whole:
         left = np.concatenate([ids[:start], ids[start + cut :]])
         mask = np.concatenate([trained[:start], trained[start + cut :]])
-        where = np.nonzero(mask[:max_length])[0]
-        if not len(where):
+        end = _end(left, mask, max_length, ends) if len(left) > max_length else len(left)
+        if not mask[:end].any():
             raise ValueError("the prompt leaves no room for the response")
-        end = int(where[-1]) + 1 if len(left) > max_length else len(left)
         kept.append((left[:end], mask[:end]))
         lost.append(len(left) - end)
     return Truncated(tuple(kept), cut, tuple(lost))
+
+
+def _end(ids: IntArray, trained: BoolArray, max_length: int, ends: Collection[int]) -> int:
+    """How many of the first ``max_length`` tokens to keep: up to the last trained one that ends no unfinished turn."""
+    end = max_length
+    while end and (not trained[end - 1] or (trained[end] and int(ids[end - 1]) in ends)):
+        end -= 1
+    return end

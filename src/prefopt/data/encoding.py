@@ -1,0 +1,222 @@
+"""From rendered texts to token ids, with the characters that each token covers.
+
+The ids are those of the whole text, with one exception. A model that answers is given the prompt tokenized by itself,
+and some tokenizers would read its end otherwise when they see an answer behind it: they join the last space to the
+first word, or take two line breaks apart. There prompt and answer are tokenized apart, so that training sees the prompt
+as sampling does and what is trained is the answer and nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from prefopt.data.group import BoolArray, IntArray
+from prefopt.data.tokenizer import Tokenizer
+
+OffsetArray = npt.NDArray[np.int64]
+Tokens = tuple[IntArray, OffsetArray]
+
+WORTH_SHARING = 64  # characters of a prompt under which it is not worth while to encode it once for all responses
+NEAR = 256  # characters before an answer in which to look for the token that the end of its prompt begins with
+REMEMBERED = 4096  # ends of prompts; a template has a handful
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One response with its prompt as text; ``spans`` are the trained characters, [start, end).
+
+    ``bos`` and ``eos`` say whether those are still to be added. The first ``shared`` characters are the prompt's, the
+    same for all responses of a row.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    bos: bool = False
+    eos: bool = False
+    shared: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """Token ids [L] of a text, and the characters [L - skipped, 2) that all but the first ``skipped`` of them cover.
+
+    Those that are skipped stand for the text before character ``cut``, which can be tokenized by itself.
+    Tokenizers may leave the space that belongs to a token out of its offsets: a token covers all characters since the
+    one before it ended. Tokens that share the bytes of one character share its offsets. ``boundary`` says that prompt
+    and answer had to be tokenized apart, or that they should have been and this tokenizer leaves no way to.
+    """
+
+    ids: IntArray
+    offsets: OffsetArray
+    skipped: int = 0
+    cut: int = 0
+    boundary: Literal["", "apart", "joined"] = ""
+
+    def covers(self, spans: Sequence[tuple[int, int]]) -> BoolArray:
+        """Which tokens [L] cover any character of the spans. One that covers nothing goes with that at its place."""
+        trained = np.zeros(len(self.ids), np.bool_)
+        starts, ends = self.offsets[:, 0], np.maximum(self.offsets[:, 1], self.offsets[:, 0] + 1)
+        for start, end in spans:
+            trained[self.skipped :] |= (starts < end) & (ends > start)
+        return trained
+
+    def straddles(self, place: int) -> bool:
+        """Whether one token covers characters on both sides of a place in the text."""
+        return bool(((self.offsets[:, 0] < place) & (self.offsets[:, 1] > place)).any())
+
+    def between(self, start: int, end: int) -> list[int]:
+        """The tokens that end in (start, end]; ``start`` is not before ``cut``."""
+        first, last = np.searchsorted(np.maximum.accumulate(self.offsets[:, 1]), [start, end], side="right")
+        return self.ids[self.skipped :][int(first) : int(last)].tolist()  # type: ignore[no-any-return]
+
+
+class Encoder:
+    """Encodes texts in batches; no special token is added. What the responses of a row share is encoded once.
+
+    A tokenizer takes added tokens out of a text first and treats what lies between them each for itself. So a text may
+    be cut before any of them, and the parts give the ids of the whole. (The cut is before and not behind the token,
+    since some tokenizers treat the very start of a text in their own way.)
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._backend = tokenizer, tokenizer.backend_tokenizer
+        added = [t for t in tokenizer.added_tokens_decoder.values() if not t.normalized]
+        usable = not tokenizer.split_special_tokens and not any(t.single_word for t in added)
+        self._contents = sorted((t.content for t in added if t.content), key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, self._contents)) if usable and added else r"(?!)")
+        self._greedy = {t.content for t in added if t.lstrip}
+        self._safe: dict[str, bool] = {}
+        self._ends: dict[str, list[int]] = {}
+        # Some tokenizers put a space before the start of a text. It has no place in the middle of one.
+        line = self._ids("\n")
+        plain = any(self._ids("\n" + letter) == line + self._ids(letter) for letter in "aQ7~")
+        self._anchor, self._anchor_ids = ("", []) if plain else ("\n", line)
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Each text by itself."""
+        return [Encoded(ids, offsets) for ids, offsets in self._whole(texts)]
+
+    def encode_rows(self, rows: Sequence[Sequence[Layout]]) -> list[list[Encoded]]:
+        """The responses of each row."""
+        cuts = [self._cut(row) for row in rows]
+        pieces: list[str] = []
+        for row, cut in zip(rows, cuts, strict=True):
+            pieces += [row[0].text[:cut]] * bool(cut) + [layout.text[cut:] for layout in row]
+        encoded = iter(self._whole(pieces))
+        found = []
+        for row, cut in zip(rows, cuts, strict=True):
+            joined = list(_joined(encoded, len(row), cut))
+            found.append([self._parted(layout, tokens) for layout, tokens in zip(row, joined, strict=True)])
+        return found
+
+    def _cut(self, row: Sequence[Layout]) -> int:
+        """Where the texts of a row may be cut, within what they share; 0 for nowhere."""
+        shared = min(layout.shared for layout in row)
+        if len(row) < 2 or shared < WORTH_SHARING:
+            return 0
+        at = self._last_added(row[0].text, shared, 0)
+        return at if all(self._standing(layout.text, at) for layout in row) else 0
+
+    def _last_added(self, text: str, end: int, start: int) -> int:
+        """Where the last added token before ``end`` begins, or 0."""
+        found = [m.start() for m in self._added.finditer(text, max(start, 0), end) if self._stands(m[0])]
+        return found[-1] if found else 0
+
+    def _standing(self, text: str, at: int) -> bool:
+        match = self._added.match(text, at)
+        return match is not None and self._stands(match[0])
+
+    def _stands(self, token: str) -> bool:
+        """Whether an added token is one wherever it is written: none that begins before can take part of it."""
+        if token not in self._safe:
+            others = ((other, i) for other in self._contents for i in range(1, len(other)))
+            overlap = any(token.startswith(other[i:]) or other.startswith(token, i) for other, i in others)
+            self._safe[token] = token not in self._greedy and not overlap
+        return self._safe[token]
+
+    def _parted(self, layout: Layout, tokens: Encoded) -> Encoded:
+        """The tokens of a text, with its answers apart from what precedes them where the tokenizer would join them."""
+        text = layout.text
+        places = [start for start, _ in layout.spans if start and self._joins(text, tokens, start)]
+        places += [end for _, end in layout.spans if tokens.straddles(end)]
+        if not places:
+            return tokens
+        cuts = [0, *sorted(set(places)), len(text)]
+        parts = [self._continued(text, start, end) for start, end in pairwise(cuts)]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
+            return replace(tokens, boundary="joined")
+        ids, offsets = (np.concatenate(column) for column in zip(*known, strict=True))
+        return Encoded(ids, offsets, boundary="apart")
+
+    def _joins(self, text: str, tokens: Encoded, start: int) -> bool:
+        """Whether the text before ``start`` has other tokens by itself."""
+        if tokens.straddles(start):
+            return True
+        at = self._last_added(text, start, start - NEAR)
+        if at and at >= tokens.cut:
+            return self._end(text[at:start]) != tokens.between(at, start)
+        # The start of a word changes nothing before it. Only spaces and digits are taken by what stands behind.
+        before = text[start - 1]
+        if not (before.isspace() or before.isdigit()):
+            return False
+        return self._end(text[tokens.cut : start]) != tokens.between(tokens.cut, start)
+
+    def _end(self, text: str) -> list[int]:
+        """The ids of the end of a prompt, which many rows have in common."""
+        if len(text) > NEAR:
+            return self._ids(text)
+        if text not in self._ends:
+            if len(self._ends) >= REMEMBERED:
+                self._ends.clear()
+            self._ends[text] = self._ids(text)
+        return self._ends[text]
+
+    def _continued(self, text: str, start: int, end: int) -> Tokens | None:
+        """The tokens of a part of a text, as they are in the middle of it, where that can be told."""
+        anchor = self._anchor if start else ""
+        ((ids, offsets),) = self._whole([anchor + text[start:end]])
+        skip = len(self._anchor_ids) if anchor else 0
+        if ids[:skip].tolist() != self._anchor_ids[:skip]:
+            return None
+        return ids[skip:], np.maximum(offsets[skip:] - len(anchor), 0) + start
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._whole([text])[0][0].tolist()
+        return ids
+
+    def _whole(self, texts: Sequence[str]) -> list[Tokens]:
+        # What transformers sets before every call, and what others may have set since.
+        if self._backend.truncation is not None:
+            self._backend.no_truncation()
+        if self._backend.padding is not None:
+            self._backend.no_padding()
+        if self._backend.encode_special_tokens != self._tokenizer.split_special_tokens:
+            self._backend.encode_special_tokens = self._tokenizer.split_special_tokens
+        return [
+            (np.array(e.ids, np.int32), _offsets(e.offsets))
+            for e in self._backend.encode_batch(list(texts), add_special_tokens=False)
+        ]
+
+
+def _joined(encoded: Iterator[Tokens], texts: int, cut: int) -> Iterator[Encoded]:
+    """Each text of a row, from what they share and what they do not."""
+    head = next(encoded)[0] if cut else np.zeros(0, np.int32)
+    for _ in range(texts):
+        ids, offsets = next(encoded)
+        yield Encoded(np.concatenate([head, ids]), offsets + cut, len(head), cut) if cut else Encoded(ids, offsets)
+
+
+def _offsets(pairs: Sequence[tuple[int, int]]) -> OffsetArray:
+    offsets = np.fromiter(chain.from_iterable(pairs), np.int64, 2 * len(pairs)).reshape(-1, 2)
+    ended = np.maximum.accumulate(offsets[:, 1])[:-1]
+    offsets[1:, 0] = np.minimum(offsets[1:, 0], ended)
+    offsets[:1, 0] = 0
+    return offsets

@@ -1,0 +1,194 @@
+"""What is trained, decoded, is the answer and its end-of-turn token, whatever was said, for every template at hand."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.small import small_tokenizer
+from data.templates import CHATML, TEMPLATES, Template
+from prefopt.data.answers import CHANGED, ELSEWHERE
+from prefopt.data.group import IntArray
+from prefopt.data.render import Renderer
+from prefopt.data.rendering import Rendering
+from prefopt.data.template import Turns
+from prefopt.data.validate import Problem
+from prefopt.records import Comparison, Message, Response
+
+Spell = Callable[[Any, IntArray], str]
+MERGES = [("Ċ", "Ċ"), ("Ċ", "Ġ"), ("Ġ", "a"), ("a", "b"), ("Ġ", "Ġ"), (":", "Ġ"), ("Ċ", "a")]
+FRAGMENTS = (
+    *(
+        "a",
+        "ab",
+        "Hello",
+        " world",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        " \n ",
+        "你好",
+        "。",
+        "👍🏽",
+        "👨‍👩‍👧",
+        "é",
+        "e\u0301",
+        "\u2028",
+        "0",
+        "ß",
+    ),
+    *("<|im_end|>", "<|im_start|>assistant\n", "</s>", "<s>", "<|eot|>", "<|end|>", "<end>", "<|endoftext|>"),
+    *(
+        "<think>",
+        "</think>",
+        "<think>\nhm\n</think>\n\n",
+        "prefopt0probe",
+        "prefopt1probe",
+        "prefoptshownc0x",
+        "prefoptword",
+    ),
+    *("{{ messages }}", "{% raw %}", "{#", "User: ", "Assistant:", "[INST]", "'\"\\", "<result>", "None"),
+)
+said = st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(max_size=6)), min_size=1, max_size=6).map("".join)
+texts = said.filter(str.strip)
+
+
+@st.composite
+def conversations(draw: st.DrawFn, *, system: bool = True) -> Comparison:
+    """Some turns and one to three answers, no two of them the same."""
+    turns = [Message("system", draw(texts))] if system and draw(st.booleans()) else []
+    for _ in range(draw(st.integers(0, 2))):
+        turns += [Message("user", draw(texts)), Message("assistant", draw(texts))]
+    turns.append(Message("user", draw(texts)))
+    answers = draw(st.lists(texts, min_size=1, max_size=3, unique=True))
+    responses = tuple(Response((Message("assistant", answer),)) for answer in answers)
+    return Comparison(tuple(turns), responses, (), row=1)
+
+
+@cache
+def renderer_of(name: str) -> Renderer:
+    template = TEMPLATES[name]
+    marks = [m for m in ("<s>", "</s>") if m not in template.marks]
+    special = {"eos_token": template.eos} | ({"bos_token": template.bos} if template.bos else {})
+    tokenizer = small_tokenizer(MERGES, [*template.marks, *marks], **special)
+    tokenizer.chat_template = template.text
+    return Renderer(tokenizer)
+
+
+def decode(tokenizer: Any, ids: IntArray) -> str:
+    return str(tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def spelled(tokenizer: Any, ids: IntArray) -> str:
+    """SentencePiece's tokens as text, less the space that is put before the text and behind every special token."""
+    data, start = b"", True
+    for token in tokenizer.convert_ids_to_tokens(ids.tolist()):
+        special = token in tokenizer.all_special_tokens
+        if not special and (byte := re.fullmatch("<0x(..)>", token)):
+            data += bytes.fromhex(byte[1])
+        else:
+            data += (token.removeprefix("▁") if start else token).replace("▁", " ").encode()
+        start = special
+    return data.decode(errors="replace")
+
+
+def check(renderer: Renderer, comparison: Comparison, template: Template, *, spell: Spell = decode) -> None:
+    """Compare with what ``apply_chat_template`` shows and with what the template is known to make of an answer."""
+    renderer.findings.clear()
+    (rendered,) = renderer.render_all([comparison])
+    if isinstance(rendered, Problem):
+        # Words that a template takes for reasoning, and drops, must not be dropped without a word.
+        assert rendered.kind == "chat template" and "</think>" in "".join(r.text for r in comparison.responses)
+        return
+    (prompt,) = renderer.prompts([comparison])
+    assert not isinstance(prompt, Problem)
+    asked = shown(renderer, comparison.prompt, template, add_generation_prompt=True)
+    for k, response in enumerate(comparison.responses):
+        (answer,) = response.messages
+        ids, trained = rendered.group.sequence(k)
+        first = int(np.argmax(trained))
+        assert trained[first:].all()
+        full, expected = shown(renderer, (*comparison.prompt, answer), template), template.trained(answer)
+        if template.added:
+            full = full.removesuffix("<|im_end|>\n") + template.added
+        begins = full.startswith(asked)
+        start = len(asked) if begins else full.rindex(expected)
+        assert full.startswith(expected, start), "the test does not know the template"
+        assert spell(renderer.tokenizer, ids[:first]) == full[:start]
+        assert spell(renderer.tokenizer, ids) == full[: start + len(expected)]
+        assert np.array_equal(prompt, ids[:first]) if begins else 1 in renderer.findings[ELSEWHERE]
+        if answer.content.strip() not in full[start:] and "</think>" not in answer.content:
+            assert 1 in renderer.findings[CHANGED]
+
+
+def shown(renderer: Renderer, turns: Turns, template: Template, **options: Any) -> str:
+    """The turns as transformers shows them."""
+    dicts: list[dict[str, Any]] = [{"role": m.role, "content": m.content} for m in turns]
+    if template is TEMPLATES["parts"]:
+        dicts = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in dicts]
+    apply = renderer.tokenizer.apply_chat_template
+    return str(apply(dicts, chat_template=renderer.template, tokenize=False, **options))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@settings(max_examples=60)
+@given(data=st.data())
+def test_trained_tokens_are_the_answer(name: str, data: st.DataObject) -> None:
+    comparison = data.draw(conversations(system=TEMPLATES[name].system))
+    check(renderer_of(name), comparison, TEMPLATES[name])
+
+
+def reasoned(turn: Message) -> str:
+    """What minimind's template shows of an answer behind the empty reasoning block of its generation prompt."""
+    if "</think>" not in turn.content:
+        return turn.content.lstrip("\n") + "<|im_end|>"
+    head, tail = turn.content.split("</think>")[0], turn.content.split("</think>")[-1]
+    reasoning = head.rstrip("\n").split("<think>")[-1].strip("\n")
+    block = f"{reasoning}\n</think>\n\n" if reasoning else ""
+    return f"{block}{tail.lstrip(chr(10))}<|im_end|>"
+
+
+def vision(folder: Path, name: str) -> Template:
+    """A template of a vision model on minimind's tokenizer, which has all its marks."""
+    text = json.loads((folder / f"data/chat_templates/{name}.tokenizer_config.json").read_text())["chat_template"]
+    return Template(text, (), "", TEMPLATES["chatml"].trained)
+
+
+def plain(end: str) -> Template:
+    return Template("", (), "", lambda m: f" {m.content}{end}")
+
+
+@pytest.mark.parametrize("name", ["minimind", "qwen2.5-vl", "qwen3-vl", "gpt2", "gpt2 chatml", "imdb", "stories"])
+def test_real_tokenizers(name: str, shared: Path, request: pytest.FixtureRequest) -> None:
+    tokenizer = copy.deepcopy(
+        request.getfixturevalue({"qwen2.5-vl": "minimind", "qwen3-vl": "minimind"}.get(name, name.split()[0]))
+    )
+    template, spell = plain(str(tokenizer.eos_token)), decode
+    if name == "minimind":
+        template = Template("", (), "", reasoned)
+    elif name.startswith("qwen"):
+        model = "Qwen2.5-VL-7B-Instruct" if name == "qwen2.5-vl" else "Qwen3-VL-4B-Instruct"
+        template = vision(shared, model)
+    elif name == "gpt2 chatml":
+        template = Template(CHATML, (), "", lambda m: f"{m.content}<|endoftext|>", added="<|endoftext|>")
+    elif name == "stories":
+        spell = spelled
+    renderer = Renderer(tokenizer, Rendering(chat_template=template.text or None))
+
+    @settings(max_examples=60)
+    @given(conversations())
+    def answers(comparison: Comparison) -> None:
+        check(renderer, comparison, template, spell=spell)
+
+    answers()
