@@ -18,6 +18,7 @@ from prefopt.config.cache import CacheClearConfig, CacheListConfig, CacheVerifyC
 from prefopt.config.demo import DemoConfig
 from prefopt.config.document import read_document, write_document
 from prefopt.config.dpo import DpoConfig
+from prefopt.config.losses import LossesConfig
 from prefopt.config.option import Option, check_values, checked, from_dict, nearest, options
 from prefopt.errors import ConfigError, Interrupted, UserError
 
@@ -252,6 +253,13 @@ def _demo(config: DemoConfig) -> int:
     return 0
 
 
+def _losses(config: LossesConfig) -> int:
+    from prefopt.losses.show import described, overview
+
+    print(overview() if config.name is None else described(config.name))
+    return 0
+
+
 def _cache_list(_: CacheListConfig) -> int:
     from prefopt.disk.cache import reference_folder
     from prefopt.model.spaces import list_spaces
@@ -291,6 +299,7 @@ def _cache_clear(config: CacheClearConfig) -> int:
 
 VERBS: dict[str, Verb] = {
     "dpo": Verb("align a model with preference pairs (direct preference optimization)", DpoConfig, _dpo, document=True),
+    "losses": Verb("list the losses that a model can be aligned with, or tell all of one", LossesConfig, _losses),
     "cache list": Verb("list the kept log-probabilities of reference models", CacheListConfig, _cache_list),
     "cache verify": Verb("check them against their checksums", CacheVerifyConfig, _cache_verify),
     "cache clear": Verb("remove them", CacheClearConfig, _cache_clear),

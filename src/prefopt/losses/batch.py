@@ -91,6 +91,7 @@ def aot_unpaired(
     ),
     whole_batch=True,
     state0={"mean": 0.0},
+    notes="beta moves with the batch and carries no gradient: the loss itself need not fall while margins grow.",
 )
 def beta_dpo(
     chosen_logp_G: torch.Tensor,

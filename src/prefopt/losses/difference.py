@@ -222,7 +222,7 @@ def exo(
     kind="pairs",
     formula="-(1 - m) log sigmoid(beta h) + m exp(-beta h), m = sigmoid(beta h / tau)",
     paper="Lu et al. 2024 (DiscoPOP, log-ratio modulated loss), arXiv 2406.08414, equation 5",
-    when="A curve that was found by search; not convex: it also rests where the margin is far below zero.",
+    when="A curve that was found by search. Not convex: near a margin of zero it pulls the other way (see its plot).",
     options=(
         BETA,
         LossOption(name="tau", help="width of the passage between the two curves", above=0, at_most=1),

@@ -77,7 +77,7 @@ def parse_losses(
     for item in options:
         scope, name, word = _split_option(item)
         name = name.replace("-", "_")
-        place = f"--loss-option {item.partition('=')[0]}"
+        place = f"--loss-options {item.partition('=')[0]}"
         target = given if scope is None else specific
         _set(target, losses, scope, name, word, place)
     terms = []
@@ -86,7 +86,7 @@ def parse_losses(
         values = loss.defaults | told
         for o in loss.options:
             if o.name not in values:
-                raise ConfigError(f"--loss {loss.name} needs --loss-option {o.name}=VALUE, {o.expects}")
+                raise ConfigError(f"--loss {loss.name} needs --loss-options {o.name}=VALUE, {o.expects}")
             if o.only is not None and o.name in told and values[o.only[0]] != o.only[1]:
                 raise ConfigError(
                     f"--loss {loss.name} reads {o.name} only with {o.only[0]}={str(o.only[1]).lower()}; leave it out"
@@ -150,9 +150,9 @@ def _weighting_values(factor: Weighting | None, options: Sequence[str]) -> tuple
             others.append(item)
         elif name not in known:
             guess = nearest(name, list(known))
-            raise ConfigError(f"--loss-option {scope}.{name}: {scope} does not read {name}{guess}")
+            raise ConfigError(f"--loss-options {scope}.{name}: {scope} does not read {name}{guess}")
         else:
-            values[name] = known[name].checked(word, f"--loss-option {scope}.{name}")
+            values[name] = known[name].checked(word, f"--loss-options {scope}.{name}")
     return values, others
 
 
@@ -193,7 +193,7 @@ def _split_option(item: str) -> tuple[str | None, str, str]:
     """``(LOSS or None, NAME, VALUE)``."""
     key, equals, value = item.partition("=")
     if not equals or not key.strip() or not value.strip():
-        raise ConfigError(f"--loss-option {item}: write NAME=VALUE or LOSS.NAME=VALUE")
+        raise ConfigError(f"--loss-options {item}: write NAME=VALUE or LOSS.NAME=VALUE")
     scope, dot, name = key.strip().rpartition(".")
     return (scope if dot else None), name, value.strip()
 

@@ -1,0 +1,89 @@
+"""Writes what docs/methods.md says of each loss, from the declarations, and the plots: python docs/make_methods.py."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+from prefopt.losses.declare import INPUTS, Loss, LossOption
+from prefopt.losses.show import default, families, needs, said
+from prefopt.losses.weighting import WEIGHTINGS, Weighting
+
+PAGE = Path(__file__).with_name("methods.md")
+MARKS = re.compile(r"(<!-- (losses|weightings|inputs) -->\n).*?(<!-- end -->)", re.S)
+DIVERGENCE = ("divergence", "divergence_alpha")
+TITLE = "{name}: the loss on the left, its gradient on the right"
+
+
+def written(page: str) -> str:
+    """The page with what stands between its marks as the declarations are now."""
+    weightings = "\n".join(_section(w) for w in WEIGHTINGS.values())
+    parts = {"losses": _losses(), "weightings": weightings, "inputs": _inputs()}
+    return MARKS.sub(lambda found: f"{found[1]}\n{parts[found[2]]}\n{found[3]}", page)
+
+
+def _losses() -> str:
+    parts = []
+    for title, losses in families().items():
+        parts.append(f"### {title}\n\n{_table(losses)}")
+        parts += [_section(loss) for loss in losses]
+    return "\n".join(parts)
+
+
+def _inputs() -> str:
+    rows = ["| kind | tensor | |", "| --- | --- | --- |"]
+    rows += [f"| {kind} | `{name}` | {_cell(what)} |" for kind, many in INPUTS.items() for name, what in many.items()]
+    return "\n".join(rows) + "\n"
+
+
+def _table(losses: list[Loss]) -> str:
+    rows = ["| loss | | when |", "| --- | --- | --- |"]
+    for loss in losses:
+        anchor = f"[`{loss.name}`](#{loss.name})"
+        rows.append(f"| {anchor} | `{_cell(loss.formula)}` | {_cell(loss.when)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _section(found: Loss | Weighting) -> str:
+    lines = [f"#### {found.name}\n", f"```text\n{found.formula}\n```\n"]
+    if isinstance(found, Loss):
+        lines.append(f"![{TITLE.format(name=found.name)}](plots/{found.name}.svg)\n")
+    lines.append(_prose(found.function.__doc__ or "") + "\n")
+    facts = [f"- **Source**: {found.paper}.", f"- **When**: {found.when}"]
+    if isinstance(found, Loss):
+        facts.append(f"- **Needs**: {', '.join(needs(found)) or 'nothing beyond the policy'}.")
+        if "label_G" in found.optional_inputs:
+            facts.append("- **Soft labels**: taken where the data have them.")
+        if found.on_difference:
+            facts.append("- **Divergences**: [any](#divergences), by `divergence` and `divergence_alpha`.")
+        if found.notes:
+            facts.append(f"- **Mind**: {found.notes}")
+    lines.append("\n".join(facts) + "\n")
+    if options := [o for o in found.options if o.name not in DIVERGENCE]:
+        lines.append(_options(options))
+    return "\n".join(lines)
+
+
+def _options(options: list[LossOption]) -> str:
+    rows = ["| option | value | default | |", "| --- | --- | --- | --- |"]
+    for o in options:
+        only = f"; only with `{o.only[0]}={str(o.only[1]).lower()}`" if o.only else ""
+        rows.append(f"| `{o.name}` | {o.expects} | {default(o)} | {_cell(o.help)}{only} |")
+    return "\n".join(rows) + "\n"
+
+
+def _prose(docstring: str) -> str:
+    """What a docstring says behind its first line, as Markdown: formulas between dollars, names in backquotes."""
+    text = "\n".join(said(docstring))
+    text = re.sub(r":math:`([^`]*)`", lambda m: "$" + " ".join(m[1].split()) + "$", text)
+    return text.replace("``", "`")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written(PAGE.read_text("utf-8")), "utf-8")
+    runpy.run_path(str(Path(__file__).with_name("plot_losses.py")), run_name="__main__")
