@@ -100,7 +100,9 @@ def test_what_is_torch_free_imports_no_torch() -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("words", [["--help"], ["dpo", "--help"], ["dpo", "--print-config"], ["cache", "list"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["dpo", "--help"], ["dpo", "--print-config"], ["cache", "list"], ["runs", "src"]]
+)
 def test_what_only_tells_imports_no_torch(words: list[str]) -> None:
     script = (
         "import sys\nfrom prefopt.cli import main\n"

@@ -20,6 +20,7 @@ from prefopt.config.document import read_document, write_document
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.losses import LossesConfig
 from prefopt.config.option import Option, check_values, checked, from_dict, nearest, options
+from prefopt.config.runs import PlotConfig, RunsConfig
 from prefopt.errors import ConfigError, Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -297,9 +298,27 @@ def _cache_clear(config: CacheClearConfig) -> int:
     return 0
 
 
+def _runs(config: RunsConfig) -> int:
+    from prefopt.evaluate.show import show_runs
+
+    print("\n".join(show_runs(config.folder or ["."], as_json=config.json)))
+    return 0
+
+
+def _plot(config: PlotConfig) -> int:
+    from prefopt.evaluate.plot import plot_runs
+    from prefopt.train.history import read_history
+
+    plot_runs([read_history(folder) for folder in config.run], config.output, metrics=config.metrics, x=config.x)
+    print(f"{config.output}: {len(config.run)} run{'s' * (len(config.run) != 1)}")
+    return 0
+
+
 VERBS: dict[str, Verb] = {
     "dpo": Verb("align a model with preference pairs (direct preference optimization)", DpoConfig, _dpo, document=True),
     "losses": Verb("list the losses that a model can be aligned with, or tell all of one", LossesConfig, _losses),
+    "runs": Verb("list runs, tell about one, or compare several", RunsConfig, _runs),
+    "plot": Verb("draw the curves of runs", PlotConfig, _plot),
     "cache list": Verb("list the kept log-probabilities of reference models", CacheListConfig, _cache_list),
     "cache verify": Verb("check them against their checksums", CacheVerifyConfig, _cache_verify),
     "cache clear": Verb("remove them", CacheClearConfig, _cache_clear),

@@ -1,0 +1,247 @@
+"""Curves of runs as a picture: one panel per metric, one colour per run, held-out points as markers."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from prefopt.config.option import nearest
+from prefopt.disk.write import output_errors
+from prefopt.errors import ConfigError
+from prefopt.evaluate.runs import differing, shown, what_differs
+from prefopt.train.history import Curve, History
+
+# Okabe and Ito's colours, which people with any colour vision tell apart; yellow, too pale for lines, is left out.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+SIDES = ("chosen", "rejected")
+STYLES = {"": "-", "chosen": "-", "rejected": (0, (4, 2))}
+MOST_MARKERS = 40
+EXACT = ("learning_rate", "peak_memory_bytes")  # no noise of batches to take a mean of
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """What one panel shows: a metric, or a family of two, NAME/chosen and NAME/rejected."""
+
+    name: str
+    title: str
+    unit: str
+    line: float | None = None
+    """A value to draw a thin line at, that of no preference or no change."""
+    line_name: str = ""
+    sides: bool = False
+
+
+STANDARD = (
+    Panel("loss", "Loss", "loss", math.log(2), "ln 2"),
+    Panel("rewards/margins", "Margin of rewards, chosen − rejected", "margin (reward)", 0.0),
+    Panel("rewards/accuracies", "Accuracy: chosen above rejected", "share of rows", 0.5, "chance"),
+    Panel("log_ratios_per_token", "Log-ratio to the reference", "nats per token", 0.0, sides=True),
+)
+KNOWN = {
+    **{panel.name: panel for panel in STANDARD},
+    "rewards": Panel("rewards", "Rewards", "reward", 0.0, sides=True),
+    "logps": Panel("logps", "Log-probability of responses", "nats", sides=True),
+    "lengths": Panel("lengths", "Length of responses", "tokens", sides=True),
+    "grad_norm": Panel("grad_norm", "Norm of the gradient, before clipping", "norm"),
+    "learning_rate": Panel("learning_rate", "Learning rate", "learning rate"),
+    "tokens_per_second": Panel("tokens_per_second", "Throughput", "tokens per second"),
+    "peak_memory_bytes": Panel("peak_memory_bytes", "Peak memory", "bytes"),
+}
+
+
+def require_matplotlib() -> None:
+    """Raises :class:`ConfigError` where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise ConfigError('pictures need matplotlib: run pip install "prefopt[plot]"')
+
+
+def plot_runs(
+    runs: Sequence[History], path: str | Path, *, metrics: Sequence[str] | None = None, x: str = "step"
+) -> None:
+    """Write a picture of these runs to ``path``, whose ending names its kind. See :func:`figure_of`."""
+    figure = figure_of(runs, metrics=metrics, x=x)
+    with output_errors(Path(path)):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+
+
+def figure_of(runs: Sequence[History], *, metrics: Sequence[str] | None = None, x: str = "step") -> Any:
+    """A matplotlib figure that is nobody's current one.
+
+    Raises :class:`ConfigError` for metrics that no run has, and where matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    panels = panels_of(runs, metrics)
+    across = 1 if len(panels) == 1 else 2
+    down = math.ceil(len(panels) / across)
+    names = what_differs(runs) if len(runs) > 1 else []
+    figure = Figure(figsize=(5.6 * across, 3.1 * down + 0.9 + 0.22 * math.ceil(len(names) / 2)), layout="constrained")
+    figure.suptitle(_title(runs), fontsize=11)
+    all_axes: list[Any] = list(figure.subplots(down, across, squeeze=False).flat)
+    for axes, panel in zip(all_axes, panels, strict=False):
+        _draw(axes, panel, runs, x)
+    for axes in all_axes[len(panels) :]:
+        axes.set_visible(False)
+    _legend(figure, runs, names)
+    return figure
+
+
+def panels_of(runs: Sequence[History], metrics: Sequence[str] | None) -> list[Panel]:
+    """The panels for ``metrics``, or the standard ones that any run has. Raises :class:`ConfigError`."""
+    there = {name for run in runs for name in run.names()}
+    families = {name.rpartition("/")[0] for name in there if name.rpartition("/")[2] in SIDES}
+    if metrics is None:
+        found = [panel for panel in STANDARD if panel.name in there | families]
+        if not found:
+            raise ConfigError("there is nothing to draw yet: no run has written a step")
+        return found
+    if unknown := [name for name in metrics if name not in there | families]:
+        near = nearest(unknown[0], sorted(there | families)) or f"; there are {', '.join(sorted(there))}"
+        raise ConfigError(f"--metrics {unknown[0]}: no run has it{near}")
+    names = list(dict.fromkeys(metrics))
+    return [KNOWN.get(n, Panel(n, n, n, sides=n in families and n not in there)) for n in names]
+
+
+def _draw(axes: Any, panel: Panel, runs: Sequence[History], x: str) -> None:
+    shown_values: list[float] = []
+    held_out = False
+    for run, colour in zip(runs, _colours(len(runs)), strict=True):
+        for side in SIDES if panel.sides else ("",):
+            name = f"{panel.name}/{side}" if side else panel.name
+            style: Any = STYLES[side]
+            curve, marks = run.curve(name), run.curve(name, held_out=True)
+            if curve:
+                smooth = curve.values if panel.name in EXACT else smoothed(curve.values)
+                if smooth != curve.values:
+                    axes.plot(_along(run, curve, x), curve.values, color=colour, alpha=0.18, linewidth=0.8)
+                axes.plot(_along(run, curve, x), smooth, color=colour, linestyle=style, linewidth=1.6)
+                shown_values += smooth
+            if marks:
+                held_out = True
+                filled = colour if side != "rejected" else "white"
+                every = math.ceil(len(marks.steps) / MOST_MARKERS)
+                axes.plot(
+                    _along(run, marks, x)[::every],
+                    marks.values[::every],
+                    linestyle="none",
+                    marker="o",
+                    markersize=5,
+                    markeredgecolor=colour if side == "rejected" else "white",
+                    markerfacecolor=filled,
+                    markeredgewidth=0.9,
+                    zorder=3,
+                )
+                shown_values += marks.values
+    _frame(axes, panel, shown_values, x)
+    widths = {window(len(run.training)) for run in runs}
+    width = 1 if panel.name in EXACT else widths.pop() if len(widths) == 1 else None
+    _key(axes, panel, held_out, width)
+
+
+def _frame(axes: Any, panel: Panel, values: Sequence[float], x: str) -> None:
+    """Title, units, limits that single wild steps do not set, and the line of no change."""
+    axes.set_title(panel.title, fontsize=10, loc="left")
+    axes.set_xlabel("passes over the data" if x == "epoch" else "step", fontsize=9)
+    axes.set_ylabel(panel.unit, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    low, high = min(values), max(values)
+    if panel.line is not None and (low - (high - low) <= panel.line <= high + (high - low)):
+        axes.axhline(panel.line, color="0.45", linewidth=0.9, linestyle=":", zorder=1)
+        low, high = min(low, panel.line), max(high, panel.line)
+        if panel.line_name:
+            axes.annotate(
+                panel.line_name,
+                (1.0, panel.line),
+                xycoords=("axes fraction", "data"),
+                xytext=(2, 0),
+                textcoords="offset points",
+                fontsize=7.5,
+                color="0.35",
+                va="center",
+            )
+    room = 0.08 * (high - low) or max(abs(high), 1.0) * 0.05
+    axes.set_ylim(low - room, high + room)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5), useMathText=True)
+    axes.yaxis.get_offset_text().set_fontsize(8)
+    if x == "step":
+        from matplotlib.ticker import MaxNLocator
+
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _key(axes: Any, panel: Panel, held_out: bool, width: int | None) -> None:
+    """What line styles and markers stand for. ``width``: steps of the mean, where it is the same for all runs."""
+    from matplotlib.lines import Line2D
+
+    grey = "0.25"
+    lines: list[Any] = []
+    if panel.sides:
+        lines += [Line2D([], [], color=grey, linestyle=STYLES[side], label=side) for side in SIDES]  # type: ignore[arg-type]
+    elif held_out or width != 1:
+        mean = f", mean of {width} steps" if width else ", mean of nearby steps"
+        lines.append(Line2D([], [], color=grey, label=f"training{mean if width != 1 else ''}"))
+    if held_out:
+        lines.append(Line2D([], [], color=grey, linestyle="none", marker="o", markersize=5, label="held out"))
+    if lines:
+        axes.legend(handles=lines, fontsize=7.5, frameon=True, framealpha=0.8, edgecolor="none", loc="best")
+
+
+def _legend(figure: Any, runs: Sequence[History], names: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    if names:
+        lines = [
+            Line2D([], [], color=colour, linewidth=2.5, label=name)
+            for name, colour in zip(names, _colours(len(runs)), strict=True)
+        ]
+        figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
+
+
+def _title(runs: Sequence[History]) -> str:
+    """What the runs have in common, in a line."""
+    first, different = runs[0], set(differing(runs))
+    parts = [first.folder.resolve().name] if len(runs) == 1 else [f"{len(runs)} runs"]
+    loss = first.record.get("loss")
+    if isinstance(loss, str) and all(run.record.get("loss") == loss for run in runs):
+        parts.append(loss if len(loss) < 40 else loss[:39] + "…")
+    for name in ("model", "learning_rate", "beta", "batch_size"):
+        value = first.options.get(name)
+        if value is not None and name not in different:
+            text = Path(str(value)).name if name == "model" else f"{name.replace('_', ' ')} {shown(value)}"
+            parts.append(text)
+    return "   ·   ".join(parts)
+
+
+def _along(run: History, curve: Curve, x: str) -> list[float]:
+    """Where the points of a curve stand on the axis below."""
+    if x == "step":
+        return [float(step) for step in curve.steps]
+    epochs = run.curve("epoch")
+    per_step = epochs.values[-1] / epochs.steps[-1] if epochs else 1.0
+    return [step * per_step for step in curve.steps]
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The mean around each point, of as many steps to either side, so that both ends stay where they are."""
+    whole, last = window(len(values)) // 2, len(values) - 1
+    halves = [min(whole, i, last - i) for i in range(len(values))]
+    return [statistics.fmean(values[i - half : i + half + 1]) for i, half in enumerate(halves)]
+
+
+def window(count: int) -> int:
+    """Steps that a mean is drawn of: a tenth of the curve; a short one is drawn as it is."""
+    return 2 * (count // 20) + 1 if count > 20 else 1
+
+
+def _colours(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]

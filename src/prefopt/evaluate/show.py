@@ -1,0 +1,55 @@
+"""What ``prefopt runs`` prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefopt.errors import RunError
+from prefopt.evaluate.chart import chart
+from prefopt.evaluate.runs import as_json as plain
+from prefopt.evaluate.runs import columns, comparison, find_runs, list_of, summary
+from prefopt.train.diagnose import diagnose, in_words
+from prefopt.train.history import History
+
+WIDTH = 72
+
+
+def show_runs(folders: Sequence[str], *, as_json: bool = False) -> list[str]:
+    """Lines: one output folder is told about, several are compared, any other folder has its runs listed.
+
+    Raises :class:`RunError` as :func:`find_runs`, and where runs to compare and folders to list are mixed.
+    """
+    found = [find_runs(folder) for folder in folders]
+    runs = [run for several, _ in found for run in several]
+    if as_json:
+        return [json.dumps([plain(run) for run in runs], indent=2)]
+    single = [Path(folder, "run.json").exists() for folder in folders]
+    if len(folders) == 1 and single[0]:
+        return about(runs[0])
+    if all(single):
+        return comparison(runs)
+    if any(single):
+        raise RunError(
+            f"{folders[single.index(False)]} holds no run of its own, {folders[single.index(True)]} does: name output"
+            " folders, which are compared, or folders of runs, which are listed"
+        )
+    lines: list[str] = []
+    for folder, (several, damaged) in zip(folders, found, strict=True):
+        lines += [f"{folder}:"] if len(folders) > 1 else []
+        lines += list_of(several, Path(folder)) if several else [f"no run of prefopt below {folder}"]
+        lines += damaged
+    return lines
+
+
+def about(run: History) -> list[str]:
+    """One run: where it stands, its loss as a curve, and what its numbers say."""
+    lines = columns([[f"{name}:", value] for name, value in summary(run).items()])
+    loss, held_out = run.curve("loss"), run.curve("loss", held_out=True)
+    if len(loss.steps) > 1:
+        title = f"loss of training batches{', and ● of held-out rows' if held_out else ''}"
+        lines += ["", *chart(loss, held_out, title=title, width=WIDTH)]
+    if told := in_words(diagnose(run)):
+        lines += ["", *told]
+    return lines
