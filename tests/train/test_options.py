@@ -280,6 +280,8 @@ SHOWN: dict[str, Callable[[Place], None]] = {
     "label_smoothing": moves("label_smoothing", 0.3),
     "loss": moves("loss", "dpo:1.0,nll:0.2"),
     "loss_options": moves("loss_options", ["nll.average=tokens"], loss="dpo,nll"),
+    "divergence": moves("divergence", "js"),
+    "divergence_alpha": moves("divergence_alpha", 0.2, divergence="alpha"),
     "pairs": pairs_option,
     "lora": moves("lora", True),
     "lora_rank": moves("lora_rank", 3, lora=True),

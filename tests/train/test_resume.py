@@ -48,7 +48,16 @@ def stopped_at(step: int, *arguments: Any, **options: Any) -> None:
 
 @pytest.mark.parametrize(
     ("options", "step"),
-    [(FULL, 1), (FULL, 4), (LORA, 3), (LORA | {"dtype": "float64"}, 6), (FULL | {"dtype": "bfloat16"}, 2)],
+    [
+        (FULL, 1),
+        (FULL, 4),
+        (LORA, 3),
+        (LORA | {"dtype": "float64"}, 6),
+        (FULL | {"dtype": "bfloat16"}, 2),
+        (FULL | {"loss": "bco:1,nll:0.1", "token_budget": 60}, 3),  # running states, two passes
+        (LORA | {"loss": "beta_dpo", "token_budget": 60}, 3),
+        (FULL | {"loss": "kto", "token_budget": 60}, 2),
+    ],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(options: dict[str, Any], step: int, model: str, tmp_path: Path) -> None:
     dpo(model, ROWS, tmp_path / "whole", **options)

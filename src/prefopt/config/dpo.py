@@ -25,7 +25,7 @@ class DpoConfig(TrainingOptions, DataOptions, ModelOptions):
     Defaults that depend on other options are filled in on construction, so that what is read here, and what
     ``to_dict`` writes, is what the run does: ``learning_rate``; ``lora_rank``, ``lora_alpha`` and ``lora_dropout``
     where a new adapter is trained; ``lora``, which ``adapter`` implies. What depends on the loss (``beta``,
-    ``label_smoothing``, ``pairs``) is filled in when the run begins, since to know losses takes torch.
+    ``label_smoothing``, ``divergence``, ``pairs``) is filled in when the run begins, since to know losses takes torch.
     """
 
     reference: str | None = option(
@@ -66,6 +66,20 @@ class DpoConfig(TrainingOptions, DataOptions, ModelOptions):
         default_text="0",
         at_least=0,
         below=0.5,
+    )
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = option(
+        None,
+        "divergence from the reference that is held small, for losses on the difference of log-ratios",
+        group="loss",
+        default_text="reverse_kl",
+    )
+    divergence_alpha: float = option(
+        None,
+        "of the divergence alpha: 0 is reverse_kl, 1 is forward_kl",
+        group="loss",
+        default_text="0.5",
+        at_least=0,
+        at_most=1,
     )
     pairs: Literal["all", "best-worst"] = option(
         None,

@@ -22,6 +22,7 @@ from prefopt.data.group import Group
 from prefopt.data.packer import PackedBatch
 from prefopt.data.sampler import Sampler
 from prefopt.data.show import show
+from prefopt.data.table import GroupTable
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.disk.write import output_errors
 from prefopt.errors import ConfigError
@@ -50,6 +51,7 @@ from prefopt.train.folder import FREE, RunFolder, fingerprint
 from prefopt.train.history import read_history
 from prefopt.train.loop import Loop, LoopOptions
 from prefopt.train.metrics import Metrics
+from prefopt.train.mismatched import mismatched
 from prefopt.train.objective import PreferenceObjective
 from prefopt.train.optim import Schedule, adamw
 from prefopt.train.policy import Policy
@@ -138,13 +140,15 @@ class _Run:
                 self.reporter.say(f"reference: {choice.words}, {identity.digest[:12]}")
             else:
                 self.reporter.say(f"reference: none is loaded, {names_of(self.terms)} compares with none")
+            others = self._mismatched(data)
             if self.config.dry_run:
-                self._preview(data, policy, reference)
+                self._preview(data, others, policy, reference)
                 return None
             self._take_folder(data, reference)
-            values = self._reference_values(data, reference, policy.scorer) if reference else None
+            scored = data.groups + others if others else data.groups
+            values = self._reference_values(scored, reference, policy.scorer) if reference else None
             self.reporter.say(policy.make_trainable())
-            objective = self._objective(data, values)
+            objective = self._objective(data, others, values)
             loop = self._loop(policy, objective, data, check if choice and choice.is_start else None)
             loop.run()
             return self._finish(loop, data)
@@ -200,14 +204,14 @@ class _Run:
         with output_errors(path):
             path.write_text(self._options(), encoding="utf-8")
 
-    def _reference_values(self, data: TrainingData, reference: ReferenceRun, scorer: Scorer) -> ReferenceValues:
+    def _reference_values(self, groups: GroupTable, reference: ReferenceRun, scorer: Scorer) -> ReferenceValues:
         """The reference's values for all responses."""
         # Remembered, since a resumed run must pack as the first one did to give the same bits.
         tokens = self.folder.record.get("scoring_budget") or SCORING_AHEAD * (
-            self.config.token_budget or budget.estimate(scorer, data.groups, checkpointing=False, still_to_come=0)
+            self.config.token_budget or budget.estimate(scorer, groups, checkpointing=False, still_to_come=0)
         )
         self.folder.remember(scoring_budget=tokens)
-        values, report = reference.values(data.groups, tokens, self.reporter, self.stop)
+        values, report = reference.values(groups, tokens, self.reporter, self.stop)
         scored, reused = report.scored_responses, report.reused_responses
         self.reporter.say(
             f"reference: {scored} responses scored in {duration(report.seconds)}, {reused} from the cache"
@@ -220,26 +224,42 @@ class _Run:
         """The options as a file for ``--config``, less what a second run should not repeat."""
         return write_document(DpoConfig, {**self.config.to_dict(), "dry_run": False, "resume": False})
 
-    def _objective(self, data: TrainingData, reference: ReferenceValues | None) -> PreferenceObjective:
+    def _objective(
+        self, data: TrainingData, others: GroupTable | None, reference: ReferenceValues | None
+    ) -> PreferenceObjective:
         which = self.config.pairs or "all"
-        return PreferenceObjective(self.terms, data.groups, reference, device=self.device, pairs=which)
+        return PreferenceObjective(
+            self.terms, data.groups, reference, device=self.device, pairs=which, mismatched=others
+        )
 
-    def _preview(self, data: TrainingData, policy: Policy, reference: ReferenceRun | None) -> None:
+    def _mismatched(self, data: TrainingData) -> GroupTable | None:
+        """Responses to other prompts, where a loss compares with them."""
+        if not any(term.loss.needs_mismatched for term in self.terms):
+            return None
+        others, cut = mismatched(data.groups, self.limit)
+        said = f", {cut} of them cut to {self.limit} tokens" if cut else ""
+        self.reporter.say(f"loss: compares with {len(others.key_N)} responses to other prompts{said}")
+        return others
+
+    def _preview(
+        self, data: TrainingData, others: GroupTable | None, policy: Policy, reference: ReferenceRun | None
+    ) -> None:
         """What a dry run shows beyond the lines of every run: examples, options, what it would take."""
         say = self.reporter.say
         for group in data.source.groups[:2]:
             say(f"\nrow {group.row}, trained tokens in ⟦ ⟧:\n{show(group, self.tokenizer)}")
         say("\n" + self._options())
         missing = 0
+        scored = data.groups + others if others else data.groups
         if reference:
-            reference.check_fits(data.groups)
-            missing = reference.missing(data.groups)
+            reference.check_fits(scored)
+            missing = reference.missing(scored)
             say(f"reference: {missing or 'no'} responses are still to be scored")
         say(policy.make_trainable())
-        objective = self._objective(data, unscored(data.groups) if reference else None)
+        objective = self._objective(data, others, unscored(scored) if reference else None)
         tokens, speed = self._token_budget(policy, objective, data.groups)
         # Forward alone is a third of a training step's work.
-        ahead = int(policy.scorer.layout.costs(data.groups).sum()) / (3 * speed) if missing else 0.0
+        ahead = int(policy.scorer.layout.costs(scored).sum()) / (3 * speed) if missing else 0.0
         peak, state = peak_memory(self.device), budget.state_bytes(policy.masters)
         whole = duration(ahead + self._seconds(policy, data, speed))
         say(f"{self._plan(policy, data, tokens, speed)}, with the reference {whole}")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from prefopt.data.group import Group
-from prefopt.data.packer import PackedBatch
+from prefopt.data.packer import PackedBatch, pack
 from prefopt.errors import DataError
 from prefopt.losses.declare import Kind
 from prefopt.losses.parse import Term
@@ -41,7 +41,7 @@ class Objective(Protocol):
     def normaliser(self, indices: Sequence[int]) -> Normaliser:
         """What each loss is divided by, from the data alone: before anything is scored."""
 
-    def fixed(self, batch: PackedBatch, indices: Sequence[int]) -> Values:
+    def fixed(self, scorer: Scorer, batch: PackedBatch, indices: Sequence[int]) -> Values:
         """Values without gradients that are scored anew for each batch."""
 
     def policy(self, scorer: Scorer, batch: PackedBatch, indices: Sequence[int]) -> Values:
@@ -54,8 +54,8 @@ class Objective(Protocol):
 class PreferenceObjective:
     """Losses on pairs, labelled responses or rankings (see :class:`Objective`).
 
-    ``reference`` holds the reference's values of all ``groups``; none where no loss needs them. ``pairs``: see
-    :data:`prefopt.train.items.WHICH`.
+    ``reference`` holds the reference's values of all ``groups``, and behind them of all ``mismatched`` (see
+    ``mismatched.py``); none where no loss needs them. ``pairs``: see :data:`prefopt.train.items.WHICH`.
     """
 
     def __init__(
@@ -66,12 +66,14 @@ class PreferenceObjective:
         *,
         device: torch.device,
         pairs: str = "all",
+        mismatched: Sequence[Group] | None = None,
     ) -> None:
         """Raises :class:`DataError` where a group has nothing that the losses could be computed on."""
         self.terms, self.groups, self.reference, self.which = tuple(terms), groups, reference, pairs
+        self.mismatched = mismatched
         self.device, self.dtype = device, torch.float32 if device.type == "mps" else torch.float64
         self.kind: Kind = terms[0].loss.kind
-        self.names = {name for term in terms for name in term.loss.inputs}
+        self.names = {name for term in terms for name in term.inputs}
         self.optional = {name for term in terms for name in term.loss.optional_inputs} - self.names
         self.whole_batch = any(term.loss.whole_batch for term in terms)
         self.state: State = {term.loss.name: start for term in terms if (start := term.loss.start(device)) is not None}
@@ -90,9 +92,12 @@ class PreferenceObjective:
             outputs = [term(facts.inputs(self.names, self.optional, {}), self.state) for term in self.terms]
             return tuple((out.weight_G * facts.weight_R).sum().clamp(min=_TINY) for out in outputs)
 
-    def fixed(self, batch: PackedBatch, indices: Sequence[int]) -> Values:
+    def fixed(self, scorer: Scorer, batch: PackedBatch, indices: Sequence[int]) -> Values:
         """See :class:`Objective`."""
-        return {}
+        if self.mismatched is None:
+            return {}
+        other = pack([self.mismatched[i] for i in indices], scorer.layout).to(self.device)
+        return {"mismatched_logp_N": response_sums(scorer(other), other)}
 
     def policy(self, scorer: Scorer, batch: PackedBatch, indices: Sequence[int]) -> Values:
         """See :class:`Objective`."""
@@ -122,7 +127,8 @@ class PreferenceObjective:
                 weight = (output.weight_G * facts.weight_R).sum().clamp(min=_TINY)
             shares.append(term.weight * (output.numerator_G * facts.weight_R).sum() / weight)
             for name, values_R in output.metrics.items():
-                metrics.setdefault(name, summed(values_R, facts.weight_R))
+                if self.kind != "labels" or name != "rewards/margins":  # a difference of means: of the whole batch's
+                    metrics.setdefault(name, summed(values_R, facts.weight_R))
             if output.state is not None:
                 state[term.loss.name] = output.state
         total = torch.stack(shares).sum()
@@ -152,11 +158,11 @@ class PreferenceObjective:
         reference = self.reference
         if reference is None:
             return values
-        first = reference.starts[list(indices)]
-        counts = reference.starts[np.asarray(indices) + 1] - first
-        ends = np.cumsum(counts)
-        at_N = np.repeat(first - (ends - counts), counts) + np.arange(int(ends[-1]))
+        at_N = _responses(reference, np.asarray(indices))
         found = {"ref_logp_N": facts.tensor(reference.sums_N[at_N], facts.dtype)}
+        if self.mismatched is not None:
+            at = _responses(reference, np.asarray(indices) + len(self.groups))
+            found["mismatched_ref_logp_N"] = facts.tensor(reference.sums_N[at], facts.dtype)
         if "chosen_head_ref_logp_G" in self._needs:
             assert reference.token_values_M is not None
             tokens = torch.from_numpy(reference.token_values_M).double()
@@ -190,17 +196,28 @@ class PreferenceObjective:
     def _check(self) -> None:
         """Every group has what the losses are computed on, and none is weighted where rows cannot be."""
         sorting = [term.loss.name for term in self.terms if not term.loss.per_row]
-        if not sorting and self.kind != "ranking" and self.which == "all":
+        scoring = [term.loss.name for term in self.terms if term.loss.needs_scores]
+        if not sorting and not scoring and self.kind != "ranking" and self.which == "all":
             return  # that there are pairs or labels is seen when rows are read
         weights: set[float] = set()
         for group in self.groups:
             weights.update(items.weights_of(group, self.kind, self.which))
+            if scoring and (group.scores is None or not np.isfinite(group.scores).all()):
+                raise DataError(f"--loss {scoring[0]} needs a finite score of every response", row=group.row)
             if sorting and len(weights) > 1:
                 raise DataError(
                     f"--loss {sorting[0]} sorts the pairs of a batch, so that all must weigh the same, but this row has"
                     " more or fewer of them than those before; give --pairs best-worst, or another loss",
                     row=group.row,
                 )
+
+
+def _responses(reference: ReferenceValues, indices: items.Ints) -> items.Ints:
+    """Where the values of these groups' responses stand, [N]."""
+    first, stop = reference.starts[indices], reference.starts[indices + 1]
+    ends = np.cumsum(stop - first)
+    found: items.Ints = np.repeat(stop - ends, stop - first) + np.arange(int(ends[-1]))
+    return found
 
 
 _TINY = 1e-30  # a batch may hold no row that a loss has a weight for; its numerators are zero then

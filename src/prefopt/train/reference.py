@@ -180,10 +180,10 @@ class ReferenceRun:
 
 def unscored(groups: Sequence[Group]) -> ReferenceValues:
     """Zeros where the reference's values will stand, to try a step before anything is scored."""
-    counts = np.array([int(c.trained.sum()) for g in groups for c in g.continuations], np.int32)
-    starts = np.cumsum([0, *(len(g.continuations) for g in groups)], dtype=np.int64)
-    tokens = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    return ReferenceValues(np.zeros(len(counts)), counts, starts, tokens, np.zeros(int(tokens[-1]), np.float32))
+    table = GroupTable.of(groups)
+    tokens = np.concatenate([[0], np.cumsum(table.trained_N, dtype=np.int64)])
+    sums, values = np.zeros(len(table.trained_N)), np.zeros(int(tokens[-1]), np.float32)
+    return ReferenceValues(sums, table.trained_N, table.response_starts, tokens, values)
 
 
 def check_vocabulary(groups: Sequence[Group], rows: int, model: str) -> None:

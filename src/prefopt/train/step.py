@@ -101,7 +101,7 @@ def _scored(scorer: Scorer, objective: Objective, part: Sequence[int], batch: Pa
     training = scorer.training
     with torch.no_grad():
         scorer.train(False)
-        fixed = objective.fixed(batch, part)
+        fixed = objective.fixed(scorer, batch, part)
         scorer.train(training)
     return {**fixed, **objective.policy(scorer, batch, part)}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -43,7 +42,7 @@ class Sums:
     def means(self, norm: torch.Tensor | None = None) -> Record:
         """Shares added up, metrics as means, and ``grad_norm`` where one is given: the one wait for the device.
 
-        A metric that no row had a value for is left out.
+        A metric that no row had a value for is left out. Where rows are no pairs, the margin is that of the means.
         """
         total = torch.stack(self._rows).sum(0)
         if norm is not None:
@@ -55,6 +54,8 @@ class Sums:
             value, weight = numbers[first + i], numbers[first + many + i]
             if weight:
                 record[name] = value / weight
+        if "rewards/chosen" in record and "rewards/rejected" in record:
+            record.setdefault("rewards/margins", record["rewards/chosen"] - record["rewards/rejected"])
         return record if norm is None else record | {"grad_norm": numbers[-1]}
 
 
@@ -64,8 +65,3 @@ def summed(metric_R: torch.Tensor, weight_R: torch.Tensor) -> tuple[torch.Tensor
         metric_R, weight_R = metric_R.reshape(-1), torch.ones_like(metric_R.reshape(-1))
     there = ~metric_R.isnan()
     return torch.where(there, metric_R * weight_R, 0.0).sum(), (weight_R * there).sum()
-
-
-def finite(record: Record) -> bool:
-    """Whether loss and gradient norm are numbers."""
-    return all(math.isfinite(record[name]) for name in ("loss", "grad_norm") if name in record)

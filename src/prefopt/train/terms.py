@@ -9,6 +9,7 @@ from typing import Any
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.option import flag
 from prefopt.errors import ConfigError
+from prefopt.losses.declare import Value
 from prefopt.losses.parse import Term, parse_losses
 
 Terms = tuple[Term, ...]
@@ -20,9 +21,7 @@ def terms_of(config: DpoConfig) -> tuple[DpoConfig, Terms]:
 
     Raises :class:`ConfigError` for a loss that does not exist, and for options that none of them reads.
     """
-    terms = parse_losses(
-        config.loss, config.loss_options or (), beta=config.beta, label_smoothing=config.label_smoothing
-    )
+    terms = _parsed(config)
     if not needs_reference(terms):
         for name in _OF_REFERENCE:
             if getattr(config, name) is not None:
@@ -33,9 +32,27 @@ def terms_of(config: DpoConfig) -> tuple[DpoConfig, Terms]:
     filled: dict[str, Any] = {
         "beta": _common(terms, "beta"),
         "label_smoothing": _common(terms, "label_smoothing"),
+        "divergence": _common(terms, "divergence"),
+        "divergence_alpha": _common(terms, "divergence_alpha"),
         "pairs": None if ranks else config.pairs or "all",
     }
     return replace(config, **filled), terms
+
+
+def _parsed(config: DpoConfig) -> Terms:
+    """The losses with the options that have a flag of their own among the others."""
+    options = list(config.loss_options or ())
+    plain = parse_losses(config.loss, options, beta=config.beta, label_smoothing=config.label_smoothing)
+    for name in ("divergence", "divergence_alpha"):
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if not any(name in term.values for term in plain):
+            raise ConfigError(
+                f"{flag(name)}: {names_of(plain)} sees more than a difference of log-ratios; leave it out"
+            )
+        options.append(f"{name}={value}")
+    return parse_losses(config.loss, options, beta=config.beta, label_smoothing=config.label_smoothing)
 
 
 def needs_reference(terms: Sequence[Term]) -> bool:
@@ -53,9 +70,15 @@ def words(terms: Sequence[Term]) -> str:
     parts = []
     for term in terms:
         weight = f"{term.weight:g} " if len(terms) > 1 else ""
-        values = ", ".join(f"{name} {_plain(value)}" for name, value in term.values.items())
+        values = ", ".join(f"{name} {_plain(value)}" for name, value in read_by(term).items())
         parts.append(f"{weight}{term.loss.name}{f' ({values})' if values else ''}")
     return " + ".join(parts)
+
+
+def read_by(term: Term) -> dict[str, Value]:
+    """The options that count: one may be read only together with a value of another."""
+    only = {o.name: o.only for o in term.loss.options if o.only is not None}
+    return {n: v for n, v in term.values.items() if n not in only or term.values[only[n][0]] == only[n][1]}
 
 
 def _plain(value: object) -> str:
@@ -66,5 +89,5 @@ def _plain(value: object) -> str:
 
 def _common(terms: Sequence[Term], name: str) -> object:
     """The value that all losses with this option have; none where they differ or have no such option."""
-    values = {term.values[name] for term in terms if name in term.values}
+    values = {found[name] for found in map(read_by, terms) if name in found}
     return values.pop() if len(values) == 1 else None
