@@ -129,7 +129,7 @@ def test_bad_rows_are_refused_by_name_or_skipped_with_a_count(shared: Path, tmp_
     assert {p.row for p in data.problems} >= {*tied, *empty}
     lines = "\n".join(data.summary())
     assert f"{len(rows)} rows read, {data.kept} kept, {data.refused} refused" in lines
-    assert f"{data.truncated} of {data.kept} rows truncated" in lines and "metadata" in lines
+    assert f"{data.truncated} of {data.kept} rows truncated" in lines and "source_index" in lines
 
 
 def test_show_marks_what_is_trained(shared: Path, tmp_path: Path, minimind: Any) -> None:

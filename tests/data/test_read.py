@@ -15,6 +15,7 @@ from data.small import small_tokenizer
 from prefopt.data.formats import parse_comparisons, read_comparisons
 from prefopt.data.load import load_groups
 from prefopt.data.read import read_json
+from prefopt.data.validate import refuse
 from prefopt.errors import ConfigError, DataError
 from prefopt.records import Message, Response
 
@@ -151,7 +152,8 @@ ROW = json.dumps(TEXT)
 def test_unusable_files_are_one_line_with_file_and_place(tmp_path: Path, content: str | bytes, message: str) -> None:
     path = write(tmp_path, content)
     with pytest.raises(DataError) as caught:
-        read_comparisons(path)
+        reading = read_comparisons(path)
+        raise refuse(reading.problems, reading.read)
     said = str(caught.value)
     assert message in said and str(path) in said and "\n" not in said
 

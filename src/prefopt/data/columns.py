@@ -1,17 +1,16 @@
 """``--columns NAME=COLUMN``: columns and roles by another name, in the words of the layouts and of LLaMA-Factory.
 
->>> parse_columns(["prompt=question", "user_tag=player"]).names
+>>> columns_of(parse_columns(["prompt=question", "user_tag=player"])).names
 {'prompt': 'question'}
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from prefopt.config.option import nearest
 from prefopt.data.layouts import LAYOUTS
-from prefopt.data.layouts.layout import PLAIN, Columns
+from prefopt.data.layouts.layout import Columns
 from prefopt.data.layouts.messages import CALL, TAGS, Tags
 from prefopt.errors import ConfigError
 
@@ -32,8 +31,11 @@ def known_names() -> list[str]:
     return list(dict.fromkeys([*named, *KEY_TAGS, *ROLE_TAGS]))
 
 
-def parse_columns(given: Sequence[str] | None) -> Columns:
-    """Columns from ``NAME=COLUMN`` words; raises :class:`ConfigError` for an unknown NAME or one that comes twice."""
+def parse_columns(given: Sequence[str] | None) -> dict[str, str]:
+    """Columns by NAME from ``NAME=COLUMN`` words.
+
+    Raises :class:`ConfigError` for a NAME that no layout knows, and one that comes twice.
+    """
     pairs: dict[str, str] = {}
     known = known_names()
     for word in given or ():
@@ -45,20 +47,15 @@ def parse_columns(given: Sequence[str] | None) -> Columns:
         if name in pairs:
             raise ConfigError(f"--columns gives {name} twice; leave one out")
         pairs[name] = column
-    return columns_of(pairs)
+    return pairs
 
 
-def columns_of(pairs: Mapping[str, str]) -> Columns:
-    """Columns from names that are known; those of tags change how messages are read."""
+def columns_of(pairs: Mapping[str, str], *, refused: Sequence[str] = (), cells: bool = False) -> Columns:
+    """What a layout needs to know of columns and tags; a tag that is given goes before those that are known anyway."""
     names = {name: column for name, column in pairs.items() if name not in KEY_TAGS and name not in ROLE_TAGS}
-    if len(names) == len(pairs):
-        return Columns(names) if names else PLAIN
     roles = {spelt: ROLE_TAGS[tag] for tag, spelt in pairs.items() if tag in ROLE_TAGS}
-    keys = {tag: (pairs[tag],) for tag in KEY_TAGS if tag in pairs}
-    tags: Tags = replace(TAGS, roles={**TAGS.roles, **roles}, unread=set())
-    if keys:
-        # A key that is not given keeps the other half of each known pair.
-        role, content = keys.get("role_tag", TAGS.role), keys.get("content_tag", TAGS.content)
-        longest = max(len(role), len(content))
-        tags = replace(tags, role=(role * longest)[:longest], content=(content * longest)[:longest])
-    return Columns(names, tags)
+    role, content = (pairs.get(tag) for tag in KEY_TAGS)
+    # The keys go in pairs; one that is given stands in each pair for its half.
+    keys = [(role or r, content or c) for r, c in zip(TAGS.role, TAGS.content, strict=True)]
+    tags = Tags(tuple(r for r, _ in keys), tuple(c for _, c in keys), {**TAGS.roles, **roles}, unread=set())
+    return Columns(names, tags, tuple(refused), cells)

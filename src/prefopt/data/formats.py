@@ -17,25 +17,31 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from prefopt.data.columns import parse_columns
+from prefopt.data.columns import columns_of, parse_columns
+from prefopt.data.dataset_info import find_entry
+from prefopt.data.layouts import LAYOUTS
 from prefopt.data.layouts.layout import Columns, Layout
 from prefopt.data.layouts.values import BadRow
 from prefopt.data.problem import Problem
-from prefopt.data.read import read_json
-from prefopt.data.recognise import Recognised, named_layout, recognise
+from prefopt.data.read import CSV_NAMES, layout_name, read_rows
+from prefopt.data.recognise import listed, named_layout, recognise
 from prefopt.errors import DataError
 from prefopt.records import Comparison
 
 
 class Source(Protocol):
-    """Rows that can be read again and again; ``name`` is what messages call them."""
+    """Rows that can be read again and again, as :class:`prefopt.data.sources.Source`."""
 
     @property
     def name(self) -> str:
         """What a person calls it."""
 
-    def rows(self) -> Iterator[object]:
-        """The rows from the first on, as JSON gives them."""
+    @property
+    def path(self) -> Path | None:
+        """The file, where it is one."""
+
+    def rows(self, *, keep_going: bool = False) -> Iterator[object]:
+        """The rows from the first on, as JSON gives them; one that cannot be read may be a :class:`DataError`."""
 
 
 class Reading:
@@ -43,27 +49,32 @@ class Reading:
 
     Iterating gives one :class:`Comparison` or :class:`Problem` for each row, in order; each pass reads the source
     again. ``layout`` is the name of the rows' layout, ``count`` how many there are. ``notes`` says what was passed
-    over, such as columns that nothing reads; keys of messages are added to it in the first full pass.
+    over, such as columns that nothing reads; keys inside of columns are added to it by the first full pass.
     """
 
-    def __init__(self, source: Source, file: str, layout: Layout, columns: Columns, found: Recognised) -> None:
-        self.file, self.layout, self.count = file, layout.name, found.count
-        self.notes = [f"{file}: {note}" for note in found.notes]
+    def __init__(self, source: Source, layout: Layout, columns: Columns, count: int, notes: Sequence[str]) -> None:
+        self.file, self.layout, self.count = source.name, layout.name, count
+        self.notes = [f"{self.file}: {note}" for note in notes]
         self._source, self._layout, self._columns = source, layout, columns
         self._said = False
 
     def __iter__(self) -> Iterator[Comparison | Problem]:
         number = 0
-        for number, row in enumerate(self._source.rows(), 1):
-            try:
-                yield self._layout.parse(row, number, self.file, self._columns)
-            except BadRow as bad:
-                yield Problem(bad.kind, number, bad.what, self.file)
+        for number, row in enumerate(_rows(self._source, self._columns), 1):
+            yield self._parsed(row, number)
         if number != self.count:
             raise DataError(f"had {self.count} rows and now has {number}: it changed while it was read", file=self.file)
-        if not self._said and self._columns.tags.unread:
-            self.notes.append(f"{self.file}: keys of messages not read: {', '.join(sorted(self._columns.tags.unread))}")
+        if not self._said and (unread := self._columns.tags.unread):
+            self.notes.append(f"{self.file}: keys inside of columns not read: {listed(sorted(unread))}")
         self._said = True
+
+    def _parsed(self, row: object, number: int) -> Comparison | Problem:
+        if isinstance(row, DataError):
+            return Problem("unreadable", number, row.what, self.file)
+        try:
+            return self._layout.parse(row, number, self.file, self._columns)
+        except BadRow as bad:
+            return Problem(bad.kind, number, bad.what, self.file)
 
     @cached_property
     def _all(self) -> list[Comparison | Problem]:
@@ -89,28 +100,30 @@ Rows = Reading
 
 
 class _File:
-    """One JSON or JSON-lines file."""
+    """One file of rows."""
 
     def __init__(self, path: str | Path) -> None:
-        self.name = str(path)
+        self.name, self.path = str(path), Path(path)
 
-    def rows(self) -> Iterator[object]:
-        return read_json(self.name)
+    def rows(self, *, keep_going: bool = False) -> Iterator[object]:
+        return read_rows(self.path, keep_going=keep_going)
 
 
 class _Memory:
     """Rows in memory."""
 
+    path = None
+
     def __init__(self, rows: Iterable[object], name: str) -> None:
         self.name = name
         self._rows = rows if isinstance(rows, Sequence) else list(rows)
 
-    def rows(self) -> Iterator[object]:
+    def rows(self, *, keep_going: bool = False) -> Iterator[object]:
         return iter(self._rows)
 
 
 def read_comparisons(path: str | Path) -> Reading:
-    """Read one JSON or JSON-lines file; as :func:`open_comparisons`."""
+    """Read one file of rows; as :func:`open_comparisons`."""
     return open_comparisons(_File(path))
 
 
@@ -122,13 +135,32 @@ def parse_comparisons(
 
 
 def open_comparisons(source: Source, *, format: str | None = None, columns: Sequence[str] | None = None) -> Reading:
-    """The rows of a source as comparisons, in the layout named by ``format`` or else recognised from all rows.
+    """The rows of a source as comparisons.
+
+    Their layout is named by ``format``; or by a ``dataset_info.json`` beside the file that lists it; or recognised from
+    all rows. ``columns`` (``NAME=COLUMN``) says what is called otherwise, and goes before what ``dataset_info.json``
+    says.
 
     Raises :class:`DataError` where there is no row, no row has a known layout, layouts are mixed, or a column of
-    ``columns`` (``NAME=COLUMN``) is nowhere; :class:`ConfigError` for an unknown layout or NAME. A single bad row (a
-    missing field, an unknown role) is a :class:`Problem` instead.
+    ``columns`` is nowhere; :class:`ConfigError` for an unknown layout or NAME. A single bad row (a missing field, an
+    unknown role) is a :class:`Problem` instead.
     """
     named = named_layout(format) if format is not None else None
     given = parse_columns(columns)
-    found = recognise(source.rows(), source.name, named, given)
-    return Reading(source, source.name, found.layout, given, found)
+    entry = find_entry(source.path) if named is None else None
+    cells = source.path is not None and layout_name(source.path) in CSV_NAMES
+    pairs, refused = ({**entry.pairs, **given}, entry.media) if entry else (given, ())
+    understood = columns_of(pairs, refused=refused, cells=cells)
+    named = LAYOUTS[entry.layout] if entry else named
+    rows = _rows(source, understood)
+    found = recognise(rows, source.name, named, understood, asked=given, why=entry.note if entry else "")
+    notes = [entry.note, *found.notes] if entry else found.notes
+    return Reading(source, found.layout, understood, found.count, notes)
+
+
+def _rows(source: Source, columns: Columns) -> Iterator[object]:
+    """Rows, the empty cells of a table of text as null."""
+    rows = source.rows(keep_going=True)
+    if not columns.cells:
+        return rows
+    return ({k: None if v == "" else v for k, v in r.items()} if isinstance(r, dict) else r for r in rows)

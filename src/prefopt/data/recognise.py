@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from prefopt.config.option import nearest
 from prefopt.data.layouts import LAYOUTS
@@ -13,6 +14,8 @@ from prefopt.data.layouts.values import kind
 from prefopt.data.problem import NAMED_ROWS
 from prefopt.errors import ConfigError, DataError
 
+NAMED_COLUMNS = 20
+NONE: Mapping[str, str] = MappingProxyType({})
 # Kinds of rows (names and looks of their columns) that are remembered; a file has a handful.
 REMEMBERED = 4096
 
@@ -53,53 +56,92 @@ def named_layout(name: str) -> Layout:
     return LAYOUTS[plain]
 
 
-def recognise(rows: Iterable[object], file: str, named: Layout | None = None, columns: Columns = PLAIN) -> Recognised:
+def recognise(
+    rows: Iterable[object],
+    file: str,
+    named: Layout | None = None,
+    columns: Columns = PLAIN,
+    *,
+    asked: Mapping[str, str] = NONE,
+    why: str = "",
+) -> Recognised:
     """Look at every row. Raises :class:`DataError` as :func:`prefopt.data.formats.open_comparisons` says.
+
+    ``named`` is the layout where it is known, and ``why`` says how; ``asked`` are ``--columns`` that must be there.
 
     The layout of a row is the first in :data:`LAYOUTS` whose fields it has. Rows of several layouts are mixed, unless
     those of all others only lack fields of one: then they are rows of that one with a field missing.
     """
-    candidates, any_shape = ([named], True) if named else (_candidates(columns), False)
-    layouts: dict[str, _Seen] = {}
-    odd: tuple[int, object] | None = None
-    names: dict[str, None] = {}
-    memo: dict[object, str | None] = {}
-    number = 0
-    for number, row in enumerate(rows, 1):
-        found = None
-        if isinstance(row, dict):
-            signature = tuple((name, look(value)) for name, value in row.items() if value is not None)
-            if signature not in memo:
-                names.update({str(name): None for name, _ in signature})
-                if len(memo) >= REMEMBERED:
-                    memo.clear()
-                memo[signature] = next((x.name for x in candidates if x.fits(row, columns, any_shape=any_shape)), None)
-            found = memo[signature]
-        if found is not None:
-            layouts.setdefault(found, _Seen()).add(number)
-        elif odd is None:
-            odd = (number, row)
-    if not number:
+    survey = _Survey([named] if named else _candidates(columns), columns, any_shape=named is not None)
+    for row in rows:
+        survey.see(row)
+    if not survey.count:
         raise DataError("holds no rows", file=file)
-    for name, column in columns.names.items():
-        if column not in names:
-            raise DataError(f"no row has the column {column} of --columns {name}={column}; {_has(names)}", file=file)
-    layout = _decide(layouts, file)
+    if named and (strange := [name for name in asked if name in columns.names and not named.field_of(name)]):
+        known = ", ".join(dict.fromkeys([*named.fields, *named.optional, *named.aliases, *named.words]))
+        raise ConfigError(f"--columns {strange[0]}: {named.name} rows have no such column; they have {known}")
+    for name, column in asked.items():
+        if name in columns.names and column not in survey.names:
+            has = listed(list(survey.names)) or "none"
+            raise DataError(f"no row has the column {column}, --columns {name}={column}; there are {has}", file=file)
+    layout = _decide(survey.layouts, file)
     if layout is None:
-        assert odd is not None
-        raise _unknown(*odd, names, file, candidates, columns)
-    return Recognised(layout, number, _notes(layout, list(names), columns))
+        raise _unknown(survey, file, why)
+    return Recognised(layout, survey.count, _notes(layout, survey.names, columns))
+
+
+class _Survey:
+    """What was seen of the rows: ``layouts``, the first row of none, and the columns with the look of their values."""
+
+    def __init__(self, candidates: Sequence[Layout], columns: Columns, *, any_shape: bool) -> None:
+        self.candidates, self.columns, self.any_shape = candidates, columns, any_shape
+        self.layouts: dict[str, _Seen] = {}
+        self.names: dict[str, str] = {}
+        self.odd: tuple[int, object] | None = None
+        self.count = 0
+        self._memo: dict[object, str | None] = {}
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one layout that the rows may have."""
+        return len(self.candidates) == 1
+
+    def see(self, row: object) -> None:
+        """Count one row."""
+        self.count += 1
+        found = self._layout(row) if isinstance(row, dict) else None
+        if found is not None:
+            self.layouts.setdefault(found, _Seen()).add(self.count)
+        elif self.odd is None:
+            self.odd = (self.count, row)
+
+    def _layout(self, row: Mapping[str, object]) -> str | None:
+        signature = tuple((name, look(value)) for name, value in row.items() if value is not None)
+        if signature not in self._memo:
+            self.names.update({str(name): looks for name, looks in signature})
+            if len(self._memo) >= REMEMBERED:
+                self._memo.clear()
+            fits = (x.name for x in self.candidates if x.fits(row, self.columns, any_shape=self.any_shape))
+            self._memo[signature] = next(fits, None)
+        return self._memo[signature]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a row; of very many the first, and how many there are."""
+    more = f", ... ({len(names)} in all)" if len(names) > NAMED_COLUMNS else ""
+    return ", ".join(names[:NAMED_COLUMNS]) + more
 
 
 def _candidates(columns: Columns) -> list[Layout]:
     """Layouts that know every name of ``--columns``."""
     found = [x for x in LAYOUTS.values() if all(x.field_of(name) for name in columns.names)]
     if not found:
-        raise ConfigError(f"--columns: no layout has {', '.join(columns.names)} together; see docs/formats.md")
+        names = " and ".join(columns.names)
+        raise ConfigError(f"--columns: no layout has {names} together; prefopt data layouts lists what each has")
     return found
 
 
-def _decide(layouts: dict[str, _Seen], file: str) -> Layout | None:
+def _decide(layouts: Mapping[str, _Seen], file: str) -> Layout | None:
     """The one layout of all rows; None where no row has any."""
     if not layouts:
         return None
@@ -111,27 +153,30 @@ def _decide(layouts: dict[str, _Seen], file: str) -> Layout | None:
     raise DataError(f"mixes layouts ({parts}); give each a file of its own, or name one with --format", file=file)
 
 
-def _notes(layout: Layout, names: Sequence[str], columns: Columns) -> list[str]:
-    read = {*layout.known, *layout.aliases} - {layout.field_of(name) for name in columns.names}
-    unread = [name for name in names if name not in read and name not in columns.names.values()]
-    unread = [name for name in unread if not (layout.reads and layout.reads(name))]
-    return [f"columns not read: {', '.join(unread)}"] if unread else []
+def _notes(layout: Layout, names: Mapping[str, str], columns: Columns) -> list[str]:
+    meant = {layout.field_of(name): column for name, column in columns.names.items()}
+    unread = [
+        name
+        for name, looks in names.items()
+        if name not in meant.values()
+        and (meant.get(name) or not (layout.reads_column(name, looks) or name in layout.aliases))
+    ]
+    return [f"columns not read: {listed(unread)}"] if unread else []
 
 
-def _has(names: Iterable[str]) -> str:
-    return f"columns are {', '.join(names) or 'none'}"
-
-
-def _unknown(
-    number: int, row: object, names: Iterable[str], file: str, candidates: Sequence[Layout], columns: Columns
-) -> DataError:
+def _unknown(survey: _Survey, file: str, why: str) -> DataError:
     """The error for rows of no layout, with what the nearest one lacks."""
+    assert survey.odd is not None
+    number, row = survey.odd
+    if isinstance(row, DataError):
+        return row
     if not isinstance(row, dict):
         return DataError(f"unknown layout: it is {kind(row)}, not an object with named fields", file=file, row=number)
-    lacks = {x.name: [f for f in x.fields if x.column_of(f, row, columns) is None] for x in candidates}
-    some = candidates[:1] if len(candidates) == 1 else [x for x in candidates if len(lacks[x.name]) < len(x.fields)]
-    near = min(some, key=lambda x: len(lacks[x.name]), default=None)
-    hint = f"{near.name} needs {', '.join(lacks[near.name])} as well" if near and lacks[near.name] else ""
-    hint = hint or "prefopt data layouts lists what is known"
-    what = f"unknown layout: no row has all fields of one; row {number} has {', '.join(map(str, row)) or 'no fields'}"
-    return DataError(f"{what}; {hint}, and --columns NAME=COLUMN names columns", file=file)
+    lacks = {x.name: [f for f in x.fields if x.column_of(f, row, survey.columns) is None] for x in survey.candidates}
+    some = [x for x in survey.candidates if lacks[x.name] and (survey.alone or len(lacks[x.name]) < len(x.fields))]
+    near = min(some, key=lambda x: (len(lacks[x.name]), -len(x.fields)), default=None)
+    hint = f"{near.name} needs {', '.join(lacks[near.name])} as well" if near else "prefopt data layouts lists them all"
+    remedy = f"{why}; --format names another layout" if why else "--columns NAME=COLUMN names columns"
+    columns = listed([str(name) for name in row]) or "no fields"
+    what = f"unknown layout: no row has all fields of one; row {number} has {columns}; {hint}; {remedy}"
+    return DataError(what, file=file)

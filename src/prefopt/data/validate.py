@@ -58,6 +58,10 @@ def _content(c: Comparison, want: Want) -> Iterator[tuple[str, str]]:
         answers = [m for m in response.messages if m.role == "assistant"]
         if not response.messages or response.messages[-1].role != "assistant":
             yield "response without an answer", f"the {_name(c, k)} response does not end with the assistant's turn"
+        elif not c.text and response.messages[0].role != "assistant":
+            role = response.messages[0].role
+            what = f"the {_name(c, k)} response begins with a turn of the {role}; a repeated prompt is to be left out"
+            yield "response begins with no answer", what
         elif any(not m.content.strip() and not m.tool_calls for m in answers):
             yield "empty response", f"the {_name(c, k)} response is empty"
         elif not any(m.trained for m in answers):

@@ -89,7 +89,7 @@ def read_message(item: object, name: str = "messages", tags: Tags = TAGS) -> Mes
     answers, called = _text(item, "tool_call_id", name), _text(item, "name", name)
     if not tags.verbatim:  # empty text says nothing
         reasoning, answers, called = reasoning or None, answers or None, called or None
-    trained = _trained(item, role, name)
+    trained = _trained(item, role, name, tags.verbatim)
     if unread := item.keys() - READ:
         tags.unread.update(str(k) for k in unread if k not in (tags.role[pair], key) and item[k] is not None)
     return Message(role, content or "", reasoning, tuple(calls), answers, called, trained)
@@ -190,7 +190,7 @@ def _call(call: object, name: str, verbatim: bool) -> ToolCall:
     return ToolCall(called, text, id if verbatim else id or None)
 
 
-def _trained(item: Mapping[str, object], role: str, name: str) -> bool:
+def _trained(item: Mapping[str, object], role: str, name: str, verbatim: bool) -> bool:
     """Whether a turn is learned: ``trained``, or a weight of 0 or 1. Only the assistant's turns can be."""
     said = item.get("trained")
     if said is not None and not isinstance(said, bool):
@@ -202,7 +202,7 @@ def _trained(item: Mapping[str, object], role: str, name: str) -> bool:
         if weight and role != "assistant":
             raise BadRow("wrong type", f"a message of {name} has the weight 1, but its role is {role}")
         return role != "assistant" or weight == 1
-    return said is not False
+    return said is not False or (role != "assistant" and not verbatim)
 
 
 def write_messages(turns: Sequence[Message], weight: str | None = None) -> list[dict[str, object]]:

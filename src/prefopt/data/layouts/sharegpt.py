@@ -1,18 +1,30 @@
-"""ShareGPT's layouts as LLaMA-Factory reads them: ``conversations`` of ``from`` and ``value``."""
+"""ShareGPT's layouts as LLaMA-Factory reads them: ``conversations`` of ``from`` and ``value``, and its KTO rows."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 
-from prefopt.data.layouts.layout import CannotHold, Layout, Row
-from prefopt.data.layouts.messages import write_tools
-from prefopt.data.layouts.trl import need_chat, need_pair
-from prefopt.records import Comparison, Message
+from prefopt.data.layouts.holding import (
+    CannotHold,
+    best_first,
+    need_chat,
+    need_demonstration,
+    need_label,
+    need_no_preference,
+    need_pair,
+)
+from prefopt.data.layouts.implicit import first_answer, last_answer
+from prefopt.data.layouts.layout import Layout
+from prefopt.data.layouts.messages import write_messages, write_tools
+from prefopt.data.layouts.row import Row
+from prefopt.data.layouts.shapes import replies
+from prefopt.records import Comparison, Message, Response
 
 ORIGIN = "LLaMA-Factory"
 SPELT = {"user": "human", "assistant": "gpt", "system": "system", "tool": "observation"}
-HUMAN = {"from": "human", "value": "What is 2 + 2?"}
+USER, GOOD = {"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}
+HUMAN, GPT = {"from": "human", "value": "What is 2 + 2?"}, {"from": "gpt", "value": "4"}
 
 
 def write_turns(turns: Sequence[Message]) -> list[dict[str, object]]:
@@ -36,19 +48,67 @@ def write_turn(m: Message) -> dict[str, object]:
     return {"from": "function_call", "value": json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False)}
 
 
+def demonstrated(row: Row, turns: tuple[Message, ...]) -> Comparison:
+    """A conversation to learn from: all turns from the assistant's first on are the response."""
+    at = first_answer(turns)
+    return row.comparison(turns[:at], [Response(turns[at:])] if turns[at:] else ())
+
+
+def whole(c: Comparison) -> tuple[Message, ...]:
+    """The conversation of a row with one response, or with a prompt alone."""
+    need_chat(c)
+    if not c.responses:
+        need_no_preference(c)
+        return c.prompt
+    return (*c.prompt, *need_demonstration(c).messages)
+
+
 def _read_ranking(row: Row) -> Comparison:
-    prompt = row.with_system(row.messages("conversations"))
     sides = row.response("chosen"), row.response("rejected")
-    return row.comparison(prompt, sides, ((0,), (1,)), tools=row.tools)
+    return row.comparison(row.chat("conversations"), sides, ((0,), (1,)))
 
 
 def _write_ranking(c: Comparison) -> dict[str, object]:
+    need_chat(c)
     sides: dict[str, object] = {}
     for name, response in zip(("chosen", "rejected"), need_pair(c), strict=True):
         turns = write_turns(response.messages)
         sides[name] = turns[0] if len(turns) == 1 else turns
-    need_chat(c)
     return {"conversations": write_turns(c.prompt), **sides, **write_tools(c.tools)}
+
+
+def _read_messages_ranking(row: Row) -> Comparison:
+    sides = row.response("chosen"), row.response("rejected")
+    return row.comparison(row.chat("messages"), sides, ((0,), (1,)))
+
+
+def _write_messages_ranking(c: Comparison) -> dict[str, object]:
+    need_chat(c)
+    chosen, rejected = (write_messages(side.messages, weight="weight") for side in need_pair(c))
+    sides: dict[str, object] = {"chosen": chosen, "rejected": rejected}
+    if len(chosen) == len(rejected) == 1:
+        sides = {"chosen": chosen[0], "rejected": rejected[0]}
+    return {"messages": write_messages(c.prompt), **sides, **write_tools(c.tools)}
+
+
+def _read_kto(row: Row) -> Comparison:
+    turns, labels = row.chat("messages"), (row.label_of(row.given("label"), "label"),)
+    at = last_answer(turns)
+    return row.comparison(turns[:at], [Response(turns[at:])], labels=labels)
+
+
+def _write_kto(c: Comparison) -> dict[str, object]:
+    need_chat(c)
+    response, label = need_label(c)
+    return {"messages": write_messages((*c.prompt, *response.messages)), "label": label, **write_tools(c.tools)}
+
+
+def _read_conversation(row: Row) -> Comparison:
+    return demonstrated(row, row.chat("conversations"))
+
+
+def _write_conversation(c: Comparison) -> dict[str, object]:
+    return {"conversations": write_turns(whole(c)), **write_tools(c.tools)}
 
 
 RANKING = Layout(
@@ -56,12 +116,46 @@ RANKING = Layout(
     fields=("conversations", "chosen", "rejected"),
     optional=("system", "tools"),
     words={"messages": "conversations"},
-    example={
-        "conversations": [HUMAN],
-        "chosen": {"from": "gpt", "value": "4"},
-        "rejected": {"from": "gpt", "value": "22"},
-    },
+    says="a conversation and two responses to it",
     origin=ORIGIN,
+    example={"conversations": [HUMAN], "chosen": GPT, "rejected": {"from": "gpt", "value": "22"}},
     reader=_read_ranking,
     writer=_write_ranking,
+    arranged=best_first,
+)
+MESSAGES_RANKING = Layout(
+    name="messages-ranking",
+    fields=("messages", "chosen", "rejected"),
+    optional=("system", "tools"),
+    shape=replies,
+    says="the same in OpenAI's spelling",
+    origin=ORIGIN,
+    example={"messages": [USER], "chosen": GOOD, "rejected": {"role": "assistant", "content": "22"}},
+    reader=_read_messages_ranking,
+    writer=_write_messages_ranking,
+    arranged=best_first,
+)
+KTO = Layout(
+    name="kto",
+    fields=("messages", "label"),
+    optional=("system", "tools"),
+    aliases={"conversations": "messages", "kto_tag": "label"},
+    also=("sharegpt", "messages", "v1-messages"),
+    says="a conversation whose last turn is desirable or not",
+    origin=ORIGIN,
+    example={"messages": [USER, GOOD], "label": True},
+    reader=_read_kto,
+    writer=_write_kto,
+)
+CONVERSATION = Layout(
+    name="sharegpt",
+    fields=("conversations",),
+    optional=("system", "tools"),
+    aliases={"conversation": "conversations"},
+    words={"messages": "conversations"},
+    says="a conversation to learn from",
+    origin=ORIGIN,
+    example={"conversations": [HUMAN, GPT]},
+    reader=_read_conversation,
+    writer=_write_conversation,
 )

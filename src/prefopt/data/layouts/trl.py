@@ -1,89 +1,268 @@
-"""TRL's layouts: explicit prompt, plain and conversational."""
+"""TRL's layouts: a prompt that is given or implied, plain text or turns, with sides, a completion, a label, or alone.
+
+A prompt that is text is the plain text of a base model: it and the response are joined as they stand.
+"""
 
 from __future__ import annotations
 
-from prefopt.data.layouts.layout import CannotHold, Layout, Row
+from prefopt.data.layouts.holding import (
+    best_first,
+    need_chat,
+    need_demonstration,
+    need_label,
+    need_no_preference,
+    need_pair,
+    need_text,
+    score_columns,
+    words,
+)
+from prefopt.data.layouts.implicit import split_text, split_turns
+from prefopt.data.layouts.layout import Layout
 from prefopt.data.layouts.messages import write_messages, write_tools
-from prefopt.data.layouts.shapes import chat_prompt
-from prefopt.records import Comparison, Message, Response
+from prefopt.data.layouts.row import Row, answer, text_prompt
+from prefopt.data.layouts.shapes import (
+    chat_prompt,
+    chat_prompt_alone,
+    implicit_chat,
+    implicit_text,
+    prompt_alone,
+    scored_metadata,
+)
+from prefopt.records import Comparison, Response
 
 ORIGIN = "TRL"
+PAIR = ((0,), (1,))
 USER = {"role": "user", "content": "What is 2 + 2?"}
+GOOD, BAD = {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "22"}
+SCORES = ("score_chosen", "score_rejected")
+COMPLETION = {"response": "completion"}
 
 
-def one_text(turns: tuple[Message, ...]) -> str:
-    """The words of a prompt or response of plain text."""
-    return "".join(m.content for m in turns)
-
-
-def need_pair(c: Comparison) -> tuple[Response, Response]:
-    """Chosen and rejected; raises :class:`CannotHold` where a row says anything but one response over another."""
-    if len(c.responses) != 2:
-        raise CannotHold(f"{len(c.responses)} responses: it has a chosen and a rejected one")
-    if c.labels is not None:
-        raise CannotHold("labels")
-    if c.votes is not None or c.tiers not in (((0,), (1,)), ((1,), (0,))):
-        raise CannotHold("a pair without one that is preferred" if c.votes is None else "votes")
-    best, worse = c.tiers[0][0], c.tiers[1][0]
-    return c.responses[best], c.responses[worse]
-
-
-def need_chat(c: Comparison) -> None:
-    """Raise :class:`CannotHold` for the plain text of a base model."""
-    if c.text:
-        raise CannotHold("the plain text of a base model: it has turns")
-
-
-def need_text(c: Comparison) -> None:
-    """Raise :class:`CannotHold` for a conversation."""
-    if not c.text:
-        raise CannotHold("turns: it has plain text")
-
-
-def _read_chat(row: Row) -> Comparison:
-    prompt = row.with_system(row.messages("prompt"))
+def _read_pair_chat(row: Row) -> Comparison:
     sides = row.response("chosen"), row.response("rejected")
-    return row.comparison(prompt, sides, ((0,), (1,)), tools=row.tools)
+    return row.comparison(row.chat("prompt"), sides, PAIR, scores=row.pair_scores)
 
 
-def _write_chat(c: Comparison) -> dict[str, object]:
-    chosen, rejected = need_pair(c)
+def _write_pair_chat(c: Comparison) -> dict[str, object]:
     need_chat(c)
+    chosen, rejected = need_pair(c, scores=True)
     sides = {"chosen": write_messages(chosen.messages), "rejected": write_messages(rejected.messages)}
+    return {"prompt": write_messages(c.prompt), **sides, **score_columns(c), **write_tools(c.tools)}
+
+
+def _read_pair_text(row: Row) -> Comparison:
+    sides = row.response("chosen", text=True), row.response("rejected", text=True)
+    return row.comparison(text_prompt(row.text("prompt")), sides, PAIR, text=True, scores=row.pair_scores)
+
+
+def _write_pair_text(c: Comparison) -> dict[str, object]:
+    need_text(c)
+    chosen, rejected = need_pair(c, scores=True)
+    sides = {"chosen": words(chosen.messages), "rejected": words(rejected.messages)}
+    return {"prompt": words(c.prompt), **sides, **score_columns(c)}
+
+
+def _read_implicit_chat(row: Row) -> Comparison:
+    chosen, rejected = row.turns("chosen"), row.turns("rejected")
+    at = split_turns(chosen, rejected)
+    sides = Response(chosen[at:]), Response(rejected[at:])
+    return row.comparison(row.with_system(chosen[:at]), sides, PAIR, scores=row.pair_scores)
+
+
+def _write_implicit_chat(c: Comparison) -> dict[str, object]:
+    need_chat(c)
+    chosen, rejected = (write_messages((*c.prompt, *side.messages)) for side in need_pair(c, scores=True))
+    return {"chosen": chosen, "rejected": rejected, **score_columns(c), **write_tools(c.tools)}
+
+
+def _read_implicit_text(row: Row) -> Comparison:
+    prompt, chosen, rejected = split_text(row.text("chosen"), row.text("rejected"))
+    sides = answer(chosen), answer(rejected)
+    return row.comparison(text_prompt(prompt), sides, PAIR, text=True, scores=row.pair_scores)
+
+
+def _write_implicit_text(c: Comparison) -> dict[str, object]:
+    need_text(c)
+    chosen, rejected = (words(c.prompt) + words(side.messages) for side in need_pair(c, scores=True))
+    return {"chosen": chosen, "rejected": rejected, **score_columns(c)}
+
+
+def _read_unpaired_chat(row: Row) -> Comparison:
+    labels = (row.label_of(row.given("label"), "label"),)
+    return row.comparison(row.chat("prompt"), [row.response("completion")], labels=labels)
+
+
+def _write_unpaired_chat(c: Comparison) -> dict[str, object]:
+    need_chat(c)
+    response, label = need_label(c)
+    sides = {"completion": write_messages(response.messages), "label": label}
     return {"prompt": write_messages(c.prompt), **sides, **write_tools(c.tools)}
 
 
-def _read_text(row: Row) -> Comparison:
-    prompt = (Message("user", row.text("prompt")),)
-    sides = row.response("chosen", text=True), row.response("rejected", text=True)
-    return row.comparison(prompt, sides, ((0,), (1,)), text=True)
+def _read_unpaired_text(row: Row) -> Comparison:
+    labels = (row.label_of(row.given("label"), "label"),)
+    prompt = text_prompt(row.text("prompt"))
+    return row.comparison(prompt, [row.response("completion", text=True)], text=True, labels=labels)
 
 
-def _write_text(c: Comparison) -> dict[str, object]:
-    chosen, rejected = need_pair(c)
+def _write_unpaired_text(c: Comparison) -> dict[str, object]:
     need_text(c)
-    return {"prompt": one_text(c.prompt), "chosen": one_text(chosen.messages), "rejected": one_text(rejected.messages)}
+    response, label = need_label(c)
+    return {"prompt": words(c.prompt), "completion": words(response.messages), "label": label}
+
+
+def _read_completion_chat(row: Row) -> Comparison:
+    return row.comparison(row.chat("prompt"), [row.response("completion")])
+
+
+def _write_completion_chat(c: Comparison) -> dict[str, object]:
+    need_chat(c)
+    completion = write_messages(need_demonstration(c).messages)
+    return {"prompt": write_messages(c.prompt), "completion": completion, **write_tools(c.tools)}
+
+
+def _read_completion_text(row: Row) -> Comparison:
+    return row.comparison(text_prompt(row.text("prompt")), [row.response("completion", text=True)], text=True)
+
+
+def _write_completion_text(c: Comparison) -> dict[str, object]:
+    need_text(c)
+    return {"prompt": words(c.prompt), "completion": words(need_demonstration(c).messages)}
+
+
+def _read_prompt_chat(row: Row) -> Comparison:
+    return row.comparison(row.chat("prompt"), ())
+
+
+def _write_prompt_chat(c: Comparison) -> dict[str, object]:
+    need_chat(c)
+    need_no_preference(c)
+    return {"prompt": write_messages(c.prompt), **write_tools(c.tools)}
+
+
+def _read_prompt_text(row: Row) -> Comparison:
+    return row.comparison(text_prompt(row.text("prompt")), (), text=True)
+
+
+def _write_prompt_text(c: Comparison) -> dict[str, object]:
+    need_text(c)
+    need_no_preference(c)
+    return {"prompt": words(c.prompt)}
 
 
 PREFERENCE_CHAT = Layout(
     name="preference-chat",
     fields=("prompt", "chosen", "rejected"),
-    optional=("system", "tools"),
+    optional=("system", "tools", *SCORES),
     shape=chat_prompt,
-    example={
-        "prompt": [USER],
-        "chosen": [{"role": "assistant", "content": "4"}],
-        "rejected": [{"role": "assistant", "content": "22"}],
-    },
+    says="a prompt, a preferred and a dispreferred response, in turns",
     origin=ORIGIN,
-    reader=_read_chat,
-    writer=_write_chat,
+    example={"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+    reader=_read_pair_chat,
+    writer=_write_pair_chat,
+    reads=scored_metadata,
+    arranged=best_first,
 )
 PREFERENCE_TEXT = Layout(
     name="preference-text",
     fields=("prompt", "chosen", "rejected"),
-    example={"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 22"},
+    optional=SCORES,
+    says="the same as plain text",
     origin=ORIGIN,
-    reader=_read_text,
-    writer=_write_text,
+    example={"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 22"},
+    reader=_read_pair_text,
+    writer=_write_pair_text,
+    reads=scored_metadata,
+    arranged=best_first,
+)
+IMPLICIT_CHAT = Layout(
+    name="implicit-chat",
+    fields=("chosen", "rejected"),
+    optional=("system", "tools", *SCORES),
+    shape=implicit_chat,
+    says="two whole conversations; the prompt is what they share",
+    origin=ORIGIN,
+    example={"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    reader=_read_implicit_chat,
+    writer=_write_implicit_chat,
+    reads=scored_metadata,
+    arranged=best_first,
+)
+IMPLICIT_TEXT = Layout(
+    name="implicit-text",
+    fields=("chosen", "rejected"),
+    optional=SCORES,
+    shape=implicit_text,
+    says="two whole texts; the prompt is the words they share",
+    origin=ORIGIN,
+    example={"chosen": "The capital of France is Paris.", "rejected": "The capital of France is London."},
+    reader=_read_implicit_text,
+    writer=_write_implicit_text,
+    reads=scored_metadata,
+    arranged=best_first,
+)
+UNPAIRED_CHAT = Layout(
+    name="unpaired-chat",
+    fields=("prompt", "completion", "label"),
+    optional=("system", "tools"),
+    aliases=COMPLETION,
+    shape=chat_prompt,
+    says="a prompt and a response that is desirable or not, in turns",
+    origin=ORIGIN,
+    example={"prompt": [USER], "completion": [GOOD], "label": True},
+    reader=_read_unpaired_chat,
+    writer=_write_unpaired_chat,
+)
+UNPAIRED_TEXT = Layout(
+    name="unpaired-text",
+    fields=("prompt", "completion", "label"),
+    aliases=COMPLETION,
+    says="the same as plain text",
+    origin=ORIGIN,
+    example={"prompt": "2 + 2 =", "completion": " 22", "label": False},
+    reader=_read_unpaired_text,
+    writer=_write_unpaired_text,
+)
+COMPLETION_CHAT = Layout(
+    name="completion-chat",
+    fields=("prompt", "completion"),
+    optional=("system", "tools"),
+    aliases=COMPLETION,
+    shape=chat_prompt,
+    says="a prompt and a response to learn, in turns",
+    origin=ORIGIN,
+    example={"prompt": [USER], "completion": [GOOD]},
+    reader=_read_completion_chat,
+    writer=_write_completion_chat,
+)
+COMPLETION_TEXT = Layout(
+    name="completion-text",
+    fields=("prompt", "completion"),
+    aliases=COMPLETION,
+    says="the same as plain text",
+    origin=ORIGIN,
+    example={"prompt": "2 + 2 =", "completion": " 4"},
+    reader=_read_completion_text,
+    writer=_write_completion_text,
+)
+PROMPT_CHAT = Layout(
+    name="prompt-chat",
+    fields=("prompt",),
+    optional=("system", "tools"),
+    shape=chat_prompt_alone,
+    says="a prompt alone, in turns",
+    origin=ORIGIN,
+    example={"prompt": [USER]},
+    reader=_read_prompt_chat,
+    writer=_write_prompt_chat,
+)
+PROMPT_TEXT = Layout(
+    name="prompt-text",
+    fields=("prompt",),
+    shape=prompt_alone,
+    says="the same as plain text",
+    origin=ORIGIN,
+    example={"prompt": "2 + 2 ="},
+    reader=_read_prompt_text,
+    writer=_write_prompt_text,
 )

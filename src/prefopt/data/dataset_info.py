@@ -1,0 +1,83 @@
+"""What a ``dataset_info.json`` beside a file says of it: LLaMA-Factory's registry of data sets.
+
+An entry names a file, its layout (``formatting``, ``ranking``), its columns and the tags of its messages.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefopt.data.columns import KEY_TAGS, ROLE_TAGS
+from prefopt.data.layouts import LAYOUTS
+from prefopt.errors import DataError
+
+NAME = "dataset_info.json"
+TAGS = (*KEY_TAGS, *ROLE_TAGS)
+MEDIA = ("images", "videos", "audios")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One data set: the layout's name, columns and tags by LLaMA-Factory's names, and the columns that hold media."""
+
+    name: str
+    layout: str
+    pairs: Mapping[str, str]
+    media: tuple[str, ...]
+
+    @property
+    def note(self) -> str:
+        """What a person is told."""
+        return f"read as {self.layout}, as {NAME} beside it says (entry {self.name})"
+
+
+def find_entry(path: Path | None) -> Entry | None:
+    """The entry for a file, or None where there is none, or no such registry beside it.
+
+    Raises :class:`DataError` where two entries say different things of the file. A ``dataset_info.json`` of another
+    kind, such as ``datasets`` writes, says nothing of files and is passed over.
+    """
+    if path is None:
+        return None
+    beside = path.parent / NAME
+    try:
+        registry = json.loads(beside.read_text("utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(registry, dict):
+        return None
+    found = [_entry(name, e) for name, e in registry.items() if isinstance(e, dict) and e.get("file_name") == path.name]
+    if not found:
+        return None
+    if other := next((e for e in found if (e.layout, e.pairs, e.media) != _said(found[0])), None):
+        what = f"{NAME} beside it has two entries for it, {found[0].name} and {other.name}; say --format and --columns"
+        raise DataError(what, file=str(path))
+    return found[0]
+
+
+def _said(entry: Entry) -> tuple[str, Mapping[str, str], tuple[str, ...]]:
+    return entry.layout, entry.pairs, entry.media
+
+
+def _entry(name: str, entry: Mapping[str, object]) -> Entry:
+    columns, tags = (_texts(entry.get(key)) for key in ("columns", "tags"))
+    formatting = entry.get("formatting", "alpaca")
+    pairs = columns | {tag: spelt for tag, spelt in tags.items() if tag in TAGS}
+    kind = "ranking" if entry.get("ranking") is True else "kto" if "kto_tag" in columns else ""
+    if formatting in ("sharegpt", "openai"):
+        layout = {"ranking": "sharegpt-ranking", "kto": "kto"}.get(kind, "sharegpt")
+        pairs.setdefault("messages", "conversations")
+    elif set(columns) == {"prompt"} and not kind:
+        layout = "raw-text"
+    else:
+        layout = {"ranking": "alpaca-ranking", "kto": "alpaca-kto"}.get(kind, "alpaca")
+    known = LAYOUTS[layout]
+    pairs = {word: column for word, column in pairs.items() if word in TAGS or known.field_of(word)}
+    return Entry(name, layout, pairs, tuple(columns[word] for word in MEDIA if word in columns))
+
+
+def _texts(value: object) -> dict[str, str]:
+    return {k: v for k, v in value.items() if isinstance(v, str)} if isinstance(value, dict) else {}

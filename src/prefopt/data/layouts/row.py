@@ -1,0 +1,154 @@
+"""One row as its layout names the columns, with getters that say what is wrong with a value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from prefopt.data.layouts.messages import Tags, read_messages, read_tools
+from prefopt.data.layouts.shapes import look
+from prefopt.data.layouts.values import BadRow, items_of, kind, number_of
+from prefopt.records import Comparison, Message, Response
+
+
+@dataclass(slots=True)
+class Row:
+    """One row as its layout names the columns; every getter raises :class:`BadRow` for what a value cannot be.
+
+    ``extra`` holds the columns that the layout does not read. ``cells``: values are the cells of a table of text, where
+    true, false and numbers are written out.
+    """
+
+    values: Mapping[str, object]
+    number: int
+    file: str
+    tags: Tags
+    extra: dict[str, object]
+    cells: bool = False
+
+    def has(self, name: str) -> bool:
+        """Whether there is a value; null is none."""
+        return self.values.get(name) is not None
+
+    def given(self, name: str) -> object:
+        """The value, which must be there."""
+        value = self.values.get(name)
+        if value is None:
+            raise BadRow("missing field", f"lacks {name}")
+        return value
+
+    def text(self, name: str) -> str:
+        """Text, which must be there."""
+        value = self.given(name)
+        if not isinstance(value, str):
+            raise BadRow("wrong type", f"{name} is {kind(value)}, not text")
+        return value
+
+    def text_or(self, name: str, default: str = "") -> str:
+        """Text, or the default where there is none."""
+        return self.text(name) if self.has(name) else default
+
+    def items(self, name: str) -> Sequence[object]:
+        """A list, which must be there."""
+        return items_of(self.given(name), name)
+
+    def number_of(self, value: object, name: str) -> float:
+        """A finite number; ``name`` says where it stands."""
+        if self.cells and isinstance(value, str):
+            try:
+                return number_of(float(value), name)
+            except ValueError:
+                raise BadRow("wrong type", f"{name} is {value[:20]!r}, not a number") from None
+        return number_of(value, name)
+
+    def label_of(self, value: object, name: str) -> bool:
+        """True or false. Numbers are refused: 0 and 1 may be classes or ratings as well."""
+        if self.cells and isinstance(value, str):
+            value = {"true": True, "false": False}.get(value.strip().lower(), value)
+        if not isinstance(value, bool):
+            said = f", {value!r}" if isinstance(value, (int, float)) or self.cells else ""
+            raise BadRow("wrong type", f"{name} is {kind(value)}{said}, not true or false")
+        return value
+
+    def turns(self, name: str) -> tuple[Message, ...]:
+        """A list of messages, which must be there."""
+        return read_messages(self.given(name), name, self.tags)
+
+    def chat(self, name: str) -> tuple[Message, ...]:
+        """A list of messages, which must be there, after the column ``system`` where that says something."""
+        return self.with_system(self.turns(name))
+
+    def response(self, name: str, *, text: bool = False) -> Response:
+        """A side: text, one message, or a list of messages; text alone where the prompt is plain ``text``."""
+        return self.response_of(self.given(name), name, text=text)
+
+    def response_of(self, value: object, name: str, *, text: bool = False) -> Response:
+        """As :meth:`response`, of a value that stands deeper in the row; ``name`` says where."""
+        if isinstance(value, str):
+            return answer(value)
+        if text:
+            raise BadRow("wrong type", f"{name} should be text, as the prompt is, and is {kind(value)}")
+        return Response(read_messages([value] if isinstance(value, dict) else value, name, self.tags))
+
+    def with_system(self, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+        """The turns after the column ``system``, where that says something."""
+        system = self.text_or("system")
+        if not system:
+            return turns
+        if turns and turns[0].role == "system":
+            raise BadRow("two system turns", "has a column system and a system turn as well")
+        return (Message("system", system), *turns)
+
+    @property
+    def tools(self) -> tuple[str, ...]:
+        """The functions that the model may call, as JSON objects."""
+        return read_tools(self.values.get("tools"), verbatim=self.tags.verbatim)
+
+    @property
+    def pair_scores(self) -> tuple[float, float] | None:
+        """Scores of chosen and rejected from the columns ``score_chosen`` and ``score_rejected``, or from ``metadata``.
+
+        Raises :class:`BadRow` where they say that the rejected one is better.
+        """
+        names = "score_chosen", "score_rejected"
+        values, metadata = self.values, self.values.get("metadata")
+        if look(metadata) == "scores" and isinstance(metadata, dict):
+            values = values if any(self.has(name) for name in names) else metadata
+            if rest := {k: v for k, v in metadata.items() if k not in names}:
+                self.extra["metadata"] = rest
+                self.tags.unread.update(f"metadata.{key}" for key in rest)
+        chosen, rejected = (values.get(name) for name in names)
+        if chosen is None or rejected is None:
+            return None
+        best, worse = self.number_of(chosen, names[0]), self.number_of(rejected, names[1])
+        if best < worse:
+            what = f"score_chosen is {best:g} and score_rejected {worse:g}: the rejected response would be the better"
+            raise BadRow("scores against the preference", what)
+        return best, worse
+
+    def comparison(
+        self,
+        prompt: tuple[Message, ...],
+        responses: Sequence[Response],
+        tiers: tuple[tuple[int, ...], ...] = (),
+        *,
+        text: bool = False,
+        scores: tuple[float, ...] | None = None,
+        labels: tuple[bool, ...] | None = None,
+        votes: tuple[tuple[int, int, float], ...] | None = None,
+    ) -> Comparison:
+        """What the row says, with its place, tools, and the columns not read. A prompt's turns are never trained."""
+        if not self.tags.verbatim and not all(m.trained for m in prompt):
+            prompt = tuple(replace(m, trained=True) for m in prompt)
+        sides, tools = tuple(responses), self.tools
+        return Comparison(prompt, sides, tiers, self.number, self.file, text, self.extra, scores, labels, votes, tools)
+
+
+def answer(text: str) -> Response:
+    """One turn of the assistant."""
+    return Response((Message("assistant", text),))
+
+
+def text_prompt(text: str) -> tuple[Message, ...]:
+    """The prompt of a row of plain text; every such row has one, be it empty."""
+    return (Message("user", text),)
