@@ -133,8 +133,9 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _candidates(columns: Columns) -> list[Layout]:
-    """Layouts that know every name of ``--columns``."""
+    """Layouts that know every name of ``--columns``; those that call a column so themselves go before others."""
     found = [x for x in LAYOUTS.values() if all(x.field_of(name) for name in columns.names)]
+    found.sort(key=lambda x: sum(name in x.words for name in columns.names))
     if not found:
         names = " and ".join(columns.names)
         raise ConfigError(f"--columns: no layout has {names} together; prefopt data layouts lists what each has")
@@ -174,7 +175,8 @@ def _unknown(survey: _Survey, file: str, why: str) -> DataError:
         return DataError(f"unknown layout: it is {kind(row)}, not an object with named fields", file=file, row=number)
     lacks = {x.name: [f for f in x.fields if x.column_of(f, row, survey.columns) is None] for x in survey.candidates}
     some = [x for x in survey.candidates if lacks[x.name] and (survey.alone or len(lacks[x.name]) < len(x.fields))]
-    near = min(some, key=lambda x: (len(lacks[x.name]), -len(x.fields)), default=None)
+    # Of several that lack as much, the one that knows most of the columns; of those the least particular.
+    near = min(reversed(some), key=lambda x: (len(lacks[x.name]), -len(x.known & row.keys())), default=None)
     hint = f"{near.name} needs {', '.join(lacks[near.name])} as well" if near else "prefopt data layouts lists them all"
     remedy = f"{why}; --format names another layout" if why else "--columns NAME=COLUMN names columns"
     columns = listed([str(name) for name in row]) or "no fields"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from prefopt.data.layouts.holding import CannotHold, words
-from prefopt.data.layouts.layout import NOT_READ, Layout, with_columns
+from prefopt.data.layouts.layout import NOT_READ, SIDES, Layout, with_columns
 from prefopt.data.layouts.messages import write_messages
 from prefopt.data.layouts.orders import read_order, read_tiers, read_votes, write_order
 from prefopt.data.layouts.row import Row, text_prompt
@@ -77,7 +77,7 @@ def _write_canonical(c: Comparison) -> dict[str, object]:
 
 def _aside(row: dict[str, object], extra: Mapping[str, object]) -> dict[str, object]:
     """The row with its further columns; those whose names mean something are put into a column ``extra``."""
-    meant = {"prompt", "responses", "extra", *SAID, *BY_INDEX, *NOT_READ}
+    meant = {"prompt", "responses", "extra", *SAID, *BY_INDEX, *NOT_READ, *SIDES}
     aside = {name: value for name, value in extra.items() if name in meant}
     rest = {name: value for name, value in extra.items() if name not in meant}
     return with_columns(row, rest | ({"extra": aside} if aside else {}))

@@ -99,7 +99,7 @@ def read_tools(value: object, *, verbatim: bool = False) -> tuple[str, ...]:
     """The functions that a model may call, as JSON objects: from a list of them, or from JSON text of such a list."""
     if isinstance(value, str):
         value = json_of(value, "tools") if value.strip() else None
-    if value is None:
+    if value is None or value in ([], {}, ()):
         return ()
     items = [value] if isinstance(value, dict) else value
     if not isinstance(items, (list, tuple)):

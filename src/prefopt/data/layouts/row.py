@@ -141,6 +141,8 @@ class Row:
         if not self.tags.verbatim and not all(m.trained for m in prompt):
             prompt = tuple(replace(m, trained=True) for m in prompt)
         sides, tools = tuple(responses), self.tools
+        if text and tools:
+            raise BadRow("field that cannot be used", "has tools, which plain text has no place for")
         return Comparison(prompt, sides, tiers, self.number, self.file, text, self.extra, scores, labels, votes, tools)
 
 
