@@ -227,6 +227,17 @@ def test_the_loss_does_not_depend_on_what_it_does_not_name() -> None:
         torch.testing.assert_close(loss(only).numerator_G, loss(tensors).numerator_G, rtol=0, atol=0)
 
 
+@CASES
+def test_everything_stays_on_the_device_of_its_inputs_and_none_is_waited_for(name: str, options: Options) -> None:
+    """Meta tensors have no numbers: a transfer, a comparison in Python or a tensor made elsewhere would fail."""
+    loss = LOSSES[name]
+    here = {"tier_N", "group_N"}  # what the data say of rankings stays on the CPU
+    tensors = {key: value if key in here else value.to("meta") for key, value in drawn(8).items()}
+    output = loss(tensors, loss.start("meta"), **options)
+    found = [output.numerator_G, output.weight_G, *output.metrics.values(), *(output.state or {}).values()]
+    assert {tensor.device.type for tensor in found} == {"meta"}
+
+
 def test_wpo_multiplies_pair_by_pair() -> None:
     tensors = drawn(9)
     tensors["chosen_wpo_G"] = tensors["chosen_wpo_G"].clone().fill_(0.5)

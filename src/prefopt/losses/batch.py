@@ -109,7 +109,7 @@ def beta_dpo(
 ) -> LossOutput:
     r"""DPO with a beta per batch, Wu et al. 2024 (arXiv 2407.08639).
 
-    :math:`m \leftarrow \mu m + (1-\mu)\,\overline h`, then :math:`b = \beta(1 + \alpha(\overline h_{kept} - m))`, at
+    :math:`m \leftarrow \mu m + (1-\mu)\overline h`, then :math:`b = \beta(1 + \alpha(\overline h_{kept} - m))`, at
     least 0.001 and without gradient, and :math:`-\log\sigma(b h)` over the pairs that are kept; the others weigh 0.
 
     Two places where sources differ. The paper measures with :math:`\beta h`, its code with h, as here: alpha of the

@@ -41,7 +41,7 @@ def robust(
 ) -> LossOutput:
     r"""Provably robust DPO, Chowdhury et al. 2024 (arXiv 2403.00409).
 
-    :math:`[(1-e)\,L(w, l) - e\,L(l, w)]/(1-2e)` with DPO's L: an unbiased estimate of the loss on clean labels where a
+    :math:`[(1-e) L(w, l) - e L(l, w)]/(1-2e)` with DPO's L: an unbiased estimate of the loss on clean labels where a
     part e of them is flipped at random; dpo where e is 0. Not bounded below for e > 0.
     """
     chosen, rejected = implied_rewards(

@@ -64,7 +64,7 @@ def plackett_luce(
 
     Responses of one tier are tied: their order is not known, and the probability is the sum over all their orders
     (exact for up to four; a recursion over subsets). A larger tier T takes Breslow's approximation,
-    :math:`|T|!\,\prod_{i\in T}e^{r_i}/\sum_j e^{r_j}` with every response that is left in each denominator, which is
+    :math:`|T|! \prod_{i\in T}e^{r_i}/\sum_j e^{r_j}` with every response that is left in each denominator, which is
     never above the exact one. Nothing is known within the last tier, and its orders sum to 1: a list of the best few,
     with all others in a last tier, is the marginal probability of that list.
 

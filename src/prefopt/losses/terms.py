@@ -114,8 +114,8 @@ def tdpo(
 ) -> LossOutput:
     r"""Token-level DPO, Zeng et al. 2024 (arXiv 2404.11999).
 
-    With :math:`D(y) = \sum_t \mathrm{KL}(\mathrm{ref}(\cdot|y_{<t})\,\|\,\pi(\cdot|y_{<t}))`, TDPO1 is
-    :math:`-\log\sigma(\beta(h - (D_l - D_w)))` and TDPO2
+    With :math:`D(y) = \sum_t \mathrm{KL}(\mathrm{ref}_t \parallel \pi_t)`, of the whole distributions at each token of
+    y, TDPO1 is :math:`-\log\sigma(\beta(h - (D_l - D_w)))` and TDPO2
     :math:`-\log\sigma(\beta(h - \alpha(D_l - \mathrm{sg}(D_w))))`. The reward of a response, in the metrics, is
     beta (s + D), as in the paper's code.
     """
