@@ -31,8 +31,13 @@ def reference_folder(root: Path | None = None) -> Path:
     return (root or cache_root()) / "reference"
 
 
+def tokens_folder(root: Path | None = None) -> Path:
+    """Where tokenised data are."""
+    return (root or cache_root()) / "tokens"
+
+
 def space_lock(folder: Path) -> FileLock:
-    """The lock of a space, held by whoever writes into it. It lies beside the folder and outlives it."""
+    """The lock of an entry of the cache, held by whoever writes into it. It lies beside the folder and outlives it."""
     return FileLock(folder.with_name(folder.name + ".lock"))
 
 

@@ -1,0 +1,250 @@
+"""Tokenised data, made once and mapped from disk ever after.
+
+An entry is one source (a file, say) tokenised in one way. It is named by the contents of the source and by everything
+else that its tokens depend on, never by where the source lies or when it was written. What became of every row that is
+no group is kept with it.
+
+An entry is written aside and renamed when it is whole. Whoever writes one holds its lock; others wait for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import prefopt
+from prefopt.data.findings import Findings
+from prefopt.data.table import Columns, Part
+from prefopt.data.table_file import MANIFEST, TableWriter, check_files, open_part, read_manifest
+from prefopt.data.validate import Problem
+from prefopt.disk.cache import Damaged, acquired, cache_errors, space_lock, tokens_folder
+from prefopt.disk.entries import last_used, remove, size_of, token_entries
+from prefopt.disk.write import sync_folder
+
+log = logging.getLogger(__name__)
+
+# Part of every key: raise it when the same rows and options come to give other groups or other columns.
+VERSION = 1
+# What else the token ids come from: another version may give others.
+LIBRARIES = ("transformers", "tokenizers", "jinja2")
+REPORT = "report.json"
+BUILDING = ".building"
+
+Append = Callable[[Columns], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenKey:
+    """All that the tokens of a source depend on: equal keys share an entry, others never do.
+
+    ``source`` is the digest of its contents, ``reading`` how its rows are understood, ``want`` what is made of a row,
+    ``rendering`` the digest of tokenizer, template and options (``Renderer.digest``).
+    """
+
+    source: str
+    reading: tuple[str, ...]
+    want: str
+    rendering: str
+
+    @property
+    def id(self) -> str:
+        """Name of the entry's folder, 16 hex digits."""
+        versions = [VERSION, prefopt.__version__, *map(version, LIBRARIES)]
+        text = json.dumps([asdict(self), versions], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What became of the rows of ``file``: ``read`` of them, the ``problems`` of those that are no group, ``notes``.
+
+    ``template``: what a model trained on these groups should carry (see ``Renderer.template``), where it is needed.
+    """
+
+    file: str
+    read: int
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    findings: Findings = field(default_factory=dict)
+    template: str | None = None
+
+    def dump(self) -> bytes:
+        """As JSON, the name of the file left to whoever reads it."""
+        plain = asdict(self) | {"problems": [(p.kind, p.row, p.what) for p in self.problems]}
+        return json.dumps(plain).encode()
+
+    @classmethod
+    def load(cls, data: bytes, file: str) -> Report:
+        """What ``dump`` wrote, told of ``file``: the same contents may lie elsewhere by now."""
+        plain = json.loads(data)
+        start = f"{plain['file']}: "
+        notes = [f"{file}: {n.removeprefix(start)}" if n.startswith(start) else n for n in plain["notes"]]
+        problems = [Problem(kind, row, what, file) for kind, row, what in plain["problems"]]
+        return cls(file, plain["read"], problems, notes, plain["findings"], plain["template"])
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenised:
+    """The groups of one source and what became of its rows; ``cached`` tells whether they were there already."""
+
+    part: Part
+    report: Report
+    cached: bool = False
+
+
+class TokenCache:
+    """The entries below a cache's root, by default that of :func:`prefopt.disk.cache.cache_root`."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        """Nothing is created before there is something to write."""
+        self.root, self.folder = root, tokens_folder(root)
+
+    def get(
+        self,
+        key: TokenKey,
+        make: Callable[[Append], Report],
+        *,
+        file: str,
+        source: int = 0,
+        stop: Callable[[], None] | None = None,
+    ) -> Tokenised:
+        """The entry of ``key``, made by ``make`` where there is none that is whole.
+
+        ``make`` hands over columns chunk by chunk. Another process that makes the same entry is waited for; ``stop`` is
+        called meanwhile and may raise. Raises ``CacheError`` where the disk refuses.
+        """
+        folder = self.folder / key.id
+        try:
+            found = self._open(folder, file, source)
+        except Damaged:
+            found = None  # looked at again, and said, by whoever holds the lock
+        if found is None:
+            with self._locked(folder, stop):
+                try:
+                    found = self._open(folder, file, source)
+                except Damaged as damage:
+                    log.warning("token cache %s is damaged (%s): the tokens of %s are made again", folder, damage, file)
+                    remove(folder)
+                if found is None:
+                    self._make(folder, key, make)
+                    found = self._open(folder, file, source, fresh=True)
+        assert found is not None
+        with suppress(OSError):  # the use is noted, by which old entries are told, where the cache may be written
+            os.utime(folder / MANIFEST)
+        return found
+
+    def _open(self, folder: Path, file: str, source: int, *, fresh: bool = False) -> Tokenised | None:
+        """The entry; None where there is none. Raises ``Damaged``."""
+        if not folder.exists():
+            return None
+        try:
+            manifest = read_manifest(folder)
+            if not fresh:
+                check_files(folder, manifest, root=self.root)
+            report = Report.load((folder / REPORT).read_bytes(), file)
+            return Tokenised(open_part(folder, manifest, source=source), report, cached=not fresh)
+        except OSError as error:
+            raise Damaged(error.strerror or str(error)) from error
+
+    def _make(self, folder: Path, key: TokenKey, make: Callable[[Append], Report]) -> None:
+        aside = folder.with_name(folder.name + BUILDING)
+        self._sweep(folder)
+        try:
+            with cache_errors(aside):
+                shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+                writer = TableWriter(aside)
+            with writer:
+
+                def append(columns: Columns) -> None:
+                    with cache_errors(aside):
+                        writer.append(columns)
+
+                report = make(append)
+                about = {
+                    "file": report.file,
+                    "read": report.read,
+                    "tokens": writer.tokens,
+                    "key": asdict(key),
+                    "created": datetime.now(UTC).isoformat("T", "seconds"),
+                }
+                with cache_errors(aside):
+                    writer.finish(about, {REPORT: report.dump()})
+            with cache_errors(folder):
+                aside.rename(folder)
+                sync_folder(folder.parent)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+    def _sweep(self, mine: Path) -> None:
+        """Remove what killed processes left half made."""
+        for aside in self.folder.glob(f"*{BUILDING}"):
+            folder = aside.with_name(aside.name.removesuffix(BUILDING))
+            lock = space_lock(folder)
+            if folder != mine and acquired(lock):
+                shutil.rmtree(aside, ignore_errors=True)
+                lock.release()
+
+    @contextmanager
+    def _locked(self, folder: Path, stop: Callable[[], None] | None) -> Iterator[None]:
+        lock = space_lock(folder)
+        if not acquired(lock):
+            log.warning("another process is tokenising the same data (%s): waiting for it", folder.name)
+            while not acquired(lock, seconds=0.2):
+                if stop is not None:
+                    stop()
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenInfo:
+    """One entry: ``about`` as written when it was made (empty if unreadable), how many ``groups``, size on disk."""
+
+    id: str
+    about: dict[str, Any]
+    groups: int
+    bytes: int
+    last_used: datetime
+
+
+def list_tokens(root: Path | None = None) -> list[TokenInfo]:
+    """All entries, last used first. Reads what they say of themselves; ``verify_tokens`` checks it."""
+    found = []
+    for folder in token_entries(root):
+        try:
+            manifest = read_manifest(folder)
+        except (Damaged, OSError):
+            manifest = {"about": {}, "groups": 0}
+        used = datetime.fromtimestamp(last_used(folder), UTC)
+        found.append(TokenInfo(folder.name, manifest["about"], manifest["groups"], size_of(folder), used))
+    return sorted(found, key=lambda entry: entry.last_used, reverse=True)
+
+
+def verify_tokens(root: Path | None = None, *, repair: bool = False) -> list[tuple[Path, str]]:
+    """Read every file of every entry and compare its checksum. Gives the folders that are damaged, and why.
+
+    ``repair`` removes them: what they held is made again when it is next needed. Raises ``CacheError``.
+    """
+    problems = []
+    for folder in token_entries(root):
+        try:
+            with cache_errors(folder):
+                check_files(folder, read_manifest(folder), anew=True)
+        except Damaged as damage:
+            problems.append((folder, str(damage)))
+            if repair:
+                remove(folder)
+    return problems
