@@ -229,7 +229,13 @@ def test_the_command_line_overrides_the_file(ran: list[dict[str, Any]], tmp_path
 
 def test_every_option_of_the_command_line_reaches_the_config(ran: list[dict[str, Any]]) -> None:
     """One option at a time, set to something else than its default."""
-    other: dict[str, str] = {"device": "cpu", "lora_targets": "q", "eval_data": "e", "track": "wandb"}
+    other: dict[str, str] = {
+        "device": "cpu",
+        "lora_targets": "q",
+        "eval_data": "e",
+        "track": "wandb",
+        "data_weights": "2",
+    }
     company = {
         "lora": ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "reference_adapter"],
         "eval-fraction=0.5": ["eval_every", "early_stopping"],

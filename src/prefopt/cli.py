@@ -262,7 +262,8 @@ def _losses(config: LossesConfig) -> int:
 
 
 def _cache_list(_: CacheListConfig) -> int:
-    from prefopt.disk.cache import reference_folder
+    from prefopt.data.token_cache import list_tokens
+    from prefopt.disk.cache import reference_folder, tokens_folder
     from prefopt.model.spaces import list_spaces
     from prefopt.progress import size
 
@@ -273,15 +274,24 @@ def _cache_list(_: CacheListConfig) -> int:
         used = s.last_used.astimezone().strftime("%Y-%m-%d %H:%M")
         model = s.about.get("model") or "description unreadable"
         print(f"{s.id}  {s.responses:>9,} responses  {size(s.bytes):>9}  last used {used}  {model} ({scored})")
+    tokens = list_tokens()
+    if tokens:
+        print(f"{tokens_folder()}: {len(tokens)} tokenised, {size(sum(t.bytes for t in tokens))}")
+    for t in tokens:
+        used = t.last_used.astimezone().strftime("%Y-%m-%d %H:%M")
+        file = t.about.get("file") or "description unreadable"
+        print(f"{t.id}  {t.groups:>9,} groups  {size(t.bytes):>9}  last used {used}  {file}")
     return 0
 
 
 def _cache_verify(config: CacheVerifyConfig) -> int:
+    from prefopt.data.token_cache import verify_tokens
     from prefopt.model.spaces import verify
 
-    problems = verify(repair=config.repair)
-    for problem in problems:
-        print(f"{problem.file}: {problem.what}{'; taken out of use' if config.repair else ''}")
+    problems = [(problem.file, problem.what) for problem in verify(repair=config.repair)]
+    problems += verify_tokens(repair=config.repair)
+    for file, what in problems:
+        print(f"{file}: {what}{'; taken out of use' if config.repair else ''}")
     if not problems:
         print("every file is what was written")
     elif not config.repair:
@@ -290,7 +300,7 @@ def _cache_verify(config: CacheVerifyConfig) -> int:
 
 
 def _cache_clear(config: CacheClearConfig) -> int:
-    from prefopt.model.spaces import clear
+    from prefopt.disk.entries import clear
     from prefopt.progress import size
 
     freed = clear(ids=config.space, older_than_days=config.older_than)
@@ -319,8 +329,10 @@ VERBS: dict[str, Verb] = {
     "losses": Verb("list the losses that a model can be aligned with, or tell all of one", LossesConfig, _losses),
     "runs": Verb("list runs, tell about one, or compare several", RunsConfig, _runs),
     "plot": Verb("draw the curves of runs", PlotConfig, _plot),
-    "cache list": Verb("list the kept log-probabilities of reference models", CacheListConfig, _cache_list),
-    "cache verify": Verb("check them against their checksums", CacheVerifyConfig, _cache_verify),
-    "cache clear": Verb("remove them", CacheClearConfig, _cache_clear),
+    "cache list": Verb(
+        "list what is kept: log-probabilities of reference models, and tokenised data", CacheListConfig, _cache_list
+    ),
+    "cache verify": Verb("check it against its checksums", CacheVerifyConfig, _cache_verify),
+    "cache clear": Verb("remove it", CacheClearConfig, _cache_clear),
     "demo": Verb("run the demonstration, offline, in less than a minute", DemoConfig, _demo),
 }

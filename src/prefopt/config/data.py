@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,7 +89,30 @@ class DataOptions(RenderOptions, ReadOptions):
         """Whether rows are held out or given to evaluate on."""
         return self.eval_data is not None or self.eval_fraction > 0
 
+    @property
+    def weights(self) -> list[float] | None:
+        """``data_weights`` as numbers, one for each name in ``data``. Raises ``ConfigError``."""
+        given, names = self.data_weights, self.data
+        if given is None:
+            return None
+        if len(given) != len(names):
+            raise ConfigError(
+                f"--data-weights has {len(given)} numbers and --data {len(names)} names: give one number for each name"
+            )
+        return [_weight(text, name) for text, name in zip(given, names, strict=True)]
+
     def check_data(self) -> None:
         """Refuse contradictions. Raises ``ConfigError``."""
+        _ = self.weights
         if self.eval_data is not None and self.eval_fraction > 0:
             raise ConfigError("--eval-data and --eval-fraction both name evaluation pairs: give one of them")
+
+
+def _weight(text: str, name: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise ConfigError(f"--data-weights {text}: the weight of {name} must be a number above 0, such as 0.5")
+    return weight

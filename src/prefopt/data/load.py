@@ -5,28 +5,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
-from prefopt.data.formats import Rows, read_comparisons
+from prefopt.data.findings import Findings, lines, merge
+from prefopt.data.formats import Reading, open_comparisons
+from prefopt.data.prepare import Chunk, Preparer, chunks
 from prefopt.data.render import Renderer
+from prefopt.data.rendering import Rendering
+from prefopt.data.sources import Source, find_sources
 from prefopt.data.split import Indices, split_by_prompt
-from prefopt.data.table import GroupTable, Part, TableBuilder
+from prefopt.data.table import Columns, GroupTable, Part, joined
+from prefopt.data.token_cache import Append, Report, TokenCache, Tokenised, TokenKey
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.data.validate import Problem, describe, refuse, refused_rows, validate
+from prefopt.data.validate import Problem, Want, describe, refuse, refused_rows
+from prefopt.data.workers import MOST, CannotStart, Workers
 from prefopt.errors import ConfigError, DataError
+from prefopt.progress import Reporter
+
+log = logging.getLogger(__name__)
 
 OnBadRow = Literal["refuse", "skip"]
+
+# Fewer rows are done before a second process has started.
+PARALLEL_ROWS = 4000
+# What is nothing wrong with a row: it says something, only not what is wanted. Such rows are left out and counted.
+NO_FAULT = ("only ties",)
 
 
 @dataclass(slots=True)
 class GroupSet:
-    """Groups of all files in order, and what became of every row.
+    """Groups of all sources in order, and what became of every row.
 
-    ``template`` is the plain layout's chat template where the tokenizer has none and conversations were rendered with
-    it: a trained model should carry it.
+    ``template`` is the chat template that a model trained on these groups should carry, where its tokenizer has another
+    or none. ``cached`` counts the rows whose groups came from the token cache.
     """
 
     groups: GroupTable = field(default_factory=GroupTable)
@@ -34,6 +51,7 @@ class GroupSet:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     template: str | None = None
+    cached: int = 0
 
     @property
     def kept(self) -> int:
@@ -51,78 +69,202 @@ class GroupSet:
         return int(self.groups.truncated_G.sum())
 
     def summary(self) -> list[str]:
-        """Lines that a run prints: rows read, kept and refused, rows truncated, notes."""
-        lines = [f"{self.read} rows read, {self.kept} kept, {self.refused} refused"]
+        """Lines that a run prints: rows read, kept, refused, from the cache and truncated, notes."""
+        said = [f"{self.read} rows read, {self.kept} kept, {self.refused} refused"]
         if self.problems:
-            lines.append(f"refused: {describe(self.problems)}")
-        if self.truncated:
+            said.append(f"refused: {describe(self.problems)}")
+        if self.cached:
+            some = "" if self.cached == self.read else f" of {self.read}"
+            said.append(f"{self.cached}{some} rows from the token cache")
+        if truncated := self.truncated:
             prompts = int((self.groups.column("prompt_cut_G") > 0).sum())
             responses = int((self.groups.column("cut_N") > 0).sum())
-            lines.append(f"{self.truncated} of {self.kept} rows truncated ({prompts} prompts, {responses} responses)")
-        return lines + self.notes
+            said.append(f"{truncated} of {self.kept} rows truncated ({prompts} prompts, {responses} responses)")
+        return said + self.notes
 
     def split(self, fraction: float, seed: int) -> tuple[Indices, Indices]:
         """Indices of groups (train, held out), no prompt on both sides; see :func:`split_by_prompt`."""
         return split_by_prompt(self.groups.prompt_key_G, fraction, seed)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _How:
+    """What :func:`load_groups` was asked for, whatever the source."""
+
+    tokenizer: Tokenizer
+    rendering: Rendering
+    want: Want
+    on_bad_row: OnBadRow
+    format: str | None = None
+    columns: Sequence[str] | None = None
+    workers: int | None = None
+    reporter: Reporter
+    stop: Callable[[], None] | None
+
+    def __post_init__(self) -> None:
+        if self.on_bad_row not in ("refuse", "skip"):
+            raise ConfigError(f"--on-bad-row {self.on_bad_row} should be refuse or skip")
+
+
 def load_groups(
-    files: Sequence[str | Path],
+    names: Sequence[str | os.PathLike[str]],
     tokenizer: Tokenizer,
+    rendering: Rendering | None = None,
     *,
     max_length: int | None = None,
-    on_bad_row: OnBadRow = "refuse",
     add_eos: bool = True,
+    want: Want = "pairs",
+    on_bad_row: OnBadRow = "refuse",
+    format: str | None = None,
+    columns: Sequence[str] | None = None,
+    workers: int | None = None,
+    reporter: Reporter | None = None,
+    stop: Callable[[], None] | None = None,
 ) -> GroupSet:
-    """Read, check and render files of comparisons.
+    """Read, check and render what ``names`` stand for (see :func:`find_sources`), or take it from the token cache.
+
+    ``max_length`` and ``add_eos`` stand for a rendering of their own. ``want`` is what is made of a row (see
+    :func:`prefopt.data.want.convert`); ``format`` and ``columns`` are those of :func:`open_comparisons`. ``workers``:
+    processes at most that tokenise a large file, one for each processor where it is not given. ``stop`` is called now
+    and then and may raise. The groups that ``names[i]`` gave have the number i in ``groups.source_G``.
 
     Raises :class:`DataError` for a file that cannot be read, for bad rows under ``on_bad_row="refuse"`` (all of them
     are named at once), and where no row is left; :class:`ConfigError` and :class:`ModelError` as :class:`Renderer`.
     """
-    if not files:
+    if not names:
         raise ConfigError("no data file is named; use --data FILE")
-    seen = [str(Path(f).resolve()) for f in files]
-    if twice := [str(f) for f, s in zip(files, seen, strict=True) if seen.count(s) > 1]:
-        raise ConfigError(f"--data names {twice[0]} twice")
-    rows = [read_comparisons(file) for file in files]
-    return build_groups(rows, tokenizer, max_length=max_length, on_bad_row=on_bad_row, add_eos=add_eos)
+    how = _How(
+        tokenizer=tokenizer,
+        rendering=rendering or Rendering(max_length, add_eos),
+        want=want,
+        on_bad_row=on_bad_row,
+        format=format,
+        columns=columns,
+        workers=workers,
+        reporter=reporter or Reporter("none"),
+        stop=stop,
+    )
+    sources = find_sources(names)
+    digest = Renderer(tokenizer, how.rendering).digest()
+    found = [_cached(source, digest, how) for source in sources]
+    return _put_together(found, [note for source in sources for note in source.notes], on_bad_row)
 
 
 def build_groups(
-    rows: Sequence[Rows],
+    rows: Sequence[Reading],
     tokenizer: Tokenizer,
+    rendering: Rendering | None = None,
     *,
     max_length: int | None = None,
-    on_bad_row: OnBadRow = "refuse",
     add_eos: bool = True,
+    want: Want = "pairs",
+    on_bad_row: OnBadRow = "refuse",
+    workers: int | None = None,
+    reporter: Reporter | None = None,
+    stop: Callable[[], None] | None = None,
 ) -> GroupSet:
-    """As :func:`load_groups`, from rows that are in memory already (see :func:`parse_comparisons`)."""
-    if on_bad_row not in ("refuse", "skip"):
-        raise ConfigError(f"--on-bad-row {on_bad_row} should be refuse or skip")
-    renderer = Renderer(tokenizer, max_length=max_length, add_eos=add_eos)
-    result = GroupSet(read=sum(r.read for r in rows), notes=[note for r in rows for note in r.notes])
-    conversations = False
-    for number, source in enumerate(rows):
-        good, bad = validate(source.comparisons)
-        builder = TableBuilder()
-        result.problems += [*source.problems, *bad]
-        for comparison, rendered in zip(good, renderer.render_all(good), strict=True):
-            if isinstance(rendered, Problem):
-                result.problems.append(rendered)
-                continue
-            builder.add(
-                rendered.group,
-                prompt_key=comparison.prompt_key,
-                prompt_cut=rendered.prompt_cut,
-                cuts=rendered.responses_cut,
-            )
-            conversations = conversations or not comparison.text
-        result.groups += GroupTable([Part(builder.columns(), source=number)])
-    result.notes += renderer.notes
-    if conversations:
-        result.template = renderer.template
-    if result.problems and on_bad_row == "refuse":
-        raise refuse(result.problems, result.read)
-    if not result.groups:
-        raise DataError(f"none of {result.read} rows can be used: {describe(result.problems)}", file=rows[0].file)
+    """As :func:`load_groups`, from rows that are in memory already (see :func:`parse_comparisons`): nothing is kept."""
+    how = _How(
+        tokenizer=tokenizer,
+        rendering=rendering or Rendering(max_length, add_eos),
+        want=want,
+        on_bad_row=on_bad_row,
+        workers=workers,
+        reporter=reporter or Reporter("none"),
+        stop=stop,
+    )
+    found = []
+    for number, reading in enumerate(rows):
+        made: list[Columns] = []
+        report = _tokenise(reading, how, made.append)
+        found.append(Tokenised(Part(joined(made), source=number), report))
+    return _put_together(found, [], on_bad_row)
+
+
+def _put_together(found: Sequence[Tokenised], notes: Sequence[str], on_bad_row: OnBadRow) -> GroupSet:
+    reports = [f.report for f in found]
+    result = GroupSet(
+        GroupTable([f.part for f in found]),
+        read=sum(r.read for r in reports),
+        problems=[p for r in reports for p in r.problems],
+        notes=[*notes, *(note for r in reports for note in r.notes)],
+        template=next((r.template for r in reports if r.template), None),
+        cached=sum(f.report.read for f in found if f.cached),
+    )
+    for said in dict.fromkeys(what for r in reports for what, rows in r.findings.items() if not rows):
+        result.notes.append(said)
+    for r in reports:
+        place = f"{r.file}: " if len(reports) > 1 else ""
+        result.notes += [place + line for line in lines({what: rows for what, rows in r.findings.items() if rows})]
+    faults = [p for p in result.problems if p.kind not in NO_FAULT]
+    if faults and on_bad_row == "refuse":
+        raise refuse(faults, result.read)
+    if not result.kept:
+        file = reports[0].file if len(reports) == 1 else None
+        raise DataError(f"none of {result.read} rows can be used: {describe(result.problems)}", file=file)
     return result
+
+
+def _cached(source: Source, digest: str, how: _How) -> Tokenised:
+    contents = source.digest()
+    reading = (f"format={how.format}", *map(str, how.columns or ()), _beside(source))
+    key = TokenKey(contents, reading, how.want, digest)
+
+    def make(append: Append) -> Report:
+        report = _tokenise(open_comparisons(source, format=how.format, columns=how.columns), how, append)
+        if source.digest() != contents:
+            raise DataError("changed while it was read; run the command again", file=source.name)
+        return report
+
+    return TokenCache().get(key, make, file=source.name, source=source.entry, stop=how.stop)
+
+
+def _beside(source: Source) -> str:
+    """The digest of a description of data sets beside the file, which may tell its layout."""
+    described = source.path.with_name("dataset_info.json") if source.path else None
+    return hashlib.sha256(described.read_bytes()).hexdigest() if described and described.is_file() else ""
+
+
+def _tokenise(reading: Reading, how: _How, append: Append) -> Report:
+    """Hand over the columns of all groups; what became of the other rows is given back."""
+    problems: list[Problem] = []
+    findings: Findings = {}
+    conversations, done = False, 0
+    with ExitStack() as stack:
+        bar = None
+        if reading.count >= PARALLEL_ROWS:
+            bar = stack.enter_context(how.reporter.bar(f"tokenising {reading.file}", reading.count, "rows"))
+        for chunk in _prepared(reading, how, stack):
+            append(chunk.columns)
+            problems += chunk.problems
+            for what, rows in chunk.findings.items():
+                findings.setdefault(what, []).extend(rows)
+            conversations = conversations or chunk.conversations
+            done += chunk.rows
+            if bar is not None:
+                bar.update(done)
+    template = Renderer(how.tokenizer, how.rendering).template if conversations else None
+    return Report(reading.file, reading.count, problems, list(reading.notes), merge([findings]), template)
+
+
+def _prepared(reading: Reading, how: _How, stack: ExitStack) -> Iterator[Chunk]:
+    """The chunks of a source, in order: made here, or by other processes where there is enough to do."""
+    count = min(how.workers or _processors(), MOST)
+    if count > 1 and reading.count >= PARALLEL_ROWS:
+        try:
+            workers = stack.enter_context(Workers(how.tokenizer, how.rendering, how.want, count, file=reading.file))
+        except CannotStart as why:
+            log.warning("%s is tokenised by one process: %s", reading.file, why)
+        else:
+            yield from workers.map(chunks(reading), how.stop)
+            return
+    prepare = Preparer(how.tokenizer, how.rendering, how.want)
+    for chunk in chunks(reading):
+        if how.stop is not None:
+            how.stop()
+        yield prepare(chunk)
+
+
+def _processors() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

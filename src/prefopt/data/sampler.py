@@ -17,8 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from prefopt.errors import ConfigError
-
 IndexArray = npt.NDArray[np.int64]
 
 
@@ -83,25 +81,3 @@ class Sampler:
     def _circle(self, source: int, n: int) -> IndexArray:
         # The 1 sets these seeds apart from those of the epochs, to which numpy adds zeros.
         return np.random.Generator(np.random.PCG64([self.seed, source, 1])).permutation(n)
-
-
-def parse_weights(given: Sequence[str] | None, names: Sequence[str]) -> list[float] | None:
-    """``--data-weights`` as numbers, one for each name of ``--data``. Raises :class:`ConfigError`.
-
-    >>> parse_weights(["2", "0.5"], ["a.jsonl", "b.jsonl"])
-    [2.0, 0.5]
-    """
-    if given is None:
-        return None
-    if len(given) != len(names):
-        raise ConfigError(f"--data-weights gives {len(given)} numbers for {len(names)} names in --data; give one each")
-    weights = []
-    for text, name in zip(given, names, strict=True):
-        try:
-            weight = float(text)
-        except ValueError:
-            weight = math.nan
-        if not 0 < weight < math.inf:
-            raise ConfigError(f"--data-weights {text}: the weight of {name} must be a number above 0, such as 0.5")
-        weights.append(weight)
-    return weights

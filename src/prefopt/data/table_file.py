@@ -24,6 +24,9 @@ from prefopt.disk.write import write_flushed
 from prefopt.errors import CacheError
 
 MANIFEST = "manifest.json"
+# A folder with fewer bytes is not waited for until it is on the disk, and its checksums are taken at every opening: a
+# flush takes longer than reading so little. What a power cut leaves of it is made again.
+SMALL = 64 << 20
 
 
 class TableWriter:
@@ -64,19 +67,23 @@ class TableWriter:
         self.tokens += len(columns["ids_T"])
 
     def finish(self, about: Mapping[str, Any], attached: Mapping[str, bytes]) -> None:
-        """Make it whole: ``about`` goes into the manifest, ``attached`` into files of these names beside the columns."""
+        """Make it whole: ``about`` goes into the manifest, ``attached`` into files of these names beside it."""
         files = {}
         for name, file in self._files.items():
-            file.flush()
-            os.fsync(file.fileno())
             files[f"{name}.bin"] = {"bytes": file.tell(), "sha256": self._digests[name].hexdigest()}
         for name, data in attached.items():
-            write_flushed(self.folder / name, data)
             files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        write = Path.write_bytes if _small(files) else write_flushed
+        for file in self._files.values():
+            file.flush()
+            if not _small(files):
+                os.fsync(file.fileno())
+        for name, data in attached.items():
+            write(self.folder / name, data)
         manifest = {"files": files, "max_id": self._max_id, "groups": self.groups, "about": dict(about)}
         text = json.dumps(manifest, sort_keys=True)
         sealed = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": manifest}
-        write_flushed(self.folder / MANIFEST, json.dumps(sealed, sort_keys=True, indent=1).encode())
+        write(self.folder / MANIFEST, json.dumps(sealed, sort_keys=True, indent=1).encode())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -97,8 +104,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def check_files(folder: Path, manifest: Mapping[str, Any], *, root: Path | None = None, anew: bool = False) -> None:
     """Raise ``Damaged`` where a file is not what the manifest says.
 
-    Checksums of files that did not change since they were last taken are remembered (see :func:`file_hashes`), unless
-    they are to be taken ``anew``.
+    Checksums of large files that did not change since they were last taken are remembered (see :func:`file_hashes`),
+    unless they are to be taken ``anew``.
     """
     files = {folder / name: entry for name, entry in manifest["files"].items()}
     for path, entry in files.items():
@@ -109,6 +116,7 @@ def check_files(folder: Path, manifest: Mapping[str, Any], *, root: Path | None 
         if size != entry["bytes"]:
             raise Damaged(f"{path.name} has {size} bytes instead of {entry['bytes']}")
     try:
+        anew = anew or _small(manifest["files"])
         found = [_sha256(path) for path in files] if anew else file_hashes(list(files), root, error=CacheError)
     except (OSError, CacheError) as error:
         raise Damaged(str(error)) from error
@@ -130,6 +138,11 @@ def _mapped(path: Path, dtype: np.dtype[Any]) -> Array:
         if not os.fstat(file.fileno()).st_size:  # nothing cannot be mapped
             return np.empty(0, dtype)
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)
+
+
+def _small(files: Mapping[str, Mapping[str, Any]]) -> bool:
+    total: int = sum(entry["bytes"] for entry in files.values())
+    return total < SMALL
 
 
 def _file(folder: Path, column: str) -> Path:

@@ -101,7 +101,8 @@ class Workers:
     def _end(self) -> None:
         for worker in self._workers:
             worker.end()
-        self._threads.shutdown(wait=True, cancel_futures=True)  # one that waits for a worker reads the end of its socket
+        # A thread that waits for a worker reads the end of its socket.
+        self._threads.shutdown(wait=True, cancel_futures=True)
         for worker in self._workers:
             worker.socket.close()
 

@@ -122,7 +122,16 @@ class _Run:
 
     def run(self) -> DpoResult | None:
         self._prepare_machine()
-        data = load_data(self.config, self.tokenizer, self.limit, self.rows, self.reporter)
+        data = load_data(
+            self.config,
+            self.tokenizer,
+            self.limit,
+            self.rows,
+            self.reporter,
+            seed=self.config.seed,
+            workers=self.config.threads,
+            stop=self.stop,
+        )
         choice = choose_reference(self.config, self.given) if needs_reference(self.terms) else None
         identity = identify(choice, self.given) if choice else None
         policy = Policy(self.config, self.source, self.dtype, self.device, self.given)
@@ -289,7 +298,7 @@ class _Run:
             groups=data.groups,
             train=data.train,
             held_out=data.held_out,
-            sampler=Sampler(len(data.train), config.batch_size, seed=config.seed, shuffle=config.shuffle),
+            sampler=self._sampler(data),
             options=LoopOptions(
                 steps=steps,
                 max_grad_norm=config.max_grad_norm,
@@ -314,13 +323,17 @@ class _Run:
             self.reporter.say(f"resumed: {path}" if path else f"{none}: starting at the first step")
         return loop
 
+    def _sampler(self, data: TrainingData) -> Sampler:
+        return data.sampler(self.config.batch_size, seed=self.config.seed, shuffle=self.config.shuffle)
+
     def _steps(self, data: TrainingData) -> int:
-        steps = max(1, math.ceil(self.config.epochs * math.ceil(len(data.train) / self.config.batch_size)))
+        steps = max(1, math.ceil(self.config.epochs * self._sampler(data).steps_per_epoch))
         return min(steps, self.config.max_steps or steps)
 
     def _seconds(self, policy: Policy, data: TrainingData, speed: float) -> float:
-        tokens = int(policy.scorer.layout.costs(data.groups)[np.asarray(data.train)].sum())
-        per_step = tokens / math.ceil(len(data.train) / self.config.batch_size)
+        sampler = self._sampler(data)
+        epoch = np.asarray(data.train)[sampler.order(0)]
+        per_step = int(policy.scorer.layout.costs(data.groups)[epoch].sum()) / sampler.steps_per_epoch
         return self._steps(data) * per_step / speed
 
     def _plan(self, policy: Policy, data: TrainingData, tokens: int, speed: float) -> str:

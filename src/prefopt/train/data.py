@@ -8,55 +8,81 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.config.dpo import DpoConfig
+from prefopt.config.data import DataOptions
 from prefopt.data.formats import parse_comparisons
 from prefopt.data.load import GroupSet, build_groups, load_groups
+from prefopt.data.rendering import Rendering
+from prefopt.data.sampler import Sampler, Share
 from prefopt.data.table import GroupTable
-from prefopt.errors import DataError
+from prefopt.data.validate import Want
+from prefopt.errors import ConfigError, DataError, Interrupted
 from prefopt.progress import Reporter
+from prefopt.train.stop import StopRequest
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """``groups`` are all of them; ``train`` and ``held_out`` index them. ``source`` is what ``--data`` gave."""
+    """``groups`` are all of them; ``train`` and ``held_out`` index them. ``source`` is what ``--data`` gave.
+
+    ``shares`` are the sources of a mixture, by their places in ``train``; there are none where all weigh the same.
+    """
 
     source: GroupSet
     groups: GroupTable
     train: Sequence[int]
     held_out: Sequence[int]
+    shares: Sequence[Share] = ()
 
     @property
     def responses(self) -> int:
         """Responses of all groups."""
         return len(self.groups.key_N)
 
+    def sampler(self, batch_size: int, *, seed: int, shuffle: bool) -> Sampler:
+        """The order in which ``train`` is gone through."""
+        return Sampler(len(self.train), batch_size, seed=seed, shuffle=shuffle, shares=self.shares)
+
 
 def load_data(
-    config: DpoConfig,
+    config: DataOptions,
     tokenizer: Any,
     max_length: int,
     rows: Iterable[Mapping[str, object]] | None,
     reporter: Reporter,
+    *,
+    seed: int,
+    want: Want = "pairs",
+    workers: int | None = None,
+    stop: StopRequest | None = None,
 ) -> TrainingData:
     """Read, render and split what ``config`` names, or ``rows`` in place of ``--data``.
 
-    A tokenizer without a chat template is given the plain one, so that the finished model is used as it was trained.
-    Raises :class:`DataError` as :func:`load_groups`, and where nothing is left to train on.
+    Where conversations were rendered with another template than the tokenizer's, it is given that one, so that the
+    finished model is used as it was trained. Raises :class:`DataError` as :func:`load_groups`, and where nothing is
+    left to train on; :class:`prefopt.errors.Interrupted` after a stop.
     """
-    options: dict[str, Any] = {"max_length": max_length, "on_bad_row": config.on_bad_row}
+
+    def check() -> None:
+        if stop is not None and stop.signal is not None:
+            raise Interrupted("stopped while the data were read; nothing was trained", stop.signal)
+
+    rendering = Rendering.from_options(config, max_length)
+    how: dict[str, Any] = {"want": want, "on_bad_row": config.on_bad_row, "workers": workers}
+    how |= {"reporter": reporter, "stop": check}
+    layout: dict[str, Any] = {"format": config.format, "columns": config.columns}
     if rows is not None:
-        source = build_groups([parse_comparisons(rows, "data")], tokenizer, **options)
+        source = build_groups([parse_comparisons(rows, "data", **layout)], tokenizer, rendering, **how)
     else:
-        source = load_groups(config.data, tokenizer, **options)
+        source = load_groups(config.data, tokenizer, rendering, **how, **layout)
     for line in source.summary():
         reporter.say(f"data: {line}")
     groups = source.groups
     train: Sequence[int] = range(len(groups))
     held_out: Sequence[int] = ()
     if config.eval_fraction:
-        train, held_out = source.split(config.eval_fraction, config.seed)
+        train, held_out = source.split(config.eval_fraction, seed)
     elif config.eval_data:
-        more = load_groups(config.eval_data, tokenizer, **options)
+        more = load_groups(config.eval_data, tokenizer, rendering, **how, **layout)
         for line in more.summary():
             reporter.say(f"evaluation data: {line}")
         if both := len(np.intersect1d(groups.prompt_key_G, more.groups.prompt_key_G)):
@@ -67,6 +93,28 @@ def load_data(
         raise DataError("no pair is left to train on; lower --eval-fraction")
     if held_out:
         reporter.say(f"data: {len(train)} pairs to train on, {len(held_out)} held out")
+    shares = _shares(config, source.groups, train)
+    if shares:
+        parts = (f"{s.size} of {len(s.groups)} from {name}" for s, name in zip(shares, config.data, strict=True))
+        reporter.say(f"data: an epoch takes {sum(s.size for s in shares)} rows: {', '.join(parts)}")
     if source.template:
         tokenizer.chat_template = source.template
-    return TrainingData(source, groups, train, held_out)
+    return TrainingData(source, groups, train, held_out, shares)
+
+
+def _shares(config: DataOptions, groups: GroupTable, train: Sequence[int]) -> list[Share]:
+    """What ``--data-weights`` makes of each source. Raises ``ConfigError`` where an epoch would take nothing of one."""
+    if config.weights is None:
+        return []
+    source_T = groups.source_G[np.asarray(train)]
+    shares = [Share(np.flatnonzero(source_T == s), weight) for s, weight in enumerate(config.weights)]
+    for share, name in zip(shares, config.data, strict=True):
+        if not len(share.groups):
+            raise ConfigError(f"--data-weights: {name} has no row to train on; leave it and its weight out")
+        if not share.size:
+            least = 1 / len(share.groups)
+            raise ConfigError(
+                f"--data-weights {share.weight:g} takes none of the {len(share.groups)} rows of {name} in an epoch;"
+                f" give at least {least:.2g}, or leave {name} out"
+            )
+    return shares
