@@ -41,9 +41,9 @@ DATA: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing": (lambda path: None, "data.jsonl: no such file"),
     "empty": (text(""), "data.jsonl: is empty"),
     "an empty list": (text("[]"), "data.jsonl: is an empty list"),
-    "a folder": (lambda path: path.mkdir(), "data.jsonl: is a folder"),
-    "not JSON": (text(f"{json.dumps(ROWS[0])}\n{{'prompt'}}\n"), "data.jsonl: not JSON at line 2 "),
-    "cut off": (text(json.dumps(ROWS)[:-20]), "data.jsonl: not JSON at line 1, column"),
+    "an empty folder": (lambda path: path.mkdir(), "data.jsonl: is an empty folder"),
+    "not JSON": (text(f"{json.dumps(ROWS[0])}\n{{'prompt'}}\n"), "data.jsonl, row 2: not JSON at line 2 "),
+    "cut off": (text(json.dumps(ROWS)[:-20]), "data.jsonl, row 6: not JSON at line 1, column"),
     "unknown layout": (rows({"question": "q", "answer": "a"}), "data.jsonl: unknown layout: no row has all fields"),
     "missing field": (rows(*ROWS[:3], {"prompt": "p", "chosen": "c"}), "row 4: 1 of 4 rows cannot be used: missing"),
     "the same responses": (rows(*ROWS, ROWS[0] | {"rejected": ROWS[0]["chosen"]}), "row 7: 1 of 7 rows cannot be used"),
@@ -185,8 +185,9 @@ def test_a_loss_that_is_no_number_stops_the_run(
 @pytest.mark.parametrize(
     ("largest", "said"),
     [
-        (1_000, "run.json: cannot be written"),
-        (5_000, "cache"),  # values of the reference
+        (1_000, "/tokens/"),
+        (1_001, "run.json: cannot be written"),
+        (5_000, "/reference/"),
         (60_000, "checkpoints/step-00000002"),
         (200_000, "checkpoints/step-00000002"),  # the optimiser is larger than the weights
         (None, "checkpoints/step-00000004"),  # the one that stands in for a model that cannot be saved
@@ -197,6 +198,8 @@ def test_a_full_disk(largest: int | None, said: str, model: str, tmp_path: Path)
     arguments = words(model, data, tmp_path / "out", max_steps=4, save_every=2 if largest else None)
     if not largest:
         arguments = [a for a in arguments if not a.startswith("--save-every")]
+    if said != "/tokens/":
+        assert main([*arguments, "--dry-run"]) == 0  # the tokens are there already
     process = start(arguments, tmp_path / "log", largest_file=largest or 60_000)
     process.join(120)
     log = (tmp_path / "log").read_text()

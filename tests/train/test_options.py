@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import prefopt
+from data.tokenising import TEMPLATE
 from prefopt.config.dpo import DpoConfig
 from prefopt.data.formats import Reading
 from prefopt.errors import ConfigError, DataError, RunError
@@ -53,6 +54,27 @@ class Place:
     @functools.cached_property
     def more(self) -> str:
         return write_rows(self.folder / "more.jsonl", pairs(5, seed=7))
+
+    @functools.cached_property
+    def talk(self) -> str:
+        """Conversations whose answers begin with a thought."""
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": row["prompt"]}],
+                **{
+                    side: [{"role": "assistant", "content": row[side], "reasoning_content": f"so {row[side][:3]}"}]
+                    for side in ("chosen", "rejected")
+                },
+            }
+            for row in ROWS
+        ]
+        return write_rows(self.folder / "talk.jsonl", rows)
+
+    @functools.cached_property
+    def template(self) -> str:
+        path = self.folder / "template.jinja"
+        path.write_text(TEMPLATE, "utf-8")
+        return str(path)
 
     @functools.cached_property
     def lora(self) -> str:
@@ -110,6 +132,23 @@ def on_bad_row(place: Place) -> None:
     with pytest.raises(DataError, match="row 10: 1 of 10 rows cannot be used"):
         place.run(data=bad)
     assert metrics(Path(place.run(data=bad, on_bad_row="skip", epochs=1.5))) == metrics(Path(place.run(epochs=1.5)))
+
+
+def layout_by_name(place: Place) -> None:
+    assert metrics(Path(place.run(format="preference text", beta=0.1))) == metrics(Path(place.run()))
+    with pytest.raises(ConfigError, match="--format 'preference-tex' is no layout; did you mean preference-text"):
+        place.run(format="preference-tex")
+    with pytest.raises(DataError, match=r"data\.jsonl"):
+        place.run(format="preference-chat")
+
+
+def columns(place: Place) -> None:
+    renamed = [{"ask": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in ROWS]
+    data = write_rows(place.folder / "renamed.jsonl", renamed)
+    with pytest.raises(DataError, match="unknown layout"):
+        place.run(data=data)
+    named = ["prompt=ask", "chosen=good", "rejected=bad"]
+    assert metrics(Path(place.run(data=data, columns=named))) == metrics(Path(place.run()))
 
 
 def output(place: Place) -> None:
@@ -274,6 +313,11 @@ SHOWN: dict[str, Callable[[Place], None]] = {
     "eval_data": eval_data,
     "eval_fraction": moves("eval_fraction", 0.3),
     "on_bad_row": on_bad_row,
+    "data_weights": moves("data_weights", ["2"]),
+    "format": layout_by_name,
+    "columns": columns,
+    "chat_template": moves("chat_template", "@template", data="@talk"),
+    "template_variables": moves("template_variables", ["shout=true"], data="@talk", chat_template="@template"),
     "max_length": moves("max_length", 12),
     "shuffle": moves("shuffle", False),
     "beta": moves("beta", 0.5),
