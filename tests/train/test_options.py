@@ -320,6 +320,7 @@ SHOWN: dict[str, Callable[[Place], None]] = {
     "template_variables": moves("template_variables", ["shout=true"], data="@talk", chat_template="@template"),
     "max_length": moves("max_length", 12),
     "shuffle": moves("shuffle", False),
+    "reasoning": moves("reasoning", "strip", data="@talk", chat_template="@template"),
     "beta": moves("beta", 0.5),
     "label_smoothing": moves("label_smoothing", 0.3),
     "loss": moves("loss", "dpo:1.0,nll:0.2"),
