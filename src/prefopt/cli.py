@@ -18,6 +18,7 @@ from prefopt.config.cache import CacheClearConfig, CacheListConfig, CacheVerifyC
 from prefopt.config.demo import DemoConfig
 from prefopt.config.document import read_document, write_document
 from prefopt.config.dpo import DpoConfig
+from prefopt.config.layouts import DataLayoutsConfig
 from prefopt.config.losses import LossesConfig
 from prefopt.config.option import Option, check_values, checked, from_dict, nearest, options
 from prefopt.config.runs import PlotConfig, RunsConfig
@@ -261,6 +262,14 @@ def _losses(config: LossesConfig) -> int:
     return 0
 
 
+def _data_layouts(config: DataLayoutsConfig) -> int:
+    from prefopt.data.layouts.show import described, overview
+    from prefopt.data.recognise import named_layout
+
+    print(overview() if config.name is None else described(named_layout(config.name)))
+    return 0
+
+
 def _cache_list(_: CacheListConfig) -> int:
     from prefopt.data.token_cache import list_tokens
     from prefopt.disk.cache import reference_folder, tokens_folder
@@ -329,6 +338,7 @@ VERBS: dict[str, Verb] = {
     "losses": Verb("list the losses that a model can be aligned with, or tell all of one", LossesConfig, _losses),
     "runs": Verb("list runs, tell about one, or compare several", RunsConfig, _runs),
     "plot": Verb("draw the curves of runs", PlotConfig, _plot),
+    "data layouts": Verb("list the layouts of rows, or tell all of one", DataLayoutsConfig, _data_layouts),
     "cache list": Verb(
         "list what is kept: log-probabilities of reference models, and tokenised data", CacheListConfig, _cache_list
     ),

@@ -52,7 +52,7 @@ def named_layout(name: str) -> Layout:
     if plain not in LAYOUTS:
         known = list(LAYOUTS)
         guess = nearest(plain, known) or f"; there are {', '.join(known)}"
-        raise ConfigError(f"--format {name!r} is no layout{guess}")
+        raise ConfigError(f"{name!r} is no layout{guess}")
     return LAYOUTS[plain]
 
 

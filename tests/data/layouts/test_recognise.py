@@ -111,7 +111,7 @@ def test_a_named_layout_is_taken_at_its_word() -> None:
     row = TEXT | {"instruction": "q"}
     assert layout_of(row) == "alpaca-ranking"
     assert layout_of(row, format="preference-text") == layout_of(row, format="Preference Text") == "preference-text"
-    with pytest.raises(ConfigError, match=r"--format 'preference-txt' is no layout; did you mean preference-text\?"):
+    with pytest.raises(ConfigError, match=r"'preference-txt' is no layout; did you mean preference-text\?"):
         layout_of(row, format="preference-txt")
     with pytest.raises(DataError, match="hh needs chosen, rejected as well"):
         layout_of(ROWS["alpaca"], format="hh")

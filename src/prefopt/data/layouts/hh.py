@@ -55,6 +55,7 @@ TRANSCRIPTS = Layout(
     name="hh",
     fields=("chosen", "rejected"),
     shape=transcripts,
+    gives="pairs",
     says="two transcripts; the prompt is all before the last answer",
     origin="Anthropic HH-RLHF",
     example={

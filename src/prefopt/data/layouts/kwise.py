@@ -103,6 +103,7 @@ CANONICAL = Layout(
     name="canonical",
     fields=("prompt", "responses"),
     optional=(*SAID, "extra"),
+    gives="ranking",
     says="K responses, in text or turns, with tiers, scores, labels or votes; what prefopt writes",
     origin="prefopt",
     example={
@@ -121,6 +122,7 @@ BY_INDEX_LAYOUT = Layout(
     optional=(*SAID, *BY_INDEX),
     shape=listed_order,
     also=("canonical",),
+    gives="ranking",
     says="K responses with an order or pairs by index, counted from 0 and best first",
     origin="rankings of any origin",
     example={"prompt": "2 + 2 =", "responses": [" 22", " 4", " four"], "order": [1, 2, 0]},

@@ -10,6 +10,7 @@ from prefopt.data.layouts.messages import TAGS, Tags
 from prefopt.data.layouts.row import Row
 from prefopt.data.layouts.shapes import always, look
 from prefopt.data.layouts.values import BadRow, kind
+from prefopt.data.want import Want
 from prefopt.errors import DataError
 from prefopt.records import Comparison
 
@@ -55,7 +56,7 @@ class Layout:
     and says whether it looks like this layout, where several have the same fields; ``also`` names layouts whose rows
     this one reads too. ``aliases`` are other names of a field that are read as well; ``words`` are names that only
     ``--columns`` knows it by, such as LLaMA-Factory's. ``reads`` tells columns whose names are not fixed, given name
-    and look. ``says`` is what a row tells, in words; ``origin`` who writes such rows.
+    and look. ``gives`` is what a row can be used for, ``says`` what it holds, ``origin`` who writes such rows.
 
     ``arranged`` is what a comparison looks like after it was written and read (a pair has its best response first), and
     ``finish`` puts further columns where the layout wants them.
@@ -63,6 +64,7 @@ class Layout:
 
     name: str
     fields: tuple[str, ...]
+    gives: Want
     says: str
     origin: str
     example: Mapping[str, object]

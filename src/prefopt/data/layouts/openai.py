@@ -58,7 +58,8 @@ def _inside(row: dict[str, object], extra: Mapping[str, object]) -> dict[str, ob
 PREFERENCE = Layout(
     name="openai-preference",
     fields=("input", "preferred_output", "non_preferred_output"),
-    says="a conversation and two responses to it",
+    gives="pairs",
+    says="a conversation with its tools, and two responses to it",
     origin=ORIGIN,
     example={"input": {"messages": [USER]}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
     reader=_read_preference,
@@ -70,6 +71,7 @@ MESSAGES = Layout(
     name="messages",
     fields=("messages",),
     optional=("system", "tools"),
+    gives="demonstrations",
     says="a conversation to learn from, with tools where it has any",
     origin=f"{ORIGIN}, TRL",
     example={"messages": [USER, GOOD]},

@@ -1,0 +1,39 @@
+"""Writes what docs/formats.md says of each layout, from the layouts themselves: python docs/make_formats.py."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from prefopt.data.layouts import LAYOUTS
+from prefopt.data.layouts.layout import Layout
+from prefopt.data.layouts.show import example, families
+
+PAGE = Path(__file__).with_name("formats.md")
+MARKS = re.compile(r"(<!-- (layouts|precedence) -->\n).*?(<!-- end -->)", re.S)
+
+
+def written(page: str) -> str:
+    """The page with what stands between its marks as the layouts are now."""
+    precedence = " > ".join(f"`{name}`" for name in LAYOUTS) + "\n"
+    parts = {"layouts": "\n".join(_family(*family) for family in families().items()), "precedence": precedence}
+    return MARKS.sub(lambda found: f"{found[1]}\n{parts[found[2]]}\n{found[3]}", page)
+
+
+def _family(heading: str, layouts: list[Layout]) -> str:
+    lines = [f"### {heading}\n", "| layout | columns | may have | a row is | from |", "| --- | --- | --- | --- | --- |"]
+    for x in layouts:
+        columns, more = (", ".join(f"`{name}`" for name in names) for names in (_called(x), x.optional))
+        lines.append(f"| `{x.name}` | {columns} | {more} | {x.says} | {x.origin} |")
+    blocks = [f"`{x.name}`\n\n```json\n{example(x)}\n```\n" for x in layouts]
+    return "\n".join([*lines, "", *blocks])
+
+
+def _called(x: Layout) -> list[str]:
+    """The fields, each with its other names."""
+    others = {name: [a for a, of in x.aliases.items() if of == name] for name in x.fields}
+    return [" or ".join([name, *others[name]]) for name in x.fields]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written(PAGE.read_text("utf-8")), "utf-8")
