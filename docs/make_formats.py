@@ -23,7 +23,7 @@ def written(page: str) -> str:
 def _family(heading: str, layouts: list[Layout]) -> str:
     lines = [f"### {heading}\n", "| layout | columns | may have | a row is | from |", "| --- | --- | --- | --- | --- |"]
     for x in layouts:
-        columns, more = (", ".join(f"`{name}`" for name in names) for names in (_called(x), x.optional))
+        columns, more = ", ".join(_called(x)), ", ".join(f"`{name}`" for name in x.optional)
         lines.append(f"| `{x.name}` | {columns} | {more} | {x.says} | {x.origin} |")
     blocks = [f"`{x.name}`\n\n```json\n{example(x)}\n```\n" for x in layouts]
     return "\n".join([*lines, "", *blocks])
@@ -32,7 +32,7 @@ def _family(heading: str, layouts: list[Layout]) -> str:
 def _called(x: Layout) -> list[str]:
     """The fields, each with its other names."""
     others = {name: [a for a, of in x.aliases.items() if of == name] for name in x.fields}
-    return [" or ".join([name, *others[name]]) for name in x.fields]
+    return [" or ".join(f"`{called}`" for called in (name, *others[name])) for name in x.fields]
 
 
 if __name__ == "__main__":
