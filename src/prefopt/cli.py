@@ -20,6 +20,7 @@ from prefopt.config.document import read_document, write_document
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.layouts import DataLayoutsConfig
 from prefopt.config.losses import LossesConfig
+from prefopt.config.merge import MergeConfig
 from prefopt.config.option import Option, check_values, checked, from_dict, nearest, options
 from prefopt.config.runs import PlotConfig, RunsConfig
 from prefopt.errors import ConfigError, Interrupted, UserError
@@ -324,6 +325,21 @@ def _runs(config: RunsConfig) -> int:
     return 0
 
 
+def _merge(config: MergeConfig) -> int:
+    from prefopt.model.load import DTYPES, resolve_device
+    from prefopt.model.merge import merge_adapter
+
+    done = merge_adapter(
+        config.adapter,
+        config.output,
+        model=config.model,
+        dtype=DTYPES[config.dtype],
+        device=resolve_device(config.device),
+    )
+    print("\n".join(done.in_words()))
+    return 0
+
+
 def _plot(config: PlotConfig) -> int:
     from prefopt.evaluate.plot import plot_runs
     from prefopt.train.history import read_history
@@ -336,6 +352,7 @@ def _plot(config: PlotConfig) -> int:
 VERBS: dict[str, Verb] = {
     "dpo": Verb("align a model with preference pairs (direct preference optimization)", DpoConfig, _dpo, document=True),
     "losses": Verb("list the losses that a model can be aligned with, or tell all of one", LossesConfig, _losses),
+    "merge": Verb("fold an adapter into its model, and check that the outputs are the same", MergeConfig, _merge),
     "runs": Verb("list runs, tell about one, or compare several", RunsConfig, _runs),
     "plot": Verb("draw the curves of runs", PlotConfig, _plot),
     "data layouts": Verb("list the layouts of rows, or tell all of one", DataLayoutsConfig, _data_layouts),

@@ -38,13 +38,14 @@ from prefopt.model.load import (
 )
 from prefopt.model.memory import peak_memory
 from prefopt.model.reference import ReferenceValues
+from prefopt.model.save import repair_generation
 from prefopt.model.scorer import Scorer, causal_model
 from prefopt.model.sharing import context_length
 from prefopt.progress import Reporter, duration, size
 from prefopt.train import budget
 from prefopt.train.best import load_best
 from prefopt.train.callbacks import Callbacks
-from prefopt.train.card import repair_generation, save_model, write_card
+from prefopt.train.card import save_model, write_card
 from prefopt.train.data import TrainingData, load_data
 from prefopt.train.diagnose import diagnose, in_words
 from prefopt.train.folder import FREE, RunFolder, fingerprint

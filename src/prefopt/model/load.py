@@ -17,7 +17,12 @@ from transformers.utils import logging as transformers_logging
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.scorer import causal_model
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 def resolve_device(name: str | None) -> torch.device:
@@ -210,6 +215,8 @@ def _explain(name: str, error: Exception) -> str:
         return f"{name}: no such folder here, and the Hub did not give it ({_first_line(error)})"
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         return f"{name}: no config.json in this folder; it should hold a model saved by save_pretrained"
+    if "size mismatch" in text:
+        return f"{name}: its weights have other shapes than those of the model: it belongs to another one"
     if isinstance(error, SafetensorError) or ("safetensors" in text and "deserial" in text):
         return f"{name}: the weight file is damaged ({_first_line(error)}); copy it again"
     if not list(folder.glob("*.safetensors")):

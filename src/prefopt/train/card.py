@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 import prefopt
 from prefopt.disk.write import output_errors
 from prefopt.model.load import quiet
 from prefopt.model.precision import MasterWeights
+from prefopt.model.save import share_weights
 from prefopt.model.scorer import Scorer, causal_model
 
 
@@ -35,37 +35,8 @@ def save_model(folder: Path, scorer: Scorer, masters: MasterWeights, tokenizer: 
             model.save_pretrained(folder, state_dict=state, safe_serialization=True)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
         tokenizer.save_pretrained(folder)
-        _share(folder)
+        share_weights(folder)
     scorer.attach_hook()
-
-
-def repair_generation(model: Any) -> str | None:
-    """Make a generation config such as transformers agrees to save; says what was changed, if anything.
-
-    Some published models set a temperature without sampling, which loads but cannot be saved.
-    """
-    config = getattr(model, "generation_config", None)
-    if config is None:
-        return None
-    try:
-        config.validate(strict=True)
-        return None
-    except ValueError:
-        config.do_sample = True
-    try:
-        config.validate(strict=True)
-        return "its generation config sets sampling options without sampling: do_sample is switched on"
-    except ValueError:
-        model.generation_config = GenerationConfig.from_model_config(model.config)
-        return "its generation config is not valid: a plain one is saved"
-
-
-def _share(folder: Path) -> None:
-    """Weights readable as other new files are: safetensors writes them for their owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in folder.glob("*.safetensors"):
-        path.chmod(0o666 & ~mask)
 
 
 def _save_whole(folder: Path, model: Any, masters: MasterWeights) -> None:

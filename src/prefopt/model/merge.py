@@ -1,0 +1,250 @@
+"""An adapter folded into its model: one folder that needs no PEFT, shown to give the same outputs.
+
+Every layer is merged in float32 and rounded once, to the type in which it is saved. The model is in memory once, in
+that type.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefopt.data.tokenizer import VOCABULARIES, load_tokenizer
+from prefopt.disk.write import output_errors
+from prefopt.errors import ModelError, RunError
+from prefopt.model.load import load_config, load_model, local_folder, quiet, vocabulary_size
+from prefopt.model.save import repair_generation, share_weights
+from prefopt.model.scorer import causal_model
+
+# What rounding may do to logits, as a part of their norm: summing in another order in float32 (1e-7 a step); a weight
+# in bfloat16 is within 2^-9 of itself, in float16 within 2^-12, and layers add up.
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
+PROBES, PROBE_TOKENS = 3, 24
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What was measured. ``difference``: logits of the merged model against those with the adapter on; ``effect``:
+    those without the adapter against those with it; both as parts of the norm of the logits. ``rounding``: how far the
+    type they are saved in moves the merged weights, as a part of how far the adapter does."""
+
+    output: Path
+    dtype: torch.dtype
+    layers: int
+    difference: float
+    effect: float
+    rounding: float
+    untied: bool
+
+    def in_words(self) -> list[str]:
+        """Lines for a person."""
+        kind = str(self.dtype).removeprefix("torch.")
+        lines = [f"{self.layers} layers merged in float32, saved in {kind}"]
+        if self.rounding > 0.01:
+            lines.append(
+                f"rounding to {kind} moves these weights {self.rounding:.2g} times as far as the adapter does; --dtype"
+                " float32 keeps its change whole"
+            )
+        if self.untied:
+            lines.append(
+                "the head shared the embedding's weights, one of which the adapter changes: it has its own now"
+            )
+        lines.append(
+            f"logits: {self.difference:.0e} of their size from the model with its adapter, which itself is"
+            f" {self.effect:.0e} from the model without it"
+        )
+        if self.effect == 0:
+            lines.append("the adapter changes nothing: is it one that was never trained?")
+        return [*lines, f"loaded again by transformers, with the same logits: {self.output}"]
+
+
+def merge_adapter(
+    adapter: str, output: str | Path, *, model: str | None = None, dtype: torch.dtype, device: torch.device
+) -> MergeReport:
+    """Write ``model`` with ``adapter`` folded in, its tokenizer, chat template and generation config to ``output``.
+
+    ``model``: the one that the adapter names, where none is given. Raises :class:`ModelError` for adapters and models
+    that cannot be merged, :class:`RunError` where ``output`` is taken, or the outputs are not those of the adapter.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RunError(f"--output {output} is there already; name a new folder")
+    source = local_folder(adapter)
+    base = local_folder(model or _base_of(source))
+    wrapped = _load(base, source, _read_as(base, dtype), device)
+    causal = causal_model(wrapped)
+    probes_2 = _probes(vocabulary_size(causal))
+    expected = _logits(wrapped, probes_2)
+    with wrapped.disable_adapter():
+        without = _logits(wrapped, probes_2)
+    untied = _untie(causal)
+    layers, rounding = _merge_layers(wrapped, dtype)
+    with _peft_quiet():
+        merged = wrapped.merge_and_unload().to(dtype)
+    found = _logits(merged, probes_2)
+    difference, effect = _distance(found, expected), _distance(without, expected)
+    if not difference <= ROUNDING[dtype]:
+        raise ModelError(
+            f"{adapter}: the merged model's logits differ by {difference:.1e} of their size, of which rounding explains"
+            f" {ROUNDING[dtype]:.0e}; nothing was written: serve model and adapter side by side"
+        )
+    _save(merged, output, tokenizer_from=source if _has_tokenizer(source) else base)
+    _write_card(output, model or _base_of(source), adapter, Path(source) / "README.md", dtype)
+    del merged, wrapped, causal
+    _check_saved(output, dtype, device, probes_2, found)
+    return MergeReport(output, dtype, layers, difference, effect, rounding, untied)
+
+
+def _base_of(folder: str) -> str:
+    """The model that an adapter names."""
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        raise ModelError(f"--adapter {folder} holds no adapter_config.json: it is not a PEFT adapter")
+    try:
+        name = json.loads(path.read_text("utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        name = None
+    if not isinstance(name, str) or not name:
+        raise ModelError(f"--adapter {folder} does not name the model it belongs to; give --model")
+    return name
+
+
+def _read_as(base: str, dtype: torch.dtype) -> torch.dtype:
+    """The type to load the model in: it holds what is in the files, and what is to be written."""
+    config: Any = load_config(base)
+    if getattr(config, "quantization_config", None):
+        raise ModelError(
+            f"--model {base} is quantised: the adapter's change is smaller than its rounding and would be lost; give"
+            " the model it was quantised from, or serve model and adapter side by side"
+        )
+    there = config.get_text_config().dtype or config.dtype
+    return torch.promote_types(there if isinstance(there, torch.dtype) else torch.float32, dtype)
+
+
+def _load(base: str, adapter: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model with the adapter on. Weights that the adapter should have and lacks are an error."""
+    from peft import PeftConfig
+
+    config: Any = PeftConfig.from_pretrained(adapter)
+    if config.is_prompt_learning:
+        kind = config.peft_type.value
+        raise ModelError(f"--adapter {adapter} is of the kind {kind}, which cannot be folded into weights")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            wrapped: Any = load_model(base, dtype=dtype, device=device, adapter=adapter)
+    except UserWarning as error:
+        what = " ".join(str(error).split())[:200]
+        raise ModelError(f"--adapter {adapter} lacks weights for this model: {what}") from error
+    return wrapped.eval()
+
+
+def _probes(vocabulary: int) -> torch.Tensor:
+    """A few sequences of tokens from all over the vocabulary [PROBES, PROBE_TOKENS], always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (PROBES, PROBE_TOKENS), generator=generator)
+
+
+@torch.no_grad()
+def _logits(model: Any, probes_2: torch.Tensor) -> torch.Tensor:
+    """Float32 logits on the CPU, one sequence at a time."""
+    device = next(model.parameters()).device
+    return torch.cat([model(input_ids=row[None].to(device)).logits.float().cpu() for row in probes_2])
+
+
+def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The norm of the difference over that of ``other``."""
+    return float((one - other).norm() / other.norm())
+
+
+def _untie(model: Any) -> bool:
+    """Give the head weights of its own, where it shares the embedding's and an adapter changes one of the two."""
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    if outputs is None:
+        return False
+    plain = [layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer for layer in (inputs, outputs)]
+    adapted = plain[0] is not inputs or plain[1] is not outputs
+    if not adapted or plain[0].weight is not plain[1].weight:
+        return False
+    plain[1].weight = torch.nn.Parameter(plain[1].weight.detach().clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    return True
+
+
+@torch.no_grad()
+def _merge_layers(wrapped: Any, dtype: torch.dtype) -> tuple[int, float]:
+    """Merge each layer in float32; how many there were, and how far rounding to ``dtype`` moves them (see the report).
+
+    What is loaded in two bytes goes back to them, for that is what is written.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in wrapped.modules() if isinstance(module, BaseTunerLayer)]
+    rounded = changed = 0.0
+    for layer in layers:
+        base: Any = layer.get_base_layer()
+        types = {name: value.dtype for name, value in base.named_parameters()}
+        base.float()
+        before = {name: value.clone() for name, value in base.named_parameters()}
+        with _peft_quiet():
+            layer.merge(safe_merge=True)
+        for name, value in base.named_parameters():
+            rounded += float((value.to(dtype).float() - value).norm() ** 2)
+            changed += float((value - before[name]).norm() ** 2)
+            value.data = value.data.to(types[name])
+    return len(layers), math.sqrt(rounded / changed) if changed else 0.0
+
+
+@contextmanager
+def _peft_quiet() -> Iterator[None]:
+    """Without PEFT's warnings of what is meant: layers that are merged already, a head that is untied."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All adapters are already merged")
+        warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
+        yield
+
+
+def _has_tokenizer(folder: str) -> bool:
+    return any((Path(folder) / name).is_file() for name in VOCABULARIES)
+
+
+def _save(model: Any, output: Path, *, tokenizer_from: str) -> None:
+    tokenizer = load_tokenizer(tokenizer_from)
+    repair_generation(model)
+    with output_errors(output), quiet():
+        model.save_pretrained(output, safe_serialization=True)
+        tokenizer.save_pretrained(output)
+        share_weights(output)
+
+
+def _write_card(output: Path, model: str, adapter: str, card: Path, dtype: torch.dtype) -> None:
+    """A card that says what was folded into what, followed by that of the adapter."""
+    names = [Path(name).name if Path(name).exists() else name for name in (model, adapter)]
+    front = ["---", "library_name: transformers", *([] if Path(model).exists() else [f"base_model: {model}"]), "---"]
+    body = card.read_text("utf-8") if card.is_file() else ""
+    body = re.sub(r"\A---\n.*?\n---\n", "", body, flags=re.S)
+    kind = str(dtype).removeprefix("torch.")
+    text = f"# {output.name}\n\n`{names[0]}` with the adapter `{names[1]}` folded in, in {kind}, by prefopt merge.\n"
+    with output_errors(output):
+        (output / "README.md").write_text("\n".join([*front, "", text, body]).rstrip() + "\n", encoding="utf-8")
+
+
+def _check_saved(
+    output: Path, dtype: torch.dtype, device: torch.device, probes_2: torch.Tensor, expected: torch.Tensor
+) -> None:
+    """What was written, loaded as anybody will, gives the same."""
+    saved = load_model(str(output), dtype=dtype, device=device).eval()
+    if (distance := _distance(_logits(saved, probes_2), expected)) > ROUNDING[dtype]:
+        raise RunError(
+            f"{output}: as it was written the model differs by {distance:.1e}; do not use it, and report this"
+        )
