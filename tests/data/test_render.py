@@ -228,10 +228,11 @@ def test_offsets_cover_every_character(gpt2: Any, minimind: Any, stories: Any) -
     words = "  Hi  there 你好 👍🏽\n\n  end "
     for tokenizer in (gpt2, minimind, stories):
         (encoded,) = Encoder(tokenizer).encode([words])
-        ids, offsets = encoded.ids, encoded.offsets
+        ids = encoded.ids
         assert tokenizer.decode(ids.tolist()).strip() == words.strip()
         assert encoded.covers([(0, len(words))]).all()
-        assert (offsets[1:, 0] <= np.maximum.accumulate(offsets[:, 1])[:-1]).all() and offsets[-1, 1] == len(words)
+        assert (encoded.starts[1:] <= encoded.ends[:-1]).all() and encoded.ends[-1] == len(words)
+        assert (np.diff(encoded.ends) >= 0).all() and encoded.starts[0] == 0
 
 
 def test_vocabulary_size(minimind: Any, gpt2: Any) -> None:

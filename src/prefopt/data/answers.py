@@ -55,7 +55,8 @@ class Answers:
         for response in responses:
             self._check_shown(prompt + response, tools)
         row = _Row(self._template, tools)
-        return [self._lay_out(row, prompt, response) for response in responses]
+        asked = row.show(prompt, generation=True)
+        return [self._lay_out(row, prompt, response, asked) for response in responses]
 
     def _check_shown(self, turns: Turns, tools: Sequence[str]) -> None:
         """Refuse what the template leaves out. Asked once for all rows of one shape."""
@@ -67,13 +68,14 @@ class Answers:
         if self._hidden[key].earlier_reasoning:
             self._said(EARLIER_REASONING)
 
-    def _lay_out(self, row: _Row, prompt: Turns, response: Turns) -> Layout:
+    def _lay_out(self, row: _Row, prompt: Turns, response: Turns, asked: str) -> Layout:
         turns = prompt + response
-        full, asked = row.show(turns), row.show(prompt, generation=True)
+        full = row.show(turns, again=False)
         spans, ended = [], False
         for j in range(len(prompt), len(turns)):
             if turns[j].role == "assistant" and turns[j].trained:
-                start, end, ended = self._answer(row, turns, j, full)
+                prompted = asked if j == len(prompt) else row.show(turns[:j], generation=True, again=False)
+                start, end, ended = self._answer(row, turns, j, full, prompted)
                 self._check_words(turns[j], full[start:end], last=j == len(turns) - 1)
                 spans.append((start, end))
         if not spans:
@@ -94,10 +96,9 @@ class Answers:
                 raise Unrenderable(f"{what}; --reasoning strip, or {OTHER_TEMPLATE}")
             self._said(EARLIER_REASONING)
 
-    def _answer(self, row: _Row, turns: Turns, j: int, full: str) -> tuple[int, int, bool]:
+    def _answer(self, row: _Row, turns: Turns, j: int, full: str, asked: str) -> tuple[int, int, bool]:
         """Trained characters [start, end) of turn j in ``full``, and whether an end-of-turn token is among them."""
-        turn, asked = turns[j], row.show(turns[:j], generation=True)
-        begins = full.startswith(asked)
+        turn, begins = turns[j], full.startswith(asked)
         if begins and not turn.tool_calls and turn.reasoning is None:
             for frame in self._frames:
                 if (end := _framed(full, len(asked), turn.content, frame, last=j == len(turns) - 1)) is not None:
@@ -158,13 +159,15 @@ class Answers:
 
 
 class _Row:
-    """One row's template calls, each made once: the responses of a prompt have much in common."""
+    """One row's template calls. What may be wanted ``again``, for another response, is kept."""
 
     def __init__(self, template: ChatTemplate, tools: Sequence[str]) -> None:
         self._template, self._tools = template, tools
         self._shown: dict[tuple[Turns, bool], str] = {}
 
-    def show(self, turns: Turns, *, generation: bool = False) -> str:
+    def show(self, turns: Turns, *, generation: bool = False, again: bool = True) -> str:
+        if not again:
+            return self._template.show(turns, self._tools, generation=generation)
         if (turns, generation) not in self._shown:
             self._shown[turns, generation] = self._template.show(turns, self._tools, generation=generation)
         return self._shown[turns, generation]

@@ -21,7 +21,7 @@ from prefopt.data.group import BoolArray, IntArray
 from prefopt.data.tokenizer import Tokenizer
 
 OffsetArray = npt.NDArray[np.int64]
-Tokens = tuple[IntArray, OffsetArray]
+Tokens = tuple[IntArray, OffsetArray, OffsetArray]
 
 WORTH_SHARING = 64  # characters of a prompt under which it is not worth while to encode it once for all responses
 NEAR = 256  # characters before an answer in which to look for the token that the end of its prompt begins with
@@ -45,36 +45,42 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """Token ids [L] of a text, and the characters [L - skipped, 2) that all but the first ``skipped`` of them cover.
+    """Token ids [L] of a text, and which characters all but the first ``skipped`` of them cover: [starts, ends).
 
-    Those that are skipped stand for the text before character ``cut``, which can be tokenized by itself.
     Tokenizers may leave the space that belongs to a token out of its offsets: a token covers all characters since the
-    one before it ended. Tokens that share the bytes of one character share its offsets. ``boundary`` says that prompt
-    and answer had to be tokenized apart, or that they should have been and this tokenizer leaves no way to.
+    one before it ended. Tokens that share the bytes of one character all cover it, and one that covers nothing goes
+    with the character at its place. So ``ends`` never fall. The tokens that are skipped stand for the text before
+    character ``cut``, which can be tokenized by itself. ``boundary`` says that prompt and answer had to be tokenized
+    apart, or that they should have been and this tokenizer leaves no way to.
     """
 
     ids: IntArray
-    offsets: OffsetArray
+    starts: OffsetArray
+    ends: OffsetArray
     skipped: int = 0
     cut: int = 0
     boundary: Literal["", "apart", "joined"] = ""
 
     def covers(self, spans: Sequence[tuple[int, int]]) -> BoolArray:
-        """Which tokens [L] cover any character of the spans. One that covers nothing goes with that at its place."""
+        """Which tokens [L] cover any character of the spans."""
         trained = np.zeros(len(self.ids), np.bool_)
-        starts, ends = self.offsets[:, 0], np.maximum(self.offsets[:, 1], self.offsets[:, 0] + 1)
         for start, end in spans:
-            trained[self.skipped :] |= (starts < end) & (ends > start)
+            trained[self.skipped :] |= (self.starts < end) & (self.ends > start)
         return trained
+
+    def until(self, place: int) -> int:
+        """How many tokens end at character ``place`` or before it; ``place`` is not before ``cut``."""
+        return int(np.searchsorted(self.ends, place, side="right")) + self.skipped
 
     def straddles(self, place: int) -> bool:
         """Whether one token covers characters on both sides of a place in the text."""
-        return bool(((self.offsets[:, 0] < place) & (self.offsets[:, 1] > place)).any())
+        next_one = self.until(place) - self.skipped
+        return next_one < len(self.starts) and bool(self.starts[next_one] < place)
 
     def between(self, start: int, end: int) -> list[int]:
         """The tokens that end in (start, end]; ``start`` is not before ``cut``."""
-        first, last = np.searchsorted(np.maximum.accumulate(self.offsets[:, 1]), [start, end], side="right")
-        return self.ids[self.skipped :][int(first) : int(last)].tolist()  # type: ignore[no-any-return]
+        ids: list[int] = self.ids[self.until(start) : self.until(end)].tolist()
+        return ids
 
 
 class Encoder:
@@ -101,7 +107,7 @@ class Encoder:
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Each text by itself."""
-        return [Encoded(ids, offsets) for ids, offsets in self._whole(texts)]
+        return [Encoded(*tokens) for tokens in self._whole(texts)]
 
     def encode_rows(self, rows: Sequence[Sequence[Layout]]) -> list[list[Encoded]]:
         """The responses of each row."""
@@ -121,7 +127,8 @@ class Encoder:
         shared = min(layout.shared for layout in row)
         if len(row) < 2 or shared < WORTH_SHARING:
             return 0
-        at = self._last_added(row[0].text, shared, 0)
+        text = row[0].text
+        at = self._last_added(text, shared, shared - NEAR) or self._last_added(text, shared, 0)
         return at if all(self._standing(layout.text, at) for layout in row) else 0
 
     def _last_added(self, text: str, end: int, start: int) -> int:
@@ -144,8 +151,8 @@ class Encoder:
     def _parted(self, layout: Layout, tokens: Encoded) -> Encoded:
         """The tokens of a text, with its answers apart from what precedes them where the tokenizer would join them."""
         text = layout.text
-        places = [start for start, _ in layout.spans if start and self._joins(text, tokens, start)]
-        places += [end for _, end in layout.spans if tokens.straddles(end)]
+        places = [start for start, _ in layout.spans if start and self._joins(layout, tokens, start)]
+        places += [end for _, end in layout.spans if end < len(text) and tokens.straddles(end)]
         if not places:
             return tokens
         cuts = [0, *sorted(set(places)), len(text)]
@@ -153,14 +160,16 @@ class Encoder:
         known = [part for part in parts if part is not None]
         if len(known) < len(parts):
             return replace(tokens, boundary="joined")
-        ids, offsets = (np.concatenate(column) for column in zip(*known, strict=True))
-        return Encoded(ids, offsets, boundary="apart")
+        ids, starts, ends = (np.concatenate(column) for column in zip(*known, strict=True))
+        return Encoded(ids, starts, ends, boundary="apart")
 
-    def _joins(self, text: str, tokens: Encoded, start: int) -> bool:
+    def _joins(self, layout: Layout, tokens: Encoded, start: int) -> bool:
         """Whether the text before ``start`` has other tokens by itself."""
         if tokens.straddles(start):
             return True
-        at = self._last_added(text, start, start - NEAR)
+        text = layout.text
+        known = tokens.cut > 0 and start == layout.shared
+        at = tokens.cut if known else self._last_added(text, start, start - NEAR)
         if at and at >= tokens.cut:
             return self._end(text[at:start]) != tokens.between(at, start)
         # The start of a word changes nothing before it. Only spaces and digits are taken by what stands behind.
@@ -182,11 +191,12 @@ class Encoder:
     def _continued(self, text: str, start: int, end: int) -> Tokens | None:
         """The tokens of a part of a text, as they are in the middle of it, where that can be told."""
         anchor = self._anchor if start else ""
-        ((ids, offsets),) = self._whole([anchor + text[start:end]])
+        ((ids, starts, ends),) = self._whole([anchor + text[start:end]])
         skip = len(self._anchor_ids) if anchor else 0
         if ids[:skip].tolist() != self._anchor_ids[:skip]:
             return None
-        return ids[skip:], np.maximum(offsets[skip:] - len(anchor), 0) + start
+        move = start - len(anchor)
+        return ids[skip:], np.maximum(starts[skip:] + move, start), ends[skip:] + move
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._whole([text])[0][0].tolist()
@@ -200,23 +210,25 @@ class Encoder:
             self._backend.no_padding()
         if self._backend.encode_special_tokens != self._tokenizer.split_special_tokens:
             self._backend.encode_special_tokens = self._tokenizer.split_special_tokens
-        return [
-            (np.array(e.ids, np.int32), _offsets(e.offsets))
-            for e in self._backend.encode_batch(list(texts), add_special_tokens=False)
-        ]
+        batch = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(np.array(e.ids, np.int32), *_covered(e.offsets)) for e in batch]
 
 
 def _joined(encoded: Iterator[Tokens], texts: int, cut: int) -> Iterator[Encoded]:
     """Each text of a row, from what they share and what they do not."""
-    head = next(encoded)[0] if cut else np.zeros(0, np.int32)
+    if not cut:
+        yield from (Encoded(*next(encoded)) for _ in range(texts))
+        return
+    head = next(encoded)[0]
     for _ in range(texts):
-        ids, offsets = next(encoded)
-        yield Encoded(np.concatenate([head, ids]), offsets + cut, len(head), cut) if cut else Encoded(ids, offsets)
+        ids, starts, ends = next(encoded)
+        yield Encoded(np.concatenate([head, ids]), starts + cut, ends + cut, len(head), cut)
 
 
-def _offsets(pairs: Sequence[tuple[int, int]]) -> OffsetArray:
-    offsets = np.fromiter(chain.from_iterable(pairs), np.int64, 2 * len(pairs)).reshape(-1, 2)
-    ended = np.maximum.accumulate(offsets[:, 1])[:-1]
-    offsets[1:, 0] = np.minimum(offsets[1:, 0], ended)
-    offsets[:1, 0] = 0
-    return offsets
+def _covered(offsets: Sequence[tuple[int, int]]) -> tuple[OffsetArray, OffsetArray]:
+    """The characters that each token covers, from what tokenizers say of them."""
+    both = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets))
+    starts, ends = both[::2], np.maximum.accumulate(both[1::2])
+    starts[1:] = np.minimum(starts[1:], ends[:-1])
+    starts[:1] = 0
+    return starts, np.maximum.accumulate(np.maximum(ends, starts + 1))

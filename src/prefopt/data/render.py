@@ -88,7 +88,7 @@ class Renderer:
         special = sorted({*marks, *tokenizer.all_special_tokens}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         self._answers = Answers(self._template, marks, tokenizer.eos_token, self._say)
-        self._row, self._told = 0, False
+        self._row = 0
 
     @property
     def notes(self) -> list[str]:
@@ -209,9 +209,6 @@ class Renderer:
 
     def _say_once(self) -> None:
         """What is to be told of a chat template, whatever the rows."""
-        if self._told:
-            return
-        self._told = True
         if self._template.plain:
             self._say(NO_TEMPLATE, once=True)
         if self._lacks_bos:

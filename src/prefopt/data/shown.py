@@ -24,7 +24,9 @@ class Hidden:
 
 def shape(turns: Turns, tools: Sequence[str]) -> object:
     """What :func:`hidden` depends on: whose turns they are and what they hold, but not the words."""
-    return bool(tools), tuple([(m.role, not m.content.strip(), m.reasoning is None, len(m.tool_calls)) for m in turns])
+    return bool(tools), tuple(
+        [(m.role, not m.content or m.content.isspace(), m.reasoning is None, len(m.tool_calls)) for m in turns]
+    )
 
 
 def hidden(template: ChatTemplate, turns: Turns, tools: Sequence[str]) -> Hidden:

@@ -15,10 +15,11 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from prefopt.data import jinja
+from prefopt.data import jinja, traced
 from prefopt.data.reasoning import join_reasoning
 from prefopt.data.rendering import Rendering, check_mentioned, check_names
 from prefopt.data.tokenizer import Tokenizer, plain_template
+from prefopt.data.traced import Traces
 from prefopt.errors import ModelError
 from prefopt.records import Message, ToolCall
 
@@ -61,10 +62,12 @@ class ChatTemplate:
         self._date, self._asked_date = datetime.datetime.fromisoformat(rendering.date), False
         self._given: dict[str, Any] = {"documents": None, "strftime_now": self._strftime, **special}
         self._given.update(rendering.variables)
+        self._traced, self._traces = None, Traces()
         self._content_form = "text"
         if _WORD not in self.sample():
             self._content_form = "parts"
             self._content_form = "parts" if _WORD in self.sample() else "text"
+        self._traced = traced.compiled(self.text)
 
     @property
     def sources(self) -> tuple[str, str]:
@@ -89,17 +92,33 @@ class ChatTemplate:
 
     def show(self, turns: Turns, tools: Sequence[str] = (), *, generation: bool = False) -> str:
         """The turns as text, with the generation prompt behind them if asked. Raises :class:`Unrenderable`."""
+        text = None if tools or self._traced is None else self._known(turns, generation)
+        if text is not None:
+            return text
         template = jinja.compiled(self._with_tools if tools else self.text)
+        messages = [self._message(turn) for turn in turns]
         try:
-            text = template.render(
-                messages=[self._message(turn) for turn in turns],
-                tools=[_tool(tool) for tool in tools] or None,
-                add_generation_prompt=generation,
-                **self._given,
-            )
+            return self._render(template, messages, [_tool(tool) for tool in tools] or None, generation)
         except _REFUSALS as error:
             raise Unrenderable(f"the template refuses the conversation: {jinja.one_line(error)}") from None
-        return str(text)
+
+    def _known(self, turns: Turns, generation: bool) -> str | None:
+        """The turns as text, if words are all they hold and the template has shown what it does with them."""
+        roles = []
+        for turn in turns:
+            if turn.reasoning is not None or turn.tool_calls or turn.tool_call_id is not None or turn.name is not None:
+                return None
+            roles.append(turn.role)
+
+        def render(words: Sequence[str]) -> str:
+            messages = [{"role": r, "content": self._content(w)} for r, w in zip(roles, words, strict=True)]
+            return self._render(self._traced, messages, None, generation)
+
+        return self._traces.show((generation, *roles), [turn.content for turn in turns], render)
+
+    def _render(self, template: Any, messages: list[dict[str, Any]], tools: Any, generation: bool) -> str:
+        given = self._given
+        return str(template.render(messages=messages, tools=tools, add_generation_prompt=generation, **given))
 
     def sample(self) -> str:
         """What the template makes of one question; nothing where it refuses that."""
@@ -129,12 +148,15 @@ class ChatTemplate:
             as_text, bare = self._call_form
             message["tool_calls"] = [_call(call, as_text) for call in turn.tool_calls]
         if content or not turn.tool_calls or not bare:
-            message["content"] = content if self._content_form == "text" else [{"type": "text", "text": content}]
+            message["content"] = self._content(content)
         if turn.tool_call_id is not None:
             message["tool_call_id"] = turn.tool_call_id
         if turn.name is not None:
             message["name"] = turn.name
         return message
+
+    def _content(self, words: str) -> str | list[dict[str, str]]:
+        return words if self._content_form == "text" else [{"type": "text", "text": words}]
 
     @cached_property
     def _call_form(self) -> tuple[bool, bool]:
