@@ -186,7 +186,7 @@ def test_real_tokenizers(name: str, shared: Path, request: pytest.FixtureRequest
         spell = spelled
     renderer = Renderer(tokenizer, Rendering(chat_template=template.text or None))
 
-    @settings(max_examples=60)
+    @settings(max_examples=30)
     @given(conversations())
     def answers(comparison: Comparison) -> None:
         check(renderer, comparison, template, spell=spell)

@@ -26,14 +26,15 @@ def syntax_error(text: str) -> str:
 
 
 @lru_cache(maxsize=16)
-def names(text: str) -> frozenset[str]:
-    """Every name that the template does not set itself: variables, and functions of its environment."""
+def variables(text: str) -> frozenset[str]:
+    """The names that whoever renders the template may give: those that neither it nor its environment defines."""
     return frozenset(meta.find_undeclared_variables(compiled(text).environment.parse(text)))
 
 
-def variables(text: str) -> frozenset[str]:
-    """The names that whoever renders the template may give."""
-    return names(text) - set(compiled(text).environment.globals)
+@lru_cache(maxsize=16)
+def names(text: str) -> frozenset[str]:
+    """Every name that the template uses."""
+    return frozenset(node.name for node in compiled(text).environment.parse(text).find_all(nodes.Name))
 
 
 @lru_cache(maxsize=16)

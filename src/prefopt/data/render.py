@@ -38,6 +38,9 @@ NO_END_AT_ALL = "the chat template ends no answer with a token of its own, and n
 NO_BOS = "the tokenizer puts a BOS before plain text and the chat template puts none: conversations have none"
 DATED = "the chat template shows the day's date: cached tokens and reference serve that day only"
 NO_FIELD = "the chat template has no place for reasoning: it is written into the answer, as <think>...</think>"
+AS_IT_STANDS = (
+    "plain text, which no chat template shows: the one given with --chat-template or its variables is not used"
+)
 SPECIAL = "special tokens written out in the text, read as those tokens"
 STRIPPED = "reasoning left out, as --reasoning strip says"
 APART = "the tokenizer would join the end of the prompt to the answer: they are tokenized apart, as in sampling"
@@ -147,6 +150,7 @@ class Renderer:
         self._row = c.row
         c = self._without_reasoning(c)
         if c.text:
+            self._say_unused()
             return Layout("".join(m.content for m in c.prompt), (), bos=True)
         self._say_once()
         try:
@@ -164,6 +168,7 @@ class Renderer:
         if any(map(_empty, turns)):
             return Problem("empty response", c.row, "an answer holds no words, or nothing but reasoning", c.file)
         if c.text:
+            self._say_unused()
             prompt = "".join(m.content for m in c.prompt)
             return [self._text(prompt, "".join(m.content for m in r.messages)) for r in c.responses]
         self._say_once()
@@ -201,11 +206,15 @@ class Renderer:
         eos, bos = self.tokenizer.eos_token or "", self.tokenizer.bos_token or ""
         for turns in (c.prompt, *(r.messages for r in c.responses)):
             for turn in turns:
-                content = turn.content.removesuffix(eos)
+                content = turn.content.removesuffix(eos) if turn.role == "assistant" else turn.content
                 content = content.removeprefix(bos) if c.text else content
                 if self._special.search(content) or (turn.reasoning and self._special.search(turn.reasoning)):
                     self._say(SPECIAL)
                     return
+
+    def _say_unused(self) -> None:
+        if self.rendering.chat_template is not None or self.rendering.variables:
+            self._say(AS_IT_STANDS)
 
     def _say_once(self) -> None:
         """What is to be told of a chat template, whatever the rows."""

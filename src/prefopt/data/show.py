@@ -1,8 +1,10 @@
-"""A group as text, with what is trained between ⟦ and ⟧: what ``--dry-run`` prints."""
+"""A group as text, with what is trained between ⟦ and ⟧: what ``--dry-run`` and ``data check --show`` print."""
 
 from __future__ import annotations
 
-from itertools import groupby
+from itertools import pairwise
+
+import numpy as np
 
 from prefopt.data.group import BoolArray, Group, IntArray
 from prefopt.data.tokenizer import Tokenizer
@@ -11,21 +13,55 @@ OPEN, CLOSE = "⟦", "⟧"
 
 
 def show(group: Group, tokenizer: Tokenizer) -> str:
-    """The shared prefix once, then what each response adds, special tokens and all."""
-    lines = [f"shared prefix ({len(group.prefix)} tokens)", _decode(tokenizer, group.prefix)]
-    names = ("chosen", "rejected") if group.pairs == ((0, 1),) and len(group.continuations) == 2 else ()
+    """What all responses have in common once, then what each of them adds, special tokens and all.
+
+    Each response is named by what was said of it: chosen or rejected, its rank, score or label.
+    """
+    if not group.continuations:
+        return f"prompt ({_count(len(group.prefix))})\n{_decode(tokenizer, group.prefix)}"
+    lines = [f"shared prefix ({_count(len(group.prefix))})"]
+    if len(group.prefix):
+        lines.append(_decode(tokenizer, group.prefix))
     for k, c in enumerate(group.continuations):
-        name = names[k] if names else f"response {k + 1}"
-        lines += [f"{name} ({len(c.ids)} tokens, {int(c.trained.sum())} trained)", _marked(tokenizer, c.ids, c.trained)]
+        lines.append(f"{_name(group, k)} ({_count(len(c.ids))}, {int(c.trained.sum())} trained)")
+        lines.append(_marked(tokenizer, group.prefix, c.ids, c.trained))
     return "\n".join(lines)
 
 
-def _marked(tokenizer: Tokenizer, ids: IntArray, trained: BoolArray) -> str:
-    parts = []
-    for on, run in groupby(range(len(ids)), key=lambda i: bool(trained[i])):
-        text = _decode(tokenizer, ids[list(run)])
-        parts.append(f"{OPEN}{text}{CLOSE}" if on else text)
-    return "".join(parts)
+def _name(group: Group, k: int) -> str:
+    """``chosen``; ``response 2, ranked 1 of 3, score 8.5``; ``response 1, desirable``; ``response``."""
+    of = len(group.continuations)
+    if of == 2 and group.pairs in (((0, 1),), ((1, 0),)) and group.scores is None:
+        return "chosen" if group.pairs[0][0] == k else "rejected"
+    parts = [f"response {k + 1}" if of > 1 else "response"]
+    if len(group.tiers) > 1:
+        place = next(i for i, tier in enumerate(group.tiers) if k in tier)
+        tied = " (tied)" if len(group.tiers[place]) > 1 else ""
+        parts.append(f"ranked {place + 1} of {len(group.tiers)}{tied}")
+    elif group.pairs:
+        better, worse = ([p[i] for p in group.pairs].count(k) for i in (0, 1))
+        parts.append(f"preferred in {better} and dispreferred in {worse} of {len(group.pairs)} pairs")
+    if group.scores is not None:
+        parts.append(f"score {group.scores[k]:g}")
+    if group.labels is not None:
+        parts.append("desirable" if group.labels[k] else "undesirable")
+    return ", ".join(parts)
+
+
+def _count(tokens: int) -> str:
+    return f"{tokens} token{'' if tokens == 1 else 's'}"
+
+
+def _marked(tokenizer: Tokenizer, prefix: IntArray, ids: IntArray, trained: BoolArray) -> str:
+    """The tokens behind the prefix, trained ones marked. Decoded from the prefix on: a space may depend on it."""
+    cuts = [0, *(np.nonzero(np.diff(trained))[0] + 1).tolist(), len(ids)]
+    before, text = prefix[-1:], ""
+    for start, end in pairwise(cuts):
+        whole, known = (_decode(tokenizer, np.concatenate([before, ids[start:stop]])) for stop in (end, start))
+        run = whole[len(known) :] if whole.startswith(known) else _decode(tokenizer, ids[start:end])
+        text += f"{OPEN}{run}{CLOSE}" if trained[start] else run
+        before = ids[end - 1 : end]
+    return text
 
 
 def _decode(tokenizer: Tokenizer, ids: IntArray) -> str:

@@ -84,7 +84,6 @@ class ChatTemplate:
         """Whether the text changes with the day it is rendered on."""
         if not any("strftime_now" in jinja.names(source) for source in self.sources):
             return False
-        self._asked_date = False
         for tools in ((), ('{"name": "f"}',)):
             self._try(Message("user", _WORD), tools=tools)
             self._try(Message("system", _WORD), Message("user", _WORD), tools=tools)
