@@ -20,9 +20,10 @@ import prefopt
 from prefopt import cli
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.option import options
+from prefopt.config.sample import SampleConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = {"dpo": DpoConfig}  # functions of prefopt, and what their keywords fill
+CONFIGS = {"dpo": DpoConfig, "sample": SampleConfig}  # functions of prefopt, and what their keywords fill
 SHELL = {"bash", "sh", "shell", "console"}
 UNCHECKED = {"text", "json", "jsonl", "html", "mermaid", "makefile", "toml"}
 FLAGS = {"--help", "-h"}

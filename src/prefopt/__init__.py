@@ -1,6 +1,7 @@
 """prefopt aligns a language model with preferences on the hardware you have.
 
-``prefopt.dpo(model=..., data=..., output=...)`` runs what ``prefopt dpo`` runs; torch is imported by then, not here.
+``prefopt.dpo(model=..., data=..., output=...)`` runs what ``prefopt dpo`` runs, and so do the other functions; torch is
+imported by then, not here.
 """
 
 from __future__ import annotations
@@ -8,18 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prefopt.api import dpo
+    from prefopt.api import dpo, sample
     from prefopt.train.callbacks import Callback
 
 __version__ = "0.1.0"
-__all__ = ["Callback", "__version__", "dpo"]
+__all__ = ["Callback", "__version__", "dpo", "sample"]
+_FUNCTIONS = ("dpo", "sample")
 
 
 def __getattr__(name: str) -> Any:
-    if name == "dpo":
-        from prefopt.api import dpo
+    if name in _FUNCTIONS:
+        from prefopt import api
 
-        return dpo
+        return getattr(api, name)
     if name == "Callback":
         from prefopt.train.callbacks import Callback
 
@@ -28,4 +30,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), "Callback", "dpo"])
+    return sorted([*globals(), "Callback", *_FUNCTIONS])

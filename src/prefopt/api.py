@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prefopt.config.dpo import DpoConfig
+from prefopt.config.sample import SampleConfig
 from prefopt.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from prefopt.methods.preference import DpoResult
+    from prefopt.methods.sample import SampleResult
 
 Row = Mapping[str, object]
 
@@ -41,18 +43,14 @@ def dpo(
     ...     "my-model", "pairs.jsonl", output="aligned", loss="simpo", loss_options={"gamma": 1.0}
     ... )  # doctest: +SKIP
     """
-    named = isinstance(model, (str, os.PathLike))
-    if named and tokenizer is not None:
-        raise ConfigError("tokenizer goes with a model object; a model named by its folder brings its own")
-    if not named and tokenizer is None:
-        raise ConfigError("a model object needs its tokenizer: prefopt.dpo(model=model, tokenizer=tokenizer, ...)")
+    named = _is_named("dpo", model, tokenizer)
     if not named:
         _refuse_for_objects(model, options)
     if isinstance(options.get("loss_options"), Mapping):
         options["loss_options"] = [f"{name}={value}" for name, value in options["loss_options"].items()] or None
     names, rows = _names_or_rows(data)
     values = {
-        "model": model if named else str(getattr(model, "name_or_path", "")) or "model given in Python",
+        "model": model if named else _name_of(model),
         "data": names,
         "output": output,
         **options,
@@ -62,6 +60,55 @@ def dpo(
     from prefopt.methods.preference import run
 
     return run(config, model=None if named else model, tokenizer=tokenizer, rows=rows, callbacks=callbacks)
+
+
+def sample(
+    model: str | os.PathLike[str] | PreTrainedModel,
+    prompts: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Iterable[Row],
+    *,
+    output: str | os.PathLike[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Any,
+) -> SampleResult:
+    """Draw samples for prompts, as ``prefopt sample`` does.
+
+    ``model`` is a folder, a Hub name, or a transformers model, which then needs its ``tokenizer``. ``prompts`` is one
+    or more files, or rows as such files hold them: ``{"prompt": ...}``, text or a list of messages. Without ``output``
+    nothing is written, and the rows are in what is returned. ``options`` are the fields of ``SampleConfig``.
+    Raises ``prefopt.errors.UserError`` where ``prefopt sample`` prints one line.
+
+    >>> import prefopt
+    >>> found = prefopt.sample("my-model", [{"prompt": "2 + 2 ="}], num=4, max_new_tokens=8)  # doctest: +SKIP
+    >>> found.rows[0]["responses"]  # doctest: +SKIP
+    [' 4', ' 4', ' four', ' 22']
+    """
+    named = _is_named("sample", model, tokenizer)
+    for option in () if named else ("adapter", "device", "dtype"):
+        if options.get(option):
+            raise ConfigError(f"{option} is for a model named by its folder; this one is an object, used as it is")
+    if not named and options.get("engine") == "vllm":
+        raise ConfigError("engine vllm loads a folder by itself: name the model by its folder")
+    names, rows = _names_or_rows(prompts)
+    name = model if named else _name_of(model)
+    config = SampleConfig.from_dict({"model": name, "prompts": names, "output": output, **options})
+
+    from prefopt.methods.sample import run
+
+    return run(config, model=None if named else model, tokenizer=tokenizer, rows=rows)
+
+
+def _is_named(function: str, model: object, tokenizer: object) -> bool:
+    """Whether the model is given by its name; an object needs its tokenizer."""
+    named = isinstance(model, (str, os.PathLike))
+    if named and tokenizer is not None:
+        raise ConfigError("tokenizer goes with a model object; a model named by its folder brings its own")
+    if not named and tokenizer is None:
+        raise ConfigError(f"a model object needs its tokenizer: prefopt.{function}(model, tokenizer=tokenizer, ...)")
+    return named
+
+
+def _name_of(model: object) -> str:
+    return str(getattr(model, "name_or_path", "")) or "model given in Python"
 
 
 def _refuse_for_objects(model: Any, options: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from prefopt import __version__
 from prefopt.config.cache import CacheClearConfig, CacheListConfig, CacheVerifyConfig
+from prefopt.config.chat import ChatConfig
 from prefopt.config.demo import DemoConfig
 from prefopt.config.document import read_document, write_document
 from prefopt.config.dpo import DpoConfig
@@ -23,6 +24,7 @@ from prefopt.config.losses import LossesConfig
 from prefopt.config.merge import MergeConfig
 from prefopt.config.option import Option, check_values, checked, from_dict, nearest, options
 from prefopt.config.runs import PlotConfig, RunsConfig
+from prefopt.config.sample import SampleConfig
 from prefopt.errors import ConfigError, Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -271,6 +273,22 @@ def _data_layouts(config: DataLayoutsConfig) -> int:
     return 0
 
 
+def _sample(config: SampleConfig) -> int:
+    if config.output is None:
+        raise ConfigError("--output is missing: file to write, JSON lines")
+    from prefopt.methods.sample import run
+
+    run(config)
+    return 0
+
+
+def _chat(config: ChatConfig) -> int:
+    from prefopt.generate.session import chat
+
+    chat(config)
+    return 0
+
+
 def _cache_list(_: CacheListConfig) -> int:
     from prefopt.data.token_cache import list_tokens
     from prefopt.disk.cache import reference_folder, tokens_folder
@@ -351,6 +369,8 @@ def _plot(config: PlotConfig) -> int:
 
 VERBS: dict[str, Verb] = {
     "dpo": Verb("align a model with preference pairs (direct preference optimization)", DpoConfig, _dpo, document=True),
+    "sample": Verb("draw responses from a model for a file of prompts", SampleConfig, _sample, document=True),
+    "chat": Verb("talk to a model in the terminal, or to two and say which is better", ChatConfig, _chat),
     "losses": Verb("list the losses that a model can be aligned with, or tell all of one", LossesConfig, _losses),
     "merge": Verb("fold an adapter into its model, and check that the outputs are the same", MergeConfig, _merge),
     "runs": Verb("list runs, tell about one, or compare several", RunsConfig, _runs),

@@ -38,6 +38,7 @@ class Decoder(ABC):
     can take a few rows at a time, and the logits of a large batch never stand side by side.
     """
 
+    name: str
     same_length = True
     """Whether the prompts of a batch must have one length."""
     hook: str | None = None
@@ -69,6 +70,7 @@ class Decoder(ABC):
 class SlotDecoder(Decoder):
     """See :mod:`prefopt.generate.slots`."""
 
+    name = "slots"
     same_length = False
     hook = HOOK
 
@@ -132,6 +134,8 @@ class _OwnForward(Decoder):
 class CacheDecoder(_OwnForward):
     """The model's own cache, whatever it holds."""
 
+    name = "cache"
+
     @staticmethod
     def fits(scorer: Scorer) -> bool:
         """Whether the model gives a cache away whose rows can be picked, as seen on two tokens."""
@@ -166,6 +170,8 @@ class CacheDecoder(_OwnForward):
 
 class WholeDecoder(_OwnForward):
     """No cache at all."""
+
+    name = "whole"
 
     def start(self, prompts: Sequence[Ids]) -> torch.Tensor:
         self.ids = torch.from_numpy(np.array([np.asarray(p, np.int64) for p in prompts])).to(self.device)

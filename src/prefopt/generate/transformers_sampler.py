@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +61,7 @@ class TransformersSampler:
     @property
     def way(self) -> str:
         """``slots``, ``cache`` or ``whole``: see :mod:`prefopt.generate.decode`."""
-        return self._kind.__name__.removesuffix("Decoder").lower()
+        return self._kind.name
 
     def sample(
         self,
@@ -100,7 +100,9 @@ class TransformersSampler:
             rows = self._halve(run, progress)  # here, where the error no longer holds the batch in memory
         return [[sample for sample in many if sample is not None] for many in found]
 
-    def stream(self, prompt: Ids, settings: Settings, *, stream: int = 0, sample: int = 0) -> Iterator[int]:
+    def stream(
+        self, prompt: Ids, settings: Settings, *, stream: int = 0, sample: int = 0
+    ) -> Generator[int, None, None]:
         """The tokens of one sample, each as soon as it is drawn, the stop token too."""
         self._check([prompt], settings)
         run = _Run(self, [prompt], [_Job(0, sample, 1)], [stream], settings)

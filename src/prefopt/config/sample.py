@@ -1,0 +1,101 @@
+"""What ``prefopt sample`` reads. The command line, a YAML file and ``prefopt.sample(...)`` fill it; it checks itself.
+
+>>> SampleConfig(model="m", prompts="prompts.txt", output="samples.jsonl").num
+1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from prefopt.config import option as _options
+from prefopt.config.data import ReadOptions, TemplateOptions
+from prefopt.config.machine import MachineOptions
+from prefopt.config.option import option
+from prefopt.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(MachineOptions, TemplateOptions, ReadOptions):
+    """One run of a sampler. Construction checks types, ranges and contradictions, and raises ``ConfigError``."""
+
+    model: str = option(
+        help="model to sample from: a folder, or the name of one on the Hugging Face Hub", group="model"
+    )
+    adapter: str | None = option(None, "LoRA adapter on the model", group="model")
+
+    prompts: list[str] = option(
+        help="files, folders, globs or Hub data sets with prompts, in any layout; or .txt, a prompt in every line",
+        group="data",
+    )
+    lines: Literal["auto", "user", "text"] = option(
+        "auto",
+        "what the lines of a .txt are: the user's turns, or text to continue; auto: turns if there is a chat template",
+        group="data",
+    )
+    on_bad_row: Literal["refuse", "skip"] = option(
+        "refuse", "a row that cannot be used stops the run, or is left out and counted", group="data"
+    )
+
+    num: int = option(1, "samples of every prompt", group="sampling", at_least=1)
+    max_new_tokens: int = option(256, "tokens of a sample at most", group="sampling", at_least=1)
+    min_new_tokens: int = option(0, "tokens of a sample at least", group="sampling", at_least=0)
+    temperature: float = option(1.0, "divides the logits; 0 takes the likeliest token", group="sampling", at_least=0)
+    top_p: float = option(
+        1.0, "draw from the likeliest tokens that together have this probability", group="sampling", above=0, at_most=1
+    )
+    top_k: int | None = option(
+        None, "draw from this many likeliest tokens", group="sampling", default_text="all", at_least=1
+    )
+    seed: int = option(
+        0,
+        "seed of the samples; each prompt draws its own, whatever stands beside it",
+        group="sampling",
+        at_least=0,
+        at_most=2**32 - 1,
+    )
+    engine: Literal["transformers", "vllm"] = option(
+        "transformers", "what samples; vllm needs a GPU and the extra of that name", group="sampling"
+    )
+
+    output: str | None = option(
+        None,
+        "file to write, JSON lines; Python may leave it out",
+        group="output",
+        default_text="required on the command line",
+    )
+    resume: bool = option(False, "go on with the output file where a run was stopped", group="output")
+    progress: Literal["auto", "rich", "plain", "none"] = option(
+        "auto", "how progress is shown; auto: rich on a terminal, plain lines elsewhere", group="output"
+    )
+
+    batch_size: int | None = option(
+        None, "samples drawn side by side", group="machine", default_text="estimated from memory", at_least=1
+    )
+
+    def __post_init__(self) -> None:
+        _options.check_all(self)
+        self.check_machine()
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ConfigError(
+                f"--min-new-tokens {self.min_new_tokens} is more than --max-new-tokens {self.max_new_tokens}: lower it"
+            )
+        if self.resume and self.output is None:
+            raise ConfigError("--resume needs the --output that it goes on with")
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k is not None):
+            raise ConfigError("--top-p and --top-k do nothing at --temperature 0, which takes the likeliest token")
+        if self.temperature == 0 and self.num > 1:
+            raise ConfigError(f"--temperature 0 draws the same sample {self.num} times: leave --num out")
+        if self.engine == "vllm" and self.batch_size is not None:
+            raise ConfigError("--batch-size does nothing with --engine vllm, which makes its own batches: leave it out")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option with its value, plain enough for YAML."""
+        return _options.to_dict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object], place: str | None = None) -> SampleConfig:
+        """The config that ``to_dict`` wrote; ``place`` names the file it comes from."""
+        return _options.from_dict(cls, values, place)

@@ -1,0 +1,104 @@
+"""A model to sample from: its tokenizer and what ends its answers at once, its weights when they are needed."""
+
+from __future__ import annotations
+
+import copy
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from prefopt.data.render import Renderer
+from prefopt.data.rendering import Rendering
+from prefopt.data.tokenizer import Tokenizer, end_marks, load_tokenizer
+from prefopt.errors import ConfigError, DataError, ModelError
+from prefopt.model.identity import Identity, identity_of_folder, identity_of_model
+from prefopt.model.load import load_config, load_model, local_folder, resolve_device, resolve_dtype, silence_dropout
+from prefopt.model.precision import MasterWeights
+from prefopt.model.scorer import Scorer
+from prefopt.model.sharing import context_length
+from prefopt.records import Comparison, Message
+
+
+class SampledModel:
+    """A folder, a Hub name, or a model ``given`` in Python with its tokenizer, which is used as it is.
+
+    ``source`` and ``adapter`` are folders on this machine (empty and none for a model given). ``context`` is how many
+    positions the model has, ``said`` its generation config.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        adapter: str | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        given: Any = None,
+        tokenizer: Any = None,
+    ) -> None:
+        """Raises :class:`ModelError` and :class:`ConfigError` as loading does."""
+        self.name, self._given = name, given
+        self.device = resolve_device(device) if given is None else next(given.parameters()).device
+        self.dtype = resolve_dtype(dtype, self.device) if given is None else given.dtype
+        if self.device.type == "mps" and self.dtype == torch.float64:
+            raise ConfigError("--dtype float64: mps has none; take --device cpu")
+        self.source = "" if given is not None else local_folder(name)
+        self.adapter = local_folder(adapter) if adapter else None
+        self.tokenizer: Tokenizer = copy.deepcopy(tokenizer) if given is not None else load_tokenizer(self.source)
+        config = given.config if given is not None else load_config(self.source)
+        self.context = context_length(config)
+        self.said: Any = getattr(given, "generation_config", None) if given is not None else self._generation_config()
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """The model, frozen, in the precision asked for."""
+        if self._given is not None:
+            silence_dropout(self._given)
+            return Scorer(self._given)
+        model = load_model(self.source, dtype=self.dtype, device=self.device, adapter=self.adapter)
+        model.requires_grad_(False)
+        MasterWeights(model, self.dtype)  # an adapter comes in the precision it was saved in
+        return Scorer(model)
+
+    def identity(self) -> Identity:
+        """What decides its log-probabilities."""
+        if self._given is not None:
+            return identity_of_model(self._given, name=self.name)
+        return identity_of_folder(self.source, adapter=self.adapter)
+
+    def release(self) -> None:
+        """Give the model its own attention back: one given in Python goes back to its owner."""
+        if "scorer" in self.__dict__:
+            self.scorer.detach_hook()
+
+    def stops(self, renderer: Renderer) -> tuple[int, ...]:
+        """Every token that ends an answer: EOS, what the generation config says, the template's end of turn."""
+        said = getattr(self.said, "eos_token_id", None)
+        found = [self.tokenizer.eos_token_id, *(said if isinstance(said, (list, tuple)) else [said])]
+        found.append(end_of_turn(renderer))
+        return tuple(sorted({int(i) for i in found if i is not None}))
+
+    def _generation_config(self) -> Any:
+        try:
+            return GenerationConfig.from_pretrained(self.source)
+        except (OSError, ValueError):  # it has none, or one that transformers refuses: its tokens say enough
+            return None
+
+
+def renderer_for(tokenizer: Tokenizer, chat_template: str | None = None, variables: Any = None) -> Renderer:
+    """A renderer of prompts; ``chat_template`` is the text of a template."""
+    ends = tokenizer.eos_token_id is not None
+    return Renderer(tokenizer, Rendering(None, ends, chat_template, variables or {}))
+
+
+def end_of_turn(renderer: Renderer) -> int | None:
+    """The token that the chat template ends an answer with, as it shows on one; none where it has none."""
+    probe = Comparison.pair([Message("user", "?")], chosen="!", rejected="?", row=0)
+    try:
+        group = renderer.render(probe).group
+    except (DataError, ModelError):  # it wants a conversation of another kind
+        return None
+    last = int(group.continuations[0].ids[-1])
+    return last if renderer.tokenizer.convert_ids_to_tokens(last) in end_marks(renderer.tokenizer) else None

@@ -1,0 +1,138 @@
+"""The file that samples are written to: row by row, and gone on with after a kill.
+
+A row is one prompt with its samples, in the canonical layout, so that every verb that reads data reads it::
+
+    {"prompt": ..., "responses": [...], "logprobs": [...], "sampling_logprobs": [...], "tokens": [...],
+     "finish": [...], "token_ids": [[...], ...], "source": "prompts.jsonl", "source_row": 7}
+
+Beside the file stands ``FILE.run.json``: the options that made it and digests of model and prompts, so that a run is
+only ever gone on with as it was begun.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from filelock import FileLock, Timeout
+
+from prefopt.config.option import flag
+from prefopt.disk.write import output_errors, sync_folder, write_json
+from prefopt.errors import RunError
+
+# Options that may differ at a resume: they change what is shown, never what is drawn.
+FREE = frozenset({"resume", "progress", "output"})
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a prompt stands: its file, and its row from 1."""
+
+    source: str
+    row: int
+
+
+class SampleFile:
+    """An output file, opened for a new run or to go on with the one it holds; ``done`` rows are in it already."""
+
+    def __init__(self, path: Path, options: Mapping[str, Any], *, resume: bool) -> None:
+        """Raises :class:`RunError` where the file is there and not to be gone on with, or was made otherwise."""
+        self.path, self.beside = path, path.with_name(path.name + ".run.json")
+        self.done = 0
+        self.record: dict[str, Any] = {"status": "started", "options": dict(options)}
+        self._file: IO[bytes] | None = None
+        self._lock = FileLock(path.with_name(path.name + ".lock"))
+        if path.is_dir():
+            raise RunError(f"--output {path} is a folder; name a file")
+        self._found = path.exists()
+        if self._found and not resume:
+            raise RunError(f"--output {path} exists; go on with it by --resume, or name another file")
+        if self._found:
+            self.record = {**self._read_record(), "status": "resumed"}
+            self._refuse_other_options(options)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every row was written by an earlier run."""
+        return self._found and "results" in self.record
+
+    def same(self, name: str, value: Any, what: str) -> None:
+        """Record ``value`` at the first start; refuse another one at a resume."""
+        before = self.record.setdefault(name, value)
+        if before != value:
+            raise RunError(f"--resume: {what} changed since {self.path} was begun; put it back, or name another file")
+
+    def open(self, places: Sequence[Place]) -> None:
+        """Take the file, drop a line that a kill tore, and count what is there. Raises :class:`RunError`."""
+        with output_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise RunError(f"--output {self.path} is being written by another process; wait for it") from None
+            write_json(self.beside, self.record)
+            self._file = self.path.open("r+b" if self._found else "xb")
+            end = self._check(self._file, places) if self._found else 0
+            self._file.truncate(end)
+            self._file.seek(end)
+            sync_folder(self.path.parent)
+
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows; they are on the disk when this returns."""
+        assert self._file is not None
+        with output_errors(self.path):
+            for row in rows:
+                self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                self._file.flush()
+            os.fsync(self._file.fileno())
+        self.done += len(rows)
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Note what came out."""
+        self.record |= {"status": "finished", "results": dict(results)}
+        write_json(self.beside, self.record)
+
+    def close(self) -> None:
+        """Let the file go."""
+        if self._file is not None:
+            self._file.close()
+        if self._lock.is_locked:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
+
+    def _check(self, file: IO[bytes], places: Sequence[Place]) -> int:
+        """Count the whole rows, each of which must be that of its prompt; where the last of them ends."""
+        end = 0
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row = json.loads(line)
+                place = Place(str(row["source"]), int(row["source_row"]))
+            except (ValueError, TypeError, KeyError):
+                place = None
+            if self.done >= len(places) or place != places[self.done]:
+                raise RunError(f"--resume: row {self.done + 1} of {self.path} is not the one that the run wrote")
+            self.done += 1
+            end += len(line)
+        return end
+
+    def _read_record(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.beside.read_text("utf-8"))
+            if isinstance(found, dict) and isinstance(found.get("options"), dict):
+                return found
+        except (OSError, ValueError):
+            pass
+        raise RunError(f"--resume: {self.beside.name} is not beside {self.path}, or damaged; name another --output")
+
+    def _refuse_other_options(self, now: Mapping[str, Any]) -> None:
+        before = self.record["options"]
+        changed = [n for n in now if n not in FREE and before.get(n) != now[n]]
+        if changed:
+            listed = ", ".join(f"{flag(n)} was {before.get(n)!r} and is {now[n]!r}" for n in changed)
+            raise RunError(f"--resume goes on with the same run, but {listed}; put it back, or name another --output")

@@ -1,0 +1,282 @@
+"""Sampling from a config to a finished file: prompts in, K samples of each out."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefopt.config.sample import SampleConfig
+from prefopt.data.formats import parse_comparisons
+from prefopt.data.layouts import LAYOUTS
+from prefopt.data.rendering import parse_variables, read_template
+from prefopt.data.sources import find_sources
+from prefopt.errors import ConfigError
+from prefopt.generate.loaded import SampledModel, renderer_for
+from prefopt.generate.mismatch import Mismatch, compare
+from prefopt.generate.output import Place, SampleFile
+from prefopt.generate.prompts import PromptReader, PromptSet
+from prefopt.generate.sample import Sample, Sampler, Settings, occurrences
+from prefopt.generate.text import continuation, without_stop
+from prefopt.generate.transformers_sampler import TransformersSampler
+from prefopt.progress import Bar, Reporter, duration
+from prefopt.records import Message, Response
+from prefopt.train.stop import StopRequest
+
+COMPARED = 64
+"""Prompts, spread over all, whose samples are scored again to compare the log-probabilities."""
+BATCHES = 4
+"""Batches that are sorted by length and written together: what a kill may cost."""
+VLLM_SAMPLES = 4096
+"""The same for vLLM, which makes its own batches."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleResult:
+    """What a run gives back. ``rows`` are what was drawn, as an output file would hold it, where there is no file.
+
+    ``finished`` is the part of samples that ended by themselves, ``empty`` how many said nothing; both count what this
+    run drew, and so does ``mismatch``, which compares the sampler with the scorer.
+    """
+
+    output: Path | None
+    rows: list[Row]
+    prompts: int
+    samples: int
+    tokens: int
+    finished: float
+    empty: int
+    mismatch: Mismatch | None
+
+
+def run(
+    config: SampleConfig,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    rows: Iterable[Mapping[str, object]] | None = None,
+) -> SampleResult:
+    """Sample. ``model``, ``tokenizer`` and ``rows`` stand in for what ``config`` names.
+
+    Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop, with what was
+    written kept.
+    """
+    with StopRequest() as stop:
+        return _Run(config, Reporter(config.progress), stop).run(model, tokenizer, rows)
+
+
+class _Run:
+    """One run, stage by stage."""
+
+    def __init__(self, config: SampleConfig, reporter: Reporter, stop: StopRequest) -> None:
+        self.config, self.reporter, self.stop = config, reporter, stop
+        options = config.to_dict()
+        self.file = SampleFile(Path(config.output), options, resume=config.resume) if config.output else None
+        self.rows: list[Row] = []
+        self.samples = self.tokens = self.ended = self.empty = 0
+        self.compared: dict[int, list[Sample]] = {}
+
+    def run(self, given: Any, tokenizer: Any, rows: Iterable[Mapping[str, object]] | None) -> SampleResult:
+        config = self.config
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        model = SampledModel(
+            config.model,
+            adapter=config.adapter,
+            device=config.device,
+            dtype=config.dtype,
+            given=given,
+            tokenizer=tokenizer,
+        )
+        try:
+            prompts = self._prompts(model, rows)
+            mismatch = self._sample(model, prompts)
+        finally:
+            model.release()
+            if self.file is not None:
+                self.file.close()
+        part = self.ended / self.samples if self.samples else 0.0
+        path = self.file.path if self.file else None
+        counts = (len(prompts.rows), self.samples, self.tokens, part, self.empty)
+        return SampleResult(path, self.rows, *counts, mismatch)
+
+    def _prompts(self, model: SampledModel, rows: Iterable[Mapping[str, object]] | None) -> PromptSet:
+        config = self.config
+        template = read_template(config.chat_template) if config.chat_template else None
+        renderer = renderer_for(model.tokenizer, template, parse_variables(config.template_variables or ()))
+        chats = template is not None or model.tokenizer.chat_template is not None
+        lines = config.lines if config.lines != "auto" else "user" if chats else "text"
+        reader = PromptReader(renderer, context=model.context, lines=lines, on_bad_row=config.on_bad_row)
+        if rows is None:
+            prompts = reader.read(find_sources(config.prompts), format=config.format, columns=config.columns)
+        else:
+            reading = parse_comparisons(rows, "prompts", format=config.format, columns=config.columns)
+            prompts = reader.take(reading, reading.notes)
+        for line in prompts.summary():
+            self.reporter.say(f"prompts: {line}")
+        self.settings = Settings(
+            config.max_new_tokens,
+            model.stops(renderer),
+            config.min_new_tokens,
+            config.temperature,
+            config.top_p,
+            config.top_k,
+            config.seed,
+        )
+        names = ", ".join(map(str, model.tokenizer.convert_ids_to_tokens(list(self.settings.stop))))
+        self.reporter.say(f"samples end at {names or 'no token, for the tokenizer names none'}")
+        self._say_room(prompts, model.context)
+        return prompts
+
+    def _say_room(self, prompts: PromptSet, context: int | None) -> None:
+        if context is None:
+            return
+        short = sum(len(ids) + self.config.max_new_tokens > context for ids in prompts.ids)
+        if short:
+            what = f"leave room for fewer than {self.config.max_new_tokens} tokens in the model's context of {context}"
+            self.reporter.say(f"prompts: {short} of {len(prompts.ids)} {what}")
+
+    # -- sampling ----------------------------------------------------------------------------------------------
+
+    def _sample(self, model: SampledModel, prompts: PromptSet) -> Mismatch | None:
+        places = [Place(c.file, c.row) for c in prompts.rows]
+        if self.file is not None:
+            self.file.same("model", model.identity().digest, "the model")
+            self.file.same("prompts", _fingerprint(prompts), "the prompts")
+        if self.file is not None and self.file.finished:
+            self.reporter.say(f"{self.file.path} is finished: nothing is left to sample")
+            return None
+        with self._sampler(model, prompts) as (sampler, window):
+            if self.file is not None:
+                self.file.open(places)
+            done = self.file.done if self.file else 0
+            if done:
+                self.reporter.say(f"resumed: {done} of {len(places)} prompts are done")
+            started = time.monotonic()
+            self._windows(sampler, model, prompts, window, done)
+            seconds = time.monotonic() - started
+        return self._finish(model, prompts, seconds)
+
+    @contextmanager
+    def _sampler(self, model: SampledModel, prompts: PromptSet) -> Iterator[tuple[Sampler, int]]:
+        """The sampler, and how many prompts go through it at once: the same at a resume, so that the batches are."""
+        record = self.file.record if self.file else {}
+        if self.config.engine == "vllm":
+            from prefopt.generate.vllm import VllmSampler
+
+            if model.context is None:
+                raise ConfigError("--engine vllm needs a model that says how long its context is; leave --engine out")
+            dtype = str(model.dtype).removeprefix("torch.")
+            with VllmSampler(model.source, adapter=model.adapter, dtype=dtype, context=model.context) as fast:
+                yield fast, max(1, VLLM_SAMPLES // self.config.num)
+            return
+        sampler = TransformersSampler(model.scorer)
+        longest = max(map(len, prompts.ids)) + self.config.max_new_tokens
+        sampler.rows = record.setdefault("rows", self.config.batch_size or sampler.estimate_rows(longest))
+        dtype = str(model.dtype).removeprefix("torch.")
+        self.reporter.say(f"sampling: {sampler.rows} side by side ({sampler.way}, {dtype}, {model.device})")
+        if sampler.note:
+            self.reporter.say(f"sampling: {sampler.note}")
+        yield sampler, max(1, BATCHES * sampler.rows // self.config.num)
+
+    def _windows(self, sampler: Sampler, model: SampledModel, prompts: PromptSet, window: int, done: int) -> None:
+        streams = occurrences(prompts.ids)
+        stride = max(1, len(prompts.ids) // COMPARED)
+        with self.reporter.bar("sampling", len(prompts.ids) * self.config.num, "samples") as bar:
+            tell = _Progress(bar, self.stop, done * self.config.num)
+            for start in range(done // window * window, len(prompts.ids), window):
+                part = range(start, min(start + window, len(prompts.ids)))
+                found = sampler.sample(
+                    [prompts.ids[i] for i in part],
+                    self.config.num,
+                    self.settings,
+                    streams=[streams[i] for i in part],
+                    progress=tell,
+                )
+                fresh = [i for i in part if i >= done]
+                rows = [self._row(model, prompts, i, found[i - start]) for i in fresh]
+                self.compared |= {i: found[i - start] for i in fresh if i % stride == 0}
+                if self.file is not None:
+                    self.file.write(rows)
+                else:
+                    self.rows += rows
+                tell.restart((part[-1] + 1) * self.config.num)
+
+    def _row(self, model: SampledModel, prompts: PromptSet, i: int, samples: Sequence[Sample]) -> Row:
+        """A row of the output, in the canonical layout with columns of its own."""
+        prompt = prompts.rows[i]
+        responses = []
+        for sample in samples:
+            text = continuation(model.tokenizer, prompts.ids[i], without_stop(sample.ids, self.settings.stop))
+            # Templates put white space around answers as they like; the text of a base model is left as it is.
+            text = text if prompt.text else text.strip()
+            responses.append(Response((Message("assistant", text),)))
+            self.samples += 1
+            self.tokens += sample.tokens
+            self.ended += sample.finished
+            self.empty += not text.strip()
+        columns = {
+            "logprobs": [round(s.logp, 6) for s in samples],
+            "sampling_logprobs": [round(s.sampling_logp, 6) for s in samples],
+            "tokens": [s.tokens for s in samples],
+            "finish": [s.finish for s in samples],
+            "token_ids": [s.ids.tolist() for s in samples],
+            "source": prompt.file,
+            "source_row": prompt.row,
+        }
+        whole = replace(prompt, responses=tuple(responses), extra={**prompt.extra, **columns})
+        return LAYOUTS["canonical"].write(whole)
+
+    def _finish(self, model: SampledModel, prompts: PromptSet, seconds: float) -> Mismatch | None:
+        say = self.reporter.say
+        mismatch = None
+        if self.samples:
+            say(
+                f"{self.samples} samples, {self.tokens:,} tokens in {duration(seconds)}"
+                f" ({self.tokens / max(seconds, 1e-9):,.0f} per second), {self.tokens / self.samples:.1f} each;"
+                f" {self.ended / self.samples:.0%} ended by themselves, {self.empty} empty"
+            )
+        if self.compared:
+            scorer = model.scorer
+            mismatch = compare(scorer, [prompts.ids[i] for i in self.compared], list(self.compared.values()))
+            say(mismatch.words(len(self.compared), scorer.dtype))
+        if self.file is not None:
+            gaps = None if mismatch is None else asdict(mismatch)
+            self.file.finish({"prompts": len(prompts.rows), "sampler_scorer_difference": gaps})
+            say(f"written: {self.file.path} ({len(prompts.rows)} prompts with {self.config.num} samples each)")
+        return mismatch
+
+
+class _Progress:
+    """Tells a bar what a sampler did, and stops it when a person asks."""
+
+    def __init__(self, bar: Bar, stop: StopRequest, done: int) -> None:
+        self._bar, self._stop, self._done = bar, stop, done
+        self._tokens, self._started = 0, time.monotonic()
+
+    def __call__(self, ended: int, drawn: int) -> None:
+        self._stop.check()
+        self._done += ended
+        self._tokens += drawn
+        per_second = self._tokens / max(time.monotonic() - self._started, 1e-9)
+        self._bar.update(max(0, self._done), f"{per_second:,.0f} tokens/s")
+
+    def restart(self, done: int) -> None:
+        """Put the count right after a window, of which a part may have been done before."""
+        self._done = done
+
+
+def _fingerprint(prompts: PromptSet) -> str:
+    """A digest of all prompts: their token ids, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for ids in prompts.ids:
+        digest.update(len(ids).to_bytes(4, "little") + ids.astype("<i4").tobytes())
+    return digest.hexdigest()
