@@ -23,6 +23,7 @@ from prefopt.config.layouts import DataLayoutsConfig
 from prefopt.config.losses import LossesConfig
 from prefopt.config.merge import MergeConfig
 from prefopt.config.option import Option, check_values, checked, from_dict, nearest, options
+from prefopt.config.push import PushConfig
 from prefopt.config.runs import PlotConfig, RunsConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.errors import ConfigError, Interrupted, UserError
@@ -358,6 +359,18 @@ def _merge(config: MergeConfig) -> int:
     return 0
 
 
+def _push(config: PushConfig) -> int:
+    from prefopt.model.push import confirmed, plan, push
+
+    planned = plan(config.folder, run=config.with_run, checkpoints=config.with_checkpoints)
+    print("\n".join(planned.in_words(config.repo, config.private)), flush=True)
+    if not confirmed(config.yes):
+        print("nothing was sent")
+        return 0
+    print(f"sent: {push(planned, config.repo, private=config.private)}")
+    return 0
+
+
 def _plot(config: PlotConfig) -> int:
     from prefopt.evaluate.plot import plot_runs
     from prefopt.train.history import read_history
@@ -373,6 +386,7 @@ VERBS: dict[str, Verb] = {
     "chat": Verb("talk to a model in the terminal, or to two and say which is better", ChatConfig, _chat),
     "losses": Verb("list the losses that a model can be aligned with, or tell all of one", LossesConfig, _losses),
     "merge": Verb("fold an adapter into its model, and check that the outputs are the same", MergeConfig, _merge),
+    "push": Verb("upload a finished model to the Hugging Face Hub, once you confirm", PushConfig, _push),
     "runs": Verb("list runs, tell about one, or compare several", RunsConfig, _runs),
     "plot": Verb("draw the curves of runs", PlotConfig, _plot),
     "data layouts": Verb("list the layouts of rows, or tell all of one", DataLayoutsConfig, _data_layouts),

@@ -60,7 +60,7 @@ def test_mixtures_of_experts_load_in_float64(tmp_path: Path) -> None:
 
 def test_missing_folder(tmp_path: Path) -> None:
     assert message(tmp_path / "nothing").endswith("no such folder")
-    assert "no such folder here, and the Hub did not give it" in message("nobody/nothing")
+    assert "no such folder here, and the Hub cannot be asked (HF_HUB_OFFLINE is set)" in message("nobody/nothing")
 
 
 def test_folder_without_configuration(folder: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from prefopt.disk.hub import no_telemetry, why_not_read
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.scorer import causal_model
 
@@ -60,6 +61,7 @@ def local_folder(name: str) -> str:
     """The folder of a model or adapter: ``name`` itself, or where the Hub's files were put on this machine."""
     if Path(name).expanduser().exists() or _is_path(name):
         return str(Path(name).expanduser())
+    no_telemetry()
     from huggingface_hub import snapshot_download
 
     with _model_errors(name):
@@ -212,7 +214,7 @@ def _explain(name: str, error: Exception) -> str:
     if not folder.exists():
         if _is_path(name):
             return f"{name}: no such folder"
-        return f"{name}: no such folder here, and the Hub did not give it ({_first_line(error)})"
+        return f"{name}: {why_not_read(error, name) or f'the Hub did not give it ({_first_line(error)})'}"
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         return f"{name}: no config.json in this folder; it should hold a model saved by save_pretrained"
     if "size mismatch" in text:

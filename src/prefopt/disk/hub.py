@@ -1,0 +1,84 @@
+"""The Hugging Face Hub: what its errors mean, in one line with the remedy, and that it is told no more than asked.
+
+Errors are told by the names of their classes: the library takes a second to import, and more than one raises them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+LOG_IN = "hf auth login"
+TOKENS = "https://huggingface.co/settings/tokens"
+_NETWORK = {
+    "ConnectionError",
+    "TimeoutError",
+    "OfflineModeIsEnabled",
+    "LocalEntryNotFoundError",
+    "TransportError",
+    "RequestException",
+}
+
+
+def no_telemetry() -> None:
+    """Keep the library from telling more than a request needs; call it before the first one."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub import constants
+
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+
+
+def why_not_read(error: BaseException, name: str) -> str | None:
+    """What kept the model or adapter ``name`` from being read from the Hub, and what to do; none for other errors."""
+    kinds, status = _kinds(error), _status(error)
+    if "GatedRepoError" in kinds:
+        return f"is gated: ask for access at https://huggingface.co/{name}, then log in with: {LOG_IN}"
+    if "RepositoryNotFoundError" in kinds or status == 404:
+        return f"no such folder here, and none on the Hub; check the spelling (a private one needs: {LOG_IN})"
+    if status in (401, 403):
+        return f"the Hub does not let you read it ({status}); log in with: {LOG_IN}"
+    if "HFValidationError" in kinds:
+        return "no such folder here, and no name that the Hub knows; give a folder, or OWNER/NAME"
+    if kinds & _NETWORK:
+        return f"no such folder here, and the Hub cannot be asked{_offline()}; check the name, or download it first"
+    return f"the Hub answered {status}; try again later" if status else None
+
+
+def why_not_written(error: BaseException, repo: str) -> str | None:
+    """What kept ``repo`` from being written, and what to do; none for other errors."""
+    kinds, status = _kinds(error), _status(error)
+    if status == 401 or "LocalTokenNotFoundError" in kinds:
+        return f"the Hub does not know you (401); log in with: {LOG_IN}, or set HF_TOKEN to a token that may write"
+    if status == 403:
+        return f"your token may not write there (403); take one that may from {TOKENS}, or name another --repo"
+    if status == 404:
+        owner = repo.partition("/")[0]
+        return f"the Hub knows no {owner!r}, or your token may not see it (404); check the name before the slash"
+    if "HFValidationError" in kinds:
+        return "no name for a repository; give OWNER/NAME, of letters, digits, dashes, dots and underscores"
+    if kinds & _NETWORK:
+        return f"the Hub cannot be reached{_offline()}; try again, what was sent is not sent twice"
+    return f"the Hub answered {status}; try again, what was sent is not sent twice" if status else None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, and what it was raised from: uploads wrap what went wrong."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__
+
+
+def _kinds(error: BaseException) -> set[str]:
+    """The names of the classes of all of them."""
+    return {kind.__name__ for one in _chain(error) for kind in type(one).__mro__}
+
+
+def _status(error: BaseException) -> int | None:
+    """The status of the answer that any of them holds."""
+    found = (getattr(getattr(one, "response", None), "status_code", None) for one in _chain(error))
+    return next((status for status in found if isinstance(status, int)), None)
+
+
+def _offline() -> str:
+    return " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false") else ""

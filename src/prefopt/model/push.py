@@ -1,0 +1,150 @@
+"""A finished folder on the Hugging Face Hub: shown first, sent when that is confirmed, and nothing but the model."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefopt.disk.hub import no_telemetry, why_not_written
+from prefopt.errors import ConfigError, ModelError, RunError
+from prefopt.progress import size
+
+MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".gguf")
+MODEL_NAMES = ("LICENSE", "LICENCE", "NOTICE")
+RUN_FILES = ("run.json", "metrics.jsonl", "config.yaml")
+CHECKPOINTS = "checkpoints"
+_TEXT = (".json", ".md", ".yaml", ".jsonl", ".txt")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What goes and what stays: names relative to ``folder``, and why the others stay."""
+
+    folder: Path
+    files: dict[str, int]
+    left_out: dict[str, str]
+    warnings: list[str]
+
+    def in_words(self, repo: str, private: bool) -> list[str]:
+        """What a person is shown before anything is sent."""
+        width = max(map(len, self.files))
+        lines = [f"{self.folder} to https://huggingface.co/{repo} ({'private' if private else 'public'}):"]
+        lines += [f"  {name:{width}}  {size(count):>9}" for name, count in self.files.items()]
+        lines.append(f"  {len(self.files)} files, {size(sum(self.files.values()))}")
+        lines += [f"left out: {name} ({why})" for name, why in self.left_out.items()]
+        return lines + [f"note: {warning}" for warning in self.warnings]
+
+
+def plan(folder: str | Path, *, run: bool = False, checkpoints: bool = False) -> Plan:
+    """Which files of ``folder`` would be sent. Raises :class:`ModelError` where it holds no finished model."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such folder")
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ModelError(
+            f"{folder} holds no finished model (no config.json, no adapter_config.json); name one that does"
+        )
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder} holds no weights (*.safetensors); finish the run that writes into it")
+    files: dict[str, int] = {}
+    left_out: dict[str, str] = {}
+    for path in sorted(folder.iterdir()):
+        why = _why_not(path, run=run, checkpoints=checkpoints)
+        if why:
+            left_out[path.name + "/" * path.is_dir()] = why
+            continue
+        inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        files |= {str(p.relative_to(folder)): p.stat().st_size for p in inside}
+    return Plan(folder, files, left_out, _warnings(folder, files))
+
+
+def push(planned: Plan, repo: str, *, private: bool = False) -> str:
+    """Send what is planned; returns the address of the commit. Asks nobody: that is the caller's part.
+
+    Raises :class:`RunError` for whatever the Hub or the network says, in one line with the remedy, and where a
+    repository that should be private is there and public.
+    """
+    no_telemetry()
+    import huggingface_hub
+    import huggingface_hub.utils
+
+    if not sys.stderr.isatty():
+        bars: Any = huggingface_hub.utils
+        bars.disable_progress_bars()
+    api: Any = huggingface_hub.HfApi()
+    try:
+        made = api.create_repo(repo, private=private, exist_ok=True)
+        name = getattr(made, "repo_id", None) or repo
+        if private and not api.repo_info(name).private:
+            raise RunError(
+                f"--repo {repo} is there already and public, so that --private would hide nothing: make it private on"
+                f" its page, name another, or leave --private out. Nothing was sent"
+            )
+        commit = api.upload_folder(
+            repo_id=name,
+            folder_path=str(planned.folder),
+            allow_patterns=list(planned.files),
+            commit_message=f"Upload {planned.folder.resolve().name} with prefopt",
+        )
+    except RunError:
+        raise
+    except Exception as error:
+        if (why := why_not_written(error, repo)) is None:
+            raise
+        raise RunError(f"--repo {repo}: {why}") from error
+    return str(getattr(commit, "commit_url", commit))
+
+
+def confirmed(yes: bool) -> bool:
+    """Whether a person says so. Raises :class:`ConfigError` where nobody can be asked."""
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise ConfigError("nothing was sent: give --yes to send this without being asked")
+    return input("Send it? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _why_not(path: Path, *, run: bool, checkpoints: bool) -> str | None:
+    """Why a file or folder stays here; none where it goes."""
+    if path.name.startswith("."):
+        return "hidden"
+    if path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
+        return "a link out of the folder"
+    if path.name in RUN_FILES:
+        return None if run else "the record of the run; --with-run sends it"
+    if path.name == CHECKPOINTS or path.stem == "optimizer":
+        return None if checkpoints else "to go on training; --with-checkpoints sends it"
+    if path.is_dir() or not (path.suffix in MODEL_FILES or path.stem in MODEL_NAMES):
+        return "no part of a model"
+    return None
+
+
+def _warnings(folder: Path, files: dict[str, int]) -> list[str]:
+    """What a person may not want others to read, or others could not use."""
+    found = []
+    personal = re.compile(rf"{re.escape(str(Path.home()))}(?=/)|/(?:home|Users)/[\w.-]+")
+    for name in files:
+        path = folder / name
+        if path.suffix in _TEXT and files[name] < 5_000_000 and (seen := personal.search(_text(path))):
+            found.append(f"{name} names folders of this machine ({seen[0]}); whoever may read the repository sees them")
+    try:
+        base = str(json.loads(_text(folder / "adapter_config.json")).get("base_model_name_or_path", ""))
+    except (ValueError, AttributeError):
+        return found
+    if base.startswith((".", "/", "~")) or Path(base).exists():
+        found.append(
+            f"adapter_config.json names its model by a folder of this machine ({base}), where nobody else will find it:"
+            " put its name on the Hub there, or merge the adapter first (prefopt merge)"
+        )
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
