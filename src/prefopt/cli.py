@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from prefopt import __version__
 from prefopt.config.cache import CacheClearConfig, CacheListConfig, CacheVerifyConfig
 from prefopt.config.chat import ChatConfig
+from prefopt.config.data_verbs import DataCheckConfig, DataConvertConfig, DataSplitConfig
 from prefopt.config.demo import DemoConfig
 from prefopt.config.document import read_document, write_document
 from prefopt.config.dpo import DpoConfig
@@ -290,6 +291,28 @@ def _chat(config: ChatConfig) -> int:
     return 0
 
 
+def _data_check(config: DataCheckConfig) -> int:
+    from prefopt.data.check import run_check
+
+    if config.model is None:  # seconds faster, for torch is not imported
+        return run_check(config)
+    from prefopt.model.load import context_of
+
+    return run_check(config, context_of(config.model))
+
+
+def _data_convert(config: DataConvertConfig) -> int:
+    from prefopt.data.convert import run_convert
+
+    return run_convert(config)
+
+
+def _data_split(config: DataSplitConfig) -> int:
+    from prefopt.data.split_files import run_split
+
+    return run_split(config)
+
+
 def _cache_list(_: CacheListConfig) -> int:
     from prefopt.data.token_cache import list_tokens
     from prefopt.disk.cache import reference_folder, tokens_folder
@@ -390,6 +413,13 @@ VERBS: dict[str, Verb] = {
     "runs": Verb("list runs, tell about one, or compare several", RunsConfig, _runs),
     "plot": Verb("draw the curves of runs", PlotConfig, _plot),
     "data layouts": Verb("list the layouts of rows, or tell all of one", DataLayoutsConfig, _data_layouts),
+    "data check": Verb(
+        "count what files hold, and name every problem by its rows; exit status 1 where there are errors",
+        DataCheckConfig,
+        _data_check,
+    ),
+    "data convert": Verb("write rows in another layout, or as parquet", DataConvertConfig, _data_convert),
+    "data split": Verb("split rows by prompt into two files", DataSplitConfig, _data_split),
     "cache list": Verb(
         "list what is kept: log-probabilities of reference models, and tokenised data", CacheListConfig, _cache_list
     ),

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice, repeat
 from typing import Any
 
+from prefopt.data import json_rows
 from prefopt.data.content import ARROW_FILE, Content, damaged
 from prefopt.errors import DataError
 
@@ -114,6 +115,8 @@ def _values(array: Any) -> list[Any]:
         values = [None if length is None else list(islice(inner, length)) for length in lengths]
     elif types.is_dictionary(kind):
         return _values(array.dictionary_decode())
+    elif isinstance(kind, pa.JsonType):
+        values = [None if text is None else _json(text) for text in array.storage.to_pylist()]
     elif isinstance(kind, pa.BaseExtensionType):
         return _values(array.storage)
     elif types.is_string(kind) or types.is_large_string(kind):
@@ -158,6 +161,13 @@ def _plain(value: Any) -> Any:
         case datetime.datetime() | datetime.date() | datetime.time():
             return value.isoformat()
     return str(value)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json_rows.decode(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _text(value: bytes) -> str:

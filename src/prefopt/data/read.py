@@ -44,6 +44,24 @@ def read_json(path: str | os.PathLike[str]) -> Iterator[object]:
     return read_rows(path)
 
 
+def raw_lines(path: Path) -> Iterator[bytes] | None:
+    """The bytes of each row of a file of JSON lines, line end included, decompressed; None for any other file.
+
+    There are as many as :func:`read_rows` gives rows with ``keep_going``, in the same order.
+    """
+    content = look(path)
+    binary = content.head.startswith((PARQUET, ARROW_FILE, ARROW_STREAM))
+    return None if binary or content.first == b"[" or not _is_json(content) else _lines(content)
+
+
+def _lines(content: Content) -> Iterator[bytes]:
+    with content.opened() as handle:
+        for number, raw in enumerate(handle, 1):
+            line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+            if line.strip(b" \t\r\n"):
+                yield line
+
+
 def is_data_name(path: Path) -> bool:
     """Whether a name says that the file holds rows."""
     return layout_name(path) in JSON_NAMES + CSV_NAMES + TABLE_NAMES

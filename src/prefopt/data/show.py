@@ -8,29 +8,54 @@ import numpy as np
 
 from prefopt.data.group import BoolArray, Group, IntArray
 from prefopt.data.tokenizer import Tokenizer
+from prefopt.records import Comparison
 
 OPEN, CLOSE = "⟦", "⟧"
 
 
-def show(group: Group, tokenizer: Tokenizer) -> str:
+def show(group: Group, tokenizer: Tokenizer, *, most: int | None = None) -> str:
     """What all responses have in common once, then what each of them adds, special tokens and all.
 
-    Each response is named by what was said of it: chosen or rejected, its rank, score or label.
+    Each response is named by what was said of it: chosen or rejected, its rank, score or label. Of parts longer than
+    ``most`` characters, the middle is left out.
     """
     if not group.continuations:
-        return f"prompt ({_count(len(group.prefix))})\n{_decode(tokenizer, group.prefix)}"
+        return f"prompt ({_count(len(group.prefix))})\n{shortened(_decode(tokenizer, group.prefix), most)}"
     lines = [f"shared prefix ({_count(len(group.prefix))})"]
     if len(group.prefix):
-        lines.append(_decode(tokenizer, group.prefix))
+        lines.append(shortened(_decode(tokenizer, group.prefix), most))
     for k, c in enumerate(group.continuations):
-        lines.append(f"{_name(group, k)} ({_count(len(c.ids))}, {int(c.trained.sum())} trained)")
-        lines.append(_marked(tokenizer, group.prefix, c.ids, c.trained))
+        lines.append(
+            f"{_name(group, len(group.continuations), k)} ({_count(len(c.ids))}, {int(c.trained.sum())} trained)"
+        )
+        lines.append(shortened(_marked(tokenizer, group.prefix, c.ids, c.trained), most))
     return "\n".join(lines)
 
 
-def _name(group: Group, k: int) -> str:
+def show_words(c: Comparison, *, most: int | None = None) -> str:
+    """A row as it was read, without a tokenizer: who says what, and what is said of the responses."""
+    lines = []
+    for m in c.prompt:
+        lines += [f"{'prompt' if c.text else m.role}:", shortened(m.content, most)]
+    for k, response in enumerate(c.responses):
+        lines += [f"{_name(c, len(c.responses), k)}:", *(shortened(m.content, most) for m in response.messages)]
+    return "\n".join(lines)
+
+
+def shortened(text: str, most: int | None) -> str:
+    """The text, or its beginning and end with the number of characters that are left out between them.
+
+    >>> shortened("0123456789", 4)
+    '01 [... 6 characters ...] 89'
+    """
+    if most is None or len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
+
+
+def _name(group: Group | Comparison, of: int, k: int) -> str:
     """``chosen``; ``response 2, ranked 1 of 3, score 8.5``; ``response 1, desirable``; ``response``."""
-    of = len(group.continuations)
     if of == 2 and group.pairs in (((0, 1),), ((1, 0),)) and group.scores is None:
         return "chosen" if group.pairs[0][0] == k else "rejected"
     parts = [f"response {k + 1}" if of > 1 else "response"]

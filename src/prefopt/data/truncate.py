@@ -20,6 +20,7 @@ from prefopt.data.group import BoolArray, IntArray
 from prefopt.errors import ConfigError
 
 KEEP_PROMPT = 128
+DEFAULT_LENGTH = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +36,19 @@ def check_max_length(max_length: int | None) -> None:
     """Raise :class:`ConfigError` for a length that cannot hold a token of prompt and one of response."""
     if max_length is not None and max_length < 2:
         raise ConfigError(f"--max-length {max_length} is too small; it should be at least 2 tokens")
+
+
+def sequence_limit(max_length: int | None, context: int | None) -> int:
+    """Tokens of prompt and response that a run trains on at most.
+
+    ``max_length`` is what was asked for, ``context`` the positions that the model has, where it says so. Raises
+    :class:`ConfigError` where more is asked for than it has.
+    """
+    if max_length is None:
+        return min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
+    if context is not None and max_length > context:
+        raise ConfigError(f"--max-length {max_length} is over the model's context of {context} tokens; give no more")
+    return max_length
 
 
 def truncate(

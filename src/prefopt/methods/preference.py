@@ -24,6 +24,7 @@ from prefopt.data.sampler import Sampler
 from prefopt.data.show import show
 from prefopt.data.table import GroupTable
 from prefopt.data.tokenizer import load_tokenizer
+from prefopt.data.truncate import sequence_limit
 from prefopt.disk.write import output_errors
 from prefopt.errors import ConfigError
 from prefopt.model.check import CheckReport, check_scoring
@@ -63,7 +64,6 @@ from prefopt.train.sums import Record
 from prefopt.train.terms import names_of, needs_reference, terms_of, words
 from prefopt.train.watch import watchers
 
-DEFAULT_LENGTH = 1024
 SCORING_AHEAD = 4
 """The reference is scored in batches this much larger than training's: no activations are kept for backward."""
 
@@ -119,7 +119,8 @@ class _Run:
         self.source = "" if model is not None else local_folder(config.model)
         # A copy: the plain chat template may be put on it.
         self.tokenizer = copy.deepcopy(tokenizer) if tokenizer is not None else load_tokenizer(self.source)
-        self.limit = self._max_length(model.config if model is not None else load_config(self.source))
+        positions = context_length(model.config if model is not None else load_config(self.source))
+        self.limit = sequence_limit(config.max_length, positions)
 
     def run(self) -> DpoResult | None:
         self._prepare_machine()
@@ -180,16 +181,6 @@ class _Run:
             )
         if self.device.type == "mps" and self.dtype == torch.float64:
             raise ConfigError("--dtype float64: mps has none; take --device cpu")
-
-    def _max_length(self, model_config: Any) -> int:
-        context = context_length(model_config)
-        if self.config.max_length is None:
-            return min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
-        if context is not None and self.config.max_length > context:
-            raise ConfigError(
-                f"--max-length {self.config.max_length} is over the model's context of {context} tokens; give no more"
-            )
-        return self.config.max_length
 
     def _say_scoring(self, scorer: Scorer, check: CheckReport) -> None:
         if scorer.reason and scorer.path == "separate":

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from prefopt.disk.hub import no_telemetry, why_not_read
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.scorer import causal_model
+from prefopt.model.sharing import context_length
 
 DTYPES = {
     "float32": torch.float32,
@@ -76,6 +77,13 @@ def load_config(name: str) -> PreTrainedConfig:
     """The configuration of a model folder or Hub name."""
     with _model_errors(name):
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+def context_of(name: str) -> int | None:
+    """Positions of a model folder or Hub name, where it says so; a folder with a tokenizer alone says nothing."""
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        return None
+    return context_length(load_config(name))
 
 
 def load_model(name: str, *, dtype: torch.dtype, device: torch.device, adapter: str | None = None) -> torch.nn.Module:
