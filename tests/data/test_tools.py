@@ -121,6 +121,8 @@ def test_what_a_template_does_not_show_is_refused() -> None:
     assert "the system turn" in problem(Renderer(silent), row(DONE, prompt=(Message("system", "x"), ASKED)))
     assert "is not JSON" in problem(renderer("thinking"), row(DONE, tools=("{",)))
     assert "--chat-template" in problem(renderer("chatml"), row(DONE, tools=(ADD,)))
+    (found,) = renderer("chatml").prompts([row(DONE, tools=(ADD,))])
+    assert isinstance(found, Problem) and "the tools" in found.what
 
 
 def test_one_row_refused_costs_no_other() -> None:

@@ -22,6 +22,7 @@ from prefopt.data.template import ChatTemplate, Turns, Unrenderable
 from prefopt.records import Message
 
 REMEMBERED = 8  # ways of a template to frame an answer; most have one
+SHAPES = 4096  # of conversations, of which it is known whether the template shows all they hold
 EARLIER_REASONING = "the chat template leaves out the reasoning of earlier answers"
 CHANGED = "the chat template shows the words of the answer otherwise than they are written"
 ELSEWHERE = "the chat template shows the answer behind something else than its generation prompt"
@@ -53,15 +54,18 @@ class Answers:
     def lay_out(self, prompt: Turns, responses: Sequence[Turns], tools: Sequence[str]) -> list[Layout]:
         """Each response with its prompt. Raises :class:`Unrenderable` where the template will not have it."""
         for response in responses:
-            self._check_shown(prompt + response, tools)
+            self.check_shown(prompt + response, tools)
         row = _Row(self._template, tools)
         asked = row.show(prompt, generation=True)
+        self.check_inline_reasoning(prompt, asked)
         return [self._lay_out(row, prompt, response, asked) for response in responses]
 
-    def _check_shown(self, turns: Turns, tools: Sequence[str]) -> None:
-        """Refuse what the template leaves out. Asked once for all rows of one shape."""
+    def check_shown(self, turns: Turns, tools: Sequence[str]) -> None:
+        """Refuse, or say, what the template leaves out. Asked once for all rows of one shape."""
         key = shape(turns, tools)
         if key not in self._hidden:
+            if len(self._hidden) >= SHAPES:
+                self._hidden.clear()
             self._hidden[key] = hidden(self._template, turns, tools)
         if self._hidden[key].problem:
             raise Unrenderable(self._hidden[key].problem)
@@ -82,6 +86,14 @@ class Answers:
             raise Unrenderable("a response has no turn of the assistant to train")
         shared = len(asked) if full.startswith(asked) and len(asked) <= spans[0][0] else 0
         return Layout(full[: spans[-1][1]], tuple(spans), eos=not ended, shared=shared)
+
+    def check_inline_reasoning(self, prompt: Turns, asked: str) -> None:
+        """Say whether the template drops reasoning from the text of earlier answers."""
+        for turn in prompt:
+            if turn.role == "assistant" and "</think" in turn.content:
+                reasoning = split_reasoning(turn.content)[0]
+                if reasoning not in asked:
+                    self._said(EARLIER_REASONING)
 
     def _check_words(self, turn: Message, shown: str, *, last: bool) -> None:
         """Say, or refuse, what the template makes of the words, if they do not stand there as they are."""

@@ -154,7 +154,10 @@ class Renderer:
             return Layout("".join(m.content for m in c.prompt), (), bos=True)
         self._say_once()
         try:
-            return Layout(self._template.show(c.prompt, c.tools, generation=True), ())
+            asked = self._template.show(c.prompt, c.tools, generation=True)
+            self._answers.check_shown(c.prompt, c.tools)
+            self._answers.check_inline_reasoning(c.prompt, asked)
+            return Layout(asked, ())
         except Unrenderable as error:
             return Problem("chat template", c.row, str(error), c.file)
 
