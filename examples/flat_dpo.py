@@ -57,10 +57,13 @@ def encode(prompt, response):
         text, end = tokenizer.apply_chat_template(prompt + response, tokenize=False).rstrip(), []
         if not text.startswith(before) or not text.endswith(tokenizer.eos_token):
             raise SystemExit("this template is more than a flat file should have to understand")
-    # The text is tokenized once, as a whole: apart, the token at the boundary could be another one.
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = found["input_ids"] + end
-    trained = [stop > len(before) for _, stop in found["offset_mapping"]] + [True] * len(end)
+    # A model that answers sees the prompt tokenized by itself. Some tokenizers would join its end to the answer.
+    asked, ids, rest = (
+        tokenizer(t, add_special_tokens=False)["input_ids"] for t in (before, text, text[len(before) :])
+    )
+    if ids[: len(asked)] != asked:
+        ids = asked + rest
+    ids, trained = ids + end, [i >= len(asked) for i in range(len(ids) + len(end))]
     if isinstance(prompt, str):
         ids, trained = lead + ids, [False] * len(lead) + trained
     if len(ids) > options.max_length:

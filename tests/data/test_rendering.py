@@ -164,6 +164,29 @@ def test_a_chat_template_without_bos_is_said(stories: Any) -> None:
     assert NO_BOS not in renderer.findings and renderer.template == "{{ bos_token }}" + CHATML
 
 
+def test_the_model_carries_variables_as_defaults() -> None:
+    shown = "{% for m in messages %}{{ m.content }}{% endfor %}|{{ x.a }}|{{ y }}|{{ z }}|"
+    macro = "{% macro f() %}{{ x['b'][1] }}{% endmacro %}{{ f() }}{% if w %}w{% else %}-{% endif %}"
+    variables = {"x": {"a": "'\"\\\n{{ é }}%}", "b": [1, 2.5]}, "y": None, "z": True, "w": False}
+    for start in ("", "\n", "\n\n", "x\n"):
+        tokenizer = small_tokenizer()
+        tokenizer.chat_template = start + shown + macro
+        renderer = Renderer(tokenizer, Rendering(variables=variables))
+        (prompt,) = renderer.prompts([PAIR])
+        assert not isinstance(prompt, Problem)
+        trained_on = tokenizer.decode(prompt.tolist())
+        assert trained_on == f"{start}q|'\"\\\n{{{{ é }}}}%}}|None|True|2.5-"
+        tokenizer.chat_template = renderer.template
+        asked = [{"role": "user", "content": "q"}]
+        assert tokenizer.apply_chat_template(asked, tokenize=False) == trained_on
+        assert tokenizer.apply_chat_template(asked, tokenize=False, w=True) == trained_on[:-1] + "w"
+        # So do runs of prefopt on the trained model, and give the same tokens.
+        (again,) = Renderer(tokenizer).prompts([PAIR])
+        (other,) = Renderer(tokenizer, Rendering(variables={"w": True})).prompts([PAIR])
+        assert not isinstance(again, Problem) and not isinstance(other, Problem)
+        assert again.tolist() == prompt.tolist() and tokenizer.decode(other.tolist()) == trained_on[:-1] + "w"
+
+
 def test_several_templates_of_one_tokenizer() -> None:
     tokenizer = small_tokenizer(marks=TEMPLATES["thinking"].marks, eos_token="<|im_end|>")
     tokenizer.chat_template = {"default": CHATML, "tool_use": TEMPLATES["thinking"].text}

@@ -23,7 +23,7 @@ from prefopt.data.truncate import check_max_length
 from prefopt.errors import ConfigError
 
 # Part of every digest: raise it when the same rows and options come to give other tokens.
-VERSION = 2
+VERSION = 3
 FILLED_IN = (
     "messages",
     "tools",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -38,17 +38,18 @@ class ChatTemplate:
     """The template that a tokenizer and the options give.
 
     ``plain`` says that there is none and :func:`plain_template` stands in for it. ``carried`` is the source that a
-    trained model should carry, where that is not the tokenizer's own.
+    trained model should carry, where that is not the tokenizer's own: variables are its defaults there, so that whoever
+    uses the model sees what it was trained on.
     """
 
     def __init__(self, tokenizer: Tokenizer, rendering: Rendering) -> None:
         """Raises :class:`ConfigError` for variables that the template never reads, ``ModelError`` for a broken one."""
         self.plain = rendering.chat_template is None and tokenizer.chat_template is None
         plain = plain_template(tokenizer, add_eos=rendering.add_eos) if self.plain else None
-        self.carried = plain or rendering.chat_template
+        given = plain or rendering.chat_template
         try:
-            self.text: str = tokenizer.get_chat_template(self.carried)
-            self._with_tools: str = tokenizer.get_chat_template(self.carried, tools=[])
+            self.text: str = tokenizer.get_chat_template(given)
+            self._with_tools: str = tokenizer.get_chat_template(given, tools=[])
         except ValueError as error:
             what = f"{jinja.one_line(error)}; give one with --chat-template"
             raise ModelError(f"{tokenizer.name_or_path}: {what}") from None
@@ -58,6 +59,9 @@ class ChatTemplate:
         self._fields = frozenset[str]().union(*map(jinja.fields, sources))
         check_names(rendering.variables)
         check_mentioned(rendering.variables, frozenset[str]().union(*map(jinja.variables, sources)))
+        self.carried = given
+        if rendering.variables and self.text == self._with_tools:
+            self.carried = with_defaults(self.text, rendering.variables)
         special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
         self._date, self._asked_date = datetime.datetime.fromisoformat(rendering.date), False
         self._given: dict[str, Any] = {"documents": None, "strftime_now": self._strftime, **special}
@@ -169,6 +173,24 @@ class ChatTemplate:
             if _OTHER in text and _WORD in text and not printed_by_python:
                 return form
         return (False, False)
+
+
+def with_defaults(source: str, variables: Mapping[str, object]) -> str:
+    """The template with values for variables that it is not given."""
+    lines = [
+        f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}\n"
+        for name, value in variables.items()
+    ]
+    return "".join(lines) + source  # the environment of chat templates drops a line break behind a block
+
+
+def _literal(value: object) -> str:
+    """A plain value as Jinja writes it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(str(k))}: {_literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value)
 
 
 def _call(call: ToolCall, as_text: bool) -> dict[str, Any]:
