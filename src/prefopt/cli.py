@@ -20,6 +20,7 @@ from prefopt.config.data_verbs import DataCheckConfig, DataConvertConfig, DataSp
 from prefopt.config.demo import DemoConfig
 from prefopt.config.document import read_document, write_document
 from prefopt.config.dpo import DpoConfig
+from prefopt.config.env import EnvConfig
 from prefopt.config.layouts import DataLayoutsConfig
 from prefopt.config.losses import LossesConfig
 from prefopt.config.merge import MergeConfig
@@ -394,6 +395,16 @@ def _push(config: PushConfig) -> int:
     return 0
 
 
+def _env(config: EnvConfig) -> int:
+    import json
+
+    from prefopt.model.environment import environment, in_words
+
+    found = environment()
+    print(json.dumps(found, indent=2) if config.json else "\n".join(in_words(found)))
+    return 0
+
+
 def _plot(config: PlotConfig) -> int:
     from prefopt.evaluate.plot import plot_runs
     from prefopt.train.history import read_history
@@ -425,5 +436,6 @@ VERBS: dict[str, Verb] = {
     ),
     "cache verify": Verb("check it against its checksums", CacheVerifyConfig, _cache_verify),
     "cache clear": Verb("remove it", CacheClearConfig, _cache_clear),
+    "env": Verb("print versions, devices, folders and what is missing, for reports of bugs", EnvConfig, _env),
     "demo": Verb("run the demonstration, offline, in less than a minute", DemoConfig, _demo),
 }

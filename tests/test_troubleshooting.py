@@ -1,0 +1,31 @@
+"""docs/guide/troubleshooting.md names lines that prefopt prints."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "guide" / "troubleshooting.md"
+HEADINGS = re.findall(r"^### `(.+)`$", PAGE.read_text("utf-8"), re.M)
+
+
+def messages() -> str:
+    """The source with texts that go over several lines in one piece, and what is put into them as a blank."""
+    source = "\n".join(path.read_text("utf-8") for path in sorted((ROOT / "src").rglob("*.py")))
+    joined = re.sub(r'"\s*\n\s*f?"', "", source)
+    return " ".join(re.sub(r"\{[^{}]*\}", " ", joined).split())
+
+
+@pytest.mark.parametrize("heading", HEADINGS)
+def test_what_it_explains_is_what_is_printed(heading: str) -> None:
+    said = messages()
+    for part in filter(None, (part.strip() for part in heading.split("..."))):
+        words = " ".join(re.sub(r"\bnan\b", " ", part).split())
+        assert words in said, f"nothing prints {words!r}"
+
+
+def test_the_page_explains_something() -> None:
+    assert len(HEADINGS) > 20
