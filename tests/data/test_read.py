@@ -153,7 +153,7 @@ def test_unusable_files_are_one_line_with_file_and_place(tmp_path: Path, content
     path = write(tmp_path, content)
     with pytest.raises(DataError) as caught:
         reading = read_comparisons(path)
-        raise refuse(reading.problems, reading.read)
+        raise refuse(reading.problems, reading.count)
     said = str(caught.value)
     assert message in said and str(path) in said and "\n" not in said
 

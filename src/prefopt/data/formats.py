@@ -90,14 +90,6 @@ class Reading:
         """The problems of the rows that are none."""
         return [p for p in self._all if isinstance(p, Problem)]
 
-    @property
-    def read(self) -> int:
-        """How many rows there are."""
-        return self.count
-
-
-Rows = Reading
-
 
 class _File:
     """One file of rows."""

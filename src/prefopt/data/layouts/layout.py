@@ -121,7 +121,9 @@ class Layout:
         for name in (*NOT_READ, *columns.refused, *tools):
             if values.get(name):
                 raise BadRow("field that cannot be used", f"has {name}, which {self.name} rows have no place for")
-        extra = {str(k): v for k, v in values.items() if not self.reads_column(str(k), look(v))}
+        extra = {str(k): v for k, v in values.items() if k not in self.known}
+        if self.reads is not None:
+            extra = {k: v for k, v in extra.items() if not self.reads(k, look(v))}
         tags = columns.tags.exactly(self.verbatim)
         try:
             return self.reader(Row(values, number, file, tags, extra, columns.cells))

@@ -70,6 +70,8 @@ def read_message(item: object, name: str = "messages", tags: Tags = TAGS) -> Mes
     """One message. Content may be text, text in parts, or null beside tool calls or reasoning."""
     if not isinstance(item, dict):
         raise BadRow("wrong type", f"{name} holds {kind(item)}, not a message")
+    if len(item) == 2 and (plain := _plain(item, tags)) is not None:
+        return plain
     pair = next((i for i, key in enumerate(tags.role) if item.get(key) is not None), 0)
     role = _role(item.get(tags.role[pair]), tags.role[pair], name, tags)
     for key in NOT_READ:
@@ -93,6 +95,16 @@ def read_message(item: object, name: str = "messages", tags: Tags = TAGS) -> Mes
     if unread := item.keys() - READ:
         tags.unread.update(str(k) for k in unread if k not in (tags.role[pair], key) and item[k] is not None)
     return Message(role, content or "", reasoning, tuple(calls), answers, called, trained)
+
+
+def _plain(item: Mapping[str, object], tags: Tags) -> Message | None:
+    """A message of a role and a text, which nearly all are; None for any other."""
+    for role, content in zip(tags.role, tags.content, strict=True):
+        said, words = item.get(role), item.get(content)
+        if isinstance(said, str) and isinstance(words, str):
+            known = tags.roles.get(said)
+            return None if known is None or known == CALL else Message(known, words)
+    return None
 
 
 def read_tools(value: object, *, verbatim: bool = False) -> tuple[str, ...]:
