@@ -32,7 +32,9 @@ def save_model(folder: Path, scorer: Scorer, masters: MasterWeights, tokenizer: 
         else:
             weights = dict(masters.saved())
             state = {**dict(model.state_dict()), **weights}
-            model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+            # Without being told, PEFT would ask the Hub whether the base's embedding is another one, and store it whole
+            # beside an adapter on the head.
+            model.save_pretrained(folder, state_dict=state, safe_serialization=True, save_embedding_layers=False)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
         tokenizer.save_pretrained(folder)
         share_weights(folder)
