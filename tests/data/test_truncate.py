@@ -66,3 +66,16 @@ def test_no_room_for_a_response() -> None:
         truncate(apart, 4)
     with pytest.raises(ConfigError, match="--max-length 1 "):
         truncate(sequences, 1)
+
+
+def test_a_cut_answer_does_not_end_like_a_finished_one() -> None:
+    # 3 ends a turn. The answer spells it out in its middle, and twice just where it is cut.
+    ids, trained = [1, 7, 7, 5, 3, 5, 3, 3, 5, 5, 3], [0, 0, 0] + [1] * 8
+    for max_length, kept in ((11, 8), (10, 7), (8, 3), (7, 3), (6, 3), (5, 3), (4, 1)):
+        ((cut, mask),) = truncate([(ids, trained)], max_length, ends=(3,)).sequences
+        assert cut[mask].tolist() == ids[3 : 3 + kept], max_length
+    # A turn that is finished keeps its end, whatever is cut behind it.
+    ids, trained = [1, 7, 5, 3, 7, 7, 5, 5, 3], [0, 0, 1, 1, 0, 0, 1, 1, 1]
+    for max_length in (4, 5, 6):
+        ((cut, mask),) = truncate([(ids, trained)], max_length, ends=(3,)).sequences
+        assert cut[mask].tolist() == [5, 3]
