@@ -87,7 +87,7 @@ def test_a_good_run_has_nothing_to_look_at(tmp_path: Path) -> None:
     text = "\n".join(in_words(findings))
     assert "what happened:\n" in text and "what to look at" not in text
     assert "fell from 0.6931 to 0.49" in text and "the mean of the last 6 of 60 steps" in text
-    assert "on 100 held-out rows the chosen answer has the higher reward in 70% (95 % interval 60% to 78%)" in text
+    assert "on 100 held-out rows the chosen answer has the higher reward in 70% (95% interval 60% to 78%)" in text
     assert "lowest at step 60: 0.5800, and was still falling there" in text
     assert text.endswith("only seen on samples of it")
 
@@ -123,11 +123,11 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no better than chance": (
         {"held_out": {"rewards/accuracies": [0.5, 0.5, 0.55]}},
-        r"55% \(95 % interval 45% to 64%\).*cannot be told from chance",
+        r"55% \(95% interval 45% to 64%\).*cannot be told from chance",
     ),
     "worse than chance": (
         {"held_out": {"rewards/accuracies": [0.5, 0.4, 0.3]}},
-        r"30% \(95 % interval 22% to 40%\).*are chosen and rejected exchanged",
+        r"30% \(95% interval 22% to 40%\).*are chosen and rejected exchanged",
     ),
     "fitted": (
         {
@@ -140,7 +140,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "chosen fell": (
         {"training": {"log_ratios_per_token/chosen": noisy(lambda t: -0.1 * t, 0.002)}},
-        r"became less likely \(by 0.09\d* nats per token, so that each token is 9.. % less likely\); rejected ones"
+        r"became less likely \(by 0.09\d* nats per token, so that each token is 9..% less likely\); rejected ones"
         r" changed by -0.09\d*: in part this is expected",
     ),
     "chosen fell far": (

@@ -166,7 +166,7 @@ def _accuracy(run: History) -> Iterator[Finding]:
         low, high = share_interval(rights.values[at], count)
         share = rights.values[at]
         numbers = (
-            f"on {_count(count, 'held-out row')} the chosen answer has the higher reward in {share:.0%} (95 % interval"
+            f"on {_count(count, 'held-out row')} the chosen answer has the higher reward in {share:.0%} (95% interval"
             f" {low:.0%} to {high:.0%}), by {margins.values[at]:.3g} in the mean, at step {rights.steps[at]}"
         )
         if low > 0.5:
@@ -196,7 +196,7 @@ def _chosen(run: History) -> Iterator[Finding]:
     chosen, rejected = (_of_ratio(run, side) for side in ("chosen", "rejected"))
     if chosen is None or rejected is None or abs(chosen.by) < HARDLY_MOVED or not chosen.direction:
         return
-    percent = f"{100 * abs(math.expm1(chosen.by)):.2g} % {'more' if chosen.by > 0 else 'less'} likely"
+    percent = f"{100 * abs(math.expm1(chosen.by)):.2g}% {'more' if chosen.by > 0 else 'less'} likely"
     numbers = f"by {abs(chosen.by):.3g} nats per token, so that each token is {percent}"
     other = f"rejected ones changed by {rejected.by:+.3g}"
     if chosen.direction > 0:
