@@ -209,7 +209,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
     assert not [p for p in cache.tokens_folder().iterdir() if p.is_dir()]
 
 
-pieces = st.sampled_from([*chat_rows(6), *BAD, {"prompt": "p", "chosen": 3, "rejected": ""}, None, {}])
+pieces = st.sampled_from([*chat_rows(6), *BAD, {"prompt": "p", "chosen": 3, "rejected": ""}, "{not json", None, {}])
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -34,9 +34,12 @@ class Named:
     @classmethod
     def of(cls, keys_N: KeyArray, starts: IndexArray) -> Named:
         """Name groups by a hash over the keys of their responses."""
-        data, bounds = keys_N.tobytes(), (starts * KEY.itemsize).tolist()
-        names = (hashlib.blake2b(data[a:b], digest_size=16).digest() for a, b in pairwise(bounds))
-        return cls(keys_N, starts, np.frombuffer(b"".join(names), KEY))
+        data = memoryview(np.ascontiguousarray(keys_N).view(np.uint8))
+        names = bytearray()
+        for first in range(0, len(starts) - 1, 1 << 14):  # a part at a time: there may be millions
+            bounds = (starts[first : first + (1 << 14) + 1] * KEY.itemsize).tolist()
+            names += b"".join(hashlib.blake2b(data[a:b], digest_size=16).digest() for a, b in pairwise(bounds))
+        return cls(keys_N, starts, np.frombuffer(bytes(names), KEY))
 
     def find(self, names: KeyArray) -> IndexArray:
         """Where groups of these names are; each must be there."""
