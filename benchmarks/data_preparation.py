@@ -5,7 +5,7 @@
 
 A file of conversations in TRL's explicit-prompt layout is written, then prepared in a process of its own each time:
 cold (an empty cache), warm (the second start), and by TRL, in its own interpreter, with as many processes. What TRL
-does is its own code, `DPOTrainer._prepare_dataset` on `datasets.load_dataset("json", ...)`, with an empty cache as well.
+does is its own code, `DPOTrainer._prepare_dataset` on `datasets.load_dataset("json", ...)`, also with an empty cache.
 
 Memory is the largest sum of what all processes hold for themselves (private and anonymous: pages of mapped files that
 the system may drop are not counted, and are printed apart), sampled ten times a second, and the peak of the largest

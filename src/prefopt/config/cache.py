@@ -17,7 +17,7 @@ class CacheVerifyConfig:
     """Checking every stored file against its checksum."""
 
     repair: bool = option(
-        False, "take damaged files out of use, so that what they held is scored again when needed", group="cache"
+        False, "take damaged files out of use, so that what they held is made again when needed", group="cache"
     )
 
     def __post_init__(self) -> None:
@@ -26,10 +26,10 @@ class CacheVerifyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheClearConfig:
-    """Removing spaces. Both conditions together remove what meets both."""
+    """Removing entries. Both conditions together remove what meets both."""
 
     space: list[str] | None = option(
-        None, "ids of the spaces to remove, as prefopt cache list shows them", group="cache", default_text="all"
+        None, "ids of what to remove, as prefopt cache list shows them", group="cache", default_text="all"
     )
     older_than: float | None = option(
         None, "remove only what was not used for this many days", group="cache", default_text="any age", at_least=0

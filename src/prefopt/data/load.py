@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 OnBadRow = Literal["refuse", "skip"]
 
+# A pass over a file of this size takes some seconds.
+LARGE = 100_000_000
 # Fewer rows are done before a second process has started.
 PARALLEL_ROWS = 4000
 # What is nothing wrong with a row: it says something, only not what is wanted. Such rows are left out and counted.
@@ -211,6 +213,8 @@ def _cached(source: Source, digest: str, how: _How) -> Tokenised:
     key = TokenKey(contents, reading, how.want, digest)
 
     def make(append: Append) -> Report:
+        if source.path and source.path.stat().st_size >= LARGE:
+            how.reporter.say(f"data: {source.name}: looking at all rows to tell their layout")
         report = _tokenise(open_comparisons(source, format=how.format, columns=how.columns), how, append)
         if source.digest() != contents:
             raise DataError("changed while it was read; run the command again", file=source.name)

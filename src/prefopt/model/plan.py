@@ -34,7 +34,7 @@ class Named:
     @classmethod
     def of(cls, keys_N: KeyArray, starts: IndexArray) -> Named:
         """Name groups by a hash over the keys of their responses."""
-        data = memoryview(np.ascontiguousarray(keys_N).view(np.uint8))
+        data = np.ascontiguousarray(keys_N).view(np.uint8).data
         names = bytearray()
         for first in range(0, len(starts) - 1, 1 << 14):  # a part at a time: there may be millions
             bounds = (starts[first : first + (1 << 14) + 1] * KEY.itemsize).tolist()
