@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ def write_run(folder: Path, *, options: Any = None, record: Any = None, fall: fl
     lines: list[dict[str, Any]] = []
     for i in range(1, steps + 1):
         values = {
-            "loss": 0.7 - fall * i,
+            "loss": 0.7 - fall * i if i > 1 else math.log(2),
             "rewards/margins": 0.1 * fall * i,
             "rewards/accuracies": 0.5 + 0.01 * i,
-            "log_ratios_per_token/chosen": fall * i / 10,
-            "log_ratios_per_token/rejected": -fall * i / 10,
+            "log_ratios_per_token/chosen": fall * (i - 1) / 10,
+            "log_ratios_per_token/rejected": -fall * (i - 1) / 10,
         }
         lines.append({"step": i, **values, "learning_rate": 1e-6, "epoch": i / 15, "tokens": 100, "grad_norm": 2.0})
         if i % 10 == 0:

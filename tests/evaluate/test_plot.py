@@ -47,6 +47,13 @@ def test_curves_are_the_runs_numbers(tmp_path: Path) -> None:
     assert "a" in figure.get_suptitle() and "beta 0.1" in figure.get_suptitle() and not figure.legends
 
 
+def test_where_the_loss_begins_elsewhere_no_line_says_otherwise(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    text = (folder / "metrics.jsonl").read_text().replace(f'"loss": {math.log(2)}', '"loss": 0.9')
+    (folder / "metrics.jsonl").write_text(text)
+    assert len(figure_of([read_history(folder)]).axes[0].get_lines()) == 3
+
+
 def test_runs_have_colours_and_a_legend_of_what_differs(tmp_path: Path) -> None:
     runs = [read_history(write_run(tmp_path / f"{r}", options={"learning_rate": r})) for r in (1e-6, 5e-6)]
     figure = figure_of(runs)
@@ -111,8 +118,8 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
         plot_runs([read_history(write_run(tmp_path / "a"))], tmp_path / "p.png")
 
 
-def test_a_mean_keeps_its_ends_and_a_line() -> None:
+def test_a_mean_keeps_its_start_and_a_line_and_calms_its_end() -> None:
     line = [float(i) for i in range(100)]
-    assert smoothed(line) == pytest.approx(line) and window(100) == 11 and window(20) == 1
+    assert smoothed(line)[:95] == pytest.approx(line[:95]) and window(100) == 11 and window(20) == 1
     jagged = [float(i % 2) for i in range(100)]
-    assert smoothed(jagged)[0] == 0.0 and abs(smoothed(jagged)[50] - 0.5) < 0.05
+    assert smoothed(jagged)[0] == 0.0 and all(abs(value - 0.5) < 0.09 for value in smoothed(jagged)[10:])

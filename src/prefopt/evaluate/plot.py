@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from prefopt.config.option import nearest
 from prefopt.disk.write import output_errors
 from prefopt.errors import ConfigError
 from prefopt.evaluate.runs import differing, shown, what_differs
+from prefopt.train.diagnose import loss_at_start
 from prefopt.train.history import Curve, History
 
 # Okabe and Ito's colours, which people with any colour vision tell apart; yellow, too pale for lines, is left out.
@@ -84,10 +85,11 @@ def figure_of(runs: Sequence[History], *, metrics: Sequence[str] | None = None, 
     down = math.ceil(len(panels) / across)
     names = what_differs(runs) if len(runs) > 1 else []
     figure = Figure(figsize=(5.6 * across, 3.1 * down + 0.9 + 0.22 * math.ceil(len(names) / 2)), layout="constrained")
-    figure.suptitle(_title(runs), fontsize=11)
+    figure.suptitle(_title(runs, 48 * across), fontsize=11)
     all_axes: list[Any] = list(figure.subplots(down, across, squeeze=False).flat)
+    known_start = any(loss_at_start(run) is not None for run in runs if run.training)
     for axes, panel in zip(all_axes, panels, strict=False):
-        _draw(axes, panel, runs, x)
+        _draw(axes, panel if panel.name != "loss" or known_start else replace(panel, line=None), runs, x)
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
     _legend(figure, runs, names)
@@ -207,19 +209,24 @@ def _legend(figure: Any, runs: Sequence[History], names: Sequence[str]) -> None:
         figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
 
 
-def _title(runs: Sequence[History]) -> str:
-    """What the runs have in common, in a line."""
+def _title(runs: Sequence[History], width: int) -> str:
+    """What the runs have in common, in lines of about ``width`` letters."""
     first, different = runs[0], set(differing(runs))
     parts = [first.folder.resolve().name] if len(runs) == 1 else [f"{len(runs)} runs"]
-    loss = first.record.get("loss")
-    if isinstance(loss, str) and all(run.record.get("loss") == loss for run in runs):
-        parts.append(loss if len(loss) < 40 else loss[:39] + "…")
-    for name in ("model", "learning_rate", "beta", "batch_size"):
+    for name in ("loss", "model", "learning_rate", "beta", "batch_size"):
         value = first.options.get(name)
         if value is not None and name not in different:
-            text = Path(str(value)).name if name == "model" else f"{name.replace('_', ' ')} {shown(value)}"
+            text = Path(str(value)).name if name in ("loss", "model") else f"{name.replace('_', ' ')} {shown(value)}"
             parts.append(text)
-    return "   ·   ".join(parts)
+    lines = [_short(parts[0], width)]
+    for part in (_short(part, width) for part in parts[1:]):
+        fits = len(lines[-1]) + len(part) + 7 <= width
+        lines[-1:] = [f"{lines[-1]}   ·   {part}"] if fits else [lines[-1], part]
+    return "\n".join(lines)
+
+
+def _short(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _along(run: History, curve: Curve, x: str) -> list[float]:
@@ -232,10 +239,14 @@ def _along(run: History, curve: Curve, x: str) -> list[float]:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """The mean around each point, of as many steps to either side, so that both ends stay where they are."""
+    """The mean around each point. At the beginning it is of as many steps to either side, since the first step shows
+    the model before training; at the end, where an epoch's last batch may be small, of those before it too."""
     whole, last = window(len(values)) // 2, len(values) - 1
-    halves = [min(whole, i, last - i) for i in range(len(values))]
-    return [statistics.fmean(values[i - half : i + half + 1]) for i, half in enumerate(halves)]
+    found = []
+    for i in range(len(values)):
+        before = min(whole, i)
+        found.append(statistics.fmean(values[i - before : min(i + before, last) + 1]))
+    return found
 
 
 def window(count: int) -> int:

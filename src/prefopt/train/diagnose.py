@@ -64,7 +64,7 @@ def _length(run: History) -> Iterator[Finding]:
 
 def _loss(run: History) -> Iterator[Finding]:
     curve = run.curve("loss")
-    start = _start(run)
+    start = loss_at_start(run)
     found = change(curve, since=start)
     if found is None:
         return
@@ -120,7 +120,7 @@ def _held_out(run: History) -> Iterator[Finding]:
         return
     best = min(curve.values)
     at, last = curve.steps[curve.values.index(best)], curve.values[-1]
-    start = _start(run)
+    start = loss_at_start(run)
     if start is not None and best >= start:
         yield Finding(
             "never better",
@@ -285,7 +285,7 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
-def _start(run: History) -> float | None:
+def loss_at_start(run: History) -> float | None:
     """The loss of the model before training on any row, where the first step shows it: under losses that are ln 2 at
     log-ratios of zero, every row has that."""
     first = run.training[0]
