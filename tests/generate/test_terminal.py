@@ -101,7 +101,7 @@ def test_blind_votes(models: tuple[str, str], tmp_path: Path) -> None:
     assert [c.pairs for c in kept] == [((0, 1),), ((1, 0),)] and [p.kind for p in problems] == ["only ties"]
     # What was voted on trains: the file is one of preferences as any other.
     assert main(["dpo", "--model", models[0], "--data", str(votes), "--output", str(tmp_path / "out"), "--device=cpu",
-                 "--on-bad-row=skip", "--progress=none", "--max-steps=1"]) == 0  # fmt: skip
+                 "--progress=none", "--max-steps=1"]) == 0  # fmt: skip
 
 
 def test_a_server_streams_and_is_stopped(models: tuple[str, str]) -> None:

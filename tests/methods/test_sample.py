@@ -359,7 +359,7 @@ def _adapter(b: Bench) -> bool:
 
 def _chat_template(b: Bench) -> bool:
     other = b.folder / "t.jinja"
-    other.write_text("{{ messages[0].content }}{% if x is defined %}{{ x }}{% endif %}")
+    other.write_text("{% for m in messages %}{{ m.content }}{% endfor %}{% if x is defined %}{{ x }}{% endif %}")
     rows = write_rows(b.folder / "chats.jsonl", CHATS)
     one = b.run(b.chat, rows, chat_template=other)
     two = b.run(b.chat, rows, chat_template=other, template_variables="x=y")

@@ -18,6 +18,7 @@ from prefopt.generate.openai import RemoteTalker
 from prefopt.generate.sample import Settings
 from prefopt.generate.talker import LocalTalker, Talker
 from prefopt.generate.votes import VoteFile
+from prefopt.model.load import slow_dtype
 from prefopt.progress import Reporter
 
 
@@ -64,8 +65,9 @@ def _local(config: ChatConfig, name: str, adapter: str | None, seed: int, report
     note = " as its generation_config.json says" if said and not given else ""
     dtype = str(model.dtype).removeprefix("torch.")
     reporter.say(f"{talker.name}: {dtype} on {model.device}, {form}, {shown}{note}")
-    if talker.note:
-        reporter.say(talker.note)
+    for line in (talker.note, slow_dtype(model.dtype, model.device)):
+        if line:
+            reporter.say(line)
     return talker
 
 

@@ -89,7 +89,7 @@ class LocalTalker:
     def answer(self, asked: Asked, attempt: int) -> Iterator[str]:
         """Without the white space that the template puts before it."""
         started = False
-        for piece in self._pieces(self._ids(Comparison(asked.turns, (), (), 0)), attempt):
+        for piece in self._pieces(self._ids(Comparison(asked.turns, (), (), 0)), attempt, self._stops):
             piece = piece if started else piece.lstrip()
             started = started or bool(piece)
             if piece:
@@ -100,7 +100,7 @@ class LocalTalker:
         ids = self._ids(Comparison((Message("user", text),), (), (), 0, text=True))
         if self.model.context is not None:
             ids = ids[-self._room(self.model.context) :]
-        yield from self._pieces(ids, attempt)
+        yield from self._pieces(ids, attempt, ())
 
     def _room(self, context: int) -> int:
         return context - min(self.settings.max_new_tokens, max(1, context // 4))
@@ -111,8 +111,8 @@ class LocalTalker:
             raise RunError(f"the model cannot be asked this: {found.what}")
         return found
 
-    def _pieces(self, ids: Ids, attempt: int) -> Iterator[str]:
-        text = TextStream(self.model.tokenizer, ids, stops=self._stops)
+    def _pieces(self, ids: Ids, attempt: int, stops: Sequence[str]) -> Iterator[str]:
+        text = TextStream(self.model.tokenizer, ids, stops=stops)
         tokens = self._sampler.stream(ids, self.settings, sample=attempt)
         try:
             for token in tokens:

@@ -32,9 +32,9 @@ from prefopt.model.flops import FlopCount, matmul_peak
 from prefopt.model.load import (
     load_config,
     local_folder,
-    native_bfloat16,
     resolve_device,
     resolve_dtype,
+    slow_dtype,
     vocabulary_size,
 )
 from prefopt.model.memory import peak_memory
@@ -175,10 +175,8 @@ class _Run:
         if self.config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        if self.dtype == torch.bfloat16 and not native_bfloat16(self.device):
-            self.reporter.say(
-                "bfloat16: this device emulates it, many times slower than float32; leave --dtype out to use float32"
-            )
+        if slow := slow_dtype(self.dtype, self.device):
+            self.reporter.say(slow)
         if self.device.type == "mps" and self.dtype == torch.float64:
             raise ConfigError("--dtype float64: mps has none; take --device cpu")
 

@@ -25,6 +25,7 @@ from prefopt.generate.prompts import PromptReader, PromptSet
 from prefopt.generate.sample import Sample, Sampler, Settings, occurrences
 from prefopt.generate.text import continuation, without_stop
 from prefopt.generate.transformers_sampler import TransformersSampler
+from prefopt.model.load import slow_dtype
 from prefopt.progress import Bar, Reporter, duration
 from prefopt.records import Message, Response
 from prefopt.train.stop import StopRequest
@@ -96,6 +97,8 @@ class _Run:
             given=given,
             tokenizer=tokenizer,
         )
+        if slow := slow_dtype(model.dtype, model.device):
+            self.reporter.say(slow)
         try:
             prompts = self._prompts(model, rows)
             mismatch = self._sample(model, prompts)

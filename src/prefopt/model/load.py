@@ -58,10 +58,20 @@ def native_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def slow_dtype(dtype: torch.dtype, device: torch.device) -> str | None:
+    """What to tell a person who asked for a precision that the device has to emulate, in one line."""
+    if dtype != torch.bfloat16 or native_bfloat16(device):
+        return None
+    return "bfloat16: this device emulates it, many times slower than float32; leave --dtype out to use float32"
+
+
 def local_folder(name: str) -> str:
     """The folder of a model or adapter: ``name`` itself, or where the Hub's files were put on this machine."""
-    if Path(name).expanduser().exists() or _is_path(name):
-        return str(Path(name).expanduser())
+    path = Path(name).expanduser()
+    if path.exists():
+        return str(path)
+    if _is_path(name):
+        raise ModelError(f"{name}: no such folder")  # here: less its ./ it would pass for a name on the Hub
     no_telemetry()
     from huggingface_hub import snapshot_download
 

@@ -1,0 +1,155 @@
+"""Sampling with prefopt beside transformers' generate: python sampling.py --model MODEL --texts TEXTS.jsonl
+
+The same model, prompts, number of samples and number of tokens on both sides (no token ends a sample), both with a
+key-value cache and batches of prompts sorted by length. generate encodes a prompt once for each of its samples and pads
+to the left; it draws from the same distribution, with another generator. Its log-probabilities are not asked for.
+Sides run in turn, each in the same process, the first round to warm up. What the matrix products alone take (2
+operations per weight and token, the head's at drawn tokens, at the best rate of this machine) is printed beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prefopt.generate.sample import Settings
+from prefopt.generate.transformers_sampler import TransformersSampler
+from prefopt.model.flops import matmul_peak
+from prefopt.model.scorer import Scorer
+
+Prompts = list[list[int]]
+
+
+def main() -> None:
+    args = parsed()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    prompts = read_prompts(args, tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
+    sides: dict[str, Callable[[], int]] = {
+        "generate": lambda: by_generate(model, prompts, args),
+        "prefopt": lambda: by_prefopt(model, prompts, args),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(args.rounds + 1):
+        for name, run in sides.items():
+            if args.only not in (None, name):
+                continue
+            started = time.perf_counter()
+            tokens = run()
+            taken = time.perf_counter() - started
+            assert tokens == len(prompts) * args.num * args.tokens
+            if number:  # the first round warms up
+                seconds[name].append(taken)
+    report(args, model, prompts, seconds, products(model, prompts, args) / matmul_peak(device, dtype))
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--texts", required=True, help="JSON lines with a field text, .gz or not")
+    parser.add_argument("--prompts", type=int, default=512)
+    parser.add_argument("--lengths", type=int, nargs=2, default=(2, 8), help="tokens of a prompt, from and to")
+    parser.add_argument("--num", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=("generate", "prefopt"))
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json")
+    return parser.parse_args()
+
+
+def read_prompts(args: argparse.Namespace, tokenizer: Any) -> Prompts:
+    """The beginnings of texts, of random lengths from a fixed seed."""
+    data = Path(args.texts).read_bytes()
+    data = gzip.decompress(data) if args.texts.endswith(".gz") else data
+    texts = [json.loads(line)["text"] for line in data.splitlines()]
+    chance = random.Random(0)
+    chance.shuffle(texts)
+    low, high = args.lengths
+    encoded = (tokenizer(text)["input_ids"][: chance.randint(low, high)] for text in texts)
+    return [ids for ids in encoded if len(ids) >= low][: args.prompts]
+
+
+def by_prefopt(model: Any, prompts: Prompts, args: argparse.Namespace) -> int:
+    scorer = Scorer(model)
+    try:
+        sampler = TransformersSampler(scorer, rows=args.batch_size)
+        found = sampler.sample(prompts, args.num, Settings(args.tokens))
+    finally:
+        scorer.detach_hook()
+    return sum(sample.tokens for many in found for sample in many)
+
+
+@torch.no_grad()
+def by_generate(model: Any, prompts: Prompts, args: argparse.Namespace) -> int:
+    drawn = 0
+    order = sorted(prompts, key=len, reverse=True)
+    size = max(1, args.batch_size // args.num)
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        longest = max(map(len, batch))
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(batch):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        out = model.generate(
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=args.num,
+            max_new_tokens=args.tokens,
+            min_new_tokens=args.tokens,
+            pad_token_id=0,
+        )
+        drawn += (out.shape[1] - longest) * out.shape[0]
+    return drawn
+
+
+def products(model: Any, prompts: Prompts, args: argparse.Namespace) -> float:
+    """Operations of the matrix products that sampling needs: prompts once, attention left aside."""
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(p.numel() for p in model.parameters() if p.ndim > 1) - model.get_input_embeddings().weight.numel()
+    body -= 0 if model.config.tie_word_embeddings else head
+    drawn = len(prompts) * args.num * args.tokens
+    return 2.0 * (body * (sum(map(len, prompts)) + drawn) + head * drawn)
+
+
+def report(
+    args: argparse.Namespace, model: Any, prompts: Prompts, seconds: dict[str, list[float]], ideal: float
+) -> None:
+    tokens = len(prompts) * args.num * args.tokens
+    where = f"{args.dtype}, {args.device}, {torch.get_num_threads()} threads"
+    print(f"{args.model}: {model.num_parameters():,} weights, {where}")
+    print(f"{len(prompts)} prompts x {args.num} samples x {args.tokens} tokens, {args.batch_size} side by side")
+    for name, taken in seconds.items():
+        if taken:
+            middle = statistics.median(taken)
+            print(f"{name:9} {middle:7.2f} s ({min(taken):.2f} to {max(taken):.2f}), {tokens / middle:9,.0f} tokens/s")
+    print(f"products  {ideal:7.2f} s")
+    if args.json:
+        found = {"arguments": vars(args), "seconds": seconds, "products_seconds": ideal, "tokens": tokens}
+        Path(args.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
