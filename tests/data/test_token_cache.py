@@ -99,6 +99,10 @@ def same_size_and_times(file: Path) -> None:
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+SWAPPED = {
+    "columns": {"messages": "prompt", "chosen": "rejected", "rejected": "chosen"},
+    "tags": {"role_tag": "role", "content_tag": "content"},
+}
 PLAIN: dict[str, Any] = {"rendering": Rendering(64, chat_template=TEMPLATE)}
 STALE: dict[str, tuple[Callable[[Path], object], dict[str, Any]]] = {
     "a row more": (lambda file: write(file, chat_rows(7)), PLAIN),
@@ -117,7 +121,12 @@ STALE: dict[str, tuple[Callable[[Path], object], dict[str, Any]]] = {
     "another want": (lambda file: None, PLAIN | {"want": "demonstrations"}),
     "a layout by name": (lambda file: None, PLAIN | {"format": "preference-chat"}),
     "sides the other way": (lambda file: None, PLAIN | {"columns": ["chosen=rejected", "rejected=chosen"]}),
-    "a description beside the file": (lambda file: (file.parent / "dataset_info.json").write_text("{}"), PLAIN),
+    "a description beside the file": (
+        lambda file: (file.parent / "dataset_info.json").write_text(
+            json.dumps({"mine": {"file_name": file.name, "formatting": "sharegpt", "ranking": True, **SWAPPED}})
+        ),
+        PLAIN,
+    ),
 }
 
 
@@ -135,6 +144,14 @@ def test_no_stale_tokens(change: Callable[[Path], object], options: dict[str, An
     assert not changed.cached
     os.environ["PREFOPT_CACHE"] += "-another"
     assert contents(changed) == contents(loaded(**options))
+
+
+def test_the_ending_of_a_name_that_tells_how_to_read_is_part_of_the_key(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("prompt,chosen,rejected\np,a,b\n", "utf-8")
+    assert load_groups([tmp_path / "rows.csv"], small_tokenizer()).kept == 1
+    (tmp_path / "rows.csv").rename(tmp_path / "rows.tsv")
+    with pytest.raises(DataError, match="unknown layout"):
+        load_groups([tmp_path / "rows.tsv"], small_tokenizer())
 
 
 def test_another_version_makes_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,20 +5,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from prefopt.data.dataset_info import find_entry
 from prefopt.data.findings import Findings, lines, merge
 from prefopt.data.formats import Reading, open_comparisons
 from prefopt.data.prepare import Chunk, Preparer, chunks
+from prefopt.data.read import layout_name
 from prefopt.data.render import Renderer
 from prefopt.data.rendering import Rendering
-from prefopt.data.sources import Source, find_sources
+from prefopt.data.sources import Origin, Source, find_sources
 from prefopt.data.split import Indices, split_by_prompt
 from prefopt.data.table import Columns, GroupTable, Part, joined
 from prefopt.data.token_cache import Append, Report, TokenCache, Tokenised, TokenKey
@@ -209,8 +210,10 @@ def _put_together(found: Sequence[Tokenised], notes: Sequence[str], on_bad_row: 
 
 def _cached(source: Source, digest: str, how: _How) -> Tokenised:
     contents = source.digest()
-    reading = (f"format={how.format}", *map(str, how.columns or ()), _beside(source))
-    key = TokenKey(contents, reading, how.want, digest)
+    # What is not in a file and yet decides how it is read: its ending, and what lies beside it.
+    reading = (str(how.format), str(how.columns), str(source.path and layout_name(source.path)))
+    key = TokenKey(contents, (*reading, str(find_entry(source.path))), how.want, digest)
+    source = replace(source, origin=_Watched(source.origin, how.stop))
 
     def make(append: Append) -> Report:
         if source.path and source.path.stat().st_size >= LARGE:
@@ -223,10 +226,21 @@ def _cached(source: Source, digest: str, how: _How) -> Tokenised:
     return TokenCache().get(key, make, file=source.name, source=source.entry, stop=how.stop)
 
 
-def _beside(source: Source) -> str:
-    """The digest of a description of data sets beside the file, which may tell its layout."""
-    described = source.path.with_name("dataset_info.json") if source.path else None
-    return hashlib.sha256(described.read_bytes()).hexdigest() if described and described.is_file() else ""
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """An origin of rows that can be stopped between any two of them, whoever reads it."""
+
+    origin: Origin
+    stop: Callable[[], None] | None
+
+    def rows(self, name: str, keep_going: bool) -> Iterator[object]:
+        for row in self.origin.rows(name, keep_going):
+            if self.stop is not None:
+                self.stop()
+            yield row
+
+    def digest(self) -> str:
+        return self.origin.digest()
 
 
 def _tokenise(reading: Reading, how: _How, append: Append) -> Report:

@@ -57,7 +57,10 @@ class Workers:
         self._threads = ThreadPoolExecutor(count)
         try:
             for _ in range(count):
-                self._workers.append(_Worker(file))
+                try:
+                    self._workers.append(_Worker(file))
+                except OSError as error:
+                    raise CannotStart(f"no other process can be started: {error.strerror}") from error
             for ready in [self._threads.submit(worker.ask, task) for worker in self._workers]:
                 if (why := ready.result()) is not None:
                     raise CannotStart(why)
