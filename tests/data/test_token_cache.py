@@ -70,6 +70,7 @@ def test_a_second_start_tokenises_nothing(tmp_path: Path, tokenised: list[int]) 
     both = load_groups([file, more], small_tokenizer(), rendering, on_bad_row="skip")
     assert tokenised == [12] and "33 of 45 rows from the token cache" in both.summary()
     assert both.groups.source_G.tolist() == [0] * 30 + [1] * 12
+    assert any(line.startswith(f"refused: {file}: missing field: 1") for line in both.summary())
 
 
 def test_groups_are_those_of_rendering_row_by_row(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
+import subprocess
+import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -163,6 +166,24 @@ def test_killed_its_processes_leave_by_themselves(tmp_path: Path) -> None:
     process.communicate()
     psutil.wait_procs(workers, timeout=20)
     assert len(workers) == 2 and not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in workers)
+
+
+@pytest.mark.slow
+def test_a_script_needs_no_guard(tmp_path: Path) -> None:
+    """Workers do not import the main module again."""
+    file = write(tmp_path / "rows.jsonl", chat_rows(60))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from data.small import small_tokenizer\n"
+        "from prefopt.data import load\n"
+        "load.PARALLEL_ROWS = 20\n"
+        f"print('kept', load.load_groups([{str(file)!r}], small_tokenizer(), workers=2).kept)\n",
+        "utf-8",
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "kept 60\n", "")
 
 
 def test_progress_is_told_where_there_is_much_to_do(

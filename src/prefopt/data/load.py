@@ -75,7 +75,9 @@ class GroupSet:
         """Lines that a run prints: rows read, kept, refused, from the cache and truncated, notes."""
         said = [f"{self.read} rows read, {self.kept} kept, {self.refused} refused"]
         if self.problems:
-            said.append(f"refused: {describe(self.problems)}")
+            files = {p.file for p in self.problems}  # several are told apart row by row
+            place = f"{files.pop()}: " if len(files) == 1 < len(self.groups.parts) else ""
+            said.append(f"refused: {place}{describe(self.problems)}")
         if self.cached:
             some = "" if self.cached == self.read else f" of {self.read}"
             said.append(f"{self.cached}{some} rows from the token cache")
