@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 TRUNCATED = "truncated"
 NO_END = "no end of turn"
+CONTRADICTION = "contradiction"
 
 
 @dataclass(slots=True)
@@ -125,8 +126,8 @@ def _audit_source(source: Source, number: int, found: Audit, how: How, examples:
                 continue
             tally.add(row)
             found.repeats.add(row, number)
-            for kind in row_suspicions(row):
-                ledger.note("warning", kind, tally.file, row.row, KINDS[kind])
+            for kind, place in row_suspicions(row).items():
+                ledger.note("warning", kind, tally.file, row.row, KINDS[kind], example=place)
             if row.row not in refused and row.row not in left_out:
                 examples.see(row)
         if how.progress is not None:
@@ -214,13 +215,13 @@ def _truncated(chunk: Chunk) -> list[int]:
 
 def _note_repeats(found: Audit) -> None:
     _note(found, found.repeats.duplicates(), "duplicate", "the same prompt, responses and preference", found.place)
-    _note(found, found.repeats.contradictions(), "contradiction", "the opposite is said elsewhere", found.place)
+    _note(found, found.repeats.contradictions(), CONTRADICTION, "the opposite is said elsewhere", found.place)
 
 
 def _note(found: Audit, rows: Found, kind: str, what: str, place: Callable[[int], tuple[str, int]]) -> None:
     for at, other in rows:
         file, row = found.place(at)
-        found.ledger.note("warning", kind, file, row, what, place(other))
+        found.ledger.note("warning", kind, file, row, what, other=place(other))
 
 
 class _Sample:

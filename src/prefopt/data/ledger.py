@@ -25,7 +25,9 @@ def _rows() -> Rows:
 
 @dataclass(slots=True)
 class Entry:
-    """One kind of problem in one file: its ``rows``, and ``what`` it is in words, of the first of them.
+    """One kind of problem in one file: its ``rows``, and ``what`` it is in words.
+
+    Where that differs from row to row (``varies``), it is said of the first; ``example`` is how it looks there.
 
     No rows: it is about the file as a whole; no file: about all of them. ``others`` are the rows that each row
     repeats, contradicts or shares its prompt with, file and row.
@@ -35,13 +37,15 @@ class Entry:
     kind: str
     file: str
     what: str
+    example: str = ""
+    varies: bool = False
     rows: Rows = field(default_factory=_rows)
     others: list[Place] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, object]:
         """As plain values, with all rows."""
         found: dict[str, object] = {"severity": self.severity, "kind": self.kind, "file": self.file}
-        found |= {"what": self.what, "count": len(self.rows), "rows": list(self.rows)}
+        found |= {"what": self.what, "example": self.example, "count": len(self.rows), "rows": list(self.rows)}
         if self.others:
             found["others"] = [{"file": file, "row": row} for file, row in self.others]
         return found
@@ -54,10 +58,21 @@ class Ledger:
         self._entries: dict[tuple[str, str, str], Entry] = {}
 
     def note(
-        self, severity: Severity, kind: str, file: str, row: int | None, what: str, other: Place | None = None
+        self,
+        severity: Severity,
+        kind: str,
+        file: str,
+        row: int | None,
+        what: str,
+        *,
+        example: str = "",
+        other: Place | None = None,
     ) -> None:
         """One row has a problem; a row that has the same one twice is counted once. Rows come in order."""
-        entry = self._entries.setdefault((severity, kind, file), Entry(severity, kind, file, what))
+        entry = self._entries.get((severity, kind, file))
+        if entry is None:
+            entry = self._entries[severity, kind, file] = Entry(severity, kind, file, what, example)
+        entry.varies = entry.varies or entry.what != what
         if row is not None and entry.rows[-1:] != array("q", [row]):
             entry.rows.append(row)
             if other is not None:

@@ -74,11 +74,11 @@ class Repeats:
         first = [np.minimum.reduceat(np.where(sides[order] == s, places[order], none), starts) for s in (0, 1)]
         group = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(keys)))
         other = np.where(sides[order] == 0, first[1][group], first[0][group])
-        found: dict[int, int] = {}
-        for place, opposite in sorted(zip(places[order].tolist(), other.tolist(), strict=True)):
-            if opposite < none and opposite != place:
-                found.setdefault(place, opposite)
-        return list(found.items())
+        claimed = places[order]
+        at = np.flatnonzero(other < none)
+        at = at[np.lexsort((other[at], claimed[at]))]
+        rows, first_of = np.unique(claimed[at], return_index=True)
+        return list(zip(rows.tolist(), other[at][first_of].tolist(), strict=True))
 
     def prompts_of(self, other: Repeats) -> Found:
         """Rows of this whose prompt ``other`` has too, each with the first place of it there."""
@@ -98,18 +98,18 @@ def _again(keys: npt.NDArray[np.uint64]) -> Found:
 
 
 def _claims(c: Comparison, names: Sequence[bytes]) -> Iterable[tuple[bytes, bytes]]:
-    """(better, worse) by name, each pair once: votes that outweigh one another count as what they sum to."""
-    margin: dict[tuple[bytes, bytes], float] = {}
+    """(better, worse) by name, each pair once; what a row says both ways counts as what it sums to."""
     weights = [vote[2] for vote in c.votes] if c.votes is not None else [1.0] * len(c.pairs)
-    for (best, worse), weight in zip(c.pairs, weights, strict=True):
-        pair = names[best], names[worse]
-        key, sign = (pair, 1) if pair[0] < pair[1] else (pair[::-1], -1)
+    said = [(names[best], names[worse], weight) for (best, worse), weight in zip(c.pairs, weights, strict=True)]
+    for name, good in zip(names, c.labels or (), strict=bool(c.labels)):
+        said.append((name, _NOTHING, 1.0) if good else (_NOTHING, name, 1.0))
+    margin: dict[tuple[bytes, bytes], float] = {}
+    for better, worse, weight in said:
+        key, sign = ((better, worse), 1) if better < worse else ((worse, better), -1)
         margin[key] = margin.get(key, 0.0) + sign * weight
     for (a, b), difference in margin.items():
         if a != b and difference:
             yield (a, b) if difference > 0 else (b, a)
-    for name, good in zip(names, c.labels or (), strict=bool(c.labels)):
-        yield (name, _NOTHING) if good else (_NOTHING, name)
 
 
 _NOTHING = bytes(8)

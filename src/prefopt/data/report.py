@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from prefopt.data.audit import Audit
+from prefopt.data.audit import CONTRADICTION, Audit
 from prefopt.data.ledger import SEVERITIES, Entry, Severity
 from prefopt.data.lengths import Lengths, bias_words
 from prefopt.data.problem import NAMED_ROWS
@@ -180,14 +180,19 @@ def _problems(train: Audit, held_out: Audit | None, width: int) -> Iterator[Line
 def _entry(e: Entry, digits: int, width: int) -> Iterator[Line]:
     count = f"{len(e.rows):>{digits},}" if e.rows else " " * digits
     what = "" if e.kind == e.what else f": {e.what}"
+    if e.varies:
+        what = f", such as row {e.rows[0]}: {e.what}"
     yield from _wrapped(f"{count}  {e.kind}{what}" if digits else f"{e.kind}{what}", width, 2, digits + 4)
     if e.rows:
         others = [""] * NAMED_ROWS
         if e.others:
-            others = [f" (as {f'{file}:' if file != e.file else ''}{row})" for file, row in e.others[:NAMED_ROWS]]
+            word = "against" if e.kind == CONTRADICTION else "as"
+            others = [f" ({word} {f'{file}:' if file != e.file else ''}{row})" for file, row in e.others[:NAMED_ROWS]]
         first = [f"{row}{other}" for row, other in zip(e.rows[:NAMED_ROWS], others, strict=False)]
         more = ", ..." if len(e.rows) > NAMED_ROWS else ""
         yield from _wrapped(f"row{'s' * (len(e.rows) > 1)} {', '.join(first)}{more}", width, digits + 4, None, "dim")
+    if e.example:
+        yield f"{' ' * (digits + 4)}{e.example}  (row {e.rows[0]})", "dim"
 
 
 def _percent(n: int, of: int) -> str:

@@ -1,13 +1,13 @@
 r"""Text that is probably not what its author wrote: damaged characters, invisible ones, left-overs of templates.
 
->>> suspicions("It\u00e2\u20ac\u2122s &quot;fine&quot;")
+>>> list(suspicions("It\u00e2\u20ac\u2122s &quot;fine&quot;"))
 ['mojibake', 'HTML entities']
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from prefopt.records import Comparison, Message
 
@@ -21,14 +21,18 @@ _HIDDEN = re.compile("[\u200b\u2060-\u2064\ufeff\u00ad\u180e]")
 _BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")
 _PRIVATE = re.compile("[\ue000-\uf8ff\U000f0000-\U0010ffff]")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u0080-\u009f]")
-_HTML = re.compile(r"&(?:amp|lt|gt|quot|nbsp|apos|mdash|rsquo|#\d{2,6}|#x[0-9a-fA-F]{2,6});|<br ?/?>|</(?:p|div|span)>")
+_HTML = re.compile(r"&(?:amp|lt|gt|quot|nbsp|apos|mdash|rsquo|#\d{2,6}|#x[0-9a-fA-F]{2,6});|<br ?/?>")
 _ESCAPED = re.compile(r"\\n(?![a-z]).*\\n(?![a-z])|\\u[0-9a-fA-F]{4}.*\\u[0-9a-fA-F]{4}", re.S)
 _TEMPLATE = re.compile(
     r"<\|[a-z_]{2,24}\|>|<｜[^｜<>]{2,24}｜>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<bos>|<eos>"
     r"|^#{2,3} ?(?:Response|Instruction|Input|Human|Assistant):|^</?s>|</?s>$",
     re.M,
 )
-_TURN = re.compile(r"^(?:Human|User|Assistant): ?\S", re.M)
+CODE = ("```", "</")  # where HTML is what was meant
+TURNS = "turns inside a response"
+BESIDE, LONGEST = 10, 20  # characters of a text that are shown beside a match, and of the match
+SPEAKERS = ("Human:", "User:", "Assistant:")
+_TURN = re.compile(rf"^(?:{'|'.join(SPEAKERS)}) ?\S", re.M)
 # A cheap look first, for almost all texts have none of these.
 _BEYOND_ASCII = (
     ("replacement character", re.compile("\ufffd")),
@@ -48,33 +52,56 @@ KINDS = {
     "HTML entities": "HTML that was not decoded, such as &quot; or <br>",
     "escaped line ends": "\\n or \\u0000 written out, and no line end in the text",
     "template text": "marks of a chat template written out, such as <|im_end|> or ### Response:",
-    "turns inside a response": "a line of a response begins with Human:, User: or Assistant:",
+    TURNS: "a line of a response begins with Human:, User: or Assistant:",
 }
 """Every kind of suspicion, and what it means."""
 
 
-def suspicions(text: str) -> list[str]:
-    """The kinds of a text, of :data:`KINDS`; turns inside a response are looked for in :func:`row_suspicions`."""
-    found = []
-    if not text.isascii():
-        found += [kind for kind, pattern in _BEYOND_ASCII if pattern.search(text)]
-    if not text.isprintable() and _CONTROL.search(text):
-        found.append("control characters")
-    if ("&" in text or "<" in text) and _HTML.search(text):
-        found.append("HTML entities")
-    if "\\" in text and "\n" not in text and _ESCAPED.search(text):
-        found.append("escaped line ends")
-    if _TEMPLATE.search(text):
-        found.append("template text")
+def suspicions(text: str) -> dict[str, str]:
+    """The kinds of a text, of :data:`KINDS`, each with the place where it is first seen.
+
+    Turns inside a response are looked for in :func:`row_suspicions`.
+    """
+    found = {}
+    for kind, pattern in _patterns(text):
+        if match := pattern.search(text):
+            found[kind] = _around(text, match)
     return found
 
 
-def row_suspicions(c: Comparison) -> list[str]:
-    """The kinds that any text of a row has, each once, in the order of :data:`KINDS`."""
-    found = {kind for turns in _turns(c) for m in turns for text in _texts(m) for kind in suspicions(text)}
-    if any(_TURN.search(m.content) for r in c.responses for m in r.messages if m.role == "assistant"):
-        found.add("turns inside a response")
-    return [kind for kind in KINDS if kind in found]
+def row_suspicions(c: Comparison) -> dict[str, str]:
+    """The kinds that any text of a row has, each with a place in it, in the order of :data:`KINDS`."""
+    found: dict[str, str] = {}
+    for turns in _turns(c):
+        for m in turns:
+            for text in _texts(m):
+                found = suspicions(text) | found
+    for r in c.responses:
+        for m in r.messages:
+            spoken = m.role == "assistant" and any(name in m.content for name in SPEAKERS)
+            if spoken and (match := _TURN.search(m.content)):
+                found.setdefault(TURNS, _around(m.content, match))
+    return {kind: found[kind] for kind in KINDS if kind in found} if found else found
+
+
+def _patterns(text: str) -> Iterator[tuple[str, re.Pattern[str]]]:
+    """What to look for in a text, judged by what is quick to see."""
+    if not text.isascii():
+        yield from _BEYOND_ASCII
+    if not text.isprintable():
+        yield "control characters", _CONTROL
+    if ("&" in text or "<" in text) and not any(mark in text for mark in CODE):
+        yield "HTML entities", _HTML
+    if "\\" in text and "\n" not in text:
+        yield "escaped line ends", _ESCAPED
+    if "<" in text or "[" in text or "#" in text:
+        yield "template text", _TEMPLATE
+
+
+def _around(text: str, match: re.Match[str]) -> str:
+    """A match with some text around it, what cannot be seen spelt out."""
+    start, end = max(match.start() - BESIDE, 0), min(match.end(), match.start() + LONGEST) + BESIDE
+    return ascii(text[start:end]) if not match[0].isprintable() else repr(text[start:end])
 
 
 def _turns(c: Comparison) -> Sequence[Sequence[Message]]:
