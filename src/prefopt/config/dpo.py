@@ -17,6 +17,8 @@ from prefopt.config.option import option
 from prefopt.config.training import LEARNING_RATE, TrainingOptions
 from prefopt.errors import ConfigError
 
+REFERENCE_MIX = 0.6  # TR-DPO's soft update
+
 
 @dataclass(frozen=True, kw_only=True)
 class DpoConfig(TrainingOptions, DataOptions, ModelOptions):
@@ -40,6 +42,22 @@ class DpoConfig(TrainingOptions, DataOptions, ModelOptions):
         group="model",
     )
 
+    reference_every: int | None = option(
+        None,
+        "move the reference towards the policy every so many steps (TR-DPO; the paper took 512); its values are then"
+        " not cached, but scored with every batch",
+        group="loss",
+        default_text="the reference stays",
+        at_least=1,
+    )
+    reference_mix: float = option(
+        None,
+        "how far it moves: 1 is a copy of the policy",
+        group="loss",
+        default_text="0.6, with --reference-every",
+        above=0,
+        at_most=1,
+    )
     loss: str = option(
         "dpo",
         "what is optimised: a name that prefopt losses lists, a weighted sum such as dpo:1.0,nll:0.2, or one's own as"
@@ -81,6 +99,9 @@ class DpoConfig(TrainingOptions, DataOptions, ModelOptions):
         at_least=0,
         at_most=1,
     )
+    weighting: Literal["wpo"] | None = option(
+        None, "what the loss of each pair is multiplied by, see prefopt losses", group="loss"
+    )
     pairs: Literal["all", "best-worst"] = option(
         None,
         "of more than two responses: every pair, those of a prompt weighing 1 together, or the best against the worst",
@@ -98,9 +119,30 @@ class DpoConfig(TrainingOptions, DataOptions, ModelOptions):
                 "--reference-adapter under full fine-tuning needs the model it belongs to: give --reference, or train"
                 " with --lora or --adapter"
             )
+        self.check_movement()
         self.fill_adapter()
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", LEARNING_RATE[self.lora])
+
+    def check_movement(self) -> None:
+        """A reference that moves, and what does not go with it. Raises ``ConfigError``."""
+        if self.reference_every is None:
+            if self.reference_mix is not None:
+                raise ConfigError("--reference-mix says how far the reference moves: give --reference-every too")
+            return
+        if self.reference_mix is None:
+            object.__setattr__(self, "reference_mix", REFERENCE_MIX)
+        if self.early_stopping is not None:
+            raise ConfigError(
+                "--early-stopping compares losses, which --reference-every measures against ever other references:"
+                " leave one of them out"
+            )
+        for name in ("reference", "reference_adapter"):
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: the reference that --reference-every moves begins as the policy does;"
+                    " leave one of them out"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Every option with its value, plain enough for YAML."""

@@ -22,13 +22,13 @@ from prefopt.data.group import Group
 from prefopt.data.packer import PackedBatch
 from prefopt.data.sampler import Sampler
 from prefopt.data.show import show
-from prefopt.data.table import GroupTable
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.data.truncate import sequence_limit
 from prefopt.disk.write import output_errors
 from prefopt.errors import ConfigError
 from prefopt.model.check import CheckReport, check_scoring
 from prefopt.model.flops import FlopCount, matmul_peak
+from prefopt.model.live import Movement
 from prefopt.model.load import (
     load_config,
     local_folder,
@@ -38,12 +38,12 @@ from prefopt.model.load import (
     vocabulary_size,
 )
 from prefopt.model.memory import peak_memory
-from prefopt.model.reference import ReferenceValues
 from prefopt.model.save import repair_generation
 from prefopt.model.scorer import Scorer, causal_model
 from prefopt.model.sharing import context_length
 from prefopt.progress import Reporter, duration, size
 from prefopt.train import budget
+from prefopt.train.against import Against
 from prefopt.train.best import load_best
 from prefopt.train.callbacks import Callbacks
 from prefopt.train.card import save_model, write_card
@@ -53,19 +53,15 @@ from prefopt.train.folder import FREE, RunFolder, fingerprint
 from prefopt.train.history import read_history
 from prefopt.train.loop import Loop, LoopOptions
 from prefopt.train.metrics import Metrics
-from prefopt.train.mismatched import mismatched
 from prefopt.train.objective import PreferenceObjective
 from prefopt.train.optim import Schedule, adamw
 from prefopt.train.policy import Policy
 from prefopt.train.preflight import inspect_first
-from prefopt.train.reference import ReferenceRun, check_vocabulary, choose_reference, identify, unscored
+from prefopt.train.reference import ReferenceRun, check_vocabulary, choose_reference, identify
 from prefopt.train.stop import StopRequest
 from prefopt.train.sums import Record
-from prefopt.train.terms import names_of, needs_reference, terms_of, words
+from prefopt.train.terms import needs_reference, terms_of, words
 from prefopt.train.watch import watchers
-
-SCORING_AHEAD = 4
-"""The reference is scored in batches this much larger than training's: no activations are kept for backward."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,19 +144,16 @@ class _Run:
             if choice and identity:
                 tokens = any(term.loss.needs_head_values for term in self.terms)
                 reference = ReferenceRun(choice, identity, policy.scorer, self.config, token_values=tokens)
-                self.reporter.say(f"reference: {choice.words}, {identity.digest[:12]}")
-            else:
-                self.reporter.say(f"reference: none is loaded, {names_of(self.terms)} compares with none")
-            others = self._mismatched(data)
+            against = Against(self.config, self.terms, data, reference, self.limit, self.reporter)
             if self.config.dry_run:
-                self._preview(data, others, policy, reference)
+                self._preview(data, against, policy)
                 return None
             self._take_folder(data, reference)
-            scored = data.groups + others if others else data.groups
-            values = self._reference_values(scored, reference, policy.scorer) if reference else None
+            values = against.values(policy.scorer, self.folder, self.stop)
             self.reporter.say(policy.make_trainable())
-            objective = self._objective(data, others, values)
-            loop = self._loop(policy, objective, data, check if choice and choice.is_start else None)
+            objective = against.objective(policy, values)
+            known = check if choice and choice.is_start else None
+            loop = self._loop(policy, objective, data, known, against.movement)
             loop.run()
             return self._finish(loop, data)
         finally:
@@ -203,72 +196,39 @@ class _Run:
         with output_errors(path):
             path.write_text(self._options(), encoding="utf-8")
 
-    def _reference_values(self, groups: GroupTable, reference: ReferenceRun, scorer: Scorer) -> ReferenceValues:
-        """The reference's values for all responses."""
-        # Remembered, since a resumed run must pack as the first one did to give the same bits.
-        tokens = self.folder.record.get("scoring_budget") or SCORING_AHEAD * (
-            self.config.token_budget or budget.estimate(scorer, groups, checkpointing=False, still_to_come=0)
-        )
-        self.folder.remember(scoring_budget=tokens)
-        values, report = reference.values(groups, tokens, self.reporter, self.stop)
-        scored, reused = report.scored_responses, report.reused_responses
-        self.reporter.say(
-            f"reference: {scored} responses scored in {duration(report.seconds)}, {reused} from the cache"
-            if scored
-            else f"reference: all {reused} responses from the cache"
-        )
-        return values
-
     def _options(self) -> str:
         """The options as a file for ``--config``, less what a second run should not repeat."""
         return write_document(DpoConfig, {**self.config.to_dict(), "dry_run": False, "resume": False})
 
-    def _objective(
-        self, data: TrainingData, others: GroupTable | None, reference: ReferenceValues | None
-    ) -> PreferenceObjective:
-        which = self.config.pairs or "all"
-        return PreferenceObjective(
-            self.terms, data.groups, reference, device=self.device, pairs=which, mismatched=others
-        )
-
-    def _mismatched(self, data: TrainingData) -> GroupTable | None:
-        """Responses to other prompts, where a loss compares with them."""
-        if not any(term.loss.needs_mismatched for term in self.terms):
-            return None
-        others, cut = mismatched(data.groups, self.limit)
-        said = f", {cut} of them cut to {self.limit} tokens" if cut else ""
-        self.reporter.say(f"loss: compares with {len(others.key_N)} responses to other prompts{said}")
-        return others
-
-    def _preview(
-        self, data: TrainingData, others: GroupTable | None, policy: Policy, reference: ReferenceRun | None
-    ) -> None:
+    def _preview(self, data: TrainingData, against: Against, policy: Policy) -> None:
         """What a dry run shows beyond the lines of every run: examples, options, what it would take."""
         say = self.reporter.say
         for group in data.source.groups[:2]:
             say(f"\nrow {group.row}, trained tokens in ⟦ ⟧:\n{show(group, self.tokenizer)}")
         say("\n" + self._options())
-        missing = 0
-        scored = data.groups + others if others else data.groups
-        if reference:
-            reference.check_fits(scored)
-            missing = reference.missing(scored)
+        missing = against.missing()
+        if against.reference is not None and not against.live:
             say(f"reference: {missing or 'no'} responses are still to be scored")
         say(policy.make_trainable())
-        objective = self._objective(data, others, unscored(scored) if reference else None)
-        tokens, speed = self._token_budget(policy, objective, data.groups)
+        tokens, speed = self._token_budget(policy, against.preview(policy), data.groups)
         # Forward alone is a third of a training step's work.
-        ahead = int(policy.scorer.layout.costs(scored).sum()) / (3 * speed) if missing else 0.0
+        ahead = int(policy.scorer.layout.costs(against.groups).sum()) / (3 * speed) if missing else 0.0
         peak, state = peak_memory(self.device), budget.state_bytes(policy.masters)
         whole = duration(ahead + self._seconds(policy, data, speed))
-        say(f"{self._plan(policy, data, tokens, speed)}, with the reference {whole}")
+        ahead_too = f", with the reference {whole}" if against.reference is not None and not against.live else ""
+        say(self._plan(policy, data, tokens, speed) + ahead_too)
         say(f"memory: {size(peak)} in the trial, and {size(state)} for the optimiser to come")
         say("dry run: nothing was trained, and no output written")
 
     # -- training ----------------------------------------------------------------------------------------------
 
     def _loop(
-        self, policy: Policy, objective: PreferenceObjective, data: TrainingData, check: CheckReport | None
+        self,
+        policy: Policy,
+        objective: PreferenceObjective,
+        data: TrainingData,
+        check: CheckReport | None,
+        movement: Movement | None,
     ) -> Loop:
         config = self.config
         steps = self._steps(data)
@@ -305,6 +265,7 @@ class _Run:
             measure=self._measure(policy.scorer),
             inspect_first=lambda *found: self._tell(inspect_first(objective, check, *found)),
             callbacks=self.callbacks,
+            movement=movement,
         )
         torch.manual_seed(config.seed + 1)
         if config.resume:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -17,7 +17,16 @@ from transformers import PreTrainedModel
 from prefopt.data.packer import Layout, PackedBatch, Pass
 from prefopt.errors import ModelError
 from prefopt.model.attention import HOOK, gather_plan, kernel_for
-from prefopt.model.logprobs import module_logprobs, token_logprobs
+from prefopt.model.distributions import Distributions, TokenScores, head_scores, logit_scores, squares
+from prefopt.model.logprobs import (
+    head_logits,
+    module_logprobs,
+    token_logprobs,
+    token_logprobs_and_squares,
+    transformed,
+    vocabulary_of,
+    wide_dtype,
+)
 from prefopt.model.sharing import layout_of
 
 VERSION = 1
@@ -35,6 +44,15 @@ class Head:
     kind: str
     scale: float = 1.0
     softcap: float | None = None
+
+
+class Asked(NamedTuple):
+    """What a forward pass shall tell beside log-probabilities: the logarithm of summed ``squares`` of probabilities,
+    how far it is from the distributions ``against``, and its own distributions, to ``keep``."""
+
+    squares: bool = False
+    against: Distributions | None = None
+    keep: bool = False
 
 
 class Scorer(torch.nn.Module):
@@ -103,18 +121,61 @@ class Scorer(torch.nn.Module):
             for config, name in zip(self._configs, now, strict=True):
                 config._attn_implementation = name
 
-    def forward(self, batch: PackedBatch) -> torch.Tensor:
-        """Log-probability [M] of every scored token, float32 (float64 for a float64 model)."""
+    def forward(self, batch: PackedBatch, asked: Asked | None = None) -> torch.Tensor | TokenScores:
+        """Log-probability [M] of every scored token, float32 (float64 for a float64 model), or what is ``asked``."""
         if self.head.kind == "model":
-            return self._own_logits(batch)
+            return self._by_own_logits(batch, asked)
         hidden = torch.cat([self._hidden(p) for p in batch.passes]).index_select(0, batch.read)
-        head = causal_model(self.model).get_output_embeddings()
+        head, how = self._head_module(), self.head
+        if asked is None or asked.against is None:
+            logp_M, square_M = self._logprobs(hidden, batch.target, asked is not None and asked.squares)
+            return logp_M if asked is None else self._also(TokenScores(logp_M, square_M), hidden, asked)
+        if how.kind == "module":
+            scores = logit_scores(self._logits, hidden, batch.target, asked.against)
+        else:
+            scores = head_scores(
+                hidden, head.weight, batch.target, asked.against, bias=head.bias, scale=how.scale, softcap=how.softcap
+            )
+        return self._also(scores, hidden, asked)
+
+    def _logprobs(
+        self, hidden: torch.Tensor, target: torch.Tensor, square: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        head, how = self._head_module(), self.head
+        if how.kind == "module":
+            logp_M = module_logprobs(head, hidden, target, scale=how.scale, softcap=how.softcap)
+            return logp_M, squares(self._logits, hidden, vocabulary_of(head)) if square else None
+        options: dict[str, Any] = {"bias": head.bias, "scale": how.scale, "softcap": how.softcap}
+        if square:
+            return token_logprobs_and_squares(hidden, head.weight, target, **options)
+        return token_logprobs(hidden, head.weight, target, **options), None
+
+    def _also(self, scores: TokenScores, hidden: torch.Tensor, asked: Asked) -> TokenScores:
+        """The distributions themselves, where they are to be kept."""
+        if not asked.keep:
+            return scores
+        kept, frozen = hidden.detach(), self._frozen_head()
+        made = Distributions(vocabulary_of(self._head_module()), lambda rows: self._logits(kept[rows], frozen).detach())
+        return scores._replace(distributions=made)
+
+    def _head_module(self) -> Any:
+        head: Any = causal_model(self.model).get_output_embeddings()
         assert head is not None
-        if self.head.kind == "module":
-            return module_logprobs(head, hidden, batch.target, scale=self.head.scale, softcap=self.head.softcap)
-        return token_logprobs(
-            hidden, head.weight, batch.target, bias=head.bias, scale=self.head.scale, softcap=self.head.softcap
-        )
+        return head
+
+    def _frozen_head(self) -> dict[str, torch.Tensor]:
+        """The head's weights as they are now, whatever stands in their place later."""
+        return {name: p.data for name, p in self._head_module().named_parameters()}
+
+    def _logits(self, hidden: torch.Tensor, weights: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """Logits [rows, V] of hidden [rows, H], float32 or wider, by the head or with other ``weights`` in it."""
+        head = self._head_module()
+        if self.head.kind == "fused":
+            weight, bias = (weights or {}).get("weight", head.weight), (weights or {}).get("bias", head.bias)
+            z = head_logits(hidden, weight, bias)
+        else:
+            z = head(hidden) if weights is None else torch.func.functional_call(head, weights, (hidden,))
+        return transformed(z.to(wide_dtype(z.dtype)), self.head.scale, self.head.softcap)
 
     def _hidden(self, row: Pass) -> torch.Tensor:
         """Last hidden states [T, H] of one row."""
@@ -129,12 +190,24 @@ class Scorer(torch.nn.Module):
         hidden: torch.Tensor = out.last_hidden_state[0]
         return hidden
 
-    def _own_logits(self, batch: PackedBatch) -> torch.Tensor:
+    def _by_own_logits(self, batch: PackedBatch, asked: Asked | None) -> torch.Tensor | TokenScores:
+        """For models whose head is not known: they make the logits of the batch, and those are held."""
         causal = causal_model(self.model)
         logits = [causal(input_ids=p.ids[None], use_cache=False, return_dict=True).logits[0] for p in batch.passes]
         z = torch.cat(logits).index_select(0, batch.read)
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        return z.gather(-1, batch.target[:, None])[:, 0] - z.logsumexp(-1)
+        z = z.to(wide_dtype(z.dtype))
+        if asked is None:
+            return z.gather(-1, batch.target[:, None])[:, 0] - z.logsumexp(-1)
+        if asked.against is not None:
+            scores = logit_scores(lambda rows: rows, z, batch.target, asked.against)
+        else:
+            scores = TokenScores(z.gather(-1, batch.target[:, None])[:, 0] - z.logsumexp(-1))
+            if asked.squares:
+                scores = scores._replace(square_M=squares(lambda rows: rows, z, z.shape[1]))
+        if asked.keep:
+            kept = z.detach()
+            scores = scores._replace(distributions=Distributions(z.shape[1], lambda rows: kept[rows].clone()))
+        return scores
 
 
 def response_sums(logp_M: torch.Tensor, batch: PackedBatch) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Checkpoints: written aside, checked, renamed; a damaged one is told by its checksums and the one before it used.
 
 A checkpoint is a folder ``step-00000010`` of ``weights.safetensors`` (the float32 masters of what is trained),
-``optimizer.safetensors`` and ``state.json``, with ``manifest.json`` that holds the SHA-256 of each. Random states and
-numbers live in ``state.json``; nothing is pickled.
+``optimizer.safetensors``, ``state.json`` and, where the reference moves, ``reference.safetensors``, with
+``manifest.json`` that holds the SHA-256 of each. Random states and numbers live in ``state.json``; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 Tensors = Mapping[str, torch.Tensor]
 FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
+REFERENCE = "reference.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +38,22 @@ class Checkpoint:
     weights: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
     state: dict[str, Any]
+    reference: dict[str, torch.Tensor] | None = None
 
 
-def save(folder: Path, weights: Tensors, optimizer: Tensors, state: dict[str, Any], *, keep_last: int) -> Path:
-    """Write the checkpoint of ``state["step"]`` and remove all but the newest ``keep_last``."""
+def save(
+    folder: Path,
+    weights: Tensors,
+    optimizer: Tensors,
+    state: dict[str, Any],
+    *,
+    keep_last: int,
+    reference: Tensors | None = None,
+) -> Path:
+    """Write the checkpoint of ``state["step"]`` and remove all but the newest ``keep_last``.
+
+    ``reference``: the weights of a reference that moves.
+    """
     path = folder / f"step-{state['step']:08d}"
     aside = folder / f".{path.name}.{os.getpid()}"
     with output_errors(path):
@@ -50,8 +63,10 @@ def save(folder: Path, weights: Tensors, optimizer: Tensors, state: dict[str, An
         aside.mkdir()
         write_tensors(aside / "weights.safetensors", weights)
         write_tensors(aside / "optimizer.safetensors", optimizer)
+        if reference is not None:
+            write_tensors(aside / REFERENCE, reference)
         write_flushed(aside / "state.json", json.dumps(state).encode())
-        sums = {name: _sha256(aside / name) for name in FILES}
+        sums = {name: _sha256(aside / name) for name in (*FILES, *([REFERENCE] if reference is not None else []))}
         write_flushed(aside / "manifest.json", json.dumps(sums).encode())
         if path.exists():  # a damaged one, that the run went back behind
             shutil.rmtree(path)
@@ -76,11 +91,12 @@ def newest(folder: Path) -> tuple[Path, Checkpoint] | None:
 
 def _read(path: Path) -> Checkpoint:
     sums = json.loads((path / "manifest.json").read_text())
-    for name in FILES:
+    for name in {*FILES, *sums}:
         if _sha256(path / name) != sums[name]:
             raise ValueError(f"{name} is not what was written")
     state = json.loads((path / "state.json").read_text())
-    return Checkpoint(load_file(path / "weights.safetensors"), load_file(path / "optimizer.safetensors"), state)
+    weights, optimizer = (load_file(path / name) for name in FILES[:2])
+    return Checkpoint(weights, optimizer, state, load_file(path / REFERENCE) if REFERENCE in sums else None)
 
 
 def write_tensors(path: Path, tensors: Tensors) -> None:

@@ -16,6 +16,7 @@ from prefopt.data.packer import PackedBatch, pack, split
 from prefopt.data.sampler import Sampler
 from prefopt.data.table import GroupTable
 from prefopt.errors import RunError
+from prefopt.model.live import Movement
 from prefopt.model.memory import out_of_memory
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer
@@ -62,7 +63,8 @@ class Loop:
     """One run over ``groups``, of which ``train`` and ``held_out`` are indices.
 
     ``checkpoints`` is a folder; ``inspect_first`` sees the first step's metrics, groups and values before any weight
-    moves.
+    moves. ``movement``: the reference moves; losses against different ones cannot be compared, so that no evaluation is
+    the best.
     """
 
     scorer: Scorer
@@ -82,6 +84,7 @@ class Loop:
     token_budget: int
     measure: Callable[[Sequence[PackedBatch], float], Record]
     inspect_first: Callable[[Record, Sequence[int], Values], None] | None = None
+    movement: Movement | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
     progress: Progress = field(default_factory=Progress)
     _saved: int | None = None
@@ -101,6 +104,8 @@ class Loop:
         self.masters.load(saved.weights)
         checkpoint.restore_optimizer(self.optimizer, saved.optimizer)
         checkpoint.restore_random(saved.state["random"])
+        if self.movement is not None and saved.reference is not None:
+            self.movement.held.load(saved.reference)
         for name, kept in saved.state.get("losses", {}).items():
             now = self.objective.state[name]
             self.objective.state[name] = {k: now[k].new_tensor(value) for k, value in kept.items()}
@@ -194,6 +199,8 @@ class Loop:
         self.masters.publish()
         self.masters.zero_grad()
         self.objective.state = found.state
+        if self.movement is not None:
+            self.movement.after(step + 1, self.masters)
 
     def _step_indices(self, step: int) -> list[int]:
         return [self.train[i] for i in self.sampler.batch(step)]
@@ -231,7 +238,7 @@ class Loop:
         self.scorer.train()
         record = sums.means()
         self.metrics.write({"step": progress.step, **{f"eval_{name}": value for name, value in record.items()}})
-        better = record["loss"] < progress.best_loss
+        better = self.movement is None and record["loss"] < progress.best_loss
         self.reporter.say(
             f"step {progress.step}: held out: {', '.join(note(record))}{' (best so far)' if better else ''}"
         )
@@ -239,7 +246,7 @@ class Loop:
             progress.best_step, progress.best_loss, progress.without_gain = progress.step, record["loss"], 0
             save_best(self.checkpoints, progress.step, dict(self.masters.saved()))
             forget_bests(self.checkpoints, progress.step)
-        else:
+        elif self.movement is None:
             progress.without_gain += 1
             patience = self.options.early_stopping
             progress.stopped_early = patience is not None and progress.without_gain >= patience
@@ -253,7 +260,10 @@ class Loop:
         state["losses"] = {name: {k: float(v) for k, v in kept.items()} for name, kept in self.objective.state.items()}
         optimizer = checkpoint.optimizer_tensors(self.optimizer)
         weights = dict(self.masters.saved())
-        path = checkpoint.save(self.checkpoints, weights, optimizer, state, keep_last=self.options.keep_last)
+        reference = self.movement.held.saved() if self.movement is not None else None
+        path = checkpoint.save(
+            self.checkpoints, weights, optimizer, state, keep_last=self.options.keep_last, reference=reference
+        )
         self._saved = self.progress.step
         forget_bests(self.checkpoints, self.progress.best_step)
         if self.options.save_every or self.stop.signal is not None:

@@ -17,8 +17,10 @@ from prefopt.data.packer import PackedBatch, pack
 from prefopt.errors import DataError
 from prefopt.losses.declare import Kind
 from prefopt.losses.parse import Term
+from prefopt.model.distributions import TokenScores
+from prefopt.model.live import LiveReference
 from prefopt.model.reference import ReferenceValues
-from prefopt.model.scorer import Scorer, response_sums
+from prefopt.model.scorer import Asked, Scorer, response_sums
 from prefopt.train import items
 from prefopt.train.facts import Facts, Values, head_sums
 from prefopt.train.sums import Outcome, State, summed
@@ -55,7 +57,8 @@ class PreferenceObjective:
     """Losses on pairs, labelled responses or rankings (see :class:`Objective`).
 
     ``reference`` holds the reference's values of all ``groups``, and behind them of all ``mismatched`` (see
-    ``mismatched.py``); none where no loss needs them. ``pairs``: see :data:`prefopt.train.items.WHICH`.
+    ``mismatched.py``); none where no loss needs them, or where a ``live`` one is scored with every batch. ``pairs``:
+    see :data:`prefopt.train.items.WHICH`.
     """
 
     def __init__(
@@ -67,10 +70,11 @@ class PreferenceObjective:
         device: torch.device,
         pairs: str = "all",
         mismatched: Sequence[Group] | None = None,
+        live: LiveReference | None = None,
     ) -> None:
         """Raises :class:`DataError` where a group has nothing that the losses could be computed on."""
         self.terms, self.groups, self.reference, self.which = tuple(terms), groups, reference, pairs
-        self.mismatched = mismatched
+        self.mismatched, self.live = mismatched, live
         self.device, self.dtype = device, torch.float32 if device.type == "mps" else torch.float64
         self.kind: Kind = terms[0].loss.kind
         self.names = {name for term in terms for name in term.inputs}
@@ -78,6 +82,7 @@ class PreferenceObjective:
         self.whole_batch = any(term.loss.whole_batch for term in terms)
         self.state: State = {term.loss.name: start for term in terms if (start := term.loss.start(device)) is not None}
         self._needs = frozenset(self.names | self.optional)
+        self._compares = any(term.loss.needs_distributions for term in terms)
         self._check()
 
     @property
@@ -94,23 +99,43 @@ class PreferenceObjective:
 
     def fixed(self, scorer: Scorer, batch: PackedBatch, indices: Sequence[int]) -> Values:
         """See :class:`Objective`."""
-        if self.mismatched is None:
-            return {}
-        other = pack([self.mismatched[i] for i in indices], scorer.layout).to(self.device)
-        return {"mismatched_logp_N": response_sums(scorer(other), other)}
+        values: Values = {}
+        if self.live is not None and not self._compares:
+            values = self._sums(self.live.logprobs(batch), batch, indices, "ref_logp")
+        if self.mismatched is not None:
+            other = pack([self.mismatched[i] for i in indices], scorer.layout).to(self.device)
+            values["mismatched_logp_N"] = response_sums(scorer(other), other)
+            if self.live is not None:
+                values["mismatched_ref_logp_N"] = response_sums(self.live.logprobs(other), other)
+        return values
 
     def policy(self, scorer: Scorer, batch: PackedBatch, indices: Sequence[int]) -> Values:
         """See :class:`Objective`."""
-        logp_M = scorer(batch)
-        values = {"logp_N": response_sums(logp_M, batch)}
-        if "chosen_head_logp_G" in self._needs:
+        square = "chosen_wpo_G" in self._needs
+        if not square and not self._compares:
+            return self._sums(scorer(batch), batch, indices, "logp")
+        against = self.live.distributions(batch) if self._compares and self.live is not None else None
+        scores: TokenScores = scorer(batch, Asked(squares=square, against=against))
+        values = self._sums(scores.logp_M, batch, indices, "logp")
+        if against is not None:
+            assert scores.kl_M is not None and scores.other_logp_M is not None
+            values["kl_N"] = response_sums(scores.kl_M, batch)
+            values |= self._sums(scores.other_logp_M, batch, indices, "ref_logp")
+        if square:
+            assert scores.square_M is not None
+            values["wpo_N"] = response_sums(scores.logp_M.detach() - scores.square_M, batch) / batch.length
+        return values
+
+    def _sums(self, logp_M: torch.Tensor, batch: PackedBatch, indices: Sequence[int], name: str) -> Values:
+        """Sums by response and, where a loss needs them, over the first tokens of the responses of each pair."""
+        values = {f"{name}_N": response_sums(logp_M, batch)}
+        if f"chosen_head_{name}_G" in self._needs:
             facts = self._facts(indices)
-            ends = np.cumsum(items.lengths_of(facts.groups))
-            starts = ends - items.lengths_of(facts.groups)
+            length = items.lengths_of(facts.groups)
             for side in ("chosen", "rejected"):
                 response: items.Ints = getattr(facts.pairs, side)
-                wide = logp_M.to(self.dtype)
-                values[f"{side}_head_logp_G"] = head_sums(wide, starts, response, facts.head_R)
+                head = head_sums(logp_M.to(self.dtype), np.cumsum(length) - length, response, facts.head_R)
+                values[f"{side}_head_{name}_G"] = head
         return values
 
     def __call__(self, values: Values, indices: Sequence[int], normaliser: Normaliser) -> Outcome:

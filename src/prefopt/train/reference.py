@@ -16,8 +16,11 @@ from prefopt.data.table import GroupTable
 from prefopt.errors import ModelError, RunError
 from prefopt.model.check import check_scoring
 from prefopt.model.identity import Identity, identity_of_folder, identity_of_model
+from prefopt.model.live import HeldWeights, LiveReference
 from prefopt.model.load import load_model, local_folder, vocabulary_size
+from prefopt.model.logprobs import vocabulary_of
 from prefopt.model.memory import out_of_memory
+from prefopt.model.precision import MasterWeights
 from prefopt.model.reference import FillReport, ReferenceCache, ReferenceValues, Score, Scored, SpaceKey
 from prefopt.model.scorer import VERSION, Scorer, causal_model, response_sums
 from prefopt.model.sharing import context_length
@@ -138,6 +141,25 @@ class ReferenceRun:
                 f"--reference {self.choice.model}: its context is {context} tokens, but a row has {longest};"
                 f" give --max-length {context}"
             )
+
+    def in_memory(
+        self, policy: Scorer, masters: MasterWeights, groups: Sequence[Group], *, moves: bool
+    ) -> LiveReference:
+        """The reference to be scored batch by batch. ``policy`` and ``masters`` are the trainable policy's.
+
+        Raises :class:`ModelError` where the two do not make logits of the same tokens.
+        """
+        if self.choice.is_start:
+            return LiveReference(policy, HeldWeights(masters, moves=moves))
+        other = self._other()
+        check_scoring(other, groups)
+        rows = [vocabulary_of(causal_model(s.model).get_output_embeddings()) for s in (policy, other)]
+        if rows[0] != rows[1]:
+            raise ModelError(
+                f"--reference {self.choice.model}: it has {rows[1]} tokens and the model {rows[0]}, whose distributions"
+                " cannot be compared; give another one, or a loss that needs no distributions"
+            )
+        return LiveReference(other)
 
     def missing(self, groups: Sequence[Group]) -> int:
         """Responses still to be scored."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from prefopt.losses.declare import Value
 from prefopt.losses.parse import Term, parse_losses
 
 Terms = tuple[Term, ...]
-_OF_REFERENCE = ("reference", "reference_adapter")
+_OF_REFERENCE = ("reference", "reference_adapter", "reference_every")
 
 
 def terms_of(config: DpoConfig) -> tuple[DpoConfig, Terms]:
@@ -42,7 +42,8 @@ def terms_of(config: DpoConfig) -> tuple[DpoConfig, Terms]:
 def _parsed(config: DpoConfig) -> Terms:
     """The losses with the options that have a flag of their own among the others."""
     options = list(config.loss_options or ())
-    plain = parse_losses(config.loss, options, beta=config.beta, label_smoothing=config.label_smoothing)
+    named: dict[str, Any] = {name: getattr(config, name) for name in ("beta", "label_smoothing", "weighting")}
+    plain = parse_losses(config.loss, options, **named)
     for name in ("divergence", "divergence_alpha"):
         value = getattr(config, name)
         if value is None:
@@ -52,7 +53,7 @@ def _parsed(config: DpoConfig) -> Terms:
                 f"{flag(name)}: {names_of(plain)} sees more than a difference of log-ratios; leave it out"
             )
         options.append(f"{name}={value}")
-    return parse_losses(config.loss, options, beta=config.beta, label_smoothing=config.label_smoothing)
+    return parse_losses(config.loss, options, **named)
 
 
 def needs_reference(terms: Sequence[Term]) -> bool:
@@ -70,9 +71,15 @@ def words(terms: Sequence[Term]) -> str:
     parts = []
     for term in terms:
         weight = f"{term.weight:g} " if len(terms) > 1 else ""
-        values = ", ".join(f"{name} {_plain(value)}" for name, value in read_by(term).items())
-        parts.append(f"{weight}{term.loss.name}{f' ({values})' if values else ''}")
-    return " + ".join(parts)
+        parts.append(weight + _with_values(term.loss.name, read_by(term)))
+    factor = terms[0].weighting
+    times = f", times {_with_values(factor.name, terms[0].weighting_values or {})}" if factor else ""
+    return " + ".join(parts) + times
+
+
+def _with_values(name: str, values: Mapping[str, Value]) -> str:
+    told = ", ".join(f"{option} {_plain(value)}" for option, value in values.items())
+    return f"{name} ({told})" if told else name
 
 
 def read_by(term: Term) -> dict[str, Value]:

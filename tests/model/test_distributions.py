@@ -1,0 +1,154 @@
+"""Whole distributions at every token: divergences and sums of squares, against the naive formula in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from model.architectures import Float64Throughout, build, with_exact_rotary
+from model.oracle import groups_of_every_kind
+from model.test_logprobs import TRANSFORMS, LargestTensor, M, V, inputs
+from prefopt.data.packer import pack
+from prefopt.model import logprobs
+from prefopt.model.distributions import Distributions, head_scores, logit_scores
+from prefopt.model.load import new_lora
+from prefopt.model.logprobs import token_logprobs_and_squares
+from prefopt.model.scorer import Asked, Scorer, TokenScores
+
+ARCHITECTURES = ["llama", "gemma2", "granite", "head with bias", "mamba"]  # plain, soft-cap, scale, bias, own logits
+
+
+def naive(z: torch.Tensor, r: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The formulas, over logits that are held."""
+    logp, ref = z.log_softmax(-1), r.log_softmax(-1)
+    at = torch.arange(len(target))
+    return {
+        "logp_M": logp[at, target],
+        "square_M": logp.exp().square().sum(-1).log(),
+        "kl_M": (ref.exp() * (ref - logp)).sum(-1),
+        "other_logp_M": ref[at, target],
+    }
+
+
+def transformed(z: torch.Tensor, scale: float = 1.0, softcap: float | None = None) -> torch.Tensor:
+    z = z * scale
+    return z if softcap is None else torch.tanh(z / softcap) * softcap
+
+
+@pytest.mark.parametrize("way", ["fused", "frozen", "module"])
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_values_and_gradients_are_those_of_the_formula(
+    way: str, transform: str, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "_TILE_ELEMENTS", {"cpu": V * 16})
+    hidden, weight, bias, target = inputs()
+    r = torch.randn(M, V, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 3
+    other, options = Distributions(V, lambda rows: r[rows].clone()), TRANSFORMS[transform]
+    if way == "frozen":
+        weight.requires_grad_(False)
+        bias.requires_grad_(False)
+    used = bias if biased else torch.zeros_like(bias)
+    leaves = [x for x in (hidden, weight, *([bias] if biased else [])) if x.requires_grad]
+    if way == "module":
+        found = logit_scores(lambda h: transformed(h @ weight.T + used, **options), hidden, target, other)
+    else:
+        found = head_scores(hidden, weight, target, other, bias=bias if biased else None, **options)
+    expected = naive(transformed(hidden @ weight.T + used, **options), r, target)
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(found, name), value, rtol=1e-11, atol=1e-11)
+    assert found.square_M is not None and not found.square_M.requires_grad
+    upstream = [torch.randn(M, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (1, 2)]
+    grads = [
+        torch.autograd.grad([a, b], leaves, upstream)
+        for a, b in ((found.logp_M, found.kl_M), (expected["logp_M"], expected["kl_M"]))
+    ]
+    for got, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_squares_come_along_with_log_probabilities(transform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "_TILE_ELEMENTS", {"cpu": V * 16})
+    hidden, weight, bias, target = inputs()
+    logp, square = token_logprobs_and_squares(hidden, weight, target, bias=bias, **TRANSFORMS[transform])
+    z = transformed(hidden @ weight.T + bias, **TRANSFORMS[transform])
+    expected = naive(z, z, target)
+    torch.testing.assert_close(square, expected["square_M"], rtol=1e-11, atol=1e-11)
+    found = torch.autograd.grad(logp.sum(), [hidden, weight, bias])
+    for got, wanted in zip(found, torch.autograd.grad(expected["logp_M"].sum(), [hidden, weight, bias]), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+    assert not square.requires_grad
+
+
+def held_logits(model: Any) -> torch.Tensor:
+    """Logits [M, V] by the model's own forward, one sequence per call."""
+    parts = []
+    for group in groups_of_every_kind():
+        for k in range(len(group.continuations)):
+            ids, trained = (torch.from_numpy(x.copy()) for x in group.sequence(k))
+            parts.append(model(input_ids=ids.long()[None], use_cache=False).logits[0][trained.nonzero()[:, 0] - 1])
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "adapter on the head"])
+def test_a_model_against_another(name: str) -> None:
+    """Values and gradients of a policy, compared with a reference of the same kind."""
+    policy, reference = (with_exact_rotary(build(name.replace("adapter on the head", "llama"), seed=n)) for n in (0, 1))
+    if name == "adapter on the head":
+        policy = new_lora(policy, rank=2, alpha=4, dropout=0.0, targets=["lm_head", "q_proj"]).double()
+        with torch.no_grad():
+            for weight in policy.parameters():
+                weight.normal_(std=0.3) if weight.requires_grad else None
+    groups = groups_of_every_kind()
+    with Float64Throughout():
+        with torch.no_grad():
+            r = held_logits(reference)
+        scorers = [Scorer(policy), Scorer(reference)]
+        batches = [pack(groups, s.layout) for s in scorers]
+        with torch.no_grad():
+            kept = scorers[1](batches[1], Asked(keep=True)).distributions
+        found: TokenScores = scorers[0](batches[0], Asked(squares=True, against=kept))
+        upstream = [torch.linspace(-1, 1, len(r)).double(), torch.linspace(2, -1, len(r)).double()]
+        weights = [p for p in policy.parameters() if p.requires_grad]
+        grads = torch.autograd.grad([found.logp_M, found.kl_M], weights, upstream, allow_unused=True)
+        scorers[0].detach_hook()
+        expected = naive(held_logits(policy), r, batches[0].target)
+        wanted = torch.autograd.grad([expected["logp_M"], expected["kl_M"]], weights, upstream, allow_unused=True)
+    for word, value in expected.items():
+        torch.testing.assert_close(getattr(found, word), value, rtol=1e-9, atol=1e-9)
+    top = max(float(g.abs().max()) for g in wanted if g is not None)
+    for got, right in zip(grads, wanted, strict=True):
+        assert (got is None) == (right is None)
+        if got is not None:
+            torch.testing.assert_close(got, right, rtol=0, atol=1e-9 * top)
+
+
+def test_a_model_is_not_far_from_itself() -> None:
+    scorer = Scorer(build("llama", torch.float32))
+    batch = pack(groups_of_every_kind(), scorer.layout)
+    with torch.no_grad():
+        found = scorer(batch, Asked(against=scorer(batch, Asked(keep=True)).distributions))
+    assert torch.equal(found.logp_M, found.other_logp_M) and float(found.kl_M.abs().max()) < 1e-6
+    torch.testing.assert_close(found.logp_M, scorer(batch), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("head", ["fused", "module"])
+def test_the_logits_of_a_batch_are_never_held(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary = 3000
+    monkeypatch.setattr(logprobs, "KEEP_BYTES", 0)
+    monkeypatch.setattr(logprobs, "_TILE_ELEMENTS", {"cpu": 20 * vocabulary})
+    model = build("llama", torch.float32, vocab_size=vocabulary)
+    if head == "module":
+        model.set_output_embeddings(type("Other", (torch.nn.Linear,), {})(32, vocabulary, bias=False))
+    scorer = Scorer(model)
+    assert scorer.head.kind == head
+    batch = pack(groups_of_every_kind(), scorer.layout)
+    with LargestTensor() as seen:
+        with torch.no_grad():
+            kept = scorer(batch, Asked(keep=True)).distributions
+        scores = scorer(batch, Asked(squares=True, against=kept))
+        (scores.logp_M.sum() + scores.kl_M.sum()).backward()
+    assert 32 * vocabulary <= seen.elements < 0.3 * len(batch.target) * vocabulary
