@@ -227,17 +227,6 @@ def test_the_best_against_the_worst() -> None:
         items.pairs_of([replace(votes, pairs=((0, 1), (1, 0)), weights=(1.0, 1.0))], "best-worst")
 
 
-def test_labels_come_from_labels_or_from_pairs_split_in_two() -> None:
-    groups = [replace(g, labels=None) if i else g for i, g in enumerate(mixed(3))]
-    found = items.labels_of(groups, "all")
-    assert found.response.tolist()[:2] == [0, 1] and found.label.tolist()[:2] == [False, True]
-    # The second group is (0, 3, 1): three pairs, each response in two of them.
-    assert list(zip(found.response[2:8].tolist(), found.label[2:8].tolist(), strict=True)) == [
-        (3, True), (2, False), (3, True), (4, False), (4, True), (2, False)
-    ]  # fmt: skip
-    assert found.weight[2:8].tolist() == pytest.approx([1 / 3] * 6)
-
-
 def test_what_a_loss_cannot_be_computed_on_is_refused_by_row() -> None:
     rng = np.random.default_rng(0)
     made = [group(i, lengths, range(len(lengths)), rng) for i, lengths in enumerate([(3, 4), (5, 1, 2)], 1)]
@@ -253,3 +242,6 @@ def test_what_a_loss_cannot_be_computed_on_is_refused_by_row() -> None:
         build("reward_aware", made[0], replace(made[1], scores=None))
     with pytest.raises(DataError, match="row 2: its responses have no order"):
         build("plackett_luce", made[0], replace(made[1], tiers=()))
+    unlabelled = build("apo_zero_unpaired", made[0], replace(made[1], labels=None))
+    with pytest.raises(DataError, match="row 2: its responses have no labels"):
+        unlabelled.normaliser([0, 1])

@@ -13,7 +13,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,8 @@ import torch
 import prefopt
 from data.tokenising import TEMPLATE
 from prefopt.config.dpo import DpoConfig
-from prefopt.data.formats import Reading
 from prefopt.errors import ConfigError, DataError, RunError
 from prefopt.model.scorer import Scorer
-from prefopt.records import Comparison
 from train.small import dpo, evaluations, metrics, pairs, steps, weights, write_model, write_rows
 
 ROWS = pairs(9)
@@ -289,19 +287,13 @@ def seed(place: Place) -> None:
 
 def pairs_option(place: Place) -> None:
     """Of three responses, all pairs or the best against the worst."""
-
-    def ranked(reading: Reading) -> Iterator[Comparison]:
-        for i, row in enumerate(ROWS, 1):
-            texts = [f"{row['chosen']}a", row["rejected"], f"k{row['chosen']}"]
-            yield Comparison.scored("p", texts, scores=[2, 1, 0], row=i, file=reading.file)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Reading, "__iter__", ranked)
-        for which in ("all", "best-worst"):
-            dpo(place.m, ROWS, place.folder / f"pairs-{which}", **QUICK, pairs=which)
-    runs = [place.folder / f"pairs-{which}" for which in ("all", "best-worst")]
-    assert [steps(r)[0]["loss"] for r in runs] == pytest.approx([math.log(2)] * 2)
-    assert steps(runs[0])[-1]["loss"] != steps(runs[1])[-1]["loss"]
+    rows = [
+        {"prompt": f"p{i}", "responses": [f"{r['chosen']}a", r["rejected"], f"k{r['chosen']}"], "scores": [2, 1, 0]}
+        for i, r in enumerate(ROWS)
+    ]
+    data = write_rows(place.folder / "ranked.jsonl", rows)
+    moves("pairs", "best-worst", data=data)(place)
+    assert steps(Path(place.run(data=data)))[0]["loss"] == pytest.approx(math.log(2))
 
 
 SHOWN: dict[str, Callable[[Place], None]] = {

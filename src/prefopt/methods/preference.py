@@ -127,6 +127,7 @@ class _Run:
             self.rows,
             self.reporter,
             seed=self.config.seed,
+            want=self.terms[0].loss.kind,
             workers=self.config.threads,
             stop=self.stop,
         )
@@ -289,7 +290,7 @@ class _Run:
 
     def _plan(self, policy: Policy, data: TrainingData, tokens: int, speed: float) -> str:
         return (
-            f"{self._steps(data)} steps of {self.config.batch_size} pairs, {tokens} tokens at once: about"
+            f"{self._steps(data)} steps of {self.config.batch_size} {data.noun}, {tokens} tokens at once: about"
             f" {duration(self._seconds(policy, data, speed))}"
         )
 
@@ -336,7 +337,7 @@ class _Run:
         last = self._last_metrics()
         if progress.best_step is not None and progress.best_step != progress.step:
             loop.masters.load(load_best(loop.checkpoints, progress.best_step))
-            self.reporter.say(f"the weights of step {progress.best_step} are saved: the best on held-out pairs")
+            self.reporter.say(f"the weights of step {progress.best_step} are saved: the best on held-out {data.noun}")
         held_out_loss = progress.best_loss if progress.best_step is not None else None
         folder = self.folder.path
         if said := repair_generation(causal_model(loop.scorer.model)):
@@ -351,7 +352,9 @@ class _Run:
             "peak memory": size(peak_memory(self.device)),
         }
         files = ", ".join(f"`{Path(d).name}`" for d in self.config.data)
-        pairs = f"{len(data.train)} preference pairs"
+        pairs = (
+            f"{len(data.train)} preference {data.noun}" if data.noun == "pairs" else f"{len(data.train)} {data.noun}"
+        )
         pairs += f", {len(data.held_out)} held out" if data.held_out else ""
         write_card(
             folder,

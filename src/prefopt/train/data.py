@@ -32,6 +32,14 @@ class TrainingData:
     train: Sequence[int]
     held_out: Sequence[int]
     shares: Sequence[Share] = ()
+    want: Want = "pairs"
+
+    @property
+    def noun(self) -> str:
+        """What a person calls a group: a pair where all of them are one."""
+        if self.want == "pairs" and int(self.groups.responses_G.max(initial=2)) == 2:
+            return "pairs"
+        return "rankings" if self.want == "ranking" else "rows"
 
     @property
     def responses(self) -> int:
@@ -90,16 +98,17 @@ def load_data(
         held_out = range(len(groups), len(groups) + len(more.groups))
         groups += more.groups
     if not train:
-        raise DataError("no pair is left to train on; lower --eval-fraction")
-    if held_out:
-        reporter.say(f"data: {len(train)} pairs to train on, {len(held_out)} held out")
+        raise DataError("no row is left to train on; lower --eval-fraction")
     shares = _shares(config, source.groups, train)
+    data = TrainingData(source, groups, train, held_out, shares, want)
+    if held_out:
+        reporter.say(f"data: {len(train)} {data.noun} to train on, {len(held_out)} held out")
     if shares:
         parts = (f"{s.size} of {len(s.groups)} from {name}" for s, name in zip(shares, config.data, strict=True))
         reporter.say(f"data: an epoch takes {sum(s.size for s in shares)} rows: {', '.join(parts)}")
     if source.template:
         tokenizer.chat_template = source.template
-    return TrainingData(source, groups, train, held_out, shares)
+    return data
 
 
 def _shares(config: DataOptions, groups: GroupTable, train: Sequence[int]) -> list[Share]:

@@ -34,7 +34,7 @@ class Facts:
         """The pairs, labelled responses or rankings."""
         if self.kind == "pairs":
             return items.pairs_of(self.groups, self.which, merge=self.merge)
-        return items.labels_of(self.groups, self.which) if self.kind == "labels" else items.rankings_of(self.groups)
+        return items.labels_of(self.groups) if self.kind == "labels" else items.rankings_of(self.groups)
 
     @cached_property
     def pairs(self) -> items.Pairs:

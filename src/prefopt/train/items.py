@@ -100,18 +100,13 @@ def pairs_of(groups: Sequence[Group], which: str, *, merge: bool = False) -> Pai
     return Pairs(columns[0].astype(np.int64), columns[1].astype(np.int64), columns[2], columns[3])
 
 
-def labels_of(groups: Sequence[Group], which: str) -> Labels:
-    """Labelled responses: by the data's labels, else each pair split in two, its chosen response desirable."""
-    rows: list[tuple[int, bool, float]] = []
-    for group, start in zip(groups, starts_of(groups).tolist(), strict=False):
-        if group.labels is not None:
-            rows += [(start + k, label, 1.0) for k, label in enumerate(group.labels)]
-            continue
-        pairs = pairs_of([group], which)
-        for pair in zip(pairs.chosen.tolist(), pairs.rejected.tolist(), pairs.weight.tolist(), strict=True):
-            rows += [(start + pair[0], True, pair[2]), (start + pair[1], False, pair[2])]
-    response, label, weight = (list(x) for x in zip(*rows, strict=True))
-    return Labels(np.array(response, np.int64), np.array(label, np.bool_), np.array(weight, np.float64))
+def labels_of(groups: Sequence[Group]) -> Labels:
+    """Every response with its label. Raises :class:`DataError` for a group without labels."""
+    for group in groups:
+        if group.labels is None:
+            raise DataError("its responses have no labels; take a loss on pairs", row=group.row)
+    label = np.array([label for g in groups for label in g.labels or ()], np.bool_)
+    return Labels(np.arange(len(label), dtype=np.int64), label, np.ones(len(label)))
 
 
 def rankings_of(groups: Sequence[Group]) -> Rankings:

@@ -26,15 +26,15 @@ def terms_of(config: DpoConfig) -> tuple[DpoConfig, Terms]:
         for name in _OF_REFERENCE:
             if getattr(config, name) is not None:
                 raise ConfigError(f"{flag(name)}: {names_of(terms)} compares with no reference; leave it out")
-    ranks = terms[0].loss.kind == "ranking"
-    if ranks and config.pairs is not None:
-        raise ConfigError(f"--pairs: {names_of(terms)} ranks all responses at once; leave it out")
+    paired = terms[0].loss.kind == "pairs"
+    if not paired and config.pairs is not None:
+        raise ConfigError(f"--pairs: {names_of(terms)} is no loss on pairs; leave it out")
     filled: dict[str, Any] = {
         "beta": _common(terms, "beta"),
         "label_smoothing": _common(terms, "label_smoothing"),
         "divergence": _common(terms, "divergence"),
         "divergence_alpha": _common(terms, "divergence_alpha"),
-        "pairs": None if ranks else config.pairs or "all",
+        "pairs": config.pairs or "all" if paired else None,
     }
     return replace(config, **filled), terms
 
