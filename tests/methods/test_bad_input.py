@@ -42,7 +42,10 @@ DATA: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty": (text(""), "data.jsonl: is empty"),
     "an empty list": (text("[]"), "data.jsonl: is an empty list"),
     "an empty folder": (lambda path: path.mkdir(), "data.jsonl: is an empty folder"),
-    "not JSON": (text(f"{json.dumps(ROWS[0])}\n{{'prompt'}}\n"), "data.jsonl, row 2: 1 of 2 rows cannot be used: unreadable"),
+    "not JSON": (
+        text(f"{json.dumps(ROWS[0])}\n{{'prompt'}}\n"),
+        "data.jsonl, row 2: 1 of 2 rows cannot be used: unreadable",
+    ),
     "cut off": (text(json.dumps(ROWS)[:-20]), "data.jsonl, row 6: not JSON at line 1, column"),
     "unknown layout": (rows({"colour": "red", "size": 3}), "data.jsonl: unknown layout: no row has all fields"),
     "missing field": (rows(*ROWS[:3], {"prompt": "p", "chosen": "c"}), "row 4: 1 of 4 rows cannot be used: missing"),
