@@ -11,8 +11,8 @@ from prefopt.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig(MachineOptions, TemplateOptions):
-    """One session. Construction checks types, ranges and contradictions, and raises ``ConfigError``."""
+class TalkerOptions:
+    """Who answers; a class of its own so that it stands first."""
 
     model: str | None = option(
         None,
@@ -34,6 +34,11 @@ class ChatConfig(MachineOptions, TemplateOptions):
     url_key: str | None = option(
         None, "environment variable that holds the server's key", group="model", default_text="no key is sent"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig(MachineOptions, TemplateOptions, TalkerOptions):
+    """One session. Construction checks types, ranges and contradictions, and raises ``ConfigError``."""
 
     blind: bool = option(False, "two models answer as A and B, and you say which is better", group="chat")
     votes: str = option("votes.jsonl", "file that votes are appended to, to train on with --data", group="chat")

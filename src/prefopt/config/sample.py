@@ -18,13 +18,18 @@ from prefopt.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(MachineOptions, TemplateOptions, ReadOptions):
-    """One run of a sampler. Construction checks types, ranges and contradictions, and raises ``ConfigError``."""
+class SampledOptions:
+    """What is sampled from; a class of its own so that it stands first."""
 
     model: str = option(
         help="model to sample from: a folder, or the name of one on the Hugging Face Hub", group="model"
     )
     adapter: str | None = option(None, "LoRA adapter on the model", group="model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(MachineOptions, TemplateOptions, ReadOptions, SampledOptions):
+    """One run of a sampler. Construction checks types, ranges and contradictions, and raises ``ConfigError``."""
 
     prompts: list[str] = option(
         help="files, folders, globs or Hub data sets with prompts, in any layout; or .txt, a prompt in every line",
