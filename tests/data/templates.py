@@ -161,6 +161,21 @@ TWICE = (
     "{% for m in messages %}<|start|>{{ m.role }}: {{ m.content }}<|close|><|eot|>{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant: {% endif %}"
 )
+# Text among a call's arguments stands in special tokens, and a call ends its turn otherwise than words do.
+QUOTED = """{% for m in messages %}
+    {{- '<turn>' + m.role + '\\n' + m.content }}
+    {%- for call in m.tool_calls or [] %}
+        {{- '<call>' + call.function.name }}
+        {%- for name, value in call.function.arguments.items() %}
+            {{- name + ':' + ('<q>' + value + '<q>' if value is string else value | string) }}
+        {%- endfor %}
+        {{- '</call>' }}{% if loop.last %}{{ '<wait>' }}{% endif %}
+    {%- else %}
+        {{- '<end>\\n' }}
+    {%- endfor %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<turn>assistant\\n' }}{%- endif %}
+"""
 
 
 def _thinking(turn: Message) -> str:
@@ -202,6 +217,9 @@ TEMPLATES = {
         lambda m: m.content + "<|end|>",
     ),
     "channels": Template(CHANNELS, _CHANNEL_MARKS, "<|return|>", _channels),
+    "quoted": Template(
+        QUOTED, ("<turn>", "<end>", "<call>", "</call>", "<q>", "<wait>"), "<end>", lambda m: m.content + "<end>"
+    ),
     "parts": Template(PARTS, _IM, "<|im_end|>", lambda m: m.content + "<|im_end|>"),
     "twice": Template(
         TWICE, ("<|start|>", "<|close|>", "<|eot|>"), "<|eot|>", lambda m: m.content + "<|close|><|eot|>"

@@ -63,6 +63,7 @@ CALLED = {
     "thinking": '<think>\n\n</think>\n\n<call>{"name": "add", "arguments": {"a": 2, "b": 2}}</call><|im_end|>',
     "forgets": '<|calls|><|call|>add\n{"a": 2, "b": 2}<|/call|><|/calls|></s>',
     "channels": ' to=add<|channel|>commentary<|message|>{"a": 2, "b": 2}<|call|>',
+    "quoted": "<call>adda:2b:2</call><wait>",
 }
 
 
@@ -70,19 +71,24 @@ CALLED = {
 def test_a_call_is_trained_to_the_end_of_its_turn(name: str) -> None:
     assert trained(renderer(name), row(CALL)) == [CALLED[name]]
     empty = Message("assistant", "", tool_calls=(ToolCall("now", "{}"),))
-    expected = CALLED[name].replace("add", "now").replace('{"a": 2, "b": 2}', "{}")
+    expected = CALLED[name].replace("add", "now").replace('{"a": 2, "b": 2}', "{}").replace("a:2b:2", "")
     assert trained(renderer(name), row(empty)) == [expected]
 
 
-@pytest.mark.parametrize("name", ["thinking", "forgets"])
+@pytest.mark.parametrize("name", ["thinking", "forgets", "quoted"])
 def test_calls_results_and_answers_of_one_response(name: str) -> None:
     found = runs(renderer(name), row(CALL, RESULT, DONE))
     between = {
         "thinking": "\n<|im_start|>user\n<result>4</result><|im_end|>\n<|im_start|>assistant\n",
         "forgets": "<|out|>4<|/out|><|assistant|>",
+        "quoted": "<turn>tool\n4<end>\n<turn>assistant\n",
     }
     call = CALLED[name].removeprefix("<think>\n\n</think>\n\n")  # that template shows the block before the last turn
-    last = {"thinking": "<think>\n\n</think>\n\nIt is 4.<|im_end|>", "forgets": "It is 4.</s>"}
+    last = {
+        "thinking": "<think>\n\n</think>\n\nIt is 4.<|im_end|>",
+        "forgets": "It is 4.</s>",
+        "quoted": "It is 4.<end>",
+    }
     assert found[1:] == [(True, call), (False, between[name]), (True, last[name])]
 
 
@@ -99,6 +105,11 @@ def test_words_beside_calls_and_several_calls() -> None:
         '<call>{"name": "add", "arguments": {"a": "<|im_end|>\\n"}}</call><|im_end|>'
     )
     assert trained(renderer("thinking"), row(sly)) == [expected]
+
+
+def test_an_answer_that_is_not_the_last_may_end_otherwise() -> None:
+    final = "<|channel|>final<|message|>It is 4."
+    assert trained(renderer("channels"), row(DONE, ASKED, DONE)) == [f"{final}<|end|>", f"{final}<|return|>"]
 
 
 @pytest.mark.parametrize("tool", [ADD, BARE])

@@ -25,6 +25,7 @@ REMEMBERED = 8  # ways of a template to frame an answer; most have one
 SHAPES = 4096  # of conversations, of which it is known whether the template shows all they hold
 EARLIER_REASONING = "the chat template leaves out the reasoning of earlier answers"
 CHANGED = "the chat template shows the words of the answer otherwise than they are written"
+NO_END = "the template gives an answer no end of its own that could be told from its words"
 ELSEWHERE = "the chat template shows the answer behind something else than its generation prompt"
 
 
@@ -121,30 +122,36 @@ class Answers:
         else:
             self._said(ELSEWHERE)
             start = _start(row, turns, j, full, asked, probe)
-        end, frame = self._end(row, turns, j, full, probe)
+        find = self._end_of_calls if turn.tool_calls else self._end_of_words
+        end, frame = find(row, turns, j, full, probe)
         if start >= end - frame.close:
             raise Unrenderable("the template gives an answer no place of its own that could be told from its prompt")
         if begins and not turn.tool_calls and turn.reasoning is None and len(self._frames) < REMEMBERED:
             framed = full[start : end - frame.close]
-            if framed.endswith(turn.content):
-                self._frames.append(replace(frame, lead=framed.removesuffix(turn.content)))
+            known = replace(frame, lead=framed.removesuffix(turn.content))
+            if framed.endswith(turn.content) and known not in self._frames:
+                self._frames.append(known)
         return start, end, frame.ended
 
-    def _end(self, row: _Row, turns: Turns, j: int, full: str, probe: str) -> tuple[int, _Frame]:
+    def _end_of_words(self, row: _Row, turns: Turns, j: int, full: str, probe: str) -> tuple[int, _Frame]:
         """Where the answer of turn j ends, and what the template puts behind it (``lead`` is left empty)."""
-        turn, words = turns[j], not turns[j].tool_calls
-        probed = replace(turn, content=probe) if words else _probe_calls(turn, probe)
-        behind = _behind(row.show((*turns[:j], probed, *turns[j + 1 :])), probe, once=words)
-        tail = behind if j == len(turns) - 1 else _behind(row.show((*turns[:j], probed)), probe, once=words)
+        tail = _behind(row.show((*turns[:j], replace(turns[j], content=probe), *turns[j + 1 :])), probe, once=True)
+        if not full.endswith(tail):
+            raise Unrenderable(NO_END)
         mark, close = self._closing(tail)
-        if not words and turn.tool_calls:
-            plain = _behind(row.show((*turns[:j], _bare(turn, probe))), probe, once=True)
-            mark, close = self._closing_calls(tail, self._closing(plain)[0])
-        # Behind a probe for words the text must be as it is behind the words. Arguments of a call may end otherwise.
-        same = behind if words else behind[max(close - len(mark), 0) :]
-        if behind[:close] != tail[:close] or not full.endswith(same):
-            raise Unrenderable("the template gives an answer no end of its own that could be told from its words")
-        return len(full) - len(behind) + close, _Frame("", tail, close, bool(mark))
+        frame = _Frame("", tail if j == len(turns) - 1 else tail[:close], close, bool(mark))
+        return len(full) - len(tail) + close, frame
+
+    def _end_of_calls(self, row: _Row, turns: Turns, j: int, full: str, probe: str) -> tuple[int, _Frame]:
+        """The same for a turn with tool calls. What closes them, and the turn, is seen where the turn is the last."""
+        until, rest = (*turns[:j], _probe_calls(turns[j], probe)), turns[j + 1 :]
+        plain = _behind(row.show((*turns[:j], _bare(turns[j], probe))), probe, once=True)
+        tail = _common_end(row.show(turns[: j + 1]), _behind(row.show(until), probe))
+        mark, close = self._closing_calls(tail, self._closing(plain)[0])
+        tail_there = _common_end(full, _behind(row.show((*until, *rest)), probe)) if rest else tail
+        if not close or not tail_there.startswith(tail[:close]):
+            raise Unrenderable(NO_END)
+        return len(full) - len(tail_there) + close, _Frame("", "", close, bool(mark))
 
     def _closing(self, tail: str) -> tuple[str, int]:
         """The end-of-turn token that text behind an answer begins with (or nothing), and where it ends there.
@@ -159,15 +166,16 @@ class Answers:
         return next((f for f in found if f[0] == self._eos), found[0] if found else ("", 0))
 
     def _closing_calls(self, tail: str, usual: str) -> tuple[str, int]:
-        """The same behind tool calls, whose own closing the template writes first.
+        """The same in the text behind tool calls, up to the end of their turn. It closes the calls first.
 
-        The token that ends answers without calls is the one, if it is there; else the first that might be.
+        The token is the one that ends answers without calls, if it is there, else the last one.
         """
-        places = {mark: at for mark in self._marks if (at := tail.find(mark)) >= 0}
+        places = {mark: tail.rfind(mark) for mark in self._marks if mark in tail}
         if not places:
             return "", len(tail.rstrip())
-        mark = usual if usual in places else min(places, key=lambda m: (places[m], -len(m)))
-        return mark, places[mark] + len(mark)
+        mark = usual if usual in places else max(places, key=lambda m: places[m] + len(m))
+        at = tail.find(mark) if mark == usual else places[mark]
+        return mark, at + len(mark)
 
 
 class _Row:
@@ -217,7 +225,7 @@ def _probe_calls(turn: Message, probe: str) -> Message:
     return replace(turn, content=content, tool_calls=(*turn.tool_calls[:-1], last))
 
 
-def _behind(text: str, probe: str, *, once: bool) -> str:
+def _behind(text: str, probe: str, *, once: bool = False) -> str:
     """What stands behind the probe, which a template must show (``once``: not more often than that)."""
     seen = text.count(probe)
     if not seen or (once and seen > 1):
@@ -234,6 +242,11 @@ def _texts(turn: Message) -> Iterator[str]:
 def _unused(*texts: str) -> str:
     """A word that none of the texts holds."""
     return next(word for n in count() if not any((word := f"prefopt{n}probe") in text for text in texts))
+
+
+def _common_end(one: str, other: str) -> str:
+    """The text that both end with."""
+    return one[len(one) - _common(one[::-1], other[::-1]) :]
 
 
 def _common(one: str, other: str) -> int:

@@ -5,9 +5,8 @@ A template is run once on words that note what it does to them. Where it only pa
 around it), all other words that answer those questions alike, and are left alone by the same, give the same text with
 other words in it. Whatever else a template does to words, such as taking them apart, means that it is run for each row.
 
-Words keep their kind through ``+``, macros and blocks. Where a template might lose it and ask its questions of an
-ordinary text (``~`` and ``%`` outside of output, words looked for in a text, filters not known here) none of its
-conversations is traced; :func:`traceable` tells that from its source.
+Words keep their kind through ``+``, ``~``, macros and blocks. What would treat them as the text they are (looking for
+them in a text, formatting, filters not known here) is replaced by something that notices.
 """
 
 from __future__ import annotations
@@ -15,10 +14,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, NoReturn
 
 from jinja2 import nodes
+from jinja2.visitor import NodeTransformer
 
 from prefopt.data import jinja
 
@@ -29,6 +29,7 @@ _QUESTIONS = (
     *("startswith", "endswith", "find", "rfind", "count", "__contains__", "__eq__", "__ne__"),
     *("isdigit", "isalpha", "isalnum", "isnumeric", "isdecimal", "isspace", "isupper", "islower", "istitle"),
 )
+_WHOLE = ("split", "rsplit", "splitlines")  # give a list of one, where there is nothing to split at
 _HARMLESS = ("strip", "lstrip", "rstrip", "replace", "removeprefix", "removesuffix", "expandtabs")
 _KEPT = {
     *("__class__", "__doc__", "__new__", "__init__", "__str__", "__add__", "__getattribute__", "__setattr__"),
@@ -38,8 +39,9 @@ _FILTERS = {
     *("trim", "string", "default", "d", "length", "count", "items", "list", "first", "last", "reverse", "map"),
     *("select", "reject", "selectattr", "rejectattr", "tojson", "dictsort", "upper", "lower", "capitalize", "replace"),
 }
-_LOSING = {"format", "format_map", "join", "translate", "encode", "maketrans"}
-_FIELDS = {"role", "type", "name"}
+
+
+SAME = object()
 
 
 class _Untraceable(Exception):
@@ -48,7 +50,7 @@ class _Untraceable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Guard:
-    """Words number ``slot``, asked ``method(*args)``, must give ``result``; where that is None, themselves."""
+    """Words number ``slot``, asked ``method(*args)``, must give ``result``; ``SAME``: themselves, or a list of them."""
 
     slot: int
     method: str
@@ -57,7 +59,7 @@ class _Guard:
 
     def holds(self, words: str) -> bool:
         found = getattr(words, self.method)(*self.args)
-        return bool(found == (words if self.result is None else self.result))
+        return found in (words, [words]) if self.result is SAME else bool(found == self.result)
 
 
 class _Log:
@@ -99,12 +101,13 @@ class Words(str):
 def _ask(method: str) -> Callable[..., Any]:
     def ask(self: Words, *args: Any) -> Any:
         result = self if self.slot is None else getattr(_plain(self), method)(*args)
-        harmless = method in _HARMLESS and result == _plain(self)
+        listed = method in _WHOLE and result == [_plain(self)]
+        harmless = listed or (method in _HARMLESS and result == _plain(self))
         if self.slot is None or any(isinstance(a, Words) for a in args) or not (harmless or method in _QUESTIONS):
             self.log.fail()
         key = (self.slot, method, repr(args))
-        self.log.guards.setdefault(key, _Guard(self.slot, method, args, None if harmless else result))
-        return self if harmless else result
+        self.log.guards.setdefault(key, _Guard(self.slot, method, args, SAME if harmless else result))
+        return ([self] if listed else self) if harmless else result
 
     return ask
 
@@ -114,7 +117,7 @@ def _refuse(self: Words, *_args: Any, **_named: Any) -> NoReturn:
 
 
 for _name in dir(str):
-    if _name in _QUESTIONS or _name in _HARMLESS:
+    if _name in (*_QUESTIONS, *_HARMLESS, *_WHOLE):
         setattr(Words, _name, _ask(_name))
     elif _name not in _KEPT:
         setattr(Words, _name, _refuse)
@@ -139,7 +142,7 @@ class _Trace:
 
 
 class Traces:
-    """The traces of one template. ``render(template, words, generation)`` runs it, for the roles at hand."""
+    """The traces of one template."""
 
     def __init__(self) -> None:
         self._traces: dict[object, _Trace | None] = {}
@@ -175,15 +178,75 @@ def _trace(count: int, render: Callable[[Sequence[str]], str]) -> _Trace | None:
 
 @lru_cache(maxsize=16)
 def compiled(source: str) -> Any | None:
-    """The template for tracing, whose macros and blocks keep words what they are; None where it cannot be traced."""
-    if not traceable(source):
-        return None
+    """The template for tracing, in which words stay what they are; None where that cannot be had."""
     environment = jinja.compiled(source).environment.overlay()
+    tree = environment.parse(source)
+    if not _followed(tree):
+        return None
     environment.concat = _concat
-    return environment.from_string(source)
+    environment.filters = {
+        **{name: run if name in _FILTERS else _guarded(run) for name, run in environment.filters.items()},
+        **{"prefopt_alone": _alone, "prefopt_join": _join, "prefopt_holds": _holds, "prefopt_modulo": _modulo},
+    }
+    environment.tests = {**environment.tests, "in": lambda value, container: _holds(container, value)}
+    tree = _Noting().visit(tree)
+    tree.set_environment(environment)
+    return environment.from_string(tree)
+
+
+def _followed(tree: nodes.Template) -> bool:
+    """Whether there is nothing in a template that what is put in its place here does not cover."""
+    other = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
+    chains = (node for node in tree.find_all(nodes.Compare) if len(node.ops) > 1)
+    return not (
+        any(True for _ in tree.find_all(other))
+        or any(op.op in ("in", "notin") for node in chains for op in node.ops)
+        or any(_dynamic(call) for call in tree.find_all(nodes.Call))
+    )
+
+
+def _dynamic(call: nodes.Call) -> bool:
+    return _of_text(call) and (call.dyn_args is not None or call.dyn_kwargs is not None)
+
+
+def _of_text(call: nodes.Call) -> bool:
+    return isinstance(call.node, nodes.Getattr) and hasattr(str, call.node.attr)
+
+
+class _Noting(NodeTransformer):
+    """Puts something that respects words in place of what would treat them as the text they are."""
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        return self._filter("prefopt_join", node, nodes.List(node.nodes))
+
+    def visit_Mod(self, node: nodes.Mod) -> nodes.Node:
+        return self._filter("prefopt_modulo", node, node.left, node.right)
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        if node.ops[0].op not in ("in", "notin"):
+            return self.generic_visit(node)
+        found = self._filter("prefopt_holds", node, node.ops[0].expr, node.expr)
+        return found if node.ops[0].op == "in" else nodes.Not(found, lineno=node.lineno)
+
+    def visit_Call(self, node: nodes.Call) -> nodes.Node:
+        self.generic_visit(node)
+        if _of_text(node):
+            node.args = [self._alone(value) for value in node.args]
+            for pair in node.kwargs:
+                pair.value = self._alone(pair.value)
+        return node
+
+    def _alone(self, value: nodes.Expr) -> nodes.Expr:
+        if isinstance(value, nodes.Const):
+            return value
+        return nodes.Filter(value, "prefopt_alone", [], [], None, None, lineno=value.lineno)
+
+    def _filter(self, name: str, node: nodes.Node, first: nodes.Expr, *rest: nodes.Expr) -> nodes.Expr:
+        return nodes.Filter(self.visit(first), name, [self.visit(r) for r in rest], [], None, None, lineno=node.lineno)
 
 
 def _concat(parts: Iterable[str]) -> str:
+    """Parts as one text, words where some of them are."""
     given = [part for part in parts if isinstance(part, Words) or part]
     words = [part for part in given if isinstance(part, Words)]
     if not words:
@@ -191,58 +254,47 @@ def _concat(parts: Iterable[str]) -> str:
     return words[0] if len(given) == 1 else Words("".join(map(_plain, given)), words[0].log)
 
 
+def _join(parts: Iterable[object]) -> str:
+    """``a ~ b``."""
+    return _concat(part if isinstance(part, Words) else str(part) for part in parts)
+
+
+def _modulo(left: Any, right: Any) -> Any:
+    """``a % b``."""
+    return left % (_alone(right) if isinstance(left, str) else right)
+
+
+def _holds(container: Any, value: Any) -> bool:
+    """``value in container``."""
+    return (_alone(value) if isinstance(container, str) else value) in container
+
+
+def _alone(value: Any) -> Any:
+    """The value, in which there must be no words."""
+    if isinstance(value, Iterator):
+        value = list(value)
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Words):
+            item.log.fail()
+        if isinstance(item, dict):
+            waiting += [*item.keys(), *item.values()]
+        elif isinstance(item, (list, tuple)):
+            waiting += item
+    return value
+
+
+def _guarded(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that is not to be given words."""
+
+    @wraps(run)  # with what it says of the arguments that Jinja is to pass
+    def guarded(*args: Any, **named: Any) -> Any:
+        given = [_alone(a) if isinstance(a, (str, list, tuple, dict, Iterator)) else a for a in args]
+        return run(*given, **{name: _alone(value) for name, value in named.items()})
+
+    return guarded
+
+
 def _plain(text: str) -> str:
     return str.__str__(text)
-
-
-def traceable(source: str) -> bool:
-    """Whether whatever a template does to words is noted by them."""
-    tree = jinja.compiled(source).environment.parse(source)
-    blocks = (nodes.Macro, nodes.AssignBlock, nodes.CallBlock, nodes.FilterBlock)
-    shown = set() if any(True for _ in tree.find_all(blocks)) else {id(node) for node in _shown(tree)}
-    return not any(
-        isinstance(node, (nodes.Mod, nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends, nodes.FilterBlock))
-        or (isinstance(node, nodes.Concat) and id(node) not in shown)
-        or (isinstance(node, nodes.Filter) and node.name not in _FILTERS)
-        or (isinstance(node, nodes.Test) and node.name == "in")
-        or (isinstance(node, nodes.Getattr) and node.attr in _LOSING)
-        or (
-            isinstance(node, nodes.Compare)
-            and not all(_fixed(node.expr) or op.op not in ("in", "notin") for op in node.ops)
-        )
-        or (isinstance(node, nodes.Call) and not _call_noted(node))
-        for node in tree.find_all(nodes.Node)
-    )
-
-
-def _shown(tree: nodes.Template) -> Iterator[nodes.Node]:
-    """What is written out as it stands."""
-    waiting: list[nodes.Node] = [node for output in tree.find_all(nodes.Output) for node in output.nodes]
-    while waiting:
-        node = waiting.pop()
-        yield node
-        if isinstance(node, (nodes.Concat, nodes.Add, nodes.CondExpr)):
-            waiting += node.iter_child_nodes()
-
-
-def _fixed(node: nodes.Node) -> bool:
-    """Whether this is no words: what is looked for in a text is given a text that cannot note it."""
-    if isinstance(node, nodes.Getattr):
-        return node.attr in _FIELDS
-    if isinstance(node, nodes.Getitem):
-        return isinstance(node.arg, nodes.Const) and node.arg.value in _FIELDS
-    return isinstance(node, nodes.Const)
-
-
-def _call_noted(call: nodes.Call) -> bool:
-    """Whether words can tell of the call: it is none of an ordinary text's methods with words for an argument."""
-    method = call.node
-    if not isinstance(method, nodes.Getattr) or not hasattr(str, method.attr):
-        return True
-    given = [*call.args, *(pair.value for pair in call.kwargs)]
-    dynamic = call.dyn_args is not None or call.dyn_kwargs is not None
-    return not isinstance(method.node, nodes.Const) and not dynamic and all(map(_constant, given))
-
-
-def _constant(node: nodes.Node) -> bool:
-    return isinstance(node, nodes.Const) or (isinstance(node, nodes.Tuple) and all(map(_constant, node.items)))
