@@ -178,6 +178,23 @@ def test_blind_votes_are_written_at_once_and_the_better_answer_goes_on(tmp_path:
     assert history(found)[-1][0] == "assistant"
 
 
+def test_ctrl_c_at_a_vote_is_no_vote_and_both_go_on_with_one_conversation(tmp_path: Path) -> None:
+    typed = iter(["q1", STOP, "q2", "b"])
+
+    def ask(prompt: str) -> str:
+        line = next(typed, "")
+        if line == STOP:
+            raise KeyboardInterrupt
+        if not line:
+            raise EOFError
+        return line
+
+    one, two, path = Echo("one"), Echo("two"), tmp_path / "v.jsonl"
+    Chat([one, two], LineReader(io.StringIO(), ask), io.StringIO(), votes=VoteFile(path, ["one", "two"]), seed=5).run()
+    (row,) = rows(path)
+    assert one.seen[1] == two.seen[1] == [(m["role"], m["content"]) for m in row["prompt"]] and len(one.seen[1]) == 3
+
+
 def test_who_is_a_changes_from_question_to_question(tmp_path: Path) -> None:
     path = tmp_path / "votes.jsonl"
     chat("q\na\n" * 30, Echo("one"), Echo("two"), votes=VoteFile(path, ["one", "two"]), seed=1)

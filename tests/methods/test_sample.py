@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import signal
 import sys
@@ -140,6 +141,11 @@ def test_lines_of_text_files(base: str, chat: str, tmp_path: Path) -> None:
         assert prompts == ["one", "  two ", "three"] and [row["source_row"] for row in rows] == [1, 3, 4]
 
 
+def test_lines_may_be_compressed(base: str, tmp_path: Path) -> None:
+    (tmp_path / "p.txt.gz").write_bytes(gzip.compress(b"one\ntwo\n"))
+    assert [row["prompt"] for row in sample(base, tmp_path / "p.txt.gz", tmp_path / "s.jsonl")] == ["one", "two"]
+
+
 def test_names_objects_and_the_command_draw_the_same(base: str, tmp_path: Path) -> None:
     rows = sample(base, write_rows(tmp_path / "p.jsonl", TEXTS), tmp_path / "s.jsonl", num=2)
     named = prefopt.sample(base, tmp_path / "p.jsonl", num=2, **QUICK)
@@ -234,8 +240,8 @@ def test_a_resume_that_is_not_the_same_run_is_refused(
     [
         ("p.jsonl", '{"prompt": ""}\n{"prompt": "a"}\n', "1 of 2 rows cannot be used: empty prompt: 1 (row 1"),
         ("p.jsonl", json.dumps({"prompt": "x" * 200}) + "\n", "prompt too long: 1 (row 1; has 20"),
-        ("p.txt", "\n \n", "none of the 0 rows of --prompts can be used"),
-        ("p.txt", "", "none of the 0 rows of --prompts can be used"),
+        ("p.txt", "\n \n", "p.txt: is empty"),
+        ("p.txt", "", "p.txt: is empty"),
         ("p.jsonl", "{", "p.jsonl"),
         ("none.jsonl", None, "no such file"),
     ],
@@ -250,8 +256,9 @@ def test_bad_prompts_are_one_line(
 
 
 def test_bytes_that_are_no_text_are_one_line(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "p.txt").write_bytes(b"ab\xff\n")
-    refused(arguments(base, tmp_path / "p.txt", tmp_path / "s.jsonl"), "is not UTF-8 (byte 3)", capsys)
+    for data, said in ((b"ab\xff\n", "is not UTF-8 (byte 3)"), (gzip.compress(b"abc" * 99)[:-9], "p.txt")):
+        (tmp_path / "p.txt").write_bytes(data)
+        refused(arguments(base, tmp_path / "p.txt", tmp_path / "s.jsonl"), said, capsys)
 
 
 @pytest.mark.parametrize(

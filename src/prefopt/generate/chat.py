@@ -209,17 +209,19 @@ class Chat:
         """Ask which answer is better; it goes on as the answer of both."""
         assert self.votes is not None
         vote = "skip"
-        if answers[0] == answers[1]:
-            self._say("(both said the same: no vote)")
-        elif not all(answer.strip() for answer in answers):
-            self._say("(one said nothing: no vote)")
-        else:
-            vote = self._asked_vote()
-        if vote in TIERS:
-            self.votes.add(prompt, answers, [side.talker.name for side in order], vote)
-        kept = answers[1] if vote == "b" or not answers[0].strip() else answers[0]
-        for side in self.sides:
-            side.turns[-1] = Message("assistant", kept)
+        try:
+            if answers[0] == answers[1]:
+                self._say("(both said the same: no vote)")
+            elif not all(answer.strip() for answer in answers):
+                self._say("(one said nothing: no vote)")
+            else:
+                vote = self._asked_vote()
+            if vote in TIERS:
+                self.votes.add(prompt, answers, [side.talker.name for side in order], vote)
+        finally:  # also where a person leaves without a vote: both go on with the same conversation
+            kept = answers[1] if vote == "b" or not answers[0].strip() else answers[0]
+            for side in self.sides:
+                side.turns[-1] = Message("assistant", kept)
 
     def _asked_vote(self) -> str:
         known = {"a": "a", "b": "b", "t": "tie", "tie": "tie", "s": "skip", "skip": "skip"}

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from prefopt.data.content import DAMAGED, damaged, look
 from prefopt.data.formats import open_comparisons
 from prefopt.data.group import IntArray
 from prefopt.data.read import layout_name
@@ -98,11 +99,12 @@ class PromptReader:
     def _text_rows(self, source: Source) -> Iterator[Comparison]:
         assert source.path is not None
         try:
-            text = source.path.read_text("utf-8-sig")
+            with look(source.path).opened() as file:
+                text = file.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise DataError(f"is not UTF-8 (byte {error.start + 1}); save it as UTF-8", file=source.name) from None
-        except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror}", file=source.name) from None
+        except DAMAGED as error:
+            raise damaged(error, source.name) from None
         empty = 0
         for number, line in enumerate(text.split("\n"), 1):
             words = line.rstrip("\r")
