@@ -415,7 +415,7 @@ def _plot(config: PlotConfig) -> int:
 
 
 VERBS: dict[str, Verb] = {
-    "dpo": Verb("align a model with preference pairs (direct preference optimization)", DpoConfig, _dpo, document=True),
+    "dpo": Verb("align a model with preferences, by DPO or another loss", DpoConfig, _dpo, document=True),
     "sample": Verb("draw responses from a model for a file of prompts", SampleConfig, _sample, document=True),
     "chat": Verb("talk to a model in the terminal, or to two and say which is better", ChatConfig, _chat),
     "losses": Verb("list the losses that a model can be aligned with, or tell all of one", LossesConfig, _losses),

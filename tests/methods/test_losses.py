@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import prefopt
 from data.small import small_tokenizer
 from model.oracle import oracle_logprobs
 from prefopt.config.dpo import DpoConfig
@@ -158,3 +159,38 @@ def test_the_evaluation_of_a_whole_batch_loss_does_not_depend_on_the_token_budge
 def test_the_divergences_of_the_option_are_those_of_the_losses() -> None:
     (option,) = (o for o in options_of(DpoConfig) if o.name == "divergence")
     assert option.choices == DIVERGENCES
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"loss": "kto"}, ["compares with 20 responses to other prompts", "40 responses are still to be scored"]),
+        ({"loss": "tdpo"}, ["scored with every batch and not cached, since tdpo compares whole distributions"]),
+        ({"loss": "simpo"}, ["reference: none is loaded, simpo compares with none"]),
+        ({"loss": "aot", "reference_every": 5}, ["not cached, since it moves by 0.6 to the policy every 5 steps"]),
+    ],
+)
+def test_a_dry_run_says_what_a_loss_takes(
+    options: dict[str, Any], said: list[str], model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prefopt.dpo(model, ROWS, output=tmp_path / "out", dry_run=True, progress="plain", **options) is None
+    out = capsys.readouterr().out
+    assert all(line in out for line in [f"loss: {options['loss']} (", "dry run: nothing was trained", *said])
+    assert ("with the reference" in out) == (options["loss"] == "kto")
+    assert not (tmp_path / "out").exists() and not list(cache_root().glob("reference/*/block*"))
+
+
+def test_a_loss_of_ones_own(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "from prefopt.losses.declare import LossOutput\n\n"
+        "def squared(chosen_logp_G, rejected_logp_G, chosen_length_G, rejected_length_G, *, aim=1.0):\n"
+        "    gap = chosen_logp_G / chosen_length_G - rejected_logp_G / rejected_length_G - aim\n"
+        "    return LossOutput(gap**2, torch.ones_like(gap), {'gap': gap.detach()})\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for aim in (0.5, 2.0):
+        dpo(model, ROWS, tmp_path / f"out{aim}", loss="mine:squared", loss_options={"aim": aim}, epochs=4)
+        told = steps(tmp_path / f"out{aim}")
+        assert told[-1]["loss"] < 0.7 * told[0]["loss"] and abs(told[-1]["gap"]) < abs(told[0]["gap"])
+        assert json.loads((tmp_path / f"out{aim}/run.json").read_text())["loss"] == f"mine:squared (aim {aim:g})"

@@ -215,7 +215,7 @@ class _Run:
         # Forward alone is a third of a training step's work.
         ahead = int(policy.scorer.layout.costs(against.groups).sum()) / (3 * speed) if missing else 0.0
         peak, state = peak_memory(self.device), budget.state_bytes(policy.masters)
-        whole = duration(ahead + self._seconds(policy, data, speed))
+        whole = duration(ahead + self._seconds(policy, data, tokens, speed))
         ahead_too = f", with the reference {whole}" if against.reference is not None and not against.live else ""
         say(self._plan(policy, data, tokens, speed) + ahead_too)
         say(f"memory: {size(peak)} in the trial, and {size(state)} for the optimiser to come")
@@ -282,16 +282,18 @@ class _Run:
         steps = max(1, math.ceil(self.config.epochs * self._sampler(data).steps_per_epoch))
         return min(steps, self.config.max_steps or steps)
 
-    def _seconds(self, policy: Policy, data: TrainingData, speed: float) -> float:
+    def _seconds(self, policy: Policy, data: TrainingData, tokens: int, speed: float) -> float:
         sampler = self._sampler(data)
         epoch = np.asarray(data.train)[sampler.order(0)]
         per_step = int(policy.scorer.layout.costs(data.groups)[epoch].sum()) / sampler.steps_per_epoch
-        return self._steps(data) * per_step / speed
+        # A forward pass more, a third of a step's work, where a loss sees the whole batch and it is cut.
+        twice = any(term.loss.whole_batch for term in self.terms) and per_step > tokens
+        return self._steps(data) * per_step / speed * (4 / 3 if twice else 1)
 
     def _plan(self, policy: Policy, data: TrainingData, tokens: int, speed: float) -> str:
         return (
             f"{self._steps(data)} steps of {self.config.batch_size} {data.noun}, {tokens} tokens at once: about"
-            f" {duration(self._seconds(policy, data, speed))}"
+            f" {duration(self._seconds(policy, data, tokens, speed))}"
         )
 
     def _token_budget(
