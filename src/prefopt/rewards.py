@@ -1,0 +1,103 @@
+"""What gives a response a number: a rule by name, or a function of one's own.
+
+>>> length = load_reward("length")
+>>> length(["Say hello."], ["Hello there"])
+[2.0]
+
+A reward takes prompts and responses, equally many, and gives as many finite numbers; higher is better.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefopt.config.option import nearest
+from prefopt.errors import ConfigError, RunError
+
+Function = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """A function of prompts and responses that is held to its word."""
+
+    name: str
+    function: Function
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """One finite number for each response. Raises :class:`RunError` that names the reward and the prompt."""
+        try:
+            given = list(self.function(prompts, responses))
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            where = f" (the first prompt was {_short(prompts[0])})" if prompts else ""
+            raise RunError(f"the reward {self.name} failed{where}: {what}") from error
+        if len(given) != len(responses):
+            raise RunError(f"the reward {self.name} gave {len(given)} numbers for {len(responses)} responses")
+        for prompt, value in zip(prompts, given, strict=True):
+            if isinstance(value, bool | str) or not _finite(value):
+                raise RunError(
+                    f"the reward {self.name} gave {value!r} for a response to {_short(prompt)}; it must be a"
+                    " finite number"
+                )
+        return [float(value) for value in given]
+
+
+def load_reward(name: str) -> Reward:
+    """The rule of that name, or the function ``module:function``; modules are found in the working folder too.
+
+    Raises :class:`ConfigError` where there is none.
+    """
+    if name in RULES:
+        return Reward(name, RULES[name]())
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ConfigError(
+            f"no reward is called {name!r}{nearest(name, list(RULES))}; there are {', '.join(RULES)}, and"
+            " MODULE:FUNCTION for one of your own"
+        )
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise ConfigError(f"reward {name}: {error}; is the module installed, or in this folder?") from error
+    except AttributeError:
+        raise ConfigError(f"reward {name}: {module} has no {attribute}") from None
+    if not callable(function):
+        raise ConfigError(f"reward {name}: {attribute} is no function of prompts and responses")
+    return Reward(name, function)
+
+
+def _vader() -> Function:
+    """Sentiment of a response, -1 to 1: the compound score of VADER (Hutto and Gilbert, ICWSM 2014)."""
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError:
+        raise ConfigError('the rule vader needs a package that is not there: pip install "prefopt[demo]"') from None
+    analyzer = SentimentIntensityAnalyzer()
+    return lambda prompts, responses: [analyzer.polarity_scores(text)["compound"] for text in responses]
+
+
+def _length() -> Function:
+    """The number of words: what length alone explains."""
+    return lambda prompts, responses: [float(len(text.split())) for text in responses]
+
+
+RULES: dict[str, Callable[[], Function]] = {"vader": _vader, "length": _length}
+
+
+def _finite(value: object) -> bool:
+    try:
+        return math.isfinite(float(value))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")

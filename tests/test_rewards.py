@@ -1,0 +1,61 @@
+"""Rewards are held to their word, and what is wrong is said with the reward and the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefopt.errors import ConfigError, RunError
+from prefopt.rewards import RULES, Reward, load_reward
+
+
+def test_vader_prefers_praise() -> None:
+    pytest.importorskip("vaderSentiment")
+    praise, blame = load_reward("vader")(["It was", "It was"], [" a wonderful, delightful film.", " awful and boring."])
+    assert -1 <= blame < 0 < praise <= 1
+
+
+def test_a_function_of_ones_own_is_found_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_rewards_for_a_test.py").write_text(
+        "def overlap(prompts, responses):\n"
+        "    return [len(set(p.split()) & set(r.split())) for p, r in zip(prompts, responses)]\n"
+        "seven = 7\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    reward = load_reward("my_rewards_for_a_test:overlap")
+    assert reward(["a b", "c d"], ["a b c", "x"]) == [2.0, 0.0]
+    for name, what in {
+        "my_rewards_for_a_test:overlaps": "has no overlaps",
+        "my_rewards_for_a_test:seven": "is no function",
+        "no_such_module_anywhere:f": "is the module installed",
+        "vadr": "did you mean vader",
+    }.items():
+        with pytest.raises(ConfigError, match=what):
+            load_reward(name)
+
+
+@pytest.mark.parametrize(
+    ("function", "what"),
+    [
+        (lambda p, r: [1.0], "gave 1 numbers for 2 responses"),
+        (lambda p, r: [1.0, float("nan")], "gave nan for a response to 'second prompt'"),
+        (lambda p, r: [float("inf"), 1.0], "gave inf for a response to 'first prompt'"),
+        (lambda p, r: ["high", 1.0], "gave 'high'"),
+        (lambda p, r: [None, 1.0], "gave None"),
+        (lambda p, r: {}["missing"], "KeyError: 'missing'"),
+    ],
+)
+def test_a_reward_that_breaks_its_word_is_named_with_the_prompt(function: Callable[..., Any], what: str) -> None:
+    with pytest.raises(RunError) as caught:
+        Reward("mine", function)(["first prompt", "second prompt"], ["x", "y"])
+    assert what in str(caught.value) and "the reward mine" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_rule_gives_finite_numbers_for_odd_texts() -> None:
+    pytest.importorskip("vaderSentiment")
+    odd = ["", " ", "\x00", "好电影", "a" * 10_000, "!!!", "😀"]
+    for name in RULES:
+        assert len(load_reward(name)(odd, odd)) == len(odd)
