@@ -1,125 +1,169 @@
-"""The demonstration: a tiny model is built, aligned with a few dozen pairs by the ordinary method, and looked at."""
+"""The demonstration: a small model that writes film reviews learns to like films, and is measured before and after."""
 
 from __future__ import annotations
 
 import json
-import math
-import shlex
+import random
 import shutil
-import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 
 from prefopt.config.dpo import DpoConfig
-from prefopt.config.option import options
-from prefopt.data.load import GroupSet, load_groups
-from prefopt.data.packer import pack
-from prefopt.data.read import read_json
-from prefopt.data.tokenizer import load_tokenizer
-from prefopt.demo.model import LAYERS, WIDTH, build_model
+from prefopt.config.sample import SampleConfig
+from prefopt.config.score import ScoreConfig
+from prefopt.demo.command import command
+from prefopt.demo.measure import Measured, measure
+from prefopt.demo.tell import tell, tell_next, tell_result, tell_times
 from prefopt.disk.write import output_errors, write_json
-from prefopt.errors import RunError
-from prefopt.methods.preference import run
-from prefopt.model.load import load_model
-from prefopt.model.scorer import Scorer, response_sums
-from prefopt.progress import duration
-from prefopt.train.terms import terms_of
+from prefopt.errors import ConfigError, RunError
+from prefopt.evaluate import score
+from prefopt.evaluate.plot import plot_runs, require_matplotlib
+from prefopt.methods import preference, sample
+from prefopt.rewards import load_reward
+from prefopt.train.history import read_history
 
 MARK = "demo.json"
-MADE = ("model", "pairs.jsonl", "aligned")
-SHOWN = 3
+HELD_OUT = 32
+SAMPLES = 16
+TOKENS = 48
+JUDGE = "vader"
 
 
 @dataclass(frozen=True, slots=True)
-class DemoResult:
-    """What the demonstration reached on its held-out pairs; ``margin`` is the mean difference of their rewards."""
+class Files:
+    """Where everything of the demonstration is."""
 
-    output: Path
-    held_out_pairs: int
-    loss: float
-    accuracy: float
-    margin: float
+    folder: Path
+
+    def __getattr__(self, name: str) -> Path:
+        try:
+            return self.folder / MADE[name]
+        except KeyError:
+            raise AttributeError(name) from None
 
 
-def run_demo(output: str) -> DemoResult:
-    """Build, align and tell. Results of an earlier demonstration in ``output`` are replaced.
+MADE = {
+    "model": "model",
+    "prompts": "prompts.txt",
+    "held_out": "held_out.txt",
+    "samples": "samples.jsonl",
+    "scored": "scored.jsonl",
+    "aligned": "aligned",
+    "before": "before.jsonl",
+    "before_scored": "before-scored.jsonl",
+    "after": "after.jsonl",
+    "after_scored": "after-scored.jsonl",
+    "picture": "curves.png",
+}
+"""What the demonstration makes: the next one replaces it, and nothing else."""
 
-    Raises :class:`RunError` where the folder holds anything else.
+
+@dataclass(slots=True)
+class Times:
+    """Seconds of each stage, in order."""
+
+    stages: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.stages[name] = time.monotonic() - started
+
+
+def run_demo(output: str, seed: int = 0) -> Measured:
+    """Sample, prefer, align, measure and tell. Results of an earlier demonstration in ``output`` are replaced.
+
+    Raises :class:`RunError` where the folder holds anything else, :class:`ConfigError` where a package is missing.
     """
-    started = time.monotonic()
-    console = Console(highlight=False, soft_wrap=True)
-    folder = Path(output)
-    config = _config(folder)
-    _make_room(folder)
-    with output_errors(folder):
-        weights = _build(folder)
-    _title(console, "1. A model and its data")
-    console.print(
-        f"{config.data[0]}: questions, each with a plain answer (chosen) and an evasive one (rejected)\n"
-        f"{config.model}: a Llama of {weights:,} random weights ({LAYERS} layers, width {WIDTH}), and a tokenizer"
-        " trained on these texts\n",
-        markup=False,
+    load_reward(JUDGE)
+    require_matplotlib()
+    console, times, files = Console(highlight=False, soft_wrap=True), Times(), Files(Path(output))
+    _make_room(files.folder)
+    _write_start(files, seed)
+    tell(
+        console,
+        "1. A model and something to write about",
+        f"{files.model}: tiny-imdb, 6.5 million parameters, writes film reviews, good and bad",
+        f"{files.prompts}: openings of reviews to learn on; {files.held_out}: {HELD_OUT} others to measure on",
     )
-    _title(console, "2. Direct preference optimization, by this command")
-    console.print(f"{program()} {command(config)}\n", markup=False)
-    finished = run(config)
-    assert finished is not None and finished.best_step is not None
-    result = _held_out(config, finished.best_step)
-    _title(console, "\n3. What happened")
-    _tell(console, config, result)
-    _title(console, "\n4. Where things are")
-    _places(console, folder)
-    _title(console, "\n5. What to try next")
-    _next(console, folder)
-    console.print(f"\n(all of this took {duration(time.monotonic() - started)})", markup=False)
+    draw = _sampling(files.model, files.prompts, files.samples, seed)
+    tell(console, f"2. It writes {SAMPLES} continuations of each opening", command("sample", draw))
+    with times.stage("sampling"):
+        sample.run(draw)
+    judge = ScoreConfig(files=[str(files.samples)], reward=JUDGE, output=str(files.scored))
+    tell(console, "3. A judge likes some more than others: the sentiment of their words", command("score", judge))
+    with times.stage("judging"):
+        _say(console, score.run(judge).lines())
+    train = _training(files, seed)
+    tell(console, "4. Direct preference optimization, the most positive against the most negative", command("dpo", train))
+    with times.stage("reference and training"):
+        preference.run(train)
+    with times.stage("measuring"):
+        result = _measure(console, files, seed)
+        plot_runs([read_history(files.aligned)], files.picture)
+    tell_result(console, result, files.aligned)
+    tell_times(console, times.stages)
+    tell_next(console, files.model, files.scored, files.aligned, files.picture)
     return result
 
 
-def command(config: DpoConfig) -> str:
-    """``dpo`` and the options that differ from their defaults, as a person would type them."""
-    plain = DpoConfig(model=config.model, data=config.data, output=config.output).to_dict()
-    words = ["dpo"]
-    for o in options(DpoConfig):
-        value = getattr(config, o.name)
-        if o.required or value != plain[o.name]:
-            many = value if isinstance(value, list) else [f"{value:g}" if isinstance(value, float) else str(value)]
-            words += [o.flag, *many]
-    return shlex.join(words)
+def _say(console: Console, lines: list[str]) -> None:
+    for line in lines:
+        console.print(line, markup=False)
 
 
-def program() -> str:
-    """How this installation is started: ``prefopt`` where the shell finds it, else by its path."""
-    beside = Path(sys.executable).with_name("prefopt")
-    found = shutil.which("prefopt")
-    if found is not None and Path(found).resolve() == beside.resolve():
-        return "prefopt"
-    if not beside.exists():
-        return f"{shlex.quote(sys.executable)} -m prefopt"
-    here = Path.cwd()
-    return shlex.quote(str(beside.relative_to(here) if beside.is_relative_to(here) else beside))
+def _measure(console: Console, files: Files, seed: int) -> Measured:
+    """Both models write on the openings that were held out, with the same seed, and are judged."""
+    draws = [
+        _sampling(files.model, files.held_out, files.before, seed),
+        _sampling(files.aligned, files.held_out, files.after, seed),
+    ]
+    judges = [
+        ScoreConfig(files=[str(path)], reward=JUDGE, output=str(out))
+        for path, out in ((files.before, files.before_scored), (files.after, files.after_scored))
+    ]
+    commands = [*(command("sample", d) for d in draws), *(command("score", j) for j in judges)]
+    tell(console, "5. Did it get better? Both write on openings that neither was trained on", *commands)
+    for d in draws:
+        sample.run(d)
+    for j in judges:
+        score.run(j)
+    return measure(files.before_scored, files.after_scored, reference=files.model, seed=seed)
 
 
-def _config(folder: Path) -> DpoConfig:
-    # The rate is that of a model which has everything to learn; a trained one wants a thousandth of it. More than one
-    # thread would only wait for the others: the matrices are that small.
-    return DpoConfig(
-        model=str(folder / "model"),
-        data=[str(folder / "pairs.jsonl")],
-        output=str(folder / "aligned"),
-        eval_fraction=0.25,
-        epochs=4,
-        batch_size=4,
-        learning_rate=1e-3,
+def _sampling(model: Path, prompts: Path, output: Path, seed: int) -> SampleConfig:
+    return SampleConfig(
+        model=str(model),
+        prompts=[str(prompts)],
+        output=str(output),
+        num=SAMPLES,
+        max_new_tokens=TOKENS,
+        seed=seed,
         device="cpu",
         dtype="float32",
-        threads=1,
+    )
+
+
+def _training(files: Files, seed: int) -> DpoConfig:
+    # A model this small takes a rate that would wreck a large one: two hundred times the default.
+    return DpoConfig(
+        model=str(files.model),
+        data=[str(files.scored)],
+        output=str(files.aligned),
+        pairs="best-worst",
+        epochs=4,
+        batch_size=16,
+        learning_rate=2e-4,
+        seed=seed,
+        device="cpu",
+        dtype="float32",
     )
 
 
@@ -128,105 +172,22 @@ def _make_room(folder: Path) -> None:
         raise RunError(f"--output {folder} is a file; name a folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
         raise RunError(f"--output {folder} is not empty and holds no demonstration; name another folder")
-    for path in (folder / name for name in MADE):
+    for name in (*MADE.values(), *(f"{name}.run.json" for name in MADE.values())):
+        path = folder / name
         with output_errors(path):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-    write_json(folder / MARK, {"made_by": "prefopt demo", "replaced_by_the_next_one": list(MADE)})
+    write_json(folder / MARK, {"made_by": "prefopt demo", "replaced_by_the_next_one": list(MADE.values())})
 
 
-def _build(folder: Path) -> int:
-    """Write pairs and model; returns how many weights it has."""
-    pairs = folder / "pairs.jsonl"
-    pairs.write_bytes(resources.files("prefopt.demo").joinpath("pairs.jsonl").read_bytes())
-    rows: list[dict[str, list[dict[str, str]]]] = list(read_json(pairs))  # type: ignore[arg-type]
-    return build_model(folder / "model", [turn["content"] for row in rows for turns in row.values() for turn in turns])
-
-
-def _held_out(config: DpoConfig, step: int) -> DemoResult:
-    """The evaluation of the weights that were saved."""
-    lines = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
-    found = next(line for line in lines if line["step"] == step and "eval_loss" in line)
-    _, held_out = _pairs(config)
-    names = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
-    return DemoResult(Path(config.output), len(held_out), *(found[name] for name in names))
-
-
-def _pairs(config: DpoConfig) -> tuple[GroupSet, Sequence[int]]:
-    data = load_groups(config.data, load_tokenizer(config.model))
-    return data, data.split(config.eval_fraction, config.seed)[1]
-
-
-def _rewards(config: DpoConfig, data: GroupSet, held_out: Sequence[int]) -> list[tuple[float, float]]:
-    """Rewards (chosen, rejected) of held-out pairs under the aligned model, from the two models as they were saved."""
-    sums = []
-    for folder in (config.output, config.model):
-        scorer = Scorer(load_model(folder, dtype=torch.float32, device=torch.device("cpu")))
-        batch = pack([data.groups[i] for i in held_out], scorer.layout)
-        with torch.no_grad():
-            sums.append(response_sums(scorer(batch), batch))
-    beta = terms_of(config)[0].beta
-    rewards: list[list[float]] = (beta * (sums[0] - sums[1])).view(-1, 2).tolist()
-    return [(chosen, rejected) for chosen, rejected in rewards]
-
-
-def _tell(console: Console, config: DpoConfig, result: DemoResult) -> None:
-    data, held_out = _pairs(config)
-    rows: list[Any] = list(read_json(config.data[0]))
-    right = round(result.accuracy * result.held_out_pairs)
-    console.print(
-        f"loss on {result.held_out_pairs} held-out pairs: {result.loss:.4f}, down from ln 2 = {math.log(2):.4f}, the"
-        " loss of the model before training\n"
-        f"chosen above rejected in {right} of {result.held_out_pairs}, by {result.margin:.2f} in the mean\n"
-        "\nThree of them, with their rewards (beta times the log-ratio to the model before training):",
-        markup=False,
-    )
-    shown = held_out[:SHOWN]
-    for i, rewards in zip(shown, _rewards(config, data, shown), strict=True):
-        row = rows[data.groups[i].row - 1]
-        console.print(f"  {row['prompt'][-1]['content']}", markup=False)
-        for reward, side in zip(rewards, ("chosen", "rejected"), strict=True):
-            console.print(f"    {reward:+6.2f}  {row[side][-1]['content']}", markup=False)
-    console.print(
-        "\nThe model knows no language: it has learnt to tell two kinds of answers apart, on questions it never saw.",
-        markup=False,
-    )
-
-
-def _places(console: Console, folder: Path) -> None:
-    done = folder / "aligned"
-    places = {
-        f"{done}": "the aligned model, a folder that transformers loads",
-        f"{done / 'README.md'}": "its card: data, results, settings",
-        f"{done / 'metrics.jsonl'}": "every step and evaluation, one JSON object per line",
-        f"{done / 'config.yaml'}": "every option, to be used again with --config",
-    }
-    _columns(console, places)
-
-
-def _next(console: Console, folder: Path) -> None:
-    model, pairs, other = (
-        str(folder / "model"),
-        str(folder / "pairs.jsonl"),
-        str(folder.with_name(folder.name + "-2")),
-    )
-    start = f"{program()} {shlex.join(['dpo', '--model', model, '--data', pairs, '--output', other])}"
-    steps = {
-        "what a run would do, with two rows as the model sees them": f"{start} --dry-run",
-        "another beta, the reference's values from the cache": f"{start} --beta 0.3 --learning-rate 1e-3",
-        "your model and your pairs": f"{program()} dpo --model MODEL --data PAIRS.jsonl --output OUTPUT",
-    }
-    for what, line in steps.items():
-        console.print(f"{what}\n    {line}", markup=False)
-
-
-def _title(console: Console, text: str) -> None:
-    console.print(text, style="bold", markup=False)
-
-
-def _columns(console: Console, rows: dict[str, str]) -> None:
-    width = max(map(len, rows))
-    for name, what in rows.items():
-        console.print(f"{name:{width}}  {what}", markup=False)
+def _write_start(files: Files, seed: int) -> None:
+    """The model that comes with the package, and the openings, dealt by the seed."""
+    with output_errors(files.folder):
+        with resources.as_file(resources.files("prefopt.demo").joinpath("tiny_imdb")) as folder:
+            shutil.copytree(folder, files.model)
+        openings = resources.files("prefopt.demo").joinpath("openings.txt").read_text("utf-8").splitlines()
+        random.Random(seed).shuffle(openings)
+        files.held_out.write_text("\n".join(openings[:HELD_OUT]) + "\n", "utf-8")
+        files.prompts.write_text("\n".join(openings[HELD_OUT:]) + "\n", "utf-8")
