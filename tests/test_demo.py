@@ -1,71 +1,95 @@
-"""The demonstration learns, tells the truth about it, and can be repeated."""
+"""The demonstration runs whole, tells the truth, can be repeated, and what it shows is no accident."""
 
 from __future__ import annotations
 
 import json
-import math
 import shlex
-from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefopt.cli import main, parse
-from prefopt.config.dpo import DpoConfig
-from prefopt.demo.run import program, run_demo
-from prefopt.train.terms import terms_of
+from prefopt.cli import VERBS, main, parse
+from prefopt.config.option import from_dict
+from prefopt.demo import run as demo
+from prefopt.demo.command import program
+
+pytest.importorskip("vaderSentiment", reason="the demonstration's judge is an extra: prefopt[demo]")
+pytest.importorskip("matplotlib", reason="the demonstration draws curves: prefopt[demo]")
 
 
-def test_the_demonstration_learns_what_its_pairs_prefer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Few and short samples: everything happens, nothing is learnt."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "SAMPLES", 3)
+    monkeypatch.setattr(demo, "TOKENS", 6)
+    monkeypatch.setattr(demo, "HELD_OUT", 120)
+
+
+def test_the_demonstration_runs_and_every_command_it_prints_is_real(
+    short: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = demo.run_demo("runs/demo", seed=3)
+    first = capsys.readouterr().out
+    folder = Path("runs/demo")
+    assert all((folder / name).exists() for name in demo.MADE.values())
+    assert str(result.change) in first and f"{result.kl.mean:.1f} nats" in first
+    assert all(e.opening in first for e in result.examples)
+
+    commands = [line[line.index(program()) :] for line in first.splitlines() if f"{program()} " in line]
+    configs = {}
+    for line in commands:
+        words = shlex.split(line.removeprefix(program()))
+        verb = words[0]
+        configs[verb] = [*configs.get(verb, []), from_dict(VERBS[verb].config, parse(verb, words[1:]))]
+    assert [len(configs[verb]) for verb in ("sample", "score", "dpo", "chat")] == [3, 3, 3, 1]
+    made = json.loads((folder / "aligned" / "run.json").read_text())["options"]
+    given = configs["dpo"][0].to_dict()
+    assert {name: made[name] for name in given if given[name] is not None} == {
+        name: value for name, value in given.items() if value is not None
+    }
+
+    # The numbers are those of the files.
+    rows = [json.loads(line) for line in (folder / "after-scored.jsonl").read_text().splitlines()]
+    mean = sum(sum(row["scores"]) / len(row["scores"]) for row in rows) / len(rows)
+    assert mean == pytest.approx(result.after.mean) and len(rows) == result.after.count
+
+    again = demo.run_demo("runs/demo", seed=3)
+    assert "from the cache" in capsys.readouterr().out
+    assert again == result
+    assert demo.run_demo("runs/other", seed=4).before != result.before
+
+
+def test_kl_is_that_of_the_two_models_as_transformers_runs_them(short: None) -> None:
+    result = demo.run_demo("runs/demo")
+    tokenizer = AutoTokenizer.from_pretrained("runs/demo/model")
+    models = [AutoModelForCausalLM.from_pretrained(f"runs/demo/{n}", dtype=torch.float32) for n in ("aligned", "model")]
+    ratios = []
+    for line in Path("runs/demo/after.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        prompt, each = tokenizer(row["prompt"])["input_ids"], []
+        for answer in row["token_ids"]:
+            ids = torch.tensor([prompt + answer])
+            with torch.no_grad():
+                logps = [m(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for m in models]
+            picked = [x.gather(1, torch.tensor(answer)[:, None]).sum().item() for x in logps]
+            each.append(picked[0] - picked[1])
+        ratios.append(sum(each) / len(each))
+    assert result.kl.mean == pytest.approx(sum(ratios) / len(ratios), abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_what_the_demonstration_shows_is_no_accident(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = run_demo("runs/demo")
-    first = capsys.readouterr().out
-    assert result.loss < math.log(2) / 2 and result.accuracy > 0.9 and result.margin > 1
-    assert f"{result.loss:.4f}, down from ln 2 = 0.6931" in first
-    assert all(
-        Path(line.split("  ")[0]).exists() for line in first.splitlines() if line.startswith("runs/demo/aligned")
-    )
-
-    folder = Path("runs/demo/aligned")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    text = "<|user|>How do I make tea?<|end|><|assistant|>"
-    turns = [{"role": "user", "content": "How do I make tea?"}]
-    assert tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == text
-    assert torch.isfinite(model(**tokenizer(text, return_tensors="pt")).logits).all()
-    commands_hold(first, result.output)
-
-    # Again: what was there is replaced, the model is the same to the byte, and so its reference is in the cache.
-    again = run_demo("runs/demo")
-    out = capsys.readouterr().out
-    assert "reference: all 96 responses from the cache" in out and "0 from the cache" in first
-    assert again == result
-
-
-def commands_hold(out: str, aligned: Path) -> None:
-    """Every command printed is one: the first gives the run that was made, the others what they say."""
-    found = [line.strip().removeprefix(program()).split(maxsplit=1) for line in out.splitlines() if program() in line]
-    given = [DpoConfig.from_dict(parse("dpo", shlex.split(words))) for verb, words in found if verb == "dpo"]
-    assert len(given) == len(found) == 4
-    made = json.loads((aligned / "run.json").read_text())["options"]
-    assert terms_of(given[0])[0].to_dict() == made
-    assert given[1].dry_run and given[2].beta == 0.3
-    assert {(c.model, *c.data) for c in given[:3]} == {(made["model"], *made["data"])}
-    assert all(not Path(c.output).exists() for c in given[1:])
-
-
-def test_every_pair_is_what_the_demonstration_says() -> None:
-    lines = resources.files("prefopt.demo").joinpath("pairs.jsonl").read_text("utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    questions = [row["prompt"][0]["content"] for row in rows]
-    assert len(set(questions)) == len(rows) >= 24 and all(q.endswith("?") for q in questions)
-    lengths = [[len(row[side][0]["content"]) for row in rows] for side in ("chosen", "rejected")]
-    # Length alone must not tell the sides apart, or the demonstration would show nothing else.
-    longer = sum(a > b for a, b in zip(*lengths, strict=True))
-    assert len(rows) / 4 < longer < 3 * len(rows) / 4
+    result = demo.run_demo("runs/demo", seed=seed)
+    assert result.change.low > 0.1 and result.after.mean > 0.3
+    assert 0 < result.kl.mean < 60
 
 
 @pytest.mark.parametrize("kind", ["folder of something else", "file"])

@@ -6,7 +6,6 @@ import json
 import runpy
 import sys
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from prefopt.cli import main
-from prefopt.demo.model import build_model
+from small_chat import build_model
 
 FLAT = Path(__file__).resolve().parents[1] / "examples" / "flat_dpo.py"
 Rows = list[dict[str, Any]]
 
 
 def conversations() -> Rows:
-    lines = resources.files("prefopt.demo").joinpath("pairs.jsonl").read_text("utf-8").splitlines()
+    lines = Path(__file__).with_name("pairs.jsonl").read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines[:14]]
 
 

@@ -28,6 +28,7 @@ from prefopt.config.option import Option, check_values, checked, from_dict, near
 from prefopt.config.push import PushConfig
 from prefopt.config.runs import PlotConfig, RunsConfig
 from prefopt.config.sample import SampleConfig
+from prefopt.config.score import ScoreConfig
 from prefopt.errors import ConfigError, Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -257,7 +258,15 @@ def _dpo(config: DpoConfig) -> int:
 def _demo(config: DemoConfig) -> int:
     from prefopt.demo.run import run_demo
 
-    run_demo(config.output)
+    run_demo(config.output, config.seed)
+    return 0
+
+
+def _score(config: ScoreConfig) -> int:
+    from prefopt.evaluate.score import run
+
+    for line in run(config).lines():
+        print(line)
     return 0
 
 
@@ -437,5 +446,6 @@ VERBS: dict[str, Verb] = {
     "cache verify": Verb("check it against its checksums", CacheVerifyConfig, _cache_verify),
     "cache clear": Verb("remove it", CacheClearConfig, _cache_clear),
     "env": Verb("print versions, devices, folders and what is missing, for reports of bugs", EnvConfig, _env),
-    "demo": Verb("run the demonstration, offline, in less than a minute", DemoConfig, _demo),
+    "score": Verb("give responses numbers, by a rule or a function of your own", ScoreConfig, _score),
+    "demo": Verb("run the demonstration, offline, in a few minutes", DemoConfig, _demo),
 }

@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from prefopt.data.formats import read_comparisons
 from prefopt.data.group import Group
 from prefopt.data.packer import pack
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.evaluate.interval import Interval, mean_interval
 from prefopt.generate.loaded import renderer_for
-from prefopt.data.formats import read_comparisons
 from prefopt.model.load import load_model
 from prefopt.model.scorer import Scorer, response_sums
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import time
@@ -21,7 +20,7 @@ from prefopt.demo.command import command
 from prefopt.demo.measure import Measured, measure
 from prefopt.demo.tell import tell, tell_next, tell_result, tell_times
 from prefopt.disk.write import output_errors, write_json
-from prefopt.errors import ConfigError, RunError
+from prefopt.errors import RunError
 from prefopt.evaluate import score
 from prefopt.evaluate.plot import plot_runs, require_matplotlib
 from prefopt.methods import preference, sample
@@ -102,7 +101,7 @@ def run_demo(output: str, seed: int = 0) -> Measured:
     with times.stage("judging"):
         _say(console, score.run(judge).lines())
     train = _training(files, seed)
-    tell(console, "4. Direct preference optimization, the most positive against the most negative", command("dpo", train))
+    tell(console, "4. Direct preference optimization: the best liked against the least liked", command("dpo", train))
     with times.stage("reference and training"):
         preference.run(train)
     with times.stage("measuring"):

@@ -90,7 +90,7 @@ def scored(rows: Iterable[Comparison], reward: Reward) -> Iterator[tuple[Compari
 
 
 def prompt_text(c: Comparison) -> str:
-    """The prompt as a reward is given it: text as it stands, a conversation with a line ``role: words`` for each turn."""
+    """The prompt as a reward is given it: text as it stands; of a conversation a line ``role: words`` for each turn."""
     if c.text:
         return "".join(m.content for m in c.prompt)
     return "\n".join(f"{m.role}: {m.content}" for m in c.prompt)
