@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from prefopt.demo.model import build_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import prefopt
-from prefopt.demo.model import build_model
 from prefopt.losses.declare import LOSSES, Loss
 
 STEPPED = ("dpo", "sigmoid_norm", "simpo", "ipo", "bco", "aot", "aot_unpaired", "beta_dpo")

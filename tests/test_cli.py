@@ -373,3 +373,7 @@ def test_python_passes_names_or_objects(ran: list[dict[str, Any]], tmp_path: Pat
     prefopt.dpo(model, iter(rows), output="o", tokenizer=tokenizer)  # type: ignore[arg-type]
     assert ran[1]["config"].model == "base"
     assert (ran[1]["model"], ran[1]["tokenizer"], ran[1]["rows"]) == (model, tokenizer, rows)
+
+
+def test_every_command_finds_what_it_runs() -> None:
+    assert all(callable(verb.function()) for verb in cli.VERBS.values())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
-from prefopt.cli import VERBS
 from prefopt.config.option import options
+from prefopt.verbs import VERBS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefopt.cli import VERBS, main, parse
+from prefopt.cli import main, parse
 from prefopt.config.option import from_dict
 from prefopt.demo import run as demo
 from prefopt.demo.command import program
+from prefopt.verbs import VERBS
 
 pytest.importorskip("vaderSentiment", reason="the demonstration's judge is an extra: prefopt[demo]")
 pytest.importorskip("matplotlib", reason="the demonstration draws curves: prefopt[demo]")

@@ -8,44 +8,21 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from prefopt import __version__
-from prefopt.config.cache import CacheClearConfig, CacheListConfig, CacheVerifyConfig
-from prefopt.config.chat import ChatConfig
-from prefopt.config.data_verbs import DataCheckConfig, DataConvertConfig, DataSplitConfig
-from prefopt.config.demo import DemoConfig
 from prefopt.config.document import read_document, write_document
-from prefopt.config.dpo import DpoConfig
-from prefopt.config.env import EnvConfig
-from prefopt.config.layouts import DataLayoutsConfig
-from prefopt.config.losses import LossesConfig
-from prefopt.config.merge import MergeConfig
 from prefopt.config.option import Option, check_values, checked, from_dict, nearest, options
-from prefopt.config.push import PushConfig
-from prefopt.config.runs import PlotConfig, RunsConfig
-from prefopt.config.sample import SampleConfig
-from prefopt.config.score import ScoreConfig
 from prefopt.errors import ConfigError, Interrupted, UserError
+from prefopt.verbs import VERBS
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 # What stands in the way is the disk, not the program; any other OSError that gets here is a bug.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
-
-
-@dataclass(frozen=True, slots=True)
-class Verb:
-    """One command: ``run`` takes a ``config`` and gives the exit status. ``document``: options may stand in a file."""
-
-    help: str
-    config: type
-    run: Callable[[Any], int]
-    document: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -246,206 +223,3 @@ def _warnings_on_stderr() -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
-
-
-def _dpo(config: DpoConfig) -> int:
-    from prefopt.methods.preference import run
-
-    run(config)
-    return 0
-
-
-def _demo(config: DemoConfig) -> int:
-    from prefopt.demo.run import run_demo
-
-    run_demo(config.output, config.seed)
-    return 0
-
-
-def _score(config: ScoreConfig) -> int:
-    from prefopt.evaluate.score import run
-
-    for line in run(config).lines():
-        print(line)
-    return 0
-
-
-def _losses(config: LossesConfig) -> int:
-    from prefopt.losses.show import described, overview
-
-    print(overview() if config.name is None else described(config.name))
-    return 0
-
-
-def _data_layouts(config: DataLayoutsConfig) -> int:
-    from prefopt.data.layouts.show import described, overview
-    from prefopt.data.recognise import named_layout
-
-    print(overview() if config.name is None else described(named_layout(config.name)))
-    return 0
-
-
-def _sample(config: SampleConfig) -> int:
-    if config.output is None:
-        raise ConfigError("--output is missing: file to write, JSON lines")
-    from prefopt.methods.sample import run
-
-    run(config)
-    return 0
-
-
-def _chat(config: ChatConfig) -> int:
-    from prefopt.generate.session import chat
-
-    chat(config)
-    return 0
-
-
-def _data_check(config: DataCheckConfig) -> int:
-    from prefopt.data.check import run_check
-
-    if config.model is None:  # seconds faster, for torch is not imported
-        return run_check(config)
-    from prefopt.model.load import context_of
-
-    return run_check(config, context_of(config.model))
-
-
-def _data_convert(config: DataConvertConfig) -> int:
-    from prefopt.data.convert import run_convert
-
-    return run_convert(config)
-
-
-def _data_split(config: DataSplitConfig) -> int:
-    from prefopt.data.split_files import run_split
-
-    return run_split(config)
-
-
-def _cache_list(_: CacheListConfig) -> int:
-    from prefopt.data.token_cache import list_tokens
-    from prefopt.disk.cache import reference_folder, tokens_folder
-    from prefopt.model.spaces import list_spaces
-    from prefopt.progress import size
-
-    spaces = list_spaces()
-    print(f"{reference_folder()}: {len(spaces)} space{'s' * (len(spaces) != 1)}, {size(sum(s.bytes for s in spaces))}")
-    for s in spaces:
-        scored = ", ".join(str(s.about[key]) for key in ("dtype", "path", "kernel", "device") if key in s.about)
-        used = s.last_used.astimezone().strftime("%Y-%m-%d %H:%M")
-        model = s.about.get("model") or "description unreadable"
-        print(f"{s.id}  {s.responses:>9,} responses  {size(s.bytes):>9}  last used {used}  {model} ({scored})")
-    tokens = list_tokens()
-    if tokens:
-        print(f"{tokens_folder()}: {len(tokens)} tokenised, {size(sum(t.bytes for t in tokens))}")
-    for t in tokens:
-        used = t.last_used.astimezone().strftime("%Y-%m-%d %H:%M")
-        file = t.about.get("file") or "description unreadable"
-        print(f"{t.id}  {t.groups:>9,} groups  {size(t.bytes):>9}  last used {used}  {file}")
-    return 0
-
-
-def _cache_verify(config: CacheVerifyConfig) -> int:
-    from prefopt.data.token_cache import verify_tokens
-    from prefopt.model.spaces import verify
-
-    problems = [(problem.file, problem.what) for problem in verify(repair=config.repair)]
-    problems += verify_tokens(repair=config.repair)
-    for file, what in problems:
-        print(f"{file}: {what}{'; taken out of use' if config.repair else ''}")
-    if not problems:
-        print("every file is what was written")
-    elif not config.repair:
-        print(f"{len(problems)} damaged; prefopt cache verify --repair takes them out of use")
-    return 1 if problems and not config.repair else 0
-
-
-def _cache_clear(config: CacheClearConfig) -> int:
-    from prefopt.disk.entries import clear
-    from prefopt.progress import size
-
-    freed = clear(ids=config.space, older_than_days=config.older_than)
-    print(f"{size(freed)} freed")
-    return 0
-
-
-def _runs(config: RunsConfig) -> int:
-    from prefopt.evaluate.show import show_runs
-
-    print("\n".join(show_runs(config.folder or ["."], as_json=config.json)))
-    return 0
-
-
-def _merge(config: MergeConfig) -> int:
-    from prefopt.model.load import DTYPES, resolve_device
-    from prefopt.model.merge import merge_adapter
-
-    done = merge_adapter(
-        config.adapter,
-        config.output,
-        model=config.model,
-        dtype=DTYPES[config.dtype],
-        device=resolve_device(config.device),
-    )
-    print("\n".join(done.in_words()))
-    return 0
-
-
-def _push(config: PushConfig) -> int:
-    from prefopt.model.push import confirmed, plan, push
-
-    planned = plan(config.folder, run=config.with_run, checkpoints=config.with_checkpoints)
-    print("\n".join(planned.in_words(config.repo, config.private)), flush=True)
-    if not confirmed(config.yes):
-        print("nothing was sent")
-        return 0
-    print(f"sent: {push(planned, config.repo, private=config.private)}")
-    return 0
-
-
-def _env(config: EnvConfig) -> int:
-    import json
-
-    from prefopt.model.environment import environment, in_words
-
-    found = environment()
-    print(json.dumps(found, indent=2) if config.json else "\n".join(in_words(found)))
-    return 0
-
-
-def _plot(config: PlotConfig) -> int:
-    from prefopt.evaluate.plot import plot_runs
-    from prefopt.train.history import read_history
-
-    plot_runs([read_history(folder) for folder in config.run], config.output, metrics=config.metrics, x=config.x)
-    print(f"{config.output}: {len(config.run)} run{'s' * (len(config.run) != 1)}")
-    return 0
-
-
-VERBS: dict[str, Verb] = {
-    "dpo": Verb("align a model with preferences, by DPO or another loss", DpoConfig, _dpo, document=True),
-    "sample": Verb("draw responses from a model for a file of prompts", SampleConfig, _sample, document=True),
-    "chat": Verb("talk to a model in the terminal, or to two and say which is better", ChatConfig, _chat),
-    "losses": Verb("list the losses that a model can be aligned with, or tell all of one", LossesConfig, _losses),
-    "merge": Verb("fold an adapter into its model, and check that the outputs are the same", MergeConfig, _merge),
-    "push": Verb("upload a finished model to the Hugging Face Hub, once you confirm", PushConfig, _push),
-    "runs": Verb("list runs, tell about one, or compare several", RunsConfig, _runs),
-    "plot": Verb("draw the curves of runs", PlotConfig, _plot),
-    "data layouts": Verb("list the layouts of rows, or tell all of one", DataLayoutsConfig, _data_layouts),
-    "data check": Verb(
-        "count what files hold, and name every problem by its rows; exit status 1 where there are errors",
-        DataCheckConfig,
-        _data_check,
-    ),
-    "data convert": Verb("write rows in another layout, or as parquet", DataConvertConfig, _data_convert),
-    "data split": Verb("split rows by prompt into two files", DataSplitConfig, _data_split),
-    "cache list": Verb(
-        "list what is kept: log-probabilities of reference models, and tokenised data", CacheListConfig, _cache_list
-    ),
-    "cache verify": Verb("check it against its checksums", CacheVerifyConfig, _cache_verify),
-    "cache clear": Verb("remove it", CacheClearConfig, _cache_clear),
-    "env": Verb("print versions, devices, folders and what is missing, for reports of bugs", EnvConfig, _env),
-    "score": Verb("give responses numbers, by a rule or a function of your own", ScoreConfig, _score),
-    "demo": Verb("run the demonstration, offline, in a few minutes", DemoConfig, _demo),
-}

@@ -14,11 +14,13 @@ import torch
 from prefopt.data.formats import read_comparisons
 from prefopt.data.group import Group
 from prefopt.data.packer import pack
+from prefopt.data.problem import Problem
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.evaluate.interval import Interval, mean_interval
 from prefopt.generate.loaded import renderer_for
 from prefopt.model.load import load_model
 from prefopt.model.scorer import Scorer, response_sums
+from prefopt.records import Comparison
 
 Row = dict[str, Any]
 
@@ -78,7 +80,8 @@ def _example(one: Row, two: Row) -> Example:
 
 def _log_ratios(rows: list[Row], file: Path, reference: Path) -> npt.NDArray[np.float64]:
     """Mean log-ratio [prompts] of each prompt's samples, from the sampler's own log-probabilities."""
-    prompts = renderer_for(load_tokenizer(reference)).prompts(read_comparisons(file))
+    read = (row for row in read_comparisons(file) if isinstance(row, Comparison))
+    prompts = [p for p in renderer_for(load_tokenizer(reference)).prompts(read) if not isinstance(p, Problem)]
     scorer = Scorer(load_model(str(reference), dtype=torch.float32, device=torch.device("cpu")))
     ratios = []
     for row, prompt in zip(rows, prompts, strict=True):

@@ -1,0 +1,11 @@
+"""``prefopt losses``."""
+
+from __future__ import annotations
+
+from prefopt.config.losses import LossesConfig
+from prefopt.losses.show import described, overview
+
+
+def show_losses(config: LossesConfig) -> int:
+    print(overview() if config.name is None else described(config.name))
+    return 0

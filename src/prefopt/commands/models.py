@@ -1,0 +1,41 @@
+"""What is done with a finished model: ``prefopt merge`` and ``prefopt push``; and ``prefopt env``."""
+
+from __future__ import annotations
+
+import json
+
+from prefopt.config.env import EnvConfig
+from prefopt.config.merge import MergeConfig
+from prefopt.config.push import PushConfig
+from prefopt.model.environment import environment, in_words
+from prefopt.model.load import DTYPES, resolve_device
+from prefopt.model.merge import merge_adapter
+from prefopt.model.push import confirmed, plan, push
+
+
+def merge_model(config: MergeConfig) -> int:
+    done = merge_adapter(
+        config.adapter,
+        config.output,
+        model=config.model,
+        dtype=DTYPES[config.dtype],
+        device=resolve_device(config.device),
+    )
+    print("\n".join(done.in_words()))
+    return 0
+
+
+def push_model(config: PushConfig) -> int:
+    planned = plan(config.folder, run=config.with_run, checkpoints=config.with_checkpoints)
+    print("\n".join(planned.in_words(config.repo, config.private)), flush=True)
+    if not confirmed(config.yes):
+        print("nothing was sent")
+        return 0
+    print(f"sent: {push(planned, config.repo, private=config.private)}")
+    return 0
+
+
+def show_environment(config: EnvConfig) -> int:
+    found = environment()
+    print(json.dumps(found, indent=2) if config.json else "\n".join(in_words(found)))
+    return 0

@@ -1,0 +1,20 @@
+"""``prefopt runs`` and ``prefopt plot``: runs as words and as curves."""
+
+from __future__ import annotations
+
+from prefopt.config.runs import PlotConfig, RunsConfig
+from prefopt.evaluate.show import show_runs
+
+
+def list_runs(config: RunsConfig) -> int:
+    print("\n".join(show_runs(config.folder or ["."], as_json=config.json)))
+    return 0
+
+
+def draw_runs(config: PlotConfig) -> int:
+    from prefopt.evaluate.plot import plot_runs  # listing runs needs neither torch nor matplotlib
+    from prefopt.train.history import read_history
+
+    plot_runs([read_history(folder) for folder in config.run], config.output, metrics=config.metrics, x=config.x)
+    print(f"{config.output}: {len(config.run)} run{'s' * (len(config.run) != 1)}")
+    return 0

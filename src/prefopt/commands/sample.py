@@ -1,0 +1,24 @@
+"""``prefopt sample`` and ``prefopt score``: responses drawn and responses judged, from file to file."""
+
+from __future__ import annotations
+
+from prefopt.config.sample import SampleConfig
+from prefopt.config.score import ScoreConfig
+from prefopt.errors import ConfigError
+
+
+def sample_to_file(config: SampleConfig) -> int:
+    """A program has nowhere else to put samples; the Python function gives them back."""
+    from prefopt.methods.sample import run
+
+    if config.output is None:
+        raise ConfigError("--output is missing: file to write, JSON lines")
+    run(config)
+    return 0
+
+
+def score_file(config: ScoreConfig) -> int:
+    from prefopt.evaluate.score import run
+
+    print("\n".join(run(config).lines()))
+    return 0

@@ -1,0 +1,102 @@
+"""What ``prefopt`` can do: a line for every command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from prefopt.config.cache import CacheClearConfig, CacheListConfig, CacheVerifyConfig
+from prefopt.config.chat import ChatConfig
+from prefopt.config.data_verbs import DataCheckConfig, DataConvertConfig, DataSplitConfig
+from prefopt.config.demo import DemoConfig
+from prefopt.config.dpo import DpoConfig
+from prefopt.config.env import EnvConfig
+from prefopt.config.layouts import DataLayoutsConfig
+from prefopt.config.losses import LossesConfig
+from prefopt.config.merge import MergeConfig
+from prefopt.config.push import PushConfig
+from prefopt.config.runs import PlotConfig, RunsConfig
+from prefopt.config.sample import SampleConfig
+from prefopt.config.score import ScoreConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One command. ``does`` is the module and function that take a ``config``, imported when they are called.
+
+    ``document``: the options may also stand in a file.
+    """
+
+    help: str
+    config: type
+    does: str
+    document: bool = False
+
+    def run(self, config: Any) -> int:
+        """The exit status: what the function gives where that is a number, else 0."""
+        status = self.function()(config)
+        return status if isinstance(status, int) else 0
+
+    def function(self) -> Callable[[Any], Any]:
+        """What ``does`` names."""
+        module, name = self.does.split(":")
+        return getattr(import_module(f"prefopt.{module}"), name)  # type: ignore[no-any-return]
+
+
+VERBS: dict[str, Verb] = {
+    "dpo": Verb(
+        "align a model with preferences, by DPO or another loss", DpoConfig, "methods.preference:run", document=True
+    ),
+    "sample": Verb(
+        "draw responses from a model for a file of prompts",
+        SampleConfig,
+        "commands.sample:sample_to_file",
+        document=True,
+    ),
+    "chat": Verb(
+        "talk to a model in the terminal, or to two and say which is better", ChatConfig, "generate.session:chat"
+    ),
+    "losses": Verb(
+        "list the losses that a model can be aligned with, or tell all of one",
+        LossesConfig,
+        "commands.losses:show_losses",
+    ),
+    "merge": Verb(
+        "fold an adapter into its model, and check that the outputs are the same",
+        MergeConfig,
+        "commands.models:merge_model",
+    ),
+    "push": Verb(
+        "upload a finished model to the Hugging Face Hub, once you confirm", PushConfig, "commands.models:push_model"
+    ),
+    "runs": Verb("list runs, tell about one, or compare several", RunsConfig, "commands.runs:list_runs"),
+    "plot": Verb("draw the curves of runs", PlotConfig, "commands.runs:draw_runs"),
+    "data layouts": Verb(
+        "list the layouts of rows, or tell all of one", DataLayoutsConfig, "commands.data:show_layouts"
+    ),
+    "data check": Verb(
+        "count what files hold, and name every problem by its rows; exit status 1 where there are errors",
+        DataCheckConfig,
+        "commands.data:check_data",
+    ),
+    "data convert": Verb("write rows in another layout, or as parquet", DataConvertConfig, "data.convert:run_convert"),
+    "data split": Verb("split rows by prompt into two files", DataSplitConfig, "data.split_files:run_split"),
+    "cache list": Verb(
+        "list what is kept: log-probabilities of reference models, and tokenised data",
+        CacheListConfig,
+        "commands.cache:list_cache",
+    ),
+    "cache verify": Verb("check it against its checksums", CacheVerifyConfig, "commands.cache:verify_cache"),
+    "cache clear": Verb("remove it", CacheClearConfig, "commands.cache:clear_cache"),
+    "env": Verb(
+        "print versions, devices, folders and what is missing, for reports of bugs",
+        EnvConfig,
+        "commands.models:show_environment",
+    ),
+    "score": Verb(
+        "give responses numbers, by a rule or a function of your own", ScoreConfig, "commands.sample:score_file"
+    ),
+    "demo": Verb("run the demonstration, offline, in a few minutes", DemoConfig, "commands.demo:show_demo"),
+}
