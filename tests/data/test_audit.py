@@ -113,18 +113,20 @@ def test_contradictions_across_files_and_kinds_of_preference(tmp_path: Path) -> 
     assert kinds == {"duplicate": [2], "contradiction": [1, 2, 3]}
 
 
-def refused_by_a_run(file: Path, made: Any, rendering: Rendering, want: Want) -> set[int] | None:
+def refused_by_a_run(file: Path, made: Any, rendering: Rendering, want: Want, count: int) -> set[int] | None:
     try:
         loaded = load_groups([file], made, rendering, want=want, on_bad_row="skip")
     except DataError as error:
-        return None if "none of" not in str(error) else set(range(1, len(file.read_bytes().splitlines()) + 1))
+        return None if "none of" not in str(error) else set(range(1, count + 1))
     return {p.row for p in loaded.problems if p.kind not in NO_FAULT}
 
 
 def agree(rows: list[Any], folder: Path, want: Want) -> None:
     file = write(folder / "rows.jsonl", rows)
+    if len(rows) == 1 and isinstance(rows[0], list):  # one line that is an array is a JSON document of rows
+        rows = rows[0]
     made, rendering = tokenizer(), Rendering(24)
-    refused = refused_by_a_run(file, made, rendering, want)
+    refused = refused_by_a_run(file, made, rendering, want, len(rows))
     a = audit([file], How(tokenizer=made, rendering=rendering, want=want))
     errors = {r for e in a.ledger.entries("error") for r in e.rows}
     if refused is None:
@@ -143,6 +145,10 @@ def test_errors_are_the_rows_that_a_run_refuses(
     rows: list[Any], want: Want, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     agree(rows, tmp_path_factory.mktemp("rows"), want)
+
+
+def test_a_line_that_is_an_array_is_a_document(tmp_path: Path) -> None:
+    agree([[None, {"text": False}]], tmp_path, "pairs")
 
 
 @pytest.mark.slow
