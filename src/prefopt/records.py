@@ -45,9 +45,13 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One answer to a prompt: a last assistant turn, or several turns of which the assistant's are trained."""
+    """One answer to a prompt: a last assistant turn, or several turns of which the assistant's are trained.
+
+    ``cut``: a sampler broke it off at its limit. Its end is nobody's choice, and no end-of-turn token is trained.
+    """
 
     messages: tuple[Message, ...]
+    cut: bool = False
 
     @property
     def text(self) -> str:

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from hypothesis import strategies as st
 from data.small import small_tokenizer
 from data.templates import CHATML, TEMPLATES, Template
 from prefopt.data.answers import CHANGED, ELSEWHERE
+from prefopt.data.formats import parse_comparisons
 from prefopt.data.group import IntArray
+from prefopt.data.layouts import LAYOUTS
 from prefopt.data.render import Renderer
 from prefopt.data.rendering import Rendering
 from prefopt.data.template import Turns
@@ -147,6 +150,44 @@ def shown(renderer: Renderer, turns: Turns, template: Template, **options: Any) 
 def test_trained_tokens_are_the_answer(name: str, data: st.DataObject) -> None:
     comparison = data.draw(conversations(system=TEMPLATES[name].system))
     check(renderer_of(name), comparison, TEMPLATES[name])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@settings(max_examples=40)
+@given(data=st.data())
+def test_an_answer_that_was_cut_off_has_no_end(name: str, data: st.DataObject) -> None:
+    whole = data.draw(conversations(system=TEMPLATES[name].system))
+    comparison = replace(whole, responses=tuple(replace(r, cut=True) for r in whole.responses))
+    renderer, template = renderer_of(name), TEMPLATES[name]
+    (rendered,) = renderer.render_all([comparison])
+    trained = [template.trained(r.messages[0]) for r in whole.responses]
+    words = [r.text.strip() for r in whole.responses]
+    if isinstance(rendered, Problem):
+        # Words that the template changes, or that end in what it drops, cannot be found in what it shows.
+        assert any(word not in shown for word, shown in zip(words, trained, strict=True))
+        return
+    for k, (shown, word) in enumerate(zip(trained, words, strict=True)):
+        ids, mask = rendered.group.sequence(k)
+        assert mask[-1] and decode(renderer.tokenizer, ids[mask]) == shown[: shown.rindex(word) + len(word)]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_cut_off_or_not_is_said_by_the_row(name: str) -> None:
+    row = {"prompt": [{"role": "user", "content": "why?"}], "responses": ["so it", "so"], "finish": ["length", "stop"]}
+    (comparison,) = parse_comparisons([row], "rows")
+    assert isinstance(comparison, Comparison) and [r.cut for r in comparison.responses] == [True, False]
+    assert LAYOUTS["canonical"].write(comparison)["finish"] == ["length", "stop"]
+    renderer = renderer_of(name)
+    group = renderer.render(comparison).group
+    cut, whole = (decode(renderer.tokenizer, ids[mask]) for ids, mask in (group.sequence(0), group.sequence(1)))
+    expected = TEMPLATES[name].trained(Message("assistant", "so"))
+    assert whole == expected and cut == expected[: expected.rindex("so") + 2] + " it"
+    plain = {"prompt": "why", "responses": [" so it", " so"], "finish": ["length", "stop"]}
+    (comparison,) = parse_comparisons([plain], "rows")
+    assert isinstance(comparison, Comparison)
+    group = renderer.render(comparison).group
+    eos = renderer.tokenizer.eos_token_id
+    assert [int(group.sequence(k)[0][-1]) == eos for k in (0, 1)] == [False, True]
 
 
 def reasoned(turn: Message) -> str:

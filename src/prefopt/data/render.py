@@ -173,7 +173,7 @@ class Renderer:
         if c.text:
             self._say_unused()
             prompt = "".join(m.content for m in c.prompt)
-            return [self._text(prompt, "".join(m.content for m in r.messages)) for r in c.responses]
+            return [self._text(prompt, r) for r in c.responses]
         self._say_once()
         if not self._template.reads_reasoning and any(m.reasoning for r in turns for m in r):
             self._say(NO_FIELD, once=True)
@@ -181,7 +181,13 @@ class Renderer:
             laid = self._answers.lay_out(c.prompt, turns, c.tools)
         except Unrenderable as error:
             return Problem("chat template", c.row, str(error), c.file)
-        return [self._ended(layout) for layout in laid]
+        if any(r.cut and not _ends_in_words(r, layout) for r, layout in zip(c.responses, laid, strict=True)):
+            what = "a response was cut off at a limit, and the chat template does not show where its words end"
+            return Problem("cut answer", c.row, what, c.file)
+        return [
+            _broken_off(layout, r.messages[-1].content.strip()) if r.cut else self._ended(layout)
+            for layout, r in zip(laid, c.responses, strict=True)
+        ]
 
     def _ended(self, layout: Layout) -> Layout:
         """``eos`` as it is wanted: where the template ends no answer, and none is forbidden."""
@@ -190,9 +196,13 @@ class Renderer:
         self._say(NO_END if self.rendering.add_eos else NO_END_AT_ALL, once=True)
         return layout if self.rendering.add_eos else replace(layout, eos=False)
 
-    def _text(self, prompt: str, response: str) -> Layout:
-        text = prompt + response
-        eos = self.rendering.add_eos and not text.endswith(str(self.tokenizer.convert_ids_to_tokens(self._eos)))
+    def _text(self, prompt: str, response: Response) -> Layout:
+        text = prompt + "".join(m.content for m in response.messages)
+        eos = (
+            not response.cut
+            and self.rendering.add_eos
+            and not text.endswith(str(self.tokenizer.convert_ids_to_tokens(self._eos)))
+        )
         return Layout(text, ((len(prompt), len(text)),), bos=True, eos=eos)
 
     def _without_reasoning(self, c: Comparison) -> Comparison:
@@ -282,3 +292,17 @@ class Renderer:
 def _empty(response: Turns) -> bool:
     """Whether a turn that is to be learned says and calls nothing."""
     return any(m.trained and m.role == "assistant" and not (m.content.strip() or m.tool_calls) for m in response)
+
+
+def _ends_in_words(response: Response, layout: Layout) -> bool:
+    """Whether the last turn is shown with its words as they are, and they are all it holds."""
+    last, (start, end) = response.messages[-1], layout.spans[-1]
+    words = last.content.strip()
+    return bool(words) and not last.tool_calls and layout.text.rfind(words, start, end) >= 0
+
+
+def _broken_off(layout: Layout, words: str) -> Layout:
+    """The layout up to the end of its last words: nothing of what the template puts behind them is trained."""
+    start, end = layout.spans[-1]
+    end = layout.text.rindex(words, start, end) + len(words)
+    return replace(layout, text=layout.text[:end], spans=(*layout.spans[:-1], (start, end)), eos=False)

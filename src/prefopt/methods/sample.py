@@ -221,7 +221,7 @@ class _Run:
             text = continuation(model.tokenizer, prompts.ids[i], without_stop(sample.ids, self.settings.stop))
             # Templates put white space around answers as they like; the text of a base model is left as it is.
             text = text if prompt.text else text.strip()
-            responses.append(Response((Message("assistant", text),)))
+            responses.append(Response((Message("assistant", text),), cut=not sample.finished))
             self.samples += 1
             self.tokens += sample.tokens
             self.ended += sample.finished
@@ -230,13 +230,12 @@ class _Run:
             "logprobs": [round(s.logp, 6) for s in samples],
             "sampling_logprobs": [round(s.sampling_logp, 6) for s in samples],
             "tokens": [s.tokens for s in samples],
-            "finish": [s.finish for s in samples],
             "token_ids": [s.ids.tolist() for s in samples],
             "source": prompt.file,
             "source_row": prompt.row,
         }
         whole = replace(prompt, responses=tuple(responses), extra={**prompt.extra, **columns})
-        return LAYOUTS["canonical"].write(whole)
+        return LAYOUTS["canonical"].write(whole) | {"finish": [s.finish for s in samples]}
 
     def _finish(self, model: SampledModel, prompts: PromptSet, seconds: float) -> Mismatch | None:
         say = self.reporter.say

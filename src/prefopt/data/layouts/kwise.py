@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from prefopt.data.layouts.holding import CannotHold, words
 from prefopt.data.layouts.layout import NOT_READ, SIDES, Layout, with_columns
@@ -10,11 +11,11 @@ from prefopt.data.layouts.messages import write_messages
 from prefopt.data.layouts.orders import read_order, read_tiers, read_votes, write_order
 from prefopt.data.layouts.row import Row, text_prompt
 from prefopt.data.layouts.shapes import listed_order
-from prefopt.data.layouts.values import BadRow
-from prefopt.records import Comparison, tiers_of
+from prefopt.data.layouts.values import BadRow, kind
+from prefopt.records import Comparison, Response, tiers_of
 
 # The columns that a row may have beside its own: those of the canonical layout never stand for something else.
-SAID = ("tiers", "scores", "labels", "votes", "tools")
+SAID = ("tiers", "scores", "labels", "votes", "tools", "finish")
 BY_INDEX = ("order", "ranking", "pairs", "top_k")
 
 
@@ -24,6 +25,8 @@ def _read(row: Row) -> Comparison:
     prompt = text_prompt(given) if isinstance(given, str) else row.turns("prompt")
     responses = [row.response_of(value, "an item of responses", text=text) for value in row.items("responses")]
     count = len(responses)
+    if row.has("finish"):
+        responses = _broken_off(row, responses)
     scores = tuple(row.number_of(s, "an item of scores") for s in row.items("scores")) if row.has("scores") else None
     labels = tuple(row.label_of(x, "an item of labels") for x in row.items("labels")) if row.has("labels") else None
     for name, many in (("scores", scores), ("labels", labels)):
@@ -34,6 +37,19 @@ def _read(row: Row) -> Comparison:
     if name := _one(row, "tiers", "order", "ranking"):
         tiers = (read_tiers if name == "tiers" else read_order)(row, name, count)
     return row.comparison(prompt, responses, tiers, text=text, scores=scores, labels=labels, votes=votes)
+
+
+def _broken_off(row: Row, responses: list[Response]) -> list[Response]:
+    """``finish`` says of each response why it ended, in the words of OpenAI's interface: ``length`` is a limit."""
+    reasons = row.items("finish")
+    if len(reasons) != len(responses):
+        raise BadRow("wrong number", f"has {len(responses)} responses and {len(reasons)} finish")
+    for reason in reasons:
+        if not isinstance(reason, str):
+            raise BadRow(
+                "wrong type", f"an item of finish should be text, such as stop or length, and is {kind(reason)}"
+            )
+    return [replace(r, cut=reason == "length") for r, reason in zip(responses, reasons, strict=True)]
 
 
 def _one(row: Row, *names: str) -> str:
@@ -72,7 +88,14 @@ def _write_canonical(c: Comparison) -> dict[str, object]:
             row[name] = list(many)
     if c.votes is not None:
         row["votes"] = [list(vote) for vote in c.votes]
-    return row
+    return row | _finish_column(c)
+
+
+def _finish_column(c: Comparison) -> dict[str, object]:
+    """Only where a response was broken off: without the column none was."""
+    if not any(r.cut for r in c.responses):
+        return {}
+    return {"finish": ["length" if r.cut else "stop" for r in c.responses]}
 
 
 def _aside(row: dict[str, object], extra: Mapping[str, object]) -> dict[str, object]:
@@ -95,7 +118,7 @@ def _write_by_index(c: Comparison) -> dict[str, object]:
     for name, many in (("scores", c.scores), ("labels", c.labels)):
         if many is not None:
             row[name] = list(many)
-    return row
+    return row | _finish_column(c)
 
 
 USER = {"role": "user", "content": "What is 2 + 2?"}

@@ -167,6 +167,7 @@ def _difference(c: Comparison, again: Comparison) -> str:
     """What of a comparison would not come back as it was."""
     what = {
         "plain text beside turns": c.text != again.text,
+        "that responses were cut off": _cuts(c) != _cuts(again),
         "where its prompt ends and its responses begin": c.prompt != again.prompt or c.responses != again.responses,
         "its scores": c.scores != again.scores,
         "its labels": c.labels != again.labels,
@@ -176,3 +177,7 @@ def _difference(c: Comparison, again: Comparison) -> str:
         "its other columns": True,
     }
     return next(name for name, differs in what.items() if differs)
+
+
+def _cuts(c: Comparison) -> list[bool]:
+    return [r.cut for r in c.responses]
