@@ -39,7 +39,8 @@ class PackedBatch:
     """G groups with N responses of which M tokens are scored.
 
     ``read`` [M] indexes the passes' hidden states laid end to end, ``target`` [M] are the scored token ids,
-    ``owner`` [M] the response each belongs to, ``length`` [N] how many each response has (all int64).
+    ``owner`` [M] the response each belongs to, ``length`` [N] how many each response has, ``last`` [N] indexes the
+    hidden state at the last scored token of each, where a reward is read (all int64).
     """
 
     groups: tuple[Group, ...]
@@ -48,6 +49,7 @@ class PackedBatch:
     target: torch.Tensor
     owner: torch.Tensor
     length: torch.Tensor
+    last: torch.Tensor
 
     @property
     def tokens(self) -> int:
@@ -61,7 +63,8 @@ class PackedBatch:
             return x.to(device, non_blocking=True)
 
         passes = tuple(Pass(move(p.ids), move(p.positions), p.segments) for p in self.passes)
-        return PackedBatch(self.groups, passes, move(self.read), move(self.target), move(self.owner), move(self.length))
+        numbers = (self.read, self.target, self.owner, self.length, self.last)
+        return PackedBatch(self.groups, passes, *map(move, numbers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +175,12 @@ def _add_shared(row: _Row, group: Group) -> list[_Response]:
 
 def _finish(groups: Sequence[Group], rows: list[_Row], responses: list[_Response]) -> PackedBatch:
     offsets = dict(zip(map(id, rows), np.cumsum([0, *(r.length for r in rows)]), strict=False))
-    read, target, owner = [], [], []
+    read, target, owner, last = [], [], [], []
     for n, r in enumerate(responses):
         where = np.nonzero(r.trained)[0]
-        read.append(np.where(where > 0, r.start + where - 1, r.before) + offsets[id(r.row)])
+        offset = offsets[id(r.row)]
+        read.append(np.where(where > 0, r.start + where - 1, r.before) + offset)
+        last.append(where[-1:] + r.start + offset)
         target.append(r.ids[where])
         owner.append(np.full(len(where), n))
 
@@ -184,7 +189,7 @@ def _finish(groups: Sequence[Group], rows: list[_Row], responses: list[_Response
 
     length = torch.tensor([len(t) for t in target], dtype=torch.int64)
     passes = tuple(row.finish() for row in rows)
-    return PackedBatch(tuple(groups), passes, tensor(read), tensor(target), tensor(owner), length)
+    return PackedBatch(tuple(groups), passes, tensor(read), tensor(target), tensor(owner), length, tensor(last))
 
 
 def split(items: Sequence[int], tokens: Sequence[int], token_budget: int) -> Iterator[list[int]]:

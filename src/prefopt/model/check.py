@@ -20,7 +20,9 @@ from prefopt.data.packer import pack
 from prefopt.data.table import GroupTable
 from prefopt.errors import ModelError
 from prefopt.model.clone import VOCABULARY, tiny_clone
-from prefopt.model.scorer import Scorer, causal_model
+from prefopt.model.packed import PackedModel, causal_model
+from prefopt.model.scalar import ScalarScorer
+from prefopt.model.scorer import Scorer
 
 # Rotary tables are float32 even in a float64 model, so that the last digits differ between packings.
 CLONE_TOLERANCE = 1e-5
@@ -51,15 +53,7 @@ class CheckReport:
 def check_scoring(scorer: Scorer, groups: Sequence[Group]) -> CheckReport:
     """Run the check with a few of ``groups``. Raises :class:`ModelError` where scoring would be wrong."""
     model = causal_model(scorer.model)
-    clone = tiny_clone(model.config)
-    clone_error = None
-    if clone is not None:
-        clone_error = clone_difference(clone, scorer.attention)
-        if not clone_error < CLONE_TOLERANCE:
-            raise ModelError(
-                f"{type(model).__name__}: packed scoring differs from the model's own forward by {clone_error:.1e}"
-                " (relative) on a small copy; please report this architecture"
-            )
+    clone_error = _checked_clone(scorer)
     sharing, noise = _real_differences(scorer, groups)
     gross, name = _GROSS[scorer.dtype], type(model).__name__
     if not max(sharing, noise) < gross:
@@ -74,6 +68,58 @@ def check_scoring(scorer: Scorer, groups: Sequence[Group]) -> CheckReport:
             f" {scorer.dtype} (up to {gross:g} is rounding); please report this architecture"
         )
     return CheckReport(clone_error, sharing, max(noise, _FLOOR[scorer.dtype]))
+
+
+def check_scalars(scorer: ScalarScorer, groups: Sequence[Group]) -> CheckReport:
+    """The same for rewards: the twin, then a few of ``groups`` by the class's own forward, one response per call.
+
+    In the report ``sharing_error`` and ``noise`` are in units of the reward. Raises :class:`ModelError`.
+    """
+    model = causal_model(scorer.model)
+    clone_error = _checked_clone(scorer)
+    device, some = next(scorer.model.parameters()).device, _typical(groups)
+    with torch.no_grad():
+        together = scorer(pack(some, scorer.layout).to(device))
+        noise = _rms(together - torch.cat([scorer(pack([g], scorer.layout).to(device)) for g in some]))
+        scorer.detach_hook()
+        own = []
+        for group in some:
+            for k in range(len(group.continuations)):
+                ids, trained = group.sequence(k)
+                stop = int(np.nonzero(trained)[0][-1]) + 1
+                row = torch.from_numpy(np.asarray(ids[:stop])).long().to(device)[None]
+                own.append(model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[0, 0])
+        scorer.attach_hook()
+    sharing = _rms(together + scorer.shift - torch.stack(own).to(together.dtype))
+    gross = _GROSS[scorer.dtype] * max(1.0, float(together.abs().max()))
+    if not max(sharing, noise) < gross:
+        raise ModelError(
+            f"{type(model).__name__}: rewards differ by {max(sharing, noise):.2g} between packed scoring and the"
+            f" class's own forward in {scorer.dtype} (up to {gross:.2g} is rounding); try --attention loop or --dtype"
+            " float32, and see that no response ends with the pad token"
+        )
+    return CheckReport(clone_error, sharing, max(noise, _FLOOR[scorer.dtype]))
+
+
+def _checked_clone(scorer: PackedModel) -> float | None:
+    """The error on the tiny twin of the scorer's architecture; none where it cannot be built."""
+    model = causal_model(scorer.model)
+    clone = tiny_clone(model.config)
+    if clone is None:
+        return None
+    error = clone_difference(clone, scorer.attention)
+    if not error < CLONE_TOLERANCE:
+        raise ModelError(
+            f"{type(model).__name__}: packed scoring differs from the model's own forward by {error:.1e}"
+            " (relative) on a small copy; please report this architecture"
+        )
+    return error
+
+
+def _typical(groups: Sequence[Group]) -> list[Group]:
+    """A few groups of middling length: long enough to be typical, cheap enough for every start."""
+    far = np.abs(GroupTable.of(groups).tokens_G - 300)
+    return [groups[i] for i in np.argsort(far, kind="stable")[:3].tolist()]
 
 
 def clone_difference(clone: PreTrainedModel, attention: str = "auto") -> float:
@@ -124,9 +170,7 @@ def _random_groups() -> list[Group]:
 
 @torch.no_grad()
 def _real_differences(scorer: Scorer, groups: Sequence[Group]) -> tuple[float, float]:
-    # A few groups of middling length: long enough to be typical, cheap enough for every start.
-    far = np.abs(GroupTable.of(groups).tokens_G - 300)
-    some = [groups[i] for i in np.argsort(far, kind="stable")[:3].tolist()]
+    some = _typical(groups)
     device = next(scorer.model.parameters()).device
     together = scorer(pack(some, scorer.layout).to(device))
     apart = torch.cat([scorer(pack([g], scorer.layout).to(device)) for g in some])

@@ -75,7 +75,7 @@ def local_folder(name: str) -> str:
     no_telemetry()
     from huggingface_hub import snapshot_download
 
-    with _model_errors(name):
+    with model_errors(name):
         return snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])
 
 
@@ -85,7 +85,7 @@ def _is_path(name: str) -> bool:
 
 def load_config(name: str) -> PreTrainedConfig:
     """The configuration of a model folder or Hub name."""
-    with _model_errors(name):
+    with model_errors(name):
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
@@ -101,11 +101,19 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device, adapter: 
 
     Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, or needs code of its own.
     """
-    config = load_config(name)
+    loaded: torch.nn.Module = load_weights(AutoModelForCausalLM, name, load_config(name), dtype).to(device)
+    return add_adapter(loaded, adapter) if adapter else loaded
+
+
+def load_weights(kind: Any, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model that the auto class ``kind`` makes of folder ``name``, dropout off, every one of its weights there.
+
+    Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, or needs code of its own.
+    """
     silence_dropout(config)
     extra: dict[str, Any] = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
-    with _model_errors(name), quiet():
-        model, info = AutoModelForCausalLM.from_pretrained(
+    with model_errors(name), quiet():
+        model, info = kind.from_pretrained(
             name,
             config=config,
             dtype=dtype,
@@ -125,8 +133,7 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device, adapter: 
         raise ModelError(
             f"{name}: {len(lacking)} weights are missing, the first is {lacking[0]}; the folder is incomplete"
         )
-    loaded: torch.nn.Module = model.to(device)
-    return add_adapter(loaded, adapter) if adapter else loaded
+    return model
 
 
 _DROPS = re.compile(r"drop(out|_rate)?$|_pdrop$|dropout|layerdrop|jitter_noise")
@@ -162,18 +169,25 @@ def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
         raise ModelError(f"--adapter {folder} holds no adapter_config.json: it is not a PEFT adapter")
     if Path(folder).is_dir() and not (Path(folder) / "adapter_model.safetensors").is_file():
         raise ModelError(f"--adapter {folder} holds no adapter_model.safetensors; pickled weights are not opened")
-    with _model_errors(folder), _peft_warnings_off():
+    with model_errors(folder), peft_warnings_off():
         wrapped: torch.nn.Module = PeftModel.from_pretrained(causal_model(model), folder, is_trainable=True)
     silence_dropout(wrapped)
     return wrapped
 
 
 def new_lora(
-    model: torch.nn.Module, *, rank: int, alpha: int, dropout: float, targets: list[str] | None
+    model: torch.nn.Module,
+    *,
+    rank: int,
+    alpha: int,
+    dropout: float,
+    targets: list[str] | None,
+    task: str = "CAUSAL_LM",
 ) -> torch.nn.Module:
     """Wrap ``model`` in a fresh LoRA adapter (which changes nothing yet); all other weights are frozen.
 
-    The random start comes from torch's generator.
+    The random start comes from torch's generator. ``task`` is PEFT's name of it: under ``SEQ_CLS`` the scalar head is
+    trained whole, and saved with the adapter.
     """
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
@@ -185,10 +199,10 @@ def new_lora(
         lora_dropout=dropout,
         target_modules=targets or "all-linear",
         fan_in_fan_out=transposed,
-        task_type="CAUSAL_LM",
+        task_type=task,
     )
     try:
-        with _peft_warnings_off():
+        with peft_warnings_off():
             wrapped: torch.nn.Module = get_peft_model(causal_model(model), config)
         return wrapped
     except ValueError as error:
@@ -196,7 +210,7 @@ def new_lora(
 
 
 @contextmanager
-def _peft_warnings_off() -> Iterator[None]:
+def peft_warnings_off() -> Iterator[None]:
     """Hide what peft warns of and no user can change: a name that transformers has deprecated, and that in a
     mixture of experts the adapter of two fused matrices has the rank of one."""
     with warnings.catch_warnings():
@@ -218,7 +232,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _model_errors(name: str) -> Iterator[None]:
+def model_errors(name: str) -> Iterator[None]:
     """What the loading libraries raise, in one line that names the model and the remedy."""
     try:
         yield

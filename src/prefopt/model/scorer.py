@@ -6,17 +6,14 @@ see one forward call and nothing ever reaches for the head from outside.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
-from prefopt.data.packer import Layout, PackedBatch, Pass
+from prefopt.data.packer import Layout, PackedBatch
 from prefopt.errors import ModelError
-from prefopt.model.attention import HOOK, gather_plan, kernel_for
 from prefopt.model.distributions import Distributions, TokenScores, head_scores, logit_scores, squares
 from prefopt.model.logprobs import (
     head_logits,
@@ -27,7 +24,9 @@ from prefopt.model.logprobs import (
     vocabulary_of,
     wide_dtype,
 )
-from prefopt.model.sharing import layout_of
+from prefopt.model.packed import PackedModel, body_of, causal_model
+
+__all__ = ["VERSION", "Asked", "Head", "PackedModel", "Scorer", "body_of", "causal_model", "response_sums"]
 
 VERSION = 1
 """Part of the key of every cached value: raised whenever the scorer's results change beyond rounding."""
@@ -55,7 +54,7 @@ class Asked(NamedTuple):
     keep: bool = False
 
 
-class Scorer(torch.nn.Module):
+class Scorer(PackedModel):
     """Scores packed batches with a causal language model, or one wrapped by PEFT.
 
     ``attention`` is ``auto`` or ``loop`` (the plain kernel). ``share=False`` scores every response in a row of its
@@ -63,69 +62,19 @@ class Scorer(torch.nn.Module):
     """
 
     def __init__(self, model: torch.nn.Module, *, attention: str = "auto", share: bool = True) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model, attention=attention, share=share)
         causal = causal_model(model)
-        self.layout, self.reason = layout_of(causal)
-        if not share:
-            self.layout, self.reason = Layout(False, self.layout.rope_limit), "sharing is switched off"
-        self.attention = attention
         self.head = _head_of(causal)
         if self.head.kind == "model" and self.layout.share:
             self.reason = f"{type(causal).__name__} does not tell its layers from its head"
+            self.detach_hook()
             self.layout = Layout(False, self.layout.rope_limit)
-        self._configs = _configs(causal)
-        self._attention_before = [getattr(c, "_attn_implementation", None) for c in self._configs]
-        self.attach_hook()
-
-    @property
-    def path(self) -> str:
-        """``shared`` or ``separate``: part of the key of cached values."""
-        return "shared" if self.layout.share else "separate"
-
-    @property
-    def kernel(self) -> str:
-        """The attention kernel in use: part of the key of cached values."""
-        if not self.layout.share:
-            return str(self._attention_before[0])
-        weight = next(self.model.parameters())
-        return kernel_for(weight.device, self.dtype, self.attention)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype the model computes in."""
-        weight: torch.Tensor = causal_model(self.model).get_input_embeddings().weight
-        return weight.dtype
-
-    def attach_hook(self) -> None:
-        """Put shared-prefix attention under the model, where it can share."""
-        if self.layout.share:
-            for config in self._configs:
-                config._attn_implementation = HOOK
-
-    def detach_hook(self) -> None:
-        """Give the model its own attention back, for generation or for its owner."""
-        for config, before in zip(self._configs, self._attention_before, strict=True):
-            config._attn_implementation = before
-
-    @contextmanager
-    def attention_by(self, hook: str | None) -> Iterator[None]:
-        """Another attention under the model for a while, by its name in transformers; none: the model's own."""
-        now = [getattr(c, "_attn_implementation", None) for c in self._configs]
-        wanted = self._attention_before if hook is None else [hook] * len(now)
-        try:
-            for config, name in zip(self._configs, wanted, strict=True):
-                config._attn_implementation = name
-            yield
-        finally:
-            for config, name in zip(self._configs, now, strict=True):
-                config._attn_implementation = name
 
     def forward(self, batch: PackedBatch, asked: Asked | None = None) -> torch.Tensor | TokenScores:
         """Log-probability [M] of every scored token, float32 (float64 for a float64 model), or what is ``asked``."""
         if self.head.kind == "model":
             return self._by_own_logits(batch, asked)
-        hidden = torch.cat([self._hidden(p) for p in batch.passes]).index_select(0, batch.read)
+        hidden = self.hidden(batch).index_select(0, batch.read)
         head, how = self._head_module(), self.head
         if asked is None or asked.against is None:
             logp_M, square_M = self._logprobs(hidden, batch.target, asked is not None and asked.squares)
@@ -177,19 +126,6 @@ class Scorer(torch.nn.Module):
             z = head(hidden) if weights is None else torch.func.functional_call(head, weights, (hidden,))
         return transformed(z.to(wide_dtype(z.dtype)), self.head.scale, self.head.softcap)
 
-    def _hidden(self, row: Pass) -> torch.Tensor:
-        """Last hidden states [T, H] of one row."""
-        body = body_of(causal_model(self.model))
-        extra: dict[str, Any] = {}
-        if self.layout.share:
-            kernel = self.kernel
-            extra = {"position_ids": row.positions[None], "prefix_segments": row.segments, "prefix_kernel": kernel}
-            if kernel == "varlen":
-                extra["prefix_gather"] = gather_plan(row.segments, row.ids.device)
-        out = body(input_ids=row.ids[None], use_cache=False, return_dict=True, **extra)
-        hidden: torch.Tensor = out.last_hidden_state[0]
-        return hidden
-
     def _by_own_logits(self, batch: PackedBatch, asked: Asked | None) -> torch.Tensor | TokenScores:
         """For models whose head is not known: they make the logits of the batch, and those are held."""
         causal = causal_model(self.model)
@@ -214,29 +150,6 @@ def response_sums(logp_M: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     """Sum of each response's token log-probabilities [N], in float64 where the device has it."""
     wide = logp_M if logp_M.device.type == "mps" else logp_M.double()
     return wide.new_zeros(len(batch.length)).index_add(0, batch.owner, wide)
-
-
-def causal_model(model: torch.nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
-    unwrap: Any = getattr(model, "get_base_model", None)
-    inner = unwrap() if unwrap is not None else model
-    if not isinstance(inner, PreTrainedModel):
-        raise ModelError(f"{type(inner).__name__} is not a transformers model")
-    return inner
-
-
-def body_of(model: PreTrainedModel) -> torch.nn.Module:
-    """What gives the last hidden state: the model without its head. The model itself where none can be told apart."""
-    body = model.base_model
-    inner: torch.nn.Module = getattr(model, "model", model)
-    return body if body is not model else inner
-
-
-def _configs(model: PreTrainedModel) -> list[Any]:
-    """The configuration, and that of the text part where the model has several: every one a layer may ask."""
-    found = [model.config, model.config.get_text_config()]
-    found += [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
-    return list({id(c): c for c in found}.values())
 
 
 def _head_of(model: PreTrainedModel) -> Head:

@@ -1,0 +1,122 @@
+"""A model fed with packed batches: shared prefixes are encoded once, and nothing is padded.
+
+What is read off its last hidden states is the business of those who build on it: token log-probabilities
+(:mod:`prefopt.model.scorer`), or one number per response or token (:mod:`prefopt.model.scalar`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from prefopt.data.packer import Layout, PackedBatch, Pass
+from prefopt.errors import ModelError
+from prefopt.model.attention import HOOK, gather_plan, kernel_for
+from prefopt.model.sharing import layout_of
+
+
+class PackedModel(torch.nn.Module):
+    """A transformers model, or one wrapped by PEFT, whose last hidden states are computed of packed batches.
+
+    ``attention`` is ``auto`` or ``loop`` (the plain kernel). ``share=False`` encodes every response in a row of its
+    own with the model's own attention, as is done for models that cannot share a prefix.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, attention: str = "auto", share: bool = True) -> None:
+        super().__init__()
+        self.model = model
+        causal = causal_model(model)
+        self.layout, self.reason = layout_of(causal)
+        if not share:
+            self.layout, self.reason = Layout(False, self.layout.rope_limit), "sharing is switched off"
+        self.attention = attention
+        self._configs = _configs(causal)
+        self._attention_before = [getattr(c, "_attn_implementation", None) for c in self._configs]
+        self.attach_hook()
+
+    @property
+    def path(self) -> str:
+        """``shared`` or ``separate``: part of the key of cached values."""
+        return "shared" if self.layout.share else "separate"
+
+    @property
+    def kernel(self) -> str:
+        """The attention kernel in use: part of the key of cached values."""
+        if not self.layout.share:
+            return str(self._attention_before[0])
+        weight = next(self.model.parameters())
+        return kernel_for(weight.device, self.dtype, self.attention)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the model computes in."""
+        weight: torch.Tensor = causal_model(self.model).get_input_embeddings().weight
+        return weight.dtype
+
+    def attach_hook(self) -> None:
+        """Put shared-prefix attention under the model, where it can share."""
+        if self.layout.share:
+            for config in self._configs:
+                config._attn_implementation = HOOK
+
+    def detach_hook(self) -> None:
+        """Give the model its own attention back, for generation or for its owner."""
+        for config, before in zip(self._configs, self._attention_before, strict=True):
+            config._attn_implementation = before
+
+    @contextmanager
+    def attention_by(self, hook: str | None) -> Iterator[None]:
+        """Another attention under the model for a while, by its name in transformers; none: the model's own."""
+        now = [getattr(c, "_attn_implementation", None) for c in self._configs]
+        wanted = self._attention_before if hook is None else [hook] * len(now)
+        try:
+            for config, name in zip(self._configs, wanted, strict=True):
+                config._attn_implementation = name
+            yield
+        finally:
+            for config, name in zip(self._configs, now, strict=True):
+                config._attn_implementation = name
+
+    def hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """Last hidden states [T, H] of all passes laid end to end, as ``batch.read`` and ``batch.last`` index them."""
+        return torch.cat([self._hidden(p) for p in batch.passes])
+
+    def _hidden(self, row: Pass) -> torch.Tensor:
+        """Last hidden states [T, H] of one row."""
+        body = body_of(causal_model(self.model))
+        extra: dict[str, Any] = {}
+        if self.layout.share:
+            kernel = self.kernel
+            extra = {"position_ids": row.positions[None], "prefix_segments": row.segments, "prefix_kernel": kernel}
+            if kernel == "varlen":
+                extra["prefix_gather"] = gather_plan(row.segments, row.ids.device)
+        out = body(input_ids=row.ids[None], use_cache=False, return_dict=True, **extra)
+        hidden: torch.Tensor = out.last_hidden_state[0]
+        return hidden
+
+
+def causal_model(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    unwrap: Any = getattr(model, "get_base_model", None)
+    inner = unwrap() if unwrap is not None else model
+    if not isinstance(inner, PreTrainedModel):
+        raise ModelError(f"{type(inner).__name__} is not a transformers model")
+    return inner
+
+
+def body_of(model: PreTrainedModel) -> torch.nn.Module:
+    """What gives the last hidden state: the model without its head. The model itself where none can be told apart."""
+    body = model.base_model
+    inner: torch.nn.Module = getattr(model, "model", model)
+    return body if body is not model else inner
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """The configuration, and that of the text part where the model has several: every one a layer may ask."""
+    found = [model.config, model.config.get_text_config()]
+    found += [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    return list({id(c): c for c in found}.values())

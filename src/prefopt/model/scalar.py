@@ -1,0 +1,227 @@
+"""Models that give a response one number: reward models, and the value functions (critics) that start from them.
+
+They are transformers' own ``...ForSequenceClassification`` with one label, so that every folder written here opens with
+``AutoModelForSequenceClassification``, and gives the same scores there: those classes read the score at the last token
+that is not the pad token, which is why a pad token other than EOS is insisted on.
+
+::
+
+    model = load_scalar(folder, dtype=..., device=..., tokenizer=tokenizer)   # an SFT model, or a saved reward model
+    scorer = ScalarScorer(model)
+    reward_N = scorer(pack(groups, scorer.layout))                 # one per response, at its last scored token
+    value_M = scorer(pack(groups, scorer.layout), tokens=True)     # one per scored token, in the state before it
+
+A **shift** may stand in the configuration as ``prefopt_reward_shift``; it is taken off everything that
+:class:`ScalarScorer` gives. (The head has no bias, and transformers' classes cannot hold one: their ``logits`` are the
+rewards before the shift. Differences of rewards, and so preferences, are the same.)
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from prefopt.data.packer import PackedBatch
+from prefopt.data.tokenizer import Tokenizer
+from prefopt.errors import ModelError
+from prefopt.model.load import load_config, load_model, load_weights, model_errors, peft_warnings_off, silence_dropout
+from prefopt.model.logprobs import wide_dtype
+from prefopt.model.packed import PackedModel, body_of, causal_model
+
+SHIFT = "prefopt_reward_shift"
+PAD = "<|pad|>"
+"""The token that is added where a tokenizer has none to pad with but EOS."""
+
+
+class ScalarScorer(PackedModel):
+    """Scores packed batches with a model of :func:`load_scalar`, or one wrapped by PEFT."""
+
+    def __init__(self, model: torch.nn.Module, *, attention: str = "auto", share: bool = True) -> None:
+        """See :class:`PackedModel`. Raises :class:`ModelError` for a model without a scalar head."""
+        check_scalar_model(causal_model(model))
+        super().__init__(model, attention=attention, share=share)
+
+    @property
+    def shift(self) -> float:
+        """What is taken off every number; 0 where the configuration says nothing."""
+        return shift_of(causal_model(self.model))
+
+    def forward(self, batch: PackedBatch, tokens: bool = False) -> torch.Tensor:
+        """Rewards [N], read at the last scored token of each response, float32 (float64 for a float64 model).
+
+        ``tokens``: values [M] instead, one for every scored token, read as its log-probability is at the token before:
+        what is expected before it is drawn.
+        """
+        hidden = self.hidden(batch).index_select(0, batch.read if tokens else batch.last)
+        head: Any = causal_model(self.model).score
+        wide = wide_dtype(hidden.dtype)
+        weights = {name: p.to(wide) for name, p in head.named_parameters()}
+        scores: torch.Tensor = torch.func.functional_call(head, weights, (hidden.to(wide),))
+        return scores[:, 0] - self.shift
+
+
+def load_scalar(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokenizer: Tokenizer,
+    seed: int = 0,
+) -> torch.nn.Module:
+    """A model with a scalar head, dropout off, from any of these folders (or names on the Hub):
+
+    - a causal language model: with a new head drawn from ``seed``; see :func:`scalar_from`
+    - a sequence classifier with one label, such as ``prefopt reward`` writes
+    - an adapter that ``prefopt reward --lora`` wrote: on its base, trainable
+
+    ``tokenizer`` is the one the tokens come from. Raises :class:`ModelError` for a folder that is damaged, has another
+    number of labels, pads with EOS, or is of an architecture without such a class.
+    """
+    if (Path(name) / "adapter_config.json").is_file():
+        return _with_adapter(name, dtype, device, tokenizer)
+    if not is_classifier(name):
+        return _on(scalar_from(load_model(name, dtype=dtype, device=device), tokenizer, seed=seed), device)
+    config: Any = load_config(name)
+    if config.num_labels != 1:
+        raise ModelError(f"{name} has {config.num_labels} labels; a reward model has one, the reward")
+    pad = config.get_text_config().pad_token_id
+    if pad is not None and pad in end_ids(config, tokenizer):
+        raise ModelError(
+            f"{name}: its pad_token_id {pad} is EOS, so that transformers reads the score before EOS; set pad_token_id"
+            " in its config.json to another token"
+        )
+    kind: Any = AutoModelForSequenceClassification
+    if type(config) not in kind._model_mapping:
+        raise ModelError(f"{name}: {_no_class(config)}")
+    loaded = load_weights(kind, name, config, dtype)
+    check_scalar_model(loaded)
+    return _on(loaded, device)
+
+
+def is_classifier(name: str) -> bool:
+    """Whether a folder or Hub name holds a sequence classifier (else: a language model)."""
+    architectures = getattr(load_config(name), "architectures", None) or ()
+    return any(a.endswith("ForSequenceClassification") for a in architectures)
+
+
+def scalar_from(model: torch.nn.Module, tokenizer: Tokenizer, *, seed: int = 0) -> PreTrainedModel:
+    """The layers of a causal language model, the same objects, under a new scalar head.
+
+    The head is drawn from N(0, 1 / (H + 1)) (Stiennon et al. 2020, appendix B.1). Where ``tokenizer`` pads with EOS, or
+    not at all, it is given another pad token: BOS where that is another token, else a new one, for which the embedding
+    grows where it has no row left. Raises :class:`ModelError` where transformers has no such class for an architecture.
+    """
+    causal = causal_model(model)
+    mapping: Any = AutoModelForSequenceClassification._model_mapping
+    if type(causal.config) not in mapping:
+        raise ModelError(_no_class(causal.config))
+    kind = mapping[type(causal.config)]
+    pad = _pad_token(causal, tokenizer)
+    config = copy.deepcopy(causal.config)
+    config.num_labels = 1
+    config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
+    config.get_text_config().pad_token_id = config.pad_token_id = pad
+    with torch.device("meta"):
+        made = kind(config)
+    body, prefix = body_of(causal), made.base_model_prefix
+    if type(getattr(made, prefix, None)) is not type(body) or not _has_head(made):
+        raise ModelError(_no_class(causal.config))
+    setattr(made, prefix, body)
+    width = made.score.in_features
+    drawn = torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) / (width + 1) ** 0.5
+    weight: Any = causal.get_input_embeddings().weight
+    made.score = torch.nn.Linear(width, 1, bias=False, device=weight.device, dtype=weight.dtype)
+    made.score.weight.data.copy_(drawn)
+    made.config.architectures = [kind.__name__]
+    made.name_or_path = causal.name_or_path
+    return made.eval()
+
+
+def check_scalar_model(model: PreTrainedModel) -> None:
+    """Raises :class:`ModelError` where a model has no scalar head that is read at one token."""
+    if not _has_head(model) or body_of(model) is model:
+        raise ModelError(
+            f"{type(model).__name__} has no linear head named score on a causal model; prefopt takes reward models of"
+            " such classes as LlamaForSequenceClassification"
+        )
+    if model.config.num_labels != 1:
+        raise ModelError(f"{type(model).__name__} has {model.config.num_labels} labels; a reward model has one")
+
+
+def shift_of(model: PreTrainedModel) -> float:
+    """The shift that stands in a model's configuration."""
+    return float(getattr(model.config, SHIFT, None) or 0.0)
+
+
+def set_shift(model: PreTrainedModel, shift: float) -> None:
+    """Let rewards of ``model`` be its scores less ``shift``, here and wherever prefopt opens the saved folder."""
+    setattr(model.config, SHIFT, float(shift))
+
+
+def end_ids(config: Any, tokenizer: Tokenizer) -> set[int]:
+    """The ids that end a text, by configuration and tokenizer."""
+    told = config.get_text_config().eos_token_id
+    ids = {tokenizer.eos_token_id, *(told if isinstance(told, list) else [told])}
+    return {int(i) for i in ids if i is not None}
+
+
+def _pad_token(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
+    """A token to pad with that ends no text; the tokenizer and the embedding are made to have one."""
+    ends = end_ids(model.config, tokenizer)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
+        if tokenizer.bos_token_id is not None and tokenizer.bos_token_id not in ends:
+            tokenizer.pad_token = tokenizer.bos_token
+        else:
+            tokenizer.add_special_tokens({"pad_token": PAD})
+    pad = int(tokenizer.pad_token_id)
+    _make_room(model, pad)
+    return pad
+
+
+def _make_room(model: PreTrainedModel, token: int) -> None:
+    embedding: Any = model.get_input_embeddings()
+    rows = len(embedding.weight)
+    if token >= rows:
+        model.resize_token_embeddings(token + 1, mean_resizing=False)
+        grown: Any = model.get_input_embeddings()
+        grown.weight.data[rows:] = 0  # nothing ever looks at padding
+
+
+def _with_adapter(name: str, dtype: torch.dtype, device: torch.device, tokenizer: Tokenizer) -> torch.nn.Module:
+    from peft import PeftConfig, PeftModel
+
+    if not (Path(name) / "config.json").is_file():
+        raise ModelError(f"{name}: an adapter without the config.json of a reward model; prefopt reward writes both")
+    with model_errors(name), peft_warnings_off():
+        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    config: Any = load_config(name)
+    model = scalar_from(load_model(str(base), dtype=dtype, device=device), tokenizer)
+    _make_room(model, config.get_text_config().pad_token_id)
+    model.config.get_text_config().pad_token_id = model.config.pad_token_id = config.get_text_config().pad_token_id
+    set_shift(model, getattr(config, SHIFT, 0.0))
+    with model_errors(name), peft_warnings_off():
+        wrapped: torch.nn.Module = PeftModel.from_pretrained(model, name, is_trainable=True)
+    silence_dropout(wrapped)
+    return _on(wrapped, device).eval()
+
+
+def _on(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    moved: torch.nn.Module = model.to(device)
+    return moved
+
+
+def _has_head(model: torch.nn.Module) -> bool:
+    head: Any = getattr(model, "score", None)
+    head = getattr(head, "original_module", head)  # PEFT keeps a copy that it trains
+    return isinstance(head, torch.nn.Linear)
+
+
+def _no_class(config: Any) -> str:
+    return (
+        f"transformers has no sequence classifier with a head on its last token for {config.model_type} models, so no"
+        " reward model can be made of it; take another architecture, such as Llama or Qwen"
+    )
