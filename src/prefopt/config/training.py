@@ -17,8 +17,8 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions(MachineOptions):
-    """Optimiser, evaluation, output and machine. ``learning_rate`` is filled in on construction."""
+class RunOptions(MachineOptions):
+    """Optimiser, output and machine. ``learning_rate`` is filled in on construction."""
 
     epochs: float = option(1.0, "passes over the data", group="optimiser", above=0)
     max_steps: int | None = option(
@@ -48,13 +48,6 @@ class TrainingOptions(MachineOptions):
     adam_epsilon: float = option(1e-8, "AdamW's epsilon", group="optimiser", above=0)
     max_grad_norm: float = option(
         1.0, "gradients are scaled down to this norm; a huge number clips nothing", group="optimiser", above=0
-    )
-
-    eval_every: int | None = option(
-        None, "steps between evaluations", group="evaluation", default_text="at the end of each epoch", at_least=1
-    )
-    early_stopping: int | None = option(
-        None, "stop after this many evaluations without a lower loss", group="evaluation", at_least=1
     )
 
     output: str = option(help="folder to write the model, its card and the metrics to", group="output")
@@ -103,13 +96,8 @@ class TrainingOptions(MachineOptions):
         False, "deterministic kernels on a GPU, so that a resumed run is the same to the bit", group="machine"
     )
 
-    def check_training(self, *, evaluates: bool) -> None:
-        """Refuse contradictions; ``evaluates`` tells whether there are rows to evaluate on. Raises ``ConfigError``."""
-        for name in ("eval_every", "early_stopping"):
-            if getattr(self, name) is not None and not evaluates:
-                raise ConfigError(
-                    f"{flag(name)} needs evaluation pairs: give --eval-data or --eval-fraction, or leave it out"
-                )
+    def check_run(self) -> None:
+        """Refuse contradictions. Raises ``ConfigError``."""
         if self.resume and self.dry_run:
             raise ConfigError("--dry-run trains nothing that --resume could go on with: leave one of them out")
         for name in self.track or ():
@@ -118,3 +106,24 @@ class TrainingOptions(MachineOptions):
         if self.track_project != type(self).track_project and not set(self.track or ()) - {"tensorboard"}:
             raise ConfigError("--track-project does nothing without --track wandb, trackio or mlflow: leave it out")
         self.check_machine()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(RunOptions):
+    """The same for runs that look at held-out data as they go."""
+
+    eval_every: int | None = option(
+        None, "steps between evaluations", group="evaluation", default_text="at the end of each epoch", at_least=1
+    )
+    early_stopping: int | None = option(
+        None, "stop after this many evaluations without a lower loss", group="evaluation", at_least=1
+    )
+
+    def check_training(self, *, evaluates: bool) -> None:
+        """Refuse contradictions; ``evaluates`` tells whether there are rows to evaluate on. Raises ``ConfigError``."""
+        for name in ("eval_every", "early_stopping"):
+            if getattr(self, name) is not None and not evaluates:
+                raise ConfigError(
+                    f"{flag(name)} needs evaluation pairs: give --eval-data or --eval-fraction, or leave it out"
+                )
+        self.check_run()

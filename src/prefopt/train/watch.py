@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from prefopt.config.training import TrainingOptions
+from prefopt.config.training import RunOptions
 from prefopt.train.callbacks import Callback, RunInfo
 from prefopt.train.folder import RunFolder
 from prefopt.train.trackers import Tracking
@@ -26,7 +26,7 @@ class Recorder(Callback):
         self._folder.remember(status=status)
 
 
-def watchers(config: TrainingOptions, folder: RunFolder) -> list[Callback]:
+def watchers(config: RunOptions, folder: RunFolder) -> list[Callback]:
     """The callbacks of every run, before those that are given in Python.
 
     Make them before the run is resumed. Raises :class:`prefopt.errors.ConfigError` where a tracker is not installed.
