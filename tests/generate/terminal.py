@@ -12,7 +12,7 @@ import sys
 import termios
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 # What editing and bracketed paste send between the characters.
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b[=>]|\r")
@@ -64,9 +64,14 @@ class Terminal:
         return bool(data)
 
 
+def terminal(*words: str) -> AbstractContextManager[Terminal]:
+    """``prefopt`` with these words."""
+    return python_in_terminal("-m", "prefopt", *words)
+
+
 @contextmanager
-def terminal(*words: str) -> Iterator[Terminal]:
-    """``prefopt`` with these words in a terminal that is its own, so that Ctrl-C reaches it as it does a person's."""
+def python_in_terminal(*words: str) -> Iterator[Terminal]:
+    """Python with these words in a terminal that is its own, so that Ctrl-C reaches it as it does a person's."""
     ours, theirs = pty.openpty()
 
     def own() -> None:
@@ -75,7 +80,7 @@ def terminal(*words: str) -> Iterator[Terminal]:
 
     environment = {**os.environ, "TERM": "dumb", "COLUMNS": "200", "INPUTRC": os.devnull}
     process = subprocess.Popen(
-        [sys.executable, "-m", "prefopt", *words],
+        [sys.executable, *words],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,

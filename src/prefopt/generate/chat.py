@@ -15,6 +15,7 @@ from typing import TextIO
 from prefopt.config.option import nearest
 from prefopt.data.layouts.messages import write_messages
 from prefopt.errors import RunError, UserError
+from prefopt.generate.interrupts import Interrupts
 from prefopt.generate.lines import LineReader
 from prefopt.generate.talker import Asked, Talker, TooLong, Turns, system_and, without_oldest
 from prefopt.generate.votes import TIERS, VoteFile, append_row, check_appendable
@@ -70,6 +71,7 @@ class Chat:
         self.sides = [Side(talker) for talker in talkers]
         self.system, self.complete, self.votes = system, complete, votes
         self._reader, self._out = reader, out
+        self._interrupts = Interrupts()
         self._order = random.Random(seed)
         self._attempt = 0
         self._commands: dict[str, Callable[[str], None]] = {
@@ -83,20 +85,26 @@ class Chat:
 
     def run(self) -> None:
         """Until the input ends, or a person does."""
-        while True:
-            try:
-                self._one(self._reader.read("> ").encode("utf-8", "replace").decode())
-            except EOFError:
-                self._say("")
-                break
-            except End:
-                break
-            except KeyboardInterrupt:
-                self._say("\n(Ctrl-D ends)")
-            except UserError as error:
-                self._say(f"error: {' '.join(str(error).split())}")
-        if self.votes is not None:
-            self._say(self.votes.tally())
+        with self._interrupts.caught():
+            while True:
+                try:
+                    self._one(self._read("> ").encode("utf-8", "replace").decode())
+                except EOFError:
+                    self._say("")
+                    break
+                except End:
+                    break
+                except KeyboardInterrupt:
+                    self._interrupts.taken()
+                    self._say("\n(Ctrl-D ends)")
+                except UserError as error:
+                    self._say(f"error: {' '.join(str(error).split())}")
+            if self.votes is not None:
+                self._say(self.votes.tally())
+
+    def _read(self, prompt: str) -> str:
+        with self._interrupts.section():
+            return self._reader.read(prompt)
 
     def _one(self, typed: str) -> None:
         if typed.startswith("/") and not typed.startswith("//"):
@@ -127,7 +135,7 @@ class Chat:
         for label, side in zip("AB", order, strict=False):
             if len(order) > 1:
                 self._say(f"[{label if self.votes is not None else side.talker.name}]")
-            answers.append(self._shown(pieces(side)))
+            answers.append(self._shown(side, pieces))
         return order, answers
 
     def _answer(self) -> None:
@@ -193,14 +201,17 @@ class Chat:
         if self.votes is not None:
             self._vote(order, prompt, answers)
 
-    def _shown(self, pieces: Iterator[str]) -> str:
+    def _shown(self, side: Side, pieces: Callable[[Side], Iterator[str]]) -> str:
         """Write an answer as it comes; Ctrl-C ends it. What was said."""
         parts: list[str] = []
         try:
-            for piece in pieces:
-                parts.append(piece)
-                self._write(piece)
+            with self._interrupts.section():
+                for piece in pieces(side):
+                    parts.append(piece)
+                    self._write(piece)
+                    self._interrupts.check()
         except KeyboardInterrupt:
+            self._interrupts.taken()
             self._write(" (stopped)")
         self._write("\n")
         return "".join(parts)
@@ -226,7 +237,7 @@ class Chat:
     def _asked_vote(self) -> str:
         known = {"a": "a", "b": "b", "t": "tie", "tie": "tie", "s": "skip", "skip": "skip"}
         while True:
-            typed = self._reader.read(VOTE).strip().lower()
+            typed = self._read(VOTE).strip().lower()
             if typed in known:
                 return known[typed]
 

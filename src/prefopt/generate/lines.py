@@ -12,6 +12,8 @@ import contextlib
 from collections.abc import Callable
 from typing import TextIO
 
+from prefopt.generate.interrupts import woken_input
+
 QUOTES = '"""'
 MORE = "... "
 
@@ -57,4 +59,4 @@ def terminal_reader() -> LineReader:
         return LineReader(sys.stdin, None)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (importing it is what gives input() its keys)
-    return LineReader(sys.stdin, input)
+    return LineReader(sys.stdin, woken_input)

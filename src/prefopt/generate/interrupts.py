@@ -1,0 +1,90 @@
+"""Ctrl-C in a conversation: it ends the question or the answer that is under way, and never what stands between.
+
+Python raises ``KeyboardInterrupt`` wherever the program happens to be: just behind an answer that was to be stopped, or
+in the lines that deal with the last one. So here it is raised in sections alone. What comes at another time waits for
+the next section and ends that.
+
+>>> interrupts = Interrupts()
+>>> with interrupts.caught():
+...     signal.raise_signal(signal.SIGINT)  # nothing is asked or answered: it is kept
+...     try:
+...         with interrupts.section():
+...             print("not reached")
+...     except KeyboardInterrupt:
+...         interrupts.taken()
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+WAKE = 0.1
+"""Seconds between two looks for a signal while input is waited for."""
+
+
+class Interrupts:
+    """Whoever catches the ``KeyboardInterrupt`` of a section says so by :meth:`taken`."""
+
+    def __init__(self) -> None:
+        self._open = False
+        self._pending = False
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Within, Ctrl-C is this object's. Outside the main thread, where Python hears no signals, nothing changes."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._came)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    @contextmanager
+    def section(self) -> Iterator[None]:
+        """Within, Ctrl-C raises ``KeyboardInterrupt``, once; also one that came before."""
+        self._open = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._open = False
+
+    def check(self) -> None:
+        """Raise what is still to be taken: an exception in a callback, as the garbage collector's, leads nowhere."""
+        if self._pending:
+            self._open = False
+            raise KeyboardInterrupt
+
+    def taken(self) -> None:
+        """The section has ended for it."""
+        self._pending = False
+
+    def _came(self, number: int, frame: FrameType | None) -> None:
+        self._pending = True
+        if self._open:
+            self._open = False  # whoever deals with this one is not interrupted by the next
+            raise KeyboardInterrupt
+
+
+def woken_input(prompt: str) -> str:
+    """``input``, for a terminal.
+
+    Between showing its prompt and waiting for keys it does not look for signals, so that a Ctrl-C there would be seen
+    at the next key only (3 of 1500 that were sent as soon as the prompt was there, on a busy machine). A timer's signal
+    ends the waiting, Python looks for all of them, and goes on to wait.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        return input(prompt)
+    before = signal.signal(signal.SIGALRM, lambda number, frame: None)
+    signal.setitimer(signal.ITIMER_REAL, WAKE, WAKE)
+    try:
+        return input(prompt)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
