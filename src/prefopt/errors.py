@@ -8,6 +8,7 @@
     │   ├── DataError        a file or a row of it
     │   ├── ModelError       a model folder, its tokenizer, or a model that cannot be scored as asked
     │   ├── CacheError       the reference cache
+    │   ├── StudyError       a file of people's votes
     │   └── RunError         an output folder, a checkpoint, the disk, a preflight check that failed
     └── Interrupted          the user or the system asked to stop; what was computed is kept
 
@@ -45,6 +46,10 @@ class ModelError(UserError):
 
 class CacheError(UserError):
     """The reference cache cannot be read or written."""
+
+
+class StudyError(UserError):
+    """A study is no study, comes from a newer version, is damaged or in use, or cannot be written."""
 
 
 class RunError(UserError):

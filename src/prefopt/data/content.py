@@ -34,7 +34,7 @@ _REFUSED = {
     b"PARE": "is an encrypted parquet file; write it again without encryption",
     b"\xd0\xcf\x11\xe0": "is an Office document (an old or a password-protected workbook?); export it as CSV in UTF-8",
     b"-----BEGIN PGP": "is encrypted (PGP); decrypt it first",
-    b"SQLite format 3": "is an SQLite database; export the rows as JSON lines",
+    b"SQLite format 3": "is an SQLite database and no study of prefopt collect; export the rows as JSON lines",
     b"%PDF": "is a PDF document, not rows of data",
     **dict.fromkeys((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), _PICKLE),
     b"\x89HDF": "is an HDF5 file; write JSON lines or parquet",

@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders, globs, saved data sets and data sets of the Hugging Face Hub, by name."""
+"""Where rows come from: files, folders, globs, studies, saved data sets and data sets of the Hub, by name."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from prefopt.data.read import is_data_name, read_rows
 from prefopt.data.saved import is_saved, saved_split
 from prefopt.disk.hashes import file_hashes
 from prefopt.errors import ConfigError, DataError
+from prefopt.studies.connect import is_study
+from prefopt.studies.rows import StudyRows
 
 OPTIONS = ("config", "split", "revision")
 
 
 class Origin(Protocol):
-    """What gives the rows of a source: a file, a split that was saved, a split of the Hub."""
+    """What gives the rows of a source: a file, a study, a split that was saved, a split of the Hub."""
 
     def rows(self, name: str, keep_going: bool) -> Iterator[object]:
         """See :meth:`Source.rows`."""
@@ -59,7 +61,7 @@ class Source:
 
     def digest(self) -> str:
         """Hex digest of the contents: the SHA-256 of a file's bytes; for a split that was saved or comes from the Hub
-        that of its arrow files (and its name, config and split)."""
+        that of its arrow files (and its name, config and split); of a study that of the rows its votes give."""
         return self.origin.digest()
 
 
@@ -81,10 +83,10 @@ class FileOrigin:
 def find_sources(names: Sequence[str | os.PathLike[str]]) -> list[Source]:
     """Everything that the names stand for, in their order; the files of a folder or glob sorted by path.
 
-    A name is a file; a folder, for all data files below it or what ``datasets`` saved in it; a glob; or a data set of
-    the Hub. Options follow after commas: ``org/name,config=main,split=train,revision=abc``; a folder takes ``split``.
-    What exists on disk comes first. Raises :class:`DataError` for what is not there or holds no data, and
-    :class:`ConfigError` for options that do not fit and for a file that is named twice, by whatever names.
+    A name is a file; a study that people voted in; a folder, for all data files below it or what ``datasets`` saved in
+    it; a glob; or a data set of the Hub. Options follow after commas: ``org/name,config=main,split=train``; a folder
+    takes ``split``. What exists on disk comes first. Raises :class:`DataError` for what is not there or holds
+    no data, and :class:`ConfigError` for options that do not fit and for a file that is named twice, by whatever names.
     """
     sources: list[Source] = []
     for entry, given in enumerate(names):
@@ -148,6 +150,9 @@ def _on_disk(path: Path, split: str | None) -> list[Source]:
     if not path.is_dir():
         if split is not None:
             raise ConfigError(f"{path}: is one file, which has no splits; leave ,split={split} away")
+        if is_study(path):
+            votes = StudyRows(path)
+            return [Source(str(path), None, votes, notes=tuple(votes.notes()))]
         return [_file(path)]
     if is_saved(path):
         name = str(path) if split is None else f"{path},split={split}"

@@ -1,0 +1,137 @@
+"""How far people agree: raw agreement, Cohen's kappa, Krippendorff's alpha with an interval.
+
+Units are what is judged, values what people said of them: ``units[u]`` maps a rater to a whole number.
+
+>>> units = [{1: 0, 2: 0}, {1: 1, 2: 1}, {1: 0, 2: 1}, {1: 0, 2: 0}]
+>>> raw_agreement(units), round(alpha(units), 4), round(kappa([(0, 0), (1, 1), (0, 1), (0, 0)]), 4)
+(0.75, 0.5333, 0.5)
+
+Sources: J. Cohen, A coefficient of agreement for nominal scales, Educational and Psychological Measurement 20 (1960);
+K. Krippendorff, Computing Krippendorff's alpha-reliability (2011), sections C and D for missing values and for the
+ordinal metric; E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+Unit = Mapping[int, int]
+Metric = Literal["nominal", "ordinal"]
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number with its 95 % interval; nan where there is nothing to tell it from."""
+
+    value: float
+    low: float
+    high: float
+
+
+def raw_agreement(units: Sequence[Unit]) -> float:
+    """The share of equal values among all pairs of values of two raters on one unit; nan without such a pair."""
+    pairs = equal = 0
+    for unit in units:
+        counts = Counter(unit.values())
+        pairs += math.comb(len(unit), 2)
+        equal += sum(math.comb(n, 2) for n in counts.values())
+    return equal / pairs if pairs else math.nan
+
+
+def kappa(pairs: Sequence[tuple[int, int]]) -> float:
+    """Cohen's kappa of two raters, (po - pe) / (1 - pe); nan without pairs, or where one value alone occurs."""
+    if not pairs:
+        return math.nan
+    total = len(pairs)
+    observed = sum(a == b for a, b in pairs) / total
+    first, second = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
+    expected = sum(first[v] * second[v] for v in first) / total**2
+    return (observed - expected) / (1 - expected) if expected < 1 else math.nan
+
+
+def alpha(units: Sequence[Unit], metric: Metric = "nominal") -> float:
+    """Krippendorff's alpha, 1 - Do/De; nan where no unit has two values, or all values are the same."""
+    counts, _ = _coincidences(units)
+    return float(_alphas(counts.sum(axis=0)[None], metric)[0]) if len(counts) else math.nan
+
+
+def alpha_interval(
+    units: Sequence[Unit],
+    metric: Metric = "nominal",
+    *,
+    clusters: Sequence[object] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """Alpha with a percentile bootstrap interval over units, or over ``clusters`` of them (one name for each unit).
+
+    Units that go together, such as the pairs of one ranking or items of one prompt, are drawn together. Resamples in
+    which all values are the same, which have no alpha, are left out.
+    """
+    counts, kept = _coincidences(units)
+    if not len(counts):
+        return Estimate(math.nan, math.nan, math.nan)
+    value = float(_alphas(counts.sum(axis=0)[None], metric)[0])
+    if clusters is not None:
+        _, member = np.unique([repr(clusters[u]) for u in kept], return_inverse=True)
+        summed = np.zeros((int(member.max()) + 1, *counts.shape[1:]))
+        np.add.at(summed, member, counts)
+        counts = summed
+    # Equal clusters are drawn together: there are few different ones, however many units.
+    size = counts.shape[1]
+    different, times = np.unique(counts.reshape(len(counts), -1), axis=0, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(len(counts), times / len(counts), size=resamples)
+    found = _alphas((drawn @ different).reshape(resamples, size, size), metric)
+    found = found[~np.isnan(found)]
+    low, high = np.quantile(found, (0.025, 0.975)) if len(found) else (math.nan, math.nan)
+    return Estimate(value, float(low), float(high))
+
+
+def _coincidences(units: Sequence[Unit]) -> tuple[FloatArray, list[int]]:
+    """[U, C, C] coincidences of the values in each unit that has two or more, and which units these are."""
+    values = sorted({value for unit in units for value in unit.values()})
+    number = {value: k for k, value in enumerate(values)}
+    kept = [u for u, unit in enumerate(units) if len(unit) > 1]
+    found = np.zeros((len(kept), len(values), len(values)))
+    for row, u in zip(found, kept, strict=True):
+        tally = np.zeros(len(values))
+        for value in units[u].values():
+            tally[number[value]] += 1
+        row += (np.outer(tally, tally) - np.diag(tally)) / (len(units[u]) - 1)
+    return found, kept
+
+
+def _alphas(o: FloatArray, metric: Metric) -> FloatArray:
+    """[B] alphas of [B, C, C] coincidence matrices: 1 - (n - 1) sum(o d) / sum(n_c n_k d)."""
+    totals = o.sum(axis=2)
+    n = totals.sum(axis=1)
+    if metric == "nominal":
+        d = np.broadcast_to(1.0 - np.eye(o.shape[1]), o.shape)
+    else:
+        # The squared number of values from c to k, half of each end: what lies between, in ranks.
+        below = np.cumsum(totals, axis=1) - totals / 2
+        d = (below[:, :, None] - below[:, None, :]) ** 2
+    expected = (totals[:, :, None] * totals[:, None, :] * d).sum(axis=(1, 2))
+    observed = (o * d).sum(axis=(1, 2))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(expected > 0, 1 - (n - 1) * observed / expected, math.nan)
+
+
+def wilson(share: float, count: int, z: float = 1.959964) -> Estimate:
+    """A share of ``count`` trials with Wilson's score interval; too wide rather than too narrow where trials are
+    averages."""
+    if not count:
+        return Estimate(math.nan, math.nan, math.nan)
+    spread = 1 + z * z / count
+    centre = (share + z * z / (2 * count)) / spread
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / spread
+    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))

@@ -1,0 +1,156 @@
+"""A study: one SQLite file with prompts, their responses, and every event of the people who compared them.
+
+>>> import tempfile
+>>> from pathlib import Path
+>>> file = Path(tempfile.mkdtemp()) / "s.db"
+>>> study = Study.create(file, Settings(title="Which is better?", overlap=2))
+>>> study.settings.overlap, study.close()
+(2, None)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+
+from prefopt import __version__
+from prefopt.disk.write import sync_folder
+from prefopt.errors import StudyError
+from prefopt.studies.connect import check_file, connect, errors_of
+from prefopt.studies.schema import check_version, migrate
+
+DEFAULT_REASONS = ("unclear", "outside", "broken")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a study is, fixed when it is made.
+
+    ``overlap``: people who judge every item. ``gold_every``: one in so many items that a person sees is a gold item, as
+    long as there are any. ``lease``: seconds that an item shown is kept for its annotator before another may have the
+    place. ``instructions`` are markdown. ``seed`` decides on which side a response is shown.
+    """
+
+    title: str = ""
+    instructions: str = ""
+    overlap: int = 1
+    gold_every: int = 10
+    lease: float = 1800.0
+    tags: tuple[str, ...] = ()
+    seed: str = field(default_factory=lambda: secrets.token_hex(16))
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    made_by: str = f"prefopt {__version__}"
+
+
+class Study:
+    """An open study. Any thread may use it: each has its own connection, and writers take turns."""
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        """Open one, bringing a file of an older version up to date unless it is only read.
+
+        Raises :class:`StudyError` for what is no study, is damaged, or was written by a newer version.
+        """
+        self.path, self.read_only = path, read_only
+        self._own = threading.local()
+        self._all: list[sqlite3.Connection] = []
+        self._turn = threading.Lock()
+        check_file(path)
+        with errors_of(path):
+            if not read_only:
+                migrate(self.connection, str(path))
+            self.version = check_version(self.connection, str(path))
+            self.settings = self._settings()
+
+    @classmethod
+    def create(cls, path: Path, settings: Settings) -> Study:
+        """A new, empty study; a file that is there is never touched. Raises :class:`StudyError`."""
+        if path.exists():
+            raise StudyError(f"{path}: exists; name another file, or add to it with prefopt collect import")
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside.unlink(missing_ok=True)
+            with errors_of(path):
+                connection = sqlite3.connect(aside, isolation_level=None)
+                migrate(connection, str(path))
+                connection.executemany(
+                    "INSERT INTO setting VALUES (?, ?)", [(k, json.dumps(v)) for k, v in asdict(settings).items()]
+                )
+                connection.close()
+            os.link(aside, path)  # unlike a rename it never replaces a file
+            sync_folder(path.parent)
+        except FileExistsError:
+            raise StudyError(f"{path}: exists; name another file") from None
+        except OSError as error:
+            raise StudyError(f"{path}: cannot be written ({error.strerror}); make room or name another file") from error
+        finally:
+            aside.unlink(missing_ok=True)
+        return cls(path)
+
+    @property
+    def connection(self) -> sqlite3.Connection:
+        """This thread's connection, for reading."""
+        found = getattr(self._own, "connection", None)
+        if found is None:
+            found = connect(self.path, read_only=self.read_only)
+            self._own.connection = found
+            self._all.append(found)
+        return found
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """A view of one moment. Raises :class:`StudyError` for what the file or the disk does."""
+        with errors_of(self.path):
+            connection = self.connection
+            connection.execute("BEGIN")
+            try:
+                yield connection
+            finally:
+                connection.execute("ROLLBACK")
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction: all of it is on the disk when the block is left, or nothing where it raises."""
+        with errors_of(self.path), self._turn:
+            connection = self.connection
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+
+    def close(self) -> None:
+        """Close the connections of all threads."""
+        for connection in self._all:
+            connection.close()
+        self._all.clear()
+        self._own = threading.local()
+
+    def __enter__(self) -> Study:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _settings(self) -> Settings:
+        found = {k: json.loads(v) for k, v in self.connection.execute("SELECT name, value FROM setting")}
+        known = {f.name for f in fields(Settings)}
+        if "tags" in found:
+            found["tags"] = tuple(found["tags"])
+        return Settings(**{k: v for k, v in found.items() if k in known})
+
+
+def now() -> str:
+    """The time in UTC, to the millisecond, as events keep it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
