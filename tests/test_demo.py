@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt.cli import main, parse
+from prefopt.config.command import program
 from prefopt.config.option import from_dict
 from prefopt.demo import run as demo
-from prefopt.demo.command import program
 from prefopt.verbs import VERBS
 
 pytest.importorskip("vaderSentiment", reason="the demonstration's judge is an extra: prefopt[demo]")

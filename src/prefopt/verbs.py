@@ -17,6 +17,7 @@ from prefopt.config.layouts import DataLayoutsConfig
 from prefopt.config.losses import LossesConfig
 from prefopt.config.merge import MergeConfig
 from prefopt.config.push import PushConfig
+from prefopt.config.report import ReportConfig
 from prefopt.config.runs import PlotConfig, RunsConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.config.score import ScoreConfig
@@ -73,6 +74,7 @@ VERBS: dict[str, Verb] = {
     ),
     "runs": Verb("list runs, tell about one, or compare several", RunsConfig, "commands.runs:list_runs"),
     "plot": Verb("draw the curves of runs", PlotConfig, "commands.runs:draw_runs"),
+    "report": Verb("tell of runs in one HTML file", ReportConfig, "commands.runs:report_runs"),
     "data layouts": Verb(
         "list the layouts of rows, or tell all of one", DataLayoutsConfig, "commands.data:show_layouts"
     ),

@@ -1,7 +1,8 @@
-"""``prefopt runs`` and ``prefopt plot``: runs as words and as curves."""
+"""``prefopt runs``, ``prefopt plot`` and ``prefopt report``: runs as words, as curves and as a page."""
 
 from __future__ import annotations
 
+from prefopt.config.report import ReportConfig
 from prefopt.config.runs import PlotConfig, RunsConfig
 from prefopt.evaluate.show import show_runs
 
@@ -17,4 +18,12 @@ def draw_runs(config: PlotConfig) -> int:
 
     plot_runs([read_history(folder) for folder in config.run], config.output, metrics=config.metrics, x=config.x)
     print(f"{config.output}: {len(config.run)} run{'s' * (len(config.run) != 1)}")
+    return 0
+
+
+def report_runs(config: ReportConfig) -> int:
+    """Draws with matplotlib, as the figures of ``prefopt plot``."""
+    from prefopt.evaluate.report.page import write_report
+
+    print(f"written: {write_report(config.run, config.output, title=config.title)}")
     return 0

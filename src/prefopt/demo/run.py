@@ -13,10 +13,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from prefopt.config.command import command
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.config.score import ScoreConfig
-from prefopt.demo.command import command
 from prefopt.demo.measure import Measured, measure
 from prefopt.demo.tell import tell, tell_next, tell_result, tell_times
 from prefopt.disk.write import output_errors, write_json

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from prefopt.demo.command import program
+from prefopt.config.command import program
 from prefopt.demo.measure import Measured
 from prefopt.evaluate.chart import chart
 from prefopt.progress import duration

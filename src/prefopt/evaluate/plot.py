@@ -72,8 +72,10 @@ def plot_runs(
         figure.savefig(path, dpi=150)
 
 
-def figure_of(runs: Sequence[History], *, metrics: Sequence[str] | None = None, x: str = "step") -> Any:
-    """A matplotlib figure that is nobody's current one.
+def figure_of(
+    runs: Sequence[History], *, metrics: Sequence[str] | None = None, x: str = "step", titled: bool = True
+) -> Any:
+    """A matplotlib figure that is nobody's current one; ``titled`` with what the runs have in common.
 
     Raises :class:`ConfigError` for metrics that no run has, and where matplotlib is not installed.
     """
@@ -85,7 +87,8 @@ def figure_of(runs: Sequence[History], *, metrics: Sequence[str] | None = None, 
     down = math.ceil(len(panels) / across)
     names = what_differs(runs) if len(runs) > 1 else []
     figure = Figure(figsize=(5.6 * across, 3.1 * down + 0.9 + 0.22 * math.ceil(len(names) / 2)), layout="constrained")
-    figure.suptitle(_title(runs, 48 * across), fontsize=11)
+    if titled:
+        figure.suptitle(_title(runs, 48 * across), fontsize=11)
     all_axes: list[Any] = list(figure.subplots(down, across, squeeze=False).flat)
     known_start = any(loss_at_start(run) is not None for run in runs if run.training)
     for axes, panel in zip(all_axes, panels, strict=False):

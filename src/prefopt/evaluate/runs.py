@@ -87,9 +87,9 @@ def list_of(runs: Sequence[History], base: Path) -> list[str]:
                 _name(run, base),
                 run.status,
                 steps,
-                _number(values["training"].get("loss")),
-                _number(values["held_out"].get("loss")),
-                _number(values["held_out"].get("rewards/accuracies")),
+                as_number(values["training"].get("loss")),
+                as_number(values["held_out"].get("loss")),
+                as_number(values["held_out"].get("rewards/accuracies")),
                 " ".join(f"{name}={shown(run.options.get(name))}" for name in different) or "none",
             ]
         )
@@ -110,7 +110,7 @@ def comparison(runs: Sequence[History]) -> list[str]:
     }
     for side, title in titles.items():
         metrics = dict.fromkeys(name for values in found for name in values[side])
-        rows = [[name, *(_number(values[side].get(name)) for values in found)] for name in metrics]
+        rows = [[name, *(as_number(values[side].get(name)) for values in found)] for name in metrics]
         if rows:
             lines += ["", title, *columns([["", *names], *rows], indent=2)]
     return lines + [f"note: {line}" for line in caveats(runs)]
@@ -176,7 +176,8 @@ def _name(run: History, base: Path) -> str:
         return str(run.folder)
 
 
-def _number(value: float | None) -> str:
+def as_number(value: float | None) -> str:
+    """A measured value as a person reads it; a dash for none."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"

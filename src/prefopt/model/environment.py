@@ -49,15 +49,20 @@ Section = dict[str, str]
 
 def environment() -> dict[str, Section]:
     """Sections of names and values: versions, the machine, devices, folders, extras and variables."""
-    found = {
-        "versions": {"prefopt": prefopt.__version__, "python": platform.python_version(), **_libraries()},
-        "machine": _machine(),
-        "devices": _devices(),
+    found = hardware()
+    found["machine"]["memory"] += f", {size(psutil.virtual_memory().available)} free"
+    found |= {
         "folders": _folders(),
         "extras": _extras(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
-    return {title: {name: anonymous(value) for name, value in rows.items()} for title, rows in found.items()}
+    return _anonymous(found)
+
+
+def hardware() -> dict[str, Section]:
+    """What a run's results may depend on, quick to find out: versions, the machine and its devices."""
+    versions = {"prefopt": prefopt.__version__, "python": platform.python_version(), **_libraries()}
+    return _anonymous({"versions": versions, "machine": _machine(), "devices": _devices()})
 
 
 def in_words(found: Mapping[str, Section]) -> list[str]:
@@ -68,6 +73,10 @@ def in_words(found: Mapping[str, Section]) -> list[str]:
             width = max(map(len, rows))
             lines += [*([""] if lines else []), f"{title}:", *(f"  {name:{width}}  {rows[name]}" for name in rows)]
     return lines
+
+
+def _anonymous(found: Mapping[str, Section]) -> dict[str, Section]:
+    return {title: {name: anonymous(value) for name, value in rows.items()} for title, rows in found.items()}
 
 
 def anonymous(text: str) -> str:
@@ -89,13 +98,12 @@ def _libraries() -> Section:
 
 
 def _machine() -> Section:
-    memory = psutil.virtual_memory()
     return {
         "system": f"{platform.system()} {platform.release()} ({platform.machine()})",
         "processor": _processor(),
         "cores": f"{psutil.cpu_count(logical=False) or '?'} of {psutil.cpu_count()} logical ones; this process may use"
         f" {_usable_cores()}",
-        "memory": f"{size(memory.total)}, {size(memory.available)} free",
+        "memory": size(psutil.virtual_memory().total),
     }
 
 

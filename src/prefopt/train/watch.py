@@ -5,21 +5,23 @@ from __future__ import annotations
 import time
 
 from prefopt.config.training import RunOptions
+from prefopt.model.environment import hardware
 from prefopt.train.callbacks import Callback, RunInfo
 from prefopt.train.folder import RunFolder
 from prefopt.train.trackers import Tracking
 
 
 class Recorder(Callback):
-    """Keeps in ``run.json`` when training started, how many steps it has, and how it ended."""
+    """Keeps in ``run.json`` when and on what training started, how many steps it has, and how it ended."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
 
     def on_start(self, run: RunInfo) -> None:
-        """``started`` is when the first process began to train, ``steps`` how many there are to do."""
+        """``started`` is when the first process began to train, ``steps`` how many there are to do; ``environment``
+        is what the last process ran on."""
         started = self._folder.record.get("started") or time.strftime(TIME)
-        self._folder.remember(started=started, steps=run.steps)
+        self._folder.remember(started=started, steps=run.steps, environment=hardware())
 
     def on_end(self, run: RunInfo, status: str) -> None:
         """``trained``, ``interrupted`` or ``failed``, until the model is saved."""

@@ -1,0 +1,24 @@
+"""What ``prefopt report`` reads and writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prefopt.config.option import check_all, option
+from prefopt.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Runs to tell about, and the page to write."""
+
+    run: list[str] = option(help="output folders of the runs to tell about", group="report", positional=True)
+    output: str = option("report.html", "page to write", group="report")
+    title: str | None = option(
+        None, "heading of the page", group="report", default_text="the names of the runs' folders"
+    )
+
+    def __post_init__(self) -> None:
+        check_all(self)
+        if not self.output.lower().endswith((".html", ".htm")):
+            raise ConfigError(f"--output {self.output} must end in .html")

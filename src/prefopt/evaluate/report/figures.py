@@ -1,0 +1,46 @@
+"""Curves of runs as SVG that stands in a page: text stays text, and no two figures share an id."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+from xml.sax.saxutils import quoteattr
+
+from markupsafe import Markup
+
+from prefopt.evaluate.plot import figure_of, panels_of
+from prefopt.evaluate.runs import labels
+from prefopt.train.history import History
+
+WRAPPING = re.compile(r"<\?xml.*?\?>|<!DOCTYPE.*?>|<metadata>.*?</metadata>|<!--.*?-->", re.S)
+
+
+def curves(runs: Sequence[History]) -> list[Markup]:
+    """The standard panels of these runs, a figure each, so that a phone shows one below the other."""
+    of = ", ".join(labels(runs))
+    return [
+        inline(figure_of(runs, metrics=[panel.name], titled=False), name=f"curve{n}", label=f"{panel.title}: {of}")
+        for n, panel in enumerate(panels_of(runs, None))
+    ]
+
+
+def inline(figure: Any, *, name: str, label: str) -> Markup:
+    """A matplotlib figure as an ``svg`` element that fills the width it is given.
+
+    ``name`` keeps the ids of several figures of one page apart; ``label`` is read out in the figure's place.
+    """
+    import matplotlib
+
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = WRAPPING.sub("", file.getvalue()).strip().replace("xlink:href", "href")
+    # Some ids are hashes, others names such as figure_1 that every figure has.
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
+    text = re.sub(r'(href="|url\()#', rf"\1#{name}-", text)
+    head, body = text.split(">", 1)
+    box = re.search(r'viewBox="[^"]*"', head)
+    assert box is not None, "matplotlib gives every picture a viewBox"
+    return Markup(f'<svg {box[0]} role="img" aria-label={quoteattr(label)}>{body}')

@@ -1,0 +1,123 @@
+"""The report holds what runs say, whatever they say, and nothing that a browser would run or fetch."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from evaluate.small import write_run
+from prefopt.cli import main, parse
+from prefopt.config.dpo import DpoConfig
+from prefopt.evaluate.report.page import write_report
+from prefopt.evaluate.runs import labels
+from prefopt.train.diagnose import diagnose
+from prefopt.train.history import read_history
+from train.small import dpo, pairs, write_rows
+
+pytest.importorskip("matplotlib")
+
+HOSTILE = "</style></title><script>alert(1)</script><img src=x onerror=alert(1)>\"'{{ 7*7 }}"
+VOID = {"meta", "br", "img", "link", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements that are closed in order, their attributes, and the text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.words = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data if "style" not in self.open else ""
+
+    def values(self, name: str) -> list[str]:
+        return [value for _, found, value in self.attributes if found == name]
+
+
+def read(path: Path) -> Page:
+    return Page(path.read_text("utf-8"))
+
+
+def test_two_runs_on_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [write_run(tmp_path / str(rate), options={"learning_rate": rate}) for rate in (1e-6, 5e-6)]
+    target = tmp_path / "pages" / "report.html"
+    assert main(["report", *map(str, folders), "--output", str(target), "--title", "Two rates"]) == 0
+    assert str(target) in capsys.readouterr().out
+    page = read(target)
+    assert "<h1>Two rates</h1>" in target.read_text("utf-8")
+    runs = [read_history(folder) for folder in folders]
+    for run, name in zip(runs, labels(runs), strict=True):
+        assert f"{name}: the loss on held-out rows is" in page.words
+        assert all(finding.text in page.words for finding in diagnose(run))
+    assert page.tags.count("svg") == 4 and len([x for x in page.values("aria-label") if "Loss" in x]) == 1
+    ids = page.values("id")
+    assert len(ids) == len(set(ids)) > 8
+    used = {value.removeprefix("#") for value in page.values("href")}
+    used |= set(re.findall(r"url\(#([^)]+)\)", target.read_text("utf-8")))
+    assert used and used <= set(ids)
+
+
+def test_nothing_is_run_or_fetched_whatever_the_runs_say(tmp_path: Path) -> None:
+    run = write_run(
+        tmp_path / "a<b>&",
+        options={"model": HOSTILE, "data": [HOSTILE]},
+        record={"environment": {HOSTILE: {"x": HOSTILE}}},
+    )
+    page = read(write_report([str(run)], tmp_path / "r.html", title=HOSTILE))
+    assert page.words.count(HOSTILE) >= 4 and "49" not in HOSTILE
+    assert not {"script", "img", "link", "iframe", "object", "base"} & set(page.tags)
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert all(value.startswith("#") for value in page.values("href")) and not page.values("src")
+    assert ("meta", "content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+    assert "@import" not in (text := (tmp_path / "r.html").read_text("utf-8")) and "url(http" not in text
+
+
+def test_a_real_run_tells_on_what_it_ran_and_how_to_do_it_again(model: str, tmp_path: Path) -> None:
+    dpo(model, write_rows(tmp_path / "rows.jsonl", pairs(8)), tmp_path / "out", max_steps=2)
+    page = read(write_report([str(tmp_path / "out")], tmp_path / "r.html"))
+    history = read_history(tmp_path / "out")
+    environment = history.record["environment"]
+    assert environment["versions"]["torch"] in page.words and environment["machine"]["processor"] in page.words
+    assert history.record["reference"] in page.words
+    command = next(line for line in page.words.splitlines() if " dpo " in line and "--model" in line)
+    words = shlex.split(command)
+    again = DpoConfig.from_dict(parse("dpo", words[words.index("dpo") + 1 :]))
+    assert again == DpoConfig.from_dict({k: v for k, v in history.options.items() if v is not None})
+
+
+def test_a_run_without_a_step_or_held_out_rows_still_has_a_page(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    (folder / "metrics.jsonl").write_text("")
+    page = read(write_report([str(folder)], tmp_path / "r.html"))
+    assert "no row was held out" in page.words and "svg" not in page.tags
+
+
+def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "r.html")]) == 2
+    assert "no run of prefopt" in capsys.readouterr().err
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "r.pdf")]) == 2
+    assert ".html" in capsys.readouterr().err
+    assert not (tmp_path / "r.html").exists()
