@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prefopt.demo.model import build_model
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import prefopt
 from prefopt.losses.declare import LOSSES, Loss
 
 STEPPED = ("dpo", "sigmoid_norm", "simpo", "ipo", "bco", "aot", "aot_unpaired", "beta_dpo")
+VOCABULARY = 2_048  # of the model, most of which no word has: the head's share of the work is a larger model's
 WORDS = "the a river stone walks over old green bridge and finds seven quiet birds near water".split()
 
 
@@ -45,17 +46,20 @@ def rows(count: int, words: int, seed: int) -> list[dict[str, str]]:
     return [{"prompt": text(words), "chosen": text(words // 2), "rejected": text(words // 2)} for _ in range(count)]
 
 
-def write_model(folder: Path, texts: list[str], width: int, layers: int) -> None:
-    """A random Llama of this size over the demonstration's tokenizer."""
-    build_model(folder, texts)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def write_model(folder: Path, options: argparse.Namespace) -> None:
+    """A random Llama whose tokenizer has a token for each word."""
+    width, layers = options.width, options.layers
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<end>", "<unknown>", *WORDS])}, "<unknown>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", unk_token="<unknown>")
+    tokenizer.save_pretrained(folder)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=VOCABULARY,
         hidden_size=width,
         intermediate_size=3 * width,
         num_hidden_layers=layers,
         num_attention_heads=max(1, width // 64),
-        max_position_embeddings=tokenizer.model_max_length,
+        max_position_embeddings=2 * options.words + 8,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=None,
@@ -90,7 +94,7 @@ def step_table(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, list[float]]] = {name: {"at once": [], "in parts": []} for name in STEPPED}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model(folder / "model", [v for row in data for v in row.values()], options.width, options.layers)
+        write_model(folder / "model", options)
         _, tokens = stepped(folder, data, "dpo", 10**9, options)
         budgets = {"at once": 10**9, "in parts": int(1.1 * tokens / options.parts)}
         for _ in range(options.rounds):
@@ -138,12 +142,13 @@ def function_table(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def show(title: str, table: dict[str, dict[str, float]], unit: str, form: str) -> None:
-    """Print a table with the ratio to dpo."""
-    print(f"\n{title} ({unit}; ratio to dpo)")
-    for name, cells in table.items():
-        marks = "whole batch" if LOSSES[name].whole_batch else ""
-        parts = [f"{cut:>9} {value:{form}} ({value / table['dpo'][cut]:.2f})" for cut, value in cells.items()]
-        print(f"  {name:14}{marks:12}" + "   ".join(parts))
+    """Print a table with the ratio to dpo, losses of the whole batch at its end."""
+    cuts = list(table["dpo"])
+    print(f"\n{title}\n\n| loss | sees | {' | '.join(f'{cut}, {unit} | of dpo' for cut in cuts)} |")
+    print("| --- | --- |" + " ---: | ---: |" * len(cuts))
+    for name in sorted(table, key=lambda n: (LOSSES[n].whole_batch, n != "dpo", n)):
+        cells = [f"{table[name][cut]:{form}} | {table[name][cut] / table['dpo'][cut]:.2f}" for cut in cuts]
+        print(f"| {name} | {'whole batch' if LOSSES[name].whole_batch else 'rows'} | {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -161,9 +166,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     functions = function_table(options)
-    show("the functions alone, forward and backward", functions, "microseconds", "8.0f")
+    show("The functions alone, forward and backward, by the number of pairs", functions, "us", ".0f")
     steps = step_table(options)
-    show("steps", steps, "seconds", "8.3f")
+    show(
+        f"Steps of {options.pairs} pairs",
+        {n: {c: 1e3 * s for c, s in x.items()} for n, x in steps.items()},
+        "ms",
+        ".1f",
+    )
     if options.json:
         about = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
         versions = {"prefopt": prefopt.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}

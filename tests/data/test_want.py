@@ -40,6 +40,7 @@ def test_what_gives_pairs_and_rankings() -> None:
     scored = row(scores=(1.0, 9.0, 1.0))
     assert got(scored, "pairs").pairs == got(scored, "ranking").pairs == ((1, 0), (1, 2))
     assert got(LABELLED, "pairs").pairs == got(LABELLED, "ranking").pairs == ((0, 1), (2, 1))
+    assert got(scored, "scored") == got(scored, "pairs") and got(scored, "scored").scores == (1.0, 9.0, 1.0)
     assert got(CYCLE, "pairs").votes == CYCLE.votes
     assert got(AGREED, "pairs").votes == AGREED.votes
     assert got(AGREED, "ranking").tiers == ((0,), (1,), (2,)) and got(AGREED, "ranking").votes is None
@@ -79,6 +80,8 @@ IMPOSSIBLE: list[tuple[Comparison, Want, str]] = [
     (row(labels=(False, False, False)), "demonstrations", "no desirable response"),
     (row(2), "pairs", "no preference"),
     (row(2), "labels", "no preference"),
+    (PAIR, "scored", "no scores"),
+    (row(scores=(3.0, 3.0, 3.0)), "scored", "only ties"),
     (row(1), "pairs", "too few responses"),
     (row(1, scores=(4.0,)), "ranking", "too few responses"),
     (row(1, labels=(True,)), "pairs", "too few responses"),

@@ -21,7 +21,7 @@ DASHBOARD = {
     *(f"logps/{side}" for side in ("chosen", "rejected")),
 }
 # Statistics of the batch that carry no gradient: finite differences would see through them.
-FROZEN: dict[str, Options] = {"bco": {"shift": False}, "beta_dpo": {"alpha": 0.0}}
+FROZEN: dict[str, Options] = {"bco": {"shift": False}, "bco_unpaired": {"shift": False}, "beta_dpo": {"alpha": 0.0}}
 
 
 def run(name: str, tensors: dict[str, torch.Tensor], options: Options) -> LossOutput:
@@ -205,6 +205,31 @@ def test_rewards_are_what_the_loss_raises(name: str, options: Options) -> None:
     after = run(name, tensors | stepped, options)
     key = "rewards/chosen" if name == "nll" else "rewards/margins"
     assert after.metrics[key].mean() > before.metrics[key].mean()
+
+
+OTHER: dict[str, Value] = {  # another value of each option that is a number
+    **{"beta": 0.37, "label_smoothing": 0.2, "divergence_alpha": 0.3, "alpha": 0.33, "tau": 0.3, "gamma": 0.2},
+    **{"delta": 30.0, "nll_weight": 0.7, "penalty": 3.0, "eta": 0.4, "momentum": 0.2, "keep": 0.4, "decay": 0.3},
+    **{"desirable_weight": 2.5, "undesirable_weight": 0.4},
+}
+
+
+@pytest.mark.parametrize(("name", "option"), [(n, o.name) for n, x in LOSSES.items() for o in x.options])
+def test_an_option_does_something(name: str, option: str) -> None:
+    loss, tensors = LOSSES[name], drawn(9)
+    (o,) = (o for o in loss.options if o.name == option)
+    others = o.choices or ((True, False) if isinstance(o.default, bool) else (OTHER[option],))
+    for value in others:
+        if value == o.default:
+            continue
+        company: Options = dict([o.only]) if o.only else {}
+        if (name, option, value) == ("beta_dpo", "filter", "drawn"):
+            company |= {"keep": 0.4, "momentum": 0.2}
+        seen = []
+        for given in (company, company | {option: value}):
+            state = run(name, tensors, company).state  # of a batch before this one
+            seen.append(mean(loss(drawn(10), state, **given)).item())
+        assert seen[0] != pytest.approx(seen[1], rel=1e-6), value
 
 
 @pytest.mark.parametrize("name", LOSSES)

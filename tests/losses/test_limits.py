@@ -33,6 +33,7 @@ AT_ZERO: dict[str, float] = {
     "apo_down": 1.0,
     "sppo_hard": 1 / (2 * 0.1**2),
     "kto": 0.5,
+    "bco_unpaired": LN2,
     "apo_zero_unpaired": 0.5,
 }
 # Their value at zero log-ratio depends on lengths, scores, likelihoods or tiers.
@@ -291,8 +292,67 @@ def test_the_shift_of_bco_is_the_mean_reward_so_far() -> None:
         assert none.metrics["delta"].eq(0).all()
 
 
+@pytest.mark.parametrize("middle", ["labels", "responses"])
+@pytest.mark.parametrize("decay", [1.0, 0.6, 0.0])
+def test_the_shift_of_bco_on_labels_lies_between_the_means_of_both(middle: str, decay: float) -> None:
+    state, seen = LOSSES["bco_unpaired"].start(), []
+    for step, rated in enumerate(([1, 1, 1, 0], [1, 1], [0, 0, 1], [0, 0, 0])):
+        reward, wanted = 0.3 * torch.arange(1.0, 1 + len(rated)).double() * (step - 1.5), torch.tensor(rated).bool()
+        tensors = {"logp_N": reward / 0.3, "ref_logp_N": torch.zeros(len(rated)).double(), "label_N": wanted}
+        output = LOSSES["bco_unpaired"](tensors, state, beta=0.3, middle=middle, decay=decay)
+        state = output.state
+        seen = [(r, y, w * decay) for r, y, w in seen] + [
+            (float(r), y, 1.0) for r, y in zip(reward, rated, strict=True)
+        ]
+        sides = [[(r, w) for r, y, w in seen if y == side and w] for side in (1, 0)]
+        if middle == "labels":
+            means = [sum(r * w for r, w in side) / sum(w for _, w in side) for side in sides if side]
+            delta = sum(means) / len(means)
+        else:
+            delta = sum(r * w for side in sides for r, w in side) / sum(w for side in sides for _, w in side)
+        assert output.metrics["delta"][0].item() == pytest.approx(delta, rel=1e-12)
+        signed = torch.where(wanted, reward - delta, delta - reward)
+        torch.testing.assert_close(output.numerator_G, -torch.nn.functional.logsigmoid(signed))
+    unshifted = LOSSES["bco_unpaired"](
+        tensors, state, beta=0.3, shift=False, desirable_weight=2.0, undesirable_weight=3.0
+    )
+    torch.testing.assert_close(unshifted.numerator_G, -3 * torch.nn.functional.logsigmoid(-reward))
+
+
+def test_bco_on_pairs_split_in_two_is_bco() -> None:
+    tensors = drawn(3)
+    tensors |= {"label_N": torch.tensor([True] * 6 + [False] * 6)}
+    for name in ("logp", "ref_logp"):
+        tensors[f"{name}_N"] = torch.cat([tensors[f"{side}_{name}_G"] for side in ("chosen", "rejected")])
+    whole, split = LOSSES["bco"](tensors), LOSSES["bco_unpaired"](tensors)
+    torch.testing.assert_close(whole.numerator_G, split.numerator_G[:6] + split.numerator_G[6:])
+
+
+def test_a_draw_of_beta_dpo_is_one_without_replacement_by_the_gaussian() -> None:
+    """The first of the drawn falls on a pair as often as its chance says, and a batch's order does not matter."""
+    h = torch.tensor([-3.0, 0.5, 1.0, 2.0, 6.0], dtype=torch.float64)
+    zero = torch.zeros(5, dtype=torch.float64)
+    names = ("chosen_logp_G", "rejected_logp_G", "chosen_ref_logp_G", "rejected_ref_logp_G")
+
+    def kept(seed: int, h: torch.Tensor, keep: float) -> torch.Tensor:
+        state = {"mean": 1.0, "deviation": 2.0, "batches": float(seed)}
+        given = {name: torch.tensor(value).double() for name, value in state.items()}
+        tensors = dict(zip(names, (h, zero, zero, zero), strict=True))
+        return LOSSES["beta_dpo"](tensors, given, keep=keep, momentum=1 - 1e-12, filter="drawn").weight_G
+
+    draws = 4000
+    one = torch.stack([kept(seed, h, 0.2) for seed in range(draws)]).mean(0)
+    chance = torch.exp(-0.5 * ((h - 1) / 2) ** 2)
+    chance = chance / chance.sum()
+    assert ((one - chance).abs() < 4 * (chance * (1 - chance) / draws).sqrt()).all()
+    order = torch.tensor([3, 0, 4, 2, 1])
+    for seed in range(20):
+        assert kept(seed, h, 0.6).sum() == 3
+        assert torch.equal(kept(seed, h, 0.6)[order], kept(seed, h[order], 0.6))
+
+
 def test_beta_follows_the_batch_and_leaves_out_what_is_far() -> None:
-    state = {"mean": torch.tensor(2.0, dtype=torch.float64)}
+    state = {n: torch.tensor(x).double() for n, x in (("mean", 2.0), ("deviation", 0.0), ("batches", 3.0))}
     h = torch.tensor([1.0, 2.0, 3.0, 4.0, -90.0], dtype=torch.float64)
     zero = torch.zeros(5, dtype=torch.float64)
     tensors = {"chosen_logp_G": h, "rejected_logp_G": zero, "chosen_ref_logp_G": zero, "rejected_ref_logp_G": zero}
@@ -304,7 +364,9 @@ def test_beta_follows_the_batch_and_leaves_out_what_is_far() -> None:
     assert output.metrics["beta"].tolist() == pytest.approx([beta] * 5)
     expected = torch.nn.functional.softplus(-beta * h[:4]).mean().item()
     assert mean(output).item() == pytest.approx(expected, rel=1e-12)
-    low = LOSSES["beta_dpo"](tensors, {"mean": torch.tensor(1e4, dtype=torch.float64)}, beta=0.1)
+    assert output.state["batches"].item() == 4
+    assert output.state["deviation"].item() == pytest.approx(0.1 * h.std().item())
+    low = LOSSES["beta_dpo"](tensors, state | {"mean": torch.tensor(1e4, dtype=torch.float64)}, beta=0.1)
     assert low.metrics["beta"][0].item() == pytest.approx(1e-3)
 
 

@@ -17,15 +17,16 @@ from model.oracle import oracle_logprobs
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.option import options as options_of
 from prefopt.data.formats import parse_comparisons
+from prefopt.data.group import Group
 from prefopt.data.load import build_groups
 from prefopt.disk.cache import cache_root
-from prefopt.errors import ConfigError
+from prefopt.errors import ConfigError, DataError
 from prefopt.losses.declare import LOSSES
 from prefopt.losses.difference import ld_dpo
 from prefopt.losses.divergence import DIVERGENCES
 from prefopt.model.reference import FillReport
 from prefopt.train.reference import ReferenceRun
-from train.small import dpo, pairs, steps, write_model
+from train.small import dpo, pairs, steps, write_model, write_rows
 
 ROWS = pairs(10)
 FREE = [name for name, loss in LOSSES.items() if not loss.needs_reference]
@@ -93,6 +94,50 @@ def test_what_no_loss_reads_is_refused_before_anything_is_loaded(
     with pytest.raises(ConfigError, match=said):
         dpo("no-model-there", ROWS, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_without_scores_are_refused_by_number_before_anything_is_scored(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[dict[str, Any]] = [row | {"score_chosen": 3.0, "score_rejected": 1.5} for row in ROWS]
+    for i in (2, 7):
+        rows[i] = dict(ROWS[i])
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(ReferenceRun, "__init__", lambda *_, **__: pytest.fail("nothing is scored"))
+        with pytest.raises(DataError, match=r"data\.jsonl: 2 of 10 rows cannot be used: no scores: 2 \(rows 3, 8\)"):
+            dpo(model, data, tmp_path / "out", loss="dpo:1,reward_aware:0.5")
+    dpo(model, data, tmp_path / "out", loss="reward_aware", on_bad_row="skip", progress="plain")
+    assert "10 rows read, 8 kept, 2 refused" in capsys.readouterr().out
+    assert {step["rewards/target_margins"] for step in steps(tmp_path / "out")} == {1.5}
+
+
+def test_held_out_rows_are_not_all_in_memory(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups are objects of the size of a kilobyte; in columns they hardly weigh anything."""
+    living, most = 0, 0
+
+    class Counted(Group):
+        def __init__(self, *values: Any, **named: Any) -> None:
+            nonlocal living, most
+            super().__init__(*values, **named)
+            living += 1
+            most = max(most, living)
+
+        def __del__(self) -> None:
+            nonlocal living
+            living -= 1
+
+    monkeypatch.setattr("prefopt.train.objective.AT_ONCE", 16)
+    held_out = write_rows(tmp_path / "eval.jsonl", pairs(150, seed=3))
+    told = {}
+    for name in ("dpo", "aot", "kto"):
+        options: dict[str, Any] = {"loss": name, "max_steps": 1, "token_budget": 100, "dtype": "float64"}
+        told[name] = dpo(model, ROWS, tmp_path / f"{name}0", eval_data=[held_out], **options).held_out_loss
+        with monkeypatch.context() as patch:
+            patch.setattr("prefopt.data.table.Group", Counted)
+            most = 0
+            result = dpo(model, ROWS, tmp_path / f"{name}1", eval_data=[held_out], **options)
+        assert result.held_out_loss == told[name] and 8 < most < 60, name
 
 
 def test_a_loss_from_python_is_told_everywhere(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ class DataCheckConfig(RenderOptions, ReadOptions):
     eval_data: list[str] | None = option(
         None, "data that a run evaluates on: looked at too, and compared with the prompts to train on", group="data"
     )
-    want: Literal["pairs", "ranking", "labels", "demonstrations", "prompts"] | None = option(
+    want: Literal["pairs", "scored", "ranking", "labels", "demonstrations", "prompts"] | None = option(
         None, "what a run needs of every row", group="data", default_text="what each row says"
     )
     model: str | None = option(

@@ -226,6 +226,25 @@ class GroupTable(Sequence[Group]):
         return found
 
 
+class Selection(Sequence[Group]):
+    """Some groups of ``groups`` in an order of their own, made each time one is asked for: none is held."""
+
+    def __init__(self, groups: Sequence[Group], indices: Sequence[int]) -> None:
+        self._groups, self._indices = groups, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Group: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Group]: ...
+    def __getitem__(self, index: int | slice) -> Group | list[Group]:
+        if isinstance(index, slice):
+            return [self._groups[i] for i in self._indices[index]]
+        return self._groups[self._indices[index]]
+
+
 class TableBuilder:
     """Columns in memory, group by group."""
 

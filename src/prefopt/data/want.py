@@ -14,7 +14,7 @@ from typing import Literal
 from prefopt.data.problem import Problem
 from prefopt.records import Comparison, tiers_of
 
-Want = Literal["pairs", "ranking", "labels", "demonstrations", "prompts"]
+Want = Literal["pairs", "scored", "ranking", "labels", "demonstrations", "prompts"]
 Tiers = tuple[tuple[int, ...], ...]
 
 
@@ -27,6 +27,7 @@ def convert(c: Comparison, want: Want) -> Comparison | Problem:
     """The comparison with what is wanted of it.
 
     - ``pairs``: votes, or tiers of which at least two differ (from an order, scores, or labels of several responses)
+    - ``scored``: such pairs, with a score of every response
     - ``ranking``: such tiers; votes give them where they agree with an order
     - ``labels``: labels, or the better of two tiers as desirable and the other as not
     - ``demonstrations``: the best response alone, of several equally good ones the first; responses without any
@@ -37,6 +38,7 @@ def convert(c: Comparison, want: Want) -> Comparison | Problem:
     """
     makers = {
         "pairs": _pairs,
+        "scored": _scored,
         "ranking": _ranking,
         "labels": _labels,
         "demonstrations": _demonstrations,
@@ -90,6 +92,12 @@ def _pairs(c: Comparison) -> Comparison:
     if c.votes:
         return c
     return replace(c, tiers=_ordered(c), votes=None)
+
+
+def _scored(c: Comparison) -> Comparison:
+    if c.scores is None:
+        raise _Impossible("no scores", "has no scores; the loss is on how far they lie apart")
+    return _pairs(c)
 
 
 def _ranking(c: Comparison) -> Comparison:

@@ -9,7 +9,7 @@ import torch
 
 from prefopt.losses.declare import LOSSES, LossOption, LossOutput, loss
 from prefopt.losses.metrics import BETA, SMOOTHING, pair_output
-from prefopt.losses.numeric import logistic
+from prefopt.losses.numeric import hashed, logistic
 
 BETA_FLOOR = 1e-3
 
@@ -81,16 +81,17 @@ def aot_unpaired(
         BETA,
         LossOption(name="alpha", help="how strongly beta follows the batch's mean log-ratio difference", at_least=0),
         LossOption(name="momentum", help="of the running mean", at_least=0, below=1),
+        LossOption(name="keep", help="part of the pairs that count", above=0, at_most=1),
         LossOption(
-            name="keep",
-            help="part of the pairs that count: those whose h is nearest the running mean",
-            above=0,
-            at_most=1,
+            name="filter",
+            help="which pairs count. nearest: those whose h is nearest the running mean; drawn: by lot, with chances"
+            " that fall with the distance as a Gaussian of the running deviation does (the authors' code)",
+            choices=("nearest", "drawn"),
         ),
         SMOOTHING,
     ),
     whole_batch=True,
-    state0={"mean": 0.0},
+    state0={"mean": 0.0, "deviation": 0.0, "batches": 0.0},
     notes="beta moves with the batch and carries no gradient: the loss itself need not fall while margins grow.",
 )
 def beta_dpo(
@@ -104,6 +105,7 @@ def beta_dpo(
     alpha: float = 0.6,
     momentum: float = 0.9,
     keep: float = 0.8,
+    filter: str = "nearest",
     label_smoothing: float = 0.0,
     state: dict[str, torch.Tensor] | None = None,
 ) -> LossOutput:
@@ -113,8 +115,10 @@ def beta_dpo(
     least 0.001 and without gradient, and :math:`-\log\sigma(b h)` over the pairs that are kept; the others weigh 0.
 
     Two places where sources differ. The paper measures with :math:`\beta h`, its code with h, as here: alpha of the
-    paper is alpha / beta here. Their filter draws pairs with probabilities that fall, as a Gaussian does, with the
-    distance of h from m; here the nearest are kept, which is the likeliest draw and makes a batch give one result.
+    paper is alpha / beta here. The code draws the pairs that count without replacement, each with a chance
+    proportional to :math:`e^{-(h-m)^2/2v^2}`, v the running deviation of h (``drawn``); ``nearest`` takes the likeliest
+    ones, so that a batch gives one result. A draw depends on how many batches there were and on nothing else, so that
+    a resumed run draws the same. ``state`` holds m, v and the number of batches.
     """
     chosen, rejected = chosen_logp_G - chosen_ref_logp_G, rejected_logp_G - rejected_ref_logp_G
     difference = chosen - rejected
@@ -122,13 +126,27 @@ def beta_dpo(
     assert state is not None
     seen = difference.detach().to(state["mean"].dtype)
     mean = momentum * state["mean"] + (1 - momentum) * seen.mean()
-    kept = max(1, int(keep * len(seen) + 1e-9))
-    nearest = torch.topk((seen - mean).abs(), kept, largest=False).indices
-    weight = torch.zeros_like(difference.detach()).index_fill(0, nearest, 1.0)
-    used = (beta * (1 + alpha * (seen[nearest].mean() - mean))).clamp(min=BETA_FLOOR).to(difference.dtype)
+    spread = seen.std() if len(seen) > 1 else torch.zeros_like(mean)
+    deviation = momentum * state["deviation"] + (1 - momentum) * spread
+    count = max(1, int(keep * len(seen) + 1e-9))
+    far = (seen - mean).abs() if filter == "nearest" else _lots(seen, mean, deviation, state["batches"])
+    kept = torch.topk(far, count, largest=False).indices
+    weight = torch.zeros_like(difference.detach()).index_fill(0, kept, 1.0)
+    used = (beta * (1 + alpha * (seen[kept].mean() - mean))).clamp(min=BETA_FLOOR).to(difference.dtype)
     numerator = weight * logistic(used * difference, label_smoothing, label_G)
     rewards = beta * chosen, beta * rejected
     more = {"beta": used.expand_as(weight), "kept": weight}
-    return pair_output(
-        numerator, *rewards, chosen_logp_G, rejected_logp_G, weight_G=weight, state={"mean": mean}, more=more
-    )
+    new = {"mean": mean, "deviation": deviation, "batches": state["batches"] + 1}
+    return pair_output(numerator, *rewards, chosen_logp_G, rejected_logp_G, weight_G=weight, state=new, more=more)
+
+
+def _lots(seen: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor, batches: torch.Tensor) -> torch.Tensor:
+    """Numbers [G] of which the k least are a draw of k without replacement, by the Gaussian's chances.
+
+    Log-chances with Gumbel noise give that in log space, where a narrow Gaussian leaves no chance at zero. The noise
+    goes by rank, so that the order of a batch does not matter.
+    """
+    rank = torch.argsort(torch.argsort(seen))
+    chance = hashed(rank * 0x9E3779B9 + hashed(batches.long() + 1)).to(seen.dtype) + 0.5
+    gumbel = -torch.log(-torch.log((chance / 2**32).clamp(max=1 - 1e-7)))
+    return 0.5 * ((seen - mean) / deviation.clamp(min=1e-6)) ** 2 - gumbel

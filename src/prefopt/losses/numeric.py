@@ -34,3 +34,15 @@ def logistic(margin: torch.Tensor, label_smoothing: float = 0.0, label: torch.Te
     right = 1.0 if label is None else label.to(margin.dtype)
     p = right * (1 - label_smoothing) + (1 - right) * label_smoothing
     return -p * F.logsigmoid(margin) - (1 - p) * F.logsigmoid(-margin)
+
+
+def hashed(x: torch.Tensor) -> torch.Tensor:
+    """Whole numbers [...] below 2^32 that look drawn at random, the same for the same int64 ``x``, on any device.
+
+    A generator's state would have to be told to the device and be waited for.
+    """
+    mask = 0xFFFFFFFF
+    x = x & mask
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
+    return x ^ (x >> 16)

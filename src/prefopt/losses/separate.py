@@ -146,8 +146,7 @@ def bco(
     :math:`-\log\sigma(r_w - \delta) - \log\sigma(-(r_l - \delta))`, :math:`r = \beta s`. Delta, without gradient, is
     the mean reward of all responses, chosen and rejected; sources differ on what they average over, and some code has
     no delta at all: ``decay`` and ``shift``. This batch counts before delta is used. ``state`` holds the mean and how
-    many rewards it stands for; with other weights of prompts among chosen and rejected (the paper's distribution
-    matching) nothing is done here.
+    many rewards it stands for. For thumbs up and down without pairs there is ``bco_unpaired``.
     """
     chosen, rejected = beta * (chosen_logp_G - chosen_ref_logp_G), beta * (rejected_logp_G - rejected_ref_logp_G)
     state = state or LOSSES["bco"].start(chosen.device)

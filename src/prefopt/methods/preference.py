@@ -60,7 +60,7 @@ from prefopt.train.preflight import inspect_first
 from prefopt.train.reference import ReferenceRun, check_vocabulary, choose_reference, identify
 from prefopt.train.stop import StopRequest
 from prefopt.train.sums import Record
-from prefopt.train.terms import needs_reference, terms_of, words
+from prefopt.train.terms import needs_reference, terms_of, want_of, words
 from prefopt.train.watch import watchers
 
 
@@ -127,7 +127,7 @@ class _Run:
             self.rows,
             self.reporter,
             seed=self.config.seed,
-            want=self.terms[0].loss.kind,
+            want=want_of(self.terms),
             workers=self.config.threads,
             stop=self.stop,
         )

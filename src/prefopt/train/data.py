@@ -37,7 +37,7 @@ class TrainingData:
     @property
     def noun(self) -> str:
         """What a person calls a group: a pair where all of them are one."""
-        if self.want == "pairs" and int(self.groups.responses_G.max(initial=2)) == 2:
+        if self.want in ("pairs", "scored") and int(self.groups.responses_G.max(initial=2)) == 2:
             return "pairs"
         return "rankings" if self.want == "ranking" else "rows"
 

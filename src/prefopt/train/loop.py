@@ -28,9 +28,9 @@ from prefopt.train.facts import Values
 from prefopt.train.metrics import Metrics, note
 from prefopt.train.objective import Objective
 from prefopt.train.optim import Schedule, clip_, grad_norm
-from prefopt.train.step import Gradients, differentiate, values_of
+from prefopt.train.step import Gradients, differentiate, evaluated
 from prefopt.train.stop import StopRequest
-from prefopt.train.sums import Record, Sums
+from prefopt.train.sums import Record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,11 +232,9 @@ class Loop:
     def _evaluate(self) -> Record:
         progress = self.progress
         self.scorer.eval()
-        indices, sums = self._by_length(self.held_out), Sums()
-        values = values_of(self.scorer, self.objective, self._micro_batches(indices))
-        sums.add(self.objective(values, indices, self.objective.normaliser(indices)))
+        indices = self._by_length(self.held_out)
+        record = evaluated(self.scorer, self.objective, indices, self._micro_batches(indices)).means()
         self.scorer.train()
-        record = sums.means()
         self.metrics.write({"step": progress.step, **{f"eval_{name}": value for name, value in record.items()}})
         better = self.movement is None and record["loss"] < progress.best_loss
         self.reporter.say(

@@ -14,6 +14,7 @@ import torch
 
 from prefopt.data.group import Group
 from prefopt.data.packer import PackedBatch, pack
+from prefopt.data.table import Selection
 from prefopt.errors import DataError
 from prefopt.losses.declare import Kind
 from prefopt.losses.parse import Term
@@ -41,7 +42,10 @@ class Objective(Protocol):
     """What losses keep from batch to batch; the loop sets it once a step is done."""
 
     def normaliser(self, indices: Sequence[int]) -> Normaliser:
-        """What each loss is divided by, from the data alone: before anything is scored."""
+        """What each loss is divided by, from the data alone: before anything is scored.
+
+        Not where ``whole_batch``: then the call sees the whole batch, and takes it from there.
+        """
 
     def fixed(self, scorer: Scorer, batch: PackedBatch, indices: Sequence[int]) -> Values:
         """Values without gradients that are scored anew for each batch."""
@@ -90,12 +94,18 @@ class PreferenceObjective:
         """Whether any loss compares with a reference."""
         return any(term.loss.needs_reference for term in self.terms)
 
+    @torch.no_grad()
     def normaliser(self, indices: Sequence[int]) -> Normaliser:
         """See :class:`Objective`. A loss tells the weights of its rows whatever the policy gives: here, nothing."""
-        facts = self._facts(indices)
-        with torch.no_grad():
-            outputs = [term(facts.inputs(self.names, self.optional, {}), self.state) for term in self.terms]
-            return tuple((out.weight_G * facts.weight_R).sum().clamp(min=_TINY) for out in outputs)
+        sums = torch.zeros(len(self.terms), dtype=self.dtype, device=self.device)
+        if self.whole_batch:  # which rows count may depend on the batch: told when that is seen
+            return tuple(sums)
+        for first in range(0, len(indices), AT_ONCE):
+            facts = self._facts(indices[first : first + AT_ONCE])
+            inputs = facts.inputs(self.names, self.optional, {})
+            outputs = [term(inputs, self.state) for term in self.terms]
+            sums += torch.stack([(out.weight_G * facts.weight_R).sum() for out in outputs])
+        return tuple(sums.clamp(min=_TINY))
 
     def fixed(self, scorer: Scorer, batch: PackedBatch, indices: Sequence[int]) -> Values:
         """See :class:`Objective`."""
@@ -148,7 +158,7 @@ class PreferenceObjective:
         state = dict(self.state)
         for term, weight in zip(self.terms, normaliser, strict=True):
             output = term(inputs, self.state)
-            if self.whole_batch:  # which rows count may depend on the batch, all of which is here
+            if self.whole_batch:
                 weight = (output.weight_G * facts.weight_R).sum().clamp(min=_TINY)
             shares.append(term.weight * (output.numerator_G * facts.weight_R).sum() / weight)
             for name, values_R in output.metrics.items():
@@ -175,7 +185,8 @@ class PreferenceObjective:
         return max(int(c.trained.sum()) for i in indices for c in self.groups[i].continuations)
 
     def _facts(self, indices: Sequence[int]) -> Facts:
-        groups = [self.groups[i] for i in indices]
+        few = len(indices) <= AT_ONCE
+        groups = [self.groups[i] for i in indices] if few else Selection(self.groups, indices)
         return Facts(groups, self.kind, self.which, "label_G" in self._needs, self.device, self.dtype)
 
     def _with_reference(self, values: Values, facts: Facts, indices: Sequence[int]) -> Values:
@@ -245,4 +256,5 @@ def _responses(reference: ReferenceValues, indices: items.Ints) -> items.Ints:
     return found
 
 
+AT_ONCE = 512  # groups held as objects; held-out rows may be many more
 _TINY = 1e-30  # a batch may hold no row that a loss has a weight for; its numerators are zero then

@@ -49,7 +49,24 @@ def differentiate(
 @torch.no_grad()
 def values_of(scorer: Scorer, objective: Objective, micro_batches: Iterable[MicroBatch]) -> Values:
     """The values of a batch that is scored in parts, as if in one, without gradients."""
-    return joined([_scored(scorer, objective, part, batch) for part, batch in micro_batches])
+    return joined([scored(scorer, objective, part, batch) for part, batch in micro_batches])
+
+
+@torch.no_grad()
+def evaluated(
+    scorer: Scorer, objective: Objective, indices: Sequence[int], micro_batches: Iterable[MicroBatch]
+) -> Sums:
+    """The loss and metrics over ``indices``, which ``micro_batches`` cut in their order, without gradients.
+
+    Of a loss of single rows each part is forgotten once its sums are known, so that rows may be many.
+    """
+    sums, normaliser = Sums(), objective.normaliser(indices)
+    if objective.whole_batch:
+        sums.add(objective(values_of(scorer, objective, micro_batches), indices, normaliser))
+        return sums
+    for part, batch in micro_batches:
+        sums.add(objective(scored(scorer, objective, part, batch), part, normaliser))
+    return sums
 
 
 def joined(parts: Sequence[Values]) -> Values:
@@ -62,7 +79,7 @@ def _one_pass(
 ) -> Gradients:
     sums, batches, found, state = Sums(), [], [], objective.state
     for part, batch in micro_batches:
-        values = _scored(scorer, objective, part, batch)
+        values = scored(scorer, objective, part, batch)
         outcome = objective(values, part, normaliser)
         outcome.total.backward()
         sums.add(outcome)
@@ -97,7 +114,8 @@ def _two_passes(
     return Gradients(sums, [b for _, b in cut], {n: v.detach() for n, v in values.items()}, outcome.state)
 
 
-def _scored(scorer: Scorer, objective: Objective, part: Sequence[int], batch: PackedBatch) -> Values:
+def scored(scorer: Scorer, objective: Objective, part: Sequence[int], batch: PackedBatch) -> Values:
+    """The values of one part, with gradients where they are switched on."""
     training = scorer.training
     with torch.no_grad():
         scorer.train(False)

@@ -8,6 +8,7 @@ from typing import Any
 
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.option import flag
+from prefopt.data.want import Want
 from prefopt.errors import ConfigError
 from prefopt.losses.declare import Value
 from prefopt.losses.parse import Term, parse_losses
@@ -54,6 +55,12 @@ def _parsed(config: DpoConfig) -> Terms:
             )
         options.append(f"{name}={value}")
     return parse_losses(config.loss, options, **named)
+
+
+def want_of(terms: Sequence[Term]) -> Want:
+    """What the losses need of every row."""
+    kind = terms[0].loss.kind
+    return "scored" if kind == "pairs" and any(term.loss.needs_scores for term in terms) else kind
 
 
 def needs_reference(terms: Sequence[Term]) -> bool:
