@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from prefopt.data.answers import CHANGED, ELSEWHERE
 from prefopt.data.formats import parse_comparisons
 from prefopt.data.group import IntArray
 from prefopt.data.layouts import LAYOUTS
-from prefopt.data.render import Renderer
+from prefopt.data.render import STRIPPED, Renderer
 from prefopt.data.rendering import Rendering
 from prefopt.data.template import Turns
 from prefopt.data.validate import Problem
@@ -163,12 +163,34 @@ def test_an_answer_that_was_cut_off_has_no_end(name: str, data: st.DataObject) -
     trained = [template.trained(r.messages[0]) for r in whole.responses]
     words = [r.text.strip() for r in whole.responses]
     if isinstance(rendered, Problem):
-        # Words that the template changes, or that end in what it drops, cannot be found in what it shows.
-        assert any(word not in shown for word, shown in zip(words, trained, strict=True))
+        # Words that the template changes, or that end in what it drops, are not what an answer ends with.
+        assert any(said_of(template, shown, word) is None for word, shown in zip(words, trained, strict=True))
         return
     for k, (shown, word) in enumerate(zip(trained, words, strict=True)):
         ids, mask = rendered.group.sequence(k)
-        assert mask[-1] and decode(renderer.tokenizer, ids[mask]) == shown[: shown.rindex(word) + len(word)]
+        assert mask[-1] and decode(renderer.tokenizer, ids[mask]) == said_of(template, shown, word)
+
+
+def said_of(template: Template, shown: str, words: str) -> str | None:
+    """What is shown of an answer up to its last word; None where that is not the last of ``words``."""
+    close = template.trained(Message("assistant", "#")).partition("#")[2]
+    before = shown.removesuffix(close).rstrip()
+    return before if before.endswith(words) else None
+
+
+@pytest.mark.parametrize("reasoning", ["keep", "strip"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_words_of_a_cut_answer_that_stand_in_the_end_of_a_turn_too(
+    name: str, reasoning: Literal["keep", "strip"]
+) -> None:
+    template, tokenizer = TEMPLATES[name], renderer_of(name).tokenizer
+    renderer = Renderer(tokenizer, Rendering(reasoning=reasoning))
+    for words in ("e", "end", "im", "|", "s", "t", "so it", "en"):
+        response = Response((Message("assistant", words),), cut=True)
+        comparison = Comparison((Message("user", "why?"),), (response,), (), row=1)
+        ids, mask = renderer.render(comparison).group.sequence(0)
+        assert decode(tokenizer, ids[mask]) == said_of(template, template.trained(response.messages[0]), words)
+    assert STRIPPED not in renderer.findings
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

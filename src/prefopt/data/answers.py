@@ -76,17 +76,17 @@ class Answers:
     def _lay_out(self, row: _Row, prompt: Turns, response: Turns, asked: str) -> Layout:
         turns = prompt + response
         full = row.show(turns, again=False)
-        spans, ended = [], False
+        spans, close, ended = [], 0, False
         for j in range(len(prompt), len(turns)):
             if turns[j].role == "assistant" and turns[j].trained:
                 prompted = asked if j == len(prompt) else row.show(turns[:j], generation=True, again=False)
-                start, end, ended = self._answer(row, turns, j, full, prompted)
+                start, end, close, ended = self._answer(row, turns, j, full, prompted)
                 self._check_words(turns[j], full[start:end], last=j == len(turns) - 1)
                 spans.append((start, end))
         if not spans:
             raise Unrenderable("a response has no turn of the assistant to train")
         shared = len(asked) if full.startswith(asked) and len(asked) <= spans[0][0] else 0
-        return Layout(full[: spans[-1][1]], tuple(spans), eos=not ended, shared=shared)
+        return Layout(full[: spans[-1][1]], tuple(spans), eos=not ended, shared=shared, close=close)
 
     def check_inline_reasoning(self, prompt: Turns, asked: str) -> None:
         """Say whether the template drops reasoning from the text of earlier answers."""
@@ -109,13 +109,14 @@ class Answers:
                 raise Unrenderable(f"{what}; --reasoning strip, or {OTHER_TEMPLATE}")
             self._said(EARLIER_REASONING)
 
-    def _answer(self, row: _Row, turns: Turns, j: int, full: str, asked: str) -> tuple[int, int, bool]:
-        """Trained characters [start, end) of turn j in ``full``, and whether an end-of-turn token is among them."""
+    def _answer(self, row: _Row, turns: Turns, j: int, full: str, asked: str) -> tuple[int, int, int, bool]:
+        """Trained characters [start, end) of turn j in ``full``, how many of them close the turn behind its words or
+        calls, and whether an end-of-turn token is among those."""
         turn, begins = turns[j], full.startswith(asked)
         if begins and not turn.tool_calls and turn.reasoning is None:
             for frame in self._frames:
                 if (end := _framed(full, len(asked), turn.content, frame, last=j == len(turns) - 1)) is not None:
-                    return len(asked), end, frame.ended
+                    return len(asked), end, frame.close, frame.ended
         probe = _unused(full, *(text for m in turns for text in _texts(m)))
         if begins:
             start = len(asked)
@@ -131,7 +132,7 @@ class Answers:
             known = replace(frame, lead=framed.removesuffix(turn.content))
             if framed.endswith(turn.content) and known not in self._frames:
                 self._frames.append(known)
-        return start, end, frame.ended
+        return start, end, frame.close, frame.ended
 
     def _end_of_words(self, row: _Row, turns: Turns, j: int, full: str, probe: str) -> tuple[int, _Frame]:
         """Where the answer of turn j ends, and what the template puts behind it (``lead`` is left empty)."""

@@ -33,7 +33,7 @@ class Layout:
     """One response with its prompt as text; ``spans`` are the trained characters, [start, end).
 
     ``bos`` and ``eos`` say whether those are still to be added. The first ``shared`` characters are the prompt's, the
-    same for all responses of a row.
+    same for all responses of a row. The last ``close`` characters close the answer behind its last words.
     """
 
     text: str
@@ -41,6 +41,7 @@ class Layout:
     bos: bool = False
     eos: bool = False
     shared: int = 0
+    close: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -181,13 +181,12 @@ class Renderer:
             laid = self._answers.lay_out(c.prompt, turns, c.tools)
         except Unrenderable as error:
             return Problem("chat template", c.row, str(error), c.file)
-        if any(r.cut and not _ends_in_words(r, layout) for r, layout in zip(c.responses, laid, strict=True)):
+        shown = [_broken_off(x, r) if r.cut else self._ended(x) for x, r in zip(laid, c.responses, strict=True)]
+        found = [layout for layout in shown if layout is not None]
+        if len(found) < len(shown):
             what = "a response was cut off at a limit, and the chat template does not show where its words end"
             return Problem("cut answer", c.row, what, c.file)
-        return [
-            _broken_off(layout, r.messages[-1].content.strip()) if r.cut else self._ended(layout)
-            for layout, r in zip(laid, c.responses, strict=True)
-        ]
+        return found
 
     def _ended(self, layout: Layout) -> Layout:
         """``eos`` as it is wanted: where the template ends no answer, and none is forbidden."""
@@ -209,7 +208,7 @@ class Renderer:
         if self.rendering.reasoning == "keep":
             return c
         prompt: Turns = tuple(map(strip_reasoning, c.prompt))
-        responses = tuple(Response(tuple(map(strip_reasoning, r.messages))) for r in c.responses)
+        responses = tuple(replace(r, messages=tuple(map(strip_reasoning, r.messages))) for r in c.responses)
         if prompt == c.prompt and responses == c.responses:
             return c
         self._say(STRIPPED)
@@ -294,15 +293,15 @@ def _empty(response: Turns) -> bool:
     return any(m.trained and m.role == "assistant" and not (m.content.strip() or m.tool_calls) for m in response)
 
 
-def _ends_in_words(response: Response, layout: Layout) -> bool:
-    """Whether the last turn is shown with its words as they are, and they are all it holds."""
+def _broken_off(layout: Layout, response: Response) -> Layout | None:
+    """The layout up to the end of its last words: nothing of what the template puts behind them is trained.
+
+    None where the last turn is not shown with its words as they are, or holds more than words.
+    """
     last, (start, end) = response.messages[-1], layout.spans[-1]
+    shown = layout.text[start : end - layout.close].rstrip()
     words = last.content.strip()
-    return bool(words) and not last.tool_calls and layout.text.rfind(words, start, end) >= 0
-
-
-def _broken_off(layout: Layout, words: str) -> Layout:
-    """The layout up to the end of its last words: nothing of what the template puts behind them is trained."""
-    start, end = layout.spans[-1]
-    end = layout.text.rindex(words, start, end) + len(words)
-    return replace(layout, text=layout.text[:end], spans=(*layout.spans[:-1], (start, end)), eos=False)
+    if not words or last.tool_calls or not shown.endswith(words):
+        return None
+    end = start + len(shown)
+    return replace(layout, text=layout.text[:end], spans=(*layout.spans[:-1], (start, end)), eos=False, close=0)
