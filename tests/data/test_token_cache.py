@@ -158,12 +158,25 @@ def test_the_ending_of_a_name_that_tells_how_to_read_is_part_of_the_key(tmp_path
 def test_another_version_makes_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "rows.jsonl", chat_rows(4))
     load_groups([file], small_tokenizer())
-    for change in ({"VERSION": 99}, {"version": lambda library: "99.9"}):
+    (tmp_path / "code").mkdir()
+    for change in ({"CODE": (tmp_path / "code",)}, {"unidata_version": "99"}, {"version": lambda library: "99.9"}):
         with monkeypatch.context() as patch:
             for name, value in change.items():
                 patch.setattr(token_cache, name, value)
             assert not load_groups([file], small_tokenizer()).cached
     assert load_groups([file], small_tokenizer()).cached == 4
+
+
+def test_code_is_known_by_all_of_its_sources(tmp_path: Path) -> None:
+    room, record = tmp_path / "data", tmp_path / "records.py"
+    (room / "layouts").mkdir(parents=True)
+    found = set()
+    for file, text in ((record, "a"), (record, "b"), (room / "layouts" / "one.py", "b"), (room / "two.py", "b")):
+        file.write_text(text, "utf-8")
+        token_cache.code_digest.cache_clear()
+        found.add(token_cache.code_digest((room, record)))
+    assert len(found) == 4
+    assert {file.name for file in token_cache.CODE} == {"data", "records.py"}
 
 
 def test_the_same_contents_elsewhere_are_told_by_their_own_name(tmp_path: Path, tokenised: list[int]) -> None:

@@ -22,8 +22,6 @@ from prefopt.data import jinja
 from prefopt.data.truncate import check_max_length
 from prefopt.errors import ConfigError
 
-# Part of every digest: raise it when the same rows and options come to give other tokens.
-VERSION = 3
 FILLED_IN = (
     "messages",
     "tools",
@@ -83,7 +81,7 @@ class Rendering:
         covers that too, and the tokenizer with its template.
         """
         values = {name: value for name, value in asdict(self).items() if name != "date"}
-        text = json.dumps([VERSION, values], sort_keys=True, ensure_ascii=True)
+        text = json.dumps(values, sort_keys=True, ensure_ascii=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

@@ -18,11 +18,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unicodedata import unidata_version
 
 import prefopt
+from prefopt import records
 from prefopt.data.findings import Findings
 from prefopt.data.table import Columns, Part
 from prefopt.data.table_file import MANIFEST, TableWriter, check_files, open_part, read_manifest
@@ -33,10 +36,10 @@ from prefopt.disk.write import sync_folder
 
 log = logging.getLogger(__name__)
 
-# Part of every key: raise it when the same rows and options come to give other groups or other columns.
-VERSION = 1
 # What else the token ids come from: another version may give others.
 LIBRARIES = ("transformers", "tokenizers", "jinja2")
+# What makes groups of rows: this room, and what a row is. No number stands for it, for a number would be forgotten.
+CODE = (Path(__file__).parent, Path(records.__file__))
 REPORT = "report.json"
 BUILDING = ".building"
 
@@ -59,9 +62,19 @@ class TokenKey:
     @property
     def id(self) -> str:
         """Name of the entry's folder, 16 hex digits."""
-        versions = [VERSION, prefopt.__version__, *map(version, LIBRARIES)]
+        versions = [prefopt.__version__, code_digest(CODE), unidata_version, *map(version, LIBRARIES)]
         text = json.dumps([asdict(self), versions], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@lru_cache
+def code_digest(places: tuple[Path, ...]) -> str:
+    """SHA-256 of the sources in files and below folders, by their names; where only bytecode is installed, of nothing."""
+    digest = hashlib.sha256()
+    for place in places:
+        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            digest.update(f"{file.relative_to(place.parent).as_posix()}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
