@@ -26,6 +26,8 @@ from prefopt.data.suspicious import KINDS, suspicions
 from prefopt.data.want import Want
 from prefopt.errors import DataError
 
+SEVERAL = "rows of several purposes"
+
 
 def row(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
     def said(role: str, text: str) -> list[dict[str, str]]:
@@ -111,6 +113,31 @@ def test_contradictions_across_files_and_kinds_of_preference(tmp_path: Path) -> 
     assert contradictions["b.jsonl"] == ([1], [(str(one), 1)])
     kinds = {e.kind: list(e.rows) for e in a.ledger.entries("warning") if e.file == str(third)}
     assert kinds == {"duplicate": [2], "contradiction": [1, 2, 3]}
+
+
+def test_files_of_several_purposes_are_told(tmp_path: Path, capsys: Any) -> None:
+    pairs = write(tmp_path / "a.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "a"}])
+    labels = write(tmp_path / "b.jsonl", [{"prompt": "q", "completion": "a", "label": x} for x in (True, False)])
+    (entry,) = (e for e in audit([pairs, labels], How()).ledger.entries("warning") if e.kind == SEVERAL)
+    assert (entry.file, entry.what.split(";")[0]) == ("", "2 labels, 1 pairs")
+    assert SEVERAL not in found(audit([pairs, labels], How(want="pairs")), "warning")
+    both = write(tmp_path / "c.jsonl", [{"prompt": "r", "responses": ["a"]}, {"prompt": "s"}])
+    (entry,) = (e for e in audit([pairs, both], How()).ledger.entries("warning") if e.kind == SEVERAL and not e.file)
+    assert main(["data", "check", str(pairs), str(labels)]) == 0
+    out = capsys.readouterr().out
+    assert out.index("all files") < out.index(SEVERAL) and "as a whole" not in out.split("warnings")[0]
+
+
+def test_an_order_against_its_scores_is_told(tmp_path: Path) -> None:
+    said = [[0, 1, 2], [2, 1, 0], [1, 0, 2], [2, 0, 1]]
+    rows = [
+        {"prompt": f"{i}", "responses": ["a", "b", "c"], "order": o, "scores": [1, 1, 0]} for i, o in enumerate(said)
+    ]
+    rows.append({"prompt": "few", "responses": ["a", "b", "c"], "order": [0], "top_k": 1, "scores": [5, 1, 4]})
+    a = audit([write(tmp_path / "a.jsonl", rows)], How())
+    (entry,) = a.ledger.entries("warning")
+    assert (entry.kind, list(entry.rows)) == ("scores against the order", [2, 4])
+    assert "response 2 with score 0 before 1 with score 1" in entry.what and not a.ledger.entries("error")
 
 
 def refused_by_a_run(file: Path, made: Any, rendering: Rendering, want: Want, count: int) -> set[int] | None:

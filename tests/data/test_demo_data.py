@@ -123,7 +123,10 @@ def test_bad_rows_are_refused_by_name_or_skipped_with_a_count(shared: Path, tmp_
         load_groups([file], imdb)
     message = str(caught.value)
     assert "\n" not in message and str(file) in message and f"{len(tied) + len(empty)} of {len(rows)} rows" in message
-    assert f"identical responses: 4 (rows {', '.join(map(str, tied))})" in message and "--on-bad-row skip" in message
+    assert (
+        f"identical responses: 4 (rows {', '.join(map(str, tied))}; the preferred" in message
+        and "--on-bad-row skip" in message
+    )
     data = load_groups([file], imdb, on_bad_row="skip", max_length=512)
     assert data.read == len(rows) == data.kept + data.refused
     assert {p.row for p in data.problems} >= {*tied, *empty}

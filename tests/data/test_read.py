@@ -213,7 +213,7 @@ def test_rows_of_several_files_are_told_apart(tmp_path: Path) -> None:
     tie = TEXT | {"chosen": "no"}
     one = write(tmp_path, json.dumps([tie, TEXT, tie]), "one.json")
     two = write(tmp_path, json.dumps([tie, CHAT | {"prompt": "q", "chosen": "a", "rejected": "b"}]), "two.json")
-    with pytest.raises(DataError, match=rf"3 of 5 rows .*: 3 \(rows {one}:1, {one}:3, {two}:1\)"):
+    with pytest.raises(DataError, match=rf"3 of 5 rows .*: 3 \(rows {one}:1, {one}:3, {two}:1; the preferred"):
         load_groups([one, two], small_tokenizer())
     data = load_groups([one, two], small_tokenizer(), on_bad_row="skip")
     assert (data.read, data.kept, data.refused) == (5, 2, 3)

@@ -8,8 +8,10 @@ what is kept of a good one are some numbers and hashes.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -96,6 +98,9 @@ def audit(names: Sequence[str | PathLike[str]], how: How) -> Audit:
         except DataError as error:
             found.ledger.note("error", "unreadable file", source.name, None, error.what)
     found.examples = examples.rows
+    purposes = sum((t.stated for t in found.files), Counter[str]())
+    if how.want is None and all(len(t.stated) < len(purposes) for t in found.files):
+        _note_purposes(found.ledger, "", purposes)
     _note_repeats(found)
     bias = found.lengths.bias()
     if bias is not None and bias.large:
@@ -128,15 +133,16 @@ def _audit_source(source: Source, number: int, found: Audit, how: How, examples:
             found.repeats.add(row, number)
             for kind, place in row_suspicions(row).items():
                 ledger.note("warning", kind, tally.file, row.row, KINDS[kind], example=place)
+            if against := _against_scores(row):
+                ledger.note("warning", "scores against the order", tally.file, row.row, against)
             if row.row not in refused and row.row not in left_out:
                 examples.see(row)
         if how.progress is not None:
             how.progress(tally.file, tally.rows, reading.count)
     tally.usable = tally.rows - tally.refused - tally.left_out
     found.notes += [note for note in (*reading.notes, *checker.notes) if note not in found.notes]
-    if how.want is None and len(tally.stated) > 1:
-        what = ", ".join(f"{n:,} {kind}" for kind, n in tally.stated.most_common())
-        ledger.note("warning", "rows of several purposes", tally.file, None, f"{what}; name what a run needs by --want")
+    if how.want is None:
+        _note_purposes(ledger, tally.file, tally.stated)
 
 
 class _Checker:
@@ -205,6 +211,23 @@ class _Checker:
         last = np.repeat(np.cumsum(c["prefix_G"], dtype=np.int64), many) + np.cumsum(c["length_N"], dtype=np.int64) - 1
         endless = (c["cut_N"] == 0) & ~np.isin(c["ids_T"][last], ends)
         return list(map(int, np.repeat(c["row_G"], many)[endless]))
+
+
+def _note_purposes(ledger: Ledger, file: str, stated: Counter[str]) -> None:
+    if len(stated) > 1:
+        what = ", ".join(f"{n:,} {kind}" for kind, n in stated.most_common())
+        ledger.note("warning", "rows of several purposes", file, None, f"{what}; name what a run needs by --want")
+
+
+def _against_scores(c: Comparison) -> str:
+    """What is said of an order that puts a response before one with a higher score, or nothing."""
+    scores = c.scores or ()
+    for tier, below in pairwise(c.tiers if scores else ()):
+        worst, best = min(tier, key=scores.__getitem__), max(below, key=scores.__getitem__)
+        if scores[worst] < scores[best]:
+            better, worse = f"response {worst} with score {scores[worst]:g}", f"{best} with score {scores[best]:g}"
+            return f"the order puts {better} before {worse} (counted from 0); is it worst first?"
+    return ""
 
 
 def _truncated(chunk: Chunk) -> list[int]:

@@ -36,7 +36,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         return found
     keys = [key for key, _ in pairs]
     twice = next(key for key in found if keys.count(key) > 1)
-    raise _DuplicateKey(f"the key {twice!r} stands twice in one object; keep one of them")
+    raise _DuplicateKey(f"the key {twice[:60]!r} stands twice in one object; keep one of them")
 
 
 _CONSTANTS = {"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}

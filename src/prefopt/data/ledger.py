@@ -81,8 +81,10 @@ class Ledger:
     def entries(self, severity: Severity) -> list[Entry]:
         """All of one severity, those of most rows first within a file."""
         found = [e for e in self._entries.values() if e.severity == severity]
-        files = list(dict.fromkeys(e.file for e in self._entries.values()))
-        return sorted(found, key=lambda e: (files.index(e.file), -len(e.rows)))
+        place: dict[str, int] = {}
+        for entry in self._entries.values():
+            place.setdefault(entry.file, len(place))
+        return sorted(found, key=lambda e: (place[e.file], -len(e.rows)))
 
     def concerned(self, severity: Severity) -> int:
         """How many rows have one or more entries."""

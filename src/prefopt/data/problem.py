@@ -26,24 +26,29 @@ def refused_rows(problems: Sequence[Problem]) -> int:
 
 
 def describe(problems: Sequence[Problem]) -> str:
-    """One line: each kind with its count and its first rows.
+    """One line: each kind with its count, its first rows, and what is wrong: of the first, where that differs.
 
     >>> describe([Problem("empty response", 3, "it is empty"), Problem("empty response", 9, "it is empty")])
-    'empty response: 2 (rows 3, 9)'
+    'empty response: 2 (rows 3, 9; it is empty)'
+    >>> describe([Problem("missing field", 3, "lacks chosen"), Problem("missing field", 9, "lacks prompt")])
+    'missing field: 2 (rows 3, 9; row 3: lacks chosen)'
     """
     kinds: dict[str, list[Problem]] = {}
     for problem in problems:
         kinds.setdefault(problem.kind, []).append(problem)
-    files = {p.file for p in problems}
-    parts = []
-    for kind, found in kinds.items():
-        rows = [f"{p.file}:{p.row}" if len(files) > 1 else str(p.row) for p in found]
-        more = ", ..." if len(rows) > NAMED_ROWS else ""
-        only = f"; {found[0].what}" if len(found) == 1 and found[0].what else ""
-        parts.append(
-            f"{kind}: {len(rows)} (row{'s' if len(rows) > 1 else ''} {', '.join(rows[:NAMED_ROWS])}{more}{only})"
-        )
-    return "; ".join(parts)
+    several = len({p.file for p in problems}) > 1
+    return "; ".join(f"{kind}: {len(found)} ({_places(found, several)})" for kind, found in kinds.items())
+
+
+def _places(found: Sequence[Problem], several: bool) -> str:
+    """The first rows of one kind, and what is wrong with them; ``several``: the problems are those of several files."""
+    rows = [f"{p.file}:{p.row}" if several else str(p.row) for p in found]
+    more = ", ..." if len(rows) > NAMED_ROWS else ""
+    places = f"row{'s' * (len(rows) > 1)} {', '.join(rows[:NAMED_ROWS])}{more}"
+    what = found[0].what
+    if any(p.what != what for p in found):
+        what = f"{'' if several else 'row '}{rows[0]}: {what}"
+    return f"{places}; {what}" if what else places
 
 
 def refuse(problems: Sequence[Problem], read: int) -> DataError:

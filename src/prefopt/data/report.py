@@ -167,13 +167,13 @@ def _problems(train: Audit, held_out: Audit | None, width: int) -> Iterator[Line
             yield f"no {severity}s", "good"
             continue
         count = sum(a.ledger.concerned(severity) for a in audits)
-        rows = f"{count:,} row{'s' * (count != 1)}; {words[severity]}" if count else "none of a single row"
+        rows = f"{count:,} row{'s' * (count != 1)}; {words[severity]}" if count else "of a file as a whole"
         yield f"{severity}s: {rows}", severity
-        file = ""
+        file = None
         for entry in entries:
             if len(files) > 1 and entry.file != file:
                 file = entry.file
-                yield from _wrapped(file, width, 2, style="dim")
+                yield from _wrapped(file or "all files", width, 2, style="dim")
             yield from _entry(entry, len(f"{max(len(e.rows) for e in entries):,}") if count else 0, width)
 
 

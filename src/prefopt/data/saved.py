@@ -58,7 +58,8 @@ def choose(split: str | None, splits: list[str], name: str) -> str:
         return splits[0]
     known = ", ".join(splits) or "none"
     if split is None:
-        raise DataError(f"has several splits ({known}); name one: {name},split={splits[0]}", file=name)
+        likely = "train" if "train" in splits else splits[0]
+        raise DataError(f"has several splits ({known}); name one: {name},split={likely}", file=name)
     if split not in splits:
         raise DataError(f"has no split {split!r}; its splits are {known}", file=name)
     return split

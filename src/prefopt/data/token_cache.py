@@ -69,7 +69,7 @@ class TokenKey:
 
 @lru_cache
 def code_digest(places: tuple[Path, ...]) -> str:
-    """SHA-256 of the sources in files and below folders, by their names; where only bytecode is installed, of nothing."""
+    """SHA-256 of the Python sources among files and below folders, and of their names."""
     digest = hashlib.sha256()
     for place in places:
         for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:

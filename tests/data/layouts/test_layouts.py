@@ -190,6 +190,11 @@ def test_ultrafeedback_scores() -> None:
     assert found.scores == (7.5, 4.5, 7.5) and found.tiers == ((0, 2), (1,))
     assert reading.notes == ["f: keys inside of columns not read: completions.annotations, completions.model"]
     assert problem({"instruction": "q", "completions": [{"response": "a"}]}).kind == "missing score"
+    for rating in ("five", ["5"], True):
+        completions = [{"response": "a", "annotations": {"honesty": {"Rating": "4"}, "help": {"Rating": rating}}}]
+        assert problem({"instruction": "q", "completions": completions}).kind == "wrong type"
+    completions = [{"response": "a", "annotations": {"honesty": {"Rating": -1}, "help": {"Rating": "-2.5"}}}]
+    assert one({"instruction": "q", "completions": completions}).scores == (-1.75,)
     text = {"prompt": "q", "chosen": "a", "rejected": "b"}
     assert one(text | {"score_chosen": 2, "score_rejected": 1}).scores == (2.0, 1.0)
     scored = one(text | {"metadata": {"score_chosen": 2, "score_rejected": 2, "id": 3}})

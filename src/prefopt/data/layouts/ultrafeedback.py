@@ -8,7 +8,7 @@ from prefopt.data.layouts.layout import Layout
 from prefopt.data.layouts.messages import write_messages, write_tools
 from prefopt.data.layouts.row import Row, answer
 from prefopt.data.layouts.shapes import scored_metadata, whole_chats
-from prefopt.data.layouts.values import BadRow, kind
+from prefopt.data.layouts.values import BadRow, kind, number_of
 from prefopt.records import Comparison, Message, Response, tiers_of
 
 READ = {"response", "overall_score", "score"}
@@ -43,11 +43,16 @@ def _score(row: Row, completion: dict[str, object], k: int) -> float:
 
 
 def _rating(annotation: object) -> float | None:
-    """What an annotator gave, which is text in these files ("4", or "N/A")."""
+    """What an annotator gave, which is text in these files ("4"); nothing where there is none ("N/A")."""
     given = annotation.get("Rating") if isinstance(annotation, dict) else None
-    if isinstance(given, bool) or not isinstance(given, (str, int, float)):
+    if given is None or (isinstance(given, str) and given.strip().upper() in ("N/A", "")):
         return None
-    return float(given) if str(given).strip().replace(".", "", 1).isdecimal() else None
+    if not isinstance(given, str):
+        return number_of(given, "a Rating")
+    try:
+        return number_of(float(given), "a Rating")
+    except ValueError:
+        raise BadRow("wrong type", f"a Rating is {given[:20]!r}, not a number") from None
 
 
 def _write_completions(c: Comparison) -> dict[str, object]:

@@ -6,13 +6,15 @@ import json
 import math
 from collections.abc import Sequence
 
+SAID = 300  # characters of what is said of a row, which may quote from it
+
 
 class BadRow(Exception):
     """A row that gives no comparison: ``kind`` is what rows are counted by, ``what`` says it of this one."""
 
     def __init__(self, kind: str, what: str) -> None:
-        self.kind, self.what = kind, what
-        super().__init__(what)
+        self.kind, self.what = kind, what if len(what) <= SAID else f"{what[:SAID]}..."
+        super().__init__(self.what)
 
 
 def kind(value: object) -> str:
