@@ -22,7 +22,7 @@ PROBE = torch.tensor([[0, 20, 30, 40]])
 @pytest.fixture(autouse=True)
 def _known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring the machine takes longer than most runs here."""
-    monkeypatch.setattr("prefopt.methods.preference.matmul_peak", lambda *_: 1e10)
+    monkeypatch.setattr("prefopt.train.measure.matmul_peak", lambda *_: 1e10)
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,7 @@ def adapter(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("adapter")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFOPT_CACHE", str(folder / "cache"))
-        patch.setattr("prefopt.methods.preference.matmul_peak", lambda *_: 1e10)
+        patch.setattr("prefopt.train.measure.matmul_peak", lambda *_: 1e10)
         dpo(model, ROWS, folder / "adapter", lora=True, lora_rank=4, learning_rate=0.03, epochs=2)
     return str(folder / "adapter")
 

@@ -6,22 +6,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from prefopt.config import option as _options
-from prefopt.config.data import DataOptions
+from prefopt.config.method import MethodOptions
 from prefopt.config.model import ModelOptions
 from prefopt.config.option import option
-from prefopt.config.training import LEARNING_RATE, TrainingOptions
+from prefopt.config.training import LEARNING_RATE
 from prefopt.errors import ConfigError
 
 REFERENCE_MIX = 0.6  # TR-DPO's soft update
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoConfig(TrainingOptions, DataOptions, ModelOptions):
+class DpoConfig(MethodOptions, ModelOptions):
     """One run of DPO. Construction checks types, ranges and contradictions, and raises ``ConfigError``.
 
     Defaults that depend on other options are filled in on construction, so that what is read here, and what
@@ -110,19 +108,13 @@ class DpoConfig(TrainingOptions, DataOptions, ModelOptions):
     )
 
     def __post_init__(self) -> None:
-        _options.check_all(self)
-        self.check_data()
-        self.check_adapter()
-        self.check_training(evaluates=self.evaluates)
+        self.fill(LEARNING_RATE)
         if self.reference_adapter is not None and not (self.lora or self.adapter or self.reference):
             raise ConfigError(
                 "--reference-adapter under full fine-tuning needs the model it belongs to: give --reference, or train"
                 " with --lora or --adapter"
             )
         self.check_movement()
-        self.fill_adapter()
-        if self.learning_rate is None:
-            object.__setattr__(self, "learning_rate", LEARNING_RATE[self.lora])
 
     def check_movement(self) -> None:
         """A reference that moves, and what does not go with it. Raises ``ConfigError``."""
@@ -143,12 +135,3 @@ class DpoConfig(TrainingOptions, DataOptions, ModelOptions):
                     f"--{name.replace('_', '-')}: the reference that --reference-every moves begins as the policy does;"
                     " leave one of them out"
                 )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every option with its value, plain enough for YAML."""
-        return _options.to_dict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, object], place: str | None = None) -> DpoConfig:
-        """The config that ``to_dict`` wrote; ``place`` names the file it comes from."""
-        return _options.from_dict(cls, values, place)

@@ -12,20 +12,13 @@ ADAPTER_SHAPE = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """The model and, if wanted, a LoRA adapter on it: part of the config of every verb that trains.
+class LoraOptions:
+    """The model and, if wanted, a new LoRA adapter on it: part of the config of every verb that trains.
 
-    ``lora_rank``, ``lora_alpha`` and ``lora_dropout`` are filled in where a new adapter is trained; ``adapter`` implies
-    ``lora``.
+    ``lora_rank``, ``lora_alpha`` and ``lora_dropout`` are filled in where a new adapter is trained.
     """
 
     model: str = option(help="model to align: a folder, or the name of one on the Hugging Face Hub", group="model")
-    adapter: str | None = option(
-        None,
-        "LoRA adapter on the model to go on training; it is then the reference too, as it is before training,"
-        " unless --reference or --reference-adapter names another",
-        group="model",
-    )
 
     lora: bool = option(False, "train a LoRA adapter, not all weights", group="adapter")
     lora_rank: int | None = option(
@@ -48,10 +41,15 @@ class ModelOptions:
         default_text="all linear layers but the head",
     )
 
+    @property
+    def named_adapter(self) -> str | None:
+        """An adapter that is there already and goes on training."""
+        return None
+
     def check_adapter(self) -> None:
         """Refuse options that shape a new adapter where none is made. Raises ``ConfigError``."""
         for name in ADAPTER_SHAPE:
-            if getattr(self, name) is not None and self.adapter is not None:
+            if getattr(self, name) is not None and self.named_adapter is not None:
                 raise ConfigError(f"{flag(name)} shapes a new adapter, but --adapter brings its own: leave one out")
             if getattr(self, name) is not None and not self.lora:
                 raise ConfigError(f"{flag(name)} does nothing without --lora: add it, or leave {flag(name)} out")
@@ -59,9 +57,26 @@ class ModelOptions:
     def fill_adapter(self) -> None:
         """Defaults that depend on other options; called on construction."""
         fill = object.__setattr__  # the dataclass is frozen for everyone else
-        if self.adapter is not None:
+        if self.named_adapter is not None:
             fill(self, "lora", True)
         elif self.lora:
             fill(self, "lora_rank", self.lora_rank or LORA_RANK)
             fill(self, "lora_alpha", self.lora_alpha or LORA_ALPHA_PER_RANK * (self.lora_rank or LORA_RANK))
             fill(self, "lora_dropout", LORA_DROPOUT if self.lora_dropout is None else self.lora_dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(LoraOptions):
+    """The same, or an adapter that goes on training; it implies ``lora``."""
+
+    adapter: str | None = option(
+        None,
+        "LoRA adapter on the model to go on training; it is then the reference too, as it is before training,"
+        " unless --reference or --reference-adapter names another",
+        group="model",
+    )
+
+    @property
+    def named_adapter(self) -> str | None:
+        """An adapter that is there already and goes on training."""
+        return self.adapter

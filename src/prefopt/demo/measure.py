@@ -16,8 +16,8 @@ from prefopt.data.group import Group
 from prefopt.data.packer import pack
 from prefopt.data.problem import Problem
 from prefopt.data.tokenizer import load_tokenizer
-from prefopt.evaluate.interval import Interval, mean_interval
 from prefopt.generate.loaded import renderer_for
+from prefopt.interval import Interval, mean_interval
 from prefopt.model.load import load_model
 from prefopt.model.scorer import Scorer, response_sums
 from prefopt.records import Comparison

@@ -17,7 +17,7 @@ from prefopt.data.problem import Problem, refuse
 from prefopt.data.sources import find_sources
 from prefopt.disk.write import output_errors
 from prefopt.errors import DataError, RunError
-from prefopt.evaluate.interval import Interval, mean_interval
+from prefopt.interval import Interval, mean_interval
 from prefopt.records import Comparison, tiers_of
 from prefopt.rewards import Reward, load_reward
 

@@ -44,6 +44,7 @@ class CheckReport:
     clone_error: float | None
     sharing_error: float
     noise: float
+    unit: str = "nats per token"
 
     def tolerance(self, tokens: float) -> float:
         """Largest log-ratio, in nats, that rounding explains for a response of so many tokens."""
@@ -98,7 +99,7 @@ def check_scalars(scorer: ScalarScorer, groups: Sequence[Group]) -> CheckReport:
             f" class's own forward in {scorer.dtype} (up to {gross:.2g} is rounding); try --attention loop or --dtype"
             " float32, and see that no response ends with the pad token"
         )
-    return CheckReport(clone_error, sharing, max(noise, _FLOOR[scorer.dtype]))
+    return CheckReport(clone_error, sharing, max(noise, _FLOOR[scorer.dtype]), "of a reward")
 
 
 def _checked_clone(scorer: PackedModel) -> float | None:

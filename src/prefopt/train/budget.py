@@ -19,8 +19,8 @@ from prefopt.data.table import GroupTable, IndexArray
 from prefopt.errors import RunError
 from prefopt.model.logprobs import KEEP_BYTES
 from prefopt.model.memory import free_memory, out_of_memory
+from prefopt.model.packed import PackedModel, causal_model
 from prefopt.model.precision import MasterWeights
-from prefopt.model.scorer import Scorer, causal_model
 from prefopt.train.objective import Objective
 from prefopt.train.step import differentiate, same_randomness
 
@@ -36,7 +36,7 @@ def state_bytes(masters: MasterWeights) -> int:
     return 3 * sum(p.numel() * p.element_size() for p in masters.masters.values())
 
 
-def bytes_per_token(scorer: Scorer, *, checkpointing: bool) -> int:
+def bytes_per_token(scorer: PackedModel, *, checkpointing: bool) -> int:
     """Estimated bytes of activations that one token leaves for backward."""
     config: Any = causal_model(scorer.model).config.get_text_config()
     hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
@@ -48,7 +48,7 @@ def bytes_per_token(scorer: Scorer, *, checkpointing: bool) -> int:
     return numbers * scorer.dtype.itemsize
 
 
-def estimate(scorer: Scorer, groups: Sequence[Group], *, checkpointing: bool, still_to_come: int) -> int:
+def estimate(scorer: PackedModel, groups: Sequence[Group], *, checkpointing: bool, still_to_come: int) -> int:
     """A token budget for training. ``still_to_come``: bytes that gradients and optimiser state will take."""
     device = next(scorer.model.parameters()).device
     free = free_memory(device) - still_to_come - KEEP_BYTES
@@ -74,7 +74,7 @@ def largest_batch(costs: IndexArray, token_budget: int) -> list[int]:
 
 
 def try_largest(
-    scorer: Scorer, masters: MasterWeights, objective: Objective, groups: Sequence[Group], token_budget: int
+    scorer: PackedModel, masters: MasterWeights, objective: Objective, groups: Sequence[Group], token_budget: int
 ) -> tuple[int, float]:
     """Run forward and backward on the largest micro-batch, halving the budget where memory ends.
 

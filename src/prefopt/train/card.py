@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerBase
 import prefopt
 from prefopt.disk.write import output_errors
 from prefopt.model.load import quiet
+from prefopt.model.packed import PackedModel, causal_model
 from prefopt.model.precision import MasterWeights
 from prefopt.model.save import share_weights
-from prefopt.model.scorer import Scorer, causal_model
 
 
-def save_model(folder: Path, scorer: Scorer, masters: MasterWeights, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_model(folder: Path, scorer: PackedModel, masters: MasterWeights, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write weights, tokenizer, template and generation config.
 
     What was trained is written in float32, as it was trained: in bfloat16 a short run's changes would round away.

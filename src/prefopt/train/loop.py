@@ -18,8 +18,8 @@ from prefopt.data.table import GroupTable
 from prefopt.errors import RunError
 from prefopt.model.live import Movement
 from prefopt.model.memory import out_of_memory
+from prefopt.model.packed import PackedModel
 from prefopt.model.precision import MasterWeights
-from prefopt.model.scorer import Scorer
 from prefopt.progress import Reporter
 from prefopt.train import checkpoint
 from prefopt.train.best import forget_bests, save_best
@@ -67,7 +67,7 @@ class Loop:
     the best.
     """
 
-    scorer: Scorer
+    scorer: PackedModel
     masters: MasterWeights
     optimizer: torch.optim.Optimizer
     schedule: Schedule
@@ -172,7 +172,7 @@ class Loop:
                 self.reporter.say(f"out of memory: the step is repeated with {self.token_budget} tokens at once")
                 continue
             self._update(step, record, found)
-            return record | self.measure(found.batches, time.monotonic() - started)
+            return record | self.objective.derived(record) | self.measure(found.batches, time.monotonic() - started)
 
     def _gradients(self, step: int) -> tuple[Record, Gradients]:
         """Gradients of a global batch on the masters, and its metrics; weights stay as they are."""
@@ -234,6 +234,7 @@ class Loop:
         self.scorer.eval()
         indices = self._by_length(self.held_out)
         record = evaluated(self.scorer, self.objective, indices, self._micro_batches(indices)).means()
+        record |= self.objective.derived(record)
         self.scorer.train()
         self.metrics.write({"step": progress.step, **{f"eval_{name}": value for name, value in record.items()}})
         better = self.movement is None and record["loss"] < progress.best_loss

@@ -20,15 +20,16 @@ from prefopt.losses.declare import Kind
 from prefopt.losses.parse import Term
 from prefopt.model.distributions import TokenScores
 from prefopt.model.live import LiveReference
+from prefopt.model.packed import PackedModel
 from prefopt.model.reference import ReferenceValues
-from prefopt.model.scorer import Asked, Scorer, response_sums
+from prefopt.model.scorer import Asked, response_sums
 from prefopt.train import items
 from prefopt.train.facts import Facts, Values, head_sums
-from prefopt.train.sums import Outcome, State, summed
+from prefopt.train.sums import Outcome, Record, State, summed
 
 Normaliser = tuple[torch.Tensor, ...]
 
-DIFFERENTIATED = ("logp_N", "kl_N", "chosen_head_logp_G", "rejected_head_logp_G")
+DIFFERENTIATED = ("logp_N", "reward_N", "kl_N", "chosen_head_logp_G", "rejected_head_logp_G")
 """Values through which gradients flow."""
 
 
@@ -47,14 +48,17 @@ class Objective(Protocol):
         Not where ``whole_batch``: then the call sees the whole batch, and takes it from there.
         """
 
-    def fixed(self, scorer: Scorer, batch: PackedBatch, indices: Sequence[int]) -> Values:
+    def fixed(self, scorer: PackedModel, batch: PackedBatch, indices: Sequence[int]) -> Values:
         """Values without gradients that are scored anew for each batch."""
 
-    def policy(self, scorer: Scorer, batch: PackedBatch, indices: Sequence[int]) -> Values:
+    def policy(self, scorer: PackedModel, batch: PackedBatch, indices: Sequence[int]) -> Values:
         """Values under the policy, with gradients where they are switched on."""
 
     def __call__(self, values: Values, indices: Sequence[int], normaliser: Normaliser) -> Outcome:
         """The loss on ``values`` of these groups."""
+
+    def derived(self, record: Record) -> Record:
+        """Further metrics that follow from the means of a batch or an evaluation."""
 
 
 class PreferenceObjective:
@@ -107,7 +111,7 @@ class PreferenceObjective:
             sums += torch.stack([(out.weight_G * facts.weight_R).sum() for out in outputs])
         return tuple(sums.clamp(min=_TINY))
 
-    def fixed(self, scorer: Scorer, batch: PackedBatch, indices: Sequence[int]) -> Values:
+    def fixed(self, scorer: PackedModel, batch: PackedBatch, indices: Sequence[int]) -> Values:
         """See :class:`Objective`."""
         values: Values = {}
         if self.live is not None and not self._compares:
@@ -119,7 +123,7 @@ class PreferenceObjective:
                 values["mismatched_ref_logp_N"] = response_sums(self.live.logprobs(other), other)
         return values
 
-    def policy(self, scorer: Scorer, batch: PackedBatch, indices: Sequence[int]) -> Values:
+    def policy(self, scorer: PackedModel, batch: PackedBatch, indices: Sequence[int]) -> Values:
         """See :class:`Objective`."""
         square = "chosen_wpo_G" in self._needs
         if not square and not self._compares:
@@ -171,6 +175,10 @@ class PreferenceObjective:
         if len(shares) > 1:
             named |= {f"loss/{t.loss.name}": x / t.weight for t, x in zip(self.terms, shares, strict=True)}
         return Outcome(total, named, {**metrics, **self._seen(values, facts)}, state)
+
+    def derived(self, record: Record) -> Record:
+        """See :class:`Objective`."""
+        return {}
 
     def at_reference(self, values: Values, indices: Sequence[int]) -> Values:
         """``values`` as they would be if the policy were the reference."""

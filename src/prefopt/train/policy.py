@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
-from prefopt.config.dpo import DpoConfig
+from prefopt.config.method import MethodOptions
+from prefopt.data.tokenizer import Tokenizer
 from prefopt.model.load import load_model, local_folder, new_lora, silence_dropout
+from prefopt.model.packed import PackedModel, causal_model
 from prefopt.model.precision import MasterWeights
-from prefopt.model.scorer import Scorer, causal_model
+from prefopt.model.scalar import ScalarScorer, is_classifier, load_scalar, scalar_from
+from prefopt.model.scorer import Scorer
+
+AnyScorer = TypeVar("AnyScorer", bound=PackedModel)
 
 
-class Policy:
-    """First the model as it is before training, the usual reference; ``make_trainable`` then adds what trains."""
+class Trained(Generic[AnyScorer]):
+    """First the model as it is before training; ``make_trainable`` then adds what trains.
 
-    def __init__(self, config: DpoConfig, source: str, dtype: torch.dtype, device: torch.device, given: Any) -> None:
-        """Load the model in folder ``source``, or take the one ``given`` in Python, to compute in ``dtype``."""
-        self.config, self.dtype, self._named = config, dtype, given is None
-        model = given
-        if model is None:
-            # A full fine-tuning keeps float32 masters: they come from the file, not from rounded weights.
-            load = dtype if config.lora else torch.promote_types(dtype, torch.float32)
-            adapter = local_folder(config.adapter) if config.adapter else None
-            model = load_model(source, dtype=load, device=device, adapter=adapter)
-        else:
-            silence_dropout(model)
-        self._new_lora = config.lora and config.adapter is None
+    How a model is loaded, and what scores it, is a subclass's to say.
+    """
+
+    task: str
+    """What PEFT calls it."""
+    scorer: AnyScorer
+
+    def __init__(self, config: MethodOptions, dtype: torch.dtype, model: torch.nn.Module, *, named: bool) -> None:
+        """Take ``model`` to compute in ``dtype``. ``named``: it was loaded by its name, and not given in Python."""
+        self.config, self.dtype, self._named = config, dtype, named
+        self._new_lora = config.lora and config.named_adapter is None
         for parameter in model.parameters() if self._new_lora else ():
             parameter.requires_grad_(False)
         self.masters = MasterWeights(model, dtype)
-        self.scorer = Scorer(model, attention=config.attention)
+        self.scorer = self.score_with(model)
+
+    def score_with(self, model: torch.nn.Module) -> AnyScorer:
+        """The scorer of a model."""
+        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
@@ -50,12 +58,13 @@ class Policy:
                 alpha=config.lora_alpha,
                 dropout=config.lora_dropout,
                 targets=config.lora_targets,
+                task=self.task,
             )
             if self._named:  # not the folder on this machine that a name on the Hub was resolved to
                 for adapter in getattr(model, "peft_config", {}).values():
                     adapter.base_model_name_or_path = config.model
             self.masters = MasterWeights(model, self.dtype)
-            self.scorer = Scorer(model, attention=config.attention)
+            self.scorer = self.score_with(model)
         if config.gradient_checkpointing:
             causal: Any = causal_model(self.scorer.model)
             # Older versions of transformers know only the second name, newer ones warn of it.
@@ -69,3 +78,62 @@ class Policy:
         """Give the model its own attention and gradients back: one given in Python goes back to its owner."""
         self.scorer.detach_hook()
         self.masters.release()
+
+
+class Policy(Trained[Scorer]):
+    """A causal language model, of whose tokens the log-probabilities are trained."""
+
+    task = "CAUSAL_LM"
+
+    def __init__(
+        self, config: MethodOptions, source: str, dtype: torch.dtype, device: torch.device, given: Any
+    ) -> None:
+        """Load the model in folder ``source``, or take the one ``given`` in Python, to compute in ``dtype``."""
+        model = given
+        if model is None:
+            adapter = local_folder(config.named_adapter) if config.named_adapter else None
+            model = load_model(source, dtype=_loaded_in(config, dtype), device=device, adapter=adapter)
+        else:
+            silence_dropout(model)
+        super().__init__(config, dtype, model, named=given is None)
+
+    def score_with(self, model: torch.nn.Module) -> Scorer:
+        """See :class:`Trained`."""
+        return Scorer(model, attention=self.config.attention)
+
+
+class ScalarPolicy(Trained[ScalarScorer]):
+    """A model with a scalar head, whose rewards or values are trained.
+
+    ``source`` is a language model, on which a new head is put, or a reward model that goes on training.
+    """
+
+    task = "SEQ_CLS"
+
+    def __init__(
+        self,
+        config: MethodOptions,
+        source: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        given: Any,
+        tokenizer: Tokenizer,
+    ) -> None:
+        """See :class:`Policy`; ``tokenizer`` may be given a token to pad with, see :func:`scalar_from`."""
+        wide = _loaded_in(config, dtype)
+        self.fresh = given is not None or not is_classifier(source)
+        if given is None:
+            model = load_scalar(source, dtype=wide, device=device, tokenizer=tokenizer, seed=config.seed)
+        else:
+            silence_dropout(given)
+            model = scalar_from(given, tokenizer, seed=config.seed)
+        super().__init__(config, dtype, model, named=given is None)
+
+    def score_with(self, model: torch.nn.Module) -> ScalarScorer:
+        """See :class:`Trained`."""
+        return ScalarScorer(model, attention=self.config.attention)
+
+
+def _loaded_in(config: MethodOptions, dtype: torch.dtype) -> torch.dtype:
+    """A full fine-tuning keeps float32 masters: they come from the file, not from rounded weights."""
+    return dtype if config.lora else torch.promote_types(dtype, torch.float32)

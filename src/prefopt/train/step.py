@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from prefopt.data.packer import PackedBatch
-from prefopt.model.scorer import Scorer
+from prefopt.model.packed import PackedModel
 from prefopt.train.facts import Values
 from prefopt.train.objective import DIFFERENTIATED, Normaliser, Objective
 from prefopt.train.sums import State, Sums
@@ -34,7 +34,7 @@ class Gradients:
 
 
 def differentiate(
-    scorer: Scorer, objective: Objective, indices: Sequence[int], micro_batches: Callable[[], Iterable[MicroBatch]]
+    scorer: PackedModel, objective: Objective, indices: Sequence[int], micro_batches: Callable[[], Iterable[MicroBatch]]
 ) -> Gradients:
     """Add the gradients of the loss over ``indices`` to the weights'. ``micro_batches`` cuts them, in their order."""
     normaliser = objective.normaliser(indices)
@@ -47,14 +47,14 @@ def differentiate(
 
 
 @torch.no_grad()
-def values_of(scorer: Scorer, objective: Objective, micro_batches: Iterable[MicroBatch]) -> Values:
+def values_of(scorer: PackedModel, objective: Objective, micro_batches: Iterable[MicroBatch]) -> Values:
     """The values of a batch that is scored in parts, as if in one, without gradients."""
     return joined([scored(scorer, objective, part, batch) for part, batch in micro_batches])
 
 
 @torch.no_grad()
 def evaluated(
-    scorer: Scorer, objective: Objective, indices: Sequence[int], micro_batches: Iterable[MicroBatch]
+    scorer: PackedModel, objective: Objective, indices: Sequence[int], micro_batches: Iterable[MicroBatch]
 ) -> Sums:
     """The loss and metrics over ``indices``, which ``micro_batches`` cut in their order, without gradients.
 
@@ -75,7 +75,7 @@ def joined(parts: Sequence[Values]) -> Values:
 
 
 def _one_pass(
-    scorer: Scorer, objective: Objective, micro_batches: Iterable[MicroBatch], normaliser: Normaliser
+    scorer: PackedModel, objective: Objective, micro_batches: Iterable[MicroBatch], normaliser: Normaliser
 ) -> Gradients:
     sums, batches, found, state = Sums(), [], [], objective.state
     for part, batch in micro_batches:
@@ -90,7 +90,7 @@ def _one_pass(
 
 
 def _two_passes(
-    scorer: Scorer, objective: Objective, indices: Sequence[int], cut: list[MicroBatch], normaliser: Normaliser
+    scorer: PackedModel, objective: Objective, indices: Sequence[int], cut: list[MicroBatch], normaliser: Normaliser
 ) -> Gradients:
     with same_randomness(next(scorer.model.parameters()).device):
         values = values_of(scorer, objective, cut)
@@ -114,7 +114,7 @@ def _two_passes(
     return Gradients(sums, [b for _, b in cut], {n: v.detach() for n, v in values.items()}, outcome.state)
 
 
-def scored(scorer: Scorer, objective: Objective, part: Sequence[int], batch: PackedBatch) -> Values:
+def scored(scorer: PackedModel, objective: Objective, part: Sequence[int], batch: PackedBatch) -> Values:
     """The values of one part, with gradients where they are switched on."""
     training = scorer.training
     with torch.no_grad():

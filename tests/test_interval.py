@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prefopt.evaluate.interval import mean_interval
+from prefopt.interval import mean_interval
 
 
 @pytest.mark.parametrize("draw", ["normal", "skewed"])
