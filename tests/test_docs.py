@@ -21,9 +21,14 @@ from prefopt import cli
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.option import options
 from prefopt.config.sample import SampleConfig
+from prefopt.config.sft import SftConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = {"dpo": DpoConfig, "sample": SampleConfig}  # functions of prefopt, and what their keywords fill
+CONFIGS = {
+    "dpo": DpoConfig,
+    "sample": SampleConfig,
+    "sft": SftConfig,
+}  # functions of prefopt, and what their keywords fill
 SHELL = {"bash", "sh", "shell", "console"}
 UNCHECKED = {"text", "json", "jsonl", "html", "mermaid", "makefile", "toml"}
 FLAGS = {"--help", "-h"}

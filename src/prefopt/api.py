@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefopt.config.dpo import DpoConfig
+from prefopt.config.method import MethodOptions
 from prefopt.config.sample import SampleConfig
+from prefopt.config.sft import SftConfig
 from prefopt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,8 +17,10 @@ if TYPE_CHECKING:
 
     from prefopt.methods.preference import DpoResult
     from prefopt.methods.sample import SampleResult
+    from prefopt.methods.sft import SftResult
 
 Row = Mapping[str, object]
+Config = TypeVar("Config", bound=MethodOptions)
 
 
 def dpo(
@@ -43,23 +47,36 @@ def dpo(
     ...     "my-model", "pairs.jsonl", output="aligned", loss="simpo", loss_options={"gamma": 1.0}
     ... )  # doctest: +SKIP
     """
-    named = _is_named("dpo", model, tokenizer)
-    if not named:
-        _refuse_for_objects(model, options)
     if isinstance(options.get("loss_options"), Mapping):
         options["loss_options"] = [f"{name}={value}" for name, value in options["loss_options"].items()] or None
-    names, rows = _names_or_rows(data)
-    values = {
-        "model": model if named else _name_of(model),
-        "data": names,
-        "output": output,
-        **options,
-    }
-    config = DpoConfig.from_dict(values)
+    config, given = _method("dpo", DpoConfig, model, data, output, tokenizer, options)
 
     from prefopt.methods.preference import run
 
-    return run(config, model=None if named else model, tokenizer=tokenizer, rows=rows, callbacks=callbacks)
+    return run(config, **given, callbacks=callbacks)
+
+
+def sft(
+    model: str | os.PathLike[str] | PreTrainedModel,
+    data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Iterable[Row],
+    *,
+    output: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    callbacks: Sequence[Any] = (),
+    **options: Any,
+) -> SftResult | None:
+    """Fine-tune a model on demonstrations, the chosen side of preferences, or raw text, as ``prefopt sft`` does.
+
+    Arguments are those of :func:`dpo`; ``options`` are the fields of ``SftConfig``.
+
+    >>> import prefopt
+    >>> prefopt.sft("my-model", [{"prompt": "2 + 2 =", "completion": " 4"}], output="tuned")  # doctest: +SKIP
+    """
+    config, given = _method("sft", SftConfig, model, data, output, tokenizer, options)
+
+    from prefopt.methods.sft import run
+
+    return run(config, **given, callbacks=callbacks)
 
 
 def sample(
@@ -95,6 +112,18 @@ def sample(
     from prefopt.methods.sample import run
 
     return run(config, model=None if named else model, tokenizer=tokenizer, rows=rows)
+
+
+def _method(
+    function: str, kind: type[Config], model: Any, data: object, output: object, tokenizer: Any, options: dict[str, Any]
+) -> tuple[Config, dict[str, Any]]:
+    """The config of a method that trains, and what stands in for what it names."""
+    named = _is_named(function, model, tokenizer)
+    if not named:
+        _refuse_for_objects(model, options)
+    names, rows = _names_or_rows(data)
+    config = kind.from_dict({"model": model if named else _name_of(model), "data": names, "output": output, **options})
+    return config, {"model": None if named else model, "tokenizer": tokenizer, "rows": rows}
 
 
 def _is_named(function: str, model: object, tokenizer: object) -> bool:

@@ -21,6 +21,7 @@ from prefopt.config.report import ReportConfig
 from prefopt.config.runs import PlotConfig, RunsConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.config.score import ScoreConfig
+from prefopt.config.sft import SftConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,12 @@ class Verb:
 
 
 VERBS: dict[str, Verb] = {
+    "sft": Verb(
+        "fine-tune a model on demonstrations, the chosen side of preferences, or raw text",
+        SftConfig,
+        "methods.sft:run",
+        document=True,
+    ),
     "dpo": Verb(
         "align a model with preferences, by DPO or another loss", DpoConfig, "methods.preference:run", document=True
     ),

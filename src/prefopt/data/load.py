@@ -58,8 +58,8 @@ class GroupSet:
 
     @property
     def kept(self) -> int:
-        """Rows that became groups."""
-        return len(self.groups)
+        """Rows that became groups (one each, but of texts that were cut into windows)."""
+        return self.read - self.refused
 
     @property
     def refused(self) -> int:

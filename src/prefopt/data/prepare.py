@@ -63,6 +63,8 @@ class Preparer:
                 prompt_cut=rendered.prompt_cut,
                 cuts=rendered.responses_cut or None,
             )
+            for group in rendered.more:
+                builder.add(group, prompt_key=comparison.prompt_key)
         findings = {what: list(numbers) for what, numbers in self.renderer.findings.items()}
         self.renderer.findings.clear()
         problems.sort(key=lambda p: p.row)

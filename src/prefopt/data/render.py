@@ -25,7 +25,7 @@ from prefopt.data.reasoning import strip_reasoning
 from prefopt.data.rendering import Rendering
 from prefopt.data.template import ChatTemplate, Turns, Unrenderable
 from prefopt.data.tokenizer import Tokenizer, end_marks, eos_id, leading_ids, tokenizer_digest
-from prefopt.data.truncate import truncate
+from prefopt.data.truncate import truncate, windows
 from prefopt.data.validate import Problem
 from prefopt.errors import DataError
 from prefopt.records import Comparison, Response
@@ -44,16 +44,21 @@ AS_IT_STANDS = (
 SPECIAL = "special tokens written out in the text, read as those tokens"
 STRIPPED = "reasoning left out, as --reasoning strip says"
 APART = "the tokenizer would join the end of the prompt to the answer: they are tokenized apart, as in sampling"
+WINDOWS = "texts longer than --max-length, each cut into several rows"
 JOINED = "the tokenizer joins the end of the prompt to the answer, which sampling never sees"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rendered:
-    """A group, tokens cut from its prompt, and tokens cut from the end of each response."""
+    """A group, tokens cut from its prompt, and tokens cut from the end of each response.
+
+    ``more``: the groups that follow, where a text was cut into windows.
+    """
 
     group: Group
     prompt_cut: int = 0
     responses_cut: tuple[int, ...] = ()
+    more: tuple[Group, ...] = ()
 
 
 class Renderer:
@@ -274,12 +279,19 @@ class Renderer:
         prompt_cut, responses_cut = 0, (0,) * len(sequences)
         limit = self.rendering.max_length
         try:
+            if self.rendering.windows and limit and c.text and not any(m.content for m in c.prompt):
+                parts = [Group.from_sequences([part], c.row, ()) for s in sequences for part in windows(*s, limit)]
+                if len(parts) > len(sequences):
+                    self._say(WINDOWS)
+                return Rendered(parts[0], more=tuple(parts[1:]))
             if limit is not None and max(len(ids) for ids, _ in sequences) > limit:
                 cut = truncate(sequences, limit, bos=self.tokenizer.bos_token_id, ends=self._end_ids)
                 sequences, prompt_cut, responses_cut = cut.sequences, cut.prompt, cut.responses
                 if any(same(*pair) for pair in c.pairs):
                     what = f"the responses differ only beyond {limit} tokens"
                     return Problem("identical after truncation", c.row, what, c.file)
+            if self.rendering.train_on == "all":
+                sequences = [(ids, np.ones_like(trained)) for ids, trained in sequences]
             group = Group.from_sequences(sequences, c.row, c.pairs)
         except ValueError as error:
             return Problem("nothing to train", c.row, str(error), c.file)

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from prefopt.config.data import RenderOptions
 from prefopt.config.option import nearest
@@ -41,6 +41,8 @@ class Rendering:
 
     ``max_length`` bounds prompt and response together. ``add_eos`` ends answers with EOS where no template does.
     ``chat_template`` is the text of a template to use instead of the tokenizer's, ``variables`` are given to either.
+    ``train_on``: the answers, or every token. ``windows``: a text without a prompt that is too long becomes several
+    groups, of lengths as equal as can be, where other rows are truncated.
     ``reasoning`` says whether reasoning blocks of the assistant are kept or stripped. ``date`` is what templates show
     that ask for today's: one for all processes of a run.
     """
@@ -50,6 +52,8 @@ class Rendering:
     chat_template: str | None = None
     variables: Mapping[str, object] = field(default_factory=dict, hash=False)
     reasoning: Literal["keep", "strip"] = "keep"
+    train_on: Literal["responses", "all"] = "responses"
+    windows: bool = False
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
 
     def __post_init__(self) -> None:
@@ -64,15 +68,17 @@ class Rendering:
             ) from None
 
     @classmethod
-    def from_options(cls, options: RenderOptions, max_length: int | None = None) -> Rendering:
+    def from_options(cls, options: RenderOptions, max_length: int | None = None, **more: Any) -> Rendering:
         """What the options say, with ``--chat-template`` read; ``max_length`` is what the run decided on.
+
+        ``more`` are further fields.
 
         Raises :class:`ConfigError` for a template that cannot be read or is no Jinja, and for variables that are not
         NAME=VALUE. Whether the template reads them is checked where it is known, in :class:`ChatTemplate`.
         """
         template = None if options.chat_template is None else read_template(options.chat_template)
         variables = parse_variables(options.template_variables or ())
-        return cls(max_length, True, template, variables, options.reasoning)
+        return cls(max_length, True, template, variables, options.reasoning, **more)
 
     def digest(self) -> str:
         """16 bytes in hexadecimal that name these values, the same in every process.

@@ -10,6 +10,7 @@ A response that lost its end lost its EOS with it: it is never trained as if it 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -86,6 +87,19 @@ def truncate(
         kept.append((left[:end], mask[:end]))
         lost.append(len(left) - end)
     return Truncated(tuple(kept), cut, tuple(lost))
+
+
+def windows(ids: IntArray, trained: BoolArray, max_length: int) -> list[tuple[IntArray, BoolArray]]:
+    """A text (ids [L], trained [L]) as runs of at most ``max_length`` tokens, as equal in length as can be.
+
+    The first token of a run has nothing before it there, and is not trained.
+
+    >>> [w.tolist() for w, _ in windows(np.arange(7), np.ones(7, bool), 3)]
+    [[0, 1], [2, 3], [4, 5, 6]]
+    """
+    count = -(-len(ids) // max_length)
+    cuts = [len(ids) * i // count for i in range(count + 1)]
+    return [(ids[a:b], trained[a:b]) for a, b in itertools.pairwise(cuts)]
 
 
 def _end(ids: IntArray, trained: BoolArray, max_length: int, ends: Collection[int]) -> int:

@@ -13,7 +13,9 @@ from prefopt.model.live import Movement
 from prefopt.model.scorer import Scorer
 from prefopt.progress import Reporter
 from prefopt.train.against import Against
+from prefopt.train.diagnose import diagnose, in_words
 from prefopt.train.facts import Values
+from prefopt.train.history import read_history
 from prefopt.train.objective import Objective, PreferenceObjective
 from prefopt.train.policy import Policy
 from prefopt.train.preflight import inspect_first
@@ -139,6 +141,10 @@ class _Run(TrainingRun[Scorer]):
     def passes(self) -> float:
         """A forward pass more, a third of a step's work, where a loss sees the whole batch and it is cut."""
         return 4 / 3 if any(term.loss.whole_batch for term in self.terms) else 1.0
+
+    def closing(self) -> list[str]:
+        """What the run's numbers say, in words."""
+        return in_words(diagnose(read_history(self.folder.path)))
 
     def title(self) -> tuple[str, str]:
         """See :class:`TrainingRun`."""

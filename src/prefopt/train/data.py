@@ -62,19 +62,21 @@ def load_data(
     want: Want = "pairs",
     workers: int | None = None,
     stop: StopRequest | None = None,
+    **rendered: Any,
 ) -> TrainingData:
     """Read, render and split what ``config`` names, or ``rows`` in place of ``--data``.
 
     Where conversations were rendered with another template than the tokenizer's, it is given that one, so that the
-    finished model is used as it was trained. Raises :class:`DataError` as :func:`load_groups`, and where nothing is
-    left to train on; :class:`prefopt.errors.Interrupted` after a stop.
+    finished model is used as it was trained. ``rendered`` are further fields of :class:`Rendering`. Raises
+    :class:`DataError` as :func:`load_groups`, and where nothing is left to train on;
+    :class:`prefopt.errors.Interrupted` after a stop.
     """
 
     def check() -> None:
         if stop is not None and stop.signal is not None:
             raise Interrupted("stopped while the data were read; nothing was trained", stop.signal)
 
-    rendering = Rendering.from_options(config, max_length)
+    rendering = Rendering.from_options(config, max_length, **rendered)
     how: dict[str, Any] = {"want": want, "on_bad_row": config.on_bad_row, "workers": workers}
     how |= {"reporter": reporter, "stop": check}
     layout: dict[str, Any] = {"format": config.format, "columns": config.columns}

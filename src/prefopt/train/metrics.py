@@ -47,12 +47,14 @@ def note(record: Mapping[str, float]) -> list[str]:
     sides = [record.get(f"log_ratios_per_token/{side}") for side in ("chosen", "rejected")]
     pattern = {
         "loss": "loss {:.4f}",
+        "perplexity": "perplexity {:.2f}",
         "rewards/margins": "margin {:+.3f}",
         "rewards/accuracies": "accuracy {:.2f}",
         "": "log-ratio per token {:+.3f} chosen, {:+.3f} rejected",
         "learning_rate": "learning rate {:.1e}",
         "tokens_per_second": "{:,.0f} tokens/s",
         "pairs_per_second": "{:.1f} pairs/s",
+        "rows_per_second": "{:.1f} rows/s",
         "grad_norm": "gradient norm {:.3g}",
     }
     found = {name: [record[name]] for name in pattern if record.get(name) is not None}

@@ -41,10 +41,8 @@ from prefopt.train.best import load_best
 from prefopt.train.callbacks import Callbacks
 from prefopt.train.card import save_model, write_card
 from prefopt.train.data import TrainingData, load_data
-from prefopt.train.diagnose import diagnose, in_words
 from prefopt.train.facts import Values
 from prefopt.train.folder import FREE, RunFolder, fingerprint
-from prefopt.train.history import read_history
 from prefopt.train.loop import Loop, LoopOptions
 from prefopt.train.measure import measure_of
 from prefopt.train.metrics import Metrics
@@ -197,6 +195,10 @@ class TrainingRun(Generic[AnyScorer]):
     def title(self) -> tuple[str, str]:
         """What the card calls the method, and its tag."""
         raise NotImplementedError
+
+    def closing(self) -> list[str]:
+        """What is said once the folder is finished."""
+        return []
 
     # -- what is needed before training ------------------------------------------------------------------------
 
@@ -381,7 +383,7 @@ class TrainingRun(Generic[AnyScorer]):
         if not self.config.save_every:
             shutil.rmtree(loop.checkpoints)  # they were there for what might have happened until now
         self.folder.remember(status="finished", finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), results=results)
-        for line in in_words(diagnose(read_history(folder))):
+        for line in self.closing():
             self.reporter.say(line)
         self.reporter.say(f"done in {duration(progress.seconds)}: {folder}")
 
@@ -398,4 +400,4 @@ class TrainingRun(Generic[AnyScorer]):
         return steps[-1]  # type: ignore[no-any-return]
 
 
-_CARD = {"loss", "rewards", "logps", "lengths", "perplexity"}
+_CARD = {"loss", "rewards", "logps", "lengths", "perplexity", "nll"}
