@@ -9,6 +9,15 @@ from typing import Any
 
 from prefopt.config.cache import CacheClearConfig, CacheListConfig, CacheVerifyConfig
 from prefopt.config.chat import ChatConfig
+from prefopt.config.collect import (
+    CollectBackupConfig,
+    CollectExportConfig,
+    CollectImportConfig,
+    CollectInviteConfig,
+    CollectNewConfig,
+    CollectServeConfig,
+    CollectStatsConfig,
+)
 from prefopt.config.data_verbs import DataCheckConfig, DataConvertConfig, DataSplitConfig
 from prefopt.config.demo import DemoConfig
 from prefopt.config.dpo import DpoConfig
@@ -92,6 +101,24 @@ VERBS: dict[str, Verb] = {
     ),
     "data convert": Verb("write rows in another layout, or as parquet", DataConvertConfig, "data.convert:run_convert"),
     "data split": Verb("split rows by prompt into two files", DataSplitConfig, "data.split_files:run_split"),
+    "collect new": Verb(
+        "make a study in which people compare responses: from files, or sampled from models",
+        CollectNewConfig,
+        "commands.collect:new_study",
+        document=True,
+    ),
+    "collect serve": Verb("serve the page on which people vote", CollectServeConfig, "commands.collect:serve_study"),
+    "collect invite": Verb("make a link for one person", CollectInviteConfig, "commands.collect:invite_person"),
+    "collect stats": Verb("tell progress and agreement", CollectStatsConfig, "commands.collect:show_stats"),
+    "collect export": Verb(
+        "write votes as pairs, rankings or soft labels to train on",
+        CollectExportConfig,
+        "commands.collect:export_study",
+    ),
+    "collect import": Verb("add items to a study", CollectImportConfig, "commands.collect:import_items"),
+    "collect backup": Verb(
+        "copy a study, also while it is served", CollectBackupConfig, "commands.collect:backup_study"
+    ),
     "cache list": Verb(
         "list what is kept: log-probabilities of reference models, and tokenised data",
         CacheListConfig,

@@ -18,7 +18,7 @@ from prefopt.studies.study import Study
 
 ALL_BAD = 9
 """The value of a pair of responses that are both bad, beside 1, 0 and -1."""
-DISPUTED = 20
+DISPUTED = 12
 
 UnitKey = tuple[int, int, int]
 """Item and two of its responses."""
@@ -109,10 +109,7 @@ def summarise(study: Study, *, resamples: int = 1000) -> Summary:
         found = list(judgements(connection))
         prompts = dict(connection.execute("SELECT id, prompt_key FROM item WHERE gold IS NULL"))
         origins = dict(connection.execute("SELECT id, origins FROM item WHERE gold IS NULL"))
-        complete, undone = connection.execute(
-            "SELECT (SELECT count(*) FROM queue WHERE votes >= ?), (SELECT count(*) FROM event WHERE kind = 'undo')",
-            (study.settings.overlap,),
-        ).fetchone()
+        undone = connection.execute("SELECT count(*) FROM event WHERE kind = 'undo'").fetchone()[0]
     said = [j for j in found if j.vote.skipped is None]
     free = [j for j in said if j.item not in known]
     nominal, ordinal = _units(free)
@@ -122,7 +119,7 @@ def summarise(study: Study, *, resamples: int = 1000) -> Summary:
     return Summary(
         title=study.settings.title,
         items=len(prompts),
-        complete=complete,
+        complete=sum(n >= study.settings.overlap for n in Counter(j.item for j in free).values()),
         wanted=len(prompts) * study.settings.overlap,
         votes=len(free),
         gold_items=len(known),

@@ -1,0 +1,328 @@
+"""The web page over a study: routes, and what each of them reads and does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from prefopt.collect import charts
+from prefopt.collect.ballot import REASONS, Form, one, read_ballot
+from prefopt.collect.language import LANGUAGES, language_of
+from prefopt.collect.lead import Lead
+from prefopt.collect.security import Buckets, Guard, Rate, csrf_token, same_secret
+from prefopt.collect.text import as_html
+from prefopt.collect.view import view_of
+from prefopt.errors import StudyError
+from prefopt.studies.assign import next_item
+from prefopt.studies.people import SESSION_DAYS, Annotator, close_session, invited, open_session, session_of
+from prefopt.studies.study import Study
+from prefopt.studies.votes import RefusedVote, latest, record, undo
+
+log = logging.getLogger("prefopt.collect")
+THEMES = ("auto", "light", "dark")
+STATIC = {"style.css": "text/css", "vote.js": "text/javascript", "icon.svg": "image/svg+xml"}
+PAGES = ("/", "/lead")
+NOTICES = ("saved", "undone", "nothing to undo", "already stored", "left")
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """How the page is reached: ``origins`` such as ``http://127.0.0.1:8700``; ``secure``: over TLS alone."""
+
+    origins: Collection[str]
+    secure: bool = False
+    rate: Rate = Rate()
+
+    @property
+    def hosts(self) -> list[str]:
+        """What the Host header may be."""
+        return [origin.partition("://")[2] for origin in self.origins]
+
+
+class Refusal(Exception):
+    """A request that is answered by a page with a message: ``status`` and the name of the text."""
+
+    def __init__(self, status: int, text: str) -> None:
+        self.status, self.text = status, text
+        super().__init__(text)
+
+
+def build_app(study: Study, site: Site) -> ASGIApp:
+    """The application, guarded."""
+    pages = _Pages(study, site)
+    routes = [
+        Route("/", pages.item, methods=["GET"]),
+        Route("/vote", pages.vote, methods=["POST"]),
+        Route("/undo", pages.undo, methods=["POST"]),
+        Route("/join/{secret}", pages.invitation, methods=["GET"]),
+        Route("/join", pages.join, methods=["POST"]),
+        Route("/leave", pages.leave, methods=["POST"]),
+        Route("/display", pages.display, methods=["POST"]),
+        Route("/lead", pages.lead, methods=["GET"]),
+        Route("/lead/item/{number:int}", pages.lead_item, methods=["GET"]),
+        Route("/static/{name}", pages.static, methods=["GET"]),
+        Route("/favicon.ico", pages.icon, methods=["GET"]),
+    ]
+    handlers: dict[Any, Any] = {
+        Refusal: pages.refusal,
+        HTTPException: pages.http_error,
+        StudyError: pages.study_error,
+        Exception: pages.error,
+    }
+    app = Starlette(debug=False, routes=routes, exception_handlers=handlers)
+    app.router.redirect_slashes = False
+    return Guard(_Quiet(app), site.hosts, site.origins, site.rate)
+
+
+class _Quiet:
+    """Starlette answers an unforeseen error and raises it again for the server to print: it is logged already."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await self.app(scope, receive, send)
+        except Exception:
+            log.debug("an error was answered", exc_info=True)
+
+
+class _Pages:
+    """The handlers. They run in threads, so that a slow disk keeps nobody else waiting."""
+
+    def __init__(self, study: Study, site: Site) -> None:
+        self.study, self.site = study, site
+        self.numbers = Lead(study)
+        self.strangers = Buckets(Rate(per_second=1.0, burst=30.0))
+        self.cookie = ("__Host-" if site.secure else "") + f"prefopt-{study.settings.id}"
+        self.templates = Environment(
+            loader=PackageLoader("prefopt.collect"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        )
+        self.templates.globals |= {
+            "charts": charts,
+            "settings": study.settings,
+            "languages": LANGUAGES,
+            "themes": THEMES,
+        }
+        self.instructions = as_html(study.settings.instructions) if study.settings.instructions else None
+        folder = files("prefopt.collect") / "static"
+        self.files = {name: (folder / name).read_bytes() for name in STATIC}
+
+    # -- who asks ----------------------------------------------------------------------------------------------
+
+    def person(self, request: Request) -> Annotator:
+        """Who is signed in. Raises :class:`Refusal`."""
+        secret = request.cookies.get(self.cookie, "")
+        found = session_of(self.study, secret) if secret else None
+        if found is None:
+            raise Refusal(401, "no session")
+        return found
+
+    def posted(self, request: Request) -> tuple[Annotator, Form]:
+        """Who sent a form, and its fields, where it carries the token of their session. Raises :class:`Refusal`."""
+        person = self.person(request)
+        form: Form = request.scope["form"]
+        if not same_secret(one(form, "token"), csrf_token(request.cookies[self.cookie])):
+            raise Refusal(403, "refused")
+        return person, form
+
+    def render(self, request: Request, name: str, status: int = 200, **values: Any) -> HTMLResponse:
+        """A page in the person's language and colours."""
+        language = language_of(request.cookies.get("prefopt-language", ""), request.headers.get("accept-language", ""))
+        theme = request.cookies.get("prefopt-theme", "auto")
+        secret = request.cookies.get(self.cookie, "")
+        notice = request.query_params.get("notice", "")
+        common = {
+            "t": LANGUAGES[language],
+            "language": language,
+            "theme": theme if theme in THEMES else "auto",
+            "token": csrf_token(secret) if secret else "",
+            "path": request.url.path if request.url.path in PAGES else "",
+            "notice": notice if notice in NOTICES else "",
+            "person": None,
+        }
+        page = self.templates.get_template(name).render(common | values)
+        return HTMLResponse(page, status)
+
+    # -- voting ------------------------------------------------------------------------------------------------
+
+    def item(self, request: Request) -> Response:
+        """The next item, or that there is none."""
+        return self._item(request, self.person(request))
+
+    def _item(self, request: Request, person: Annotator, problem: str = "", form: Form | None = None) -> Response:
+        found = next_item(self.study, person)
+        with self.study.reading() as connection:
+            last = latest(connection, person)
+            number = connection.execute("SELECT seen FROM annotator WHERE id = ?", (person.id,)).fetchone()[0]
+        shared = {"person": person, "last": last, "number": number, "instructions": self.instructions}
+        if found is None:
+            return self.render(request, "done.html", **shared)
+        values = {
+            "view": view_of(found.item, found.shown),
+            "ticket": found.ticket,
+            "reasons": REASONS,
+            "problem": problem,
+            "given": form or {},
+        }
+        return self.render(request, "vote.html", 422 if problem else 200, **shared, **values)
+
+    def vote(self, request: Request) -> Response:
+        """Store a vote; on the disk before the answer goes out."""
+        person, form = self.posted(request)
+        try:
+            ticket = one(form, "ticket")
+            with self.study.reading() as connection:
+                found = connection.execute(
+                    "SELECT shown FROM assignment WHERE ticket = ? AND annotator = ?", (ticket, person.id)
+                ).fetchone()
+            if found is None:
+                raise RefusedVote("this page is out of date, or belongs to somebody else")
+            shown = [int(k) for k in found["shown"].strip("[]").split(",")]
+            vote = read_ballot(form, shown, self.study.settings.tags)
+            outcome = record(self.study, person, ticket, vote, active=_seconds(one(form, "active")))
+        except RefusedVote as refused:
+            return self._item(request, person, str(refused), form)
+        return _to("/", "saved" if outcome == "stored" else outcome)
+
+    def undo(self, request: Request) -> Response:
+        """Take the latest vote back."""
+        person, form = self.posted(request)
+        done = undo(self.study, person, one(form, "ticket"))
+        return _to("/", "undone" if done else "nothing to undo")
+
+    # -- coming and going --------------------------------------------------------------------------------------
+
+    def invitation(self, request: Request) -> Response:
+        """Who is invited. Opening a link changes nothing, so that what previews links uses none up."""
+        self._stranger(request)
+        secret = request.path_params["secret"]
+        person = invited(self.study, secret)
+        if person is None:
+            raise Refusal(404, "bad invitation")
+        return self.render(request, "join.html", invited=person, secret=secret, instructions=self.instructions)
+
+    def join(self, request: Request) -> Response:
+        """Exchange an invitation for a cookie."""
+        self._stranger(request)
+        form: Form = request.scope["form"]
+        session = open_session(self.study, one(form, "secret"))
+        if session is None:
+            raise Refusal(404, "bad invitation")
+        answer = _to("/")
+        self._set(answer, self.cookie, session)
+        return answer
+
+    def leave(self, request: Request) -> Response:
+        """End the session."""
+        self.posted(request)
+        close_session(self.study, request.cookies[self.cookie])
+        answer = self.render(request, "message.html", text="left", status=200)
+        answer.delete_cookie(self.cookie, secure=self.site.secure, httponly=True, samesite="strict")
+        return answer
+
+    def display(self, request: Request) -> Response:
+        """Language and colours."""
+        form: Form = request.scope["form"]
+        secret = request.cookies.get(self.cookie, "")
+        if secret and not same_secret(one(form, "token"), csrf_token(secret)):
+            raise Refusal(403, "refused")
+        back = one(form, "back")
+        answer = _to(back if back in PAGES else "/")
+        for name, known in (("language", tuple(LANGUAGES)), ("theme", THEMES)):
+            if one(form, name) in known:
+                self._set(answer, f"prefopt-{name}", one(form, name))
+        return answer
+
+    def _set(self, answer: Response, name: str, value: str) -> None:
+        age = int(SESSION_DAYS * 86400)
+        answer.set_cookie(name, value, age, httponly=True, samesite="strict", secure=self.site.secure, path="/")
+
+    def _stranger(self, request: Request) -> None:
+        """Invitations cannot be tried out in numbers."""
+        if self.strangers.take(request.client.host if request.client else ""):
+            raise Refusal(429, "too many")
+
+    # -- the lead's pages --------------------------------------------------------------------------------------
+
+    def _leading(self, request: Request) -> Annotator:
+        person = self.person(request)
+        if not person.lead:
+            raise Refusal(403, "forbidden")
+        return person
+
+    def lead(self, request: Request) -> Response:
+        """Progress, agreement, and what is disputed."""
+        person = self._leading(request)
+        return self.render(request, "lead.html", person=person, s=self.numbers.summary())
+
+    def lead_item(self, request: Request) -> Response:
+        """One item with what everybody said of it."""
+        person = self._leading(request)
+        found = self.numbers.item(request.path_params["number"])
+        if found is None:
+            raise Refusal(404, "not found")
+        return self.render(request, "item.html", person=person, **found)
+
+    # -- files and failures ------------------------------------------------------------------------------------
+
+    def static(self, request: Request) -> Response:
+        """Our own script, style and icon, from memory: no path leads anywhere else."""
+        name = request.path_params["name"]
+        if name not in STATIC:
+            raise Refusal(404, "not found")
+        return Response(self.files[name], media_type=STATIC[name], headers={"Cache-Control": "no-cache"})
+
+    def icon(self, request: Request) -> Response:
+        """What browsers ask for by themselves."""
+        return Response(self.files["icon.svg"], media_type=STATIC["icon.svg"])
+
+    def refusal(self, request: Request, error: Exception) -> Response:
+        """A page that says why not."""
+        assert isinstance(error, Refusal)
+        return self.render(request, "message.html", text=error.text, status=error.status)
+
+    def http_error(self, request: Request, error: Exception) -> Response:
+        """Routes that are not there."""
+        assert isinstance(error, HTTPException)
+        return self.render(
+            request,
+            "message.html",
+            text="not found" if error.status_code == 404 else "refused",
+            status=error.status_code,
+        )
+
+    def study_error(self, request: Request, error: Exception) -> Response:
+        """The disk or the file: in words, without a path."""
+        log.error("%s", error)
+        said = str(error).removeprefix(f"{self.study.path}: ")
+        if isinstance(error, RefusedVote):
+            return self.render(request, "message.html", text="refused", status=400)
+        return self.render(request, "message.html", text="not stored", why=said, status=503)
+
+    def error(self, request: Request, error: Exception) -> Response:
+        """A bug: told in the log, never to the browser."""
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return self.render(request, "message.html", text="broken", status=500)
+
+
+def _to(path: str, notice: str = "") -> RedirectResponse:
+    return RedirectResponse(f"{path}?notice={notice.replace(' ', '+')}" if notice else path, 303)
+
+
+def _seconds(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

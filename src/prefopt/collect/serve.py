@@ -1,0 +1,103 @@
+"""The server over one study: one process, one address."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import uvicorn
+from filelock import FileLock, Timeout
+
+from prefopt.collect.app import Site, build_app
+from prefopt.config.collect import LOCAL, CollectServeConfig
+from prefopt.errors import ConfigError, StudyError
+from prefopt.studies.people import invite, live_invitations
+from prefopt.studies.study import Study
+
+CONNECTIONS = 500
+
+
+def serve(config: CollectServeConfig) -> None:
+    """Serve until a signal comes. Raises :class:`StudyError` where the study is being served already, and
+    :class:`ConfigError` for an address that cannot be had, or that others can reach while nobody is invited."""
+    path = Path(config.study)
+    study = Study(path)
+    lock = FileLock(path.with_name(path.name + ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        study.close()
+        raise StudyError(f"{path}: is being served by another process; stop that one first") from None
+    try:
+        local = config.host in LOCAL
+        if not local and not live_invitations(study):
+            raise ConfigError(
+                f"--host {config.host} is reached from other machines, and nobody is invited:"
+                f" first run prefopt collect invite {path} --name NAME"
+            )
+        listening = _listen(config.host, config.port)
+        port = listening.getsockname()[1]
+        site = site_of(config, port)
+        print(f"{path}: {study.settings.title}")
+        if local:
+            _, secret = invite(study, "lead", lead=True)
+            print(f"Your own link, to vote and to see how it goes: {first_origin(config, port)}/join/{secret}")
+        else:
+            print(f"serving on {config.host} port {port}, for those who are invited")
+        if not site.secure and not local:
+            print(
+                "note: without TLS whoever is between can read cookies and votes; put a proxy with TLS in front (--url)"
+            )
+        print("Ctrl-C stops; what was acknowledged is stored", flush=True)
+        settings = uvicorn.Config(
+            build_app(study, site),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            limit_concurrency=CONNECTIONS,
+            timeout_keep_alive=10,
+            timeout_graceful_shutdown=5,
+        )
+        uvicorn.Server(settings).run(sockets=[listening])
+    finally:
+        study.close()
+        lock.release()
+
+
+def site_of(config: CollectServeConfig, port: int) -> Site:
+    """The addresses by which browsers may come: others are other sites' tricks."""
+    if config.url is not None:
+        return Site([config.url.rstrip("/").lower()], secure=config.url.startswith("https://"))
+    names = config.allowed_hosts
+    if names is None:
+        names = ["127.0.0.1", "localhost", "[::1]"] if config.host in LOCAL else [_spelt(config.host)]
+    origins = [f"http://{name}" if _has_port(name) else f"http://{name}:{port}" for name in names]
+    if port == 80:
+        origins += [f"http://{name}" for name in names]
+    return Site(origins)
+
+
+def first_origin(config: CollectServeConfig, port: int) -> str:
+    """The address to print."""
+    return (config.url or f"http://{_spelt(config.host)}:{port}").rstrip("/")
+
+
+def _has_port(name: str) -> bool:
+    return name.rpartition(":")[2].isdecimal() and not name.endswith("]")
+
+
+def _spelt(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=256)
+    except OSError as error:
+        what = error.strerror or str(error)
+        raise ConfigError(f"--host {host} --port {port}: cannot be listened on ({what}); name another port") from error
