@@ -20,6 +20,7 @@ import prefopt
 from prefopt import cli
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.option import options
+from prefopt.config.reward import RewardConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.config.sft import SftConfig
 
@@ -28,6 +29,7 @@ CONFIGS = {
     "dpo": DpoConfig,
     "sample": SampleConfig,
     "sft": SftConfig,
+    "reward": RewardConfig,
 }  # functions of prefopt, and what their keywords fill
 SHELL = {"bash", "sh", "shell", "console"}
 UNCHECKED = {"text", "json", "jsonl", "html", "mermaid", "makefile", "toml"}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.method import MethodOptions
+from prefopt.config.reward import RewardConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.config.sft import SftConfig
 from prefopt.errors import ConfigError
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from prefopt.methods.preference import DpoResult
+    from prefopt.methods.reward import RewardResult
     from prefopt.methods.sample import SampleResult
     from prefopt.methods.sft import SftResult
 
@@ -75,6 +77,31 @@ def sft(
     config, given = _method("sft", SftConfig, model, data, output, tokenizer, options)
 
     from prefopt.methods.sft import run
+
+    return run(config, **given, callbacks=callbacks)
+
+
+def reward(
+    model: str | os.PathLike[str] | PreTrainedModel,
+    data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Iterable[Row],
+    *,
+    output: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    callbacks: Sequence[Any] = (),
+    **options: Any,
+) -> RewardResult | None:
+    """Train a reward model on preferences, as ``prefopt reward`` does.
+
+    Arguments are those of :func:`dpo`; ``options`` are the fields of ``RewardConfig``.
+
+    >>> import prefopt
+    >>> found = prefopt.reward("tuned", "pairs.jsonl", output="reward", eval_fraction=0.1)  # doctest: +SKIP
+    >>> print(found.reliability.interval)  # doctest: +SKIP
+    +0.742 [+0.701, +0.781]
+    """
+    config, given = _method("reward", RewardConfig, model, data, output, tokenizer, options)
+
+    from prefopt.methods.reward import run
 
     return run(config, **given, callbacks=callbacks)
 

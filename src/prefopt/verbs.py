@@ -27,6 +27,7 @@ from prefopt.config.losses import LossesConfig
 from prefopt.config.merge import MergeConfig
 from prefopt.config.push import PushConfig
 from prefopt.config.report import ReportConfig
+from prefopt.config.reward import RewardConfig
 from prefopt.config.runs import PlotConfig, RunsConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.config.score import ScoreConfig
@@ -65,6 +66,12 @@ VERBS: dict[str, Verb] = {
     ),
     "dpo": Verb(
         "align a model with preferences, by DPO or another loss", DpoConfig, "methods.preference:run", document=True
+    ),
+    "reward": Verb(
+        "train a reward model on preferences: one number for a response",
+        RewardConfig,
+        "methods.reward:run",
+        document=True,
     ),
     "sample": Verb(
         "draw responses from a model for a file of prompts",

@@ -19,13 +19,17 @@ rewards before the shift. Differences of rewards, and so preferences, are the sa
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from prefopt.data.packer import PackedBatch
+from prefopt.data.group import Group
+from prefopt.data.packer import PackedBatch, pack, split
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ModelError
 from prefopt.model.load import load_config, load_model, load_weights, model_errors, peft_warnings_off, silence_dropout
@@ -62,6 +66,23 @@ class ScalarScorer(PackedModel):
         weights = {name: p.to(wide) for name, p in head.named_parameters()}
         scores: torch.Tensor = torch.func.functional_call(head, weights, (hidden.to(wide),))
         return scores[:, 0] - self.shift
+
+
+@torch.no_grad()
+def response_rewards(
+    scorer: ScalarScorer, groups: Sequence[Group], indices: Sequence[int], token_budget: int
+) -> npt.NDArray[np.float64]:
+    """Rewards of the responses of ``groups[indices]``, one after the other, [N]; at most so many tokens at once."""
+    device = next(scorer.model.parameters()).device
+    order = sorted(range(len(indices)), key=lambda n: scorer.layout.cost(groups[indices[n]]))
+    costs = [scorer.layout.cost(groups[indices[n]]) for n in order]
+    found: dict[int, npt.NDArray[np.float64]] = {}
+    for part in split(order, costs, token_budget):
+        batch = pack([groups[indices[n]] for n in part], scorer.layout).to(device)
+        rewards = scorer(batch).double().cpu().numpy()
+        counts = [len(g.continuations) for g in batch.groups]
+        found.update(zip(part, np.split(rewards, np.cumsum(counts)[:-1]), strict=True))
+    return np.concatenate([found[n] for n in range(len(indices))])
 
 
 def load_scalar(

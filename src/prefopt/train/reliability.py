@@ -1,0 +1,175 @@
+"""How far a reward model can be trusted on held-out pairs: accuracy, calibration, and whether length explains it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prefopt.data.table import GroupTable
+from prefopt.disk.write import output_errors
+from prefopt.interval import Interval, mean_interval
+from prefopt.train import items
+
+Floats = npt.NDArray[np.float64]
+BINS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """Pairs whose confidence is about the same: ``confidence`` and ``accuracy`` are means, ``weight`` their share."""
+
+    confidence: float
+    accuracy: float
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class LengthBin:
+    """Pairs whose chosen response is longer than the rejected one by ``low`` to ``high`` tokens."""
+
+    low: int
+    high: int
+    accuracy: float
+    pairs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reliability:
+    """What held-out pairs say of a reward model.
+
+    ``accuracy``: the share of pairs that it orders as the data do (a tie counts half), the mean over prompts, with an
+    interval that resamples prompts (none for a single prompt). ``ece``: expected calibration error (Naeini et al.
+    2015), the mean distance between its confidence sigma(|r1 - r2|) and how often it is right, over ``bins`` of equal
+    width. ``by_length``: accuracy in quarters of the pairs by how much longer the chosen response is. ``longer``: how
+    often the chosen response is the longer one, which is the accuracy of length alone.
+    """
+
+    pairs: int
+    accuracy: float
+    interval: Interval | None
+    ece: float
+    bins: tuple[Bin, ...]
+    by_length: tuple[LengthBin, ...]
+    longer: float
+
+    def lines(self) -> list[str]:
+        """What a person is told."""
+        i = self.interval
+        sure = f" (95 % interval {i.low:.1%} to {i.high:.1%}, {i.count} prompts)" if i else ""
+        gaps = ", ".join(f"{b.low:+d} to {b.high:+d}: {b.accuracy:.0%}" for b in self.by_length)
+        return [
+            f"held out: {self.accuracy:.1%} of {self.pairs} pairs in order{sure}; length alone {self.longer:.1%}",
+            f"held out: calibration error {self.ece:.3f}; accuracy by how many tokens the chosen one is longer: {gaps}",
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a file."""
+        i = self.interval
+        return {
+            "pairs": self.pairs,
+            "accuracy": self.accuracy,
+            "accuracy_interval": [i.low, i.high] if i else None,
+            "prompts": i.count if i else 1,
+            "calibration_error": self.ece,
+            "longer_is_chosen": self.longer,
+            "reliability": [{"confidence": b.confidence, "accuracy": b.accuracy, "share": b.weight} for b in self.bins],
+            "by_length": [
+                {"longer_by": [b.low, b.high], "accuracy": b.accuracy, "pairs": b.pairs} for b in self.by_length
+            ],
+        }
+
+
+def reliability(reward_N: Floats, groups: GroupTable, indices: Sequence[int], which: str = "all") -> Reliability:
+    """Of ``reward_N``, the rewards of the responses of ``groups[indices]``, one after the other."""
+    chosen = [groups[i] for i in indices]
+    rows = items.pairs_of(chosen, which, merge=True)
+    length_N = items.lengths_of(chosen)
+    owner_N = np.repeat(np.arange(len(chosen)), [len(g.continuations) for g in chosen])
+    prompt_G = np.unique(groups.prompt_key_G[np.asarray(indices)], return_inverse=True)[1].reshape(-1)
+    prompt_R = prompt_G[owner_N[rows.chosen]]
+    gap_R = reward_N[rows.chosen] - reward_N[rows.rejected]
+    longer_R = length_N[rows.chosen] - length_N[rows.rejected]
+    # How often the order is right: of votes that went both ways, as often as people agreed with it.
+    right_R = 0.5 + (rows.label - 0.5) * np.sign(gap_R)
+    per_prompt = np.bincount(prompt_R, rows.weight * right_R) / np.bincount(prompt_R, rows.weight)
+    ece, bins = calibration(1 / (1 + np.exp(-np.abs(gap_R))), right_R, rows.weight)
+    return Reliability(
+        len(gap_R),
+        float(per_prompt.mean()),
+        mean_interval(per_prompt) if len(per_prompt) > 1 else None,
+        ece,
+        bins,
+        _by_length(longer_R, right_R),
+        float(np.average(0.5 + 0.5 * np.sign(longer_R), weights=rows.weight)),
+    )
+
+
+def calibration(confidence: Floats, right: Floats, weight: Floats, bins: int = BINS) -> tuple[float, tuple[Bin, ...]]:
+    """The expected calibration error, and the bins that hold anything, of equal width between 0.5 and 1.
+
+    >>> ece, found = calibration(np.array([0.6, 0.6, 0.9]), np.array([1.0, 0.0, 1.0]), np.ones(3))
+    >>> round(ece, 3), [(round(b.confidence, 3), b.accuracy, round(b.weight, 3)) for b in found]
+    (0.1, [(0.6, 0.5, 0.667), (0.9, 1.0, 0.333)])
+    """
+    share = weight / weight.sum()
+    number = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    found = []
+    for b in range(bins):
+        if (here := number == b).any():
+            mass = share[here]
+            sure, correct = (float(np.average(x[here], weights=mass)) for x in (confidence, right))
+            found.append(Bin(sure, correct, float(mass.sum())))
+    return sum(b.weight * abs(b.confidence - b.accuracy) for b in found), tuple(found)
+
+
+def _by_length(longer_R: npt.NDArray[np.int64], right_R: Floats) -> tuple[LengthBin, ...]:
+    """Quarters of the pairs; fewer where many have the same gap."""
+    edges = np.unique(np.quantile(longer_R, [0.25, 0.5, 0.75], method="inverted_cdf"))
+    number = np.searchsorted(edges, longer_R)
+    found = []
+    for b in np.unique(number):
+        here = number == b
+        gaps = longer_R[here]
+        found.append(LengthBin(int(gaps.min()), int(gaps.max()), float(right_R[here].mean()), int(here.sum())))
+    return tuple(found)
+
+
+def draw(found: Reliability, path: Path) -> None:
+    """The reliability plot as SVG: confidence against accuracy, and how many pairs each point stands for."""
+    left, top, size = 60, 40, 320
+
+    def x(value: float) -> float:
+        return left + size * (value - 0.5) * 2
+
+    def y(value: float) -> float:
+        return top + size * (1 - value)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size + 2 * left} {size + 2 * top + 30}"'
+        ' font-family="sans-serif" font-size="12">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        f'<text x="{left}" y="24" font-size="14">Reliability on {found.pairs} held-out pairs: calibration error'
+        f" {found.ece:.3f}</text>",
+        f'<path d="M{x(0.5)} {y(0.5)} L{x(1)} {y(1)}" stroke="#888" stroke-dasharray="4 3" fill="none"/>',
+        f'<rect x="{left}" y="{top}" width="{size}" height="{size}" fill="none" stroke="#444"/>',
+        f'<text x="{left + size / 2}" y="{top + size + 36}" text-anchor="middle">confidence, σ(|r₁ − r₂|)</text>',
+        f'<text transform="translate(18 {top + size / 2}) rotate(-90)" text-anchor="middle">share in order</text>',
+    ]
+    for tick in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+        parts.append(f'<text x="{x(tick)}" y="{top + size + 16}" text-anchor="middle">{tick:g}</text>')
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        parts.append(f'<text x="{left - 6}" y="{y(tick) + 4}" text-anchor="end">{tick:g}</text>')
+    for b in found.bins:
+        radius = 3 + 15 * b.weight**0.5
+        where = f'cx="{x(b.confidence):.1f}" cy="{y(b.accuracy):.1f}" r="{radius:.1f}"'
+        parts.append(
+            f'<circle {where} fill="#0072B2" fill-opacity="0.7"><title>{b.weight:.0%} of the pairs: confidence'
+            f" {b.confidence:.2f}, in order {b.accuracy:.2f}</title></circle>"
+        )
+    with output_errors(path):
+        path.write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
