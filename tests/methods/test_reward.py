@@ -203,9 +203,9 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
 
         wrapped = get_peft_model(tiny_llama(), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
         reward(wrapped, ROWS, tmp_path / "o", tokenizer=small_tokenizer())
-    several = AutoModelForSequenceClassification.from_config(
-        AutoConfig.for_model("llama", **tiny_llama().config.to_dict() | {"num_labels": 2})
-    )
+    config = tiny_llama().config
+    config.num_labels = 2
+    several = AutoModelForSequenceClassification.from_config(config)
     several.save_pretrained(tmp_path / "two")
     small_tokenizer().save_pretrained(tmp_path / "two")
     with pytest.raises(ModelError, match="has 2 labels"):
