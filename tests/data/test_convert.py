@@ -18,7 +18,7 @@ from prefopt.data.formats import parse_comparisons, read_comparisons
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.read import read_rows
 from prefopt.data.write_rows import RowFile
-from prefopt.errors import DataError
+from prefopt.errors import DataError, RunError
 from prefopt.records import Comparison
 
 EXTRAS = st.dictionaries(
@@ -124,6 +124,16 @@ def test_what_the_target_cannot_hold_is_refused_and_nothing_is_left(tmp_path: Pa
     assert main([*words[:6], "--overwrite"[:0] or "preference-txt", "--overwrite"]) == 2
     assert "did you mean preference-text" in capsys.readouterr().err
     assert len(out.read_text().splitlines()) == 1 and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="out.jsonl: cannot be written"), RowFile(tmp_path / "out.jsonl") as file:
+        file._file.close()
+        file._file = Path("/dev/full").open("wb")
+        while True:
+            file.write({"text": "x" * 100})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_table_has_plain_types_where_the_rows_have(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ class RowFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # what a full disk did not take; whatever is finished has been flushed
+            self._file.close()
         for left in (self._aside, self._table):
             with suppress(OSError):
                 left.unlink(missing_ok=True)
