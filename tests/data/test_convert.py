@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +129,8 @@ def test_what_the_target_cannot_hold_is_refused_and_nothing_is_left(tmp_path: Pa
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="out.jsonl: cannot be written"), RowFile(tmp_path / "out.jsonl") as file:
-        file._file.close()
-        file._file = Path("/dev/full").open("wb")
+    with pytest.raises(RunError, match=r"out\.jsonl: cannot be written"), RowFile(tmp_path / "out.jsonl") as file:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), file._file.fileno())
         while True:
             file.write({"text": "x" * 100})
     assert not list(tmp_path.iterdir())

@@ -226,3 +226,16 @@ def test_rows_of_several_files_are_told_apart(tmp_path: Path) -> None:
 def test_columns_that_nothing_reads_are_said() -> None:
     rows = parse_comparisons([TEXT | {"score": 1}, TEXT | {"id": "x"}], "f")
     assert rows.notes == ["f: columns not read: score, id"] and rows.comparisons[0].extra == {"score": 1}
+
+
+@given(st.lists(st.text('[]{}"\\\nn\u00e9')), st.integers(97, 101), st.booleans())
+def test_brackets_in_texts_are_no_nesting(texts: list[str], around: int, ascii: bool) -> None:
+    value: Any = {"k]": [*texts, '"[{' * 60]}
+    for _ in range(around - 2):
+        value = [value]
+    row = json.dumps([value, value], ensure_ascii=ascii)  # one deeper than ``around``
+    if around < json_rows.DEPTH:
+        assert json_rows.decode(row) == [value, value]
+    else:
+        with pytest.raises(RecursionError, match="nested more than 100 deep"):
+            json_rows.decode(row)

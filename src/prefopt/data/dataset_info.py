@@ -16,6 +16,7 @@ from prefopt.errors import DataError
 
 NAME = "dataset_info.json"
 TAGS = (*KEY_TAGS, *ROLE_TAGS)
+FORMATTINGS = ("alpaca", "sharegpt", "openai")
 MEDIA = ("images", "videos", "audios")
 
 
@@ -37,19 +38,30 @@ class Entry:
 def find_entry(path: Path | None) -> Entry | None:
     """The entry for a file, or None where there is none, or no such registry beside it.
 
-    Raises :class:`DataError` where two entries say different things of the file. A ``dataset_info.json`` of another
-    kind, such as ``datasets`` writes, says nothing of files and is passed over.
+    Raises :class:`DataError` where two entries say different things of the file, where one says what is not known here,
+    and for a registry that names the file and is no JSON. A ``dataset_info.json`` of another kind, such as ``datasets``
+    writes, says nothing of files and is passed over.
     """
     if path is None:
         return None
     beside = path.parent / NAME
+    text = ""
     try:
-        registry = json.loads(beside.read_text("utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
+        text = beside.read_text("utf-8-sig")
+        registry = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        if path.name in text:
+            what = f"is no JSON ({error}), and it names {path.name}; put it right, or name the layout with --format"
+            raise DataError(what, file=str(beside)) from None
         return None
     if not isinstance(registry, dict):
         return None
-    found = [_entry(name, e) for name, e in registry.items() if isinstance(e, dict) and e.get("file_name") == path.name]
+    named = [(k, e) for k, e in registry.items() if isinstance(e, dict) and e.get("file_name") == path.name]
+    for name, entry in named:
+        if (formatting := entry.get("formatting", "alpaca")) not in FORMATTINGS:
+            what = f"says {formatting!r} for formatting (entry {name}); it should be one of {', '.join(FORMATTINGS)}"
+            raise DataError(f"{what}; put it right, or name the layout with --format", file=str(beside))
+    found = [_entry(name, entry) for name, entry in named]
     if not found:
         return None
     if other := next((e for e in found if (e.layout, e.pairs, e.media) != _said(found[0])), None):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import re
 from collections.abc import Iterator
 from io import BufferedReader
 from typing import Any
@@ -39,6 +40,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     raise _DuplicateKey(f"the key {twice[:60]!r} stands twice in one object; keep one of them")
 
 
+# Of JSON without its escapes, which stand in strings alone, strings are whatever is between two quotes.
+_ESCAPE, _STRING, _BRACKET = re.compile(r"\\."), re.compile(r'"[^"]*"'), re.compile(r"[\[\]{}]")
 _CONSTANTS = {"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_CONSTANTS.__getitem__)
 _LENIENT = json.JSONDecoder()  # only to find where a row with a duplicate key ends
@@ -55,24 +58,14 @@ def decode(text: str) -> object:
 
 
 def _check_depth(text: str, start: int, end: int) -> None:
-    """Refuse a value nested deeply. Counting brackets, which is fast, clears almost every row."""
-    if end - start <= DEPTH or text.count("[", start, end) + text.count("{", start, end) <= DEPTH:
+    """Refuse a value, known to be JSON, that is nested deeply. Counting brackets, which is fast, clears most rows."""
+    if text.count("[", start, end) + text.count("{", start, end) <= DEPTH:
         return
-    depth, quoted, skip = 0, False, False
-    for at in range(start, end):
-        sign = text[at]
-        if skip:
-            skip = False
-        elif sign == "\\":
-            skip = quoted
-        elif sign == '"':
-            quoted = not quoted
-        elif not quoted and sign in "[{":
-            depth += 1
-            if depth > DEPTH:
-                raise RecursionError(f"nested more than {DEPTH} deep")
-        elif not quoted and sign in "]}":
-            depth -= 1
+    depth = 0
+    for sign in _BRACKET.findall(_STRING.sub("", _ESCAPE.sub("", text[start:end]))):
+        depth += 1 if sign in "[{" else -1
+        if depth > DEPTH:
+            raise RecursionError(f"nested more than {DEPTH} deep")
 
 
 def read_lines(handle: BufferedReader, file: str, keep_going: bool = False) -> Iterator[object]:

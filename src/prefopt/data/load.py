@@ -214,7 +214,8 @@ def _cached(source: Source, digest: str, how: _How) -> Tokenised:
     contents = source.digest()
     # What is not in a file and yet decides how it is read: its ending, and what lies beside it.
     reading = (str(how.format), str(how.columns), str(source.path and layout_name(source.path)))
-    key = TokenKey(contents, (*reading, str(find_entry(source.path))), how.want, digest)
+    beside = find_entry(source.path) if how.format is None else None
+    key = TokenKey(contents, (*reading, str(beside)), how.want, digest)
     source = replace(source, origin=_Watched(source.origin, how.stop))
 
     def make(append: Append) -> Report:
