@@ -197,6 +197,7 @@ def test_ultrafeedback_scores() -> None:
     assert one({"instruction": "q", "completions": completions}).scores == (-1.75,)
     text = {"prompt": "q", "chosen": "a", "rejected": "b"}
     assert one(text | {"score_chosen": 2, "score_rejected": 1}).scores == (2.0, 1.0)
+    assert problem(text | {"score_rejected": 1}).what == "has score_rejected and lacks score_chosen"
     scored = one(text | {"metadata": {"score_chosen": 2, "score_rejected": 2, "id": 3}})
     assert scored.scores == (2.0, 2.0) and scored.pairs == ((0, 1),) and scored.extra == {"metadata": {"id": 3}}
     assert problem(text | {"score_chosen": 1, "score_rejected": 2}).kind == "scores against the preference"

@@ -108,7 +108,7 @@ class Row:
     def pair_scores(self) -> tuple[float, float] | None:
         """Scores of chosen and rejected from the columns ``score_chosen`` and ``score_rejected``, or from ``metadata``.
 
-        Raises :class:`BadRow` where they say that the rejected one is better.
+        Raises :class:`BadRow` where there is one without the other, and where they say that the rejected is better.
         """
         names = "score_chosen", "score_rejected"
         values, metadata = self.values, self.values.get("metadata")
@@ -118,8 +118,11 @@ class Row:
                 self.extra["metadata"] = rest
                 self.tags.unread.update(f"metadata.{key}" for key in rest)
         chosen, rejected = (values.get(name) for name in names)
-        if chosen is None or rejected is None:
+        if chosen is None and rejected is None:
             return None
+        if chosen is None or rejected is None:
+            has, lacks = names if rejected is None else names[::-1]
+            raise BadRow("missing score", f"has {has} and lacks {lacks}")
         best, worse = self.number_of(chosen, names[0]), self.number_of(rejected, names[1])
         if best < worse:
             what = f"score_chosen is {best:g} and score_rejected {worse:g}: the rejected response would be the better"
