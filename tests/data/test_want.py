@@ -65,6 +65,7 @@ def test_what_gives_demonstrations_and_prompts() -> None:
     assert learned(row(3, ((2, 1), (0,)))) == ["r1"] and learned(TIED) == ["r0"]
     assert learned(LABELLED) == ["r0"] and learned(row(labels=(False, True, True))) == ["r1"]
     assert learned(row(votes=((0, 1, 1.0), (2, 0, 1.0)))) == ["r2"]
+    assert learned(row(votes=((0, 1, 0.2), (1, 0, 0.8)))) == ["r1"]
     assert learned(row(1)) == ["r0"] and learned(row(3)) == ["r0", "r1", "r2"]
     for c in (PAIR, TIED, CYCLE, LABELLED, row(0)):
         assert got(c, "prompts").responses == () and check(c, "prompts") == []
@@ -93,6 +94,7 @@ IMPOSSIBLE: list[tuple[Comparison, Want, str]] = [
     (CYCLE, "labels", "no order"),
     (row(votes=((0, 1, 1.0), (1, 2, 1.0))), "ranking", "no order"),
     (CYCLE, "demonstrations", "no best response"),
+    (row(votes=((0, 1, 1.0), (1, 0, 1.0))), "demonstrations", "no best response"),  # r2 was compared with none
 ]
 
 

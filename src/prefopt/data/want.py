@@ -56,19 +56,22 @@ def tiers_from_votes(c: Comparison) -> Tiers:
     Whether one response wins against another is the sum of the weights for it, less those against it. In an order with
     ties, responses with as many wins less losses are tied, so that one sort finds the only candidate.
     """
-    count = len(c.responses)
-    margin = [[0.0] * count for _ in range(count)]
-    seen = set()
-    for best, worse, weight in c.votes or ():
-        margin[best][worse] += weight
-        margin[worse][best] -= weight
-        seen |= {(best, worse), (worse, best)}
-    if len(seen) < count * (count - 1):
+    count, margin = len(c.responses), _margins(c)
+    if len({frozenset(vote[:2]) for vote in c.votes or ()}) < count * (count - 1) // 2:
         return ()
     sign = [[(m > 0) - (m < 0) for m in row] for row in margin]
     net = [sum(row) for row in sign]
     fits = all(sign[i][j] == (net[i] > net[j]) - (net[i] < net[j]) for i in range(count) for j in range(count))
     return tuple(tuple(i for i, n in enumerate(net) if n == value) for value in sorted(set(net), reverse=True)) * fits
+
+
+def _margins(c: Comparison) -> list[list[float]]:
+    """[K][K] the weights of the votes for one response against another, less those the other way round."""
+    margin = [[0.0] * len(c.responses) for _ in c.responses]
+    for best, worse, weight in c.votes or ():
+        margin[best][worse] += weight
+        margin[worse][best] -= weight
+    return margin
 
 
 def _ordered(c: Comparison) -> Tiers:
@@ -130,10 +133,10 @@ def _demonstrations(c: Comparison) -> Comparison:
             raise _Impossible("no desirable response", "every response is labelled undesirable")
         kept = range(good[0], good[0] + 1)
     elif c.votes:
-        beaten = {worse for _, worse, _ in c.votes}
-        best = next((k for k in kept if k not in beaten), -1)
+        margin = _margins(c)
+        best = next((k for k in kept if max(margin[k]) > 0 and min(margin[k]) >= 0), -1)
         if best < 0:
-            raise _Impossible("no best response", "every response loses against another")
+            raise _Impossible("no best response", "no response wins against another without losing to a third")
         kept = range(best, best + 1)
     return replace(_bare(c), responses=tuple(c.responses[k] for k in kept))
 
