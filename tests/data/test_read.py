@@ -14,7 +14,7 @@ import prefopt.data.json_rows as json_rows
 from data.small import small_tokenizer
 from prefopt.data.formats import parse_comparisons, read_comparisons
 from prefopt.data.load import load_groups
-from prefopt.data.read import read_json
+from prefopt.data.read import read_rows
 from prefopt.data.validate import refuse
 from prefopt.errors import ConfigError, DataError
 from prefopt.records import Message, Response
@@ -99,24 +99,24 @@ def test_reading_in_windows_equals_reading_whole(
             expected = json.loads(mark.strip("\ufeff") + text, object_pairs_hook=unique)
         except KeyError:  # the damage made two keys one
             with pytest.raises(DataError, match="stands twice"):
-                list(read_json(path))
+                list(read_rows(path))
         except json.JSONDecodeError as error:
             with pytest.raises(
                 DataError, match=r"windows\.json(, row \d+)?: not JSON at line \d+, column \d+"
             ) as caught:
-                list(read_json(path))
+                list(read_rows(path))
             if f"({error.msg})" in str(caught.value):
                 assert f"line {error.lineno}, column {error.colno} " in str(caught.value)
         else:
             if expected:
-                assert list(read_json(path)) == expected
+                assert list(read_rows(path)) == expected
 
 
 def test_lines_may_hold_any_character_and_blank_lines(tmp_path: Path) -> None:
     rows = [TEXT | {"prompt": "a\u2028b\x85c\x0bd"}, TEXT | {"prompt": "你好 👍🏽"}]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     path = write(tmp_path, "\ufeff" + "\r\n\r\n".join(lines) + "\n", "rows.jsonl")
-    assert list(read_json(path)) == rows
+    assert list(read_rows(path)) == rows
     assert [c.row for c in read_comparisons(path).comparisons] == [1, 2]
 
 

@@ -291,6 +291,7 @@ def test_cells_are_text(tmp_path: Path) -> None:
     assert read_text(tmp_path, ",a\n0,x\n\n1,y\n") == [{"column 1": "0", "a": "x"}, {"column 1": "1", "a": "y"}]
     assert read_text(tmp_path, 'a;b\n"x;y";2\n') == [{"a": "x;y", "b": "2"}]
     assert read_text(tmp_path, "a, b\n1, 2\n", "rows.tsv") == [{"a, b": "1, 2"}]
+    assert read_text(tmp_path, "a,b\n1,2\n", "rows.tsv.csv") == [{"a": "1", "b": "2"}]
 
 
 def test_cells_are_decoded_where_a_whole_column_is_json(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ BUFFER = 1 << 20
 SAID = 300  # characters of another library's message, at most
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+COMPRESSED_NAMES = (".gz", ".bz2", ".xz", ".zst")
 PARQUET, ARROW_FILE, ARROW_STREAM = b"PAR1", b"ARROW1\0\0", b"\xff\xff\xff\xff"
 
 _PICKLE = "is a Python pickle, which can run code and is never loaded; write JSON lines or parquet"
@@ -96,6 +97,14 @@ def look(path: Path) -> Content:
     if not text.strip():
         raise DataError("is empty; it should hold rows of data", file=file)
     return Content(path, compression, head, text.lstrip()[:1])
+
+
+def layout_name(path: Path) -> str:
+    """The ending of a name that tells a layout, in small letters, what was added by compression aside."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in COMPRESSED_NAMES:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
 
 
 def read_some(handle: io.BufferedReader, size: int) -> tuple[bytes, Exception | None]:

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator
 from io import BufferedReader
 
-from prefopt.data.content import DAMAGED, Content, not_utf8
+from prefopt.data.content import DAMAGED, Content, layout_name, not_utf8
 from prefopt.data.json_rows import decode
 from prefopt.errors import DataError
 
@@ -122,8 +122,7 @@ def _text_lines(handle: BufferedReader, file: str) -> Iterator[str]:
 
 def _delimiter(content: Content) -> str:
     """Tab where the name says so; else a comma, or what the first line has in its place (spreadsheets differ)."""
-    suffixes = {suffix.lower() for suffix in content.path.suffixes[-2:]}
-    if suffixes & {".tsv", ".tab"}:
+    if layout_name(content.path) in (".tsv", ".tab"):
         return "\t"
     first = content.head.splitlines()[0] if content.head else b""
     return next((sign for sign in ",\t;" if sign.encode() in first), ",")

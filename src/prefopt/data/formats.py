@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Protocol
 
 from prefopt.data.columns import columns_of, parse_columns
+from prefopt.data.content import layout_name
 from prefopt.data.dataset_info import find_entry
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.layouts.layout import Columns, Layout
 from prefopt.data.layouts.values import BadRow
 from prefopt.data.problem import Problem
-from prefopt.data.read import CSV_NAMES, layout_name, read_rows
+from prefopt.data.read import CSV_NAMES, read_rows
 from prefopt.data.recognise import listed, named_layout, recognise
 from prefopt.errors import DataError
 from prefopt.records import Comparison

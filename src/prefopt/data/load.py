@@ -12,11 +12,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from prefopt.data.content import layout_name
 from prefopt.data.dataset_info import find_entry
 from prefopt.data.findings import Findings, lines, merge
 from prefopt.data.formats import Reading, open_comparisons
 from prefopt.data.prepare import Chunk, Preparer, chunks
-from prefopt.data.read import layout_name
 from prefopt.data.render import Renderer
 from prefopt.data.rendering import Rendering
 from prefopt.data.sources import Origin, Source, find_sources

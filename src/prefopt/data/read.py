@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prefopt.data import columnar, csv_rows, json_rows
-from prefopt.data.content import ARROW_FILE, ARROW_STREAM, DAMAGED, PARQUET, Content, damaged, look
+from prefopt.data.content import ARROW_FILE, ARROW_STREAM, DAMAGED, PARQUET, Content, damaged, layout_name, look
 from prefopt.errors import DataError
 
 JSON_NAMES = (".json", ".jsonl", ".ndjson")
 CSV_NAMES = (".csv", ".tsv", ".tab")
 TABLE_NAMES = (".parquet", ".arrow", ".feather")
-COMPRESSED_NAMES = (".gz", ".bz2", ".xz", ".zst")
 
 
 def read_rows(path: str | os.PathLike[str], *, keep_going: bool = False) -> Iterator[object]:
@@ -39,11 +38,6 @@ def read_rows(path: str | os.PathLike[str], *, keep_going: bool = False) -> Iter
         raise damaged(error, str(path), number) from None
 
 
-def read_json(path: str | os.PathLike[str]) -> Iterator[object]:
-    """The rows of a file as :func:`read_rows` gives them."""
-    return read_rows(path)
-
-
 def raw_lines(path: Path) -> Iterator[bytes] | None:
     """The bytes of each row of a file of JSON lines, line end included, decompressed; None for any other file.
 
@@ -65,14 +59,6 @@ def _lines(content: Content) -> Iterator[bytes]:
 def is_data_name(path: Path) -> bool:
     """Whether a name says that the file holds rows."""
     return layout_name(path) in JSON_NAMES + CSV_NAMES + TABLE_NAMES
-
-
-def layout_name(path: Path) -> str:
-    """The ending of a name that tells a layout, in small letters, what was added by compression aside."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    while suffixes and suffixes[-1] in COMPRESSED_NAMES:
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
 
 
 # How JSON rows begin. A column of a .csv may have a name with a bracket.

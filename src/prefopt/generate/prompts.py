@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from prefopt.data.content import DAMAGED, damaged, look
+from prefopt.data.content import DAMAGED, damaged, layout_name, look
 from prefopt.data.formats import open_comparisons
 from prefopt.data.group import IntArray
-from prefopt.data.read import layout_name
 from prefopt.data.render import Renderer
 from prefopt.data.sources import Source
 from prefopt.data.validate import Problem, check, convert, describe, refuse, refused_rows
