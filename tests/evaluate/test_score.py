@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from data.small import small_tokenizer
 from prefopt.cli import main
+from prefopt.model.scalar import scalar_from, set_shift
+from train.small import tiny_llama, write_model
 
 ROWS = [
     {"prompt": "p", "chosen": "a b c", "rejected": "a", "note": 1},
@@ -53,6 +59,8 @@ def test_scores_stand_beside_their_responses_and_agreement_is_counted(
         ([{"prompt": "only a prompt"}], "length", "row 1: has no response to score"),
         ([*ROWS, {"prompt": "q"}], "length", "row 4"),
         (ROWS, "tests_have_no_such_module:f", "is the module installed"),
+        (ROWS, "implicit", "give --model and --reference"),
+        (ROWS, "./no/such/folder", "no such folder"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_nothing_is_written(
@@ -63,3 +71,70 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["d.jsonl"]
+
+
+def folders(place: Path) -> tuple[str, str, str]:
+    """A policy, its reference, and a reward model, all small and random."""
+    other, policy = write_model(place / "reference"), write_model(place / "policy", seed=1)
+    model = scalar_from(tiny_llama(2), small_tokenizer())
+    set_shift(model, 0.5)
+    model.save_pretrained(place / "reward")
+    small_tokenizer().save_pretrained(place / "reward")
+    return policy, other, str(place / "reward")
+
+
+TEXTS = [row["prompt"] + row[side] + "</s>" for row in ROWS for side in ("chosen", "rejected")]
+CPU = ["--device", "cpu", "--dtype", "float64"]
+
+
+def written(path: Path) -> np.ndarray:
+    return np.array([score for line in path.read_text().splitlines() for score in json.loads(line)["scores"]])
+
+
+def test_a_reward_model_and_the_implicit_reward_score_as_plain_transformers_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy, reference, reward = folders(tmp_path)
+    tokenizer, data = small_tokenizer(), write(tmp_path / "pairs.jsonl", ROWS)
+    ids = [torch.tensor([tokenizer(text)["input_ids"]]) for text in TEXTS]
+    out = tmp_path / "scored.jsonl"
+    assert main(["score", data, "--reward", reward, "--output", str(out), *CPU]) == 0
+    plain = AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float64)
+    with torch.no_grad():
+        own = [plain(row).logits[0, 0].item() - 0.5 for row in ids]
+    np.testing.assert_allclose(written(out), own, atol=1e-6)
+    pairs = np.array(own).reshape(-1, 2)
+    assert f"order {(pairs[:, 0] > pairs[:, 1]).mean():.1%} of the pairs" in capsys.readouterr().out
+
+    out = tmp_path / "implicit.jsonl"
+    words = ["--reward", "implicit", "--model", policy, "--reference", reference, "--beta", "0.3"]
+    assert main(["score", data, *words, "--output", str(out), *CPU]) == 0
+    own = []
+    for text, row in zip(TEXTS, ids, strict=True):
+        sums = []
+        for name in (policy, reference):
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float64)
+            with torch.no_grad():
+                logp = model(row).logits[0].log_softmax(-1)
+            prompt = len(tokenizer(text[:1])["input_ids"])
+            sums.append(sum(logp[t - 1, row[0, t]].item() for t in range(prompt, row.shape[1])))
+        own.append(0.3 * (sums[0] - sums[1]))
+    np.testing.assert_allclose(written(out), own, atol=1e-6)
+
+
+def test_what_is_no_reward_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy, _, reward = folders(tmp_path)
+    small_tokenizer(marks=["</s>", "<s>"]).save_pretrained(tmp_path / "reference")
+    data, out = write(tmp_path / "d.jsonl", ROWS), str(tmp_path / "o.jsonl")
+    for words, said in [
+        (["--reward", policy], "is a language model, which gives no score"),
+        (["--reward", "implicit", "--model", policy], "is compared with nothing"),
+        (["--reward", "implicit", "--model", policy, "--reference", str(tmp_path / "reference")], "another tokenizer"),
+        (["--reward", "length", "--model", policy], "--model is read with --reward implicit alone"),
+        (["--reward", "length", "--dtype", "float64"], "--dtype is for rewards that are models"),
+        (["--reward", reward, "--beta", "0.1"], "--beta is read with --reward implicit alone"),
+    ]:
+        assert main(["score", data, "--output", out, *words]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["score", data, "--output", out, "--reward", reward, "--max-length", "5", *CPU]) == 0
+    assert "1 of 3 rows truncated" in capsys.readouterr().out

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from prefopt.config.score import ScoreConfig
+from prefopt.config.score import IMPLICIT, ScoreConfig
 from prefopt.data.formats import open_comparisons
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.problem import Problem, refuse
@@ -21,8 +22,13 @@ from prefopt.interval import Interval, mean_interval
 from prefopt.records import Comparison, tiers_of
 from prefopt.rewards import Reward, load_reward
 
+if TYPE_CHECKING:
+    from prefopt.evaluate.model_scores import ModelScores
+
 BATCH = 256
 """Rows that a reward is given at once."""
+
+Scores = Callable[[Sequence[Comparison]], list[tuple[float, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +36,8 @@ class ScoreResult:
     """``mean`` and ``spread`` (standard deviation) are over all responses.
 
     ``agreement``: the part of a row's pairs that the scores order as the row did (a tie counts half), over rows that
-    had preferences; the interval resamples rows, and there is none for fewer than two.
+    had preferences; the interval resamples rows, and there is none for fewer than two. ``truncated`` rows were too long
+    for a model.
     """
 
     output: Path
@@ -39,10 +46,13 @@ class ScoreResult:
     mean: float
     spread: float
     agreement: Interval | None
+    truncated: int = 0
 
     def lines(self) -> list[str]:
         """What a person is told."""
         said = [f"{self.responses} responses of {self.rows} rows: mean {self.mean:.3f}, spread {self.spread:.3f}"]
+        if self.truncated:
+            said.append(f"{self.truncated} of {self.rows} rows truncated to what the model takes")
         if self.agreement is not None:
             a = self.agreement
             said.append(
@@ -54,9 +64,10 @@ class ScoreResult:
 
 def run(config: ScoreConfig) -> ScoreResult:
     """Score what ``config`` names. Raises :class:`prefopt.errors.UserError`; the output appears whole or not at all."""
-    reward, path = load_reward(config.reward), Path(config.output)
+    path = Path(config.output)
     if path.exists() and not config.overwrite:
         raise RunError(f"--output {path} is there already; name another file, or add --overwrite")
+    scores_of, models = _scores(config)
     values: list[float] = []
     agreements: list[float] = []
     rows = 0
@@ -65,7 +76,7 @@ def run(config: ScoreConfig) -> ScoreResult:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with aside.open("w", encoding="utf-8") as file:
-                for before, scores in scored(_rows(config), reward):
+                for before, scores in scored(_rows(config), scores_of):
                     after = replace(before, scores=scores, tiers=tiers_of(scores), labels=None, votes=None)
                     file.write(json.dumps(LAYOUTS["canonical"].write(after), ensure_ascii=False) + "\n")
                     rows += 1
@@ -76,17 +87,36 @@ def run(config: ScoreConfig) -> ScoreResult:
         finally:
             aside.unlink(missing_ok=True)
     interval = mean_interval(agreements) if len(agreements) > 1 else None
-    return ScoreResult(path, rows, len(values), float(np.mean(values)), float(np.std(values)), interval)
+    spread, truncated = float(np.std(values)), models.truncated if models else 0
+    return ScoreResult(path, rows, len(values), float(np.mean(values)), spread, interval, truncated)
 
 
-def scored(rows: Iterable[Comparison], reward: Reward) -> Iterator[tuple[Comparison, tuple[float, ...]]]:
-    """Each row with one score [K] for each of its responses, in order; the reward sees many rows at once."""
+def _scores(config: ScoreConfig) -> tuple[Scores, ModelScores | None]:
+    """What gives the numbers, and that again where it is a model."""
+    if not config.by_model:
+        return by_text(load_reward(config.reward)), None
+    from prefopt.evaluate.model_scores import implicit_scores, reward_model_scores
+
+    models = implicit_scores(config) if config.reward == IMPLICIT else reward_model_scores(config)
+    return models, models
+
+
+def by_text(reward: Reward) -> Scores:
+    """A function of texts as one of rows."""
+
+    def scores(rows: Sequence[Comparison]) -> list[tuple[float, ...]]:
+        prompts = [prompt_text(c) for c in rows for _ in c.responses]
+        numbers = iter(reward(prompts, [r.text for c in rows for r in c.responses]))
+        return [tuple(islice(numbers, len(c.responses))) for c in rows]
+
+    return scores
+
+
+def scored(rows: Iterable[Comparison], scores_of: Scores) -> Iterator[tuple[Comparison, tuple[float, ...]]]:
+    """Each row with one score [K] for each of its responses, in order; what gives them sees many rows at once."""
     given = iter(rows)
     while batch := list(islice(given, BATCH)):
-        prompts = [prompt_text(c) for c in batch for _ in c.responses]
-        numbers = iter(reward(prompts, [r.text for c in batch for r in c.responses]))
-        for c in batch:
-            yield c, tuple(islice(numbers, len(c.responses)))
+        yield from zip(batch, scores_of(batch), strict=True)
 
 
 def prompt_text(c: Comparison) -> str:
