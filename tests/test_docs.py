@@ -20,6 +20,7 @@ import prefopt
 from prefopt import cli
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.option import options
+from prefopt.config.ppo import PpoConfig
 from prefopt.config.reward import RewardConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.config.sft import SftConfig
@@ -27,6 +28,7 @@ from prefopt.config.sft import SftConfig
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {
     "dpo": DpoConfig,
+    "ppo": PpoConfig,
     "sample": SampleConfig,
     "sft": SftConfig,
     "reward": RewardConfig,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.method import MethodOptions
+from prefopt.config.ppo import PpoConfig
 from prefopt.config.reward import RewardConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.config.sft import SftConfig
@@ -16,6 +17,7 @@ from prefopt.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from prefopt.methods.ppo import PpoResult
     from prefopt.methods.preference import DpoResult
     from prefopt.methods.reward import RewardResult
     from prefopt.methods.sample import SampleResult
@@ -104,6 +106,47 @@ def reward(
     from prefopt.methods.reward import run
 
     return run(config, **given, callbacks=callbacks)
+
+
+def ppo(
+    model: str | os.PathLike[str] | PreTrainedModel,
+    prompts: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Iterable[Row],
+    *,
+    reward: str | os.PathLike[str] | Callable[[Sequence[str], Sequence[str]], Sequence[float]],
+    output: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    callbacks: Sequence[Any] = (),
+    **options: Any,
+) -> PpoResult | None:
+    """Align a model with a reward on its own responses, as ``prefopt ppo`` does.
+
+    ``model``, ``tokenizer`` and ``callbacks`` are as for :func:`dpo`, ``prompts`` as for :func:`sample`. ``reward`` is
+    what ``--reward`` names, or a function of prompts and responses (two lists of text) that gives a number for each.
+    ``options`` are the fields of ``PpoConfig``. Returns what ``prefopt.methods.ppo.run`` does. Raises
+    ``prefopt.errors.UserError`` where ``prefopt ppo`` prints one line.
+
+    >>> import prefopt
+    >>> def short(prompts, responses): return [-len(r) / 100 for r in responses]
+    >>> prefopt.ppo("my-model", "prompts.txt", reward=short, output="shorter", kl_target=6.0)  # doctest: +SKIP
+    """
+    named = _is_named("ppo", model, tokenizer)
+    if not named:
+        _refuse_for_objects(model, options)
+    names, rows = _names_or_rows(prompts)
+    own = reward if callable(reward) else None
+    values = {
+        "model": model if named else _name_of(model),
+        "prompts": names,
+        "reward": getattr(own, "__qualname__", "function given in Python") if own is not None else reward,
+        "output": output,
+        **options,
+    }
+    config = PpoConfig.from_dict(values)
+
+    from prefopt.methods.ppo import run
+
+    given = None if named else model
+    return run(config, model=given, tokenizer=tokenizer, rows=rows, reward=own, callbacks=callbacks)
 
 
 def sample(

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from prefopt.config.option import nearest
 from prefopt.errors import ConfigError, RunError
+from prefopt.records import Comparison
 
 Function = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
@@ -72,6 +73,13 @@ def load_reward(name: str) -> Reward:
     if not callable(function):
         raise ConfigError(f"reward {name}: {attribute} is no function of prompts and responses")
     return Reward(name, function)
+
+
+def prompt_text(c: Comparison) -> str:
+    """The prompt as a reward is given it: text as it stands; of a conversation a line ``role: words`` for each turn."""
+    if c.text:
+        return "".join(m.content for m in c.prompt)
+    return "\n".join(f"{m.role}: {m.content}" for m in c.prompt)
 
 
 def _vader() -> Function:

@@ -25,6 +25,7 @@ from prefopt.config.env import EnvConfig
 from prefopt.config.layouts import DataLayoutsConfig
 from prefopt.config.losses import LossesConfig
 from prefopt.config.merge import MergeConfig
+from prefopt.config.ppo import PpoConfig
 from prefopt.config.push import PushConfig
 from prefopt.config.report import ReportConfig
 from prefopt.config.reward import RewardConfig
@@ -71,6 +72,12 @@ VERBS: dict[str, Verb] = {
         "train a reward model on preferences: one number for a response",
         RewardConfig,
         "methods.reward:run",
+        document=True,
+    ),
+    "ppo": Verb(
+        "align a model with a reward, by PPO or RLOO, on responses that it writes itself",
+        PpoConfig,
+        "methods.ppo:run",
         document=True,
     ),
     "sample": Verb(

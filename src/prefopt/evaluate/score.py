@@ -20,7 +20,7 @@ from prefopt.disk.write import output_errors
 from prefopt.errors import DataError, RunError
 from prefopt.interval import Interval, mean_interval
 from prefopt.records import Comparison, tiers_of
-from prefopt.rewards import Reward, load_reward
+from prefopt.rewards import Reward, load_reward, prompt_text
 
 if TYPE_CHECKING:
     from prefopt.evaluate.model_scores import ModelScores
@@ -117,13 +117,6 @@ def scored(rows: Iterable[Comparison], scores_of: Scores) -> Iterator[tuple[Comp
     given = iter(rows)
     while batch := list(islice(given, BATCH)):
         yield from zip(batch, scores_of(batch), strict=True)
-
-
-def prompt_text(c: Comparison) -> str:
-    """The prompt as a reward is given it: text as it stands; of a conversation a line ``role: words`` for each turn."""
-    if c.text:
-        return "".join(m.content for m in c.prompt)
-    return "\n".join(f"{m.role}: {m.content}" for m in c.prompt)
 
 
 def agreement(pairs: Sequence[tuple[int, int]], scores: Sequence[float]) -> float:

@@ -40,6 +40,10 @@ class FixedKl:
         """The same, whatever the divergence was."""
         return self
 
+    def at(self, coefficient: float) -> FixedKl:
+        """The same at another coefficient: where an interrupted run was."""
+        return FixedKl(coefficient)
+
 
 @dataclass(frozen=True, slots=True)
 class AdaptiveKl:
@@ -58,7 +62,11 @@ class AdaptiveKl:
     def after(self, kl: float, episodes: int) -> AdaptiveKl:
         """The controller for the next batch, where ``episodes`` responses had a mean divergence of ``kl`` nats."""
         error = min(0.2, max(-0.2, kl / self.target - 1))
-        return AdaptiveKl(self.coefficient * (1 + error * episodes / self.horizon), self.target, self.horizon)
+        return self.at(self.coefficient * (1 + error * episodes / self.horizon))
+
+    def at(self, coefficient: float) -> AdaptiveKl:
+        """The same at another coefficient: where an interrupted run was."""
+        return AdaptiveKl(coefficient, self.target, self.horizon)
 
 
 KlController = FixedKl | AdaptiveKl

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.model.load import slow_dtype
 from prefopt.progress import Bar, Reporter, duration
 from prefopt.records import Message, Response
+from prefopt.train.folder import digest_of
 from prefopt.train.stop import StopRequest
 
 COMPARED = 64
@@ -153,7 +153,7 @@ class _Run:
         places = [Place(c.file, c.row) for c in prompts.rows]
         if self.file is not None:
             self.file.same("model", model.identity().digest, "the model")
-            self.file.same("prompts", _fingerprint(prompts), "the prompts")
+            self.file.same("prompts", digest_of(prompts.ids), "the prompts")
         if self.file is not None and self.file.finished:
             self.reporter.say(f"{self.file.path} is finished: nothing is left to sample")
             return None
@@ -274,11 +274,3 @@ class _Progress:
     def restart(self, done: int) -> None:
         """Put the count right after a window, of which a part may have been done before."""
         self._done = done
-
-
-def _fingerprint(prompts: PromptSet) -> str:
-    """A digest of all prompts: their token ids, in order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for ids in prompts.ids:
-        digest.update(len(ids).to_bytes(4, "little") + ids.astype("<i4").tobytes())
-    return digest.hexdigest()

@@ -33,13 +33,15 @@ class Distributions:
 
 class TokenScores(NamedTuple):
     """What a forward pass tells of M tokens. ``kl_M`` and ``other_logp_M`` where it was given distributions to compare
-    with, ``square_M`` (log of the sum of squared probabilities, without gradient) and ``distributions`` where asked."""
+    with; ``square_M`` (log of the sum of squared probabilities, without gradient), ``distributions`` and ``hidden_M``
+    [M, H] where asked."""
 
     logp_M: torch.Tensor
     square_M: torch.Tensor | None = None
     kl_M: torch.Tensor | None = None
     other_logp_M: torch.Tensor | None = None
     distributions: Distributions | None = None
+    hidden_M: torch.Tensor | None = None
 
 
 def head_scores(

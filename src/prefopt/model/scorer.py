@@ -6,7 +6,9 @@ see one forward call and nothing ever reaches for the head from outside.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +39,7 @@ class Head:
     """What happens between the last hidden state and the logits.
 
     ``kind``: ``fused`` for a plain linear layer, ``module`` where it carries an adapter, ``model`` where the model's
-    own forward makes the logits in a way we do not know.
+    own forward makes the logits in a way we do not know (then ``scale`` is applied to these).
     """
 
     kind: str
@@ -47,11 +49,13 @@ class Head:
 
 class Asked(NamedTuple):
     """What a forward pass shall tell beside log-probabilities: the logarithm of summed ``squares`` of probabilities,
-    how far it is from the distributions ``against``, and its own distributions, to ``keep``."""
+    how far it is from the distributions ``against``, its own distributions, to ``keep``, and the ``hidden`` states that
+    the tokens were predicted from."""
 
     squares: bool = False
     against: Distributions | None = None
     keep: bool = False
+    hidden: bool = False
 
 
 class Scorer(PackedModel):
@@ -69,6 +73,22 @@ class Scorer(PackedModel):
             self.reason = f"{type(causal).__name__} does not tell its layers from its head"
             self.detach_hook()
             self.layout = Layout(False, self.layout.rope_limit)
+
+    @contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """Inside this context log-probabilities are those of the logits divided by ``temperature``.
+
+        After a soft-cap c that is c / T tanh(z / c): another scale and another cap.
+        """
+        before = self.head
+        cap = before.softcap
+        self.head = replace(
+            before, scale=before.scale / temperature, softcap=None if cap is None else cap / temperature
+        )
+        try:
+            yield
+        finally:
+            self.head = before
 
     def forward(self, batch: PackedBatch, asked: Asked | None = None) -> torch.Tensor | TokenScores:
         """Log-probability [M] of every scored token, float32 (float64 for a float64 model), or what is ``asked``."""
@@ -100,7 +120,9 @@ class Scorer(PackedModel):
         return token_logprobs(hidden, head.weight, target, **options), None
 
     def _also(self, scores: TokenScores, hidden: torch.Tensor, asked: Asked) -> TokenScores:
-        """The distributions themselves, where they are to be kept."""
+        """Hidden states, and the distributions themselves, where they are asked for."""
+        if asked.hidden:
+            scores = scores._replace(hidden_M=hidden)
         if not asked.keep:
             return scores
         kept, frozen = hidden.detach(), self._frozen_head()
@@ -131,7 +153,7 @@ class Scorer(PackedModel):
         causal = causal_model(self.model)
         logits = [causal(input_ids=p.ids[None], use_cache=False, return_dict=True).logits[0] for p in batch.passes]
         z = torch.cat(logits).index_select(0, batch.read)
-        z = z.to(wide_dtype(z.dtype))
+        z = z.to(wide_dtype(z.dtype)) * self.head.scale
         if asked is None:
             return z.gather(-1, batch.target[:, None])[:, 0] - z.logsumexp(-1)
         if asked.against is not None:

@@ -1,8 +1,9 @@
 """Checkpoints: written aside, checked, renamed; a damaged one is told by its checksums and the one before it used.
 
 A checkpoint is a folder ``step-00000010`` of ``weights.safetensors`` (the float32 masters of what is trained),
-``optimizer.safetensors``, ``state.json`` and, where the reference moves, ``reference.safetensors``, with
-``manifest.json`` that holds the SHA-256 of each. Random states and numbers live in ``state.json``; nothing is pickled.
+``optimizer.safetensors``, ``state.json`` and, where the reference moves, ``reference.safetensors``, where a step of
+reinforcement learning has begun, ``rollouts.safetensors``, with ``manifest.json`` that holds the SHA-256 of each.
+Random states and numbers live in ``state.json``; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 Tensors = Mapping[str, torch.Tensor]
 FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
 REFERENCE = "reference.safetensors"
+ROLLOUTS = "rollouts.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class Checkpoint:
     optimizer: dict[str, torch.Tensor]
     state: dict[str, Any]
     reference: dict[str, torch.Tensor] | None = None
+    rollouts: dict[str, torch.Tensor] | None = None
 
 
 def save(
@@ -49,11 +52,13 @@ def save(
     *,
     keep_last: int,
     reference: Tensors | None = None,
+    rollouts: Tensors | None = None,
 ) -> Path:
     """Write the checkpoint of ``state["step"]`` and remove all but the newest ``keep_last``.
 
-    ``reference``: the weights of a reference that moves.
+    ``reference``: the weights of a reference that moves; ``rollouts``: the responses that a step learns from.
     """
+    more = {name: tensors for name, tensors in ((REFERENCE, reference), (ROLLOUTS, rollouts)) if tensors is not None}
     path = folder / f"step-{state['step']:08d}"
     aside = folder / f".{path.name}.{os.getpid()}"
     with output_errors(path):
@@ -63,10 +68,10 @@ def save(
         aside.mkdir()
         write_tensors(aside / "weights.safetensors", weights)
         write_tensors(aside / "optimizer.safetensors", optimizer)
-        if reference is not None:
-            write_tensors(aside / REFERENCE, reference)
+        for name, tensors in more.items():
+            write_tensors(aside / name, tensors)
         write_flushed(aside / "state.json", json.dumps(state).encode())
-        sums = {name: _sha256(aside / name) for name in (*FILES, *([REFERENCE] if reference is not None else []))}
+        sums = {name: _sha256(aside / name) for name in (*FILES, *more)}
         write_flushed(aside / "manifest.json", json.dumps(sums).encode())
         if path.exists():  # a damaged one, that the run went back behind
             shutil.rmtree(path)
@@ -96,7 +101,8 @@ def _read(path: Path) -> Checkpoint:
             raise ValueError(f"{name} is not what was written")
     state = json.loads((path / "state.json").read_text())
     weights, optimizer = (load_file(path / name) for name in FILES[:2])
-    return Checkpoint(weights, optimizer, state, load_file(path / REFERENCE) if REFERENCE in sums else None)
+    more = (load_file(path / name) if name in sums else None for name in (REFERENCE, ROLLOUTS))
+    return Checkpoint(weights, optimizer, state, *more)
 
 
 def write_tensors(path: Path, tensors: Tensors) -> None:

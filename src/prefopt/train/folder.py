@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from prefopt.data.group import Group
+from prefopt.data.group import Group, IntArray
 from prefopt.data.table import GroupTable
 from prefopt.disk.write import output_errors, write_json
 from prefopt.errors import RunError
@@ -112,6 +112,14 @@ class RunFolder:
 
 def _finished(record: Mapping[str, Any]) -> bool:
     return record.get("status") == "finished"
+
+
+def digest_of(many: Sequence[IntArray]) -> str:
+    """A digest of sequences of token ids, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for ids in many:
+        digest.update(len(ids).to_bytes(4, "little") + ids.astype("<i4").tobytes())
+    return digest.hexdigest()
 
 
 def fingerprint(groups: Sequence[Group]) -> str:

@@ -46,6 +46,10 @@ def note(record: Mapping[str, float]) -> list[str]:
     """The numbers of a step or an evaluation that a person watches, in a few words each; what it lacks is left out."""
     sides = [record.get(f"log_ratios_per_token/{side}") for side in ("chosen", "rejected")]
     pattern = {
+        "objective/scores": "score {:.3f}",
+        "objective/kl": "KL {:.3g}",
+        "objective/rlhf_reward": "score less penalty {:.3f}",
+        "val/length": "{:.0f} tokens each",
         "loss": "loss {:.4f}",
         "perplexity": "perplexity {:.2f}",
         "rewards/margins": "margin {:+.3f}",
@@ -55,6 +59,7 @@ def note(record: Mapping[str, float]) -> list[str]:
         "tokens_per_second": "{:,.0f} tokens/s",
         "pairs_per_second": "{:.1f} pairs/s",
         "rows_per_second": "{:.1f} rows/s",
+        "eps": "{:.1f} responses/s",
         "grad_norm": "gradient norm {:.3g}",
     }
     found = {name: [record[name]] for name in pattern if record.get(name) is not None}

@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from prefopt.config.method import MethodOptions
+from prefopt.config.ppo import PpoConfig
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.model.load import load_model, local_folder, new_lora, silence_dropout
 from prefopt.model.packed import PackedModel, causal_model
@@ -15,6 +16,7 @@ from prefopt.model.scalar import ScalarScorer, is_classifier, load_scalar, scala
 from prefopt.model.scorer import Scorer
 
 AnyScorer = TypeVar("AnyScorer", bound=PackedModel)
+Options = MethodOptions | PpoConfig
 
 
 class Trained(Generic[AnyScorer]):
@@ -27,7 +29,7 @@ class Trained(Generic[AnyScorer]):
     """What PEFT calls it."""
     scorer: AnyScorer
 
-    def __init__(self, config: MethodOptions, dtype: torch.dtype, model: torch.nn.Module, *, named: bool) -> None:
+    def __init__(self, config: Options, dtype: torch.dtype, model: torch.nn.Module, *, named: bool) -> None:
         """Take ``model`` to compute in ``dtype``. ``named``: it was loaded by its name, and not given in Python."""
         self.config, self.dtype, self._named = config, dtype, named
         self._new_lora = config.lora and config.named_adapter is None
@@ -85,9 +87,7 @@ class Policy(Trained[Scorer]):
 
     task = "CAUSAL_LM"
 
-    def __init__(
-        self, config: MethodOptions, source: str, dtype: torch.dtype, device: torch.device, given: Any
-    ) -> None:
+    def __init__(self, config: Options, source: str, dtype: torch.dtype, device: torch.device, given: Any) -> None:
         """Load the model in folder ``source``, or take the one ``given`` in Python, to compute in ``dtype``."""
         model = given
         if model is None:
@@ -112,7 +112,7 @@ class ScalarPolicy(Trained[ScalarScorer]):
 
     def __init__(
         self,
-        config: MethodOptions,
+        config: Options,
         source: str,
         dtype: torch.dtype,
         device: torch.device,
@@ -134,6 +134,6 @@ class ScalarPolicy(Trained[ScalarScorer]):
         return ScalarScorer(model, attention=self.config.attention)
 
 
-def _loaded_in(config: MethodOptions, dtype: torch.dtype) -> torch.dtype:
+def _loaded_in(config: Options, dtype: torch.dtype) -> torch.dtype:
     """A full fine-tuning keeps float32 masters: they come from the file, not from rounded weights."""
     return dtype if config.lora else torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,399 @@
+"""PPO and RLOO, from a configuration to a finished model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prefopt.config.document import write_document
+from prefopt.config.ppo import PpoConfig
+from prefopt.data.formats import parse_comparisons
+from prefopt.data.group import Group
+from prefopt.data.rendering import parse_variables, read_template
+from prefopt.data.sampler import Sampler as Order
+from prefopt.data.sources import find_sources
+from prefopt.disk.write import output_errors
+from prefopt.errors import ConfigError, DataError
+from prefopt.generate.loaded import SampledModel, renderer_for
+from prefopt.generate.prompts import PromptReader, PromptSet
+from prefopt.generate.sample import Settings, group_of
+from prefopt.generate.transformers_sampler import TransformersSampler
+from prefopt.losses.kl import AdaptiveKl, FixedKl, KlController
+from prefopt.model.check import CheckReport, check_scoring
+from prefopt.model.identity import identity_of_folder
+from prefopt.model.load import local_folder, resolve_dtype, slow_dtype
+from prefopt.model.memory import peak_memory
+from prefopt.model.packed import causal_model
+from prefopt.model.save import repair_generation
+from prefopt.progress import Reporter, duration, size
+from prefopt.rewards import Reward
+from prefopt.train import budget
+from prefopt.train.callbacks import Callbacks
+from prefopt.train.card import save_model, write_card
+from prefopt.train.collector import Collector
+from prefopt.train.folder import FREE, RunFolder, digest_of
+from prefopt.train.judge import Judge, TextJudge, is_model_reward
+from prefopt.train.learner import Learner, LearnOptions
+from prefopt.train.metrics import Metrics
+from prefopt.train.optim import Schedule, adamw
+from prefopt.train.phases import PhaseOptions, Phases, Trainee, actor_of
+from prefopt.train.policy import Policy
+from prefopt.train.ppo_models import PpoModels, build_models
+from prefopt.train.stop import StopRequest
+from prefopt.train.watch import watchers
+
+TRIED = 4
+"""Prompts that are answered twice before training, to check scoring on real samples."""
+CHECKPOINTS = 10
+"""Without --save-every a run keeps a checkpoint this often, until it is finished: what a divergence cannot spoil."""
+
+Scores = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class PpoResult:
+    """What a run gives back: ``metrics`` are the last step's."""
+
+    output: Path
+    steps: int
+    metrics: dict[str, float]
+
+
+def run(
+    config: PpoConfig,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    rows: Iterable[Mapping[str, object]] | None = None,
+    reward: Scores | None = None,
+    callbacks: Sequence[Any] = (),
+) -> PpoResult | None:
+    """Run PPO, or RLOO. ``callbacks``: see :class:`prefopt.train.callbacks.Callback`.
+
+    ``model``, ``tokenizer``, ``rows`` and ``reward`` stand in for what ``config`` names (a model is trained in place).
+
+    Returns none for a dry run. Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after
+    a stop, with everything kept.
+    """
+    with StopRequest() as stop:
+        run = _Run(config, Reporter(config.progress), stop, model, tokenizer, rows, reward)
+        run.callbacks = Callbacks([*watchers(run.config, run.folder), *callbacks], run.config.to_dict())
+        return run.run()
+
+
+class _Run:
+    """One run, stage by stage."""
+
+    callbacks: Callbacks
+
+    def __init__(
+        self,
+        config: PpoConfig,
+        reporter: Reporter,
+        stop: StopRequest,
+        model: Any,
+        tokenizer: Any,
+        rows: Any,
+        reward: Scores | None,
+    ) -> None:
+        self.config, self.reporter, self.stop = config, reporter, stop
+        self.given, self.rows, self.reward = model, rows, reward
+        self.folder = RunFolder(Path(config.output), config.to_dict(), resume=config.resume, dry=config.dry_run)
+        self.start = SampledModel(
+            config.model,
+            adapter=config.adapter,
+            device=config.device,
+            dtype=config.dtype,
+            given=model,
+            tokenizer=tokenizer,
+        )
+        self.device, self.tokenizer = self.start.device, self.start.tokenizer
+        self.dtype = resolve_dtype(config.dtype, self.device)
+
+    def run(self) -> PpoResult | None:
+        self._prepare_machine()
+        prompts = self._prompts()
+        policy = Policy(self.config, self.start.source, self.dtype, self.device, self.given)
+        try:
+            if self.config.attention != "auto" and policy.scorer.path == "separate":
+                raise ConfigError(f"--attention does nothing here: {policy.scorer.reason}; leave it out")
+            check = self._check(policy, prompts)
+            self.reporter.say(policy.make_trainable())
+            models = build_models(
+                self.config,
+                policy,
+                self.start.source,
+                self.tokenizer,
+                self.settings.stop,
+                self._longest(prompts),
+                self._given_judge(),
+            )
+            for line in models.words():
+                self.reporter.say(line)
+            if self.config.dry_run:
+                self._preview(policy, models, prompts)
+                return None
+            self._take_folder(prompts, models)
+            phases = self._phases(policy, models, prompts, check)
+            place = phases.run()
+            return self._finish(policy, models, prompts, place.step, place.seconds)
+        finally:
+            policy.release()
+            self.folder.leave()
+
+    # -- what is needed before training ------------------------------------------------------------------------
+
+    def _prepare_machine(self) -> None:
+        if self.config.threads:
+            torch.set_num_threads(self.config.threads)
+        if self.config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        if slow := slow_dtype(self.dtype, self.device):
+            self.reporter.say(slow)
+
+    def _prompts(self) -> PromptSet:
+        config = self.config
+        template = read_template(config.chat_template) if config.chat_template else None
+        renderer = renderer_for(self.tokenizer, template, parse_variables(config.template_variables or ()))
+        chats = template is not None or self.tokenizer.chat_template is not None
+        lines = config.lines if config.lines != "auto" else "user" if chats else "text"
+        reader = PromptReader(renderer, context=self.start.context, lines=lines, on_bad_row=config.on_bad_row)
+        if self.rows is None:
+            prompts = reader.read(find_sources(config.prompts), format=config.format, columns=config.columns)
+        else:
+            reading = parse_comparisons(self.rows, "prompts", format=config.format, columns=config.columns)
+            prompts = reader.take(reading, reading.notes)
+        for line in prompts.summary():
+            self.reporter.say(f"prompts: {line}")
+        if template:
+            self.tokenizer.chat_template = template  # the finished model is used as it was trained
+        stop = self.start.stops(renderer)
+        if not stop:
+            self.reporter.say("responses end at no token, for the tokenizer names none: all are cut off")
+        self.settings = Settings(config.max_new_tokens, stop, temperature=config.temperature, seed=config.seed)
+        self._refuse_long(prompts)
+        return prompts
+
+    def _refuse_long(self, prompts: PromptSet) -> None:
+        """A response that the context cuts short would be punished for what is not its doing."""
+        context, new = self.start.context, self.config.max_new_tokens
+        if context is None:
+            return
+        for row, ids in zip(prompts.rows, prompts.ids, strict=True):
+            if len(ids) + new > context:
+                what = f"its prompt has {len(ids)} tokens, and --max-new-tokens {new} more are beyond the context of"
+                raise DataError(f"{what} {context}; shorten it, or lower --max-new-tokens", file=row.file, row=row.row)
+
+    def _longest(self, prompts: PromptSet) -> int:
+        return max(map(len, prompts.ids)) + self.config.max_new_tokens
+
+    def _check(self, policy: Policy, prompts: PromptSet) -> CheckReport:
+        """Sample a little, and show that the scorer is exact on it."""
+        few = [prompts.ids[i] for i in range(min(TRIED, len(prompts.ids)))]
+        drawn = TransformersSampler(policy.scorer).sample(few, 2, self.settings)
+        groups = [group_of(ids, many) for ids, many in zip(few, drawn, strict=True)]
+        check = check_scoring(policy.scorer, groups)
+        scorer = policy.scorer
+        if scorer.reason and scorer.path == "separate":
+            self.reporter.say(f"scoring: each response separately, since {scorer.reason}")
+        self.reporter.say(
+            f"scoring: {scorer.path} ({scorer.kernel}, {str(self.dtype).removeprefix('torch.')}, {self.device});"
+            f" rounding {check.noise:.1g} nats per token"
+        )
+        return check
+
+    def _given_judge(self) -> Judge | None:
+        if self.reward is None:
+            return None
+        return TextJudge(Reward(self.config.reward, self.reward), self.tokenizer, self.settings.stop)
+
+    def _take_folder(self, prompts: PromptSet, models: PpoModels) -> None:
+        """From here on the output folder is this run's."""
+        self.folder.take()
+        self.folder.same("data", digest_of(prompts.ids), "the prompts")
+        self.folder.same("model", self.start.identity().digest, "the model")
+        if self.config.reference is not None:
+            found = identity_of_folder(local_folder(self.config.reference)).digest
+            self.folder.same("reference", found, "the reference model")
+        if self.reward is None and is_model_reward(self.config.reward):
+            found = identity_of_folder(local_folder(self.config.reward)).digest
+            self.folder.same("reward", found, "the reward model")
+        self.folder.remember(algorithm=self.config.algorithm, memory=models.memory())
+        path = self.folder.path / "config.yaml"
+        with output_errors(path):
+            path.write_text(self._options(), encoding="utf-8")
+
+    def _options(self) -> str:
+        """The options as a file for ``--config``, less what a second run should not repeat."""
+        return write_document(PpoConfig, {**self.config.to_dict(), "dry_run": False, "resume": False})
+
+    def _preview(self, policy: Policy, models: PpoModels, prompts: PromptSet) -> None:
+        say = self.reporter.say
+        for row, ids in list(zip(prompts.rows, prompts.ids, strict=True))[:2]:
+            say(f"\nrow {row.row}: {self.tokenizer.decode(ids.tolist())}")
+        say("\n" + self._options())
+        say(self._plan(prompts, self._token_budget(policy, models, prompts)))
+        state = 3 * sum(size for name, size in models.memory().items() if name in ("actor", "critic"))
+        say(f"memory: {size(sum(models.memory().values()))} for the models, up to {size(state)} for training them")
+        say("dry run: nothing was trained, and no output written")
+
+    # -- training ----------------------------------------------------------------------------------------------
+
+    def _phases(self, policy: Policy, models: PpoModels, prompts: PromptSet, check: CheckReport) -> Phases:
+        config = self.config
+        order, steps = self._order(prompts), self._steps(prompts)
+        tokens = self._token_budget(policy, models, prompts)
+        self.reporter.say(self._plan(prompts, tokens))
+        learner = Learner(_learn_options(config), policy.scorer, models.critic, config.temperature)
+        sampler = TransformersSampler(policy.scorer)
+        sampler.rows = self.folder.record.get("rows") or sampler.estimate_rows(self._longest(prompts))
+        self.folder.remember(rows=sampler.rows, token_budget=tokens)
+        phases = Phases(
+            learner=learner,
+            collector=Collector(prompts, sampler, self.settings, config.num, models.judge, learner, models.reference),
+            trained=self._trained(policy, models, steps),
+            order=order,
+            kl=_controller(config),
+            options=PhaseOptions(
+                steps=steps,
+                epochs=config.ppo_epochs,
+                minibatches=config.minibatches,
+                seed=config.seed,
+                max_grad_norm=config.max_grad_norm,
+                max_kl=config.max_kl,
+                ratio_tolerance=check.tolerance(1) / min(1.0, config.temperature),
+                save_every=config.save_every or max(1, steps // CHECKPOINTS),
+                keep_last=config.keep_last,
+            ),
+            metrics=Metrics(self.folder.path / "metrics.jsonl"),
+            reporter=self.reporter,
+            checkpoints=self.folder.checkpoints,
+            stop=self.stop,
+            measure=lambda: {"peak_memory_bytes": float(peak_memory(self.device))},
+            callbacks=self.callbacks,
+        )
+        phases.place.token_budget = tokens
+        torch.manual_seed(config.seed + 1)
+        if config.resume:
+            path = phases.resume()
+            none = "no checkpoint that is whole" if phases.checkpoints.exists() else "no checkpoint yet"
+            self.reporter.say(f"resumed: {path}" if path else f"{none}: starting at the first step")
+        return phases
+
+    def _trained(self, policy: Policy, models: PpoModels, steps: int) -> dict[str, Trainee]:
+        config, critic = self.config, models.critic
+        assert config.learning_rate is not None
+
+        def optimizer(masters: dict[str, torch.nn.Parameter]) -> torch.optim.AdamW:
+            betas = (config.adam_beta1, config.adam_beta2)
+            return adamw(masters, betas=betas, epsilon=config.adam_epsilon, weight_decay=config.weight_decay)
+
+        def schedule(peak: float) -> Schedule:
+            return Schedule(config.schedule, peak, steps, round(config.warmup * steps))
+
+        found = {"actor": actor_of(policy.masters, optimizer(policy.masters.masters), schedule(config.learning_rate))}
+        if critic is not None:
+            peak = config.critic_learning_rate or config.learning_rate
+            found["critic"] = Trainee(
+                critic.masters, optimizer(critic.masters), schedule(peak), critic.publish, critic.zero_grad, critic.load
+            )
+        return found
+
+    def _order(self, prompts: PromptSet) -> Order:
+        return Order(len(prompts.ids), self.config.batch_size, seed=self.config.seed, shuffle=self.config.shuffle)
+
+    def _steps(self, prompts: PromptSet) -> int:
+        steps = max(1, math.ceil(self.config.epochs * self._order(prompts).steps_per_epoch))
+        return min(steps, self.config.max_steps or steps)
+
+    def _plan(self, prompts: PromptSet, tokens: int) -> str:
+        config = self.config
+        return (
+            f"{self._steps(prompts)} steps of {min(config.batch_size, len(prompts.ids))} prompts with {config.num}"
+            f" response{'s' * (config.num > 1)} each, {config.ppo_epochs} x {config.minibatches} updates a step,"
+            f" {tokens} tokens at once"
+        )
+
+    def _token_budget(self, policy: Policy, models: PpoModels, prompts: PromptSet) -> int:
+        """The budget of ``--token-budget``, of the run's first start, or an estimate, halved where a critic has layers
+        of its own."""
+        given = self.config.token_budget or self.folder.record.get("token_budget")
+        if given:
+            return int(given)
+        own = models.critic is not None and not models.critic.is_head
+        tokens = budget.estimate(
+            policy.scorer,
+            [_largest(prompts, self.config)],
+            checkpointing=self.config.gradient_checkpointing,
+            still_to_come=budget.state_bytes(policy.masters) * (2 if own else 1),
+        )
+        return tokens // 2 if own else tokens
+
+    # -- after training ----------------------------------------------------------------------------------------
+
+    def _finish(self, policy: Policy, models: PpoModels, prompts: PromptSet, steps: int, seconds: float) -> PpoResult:
+        config, folder = self.config, self.folder.path
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        first, last = lines[0], lines[-1]
+        if said := repair_generation(causal_model(policy.scorer.model)):
+            self.reporter.say(f"the model as it was given cannot be saved: {said}")
+        save_model(folder, policy.scorer, policy.masters, self.tokenizer)
+        results: dict[str, Any] = {"steps": steps}
+        for name in _CARD:
+            results |= {f"first step: {name}": first.get(name), f"last step: {name}": last.get(name)}
+        results |= {f"memory of the {name}": size(of) for name, of in models.memory().items() if of}
+        results |= {"training time": duration(seconds), "peak memory": size(peak_memory(self.device))}
+        files = ", ".join(f"`{Path(d).name}`" for d in config.prompts)
+        write_card(
+            folder,
+            model=config.model,
+            title=_TITLES[config.algorithm],
+            tag=config.algorithm,
+            data=f"{len(prompts.ids)} prompts, from {files}. The reward is `{config.reward}`.",
+            settings={n: v for n, v in config.to_dict().items() if n not in FREE},
+            results=results,
+            license="The licences of the base model, of the reward model and of the data apply.",
+        )
+        if not config.save_every:
+            shutil.rmtree(self.folder.checkpoints)  # they were there for what might have happened until now
+        self.folder.remember(status="finished", finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), results=results)
+        self.reporter.say(
+            f"score {first['objective/scores']:.3f} in the first step, {last['objective/scores']:.3f} in the last, at"
+            f" {last['objective/kl']:.3g} nats from the reference; by the reward that was trained on: look at samples"
+        )
+        self.reporter.say(f"done in {duration(seconds)}: {folder}")
+        return PpoResult(folder, steps, last)
+
+
+_TITLES = {"ppo": "Proximal Policy Optimization", "rloo": "REINFORCE with a leave-one-out baseline"}
+_CARD = ("objective/scores", "objective/kl", "objective/rlhf_reward", "objective/entropy", "val/length", "val/eos_rate")
+
+
+def _learn_options(config: PpoConfig) -> LearnOptions:
+    names = LearnOptions.__dataclass_fields__
+    return LearnOptions(**{name: getattr(config, name) for name in names})
+
+
+def _controller(config: PpoConfig) -> KlController:
+    if config.kl_target is None:
+        return FixedKl(config.beta)
+    return AdaptiveKl(config.beta, config.kl_target, config.kl_horizon)
+
+
+def _largest(prompts: PromptSet, config: PpoConfig) -> Group:
+    """The longest prompt with responses of the greatest length: what memory must hold."""
+    prompt = max(prompts.ids, key=len)
+    whole = np.concatenate([prompt, np.zeros(config.max_new_tokens, np.int32)])
+    trained = np.arange(len(whole)) >= len(prompt)
+    return Group.from_sequences([(whole, trained)] * config.num, row=0, pairs=())

@@ -1,0 +1,114 @@
+"""The critic: what a response is expected to earn, told before each of its tokens."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from prefopt.data.packer import PackedBatch, pack
+from prefopt.data.tokenizer import Tokenizer
+from prefopt.errors import ModelError
+from prefopt.model.load import local_folder, vocabulary_size
+from prefopt.model.logprobs import wide_dtype
+from prefopt.model.packed import causal_model
+from prefopt.model.precision import MasterWeights
+from prefopt.model.scalar import ScalarScorer, load_scalar
+from prefopt.model.scorer import Asked, Scorer
+
+
+class Critic:
+    """Either a network of its own (``scorer``), or a head on the actor's hidden states; ``masters`` are what trains.
+
+    A network of its own is what the papers have (Huang et al. 2024, arXiv 2403.17031): what is good to predict a
+    reward with is not taken from what is good to predict the next token with. A head costs a forward pass less, and
+    next to no memory; its gradient goes on into the actor's layers.
+    """
+
+    def __init__(self, scorer: ScalarScorer | None, masters: dict[str, torch.nn.Parameter], words: str) -> None:
+        self.scorer, self.words = scorer, words
+        self._own = MasterWeights(scorer.model, scorer.dtype) if scorer is not None else None
+        self.masters = self._own.masters if self._own is not None else masters
+
+    @property
+    def is_head(self) -> bool:
+        """Whether it reads the actor's hidden states."""
+        return self.scorer is None
+
+    def values(self, batch: PackedBatch, hidden_M: torch.Tensor | None) -> torch.Tensor:
+        """Values [M], float32 or wider; ``hidden_M`` [M, H] are the actor's, for a head on them."""
+        if self.scorer is not None:
+            values: torch.Tensor = self.scorer(self._packed(batch), tokens=True)
+            return values
+        assert hidden_M is not None
+        wide = hidden_M.to(wide_dtype(hidden_M.dtype))
+        return wide @ self.masters["weight"].to(wide.dtype)
+
+    def _packed(self, batch: PackedBatch) -> PackedBatch:
+        """As the critic takes it: it may be of another architecture than the actor."""
+        assert self.scorer is not None
+        return pack(batch.groups, self.scorer.layout).to(batch.target.device)
+
+    def publish(self) -> None:
+        """Let the network compute with what the optimiser made of its weights."""
+        if self._own is not None:
+            self._own.publish()
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for master in self.masters.values():
+            master.grad = None
+        if self._own is not None:
+            self._own.zero_grad()
+
+    @torch.no_grad()
+    def load(self, values: dict[str, torch.Tensor]) -> None:
+        """Set the weights that train."""
+        for name, master in self.masters.items():
+            master.copy_(values[name])
+        self.publish()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its weights, masters and all."""
+        own = list(self.scorer.model.parameters()) if self.scorer is not None else []
+        return sum(p.numel() * p.element_size() for p in {id(p): p for p in (*own, *self.masters.values())}.values())
+
+
+def new_critic(
+    kind: str, actor: Scorer, source: str, tokenizer: Tokenizer, *, dtype: torch.dtype, seed: int, checkpointing: bool
+) -> Critic:
+    """A critic that starts as the model in folder ``source`` (a reward model, or a language model with a new scalar
+    head), or, where ``kind`` is ``head``, as a new head on ``actor``.
+
+    Raises :class:`ModelError` where the architecture has no scalar head, or hides its hidden states.
+    """
+    device = next(actor.model.parameters()).device
+    if kind == "head":
+        if actor.head.kind == "model":
+            raise ModelError(
+                f"--critic head: {type(causal_model(actor.model)).__name__} does not show its hidden states"
+            )
+        width = int(causal_model(actor.model).get_input_embeddings().embedding_dim)
+        drawn = torch.randn(width, generator=torch.Generator().manual_seed(seed)) / (width + 1) ** 0.5
+        weight = torch.nn.Parameter(drawn.to(device, wide_dtype(actor.dtype)))
+        return Critic(None, {"weight": weight}, "a head on the actor's layers")
+    model = load_scalar(
+        local_folder(source),
+        dtype=torch.promote_types(dtype, torch.float32),
+        device=device,
+        tokenizer=copy.deepcopy(tokenizer),  # a pad token may be put on it, which the actor's has no need of
+        seed=seed,
+    )
+    model.requires_grad_(True)
+    if vocabulary_size(causal_model(model)) < len(tokenizer):
+        raise ModelError(f"{source}: its vocabulary is smaller than the tokenizer's; they belong to different models")
+    if checkpointing:
+        causal_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+    scorer = ScalarScorer(model, attention=actor.attention)
+    return Critic(scorer, {}, f"a network of its own, started from the {kind} model")
+
+
+def hidden_wanted(critic: Critic | None) -> Asked | None:
+    """What the actor's forward pass is asked for beside log-probabilities."""
+    return Asked(hidden=True) if critic is not None and critic.is_head else None

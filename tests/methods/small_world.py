@@ -1,0 +1,81 @@
+"""A world that can be listed: a language of eight tokens, answers of three at most, and a reward for each."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from prefopt import theory
+from prefopt.data.group import Group
+from prefopt.data.packer import pack
+from prefopt.model.scorer import Scorer, response_sums
+
+LETTERS = ["<s>", "</s>", *"abcdef"]
+STOP, LONGEST = 1, 3
+PROMPT = "abc"
+RESPONSES = theory.responses(len(LETTERS), LONGEST, STOP)
+
+
+def tokenizer() -> Any:
+    """A token for every letter, and two marks."""
+    raw = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(LETTERS)}, unk_token="<s>"))
+    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    raw.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+
+
+def model(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(LETTERS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=16,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=STOP,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def write_world(folder: Path, seed: int = 0) -> str:
+    model(seed).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def text_of(response: Sequence[int]) -> str:
+    """What a reward sees: everything before the mark that ends a response."""
+    return "".join(LETTERS[i] for i in response if i != STOP)
+
+
+def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """A number between -1 and 1 for each text, without any pattern."""
+    return [2 * zlib.crc32(text.encode()) / 2**32 - 1 for text in responses]
+
+
+REWARD = np.array(reward([], [text_of(r) for r in RESPONSES]))
+
+
+def group() -> Group:
+    """The prompt with every response."""
+    prompt = [LETTERS.index(letter) for letter in PROMPT]
+    whole = [np.array([*prompt, *r], np.int32) for r in RESPONSES]
+    return Group.from_sequences([(w, np.arange(len(w)) >= len(prompt)) for w in whole], row=0, pairs=())
+
+
+def distribution(scorer: Scorer) -> torch.Tensor:
+    """Log-probability [Y] of every response."""
+    batch = pack([group()], scorer.layout)
+    return response_sums(scorer(batch), batch)
