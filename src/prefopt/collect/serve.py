@@ -35,37 +35,43 @@ def serve(config: CollectServeConfig) -> None:
                 f"--host {config.host} is reached from other machines, and nobody is invited:"
                 f" first run prefopt collect invite {path} --name NAME"
             )
-        listening = _listen(config.host, config.port)
-        port = listening.getsockname()[1]
-        site = site_of(config, port)
-        print(f"{path}: {study.settings.title}")
-        if local:
-            _, secret = invite(study, "lead", lead=True)
-            print(f"Your own link, to vote and to see how it goes: {first_origin(config, port)}/join/{secret}")
-        else:
-            print(f"serving on {config.host} port {port}, for those who are invited")
-        if not site.secure and not local:
-            print(
-                "note: without TLS whoever is between can read cookies and votes; put a proxy with TLS in front (--url)"
-            )
-        print("Ctrl-C stops; what was acknowledged is stored", flush=True)
-        settings = uvicorn.Config(
-            build_app(study, site),
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            http="h11",
-            ws="none",
-            lifespan="off",
-            limit_concurrency=CONNECTIONS,
-            timeout_keep_alive=10,
-            timeout_graceful_shutdown=5,
-        )
-        uvicorn.Server(settings).run(sockets=[listening])
+        with _listen(config.host, config.port) as listening:
+            port = listening.getsockname()[1]
+            site = site_of(config, port)
+            _tell(study, config, site, port)
+            uvicorn.Server(_settings(study, site)).run(sockets=[listening])
     finally:
         study.close()
         lock.release()
+
+
+def _tell(study: Study, config: CollectServeConfig, site: Site, port: int) -> None:
+    """What is served, and how to come in."""
+    print(f"{study.path}: {study.settings.title}")
+    if config.host in LOCAL:
+        _, secret = invite(study, "lead", lead=True)
+        print(f"Your own link, to vote and to see how it goes: {first_origin(config, port)}/join/{secret}")
+    else:
+        print(f"serving on {config.host} port {port}, for those who are invited")
+        if not site.secure:
+            print("note: without TLS whoever is between can read cookies and votes; put a proxy in front (--url)")
+    print("Ctrl-C stops; what was acknowledged is stored", flush=True)
+
+
+def _settings(study: Study, site: Site) -> uvicorn.Config:
+    return uvicorn.Config(
+        build_app(study, site),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=10,
+        timeout_graceful_shutdown=5,
+    )
 
 
 def site_of(config: CollectServeConfig, port: int) -> Site:

@@ -41,7 +41,7 @@ _ATTRIBUTES = {
     **{tag: {"dir"} for tag in ("h1", "h2", "h3", "h4", "h5", "h6", "li", "blockquote", "th", "td", "div")},
     "pre": {"dir", "tabindex"},
     "ol": {"start"},
-    "span": {"class", "title"},
+    "span": {"class", "title", "tabindex"},
     **dict.fromkeys(_MATH, _MATH_ATTRIBUTES),
 }
 _CLASSES = {"math", "source", "url", "image", "block"}
@@ -81,11 +81,11 @@ def _filter(tag: str, name: str, value: str) -> str | None:
 def formula(source: str, display: bool) -> str:
     """MathML of a LaTeX formula with its source as the title; the source as code where it cannot be read."""
     title = html.escape(source)
-    kind = "math block" if display else "math"
+    kind = 'class="block" tabindex="0"' if display else 'class="math"'  # what may scroll can be reached by keys
     if len(source) <= LONGEST_FORMULA:
         try:
             found = latex2mathml.converter.convert(source, display="block" if display else "inline")
-            return f'<span class="{kind.split()[-1]}" title="{title}">{found}</span>'
+            return f'<span {kind} title="{title}">{found}</span>'
         except Exception:  # the converter raises whatever it meets, for any text that is no formula
             pass
     return f'<code dir="ltr">{title}</code>'

@@ -89,7 +89,8 @@ def release(connection: sqlite3.Connection, item: int, overlap: int) -> None:
 def _new_place(connection: sqlite3.Connection) -> int:
     """A place behind all that were ever given: those of full items are not given again."""
     connection.execute(
-        "INSERT INTO setting VALUES ('last_place', (SELECT coalesce(max(place), 0) + 1 FROM queue))"
+        "INSERT INTO setting VALUES ('last_place',"
+        " (SELECT coalesce(max(place), 0) + 1 FROM queue WHERE place IS NOT NULL))"
         " ON CONFLICT (name) DO UPDATE SET value = CAST(value AS INTEGER) + 1"
     )
     return int(connection.execute("SELECT value FROM setting WHERE name = 'last_place'").fetchone()[0])
