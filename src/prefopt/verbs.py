@@ -18,6 +18,7 @@ from prefopt.config.collect import (
     CollectServeConfig,
     CollectStatsConfig,
 )
+from prefopt.config.compare import CompareConfig
 from prefopt.config.data_verbs import DataCheckConfig, DataConvertConfig, DataSplitConfig
 from prefopt.config.demo import DemoConfig
 from prefopt.config.dpo import DpoConfig
@@ -88,6 +89,11 @@ VERBS: dict[str, Verb] = {
     ),
     "chat": Verb(
         "talk to a model in the terminal, or to two and say which is better", ChatConfig, "generate.session:chat"
+    ),
+    "compare": Verb(
+        "tell which of two or more models is better on some prompts, and how sure that is",
+        CompareConfig,
+        "commands.compare:compare_models",
     ),
     "losses": Verb(
         "list the losses that a model can be aligned with, or tell all of one",

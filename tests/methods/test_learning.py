@@ -65,17 +65,22 @@ def test_pairs_of_rankings_are_learnt(which: str, model: str, tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"loss": "plackett_luce"}, {"pairs": "all"}, {"pairs": "best-worst"}], ids=str)
-def test_people_s_orders_of_four_answers_are_learnt(options: dict[str, Any], shared: Path, tmp_path: Path) -> None:
-    """Real orders, with ties, of answers to questions that were not trained on."""
+def test_orders_of_real_answers_are_learnt(options: dict[str, Any], shared: Path, tmp_path: Path) -> None:
+    """Answers to questions that were not trained on, four to each, with ties; the order is planted: longer is better.
+
+    People's own orders of these answers go neither with length nor with anything else that so small a model can tell.
+    """
     every = json.loads((shared / "data/finegrained_qa/dev_feedback.json").read_text("utf-8"))
-    short = sorted(every, key=lambda row: sum(len(row[f"prediction {k}"]) for k in (1, 2, 3, 4)))[:96]
-    data = write_rows(tmp_path / "data.jsonl", short)
+    answers = [(row["question"], [row[f"prediction {k}"] for k in (1, 2, 3, 4)]) for row in every]
+    short = sorted(answers, key=lambda row: len("".join(row[1])))[:96]
+    rows = [{"prompt": q, "responses": a, "scores": [len(x) // 20 for x in a]} for q, a in short]
+    data = write_rows(tmp_path / "data.jsonl", rows)
     given: dict[str, Any] = {"eval_fraction": 0.25, "batch_size": 8, "max_length": 256, "on_bad_row": "skip", **options}
     model = str(shared / "models/stories260k")
     start = dpo(model, data, tmp_path / "start", learning_rate=1e-12, max_steps=1, **given).held_out_loss
-    result = dpo(model, data, tmp_path / "out", learning_rate=1e-3, eval_every=3, epochs=1.5, **given)
-    print(start, [(t["step"], t["eval_loss"], t["eval_rewards/accuracies"]) for t in evaluations(tmp_path / "out")])
-    assert start is not None and result.held_out_loss is not None and result.held_out_loss < start
+    result = dpo(model, data, tmp_path / "out", learning_rate=3e-4, eval_every=3, **given)
+    assert start is not None and result.held_out_loss is not None and result.held_out_loss < 0.8 * start
+    assert evaluations(tmp_path / "out")[-1]["eval_rewards/accuracies"] > 0.8
 
 
 @pytest.mark.slow

@@ -1,0 +1,112 @@
+"""What ``prefopt compare`` reads; it checks itself.
+
+>>> CompareConfig(a="new", b="old", prompts=["prompts.txt"], judge="length").num
+1
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from prefopt.config.data import ReadOptions
+from prefopt.config.machine import MachineOptions
+from prefopt.config.option import check_all, flag, option
+from prefopt.errors import ConfigError
+
+_OF_SAMPLES = ("a", "b", "prompts", "judge")
+_OF_LLM = ("judge_url", "judge_model", "judge_key")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(MachineOptions, ReadOptions):
+    """Which of two or more models is better on some prompts. Construction raises ``ConfigError``."""
+
+    a: str | None = option(
+        None, "a model, or a .jsonl file that prefopt sample wrote with one", group="model", default_text="required"
+    )
+    b: str | None = option(None, "the model that it is compared with, likewise", group="model", default_text="required")
+    others: list[str] | None = option(
+        None, "more models: each is compared with each, and all are put on one scale", group="model"
+    )
+    reference: str | None = option(
+        None, "model that each model's distance (KL) is measured to, on its own samples", group="model"
+    )
+
+    prompts: list[str] | None = option(
+        None,
+        "files, folders, globs or Hub data sets with prompts, in any layout; or .txt, a prompt in every line",
+        group="data",
+        default_text="required, unless all models are files of samples",
+    )
+    category: str | None = option(None, "column of the prompts by which rates are told apart", group="data")
+    held_out: list[str] | None = option(
+        None, "data whose best responses each model's perplexity is measured on", group="data"
+    )
+    votes: list[str] | None = option(
+        None, "votes of people to count instead: files of prefopt chat, or studies", group="data"
+    )
+
+    judge: str | None = option(
+        None,
+        "who says which response is better: length, vader, regex:PATTERN, gsm8k (the answer behind #### in the"
+        " prompts' file), MODULE:FUNCTION of prompts and responses, implicit:MODEL,REFERENCE, or llm",
+        group="judge",
+        default_text="required",
+    )
+    judge_url: str | None = option(
+        None, "where the judge llm is: an OpenAI-compatible server, such as http://localhost:8000/v1", group="judge"
+    )
+    judge_model: str | None = option(None, "its name there", group="judge", default_text="the server's only model")
+    judge_key: str | None = option(
+        None, "environment variable with the server's key", group="judge", default_text="none is sent"
+    )
+
+    num: int = option(1, "samples of every prompt and model", group="sampling", at_least=1)
+    max_new_tokens: int = option(256, "tokens of a sample at most", group="sampling", at_least=1)
+    temperature: float = option(1.0, "divides the logits; 0 takes the likeliest token", group="sampling", at_least=0)
+    seed: int = option(0, "seed of the samples and of resampling", group="sampling", at_least=0, at_most=2**32 - 1)
+
+    output: str | None = option(
+        None, "file to write the judged pairs to, JSON lines that read as preferences", group="output"
+    )
+    json: bool = option(False, "print one JSON document, and nothing else", group="output")
+    progress: Literal["auto", "rich", "plain", "none"] = option(
+        "auto", "how progress is shown; auto: rich on a terminal, plain lines elsewhere", group="output"
+    )
+
+    def __post_init__(self) -> None:
+        check_all(self)
+        self.check_machine()
+        if self.votes is not None:
+            for name in (*_OF_SAMPLES, *_OF_LLM, "others", "reference", "category", "held_out", "output"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{flag(name)}: --votes counts what was judged already; leave one of them out")
+            return
+        for name in ("a", "b", "judge"):
+            if getattr(self, name) is None:
+                raise ConfigError(f"{flag(name)} is missing; or count votes of people with --votes")
+        sampled = [name for name in self.models if not is_file(name)]
+        if self.prompts is None and sampled:
+            raise ConfigError(f"--prompts is missing, which {sampled[0]} is to answer")
+        if len(set(self.models)) < len(self.models):
+            raise ConfigError("one of the models is named twice; a model is not compared with itself")
+        if self.judge == "llm" and self.judge_url is None:
+            raise ConfigError("--judge llm needs --judge-url, the address of the server that judges")
+        for name in _OF_LLM:
+            if getattr(self, name) is not None and self.judge != "llm":
+                raise ConfigError(f"{flag(name)} belongs to --judge llm; leave it out")
+        if self.reference is not None and self.temperature != 1:
+            raise ConfigError("--reference measures KL on samples of the model itself: leave --temperature out")
+        if self.temperature == 0 and self.num > 1:
+            raise ConfigError(f"--temperature 0 draws the same sample {self.num} times: leave --num out")
+
+    @property
+    def models(self) -> list[str]:
+        """All models, in their order."""
+        return [name for name in (self.a, self.b, *(self.others or ())) if name is not None]
+
+
+def is_file(model: str) -> bool:
+    """Whether a model is given by a file of its samples."""
+    return model.endswith(".jsonl")

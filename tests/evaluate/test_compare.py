@@ -1,0 +1,212 @@
+"""``prefopt compare``, from two models to a verdict: planted differences, refusals, every option."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import prefopt
+from prefopt.cli import main
+from prefopt.config.compare import CompareConfig
+from prefopt.errors import ConfigError, DataError
+from prefopt.evaluate.compare import CompareResult, run
+from prefopt.evaluate.samples import repetition
+from train.small import write_model, write_rows
+
+PROMPTS: list[dict[str, Any]] = [{"prompt": f"{'klm'[i % 3]}{i}: ", "kind": "ab"[i % 2]} for i in range(16)]
+QUICK: dict[str, Any] = {"dtype": "float32", "device": "cpu", "progress": "none", "max_new_tokens": 8}
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_model(tmp_path_factory.mktemp("models") / "other", seed=1)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    return write_rows(tmp_path / "prompts.jsonl", PROMPTS)
+
+
+def samples(path: Path, texts: list[list[str]], prompts: list[dict[str, Any]] = PROMPTS) -> str:
+    """A file as prefopt sample writes it, but for tokens."""
+    return write_rows(path, [row | {"responses": many} for row, many in zip(prompts, texts, strict=True)])
+
+
+def compared(a: str, b: str, **options: Any) -> CompareResult:
+    return run(CompareConfig(a=a, b=b, **{"judge": "length", "json": True, **options}))
+
+
+def test_a_planted_difference_is_found_and_one_of_length_alone_is_not(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    many: list[dict[str, Any]] = [{"prompt": f"p{i} ", "kind": "ab"[i % 2]} for i in range(120)]
+
+    def texts(wins: float, words: int) -> list[list[str]]:
+        return [[("good " if rng.random() < wins else "") + "w " * int(rng.integers(1, words))] for _ in many]
+
+    best, worse = samples(tmp_path / "a.jsonl", texts(0.7, 9), many), samples(tmp_path / "b.jsonl", texts(0.3, 9), many)
+    result = compared(best, worse, judge="regex:good", category="kind")
+    (v,) = result.versus
+    assert v.rate.rate is not None and v.rate.rate.low > 0.5 and v.rate.p is not None and v.rate.p < 0.01
+    assert v.rate.wins + v.rate.ties + v.rate.losses == 120 and v.rate.needed is not None and v.rate.needed < 120
+    assert set(v.categories) == {"a", "b"} and all(c.prompts == 60 and c.rate for c in v.categories.values())
+    longer = samples(tmp_path / "c.jsonl", texts(0.5, 30), many)
+    (v,) = compared(longer, worse, judge="length").versus
+    assert v.rate.rate is not None and v.rate.rate.low > 0.5
+    assert v.equal_length is not None and not v.equal_length.rate.excludes(0.5)
+    turned = compared(worse, best, judge="regex:good").versus[0].rate
+    assert turned.rate is not None and turned.wins == result.versus[0].rate.losses
+
+
+def test_models_are_sampled_with_the_same_seed_and_told_about(
+    model: str, other: str, prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = write_rows(tmp_path / "held.jsonl", [{"prompt": "k1: ", "chosen": "aeiou", "rejected": "xyz"}] * 3)
+    out = tmp_path / "judged.jsonl"
+    words = ["compare", "--a", model, "--b", other, "--prompts", prompts, "--judge", "length", "--reference", model]
+    words += ["--held-out", held, "--num", "2", "--category", "kind", "--output", str(out)]
+    words += [f"--{n.replace('_', '-')}={v}" for n, v in QUICK.items()]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert main([*words, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    own, theirs = (result["models"][m] for m in (model, other))
+    (v,) = result["versus"]
+    assert f"won {v['rate']['wins']}, tied {v['rate']['ties']}, lost {v['rate']['losses']}" in said
+    assert v["rate"]["wins"] + v["rate"]["ties"] + v["rate"]["losses"] == 32 and "KL to the reference" in said
+    assert "a: 8 prompts, too few for a rate" in said
+    assert own["distance"]["k1"]["mean"] == pytest.approx(0, abs=1e-4), "a model is its own reference"
+    rows = prefopt.sample(other, prompts, num=2, **QUICK).rows
+    reference = AutoModelForCausalLM.from_pretrained(model)
+    ratios = []
+    for row in rows:
+        prompt = tokens_of(model, row["prompt"])
+        for ids, logp in zip(row["token_ids"], row["logprobs"], strict=True):
+            whole = torch.tensor([[*prompt, *ids]])
+            with torch.no_grad():
+                logits = reference(input_ids=whole, use_cache=False).logits[0].log_softmax(-1)
+            at = logits[len(prompt) - 1 : -1].gather(1, whole[0, len(prompt) :, None])
+            ratios.append(logp - float(at.sum()))
+    k1 = np.array(ratios).reshape(-1, 2).mean(1)
+    assert theirs["distance"]["k1"]["mean"] == pytest.approx(k1.mean(), abs=1e-3)
+    assert theirs["distance"]["error"] == pytest.approx(k1.std(ddof=1) / 4, rel=1e-3)
+    assert theirs["distance"]["k3"] == pytest.approx(np.mean(np.expm1(-np.array(ratios)) + ratios), rel=1e-3)
+    tokens = [t for row in rows for t in row["tokens"]]
+    assert theirs["tokens"] == pytest.approx(np.mean(tokens))
+    assert theirs["entropy"] == pytest.approx(-sum(sum(r["logprobs"]) for r in rows) / sum(tokens))
+    ids = torch.tensor([tokens_of(model, "k1: aeiou", end=True)])
+    start = len(tokens_of(model, "k1: "))
+    with torch.no_grad():
+        logits = reference(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+    nll = -logits[start - 1 : -1].gather(1, ids[0, start:, None]).mean()
+    assert own["perplexity"] == pytest.approx(math.exp(nll), rel=1e-4) and own["perplexity"] != theirs["perplexity"]
+    judged = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert len(judged) == 32 and judged[0]["models"] == [model, other] and "token_ids" not in judged[0]
+    # What was written is votes: counting them gives the same.
+    (again,) = run(CompareConfig(votes=[str(out)])).versus
+    turn = again.first != model
+    wins, losses = (again.rate.losses, again.rate.wins) if turn else (again.rate.wins, again.rate.losses)
+    assert (wins, again.rate.ties, losses) == (v["rate"]["wins"], v["rate"]["ties"], v["rate"]["losses"])
+
+
+def tokens_of(model: str, text: str, *, end: bool = False) -> list[int]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return [*tokenizer(text)["input_ids"], *([tokenizer.eos_token_id] if end else [])]
+
+
+def test_three_models_are_put_on_one_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(1)
+    many: list[dict[str, Any]] = [{"prompt": f"p{i} "} for i in range(80)]
+    files = [
+        samples(tmp_path / f"{name}.jsonl", [["w " * int(rng.integers(1, most))] for _ in many], many)
+        for name, most in (("short", 6), ("middle", 9), ("long", 14))
+    ]
+    result = compared(files[0], files[1], others=[files[2]])
+    assert len(result.versus) == 3
+    found = [result.strengths[f].mean for f in files]
+    assert found == sorted(found) and sum(found) == pytest.approx(0, abs=1e-9)
+    assert result.strengths[files[2]].low > result.strengths[files[0]].high
+    assert main(["compare", "--a", files[0], "--b", files[1], "--others", files[2], "--judge", "length"]) == 0
+    said = capsys.readouterr().out
+    assert said.index(f"]  {files[2]}") < said.index(f"]  {files[0]}") and "Bradley-Terry" in said
+
+
+def test_too_few_prompts_and_empty_answers_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = PROMPTS[:4]
+    a = samples(tmp_path / "a.jsonl", [["x y"], ["x"], [""], ["z"]], few)
+    b = samples(tmp_path / "b.jsonl", [["x"], ["  "], ["y"], ["z z"]], few)
+    assert main(["compare", "--a", a, "--b", b, "--judge", "length"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "4 prompts: won 2, tied 0, lost 2" in said
+        and "too few to tell a rate" in said
+        and "%" not in said.split("\n\n")[1]
+    )
+    assert "2 decided without the judge" in said and "1 empty" in said
+
+
+def test_what_does_not_compare_is_refused(tmp_path: Path, model: str) -> None:
+    a = samples(tmp_path / "a.jsonl", [["x"]] * 16)
+    others = [row | {"prompt": "another " if i == 4 else row["prompt"]} for i, row in enumerate(PROMPTS)]
+    for texts, prompts, said in (
+        ([["x"]] * 16, others, r"b\.jsonl, row 5: the prompt is another one than in"),
+        ([["x"]] * 5, PROMPTS[:5], "has 16 prompts and .* 5: compare samples of the same ones"),
+        ([["x", "y"]] * 16, PROMPTS, "has 2 samples, and .* 1: draw equally many"),
+    ):
+        b = samples(tmp_path / "b.jsonl", texts, prompts)
+        with pytest.raises(DataError, match=said):
+            compared(a, b)
+    b = samples(tmp_path / "b.jsonl", [["y"]] * 16)
+    for options, said in (
+        ({"category": "colour"}, "--category colour: the prompt has no such column"),
+        ({"reference": model}, "does not tell tokens and log-probabilities"),
+        ({"judge": "gsm8k"}, "--prompts is missing: --judge gsm8k reads the answers there"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=said):
+            compared(a, b, **options)
+
+
+OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"a": "m", "b": "n"}, "--judge is missing"),
+    ({"a": "m", "judge": "length"}, "--b is missing"),
+    ({"a": "m", "b": "n", "judge": "length"}, "--prompts is missing, which m is to answer"),
+    ({"a": "m", "b": "m", "judge": "length", "prompts": ["p"]}, "named twice"),
+    ({"a": "m", "b": "n", "judge": "llm", "prompts": ["p"]}, "--judge llm needs --judge-url"),
+    (
+        {"a": "m", "b": "n", "judge": "length", "prompts": ["p"], "judge_model": "x"},
+        "--judge-model belongs to --judge llm",
+    ),
+    (
+        {"a": "m", "b": "n", "judge": "length", "prompts": ["p"], "reference": "r", "temperature": 0.5},
+        "leave --temperature",
+    ),
+    ({"a": "m", "b": "n", "judge": "length", "prompts": ["p"], "temperature": 0.0, "num": 2}, "leave --num out"),
+    ({"votes": ["v"], "a": "m"}, "--a: --votes counts what was judged already"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), OPTIONS)
+def test_contradictions_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        CompareConfig(**options)
+
+
+@pytest.mark.parametrize("option", [{"num": 2}, {"max_new_tokens": 2}, {"temperature": 0.0}, {"seed": 3}])
+def test_an_option_of_sampling_does_something(option: dict[str, Any], model: str, other: str, prompts: str) -> None:
+    given: dict[str, Any] = {"prompts": [prompts], **QUICK}
+    results = [compared(model, other, **{**given, **more}).models for more in ({}, option)]
+    assert dataclasses.asdict(results[0][model]) != dataclasses.asdict(results[1][model])
+
+
+def test_repetition_is_told_of_texts_with_and_without_spaces() -> None:
+    assert repetition("the cat sat down the cat sat down") == pytest.approx(1 / 5)
+    assert repetition("好的好的好的好的") > 0.5 and repetition("") == 0.0
