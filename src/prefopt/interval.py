@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+NUMBERS = 4_000_000
+"""Values that are resampled at once: of many prompts, all resamples together would fill the memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Interval:
@@ -46,8 +49,17 @@ def mean_interval(values: npt.ArrayLike, *, level: float = 0.95, resamples: int 
     mean, error = float(x.mean()), float(x.std(ddof=1)) / n**0.5
     if error == 0:
         return Interval(mean, mean, mean, n, level)
-    drawn = x[np.random.Generator(np.random.PCG64(seed)).integers(n, size=(resamples, n))]
-    means, errors = drawn.mean(axis=1), drawn.std(axis=1, ddof=1) / n**0.5
+    rng = np.random.Generator(np.random.PCG64(seed))
+    parts = []
+    for count in _parts(resamples, max(1, NUMBERS // n)):
+        drawn = x[rng.integers(n, size=(count, n))]
+        parts.append((drawn.mean(axis=1), drawn.std(axis=1, ddof=1) / n**0.5))
+    means, errors = (np.concatenate(column) for column in zip(*parts, strict=True))
     t = (means[errors > 0] - mean) / errors[errors > 0]
     below, above = np.quantile(t, [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean, mean - float(above) * error, mean - float(below) * error, n, level)
+
+
+def _parts(total: int, most: int) -> list[int]:
+    """``total`` cut into parts of at most ``most``."""
+    return [min(most, total - start) for start in range(0, total, most)]

@@ -9,6 +9,7 @@ import pytest
 
 from prefopt.evaluate.rates import FEWEST, at_equal_length, sign_test, win_rate
 from prefopt.evaluate.strengths import Games, fitted, strengths
+from prefopt.interval import mean_interval
 
 optimize = pytest.importorskip("scipy.optimize")
 stats = pytest.importorskip("scipy.stats")
@@ -99,13 +100,14 @@ def test_all_alike_is_not_all_certain() -> None:
     assert level is not None and 0.25 < level.low < 0.5 < level.high < 0.75
 
 
-@pytest.mark.slow
 def test_the_prompts_needed_find_the_difference_in_eight_of_ten_experiments() -> None:
+    """Six wins of ten: by the normal, (1.96 + 0.84)^2 * 0.24 / 0.1^2."""
+    needed = win_rate(np.repeat([1.0, 0.0], [600, 400])[:, None]).needed
+    assert needed == 189
     rng = np.random.default_rng(4)
-    needed = win_rate(experiment(rng, 100_000, 1)[0]).needed
-    assert needed is not None
-    found = [win_rate(experiment(rng, needed, 1)[0]).rate for _ in range(500)]
-    assert abs(np.mean([f is not None and f.excludes(0.5) for f in found]) - 0.8) < 0.06
+    drawn = (rng.random((600, needed)) < 0.6).astype(float)
+    found = [mean_interval(x, resamples=500, seed=i).excludes(0.5) for i, x in enumerate(drawn)]
+    assert abs(np.mean(found) - 0.8) < 0.05
 
 
 PLANTED = np.array([1.0, 0.3, -0.2, -1.1])
@@ -121,7 +123,7 @@ def tournament(rng: np.random.Generator, prompts: int) -> Games:
 
 def test_bradley_terry_recovers_planted_strengths_and_is_the_maximum() -> None:
     games = tournament(np.random.default_rng(5), 3000)
-    found = fitted(games, 4)
+    found = fitted(games.wins(4).sum(0))
     np.testing.assert_allclose(found, PLANTED, atol=0.1)
 
     def loss(v: np.ndarray) -> float:
@@ -143,6 +145,6 @@ def test_intervals_of_strengths_hold_the_truth_as_often_as_they_say() -> None:
 
 
 def test_a_model_that_never_lost_has_a_strength_and_ties_are_half_wins() -> None:
-    found = fitted(Games.of([(0, 1, k, 1.0) for k in range(20)]), 2)
+    found = fitted(Games.of([(0, 1, k, 1.0) for k in range(20)]).wins(2).sum(0))
     assert np.isfinite(found).all() and found[0] > 2
-    assert fitted(Games.of([(0, 1, k, 0.5) for k in range(20)]), 2) == pytest.approx([0, 0], abs=1e-12)
+    assert fitted(Games.of([(0, 1, k, 0.5) for k in range(20)]).wins(2).sum(0)) == pytest.approx([0, 0], abs=1e-12)

@@ -1,9 +1,10 @@
 """Several models on one scale: Bradley-Terry strengths from who won against whom.
 
 >>> import numpy as np
->>> games = Games.of([(0, 1, 0, 1.0)] * 30 + [(0, 1, 1, 0.0)] * 10)  # model 0 won 30 times of 40
->>> float(np.diff(fitted(games, 2))[0].round(2))
--1.1
+>>> games = Games.of([(0, 1, k, 1.0) for k in range(30)] + [(0, 1, k, 0.0) for k in range(10)])  # 30 of 40 to model 0
+>>> (a, b) = strengths(games, 2)
+>>> round(a.mean - b.mean, 2), round(float(np.log(30 / 10)), 2)
+(1.1, 1.1)
 """
 
 from __future__ import annotations
@@ -39,41 +40,43 @@ class Games:
         first, second, prompt = table[:, :3].astype(np.int64).T
         return cls(first, second, prompt, table[:, 3])
 
-    def wins(self, models: int, weight: Floats | None = None) -> Floats:
-        """[models, models]: how often one won against another, a tie half a win of each."""
-        weight = np.ones(len(self.outcome)) if weight is None else weight
-        found = np.zeros((models, models))
-        np.add.at(found, (self.first, self.second), weight * self.outcome)
-        np.add.at(found, (self.second, self.first), weight * (1 - self.outcome))
+    def wins(self, models: int) -> Floats:
+        """[prompts, models, models]: how often one won against another, a tie half a win of each."""
+        names, where = np.unique(self.prompt, return_inverse=True)
+        found = np.zeros((len(names), models, models))
+        np.add.at(found, (where, self.first, self.second), self.outcome)
+        np.add.at(found, (where, self.second, self.first), 1 - self.outcome)
         return found
 
 
-def fitted(games: Games, models: int, weight: Floats | None = None) -> Floats:
-    """Strengths [models] in log-odds, 0 in the mean, of most likelihood (Bradley and Terry 1952; ties half a win)."""
-    wins = games.wins(models, weight)
-    played = wins + wins.T
-    strength = np.zeros(models)
+def fitted(wins: Floats) -> Floats:
+    """Strengths [..., models] in log-odds, 0 in the mean, of most likelihood for wins [..., models, models].
+
+    Bradley and Terry 1952: a model wins with the logistic of the difference of strengths; a tie is half a win of each.
+    """
+    models = wins.shape[-1]
+    played = wins + wins.swapaxes(-1, -2)
+    strength = np.zeros(wins.shape[:-1])
     for _ in range(200):
-        chance = 0.5 * (1 + np.tanh(0.5 * (strength[:, None] - strength[None, :])))
-        slope = (wins - played * chance).sum(1) - PRIOR * strength
+        chance = 0.5 * (1 + np.tanh(0.5 * (strength[..., :, None] - strength[..., None, :])))
+        slope = (wins - played * chance).sum(-1) - PRIOR * strength
         curve = played * chance * (1 - chance)
-        hessian = np.diag(curve.sum(1)) - curve + PRIOR * np.eye(models)
-        step = np.linalg.solve(hessian, slope)
-        strength += step / max(1.0, float(np.abs(step).max()))
+        hessian = (curve.sum(-1)[..., None] + PRIOR) * np.eye(models) - curve
+        step = np.linalg.solve(hessian, slope[..., None])[..., 0]
+        strength += step / np.maximum(1.0, np.abs(step).max(-1, keepdims=True))
         if np.abs(step).max() < 1e-10:
             break
-    centred: Floats = strength - strength.mean()
+    centred: Floats = strength - strength.mean(-1, keepdims=True)
     return centred
 
 
 def strengths(games: Games, models: int, *, resamples: int = 1000, seed: int = 0) -> list[Interval]:
     """Strength of each model with its interval, over resampled prompts (percentiles of the bootstrap)."""
-    best = fitted(games, models)
-    names, where = np.unique(games.prompt, return_inverse=True)
+    wins = games.wins(models)
+    prompts = len(wins)
     rng = np.random.Generator(np.random.PCG64(seed))
-    drawn = np.empty((resamples, models))
-    for i in range(resamples):
-        times = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names)).astype(np.float64)
-        drawn[i] = fitted(games, models, times[where])
+    times = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples).astype(np.float64)
+    drawn = fitted(np.tensordot(times, wins, 1))
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
-    return [Interval(float(b), float(a), float(c), len(names)) for b, a, c in zip(best, low, high, strict=True)]
+    best = fitted(wins.sum(0))
+    return [Interval(float(b), float(a), float(c), prompts) for b, a, c in zip(best, low, high, strict=True)]
