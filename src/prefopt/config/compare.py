@@ -50,7 +50,8 @@ class CompareConfig(MachineOptions, ReadOptions):
     judge: str | None = option(
         None,
         "who says which response is better: length, vader, regex:PATTERN, gsm8k (the answer behind #### in the"
-        " prompts' file), MODULE:FUNCTION of prompts and responses, implicit:MODEL,REFERENCE, or llm",
+        " prompts' file), MODULE:FUNCTION of prompts and responses, a reward model's folder or name,"
+        " implicit:MODEL,REFERENCE, or llm",
         group="judge",
         default_text="required",
     )

@@ -60,6 +60,7 @@ class CompareResult:
     strengths: dict[str, Interval]
     models: dict[str, Samples]
     output: Path | None = None
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -87,7 +88,8 @@ def run(config: CompareConfig) -> CompareResult:
         judged += [_judged(q, v, (names[i], names[k]), judge) for q, v in zip(questions, votes, strict=True)]
     output = _write(config, judged)
     shown = {name: _seen(config, name, rows) for name, rows in samples.items()}
-    return CompareResult(judge.name, versus, _strengths(config, names, games, versus), shown, output)
+    scale = _strengths(config, names, games, versus)
+    return CompareResult(judge.name, versus, scale, shown, output, judge.notes())
 
 
 # -- samples ---------------------------------------------------------------------------------------------------
@@ -251,6 +253,7 @@ def _table(rows: Sequence[Sequence[tuple[float, float]]]) -> tuple[Floats, Float
 def lines(result: CompareResult) -> Iterator[str]:
     """What a person is told."""
     yield f"judge: {result.judge}"
+    yield from result.notes
     for v in result.versus:
         yield ""
         yield from _versus_lines(v)

@@ -67,7 +67,7 @@ def run(config: ScoreConfig) -> ScoreResult:
     path = Path(config.output)
     if path.exists() and not config.overwrite:
         raise RunError(f"--output {path} is there already; name another file, or add --overwrite")
-    scores_of, models = _scores(config)
+    scores_of, models = scores_for(config)
     values: list[float] = []
     agreements: list[float] = []
     rows = 0
@@ -91,7 +91,7 @@ def run(config: ScoreConfig) -> ScoreResult:
     return ScoreResult(path, rows, len(values), float(np.mean(values)), spread, interval, truncated)
 
 
-def _scores(config: ScoreConfig) -> tuple[Scores, ModelScores | None]:
+def scores_for(config: ScoreConfig) -> tuple[Scores, ModelScores | None]:
     """What gives the numbers, and that again where it is a model."""
     if not config.by_model:
         return by_text(load_reward(config.reward)), None

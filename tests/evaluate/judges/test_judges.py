@@ -19,7 +19,7 @@ from prefopt.evaluate.judges.recorded import recorded
 from prefopt.records import Comparison, Message
 from prefopt.studies.votes import Vote
 from train.flat import response_logprobs
-from train.small import dpo, pairs, write_model, write_rows
+from train.small import dpo, pairs, tiny_llama, write_model, write_rows
 
 
 def question(first: str, second: str, prompt: str = "What is 3 + 4?", **more: Any) -> Question:
@@ -84,6 +84,9 @@ def test_an_empty_response_loses_before_the_judge_is_asked() -> None:
     class Counting:
         name = "counting"
 
+        def notes(self) -> list[str]:
+            return []
+
         def __call__(self, questions: Any) -> list[Vote]:
             asked.append(len(questions))
             return [Vote(((1,), (0,)))] * len(questions)
@@ -113,6 +116,30 @@ def test_the_implied_reward_is_the_log_ratio(model: str, tmp_path: Path) -> None
         judge("implicit:one")
 
 
+def test_a_reward_model_judges_by_its_scores(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    from data.small import small_tokenizer
+    from prefopt.model.scalar import scalar_from
+
+    scalar_from(tiny_llama(2), small_tokenizer()).save_pretrained(tmp_path / "reward")
+    small_tokenizer().save_pretrained(tmp_path / "reward")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward", dtype=torch.float64)
+    tokenizer = small_tokenizer()
+
+    def score(text: str) -> float:
+        with torch.no_grad():
+            return float(plain(torch.tensor([tokenizer(text + "</s>")["input_ids"]])).logits[0, 0])
+
+    rows = pairs(6)
+    found = judge(str(tmp_path / "reward"), dtype="float64", device="cpu")(
+        [question(r["chosen"], r["rejected"], r["prompt"]) for r in rows]
+    )
+    assert [outcome(v) for v in found] == [
+        float(score(r["prompt"] + r["chosen"]) > score(r["prompt"] + r["rejected"])) for r in rows
+    ]
+
+
 def test_models_with_other_tokens_imply_no_reward_together(model: str, tmp_path: Path) -> None:
     other = write_model(tmp_path / "other")
     path = Path(other) / "tokenizer.json"
@@ -121,7 +148,7 @@ def test_models_with_other_tokens_imply_no_reward_together(model: str, tmp_path:
     a, b = list(vocab)[10:12]
     vocab[a], vocab[b] = vocab[b], vocab[a]
     path.write_text(json.dumps(tokens), "utf-8")
-    with pytest.raises(ModelError, match="the two have other tokens"):
+    with pytest.raises(ModelError, match="has another tokenizer than"):
         judge(f"implicit:{model},{other}")
 
 

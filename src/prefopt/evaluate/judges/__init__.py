@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from prefopt.config.compare import CompareConfig
+from prefopt.config.score import IMPLICIT, ScoreConfig, is_model_reward
 from prefopt.errors import ConfigError
 from prefopt.evaluate.judges.judge import Judge, ScoreJudge
 from prefopt.evaluate.judges.rules import AnswerJudge, PatternJudge
+from prefopt.evaluate.score import by_text, scores_for
 from prefopt.rewards import load_reward
 
 
@@ -22,12 +24,19 @@ def load_judge(config: CompareConfig) -> Judge:
         policy, comma, reference = rest.partition(",")
         if not (policy and comma and reference):
             raise ConfigError(f"--judge {name}: write implicit:MODEL,REFERENCE")
-        from prefopt.evaluate.judges.implicit import ImplicitJudge
-
-        return ImplicitJudge(policy, reference, device=config.device, dtype=config.dtype)
+        return _by_scores(name, config, reward=IMPLICIT, model=policy, reference=reference)
     if name == "llm":
         from prefopt.evaluate.judges.llm import LanguageJudge
 
         assert config.judge_url is not None
         return LanguageJudge(config.judge_url, config.judge_model, key_variable=config.judge_key)
-    return ScoreJudge(load_reward(name))
+    if is_model_reward(name):
+        return _by_scores(name, config, reward=name)
+    return ScoreJudge(name, by_text(load_reward(name)))
+
+
+def _by_scores(name: str, config: CompareConfig, **options: str) -> ScoreJudge:
+    """A judge by what ``prefopt score`` would give; nothing is read from files or written."""
+    machine = {"device": config.device, "dtype": config.dtype, "threads": config.threads}
+    scores, _ = scores_for(ScoreConfig(files=["samples"], output="none", **options, **machine))  # type: ignore[arg-type]
+    return ScoreJudge(name, scores)

@@ -1,8 +1,9 @@
 """What a judge is asked and what it answers: a vote, the same that a person gives.
 
 >>> from prefopt.records import Comparison
+>>> from prefopt.evaluate.score import by_text
 >>> from prefopt.rewards import load_reward
->>> judge = ScoreJudge(load_reward("length"))
+>>> judge = ScoreJudge("length", by_text(load_reward("length")))
 >>> asked = Question(Comparison.pair("Say hello.", chosen="Hello there", rejected="Hi", row=1))
 >>> [outcome(vote) for vote in judge([asked])]
 [1.0]
@@ -15,9 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from prefopt.evaluate.score import prompt_text
+from prefopt.evaluate.score import Scores, prompt_text
 from prefopt.records import Comparison
-from prefopt.rewards import Reward
 from prefopt.studies.votes import Vote
 
 FIRST, SECOND, TIE = Vote(((0,), (1,))), Vote(((1,), (0,))), Vote(((0, 1),))
@@ -47,21 +47,27 @@ class Judge(Protocol):
 
     name: str
 
+    def notes(self) -> list[str]:
+        """What a person should know of how it came to its votes."""
+
     def __call__(self, questions: Sequence[Question]) -> list[Vote]:
         """A vote on each question, skipped with a reason where the judge cannot tell. Raises ``UserError``."""
 
 
 class ScoreJudge:
-    """The higher score wins; equal ones are a tie."""
+    """The higher score wins; equal ones are a tie. ``scores`` gives a number for each response of some rows."""
 
-    def __init__(self, reward: Reward) -> None:
-        self.reward, self.name = reward, reward.name
+    def __init__(self, name: str, scores: Scores) -> None:
+        self.name, self._scores = name, scores
+
+    def notes(self) -> list[str]:
+        """How many comparisons a model saw cut short."""
+        cut = getattr(self._scores, "truncated", 0)
+        return [f"{cut} comparisons were truncated for the judge"] if cut else []
 
     def __call__(self, questions: Sequence[Question]) -> list[Vote]:
         """See :class:`Judge`."""
-        prompts = [q.prompt for q in questions for _ in (0, 1)]
-        scores = self.reward(prompts, [text for q in questions for text in q.responses])
-        return [by_score(*pair) for pair in zip(scores[::2], scores[1::2], strict=True)]
+        return [by_score(*found) for found in self._scores([q.pair for q in questions])] if questions else []
 
 
 def by_score(first: float, second: float) -> Vote:

@@ -49,6 +49,10 @@ class LanguageJudge:
         """See :class:`prefopt.evaluate.judges.judge.Judge`. Raises :class:`RunError` where no attempt is answered."""
         return [self._vote(q) for q in questions]
 
+    def notes(self) -> list[str]:
+        """How many questions were sent."""
+        return [f"{self.asked} questions were asked of {self.name}, {self.kept} answers came from the cache"]
+
     def _vote(self, q: Question) -> Vote:
         first, second = q.responses
         answers = [self._answer(q.prompt, *pair) for pair in ((first, second), (second, first))]

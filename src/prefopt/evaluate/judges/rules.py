@@ -27,6 +27,10 @@ class PatternJudge:
             raise ConfigError(f"--judge regex:{pattern}: no regular expression ({error})") from None
         self.name = f"regex:{pattern}"
 
+    def notes(self) -> list[str]:
+        """Nothing."""
+        return []
+
     def __call__(self, questions: Sequence[Question]) -> list[Vote]:
         """See :class:`prefopt.evaluate.judges.judge.Judge`."""
         return [by_score(*(bool(self._pattern.search(text)) for text in q.responses)) for q in questions]
@@ -36,6 +40,10 @@ class AnswerJudge:
     """The response whose last number is the right one wins; that stands behind #### in the file of prompts (GSM8K)."""
 
     name = "gsm8k"
+
+    def notes(self) -> list[str]:
+        """Nothing."""
+        return []
 
     def __call__(self, questions: Sequence[Question]) -> list[Vote]:
         """See :class:`prefopt.evaluate.judges.judge.Judge`. Raises :class:`DataError` for a row without an answer."""
