@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from prefopt.evaluate.score import Scores, prompt_text
+from prefopt.evaluate.score import Scores
 from prefopt.records import Comparison
+from prefopt.rewards import prompt_text
 from prefopt.studies.votes import Vote
 
 FIRST, SECOND, TIE = Vote(((0,), (1,))), Vote(((1,), (0,))), Vote(((0, 1),))
