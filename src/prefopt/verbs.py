@@ -30,6 +30,7 @@ from prefopt.config.ppo import PpoConfig
 from prefopt.config.push import PushConfig
 from prefopt.config.report import ReportConfig
 from prefopt.config.reward import RewardConfig
+from prefopt.config.rlhf import RlhfConfig
 from prefopt.config.runs import PlotConfig, RunsConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.config.score import ScoreConfig
@@ -79,6 +80,12 @@ VERBS: dict[str, Verb] = {
         "align a model with a reward, by PPO or RLOO, on responses that it writes itself",
         PpoConfig,
         "methods.ppo:run",
+        document=True,
+    ),
+    "rlhf": Verb(
+        "the chain: supervised fine-tuning, reward model, PPO; what is done already is skipped",
+        RlhfConfig,
+        "pipeline:run",
         document=True,
     ),
     "sample": Verb(

@@ -1,0 +1,173 @@
+"""Chains of methods: supervised fine-tuning, then a reward model, then PPO against it.
+
+Each stage has a folder of its own. ``stages.json`` beside them keeps what a finished stage was made from (its options,
+the contents of its model and data) and what came of it, so that a chain that is started again does only what is still
+to be done, or goes on where it was stopped; where anything has changed since, it says so and touches nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefopt.config.ppo import PpoConfig
+from prefopt.config.reward import RewardConfig
+from prefopt.config.rlhf import RlhfConfig, StageConfig, StageName
+from prefopt.config.sft import SftConfig
+from prefopt.data.sources import find_sources
+from prefopt.disk.hashes import file_hashes
+from prefopt.disk.write import output_errors, write_json
+from prefopt.errors import DataError, RunError
+from prefopt.methods import ppo, reward, sft
+from prefopt.model.load import local_folder, resolve_device
+from prefopt.model.merge import merge_adapter
+from prefopt.progress import Reporter
+from prefopt.train.folder import FREE
+
+OF_A_MODEL = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+OF_A_RUN = {"run.json", "reliability.json"}  # what changes, or says nothing of the model
+
+
+@dataclass(frozen=True, slots=True)
+class RlhfResult:
+    """``output`` is the folder of the aligned model; ``done`` and ``skipped`` are stages of this call."""
+
+    output: Path
+    done: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+
+def run(config: RlhfConfig) -> RlhfResult:
+    """Run the chain, or what is left of it.
+
+    Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop: started again, the
+    stage goes on from its checkpoint.
+    """
+    return _Chain(config).run()
+
+
+class _Chain:
+    def __init__(self, config: RlhfConfig) -> None:
+        self.config, self.reporter = config, Reporter(config.progress)
+        self.folder = Path(config.output)
+        self.file = self.folder / "stages.json"
+        self.record: dict[str, dict[str, str]] = self._read()
+        self.done: list[str] = []
+        self.skipped: list[str] = []
+
+    def run(self) -> RlhfResult:
+        """Every stage in turn."""
+        with output_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._stage("sft", lambda c: sft.run(_as(SftConfig, c)))
+        if self.config.lora:
+            self._merge()
+        self._stage("reward", lambda c: reward.run(_as(RewardConfig, c)))
+        self._stage("ppo", lambda c: ppo.run(_as(PpoConfig, c)))
+        folder = self.config.folder("ppo")
+        self.reporter.say(f"the aligned model: {folder}")
+        return RlhfResult(folder, tuple(self.done), tuple(self.skipped))
+
+    def _stage(self, name: StageName, method: Callable[[StageConfig], object]) -> None:
+        config = self.config.stage(name)
+        folder = self.config.folder(name)
+        made_from = _made_from(config)
+        status = _status(folder)
+        if status and self.record.get(name, {}).get("from") != made_from:
+            raise RunError(
+                f"{folder} is of a chain with other options, model or data; name another --output, or remove this"
+                " folder and those of the stages after it"
+            )
+        if status == "finished":
+            if self.record[name].get("gave") == _contents(folder):
+                self.reporter.say(f"{name}: done already")
+                self.skipped.append(name)
+                return
+            if "gave" in self.record[name]:
+                raise RunError(f"{folder} was changed since it was finished; remove it, or name another --output")
+        else:
+            self._remember(name, {"from": made_from})
+            self.reporter.say(f"{name}: {'goes on' if status else 'begins'}")
+            method(self.config.stage(name, resume=bool(status)))
+            self.done.append(name)
+        # (A stage that finished in the moment before the chain was killed comes here with nothing to do.)
+        self._remember(name, {"from": made_from, "gave": _contents(folder)})
+
+    def _merge(self) -> None:
+        """The fine-tuned adapter folded in: one whole model that reward model and actor start from."""
+        source, folder = self.config.folder("sft"), self.config.folder("tuned")
+        made_from = _contents(source)
+        known = self.record.get("tuned", {})
+        if folder.exists() and known == {"from": made_from, "gave": _contents(folder)}:
+            return
+        if folder.exists() and any(folder.iterdir()):
+            raise RunError(f"{folder} was not made from {source} as it is now; remove it")
+        import torch
+
+        report = merge_adapter(
+            str(source), folder, model=self.config.model, dtype=torch.float32, device=resolve_device(self.config.device)
+        )
+        for line in report.in_words():
+            self.reporter.say(line)
+        self._remember("tuned", {"from": made_from, "gave": _contents(folder)})
+
+    def _remember(self, name: str, what: dict[str, str]) -> None:
+        self.record[name] = what
+        write_json(self.file, self.record)
+
+    def _read(self) -> dict[str, dict[str, str]]:
+        if not self.file.exists():
+            return {}
+        try:
+            found = json.loads(self.file.read_text())
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.file} cannot be read ({error}); restore it, or name another --output") from None
+        return found if isinstance(found, dict) else {}
+
+
+def _as(kind: type[Any], config: StageConfig) -> Any:
+    assert isinstance(config, kind)
+    return config
+
+
+def _status(folder: Path) -> str:
+    """``finished``, ``begun``, or nothing where there is no run in the folder."""
+    file = folder / "run.json"
+    if not file.exists():
+        return ""
+    try:
+        return "finished" if json.loads(file.read_text()).get("status") == "finished" else "begun"
+    except (OSError, ValueError, AttributeError):
+        raise RunError(f"{file} cannot be read; remove {folder}, or name another --output") from None
+
+
+def _made_from(config: StageConfig) -> str:
+    """A digest of everything that decides on a stage: its options, and the contents of what they name."""
+    free = {*FREE, "device", "threads"}
+    options = {name: value for name, value in config.to_dict().items() if name not in free}
+    contents = [_contents(Path(local_folder(config.model)))]
+    if isinstance(config, PpoConfig):
+        contents.append(_contents(Path(config.reward)))
+        contents += _digests(config.prompts)
+    else:
+        contents += _digests(config.data)
+    text = json.dumps([options, contents], sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _digests(names: Sequence[str]) -> list[str]:
+    return [source.digest() for source in find_sources(names)]
+
+
+def _contents(folder: Path) -> str:
+    """A digest of the files of a model: weights, configuration, tokenizer, template."""
+    files = sorted({p for pattern in OF_A_MODEL for p in folder.glob(pattern) if p.name not in OF_A_RUN})
+    if not files:
+        raise RunError(f"{folder} holds no model")
+    hashes = file_hashes(files, error=DataError)
+    text = json.dumps([[p.name, h] for p, h in zip(files, hashes, strict=True)])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
