@@ -143,7 +143,11 @@ def test_a_lora_run_saves_its_head_and_opens_again(tmp_path: Path) -> None:
     assert scorer.shift == pytest.approx(result.shift)
     packed = response_rewards(scorer, groups_of(ROWS), range(len(ROWS)), 10_000)
     assert (packed[::2] > packed[1::2]).mean() > 0.9
-    config = AutoConfig.from_pretrained(tmp_path / "o")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "o")
+    with torch.no_grad():
+        own = torch.cat([own_rewards(plain, group) for group in groups_of(ROWS)]).numpy()
+    np.testing.assert_allclose(own - result.shift, packed, atol=2e-5)
+    config = plain.config
     assert (config.num_labels, config.prefopt_reward_shift) == (1, pytest.approx(result.shift))
 
 

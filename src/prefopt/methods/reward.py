@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from prefopt.config.reward import RewardConfig
 from prefopt.disk.write import write_json
 from prefopt.errors import ConfigError, DataError
 from prefopt.model.check import CheckReport, check_scalars
 from prefopt.model.packed import causal_model
-from prefopt.model.scalar import ScalarScorer, response_rewards, set_shift, shift_of
+from prefopt.model.precision import MasterWeights
+from prefopt.model.scalar import ScalarScorer, folded, response_rewards, set_shift, shift_of
 from prefopt.progress import Reporter
 from prefopt.train import items
+from prefopt.train.card import save_model
 from prefopt.train.loop import Loop
 from prefopt.train.policy import ScalarPolicy
 from prefopt.train.ranked import RewardObjective
@@ -147,10 +150,14 @@ class _Run(TrainingRun[ScalarScorer]):
         return results
 
     def save(self) -> None:
-        """The model; beside an adapter also the configuration, which its base does not have."""
-        super().save()
-        if self.config.lora:
-            causal_model(self.policy.scorer.model).config.save_pretrained(self.folder.path)
+        """The whole model, an adapter folded in: its base has neither the head nor the configuration."""
+        if not self.config.lora:
+            super().save()
+            return
+        policy, wide = self.policy, torch.promote_types(self.dtype, torch.float32)
+        policy.scorer.detach_hook()
+        whole = folded(policy.scorer.model, dict(policy.masters.saved()), wide).requires_grad_(True)
+        save_model(self.folder.path, ScalarScorer(whole), MasterWeights(whole, wide), self.tokenizer)
 
     def title(self) -> tuple[str, str]:
         """See :class:`TrainingRun`."""

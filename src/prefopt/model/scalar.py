@@ -19,7 +19,7 @@ rewards before the shift. Differences of rewards, and so preferences, are the sa
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from prefopt.data.group import Group
 from prefopt.data.packer import PackedBatch, pack, split
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ModelError
-from prefopt.model.load import load_config, load_model, load_weights, model_errors, peft_warnings_off, silence_dropout
+from prefopt.model.load import load_config, load_model, load_weights, peft_warnings_off
 from prefopt.model.logprobs import wide_dtype
 from prefopt.model.packed import PackedModel, body_of, causal_model
 
@@ -97,13 +97,12 @@ def load_scalar(
 
     - a causal language model: with a new head drawn from ``seed``; see :func:`scalar_from`
     - a sequence classifier with one label, such as ``prefopt reward`` writes
-    - an adapter that ``prefopt reward --lora`` wrote: on its base, trainable
 
     ``tokenizer`` is the one the tokens come from. Raises :class:`ModelError` for a folder that is damaged, has another
     number of labels, pads with EOS, or is of an architecture without such a class.
     """
     if (Path(name) / "adapter_config.json").is_file():
-        return _with_adapter(name, dtype, device, tokenizer)
+        raise ModelError(f"{name} is an adapter; fold it into its model first: prefopt merge")
     if not is_classifier(name):
         return _on(scalar_from(load_model(name, dtype=dtype, device=device), tokenizer, seed=seed), device)
     config: Any = load_config(name)
@@ -183,6 +182,21 @@ def set_shift(model: PreTrainedModel, shift: float) -> None:
     setattr(model.config, SHIFT, float(shift))
 
 
+def folded(model: torch.nn.Module, trained: Mapping[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    """The whole model that an adapter and its base make, head included, in ``dtype``; ``model`` is used up.
+
+    ``trained`` are the adapter's weights by name, in full precision.
+    """
+    model.to(dtype)
+    with torch.no_grad(), peft_warnings_off():
+        for name, parameter in model.named_parameters():
+            if name in trained:
+                parameter.copy_(trained[name])
+        merge: Any = model.merge_and_unload
+        merged: PreTrainedModel = merge()
+    return merged
+
+
 def end_ids(config: Any, tokenizer: Tokenizer) -> set[int]:
     """The ids that end a text, by configuration and tokenizer."""
     told = config.get_text_config().eos_token_id
@@ -210,24 +224,6 @@ def _make_room(model: PreTrainedModel, token: int) -> None:
         model.resize_token_embeddings(token + 1, mean_resizing=False)
         grown: Any = model.get_input_embeddings()
         grown.weight.data[rows:] = 0  # nothing ever looks at padding
-
-
-def _with_adapter(name: str, dtype: torch.dtype, device: torch.device, tokenizer: Tokenizer) -> torch.nn.Module:
-    from peft import PeftConfig, PeftModel
-
-    if not (Path(name) / "config.json").is_file():
-        raise ModelError(f"{name}: an adapter without the config.json of a reward model; prefopt reward writes both")
-    with model_errors(name), peft_warnings_off():
-        base = PeftConfig.from_pretrained(name).base_model_name_or_path
-    config: Any = load_config(name)
-    model = scalar_from(load_model(str(base), dtype=dtype, device=device), tokenizer)
-    _make_room(model, config.get_text_config().pad_token_id)
-    model.config.get_text_config().pad_token_id = model.config.pad_token_id = config.get_text_config().pad_token_id
-    set_shift(model, getattr(config, SHIFT, 0.0))
-    with model_errors(name), peft_warnings_off():
-        wrapped: torch.nn.Module = PeftModel.from_pretrained(model, name, is_trainable=True)
-    silence_dropout(wrapped)
-    return _on(wrapped, device).eval()
 
 
 def _on(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
