@@ -192,6 +192,7 @@ def test_a_session_by_mouse(script: bool, language: str, opened: Open, tmp_path:
         page.wait_for_selector(f"text={LANGUAGES[language]['undone']}")
         assert len(stored(study)) == 5
         page.click("footer summary")
+        page.select_option("select[name=keys]", "off")
         page.select_option("select[name=language]", "zh" if language == "en" else "en")
         page.select_option("select[name=theme]", "dark")
         page.click("footer .display button")
@@ -224,6 +225,22 @@ def test_a_vote_is_sent_again_until_it_is_stored(opened: Open, tmp_path: Path) -
             page.wait_for_selector("#unsaved:not([hidden])")
         assert len(lost) == 3 and len(stored(study)) == 1
         assert shown_tiers(stored(study)[0]) == ["B", "A"]
+
+
+def test_keys_can_be_switched_off(opened: Open, tmp_path: Path) -> None:
+    with new_study(tmp_path / "s.db", 2) as study, served(study) as site:
+        page = opened(site, site.link("Ann"))
+        begin(page)
+        page.click("footer summary")
+        page.select_option("select[name=keys]", "off")
+        page.click("footer .display button")
+        page.wait_for_selector("#ballot[data-keys=off]")
+        for key in "17xu":
+            page.keyboard.press(key)
+        page.focus("button[value=b2]")
+        with leaving(page):
+            page.keyboard.press("Enter")
+        assert [shown_tiers(j) for j in stored(study)] == [["B", "A"]]
 
 
 def test_what_is_refused_is_shown_with_what_was_written(opened: Open, tmp_path: Path) -> None:

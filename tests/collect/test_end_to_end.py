@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from prefopt.cli import main
+from prefopt.studies.items import add_items
 from prefopt.studies.study import Study
 from prefopt.studies.votes import Vote, record
-from prefopt.verbs import VERBS
 from small_chat import build_model
-from studies.small import new_study, people, shown
+from studies.small import new_item, new_study, people, shown
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,9 +34,6 @@ def study(tmp_path: Path) -> Path:
     """Twelve pairs and six rankings that three people judged: mostly alike, with ties, skips and a dissent."""
     draw = random.Random(0)
     study = new_study(tmp_path / "s.db", 12, overlap=3)
-    from prefopt.studies.items import add_items
-    from studies.small import new_item
-
     add_items(study, [new_item(30 + n, 4) for n in range(6)])
     for person in people(study, "Ann", "Bob", "Cay"):
         for n in range(18):
@@ -90,12 +87,16 @@ def test_rankings_train_by_plackett_luce(model: Path, study: Path, tmp_path: Pat
     assert all(map(math.isfinite, found))
 
 
-@pytest.mark.skipif("reward" not in VERBS, reason="there is no prefopt reward")
-def test_a_reward_model_trains_on_votes(model: Path, study: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("verb", ["reward", "sft"])
+def test_reward_models_and_fine_tuning_read_the_study_too(verb: str, model: Path, study: Path, tmp_path: Path) -> None:
+    found = trained(model, study, tmp_path / "o", "--on-bad-row", "skip", verb=verb)
+    assert len(found) == 3 and all(map(math.isfinite, found))
+
+
+def test_a_reward_model_trains_on_an_export(model: Path, study: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     assert main(["collect", "export", str(study), "--output", str(rows), "--form", "pairs"]) == 0
-    found = trained(model, rows, tmp_path / "o", verb="reward")
-    assert all(map(math.isfinite, found))
+    assert all(map(math.isfinite, trained(model, rows, tmp_path / "o", verb="reward")))
 
 
 def test_a_model_answers_and_people_compare(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

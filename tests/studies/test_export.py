@@ -127,7 +127,8 @@ def test_a_study_is_read_as_it_is(tmp_path: Path) -> None:
     study = voted(tmp_path / "s.db", CASES)
     (source,) = find_sources([tmp_path / "s.db"])
     reading = open_comparisons(source)
-    assert reading.layout == "canonical" and reading.count == 5 and not reading.notes
+    assert reading.layout == "canonical" and reading.count == 5
+    assert [c.extra for c in reading.comparisons] == [{"models": ["model-0", "model-1"]}] * 5
     assert any("votes that all are bad left out" in note for note in source.notes)
     pairs = [convert(c, "pairs") for c in reading.comparisons]
     assert [len(c.votes or ()) for c in pairs if isinstance(c, Comparison)] == [2, 2, 2, 1, 2]

@@ -30,6 +30,7 @@ from prefopt.studies.study import Study
 from prefopt.studies.votes import RefusedVote, latest, record, undo
 
 log = logging.getLogger("prefopt.collect")
+KEYS = ("on", "off")
 THEMES = ("auto", "light", "dark")
 STATIC = {"style.css": "text/css", "vote.js": "text/javascript", "icon.svg": "image/svg+xml"}
 PAGES = ("/", "/lead")
@@ -147,6 +148,7 @@ class _Pages:
             "t": LANGUAGES[language],
             "language": language,
             "theme": theme if theme in THEMES else "auto",
+            "keys": "off" if request.cookies.get("prefopt-keys") == "off" else "on",
             "token": csrf_token(secret) if secret else "",
             "path": request.url.path if request.url.path in PAGES else "",
             "notice": notice if notice in NOTICES else "",
@@ -233,14 +235,14 @@ class _Pages:
         return answer
 
     def display(self, request: Request) -> Response:
-        """Language and colours."""
+        """Language, colours, and whether single keys vote."""
         form: Form = request.scope["form"]
         secret = request.cookies.get(self.cookie, "")
         if secret and not same_secret(one(form, "token"), csrf_token(secret)):
             raise Refusal(403, "refused")
         back = one(form, "back")
         answer = _to(back if back in PAGES else "/")
-        for name, known in (("language", tuple(LANGUAGES)), ("theme", THEMES)):
+        for name, known in (("language", tuple(LANGUAGES)), ("theme", THEMES), ("keys", KEYS)):
             if one(form, name) in known:
                 self._set(answer, f"prefopt-{name}", one(form, name))
         return answer

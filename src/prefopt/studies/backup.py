@@ -6,9 +6,8 @@ import os
 import sqlite3
 from pathlib import Path
 
-from prefopt.disk.write import sync_folder
 from prefopt.errors import StudyError
-from prefopt.studies.connect import check_file, connect, errors_of
+from prefopt.studies.connect import check_file, connect, errors_of, put_in_place
 
 PAGES = 4096
 
@@ -42,8 +41,7 @@ def backup(path: Path, output: Path) -> int:
             raise StudyError(f"{path}: is damaged ({found}); go back to an earlier backup")
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
-        os.link(aside, output)
-        sync_folder(output.parent)
+        put_in_place(aside, output)
         return output.stat().st_size
     except FileExistsError:
         raise StudyError(f"{output}: exists; name another file") from None

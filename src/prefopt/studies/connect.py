@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from prefopt.disk.write import sync_folder
 from prefopt.errors import StudyError
 from prefopt.studies.schema import APPLICATION_ID, MAGIC
 
@@ -80,6 +81,19 @@ def errors_of(path: Path) -> Iterator[None]:
         else:
             raise
         raise StudyError(f"{path}: {what}") from error
+
+
+def put_in_place(aside: Path, path: Path) -> None:
+    """Give a finished file its name, never in the place of another. Raises ``FileExistsError``."""
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        raise
+    except OSError as error:  # a disk without hard links
+        if path.exists():
+            raise FileExistsError(path) from error
+        aside.rename(path)
+    sync_folder(path.parent)
 
 
 def _has_log(path: Path) -> bool:

@@ -33,6 +33,7 @@ class How:
       (``keep``; for soft labels the same as ``half``).
     - ``all_bad``: votes that no response is any good are left out (``drop``) or ties (``tie``).
     - ``min_votes``: items with fewer votes are left out. ``exclude``: pseudonyms whose votes are left out.
+    - ``provenance``: rows tell who said what of which responses, else the models alone, where they are known.
     """
 
     form: Form = "soft"
@@ -104,6 +105,8 @@ def _export_item(
         for row, numbers in makers[how.form](item, group, how, counts):
             if how.provenance:
                 row |= _provenance(item, numbers, group, people, study)
+            elif any(item.origins[k].model is not None for k in numbers):
+                row["models"] = [item.origins[k].model for k in numbers]
             found.rows.append(row)
             found.prompt_keys.append(item.prompt_key)
             counts["rows"] += 1

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from prefopt.errors import DataError, StudyError
@@ -23,7 +24,7 @@ class StudyRows:
     path: Path
 
     def rows(self, name: str, keep_going: bool) -> Iterator[object]:
-        """Rows in the canonical layout: prompt, responses, votes, and tiers where there is an order."""
+        """Rows in the canonical layout: prompt, responses, votes, tiers where there is an order, and the models."""
         return iter(self._read().rows)
 
     def digest(self) -> str:
@@ -41,6 +42,15 @@ class StudyRows:
     def _read(self) -> Exported:
         try:
             with Study(self.path, read_only=True) as study:
-                return export_rows(study, AS_IT_IS)
+                query = "SELECT (SELECT coalesce(max(id), 0) FROM event), (SELECT count(*) FROM item)"
+                with study.reading() as connection:
+                    state = tuple(connection.execute(query).fetchone())
+            return _exported(self.path, study.settings.id, state)
         except StudyError as error:
             raise DataError(str(error).removeprefix(f"{self.path}: "), file=str(self.path)) from None
+
+
+@lru_cache(maxsize=2)  # a run asks for notes, digest and rows one after another
+def _exported(path: Path, study: str, state: tuple[int, int]) -> Exported:
+    with Study(path, read_only=True) as opened:
+        return export_rows(opened, AS_IT_IS)

@@ -22,12 +22,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from prefopt import __version__
-from prefopt.disk.write import sync_folder
 from prefopt.errors import StudyError
-from prefopt.studies.connect import check_file, connect, errors_of
+from prefopt.studies.connect import check_file, connect, errors_of, put_in_place
 from prefopt.studies.schema import check_version, migrate
-
-DEFAULT_REASONS = ("unclear", "outside", "broken")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +82,7 @@ class Study:
                     "INSERT INTO setting VALUES (?, ?)", [(k, json.dumps(v)) for k, v in asdict(settings).items()]
                 )
                 connection.close()
-            os.link(aside, path)  # unlike a rename it never replaces a file
-            sync_folder(path.parent)
+            put_in_place(aside, path)
         except FileExistsError:
             raise StudyError(f"{path}: exists; name another file") from None
         except OSError as error:

@@ -92,7 +92,7 @@
     return true;
   }
 
-  document.addEventListener("keydown", (event) => {
+  if (ballot.dataset.keys === "on") document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || event.isComposing) return;
     const key = event.key.toLowerCase();
     const where = event.target;
