@@ -105,7 +105,7 @@ def test_rows_without_scores_are_refused_by_number_before_anything_is_scored(
     data = write_rows(tmp_path / "data.jsonl", rows)
     with monkeypatch.context() as patch:
         patch.setattr(ReferenceRun, "__init__", lambda *_, **__: pytest.fail("nothing is scored"))
-        with pytest.raises(DataError, match=r"data\.jsonl: 2 of 10 rows cannot be used: no scores: 2 \(rows 3, 8\)"):
+        with pytest.raises(DataError, match=r"data\.jsonl: 2 of 10 rows cannot be used: no scores: 2 \(rows 3, 8"):
             dpo(model, data, tmp_path / "out", loss="dpo:1,reward_aware:0.5")
     dpo(model, data, tmp_path / "out", loss="reward_aware", on_bad_row="skip", progress="plain")
     assert "10 rows read, 8 kept, 2 refused" in capsys.readouterr().out

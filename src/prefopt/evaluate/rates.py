@@ -56,7 +56,7 @@ def win_rate(outcomes: npt.ArrayLike, *, seed: int = 0) -> WinRate:
     x = np.asarray(outcomes, np.float64)
     said = ~np.isnan(x)
     means = means_of(x)
-    wins, ties, losses = (int((x[said] == value).sum()) for value in (1.0, 0.5, 0.0))
+    wins, ties, losses = (int(part.sum()) for part in (x[said] > 0.5, x[said] == 0.5, x[said] < 0.5))
     bare = WinRate(wins, ties, losses, int((~said).sum()), len(means), None, None, None)
     if len(means) < FEWEST:
         return bare

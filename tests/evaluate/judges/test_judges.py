@@ -13,11 +13,13 @@ from generate.fake_server import serving
 from prefopt.config.compare import CompareConfig
 from prefopt.disk.cache import cache_root
 from prefopt.errors import ConfigError, DataError, ModelError, RunError
+from prefopt.evaluate.compare import run
 from prefopt.evaluate.judges import load_judge
 from prefopt.evaluate.judges.judge import Judge, Question, outcome, with_empty
 from prefopt.evaluate.judges.recorded import recorded
 from prefopt.records import Comparison, Message
 from prefopt.studies.votes import Vote
+from studies.small import new_study, people, say
 from train.flat import response_logprobs
 from train.small import dpo, pairs, tiny_llama, write_model, write_rows
 
@@ -213,6 +215,19 @@ def test_votes_of_people_are_counted_with_their_weights(tmp_path: Path) -> None:
     bad = write_rows(tmp_path / "w.jsonl", [{"prompt": "p", "responses": ["a", "b"], "tiers": [[0], [1]]}])
     with pytest.raises(DataError, match=r"w\.jsonl, row 1: does not name the model of each response"):
         recorded([bad])
+
+
+def test_votes_of_a_study_are_counted_person_by_person(tmp_path: Path) -> None:
+    study = new_study(tmp_path / "s.db", items=3, overlap=2)
+    anna, ben = people(study, "anna", "ben")
+    for n in range(3):
+        say(study, anna, 1, 0)
+        say(study, ben, *((0, 1) if n == 1 else (1, 0)))
+    found = recorded([str(tmp_path / "s.db")])
+    assert {f.models for f in found} == {("model-0", "model-1")} and len({f.prompt for f in found}) == 3
+    assert sorted(f.outcome for f in found) == [0.0] * 5 + [1.0]
+    (v,) = run(CompareConfig(votes=[str(tmp_path / "s.db")])).versus
+    assert (v.first, v.rate.wins, v.rate.losses, v.rate.prompts, v.rate.rate) == ("model-0", 1, 5, 3, None)
 
 
 def test_a_planted_preference_is_seen_by_the_implied_reward(model: str, tmp_path: Path) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
+from typing import Any
 
-from prefopt.data.formats import open_comparisons
+from prefopt.data.formats import open_comparisons, parse_comparisons
 from prefopt.data.problem import Problem, refuse
 from prefopt.data.sources import find_sources
 from prefopt.errors import DataError
 from prefopt.records import Comparison
+from prefopt.studies.connect import is_study
+from prefopt.studies.export import How, export_rows
+from prefopt.studies.study import Study
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +30,6 @@ class Recorded:
     prompt: bytes
     outcome: float
     longer: int
-    row: Comparison
 
 
 def recorded(
@@ -42,7 +46,13 @@ def recorded(
 
 
 def _rows(names: Sequence[str], format: str | None, columns: Sequence[str] | None) -> Iterator[Comparison]:
-    for source in find_sources(names):
+    studies = [Path(name) for name in names if is_study(Path(name))]
+    for path in studies:
+        with Study(path, read_only=True) as study:
+            exported = export_rows(study, How(provenance=True))
+        yield from (row for row in parse_comparisons(exported.rows, str(path)) if isinstance(row, Comparison))
+    files = [name for name in names if Path(name) not in studies]
+    for source in find_sources(files) if files else ():
         reading = open_comparisons(source, format=format, columns=columns)
         problems: list[Problem] = []
         for row in reading:
@@ -63,10 +73,19 @@ def _pairs(row: Comparison) -> Iterator[Recorded]:
             row=row.row,
         )
     for i, k in combinations(range(len(models)), 2):
-        said = _outcome(row, i, k)
-        if models[i] != models[k] and not math.isnan(said):
-            first, second = (len(row.responses[j].text) for j in (i, k))
-            yield Recorded((models[i], models[k]), row.prompt_key, said, first - second, row)
+        first, second = (len(row.responses[j].text) for j in (i, k))
+        for said in _outcomes(row, i, k):
+            if models[i] != models[k] and not math.isnan(said):
+                yield Recorded((models[i], models[k]), row.prompt_key, said, first - second)
+
+
+def _outcomes(row: Comparison, i: int, k: int) -> list[float]:
+    """Of a study's row one for each person who voted; else the one that the row gives."""
+    said: Any = row.extra.get("annotations")
+    numbers: Any = row.extra.get("numbers")
+    if not isinstance(said, list) or not isinstance(numbers, list):
+        return [_outcome(row, i, k)]
+    return [_by_tiers(vote.get("tiers") or (), numbers[i], numbers[k]) for vote in said]
 
 
 def _outcome(row: Comparison, i: int, k: int) -> float:
@@ -74,7 +93,11 @@ def _outcome(row: Comparison, i: int, k: int) -> float:
         won = sum(w for a, b, w in row.votes if (a, b) == (i, k))
         lost = sum(w for a, b, w in row.votes if (a, b) == (k, i))
         return won / (won + lost) if won + lost else math.nan
-    place = {r: t for t, tier in enumerate(row.tiers) for r in tier}
+    return _by_tiers(row.tiers, i, k)
+
+
+def _by_tiers(tiers: Iterable[Iterable[int]], i: int, k: int) -> float:
+    place = {r: t for t, tier in enumerate(tiers) for r in tier}
     if i not in place or k not in place:
         return math.nan
     return 0.5 if place[i] == place[k] else float(place[i] < place[k])
