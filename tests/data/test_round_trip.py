@@ -198,6 +198,11 @@ def test_cut_off_or_not_is_said_by_the_row(name: str) -> None:
     row = {"prompt": [{"role": "user", "content": "why?"}], "responses": ["so it", "so"], "finish": ["length", "stop"]}
     (comparison,) = parse_comparisons([row], "rows")
     assert isinstance(comparison, Comparison) and [r.cut for r in comparison.responses] == [True, False]
+    for reason, cut in (("content_filter", True), ("abort", True), ("tool_calls", False)):
+        (other,) = parse_comparisons([row | {"finish": [reason, "stop"]}], "rows")
+        assert isinstance(other, Comparison) and other.responses[0].cut == cut
+    (unknown,) = parse_comparisons([row | {"finish": ["stopped", "stop"]}], "rows")
+    assert isinstance(unknown, Problem) and "finish holds 'stopped'; known are stop, " in unknown.what
     assert LAYOUTS["canonical"].write(comparison)["finish"] == ["length", "stop"]
     renderer = renderer_of(name)
     group = renderer.render(comparison).group

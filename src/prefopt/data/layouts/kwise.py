@@ -16,6 +16,8 @@ from prefopt.records import Comparison, Response, tiers_of
 
 # The columns that a row may have beside its own: those of the canonical layout never stand for something else.
 SAID = ("tiers", "scores", "labels", "votes", "tools", "finish")
+# Why responses ended: by the model's own will, or not.
+WHOLE, BROKEN_OFF = ("stop", "tool_calls", "function_call"), ("length", "content_filter", "abort")
 BY_INDEX = ("order", "ranking", "pairs", "top_k")
 
 
@@ -40,7 +42,7 @@ def _read(row: Row) -> Comparison:
 
 
 def _broken_off(row: Row, responses: list[Response]) -> list[Response]:
-    """``finish`` says of each response why it ended, in the words of OpenAI's interface: ``length`` is a limit."""
+    """``finish`` says of each response why it ended, in the words of OpenAI's interface and vLLM's."""
     reasons = row.items("finish")
     if len(reasons) != len(responses):
         raise BadRow("wrong number", f"has {len(responses)} responses and {len(reasons)} finish")
@@ -49,7 +51,9 @@ def _broken_off(row: Row, responses: list[Response]) -> list[Response]:
             raise BadRow(
                 "wrong type", f"an item of finish should be text, such as stop or length, and is {kind(reason)}"
             )
-    return [replace(r, cut=reason == "length") for r, reason in zip(responses, reasons, strict=True)]
+        if reason not in (*WHOLE, *BROKEN_OFF):
+            raise BadRow("wrong type", f"finish holds {reason!r}; known are {', '.join((*WHOLE, *BROKEN_OFF))}")
+    return [replace(r, cut=reason in BROKEN_OFF) for r, reason in zip(responses, reasons, strict=True)]
 
 
 def _one(row: Row, *names: str) -> str:
