@@ -151,6 +151,7 @@ def test_one_file_by_two_names_is_refused(tmp_path: Path) -> None:
         ("absent/rows.jsonl", "there is no folder absent"),
         ("pairs.josnl", "did you mean pairs.jsonl?"),
         ("pears.jsonl", "did you mean pairs.jsonl?"),
+        ("nope.jsonl", "no such file or folder; check the path"),
         ("nothing/like/it", "no such file or folder"),
         ("a\0b.jsonl", "no such file or folder"),
         ("x" * 5000, "no such file or folder"),

@@ -74,8 +74,13 @@ def nearest(name: str) -> Path | None:
         names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
     except (OSError, ValueError):
         return None
-    close = difflib.get_close_matches(path.name, names, 1, cutoff=0.75)
-    return path.parent / close[0] if close else None
+    stems = {_stem(name): name for name in sorted(names)}  # two endings alike say nothing
+    close = difflib.get_close_matches(_stem(path.name), stems, 1, cutoff=0.75)
+    return path.parent / stems[close[0]] if close else None
+
+
+def _stem(name: str) -> str:
+    return name.partition(".")[0] or name
 
 
 def _walk(folder: Path) -> tuple[list[str], list[str]]:

@@ -19,6 +19,8 @@ BUSY_SECONDS = 20.0
 def is_study(path: Path) -> bool:
     """Whether a file is a study, told from its header: SQLite's mark, and ours behind it."""
     try:
+        if not path.is_file():  # opening a pipe waits for whoever writes into it
+            return False
         with path.open("rb") as file:
             head = file.read(72)
     except (OSError, ValueError):
