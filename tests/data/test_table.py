@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prefopt.data.fewer import keep_responses
 from prefopt.data.group import Continuation, Group
 from prefopt.data.packer import Layout
 from prefopt.data.table import COLUMNS, GroupTable, Part, TableBuilder, joined
@@ -51,6 +52,37 @@ def plain(group: Group) -> tuple[Any, ...]:
     parts = [(c.ids.tolist(), c.trained.tolist()) for c in group.continuations]
     said = (group.pairs, group.weights, group.tiers, group.scores, group.labels)
     return group.prefix.tolist(), parts, group.row, said
+
+
+@given(st.lists(groups(), max_size=4), st.lists(groups(), max_size=3), st.randoms())
+@settings(max_examples=60, deadline=None)
+def test_responses_that_are_not_read_are_left_out(one: list[Group], two: list[Group], chance: Any) -> None:
+    table = GroupTable([Part(GroupTable.of(many).parts[0].columns, source=s) for s, many in enumerate((one, two))])
+    keep = np.array([chance.random() < 0.6 for _ in range(len(table.key_N))], np.bool_)
+    fewer = keep_responses(table, keep)
+    expected, at = [], 0
+    for group in [*one, *two]:
+        kept = [k for k in range(len(group.continuations)) if keep[at + k]]
+        at += len(group.continuations)
+        new = {k: n for n, k in enumerate(kept)}
+        whole = [i for i, (a, b) in enumerate(group.pairs) if a in new and b in new]
+        tiers = (tuple(new[k] for k in tier if k in new) for tier in group.tiers)
+        expected.append(
+            Group(
+                group.prefix,
+                tuple(group.continuations[k] for k in kept),
+                group.row,
+                tuple((new[a], new[b]) for a, b in (group.pairs[i] for i in whole)),
+                weights=tuple(group.weights[i] for i in whole) if group.weights and whole else None,
+                tiers=tuple(tier for tier in tiers if tier),
+                scores=tuple(group.scores[k] for k in kept) if group.scores and kept else None,
+                labels=tuple(group.labels[k] for k in kept) if group.labels and kept else None,
+            )
+        )
+    assert [plain(g) for g in fewer] == [plain(g) for g in expected]
+    assert fewer.tokens_G.tolist() == [g.tokens for g in expected]
+    assert fewer.key_N.tolist() == table.key_N[keep].tolist() and fewer.source_G.tolist() == table.source_G.tolist()
+    assert fewer.prompt_key_G.tolist() == table.prompt_key_G.tolist() and fewer.row_G.tolist() == table.row_G.tolist()
 
 
 def check_columns(table: GroupTable, many: Sequence[Group]) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from model.architectures import Float64Throughout, with_exact_rotary
 from model.oracle import oracle_logprobs
+from prefopt.data.fewer import keep_responses
 from prefopt.data.group import Group
 from prefopt.data.packer import pack, split
 from prefopt.data.table import GroupTable
@@ -229,6 +230,23 @@ def test_the_best_against_the_worst() -> None:
     assert items.pairs_of([votes], "best-worst").rejected.tolist() == [0]
     with pytest.raises(DataError, match="row 1: no response is preferred to all others"):
         items.pairs_of([replace(votes, pairs=((0, 1), (1, 0)), weights=(1.0, 1.0))], "best-worst")
+
+
+def test_responses_that_no_pair_holds_are_not_needed() -> None:
+    rng = np.random.default_rng(0)
+    ranked = [group(i, (3, 4, 2, 5), order, rng) for i, order in enumerate([(9, 1, 9, 0), (1, 2, 3, 4)], 1)]
+    votes = replace(ranked[1], tiers=(), pairs=((0, 1), (2, 3), (2, 3)), weights=(1.0, 1.0, 1.0))
+    many = GroupTable.of([*ranked, votes])
+    read = items.paired_of(many, "best-worst")
+    # Who is best of votes is told from all of them, also from those of others.
+    assert read.tolist() == [*[True, False, True, True], *[True, False, False, True], *[True] * 4]
+    fewer = keep_responses(many, read)
+    before, after = items.pairs_of(many, "best-worst"), items.pairs_of(fewer, "best-worst")
+    numbers = np.flatnonzero(read)
+    assert numbers[after.chosen].tolist() == before.chosen.tolist()
+    assert numbers[after.rejected].tolist() == before.rejected.tolist()
+    assert after.weight.tolist() == before.weight.tolist()
+    assert items.paired_of(many, "all").all()
 
 
 def test_what_a_loss_cannot_be_computed_on_is_refused_by_row() -> None:

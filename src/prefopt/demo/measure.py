@@ -41,7 +41,9 @@ class Measured:
     """Means over samples, intervals over openings. ``change`` is that of the judge's score, paired by opening.
 
     ``kl``: KL(aligned || model) of whole continuations in nats, estimated on samples of the aligned model by the mean
-    of the log-ratio (k1). ``tokens``: mean length of a continuation before and after.
+    of the log-ratio (k1). ``tokens``: mean length of a continuation before and after. ``variety``: distinct sequences
+    of three words as a part of all, over all continuations, before and after: a model that always says the same, or
+    stammers, has little.
     """
 
     before: Interval
@@ -49,6 +51,7 @@ class Measured:
     change: Interval
     kl: Interval
     tokens: tuple[float, float]
+    variety: tuple[float, float]
     examples: tuple[Example, ...]
 
 
@@ -65,12 +68,21 @@ def measure(before: Path, after: Path, *, reference: Path, seed: int) -> Measure
         mean_interval(scores[1] - scores[0]),
         mean_interval(_log_ratios(two, after, reference)),
         (lengths[0], lengths[1]),
+        (_variety(one), _variety(two)),
         tuple(_example(one[i], two[i]) for i in chosen),
     )
 
 
 def _rows(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    # Not splitlines(): texts may hold characters that it takes for ends of lines.
+    with path.open("rb") as file:
+        return [json.loads(line) for line in file]
+
+
+def _variety(rows: list[Row]) -> float:
+    words = [text.split() for row in rows for text in row["responses"]]
+    triples = [triple for w in words for triple in zip(w, w[1:], w[2:], strict=False)]
+    return len(set(triples)) / max(1, len(triples))
 
 
 def _example(one: Row, two: Row) -> Example:

@@ -29,7 +29,13 @@ from prefopt.train.history import read_history
 
 MARK = "demo.json"
 HELD_OUT = 32
-SAMPLES = 16
+"""Openings to measure on, of about 130."""
+TIMES = 4
+"""How often each of the others comes: each time other samples are drawn."""
+SAMPLES = 4
+"""Continuations of an opening that are compared with one another."""
+MEASURED = 8
+"""Continuations of a held-out opening."""
 TOKENS = 48
 JUDGE = "vader"
 
@@ -90,10 +96,11 @@ def run_demo(output: str, seed: int = 0) -> Measured:
         console,
         "1. A model and something to write about",
         f"{files.model}: tiny-imdb, 6.5 million parameters, writes film reviews, good and bad",
-        f"{files.prompts}: openings of reviews to learn on; {files.held_out}: {HELD_OUT} others to measure on",
+        f"{files.prompts}: openings of reviews to learn on, each {TIMES} times",
+        f"{files.held_out}: {HELD_OUT} others to measure on",
     )
-    draw = _sampling(files.model, files.prompts, files.samples, seed)
-    tell(console, f"2. It writes {SAMPLES} continuations of each opening", command("sample", draw))
+    draw = _sampling(files.model, files.prompts, files.samples, SAMPLES, seed)
+    tell(console, f"2. It writes {SAMPLES} continuations of each line", command("sample", draw))
     with times.stage("sampling"):
         sample.run(draw)
     judge = ScoreConfig(files=[str(files.samples)], reward=JUDGE, output=str(files.scored))
@@ -101,7 +108,7 @@ def run_demo(output: str, seed: int = 0) -> Measured:
     with times.stage("judging"):
         _say(console, score.run(judge).lines())
     train = _training(files, seed)
-    tell(console, "4. Direct preference optimization: the best liked against the least liked", command("dpo", train))
+    tell(console, "4. Direct preference optimization: the best of each line against the worst", command("dpo", train))
     with times.stage("reference and training"):
         preference.run(train)
     with times.stage("measuring"):
@@ -121,8 +128,8 @@ def _say(console: Console, lines: list[str]) -> None:
 def _measure(console: Console, files: Files, seed: int) -> Measured:
     """Both models write on the openings that were held out, with the same seed, and are judged."""
     draws = [
-        _sampling(files.model, files.held_out, files.before, seed),
-        _sampling(files.aligned, files.held_out, files.after, seed),
+        _sampling(files.model, files.held_out, files.before, MEASURED, seed),
+        _sampling(files.aligned, files.held_out, files.after, MEASURED, seed),
     ]
     judges = [
         ScoreConfig(files=[str(path)], reward=JUDGE, output=str(out))
@@ -137,12 +144,12 @@ def _measure(console: Console, files: Files, seed: int) -> Measured:
     return measure(files.before_scored, files.after_scored, reference=files.model, seed=seed)
 
 
-def _sampling(model: Path, prompts: Path, output: Path, seed: int) -> SampleConfig:
+def _sampling(model: Path, prompts: Path, output: Path, num: int, seed: int) -> SampleConfig:
     return SampleConfig(
         model=str(model),
         prompts=[str(prompts)],
         output=str(output),
-        num=SAMPLES,
+        num=num,
         max_new_tokens=TOKENS,
         seed=seed,
         device="cpu",
@@ -157,7 +164,7 @@ def _training(files: Files, seed: int) -> DpoConfig:
         data=[str(files.scored)],
         output=str(files.aligned),
         pairs="best-worst",
-        epochs=4,
+        on_bad_row="skip",  # a continuation may be empty
         batch_size=16,
         learning_rate=2e-4,
         seed=seed,
@@ -189,4 +196,4 @@ def _write_start(files: Files, seed: int) -> None:
         openings = resources.files("prefopt.demo").joinpath("openings.txt").read_text("utf-8").splitlines()
         random.Random(seed).shuffle(openings)
         files.held_out.write_text("\n".join(openings[:HELD_OUT]) + "\n", "utf-8")
-        files.prompts.write_text("\n".join(openings[HELD_OUT:]) + "\n", "utf-8")
+        files.prompts.write_text("\n".join(openings[HELD_OUT:] * TIMES) + "\n", "utf-8")

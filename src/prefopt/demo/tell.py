@@ -35,6 +35,8 @@ def tell_result(console: Console, result: Measured, run: Path) -> None:
         f"  change {result.change}: {change}",
         f"KL to the model before, on samples: {result.kl.mean:.1f} nats [{result.kl.low:.1f}, {result.kl.high:.1f}]",
         f"length: {result.tokens[0]:.1f} tokens before, {result.tokens[1]:.1f} after",
+        f"variety: {result.variety[0]:.1%} of all sequences of three words are distinct before,"
+        f" {result.variety[1]:.1%} after",
     )
     table = Table(show_header=True, show_lines=True, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("before", "after"):

@@ -12,28 +12,31 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from prefopt.data.packer import pack
+from prefopt.data.packer import pack, split
 from prefopt.generate.sample import Ids, Sample, group_of
 from prefopt.model.scorer import Scorer
 
 # Mean difference of a token's log-probability, in nats, that is still rounding: a tenth of what the load check allows
 # between two ways of scoring, as the root mean square is.
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.05}
+TOKENS = 2048
+"""Scored at once, about."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """Absolute differences over so many ``tokens``, in nats: their mean, and the largest."""
+    """Absolute differences over so many ``tokens`` of so many ``samples``, in nats: their mean, and the largest."""
 
+    samples: int
     tokens: int
     mean: float
     largest: float
 
-    def words(self, prompts: int, dtype: torch.dtype) -> str:
+    def words(self, dtype: torch.dtype) -> str:
         """For the line that a run prints."""
         line = (
             f"sampler and scorer differ by {self.mean:.1g} nats per token in the mean, {self.largest:.1g} at most"
-            f" ({self.tokens:,} tokens of {prompts} prompts)"
+            f" ({self.tokens:,} tokens of {self.samples} samples)"
         )
         if self.mean <= ROUNDING.get(dtype, 0.05):
             return line
@@ -42,13 +45,13 @@ class Mismatch:
 
 @torch.no_grad()
 def compare(scorer: Scorer, prompts: Sequence[Ids], samples: Sequence[Sequence[Sample]]) -> Mismatch:
-    """Score the samples of each prompt and compare, prompt by prompt."""
+    """Score the samples of each prompt and compare."""
     device = next(scorer.model.parameters()).device
+    held = [(group_of(prompt, many), many) for prompt, many in zip(prompts, samples, strict=True) if many]
     parts = []
-    for prompt, many in zip(prompts, samples, strict=True):
-        if not many:
-            continue
-        scored = scorer(pack([group_of(prompt, many)], scorer.layout).to(device)).double().cpu().numpy()
-        parts.append(np.abs(scored - np.concatenate([s.logps for s in many])))
+    for part in split(range(len(held)), [scorer.layout.cost(group) for group, _ in held], TOKENS):
+        scored = scorer(pack([held[i][0] for i in part], scorer.layout).to(device)).double().cpu().numpy()
+        parts.append(np.abs(scored - np.concatenate([s.logps for i in part for s in held[i][1]])))
     gaps = np.concatenate(parts) if parts else np.zeros(0)
-    return Mismatch(len(gaps), float(gaps.mean()) if len(gaps) else 0.0, float(gaps.max(initial=0.0)))
+    mean = float(gaps.mean()) if len(gaps) else 0.0
+    return Mismatch(sum(len(many) for _, many in held), len(gaps), mean, float(gaps.max(initial=0.0)))

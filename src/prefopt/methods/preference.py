@@ -71,6 +71,8 @@ class _Run(TrainingRun[Scorer]):
     def __init__(self, config: DpoConfig, reporter: Reporter, stop: StopRequest, **given: Any) -> None:
         config, self.terms = terms_of(config)
         self.want = want_of(self.terms)
+        if self.terms[0].loss.kind == "pairs":
+            self.which = config.pairs
         super().__init__(config, reporter, stop, **given)
 
     def before_model(self) -> None:

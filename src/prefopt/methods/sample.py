@@ -31,7 +31,7 @@ from prefopt.train.folder import digest_of
 from prefopt.train.stop import StopRequest
 
 COMPARED = 64
-"""Prompts, spread over all, whose samples are scored again to compare the log-probabilities."""
+"""Samples at most, spread over the prompts, that are scored again to compare the log-probabilities."""
 BATCHES = 4
 """Batches that are sorted by length and written together: what a kill may cost."""
 VLLM_SAMPLES = 4096
@@ -192,7 +192,8 @@ class _Run:
 
     def _windows(self, sampler: Sampler, model: SampledModel, prompts: PromptSet, window: int, done: int) -> None:
         streams = occurrences(prompts.ids)
-        stride = max(1, len(prompts.ids) // COMPARED)
+        stride = -(-len(prompts.ids) // COMPARED)
+        each = max(1, COMPARED // len(prompts.ids))
         with self.reporter.bar("sampling", len(prompts.ids) * self.config.num, "samples") as bar:
             tell = _Progress(bar, self.stop, done * self.config.num)
             for start in range(done // window * window, len(prompts.ids), window):
@@ -206,7 +207,7 @@ class _Run:
                 )
                 fresh = [i for i in part if i >= done]
                 rows = [self._row(model, prompts, i, found[i - start]) for i in fresh]
-                self.compared |= {i: found[i - start] for i in fresh if i % stride == 0}
+                self.compared |= {i: found[i - start][:each] for i in fresh if i % stride == 0}
                 if self.file is not None:
                     self.file.write(rows)
                 else:
@@ -249,7 +250,7 @@ class _Run:
         if self.compared:
             scorer = model.scorer
             mismatch = compare(scorer, [prompts.ids[i] for i in self.compared], list(self.compared.values()))
-            say(mismatch.words(len(self.compared), scorer.dtype))
+            say(mismatch.words(scorer.dtype))
         if self.file is not None:
             gaps = None if mismatch is None else asdict(mismatch)
             self.file.finish({"prompts": len(prompts.rows), "sampler_scorer_difference": gaps})

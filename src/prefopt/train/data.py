@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from prefopt.config.data import DataOptions
+from prefopt.data.fewer import keep_responses
 from prefopt.data.formats import parse_comparisons
 from prefopt.data.load import GroupSet, build_groups, load_groups
 from prefopt.data.rendering import Rendering
@@ -17,6 +18,7 @@ from prefopt.data.table import GroupTable
 from prefopt.data.validate import Want
 from prefopt.errors import ConfigError, DataError, Interrupted
 from prefopt.progress import Reporter
+from prefopt.train.items import paired_of
 from prefopt.train.stop import StopRequest
 
 
@@ -60,11 +62,14 @@ def load_data(
     *,
     seed: int,
     want: Want = "pairs",
+    which: str = "all",
     workers: int | None = None,
     stop: StopRequest | None = None,
     **rendered: Any,
 ) -> TrainingData:
     """Read, render and split what ``config`` names, or ``rows`` in place of ``--data``.
+
+    ``which`` pairs are read (see :data:`prefopt.train.items.WHICH`): responses that stand in none are left aside.
 
     Where conversations were rendered with another template than the tokenizer's, it is given that one, so that the
     finished model is used as it was trained. ``rendered`` are further fields of :class:`Rendering`. Raises
@@ -86,6 +91,7 @@ def load_data(
         source = load_groups(config.data, tokenizer, rendering, **how, **layout)
     for line in source.summary():
         reporter.say(f"data: {line}")
+    source = _paired(source, which, "data", reporter)
     groups = source.groups
     train: Sequence[int] = range(len(groups))
     held_out: Sequence[int] = ()
@@ -95,6 +101,7 @@ def load_data(
         more = load_groups(config.eval_data, tokenizer, rendering, **how, **layout)
         for line in more.summary():
             reporter.say(f"evaluation data: {line}")
+        more = _paired(more, which, "evaluation data", reporter)
         if both := len(np.intersect1d(groups.prompt_key_G, more.groups.prompt_key_G)):
             reporter.say(f"evaluation data: {both} prompts stand in the training data too")
         held_out = range(len(groups), len(groups) + len(more.groups))
@@ -111,6 +118,18 @@ def load_data(
     if source.template:
         tokenizer.chat_template = source.template
     return data
+
+
+def _paired(source: GroupSet, which: str, name: str, reporter: Reporter) -> GroupSet:
+    """Without responses that no pair holds: scoring them would change nothing."""
+    if which == "all":
+        return source
+    paired = paired_of(source.groups, which)
+    if paired.all():
+        return source
+    left = f"{int((~paired).sum()):,} of {len(paired):,} responses are neither the best nor the worst of their row"
+    reporter.say(f"{name}: {left}: not read")
+    return replace(source, groups=keep_responses(source.groups, paired))
 
 
 def _shares(config: DataOptions, groups: GroupTable, train: Sequence[int]) -> list[Share]:

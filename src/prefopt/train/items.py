@@ -100,6 +100,17 @@ def pairs_of(groups: Sequence[Group], which: str, *, merge: bool = False) -> Pai
     return Pairs(columns[0].astype(np.int64), columns[1].astype(np.int64), columns[2], columns[3])
 
 
+def paired_of(groups: Sequence[Group], which: str) -> npt.NDArray[np.bool_]:
+    """Which responses [N] :func:`pairs_of` reads: those of its pairs, and where votes alone give an order, all."""
+    starts = starts_of(groups)
+    read = np.zeros(int(starts[-1]), np.bool_)
+    for group, start in zip(groups, starts.tolist(), strict=False):
+        found = _weighted(group) if which == "all" else _best_against_worst(group)
+        everyone = range(len(group.continuations))
+        read[[start + k for k in ({k for pair in found for k in pair[:2]} if group.tiers else everyone)]] = True
+    return read
+
+
 def labels_of(groups: Sequence[Group]) -> Labels:
     """Every response with its label. Raises :class:`DataError` for a group without labels."""
     for group in groups:

@@ -59,6 +59,8 @@ class TrainingRun(Generic[AnyScorer]):
     """One run. Subclasses fill in the stages that raise ``NotImplementedError``, and may add to the others."""
 
     want: Want
+    which = "all"
+    """Which pairs are read, see :data:`prefopt.train.items.WHICH`."""
     """What is made of a row."""
     unit = "pairs"
     """What groups are called in the name of the metric of speed."""
@@ -132,6 +134,7 @@ class TrainingRun(Generic[AnyScorer]):
             self.reporter,
             seed=self.config.seed,
             want=self.want,
+            which=self.which,
             workers=self.config.threads,
             stop=self.stop,
         )

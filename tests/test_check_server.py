@@ -1,0 +1,144 @@
+"""The check of a served model passes for the model itself, and finds another template, other weights, other tokens."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from small_chat import build_model
+
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "check_server.py"
+Change = Callable[[Any, Any], None]
+
+
+@contextmanager
+def served(folder: Path, change: Change, *, tokenize: bool) -> Iterator[str]:
+    """The model as transformers runs it, behind OpenAI's interface; ``change`` may spoil tokenizer and model."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    change(tokenizer, model)
+
+    def ids_of(body: dict[str, Any]) -> list[int]:
+        if "prompt" in body:
+            return list(tokenizer(body["prompt"])["input_ids"])
+        return list(tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, return_dict=False))
+
+    def answer(body: dict[str, Any]) -> dict[str, Any]:
+        ids = ids_of(body)
+        made: list[int] = []
+        with torch.no_grad():
+            for _ in range(body["max_tokens"]):
+                made.append(int(model(torch.tensor([ids + made])).logits[0, -1].argmax()))
+                if made[-1] == tokenizer.eos_token_id:
+                    break
+        text = tokenizer.decode(made, skip_special_tokens=True)
+        choice = {"text": text} if "prompt" in body else {"message": {"role": "assistant", "content": text}}
+        return {"choices": [choice], "usage": {"prompt_tokens": len(ids)}}
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self.tell({"data": [{"id": "small"}]})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == "/tokenize" and tokenize:
+                self.tell({"tokens": ids_of(body)})
+            elif self.path in ("/v1/chat/completions", "/v1/completions"):
+                self.tell(answer(body))
+            else:
+                self.send_error(404)
+
+        def tell(self, value: Any) -> None:
+            data = json.dumps(value).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def nothing(tokenizer: Any, model: Any) -> None:
+    pass
+
+
+def other_template(tokenizer: Any, model: Any) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+def other_weights(tokenizer: Any, model: Any) -> None:
+    with torch.no_grad():
+        model.get_output_embeddings().weight.copy_(model.get_output_embeddings().weight.flip(0))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("served")
+    rows = Path(__file__).with_name("pairs.jsonl").read_text("utf-8").split("\n")[:14]
+    build_model(path, [turn["content"] for row in rows for turns in json.loads(row).values() for turn in turns])
+    # Far from its start, so that the likeliest tokens are words of all kinds.
+    config = AutoConfig.from_pretrained(path, tie_word_embeddings=False, initializer_range=0.3)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
+
+
+def check(folder: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(folder), url, "--tokens", "6", "--device", "cpu"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+@pytest.mark.parametrize("tokenize", [True, False])
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [(nothing, "has what was trained"), (other_template, "prompt: "), (other_weights, "OTHER")],
+    ids=["the model itself", "another template", "other weights"],
+)
+def test_a_served_model_is_told_from_another(
+    change: Change, told: str, tokenize: bool, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    with served(folder, change, tokenize=tokenize) as url:
+        status = check(folder, url, monkeypatch)
+    out = capsys.readouterr().out
+    assert status == (change is not nothing) and told in out, out
+    if change is other_template:
+        assert ("OTHER token ids" if tokenize else "NOT the same") in out
+    if change is other_weights:
+        assert out.count("the same token ids" if tokenize else "tokens there") == 3 and "questions differ" in out
+
+
+def test_text_is_compared_where_there_is_no_template(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    base = tmp_path / "base"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(base)
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(base)
+    with served(base, nothing, tokenize=True) as url:
+        assert check(base, url, monkeypatch) == 0
+    assert capsys.readouterr().out.count("the same token ids") == 3
