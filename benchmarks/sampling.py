@@ -1,10 +1,12 @@
 """Sampling with prefopt beside transformers' generate: python sampling.py --model MODEL --texts TEXTS.jsonl
 
-The same model, prompts, number of samples and number of tokens on both sides (no token ends a sample), both with a
-key-value cache and batches of prompts sorted by length. generate encodes a prompt once for each of its samples and pads
-to the left; it draws from the same distribution, with another generator. Its log-probabilities are not asked for.
-Sides run in turn, each in the same process, the first round to warm up. What the matrix products alone take (2
-operations per weight and token, the head's at drawn tokens, at the best rate of this machine) is printed beside.
+The same model, prompts, number of samples and number of tokens on both sides, both with a key-value cache and batches
+of prompts sorted by length. No token ends a sample, but with --stop: then samples end at EOS, and only tokens up to it
+count. generate encodes a prompt once for each of its samples and pads to the left; it draws from the same distribution,
+with another generator. Its log-probabilities are not asked for. Sides run in turn, each in the same process, the first
+round to warm up; they are compared round by round, so that a load that changes slowly hits both. What the matrix
+products alone take (2 operations per weight and token, the head's at drawn tokens, at the best rate of this machine) is
+printed beside.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ def main() -> None:
         "generate": lambda: by_generate(model, prompts, args),
         "prefopt": lambda: by_prefopt(model, prompts, args),
     }
+    args.eos = tokenizer.eos_token_id if args.stop else None
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    drawn: dict[str, list[int]] = {name: [] for name in sides}
     for number in range(args.rounds + 1):
         for name, run in sides.items():
             if args.only not in (None, name):
@@ -50,10 +54,11 @@ def main() -> None:
             started = time.perf_counter()
             tokens = run()
             taken = time.perf_counter() - started
-            assert tokens == len(prompts) * args.num * args.tokens
+            assert args.stop or tokens == len(prompts) * args.num * args.tokens
             if number:  # the first round warms up
                 seconds[name].append(taken)
-    report(args, model, prompts, seconds, products(model, prompts, args) / matmul_peak(device, dtype))
+                drawn[name].append(tokens)
+    report(args, model, prompts, seconds, drawn, products(model, prompts, args) / matmul_peak(device, dtype))
 
 
 def parsed() -> argparse.Namespace:
@@ -64,6 +69,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs=2, default=(2, 8), help="tokens of a prompt, from and to")
     parser.add_argument("--num", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--stop", action="store_true", help="samples end at EOS")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=("generate", "prefopt"))
@@ -90,7 +96,7 @@ def by_prefopt(model: Any, prompts: Prompts, args: argparse.Namespace) -> int:
     scorer = Scorer(model)
     try:
         sampler = TransformersSampler(scorer, rows=args.batch_size)
-        found = sampler.sample(prompts, args.num, Settings(args.tokens))
+        found = sampler.sample(prompts, args.num, Settings(args.tokens, () if args.eos is None else (args.eos,)))
     finally:
         scorer.detach_hook()
     return sum(sample.tokens for many in found for sample in many)
@@ -118,10 +124,13 @@ def by_generate(model: Any, prompts: Prompts, args: argparse.Namespace) -> int:
             top_p=1.0,
             num_return_sequences=args.num,
             max_new_tokens=args.tokens,
-            min_new_tokens=args.tokens,
+            min_new_tokens=None if args.stop else args.tokens,
+            eos_token_id=args.eos,
             pad_token_id=0,
         )
-        drawn += (out.shape[1] - longest) * out.shape[0]
+        made = out[:, longest:]
+        ended = (made == args.eos).cumsum(1) if args.stop else torch.zeros_like(made)
+        drawn += int((ended.roll(1, 1).index_fill_(1, torch.tensor([0], device=ended.device), 0) == 0).sum())
     return drawn
 
 
@@ -135,19 +144,29 @@ def products(model: Any, prompts: Prompts, args: argparse.Namespace) -> float:
 
 
 def report(
-    args: argparse.Namespace, model: Any, prompts: Prompts, seconds: dict[str, list[float]], ideal: float
+    args: argparse.Namespace,
+    model: Any,
+    prompts: Prompts,
+    seconds: dict[str, list[float]],
+    drawn: dict[str, list[int]],
+    ideal: float,
 ) -> None:
-    tokens = len(prompts) * args.num * args.tokens
     where = f"{args.dtype}, {args.device}, {torch.get_num_threads()} threads"
     print(f"{args.model}: {model.num_parameters():,} weights, {where}")
     print(f"{len(prompts)} prompts x {args.num} samples x {args.tokens} tokens, {args.batch_size} side by side")
     for name, taken in seconds.items():
         if taken:
             middle = statistics.median(taken)
-            print(f"{name:9} {middle:7.2f} s ({min(taken):.2f} to {max(taken):.2f}), {tokens / middle:9,.0f} tokens/s")
-    print(f"products  {ideal:7.2f} s")
+            rate = statistics.median(n / t for n, t in zip(drawn[name], taken, strict=True))
+            print(f"{name:9} {middle:7.2f} s ({min(taken):.2f} to {max(taken):.2f}), {rate:9,.0f} tokens/s")
+    print(f"products  {ideal:7.2f} s" + (", were every sample as long as it may be" if args.stop else ""))
+    if all(seconds.values()):
+        rates = {name: [n / t for n, t in zip(drawn[name], seconds[name], strict=True)] for name in seconds}
+        ratios = [ours / theirs for ours, theirs in zip(rates["prefopt"], rates["generate"], strict=True)]
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        print(f"prefopt draws {statistics.median(ratios):.2f} times the tokens per second of generate ({spread})")
     if args.json:
-        found = {"arguments": vars(args), "seconds": seconds, "products_seconds": ideal, "tokens": tokens}
+        found = {"arguments": vars(args), "seconds": seconds, "products_seconds": ideal, "tokens": drawn}
         Path(args.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 

@@ -102,10 +102,11 @@ def main() -> int:
         choice = found["choices"][0]
         there = (choice["message"]["content"] if chat else choice["text"]) or ""
         mine = tokenizer.decode(row["token_ids"][0], skip_special_tokens=True)  # as servers show it
-        alike = common(there.split(), mine.split())
-        enough = alike >= min(SAME, len(there.split()), len(mine.split())) and bool(there.split()) == bool(mine.split())
-        whole = there.split() == mine.split()
-        print(f"  answer: {'the same' if whole else f'the first {alike} words are the same'}{'' if enough else ': OTHER'}")
+        words = there.split(), mine.split()
+        alike, whole = common(*words), words[0] == words[1]
+        enough = whole or (min(map(len, words)) > 0 and alike >= min(SAME, *map(len, words)))
+        told = "the same" if whole else f"the first {alike} words are the same"
+        print(f"  answer: {told}{'' if enough else ': OTHER'}")
         if not whole:
             print(f"    there: {there!r}\n    here:  {mine!r}")
         wrong += not same or not enough

@@ -24,8 +24,8 @@ BoolArray = npt.NDArray[np.bool_]
 def keep_responses(groups: GroupTable, keep_N: BoolArray) -> GroupTable:
     """The same groups with the responses [N] that are kept, and the pairs of which both are.
 
-    The shared prefix of a group stays what it was, and so does everything that is said of the responses that are kept. Nothing is looked up in the tokens, so that parts on disk stay there but for
-    what is kept.
+    The shared prefix of a group stays what it was, and so does everything that is said of the responses that are kept.
+    Parts that lie on disk stay there; what is kept of them is held in memory.
     """
     ends = np.cumsum([0, *(len(part.columns["length_N"]) for part in groups.parts)]).tolist()
     parts = zip(groups.parts, ends[:-1], ends[1:], strict=True)
@@ -48,7 +48,7 @@ def _fewer(part: Part, keep_N: BoolArray) -> Part:
     columns["tokens_G"] = tokens.astype(c["tokens_G"].dtype)
     # Pairs count responses from 0 within their group.
     group_P = _owners(c["pairs_G"])
-    before_N = np.cumsum(keep_N) - keep_N
+    before_N: IndexArray = np.cumsum(keep_N) - keep_N
     at_P2 = c["pair_P"] + starts[group_P][:, None]
     keep_P = keep_N[at_P2].all(1)
     first_P = np.append(before_N, 0)[starts[group_P]]

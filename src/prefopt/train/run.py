@@ -59,9 +59,9 @@ class TrainingRun(Generic[AnyScorer]):
     """One run. Subclasses fill in the stages that raise ``NotImplementedError``, and may add to the others."""
 
     want: Want
-    which = "all"
-    """Which pairs are read, see :data:`prefopt.train.items.WHICH`."""
     """What is made of a row."""
+    which: str = "all"
+    """The pairs that are read, see :data:`prefopt.train.items.WHICH`."""
     unit = "pairs"
     """What groups are called in the name of the metric of speed."""
 
