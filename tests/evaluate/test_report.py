@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from html.parser import HTMLParser
@@ -11,7 +12,10 @@ import pytest
 
 from evaluate.small import write_run
 from prefopt.cli import main, parse
+from prefopt.config.compare import CompareConfig
 from prefopt.config.dpo import DpoConfig
+from prefopt.config.report import ReportConfig
+from prefopt.evaluate.compare import run as compare
 from prefopt.evaluate.report.page import write_report
 from prefopt.evaluate.runs import labels
 from prefopt.train.diagnose import diagnose
@@ -61,6 +65,23 @@ def read(path: Path) -> Page:
     return Page(path.read_text("utf-8"))
 
 
+def report(run: Path, *, title: str | None = None, comparisons: list[str] | None = None) -> Page:
+    output = str(run.parent / "r.html")
+    return read(write_report(ReportConfig(run=[str(run)], output=output, title=title, comparisons=comparisons)))
+
+
+def compared(tmp_path: Path, prompts: int, tail: str = "") -> list[str]:
+    """What prefopt compare says by length, of answers of which the first are longer but for every fifth."""
+    for name, many in (("a", [1 if i % 5 == 0 else 3 for i in range(prompts)]), ("b", [2] * prompts)):
+        rows = [{"prompt": f"{i}?{tail}", "responses": ["w " * n + tail]} for i, n in enumerate(many)]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    config = CompareConfig(
+        a=str(tmp_path / "a.jsonl"), b=str(tmp_path / "b.jsonl"), judge="length", output=str(tmp_path / "judged.jsonl")
+    )
+    (tmp_path / "compared.json").write_text(json.dumps(compare(config).to_dict()))
+    return [str(tmp_path / "compared.json")]
+
+
 def test_two_runs_on_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [write_run(tmp_path / str(rate), options={"learning_rate": rate}) for rate in (1e-6, 5e-6)]
     target = tmp_path / "pages" / "report.html"
@@ -86,8 +107,8 @@ def test_nothing_is_run_or_fetched_whatever_the_runs_say(tmp_path: Path) -> None
         options={"model": HOSTILE, "data": [HOSTILE]},
         record={"environment": {HOSTILE: {"x": HOSTILE}}},
     )
-    page = read(write_report([str(run)], tmp_path / "r.html", title=HOSTILE))
-    assert page.words.count(HOSTILE) >= 4 and "49" not in HOSTILE
+    page = report(run, title=HOSTILE, comparisons=compared(tmp_path, 20, HOSTILE))
+    assert page.words.count(HOSTILE) >= 4 + 2 * 3 * 3
     assert not {"script", "img", "link", "iframe", "object", "base"} & set(page.tags)
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
     assert all(value.startswith("#") for value in page.values("href")) and not page.values("src")
@@ -97,7 +118,7 @@ def test_nothing_is_run_or_fetched_whatever_the_runs_say(tmp_path: Path) -> None
 
 def test_a_real_run_tells_on_what_it_ran_and_how_to_do_it_again(model: str, tmp_path: Path) -> None:
     dpo(model, write_rows(tmp_path / "rows.jsonl", pairs(8)), tmp_path / "out", max_steps=2)
-    page = read(write_report([str(tmp_path / "out")], tmp_path / "r.html"))
+    page = report(tmp_path / "out")
     history = read_history(tmp_path / "out")
     environment = history.record["environment"]
     assert environment["versions"]["torch"] in page.words and environment["machine"]["processor"] in page.words
@@ -105,14 +126,27 @@ def test_a_real_run_tells_on_what_it_ran_and_how_to_do_it_again(model: str, tmp_
     command = next(line for line in page.words.splitlines() if " dpo " in line and "--model" in line)
     words = shlex.split(command)
     again = DpoConfig.from_dict(parse("dpo", words[words.index("dpo") + 1 :]))
+    assert history.record["method"] == "dpo"
     assert again == DpoConfig.from_dict({k: v for k, v in history.options.items() if v is not None})
 
 
 def test_a_run_without_a_step_or_held_out_rows_still_has_a_page(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a")
     (folder / "metrics.jsonl").write_text("")
-    page = read(write_report([str(folder)], tmp_path / "r.html"))
+    page = report(folder)
     assert "no row was held out" in page.words and "svg" not in page.tags
+
+
+def test_win_rates_with_their_intervals_and_samples_side_by_side(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    page = report(run, comparisons=compared(tmp_path, 40))
+    a, b = (str(tmp_path / f"{name}.jsonl") for name in "ab")
+    assert f"{a} is better than {b} (win rate 80.0%, 95 % interval" in page.words
+    assert "32 / 0 / 8" in page.words and "Win rates by the judge length" in page.values("aria-label")
+    assert "a win rate is what this judge says" in page.words and "Samples that lost" in page.words
+    lost = page.words.split("Samples that lost")[1].split("Curves")[0]
+    assert lost.count(f"{b} is better") == 3 and f"{a} is better" not in lost
+    assert "too few to say whether" in report(run, comparisons=compared(tmp_path, 5)).words
 
 
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,4 +154,11 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no run of prefopt" in capsys.readouterr().err
     assert main(["report", str(tmp_path), "--output", str(tmp_path / "r.pdf")]) == 2
     assert ".html" in capsys.readouterr().err
+    run = str(write_run(tmp_path / "run"))
+    for text, said in (("{}", "is not what prefopt compare --json prints"), (None, "cannot be read")):
+        (tmp_path / "c.json").unlink(missing_ok=True)
+        if text is not None:
+            (tmp_path / "c.json").write_text(text)
+        words = ["report", run, "--comparisons", str(tmp_path / "c.json"), "--output", str(tmp_path / "r.html")]
+        assert main(words) == 2 and said in capsys.readouterr().err
     assert not (tmp_path / "r.html").exists()

@@ -25,5 +25,5 @@ def report_runs(config: ReportConfig) -> int:
     """Draws with matplotlib, as the figures of ``prefopt plot``."""
     from prefopt.evaluate.report.page import write_report
 
-    print(f"written: {write_report(config.run, config.output, title=config.title)}")
+    print(f"written: {write_report(config)}")
     return 0

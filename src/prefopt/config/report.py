@@ -13,6 +13,9 @@ class ReportConfig:
     """Runs to tell about, and the page to write."""
 
     run: list[str] = option(help="output folders of the runs to tell about", group="report", positional=True)
+    comparisons: list[str] | None = option(
+        None, "files of what prefopt compare --json printed: win rates, and some of the samples", group="report"
+    )
     output: str = option("report.html", "page to write", group="report")
     title: str | None = option(
         None, "heading of the page", group="report", default_text="the names of the runs' folders"

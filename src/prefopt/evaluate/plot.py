@@ -221,14 +221,15 @@ def _title(runs: Sequence[History], width: int) -> str:
         if value is not None and name not in different:
             text = Path(str(value)).name if name in ("loss", "model") else f"{name.replace('_', ' ')} {shown(value)}"
             parts.append(text)
-    lines = [_short(parts[0], width)]
-    for part in (_short(part, width) for part in parts[1:]):
+    lines = [shortened(parts[0], width)]
+    for part in (shortened(part, width) for part in parts[1:]):
         fits = len(lines[-1]) + len(part) + 7 <= width
         lines[-1:] = [f"{lines[-1]}   ·   {part}"] if fits else [lines[-1], part]
     return "\n".join(lines)
 
 
-def _short(text: str, width: int) -> str:
+def shortened(text: str, width: int) -> str:
+    """At most ``width`` letters."""
     return text if len(text) <= width else text[: width - 1] + "…"
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefopt.config.command import command
-from prefopt.config.dpo import DpoConfig
-from prefopt.config.option import from_dict, options
+from prefopt.config.methods import METHODS, read_options
+from prefopt.config.option import options
 from prefopt.errors import UserError
 from prefopt.evaluate.runs import as_number, labels, reached, shown, summary
 from prefopt.train.diagnose import Finding, diagnose
@@ -86,7 +86,7 @@ def _identity(run: History) -> list[Row]:
 
 
 def _settings(run: History) -> list[Setting]:
-    defaults = {o.name: o.default for o in options(DpoConfig)}
+    defaults = {o.name: o.default for o in options(METHODS[_method(run)])}
     return [
         Setting(name.replace("_", "-"), shown(value), name not in defaults or value != defaults[name])
         for name, value in run.options.items()
@@ -95,6 +95,10 @@ def _settings(run: History) -> list[Setting]:
 
 def _command(run: History) -> str:
     try:
-        return command("dpo", from_dict(DpoConfig, {k: v for k, v in run.options.items() if v is not None}))
+        return command(_method(run), read_options(_method(run), run.options))
     except UserError:
         return ""
+
+
+def _method(run: History) -> str:
+    return str(run.record.get("method", "dpo"))

@@ -10,7 +10,8 @@ from xml.sax.saxutils import quoteattr
 
 from markupsafe import Markup
 
-from prefopt.evaluate.plot import figure_of, panels_of
+from prefopt.evaluate.plot import COLOURS, figure_of, panels_of, require_matplotlib, shortened
+from prefopt.evaluate.report.comparison import ComparisonFacts
 from prefopt.evaluate.runs import labels
 from prefopt.train.history import History
 
@@ -24,6 +25,30 @@ def curves(runs: Sequence[History]) -> list[Markup]:
         inline(figure_of(runs, metrics=[panel.name], titled=False), name=f"curve{n}", label=f"{panel.title}: {of}")
         for n, panel in enumerate(panels_of(runs, None))
     ]
+
+
+def win_rates(found: ComparisonFacts, *, name: str) -> Markup | None:
+    """Win rates with their intervals beside the line of no difference; none where none could be told."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    rates = [(rate.name, rate.bounds) for rate in found.rates if rate.bounds is not None]
+    if not rates:
+        return None
+    figure: Any = Figure(figsize=(7.5, 0.9 + 0.34 * len(rates)), layout="constrained")
+    axes = figure.subplots()
+    for y, (_, (mean, low, high)) in enumerate(rates):
+        axes.plot([low, high], [y, y], color=COLOURS[0], linewidth=2)
+        axes.plot([mean], [y], color=COLOURS[0], marker="o", markersize=6)
+    axes.axvline(0.5, color="0.45", linewidth=0.9, linestyle=":")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(len(rates) - 0.5, -0.5)
+    axes.set_yticks(range(len(rates)), [shortened(text, 48) for text, _ in rates], fontsize=9)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_xlabel("win rate, a tie counting half; the line is its 95 % interval", fontsize=9)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return inline(figure, name=name, label=f"Win rates by the judge {found.judge}")
 
 
 def inline(figure: Any, *, name: str, label: str) -> Markup:
