@@ -102,6 +102,14 @@ def test_every_problem_is_named_by_its_rows(tmp_path: Path) -> None:
     assert (a.files[0].rows, a.files[0].usable, a.files[0].refused) == (13, 7, 6)
 
 
+def test_an_answer_that_was_broken_off_is_said_to_be_and_misses_no_end(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "responses": ["a", "b"], "tiers": [[0], [1]], "finish": ["length", "stop"]}]
+    found_here = found(
+        audit([write(tmp_path / "a.jsonl", rows)], How(tokenizer=tokenizer(), rendering=Rendering(64))), "warning"
+    )
+    assert found_here == {"broken off": [1]}
+
+
 def test_contradictions_across_files_and_kinds_of_preference(tmp_path: Path) -> None:
     one = write(tmp_path / "a.jsonl", [{"prompt": "p", "responses": ["a", "b", "c"], "tiers": [[0], [1, 2]]}])
     other = write(tmp_path / "b.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "a"}])

@@ -7,16 +7,14 @@ from pathlib import Path
 import pytest
 
 from data.small import small_tokenizer
-from prefopt.data.tokenizer import eos_id, load_tokenizer, pad_id
+from prefopt.data.tokenizer import eos_id, load_tokenizer
 from prefopt.errors import ModelError
 
 
-def test_saved_tokenizer_loads_and_pads(tmp_path: Path) -> None:
+def test_saved_tokenizer_loads(tmp_path: Path) -> None:
     small_tokenizer().save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
-    assert eos_id(tokenizer) == pad_id(tokenizer) == tokenizer.convert_tokens_to_ids("</s>")
-    tokenizer.pad_token = "<|im_start|>"
-    assert pad_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_start|>") != eos_id(tokenizer)
+    assert eos_id(tokenizer) == tokenizer.convert_tokens_to_ids("</s>")
 
 
 def test_incomplete_folders(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 TRUNCATED = "truncated"
 NO_END = "no end of turn"
+BROKEN_OFF = "broken off"
 CONTRADICTION = "contradiction"
 
 
@@ -197,7 +198,12 @@ class _Checker:
         found = [(said, said, where) for said, where in chunk.findings.items() if where]
         limit = self.how.rendering.max_length
         found.append((TRUNCATED, f"is longer than {limit} tokens", _truncated(chunk)))
-        found.append((NO_END, "a response does not end with an end-of-turn token", self._endless(chunk.columns)))
+        broken = {c.row for c in rows if any(r.cut for r in c.responses)}
+        endless = [row for row in self._endless(chunk.columns) if row not in broken]
+        found.append((NO_END, "a response does not end with an end-of-turn token", endless))
+        found.append(
+            (BROKEN_OFF, "a response was broken off at a limit; it is trained to its last word", sorted(broken))
+        )
         return chunk.problems, [Problem(kind, row, what, file) for kind, what, where in found for row in where]
 
     def _endless(self, c: Mapping[str, Array]) -> list[int]:

@@ -75,11 +75,6 @@ def eos_id(tokenizer: Tokenizer) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def pad_id(tokenizer: Tokenizer) -> int:
-    """A filler for batches of samples. Only its place, never its value, tells padding: EOS serves where no pad is."""
-    return eos_id(tokenizer) if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
-
-
 def leading_ids(tokenizer: Tokenizer) -> list[int]:
     """What the tokenizer puts before plain text by itself: [BOS], or nothing."""
     bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
