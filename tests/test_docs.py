@@ -22,6 +22,7 @@ from prefopt.config.dpo import DpoConfig
 from prefopt.config.option import options
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.reward import RewardConfig
+from prefopt.config.rlhf import RlhfConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.config.sft import SftConfig
 
@@ -32,6 +33,7 @@ CONFIGS = {
     "sample": SampleConfig,
     "sft": SftConfig,
     "reward": RewardConfig,
+    "rlhf": RlhfConfig,
 }  # functions of prefopt, and what their keywords fill
 SHELL = {"bash", "sh", "shell", "console"}
 UNCHECKED = {"text", "json", "jsonl", "html", "mermaid", "makefile", "toml"}

@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import prefopt
 from prefopt import pipeline
 from prefopt.cli import main
+from prefopt.config.ppo import PpoConfig
 from prefopt.config.rlhf import RlhfConfig
 from prefopt.errors import ConfigError, Interrupted, RunError
 from train.small import pairs, weights, write_model, write_rows
@@ -110,6 +112,23 @@ def test_a_mistake_in_any_stage_is_told_before_the_first_begins(tmp_path: Path) 
             config(tmp_path, **changes)
         assert said in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_options_of_stages_are_read_as_yaml_would_and_from_python_as_they_are(tmp_path: Path) -> None:
+    given = config(tmp_path, ppo=["whiten_rewards=true", "learning-rate=2e-6", "critic=head", "num=3"])
+    ppo = given.stage("ppo")
+    assert isinstance(ppo, PpoConfig)
+    assert (ppo.whiten_rewards, ppo.learning_rate, ppo.critic, ppo.num) == (True, 2e-6, "head", 3)
+    assert (ppo.max_new_tokens, ppo.prompts) == (6, [str(tmp_path / "d.jsonl")])
+    other = config(tmp_path, prompts=["p.txt"], format="preference-text", eval_fraction=0.2, seed=5, lora=True)
+    stages = [other.stage(name) for name in ("sft", "reward", "ppo")]
+    assert [getattr(s, "format", None) for s in stages] == ["preference-text", "preference-text", None]
+    assert [s.seed for s in stages] == [5, 5, 5]
+    assert [s.lora for s in stages] == [True, True, True]
+    assert [getattr(s, "eval_fraction", None) for s in stages] == [0.2, 0.2, None]
+    assert stages[2].prompts == ["p.txt"]
+    with pytest.raises(ConfigError, match="--ppo: unknown option 'kl_targets'"):
+        prefopt.rlhf(tmp_path / "m", tmp_path / "d.jsonl", output=tmp_path / "o", ppo={"kl_targets": 6.0})
 
 
 def test_the_same_from_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

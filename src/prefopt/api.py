@@ -10,6 +10,7 @@ from prefopt.config.dpo import DpoConfig
 from prefopt.config.method import MethodOptions
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.reward import RewardConfig
+from prefopt.config.rlhf import RlhfConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.config.sft import SftConfig
 from prefopt.errors import ConfigError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from prefopt.methods.reward import RewardResult
     from prefopt.methods.sample import SampleResult
     from prefopt.methods.sft import SftResult
+    from prefopt.pipeline import RlhfResult
 
 Row = Mapping[str, object]
 Config = TypeVar("Config", bound=MethodOptions)
@@ -182,6 +184,31 @@ def sample(
     from prefopt.methods.sample import run
 
     return run(config, model=None if named else model, tokenizer=tokenizer, rows=rows)
+
+
+def rlhf(
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    output: str | os.PathLike[str],
+    **options: Any,
+) -> RlhfResult:
+    """Fine-tune, train a reward model, and optimise against it by PPO, as ``prefopt rlhf`` does.
+
+    ``model`` and ``data`` are names: stages are skipped where the contents of these are what they were. ``options`` are
+    the fields of ``RlhfConfig``, of which ``sft``, ``reward`` and ``ppo`` may be mappings.
+
+    >>> import prefopt
+    >>> prefopt.rlhf("my-model", "pairs.jsonl", output="aligned", ppo={"kl_target": 6.0})  # doctest: +SKIP
+    """
+    for stage in ("sft", "reward", "ppo"):
+        if isinstance(options.get(stage), Mapping):
+            options[stage] = [f"{name}={value}" for name, value in options[stage].items()] or None
+    config = RlhfConfig.from_dict({"model": model, "data": data, "output": output, **options})
+
+    from prefopt.pipeline import run
+
+    return run(config)
 
 
 def _method(

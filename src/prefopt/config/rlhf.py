@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -140,7 +141,9 @@ def _values(name: str, given: Sequence[str]) -> dict[str, object]:
 
 
 def _value(text: str) -> object:
+    if re.fullmatch(r"[-+]?[0-9.]+[eE][-+]?[0-9]+", text):  # which YAML 1.1 takes for text
+        return float(text)
     try:
-        return float(text) if "e" in text.lower() else yaml.safe_load(text)  # YAML 1.1 takes 1e-5 for text
-    except (ValueError, yaml.YAMLError):
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
         return text
