@@ -7,7 +7,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import unescape
@@ -25,10 +25,11 @@ FAST = Rate(per_second=10_000, burst=10_000)
 
 @dataclass
 class Served:
-    """An address, and the study behind it."""
+    """An address, and the study behind it. ``closing`` is called before the server goes: browsers are to go first."""
 
     port: int
     study: Study
+    closing: list[Callable[[], object]] = field(default_factory=list)
 
     @property
     def base(self) -> str:
@@ -56,9 +57,12 @@ def served(study: Study, rate: Rate = FAST) -> Iterator[Served]:
     thread.start()
     while not server.started:
         time.sleep(0.01)
+    found = Served(port, study)
     try:
-        yield Served(port, study)
+        yield found
     finally:
+        for close in found.closing:
+            close()
         server.should_exit = True
         thread.join()
         listening.close()

@@ -44,11 +44,10 @@ def chromium() -> Iterator[Any]:
 def opened(chromium: Any) -> Iterator[Open]:
     """Opens a page of a context of its own. In the end nothing was asked elsewhere and nothing complained of."""
     said: list[str] = []
-    contexts = []
 
     def open_page(site: Served, link: str, *, quiet: bool = True, **how: Any) -> Any:
         context = chromium.new_context(**{"viewport": {"width": 1200, "height": 900}, "locale": "en-US", **how})
-        contexts.append(context)
+        site.closing.append(context.close)
         page = context.new_page()
         page.set_default_timeout(20_000)
 
@@ -68,8 +67,6 @@ def opened(chromium: Any) -> Iterator[Open]:
         return page
 
     yield open_page
-    for context in contexts:
-        context.close()
     assert not said
 
 

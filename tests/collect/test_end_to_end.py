@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from prefopt.cli import main
+from prefopt.errors import StudyError
 from prefopt.studies.items import add_items
 from prefopt.studies.study import Study
 from prefopt.studies.votes import Vote, record
@@ -111,3 +112,29 @@ def test_a_model_answers_and_people_compare(model: Path, tmp_path: Path, capsys:
     assert {o["model"] for row in rows for o in json.loads(row["origins"])} == {str(model)}
     assert settings["max_new_tokens"] == 8 and settings["temperature"] == 1.0
     assert not list(tmp_path.glob("*.samples"))
+
+
+def test_samples_survive_what_stops_a_new_study(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.txt").write_text("question 1\nquestion 2\n")
+    words = ["collect", "new", str(tmp_path / "n.db"), "--prompts", str(tmp_path / "p.txt"), "--max-new-tokens", "8"]
+    words += ["--model", str(model), "--dtype", "float32"]
+
+    def full(path: Path, settings: object) -> Study:
+        raise StudyError(f"{path}: the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "create", full)
+        assert main(words) == 2
+    assert not (tmp_path / "n.db").exists() and (tmp_path / "n.db.samples" / "0.jsonl").exists()
+    assert main([*words, "--temperature", "0.5"]) == 2
+    assert "drawn otherwise" in capsys.readouterr().err
+    assert main(words) == 0
+    assert "is finished: nothing is left to sample" in capsys.readouterr().out
+
+
+def test_votes_are_a_judge_of_models(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--votes", str(study), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {(v["first"], v["second"]) for v in told["versus"]} >= {("model-0", "model-1")}

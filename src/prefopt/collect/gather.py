@@ -16,7 +16,7 @@ from prefopt.data.layouts import LAYOUTS
 from prefopt.data.problem import Problem, describe, refuse, refused_rows
 from prefopt.data.sources import Source, find_sources
 from prefopt.data.want import convert
-from prefopt.errors import DataError
+from prefopt.errors import DataError, RunError
 from prefopt.records import Comparison, Response
 from prefopt.studies.items import MOST_RESPONSES, NewItem, Origin
 
@@ -118,7 +118,13 @@ def sampled(config: CollectNewConfig, folder: Path) -> Gathered:
             "device": config.device,
             "threads": config.threads,
         }
-        run(SampleConfig.from_dict(values))
+        try:
+            run(SampleConfig.from_dict(values))
+        except RunError as error:
+            if not values["resume"]:
+                raise
+            what = f"holds samples that were drawn otherwise ({error})"
+            raise RunError(f"{folder}: {what}; give the same options again, or remove this folder") from error
         paths.append(str(path))
     plain = ImportOptions(on_bad_row="skip")  # rows of which too few different responses are left
     return from_files(paths, plain)
