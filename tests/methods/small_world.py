@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from prefopt.model.scorer import Scorer, response_sums
 
 LETTERS = ["<s>", "</s>", *"abcdef"]
 STOP, LONGEST = 1, 3
+WORTH = {"a": 0.6, "b": 0.3, "c": 0.0, "d": -0.3, "e": 0.5, "f": -0.6}
 PROMPT = "abc"
 RESPONSES = theory.responses(len(LETTERS), LONGEST, STOP)
 
@@ -61,8 +62,13 @@ def text_of(response: Sequence[int]) -> str:
 
 
 def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """A number between -1 and 1 for each text, without any pattern."""
-    return [2 * zlib.crc32(text.encode()) / 2**32 - 1 for text in responses]
+    """What each letter is worth, the more the earlier it comes, and something for a text that ends as it begins."""
+    found = []
+    for text in responses:
+        letters = re.findall("<s>|.", text)
+        value = sum(WORTH.get(x, -0.4) / (t + 1) for t, x in enumerate(letters))
+        found.append(value + (0.4 if len(letters) > 1 and letters[0] == letters[-1] else 0.0))
+    return found
 
 
 REWARD = np.array(reward([], [text_of(r) for r in RESPONSES]))

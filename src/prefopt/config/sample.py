@@ -61,6 +61,18 @@ class SampleConfig(MachineOptions, TemplateOptions, ReadOptions, SampledOptions)
         at_least=0,
         at_most=2**32 - 1,
     )
+    best_of: int | None = option(
+        None,
+        "draw so many for each sample and keep the one that --reward scores highest (best-of-N)",
+        group="sampling",
+        at_least=2,
+    )
+    reward: str | None = option(
+        None,
+        "of --best-of: a rule (vader, length), MODULE:FUNCTION of prompts and responses, or the folder or Hub name of a"
+        " reward model with one label and this model's tokenizer",
+        group="sampling",
+    )
     engine: Literal["transformers", "vllm"] = option(
         "transformers", "what samples; vllm needs a GPU and the extra of that name", group="sampling"
     )
@@ -91,6 +103,10 @@ class SampleConfig(MachineOptions, TemplateOptions, ReadOptions, SampledOptions)
             raise ConfigError("--resume needs the --output that it goes on with")
         if self.temperature == 0 and (self.top_p < 1 or self.top_k is not None):
             raise ConfigError("--top-p and --top-k do nothing at --temperature 0, which takes the likeliest token")
+        if (self.best_of is None) != (self.reward is None):
+            raise ConfigError("--best-of and --reward go together: --reward says which of them is the best")
+        if self.temperature == 0 and self.best_of is not None:
+            raise ConfigError("--temperature 0 draws the same sample again and again: leave --best-of out")
         if self.temperature == 0 and self.num > 1:
             raise ConfigError(f"--temperature 0 draws the same sample {self.num} times: leave --num out")
         if self.engine == "vllm" and self.batch_size is not None:

@@ -27,7 +27,9 @@ from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.model.load import slow_dtype
 from prefopt.progress import Bar, Reporter, duration
 from prefopt.records import Message, Response
+from prefopt.train.best_of import BestOf
 from prefopt.train.folder import digest_of
+from prefopt.train.judge import load_judge
 from prefopt.train.stop import StopRequest
 
 COMPARED = 64
@@ -84,6 +86,8 @@ class _Run:
         self.rows: list[Row] = []
         self.samples = self.tokens = self.ended = self.empty = 0
         self.compared: dict[int, list[Sample]] = {}
+        self.best: BestOf | None = None
+        self.drawn = config.num * (config.best_of or 1)  # for each prompt
 
     def run(self, given: Any, tokenizer: Any, rows: Iterable[Mapping[str, object]] | None) -> SampleResult:
         config = self.config
@@ -157,6 +161,8 @@ class _Run:
         if self.file is not None and self.file.finished:
             self.reporter.say(f"{self.file.path} is finished: nothing is left to sample")
             return None
+        if self.config.reward is not None:
+            self.best = self._best_of(model, prompts)
         with self._sampler(model, prompts) as (sampler, window):
             if self.file is not None:
                 self.file.open(places)
@@ -167,6 +173,23 @@ class _Run:
             self._windows(sampler, model, prompts, window, done)
             seconds = time.monotonic() - started
         return self._finish(model, prompts, seconds)
+
+    def _best_of(self, model: SampledModel, prompts: PromptSet) -> BestOf:
+        assert self.config.reward is not None and self.config.best_of is not None
+        judge = load_judge(
+            self.config.reward,
+            model.tokenizer,
+            self.settings.stop,
+            dtype=model.dtype,
+            device=model.device,
+            attention="auto",
+            longest=max(map(len, prompts.ids)) + self.config.max_new_tokens,
+        )
+        best = BestOf(judge, self.config.best_of)
+        self.reporter.say(
+            f"best of {self.config.best_of}, by {judge.words}: at most {best.kl:.2f} nats from the model's own samples"
+        )
+        return best
 
     @contextmanager
     def _sampler(self, model: SampledModel, prompts: PromptSet) -> Iterator[tuple[Sampler, int]]:
@@ -179,7 +202,7 @@ class _Run:
                 raise ConfigError("--engine vllm needs a model that says how long its context is; leave --engine out")
             dtype = str(model.dtype).removeprefix("torch.")
             with VllmSampler(model.source, adapter=model.adapter, dtype=dtype, context=model.context) as fast:
-                yield fast, max(1, VLLM_SAMPLES // self.config.num)
+                yield fast, max(1, VLLM_SAMPLES // self.drawn)
             return
         sampler = TransformersSampler(model.scorer)
         longest = max(map(len, prompts.ids)) + self.config.max_new_tokens
@@ -188,33 +211,39 @@ class _Run:
         self.reporter.say(f"sampling: {sampler.rows} side by side ({sampler.way}, {dtype}, {model.device})")
         if sampler.note:
             self.reporter.say(f"sampling: {sampler.note}")
-        yield sampler, max(1, BATCHES * sampler.rows // self.config.num)
+        yield sampler, max(1, BATCHES * sampler.rows // self.drawn)
 
     def _windows(self, sampler: Sampler, model: SampledModel, prompts: PromptSet, window: int, done: int) -> None:
         streams = occurrences(prompts.ids)
         stride = -(-len(prompts.ids) // COMPARED)
         each = max(1, COMPARED // len(prompts.ids))
-        with self.reporter.bar("sampling", len(prompts.ids) * self.config.num, "samples") as bar:
-            tell = _Progress(bar, self.stop, done * self.config.num)
+        with self.reporter.bar("sampling", len(prompts.ids) * self.drawn, "samples") as bar:
+            tell = _Progress(bar, self.stop, done * self.drawn)
             for start in range(done // window * window, len(prompts.ids), window):
                 part = range(start, min(start + window, len(prompts.ids)))
                 found = sampler.sample(
                     [prompts.ids[i] for i in part],
-                    self.config.num,
+                    self.drawn,
                     self.settings,
                     streams=[streams[i] for i in part],
                     progress=tell,
                 )
+                scores: list[list[float]] = [[] for _ in part]
+                if self.best is not None:
+                    kept = self.best.keep([prompts.rows[i] for i in part], [prompts.ids[i] for i in part], found)
+                    found, scores = [samples for samples, _ in kept], [score for _, score in kept]
                 fresh = [i for i in part if i >= done]
-                rows = [self._row(model, prompts, i, found[i - start]) for i in fresh]
+                rows = [self._row(model, prompts, i, found[i - start], scores[i - start]) for i in fresh]
                 self.compared |= {i: found[i - start][:each] for i in fresh if i % stride == 0}
                 if self.file is not None:
                     self.file.write(rows)
                 else:
                     self.rows += rows
-                tell.restart((part[-1] + 1) * self.config.num)
+                tell.restart((part[-1] + 1) * self.drawn)
 
-    def _row(self, model: SampledModel, prompts: PromptSet, i: int, samples: Sequence[Sample]) -> Row:
+    def _row(
+        self, model: SampledModel, prompts: PromptSet, i: int, samples: Sequence[Sample], scores: Sequence[float]
+    ) -> Row:
         """A row of the output, in the canonical layout with columns of its own."""
         prompt = prompts.rows[i]
         responses = []
@@ -235,6 +264,8 @@ class _Run:
             "source": prompt.file,
             "source_row": prompt.row,
         }
+        if scores:
+            columns["rewards"] = list(scores)
         whole = replace(prompt, responses=tuple(responses), extra={**prompt.extra, **columns})
         return LAYOUTS["canonical"].write(whole) | {"finish": [s.finish for s in samples]}
 
