@@ -92,3 +92,21 @@ def test_flat_dpo_gives_the_losses_of_the_trainer(
 
 def metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_closed_form_is_told_and_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    """The script asserts each of its identities; the page tells the numbers that it prints."""
+    runpy.run_path(str(FLAT.with_name("closed_form.py")), run_name="__main__")
+    printed = capsys.readouterr().out
+    page = (FLAT.parents[1] / "docs" / "derivation.md").read_text("utf-8")
+    for number in ("0.7967", "0.0298", "0.1466", "0.0270", "0.6555", "1.3109"):
+        assert number in page
+    for number in ("0.796740", "0.029751", "0.146552", "0.026957", "0.655468", "1.310936"):
+        assert number in printed
+
+
+def test_the_figures_of_the_derivation_are_drawn_by_its_code(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    runpy.run_path(str(FLAT.parents[1] / "docs" / "plot_derivation.py"))["draw"](tmp_path)
+    for path in (FLAT.parents[1] / "docs" / "figures").glob("derivation-*.svg"):
+        assert len((tmp_path / path.name).read_bytes()) == pytest.approx(path.stat().st_size, rel=0.01)

@@ -36,7 +36,7 @@ def model(seed: int = 0) -> Any:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(LETTERS),
-        hidden_size=32,
+        hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -85,3 +85,13 @@ def distribution(scorer: Scorer) -> torch.Tensor:
     """Log-probability [Y] of every response."""
     batch = pack([group()], scorer.layout)
     return response_sums(scorer(batch), batch)
+
+
+def dense(model: Any) -> torch.Tensor:
+    """The same by the model class's own forward on a padded batch: far faster for so many short responses."""
+    prompt = [LETTERS.index(letter) for letter in PROMPT]
+    ids = torch.tensor([[*prompt, *r, *[STOP] * (LONGEST - len(r))] for r in RESPONSES])
+    logp = model(ids).logits[:, len(prompt) - 1 : -1].log_softmax(-1)
+    target = ids[:, len(prompt) :]
+    there = torch.arange(LONGEST) < torch.tensor([len(r) for r in RESPONSES])[:, None]
+    return (logp.gather(-1, target[..., None])[..., 0] * there).sum(-1)

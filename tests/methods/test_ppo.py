@@ -15,12 +15,9 @@ import torch
 
 import prefopt
 from methods import small_world as world
-from prefopt import theory
 from prefopt.data.packer import pack
 from prefopt.errors import ConfigError, DataError, Interrupted, ModelError, RunError, UserError
-from prefopt.losses.preference import dpo
 from prefopt.methods.ppo import PpoResult
-from prefopt.model.load import load_model
 from prefopt.model.scalar import ScalarScorer, scalar_from
 from prefopt.model.scorer import Scorer
 from prefopt.train.collector import Collector
@@ -336,89 +333,3 @@ def test_a_divergence_that_runs_away_stops_the_run_and_keeps_what_was_good(small
     done = metrics(tmp_path / "out")
     assert kept and int(kept[-1].name.removeprefix("step-")) <= len(done)
     assert all(line["objective/kl"] <= 0.5 for line in done)
-
-
-# -- the enumerable world ------------------------------------------------------------------------------------------
-
-
-BETA = 0.5
-
-
-def start() -> tuple[Any, Any]:
-    """log ref [Y] and log pi* [Y], float64."""
-    with torch.no_grad():
-        ref = world.distribution(Scorer(world.model().double())).numpy()
-    assert np.exp(ref).sum() == pytest.approx(1, abs=1e-9)
-    best = theory.optimal_logp(ref, world.REWARD, BETA)
-    assert theory.total_variation(ref, best) > 0.3  # there is something to learn
-    return ref, best
-
-
-def fit_dpo(chosen: torch.Tensor, rejected: torch.Tensor, label: torch.Tensor, ref: Any, steps: int) -> Any:
-    """DPO by this package's loss and scorer on pairs of the world's responses; log pi [Y] at the end."""
-    model, base = world.model().double(), torch.tensor(ref)
-    scorer, optimizer = Scorer(model), torch.optim.Adam(model.parameters(), 1e-2)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    for _ in range(steps):
-        logp = world.distribution(scorer)
-        found = dpo(logp[chosen], logp[rejected], base[chosen], base[rejected], label, beta=BETA)
-        optimizer.zero_grad()
-        found.numerator_G.mean().backward()
-        optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        return world.distribution(scorer).numpy()
-
-
-@pytest.mark.slow
-def test_dpo_on_soft_labels_reaches_the_optimum() -> None:
-    ref, best = start()
-    first, second = torch.triu_indices(len(ref), len(ref), 1)
-    label = torch.tensor(theory.bradley_terry(world.REWARD))[first, second]
-    got = fit_dpo(first, second, label, ref, 150)
-    assert theory.total_variation(got, best) <= 0.02
-
-
-@pytest.mark.slow
-def test_dpo_on_sampled_labels_comes_nearer_with_their_number() -> None:
-    ref, best = start()
-    chance, prefer = np.random.Generator(np.random.PCG64(0)), theory.bradley_terry(world.REWARD)
-    errors = []
-    for many in (2_000, 200_000):
-        i, j = chance.choice(len(ref), (2, many), p=np.exp(ref) / np.exp(ref).sum())
-        i, j = i[i != j], j[i != j]
-        wins = chance.random(len(i)) < prefer[i, j]
-        chosen, rejected = torch.tensor(np.where(wins, i, j)), torch.tensor(np.where(wins, j, i))
-        sure = torch.ones(len(chosen), dtype=torch.float64)
-        errors.append(float(theory.total_variation(fit_dpo(chosen, rejected, sure, ref, 80), best)))
-    assert errors[1] < 0.5 * errors[0] and errors[1] < 0.1
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
-def test_policies_reach_the_optimum(algorithm: str, small: str, tmp_path: Path) -> None:
-    """No penalty for a missing end, and a learning rate that falls to zero."""
-    ref, best = start()
-    more: dict[str, Any] = {"critic": "head", "gae_lambda": 1.0} if algorithm == "ppo" else {}
-    ppo(
-        small,
-        tmp_path / "out",
-        [{"prompt": world.PROMPT}],
-        algorithm=algorithm,
-        beta=BETA,
-        batch_size=1,
-        num=128,
-        epochs=150,
-        ppo_epochs=1,
-        whiten_advantages=False,
-        dtype="float32",
-        **more,
-    )
-    scorer = Scorer(load_model(str(tmp_path / "out"), dtype=torch.float64, device=torch.device("cpu")))
-    with torch.no_grad():
-        got = world.distribution(scorer).numpy()
-    assert theory.total_variation(got, best) <= 0.05
-    assert (
-        float(theory.objective(best, ref, world.REWARD, BETA) - theory.objective(got, ref, world.REWARD, BETA)) < 0.01
-    )
