@@ -232,6 +232,23 @@ def test_fifty_people_at_once_lose_and_double_nothing(tmp_path: Path) -> None:
     assert set(Counter(i for _, i in told).values()) == {5} and len(told) == 200
 
 
+def test_connections_do_not_pile_up_with_threads(study: Study) -> None:
+    (ann,) = people(study, "Ann")
+    for _ in range(30):
+        thread = threading.Thread(target=next_item, args=(study, ann))
+        thread.start()
+        thread.join()
+    assert len(study._all) <= 2
+
+
+def test_what_fails_within_a_transaction_leaves_nothing(study: Study) -> None:
+    with pytest.raises(ZeroDivisionError), study.writing() as connection:
+        connection.execute("INSERT INTO sampling (settings) VALUES ('x')")
+        raise ZeroDivisionError
+    assert not study.connection.in_transaction
+    assert study.connection.execute("SELECT count(*) FROM sampling WHERE settings = 'x'").fetchone()[0] == 0
+
+
 # -- people ----------------------------------------------------------------------------------------------------
 
 

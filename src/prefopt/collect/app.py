@@ -105,7 +105,7 @@ class _Pages:
     def __init__(self, study: Study, site: Site) -> None:
         self.study, self.site = study, site
         self.numbers = Lead(study)
-        self.strangers = Buckets(Rate(per_second=1.0, burst=30.0))
+        self.strangers = Buckets(Rate(per_second=2.0, burst=100.0))
         self.cookie = ("__Host-" if site.secure else "") + f"prefopt-{study.settings.id}"
         self.templates = Environment(
             loader=PackageLoader("prefopt.collect"), autoescape=True, undefined=StrictUndefined, trim_blocks=True

@@ -48,7 +48,7 @@ class Settings:
 
 
 class Study:
-    """An open study. Any thread may use it: each has its own connection, and writers take turns."""
+    """An open study. Any thread may use it: each transaction has a connection to itself, and writers take turns."""
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         """Open one, bringing a file of an older version up to date unless it is only read.
@@ -56,8 +56,8 @@ class Study:
         Raises :class:`StudyError` for what is no study, is damaged, or was written by a newer version.
         """
         self.path, self.read_only = path, read_only
-        self._own = threading.local()
         self._all: list[sqlite3.Connection] = []
+        self._idle: list[sqlite3.Connection] = []
         self._turn = threading.Lock()
         check_file(path)
         with errors_of(path):
@@ -93,45 +93,48 @@ class Study:
 
     @property
     def connection(self) -> sqlite3.Connection:
-        """This thread's connection, for reading."""
-        found = getattr(self._own, "connection", None)
-        if found is None:
-            found = connect(self.path, read_only=self.read_only)
-            self._own.connection = found
-            self._all.append(found)
-        return found
+        """The connection that this object was opened with, for reading from one thread."""
+        if not self._all:
+            self._all.append(connect(self.path, read_only=self.read_only))
+            self._idle.append(self._all[0])
+        return self._all[0]
+
+    @contextmanager
+    def _borrowed(self) -> Iterator[sqlite3.Connection]:
+        """A connection of one's own for a while. Threads come and go, and connections must not pile up with them."""
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = connect(self.path, read_only=self.read_only)
+            self._all.append(connection)
+        try:
+            yield connection
+        finally:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            self._idle.append(connection)
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """A view of one moment. Raises :class:`StudyError` for what the file or the disk does."""
-        with errors_of(self.path):
-            connection = self.connection
+        with errors_of(self.path), self._borrowed() as connection:
             connection.execute("BEGIN")
-            try:
-                yield connection
-            finally:
-                connection.execute("ROLLBACK")
+            yield connection
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """A transaction: all of it is on the disk when the block is left, or nothing where it raises."""
-        with errors_of(self.path), self._turn:
-            connection = self.connection
+        with errors_of(self.path), self._turn, self._borrowed() as connection:
             connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
+            yield connection
+            connection.execute("COMMIT")
 
     def close(self) -> None:
         """Close the connections of all threads."""
         for connection in self._all:
             connection.close()
         self._all.clear()
-        self._own = threading.local()
+        self._idle.clear()
 
     def __enter__(self) -> Study:
         return self
