@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from prefopt.config import score as config
 from prefopt.errors import ConfigError, RunError
 from prefopt.rewards import RULES, Reward, load_reward
 
@@ -59,3 +60,12 @@ def test_every_rule_gives_finite_numbers_for_odd_texts() -> None:
     odd = ["", " ", "\x00", "好电影", "a" * 10_000, "!!!", "😀"]
     for name in RULES:
         assert len(load_reward(name)(odd, odd)) == len(odd)
+
+
+def test_rules_are_known_before_torch_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(RULES) == set(config.RULES)
+    (tmp_path / "length").mkdir()
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    names = ("length", "mine", "other", "owner/name", "./mine", "module:function")
+    assert [config.is_model_reward(name) for name in names] == [False, True, False, True, True, False]

@@ -16,6 +16,7 @@ from prefopt.errors import ConfigError
 
 IMPLICIT = "implicit"
 BETA = 0.1
+RULES = ("vader", "length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,5 +79,5 @@ class ScoreConfig(MachineOptions, RenderOptions, ReadOptions):
 
 
 def is_model_reward(name: str) -> bool:
-    """Whether a reward is named as models are: ``owner/name``, a path, or a folder that is there."""
-    return ":" not in name and ("/" in name or Path(name).expanduser().is_dir())
+    """Whether a reward is named as models are: ``owner/name``, a path, or a folder that is there; a rule is none."""
+    return name not in RULES and ":" not in name and ("/" in name or Path(name).expanduser().is_dir())

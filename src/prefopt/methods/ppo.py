@@ -17,6 +17,7 @@ import torch
 
 from prefopt.config.document import write_document
 from prefopt.config.ppo import PpoConfig
+from prefopt.config.score import is_model_reward
 from prefopt.data.formats import parse_comparisons
 from prefopt.data.group import Group
 from prefopt.data.rendering import parse_variables, read_template
@@ -42,7 +43,7 @@ from prefopt.train.callbacks import Callbacks
 from prefopt.train.card import save_model, write_card
 from prefopt.train.collector import Collector
 from prefopt.train.folder import FREE, RunFolder, digest_of
-from prefopt.train.judge import Judge, TextJudge, is_model_reward
+from prefopt.train.judge import Judge, TextJudge
 from prefopt.train.learner import Learner, LearnOptions
 from prefopt.train.metrics import Metrics
 from prefopt.train.optim import Schedule, adamw

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from prefopt.config.score import is_model_reward
 from prefopt.data.group import Group
 from prefopt.data.packer import pack, split
 from prefopt.data.tokenizer import Tokenizer, load_tokenizer
@@ -19,7 +19,7 @@ from prefopt.model.packed import causal_model
 from prefopt.model.scalar import ScalarScorer, is_classifier, load_scalar
 from prefopt.model.sharing import context_length
 from prefopt.records import Comparison
-from prefopt.rewards import RULES, Reward, load_reward, prompt_text
+from prefopt.rewards import Reward, load_reward, prompt_text
 
 
 class Judge(Protocol):
@@ -116,11 +116,6 @@ def load_judge(
             f"--reward {name}: its vocabulary is smaller than the tokenizer's; they belong to different models"
         )
     return ModelJudge(name, scorer)
-
-
-def is_model_reward(name: str) -> bool:
-    """Whether a reward is a model: neither a rule nor ``module:function``."""
-    return name not in RULES and ":" not in name and ("/" in name or Path(name).expanduser().is_dir())
 
 
 def same_tokenizer(name: str, its: Tokenizer, ours: Tokenizer) -> None:

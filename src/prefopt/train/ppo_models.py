@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from prefopt.config.ppo import PpoConfig
+from prefopt.config.score import is_model_reward
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ModelError
 from prefopt.model.live import HeldWeights, LiveReference
@@ -16,7 +17,7 @@ from prefopt.model.scorer import Scorer
 from prefopt.model.sharing import context_length
 from prefopt.progress import size
 from prefopt.train.critic import Critic, new_critic
-from prefopt.train.judge import Judge, ModelJudge, is_model_reward, load_judge
+from prefopt.train.judge import Judge, ModelJudge, load_judge
 from prefopt.train.policy import Policy
 
 
