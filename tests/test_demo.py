@@ -20,6 +20,8 @@ from prefopt.verbs import VERBS
 pytest.importorskip("vaderSentiment", reason="the demonstration's judge is an extra: prefopt[demo]")
 pytest.importorskip("matplotlib", reason="the demonstration draws curves: prefopt[demo]")
 
+pytestmark = pytest.mark.timeout(900)
+
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
     with path.open("rb") as file:
@@ -31,6 +33,7 @@ def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Few and short samples: everything happens, nothing is learnt."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "SAMPLES", 3)
+    monkeypatch.setattr(demo, "TIMES", 2)
     monkeypatch.setattr(demo, "MEASURED", 2)
     monkeypatch.setattr(demo, "TOKENS", 6)
     monkeypatch.setattr(demo, "HELD_OUT", 120)
@@ -67,7 +70,6 @@ def test_the_demonstration_runs_and_every_command_it_prints_is_real(
     again = demo.run_demo("runs/demo", seed=3)
     assert "from the cache" in capsys.readouterr().out
     assert again == result
-    assert demo.run_demo("runs/other", seed=4).before != result.before
 
 
 def test_the_commands_it_prints_make_what_it_made(short: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +107,6 @@ def test_kl_is_that_of_the_two_models_as_transformers_runs_them(short: None) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_what_the_demonstration_shows_is_no_accident(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -50,7 +50,8 @@ class Block:
 
 
 def pages(root: Path) -> list[Path]:
-    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+    translated = sorted(root.glob("README.*.md"))
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md")), *translated]
 
 
 def blocks(path: Path) -> list[Block]:
@@ -177,7 +178,7 @@ def anchors(path: Path) -> set[str]:
 
 def unsaid(root: Path) -> Iterator[str]:
     """Commands and options that the docs do not mention."""
-    text = "\n".join(page.read_text("utf-8") for page in pages(root)[1:])
+    text = "\n".join(page.read_text("utf-8") for page in pages(root) if not page.name.startswith("README"))
     for verb in cli.VERBS:
         if not re.search(rf"\bprefopt {verb}\b", text):
             yield f"docs do not mention prefopt {verb}"
@@ -223,6 +224,21 @@ def test_what_exists_is_written() -> None:
 def test_readme_reaches_a_working_command_within_a_screen() -> None:
     screen = "\n".join((ROOT / "README.md").read_text("utf-8").splitlines()[:40])
     assert re.search(r"```bash\n(?:.*\n)*?.*\bmake demo\b", screen)
+
+
+def test_the_chinese_readme_says_the_same() -> None:
+    """Block for block and link for link; sentences are a translator's."""
+    one, two = ROOT / "README.md", ROOT / "README.zh-CN.md"
+    assert [(b.language, b.text) for b in blocks(one)] == [(b.language, b.text) for b in blocks(two)]
+
+    def skeleton(path: Path) -> tuple[list[str], list[int], set[str]]:
+        text = path.read_text("utf-8")
+        outside = re.sub(r"```.*?```", "", text, flags=re.S)
+        links = [t for t in re.findall(r"\]\(([^)]+)\)", outside) if not t.startswith("README")]
+        headings = [len(h) for h in re.findall(r"^(#+) ", outside, flags=re.M)]
+        return sorted(links), headings, set(re.findall(r"`([^`]+)`", outside))
+
+    assert skeleton(one) == skeleton(two)
 
 
 PLANTED = {

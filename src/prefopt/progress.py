@@ -39,14 +39,14 @@ class Bar:
     def __init__(self, reporter: Reporter, console: Console, what: str, total: int, unit: str) -> None:
         self._reporter, self._what, self._total, self._unit = reporter, what, total, unit
         self._started = self._printed = time.monotonic()
-        self._first: int | None = None
+        self._first: float | None = None
         self._task: TaskID | None = None
         self._rich = _Noted(unit, console) if reporter.mode == "rich" else None
 
     def __enter__(self) -> Bar:
         if self._rich:
             self._rich.start()
-            self._task = self._rich.add_task(self._what, total=self._total)
+            self._task = self._rich.add_task(self._what, total=self._total, done=0)
         return self
 
     def __exit__(
@@ -55,20 +55,26 @@ class Bar:
         if self._rich:
             self._rich.stop()
 
-    def update(self, done: int, note: str | Sequence[str] = (), *, first: bool = False) -> None:
-        """``done`` units in all; ``note``: numbers in words; ``first`` prints a plain line however soon."""
+    def update(
+        self, done: int, note: str | Sequence[str] = (), *, first: bool = False, work: float | None = None
+    ) -> None:
+        """``done`` units in all; ``note``: numbers in words; ``first`` prints a plain line however soon.
+
+        ``work``: units' worth of work that is done, where units are finished many at once.
+        """
+        at = float(done) if work is None else work
         parts = [note] if isinstance(note, str) else list(note)
         now = time.monotonic()
         if self._first is None:
-            self._first, self._started = done, now
+            self._first, self._started = at, now
         if self._rich and self._task is not None:
             self._rich.note = parts
-            self._rich.update(self._task, completed=done)
+            self._rich.update(self._task, completed=at, done=done)
         elif self._reporter.mode == "plain" and (first or done == self._total or now - self._printed >= PLAIN_SECONDS):
             self._printed = now
             left = ""
-            if done > self._first and done < self._total:
-                left = f", {duration((now - self._started) / (done - self._first) * (self._total - done))} left"
+            if at > self._first and done < self._total:
+                left = f", {duration((now - self._started) / (at - self._first) * (self._total - at))} left"
             told = "".join(f", {part}" for part in parts if part)
             self._reporter.say(f"{self._what}: {done}/{self._total} {self._unit}{left}{told}")
 
@@ -82,7 +88,7 @@ class _Noted(Progress):
         super().__init__(
             TextColumn("{task.description}"),
             BarColumn(bar_width=32),
-            TextColumn("{task.completed}/{task.total} " + unit),
+            TextColumn("{task.fields[done]}/{task.total} " + unit),
             TimeRemainingColumn(),
             console=console,
         )

@@ -128,7 +128,7 @@ def _draw(axes: Any, panel: Panel, runs: Sequence[History], x: str) -> None:
                 if smooth != curve.values:
                     axes.plot(_along(run, curve, x), curve.values, color=colour, alpha=0.18, linewidth=0.8)
                 axes.plot(_along(run, curve, x), smooth, color=colour, linestyle=style, linewidth=1.6)
-                shown_values += smooth
+                shown_values += [*smooth, *_near(curve.values, smooth)]
             if marks:
                 held_out = True
                 filled = colour if side != "rejected" else "white"
@@ -149,6 +149,12 @@ def _draw(axes: Any, panel: Panel, runs: Sequence[History], x: str) -> None:
     widths = {window(len(run.training)) for run in runs}
     width = 1 if panel.name in EXACT else widths.pop() if len(widths) == 1 else None
     _key(axes, panel, held_out, width)
+
+
+def _near(values: Sequence[float], smooth: Sequence[float]) -> list[float]:
+    """The values that stand no further from the range of the means than it is high: those behind are wild."""
+    low, high = min(smooth), max(smooth)
+    return [v for v in values if 2 * low - high <= v <= 2 * high - low]
 
 
 def _frame(axes: Any, panel: Panel, values: Sequence[float], x: str) -> None:

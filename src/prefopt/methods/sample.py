@@ -218,7 +218,7 @@ class _Run:
         stride = -(-len(prompts.ids) // COMPARED)
         each = max(1, COMPARED // len(prompts.ids))
         with self.reporter.bar("sampling", len(prompts.ids) * self.drawn, "samples") as bar:
-            tell = _Progress(bar, self.stop, done * self.drawn)
+            tell = _Progress(bar, self.stop, done * self.drawn, self.config.max_new_tokens)
             for start in range(done // window * window, len(prompts.ids), window):
                 part = range(start, min(start + window, len(prompts.ids)))
                 found = sampler.sample(
@@ -292,8 +292,9 @@ class _Run:
 class _Progress:
     """Tells a bar what a sampler did, and stops it when a person asks."""
 
-    def __init__(self, bar: Bar, stop: StopRequest, done: int) -> None:
+    def __init__(self, bar: Bar, stop: StopRequest, done: int, most: int) -> None:
         self._bar, self._stop, self._done = bar, stop, done
+        self._before, self._most = done, most
         self._tokens, self._started = 0, time.monotonic()
 
     def __call__(self, ended: int, drawn: int) -> None:
@@ -301,7 +302,9 @@ class _Progress:
         self._done += ended
         self._tokens += drawn
         per_second = self._tokens / max(time.monotonic() - self._started, 1e-9)
-        self._bar.update(max(0, self._done), f"{per_second:,.0f} tokens/s")
+        # Samples of a batch end together, most of them, so that their number says little of the time that is left.
+        work = max(self._done, self._before + self._tokens / self._most)
+        self._bar.update(max(0, self._done), f"{per_second:,.0f} tokens/s", work=work)
 
     def restart(self, done: int) -> None:
         """Put the count right after a window, of which a part may have been done before."""
