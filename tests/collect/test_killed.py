@@ -115,3 +115,15 @@ def test_no_acknowledged_vote_is_lost_and_none_is_stored_twice(tmp_path: Path) -
     assert sum(person.again for person in crowd) > KILLS  # the kills were felt
     assert len(acknowledged) == len(set(acknowledged)) and set(acknowledged) == set(stored)
     assert set(stored.values()) == {1} and not twice and votes == [OVERLAP] * ITEMS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_that_is_asked_to_stop_leaves_one_file(number: int, tmp_path: Path) -> None:
+    new_study(tmp_path / "s.db").close()
+    server = start(tmp_path / "s.db", free_port())
+    server.send_signal(number)
+    assert server.wait(30) == 128 + number
+    assert server.stdout is not None
+    server.stdout.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["s.db"]

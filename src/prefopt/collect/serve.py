@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 from filelock import FileLock, Timeout
 
 from prefopt.collect.app import Site, build_app
 from prefopt.config.collect import LOCAL, CollectServeConfig
-from prefopt.errors import ConfigError, StudyError
+from prefopt.errors import ConfigError, Interrupted, StudyError
 from prefopt.studies.people import invite, live_invitations
 from prefopt.studies.study import Study
 
@@ -18,8 +22,11 @@ CONNECTIONS = 500
 
 
 def serve(config: CollectServeConfig) -> None:
-    """Serve until a signal comes. Raises :class:`StudyError` where the study is being served already, and
-    :class:`ConfigError` for an address that cannot be had, or that others can reach while nobody is invited."""
+    """Serve until a signal comes, and then raise :class:`Interrupted`.
+
+    Raises :class:`StudyError` where the study is being served already, and :class:`ConfigError` for an address that
+    cannot be had, or that others can reach while nobody is invited.
+    """
     path = Path(config.study)
     study = Study(path)
     lock = FileLock(path.with_name(path.name + ".lock"))
@@ -39,10 +46,27 @@ def serve(config: CollectServeConfig) -> None:
             port = listening.getsockname()[1]
             site = site_of(config, port)
             _tell(study, config, site, port)
-            uvicorn.Server(_settings(study, site)).run(sockets=[listening])
+            with _stopping():
+                uvicorn.Server(_settings(study, site)).run(sockets=[listening])
     finally:
-        study.close()
+        study.close()  # which also puts all that stands in the log into the one file
+        Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """uvicorn ends in order and then sends itself the signal again, which would end the process on the spot."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted("stopped; what was acknowledged is stored", number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _tell(study: Study, config: CollectServeConfig, site: Site, port: int) -> None:
