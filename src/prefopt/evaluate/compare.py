@@ -87,9 +87,10 @@ def run(config: CompareConfig) -> CompareResult:
         games += [(i, k, p, x) for p, row in enumerate(outcomes.tolist()) for x in row if x == x]
         judged += [_judged(q, v, (names[i], names[k]), judge) for q, v in zip(questions, votes, strict=True)]
     output = _write(config, judged)
-    shown = {name: _seen(config, name, rows) for name, rows in samples.items()}
+    notes = judge.notes()
+    shown = {name: _seen(config, name, rows, notes) for name, rows in samples.items()}
     scale = _strengths(config, names, games, versus)
-    return CompareResult(judge.name, versus, scale, shown, output, judge.notes())
+    return CompareResult(judge.name, versus, scale, shown, output, notes)
 
 
 # -- samples ---------------------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def _questions(first: Rows, second: Rows, asked: dict[bytes, Comparison]) -> lis
     return found
 
 
-def _seen(config: CompareConfig, name: str, rows: Rows) -> Samples:
+def _seen(config: CompareConfig, name: str, rows: Rows, notes: list[str]) -> Samples:
     gap, held = None, None
     if config.reference is not None:
         reference = SampledModel(config.reference, device=config.device, dtype=config.dtype)
@@ -165,8 +166,9 @@ def _seen(config: CompareConfig, name: str, rows: Rows) -> Samples:
         reference.release()
     if config.held_out is not None and not is_file(name):
         model = SampledModel(name, device=config.device, dtype=config.dtype)
-        held = perplexity(model, config.held_out, format=config.format, columns=config.columns)
+        held, cut = perplexity(model, config.held_out, format=config.format, columns=config.columns)
         model.release()
+        notes += [f"{name}: {cut} rows of the held-out data were truncated"] if cut else []
     return seen(rows, gap, held)
 
 

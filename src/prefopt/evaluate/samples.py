@@ -24,6 +24,7 @@ from prefopt.records import Comparison
 
 Floats = npt.NDArray[np.float64]
 AT_ONCE = 4096  # tokens of a forward pass
+LONGEST = 4096  # tokens of a row of held-out data, where a model names no context
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,15 +120,16 @@ def distance(rows: Sequence[Comparison], reference: SampledModel, *, seed: int =
     return Distance(mean_interval(means, seed=seed), error, float(k3.mean()))
 
 
-def perplexity(model: SampledModel, names: Sequence[str], **layout: Any) -> float:
-    """exp of the mean negative log-probability per token of the best responses of some data.
+def perplexity(model: SampledModel, names: Sequence[str], **layout: Any) -> tuple[float, int]:
+    """exp of the mean negative log-probability per token of the best responses of some data, and how many rows were
+    truncated to the model's context.
 
     Tokens are the model's own: models with other tokenizers have perplexities that do not compare.
     """
-    length = min(model.context or 1024, 1024)
-    found = load_groups(names, model.tokenizer, max_length=length, want="demonstrations", on_bad_row="skip", **layout)
+    found = load_groups(names, model.tokenizer, max_length=model.context or LONGEST, want="demonstrations", **layout)
     groups = list(found.groups)
-    return float(np.exp(-log_probabilities(model, groups).sum() / found.groups.trained_N.sum()))
+    mean = log_probabilities(model, groups).sum() / found.groups.trained_N.sum()
+    return float(np.exp(-mean)), found.truncated
 
 
 def log_probabilities(model: SampledModel, groups: Sequence[Group]) -> Floats:

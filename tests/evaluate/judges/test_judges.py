@@ -50,6 +50,8 @@ def test_rules() -> None:
     ]
     with pytest.raises(ConfigError, match=r"--judge regex:\(: no regular expression"):
         judge("regex:(")
+    with pytest.raises(ConfigError, match=r"--judge lenght: there is no such judge; did you mean length\?.* gsm8k, "):
+        judge("lenght")
 
 
 def test_vader() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from prefopt.config.compare import CompareConfig
+from prefopt.config.option import nearest
 from prefopt.config.score import IMPLICIT, ScoreConfig, is_model_reward
 from prefopt.errors import ConfigError
 from prefopt.evaluate.judges.judge import Judge, ScoreJudge
 from prefopt.evaluate.judges.rules import AnswerJudge, PatternJudge
 from prefopt.evaluate.score import by_text, scores_for
-from prefopt.rewards import load_reward
+from prefopt.rewards import RULES, load_reward
+
+NAMED = ("regex:PATTERN", "gsm8k", "implicit:MODEL,REFERENCE", "llm")
 
 
 def load_judge(config: CompareConfig) -> Judge:
@@ -32,6 +35,12 @@ def load_judge(config: CompareConfig) -> Judge:
         return LanguageJudge(config.judge_url, config.judge_model, key_variable=config.judge_key)
     if is_model_reward(name):
         return _by_scores(name, config, reward=name)
+    if not colon and name not in RULES:
+        known = [*RULES, *NAMED]
+        raise ConfigError(
+            f"--judge {name}: there is no such judge{nearest(name, known)}; there are {', '.join(known)}, the folder of"
+            " a reward model, and MODULE:FUNCTION for one of your own"
+        )
     return ScoreJudge(name, by_text(load_reward(name)))
 
 
