@@ -225,3 +225,15 @@ def test_the_command_shows_what_it_would_do(tmp_path: Path, capsys: pytest.Captu
     said = "".join(capsys.readouterr())
     assert "--margin needs a finite score" in said
     assert "loss: Bradley-Terry (pairs all, centring 0.01), on a new head" in said
+
+
+@pytest.mark.parametrize(
+    "options", [{"gradient_checkpointing": True}, {"token_budget": 40}, {"attention": "loop"}, {"dtype": "bfloat16"}]
+)
+def test_how_it_is_computed_changes_only_rounding(options: dict[str, Any], tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m")
+    plain = reward(model, ROWS, tmp_path / "plain", epochs=2, eval_fraction=0.25)
+    other = reward(model, ROWS, tmp_path / "other", epochs=2, eval_fraction=0.25, **options)
+    near = 0.05 if "dtype" in options else 1e-4
+    assert other.held_out_loss == pytest.approx(plain.held_out_loss, rel=near)
+    assert other.shift == pytest.approx(plain.shift, abs=10 * near)
