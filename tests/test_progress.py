@@ -77,6 +77,16 @@ def test_elsewhere_a_line_every_ten_seconds_tells_what_is_left(monkeypatch: pyte
     assert "left" not in screen.lines[-1]
 
 
+def test_time_left_goes_by_work_where_units_end_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    screen = Screen(monkeypatch, "plain", now)
+    with screen.reporter.bar("sampling", 100, "samples") as bar:
+        for done, work in ((0, 0.0), (1, 25.0), (100, 100.0)):
+            bar.update(done, work=work)
+            now[0] += 20.0
+    assert screen.lines == ["sampling: 1/100 samples, 1 min 00 s left", "sampling: 100/100 samples"]
+
+
 @pytest.mark.parametrize("mode", ["rich", "plain", "none"])
 def test_a_note_may_be_one_text_or_none(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Screen(monkeypatch, mode, [0.0])

@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -180,13 +181,21 @@ def _requirements() -> dict[str, list[str]]:
     """The packages of each extra of prefopt, but for those of developers."""
     try:
         requirements = metadata.requires("prefopt") or []
-    except metadata.PackageNotFoundError:
-        return {}
+    except metadata.PackageNotFoundError:  # run from its sources, not installed
+        requirements = _declared(Path(prefopt.__file__).parents[2] / "pyproject.toml")
     found: dict[str, list[str]] = {}
     for extra, name in _parsed(requirements):
         if extra != "dev" and name != "prefopt":
             found.setdefault(extra, []).append(name)
     return found
+
+
+def _declared(project: Path) -> list[str]:
+    """The same lines as in an installation, of the project file beside the sources, where there is one."""
+    if not project.is_file():
+        return []
+    extras = tomllib.loads(project.read_text("utf-8"))["project"]["optional-dependencies"]
+    return [f"{name}; extra == '{extra}'" for extra, names in extras.items() for name in names]
 
 
 def _parsed(requirements: list[str]) -> Iterator[tuple[str, str]]:
