@@ -401,6 +401,8 @@ OPTIONS: dict[str, Callable[[Bench], bool]] = {
     "top_p": lambda b: b.differs(top_p=0.3),
     "top_k": lambda b: _ids(b.run(top_k=1)) == _ids(b.run(temperature=0)),
     "seed": lambda b: b.differs(seed=4),
+    "best_of": lambda b: b.differs(best_of=3, reward="length"),
+    "reward": lambda b: True,  # test_every_sample_is_the_best_of_its_draws
     "engine": lambda b: True,  # test_vllm_writes_the_same_kind_of_file
     "output": lambda b: True,  # every test
     "resume": lambda b: True,  # test_a_file_cut_off_anywhere_...

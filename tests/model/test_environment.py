@@ -43,6 +43,7 @@ def test_extras_are_there_or_named_with_their_command(monkeypatch: pytest.Monkey
             raise metadata.PackageNotFoundError(name)
         return versions[name]
 
+    monkeypatch.setattr(module, "_declared", lambda project: [])  # as where no sources lie around the package
     monkeypatch.setattr(module.metadata, "requires", lambda name: known)
     monkeypatch.setattr(module.metadata, "version", version)
     found = environment()
@@ -58,6 +59,7 @@ def test_every_extra_of_the_project_is_known() -> None:
         f'{name}; extra == "{extra}"' for extra, names in project["optional-dependencies"].items() for name in names
     ]
     assert {extra for extra, _ in module._parsed(lines)} == set(project["optional-dependencies"])
+    assert set(environment()["extras"]) == set(project["optional-dependencies"]) - {"dev"}
 
 
 def test_no_secret_and_no_name_of_the_user_is_told(

@@ -179,10 +179,8 @@ def _extras() -> Section:
 
 def _requirements() -> dict[str, list[str]]:
     """The packages of each extra of prefopt, but for those of developers."""
-    try:
-        requirements = metadata.requires("prefopt") or []
-    except metadata.PackageNotFoundError:  # run from its sources, not installed
-        requirements = _declared(Path(prefopt.__file__).parents[2] / "pyproject.toml")
+    # The project file first: what an editable installation noted of it may be old.
+    requirements = _declared(Path(prefopt.__file__).parents[2] / "pyproject.toml") or _installed()
     found: dict[str, list[str]] = {}
     for extra, name in _parsed(requirements):
         if extra != "dev" and name != "prefopt":
@@ -190,11 +188,17 @@ def _requirements() -> dict[str, list[str]]:
     return found
 
 
+def _installed() -> list[str]:
+    try:
+        return metadata.requires("prefopt") or []
+    except metadata.PackageNotFoundError:
+        return []
+
+
 def _declared(project: Path) -> list[str]:
     """The same lines as in an installation, of the project file beside the sources, where there is one."""
-    if not project.is_file():
-        return []
-    extras = tomllib.loads(project.read_text("utf-8"))["project"]["optional-dependencies"]
+    found = tomllib.loads(project.read_text("utf-8")).get("project", {}) if project.is_file() else {}
+    extras = found["optional-dependencies"] if found.get("name") == "prefopt" else {}
     return [f"{name}; extra == '{extra}'" for extra, names in extras.items() for name in names]
 
 
