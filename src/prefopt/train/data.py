@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,13 @@ class TrainingData:
     def responses(self) -> int:
         """Responses of all groups."""
         return len(self.groups.key_N)
+
+    def in_words(self, files: Sequence[str]) -> str:
+        """How much there is, and from which files, for a card."""
+        noun = f"preference {self.noun}" if self.noun == "pairs" else self.noun
+        held_out = f", {len(self.held_out)} held out" if self.held_out else ""
+        names = ", ".join(f"`{Path(file).name}`" for file in files)
+        return f"{len(self.train)} {noun}{held_out}, from {names}. {self.source.summary()[0]}."
 
     def sampler(self, batch_size: int, *, seed: int, shuffle: bool) -> Sampler:
         """The order in which ``train`` is gone through."""

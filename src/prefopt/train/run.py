@@ -7,7 +7,6 @@ it trains, what it optimises, and what becomes of it in the end.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import shutil
@@ -43,6 +42,7 @@ from prefopt.train.card import save_model, write_card
 from prefopt.train.data import TrainingData, load_data
 from prefopt.train.facts import Values
 from prefopt.train.folder import FREE, RunFolder, fingerprint
+from prefopt.train.history import read_history
 from prefopt.train.loop import Loop, LoopOptions
 from prefopt.train.measure import measure_of
 from prefopt.train.metrics import Metrics
@@ -354,7 +354,7 @@ class TrainingRun(Generic[AnyScorer]):
 
     def _finish(self, loop: Loop) -> None:
         progress, data, folder = loop.progress, self.data, self.folder.path
-        self.last = self._last_metrics()
+        self.last = dict(read_history(folder).training[-1])
         if progress.best_step is not None and progress.best_step != progress.step:
             loop.masters.load(load_best(loop.checkpoints, progress.best_step))
             self.reporter.say(f"the weights of step {progress.best_step} are saved: the best on held-out {data.noun}")
@@ -378,7 +378,7 @@ class TrainingRun(Generic[AnyScorer]):
             model=self.config.model,
             title=title,
             tag=tag,
-            data=self._data_in_words(),
+            data=data.in_words(self.config.data),
             settings={n: v for n, v in self.config.to_dict().items() if n not in FREE},
             results=results,
             license="The licences of the base model and of the data apply.",
@@ -389,18 +389,6 @@ class TrainingRun(Generic[AnyScorer]):
         for line in self.closing():
             self.reporter.say(line)
         self.reporter.say(f"done in {duration(progress.seconds)}: {folder}")
-
-    def _data_in_words(self) -> str:
-        data = self.data
-        files = ", ".join(f"`{Path(d).name}`" for d in self.config.data)
-        noun = f"preference {data.noun}" if data.noun == "pairs" else data.noun
-        held_out = f", {len(data.held_out)} held out" if data.held_out else ""
-        return f"{len(data.train)} {noun}{held_out}, from {files}. {data.source.summary()[0]}."
-
-    def _last_metrics(self) -> dict[str, float]:
-        lines = (self.folder.path / "metrics.jsonl").read_text().splitlines()
-        steps = [record for record in map(json.loads, lines) if "loss" in record]
-        return steps[-1]  # type: ignore[no-any-return]
 
 
 _CARD = {"loss", "rewards", "logps", "lengths", "perplexity", "nll"}
