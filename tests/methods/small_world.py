@@ -22,6 +22,7 @@ STOP, LONGEST = 1, 3
 WORTH = {"a": 0.6, "b": 0.3, "c": 0.0, "d": -0.3, "e": 0.5, "f": -0.6}
 PROMPT = "abc"
 RESPONSES = theory.responses(len(LETTERS), LONGEST, STOP)
+SHORT = theory.responses(len(LETTERS), 2, STOP)  # a part of the world, sooner learnt
 
 
 def tokenizer() -> Any:
@@ -74,24 +75,25 @@ def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
 REWARD = np.array(reward([], [text_of(r) for r in RESPONSES]))
 
 
-def group() -> Group:
+def group(responses: Sequence[Sequence[int]] = RESPONSES) -> Group:
     """The prompt with every response."""
     prompt = [LETTERS.index(letter) for letter in PROMPT]
-    whole = [np.array([*prompt, *r], np.int32) for r in RESPONSES]
+    whole = [np.array([*prompt, *r], np.int32) for r in responses]
     return Group.from_sequences([(w, np.arange(len(w)) >= len(prompt)) for w in whole], row=0, pairs=())
 
 
-def distribution(scorer: Scorer) -> torch.Tensor:
+def distribution(scorer: Scorer, responses: Sequence[Sequence[int]] = RESPONSES) -> torch.Tensor:
     """Log-probability [Y] of every response."""
-    batch = pack([group()], scorer.layout)
+    batch = pack([group(responses)], scorer.layout)
     return response_sums(scorer(batch), batch)
 
 
-def dense(model: Any) -> torch.Tensor:
+def dense(model: Any, responses: Sequence[Sequence[int]] = RESPONSES) -> torch.Tensor:
     """The same by the model class's own forward on a padded batch: far faster for so many short responses."""
+    longest = max(map(len, responses))
     prompt = [LETTERS.index(letter) for letter in PROMPT]
-    ids = torch.tensor([[*prompt, *r, *[STOP] * (LONGEST - len(r))] for r in RESPONSES])
+    ids = torch.tensor([[*prompt, *r, *[STOP] * (longest - len(r))] for r in responses])
     logp = model(ids).logits[:, len(prompt) - 1 : -1].log_softmax(-1)
     target = ids[:, len(prompt) :]
-    there = torch.arange(LONGEST) < torch.tensor([len(r) for r in RESPONSES])[:, None]
+    there = torch.arange(longest) < torch.tensor([len(r) for r in responses])[:, None]
     return (logp.gather(-1, target[..., None])[..., 0] * there).sum(-1)
