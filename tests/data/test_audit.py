@@ -158,6 +158,7 @@ def refused_by_a_run(file: Path, made: Any, rendering: Rendering, want: Want, co
 
 def agree(rows: list[Any], folder: Path, want: Want) -> None:
     file = write(folder / "rows.jsonl", rows)
+    rows = [row for row in rows if not isinstance(row, str) or row.strip()]  # an empty line is no row
     if len(rows) == 1 and isinstance(rows[0], list):  # one line that is an array is a JSON document of rows
         rows = rows[0]
     made, rendering = tokenizer(), Rendering(24)
@@ -182,8 +183,9 @@ def test_errors_are_the_rows_that_a_run_refuses(
     agree(rows, tmp_path_factory.mktemp("rows"), want)
 
 
-def test_a_line_that_is_an_array_is_a_document(tmp_path: Path) -> None:
+def test_a_line_that_is_an_array_is_a_document_and_an_empty_one_no_row(tmp_path: Path) -> None:
     agree([[None, {"text": False}]], tmp_path, "pairs")
+    agree([" ", row("p", "a", "b")], tmp_path, "demonstrations")
 
 
 @pytest.mark.slow

@@ -42,12 +42,11 @@ def serve(config: CollectServeConfig) -> None:
                 f"--host {config.host} is reached from other machines, and nobody is invited:"
                 f" first run prefopt collect invite {path} --name NAME"
             )
-        with _listen(config.host, config.port) as listening:
+        with _stopping(), _listen(config.host, config.port) as listening:
             port = listening.getsockname()[1]
             site = site_of(config, port)
             _tell(study, config, site, port)
-            with _stopping():
-                uvicorn.Server(_settings(study, site)).run(sockets=[listening])
+            uvicorn.Server(_settings(study, site)).run(sockets=[listening])
     finally:
         study.close()  # which also puts all that stands in the log into the one file
         Path(lock.lock_file).unlink(missing_ok=True)
