@@ -1,0 +1,161 @@
+"""Expected reward against divergence: points that were measured, which of them dominate which, and their file.
+
+>>> a = Point("dpo", "beta=0.1", 0, 50, reward=0.6, interval=(0.5, 0.7), kl=4.0, kl_se=0.5)
+>>> b = Point("ppo", "kl_target=6", 0, 80, reward=0.4, interval=(0.3, 0.5), kl=6.0, kl_se=0.5)
+>>> dominates(a, b), dominates(b, a), [p.road for p in frontier([a, b])]
+(True, False, ['dpo'])
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from prefopt.disk.write import write_json
+from prefopt.errors import DataError
+
+VERSION = 1
+FILE = "frontier.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Plateau:
+    """Whether a training reward had stopped rising: a straight line through the last third of its steps.
+
+    ``rise`` is what the line gains over these ``steps``, ``low`` and ``high`` its bounds at 95 %; ``climb`` is what the
+    reward gained in all, from the first tenth of the steps to the last third. ``reached``: see
+    :func:`prefopt.evaluate.plateau.plateau`.
+    """
+
+    rise: float
+    low: float
+    high: float
+    climb: float
+    steps: int
+    reached: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One policy, measured on samples of its own to prompts that no road was trained on.
+
+    ``road`` is how it was made, ``setting`` what was swept (``beta=0.1``), ``step`` the step of its training.
+    ``reward`` is the mean true reward, ``interval`` its bounds (95 %, prompts resampled); ``kl`` the divergence of
+    whole responses from the reference in nats, with its standard error over prompts, or, where ``kl_is`` says so, an
+    upper bound without one; ``length`` tokens of a response on average; ``seconds`` what its road took to get here. A
+    point that does not count says why; one that has no numbers, since its training failed, never does.
+    """
+
+    road: str
+    setting: str
+    seed: int
+    step: int
+    reward: float | None = None
+    interval: tuple[float, float] | None = None
+    kl: float | None = None
+    kl_se: float | None = None
+    kl_is: Literal["measured", "bound"] = "measured"
+    length: float | None = None
+    counted: bool = True
+    why_not: str | None = None
+    folder: str = ""
+    seconds: float = 0.0
+    plateau: Plateau | None = None
+
+    @property
+    def stands(self) -> bool:
+        """Whether it is compared with others: it counts, and has numbers."""
+        return self.counted and self.reward is not None and self.kl is not None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Point:
+        """What ``asdict`` wrote. Raises ``TypeError`` for other names."""
+        given = dict(values)
+        if given.get("interval") is not None:
+            low, high = given["interval"]
+            given["interval"] = (float(low), float(high))
+        if given.get("plateau") is not None:
+            given["plateau"] = Plateau(**given["plateau"])
+        return cls(**given)
+
+
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """All points of a sweep. ``prompts`` were answered ``samples`` times each, of at most ``max_new_tokens``.
+
+    ``finished``: no point is still to come. ``made``: how the preferences came to be, in words.
+    """
+
+    reference: str
+    reward: str
+    prompts: int
+    samples: int
+    max_new_tokens: int
+    finished: bool
+    made: str = ""
+    points: tuple[Point, ...] = field(default=())
+
+    def write(self, folder: Path) -> Path:
+        """``frontier.json`` in ``folder``, whole or not at all. Raises :class:`prefopt.errors.RunError`."""
+        path = folder / FILE
+        write_json(path, {"version": VERSION, **asdict(self)})
+        return path
+
+
+def read_frontier(path: str | Path) -> Frontier:
+    """The sweep in a folder or a file. Raises :class:`DataError` where there is none, or of another version."""
+    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror}); prefopt frontier writes one", file=str(file)) from error
+    except ValueError:
+        found = None
+    version = found.pop("version", None) if isinstance(found, dict) else None
+    if version is None:
+        raise DataError("is no file of prefopt frontier", file=str(file))
+    if version != VERSION:
+        what = f"is of version {version}, and this prefopt reads version {VERSION}"
+        raise DataError(f"{what}; run prefopt frontier again, or update prefopt", file=str(file))
+    try:
+        points = tuple(Point.from_dict(p) for p in found.pop("points"))
+        return Frontier(**found, points=points)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"is damaged ({error}); run prefopt frontier again", file=str(file)) from None
+
+
+def dominates(one: Point, other: Point) -> bool:
+    """Whether ``one`` has at least the reward of ``other`` at no more divergence, and is not equal in both.
+
+    By the numbers as they are, whatever their errors; see :func:`clearly_dominates`. False where one does not stand.
+    """
+    if not (one.stands and other.stands):
+        return False
+    assert one.reward is not None and one.kl is not None and other.reward is not None and other.kl is not None
+    return one.reward >= other.reward and one.kl <= other.kl and (one.reward, one.kl) != (other.reward, other.kl)
+
+
+def clearly_dominates(one: Point, other: Point) -> bool:
+    """The same beyond the errors: intervals of reward apart, and divergences by two standard errors of each."""
+    if not dominates(one, other) or one.interval is None or other.interval is None:
+        return False
+    assert one.kl is not None and other.kl is not None
+    return one.interval[0] > other.interval[1] and one.kl + 2 * (one.kl_se or 0) < other.kl - 2 * (other.kl_se or 0)
+
+
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """The points that none other dominates, by rising divergence."""
+    standing = [p for p in points if p.stands]
+    best = [p for p in standing if not any(dominates(q, p) for q in standing)]
+    return sorted(best, key=lambda p: (p.kl or 0.0, -(p.reward or 0.0)))
+
+
+def dominated(points: Sequence[Point], by: str, of: str, *, clearly: bool = False) -> tuple[int, int]:
+    """How many points of road ``of`` a point of road ``by`` dominates, and how many ``of`` has that count."""
+    better = clearly_dominates if clearly else dominates
+    ours = [p for p in points if p.road == by and p.stands]
+    theirs = [p for p in points if p.road == of and p.stands]
+    return sum(any(better(p, q) for p in ours) for q in theirs), len(theirs)
