@@ -97,23 +97,12 @@ def load_data(
         source = build_groups([parse_comparisons(rows, "data", **layout)], tokenizer, rendering, **how)
     else:
         source = load_groups(config.data, tokenizer, rendering, **how, **layout)
-    for line in source.summary():
-        reporter.say(f"data: {line}")
     source = _paired(source, which, "data", reporter)
-    groups = source.groups
-    train: Sequence[int] = range(len(groups))
-    held_out: Sequence[int] = ()
-    if config.eval_fraction:
-        train, held_out = source.split(config.eval_fraction, seed)
-    elif config.eval_data:
+    more = None
+    if config.eval_data:
         more = load_groups(config.eval_data, tokenizer, rendering, **how, **layout)
-        for line in more.summary():
-            reporter.say(f"evaluation data: {line}")
         more = _paired(more, which, "evaluation data", reporter)
-        if both := len(np.intersect1d(groups.prompt_key_G, more.groups.prompt_key_G)):
-            reporter.say(f"evaluation data: {both} prompts stand in the training data too")
-        held_out = range(len(groups), len(groups) + len(more.groups))
-        groups += more.groups
+    groups, train, held_out = _held_out(config, source, more, seed, reporter)
     if not train:
         raise DataError("no row is left to train on; lower --eval-fraction")
     shares = _shares(config, source.groups, train)
@@ -129,7 +118,9 @@ def load_data(
 
 
 def _paired(source: GroupSet, which: str, name: str, reporter: Reporter) -> GroupSet:
-    """Without responses that no pair holds: scoring them would change nothing."""
+    """Say what was read, and leave out responses that no pair holds: scoring them would change nothing."""
+    for line in source.summary():
+        reporter.say(f"{name}: {line}")
     if which == "all":
         return source
     paired = paired_of(source.groups, which)
@@ -138,6 +129,20 @@ def _paired(source: GroupSet, which: str, name: str, reporter: Reporter) -> Grou
     left = f"{int((~paired).sum()):,} of {len(paired):,} responses are neither the best nor the worst of their row"
     reporter.say(f"{name}: {left}: not read")
     return replace(source, groups=keep_responses(source.groups, paired))
+
+
+def _held_out(
+    config: DataOptions, source: GroupSet, more: GroupSet | None, seed: int, reporter: Reporter
+) -> tuple[GroupTable, Sequence[int], Sequence[int]]:
+    """All groups, and which of them are trained on and held out: a part of ``source``, or ``more``."""
+    groups = source.groups
+    if config.eval_fraction:
+        return groups, *source.split(config.eval_fraction, seed)
+    if more is None:
+        return groups, range(len(groups)), ()
+    if both := len(np.intersect1d(groups.prompt_key_G, more.groups.prompt_key_G)):
+        reporter.say(f"evaluation data: {both} prompts stand in the training data too")
+    return groups + more.groups, range(len(groups)), range(len(groups), len(groups) + len(more.groups))
 
 
 def _shares(config: DataOptions, groups: GroupTable, train: Sequence[int]) -> list[Share]:
