@@ -2,7 +2,8 @@
 
 A random Llama of the size asked for is trained on its own samples by ``prefopt ppo``, with a random reward model of the
 same size, from which the critic starts; and, with --trl PYTHON, by TRL 0.29 in the environment of that interpreter, on
-the same models, prompts and lengths. The first step is left out: it warms up.
+the same models, prompts and lengths. The first step is left out: it warms up. ``bytes`` are the weights of each model,
+``peak_bytes`` the most that its process held.
 """
 
 from __future__ import annotations
@@ -88,15 +89,16 @@ def trl_run(python: str, model: Path, output: Path, prompts: list[str], given: a
         "output": str(output),
         "prompts": prompts,
         "batch": given.batch * given.num,
+        "num": given.num,
         "tokens": given.tokens,
         "steps": given.steps,
         "threads": given.threads,
     }
     script = Path(__file__).with_name("trl_ppo.py")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [python, str(script), json.dumps(asked)], check=True, capture_output=True, text=True, env=environment
-    )
+    done = subprocess.run([python, str(script), json.dumps(asked)], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"TRL in {python} failed:\n{done.stderr[-4000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -107,7 +109,7 @@ def main() -> None:
     for name, value in {"hidden": 512, "layers": 8, "batch": 32, "num": 1, "tokens": 64, "steps": 6}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--algorithm", choices=("ppo", "rloo"), default="ppo")
     parser.add_argument("--trl", metavar="PYTHON", help="interpreter of an environment with trl==0.29")
     given = parser.parse_args()

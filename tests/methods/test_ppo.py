@@ -181,6 +181,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert same_bits(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_a_last_batch_of_fewer_prompts_than_minibatches_is_learned_from(small: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"rows": ROWS[:5], "minibatches": 3, "ppo_epochs": 2}  # batches of 4 prompts and of 1
+    ppo(small, tmp_path / "whole", **options)
+    assert [line["step"] for line in metrics(tmp_path / "whole")] == [1, 2]
+    stopped(7, small, tmp_path / "parts", **options)  # between the two passes over the one prompt
+    ppo(small, tmp_path / "parts", resume=True, **options)
+    assert same_bits(tmp_path / "parts", tmp_path / "whole")
+
+
 def test_a_run_stopped_while_it_samples_goes_on(small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ppo(small, tmp_path / "whole", epochs=2)
     pause, count = Phases._pause, [0]

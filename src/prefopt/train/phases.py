@@ -210,15 +210,16 @@ class Phases:
     def _learn(self, rollouts: Rollouts, targets: Targets) -> None:
         place, o = self.place, self.options
         place.times.setdefault("seconds/training", 0.0)
-        while place.done < o.epochs * o.minibatches:
+        parts = min(o.minibatches, len(rollouts.groups))  # the last batch of an epoch may have fewer prompts
+        while place.done < o.epochs * parts:
             started = time.monotonic()
-            epoch, number = divmod(place.done, o.minibatches)
+            epoch, number = divmod(place.done, parts)
             order = shuffled(len(rollouts.groups), (o.seed, place.step, epoch))
-            record = self._minibatch(rollouts, targets, np.array_split(order, o.minibatches)[number].tolist())
+            record = self._minibatch(rollouts, targets, np.array_split(order, parts)[number].tolist())
             place.records.append(record)
             place.done += 1
             place.times["seconds/training"] += time.monotonic() - started
-            if place.done < o.epochs * o.minibatches:
+            if place.done < o.epochs * parts:
                 self._pause()
 
     def _minibatch(self, rollouts: Rollouts, targets: Targets, groups: Sequence[int]) -> Record:
