@@ -117,6 +117,8 @@ BY_HAND: list[tuple[str, dict[str, Value], float]] = [
     ("cpo", {"average": False}, soft(0.1 * -4) + 20),
     ("slic_hf", {}, 1 + 20 - 16 + 0.1 * 20),
     ("slic_hf", {"average": True}, max(0, 1 + 20 / 10 - 16 / 4) + 0.1 * 20 / 10),
+    ("unlikelihood", {"alpha": 0.25}, 20 - 0.25 * 16),
+    ("unlikelihood", {"alpha": 1.0, "average": True}, 20 / 10 - 16 / 4),
     ("nll", {}, 2.0),
     ("nll", {"average": "none"}, 20.0),
     ("reward_aware", {"eta": 0.4}, bernoulli(SIGMOID[0.6], SIGMOID[0.5])),

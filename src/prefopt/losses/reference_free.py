@@ -45,6 +45,42 @@ def nll(
 
 @loss(
     kind="pairs",
+    formula="-log pi(w) + alpha log pi(l)",
+    paper="Rafailov et al. 2023 (DPO), arXiv 2305.18290, section 6: a baseline",
+    when="As a baseline to compare with: nothing weighs the pairs, so that it falls apart where alpha is not small.",
+    options=(
+        LossOption(
+            name="alpha", help="weight of the rejected response; the paper took 0 to 1", at_least=0, at_most=1
+        ),
+        LossOption(name="average", help="log-probabilities as means over tokens; false: as sums (the paper)"),
+    ),
+    notes="It has no lower bound: the rejected response's likelihood may fall for ever.",
+)
+def unlikelihood(
+    chosen_logp_G: torch.Tensor,
+    rejected_logp_G: torch.Tensor,
+    chosen_length_G: torch.Tensor,
+    rejected_length_G: torch.Tensor,
+    *,
+    alpha: float = 0.5,
+    average: bool = False,
+) -> LossOutput:
+    r"""The unlikelihood baseline of DPO's paper, Rafailov et al. 2023 (arXiv 2305.18290), section 6.
+
+    :math:`-\log\pi_w + \alpha\log\pi_l`: the probability of the chosen response is raised, that of the rejected one
+    lowered, with a coefficient in [0, 1]. Welleck et al. 2019 (arXiv 1908.04319), whose name it borrows, lower it by
+    :math:`-\log(1 - p)` of each token instead.
+    """
+    chosen, rejected = chosen_logp_G, rejected_logp_G
+    if average:
+        chosen, rejected = chosen / chosen_length_G, rejected / rejected_length_G
+    nll = -chosen_logp_G / chosen_length_G
+    sides = chosen, rejected
+    return pair_output(alpha * rejected - chosen, *sides, chosen_logp_G, rejected_logp_G, more={"nll_loss": nll})
+
+
+@loss(
+    kind="pairs",
     formula="-log sigmoid(beta (log pi(w)/|w| - log pi(l)/|l|) - gamma)",
     paper="Meng, Xia, Chen 2024, arXiv 2405.14734, equation 6",
     when="No memory or time for a reference. Sensitive to the learning rate: watch a benchmark beside the margin.",
