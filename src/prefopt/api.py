@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from prefopt.methods.reward import RewardResult
     from prefopt.methods.sample import SampleResult
     from prefopt.methods.sft import SftResult
-    from prefopt.pipeline import RlhfResult
+    from prefopt.pipeline.rlhf import RlhfResult
 
 Row = Mapping[str, object]
 Config = TypeVar("Config", bound=MethodOptions)
@@ -206,7 +206,7 @@ def rlhf(
             options[stage] = [f"{name}={value}" for name, value in options[stage].items()] or None
     config = RlhfConfig.from_dict({"model": model, "data": data, "output": output, **options})
 
-    from prefopt.pipeline import run
+    from prefopt.pipeline.rlhf import run
 
     return run(config)
 

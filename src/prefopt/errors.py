@@ -10,6 +10,7 @@
     │   ├── CacheError       the reference cache
     │   ├── StudyError       a file of people's votes
     │   └── RunError         an output folder, a checkpoint, the disk, a preflight check that failed
+    │       └── Diverged     training that ran away, or whose numbers are not finite
     └── Interrupted          the user or the system asked to stop; what was computed is kept
 
 A traceback that reaches a user for anything under ``UserError`` is a bug.
@@ -54,6 +55,10 @@ class StudyError(UserError):
 
 class RunError(UserError):
     """An output folder, a checkpoint, the disk or a preflight check stands in the way."""
+
+
+class Diverged(RunError):
+    """Training ran away from its reference, or its numbers are not finite: these settings lead nowhere."""
 
 
 class Interrupted(PrefoptError):

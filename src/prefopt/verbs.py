@@ -23,6 +23,7 @@ from prefopt.config.data_verbs import DataCheckConfig, DataConvertConfig, DataSp
 from prefopt.config.demo import DemoConfig
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.env import EnvConfig
+from prefopt.config.frontier import FrontierConfig
 from prefopt.config.layouts import DataLayoutsConfig
 from prefopt.config.losses import LossesConfig
 from prefopt.config.merge import MergeConfig
@@ -85,7 +86,13 @@ VERBS: dict[str, Verb] = {
     "rlhf": Verb(
         "the chain: supervised fine-tuning, reward model, PPO; what is done already is skipped",
         RlhfConfig,
-        "pipeline:run",
+        "pipeline.rlhf:run",
+        document=True,
+    ),
+    "frontier": Verb(
+        "measure roads to a better model: reward against divergence, for DPO, PPO and others on the same data",
+        FrontierConfig,
+        "commands.sweeps:show_frontier",
         document=True,
     ),
     "sample": Verb(

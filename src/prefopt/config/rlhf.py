@@ -7,15 +7,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import yaml
-
 from prefopt.config.data import ReadOptions, TemplateOptions
+from prefopt.config.given import parse_given
 from prefopt.config.machine import MachineOptions
 from prefopt.config.option import check_all, from_dict, option, to_dict
 from prefopt.config.ppo import PpoConfig
@@ -105,7 +103,7 @@ class RlhfConfig(MachineOptions, TemplateOptions, ReadOptions):
             if self.prompts is not None:  # the layout that is named is that of the data
                 ours = {n: value for n, value in ours.items() if n not in ("format", "columns")}
             ours |= {"prompts": self.prompts or self.data, "reward": str(self.folder("reward"))}
-        given = _values(name, getattr(self, name) or ())
+        given = parse_given(name, getattr(self, name) or ())
         place = f"--{name}"
         for option_name in given:
             if option_name in OF_THE_CHAIN or (name == "ppo" and option_name == "reward"):
@@ -124,26 +122,3 @@ class RlhfConfig(MachineOptions, TemplateOptions, ReadOptions):
     def from_dict(cls, values: Mapping[str, object], place: str | None = None) -> RlhfConfig:
         """The config that ``to_dict`` wrote; ``place`` names the file it comes from."""
         return from_dict(cls, values, place)
-
-
-def _values(name: str, given: Sequence[str]) -> dict[str, object]:
-    """NAME=VALUE as options; a value is read as YAML would."""
-    values: dict[str, object] = {}
-    for item in given:
-        key, equals, text = item.partition("=")
-        key = key.strip().removeprefix("--").replace("-", "_")
-        if not equals or not key:
-            raise ConfigError(f"--{name} {item!r} should be NAME=VALUE, such as learning_rate=1e-5")
-        if key in values:
-            raise ConfigError(f"--{name} gives {key} twice")
-        values[key] = _value(text)
-    return values
-
-
-def _value(text: str) -> object:
-    if re.fullmatch(r"[-+]?[0-9.]+[eE][-+]?[0-9]+", text):  # which YAML 1.1 takes for text
-        return float(text)
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text

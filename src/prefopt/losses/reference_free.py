@@ -47,11 +47,9 @@ def nll(
     kind="pairs",
     formula="-log pi(w) + alpha log pi(l)",
     paper="Rafailov et al. 2023 (DPO), arXiv 2305.18290, section 6: a baseline",
-    when="As a baseline to compare with: nothing weighs the pairs, so that it falls apart where alpha is not small.",
+    when="As a baseline to compare with: nothing weighs the pairs, and on summaries the paper saw meaningless text.",
     options=(
-        LossOption(
-            name="alpha", help="weight of the rejected response; the paper took 0 to 1", at_least=0, at_most=1
-        ),
+        LossOption(name="alpha", help="weight of the rejected response; the paper took 0 to 1", at_least=0, at_most=1),
         LossOption(name="average", help="log-probabilities as means over tokens; false: as sums (the paper)"),
     ),
     notes="It has no lower bound: the rejected response's likelihood may fall for ever.",

@@ -28,7 +28,7 @@ class BestOf:
     @property
     def kl(self) -> float:
         """The bound, in nats per response."""
-        return math.log(self._many) - (self._many - 1) / self._many
+        return kl_bound(self._many)
 
     def keep(
         self, rows: Sequence[Comparison], prompts: Sequence[Ids], found: Sequence[Sequence[Sample]]
@@ -46,3 +46,8 @@ class BestOf:
             chosen = [samples[k * self._many + int(n)] for k, n in enumerate(best_k)]
             kept.append((chosen, score_kN.max(axis=1).tolist()))
         return kept
+
+
+def kl_bound(many: int) -> float:
+    """What the divergence of the best of ``many`` samples from the model is at most, in nats: see :class:`BestOf`."""
+    return math.log(many) - (many - 1) / many

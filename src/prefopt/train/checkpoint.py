@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from prefopt.disk.write import output_errors, sync_folder, write_flushed
+from prefopt.errors import RunError
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def save(
     ``reference``: the weights of a reference that moves; ``rollouts``: the responses that a step learns from.
     """
     more = {name: tensors for name, tensors in ((REFERENCE, reference), (ROLLOUTS, rollouts)) if tensors is not None}
-    path = folder / f"step-{state['step']:08d}"
+    path = _path(folder, state["step"])
     aside = folder / f".{path.name}.{os.getpid()}"
     with output_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +93,19 @@ def newest(folder: Path) -> tuple[Path, Checkpoint] | None:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             log.warning("checkpoint %s is damaged (%s): the one before it is used", path, error)
     return None
+
+
+def at(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of ``step``. Raises :class:`RunError` where it is not there, or damaged."""
+    path = _path(folder, step)
+    try:
+        return _read(path)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise RunError(f"checkpoint {path} cannot be read ({error}); remove the run's folder and train again") from None
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
 
 
 def _read(path: Path) -> Checkpoint:

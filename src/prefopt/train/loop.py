@@ -15,7 +15,7 @@ from prefopt.data.group import Group
 from prefopt.data.packer import PackedBatch, pack, split
 from prefopt.data.sampler import Sampler
 from prefopt.data.table import GroupTable
-from prefopt.errors import RunError
+from prefopt.errors import Diverged, RunError
 from prefopt.model.live import Movement
 from prefopt.model.memory import out_of_memory
 from prefopt.model.packed import PackedModel
@@ -217,7 +217,7 @@ class Loop:
     def _refuse_nonsense(self, step: int, record: Record) -> None:
         for name in ("loss", "grad_norm"):
             if not math.isfinite(record[name]):
-                raise RunError(
+                raise Diverged(
                     f"step {step + 1}: {name} is {record[name]}; lower --learning-rate, or try --dtype float32."
                     " Checkpoints written before are kept"
                 )

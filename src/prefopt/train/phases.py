@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from prefopt.data.sampler import Sampler
-from prefopt.errors import RunError
+from prefopt.errors import Diverged, RunError
 from prefopt.losses.kl import KlController
 from prefopt.model.memory import out_of_memory
 from prefopt.model.precision import MasterWeights
@@ -75,10 +75,10 @@ class Trainee:
     load: Callable[[dict[str, torch.Tensor]], None]
 
     def update(self, step: int, limit: float) -> float:
-        """An optimiser step; returns the gradient's norm. Raises :class:`RunError` where that is not finite."""
+        """An optimiser step; returns the gradient's norm. Raises :class:`Diverged` where that is not finite."""
         norm = float(grad_norm(self.masters.values()))
         if not math.isfinite(norm):
-            raise RunError(
+            raise Diverged(
                 f"step {step + 1}: the gradient's norm is {norm}; lower --learning-rate, or try --dtype float32."
                 " Checkpoints written before are kept"
             )
@@ -116,7 +116,7 @@ class Phases:
     def run(self) -> Place:
         """Train to the end, or to a stop: then :class:`prefopt.errors.Interrupted` follows on a checkpoint.
 
-        Raises :class:`RunError` where the divergence runs away, or numbers are not finite.
+        Raises :class:`Diverged` where the divergence runs away, or numbers are not finite.
         """
         place, steps = self.place, self.options.steps
         about = RunInfo(
@@ -200,7 +200,7 @@ class Phases:
         at = f"step {self.place.step + 1}: the divergence from the reference is {kl:.4g} nats per response"
         kept = sorted(self.checkpoints.glob("step-*"))
         where = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written"
-        raise RunError(
+        raise Diverged(
             f"{at}, more than --max-kl {self.options.max_kl:g}: the policy has run away from its reference. Lower"
             f" --learning-rate, or raise --beta; {where}"
         )
@@ -246,7 +246,7 @@ class Phases:
             norm = one.update(self.place.step, self.options.max_grad_norm)
             record["grad_norm" if name == "actor" else f"grad_norm/{name}"] = norm
         if not math.isfinite(record["loss"]):
-            raise RunError(f"step {self.place.step + 1}: the loss is {record['loss']}; lower --learning-rate")
+            raise Diverged(f"step {self.place.step + 1}: the loss is {record['loss']}; lower --learning-rate")
         return record
 
     def _refuse_ratio(self, gap: float) -> None:

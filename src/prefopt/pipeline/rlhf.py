@@ -19,17 +19,14 @@ from prefopt.config.reward import RewardConfig
 from prefopt.config.rlhf import RlhfConfig, StageConfig, StageName
 from prefopt.config.sft import SftConfig
 from prefopt.data.sources import find_sources
-from prefopt.disk.hashes import file_hashes
 from prefopt.disk.write import output_errors, write_json
-from prefopt.errors import DataError, RunError
+from prefopt.errors import RunError
 from prefopt.methods import ppo, reward, sft
 from prefopt.model.load import local_folder, resolve_device
 from prefopt.model.merge import merge_adapter
+from prefopt.pipeline.contents import contents_of, status_of
 from prefopt.progress import Reporter
 from prefopt.train.folder import FREE
-
-OF_A_MODEL = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
-OF_A_RUN = {"run.json", "reliability.json"}  # what changes, or says nothing of the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +73,14 @@ class _Chain:
         config = self.config.stage(name)
         folder = self.config.folder(name)
         made_from = _made_from(config)
-        status = _status(folder)
+        status = status_of(folder)
         if status and self.record.get(name, {}).get("from") != made_from:
             raise RunError(
                 f"{folder} is of a chain with other options, model or data; name another --output, or remove this"
                 " folder and those of the stages after it"
             )
         if status == "finished":
-            if self.record[name].get("gave") == _contents(folder):
+            if self.record[name].get("gave") == contents_of(folder):
                 self.reporter.say(f"{name}: done already")
                 self.skipped.append(name)
                 return
@@ -95,14 +92,14 @@ class _Chain:
             method(self.config.stage(name, resume=bool(status)))
             self.done.append(name)
         # (A stage that finished in the moment before the chain was killed comes here with nothing to do.)
-        self._remember(name, {"from": made_from, "gave": _contents(folder)})
+        self._remember(name, {"from": made_from, "gave": contents_of(folder)})
 
     def _merge(self) -> None:
         """The fine-tuned adapter folded in: one whole model that reward model and actor start from."""
         source, folder = self.config.folder("sft"), self.config.folder("tuned")
-        made_from = _contents(source)
+        made_from = contents_of(source)
         known = self.record.get("tuned", {})
-        if folder.exists() and known == {"from": made_from, "gave": _contents(folder)}:
+        if folder.exists() and known == {"from": made_from, "gave": contents_of(folder)}:
             return
         if folder.exists() and any(folder.iterdir()):
             raise RunError(f"{folder} was not made from {source} as it is now; remove it")
@@ -113,7 +110,7 @@ class _Chain:
         )
         for line in report.in_words():
             self.reporter.say(line)
-        self._remember("tuned", {"from": made_from, "gave": _contents(folder)})
+        self._remember("tuned", {"from": made_from, "gave": contents_of(folder)})
 
     def _remember(self, name: str, what: dict[str, str]) -> None:
         self.record[name] = what
@@ -134,24 +131,13 @@ def _as(kind: type[Any], config: StageConfig) -> Any:
     return config
 
 
-def _status(folder: Path) -> str:
-    """``finished``, ``begun``, or nothing where there is no run in the folder."""
-    file = folder / "run.json"
-    if not file.exists():
-        return ""
-    try:
-        return "finished" if json.loads(file.read_text()).get("status") == "finished" else "begun"
-    except (OSError, ValueError, AttributeError):
-        raise RunError(f"{file} cannot be read; remove {folder}, or name another --output") from None
-
-
 def _made_from(config: StageConfig) -> str:
     """A digest of everything that decides on a stage: its options, and the contents of what they name."""
     free = {*FREE, "device", "threads"}
     options = {name: value for name, value in config.to_dict().items() if name not in free}
-    contents = [_contents(Path(local_folder(config.model)))]
+    contents = [contents_of(Path(local_folder(config.model)))]
     if isinstance(config, PpoConfig):
-        contents.append(_contents(Path(config.reward)))
+        contents.append(contents_of(Path(config.reward)))
         contents += _digests(config.prompts)
     else:
         contents += _digests(config.data)
@@ -161,13 +147,3 @@ def _made_from(config: StageConfig) -> str:
 
 def _digests(names: Sequence[str]) -> list[str]:
     return [source.digest() for source in find_sources(names)]
-
-
-def _contents(folder: Path) -> str:
-    """A digest of the files of a model: weights, configuration, tokenizer, template."""
-    files = sorted({p for pattern in OF_A_MODEL for p in folder.glob(pattern) if p.name not in OF_A_RUN})
-    if not files:
-        raise RunError(f"{folder} holds no model")
-    hashes = file_hashes(files, error=DataError)
-    text = json.dumps([[p.name, h] for p, h in zip(files, hashes, strict=True)])
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -12,11 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import prefopt
-from prefopt import pipeline
 from prefopt.cli import main
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.rlhf import RlhfConfig
 from prefopt.errors import ConfigError, Interrupted, RunError
+from prefopt.pipeline import rlhf
 from train.small import pairs, weights, write_model, write_rows
 from train.test_resume import stop_after
 
@@ -49,14 +49,14 @@ def config(place: Path, **changes: Any) -> RlhfConfig:
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_chain_runs_once_and_is_skipped_where_nothing_changed(lora: bool, tmp_path: Path) -> None:
-    result = pipeline.run(config(tmp_path, lora=lora))
+    result = rlhf.run(config(tmp_path, lora=lora))
     assert (result.output, result.done, result.skipped) == (tmp_path / "out/ppo", STAGES, ())
     told = {name: json.loads((tmp_path / f"out/{name}/run.json").read_text()) for name in STAGES}
     start = str(tmp_path / "out" / ("tuned" if lora else "sft"))
     assert [told[name]["options"]["model"] for name in STAGES] == [str(tmp_path / "m"), start, start]
     assert told["ppo"]["options"]["reward"] == str(tmp_path / "out/reward")
     before = weights(result.output)
-    again = pipeline.run(config(tmp_path, lora=lora))
+    again = rlhf.run(config(tmp_path, lora=lora))
     assert (again.done, again.skipped) == ((), STAGES)
     assert all(torch.equal(before[n], w) for n, w in weights(again.output).items())
     if not lora:
@@ -64,39 +64,39 @@ def test_the_chain_runs_once_and_is_skipped_where_nothing_changed(lora: bool, tm
 
 
 def test_a_stage_that_was_stopped_goes_on_and_those_before_it_are_left_alone(tmp_path: Path) -> None:
-    whole = pipeline.run(config(tmp_path, output=str(tmp_path / "whole")))
+    whole = rlhf.run(config(tmp_path, output=str(tmp_path / "whole")))
     with pytest.MonkeyPatch.context() as patch:
         stop_after(2, patch)
         with pytest.raises(Interrupted):
-            pipeline.run(config(tmp_path))  # in its first stage
-    result = pipeline.run(config(tmp_path))
+            rlhf.run(config(tmp_path))  # in its first stage
+    result = rlhf.run(config(tmp_path))
     assert result.done == STAGES
     one, other = weights(result.output), weights(whole.output)
     assert all(torch.equal(one[n], other[n]) for n in one)
 
 
 def test_what_changed_is_seen_by_contents_and_nothing_is_overwritten(tmp_path: Path) -> None:
-    pipeline.run(config(tmp_path))
+    rlhf.run(config(tmp_path))
     # The same bytes elsewhere in time are no change.
     (tmp_path / "d.jsonl").write_text((tmp_path / "d.jsonl").read_text())
-    assert pipeline.run(config(tmp_path)).skipped == STAGES
+    assert rlhf.run(config(tmp_path)).skipped == STAGES
     # Options of the last stage concern that one alone.
     with pytest.raises(RunError, match=r"out/ppo is of a chain with other options"):
-        pipeline.run(config(tmp_path, max_new_tokens=5))
+        rlhf.run(config(tmp_path, max_new_tokens=5))
     shutil.rmtree(tmp_path / "out/ppo")
-    changed = pipeline.run(config(tmp_path, max_new_tokens=5))
+    changed = rlhf.run(config(tmp_path, max_new_tokens=5))
     assert (changed.skipped, changed.done) == (("sft", "reward"), ("ppo",))
     write_rows(tmp_path / "d.jsonl", pairs(8, seed=1))
     with pytest.raises(RunError, match=r"out/sft is of a chain with other options, model or data"):
-        pipeline.run(config(tmp_path, max_new_tokens=5))
+        rlhf.run(config(tmp_path, max_new_tokens=5))
 
 
 def test_a_finished_folder_that_was_touched_is_not_built_on(tmp_path: Path) -> None:
-    pipeline.run(config(tmp_path))
+    rlhf.run(config(tmp_path))
     file = tmp_path / "out/sft/config.json"
     file.write_text(file.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
     with pytest.raises(RunError, match=r"out/sft was changed since it was finished"):
-        pipeline.run(config(tmp_path))
+        rlhf.run(config(tmp_path))
 
 
 def test_a_mistake_in_any_stage_is_told_before_the_first_begins(tmp_path: Path) -> None:

@@ -1,0 +1,67 @@
+"""A sweep in words: a table of its points, which of them are on the frontier, and how many of PPO's DPO dominates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from prefopt.evaluate.frontier import Frontier, Point, dominated, frontier
+from prefopt.progress import duration
+
+HEAD = ("road", "setting", "seed", "step", "reward", "95 %", "KL", "± error", "tokens", "time", "")
+
+
+def lines(sweep: Frontier) -> Iterator[str]:
+    """What a person is told."""
+    yield f"true reward {sweep.reward} on {sweep.prompts} held-out prompts, {sweep.samples} samples each; KL in nats"
+    yield f"preferences: {sweep.made}"
+    if not sweep.finished:
+        yield "the sweep is not finished: more points are to come"
+    yield ""
+    best = frontier(sweep.points)
+    yield from table([HEAD, *(_row(p, p in best) for p in sweep.points)])
+    left_out = [p for p in sweep.points if not p.counted]
+    if left_out:
+        yield ""
+        yield "not counted:"
+        yield from (f"  {p.road} {p.setting}, seed {p.seed}: {p.why_not}" for p in left_out)
+    yield ""
+    yield from plateaus(sweep.points)
+    for road in ("ppo-true", "ppo-learned"):
+        count, of = dominated(sweep.points, "dpo", road)
+        if of:
+            clear, _ = dominated(sweep.points, "dpo", road, clearly=True)
+            yield f"DPO dominates {count} of {of} counted points of {road}; beyond the errors of both, {clear}"
+
+
+def plateaus(points: Sequence[Point]) -> Iterator[str]:
+    """What the training reward of PPO did in the last third of its steps."""
+    shown = [p for p in points if p.plateau is not None]
+    if shown:
+        yield "training reward of PPO over the last third of its steps: rise [95 %], and the whole climb"
+    for p in shown:
+        f = p.plateau
+        assert f is not None
+        told = "plateau" if f.reached else "no plateau"
+        yield (
+            f"  {p.road} {p.setting}, seed {p.seed}: {f.rise:+.3f} [{f.low:+.3f}, {f.high:+.3f}] in {f.steps} steps,"
+            f" climb {f.climb:+.3f}: {told}"
+        )
+    if shown:
+        yield ""
+
+
+def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Columns side by side, each as wide as its widest."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _row(p: Point, on_frontier: bool) -> tuple[str, ...]:
+    told = ("", "", "", "", "")
+    if p.reward is not None and p.interval is not None and p.kl is not None:
+        error = "at most" if p.kl_is == "bound" else f"{p.kl_se or 0:.2f}"
+        bounds = f"[{p.interval[0]:+.3f}, {p.interval[1]:+.3f}]"
+        told = (f"{p.reward:+.3f}", bounds, f"{p.kl:.2f}", error, f"{p.length or 0:.1f}")
+    mark = "on the frontier" if on_frontier else "" if p.counted else "not counted"
+    return (p.road, p.setting, str(p.seed), str(p.step), *told, duration(p.seconds), mark)

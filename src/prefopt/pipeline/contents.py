@@ -1,0 +1,34 @@
+"""How far a folder's run came, and what its model is made of: by contents, not by names or times."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from prefopt.disk.hashes import file_hashes
+from prefopt.errors import DataError, RunError
+
+OF_A_MODEL = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+OF_A_RUN = {"run.json", "reliability.json"}  # what changes, or says nothing of the model
+
+
+def status_of(folder: Path) -> str:
+    """``finished``, ``begun``, or nothing where there is no run in the folder."""
+    file = folder / "run.json"
+    if not file.exists():
+        return ""
+    try:
+        return "finished" if json.loads(file.read_text()).get("status") == "finished" else "begun"
+    except (OSError, ValueError, AttributeError):
+        raise RunError(f"{file} cannot be read; remove {folder}, or name another --output") from None
+
+
+def contents_of(folder: Path) -> str:
+    """A digest of the files of a model: weights, configuration, tokenizer, template."""
+    files = sorted({p for pattern in OF_A_MODEL for p in folder.glob(pattern) if p.name not in OF_A_RUN})
+    if not files:
+        raise RunError(f"{folder} holds no model")
+    hashes = file_hashes(files, error=DataError)
+    text = json.dumps([[p.name, h] for p, h in zip(files, hashes, strict=True)])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,313 @@
+"""A sweep of roads on a tiny world: what its points say, how it goes on, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from methods import small_world as world
+from prefopt.cli import main
+from prefopt.config.frontier import FrontierConfig
+from prefopt.config.sample import SampleConfig
+from prefopt.data.formats import parse_comparisons
+from prefopt.errors import ConfigError, DataError, Interrupted, RunError
+from prefopt.evaluate.frontier import Frontier, Point, read_frontier
+from prefopt.evaluate.samples import distance
+from prefopt.generate.loaded import SampledModel
+from prefopt.methods import sample
+from prefopt.model.reference import FillReport, ReferenceCache
+from prefopt.pipeline import frontier
+from prefopt.pipeline.ground import bradley_terry
+from prefopt.records import Comparison
+from train.small import write_rows
+from train.test_resume import stop_after
+
+PROMPTS = [a + b for a in "abcdef" for b in "abc"]
+REWARD = "methods.small_world:reward"
+
+
+@pytest.fixture(autouse=True)
+def _known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring the machine takes longer than most runs here."""
+    monkeypatch.setattr("prefopt.train.measure.matmul_peak", lambda *_: 1e10)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and prompts that nobody changes."""
+    folder = tmp_path_factory.mktemp("sweep")
+    world.write_world(folder / "m")
+    # Without a BOS, which a reward model would pad with: a model that knows nothing may end a text with it.
+    PreTrainedTokenizerFast(tokenizer_object=world.tokenizer()._tokenizer, eos_token="</s>").save_pretrained(
+        folder / "m"
+    )
+    (folder / "p.txt").write_text("\n".join(PROMPTS) + "\n")
+    return folder
+
+
+def config(place: Path, output: Path, **changes: Any) -> FrontierConfig:
+    values: dict[str, Any] = {
+        **{"model": str(place / "m"), "prompts": [str(place / "p.txt")], "output": str(output), "reward": REWARD},
+        **{"lines": "text", "held_out": 6, "num": 3, "max_new_tokens": 3, "responses": 32, "roads": ["dpo:beta=0.1"]},
+        **{"dpo": ["batch_size=4", "learning_rate=2e-3"], "ppo": ["batch_size=4", "num=2", "learning_rate=2e-3"]},
+        **{"sft": ["batch_size=4"], "reward_model": ["batch_size=4"], "device": "cpu", "dtype": "float32"},
+        "progress": "none",
+    }
+    return FrontierConfig(**{**values, **changes})
+
+
+def told(points: Sequence[Point]) -> list[Point]:
+    """What a clock does not decide."""
+    return [replace(p, seconds=0.0) for p in points]
+
+
+@pytest.fixture(scope="session")
+def sweep(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Frontier, Path, list[int]]:
+    """Every road, and how many responses were scored by the reference for each training."""
+    output, scored = tmp_path_factory.mktemp("out") / "all", []
+    roads = ["dpo:beta=0.1,1", "sft:learning_rate=1e-3,2e-3", "unlikelihood:alpha=0.1,0.5"]
+    roads += ["ppo-true:kl_target=3,6", "ppo-learned:kl_target=3,6", "best-of:n=2,4"]
+    fill = ReferenceCache.fill
+
+    def counted(self: ReferenceCache, *arguments: Any, **options: Any) -> FillReport:
+        report = fill(self, *arguments, **options)
+        scored.append(report.scored_responses)
+        return report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFOPT_CACHE", str(output.with_name("cache")))
+        patch.setattr("prefopt.train.measure.matmul_peak", lambda *_: 1e10)
+        patch.setattr(ReferenceCache, "fill", counted)
+        found = frontier.run(config(place, output, roads=roads, checkpoints=2))
+    return found, output, scored
+
+
+def test_every_road_has_its_points(sweep: tuple[Frontier, Path, list[int]]) -> None:
+    found, output, _ = sweep
+    assert found.finished and read_frontier(output) == found
+    assert [(p.road, p.setting, p.step) for p in found.points] == [
+        ("reference", "", 0),
+        *(("dpo", f"beta={b}", s) for b in ("0.1", "1") for s in (1, 2)),
+        *(("sft", f"learning_rate={r}", s) for r in ("1e-3", "2e-3") for s in (4, 8)),
+        *(("unlikelihood", f"alpha={a}", s) for a in ("0.1", "0.5") for s in (1, 2)),
+        *((f"ppo-{which}", f"kl_target={k}", 4) for which in ("true", "learned") for k in (3, 6)),
+        ("best-of", "n=2", 0),
+        ("best-of", "n=4", 0),
+    ]
+    start, best = found.points[0], found.points[-1]
+    assert start.kl == pytest.approx(0, abs=1e-6) and start.counted
+    assert best.kl_is == "bound" and best.kl == pytest.approx(np.log(4) - 3 / 4) and best.kl_se is None
+    assert start.reward is not None and best.reward is not None and best.reward > start.reward
+    for p in found.points:
+        assert p.reward is not None and p.interval is not None and p.interval[0] <= p.reward <= p.interval[1]
+        assert p.length is not None and 1 <= p.length <= 3
+    # Four steps show no plateau: that is said, and the points do not count.
+    assert all(not p.counted and "too few" in str(p.why_not) for p in found.points if p.road.startswith("ppo"))
+
+
+def test_the_reference_is_scored_once_for_the_whole_sweep(sweep: tuple[Frontier, Path, list[int]]) -> None:
+    _, output, scored = sweep
+    rows = [json.loads(line) for line in (output / "data/scored.jsonl").read_text().splitlines()]
+    used = [row for row in rows if len(set(row["scores"])) > 1 and all(row["responses"])]  # the others are skipped
+    responses = {(r["prompt"], *one) for r in used for one in zip(r["responses"], r["finish"], strict=True)}
+    # Of the four runs of DPO and unlikelihood one has something to score, and scores each response once.
+    assert scored == [len(responses)]
+
+
+def test_a_point_is_what_its_model_gives_when_sampled_by_hand(sweep: tuple[Frontier, Path, list[int]]) -> None:
+    """The last checkpoint of DPO is the model that was saved; the prompts are those that nobody was trained on."""
+    found, output, _ = sweep
+    held = [json.loads(line)["prompt"] for line in (output / "data/held_out.jsonl").read_text().splitlines()]
+    trained = [json.loads(line)["prompt"] for line in (output / "data/train.jsonl").read_text().splitlines()]
+    assert len(held) == 6 and sorted(held + trained) == sorted(PROMPTS)
+    for point in [p for p in found.points if p.road in ("dpo", "ppo-true") and p.step in (2, 4)]:
+        options: dict[str, Any] = {
+            "num": 3,
+            "max_new_tokens": 3,
+            "device": "cpu",
+            "dtype": "float32",
+            "progress": "none",
+        }
+        drawn = sample.run(
+            SampleConfig(model=str(output / point.folder), prompts=[str(output / "data/held_out.jsonl")], **options)
+        )
+        rows = [row for row in parse_comparisons(drawn.rows, "rows") if isinstance(row, Comparison)]
+        rewards = [world.reward([], [r.text for r in row.responses]) for row in rows]
+        assert point.reward == pytest.approx(np.mean(rewards), abs=1e-9)
+        gap = distance(rows, _reference(output))
+        assert gap is not None and (point.kl, point.kl_se) == pytest.approx((gap.k1.mean, gap.error), abs=1e-9)
+
+
+def _reference(output: Path) -> SampledModel:
+    options = json.loads((output / "sweep.json").read_text())["options"]
+    return SampledModel(options["model"], device="cpu", dtype="float32")
+
+
+def test_every_training_learns_from_as_many_responses(place: Path, tmp_path: Path) -> None:
+    roads = ["dpo:beta=0.1", "sft:average=rows", "unlikelihood:alpha=1", "ppo-true:beta=0.1", "best-of:n=2"]
+    given = config(place, tmp_path, roads=roads, checkpoints=3, responses=96)
+    for one in given.trainings():
+        if one.kind is None:
+            continue
+        found: Any = given.config_of(one, data=["d"], prompts="p", each=4.0)
+        per_step = found.batch_size * {"dpo": 4, "sft": 1, "ppo": getattr(found, "num", 0)}[one.kind]
+        assert found.max_steps * per_step == 96, one.road
+        if one.kind != "ppo":
+            assert found.save_every * 3 == found.max_steps
+
+
+@pytest.mark.parametrize("at", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_sweep_that_was_stopped_goes_on_and_comes_to_the_same(at: int, place: Path, tmp_path: Path) -> None:
+    roads = ["dpo:beta=0.1", "ppo-learned:kl_target=3"]
+    whole = frontier.run(config(place, tmp_path / "whole", roads=roads))
+    stops = 0
+    while True:
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                stop_after(at, patch)
+                again = frontier.run(config(place, tmp_path / "again", roads=roads))
+            break
+        except Interrupted:
+            stops += 1
+            assert stops < 9
+    assert stops >= 1
+    assert told(again.points) == told(whole.points)
+
+
+def test_what_is_done_is_not_done_again_and_a_sweep_may_grow(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = frontier.run(config(place, tmp_path / "out", roads=["sft:average=rows"]))
+    trained: list[str] = []
+    train = frontier.train_once
+    monkeypatch.setattr(frontier, "train_once", lambda c: (trained.append(c.output), train(c)))
+    assert told(frontier.run(config(place, tmp_path / "out", roads=["sft:average=rows"])).points) == told(first.points)
+    assert trained == []
+    grown = frontier.run(config(place, tmp_path / "out", roads=["sft:average=rows,tokens"], seeds=2))
+    assert [(p.setting, p.seed) for p in grown.points[1:]] == [
+        ("average=rows", 0),
+        ("average=tokens", 0),
+        ("average=rows", 1),
+        ("average=tokens", 1),
+    ]
+    assert told(grown.points[:2]) == told(first.points) and len(trained) == 3
+
+
+def test_a_training_that_runs_away_is_a_point_that_does_not_count(place: Path, tmp_path: Path) -> None:
+    options = ["batch_size=4", "num=2", "learning_rate=1e-2", "max_kl=1e-3"]
+    roads = ["ppo-true:beta=0,0.1", "sft:average=rows,tokens"]
+    given = config(place, tmp_path / "out", roads=roads, ppo=options)
+    found = frontier.run(given)
+    assert [(p.road, p.counted, p.reward is None) for p in found.points] == [
+        ("reference", True, False),
+        *[("ppo-true", False, True)] * 2,
+        *[("sft", True, False)] * 2,
+    ]
+    assert "run away from its reference" in str(found.points[1].why_not)
+    assert frontier.run(given) == found, "and is not tried again"
+
+
+def test_other_settings_are_refused_with_the_reason(place: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(place, copy)
+    given = config(copy, tmp_path / "out", roads=["best-of:n=2"])
+    frontier.run(given)
+    for changes, said in [
+        ({"num": 4}, "--num was 3 and is 4; its points would not compare"),
+        ({"dpo": ["batch_size=2"]}, "--dpo was"),
+        ({"max_new_tokens": 2, "responses": 9}, "--max-new-tokens was 3 and is 2, --responses was 32 and is 9"),
+    ]:
+        with pytest.raises(RunError) as error:
+            frontier.run(replace(given, **changes))
+        assert said in str(error.value)
+    (copy / "p.txt").write_text("\n".join(PROMPTS[:-1]) + "\n")
+    with pytest.raises(RunError, match="the prompts are not those"):
+        frontier.run(given)
+    world.write_world(copy / "m", seed=5)
+    with pytest.raises(RunError, match="was begun with another model"):
+        frontier.run(given)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/x").touch()
+    with pytest.raises(RunError, match="holds no sweep"):
+        frontier.run(replace(given, output=str(tmp_path / "full")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"roads": ["dpoo:beta=1"]}, "no road is called 'dpoo'; did you mean dpo?"),
+        ({"roads": ["dpo:betta=1"]}, "--dpo: unknown option 'betta'; did you mean beta?"),
+        ({"roads": ["dpo"]}, "it should be ROAD:NAME=VALUE,VALUE"),
+        ({"roads": ["dpo:beta=1,1"]}, "a value stands there twice"),
+        ({"roads": ["dpo:beta=1", "dpo:beta=2"]}, "names a road twice"),
+        ({"roads": ["dpo:beta=1,2", "best-of:n=2"]}, "all roads get as many settings"),
+        ({"roads": ["best-of:n=1"]}, "whole numbers from 2 on"),
+        ({"roads": ["ppo-true:schedule=linear,cosine"]}, "the sweep decides schedule"),
+        ({"dpo": ["epochs=2"]}, "--dpo epochs: the sweep decides it"),
+        ({"dpo": ["beta=2"]}, "--dpo beta: it is what is swept"),
+        ({"ppo": ["reward=length"], "roads": ["ppo-true:beta=1"]}, "--ppo reward: the sweep decides it"),
+        ({"prefix_min": 3}, "go together"),
+        ({"prefix_min": 3, "prefix_max": 2}, "is more than"),
+        ({"data": ["d"], "rounds": 2}, "--rounds is for data that are made here"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(
+    changes: dict[str, Any], said: str, place: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        config(place, tmp_path / "out", **changes)
+    assert said in str(error.value)
+
+
+def test_a_loss_option_that_is_none_and_too_few_prompts(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="betta"):
+        frontier.run(config(place, tmp_path / "out", roads=["unlikelihood:betta=1"]))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(DataError, match="18 different prompts, of which --held-out 18 leaves none"):
+        frontier.run(config(place, tmp_path / "out", held_out=18))
+
+
+def test_given_data_lose_the_rows_whose_prompts_are_held_out(place: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": p, "chosen": "a", "rejected": "f"} for p in PROMPTS] * 2
+    data = write_rows(tmp_path / "d.jsonl", rows)
+    found = frontier.run(config(place, tmp_path / "out", data=[data], roads=["sft:average=rows"]))
+    held = (tmp_path / "out/data/held_out.jsonl").read_text()
+    left = (tmp_path / "out/data/preferences.jsonl").read_text().splitlines()
+    assert len(left) == 24 and not any(f'"{json.loads(line)["prompt"]}"' in held for line in left)
+    assert found.made == "given" and found.points[-1].step == 8
+
+
+def test_labels_by_bradley_terry_are_drawn_as_often_as_it_says() -> None:
+    rows = [
+        Comparison.scored("p", ["a", "b", "c", "d", "e"], scores=[0.0, 1.0, 2.0, 2.0, 9.0], row=n) for n in range(2000)
+    ]
+    pairs = bradley_terry(rows, seed=0)
+    assert [[r.text for r in p.responses] for p in pairs[:2]] == [["a", "b"], ["c", "d"]]
+    first = np.array([p.tiers[0] == (0,) for p in pairs]).reshape(-1, 2).mean(0)
+    assert first == pytest.approx([1 / (1 + np.e), 0.5], abs=0.04)
+
+
+def test_prompts_are_cut_to_their_beginning_and_the_command_tells_the_table(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model: {place / 'm'}\nprompts: {place / 'p.txt'}\noutput: {tmp_path / 'out'}\nreward: {REWARD}\nlines: text\n"
+        "prefix_min: 1\nprefix_max: 1\nheld_out: 2\nmax_new_tokens: 3\nnum: 2\nresponses: 8\nlabels: bradley-terry\n"
+        "dpo: [batch_size=4]\nroads: ['dpo:beta=0.1,1', 'best-of:n=2,3']\ndevice: cpu\nprogress: none\n"
+    )
+    assert main(["frontier", "--config", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "pairs of samples, drawn by Bradley-Terry" in out and "on the frontier" in out and "at most" in out
+    every = "".join((tmp_path / f"out/data/{name}.jsonl").read_text() for name in ("train", "held_out"))
+    assert sorted(json.loads(line)["prompt"] for line in every.splitlines()) == list("abcdef")
+    assert (tmp_path / "out/frontier.png").stat().st_size > 10_000
+    assert "KL: upper bound" in (tmp_path / "out/frontier.svg").read_text()
