@@ -77,14 +77,12 @@ def test_no_twin_is_reported_as_none(llama: Scorer, monkeypatch: pytest.MonkeyPa
 def test_a_response_that_sees_the_other_is_stopped(llama: Scorer, twin: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = flash_cpu.tiles_of
 
-    def leaking(segments: Any, window: Any) -> list[list[Tile]]:
-        tiles = right(segments, window)
-        for (start, _, origin, prefix), group in zip(segments, tiles, strict=True):
-            if prefix:  # everything since the prompt began
-                group[1:] = [Tile(group[0].q0, group[0].q1, origin, start)]
-        return tiles
+    def leaking(segments: Any, window: Any) -> tuple[list[Tile], list[Tile]]:
+        own, _ = right(segments, window)
+        after = [(start, stop, origin) for start, stop, origin, prefix in segments if prefix]
+        return own, [Tile(slice(start, stop), slice(origin, start)) for start, stop, origin in after]
 
-    monkeypatch.setattr(flash_cpu, "tiles_of", leaking)
+    monkeypatch.setattr(flash_cpu, "tiles_of", leaking)  # everything since the prompt began
     assert ("small copy" if twin == "twin" else "shared and separate") in refused(llama)
 
 
@@ -92,18 +90,17 @@ def test_a_response_that_misses_its_prompt_is_stopped(
     llama: Scorer, twin: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = flash_cpu.tiles_of
-    monkeypatch.setattr(flash_cpu, "tiles_of", lambda segments, window: [t[:1] for t in right(segments, window)])
+    monkeypatch.setattr(flash_cpu, "tiles_of", lambda segments, window: (right(segments, window)[0], []))
     assert refused(llama)
 
 
 def test_groups_that_see_each_other_are_stopped(llama: Scorer, twin: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = flash_cpu.tiles_of
 
-    def leaking(segments: Any, window: Any) -> list[list[Tile]]:
-        return [
-            [*tiles, Tile(tiles[0].q0, tiles[0].q1, 0, origin or start)] if (origin or start) > 0 else tiles
-            for (start, _, origin, _), tiles in zip(segments, right(segments, window), strict=True)
-        ]
+    def leaking(segments: Any, window: Any) -> tuple[list[Tile], list[Tile]]:
+        own, prefixes = right(segments, window)
+        before = [(start, stop, origin if prefix else start) for start, stop, origin, prefix in segments]
+        return own, prefixes + [Tile(slice(start, stop), slice(0, first)) for start, stop, first in before if first]
 
     monkeypatch.setattr(flash_cpu, "tiles_of", leaking)
     assert refused(llama)

@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from prefopt.data.packer import PackedBatch, pack
+from prefopt.data.packer import Layout, PackedBatch, pack
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ModelError
 from prefopt.model.load import local_folder, vocabulary_size
@@ -25,8 +25,15 @@ class Critic:
     next to no memory; its gradient goes on into the actor's layers.
     """
 
-    def __init__(self, scorer: ScalarScorer | None, masters: dict[str, torch.nn.Parameter], words: str) -> None:
-        self.scorer, self.words = scorer, words
+    def __init__(
+        self,
+        scorer: ScalarScorer | None,
+        masters: dict[str, torch.nn.Parameter],
+        words: str,
+        layout: Layout | None = None,
+    ) -> None:
+        """``layout``: how the batches are packed that it will be given, where that may be another way than its own."""
+        self.scorer, self.words, self._layout = scorer, words, layout
         self._own = MasterWeights(scorer.model, scorer.dtype) if scorer is not None else None
         self.masters = self._own.masters if self._own is not None else masters
 
@@ -47,6 +54,8 @@ class Critic:
     def _packed(self, batch: PackedBatch) -> PackedBatch:
         """As the critic takes it: it may be of another architecture than the actor."""
         assert self.scorer is not None
+        if self._layout == self.scorer.layout:
+            return batch
         return pack(batch.groups, self.scorer.layout).to(batch.target.device)
 
     def publish(self) -> None:
@@ -106,7 +115,7 @@ def new_critic(
     if checkpointing:
         causal_model(model).gradient_checkpointing_enable({"use_reentrant": False})
     scorer = ScalarScorer(model, attention=actor.attention)
-    return Critic(scorer, {}, f"a network of its own, started from the {kind} model")
+    return Critic(scorer, {}, f"a network of its own, started from the {kind} model", actor.layout)
 
 
 def hidden_wanted(critic: Critic | None) -> Asked | None:
