@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ STOP, LONGEST = 1, 3
 WORTH = {"a": 0.6, "b": 0.3, "c": 0.0, "d": -0.3, "e": 0.5, "f": -0.6}
 PROMPT = "abc"
 RESPONSES = theory.responses(len(LETTERS), LONGEST, STOP)
-SHORT = theory.responses(len(LETTERS), 2, STOP)  # a part of the world, sooner learnt
 
 
 def tokenizer() -> Any:
@@ -75,25 +75,37 @@ def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
 REWARD = np.array(reward([], [text_of(r) for r in RESPONSES]))
 
 
-def group(responses: Sequence[Sequence[int]] = RESPONSES) -> Group:
+def group() -> Group:
     """The prompt with every response."""
     prompt = [LETTERS.index(letter) for letter in PROMPT]
-    whole = [np.array([*prompt, *r], np.int32) for r in responses]
+    whole = [np.array([*prompt, *r], np.int32) for r in RESPONSES]
     return Group.from_sequences([(w, np.arange(len(w)) >= len(prompt)) for w in whole], row=0, pairs=())
 
 
-def distribution(scorer: Scorer, responses: Sequence[Sequence[int]] = RESPONSES) -> torch.Tensor:
+def distribution(scorer: Scorer) -> torch.Tensor:
     """Log-probability [Y] of every response."""
-    batch = pack([group(responses)], scorer.layout)
+    batch = pack([group()], scorer.layout)
     return response_sums(scorer(batch), batch)
 
 
-def dense(model: Any, responses: Sequence[Sequence[int]] = RESPONSES) -> torch.Tensor:
-    """The same by the model class's own forward on a padded batch: far faster for so many short responses."""
-    longest = max(map(len, responses))
-    prompt = [LETTERS.index(letter) for letter in PROMPT]
-    ids = torch.tensor([[*prompt, *r, *[STOP] * (longest - len(r))] for r in responses])
-    logp = model(ids).logits[:, len(prompt) - 1 : -1].log_softmax(-1)
-    target = ids[:, len(prompt) :]
-    there = torch.arange(longest) < torch.tensor([len(r) for r in responses])[:, None]
-    return (logp.gather(-1, target[..., None])[..., 0] * there).sum(-1)
+def conditionals(logp: np.ndarray) -> np.ndarray:
+    """Log-probability [M] of each token of every response, given what stands before it, from that of responses [Y]."""
+    mass: dict[tuple[int, ...], float] = defaultdict(float)
+    for response, p in zip(RESPONSES, np.exp(logp), strict=True):
+        for t in range(len(response) + 1):
+            mass[response[:t]] += p
+    return np.log([mass[y[: t + 1]] / mass[y[:t]] for y in RESPONSES for t in range(len(y))])
+
+
+def to_come(logp: np.ndarray, earned: np.ndarray) -> np.ndarray:
+    """What is still to be earned, in expectation, before each token [M]: the value that a perfect critic has.
+
+    ``earned`` [M] comes with each token.
+    """
+    after: dict[tuple[int, ...], float] = defaultdict(float)
+    step = iter(zip(conditionals(logp), earned, strict=True))
+    edges = {y[: t + 1]: next(step) for y in RESPONSES for t in range(len(y))}
+    for at in sorted(edges, key=len, reverse=True):
+        p, r = edges[at]
+        after[at[:-1]] += np.exp(p) * (r + after[at])
+    return np.array([after[y[:t]] for y in RESPONSES for t in range(len(y))])

@@ -1,69 +1,222 @@
-"""A world that can be listed: what is trained comes to the optimum that theory.py gives."""
+"""A world that can be listed: what is trained comes to the optimum pi* = ref exp(r / beta) / Z that theory.py gives."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import prefopt
 from methods import small_world as world
 from prefopt import theory
+from prefopt.data.packer import pack
+from prefopt.losses.ppo import policy_loss
 from prefopt.losses.preference import dpo
-from prefopt.model.scorer import Scorer
-
-pytestmark = pytest.mark.slow
+from prefopt.losses.reward import bradley_terry
+from prefopt.model.load import load_model
+from prefopt.model.scalar import ScalarScorer, scalar_from
+from prefopt.model.scorer import Scorer, response_sums
+from prefopt.train.learner import Learner, LearnOptions
+from prefopt.train.rollouts import Rollouts
 
 BETA = 0.5
-MANY = len(world.SHORT)
-REWARD = np.array(world.reward([], [world.text_of(r) for r in world.SHORT]))
+MANY = len(world.RESPONSES)
+FIRST, SECOND = torch.triu_indices(MANY, MANY, 1)
 
 
-def start() -> tuple[Any, Any]:
-    """log ref [Y] and log pi* [Y], float64."""
+def logp_of(scorer: Scorer) -> Any:
     with torch.no_grad():
-        ref = world.distribution(Scorer(world.model().double()), world.SHORT).numpy()
-    assert np.exp(ref).sum() == pytest.approx(1, abs=1e-6)
-    best = theory.optimal_logp(ref, REWARD, BETA)
-    assert theory.total_variation(ref, best) > 0.3  # there is something to learn
-    return ref, best
+        return world.distribution(scorer).numpy()
 
 
-def fit_dpo(count: torch.Tensor, label: torch.Tensor, ref: Any, steps: int = 200) -> Any:
-    """DPO by this package's loss; log pi [Y] at the end, as the scorer has it.
+@pytest.fixture(scope="module")
+def ref() -> Any:
+    """log ref [Y], float64."""
+    found = logp_of(Scorer(world.model().double()))
+    assert np.exp(found).sum() == pytest.approx(1, abs=1e-6)
+    return found
+
+
+@pytest.fixture(scope="module")
+def best(ref: Any) -> Any:
+    """log pi* [Y]; there is something to learn."""
+    found = theory.optimal_logp(ref, world.REWARD, BETA)
+    assert theory.total_variation(ref, found) > 0.3
+    return found
+
+
+def distance(found: Any, best: Any, what: str) -> float:
+    """Total variation from the optimum; also printed, for whoever runs this with -s."""
+    far = float(theory.total_variation(found, best))
+    print(f"\n{what}: total variation {far:.4f} from the optimum")
+    return far
+
+
+# -- what PPO and RLOO aim at, without sampling ---------------------------------------------------------------------
+
+
+def listed(logp: Any, ref: Any, value_M: torch.Tensor | None) -> Rollouts:
+    """Every response once, as if it had been drawn."""
+    logp_M, ref_M = (torch.tensor(world.conditionals(x)) for x in (logp, ref))
+    finished = torch.tensor([y[-1] == world.STOP for y in world.RESPONSES])
+    return Rollouts((world.group(),), logp_M, ref_M, logp_M, value_M, torch.tensor(world.REWARD), finished)
+
+
+def learner(algorithm: str, lam: float = 1.0) -> Learner:
+    options = LearnOptions(
+        algorithm=algorithm, clip=0.2, whiten_advantages=False, whiten_rewards=False, gamma=1.0, gae_lambda=lam
+    )
+    return Learner(options, Scorer(world.model()), None, 1.0)
+
+
+def earned(logp: Any, ref: Any) -> Any:
+    """What each token [M] earns: less beta times its log-ratio, and with the last one the reward."""
+    found = -BETA * (world.conditionals(logp) - world.conditionals(ref))
+    found[np.cumsum([len(y) for y in world.RESPONSES]) - 1] += world.REWARD
+    return found
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.95, 0.0])
+def test_at_the_optimum_no_token_has_an_advantage(lam: float, ref: Any, best: Any) -> None:
+    value_M = torch.tensor(world.to_come(best, earned(best, ref)))
+    targets = learner("ppo", lam).targets(listed(best, ref, value_M), BETA)
+    torch.testing.assert_close(targets.advantage, torch.zeros_like(value_M), rtol=0, atol=1e-9)
+
+
+def test_at_the_optimum_no_response_is_better_than_the_others(ref: Any, best: Any) -> None:
+    targets = learner("rloo").targets(listed(best, ref, None), BETA)
+    torch.testing.assert_close(targets.advantage, torch.zeros(MANY).double(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("critic", ["ignorant", "wrong", "perfect"])
+def test_the_expected_policy_gradient_is_that_of_the_objective(critic: str, ref: Any) -> None:
+    """Away from the optimum; with lambda 1 whatever the critic says of a state, with less where it is right."""
+    scorer = Scorer(world.model(seed=3).double())
+    logp = world.distribution(scorer)
+    objective = (logp.exp() * (torch.tensor(world.REWARD) - BETA * (logp - torch.tensor(ref)))).sum()
+    parameters = list(scorer.parameters())
+    expected = torch.autograd.grad(objective, parameters, retain_graph=True)
+    here = logp.detach().numpy()
+    value_M = np.zeros(len(world.conditionals(ref)))
+    if critic != "ignorant":
+        noise = 0.0 if critic == "perfect" else np.random.Generator(np.random.PCG64(0)).normal(size=len(value_M))
+        value_M = world.to_come(here, earned(here, ref) + noise)
+    targets = learner("ppo", 0.3 if critic == "perfect" else 1.0).targets(
+        listed(here, ref, torch.tensor(value_M)), BETA
+    )
+    batch = pack([world.group()], scorer.layout)
+    logp_M = scorer(batch)
+    loss_M = policy_loss(logp_M, logp_M.detach(), targets.advantage, 0.2).numerator
+    found = torch.autograd.grad(-(logp.detach().exp()[batch.owner] * loss_M).sum(), parameters)
+    off = sum(float((ours - wanted).square().sum()) for ours, wanted in zip(found, expected, strict=True))
+    assert off**0.5 < 1e-5 * sum(float(wanted.square().sum()) for wanted in expected) ** 0.5
+
+
+# -- what is reached by training ------------------------------------------------------------------------------------
+
+
+def descend(model: torch.nn.Module, loss: Any, *, steps: int, warm: int = 20) -> None:
+    """Adam on the loss of all that can be listed, the rate falling to zero."""
+    optimizer = torch.optim.Adam(model.parameters(), 4e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / warm) * (1 - i / steps))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        schedule.step()
+
+
+def fit_dpo(count: torch.Tensor, label: torch.Tensor, ref: Any) -> Any:
+    """DPO by this package's loss; log pi [Y] at the end.
 
     ``count`` and ``label``, [pairs]: how often each pair i < j was compared, and the part that the first one won.
     """
-    model, base = world.model().double(), torch.tensor(ref)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    first, second = torch.triu_indices(MANY, MANY, 1)
-    for _ in range(steps):
-        logp = world.dense(model, world.SHORT)
-        found = dpo(logp[first], logp[second], base[first], base[second], label, beta=BETA)
-        optimizer.zero_grad()
-        ((found.numerator_G * count).sum() / count.sum()).backward()
-        optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        return world.distribution(Scorer(model), world.SHORT).numpy()
+    scorer, base = Scorer(world.model()), torch.tensor(ref)
+    batch = pack([world.group()], scorer.layout)
+
+    def loss() -> torch.Tensor:
+        logp = response_sums(scorer(batch), batch)
+        found = dpo(logp[FIRST], logp[SECOND], base[FIRST], base[SECOND], label, beta=BETA)
+        return (found.numerator_G * count).sum() / count.sum()
+
+    descend(scorer, loss, steps=450)
+    return logp_of(scorer)
 
 
-def test_dpo_on_soft_labels_reaches_the_optimum() -> None:
-    ref, best = start()
-    first, second = np.triu_indices(MANY, 1)
-    label = torch.tensor(theory.bradley_terry(REWARD)[first, second])
-    assert theory.total_variation(fit_dpo(torch.ones(len(first)).double(), label, ref), best) <= 0.02
+@pytest.mark.slow
+def test_dpo_on_soft_labels_reaches_the_optimum(ref: Any, best: Any) -> None:
+    label = torch.tensor(theory.bradley_terry(world.REWARD)[FIRST, SECOND])
+    assert distance(fit_dpo(torch.ones(len(FIRST)).double(), label, ref), best, "DPO, soft labels") <= 0.02
 
 
-def test_dpo_on_sampled_labels_comes_nearer_with_their_number() -> None:
-    ref, best = start()
-    chance, prefer = np.random.Generator(np.random.PCG64(0)), theory.bradley_terry(REWARD)
-    first, second = np.triu_indices(MANY, 1)
+@pytest.mark.slow
+def test_dpo_on_sampled_labels_comes_nearer_with_their_number(ref: Any, best: Any) -> None:
+    chance, prefer = np.random.Generator(np.random.PCG64(0)), theory.bradley_terry(world.REWARD)
     errors = []
-    for many in (20, 2_000):  # of every pair
-        wins = chance.binomial(many, prefer[first, second])
-        count = torch.full((len(first),), float(many), dtype=torch.float64)
-        errors.append(float(theory.total_variation(fit_dpo(count, torch.tensor(wins / many), ref), best)))
+    for many in (10_000, 3_000_000):  # labels of pairs drawn at random
+        count = chance.multinomial(many, np.full(len(FIRST), 1 / len(FIRST)))
+        wins = chance.binomial(count, prefer[FIRST, SECOND])
+        label = torch.tensor(wins / np.maximum(count, 1))
+        found = fit_dpo(torch.tensor(count).double(), label, ref)
+        errors.append(distance(found, best, f"DPO, {many:,} sampled labels"))
     assert errors[1] < 0.5 * errors[0] and errors[1] <= 0.03
+
+
+@pytest.mark.slow
+def test_a_reward_model_recovers_differences_of_the_reward() -> None:
+    label = torch.tensor(theory.bradley_terry(world.REWARD)[FIRST, SECOND])
+    scorer = ScalarScorer(scalar_from(world.model(), world.tokenizer(), seed=1))
+    batch = pack([world.group()], scorer.layout)
+
+    def loss() -> torch.Tensor:
+        reward = scorer(batch)
+        return bradley_terry(reward[FIRST], reward[SECOND], label).mean()
+
+    descend(scorer, loss, steps=300)
+    with torch.no_grad():
+        found = scorer(batch).double().numpy()
+    gap = (found - found.mean()) - (world.REWARD - world.REWARD.mean())
+    print(f"\nreward model: differences off by {gap.std():.4f}, of a reward that varies by {world.REWARD.std():.3f}")
+    assert gap.std() < 0.08 * world.REWARD.std()
+
+
+ROADS: dict[str, dict[str, Any]] = {
+    "ppo": {"gae_lambda": 1.0, "value_clip": 10.0, "critic_learning_rate": 5e-3, "learning_rate": 2e-3},
+    "rloo": {"learning_rate": 3e-3},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("algorithm", ROADS)
+def test_reinforcement_learning_reaches_the_optimum(algorithm: str, ref: Any, best: Any, tmp_path: Path) -> None:
+    """Advantages are not whitened: they vanish as the optimum comes near, and with them what sampling adds to the
+    gradient, which whitening would bring back to its first size in every step."""
+    result = prefopt.ppo(
+        world.write_world(tmp_path / "m"),
+        [{"prompt": world.PROMPT}],
+        reward=world.reward,
+        output=tmp_path / "out",
+        algorithm=algorithm,
+        beta=BETA,
+        num=256,
+        batch_size=1,
+        epochs=120,
+        max_new_tokens=world.LONGEST,
+        whiten_advantages=False,
+        token_budget=8192,
+        device="cpu",
+        dtype="float32",
+        threads=1,
+        progress="none",
+        **ROADS[algorithm],
+    )
+    assert result is not None
+    found = logp_of(Scorer(load_model(str(tmp_path / "out"), dtype=torch.float64, device=torch.device("cpu"))))
+    first = float(theory.total_variation(ref, best))
+    reached = distance(found, best, f"{algorithm}, which began at {first:.4f}")
+    assert first > 0.3 and reached <= 0.05
+    assert theory.objective(best, ref, world.REWARD, BETA) - theory.objective(found, ref, world.REWARD, BETA) < 0.02
