@@ -58,6 +58,9 @@ MOVES: dict[str, tuple[Any, dict[str, Any]]] = {
     "seed": (1, {}),
     "lora": (True, {}),
     "reference": ("@other", {}),
+    "ptx_data": (["@kept.jsonl"], {}),
+    "ptx_coefficient": (3.0, {"ptx_data": ["@kept.jsonl"]}),
+    "ptx_batch_size": (1, {"ptx_data": ["@kept.jsonl"]}),
     "reward": ("length", {}),
 }
 SHOWN_HERE = {
@@ -78,7 +81,15 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, di
     folder = tmp_path_factory.mktemp("options")
     world.write_world(folder / "m")
     world.write_world(folder / "other", seed=5)
+    (folder / "kept.jsonl").write_text('{"text": "abc"}\n{"text": "fed"}\n')
     return folder, {}
+
+
+def there(folder: Path, value: Any) -> Any:
+    """``value``, with paths in the folder where it begins with @."""
+    if isinstance(value, list):
+        return [there(folder, one) for one in value]
+    return str(folder / value[1:]) if isinstance(value, str) and value.startswith("@") else value
 
 
 def run(places: Any, options: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -86,7 +97,7 @@ def run(places: Any, options: dict[str, Any]) -> dict[str, torch.Tensor]:
     folder, known = places
     name = json.dumps(options, sort_keys=True)
     if name not in known:
-        given = {k: str(folder / v[1:]) if str(v).startswith("@") else v for k, v in options.items()}
+        given = {k: there(folder, v) for k, v in options.items()}
         output = folder / f"run{len(list(folder.glob('run*')))}"
         ppo(str(folder / "m"), output, **{**PLAIN, **given})
         known[name] = weights(output)

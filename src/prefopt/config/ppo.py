@@ -21,6 +21,9 @@ from prefopt.errors import ConfigError
 LEARNING_RATE = {False: 3e-6, True: 1e-5}
 KL_FIXED, KL_ADAPTIVE, KL_HORIZON = 0.05, 0.15, 10_000.0
 RUNAWAY, RUNAWAY_TARGETS = 100.0, 10.0
+# Ouyang et al. 2022 took 27.8, and do not say what their two terms are averaged over. Where both are means over tokens,
+# and advantages are whitened, a token of either moves the weights about as much at 1.
+PTX_COEFFICIENT = 1.0
 
 PPO_ONLY = {"critic": "auto", "gae_lambda": 0.95, "value_clip": 0.2, "value_coefficient": 0.1}
 """What RLOO, which has no critic, does not read."""
@@ -44,7 +47,9 @@ class RolloutOptions(TemplateOptions, ReadOptions):
     on_bad_row: Literal["refuse", "skip"] = option(
         "refuse", "a row that cannot be used stops the run, or is left out and counted", group="data"
     )
-    shuffle: bool = option(True, "draw a new order of the prompts every epoch, from the seed", group="data")
+    shuffle: bool = option(
+        True, "draw a new order of the prompts, and of --ptx-data, every epoch, from the seed", group="data"
+    )
     num: int = option(
         None,
         "responses to every prompt of a batch; they share its encoding",
@@ -107,7 +112,46 @@ class RewardOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PpoConfig(RunOptions, RewardOptions, RolloutOptions, ModelOptions):
+class PtxOptions:
+    """What is kept likely beside what the reward asks for."""
+
+    ptx_data: list[str] | None = option(
+        None,
+        "files, folders, globs or Hub data sets of chats, preferences (their best responses) or texts that stay likely:"
+        " a term of negative log-likelihood in every update",
+        group="reward",
+        default_text="no such term",
+    )
+    ptx_coefficient: float = option(
+        None,
+        "weight of that term, which is a mean over its tokens as PPO's loss is one over the responses' tokens",
+        group="reward",
+        default_text=f"{PTX_COEFFICIENT:g}, with --ptx-data",
+        above=0,
+    )
+    ptx_batch_size: int = option(
+        None,
+        "rows of --ptx-data per update",
+        group="reward",
+        default_text="as many as prompts",
+        at_least=1,
+    )
+
+    def fill_ptx(self, prompts: int) -> None:
+        """Defaults, for updates of so many prompts; called on construction. Raises ``ConfigError``."""
+        if self.ptx_data is None:
+            for name in ("ptx_coefficient", "ptx_batch_size"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{flag(name)} does nothing without --ptx-data: add it, or leave it out")
+            return
+        fill = object.__setattr__  # the dataclass is frozen for everyone else
+        if self.ptx_coefficient is None:
+            fill(self, "ptx_coefficient", PTX_COEFFICIENT)
+        fill(self, "ptx_batch_size", self.ptx_batch_size or prompts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PpoConfig(RunOptions, PtxOptions, RewardOptions, RolloutOptions, ModelOptions):
     """One run of PPO or RLOO. Construction checks types, ranges and contradictions, and raises ``ConfigError``.
 
     Defaults that depend on other options are filled in on construction.
@@ -188,6 +232,7 @@ class PpoConfig(RunOptions, RewardOptions, RolloutOptions, ModelOptions):
             raise ConfigError(
                 f"--minibatches {self.minibatches} is more than the {self.batch_size} prompts of --batch-size: lower it"
             )
+        self.fill_ptx(max(1, self.batch_size // self.minibatches))
 
     def _check_reward(self) -> None:
         fill = object.__setattr__

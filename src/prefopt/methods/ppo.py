@@ -18,16 +18,13 @@ import torch
 from prefopt.config.document import write_document
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.score import is_model_reward
-from prefopt.data.formats import parse_comparisons
 from prefopt.data.group import Group
-from prefopt.data.rendering import parse_variables, read_template
 from prefopt.data.sampler import Sampler as Order
-from prefopt.data.sources import find_sources
 from prefopt.disk.write import output_errors
-from prefopt.errors import ConfigError, DataError
-from prefopt.generate.loaded import SampledModel, renderer_for
-from prefopt.generate.prompts import PromptReader, PromptSet
-from prefopt.generate.sample import Settings, group_of
+from prefopt.errors import ConfigError
+from prefopt.generate.loaded import SampledModel
+from prefopt.generate.prompts import PromptSet
+from prefopt.generate.sample import group_of
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.losses.kl import AdaptiveKl, FixedKl, KlController
 from prefopt.model.check import CheckReport, check_scoring
@@ -42,15 +39,17 @@ from prefopt.train import budget
 from prefopt.train.callbacks import Callbacks
 from prefopt.train.card import save_model, write_card
 from prefopt.train.collector import Collector
-from prefopt.train.folder import FREE, RunFolder, digest_of
+from prefopt.train.folder import FREE, RunFolder, digest_of, fingerprint
 from prefopt.train.judge import Judge, TextJudge
 from prefopt.train.learner import Learner, LearnOptions
 from prefopt.train.metrics import Metrics
-from prefopt.train.optim import Schedule, adamw
-from prefopt.train.phases import PhaseOptions, Phases, Trainee, actor_of
+from prefopt.train.phases import PhaseOptions, Phases
 from prefopt.train.policy import Policy
 from prefopt.train.ppo_models import PpoModels, build_models
+from prefopt.train.ppo_prompts import read_prompts
+from prefopt.train.ptx import read_ptx
 from prefopt.train.stop import StopRequest
+from prefopt.train.trainee import trainees
 from prefopt.train.watch import watchers
 
 TRIED = 4
@@ -123,12 +122,13 @@ class _Run:
 
     def run(self) -> PpoResult | None:
         self._prepare_machine()
-        prompts = self._prompts()
+        prompts, self.settings = read_prompts(self.config, self.start, self.rows, self.reporter)
         policy = Policy(self.config, self.start.source, self.dtype, self.device, self.given)
         try:
             if self.config.attention != "auto" and policy.scorer.path == "separate":
                 raise ConfigError(f"--attention does nothing here: {policy.scorer.reason}; leave it out")
             check = self._check(policy, prompts)
+            self.ptx = read_ptx(self.config, self.tokenizer, self.start.context, policy.scorer, self.reporter)
             self.reporter.say(policy.make_trainable())
             models = build_models(
                 self.config,
@@ -163,39 +163,6 @@ class _Run:
         if slow := slow_dtype(self.dtype, self.device):
             self.reporter.say(slow)
 
-    def _prompts(self) -> PromptSet:
-        config = self.config
-        template = read_template(config.chat_template) if config.chat_template else None
-        renderer = renderer_for(self.tokenizer, template, parse_variables(config.template_variables or ()))
-        chats = template is not None or self.tokenizer.chat_template is not None
-        lines = config.lines if config.lines != "auto" else "user" if chats else "text"
-        reader = PromptReader(renderer, context=self.start.context, lines=lines, on_bad_row=config.on_bad_row)
-        if self.rows is None:
-            prompts = reader.read(find_sources(config.prompts), format=config.format, columns=config.columns)
-        else:
-            reading = parse_comparisons(self.rows, "prompts", format=config.format, columns=config.columns)
-            prompts = reader.take(reading, reading.notes)
-        for line in prompts.summary():
-            self.reporter.say(f"prompts: {line}")
-        if template:
-            self.tokenizer.chat_template = template  # the finished model is used as it was trained
-        stop = self.start.stops(renderer)
-        if not stop:
-            self.reporter.say("responses end at no token, for the tokenizer names none: all are cut off")
-        self.settings = Settings(config.max_new_tokens, stop, temperature=config.temperature, seed=config.seed)
-        self._refuse_long(prompts)
-        return prompts
-
-    def _refuse_long(self, prompts: PromptSet) -> None:
-        """A response that the context cuts short would be punished for what is not its doing."""
-        context, new = self.start.context, self.config.max_new_tokens
-        if context is None:
-            return
-        for row, ids in zip(prompts.rows, prompts.ids, strict=True):
-            if len(ids) + new > context:
-                what = f"its prompt has {len(ids)} tokens, and --max-new-tokens {new} more are beyond the context of"
-                raise DataError(f"{what} {context}; shorten it, or lower --max-new-tokens", file=row.file, row=row.row)
-
     def _longest(self, prompts: PromptSet) -> int:
         return max(map(len, prompts.ids)) + self.config.max_new_tokens
 
@@ -224,6 +191,8 @@ class _Run:
         self.folder.take()
         self.folder.same("data", digest_of(prompts.ids), "the prompts")
         self.folder.same("model", self.start.identity().digest, "the model")
+        if self.ptx is not None:
+            self.folder.same("ptx_data", fingerprint(self.ptx.groups), "the data of --ptx-data")
         if self.config.reference is not None:
             found = identity_of_folder(local_folder(self.config.reference)).digest
             self.folder.same("reference", found, "the reference model")
@@ -263,7 +232,7 @@ class _Run:
         phases = Phases(
             learner=learner,
             collector=Collector(prompts, sampler, self.settings, config.num, models.judge, learner, models.reference),
-            trained=self._trained(policy, models, steps),
+            trained=trainees(config, policy, models.critic, steps),
             order=order,
             kl=_controller(config),
             options=PhaseOptions(
@@ -283,6 +252,7 @@ class _Run:
             stop=self.stop,
             measure=lambda: {"peak_memory_bytes": float(peak_memory(self.device))},
             callbacks=self.callbacks,
+            ptx=self.ptx,
         )
         phases.place.token_budget = tokens
         torch.manual_seed(config.seed + 1)
@@ -291,25 +261,6 @@ class _Run:
             none = "no checkpoint that is whole" if phases.checkpoints.exists() else "no checkpoint yet"
             self.reporter.say(f"resumed: {path}" if path else f"{none}: starting at the first step")
         return phases
-
-    def _trained(self, policy: Policy, models: PpoModels, steps: int) -> dict[str, Trainee]:
-        config, critic = self.config, models.critic
-        assert config.learning_rate is not None
-
-        def optimizer(masters: dict[str, torch.nn.Parameter]) -> torch.optim.AdamW:
-            betas = (config.adam_beta1, config.adam_beta2)
-            return adamw(masters, betas=betas, epsilon=config.adam_epsilon, weight_decay=config.weight_decay)
-
-        def schedule(peak: float) -> Schedule:
-            return Schedule(config.schedule, peak, steps, round(config.warmup * steps))
-
-        found = {"actor": actor_of(policy.masters, optimizer(policy.masters.masters), schedule(config.learning_rate))}
-        if critic is not None:
-            peak = config.critic_learning_rate or config.learning_rate
-            found["critic"] = Trainee(
-                critic.masters, optimizer(critic.masters), schedule(peak), critic.publish, critic.zero_grad, critic.load
-            )
-        return found
 
     def _order(self, prompts: PromptSet) -> Order:
         return Order(len(prompts.ids), self.config.batch_size, seed=self.config.seed, shuffle=self.config.shuffle)
@@ -335,7 +286,7 @@ class _Run:
         own = models.critic is not None and not models.critic.is_head
         tokens = budget.estimate(
             policy.scorer,
-            [_largest(prompts, self.config)],
+            [_largest(prompts, self.config), *([self.ptx.largest] if self.ptx else [])],
             checkpointing=self.config.gradient_checkpointing,
             still_to_come=budget.state_bytes(policy.masters) * (2 if own else 1),
         )

@@ -19,17 +19,17 @@ from prefopt.data.sampler import Sampler
 from prefopt.errors import Diverged, RunError
 from prefopt.losses.kl import KlController
 from prefopt.model.memory import out_of_memory
-from prefopt.model.precision import MasterWeights
 from prefopt.progress import Reporter
 from prefopt.train import checkpoint
 from prefopt.train.callbacks import Callbacks, RunInfo
 from prefopt.train.collector import Collector
 from prefopt.train.learner import Learner, Targets, rollout_metrics
 from prefopt.train.metrics import Metrics, note
-from prefopt.train.optim import Schedule, clip_, grad_norm
+from prefopt.train.ptx import PtxTerm
 from prefopt.train.rollouts import Rollouts
 from prefopt.train.stop import StopRequest
 from prefopt.train.sums import Record, Sums
+from prefopt.train.trainee import Trainee
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,34 +63,6 @@ class Place:
     times: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class Trainee:
-    """A network, its optimiser and its learning rate. ``publish`` brings the network after its masters."""
-
-    masters: dict[str, torch.nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
-    publish: Callable[[], None]
-    zero_grad: Callable[[], None]
-    load: Callable[[dict[str, torch.Tensor]], None]
-
-    def update(self, step: int, limit: float) -> float:
-        """An optimiser step; returns the gradient's norm. Raises :class:`Diverged` where that is not finite."""
-        norm = float(grad_norm(self.masters.values()))
-        if not math.isfinite(norm):
-            raise Diverged(
-                f"step {step + 1}: the gradient's norm is {norm}; lower --learning-rate, or try --dtype float32."
-                " Checkpoints written before are kept"
-            )
-        clip_(self.masters.values(), norm, limit)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule(step)
-        self.optimizer.step()
-        self.publish()
-        self.zero_grad()
-        return norm
-
-
 @dataclass(slots=True, kw_only=True)
 class Phases:
     """One run. ``trained``: the actor, and the critic where it is no head on the actor."""
@@ -107,6 +79,7 @@ class Phases:
     stop: StopRequest
     measure: Callable[[], Record]
     callbacks: Callbacks = field(default_factory=Callbacks)
+    ptx: PtxTerm | None = None
     place: Place = field(default_factory=Place)
     rollouts: Rollouts | None = None
     _kept: tuple[int, int] | None = None
@@ -232,12 +205,15 @@ class Phases:
                     outcome = self.learner.loss(rollouts, targets, part, batch, tokens, responses)
                     outcome.total.backward()
                     sums.add(outcome)
+                beside = self._ptx()
                 break
             except RuntimeError as error:
                 for one in self.trained.values():
                     one.zero_grad()
                 self._halve(error, "a minibatch")
-        record = sums.means()
+        record = sums.means() | beside
+        if self.ptx is not None:
+            record["loss"] += self.ptx.coefficient * beside["loss/ptx_avg"]
         record["val/ratio_var"] = max(0.0, record.pop("val/ratio_square") - record["val/ratio"] ** 2)
         gap = record.pop("val/log_ratio_square") ** 0.5
         if self.place.done == 0:
@@ -248,6 +224,13 @@ class Phases:
         if not math.isfinite(record["loss"]):
             raise Diverged(f"step {self.place.step + 1}: the loss is {record['loss']}; lower --learning-rate")
         return record
+
+    def _ptx(self) -> Record:
+        """The gradient of the pre-training term, where there is one, on top of what is there."""
+        if self.ptx is None:
+            return {}
+        update = self.place.step * self.options.epochs * self.options.minibatches + self.place.done
+        return self.ptx.backward(self.learner.scorer, update, self.place.token_budget)
 
     def _refuse_ratio(self, gap: float) -> None:
         """Before any weight has moved the ratio of new to old probabilities is 1."""
@@ -310,11 +293,6 @@ class Phases:
         self._kept = (self.place.step, self.place.done)
         self.metrics.forget_after(self.place.step)
         return path
-
-
-def actor_of(masters: MasterWeights, optimizer: torch.optim.Optimizer, schedule: Schedule) -> Trainee:
-    """The policy as something to train."""
-    return Trainee(masters.masters, optimizer, schedule, masters.publish, masters.zero_grad, masters.load)
 
 
 def shuffled(n: int, seed: tuple[int, ...]) -> np.ndarray:
