@@ -112,3 +112,48 @@ def test_errors_come_as_exceptions_in_one_line(model: str, tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"no\.json: no such file"):
         dpo(model, tmp_path / "no.json", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_models_are_compared_by_name_and_by_object(model: str, tmp_path: Path) -> None:
+    """A model, and the same after training in place: one name, told apart; judged by a function."""
+    quiet: dict[str, Any] = {"progress": "none", "max_new_tokens": 8}
+    rows = [{"prompt": f"{row['prompt']}"} for row in ROWS]
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    given = copy.deepcopy(base)
+    dpo(given, ROWS, tmp_path / "out", tokenizer=tokenizer, learning_rate=1e-2)
+    attention = given.config._attn_implementation
+
+    def vowels(prompts: Any, responses: Any) -> list[float]:
+        return [float(sum(letter in "aeiou" for letter in r)) for r in responses]
+
+    found = prefopt.compare(given, base, rows, judge=vowels, reference=base, tokenizer=tokenizer, **quiet)
+    (v,) = found.versus
+    assert (v.first, v.second) == (f"{model} (a)", f"{model} (b)") and found.judge.endswith("vowels")
+    assert given.config._attn_implementation == base.config._attn_implementation == attention
+    prompts = write_rows(tmp_path / "prompts.jsonl", rows)
+    named: dict[str, Any] = {**quiet, "dtype": "float32", "device": "cpu"}
+    same = prefopt.compare(tmp_path / "out", Path(model), prompts, judge=vowels, reference=model, **named)
+    assert [same.versus[0].rate, *(m.distance for m in same.models.values())] == [
+        v.rate,
+        *(m.distance for m in found.models.values()),
+    ]
+    assert found.command == "" and len(set(found.identities.values())) == 2
+    plain = prefopt.compare(tmp_path / "out", model, prompts, judge="length", **named)
+    assert f" --a {tmp_path / 'out'} --b {model}" in plain.command and "--judge length" in plain.command
+    for options, said in (
+        ({"tokenizer": None}, "a model object needs its tokenizer"),
+        ({"b": base, "dtype": "float32"}, "dtype is for a model named by its folder"),
+        ({"tasks": ["t"]}, "save it first"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            prefopt.compare(given, **{"b": base, "tokenizer": tokenizer, "prompts": rows, "judge": vowels, **options})
+    with pytest.raises(ConfigError, match="tokenizer goes with a model object"):
+        prefopt.compare(model, tmp_path / "out", rows, judge=vowels, tokenizer=tokenizer)
+
+
+def test_answers_of_gsm8k_may_stand_in_rows(model: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"k{i}: ", "response": "so\n#### 7"} for i in range(3)]
+    other = write_model(tmp_path / "other", seed=1)
+    named: dict[str, Any] = {"dtype": "float32", "device": "cpu", "progress": "none", "max_new_tokens": 4}
+    found = prefopt.compare(model, other, rows, judge="gsm8k", **named)
+    assert found.versus[0].rate.ties + found.versus[0].rate.wins + found.versus[0].rate.losses == 3

@@ -18,6 +18,7 @@ import yaml
 
 import prefopt
 from prefopt import cli
+from prefopt.config.compare import CompareConfig
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.option import options
 from prefopt.config.ppo import PpoConfig
@@ -34,6 +35,7 @@ CONFIGS = {
     "sft": SftConfig,
     "reward": RewardConfig,
     "rlhf": RlhfConfig,
+    "compare": CompareConfig,
 }  # functions of prefopt, and what their keywords fill
 SHELL = {"bash", "sh", "shell", "console"}
 UNCHECKED = {"text", "json", "jsonl", "html", "mermaid", "makefile", "toml"}

@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prefopt.api import dpo, ppo, reward, rlhf, sample, sft
+    from prefopt.api import compare, dpo, ppo, report, reward, rlhf, sample, sft
     from prefopt.train.callbacks import Callback
 
 __version__ = "0.1.0"
-__all__ = ["Callback", "__version__", "dpo", "ppo", "reward", "rlhf", "sample", "sft"]
-_FUNCTIONS = ("dpo", "ppo", "reward", "rlhf", "sample", "sft")
+__all__ = ["Callback", "__version__", "compare", "dpo", "ppo", "report", "reward", "rlhf", "sample", "sft"]
+_FUNCTIONS = ("compare", "dpo", "ppo", "report", "reward", "rlhf", "sample", "sft")
 
 
 def __getattr__(name: str) -> Any:

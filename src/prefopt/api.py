@@ -6,18 +6,24 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from prefopt.config.compare import CompareConfig
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.method import MethodOptions
 from prefopt.config.ppo import PpoConfig
+from prefopt.config.report import ReportConfig
 from prefopt.config.reward import RewardConfig
 from prefopt.config.rlhf import RlhfConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.config.sft import SftConfig
 from prefopt.errors import ConfigError
+from prefopt.rewards import Reward
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from prefopt.evaluate.compare import CompareResult
     from prefopt.methods.ppo import PpoResult
     from prefopt.methods.preference import DpoResult
     from prefopt.methods.reward import RewardResult
@@ -139,7 +145,7 @@ def ppo(
     values = {
         "model": model if named else _name_of(model),
         "prompts": names,
-        "reward": getattr(own, "__qualname__", "function given in Python") if own is not None else reward,
+        "reward": _function_name(own) if own is not None else reward,
         "output": output,
         **options,
     }
@@ -184,6 +190,86 @@ def sample(
     from prefopt.methods.sample import run
 
     return run(config, model=None if named else model, tokenizer=tokenizer, rows=rows)
+
+
+def compare(
+    a: str | os.PathLike[str] | PreTrainedModel | None = None,
+    b: str | os.PathLike[str] | PreTrainedModel | None = None,
+    prompts: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Iterable[Row] | None = None,
+    *,
+    judge: str | Callable[[Sequence[str], Sequence[str]], Sequence[float]] | None = None,
+    others: Sequence[str | os.PathLike[str] | PreTrainedModel] = (),
+    reference: str | os.PathLike[str] | PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Any,
+) -> CompareResult:
+    """Tell which of two or more models is better on some prompts, as ``prefopt compare`` does.
+
+    Models are folders, Hub names, ``.jsonl`` files of samples, or transformers models, which all have ``tokenizer``.
+    ``prompts`` are as for :func:`sample`. ``judge`` is what ``--judge`` names, or a function of prompts and responses
+    (two lists of text) that gives a number for each: the higher one wins. ``options`` are the fields of
+    ``CompareConfig``; with ``votes`` alone, votes of people are counted. Returns a
+    ``prefopt.evaluate.compare.CompareResult``. Raises ``prefopt.errors.UserError`` where ``prefopt compare`` prints one
+    line.
+
+    >>> import prefopt
+    >>> found = prefopt.compare("aligned", "base", "prompts.txt", judge="length", reference="base")  # doctest: +SKIP
+    >>> print(found.versus[0].rate.rate)  # doctest: +SKIP
+    +0.685 [+0.620, +0.748]
+    """
+    from prefopt.evaluate.answers import Given
+    from prefopt.evaluate.compare import run
+
+    labels, models = _labelled({"a": a, "b": b, **{f"others {n}": x for n, x in enumerate(others, 1)}}, reference)
+    if models and tokenizer is None:
+        raise ConfigError("a model object needs its tokenizer: prefopt.compare(model, ..., tokenizer=tokenizer)")
+    if tokenizer is not None and not models:
+        raise ConfigError("tokenizer goes with a model object; a model named by its folder brings its own")
+    compared = [name for name in labels if name != "reference"]
+    if compared and all(labels[name] in models for name in compared):
+        _refuse_machine(options)
+    names, rows = (None, None) if prompts is None else _names_or_rows(prompts)
+    values = {
+        "a": labels.get("a"),
+        "b": labels.get("b"),
+        "others": [labels[name] for name in labels if name.startswith("others")] or None,
+        "reference": labels.get("reference"),
+        "prompts": names,
+        "judge": _function_name(judge) if callable(judge) else judge,
+        **options,
+    }
+    config = CompareConfig.from_dict({name: value for name, value in values.items() if value is not None})
+    own = Reward(str(values["judge"]), judge) if callable(judge) else None
+    return run(config, Given(models, tokenizer, rows, own))
+
+
+def report(
+    runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    *,
+    comparisons: Sequence[str | os.PathLike[str] | CompareResult] = (),
+    output: str | os.PathLike[str] = "report.html",
+    title: str | None = None,
+) -> Path:
+    """Tell of runs and comparisons in one HTML file, as ``prefopt report`` does; returns its path.
+
+    ``runs`` are output folders; ``comparisons`` are what :func:`compare` returned, or files with what
+    ``prefopt compare --json`` printed.
+
+    >>> import prefopt
+    >>> found = prefopt.compare("aligned", "base", "in.txt", judge="vader", output="judged.jsonl")  # doctest: +SKIP
+    >>> prefopt.report("aligned", comparisons=[found])  # doctest: +SKIP
+    PosixPath('report.html')
+    """
+    from prefopt.evaluate.report.page import write_report
+
+    folders = [runs] if isinstance(runs, (str, os.PathLike)) else list(runs)
+    files = [os.fspath(x) for x in comparisons if isinstance(x, (str, os.PathLike))]
+    results = [x for x in comparisons if not isinstance(x, (str, os.PathLike))]
+    values = {"run": [os.fspath(folder) for folder in folders] or None, "comparisons": files or None, "title": title}
+    given = {name: value for name, value in values.items() if value is not None}
+    if not folders and not files and not results:
+        raise ConfigError("there is nothing to report: name runs, or give comparisons")
+    return write_report(ReportConfig(output=os.fspath(output), **given), results)  # type: ignore[arg-type]
 
 
 def rlhf(
@@ -231,6 +317,30 @@ def _is_named(function: str, model: object, tokenizer: object) -> bool:
     if not named and tokenizer is None:
         raise ConfigError(f"a model object needs its tokenizer: prefopt.{function}(model, tokenizer=tokenizer, ...)")
     return named
+
+
+def _labelled(models: Mapping[str, Any], reference: Any) -> tuple[dict[str, str], dict[str, Any]]:
+    """The name of each model that was given, by the argument it came as, and objects by these names.
+
+    Objects of one name, as before and after training, are told apart by their arguments.
+    """
+    given = {name: model for name, model in {**models, "reference": reference}.items() if model is not None}
+    named = {name: isinstance(model, (str, os.PathLike)) for name, model in given.items()}
+    labels = {name: os.fspath(m) if named[name] else _name_of(m) for name, m in given.items()}
+    alike = {name for name in labels if not named[name] and list(labels.values()).count(labels[name]) > 1}
+    labels = {name: f"{label} ({name})" if name in alike else label for name, label in labels.items()}
+    return labels, {labels[name]: given[name] for name in given if not named[name]}
+
+
+def _function_name(function: Any) -> str:
+    return str(getattr(function, "__qualname__", "function given in Python"))
+
+
+def _refuse_machine(options: Mapping[str, Any]) -> None:
+    """Where and how precisely an object computes is its owner's choice."""
+    for name in ("device", "dtype"):
+        if options.get(name):
+            raise ConfigError(f"{name} is for a model named by its folder; this one is an object, used as it is")
 
 
 def _name_of(model: object) -> str:

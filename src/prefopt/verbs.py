@@ -154,7 +154,7 @@ VERBS: dict[str, Verb] = {
         "copy a study, also while it is served", CollectBackupConfig, "commands.collect:backup_study"
     ),
     "cache list": Verb(
-        "list what is kept: log-probabilities of reference models, and tokenised data",
+        "list what is kept: log-probabilities of reference models, tokenised data, and samples that were compared",
         CacheListConfig,
         "commands.cache:list_cache",
     ),

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
+import prefopt
 from evaluate.small import write_run
 from prefopt.cli import main, parse
 from prefopt.config.compare import CompareConfig
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.report import ReportConfig
+from prefopt.errors import ConfigError
 from prefopt.evaluate.compare import run as compare
+from prefopt.evaluate.frontier import Frontier, Point
 from prefopt.evaluate.report.page import write_report
 from prefopt.evaluate.runs import labels
 from prefopt.train.diagnose import diagnose
@@ -93,6 +96,9 @@ def test_two_runs_on_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for run, name in zip(runs, labels(runs), strict=True):
         assert f"{name}: the loss on held-out rows is" in page.words
         assert all(finding.text in page.words for finding in diagnose(run))
+    assert page.words.count(" rose from ") >= 4 and page.words.count("; on held-out rows from ") == 10, (
+        "curves in words"
+    )
     assert page.tags.count("svg") == 4 and len([x for x in page.values("aria-label") if "Loss" in x]) == 1
     ids = page.values("id")
     assert len(ids) == len(set(ids)) > 8
@@ -143,10 +149,84 @@ def test_win_rates_with_their_intervals_and_samples_side_by_side(tmp_path: Path)
     a, b = (str(tmp_path / f"{name}.jsonl") for name in "ab")
     assert f"{a} is better than {b} (win rate 80.0%, 95 % interval" in page.words
     assert "32 / 0 / 8" in page.words and "Win rates by the judge length" in page.values("aria-label")
-    assert "a win rate is what this judge says" in page.words and "Samples that lost" in page.words
-    lost = page.words.split("Samples that lost")[1].split("Curves")[0]
-    assert lost.count(f"{b} is better") == 3 and f"{a} is better" not in lost
+    assert "a win rate is what this judge says" in page.words and "The worst samples" in page.words
+    lost = page.words.split("The worst samples")[1].split("Curves")[0]
+    assert (
+        lost.count(f"{b} is better (1 against 2)") == 3
+        and lost.count(f"{b} is better") == 3
+        and f"{a} is better" not in lost
+    )
     assert "too few to say whether" in report(run, comparisons=compared(tmp_path, 5)).words
+
+
+def test_a_comparison_tells_all_that_it_found(tmp_path: Path) -> None:
+    """Without a run, and without samples, which it says; with tasks, lengths, strengths, hashes and its command."""
+    for name in "abc":
+        rows = [{"prompt": f"{i}?", "responses": ["w " * (1 + (i * ord(name)) % 7)]} for i in range(20)]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+        values = {"acc,none": 0.5 + ord(name) / 1000, "acc_stderr,none": 0.01}
+        found = {"results": {"t": values}, "higher_is_better": {"t": {"acc": True}}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    a, b, c = (str(tmp_path / f"{name}.jsonl") for name in "abc")
+    files = [str(tmp_path / f"{name}.json") for name in "abc"]
+    result = prefopt.compare(a, b, others=[c], judge="length", task_results=files)
+    page = read(prefopt.report(comparisons=[result], output=tmp_path / "r.html"))
+    for said in ("no samples are shown", "Bradley-Terry", "0.597", "-0.001 ± 0.014", "no difference is shown"):
+        assert said in page.words
+    assert "The command that does it again" in page.words and f"--task-results {files[0]}" in page.words
+    assert all(len(digest) == 64 and digest in page.words for digest in result.identities.values())
+    assert result.environment["versions"]["torch"] in page.words
+    assert "characters against" in page.words
+    with pytest.raises(ConfigError, match="there is nothing to report"):
+        prefopt.report(output=tmp_path / "none.html")
+
+
+def sweep(folder: Path, tail: str = "") -> Path:
+    """A frontier of two roads: two points that count of each, one that does not, one that failed."""
+    points = [
+        Point("dpo" + tail, "beta=0.1", 0, 50, 0.6, (0.55, 0.65), 4.0, 0.2, length=12.0),
+        Point("dpo" + tail, "beta=0.5", 0, 50, 0.3, (0.25, 0.35), 1.0, 0.1, length=11.0),
+        Point("ppo" + tail, "kl_target=6", 0, 80, 0.4, (0.3, 0.5), 6.0, 0.5),
+        Point(
+            "ppo" + tail, "kl_target=9", 0, 80, 0.7, (0.6, 0.8), 9.0, 0.5, counted=False, why_not="no plateau" + tail
+        ),
+        Point("best_of" + tail, "n=4", 0, 0, 0.5, (0.4, 0.6), 0.64, None, "bound"),
+        Point("sft" + tail, "chosen", 0, 9, counted=False, why_not="training failed"),
+    ]
+    folder.mkdir(parents=True)
+    Frontier("base" + tail, "vader" + tail, 129, 4, 48, True, "made" + tail, tuple(points)).write(folder)
+    return folder
+
+
+def test_a_sweep_is_drawn_and_told(tmp_path: Path) -> None:
+    folder = sweep(tmp_path / "sweep")
+    target = tmp_path / "r.html"
+    page = read(prefopt.report(folder, output=target))
+    assert "Dpo has" not in page.words
+    assert "dpo has more reward at no more KL than 1 of the 1 points of ppo that count; beyond the errors, than 1" in (
+        page.words
+    )
+    assert "2 of 6 points do not count; the table says why" in page.words and "no: no plateau" in page.words
+    for said in ("0.600 (0.550 to 0.650)", "4.00 ± 0.20", "at most 0.64", "no: training failed", "129, 4 samples each"):
+        assert said in page.words
+    text = target.read_text("utf-8")
+    assert page.tags.count("svg") == 1
+    assert not [run for run in ("run", "What differs between the runs") if f"<h2>{run}" in text]
+    assert "hollow marks do not count" in page.words and ">best_of (KL: upper bound)<" in text
+    (folder / "frontier.json").write_text("{}")
+    assert main(["report", str(folder), "--output", str(target)]) == 2
+
+
+def test_a_run_of_ppo_has_a_page_of_its_own_curves(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "ppo", options={"prompts": ["p"]}, record={"method": "ppo"})
+    lines = [
+        {"step": i, "objective/scores": 0.1 * i, "objective/kl": 0.2 * i, "val/length": 20 + i, "epoch": 1}
+        for i in range(1, 31)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report(folder)
+    labels = " ".join(page.values("aria-label"))
+    assert "Reward of the policy" in labels and "KL to the reference" in labels and "rose from" in page.words
 
 
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,6 +235,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path), "--output", str(tmp_path / "r.pdf")]) == 2
     assert ".html" in capsys.readouterr().err
     run = str(write_run(tmp_path / "run"))
+    assert main(["report"]) == 2 and "there is nothing to report" in capsys.readouterr().err
     for text, said in (("{}", "is not what prefopt compare --json prints"), (None, "cannot be read")):
         (tmp_path / "c.json").unlink(missing_ok=True)
         if text is not None:

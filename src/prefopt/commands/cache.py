@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from prefopt.config.cache import CacheClearConfig, CacheListConfig, CacheVerifyConfig
 from prefopt.data.token_cache import list_tokens, verify_tokens
-from prefopt.disk.cache import reference_folder, tokens_folder
-from prefopt.disk.entries import clear
+from prefopt.disk.cache import reference_folder, samples_folder, tokens_folder
+from prefopt.disk.entries import clear, last_used, model_of, sample_entries, size_of
 from prefopt.model.spaces import list_spaces, verify
 from prefopt.progress import size
 
@@ -25,6 +27,12 @@ def list_cache(_: CacheListConfig) -> int:
         used = t.last_used.astimezone().strftime("%Y-%m-%d %H:%M")
         file = t.about.get("file") or "description unreadable"
         print(f"{t.id}  {t.groups:>9,} groups  {size(t.bytes):>9}  last used {used}  {file}")
+    samples = sample_entries()
+    if samples:
+        print(f"{samples_folder()}: {len(samples)} sets of samples, {size(sum(map(size_of, samples)))}")
+    for folder in samples:
+        used = datetime.fromtimestamp(last_used(folder)).strftime("%Y-%m-%d %H:%M")
+        print(f"{folder.name}  {size(size_of(folder)):>9}  last used {used}  {model_of(folder)}")
     return 0
 
 

@@ -8,7 +8,8 @@ from prefopt.config.compare import CompareConfig
 
 
 def compare_models(config: CompareConfig) -> None:
-    from prefopt.evaluate.compare import lines, run
+    from prefopt.evaluate.compare import run
+    from prefopt.evaluate.tell import lines
 
     result = run(config)
     if config.json:

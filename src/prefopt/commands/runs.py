@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prefopt.config.report import ReportConfig
 from prefopt.config.runs import PlotConfig, RunsConfig
+from prefopt.errors import ConfigError
 from prefopt.evaluate.show import show_runs
 
 
@@ -25,5 +26,7 @@ def report_runs(config: ReportConfig) -> int:
     """Draws with matplotlib, as the figures of ``prefopt plot``."""
     from prefopt.evaluate.report.page import write_report
 
+    if not config.run and not config.comparisons:
+        raise ConfigError("there is nothing to report: name output folders, or --comparisons")
     print(f"written: {write_report(config)}")
     return 0

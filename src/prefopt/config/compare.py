@@ -6,15 +6,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from prefopt.config.data import ReadOptions
 from prefopt.config.machine import MachineOptions
-from prefopt.config.option import check_all, flag, option
+from prefopt.config.option import check_all, flag, from_dict, option, to_dict
 from prefopt.errors import ConfigError
 
 _OF_SAMPLES = ("a", "b", "prompts", "judge")
+_OF_TASKS = ("tasks", "task_folder", "task_limit", "task_results")
 _OF_LLM = ("judge_url", "judge_model", "judge_key")
 
 
@@ -63,6 +65,19 @@ class CompareConfig(MachineOptions, ReadOptions):
         None, "environment variable with the server's key", group="judge", default_text="none is sent"
     )
 
+    tasks: list[str] | None = option(
+        None, "tasks of lm-eval to put each model through: what alignment cost elsewhere", group="tasks"
+    )
+    task_folder: str | None = option(None, "folder with tasks of your own, in lm-eval's YAML", group="tasks")
+    task_limit: int | None = option(
+        None, "questions of each task at most", group="tasks", default_text="all", at_least=2
+    )
+    task_results: list[str] | None = option(
+        None,
+        "results of tasks that lm-eval wrote already, a file for each model in their order: --a, --b, --others",
+        group="tasks",
+    )
+
     num: int = option(1, "samples of every prompt and model", group="sampling", at_least=1)
     max_new_tokens: int = option(256, "tokens of a sample at most", group="sampling", at_least=1)
     temperature: float = option(1.0, "divides the logits; 0 takes the likeliest token", group="sampling", at_least=0)
@@ -80,7 +95,7 @@ class CompareConfig(MachineOptions, ReadOptions):
         check_all(self)
         self.check_machine()
         if self.votes is not None:
-            for name in (*_OF_SAMPLES, *_OF_LLM, "others", "reference", "category", "held_out", "output"):
+            for name in (*_OF_SAMPLES, *_OF_LLM, *_OF_TASKS, "others", "reference", "category", "held_out", "output"):
                 if getattr(self, name) is not None:
                     raise ConfigError(f"{flag(name)}: --votes counts what was judged already; leave one of them out")
             return
@@ -101,6 +116,31 @@ class CompareConfig(MachineOptions, ReadOptions):
             raise ConfigError("--reference measures KL on samples of the model itself: leave --temperature out")
         if self.temperature == 0 and self.num > 1:
             raise ConfigError(f"--temperature 0 draws the same sample {self.num} times: leave --num out")
+        self._check_tasks(sampled)
+
+    def _check_tasks(self, sampled: list[str]) -> None:
+        if self.tasks is None:
+            for name in ("task_folder", "task_limit"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{flag(name)} belongs to --tasks; leave it out")
+        elif self.task_results is not None:
+            raise ConfigError("--task-results are of tasks that were run already: leave it or --tasks out")
+        elif len(sampled) < len(self.models):
+            files = next(name for name in self.models if is_file(name))
+            raise ConfigError(f"--tasks needs models, and {files} holds samples; give --task-results instead")
+        if self.task_results is not None and len(self.task_results) != len(self.models):
+            raise ConfigError(
+                f"--task-results names {len(self.task_results)} files for {len(self.models)} models; name one for each"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option with its value."""
+        return to_dict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object], place: str | None = None) -> CompareConfig:
+        """The config that ``to_dict`` wrote; ``place`` names the file it comes from."""
+        return from_dict(cls, values, place)
 
     @property
     def models(self) -> list[str]:

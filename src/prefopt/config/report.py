@@ -12,7 +12,13 @@ from prefopt.errors import ConfigError
 class ReportConfig:
     """Runs to tell about, and the page to write."""
 
-    run: list[str] = option(help="output folders of the runs to tell about", group="report", positional=True)
+    run: list[str] | None = option(
+        None,
+        "output folders of the runs to tell about, and of sweeps of prefopt frontier",
+        group="report",
+        default_text="none; then give --comparisons",
+        positional=True,
+    )
     comparisons: list[str] | None = option(
         None, "files of what prefopt compare --json printed: win rates, and some of the samples", group="report"
     )

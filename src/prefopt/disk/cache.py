@@ -36,6 +36,11 @@ def tokens_folder(root: Path | None = None) -> Path:
     return (root or cache_root()) / "tokens"
 
 
+def samples_folder(root: Path | None = None) -> Path:
+    """Where samples that were drawn to be compared are."""
+    return (root or cache_root()) / "samples"
+
+
 def space_lock(folder: Path) -> FileLock:
     """The lock of an entry of the cache, held by whoever writes into it. It lies beside the folder and outlives it."""
     return FileLock(folder.with_name(folder.name + ".lock"))

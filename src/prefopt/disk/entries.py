@@ -1,10 +1,12 @@
 """What is kept in the cache, entry by entry: folders with an id for a name, a lock beside them, and a time of last use.
 
-Entries are the spaces of reference values (12 hex digits) and tokenised data (16).
+Entries are the spaces of reference values (12 hex digits), tokenised data (16) and samples that were drawn to be
+compared (20).
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
@@ -12,10 +14,19 @@ from collections.abc import Collection
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from prefopt.disk.cache import acquired, cache_errors, cache_root, reference_folder, space_lock, tokens_folder
+from prefopt.disk.cache import (
+    acquired,
+    cache_errors,
+    cache_root,
+    reference_folder,
+    samples_folder,
+    space_lock,
+    tokens_folder,
+)
 from prefopt.errors import CacheError
 
-USED = ("about.json", "manifest.json")
+SAMPLES = "samples.jsonl"
+USED = ("about.json", "manifest.json", f"{SAMPLES}.run.json")
 """The files whose modification time notes the last use of an entry."""
 
 
@@ -27,6 +38,26 @@ def reference_entries(root: Path | None = None) -> list[Path]:
 def token_entries(root: Path | None = None) -> list[Path]:
     """The folders of tokenised data, by id."""
     return _named(tokens_folder(root), 16)
+
+
+def sample_entries(root: Path | None = None) -> list[Path]:
+    """The folders of samples, by id."""
+    return _named(samples_folder(root), 20)
+
+
+def model_of(folder: Path) -> str:
+    """The model that samples were drawn from, as it was named then."""
+    try:
+        return str(json.loads((folder / f"{SAMPLES}.run.json").read_text("utf-8"))["options"]["model"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "description unreadable"
+
+
+def used(folder: Path) -> None:
+    """Note that an entry was used now."""
+    for mark in (folder / name for name in USED):
+        if mark.exists():
+            mark.touch()
 
 
 def _named(parent: Path, digits: int) -> list[Path]:
@@ -51,7 +82,7 @@ def clear(root: Path | None = None, ids: Collection[str] | None = None, *, older
 
     Raises ``CacheError`` before removing anything where an id is unknown or a process is writing into one of them.
     """
-    folders = [*reference_entries(root), *token_entries(root)]
+    folders = [*reference_entries(root), *token_entries(root), *sample_entries(root)]
     if ids is not None:
         if unknown := sorted(set(ids) - {folder.name for folder in folders}):
             place = root or cache_root()

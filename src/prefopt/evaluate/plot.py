@@ -43,6 +43,10 @@ STANDARD = (
     Panel("rewards/margins", "Margin of rewards, chosen − rejected", "margin (reward)", 0.0),
     Panel("rewards/accuracies", "Accuracy: chosen above rejected", "share of rows", 0.5, "chance"),
     Panel("log_ratios_per_token", "Log-ratio to the reference", "nats per token", 0.0, sides=True),
+    Panel("objective/scores", "Reward of the policy's samples", "reward"),
+    Panel("objective/kl", "KL to the reference", "nats per response", 0.0),
+    Panel("val/length", "Length of the policy's samples", "tokens"),
+    Panel("objective/entropy", "Entropy", "nats per response"),
 )
 KNOWN = {
     **{panel.name: panel for panel in STANDARD},

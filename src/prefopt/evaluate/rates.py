@@ -28,7 +28,7 @@ Floats = npt.NDArray[np.float64]
 FEWEST = 10
 """Prompts below which no rate is told: with nine, eight wins out of nine would still be within chance at 1 %, and an
 interval would span most of what is possible."""
-_Z95, _Z80 = 1.959963984540054, 0.8416212335729143  # quantiles of the normal: 97.5 % and 80 %
+Z95, _Z80 = 1.959963984540054, 0.8416212335729143  # quantiles of the normal: 97.5 % and 80 %
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def _needed(means: Floats) -> int | None:
     if not difference:
         return None
     variance = float(means.var(ddof=1)) or 1 / len(means)
-    return max(FEWEST, math.ceil((_Z95 + _Z80) ** 2 * variance / difference**2))
+    return max(FEWEST, math.ceil((Z95 + _Z80) ** 2 * variance / difference**2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ def at_equal_length(outcomes: npt.ArrayLike, longer: npt.ArrayLike) -> AtEqualLe
     np.add.at(scores, prompt, x * (y - p)[:, None])
     cover = bread @ (scores.T @ scores) @ bread * prompts / (prompts - 1)
     errors = np.sqrt(np.diag(cover))
-    low, high = beta - _Z95 * errors, beta + _Z95 * errors
+    low, high = beta - Z95 * errors, beta + Z95 * errors
     at_zero, least, most = (float(_logistic(v)) for v in (beta[0], low[0], high[0]))
     rate = Interval(at_zero, least, most, prompts)
     return AtEqualLength(rate, Interval(float(beta[1]), float(low[1]), float(high[1]), prompts))

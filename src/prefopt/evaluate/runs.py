@@ -134,7 +134,7 @@ def caveats(runs: Sequence[History]) -> list[str]:
 def labels(runs: Sequence[History]) -> list[str]:
     """Short names that tell the runs apart: the ends of their paths."""
     parts = [run.folder.resolve().parts for run in runs]
-    for count in range(1, max(map(len, parts)) + 1):
+    for count in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(p[-count:]) for p in parts]
         if len(set(names)) == len(names):
             return names

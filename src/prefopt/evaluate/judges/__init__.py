@@ -9,13 +9,15 @@ from prefopt.errors import ConfigError
 from prefopt.evaluate.judges.judge import Judge, ScoreJudge
 from prefopt.evaluate.judges.rules import AnswerJudge, PatternJudge
 from prefopt.evaluate.score import by_text, scores_for
-from prefopt.rewards import RULES, load_reward
+from prefopt.rewards import RULES, Reward, load_reward
 
 NAMED = ("regex:PATTERN", "gsm8k", "implicit:MODEL,REFERENCE", "llm")
 
 
-def load_judge(config: CompareConfig) -> Judge:
-    """The judge that ``config`` names. Raises :class:`prefopt.errors.UserError`."""
+def load_judge(config: CompareConfig, own: Reward | None = None) -> Judge:
+    """The judge that ``config`` names, or ``own`` function. Raises :class:`prefopt.errors.UserError`."""
+    if own is not None:
+        return ScoreJudge(own.name, by_text(own))
     name = config.judge
     assert name is not None
     kind, colon, rest = name.partition(":")

@@ -25,6 +25,13 @@ FIRST, SECOND, TIE = Vote(((0,), (1,))), Vote(((1,), (0,))), Vote(((0, 1),))
 
 
 @dataclass(frozen=True, slots=True)
+class ScoredVote(Vote):
+    """A vote by two ``scores``, the first response's and the second's."""
+
+    scores: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
     """A prompt with the two responses that are compared; ``row`` is as the prompt's file has it, where it has more."""
 
@@ -68,7 +75,8 @@ class ScoreJudge:
 
     def __call__(self, questions: Sequence[Question]) -> list[Vote]:
         """See :class:`Judge`."""
-        return [by_score(*found) for found in self._scores([q.pair for q in questions])] if questions else []
+        found = self._scores([q.pair for q in questions]) if questions else []
+        return [ScoredVote(by_score(*pair).tiers, scores=(pair[0], pair[1])) for pair in found]
 
 
 def by_score(first: float, second: float) -> Vote:

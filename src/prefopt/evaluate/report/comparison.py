@@ -11,12 +11,16 @@ from typing import Any
 
 from prefopt.data.formats import read_comparisons
 from prefopt.errors import RunError
+from prefopt.evaluate.plot import shortened
 from prefopt.evaluate.runs import as_number
+from prefopt.evaluate.tasks import TaskChange
 from prefopt.records import Comparison
 from prefopt.rewards import prompt_text
 
 SHOWN = 3
 """Pairs of samples of each kind that a page shows."""
+LONGEST = 4000
+"""Characters of a text that a page shows; what is cut off is told by an ellipsis."""
 
 Json = Mapping[str, Any]
 
@@ -45,35 +49,32 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class ComparisonFacts:
-    """One comparison. ``lost``: samples of the first model that the judge liked less than the other's."""
+    """One comparison. ``lost``: samples of the first model that the judge liked less than the other's. ``lengths``:
+    sentences on how lengths differ. ``tasks``: rows of name, questions, first, second, difference, verdict."""
 
     judge: str
     sentences: Sequence[str]
     rates: Sequence[Rate]
     samples: Sequence[tuple[str, Sequence[str]]]
     models: Sequence[str]
+    lengths: Sequence[str]
+    tasks: Sequence[Sequence[str]]
+    strengths: Sequence[tuple[str, str]]
+    findings: Sequence[str]
     drawn: Sequence[Pair]
     lost: Sequence[Pair]
+    lost_title: str
     notes: Sequence[str]
+    command: str
+    identities: Sequence[tuple[str, str]]
+    environment: Mapping[str, Mapping[str, str]]
 
 
 def read_comparison(name: str | Path, *, seed: int = 0) -> ComparisonFacts:
     """Read what ``prefopt compare --json`` printed. Raises :class:`RunError` where a file is nothing of the kind."""
     path = Path(name)
     try:
-        found = json.loads(path.read_text("utf-8"))
-        rates = [rate for versus in found["versus"] for rate in _rates(versus)]
-        models = list(found["models"])
-        return ComparisonFacts(
-            judge=found["judge"],
-            sentences=[sentence(v, found["judge"]) for v in found["versus"]],
-            rates=rates,
-            models=models,
-            samples=_samples(found["models"]),
-            drawn=_pairs(found["output"], seed, lost=False),
-            lost=_pairs(found["output"], seed, lost=True),
-            notes=found["notes"],
-        )
+        return comparison_facts(json.loads(path.read_text("utf-8")), seed=seed)
     except OSError as error:
         raise RunError(
             f"{path}: cannot be read ({error.strerror}); name what prefopt compare --json printed"
@@ -82,6 +83,34 @@ def read_comparison(name: str | Path, *, seed: int = 0) -> ComparisonFacts:
         raise RunError(
             f"{path}: is not what prefopt compare --json prints; write that into a file, and name it"
         ) from error
+
+
+def comparison_facts(found: Json, *, seed: int = 0) -> ComparisonFacts:
+    """The facts of a comparison as plain values; ``seed`` draws the samples that are shown."""
+    rows = _judged(found["output"])
+    drawn, ranked = _drawn(rows, seed), any(_behind(row) is not None for row in rows)
+    return ComparisonFacts(
+        judge=found["judge"],
+        sentences=[sentence(v, found["judge"]) for v in found["versus"]],
+        rates=[rate for versus in found["versus"] for rate in _rates(versus)],
+        models=list(found["models"]),
+        samples=_samples(found["models"]),
+        lengths=[words for v in found["versus"] if (words := _longer(v, found["models"]))],
+        tasks=[_task(v, c) for v in found["versus"] for c in v["tasks"]],
+        strengths=_strengths(found["strengths"]),
+        findings=[f["text"] for f in found["findings"]],
+        drawn=drawn,
+        lost=_worst(rows, seed),
+        lost_title="The worst samples: the judge puts the first furthest behind" if ranked else _LOST,
+        notes=[*found["notes"], *([] if rows or not found["models"] else [_NO_SAMPLES])],
+        command=found["command"],
+        identities=list(found["identities"].items()),
+        environment=found["environment"],
+    )
+
+
+_LOST = "Samples that lost, drawn at random"
+_NO_SAMPLES = "no samples are shown: prefopt compare keeps the judged pairs where --output names a file for them"
 
 
 def sentence(versus: Json, judge: str) -> str:
@@ -138,17 +167,63 @@ def _gap(distance: Json | None) -> str:
     return "-" if distance is None else f"{distance['k1']['mean']:.2f} ± {distance['error']:.2f}"
 
 
-def _pairs(file: str | None, seed: int, *, lost: bool) -> list[Pair]:
-    """Pairs drawn by ``seed`` from the file of judged pairs: of all of them, or of those that the first model lost."""
+def _longer(versus: Json, models: Json) -> str | None:
+    """How much longer the first model's responses are."""
+    bounds = _bounds(versus["longer"])
+    if bounds is None:
+        return None
+    mean, low, high = bounds
+    first, second = (models[versus[side]]["characters"] for side in ("first", "second"))
+    told = f"{first:.0f} characters against {second:.0f}, {mean:+.0f}, 95 % interval {low:+.0f} to {high:+.0f}"
+    way = "longer" if mean > 0 else "shorter"
+    if low <= 0 <= high:
+        return f"no shift of length from {versus['second']} to {versus['first']} is shown ({told})"
+    return f"responses of {versus['first']} are {way} than those of {versus['second']} ({told})"
+
+
+def _task(versus: Json, c: Json) -> Sequence[str]:
+    change = TaskChange(**c)
+    error = "" if change.error is None else f" ± {change.error:.3f}"
+    count = "-" if change.questions is None else f"{change.questions:,}"
+    names = (f"{versus['first']} against {versus['second']}: {change.task} {change.metric}", count)
+    return (*names, f"{change.first:.3f}", f"{change.second:.3f}", f"{change.difference:+.3f}{error}", change.verdict)
+
+
+def _strengths(found: Json) -> list[tuple[str, str]]:
+    ranked = sorted(found.items(), key=lambda item: -item[1]["mean"])
+    return [(name, f"{s['mean']:+.2f} ({s['low']:+.2f} to {s['high']:+.2f})") for name, s in ranked]
+
+
+def _judged(file: str | None) -> list[Comparison]:
     if file is None:
         return []
-    rows = [row for row in read_comparisons(file) if isinstance(row, Comparison) and len(row.responses) == 2]
-    rows = [row for row in rows if row.tiers == ((1,), (0,))] if lost else rows
+    return [row for row in read_comparisons(file) if isinstance(row, Comparison) and len(row.responses) == 2]
+
+
+def _drawn(rows: Sequence[Comparison], seed: int) -> list[Pair]:
     return [_pair(row) for row in random.Random(seed).sample(rows, min(SHOWN, len(rows)))]
+
+
+def _worst(rows: Sequence[Comparison], seed: int) -> list[Pair]:
+    """Those that the first model lost: by the judge's scores where it gave some, else drawn by ``seed``."""
+    lost = [row for row in rows if row.tiers == ((1,), (0,))]
+    mixed = random.Random(seed).sample(lost, len(lost))
+    ranked = sorted(mixed, key=lambda row: -(_behind(row) or 0.0))
+    return [_pair(row) for row in ranked[:SHOWN]]
+
+
+def _behind(row: Comparison) -> float | None:
+    """How much less than the second the judge gave the first response."""
+    scores: Any = row.extra.get("judge_scores")
+    return float(scores[1] - scores[0]) if isinstance(scores, list) and len(scores) == 2 else None
 
 
 def _pair(row: Comparison) -> Pair:
     models: Any = row.extra["models"]
-    first, second = (r.text for r in row.responses)
+    scores: Any = row.extra.get("judge_scores")
+    first, second = (shortened(r.text, LONGEST) for r in row.responses)
     said = {((0,), (1,)): f"{models[0]} is better", ((1,), (0,)): f"{models[1]} is better", ((0, 1),): "a tie"}
-    return Pair(prompt_text(row), (models[0], models[1]), (first, second), said.get(row.tiers, "nothing said"))
+    verdict = said.get(row.tiers, "nothing said")
+    if scores:
+        verdict += f" ({as_number(scores[0])} against {as_number(scores[1])})"
+    return Pair(shortened(prompt_text(row), LONGEST), (models[0], models[1]), (first, second), verdict)

@@ -10,21 +10,51 @@ from xml.sax.saxutils import quoteattr
 
 from markupsafe import Markup
 
-from prefopt.evaluate.plot import COLOURS, figure_of, panels_of, require_matplotlib, shortened
+from prefopt.evaluate.plot import COLOURS, SIDES, Panel, figure_of, panels_of, require_matplotlib, shortened
 from prefopt.evaluate.report.comparison import ComparisonFacts
-from prefopt.evaluate.runs import labels
+from prefopt.evaluate.runs import as_number, labels
 from prefopt.train.history import History
+from prefopt.train.trend import change
 
 WRAPPING = re.compile(r"<\?xml.*?\?>|<!DOCTYPE.*?>|<metadata>.*?</metadata>|<!--.*?-->", re.S)
 
 
-def curves(runs: Sequence[History]) -> list[Markup]:
-    """The standard panels of these runs, a figure each, so that a phone shows one below the other."""
+def curves(runs: Sequence[History]) -> list[tuple[Markup, list[str]]]:
+    """The standard panels of these runs, a figure each with what it shows in words; a phone has one below the other."""
     of = ", ".join(labels(runs))
     return [
-        inline(figure_of(runs, metrics=[panel.name], titled=False), name=f"curve{n}", label=f"{panel.title}: {of}")
+        (
+            inline(figure_of(runs, metrics=[panel.name], titled=False), name=f"curve{n}", label=f"{panel.title}: {of}"),
+            in_words(panel, runs),
+        )
         for n, panel in enumerate(panels_of(runs, None))
     ]
+
+
+def in_words(panel: Panel, runs: Sequence[History]) -> list[str]:
+    """A line for each curve of a panel: from where to where it went, and whether that is more than noise."""
+    told = []
+    for run, name in zip(runs, labels(runs), strict=True):
+        for side in SIDES if panel.sides else ("",):
+            metric = f"{panel.name}/{side}" if side else panel.name
+            of = ", ".join(part for part in (name if len(runs) > 1 else "", side) if part)
+            if words := _curve_words(run, metric):
+                told.append(f"{of}: {words}" if of else words)
+    return told
+
+
+def _curve_words(run: History, metric: str) -> str:
+    parts = []
+    if (found := change(run.curve(metric))) is not None:
+        verb = {1: "rose", -1: "fell", 0: "did not change beyond noise:"}[found.direction]
+        parts.append(f"{verb} from {as_number(found.first)} to {as_number(found.last)} (noise {found.noise:.2g})")
+    if held := run.curve(metric, held_out=True):
+        if len(held.steps) > 1:
+            first, last = as_number(held.values[0]), as_number(held.values[-1])
+            parts.append(f"on held-out rows from {first} at step {held.steps[0]} to {last} at step {held.steps[-1]}")
+        else:
+            parts.append(f"on held-out rows {as_number(held.values[0])} at step {held.steps[0]}")
+    return "; ".join(parts)
 
 
 def win_rates(found: ComparisonFacts, *, name: str) -> Markup | None:

@@ -13,49 +13,74 @@ import jinja2
 import prefopt
 from prefopt.config.report import ReportConfig
 from prefopt.disk.write import output_errors, replace_file
-from prefopt.evaluate.report.comparison import ComparisonFacts, read_comparison
+from prefopt.evaluate.compare import CompareResult
+from prefopt.evaluate.report.comparison import ComparisonFacts, comparison_facts, read_comparison
 from prefopt.evaluate.report.facts import RunFacts, facts
 from prefopt.evaluate.report.figures import curves, win_rates
+from prefopt.evaluate.report.sweep import SweepFacts, is_sweep, sweep_facts
 from prefopt.evaluate.runs import caveats, differing, labels, shown
 from prefopt.train.history import History, read_history
 
 UNKNOWN = "whether the models' own answers got better is not in these numbers: compare samples of them"
 
+SWEPT = (
+    "a point dominates another by the numbers as they are; only what lies beyond the errors is shown",
+    "a sweep tells of these settings, this data and this reward: a road that was tuned better may lie elsewhere",
+)
 JUDGED = (
     "a win rate is what this judge says on these prompts: another judge, or people, may say otherwise",
     "where KL, length or repetition rise with the win rate, it may be a weakness of the judge that was found",
 )
 
 
-def write_report(config: ReportConfig) -> Path:
-    """Tell of runs and comparisons in one file. Raises :class:`prefopt.errors.UserError`."""
-    runs = [read_history(folder) for folder in config.run]
+def write_report(config: ReportConfig, results: Sequence[CompareResult] = ()) -> Path:
+    """Tell of runs, sweeps and comparisons in one file; ``results`` are comparisons in memory.
+
+    Raises :class:`prefopt.errors.UserError`.
+    """
+    sweeps = [folder for folder in config.run or () if is_sweep(folder)]
+    runs = [read_history(folder) for folder in config.run or () if folder not in sweeps]
     comparisons = [read_comparison(name) for name in config.comparisons or ()]
+    comparisons += [comparison_facts(result.to_dict()) for result in results]
+    swept = [sweep_facts(folder, number=n) for n, folder in enumerate(sweeps)]
     path = Path(config.output)
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Half of a surrogate pair, which a data set may hold, has no place in a file.
-        replace_file(path, page(runs, comparisons, title=config.title).encode("utf-8", "replace"))
+        replace_file(path, page(runs, comparisons, swept, title=config.title).encode("utf-8", "replace"))
     return path
 
 
-def page(runs: Sequence[History], comparisons: Sequence[ComparisonFacts] = (), *, title: str | None = None) -> str:
+def page(
+    runs: Sequence[History],
+    comparisons: Sequence[ComparisonFacts] = (),
+    sweeps: Sequence[SweepFacts] = (),
+    *,
+    title: str | None = None,
+) -> str:
     """The whole page. Whatever comes from runs and their data is escaped by the template engine."""
-    names = labels(runs)
+    names = [*(labels(runs) if runs else []), *(sweep.name for sweep in sweeps)]
     told = facts(runs)
     several = len(runs) > 1
     return template().render(
-        title=title or ", ".join(names),
+        title=title or ", ".join(names) or " and ".join(dict.fromkeys(m for c in comparisons for m in c.models)),
         version=prefopt.__version__,
         written=time.strftime("%Y-%m-%d %H:%M %Z"),
-        verdict=[s for c in comparisons for s in c.sentences] or [verdict(run) for run in told],
+        verdict=[s for c in comparisons for s in c.sentences]
+        or [*(verdict(run) for run in told), *(s for sweep in sweeps for s in sweep.sentences)],
+        sweeps=sweeps,
         comparisons=[(c, win_rates(c, name=f"rates{n}")) for n, c in enumerate(comparisons)],
         runs=told,
         figures=curves(runs) if any(run.training for run in runs) else [],
         different=[(n.replace("_", "-"), [shown(r.options.get(n)) for r in runs]) for n in differing(runs)]
         if several
         else [],
-        caveats=[*(caveats(runs) if several else []), *(JUDGED if comparisons else (UNKNOWN,))],
+        caveats=[
+            *(caveats(runs) if several else []),
+            *(JUDGED if comparisons else ()),
+            *(SWEPT if sweeps else ()),
+            *(() if comparisons or sweeps else (UNKNOWN,)),
+        ],
     )
 
 
@@ -81,5 +106,15 @@ def template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["capitalise"] = _capitalised
     found: jinja2.Template = environment.get_template("report.html.j2")
     return found
+
+
+def _capitalised(text: str) -> str:
+    """The first letter of a sentence large, unless it begins with a name: a path, or a word with a dot or digit."""
+    first = text.split(" ", 1)[0]
+    return text[:1].upper() + text[1:] if first in _FIRST_WORDS else text
+
+
+_FIRST_WORDS = {"no", "responses", "fewer"}

@@ -1,0 +1,146 @@
+"""The samples that are compared: drawn once and kept on disk, or read from files of samples.
+
+What is drawn goes to an entry of the cache row by row, named by everything that it depends on. A judge that fails, or a
+kill, loses none of it: the same command goes on from what is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import prefopt
+from prefopt.config.compare import CompareConfig, is_file
+from prefopt.config.sample import SampleConfig
+from prefopt.data.formats import open_comparisons, parse_comparisons, read_comparisons
+from prefopt.data.problem import Problem
+from prefopt.data.sources import find_sources
+from prefopt.disk.cache import acquired, cache_errors, samples_folder, space_lock
+from prefopt.disk.entries import SAMPLES, used
+from prefopt.disk.hashes import file_hashes
+from prefopt.errors import CacheError, DataError
+from prefopt.generate.loaded import SampledModel
+from prefopt.progress import Reporter
+from prefopt.records import Comparison
+from prefopt.rewards import Reward
+
+Rows = list[Comparison]
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What stands in for names: ``models`` by the names that the config has for them, ``rows`` of prompts, a judge."""
+
+    models: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Any = None
+    rows: Sequence[Mapping[str, object]] | None = None
+    judge: Reward | None = None
+
+    def loaded(self, name: str, config: CompareConfig) -> SampledModel:
+        """A model that the config names, whichever way it was given."""
+        own = self.models.get(name)
+        if own is not None:
+            return SampledModel(name, given=own, tokenizer=self.tokenizer)
+        return SampledModel(name, device=config.device, dtype=config.dtype)
+
+
+def answers(config: CompareConfig, name: str, given: Given, reporter: Reporter) -> Rows:
+    """The samples of a model, a row for each prompt: drawn now or before, or read from the file that ``name`` is."""
+    return _read(Path(name)) if is_file(name) else _drawn(config, name, given, reporter)
+
+
+def identity(config: CompareConfig, name: str, given: Given) -> str:
+    """The SHA-256 of what decides a model's answers, or of a file of samples."""
+    if is_file(name):
+        return file_hashes([Path(name)], error=DataError)[0]
+    return given.loaded(name, config).identity().digest
+
+
+def _drawn(config: CompareConfig, name: str, given: Given, reporter: Reporter) -> Rows:
+    from prefopt.methods.sample import run as sample
+
+    model = given.loaded(name, config)
+    options = {n: getattr(config, n) for n in ("num", "max_new_tokens", "temperature", "seed", "format", "columns")}
+    if name not in given.models:
+        options |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
+    options |= {"model": name, "prompts": config.prompts or []}
+    folder = samples_folder() / _key(options, model.identity().digest, given.rows)
+    lock = space_lock(folder)
+    if not acquired(lock):
+        raise CacheError(f"{folder}: another process draws the same samples; wait for it")
+    try:
+        path = folder / SAMPLES
+        with cache_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        progress = "none" if config.json else config.progress
+        drawn = SampleConfig(
+            output=str(path), resume=path.exists(), threads=config.threads, progress=progress, **options
+        )
+        own = given.models.get(name)
+        sample(drawn, model=own, tokenizer=given.tokenizer if own is not None else None, rows=given.rows)
+        used(folder)
+    finally:
+        lock.release()
+    reporter.say(f"samples of {name}: {path}")
+    return _read(path)
+
+
+def _key(options: Mapping[str, Any], model: str, rows: Sequence[Mapping[str, object]] | None) -> str:
+    """Name of the entry: a hash of everything that the samples depend on."""
+    if rows is None:
+        prompts = [(source.name, source.digest()) for source in find_sources(options["prompts"])]
+        text = json.dumps(prompts)
+    else:
+        text = json.dumps(list(map(dict, rows)), default=repr, sort_keys=True)
+    versions = [prefopt.__version__, *map(version, ("torch", "transformers", "tokenizers"))]
+    whole = json.dumps([options, model, text, versions], sort_keys=True)
+    return hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()[:20]
+
+
+def _read(path: Path) -> Rows:
+    found = read_comparisons(str(path))
+    problems = [row for row in found if isinstance(row, Problem)]
+    if problems:
+        raise DataError(f"{problems[0].kind}: {problems[0].what}", file=str(path), row=problems[0].row)
+    rows = [row for row in found if isinstance(row, Comparison)]
+    if bad := next((row for row in rows if not row.responses), None):
+        raise DataError("has no response; prefopt sample draws some", file=str(path), row=bad.row)
+    return rows
+
+
+def check_same(samples: Mapping[str, Rows]) -> None:
+    """Every model answered the same prompts, equally often. Raises :class:`DataError` at the first difference."""
+    (first, rows), *others = samples.items()
+    for name, found in others:
+        if len(found) != len(rows):
+            raise DataError(
+                f"{first} has {len(rows)} prompts and {name} {len(found)}: compare samples of the same ones"
+            )
+        for a, b in zip(rows, found, strict=True):
+            if a.prompt_key != b.prompt_key:
+                raise DataError(
+                    f"the prompt is another one than in {first}: compare samples of the same ones", file=name, row=b.row
+                )
+            if len(a.responses) != len(b.responses):
+                what = f"has {len(b.responses)} samples, and {first} {len(a.responses)}: draw equally many"
+                raise DataError(what, file=name, row=b.row)
+
+
+def prompts_of(config: CompareConfig, given: Given) -> dict[bytes, Comparison]:
+    """The prompts' rows as their files have them, by prompt: with the answers that gsm8k compares with."""
+    how: dict[str, Any] = {"format": config.format, "columns": config.columns}
+    found = {}
+    if given.rows is not None:
+        readings = [parse_comparisons(given.rows, "prompts", **how)]
+    else:
+        readings = [open_comparisons(source, **how) for source in find_sources(config.prompts or [])]
+    for reading in readings:
+        for row in reading:
+            if isinstance(row, Comparison):
+                found[row.prompt_key] = row
+    return found

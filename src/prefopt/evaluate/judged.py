@@ -1,0 +1,159 @@
+"""What a comparison says of how a model was trained: what its own training cannot know, each with its evidence.
+
+A run sees the reward that it raises; only a judge of samples sees whether they got better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefopt.errors import RunError
+from prefopt.evaluate.samples import Samples
+from prefopt.evaluate.versus import Versus
+from prefopt.interval import Interval
+from prefopt.train.diagnose import Finding
+from prefopt.train.history import History, read_history
+from prefopt.train.trend import Change, change
+
+REPEATS = 0.1  # of the runs of four words of a sample
+TWICE = 2.0  # times as much as the model that it is compared with
+FEWEST_SAMPLES = 10
+RAISED = ("objective/scores", "rewards/margins")
+"""What training raises: the reward of PPO's samples; the margin of the implied reward."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One of two models, seen as the first: its win rate, and so on."""
+
+    name: str
+    other: str
+    rate: Interval
+    equal: Interval | None
+    longer: Interval | None
+
+
+def findings(v: Versus, models: Mapping[str, Samples]) -> list[Finding]:
+    """What is worth a look, about either model; nothing where prompts are too few."""
+    found: list[Finding] = []
+    for side in _sides(v):
+        found += [*_by_length(side), *_over_optimised(side, models), *_repeats(side, models)]
+    return found
+
+
+def _sides(v: Versus) -> Iterator[_Side]:
+    rate, equal, longer = v.rate.rate, None if v.equal_length is None else v.equal_length.rate, v.longer
+    if rate is None:
+        return
+    yield _Side(v.first, v.second, rate, equal, longer)
+    yield _Side(
+        v.second,
+        v.first,
+        _turned(rate, 1.0),
+        None if equal is None else _turned(equal, 1.0),
+        None if longer is None else _turned(longer, 0.0),
+    )
+
+
+def _turned(i: Interval, whole: float) -> Interval:
+    """The same, seen from the other side."""
+    return Interval(whole - i.mean, whole - i.high, whole - i.low, i.count, i.level)
+
+
+def _by_length(s: _Side) -> Iterator[Finding]:
+    """It wins, by longer responses, and at equal length no longer."""
+    if s.longer is None or s.equal is None or s.rate.low <= 0.5 or s.longer.low <= 0 or s.equal.low > 0.5:
+        return
+    yield Finding(
+        "length exploited",
+        f"{s.name} wins {_percent(s.rate)} against {s.other}, but its responses are longer by {s.longer.mean:.0f}"
+        f" characters [{s.longer.low:.0f}, {s.longer.high:.0f}], and at equal length it wins {_percent(s.equal)}, which"
+        " shows no gain: length may be all that was learnt. A judge that length does not move tells; pairs of like"
+        " length, or a loss that leaves length out (--loss r_dpo or ld_dpo), keep it from being learnt",
+        look=True,
+    )
+
+
+def _over_optimised(s: _Side, models: Mapping[str, Samples]) -> Iterator[Finding]:
+    """Training raised its reward, and the judge finds it worse than where it came from."""
+    run = _run_of(s.name)
+    if run is None or s.rate.high >= 0.5:
+        return
+    came = _came_from(run, s.other)
+    raised = _raised(run)
+    if came is None or raised is None:
+        return
+    metric, by = raised
+    before = _raised(_run_of(s.other)) if came == "less" else None
+    if came == "less" and (before is None or before[0] != metric or before[1].last >= by.last):
+        return
+    what = "which it started from" if before is None else f"which was trained less far (to {before[1].last:.3g})"
+    shown = models.get(s.name)
+    gap = "" if shown is None or shown.distance is None else f"; its KL is {shown.distance.k1.mean:.3g} nats"
+    knob = (
+        "a larger --beta or a lower --kl-target, fewer steps, or a reward model that has seen such samples"
+        if metric == RAISED[0]
+        else "a larger --beta, a smaller --learning-rate or fewer --epochs"
+    )
+    yield Finding(
+        "over-optimised",
+        f"training raised the reward of {s.name} ({metric} from {by.first:.3g} to {by.last:.3g}), and yet the judge"
+        f" finds it worse than {s.other}, {what}: it wins {_percent(s.rate)}{gap}. What was raised is no longer what"
+        f" the judge wants: {knob}",
+        look=True,
+    )
+
+
+def _repeats(s: _Side, models: Mapping[str, Samples]) -> Iterator[Finding]:
+    mine, theirs = models.get(s.name), models.get(s.other)
+    if mine is None or theirs is None or mine.samples < FEWEST_SAMPLES:
+        return
+    if mine.repetition > REPEATS and mine.repetition > TWICE * theirs.repetition:
+        yield Finding(
+            "repeats itself",
+            f"samples of {s.name} repeat themselves: {mine.repetition:.0%} of their runs of four words came before in"
+            f" the same sample, and {theirs.repetition:.0%} in those of {s.other}. Where it was trained on preferences,"
+            " probability went where no row is: a larger --beta, a smaller --learning-rate, or a loss that holds"
+            " chosen answers up",
+            look=True,
+        )
+
+
+def _run_of(name: str) -> History | None:
+    """The run whose output folder a model is."""
+    try:
+        return read_history(name) if (Path(name) / "run.json").is_file() else None
+    except RunError:
+        return None
+
+
+def _came_from(run: History, other: str) -> str | None:
+    """``start``: the run began with the other model. ``less``: both began with one model, on the same data."""
+    if _same(run.options.get("model"), other):
+        return "start"
+    before = _run_of(other)
+    alike = before is not None and _same(run.options.get("model"), before.options.get("model"))
+    same_data = before is not None and run.record.get("data") == before.record.get("data") is not None
+    return "less" if alike and same_data else None
+
+
+def _same(one: object, two: object) -> bool:
+    if not isinstance(one, str) or not isinstance(two, str):
+        return False
+    return one == two or (Path(one).exists() and Path(two).exists() and Path(one).samefile(two))
+
+
+def _raised(run: History | None) -> tuple[str, Change] | None:
+    """What training raised, where it did."""
+    for name in RAISED if run is not None else ():
+        assert run is not None
+        found = change(run.curve(name))
+        if found is not None and found.direction > 0:
+            return name, found
+    return None
+
+
+def _percent(i: Interval) -> str:
+    return f"{i.mean:.1%} [{i.low:.1%}, {i.high:.1%}]"

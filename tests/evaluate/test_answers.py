@@ -1,0 +1,149 @@
+"""Samples that are compared are drawn once: a judge that fails, or a kill, loses none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import prefopt
+from generate.fake_server import serving
+from prefopt.cli import main
+from prefopt.disk.cache import samples_folder
+from prefopt.disk.entries import SAMPLES, sample_entries
+from prefopt.errors import RunError
+from train.small import write_model, write_rows
+
+QUICK: dict[str, Any] = {"dtype": "float32", "device": "cpu", "progress": "none", "max_new_tokens": 6}
+WORDS = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
+
+
+@pytest.fixture
+def models(model: str, tmp_path: Path) -> tuple[str, str, str]:
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"k{i}: "} for i in range(12)])
+    return model, write_model(tmp_path / "other", seed=1), prompts
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many prompts every call of the sampler is given, from now on."""
+    from prefopt.generate.transformers_sampler import TransformersSampler
+
+    calls: list[int] = []
+    whole = TransformersSampler.sample
+
+    def counted(self: Any, prompts: Any, *args: Any, **options: Any) -> Any:
+        calls.append(len(prompts))
+        return whole(self, prompts, *args, **options)
+
+    monkeypatch.setattr(TransformersSampler, "sample", counted)
+    return calls
+
+
+def length(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    return [float(len(r)) for r in responses]
+
+
+def test_a_judge_that_raises_loses_no_sample(models: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = drawn(monkeypatch)
+
+    def fails(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        raise ValueError("the judge fell over")
+
+    with pytest.raises(RunError, match="fell over"):
+        prefopt.compare(*models, judge=fails, **QUICK)
+    assert sum(calls) == 24 and len(sample_entries()) == 2
+    found = prefopt.compare(*models, judge=length, **QUICK)
+    assert sum(calls) == 24, "nothing is drawn again"
+    monkeypatch.setenv("PREFOPT_CACHE", str(Path(models[1]).parent / "another cache"))
+    assert prefopt.compare(*models, judge=length, **QUICK).to_dict() == found.to_dict() and sum(calls) == 48
+
+
+def test_a_server_that_dies_midway_is_gone_on_from(
+    models: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("prefopt.evaluate.judges.llm.PAUSE", 0.0)
+    calls = drawn(monkeypatch)
+    a, b, prompts = models
+    words = ["compare", "--a", a, "--b", b, "--prompts", prompts, "--judge", "llm", "--judge-model", "big", *WORDS]
+    from prefopt.generate.openai import RemoteTalker
+
+    whole, left = RemoteTalker.answer, [9]
+
+    def mortal(self: Any, asked: Any, attempt: int) -> Any:
+        if not left[0]:
+            raise RunError("http://localhost cannot be reached")
+        left[0] -= 1
+        return whole(self, asked, attempt)
+
+    with serving() as server:
+        server.pieces = ["[[tie]]"]
+        with monkeypatch.context() as patch:
+            patch.setattr(RemoteTalker, "answer", mortal)
+            assert main([*words, "--judge-url", server.url]) == 2
+        said = capsys.readouterr().err
+        assert "cannot be reached" in said and len(said.splitlines()) == 1
+        asked, before = len(server.requests), sum(calls)
+        assert asked >= 9 and before == 24
+        assert main([*words, "--judge-url", server.url]) == 0
+        assert sum(calls) == 24
+        told = capsys.readouterr().out
+        assert "9 answers came from the cache" in told and "12 prompts: won 0, tied 12, lost 0" in told
+
+
+def test_a_kill_while_sampling_costs_what_was_not_written(
+    models: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefopt.generate.output import SampleFile
+
+    monkeypatch.setattr("prefopt.methods.sample.BATCHES", 1)
+    from prefopt.generate.transformers_sampler import TransformersSampler
+
+    monkeypatch.setattr(TransformersSampler, "estimate_rows", lambda *_: 4)
+    calls = drawn(monkeypatch)
+    whole, left = SampleFile.write, [2]
+
+    def dies(self: Any, rows: Any) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        whole(self, rows)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SampleFile, "write", dies)
+        prefopt.compare(*models, judge=length, **QUICK)
+    (entry,) = sample_entries()
+    assert len((entry / SAMPLES).read_text().splitlines()) == 8
+    calls.clear()
+    prefopt.compare(*models, judge=length, **QUICK)
+    assert calls == [4, 4, 4, 4]
+
+
+def test_other_models_prompts_and_options_are_other_samples(
+    models: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = drawn(monkeypatch)
+    a, b, prompts = models
+    for more, fresh in (({}, 24), ({}, 0), ({"seed": 1}, 24), ({"temperature": 0.5}, 24), ({"num": 2}, 24)):
+        calls.clear()
+        prefopt.compare(a, b, prompts, judge=length, **{**QUICK, **more})
+        assert sum(calls) == fresh, more
+    calls.clear()
+    write_rows(Path(prompts), [{"prompt": f"m{i}: "} for i in range(12)])
+    write_model(Path(b), seed=2)  # the same folder with other weights
+    prefopt.compare(a, b, prompts, judge=length, **QUICK)
+    assert sum(calls) == 24
+    write_model(Path(b), seed=3)
+    prefopt.compare(a, b, prompts, judge=length, **QUICK)
+    assert sum(calls) == 36
+
+
+def test_kept_samples_are_listed_and_removed(models: tuple[str, str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    prefopt.compare(*models, judge=length, **QUICK)
+    entry = sample_entries()[0]
+    assert main(["cache", "list"]) == 0
+    said = capsys.readouterr().out
+    assert f"{samples_folder()}: 2 sets of samples" in said and entry.name in said and models[1] in said
+    assert main(["cache", "clear", "--space", entry.name]) == 0 and len(sample_entries()) == 1
+    assert main(["cache", "clear"]) == 0 and not sample_entries()
