@@ -27,6 +27,7 @@ from prefopt.config.frontier import FrontierConfig
 from prefopt.config.layouts import DataLayoutsConfig
 from prefopt.config.losses import LossesConfig
 from prefopt.config.merge import MergeConfig
+from prefopt.config.methods_table import MethodsConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.push import PushConfig
 from prefopt.config.report import ReportConfig
@@ -93,6 +94,12 @@ VERBS: dict[str, Verb] = {
         "measure roads to a better model: reward against divergence, for DPO, PPO and others on the same data",
         FrontierConfig,
         "commands.sweeps:show_frontier",
+        document=True,
+    ),
+    "methods": Verb(
+        "measure what DPO and what reward model and PPO cost and give, over seeds and learning rates",
+        MethodsConfig,
+        "commands.sweeps:show_methods",
         document=True,
     ),
     "sample": Verb(

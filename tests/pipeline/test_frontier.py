@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from methods import small_world as world
+from pipeline.sweeping import PROMPTS, REWARD, values
 from prefopt.cli import main
 from prefopt.config.frontier import FrontierConfig
 from prefopt.config.sample import SampleConfig
@@ -30,38 +30,9 @@ from prefopt.records import Comparison
 from train.small import write_rows
 from train.test_resume import stop_after
 
-PROMPTS = [a + b for a in "abcdef" for b in "abc"]
-REWARD = "methods.small_world:reward"
-
-
-@pytest.fixture(autouse=True)
-def _known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measuring the machine takes longer than most runs here."""
-    monkeypatch.setattr("prefopt.train.measure.matmul_peak", lambda *_: 1e10)
-
-
-@pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model and prompts that nobody changes."""
-    folder = tmp_path_factory.mktemp("sweep")
-    world.write_world(folder / "m")
-    # Without a BOS, which a reward model would pad with: a model that knows nothing may end a text with it.
-    PreTrainedTokenizerFast(tokenizer_object=world.tokenizer()._tokenizer, eos_token="</s>").save_pretrained(
-        folder / "m"
-    )
-    (folder / "p.txt").write_text("\n".join(PROMPTS) + "\n")
-    return folder
-
 
 def config(place: Path, output: Path, **changes: Any) -> FrontierConfig:
-    values: dict[str, Any] = {
-        **{"model": str(place / "m"), "prompts": [str(place / "p.txt")], "output": str(output), "reward": REWARD},
-        **{"lines": "text", "held_out": 6, "num": 3, "max_new_tokens": 3, "responses": 32, "roads": ["dpo:beta=0.1"]},
-        **{"dpo": ["batch_size=4", "learning_rate=2e-3"], "ppo": ["batch_size=4", "num=2", "learning_rate=2e-3"]},
-        **{"sft": ["batch_size=4"], "reward_model": ["batch_size=4"], "device": "cpu", "dtype": "float32"},
-        "progress": "none",
-    }
-    return FrontierConfig(**{**values, **changes})
+    return FrontierConfig(**{**values(place, output), "roads": ["dpo:beta=0.1"], **changes})
 
 
 def told(points: Sequence[Point]) -> list[Point]:

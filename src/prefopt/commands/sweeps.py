@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from prefopt.config.frontier import FrontierConfig
+from prefopt.config.methods_table import MethodsConfig
 
 
 def show_frontier(config: FrontierConfig) -> None:
@@ -19,3 +20,12 @@ def show_frontier(config: FrontierConfig) -> None:
     plot_frontier(sweep, folder / "frontier.png", folder / "frontier.svg")
     print("\n".join(lines(sweep)))
     print(f"\nwritten: {folder / 'frontier.json'}, {folder / 'frontier.png'}, {folder / 'frontier.svg'}")
+
+
+def show_methods(config: MethodsConfig) -> None:
+    from prefopt.evaluate.methods_table import markdown
+    from prefopt.pipeline.methods import run
+
+    print("\n".join(markdown(run(config))))
+    folder = Path(config.output)
+    print(f"\nwritten: {folder / 'methods.json'}, {folder / 'methods.md'}")

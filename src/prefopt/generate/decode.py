@@ -25,6 +25,7 @@ from prefopt.data.packer import split
 from prefopt.generate.sample import Ids
 from prefopt.generate.slots import HOOK, Filling, Slots
 from prefopt.model.attention import gather_plan
+from prefopt.model.costs import count_pass
 from prefopt.model.scorer import Scorer, body_of, causal_model
 
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
@@ -96,9 +97,11 @@ class SlotDecoder(Decoder):
         filling = Filling(self.slots, segments, index.clamp_(min=0).to(self.device), kernel, gather)
         positions = np.concatenate([np.arange(len(ids)) for ids in prompts])
         row = [torch.from_numpy(x).to(self.device)[None] for x in (np.concatenate(prompts), positions)]
+        count_pass(self.model, row[0].numel(), "decode")
         body_of(self.model)(input_ids=row[0], position_ids=row[1], use_cache=False, return_dict=True, filling=filling)
 
     def step(self, token_n: torch.Tensor) -> torch.Tensor:
+        count_pass(self.model, token_n.numel(), "decode")
         positions = self.slots.positions[None]
         out = body_of(self.model)(
             input_ids=token_n[None], position_ids=positions, use_cache=False, return_dict=True, slots=self.slots
@@ -128,6 +131,7 @@ class _OwnForward(Decoder):
         self._last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
     def _forward(self, ids: torch.Tensor, **more: Any) -> Any:
+        count_pass(self.model, ids.numel(), "decode")
         return self.model(input_ids=ids, return_dict=True, **self._last, **more)
 
 

@@ -20,6 +20,7 @@ from prefopt.generate.choose import Choice, choose
 from prefopt.generate.decode import Decoder, WholeDecoder, decoder_of
 from prefopt.generate.noise import key_of
 from prefopt.generate.sample import Ids, Progress, Sample, Settings, occurrences
+from prefopt.model.costs import count_generated
 from prefopt.model.load import vocabulary_size
 from prefopt.model.memory import free_memory, out_of_memory
 from prefopt.model.scorer import Scorer, causal_model
@@ -268,6 +269,7 @@ class _Run:
                 raise ModelError("the model's logits are not finite; try --dtype float32, or check its weights")
             self.logps[which, noted, self.step] = logp
         self.length[noted] += 1
+        count_generated(len(noted))
         self.step += 1
         return token_n
 

@@ -48,6 +48,7 @@ from prefopt.train.policy import Policy
 from prefopt.train.ppo_models import PpoModels, build_models
 from prefopt.train.ppo_prompts import read_prompts
 from prefopt.train.ptx import read_ptx
+from prefopt.train.spending import spending
 from prefopt.train.stop import StopRequest
 from prefopt.train.trainee import trainees
 from prefopt.train.watch import watchers
@@ -81,14 +82,14 @@ def run(
     """Run PPO, or RLOO. ``callbacks``: see :class:`prefopt.train.callbacks.Callback`.
 
     ``model``, ``tokenizer``, ``rows`` and ``reward`` stand in for what ``config`` names (a model is trained in place).
-
     Returns none for a dry run. Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after
     a stop, with everything kept.
     """
     with StopRequest() as stop:
         run = _Run(config, Reporter(config.progress), stop, model, tokenizer, rows, reward)
         run.callbacks = Callbacks([*watchers(run.config, run.folder), *callbacks], run.config.to_dict())
-        return run.run()
+        with spending(run.folder, run.device):
+            return run.run()
 
 
 class _Run:
@@ -150,7 +151,6 @@ class _Run:
             return self._finish(policy, models, prompts, place.step, place.seconds)
         finally:
             policy.release()
-            self.folder.leave()
 
     # -- what is needed before training ------------------------------------------------------------------------
 

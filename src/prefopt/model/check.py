@@ -20,6 +20,7 @@ from prefopt.data.packer import pack
 from prefopt.data.table import GroupTable
 from prefopt.errors import ModelError
 from prefopt.model.clone import VOCABULARY, tiny_clone
+from prefopt.model.costs import uncounted
 from prefopt.model.packed import PackedModel, causal_model
 from prefopt.model.scalar import ScalarScorer
 from prefopt.model.scorer import Scorer
@@ -108,7 +109,8 @@ def _checked_clone(scorer: PackedModel) -> float | None:
     clone = tiny_clone(model.config)
     if clone is None:
         return None
-    error = clone_difference(clone, scorer.attention)
+    with uncounted():
+        error = clone_difference(clone, scorer.attention)
     if not error < CLONE_TOLERANCE:
         raise ModelError(
             f"{type(model).__name__}: packed scoring differs from the model's own forward by {error:.1e}"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from prefopt.data.packer import PackedBatch, pack
+from prefopt.model.costs import count_held
 from prefopt.model.distributions import Distributions
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Asked, Scorer
@@ -27,6 +28,9 @@ class HeldWeights:
         own = dict(masters.model.named_parameters())
         self._parameters = {name: own[name] for name in masters.masters}
         self._values = {name: p.data.clone() for name, p in self._parameters.items()}
+        size = sum(v.numel() for v in self._values.values())
+        if 2 * size > sum(p.numel() for p in own.values()):  # not where it is an adapter's
+            count_held(self, sum(v.numel() * v.element_size() for v in self._values.values()))
         wide = {n: m.detach() for n, m in masters.masters.items()} if moves else {}
         self._wide = {n: m.clone() for n, m in wide.items() if m.dtype != self._values[n].dtype}
 

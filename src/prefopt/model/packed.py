@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from prefopt.data.packer import Layout, PackedBatch, Pass
 from prefopt.errors import ModelError
 from prefopt.model.attention import HOOK, gather_plan, kernel_for
+from prefopt.model.costs import Purpose, count_pass
 from prefopt.model.sharing import layout_of
 
 
@@ -85,8 +86,14 @@ class PackedModel(torch.nn.Module):
         """Last hidden states [T, H] of all passes laid end to end, as ``batch.read`` and ``batch.last`` index them."""
         return torch.cat([self._hidden(p) for p in batch.passes])
 
+    def count(self, row: Pass) -> None:
+        """One forward pass more, see :mod:`prefopt.model.costs`."""
+        purpose: Purpose = "train" if torch.is_grad_enabled() else "score"
+        count_pass(causal_model(self.model), row.ids.numel(), purpose)
+
     def _hidden(self, row: Pass) -> torch.Tensor:
         """Last hidden states [T, H] of one row."""
+        self.count(row)
         body = body_of(causal_model(self.model))
         extra: dict[str, Any] = {}
         if self.layout.share:

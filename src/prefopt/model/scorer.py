@@ -151,7 +151,10 @@ class Scorer(PackedModel):
     def _by_own_logits(self, batch: PackedBatch, asked: Asked | None) -> torch.Tensor | TokenScores:
         """For models whose head is not known: they make the logits of the batch, and those are held."""
         causal = causal_model(self.model)
-        logits = [causal(input_ids=p.ids[None], use_cache=False, return_dict=True).logits[0] for p in batch.passes]
+        logits = []
+        for row in batch.passes:
+            self.count(row)
+            logits.append(causal(input_ids=row.ids[None], use_cache=False, return_dict=True).logits[0])
         z = torch.cat(logits).index_select(0, batch.read)
         z = z.to(wide_dtype(z.dtype)) * self.head.scale
         if asked is None:

@@ -14,23 +14,19 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.frontier import FrontierConfig, Training
-from prefopt.config.option import flag
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.sft import SftConfig
-from prefopt.config.sweep import AnyConfig, SweepOptions
-from prefopt.disk.write import output_errors, write_json
-from prefopt.errors import Diverged, RunError
+from prefopt.disk.write import write_json
+from prefopt.errors import Diverged
 from prefopt.evaluate.frontier import Frontier, Point
 from prefopt.evaluate.plateau import FEWEST, plateau
 from prefopt.generate.loaded import SampledModel
-from prefopt.methods import ppo, preference, reward, sft
 from prefopt.model.load import local_folder
-from prefopt.pipeline.contents import contents_of, status_of
 from prefopt.pipeline.ground import Measure, Measured, lay
+from prefopt.pipeline.train import model_of, take_folder, train_once
 from prefopt.progress import Reporter
 from prefopt.train import checkpoint
 from prefopt.train.best_of import kl_bound
@@ -61,7 +57,7 @@ class _Sweep:
         config = self.config
         trainings = list(config.trainings())
         self._check(trainings)
-        take_folder(config)
+        take_folder(config, MAY_GROW)
         self.reference = SampledModel(config.model, device=config.device, dtype=config.dtype)
         self.ground = lay(config, self.reference, self.reporter)
         self.measure = Measure(config, self.ground, self.reference)
@@ -163,62 +159,6 @@ class _Sweep:
             return _point(self.measure(config.model, file, model=model, tokenizer=tokenizer), point)
         finally:
             policy.release()
-
-
-def take_folder(config: SweepOptions) -> None:
-    """The output's folder, with the options and the model that it was begun with.
-
-    Raises :class:`RunError` where it was begun with others, or holds something else.
-    """
-    folder = Path(config.output)
-    file = folder / "sweep.json"
-    options = {name: value for name, value in config.to_dict().items() if name not in MAY_GROW}
-    now = {"command": type(config).__name__, "options": options, "model": contents_of(Path(local_folder(config.model)))}
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"--output {folder} is a file; name a folder")
-    if not file.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise RunError(f"--output {folder} is not empty and holds no sweep; name another folder")
-        with output_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, now)
-        return
-    try:
-        before = json.loads(file.read_text())
-        changed = [n for n in options if before["options"].get(n) != options[n]]
-        same = before["command"] == now["command"], before["model"] == now["model"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise RunError(f"{file} cannot be read; restore it, or name another --output") from None
-    if not same[0]:
-        raise RunError(f"--output {folder} holds another kind of sweep; name another folder")
-    if changed:
-        told = ", ".join(f"{flag(n)} was {before['options'].get(n)!r} and is {options[n]!r}" for n in changed)
-        raise RunError(f"--output {folder}: {told}; its points would not compare: put it back, or name another folder")
-    if not same[1]:
-        raise RunError(f"--output {folder} was begun with another model in {config.model}; name another folder")
-
-
-def train_once(config: AnyConfig) -> None:
-    """Train, go on with a run that was stopped, or do nothing where it is finished."""
-    status = status_of(Path(config.output))
-    if status == "finished":
-        return
-    config = type(config).from_dict(config.to_dict() | {"resume": bool(status)})
-    if isinstance(config, DpoConfig):
-        preference.run(config)
-    elif isinstance(config, SftConfig):
-        sft.run(config)
-    elif isinstance(config, PpoConfig):
-        ppo.run(config)
-    else:
-        reward.run(config)
-
-
-def model_of(config: AnyConfig) -> dict[str, Any]:
-    """What a finished training gave: a model's name, and an adapter on it where one was trained."""
-    folder = Path(config.output)
-    adapter = (folder / "adapter_config.json").exists()
-    return {"name": config.model if adapter else str(folder), "adapter": str(folder) if adapter else None}
 
 
 def _point(found: Measured, point: Point) -> Point:

@@ -18,6 +18,7 @@ from prefopt.data.group import Group, IntArray
 from prefopt.data.table import GroupTable
 from prefopt.disk.write import output_errors, write_json
 from prefopt.errors import RunError
+from prefopt.model.costs import together
 
 # Options that may differ at a resume: they change what is shown and kept, never the weights.
 FREE = frozenset({"resume", "progress", "save_every", "keep_last", "output", "dry_run", "track", "track_project"})
@@ -84,6 +85,11 @@ class RunFolder:
         if self._dry:
             return
         write_json(self.file, self.record)
+
+    def spent(self, costs: Mapping[str, float]) -> None:
+        """Add to the run's costs, which earlier starts of it may have begun."""
+        if self._lock is not None and self._lock.is_locked:
+            self.remember(costs=together([self.record.get("costs", {}), dict(costs)]))
 
     def same(self, name: str, value: Any, what: str) -> None:
         """Record ``value`` at the first start; refuse another one at a resume."""

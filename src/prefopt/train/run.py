@@ -50,6 +50,7 @@ from prefopt.train.objective import Objective
 from prefopt.train.optim import Schedule, adamw
 from prefopt.train.policy import AnyScorer, Trained
 from prefopt.train.reference import check_vocabulary
+from prefopt.train.spending import spending
 from prefopt.train.stop import StopRequest
 from prefopt.train.sums import Record
 from prefopt.train.watch import watchers
@@ -94,6 +95,10 @@ class TrainingRun(Generic[AnyScorer]):
     def run(self) -> Loop | None:
         """Every stage in turn; the loop that trained, or none for a dry run."""
         self._prepare_machine()
+        with spending(self.folder, self.device):
+            return self._run()
+
+    def _run(self) -> Loop | None:
         self.data = self.load()
         self.before_model()
         self.policy = self.load_policy()
@@ -116,7 +121,6 @@ class TrainingRun(Generic[AnyScorer]):
             return loop
         finally:
             self.policy.release()
-            self.folder.leave()
 
     # -- what a method says ------------------------------------------------------------------------------------
 

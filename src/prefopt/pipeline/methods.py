@@ -1,0 +1,160 @@
+"""``prefopt methods``: fine-tuning and DPO against fine-tuning, reward model and PPO, over seeds and learning rates.
+
+Every policy's outcome stands in ``outcome.json`` of its folder, so that a sweep that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from prefopt.config.methods_table import STAGES, MethodsConfig
+from prefopt.config.sweep import AnyConfig
+from prefopt.disk.write import output_errors, replace_file, write_json
+from prefopt.errors import Diverged
+from prefopt.evaluate.methods_table import MethodsTable, Outcome, Start, markdown, outcome_of
+from prefopt.evaluate.samples import perplexity
+from prefopt.generate.loaded import SampledModel
+from prefopt.model.costs import together
+from prefopt.pipeline.alone import train_alone
+from prefopt.pipeline.contents import status_of
+from prefopt.pipeline.ground import Measure, lay
+from prefopt.pipeline.train import model_of, take_folder, train_once
+from prefopt.progress import Reporter
+
+MAY_GROW = {"seeds", "rate_factors", "isolate", "progress", "output", "threads"}
+"""Options that may differ when it is started again: they add policies, or change none."""
+
+
+def run(config: MethodsConfig) -> MethodsTable:
+    """Train and measure every policy, or those that are still to come; ``methods.json`` is there from the first one on.
+
+    Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop: started again, it
+    goes on. A training that diverges is counted as such.
+    """
+    return _Sweep(config).run()
+
+
+class _Sweep:
+    def __init__(self, config: MethodsConfig) -> None:
+        self.config, self.reporter = config, Reporter(config.progress)
+        self.folder = Path(config.output)
+        self.starts: list[Start] = []
+        self.outcomes: list[Outcome] = []
+
+    def run(self) -> MethodsTable:
+        config = self.config
+        take_folder(config, MAY_GROW)
+        reference = SampledModel(config.model, device=config.device, dtype=config.dtype)
+        self.ground = lay(config, reference, self.reporter)
+        self.starts.append(self._start("as given", config.model, reference, self.folder / "start"))
+        reference.release()
+        for seed in range(config.seed, config.seed + config.seeds):
+            self._seed(seed)
+        return self._write(finished=True)
+
+    def _seed(self, seed: int) -> None:
+        """The stages that both roads share, then every rate of each."""
+        config = self.config
+        self._train("sft", seed, 1.0)
+        tuned = str(config.folder("sft", seed))
+        reference = SampledModel(tuned, device=config.device, dtype=config.dtype)
+        self.starts.append(self._start(f"fine-tuned, seed {seed}", tuned, reference, Path(tuned)))
+        measure = Measure(config, self.ground, reference)
+        for road in STAGES:
+            for factor in config.factors:
+                file = config.folder(road, seed, factor) / "outcome.json"
+                if file.exists():
+                    self.outcomes.append(outcome_of(json.loads(file.read_text())))
+                else:
+                    self.outcomes.append(self._outcome(road, seed, factor, measure))
+                    write_json(file, asdict(self.outcomes[-1]))
+                self._write(finished=False)
+        reference.release()
+
+    # -- one policy --------------------------------------------------------------------------------------------
+
+    def _outcome(self, road: str, seed: int, factor: float, measure: Measure) -> Outcome:
+        folder = self.config.folder(road, seed, factor)
+        found = Outcome(road, seed, factor, folder=str(folder.relative_to(self.folder)))
+        try:
+            configs = [self._train(stage, seed, factor) for stage in STAGES[road]]
+        except Diverged as error:
+            self.reporter.say(f"{road}, seed {seed}, {factor:g} times the rate, diverged: {error}")
+            return replace(found, diverged=str(error))
+        costs = together([_costs(Path(c.output)) for c in configs])
+        where = model_of(configs[-1])
+        told = measure(file=folder / "samples.jsonl", **where)
+        return replace(
+            found,
+            costs=costs,
+            reward=told.reward.mean,
+            interval=(told.reward.low, told.reward.high),
+            kl=told.kl,
+            kl_se=told.kl_error,
+            length=told.length,
+            perplexity=self._perplexity(where["name"], where["adapter"]),
+        )
+
+    def _train(self, stage: str, seed: int, factor: float) -> AnyConfig:
+        """Train a stage, unless it is there already."""
+        ground = self.ground
+        config = self.config.stage(
+            stage, seed, factor, data=[str(ground.data)], prompts=str(ground.train), each=ground.each
+        )
+        status = status_of(Path(config.output))
+        if status == "finished":
+            return config
+        rate = f", {factor:g} times the rate" if stage in STAGES else ""
+        self.reporter.say(f"{stage}, seed {seed}{rate}: {'goes on' if status else 'begins'}")
+        if self.config.isolate:
+            train_alone(config, self.folder / "trainings" / f"{'-'.join(Path(config.output).parts[-2:])}.json")
+        else:
+            train_once(config)
+        return config
+
+    def _start(self, name: str, model: str, reference: SampledModel, folder: Path) -> Start:
+        """Where roads begin; kept in its folder."""
+        file = folder / "start.json"
+        if not file.exists():
+            told = Measure(self.config, self.ground, reference)(model, folder / "samples.jsonl")
+            write_json(file, asdict(Start(name, told.reward.mean, self._perplexity(model, None))))
+        return Start(**json.loads(file.read_text()))
+
+    def _perplexity(self, name: str, adapter: str | None) -> float | None:
+        """Of the reference text; none where none was given."""
+        config = self.config
+        if config.perplexity is None:
+            return None
+        model = SampledModel(name, adapter=adapter, device=config.device, dtype=config.dtype)
+        value, cut = perplexity(model, config.perplexity)
+        if cut:
+            self.reporter.say(f"perplexity: {cut} rows were truncated to the model's context")
+        model.release()
+        return value
+
+    def _write(self, *, finished: bool) -> MethodsTable:
+        config = self.config
+        sizes = (config.held_out, config.num, config.responses)
+        found = MethodsTable(
+            config.model,
+            config.reward,
+            *sizes,
+            self.ground.made,
+            finished,
+            config.isolate,
+            tuple(self.starts),
+            tuple(self.outcomes),
+        )
+        found.write(self.folder)
+        path = self.folder / "methods.md"
+        with output_errors(path):
+            replace_file(path, ("\n".join(markdown(found)) + "\n").encode())
+        return found
+
+
+def _costs(folder: Path) -> dict[str, float]:
+    """What the run in a folder has spent."""
+    found: dict[str, float] = json.loads((folder / "run.json").read_text())["costs"]
+    return found

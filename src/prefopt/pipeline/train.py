@@ -1,0 +1,75 @@
+"""A training of any kind into its folder, once: what sweeps are made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from prefopt.config.dpo import DpoConfig
+from prefopt.config.option import flag
+from prefopt.config.ppo import PpoConfig
+from prefopt.config.sft import SftConfig
+from prefopt.config.sweep import AnyConfig, SweepOptions
+from prefopt.disk.write import output_errors, write_json
+from prefopt.errors import RunError
+from prefopt.methods import ppo, preference, reward, sft
+from prefopt.model.load import local_folder
+from prefopt.pipeline.contents import contents_of, status_of
+
+
+def take_folder(config: SweepOptions, may_grow: Collection[str]) -> None:
+    """The output's folder, with the options and the model that it was begun with; those of ``may_grow`` may differ.
+
+    Raises :class:`RunError` where it was begun with others, or holds something else.
+    """
+    folder = Path(config.output)
+    file = folder / "sweep.json"
+    options = {name: value for name, value in config.to_dict().items() if name not in may_grow}
+    now = {"command": type(config).__name__, "options": options, "model": contents_of(Path(local_folder(config.model)))}
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"--output {folder} is a file; name a folder")
+    if not file.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise RunError(f"--output {folder} is not empty and holds no sweep; name another folder")
+        with output_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, now)
+        return
+    try:
+        before = json.loads(file.read_text())
+        changed = [n for n in options if before["options"].get(n) != options[n]]
+        same = before["command"] == now["command"], before["model"] == now["model"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise RunError(f"{file} cannot be read; restore it, or name another --output") from None
+    if not same[0]:
+        raise RunError(f"--output {folder} holds another kind of sweep; name another folder")
+    if changed:
+        told = ", ".join(f"{flag(n)} was {before['options'].get(n)!r} and is {options[n]!r}" for n in changed)
+        raise RunError(f"--output {folder}: {told}; its points would not compare: put it back, or name another folder")
+    if not same[1]:
+        raise RunError(f"--output {folder} was begun with another model in {config.model}; name another folder")
+
+
+def train_once(config: AnyConfig) -> None:
+    """Train, go on with a run that was stopped, or do nothing where it is finished."""
+    status = status_of(Path(config.output))
+    if status == "finished":
+        return
+    config = type(config).from_dict(config.to_dict() | {"resume": bool(status)})
+    if isinstance(config, DpoConfig):
+        preference.run(config)
+    elif isinstance(config, SftConfig):
+        sft.run(config)
+    elif isinstance(config, PpoConfig):
+        ppo.run(config)
+    else:
+        reward.run(config)
+
+
+def model_of(config: AnyConfig) -> dict[str, Any]:
+    """What a finished training gave: a model's name, and an adapter on it where one was trained."""
+    folder = Path(config.output)
+    adapter = (folder / "adapter_config.json").exists()
+    return {"name": config.model if adapter else str(folder), "adapter": str(folder) if adapter else None}

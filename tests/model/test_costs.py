@@ -1,0 +1,81 @@
+"""What passes through a model is counted, token for token."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import torch
+
+from prefopt.data.group import Group
+from prefopt.data.packer import pack
+from prefopt.generate.sample import Settings
+from prefopt.generate.transformers_sampler import TransformersSampler
+from prefopt.model.check import check_scoring
+from prefopt.model.costs import counting, together, uncounted
+from prefopt.model.live import HeldWeights
+from prefopt.model.precision import MasterWeights
+from prefopt.model.scorer import Scorer
+from train.small import tiny_llama
+
+
+def groups() -> list[Group]:
+    """Prompts of 3 tokens, answers of 2 and 4."""
+    trained = np.arange(7) >= 3
+    whole = [np.array([5, 6, 7, *range(10 + n, 14 + n)]) for n in range(2)]
+    return [Group.from_sequences([(whole[0], trained), (whole[1][:5], trained[:5])], row=n) for n in range(2)]
+
+
+def test_passes_and_tokens_are_counted_by_what_they_are_for() -> None:
+    scorer = Scorer(tiny_llama())
+    size = sum(p.numel() * 4 for p in scorer.model.parameters())
+    batch = pack(groups(), scorer.layout)
+    with counting() as costs:
+        with torch.no_grad():
+            scorer(batch)
+        with counting() as inner:
+            scorer(batch).sum().backward()
+            with uncounted():
+                scorer(batch)
+    assert batch.tokens == 2 * (3 + 4 + 2), "the prompt once"
+    assert (costs.forward_passes, costs.scored_tokens, costs.trained_tokens) == (2, 18, 18)
+    assert (inner.forward_passes, inner.scored_tokens, inner.trained_tokens) == (1, 0, 18)
+    assert (costs.models, costs.model_bytes) == (1, size)
+    scorer(batch)
+    assert costs.forward_passes == 2, "what comes after is nobody's"
+
+
+def test_what_is_drawn_is_counted_and_the_prompt_once_for_its_samples() -> None:
+    sampler = TransformersSampler(Scorer(tiny_llama()))
+    with counting() as costs:
+        drawn = sampler.sample([[5, 6, 7, 8], [9]], 3, Settings(6, stop=(1,)))
+    lengths = [s.tokens for many in drawn for s in many]
+    assert costs.generated_tokens == sum(lengths)
+    # All but the last token of each sample goes through the model, and of rows that have ended some more.
+    assert 3 + 1 + 1 + sum(lengths) - len(lengths) <= costs.decoded_tokens <= 3 + 2 + 6 * 5
+    assert costs.scored_tokens == costs.trained_tokens == 0
+
+
+def test_models_count_while_they_are_there_and_the_twin_of_the_load_check_does_not() -> None:
+    one, batch = Scorer(tiny_llama()), groups()
+    size = sum(p.numel() * 4 for p in one.model.parameters())
+    with counting() as costs:
+        check_scoring(one, batch)
+        assert costs.models == 1 and costs.scored_tokens > 0 == costs.trained_tokens
+        for seed in (1, 2):
+            other = Scorer(tiny_llama(seed))
+            other(pack(batch, other.layout))
+            del other
+            gc.collect()
+        assert (costs.models, costs.model_bytes) == (2, 2 * size), "never three together"
+        more = Scorer(tiny_llama(3))
+        more(pack(batch, more.layout))
+        held = HeldWeights(MasterWeights(one.model, torch.float32))
+        assert (costs.models, costs.model_bytes) == (3, 3 * size)
+        del held
+
+
+def test_parts_add_up_and_memory_is_the_largest() -> None:
+    parts = [{"seconds": 2.0, "models": 4, "model_bytes": 9}, {"seconds": 1.0, "models": 1, "trained_tokens": 5}]
+    assert together(parts) == {"seconds": 3.0, "models": 4, "model_bytes": 9, "trained_tokens": 5}
+    assert together([]) == {}

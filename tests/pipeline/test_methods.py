@@ -1,0 +1,170 @@
+"""DPO against reward model and PPO: costs that are counted, outcomes that are measured, and a table of both."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.sweeping import values
+from prefopt.config.methods_table import MethodsConfig
+from prefopt.errors import ConfigError, DataError, Interrupted
+from prefopt.evaluate.methods_table import MethodsTable, Outcome, Start, markdown, read_table
+from prefopt.pipeline import methods
+from train.small import write_rows
+from train.test_resume import stop_after
+
+PPO = ["batch_size=4", "num=2", "learning_rate=2e-3"]
+
+
+def config(place: Path, output: Path, **changes: Any) -> MethodsConfig:
+    given: dict[str, Any] = {
+        "seeds": 1,
+        "rate_factors": ["1"],
+        "isolate": False,
+        "sft": ["batch_size=4", "learning_rate=1e-3"],
+    }
+    return MethodsConfig(**{**values(place, output), **given, **changes})
+
+
+@pytest.fixture(scope="session")
+def table(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[MethodsTable, Path]:
+    output = tmp_path_factory.mktemp("out") / "all"
+    text = write_rows(
+        output.with_name("text.jsonl"), [{"prompt": "ab", "completion": "cab"}, {"prompt": "b", "completion": "c"}]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFOPT_CACHE", str(output.with_name("cache")))
+        patch.setattr("prefopt.train.measure.matmul_peak", lambda *_: 1e10)
+        return methods.run(config(place, output, perplexity=[text], rate_factors=["1", "2"])), output
+
+
+def test_every_policy_is_measured_and_its_costs_are_those_of_all_its_stages(table: tuple[MethodsTable, Path]) -> None:
+    found, output = table
+    assert found.finished and read_table(output) == found
+    assert [(o.road, o.seed, o.factor) for o in found.outcomes] == [
+        (r, 0, f) for r in ("dpo", "ppo") for f in (1.0, 2.0)
+    ]
+    runs = {
+        name: json.loads((output / name / "run.json").read_text())
+        for name in ("sft/seed0", "reward/seed0", "ppo/seed0-rate2")
+    }
+    assert runs["ppo/seed0-rate2"]["options"]["learning_rate"] == pytest.approx(4e-3)
+    last = found.outcomes[-1]
+    for name in ("forward_passes", "trained_tokens", "generated_tokens", "seconds"):
+        assert last.costs[name] == pytest.approx(sum(run["costs"][name] for run in runs.values())), name
+    assert last.costs["models"] == max(run["costs"]["models"] for run in runs.values()) == 4
+    dpo, ppo = found.outcomes[0].costs, found.outcomes[2].costs
+    assert dpo["models"] == 1 and dpo["generated_tokens"] == dpo["decoded_tokens"] == 0 < ppo["generated_tokens"]
+    for o in found.outcomes:
+        assert o.interval is not None and o.reward is not None and o.interval[0] <= o.reward <= o.interval[1]
+        assert o.kl is not None and o.perplexity is not None and o.perplexity > 1
+    assert [s.name for s in found.starts] == ["as given", "fine-tuned, seed 0"]
+    assert found.starts[0].perplexity != found.starts[1].perplexity
+
+
+def test_the_tokens_of_ppo_are_counted_as_they_are_drawn(table: tuple[MethodsTable, Path]) -> None:
+    """Its rollouts, as its metrics tell them, and the four prompts that are answered twice to check the scorer."""
+    _, output = table
+    lines = [json.loads(line) for line in (output / "ppo/seed0-rate1/metrics.jsonl").read_text().splitlines()]
+    drawn = sum(round(line["val/length"] * 8) for line in lines)
+    costs = json.loads((output / "ppo/seed0-rate1/run.json").read_text())["costs"]
+    assert 8 <= costs["generated_tokens"] - drawn <= 4 * 2 * 3
+    assert costs["peak_memory_bytes"] > 1e8 and costs["seconds"] > 0
+
+
+def test_what_is_done_is_not_done_again_and_a_stop_changes_nothing(
+    place: Path, tmp_path: Path, table: tuple[MethodsTable, Path]
+) -> None:
+    found, output = table
+    text = [str(output.with_name("text.jsonl"))]
+    assert methods.run(config(place, output, perplexity=text, rate_factors=["1", "2"])) == found
+    stops = 0
+    while True:
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                stop_after(2, patch)
+                again = methods.run(config(place, tmp_path / "out", perplexity=text))
+            break
+        except Interrupted:
+            stops += 1
+    assert stops >= 3
+
+    def told(table: MethodsTable) -> list[Outcome]:
+        return [replace(o, costs={}) for o in table.outcomes if o.factor == 1]
+
+    assert told(again) == told(found)
+    one, other = again.outcomes[0].costs, found.outcomes[0].costs
+    assert one["trained_tokens"] >= other["trained_tokens"], "what was done before the stop is counted too"
+
+
+def test_a_road_that_diverges_is_counted_as_such(place: Path, tmp_path: Path) -> None:
+    found = methods.run(config(place, tmp_path / "out", ppo=[*PPO, "max_kl=1e-6"]))
+    assert [(o.road, o.diverged is None) for o in found.outcomes] == [("dpo", True), ("ppo", False)]
+    page = (tmp_path / "out/methods.md").read_text()
+    assert "| policies, and how many diverged | 1, 0 | 1, 1 |" in page and "run away from its reference" in page
+
+
+def test_the_table_says_the_numbers_of_its_outcomes() -> None:
+    costs = {
+        "models": 1,
+        "model_bytes": 2e6,
+        "forward_passes": 1000,
+        "trained_tokens": 50_000,
+        "seconds": 60,
+        "peak_memory_bytes": 3e9,
+    }
+    dpo = [Outcome("dpo", s, 1.0, costs, r, (r, r), 2.0, 0.1, 9.0, 12.0) for s, r in ((0, 0.5), (1, 0.7))]
+    ppo = [replace(dpo[0], road="ppo", costs={**costs, "models": 4, "seconds": 180, "generated_tokens": 7777})]
+    starts = (Start("as given", 0.1, 10.0), Start("fine-tuned, seed 0", 0.2, 11.0))
+    table = MethodsTable("m", "vader", 32, 4, 512, "order", True, True, starts, (*dpo, *ppo))
+    page = list(markdown(table))
+    assert page[0] == "| | SFT, DPO | SFT, reward model, PPO |"
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in page if line.startswith("| ")}
+    assert rows["models in memory together"].endswith("| 1, 2.0 MB of weights | 4, 2.0 MB of weights |")
+    assert rows["tokens generated"].endswith("| 0 | 7,777 |")
+    assert rows["wall time"].endswith("| 1 min 00 s | 3 min 00 s |")
+    assert rows["reward"].startswith("| reward | +0.600, best +0.700 |")
+    assert "deviation 0.141" in rows["its spread"] and "one training shows none" in rows["its spread"]
+    assert "10.00 before, 11.00 fine-tuned, 12.00 after" in rows["perplexity"]
+    assert "peak memory | not told" in "\n".join(markdown(replace(table, isolated=False)))
+
+
+def test_what_is_no_table_is_said(tmp_path: Path) -> None:
+    for text in ("[", '{"version": 9}', json.dumps({"version": 1, **asdict(Start("a", 1.0, None))})):
+        (tmp_path / "methods.json").write_text(text)
+        with pytest.raises(DataError, match="run prefopt methods again"):
+            read_table(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rate_factors": ["x"]}, "--rate-factors x: it must be a number above 0"),
+        ({"rate_factors": ["1", "1.0"]}, "one stands there twice"),
+        ({"sft": ["lora=true"]}, "--sft lora"),
+        ({"ppo": ["betta=1"]}, "--ppo: unknown option 'betta'"),
+        ({"reward_model": ["model=m"]}, "--reward-model model: the sweep decides it"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(
+    changes: dict[str, Any], said: str, place: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        config(place, tmp_path / "out", **changes)
+    assert said in str(error.value)
+
+
+@pytest.mark.slow
+def test_trainings_of_their_own_processes_give_the_same_and_can_be_stopped(
+    place: Path, tmp_path: Path, table: tuple[MethodsTable, Path]
+) -> None:
+    found, output = table
+    text = [str(output.with_name("text.jsonl"))]
+    apart = methods.run(config(place, tmp_path / "out", perplexity=text, isolate=True))
+    assert [o.reward for o in apart.outcomes] == [o.reward for o in found.outcomes if o.factor == 1]
+    assert all(o.costs["peak_memory_bytes"] > 1e8 for o in apart.outcomes)
+    assert "GB" in (tmp_path / "out/methods.md").read_text() or "MB" in (tmp_path / "out/methods.md").read_text()
