@@ -27,7 +27,7 @@ from train.small import dpo, pairs, write_rows
 
 pytest.importorskip("matplotlib")
 
-HOSTILE = "</style></title><script>alert(1)</script><img src=x onerror=alert(1)>\"'{{ 7*7 }}"
+HOSTILE = "$\\x{$</style></title><script>alert(1)</script><img src=x onerror=alert(1)>\"'{{ 7*7 }}"
 VOID = {"meta", "br", "img", "link", "hr", "input"}
 
 

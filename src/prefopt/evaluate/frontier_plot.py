@@ -50,7 +50,7 @@ def figure_of_frontier(sweep: Frontier, *, titled: bool = True) -> Any:
     axes.grid(True, color="0.92", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, loc="best")
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=4)
     if titled:
         figure.suptitle(
             f"Reward against divergence on {sweep.prompts} held-out prompts, {sweep.samples} samples each", fontsize=10

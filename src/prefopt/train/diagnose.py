@@ -321,9 +321,17 @@ def _where(found: Change, start: float | None = None) -> str:
 
 
 def _of_ratio(run: History, side: str) -> Change | None:
-    """The change of a log-ratio; from exactly zero where the first step has that, and so counts the first steps too."""
-    curve = run.curve(f"log_ratios_per_token/{side}")
-    return change(curve, since=0.0 if curve and abs(curve.values[0]) < 1e-4 else None)
+    return change_of(run, f"log_ratios_per_token/{side}")
+
+
+def change_of(run: History, metric: str) -> Change | None:
+    """The change of a metric; from where it must be before training, where that is known and the first step shows it:
+    the loss at log-ratios of zero, and these themselves."""
+    curve = run.curve(metric)
+    since = loss_at_start(run) if metric == "loss" and run.training else None
+    if metric.startswith("log_ratios_per_token/") and curve and abs(curve.values[0]) < 1e-4:
+        since = 0.0
+    return change(curve, since=since)
 
 
 def _count(n: int, what: str) -> str:

@@ -152,15 +152,20 @@ def _samples(models: Json) -> list[tuple[str, Sequence[str]]]:
         "characters": "characters",
         "tokens": "tokens",
         "entropy": "entropy, nats per token",
-        "repetition": "repeated runs of four words",
+        "repetition": "repeated runs of four words, part",
         "perplexity": "perplexity of held-out data",
         "empty": "empty",
     }
-    rows = [(title, [as_number(m[name]) for m in models.values()]) for name, title in titles.items()]
+    rows = [(title, [_number(m[name]) for m in models.values()]) for name, title in titles.items()]
     gaps = [m["distance"] for m in models.values()]
     rows.append(("KL to the reference, nats per response (k1)", [_gap(g) for g in gaps]))
-    rows.append(("the same by k3", [as_number(None if g is None else g["k3"]) for g in gaps]))
+    rows.append(("the same by k3", ["-" if g is None else f"{g['k3']:.2f}" for g in gaps]))
     return [(title, values) for title, values in rows if set(values) != {"-"}]
+
+
+def _number(value: float | None) -> str:
+    """As a person reads it; parts below a thousandth are as good as none."""
+    return "0" if value is not None and abs(value) < 5e-4 else as_number(value)
 
 
 def _gap(distance: Json | None) -> str:

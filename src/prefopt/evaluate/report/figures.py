@@ -13,8 +13,8 @@ from markupsafe import Markup
 from prefopt.evaluate.plot import COLOURS, SIDES, Panel, figure_of, panels_of, require_matplotlib, shortened
 from prefopt.evaluate.report.comparison import ComparisonFacts
 from prefopt.evaluate.runs import as_number, labels
+from prefopt.train.diagnose import change_of
 from prefopt.train.history import History
-from prefopt.train.trend import change
 
 WRAPPING = re.compile(r"<\?xml.*?\?>|<!DOCTYPE.*?>|<metadata>.*?</metadata>|<!--.*?-->", re.S)
 
@@ -45,7 +45,7 @@ def in_words(panel: Panel, runs: Sequence[History]) -> list[str]:
 
 def _curve_words(run: History, metric: str) -> str:
     parts = []
-    if (found := change(run.curve(metric))) is not None:
+    if (found := change_of(run, metric)) is not None:
         verb = {1: "rose", -1: "fell", 0: "did not change beyond noise:"}[found.direction]
         parts.append(f"{verb} from {as_number(found.first)} to {as_number(found.last)} (noise {found.noise:.2g})")
     if held := run.curve(metric, held_out=True):
@@ -73,7 +73,7 @@ def win_rates(found: ComparisonFacts, *, name: str) -> Markup | None:
     axes.axvline(0.5, color="0.45", linewidth=0.9, linestyle=":")
     axes.set_xlim(0, 1)
     axes.set_ylim(len(rates) - 0.5, -0.5)
-    axes.set_yticks(range(len(rates)), [shortened(text, 48) for text, _ in rates], fontsize=9)
+    axes.set_yticks(range(len(rates)), [plain(shortened(text, 48)) for text, _ in rates], fontsize=9)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_xlabel("win rate, a tie counting half; the line is its 95 % interval", fontsize=9)
     axes.tick_params(axis="x", labelsize=8)
@@ -99,3 +99,9 @@ def inline(figure: Any, *, name: str, label: str) -> Markup:
     box = re.search(r'viewBox="[^"]*"', head)
     assert box is not None, "matplotlib gives every picture a viewBox"
     return Markup(f'<svg {box[0]} role="img" aria-label={quoteattr(label)}>{body}')
+
+
+def plain(text: str) -> str:
+    """As text for matplotlib, to which a dollar begins mathematics, and an underscore in front hides a label."""
+    found = text.replace("$", r"\$")
+    return f" {found}" if found.startswith("_") else found

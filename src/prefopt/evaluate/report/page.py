@@ -14,6 +14,7 @@ import prefopt
 from prefopt.config.report import ReportConfig
 from prefopt.disk.write import output_errors, replace_file
 from prefopt.evaluate.compare import CompareResult
+from prefopt.evaluate.plot import shortened
 from prefopt.evaluate.report.comparison import ComparisonFacts, comparison_facts, read_comparison
 from prefopt.evaluate.report.facts import RunFacts, facts
 from prefopt.evaluate.report.figures import curves, win_rates
@@ -62,8 +63,10 @@ def page(
     names = [*(labels(runs) if runs else []), *(sweep.name for sweep in sweeps)]
     told = facts(runs)
     several = len(runs) > 1
+    title = title or ", ".join(names) or " and ".join(dict.fromkeys(m for c in comparisons for m in c.models))
     return template().render(
-        title=title or ", ".join(names) or " and ".join(dict.fromkeys(m for c in comparisons for m in c.models)),
+        title=title,
+        heading=shortened(title, 70),  # of a browser's tab
         version=prefopt.__version__,
         written=time.strftime("%Y-%m-%d %H:%M %Z"),
         verdict=[s for c in comparisons for s in c.sentences]

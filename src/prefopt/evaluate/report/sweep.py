@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from prefopt.evaluate.frontier import FILE, Frontier, Point, dominated, frontier, read_frontier
 from prefopt.evaluate.frontier_plot import figure_of_frontier
-from prefopt.evaluate.report.figures import inline
+from prefopt.evaluate.report.figures import inline, plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +106,8 @@ def _row(p: Point, best: bool) -> Row:
 
 def _figure(f: Frontier, *, name: str) -> Markup | None:
     """Rewards with their intervals over divergences; none where no point has numbers."""
-    drawn = [replace(p, road=_plain(p.road)) for p in f.points if None not in (p.reward, p.interval, p.kl)]
+    drawn = [replace(p, road=plain(p.road)) for p in f.points if None not in (p.reward, p.interval, p.kl)]
     if not drawn:
         return None
-    figure = figure_of_frontier(replace(f, reward=_plain(f.reward), points=tuple(drawn)), titled=False)
+    figure = figure_of_frontier(replace(f, reward=plain(f.reward), points=tuple(drawn)), titled=False)
     return inline(figure, name=name, label="Expected reward against KL to the reference; the table has the numbers")
-
-
-def _plain(text: str) -> str:
-    """As text for matplotlib, to which a dollar begins mathematics, and an underscore in front hides a label."""
-    plain = text.replace("$", r"\$")
-    return f" {plain}" if plain.startswith("_") else plain
