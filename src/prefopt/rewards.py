@@ -32,14 +32,14 @@ class Reward:
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """One finite number for each response. Raises :class:`RunError` that names the reward and the prompt."""
+        where = f" (the first prompt was {_short(prompts[0])})" if prompts else ""
         try:
             given = list(self.function(prompts, responses))
         except Exception as error:
             what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            where = f" (the first prompt was {_short(prompts[0])})" if prompts else ""
             raise RunError(f"the reward {self.name} failed{where}: {what}") from error
         if len(given) != len(responses):
-            raise RunError(f"the reward {self.name} gave {len(given)} numbers for {len(responses)} responses")
+            raise RunError(f"the reward {self.name} gave {len(given)} numbers for {len(responses)} responses{where}")
         for prompt, value in zip(prompts, given, strict=True):
             if isinstance(value, bool | str) or not _finite(value):
                 raise RunError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaModel
 
 import prefopt
 from methods import small_world as world
@@ -21,6 +23,7 @@ from prefopt.methods.ppo import PpoResult
 from prefopt.model.scalar import ScalarScorer, scalar_from
 from prefopt.model.scorer import Scorer
 from prefopt.train.collector import Collector
+from prefopt.train.critic import Critic
 from prefopt.train.learner import Learner
 from prefopt.train.phases import Phases
 from prefopt.train.rollouts import Rollouts
@@ -166,9 +169,10 @@ def stopped(number: int, model: str, output: Path, **options: Any) -> None:
         ({"minibatches": 2, "ppo_epochs": 2, "kl_target": 2.0, "kl_horizon": 20.0}, 6),  # within a step
         ({"minibatches": 2, "ppo_epochs": 2, "critic": "head"}, 4),  # at its end
         ({"algorithm": "rloo", "lora": True, "minibatches": 2}, 3),
+        ({"lora": True, "minibatches": 2, "ppo_epochs": 2}, 6),
         ({"dtype": "bfloat16", "minibatches": 2, "ppo_epochs": 1, "save_every": 1}, 3),
     ],
-    ids=["within", "end", "rloo-lora", "bfloat16"],
+    ids=["within", "end", "rloo-lora", "lora", "bfloat16"],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(
     options: dict[str, Any], number: int, small: str, tmp_path: Path
@@ -225,8 +229,17 @@ def test_a_rollout_of_a_checkpoint_is_not_drawn_or_judged_again(small: str, tmp_
 
 
 def test_with_lora_one_base_serves_actor_and_reference(small: str, tmp_path: Path) -> None:
+    bodies: list[int] = []
+
+    def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        bodies.append(sum(issubclass(type(x), LlamaModel) for x in gc.get_objects()))
+        return world.reward(prompts, responses)
+
     ppo(small, tmp_path / "full", critic="head")
-    ppo(small, tmp_path / "lora", critic="head", lora=True, lora_rank=2)
+    gc.collect()
+    before = sum(issubclass(type(x), LlamaModel) for x in gc.get_objects())
+    ppo(small, tmp_path / "lora", critic="head", lora=True, lora_rank=2, reward=reward)
+    assert len(bodies) == 2 and bodies[0] - before == 1
     full, lora = (json.loads((tmp_path / n / "run.json").read_text())["memory"] for n in ("full", "lora"))
     assert full["reference"] == full["actor"]
     assert lora["reference"] < 0.5 * full["reference"]
@@ -242,13 +255,14 @@ def kept_rollouts(patch: pytest.MonkeyPatch) -> list[Rollouts]:
     return kept
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["", "lora"])
 def test_a_reward_model_scores_the_tokens_and_starts_the_critic(
-    small: str, reward_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lora: bool, small: str, reward_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = kept_rollouts(monkeypatch)
-    ppo(small, tmp_path / "out", reward=reward_model, max_steps=1)
+    ppo(small, tmp_path / "out", reward=reward_model, max_steps=1, lora=lora)  # a new adapter changes nothing yet
     memory = json.loads((tmp_path / "out/run.json").read_text())["memory"]
-    assert memory["reward"] > 0 and memory["critic"] == memory["reward"]
+    assert memory["critic"] > memory["reward"] > 0 if lora else memory["critic"] == memory["reward"] > 0
     scorer = ScalarScorer(scalar_from(world.model(seed=7), world.tokenizer(), seed=3).double().requires_grad_(False))
     batch = pack(kept[0].groups, scorer.layout)
     torch.testing.assert_close(kept[0].score_N, scorer(batch), rtol=1e-6, atol=1e-6)
@@ -256,9 +270,31 @@ def test_a_reward_model_scores_the_tokens_and_starts_the_critic(
     torch.testing.assert_close(kept[0].value_M, scorer(batch, tokens=True), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("critic", ["actor", "reward", "head"])
+@pytest.mark.parametrize(("kind", "dtype", "lora"), [("reward", "bfloat16", False), ("actor", "float64", True)])
+def test_what_a_critic_computes_in_and_what_trains_of_it(
+    kind: str, dtype: str, lora: bool, small: str, reward_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Critic] = []
+    init = Learner.__init__
+    monkeypatch.setattr(Learner, "__init__", lambda *given: seen.append(given[3]) or init(*given))
+    company: dict[str, Any] = {"reward": reward_model} if kind == "reward" else {}
+    ppo(small, tmp_path / "out", critic=kind, dtype=dtype, lora=lora, max_steps=1, **company)
+    (critic,) = seen
+    assert critic.scorer is not None and critic.scorer.dtype == getattr(torch, dtype)
+    own = dict(critic.scorer.model.named_parameters())
+    assert {master.dtype for master in critic.masters.values()} == {torch.float64 if lora else torch.float32}
+    assert {name for name, p in own.items() if p.requires_grad} == set(critic.masters)
+    many = sum(p.numel() for p in critic.masters.values())
+    assert (
+        all(("lora_" in n) != ("score" in n) for n in critic.masters) if lora else critic.masters.keys() == own.keys()
+    )
+    assert (many < 0.6 * sum(p.numel() for p in own.values())) == lora
+
+
+@pytest.mark.parametrize("critic", ["actor", "actor lora", "reward", "head"])
 def test_the_critic_learns_what_will_be_earned(critic: str, small: str, reward_model: str, tmp_path: Path) -> None:
-    company: dict[str, Any] = {"reward": reward_model} if critic == "reward" else {}
+    critic, _, lora = critic.partition(" ")
+    company: dict[str, Any] = {"reward": reward_model} if critic == "reward" else {"lora": bool(lora)}
     options: dict[str, Any] = {"num": 16, "epochs": 4, "ppo_epochs": 8, "gae_lambda": 1.0, "learning_rate": 1e-5}
     rate = {} if critic == "head" else {"critic_learning_rate": 1e-2}
     if critic == "head":
@@ -279,11 +315,15 @@ def raising(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     raise KeyError("missing")
 
 
+def short(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    return [1.0]
+
+
 LONG = [{"prompt": "abcdefabcdefab"}]
 BAD: dict[str, tuple[type[UserError], str, dict[str, Any]]] = {
     "a reward that raises": (RunError, r"failed \(the first prompt was '\w\w'\): KeyError", {"reward": raising}),
     "NaN": (RunError, "gave nan for a response to", {"reward": constant(math.nan)}),
-    "the wrong count": (RunError, "gave 1 numbers for 8 responses", {"reward": lambda p, r: [1.0]}),
+    "the wrong count": (RunError, r"gave 1 numbers for 8 .* prompt was '\w\w'\)", {"reward": short}),
     "no such reward": (ConfigError, "no reward is called 'vadr'; did you mean vader", {"reward": "vadr"}),
     "no such reward model": (ModelError, "no such folder", {"reward": "./nowhere"}),
     "a prompt over the context": (DataError, "row 1: its prompt has 14 tokens", {"rows": LONG}),

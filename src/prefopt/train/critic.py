@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 
@@ -27,15 +28,20 @@ class Critic:
 
     def __init__(
         self,
-        scorer: ScalarScorer | None,
-        masters: dict[str, torch.nn.Parameter],
         words: str,
+        *,
+        head: torch.nn.Parameter | None = None,
+        network: tuple[ScalarScorer, MasterWeights] | None = None,
         layout: Layout | None = None,
     ) -> None:
-        """``layout``: how the batches are packed that it will be given, where that may be another way than its own."""
-        self.scorer, self.words, self._layout = scorer, words, layout
-        self._own = MasterWeights(scorer.model, scorer.dtype) if scorer is not None else None
-        self.masters = self._own.masters if self._own is not None else masters
+        """A ``head`` [H], or a ``network`` with what trains of it. ``layout``: how the batches are packed that the
+        network will be given, which may be another way than its own."""
+        self.words, self._layout = words, layout
+        self.scorer = network[0] if network is not None else None
+        self._own = network[1] if network is not None else None
+        self.masters = self._own.masters if self._own is not None else {}
+        if head is not None:
+            self.masters = {"weight": head}
 
     @property
     def is_head(self) -> bool:
@@ -84,38 +90,54 @@ class Critic:
         return sum(p.numel() * p.element_size() for p in {id(p): p for p in (*own, *self.masters.values())}.values())
 
 
-def new_critic(
-    kind: str, actor: Scorer, source: str, tokenizer: Tokenizer, *, dtype: torch.dtype, seed: int, checkpointing: bool
-) -> Critic:
-    """A critic that starts as the model in folder ``source`` (a reward model, or a language model with a new scalar
-    head), or, where ``kind`` is ``head``, as a new head on ``actor``.
+def head_critic(actor: Scorer, *, seed: int) -> Critic:
+    """A new head on ``actor``. Raises :class:`ModelError` where the architecture hides its hidden states."""
+    if actor.head.kind == "model":
+        raise ModelError(f"--critic head: {type(causal_model(actor.model)).__name__} does not show its hidden states")
+    embedding = causal_model(actor.model).get_input_embeddings()
+    width = int(embedding.embedding_dim)
+    drawn = torch.randn(width, generator=torch.Generator().manual_seed(seed)) / (width + 1) ** 0.5
+    weight = torch.nn.Parameter(drawn.to(embedding.weight.device, wide_dtype(actor.dtype)))
+    return Critic("a head on the actor's layers", head=weight)
 
-    Raises :class:`ModelError` where the architecture has no scalar head, or hides its hidden states.
+
+def network_critic(
+    kind: str,
+    actor: Scorer,
+    source: str,
+    tokenizer: Tokenizer,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    checkpointing: bool,
+    adapt: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
+) -> Critic:
+    """A critic that starts as the model in folder ``source``, the ``kind`` model of the run: a reward model, or a
+    language model with a new scalar head. It computes in ``dtype``.
+
+    All of it trains, or, with ``adapt``, the adapter that this puts on and the scalar head; the rest then needs neither
+    gradients nor masters nor state of the optimiser. Raises :class:`ModelError` where the architecture has no scalar
+    head.
     """
-    device = next(actor.model.parameters()).device
-    if kind == "head":
-        if actor.head.kind == "model":
-            raise ModelError(
-                f"--critic head: {type(causal_model(actor.model)).__name__} does not show its hidden states"
-            )
-        width = int(causal_model(actor.model).get_input_embeddings().embedding_dim)
-        drawn = torch.randn(width, generator=torch.Generator().manual_seed(seed)) / (width + 1) ** 0.5
-        weight = torch.nn.Parameter(drawn.to(device, wide_dtype(actor.dtype)))
-        return Critic(None, {"weight": weight}, "a head on the actor's layers")
     model = load_scalar(
         local_folder(source),
-        dtype=torch.promote_types(dtype, torch.float32),
-        device=device,
+        dtype=dtype if adapt is not None else torch.promote_types(dtype, torch.float32),
+        device=next(actor.model.parameters()).device,
         tokenizer=copy.deepcopy(tokenizer),  # a pad token may be put on it, which the actor's has no need of
         seed=seed,
     )
-    model.requires_grad_(True)
     if vocabulary_size(causal_model(model)) < len(tokenizer):
         raise ModelError(f"{source}: its vocabulary is smaller than the tokenizer's; they belong to different models")
+    model.requires_grad_(adapt is None)
+    if adapt is not None:
+        torch.manual_seed(seed)
+        model = adapt(model)
     if checkpointing:
         causal_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+    own = MasterWeights(model, dtype)
+    what = "a network of its own" if adapt is None else "an adapter on a network of its own"
     scorer = ScalarScorer(model, attention=actor.attention)
-    return Critic(scorer, {}, f"a network of its own, started from the {kind} model", actor.layout)
+    return Critic(f"{what}, started from the {kind} model", network=(scorer, own), layout=actor.layout)
 
 
 def hidden_wanted(critic: Critic | None) -> Asked | None:

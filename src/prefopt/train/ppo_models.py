@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from prefopt.config.model import LORA_ALPHA_PER_RANK, LORA_RANK
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.score import is_model_reward
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ModelError
 from prefopt.model.live import HeldWeights, LiveReference
-from prefopt.model.load import load_model, local_folder, vocabulary_size
+from prefopt.model.load import load_model, local_folder, new_lora, vocabulary_size
 from prefopt.model.packed import causal_model
 from prefopt.model.scorer import Scorer
 from prefopt.model.sharing import context_length
 from prefopt.progress import size
-from prefopt.train.critic import Critic, new_critic
+from prefopt.train.critic import Critic, head_critic, network_critic
 from prefopt.train.judge import Judge, ModelJudge, load_judge
-from prefopt.train.policy import Policy
+from prefopt.train.policy import Policy, ScalarPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,9 @@ def _critic(config: PpoConfig, actor: Policy, source: str, tokenizer: Tokenizer)
         raise ModelError(f"--critic reward: --reward {config.reward} is no model to start from; take --critic actor")
     if kind == "actor" and not source:
         kind = "head"
-    return new_critic(
+    if kind == "head":
+        return head_critic(actor.scorer, seed=config.seed)
+    return network_critic(
         kind,
         actor.scorer,
         config.reward if kind == "reward" else source,
@@ -114,7 +119,15 @@ def _critic(config: PpoConfig, actor: Policy, source: str, tokenizer: Tokenizer)
         dtype=actor.dtype,
         seed=config.seed,
         checkpointing=config.gradient_checkpointing,
+        adapt=_adapter(config) if config.lora else None,
     )
+
+
+def _adapter(config: PpoConfig) -> Callable[[torch.nn.Module], torch.nn.Module]:
+    """Puts an adapter on a critic, of the shape of the actor's new one."""
+    rank = config.lora_rank or LORA_RANK
+    alpha = config.lora_alpha or LORA_ALPHA_PER_RANK * rank
+    return partial(new_lora, rank=rank, alpha=alpha, dropout=0.0, targets=config.lora_targets, task=ScalarPolicy.task)
 
 
 def _bytes(model: torch.nn.Module) -> int:
