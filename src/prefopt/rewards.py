@@ -59,8 +59,8 @@ def load_reward(name: str) -> Reward:
     module, colon, attribute = name.partition(":")
     if not colon:
         raise ConfigError(
-            f"no reward is called {name!r}{nearest(name, list(RULES))}; there are {', '.join(RULES)}, and"
-            " MODULE:FUNCTION for one of your own"
+            f"no reward is called {name!r}{nearest(name, list(RULES))}; there are {', '.join(RULES)},"
+            " MODULE:FUNCTION for one of your own, and folders of reward models"
         )
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)

@@ -173,7 +173,9 @@ VERBS: dict[str, Verb] = {
         "commands.models:show_environment",
     ),
     "score": Verb(
-        "give responses numbers, by a rule or a function of your own", ScoreConfig, "commands.sample:score_file"
+        "give responses numbers, by a rule, a reward model or a function of your own",
+        ScoreConfig,
+        "commands.sample:score_file",
     ),
     "demo": Verb("run the demonstration, offline, in a few minutes", DemoConfig, "commands.demo:show_demo"),
 }

@@ -324,6 +324,7 @@ BAD: dict[str, tuple[type[UserError], str, dict[str, Any]]] = {
     "a reward that raises": (RunError, r"failed \(the first prompt was '\w\w'\): KeyError", {"reward": raising}),
     "NaN": (RunError, "gave nan for a response to", {"reward": constant(math.nan)}),
     "the wrong count": (RunError, r"gave 1 numbers for 8 .* prompt was '\w\w'\)", {"reward": short}),
+    "a folder that is not there": (ConfigError, "and folders of reward models", {"reward": "reward-model"}),
     "no such reward": (ConfigError, "no reward is called 'vadr'; did you mean vader", {"reward": "vadr"}),
     "no such reward model": (ModelError, "no such folder", {"reward": "./nowhere"}),
     "a prompt over the context": (DataError, "row 1: its prompt has 14 tokens", {"rows": LONG}),
