@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -163,8 +167,21 @@ def test_trainings_of_their_own_processes_give_the_same_and_can_be_stopped(
     place: Path, tmp_path: Path, table: tuple[MethodsTable, Path]
 ) -> None:
     found, output = table
-    text = [str(output.with_name("text.jsonl"))]
-    apart = methods.run(config(place, tmp_path / "out", perplexity=text, isolate=True))
+    given = config(place, tmp_path / "out", perplexity=[str(output.with_name("text.jsonl"))], isolate=True)
+    waiting = threading.Thread(target=_signal_once_written, args=(tmp_path / "out/sft/seed0/run.json",))
+    waiting.start()
+    with pytest.raises(Interrupted):
+        methods.run(given)
+    waiting.join()
+    assert not (tmp_path / "out/methods.json").exists()
+    apart = methods.run(given)
     assert [o.reward for o in apart.outcomes] == [o.reward for o in found.outcomes if o.factor == 1]
     assert all(o.costs["peak_memory_bytes"] > 1e8 for o in apart.outcomes)
-    assert "GB" in (tmp_path / "out/methods.md").read_text() or "MB" in (tmp_path / "out/methods.md").read_text()
+    assert "one process for all" not in (tmp_path / "out/methods.md").read_text()
+
+
+def _signal_once_written(file: Path) -> None:
+    """Ask this process to stop once the training in another one has begun."""
+    while not file.exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)

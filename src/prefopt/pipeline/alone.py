@@ -42,6 +42,8 @@ def train_alone(config: AnyConfig, file: Path) -> None:
                 process.kill()
                 raise
         said = _read(outcome)
+        if said is not None and said[0] == "done":
+            stop.check(" once this training was finished")  # the signal came too late for it
     if said is None:
         raise RunError(f"{config.output}: its process ended with status {status}, perhaps for want of memory")
     kind, what = said

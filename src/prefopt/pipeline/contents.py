@@ -1,13 +1,15 @@
-"""How far a folder's run came, and what its model is made of: by contents, not by names or times."""
+"""How far a folder's run came, and what its model is made of: by contents, not by names or times; how one goes on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from prefopt.disk.hashes import file_hashes
-from prefopt.errors import DataError, RunError
+from prefopt.errors import DataError, Interrupted, RunError
 
 OF_A_MODEL = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 OF_A_RUN = {"run.json", "reliability.json"}  # what changes, or says nothing of the model
@@ -32,3 +34,14 @@ def contents_of(folder: Path) -> str:
     hashes = file_hashes(files, error=DataError)
     text = json.dumps([[p.name, h] for p, h in zip(files, hashes, strict=True)])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@contextmanager
+def started_again() -> Iterator[None]:
+    """A stage that is stopped speaks of --resume; what it is a part of goes on where it is started again."""
+    try:
+        yield
+    except Interrupted as stop:
+        where = str(stop).partition(";")[0]
+        said = f"{where}; what was computed is kept: the same command goes on"
+        raise Interrupted(said, stop.signal) from None

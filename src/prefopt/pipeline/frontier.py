@@ -25,6 +25,7 @@ from prefopt.evaluate.frontier import Frontier, Point
 from prefopt.evaluate.plateau import FEWEST, plateau
 from prefopt.generate.loaded import SampledModel
 from prefopt.model.load import local_folder
+from prefopt.pipeline.contents import started_again
 from prefopt.pipeline.ground import Measure, Measured, lay
 from prefopt.pipeline.train import model_of, take_folder, train_once
 from prefopt.progress import Reporter
@@ -45,7 +46,8 @@ def run(config: FrontierConfig) -> Frontier:
     Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop: started again, the
     sweep goes on. A training that diverges is a point that does not count.
     """
-    return _Sweep(config).run()
+    with started_again():
+        return _Sweep(config).run()
 
 
 class _Sweep:

@@ -18,7 +18,7 @@ from prefopt.evaluate.samples import perplexity
 from prefopt.generate.loaded import SampledModel
 from prefopt.model.costs import together
 from prefopt.pipeline.alone import train_alone
-from prefopt.pipeline.contents import status_of
+from prefopt.pipeline.contents import started_again, status_of
 from prefopt.pipeline.ground import Measure, lay
 from prefopt.pipeline.train import model_of, take_folder, train_once
 from prefopt.progress import Reporter
@@ -33,7 +33,8 @@ def run(config: MethodsConfig) -> MethodsTable:
     Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop: started again, it
     goes on. A training that diverges is counted as such.
     """
-    return _Sweep(config).run()
+    with started_again():
+        return _Sweep(config).run()
 
 
 class _Sweep:

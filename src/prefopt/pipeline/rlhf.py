@@ -24,7 +24,7 @@ from prefopt.errors import RunError
 from prefopt.methods import ppo, reward, sft
 from prefopt.model.load import local_folder, resolve_device
 from prefopt.model.merge import merge_adapter
-from prefopt.pipeline.contents import contents_of, status_of
+from prefopt.pipeline.contents import contents_of, started_again, status_of
 from prefopt.progress import Reporter
 from prefopt.train.folder import FREE
 
@@ -44,7 +44,8 @@ def run(config: RlhfConfig) -> RlhfResult:
     Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop: started again, the
     stage goes on from its checkpoint.
     """
-    return _Chain(config).run()
+    with started_again():
+        return _Chain(config).run()
 
 
 class _Chain:
