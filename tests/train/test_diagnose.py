@@ -19,7 +19,7 @@ from prefopt.errors import RunError
 from prefopt.train.diagnose import CHECKS, diagnose, in_words
 from prefopt.train.history import Curve, read_history
 from prefopt.train.trend import change, mean_with_noise, share_interval
-from train.small import dpo, pairs
+from train.small import doubtful_pairs, dpo, pairs, write_model, write_rows
 
 N = 60
 LN2 = math.log(2)
@@ -163,6 +163,27 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"record": {"rows": {"read": 1000, "kept": 1000, "truncated": 120}}},
         r"120 of 1000 rows \(12%\) were truncated to 512 tokens",
     ),
+    "left out": (
+        {"record": {"rows": {"read": 1000, "kept": 900, "truncated": 10}}},
+        r"100 of 1000 rows \(10%\) were left out",
+    ),
+    "another reference": (
+        {
+            "training": {"log_ratios_per_token/chosen": noisy(lambda t: 0.3 + 0.05 * t, 0.002)},
+            "record": {"options": {"reference": "older"}},
+        },
+        r"did not start at its reference, older: .* \+0.3 nats and one of rejected answers -?\+?0: |\+0.3 nats",
+    ),
+    "reward rose": (
+        {"training": {"objective/scores": noisy(lambda t: t), "objective/kl": noisy(lambda t: 6 * t)}},
+        r"rose from 0.0\d+ to 0.9\d+ .*, at 5.\d+ nats from its reference",
+    ),
+    "reward fell": ({"training": {"objective/scores": noisy(lambda t: -t)}}, "fell from .* try a third of it"),
+    "reward flat": ({"training": {"objective/scores": noisy(lambda t: 0, 0.1)}}, "did not change beyond noise"),
+    "samples grew": (
+        {"training": {"objective/scores": noisy(lambda t: t), "val/length": noisy(lambda t: 20 + 20 * t, 1)}},
+        r"grew from 2\d.* to 39.* tokens while the reward rose from",
+    ),
     "ended early": ({"record": {"steps": 90}}, "ended at step 60 of 90"),
     "few steps": ({"training": {"loss": [0.69, 0.6, 0.5]}}, "3 steps: too few"),
 }
@@ -193,6 +214,14 @@ NEARLY: dict[str, dict[str, Any]] = {
     "spike": {"training": {"grad_norm": [5.0 if i == 40 else 0.8 for i in range(N)]}},
     "clipped": {"record": {"options": {"max_grad_norm": 1e9}}, "training": {"grad_norm": [5.0] * N}},
     "truncated": {"record": {"rows": {"kept": 1000, "truncated": 40}}},
+    "left out": {"record": {"rows": {"read": 1000, "kept": 960}}},
+    "another reference": {"training": {"log_ratios_per_token/chosen": noisy(lambda t: 0.01 + 0.05 * t, 0.002)}},
+    "reward rose": {"training": {"objective/scores": noisy(lambda t: 0.02 * t, 0.1)}},
+    "reward fell": {"training": {"objective/scores": noisy(lambda t: -0.02 * t, 0.1)}},
+    "reward flat": {"training": {"objective/scores": noisy(lambda t: t)}},
+    "samples grew": {
+        "training": {"objective/scores": noisy(lambda t: t), "val/length": noisy(lambda t: 40 + 4 * t, 1)},
+    },
     "ended early": {"record": {"status": "interrupted", "steps": 90}},
     "nothing held out": {"held_out": NONE_HELD_OUT, "record": {"status": "interrupted"}},
     "few steps": {"training": {"loss": noisy(lambda t: 1 - t, n=12)}},
@@ -207,10 +236,12 @@ def test_it_is_not_said_where_they_do_not(name: str, tmp_path: Path) -> None:
 def test_every_sentence_is_tested_both_ways() -> None:
 
     from prefopt.train import diagnose as module
+    from prefopt.train import diagnose_samples
 
-    tree = ast.parse(inspect.getsource(module))
+    trees = [ast.parse(inspect.getsource(source)) for source in (module, diagnose_samples)]
     said = {
         node.args[0].value
+        for tree in trees
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding" and node.args
         if isinstance(node.args[0], ast.Constant)
@@ -218,7 +249,7 @@ def test_every_sentence_is_tested_both_ways() -> None:
     good = {"loss fell", "held out", "accuracy", "chosen rose"}
     assert said == set(CASES) | good
     assert said - set(NEARLY) == {"loss flat", "held out", "worse than chance", "training accuracy"}  # said above
-    assert len(CHECKS) == 10
+    assert len(CHECKS) == 14
 
 
 def test_losses_of_other_kinds_are_told_too(tmp_path: Path) -> None:
@@ -229,6 +260,58 @@ def test_losses_of_other_kinds_are_told_too(tmp_path: Path) -> None:
     assert names(write(tmp_path, **changes)) == {"loss fell", "held out"}
     text = "\n".join(in_words(diagnose(read_history(tmp_path))))
     assert "the mean of the first 6, and the mean of the last 6" in text
+
+
+def test_a_run_of_ppo_is_told_of_its_samples_and_not_of_rows(tmp_path: Path) -> None:
+    only = dict.fromkeys(name for name in GOOD["training"] if name != "epoch")
+    rising = {"objective/scores": noisy(lambda t: t), "val/length": noisy(lambda t: 40, 1)}
+    assert names(write(tmp_path, training={**only, **rising}, held_out=NONE_HELD_OUT)) == {"reward rose"}
+
+
+def test_gradients_of_nothing_are_told_too(tmp_path: Path) -> None:
+    """A run at an absurd learning rate: after a few steps every sigmoid is flat."""
+    write(tmp_path, training={"grad_norm": [5.0, 5.0] + [0.0] * (N - 2)})
+    assert "was 5 at step 1, and its median 0: look" in "\n".join(in_words(diagnose(read_history(tmp_path))))
+
+
+PLANTED: dict[str, dict[str, Any]] = {
+    "overshot": {"data": "doubtful", "learning_rate": 0.1, "epochs": 3},
+    "hardly moved": {"learning_rate": 1e-8},
+    "worse than chance": {"eval": "exchanged"},
+    "gap": {"data": "doubtful", "epochs": 8},
+    "fitted": {"epochs": 6, "learning_rate": 1e-2},
+    "another reference": {"reference": "other"},
+    "truncated": {"max_length": 24},
+    "chosen fell far": {"data": "alike", "epochs": 8, "learning_rate": 1e-2},
+    "lengths differ": {"data": "long"},
+    "healthy": {"learning_rate": 1e-4},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_fault_is_found_in_a_real_run(name: str, model: str, tmp_path: Path) -> None:
+    """And nothing of the kind in a healthy one."""
+    options: dict[str, Any] = {"learning_rate": 1e-3, "epochs": 2, **PLANTED[name]}
+    rows, held = pairs(96), pairs(60, seed=1)
+    kind = options.pop("data", "")
+    if kind == "doubtful":
+        rows, held = doubtful_pairs(40, 0), doubtful_pairs(60, 1)
+    if kind == "alike":
+        rows = [{**row, "chosen": row["rejected"] + "z", "rejected": row["rejected"]} for row in rows]
+    if kind == "long":
+        rows = [{**row, "chosen": row["chosen"] * 2} for row in rows]
+    if options.pop("eval", "") == "exchanged":
+        held = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in held]
+    if "reference" in options:
+        options["reference"] = write_model(tmp_path / "other", seed=3)
+    eval_data = write_rows(tmp_path / "held.jsonl", held)
+    dpo(model, rows, tmp_path / "out", eval_data=[eval_data], eval_every=8, **options)
+    found = diagnose(read_history(tmp_path / "out"))
+    if name == "healthy":
+        assert not [f for f in found if f.look], found
+    else:
+        assert name in {f.name for f in found if f.look}, found
 
 
 def test_a_run_without_steps_has_nothing_to_tell(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from prefopt.model.load import local_folder, resolve_device, resolve_dtype
 from prefopt.progress import Reporter
 from prefopt.records import Comparison
 from prefopt.studies.votes import Vote
-from prefopt.train.diagnose import Finding
+from prefopt.train.finding import Finding
 
 
 @dataclass(frozen=True, slots=True)

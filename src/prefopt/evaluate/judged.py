@@ -13,7 +13,7 @@ from prefopt.errors import RunError
 from prefopt.evaluate.samples import Samples
 from prefopt.evaluate.versus import Versus
 from prefopt.interval import Interval
-from prefopt.train.diagnose import Finding
+from prefopt.train.finding import Finding
 from prefopt.train.history import History, read_history
 from prefopt.train.trend import Change, change
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
+from prefopt.train import diagnose_samples
+from prefopt.train.finding import Check, Finding
 from prefopt.train.history import History
 from prefopt.train.trend import Change, change, mean_with_noise, share_interval
 
@@ -20,21 +21,10 @@ CHOSEN_FELL = 0.3  # nats per token: a token of the good answers is a quarter le
 LENGTHS_DIFFER = 1.25  # chosen over rejected, or the other way round
 OVERSHOT = 1.5  # times the loss before training, in the mean of four steps
 SPIKE = 10.0  # times the median of the gradient's norm
-TRUNCATED = 0.05  # of the rows
+TRUNCATED = LEFT_OUT = 0.05  # of the rows
+ELSEWHERE = 0.05  # nats per token between policy and reference before any step
 LOST = 0.1  # of what the best evaluation had gained
 FITTED = (0.99, 4.0)  # accuracy, and a margin of which the logistic function is 0.98
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """``name`` says which rule found it; ``look``: something to look at, not only something that happened."""
-
-    name: str
-    text: str
-    look: bool = False
-
-
-Check = Callable[[History], Iterator[Finding]]
 
 
 def diagnose(run: History) -> list[Finding]:
@@ -110,7 +100,7 @@ def _moved(run: History) -> Iterator[Finding]:
 def _held_out(run: History) -> Iterator[Finding]:
     curve = run.curve("loss", held_out=True)
     if not curve:
-        if run.status == "finished":
+        if run.status == "finished" and run.curve("loss"):
             yield Finding(
                 "nothing held out",
                 "no rows were held out: whether the model learnt more than these rows by heart is not known; give"
@@ -217,6 +207,22 @@ def _chosen(run: History) -> Iterator[Finding]:
         )
 
 
+def _reference(run: History) -> Iterator[Finding]:
+    """The first step's log-ratios are those of the model before training: zero where it starts at its reference."""
+    first = run.training[0]
+    gaps = [first.get(f"log_ratios_per_token/{side}") for side in ("chosen", "rejected")]
+    chosen, rejected = (g if isinstance(g, (int, float)) else 0.0 for g in gaps)
+    if first["step"] == 1 and max(abs(chosen), abs(rejected)) > ELSEWHERE:
+        yield Finding(
+            "another reference",
+            f"the policy did not start at its reference, {run.options.get('reference') or 'the one given'}: before any"
+            f" step a token of chosen answers had a log-ratio of {chosen:+.2g} nats and one of rejected answers"
+            f" {rejected:+.2g}. The loss holds the policy to a model that it does not come from: leave --reference out,"
+            " unless that is meant",
+            look=True,
+        )
+
+
 def _lengths(run: History) -> Iterator[Finding]:
     chosen, rejected = (run.curve(f"lengths/{side}").values for side in ("chosen", "rejected"))
     if len(chosen) != len(rejected) or len(chosen) < 4:
@@ -241,10 +247,11 @@ def _gradients(run: History) -> Iterator[Finding]:
         return
     median, largest = statistics.median(norms.values), max(norms.values)
     if largest > SPIKE * median:
+        times = f"{largest / median:.0f} times its median {median:.3g}" if median else "and its median 0"
         at = norms.steps[norms.values.index(largest)]
         yield Finding(
             "spike",
-            f"the gradient's norm was {largest:.3g} at step {at}, {largest / median:.0f} times its median {median:.3g}:"
+            f"the gradient's norm was {largest:.3g} at step {at}, {times}:"
             " look at the loss there, and at the rows of that batch",
             look=True,
         )
@@ -271,6 +278,18 @@ def _truncated(run: History) -> Iterator[Finding]:
         )
 
 
+def _left_out(run: History) -> Iterator[Finding]:
+    rows = run.record.get("rows") or {}
+    read, kept = rows.get("read"), rows.get("kept")
+    if read and kept and (read - kept) / read >= LEFT_OUT:
+        yield Finding(
+            "left out",
+            f"{read - kept} of {read} rows ({(read - kept) / read:.0%}) were left out, for they could not be used:"
+            " prefopt data check names each with its reason",
+            look=True,
+        )
+
+
 CHECKS: tuple[Check, ...] = (
     _length,
     _loss,
@@ -282,6 +301,9 @@ CHECKS: tuple[Check, ...] = (
     _lengths,
     _gradients,
     _truncated,
+    _left_out,
+    _reference,
+    *diagnose_samples.CHECKS,
 )
 
 

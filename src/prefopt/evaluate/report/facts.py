@@ -11,7 +11,8 @@ from prefopt.config.methods import METHODS, read_options
 from prefopt.config.option import options
 from prefopt.errors import UserError
 from prefopt.evaluate.runs import as_number, labels, reached, shown, summary
-from prefopt.train.diagnose import Finding, diagnose
+from prefopt.train.diagnose import diagnose
+from prefopt.train.finding import Finding
 from prefopt.train.history import History
 
 Row = tuple[str, str]
