@@ -282,3 +282,22 @@ def test_prompts_are_cut_to_their_beginning_and_the_command_tells_the_table(
     assert sorted(json.loads(line)["prompt"] for line in every.splitlines()) == list("abcdef")
     assert (tmp_path / "out/frontier.png").stat().st_size > 10_000
     assert "KL: upper bound" in (tmp_path / "out/frontier.svg").read_text()
+
+
+@pytest.mark.slow
+def test_adapters_are_measured_as_whole_models_are(place: Path, tmp_path: Path) -> None:
+    lora = {
+        "dpo": ["batch_size=4", "learning_rate=5e-2", "lora=true"],
+        "ppo": ["batch_size=4", "num=2", "learning_rate=2e-2", "lora=true"],
+    }
+    roads = ["dpo:beta=0.1", "ppo-true:beta=0.1"]
+    found = frontier.run(config(place, tmp_path / "out", roads=roads, checkpoints=2, **lora))
+    assert [(p.road, p.step) for p in found.points[1:]] == [("dpo", 1), ("dpo", 2), ("ppo-true", 4)]
+    options: dict[str, Any] = {"num": 3, "max_new_tokens": 3, "device": "cpu", "dtype": "float32", "progress": "none"}
+    held = [str(tmp_path / "out/data/held_out.jsonl")]
+    for p in found.points[2:]:
+        drawn = sample.run(
+            SampleConfig(model=str(place / "m"), adapter=str(tmp_path / "out" / p.folder), prompts=held, **options)
+        )
+        rewards = [world.reward([], row["responses"]) for row in drawn.rows]
+        assert p.reward == pytest.approx(np.mean(rewards), abs=1e-9) and p.kl is not None and p.kl > 0.01
