@@ -210,3 +210,26 @@ def test_an_option_of_sampling_does_something(option: dict[str, Any], model: str
 def test_repetition_is_told_of_texts_with_and_without_spaces() -> None:
     assert repetition("the cat sat down the cat sat down") == pytest.approx(1 / 5)
     assert repetition("好的好的好的好的") > 0.5 and repetition("") == 0.0
+
+
+def test_bad_rows_stop_a_comparison_or_are_counted(model: str, other: str, prompts: str, tmp_path: Path) -> None:
+    rows = [{"prompt": "k1: ", "chosen": "aeiou", "rejected": "xyz"}] * 3
+    good, bad = write_rows(tmp_path / "good.jsonl", rows), tmp_path / "bad.jsonl"
+    bad.write_text(Path(good).read_text() + '{"prompt": "k1: ", "chosen": "", "rejected": "x"}\n')
+    given: dict[str, Any] = {"prompts": [prompts], **QUICK}
+    with pytest.raises(DataError, match=r"row 4: 1 of 4 rows cannot be used.*--on-bad-row skip"):
+        compared(model, other, held_out=[str(bad)], **given)
+    whole = compared(model, other, held_out=[good], **given)
+    found = compared(model, other, held_out=[str(bad)], on_bad_row="skip", **given)
+    assert found.notes == [
+        f"{name}: 1 rows of the held-out data were left out: they cannot be used" for name in (model, other)
+    ]
+    assert [m.perplexity for m in found.models.values()] == [m.perplexity for m in whole.models.values()]
+
+
+def test_models_that_say_nothing_tie_and_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = (samples(tmp_path / f"{name}.jsonl", [[" "]] * 16) for name in "ab")
+    assert main(["compare", "--a", a, "--b", b, "--judge", "length"]) == 0
+    said = capsys.readouterr().out
+    assert "won 0, tied 16, lost 0" in said and "16 decided without the judge" in said
+    assert "no difference is shown" in said and said.count("16 empty") == 2

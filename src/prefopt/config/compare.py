@@ -45,6 +45,11 @@ class CompareConfig(MachineOptions, ReadOptions):
     held_out: list[str] | None = option(
         None, "data whose best responses each model's perplexity is measured on", group="data"
     )
+    on_bad_row: Literal["refuse", "skip"] = option(
+        "refuse",
+        "a row of prompts or held-out data that cannot be used stops the comparison, or is left out and counted",
+        group="data",
+    )
     votes: list[str] | None = option(
         None, "votes of people to count instead: files of prefopt chat, or studies", group="data"
     )
@@ -95,6 +100,8 @@ class CompareConfig(MachineOptions, ReadOptions):
         check_all(self)
         self.check_machine()
         if self.votes is not None:
+            if self.on_bad_row == "skip":
+                raise ConfigError("--on-bad-row skip is for prompts and held-out data, and --votes has neither")
             for name in (*_OF_SAMPLES, *_OF_LLM, *_OF_TASKS, "others", "reference", "category", "held_out", "output"):
                 if getattr(self, name) is not None:
                     raise ConfigError(f"{flag(name)}: --votes counts what was judged already; leave one of them out")

@@ -65,7 +65,8 @@ def _drawn(config: CompareConfig, name: str, given: Given, reporter: Reporter) -
     from prefopt.methods.sample import run as sample
 
     model = given.loaded(name, config)
-    options = {n: getattr(config, n) for n in ("num", "max_new_tokens", "temperature", "seed", "format", "columns")}
+    options = {n: getattr(config, n) for n in ("num", "max_new_tokens", "temperature", "seed")}
+    options |= {n: getattr(config, n) for n in ("format", "columns", "on_bad_row")}
     if name not in given.models:
         options |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
     options |= {"model": name, "prompts": config.prompts or []}

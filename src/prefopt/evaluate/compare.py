@@ -145,8 +145,10 @@ def _seen(config: CompareConfig, name: str, rows: Rows, notes: list[str], given:
         reference.release()
     if config.held_out is not None and not is_file(name):
         model = given.loaded(name, config)
-        held, cut = perplexity(model, config.held_out, format=config.format, columns=config.columns)
+        how: dict[str, Any] = {"format": config.format, "columns": config.columns, "on_bad_row": config.on_bad_row}
+        held, cut, left = perplexity(model, config.held_out, **how)
         model.release()
+        notes += [f"{name}: {left} rows of the held-out data were left out: they cannot be used"] if left else []
         notes += [f"{name}: {cut} rows of the held-out data were truncated"] if cut else []
     return seen(rows, gap, held)
 

@@ -120,16 +120,16 @@ def distance(rows: Sequence[Comparison], reference: SampledModel, *, seed: int =
     return Distance(mean_interval(means, seed=seed), error, float(k3.mean()))
 
 
-def perplexity(model: SampledModel, names: Sequence[str], **layout: Any) -> tuple[float, int]:
+def perplexity(model: SampledModel, names: Sequence[str], **layout: Any) -> tuple[float, int, int]:
     """exp of the mean negative log-probability per token of the best responses of some data, and how many rows were
-    truncated to the model's context.
+    truncated to the model's context, and left out.
 
     Tokens are the model's own: models with other tokenizers have perplexities that do not compare.
     """
     found = load_groups(names, model.tokenizer, max_length=model.context or LONGEST, want="demonstrations", **layout)
     groups = list(found.groups)
     mean = log_probabilities(model, groups).sum() / found.groups.trained_N.sum()
-    return float(np.exp(-mean)), found.truncated
+    return float(np.exp(-mean)), found.truncated, found.refused
 
 
 def log_probabilities(model: SampledModel, groups: Sequence[Group]) -> Floats:

@@ -129,7 +129,7 @@ class _Sweep:
         if config.perplexity is None:
             return None
         model = SampledModel(name, adapter=adapter, device=config.device, dtype=config.dtype)
-        value, cut = perplexity(model, config.perplexity)
+        value, cut, _ = perplexity(model, config.perplexity)  # bad rows are refused
         if cut:
             self.reporter.say(f"perplexity: {cut} rows were truncated to the model's context")
         model.release()
