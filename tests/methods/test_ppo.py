@@ -347,6 +347,22 @@ def test_bad_input_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_wrong_name_of_a_reward_is_told_before_any_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no reward is called 'vadr'"):
+        ppo(str(tmp_path / "no model either"), tmp_path / "out", reward="vadr")
+
+
+def test_repeated_prompts_and_a_single_step_are_told(
+    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ppo(small, tmp_path / "out", rows=[*ROWS[:2], ROWS[0]], progress="plain")
+    said = capsys.readouterr()
+    assert "1 repeat others" in said.out + said.err and "before the only step" in said.out + said.err
+    ppo(small, tmp_path / "more", rows=ROWS, progress="plain")
+    said = capsys.readouterr()
+    assert "repeat others" not in said.out + said.err and "in the first step" in said.out + said.err
+
+
 def test_reward_models_that_do_not_fit_are_refused(small: str, reward_model: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is a language model, which gives no score"):
         ppo(small, tmp_path / "a", reward=small)

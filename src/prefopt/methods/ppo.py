@@ -34,7 +34,7 @@ from prefopt.model.memory import peak_memory
 from prefopt.model.packed import causal_model
 from prefopt.model.save import repair_generation
 from prefopt.progress import Reporter, duration, size
-from prefopt.rewards import Reward
+from prefopt.rewards import Reward, load_reward
 from prefopt.train import budget
 from prefopt.train.callbacks import Callbacks
 from prefopt.train.card import save_model, write_card
@@ -108,7 +108,8 @@ class _Run:
         reward: Scores | None,
     ) -> None:
         self.config, self.reporter, self.stop = config, reporter, stop
-        self.given, self.rows, self.reward = model, rows, reward
+        self.given, self.rows = model, rows
+        self.reward = _given_reward(config.reward, reward)
         self.folder = RunFolder(Path(config.output), config.to_dict(), resume=config.resume, dry=config.dry_run)
         self.start = SampledModel(
             config.model,
@@ -184,7 +185,7 @@ class _Run:
     def _given_judge(self) -> Judge | None:
         if self.reward is None:
             return None
-        return TextJudge(Reward(self.config.reward, self.reward), self.tokenizer, self.settings.stop)
+        return TextJudge(self.reward, self.tokenizer, self.settings.stop)
 
     def _take_folder(self, prompts: PromptSet, models: PpoModels) -> None:
         """From here on the output folder is this run's."""
@@ -196,7 +197,7 @@ class _Run:
         if self.config.reference is not None:
             found = identity_of_folder(local_folder(self.config.reference)).digest
             self.folder.same("reference", found, "the reference model")
-        if self.reward is None and is_model_reward(self.config.reward):
+        if self.reward is None:
             found = identity_of_folder(local_folder(self.config.reward)).digest
             self.folder.same("reward", found, "the reward model")
         self.folder.remember(algorithm=self.config.algorithm, memory=models.memory())
@@ -320,16 +321,30 @@ class _Run:
         if not config.save_every:
             shutil.rmtree(self.folder.checkpoints)  # they were there for what might have happened until now
         self.folder.remember(status="finished", finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), results=results)
-        self.reporter.say(
-            f"score {first['objective/scores']:.3f} in the first step, {last['objective/scores']:.3f} in the last, at"
-            f" {last['objective/kl']:.3g} nats from the reference; by the reward that was trained on: look at samples"
-        )
+        if len(lines) > 1:
+            self.reporter.say(
+                f"score {first['objective/scores']:.3f} in the first step, {last['objective/scores']:.3f} in the last,"
+                f" at {last['objective/kl']:.3g} nats from the reference; by the reward that was trained on: look at"
+                " samples"
+            )
+        else:
+            self.reporter.say(
+                f"score {first['objective/scores']:.3f} before the only step; what came of it was not measured:"
+                " prefopt compare does, and --epochs makes more steps"
+            )
         self.reporter.say(f"done in {duration(seconds)}: {folder}")
         return PpoResult(folder, steps, last)
 
 
 _TITLES = {"ppo": "Proximal Policy Optimization", "rloo": "REINFORCE with a leave-one-out baseline"}
 _CARD = ("objective/scores", "objective/kl", "objective/rlhf_reward", "objective/entropy", "val/length", "val/eos_rate")
+
+
+def _given_reward(name: str, function: Scores | None) -> Reward | None:
+    """What is asked for a score, unless it is a model: a name that is none is told before any model is loaded."""
+    if function is not None:
+        return Reward(name, function)
+    return None if is_model_reward(name) else load_reward(name)
 
 
 def _learn_options(config: PpoConfig) -> LearnOptions:

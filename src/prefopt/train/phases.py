@@ -120,7 +120,7 @@ class Phases:
             path = self._save()
             self.reporter.say(f"checkpoint: {path}")
         place = self.place
-        within = f", {place.done} minibatches into the next one" if place.done else ""
+        within = f", {place.done} of the updates of the next one made" if place.done else ""
         self.stop.check(f" after step {place.step} of {self.options.steps}{within}")
 
     def _step(self) -> tuple[Record, Path | None]:

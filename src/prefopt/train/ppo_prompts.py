@@ -34,6 +34,8 @@ def read_prompts(config: PpoConfig, start: SampledModel, rows: Any, reporter: Re
         prompts = reader.take(reading, reading.notes)
     for line in prompts.summary():
         reporter.say(f"prompts: {line}")
+    if repeated := len(prompts.ids) - len({ids.tobytes() for ids in prompts.ids}):
+        reporter.say(f"prompts: {repeated} repeat others, whose responses count more for it")
     if template:
         tokenizer.chat_template = template
     stop = start.stops(renderer)
