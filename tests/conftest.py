@@ -1,8 +1,9 @@
-"""What every test may count on: one thread, no network, a cache of its own."""
+"""What every test may count on: one thread, no network, a cache of its own, Ctrl-C."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import hypothesis
 import pytest
+
+# A suite that a script starts in the background inherits that Ctrl-C is ignored, and so would the programs under test.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("prefopt", deadline=None, print_blob=True)
