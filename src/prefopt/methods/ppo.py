@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -318,9 +316,7 @@ class _Run:
             results=results,
             license="The licences of the base model, of the reward model and of the data apply.",
         )
-        if not config.save_every:
-            shutil.rmtree(self.folder.checkpoints)  # they were there for what might have happened until now
-        self.folder.remember(status="finished", finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), results=results)
+        self.folder.finish(results, keep_checkpoints=bool(config.save_every))
         if len(lines) > 1:
             self.reporter.say(
                 f"score {first['objective/scores']:.3f} in the first step, {last['objective/scores']:.3f} in the last,"

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,15 @@ class RunFolder:
         if self._dry:
             return
         write_json(self.file, self.record)
+
+    def finish(self, results: Mapping[str, Any], *, keep_checkpoints: bool) -> None:
+        """The model is written: say so in ``run.json``, and remove the checkpoints unless they are to be kept.
+
+        In this order: whoever is killed between the two has a finished run, and not one that begins anew.
+        """
+        self.remember(status="finished", finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), results=dict(results))
+        if not keep_checkpoints and self.checkpoints.exists():
+            shutil.rmtree(self.checkpoints)  # they were there for what might have happened until now
 
     def spent(self, costs: Mapping[str, float]) -> None:
         """Add to the run's costs, which earlier starts of it may have begun."""

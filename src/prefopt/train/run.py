@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Generic
@@ -387,9 +385,7 @@ class TrainingRun(Generic[AnyScorer]):
             results=results,
             license="The licences of the base model and of the data apply.",
         )
-        if not self.config.save_every:
-            shutil.rmtree(loop.checkpoints)  # they were there for what might have happened until now
-        self.folder.remember(status="finished", finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), results=results)
+        self.folder.finish(results, keep_checkpoints=bool(self.config.save_every))
         for line in self.closing():
             self.reporter.say(line)
         self.reporter.say(f"done in {duration(progress.seconds)}: {folder}")

@@ -1,0 +1,72 @@
+"""The last moments of a run: killed in any of them, its model is there, or can be made from its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from methods import small_world as world
+from methods.test_ppo import ppo
+from prefopt.errors import RunError
+from prefopt.train.folder import RunFolder
+from train.small import dpo, pairs, weights, write_rows
+
+Train = Callable[..., Any]
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+@pytest.fixture(params=["ppo", "dpo"])
+def train(request: pytest.FixtureRequest, tmp_path: Path, model: str) -> Train:
+    """A short run of either loop, into the folder it is given."""
+    if request.param == "ppo":
+        start = world.write_world(tmp_path / "m")
+        return lambda output, **more: ppo(start, output, **more)
+    data = write_rows(tmp_path / "data.jsonl", pairs(8))
+    return lambda output, **more: dpo(model, data, output, batch_size=4, learning_rate=1e-2, **more)
+
+
+def test_killed_before_it_is_noted_as_finished_a_run_goes_on(train: Train, tmp_path: Path) -> None:
+    remember, output = RunFolder.remember, tmp_path / "out"
+
+    def killed(self: RunFolder, **values: Any) -> None:
+        if values.get("status") == "finished":
+            raise Killed
+        remember(self, **values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "remember", killed)
+        with pytest.raises(Killed):
+            train(output)
+    assert list(output.glob("checkpoints/step-*"))
+    before, lines = weights(output), (output / "metrics.jsonl").read_text()
+    train(output, resume=True)
+    assert (output / "metrics.jsonl").read_text() == lines  # no step was made again
+    after = weights(output)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not (output / "checkpoints").exists()
+
+
+def test_killed_while_its_checkpoints_go_a_run_is_finished(train: Train, tmp_path: Path) -> None:
+    output, rmtree = tmp_path / "out", shutil.rmtree
+
+    def killed(path: Path, **how: Any) -> None:
+        if Path(path) == output / "checkpoints":
+            raise Killed
+        rmtree(path, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            train(output)
+    assert json.loads((output / "run.json").read_text())["status"] == "finished"
+    with pytest.raises(RunError, match="is finished; to train further"):
+        train(output, resume=True)
