@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from transformers import AutoModelForCausalLM
 import prefopt
 from prefopt.cli import main
 from prefopt.config.ppo import PpoConfig
+from prefopt.config.reward import RewardConfig
 from prefopt.config.rlhf import RlhfConfig
+from prefopt.config.sft import SftConfig
 from prefopt.errors import ConfigError, Interrupted, RunError
 from prefopt.pipeline import rlhf
 from train.small import pairs, weights, write_model, write_rows
@@ -24,6 +27,21 @@ from train.test_resume import stop_after
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 STAGES = ("sft", "reward", "ppo")
+TEMPLATE = (
+    "{%- for message in messages -%}{{- message.content + ' </s>' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- ' ' -}}{%- endif -%}"
+)
+CHANGES: dict[str, Callable[[str], str]] = {
+    "e.jsonl": lambda text: text.replace('"chosen": "', '"chosen": "a '),
+    "t.jinja": lambda text: text.replace("' </s>'", "'  </s>'"),
+    "dataset_info.json": lambda text: text.replace("mine", "yours"),
+    "p.jsonl": lambda text: text.partition("\n")[2],
+    "k.jsonl": lambda text: text.partition("\n")[2],
+    "other/config.json": lambda text: text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'),
+}
+NO_FILES = set(
+    "format columns template_variables data_weights lora_targets output track track_project adapter device".split()
+)
 
 
 def config(place: Path, **changes: Any) -> RlhfConfig:
@@ -89,6 +107,52 @@ def test_what_changed_is_seen_by_contents_and_nothing_is_overwritten(tmp_path: P
     write_rows(tmp_path / "d.jsonl", pairs(8, seed=1))
     with pytest.raises(RunError, match=r"out/sft is of a chain with other options, model or data"):
         rlhf.run(config(tmp_path, max_new_tokens=5))
+
+
+def test_every_file_that_an_option_names_is_seen_to_change(tmp_path: Path) -> None:
+    stages = {"e.jsonl": "sft", "t.jinja": "sft", "dataset_info.json": "sft", "p.jsonl": "ppo", "k.jsonl": "ppo"}
+    stages["other/config.json"] = "ppo"
+    write_rows(tmp_path / "e.jsonl", pairs(2, seed=3))
+    write_rows(tmp_path / "p.jsonl", [{"prompt": row["prompt"]} for row in pairs(4)])
+    write_rows(tmp_path / "k.jsonl", [{"text": row["chosen"]} for row in pairs(2)])
+    registry = {"mine": {"file_name": "e.jsonl", "ranking": True, "columns": {"prompt": "prompt"}}}
+    registry["mine"]["columns"] |= {"chosen": "chosen", "rejected": "rejected"}  # type: ignore[operator]
+    (tmp_path / "dataset_info.json").write_text(json.dumps(registry))
+    (tmp_path / "t.jinja").write_text(TEMPLATE)
+    write_model(tmp_path / "other", seed=1)
+    few = ["batch_size=4", "max_steps=1"]
+    given = {
+        "chat_template": str(tmp_path / "t.jinja"),
+        "prompts": [str(tmp_path / "p.jsonl")],
+        "eval_fraction": 0.0,
+        "sft": [*few, f"eval_data=['{tmp_path / 'e.jsonl'}']"],
+        "reward": few,
+        "ppo": [*few, "max_kl=1e6", f"reference={tmp_path / 'other'}", f"ptx_data=['{tmp_path / 'k.jsonl'}']"],
+    }
+    rlhf.run(config(tmp_path, **given))
+    for name, stage in stages.items():
+        before = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(CHANGES[name](before))
+        with pytest.raises(RunError, match=rf"out/{stage} is of a chain with other options, model or data"):
+            rlhf.run(config(tmp_path, **given))
+        (tmp_path / name).write_text(before)
+    assert rlhf.run(config(tmp_path, **given)).skipped == STAGES
+
+
+def test_a_registry_that_cannot_be_read_is_of_no_matter_where_the_layout_is_named(tmp_path: Path) -> None:
+    few = ["batch_size=4", "max_steps=1"]
+    given = {"format": "preference-text", "sft": few, "reward": few, "ppo": few}
+    (tmp_path / "dataset_info.json").write_text('{"d.jsonl": ')
+    rlhf.run(config(tmp_path, **given))
+    assert rlhf.run(config(tmp_path, **given)).skipped == STAGES
+
+
+def test_options_that_may_name_files_are_looked_into_or_known_to_name_none() -> None:
+    """An option that is added some day must say which it is."""
+    named = {*rlhf.MODELS, *rlhf.DATA, *rlhf.FILES}
+    text = (str, str | None, list[str], list[str] | None)
+    for stage in (SftConfig, RewardConfig, PpoConfig):
+        assert {name for name, hint in get_type_hints(stage).items() if hint in text} <= named | NO_FILES
 
 
 def test_a_finished_folder_that_was_touched_is_not_built_on(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Chains of methods: supervised fine-tuning, then a reward model, then PPO against it.
 
 Each stage has a folder of its own. ``stages.json`` beside them keeps what a finished stage was made from (its options,
-the contents of its model and data) and what came of it, so that a chain that is started again does only what is still
-to be done, or goes on where it was stopped; where anything has changed since, it says so and touches nothing.
+the contents of every model, data set and template that they name) and what came of it, so that a chain that is started
+again does only what is still to be done, or goes on where it was stopped; where anything has changed since, it says so
+and touches nothing.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from prefopt.config.ppo import PpoConfig
 from prefopt.config.reward import RewardConfig
 from prefopt.config.rlhf import RlhfConfig, StageConfig, StageName
 from prefopt.config.sft import SftConfig
+from prefopt.data.dataset_info import find_entry
 from prefopt.data.sources import find_sources
+from prefopt.disk.hashes import file_hashes
 from prefopt.disk.write import output_errors, write_json
-from prefopt.errors import RunError
+from prefopt.errors import ConfigError, RunError
 from prefopt.methods import ppo, reward, sft
 from prefopt.model.load import local_folder, resolve_device
 from prefopt.model.merge import merge_adapter
@@ -132,19 +135,25 @@ def _as(kind: type[Any], config: StageConfig) -> Any:
     return config
 
 
+MODELS, DATA, FILES = ("model", "reward", "reference"), ("data", "prompts", "eval_data", "ptx_data"), ("chat_template",)
+"""Options of a stage that name folders of models, rows, and files: what they hold decides on it, not their names."""
+
+
 def _made_from(config: StageConfig) -> str:
     """A digest of everything that decides on a stage: its options, and the contents of what they name."""
     free = {*FREE, "device", "threads"}
     options = {name: value for name, value in config.to_dict().items() if name not in free}
-    contents = [contents_of(Path(local_folder(config.model)))]
-    if isinstance(config, PpoConfig):
-        contents.append(contents_of(Path(config.reward)))
-        contents += _digests(config.prompts)
-    else:
-        contents += _digests(config.data)
+    contents = [contents_of(Path(local_folder(options[name]))) for name in MODELS if options.get(name)]
+    for name in DATA:
+        registry = options.get("format") is None or name == "ptx_data"  # --format goes before what a registry says
+        contents += _digests(options.get(name) or (), registry=registry)
+    contents += file_hashes([Path(options[name]) for name in FILES if options.get(name)], error=ConfigError)
     text = json.dumps([options, contents], sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _digests(names: Sequence[str]) -> list[str]:
-    return [source.digest() for source in find_sources(names)]
+def _digests(names: Sequence[str], *, registry: bool) -> list[str]:
+    """Of the rows, and, with ``registry``, of what a ``dataset_info.json`` beside them says of their layout."""
+    sources = find_sources(names)
+    entries = [find_entry(source.path) for source in sources] if registry else []
+    return [source.digest() for source in sources] + [repr(entry) for entry in entries if entry is not None]
