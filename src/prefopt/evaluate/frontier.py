@@ -37,6 +37,13 @@ class Plateau:
     steps: int
     reached: bool
 
+    @property
+    def told(self) -> str:
+        """In words: ``plateau``, ``still rising``, ``falling``, or ``cannot be told`` where the noise hides which."""
+        if self.reached:
+            return "plateau"
+        return "still rising" if self.low > 0 else "falling" if self.high < 0 else "cannot be told"
+
 
 @dataclass(frozen=True, slots=True)
 class Point:

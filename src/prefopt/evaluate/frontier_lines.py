@@ -41,10 +41,9 @@ def plateaus(points: Sequence[Point]) -> Iterator[str]:
     for p in shown:
         f = p.plateau
         assert f is not None
-        told = "plateau" if f.reached else "no plateau"
         yield (
             f"  {p.road} {p.setting}, seed {p.seed}: {f.rise:+.3f} [{f.low:+.3f}, {f.high:+.3f}] in {f.steps} steps,"
-            f" climb {f.climb:+.3f}: {told}"
+            f" climb {f.climb:+.3f}: {f.told}"
         )
     if shown:
         yield ""

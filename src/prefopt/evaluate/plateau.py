@@ -17,29 +17,35 @@ from prefopt.evaluate.frontier import Plateau
 
 FEWEST = 6
 """Steps in the last third at least: a line through fewer says nothing."""
-SMALL = 0.05
-"""A rise of the last third that is surely above zero, but below this part of all that was climbed, is none."""
+SMALL = 0.2
+"""A rise of the last third surely below this part of the climb is none; a reward that rises evenly gains 0.43 of it."""
 
 
-def plateau(reward_S: npt.ArrayLike) -> Plateau | None:
+def plateau(reward_S: npt.ArrayLike, responses_S: npt.ArrayLike | None = None) -> Plateau | None:
     """Least squares through the last third of a training reward [steps]; none where that has fewer than six steps.
 
-    The reward has reached a plateau where the interval (95 %, Student's t; the noise of steps taken as independent,
-    since each draws samples of its own) of what the line gains over the third holds 0, or where the gain is above 0 but
-    smaller than a twentieth of the climb before. A reward that surely falls has reached none.
+    A test of equivalence: the reward has reached a plateau where even the upper bound (95 % interval, Student's t) of
+    what the line gains over the third is below a fifth of the climb, and it does not surely fall by as much. That no
+    rise can be seen in the noise is not enough. ``responses_S``, whose mean each reward is, weigh the steps (else all
+    are alike); their noise is taken as independent, since each step draws responses of its own.
     """
     y = np.asarray(reward_S, np.float64)
+    w = np.ones(len(y)) if responses_S is None else np.asarray(responses_S, np.float64)
     n = len(y) // 3
     if n < FEWEST or not np.isfinite(y).all():
         return None
-    last, x = y[-n:], np.arange(n) - (n - 1) / 2
-    slope = float(x @ last / (x @ x))
-    left = last - last.mean() - slope * x
-    error = float(np.sqrt(left @ left / (n - 2) / (x @ x)))
+    last, weight = y[-n:], w[-n:]
+    mean = float(np.average(last, weights=weight))
+    x = np.arange(n) - np.average(np.arange(n), weights=weight)
+    spread = float(weight @ (x * x))
+    slope = float(weight @ (x * last)) / spread
+    left = last - mean - slope * x
+    error = math.sqrt(float(weight @ (left * left)) / (n - 2) / spread)
     rise, half = slope * (n - 1), student(n - 2) * error * (n - 1)
-    climb = float(last.mean() - y[: max(1, len(y) // 10)].mean())
+    early = max(1, len(y) // 10)
+    climb = mean - float(np.average(y[:early], weights=w[:early]))
     low, high = rise - half, rise + half
-    reached = low <= 0 <= high or 0 < rise < SMALL * climb
+    reached = high < SMALL * climb and (high >= 0 or low > -SMALL * climb)
     return Plateau(rise, low, high, climb, n, bool(reached))
 
 
