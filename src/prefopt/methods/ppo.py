@@ -46,7 +46,7 @@ from prefopt.train.policy import Policy
 from prefopt.train.ppo_models import PpoModels, build_models
 from prefopt.train.ppo_prompts import read_prompts
 from prefopt.train.ptx import read_ptx
-from prefopt.train.spending import spending
+from prefopt.train.spending import Spending, spending
 from prefopt.train.stop import StopRequest
 from prefopt.train.trainee import trainees
 from prefopt.train.watch import watchers
@@ -86,7 +86,7 @@ def run(
     with StopRequest() as stop:
         run = _Run(config, Reporter(config.progress), stop, model, tokenizer, rows, reward)
         run.callbacks = Callbacks([*watchers(run.config, run.folder), *callbacks], run.config.to_dict())
-        with spending(run.folder, run.device):
+        with spending(run.folder, run.device) as run.spending:
             return run.run()
 
 
@@ -94,6 +94,7 @@ class _Run:
     """One run, stage by stage."""
 
     callbacks: Callbacks
+    spending: Spending
 
     def __init__(
         self,
@@ -252,6 +253,7 @@ class _Run:
             measure=lambda: {"peak_memory_bytes": float(peak_memory(self.device))},
             callbacks=self.callbacks,
             ptx=self.ptx,
+            after_save=self.spending.note,
         )
         phases.place.token_budget = tokens
         torch.manual_seed(config.seed + 1)

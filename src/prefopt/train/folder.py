@@ -20,7 +20,6 @@ from prefopt.data.group import Group, IntArray
 from prefopt.data.table import GroupTable
 from prefopt.disk.write import output_errors, write_json
 from prefopt.errors import RunError
-from prefopt.model.costs import together
 
 # Options that may differ at a resume: they change what is shown and kept, never the weights.
 FREE = frozenset({"resume", "progress", "save_every", "keep_last", "output", "dry_run", "track", "track_project"})
@@ -98,9 +97,9 @@ class RunFolder:
             shutil.rmtree(self.checkpoints)  # they were there for what might have happened until now
 
     def spent(self, costs: Mapping[str, float]) -> None:
-        """Add to the run's costs, which earlier starts of it may have begun."""
+        """The run's costs so far, of all its starts together."""
         if self._lock is not None and self._lock.is_locked:
-            self.remember(costs=together([self.record.get("costs", {}), dict(costs)]))
+            self.remember(costs=dict(costs))
 
     def same(self, name: str, value: Any, what: str) -> None:
         """Record ``value`` at the first start; refuse another one at a resume."""

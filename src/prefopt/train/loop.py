@@ -63,8 +63,8 @@ class Loop:
     """One run over ``groups``, of which ``train`` and ``held_out`` are indices.
 
     ``checkpoints`` is a folder; ``inspect_first`` sees the first step's metrics, groups and values before any weight
-    moves. ``movement``: the reference moves; losses against different ones cannot be compared, so that no evaluation is
-    the best.
+    moves; ``after_save`` is called once a checkpoint is written. ``movement``: the reference moves; losses against
+    different ones cannot be compared, so that no evaluation is the best.
     """
 
     scorer: PackedModel
@@ -86,6 +86,7 @@ class Loop:
     inspect_first: Callable[[Record, Sequence[int], Values], None] | None = None
     movement: Movement | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
+    after_save: Callable[[], None] = lambda: None
     progress: Progress = field(default_factory=Progress)
     _saved: int | None = None
 
@@ -264,6 +265,7 @@ class Loop:
             self.checkpoints, weights, optimizer, state, keep_last=self.options.keep_last, reference=reference
         )
         self._saved = self.progress.step
+        self.after_save()
         forget_bests(self.checkpoints, self.progress.best_step)
         if self.options.save_every or self.stop.signal is not None:
             self.reporter.say(f"checkpoint: {path}")

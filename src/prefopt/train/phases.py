@@ -65,7 +65,8 @@ class Place:
 
 @dataclass(slots=True, kw_only=True)
 class Phases:
-    """One run. ``trained``: the actor, and the critic where it is no head on the actor."""
+    """One run. ``trained``: the actor, and the critic where it is no head on the actor. ``after_save`` is called
+    once a checkpoint is written."""
 
     learner: Learner
     collector: Collector
@@ -80,6 +81,7 @@ class Phases:
     measure: Callable[[], Record]
     callbacks: Callbacks = field(default_factory=Callbacks)
     ptx: PtxTerm | None = None
+    after_save: Callable[[], None] = lambda: None
     place: Place = field(default_factory=Place)
     rollouts: Rollouts | None = None
     _kept: tuple[int, int] | None = None
@@ -274,6 +276,7 @@ class Phases:
             self.checkpoints, weights, optimizer, state, keep_last=self.options.keep_last, rollouts=rollouts
         )
         self._kept = (place.step, place.done)
+        self.after_save()
         return path
 
     def resume(self) -> Path | None:

@@ -93,7 +93,7 @@ class TrainingRun(Generic[AnyScorer]):
     def run(self) -> Loop | None:
         """Every stage in turn; the loop that trained, or none for a dry run."""
         self._prepare_machine()
-        with spending(self.folder, self.device):
+        with spending(self.folder, self.device) as self.spending:
             return self._run()
 
     def _run(self) -> Loop | None:
@@ -306,6 +306,7 @@ class TrainingRun(Generic[AnyScorer]):
             inspect_first=lambda *found: self._tell(self.inspect_first(objective, *found)),
             callbacks=self.callbacks,
             movement=self.movement,
+            after_save=self.spending.note,
         )
         torch.manual_seed(config.seed + 1)
         if config.resume:
