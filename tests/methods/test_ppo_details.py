@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from methods import small_world as world
-from methods.test_ppo import kept_rollouts, metrics, ppo
+from methods.test_ppo import kept_rollouts, metrics, ppo, same_bits
 from prefopt.config.ppo import PpoConfig
 from prefopt.model.scalar import scalar_from
+from prefopt.model.scorer import Scorer
+from prefopt.train.critic import Critic
 
 GUIDE = Path(__file__).parents[2] / "docs/guide/ppo.md"
 
@@ -71,3 +73,34 @@ def test_metrics_are_those_of_the_guide(tmp_path: Path) -> None:
     logged = set(json.loads((tmp_path / "out/metrics.jsonl").read_text()))
     assert told <= logged
     assert {name for name in logged if "/" in name} == {name for name in told if "/" in name}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["", "lora"])
+def test_checkpointing_saves_less_of_actor_and_critic_and_ends_with_the_same_bits(
+    lora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: dict[str, int] = {}
+
+    def counted(name: str, forward: Any) -> Any:
+        """``forward``, with the bytes counted that it keeps for the backward pass."""
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            saved[name] += x.numel() * x.element_size()
+            return x
+
+        def wrapped(*given: Any, **named: Any) -> Any:
+            saved.setdefault(name, 0)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                return forward(*given, **named)
+
+        return wrapped
+
+    start = world.write_world(tmp_path / "m")
+    monkeypatch.setattr(Scorer, "forward", counted("actor", Scorer.forward))
+    monkeypatch.setattr(Critic, "values", counted("critic", Critic.values))
+    ppo(start, tmp_path / "plain", lora=lora, critic="actor")
+    plain = dict(saved)
+    saved.clear()
+    ppo(start, tmp_path / "less", lora=lora, critic="actor", gradient_checkpointing=True)
+    assert saved["actor"] < 0.7 * plain["actor"] and saved["critic"] < 0.7 * plain["critic"]
+    assert same_bits(tmp_path / "plain", tmp_path / "less")

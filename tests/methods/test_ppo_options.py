@@ -67,11 +67,12 @@ SHOWN_HERE = {
     "max_kl": "test_a_divergence_that_runs_away_stops_the_run_and_keeps_what_was_good",
     "resume": "test_a_stopped_run_goes_on_to_the_same_bits",
     "save_every": "test_a_stopped_run_goes_on_to_the_same_bits",
+    "gradient_checkpointing": "test_checkpointing_saves_less_of_actor_and_critic_and_ends_with_the_same_bits",
     "dtype": "test_a_stopped_run_goes_on_to_the_same_bits",
 }
 SHOWN_ELSEWHERE = set(
     "model adapter lora_rank lora_alpha lora_dropout lora_targets prompts lines on_bad_row format columns chat_template"
-    " template_variables output keep_last dry_run progress track track_project token_budget gradient_checkpointing"
+    " template_variables output keep_last dry_run progress track track_project token_budget"
     " attention deterministic device threads".split()
 )
 
@@ -113,5 +114,6 @@ def test_an_option_moves_the_weights(name: str, places: Any) -> None:
 
 def test_every_option_is_in_a_table() -> None:
     assert {f.name for f in dataclasses.fields(PpoConfig)} == set(MOVES) | set(SHOWN_HERE) | SHOWN_ELSEWHERE
-    text = Path(__file__).with_name("test_ppo.py").read_text("utf-8")
+    here = Path(__file__)
+    text = "".join(here.with_name(f"test_ppo{x}.py").read_text("utf-8") for x in ("", "_details"))
     assert all(f"def {test}" in text for test in SHOWN_HERE.values())

@@ -115,6 +115,14 @@ def causal_model(model: torch.nn.Module) -> PreTrainedModel:
     return inner
 
 
+def checkpoint_activations(model: torch.nn.Module) -> None:
+    """Compute the layers anew in the backward pass; transformers does so in training mode alone."""
+    causal: Any = causal_model(model)
+    # Older versions of transformers know only the second name, newer ones warn of it.
+    enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def body_of(model: PreTrainedModel) -> torch.nn.Module:
     """What gives the last hidden state: the model without its head. The model itself where none can be told apart."""
     body = model.base_model

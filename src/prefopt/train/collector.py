@@ -75,7 +75,7 @@ class Collector:
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Log-probabilities [M], values [M] and the reference's log-probabilities [M], all at the temperature."""
         learner, found = self.learner, []
-        learner.scorer.eval()
+        learner.train(False)
         for _, batch in self.batches(groups, range(len(groups)), token_budget):
             logp_M, value_M = learner.look(batch)
             with self.reference.scorer.at_temperature(learner.temperature):

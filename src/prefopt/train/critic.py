@@ -12,7 +12,7 @@ from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ModelError
 from prefopt.model.load import local_folder, vocabulary_size
 from prefopt.model.logprobs import wide_dtype
-from prefopt.model.packed import causal_model
+from prefopt.model.packed import causal_model, checkpoint_activations
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scalar import ScalarScorer, load_scalar
 from prefopt.model.scorer import Asked, Scorer
@@ -63,6 +63,11 @@ class Critic:
         if self._layout == self.scorer.layout:
             return batch
         return pack(batch.groups, self.scorer.layout).to(batch.target.device)
+
+    def train(self, mode: bool = True) -> None:
+        """Into training mode, in which activation checkpointing works, or out of it; dropout is off in both."""
+        if self.scorer is not None:
+            self.scorer.train(mode)
 
     def publish(self) -> None:
         """Let the network compute with what the optimiser made of its weights."""
@@ -133,7 +138,7 @@ def network_critic(
         torch.manual_seed(seed)
         model = adapt(model)
     if checkpointing:
-        causal_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     own = MasterWeights(model, dtype)
     what = "a network of its own" if adapt is None else "an adapter on a network of its own"
     scorer = ScalarScorer(model, attention=actor.attention)

@@ -51,6 +51,12 @@ class Learner:
     def __init__(self, options: LearnOptions, scorer: Scorer, critic: Critic | None, temperature: float) -> None:
         self.options, self.scorer, self.critic, self.temperature = options, scorer, critic, temperature
 
+    def train(self, mode: bool = True) -> None:
+        """Into training mode, or out of it, both networks."""
+        self.scorer.train(mode)
+        if self.critic is not None:
+            self.critic.train(mode)
+
     def scores(self, rollouts: Rollouts) -> torch.Tensor:
         """Scores [N] after what is done to responses that did not end."""
         o = self.options

@@ -202,7 +202,7 @@ class Phases:
         while True:
             sums = Sums()
             try:
-                self.learner.scorer.train()
+                self.learner.train()
                 for part, batch in self.collector.batches(rollouts.groups, groups, self.place.token_budget):
                     outcome = self.learner.loss(rollouts, targets, part, batch, tokens, responses)
                     outcome.total.backward()

@@ -10,7 +10,7 @@ from prefopt.config.method import MethodOptions
 from prefopt.config.ppo import PpoConfig
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.model.load import load_model, local_folder, new_lora, silence_dropout
-from prefopt.model.packed import PackedModel, causal_model
+from prefopt.model.packed import PackedModel, checkpoint_activations
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scalar import ScalarScorer, is_classifier, load_scalar, scalar_from
 from prefopt.model.scorer import Scorer
@@ -68,10 +68,7 @@ class Trained(Generic[AnyScorer]):
             self.masters = MasterWeights(model, self.dtype)
             self.scorer = self.score_with(model)
         if config.gradient_checkpointing:
-            causal: Any = causal_model(self.scorer.model)
-            # Older versions of transformers know only the second name, newer ones warn of it.
-            enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            checkpoint_activations(self.scorer.model)
         trained = sum(p.numel() for p in self.masters.masters.values())
         total = sum(p.numel() for p in self.scorer.model.parameters())
         return f"training {trained:,} of {total:,} weights{' (LoRA)' if config.lora else ''}"
