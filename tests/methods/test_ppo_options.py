@@ -64,7 +64,7 @@ MOVES: dict[str, tuple[Any, dict[str, Any]]] = {
     "reward": ("length", {}),
 }
 SHOWN_HERE = {
-    "max_kl": "test_a_divergence_that_runs_away_stops_the_run_and_keeps_what_was_good",
+    "max_kl": "test_a_run_that_ran_away_leaves_a_model_to_go_on_from",
     "resume": "test_a_stopped_run_goes_on_to_the_same_bits",
     "save_every": "test_a_stopped_run_goes_on_to_the_same_bits",
     "gradient_checkpointing": "test_checkpointing_saves_less_of_actor_and_critic_and_ends_with_the_same_bits",
@@ -115,5 +115,5 @@ def test_an_option_moves_the_weights(name: str, places: Any) -> None:
 def test_every_option_is_in_a_table() -> None:
     assert {f.name for f in dataclasses.fields(PpoConfig)} == set(MOVES) | set(SHOWN_HERE) | SHOWN_ELSEWHERE
     here = Path(__file__)
-    text = "".join(here.with_name(f"test_ppo{x}.py").read_text("utf-8") for x in ("", "_details"))
+    text = "".join(here.with_name(f"test_{x}.py").read_text("utf-8") for x in ("ppo", "ppo_details", "last_good"))
     assert all(f"def {test}" in text for test in SHOWN_HERE.values())

@@ -101,7 +101,7 @@ class RewardOptions:
     )
     max_kl: float = option(
         None,
-        "divergence in nats per response at which the run stops, the last good checkpoint kept",
+        "divergence in nats per response at which the run stops; the last good weights are left as a model",
         group="reward",
         default_text=f"{RUNAWAY:g}, or {RUNAWAY_TARGETS:g} times --kl-target",
         above=0,

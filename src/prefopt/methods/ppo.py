@@ -19,7 +19,7 @@ from prefopt.config.score import is_model_reward
 from prefopt.data.group import Group
 from prefopt.data.sampler import Sampler as Order
 from prefopt.disk.write import output_errors
-from prefopt.errors import ConfigError
+from prefopt.errors import ConfigError, Diverged
 from prefopt.generate.loaded import SampledModel
 from prefopt.generate.prompts import PromptSet
 from prefopt.generate.sample import group_of
@@ -39,6 +39,7 @@ from prefopt.train.card import save_model, write_card
 from prefopt.train.collector import Collector
 from prefopt.train.folder import FREE, RunFolder, digest_of, fingerprint
 from prefopt.train.judge import Judge, TextJudge
+from prefopt.train.last_good import keep_last_good
 from prefopt.train.learner import Learner, LearnOptions
 from prefopt.train.metrics import Metrics
 from prefopt.train.phases import PhaseOptions, Phases
@@ -53,8 +54,6 @@ from prefopt.train.watch import watchers
 
 TRIED = 4
 """Prompts that are answered twice before training, to check scoring on real samples."""
-CHECKPOINTS = 10
-"""Without --save-every a run keeps a checkpoint this often, until it is finished: what a divergence cannot spoil."""
 
 Scores = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
@@ -147,7 +146,11 @@ class _Run:
                 return None
             self._take_folder(prompts, models)
             phases = self._phases(policy, models, prompts, check)
-            place = phases.run()
+            try:
+                place = phases.run()
+            except Diverged as error:
+                kept = keep_last_good(self.config, self.folder, policy, self.tokenizer, named=self.given is None)
+                raise Diverged(f"{error}; {kept}") from error
             return self._finish(policy, models, prompts, place.step, place.seconds)
         finally:
             policy.release()
@@ -243,7 +246,7 @@ class _Run:
                 max_grad_norm=config.max_grad_norm,
                 max_kl=config.max_kl,
                 ratio_tolerance=check.tolerance(1) / min(1.0, config.temperature),
-                save_every=config.save_every or max(1, steps // CHECKPOINTS),
+                save_every=config.save_every,
                 keep_last=config.keep_last,
             ),
             metrics=Metrics(self.folder.path / "metrics.jsonl"),

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,14 +85,20 @@ def save(
     return path
 
 
-def newest(folder: Path) -> tuple[Path, Checkpoint] | None:
-    """The newest checkpoint that is whole; damaged ones are named in the log and passed over."""
+def whole(folder: Path) -> Iterator[tuple[Path, Checkpoint]]:
+    """The checkpoints that are whole, newest first; damaged ones are named in the log and passed over."""
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
-            return path, _read(path)
+            found = _read(path)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             log.warning("checkpoint %s is damaged (%s): the one before it is used", path, error)
-    return None
+            continue
+        yield path, found
+
+
+def newest(folder: Path) -> tuple[Path, Checkpoint] | None:
+    """The first of them, where there is one."""
+    return next(whole(folder), None)
 
 
 def at(folder: Path, step: int) -> Checkpoint:

@@ -80,6 +80,11 @@ class RunFolder:
         """Where checkpoints go."""
         return self.path / "checkpoints"
 
+    @property
+    def last_good(self) -> Path:
+        """Where a run that ran away leaves a model."""
+        return self.path / "last-good"
+
     def remember(self, **values: Any) -> None:
         """Add to ``run.json``."""
         self.record.update(values)
@@ -95,6 +100,8 @@ class RunFolder:
         self.remember(status="finished", finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), results=dict(results))
         if not keep_checkpoints and self.checkpoints.exists():
             shutil.rmtree(self.checkpoints)  # they were there for what might have happened until now
+        if self.last_good.exists():
+            shutil.rmtree(self.last_good)  # of a start of this run that ran away where this one did not
 
     def spent(self, costs: Mapping[str, float]) -> None:
         """The run's costs so far, of all its starts together."""
