@@ -84,6 +84,59 @@ def test_every_road_has_its_points(sweep: tuple[Frontier, Path, list[int]]) -> N
     assert all(not p.counted and "too few" in str(p.why_not) for p in found.points if p.road.startswith("ppo"))
 
 
+def test_a_point_says_what_training_took_to_get_there(sweep: tuple[Frontier, Path, list[int]]) -> None:
+    """As its run and, of ppo-learned, its reward model say; measuring is no part of it."""
+    found, output, _ = sweep
+
+    def took(folder: str) -> float:
+        seconds: float = json.loads((output / folder / "run.json").read_text())["costs"]["seconds"]
+        return seconds
+
+    for p in found.points:
+        if p.road in ("reference", "best-of"):
+            assert p.seconds == 0
+            continue
+        whole = took(p.folder) + (took("reward-seed0") if p.road == "ppo-learned" else 0)
+        last = max(q.step for q in found.points if q.folder == p.folder)
+        assert p.seconds is not None and (
+            p.seconds == pytest.approx(whole) if p.step == last else 0 < p.seconds < whole
+        )
+
+
+def test_a_finished_sweep_is_told_anew_and_not_trained_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that an earlier version made: it wrote no costs, its clock began with the start, and it knew no share."""
+    output = tmp_path / "out"
+    options: dict[str, Any] = {
+        "roads": ["ppo-true:kl_target=3"],
+        "ppo": ["batch_size=4", "num=1", "learning_rate=2e-3"],
+    }
+    options["responses"] = 80
+    found = frontier.run(config(place, output, **options))
+    folder = output / found.points[1].folder
+    points = json.loads((folder / "points.json").read_text())
+    points[0] |= {"seconds": 0.25, "counted": True, "plateau": {**old_plateau(), "reached": True}}
+    (folder / "points.json").write_text(json.dumps(points))
+    record = json.loads((folder / "run.json").read_text())
+    del record["costs"]
+    (folder / "run.json").write_text(json.dumps(record))
+    options_file = json.loads((output / "sweep.json").read_text())
+    assert "plateau_share" not in options_file["options"]
+    monkeypatch.setattr(frontier, "train_once", lambda c: pytest.fail(f"{c.output} is trained again"))
+    again = frontier.run(config(place, output, **options)).points[1]
+    first = found.points[1]
+    assert replace(again, seconds=first.seconds) == first and first.plateau is not None and first.plateau.share == 0.2
+    steps = sum(json.loads(line)["step_seconds"] for line in (folder / "metrics.jsonl").read_text().splitlines())
+    assert again.seconds == pytest.approx(steps)
+    wide = frontier.run(config(place, output, plateau_share=0.4, **options)).points[1]
+    assert wide.plateau is not None and wide.plateau == replace(first.plateau, share=0.4, reached=wide.counted)
+
+
+def old_plateau() -> dict[str, float]:
+    return {"rise": 0.1, "low": -0.1, "high": 0.3, "climb": 0.2, "steps": 6}
+
+
 def test_the_reference_is_scored_once_for_the_whole_sweep(sweep: tuple[Frontier, Path, list[int]]) -> None:
     _, output, scored = sweep
     rows = [json.loads(line) for line in (output / "data/scored.jsonl").read_text().splitlines()]

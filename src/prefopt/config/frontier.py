@@ -77,6 +77,15 @@ class FrontierConfig(SweepOptions):
         1, "points of each training of dpo, sft and unlikelihood, evenly over its steps", group="stages", at_least=1
     )
 
+    plateau_share: float = option(
+        0.2,
+        "a training of PPO counts where what its reward gained in the last third of its steps is surely below this"
+        " share of its whole climb; one that rises evenly gains 0.43 of it",
+        group="stages",
+        above=0,
+        at_most=0.4,
+    )
+
     def __post_init__(self) -> None:
         self.check_sweep()
         if self.roads is None:

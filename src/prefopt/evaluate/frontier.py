@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,8 +27,8 @@ class Plateau:
     """Whether a training reward had stopped rising: a straight line through the last third of its steps.
 
     ``rise`` is what the line gains over these ``steps``, ``low`` and ``high`` its bounds at 95 %; ``climb`` is what the
-    reward gained in all, from the first tenth of the steps to the last third. ``reached``: see
-    :func:`prefopt.evaluate.plateau.plateau`.
+    reward gained in all, from the first tenth of the steps to the last third. ``reached``: the upper bound is below
+    ``share`` of the climb, see :func:`prefopt.evaluate.plateau.plateau` (files of earlier versions have no share).
     """
 
     rise: float
@@ -36,6 +37,7 @@ class Plateau:
     climb: float
     steps: int
     reached: bool
+    share: float | None = None
 
     @property
     def told(self) -> str:
@@ -43,6 +45,31 @@ class Plateau:
         if self.reached:
             return "plateau"
         return "still rising" if self.low > 0 else "falling" if self.high < 0 else "cannot be told"
+
+    @property
+    def why_not(self) -> str | None:
+        """Why the training does not count, with the numbers; none where it does."""
+        if self.reached:
+            return None
+        word = "rose" if self.rise > 0 else "fell"
+        did = f"{word} by {abs(self.rise):.3g} in its last {self.steps} steps"
+        did += f" (95 % interval {self.low:+.3g} to {self.high:+.3g})"
+        if self.told != "cannot be told":
+            return f"no plateau: the training reward still {did}"
+        return (
+            f"whether there is a plateau cannot be told: the training reward {did}, after a climb of {self.climb:.3g}"
+            + (f"; about {self.more} times as many responses could tell" if self.more else "")
+        )
+
+    @property
+    def more(self) -> int | None:
+        """Where noise hides it: how many times as many responses would show a plateau in four of five runs that have
+        one, as the width of the interval falls with their root; none where no number up to 100 would."""
+        if self.share is None or self.climb <= 0 or self.told != "cannot be told":
+            return None
+        width = (self.high - self.low) / 2 / (self.share * self.climb)
+        times = math.ceil((1 + 0.84 / 1.96) ** 2 * width**2)
+        return times if 1 < times <= 100 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +79,9 @@ class Point:
     ``road`` is how it was made, ``setting`` what was swept (``beta=0.1``), ``step`` the step of its training.
     ``reward`` is the mean true reward, ``interval`` its bounds (95 %, prompts resampled); ``kl`` the divergence of
     whole responses from the reference in nats, with its standard error over prompts, or, where ``kl_is`` says so, an
-    upper bound without one; ``length`` tokens of a response on average; ``seconds`` what its road took to get here. A
-    point that does not count says why; one that has no numbers, since its training failed, never does.
+    upper bound without one; ``length`` tokens of a response on average; ``seconds`` what training took to get here,
+    a reward model of its own included, and none where that is not known. A point that does not count says why; one
+    that has no numbers, since its training failed, never does.
     """
 
     road: str
@@ -69,7 +97,7 @@ class Point:
     counted: bool = True
     why_not: str | None = None
     folder: str = ""
-    seconds: float = 0.0
+    seconds: float | None = 0.0
     plateau: Plateau | None = None
 
     @property

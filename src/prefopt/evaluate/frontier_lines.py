@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from prefopt.evaluate.frontier import Frontier, Point, dominated, frontier
 from prefopt.progress import duration
 
-HEAD = ("road", "setting", "seed", "step", "reward", "95 %", "KL", "± error", "tokens", "time", "")
+HEAD = ("road", "setting", "seed", "step", "reward", "95 %", "KL", "± error", "tokens", "training", "")
 
 
 def lines(sweep: Frontier) -> Iterator[str]:
@@ -63,4 +63,5 @@ def _row(p: Point, on_frontier: bool) -> tuple[str, ...]:
         bounds = f"[{p.interval[0]:+.3f}, {p.interval[1]:+.3f}]"
         told = (f"{p.reward:+.3f}", bounds, f"{p.kl:.2f}", error, f"{p.length or 0:.1f}")
     mark = "on the frontier" if on_frontier else "" if p.counted else "not counted"
-    return (p.road, p.setting, str(p.seed), str(p.step), *told, duration(p.seconds), mark)
+    time = "unknown" if p.seconds is None else duration(p.seconds) if p.seconds else ""
+    return (p.road, p.setting, str(p.seed), str(p.step), *told, time, mark)

@@ -17,15 +17,17 @@ from prefopt.evaluate.frontier import Plateau
 
 FEWEST = 6
 """Steps in the last third at least: a line through fewer says nothing."""
-SMALL = 0.2
-"""A rise of the last third surely below this part of the climb is none; a reward that rises evenly gains 0.43 of it."""
+SHARE = 0.2
+"""A rise surely below this share of the climb is none; a reward that rises evenly gains 0.43 of it in a third."""
 
 
-def plateau(reward_S: npt.ArrayLike, responses_S: npt.ArrayLike | None = None) -> Plateau | None:
+def plateau(
+    reward_S: npt.ArrayLike, responses_S: npt.ArrayLike | None = None, *, share: float = SHARE
+) -> Plateau | None:
     """Least squares through the last third of a training reward [steps]; none where that has fewer than six steps.
 
     A test of equivalence: the reward has reached a plateau where even the upper bound (95 % interval, Student's t) of
-    what the line gains over the third is below a fifth of the climb, and it does not surely fall by as much. That no
+    what the line gains over the third is below ``share`` of the climb, and it does not surely fall by as much. That no
     rise can be seen in the noise is not enough. ``responses_S``, whose mean each reward is, weigh the steps (else all
     are alike); their noise is taken as independent, since each step draws responses of its own.
     """
@@ -45,8 +47,8 @@ def plateau(reward_S: npt.ArrayLike, responses_S: npt.ArrayLike | None = None) -
     early = max(1, len(y) // 10)
     climb = mean - float(np.average(y[:early], weights=w[:early]))
     low, high = rise - half, rise + half
-    reached = high < SMALL * climb and (high >= 0 or low > -SMALL * climb)
-    return Plateau(rise, low, high, climb, n, bool(reached))
+    reached = high < share * climb and (high >= 0 or low > -share * climb)
+    return Plateau(rise, low, high, climb, n, bool(reached), share)
 
 
 def student(freedom: int) -> float:

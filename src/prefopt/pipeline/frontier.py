@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -22,11 +21,11 @@ from prefopt.config.sft import SftConfig
 from prefopt.disk.write import write_json
 from prefopt.errors import Diverged
 from prefopt.evaluate.frontier import Frontier, Point
-from prefopt.evaluate.plateau import FEWEST, plateau
 from prefopt.generate.loaded import SampledModel
 from prefopt.model.load import local_folder
 from prefopt.pipeline.contents import started_again
 from prefopt.pipeline.ground import Measure, Measured, lay
+from prefopt.pipeline.retell import retold
 from prefopt.pipeline.train import model_of, take_folder, train_once
 from prefopt.progress import Reporter
 from prefopt.train import checkpoint
@@ -36,8 +35,8 @@ from prefopt.train.policy import Policy
 from prefopt.train.terms import terms_of
 
 POINTS = "points.json"
-MAY_GROW = {"roads", "seeds", "progress", "output", "threads"}
-"""Options that may differ when a sweep is started again: they add points, or change none."""
+MAY_GROW = {"roads", "seeds", "plateau_share", "progress", "output", "threads"}
+"""Options that may differ when a sweep is started again: they add points, or change none but what is told of them."""
 
 
 def run(config: FrontierConfig) -> Frontier:
@@ -90,13 +89,18 @@ class _Sweep:
 
     def _gather(self, trainings: list[Training], *, finished: bool) -> Frontier:
         config = self.config
-        folders = [self.folder / "reference", *(self.folder / one.folder for one in trainings)]
-        files = [folder / POINTS for folder in folders if (folder / POINTS).exists()]
-        found = [Point.from_dict(p) for file in files for p in json.loads(file.read_text())]
+        found = _read(self.folder / "reference")
+        found += [self._retold(one, p) for one in trainings for p in _read(self.folder / one.folder)]
         sizes = (config.held_out, config.num, config.max_new_tokens)
         sweep = Frontier(config.model, config.reward, *sizes, finished, self.ground.made, tuple(found))
         sweep.write(self.folder)
         return sweep
+
+    def _retold(self, one: Training, point: Point) -> Point:
+        if one.kind is None:
+            return replace(point, seconds=0.0)
+        before = [self.config.reward_folder(one.seed)] if one.road == "ppo-learned" else []
+        return retold(point, self.folder / one.folder, share=self.config.plateau_share, before=before)
 
     # -- one training ------------------------------------------------------------------------------------------
 
@@ -106,47 +110,30 @@ class _Sweep:
         return [_point(found, Point("reference", "", self.config.seed, 0, kl_se=0.0))]
 
     def _points(self, one: Training, folder: Path) -> list[Point]:
-        started = time.monotonic()
         point = Point(one.road, one.setting, one.seed, 0)
         if one.kind is None:
             assert isinstance(one.value, int)
             found = self.measure(self.config.model, folder / "samples.jsonl", best_of=one.value)
-            bound = replace(_point(found, point), kl=kl_bound(one.value), kl_is="bound")
-            return [replace(bound, seconds=time.monotonic() - started)]
+            return [replace(_point(found, point), kl=kl_bound(one.value), kl_is="bound")]
         try:
-            return self._trained(one, folder, point, started)
+            return self._trained(one, folder, point)
         except Diverged as error:
             self.reporter.say(f"{one.road} {one.setting} diverged: {error}")
-            return [replace(point, counted=False, why_not=str(error), seconds=time.monotonic() - started)]
+            return [replace(point, counted=False, why_not=str(error))]
 
-    def _trained(self, one: Training, folder: Path, point: Point, started: float) -> list[Point]:
+    def _trained(self, one: Training, folder: Path, point: Point) -> list[Point]:
         data = [str(self.ground.data)]
         if one.road == "ppo-learned":
             train_once(self.config.reward_config(one.seed, data=data, each=self.ground.each))
         config = self.config.config_of(one, data=data, prompts=str(self.ground.train), each=self.ground.each)
         train_once(config)
-        if isinstance(config, PpoConfig):
-            return [self._of_ppo(config, folder, point, started)]
+        if isinstance(config, PpoConfig):  # whether it counts is told with every start, from its metrics
+            found = self.measure(file=folder / "samples.jsonl", **model_of(config))
+            return [replace(_point(found, point), step=read_history(folder).step)]
         assert isinstance(config, (DpoConfig, SftConfig))
         assert config.save_every and config.max_steps  # (an interrupted run has left others)
         steps = range(config.save_every, config.max_steps + 1, config.save_every)
-        points = [self._at(config, folder / "checkpoints", replace(point, step=step)) for step in steps]
-        return [replace(p, seconds=time.monotonic() - started) for p in points]
-
-    def _of_ppo(self, config: PpoConfig, folder: Path, point: Point, started: float) -> Point:
-        """The policy at the end of a run of PPO; it counts where the training reward had stopped rising."""
-        found = self.measure(file=folder / "samples.jsonl", **model_of(config))
-        rewards = [line["objective/scores"] for line in read_history(folder).training]
-        flat = plateau(rewards)
-        point = replace(_point(found, point), step=len(rewards), plateau=flat, seconds=time.monotonic() - started)
-        if flat is None:
-            why = f"{len(rewards)} steps are too few to see a plateau: its last third has fewer than {FEWEST}"
-            return replace(point, counted=False, why_not=why)
-        if not flat.reached:
-            word = "rose" if flat.rise > 0 else "fell"
-            why = f"no plateau: the training reward still {word} by {abs(flat.rise):.3g} in its last {flat.steps} steps"
-            return replace(point, counted=False, why_not=f"{why} (95 % interval {flat.low:+.3g} to {flat.high:+.3g})")
-        return point
+        return [self._at(config, folder / "checkpoints", replace(point, step=step)) for step in steps]
 
     def _at(self, config: DpoConfig | SftConfig, checkpoints: Path, point: Point) -> Point:
         """The policy at the point's step."""
@@ -161,6 +148,12 @@ class _Sweep:
             return _point(self.measure(config.model, file, model=model, tokenizer=tokenizer), point)
         finally:
             policy.release()
+
+
+def _read(folder: Path) -> list[Point]:
+    """The points of a training, none where they are still to come."""
+    file = folder / POINTS
+    return [Point.from_dict(p) for p in json.loads(file.read_text())] if file.exists() else []
 
 
 def _point(found: Measured, point: Point) -> Point:
