@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from prefopt.evaluate.frontier import (
     frontier,
     read_frontier,
 )
+from prefopt.evaluate.frontier_lines import lines
 from prefopt.evaluate.plateau import plateau, student
 
 
@@ -65,9 +67,38 @@ def test_dominated_points_of_a_road_are_counted_once_and_only_those_that_count()
         point("ppo", 3.0, 0.3, counted=False, why_not="still rising"),
         point("ppo", 1.2, 0.55),
     ]
+    points = [replace(p, setting=f"x={n}") for n, p in enumerate(points)]
     assert dominated(points, "dpo", "ppo") == (2, 3)
     assert dominated(points, "dpo", "ppo", clearly=True) == (1, 3)
     assert dominated(points, "ppo", "dpo") == (0, 2)
+
+
+def test_roads_with_more_checkpoints_and_seeds_have_no_more_chances() -> None:
+    """Of each training the last point, against the trainings of the same seed."""
+    early = [replace(point("dpo", 1.0, 0.5), step=5), replace(point("dpo", 4.0, 0.5), step=10)]
+    other_seed = replace(point("dpo", 1.0, 0.9), seed=1)
+    theirs = point("ppo", 2.0, 0.4)
+    assert dominated([*early, other_seed, theirs], "dpo", "ppo") == (0, 1)
+    assert dominated([*early, replace(other_seed, seed=0, setting="x=2"), theirs], "dpo", "ppo") == (1, 1)
+    assert dominated([*early, theirs], "ppo", "dpo") == (0, 1), "one training, one end"
+    # A last point that does not count is not replaced by the one before it.
+    failed = replace(early[1], counted=False, why_not="ran away")
+    assert dominated([early[0], failed, theirs], "dpo", "ppo") == (0, 1)
+    # Best-of-n has no seed of training: it is compared with every one.
+    assert dominated([replace(point("best-of", 1.0, 0.9), step=0), replace(theirs, seed=7)], "best-of", "ppo") == (1, 1)
+
+
+def test_the_lines_tell_of_trainings_and_of_roads_of_which_none_counts() -> None:
+    points = [replace(point("dpo", 1.0, 0.6), step=step) for step in (5, 10)]
+    points += [point("ppo-true", 2.0, 0.4), replace(point("ppo-true", 0.5, 0.4), setting="x=2")]
+    points += [point("ppo-learned", 3.0, 0.3, counted=False, why_not="still rising", seconds=None)]
+    told = "\n".join(lines(Frontier("m", "vader", 32, 4, 48, True, points=tuple(points))))
+    assert "each at its last step" in told
+    assert "DPO dominates 1 of 2 counted trainings of ppo-true; beyond the errors of both, 1" in told
+    assert "no training of ppo-learned counts, so that DPO is not compared with it" in told
+    (row,) = [line for line in told.splitlines() if "unknown" in line]
+    assert row.startswith("ppo-learned"), "a time that is not known is said to be"
+    assert "DPO against PPO" not in "\n".join(lines(Frontier("m", "vader", 32, 4, 48, True, points=tuple(points[:2]))))
 
 
 def test_plateaus_are_told_from_rising_rewards() -> None:
@@ -98,12 +129,59 @@ def test_a_rise_that_noise_hides_is_no_plateau(climb: float) -> None:
     assert np.mean([f is not None and f.told == "cannot be told" for f in found]) > 0.3
 
 
-def test_enough_responses_tell_a_plateau() -> None:
-    """The recipe's steps: 256 of 32 responses, whose rewards deviate by 0.36 once they are high."""
-    rng = np.random.Generator(np.random.PCG64(4))
-    curve = 0.13 + 0.6 * (1 - np.exp(-np.arange(256) / 38))
-    found = [plateau(curve + rng.normal(0, 0.36 / np.sqrt(32), 256)) for _ in range(300)]
-    assert np.mean([f is not None and f.reached for f in found]) > 0.9
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.3, 0.4])
+@pytest.mark.parametrize("noise", [0.05, 0.2, 0.6])
+def test_a_rise_of_just_the_share_counts_as_seldom_as_the_interval_says(share: float, noise: float) -> None:
+    """The hardest case of the test of equivalence, whatever the noise: 2.5 %, and a little for that of the climb."""
+    steps = np.arange(96)
+    # From 0 in the first tenth to 1, and on by r over the last third, whose mean is 1 + r / 2: r = share * (1 + r / 2).
+    rise = share / (1 - share / 2)
+    curve = np.clip((steps - 9) / 10, 0, 1) + rise * np.maximum(steps - 64, 0) / 31
+    exact = plateau(curve)
+    assert exact is not None and exact.rise == pytest.approx(share * exact.climb)
+    rng = np.random.Generator(np.random.PCG64(6))
+    found = [plateau(curve + rng.normal(0, noise, 96), share=share) for _ in range(1000)]
+    assert np.mean([f is not None and f.reached for f in found]) <= 0.04
+
+
+def of_the_recipe(climb: float, share: float, *, times: int = 1, even: bool = False, runs: int = 300) -> list[Plateau]:
+    """recipes/sentiment.yaml: 64 steps, of 32, 32 and 1 of 65 prompts, whose rewards deviate by 0.4; up for a third of
+    the steps (or for all), then level."""
+    steps, rng = np.arange(64 * times), np.random.Generator(np.random.PCG64(4))
+    many = np.resize([32.0, 32.0, 1.0], len(steps))
+    curve = climb * np.minimum(steps / len(steps) * (1 if even else 3.3), 1)
+    drawn = (curve + rng.normal(0, 0.4, len(steps)) / np.sqrt(many) for _ in range(runs))
+    found = [plateau(y, many, share=share) for y in drawn]
+    return [f for f in found if f is not None]
+
+
+def test_what_the_guide_says_of_the_power_of_the_recipe() -> None:
+    """Its table, to the noise of 300 runs."""
+    told = {
+        (climb, share, times): np.mean([f.reached for f in of_the_recipe(climb, share, times=times)])
+        for climb in (0.4, 0.6)
+        for share in (0.2, 0.3)
+        for times in (1, 4)
+    }
+    guide = (Path(__file__).parents[2] / "docs/guide/frontier.md").read_text()
+    rows = [line.split("|")[1:-1] for line in guide.splitlines() if line.startswith(("| 0.4 |", "| 0.6 |"))]
+    said = {
+        (float(climb), share, times): float(cell.strip().removesuffix("%")) / 100
+        for climb, *cells in rows
+        for (share, times), cell in zip([(0.2, 1), (0.3, 1), (0.2, 4), (0.3, 4)], cells, strict=True)
+    }
+    assert said == pytest.approx(told, abs=0.08)
+    for share in (0.2, 0.3):
+        assert np.mean([f.reached for f in of_the_recipe(0.6, share, even=True)]) <= 0.02
+
+
+def test_as_many_more_responses_as_are_said_tell_a_plateau() -> None:
+    more = [f.more for f in of_the_recipe(0.4, 0.3) if f.told == "cannot be told"]
+    times = round(float(np.median([m for m in more if m])))
+    assert 2 <= times <= 6
+    # Over training that is as many times as long, the recipe's plateau in four of five.
+    assert np.mean([f.reached for f in of_the_recipe(0.4, 0.3, times=times)]) == pytest.approx(0.8, abs=0.12)
+    assert plateau(np.zeros(18)).more is None, "no number helps where nothing climbed"  # type: ignore[union-attr]
 
 
 def test_a_step_weighs_as_its_responses_do() -> None:

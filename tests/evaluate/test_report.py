@@ -203,9 +203,7 @@ def test_a_sweep_is_drawn_and_told(tmp_path: Path) -> None:
     target = tmp_path / "r.html"
     page = read(prefopt.report(folder, output=target))
     assert "Dpo has" not in page.words
-    assert "dpo has more reward at no more KL than 1 of the 1 points of ppo that count; beyond the errors, than 1" in (
-        page.words
-    )
+    assert "dpo has more reward at no more KL than 1 of the 1 trainings of ppo that count, each at its" in page.words
     assert "2 of 6 points do not count; the table says why" in page.words and "no: no plateau" in page.words
     for said in ("0.600 (0.550 to 0.650)", "4.00 ± 0.20", "at most 0.64", "no: training failed", "129, 4 samples each"):
         assert said in page.words

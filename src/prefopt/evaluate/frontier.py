@@ -189,8 +189,24 @@ def frontier(points: Sequence[Point]) -> list[Point]:
 
 
 def dominated(points: Sequence[Point], by: str, of: str, *, clearly: bool = False) -> tuple[int, int]:
-    """How many points of road ``of`` a point of road ``by`` dominates, and how many ``of`` has that count."""
+    """How many points of road ``of`` a point of road ``by`` dominates, and how many ``of`` has that count.
+
+    Of each training the last point alone, and only against those of the same seed: a road with more checkpoints or
+    seeds would have more chances. What nothing was trained for (step 0) has no seed of its own.
+    """
     better = clearly_dominates if clearly else dominates
-    ours = [p for p in points if p.road == by and p.stands]
-    theirs = [p for p in points if p.road == of and p.stands]
-    return sum(any(better(p, q) for p in ours) for q in theirs), len(theirs)
+    ends = last_points(points)
+    ours = [p for p in ends if p.road == by and p.stands]
+    theirs = [p for p in ends if p.road == of and p.stands]
+    meets = [[p for p in ours if p.seed == q.seed or 0 in (p.step, q.step)] for q in theirs]
+    return sum(any(better(p, q) for p in met) for q, met in zip(theirs, meets, strict=True)), len(theirs)
+
+
+def last_points(points: Sequence[Point]) -> list[Point]:
+    """Of each training (road, setting, seed) the point of its last step, whether it counts or not."""
+    last: dict[tuple[str, str, int], Point] = {}
+    for p in points:
+        key = p.road, p.setting, p.seed
+        if key not in last or p.step > last[key].step:
+            last[key] = p
+    return list(last.values())

@@ -26,11 +26,22 @@ def lines(sweep: Frontier) -> Iterator[str]:
         yield from (f"  {p.road} {p.setting}, seed {p.seed}: {p.why_not}" for p in left_out)
     yield ""
     yield from plateaus(sweep.points)
-    for road in ("ppo-true", "ppo-learned"):
-        count, of = dominated(sweep.points, "dpo", road)
+    yield from _against_ppo(sweep.points)
+
+
+def _against_ppo(points: Sequence[Point]) -> Iterator[str]:
+    """How many trainings of PPO a training of DPO dominates; that none counts is said too."""
+    roads = [road for road in ("ppo-true", "ppo-learned") if any(p.road == road for p in points)]
+    if not roads or not any(p.road == "dpo" for p in points):
+        return
+    yield "DPO against PPO, trainings of the same seed, each at its last step: checkpoints before it are not counted"
+    for road in roads:
+        count, of = dominated(points, "dpo", road)
+        clear, _ = dominated(points, "dpo", road, clearly=True)
         if of:
-            clear, _ = dominated(sweep.points, "dpo", road, clearly=True)
-            yield f"DPO dominates {count} of {of} counted points of {road}; beyond the errors of both, {clear}"
+            yield f"  DPO dominates {count} of {of} counted trainings of {road}; beyond the errors of both, {clear}"
+        else:
+            yield f"  no training of {road} counts, so that DPO is not compared with it"
 
 
 def plateaus(points: Sequence[Point]) -> Iterator[str]:

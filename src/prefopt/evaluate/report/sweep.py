@@ -83,8 +83,8 @@ def _sentences(f: Frontier) -> list[str]:
             if plain:
                 sure, _ = dominated(f.points, one, other, clearly=True)
                 said.append(
-                    f"{one} has more reward at no more KL than {plain} of the {count} points of {other} that count;"
-                    f" beyond the errors, than {sure}"
+                    f"{one} has more reward at no more KL than {plain} of the {count} trainings of {other} that count,"
+                    f" each at its last step and within a seed; beyond the errors, than {sure}"
                 )
     out = sum(not p.stands for p in f.points)
     if out:
