@@ -123,7 +123,7 @@ def test_a_finished_sweep_is_told_anew_and_not_trained_again(
     (folder / "run.json").write_text(json.dumps(record))
     options_file = json.loads((output / "sweep.json").read_text())
     assert "plateau_share" not in options_file["options"]
-    monkeypatch.setattr(frontier, "train_once", lambda c: pytest.fail(f"{c.output} is trained again"))
+    monkeypatch.setattr(frontier, "train_once", lambda c, *_: pytest.fail(f"{c.output} is trained again"))
     again = frontier.run(config(place, output, **options)).points[1]
     first = found.points[1]
     assert replace(again, seconds=first.seconds) == first and first.plateau is not None and first.plateau.share == 0.2
@@ -185,7 +185,38 @@ def test_every_training_learns_from_as_many_responses(place: Path, tmp_path: Pat
         per_step = found.batch_size * {"dpo": 4, "sft": 1, "ppo": getattr(found, "num", 0)}[one.kind]
         assert found.max_steps * per_step == 96, one.road
         if one.kind != "ppo":
-            assert found.save_every * 3 == found.max_steps
+            assert found.save_every == found.max_steps and [3 * m for m in given.marks(found)] == [
+                found.max_steps,
+                2 * found.max_steps,
+                3 * found.max_steps,
+            ]
+
+
+def test_checkpoints_are_as_even_as_steps_allow_and_all_steps_are_made(place: Path, tmp_path: Path) -> None:
+    """Five steps and three checkpoints: all five are trained, with and without a stop in between."""
+    given = config(place, tmp_path / "out", roads=["sft:average=rows"], checkpoints=3, responses=20)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        stop_after(4, patch)
+        frontier.run(given)
+    found = frontier.run(given)
+    assert [p.step for p in found.points[1:]] == [2, 3, 5]
+    assert found == frontier.run(given), "told again, nothing changes"
+    whole = frontier.run(replace(given, output=str(tmp_path / "whole")))
+    assert told(found.points) == told(whole.points)
+    seconds = [p.seconds or 0.0 for p in found.points[1:]]
+    assert 0 < seconds[0] < seconds[1] < seconds[2]
+
+
+def test_a_training_of_other_steps_by_an_earlier_version_is_told(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = config(place, tmp_path / "out", roads=["sft:average=rows"], checkpoints=3, responses=20, progress="plain")
+    frontier.run(given)
+    assert "by another version" not in capsys.readouterr().out
+    file = tmp_path / "out/sft/average=rows-seed0/points.json"
+    file.write_text(json.dumps(json.loads(file.read_text())[:2]))  # three steps, as five were cut to
+    frontier.run(given)
+    assert "done already (by another version: 3 steps, not 5; remove" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("at", [1, pytest.param(3, marks=pytest.mark.slow)])
@@ -212,7 +243,7 @@ def test_what_is_done_is_not_done_again_and_a_sweep_may_grow(
     first = frontier.run(config(place, tmp_path / "out", roads=["sft:average=rows"]))
     trained: list[str] = []
     train = frontier.train_once
-    monkeypatch.setattr(frontier, "train_once", lambda c: (trained.append(c.output), train(c)))
+    monkeypatch.setattr(frontier, "train_once", lambda c, *more: (trained.append(c.output), train(c, *more)))
     assert told(frontier.run(config(place, tmp_path / "out", roads=["sft:average=rows"])).points) == told(first.points)
     assert trained == []
     grown = frontier.run(config(place, tmp_path / "out", roads=["sft:average=rows,tokens"], seeds=2))

@@ -73,6 +73,15 @@ def test_a_callback_ends_training_and_the_model_is_saved_and_evaluated(model: st
     assert watch.of("on_end") == [(3, "trained")]
 
 
+def test_a_callback_asks_for_checkpoints(model: str, tmp_path: Path) -> None:
+    options = {**OPTIONS, "save_every": 6, "keep_last": 9}
+    watch = Watch(lambda name, run, *_: run.save() if name == "on_step" and run.step in (1, 4, 6) else None)
+    dpo(model, ROWS, tmp_path / "out", callbacks=[watch], **options)
+    assert sorted(p.name[-1] for p in (tmp_path / "out/checkpoints").glob("step-*")) == ["1", "4", "6"]
+    dpo(model, ROWS, tmp_path / "plain", **options)
+    assert same_bits(tmp_path / "out", tmp_path / "plain")
+
+
 @pytest.mark.parametrize("hook", ["on_start", "on_step", "on_evaluation", "on_checkpoint", "on_end"])
 def test_one_that_raises_stops_the_run_in_a_line_and_everything_is_kept(hook: str, model: str, tmp_path: Path) -> None:
     def fail(name: str, run: Any, *_: Any) -> None:

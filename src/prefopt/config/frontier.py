@@ -132,10 +132,12 @@ class FrontierConfig(SweepOptions):
         found = self.training(one.kind, Path(self.output) / one.folder, given, each=rows, seed=one.seed)
         if one.kind == "ppo":
             return found
-        steps = found.max_steps or 1
-        every = evenly(steps, self.checkpoints)
-        values = found.to_dict() | {"save_every": every, "keep_last": steps}
-        return type(found).from_dict(values | {"max_steps": every * min(self.checkpoints, steps)})
+        # The last of the checkpoints; the others are asked for at the steps of :meth:`marks`.
+        return type(found).from_dict(found.to_dict() | {"save_every": found.max_steps, "keep_last": found.max_steps})
+
+    def marks(self, one: AnyConfig) -> list[int]:
+        """The steps of a training whose policies are measured."""
+        return evenly(one.max_steps or 1, self.checkpoints)
 
     def reward_folder(self, seed: int) -> Path:
         """Where the reward model of the roads that learn one is."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +166,11 @@ class SweepOptions(MachineOptions):
         return from_dict(cls, values, place)
 
 
-def evenly(steps: int, parts: int) -> int:
-    """Steps between checkpoints, so that there are ``parts`` of them, the last one at the end or before it."""
-    return max(1, math.floor(steps / parts))
+def evenly(steps: int, parts: int) -> list[int]:
+    """So many of the steps from 1 on, as evenly as whole numbers are, the last one at the end; all, where they are few.
+
+    >>> evenly(128, 2), evenly(5, 3), evenly(2, 3)
+    ([64, 128], [2, 3, 5], [1, 2])
+    """
+    parts = min(parts, steps)
+    return [round(k * steps / parts) for k in range(1, parts + 1)]

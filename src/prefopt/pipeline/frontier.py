@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from prefopt.config.dpo import DpoConfig
 from prefopt.config.frontier import FrontierConfig, Training
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.sft import SftConfig
+from prefopt.config.sweep import AnyConfig
 from prefopt.disk.write import write_json
 from prefopt.errors import Diverged
 from prefopt.evaluate.frontier import Frontier, Point
@@ -30,6 +31,7 @@ from prefopt.pipeline.train import model_of, take_folder, train_once
 from prefopt.progress import Reporter
 from prefopt.train import checkpoint
 from prefopt.train.best_of import kl_bound
+from prefopt.train.callbacks import Callback, Metrics, RunInfo
 from prefopt.train.history import read_history
 from prefopt.train.policy import Policy
 from prefopt.train.terms import terms_of
@@ -49,6 +51,17 @@ def run(config: FrontierConfig) -> Frontier:
         return _Sweep(config).run()
 
 
+class _SaveAt(Callback):
+    """Checkpoints after some steps."""
+
+    def __init__(self, marks: Sequence[int]) -> None:
+        self._marks = marks
+
+    def on_step(self, run: RunInfo, step: int, metrics: Metrics) -> None:
+        if step in self._marks:
+            run.save()
+
+
 class _Sweep:
     def __init__(self, config: FrontierConfig) -> None:
         self.config, self.reporter = config, Reporter(config.progress)
@@ -65,7 +78,7 @@ class _Sweep:
         self._once(self.folder / "reference", self._start)
         for n, one in enumerate(trainings, 1):
             folder = self.folder / one.folder
-            done = ", done already" if (folder / POINTS).exists() else ""
+            done = f", done already{self._other_steps(one, folder)}" if (folder / POINTS).exists() else ""
             self.reporter.say(f"{n} of {len(trainings)}: {one.road} {one.setting}, seed {one.seed}{done}")
             self._once(folder, partial(self._points, one, folder))
             self._gather(trainings, finished=False)
@@ -79,6 +92,18 @@ class _Sweep:
                 config = self.config.config_of(one, data=["data"], prompts="prompts", each=2.0)
                 assert isinstance(config, DpoConfig)
                 terms_of(config)
+
+    def _other_steps(self, one: Training, folder: Path) -> str:
+        """In words, where an earlier version, which cut the steps to even parts, trained for fewer of them."""
+        done = max(p.step for p in _read(folder))
+        if one.kind in (None, "ppo") or not done:
+            return ""
+        steps = self.config.marks(self._config_of(one))[-1]
+        return "" if done == steps else f" (by another version: {done} steps, not {steps}; remove {folder} to redo it)"
+
+    def _config_of(self, one: Training) -> AnyConfig:
+        ground = self.ground
+        return self.config.config_of(one, data=[str(ground.data)], prompts=str(ground.train), each=ground.each)
 
     def _once(self, folder: Path, make: Callable[[], list[Point]]) -> None:
         if not (folder / POINTS).exists():
@@ -122,18 +147,18 @@ class _Sweep:
             return [replace(point, counted=False, why_not=str(error))]
 
     def _trained(self, one: Training, folder: Path, point: Point) -> list[Point]:
-        data = [str(self.ground.data)]
         if one.road == "ppo-learned":
+            data = [str(self.ground.data)]
             train_once(self.config.reward_config(one.seed, data=data, each=self.ground.each))
-        config = self.config.config_of(one, data=data, prompts=str(self.ground.train), each=self.ground.each)
-        train_once(config)
+        config = self._config_of(one)
+        marks = self.config.marks(config)
+        train_once(config, [] if isinstance(config, PpoConfig) else [_SaveAt(marks)])
         if isinstance(config, PpoConfig):  # whether it counts is told with every start, from its metrics
             found = self.measure(file=folder / "samples.jsonl", **model_of(config))
             return [replace(_point(found, point), step=read_history(folder).step)]
         assert isinstance(config, (DpoConfig, SftConfig))
-        assert config.save_every and config.max_steps  # (an interrupted run has left others)
-        steps = range(config.save_every, config.max_steps + 1, config.save_every)
-        return [self._at(config, folder / "checkpoints", replace(point, step=step)) for step in steps]
+        # (An interrupted run has left other checkpoints too.)
+        return [self._at(config, folder / "checkpoints", replace(point, step=step)) for step in marks]
 
     def _at(self, config: DpoConfig | SftConfig, checkpoints: Path, point: Point) -> Point:
         """The policy at the point's step."""

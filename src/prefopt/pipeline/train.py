@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,20 +52,20 @@ def take_folder(config: SweepOptions, may_grow: Collection[str]) -> None:
         raise RunError(f"--output {folder} was begun with another model in {config.model}; name another folder")
 
 
-def train_once(config: AnyConfig) -> None:
+def train_once(config: AnyConfig, callbacks: Sequence[Any] = ()) -> None:
     """Train, go on with a run that was stopped, or do nothing where it is finished."""
     status = status_of(Path(config.output))
     if status == "finished":
         return
     config = type(config).from_dict(config.to_dict() | {"resume": bool(status)})
     if isinstance(config, DpoConfig):
-        preference.run(config)
+        preference.run(config, callbacks=callbacks)
     elif isinstance(config, SftConfig):
-        sft.run(config)
+        sft.run(config, callbacks=callbacks)
     elif isinstance(config, PpoConfig):
-        ppo.run(config)
+        ppo.run(config, callbacks=callbacks)
     else:
-        reward.run(config)
+        reward.run(config, callbacks=callbacks)
 
 
 def model_of(config: AnyConfig) -> dict[str, Any]:

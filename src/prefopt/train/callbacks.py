@@ -24,7 +24,8 @@ Metrics = Mapping[str, float]
 
 @dataclass(slots=True, kw_only=True)
 class RunInfo:
-    """The run as a callback sees it. ``step`` of ``steps`` are done; ``options`` are those of ``run.json``."""
+    """The run as a callback sees it. ``step`` of ``steps`` are done; ``options`` are those of ``run.json``. ``keep`` is
+    what :meth:`save` calls."""
 
     output: Path
     options: Mapping[str, Any]
@@ -32,6 +33,12 @@ class RunInfo:
     steps: int
     step: int
     stopping: bool = False
+    keep: Callable[[], object] | None = None
+
+    def save(self) -> None:
+        """Write a checkpoint of the step that is done, where there is none yet; ``keep_last`` removes older ones."""
+        if self.keep is not None:
+            self.keep()
 
     def stop(self) -> None:
         """End training after this step, as if it were the last one: the model is saved."""
@@ -89,7 +96,7 @@ class Callbacks:
     @contextmanager
     def around(self, run: RunInfo, keep: Callable[[], object]) -> Iterator[RunInfo]:
         """``on_start`` and ``on_end`` around the loop. Where a callback fails, ``keep`` is called before it stops."""
-        self.run = run
+        self.run, run.keep = run, keep
         status = "failed"
         try:
             self._call("on_start")
