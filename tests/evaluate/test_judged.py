@@ -49,6 +49,12 @@ def test_a_win_by_length_alone_is_told_of_either_side() -> None:
     turned = versus("short", "long", 0.5, longer=-100, slope=1.5)
     (found,) = findings(turned, {})
     assert found.text.startswith("long wins 9") and "longer by 99" in found.text
+    apart = versus("long", "short", 0.5, longer=300, slope=9.0)
+    assert apart.equal_length is not None and apart.equal_length.rate is None
+    (found,) = findings(apart, {})
+    assert "as they are so in every comparison, nothing tells what it would win by at equal length" in found.text
+    (found,) = findings(versus("short", "long", 0.5, longer=-300, slope=9.0), {})
+    assert found.text.startswith("long wins")
     assert names(versus("a", "b", 0.8, longer=100, slope=0.5)) == [], "it is better at equal length too"
     assert names(versus("a", "b", 0.5, longer=100)) == [], "it is longer and wins nothing"
     assert names(versus("a", "b", 0.9, longer=0, slope=1.0)) == []

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from prefopt.evaluate.rates import FEWEST, at_equal_length, sign_test, win_rate
+from prefopt.evaluate.rates import FEWEST, AtEqualLength, at_equal_length, sign_test, win_rate
 from prefopt.evaluate.strengths import Games, fitted, strengths
 from prefopt.interval import mean_interval
 
@@ -33,9 +33,62 @@ def experiment(rng: np.random.Generator, prompts: int, samples: int, slope: floa
 def test_intervals_of_win_rates_hold_the_truth_as_often_as_they_say() -> None:
     rng = np.random.default_rng(0)
     truth = experiment(rng, 400_000, 1)[0].mean()
-    found = [win_rate(experiment(rng, 100, 2)[0], seed=i).rate for i in range(1000)]
+    found = [win_rate(experiment(rng, 100, 2)[0]).rate for _ in range(1000)]
     held = [f is not None and not f.excludes(truth) for f in found]
     assert abs(np.mean(held) - 0.95) < 0.02
+
+
+def outcomes(wins: int, ties: int, losses: int) -> np.ndarray:
+    return np.repeat([1.0, 0.5, 0.0], [wins, ties, losses])[:, None]
+
+
+@pytest.mark.parametrize("counts", [(2, 98, 0), (4, 96, 0), (99, 0, 1), (60, 0, 40), (35, 50, 15), (52, 0, 48)])
+def test_better_is_said_where_interval_and_sign_test_agree(counts: tuple[int, int, int]) -> None:
+    found, turned = win_rate(outcomes(*counts)), win_rate(outcomes(*counts[::-1]))
+    assert found.rate is not None and found.p is not None and turned.rate is not None
+    assert found.verdict == ("better" if found.rate.low > 0.5 and found.p < 0.05 else "not shown")
+    assert turned.verdict == {"better": "worse", "not shown": "not shown"}[found.verdict]
+    assert (turned.rate.low, turned.rate.high) == pytest.approx((1 - found.rate.high, 1 - found.rate.low))
+
+
+def test_two_wins_among_ties_show_nothing() -> None:
+    """The interval of what was seen leaves one half out; a sign test of two coins has p = 1/2."""
+    assert win_rate(outcomes(2, 98, 0)).verdict == "not shown" and win_rate(outcomes(5, 95, 0)).p == 0.0625
+    assert win_rate(outcomes(5, 95, 0)).verdict == "not shown" and win_rate(outcomes(8, 92, 0)).verdict == "better"
+
+
+def test_a_mean_and_a_lean_to_different_sides_are_no_verdict() -> None:
+    """Sixty prompts lean a little to the second, forty wholly to the first."""
+    found = win_rate(np.repeat([[0.45], [1.0]], [130, 70], 0))
+    assert found.rate is not None and found.rate.low > 0.5 and found.p is not None and found.p < 0.05
+    assert found.verdict == "not shown"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decided", [0.03, 0.06, 0.3, 1.0])
+def test_of_equal_models_one_is_called_better_in_at_most_one_of_twenty_experiments(decided: float) -> None:
+    rng = np.random.default_rng(7)
+    drawn = rng.choice([1.0, 0.5, 0.0], (1000, 100), p=[decided / 2, 1 - decided, decided / 2])
+    assert np.mean([win_rate(x[:, None]).verdict != "not shown" for x in drawn]) <= 0.06
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "design", [(100, 1, 4.0, 0.0, 0), (100, 1, 3.0, 1.0, 0), (100, 1, 0.0, 1.0, 60), (100, 4, 3.0, 1.0, 30)]
+)
+def test_intervals_at_equal_length_hold_it_near_1_and_away_from_zero(
+    design: tuple[int, int, float, float, int],
+) -> None:
+    prompts, samples, lean, slope, mean = design
+    rng, truth, held = np.random.default_rng(11), 1 / (1 + np.exp(-lean)), []
+    for _ in range(1000):
+        longer = rng.normal(mean, 40, (prompts, samples))
+        found = at_equal_length(
+            (rng.random(longer.shape) < 1 / (1 + np.exp(-lean - slope * longer / 50))) * 1.0, longer
+        )
+        if found is not None and found.rate is not None:
+            held.append(not found.rate.excludes(truth))
+    assert len(held) > 900 and np.mean(held) >= 0.93
 
 
 @pytest.mark.slow
@@ -61,7 +114,8 @@ def test_the_regression_on_length_is_scipys() -> None:
 
     def loss(v: np.ndarray) -> float:
         z = v[0] + v[1] * d
-        return float((np.logaddexp(0, z) - y * z).sum() + 0.5e-2 * v[1] ** 2 + 0.5e-6 * v[0] ** 2)
+        added = 2 * np.logaddexp(0, v[0]) - v[0]  # one more prompt won and one more lost, both of equal length
+        return float((np.logaddexp(0, z) - y * z).sum() + added + 0.5e-2 * v[1] ** 2)
 
     best = optimize.minimize(loss, np.zeros(2), tol=1e-12).x
     assert found is not None
@@ -74,8 +128,34 @@ def test_where_length_decides_the_rate_at_equal_length_knows_nothing() -> None:
     outcomes = (longer > 0).astype(float)
     found = at_equal_length(outcomes, longer)
     assert found is not None and not found.rate.excludes(0.5) and not found.slope.low < 0
-    assert win_rate(outcomes).rate.excludes(0.5)  # type: ignore[union-attr]
+    assert win_rate(outcomes).verdict == "better"
     assert at_equal_length(outcomes, np.zeros((50, 1))) is None
+
+
+def test_nothing_is_told_of_equal_length_where_one_is_always_the_longer() -> None:
+    longer = np.abs(np.random.default_rng(8).normal(60, 15, (100, 1))) + 1
+    for side, won in ((longer, 1.0), (-longer, 0.0), (longer, 0.0)):
+        assert at_equal_length(np.full((100, 1), won), side) == AtEqualLength(None, None)
+    longer[::20] *= -1
+    found = at_equal_length((longer > 0).astype(float), longer)
+    assert found is not None and found.rate is not None and found.rate.high - found.rate.low > 0.4
+
+
+@pytest.mark.parametrize("spread", [25, 30, 40])
+def test_a_judge_of_length_alone_is_never_sure_at_equal_length(spread: float) -> None:
+    """The second is hardly ever the longer one: what is told at zero is told from afar, or not at all."""
+    rng = np.random.default_rng(9)
+    drawn = [rng.normal(60, spread, (100, 1)) for _ in range(50)]
+    found = [at_equal_length((d > 0).astype(float), d) for d in drawn]
+    told = [f.rate for f in found if f is not None and f.rate is not None]
+    assert told and np.mean([rate.excludes(0.5) for rate in told]) <= 0.05
+
+
+def test_who_wins_always_is_not_sure_beyond_what_was_seen() -> None:
+    """A hundred of a hundred: by the rule of three, 97 % cannot be told from it."""
+    longer = np.random.default_rng(10).normal(0, 50, (100, 1))
+    found = at_equal_length(np.ones((100, 1)), longer)
+    assert found is not None and found.rate is not None and 0.9 < found.rate.low < 0.97 < found.rate.high <= 1
 
 
 def test_counts_ties_and_what_was_not_said() -> None:

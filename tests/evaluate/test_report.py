@@ -79,7 +79,10 @@ def compared(tmp_path: Path, prompts: int, tail: str = "") -> list[str]:
         rows = [{"prompt": f"{i}?{tail}", "responses": ["w " * n + tail]} for i, n in enumerate(many)]
         write_rows(tmp_path / f"{name}.jsonl", rows)
     config = CompareConfig(
-        a=str(tmp_path / "a.jsonl"), b=str(tmp_path / "b.jsonl"), judge="length", output=str(tmp_path / "judged.jsonl")
+        a=str(tmp_path / "a.jsonl"),
+        b=str(tmp_path / "b.jsonl"),
+        judge="length",
+        output=str(tmp_path / "judged.jsonl"),
     )
     (tmp_path / "compared.json").write_text(json.dumps(compare(config).to_dict()))
     return [str(tmp_path / "compared.json")]
@@ -156,7 +159,22 @@ def test_win_rates_with_their_intervals_and_samples_side_by_side(tmp_path: Path)
         and lost.count(f"{b} is better") == 3
         and f"{a} is better" not in lost
     )
+    assert "80.0 % (" in page.words and "all are equally long" not in page.words
     assert "too few to say whether" in report(run, comparisons=compared(tmp_path, 5)).words
+
+
+@pytest.mark.parametrize("longer", [0, 1])
+def test_a_page_says_why_nothing_is_told_at_equal_length(longer: int, tmp_path: Path) -> None:
+    """And calls nothing better where interval and sign test do not agree: two wins among ties."""
+    for name, many in (("a", ["good"] * 2 + ["w" + "w" * longer] * 98), ("b", ["w"] * 100)):
+        write_rows(tmp_path / f"{name}.jsonl", [{"prompt": f"{i}?", "responses": [x]} for i, x in enumerate(many)])
+    for a, b in (("a", "b"), ("b", "a")):
+        files = [str(tmp_path / f"{name}.jsonl") for name in (a, b)]
+        result = prefopt.compare(*files, judge="regex:good")
+        assert result.versus[0].rate.verdict == "not shown"
+        page = read(prefopt.report(comparisons=[result], output=tmp_path / "r.html"))
+        assert f"No difference between {files[0]} and {files[1]} is shown" in page.words
+        assert ("one model's are always the longer ones" in page.words) == bool(longer)
 
 
 def test_a_comparison_tells_all_that_it_found(tmp_path: Path) -> None:

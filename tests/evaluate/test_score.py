@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from data.small import small_tokenizer
 from prefopt.cli import main
+from prefopt.config.score import ScoreConfig
+from prefopt.evaluate.score import run
 from prefopt.model.scalar import scalar_from, set_shift
 from train.small import tiny_llama, write_model
 
@@ -50,6 +52,17 @@ def test_scores_stand_beside_their_responses_and_agreement_is_counted(
     assert main(["score", str(out), "--reward", "length", "--output", str(again)]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main(["score", str(out), "--reward", "length", "--output", str(again), "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(("prompts", "low"), [(20, 0.7), (1, 0.0)])
+def test_all_in_order_is_not_all_certain_and_rows_of_one_prompt_are_one(
+    prompts: int, low: float, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"{i % prompts}", "chosen": "a b", "rejected": "a" * (1 + i)} for i in range(20)]
+    config = ScoreConfig(files=[write(tmp_path / "p.jsonl", rows)], reward="length", output=str(tmp_path / "o.jsonl"))
+    found = run(config).agreement
+    assert found is not None and (found.mean, found.high, found.count) == (1.0, 1.0, prompts)
+    assert low <= found.low < low + 0.2
 
 
 @pytest.mark.parametrize(

@@ -162,8 +162,8 @@ def _versus(
     categories = {}
     if config.category is not None:
         said = np.array([_category(config.category, row) for row in rows])
-        categories = {str(c): win_rate(outcomes[said == c], seed=config.seed) for c in sorted(set(said.tolist()))}
-    rate = win_rate(outcomes, seed=config.seed)
+        categories = {str(c): win_rate(outcomes[said == c]) for c in sorted(set(said.tolist()))}
+    rate = win_rate(outcomes)
     return Versus(*names, rate, at_equal_length(outcomes, longer), categories, empty, _longer(longer, seed=config.seed))
 
 
@@ -226,7 +226,7 @@ def _of_votes(config: CompareConfig) -> CompareResult:
         if not by_prompt:
             continue
         outcomes, longer = _table(list(by_prompt.values()))
-        rate = win_rate(outcomes, seed=config.seed)
+        rate = win_rate(outcomes)
         versus.append(Versus(names[i], names[k], rate, at_equal_length(outcomes, longer)))
         games += [(i, k, p, x) for p, many in by_prompt.items() for x, _ in many]
     return CompareResult("people", versus, _strengths(config, names, games, versus), {})

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefopt.errors import RunError
+from prefopt.evaluate.rates import Verdict
 from prefopt.evaluate.samples import Samples
 from prefopt.evaluate.versus import Versus
 from prefopt.interval import Interval
@@ -26,12 +27,15 @@ RAISED = ("objective/scores", "rewards/margins")
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """One of two models, seen as the first: its win rate, and so on."""
+    """One of two models, seen as the first: its win rate, and so on. ``apart``: the responses of one of the two are the
+    longer ones in every comparison."""
 
     name: str
     other: str
     rate: Interval
+    verdict: Verdict
     equal: Interval | None
+    apart: bool
     longer: Interval | None
 
 
@@ -44,17 +48,24 @@ def findings(v: Versus, models: Mapping[str, Samples]) -> list[Finding]:
 
 
 def _sides(v: Versus) -> Iterator[_Side]:
-    rate, equal, longer = v.rate.rate, None if v.equal_length is None else v.equal_length.rate, v.longer
-    if rate is None:
+    rate, verdict, longer = v.rate.rate, v.rate.verdict, v.longer
+    if rate is None or verdict is None:
         return
-    yield _Side(v.first, v.second, rate, equal, longer)
+    equal = None if v.equal_length is None else v.equal_length.rate
+    apart = v.equal_length is not None and equal is None
+    yield _Side(v.first, v.second, rate, verdict, equal, apart, longer)
     yield _Side(
         v.second,
         v.first,
         _turned(rate, 1.0),
+        _OTHER[verdict],
         None if equal is None else _turned(equal, 1.0),
+        apart,
         None if longer is None else _turned(longer, 0.0),
     )
+
+
+_OTHER: dict[Verdict, Verdict] = {"better": "worse", "worse": "better", "not shown": "not shown"}
 
 
 def _turned(i: Interval, whole: float) -> Interval:
@@ -63,15 +74,21 @@ def _turned(i: Interval, whole: float) -> Interval:
 
 
 def _by_length(s: _Side) -> Iterator[Finding]:
-    """It wins, by longer responses, and at equal length no longer."""
-    if s.longer is None or s.equal is None or s.rate.low <= 0.5 or s.longer.low <= 0 or s.equal.low > 0.5:
+    """It wins, by longer responses, and at equal length no longer, or none were of equal length."""
+    if s.longer is None or s.verdict != "better" or s.longer.low <= 0:
+        return
+    if s.apart:
+        at_equal = "as they are so in every comparison, nothing tells what it would win by at equal length"
+    elif s.equal is not None and s.equal.low <= 0.5:
+        at_equal = f"at equal length it wins {_percent(s.equal)}, which shows no gain"
+    else:
         return
     yield Finding(
         "length exploited",
         f"{s.name} wins {_percent(s.rate)} against {s.other}, but its responses are longer by {s.longer.mean:.0f}"
-        f" characters [{s.longer.low:.0f}, {s.longer.high:.0f}], and at equal length it wins {_percent(s.equal)}, which"
-        " shows no gain: length may be all that was learnt. A judge that length does not move tells; pairs of like"
-        " length, or a loss that leaves length out (--loss r_dpo or ld_dpo), keep it from being learnt",
+        f" characters [{s.longer.low:.0f}, {s.longer.high:.0f}], and {at_equal}: length may be all that was learnt. A"
+        " judge that length does not move tells; pairs of like length, or a loss that leaves length out (--loss r_dpo"
+        " or ld_dpo), keep it from being learnt",
         look=True,
     )
 
@@ -79,7 +96,7 @@ def _by_length(s: _Side) -> Iterator[Finding]:
 def _over_optimised(s: _Side, models: Mapping[str, Samples]) -> Iterator[Finding]:
     """Training raised its reward, and the judge finds it worse than where it came from."""
     run = _run_of(s.name)
-    if run is None or s.rate.high >= 0.5:
+    if run is None or s.verdict != "worse":
         return
     came = _came_from(run, s.other)
     raised = _raised(run)

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from prefopt.interval import Interval, mean_interval
-from prefopt.studies.agreement import wilson
+from prefopt.interval import Interval, rate_interval, student
 
 Floats = npt.NDArray[np.float64]
 
@@ -29,6 +29,7 @@ FEWEST = 10
 """Prompts below which no rate is told: with nine, eight wins out of nine would still be within chance at 1 %, and an
 interval would span most of what is possible."""
 Z95, _Z80 = 1.959963984540054, 0.8416212335729143  # quantiles of the normal: 97.5 % and 80 %
+Verdict = Literal["better", "worse", "not shown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,9 @@ class WinRate:
 
     ``rate``: the mean outcome, a tie counting half, over prompts; none below :data:`FEWEST` of them. ``p``: two-sided
     sign test over prompts that lean to one side, against no difference. ``needed``: prompts from which a difference as
-    large as this one is told from none in 8 of 10 experiments, at 5 %; none where there is none.
+    large as this one is told from none in 8 of 10 experiments, at 5 %; none where there is none. ``verdict``: whether
+    the first is ``better`` or ``worse``, said only where the interval leaves 1/2 out and the sign test agrees (``p``
+    below 5 %, most prompts on the same side), else ``not shown``; none without a rate.
     """
 
     wins: int
@@ -48,11 +51,12 @@ class WinRate:
     rate: Interval | None
     p: float | None
     needed: int | None
+    verdict: Verdict | None = None
 
 
-def win_rate(outcomes: npt.ArrayLike, *, seed: int = 0) -> WinRate:
-    """Of outcomes [prompts, samples]; NaN where the judge said nothing. The interval is :func:`mean_interval`'s, cut
-    at 0 and 1; where all prompts say the same, which leaves a bootstrap nothing to resample, it is Wilson's."""
+def win_rate(outcomes: npt.ArrayLike) -> WinRate:
+    """Of outcomes [prompts, samples]; NaN where the judge said nothing. The interval is :func:`rate_interval`'s: as if
+    one more prompt had been won, and one lost."""
     x = np.asarray(outcomes, np.float64)
     said = ~np.isnan(x)
     means = means_of(x)
@@ -61,8 +65,14 @@ def win_rate(outcomes: npt.ArrayLike, *, seed: int = 0) -> WinRate:
     if len(means) < FEWEST:
         return bare
     above, below = int((means > 0.5).sum()), int((means < 0.5).sum())
-    p = sign_test(above, below)
-    return replace(bare, rate=rate_of(means, seed=seed), p=p, needed=_needed(means))
+    rate, p = rate_interval(means), sign_test(above, below)
+    return replace(bare, rate=rate, p=p, needed=_needed(means), verdict=_verdict(rate, p, above - below))
+
+
+def _verdict(rate: Interval, p: float, lean: int) -> Verdict:
+    if p >= 0.05 or not rate.excludes(0.5) or (lean > 0) != (rate.mean > 0.5):
+        return "not shown"
+    return "better" if lean > 0 else "worse"
 
 
 def means_of(outcomes: Floats) -> Floats:
@@ -71,16 +81,6 @@ def means_of(outcomes: Floats) -> Floats:
     some = said.any(1)
     found: Floats = np.nansum(outcomes[some], 1) / said[some].sum(1)
     return found
-
-
-def rate_of(means: Floats, *, seed: int = 0) -> Interval:
-    """A rate over prompts with its interval."""
-    if means.std() == 0:
-        mean = float(means[0])
-        bounds = wilson(mean, len(means))
-        return Interval(mean, bounds.low, bounds.high, len(means))
-    found = mean_interval(means, seed=seed)
-    return Interval(found.mean, max(0.0, found.low), min(1.0, found.high), found.count, found.level)
 
 
 def sign_test(above: int, below: int) -> float:
@@ -106,33 +106,60 @@ def _needed(means: Floats) -> int | None:
 @dataclass(frozen=True, slots=True)
 class AtEqualLength:
     """``rate``: win rate read where both responses are equally long. ``slope``: how much the log-odds of winning rise
-    with a standard deviation of the difference of lengths, with its interval."""
+    with a standard deviation of the difference of lengths, with its interval. Neither is told (none) where one model's
+    responses are the longer ones in every comparison: of equal length nothing was seen, and a line that is drawn to
+    there from afar says what was put into it."""
 
-    rate: Interval
-    slope: Interval
+    rate: Interval | None
+    slope: Interval | None
 
 
 def at_equal_length(outcomes: npt.ArrayLike, longer: npt.ArrayLike) -> AtEqualLength | None:
     r"""The length-controlled win rate of outcomes [prompts, samples], ``longer`` the difference of lengths likewise.
 
     A logistic regression of the outcome on the difference d over its root mean square,
-    :math:`\operatorname{logit} P = a + b\,d`, read at d = 0. A tie is an outcome of 1/2 (quasi-likelihood). The slope
-    has a wide normal prior, of standard deviation 10 (the intercept's is 1000): where length alone decides who wins,
-    and where one model wins always, likelihood has no maximum. Bounds are those of
-    the normal with standard errors clustered by prompt (Liang and Zeger 1986), put through the logistic. None below
-    :data:`FEWEST` prompts, and where all responses are equally long.
+    :math:`\operatorname{logit} P = a + b\,d`, read at d = 0. A tie is an outcome of 1/2 (quasi-likelihood). Two prompts
+    are added at d = 0, one won and one lost: the prior log-F(2, 2) on a (Greenland and Mansournia 2015, section 3). The
+    slope has a wide normal prior, of standard deviation 10. Both keep the fit finite, and its interval honest, where
+    one model wins always or length alone decides who wins, for which likelihood has no maximum. Bounds are Student's
+    with standard errors clustered by prompt (Liang and Zeger 1986), in which the prior of the slope counts as one more
+    observation. None below :data:`FEWEST` prompts, and where all responses are equally long.
     """
     y, d = np.asarray(outcomes, np.float64), np.asarray(longer, np.float64)
     said = ~np.isnan(y)
-    prompt = np.broadcast_to(np.arange(len(y))[:, None], y.shape)[said]
+    prompt = np.unique(np.broadcast_to(np.arange(len(y))[:, None], y.shape)[said], return_inverse=True)[1]
     y, d = y[said], d[said]
     scale = float(np.sqrt((d**2).mean())) if len(d) else 0.0
-    prompts = len(np.unique(prompt))
+    prompts = int(prompt.max(initial=-1)) + 1
     if prompts < FEWEST or not scale:
         return None
-    x = np.stack([np.ones_like(d), d / scale], 1)
-    prior = np.diag([1e-6, 1e-2])
-    beta = np.zeros(2)
+    if d.min() > 0 or d.max() < 0:
+        return AtEqualLength(None, None)
+    y, d, prompt = np.append(y, [1, 0]), np.append(d, [0, 0]), np.append(prompt, [prompts, prompts + 1])
+    x, prior = np.stack([np.ones_like(d), d / scale], 1), np.diag([0.0, 1e-2])
+    beta = _maximum(x, y, prior)
+    p = _logistic(x @ beta)
+    bread = np.linalg.inv((x * (p * (1 - p))[:, None]).T @ x + prior)
+    scores = np.zeros((prompts + 2, 2))
+    np.add.at(scores, prompt, x * (y - p)[:, None])
+    cover = bread @ (scores.T @ scores * (prompts + 2) / (prompts + 1) + prior) @ bread
+    half = student(prompts + 1) * np.sqrt(np.diag(cover))
+    low, high = (beta - half).tolist(), (beta + half).tolist()
+    slope = Interval(float(beta[1]), low[1], high[1], prompts)
+    return AtEqualLength(_rate_at_zero(float(beta[0]), float(half[0]), prompts), slope)
+
+
+def _rate_at_zero(log_odds: float, half: float, prompts: int) -> Interval:
+    """The wider of two intervals on either side: by the log-odds, and by the rate itself (its derivative times the half
+    width), cut at 0 and 1. Near 1 the former stops short of what so few losses leave possible."""
+    rate, below, above = (float(_logistic(v)) for v in (log_odds, log_odds - half, log_odds + half))
+    by_itself = rate * (1 - rate) * half
+    return Interval(rate, max(0.0, min(below, rate - by_itself)), min(1.0, max(above, rate + by_itself)), prompts)
+
+
+def _maximum(x: Floats, y: Floats, prior: Floats) -> Floats:
+    """The coefficients of most penalised likelihood, by Newton's method."""
+    beta = np.zeros(x.shape[1])
     for _ in range(100):
         p = _logistic(x @ beta)
         hessian = (x * (p * (1 - p))[:, None]).T @ x + prior
@@ -140,16 +167,7 @@ def at_equal_length(outcomes: npt.ArrayLike, longer: npt.ArrayLike) -> AtEqualLe
         beta += step / max(1.0, float(np.abs(step).max()))
         if np.abs(step).max() < 1e-12:
             break
-    p = _logistic(x @ beta)
-    bread = np.linalg.inv((x * (p * (1 - p))[:, None]).T @ x + prior)
-    scores = np.zeros((int(prompt.max()) + 1, 2))
-    np.add.at(scores, prompt, x * (y - p)[:, None])
-    cover = bread @ (scores.T @ scores) @ bread * prompts / (prompts - 1)
-    errors = np.sqrt(np.diag(cover))
-    low, high = beta - Z95 * errors, beta + Z95 * errors
-    at_zero, least, most = (float(_logistic(v)) for v in (beta[0], low[0], high[0]))
-    rate = Interval(at_zero, least, most, prompts)
-    return AtEqualLength(rate, Interval(float(beta[1]), float(low[1]), float(high[1]), prompts))
+    return beta
 
 
 def _logistic(x: npt.ArrayLike) -> Floats:

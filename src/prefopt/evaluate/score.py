@@ -18,7 +18,7 @@ from prefopt.data.problem import Problem, refuse
 from prefopt.data.sources import find_sources
 from prefopt.disk.write import output_errors
 from prefopt.errors import DataError, RunError
-from prefopt.interval import Interval, mean_interval
+from prefopt.interval import Interval, rate_interval
 from prefopt.records import Comparison, tiers_of
 from prefopt.rewards import Reward, load_reward, prompt_text
 
@@ -35,8 +35,8 @@ Scores = Callable[[Sequence[Comparison]], list[tuple[float, ...]]]
 class ScoreResult:
     """``mean`` and ``spread`` (standard deviation) are over all responses.
 
-    ``agreement``: the part of a row's pairs that the scores order as the row did (a tie counts half), over rows that
-    had preferences; the interval resamples rows, and there is none for fewer than two. ``truncated`` rows were too long
+    ``agreement``: the part of a row's pairs that the scores order as the row did (a tie counts half), the mean over the
+    prompts of rows that had preferences, with its interval; none where no row had any. ``truncated`` rows were too long
     for a model.
     """
 
@@ -57,7 +57,7 @@ class ScoreResult:
             a = self.agreement
             said.append(
                 f"the scores order {a.mean:.1%} of the pairs as the rows do"
-                f" (95 % interval {a.low:.1%} to {a.high:.1%}, {a.count} rows)"
+                f" (95 % interval {a.low:.1%} to {a.high:.1%}, {a.count} prompts)"
             )
         return [*said, f"written: {self.output}"]
 
@@ -69,7 +69,7 @@ def run(config: ScoreConfig) -> ScoreResult:
         raise RunError(f"--output {path} is there already; name another file, or add --overwrite")
     scores_of, models = scores_for(config)
     values: list[float] = []
-    agreements: list[float] = []
+    agreements: dict[bytes, list[float]] = {}
     rows = 0
     aside = path.with_name(f".{path.name}.aside")
     with output_errors(path):
@@ -82,11 +82,11 @@ def run(config: ScoreConfig) -> ScoreResult:
                     rows += 1
                     values += scores
                     if before.pairs:
-                        agreements.append(agreement(before.pairs, scores))
+                        agreements.setdefault(before.prompt_key, []).append(agreement(before.pairs, scores))
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
-    interval = mean_interval(agreements) if len(agreements) > 1 else None
+    interval = rate_interval([np.mean(of_prompt) for of_prompt in agreements.values()]) if agreements else None
     spread, truncated = float(np.std(values)), models.truncated if models else 0
     return ScoreResult(path, rows, len(values), float(np.mean(values)), spread, interval, truncated)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prefopt.evaluate.compare import CompareResult
+from prefopt.evaluate.rates import WinRate
 from prefopt.evaluate.samples import Samples
 from prefopt.evaluate.tasks import TaskChange
 from prefopt.evaluate.versus import Versus
@@ -40,15 +41,14 @@ def _versus_lines(v: Versus) -> Iterator[str]:
     if r.rate is None:
         yield f"  {_too_few(r.prompts)}"
     else:
-        assert r.p is not None
+        assert r.p is not None and r.verdict is not None
         yield f"  win rate {_percent(r.rate)}, a tie counting half; sign test p = {r.p:.2g}"
         if v.equal_length is not None:
-            yield f"  at equal length {_percent(v.equal_length.rate)}"
-        if r.rate.excludes(0.5):
-            yield f"  {v.first} is {'better' if r.rate.mean > 0.5 else 'worse'} here by this judge"
+            yield f"  at equal length {_at_equal_length(v.equal_length.rate)}"
+        if r.verdict != "not shown":
+            yield f"  {v.first} is {r.verdict} here by this judge"
         else:
-            more = f"; if it is as large as it looks, about {r.needed:,} prompts would show it" if r.needed else ""
-            yield f"  no difference is shown{more}"
+            yield f"  no difference is shown{_why_not(r)}"
     if v.longer is not None:
         x = v.longer
         yield f"  difference of length {x.mean:+.0f} characters [{x.low:+.0f}, {x.high:+.0f}]"
@@ -57,6 +57,18 @@ def _versus_lines(v: Versus) -> Iterator[str]:
     for name, part in v.categories.items():
         told = f"{part.prompts} prompts, too few for a rate" if part.rate is None else _percent(part.rate)
         yield f"  {name}: {told}"
+
+
+def _why_not(r: WinRate) -> str:
+    """What else there is to say where neither is better."""
+    if r.rate is not None and r.rate.excludes(0.5):
+        return ": the interval leaves 50 % out, but a sign test does not agree"
+    more = r.needed is not None and r.needed > r.prompts
+    return f"; if it is as large as it looks, about {r.needed:,} prompts would show it" if more else ""
+
+
+def _at_equal_length(rate: Interval | None) -> str:
+    return "not told: one model's responses are the longer ones in every comparison" if rate is None else _percent(rate)
 
 
 def task_words(c: TaskChange) -> str:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from prefopt.data.table import GroupTable
 from prefopt.disk.write import output_errors
-from prefopt.interval import Interval, mean_interval
+from prefopt.interval import Interval, rate_interval
 from prefopt.train import items
 
 Floats = npt.NDArray[np.float64]
@@ -43,7 +43,7 @@ class Reliability:
     """What held-out pairs say of a reward model.
 
     ``accuracy``: the share of pairs that it orders as the data do (a tie counts half), the mean over prompts, with an
-    interval that resamples prompts (none for a single prompt). ``ece``: expected calibration error (Naeini et al.
+    interval over prompts (none for a single prompt). ``ece``: expected calibration error (Naeini et al.
     2015), the mean distance between its confidence sigma(|r1 - r2|) and how often it is right, over ``bins`` of equal
     width. ``by_length``: accuracy in quarters of the pairs by how much longer the chosen response is. ``longer``: how
     often the chosen response is the longer one, which is the accuracy of length alone.
@@ -101,7 +101,7 @@ def reliability(reward_N: Floats, groups: GroupTable, indices: Sequence[int], wh
     return Reliability(
         len(gap_R),
         float(per_prompt.mean()),
-        mean_interval(per_prompt) if len(per_prompt) > 1 else None,
+        rate_interval(per_prompt) if len(per_prompt) > 1 else None,
         ece,
         bins,
         _by_length(longer_R, right_R),

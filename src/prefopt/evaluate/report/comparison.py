@@ -23,17 +23,20 @@ LONGEST = 4000
 """Characters of a text that a page shows; what is cut off is told by an ellipsis."""
 
 Json = Mapping[str, Any]
+Bounds = tuple[float, float, float]
+"""A rate with the two ends of its interval."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """One line of the table of win rates. ``bounds``: rate, low, high; none where prompts were too few to tell one."""
+    """One line of the table of win rates. ``bounds``: none where prompts were too few to tell one.
+    ``at_equal_length``: or why there is none."""
 
     name: str
     prompts: int
     counts: str
-    bounds: tuple[float, float, float] | None
-    at_equal_length: tuple[float, float, float] | None
+    bounds: Bounds | None
+    at_equal_length: Bounds | str
     p: float | None
 
 
@@ -114,32 +117,39 @@ _NO_SAMPLES = "no samples are shown: prefopt compare keeps the judged pairs wher
 
 
 def sentence(versus: Json, judge: str) -> str:
-    """The verdict on two models, as sure as the interval lets it be."""
+    """The verdict on two models, as sure as the interval and the sign test let it be."""
     rate, first, second = versus["rate"], versus["first"], versus["second"]
     bounds = _bounds(rate["rate"])
     if bounds is None:
         return f"{rate['prompts']} prompts are too few to say whether {first} is better than {second}"
     mean, low, high = bounds
     told = f"win rate {mean:.1%}, 95 % interval {low:.1%} to {high:.1%}, {rate['prompts']} prompts, judge {judge}"
-    if low <= 0.5 <= high:
+    if rate["verdict"] == "not shown":
         return f"no difference between {first} and {second} is shown ({told})"
-    return f"{first} is {'better' if mean > 0.5 else 'worse'} than {second} ({told})"
+    return f"{first} is {rate['verdict']} than {second} ({told})"
 
 
 def _rates(versus: Json) -> Iterator[Rate]:
     pair = f"{versus['first']} against {versus['second']}"
-    equal = versus["equal_length"]
-    yield _rate(pair, versus["rate"], None if equal is None else _bounds(equal["rate"]))
+    yield _rate(pair, versus["rate"], _at_equal_length(versus))
     for category, rate in versus["categories"].items():
-        yield _rate(f"{pair}: {category}", rate, None)
+        yield _rate(f"{pair}: {category}", rate, "-")
 
 
-def _rate(name: str, rate: Json, equal: tuple[float, float, float] | None) -> Rate:
+def _at_equal_length(versus: Json) -> Bounds | str:
+    equal = versus["equal_length"]
+    if equal is None:
+        return "too few" if versus["rate"]["rate"] is None else "all are equally long"
+    bounds = _bounds(equal["rate"])
+    return "not told: one model's are always the longer ones" if bounds is None else bounds
+
+
+def _rate(name: str, rate: Json, equal: Bounds | str) -> Rate:
     counts = f"{rate['wins']} / {rate['ties']} / {rate['losses']}"
     return Rate(name, int(rate["prompts"]), counts, _bounds(rate["rate"]), equal, rate["p"])
 
 
-def _bounds(interval: Json | None) -> tuple[float, float, float] | None:
+def _bounds(interval: Json | None) -> Bounds | None:
     if interval is None:
         return None
     return float(interval["mean"]), float(interval["low"]), float(interval["high"])
