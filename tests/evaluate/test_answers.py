@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,58 @@ def test_other_models_prompts_and_options_are_other_samples(
     write_model(Path(b), seed=3)
     prefopt.compare(a, b, prompts, judge=length, **QUICK)
     assert sum(calls) == 36
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def more_stops(folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(2, 200))}))
+
+
+def template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+
+def other_tokens(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "k"}, "content": "m"}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize("change", [more_stops, template, other_tokens])
+def test_what_else_decides_answers_is_part_of_the_model(
+    change: Callable[[Path], None], models: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and config.json stay as they were: the same folder answers otherwise, and is drawn from again."""
+    a, b, _ = models
+    prompts = Path(b).parent / "prompts.txt"  # a line is what a user says, where there is a template
+    prompts.write_text("".join(f"k{i}\n" for i in range(12)))
+    before = prefopt.compare(a, b, prompts, judge=length, **QUICK)
+    calls = drawn(monkeypatch)
+    change(Path(b))
+    after = prefopt.compare(a, b, prompts, judge=length, **QUICK)
+    assert sum(calls) == 12
+    assert [before.identities[m] == after.identities[m] for m in (a, b)] == [True, False]
+    assert before.models[b] != after.models[b] and before.models[a] == after.models[a]
+    with monkeypatch.context() as patch:  # and nothing that was kept stands in the way of a fresh start
+        patch.setenv("PREFOPT_CACHE", str(Path(b).parent / "another cache"))
+        assert prefopt.compare(a, b, prompts, judge=length, **QUICK).to_dict() == after.to_dict()
+
+
+def test_samples_are_not_gone_on_with_where_something_else_ends_them(
+    models: tuple[str, str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, b, prompts = models
+    words = ["sample", "--model", b, "--prompts", prompts, "--output", str(tmp_path / "o.jsonl"), *WORDS]
+    assert main(words) == 0 and main([*words, "--resume"]) == 0
+    more_stops(Path(b))
+    capsys.readouterr()
+    assert main([*words, "--resume"]) == 2
+    assert "what ends an answer changed since" in capsys.readouterr().err
 
 
 def test_kept_samples_are_listed_and_removed(models: tuple[str, str, str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,7 +58,7 @@ def identity(config: CompareConfig, name: str, given: Given) -> str:
     """The SHA-256 of what decides a model's answers, or of a file of samples."""
     if is_file(name):
         return file_hashes([Path(name)], error=DataError)[0]
-    return given.loaded(name, config).identity().digest
+    return given.loaded(name, config).answering()
 
 
 def _drawn(config: CompareConfig, name: str, given: Given, reporter: Reporter) -> Rows:
@@ -70,7 +70,7 @@ def _drawn(config: CompareConfig, name: str, given: Given, reporter: Reporter) -
     if name not in given.models:
         options |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
     options |= {"model": name, "prompts": config.prompts or []}
-    folder = samples_folder() / _key(options, model.identity().digest, given.rows)
+    folder = samples_folder() / _key(options, model.answering(), given.rows)
     lock = space_lock(folder)
     if not acquired(lock):
         raise CacheError(f"{folder}: another process draws the same samples; wait for it")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +13,7 @@ from transformers import GenerationConfig
 
 from prefopt.data.render import Renderer
 from prefopt.data.rendering import Rendering
-from prefopt.data.tokenizer import Tokenizer, end_marks, load_tokenizer
+from prefopt.data.tokenizer import Tokenizer, end_marks, load_tokenizer, tokenizer_digest
 from prefopt.errors import ConfigError, DataError, ModelError
 from prefopt.model.identity import Identity, identity_of_folder, identity_of_model
 from prefopt.model.load import load_config, load_model, local_folder, resolve_device, resolve_dtype, silence_dropout
@@ -67,6 +69,13 @@ class SampledModel:
         if self._given is not None:
             return identity_of_model(self._given, name=self.name)
         return identity_of_folder(self.source, adapter=self.adapter)
+
+    def answering(self) -> str:
+        """SHA-256 (hex) of what decides its answers: its log-probabilities, its tokenizer with the chat template, and
+        the tokens that end an answer, which the generation config may add to."""
+        stops = self.stops(renderer_for(self.tokenizer))
+        whole = json.dumps([self.identity().digest, tokenizer_digest(self.tokenizer), stops])
+        return hashlib.sha256(whole.encode()).hexdigest()
 
     def release(self) -> None:
         """Give the model its own attention back: one given in Python goes back to its owner."""

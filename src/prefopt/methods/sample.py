@@ -158,6 +158,7 @@ class _Run:
         if self.file is not None:
             self.file.same("model", model.identity().digest, "the model")
             self.file.same("prompts", digest_of(prompts.ids), "the prompts")
+            self.file.same("stop", list(self.settings.stop), "what ends an answer")
         if self.file is not None and self.file.finished:
             self.reporter.say(f"{self.file.path} is finished: nothing is left to sample")
             return None
