@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import prefopt
 from prefopt.cli import main
 from prefopt.config.compare import CompareConfig
-from prefopt.errors import ConfigError, DataError
+from prefopt.errors import ConfigError, DataError, RunError
 from prefopt.evaluate.compare import CompareResult, run
 from prefopt.evaluate.samples import repetition
 from train.small import write_model, write_rows
@@ -75,7 +76,9 @@ def test_models_are_sampled_with_the_same_seed_and_told_about(
     words += [f"--{n.replace('_', '-')}={v}" for n, v in QUICK.items()]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert main([*words, "--json"]) == 0
+    assert main([*words, "--json"]) == 2
+    assert "judged.jsonl is there already; name another file, or add --overwrite" in capsys.readouterr().err
+    assert main([*words, "--json", "--overwrite"]) == 0
     result = json.loads(capsys.readouterr().out)
     own, theirs = (result["models"][m] for m in (model, other))
     (v,) = result["versus"]
@@ -175,6 +178,7 @@ def test_what_does_not_compare_is_refused(tmp_path: Path, model: str) -> None:
             compared(a, b, **options)
 
 
+FILES: dict[str, Any] = {"a": "a.jsonl", "b": "b.jsonl", "judge": "length"}
 OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"a": "m", "b": "n"}, "--judge is missing"),
     ({"a": "m", "judge": "length"}, "--b is missing"),
@@ -191,6 +195,31 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"a": "m", "b": "n", "judge": "length", "prompts": ["p"], "temperature": 0.0, "num": 2}, "leave --num out"),
     ({"votes": ["v"], "a": "m"}, "--a: --votes counts what was judged already"),
+    *(
+        ({"votes": ["v"], **more}, "--votes counts what was judged already")
+        for more in (
+            {"num": 3},
+            {"temperature": 0.5},
+            {"max_new_tokens": 3},
+            {"on_bad_row": "skip"},
+            {"held_out": ["h"]},
+            {"overwrite": True},
+            {"threads": 1},
+        )
+    ),
+    ({**FILES, "prompts": ["nowhere.txt"]}, "--prompts are what models answer"),
+    ({**FILES, "held_out": ["nowhere.jsonl"]}, "--held-out measures models"),
+    *(({**FILES, **more}, "says how samples are drawn") for more in ({"num": 7}, {"max_new_tokens": 3})),
+    ({**FILES, "temperature": 0.5}, "--temperature says how samples are drawn"),
+    *(
+        ({**FILES, **more}, "is for prompts and held-out data")
+        for more in ({"format": "canonical"}, {"columns": ["prompt=q"]}, {"on_bad_row": "skip"})
+    ),
+    *(
+        ({**FILES, **more}, "says how models compute, and none does here")
+        for more in ({"threads": 2}, {"device": "cpu"}, {"dtype": "float32"})
+    ),
+    ({**FILES, "overwrite": True}, "--overwrite belongs to --output"),
 ]
 
 
@@ -198,6 +227,109 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
 def test_contradictions_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         CompareConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"judge": "gsm8k", "prompts": ["p"], "on_bad_row": "skip", "format": "canonical"},
+        {"judge": "owner/reward", "device": "cpu", "threads": 1},
+        {"judge": "implicit:m,n", "dtype": "float32"},
+        {"reference": "r", "device": "cpu"},
+        {"b": "model", "prompts": ["p"], "num": 7, "held_out": ["h"], "threads": 1},
+    ],
+)
+def test_what_is_read_is_taken(options: dict[str, Any]) -> None:
+    CompareConfig(**{**FILES, **options})
+
+
+def test_gsm8k_reads_answers_for_files_and_says_which_prompts_have_none(tmp_path: Path) -> None:
+    a, b = (samples(tmp_path / f"{n}.jsonl", [[f"it is {i * (n == 'a')}"] for i in range(16)]) for n in "ab")
+    rows = [{"prompt": row["prompt"], "completion": f"so\n#### {i}"} for i, row in enumerate(PROMPTS)]
+    how: dict[str, Any] = {"judge": "gsm8k", "prompts": [write_rows(tmp_path / "p.jsonl", rows)]}
+    assert compared(a, b, **how).versus[0].rate.wins == 15
+    write_rows(tmp_path / "p.jsonl", [*rows[:4], *rows[5:]])
+    with pytest.raises(DataError, match="row 5: its prompt is not in --prompts"):
+        compared(a, b, **how)
+    bad = tmp_path / "p.jsonl"
+    write_rows(bad, rows)
+    bad.write_text(bad.read_text() + '{"prompt": 3, "completion": "x"}\n')
+    with pytest.raises(DataError, match=r"row 17: 1 of 17 rows cannot be used.*--on-bad-row skip"):
+        compared(a, b, **how)
+    assert compared(a, b, **how, on_bad_row="skip").notes == [
+        "1 rows of the prompts were left out: they cannot be used"
+    ]
+
+
+def test_rows_that_ask_the_same_are_one_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Twenty rows with one question, and the same answers as two rows of ten samples each."""
+    asked = [{"prompt": "Say hello."}] * 20
+    a = samples(tmp_path / "a.jsonl", [["hello there"]] * 20, asked)
+    b = samples(tmp_path / "b.jsonl", [["hello"]] * 20, asked)
+    assert main(["compare", "--a", a, "--b", b, "--judge", "length"]) == 0
+    said = capsys.readouterr().out
+    assert "20 rows ask 1 different prompt: rows" in said and "1 prompts: won 20, tied 0, lost 0" in said
+    assert "1 prompts are too few to tell a rate" in said and "is better" not in said
+
+    rng = np.random.default_rng(2)
+    words = ["w " * int(n) for n in rng.integers(1, 9, 4 * 48)]
+    once = [{"prompt": f"p{i} "} for i in range(12)]
+    apart = [row for row in once for _ in range(4)]
+    found = []
+    for name, many, num in (("once", once, 8), ("apart", apart, 2)):
+        files = []
+        for side, start in (("a", 0), ("b", 96)):
+            texts = [words[start + i * num : start + (i + 1) * num] for i in range(len(many))]
+            files.append(samples(tmp_path / f"{name}_{side}.jsonl", texts, many))
+        found.append(compared(*files))
+    (once_v,), (apart_v,) = (f.versus for f in found)
+    assert once_v.rate == apart_v.rate and once_v.equal_length == apart_v.equal_length
+    assert once_v.longer == apart_v.longer and once_v.rate.prompts == 12
+    assert [[m.prompts for m in f.models.values()] for f in found] == [[12, 12], [12, 12]]
+    assert not found[0].notes and found[1].notes[0].startswith("48 rows ask 12 different prompts")
+
+
+def test_what_is_there_is_replaced_when_asked_and_what_is_read_never(tmp_path: Path) -> None:
+    a, b = (samples(tmp_path / f"{n}.jsonl", [[n * 2 if n == "a" else n]] * 16) for n in "ab")
+    before = Path(a).read_bytes()
+    for output in (a, str(tmp_path / "." / "b.jsonl")):
+        for overwrite in (False, True):
+            with pytest.raises(ConfigError, match="is read by this comparison; name another file"):
+                compared(a, b, output=output, overwrite=overwrite)
+    asked = write_rows(tmp_path / "asked.jsonl", [{**row, "completion": "#### 1"} for row in PROMPTS])
+    with pytest.raises(ConfigError, match="is read by this comparison"):
+        compared(a, b, judge="gsm8k", prompts=[str(tmp_path / "ask*.jsonl")], output=asked, overwrite=True)
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text("mine")
+    with pytest.raises(RunError, match="is there already; name another file, or add --overwrite"):
+        compared(a, b, output=str(kept))
+    assert kept.read_text() == "mine" and Path(a).read_bytes() == before
+    found = compared(a, b, output=str(kept), overwrite=True)
+    assert found.output_sha256 == hashlib.sha256(kept.read_bytes()).hexdigest() and len(kept.read_text()) > 100
+
+
+def test_distances_count_prompts_not_rows(model: str, other: str, tmp_path: Path) -> None:
+    prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": f"k{i % 3}: "} for i in range(6)])
+    found = compared(model, other, prompts=[prompts], reference=model, **QUICK).models[other]
+    assert found.distance is not None and (found.distance.k1.count, found.prompts, found.samples) == (3, 3, 6)
+
+
+@pytest.mark.parametrize("bridge", [False, True])
+def test_models_that_never_met_are_on_no_common_scale(
+    bridge: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    met = [("A", "B"), ("C", "D"), *([("B", "C")] if bridge else [])]
+    rows = [
+        {"prompt": f"p{i}", "responses": ["x", "y"], "models": list(two), "tiers": [[i % 3 != 0], [i % 3 == 0]]}
+        for two in met
+        for i in range(20)
+    ]
+    rows = [row | {"tiers": [[int(k)] for (k,) in row["tiers"]]} for row in rows]
+    votes = write_rows(tmp_path / "votes.jsonl", rows)
+    assert main(["compare", "--votes", votes]) == 0
+    said = capsys.readouterr().out
+    assert ("strength (Bradley-Terry" in said) == bridge
+    assert ("no strengths are told: nothing compares A, B with C, D" in said) != bridge
 
 
 @pytest.mark.parametrize("option", [{"num": 2}, {"max_new_tokens": 2}, {"temperature": 0.0}, {"seed": 3}])

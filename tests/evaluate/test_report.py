@@ -83,6 +83,7 @@ def compared(tmp_path: Path, prompts: int, tail: str = "") -> list[str]:
         b=str(tmp_path / "b.jsonl"),
         judge="length",
         output=str(tmp_path / "judged.jsonl"),
+        overwrite=True,
     )
     (tmp_path / "compared.json").write_text(json.dumps(compare(config).to_dict()))
     return [str(tmp_path / "compared.json")]
@@ -243,6 +244,26 @@ def test_a_run_of_ppo_has_a_page_of_its_own_curves(tmp_path: Path) -> None:
     page = report(folder)
     labels = " ".join(page.values("aria-label"))
     assert "Reward of the policy" in labels and "KL to the reference" in labels and "rose from" in page.words
+
+
+def test_a_page_never_shows_the_pairs_of_another_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file,) = compared(tmp_path, 12)
+    words = ["report", "--comparisons", file, "--output", str(tmp_path / "r.html")]
+    assert main(words) == 0
+    kept = Path(file).read_text("utf-8")
+    compared(tmp_path, 14)  # writes over judged.jsonl
+    Path(file).write_text(kept)
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "judged.jsonl no longer holds the pairs of this comparison" in capsys.readouterr().err
+    compared(tmp_path, 12)
+    assert main(words) == 0, "they are those of this comparison again"
+
+
+def test_the_order_of_held_out_pairs_is_the_datas(tmp_path: Path) -> None:
+    """Who made the labels is not known: they may be a rule's as well as people's."""
+    page = report(write_run(tmp_path / "run"))
+    assert "of their pairs are in the order of the data" in page.words and "people" not in page.words
 
 
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,15 +7,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from prefopt.config.data import ReadOptions
 from prefopt.config.machine import MachineOptions
-from prefopt.config.option import check_all, flag, from_dict, option, to_dict
+from prefopt.config.option import check_all, flag, from_dict, option, options, to_dict
+from prefopt.config.score import is_model_reward
 from prefopt.errors import ConfigError
 
-_OF_SAMPLES = ("a", "b", "prompts", "judge")
+_OF_VOTES = {"votes", "format", "columns", "seed", "json", "progress"}
+_OF_DRAWING = ("num", "max_new_tokens", "temperature")
+_OF_READING = ("format", "columns", "on_bad_row")
+_OF_MACHINES = tuple(field.name for field in fields(MachineOptions))
 _OF_TASKS = ("tasks", "task_folder", "task_limit", "task_results")
 _OF_LLM = ("judge_url", "judge_model", "judge_key")
 
@@ -39,7 +43,7 @@ class CompareConfig(MachineOptions, ReadOptions):
         None,
         "files, folders, globs or Hub data sets with prompts, in any layout; or .txt, a prompt in every line",
         group="data",
-        default_text="required, unless all models are files of samples",
+        default_text="required, unless all models are files of samples, and then for --judge gsm8k alone",
     )
     category: str | None = option(None, "column of the prompts by which rates are told apart", group="data")
     held_out: list[str] | None = option(
@@ -91,6 +95,7 @@ class CompareConfig(MachineOptions, ReadOptions):
     output: str | None = option(
         None, "file to write the judged pairs to, JSON lines that read as preferences", group="output"
     )
+    overwrite: bool = option(False, "replace the output file where it is there", group="output")
     json: bool = option(False, "print one JSON document, and nothing else", group="output")
     progress: Literal["auto", "rich", "plain", "none"] = option(
         "auto", "how progress is shown; auto: rich on a terminal, plain lines elsewhere", group="output"
@@ -100,11 +105,8 @@ class CompareConfig(MachineOptions, ReadOptions):
         check_all(self)
         self.check_machine()
         if self.votes is not None:
-            if self.on_bad_row == "skip":
-                raise ConfigError("--on-bad-row skip is for prompts and held-out data, and --votes has neither")
-            for name in (*_OF_SAMPLES, *_OF_LLM, *_OF_TASKS, "others", "reference", "category", "held_out", "output"):
-                if getattr(self, name) is not None:
-                    raise ConfigError(f"{flag(name)}: --votes counts what was judged already; leave one of them out")
+            for name in (o.name for o in options(type(self)) if o.name not in _OF_VOTES and self._given(o.name)):
+                raise ConfigError(f"{flag(name)}: --votes counts what was judged already; leave one of them out")
             return
         for name in ("a", "b", "judge"):
             if getattr(self, name) is None:
@@ -112,6 +114,10 @@ class CompareConfig(MachineOptions, ReadOptions):
         sampled = [name for name in self.models if not is_file(name)]
         if self.prompts is None and sampled:
             raise ConfigError(f"--prompts is missing, which {sampled[0]} is to answer")
+        if not sampled:
+            self._check_files()
+        if self.overwrite and self.output is None:
+            raise ConfigError("--overwrite belongs to --output; leave it out")
         if len(set(self.models)) < len(self.models):
             raise ConfigError("one of the models is named twice; a model is not compared with itself")
         if self.judge == "llm" and self.judge_url is None:
@@ -124,6 +130,25 @@ class CompareConfig(MachineOptions, ReadOptions):
         if self.temperature == 0 and self.num > 1:
             raise ConfigError(f"--temperature 0 draws the same sample {self.num} times: leave --num out")
         self._check_tasks(sampled)
+
+    def _given(self, name: str) -> bool:
+        """Whether an option has another value than it has by itself."""
+        return bool(getattr(self, name) != self.__dataclass_fields__[name].default)
+
+    def _check_files(self) -> None:
+        """Models that are all files of samples draw nothing, so that what says how is refused."""
+        why = "all models are files of samples"
+        for name in (n for n in _OF_DRAWING if self._given(n)):
+            raise ConfigError(f"{flag(name)} says how samples are drawn, and {why}; leave it out")
+        if self.held_out is not None:
+            raise ConfigError(f"--held-out measures models, and {why}; leave it out")
+        if self.prompts is not None and self.judge != "gsm8k":
+            raise ConfigError(f"--prompts are what models answer, and {why}, which hold theirs; leave it out")
+        for name in (n for n in _OF_READING if self.prompts is None and self._given(n)):
+            raise ConfigError(f"{flag(name)} is for prompts and held-out data, and {why}; leave it out")
+        by_model = self.judge is not None and (is_model_reward(self.judge) or self.judge.startswith("implicit:"))
+        for name in (n for n in _OF_MACHINES if self.reference is None and not by_model and self._given(n)):
+            raise ConfigError(f"{flag(name)} says how models compute, and none does here: {why}; leave it out")
 
     def _check_tasks(self, sampled: list[str]) -> None:
         if self.tasks is None:

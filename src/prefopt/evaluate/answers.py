@@ -18,7 +18,7 @@ import prefopt
 from prefopt.config.compare import CompareConfig, is_file
 from prefopt.config.sample import SampleConfig
 from prefopt.data.formats import open_comparisons, parse_comparisons, read_comparisons
-from prefopt.data.problem import Problem
+from prefopt.data.problem import Problem, refuse, refused_rows
 from prefopt.data.sources import find_sources
 from prefopt.disk.cache import acquired, cache_errors, samples_folder, space_lock
 from prefopt.disk.entries import SAMPLES, used
@@ -132,16 +132,23 @@ def check_same(samples: Mapping[str, Rows]) -> None:
                 raise DataError(what, file=name, row=b.row)
 
 
-def prompts_of(config: CompareConfig, given: Given) -> dict[bytes, Comparison]:
-    """The prompts' rows as their files have them, by prompt: with the answers that gsm8k compares with."""
+def prompts_of(config: CompareConfig, given: Given) -> tuple[dict[bytes, Comparison], list[str]]:
+    """The prompts' rows as their files have them, by prompt: with the answers that gsm8k compares with; and what is
+    said of rows that were left out. Raises :class:`DataError` for rows that cannot be used, unless they may be."""
     how: dict[str, Any] = {"format": config.format, "columns": config.columns}
-    found = {}
+    found, left = {}, 0
     if given.rows is not None:
         readings = [parse_comparisons(given.rows, "prompts", **how)]
     else:
         readings = [open_comparisons(source, **how) for source in find_sources(config.prompts or [])]
     for reading in readings:
+        problems: list[Problem] = []
         for row in reading:
             if isinstance(row, Comparison):
                 found[row.prompt_key] = row
-    return found
+            else:
+                problems.append(row)
+        if problems and config.on_bad_row == "refuse":
+            raise refuse(problems, reading.count)
+        left += refused_rows(problems)
+    return found, [f"{left} rows of the prompts were left out: they cannot be used"] if left else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
@@ -10,20 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from prefopt.config.command import command
 from prefopt.config.compare import CompareConfig, is_file
 from prefopt.data.layouts import LAYOUTS
-from prefopt.disk.write import output_errors, replace_file
 from prefopt.errors import ConfigError, DataError, ModelError
 from prefopt.evaluate.answers import Given, Rows, answers, check_same, identity, prompts_of
 from prefopt.evaluate.judged import findings
+from prefopt.evaluate.judged_file import check_output, write_judged
 from prefopt.evaluate.judges import load_judge
 from prefopt.evaluate.judges.judge import Judge, Question, ScoredVote, outcome, with_empty
 from prefopt.evaluate.judges.recorded import recorded
-from prefopt.evaluate.rates import FEWEST, Floats, at_equal_length, win_rate
+from prefopt.evaluate.prompts import Floats, Ints, gathered, numbered
+from prefopt.evaluate.rates import FEWEST, at_equal_length, win_rate
 from prefopt.evaluate.samples import Samples, distance, perplexity, seen
-from prefopt.evaluate.strengths import Games, strengths
+from prefopt.evaluate.strengths import Games, apart, strengths
 from prefopt.evaluate.tasks import Harness, TaskScore, changes, read_task_results
 from prefopt.evaluate.versus import Versus
 from prefopt.interval import Interval, mean_interval
@@ -38,9 +39,10 @@ from prefopt.train.finding import Finding
 @dataclass(frozen=True, slots=True)
 class CompareResult:
     """``versus``: every two models. ``strengths``: Bradley-Terry, in log-odds, of three and more models whose prompts
-    are enough. ``models``: what the samples of each show; nothing where votes were counted. ``findings``: what is worth
-    a look, in words. ``command`` does it again (empty where Python gave objects), ``identities`` are SHA-256 of what
-    was compared, ``environment`` is what it ran on."""
+    are enough and which comparisons link. ``models``: what the samples of each show; nothing where votes were counted.
+    ``findings``: what is worth a look, in words. ``command`` does it again (empty where Python gave objects),
+    ``identities`` are SHA-256 of what was compared, ``output_sha256`` is that of the file of judged pairs (empty where
+    none was written), ``environment`` is what it ran on."""
 
     judge: str
     versus: list[Versus]
@@ -52,6 +54,7 @@ class CompareResult:
     command: str = ""
     identities: dict[str, str] = field(default_factory=dict)
     environment: dict[str, dict[str, str]] = field(default_factory=dict)
+    output_sha256: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -66,29 +69,35 @@ def run(config: CompareConfig, given: Given | None = None) -> CompareResult:
     judge = load_judge(config, given.judge)
     if config.judge == "gsm8k" and config.prompts is None:
         raise ConfigError("--prompts is missing: --judge gsm8k reads the answers there")
+    check_output(config, [*(config.prompts or () if given.rows is None else ()), *(config.held_out or ())])
+    if config.threads:
+        torch.set_num_threads(config.threads)
     names, tasks = config.models, _tasks(config, given)
     reporter = Reporter("none" if config.json else config.progress)
     samples = {name: answers(config, name, given, reporter) for name in names}
     check_same(samples)
-    asked = prompts_of(config, given) if config.judge == "gsm8k" else {}
+    asked, notes = prompts_of(config, given) if config.judge == "gsm8k" else ({}, [])
+    prompt = numbered(row.prompt_key for row in samples[names[0]])
     versus, games, judged = [], [], []
     for i, k in combinations(range(len(names)), 2):
         questions = _questions(samples[names[i]], samples[names[k]], asked)
         votes, empty = with_empty(judge, questions)
-        shape = (len(samples[names[i]]), -1)
+        shape = (len(prompt), -1)
         outcomes = np.array([outcome(v) for v in votes]).reshape(shape)
         longer = np.array([float(len(a) - len(b)) for a, b in (q.responses for q in questions)]).reshape(shape)
-        versus.append(_versus(config, (names[i], names[k]), samples[names[i]], outcomes, longer, empty))
-        games += [(i, k, p, x) for p, row in enumerate(outcomes.tolist()) for x in row if x == x]
+        versus.append(_versus(config, (names[i], names[k]), samples[names[i]], prompt, outcomes, longer, empty))
+        said = zip(prompt.tolist(), outcomes.tolist(), strict=True)
+        games += [(i, k, p, x) for p, row in said for x in row if x == x]
         judged += [_judged(q, v, (names[i], names[k]), judge) for q, v in zip(questions, votes, strict=True)]
-    output = _write(config, judged)
-    notes = judge.notes()
+    output = None if config.output is None else Path(config.output)
+    digest = "" if output is None else write_judged(output, judged)
+    notes += [*_repeated(prompt), *judge.notes()]
     shown = {name: _seen(config, name, rows, notes, given) for name, rows in samples.items()}
     versus = _with_tasks(config, versus, tasks)
     return CompareResult(
         judge.name,
         versus,
-        _strengths(config, names, games, versus),
+        _strengths(config, names, games, versus, notes),
         shown,
         output,
         notes,
@@ -96,7 +105,17 @@ def run(config: CompareConfig, given: Given | None = None) -> CompareResult:
         "" if given.models or given.rows is not None or given.judge else command("compare", config),
         {name: identity(config, name, given) for name in names},
         hardware(),
+        digest,
     )
+
+
+def _repeated(prompt: Ints) -> list[str]:
+    """What is said of rows that ask the same."""
+    rows, different = len(prompt), len(set(prompt.tolist()))
+    if rows == different:
+        return []
+    prompts = "prompt" if different == 1 else "prompts"
+    return [f"{rows} rows ask {different} different {prompts}: rows that ask the same count as samples of one prompt"]
 
 
 def _questions(first: Rows, second: Rows, asked: dict[bytes, Comparison]) -> list[Question]:
@@ -157,19 +176,27 @@ def _seen(config: CompareConfig, name: str, rows: Rows, notes: list[str], given:
 
 
 def _versus(
-    config: CompareConfig, names: tuple[str, str], rows: Rows, outcomes: Floats, longer: Floats, empty: int
+    config: CompareConfig,
+    names: tuple[str, str],
+    rows: Rows,
+    prompt: Ints,
+    outcomes: Floats,
+    longer: Floats,
+    empty: int,
 ) -> Versus:
     categories = {}
     if config.category is not None:
         said = np.array([_category(config.category, row) for row in rows])
-        categories = {str(c): win_rate(outcomes[said == c]) for c in sorted(set(said.tolist()))}
-    rate = win_rate(outcomes)
-    return Versus(*names, rate, at_equal_length(outcomes, longer), categories, empty, _longer(longer, seed=config.seed))
+        parts = {str(c): said == c for c in sorted(set(said.tolist()))}
+        categories = {c: win_rate(gathered(outcomes[part], prompt[part])) for c, part in parts.items()}
+    outcomes, longer = gathered(outcomes, prompt), gathered(longer, prompt)
+    equal = at_equal_length(outcomes, longer)
+    return Versus(*names, win_rate(outcomes), equal, categories, empty, _longer(longer, seed=config.seed))
 
 
 def _longer(longer: Floats, *, seed: int) -> Interval | None:
     """The mean difference of lengths over prompts."""
-    return mean_interval(longer.mean(1), seed=seed) if len(longer) >= FEWEST else None
+    return mean_interval(np.nanmean(longer, axis=1), seed=seed) if len(longer) >= FEWEST else None
 
 
 def _category(name: str, row: Comparison) -> str:
@@ -179,11 +206,20 @@ def _category(name: str, row: Comparison) -> str:
 
 
 def _strengths(
-    config: CompareConfig, names: Sequence[str], games: list[tuple[int, int, int, float]], versus: Sequence[Versus]
+    config: CompareConfig,
+    names: Sequence[str],
+    games: list[tuple[int, int, int, float]],
+    versus: Sequence[Versus],
+    notes: list[str],
 ) -> dict[str, Interval]:
     if len(names) < 3 or any(v.rate.rate is None for v in versus):
         return {}
-    return dict(zip(names, strengths(Games.of(games), len(names), seed=config.seed), strict=True))
+    found = Games.of(games)
+    if len(parts := apart(found, len(names))) > 1:
+        groups = " with ".join(", ".join(names[i] for i in part) for part in parts)
+        notes.append(f"no strengths are told: nothing compares {groups}, not even by way of another model")
+        return {}
+    return dict(zip(names, strengths(found, len(names), seed=config.seed), strict=True))
 
 
 def _judged(q: Question, vote: Vote, names: tuple[str, str], judge: Judge) -> dict[str, object]:
@@ -193,16 +229,6 @@ def _judged(q: Question, vote: Vote, names: tuple[str, str], judge: Judge) -> di
     if isinstance(vote, ScoredVote) and vote.scores is not None:
         said["judge_scores"] = list(vote.scores)
     return LAYOUTS["canonical"].write(replace(q.pair, tiers=vote.tiers, extra={**extra, **said}))
-
-
-def _write(config: CompareConfig, rows: Sequence[dict[str, object]]) -> Path | None:
-    if config.output is None:
-        return None
-    path = Path(config.output)
-    with output_errors(path):
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        replace_file(path, text.encode("utf-8", "surrogatepass"))
-    return path
 
 
 _DRAWN = {"logprobs", "sampling_logprobs", "tokens", "token_ids", "finish"}
@@ -217,24 +243,18 @@ def _of_votes(config: CompareConfig) -> CompareResult:
     prompts = {key: n for n, key in enumerate(dict.fromkeys(one.prompt for one in found))}
     versus, games = [], []
     for i, k in combinations(range(len(names)), 2):
-        by_prompt: dict[int, list[tuple[float, float]]] = {}
-        for one in found:
-            if set(one.models) == {names[i], names[k]}:
-                turned = one.models[0] != names[i]
-                said = (1 - one.outcome, -one.longer) if turned else (one.outcome, one.longer)
-                by_prompt.setdefault(prompts[one.prompt], []).append(said)
-        if not by_prompt:
+        said = [
+            (one.prompt, 1 - one.outcome, -one.longer)
+            if one.models[0] != names[i]
+            else (one.prompt, one.outcome, one.longer)
+            for one in found
+            if set(one.models) == {names[i], names[k]}
+        ]
+        if not said:
             continue
-        outcomes, longer = _table(list(by_prompt.values()))
-        rate = win_rate(outcomes)
-        versus.append(Versus(names[i], names[k], rate, at_equal_length(outcomes, longer)))
-        games += [(i, k, p, x) for p, many in by_prompt.items() for x, _ in many]
-    return CompareResult("people", versus, _strengths(config, names, games, versus), {})
-
-
-def _table(rows: Sequence[Sequence[tuple[float, float]]]) -> tuple[Floats, Floats]:
-    """Outcomes and differences of length [prompts, votes], NaN where a prompt has fewer votes than another."""
-    table = np.full((2, len(rows), max(map(len, rows))), np.nan)
-    for p, many in enumerate(rows):
-        table[:, p, : len(many)] = np.array(many).T
-    return table[0], np.nan_to_num(table[1])
+        prompt = numbered(key for key, _, _ in said)
+        outcomes, longer = (gathered(np.array([[one[n]] for one in said], np.float64), prompt) for n in (1, 2))
+        versus.append(Versus(names[i], names[k], win_rate(outcomes), at_equal_length(outcomes, longer)))
+        games += [(i, k, prompts[key], x) for key, x, _ in said]
+    notes: list[str] = []
+    return CompareResult("people", versus, _strengths(config, names, games, versus, notes), {}, notes=notes)

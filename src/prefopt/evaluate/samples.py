@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from prefopt.data.group import Group
@@ -17,12 +15,12 @@ from prefopt.data.load import load_groups
 from prefopt.data.packer import pack, split
 from prefopt.data.problem import Problem
 from prefopt.errors import DataError, ModelError
+from prefopt.evaluate.prompts import Floats, numbered
 from prefopt.generate.loaded import SampledModel, renderer_for
 from prefopt.interval import Interval, mean_interval
 from prefopt.model.scorer import response_sums
 from prefopt.records import Comparison
 
-Floats = npt.NDArray[np.float64]
 AT_ONCE = 4096  # tokens of a forward pass
 LONGEST = 4096  # tokens of a row of held-out data, where a model names no context
 
@@ -65,7 +63,7 @@ def seen(rows: Sequence[Comparison], distance: Distance | None = None, perplexit
     logps, drawn = _column(rows, "logprobs"), _column(rows, "sampling_logprobs")
     pure = tokens is not None and logps is not None and drawn is not None and np.allclose(logps, drawn, atol=1e-4)
     return Samples(
-        len(rows),
+        len({row.prompt_key for row in rows}),
         len(texts),
         float(np.mean(tokens)) if tokens is not None else None,
         float(np.mean([len(t) for t in texts])),
@@ -110,12 +108,12 @@ def distance(rows: Sequence[Comparison], reference: SampledModel, *, seed: int =
     top = max(int(c.ids.max()) for g in groups for c in g.continuations)
     if top >= len(reference.tokenizer):
         raise ModelError(f"--reference {reference.name}: its tokens are others than those of the samples")
-    starts = np.cumsum([0, *(len(row.responses) for row in rows)])
     ratio = np.concatenate([_numbers(row, "logprobs") for row in rows]) - log_probabilities(reference, groups)
     k3 = np.expm1(-ratio) + ratio
-    if len(rows) < 2:
+    prompt = np.repeat(numbered(row.prompt_key for row in rows), [len(row.responses) for row in rows])
+    means = np.bincount(prompt, ratio) / np.bincount(prompt)
+    if len(means) < 2:
         return None
-    means = np.array([ratio[a:b].mean() for a, b in pairwise(starts)])
     error = float(means.std(ddof=1) / len(means) ** 0.5)
     return Distance(mean_interval(means, seed=seed), error, float(k3.mean()))
 

@@ -49,6 +49,18 @@ class Games:
         return found
 
 
+def apart(games: Games, models: int) -> list[list[int]]:
+    """The models in parts between which there is no game, not even by way of another model: one part for one scale.
+
+    >>> apart(Games.of([(0, 1, 0, 1.0), (2, 3, 0, 1.0), (3, 4, 0, 0.5)]), 5)
+    [[0, 1], [2, 3, 4]]
+    """
+    part = np.arange(models)
+    for i, k in set(zip(games.first.tolist(), games.second.tolist(), strict=True)):
+        part[part == part[k]] = part[i]
+    return sorted(np.flatnonzero(part == p).tolist() for p in set(part.tolist()))
+
+
 def fitted(wins: Floats) -> Floats:
     """Strengths [..., models] in log-odds, 0 in the mean, of most likelihood for wins [..., models, models].
 

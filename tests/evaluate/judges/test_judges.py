@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,10 @@ def test_answers_of_gsm8k_are_compared_by_their_last_number(text: str, right: fl
     )
     (vote,) = judge("gsm8k")([question(text, "no number", row=row)])
     assert outcome(vote) == right
+    without = dataclasses.replace(row, responses=Comparison.scored("q", ["7"], scores=[1], row=3).responses)
     with pytest.raises(DataError, match="row 1: has no answer behind ####"):
+        judge("gsm8k")([question("7", "8", row=without)])
+    with pytest.raises(DataError, match="row 1: its prompt is not in --prompts"):
         judge("gsm8k")([question("7", "8")])
 
 

@@ -64,11 +64,11 @@ def last_number(text: str) -> str | None:
 
 
 def _right(q: Question) -> str:
-    row = q.row
-    for response in row.responses if row is not None else ():
+    file, row = q.pair.file or None, q.pair.row
+    if q.row is None:
+        raise DataError("its prompt is not in --prompts, where --judge gsm8k looks for the answer", file=file, row=row)
+    for response in q.row.responses:
         _, mark, answer = response.text.rpartition("####")
         if mark and (number := last_number(answer)) is not None:
             return number
-    raise DataError(
-        "has no answer behind ####, which --judge gsm8k compares with", file=q.pair.file or None, row=q.pair.row
-    )
+    raise DataError("has no answer behind ####, which --judge gsm8k compares with", file=file, row=row)

@@ -11,6 +11,7 @@ from typing import Any
 
 from prefopt.data.formats import read_comparisons
 from prefopt.errors import RunError
+from prefopt.evaluate.judged_file import check_judged
 from prefopt.evaluate.plot import shortened
 from prefopt.evaluate.runs import as_number
 from prefopt.evaluate.tasks import TaskChange
@@ -90,7 +91,7 @@ def read_comparison(name: str | Path, *, seed: int = 0) -> ComparisonFacts:
 
 def comparison_facts(found: Json, *, seed: int = 0) -> ComparisonFacts:
     """The facts of a comparison as plain values; ``seed`` draws the samples that are shown."""
-    rows = _judged(found["output"])
+    rows = _judged(found["output"], found["output_sha256"])
     drawn, ranked = _drawn(rows, seed), any(_behind(row) is not None for row in rows)
     return ComparisonFacts(
         judge=found["judge"],
@@ -209,9 +210,10 @@ def _strengths(found: Json) -> list[tuple[str, str]]:
     return [(name, f"{s['mean']:+.2f} ({s['low']:+.2f} to {s['high']:+.2f})") for name, s in ranked]
 
 
-def _judged(file: str | None) -> list[Comparison]:
+def _judged(file: str | None, digest: str) -> list[Comparison]:
     if file is None:
         return []
+    check_judged(Path(file), digest)
     return [row for row in read_comparisons(file) if isinstance(row, Comparison) and len(row.responses) == 2]
 
 

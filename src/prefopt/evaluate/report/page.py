@@ -94,7 +94,7 @@ def verdict(run: RunFacts) -> str:
         return f"{run.name}: no row was held out, so that nothing is known of rows that it was not trained on"
     parts = [f"the loss on held-out rows is {values['loss']} at step {values['step']}"]
     if "rewards/accuracies" in values:
-        parts.append(f"{float(values['rewards/accuracies']):.1%} of their pairs are ordered as people did")
+        parts.append(f"{float(values['rewards/accuracies']):.1%} of their pairs are in the order of the data")
     return f"{run.name}: " + "; ".join(parts)
 
 
