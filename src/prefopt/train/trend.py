@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from prefopt.interval import student
 from prefopt.train.history import Curve
 
 LEAST = 4
@@ -48,7 +49,7 @@ def change(curve: Curve, *, since: float | None = None) -> Change | None:
         return None
     ends = [curve.values[-window:]] + ([curve.values[:window]] if since is None else [])
     spread = math.sqrt(sum(statistics.variance(end) for end in ends) / window)
-    noise = _student(len(ends) * (window - 1)) * spread
+    noise = student(len(ends) * (window - 1)) * spread
     first = statistics.fmean(curve.values[:window]) if since is None else since
     return Change(first, statistics.fmean(ends[0]), noise, window, len(curve.values))
 
@@ -65,12 +66,4 @@ def mean_with_noise(values: Sequence[float]) -> tuple[float, float]:
     """A mean, and the half width of its 95 % interval."""
     if len(values) < 2:
         return statistics.fmean(values), math.inf
-    return statistics.fmean(values), _student(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def _student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's distribution by three terms of its Cornish-Fisher expansion: within 1 % from
-    three degrees of freedom on."""
-    z = 1.959964
-    terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
-    return z + sum(term / float(freedom) ** power for power, term in enumerate(terms, 1))
+    return statistics.fmean(values), student(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
