@@ -23,6 +23,7 @@ from prefopt.evaluate.frontier import (
 )
 from prefopt.evaluate.frontier_lines import lines
 from prefopt.evaluate.plateau import plateau, student
+from prefopt.evaluate.report.sweep import sweep_facts
 
 
 def point(road: str, kl: float | None, reward: float | None, **more: Any) -> Point:
@@ -234,6 +235,36 @@ def test_what_is_no_sweep_is_said(text: str, said: str, tmp_path: Path) -> None:
         read_frontier(tmp_path)
     with pytest.raises(DataError, match="prefopt frontier writes one"):
         read_frontier(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"reward": "abc"},
+        {"kl": True},
+        {"step": 1.5},
+        {"interval": [0.1]},
+        {"interval": ["a", "b"]},
+        {"reward": float("nan")},
+        {"kl_is": "guessed"},
+        {"plateau": {"rise": "x", "low": 0, "high": 0, "climb": 0, "steps": 6, "reached": True}},
+        {"counted": "yes"},
+        {"road": None},
+    ],
+)
+def test_values_of_another_type_are_a_damaged_file(damage: dict[str, Any], tmp_path: Path) -> None:
+    """Not a traceback where they are first used: also in a report."""
+    file = Frontier("m", "vader", 32, 4, 48, True, points=(point("dpo", 1.0, 0.5),)).write(tmp_path)
+    found = json.loads(file.read_text())
+    found["points"][0] |= damage
+    file.write_text(json.dumps(found))
+    with pytest.raises(DataError, match="is damaged"):
+        read_frontier(tmp_path)
+    with pytest.raises(DataError, match="is damaged"):
+        sweep_facts(tmp_path)
+    file.write_text(json.dumps({**found, "points": [], "prompts": "many"}))
+    with pytest.raises(DataError, match="is damaged"):
+        read_frontier(tmp_path)
 
 
 def test_the_file_says_its_version_and_names(tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ import pytest
 
 from pipeline.sweeping import values
 from prefopt.config.methods_table import MethodsConfig
+from prefopt.disk.write import write_json
 from prefopt.errors import ConfigError, DataError, Interrupted
 from prefopt.evaluate.methods_table import MethodsTable, Outcome, Start, markdown, read_table
 from prefopt.pipeline import methods
+from prefopt.pipeline.train import train_once
 from train.small import write_rows
 from train.test_resume import stop_after
 
@@ -66,6 +68,7 @@ def test_every_policy_is_measured_and_its_costs_are_those_of_all_its_stages(tabl
     for o in found.outcomes:
         assert o.interval is not None and o.reward is not None and o.interval[0] <= o.reward <= o.interval[1]
         assert o.kl is not None and o.perplexity is not None and o.perplexity > 1
+    assert not any(o.isolated for o in found.outcomes)
     assert [s.name for s in found.starts] == ["as given", "fine-tuned, seed 0"]
     assert found.starts[0].perplexity != found.starts[1].perplexity
 
@@ -124,7 +127,7 @@ def test_the_table_says_the_numbers_of_its_outcomes() -> None:
     dpo = [Outcome("dpo", s, 1.0, costs, r, (r, r), 2.0, 0.1, 9.0, 12.0) for s, r in ((0, 0.5), (1, 0.7))]
     ppo = [replace(dpo[0], road="ppo", costs={**costs, "models": 4, "seconds": 180, "generated_tokens": 7777})]
     starts = (Start("as given", 0.1, 10.0), Start("fine-tuned, seed 0", 0.2, 11.0))
-    table = MethodsTable("m", "vader", 32, 4, 512, "order", True, True, starts, (*dpo, *ppo))
+    table = MethodsTable("m", "vader", 32, 4, 512, "order", True, starts, (*dpo, *ppo))
     page = list(markdown(table))
     assert page[0] == "| | SFT, DPO | SFT, reward model, PPO |"
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in page if line.startswith("| ")}
@@ -134,11 +137,57 @@ def test_the_table_says_the_numbers_of_its_outcomes() -> None:
     assert rows["reward"].startswith("| reward | +0.600, best +0.700 |")
     assert "deviation 0.141" in rows["its spread"] and "one training shows none" in rows["its spread"]
     assert "10.00 before, 11.00 fine-tuned, 12.00 after" in rows["perplexity"]
-    assert "peak memory | not told" in "\n".join(markdown(replace(table, isolated=False)))
+    assert "| peak memory | not told: one process for all | not told: one process for all |" in page
+    apart = [replace(dpo[0], isolated=True), replace(dpo[1], costs=costs | {"peak_memory_bytes": 9e9})]
+    page = list(markdown(replace(table, outcomes=(*apart, replace(ppo[0], isolated=True)))))
+    assert "| peak memory | 3.0 GB, of the 1 with a process of their own | 3.0 GB |" in page
+
+
+@pytest.mark.slow
+def test_each_outcome_says_whether_its_processes_were_its_own(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second start has other processes than the first: what the first made keeps its own label."""
+
+    def alone(config: Any, file: Path) -> None:
+        write_json(file, {})  # as train_alone does, without the seconds that a process takes
+        train_once(config)
+
+    monkeypatch.setattr(methods, "train_alone", alone)
+    output, rates = tmp_path / "out", ["1", "2"]
+    methods.run(config(place, output))
+    found = methods.run(config(place, output, rate_factors=rates, isolate=True))
+    assert [(o.road, o.factor, o.isolated) for o in found.outcomes] == [
+        (road, rate, False) for road in ("dpo", "ppo") for rate in (1.0, 2.0)
+    ], "the fine-tuning that all share was in the process of the sweep"
+    apart = methods.run(config(place, tmp_path / "apart", isolate=True))
+    again = methods.run(config(place, tmp_path / "apart", rate_factors=rates))
+    assert [o.isolated for o in apart.outcomes] == [True, True]
+    assert [(o.factor, o.isolated) for o in again.outcomes] == [(1.0, True), (2.0, False)] * 2
+    # Files of earlier versions: an outcome without the field, a table with one for all.
+    file = tmp_path / "apart/dpo/seed0-rate1/outcome.json"
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in kept.items() if name != "isolated"}))
+    assert methods.run(config(place, tmp_path / "apart", rate_factors=rates)) == again
+    table = json.loads((tmp_path / "apart/methods.json").read_text())
+    for outcome in table["outcomes"]:
+        del outcome["isolated"]
+    (tmp_path / "methods.json").write_text(json.dumps({**table, "isolated": True}))
+    assert all(o.isolated for o in read_table(tmp_path).outcomes)
 
 
 def test_what_is_no_table_is_said(tmp_path: Path) -> None:
-    for text in ("[", '{"version": 9}', json.dumps({"version": 1, **asdict(Start("a", 1.0, None))})):
+    table = {"version": 1, **asdict(MethodsTable("m", "vader", 32, 4, 512, "order", True))}
+    (tmp_path / "methods.json").write_text(json.dumps(table))
+    assert read_table(tmp_path).samples == 4
+    wrong = [table | {"starts": [asdict(Start("a", 1.0, None)) | {"reward": "abc"}]}, table | {"responses": None}]
+    wrong.append(table | {"outcomes": [asdict(Outcome("dpo", 0, 1.0)) | {"interval": [0.1, "x"]}]})
+    for text in (
+        "[",
+        '{"version": 9}',
+        json.dumps({"version": 1, **asdict(Start("a", 1.0, None))}),
+        *map(json.dumps, wrong),
+    ):
         (tmp_path / "methods.json").write_text(text)
         with pytest.raises(DataError, match="run prefopt methods again"):
             read_table(tmp_path)

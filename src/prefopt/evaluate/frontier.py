@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from prefopt.disk.write import write_json
 from prefopt.errors import DataError
+from prefopt.evaluate.typed import typed
 
 VERSION = 1
 FILE = "frontier.json"
@@ -107,14 +108,13 @@ class Point:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Point:
-        """What ``asdict`` wrote. Raises ``TypeError`` for other names."""
+        """What ``asdict`` wrote. Raises ``TypeError`` for other names or types."""
         given = dict(values)
         if given.get("interval") is not None:
-            low, high = given["interval"]
-            given["interval"] = (float(low), float(high))
+            given["interval"] = tuple(given["interval"])
         if given.get("plateau") is not None:
-            given["plateau"] = Plateau(**given["plateau"])
-        return cls(**given)
+            given["plateau"] = typed(Plateau, given["plateau"])
+        return typed(cls, given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ def read_frontier(path: str | Path) -> Frontier:
         raise DataError(f"{what}; run prefopt frontier again, or update prefopt", file=str(file))
     try:
         points = tuple(Point.from_dict(p) for p in found.pop("points"))
-        return Frontier(**found, points=points)
+        return typed(Frontier, {**found, "points": points})
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise DataError(f"is damaged ({error}); run prefopt frontier again", file=str(file)) from None
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from prefopt.disk.write import write_json
 from prefopt.errors import DataError
+from prefopt.evaluate.typed import typed
 from prefopt.progress import duration, size
 
 VERSION = 1
@@ -26,7 +27,8 @@ class Outcome:
     ``costs`` are those of all its stages together (:class:`prefopt.model.costs.Costs`, ``seconds``,
     ``peak_memory_bytes``). ``reward`` with its ``interval`` (95 %, prompts resampled), ``kl`` to its fine-tuned start
     in nats per response with its standard error, ``length`` in tokens, ``perplexity`` of the reference text. A training
-    that diverged has none of them, and says why.
+    that diverged has none of them, and says why. ``isolated``: every start of every stage had a process of its own, so
+    that the peak memory is that of the training.
     """
 
     road: str
@@ -41,6 +43,7 @@ class Outcome:
     perplexity: float | None = None
     diverged: str | None = None
     folder: str = ""
+    isolated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class MethodsTable:
-    """Everything that ``prefopt methods`` measured. ``isolated``: each training had a process of its own."""
+    """Everything that ``prefopt methods`` measured."""
 
     model: str
     reward: str
@@ -63,7 +66,6 @@ class MethodsTable:
     responses: int
     made: str
     finished: bool
-    isolated: bool
     starts: tuple[Start, ...] = ()
     outcomes: tuple[Outcome, ...] = ()
 
@@ -80,17 +82,19 @@ def read_table(path: Path) -> MethodsTable:
         found = json.loads(file.read_text("utf-8"))
         if found.pop("version") != VERSION:
             raise ValueError("of another version")
-        starts = tuple(Start(**s) for s in found.pop("starts"))
-        outcomes = tuple(outcome_of(o) for o in found.pop("outcomes"))
-        return MethodsTable(**found, starts=starts, outcomes=outcomes)
+        starts = tuple(typed(Start, s) for s in found.pop("starts"))
+        # Earlier versions told it once, for all.
+        isolated = found.pop("isolated", False)
+        outcomes = tuple(outcome_of({"isolated": isolated, **o}) for o in found.pop("outcomes"))
+        return typed(MethodsTable, {**found, "starts": starts, "outcomes": outcomes})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"cannot be read ({error}); run prefopt methods again", file=str(file)) from None
 
 
 def outcome_of(values: dict[str, Any]) -> Outcome:
-    """What ``asdict`` made of an outcome."""
+    """What ``asdict`` made of an outcome. Raises ``TypeError`` for other names or types."""
     interval = values.get("interval")
-    return Outcome(**{**values, "interval": None if interval is None else (interval[0], interval[1])})
+    return typed(Outcome, {**values, "interval": None if interval is None else tuple(interval)})
 
 
 def markdown(table: MethodsTable) -> Iterator[str]:
@@ -132,7 +136,7 @@ def _column(table: MethodsTable, outcomes: Sequence[Outcome]) -> dict[str, str]:
         "tokens forwarded to draw": f"{mean('decoded_tokens'):,.0f}",
         "tokens generated": f"{mean('generated_tokens'):,.0f}",
         "wall time": duration(mean("seconds")) if good else "",
-        "peak memory": size(most("peak_memory_bytes")) if table.isolated else "not told: one process for all",
+        "peak memory": _peak(good),
         "policies, and how many diverged": f"{len(outcomes)}, {len(outcomes) - len(good)}",
     }
     if not good:
@@ -143,6 +147,15 @@ def _column(table: MethodsTable, outcomes: Sequence[Outcome]) -> dict[str, str]:
         "KL": f"{np.mean([o.kl for o in good]):.2f}",
         "perplexity": _perplexity(table, good),
     }
+
+
+def _peak(good: Sequence[Outcome]) -> str:
+    """Of those trainings whose process was their own; in one that others had before, their memory counts too."""
+    apart = [o for o in good if o.isolated]
+    if not apart:
+        return "not told: one process for all" if good else ""
+    most = size(max(o.costs.get("peak_memory_bytes", 0.0) for o in apart))
+    return most if len(apart) == len(good) else f"{most}, of the {len(apart)} with a process of their own"
 
 
 def spread(rewards: Sequence[float] | np.ndarray) -> str:

@@ -67,7 +67,8 @@ class _Sweep:
             for factor in config.factors:
                 file = config.folder(road, seed, factor) / "outcome.json"
                 if file.exists():
-                    self.outcomes.append(outcome_of(json.loads(file.read_text())))
+                    kept = {"isolated": self._isolated(road, seed, factor)}  # (earlier versions did not keep it)
+                    self.outcomes.append(outcome_of(kept | json.loads(file.read_text())))
                 else:
                     self.outcomes.append(self._outcome(road, seed, factor, measure))
                     write_json(file, asdict(self.outcomes[-1]))
@@ -90,6 +91,7 @@ class _Sweep:
         return replace(
             found,
             costs=costs,
+            isolated=self._isolated(road, seed, factor),
             reward=told.reward.mean,
             interval=(told.reward.low, told.reward.high),
             kl=told.kl,
@@ -109,11 +111,22 @@ class _Sweep:
             return config
         rate = f", {factor:g} times the rate" if stage in STAGES else ""
         self.reporter.say(f"{stage}, seed {seed}{rate}: {'goes on' if status else 'begins'}")
+        file = self._file(Path(config.output))
         if self.config.isolate:
-            train_alone(config, self.folder / "trainings" / f"{'-'.join(Path(config.output).parts[-2:])}.json")
+            train_alone(config, file)
         else:
+            write_json(_shared(file), {"output": config.output})
             train_once(config)
         return config
+
+    def _file(self, folder: Path) -> Path:
+        """Where a training that has a process of its own finds its options."""
+        return self.folder / "trainings" / f"{'-'.join(folder.parts[-2:])}.json"
+
+    def _isolated(self, road: str, seed: int, factor: float) -> bool:
+        """Whether every start of every stage of a policy had a process of its own."""
+        folders = [self.config.folder(s, seed, factor if s in STAGES else None) for s in STAGES[road]]
+        return all(f.exists() and not _shared(f).exists() for f in map(self._file, folders))
 
     def _start(self, name: str, model: str, reference: SampledModel, folder: Path) -> Start:
         """Where roads begin; kept in its folder."""
@@ -144,7 +157,6 @@ class _Sweep:
             *sizes,
             self.ground.made,
             finished,
-            config.isolate,
             tuple(self.starts),
             tuple(self.outcomes),
         )
@@ -153,6 +165,11 @@ class _Sweep:
         with output_errors(path):
             replace_file(path, ("\n".join(markdown(found)) + "\n").encode())
         return found
+
+
+def _shared(file: Path) -> Path:
+    """Is there where a training was, for a time at least, in the process of the whole sweep."""
+    return file.with_suffix(".shared.json")
 
 
 def _costs(folder: Path) -> dict[str, float]:
