@@ -327,7 +327,7 @@ BAD: dict[str, tuple[type[UserError], str, dict[str, Any]]] = {
     "a folder that is not there": (ConfigError, "and folders of reward models", {"reward": "reward-model"}),
     "no such reward": (ConfigError, "no reward is called 'vadr'; did you mean vader", {"reward": "vadr"}),
     "no such reward model": (ModelError, "no such folder", {"reward": "./nowhere"}),
-    "a prompt over the context": (DataError, "row 1: its prompt has 14 tokens", {"rows": LONG}),
+    "a prompt over the context": (DataError, "row 1; has 14 tokens, --max-new-tokens 3 more", {"rows": LONG}),
     "nothing to compare": (ConfigError, "--num 2 or more", {"algorithm": "rloo", "num": 1}),
     "a critic for RLOO": (ConfigError, "--gae-lambda is the critic's", {"algorithm": "rloo", "gae_lambda": 0.9}),
     "dropout": (ConfigError, "must not be random", {"lora": True, "lora_dropout": 0.1}),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from methods import small_world as world
-from methods.test_ppo import kept_rollouts, metrics, ppo, same_bits
+from methods.test_ppo import ROWS, kept_rollouts, metrics, ppo, same_bits
 from prefopt.config.ppo import PpoConfig
 from prefopt.model.scalar import scalar_from
 from prefopt.model.scorer import Scorer
@@ -73,6 +73,15 @@ def test_metrics_are_those_of_the_guide(tmp_path: Path) -> None:
     logged = set(json.loads((tmp_path / "out/metrics.jsonl").read_text()))
     assert told <= logged
     assert {name for name in logged if "/" in name} == {name for name in told if "/" in name}
+
+
+def test_a_prompt_that_is_too_long_is_a_bad_row_like_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = world.write_world(tmp_path / "m")
+    rows = [{"prompt": "abcdefabcdefab"}, *ROWS]
+    ppo(start, tmp_path / "out", rows=rows, on_bad_row="skip", progress="plain")
+    said = capsys.readouterr().out
+    assert "prompts: 9 read, 8 kept, 1 refused" in said and "prompt too long: 1 (row 1; has 14 tokens" in said
+    assert [line["episode"] for line in metrics(tmp_path / "out")] == [8, 16]
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["", "lora"])

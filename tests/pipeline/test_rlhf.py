@@ -18,7 +18,7 @@ from prefopt.config.ppo import PpoConfig
 from prefopt.config.reward import RewardConfig
 from prefopt.config.rlhf import RlhfConfig
 from prefopt.config.sft import SftConfig
-from prefopt.errors import ConfigError, Interrupted, RunError
+from prefopt.errors import ConfigError, DataError, Interrupted, RunError
 from prefopt.pipeline import rlhf
 from train.small import pairs, weights, write_model, write_rows
 from train.test_resume import stop_after
@@ -137,6 +137,17 @@ def test_every_file_that_an_option_names_is_seen_to_change(tmp_path: Path) -> No
             rlhf.run(config(tmp_path, **given))
         (tmp_path / name).write_text(before)
     assert rlhf.run(config(tmp_path, **given)).skipped == STAGES
+
+
+def test_prompts_that_ppo_cannot_answer_are_told_before_anything_is_trained(tmp_path: Path) -> None:
+    long = {"prompt": "k" * 1000}
+    write_rows(tmp_path / "p.jsonl", [*({"prompt": row["prompt"]} for row in pairs(4)), long])
+    few = ["batch_size=4", "max_steps=1"]
+    given = {"prompts": [str(tmp_path / "p.jsonl")], "sft": few, "reward": few, "ppo": few}
+    with pytest.raises(DataError, match=r"p\.jsonl, row 5: 1 of 5 rows cannot be used: prompt too long: 1"):
+        rlhf.run(config(tmp_path, **given))
+    assert not (tmp_path / "out/sft").exists()
+    assert rlhf.run(config(tmp_path, **given, on_bad_row="skip")).done == STAGES
 
 
 def test_a_registry_that_cannot_be_read_is_of_no_matter_where_the_layout_is_named(tmp_path: Path) -> None:

@@ -39,10 +39,13 @@ class PromptSet:
 
 
 class PromptReader:
-    """Reads and renders; ``context`` is how many positions the model has, of which a prompt must leave one."""
+    """Reads and renders; ``context`` is how many positions the model has, of which a prompt must leave ``room``."""
 
-    def __init__(self, renderer: Renderer, *, context: int | None, lines: Lines, on_bad_row: str) -> None:
-        self._renderer, self._context, self._lines, self._on_bad_row = renderer, context, lines, on_bad_row
+    def __init__(
+        self, renderer: Renderer, *, context: int | None, lines: Lines, on_bad_row: str, room: int = 1
+    ) -> None:
+        self._renderer, self._context, self._room = renderer, context, room
+        self._lines, self._on_bad_row = lines, on_bad_row
         self.found = PromptSet()
 
     def read(
@@ -88,8 +91,9 @@ class PromptReader:
         for bare, ids in zip(good, self._renderer.prompts(good), strict=True):
             if isinstance(ids, Problem):
                 self.found.problems.append(ids)
-            elif self._context is not None and len(ids) >= self._context:
-                what = f"has {len(ids)} tokens, and the model's context is {self._context}"
+            elif self._context is not None and len(ids) + self._room > self._context:
+                more = "" if self._room == 1 else f" --max-new-tokens {self._room} more are wanted, and"
+                what = f"has {len(ids)} tokens,{more or ' and'} the model's context is {self._context}"
                 self.found.problems.append(Problem("prompt too long", bare.row, what, bare.file))
             else:
                 self.found.rows.append(bare)

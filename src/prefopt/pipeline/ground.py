@@ -137,9 +137,9 @@ def _prompts(config: SweepOptions, reference: SampledModel, reporter: Reporter) 
     renderer = renderer_for(reference.tokenizer)
     chats = reference.tokenizer.chat_template is not None
     lines = config.lines if config.lines != "auto" else "user" if chats else "text"
-    room = None if reference.context is None else reference.context - config.max_new_tokens + 1
     # Prompts that are cut to their beginning may be longer than the model can read.
-    reader = PromptReader(renderer, context=None if config.prefix_max else room, lines=lines, on_bad_row="refuse")
+    context, room = None if config.prefix_max else reference.context, config.max_new_tokens
+    reader = PromptReader(renderer, context=context, lines=lines, on_bad_row="refuse", room=room)
     found = reader.read(find_sources(config.prompts))
     for line in found.notes:
         reporter.say(f"prompts: {line}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,14 @@ from prefopt.data.sources import find_sources
 from prefopt.disk.hashes import file_hashes
 from prefopt.disk.write import output_errors, write_json
 from prefopt.errors import ConfigError, RunError
+from prefopt.generate.loaded import SampledModel
 from prefopt.methods import ppo, reward, sft
 from prefopt.model.load import local_folder, resolve_device
 from prefopt.model.merge import merge_adapter
 from prefopt.pipeline.contents import contents_of, started_again, status_of
 from prefopt.progress import Reporter
 from prefopt.train.folder import FREE
+from prefopt.train.ppo_prompts import read_prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class _Chain:
         """Every stage in turn."""
         with output_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_prompts()
         self._stage("sft", lambda c: sft.run(_as(SftConfig, c)))
         if self.config.lora:
             self._merge()
@@ -72,6 +75,20 @@ class _Chain:
         folder = self.config.folder("ppo")
         self.reporter.say(f"the aligned model: {folder}")
         return RlhfResult(folder, tuple(self.done), tuple(self.skipped))
+
+    def _check_prompts(self) -> None:
+        """Read what the last stage will answer before the first one begins: what it would refuse is told now.
+
+        The tokenizer and the context are those of the model that the chain starts from. (A model from scratch may have
+        no tokenizer yet.)
+        """
+        first, last = self.config.stage("sft"), self.config.stage("ppo")
+        assert isinstance(first, SftConfig) and isinstance(last, PpoConfig)
+        if first.from_scratch or status_of(self.config.folder("ppo")):
+            return
+        start = SampledModel(first.model, device=last.device, dtype=last.dtype)
+        last = replace(last, chat_template=last.chat_template or first.chat_template)
+        read_prompts(last, start, None, Reporter("none"))
 
     def _stage(self, name: StageName, method: Callable[[StageConfig], object]) -> None:
         config = self.config.stage(name)

@@ -8,7 +8,6 @@ from prefopt.config.ppo import PpoConfig
 from prefopt.data.formats import parse_comparisons
 from prefopt.data.rendering import parse_variables, read_template
 from prefopt.data.sources import find_sources
-from prefopt.errors import DataError
 from prefopt.generate.loaded import SampledModel, renderer_for
 from prefopt.generate.prompts import PromptReader, PromptSet
 from prefopt.generate.sample import Settings
@@ -19,14 +18,17 @@ def read_prompts(config: PpoConfig, start: SampledModel, rows: Any, reporter: Re
     """Prompts that leave room for a whole response, and the settings of the sampler.
 
     ``rows`` stand in for what ``config`` names. A chat template that is named goes on the tokenizer: the finished model
-    is used as it was trained. Raises :class:`DataError` where a row is no prompt, or a prompt is too long.
+    is used as it was trained. Raises :class:`prefopt.errors.DataError` where a row is no prompt, or one that is too
+    long, unless such rows are to be skipped.
     """
     tokenizer = start.tokenizer
     template = read_template(config.chat_template) if config.chat_template else None
     renderer = renderer_for(tokenizer, template, parse_variables(config.template_variables or ()))
     chats = template is not None or tokenizer.chat_template is not None
     lines = config.lines if config.lines != "auto" else "user" if chats else "text"
-    reader = PromptReader(renderer, context=start.context, lines=lines, on_bad_row=config.on_bad_row)
+    # A response that the context cuts short would be punished for what is not its doing.
+    room = config.max_new_tokens
+    reader = PromptReader(renderer, context=start.context, lines=lines, on_bad_row=config.on_bad_row, room=room)
     if rows is None:
         prompts = reader.read(find_sources(config.prompts), format=config.format, columns=config.columns)
     else:
@@ -41,15 +43,4 @@ def read_prompts(config: PpoConfig, start: SampledModel, rows: Any, reporter: Re
     stop = start.stops(renderer)
     if not stop:
         reporter.say("responses end at no token, for the tokenizer names none: all are cut off")
-    _refuse_long(prompts, start.context, config.max_new_tokens)
     return prompts, Settings(config.max_new_tokens, stop, temperature=config.temperature, seed=config.seed)
-
-
-def _refuse_long(prompts: PromptSet, context: int | None, new: int) -> None:
-    """A response that the context cuts short would be punished for what is not its doing."""
-    if context is None:
-        return
-    for row, ids in zip(prompts.rows, prompts.ids, strict=True):
-        if len(ids) + new > context:
-            what = f"its prompt has {len(ids)} tokens, and --max-new-tokens {new} more are beyond the context of"
-            raise DataError(f"{what} {context}; shorten it, or lower --max-new-tokens", file=row.file, row=row.row)
