@@ -199,7 +199,7 @@ class PpoConfig(RunOptions, PtxOptions, RewardOptions, RolloutOptions, ModelOpti
     critic: Literal["auto", "reward", "actor", "head"] = option(
         None,
         "reward, actor: a network of its own that starts as the reward model or as the actor; head: a head on the"
-        " actor's own layers; auto: reward where that is a model, else actor",
+        " actor's own layers; auto: reward where that is a model, else actor (head, for a model object of Python's)",
         group="critic",
         default_text="auto",
     )
@@ -268,10 +268,7 @@ class PpoConfig(RunOptions, PtxOptions, RewardOptions, RolloutOptions, ModelOpti
         for name, value in PPO_ONLY.items():
             if getattr(self, name) is None:
                 fill(self, name, value)
-        if self.critic == "head":
-            if self.critic_learning_rate is not None:
-                raise ConfigError("--critic-learning-rate: --critic head is trained with the actor: leave it out")
-        elif self.critic_learning_rate is None:
+        if self.critic_learning_rate is None and self.critic != "head":
             fill(self, "critic_learning_rate", self.learning_rate)
 
     def to_dict(self) -> dict[str, Any]:

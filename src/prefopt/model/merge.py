@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from prefopt.data.tokenizer import VOCABULARIES, load_tokenizer
 from prefopt.disk.write import output_errors
 from prefopt.errors import ModelError, RunError
-from prefopt.model.load import load_config, load_model, local_folder, quiet, vocabulary_size
+from prefopt.model.load import load_config, load_model, local_folder, peft_warnings_off, quiet, vocabulary_size
 from prefopt.model.save import repair_generation, share_weights
 from prefopt.model.scorer import causal_model
 
@@ -102,6 +103,18 @@ def merge_adapter(
     del merged, wrapped, causal
     _check_saved(output, dtype, device, probes_2, found)
     return MergeReport(output, dtype, layers, difference, effect, rounding, untied)
+
+
+def load_folded(base: str, adapter: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The causal model in folder ``base`` with the adapter in another folded in, on its way to nowhere but memory.
+
+    ``dtype`` should hold what the adapter changes: float32. Raises :class:`ModelError` as :func:`merge_adapter`.
+    """
+    wrapped = _load(base, adapter, dtype, device)
+    _untie(causal_model(wrapped))
+    with _peft_quiet(), peft_warnings_off():
+        merged: PreTrainedModel = wrapped.merge_and_unload()
+    return merged
 
 
 def _base_of(folder: str) -> str:

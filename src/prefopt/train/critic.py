@@ -12,9 +12,10 @@ from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ModelError
 from prefopt.model.load import local_folder, vocabulary_size
 from prefopt.model.logprobs import wide_dtype
+from prefopt.model.merge import load_folded
 from prefopt.model.packed import causal_model, checkpoint_activations
 from prefopt.model.precision import MasterWeights
-from prefopt.model.scalar import ScalarScorer, load_scalar
+from prefopt.model.scalar import ScalarScorer, load_scalar, scalar_from
 from prefopt.model.scorer import Asked, Scorer
 
 
@@ -115,22 +116,25 @@ def network_critic(
     dtype: torch.dtype,
     seed: int,
     checkpointing: bool,
+    adapter: str | None = None,
     adapt: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
 ) -> Critic:
     """A critic that starts as the model in folder ``source``, the ``kind`` model of the run: a reward model, or a
-    language model with a new scalar head. It computes in ``dtype``.
+    language model with a new scalar head, with ``adapter`` (a folder) folded in. It computes in ``dtype``.
 
     All of it trains, or, with ``adapt``, the adapter that this puts on and the scalar head; the rest then needs neither
     gradients nor masters nor state of the optimiser. Raises :class:`ModelError` where the architecture has no scalar
     head.
     """
-    model = load_scalar(
-        local_folder(source),
-        dtype=dtype if adapt is not None else torch.promote_types(dtype, torch.float32),
-        device=next(actor.model.parameters()).device,
-        tokenizer=copy.deepcopy(tokenizer),  # a pad token may be put on it, which the actor's has no need of
-        seed=seed,
-    )
+    wide, device = torch.promote_types(dtype, torch.float32), next(actor.model.parameters()).device
+    own_tokens = copy.deepcopy(tokenizer)  # a pad token may be put on it, which the actor's has no need of
+    model: torch.nn.Module
+    if adapter is not None:
+        base = load_folded(local_folder(source), adapter, dtype=wide, device=device)
+        model = scalar_from(base, own_tokens, seed=seed)
+    else:
+        loaded_in = dtype if adapt is not None else wide
+        model = load_scalar(local_folder(source), dtype=loaded_in, device=device, tokenizer=own_tokens, seed=seed)
     if vocabulary_size(causal_model(model)) < len(tokenizer):
         raise ModelError(f"{source}: its vocabulary is smaller than the tokenizer's; they belong to different models")
     model.requires_grad_(adapt is None)

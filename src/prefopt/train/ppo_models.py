@@ -12,7 +12,7 @@ from prefopt.config.model import LORA_ALPHA_PER_RANK, LORA_RANK
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.score import is_model_reward
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.errors import ModelError
+from prefopt.errors import ConfigError, ModelError
 from prefopt.model.live import HeldWeights, LiveReference
 from prefopt.model.load import load_model, local_folder, new_lora, vocabulary_size
 from prefopt.model.packed import causal_model
@@ -72,7 +72,8 @@ def build_models(
     judge: Judge | None,
 ) -> PpoModels:
     """Everything beside the actor, from folder ``source`` where it was named by one. ``longest``: tokens of prompt and
-    response; ``judge`` stands in for ``config.reward``. Raises :class:`ModelError` where two models do not fit."""
+    response; ``judge`` stands in for ``config.reward``. Raises :class:`ModelError` where two models do not fit, and
+    :class:`ConfigError` for a critic that cannot be made."""
     dtype, device = actor.dtype, actor.device
     if judge is None:
         judge = load_judge(
@@ -104,11 +105,14 @@ def _critic(config: PpoConfig, actor: Policy, source: str, tokenizer: Tokenizer)
         return None
     kind = config.critic
     if kind == "auto":
-        kind = "reward" if is_model_reward(config.reward) else "actor"
+        kind = "reward" if is_model_reward(config.reward) else "actor" if source else "head"
     if kind == "reward" and not is_model_reward(config.reward):
         raise ModelError(f"--critic reward: --reward {config.reward} is no model to start from; take --critic actor")
     if kind == "actor" and not source:
-        kind = "head"
+        raise ConfigError(
+            "critic actor: a model given in Python has no folder to load a second one from; name a folder as model, or"
+            " take critic head"
+        )
     if kind == "head":
         return head_critic(actor.scorer, seed=config.seed)
     return network_critic(
@@ -119,6 +123,7 @@ def _critic(config: PpoConfig, actor: Policy, source: str, tokenizer: Tokenizer)
         dtype=actor.dtype,
         seed=config.seed,
         checkpointing=config.gradient_checkpointing,
+        adapter=local_folder(config.adapter) if kind == "actor" and config.adapter else None,
         adapt=_adapter(config) if config.lora else None,
     )
 
