@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ import torch
 import prefopt
 from methods import small_world as world
 from methods.test_ppo import QUICK, ROWS, metrics, ppo
-from prefopt.errors import ConfigError
+from prefopt.errors import ConfigError, Diverged
 from prefopt.model.merge import merge_adapter
+from prefopt.train.critic import Critic
 from prefopt.train.learner import rollout_metrics
 from prefopt.train.rollouts import Rollouts
 from train.small import weights
@@ -63,3 +65,14 @@ def test_a_head_learns_at_the_learning_rate_of_the_critic(start: str, tmp_path: 
     assert any(not torch.equal(plain[name], still[name]) for name in plain)
     lost = [metrics(tmp_path / name)[-1]["loss/value_avg"] for name in rates]
     assert lost[0] == lost[1] != lost[2]
+
+
+def test_values_that_are_no_numbers_are_named(start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = Critic.values
+
+    def lost(self: Critic, *given: Any) -> torch.Tensor:
+        return values(self, *given) * torch.nan
+
+    monkeypatch.setattr(Critic, "values", lost)
+    with pytest.raises(Diverged, match=r"advantages are not finite, with scores from .* the critic's values from nan"):
+        ppo(start, tmp_path / "out")

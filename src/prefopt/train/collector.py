@@ -11,15 +11,19 @@ import torch
 
 from prefopt.data.group import Group
 from prefopt.data.packer import PackedBatch, pack, split
+from prefopt.errors import RunError
 from prefopt.generate.prompts import PromptSet
 from prefopt.generate.sample import Progress, Sampler, Settings, group_of
 from prefopt.model.live import LiveReference
+from prefopt.rewards import prompt_text
 from prefopt.train.judge import Judge
 from prefopt.train.learner import Learner
 from prefopt.train.rollouts import Rollouts
 
 SCORING_AHEAD = 4
 """Where nothing is kept for backward, so many times more tokens are encoded at once."""
+LARGEST_SCORE = 1e18
+"""Float32 holds the square of this, and the sums of many of them."""
 
 
 @dataclass(slots=True)
@@ -44,7 +48,7 @@ class Collector:
         """Rollouts of some prompts in step ``step``, and the seconds of each phase.
 
         Samples depend on seed, step, prompt and number alone. Raises :class:`prefopt.errors.RunError` where the reward
-        fails.
+        fails, or gives numbers that cannot be computed with.
         """
         times, started = {}, time.monotonic()
         settings = replace(self.settings, seed=seed_of(self.settings.seed, step))
@@ -54,6 +58,7 @@ class Collector:
         times["seconds/rollouts"] = time.monotonic() - started
         ahead, started = SCORING_AHEAD * token_budget, time.monotonic()
         scores = self.judge([self.prompts.rows[i] for i in prompts], groups, ahead)
+        self._refuse_absurd(scores, prompts)
         times["seconds/reward"] = time.monotonic() - started
         started = time.monotonic()
         logp_M, value_M, ref_logp_M = self._look(groups, ahead)
@@ -68,6 +73,15 @@ class Collector:
             torch.tensor([s.finished for s in samples]),
         )
         return rollouts, times
+
+    def _refuse_absurd(self, scores: Sequence[float], prompts: Sequence[int]) -> None:
+        largest, n = max((abs(score), n) for n, score in enumerate(scores))
+        if largest > LARGEST_SCORE:
+            text = prompt_text(self.prompts.rows[prompts[n // self.num]])
+            raise RunError(
+                f"the reward ({self.judge.words}) gave {scores[n]:g} for a response to {text[:60]!r}; beyond"
+                f" {LARGEST_SCORE:g} the critic's squared errors are no numbers any more: scale the reward, or bound it"
+            )
 
     @torch.no_grad()
     def _look(

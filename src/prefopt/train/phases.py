@@ -145,6 +145,7 @@ class Phases:
         told = rollout_metrics(rollouts, self.learner.scores(rollouts), targets, self.kl.coefficient)
         if fresh:
             self._refuse_runaway(told["objective/kl"])
+            self._refuse_not_finite(rollouts, targets)
             if self.options.saves(place.step):
                 saved = self._save()
         self._learn(rollouts, targets)
@@ -189,6 +190,13 @@ class Phases:
             f"step {self.place.step + 1}: the divergence from the reference is {kl:.4g} nats per response, more than"
             f" --max-kl {self.options.max_kl:g}: the policy has run away from its reference"
         )
+
+    def _refuse_not_finite(self, rollouts: Rollouts, targets: Targets) -> None:
+        if all(bool(x.isfinite().all()) for x in (targets.advantage, targets.return_M) if x is not None):
+            return
+        given = {"scores": rollouts.score_N, "the critic's values": rollouts.value_M}
+        ranges = [f"{name} from {x.min():.4g} to {x.max():.4g}" for name, x in given.items() if x is not None]
+        raise Diverged(f"step {self.place.step + 1}: the advantages are not finite, with {' and '.join(ranges)}")
 
     # -- learning ----------------------------------------------------------------------------------------------
 
