@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,25 @@ def test_a_function_of_ones_own_is_found_in_the_working_folder(tmp_path: Path, m
     }.items():
         with pytest.raises(ConfigError, match=what):
             load_reward(name)
+
+
+def test_code_is_told_by_its_file_and_in_a_script_by_its_own_lines(tmp_path: Path) -> None:
+    def one(prompts: Any, responses: Any) -> Any:
+        return [1.0 for _ in responses]
+
+    def two(prompts: Any, responses: Any) -> Any:
+        return [2.0 for _ in responses]
+
+    class Three:
+        __call__ = two
+
+    digests = {Reward("mine", f).digest() for f in (one, two, Three(), partial(one))}
+    assert len(digests) == 1 and None not in digests
+    for f in (one, two):
+        f.__module__ = "__main__"
+    assert len(digests | {Reward("mine", f).digest() for f in (one, two)} - {None}) == 3
+    assert Reward("length", RULES["length"]()).digest() is None
+    assert Reward("mine", eval("lambda prompts, responses: []")).digest() is None
 
 
 @pytest.mark.parametrize(

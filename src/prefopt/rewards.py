@@ -9,12 +9,15 @@ A reward takes prompts and responses, equally many, and gives as many finite num
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prefopt.config.option import nearest
 from prefopt.errors import ConfigError, RunError
@@ -47,6 +50,23 @@ class Reward:
                     " finite number"
                 )
         return [float(value) for value in given]
+
+    def digest(self) -> str | None:
+        """Of the code that gives the numbers, to tell whether it has changed: of the file of the function's module, and
+        of the function's own lines where that file is a script or a notebook, of which the rest is another matter.
+
+        None for a rule of prefopt's, and where the code is in no file.
+        """
+        if self.name in RULES:
+            return None
+        function: Any = inspect.unwrap(getattr(self.function, "func", self.function))  # a partial has its function
+        code: Any = function if hasattr(function, "__code__") else type(function)
+        try:
+            script = code.__module__ == "__main__"
+            text = inspect.getsource(code) if script else Path(inspect.getfile(code)).read_text("utf-8", "replace")
+        except (OSError, TypeError):
+            return None
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def load_reward(name: str) -> Reward:

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from methods import small_world as world
-from methods.test_ppo import ROWS, kept_rollouts, metrics, ppo, same_bits
+from methods.test_ppo import ROWS, kept_rollouts, metrics, ppo, same_bits, stopped
 from prefopt.config.ppo import PpoConfig
+from prefopt.errors import RunError
 from prefopt.model.scalar import scalar_from
 from prefopt.model.scorer import Scorer
 from prefopt.train.critic import Critic
@@ -113,3 +114,18 @@ def test_checkpointing_saves_less_of_actor_and_critic_and_ends_with_the_same_bit
     ppo(start, tmp_path / "less", lora=lora, critic="actor", gradient_checkpointing=True)
     assert saved["actor"] < 0.7 * plain["actor"] and saved["critic"] < 0.7 * plain["critic"]
     assert same_bits(tmp_path / "plain", tmp_path / "less")
+
+
+def test_a_reward_whose_code_changed_is_noticed_at_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, start = tmp_path / "reward_that_changes.py", world.write_world(tmp_path / "m")
+    code = "def size(prompts, responses):\n    return [len(r) * 1.0 for r in responses]\n"
+    file.write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    options = {"reward": "reward_that_changes:size", "save_every": 1}
+    stopped(3, start, tmp_path / "out", **options)
+    file.write_text(code.replace("1.0", "2.0"))
+    with pytest.raises(RunError, match="the code of --reward reward_that_changes:size changed since"):
+        ppo(start, tmp_path / "out", resume=True, **options)
+    file.write_text(code)
+    ppo(start, tmp_path / "out", resume=True, **options)

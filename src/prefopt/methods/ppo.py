@@ -202,6 +202,8 @@ class _Run:
         if self.reward is None:
             found = identity_of_folder(local_folder(self.config.reward)).digest
             self.folder.same("reward", found, "the reward model")
+        elif (code := self.reward.digest()) is not None:
+            self.folder.same("reward", code, f"the code of --reward {self.reward.name}")
         self.folder.remember(algorithm=self.config.algorithm, memory=models.memory())
         path = self.folder.path / "config.yaml"
         with output_errors(path):
