@@ -359,6 +359,7 @@ def test_repeated_prompts_and_a_single_step_are_told(
     ppo(small, tmp_path / "out", rows=[*ROWS[:2], ROWS[0]], progress="plain")
     said = capsys.readouterr()
     assert "1 repeat others" in said.out + said.err and "before the only step" in said.out + said.err
+    assert "1 step of PPO, from 3 prompts, will change little" in said.out
     ppo(small, tmp_path / "more", rows=ROWS, progress="plain")
     said = capsys.readouterr()
     assert "repeat others" not in said.out + said.err and "in the first step" in said.out + said.err

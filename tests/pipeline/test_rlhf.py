@@ -150,6 +150,16 @@ def test_prompts_that_ppo_cannot_answer_are_told_before_anything_is_trained(tmp_
     assert rlhf.run(config(tmp_path, **given, on_bad_row="skip")).done == STAGES
 
 
+def test_too_few_steps_of_ppo_are_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(rlhf.Reporter, "say", lambda self, line: said.append(line) if self.mode == "plain" else None)
+    monkeypatch.setattr(rlhf._Chain, "_stage", lambda self, name, method: said.append(name))
+    rlhf.run(config(tmp_path, progress="plain"))
+    assert said[0].startswith("ppo: 2 steps of PPO, from 8 prompts, will change little") and said[1:4] == list(STAGES)
+    rlhf.run(config(tmp_path, progress="plain", ppo=["batch_size=4", "epochs=8"]))
+    assert said.count(said[0]) == 1
+
+
 def test_a_registry_that_cannot_be_read_is_of_no_matter_where_the_layout_is_named(tmp_path: Path) -> None:
     few = ["batch_size=4", "max_steps=1"]
     given = {"format": "preference-text", "sft": few, "reward": few, "ppo": few}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from prefopt.config.document import write_document
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.score import is_model_reward
 from prefopt.data.group import Group
-from prefopt.data.sampler import Sampler as Order
 from prefopt.disk.write import output_errors
 from prefopt.errors import ConfigError, Diverged
 from prefopt.generate.loaded import SampledModel
@@ -45,6 +43,7 @@ from prefopt.train.metrics import Metrics
 from prefopt.train.phases import PhaseOptions, Phases
 from prefopt.train.policy import Policy
 from prefopt.train.ppo_models import PpoModels, build_models
+from prefopt.train.ppo_plan import order_of, plan_of, steps_of, too_few
 from prefopt.train.ppo_prompts import read_prompts
 from prefopt.train.ptx import read_ptx
 from prefopt.train.spending import Spending, spending
@@ -218,7 +217,7 @@ class _Run:
         for row, ids in list(zip(prompts.rows, prompts.ids, strict=True))[:2]:
             say(f"\nrow {row.row}: {self.tokenizer.decode(ids.tolist())}")
         say("\n" + self._options())
-        say(self._plan(prompts, self._token_budget(policy, models, prompts)))
+        self._say_plan(prompts, self._token_budget(policy, models, prompts))
         state = 3 * sum(size for name, size in models.memory().items() if name in ("actor", "critic"))
         say(f"memory: {size(sum(models.memory().values()))} for the models, up to {size(state)} for training them")
         say("dry run: nothing was trained, and no output written")
@@ -227,9 +226,9 @@ class _Run:
 
     def _phases(self, policy: Policy, models: PpoModels, prompts: PromptSet, check: CheckReport) -> Phases:
         config = self.config
-        order, steps = self._order(prompts), self._steps(prompts)
+        order, steps = order_of(config, len(prompts.ids)), steps_of(config, len(prompts.ids))
         tokens = self._token_budget(policy, models, prompts)
-        self.reporter.say(self._plan(prompts, tokens))
+        self._say_plan(prompts, tokens)
         learner = Learner(_learn_options(config), policy.scorer, models.critic, config.temperature)
         sampler = TransformersSampler(policy.scorer)
         sampler.rows = self.folder.record.get("rows") or sampler.estimate_rows(self._longest(prompts))
@@ -268,20 +267,10 @@ class _Run:
             self.reporter.say(f"resumed: {path}" if path else f"{none}: starting at the first step")
         return phases
 
-    def _order(self, prompts: PromptSet) -> Order:
-        return Order(len(prompts.ids), self.config.batch_size, seed=self.config.seed, shuffle=self.config.shuffle)
-
-    def _steps(self, prompts: PromptSet) -> int:
-        steps = max(1, math.ceil(self.config.epochs * self._order(prompts).steps_per_epoch))
-        return min(steps, self.config.max_steps or steps)
-
-    def _plan(self, prompts: PromptSet, tokens: int) -> str:
-        config = self.config
-        return (
-            f"{self._steps(prompts)} steps of {min(config.batch_size, len(prompts.ids))} prompts with {config.num}"
-            f" response{'s' * (config.num > 1)} each, {config.ppo_epochs} x {config.minibatches} updates a step,"
-            f" {tokens} tokens at once"
-        )
+    def _say_plan(self, prompts: PromptSet, tokens: int) -> None:
+        self.reporter.say(plan_of(self.config, len(prompts.ids), tokens))
+        if few := too_few(self.config, len(prompts.ids)):
+            self.reporter.say(few)
 
     def _token_budget(self, policy: Policy, models: PpoModels, prompts: PromptSet) -> int:
         """The budget of ``--token-budget``, of the run's first start, or an estimate, halved where a critic has layers

@@ -31,6 +31,7 @@ from prefopt.model.merge import merge_adapter
 from prefopt.pipeline.contents import contents_of, started_again, status_of
 from prefopt.progress import Reporter
 from prefopt.train.folder import FREE
+from prefopt.train.ppo_plan import too_few
 from prefopt.train.ppo_prompts import read_prompts
 
 
@@ -88,7 +89,9 @@ class _Chain:
             return
         start = SampledModel(first.model, device=last.device, dtype=last.dtype)
         last = replace(last, chat_template=last.chat_template or first.chat_template)
-        read_prompts(last, start, None, Reporter("none"))
+        prompts, _ = read_prompts(last, start, None, Reporter("none"))
+        if few := too_few(last, len(prompts.ids)):
+            self.reporter.say(f"ppo: {few}; in a chain: --ppo epochs=... batch_size=...")
 
     def _stage(self, name: StageName, method: Callable[[StageConfig], object]) -> None:
         config = self.config.stage(name)
