@@ -20,6 +20,7 @@ from prefopt.config.sample import SampleConfig
 from prefopt.data.formats import parse_comparisons
 from prefopt.errors import ConfigError, DataError, Interrupted, RunError
 from prefopt.evaluate.frontier import Frontier, Point, read_frontier
+from prefopt.evaluate.plateau import plateau
 from prefopt.evaluate.samples import distance
 from prefopt.generate.loaded import SampledModel
 from prefopt.methods import sample
@@ -80,8 +81,41 @@ def test_every_road_has_its_points(sweep: tuple[Frontier, Path, list[int]]) -> N
     for p in found.points:
         assert p.reward is not None and p.interval is not None and p.interval[0] <= p.reward <= p.interval[1]
         assert p.length is not None and 1 <= p.length <= 3
-    # Four steps show no plateau: that is said, and the points do not count.
-    assert all(not p.counted and "too few" in str(p.why_not) for p in found.points if p.road.startswith("ppo"))
+
+
+def mean_scores(file: Path) -> list[float]:
+    return [float(np.mean(json.loads(line)["scores"])) for line in file.read_text().splitlines()]
+
+
+def test_ppo_counts_where_the_reward_had_stopped_rising(sweep: tuple[Frontier, Path, list[int]]) -> None:
+    """By the policy of an earlier step and that of the end, on the same prompts."""
+    found, output, _ = sweep
+    points = [p for p in found.points if p.road.startswith("ppo")]
+    for p in points:
+        before, after = (mean_scores(output / p.folder / name) for name in ("samples-3.jsonl", "samples.jsonl"))
+        assert before != after and len(before) == 6 and found.points[0].reward is not None
+        told = plateau(before, after, start=found.points[0].reward, steps=1)
+        assert p.plateau == told and p.counted == told.reached and p.why_not == told.why_not
+        assert p.reward == pytest.approx(np.mean(after))
+    assert not all(p.counted for p in points), "six prompts with three answers each cannot tell"
+
+
+def test_the_earlier_policy_is_that_of_its_step(place: Path, tmp_path: Path) -> None:
+    """Which a run of as many steps gives, since the rate is constant."""
+    options: dict[str, Any] = {"roads": ["ppo-true:beta=0.1"]}
+    whole = frontier.run(config(place, tmp_path / "whole", **options)).points[1]
+    short = frontier.run(config(place, tmp_path / "short", responses=24, **options)).points[1]
+    assert (whole.step, short.step) == (4, 3)
+    texts = [
+        [json.loads(line)["responses"] for line in (tmp_path / file).read_text().splitlines()]
+        for file in (f"whole/{whole.folder}/samples-3.jsonl", f"short/{short.folder}/samples.jsonl")
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_too_few_steps_show_no_plateau(place: Path, tmp_path: Path) -> None:
+    found = frontier.run(config(place, tmp_path / "out", roads=["ppo-true:beta=1"], responses=16))
+    assert found.points[1].why_not == "2 steps are too few to see a plateau" and not found.points[1].counted
 
 
 def test_a_point_says_what_training_took_to_get_there(sweep: tuple[Frontier, Path, list[int]]) -> None:
@@ -106,7 +140,7 @@ def test_a_point_says_what_training_took_to_get_there(sweep: tuple[Frontier, Pat
 def test_a_finished_sweep_is_told_anew_and_not_trained_again(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one that an earlier version made: it wrote no costs, its clock began with the start, and it knew no share."""
+    """As one that an earlier version made: it wrote no costs, its clock began with the start, and it counted all."""
     output = tmp_path / "out"
     options: dict[str, Any] = {
         "roads": ["ppo-true:kl_target=3"],
@@ -116,7 +150,7 @@ def test_a_finished_sweep_is_told_anew_and_not_trained_again(
     found = frontier.run(config(place, output, **options))
     folder = output / found.points[1].folder
     points = json.loads((folder / "points.json").read_text())
-    points[0] |= {"seconds": 0.25, "counted": True, "plateau": {**old_plateau(), "reached": True}}
+    points[0] |= {"seconds": 0.25, "counted": True, "why_not": None}
     (folder / "points.json").write_text(json.dumps(points))
     record = json.loads((folder / "run.json").read_text())
     del record["costs"]
@@ -129,12 +163,8 @@ def test_a_finished_sweep_is_told_anew_and_not_trained_again(
     assert replace(again, seconds=first.seconds) == first and first.plateau is not None and first.plateau.share == 0.2
     steps = sum(json.loads(line)["step_seconds"] for line in (folder / "metrics.jsonl").read_text().splitlines())
     assert again.seconds == pytest.approx(steps)
-    wide = frontier.run(config(place, output, plateau_share=0.4, **options)).points[1]
-    assert wide.plateau is not None and wide.plateau == replace(first.plateau, share=0.4, reached=wide.counted)
-
-
-def old_plateau() -> dict[str, float]:
-    return {"rise": 0.1, "low": -0.1, "high": 0.3, "climb": 0.2, "steps": 6}
+    wide = frontier.run(config(place, output, plateau_share=0.3, **options)).points[1]
+    assert wide.plateau is not None and wide.plateau == replace(first.plateau, share=0.3, reached=wide.counted)
 
 
 def test_the_reference_is_scored_once_for_the_whole_sweep(sweep: tuple[Frontier, Path, list[int]]) -> None:

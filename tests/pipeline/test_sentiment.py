@@ -19,7 +19,7 @@ def test_the_recipe_is_whole() -> None:
     config = FrontierConfig.from_dict(read_document(str(RECIPE)))
     roads = [t.road for t in config.trainings()]
     assert {r: roads.count(r) for r in roads} == dict.fromkeys(
-        ("dpo", "ppo-true", "ppo-learned", "sft", "unlikelihood", "best-of"), 4
+        ("dpo", "ppo-true", "ppo-learned", "sft", "unlikelihood", "best-of"), 3
     )
     assert (ROOT / config.model / "model.safetensors").exists() and (ROOT / config.prompts[0]).exists()
 

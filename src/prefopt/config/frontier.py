@@ -16,6 +16,7 @@ from typing import Any
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.given import parse_value
 from prefopt.config.option import nearest, option
+from prefopt.config.ppo import PpoConfig
 from prefopt.config.sweep import DECIDED, OF_PPO, AnyConfig, SweepOptions, evenly
 from prefopt.errors import ConfigError
 
@@ -79,11 +80,11 @@ class FrontierConfig(SweepOptions):
 
     plateau_share: float = option(
         0.2,
-        "a training of PPO counts where what its reward gained in the last third of its steps is surely below this"
-        " share of its whole climb; one that rises evenly gains 0.43 of it",
+        "a training of PPO counts where what the true reward gained in the last third of its steps is surely below this"
+        " share of its whole climb; one that rises evenly gains a third of it",
         group="stages",
         above=0,
-        at_most=0.4,
+        at_most=0.3,
     )
 
     def __post_init__(self) -> None:
@@ -130,14 +131,18 @@ class FrontierConfig(SweepOptions):
         # As many rows, not twice the steps: fine-tuning learns from the best response of a row alone.
         rows = 1.0 if one.kind == "sft" else each
         found = self.training(one.kind, Path(self.output) / one.folder, given, each=rows, seed=one.seed)
-        if one.kind == "ppo":
-            return found
-        # The last of the checkpoints; the others are asked for at the steps of :meth:`marks`.
-        return type(found).from_dict(found.to_dict() | {"save_every": found.max_steps, "keep_last": found.max_steps})
+        steps = found.max_steps or 1
+        # More checkpoints, those that are measured, are asked for at the steps of :meth:`marks`.
+        every = max(1, steps // 3) if one.kind == "ppo" else steps
+        return type(found).from_dict(found.to_dict() | {"save_every": every, "keep_last": steps})
 
     def marks(self, one: AnyConfig) -> list[int]:
-        """The steps of a training whose policies are measured."""
-        return evenly(one.max_steps or 1, self.checkpoints)
+        """The steps of a training whose policies are measured: of PPO the end, and two thirds of the way to it, which
+        together show whether it had stopped rising."""
+        steps = one.max_steps or 1
+        if isinstance(one, PpoConfig):
+            return [steps] if steps < 3 else [round(2 / 3 * steps), steps]
+        return evenly(steps, self.checkpoints)
 
     def reward_folder(self, seed: int) -> Path:
         """Where the reward model of the roads that learn one is."""

@@ -25,11 +25,11 @@ FILE = "frontier.json"
 
 @dataclass(frozen=True, slots=True)
 class Plateau:
-    """Whether a training reward had stopped rising: a straight line through the last third of its steps.
+    """Whether a training had stopped raising the true reward on the held-out prompts.
 
-    ``rise`` is what the line gains over these ``steps``, ``low`` and ``high`` its bounds at 95 %; ``climb`` is what the
-    reward gained in all, from the first tenth of the steps to the last third. ``reached``: the upper bound is below
-    ``share`` of the climb, see :func:`prefopt.evaluate.plateau.plateau` (files of earlier versions have no share).
+    ``rise`` is what its last ``steps`` gained, ``low`` and ``high`` its bounds at 95 %; ``climb`` is what the training
+    gained in all. ``reached``: the upper bound is below ``share`` of the climb, see
+    :func:`prefopt.evaluate.plateau.plateau`.
     """
 
     rise: float
@@ -38,7 +38,7 @@ class Plateau:
     climb: float
     steps: int
     reached: bool
-    share: float | None = None
+    share: float
 
     @property
     def told(self) -> str:
@@ -55,18 +55,17 @@ class Plateau:
         word = "rose" if self.rise > 0 else "fell"
         did = f"{word} by {abs(self.rise):.3g} in its last {self.steps} steps"
         did += f" (95 % interval {self.low:+.3g} to {self.high:+.3g})"
+        did += f", after a climb of {self.climb:.3g}"
         if self.told != "cannot be told":
-            return f"no plateau: the training reward still {did}"
-        return (
-            f"whether there is a plateau cannot be told: the training reward {did}, after a climb of {self.climb:.3g}"
-            + (f"; about {self.more} times as many responses could tell" if self.more else "")
-        )
+            return f"no plateau: the true reward still {did}"
+        more = f"; about {self.more} times as many samples (--num, --held-out) could tell" if self.more else ""
+        return f"whether there is a plateau cannot be told: the true reward {did}{more}"
 
     @property
     def more(self) -> int | None:
-        """Where noise hides it: how many times as many responses would show a plateau in four of five runs that have
+        """Where noise hides it: how many times as many samples would show a plateau in four of five trainings that have
         one, as the width of the interval falls with their root; none where no number up to 100 would."""
-        if self.share is None or self.climb <= 0 or self.told != "cannot be told":
+        if self.climb <= 0 or self.told != "cannot be told":
             return None
         width = (self.high - self.low) / 2 / (self.share * self.climb)
         times = math.ceil((1 + 0.84 / 1.96) ** 2 * width**2)

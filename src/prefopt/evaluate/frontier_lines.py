@@ -45,10 +45,10 @@ def _against_ppo(points: Sequence[Point]) -> Iterator[str]:
 
 
 def plateaus(points: Sequence[Point]) -> Iterator[str]:
-    """What the training reward of PPO did in the last third of its steps."""
+    """What the true reward did in the last steps of PPO."""
     shown = [p for p in points if p.plateau is not None]
     if shown:
-        yield "training reward of PPO over the last third of its steps: rise [95 %], and the whole climb"
+        yield "true reward on the held-out prompts over the last steps of PPO: rise [95 %], and the whole climb"
     for p in shown:
         f = p.plateau
         assert f is not None

@@ -26,13 +26,13 @@ from prefopt.generate.loaded import SampledModel
 from prefopt.model.load import local_folder
 from prefopt.pipeline.contents import started_again
 from prefopt.pipeline.ground import Measure, Measured, lay
-from prefopt.pipeline.retell import retold
+from prefopt.pipeline.retell import SAMPLES, retold
 from prefopt.pipeline.train import model_of, take_folder, train_once
 from prefopt.progress import Reporter
 from prefopt.train import checkpoint
 from prefopt.train.best_of import kl_bound
 from prefopt.train.callbacks import Callback, Metrics, RunInfo
-from prefopt.train.history import read_history
+from prefopt.train.phases import weights_of
 from prefopt.train.policy import Policy
 from prefopt.train.terms import terms_of
 
@@ -114,31 +114,34 @@ class _Sweep:
 
     def _gather(self, trainings: list[Training], *, finished: bool) -> Frontier:
         config = self.config
-        found = _read(self.folder / "reference")
-        found += [self._retold(one, p) for one in trainings for p in _read(self.folder / one.folder)]
+        start, found = _read(self.folder / "reference"), list[Point]()
+        for one in trainings:
+            found += [self._retold(one, p, start[0]) for p in _read(self.folder / one.folder)]
         sizes = (config.held_out, config.num, config.max_new_tokens)
-        sweep = Frontier(config.model, config.reward, *sizes, finished, self.ground.made, tuple(found))
+        sweep = Frontier(config.model, config.reward, *sizes, finished, self.ground.made, (*start, *found))
         sweep.write(self.folder)
         return sweep
 
-    def _retold(self, one: Training, point: Point) -> Point:
+    def _retold(self, one: Training, point: Point, start: Point) -> Point:
         if one.kind is None:
             return replace(point, seconds=0.0)
         before = [self.config.reward_folder(one.seed)] if one.road == "ppo-learned" else []
-        return retold(point, self.folder / one.folder, share=self.config.plateau_share, before=before)
+        assert start.reward is not None
+        folder, share = self.folder / one.folder, self.config.plateau_share
+        return retold(point, folder, start=start.reward, share=share, before=before)
 
     # -- one training ------------------------------------------------------------------------------------------
 
     def _start(self) -> list[Point]:
         """The model that every road begins at: no divergence."""
-        found = self.measure(self.config.model, self.folder / "reference" / "samples.jsonl")
+        found = self.measure(self.config.model, self.folder / "reference" / f"{SAMPLES}.jsonl")
         return [_point(found, Point("reference", "", self.config.seed, 0, kl_se=0.0))]
 
     def _points(self, one: Training, folder: Path) -> list[Point]:
         point = Point(one.road, one.setting, one.seed, 0)
         if one.kind is None:
             assert isinstance(one.value, int)
-            found = self.measure(self.config.model, folder / "samples.jsonl", best_of=one.value)
+            found = self.measure(self.config.model, folder / f"{SAMPLES}.jsonl", best_of=one.value)
             return [replace(_point(found, point), kl=kl_bound(one.value), kl_is="bound")]
         try:
             return self._trained(one, folder, point)
@@ -152,25 +155,28 @@ class _Sweep:
             train_once(self.config.reward_config(one.seed, data=data, each=self.ground.each))
         config = self._config_of(one)
         marks = self.config.marks(config)
-        train_once(config, [] if isinstance(config, PpoConfig) else [_SaveAt(marks)])
-        if isinstance(config, PpoConfig):  # whether it counts is told with every start, from its metrics
-            found = self.measure(file=folder / "samples.jsonl", **model_of(config))
-            return [replace(_point(found, point), step=read_history(folder).step)]
-        assert isinstance(config, (DpoConfig, SftConfig))
+        train_once(config, [_SaveAt(marks)])
+        assert isinstance(config, (DpoConfig, SftConfig, PpoConfig))
         # (An interrupted run has left other checkpoints too.)
-        return [self._at(config, folder / "checkpoints", replace(point, step=step)) for step in marks]
+        if not isinstance(config, PpoConfig):
+            return [_point(self._at(config, step), replace(point, step=step)) for step in marks]
+        for step in marks[:-1]:  # their samples tell, with every start, whether the end counts
+            self._at(config, step)
+        found = self.measure(file=folder / f"{SAMPLES}.jsonl", **model_of(config))
+        return [replace(_point(found, point), step=marks[-1])]
 
-    def _at(self, config: DpoConfig | SftConfig, checkpoints: Path, point: Point) -> Point:
-        """The policy at the point's step."""
-        source, reference = local_folder(config.model), self.reference
-        policy = Policy(config, source, reference.dtype, reference.device, None)
+    def _at(self, config: DpoConfig | SftConfig | PpoConfig, step: int) -> Measured:
+        """The policy at a step of its training."""
+        folder, reference = Path(config.output), self.reference
+        policy = Policy(config, local_folder(config.model), reference.dtype, reference.device, None)
         policy.make_trainable()
-        policy.masters.load(checkpoint.at(checkpoints, point.step).weights)
+        weights = checkpoint.at(folder / "checkpoints", step).weights
+        policy.masters.load(weights_of("actor", weights) if isinstance(config, PpoConfig) else weights)
         model, tokenizer = policy.scorer.model, reference.tokenizer
         policy.scorer.detach_hook()
-        file = checkpoints.with_name(f"samples-{point.step}.jsonl")
+        file = folder / f"{SAMPLES}-{step}.jsonl"
         try:
-            return _point(self.measure(config.model, file, model=model, tokenizer=tokenizer), point)
+            return self.measure(config.model, file, model=model, tokenizer=tokenizer)
         finally:
             policy.release()
 

@@ -1,28 +1,35 @@
 """What the folder of a training says of a point anew: whether PPO's reward had stopped rising, and how long it took.
 
-Both are read from ``metrics.jsonl`` and ``run.json`` every time a sweep is told, so that points that an earlier version
-measured, or that were measured under another share, are judged alike.
+Both are read from samples, ``metrics.jsonl`` and ``run.json`` every time a sweep is told, so that points that were
+judged by another share or an earlier version are judged alike.
 """
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from prefopt.errors import RunError
 from prefopt.evaluate.frontier import Point
-from prefopt.evaluate.plateau import FEWEST, plateau
+from prefopt.evaluate.plateau import plateau
 from prefopt.train.history import History, read_history
 
+SAMPLES = "samples"
+"""Names of the files: ``samples.jsonl`` of the end, ``samples-84.jsonl`` of a step."""
+FEWEST = 3
+"""Steps below which there is none two thirds of the way."""
 
-def retold(point: Point, folder: Path, *, share: float, before: Sequence[Path] = ()) -> Point:
+
+def retold(point: Point, folder: Path, *, start: float, share: float, before: Sequence[Path] = ()) -> Point:
     """``point`` of the training in ``folder``; ``before`` are those of trainings that it needed, and that took time.
 
-    ``share`` is that of :func:`prefopt.evaluate.plateau.plateau`. Raises :class:`prefopt.errors.RunError` for a damaged
-    folder.
+    ``start`` (the reward of the reference) and ``share`` are those of :func:`prefopt.evaluate.plateau.plateau`. Raises
+    :class:`prefopt.errors.RunError` for a damaged folder.
     """
     if not (folder / "run.json").exists():
         return replace(point, seconds=None)
@@ -31,7 +38,7 @@ def retold(point: Point, folder: Path, *, share: float, before: Sequence[Path] =
     known = [t for t in times if t is not None]
     after = sum(float(line.get("step_seconds", 0.0)) for line in history.training if line["step"] > point.step > 0)
     point = replace(point, seconds=sum(known) - after if len(known) == len(times) else None)
-    return _judged(point, history, share) if point.road.startswith("ppo") and point.reward is not None else point
+    return _judged(point, folder, start, share) if point.road.startswith("ppo") and point.reward is not None else point
 
 
 def _seconds(history: History) -> float | None:
@@ -47,18 +54,24 @@ def _seconds(history: History) -> float | None:
     )
 
 
-def _judged(point: Point, history: History, share: float) -> Point:
-    """It counts where the training reward had stopped rising."""
-    lines = history.training
-    rewards = [float(line["objective/scores"]) for line in lines]
-    seen = [0, *(int(line["episode"]) for line in lines)]
-    flat = plateau(rewards, [b - a for a, b in pairwise(seen)], share=share)
-    if flat is not None:
-        return replace(point, plateau=flat, counted=flat.reached, why_not=flat.why_not)
-    steps = len(rewards)
-    why = f"{steps} steps are too few to see a plateau: its last third has fewer than {FEWEST}"
-    if not all(map(math.isfinite, rewards)):
-        why = "its training reward is not finite in every step: no plateau can be seen"
-    elif steps < point.step:
-        why = f"metrics.jsonl in its folder tells of {steps} of its {point.step} steps: no plateau can be seen"
-    return replace(point, plateau=None, counted=False, why_not=why)
+def _judged(point: Point, folder: Path, start: float, share: float) -> Point:
+    """It counts where the true reward had stopped rising since the policy of an earlier step was measured."""
+    steps = sorted(int(p.stem.removeprefix(f"{SAMPLES}-")) for p in folder.glob(f"{SAMPLES}-*.jsonl"))
+    if not steps:
+        why = f"{point.step} steps are too few to see a plateau"
+        if point.step >= FEWEST:
+            why = f"an earlier version measured its end alone: no plateau can be seen; remove {folder} to redo it"
+        return replace(point, plateau=None, counted=False, why_not=why)
+    before, after = (_rewards(folder / name) for name in (f"{SAMPLES}-{steps[-1]}.jsonl", f"{SAMPLES}.jsonl"))
+    if len(before) != len(after):
+        raise RunError(f"{folder}: its samples answer other prompts at step {steps[-1]} than at the end; remove it")
+    flat = plateau(before, after, start=start, steps=point.step - steps[-1], share=share)
+    return replace(point, plateau=flat, counted=flat.reached, why_not=flat.why_not)
+
+
+def _rewards(file: Path) -> list[float]:
+    """The mean true reward of every prompt."""
+    try:
+        return [float(np.mean(json.loads(line)["scores"])) for line in file.read_text("utf-8").splitlines()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{file} cannot be read ({error}); remove its folder to measure again") from None
