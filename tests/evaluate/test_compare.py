@@ -303,6 +303,8 @@ def test_what_is_there_is_replaced_when_asked_and_what_is_read_never(tmp_path: P
     kept.write_text("mine")
     with pytest.raises(RunError, match="is there already; name another file, or add --overwrite"):
         compared(a, b, output=str(kept))
+    with pytest.raises(RunError, match="is there already"):
+        prefopt.compare("m", "n", PROMPTS, judge="length", output=str(kept))
     assert kept.read_text() == "mine" and Path(a).read_bytes() == before
     found = compared(a, b, output=str(kept), overwrite=True)
     assert found.output_sha256 == hashlib.sha256(kept.read_bytes()).hexdigest() and len(kept.read_text()) > 100
@@ -330,6 +332,21 @@ def test_models_that_never_met_are_on_no_common_scale(
     said = capsys.readouterr().out
     assert ("strength (Bradley-Terry" in said) == bridge
     assert ("no strengths are told: nothing compares A, B with C, D" in said) != bridge
+
+
+def test_of_a_model_that_never_lost_the_distance_is_not_claimed(tmp_path: Path) -> None:
+    many: list[dict[str, Any]] = [{"prompt": f"p{i} "} for i in range(40)]
+    files = [
+        samples(tmp_path / f"{name}.jsonl", [["w " * (1 + (i * k) % 5 + more)] for i in range(40)], many)
+        for name, k, more in (("long", 1, 9), ("x", 2, 0), ("y", 3, 0))
+    ]
+    found = compared(files[0], files[1], others=[files[2]])
+    assert found.notes == [
+        f"{files[0]} never lost to {files[1]}, {files[2]}, nor tied: of their distance, strengths and their intervals"
+        " tell the sign alone"
+    ]
+    assert found.strengths[files[0]].low > found.strengths[files[1]].high
+    assert compared(files[1], files[2], others=[samples(tmp_path / "z.jsonl", [["w w"]] * 40, many)]).notes == []
 
 
 @pytest.mark.parametrize("option", [{"num": 2}, {"max_new_tokens": 2}, {"temperature": 0.0}, {"seed": 3}])

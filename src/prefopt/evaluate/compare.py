@@ -24,7 +24,7 @@ from prefopt.evaluate.judges.recorded import recorded
 from prefopt.evaluate.prompts import Floats, Ints, gathered, numbered
 from prefopt.evaluate.rates import FEWEST, at_equal_length, win_rate
 from prefopt.evaluate.samples import Samples, distance, perplexity, seen
-from prefopt.evaluate.strengths import Games, apart, strengths
+from prefopt.evaluate.strengths import Games, apart, strengths, unbeaten
 from prefopt.evaluate.tasks import Harness, TaskScore, changes, read_task_results
 from prefopt.evaluate.versus import Versus
 from prefopt.interval import Interval, mean_interval
@@ -219,6 +219,12 @@ def _strengths(
         groups = " with ".join(", ".join(names[i] for i in part) for part in parts)
         notes.append(f"no strengths are told: nothing compares {groups}, not even by way of another model")
         return {}
+    if top := unbeaten(found, len(names)):
+        rest = ", ".join(name for i, name in enumerate(names) if i not in top)
+        notes.append(
+            f"{', '.join(names[i] for i in top)} never lost to {rest}, nor tied: of their distance, strengths and their"
+            " intervals tell the sign alone"
+        )
     return dict(zip(names, strengths(found, len(names), seed=config.seed), strict=True))
 
 

@@ -61,6 +61,22 @@ def apart(games: Games, models: int) -> list[list[int]]:
     return sorted(np.flatnonzero(part == p).tolist() for p in set(part.tolist()))
 
 
+def unbeaten(games: Games, models: int) -> list[int]:
+    """The models that lost to none of the others, nor tied with one, not even by way of another model: none where there
+    is no such group. Their strength over the rest has no most likely value (Ford 1957), and only the prior bounds it.
+
+    >>> unbeaten(Games.of([(0, 1, 0, 1.0), (0, 2, 0, 1.0), (1, 2, 0, 1.0), (1, 2, 1, 0.0)]), 3)
+    [0]
+    >>> unbeaten(Games.of([(0, 1, 0, 1.0), (1, 2, 0, 1.0), (2, 0, 0, 1.0)]), 3)
+    []
+    """
+    beats = (games.wins(models).sum(0) > 0) | np.eye(models, dtype=bool)
+    for _ in range(models):
+        beats = beats @ beats  # by way of others
+    top = np.flatnonzero((beats | ~beats.T).all(1)).tolist()
+    return top if len(top) < models else []
+
+
 def fitted(wins: Floats) -> Floats:
     """Strengths [..., models] in log-odds, 0 in the mean, of most likelihood for wins [..., models, models].
 
