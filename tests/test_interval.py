@@ -86,7 +86,7 @@ def test_a_rate_and_its_bounds_lie_between_0_and_1(values: list[float]) -> None:
     assert 0 <= found.low <= found.mean + 1e-12 and found.mean - 1e-12 <= found.high <= 1 and found.low < found.high
 
 
-@pytest.mark.parametrize("values", [[0.0, 1.0], [0.0, 0.1, 1.0], [0.0] * 8 + [1.0]])
+@pytest.mark.parametrize("values", [[0.0, 1.0], [0.0, 0.1, 1.0], [0.0] * 8 + [1.0], [x * x for x in range(9)]])
 def test_of_few_values_the_interval_is_students(values: list[float]) -> None:
     assert len(values) < FEWEST
     found, n = mean_interval(values), len(values)
