@@ -150,7 +150,8 @@ def test_a_finished_sweep_is_told_anew_and_not_trained_again(
     found = frontier.run(config(place, output, **options))
     folder = output / found.points[1].folder
     points = json.loads((folder / "points.json").read_text())
-    points[0] |= {"seconds": 0.25, "counted": True, "why_not": None}
+    line = {"rise": 0.1, "low": -0.1, "high": 0.3, "climb": 0.2, "steps": 6, "reached": True}  # it knew no share
+    points[0] |= {"seconds": 0.25, "counted": True, "why_not": None, "plateau": line}
     (folder / "points.json").write_text(json.dumps(points))
     record = json.loads((folder / "run.json").read_text())
     del record["costs"]
@@ -165,6 +166,9 @@ def test_a_finished_sweep_is_told_anew_and_not_trained_again(
     assert again.seconds == pytest.approx(steps)
     wide = frontier.run(config(place, output, plateau_share=0.3, **options)).points[1]
     assert wide.plateau is not None and wide.plateau == replace(first.plateau, share=0.3, reached=wide.counted)
+    (folder / "points.json").write_text(json.dumps([points[0] | {"reward": "abc"}]))
+    with pytest.raises(RunError, match=r"points\.json cannot be read"):
+        frontier.run(config(place, output, **options))
 
 
 def test_the_reference_is_scored_once_for_the_whole_sweep(sweep: tuple[Frontier, Path, list[int]]) -> None:

@@ -20,7 +20,7 @@ from prefopt.config.ppo import PpoConfig
 from prefopt.config.sft import SftConfig
 from prefopt.config.sweep import AnyConfig
 from prefopt.disk.write import write_json
-from prefopt.errors import Diverged
+from prefopt.errors import Diverged, RunError
 from prefopt.evaluate.frontier import Frontier, Point
 from prefopt.generate.loaded import SampledModel
 from prefopt.model.load import local_folder
@@ -182,9 +182,18 @@ class _Sweep:
 
 
 def _read(folder: Path) -> list[Point]:
-    """The points of a training, none where they are still to come."""
+    """The points of a training, none where they are still to come; whether they count is told anew.
+
+    Raises :class:`RunError` for a damaged file.
+    """
     file = folder / POINTS
-    return [Point.from_dict(p) for p in json.loads(file.read_text())] if file.exists() else []
+    if not file.exists():
+        return []
+    try:
+        # An earlier version kept the line of a training's rewards here, by another rule.
+        return [Point.from_dict({**p, "plateau": None}) for p in json.loads(file.read_text())]
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{file} cannot be read ({error}); remove {folder} to redo it") from None
 
 
 def _point(found: Measured, point: Point) -> Point:
