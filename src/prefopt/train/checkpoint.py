@@ -4,6 +4,9 @@ A checkpoint is a folder ``step-00000010`` of ``weights.safetensors`` (the float
 ``optimizer.safetensors``, ``state.json`` and, where the reference moves, ``reference.safetensors``, where a step of
 reinforcement learning has begun, ``rollouts.safetensors``, with ``manifest.json`` that holds the SHA-256 of each.
 Random states and numbers live in ``state.json``; nothing is pickled.
+
+One of a run that was stopped within a step, after three of its updates, is ``step-00000010-0003``: its weights have
+left those of step 10, which may be wanted for themselves and stay as they are.
 """
 
 from __future__ import annotations
@@ -52,15 +55,18 @@ def save(
     state: dict[str, Any],
     *,
     keep_last: int,
+    done: int = 0,
     reference: Tensors | None = None,
     rollouts: Tensors | None = None,
 ) -> Path:
     """Write the checkpoint of ``state["step"]`` and remove all but the newest ``keep_last``.
 
-    ``reference``: the weights of a reference that moves; ``rollouts``: the responses that a step learns from.
+    ``done``: the updates made since, of a run that is stopped within the step after; that checkpoint is kept besides,
+    until the next is written. ``reference``: the weights of a reference that moves; ``rollouts``: the responses that a
+    step learns from.
     """
     more = {name: tensors for name, tensors in ((REFERENCE, reference), (ROLLOUTS, rollouts)) if tensors is not None}
-    path = _path(folder, state["step"])
+    path = _path(folder, state["step"], done)
     aside = folder / f".{path.name}.{os.getpid()}"
     with output_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,19 +80,24 @@ def save(
         write_flushed(aside / "state.json", json.dumps(state).encode())
         sums = {name: _sha256(aside / name) for name in (*FILES, *more)}
         write_flushed(aside / "manifest.json", json.dumps(sums).encode())
-        if path.exists():  # a damaged one, that the run went back behind
-            shutil.rmtree(path)
+        if path.exists():  # the same weights without what the step has come to since, or damaged
+            path.rename(_replaced(path))
         aside.rename(path)
         sync_folder(folder)
         # Later ones are damaged and passed over by the run that is here now: they must not count as kept.
-        kept = sorted(p for p in folder.glob("step-*") if p.name <= path.name)[-keep_last:]
-        for other in set(folder.glob("step-*")) - set(kept):
+        whole_steps = sorted(p for p in folder.glob("step-*") if not _within(p) and p.name <= path.name)
+        for other in set(folder.glob("step-*")) - {*whole_steps[-keep_last:], path}:
             shutil.rmtree(other)
+        shutil.rmtree(_replaced(path), ignore_errors=True)
     return path
 
 
 def whole(folder: Path) -> Iterator[tuple[Path, Checkpoint]]:
     """The checkpoints that are whole, newest first; damaged ones are named in the log and passed over."""
+    for left in folder.glob(".step-*.replaced"):  # its successor was about to take its name when the process was killed
+        path = folder / left.name[1:].removesuffix(".replaced")
+        if not path.exists():
+            left.rename(path)
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             found = _read(path)
@@ -102,16 +113,27 @@ def newest(folder: Path) -> tuple[Path, Checkpoint] | None:
 
 
 def at(folder: Path, step: int) -> Checkpoint:
-    """The checkpoint of ``step``. Raises :class:`RunError` where it is not there, or damaged."""
+    """The checkpoint of the very weights of ``step``. Raises :class:`RunError` where it is not there, or damaged."""
     path = _path(folder, step)
     try:
-        return _read(path)
+        found = _read(path)
+        if found.state["progress"].get("done"):
+            raise ValueError("an earlier version wrote weights from within the next step there")
+        return found
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise RunError(f"checkpoint {path} cannot be read ({error}); remove the run's folder and train again") from None
 
 
-def _path(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}"
+def _path(folder: Path, step: int, done: int = 0) -> Path:
+    return folder / (f"step-{step:08d}-{done:04d}" if done else f"step-{step:08d}")
+
+
+def _within(path: Path) -> bool:
+    return path.name.count("-") > 1
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
 
 
 def _read(path: Path) -> Checkpoint:

@@ -291,7 +291,13 @@ class Phases:
         }
         rollouts = self.rollouts.tensors() if self.rollouts is not None else None
         path = checkpoint.save(
-            self.checkpoints, weights, optimizer, state, keep_last=self.options.keep_last, rollouts=rollouts
+            self.checkpoints,
+            weights,
+            optimizer,
+            state,
+            keep_last=self.options.keep_last,
+            done=place.done,
+            rollouts=rollouts,
         )
         self._kept = (place.step, place.done)
         self.after_save()

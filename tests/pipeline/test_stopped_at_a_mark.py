@@ -1,0 +1,38 @@
+"""A sweep that is stopped within the step after the one whose policy it will measure."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.sweeping import values
+from prefopt.config.frontier import FrontierConfig
+from prefopt.errors import Interrupted
+from prefopt.pipeline import frontier
+from prefopt.train.phases import Phases
+
+
+def test_the_policy_of_the_mark_is_measured(place: Path, tmp_path: Path) -> None:
+    def run(name: str) -> Path:
+        given = FrontierConfig(**{**values(place, tmp_path / name), "roads": ["ppo-true:beta=0.1"]})
+        return tmp_path / name / frontier.run(given).points[1].folder
+
+    def stopping(self: Phases, *arguments: Any) -> Any:
+        record = learn(self, *arguments)
+        if (self.place.step, self.place.done) == (3, 1):  # of four steps the third is marked
+            signal.raise_signal(signal.SIGTERM)
+        return record
+
+    whole, learn = run("whole"), Phases._minibatch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Phases, "_minibatch", stopping)
+        with pytest.raises(Interrupted):
+            run("parts")
+    parts = run("parts")
+    for name in ("samples-3.jsonl", "samples.jsonl"):
+        assert (parts / name).read_text() == (whole / name).read_text().replace(
+            f"{tmp_path}/whole", f"{tmp_path}/parts"
+        )
