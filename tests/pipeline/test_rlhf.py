@@ -137,6 +137,18 @@ def test_every_file_that_an_option_names_is_seen_to_change(tmp_path: Path) -> No
             rlhf.run(config(tmp_path, **given))
         (tmp_path / name).write_text(before)
     assert rlhf.run(config(tmp_path, **given)).skipped == STAGES
+    # Where they lie says nothing of what they hold.
+    there = tmp_path / "elsewhere"
+    there.mkdir()
+    for name in ("m", "other", *(p.name for p in tmp_path.glob("*.json*")), "t.jinja"):
+        (tmp_path / name).rename(there / name)
+    moved = json.loads(json.dumps(given).replace(f"{tmp_path}/", f"{there}/"))
+    moved |= {"model": str(there / "m"), "data": [str(there / "d.jsonl")]}
+    assert rlhf.run(config(tmp_path, **moved)).skipped == STAGES
+    # What it is to them does.
+    swapped = moved["ppo"][:-1] + [moved["ppo"][-1].replace("k.jsonl", "p.jsonl")]
+    with pytest.raises(RunError, match=r"out/ppo is of a chain with other options, model or data"):
+        rlhf.run(config(tmp_path, **{**moved, "prompts": [str(there / "k.jsonl")], "ppo": swapped}))
 
 
 def test_prompts_that_ppo_cannot_answer_are_told_before_anything_is_trained(tmp_path: Path) -> None:
@@ -189,6 +201,7 @@ def test_a_mistake_in_any_stage_is_told_before_the_first_begins(tmp_path: Path) 
         ({"ppo": ["clipp=0.2"]}, "--ppo: unknown option 'clipp'; did you mean clip"),
         ({"reward": ["centre=-1"]}, "--reward: centre is -1; it must be a number of at least 0"),
         ({"sft": ["model=x"]}, "--sft model: the chain decides it"),
+        ({"sft": ["from_scratch=true"]}, "--sft from_scratch: the chain decides it"),
         ({"ppo": ["reward=vader"]}, "--ppo reward: the chain decides it"),
         ({"sft": ["epochs"]}, "should be NAME=VALUE"),
         ({"sft": ["epochs=1", "epochs=2"]}, "gives epochs twice"),

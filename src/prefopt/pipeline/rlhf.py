@@ -19,6 +19,7 @@ from prefopt.config.ppo import PpoConfig
 from prefopt.config.reward import RewardConfig
 from prefopt.config.rlhf import RlhfConfig, StageConfig, StageName
 from prefopt.config.sft import SftConfig
+from prefopt.data.content import layout_name
 from prefopt.data.dataset_info import find_entry
 from prefopt.data.sources import find_sources
 from prefopt.disk.hashes import file_hashes
@@ -80,12 +81,11 @@ class _Chain:
     def _check_prompts(self) -> None:
         """Read what the last stage will answer before the first one begins: what it would refuse is told now.
 
-        The tokenizer and the context are those of the model that the chain starts from. (A model from scratch may have
-        no tokenizer yet.)
+        The tokenizer and the context are those of the model that the chain starts from.
         """
         first, last = self.config.stage("sft"), self.config.stage("ppo")
         assert isinstance(first, SftConfig) and isinstance(last, PpoConfig)
-        if first.from_scratch or status_of(self.config.folder("ppo")):
+        if status_of(self.config.folder("ppo")):
             return
         start = SampledModel(first.model, device=last.device, dtype=last.dtype)
         last = replace(last, chat_template=last.chat_template or first.chat_template)
@@ -163,17 +163,28 @@ def _made_from(config: StageConfig) -> str:
     """A digest of everything that decides on a stage: its options, and the contents of what they name."""
     free = {*FREE, "device", "threads"}
     options = {name: value for name, value in config.to_dict().items() if name not in free}
-    contents = [contents_of(Path(local_folder(options[name]))) for name in MODELS if options.get(name)]
-    for name in DATA:
-        registry = options.get("format") is None or name == "ptx_data"  # --format goes before what a registry says
-        contents += _digests(options.get(name) or (), registry=registry)
-    contents += file_hashes([Path(options[name]) for name in FILES if options.get(name)], error=ConfigError)
+    named = {name: value for name in (*MODELS, *DATA, *FILES) if (value := options.pop(name, None))}
+    contents: dict[str, Any] = {}
+    for name, value in named.items():
+        if name in MODELS:
+            contents[name] = contents_of(Path(local_folder(value)))
+        elif name in FILES:
+            contents[name] = file_hashes([Path(value)], error=ConfigError)
+        else:  # (--format goes before what a registry says)
+            contents[name] = _digests(value, registry=options.get("format") is None or name == "ptx_data")
     text = json.dumps([options, contents], sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _digests(names: Sequence[str], *, registry: bool) -> list[str]:
-    """Of the rows, and, with ``registry``, of what a ``dataset_info.json`` beside them says of their layout."""
-    sources = find_sources(names)
-    entries = [find_entry(source.path) for source in sources] if registry else []
-    return [source.digest() for source in sources] + [repr(entry) for entry in entries if entry is not None]
+def _digests(names: Sequence[str], *, registry: bool) -> list[tuple[int, str, str, str]]:
+    """Of each source the name it is of, by number (a weight may belong to it), its rows, what its ending says of their
+    layout, and, with ``registry``, what a ``dataset_info.json`` beside it does."""
+    return [
+        (
+            source.entry,
+            source.digest(),
+            layout_name(source.path) if source.path else "",
+            str(find_entry(source.path) if registry else None),
+        )
+        for source in find_sources(names)
+    ]
