@@ -146,7 +146,7 @@ def test_every_file_that_an_option_names_is_seen_to_change(tmp_path: Path) -> No
     moved |= {"model": str(there / "m"), "data": [str(there / "d.jsonl")]}
     assert rlhf.run(config(tmp_path, **moved)).skipped == STAGES
     # What it is to them does.
-    swapped = moved["ppo"][:-1] + [moved["ppo"][-1].replace("k.jsonl", "p.jsonl")]
+    swapped = [*moved["ppo"][:-1], moved["ppo"][-1].replace("k.jsonl", "p.jsonl")]
     with pytest.raises(RunError, match=r"out/ppo is of a chain with other options, model or data"):
         rlhf.run(config(tmp_path, **{**moved, "prompts": [str(there / "k.jsonl")], "ppo": swapped}))
 
