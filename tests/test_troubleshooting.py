@@ -16,6 +16,7 @@ def messages() -> str:
     """The source with texts that go over several lines in one piece, and what is put into them as a blank."""
     source = "\n".join(path.read_text("utf-8") for path in sorted((ROOT / "src").rglob("*.py")))
     joined = re.sub(r'"\s*\n\s*f?"', "", source)
+    joined = re.sub(r'(Diverged\(\s*f?"[^"]*)",\s*"', r"\1; ", joined)  # which puts its reason and its remedy together
     return " ".join(re.sub(r"\{[^{}]*\}", " ", joined).split())
 
 

@@ -60,6 +60,11 @@ class RunError(UserError):
 class Diverged(RunError):
     """Training ran away from its reference, or its numbers are not finite: these settings lead nowhere."""
 
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        """``remedy`` is for who runs this training by itself; a sweep, which goes on without it, tells the reason."""
+        self.reason, self.remedy = reason, remedy
+        super().__init__(f"{reason}; {remedy}" if remedy else reason)
+
 
 class Interrupted(PrefoptError):
     """Stopped on request (Ctrl-C, SIGTERM) after saving; ``signal`` is its number."""

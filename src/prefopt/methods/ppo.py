@@ -149,7 +149,7 @@ class _Run:
                 place = phases.run()
             except Diverged as error:
                 kept = keep_last_good(self.config, self.folder, policy, self.tokenizer, named=self.given is None)
-                raise Diverged(f"{error}; {kept}") from error
+                raise Diverged(error.reason, f"{error.remedy}; {kept}" if error.remedy else kept) from error
             return self._finish(policy, models, prompts, place.step, place.seconds)
         finally:
             policy.release()

@@ -21,7 +21,8 @@ from prefopt.train.stop import StopRequest
 def train_alone(config: AnyConfig, file: Path) -> None:
     """What :func:`prefopt.pipeline.train.train_once` does, with the options and the outcome in ``file``.
 
-    Raises what it would: :class:`Diverged`, :class:`Interrupted`, and any other :class:`UserError` as ``RunError``.
+    Raises what it would: :class:`Diverged`, with the reason alone, :class:`Interrupted`, and any other
+    :class:`UserError` as ``RunError``.
     """
     outcome = _outcome(file)
     outcome.unlink(missing_ok=True)
@@ -63,7 +64,7 @@ def main(file: Path) -> int:
     try:
         train_once(read_options(given["method"], given["options"]))
     except Diverged as error:
-        kind, what = "diverged", str(error)
+        kind, what = "diverged", error.reason
     except Interrupted as error:
         kind, what = "interrupted", str(error)
     except UserError as error:

@@ -146,8 +146,8 @@ class _Sweep:
         try:
             return self._trained(one, folder, point)
         except Diverged as error:
-            self.reporter.say(f"{one.road} {one.setting} diverged: {error}")
-            return [replace(point, counted=False, why_not=str(error))]
+            self.reporter.say(f"{one.road} {one.setting} diverged: {error.reason}")
+            return [replace(point, counted=False, why_not=error.reason)]
 
     def _trained(self, one: Training, folder: Path, point: Point) -> list[Point]:
         if one.road == "ppo-learned":

@@ -83,8 +83,8 @@ class _Sweep:
         try:
             configs = [self._train(stage, seed, factor) for stage in STAGES[road]]
         except Diverged as error:
-            self.reporter.say(f"{road}, seed {seed}, {factor:g} times the rate, diverged: {error}")
-            return replace(found, diverged=str(error))
+            self.reporter.say(f"{road}, seed {seed}, {factor:g} times the rate, diverged: {error.reason}")
+            return replace(found, diverged=error.reason)
         costs = together([_costs(Path(c.output)) for c in configs])
         where = model_of(configs[-1])
         told = measure(file=folder / "samples.jsonl", **where)

@@ -219,8 +219,8 @@ class Loop:
         for name in ("loss", "grad_norm"):
             if not math.isfinite(record[name]):
                 raise Diverged(
-                    f"step {step + 1}: {name} is {record[name]}; lower --learning-rate, or try --dtype float32."
-                    " Checkpoints written before are kept"
+                    f"step {step + 1}: {name} is {record[name]}",
+                    "lower --learning-rate, or try --dtype float32. Checkpoints written before are kept",
                 )
 
     def _evaluation_due(self) -> bool:

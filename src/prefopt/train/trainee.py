@@ -30,7 +30,7 @@ class Trainee:
         """An optimiser step; returns the gradient's norm. Raises :class:`Diverged` where that is not finite."""
         norm = float(grad_norm(self.masters.values()))
         if not math.isfinite(norm):
-            raise Diverged(f"step {step + 1}: the gradient's norm is {norm}; try --dtype float32")
+            raise Diverged(f"step {step + 1}: the gradient's norm is {norm}", "try --dtype float32")
         clip_(self.masters.values(), norm, limit)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(step)
