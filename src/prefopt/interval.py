@@ -95,6 +95,25 @@ def rate_interval(values: npt.ArrayLike, *, level: float = 0.95) -> Interval:
     return Interval(float(x.mean()), max(0.0, found.low), min(1.0, found.high), len(x), level)
 
 
+def wilson(share: float, count: float, *, level: float = 0.95) -> tuple[float, float]:
+    """Bounds of a ``share`` seen in ``count`` independent cases (E. B. Wilson, Probable inference, the law of
+    succession, and statistical inference, JASA 22, 1927); 0 and 1 for no case.
+
+    Too wide rather than too narrow where each case is an average, or half a success. For cases that are not
+    independent, prompts with several answers, :func:`rate_interval`.
+
+    >>> [round(bound, 4) for bound in wilson(0.75, 20)]
+    [0.5313, 0.8881]
+    """
+    if not count:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    spread = 1 + z * z / count
+    centre = (share + z * z / (2 * count)) / spread
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / spread
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+
+
 def student(freedom: int, level: float = 0.95) -> float:
     """What Student's t exceeds on neither side with probability ``level``: 12.706 for one degree of freedom and 95 %.
 

@@ -11,7 +11,7 @@ import krippendorff
 import numpy as np
 import pytest
 
-from prefopt.studies.agreement import alpha, alpha_interval, kappa, raw_agreement, wilson
+from prefopt.studies.agreement import alpha, alpha_interval, kappa, raw_agreement, share_of
 
 # K. Krippendorff, Computing Krippendorff's Alpha-Reliability (2011): examples A, B and C.
 BINARY = ["0100000010", "1110010000"]
@@ -79,7 +79,7 @@ def test_kappa_and_raw_agreement_equal_an_independent_package(seed: int) -> None
 
 def test_nothing_is_told_from_nothing() -> None:
     assert all(math.isnan(x) for x in (alpha([]), alpha([{1: 1}]), alpha([{1: 1, 2: 1}]), kappa([]), kappa([(1, 1)])))
-    assert math.isnan(raw_agreement([{1: 1}])) and math.isnan(wilson(math.nan, 0).low)
+    assert math.isnan(raw_agreement([{1: 1}])) and math.isnan(share_of(math.nan, 0).low)
     assert math.isnan(alpha_interval([]).value)
 
 
@@ -110,6 +110,6 @@ def test_clusters_are_drawn_together() -> None:
 
 def test_wilson_is_the_published_interval() -> None:
     # E. B. Wilson's score interval for 15 of 20 and 0 of 10, as tables give it.
-    found = wilson(0.75, 20)
+    found = share_of(0.75, 20)
     assert (found.low, found.high) == pytest.approx((0.5313, 0.8881), abs=5e-4)
-    assert wilson(0.0, 10).low == 0 and wilson(0.0, 10).high == pytest.approx(0.2775, abs=5e-4)
+    assert share_of(0.0, 10).low == 0 and share_of(0.0, 10).high == pytest.approx(0.2775, abs=5e-4)

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from prefopt.errors import RunError
+from prefopt.interval import wilson
 from prefopt.train.diagnose import CHECKS, diagnose, in_words
 from prefopt.train.history import Curve, read_history
-from prefopt.train.trend import change, mean_with_noise, share_interval
+from prefopt.train.trend import change, mean_with_noise
 from train.small import doubtful_pairs, dpo, pairs, write_model, write_rows
 
 N = 60
@@ -359,6 +360,6 @@ def test_an_interval_of_a_share_covers_it() -> None:
     chance = random.Random(2)
     for share, count in ((0.5, 20), (0.9, 40), (0.1, 50)):
         seen = [sum(chance.random() < share for _ in range(count)) / count for _ in range(2000)]
-        covered = statistics.fmean(low <= share <= high for low, high in (share_interval(s, count) for s in seen))
+        covered = statistics.fmean(low <= share <= high for low, high in (wilson(s, count) for s in seen))
         assert covered > 0.92
-    assert share_interval(1.0, 10)[1] == 1.0
+    assert wilson(1.0, 10)[1] == 1.0

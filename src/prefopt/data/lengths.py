@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prefopt.data.table import Array
+from prefopt.interval import wilson
 
 Unit = Literal["tokens", "characters"]
 Pairs = Sequence[tuple[int, int]]
@@ -121,7 +122,8 @@ class Lengths:
         signs = np.frombuffer(self.signs, np.int8)
         longer, shorter = int((signs > 0).sum()), int((signs < 0).sum())
         n = longer + shorter
-        share, low, high = _wilson(longer, n)
+        share = longer / n if n else 0.5
+        low, high = wilson(share, n)
         z = (longer - shorter) / math.sqrt(n) if n else 0.0
         return Bias(longer, shorter, len(signs) - n, share, low, high, z, self.difference / len(signs), ratio)
 
@@ -202,16 +204,6 @@ def _between(good: Array, bad: Array, difference: float, ratio: float) -> Bias:
     low, high = max(0.0, share - 1.96 * error), min(1.0, share + 1.96 * error)
     shorter, equal = n * m - not_shorter, not_shorter - longer
     return Bias(longer, shorter, equal, share, low, high, (share - 0.5) / error, difference, ratio)
-
-
-def _wilson(k: int, n: int) -> tuple[float, float, float]:
-    """A share with its 95 % interval (Wilson 1927); one half, and everything, where there is nothing."""
-    if not n:
-        return 0.5, 0.0, 1.0
-    z2 = 1.96**2
-    share = k / n
-    middle, width = share + z2 / (2 * n), 1.96 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return share, (middle - width) / (1 + z2 / n), (middle + width) / (1 + z2 / n)
 
 
 def _round_step(least: float) -> int:

@@ -8,7 +8,7 @@ Units are what is judged, values what people said of them: ``units[u]`` maps a r
 
 Sources: J. Cohen, A coefficient of agreement for nominal scales, Educational and Psychological Measurement 20 (1960);
 K. Krippendorff, Computing Krippendorff's alpha-reliability (2011), sections C and D for missing values and for the
-ordinal metric; E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
+ordinal metric.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from prefopt.interval import wilson
 
 FloatArray = npt.NDArray[np.float64]
 Unit = Mapping[int, int]
@@ -126,12 +128,6 @@ def _alphas(o: FloatArray, metric: Metric) -> FloatArray:
         return np.where(expected > 0, 1 - (n - 1) * observed / expected, math.nan)
 
 
-def wilson(share: float, count: int, z: float = 1.959964) -> Estimate:
-    """A share of ``count`` trials with Wilson's score interval; too wide rather than too narrow where trials are
-    averages."""
-    if not count:
-        return Estimate(math.nan, math.nan, math.nan)
-    spread = 1 + z * z / count
-    centre = (share + z * z / (2 * count)) / spread
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / spread
-    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
+def share_of(share: float, count: int) -> Estimate:
+    """A share of ``count`` trials with :func:`prefopt.interval.wilson`'s interval."""
+    return Estimate(share, *wilson(share, count)) if count else Estimate(math.nan, math.nan, math.nan)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from prefopt.studies.agreement import Estimate, Unit, alpha_interval, kappa, raw_agreement, wilson
+from prefopt.studies.agreement import Estimate, Unit, alpha_interval, kappa, raw_agreement, share_of
 from prefopt.studies.items import Tiers
 from prefopt.studies.judgements import Judgement, agrees_with, golds, judgements
 from prefopt.studies.people import Annotator, annotators
@@ -160,7 +160,7 @@ def first_shown(found: Iterable[Judgement]) -> Estimate:
         ahead = [(place[i] < place[k]) == (sign > 0) for i, k, sign in j.vote.pairs if sign]
         if ahead:
             shares.append(sum(ahead) / len(ahead))
-    return wilson(sum(shares) / len(shares), len(shares)) if shares else wilson(math.nan, 0)
+    return share_of(sum(shares) / len(shares), len(shares)) if shares else share_of(math.nan, 0)
 
 
 def _units(found: Sequence[Judgement]) -> tuple[dict[UnitKey, dict[int, int]], dict[UnitKey, dict[int, int]]]:
@@ -232,7 +232,7 @@ def _people(
             agreement=equal[p.id] / compared[p.id] if compared[p.id] else math.nan,
             kappa=kappa(against[p.id]),
             first=first_shown(votes),
-            gold=wilson(sum(tried) / len(tried) if tried else math.nan, len(tried)),
+            gold=share_of(sum(tried) / len(tried) if tried else math.nan, len(tried)),
             golds=len(tried),
         )
 
@@ -263,4 +263,4 @@ def _models(found: Sequence[Judgement], origins: dict[int, str]) -> Iterable[Mod
                 tally[b][-sign] += 1
     for name, counts in sorted(tally.items()):
         total = counts.total()
-        yield ModelWins(name, counts[1], counts[0], counts[-1], wilson((counts[1] + counts[0] / 2) / total, total))
+        yield ModelWins(name, counts[1], counts[0], counts[-1], share_of((counts[1] + counts[0] / 2) / total, total))

@@ -11,10 +11,11 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
+from prefopt.interval import wilson
 from prefopt.train import diagnose_samples
 from prefopt.train.finding import Check, Finding
 from prefopt.train.history import History
-from prefopt.train.trend import Change, change, mean_with_noise, share_interval
+from prefopt.train.trend import Change, change, mean_with_noise
 
 HARDLY_MOVED = 0.002  # nats per token: a token is 0.2 % more or less likely
 CHOSEN_FELL = 0.3  # nats per token: a token of the good answers is a quarter less likely
@@ -153,7 +154,7 @@ def _accuracy(run: History) -> Iterator[Finding]:
     if rights and margins and count:
         losses = run.curve("loss", held_out=True).values
         at = losses.index(min(losses)) if len(losses) == len(rights.values) else -1
-        low, high = share_interval(rights.values[at], count)
+        low, high = wilson(rights.values[at], count)
         share = rights.values[at]
         numbers = (
             f"on {_count(count, 'held-out row')} the chosen answer has the higher reward in {share:.0%} (95% interval"

@@ -54,14 +54,6 @@ def change(curve: Curve, *, since: float | None = None) -> Change | None:
     return Change(first, statistics.fmean(ends[0]), noise, window, len(curve.values))
 
 
-def share_interval(share: float, count: float) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share seen in ``count`` independent cases."""
-    z = 1.96
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def mean_with_noise(values: Sequence[float]) -> tuple[float, float]:
     """A mean, and the half width of its 95 % interval."""
     if len(values) < 2:
