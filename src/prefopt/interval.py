@@ -81,9 +81,10 @@ def rate_interval(values: npt.ArrayLike, *, level: float = 0.95) -> Interval:
     """The mean of ``values`` [prompts] between 0 and 1 with its interval: Student's, of the values with a 0 and a 1
     added, cut at 0 and 1.
 
-    The two are what Agresti and Coull (1998) add to a share. Rates near 0 or 1, and values that are nearly all alike
-    (ties), have samples whose spread is far too small, or none; with the two added, intervals hold the truth about as
-    often as they say, or more often. The mean itself is that of the values alone. Raises ``ValueError`` for none.
+    Agresti and Coull (1998) add two of each to a share, for the same reason. Rates near 0 or 1, and values that are
+    nearly all alike (ties), have samples whose spread is far too small, or none; with the two added, intervals hold the
+    truth about as often as they say, or more often. The mean itself is that of the values alone. Raises ``ValueError``
+    for none.
 
     >>> str(rate_interval([1.0] * 20)), str(rate_interval([0.5] * 98 + [1.0] * 2))
     ('+1.000 [+0.860, +1.000]', '+0.510 [+0.490, +0.529]')

@@ -299,6 +299,9 @@ def test_what_is_there_is_replaced_when_asked_and_what_is_read_never(tmp_path: P
     asked = write_rows(tmp_path / "asked.jsonl", [{**row, "completion": "#### 1"} for row in PROMPTS])
     with pytest.raises(ConfigError, match="is read by this comparison"):
         compared(a, b, judge="gsm8k", prompts=[str(tmp_path / "ask*.jsonl")], output=asked, overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="is a folder; name a file in it"):
+            compared(a, b, output=str(tmp_path), overwrite=overwrite)
     kept = tmp_path / "kept.jsonl"
     kept.write_text("mine")
     with pytest.raises(RunError, match="is there already; name another file, or add --overwrite"):
@@ -331,7 +334,7 @@ def test_models_that_never_met_are_on_no_common_scale(
     assert main(["compare", "--votes", votes]) == 0
     said = capsys.readouterr().out
     assert ("strength (Bradley-Terry" in said) == bridge
-    assert ("no strengths are told: nothing compares A, B with C, D" in said) != bridge
+    assert ("no strengths are told: between A, B; C, D nobody both won and lost" in said) != bridge
 
 
 def test_of_a_model_that_never_lost_the_distance_is_not_claimed(tmp_path: Path) -> None:
@@ -341,12 +344,11 @@ def test_of_a_model_that_never_lost_the_distance_is_not_claimed(tmp_path: Path) 
         for name, k, more in (("long", 1, 9), ("x", 2, 0), ("y", 3, 0))
     ]
     found = compared(files[0], files[1], others=[files[2]])
-    assert found.notes == [
-        f"{files[0]} never lost to {files[1]}, {files[2]}, nor tied: of their distance, strengths and their intervals"
-        " tell the sign alone"
-    ]
-    assert found.strengths[files[0]].low > found.strengths[files[1]].high
-    assert compared(files[1], files[2], others=[samples(tmp_path / "z.jsonl", [["w w"]] * 40, many)]).notes == []
+    (note,) = found.notes
+    assert f"no strengths are told: between {files[0]}; {files[1]}, {files[2]} nobody both won and lost" in note
+    assert found.strengths == {}
+    some = compared(files[1], files[2], others=[samples(tmp_path / "z.jsonl", [["w w"]] * 40, many)])
+    assert some.notes == [] and len(some.strengths) == 3
 
 
 @pytest.mark.parametrize("option", [{"num": 2}, {"max_new_tokens": 2}, {"temperature": 0.0}, {"seed": 3}])

@@ -116,7 +116,7 @@ def test_plateaus_are_told_from_rising_rewards(climb: float) -> None:
     for _ in range(60):
         end = held_out(rng, climb)
         for name, part in [("flat", 0.0), ("share", 0.2), ("rising", 1 / 3), ("falling", -1 / 3)]:
-            found = plateau(held_out(rng, climb * (1 - part)), end, start=0.0, steps=20)
+            found = plateau(held_out(rng, climb * (1 - part)), end, start=0.0, steps=20, share=0.2)
             assert found.low < found.rise < found.high and found.climb == pytest.approx(end.mean())
             told[name].append(found.told)
     reached = {name: np.mean([w == "plateau" for w in words]) for name, words in told.items()}
@@ -126,9 +126,10 @@ def test_plateaus_are_told_from_rising_rewards(climb: float) -> None:
 
 def test_what_noise_hides_is_no_plateau() -> None:
     rng = np.random.Generator(np.random.PCG64(3))
-    few = [plateau(rng.normal(0.2, 0.45, 8), rng.normal(0.2, 0.45, 8), start=0.0, steps=20) for _ in range(200)]
+    pairs = rng.normal(0.2, 0.45, (200, 2, 8))
+    few = [plateau(before, after, start=0.0, steps=20, share=0.2) for before, after in pairs]
     assert np.mean([f.reached for f in few]) < 0.06 and np.mean([f.told == "cannot be told" for f in few]) > 0.8
-    never = plateau(np.zeros(9), np.zeros(9), start=0.0, steps=5)
+    never = plateau(np.zeros(9), np.zeros(9), start=0.0, steps=5, share=0.2)
     assert never.told == "cannot be told", "what never rose has not stopped rising"
     up, down = np.linspace(0, 0.1, 40), np.linspace(0.1, 0, 40)
     assert [plateau(up, down, start=-0.1, steps=5, share=s).reached for s in (0.1, 0.2)] == [False, True]
@@ -139,7 +140,7 @@ def test_as_many_more_samples_as_are_said_tell_a_plateau() -> None:
 
     def flat(num: int) -> Plateau:
         before, after = (0.3 + rng.normal(0, 0.45, (64, num)).mean(1) for _ in range(2))
-        return plateau(before, after, start=0.0, steps=9)
+        return plateau(before, after, start=0.0, steps=9, share=0.2)
 
     more = [f.more for f in (flat(4) for _ in range(40)) if f.more is not None]
     assert len(more) > 20

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prefopt.evaluate.rates import FEWEST, AtEqualLength, at_equal_length, sign_test, win_rate
-from prefopt.evaluate.strengths import Games, fitted, strengths
+from prefopt.evaluate.strengths import Games, fitted, groups, strengths
 from prefopt.interval import mean_interval
 
 optimize = pytest.importorskip("scipy.optimize")
@@ -228,3 +228,30 @@ def test_a_model_that_never_lost_has_a_strength_and_ties_are_half_wins() -> None
     found = fitted(Games.of([(0, 1, k, 1.0) for k in range(20)]).wins(2).sum(0))
     assert np.isfinite(found).all() and found[0] > 2
     assert fitted(Games.of([(0, 1, k, 0.5) for k in range(20)]).wins(2).sum(0)) == pytest.approx([0, 0], abs=1e-12)
+
+
+def test_groups_are_those_that_losses_link_both_ways() -> None:
+    """Against a search over all ways from one model to another."""
+    rng = np.random.default_rng(4)
+    seen = set()
+    for _ in range(200):
+        many = int(rng.integers(2, 6))
+        pairs = [tuple(rng.choice(many, 2, replace=False)) for _ in range(int(rng.integers(1, 9)))]
+        said = rng.choice([0.0, 0.5, 1.0], p=[0.4, 0.1, 0.5], size=len(pairs))
+        games = [(int(i), int(k), n, float(x)) for n, ((i, k), x) in enumerate(zip(pairs, said, strict=True))]
+        above = {(i, k) for i, k, _, x in games if x > 0} | {(k, i) for i, k, _, x in games if x < 1}
+
+        def reach(start: int, above: set[tuple[int, int]] = above) -> set[int]:
+            found, new = {start}, [start]
+            while new:
+                at = new.pop()
+                more = {k for i, k in above if i == at} - found
+                found |= more
+                new += more
+            return found
+
+        ways = [reach(i) for i in range(many)]
+        expected = sorted({tuple(k for k in range(many) if k in ways[i] and i in ways[k]) for i in range(many)})
+        assert groups(Games.of(games), many) == [list(part) for part in expected]
+        seen.add(len(expected))
+    assert {1, 2, 3} <= seen

@@ -92,9 +92,9 @@ def test_ppo_counts_where_the_reward_had_stopped_rising(sweep: tuple[Frontier, P
     found, output, _ = sweep
     points = [p for p in found.points if p.road.startswith("ppo")]
     for p in points:
-        before, after = (mean_scores(output / p.folder / name) for name in ("samples-3.jsonl", "samples.jsonl"))
+        before, after = (mean_scores(output / p.folder / name) for name in ("samples-2.jsonl", "samples.jsonl"))
         assert before != after and len(before) == 6 and found.points[0].reward is not None
-        told = plateau(before, after, start=found.points[0].reward, steps=1)
+        told = plateau(before, after, start=found.points[0].reward, steps=2, share=0.2)
         assert p.plateau == told and p.counted == told.reached and p.why_not == told.why_not
         assert p.reward == pytest.approx(np.mean(after))
     assert not all(p.counted for p in points), "six prompts with three answers each cannot tell"
@@ -104,13 +104,37 @@ def test_the_earlier_policy_is_that_of_its_step(place: Path, tmp_path: Path) -> 
     """Which a run of as many steps gives, since the rate is constant."""
     options: dict[str, Any] = {"roads": ["ppo-true:beta=0.1"]}
     whole = frontier.run(config(place, tmp_path / "whole", **options)).points[1]
-    short = frontier.run(config(place, tmp_path / "short", responses=24, **options)).points[1]
-    assert (whole.step, short.step) == (4, 3)
+    short = frontier.run(config(place, tmp_path / "short", responses=16, **options)).points[1]
+    assert (whole.step, short.step) == (4, 2)
     texts = [
         [json.loads(line)["responses"] for line in (tmp_path / file).read_text().splitlines()]
-        for file in (f"whole/{whole.folder}/samples-3.jsonl", f"short/{short.folder}/samples.jsonl")
+        for file in (f"whole/{whole.folder}/samples-2.jsonl", f"short/{short.folder}/samples.jsonl")
     ]
     assert texts[0] == texts[1]
+
+
+def test_an_even_rise_is_no_plateau_by_any_share_and_number_of_steps(place: Path, tmp_path: Path) -> None:
+    given = config(place, tmp_path, roads=["ppo-true:beta=1"], plateau_share=0.3)
+    (one,) = given.trainings()
+    for steps in range(3, 40):
+        made = given.config_of(one, data=["d"], prompts="p", each=4.0)
+        before, end = given.marks(replace(made, max_steps=steps))
+        rewards = np.full(20, before / end) + np.linspace(-1e-3, 1e-3, 20)
+        assert not plateau(rewards, np.ones(20), start=0.0, steps=end - before, share=0.3).reached, steps
+
+
+def test_a_sweep_of_one_reward_is_not_gone_on_with_by_another(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = tmp_path / "own_reward_of_a_sweep.py"
+    file.write_text("def f(prompts, responses):\n    return [float(len(r)) for r in responses]\n")
+    given = config(place, tmp_path / "out", roads=["best-of:n=2"], reward="own_reward_of_a_sweep:f")
+    frontier.run(given)
+    frontier.run(replace(given, roads=["best-of:n=2,3"]))
+    file.write_text(file.read_text().replace("len(r)", "-len(r)"))
+    with pytest.raises(RunError, match="another code of --reward own_reward_of_a_sweep:f"):
+        frontier.run(replace(given, roads=["best-of:n=2,3,4"]))
 
 
 def test_too_few_steps_show_no_plateau(place: Path, tmp_path: Path) -> None:

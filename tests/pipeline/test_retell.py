@@ -69,6 +69,15 @@ def test_samples_that_are_not_there_or_damaged(tmp_path: Path) -> None:
         retold(point(9), folder, start=0.1, share=0.2)
 
 
+def test_a_point_is_judged_whatever_else_its_folder_lost(tmp_path: Path) -> None:
+    folder = run(tmp_path / "a", 0.35)
+    (folder / "run.json").unlink()
+    found = retold(point(9), folder, start=0.1, share=0.2)
+    assert not found.counted and found.seconds is None and found.plateau is not None
+    learned = retold(point(9), run(tmp_path / "b", 0.5), start=0.1, share=0.2, before=[tmp_path / "gone"])
+    assert learned.counted and learned.seconds is None
+
+
 def test_a_training_that_failed_stays_failed(tmp_path: Path) -> None:
     failed = Point("ppo-true", "beta=0", 0, 0, counted=False, why_not="ran away", seconds=3.0)
     found = retold(failed, run(tmp_path / "a", costs={"seconds": 99.0}), start=0.1, share=0.2)

@@ -17,7 +17,7 @@ def config(**options: Any) -> PpoConfig:
 @pytest.mark.parametrize(
     ("prompts", "options", "told"),
     [
-        (40, {}, "1 steps of 40 prompts with 1 response each"),
+        (40, {}, "1 step of 40 prompts with 1 response each"),
         (128, {}, "2 steps of 64 prompts with 1 response each"),
         (130, {"num": 2}, "3 steps of 64 prompts (the last of an epoch: 2) with 2 responses each"),
         (130, {"max_steps": 2}, "2 steps of 64 prompts with 1 response each"),

@@ -32,6 +32,8 @@ DEFAULT_ROADS = (
 )
 ROADS = {"dpo": "dpo", "ppo-true": "ppo", "ppo-learned": "ppo", "sft": "sft", "unlikelihood": "dpo", "best-of": None}
 """A road, and the command that trains it."""
+FEWEST_STEPS = 3
+"""Of PPO: with fewer there is none two thirds of the way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,7 @@ class FrontierConfig(SweepOptions):
         together show whether it had stopped rising."""
         steps = one.max_steps or 1
         if isinstance(one, PpoConfig):
-            return [steps] if steps < 3 else [round(2 / 3 * steps), steps]
+            return [steps] if steps < FEWEST_STEPS else [2 * steps // 3, steps]
         return evenly(steps, self.checkpoints)
 
     def reward_folder(self, seed: int) -> Path:

@@ -24,7 +24,7 @@ from prefopt.evaluate.judges.recorded import recorded
 from prefopt.evaluate.prompts import Floats, Ints, gathered, numbered
 from prefopt.evaluate.rates import FEWEST, at_equal_length, win_rate
 from prefopt.evaluate.samples import Samples, distance, perplexity, seen
-from prefopt.evaluate.strengths import Games, apart, strengths, unbeaten
+from prefopt.evaluate.strengths import Games, groups, strengths
 from prefopt.evaluate.tasks import Harness, TaskScore, changes, read_task_results
 from prefopt.evaluate.versus import Versus
 from prefopt.interval import Interval, mean_interval
@@ -215,16 +215,13 @@ def _strengths(
     if len(names) < 3 or any(v.rate.rate is None for v in versus):
         return {}
     found = Games.of(games)
-    if len(parts := apart(found, len(names))) > 1:
-        groups = " with ".join(", ".join(names[i] for i in part) for part in parts)
-        notes.append(f"no strengths are told: nothing compares {groups}, not even by way of another model")
-        return {}
-    if top := unbeaten(found, len(names)):
-        rest = ", ".join(name for i, name in enumerate(names) if i not in top)
+    if len(parts := groups(found, len(names))) > 1:
+        told = "; ".join(", ".join(names[i] for i in part) for part in parts)
         notes.append(
-            f"{', '.join(names[i] for i in top)} never lost to {rest}, nor tied: of their distance, strengths and their"
-            " intervals tell the sign alone"
+            f"no strengths are told: between {told} nobody both won and lost, nor tied, or nobody met, so that no"
+            " number of comparisons says how far apart they are"
         )
+        return {}
     return dict(zip(names, strengths(found, len(names), seed=config.seed), strict=True))
 
 

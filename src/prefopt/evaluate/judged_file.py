@@ -20,6 +20,8 @@ def check_output(config: CompareConfig, data: Sequence[str]) -> None:
     """
     if config.output is None or not (path := Path(config.output)).exists():
         return
+    if path.is_dir():
+        raise ConfigError(f"--output {path} is a folder; name a file in it")
     names = [Path(name) for name in (*filter(is_file, config.models), *(config.task_results or ()))]
     names += [source.path for source in find_sources(data) if source.path is not None]
     if any(name.exists() and name.samefile(path) for name in names):

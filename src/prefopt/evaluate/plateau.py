@@ -1,9 +1,9 @@
 """Whether a training had stopped raising a reward: prefopt's own test, by what its last steps still gave.
 
 >>> around = np.linspace(-0.1, 0.1, 40)
->>> plateau(0.6 + 0 * around, 0.6 + around, start=0.2, steps=20).told
+>>> plateau(0.6 + 0 * around, 0.6 + around, start=0.2, steps=20, share=0.2).told
 'plateau'
->>> plateau(0.4 + 0 * around, 0.6 + around, start=0.2, steps=20).told
+>>> plateau(0.4 + 0 * around, 0.6 + around, start=0.2, steps=20, share=0.2).told
 'still rising'
 """
 
@@ -15,13 +15,8 @@ import numpy.typing as npt
 from prefopt.evaluate.frontier import Plateau
 from prefopt.interval import mean_interval
 
-SHARE = 0.2
-"""A rise surely below this share of the climb is none; of a reward that rises evenly, a third gains a third."""
 
-
-def plateau(
-    before_P: npt.ArrayLike, after_P: npt.ArrayLike, *, start: float, steps: int, share: float = SHARE
-) -> Plateau:
+def plateau(before_P: npt.ArrayLike, after_P: npt.ArrayLike, *, start: float, steps: int, share: float) -> Plateau:
     """From the mean reward of each prompt [prompts] ``steps`` before the end of a training, and at its end.
 
     A test of equivalence: the reward has reached a plateau where even the upper bound of its rise over these steps (95

@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 PRIOR = 1e-3
-"""Precision of a normal prior on strengths, in log-odds: so weak that only a model that never lost feels it."""
+"""Precision of a normal prior on strengths, in log-odds, so weak that only resamples where one never lost feel it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,32 +49,21 @@ class Games:
         return found
 
 
-def apart(games: Games, models: int) -> list[list[int]]:
-    """The models in parts between which there is no game, not even by way of another model: one part for one scale.
+def groups(games: Games, models: int) -> list[list[int]]:
+    """The models in groups, within each of which every model has won against every other or tied with it, if only by
+    way of a third: one group for one scale.
 
-    >>> apart(Games.of([(0, 1, 0, 1.0), (2, 3, 0, 1.0), (3, 4, 0, 0.5)]), 5)
-    [[0, 1], [2, 3, 4]]
-    """
-    part = np.arange(models)
-    for i, k in set(zip(games.first.tolist(), games.second.tolist(), strict=True)):
-        part[part == part[k]] = part[i]
-    return sorted(np.flatnonzero(part == p).tolist() for p in set(part.tolist()))
+    Between two groups nobody both won and lost, or nobody met, and strengths have no most likely values (Ford 1957).
 
-
-def unbeaten(games: Games, models: int) -> list[int]:
-    """The models that lost to none of the others, nor tied with one, not even by way of another model: none where there
-    is no such group. Their strength over the rest has no most likely value (Ford 1957), and only the prior bounds it.
-
-    >>> unbeaten(Games.of([(0, 1, 0, 1.0), (0, 2, 0, 1.0), (1, 2, 0, 1.0), (1, 2, 1, 0.0)]), 3)
-    [0]
-    >>> unbeaten(Games.of([(0, 1, 0, 1.0), (1, 2, 0, 1.0), (2, 0, 0, 1.0)]), 3)
-    []
+    >>> both = [(0, 1, 0, 1.0), (0, 1, 1, 0.0)]
+    >>> groups(Games.of([*both, (1, 2, 0, 0.5)]), 3), groups(Games.of([*both, (1, 2, 0, 1.0)]), 3)
+    ([[0, 1, 2]], [[0, 1], [2]])
     """
     beats = (games.wins(models).sum(0) > 0) | np.eye(models, dtype=bool)
     for _ in range(models):
         beats = beats @ beats  # by way of others
-    top = np.flatnonzero((beats | ~beats.T).all(1)).tolist()
-    return top if len(top) < models else []
+    both = beats & beats.T
+    return [np.flatnonzero(row).tolist() for i, row in enumerate(both) if not both[i, :i].any()]
 
 
 def fitted(wins: Floats) -> Floats:
@@ -99,7 +88,11 @@ def fitted(wins: Floats) -> Floats:
 
 
 def strengths(games: Games, models: int, *, resamples: int = 1000, seed: int = 0) -> list[Interval]:
-    """Strength of each model with its interval, over resampled prompts (percentiles of the bootstrap)."""
+    """Strength of each model with its interval, over resampled prompts (percentiles of the bootstrap).
+
+    For models that are one of :func:`groups`. Where one wins nearly always, intervals are too narrow: of models 4 and
+    more log-odds apart they held the true strength in 75 to 83 % of simulated comparisons.
+    """
     wins = games.wins(models)
     prompts = len(wins)
     rng = np.random.Generator(np.random.PCG64(seed))

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from prefopt.config.frontier import FEWEST_STEPS
 from prefopt.errors import RunError
 from prefopt.evaluate.frontier import Point
 from prefopt.evaluate.plateau import plateau
@@ -21,8 +22,6 @@ from prefopt.train.history import History, read_history
 
 SAMPLES = "samples"
 """Names of the files: ``samples.jsonl`` of the end, ``samples-84.jsonl`` of a step."""
-FEWEST = 3
-"""Steps below which there is none two thirds of the way."""
 
 
 def retold(point: Point, folder: Path, *, start: float, share: float, before: Sequence[Path] = ()) -> Point:
@@ -31,14 +30,19 @@ def retold(point: Point, folder: Path, *, start: float, share: float, before: Se
     ``start`` (the reward of the reference) and ``share`` are those of :func:`prefopt.evaluate.plateau.plateau`. Raises
     :class:`prefopt.errors.RunError` for a damaged folder.
     """
-    if not (folder / "run.json").exists():
-        return replace(point, seconds=None)
+    point = replace(point, seconds=_took(point, folder, before))
+    return _judged(point, folder, start, share) if point.road.startswith("ppo") and point.reward is not None else point
+
+
+def _took(point: Point, folder: Path, before: Sequence[Path]) -> float | None:
+    """Seconds up to the point's step; none where a folder does not say."""
+    if not all((path / "run.json").exists() for path in (folder, *before)):
+        return None
     history = read_history(folder)
     times = [_seconds(history), *(_seconds(read_history(path)) for path in before)]
     known = [t for t in times if t is not None]
     after = sum(float(line.get("step_seconds", 0.0)) for line in history.training if line["step"] > point.step > 0)
-    point = replace(point, seconds=sum(known) - after if len(known) == len(times) else None)
-    return _judged(point, folder, start, share) if point.road.startswith("ppo") and point.reward is not None else point
+    return sum(known) - after if len(known) == len(times) else None
 
 
 def _seconds(history: History) -> float | None:
@@ -59,7 +63,7 @@ def _judged(point: Point, folder: Path, start: float, share: float) -> Point:
     steps = sorted(int(p.stem.removeprefix(f"{SAMPLES}-")) for p in folder.glob(f"{SAMPLES}-*.jsonl"))
     if not steps:
         why = f"{point.step} steps are too few to see a plateau"
-        if point.step >= FEWEST:
+        if point.step >= FEWEST_STEPS:
             why = f"an earlier version measured its end alone: no plateau can be seen; remove {folder} to redo it"
         return replace(point, plateau=None, counted=False, why_not=why)
     before, after = (_rewards(folder / name) for name in (f"{SAMPLES}-{steps[-1]}.jsonl", f"{SAMPLES}.jsonl"))

@@ -10,6 +10,7 @@ from typing import Any
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.option import flag
 from prefopt.config.ppo import PpoConfig
+from prefopt.config.score import is_model_reward
 from prefopt.config.sft import SftConfig
 from prefopt.config.sweep import AnyConfig, SweepOptions
 from prefopt.disk.write import output_errors, write_json
@@ -17,17 +18,20 @@ from prefopt.errors import RunError
 from prefopt.methods import ppo, preference, reward, sft
 from prefopt.model.load import local_folder
 from prefopt.pipeline.contents import contents_of, status_of
+from prefopt.rewards import load_reward
 
 
 def take_folder(config: SweepOptions, may_grow: Collection[str]) -> None:
-    """The output's folder, with the options and the model that it was begun with; those of ``may_grow`` may differ.
+    """The output's folder, with the options, the model and the reward that it was begun with; the options of
+    ``may_grow`` may differ.
 
     Raises :class:`RunError` where it was begun with others, or holds something else.
     """
     folder = Path(config.output)
     file = folder / "sweep.json"
     options = {name: value for name, value in config.to_dict().items() if name not in may_grow}
-    now = {"command": type(config).__name__, "options": options, "model": contents_of(Path(local_folder(config.model)))}
+    made_of = {"model": contents_of(Path(local_folder(config.model))), "reward": _reward_of(config.reward)}
+    now = {"command": type(config).__name__, "options": options, **made_of}
     if folder.exists() and not folder.is_dir():
         raise RunError(f"--output {folder} is a file; name a folder")
     if not file.exists():
@@ -40,16 +44,24 @@ def take_folder(config: SweepOptions, may_grow: Collection[str]) -> None:
     try:
         before = json.loads(file.read_text())
         changed = [n for n in options if before["options"].get(n) != options[n]]
-        same = before["command"] == now["command"], before["model"] == now["model"]
+        same = {name: before[name] == now[name] for name in ("command", "model", "reward")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise RunError(f"{file} cannot be read; restore it, or name another --output") from None
-    if not same[0]:
+    if not same["command"]:
         raise RunError(f"--output {folder} holds another kind of sweep; name another folder")
     if changed:
         told = ", ".join(f"{flag(n)} was {before['options'].get(n)!r} and is {options[n]!r}" for n in changed)
         raise RunError(f"--output {folder}: {told}; its points would not compare: put it back, or name another folder")
-    if not same[1]:
+    if not same["model"]:
         raise RunError(f"--output {folder} was begun with another model in {config.model}; name another folder")
+    if not same["reward"]:
+        what = "model in" if is_model_reward(config.reward) else "code of"
+        raise RunError(f"--output {folder} was begun with another {what} --reward {config.reward}; name another folder")
+
+
+def _reward_of(name: str) -> str | None:
+    """A digest of a reward model, or of a function's code; none for a rule of prefopt's."""
+    return contents_of(Path(local_folder(name))) if is_model_reward(name) else load_reward(name).digest()
 
 
 def train_once(config: AnyConfig, callbacks: Sequence[Any] = ()) -> None:

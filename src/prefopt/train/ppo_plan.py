@@ -26,9 +26,10 @@ def plan_of(config: PpoConfig, prompts: int, tokens: int) -> str:
     """A line that says it; ``tokens`` at once."""
     size = min(config.batch_size, prompts)
     left = prompts % size
-    last = f" (the last of an epoch: {left})" if left and steps_of(config, prompts) > prompts // size else ""
+    steps = steps_of(config, prompts)
+    last = f" (the last of an epoch: {left})" if left and steps > prompts // size else ""
     return (
-        f"{steps_of(config, prompts)} steps of {size} prompts{last} with {config.num} response{'s' * (config.num > 1)}"
+        f"{steps} step{'s' * (steps > 1)} of {size} prompts{last} with {config.num} response{'s' * (config.num > 1)}"
         f" each, {config.ppo_epochs} x {config.minibatches} updates a step, {tokens} tokens at once"
     )
 
