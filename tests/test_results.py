@@ -39,6 +39,8 @@ def test_reviews_are_chosen_and_cut_as_the_page_says(tmp_path: Path, monkeypatch
     style = [row["text"] for row in rows("style.jsonl")]
     assert style == ["Nine: naïve!!!!!!!!", "Ten: bad!!!!!!!!", "Great!!!!!!!!" + "\n" * 10 + "x" * 477]
     assert [row["text"] for row in rows("TEXT.jsonl")] == ["Calm!!!!!!!<br />", *style[:2]]
+    lines = Path("imdb_test.txt").read_text("utf-8").splitlines()
+    assert sorted(lines) == sorted(["Calm!!!!!!!", *style[:2], "Great!!!!!!!! " + "x" * 1476, "!!!!!!!!" + "x" * 1492])
 
 
 def test_problems_with_right_and_wrong_solutions_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +67,7 @@ def test_the_data_sets_themselves_give_as_many_rows_as_the_page_says(
             review(f"{row['id'].removeprefix('test/')}_{row['rating']}.txt", row["text"])
     make("style.jsonl")
     assert "304 reviews" in PAGE.read_text("utf-8") and len(rows("style.jsonl")) == 304
-    assert len(rows("TEXT.jsonl")) == 100
+    assert len(rows("TEXT.jsonl")) == 100 and len(Path("imdb_test.txt").read_text("utf-8").splitlines()) == 1500
     Path("example_model_solutions.jsonl").symlink_to(shared / "data/gsm8k/example_model_solutions.jsonl")
     make("gsm8k.jsonl")
     assert len(rows("gsm8k.jsonl")) == 300

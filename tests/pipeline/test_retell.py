@@ -30,7 +30,8 @@ def run(folder: Path, before: float | None = None, *, steps: int = STEPS, **reco
 
 
 def samples(file: Path, mean_P: Any) -> None:
-    file.write_text("".join(json.dumps({"scores": [m - 0.2, m + 0.2]}) + "\n" for m in mean_P))
+    rows = [{"prompt": "a\u2028b\x85", "scores": [m - 0.2, m + 0.2]} for m in mean_P]
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
 
 
 def point(step: int, road: str = "ppo-true", **more: Any) -> Point:

@@ -72,7 +72,7 @@ def _row(p: Point, on_frontier: bool) -> tuple[str, ...]:
     if p.reward is not None and p.interval is not None and p.kl is not None:
         error = "at most" if p.kl_is == "bound" else f"{p.kl_se or 0:.2f}"
         bounds = f"[{p.interval[0]:+.3f}, {p.interval[1]:+.3f}]"
-        told = (f"{p.reward:+.3f}", bounds, f"{p.kl:.2f}", error, f"{p.length or 0:.1f}")
+        told = (f"{p.reward:+.3f}", bounds, f"{p.kl:z.2f}", error, f"{p.length or 0:.1f}")
     mark = "on the frontier" if on_frontier else "" if p.counted else "not counted"
     time = "unknown" if p.seconds is None else duration(p.seconds) if p.seconds else ""
     return (p.road, p.setting, str(p.seed), str(p.step), *told, time, mark)

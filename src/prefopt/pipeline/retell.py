@@ -76,6 +76,7 @@ def _judged(point: Point, folder: Path, start: float, share: float) -> Point:
 def _rewards(file: Path) -> list[float]:
     """The mean true reward of every prompt."""
     try:
-        return [float(np.mean(json.loads(line)["scores"])) for line in file.read_text("utf-8").splitlines()]
+        with file.open("rb") as lines:  # texts may hold characters at which splitlines() would part them
+            return [float(np.mean(json.loads(line)["scores"])) for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{file} cannot be read ({error}); remove its folder to measure again") from None

@@ -96,7 +96,7 @@ def _row(p: Point, best: bool) -> Row:
     reward = "-" if p.reward is None else f"{p.reward:.3f}"
     if p.reward is not None and p.interval is not None:
         reward += f" ({p.interval[0]:.3f} to {p.interval[1]:.3f})"
-    kl = "-" if p.kl is None else f"{p.kl:.2f}"
+    kl = "-" if p.kl is None else f"{p.kl:z.2f}"
     if p.kl is not None:
         kl = f"at most {kl}" if p.kl_is == "bound" else kl + ("" if p.kl_se is None else f" ± {p.kl_se:.2f}")
     counts = "yes" if p.stands else f"no: {p.why_not or 'it has no numbers'}"
