@@ -15,6 +15,7 @@ from prefopt.pipeline import frontier
 from prefopt.train.phases import Phases
 
 
+@pytest.mark.slow
 def test_the_policy_of_the_mark_is_measured(place: Path, tmp_path: Path) -> None:
     def run(name: str) -> Path:
         given = FrontierConfig(**{**values(place, tmp_path / name), "roads": ["ppo-true:beta=0.1"]})

@@ -127,9 +127,9 @@ class _Survey:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names in a row; of very many the first, and how many there are."""
+    """Names in a row; of very many the first, and how many there are. One that would break the line is quoted."""
     more = f", ... ({len(names)} in all)" if len(names) > NAMED_COLUMNS else ""
-    return ", ".join(names[:NAMED_COLUMNS]) + more
+    return ", ".join(name if name and name.isprintable() else repr(name) for name in names[:NAMED_COLUMNS]) + more
 
 
 def _candidates(columns: Columns) -> list[Layout]:
