@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from generate.fake_server import serving
 from prefopt.cli import main
 from prefopt.config.chat import ChatConfig
-from prefopt.model.load import new_lora
+from prefopt.model.adapter import new_lora
 from train.small import write_model
 
 QUICK = ["--seed=1", "--max-new-tokens=8", "--device=cpu", "--dtype=float64"]

@@ -29,7 +29,8 @@ from prefopt.errors import ConfigError
 from prefopt.generate.output import FREE
 from prefopt.generate.sample import Sample, group_of
 from prefopt.generate.vllm import VllmSampler
-from prefopt.model.load import load_model, new_lora
+from prefopt.model.adapter import new_lora
+from prefopt.model.load import load_model
 from prefopt.model.scorer import Scorer, response_sums
 from train.small import start, write_model, write_rows
 

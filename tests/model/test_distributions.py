@@ -12,8 +12,8 @@ from model.oracle import groups_of_every_kind
 from model.test_logprobs import TRANSFORMS, LargestTensor, M, V, inputs
 from prefopt.data.packer import pack
 from prefopt.model import logprobs
+from prefopt.model.adapter import new_lora
 from prefopt.model.distributions import Distributions, head_scores, logit_scores
-from prefopt.model.load import new_lora
 from prefopt.model.logprobs import token_logprobs_and_squares
 from prefopt.model.scorer import Asked, Scorer, TokenScores
 

@@ -14,8 +14,8 @@ from model.architectures import SEPARATE, build
 from model.dense import who_sees_whom
 from model.oracle import groups_of_every_kind
 from prefopt.data.packer import pack
+from prefopt.model.adapter import new_lora
 from prefopt.model.flops import FlopCount, matmul_peak, visible_pairs
-from prefopt.model.load import new_lora
 from prefopt.model.scorer import Scorer
 
 GROUPS = groups_of_every_kind()[:6]

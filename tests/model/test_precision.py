@@ -12,7 +12,7 @@ from model.oracle import Draw, groups_of_every_kind, oracle_logprobs
 from prefopt.data.group import Group
 from prefopt.data.packer import pack
 from prefopt.losses.preference import dpo
-from prefopt.model.load import new_lora
+from prefopt.model.adapter import new_lora
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer, response_sums
 from prefopt.train.optim import adamw, clip_, grad_norm

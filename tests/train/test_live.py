@@ -16,8 +16,8 @@ from prefopt.data.table import GroupTable
 from prefopt.disk.cache import cache_root
 from prefopt.errors import ConfigError, ModelError
 from prefopt.losses.parse import Term, parse_losses
+from prefopt.model.adapter import new_lora
 from prefopt.model.live import HeldWeights, LiveReference, Movement
-from prefopt.model.load import new_lora
 from prefopt.model.precision import MasterWeights
 from prefopt.model.reference import ReferenceCache
 from prefopt.model.scorer import Scorer, response_sums

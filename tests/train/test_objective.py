@@ -20,7 +20,7 @@ from prefopt.data.table import GroupTable
 from prefopt.errors import DataError
 from prefopt.losses.declare import LOSSES
 from prefopt.losses.parse import Term
-from prefopt.model.load import new_lora
+from prefopt.model.adapter import new_lora
 from prefopt.model.scorer import Scorer
 from prefopt.train import items
 from prefopt.train.mismatched import mismatched

@@ -15,8 +15,9 @@ from prefopt.data.render import Renderer
 from prefopt.data.rendering import Rendering
 from prefopt.data.tokenizer import Tokenizer, end_marks, load_tokenizer, tokenizer_digest
 from prefopt.errors import ConfigError, DataError, ModelError
+from prefopt.model.dropout import silence_dropout
 from prefopt.model.identity import Identity, identity_of_folder, identity_of_model
-from prefopt.model.load import load_config, load_model, local_folder, resolve_device, resolve_dtype, silence_dropout
+from prefopt.model.load import load_config, load_model, local_folder, resolve_device, resolve_dtype
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer
 from prefopt.model.sharing import context_length

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from prefopt.disk.hub import no_telemetry, why_not_read
+from prefopt.disk.hub import no_telemetry
 from prefopt.errors import ConfigError, ModelError
-from prefopt.model.scorer import causal_model
+from prefopt.model.adapter import add_adapter
+from prefopt.model.dropout import silence_dropout
+from prefopt.model.load_errors import is_path, model_errors
 from prefopt.model.sharing import context_length
 
 DTYPES = {
@@ -70,17 +69,13 @@ def local_folder(name: str) -> str:
     path = Path(name).expanduser()
     if path.exists():
         return str(path)
-    if _is_path(name):
+    if is_path(name):
         raise ModelError(f"{name}: no such folder")  # here: less its ./ it would pass for a name on the Hub
     no_telemetry()
     from huggingface_hub import snapshot_download
 
     with model_errors(name):
         return snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])
-
-
-def _is_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def load_config(name: str) -> PreTrainedConfig:
@@ -136,89 +131,6 @@ def load_weights(kind: Any, name: str, config: PreTrainedConfig, dtype: torch.dt
     return model
 
 
-_DROPS = re.compile(r"drop(out|_rate)?$|_pdrop$|dropout|layerdrop|jitter_noise")
-
-
-def silence_dropout(target: PreTrainedConfig | torch.nn.Module) -> None:
-    """Set every dropout and jitter of a configuration to zero: log-probabilities must not be random.
-
-    Of a model too, which was built with others: its configuration, its dropout modules, and the rates that its layers
-    have taken from the configuration.
-    """
-    if isinstance(target, torch.nn.Module):
-        for module in target.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-            _zero_rates(module)
-    config: Any = causal_model(target).config if isinstance(target, torch.nn.Module) else target
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        _zero_rates(part)
-
-
-def _zero_rates(holder: object) -> None:
-    for field, value in list(vars(holder).items()):
-        if _DROPS.search(field) and isinstance(value, float):
-            setattr(holder, field, 0.0)
-
-
-def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
-    """Put a saved PEFT adapter on ``model``, trainable; the dropout it was trained with is off."""
-    from peft import PeftModel
-
-    if not (Path(folder) / "adapter_config.json").is_file() and Path(folder).exists():
-        raise ModelError(f"--adapter {folder} holds no adapter_config.json: it is not a PEFT adapter")
-    if Path(folder).is_dir() and not (Path(folder) / "adapter_model.safetensors").is_file():
-        raise ModelError(f"--adapter {folder} holds no adapter_model.safetensors; pickled weights are not opened")
-    with model_errors(folder), peft_warnings_off():
-        wrapped: torch.nn.Module = PeftModel.from_pretrained(causal_model(model), folder, is_trainable=True)
-    silence_dropout(wrapped)
-    return wrapped
-
-
-def new_lora(
-    model: torch.nn.Module,
-    *,
-    rank: int,
-    alpha: int,
-    dropout: float,
-    targets: list[str] | None,
-    task: str = "CAUSAL_LM",
-) -> torch.nn.Module:
-    """Wrap ``model`` in a fresh LoRA adapter (which changes nothing yet); all other weights are frozen.
-
-    The random start comes from torch's generator. ``task`` is PEFT's name of it: under ``SEQ_CLS`` the scalar head is
-    trained whole, and saved with the adapter.
-    """
-    from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D
-
-    transposed = any(isinstance(m, Conv1D) for m in model.modules())
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=targets or "all-linear",
-        fan_in_fan_out=transposed,
-        task_type=task,
-    )
-    try:
-        with peft_warnings_off():
-            wrapped: torch.nn.Module = get_peft_model(causal_model(model), config)
-        return wrapped
-    except ValueError as error:
-        raise ConfigError(f"--lora-targets {' '.join(targets or [])}: {_first_line(error)}") from error
-
-
-@contextmanager
-def peft_warnings_off() -> Iterator[None]:
-    """Hide what peft warns of and no user can change: a name that transformers has deprecated, and that in a
-    mixture of experts the adapter of two fused matrices has the rank of one."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
-        yield
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' own progress bars: a run has its own."""
@@ -229,39 +141,6 @@ def quiet() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def model_errors(name: str) -> Iterator[None]:
-    """What the loading libraries raise, in one line that names the model and the remedy."""
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
-        raise ModelError(_explain(name, error)) from error
-
-
-def _explain(name: str, error: Exception) -> str:
-    text = str(error)
-    folder = Path(name)
-    if not folder.exists():
-        if _is_path(name):
-            return f"{name}: no such folder"
-        return f"{name}: {why_not_read(error, name) or f'the Hub did not give it ({_first_line(error)})'}"
-    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-        return f"{name}: no config.json in this folder; it should hold a model saved by save_pretrained"
-    if "size mismatch" in text:
-        return f"{name}: its weights have other shapes than those of the model: it belongs to another one"
-    if isinstance(error, SafetensorError) or ("safetensors" in text and "deserial" in text):
-        return f"{name}: the weight file is damaged ({_first_line(error)}); copy it again"
-    if not list(folder.glob("*.safetensors")):
-        pickled = list(folder.glob("*.bin"))
-        remedy = "convert its .bin files with save_pretrained" if pickled else "the weights are missing"
-        return f"{name}: no .safetensors file in this folder; {remedy}"
-    return f"{name}: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

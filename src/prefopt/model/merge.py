@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from prefopt.data.tokenizer import VOCABULARIES, load_tokenizer
 from prefopt.disk.write import output_errors
 from prefopt.errors import ModelError, RunError
-from prefopt.model.load import load_config, load_model, local_folder, peft_warnings_off, quiet, vocabulary_size
+from prefopt.model.adapter import peft_warnings_off
+from prefopt.model.load import load_config, load_model, local_folder, quiet, vocabulary_size
 from prefopt.model.save import repair_generation, share_weights
 from prefopt.model.scorer import causal_model
 

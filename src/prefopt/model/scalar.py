@@ -32,7 +32,8 @@ from prefopt.data.group import Group
 from prefopt.data.packer import PackedBatch, pack, split
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ModelError
-from prefopt.model.load import load_config, load_model, load_weights, peft_warnings_off
+from prefopt.model.adapter import peft_warnings_off
+from prefopt.model.load import load_config, load_model, load_weights
 from prefopt.model.logprobs import wide_dtype
 from prefopt.model.packed import PackedModel, body_of, causal_model
 

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ModelError
-from prefopt.model.load import load_config, model_errors, silence_dropout
+from prefopt.model.dropout import silence_dropout
+from prefopt.model.load import load_config
+from prefopt.model.load_errors import model_errors
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 TURNS = ("<|im_start|>", "<|im_end|>")

@@ -9,7 +9,9 @@ import torch
 from prefopt.config.method import MethodOptions
 from prefopt.config.ppo import PpoConfig
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.model.load import load_model, local_folder, new_lora, silence_dropout
+from prefopt.model.adapter import new_lora
+from prefopt.model.dropout import silence_dropout
+from prefopt.model.load import load_model, local_folder
 from prefopt.model.packed import PackedModel, checkpoint_activations
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scalar import ScalarScorer, is_classifier, load_scalar, scalar_from

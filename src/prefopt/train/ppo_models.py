@@ -13,8 +13,9 @@ from prefopt.config.ppo import PpoConfig
 from prefopt.config.score import is_model_reward
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ConfigError, ModelError
+from prefopt.model.adapter import new_lora
 from prefopt.model.live import HeldWeights, LiveReference
-from prefopt.model.load import load_model, local_folder, new_lora, vocabulary_size
+from prefopt.model.load import load_model, local_folder, vocabulary_size
 from prefopt.model.packed import causal_model
 from prefopt.model.scorer import Scorer
 from prefopt.model.sharing import context_length

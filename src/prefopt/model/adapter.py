@@ -1,0 +1,73 @@
+"""PEFT adapters: saved ones put on a model, and new ones."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from prefopt.errors import ConfigError, ModelError
+from prefopt.model.dropout import silence_dropout
+from prefopt.model.load_errors import first_line, model_errors
+from prefopt.model.scorer import causal_model
+
+
+def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
+    """Put a saved PEFT adapter on ``model``, trainable; the dropout it was trained with is off."""
+    from peft import PeftModel
+
+    if not (Path(folder) / "adapter_config.json").is_file() and Path(folder).exists():
+        raise ModelError(f"--adapter {folder} holds no adapter_config.json: it is not a PEFT adapter")
+    if Path(folder).is_dir() and not (Path(folder) / "adapter_model.safetensors").is_file():
+        raise ModelError(f"--adapter {folder} holds no adapter_model.safetensors; pickled weights are not opened")
+    with model_errors(folder), peft_warnings_off():
+        wrapped: torch.nn.Module = PeftModel.from_pretrained(causal_model(model), folder, is_trainable=True)
+    silence_dropout(wrapped)
+    return wrapped
+
+
+def new_lora(
+    model: torch.nn.Module,
+    *,
+    rank: int,
+    alpha: int,
+    dropout: float,
+    targets: list[str] | None,
+    task: str = "CAUSAL_LM",
+) -> torch.nn.Module:
+    """Wrap ``model`` in a fresh LoRA adapter (which changes nothing yet); all other weights are frozen.
+
+    The random start comes from torch's generator. ``task`` is PEFT's name of it: under ``SEQ_CLS`` the scalar head is
+    trained whole, and saved with the adapter.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    transposed = any(isinstance(m, Conv1D) for m in model.modules())
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets or "all-linear",
+        fan_in_fan_out=transposed,
+        task_type=task,
+    )
+    try:
+        with peft_warnings_off():
+            wrapped: torch.nn.Module = get_peft_model(causal_model(model), config)
+        return wrapped
+    except ValueError as error:
+        raise ConfigError(f"--lora-targets {' '.join(targets or [])}: {first_line(error)}") from error
+
+
+@contextmanager
+def peft_warnings_off() -> Iterator[None]:
+    """Hide what peft warns of and no user can change: a name that transformers has deprecated, and that in a
+    mixture of experts the adapter of two fused matrices has the rank of one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+        yield
