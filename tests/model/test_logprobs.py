@@ -12,7 +12,7 @@ from model.architectures import build
 from model.oracle import Draw
 from prefopt.data.packer import pack
 from prefopt.model import logprobs
-from prefopt.model.logprobs import module_logprobs, token_logprobs
+from prefopt.model.logprobs import module_logprobs, token_logprobs, transformed
 from prefopt.model.scorer import Scorer
 
 M, H, V = 37, 6, 11  # several tiles of 16 rows, the last one short
@@ -93,7 +93,8 @@ def test_a_module_head_gives_the_same(transform: str, monkeypatch: pytest.Monkey
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(bias)
-    found = module_logprobs(head, hidden, target, **TRANSFORMS[transform])
+    how = {"scale": 1.0, "softcap": None, **TRANSFORMS[transform]}
+    found = module_logprobs(lambda h: transformed(head(h), **how), hidden, target, V)
     expected = plainly(hidden, head.weight, target, head.bias, **TRANSFORMS[transform])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     leaves = [hidden, head.weight, head.bias]

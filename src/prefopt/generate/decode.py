@@ -114,12 +114,7 @@ class SlotDecoder(Decoder):
         self.slots.keep(index)
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
-        head: Any = self.model.get_output_embeddings()
-        z: torch.Tensor = head(rows).to(self.wide)
-        if self.scorer.head.scale != 1:
-            z = z * self.scorer.head.scale
-        cap = self.scorer.head.softcap
-        return z if cap is None else torch.tanh(z / cap) * cap
+        return self.scorer.logits(rows.to(self.scorer.dtype))
 
 
 class _OwnForward(Decoder):

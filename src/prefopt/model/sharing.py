@@ -25,11 +25,12 @@ def layout_of(model: PreTrainedModel) -> tuple[Layout, str | None]:
 
 
 def _reason(model: PreTrainedModel, config: Any) -> str | None:
-    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - _SHAREABLE)
+    told = getattr(config, "layer_types", None)
+    kinds = sorted(set(told or ()) - _SHAREABLE)
     name = type(model).__name__
     if kinds:
         return f"{name} has layers of type {', '.join(kinds)}, whose state cannot fork at the end of a prompt"
-    if getattr(model, "_is_stateful", False):
+    if getattr(model, "_is_stateful", False) and not told:  # a hybrid family may have attention in every layer
         return f"{name} is recurrent: its state cannot fork at the end of a prompt"
     if getattr(config, "attention_chunk_size", None):
         return f"{name} attends in chunks that only its own mask knows"
