@@ -59,7 +59,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "apertus": ("apertus", {}),
     "arcee": ("arcee", {}),
     "aria_text": ("aria_text", {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}),
-    "bailing_hybrid": ("bailing_hybrid", {**_GROUPED, **_LINEAR}),
+    "bailing_hybrid": ("bailing_hybrid", {**_LATENT, "layer_group_size": 2}),
     "bamba": ("bamba", {**_MAMBA2, "attn_layer_indices": [1]}),
     "biogpt": ("biogpt", {}),
     "bitnet": ("bitnet", {}),

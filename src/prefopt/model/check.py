@@ -112,8 +112,8 @@ def _checked_clone(scorer: PackedModel) -> float | None:
     with uncounted():
         if (ahead := _sees_ahead(clone)) > CLONE_TOLERANCE:
             raise ModelError(
-                f"{type(model).__name__} is not causal: on a small copy a token's logits change by {ahead:.1e} (relative)"
-                " with what comes after it; prefopt trains causal language models"
+                f"{type(model).__name__} is not causal: on a small copy logits change by {ahead:.1e} (relative) with what"
+                " comes after them; prefopt trains causal language models"
             )
         error = clone_difference(clone, scorer.attention, head=getattr(scorer, "head", None))
     if not error < CLONE_TOLERANCE:

@@ -1,8 +1,8 @@
 """Rows of a tensor picked by an index, with a gradient that is the same every time.
 
 A prefix's keys and values are picked once for itself and once for each of K responses. Torch's own backward of that
-adds K + 1 terms in the tensor's dtype, on CUDA by atomics, in whatever order they come. Here they are added in the order
-of the segments, in float32, and rounded once.
+adds K + 1 terms in the tensor's dtype, on CUDA by atomics, in whatever order they come. Here they are added in the
+order of the segments, in float32, and rounded once.
 """
 
 from __future__ import annotations

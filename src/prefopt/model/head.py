@@ -108,7 +108,9 @@ def _readings(config: Any) -> list[tuple[float, float | None]]:
     for name in SCALES:
         value = getattr(config, name, None)
         if isinstance(value, int | float) and value:
-            both = (1.0 / float(value), float(value)) if name == "logits_scaling" else (float(value), 1.0 / float(value))
+            both = (
+                (1.0 / float(value), float(value)) if name == "logits_scaling" else (float(value), 1.0 / float(value))
+            )
             scales += both
     caps: list[float | None] = [float(cap) for name in SOFTCAPS if (cap := getattr(config, name, None))]
     return list(product(dict.fromkeys([*scales, 1.0]), dict.fromkeys([*caps, None])))
@@ -131,7 +133,7 @@ def _difference(found: torch.Tensor, own: torch.Tensor) -> float:
     return error if error == error else float("inf")
 
 
-class _Answer(BaseModelOutputWithPast):
+class _Answer(BaseModelOutputWithPast):  # type: ignore[misc]
     """The output of a body: hidden states, and nothing under any other name."""
 
     def __getattr__(self, name: str) -> None:
@@ -142,7 +144,7 @@ class _Answer(BaseModelOutputWithPast):
 @contextmanager
 def _answering(body: torch.nn.Module, hidden: torch.Tensor) -> Iterator[None]:
     """Inside this context ``body`` computes nothing: its last hidden state is ``hidden`` [rows, H]."""
-    body.forward = lambda *_, **__: _Answer(last_hidden_state=hidden[None])  # type: ignore[method-assign]
+    body.forward = lambda *_, **__: _Answer(last_hidden_state=hidden[None])
     try:
         yield
     finally:

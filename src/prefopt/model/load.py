@@ -14,8 +14,10 @@ from transformers.utils import logging as transformers_logging
 from prefopt.disk.hub import no_telemetry
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.adapter import add_adapter
+from prefopt.model.causal import refuse_other_kinds
 from prefopt.model.dropout import silence_dropout
 from prefopt.model.load_errors import is_path, model_errors
+from prefopt.model.quantised import backend_errors, loading_options
 from prefopt.model.sharing import context_length
 
 DTYPES = {
@@ -96,7 +98,9 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device, adapter: 
 
     Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, or needs code of its own.
     """
-    loaded: torch.nn.Module = load_weights(AutoModelForCausalLM, name, load_config(name), dtype).to(device)
+    config = load_config(name)
+    refuse_other_kinds(name, config)
+    loaded: torch.nn.Module = load_weights(AutoModelForCausalLM, name, config, dtype).to(device)
     return add_adapter(loaded, adapter) if adapter else loaded
 
 
@@ -107,7 +111,8 @@ def load_weights(kind: Any, name: str, config: PreTrainedConfig, dtype: torch.dt
     """
     silence_dropout(config)
     extra: dict[str, Any] = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
-    with model_errors(name), quiet():
+    extra |= loading_options(name, config)
+    with model_errors(name), backend_errors(name, config), quiet():
         model, info = kind.from_pretrained(
             name,
             config=config,

@@ -167,4 +167,3 @@ def response_sums(logp_M: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     """Sum of each response's token log-probabilities [N], in float64 where the device has it."""
     wide = logp_M if logp_M.device.type == "mps" else logp_M.double()
     return wide.new_zeros(len(batch.length)).index_add(0, batch.owner, wide)
-

@@ -30,6 +30,7 @@ from prefopt.model.live import Movement
 from prefopt.model.load import load_config, local_folder, resolve_device, resolve_dtype, slow_dtype, vocabulary_size
 from prefopt.model.memory import peak_memory
 from prefopt.model.packed import causal_model
+from prefopt.model.quantised import refuse_training
 from prefopt.model.save import repair_generation
 from prefopt.model.sharing import context_length
 from prefopt.progress import Reporter, duration, size
@@ -86,7 +87,9 @@ class TrainingRun(Generic[AnyScorer]):
         self.source = "" if model is not None else local_folder(config.model)
         # A copy: the plain chat template may be put on it.
         self.tokenizer = copy.deepcopy(tokenizer) if tokenizer is not None else self.load_tokenizer()
-        positions = context_length(model.config if model is not None else load_config(self.source))
+        configuration = model.config if model is not None else load_config(self.source)
+        refuse_training(config.model if model is None else type(model).__name__, configuration)
+        positions = context_length(configuration)
         self.limit = sequence_limit(config.max_length, positions)
         self.callbacks = Callbacks([*watchers(config, self.folder), *callbacks], config.to_dict())
 

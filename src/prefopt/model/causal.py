@@ -1,0 +1,39 @@
+"""Whether a configuration is that of a causal language model; what it is instead, in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from prefopt.errors import ModelError
+
+
+def refuse_other_kinds(name: str, config: Any) -> None:
+    """Raise :class:`ModelError` for encoders, encoder-decoders, and models that transformers loads otherwise."""
+    what = _name_of(config)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name}: {what} is an encoder-decoder; prefopt trains causal language models")
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise ModelError(f"{name}: {what} is an encoder; prefopt trains causal language models")
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    if type(config) in mapping:
+        return
+    text = config.get_text_config()
+    if text is config:
+        raise ModelError(
+            f"{name}: {what} is no causal language model of transformers (AutoModelForCausalLM does not know it);"
+            " prefopt trains causal language models"
+        )
+    remedy = "give a language model of text alone"
+    if type(text) in mapping:
+        remedy = f"give its language model by itself, saved as {mapping[type(text)].__name__}"
+    raise ModelError(
+        f"{name}: its class is {what}, made for more than text, and AutoModelForCausalLM does not load it; {remedy}"
+    )
+
+
+def _name_of(config: Any) -> str:
+    named = getattr(config, "architectures", None)
+    return str(named[0]) if named else f"a model of type {config.model_type}"
