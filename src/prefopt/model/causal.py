@@ -8,6 +8,15 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from prefopt.errors import ModelError
+from prefopt.model.quantised import refuse_training
+
+
+def refuse_untrainable(name: str, config: Any) -> None:
+    """Raise :class:`ModelError` for what cannot be trained, before data are read or a weight: see
+    :func:`refuse_other_kinds` (a sequence classifier may be of any kind) and :func:`refuse_training`."""
+    if not any(a.endswith("ForSequenceClassification") for a in getattr(config, "architectures", None) or ()):
+        refuse_other_kinds(name, config)
+    refuse_training(name, config)
 
 
 def refuse_other_kinds(name: str, config: Any) -> None:

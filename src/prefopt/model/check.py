@@ -112,8 +112,8 @@ def _checked_clone(scorer: PackedModel) -> float | None:
     with uncounted():
         if (ahead := _sees_ahead(clone)) > CLONE_TOLERANCE:
             raise ModelError(
-                f"{type(model).__name__} is not causal: on a small copy logits change by {ahead:.1e} (relative) with what"
-                " comes after them; prefopt trains causal language models"
+                f"{type(model).__name__} is not causal: on a small copy logits change by {ahead:.1e} (relative) with"
+                " what comes after them; prefopt trains causal language models"
             )
         error = clone_difference(clone, scorer.attention, head=getattr(scorer, "head", None))
     if not error < CLONE_TOLERANCE:
@@ -196,7 +196,7 @@ def _real_differences(scorer: Scorer, groups: Sequence[Group]) -> tuple[float, f
     if not scorer.layout.share:
         return 0.0, noise
     scorer.detach_hook()
-    plain = Scorer(scorer.model, share=False)
+    plain = Scorer(scorer.model, share=False, head=scorer.head)
     separate = plain(pack(some[:1], plain.layout).to(device))
     scorer.attach_hook()
     return _rms(apart[: len(separate)] - separate), noise

@@ -63,7 +63,8 @@ def head_of(model: PreTrainedModel) -> Head:
         return Head(kind, *readings[0])
     hidden = _probes(module)
     try:
-        own = class_logits(model, hidden)
+        with torch.no_grad():
+            own = class_logits(model, hidden)
     except Exception:  # a forward that wants more of its body than hidden states
         return Head("model")
     try:
@@ -85,7 +86,7 @@ def class_logits(
     """Logits [rows, V] of hidden [rows, H] by the class's own forward, float32 or wider; ``weights`` replace others."""
     ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
     arguments = {"input_ids": ids, "use_cache": False, "return_dict": True}
-    with _answering(body_of(model), hidden):
+    with _answering(model, hidden):
         out: Any = model(**arguments) if weights is None else torch.func.functional_call(model, weights, (), arguments)
     logits: torch.Tensor = out.logits[0]
     return logits.to(wide_dtype(logits.dtype))
@@ -142,10 +143,21 @@ class _Answer(BaseModelOutputWithPast):  # type: ignore[misc]
 
 
 @contextmanager
-def _answering(body: torch.nn.Module, hidden: torch.Tensor) -> Iterator[None]:
-    """Inside this context ``body`` computes nothing: its last hidden state is ``hidden`` [rows, H]."""
-    body.forward = lambda *_, **__: _Answer(last_hidden_state=hidden[None])
+def _answering(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[None]:
+    """Inside this context the layers of ``model`` compute nothing: their last hidden state is ``hidden`` [rows, H]."""
+    decoder: Any = model.get_decoder()  # OPT calls it past the body
+    inner = {id(m): m for m in (body_of(model), decoder) if m is not None and m is not model}
+    asked = []
+
+    def answer(*_: Any, **__: Any) -> _Answer:
+        asked.append(True)
+        return _Answer(last_hidden_state=hidden[None])
+
+    for module in inner.values():
+        module.forward = answer
     try:
         yield
+        assert asked, "logits were made of other hidden states"
     finally:
-        del body.forward
+        for module in inner.values():
+            del module.forward

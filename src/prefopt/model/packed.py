@@ -6,6 +6,7 @@ What is read off its last hidden states is the business of those who build on it
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -56,7 +57,8 @@ class PackedModel(torch.nn.Module):
         ids = torch.zeros(1, 2, dtype=torch.long, device=device)
         extra: dict[str, Any] = {"prefix_segments": ((0, 2, 0, 0),), "prefix_kernel": TRIAL}
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of checkpointing, that it has nothing to differentiate
                 body_of(model)(input_ids=ids, position_ids=torch.arange(2, device=device)[None], **extra)
         except HookReached:
             return None

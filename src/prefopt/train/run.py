@@ -25,12 +25,12 @@ from prefopt.data.truncate import sequence_limit
 from prefopt.data.want import Want
 from prefopt.disk.write import output_errors
 from prefopt.errors import ConfigError
+from prefopt.model.causal import refuse_untrainable
 from prefopt.model.check import CheckReport
 from prefopt.model.live import Movement
 from prefopt.model.load import load_config, local_folder, resolve_device, resolve_dtype, slow_dtype, vocabulary_size
 from prefopt.model.memory import peak_memory
 from prefopt.model.packed import causal_model
-from prefopt.model.quantised import refuse_training
 from prefopt.model.save import repair_generation
 from prefopt.model.sharing import context_length
 from prefopt.progress import Reporter, duration, size
@@ -88,7 +88,7 @@ class TrainingRun(Generic[AnyScorer]):
         # A copy: the plain chat template may be put on it.
         self.tokenizer = copy.deepcopy(tokenizer) if tokenizer is not None else self.load_tokenizer()
         configuration = model.config if model is not None else load_config(self.source)
-        refuse_training(config.model if model is None else type(model).__name__, configuration)
+        refuse_untrainable(config.model if model is None else type(model).__name__, configuration)
         positions = context_length(configuration)
         self.limit = sequence_limit(config.max_length, positions)
         self.callbacks = Callbacks([*watchers(config, self.folder), *callbacks], config.to_dict())
