@@ -21,6 +21,7 @@ from prefopt.data.truncate import sequence_limit
 from prefopt.errors import DataError, ModelError
 from prefopt.model.load import load_config, load_model, local_folder, resolve_device, resolve_dtype
 from prefopt.model.packed import PackedModel
+from prefopt.model.precision import computing_in
 from prefopt.model.scalar import ScalarScorer, is_classifier, load_scalar, response_rewards
 from prefopt.model.scorer import Scorer, response_sums
 from prefopt.model.sharing import context_length
@@ -74,7 +75,7 @@ def reward_model_scores(config: ScoreConfig) -> ModelScores:
         )
     tokenizer = load_tokenizer(source)
     model = load_scalar(source, dtype=dtype, device=device, tokenizer=tokenizer).requires_grad_(False)
-    scorer = ScalarScorer(model.to(dtype)).eval()
+    scorer = ScalarScorer(computing_in(model, dtype)).eval()
 
     def numbers(groups: Sequence[Group]) -> Floats:
         return response_rewards(scorer, groups, range(len(groups)), TOKENS[device.type])

@@ -21,6 +21,7 @@ from prefopt.data.table import GroupTable
 from prefopt.errors import ModelError
 from prefopt.model.clone import VOCABULARY, tiny_clone
 from prefopt.model.costs import uncounted
+from prefopt.model.kernel_check import check_kernel
 from prefopt.model.packed import PackedModel, causal_model
 from prefopt.model.scalar import ScalarScorer
 from prefopt.model.scorer import Head, Scorer
@@ -121,6 +122,10 @@ def _checked_clone(scorer: PackedModel) -> float | None:
             f"{type(model).__name__}: packed scoring differs from the model's own forward by {error:.1e}"
             " (relative) on a small copy; please report this architecture"
         )
+    if scorer.layout.share and scorer.kernel == "varlen":
+        with uncounted():
+            device = next(scorer.model.parameters()).device
+            check_kernel(clone, _random_groups(), device, scorer.dtype, getattr(scorer, "head", None))
     return error
 
 

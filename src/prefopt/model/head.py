@@ -146,18 +146,19 @@ class _Answer(BaseModelOutputWithPast):  # type: ignore[misc]
 def _answering(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[None]:
     """Inside this context the layers of ``model`` compute nothing: their last hidden state is ``hidden`` [rows, H]."""
     decoder: Any = model.get_decoder()  # OPT calls it past the body
-    inner = {id(m): m for m in (body_of(model), decoder) if m is not None and m is not model}
+    body = body_of(model)
+    inner = [body, *(m for m in body.modules() if m is decoder and m is not body)]
     asked = []
 
     def answer(*_: Any, **__: Any) -> _Answer:
         asked.append(True)
         return _Answer(last_hidden_state=hidden[None])
 
-    for module in inner.values():
+    for module in inner:
         module.forward = answer
     try:
         yield
         assert asked, "logits were made of other hidden states"
     finally:
-        for module in inner.values():
+        for module in inner:
             del module.forward

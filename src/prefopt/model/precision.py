@@ -26,14 +26,7 @@ class MasterWeights:
         self.masters: dict[str, torch.nn.Parameter] = {}
         self._copies: dict[str, torch.nn.Parameter] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        kept = _kept_in_float32(causal_model(model))
-        _cast_buffers(causal_model(model), compute)
-        for name, parameter in model.named_parameters():
-            target = parameter.dtype if kept(name) else compute
-            if not parameter.requires_grad:
-                if parameter.dtype.is_floating_point and parameter.dtype != target:
-                    parameter.data = parameter.data.to(target)
-                continue
+        for name, parameter, target in _cast_frozen(model, compute):
             wide = parameter.data.to(torch.promote_types(target, torch.float32))
             if target == wide.dtype:
                 parameter.data = wide
@@ -85,6 +78,28 @@ class MasterWeights:
         """The masters by parameter name, for checkpoints and for the finished model."""
         for name, master in self.masters.items():
             yield name, master.detach()
+
+
+def computing_in(model: torch.nn.Module, compute: torch.dtype) -> torch.nn.Module:
+    """``model``, frozen and cast to ``compute`` in place as :class:`MasterWeights` casts what does not train.
+
+    ``model.to(compute)`` would also round what its class keeps in float32: rotary tables, the gates of some experts.
+    """
+    for _ in _cast_frozen(model.requires_grad_(False), compute):
+        pass
+    return model
+
+
+def _cast_frozen(model: torch.nn.Module, compute: torch.dtype) -> Iterator[tuple[str, torch.nn.Parameter, torch.dtype]]:
+    """Cast buffers and frozen parameters; yields the others, by name, with the dtype that they compute in."""
+    kept = _kept_in_float32(causal_model(model))
+    _cast_buffers(causal_model(model), compute)
+    for name, parameter in model.named_parameters():
+        target = parameter.dtype if kept(name) else compute
+        if parameter.requires_grad:
+            yield name, parameter, target
+        elif parameter.dtype.is_floating_point and parameter.dtype != target:
+            parameter.data = parameter.data.to(target)
 
 
 def _kept_in_float32(model: PreTrainedModel) -> Callable[[str], bool]:

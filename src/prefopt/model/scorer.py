@@ -27,10 +27,29 @@ from prefopt.model.logprobs import (
 )
 from prefopt.model.packed import PackedModel, body_of, causal_model
 
-__all__ = ["VERSION", "Asked", "Head", "PackedModel", "Scorer", "body_of", "causal_model", "response_sums"]
+__all__ = [
+    "NARROW_VERSION",
+    "VERSION",
+    "Asked",
+    "Head",
+    "PackedModel",
+    "Scorer",
+    "body_of",
+    "causal_model",
+    "response_sums",
+    "version_of",
+]
 
 VERSION = 1
 """Part of the key of every cached value: raised whenever the scorer's results change beyond rounding."""
+
+NARROW_VERSION = 2
+"""The same for values computed in bfloat16 or float16, whose rounding has changed where float32's has not."""
+
+
+def version_of(dtype: torch.dtype) -> int:
+    """Which of the two is part of the key of values computed in ``dtype``."""
+    return VERSION if dtype == wide_dtype(dtype) else NARROW_VERSION
 
 
 class Asked(NamedTuple):

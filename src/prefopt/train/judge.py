@@ -16,6 +16,7 @@ from prefopt.errors import ModelError, RunError
 from prefopt.generate.text import continuation, without_stop
 from prefopt.model.load import local_folder, vocabulary_size
 from prefopt.model.packed import causal_model
+from prefopt.model.precision import computing_in
 from prefopt.model.scalar import ScalarScorer, is_classifier, load_scalar
 from prefopt.model.sharing import context_length
 from prefopt.records import Comparison
@@ -104,7 +105,7 @@ def load_judge(
         )
     same_tokenizer(name, load_tokenizer(source), tokenizer)
     model = load_scalar(source, dtype=dtype, device=device, tokenizer=tokenizer).requires_grad_(False)
-    scorer = ScalarScorer(model.to(dtype), attention=attention)
+    scorer = ScalarScorer(computing_in(model, dtype), attention=attention)
     context = context_length(causal_model(model).config)
     if context is not None and longest > context:
         raise ModelError(

@@ -192,7 +192,9 @@ class Loop:
             group["lr"] = record["learning_rate"]
         try:
             self.optimizer.step()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             raise RunError(
                 f"step {step + 1}: the optimiser's state does not fit into the device's memory; give --lora, or a"
                 " smaller --token-budget"

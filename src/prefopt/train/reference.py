@@ -20,10 +20,11 @@ from prefopt.model.live import HeldWeights, LiveReference
 from prefopt.model.load import load_model, local_folder, vocabulary_size
 from prefopt.model.logprobs import vocabulary_of
 from prefopt.model.memory import out_of_memory
-from prefopt.model.precision import MasterWeights
+from prefopt.model.precision import MasterWeights, computing_in
 from prefopt.model.reference import FillReport, ReferenceCache, ReferenceValues, Score, Scored, SpaceKey
-from prefopt.model.scorer import VERSION, Scorer, causal_model, response_sums
+from prefopt.model.scorer import Scorer, causal_model, response_sums
 from prefopt.model.sharing import context_length
+from prefopt.model.space_of import space_of
 from prefopt.progress import Bar, Reporter
 from prefopt.train.stop import StopRequest
 
@@ -169,8 +170,7 @@ class ReferenceRun:
         """Where the values are kept."""
         # Another reference has the policy's kind of device and dtype; whether it can share, only the model can say.
         scorer = self.start if self.choice.is_start else self._other()
-        dtype = str(scorer.dtype).removeprefix("torch.")
-        return SpaceKey(self.identity, dtype, scorer.path, scorer.kernel, self.device.type, VERSION)
+        return space_of(self.identity, scorer, self.device)
 
     def _other(self) -> Scorer:
         if self._scorer is None:
@@ -178,7 +178,7 @@ class ReferenceRun:
             model = load_model(
                 local_folder(self.choice.model), dtype=self.start.dtype, device=self.device, adapter=adapter
             )
-            self._scorer = Scorer(model.to(self.start.dtype), attention=self.config.attention)
+            self._scorer = Scorer(computing_in(model, self.start.dtype), attention=self.config.attention)
         return self._scorer
 
     def _make_score(self) -> Score:
