@@ -22,7 +22,7 @@ from prefopt.errors import DataError, ModelError
 from prefopt.model.load import load_config, load_model, local_folder, resolve_device, resolve_dtype
 from prefopt.model.packed import PackedModel
 from prefopt.model.precision import computing_in
-from prefopt.model.scalar import ScalarScorer, is_classifier, load_scalar, response_rewards
+from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar, response_rewards
 from prefopt.model.scorer import Scorer, response_sums
 from prefopt.model.sharing import context_length
 from prefopt.records import Comparison
@@ -68,7 +68,7 @@ def reward_model_scores(config: ScoreConfig) -> ModelScores:
     Raises :class:`ModelError` where it is none, or has another number of labels.
     """
     source, device, dtype = _place(config, config.reward)
-    if not is_classifier(source):
+    if not has_scalar_head(source):
         raise ModelError(
             f"--reward {config.reward} is a language model, which gives no score: prefopt reward makes one that does,"
             " and --reward implicit takes its log-probabilities"

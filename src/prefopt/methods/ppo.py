@@ -128,6 +128,8 @@ class _Run:
                 raise ConfigError(f"--attention does nothing here: {policy.scorer.reason}; leave it out")
             check = self._check(policy, prompts)
             self.ptx = read_ptx(self.config, self.tokenizer, self.start.context, policy.scorer, self.reporter)
+            if left := policy.leftover():
+                self.reporter.say(left)
             self.reporter.say(policy.make_trainable())
             models = build_models(
                 self.config,

@@ -79,7 +79,7 @@ def identity_of_folder(
     if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
         raise ModelError(f"{folder} is an adapter, not a model: name its base model and give this one as the adapter")
     config = _read_json(folder / "config.json")
-    files = _weight_files(folder, config)
+    files = weight_files(folder, config)
     name = str(folder)
     adapter_files, adapter_config = [], {}
     if adapter is not None:
@@ -138,7 +138,7 @@ def _adapter_states(model: Any) -> list[str]:
     return sorted({repr([getattr(layer, name, None) for name in names]) for layer in layers})
 
 
-def _weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
+def weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
     """The files that transformers takes, in its order of preference: named in the config, single, sharded."""
     named = config.get("transformers_weights")
     for candidate in (folder / n for n in (named, _SINGLE, _INDEX) if n):

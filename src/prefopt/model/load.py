@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from prefopt.disk.hub import no_telemetry
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.adapter import add_adapter
 from prefopt.model.causal import refuse_other_kinds
+from prefopt.model.checkpoint import Checkpoint, Origin, set_origin, trace
 from prefopt.model.dropout import silence_dropout
+from prefopt.model.leftover import check_layers
 from prefopt.model.load_errors import is_path, model_errors
 from prefopt.model.quantised import backend_errors, loading_options
+from prefopt.model.scalar_head import scalar_head
 from prefopt.model.sharing import context_length
 
 DTYPES = {
@@ -106,10 +110,14 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device, adapter: 
     return add_adapter(loaded, adapter) if adapter else loaded
 
 
-def load_weights(kind: Any, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model that the auto class ``kind`` makes of folder ``name``, dropout off, every one of its weights there.
+def load_weights(
+    kind: Any, name: str, config: PreTrainedConfig, dtype: torch.dtype, *, lacking: Collection[str] = ()
+) -> PreTrainedModel:
+    """The model that the auto class ``kind`` makes of folder ``name``, dropout off, every one of its weights there but
+    for those in ``lacking``. It knows its :class:`Origin`: what else is in the folder.
 
-    Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, or needs code of its own.
+    Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, needs code of its own, has more layers
+    than its configuration says, or holds a reward model where a language model is wanted.
     """
     silence_dropout(config)
     extra: dict[str, Any] = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
@@ -125,27 +133,60 @@ def load_weights(kind: Any, name: str, config: PreTrainedConfig, dtype: torch.dt
             ignore_mismatched_sizes=True,  # and then refused, in one line
             **extra,
         )
+    origin = trace(model, Checkpoint.read(name)) if Path(name).is_dir() else None
+    if origin is not None and kind is AutoModelForCausalLM:
+        _check_language_model(name, model, origin)
     if info["mismatched_keys"]:
         weight, there, wanted = sorted(info["mismatched_keys"])[0]
         raise ModelError(
             f"{name}: {weight} is {list(there)}, config.json wants {list(wanted)}; they do not belong together"
         )
-    lacking = sorted(info["missing_keys"])
-    if lacking:
+    missing = sorted(set(info["missing_keys"]) - set(lacking))
+    if missing:
         raise ModelError(
-            f"{name}: {len(lacking)} weights are missing, the first is {lacking[0]}; the folder is incomplete"
+            f"{name}: {len(missing)} weights are missing, the first is {missing[0]}; the folder is incomplete"
         )
+    if origin is not None:
+        check_layers(name, model, origin)
+        set_origin(model, origin)
     return model
+
+
+def _check_language_model(name: str, model: PreTrainedModel, origin: Origin) -> None:
+    """Raises :class:`ModelError` for a reward model: a scalar head stands where that of a language model should."""
+    head = scalar_head(name)
+    if head is None:
+        return
+    told = [str(a) for a in getattr(load_config(name), "architectures", None) or ()]
+    outputs: Any = model.get_output_embeddings()
+    own = {n for n, p in model.named_parameters(remove_duplicate=False) if outputs and p is outputs.weight}
+    own -= {n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight}
+    if any("Classification" in a for a in told) or not own & origin.covered:
+        if head.beside_a_language_model and all(a.endswith(_LANGUAGE_MODELS) for a in told):
+            return
+        named = f"config.json names {', '.join(told)}" if told else "config.json names no class"
+        raise ModelError(
+            f"{name} holds the head of a reward model ({head.weight}; {named}): it is no language model; give the model"
+            " that it was made from, or this one as --reward, or to prefopt reward"
+        )
+
+
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' own progress bars: a run has its own."""
+    """Without transformers' own progress bars, of which a run has its own, and without its table of weights that a
+    class has no place for, which :mod:`prefopt.model.leftover` puts into words."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        logger.setLevel(level)
         if shown:
             transformers_logging.enable_progress_bar()
 

@@ -23,8 +23,10 @@ from prefopt.data.tokenizer import VOCABULARIES, load_tokenizer
 from prefopt.disk.write import output_errors
 from prefopt.errors import ModelError, RunError
 from prefopt.model.adapter import peft_warnings_off
+from prefopt.model.checkpoint import Checkpoint, origin_of
+from prefopt.model.leftover import leftover_words
 from prefopt.model.load import load_config, load_model, local_folder, quiet, vocabulary_size
-from prefopt.model.save import repair_generation, share_weights
+from prefopt.model.save import repair_generation, save_weights, share_weights
 from prefopt.model.scorer import causal_model
 
 # What rounding may do to logits, as a part of their norm: summing in another order in float32 (1e-7 a step); a weight
@@ -37,7 +39,8 @@ PROBES, PROBE_TOKENS = 3, 24
 class MergeReport:
     """What was measured. ``difference``: logits of the merged model against those with the adapter on; ``effect``:
     those without the adapter against those with it; both as parts of the norm of the logits. ``rounding``: how far the
-    type they are saved in moves the merged weights, as a part of how far the adapter does."""
+    type they are saved in moves the merged weights, as a part of how far the adapter does. ``tensors``: how many there
+    are, under the names of the model's files; ``kept``: those of them that are in no weight of the language model."""
 
     output: Path
     dtype: torch.dtype
@@ -46,6 +49,8 @@ class MergeReport:
     effect: float
     rounding: float
     untied: bool
+    tensors: int
+    kept: str | None
 
     def in_words(self) -> list[str]:
         """Lines for a person."""
@@ -64,9 +69,15 @@ class MergeReport:
             f"logits: {self.difference:.0e} of their size from the model with its adapter, which itself is"
             f" {self.effect:.0e} from the model without it"
         )
+        if self.kept is not None:
+            lines.append(f"kept as they are: {self.kept}")
         if self.effect == 0:
             lines.append("the adapter changes nothing: is it one that was never trained?")
-        return [*lines, f"loaded again by transformers, with the same logits: {self.output}"]
+        return [
+            *lines,
+            f"loaded again by transformers, with the same logits, its {self.tensors} tensors under the same names:"
+            f" {self.output}",
+        ]
 
 
 def merge_adapter(
@@ -101,9 +112,12 @@ def merge_adapter(
         )
     _save(merged, output, tokenizer_from=source if _has_tokenizer(source) else base)
     _write_card(output, model or _base_of(source), adapter, Path(source) / "README.md", dtype)
+    origin = origin_of(merged)
     del merged, wrapped, causal
     _check_saved(output, dtype, device, probes_2, found)
-    return MergeReport(output, dtype, layers, difference, effect, rounding, untied)
+    tensors = _check_names(output, Path(base), untied=untied)
+    kept = leftover_words(origin) if origin is not None else None
+    return MergeReport(output, dtype, layers, difference, effect, rounding, untied, tensors, kept)
 
 
 def load_folded(base: str, adapter: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -236,7 +250,7 @@ def _save(model: Any, output: Path, *, tokenizer_from: str) -> None:
     tokenizer = load_tokenizer(tokenizer_from)
     repair_generation(model)
     with output_errors(output), quiet():
-        model.save_pretrained(output, safe_serialization=True)
+        save_weights(output, model, dict(model.state_dict()), model.dtype)
         tokenizer.save_pretrained(output)
         share_weights(output)
 
@@ -262,3 +276,15 @@ def _check_saved(
         raise RunError(
             f"{output}: as it was written the model differs by {distance:.1e}; do not use it, and report this"
         )
+
+
+def _check_names(output: Path, base: Path, *, untied: bool) -> int:
+    """How many tensors were written. Raises :class:`RunError` where they are not those of the model, by name and shape,
+    but for a head that now has weights of its own."""
+    there, wanted = ({n: t.shape for n, t in Checkpoint.read(f).tensors.items()} for f in (output, base))
+    wrong = sorted(n for n in {*there, *wanted} if there.get(n) != wanted.get(n))
+    if len([n for n in wrong if n in wanted]) or len(wrong) > untied:
+        raise RunError(
+            f"{output}: {len(wrong)} tensors are not as in {base}, the first is {wrong[0]}; do not use it, and report this"
+        )
+    return len(there)

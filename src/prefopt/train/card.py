@@ -15,7 +15,7 @@ from prefopt.disk.write import output_errors
 from prefopt.model.load import quiet
 from prefopt.model.packed import PackedModel, causal_model
 from prefopt.model.precision import MasterWeights
-from prefopt.model.save import share_weights
+from prefopt.model.save import save_weights, share_weights
 
 
 def save_model(folder: Path, scorer: PackedModel, masters: MasterWeights, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -28,7 +28,8 @@ def save_model(folder: Path, scorer: PackedModel, masters: MasterWeights, tokeni
     causal = causal_model(model)
     with output_errors(folder), quiet():
         if model is causal:
-            _save_whole(folder, causal, masters)
+            dtype = next(weight.dtype for _, weight in masters.saved())
+            save_weights(folder, causal, _state(causal, masters), dtype)
         else:
             weights = dict(masters.saved())
             state = {**dict(model.state_dict()), **weights}
@@ -41,21 +42,14 @@ def save_model(folder: Path, scorer: PackedModel, masters: MasterWeights, tokeni
     scorer.attach_hook()
 
 
-def _save_whole(folder: Path, model: Any, masters: MasterWeights) -> None:
+def _state(model: Any, masters: MasterWeights) -> dict[str, torch.Tensor]:
+    """The whole state with the masters in it; what is shared stands under each of its names."""
     weights = dict(masters.saved())
-    dtype = next(iter(weights.values())).dtype
     state = {name: weights.get(name, value) for name, value in model.state_dict().items()}
     for name, value in model.named_parameters(remove_duplicate=False):
         tied = next((n for n, p in model.named_parameters() if p is value), name)
         state[name] = weights.get(tied, value.detach())
-    model.save_pretrained(folder, state_dict=state, safe_serialization=True)
-    # That wrote the type the model computes in, to which whoever loads the folder would round the weights.
-    before = model.config.dtype
-    model.config.dtype = dtype
-    try:
-        model.config.save_pretrained(folder)
-    finally:
-        model.config.dtype = before
+    return state
 
 
 def write_card(

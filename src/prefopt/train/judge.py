@@ -17,7 +17,7 @@ from prefopt.generate.text import continuation, without_stop
 from prefopt.model.load import local_folder, vocabulary_size
 from prefopt.model.packed import causal_model
 from prefopt.model.precision import computing_in
-from prefopt.model.scalar import ScalarScorer, is_classifier, load_scalar
+from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar
 from prefopt.model.sharing import context_length
 from prefopt.records import Comparison
 from prefopt.rewards import Reward, load_reward, prompt_text
@@ -99,7 +99,7 @@ def load_judge(
     if not is_model_reward(name):
         return TextJudge(load_reward(name), tokenizer, stop)
     source = local_folder(name)
-    if not is_classifier(source):
+    if not has_scalar_head(source):
         raise ModelError(
             f"--reward {name} is a language model, which gives no score: prefopt reward makes one that does"
         )

@@ -10,11 +10,13 @@ from prefopt.config.method import MethodOptions
 from prefopt.config.ppo import PpoConfig
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.model.adapter import new_lora
+from prefopt.model.checkpoint import origin_of
 from prefopt.model.dropout import silence_dropout
+from prefopt.model.leftover import leftover_words
 from prefopt.model.load import load_model, local_folder
-from prefopt.model.packed import PackedModel, checkpoint_activations
+from prefopt.model.packed import PackedModel, causal_model, checkpoint_activations
 from prefopt.model.precision import MasterWeights
-from prefopt.model.scalar import ScalarScorer, is_classifier, load_scalar, scalar_from
+from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar, scalar_from
 from prefopt.model.scorer import Scorer
 
 AnyScorer = TypeVar("AnyScorer", bound=PackedModel)
@@ -48,6 +50,14 @@ class Trained(Generic[AnyScorer]):
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.scorer.model.parameters()).device
+
+    def leftover(self) -> str | None:
+        """What becomes of that in the model's folder which is not trained, for a person; none where there is nothing."""
+        origin = origin_of(causal_model(self.scorer.model))
+        words = leftover_words(origin) if origin is not None else None
+        if origin is None or words is None or (origin.kept and self.config.lora):
+            return None  # an adapter is saved without its model
+        return f"not trained, and saved as they are: {words}" if origin.kept else f"not in a reward model: {words}"
 
     def make_trainable(self) -> str:
         """Put a new LoRA adapter on where one is asked for, and activation checkpointing; says what trains."""
@@ -120,7 +130,7 @@ class ScalarPolicy(Trained[ScalarScorer]):
     ) -> None:
         """See :class:`Policy`; ``tokenizer`` may be given a token to pad with, see :func:`scalar_from`."""
         wide = _loaded_in(config, dtype)
-        self.fresh = given is not None or not is_classifier(source)
+        self.fresh = given is not None or not has_scalar_head(source)
         if given is None:
             model = load_scalar(source, dtype=wide, device=device, tokenizer=tokenizer, seed=config.seed)
         else:

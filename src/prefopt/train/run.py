@@ -110,6 +110,7 @@ class TrainingRun(Generic[AnyScorer]):
                 raise ConfigError(f"--attention does nothing here: {policy.scorer.reason}; leave it out")
             self.check = self.check_scores()
             self._say_scoring()
+            self._tell(self.policy.leftover())
             self.prepare()
             if self.config.dry_run:
                 self._preview()
