@@ -25,7 +25,7 @@ from prefopt.data.packer import split
 from prefopt.generate.sample import Ids
 from prefopt.generate.slots import HOOK, Filling, Slots
 from prefopt.model.attention import gather_plan
-from prefopt.model.costs import count_pass
+from prefopt.model.costs import count_pass, uncounted
 from prefopt.model.memory import out_of_memory
 from prefopt.model.scorer import Scorer, body_of, causal_model
 
@@ -150,7 +150,8 @@ class CacheDecoder(_OwnForward):
                     return False
                 decoder._take(out)
                 decoder.keep(torch.zeros(2, dtype=torch.long, device=decoder.device))
-                decoder.step(two[0])
+                with uncounted():
+                    decoder.step(two[0])
             except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
                 if isinstance(error, RuntimeError) and out_of_memory(error):
                     raise

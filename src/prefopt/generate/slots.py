@@ -33,7 +33,7 @@ GROWTH = 64
 
 
 Place = tuple[int, int]
-"""A module that attends, and the how manieth time within a forward pass: some are run again and again."""
+"""A module that attends, and its which call within a forward pass (from 1): some are run several times in one."""
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ def layout_of(model: PreTrainedModel) -> tuple[Layout, str | None]:
     """
     config = model.config.get_text_config()
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ModelError(f"{type(model).__name__} is an encoder-decoder; prefopt aligns causal language models")
+        raise ModelError(f"{type(model).__name__} is an encoder-decoder; prefopt trains causal language models")
     reason = _reason(model, config)
     return Layout(share=reason is None, rope_limit=_rope_limit(config)), reason
 
