@@ -94,8 +94,7 @@ def parser_of(name: str) -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
     verb = VERBS[name]
-    first = next((o for o in options(verb.config) if o.positional), None)
-    metavar = f"{_shape(first)['metavar']} " if first else ""
+    metavar = "".join(f"{_shape(o)['metavar']} " for o in options(verb.config) if o.positional)
     parser = ArgumentParser(
         prog=f"prefopt {name}",
         usage=f"prefopt {name} {metavar}[options]",
@@ -124,14 +123,23 @@ def parse(name: str, words: list[str]) -> dict[str, Any]:
 
     known = {o.name: o for o in options(VERBS[name].config)}
     lists = {o.flag for o in known.values() if list[str] in o.kinds}
-    first = next((o.flag for o in known.values() if o.positional), None)
-    if first and words and not words[0].startswith("-"):
-        words = [first, *words]
-    words = _gathered(words, lists)
+    words = _gathered(_flagged(words, [o.flag for o in known.values() if o.positional]), lists)
     try:
         return dict(vars(parser_of(name).parse_args(words)))
     except ArgumentError as error:
         raise _plainly(name, str(error), known) from error
+
+
+def _flagged(words: list[str], positional: list[str]) -> list[str]:
+    """Words that come first without their flag, each with its own; the last flag takes all that are left."""
+    found: list[str] = []
+    for number, flag in enumerate(positional):
+        if not words or words[0].startswith("-"):
+            break
+        taken = 1 if number < len(positional) - 1 else len(words)
+        found += [flag, *words[:taken]]
+        words = words[taken:]
+    return found + words
 
 
 _CONFIG_HELP = "read options from a YAML file, names spelt with dashes or underscores; the command line overrides it"

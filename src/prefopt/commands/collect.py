@@ -14,6 +14,7 @@ import numpy as np
 
 from prefopt.config.collect import (
     CollectBackupConfig,
+    CollectCheckConfig,
     CollectExportConfig,
     CollectImportConfig,
     CollectInviteConfig,
@@ -28,7 +29,7 @@ from prefopt.data.write_rows import row_files
 from prefopt.errors import ConfigError, DataError, StudyError
 from prefopt.progress import size
 from prefopt.studies.agreement import Estimate
-from prefopt.studies.backup import backup
+from prefopt.studies.backup import backup, check_study_file
 from prefopt.studies.export import Exported, How, export_rows
 from prefopt.studies.items import NewItem, add_items
 from prefopt.studies.people import annotators, invite, revoke
@@ -233,3 +234,15 @@ def backup_study(config: CollectBackupConfig) -> int:
     written = backup(Path(config.study), Path(config.output))
     print(f"{config.output}: {size(written)}")
     return 0
+
+
+def check_study(config: CollectCheckConfig) -> int:
+    path = Path(config.study)
+    found = check_study_file(path)
+    for line in found:
+        print(f"{path}: {line}")
+    if found:
+        print(f"{len(found)} damaged: go back to a copy that prefopt collect backup made")
+    else:
+        print(f"{path}: every item and event is what was written")
+    return int(bool(found))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,8 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+AUTO_DTYPE = "PREFOPT_DTYPE"
+"""The variable that says what ``--dtype auto`` takes: unlike machines that are to compute alike set it."""
 
 
 def resolve_device(name: str | None) -> torch.device:
@@ -50,10 +53,15 @@ def resolve_device(name: str | None) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 where the device multiplies it natively, else float32."""
-    if name != "auto":
-        return DTYPES[name]
-    return torch.bfloat16 if native_bfloat16(device) else torch.float32
+    """``auto`` is what the variable ``PREFOPT_DTYPE`` names, else bfloat16 where the device multiplies it natively,
+    else float32. Raises :class:`ConfigError` where the variable names another type."""
+    if name == "auto":
+        name = os.environ.get(AUTO_DTYPE) or "auto"
+        if name not in (allowed := ("auto", "float32", "bfloat16", "float64")):
+            raise ConfigError(f"{AUTO_DTYPE} is {name!r}; it must be one of {', '.join(allowed)}")
+    if name == "auto":
+        return torch.bfloat16 if native_bfloat16(device) else torch.float32
+    return DTYPES[name]
 
 
 def native_bfloat16(device: torch.device) -> bool:
