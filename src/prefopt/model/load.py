@@ -12,11 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from prefopt.disk.hub import no_telemetry
+from prefopt.disk.vetted import vet_folder
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.adapter import add_adapter
+from prefopt.model.built_in import own_attention
 from prefopt.model.dropout import silence_dropout
 from prefopt.model.load_errors import is_path, model_errors
 from prefopt.model.sharing import context_length
+from prefopt.model.size import check_size
 
 DTYPES = {
     "float32": torch.float32,
@@ -68,6 +71,7 @@ def local_folder(name: str) -> str:
     """The folder of a model or adapter: ``name`` itself, or where the Hub's files were put on this machine."""
     path = Path(name).expanduser()
     if path.exists():
+        vet_folder(path)
         return str(path)
     if is_path(name):
         raise ModelError(f"{name}: no such folder")  # here: less its ./ it would pass for a name on the Hub
@@ -75,13 +79,18 @@ def local_folder(name: str) -> str:
     from huggingface_hub import snapshot_download
 
     with model_errors(name):
-        return snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])
+        there = snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])
+    vet_folder(there)
+    return there
 
 
 def load_config(name: str) -> PreTrainedConfig:
     """The configuration of a model folder or Hub name."""
+    vet_folder(name)
     with model_errors(name):
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    own_attention(config, name)
+    return config
 
 
 def context_of(name: str) -> int | None:
@@ -106,10 +115,12 @@ def load_weights(kind: Any, name: str, config: PreTrainedConfig, dtype: torch.dt
     Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, or needs code of its own.
     """
     silence_dropout(config)
+    source = local_folder(name)
+    check_size(kind, source, config)
     extra: dict[str, Any] = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
     with model_errors(name), quiet():
         model, info = kind.from_pretrained(
-            name,
+            source,
             config=config,
             dtype=dtype,
             use_safetensors=True,
@@ -128,6 +139,7 @@ def load_weights(kind: Any, name: str, config: PreTrainedConfig, dtype: torch.dt
         raise ModelError(
             f"{name}: {len(lacking)} weights are missing, the first is {lacking[0]}; the folder is incomplete"
         )
+    model.name_or_path = model.config.name_or_path = name
     return model
 
 
