@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from prefopt.screen import Screen, one_line
+from prefopt.screen import Screen, one_line, visible
 
 PLAIN_SECONDS = 10.0
 """Where there is no terminal, a line of progress at most this often."""
@@ -29,6 +29,11 @@ class Reporter:
         """One line, whatever is on the screen."""
         if self.mode != "none":
             self._console.print(one_line(line))
+
+    def show(self, text: str) -> None:
+        """Text of several lines, such as a row or a file of options."""
+        if self.mode != "none":
+            self._console.print(text)
 
     def bar(self, what: str, total: int, unit: str) -> Bar:
         """A bar of ``total`` units; use it as a context."""
@@ -99,7 +104,7 @@ class _Noted(Progress):
         """The bar, then the numbers."""
         yield self.make_tasks_table(self.tasks)
         for line in wrapped(self.note, self._screen.width)[:NOTE_LINES]:
-            yield Text(line, no_wrap=True, overflow="ellipsis", style="dim")
+            yield Text(visible(line), no_wrap=True, overflow="ellipsis", style="dim")
 
 
 def wrapped(parts: Iterable[str], width: int) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.text import Text
 
 # C0 but for tab and line feed, DEL, C1, line and paragraph separators, embeddings and overrides of direction,
 # isolates, and halves of surrogate pairs (which is how Python holds a file name that is not UTF-8). The marks of
@@ -90,6 +91,10 @@ class Screen(Console):
 
     def __init__(self, **more: Any) -> None:
         super().__init__(**{"highlight": False, "soft_wrap": True, "markup": False, "emoji": False, **more})
+
+    def render_str(self, text: str, **more: Any) -> Text:
+        """Text as it is; rich would leave some codes out without a word."""
+        return super().render_str(visible(text, self.encoding), **more)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Segments as rich makes them; those that are codes of its own have ``control``."""

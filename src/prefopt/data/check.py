@@ -17,7 +17,7 @@ from prefopt.data.tokenizer import load_tokenizer
 from prefopt.data.truncate import sequence_limit
 from prefopt.progress import Bar, Reporter
 from prefopt.records import Comparison
-from prefopt.screen import Screen, tell_json
+from prefopt.screen import Screen, tell_json, visible
 
 STYLES = {"title": "bold", "error": "bold red", "warning": "yellow", "good": "green", "dim": "dim", "": ""}
 WIDEST = 100
@@ -80,7 +80,7 @@ def _print(train: Audit, held_out: Audit | None, limit: int | None, shown: list[
     for example in shown:
         lines += [("", ""), (f"{example['file']}, row {example['row']}", "title"), (str(example["text"]), "")]
     for text, style in lines:
-        console.print(Text(text, STYLES[style]))
+        console.print(Text(visible(text), STYLES[style]))
 
 
 class _Bars:
