@@ -25,7 +25,7 @@ from jinja2.visitor import NodeTransformer
 
 STEPS = 4_000_000
 """Items of loops and calls of one rendering; an item that is a character of a text counts less, see CHARACTERS."""
-CALL = 8
+CALL = 16
 """Steps that a call costs."""
 CHARACTERS = 64
 """Characters that are made for the price of a step: 256 million in all."""

@@ -66,12 +66,13 @@ class ChatTemplate:
         self._date, self._asked_date = datetime.datetime.fromisoformat(rendering.date), False
         self._given: dict[str, Any] = {"documents": None, "strftime_now": self._strftime, **special}
         self._given.update(rendering.variables)
-        self._traced, self._traces, self._endless = None, Traces(), 0
+        self._traced, self._traces, self._patience = None, Traces(), 0
         self._content_form = "text"
         if _WORD not in self.sample():
             self._content_form = "parts"
             self._content_form = "parts" if _WORD in self.sample() else "text"
         self._traced = traced.compiled(self.text)
+        self._patience = ENDLESS
 
     @property
     def sources(self) -> tuple[str, str]:
@@ -108,8 +109,8 @@ class ChatTemplate:
 
     def _note_endless(self, error: Exception) -> None:
         """One conversation may be too much for a template; where several are, the template is at fault."""
-        self._endless += isinstance(error, (TooMuch, MemoryError))
-        if self._endless > ENDLESS:
+        self._patience -= isinstance(error, (TooMuch, MemoryError))
+        if self._patience < 0:
             raise ModelError(
                 f"the chat template has no end: {jinja.one_line(error)}; give another with --chat-template"
             )
