@@ -89,16 +89,19 @@ def test_a_template_without_end_is_refused_soon(source: str) -> None:
 
 def test_a_template_that_never_ends_does_not_cost_seconds_for_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "STEPS", 1000)
-    endless = template("{% for m in messages %}{% for a in range(99999) %}{% endfor %}{% endfor %}")
+    endless = template(
+        "{{ messages[0].content }}{% if 'row' in messages[0].content %}"
+        "{% for a in range(99999) %}{% endfor %}{% endif %}"
+    )
     with pytest.raises(ModelError, match=r"the chat template has no end.*give another with --chat-template"):
         for n in range(10):
             with pytest.raises(Unrenderable):
-                endless.show((Message("user", f"q{n}"),))
+                endless.show((Message("user", f"row {n}"),))
 
 
 def test_a_clock_is_the_last_resort(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "SECONDS", 0.01)
-    with pytest.raises(Unrenderable, match="seconds"):
+    with pytest.raises(ModelError, match="seconds"):
         template("{% for a in range(99999) %}{{ messages }}{% endfor %}").show((Message("user", "q"),))
 
 
