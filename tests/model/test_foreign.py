@@ -22,6 +22,7 @@ from prefopt.data.tokenizer import load_tokenizer
 from prefopt.disk.vetted import vet_folder
 from prefopt.errors import ModelError
 from prefopt.model.adapter import add_adapter, new_lora
+from prefopt.model.built_in import attention_for
 from prefopt.model.identity import identity_of_folder
 from prefopt.model.load import load_config, load_model, local_folder
 from prefopt.model.scratch import new_model
@@ -140,6 +141,7 @@ def test_attention_is_never_fetched(asked: Any, key: str, folder: Path, monkeypa
     monkeypatch.setattr("transformers.modeling_utils.is_kernels_available", lambda *_: True)
     monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", fetched)
     change(folder, **{key: asked})
+    assert attention_for(str(folder)) == {"attn_implementation": "eager"}
     model: Any = load(folder)
     assert model.config._attn_implementation in ("sdpa", "eager")
 

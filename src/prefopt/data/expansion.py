@@ -21,11 +21,8 @@ UNICODE = 18
 """The longest that a normal form of Unicode makes of one character."""
 
 
-def check_expansion(folder: Path) -> None:
-    """Raises :class:`ModelError` where the tokenizer of a folder could make far more of a text than there is."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return
+def check_expansion(path: Path) -> None:
+    """Raises :class:`ModelError` where the tokenizer in a file could make far more of a text than there is."""
     try:
         described = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):

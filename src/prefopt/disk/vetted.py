@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefopt.disk.hub import fetched
 from prefopt.errors import ModelError
 
 MODEL_INDEX, ADAPTER_CONFIG = "*.safetensors.index.json", "adapter_config.json"
@@ -34,10 +35,13 @@ _PLAIN = re.compile(r"[^/\\\x00-\x1f]+\.safetensors")
 def vet_folder(name: str | Path) -> None:
     """Raises :class:`ModelError` where a model or adapter folder names foreign files, or sizes that nothing of it has.
 
-    A name that is no folder (one on the Hub, say) is left to whoever fetches it.
+    Of a name on the Hub only the configuration is looked at: its weights are loaded from a folder, which is vetted.
     """
     folder = Path(name)
     if not folder.is_dir():
+        path = None if folder.exists() else fetched(str(name), "config.json")
+        if path is not None:
+            _check_counts(path, read_object(path), None)
         return
     for index in sorted(folder.glob(MODEL_INDEX)):
         shard_names(index)
