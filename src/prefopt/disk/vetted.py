@@ -77,9 +77,11 @@ def read_object(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: cannot be read ({error}); download or copy the model again") from error
+        raise ModelError(
+            f"{path.parent}: {path.name} cannot be read ({error}); download or copy the model again"
+        ) from error
     if not isinstance(value, dict):
-        raise ModelError(f"{path}: not a JSON object; download or copy the model again")
+        raise ModelError(f"{path.parent}: {path.name} is not a JSON object; download or copy the model again")
     return value
 
 

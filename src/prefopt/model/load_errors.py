@@ -22,7 +22,7 @@ def model_errors(name: str) -> Iterator[None]:
     """What the loading libraries raise, in one line that names the model and the remedy."""
     try:
         yield
-    except UserError:
+    except (UserError, Warning):  # a warning is one by who asked for it, as merging does
         raise
     except Exception as error:  # of whatever class: the libraries raise what the folder's contents lead them into
         raise ModelError(_explain(name, error)) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def parameters_of(kind: Any, name: str, config: PreTrainedConfig) -> int:
     state = torch.random.get_rng_state()
     try:
         with model_errors(name), torch.device("meta"):
-            made: torch.nn.Module = kind.from_config(config, trust_remote_code=False)
+            made: torch.nn.Module = kind.from_config(copy.deepcopy(config), trust_remote_code=False)
     finally:
         torch.random.set_rng_state(state)
     return sum(p.numel() for p in made.parameters())
