@@ -26,7 +26,7 @@ def merge_model(config: MergeConfig) -> int:
 
 def push_model(config: PushConfig) -> int:
     planned = plan(config.folder, run=config.with_run, checkpoints=config.with_checkpoints)
-    tell("\n".join(planned.in_words(config.repo, config.private)), flush=True)
+    tell_lines(planned.in_words(config.repo, config.private))  # input() flushes it
     if not confirmed(config.yes):
         tell("nothing was sent")
         return 0
