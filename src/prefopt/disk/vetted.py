@@ -64,10 +64,11 @@ def shard_names(index: Path) -> list[str]:
     for weight, name in shards.items():
         if not isinstance(name, str) or not _plain(name):
             raise ModelError(f"{index}: {_said(weight)} is said to lie in {_said(name)}; {_REMEDY}")
-        path = index.parent / name
+    names = sorted(set(shards.values()))
+    for path in (index.parent / name for name in names):
         if path.exists() and not path.is_file():
             raise ModelError(f"{path}: is no file; {_REMEDY}")
-    return sorted(set(shards.values()))
+    return names
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -128,6 +129,7 @@ def _shapes(path: Path) -> list[list[int]]:
 
 def _check_counts(path: Path, config: dict[str, Any], held: Held | None) -> None:
     """Refuse numbers of modules that would be built one after another, and for which there is not even a tensor."""
+    # Experts that are fused, and heads, are a side of a tensor; a vocabulary's side says nothing of either.
     most = max(LAYERS, held.tensors, held.longest if held.longest < 1 << 16 else 0) if held else LAYERS
     for key, value in _numbers(config):
         if _REPEATED.search(key) and value > most:
