@@ -10,6 +10,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from prefopt.data.expansion import check_expansion
+from prefopt.disk.hub import fetched
+from prefopt.disk.vetted import vet_folder
 from prefopt.errors import ModelError
 
 if TYPE_CHECKING:
@@ -47,6 +50,10 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         raise ModelError(f"{source}: no such folder; check the path of the model or tokenizer")
     if path.is_dir() and not any(name in VOCABULARIES or name.endswith(".model") for name in here):
         raise ModelError(f"{source}: the folder has no tokenizer (tokenizer.json); copy it there, or name one that has")
+    vet_folder(path)
+    file = path / "tokenizer.json" if path.exists() else fetched(str(source), "tokenizer.json")
+    if file is not None:
+        check_expansion(file)
     described = here & {"tokenizer.json", "tokenizer_config.json", "config.json"}
     bare = {"vocab.json", "merges.txt"} <= here and not described
     try:

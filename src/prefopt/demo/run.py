@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
-from rich.console import Console
-
 from prefopt.config.command import command
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.sample import SampleConfig
@@ -25,6 +23,7 @@ from prefopt.evaluate import score
 from prefopt.evaluate.plot import plot_runs, require_matplotlib
 from prefopt.methods import preference, sample
 from prefopt.rewards import load_reward
+from prefopt.screen import Screen
 from prefopt.train.history import read_history
 
 MARK = "demo.json"
@@ -89,7 +88,7 @@ def run_demo(output: str, seed: int = 0) -> Measured:
     """
     load_reward(JUDGE)
     require_matplotlib()
-    console, times, files = Console(highlight=False, soft_wrap=True), Times(), Files(Path(output))
+    console, times, files = Screen(), Times(), Files(Path(output))
     _make_room(files.folder)
     _write_start(files, seed)
     tell(
@@ -120,12 +119,12 @@ def run_demo(output: str, seed: int = 0) -> Measured:
     return result
 
 
-def _say(console: Console, lines: list[str]) -> None:
+def _say(console: Screen, lines: list[str]) -> None:
     for line in lines:
-        console.print(line, markup=False)
+        console.print(line)
 
 
-def _measure(console: Console, files: Files, seed: int) -> Measured:
+def _measure(console: Screen, files: Files, seed: int) -> Measured:
     """Both models write on the openings that were held out, with the same seed, and are judged."""
     draws = [
         _sampling(files.model, files.held_out, files.before, MEASURED, seed),

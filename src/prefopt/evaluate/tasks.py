@@ -18,6 +18,7 @@ import numpy as np
 
 from prefopt.errors import ConfigError, DataError, RunError
 from prefopt.evaluate.rates import Z95
+from prefopt.model.built_in import attention_for
 
 INSTALL = 'pip install "prefopt[lm-eval]"'
 
@@ -82,7 +83,7 @@ class Harness:
             with redirect_stdout(sys.stderr):  # what it prints is no part of --json
                 found = self._evaluate(
                     model="hf",
-                    model_args={"pretrained": folder, "dtype": dtype},
+                    model_args={"pretrained": folder, "dtype": dtype, **attention_for(folder)},
                     tasks=self._tasks,
                     task_manager=self._manager,
                     device=device,

@@ -93,7 +93,7 @@ class SampledModel:
     def _generation_config(self) -> Any:
         try:
             return GenerationConfig.from_pretrained(self.source)
-        except (OSError, ValueError):  # it has none, or one that transformers refuses: its tokens say enough
+        except Exception:  # it has none, or one that transformers refuses: its tokens say enough
             return None
 
 

@@ -217,8 +217,8 @@ class _Run:
     def _preview(self, policy: Policy, models: PpoModels, prompts: PromptSet) -> None:
         say = self.reporter.say
         for row, ids in list(zip(prompts.rows, prompts.ids, strict=True))[:2]:
-            say(f"\nrow {row.row}: {self.tokenizer.decode(ids.tolist())}")
-        say("\n" + self._options())
+            self.reporter.show(f"\nrow {row.row}: {self.tokenizer.decode(ids.tolist())}")
+        self.reporter.show("\n" + self._options())
         self._say_plan(prompts, self._token_budget(policy, models, prompts))
         state = 3 * sum(size for name, size in models.memory().items() if name in ("actor", "critic"))
         say(f"memory: {size(sum(models.memory().values()))} for the models, up to {size(state)} for training them")

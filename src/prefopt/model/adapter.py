@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from prefopt.disk.vetted import vet_folder
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.dropout import silence_dropout
 from prefopt.model.load_errors import first_line, model_errors
@@ -23,6 +24,7 @@ def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
         raise ModelError(f"--adapter {folder} holds no adapter_config.json: it is not a PEFT adapter")
     if Path(folder).is_dir() and not (Path(folder) / "adapter_model.safetensors").is_file():
         raise ModelError(f"--adapter {folder} holds no adapter_model.safetensors; pickled weights are not opened")
+    vet_folder(folder)
     with model_errors(folder), peft_warnings_off():
         wrapped: torch.nn.Module = PeftModel.from_pretrained(causal_model(model), folder, is_trainable=True)
     silence_dropout(wrapped)

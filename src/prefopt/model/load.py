@@ -14,8 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from prefopt.disk.hub import no_telemetry
+from prefopt.disk.vetted import vet_folder
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.adapter import add_adapter
+from prefopt.model.built_in import own_attention
 from prefopt.model.causal import refuse_other_kinds
 from prefopt.model.checkpoint import Checkpoint, Origin, set_origin, trace
 from prefopt.model.dropout import silence_dropout
@@ -24,6 +26,7 @@ from prefopt.model.load_errors import is_path, model_errors
 from prefopt.model.quantised import backend_errors, loading_options
 from prefopt.model.scalar_head import scalar_head
 from prefopt.model.sharing import context_length
+from prefopt.model.size import check_size
 
 DTYPES = {
     "float32": torch.float32,
@@ -84,6 +87,7 @@ def local_folder(name: str) -> str:
     """The folder of a model or adapter: ``name`` itself, or where the Hub's files were put on this machine."""
     path = Path(name).expanduser()
     if path.exists():
+        vet_folder(path)
         return str(path)
     if is_path(name):
         raise ModelError(f"{name}: no such folder")  # here: less its ./ it would pass for a name on the Hub
@@ -91,13 +95,18 @@ def local_folder(name: str) -> str:
     from huggingface_hub import snapshot_download
 
     with model_errors(name):
-        return snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])
+        there = snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])
+    vet_folder(there)
+    return there
 
 
 def load_config(name: str) -> PreTrainedConfig:
     """The configuration of a model folder or Hub name."""
+    vet_folder(name)
     with model_errors(name):
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    own_attention(config, name)
+    return config
 
 
 def context_of(name: str) -> int | None:
@@ -128,11 +137,13 @@ def load_weights(
     than its configuration says, or holds a reward model where a language model is wanted.
     """
     silence_dropout(config)
+    source = local_folder(name)
+    check_size(kind, source, config)
     extra: dict[str, Any] = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
     extra |= loading_options(name, config)
     with model_errors(name), backend_errors(name, config), quiet():
         model, info = kind.from_pretrained(
-            name,
+            source,
             config=config,
             dtype=dtype,
             use_safetensors=True,
@@ -141,8 +152,8 @@ def load_weights(
             ignore_mismatched_sizes=True,  # and then refused, in one line
             **extra,
         )
-    origin = trace(model, Checkpoint.read(name)) if Path(name).is_dir() else None
-    if origin is not None and kind is AutoModelForCausalLM:
+    origin = trace(model, Checkpoint.read(source))
+    if kind is AutoModelForCausalLM:
         _check_language_model(name, model, origin)
     if info["mismatched_keys"]:
         weight, there, wanted = sorted(info["mismatched_keys"])[0]
@@ -154,9 +165,9 @@ def load_weights(
         raise ModelError(
             f"{name}: {len(missing)} weights are missing, the first is {missing[0]}; the folder is incomplete"
         )
-    if origin is not None:
-        check_layers(name, model, origin)
-        set_origin(model, origin)
+    model.name_or_path = model.config.name_or_path = name
+    check_layers(name, model, origin)
+    set_origin(model, origin)
     return model
 
 

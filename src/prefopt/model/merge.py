@@ -26,6 +26,7 @@ from prefopt.model.adapter import peft_warnings_off
 from prefopt.model.checkpoint import Checkpoint, origin_of
 from prefopt.model.leftover import leftover_words
 from prefopt.model.load import load_config, load_model, local_folder, quiet, vocabulary_size
+from prefopt.model.load_errors import model_errors
 from prefopt.model.save import repair_generation, save_weights, share_weights
 from prefopt.model.scorer import causal_model
 
@@ -162,7 +163,8 @@ def _load(base: str, adapter: str, dtype: torch.dtype, device: torch.device) -> 
     """The model with the adapter on. Weights that the adapter should have and lacks are an error."""
     from peft import PeftConfig
 
-    config: Any = PeftConfig.from_pretrained(adapter)
+    with model_errors(adapter):
+        config: Any = PeftConfig.from_pretrained(adapter)
     if config.is_prompt_learning:
         kind = config.peft_type.value
         raise ModelError(f"--adapter {adapter} is of the kind {kind}, which cannot be folded into weights")

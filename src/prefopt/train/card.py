@@ -16,6 +16,7 @@ from prefopt.model.load import quiet
 from prefopt.model.packed import PackedModel, causal_model
 from prefopt.model.precision import MasterWeights
 from prefopt.model.save import save_weights, share_weights
+from prefopt.screen import visible
 
 
 def save_model(folder: Path, scorer: PackedModel, masters: MasterWeights, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -95,7 +96,7 @@ def write_card(
     ]
     path = folder / "README.md"
     with output_errors(path):
-        path.write_text("\n".join(lines))
+        path.write_text(visible("\n".join(lines)), "utf-8")  # it names files, whose names may hold anything
 
 
 def _table(name: str, values: Mapping[str, Any]) -> list[str]:

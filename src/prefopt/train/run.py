@@ -256,8 +256,8 @@ class TrainingRun(Generic[AnyScorer]):
         """What a dry run shows beyond the lines of every run: examples, options, what it would take."""
         say = self.reporter.say
         for group in self.data.source.groups[:2]:
-            say(f"\nrow {group.row}, trained tokens in ⟦ ⟧:\n{show(group, self.tokenizer)}")
-        say("\n" + self._options())
+            self.reporter.show(f"\nrow {group.row}, trained tokens in ⟦ ⟧:\n{show(group, self.tokenizer)}")
+        self.reporter.show("\n" + self._options())
         self.say_ahead()
         say(self.policy.make_trainable())
         tokens, speed = self._token_budget(self.objective_to_try())
