@@ -52,7 +52,8 @@ def check_layers(name: str, model: Any, origin: Origin) -> None:
         stem, _, number = layer.rpartition(".")
         if int(number) < ends.get(stem, int(number)) + 1 or int(number) <= ends[stem] + told:
             continue
-        if not any(_MTP.search(n) or any(p.search(n) for p in expected) for n in names):
+        ignored = all(any(p.search(n) for p in expected) for n in names)
+        if not ignored and not any(_MTP.search(n) for n in names):
             beyond.setdefault(stem, []).extend(names)
     for stem, names in beyond.items():
         there = size(origin.checkpoint.nbytes(names))

@@ -101,9 +101,7 @@ def _write(folder: Path, tensors: Mapping[str, torch.Tensor], origin: Origin) ->
         save_file(_read(shard, tensors, checkpoint), folder / file, metadata={"format": "pt"})
 
 
-def _read(
-    names: list[str], tensors: Mapping[str, torch.Tensor], checkpoint: Checkpoint
-) -> dict[str, torch.Tensor]:
+def _read(names: list[str], tensors: Mapping[str, torch.Tensor], checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """The tensors of one file; what two of them share is written twice, for a file has no other way."""
     found: dict[str, torch.Tensor] = {}
     places: set[tuple[Any, int]] = set()
