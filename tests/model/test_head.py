@@ -33,9 +33,10 @@ def reward_model(
     tensors[f"{name}.weight"] = tensors.pop("score.weight")
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     said = json.loads((folder / "config.json").read_text())
-    for field in ("architectures", "num_labels", "id2label", "label2id"):
-        said.pop(field, None)
-    said |= {"architectures": architectures} if architectures else {}
+    if architectures != said["architectures"]:
+        for field in ("architectures", "num_labels", "id2label", "label2id"):
+            said.pop(field, None)
+        said |= {"architectures": architectures} if architectures else {}
     (folder / "config.json").write_text(json.dumps(said))
     return str(folder)
 

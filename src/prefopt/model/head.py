@@ -44,8 +44,8 @@ class Head:
         if rest or shape != (1, width):
             what = f"{rest[0]} beside {self.weight}" if rest else f"{self.weight} {list(shape)}"
             raise ModelError(
-                f"{self.folder}: its scalar head is not linear from {width} numbers to one ({what}); take a reward model"
-                " with a head of that shape, or remove those tensors to begin with a new one"
+                f"{self.folder}: its scalar head is not linear from {width} numbers to one ({what}); take a reward"
+                " model with a head of that shape, or remove those tensors to begin with a new one"
             )
         bias = [n for n in self.tensors if n != self.weight]
         return self._tensor(self.weight), float(self._tensor(bias[0])) if bias else 0.0
