@@ -36,11 +36,12 @@ _WIDE: dict[str, Any] = {  # what one or another mixture, latent or linear atten
     "linear_value_head_dim": 8,
 }
 _PLAIN = """apertus arcee biogpt bitnet codegen cohere2 cwm diffllama doge ernie4_5 exaone4 falcon_h1 falcon_mamba
-    flex_olmo gemma glm glm4 gpt_bigcode gptj granitemoe granitemoeshared helium internlm3 jamba jetmoe minimax
-    minimax_m2 ministral3 modernbert-decoder mpt nanochat nemotron olmo olmo3 olmo_hybrid olmoe persimmon phi phimoe
+    gemma glm glm4 gpt_bigcode gptj granitemoe granitemoeshared helium internlm3 jamba jetmoe minimax
+    ministral3 modernbert-decoder mpt nanochat nemotron olmo olmo3 olmo_hybrid persimmon phi phimoe
     recurrent_gemma seed_oss stablelm starcoder2 vaultgemma xglm""".split()
 _MIXED = """afmoe deepseek_v2 ernie4_5_moe exaone_moe glm4_moe glm4_moe_lite hunyuan_v1_dense hunyuan_v1_moe hy_v3
-    longcat_flash mimo_v2_flash nemotron_h qwen2_moe qwen3_5_moe_text qwen3_next solar_open youtu""".split()
+    flex_olmo longcat_flash minimax_m2 olmoe mimo_v2_flash nemotron_h qwen2_moe qwen3_5_moe_text qwen3_next
+    solar_open youtu""".split()
 _VISION = {"hidden_size": 16, "depth": 2, "num_heads": 4, "intermediate_size": 32, "out_hidden_size": 32}
 _TEXT = {**_BASE, **{k: v for k, v in SEPARATE["qwen3.5"][1].items() if k not in _BASE}}
 _SIGLIP = {
