@@ -50,7 +50,7 @@ def check_layers(name: str, model: Any, origin: Origin) -> None:
     beyond: dict[str, list[str]] = {}
     for layer, names in _layers(origin).items():
         stem, _, number = layer.rpartition(".")
-        if int(number) < ends.get(stem, int(number)) + 1 or int(number) <= ends[stem] + told:
+        if stem not in ends or int(number) <= ends[stem] + told:
             continue
         ignored = all(any(p.search(n) for p in expected) for n in names)
         if not ignored and not any(_MTP.search(n) for n in names):
