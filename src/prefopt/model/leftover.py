@@ -1,4 +1,4 @@
-"""What a checkpoint has beside the weights of the model that is loaded from it, in words; and what must not be there."""
+"""What a checkpoint has beside the weights of the model loaded from it, in words; and what must not be there."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MTP = re.compile(_KINDS["layers for multi-token prediction"])
 
 
 def leftover_words(origin: Origin) -> str | None:
-    """What is in no weight of the model, by kind with count and bytes; none where it is nothing but computed buffers."""
+    """What is in no weight of the model, by kind with count and bytes; none where there are computed buffers alone."""
     mtp = {layer for layer, names in _layers(origin).items() if any(_MTP.search(n) for n in names)}
     kinds: dict[str, list[str]] = {}
     for name in origin.untouched:
@@ -50,15 +50,16 @@ def check_layers(name: str, model: Any, origin: Origin) -> None:
     beyond: dict[str, list[str]] = {}
     for layer, names in _layers(origin).items():
         stem, _, number = layer.rpartition(".")
-        if int(number) < ends.get(stem, int(number)) + 1 or int(number) <= ends[stem] + told:
+        if stem not in ends or int(number) <= ends[stem] + told:
             continue
-        if not any(_MTP.search(n) or any(p.search(n) for p in expected) for n in names):
+        ignored = all(any(p.search(n) for p in expected) for n in names)
+        if not ignored and not any(_MTP.search(n) for n in names):
             beyond.setdefault(stem, []).extend(names)
     for stem, names in beyond.items():
         there = size(origin.checkpoint.nbytes(names))
         raise ModelError(
-            f"{name}: config.json ends at {stem}.{ends[stem]}, but {len(names)} tensors ({there}) are of later ones, such"
-            f" as {names[0]}; set the number of layers in config.json right, or remove those tensors"
+            f"{name}: config.json ends at {stem}.{ends[stem]}, but {len(names)} tensors ({there}) are of later ones,"
+            f" such as {names[0]}; set the number of layers in config.json right, or remove those tensors"
         )
 
 

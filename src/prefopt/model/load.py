@@ -200,14 +200,18 @@ def quiet() -> Iterator[None]:
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.addFilter(_is_no_table)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_is_no_table)
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+def _is_no_table(record: logging.LogRecord) -> bool:
+    said = record.getMessage()
+    return "LOAD REPORT" not in said or "CONVERSION" in said  # the error that follows points to the latter
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

@@ -104,6 +104,7 @@ def merge_adapter(
     layers, rounding = _merge_layers(wrapped, dtype)
     with _peft_quiet():
         merged = wrapped.merge_and_unload().to(dtype)
+    own_head = _tell_own_head(merged)
     found = _logits(merged, probes_2)
     difference, effect = _distance(found, expected), _distance(without, expected)
     if not difference <= ROUNDING[dtype]:
@@ -116,7 +117,7 @@ def merge_adapter(
     origin = origin_of(merged)
     del merged, wrapped, causal
     _check_saved(output, dtype, device, probes_2, found)
-    tensors = _check_names(output, Path(base), untied=untied)
+    tensors = _check_names(output, Path(base), own_head=own_head)
     kept = leftover_words(origin) if origin is not None else None
     return MergeReport(output, dtype, layers, difference, effect, rounding, untied, tensors, kept)
 
@@ -130,6 +131,7 @@ def load_folded(base: str, adapter: str, *, dtype: torch.dtype, device: torch.de
     _untie(causal_model(wrapped))
     with _peft_quiet(), peft_warnings_off():
         merged: PreTrainedModel = wrapped.merge_and_unload()
+    _tell_own_head(merged)
     return merged
 
 
@@ -206,8 +208,17 @@ def _untie(model: Any) -> bool:
     if not adapted or plain[0].weight is not plain[1].weight:
         return False
     plain[1].weight = torch.nn.Parameter(plain[1].weight.detach().clone(), requires_grad=False)
+    return True
+
+
+def _tell_own_head(model: Any) -> bool:
+    """Whether the head has weights of its own, as it may since the merge; the configuration then says so."""
+    outputs = model.get_output_embeddings()
+    if outputs is None or outputs.weight is model.get_input_embeddings().weight:
+        return False
     for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
     return True
 
 
@@ -280,13 +291,14 @@ def _check_saved(
         )
 
 
-def _check_names(output: Path, base: Path, *, untied: bool) -> int:
+def _check_names(output: Path, base: Path, *, own_head: bool) -> int:
     """How many tensors were written. Raises :class:`RunError` where they are not those of the model, by name and shape,
     but for a head that now has weights of its own."""
     there, wanted = ({n: t.shape for n, t in Checkpoint.read(f).tensors.items()} for f in (output, base))
     wrong = sorted(n for n in {*there, *wanted} if there.get(n) != wanted.get(n))
-    if len([n for n in wrong if n in wanted]) or len(wrong) > untied:
+    if any(n in wanted for n in wrong) or len(wrong) > own_head:
         raise RunError(
-            f"{output}: {len(wrong)} tensors are not as in {base}, the first is {wrong[0]}; do not use it, and report this"
+            f"{output}: {len(wrong)} tensors are not as in {base}, the first is {wrong[0]}; do not use it,"
+            " and report this"
         )
     return len(there)

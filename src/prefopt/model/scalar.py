@@ -161,7 +161,7 @@ def _with_own_head(
     set_shift(loaded, shift_of(loaded) - bias)
     loaded.config.architectures = [type(loaded).__name__]
     origin = origin_of(loaded)
-    if origin is not None and head.weight != "score.weight":
+    if origin is not None and set(head.tensors) != {"score.weight"}:
         set_origin(loaded, origin.left_behind([*head.tensors, "lm_head.weight"]))
     return loaded
 

@@ -52,7 +52,7 @@ class Trained(Generic[AnyScorer]):
         return next(self.scorer.model.parameters()).device
 
     def leftover(self) -> str | None:
-        """What becomes of that in the model's folder which is not trained, for a person; none where there is nothing."""
+        """What becomes of that in the model's folder which is not trained, in words; none where there is nothing."""
         origin = origin_of(causal_model(self.scorer.model))
         words = leftover_words(origin) if origin is not None else None
         if origin is None or words is None or (origin.kept and self.config.lora):
