@@ -231,8 +231,11 @@ class _Run:
         self._say_plan(prompts, tokens)
         learner = Learner(_learn_options(config), policy.scorer, models.critic, config.temperature)
         sampler = TransformersSampler(policy.scorer)
-        sampler.rows = self.folder.record.get("rows") or sampler.estimate_rows(self._longest(prompts))
-        self.folder.remember(rows=sampler.rows, token_budget=tokens)
+        known = self.folder.record
+        sampler.rows = (
+            known.get("sampled_at_once") or known.get("rows") or sampler.estimate_rows(self._longest(prompts))
+        )
+        self.folder.remember(sampled_at_once=sampler.rows, token_budget=tokens)
         phases = Phases(
             learner=learner,
             collector=Collector(prompts, sampler, self.settings, config.num, models.judge, learner, models.reference),
