@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from prefopt.config.rlhf import STAGES
 from prefopt.errors import RunError
 from prefopt.train.diagnose import diagnose
 from prefopt.train.folder import FREE
-from prefopt.train.history import History, read_history
+from prefopt.train.history import History, averages_of, read_history
 from prefopt.train.record import RECORD
 
-CLOCK = ("step_seconds", "tokens", "epoch", "learning_rate")
+CLOCK = ("step", "step_seconds", "tokens", "epoch", "learning_rate")
 """Metrics that say where a run stands, not what it reached."""
 CHAIN = "stages.json"
 """What ``prefopt rlhf`` keeps beside the folders of its stages."""
@@ -77,12 +76,8 @@ def differing(runs: Sequence[History]) -> list[str]:
 def reached(run: History) -> dict[str, dict[str, float]]:
     """``training``: each metric's average over the rows of the last tenth of the steps (see :meth:`History.ending`).
     ``held_out``: the metrics of the evaluation whose loss is lowest, and its ``step``."""
-    found: dict[str, dict[str, float]] = {"training": {}, "held_out": {}}
-    ending = run.ending()
-    for name in run.names():
-        pairs = [(line[name], rows) for line, rows in ending if line.get(name) is not None]
-        if name not in CLOCK and pairs:
-            found["training"][name] = statistics.fmean(*zip(*pairs, strict=True))
+    training = {n: value for n, value in averages_of(run.ending()).items() if n not in CLOCK}
+    found: dict[str, dict[str, float]] = {"training": training, "held_out": {}}
     scored = [line for line in run.held_out if line.get("loss") is not None]
     if scored:
         best = min(scored, key=lambda line: float(line["loss"]))

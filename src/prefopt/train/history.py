@@ -8,6 +8,7 @@ Curve(steps=[1, 2, 3], values=[0.693, 0.688, 0.671])
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from prefopt.train.record import Line, read_metrics, read_record
 
 SPEEDS = ("pairs_per_second", "rows_per_second")
 """Metrics that say how many rows a batch had, with its time."""
+PLACES = ("step", "epoch", "episode", "learning_rate", "peak_memory_bytes")
+"""Metrics that say where a run stands, not what it reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +134,21 @@ def read_history(folder: str | Path) -> History:
         if len(line) > len(evaluated) + 1:
             training.append({name: value for name, value in line.items() if not name.startswith("eval_")})
     return History(folder, record, training, held_out)
+
+
+def averages_of(lines: Sequence[tuple[Line, float]]) -> dict[str, float]:
+    """Each metric's average over rows, of lines with how many rows they are of; of :data:`PLACES` what the last
+    line says."""
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(name for line, _ in lines for name in line):
+        known = [(line[name], rows) for line, rows in lines if line.get(name) is not None]
+        if name in PLACES and known:
+            found[name] = known[-1][0]
+        elif known and name == "objective/kl_error":  # the error of a mean of independent means
+            found[name] = math.hypot(*(rows * error for error, rows in known)) / sum(rows for _, rows in known)
+        elif known:
+            found[name] = statistics.fmean(*zip(*known, strict=True))
+    return found
 
 
 def in_use(folder: Path) -> bool:
