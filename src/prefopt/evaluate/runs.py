@@ -39,7 +39,13 @@ def find_runs(folder: str | Path) -> tuple[list[History], list[str]]:
             found.append(read_history(path.parent))
         except RunError as error:
             damaged.append(str(error))
-    return sorted(found, key=lambda run: str(run.record.get("started", ""))), damaged
+    stages = list(STAGES)  # of a chain, which may begin within a second
+
+    def order(run: History) -> tuple[str, int]:
+        name = run.folder.name
+        return str(run.record.get("started", "")), stages.index(name) if name in STAGES else -1
+
+    return sorted(found, key=order), damaged
 
 
 def runs_of(folder: str | Path) -> list[History]:
