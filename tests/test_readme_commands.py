@@ -21,10 +21,10 @@ pytestmark = [
 ]
 
 QUICK = {
-    **dict.fromkeys(("dpo", "sft", "reward"), ["--max-length", "64", "--batch-size", "4"]),
+    **{verb: ["--max-length", "64", "--batch-size", "4"] for verb in ("dpo", "sft", "reward")},
     "ppo": ["--max-new-tokens", "4", "--batch-size", "4", "--max-kl", "1e6"],
     "rlhf": ["--max-new-tokens", "4", "--max-length", "64", *("--ppo", "batch_size=4", "max_kl=1e6")],
-    **dict.fromkeys(("sample", "compare"), ["--max-new-tokens", "4"]),
+    **{verb: ["--max-new-tokens", "4"] for verb in ("sample", "compare")},
 }
 """What makes a command short, beside what stands in the README."""
 ELSEWHERE = {"collect serve": "waits for people", "frontier": "hours", "methods": "hours"}

@@ -77,6 +77,7 @@ def test_runs_tells_of_it(name: str, place: Path, capsys: pytest.CaptureFixture[
     else:
         assert f"method:    {'dpo' if METHODS[name][0] == 'dpo' else METHODS[name][0]}" in text
         assert ("reward of the policy's samples" in text) == (name in ("ppo", "rloo"))
+        assert ("no rows were held out" in text) == (name in ("lora", "kto", "ranking"))
     found = json.loads(said(["runs", name, "--json"], capsys)[1])
     assert [run["status"] for run in found] == ["finished"] * (3 if name == "chain" else 1)
     assert all(math.isfinite(run["training"]["loss"]) for run in found)

@@ -56,6 +56,8 @@ def _length(run: History) -> Iterator[Finding]:
 
 def _loss(run: History) -> Iterator[Finding]:
     curve = run.curve("loss")
+    if run.curve("objective/scores"):
+        return  # of samples that change with the policy: whether it rose or fell says nothing
     start = loss_at_start(run)
     found = change(curve, since=start)
     if found is None:
@@ -102,7 +104,7 @@ def _moved(run: History) -> Iterator[Finding]:
 def _held_out(run: History) -> Iterator[Finding]:
     curve = run.curve("loss", held_out=True)
     if not curve:
-        if run.status == "finished" and run.curve("loss"):
+        if run.status == "finished" and run.curve("loss") and not run.curve("objective/scores"):
             yield Finding(
                 "nothing held out",
                 "no rows were held out: whether the model learnt more than these rows by heart is not known; give"
