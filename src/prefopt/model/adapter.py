@@ -32,7 +32,7 @@ def require_adapter(folder: str) -> None:
     """Raises :class:`ModelError` for a folder that is none of a PEFT adapter."""
     if not Path(folder).exists() or (Path(folder) / "adapter_config.json").is_file():
         return
-    whole = ": it is a whole model, with nothing to fold in; name it as --model"
+    whole = ": it is a whole model and no adapter; name it as --model"
     what = whole if (Path(folder) / "config.json").is_file() else ": it is not a PEFT adapter"
     raise ModelError(f"--adapter {folder} holds no adapter_config.json{what}")
 
