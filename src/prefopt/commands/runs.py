@@ -5,6 +5,7 @@ from __future__ import annotations
 from prefopt.config.report import ReportConfig
 from prefopt.config.runs import PlotConfig, RunsConfig
 from prefopt.errors import ConfigError
+from prefopt.evaluate.runs import runs_of
 from prefopt.evaluate.show import show_runs
 from prefopt.screen import tell, tell_lines
 
@@ -16,10 +17,10 @@ def list_runs(config: RunsConfig) -> int:
 
 def draw_runs(config: PlotConfig) -> int:
     from prefopt.evaluate.plot import plot_runs  # listing runs needs neither torch nor matplotlib
-    from prefopt.train.history import read_history
 
-    plot_runs([read_history(folder) for folder in config.run], config.output, metrics=config.metrics, x=config.x)
-    tell(f"{config.output}: {len(config.run)} run{'s' * (len(config.run) != 1)}")
+    runs = [run for folder in config.run for run in runs_of(folder)]
+    plot_runs(runs, config.output, metrics=config.metrics, x=config.x)
+    tell(f"{config.output}: {len(runs)} run{'s' * (len(runs) != 1)}")
     return 0
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 
@@ -115,7 +116,9 @@ def run_demo(output: str, seed: int = 0) -> Measured:
         plot_runs([read_history(files.aligned)], files.picture)
     tell_result(console, result, files.aligned)
     tell_times(console, times.stages)
-    tell_next(console, files.model, files.scored, files.aligned, files.picture)
+    # The same options but for the loss: the rows that are left out, the pairs and the precision name what is cached.
+    again = replace(train, loss="ipo", output=str(_free(files.folder / "aligned-again")))
+    tell_next(console, files.model, again, files.aligned, files.picture)
     return result
 
 
@@ -170,6 +173,12 @@ def _training(files: Files, seed: int) -> DpoConfig:
         device="cpu",
         dtype="float32",
     )
+
+
+def _free(path: Path) -> Path:
+    """``path``, with a number behind it where something is there already: no run is written over."""
+    numbered = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
+    return next(p for p in itertools.chain([path], numbered) if not p.exists())
 
 
 def _make_room(folder: Path) -> None:

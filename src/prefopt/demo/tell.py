@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from prefopt.config.command import program
+from prefopt.config.command import command, program
+from prefopt.config.dpo import DpoConfig
 from prefopt.demo.measure import Measured
 from prefopt.evaluate.chart import chart
 from prefopt.progress import duration
@@ -61,16 +62,14 @@ def tell_times(console: Screen, stages: Mapping[str, float]) -> None:
     console.print(f"\ntime: {parts}; {duration(sum(stages.values()))} in all")
 
 
-def tell_next(console: Screen, model: Path, data: Path, aligned: Path, picture: Path) -> None:
-    """Three commands to go on with, and where things are."""
+def tell_next(console: Screen, model: Path, again: DpoConfig, aligned: Path, picture: Path) -> None:
+    """Three commands to go on with, and where things are. ``again``: the demonstration's training with another loss."""
     start = program()
-    other = shlex.quote(str(aligned.with_name("aligned-again")))
     tell(
         console,
         "7. What to try next",
         f"talk to it: {start} chat --model {shlex.quote(str(aligned))} --against {shlex.quote(str(model))}",
-        f"another loss, the same reference from the cache: {start} dpo --model {shlex.quote(str(model))}"
-        f" --data {shlex.quote(str(data))} --output {other} --loss ipo --learning-rate 2e-4",
+        f"another loss, the same reference from the cache: {command('dpo', again)}",
         f"your model and your pairs: {start} dpo --model MODEL --data PAIRS.jsonl --output OUTPUT --eval-fraction 0.05",
         f"{aligned} is an ordinary Hugging Face folder, with its card in README.md; {picture} shows the curves",
     )

@@ -46,10 +46,12 @@ def show_runs(folders: Sequence[str], *, as_json: bool = False) -> list[str]:
 def about(run: History) -> list[str]:
     """One run: where it stands, its loss as a curve, and what its numbers say."""
     lines = columns([[f"{name}:", value] for name, value in summary(run).items()])
-    loss, held_out = run.curve("loss"), run.curve("loss", held_out=True)
-    if len(loss.steps) > 1:
-        title = f"loss of training batches{', and ● of held-out rows' if held_out else ''}"
-        lines += ["", *chart(loss, held_out, title=title, width=WIDTH)]
+    curve, held_out = run.curve("loss"), run.curve("loss", held_out=True)
+    title = f"loss of training batches{', and ● of held-out rows' if held_out else ''}"
+    if scores := run.curve("objective/scores"):  # the loss of such a run says nothing
+        curve, title = scores, "reward of the policy's samples"
+    if len(curve.steps) > 1:
+        lines += ["", *chart(curve, held_out, title=title, width=WIDTH)]
     if told := in_words(diagnose(run)):
         lines += ["", *told]
     return lines

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.losses.kl import AdaptiveKl, FixedKl, KlController
 from prefopt.model.check import CheckReport, check_scoring
 from prefopt.model.identity import identity_of_folder
-from prefopt.model.load import local_folder, resolve_dtype, slow_dtype
+from prefopt.model.load import local_folder, resolve_dtype
 from prefopt.model.memory import peak_memory
 from prefopt.model.packed import causal_model
 from prefopt.model.save import repair_generation
@@ -36,9 +34,11 @@ from prefopt.train.callbacks import Callbacks
 from prefopt.train.card import save_model, write_card
 from prefopt.train.collector import Collector
 from prefopt.train.folder import FREE, RunFolder, digest_of, fingerprint
+from prefopt.train.history import averages_of, read_history
 from prefopt.train.judge import Judge, TextJudge
 from prefopt.train.last_good import keep_last_good
 from prefopt.train.learner import Learner, LearnOptions
+from prefopt.train.machine import prepare_machine
 from prefopt.train.metrics import Metrics
 from prefopt.train.phases import PhaseOptions, Phases
 from prefopt.train.policy import Policy
@@ -59,7 +59,7 @@ Scores = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
 @dataclass(frozen=True, slots=True)
 class PpoResult:
-    """What a run gives back: ``metrics`` are the last step's."""
+    """What a run gives back: ``metrics`` are averages over the episodes of the last tenth of the steps."""
 
     output: Path
     steps: int
@@ -120,7 +120,7 @@ class _Run:
         self.dtype = resolve_dtype(config.dtype, self.device)
 
     def run(self) -> PpoResult | None:
-        self._prepare_machine()
+        prepare_machine(self.config, self.dtype, self.device, self.reporter)
         prompts, self.settings = read_prompts(self.config, self.start, self.rows, self.reporter)
         policy = Policy(self.config, self.start.source, self.dtype, self.device, self.given)
         try:
@@ -157,15 +157,6 @@ class _Run:
             policy.release()
 
     # -- what is needed before training ------------------------------------------------------------------------
-
-    def _prepare_machine(self) -> None:
-        if self.config.threads:
-            torch.set_num_threads(self.config.threads)
-        if self.config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-        if slow := slow_dtype(self.dtype, self.device):
-            self.reporter.say(slow)
 
     def _longest(self, prompts: PromptSet) -> int:
         return max(map(len, prompts.ids)) + self.config.max_new_tokens
@@ -233,8 +224,11 @@ class _Run:
         self._say_plan(prompts, tokens)
         learner = Learner(_learn_options(config), policy.scorer, models.critic, config.temperature)
         sampler = TransformersSampler(policy.scorer)
-        sampler.rows = self.folder.record.get("rows") or sampler.estimate_rows(self._longest(prompts))
-        self.folder.remember(rows=sampler.rows, token_budget=tokens)
+        known = self.folder.record
+        sampler.rows = (
+            known.get("sampled_at_once") or known.get("rows") or sampler.estimate_rows(self._longest(prompts))
+        )
+        self.folder.remember(sampled_at_once=sampler.rows, token_budget=tokens)
         phases = Phases(
             learner=learner,
             collector=Collector(prompts, sampler, self.settings, config.num, models.judge, learner, models.reference),
@@ -293,14 +287,17 @@ class _Run:
 
     def _finish(self, policy: Policy, models: PpoModels, prompts: PromptSet, steps: int, seconds: float) -> PpoResult:
         config, folder = self.config, self.folder.path
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        first, last = lines[0], lines[-1]
+        history = read_history(folder)
+        first, ending = history.training[0], history.ending()
+        last = averages_of(ending)
         if said := repair_generation(causal_model(policy.scorer.model)):
             self.reporter.say(f"the model as it was given cannot be saved: {said}")
         save_model(folder, policy.scorer, policy.masters, self.tokenizer)
-        results: dict[str, Any] = {"steps": steps}
+        episodes, since = sum(rows for _, rows in ending), ending[0][0]["step"]
+        told = f"averages over the {episodes:.0f} episodes of steps {since} to {steps}"
+        results: dict[str, Any] = {"steps": steps, "training metrics": told}
         for name in _CARD:
-            results |= {f"first step: {name}": first.get(name), f"last step: {name}": last.get(name)}
+            results |= {f"first step: {name}": first.get(name), f"training: {name}": last.get(name)}
         results |= {f"memory of the {name}": size(of) for name, of in models.memory().items() if of}
         results |= {"training time": duration(seconds), "peak memory": size(peak_memory(self.device))}
         files = ", ".join(f"`{Path(d).name}`" for d in config.prompts)
@@ -315,9 +312,10 @@ class _Run:
             license="The licences of the base model, of the reward model and of the data apply.",
         )
         self.folder.finish(results, keep_checkpoints=bool(config.save_every))
-        if len(lines) > 1:
+        if steps > 1:
+            over = "the last" if since == steps else f"the last {steps - since + 1}"
             self.reporter.say(
-                f"score {first['objective/scores']:.3f} in the first step, {last['objective/scores']:.3f} in the last,"
+                f"score {first['objective/scores']:.3f} in the first step, {last['objective/scores']:.3f} in {over},"
                 f" at {last['objective/kl']:.3g} nats from the reference; by the reward that was trained on: look at"
                 " samples"
             )

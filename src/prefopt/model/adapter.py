@@ -20,8 +20,7 @@ def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
     """Put a saved PEFT adapter on ``model``, trainable; the dropout it was trained with is off."""
     from peft import PeftModel
 
-    if not (Path(folder) / "adapter_config.json").is_file() and Path(folder).exists():
-        raise ModelError(f"--adapter {folder} holds no adapter_config.json: it is not a PEFT adapter")
+    require_adapter(folder)
     if Path(folder).is_dir() and not (Path(folder) / "adapter_model.safetensors").is_file():
         raise ModelError(f"--adapter {folder} holds no adapter_model.safetensors; pickled weights are not opened")
     vet_folder(folder)
@@ -29,6 +28,15 @@ def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
         wrapped: torch.nn.Module = PeftModel.from_pretrained(causal_model(model), folder, is_trainable=True)
     silence_dropout(wrapped)
     return wrapped
+
+
+def require_adapter(folder: str) -> None:
+    """Raises :class:`ModelError` for a folder that is none of a PEFT adapter."""
+    if not Path(folder).exists() or (Path(folder) / "adapter_config.json").is_file():
+        return
+    whole = ": it is a whole model and no adapter; name it as --model"
+    what = whole if (Path(folder) / "config.json").is_file() else ": it is not a PEFT adapter"
+    raise ModelError(f"--adapter {folder} holds no adapter_config.json{what}")
 
 
 def new_lora(

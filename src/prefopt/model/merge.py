@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from prefopt.data.tokenizer import VOCABULARIES, load_tokenizer
 from prefopt.disk.write import output_errors
 from prefopt.errors import ModelError, RunError
-from prefopt.model.adapter import peft_warnings_off
+from prefopt.model.adapter import peft_warnings_off, require_adapter
 from prefopt.model.checkpoint import Checkpoint, origin_of
 from prefopt.model.leftover import leftover_words
 from prefopt.model.load import load_config, load_model, local_folder, quiet, vocabulary_size
@@ -93,6 +93,7 @@ def merge_adapter(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(f"--output {output} is there already; name a new folder")
     source = local_folder(adapter)
+    require_adapter(source)
     base = local_folder(model or _base_of(source))
     wrapped = _load(base, source, _read_as(base, dtype), device)
     causal = causal_model(wrapped)
@@ -138,8 +139,7 @@ def load_folded(base: str, adapter: str, *, dtype: torch.dtype, device: torch.de
 def _base_of(folder: str) -> str:
     """The model that an adapter names."""
     path = Path(folder) / "adapter_config.json"
-    if not path.is_file():
-        raise ModelError(f"--adapter {folder} holds no adapter_config.json: it is not a PEFT adapter")
+    require_adapter(folder)
     try:
         name = json.loads(path.read_text("utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):

@@ -10,20 +10,18 @@ from pathlib import Path
 
 from prefopt.disk.hashes import file_hashes
 from prefopt.errors import DataError, Interrupted, RunError
+from prefopt.train.record import RECORD, read_record
 
 OF_A_MODEL = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
-OF_A_RUN = {"run.json", "reliability.json"}  # what changes, or says nothing of the model
+OF_A_RUN = {RECORD, "reliability.json"}  # what changes, or says nothing of the model
 
 
 def status_of(folder: Path) -> str:
     """``finished``, ``begun``, or nothing where there is no run in the folder."""
-    file = folder / "run.json"
-    if not file.exists():
+    if not (folder / RECORD).exists():
         return ""
-    try:
-        return "finished" if json.loads(file.read_text()).get("status") == "finished" else "begun"
-    except (OSError, ValueError, AttributeError):
-        raise RunError(f"{file} cannot be read; remove {folder}, or name another --output") from None
+    record = read_record(folder, f"remove {folder}")
+    return "finished" if record.get("status") == "finished" else "begun"
 
 
 def contents_of(folder: Path) -> str:

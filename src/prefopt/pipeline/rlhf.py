@@ -23,8 +23,10 @@ from prefopt.data.content import layout_name
 from prefopt.data.dataset_info import find_entry
 from prefopt.data.sources import find_sources
 from prefopt.disk.hashes import file_hashes
+from prefopt.disk.read import read_json
 from prefopt.disk.write import output_errors, write_json
 from prefopt.errors import ConfigError, RunError
+from prefopt.evaluate.runs import CHAIN
 from prefopt.generate.loaded import SampledModel
 from prefopt.methods import ppo, reward, sft
 from prefopt.model.load import local_folder, resolve_device
@@ -59,7 +61,7 @@ class _Chain:
     def __init__(self, config: RlhfConfig) -> None:
         self.config, self.reporter = config, Reporter(config.progress)
         self.folder = Path(config.output)
-        self.file = self.folder / "stages.json"
+        self.file = self.folder / CHAIN
         self.record: dict[str, dict[str, str]] = self._read()
         self.done: list[str] = []
         self.skipped: list[str] = []
@@ -143,11 +145,14 @@ class _Chain:
     def _read(self) -> dict[str, dict[str, str]]:
         if not self.file.exists():
             return {}
-        try:
-            found = json.loads(self.file.read_text())
-        except (OSError, ValueError) as error:
-            raise RunError(f"{self.file} cannot be read ({error}); restore it, or name another --output") from None
-        return found if isinstance(found, dict) else {}
+        return read_json(self.file, _stages, "name another --output")
+
+
+def _stages(found: Any) -> dict[str, dict[str, str]]:
+    stages: dict[str, dict[str, str]] = found
+    if not all(isinstance(text, str) for stage in stages.values() for text in stage.values()):
+        raise ValueError("a stage has other than digests")
+    return stages
 
 
 def _as(kind: type[Any], config: StageConfig) -> Any:

@@ -12,7 +12,7 @@ import torch
 from prefopt.config.dpo import DpoConfig
 from prefopt.data.group import Group
 from prefopt.data.packer import pack
-from prefopt.data.table import GroupTable
+from prefopt.data.table import GroupTable, IndexArray
 from prefopt.errors import ModelError, RunError
 from prefopt.model.check import check_scoring
 from prefopt.model.identity import Identity, identity_of_folder, identity_of_model
@@ -26,6 +26,7 @@ from prefopt.model.scorer import Scorer, causal_model, response_sums
 from prefopt.model.sharing import context_length
 from prefopt.model.space_of import space_of
 from prefopt.progress import Bar, Reporter
+from prefopt.train.read import at, spread
 from prefopt.train.stop import StopRequest
 
 
@@ -79,11 +80,27 @@ class ReferenceRun:
         self._scorer: Scorer | None = start if choice.is_start else None
 
     def values(
-        self, groups: Sequence[Group], token_budget: int, reporter: Reporter, stop: StopRequest
+        self,
+        groups: GroupTable,
+        token_budget: int,
+        reporter: Reporter,
+        stop: StopRequest,
+        read: IndexArray | None = None,
     ) -> tuple[ReferenceValues, FillReport]:
-        """Fill the cache and read it. Raises :class:`ModelError` where the reference cannot take the data."""
-        cache = ReferenceCache(self.space())
+        """Fill the cache and read it, for all ``groups``, or for those at ``read`` alone: the others' values are NaN.
+
+        Raises :class:`ModelError` where the reference cannot take the data.
+        """
         self.check_fits(groups)
+        if read is None:
+            return self._filled(groups, token_budget, reporter, stop)
+        few, report = self._filled(at(groups, read), token_budget, reporter, stop)
+        return spread(few, read, groups), report
+
+    def _filled(
+        self, groups: GroupTable, token_budget: int, reporter: Reporter, stop: StopRequest
+    ) -> tuple[ReferenceValues, FillReport]:
+        cache = ReferenceCache(self.space())
         missing = cache.missing(groups, token_values=self.token_values)
         if not missing:
             report = FillReport(0, len(GroupTable.of(groups).key_N), 0, 0.0)
@@ -198,14 +215,6 @@ class ReferenceRun:
             return [[next(scored) for _ in group.continuations] for group in groups]
 
         return score
-
-
-def unscored(groups: Sequence[Group]) -> ReferenceValues:
-    """Zeros where the reference's values will stand, to try a step before anything is scored."""
-    table = GroupTable.of(groups)
-    tokens = np.concatenate([[0], np.cumsum(table.trained_N, dtype=np.int64)])
-    sums, values = np.zeros(len(table.trained_N)), np.zeros(int(tokens[-1]), np.float32)
-    return ReferenceValues(sums, table.trained_N, table.response_starts, tokens, values)
 
 
 def check_vocabulary(groups: Sequence[Group], rows: int, model: str) -> None:

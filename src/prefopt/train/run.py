@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Generic
@@ -18,7 +17,7 @@ import torch
 
 from prefopt.config.document import write_document
 from prefopt.config.method import MethodOptions
-from prefopt.data.sampler import Sampler
+from prefopt.data.sampler import IndexArray, Sampler
 from prefopt.data.show import show
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.data.truncate import sequence_limit
@@ -28,7 +27,7 @@ from prefopt.errors import ConfigError
 from prefopt.model.causal import refuse_untrainable
 from prefopt.model.check import CheckReport
 from prefopt.model.live import Movement
-from prefopt.model.load import load_config, local_folder, resolve_device, resolve_dtype, slow_dtype, vocabulary_size
+from prefopt.model.load import load_config, local_folder, resolve_device, resolve_dtype, vocabulary_size
 from prefopt.model.memory import peak_memory
 from prefopt.model.packed import causal_model
 from prefopt.model.save import repair_generation
@@ -41,13 +40,14 @@ from prefopt.train.card import save_model, write_card
 from prefopt.train.data import TrainingData, load_data
 from prefopt.train.facts import Values
 from prefopt.train.folder import FREE, RunFolder, fingerprint
-from prefopt.train.history import read_history
 from prefopt.train.loop import Loop, LoopOptions
+from prefopt.train.machine import prepare_machine
 from prefopt.train.measure import measure_of
 from prefopt.train.metrics import Metrics
 from prefopt.train.objective import Objective
 from prefopt.train.optim import Schedule, adamw
 from prefopt.train.policy import AnyScorer, Trained
+from prefopt.train.read import groups_read
 from prefopt.train.reference import check_vocabulary
 from prefopt.train.spending import spending
 from prefopt.train.stop import StopRequest
@@ -95,7 +95,7 @@ class TrainingRun(Generic[AnyScorer]):
 
     def run(self) -> Loop | None:
         """Every stage in turn; the loop that trained, or none for a dry run."""
-        self._prepare_machine()
+        prepare_machine(self.config, self.dtype, self.device, self.reporter)
         with spending(self.folder, self.device) as self.spending:
             return self._run()
 
@@ -211,17 +211,6 @@ class TrainingRun(Generic[AnyScorer]):
 
     # -- what is needed before training ------------------------------------------------------------------------
 
-    def _prepare_machine(self) -> None:
-        if self.config.threads:
-            torch.set_num_threads(self.config.threads)
-        if self.config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-        if slow := slow_dtype(self.dtype, self.device):
-            self.reporter.say(slow)
-        if self.device.type == "mps" and self.dtype == torch.float64:
-            raise ConfigError("--dtype float64: mps has none; take --device cpu")
-
     def _say_scoring(self) -> None:
         scorer, check = self.policy.scorer, self.check
         if scorer.reason and scorer.path == "separate":
@@ -275,7 +264,7 @@ class TrainingRun(Generic[AnyScorer]):
 
     def _loop(self, objective: Objective) -> Loop:
         config, data, policy = self.config, self.data, self.policy
-        steps = self._steps()
+        steps = self.steps()
         tokens, speed = self._token_budget(objective)
         self.reporter.say(self._plan(tokens, speed))
         assert config.learning_rate is not None
@@ -322,19 +311,27 @@ class TrainingRun(Generic[AnyScorer]):
     def _sampler(self) -> Sampler:
         return self.data.sampler(self.config.batch_size, seed=self.config.seed, shuffle=self.config.shuffle)
 
-    def _steps(self) -> int:
+    def steps(self) -> int:
+        """How many there are to do."""
         steps = max(1, math.ceil(self.config.epochs * self._sampler().steps_per_epoch))
         return min(steps, self.config.max_steps or steps)
+
+    def groups_read(self) -> IndexArray | None:
+        """The groups that training and evaluations read, where ``--max-steps`` leaves some out."""
+        if self.config.max_steps is None:
+            return None
+        found = groups_read(self._sampler(), self.steps(), self.data.train, self.data.held_out)
+        return found if len(found) < len(self.data.groups) else None
 
     def _seconds(self, tokens: int, speed: float) -> float:
         sampler = self._sampler()
         epoch = np.asarray(self.data.train)[sampler.order(0)]
         per_step = int(self.policy.scorer.layout.costs(self.data.groups)[epoch].sum()) / sampler.steps_per_epoch
-        return self._steps() * per_step / speed * (self.passes if per_step > tokens else 1)
+        return self.steps() * per_step / speed * (self.passes if per_step > tokens else 1)
 
     def _plan(self, tokens: int, speed: float) -> str:
         return (
-            f"{self._steps()} steps of {self.config.batch_size} {self.data.noun}, {tokens} tokens at once: about"
+            f"{self.steps()} steps of {self.config.batch_size} {self.data.noun}, {tokens} tokens at once: about"
             f" {duration(self._seconds(tokens, speed))}"
         )
 
@@ -361,7 +358,7 @@ class TrainingRun(Generic[AnyScorer]):
 
     def _finish(self, loop: Loop) -> None:
         progress, data, folder = loop.progress, self.data, self.folder.path
-        self.last = dict(read_history(folder).training[-1])
+        self.metrics, told = loop.averages.told(folder, loop.objective.derived)
         if progress.best_step is not None and progress.best_step != progress.step:
             loop.masters.load(load_best(loop.checkpoints, progress.best_step))
             self.reporter.say(f"the weights of step {progress.best_step} are saved: the best on held-out {data.noun}")
@@ -374,7 +371,8 @@ class TrainingRun(Generic[AnyScorer]):
             "steps": progress.step,
             "held-out loss": self.held_out_loss,
             "best step": progress.best_step,
-            **{f"last step: {n}": self.last[n] for n in sorted(self.last) if n.partition("/")[0] in _CARD},
+            "training metrics": told,
+            **{f"training: {n}": self.metrics[n] for n in sorted(self.metrics) if n.partition("/")[0] in _CARD},
             **more,
             "training time": duration(progress.seconds),
             "peak memory": size(peak_memory(self.device)),
