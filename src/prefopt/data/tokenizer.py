@@ -63,6 +63,11 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder holds a vocabulary, whatever else is there."""
+    return any((Path(folder) / name).is_file() for name in VOCABULARIES)
+
+
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """The largest token id plus one: what a model's embedding must at least hold."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1

@@ -24,6 +24,7 @@ from prefopt.generate.sample import group_of
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.losses.kl import AdaptiveKl, FixedKl, KlController
 from prefopt.model.check import CheckReport, check_scoring
+from prefopt.model.generation import add_end_tokens
 from prefopt.model.identity import identity_of_folder
 from prefopt.model.load import local_folder, resolve_dtype, slow_dtype
 from prefopt.model.memory import peak_memory
@@ -148,7 +149,9 @@ class _Run:
             try:
                 place = phases.run()
             except Diverged as error:
-                kept = keep_last_good(self.config, self.folder, policy, self.tokenizer, named=self.given is None)
+                kept = keep_last_good(
+                    self.config, self.folder, policy, self.tokenizer, self.settings.stop, named=self.given is None
+                )
                 raise Diverged(error.reason, f"{error.remedy}; {kept}" if error.remedy else kept) from error
             return self._finish(policy, models, prompts, place.step, place.seconds)
         finally:
@@ -296,6 +299,8 @@ class _Run:
         if said := repair_generation(causal_model(policy.scorer.model)):
             self.reporter.say(f"the model as it was given cannot be saved: {said}")
         save_model(folder, policy.scorer, policy.masters, self.tokenizer)
+        if said := add_end_tokens(folder, self.settings.stop, self.tokenizer, policy.scorer.model):
+            self.reporter.say(said)
         results: dict[str, Any] = {"steps": steps}
         for name in _CARD:
             results |= {f"first step: {name}": first.get(name), f"last step: {name}": last.get(name)}

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from prefopt.data.tokenizer import VOCABULARIES, load_tokenizer
+from prefopt.data.ends import end_of_turn
+from prefopt.data.render import Renderer
+from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from prefopt.disk.write import output_errors
 from prefopt.errors import ModelError, RunError
 from prefopt.model.adapter import peft_warnings_off
+from prefopt.model.generation import add_end_tokens, end_tokens
 from prefopt.model.load import load_config, load_model, local_folder, quiet, vocabulary_size
+from prefopt.model.older_readers import write_for_older_readers
 from prefopt.model.save import repair_generation, share_weights
 from prefopt.model.scorer import causal_model
 
@@ -37,7 +41,8 @@ PROBES, PROBE_TOKENS = 3, 24
 class MergeReport:
     """What was measured. ``difference``: logits of the merged model against those with the adapter on; ``effect``:
     those without the adapter against those with it; both as parts of the norm of the logits. ``rounding``: how far the
-    type they are saved in moves the merged weights, as a part of how far the adapter does."""
+    type they are saved in moves the merged weights, as a part of how far the adapter does. ``ends`` says which
+    tokens were added to those that end answers."""
 
     output: Path
     dtype: torch.dtype
@@ -46,6 +51,7 @@ class MergeReport:
     effect: float
     rounding: float
     untied: bool
+    ends: str | None = None
 
     def in_words(self) -> list[str]:
         """Lines for a person."""
@@ -66,6 +72,8 @@ class MergeReport:
         )
         if self.effect == 0:
             lines.append("the adapter changes nothing: is it one that was never trained?")
+        if self.ends:
+            lines.append(self.ends)
         return [*lines, f"loaded again by transformers, with the same logits: {self.output}"]
 
 
@@ -99,11 +107,13 @@ def merge_adapter(
             f"{adapter}: the merged model's logits differ by {difference:.1e} of their size, of which rounding explains"
             f" {ROUNDING[dtype]:.0e}; nothing was written: serve model and adapter side by side"
         )
-    _save(merged, output, tokenizer_from=source if _has_tokenizer(source) else base)
+    tokenizer = load_tokenizer(source if has_tokenizer(source) else base)
+    _save(merged, output, tokenizer)
+    ends = add_end_tokens(output, _ends(source, tokenizer), tokenizer, merged)
     _write_card(output, model or _base_of(source), adapter, Path(source) / "README.md", dtype)
     del merged, wrapped, causal
     _check_saved(output, dtype, device, probes_2, found)
-    return MergeReport(output, dtype, layers, difference, effect, rounding, untied)
+    return MergeReport(output, dtype, layers, difference, effect, rounding, untied, ends)
 
 
 def load_folded(base: str, adapter: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -228,16 +238,20 @@ def _peft_quiet() -> Iterator[None]:
         yield
 
 
-def _has_tokenizer(folder: str) -> bool:
-    return any((Path(folder) / name).is_file() for name in VOCABULARIES)
+def _ends(adapter: str, tokenizer: Tokenizer) -> Sequence[int]:
+    """What ends the answers of an adapter: what its folder says, else the chat template."""
+    said = end_tokens(adapter)
+    if said is None and tokenizer.chat_template:
+        said = [i for i in [end_of_turn(Renderer(tokenizer))] if i is not None]
+    return said or ()
 
 
-def _save(model: Any, output: Path, *, tokenizer_from: str) -> None:
-    tokenizer = load_tokenizer(tokenizer_from)
+def _save(model: Any, output: Path, tokenizer: Tokenizer) -> None:
     repair_generation(model)
     with output_errors(output), quiet():
         model.save_pretrained(output, safe_serialization=True)
         tokenizer.save_pretrained(output)
+        write_for_older_readers(output, tokenizer)
         share_weights(output)
 
 

@@ -18,6 +18,7 @@ import torch
 
 from prefopt.config.document import write_document
 from prefopt.config.method import MethodOptions
+from prefopt.data.ends import trained_ends
 from prefopt.data.sampler import Sampler
 from prefopt.data.show import show
 from prefopt.data.tokenizer import load_tokenizer
@@ -26,6 +27,7 @@ from prefopt.data.want import Want
 from prefopt.disk.write import output_errors
 from prefopt.errors import ConfigError
 from prefopt.model.check import CheckReport
+from prefopt.model.generation import add_end_tokens
 from prefopt.model.live import Movement
 from prefopt.model.load import load_config, local_folder, resolve_device, resolve_dtype, slow_dtype, vocabulary_size
 from prefopt.model.memory import peak_memory
@@ -197,6 +199,10 @@ class TrainingRun(Generic[AnyScorer]):
         """Write the model."""
         save_model(self.folder.path, self.policy.scorer, self.policy.masters, self.tokenizer)
 
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that answers were trained to end with, for ``generation_config.json``."""
+        return trained_ends(self.data.groups, self.tokenizer)
+
     def title(self) -> tuple[str, str]:
         """What the card calls the method, and its tag."""
         raise NotImplementedError
@@ -366,6 +372,7 @@ class TrainingRun(Generic[AnyScorer]):
         if said := repair_generation(causal_model(loop.scorer.model)):
             self.reporter.say(f"the model as it was given cannot be saved: {said}")
         self.save()
+        self._tell(add_end_tokens(folder, self.ends(), self.tokenizer, loop.scorer.model))
         results: dict[str, Any] = {
             "steps": progress.step,
             "held-out loss": self.held_out_loss,
