@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from prefopt.disk.adapter_folder import base_of, is_adapter
 from prefopt.errors import ModelError
 
 if TYPE_CHECKING:
@@ -34,13 +35,15 @@ PLAIN_TURNS = (
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """The tokenizer of a folder or of a Hub name; foreign code is never run.
+    """The tokenizer of a folder or of a Hub name; of an adapter without one, its model's. Foreign code is never run.
 
     Raises :class:`ModelError` in one line where the folder is missing or incomplete, or the tokenizer cannot give the
     characters of its tokens.
     """
     from transformers import AutoTokenizer, GPT2Tokenizer
 
+    if is_adapter(source) and not has_tokenizer(source):
+        source = base_of(source)
     path = Path(source)
     here = {p.name for p in path.iterdir()} if path.is_dir() else set()
     if not path.exists() and (path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1):

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +15,20 @@ from transformers import GenerationConfig
 from prefopt.data.ends import end_of_turn
 from prefopt.data.render import Renderer
 from prefopt.data.rendering import Rendering
-from prefopt.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_digest
+from prefopt.data.tokenizer import Tokenizer, tokenizer_digest
 from prefopt.errors import ConfigError
 from prefopt.model.dropout import silence_dropout
 from prefopt.model.generation import end_tokens
 from prefopt.model.identity import Identity, identity_of_folder, identity_of_model
-from prefopt.model.load import load_config, load_model, local_folder, resolve_device, resolve_dtype
+from prefopt.model.load import (
+    adapter_line,
+    base_and_adapter,
+    load_config,
+    load_model,
+    resolve_device,
+    resolve_dtype,
+    tokenizer_of_name,
+)
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer
 from prefopt.model.sharing import context_length
@@ -29,7 +38,8 @@ class SampledModel:
     """A folder, a Hub name, or a model ``given`` in Python with its tokenizer, which is used as it is.
 
     ``source`` and ``adapter`` are folders on this machine (empty and none for a model given). ``context`` is how many
-    positions the model has, ``said`` its generation config.
+    positions the model has, ``said`` its generation config, ``label`` what people call it, ``note`` what to say
+    where ``name`` is an adapter's.
     """
 
     def __init__(
@@ -48,9 +58,10 @@ class SampledModel:
         self.dtype = resolve_dtype(dtype, self.device) if given is None else given.dtype
         if self.device.type == "mps" and self.dtype == torch.float64:
             raise ConfigError("--dtype float64: mps has none; take --device cpu")
-        self.source = "" if given is not None else local_folder(name)
-        self.adapter = local_folder(adapter) if adapter else None
-        self.tokenizer: Tokenizer = copy.deepcopy(tokenizer) if given is not None else load_tokenizer(self.source)
+        self.source, self.adapter = ("", None) if given is not None else base_and_adapter(name, adapter)
+        self.note = adapter_line(name) if given is None else None
+        self.label = f"{name} with {Path(adapter).name}" if adapter else name
+        self.tokenizer: Tokenizer = copy.deepcopy(tokenizer) if given is not None else tokenizer_of_name(name, adapter)
         config = given.config if given is not None else load_config(self.source)
         self.context = context_length(config)
         self.said: Any = getattr(given, "generation_config", None) if given is not None else self._generation_config()

@@ -65,7 +65,7 @@ def _local(config: ChatConfig, name: str, adapter: str | None, seed: int, report
     note = " as its generation_config.json says" if said and not given else ""
     dtype = str(model.dtype).removeprefix("torch.")
     reporter.say(f"{talker.name}: {dtype} on {model.device}, {form}, {shown}{note}")
-    for line in (talker.note, slow_dtype(model.dtype, model.device)):
+    for line in (model.note, talker.note, slow_dtype(model.dtype, model.device)):
         if line:
             reporter.say(line)
     return talker

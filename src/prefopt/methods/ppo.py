@@ -25,14 +25,14 @@ from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.losses.kl import AdaptiveKl, FixedKl, KlController
 from prefopt.model.check import CheckReport, check_scoring
 from prefopt.model.generation import add_end_tokens
-from prefopt.model.identity import identity_of_folder
-from prefopt.model.load import local_folder, resolve_dtype, slow_dtype
+from prefopt.model.load import identity_of_name, resolve_dtype, slow_dtype
 from prefopt.model.memory import peak_memory
 from prefopt.model.packed import causal_model
 from prefopt.model.save import repair_generation
 from prefopt.progress import Reporter, duration, size
 from prefopt.rewards import Reward, load_reward
 from prefopt.train import budget
+from prefopt.train.adapter_model import line_of, with_base
 from prefopt.train.callbacks import Callbacks
 from prefopt.train.card import save_model, write_card
 from prefopt.train.collector import Collector
@@ -105,6 +105,10 @@ class _Run:
         rows: Any,
         reward: Scores | None,
     ) -> None:
+        if model is None:
+            if said := line_of(config):
+                reporter.say(said)
+            config = with_base(config)
         self.config, self.reporter, self.stop = config, reporter, stop
         self.given, self.rows = model, rows
         self.reward = _given_reward(config.reward, reward)
@@ -199,10 +203,10 @@ class _Run:
         if self.ptx is not None:
             self.folder.same("ptx_data", fingerprint(self.ptx.groups), "the data of --ptx-data")
         if self.config.reference is not None:
-            found = identity_of_folder(local_folder(self.config.reference)).digest
+            found = identity_of_name(self.config.reference).digest
             self.folder.same("reference", found, "the reference model")
         if self.reward is None:
-            found = identity_of_folder(local_folder(self.config.reward)).digest
+            found = identity_of_name(self.config.reward).digest
             self.folder.same("reward", found, "the reward model")
         elif (code := self.reward.digest()) is not None:
             self.folder.same("reward", code, f"the code of --reward {self.reward.name}")

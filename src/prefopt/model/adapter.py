@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.dropout import silence_dropout
+from prefopt.model.grown_vocabulary import grow_for_adapter, holds_embedding
 from prefopt.model.load_errors import first_line, model_errors
 from prefopt.model.scorer import causal_model
 
@@ -24,9 +26,14 @@ def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
     if Path(folder).is_dir() and not (Path(folder) / "adapter_model.safetensors").is_file():
         raise ModelError(f"--adapter {folder} holds no adapter_model.safetensors; pickled weights are not opened")
     with model_errors(folder), peft_warnings_off():
-        wrapped: torch.nn.Module = PeftModel.from_pretrained(causal_model(model), folder, is_trainable=True)
+        plain = causal_model(model)
+        grow_for_adapter(plain, folder)
+        whole = holds_embedding(plain, folder)
+        wrapped: Any = PeftModel.from_pretrained(plain, folder, is_trainable=True)
+        wrapped.prefopt_saves_embedding = whole
     silence_dropout(wrapped)
-    return wrapped
+    trainable: torch.nn.Module = wrapped
+    return trainable
 
 
 def new_lora(

@@ -11,10 +11,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from prefopt.disk.adapter_folder import base_of, is_adapter
 from prefopt.disk.hub import no_telemetry
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.adapter import add_adapter
 from prefopt.model.dropout import silence_dropout
+from prefopt.model.identity import Identity, identity_of_folder
 from prefopt.model.load_errors import is_path, model_errors
 from prefopt.model.sharing import context_length
 
@@ -78,24 +81,64 @@ def local_folder(name: str) -> str:
         return snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])
 
 
+def base_and_adapter(name: str, adapter: str | None = None) -> tuple[str, str | None]:
+    """Folders of a model and of the adapter on it, where there is one: ``adapter``, or ``name`` is an adapter itself.
+
+    Raises :class:`ConfigError` where both are, :class:`ModelError` where an adapter's model cannot be found.
+    """
+    source = local_folder(name)
+    if not is_adapter(source):
+        return source, local_folder(adapter) if adapter else None
+    base = base_of(source)
+    if adapter is not None:
+        raise ConfigError(f"{name} is an adapter itself: leave {adapter} out, or name the model of both, {base}")
+    try:
+        return local_folder(base), source
+    except ModelError as error:
+        raise ModelError(
+            f"{name} is an adapter on {base}, which cannot be found ({error}): give --model BASE --adapter {name}"
+        ) from error
+
+
+def adapter_line(name: str) -> str | None:
+    """What to say of a model's name that is an adapter's."""
+    source = local_folder(name)
+    return f"{name} is an adapter on {base_of(source)}: both are loaded" if is_adapter(source) else None
+
+
+def identity_of_name(name: str, adapter: str | None = None) -> Identity:
+    """The identity of a model by its name, with ``adapter`` on it where one is named, or where it is one itself."""
+    base, own = base_and_adapter(name, adapter)
+    return identity_of_folder(base, adapter=own)
+
+
+def tokenizer_of_name(name: str, adapter: str | None = None) -> Tokenizer:
+    """The tokenizer of an adapter where its folder has one, which may have more tokens; else that of its model."""
+    base, own = base_and_adapter(name, adapter)
+    return load_tokenizer(own if own is not None and has_tokenizer(own) else base)
+
+
 def load_config(name: str) -> PreTrainedConfig:
-    """The configuration of a model folder or Hub name."""
+    """The configuration of a model folder or Hub name; an adapter's is that of its model."""
+    name = base_and_adapter(name)[0] if is_adapter(name) else name
     with model_errors(name):
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def context_of(name: str) -> int | None:
     """Positions of a model folder or Hub name, where it says so; a folder with a tokenizer alone says nothing."""
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file() and not is_adapter(name):
         return None
     return context_length(load_config(name))
 
 
 def load_model(name: str, *, dtype: torch.dtype, device: torch.device, adapter: str | None = None) -> torch.nn.Module:
-    """A causal language model, dropout off, with ``adapter`` (trainable) on it where one is named.
+    """A causal language model, dropout off, with ``adapter`` (trainable) on it where one is named, or ``name`` is one.
 
     Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, or needs code of its own.
     """
+    if is_adapter(name):
+        name, adapter = base_and_adapter(name, adapter)
     loaded: torch.nn.Module = load_weights(AutoModelForCausalLM, name, load_config(name), dtype).to(device)
     return add_adapter(loaded, adapter) if adapter else loaded
 

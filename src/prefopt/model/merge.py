@@ -6,7 +6,6 @@ that type.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import warnings
@@ -22,11 +21,12 @@ from transformers import PreTrainedModel
 from prefopt.data.ends import end_of_turn
 from prefopt.data.render import Renderer
 from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from prefopt.disk.adapter_folder import base_of, is_adapter, read_adapter
 from prefopt.disk.write import output_errors
-from prefopt.errors import ModelError, RunError
+from prefopt.errors import ConfigError, ModelError, RunError
 from prefopt.model.adapter import peft_warnings_off
 from prefopt.model.generation import add_end_tokens, end_tokens
-from prefopt.model.load import load_config, load_model, local_folder, quiet, vocabulary_size
+from prefopt.model.load import base_and_adapter, load_config, load_model, local_folder, quiet, vocabulary_size
 from prefopt.model.older_readers import write_for_older_readers
 from prefopt.model.save import repair_generation, share_weights
 from prefopt.model.scorer import causal_model
@@ -89,7 +89,10 @@ def merge_adapter(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(f"--output {output} is there already; name a new folder")
     source = local_folder(adapter)
-    base = local_folder(model or _base_of(source))
+    read_adapter(source)
+    if model is not None and is_adapter(local_folder(model)):
+        raise ConfigError(f"--model {model} is an adapter itself; leave it out, or name the model of both adapters")
+    base = local_folder(model) if model is not None else base_and_adapter(adapter)[0]
     wrapped = _load(base, source, _read_as(base, dtype), device)
     causal = causal_model(wrapped)
     probes_2 = _probes(vocabulary_size(causal))
@@ -110,7 +113,7 @@ def merge_adapter(
     tokenizer = load_tokenizer(source if has_tokenizer(source) else base)
     _save(merged, output, tokenizer)
     ends = add_end_tokens(output, _ends(source, tokenizer), tokenizer, merged)
-    _write_card(output, model or _base_of(source), adapter, Path(source) / "README.md", dtype)
+    _write_card(output, model or base_of(source), adapter, Path(source) / "README.md", dtype)
     del merged, wrapped, causal
     _check_saved(output, dtype, device, probes_2, found)
     return MergeReport(output, dtype, layers, difference, effect, rounding, untied, ends)
@@ -126,20 +129,6 @@ def load_folded(base: str, adapter: str, *, dtype: torch.dtype, device: torch.de
     with _peft_quiet(), peft_warnings_off():
         merged: PreTrainedModel = wrapped.merge_and_unload()
     return merged
-
-
-def _base_of(folder: str) -> str:
-    """The model that an adapter names."""
-    path = Path(folder) / "adapter_config.json"
-    if not path.is_file():
-        raise ModelError(f"--adapter {folder} holds no adapter_config.json: it is not a PEFT adapter")
-    try:
-        name = json.loads(path.read_text("utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
-        name = None
-    if not isinstance(name, str) or not name:
-        raise ModelError(f"--adapter {folder} does not name the model it belongs to; give --model")
-    return name
 
 
 def _read_as(base: str, dtype: torch.dtype) -> torch.dtype:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,10 +30,12 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from prefopt.data.group import Group
 from prefopt.data.packer import PackedBatch, pack, split
 from prefopt.data.tokenizer import Tokenizer
+from prefopt.disk.adapter_folder import is_adapter, read_adapter
 from prefopt.errors import ModelError
-from prefopt.model.adapter import peft_warnings_off
-from prefopt.model.load import load_config, load_model, load_weights
+from prefopt.model.adapter import add_adapter, peft_warnings_off
+from prefopt.model.load import base_and_adapter, load_config, load_model, load_weights
 from prefopt.model.logprobs import wide_dtype
+from prefopt.model.merge import load_folded
 from prefopt.model.packed import PackedModel, body_of, causal_model
 
 SHIFT = "prefopt_reward_shift"
@@ -98,12 +99,13 @@ def load_scalar(
 
     - a causal language model: with a new head drawn from ``seed``; see :func:`scalar_from`
     - a sequence classifier with one label, such as ``prefopt reward`` writes
+    - an adapter of either kind, which is folded into its model
 
     ``tokenizer`` is the one the tokens come from. Raises :class:`ModelError` for a folder that is damaged, has another
     number of labels, pads with EOS, or is of an architecture without such a class.
     """
-    if (Path(name) / "adapter_config.json").is_file():
-        raise ModelError(f"{name} is an adapter; fold it into its model first: prefopt merge")
+    if is_adapter(name):
+        return _on(_adapted(name, dtype, device, tokenizer, seed), device)
     if not is_classifier(name):
         return _on(scalar_from(load_model(name, dtype=dtype, device=device), tokenizer, seed=seed), device)
     config: Any = load_config(name)
@@ -124,9 +126,25 @@ def load_scalar(
 
 
 def is_classifier(name: str) -> bool:
-    """Whether a folder or Hub name holds a sequence classifier (else: a language model)."""
+    """Whether a folder or Hub name holds a sequence classifier, or an adapter for one (else: a language model)."""
+    if is_adapter(name):
+        return read_adapter(name).get("task_type") == "SEQ_CLS"
     architectures = getattr(load_config(name), "architectures", None) or ()
     return any(a.endswith("ForSequenceClassification") for a in architectures)
+
+
+def _adapted(name: str, dtype: torch.dtype, device: torch.device, tokenizer: Tokenizer, seed: int) -> PreTrainedModel:
+    """The scalar model that an adapter makes of its base: of a language model with a new head, or with its own."""
+    base, adapter = base_and_adapter(name)
+    assert adapter is not None
+    wide = torch.promote_types(dtype, torch.float32)
+    if not is_classifier(name):
+        return scalar_from(load_folded(base, adapter, dtype=wide, device=device), tokenizer, seed=seed).to(dtype)
+    bare = load_scalar(base, dtype=wide, device=device, tokenizer=tokenizer, seed=seed)
+    merge: Any = add_adapter(bare, adapter).merge_and_unload
+    with peft_warnings_off():
+        merged: PreTrainedModel = merge().to(dtype)
+    return merged
 
 
 def scalar_from(model: torch.nn.Module, tokenizer: Tokenizer, *, seed: int = 0) -> PreTrainedModel:

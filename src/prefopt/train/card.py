@@ -35,7 +35,8 @@ def save_model(folder: Path, scorer: PackedModel, masters: MasterWeights, tokeni
             state = {**dict(model.state_dict()), **weights}
             # Without being told, PEFT would ask the Hub whether the base's embedding is another one, and store it whole
             # beside an adapter on the head.
-            model.save_pretrained(folder, state_dict=state, safe_serialization=True, save_embedding_layers=False)
+            whole = getattr(model, "prefopt_saves_embedding", False)
+            model.save_pretrained(folder, state_dict=state, safe_serialization=True, save_embedding_layers=whole)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
         tokenizer.save_pretrained(folder)
         write_for_older_readers(folder, tokenizer)

@@ -21,7 +21,6 @@ from prefopt.config.method import MethodOptions
 from prefopt.data.ends import trained_ends
 from prefopt.data.sampler import Sampler
 from prefopt.data.show import show
-from prefopt.data.tokenizer import load_tokenizer
 from prefopt.data.truncate import sequence_limit
 from prefopt.data.want import Want
 from prefopt.disk.write import output_errors
@@ -29,13 +28,22 @@ from prefopt.errors import ConfigError
 from prefopt.model.check import CheckReport
 from prefopt.model.generation import add_end_tokens
 from prefopt.model.live import Movement
-from prefopt.model.load import load_config, local_folder, resolve_device, resolve_dtype, slow_dtype, vocabulary_size
+from prefopt.model.load import (
+    load_config,
+    local_folder,
+    resolve_device,
+    resolve_dtype,
+    slow_dtype,
+    tokenizer_of_name,
+    vocabulary_size,
+)
 from prefopt.model.memory import peak_memory
 from prefopt.model.packed import causal_model
 from prefopt.model.save import repair_generation
 from prefopt.model.sharing import context_length
 from prefopt.progress import Reporter, duration, size
 from prefopt.train import budget
+from prefopt.train.adapter_model import line_of, with_base
 from prefopt.train.best import load_best
 from prefopt.train.callbacks import Callbacks
 from prefopt.train.card import save_model, write_card
@@ -78,7 +86,9 @@ class TrainingRun(Generic[AnyScorer]):
         callbacks: Sequence[Any] = (),
     ) -> None:
         """``model``, ``tokenizer`` and ``rows`` stand in for what ``config`` names."""
-        self.config, self.reporter, self.stop = config, reporter, stop
+        self.reporter, self.stop = reporter, stop
+        self._tell(line_of(config) if model is None else None)
+        self.config = config = with_base(config) if model is None else config
         self.given, self.rows = model, rows
         self.device = resolve_device(config.device) if model is None else next(model.parameters()).device
         if config.device and torch.device(config.device).type != self.device.type:
@@ -126,7 +136,7 @@ class TrainingRun(Generic[AnyScorer]):
 
     def load_tokenizer(self) -> Any:
         """The tokenizer of the model named."""
-        return load_tokenizer(self.source)
+        return tokenizer_of_name(self.config.model, self.config.named_adapter)
 
     def load(self) -> TrainingData:
         """The data as the method wants them."""

@@ -1,0 +1,37 @@
+"""A run whose ``--model`` is an adapter's folder: the same as with its base and ``--adapter``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from prefopt.config.model import ADAPTER_SHAPE, FILLED, ModelOptions
+from prefopt.disk.adapter_folder import base_of, is_adapter
+from prefopt.errors import ConfigError
+from prefopt.model.load import adapter_line, local_folder
+
+Config = TypeVar("Config")
+
+
+def with_base(config: Config) -> Config:
+    """The config with an adapter that ``model`` or ``reference`` names in its own option, and the base in its place.
+
+    Raises :class:`ConfigError` where an adapter is named beside, :class:`ModelError` where one names no base.
+    """
+    for name, option in (("model", "adapter"), ("reference", "reference_adapter")):
+        model = getattr(config, name, None)
+        if model is None or not hasattr(config, option) or not is_adapter(source := local_folder(model)):
+            continue
+        if (other := getattr(config, option)) is not None:
+            raise ConfigError(f"--{name} {model} is an adapter itself: leave {other} out, or name the model of both")
+        changed: dict[str, Any] = {name: base_of(source), option: model}
+        if isinstance(config, ModelOptions) and name == "model":
+            # A name on the Hub is not known for an adapter's when defaults are filled in.
+            changed |= {shape: None for shape in ADAPTER_SHAPE if getattr(config, shape) == FILLED.get(shape)}
+        config = replace(config, **changed)  # type: ignore[type-var]
+    return config
+
+
+def line_of(config: Any) -> str | None:
+    """What a run says where its ``model`` is an adapter."""
+    return adapter_line(config.model)
