@@ -6,7 +6,9 @@ A folder with only ``vocab.json`` and ``merges.txt`` is read as GPT-2's byte-lev
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 else:  # transformers takes seconds to import, and brings torch along
     Tokenizer = Any
 
+TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # a token in base64 and its rank; SentencePiece's are binary
+PROBE = "Once upon a time, there was a little girl"
 VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "tekken.json"}
 
 # Answers of a tokenizer without a chat template. The prompt ends in "Assistant:" without a space, for byte-level
@@ -50,6 +54,8 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         raise ModelError(f"{source}: no such folder; check the path of the model or tokenizer")
     if path.is_dir() and not any(name in VOCABULARIES or name.endswith(".model") for name in here):
         raise ModelError(f"{source}: the folder has no tokenizer (tokenizer.json); copy it there, or name one that has")
+    if lacking := _lacking(path, here):
+        raise ModelError(f"{source}: {lacking}, or convert it to tokenizer.json")
     described = here & {"tokenizer.json", "tokenizer_config.json", "config.json"}
     bare = {"vocab.json", "merges.txt"} <= here and not described
     try:
@@ -63,12 +69,57 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     if not tokenizer.is_fast:
         what = "the tokenizer gives no character offsets, so what is trained cannot be told from the prompt"
         raise ModelError(f"{source}: {what}; convert it to tokenizer.json")
+    if name := _read_otherwise(tokenizer, path, here):
+        what = "transformers reads it otherwise than SentencePiece does, for no tokenizer_config.json names its class"
+        raise ModelError(f"{source}: {name}: {what}; add one (tokenizer_class: LlamaTokenizer, say), or tokenizer.json")
     return tokenizer
+
+
+def _lacking(folder: Path, here: set[str]) -> str | None:
+    """What must be installed to read the vocabulary of a folder, if anything must."""
+    for name in _models(here):
+        text = _is_tiktoken(folder / name)
+        kind, packages = ("tiktoken's", ("tiktoken",)) if text else ("SentencePiece's", ("sentencepiece", "protobuf"))
+        modules = {"protobuf": "google.protobuf"}
+        if not all(_installed(modules.get(package, package)) for package in packages):
+            return f"{name} is {kind}, which is read with a package that is not here: pip install {' '.join(packages)}"
+    return None
+
+
+def _read_otherwise(tokenizer: Tokenizer, folder: Path, here: set[str]) -> str | None:
+    """The SentencePiece file that a tokenizer was made of and does not follow, if there is one."""
+    for name in _models(here):
+        if _is_tiktoken(folder / name):
+            continue
+        processor: Any = importlib.import_module("sentencepiece").SentencePieceProcessor
+        pieces = processor(model_file=str(folder / name)).encode(PROBE, out_type=str)
+        if tokenizer.convert_ids_to_tokens(tokenizer(PROBE, add_special_tokens=False)["input_ids"]) != pieces:
+            return name
+    return None
+
+
+def _models(here: set[str]) -> list[str]:
+    """Vocabularies that transformers converts, where a folder has no other."""
+    converted = {"tokenizer.json", "vocab.json", "vocab.txt"}
+    return [] if here & converted else sorted(name for name in here if name.endswith(".model"))
+
+
+def _is_tiktoken(path: Path) -> bool:
+    with path.open("rb") as file:
+        return TIKTOKEN.match(file.read(200)) is not None
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it would be in
+        return False
 
 
 def has_tokenizer(folder: str | Path) -> bool:
     """Whether a folder holds a vocabulary, whatever else is there."""
-    return any((Path(folder) / name).is_file() for name in VOCABULARIES)
+    found = Path(folder)
+    return any((found / name).is_file() for name in VOCABULARIES) or any(found.glob("*.model"))
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
