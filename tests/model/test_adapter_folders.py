@@ -312,3 +312,40 @@ def test_shapes_that_do_not_fit_are_refused(folders: tuple[str, str], tmp_path: 
     for other in (wider, more):
         with pytest.raises(ModelError, match="its weights have other shapes than those of the model"):
             load_model(other, dtype=torch.float32, device=CPU, adapter=str(tmp_path / "a"))
+
+
+def test_names_on_the_hub(folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter's name, whose base is a name too, is told from a model's once its files are here."""
+    base, adapter = folders
+    copy = tmp_path / "snapshots" / "a"
+    shutil.copytree(adapter, copy)
+    config = copy / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "org/base"}))
+    there = {"org/base": base, "org/adapter": str(copy)}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: there[name])
+    options = {**QUICK, "max_steps": 1}
+    for name, lora in (("one", False), ("two", True)):
+        prefopt.dpo("org/adapter", ROWS, output=tmp_path / name, lora=lora, **{**options, "learning_rate": 1e-3})
+    prefopt.dpo(base, ROWS, adapter=adapter, output=tmp_path / "local", **options)
+    one, local = weights(tmp_path / "one"), weights(tmp_path / "local")
+    assert all(torch.equal(one[n], local[n]) for n in one)
+    assert told(tmp_path / "one") == told(tmp_path / "two") == told(tmp_path / "local")
+    saved = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == "org/base"
+    assert len(prefopt.sample("org/adapter", PROMPTS, max_new_tokens=2, progress="none").rows) == 4
+
+
+def test_a_base_named_from_the_adapter_is_named_anew(
+    folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = folders
+    shutil.copytree(base, tmp_path / "pack" / "base")
+    shutil.copytree(adapter, tmp_path / "pack" / "a")
+    config = tmp_path / "pack" / "a" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "../base"}))
+    first = str(tmp_path / "pack" / "a")
+    prefopt.dpo(first, ROWS, output=tmp_path / "on", max_steps=1, **QUICK)
+    assert os.path.samefile(base_and_adapter(str(tmp_path / "on"))[0], tmp_path / "pack" / "base")
+    assert main(["merge", "--model", str(tmp_path / "on"), "--output", str(tmp_path / "whole"), "--device", "cpu"]) == 0
+    assert main(["merge", "--model", base, "--output", str(tmp_path / "w"), "--device", "cpu"]) == 2
+    assert "--adapter is missing" in capsys.readouterr().err
