@@ -179,6 +179,7 @@ def test_reward_models_begin_with_its_change(folders: tuple[str, str]) -> None:
     with torch.no_grad():
         mine, theirs = found.model(ids).last_hidden_state, whole.model(ids).last_hidden_state
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert all(weight.requires_grad for weight in found.parameters())
 
 
 def test_an_adapter_with_a_scalar_head_is_a_reward_model(folders: tuple[str, str], tmp_path: Path) -> None:
@@ -222,18 +223,20 @@ def test_where_the_base_is_looked_for(
 
     for name in (base, os.path.relpath(base), os.path.relpath(base, "here/a")):
         named(name)
-        assert os.path.samefile(base_and_adapter("here/a")[0], base)
+        assert Path(base_and_adapter("here/a")[0]).samefile(base)
     for gone in ("/no/such/base", "gone", "who/gone"):
         named(gone)
         with pytest.raises(ModelError, match=f"here/a is an adapter on {gone}, which .*--model BASE --adapter here/a"):
             base_and_adapter("here/a")
+        with pytest.raises(ModelError, match="--model BASE --adapter here/a"):
+            prefopt.dpo("here/a", ROWS, output="o", **QUICK)
     named(None)
-    with pytest.raises(ModelError, match="here/a does not name the model .*--model BASE --adapter here/a"):
+    with pytest.raises(ModelError, match=r"here/a does not name the model .*--model BASE --adapter here/a"):
         base_and_adapter("here/a")
 
 
 def test_two_adapters_are_one_too_many(folders: tuple[str, str], tmp_path: Path) -> None:
-    base, adapter = folders
+    _, adapter = folders
     for call in (
         lambda: DpoConfig(model=adapter, adapter=adapter, data=["x"], output="o"),
         lambda: prefopt.sample(adapter, PROMPTS, adapter=adapter),
@@ -345,7 +348,7 @@ def test_a_base_named_from_the_adapter_is_named_anew(
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "../base"}))
     first = str(tmp_path / "pack" / "a")
     prefopt.dpo(first, ROWS, output=tmp_path / "on", max_steps=1, **QUICK)
-    assert os.path.samefile(base_and_adapter(str(tmp_path / "on"))[0], tmp_path / "pack" / "base")
+    assert Path(base_and_adapter(str(tmp_path / "on"))[0]).samefile(tmp_path / "pack" / "base")
     assert main(["merge", "--model", str(tmp_path / "on"), "--output", str(tmp_path / "whole"), "--device", "cpu"]) == 0
     assert main(["merge", "--model", base, "--output", str(tmp_path / "w"), "--device", "cpu"]) == 2
     assert "--adapter is missing" in capsys.readouterr().err

@@ -104,8 +104,8 @@ def load_scalar(
     ``tokenizer`` is the one the tokens come from. Raises :class:`ModelError` for a folder that is damaged, has another
     number of labels, pads with EOS, or is of an architecture without such a class.
     """
-    if is_adapter(name):
-        return _on(_adapted(name, dtype, device, tokenizer, seed), device)
+    if is_adapter(name):  # all of what it makes trains, as of any other model
+        return _on(_adapted(name, dtype, device, tokenizer, seed).requires_grad_(True), device)
     if not is_classifier(name):
         return _on(scalar_from(load_model(name, dtype=dtype, device=device), tokenizer, seed=seed), device)
     config: Any = load_config(name)

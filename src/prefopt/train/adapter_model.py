@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from prefopt.config.model import ADAPTER_SHAPE, FILLED, ModelOptions
 from prefopt.disk.adapter_folder import base_of, is_adapter
 from prefopt.errors import ConfigError
-from prefopt.model.load import adapter_line, local_folder
+from prefopt.model.load import adapter_line, base_and_adapter, local_folder
 
 Config = TypeVar("Config")
 
@@ -24,6 +24,7 @@ def with_base(config: Config) -> Config:
             continue
         if (other := getattr(config, option)) is not None:
             raise ConfigError(f"--{name} {model} is an adapter itself: leave {other} out, or name the model of both")
+        base_and_adapter(model)  # a base that is not there is told together with its adapter
         changed: dict[str, Any] = {name: base_of(source), option: model}
         if isinstance(config, ModelOptions) and name == "model":
             # A name on the Hub is not known for an adapter's when defaults are filled in.
