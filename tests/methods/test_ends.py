@@ -16,6 +16,7 @@ from data.small import small_tokenizer
 from prefopt.data.ends import trained_ends
 from prefopt.data.group import Group
 from prefopt.data.table import GroupTable, TableBuilder
+from prefopt.errors import Diverged
 from train.small import QUICK, tiny_llama
 
 EOS, IM_END = 1, 3
@@ -126,3 +127,12 @@ def test_plain_transformers_stops(base: str, tmp_path: Path) -> None:
     found = model.generate(**ids, max_new_tokens=60, do_sample=False)[0, ids["input_ids"].shape[1] :]
     text = tokenizer.decode(found)
     assert text.startswith("It is ") and text.endswith("<|im_end|>") and text.count("<|im_end|>") == 1
+
+
+def test_what_is_left_of_a_run_that_ran_away_has_it_too(base: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {**QUICK, "reward": "length", "max_new_tokens": 4, "num": 8, "beta": 0.0, "epochs": 20}
+    options |= {"max_kl": 0.5, "learning_rate": 1e-3, "save_every": 1}
+    options.pop("max_length")
+    with pytest.raises(Diverged, match="are a model"):
+        prefopt.ppo(base, CHATS, output=tmp_path / "out", **options)
+    assert ends_of(tmp_path / "out" / "last-good") == [EOS, IM_END]

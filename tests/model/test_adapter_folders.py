@@ -198,6 +198,12 @@ def test_an_adapter_with_a_scalar_head_is_a_reward_model(folders: tuple[str, str
     ids = torch.tensor([[5, 60, 70, 80, 9]])
     with torch.no_grad():
         torch.testing.assert_close(found(ids).logits, wrapped(ids).logits, rtol=1e-4, atol=1e-5)
+    for merges in (
+        lambda: merge_adapter(str(tmp_path / "r"), tmp_path / "m", dtype=torch.float32, device=CPU),
+        lambda: load_model(str(tmp_path / "r"), dtype=torch.float32, device=CPU),
+    ):
+        with pytest.raises(ModelError, match=r"is an adapter for a reward model, .* give it as --reward"):
+            merges()
 
 
 def test_implicit_rewards_are_against_its_base(folders: tuple[str, str]) -> None:

@@ -30,6 +30,12 @@ def base_of(folder: str | Path) -> str:
     return str(beside) if not Path(name).expanduser().exists() and beside.exists() else name
 
 
+def task_of(folder: str | Path) -> str | None:
+    """What PEFT calls the task of an adapter: ``SEQ_CLS`` has a scalar head. None where nothing is said."""
+    found = read_adapter(folder).get("task_type") if (Path(folder).expanduser() / CONFIG).is_file() else None
+    return found if isinstance(found, str) else None
+
+
 def read_adapter(folder: str | Path) -> dict[str, Any]:
     """``adapter_config.json`` of a folder. Raises :class:`ModelError` where there is none, or a damaged one."""
     path = Path(folder).expanduser() / CONFIG

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-from prefopt.disk.adapter_folder import base_of, is_adapter
+from prefopt.disk.adapter_folder import base_of, is_adapter, task_of
 from prefopt.disk.hub import no_telemetry
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.adapter import add_adapter
@@ -139,6 +139,8 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device, adapter: 
     """
     if is_adapter(name):
         name, adapter = base_and_adapter(name, adapter)
+    if adapter is not None and task_of(adapter) == "SEQ_CLS":
+        raise ModelError(f"{adapter} is an adapter for a reward model, which writes no text: give it as --reward")
     loaded: torch.nn.Module = load_weights(AutoModelForCausalLM, name, load_config(name), dtype).to(device)
     return add_adapter(loaded, adapter) if adapter else loaded
 

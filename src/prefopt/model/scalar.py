@@ -30,7 +30,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from prefopt.data.group import Group
 from prefopt.data.packer import PackedBatch, pack, split
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.disk.adapter_folder import is_adapter, read_adapter
+from prefopt.disk.adapter_folder import is_adapter, task_of
 from prefopt.errors import ModelError
 from prefopt.model.adapter import add_adapter, peft_warnings_off
 from prefopt.model.load import base_and_adapter, load_config, load_model, load_weights
@@ -128,7 +128,7 @@ def load_scalar(
 def is_classifier(name: str) -> bool:
     """Whether a folder or Hub name holds a sequence classifier, or an adapter for one (else: a language model)."""
     if is_adapter(name):
-        return read_adapter(name).get("task_type") == "SEQ_CLS"
+        return task_of(name) == "SEQ_CLS"
     architectures = getattr(load_config(name), "architectures", None) or ()
     return any(a.endswith("ForSequenceClassification") for a in architectures)
 
