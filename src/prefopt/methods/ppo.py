@@ -105,13 +105,13 @@ class _Run:
         rows: Any,
         reward: Scores | None,
     ) -> None:
+        self.reward = _given_reward(config.reward, reward)
         if model is None:
             if said := line_of(config):
                 reporter.say(said)
             config = with_base(config)
         self.config, self.reporter, self.stop = config, reporter, stop
         self.given, self.rows = model, rows
-        self.reward = _given_reward(config.reward, reward)
         self.folder = RunFolder(Path(config.output), config.to_dict(), resume=config.resume, dry=config.dry_run)
         self.start = SampledModel(
             config.model,

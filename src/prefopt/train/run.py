@@ -87,13 +87,13 @@ class TrainingRun(Generic[AnyScorer]):
     ) -> None:
         """``model``, ``tokenizer`` and ``rows`` stand in for what ``config`` names."""
         self.reporter, self.stop = reporter, stop
-        self._tell(line_of(config) if model is None else None)
-        self.config = config = with_base(config) if model is None else config
         self.given, self.rows = model, rows
         self.device = resolve_device(config.device) if model is None else next(model.parameters()).device
         if config.device and torch.device(config.device).type != self.device.type:
             raise ConfigError(f"--device {config.device}: the model given is on {self.device}; move it with model.to()")
         self.dtype = resolve_dtype(config.dtype, self.device)
+        self._tell(line_of(config) if model is None else None)
+        self.config = config = with_base(config) if model is None else config
         self.folder = RunFolder(Path(config.output), config.to_dict(), resume=config.resume, dry=config.dry_run)
         self.source = "" if model is not None else local_folder(config.model)
         # A copy: the plain chat template may be put on it.
