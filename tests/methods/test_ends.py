@@ -116,6 +116,8 @@ def test_only_whole_answers_say_what_ends_them() -> None:
     assert trained_ends(table(turns, cut, plain, untrained, cuts=(0, 2, 0, 0)), tokenizer) == (IM_END,)
     assert trained_ends(table(turns, cut), tokenizer) == (EOS, IM_END)
     assert trained_ends(table(plain), tokenizer) == ()
+    by_chance, inside = ([5, 6, 9, 2], [0, 0, 1, 1]), ([5, 6, 2, 9, IM_END], [0, 0, 1, 1, 1])
+    assert trained_ends(table(by_chance, inside), tokenizer) == (IM_END,)
 
 
 def test_plain_transformers_stops(base: str, tmp_path: Path) -> None:

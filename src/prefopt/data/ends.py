@@ -16,19 +16,24 @@ if TYPE_CHECKING:
 
 
 def trained_ends(table: GroupTable, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The special tokens that are the last trained token of a response which nothing cut, in ascending order.
+    """The special tokens that end responses, in ascending order: each is the last trained token of one that truncation
+    left whole, and no trained token ever follows it.
 
-    Turns before the last one say nothing: some templates end them with a token that also stands inside an answer.
+    What is followed stands inside answers too, and ended one that was cut off there by chance, when it was sampled.
     """
-    found: set[int] = set()
+    marks = list(map(int, tokenizer.convert_tokens_to_ids(list(end_marks(tokenizer)))))
+    ending: set[int] = set()
+    inside: set[int] = set()
     for part in table.parts:
         c = part.columns
+        ids_T, trained_T = c["ids_T"], c["trained_T"]
         last_N = np.repeat(np.cumsum(c["prefix_G"], dtype=np.int64), c["responses_G"])
         last_N += np.cumsum(c["length_N"], dtype=np.int64) - 1
-        whole_N = (c["cut_N"] == 0) & c["trained_T"][last_N]
-        found.update(np.unique(c["ids_T"][last_N[whole_N]]).tolist())
-    marks = tokenizer.convert_tokens_to_ids(list(end_marks(tokenizer)))
-    return tuple(sorted(found.intersection(map(int, marks))))
+        whole_N = (c["cut_N"] == 0) & trained_T[last_N]
+        ending.update(ids_T[last_N[whole_N]].tolist())
+        others = np.setdiff1d(np.flatnonzero(np.isin(ids_T, marks)), last_N)
+        inside.update(ids_T[others[trained_T[others] & trained_T[others + 1]]].tolist())
+    return tuple(sorted(ending.intersection(marks) - inside))
 
 
 def end_of_turn(renderer: Renderer) -> int | None:
