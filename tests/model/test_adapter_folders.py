@@ -21,8 +21,9 @@ from prefopt.config.score import ScoreConfig
 from prefopt.data.formats import parse_comparisons
 from prefopt.errors import ConfigError, ModelError
 from prefopt.evaluate.model_scores import implicit_scores
-from prefopt.model.load import base_and_adapter, identity_of_name, load_config, load_model
+from prefopt.model.load import base_and_adapter, load_config, load_model
 from prefopt.model.merge import merge_adapter
+from prefopt.model.named import identity_of_name
 from prefopt.model.scalar import load_scalar
 from train.small import QUICK, metrics, pairs, weights, write_model
 

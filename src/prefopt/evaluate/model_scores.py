@@ -19,15 +19,8 @@ from prefopt.data.rendering import Rendering
 from prefopt.data.tokenizer import Tokenizer, load_tokenizer
 from prefopt.data.truncate import sequence_limit
 from prefopt.errors import DataError, ModelError
-from prefopt.model.load import (
-    base_and_adapter,
-    load_config,
-    load_model,
-    local_folder,
-    resolve_device,
-    resolve_dtype,
-    tokenizer_of_name,
-)
+from prefopt.model.load import base_and_adapter, load_config, load_model, local_folder, resolve_device, resolve_dtype
+from prefopt.model.named import tokenizer_of_name
 from prefopt.model.packed import PackedModel
 from prefopt.model.scalar import ScalarScorer, is_classifier, load_scalar, response_rewards
 from prefopt.model.scorer import Scorer, response_sums

@@ -20,15 +20,8 @@ from prefopt.errors import ConfigError
 from prefopt.model.dropout import silence_dropout
 from prefopt.model.generation import end_tokens
 from prefopt.model.identity import Identity, identity_of_folder, identity_of_model
-from prefopt.model.load import (
-    adapter_line,
-    base_and_adapter,
-    load_config,
-    load_model,
-    resolve_device,
-    resolve_dtype,
-    tokenizer_of_name,
-)
+from prefopt.model.load import base_and_adapter, load_config, load_model, resolve_device, resolve_dtype
+from prefopt.model.named import adapter_line, tokenizer_of_name
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer
 from prefopt.model.sharing import context_length

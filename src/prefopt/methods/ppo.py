@@ -25,14 +25,15 @@ from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.losses.kl import AdaptiveKl, FixedKl, KlController
 from prefopt.model.check import CheckReport, check_scoring
 from prefopt.model.generation import add_end_tokens
-from prefopt.model.load import identity_of_name, resolve_dtype, slow_dtype
+from prefopt.model.load import resolve_dtype, slow_dtype
 from prefopt.model.memory import peak_memory
+from prefopt.model.named import identity_of_name
 from prefopt.model.packed import causal_model
 from prefopt.model.save import repair_generation
 from prefopt.progress import Reporter, duration, size
 from prefopt.rewards import Reward, load_reward
 from prefopt.train import budget
-from prefopt.train.adapter_model import line_of, with_base
+from prefopt.train.adapter_model import with_base
 from prefopt.train.callbacks import Callbacks
 from prefopt.train.card import save_model, write_card
 from prefopt.train.collector import Collector
@@ -106,10 +107,7 @@ class _Run:
         reward: Scores | None,
     ) -> None:
         self.reward = _given_reward(config.reward, reward)
-        if model is None:
-            if said := line_of(config):
-                reporter.say(said)
-            config = with_base(config)
+        config = with_base(config, reporter.say) if model is None else config
         self.config, self.reporter, self.stop = config, reporter, stop
         self.given, self.rows = model, rows
         self.folder = RunFolder(Path(config.output), config.to_dict(), resume=config.resume, dry=config.dry_run)

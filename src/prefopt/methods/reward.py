@@ -159,10 +159,6 @@ class _Run(TrainingRun[ScalarScorer]):
         whole = folded(policy.scorer.model, dict(policy.masters.saved()), wide).requires_grad_(True)
         save_model(self.folder.path, ScalarScorer(whole), MasterWeights(whole, wide), self.tokenizer)
 
-    def ends(self) -> tuple[int, ...]:
-        """None: a reward model writes nothing."""
-        return ()
-
     def title(self) -> tuple[str, str]:
         """See :class:`TrainingRun`."""
         return "Reward model", "reward-model"

@@ -20,11 +20,11 @@ def add_end_tokens(folder: Path, ends: Iterable[int], tokenizer: Tokenizer, mode
     An adapter's folder has no such file of its own: it is given that of ``model``, the one that was saved, for servers
     and for ``prefopt merge``. Says nothing where every token was there already.
     """
-    ends = tuple(ends)
-    if not ends:
+    ends, plain = tuple(ends), causal_model(model)
+    if not ends or not plain.can_generate():  # a reward model writes nothing
         return None
     path = folder / FILE
-    said = getattr(causal_model(model), "generation_config", None)
+    said = getattr(plain, "generation_config", None)
     with output_errors(path):
         if not path.is_file():
             if said is None:

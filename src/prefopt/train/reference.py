@@ -17,9 +17,10 @@ from prefopt.errors import ModelError, RunError
 from prefopt.model.check import check_scoring
 from prefopt.model.identity import Identity, identity_of_model
 from prefopt.model.live import HeldWeights, LiveReference
-from prefopt.model.load import base_and_adapter, identity_of_name, load_model, vocabulary_size
+from prefopt.model.load import base_and_adapter, load_model, vocabulary_size
 from prefopt.model.logprobs import vocabulary_of
 from prefopt.model.memory import out_of_memory
+from prefopt.model.named import identity_of_name
 from prefopt.model.precision import MasterWeights
 from prefopt.model.reference import FillReport, ReferenceCache, ReferenceValues, Score, Scored, SpaceKey
 from prefopt.model.scorer import VERSION, Scorer, causal_model, response_sums

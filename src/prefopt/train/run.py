@@ -28,22 +28,15 @@ from prefopt.errors import ConfigError
 from prefopt.model.check import CheckReport
 from prefopt.model.generation import add_end_tokens
 from prefopt.model.live import Movement
-from prefopt.model.load import (
-    load_config,
-    local_folder,
-    resolve_device,
-    resolve_dtype,
-    slow_dtype,
-    tokenizer_of_name,
-    vocabulary_size,
-)
+from prefopt.model.load import load_config, local_folder, resolve_device, resolve_dtype, slow_dtype, vocabulary_size
 from prefopt.model.memory import peak_memory
+from prefopt.model.named import tokenizer_of_name
 from prefopt.model.packed import causal_model
 from prefopt.model.save import repair_generation
 from prefopt.model.sharing import context_length
 from prefopt.progress import Reporter, duration, size
 from prefopt.train import budget
-from prefopt.train.adapter_model import line_of, with_base
+from prefopt.train.adapter_model import with_base
 from prefopt.train.best import load_best
 from prefopt.train.callbacks import Callbacks
 from prefopt.train.card import save_model, write_card
@@ -92,8 +85,7 @@ class TrainingRun(Generic[AnyScorer]):
         if config.device and torch.device(config.device).type != self.device.type:
             raise ConfigError(f"--device {config.device}: the model given is on {self.device}; move it with model.to()")
         self.dtype = resolve_dtype(config.dtype, self.device)
-        self._tell(line_of(config) if model is None else None)
-        self.config = config = with_base(config) if model is None else config
+        self.config = config = with_base(config, reporter.say) if model is None else config
         self.folder = RunFolder(Path(config.output), config.to_dict(), resume=config.resume, dry=config.dry_run)
         self.source = "" if model is not None else local_folder(config.model)
         # A copy: the plain chat template may be put on it.
@@ -208,10 +200,6 @@ class TrainingRun(Generic[AnyScorer]):
     def save(self) -> None:
         """Write the model."""
         save_model(self.folder.path, self.policy.scorer, self.policy.masters, self.tokenizer)
-
-    def ends(self) -> tuple[int, ...]:
-        """The tokens that answers were trained to end with, for ``generation_config.json``."""
-        return trained_ends(self.data.groups, self.tokenizer)
 
     def title(self) -> tuple[str, str]:
         """What the card calls the method, and its tag."""
@@ -382,7 +370,7 @@ class TrainingRun(Generic[AnyScorer]):
         if said := repair_generation(causal_model(loop.scorer.model)):
             self.reporter.say(f"the model as it was given cannot be saved: {said}")
         self.save()
-        self._tell(add_end_tokens(folder, self.ends(), self.tokenizer, loop.scorer.model))
+        self._tell(add_end_tokens(folder, trained_ends(data.groups, self.tokenizer), self.tokenizer, loop.scorer.model))
         results: dict[str, Any] = {
             "steps": progress.step,
             "held-out loss": self.held_out_loss,
