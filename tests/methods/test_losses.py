@@ -64,7 +64,7 @@ def test_a_loss_without_a_reference_touches_none(
         raise AssertionError("no reference is needed")
 
     monkeypatch.setattr(ReferenceRun, "__init__", refused)
-    for place in ("identity_of_folder", "identity_of_model"):
+    for place in ("identity_of_name", "identity_of_model"):
         monkeypatch.setattr(f"prefopt.train.reference.{place}", refused)
     dpo(model, ROWS, tmp_path / "out", loss=name, epochs=2, eval_fraction=0.3, progress="plain")
     assert f"reference: none is loaded, {name} compares with none" in capsys.readouterr().out

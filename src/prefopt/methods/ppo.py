@@ -22,14 +22,16 @@ from prefopt.generate.sample import group_of
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.losses.kl import AdaptiveKl, FixedKl, KlController
 from prefopt.model.check import CheckReport, check_scoring
-from prefopt.model.identity import identity_of_folder
-from prefopt.model.load import local_folder, resolve_dtype
+from prefopt.model.generation import add_end_tokens
+from prefopt.model.load import resolve_dtype
 from prefopt.model.memory import peak_memory
+from prefopt.model.named import identity_of_name
 from prefopt.model.packed import causal_model
 from prefopt.model.save import repair_generation
 from prefopt.progress import Reporter, duration, size
 from prefopt.rewards import Reward, load_reward
 from prefopt.train import budget
+from prefopt.train.adapter_model import with_base
 from prefopt.train.callbacks import Callbacks
 from prefopt.train.card import save_model, write_card
 from prefopt.train.collector import Collector
@@ -104,9 +106,10 @@ class _Run:
         rows: Any,
         reward: Scores | None,
     ) -> None:
+        self.reward = _given_reward(config.reward, reward)
+        config = with_base(config, reporter.say) if model is None else config
         self.config, self.reporter, self.stop = config, reporter, stop
         self.given, self.rows = model, rows
-        self.reward = _given_reward(config.reward, reward)
         self.folder = RunFolder(Path(config.output), config.to_dict(), resume=config.resume, dry=config.dry_run)
         self.start = SampledModel(
             config.model,
@@ -150,7 +153,9 @@ class _Run:
             try:
                 place = phases.run()
             except Diverged as error:
-                kept = keep_last_good(self.config, self.folder, policy, self.tokenizer, named=self.given is None)
+                kept = keep_last_good(
+                    self.config, self.folder, policy, self.tokenizer, self.settings.stop, named=self.given is None
+                )
                 raise Diverged(error.reason, f"{error.remedy}; {kept}" if error.remedy else kept) from error
             return self._finish(policy, models, prompts, place.step, place.seconds)
         finally:
@@ -189,10 +194,10 @@ class _Run:
         if self.ptx is not None:
             self.folder.same("ptx_data", fingerprint(self.ptx.groups), "the data of --ptx-data")
         if self.config.reference is not None:
-            found = identity_of_folder(local_folder(self.config.reference)).digest
+            found = identity_of_name(self.config.reference).digest
             self.folder.same("reference", found, "the reference model")
         if self.reward is None:
-            found = identity_of_folder(local_folder(self.config.reward)).digest
+            found = identity_of_name(self.config.reward).digest
             self.folder.same("reward", found, "the reward model")
         elif (code := self.reward.digest()) is not None:
             self.folder.same("reward", code, f"the code of --reward {self.reward.name}")
@@ -293,6 +298,8 @@ class _Run:
         if said := repair_generation(causal_model(policy.scorer.model)):
             self.reporter.say(f"the model as it was given cannot be saved: {said}")
         save_model(folder, policy.scorer, policy.masters, self.tokenizer)
+        if said := add_end_tokens(folder, self.settings.stop, self.tokenizer, policy.scorer.model):
+            self.reporter.say(said)
         episodes, since = sum(rows for _, rows in ending), ending[0][0]["step"]
         told = f"averages over the {episodes:.0f} episodes of steps {since} to {steps}"
         results: dict[str, Any] = {"steps": steps, "training metrics": told}

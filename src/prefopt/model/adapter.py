@@ -6,12 +6,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from prefopt.disk.vetted import vet_folder
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.dropout import silence_dropout
+from prefopt.model.grown_vocabulary import grow_for_adapter, holds_embedding
 from prefopt.model.load_errors import first_line, model_errors
 from prefopt.model.scorer import causal_model
 
@@ -25,9 +27,14 @@ def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
         raise ModelError(f"--adapter {folder} holds no adapter_model.safetensors; pickled weights are not opened")
     vet_folder(folder)
     with model_errors(folder), peft_warnings_off():
-        wrapped: torch.nn.Module = PeftModel.from_pretrained(causal_model(model), folder, is_trainable=True)
+        plain = causal_model(model)
+        grow_for_adapter(plain, folder)
+        whole = holds_embedding(plain, folder)
+        wrapped: Any = PeftModel.from_pretrained(plain, folder, is_trainable=True)
+        wrapped.prefopt_saves_embedding = whole
     silence_dropout(wrapped)
-    return wrapped
+    trainable: torch.nn.Module = wrapped
+    return trainable
 
 
 def require_adapter(folder: str) -> None:

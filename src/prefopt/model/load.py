@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from prefopt.disk.adapter_folder import base_of, is_adapter, task_of
 from prefopt.disk.hub import no_telemetry
 from prefopt.disk.vetted import vet_folder
 from prefopt.errors import ConfigError, ModelError
@@ -100,8 +101,28 @@ def local_folder(name: str) -> str:
     return there
 
 
+def base_and_adapter(name: str, adapter: str | None = None) -> tuple[str, str | None]:
+    """Folders of a model and of the adapter on it, where there is one: ``adapter``, or ``name`` is an adapter itself.
+
+    Raises :class:`ConfigError` where both are, :class:`ModelError` where an adapter's model cannot be found.
+    """
+    source = local_folder(name)
+    if not is_adapter(source):
+        return source, local_folder(adapter) if adapter else None
+    base = base_of(source)
+    if adapter is not None:
+        raise ConfigError(f"{name} is an adapter itself: leave {adapter} out, or name the model of both, {base}")
+    try:
+        return local_folder(base), source
+    except ModelError as error:
+        raise ModelError(
+            f"{name} is an adapter on {base}, which cannot be found ({error}): give --model BASE --adapter {name}"
+        ) from error
+
+
 def load_config(name: str) -> PreTrainedConfig:
-    """The configuration of a model folder or Hub name."""
+    """The configuration of a model folder or Hub name; an adapter's is that of its model."""
+    name = base_and_adapter(name)[0] if is_adapter(name) else name
     vet_folder(name)
     with model_errors(name):
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -111,16 +132,20 @@ def load_config(name: str) -> PreTrainedConfig:
 
 def context_of(name: str) -> int | None:
     """Positions of a model folder or Hub name, where it says so; a folder with a tokenizer alone says nothing."""
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file() and not is_adapter(name):
         return None
     return context_length(load_config(name))
 
 
 def load_model(name: str, *, dtype: torch.dtype, device: torch.device, adapter: str | None = None) -> torch.nn.Module:
-    """A causal language model, dropout off, with ``adapter`` (trainable) on it where one is named.
+    """A causal language model, dropout off, with ``adapter`` (trainable) on it where one is named, or ``name`` is one.
 
     Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, or needs code of its own.
     """
+    if is_adapter(name):
+        name, adapter = base_and_adapter(name, adapter)
+    if adapter is not None and task_of(adapter) == "SEQ_CLS":
+        raise ModelError(f"{adapter} is an adapter for a reward model, which writes no text: give it as --reward")
     config = load_config(name)
     refuse_other_kinds(name, config)
     loaded: torch.nn.Module = load_weights(AutoModelForCausalLM, name, config, dtype).to(device)

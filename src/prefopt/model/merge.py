@@ -6,11 +6,10 @@ that type.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +18,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from prefopt.data.tokenizer import VOCABULARIES, load_tokenizer
+from prefopt.data.ends import end_of_turn
+from prefopt.data.render import Renderer
+from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from prefopt.disk.adapter_folder import base_of, is_adapter
 from prefopt.disk.write import output_errors
-from prefopt.errors import ModelError, RunError
+from prefopt.errors import ConfigError, ModelError, RunError
 from prefopt.model.adapter import peft_warnings_off, require_adapter
 from prefopt.model.checkpoint import Checkpoint, origin_of
+from prefopt.model.generation import add_end_tokens, end_tokens
 from prefopt.model.leftover import leftover_words
-from prefopt.model.load import load_config, load_model, local_folder, quiet, vocabulary_size
+from prefopt.model.load import base_and_adapter, load_config, load_model, local_folder, quiet, vocabulary_size
 from prefopt.model.load_errors import model_errors
+from prefopt.model.older_readers import write_for_older_readers
 from prefopt.model.save import repair_generation, save_weights, share_weights
 from prefopt.model.scorer import causal_model
 
@@ -41,7 +45,8 @@ class MergeReport:
     """What was measured. ``difference``: logits of the merged model against those with the adapter on; ``effect``:
     those without the adapter against those with it; both as parts of the norm of the logits. ``rounding``: how far the
     type they are saved in moves the merged weights, as a part of how far the adapter does. ``tensors``: how many there
-    are, under the names of the model's files; ``kept``: those of them that are in no weight of the language model."""
+    are, under the names of the model's files; ``kept``: those of them that are in no weight of the language model.
+    ``ends`` says which tokens were added to those that end answers."""
 
     output: Path
     dtype: torch.dtype
@@ -52,6 +57,7 @@ class MergeReport:
     untied: bool
     tensors: int
     kept: str | None
+    ends: str | None = None
 
     def in_words(self) -> list[str]:
         """Lines for a person."""
@@ -74,6 +80,8 @@ class MergeReport:
             lines.append(f"kept as they are: {self.kept}")
         if self.effect == 0:
             lines.append("the adapter changes nothing: is it one that was never trained?")
+        if self.ends:
+            lines.append(self.ends)
         return [
             *lines,
             f"loaded again by transformers, with the same logits, its {self.tensors} tensors under the same names:"
@@ -94,7 +102,9 @@ def merge_adapter(
         raise RunError(f"--output {output} is there already; name a new folder")
     source = local_folder(adapter)
     require_adapter(source)
-    base = local_folder(model or _base_of(source))
+    if model is not None and is_adapter(local_folder(model)):
+        raise ConfigError(f"--model {model} is an adapter itself; leave it out, or name the model of both adapters")
+    base = local_folder(model) if model is not None else base_and_adapter(adapter)[0]
     wrapped = _load(base, source, _read_as(base, dtype), device)
     causal = causal_model(wrapped)
     probes_2 = _probes(vocabulary_size(causal))
@@ -113,14 +123,16 @@ def merge_adapter(
             f"{adapter}: the merged model's logits differ by {difference:.1e} of their size, of which rounding explains"
             f" {ROUNDING[dtype]:.0e}; nothing was written: serve model and adapter side by side"
         )
-    _save(merged, output, tokenizer_from=source if _has_tokenizer(source) else base)
-    _write_card(output, model or _base_of(source), adapter, Path(source) / "README.md", dtype)
+    tokenizer = load_tokenizer(source if has_tokenizer(source) else base)
+    _save(merged, output, tokenizer)
+    ends = add_end_tokens(output, _ends(source, tokenizer), tokenizer, merged)
+    _write_card(output, model or base_of(source), adapter, Path(source) / "README.md", dtype)
     origin = origin_of(merged)
     del merged, wrapped, causal
     _check_saved(output, dtype, device, probes_2, found)
     tensors = _check_names(output, Path(base), own_head=own_head)
     kept = leftover_words(origin) if origin is not None else None
-    return MergeReport(output, dtype, layers, difference, effect, rounding, untied, tensors, kept)
+    return MergeReport(output, dtype, layers, difference, effect, rounding, untied, tensors, kept, ends)
 
 
 def load_folded(base: str, adapter: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -134,19 +146,6 @@ def load_folded(base: str, adapter: str, *, dtype: torch.dtype, device: torch.de
         merged: PreTrainedModel = wrapped.merge_and_unload()
     _tell_own_head(merged)
     return merged
-
-
-def _base_of(folder: str) -> str:
-    """The model that an adapter names."""
-    path = Path(folder) / "adapter_config.json"
-    require_adapter(folder)
-    try:
-        name = json.loads(path.read_text("utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
-        name = None
-    if not isinstance(name, str) or not name:
-        raise ModelError(f"--adapter {folder} does not name the model it belongs to; give --model")
-    return name
 
 
 def _read_as(base: str, dtype: torch.dtype) -> torch.dtype:
@@ -255,16 +254,20 @@ def _peft_quiet() -> Iterator[None]:
         yield
 
 
-def _has_tokenizer(folder: str) -> bool:
-    return any((Path(folder) / name).is_file() for name in VOCABULARIES)
+def _ends(adapter: str, tokenizer: Tokenizer) -> Sequence[int]:
+    """What ends the answers of an adapter: what its folder says, else the chat template."""
+    said = end_tokens(adapter)
+    if said is None and tokenizer.chat_template:
+        said = [i for i in [end_of_turn(Renderer(tokenizer))] if i is not None]
+    return said or ()
 
 
-def _save(model: Any, output: Path, *, tokenizer_from: str) -> None:
-    tokenizer = load_tokenizer(tokenizer_from)
+def _save(model: Any, output: Path, tokenizer: Tokenizer) -> None:
     repair_generation(model)
     with output_errors(output), quiet():
         save_weights(output, model, dict(model.state_dict()), model.dtype)
         tokenizer.save_pretrained(output)
+        write_for_older_readers(output, tokenizer)
         share_weights(output)
 
 

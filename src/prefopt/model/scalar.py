@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,12 +30,14 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from prefopt.data.group import Group
 from prefopt.data.packer import PackedBatch, pack, split
 from prefopt.data.tokenizer import Tokenizer
+from prefopt.disk.adapter_folder import is_adapter, task_of
 from prefopt.errors import ModelError
-from prefopt.model.adapter import peft_warnings_off
+from prefopt.model.adapter import add_adapter, peft_warnings_off
 from prefopt.model.checkpoint import origin_of, set_origin
 from prefopt.model.leftover import without_mtp
-from prefopt.model.load import load_config, load_model, load_weights
+from prefopt.model.load import base_and_adapter, load_config, load_model, load_weights
 from prefopt.model.logprobs import wide_dtype
+from prefopt.model.merge import load_folded
 from prefopt.model.packed import PackedModel, body_of, causal_model
 from prefopt.model.scalar_head import ScalarHead, scalar_head
 
@@ -101,13 +102,15 @@ def load_scalar(
 
     - a causal language model: with a new head drawn from ``seed``; see :func:`scalar_from`
     - a sequence classifier with one label, such as ``prefopt reward`` writes
-    - any other with a trained scalar head, such as other trainers write: with that head, see :mod:`prefopt.model.head`
+    - any other with a trained scalar head, such as other trainers write: with that head, see
+      :mod:`prefopt.model.scalar_head`
+    - an adapter of either kind, which is folded into its model
 
     ``tokenizer`` is the one the tokens come from. Raises :class:`ModelError` for a folder that is damaged, has another
     number of labels, pads with EOS, or is of an architecture without such a class.
     """
-    if (Path(name) / "adapter_config.json").is_file():
-        raise ModelError(f"{name} is an adapter; fold it into its model first: prefopt merge")
+    if is_adapter(name):  # all of what it makes trains, as of any other model
+        return _on(_adapted(name, dtype, device, tokenizer, seed).requires_grad_(True), device)
     config: Any = load_config(name)
     if not _names_classifier(config):
         head = scalar_head(name)
@@ -132,7 +135,9 @@ def load_scalar(
 
 def has_scalar_head(name: str) -> bool:
     """Whether a folder or Hub name holds a model with a scalar head (else: a language model), told from its weights
-    as well as from the class that it names."""
+    as well as from the class that it names, or an adapter for one."""
+    if is_adapter(name):
+        return task_of(name) == "SEQ_CLS"
     return _names_classifier(load_config(name)) or scalar_head(name) is not None
 
 
@@ -169,6 +174,20 @@ def _with_own_head(
 def _one_label(config: Any) -> None:
     config.num_labels = 1
     config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
+
+
+def _adapted(name: str, dtype: torch.dtype, device: torch.device, tokenizer: Tokenizer, seed: int) -> PreTrainedModel:
+    """The scalar model that an adapter makes of its base: of a language model with a new head, or with its own."""
+    base, adapter = base_and_adapter(name)
+    assert adapter is not None
+    wide = torch.promote_types(dtype, torch.float32)
+    if not has_scalar_head(name):
+        return scalar_from(load_folded(base, adapter, dtype=wide, device=device), tokenizer, seed=seed).to(dtype)
+    bare = load_scalar(base, dtype=wide, device=device, tokenizer=tokenizer, seed=seed)
+    merge: Any = add_adapter(bare, adapter).merge_and_unload
+    with peft_warnings_off():
+        merged: PreTrainedModel = merge().to(dtype)
+    return merged
 
 
 def scalar_from(model: torch.nn.Module, tokenizer: Tokenizer, *, seed: int = 0) -> PreTrainedModel:

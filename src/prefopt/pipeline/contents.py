@@ -10,6 +10,7 @@ from pathlib import Path
 
 from prefopt.disk.hashes import file_hashes
 from prefopt.errors import DataError, Interrupted, RunError
+from prefopt.model.load import base_and_adapter
 from prefopt.train.record import RECORD, read_record
 
 OF_A_MODEL = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
@@ -32,6 +33,13 @@ def contents_of(folder: Path) -> str:
     hashes = file_hashes(files, error=DataError)
     text = json.dumps([[p.name, h] for p, h in zip(files, hashes, strict=True)])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def contents_of_name(name: str) -> str:
+    """The same of a model by its name; an adapter's folder is taken together with that of its model."""
+    base, adapter = base_and_adapter(name)
+    parts = [contents_of(Path(folder)) for folder in (base, adapter) if folder is not None]
+    return parts[0] if len(parts) == 1 else hashlib.blake2b("".join(parts).encode(), digest_size=16).hexdigest()
 
 
 @contextmanager

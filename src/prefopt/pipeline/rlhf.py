@@ -22,6 +22,7 @@ from prefopt.config.sft import SftConfig
 from prefopt.data.content import layout_name
 from prefopt.data.dataset_info import find_entry
 from prefopt.data.sources import find_sources
+from prefopt.disk.adapter_folder import is_adapter
 from prefopt.disk.hashes import file_hashes
 from prefopt.disk.read import read_json
 from prefopt.disk.write import output_errors, write_json
@@ -29,9 +30,9 @@ from prefopt.errors import ConfigError, RunError
 from prefopt.evaluate.runs import CHAIN
 from prefopt.generate.loaded import SampledModel
 from prefopt.methods import ppo, reward, sft
-from prefopt.model.load import local_folder, resolve_device
+from prefopt.model.load import resolve_device
 from prefopt.model.merge import merge_adapter
-from prefopt.pipeline.contents import contents_of, started_again, status_of
+from prefopt.pipeline.contents import contents_of, contents_of_name, started_again, status_of
 from prefopt.progress import Reporter
 from prefopt.train.folder import FREE
 from prefopt.train.ppo_plan import too_few
@@ -72,7 +73,7 @@ class _Chain:
             self.folder.mkdir(parents=True, exist_ok=True)
         self._check_prompts()
         self._stage("sft", lambda c: sft.run(_as(SftConfig, c)))
-        if self.config.lora:
+        if self.config.adapts:
             self._merge()
         self._stage("reward", lambda c: reward.run(_as(RewardConfig, c)))
         self._stage("ppo", lambda c: ppo.run(_as(PpoConfig, c)))
@@ -131,9 +132,9 @@ class _Chain:
             raise RunError(f"{folder} was not made from {source} as it is now; remove it")
         import torch
 
-        report = merge_adapter(
-            str(source), folder, model=self.config.model, dtype=torch.float32, device=resolve_device(self.config.device)
-        )
+        model = None if is_adapter(self.config.model) else self.config.model
+        device = resolve_device(self.config.device)
+        report = merge_adapter(str(source), folder, model=model, dtype=torch.float32, device=device)
         for line in report.in_words():
             self.reporter.say(line)
         self._remember("tuned", {"from": made_from, "gave": contents_of(folder)})
@@ -172,7 +173,7 @@ def _made_from(config: StageConfig) -> str:
     contents: dict[str, Any] = {}
     for name, value in named.items():
         if name in MODELS:
-            contents[name] = contents_of(Path(local_folder(value)))
+            contents[name] = contents_of_name(value)
         elif name in FILES:
             contents[name] = file_hashes([Path(value)], error=ConfigError)
         else:  # (--format goes before what a registry says)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 import prefopt
 from prefopt.disk.write import output_errors
 from prefopt.model.load import quiet
+from prefopt.model.older_readers import readers, write_for_older_readers
 from prefopt.model.packed import PackedModel, causal_model
 from prefopt.model.precision import MasterWeights
 from prefopt.model.save import save_weights, share_weights
@@ -36,9 +37,11 @@ def save_model(folder: Path, scorer: PackedModel, masters: MasterWeights, tokeni
             state = {**dict(model.state_dict()), **weights}
             # Without being told, PEFT would ask the Hub whether the base's embedding is another one, and store it whole
             # beside an adapter on the head.
-            model.save_pretrained(folder, state_dict=state, safe_serialization=True, save_embedding_layers=False)
+            whole = getattr(model, "prefopt_saves_embedding", False)
+            model.save_pretrained(folder, state_dict=state, safe_serialization=True, save_embedding_layers=whole)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
         tokenizer.save_pretrained(folder)
+        write_for_older_readers(folder, tokenizer)
         share_weights(folder)
     scorer.attach_hook()
 
@@ -90,6 +93,8 @@ def write_card(
         "## Settings",
         "",
         *_table("option", settings),
+        "",
+        f"Read by {readers(folder)}.",
         "",
         license,
         "",

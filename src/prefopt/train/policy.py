@@ -9,6 +9,7 @@ import torch
 from prefopt.config.method import MethodOptions
 from prefopt.config.ppo import PpoConfig
 from prefopt.data.tokenizer import Tokenizer
+from prefopt.disk.adapter_folder import base_of
 from prefopt.model.adapter import new_lora
 from prefopt.model.checkpoint import origin_of
 from prefopt.model.dropout import silence_dropout
@@ -102,6 +103,8 @@ class Policy(Trained[Scorer]):
         if model is None:
             adapter = local_folder(config.named_adapter) if config.named_adapter else None
             model = load_model(source, dtype=_loaded_in(config, dtype), device=device, adapter=adapter)
+            if adapter is not None:
+                _name_base(model, config.model, adapter)
         else:
             silence_dropout(model)
         super().__init__(config, dtype, model, named=given is None)
@@ -141,6 +144,13 @@ class ScalarPolicy(Trained[ScalarScorer]):
     def score_with(self, model: torch.nn.Module) -> ScalarScorer:
         """See :class:`Trained`."""
         return ScalarScorer(model, attention=self.config.attention)
+
+
+def _name_base(model: Any, name: str, adapter: str) -> None:
+    """Where an adapter names its base as seen from its own folder, what is saved elsewhere names it as it was found."""
+    for config in getattr(model, "peft_config", {}).values():
+        if config.base_model_name_or_path and base_of(adapter) == name:
+            config.base_model_name_or_path = name
 
 
 def _loaded_in(config: Options, dtype: torch.dtype) -> torch.dtype:

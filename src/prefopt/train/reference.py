@@ -15,11 +15,12 @@ from prefopt.data.packer import pack
 from prefopt.data.table import GroupTable, IndexArray
 from prefopt.errors import ModelError, RunError
 from prefopt.model.check import check_scoring
-from prefopt.model.identity import Identity, identity_of_folder, identity_of_model
+from prefopt.model.identity import Identity, identity_of_model
 from prefopt.model.live import HeldWeights, LiveReference
-from prefopt.model.load import load_model, local_folder, vocabulary_size
+from prefopt.model.load import base_and_adapter, load_model, vocabulary_size
 from prefopt.model.logprobs import vocabulary_of
 from prefopt.model.memory import out_of_memory
+from prefopt.model.named import identity_of_name
 from prefopt.model.precision import MasterWeights, computing_in
 from prefopt.model.reference import FillReport, ReferenceCache, ReferenceValues, Score, Scored, SpaceKey
 from prefopt.model.scorer import Scorer, causal_model, response_sums
@@ -59,9 +60,7 @@ def identify(choice: ReferenceChoice, model: torch.nn.Module | None) -> Identity
     """Identity of the reference; ``model`` is the object given in Python, where one was and it is the reference."""
     if model is not None and choice.is_start:
         return identity_of_model(model, name=choice.model)
-    return identity_of_folder(
-        local_folder(choice.model), adapter=local_folder(choice.adapter) if choice.adapter else None
-    )
+    return identity_of_name(choice.model, choice.adapter)
 
 
 class ReferenceRun:
@@ -191,10 +190,8 @@ class ReferenceRun:
 
     def _other(self) -> Scorer:
         if self._scorer is None:
-            adapter = local_folder(self.choice.adapter) if self.choice.adapter else None
-            model = load_model(
-                local_folder(self.choice.model), dtype=self.start.dtype, device=self.device, adapter=adapter
-            )
+            source, adapter = base_and_adapter(self.choice.model, self.choice.adapter)
+            model = load_model(source, dtype=self.start.dtype, device=self.device, adapter=adapter)
             self._scorer = Scorer(computing_in(model, self.start.dtype), attention=self.config.attention)
         return self._scorer
 

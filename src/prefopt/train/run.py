@@ -17,23 +17,26 @@ import torch
 
 from prefopt.config.document import write_document
 from prefopt.config.method import MethodOptions
+from prefopt.data.ends import trained_ends
 from prefopt.data.sampler import IndexArray, Sampler
 from prefopt.data.show import show
-from prefopt.data.tokenizer import load_tokenizer
 from prefopt.data.truncate import sequence_limit
 from prefopt.data.want import Want
 from prefopt.disk.write import output_errors
 from prefopt.errors import ConfigError
 from prefopt.model.causal import refuse_untrainable
 from prefopt.model.check import CheckReport
+from prefopt.model.generation import add_end_tokens
 from prefopt.model.live import Movement
 from prefopt.model.load import load_config, local_folder, resolve_device, resolve_dtype, vocabulary_size
 from prefopt.model.memory import peak_memory
+from prefopt.model.named import tokenizer_of_name
 from prefopt.model.packed import causal_model
 from prefopt.model.save import repair_generation
 from prefopt.model.sharing import context_length
 from prefopt.progress import Reporter, duration, size
 from prefopt.train import budget
+from prefopt.train.adapter_model import with_base
 from prefopt.train.best import load_best
 from prefopt.train.callbacks import Callbacks
 from prefopt.train.card import save_model, write_card
@@ -77,12 +80,13 @@ class TrainingRun(Generic[AnyScorer]):
         callbacks: Sequence[Any] = (),
     ) -> None:
         """``model``, ``tokenizer`` and ``rows`` stand in for what ``config`` names."""
-        self.config, self.reporter, self.stop = config, reporter, stop
+        self.reporter, self.stop = reporter, stop
         self.given, self.rows = model, rows
         self.device = resolve_device(config.device) if model is None else next(model.parameters()).device
         if config.device and torch.device(config.device).type != self.device.type:
             raise ConfigError(f"--device {config.device}: the model given is on {self.device}; move it with model.to()")
         self.dtype = resolve_dtype(config.dtype, self.device)
+        self.config = config = with_base(config, reporter.say) if model is None else config
         self.folder = RunFolder(Path(config.output), config.to_dict(), resume=config.resume, dry=config.dry_run)
         self.source = "" if model is not None else local_folder(config.model)
         # A copy: the plain chat template may be put on it.
@@ -128,7 +132,7 @@ class TrainingRun(Generic[AnyScorer]):
 
     def load_tokenizer(self) -> Any:
         """The tokenizer of the model named."""
-        return load_tokenizer(self.source)
+        return tokenizer_of_name(self.config.model, self.config.named_adapter)
 
     def load(self) -> TrainingData:
         """The data as the method wants them."""
@@ -367,6 +371,7 @@ class TrainingRun(Generic[AnyScorer]):
         if said := repair_generation(causal_model(loop.scorer.model)):
             self.reporter.say(f"the model as it was given cannot be saved: {said}")
         self.save()
+        self._tell(add_end_tokens(folder, trained_ends(data.groups, self.tokenizer), self.tokenizer, loop.scorer.model))
         results: dict[str, Any] = {
             "steps": progress.step,
             "held-out loss": self.held_out_loss,
