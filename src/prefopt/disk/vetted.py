@@ -23,8 +23,9 @@ MODEL_INDEX, ADAPTER_CONFIG = "*.safetensors.index.json", "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 HEADER_BYTES = 100_000_000
 """The longest header that safetensors itself reads."""
-LAYERS = 1024
-"""A configuration may have so many layers or experts, whatever the weights; beyond it, each needs a tensor."""
+LAYERS, EXPERTS = 1024, 1 << 15
+"""A configuration may have so many layers or experts, whatever the weights; beyond it, each needs a tensor. (Doge names
+16,384 experts, which are pairs of keys, also where it has none.)"""
 RANK = 4096
 """An adapter may have this rank, whatever its weights; beyond it, a tensor must have such a side."""
 # Numbers of modules that are made one by one.
@@ -132,7 +133,7 @@ def _check_counts(path: Path, config: dict[str, Any], held: Held | None) -> None
     # Experts that are fused, and heads, are a side of a tensor; a vocabulary's side says nothing of either.
     most = max(LAYERS, held.tensors, held.longest if held.longest < 1 << 16 else 0) if held else LAYERS
     for key, value in _numbers(config):
-        if _REPEATED.search(key) and value > most:
+        if _REPEATED.search(key) and value > (max(most, EXPERTS) if "expert" in key else most):
             found = f"the weights are {held.tensors:,} tensors" if held else f"more than {most:,} are not built"
             raise ModelError(f"{path}: {key} is {value:,}, and {found}; they do not belong together")
 

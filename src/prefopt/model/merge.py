@@ -127,10 +127,10 @@ def merge_adapter(
     _save(merged, output, tokenizer)
     ends = add_end_tokens(output, _ends(source, tokenizer), tokenizer, merged)
     _write_card(output, model or base_of(source), adapter, Path(source) / "README.md", dtype)
-    origin = origin_of(merged)
+    origin, rows = origin_of(merged), vocabulary_size(merged)
     del merged, wrapped, causal
     _check_saved(output, dtype, device, probes_2, found)
-    tensors = _check_names(output, Path(base), own_head=own_head)
+    tensors = _check_names(output, Path(base), own_head=own_head, rows=rows)
     kept = leftover_words(origin) if origin is not None else None
     return MergeReport(output, dtype, layers, difference, effect, rounding, untied, tensors, kept, ends)
 
@@ -294,10 +294,14 @@ def _check_saved(
         )
 
 
-def _check_names(output: Path, base: Path, *, own_head: bool) -> int:
+def _check_names(output: Path, base: Path, *, own_head: bool, rows: int) -> int:
     """How many tensors were written. Raises :class:`RunError` where they are not those of the model, by name and shape,
-    but for a head that now has weights of its own."""
+    but for a head that now has weights of its own, and embeddings that the adapter's tokenizer made grow to ``rows``.
+    """
     there, wanted = ({n: t.shape for n, t in Checkpoint.read(f).tensors.items()} for f in (output, base))
+    for name, shape in wanted.items():
+        if len(shape) == 2 and shape[0] < rows and there.get(name) == (rows, shape[1]):
+            wanted[name] = (rows, shape[1])
     wrong = sorted(n for n in {*there, *wanted} if there.get(n) != wanted.get(n))
     if any(n in wanted for n in wrong) or len(wrong) > own_head:
         raise RunError(
