@@ -243,9 +243,9 @@ def check_study(config: CollectCheckConfig) -> int:
     path = Path(config.study)
     found = check_study_file(path)
     for line in found:
-        print(f"{path}: {line}")
+        tell(f"{path}: {line}")
     if found:
-        print(f"{len(found)} damaged: go back to a copy that prefopt collect backup made")
+        tell(f"{len(found)} damaged: go back to a copy that prefopt collect backup made")
     else:
-        print(f"{path}: every item and event is what was written")
+        tell(f"{path}: every item and event is what was written")
     return int(bool(found))

@@ -14,7 +14,7 @@ from prefopt.model.quantised import refuse_training
 def refuse_untrainable(name: str, config: Any) -> None:
     """Raise :class:`ModelError` for what cannot be trained, before data are read or a weight: see
     :func:`refuse_other_kinds` (a sequence classifier may be of any kind) and :func:`refuse_training`."""
-    if not any(a.endswith("ForSequenceClassification") for a in getattr(config, "architectures", None) or ()):
+    if not any(a.endswith("ForSequenceClassification") for a in architectures_of(config)):
         refuse_other_kinds(name, config)
     refuse_training(name, config)
 
@@ -43,6 +43,12 @@ def refuse_other_kinds(name: str, config: Any) -> None:
     )
 
 
-def _name_of(config: Any) -> str:
+def architectures_of(config: Any) -> list[str]:
+    """The classes that a configuration names, whatever stands in their place in a file of somebody else's."""
     named = getattr(config, "architectures", None)
-    return str(named[0]) if named else f"a model of type {config.model_type}"
+    return [str(name) for name in named] if isinstance(named, list | tuple) else []
+
+
+def _name_of(config: Any) -> str:
+    named = architectures_of(config)
+    return named[0] if named else f"a model of type {config.model_type}"

@@ -19,7 +19,7 @@ from prefopt.disk.vetted import vet_folder
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.adapter import add_adapter
 from prefopt.model.built_in import own_attention
-from prefopt.model.causal import refuse_other_kinds
+from prefopt.model.causal import architectures_of, refuse_other_kinds
 from prefopt.model.checkpoint import Checkpoint, Origin, set_origin, trace
 from prefopt.model.dropout import silence_dropout
 from prefopt.model.leftover import check_layers
@@ -201,7 +201,7 @@ def _check_language_model(name: str, model: PreTrainedModel, origin: Origin) -> 
     head = scalar_head(name)
     if head is None:
         return
-    told = [str(a) for a in getattr(load_config(name), "architectures", None) or ()]
+    told = architectures_of(load_config(name))
     outputs: Any = model.get_output_embeddings()
     own = {n for n, p in model.named_parameters(remove_duplicate=False) if outputs and p is outputs.weight}
     own -= {n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight}

@@ -33,6 +33,7 @@ from prefopt.data.tokenizer import Tokenizer
 from prefopt.disk.adapter_folder import is_adapter, task_of
 from prefopt.errors import ModelError
 from prefopt.model.adapter import add_adapter, peft_warnings_off
+from prefopt.model.causal import architectures_of
 from prefopt.model.checkpoint import origin_of, set_origin
 from prefopt.model.leftover import without_mtp
 from prefopt.model.load import base_and_adapter, load_config, load_model, load_weights
@@ -142,8 +143,7 @@ def has_scalar_head(name: str) -> bool:
 
 
 def _names_classifier(config: Any) -> bool:
-    architectures = getattr(config, "architectures", None) or ()
-    return any(a.endswith("ForSequenceClassification") for a in architectures)
+    return any(a.endswith("ForSequenceClassification") for a in architectures_of(config))
 
 
 def _with_own_head(
