@@ -8,6 +8,7 @@ are the answer and its end-of-turn token. What a template puts after the last on
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from prefopt.data.answers import Answers
 from prefopt.data.encoding import Encoded, Encoder, Layout
 from prefopt.data.findings import Findings, lines
 from prefopt.data.group import BoolArray, Group, IntArray
-from prefopt.data.reasoning import strip_reasoning
+from prefopt.data.reasoning import field_reasoning, strip_reasoning
 from prefopt.data.rendering import Rendering
 from prefopt.data.template import ChatTemplate, Turns, Unrenderable
 from prefopt.data.tokenizer import Tokenizer, end_marks, eos_id, leading_ids, tokenizer_digest
@@ -31,6 +32,7 @@ from prefopt.errors import DataError
 from prefopt.records import Comparison, Response
 
 BATCH = 64
+Sequences = Sequence[tuple[IntArray, BoolArray]]
 
 NO_TEMPLATE = "the tokenizer has no chat template: turns are written as 'User: ...', 'Assistant: ...'"
 NO_END = "the chat template ends no answer with a token of its own: EOS is added"
@@ -42,6 +44,8 @@ AS_IT_STANDS = (
     "plain text, which no chat template shows: the one given with --chat-template or its variables is not used"
 )
 SPECIAL = "special tokens written out in the text, read as those tokens"
+INTO_FIELD = "reasoning inside of answers is put where the chat template has a field for it"
+TURNS_DROPPED = "longer than --max-length: the oldest turns are dropped whole"
 STRIPPED = "reasoning left out, as --reasoning strip says"
 APART = "the tokenizer would join the end of the prompt to the answer: they are tokenized apart, as in sampling"
 WINDOWS = "texts longer than --max-length, each cut into several rows"
@@ -131,7 +135,13 @@ class Renderer:
                     continue
                 self._row = comparison.row
                 parts = zip(row, next(encoded), strict=True)
-                yield self._group(comparison, [self._sequence(layout, tokens) for layout, tokens in parts])
+                sequences = [self._sequence(layout, tokens) for layout, tokens in parts]
+                shorter = self._without_oldest(comparison, sequences)
+                rendered = self._group(comparison, shorter)
+                if isinstance(rendered, Rendered) and shorter is not sequences:
+                    dropped = _longest(sequences) - _longest(shorter)
+                    rendered = replace(rendered, prompt_cut=rendered.prompt_cut + dropped)
+                yield rendered
 
     def prompts(self, comparisons: Iterable[Comparison]) -> Iterator[IntArray | Problem]:
         """Token ids [P] up to where an answer begins, generation prompt included, or why there are none, in order.
@@ -153,7 +163,7 @@ class Renderer:
 
     def _lay_out_prompt(self, c: Comparison) -> Layout | Problem:
         self._row = c.row
-        c = self._without_reasoning(c)
+        c = self._reasoned(c)
         if c.text:
             self._say_unused()
             return Layout("".join(m.content for m in c.prompt), (), bos=True)
@@ -168,7 +178,7 @@ class Renderer:
 
     def _lay_out(self, c: Comparison) -> list[Layout] | Problem:
         self._row = c.row
-        c = self._without_reasoning(c)
+        c = self._reasoned(c)
         self._look_for_special_tokens(c)
         turns = [r.messages for r in c.responses]
         if not turns:
@@ -209,14 +219,17 @@ class Renderer:
         )
         return Layout(text, ((len(prompt), len(text)),), bos=True, eos=eos)
 
-    def _without_reasoning(self, c: Comparison) -> Comparison:
-        if self.rendering.reasoning == "keep":
+    def _reasoned(self, c: Comparison) -> Comparison:
+        """The row with its reasoning left out, or where the template wants it."""
+        keep = self.rendering.reasoning == "keep"
+        if keep and (c.text or not self._template.shows_blocks):
             return c
-        prompt: Turns = tuple(map(strip_reasoning, c.prompt))
-        responses = tuple(replace(r, messages=tuple(map(strip_reasoning, r.messages))) for r in c.responses)
+        change = field_reasoning if keep else strip_reasoning
+        prompt: Turns = tuple(map(change, c.prompt))
+        responses = tuple(replace(r, messages=tuple(map(change, r.messages))) for r in c.responses)
         if prompt == c.prompt and responses == c.responses:
             return c
-        self._say(STRIPPED)
+        self._say(INTO_FIELD if keep else STRIPPED)
         return replace(c, prompt=prompt, responses=responses)
 
     def _look_for_special_tokens(self, c: Comparison) -> None:
@@ -270,6 +283,28 @@ class Renderer:
             ids, trained = np.append(ids, np.int32(self._eos)), np.append(trained, True)
         return ids, trained
 
+    def _without_oldest(self, c: Comparison, sequences: Sequences) -> Sequences:
+        """The sequences of a row that is too long, without the oldest turns of its prompt: as few as will do.
+
+        System turns stay, and what stays behind them begins with a turn of the user. Where that is not enough, or the
+        template refuses what is left, the rest is cut by tokens.
+        """
+        limit = self.rendering.max_length
+        if limit is None or c.text or _longest(sequences) <= limit:
+            return sequences
+        system = tuple(itertools.takewhile(lambda m: m.role == "system", c.prompt))
+        begins = [i for i, m in enumerate(c.prompt) if i > len(system) and m.role == "user"]
+        for at in begins:
+            laid = self._lay_out(replace(c, prompt=(*system, *c.prompt[at:])))
+            if isinstance(laid, Problem):
+                break
+            encoded = next(iter(self._encoder.encode_rows([laid])))
+            sequences = [self._sequence(layout, tokens) for layout, tokens in zip(laid, encoded, strict=True)]
+            self._say(TURNS_DROPPED)
+            if _longest(sequences) <= limit:
+                break
+        return sequences
+
     def _group(self, c: Comparison, sequences: Sequence[tuple[IntArray, BoolArray]]) -> Rendered | Problem:
         def same(one: int, other: int) -> bool:
             return all(np.array_equal(a, b) for a, b in zip(sequences[one], sequences[other], strict=True))
@@ -298,6 +333,10 @@ class Renderer:
         weights = None if c.votes is None else tuple(weight for *_, weight in c.votes)
         group = replace(group, weights=weights, tiers=c.tiers, scores=c.scores, labels=c.labels)
         return Rendered(group, prompt_cut, responses_cut)
+
+
+def _longest(sequences: Sequences) -> int:
+    return max(len(ids) for ids, _ in sequences)
 
 
 def _empty(response: Turns) -> bool:
