@@ -35,7 +35,7 @@ from prefopt.model.attention import HOOK
 from prefopt.model.flops import FlopCount
 from prefopt.model.scorer import Scorer
 from prefopt.train.objective import PreferenceObjective
-from prefopt.train.reference import unscored
+from prefopt.train.read import without_values
 from prefopt.train.step import MicroBatch, differentiate
 
 WAYS = ("shared", "separate", "separate, together")
@@ -115,7 +115,7 @@ def alone(group: Group) -> list[Group]:
 def row(k: int, args: argparse.Namespace, scorers: list[Scorer], device: torch.device) -> dict[str, Any]:
     """Seconds per group of each way, and what they are to one another."""
     made, indices = groups(k, args), list(range(args.groups))
-    objective = PreferenceObjective(parse_losses("plackett_luce"), made, unscored(made), device=device)
+    objective = PreferenceObjective(parse_losses("plackett_luce"), made, without_values(made, 0.0), device=device)
     # Responses have one order in all three, so that the loss reads the same values.
     batches = {
         "shared": (scorers[0], [(indices, pack(made, scorers[0].layout).to(device))]),

@@ -2,10 +2,12 @@
 
 Asks a server with OpenAI's interface (vLLM, Ollama, llama.cpp and more) and the folder itself the same questions, and
 compares: how many tokens the server made of each prompt (and which, where it has vLLM's /tokenize), then what it
-answers at temperature 0. A count that differs is another chat template, or one beginning-of-text token more or less;
-answers that differ at once with equal counts are other weights, or a coarse quantisation. Later on, answers may part
-where two tokens are about equally likely: rounding differs between servers. Exit status 0: nothing differs that should
-not; 1: something does.
+answers at temperature 0. A count that differs is another chat template, or one beginning-of-text token more or less.
+
+The folder computes in the precision of the server (--dtype: what the server was started with). Answers may still part
+where two tokens are about equally likely, since kernels add in different orders. So where they part, the folder's model
+is asked how much less likely the server's word is: a difference that rounding can make is a near tie, a larger one is
+other weights, or a coarse quantisation. Exit status 0: nothing differs that should not; 1: something does.
 
 A folder without a chat template is asked to continue text.
 """
@@ -18,15 +20,19 @@ import os
 import urllib.error
 import urllib.parse
 import urllib.request
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import prefopt
 
 QUESTIONS = ("Hello!", "Name three colours.", "Grüße aus 北京 – what is 12 × 12?")
-SAME = 4
-"""Words that have to be the same before answers may part."""
+LIKELY = 256
+"""Tokens among which the server's is looked for."""
+ORDER = 1e-3
+"""How far logits in float32 may move, in nats, when sums are taken in another order."""
 
 
 def ask(url: str, body: dict[str, Any] | None, key: str | None) -> Any:
@@ -44,9 +50,96 @@ def ask(url: str, body: dict[str, Any] | None, key: str | None) -> Any:
         raise SystemExit(f"{url} cannot be reached: {error}") from None
 
 
-def common(one: list[Any], two: list[Any]) -> int:
-    """How many elements two lists begin with alike."""
-    return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+@dataclass
+class Folder:
+    """The model in a folder, in the precision that the server computes in and in float32."""
+
+    path: str
+    dtype: str
+    device: str | None
+
+    def __post_init__(self) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+        self.chat = self.tokenizer.chat_template is not None
+        self.models: list[Any] = []
+
+    def ids(self, prompt: Any) -> list[int]:
+        if self.chat:
+            return list(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
+        return list(self.tokenizer(prompt)["input_ids"])
+
+    def answers(self, prompts: list[Any], tokens: int) -> list[list[int]]:
+        """Token ids of the likeliest answers."""
+        rows = [{"prompt": prompt} for prompt in prompts]
+        how: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": tokens, "progress": "none", "device": self.device}
+        dtype = "float32" if self.dtype == "float16" else self.dtype  # which prefopt does not sample in
+        found = prefopt.sample(self.path, rows, dtype=dtype, **how).rows
+        return [row["token_ids"][0] for row in found]
+
+    def text(self, ids: list[int]) -> str:
+        """As servers show it; bytes that are no whole character yet are left out."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).rstrip("\ufffd")
+
+    def parting(self, prompt: list[int], mine: list[int], there: str) -> tuple[float, float]:
+        """Where the server's text parts from ``mine``: how much less likely its next token is than the likeliest one,
+        and by how much rounding moves such a difference, both in nats."""
+        last = next(n for n in range(len(mine), -1, -1) if there.startswith(self.text(mine[:n])))
+        # A token that only begins a character fits any text, so that they may have parted before it, too.
+        first = next(n for n in range(last, -1, -1) if n == 0 or self.text(mine[:n]) != self.text(mine[: n - 1]))
+        return min(self._gap([*prompt, *mine[:n]], mine[:n], there) for n in range(first, last + 1))
+
+    def _gap(self, ids: list[int], kept: list[int], there: str) -> tuple[float, float]:
+        exact, rounded = (self._logits(which, ids) for which in range(2))
+        likely = exact.topk(min(LIKELY, len(exact))).indices.tolist()
+        fits = [token for token in likely if self._fits(kept, token, there)]
+        moved = 2 * float((exact - rounded).abs().max()) + ORDER
+        return float(exact.max() - exact[fits].max()) if fits else float("inf"), moved
+
+    def _fits(self, ids: list[int], token: int, there: str) -> bool:
+        """Whether the server's text may go on with a token: it adds to it, or ends it."""
+        special = token in self.tokenizer.all_special_ids
+        return special if self.text(ids) == there else not special and there.startswith(self.text([*ids, token]))
+
+    @torch.no_grad()
+    def _logits(self, which: int, ids: list[int]) -> torch.Tensor:
+        if not self.models:
+            self.models = [
+                AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype).to(self.device or "cpu").eval()
+                for dtype in (torch.float32, getattr(torch, self.dtype))
+            ]
+        model = self.models[which]
+        logits: torch.Tensor = model(torch.tensor([ids], device=model.device)).logits[0, -1].float().cpu()
+        return logits
+
+
+def same_prompt(ids: list[int], theirs: list[int] | None, count: int | None) -> bool:
+    """Whether the server made the same tokens of a prompt; says so."""
+    if theirs is None:
+        same = count == len(ids)
+        print(f"  prompt: {count} tokens there, {len(ids)} here{'' if same else ': NOT the same'}")
+        return same
+    same = theirs == ids
+    print(f"  prompt: {'the same' if same else 'OTHER'} token ids, {len(theirs)} there, {len(ids)} here")
+    if not same:
+        shorter = min(len(theirs), len(ids))
+        at = next((i for i in range(shorter) if theirs[i] != ids[i]), shorter)
+        print(f"    from token {at + 1}: {theirs[at : at + 5]} there, {ids[at : at + 5]} here")
+    return same
+
+
+def same_answer(folder: Folder, prompt: list[int], mine: list[int], there: str) -> bool:
+    """Whether the server answered as the folder's model does, or parts from it at a near tie; says so."""
+    here = folder.text(mine)
+    if there == here or there.strip() == here.strip():
+        print("  answer: the same")
+        return True
+    gap, rounding = folder.parting(prompt, mine, there)
+    near = gap <= rounding
+    told = "parts at a near tie" if near else "OTHER"
+    how = f"is not among the {LIKELY} likeliest" if gap == float("inf") else f"is {gap:.3g} nats less likely here"
+    print(f"  answer: {told}: the server's token {how}, rounding explains {rounding:.3g}")
+    print(f"    there: {there!r}\n    here:  {here!r}")
+    return near
 
 
 def main() -> int:
@@ -57,6 +150,11 @@ def main() -> int:
     parser.add_argument("--key", help="environment variable that holds a key")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of an answer")
     parser.add_argument("--device", help="of the folder's model here; default: as prefopt sample")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="what the server computes in (its own --dtype); default: what config.json says",
+    )
     args = parser.parse_args()
     base, key = args.url.rstrip("/"), os.environ[args.key] if args.key else None
     names = [m["id"] for m in (ask(f"{base}/models", None, key) or {"data": []})["data"]]
@@ -64,52 +162,24 @@ def main() -> int:
         raise SystemExit(f"name one of the server's models by --model: {', '.join(names) or 'it lists none'}")
     model = args.model or names[0]
 
-    tokenizer = AutoTokenizer.from_pretrained(args.folder)
-    chat = tokenizer.chat_template is not None
-    asked: list[Any] = [[{"role": "user", "content": q}] for q in QUESTIONS] if chat else list(QUESTIONS)
-    here = prefopt.sample(
-        args.folder,
-        [{"prompt": p} for p in asked],
-        temperature=0.0,
-        max_new_tokens=args.tokens,
-        device=args.device,
-        progress="none",
-    ).rows
+    dtype = args.dtype or str(AutoConfig.from_pretrained(args.folder).dtype or "float32").removeprefix("torch.")
+    folder = Folder(args.folder, dtype, args.device)
+    print(f"the folder's model computes in {dtype}")
+    asked: list[Any] = [[{"role": "user", "content": q}] for q in QUESTIONS] if folder.chat else list(QUESTIONS)
     wrong = 0
-    for prompt, row, question in zip(asked, here, QUESTIONS, strict=True):
-        body: dict[str, Any] = {"messages": prompt} if chat else {"prompt": prompt}
-        if chat:
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-        else:
-            ids = tokenizer(prompt)["input_ids"]
+    for prompt, mine, question in zip(asked, folder.answers(asked, args.tokens), QUESTIONS, strict=True):
+        body = {"messages" if folder.chat else "prompt": prompt}
         more = {"model": model, "temperature": 0, "max_tokens": args.tokens}
-        found = ask(f"{base}/{'chat/' if chat else ''}completions", {**body, **more}, key)
+        found = ask(f"{base}/{'chat/' if folder.chat else ''}completions", {**body, **more}, key)
         if found is None:
             raise SystemExit(f"{base} has no such interface; the address ends in /v1 as a rule")
         tokenized = ask(urllib.parse.urljoin(base + "/", "../tokenize"), {"model": model, **body}, key)
-        theirs = (tokenized or {}).get("tokens")
-        count = (found.get("usage") or {}).get("prompt_tokens")
-        print(f"{question}")
-        if theirs is not None:
-            same = theirs == ids
-            print(f"  prompt: {'the same' if same else 'OTHER'} token ids, {len(theirs)} there, {len(ids)} here")
-            if not same:
-                at = common(theirs, ids)
-                print(f"    from token {at + 1}: {theirs[at : at + 5]} there, {ids[at : at + 5]} here")
-        else:
-            same = count == len(ids)
-            print(f"  prompt: {count} tokens there, {len(ids)} here{'' if same else ': NOT the same'}")
-        choice = found["choices"][0]
-        there = (choice["message"]["content"] if chat else choice["text"]) or ""
-        mine = tokenizer.decode(row["token_ids"][0], skip_special_tokens=True)  # as servers show it
-        words = there.split(), mine.split()
-        alike, whole = common(*words), words[0] == words[1]
-        enough = whole or (min(map(len, words)) > 0 and alike >= min(SAME, *map(len, words)))
-        told = "the same" if whole else f"the first {alike} words are the same"
-        print(f"  answer: {told}{'' if enough else ': OTHER'}")
-        if not whole:
-            print(f"    there: {there!r}\n    here:  {mine!r}")
-        wrong += not same or not enough
+        print(question)
+        choice, ids = found["choices"][0], folder.ids(prompt)
+        there = (choice["message"]["content"] if folder.chat else choice["text"]) or ""
+        counted = (found.get("usage") or {}).get("prompt_tokens")
+        same = same_prompt(ids, (tokenized or {}).get("tokens"), counted)
+        wrong += not same_answer(folder, ids, mine, there) or not same
     print("the server has what was trained" if not wrong else f"{wrong} of {len(QUESTIONS)} questions differ")
     return int(bool(wrong))
 

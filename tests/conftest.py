@@ -26,6 +26,16 @@ hypothesis.settings.load_profile("prefopt")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--auto-dtype bfloat16`` runs the tests as on a processor that has it; left out, all machines test the same."""
+    parser.addoption("--auto-dtype", choices=["float32", "bfloat16"], default="float32")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Of the programs that tests start, too."""
+    os.environ["PREFOPT_DTYPE"] = config.getoption("--auto-dtype")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of data sets, tokenizers and models that tests may read: ``PREFOPT_SHARED``, or beside the clone."""

@@ -23,9 +23,9 @@ Change = Callable[[Any, Any], None]
 
 
 @contextmanager
-def served(folder: Path, change: Change, *, tokenize: bool) -> Iterator[str]:
+def served(folder: Path, change: Change, *, tokenize: bool, dtype: str = "float32") -> Iterator[str]:
     """The model as transformers runs it, behind OpenAI's interface; ``change`` may spoil tokenizer and model."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     change(tokenizer, model)
 
     def ids_of(body: dict[str, Any]) -> list[int]:
@@ -104,8 +104,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def check(folder: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(folder), url, "--tokens", "6", "--device", "cpu"])
+def check(folder: Path, url: str, monkeypatch: pytest.MonkeyPatch, *more: str) -> int:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(folder), url, "--tokens", "6", "--device", "cpu", *more])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert isinstance(ended.value.code, int)
@@ -142,3 +142,44 @@ def test_text_is_compared_where_there_is_no_template(
     with served(base, nothing, tokenize=True) as url:
         assert check(base, url, monkeypatch) == 0
     assert capsys.readouterr().out.count("the same token ids") == 3
+
+
+def test_a_server_in_bfloat16_is_compared_in_bfloat16(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    with served(folder, nothing, tokenize=True, dtype="bfloat16") as url:
+        assert check(folder, url, monkeypatch, "--dtype", "bfloat16") == 0
+    out = capsys.readouterr().out
+    assert "computes in bfloat16" in out and out.count("OTHER") == 0
+    with served(folder, other_weights, tokenize=True, dtype="bfloat16") as url:
+        assert check(folder, url, monkeypatch, "--dtype", "bfloat16") == 1
+
+
+def moved(by: float) -> Change:
+    """Weights that differ in one thing: the likeliest first token of the first answer, and the next likeliest one, are
+    told apart by ``by`` nats the other way round."""
+
+    def change(tokenizer: Any, model: Any) -> None:
+        prompt = [{"role": "user", "content": "Hello!"}]
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        with torch.no_grad():
+            hidden = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+            (first, second), (_, next_best) = (hidden @ model.lm_head.weight.T).topk(2)
+            step = hidden / hidden.dot(hidden)
+            model.lm_head.weight[next_best] += step * (first - second + by)
+
+    return change
+
+
+@pytest.mark.parametrize(("by", "told"), [(1e-4, "parts at a near tie"), (0.3, "OTHER")], ids=["near tie", "other"])
+def test_a_near_tie_is_told_from_another_model(
+    by: float, told: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    # The folder itself has the two tokens nearly alike, so that it is the server's rounding that decides.
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    moved(-2e-4 if by < 0.1 else -by)(tokenizer, model)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with served(tmp_path, moved(by), tokenize=True) as url:
+        assert check(tmp_path, url, monkeypatch) == (told == "OTHER")
+    assert told in capsys.readouterr().out

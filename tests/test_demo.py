@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 from pathlib import Path
@@ -16,6 +17,7 @@ from prefopt.config.command import program
 from prefopt.config.option import from_dict
 from prefopt.demo import run as demo
 from prefopt.verbs import VERBS
+from train.small import pairs, write_rows
 
 pytest.importorskip("vaderSentiment", reason="the demonstration's judge is an extra: prefopt[demo]")
 pytest.importorskip("matplotlib", reason="the demonstration draws curves: prefopt[demo]")
@@ -67,12 +69,16 @@ def test_the_demonstration_runs_and_every_command_it_prints_is_real(
     mean = sum(sum(row["scores"]) / len(row["scores"]) for row in rows) / len(rows)
     assert mean == pytest.approx(result.after.mean) and len(rows) == result.after.count
 
+    (folder / "aligned-again").mkdir()  # somebody tried the other loss
     again = demo.run_demo("runs/demo", seed=3)
-    assert "from the cache" in capsys.readouterr().out
+    second = capsys.readouterr().out
+    assert "from the cache" in second and "--output runs/demo/aligned-again-2 " in second
     assert again == result
 
 
-def test_the_commands_it_prints_make_what_it_made(short: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_it_prints_make_what_it_made(
+    short: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     demo.run_demo("runs/demo", seed=3)
     said = capsys.readouterr().out
     made = Path("runs/demo").rename("runs/made")
@@ -80,10 +86,15 @@ def test_the_commands_it_prints_make_what_it_made(short: None, capsys: pytest.Ca
     for name in ("model", "prompts.txt", "held_out.txt"):
         (made / name).rename(Path("runs/demo") / name)
     commands = [line[line.index(program()) :] for line in said.splitlines() if f"{program()} " in line]
+    stand_ins = {"MODEL": "runs/demo/model", "PAIRS.jsonl": write_rows(Path("pairs.jsonl"), pairs(40)), "OUTPUT": "out"}
+    told = []
     for line in commands:
-        words = shlex.split(line.removeprefix(program()))
-        if words[0] != "chat" and "MODEL" not in words:
-            assert main(words) == 0, line
+        monkeypatch.setattr("sys.stdin", io.StringIO("/exit\n"))  # what chat reads
+        assert main([stand_ins.get(word, word) for word in shlex.split(line.removeprefix(program()))]) == 0, line
+        told.append(capsys.readouterr().out)
+    first, another, yours = (text for line, text in zip(commands, told, strict=True) if " dpo " in line)
+    assert "from the cache" in first and "responses scored" not in another and "from the cache" in another
+    assert "responses scored" in yours
     for name in ("samples", "scored", "before", "before-scored", "after", "after-scored"):
         assert (Path("runs/demo") / f"{name}.jsonl").read_bytes() == (made / f"{name}.jsonl").read_bytes(), name
     assert (Path("runs/demo") / "aligned-again" / "model.safetensors").exists()

@@ -13,10 +13,10 @@ SRC = Path(__file__).resolve().parents[1] / "src"
 
 # From the bottom up: a module imports from its own room and from those before it.
 ROOMS = (
-    "errors disk progress records interval config studies data theory losses model generate rewards train methods "
-    "evaluate pipeline collect demo commands api verbs cli"
+    "errors screen disk progress records interval config studies data theory losses model generate rewards train "
+    "methods evaluate pipeline collect demo commands api verbs cli"
 ).split()
-TORCH_FREE = {"errors", "disk", "progress", "records", "config", "studies", "data", "collect"}
+TORCH_FREE = {"errors", "screen", "disk", "progress", "records", "config", "studies", "data", "collect"}
 WITH_TORCH = {"prefopt.data.packer"}
 FRONT = {"prefopt", "prefopt.__main__"}  # they only open the door to what is above everything
 

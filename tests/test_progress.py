@@ -7,9 +7,8 @@ import re
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from prefopt import progress
+from prefopt import progress, screen
 from prefopt.progress import Reporter, duration, size, wrapped
 from prefopt.train.metrics import note
 
@@ -31,8 +30,8 @@ class Screen:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, mode: str, now: list[float]) -> None:
         self.file = io.StringIO()
-        console = lambda **more: Console(file=self.file, force_terminal=mode == "rich", width=70, **more)  # noqa: E731
-        monkeypatch.setattr(progress, "Console", console)
+        console = lambda **more: screen.Screen(file=self.file, force_terminal=mode == "rich", width=70, **more)  # noqa: E731
+        monkeypatch.setattr(progress, "Screen", console)
         monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
         self.reporter = Reporter(mode)
 

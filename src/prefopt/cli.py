@@ -16,6 +16,7 @@ from prefopt import __version__
 from prefopt.config.document import read_document, write_document
 from prefopt.config.option import Option, check_values, checked, from_dict, nearest, options
 from prefopt.errors import ConfigError, Interrupted, UserError
+from prefopt.screen import complain, guarded_streams, tell
 from prefopt.verbs import VERBS
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. The exit status: 0; 1 for damage found; 2 for a user error; 128 + signal where interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        with _warnings_on_stderr():
+        with guarded_streams(), _warnings_on_stderr():
             return _dispatch(words)
     except UserError as error:
         return _complain(f"error: {error}", 2)
@@ -49,15 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_overview(list(VERBS)))
+        tell(_overview(list(VERBS)))
         return 0 if words else 2
     if words[0] == "--version":
-        print(f"prefopt {__version__}")
+        tell(f"prefopt {__version__}")
         return 0
     name = " ".join(words[:2]) if " ".join(words[:2]) in VERBS else words[0]
     inner = [verb for verb in VERBS if verb.startswith(f"{name} ")]
     if inner and words[1:2] in (["-h"], ["--help"]):
-        print(_overview(inner))
+        tell(_overview(inner))
         return 0
     if inner:
         wanted = [verb.removeprefix(f"{name} ") for verb in inner]
@@ -84,7 +85,7 @@ def _run(name: str, words: list[str]) -> int:
     if printing:
         stand_ins = {o.name: "(to be given)" for o in options(verb.config) if o.required}
         from_dict(verb.config, stand_ins | values)
-        print(write_document(verb.config, values), end="")
+        tell(write_document(verb.config, values), end="")
         return 0
     return verb.run(from_dict(verb.config, values))
 
@@ -94,8 +95,7 @@ def parser_of(name: str) -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
     verb = VERBS[name]
-    first = next((o for o in options(verb.config) if o.positional), None)
-    metavar = f"{_shape(first)['metavar']} " if first else ""
+    metavar = "".join(f"{_shape(o)['metavar']} " for o in options(verb.config) if o.positional)
     parser = ArgumentParser(
         prog=f"prefopt {name}",
         usage=f"prefopt {name} {metavar}[options]",
@@ -124,14 +124,23 @@ def parse(name: str, words: list[str]) -> dict[str, Any]:
 
     known = {o.name: o for o in options(VERBS[name].config)}
     lists = {o.flag for o in known.values() if list[str] in o.kinds}
-    first = next((o.flag for o in known.values() if o.positional), None)
-    if first and words and not words[0].startswith("-"):
-        words = [first, *words]
-    words = _gathered(words, lists)
+    words = _gathered(_flagged(words, [o.flag for o in known.values() if o.positional]), lists)
     try:
         return dict(vars(parser_of(name).parse_args(words)))
     except ArgumentError as error:
         raise _plainly(name, str(error), known) from error
+
+
+def _flagged(words: list[str], positional: list[str]) -> list[str]:
+    """Words that come first without their flag, each with its own; the last flag takes all that are left."""
+    found: list[str] = []
+    for number, flag in enumerate(positional):
+        if not words or words[0].startswith("-"):
+            break
+        taken = 1 if number < len(positional) - 1 else len(words)
+        found += [flag, *words[:taken]]
+        words = words[taken:]
+    return found + words
 
 
 _CONFIG_HELP = "read options from a YAML file, names spelt with dashes or underscores; the command line overrides it"
@@ -208,7 +217,7 @@ def _overview(verbs: list[str]) -> str:
 
 
 def _complain(message: str, status: int) -> int:
-    print("prefopt: " + " ".join(message.split()), file=sys.stderr)
+    complain("prefopt: " + " ".join(message.split()))
     return status
 
 

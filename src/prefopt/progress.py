@@ -6,9 +6,11 @@ import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from prefopt.screen import Screen, one_line, visible
 
 PLAIN_SECONDS = 10.0
 """Where there is no terminal, a line of progress at most this often."""
@@ -20,13 +22,18 @@ class Reporter:
     """Lines and bars. ``mode``: ``rich``, ``plain``, ``none``, or ``auto`` (rich on a terminal, else plain)."""
 
     def __init__(self, mode: str = "auto") -> None:
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Screen()
         self.mode = ("rich" if self._console.is_terminal else "plain") if mode == "auto" else mode
 
     def say(self, line: str) -> None:
         """One line, whatever is on the screen."""
         if self.mode != "none":
-            self._console.print(line, markup=False)
+            self._console.print(one_line(line))
+
+    def show(self, text: str) -> None:
+        """Text of several lines, such as a row or a file of options."""
+        if self.mode != "none":
+            self._console.print(text)
 
     def bar(self, what: str, total: int, unit: str) -> Bar:
         """A bar of ``total`` units; use it as a context."""
@@ -36,8 +43,8 @@ class Reporter:
 class Bar:
     """A progress bar with the time left, or a line every few seconds where there is no terminal."""
 
-    def __init__(self, reporter: Reporter, console: Console, what: str, total: int, unit: str) -> None:
-        self._reporter, self._what, self._total, self._unit = reporter, what, total, unit
+    def __init__(self, reporter: Reporter, console: Screen, what: str, total: int, unit: str) -> None:
+        self._reporter, self._what, self._total, self._unit = reporter, one_line(what), total, unit
         self._started = self._printed = time.monotonic()
         self._first: float | None = None
         self._task: TaskID | None = None
@@ -82,13 +89,13 @@ class Bar:
 class _Noted(Progress):
     """One bar with its time left, and numbers below it, wrapped between them and never within one."""
 
-    def __init__(self, unit: str, console: Console) -> None:
+    def __init__(self, unit: str, console: Screen) -> None:
         self.note: Sequence[str] = ()
         self._screen = console
         super().__init__(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=32),
-            TextColumn("{task.fields[done]}/{task.total} " + unit),
+            TextColumn("{task.fields[done]}/{task.total} " + unit, markup=False),
             TimeRemainingColumn(),
             console=console,
         )
@@ -97,7 +104,7 @@ class _Noted(Progress):
         """The bar, then the numbers."""
         yield self.make_tasks_table(self.tasks)
         for line in wrapped(self.note, self._screen.width)[:NOTE_LINES]:
-            yield Text(line, no_wrap=True, overflow="ellipsis", style="dim")
+            yield Text(visible(line), no_wrap=True, overflow="ellipsis", style="dim")
 
 
 def wrapped(parts: Iterable[str], width: int) -> list[str]:

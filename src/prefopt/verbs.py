@@ -11,6 +11,7 @@ from prefopt.config.cache import CacheClearConfig, CacheListConfig, CacheVerifyC
 from prefopt.config.chat import ChatConfig
 from prefopt.config.collect import (
     CollectBackupConfig,
+    CollectCheckConfig,
     CollectExportConfig,
     CollectImportConfig,
     CollectInviteConfig,
@@ -157,6 +158,7 @@ VERBS: dict[str, Verb] = {
         "commands.collect:export_study",
     ),
     "collect import": Verb("add items to a study", CollectImportConfig, "commands.collect:import_items"),
+    "collect check": Verb("check a study against its digests", CollectCheckConfig, "commands.collect:check_study"),
     "collect backup": Verb(
         "copy a study, also while it is served", CollectBackupConfig, "commands.collect:backup_study"
     ),

@@ -176,9 +176,9 @@ def test_a_session_by_mouse(script: bool, language: str, opened: Open, tmp_path:
         press("button[value=bad]", 5)
         page.select_option("#reason", "broken")
         press("button[value=skip]", 6)
-        page.check("input[name=rank1][value='1']", force=True)
-        page.check("input[name=rank3][value='2']", force=True)
-        page.check("input[name=rank0][value='2']", force=True)
+        page.check("input[name=rank1][value='1']")
+        page.check("input[name=rank3][value='2']")
+        page.check("input[name=rank0][value='2']")
         page.click("#save")
         page.wait_for_selector(f"text={LANGUAGES[language]['done']}")
         said = stored(study)
@@ -249,6 +249,24 @@ def test_what_is_refused_is_shown_with_what_was_written(opened: Open, tmp_path: 
         page.click("#save")
         page.wait_for_selector(".problem")
         assert page.input_value("#rationale") == "kept" and not stored(study)
+        page.keyboard.press("b")
+        page.keyboard.press("a")
+        with leaving(page):
+            page.keyboard.press("Enter")
+        assert shown_tiers(stored(study)[0]) == ["B", "A"]
+
+
+def test_the_first_key_counts_however_late_the_script_comes(opened: Open, tmp_path: Path) -> None:
+    with new_study(tmp_path / "s.db", 1, 3) as study, served(study) as site:
+        page = opened(site, site.link("Ann"), quiet=False)
+
+        def late(route: Any) -> None:
+            page.wait_for_timeout(700)
+            route.continue_()
+
+        page.route("**/static/vote.js", late)
+        page.click("button.primary", no_wait_after=True)
+        page.wait_for_selector("#ballot")
         page.keyboard.press("b")
         page.keyboard.press("a")
         with leaving(page):

@@ -340,8 +340,8 @@ def test_tables_that_cannot_be_read_name_the_line(tmp_path: Path, content: str, 
 
 
 def test_a_cell_that_never_ends_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(csv_rows, "FIELD_LIMIT", 1000)
-    with pytest.raises(DataError, match="a cell of the row at line 2 does not end"):
+    monkeypatch.setattr(csv_rows, "ROW_BYTES", 1000)
+    with pytest.raises(DataError, match=r"the row at line 2 is longer than .* is a quote never closed"):
         read_text(tmp_path, 'a,b\n1,"' + "x\n" * 1000)
 
 

@@ -97,7 +97,7 @@ def test_damage_is_told_and_hides_nothing(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     (write_run(tmp_path / "b") / "run.json").write_text("{")
     lines = show_runs([str(tmp_path)])
-    assert lines[1].startswith("a ") and re.search(r"b/run.json is damaged", lines[2])
+    assert lines[1].startswith("a ") and re.search(r"b/run.json cannot be read \(it is not JSON\)", lines[2])
 
 
 @pytest.mark.parametrize(

@@ -70,3 +70,17 @@ def test_logits_are_those_of_the_models_own_forward(name: str) -> None:
 def test_whole_sequences_need_no_cache(name: str) -> None:
     scorer = Scorer(build(name))
     check_decoder(scorer, WholeDecoder(scorer), draw(7, 7))
+
+
+def test_logits_are_made_as_the_scorer_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 on CUDA those of the scorer are accumulated in float32; what is drawn from must be no coarser."""
+    scorer = Scorer(build("granite", torch.bfloat16))
+    monkeypatch.setattr(
+        "prefopt.model.scorer.head_logits", lambda hidden, weight, bias: hidden.float() @ weight.float().t()
+    )
+    hidden = torch.randn(5, 32).bfloat16()
+    with torch.no_grad():
+        found = SlotDecoder(scorer).logits(hidden)
+        weight = scorer.model.lm_head.weight  # type: ignore[union-attr]
+        assert torch.equal(found, (hidden.float() @ weight.float().t()) * (1 / 3.0))  # type: ignore[operator]
+    assert found.dtype == torch.float32

@@ -14,10 +14,11 @@ import transformers
 
 from prefopt.data.group import Group
 from prefopt.data.packer import pack, split
+from prefopt.data.table import GroupTable
 from prefopt.losses.parse import parse_losses
 from prefopt.model.scorer import Scorer, response_sums
 from prefopt.train.objective import PreferenceObjective
-from prefopt.train.reference import unscored
+from prefopt.train.read import without_values
 from prefopt.train.step import differentiate
 
 MODELS: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "golden/dpo.json").read_text("utf-8"))["models"]
@@ -60,7 +61,7 @@ def test_a_model_has_trls_loss_metrics_and_gradients(case: dict[str, Any], token
         batch = pack(groups, reference.layout)
         sums = response_sums(reference(batch), batch)
     terms = parse_losses("dpo", beta=case["beta"])
-    values = replace(unscored(groups), sums_N=sums.numpy())
+    values = replace(without_values(GroupTable.of(groups), 0.0), sums_N=sums.numpy())
     objective = PreferenceObjective(terms, groups, values, device=torch.device("cpu"))
 
     model = rebuilt(case, 0.0)

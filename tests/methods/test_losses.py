@@ -64,7 +64,7 @@ def test_a_loss_without_a_reference_touches_none(
         raise AssertionError("no reference is needed")
 
     monkeypatch.setattr(ReferenceRun, "__init__", refused)
-    for place in ("identity_of_folder", "identity_of_model"):
+    for place in ("identity_of_name", "identity_of_model"):
         monkeypatch.setattr(f"prefopt.train.reference.{place}", refused)
     dpo(model, ROWS, tmp_path / "out", loss=name, epochs=2, eval_fraction=0.3, progress="plain")
     assert f"reference: none is loaded, {name} compares with none" in capsys.readouterr().out
@@ -168,8 +168,8 @@ def test_the_first_step_is_that_of_a_policy_which_is_its_reference(
 
 def test_ld_dpo_takes_token_values_from_the_cache(model: str, tmp_path: Path, reports: list[FillReport]) -> None:
     other = write_model(tmp_path / "other", seed=1)
-    for n, options in enumerate([{}, {"loss": "ld_dpo", "batch_size": 10}, {"loss": "ld_dpo", "beta": 0.7}, {}]):
-        dpo(model, ROWS, tmp_path / f"out{n}", reference=other, max_steps=1, **options)
+    for n, options in enumerate([{}, {"loss": "ld_dpo"}, {"loss": "ld_dpo", "beta": 0.7}, {}]):
+        dpo(model, ROWS, tmp_path / f"out{n}", reference=other, batch_size=10, **options)
     assert [r.scored_responses for r in reports] == [20, 20, 0, 0]
     sums: dict[str, list[torch.Tensor]] = {}
     for own, ref in zip(token_values(model, ROWS), token_values(other, ROWS), strict=True):
@@ -184,9 +184,9 @@ def test_ld_dpo_takes_token_values_from_the_cache(model: str, tmp_path: Path, re
 
 def test_mismatched_responses_are_cached(model: str, tmp_path: Path, reports: list[FillReport]) -> None:
     for n, options in enumerate([{"loss": "kto"}, {"loss": "kto", "seed": 4, "eval_fraction": 0.3}, {}]):
-        dpo(model, ROWS, tmp_path / f"out{n}", max_steps=1, **options)
+        dpo(model, ROWS, tmp_path / f"out{n}", batch_size=16, **options)
     assert [r.scored_responses for r in reports] == [40, 0, 0]
-    dpo(model, [*ROWS, *pairs(1, seed=5)], tmp_path / "more", loss="kto", max_steps=1)
+    dpo(model, [*ROWS, *pairs(1, seed=5)], tmp_path / "more", loss="kto", batch_size=16)
     assert reports[-1].scored_responses == 2 + 2 + 2  # its own, those to its prompt, and those of the row before it
 
 

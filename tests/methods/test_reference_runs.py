@@ -27,6 +27,7 @@ from train.small import Row, dpo, pairs, steps, write_model, write_rows
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 ROWS = pairs(10)
+ONCE: dict[str, Any] = {"batch_size": 256}  # one step that reads every row
 
 
 @pytest.fixture
@@ -70,28 +71,65 @@ def test_nothing_is_scored_twice(model: str, tmp_path: Path, reports: list[FillR
         {"lora": True, "lora_rank": 5, "lora_alpha": 1, "lora_dropout": 0.1, "reference": model},
     ]
     for n, options in enumerate(same):
-        dpo(model, tmp_path / "data.jsonl", tmp_path / f"out{n}", max_steps=1, **options)
+        dpo(model, tmp_path / "data.jsonl", tmp_path / f"out{n}", **{**ONCE, **options})
     assert [(r.scored_responses, r.forward_calls > 0) for r in reports] == [(400, True)] + 6 * [(0, False)]
 
     rows[100:100] = pairs(2, seed=8)  # one per cent more
     write_rows(tmp_path / "data.jsonl", rows)
-    dpo(model, tmp_path / "data.jsonl", tmp_path / "more", max_steps=1)
+    dpo(model, tmp_path / "data.jsonl", tmp_path / "more", **ONCE)
     assert (reports[-1].scored_responses, reports[-1].reused_responses) == (4, 400)
-    dpo(model, rows[50:150], tmp_path / "rows", max_steps=1)
+    dpo(model, rows[50:150], tmp_path / "rows", **ONCE)
     assert reports[-1].scored_responses == 0
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto", "dpo,nll", "ld_dpo"])
+def test_a_few_steps_score_what_they_read(
+    loss: str, model: str, tmp_path: Path, reports: list[FillReport], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rows of the steps and those held out; more steps score the rest, and the numbers are those of a whole run."""
+    rows, held = pairs(30), write_rows(tmp_path / "held.jsonl", pairs(6, seed=1))
+    options = {
+        "loss": loss,
+        "batch_size": 4,
+        "eval_data": [held],
+        "schedule": "constant",
+        "warmup": 0.0,
+        "progress": "plain",
+    }
+    each = 2 * (2 if loss == "kto" else 1)  # KTO compares with as many responses to other prompts
+    dpo(model, rows, tmp_path / "two", max_steps=2, **options)
+    said = capsys.readouterr().out
+    assert [r.scored_responses for r in reports] == [each * (8 + 6)]
+    assert "reference: 14 of 36 rows are read in 2 steps and evaluations; no others are scored" in said.replace(
+        "pairs are", "rows are"
+    )
+    dpo(model, rows, tmp_path / "five", max_steps=5, **options)
+    assert (reports[-1].scored_responses, reports[-1].reused_responses) == (each * 12, each * 14)
+    assert "reference: 26 of 36" in capsys.readouterr().out
+    dpo(model, rows, tmp_path / "whole", **options)
+    assert (reports[-1].scored_responses, reports[-1].reused_responses) == (each * 10, each * 26)
+    assert "are read in" not in capsys.readouterr().out
+    whole = steps(tmp_path / "whole")
+    for few in ("two", "five"):
+        assert all(a == b for a, b in zip(steps(tmp_path / few), whole, strict=False))
+
+
+def test_an_epoch_of_steps_is_no_short_run(model: str, tmp_path: Path, reports: list[FillReport]) -> None:
+    dpo(model, ROWS, tmp_path / "out", max_steps=3, epochs=2)
+    assert reports[-1].scored_responses == 20, "batches of 4, 4 and 2"
 
 
 def test_overwritten_weights_are_another_model(tmp_path: Path, reports: list[FillReport]) -> None:
     for seed, scored in ((0, 20), (1, 20), (0, 0)):
         model = write_model(tmp_path / "model", seed=seed)
-        dpo(model, ROWS, tmp_path / f"out{len(reports)}", max_steps=1)
+        dpo(model, ROWS, tmp_path / f"out{len(reports)}", **ONCE)
         assert reports[-1].scored_responses == scored
         assert steps(tmp_path / f"out{len(reports) - 1}")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_what_decides_the_values_is_never_shared(model: str, tmp_path: Path, reports: list[FillReport]) -> None:
     for n, options in enumerate(({}, {"dtype": "float64"}, {"attention": "loop"}, {"max_length": 20})):
-        dpo(model, ROWS, tmp_path / f"out{n}", max_steps=1, **options)
+        dpo(model, ROWS, tmp_path / f"out{n}", **{**ONCE, **options})
         assert reports[-1].scored_responses == 20 or options.get("max_length")
     assert 0 < reports[-1].scored_responses < 20  # only what the truncation changed
 
@@ -125,7 +163,7 @@ def test_another_model_as_reference(model: str, tmp_path: Path, capsys: pytest.C
 def test_an_adapter_to_go_on_with_is_its_own_reference(
     model: str, adapter: str, tmp_path: Path, reports: list[FillReport], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dpo(model, ROWS, tmp_path / "base", max_steps=1)
+    dpo(model, ROWS, tmp_path / "base", **ONCE)
     dpo(model, ROWS, tmp_path / "out", adapter=adapter, batch_size=10, progress="plain")
     assert [r.scored_responses for r in reports] == [20, 20]  # the base's values are not the adapter's
     assert steps(tmp_path / "out")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -159,12 +197,12 @@ def test_a_new_adapters_reference_is_the_base(
     assert f"reference: {model} (the model as it is before training), " in capsys.readouterr().out
     assert steps(tmp_path / "out")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     # The base was left alone: its values serve a full fine-tuning.
-    dpo(model, ROWS, tmp_path / "full", max_steps=1)
+    dpo(model, ROWS, tmp_path / "full", **ONCE)
     assert [r.scored_responses for r in reports] == [20, 0]
 
 
 def test_values_that_are_not_this_models_stop_the_run(model: str, tmp_path: Path) -> None:
-    dpo(model, ROWS, tmp_path / "before", max_steps=1)
+    dpo(model, ROWS, tmp_path / "before", **ONCE)
     (block,) = cache_root().glob("reference/*/block-*.safetensors")
     space = block.parent.name
     arrays = read_sealed(block, space)
@@ -179,12 +217,12 @@ def test_values_that_are_not_this_models_stop_the_run(model: str, tmp_path: Path
 def test_damaged_values_are_scored_again(
     model: str, tmp_path: Path, reports: list[FillReport], caplog: pytest.LogCaptureFixture
 ) -> None:
-    dpo(model, ROWS, tmp_path / "before", max_steps=1)
+    dpo(model, ROWS, tmp_path / "before", **ONCE)
     (block,) = cache_root().glob("reference/*/block-*.safetensors")
     data = bytearray(block.read_bytes())
     data[-3] ^= 1
     block.write_bytes(data)
-    dpo(model, ROWS, tmp_path / "out", max_steps=1)
+    dpo(model, ROWS, tmp_path / "out", **ONCE)
     assert [r.scored_responses for r in reports] == [20, 20] and "is damaged" in caplog.text
 
 
@@ -209,7 +247,7 @@ def test_scoring_ahead_keeps_to_the_token_budget(model: str, tmp_path: Path, mon
     sizes: list[int] = []
     pack = reference.pack
     monkeypatch.setattr(reference, "pack", lambda g, layout: sizes.append(sum(x.tokens for x in g)) or pack(g, layout))
-    dpo(model, ROWS, tmp_path / "out", token_budget=30, max_steps=1)
+    dpo(model, ROWS, tmp_path / "out", token_budget=30, **ONCE)
     assert 60 < max(sizes) <= 4 * 30  # forward alone takes a fraction of the memory
 
 
@@ -229,8 +267,8 @@ def test_where_memory_ends_the_reference_is_scored_in_smaller_batches(
         return pack(groups, layout)
 
     monkeypatch.setattr(reference, "pack", limited)
-    dpo(model, ROWS, tmp_path / "out", max_steps=1)
+    dpo(model, ROWS, tmp_path / "out", **ONCE)
     assert max(sizes) > 90 and sum(s for s in sizes if s <= 90) >= sum(s for s in sizes if s > 90) / len(sizes)
     assert steps(tmp_path / "out")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     with pytest.raises(RunError, match="cannot score a pair of"):
-        dpo(model, [pairs(1)[0] | {"prompt": "k" * 120}], tmp_path / "big", max_length=128, max_steps=1)
+        dpo(model, [pairs(1)[0] | {"prompt": "k" * 120}], tmp_path / "big", max_length=128, **ONCE)

@@ -167,7 +167,7 @@ def test_dropout_is_silenced_in_a_model_that_was_built_with_it(name: str) -> Non
         assert torch.equal(scorer(batch), scorer(batch))
 
 
-def test_devices_and_dtypes() -> None:
+def test_devices_and_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_device("cpu") == CPU
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="--device cuda"):
@@ -175,4 +175,13 @@ def test_devices_and_dtypes() -> None:
     with pytest.raises(ConfigError, match="--device nonsense"):
         resolve_device("nonsense")
     assert resolve_dtype("float64", CPU) == torch.float64
-    assert resolve_dtype("auto", CPU) in (torch.float32, torch.bfloat16)
+    for variable, taken in [("bfloat16", torch.bfloat16), ("float32", torch.float32)]:
+        monkeypatch.setenv("PREFOPT_DTYPE", variable)
+        assert resolve_dtype("auto", CPU) == taken and resolve_dtype("float64", CPU) == torch.float64
+    monkeypatch.setenv("PREFOPT_DTYPE", "bf16")
+    with pytest.raises(ConfigError, match="PREFOPT_DTYPE is 'bf16'"):
+        resolve_dtype("auto", CPU)
+    monkeypatch.delenv("PREFOPT_DTYPE")
+    for native, taken in [(True, torch.bfloat16), (False, torch.float32)]:
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        assert resolve_dtype("auto", CPU) == taken

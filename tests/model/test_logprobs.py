@@ -12,7 +12,7 @@ from model.architectures import build
 from model.oracle import Draw
 from prefopt.data.packer import pack
 from prefopt.model import logprobs
-from prefopt.model.logprobs import module_logprobs, token_logprobs
+from prefopt.model.logprobs import module_logprobs, token_logprobs, transformed
 from prefopt.model.scorer import Scorer
 
 M, H, V = 37, 6, 11  # several tiles of 16 rows, the last one short
@@ -93,7 +93,8 @@ def test_a_module_head_gives_the_same(transform: str, monkeypatch: pytest.Monkey
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(bias)
-    found = module_logprobs(head, hidden, target, **TRANSFORMS[transform])
+    how = {"scale": 1.0, "softcap": None, **TRANSFORMS[transform]}
+    found = module_logprobs(lambda h: transformed(head(h), **how), hidden, target, V)
     expected = plainly(hidden, head.weight, target, head.bias, **TRANSFORMS[transform])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     leaves = [hidden, head.weight, head.bias]
@@ -173,3 +174,38 @@ def test_the_logits_of_a_batch_are_never_held(head: str, monkeypatch: pytest.Mon
     assert len(batch.target) == 220
     weights = 32 * vocabulary  # and as large a gradient
     assert weights <= seen.elements < 0.2 * len(batch.target) * vocabulary
+
+
+@pytest.mark.parametrize("p", [0.96, 0.99, 0.999])
+def test_confident_tokens_have_gradients_in_bfloat16(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 - p of a p that was rounded is rounding alone: what is kept must be the difference."""
+    torch.manual_seed(0)
+    rows, width, vocabulary = 128, 128, 2000
+    weight = torch.randn(vocabulary, width) / width**0.5
+    target = torch.randint(0, vocabulary, (rows,))
+    direction = weight[target] / weight[target].norm(dim=1, keepdim=True)
+    noise = torch.randn(rows, width) * 0.5
+    low, high = 0.0, 60.0
+    for _ in range(40):  # how far along its target's row a hidden state must lie for this probability
+        middle = (low + high) / 2
+        z = (noise + middle * direction) @ weight.t()
+        found = (z.gather(1, target[:, None])[:, 0] - z.logsumexp(1)).exp().median()
+        low, high = (middle, high) if found < p else (low, middle)
+    hidden, weight = (noise + low * direction).bfloat16(), weight.bfloat16()
+
+    def gradients(h: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h, w = h.clone().requires_grad_(), w.clone().requires_grad_()
+        token_logprobs(h, w, target).sum().backward()
+        assert h.grad is not None
+        assert w.grad is not None
+        return h.grad.double(), w.grad.double()
+
+    truth = gradients(hidden.double(), weight.double())
+    kept = gradients(hidden, weight)
+    monkeypatch.setattr(logprobs, "KEEP_BYTES", 0)
+    again = gradients(hidden, weight)
+    for right, found, other in zip(truth, kept, again, strict=True):
+        errors = [((x - right).norm(dim=1) / right.norm(dim=1).clamp_min(1e-30)).median() for x in (found, other)]
+        assert errors[0] <= errors[1] * 1.001
+    hidden_error = ((kept[0] - truth[0]).norm(dim=1) / truth[0].norm(dim=1)).median()
+    assert hidden_error < 0.03

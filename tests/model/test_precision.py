@@ -6,14 +6,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from model.architectures import build
+from model.families import config_of
 from model.oracle import Draw, groups_of_every_kind, oracle_logprobs
+from model.test_families import built
 from prefopt.data.group import Group
 from prefopt.data.packer import pack
 from prefopt.losses.preference import dpo
 from prefopt.model.adapter import new_lora
-from prefopt.model.precision import MasterWeights
+from prefopt.model.precision import MasterWeights, computing_in
 from prefopt.model.scorer import Scorer, response_sums
 from prefopt.train.optim import adamw, clip_, grad_norm
 
@@ -166,3 +169,40 @@ def test_what_must_stay_in_float32_stays() -> None:
     dtypes = {n: p.dtype for n, p in model.named_parameters()}
     assert dtypes.pop("model.norm.weight") == torch.float32
     assert set(dtypes.values()) == {torch.bfloat16}
+
+
+def test_buffers_are_what_they_are_in_a_model_that_was_built_in_this_precision() -> None:
+    """Rotary tables stay in float32, MiniMax's decay does not."""
+    for family in ("minimax", "llama", "gemma3"):
+        model = built(family, torch.float32)
+        MasterWeights(model, torch.bfloat16)
+        config = config_of(family)
+        native = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        wanted = {name: b.dtype for name, b in native.named_buffers()}
+        assert {name: b.dtype for name, b in model.named_buffers()} == wanted
+        assert torch.float32 in wanted.values()
+
+
+def test_names_with_dots_are_kept_in_float32() -> None:
+    model = built("ernie4_5_moe", torch.float32)
+    MasterWeights(model, torch.bfloat16)
+    kept = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
+    assert kept == {
+        "model.layers.1.mlp.gate.weight",
+        "model.layers.1.mlp.gate.moe_statics.e_score_correction_bias",
+    }
+
+
+def test_a_frozen_model_computes_as_the_trained_one_does() -> None:
+    """As a reference: a plain ``to`` would round rotary tables, and positions with them."""
+    policy, reference = built("ernie4_5_moe", torch.float32), built("ernie4_5_moe", torch.float32)
+    MasterWeights(policy, torch.bfloat16)
+    computing_in(reference, torch.bfloat16)
+    groups = groups_of_every_kind()
+    values = []
+    for model in (policy, reference):
+        scorer = Scorer(model)
+        with torch.no_grad():
+            values.append(scorer(pack(groups, scorer.layout)))
+    assert torch.equal(*values)
+    assert not any(p.requires_grad for p in reference.parameters())

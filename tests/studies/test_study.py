@@ -313,7 +313,7 @@ def test_a_study_of_an_older_version_opens_with_all_its_votes(tmp_path: Path) ->
 def test_a_failed_migration_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = old_study(tmp_path / "old.db")
     monkeypatch.setattr("prefopt.studies.schema.rebuild", lambda connection: connection.execute("SELECT no"))
-    with pytest.raises(sqlite3.OperationalError):
+    with pytest.raises(StudyError, match="no such column: no"):
         Study(path)
     monkeypatch.undo()
     with Study(path) as study:

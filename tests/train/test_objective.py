@@ -25,7 +25,7 @@ from prefopt.model.scorer import Scorer
 from prefopt.train import items
 from prefopt.train.mismatched import mismatched
 from prefopt.train.objective import PreferenceObjective
-from prefopt.train.reference import unscored
+from prefopt.train.read import without_values
 from prefopt.train.step import Gradients, differentiate, values_of
 from train.ranked import VOCABULARY, group, inputs_by_hand, mixed, pairs_only, terms
 from train.small import tiny_llama
@@ -65,7 +65,7 @@ def objective_of(chosen: Sequence[Term], groups: GroupTable, reference: torch.nn
     with torch.no_grad():
         values_M = oracle_logprobs(reference, scored).double()
     sums = [float(v.sum()) for g in nested(values_M, scored) for v in g]
-    known = replace(unscored(scored), sums_N=np.array(sums), token_values_M=values_M.numpy())
+    known = replace(without_values(scored, 0.0), sums_N=np.array(sums), token_values_M=values_M.numpy())
     objective = PreferenceObjective(chosen, groups, known, device=CPU, mismatched=others)
     for name, kept in STATE.items():
         if name in objective.state:
@@ -255,7 +255,7 @@ def test_what_a_loss_cannot_be_computed_on_is_refused_by_row() -> None:
 
     def build(name: str, *groups: Group, **options: Any) -> PreferenceObjective:
         table = GroupTable.of(groups)
-        return PreferenceObjective(terms(name), table, unscored(table), device=CPU, **options)
+        return PreferenceObjective(terms(name), table, without_values(table, 0.0), device=CPU, **options)
 
     with pytest.raises(DataError, match=r"row 2: --loss aot sorts .* best-worst"):
         build("aot", *made)

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from prefopt.collect.app import Site, build_app
 from prefopt.config.collect import LOCAL, CollectServeConfig
 from prefopt.errors import ConfigError, Interrupted, StudyError
+from prefopt.screen import tell
 from prefopt.studies.people import invite, live_invitations
 from prefopt.studies.study import Study
 
@@ -70,15 +71,15 @@ def _stopping() -> Iterator[None]:
 
 def _tell(study: Study, config: CollectServeConfig, site: Site, port: int) -> None:
     """What is served, and how to come in."""
-    print(f"{study.path}: {study.settings.title}")
+    tell(f"{study.path}: {study.settings.title}")
     if config.host in LOCAL:
         _, secret = invite(study, "lead", lead=True)
-        print(f"Your own link, to vote and to see how it goes: {first_origin(config, port)}/join/{secret}")
+        tell(f"Your own link, to vote and to see how it goes: {first_origin(config, port)}/join/{secret}")
     else:
-        print(f"serving on {config.host} port {port}, for those who are invited")
+        tell(f"serving on {config.host} port {port}, for those who are invited")
         if not site.secure:
-            print("note: without TLS whoever is between can read cookies and votes; put a proxy in front (--url)")
-    print("Ctrl-C stops; what was acknowledged is stored", flush=True)
+            tell("note: without TLS whoever is between can read cookies and votes; put a proxy in front (--url)")
+    tell("Ctrl-C stops; what was acknowledged is stored", flush=True)
 
 
 def _settings(study: Study, site: Site) -> uvicorn.Config:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import numpy as np
 
 from prefopt.config.collect import (
     CollectBackupConfig,
+    CollectCheckConfig,
     CollectExportConfig,
     CollectImportConfig,
     CollectInviteConfig,
@@ -27,8 +27,9 @@ from prefopt.data.table import KEY
 from prefopt.data.write_rows import row_files
 from prefopt.errors import ConfigError, DataError, StudyError
 from prefopt.progress import size
+from prefopt.screen import tell, tell_json, tell_lines
 from prefopt.studies.agreement import Estimate
-from prefopt.studies.backup import backup
+from prefopt.studies.backup import backup, check_study_file
 from prefopt.studies.export import Exported, How, export_rows
 from prefopt.studies.items import NewItem, add_items
 from prefopt.studies.people import annotators, invite, revoke
@@ -50,7 +51,7 @@ def new_study(config: CollectNewConfig) -> int:
     if config.model is not None:
         found = sampled(config, folder)
         for line in found.settle("skip"):
-            print(f"samples: {line}")
+            tell(f"samples: {line}")
         items += found.items
     settings = Settings(
         title=config.title or path.stem,
@@ -69,7 +70,7 @@ def new_study(config: CollectNewConfig) -> int:
     if folder.exists():
         shutil.rmtree(folder)
     _tell_added(added, there)
-    print(f"{path}: ready; next: prefopt collect serve {path}")
+    tell(f"{path}: ready; next: prefopt collect serve {path}")
     return 0
 
 
@@ -87,13 +88,13 @@ def _gathered(config: ImportOptions) -> list[NewItem]:
         if names is not None:
             found = gather(names, config)
             for line in found.settle(config.on_bad_row):
-                print(f"{what}: {line}")
+                tell(f"{what}: {line}")
             items += found.items
     return items
 
 
 def _tell_added(added: int, there: int) -> None:
-    print(f"{added:,} items added" + (f", {there:,} were there already" if there else ""))
+    tell(f"{added:,} items added" + (f", {there:,} were there already" if there else ""))
 
 
 def _read_text(name: str) -> str:
@@ -120,18 +121,21 @@ def invite_person(config: CollectInviteConfig) -> int:
     with Study(Path(config.study)) as study:
         if config.revoke:
             person = revoke(study, config.name)
-            print(f"{person.name} is signed out everywhere and has no link any more; their votes stay")
+            tell(f"{person.name} is signed out everywhere and has no link any more; their votes stay")
             return 0
         person, secret = invite(study, config.name, lead=config.lead, days=config.days)
-    print(f"{person.name} ({person.pseudonym}{', lead' if person.lead else ''}), for {config.days:g} days:")
-    print(f"{config.url.rstrip('/')}/join/{secret}")
+    tell(f"{person.name} ({person.pseudonym}{', lead' if person.lead else ''}), for {config.days:g} days:")
+    tell(f"{config.url.rstrip('/')}/join/{secret}")
     return 0
 
 
 def show_stats(config: CollectStatsConfig) -> int:
     with Study(Path(config.study)) as study:
         found = summarise(study)
-    print(json.dumps(_plain(dataclasses.asdict(found)), indent=2) if config.json else "\n".join(_in_words(found)))
+    if config.json:
+        tell_json(_plain(dataclasses.asdict(found)))
+    else:
+        tell_lines(_in_words(found))
     return 0
 
 
@@ -195,7 +199,7 @@ def export_study(config: CollectExportConfig) -> int:
         )
         found = export_rows(study, how)
     for line in found.lines():
-        print(line)
+        tell(line)
     if not found.rows:
         raise DataError("the votes give no row with these options", file=str(path))
     # What was said of a response, and how it was sampled, has keys of its own in every row.
@@ -204,7 +208,7 @@ def export_study(config: CollectExportConfig) -> int:
             files[side].write(row)
         for file in files:
             file.finish()
-            print(f"{file.path}: {file.written:,} rows")
+            tell(f"{file.path}: {file.written:,} rows")
     return 0
 
 
@@ -231,5 +235,17 @@ def _pseudonyms(study: Study, names: Sequence[str]) -> frozenset[str]:
 
 def backup_study(config: CollectBackupConfig) -> int:
     written = backup(Path(config.study), Path(config.output))
-    print(f"{config.output}: {size(written)}")
+    tell(f"{config.output}: {size(written)}")
     return 0
+
+
+def check_study(config: CollectCheckConfig) -> int:
+    path = Path(config.study)
+    found = check_study_file(path)
+    for line in found:
+        tell(f"{path}: {line}")
+    if found:
+        tell(f"{len(found)} damaged: go back to a copy that prefopt collect backup made")
+    else:
+        tell(f"{path}: every item and event is what was written")
+    return int(bool(found))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 from prefopt.config.compare import CompareConfig
+from prefopt.screen import tell_json, tell_lines
 
 
 def compare_models(config: CompareConfig) -> None:
@@ -13,6 +12,6 @@ def compare_models(config: CompareConfig) -> None:
 
     result = run(config)
     if config.json:
-        print(json.dumps(result.to_dict(), indent=2))
+        tell_json(result.to_dict())
     else:
-        print("\n".join(lines(result)))
+        tell_lines(lines(result))

@@ -7,10 +7,11 @@ from prefopt.config.layouts import DataLayoutsConfig
 from prefopt.data.check import run_check
 from prefopt.data.layouts.show import described, overview
 from prefopt.data.recognise import named_layout
+from prefopt.screen import tell
 
 
 def show_layouts(config: DataLayoutsConfig) -> int:
-    print(overview() if config.name is None else described(named_layout(config.name)))
+    tell(overview() if config.name is None else described(named_layout(config.name)))
     return 0
 
 

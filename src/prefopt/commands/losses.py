@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from prefopt.config.losses import LossesConfig
 from prefopt.losses.show import described, overview
+from prefopt.screen import tell
 
 
 def show_losses(config: LossesConfig) -> int:
-    print(overview() if config.name is None else described(config.name))
+    tell(overview() if config.name is None else described(config.name))
     return 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from prefopt.config.env import EnvConfig
 from prefopt.config.merge import MergeConfig
 from prefopt.config.push import PushConfig
@@ -11,6 +9,7 @@ from prefopt.model.environment import environment, in_words
 from prefopt.model.load import DTYPES, resolve_device
 from prefopt.model.merge import merge_adapter
 from prefopt.model.push import confirmed, plan, push
+from prefopt.screen import tell, tell_json, tell_lines
 
 
 def merge_model(config: MergeConfig) -> int:
@@ -21,21 +20,24 @@ def merge_model(config: MergeConfig) -> int:
         dtype=DTYPES[config.dtype],
         device=resolve_device(config.device),
     )
-    print("\n".join(done.in_words()))
+    tell_lines(done.in_words())
     return 0
 
 
 def push_model(config: PushConfig) -> int:
     planned = plan(config.folder, run=config.with_run, checkpoints=config.with_checkpoints)
-    print("\n".join(planned.in_words(config.repo, config.private)), flush=True)
+    tell_lines(planned.in_words(config.repo, config.private))  # input() flushes it
     if not confirmed(config.yes):
-        print("nothing was sent")
+        tell("nothing was sent")
         return 0
-    print(f"sent: {push(planned, config.repo, private=config.private)}")
+    tell(f"sent: {push(planned, config.repo, private=config.private)}")
     return 0
 
 
 def show_environment(config: EnvConfig) -> int:
     found = environment()
-    print(json.dumps(found, indent=2) if config.json else "\n".join(in_words(found)))
+    if config.json:
+        tell_json(found)
+    else:
+        tell_lines(in_words(found))
     return 0

@@ -5,20 +5,22 @@ from __future__ import annotations
 from prefopt.config.report import ReportConfig
 from prefopt.config.runs import PlotConfig, RunsConfig
 from prefopt.errors import ConfigError
+from prefopt.evaluate.runs import runs_of
 from prefopt.evaluate.show import show_runs
+from prefopt.screen import tell, tell_lines
 
 
 def list_runs(config: RunsConfig) -> int:
-    print("\n".join(show_runs(config.folder or ["."], as_json=config.json)))
+    tell_lines(show_runs(config.folder or ["."], as_json=config.json))
     return 0
 
 
 def draw_runs(config: PlotConfig) -> int:
     from prefopt.evaluate.plot import plot_runs  # listing runs needs neither torch nor matplotlib
-    from prefopt.train.history import read_history
 
-    plot_runs([read_history(folder) for folder in config.run], config.output, metrics=config.metrics, x=config.x)
-    print(f"{config.output}: {len(config.run)} run{'s' * (len(config.run) != 1)}")
+    runs = [run for folder in config.run for run in runs_of(folder)]
+    plot_runs(runs, config.output, metrics=config.metrics, x=config.x)
+    tell(f"{config.output}: {len(runs)} run{'s' * (len(runs) != 1)}")
     return 0
 
 
@@ -28,5 +30,5 @@ def report_runs(config: ReportConfig) -> int:
 
     if not config.run and not config.comparisons:
         raise ConfigError("there is nothing to report: name output folders, or --comparisons")
-    print(f"written: {write_report(config)}")
+    tell(f"written: {write_report(config)}")
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prefopt.config.sample import SampleConfig
 from prefopt.config.score import ScoreConfig
 from prefopt.errors import ConfigError
+from prefopt.screen import tell_lines
 
 
 def sample_to_file(config: SampleConfig) -> int:
@@ -20,5 +21,5 @@ def sample_to_file(config: SampleConfig) -> int:
 def score_file(config: ScoreConfig) -> int:
     from prefopt.evaluate.score import run
 
-    print("\n".join(run(config).lines()))
+    tell_lines(run(config).lines())
     return 0

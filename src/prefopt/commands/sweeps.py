@@ -6,6 +6,7 @@ from pathlib import Path
 
 from prefopt.config.frontier import FrontierConfig
 from prefopt.config.methods_table import MethodsConfig
+from prefopt.screen import tell, tell_lines
 
 
 def show_frontier(config: FrontierConfig) -> None:
@@ -18,14 +19,14 @@ def show_frontier(config: FrontierConfig) -> None:
     folder = Path(config.output)
     sweep = run(config)
     plot_frontier(sweep, folder / "frontier.png", folder / "frontier.svg")
-    print("\n".join(lines(sweep)))
-    print(f"\nwritten: {folder / 'frontier.json'}, {folder / 'frontier.png'}, {folder / 'frontier.svg'}")
+    tell_lines(lines(sweep))
+    tell(f"\nwritten: {folder / 'frontier.json'}, {folder / 'frontier.png'}, {folder / 'frontier.svg'}")
 
 
 def show_methods(config: MethodsConfig) -> None:
     from prefopt.evaluate.methods_table import markdown
     from prefopt.pipeline.methods import run
 
-    print("\n".join(markdown(run(config))))
+    tell_lines(markdown(run(config)))
     folder = Path(config.output)
-    print(f"\nwritten: {folder / 'methods.json'}, {folder / 'methods.md'}")
+    tell(f"\nwritten: {folder / 'methods.json'}, {folder / 'methods.md'}")

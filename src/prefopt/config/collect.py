@@ -195,10 +195,18 @@ class CollectExportConfig(StudyOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CollectCheckConfig(StudyOptions):
+    """Whether a study is as it was written."""
+
+    def __post_init__(self) -> None:
+        check_all(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CollectBackupConfig(StudyOptions):
     """A copy, also while the study is served."""
 
-    output: str = option(help="file to write", group="output")
+    output: str = option(help="file to write", group="output", positional=True)
 
     def __post_init__(self) -> None:
         check_all(self)

@@ -12,9 +12,35 @@ import yaml
 from prefopt.config.option import options
 from prefopt.errors import ConfigError
 
+_HALF = re.compile("[\ud800-\udfff]")
+DEPTH = 20
+"""Options hold lists of values at most; deeper, a parser would run out of stack."""
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: 1e-6 is a number, and a name that comes twice is a mistake."""
+    """YAML as people mean it: 1e-6 is a number, and a name that comes twice is a mistake.
+
+    No alias: nothing in a list of options needs one, and a few lines of them spell out a billion values.
+    """
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """One value, not too deep."""
+        if self.check_event(yaml.AliasEvent):
+            raise self._refused("an alias; write the value out")
+        self._depth += 1
+        if self._depth > DEPTH:
+            raise self._refused(f"nested more than {DEPTH} deep")
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(node, yaml.ScalarNode) and _HALF.search(node.value):
+            raise yaml.MarkedYAMLError(problem="half of a character", problem_mark=node.start_mark)
+        return node
+
+    def _refused(self, problem: str) -> yaml.MarkedYAMLError:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        return yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -36,19 +62,23 @@ def read_document(path: str) -> dict[str, object]:
         raise ConfigError(f"--config {path}: {error.strerror}; give the name of a YAML file") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"--config {path} is not text in UTF-8 (byte {error.start}); give a YAML file") from error
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)  # which looks at every character already
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}: no options in it; write one per line, such as `beta: 0.1`")
         return _pairs(loader, node, path)
-    except yaml.YAMLError as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # of whatever class: an impossible date is a ValueError, half a character another
         mark = getattr(error, "problem_mark", None)
         place = f"{path}, line {mark.line + 1}" if mark else path
-        what = getattr(error, "problem", None) or "not readable"
+        what = getattr(error, "problem", None) or str(error).partition("\n")[0] or "not readable"
         raise ConfigError(f"{place}: not YAML ({what}); write one option per line, such as `beta: 0.1`") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def write_document(config: type, values: Mapping[str, object]) -> str:

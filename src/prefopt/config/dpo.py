@@ -109,7 +109,7 @@ class DpoConfig(MethodOptions, ModelOptions):
 
     def __post_init__(self) -> None:
         self.fill(LEARNING_RATE)
-        if self.reference_adapter is not None and not (self.lora or self.adapter or self.reference):
+        if self.reference_adapter is not None and not (self.lora or self.named_adapter or self.reference):
             raise ConfigError(
                 "--reference-adapter under full fine-tuning needs the model it belongs to: give --reference, or train"
                 " with --lora or --adapter"

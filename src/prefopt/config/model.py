@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prefopt.config.option import flag, option
+from prefopt.disk.adapter_folder import is_adapter
 from prefopt.errors import ConfigError
 
 LORA_RANK, LORA_ALPHA_PER_RANK, LORA_DROPOUT = 16, 2, 0.0
+FILLED = {"lora_rank": LORA_RANK, "lora_alpha": LORA_ALPHA_PER_RANK * LORA_RANK, "lora_dropout": LORA_DROPOUT}
 ADAPTER_SHAPE = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
 
 
@@ -50,7 +52,8 @@ class LoraOptions:
         """Refuse options that shape a new adapter where none is made. Raises ``ConfigError``."""
         for name in ADAPTER_SHAPE:
             if getattr(self, name) is not None and self.named_adapter is not None:
-                raise ConfigError(f"{flag(name)} shapes a new adapter, but --adapter brings its own: leave one out")
+                where = "--adapter" if self.named_adapter != self.model else "--model, which is an adapter,"
+                raise ConfigError(f"{flag(name)} shapes a new adapter, but {where} brings its own: leave one out")
             if getattr(self, name) is not None and not self.lora:
                 raise ConfigError(f"{flag(name)} does nothing without --lora: add it, or leave {flag(name)} out")
 
@@ -78,5 +81,13 @@ class ModelOptions(LoraOptions):
 
     @property
     def named_adapter(self) -> str | None:
-        """An adapter that is there already and goes on training."""
-        return self.adapter
+        """An adapter that is there already and goes on training; ``model`` may be one."""
+        return self.adapter or (self.model if is_adapter(self.model) else None)
+
+    def check_adapter(self) -> None:
+        """See :class:`LoraOptions`; two adapters are one too many."""
+        if self.adapter is not None and is_adapter(self.model):
+            raise ConfigError(
+                f"--model {self.model} is an adapter itself: leave --adapter out, or name the model of both"
+            )
+        super().check_adapter()

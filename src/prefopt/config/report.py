@@ -14,7 +14,7 @@ class ReportConfig:
 
     run: list[str] | None = option(
         None,
-        "output folders of the runs to tell about, and of sweeps of prefopt frontier",
+        "output folders of the runs to tell about, of chains of prefopt rlhf, and of sweeps of prefopt frontier",
         group="report",
         default_text="none; then give --comparisons",
         positional=True,

@@ -19,6 +19,7 @@ from prefopt.config.option import check_all, from_dict, option, to_dict
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.reward import RewardConfig
 from prefopt.config.sft import SftConfig
+from prefopt.disk.adapter_folder import is_adapter
 from prefopt.errors import ConfigError
 
 StageName = Literal["sft", "reward", "ppo"]
@@ -98,7 +99,7 @@ class RlhfConfig(MachineOptions, TemplateOptions, ReadOptions):
         ours: dict[str, Any] = {n: mine[n] for n in known & mine.keys() - set(STAGES) if mine[n] is not None}
         ours |= {"output": str(self.folder(name)), "resume": resume}
         if name != "sft":
-            ours["model"] = str(self.folder("tuned" if self.lora else "sft"))
+            ours["model"] = str(self.folder("tuned" if self.adapts else "sft"))
         if name == "ppo":
             if self.prompts is not None:  # the layout that is named is that of the data
                 ours = {n: value for n, value in ours.items() if n not in ("format", "columns")}
@@ -109,6 +110,11 @@ class RlhfConfig(MachineOptions, TemplateOptions, ReadOptions):
             if option_name in OF_THE_CHAIN or (name == "ppo" and option_name == "reward"):
                 raise ConfigError(f"{place} {option_name}: the chain decides it; leave it out")
         return from_dict(kind, ours | given, place)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the fine-tuned model is an adapter, which is folded in before the stages that follow."""
+        return self.lora or is_adapter(self.model)
 
     def folder(self, name: str) -> Path:
         """Where a stage writes. ``tuned``: the fine-tuned model with its adapter folded in."""

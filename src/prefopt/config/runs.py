@@ -33,7 +33,9 @@ class RunsConfig:
 class PlotConfig:
     """Runs to draw, and how."""
 
-    run: list[str] = option(help="output folders of the runs to draw", group="plot", positional=True)
+    run: list[str] = option(
+        help="output folders of the runs to draw, and of chains of prefopt rlhf", group="plot", positional=True
+    )
     output: str = option("curves.png", "picture to write: .png, .svg or .pdf", group="plot")
     metrics: list[str] | None = option(
         None,

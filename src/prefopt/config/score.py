@@ -12,6 +12,7 @@ from pathlib import Path
 from prefopt.config.data import ReadOptions, RenderOptions
 from prefopt.config.machine import MachineOptions
 from prefopt.config.option import check_all, flag, option
+from prefopt.disk.adapter_folder import is_adapter
 from prefopt.errors import ConfigError
 
 IMPLICIT = "implicit"
@@ -40,7 +41,7 @@ class ScoreConfig(MachineOptions, RenderOptions, ReadOptions):
         None,
         "of --reward implicit: what it was aligned from",
         group="reward",
-        default_text="with --adapter the model without it",
+        default_text="with an adapter the model without it",
     )
     beta: float = option(
         None,
@@ -58,7 +59,7 @@ class ScoreConfig(MachineOptions, RenderOptions, ReadOptions):
         if self.reward == IMPLICIT:
             if self.model is None:
                 raise ConfigError("--reward implicit compares two models: give --model and --reference")
-            if self.reference is None and self.adapter is None:
+            if self.reference is None and self.adapter is None and not is_adapter(self.model):
                 raise ConfigError("--reward implicit: --model is compared with nothing; give --reference")
             if self.beta is None:
                 object.__setattr__(self, "beta", BETA)

@@ -12,6 +12,7 @@ from typing import Literal
 from prefopt.config.method import MethodOptions
 from prefopt.config.model import ModelOptions
 from prefopt.config.option import flag, option
+from prefopt.disk.adapter_folder import is_adapter
 from prefopt.errors import ConfigError
 
 # Full: what LLaMA-Factory, Tulu 3 and TRL take for models of 1 to 8 billion weights. LoRA wants about ten times as
@@ -58,6 +59,8 @@ class SftConfig(MethodOptions, ModelOptions):
     )
 
     def __post_init__(self) -> None:
+        if self.from_scratch is True and isinstance(self.model, str) and is_adapter(self.model):
+            raise ConfigError(f"--from-scratch: --model {self.model} is an adapter; name a folder with a config.json")
         if self.learning_rate is None and self.from_scratch is True:
             object.__setattr__(self, "learning_rate", FROM_SCRATCH)
         self.fill(LEARNING_RATE)

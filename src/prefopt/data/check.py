@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import re
 import sys
 from contextlib import ExitStack
 
-from rich.console import Console
 from rich.text import Text
 
 from prefopt.config.data_verbs import DataCheckConfig
@@ -20,13 +17,13 @@ from prefopt.data.tokenizer import load_tokenizer
 from prefopt.data.truncate import sequence_limit
 from prefopt.progress import Bar, Reporter
 from prefopt.records import Comparison
+from prefopt.screen import Screen, tell_json, visible
 
 STYLES = {"title": "bold", "error": "bold red", "warning": "yellow", "good": "green", "dim": "dim", "": ""}
 WIDEST = 100
 # Fewer rows are done before anybody wonders.
 BAR_ROWS = 5000
 EXAMPLE_CHARACTERS = 1500
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def run_check(config: DataCheckConfig, context: int | None = None) -> int:
@@ -57,7 +54,7 @@ def run_check(config: DataCheckConfig, context: int | None = None) -> int:
     audits = [train, *([held_out] if held_out else [])]
     if config.json:
         document = to_dict(train, held_out, limit) | {"examples": shown}
-        print(json.dumps(document, ensure_ascii=True, indent=1))
+        tell_json(document, indent=1)
     else:
         _print(train, held_out, limit, shown)
     return 1 if any(a.ledger.entries("error") for a in audits) else 0
@@ -76,20 +73,14 @@ def _shown(c: Comparison, how: How) -> str:
 
 
 def _print(train: Audit, held_out: Audit | None, limit: int | None, shown: list[dict[str, object]]) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Screen()
     unicode = (console.encoding or "").lower().startswith("utf")
     width = min(console.width, WIDEST) if console.is_terminal else 80
     lines: list[Line] = list(to_lines(train, held_out, limit, width, "█" if unicode else "#"))
     for example in shown:
         lines += [("", ""), (f"{example['file']}, row {example['row']}", "title"), (str(example["text"]), "")]
     for text, style in lines:
-        console.print(Text(_printable(text, console.encoding or "ascii"), STYLES[style]))
-
-
-def _printable(text: str, encoding: str) -> str:
-    """Text that changes nothing but the screen's letters: control characters and what it cannot show are spelt out."""
-    plain = CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
-    return plain.encode(encoding, "backslashreplace").decode(encoding)
+        console.print(Text(visible(text), STYLES[style]))
 
 
 class _Bars:

@@ -19,7 +19,7 @@ from itertools import islice, repeat
 from typing import Any
 
 from prefopt.data import json_rows
-from prefopt.data.content import ARROW_FILE, Content, damaged
+from prefopt.data.content import ARROW_FILE, ROW_BYTES, Content, damaged, too_long
 from prefopt.errors import DataError
 
 # Bytes of a batch to turn into Python objects at once, and rows at most.
@@ -29,6 +29,10 @@ BATCH_ROWS = 1024
 NULLABLE = ("default", "const")
 ARGUMENTS = "arguments"
 NAMING = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+# Bytes that the rows of a batch may come to where a file holds at most so many a row; fewer rows would be slow.
+REPEATED_BYTES, SHARED_BYTES, FEWEST_ROWS = 1 << 27, 64, 16
+# A decimal with more digits before its point than any float is text: as a whole number it could fill the memory.
+LARGEST = 400
 
 
 def read_parquet(content: Content) -> Iterator[object]:
@@ -43,7 +47,7 @@ def read_parquet(content: Content) -> Iterator[object]:
         ) as parquet:
             meta = parquet.metadata
             size = sum(meta.row_group(at).total_byte_size for at in range(meta.num_row_groups))
-            rows = _rows_of_a_batch(size, meta.num_rows)
+            rows = min(_rows_of_a_batch(size, meta.num_rows), _rows_of_repeats(size, meta.num_rows))
             yield from parquet.iter_batches(batch_size=rows, use_threads=False)
 
     return table_rows(batches, file)
@@ -70,8 +74,6 @@ def arrow_batches(content: Content) -> Iterator[Any]:
 
 def table_rows(batches: Callable[[], Iterable[Any]], file: str) -> Iterator[object]:
     """Rows of record batches. Raises :class:`DataError` where they are damaged, or there is none."""
-    import pyarrow as pa
-
     number = 0
     source = iter(batches())
     while True:
@@ -82,23 +84,26 @@ def table_rows(batches: Callable[[], Iterable[Any]], file: str) -> Iterator[obje
             # Offsets and lengths come from the file: unless they are checked, a damaged one reads foreign memory.
             batch.validate(full=True)
             step = _rows_of_a_batch(batch.nbytes, batch.num_rows)
-        except (pa.ArrowException, *_DAMAGED) as error:
+        except Exception as error:  # what the library raises, of whatever class, the file has made it raise
             raise damaged(error, file, number) from None
-        for start in range(0, batch.num_rows, step):
+        at = 0
+        while at < batch.num_rows:
+            part = batch.slice(at, step)
+            wide = part.nbytes > ROW_BYTES
+            part = part.slice(0, 1) if wide else part
             try:
-                rows = _rows(batch.slice(start, step).to_struct_array())
+                rows = _rows(part.to_struct_array())
             except _DuplicateName as error:
                 raise DataError(str(error), file=file) from None
-            except (pa.ArrowException, *_DAMAGED) as error:
+            except Exception as error:  # offsets, decimals, dates: what it holds is what its writer made of it
                 raise damaged(error, file, number) from None
+            if wide and _characters(rows) > ROW_BYTES:
+                raise DataError(too_long(), file=file, row=number + 1)
+            at += len(rows)
             number += len(rows)
             yield from rows
     if not number:
         raise DataError("holds no rows", file=file)
-
-
-# What pyarrow raises for a damaged file besides its own exceptions. A length read from one can ask for any memory.
-_DAMAGED = (OSError, ValueError, MemoryError, OverflowError, LookupError, TypeError, RecursionError)
 
 
 class _DuplicateName(Exception):
@@ -107,6 +112,26 @@ class _DuplicateName(Exception):
 
 def _rows_of_a_batch(size: int, rows: int) -> int:
     return max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(size, 1)))
+
+
+def _rows_of_repeats(size: int, rows: int) -> int:
+    """Rows at once of a file that holds few bytes a row: they may be long texts that rows share through a dictionary,
+    and each row of a batch may come to be as long as all that is stored."""
+    return BATCH_ROWS if size >= SHARED_BYTES * rows else max(FEWEST_ROWS, REPEATED_BYTES // max(size, 1))
+
+
+def _characters(value: Any) -> int:
+    """Characters of all the text in a value."""
+    waiting, held = [value], 0
+    while waiting:
+        match waiting.pop():
+            case str(text):
+                held += len(text)
+            case dict() as inner:
+                waiting += [*inner.keys(), *inner.values()]
+            case list() as inner:
+                waiting += inner
+    return held
 
 
 def _values(array: Any, key: str = "") -> list[Any]:
@@ -173,6 +198,8 @@ def _plain(value: Any) -> Any:
         case bytes():
             return _text(value)
         case decimal.Decimal():
+            if not value.is_finite() or abs(value.adjusted()) > LARGEST:
+                return str(value)
             return int(value) if value == value.to_integral_value() else float(value)
         case datetime.timedelta():
             return value.total_seconds()

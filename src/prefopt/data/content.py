@@ -19,6 +19,9 @@ from prefopt.errors import DataError
 
 HEAD = 4096
 BUFFER = 1 << 20
+ROW_BYTES = 1 << 26
+"""A row may be this long, in bytes, whatever the kind of file: 64 MiB, a hundred novels. There has to be some end: a
+file of a megabyte can decompress to a row that no memory holds."""
 SAID = 300  # characters of another library's message, at most
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -119,6 +122,21 @@ def read_some(handle: io.BufferedReader, size: int) -> tuple[bytes, Exception | 
     except DAMAGED as error:
         return b"".join(parts), error
     return b"".join(parts), None
+
+
+def lines_of(handle: io.BufferedReader) -> Iterator[tuple[bytes, bool]]:
+    """Lines, and whether each is whole: of one that is longer than a row may be, only the beginning is given."""
+    while line := handle.readline(ROW_BYTES + 1):
+        whole = len(line) <= ROW_BYTES
+        if not whole and not line.endswith(b"\n"):
+            while (rest := handle.readline(BUFFER)) and not rest.endswith(b"\n"):
+                pass
+        yield line, whole
+
+
+def too_long(where: str = "") -> str:
+    """What to say of a row that is longer than a row may be."""
+    return f"the row{where} is longer than {ROW_BYTES >> 20} MiB, which no row may be; shorten it, or leave it out"
 
 
 class _Parts(io.RawIOBase):

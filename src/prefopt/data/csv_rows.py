@@ -15,16 +15,14 @@ import csv
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from io import BufferedReader
 
-from prefopt.data.content import DAMAGED, Content, layout_name, not_utf8
+from prefopt.data.content import DAMAGED, ROW_BYTES, Content, layout_name, lines_of, not_utf8, too_long
 from prefopt.data.json_rows import decode
 from prefopt.errors import DataError
 
-# A cell may be this long, in characters. There has to be some end: a quote that is never closed makes one cell of the
-# rest of the file.
-FIELD_LIMIT = 1 << 28
 # How a list of messages begins: a cell that begins so and cannot be decoded is a broken one, not text.
 BROKEN = re.compile(r"""\s*\[\s*\{\s*["']""")
 # A header with a name longer than this is a row.
@@ -75,8 +73,9 @@ class _Table:
     def __init__(self, handle: BufferedReader, content: Content) -> None:
         self.file = str(content.path)
         self.delimiter = _delimiter(content)
-        csv.field_size_limit(FIELD_LIMIT)
-        self._reader = csv.reader(_text_lines(handle, self.file), delimiter=self.delimiter, strict=True)
+        csv.field_size_limit(ROW_BYTES)
+        self._held = 0  # bytes of the record that is being read
+        self._reader = csv.reader(self._lines(handle), delimiter=self.delimiter, strict=True)
         self.start = 1
         self.header = self._names(next(self, []))
 
@@ -85,7 +84,7 @@ class _Table:
 
     def __next__(self) -> list[str]:
         while True:
-            self.start = self._reader.line_num + 1
+            self.start, self._held = self._reader.line_num + 1, 0
             try:
                 if cells := next(self._reader):
                     return cells
@@ -96,28 +95,34 @@ class _Table:
         if "unexpected end of data" in said:
             return f"a quote that opens in the row at line {self.start} is never closed; the file may be cut off"
         if "field larger" in said:
-            return f"a cell of the row at line {self.start} does not end; is a quote never closed?"
+            return self._endless()
         return f"not CSV at line {self._reader.line_num} ({said}); inside quotes, a quote is written twice"
+
+    def _endless(self) -> str:
+        return f"{too_long(f' at line {self.start}')}; is a quote never closed?"
+
+    def _lines(self, handle: BufferedReader) -> Iterator[str]:
+        number = 0
+        for at, (raw, _) in enumerate(lines_of(handle)):
+            self._held += len(raw)
+            if self._held > ROW_BYTES:
+                raise DataError(self._endless(), file=self.file)
+            for line in (raw.removeprefix(codecs.BOM_UTF8) if at == 0 else raw).splitlines(keepends=True):
+                number += 1
+                try:
+                    yield line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise DataError(not_utf8(error, f"at line {number}"), file=self.file) from None
 
     def _names(self, cells: list[str]) -> list[str]:
         names = [cell.strip() or f"column {at}" for at, cell in enumerate(cells, 1)]
         if long := next((name for name in names if len(name) > NAME_LIMIT or "\n" in name), None):
             what = f"the first line should name the columns, and {long[:30]!r}... is no name; add a line with names"
             raise DataError(what, file=self.file)
-        if twice := next((name for name in names if names.count(name) > 1), None):
+        counts = Counter(names)
+        if twice := next((name for name in names if counts[name] > 1), None):
             raise DataError(f"two columns are named {twice!r}; rename one of them", file=self.file)
         return names
-
-
-def _text_lines(handle: BufferedReader, file: str) -> Iterator[str]:
-    number = 0
-    for at, raw in enumerate(handle):
-        for line in (raw.removeprefix(codecs.BOM_UTF8) if at == 0 else raw).splitlines(keepends=True):
-            number += 1
-            try:
-                yield line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(not_utf8(error, f"at line {number}"), file=file) from None
 
 
 def _delimiter(content: Content) -> str:

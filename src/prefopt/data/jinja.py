@@ -7,13 +7,22 @@ from typing import Any
 
 from jinja2 import TemplateSyntaxError, meta, nodes
 
+from prefopt.data import sandbox
+
+LONGEST = 300
+"""Characters of what a template or a library says, at most."""
+
 
 @lru_cache(maxsize=16)
 def compiled(text: str) -> Any:
-    """The template, in the sandbox of transformers with its filters and its ``generation`` tag."""
-    from transformers.utils.chat_template_utils import _compile_jinja_template
+    """The template, in the sandbox of transformers with its filters and its ``generation`` tag, and bounds."""
+    return sandbox.environment().from_string(text)
 
-    return _compile_jinja_template(text)
+
+def render(template: Any, **given: Any) -> str:
+    """What a template makes of ``given``. Raises :class:`sandbox.TooMuch` where that would have no end."""
+    sandbox.budget.start()
+    return str(template.render(**given))
 
 
 def syntax_error(text: str) -> str:
@@ -22,6 +31,8 @@ def syntax_error(text: str) -> str:
         compiled(text)
     except TemplateSyntaxError as error:
         return f"line {error.lineno}: {one_line(error)}"
+    except Exception as error:  # nested too deep for the compiler, say
+        return one_line(error)
     return ""
 
 
@@ -47,4 +58,4 @@ def fields(text: str) -> frozenset[str]:
 
 def one_line(error: Exception) -> str:
     """The first line of what an error says, or its name."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:LONGEST]

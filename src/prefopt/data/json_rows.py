@@ -13,11 +13,12 @@ import codecs
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from io import BufferedReader
 from typing import Any
 
-from prefopt.data.content import not_utf8, read_some
+from prefopt.data.content import ROW_BYTES, lines_of, not_utf8, read_some, too_long
 from prefopt.errors import DataError
 
 WINDOW = 1 << 20
@@ -35,8 +36,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) == len(pairs):
         return found
-    keys = [key for key, _ in pairs]
-    twice = next(key for key in found if keys.count(key) > 1)
+    counts = Counter(key for key, _ in pairs)
+    twice = next(key for key in found if counts[key] > 1)
     raise _DuplicateKey(f"the key {twice[:60]!r} stands twice in one object; keep one of them")
 
 
@@ -71,10 +72,12 @@ def _check_depth(text: str, start: int, end: int) -> None:
 def read_lines(handle: BufferedReader, file: str, keep_going: bool = False) -> Iterator[object]:
     """Rows of JSON lines; blank lines are none. ``keep_going`` as :func:`prefopt.data.read.read_rows` has it."""
     row = 0
-    for number, raw in enumerate(handle, 1):
+    for number, (raw, whole) in enumerate(lines_of(handle), 1):
         problem = None
         value: object = None
         try:
+            if not whole:
+                raise ValueError(too_long())
             line = (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).decode("utf-8").strip(" \t\r\n")
             if not line:
                 continue
@@ -117,6 +120,8 @@ class _Window:
         """Drop what is used and read on, at least as much again as is held; false at the end of the file."""
         if self.ended:
             return False
+        if len(self.text) - self.at > ROW_BYTES:
+            raise self.fail(too_long(), why="not readable")
         if isinstance(self.failure, DataError):
             raise DataError(self.failure.what, file=self.file, row=self.row)
         if self.failure:

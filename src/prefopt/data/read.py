@@ -9,7 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prefopt.data import columnar, csv_rows, json_rows
-from prefopt.data.content import ARROW_FILE, ARROW_STREAM, DAMAGED, PARQUET, Content, damaged, layout_name, look
+from prefopt.data.content import (
+    ARROW_FILE,
+    ARROW_STREAM,
+    DAMAGED,
+    PARQUET,
+    Content,
+    damaged,
+    layout_name,
+    lines_of,
+    look,
+)
 from prefopt.errors import DataError
 
 JSON_NAMES = (".json", ".jsonl", ".ndjson")
@@ -50,7 +60,7 @@ def raw_lines(path: Path) -> Iterator[bytes] | None:
 
 def _lines(content: Content) -> Iterator[bytes]:
     with content.opened() as handle:
-        for number, raw in enumerate(handle, 1):
+        for number, (raw, _) in enumerate(lines_of(handle), 1):
             line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
             if line.strip(b" \t\r\n"):
                 yield line

@@ -8,7 +8,6 @@ are the answer and its end-of-turn token. What a template puts after the last on
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,15 +23,15 @@ from prefopt.data.findings import Findings, lines
 from prefopt.data.group import BoolArray, Group, IntArray
 from prefopt.data.reasoning import field_reasoning, strip_reasoning
 from prefopt.data.rendering import Rendering
+from prefopt.data.shorten import Sequences, Shortener
 from prefopt.data.template import ChatTemplate, Turns, Unrenderable
 from prefopt.data.tokenizer import Tokenizer, end_marks, eos_id, leading_ids, tokenizer_digest
-from prefopt.data.truncate import truncate, windows
+from prefopt.data.truncate import prompt_excess, truncate, windows
 from prefopt.data.validate import Problem
 from prefopt.errors import DataError
 from prefopt.records import Comparison, Response
 
 BATCH = 64
-Sequences = Sequence[tuple[IntArray, BoolArray]]
 
 NO_TEMPLATE = "the tokenizer has no chat template: turns are written as 'User: ...', 'Assistant: ...'"
 NO_END = "the chat template ends no answer with a token of its own: EOS is added"
@@ -46,6 +45,7 @@ AS_IT_STANDS = (
 SPECIAL = "special tokens written out in the text, read as those tokens"
 INTO_FIELD = "reasoning inside of answers is put where the chat template has a field for it"
 TURNS_DROPPED = "longer than --max-length: the oldest turns are dropped whole"
+TURN_CUT = "longer than --max-length: a turn loses its first words (a system turn its last)"
 STRIPPED = "reasoning left out, as --reasoning strip says"
 APART = "the tokenizer would join the end of the prompt to the answer: they are tokenized apart, as in sampling"
 WINDOWS = "texts longer than --max-length, each cut into several rows"
@@ -136,9 +136,9 @@ class Renderer:
                 self._row = comparison.row
                 parts = zip(row, next(encoded), strict=True)
                 sequences = [self._sequence(layout, tokens) for layout, tokens in parts]
-                shorter = self._without_oldest(comparison, sequences)
-                rendered = self._group(comparison, shorter)
-                if isinstance(rendered, Rendered) and shorter is not sequences:
+                shorter = self._shortened(comparison, sequences)
+                rendered = shorter if isinstance(shorter, Problem) else self._group(comparison, shorter)
+                if isinstance(rendered, Rendered) and not isinstance(shorter, Problem) and shorter is not sequences:
                     dropped = _longest(sequences) - _longest(shorter)
                     rendered = replace(rendered, prompt_cut=rendered.prompt_cut + dropped)
                 yield rendered
@@ -283,27 +283,31 @@ class Renderer:
             ids, trained = np.append(ids, np.int32(self._eos)), np.append(trained, True)
         return ids, trained
 
-    def _without_oldest(self, c: Comparison, sequences: Sequences) -> Sequences:
-        """The sequences of a row that is too long, without the oldest turns of its prompt: as few as will do.
-
-        System turns stay, and what stays behind them begins with a turn of the user. Where that is not enough, or the
-        template refuses what is left, the rest is cut by tokens.
-        """
+    def _shortened(self, c: Comparison, sequences: Sequences) -> Sequences | Problem:
+        """The sequences of a conversation with a prompt that fits, or why there are none."""
         limit = self.rendering.max_length
-        if limit is None or c.text or _longest(sequences) <= limit:
+        if limit is None or c.text or not prompt_excess(sequences, limit):
             return sequences
-        system = tuple(itertools.takewhile(lambda m: m.role == "system", c.prompt))
-        begins = [i for i, m in enumerate(c.prompt) if i > len(system) and m.role == "user"]
-        for at in begins:
-            laid = self._lay_out(replace(c, prompt=(*system, *c.prompt[at:])))
-            if isinstance(laid, Problem):
-                break
-            encoded = next(iter(self._encoder.encode_rows([laid])))
-            sequences = [self._sequence(layout, tokens) for layout, tokens in zip(laid, encoded, strict=True)]
+        how = Shortener(limit, self._sequences, lambda text: next(iter(self._encoder.encode([text]))), self._special)
+        fewer, left = how.drop_turns(c, sequences)
+        if fewer is not c:
             self._say(TURNS_DROPPED)
-            if _longest(sequences) <= limit:
-                break
-        return sequences
+        if prompt_excess(left, limit):
+            left = how.cut_words(fewer, left)
+            self._say(TURN_CUT)
+        if over := prompt_excess(left, limit):
+            what = (
+                f"what the chat template adds to the turns is {over} tokens too long for --max-length {limit}; raise it"
+            )
+            return Problem("prompt too long", c.row, what, c.file)
+        return left
+
+    def _sequences(self, c: Comparison) -> Sequences | None:
+        laid = self._lay_out(c)
+        if isinstance(laid, Problem):
+            return None
+        encoded = next(iter(self._encoder.encode_rows([laid])))
+        return [self._sequence(layout, tokens) for layout, tokens in zip(laid, encoded, strict=True)]
 
     def _group(self, c: Comparison, sequences: Sequence[tuple[IntArray, BoolArray]]) -> Rendered | Problem:
         def same(one: int, other: int) -> bool:

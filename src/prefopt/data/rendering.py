@@ -120,6 +120,8 @@ def _from_tokenizer_config(name: str, text: str) -> str:
         config = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{name}: is not JSON at line {error.lineno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}: is not readable as JSON: {error}") from None
     template = config.get("chat_template") if isinstance(config, dict) else None
     if not isinstance(template, str):
         raise ConfigError(f"{name}: holds no text chat_template, as a tokenizer_config.json does; give a Jinja file")
@@ -173,5 +175,5 @@ def _value(text: str) -> object:
 
     try:
         return json.loads(text, parse_constant=no_number)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
-from jinja2 import TemplateError
-
 from prefopt.data import jinja, traced
 from prefopt.data.reasoning import join_reasoning
 from prefopt.data.rendering import Rendering, check_mentioned, check_names
+from prefopt.data.sandbox import TooMuch
 from prefopt.data.tokenizer import Tokenizer, plain_template
 from prefopt.data.traced import Traces
 from prefopt.errors import ModelError
@@ -26,7 +25,8 @@ from prefopt.records import Message, ToolCall
 Turns = tuple[Message, ...]
 # Where templates look for reasoning. As in transformers, the first two are filled in together.
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+# Conversations for which a template may run out of bounds before it is given up.
+ENDLESS = 3
 _WORD, _OTHER = "prefoptword", "prefoptother"
 
 
@@ -66,12 +66,13 @@ class ChatTemplate:
         self._date, self._asked_date = datetime.datetime.fromisoformat(rendering.date), False
         self._given: dict[str, Any] = {"documents": None, "strftime_now": self._strftime, **special}
         self._given.update(rendering.variables)
-        self._traced, self._traces = None, Traces()
+        self._traced, self._traces, self._patience = None, Traces(), 0
         self._content_form = "text"
         if _WORD not in self.sample():
             self._content_form = "parts"
             self._content_form = "parts" if _WORD in self.sample() else "text"
         self._traced = traced.compiled(self.text)
+        self._patience = ENDLESS
 
     @property
     def sources(self) -> tuple[str, str]:
@@ -115,8 +116,17 @@ class ChatTemplate:
         messages = [self._message(turn) for turn in turns]
         try:
             return self._render(template, messages, [_tool(tool) for tool in tools] or None, generation)
-        except _REFUSALS as error:
+        except Exception as error:  # of whatever class: a template may do what it likes to its turns
+            self._note_endless(error)
             raise Unrenderable(f"the template refuses the conversation: {jinja.one_line(error)}") from None
+
+    def _note_endless(self, error: Exception) -> None:
+        """One conversation may be too much for a template; where several are, the template is at fault."""
+        self._patience -= isinstance(error, (TooMuch, MemoryError))
+        if self._patience < 0:
+            raise ModelError(
+                f"the chat template has no end: {jinja.one_line(error)}; give another with --chat-template"
+            )
 
     def _known(self, turns: Turns, generation: bool) -> str | None:
         """The turns as text, if words are all they hold and the template has shown what it does with them."""
@@ -134,7 +144,7 @@ class ChatTemplate:
 
     def _render(self, template: Any, messages: list[dict[str, Any]], tools: Any, generation: bool) -> str:
         given = self._given
-        return str(template.render(messages=messages, tools=tools, add_generation_prompt=generation, **given))
+        return jinja.render(template, messages=messages, tools=tools, add_generation_prompt=generation, **given)
 
     def sample(self) -> str:
         """What the template makes of one question; nothing where it refuses that."""
@@ -150,6 +160,8 @@ class ChatTemplate:
     def _strftime(self, form: str) -> str:
         """One date for all rows of a run, in every process, also past midnight."""
         self._asked_date = True
+        if len(form) > 1000:
+            raise ValueError("the form of a date is longer than any date")
         return self._date.strftime(form)
 
     def _message(self, turn: Message) -> dict[str, Any]:

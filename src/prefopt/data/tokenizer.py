@@ -6,10 +6,16 @@ A folder with only ``vocab.json`` and ``merges.txt`` is read as GPT-2's byte-lev
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from prefopt.data.expansion import check_expansion
+from prefopt.disk.adapter_folder import base_of, is_adapter
+from prefopt.disk.hub import fetched
+from prefopt.disk.vetted import vet_folder
 from prefopt.errors import ModelError
 
 if TYPE_CHECKING:
@@ -19,6 +25,8 @@ if TYPE_CHECKING:
 else:  # transformers takes seconds to import, and brings torch along
     Tokenizer = Any
 
+TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # a token in base64 and its rank; SentencePiece's are binary
+PROBE = "Once upon a time, there was a little girl"
 VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "tekken.json"}
 
 # Answers of a tokenizer without a chat template. The prompt ends in "Assistant:" without a space, for byte-level
@@ -34,19 +42,27 @@ PLAIN_TURNS = (
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """The tokenizer of a folder or of a Hub name; foreign code is never run.
+    """The tokenizer of a folder or of a Hub name; of an adapter without one, its model's. Foreign code is never run.
 
     Raises :class:`ModelError` in one line where the folder is missing or incomplete, or the tokenizer cannot give the
     characters of its tokens.
     """
     from transformers import AutoTokenizer, GPT2Tokenizer
 
+    if is_adapter(source) and not has_tokenizer(source):
+        source = base_of(source)
     path = Path(source)
     here = {p.name for p in path.iterdir()} if path.is_dir() else set()
     if not path.exists() and (path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1):
         raise ModelError(f"{source}: no such folder; check the path of the model or tokenizer")
     if path.is_dir() and not any(name in VOCABULARIES or name.endswith(".model") for name in here):
         raise ModelError(f"{source}: the folder has no tokenizer (tokenizer.json); copy it there, or name one that has")
+    vet_folder(path)
+    if lacking := _lacking(path, here):
+        raise ModelError(f"{source}: {lacking}, or convert it to tokenizer.json")
+    file = path / "tokenizer.json" if path.exists() else fetched(str(source), "tokenizer.json")
+    if file is not None:
+        check_expansion(file)
     described = here & {"tokenizer.json", "tokenizer_config.json", "config.json"}
     bare = {"vocab.json", "merges.txt"} <= here and not described
     try:
@@ -60,7 +76,57 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     if not tokenizer.is_fast:
         what = "the tokenizer gives no character offsets, so what is trained cannot be told from the prompt"
         raise ModelError(f"{source}: {what}; convert it to tokenizer.json")
+    if name := _read_otherwise(tokenizer, path, here):
+        what = "transformers reads it otherwise than SentencePiece does, for no tokenizer_config.json names its class"
+        raise ModelError(f"{source}: {name}: {what}; add one (tokenizer_class: LlamaTokenizer, say), or tokenizer.json")
     return tokenizer
+
+
+def _lacking(folder: Path, here: set[str]) -> str | None:
+    """What must be installed to read the vocabulary of a folder, if anything must."""
+    for name in _models(here):
+        text = _is_tiktoken(folder / name)
+        kind, packages = ("tiktoken's", ("tiktoken",)) if text else ("SentencePiece's", ("sentencepiece", "protobuf"))
+        modules = {"protobuf": "google.protobuf"}
+        if not all(_installed(modules.get(package, package)) for package in packages):
+            return f"{name} is {kind}, which is read with a package that is not here: pip install {' '.join(packages)}"
+    return None
+
+
+def _read_otherwise(tokenizer: Tokenizer, folder: Path, here: set[str]) -> str | None:
+    """The SentencePiece file that a tokenizer was made of and does not follow, if there is one."""
+    for name in _models(here):
+        if _is_tiktoken(folder / name):
+            continue
+        processor: Any = importlib.import_module("sentencepiece").SentencePieceProcessor
+        pieces = processor(model_file=str(folder / name)).encode(PROBE, out_type=str)
+        if tokenizer.convert_ids_to_tokens(tokenizer(PROBE, add_special_tokens=False)["input_ids"]) != pieces:
+            return name
+    return None
+
+
+def _models(here: set[str]) -> list[str]:
+    """Vocabularies that transformers converts, where a folder has no other."""
+    converted = {"tokenizer.json", "vocab.json", "vocab.txt"}
+    return [] if here & converted else sorted(name for name in here if name.endswith(".model"))
+
+
+def _is_tiktoken(path: Path) -> bool:
+    with path.open("rb") as file:
+        return TIKTOKEN.match(file.read(200)) is not None
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it would be in
+        return False
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder holds a vocabulary, whatever else is there."""
+    found = Path(folder)
+    return any((found / name).is_file() for name in VOCABULARIES) or any(found.glob("*.model"))
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:

@@ -21,6 +21,7 @@ from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
 
 from prefopt.data import jinja
+from prefopt.data.sandbox import OWN, Bounded, modulo
 
 REMEMBERED = 512  # shapes; a file has as many as it has numbers of turns, times a few
 # In this order, what stands in for words shows whether it was escaped, quoted or put in another case.
@@ -185,7 +186,9 @@ def compiled(source: str) -> Any | None:
         return None
     environment.concat = _concat
     environment.filters = {
-        **{name: run if name in _FILTERS else _guarded(run) for name, run in environment.filters.items()},
+        **{
+            name: run if name in _FILTERS or name in OWN else _guarded(run) for name, run in environment.filters.items()
+        },
         **{"prefopt_alone": _alone, "prefopt_join": _join, "prefopt_holds": _holds, "prefopt_modulo": _modulo},
     }
     environment.tests = {**environment.tests, "in": lambda value, container: _holds(container, value)}
@@ -250,8 +253,8 @@ def _concat(parts: Iterable[str]) -> str:
     given = [part for part in parts if isinstance(part, Words) or part]
     words = [part for part in given if isinstance(part, Words)]
     if not words:
-        return "".join(given)
-    return words[0] if len(given) == 1 else Words("".join(map(_plain, given)), words[0].log)
+        return Bounded.concat(given)
+    return words[0] if len(given) == 1 else Words(Bounded.concat(list(map(_plain, given))), words[0].log)
 
 
 def _join(parts: Iterable[object]) -> str:
@@ -261,7 +264,7 @@ def _join(parts: Iterable[object]) -> str:
 
 def _modulo(left: Any, right: Any) -> Any:
     """``a % b``."""
-    return left % (_alone(right) if isinstance(left, str) else right)
+    return modulo(left, _alone(right) if isinstance(left, str) else right)
 
 
 def _holds(container: Any, value: Any) -> bool:

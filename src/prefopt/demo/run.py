@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-
-from rich.console import Console
 
 from prefopt.config.command import command
 from prefopt.config.dpo import DpoConfig
@@ -25,6 +24,7 @@ from prefopt.evaluate import score
 from prefopt.evaluate.plot import plot_runs, require_matplotlib
 from prefopt.methods import preference, sample
 from prefopt.rewards import load_reward
+from prefopt.screen import Screen
 from prefopt.train.history import read_history
 
 MARK = "demo.json"
@@ -89,7 +89,7 @@ def run_demo(output: str, seed: int = 0) -> Measured:
     """
     load_reward(JUDGE)
     require_matplotlib()
-    console, times, files = Console(highlight=False, soft_wrap=True), Times(), Files(Path(output))
+    console, times, files = Screen(), Times(), Files(Path(output))
     _make_room(files.folder)
     _write_start(files, seed)
     tell(
@@ -116,16 +116,18 @@ def run_demo(output: str, seed: int = 0) -> Measured:
         plot_runs([read_history(files.aligned)], files.picture)
     tell_result(console, result, files.aligned)
     tell_times(console, times.stages)
-    tell_next(console, files.model, files.scored, files.aligned, files.picture)
+    # The same options but for the loss: the rows that are left out, the pairs and the precision name what is cached.
+    again = replace(train, loss="ipo", output=str(_free(files.folder / "aligned-again")))
+    tell_next(console, files.model, again, files.aligned, files.picture)
     return result
 
 
-def _say(console: Console, lines: list[str]) -> None:
+def _say(console: Screen, lines: list[str]) -> None:
     for line in lines:
-        console.print(line, markup=False)
+        console.print(line)
 
 
-def _measure(console: Console, files: Files, seed: int) -> Measured:
+def _measure(console: Screen, files: Files, seed: int) -> Measured:
     """Both models write on the openings that were held out, with the same seed, and are judged."""
     draws = [
         _sampling(files.model, files.held_out, files.before, MEASURED, seed),
@@ -171,6 +173,12 @@ def _training(files: Files, seed: int) -> DpoConfig:
         device="cpu",
         dtype="float32",
     )
+
+
+def _free(path: Path) -> Path:
+    """``path``, with a number behind it where something is there already: no run is written over."""
+    numbered = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
+    return next(p for p in itertools.chain([path], numbered) if not p.exists())
 
 
 def _make_room(folder: Path) -> None:

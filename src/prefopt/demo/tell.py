@@ -6,24 +6,25 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
-from prefopt.config.command import program
+from prefopt.config.command import command, program
+from prefopt.config.dpo import DpoConfig
 from prefopt.demo.measure import Measured
 from prefopt.evaluate.chart import chart
 from prefopt.progress import duration
+from prefopt.screen import Screen
 from prefopt.train.history import read_history
 
 
-def tell(console: Console, title: str, *lines: str) -> None:
+def tell(console: Screen, title: str, *lines: str) -> None:
     """A stage and what it is about."""
-    console.print(f"\n{title}", style="bold", markup=False)
+    console.print(f"\n{title}", style="bold")
     for line in lines:
-        console.print(line, markup=False)
+        console.print(line)
 
 
-def tell_result(console: Console, result: Measured, run: Path) -> None:
+def tell_result(console: Screen, result: Measured, run: Path) -> None:
     """The measurement, three openings side by side, the curve of the loss."""
     change = "a change that chance does not explain" if result.change.excludes(0) else "which chance could explain"
     tell(
@@ -46,7 +47,7 @@ def tell_result(console: Console, result: Measured, run: Path) -> None:
             *(_sample(e.opening, text, score) for text, score in ((e.before, e.before_score), (e.after, e.after_score)))
         )
     console.print()
-    console.print(table, soft_wrap=False, markup=False)
+    console.print(table, soft_wrap=False)
     history = read_history(run)
     tell(console, "The loss, step by step (ln 2 = 0.693 is where it starts)", *chart(history.curve("loss")))
 
@@ -55,22 +56,20 @@ def _sample(opening: str, text: str, score: float) -> str:
     return f"[{score:+.2f}] {opening}{' '.join(text.split(' '))}".replace("\n", " ") + "\n"
 
 
-def tell_times(console: Console, stages: Mapping[str, float]) -> None:
+def tell_times(console: Screen, stages: Mapping[str, float]) -> None:
     """The time of each stage."""
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in stages.items())
-    console.print(f"\ntime: {parts}; {duration(sum(stages.values()))} in all", markup=False)
+    console.print(f"\ntime: {parts}; {duration(sum(stages.values()))} in all")
 
 
-def tell_next(console: Console, model: Path, data: Path, aligned: Path, picture: Path) -> None:
-    """Three commands to go on with, and where things are."""
+def tell_next(console: Screen, model: Path, again: DpoConfig, aligned: Path, picture: Path) -> None:
+    """Three commands to go on with, and where things are. ``again``: the demonstration's training with another loss."""
     start = program()
-    other = shlex.quote(str(aligned.with_name("aligned-again")))
     tell(
         console,
         "7. What to try next",
         f"talk to it: {start} chat --model {shlex.quote(str(aligned))} --against {shlex.quote(str(model))}",
-        f"another loss, the same reference from the cache: {start} dpo --model {shlex.quote(str(model))}"
-        f" --data {shlex.quote(str(data))} --output {other} --loss ipo --learning-rate 2e-4",
+        f"another loss, the same reference from the cache: {command('dpo', again)}",
         f"your model and your pairs: {start} dpo --model MODEL --data PAIRS.jsonl --output OUTPUT --eval-fraction 0.05",
         f"{aligned} is an ordinary Hugging Face folder, with its card in README.md; {picture} shows the curves",
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 LOG_IN = "hf auth login"
 TOKENS = "https://huggingface.co/settings/tokens"
@@ -26,6 +27,17 @@ def no_telemetry() -> None:
     from huggingface_hub import constants
 
     constants.HF_HUB_DISABLE_TELEMETRY = True
+
+
+def fetched(name: str, file: str) -> Path | None:
+    """One file of a model on the Hub, as it lies in the cache; None where there is none (loading it says why)."""
+    no_telemetry()
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, file))
+    except Exception:  # no such name, no such file, no network
+        return None
 
 
 def why_not_read(error: BaseException, name: str) -> str | None:

@@ -29,7 +29,7 @@ from prefopt.evaluate.tasks import Harness, TaskScore, changes, read_task_result
 from prefopt.evaluate.versus import Versus
 from prefopt.interval import Interval, mean_interval
 from prefopt.model.environment import hardware
-from prefopt.model.load import local_folder, resolve_device, resolve_dtype
+from prefopt.model.load import base_and_adapter, resolve_device, resolve_dtype
 from prefopt.progress import Reporter
 from prefopt.records import Comparison
 from prefopt.studies.votes import Vote
@@ -147,7 +147,7 @@ def _with_tasks(config: CompareConfig, versus: Sequence[Versus], tasks: Scores |
         device = resolve_device(config.device)
         dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
         tasks = {
-            name: tasks.scores(name, local_folder(name), dtype=dtype, device=str(device)) for name in config.models
+            name: tasks.scores(name, *base_and_adapter(name), dtype=dtype, device=str(device)) for name in config.models
         }
     if tasks is None:
         return list(versus)

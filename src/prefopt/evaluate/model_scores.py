@@ -19,9 +19,11 @@ from prefopt.data.rendering import Rendering
 from prefopt.data.tokenizer import Tokenizer, load_tokenizer
 from prefopt.data.truncate import sequence_limit
 from prefopt.errors import DataError, ModelError
-from prefopt.model.load import load_config, load_model, local_folder, resolve_device, resolve_dtype
+from prefopt.model.load import base_and_adapter, load_config, load_model, local_folder, resolve_device, resolve_dtype
+from prefopt.model.named import tokenizer_of_name
 from prefopt.model.packed import PackedModel
-from prefopt.model.scalar import ScalarScorer, is_classifier, load_scalar, response_rewards
+from prefopt.model.precision import computing_in
+from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar, response_rewards
 from prefopt.model.scorer import Scorer, response_sums
 from prefopt.model.sharing import context_length
 from prefopt.records import Comparison
@@ -67,14 +69,14 @@ def reward_model_scores(config: ScoreConfig) -> ModelScores:
     Raises :class:`ModelError` where it is none, or has another number of labels.
     """
     source, device, dtype = _place(config, config.reward)
-    if not is_classifier(source):
+    if not has_scalar_head(source):
         raise ModelError(
             f"--reward {config.reward} is a language model, which gives no score: prefopt reward makes one that does,"
             " and --reward implicit takes its log-probabilities"
         )
     tokenizer = load_tokenizer(source)
     model = load_scalar(source, dtype=dtype, device=device, tokenizer=tokenizer).requires_grad_(False)
-    scorer = ScalarScorer(model.to(dtype)).eval()
+    scorer = ScalarScorer(computing_in(model, dtype)).eval()
 
     def numbers(groups: Sequence[Group]) -> Floats:
         return response_rewards(scorer, groups, range(len(groups)), TOKENS[device.type])
@@ -88,15 +90,15 @@ def implicit_scores(config: ScoreConfig) -> ModelScores:
     Raises :class:`ModelError` where the two models do not read the same tokens.
     """
     assert config.model is not None and config.beta is not None
-    source, device, dtype = _place(config, config.model)
-    reference = config.reference or config.model
+    _, device, dtype = _place(config, config.model)
+    source, adapter = base_and_adapter(config.model, config.adapter)
+    reference = config.reference or (config.model if config.adapter is not None else source)
     other = local_folder(reference)
-    tokenizer = load_tokenizer(source)
+    tokenizer = tokenizer_of_name(config.model, config.adapter)
     if load_tokenizer(other).get_vocab() != tokenizer.get_vocab():
         raise ModelError(
             f"--reference {reference} has another tokenizer than --model {config.model}: their tokens differ"
         )
-    adapter = local_folder(config.adapter) if config.adapter else None
     pair = [
         Scorer(load_model(folder, dtype=dtype, device=device, adapter=a).requires_grad_(False)).eval()
         for folder, a in ((source, adapter), (other, None))

@@ -79,14 +79,17 @@ def plot_runs(
 def figure_of(
     runs: Sequence[History], *, metrics: Sequence[str] | None = None, x: str = "step", titled: bool = True
 ) -> Any:
-    """A matplotlib figure that is nobody's current one; ``titled`` with what the runs have in common.
+    """A matplotlib figure that is nobody's current one; ``titled`` with what the runs have in common. Without
+    ``metrics`` runs of different methods, such as the stages of a chain, have panels of their own.
 
     Raises :class:`ConfigError` for metrics that no run has, and where matplotlib is not installed.
     """
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    panels = panels_of(runs, metrics)
+    panels = [(p, runs) for p in panels_of(runs, metrics)] if metrics is not None else panels_by_method(runs)
+    if not panels:
+        raise ConfigError("there is nothing to draw yet: no run has written a step")
     across = 1 if len(panels) == 1 else 2
     down = math.ceil(len(panels) / across)
     names = what_differs(runs) if len(runs) > 1 else []
@@ -95,23 +98,19 @@ def figure_of(
         figure.suptitle(_title(runs, 48 * across), fontsize=11)
     all_axes: list[Any] = list(figure.subplots(down, across, squeeze=False).flat)
     known_start = any(loss_at_start(run) is not None for run in runs if run.training)
-    for axes, panel in zip(all_axes, panels, strict=False):
-        _draw(axes, panel if panel.name != "loss" or known_start else replace(panel, line=None), runs, x)
+    colours = {id(run): colour for run, colour in zip(runs, _colours(len(runs)), strict=True)}
+    for axes, (panel, several) in zip(all_axes, panels, strict=False):
+        panel = panel if panel.name != "loss" or known_start else replace(panel, line=None)
+        _draw(axes, panel, several, [colours[id(run)] for run in several], x)
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
     _legend(figure, runs, names)
     return figure
 
 
-def panels_of(runs: Sequence[History], metrics: Sequence[str] | None) -> list[Panel]:
-    """The panels for ``metrics``, or the standard ones that any run has. Raises :class:`ConfigError`."""
-    there = {name for run in runs for name in run.names()}
-    families = {name.rpartition("/")[0] for name in there if name.rpartition("/")[2] in SIDES}
-    if metrics is None:
-        found = [panel for panel in STANDARD if panel.name in there | families]
-        if not found:
-            raise ConfigError("there is nothing to draw yet: no run has written a step")
-        return found
+def panels_of(runs: Sequence[History], metrics: Sequence[str]) -> list[Panel]:
+    """The panels for ``metrics``. Raises :class:`ConfigError` for one that no run has."""
+    there, families = _names(runs)
     if unknown := [name for name in metrics if name not in there | families]:
         near = nearest(unknown[0], sorted(there | families)) or f"; there are {', '.join(sorted(there))}"
         raise ConfigError(f"--metrics {unknown[0]}: no run has it{near}")
@@ -119,10 +118,31 @@ def panels_of(runs: Sequence[History], metrics: Sequence[str] | None) -> list[Pa
     return [KNOWN.get(n, Panel(n, n, n, sides=n in families and n not in there)) for n in names]
 
 
-def _draw(axes: Any, panel: Panel, runs: Sequence[History], x: str) -> None:
+def panels_by_method(runs: Sequence[History]) -> list[tuple[Panel, Sequence[History]]]:
+    """The standard panels that any run has, each with its runs: losses of different methods share none."""
+    by_method: dict[str, list[History]] = {}
+    for run in runs:
+        by_method.setdefault(run.method, []).append(run)
+    found: list[tuple[Panel, Sequence[History]]] = []
+    for method, several in by_method.items():
+        there = set().union(*_names(several))
+        panels = [panel for panel in STANDARD if panel.name in there]
+        if len(by_method) > 1:
+            panels = [replace(panel, title=f"{method}: {panel.title}") for panel in panels]
+        found += [(panel, several) for panel in panels]
+    return found
+
+
+def _names(runs: Sequence[History]) -> tuple[set[str], set[str]]:
+    """The metrics that runs have, and the families of them, NAME of NAME/chosen and NAME/rejected."""
+    there = {name for run in runs for name in run.names()}
+    return there, {name.rpartition("/")[0] for name in there if name.rpartition("/")[2] in SIDES}
+
+
+def _draw(axes: Any, panel: Panel, runs: Sequence[History], colours: Sequence[str], x: str) -> None:
     shown_values: list[float] = []
     held_out = False
-    for run, colour in zip(runs, _colours(len(runs)), strict=True):
+    for run, colour in zip(runs, colours, strict=True):
         for side in SIDES if panel.sides else ("",):
             name = f"{panel.name}/{side}" if side else panel.name
             style: Any = STYLES[side]

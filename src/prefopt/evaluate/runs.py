@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.option import options
+from prefopt.config.rlhf import STAGES
 from prefopt.errors import RunError
 from prefopt.train.diagnose import diagnose
 from prefopt.train.folder import FREE
-from prefopt.train.history import History, read_history
+from prefopt.train.history import History, averages_of, read_history
+from prefopt.train.record import RECORD
 
-CLOCK = ("step_seconds", "tokens", "epoch", "learning_rate")
+CLOCK = ("step", "step_seconds", "tokens", "epoch", "learning_rate")
 """Metrics that say where a run stands, not what it reached."""
+CHAIN = "stages.json"
+"""What ``prefopt rlhf`` keeps beside the folders of its stages."""
 
 
 def find_runs(folder: str | Path) -> tuple[list[History], list[str]]:
@@ -29,34 +31,63 @@ def find_runs(folder: str | Path) -> tuple[list[History], list[str]]:
     folder = Path(folder)
     if not folder.is_dir():
         raise RunError(f"{folder}: no such folder; name an output folder, or one that holds some")
-    if (folder / "run.json").exists():
+    if (folder / RECORD).exists():
         return [read_history(folder)], []
     found, damaged = [], []
-    for path in sorted(folder.rglob("run.json")):
+    for path in sorted(folder.rglob(RECORD)):
         try:
             found.append(read_history(path.parent))
         except RunError as error:
             damaged.append(str(error))
-    return sorted(found, key=lambda run: str(run.record.get("started", ""))), damaged
+    stages = list(STAGES)  # of a chain, which may begin within a second
+
+    def order(run: History) -> tuple[str, int]:
+        name = run.folder.name
+        return str(run.record.get("started", "")), stages.index(name) if name in STAGES else -1
+
+    return sorted(found, key=order), damaged
+
+
+def runs_of(folder: str | Path) -> list[History]:
+    """The run in an output folder, or those of the stages of a chain (``prefopt rlhf``), in their order.
+
+    Raises :class:`RunError` where it is neither, with what is there instead, and where a file is damaged.
+    """
+    folder = Path(folder)
+    if (folder / RECORD).exists():
+        return [read_history(folder)]
+    if (folder / CHAIN).exists() and (stages := [s for s in STAGES if (folder / s / RECORD).exists()]):
+        return [read_history(folder / stage) for stage in stages]
+    below = sorted(path.parent for path in folder.rglob(RECORD))
+    if not below:
+        return [read_history(folder)]  # says what is missing
+    many = f"{len(below)} runs" if len(below) > 1 else "a run"
+    raise RunError(f"{folder} holds no run of its own, but {many} below it: name output folders, such as {below[0]}")
+
+
+def of_one_method(runs: Sequence[History]) -> bool:
+    """Whether the losses of these runs can stand beside one another: those of a chain's stages cannot."""
+    return len({run.method for run in runs}) < 2
 
 
 def differing(runs: Sequence[History]) -> list[str]:
-    """The options in which runs differ, but for those that change nothing of their results."""
+    """The options in which runs differ, but for those that change nothing of their results; of runs of several methods
+    those that all of them have."""
     names = dict.fromkeys(name for run in runs for name in run.options if name not in FREE)
+    if not of_one_method(runs):
+        names = dict.fromkeys(name for name in names if all(name in run.options for run in runs))
     return [name for name in names if any(run.options.get(name) != runs[0].options.get(name) for run in runs)]
 
 
 def reached(run: History) -> dict[str, dict[str, float]]:
-    """``training``: each metric's mean over the last tenth of the steps. ``held_out``: the metrics of the evaluation
-    whose loss is lowest, and its ``step``."""
-    found: dict[str, dict[str, float]] = {"training": {}, "held_out": {}}
-    for name in run.names():
-        if name not in CLOCK and (values := run.curve(name).values):
-            found["training"][name] = statistics.fmean(values[-math.ceil(len(values) / 10) :])
-    scored = [line for line in run.held_out if isinstance(line.get("loss"), (int, float))]
+    """``training``: each metric's average over the rows of the last tenth of the steps (see :meth:`History.ending`).
+    ``held_out``: the metrics of the evaluation whose loss is lowest, and its ``step``."""
+    training = {n: value for n, value in averages_of(run.ending()).items() if n not in CLOCK}
+    found: dict[str, dict[str, float]] = {"training": training, "held_out": {}}
+    scored = [line for line in run.held_out if line.get("loss") is not None]
     if scored:
         best = min(scored, key=lambda line: float(line["loss"]))
-        found["held_out"] = {name: float(value) for name, value in best.items() if isinstance(value, (int, float))}
+        found["held_out"] = {name: float(value) for name, value in best.items() if value is not None}
     return found
 
 
@@ -64,6 +95,7 @@ def as_json(run: History) -> dict[str, Any]:
     """A run as plain values."""
     return {
         "folder": str(run.folder),
+        "method": run.record.get("method"),
         "status": run.status,
         "step": run.step,
         "steps": run.steps,
@@ -106,7 +138,7 @@ def comparison(runs: Sequence[History]) -> list[str]:
     found = [reached(run) for run in runs]
     titles = {
         "held_out": "held-out rows, at the step whose loss is lowest:",
-        "training": "training batches, mean over the last tenth of the steps:",
+        "training": "training batches, average over the rows of the last tenth of the steps:",
     }
     for side, title in titles.items():
         metrics = dict.fromkeys(name for values in found for name in values[side])
@@ -122,7 +154,9 @@ def caveats(runs: Sequence[History]) -> list[str]:
     of_the_loss = {o.name for o in options(DpoConfig) if o.group == "loss"}
     if parts := [name for name in differing(runs) if name in of_the_loss]:
         found.append(f"{', '.join(parts)} decides what the loss is: compare accuracies or samples, and not losses")
-    if len({run.record.get("data") for run in runs}) > 1:
+    if not of_one_method(runs):
+        found.append("runs of different methods: no number of one can be compared with the same of another")
+    elif len({run.record.get("data") for run in runs}) > 1:
         found.append("the runs do not have the same data, or not the same held-out rows")
     if len({run.record.get("reference") for run in runs}) > 1:
         found.append("the runs do not have the same reference: rewards and log-ratios are from different places")
@@ -147,7 +181,7 @@ def what_differs(runs: Sequence[History]) -> list[str]:
     names = [
         ", ".join(f"{name.replace('_', ' ')} {shown(run.options.get(name))}" for name in different) for run in runs
     ]
-    short = len(different) <= 3 and len(set(names)) == len(names) and all(names)
+    short = of_one_method(runs) and len(different) <= 3 and len(set(names)) == len(names) and all(names)
     return names if short else labels(runs)
 
 
@@ -187,11 +221,12 @@ def summary(run: History) -> Mapping[str, str]:
     """What a person asks first about one run."""
     steps = f"{run.step}" if run.steps in (None, run.step) else f"{run.step} of {run.steps}"
     told = {
+        "method": run.record.get("method"),
         "status": run.status,
         "steps": steps,
         "started": run.record.get("started"),
         "finished": run.record.get("finished"),
         "model": run.options.get("model"),
-        "data": shown(run.options.get("data")),
+        "data": shown(run.options.get("data", run.options.get("prompts"))),
     }
     return {name: str(value) for name, value in told.items() if value is not None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from prefopt.errors import RunError
 from prefopt.evaluate.chart import chart
 from prefopt.evaluate.runs import as_json as plain
 from prefopt.evaluate.runs import columns, comparison, find_runs, list_of, summary
+from prefopt.screen import json_text
 from prefopt.train.diagnose import diagnose, in_words
 from prefopt.train.history import History
 
@@ -24,7 +24,7 @@ def show_runs(folders: Sequence[str], *, as_json: bool = False) -> list[str]:
     found = [find_runs(folder) for folder in folders]
     runs = [run for several, _ in found for run in several]
     if as_json:
-        return [json.dumps([plain(run) for run in runs], indent=2)]
+        return json_text([plain(run) for run in runs]).split("\n")
     single = [Path(folder, "run.json").exists() for folder in folders]
     if len(folders) == 1 and single[0]:
         return about(runs[0])
@@ -46,10 +46,12 @@ def show_runs(folders: Sequence[str], *, as_json: bool = False) -> list[str]:
 def about(run: History) -> list[str]:
     """One run: where it stands, its loss as a curve, and what its numbers say."""
     lines = columns([[f"{name}:", value] for name, value in summary(run).items()])
-    loss, held_out = run.curve("loss"), run.curve("loss", held_out=True)
-    if len(loss.steps) > 1:
-        title = f"loss of training batches{', and ● of held-out rows' if held_out else ''}"
-        lines += ["", *chart(loss, held_out, title=title, width=WIDTH)]
+    curve, held_out = run.curve("loss"), run.curve("loss", held_out=True)
+    title = f"loss of training batches{', and ● of held-out rows' if held_out else ''}"
+    if scores := run.curve("objective/scores"):  # the loss of such a run says nothing
+        curve, title = scores, "reward of the policy's samples"
+    if len(curve.steps) > 1:
+        lines += ["", *chart(curve, held_out, title=title, width=WIDTH)]
     if told := in_words(diagnose(run)):
         lines += ["", *told]
     return lines

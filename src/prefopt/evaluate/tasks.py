@@ -18,6 +18,7 @@ import numpy as np
 
 from prefopt.errors import ConfigError, DataError, RunError
 from prefopt.evaluate.rates import Z95
+from prefopt.model.built_in import attention_for
 
 INSTALL = 'pip install "prefopt[lm-eval]"'
 
@@ -76,13 +77,14 @@ class Harness:
         if unknown := [name for name in tasks if name not in known]:
             raise ConfigError(f"--tasks: lm-eval has no task {', '.join(unknown)}; lm_eval ls tasks lists what it has")
 
-    def scores(self, name: str, folder: str, *, dtype: str, device: str) -> list[TaskScore]:
-        """What the model whose weights are in ``folder`` reaches. Raises :class:`RunError` where lm-eval fails."""
+    def scores(self, name: str, folder: str, adapter: str | None, *, dtype: str, device: str) -> list[TaskScore]:
+        """What the model in ``folder`` reaches, ``adapter`` on it. Raises :class:`RunError` where lm-eval fails."""
         try:
             with redirect_stdout(sys.stderr):  # what it prints is no part of --json
                 found = self._evaluate(
                     model="hf",
-                    model_args={"pretrained": folder, "dtype": dtype},
+                    model_args={"pretrained": folder, "dtype": dtype, **attention_for(folder)}
+                    | ({"peft": adapter} if adapter else {}),
                     tasks=self._tasks,
                     task_manager=self._manager,
                     device=device,

@@ -20,16 +20,20 @@ def lines(result: CompareResult) -> Iterator[str]:
         yield ""
         yield from _versus_lines(v)
     if result.strengths:
-        yield "\nstrength (Bradley-Terry, log-odds, 95 % interval over prompts):"
+        yield ""
+        yield "strength (Bradley-Terry, log-odds, 95 % interval over prompts):"
         for name, s in sorted(result.strengths.items(), key=lambda item: -item[1].mean):
             yield f"  {s.mean:+.2f} [{s.low:+.2f}, {s.high:+.2f}]  {name}"
     if result.findings:
-        yield "\nwhat to look at:"
+        yield ""
+        yield "what to look at:"
         yield from (f"  - {finding.text}" for finding in result.findings)
     for name, shown in result.models.items():
-        yield f"\n{name}: {', '.join(_sample_words(shown))}"
+        yield ""
+        yield f"{name}: {', '.join(_sample_words(shown))}"
     if result.output is not None:
-        yield f"\nwritten: {result.output}"
+        yield ""
+        yield f"written: {result.output}"
 
 
 def _versus_lines(v: Versus) -> Iterator[str]:

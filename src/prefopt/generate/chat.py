@@ -20,6 +20,7 @@ from prefopt.generate.lines import LineReader
 from prefopt.generate.talker import Asked, Talker, TooLong, Turns, system_and, without_oldest
 from prefopt.generate.votes import TIERS, VoteFile, append_row, check_appendable
 from prefopt.records import Message
+from prefopt.screen import write
 
 HELP = {
     "/system TEXT": "set the system prompt; without TEXT take it away",
@@ -34,8 +35,6 @@ HINTS = (
     " Ctrl-C stops an answer"
 )
 VOTE = "better: a, b, tie, or skip? "
-# Control characters, but for line ends and tabs, could move the cursor or do worse to a terminal.
-_HARMLESS = {c: "\N{REPLACEMENT CHARACTER}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
 
 
 class End(Exception):
@@ -300,5 +299,5 @@ class Chat:
         self._write(line + "\n")
 
     def _write(self, text: str) -> None:
-        self._out.write(text.translate(_HARMLESS))
+        write(self._out, text)
         self._out.flush()

@@ -25,7 +25,8 @@ from prefopt.data.packer import split
 from prefopt.generate.sample import Ids
 from prefopt.generate.slots import HOOK, Filling, Slots
 from prefopt.model.attention import gather_plan
-from prefopt.model.costs import count_pass
+from prefopt.model.costs import count_pass, uncounted
+from prefopt.model.memory import out_of_memory
 from prefopt.model.scorer import Scorer, body_of, causal_model
 
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
@@ -98,11 +99,13 @@ class SlotDecoder(Decoder):
         positions = np.concatenate([np.arange(len(ids)) for ids in prompts])
         row = [torch.from_numpy(x).to(self.device)[None] for x in (np.concatenate(prompts), positions)]
         count_pass(self.model, row[0].numel(), "decode")
+        self.slots.begin()
         body_of(self.model)(input_ids=row[0], position_ids=row[1], use_cache=False, return_dict=True, filling=filling)
 
     def step(self, token_n: torch.Tensor) -> torch.Tensor:
         count_pass(self.model, token_n.numel(), "decode")
         positions = self.slots.positions[None]
+        self.slots.begin()
         out = body_of(self.model)(
             input_ids=token_n[None], position_ids=positions, use_cache=False, return_dict=True, slots=self.slots
         )
@@ -114,12 +117,7 @@ class SlotDecoder(Decoder):
         self.slots.keep(index)
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
-        head: Any = self.model.get_output_embeddings()
-        z: torch.Tensor = head(rows).to(self.wide)
-        if self.scorer.head.scale != 1:
-            z = z * self.scorer.head.scale
-        cap = self.scorer.head.softcap
-        return z if cap is None else torch.tanh(z / cap) * cap
+        return self.scorer.logits(rows.to(self.scorer.dtype))
 
 
 class _OwnForward(Decoder):
@@ -142,11 +140,23 @@ class CacheDecoder(_OwnForward):
 
     @staticmethod
     def fits(scorer: Scorer) -> bool:
-        """Whether the model gives a cache away whose rows can be picked, as seen on two tokens."""
+        """Whether the model gives a cache away that it goes on from and whose rows can be picked: tried on 2 tokens."""
         decoder = CacheDecoder(scorer)
+        two = torch.zeros(1, 2, dtype=torch.long, device=decoder.device)
         with torch.no_grad(), scorer.attention_by(None):
-            out = decoder._forward(torch.zeros(1, 2, dtype=torch.long, device=decoder.device), use_cache=True)
-        return decoder._name(out) is not None
+            try:
+                out = decoder._forward(two, use_cache=True)
+                if decoder._name(out) is None:
+                    return False
+                decoder._take(out)
+                decoder.keep(torch.zeros(2, dtype=torch.long, device=decoder.device))
+                with uncounted():
+                    decoder.step(two[0])
+            except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+                if isinstance(error, RuntimeError) and out_of_memory(error):
+                    raise
+                return False  # an architecture whose cache is of no use: whole sequences are right for all
+        return True
 
     @staticmethod
     def _name(out: Any) -> str | None:
@@ -200,4 +210,7 @@ def decoder_of(scorer: Scorer) -> tuple[type[Decoder], str | None]:
     if CacheDecoder.fits(scorer):
         return CacheDecoder, f"{scorer.reason}: its own cache is used, and only prompts of one length share a batch"
     name = type(causal_model(scorer.model)).__name__
-    return WholeDecoder, f"{name} gives no cache away: every token encodes its whole sequence again, which is slow"
+    return (
+        WholeDecoder,
+        f"{name} gives no cache away to go on from: every token encodes its whole sequence again, which is slow",
+    )

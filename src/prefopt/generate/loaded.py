@@ -6,29 +6,33 @@ import copy
 import hashlib
 import json
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
+from prefopt.data.ends import end_of_turn
 from prefopt.data.render import Renderer
 from prefopt.data.rendering import Rendering
-from prefopt.data.tokenizer import Tokenizer, end_marks, load_tokenizer, tokenizer_digest
-from prefopt.errors import ConfigError, DataError, ModelError
+from prefopt.data.tokenizer import Tokenizer, tokenizer_digest
+from prefopt.errors import ConfigError
 from prefopt.model.dropout import silence_dropout
+from prefopt.model.generation import end_tokens
 from prefopt.model.identity import Identity, identity_of_folder, identity_of_model
-from prefopt.model.load import load_config, load_model, local_folder, resolve_device, resolve_dtype
+from prefopt.model.load import base_and_adapter, load_config, load_model, resolve_device, resolve_dtype
+from prefopt.model.named import adapter_line, tokenizer_of_name
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer
 from prefopt.model.sharing import context_length
-from prefopt.records import Comparison, Message
 
 
 class SampledModel:
     """A folder, a Hub name, or a model ``given`` in Python with its tokenizer, which is used as it is.
 
     ``source`` and ``adapter`` are folders on this machine (empty and none for a model given). ``context`` is how many
-    positions the model has, ``said`` its generation config.
+    positions the model has, ``said`` its generation config, ``label`` what people call it, ``note`` what to say
+    where ``name`` is an adapter's.
     """
 
     def __init__(
@@ -47,9 +51,10 @@ class SampledModel:
         self.dtype = resolve_dtype(dtype, self.device) if given is None else given.dtype
         if self.device.type == "mps" and self.dtype == torch.float64:
             raise ConfigError("--dtype float64: mps has none; take --device cpu")
-        self.source = "" if given is not None else local_folder(name)
-        self.adapter = local_folder(adapter) if adapter else None
-        self.tokenizer: Tokenizer = copy.deepcopy(tokenizer) if given is not None else load_tokenizer(self.source)
+        self.source, self.adapter = ("", None) if given is not None else base_and_adapter(name, adapter)
+        self.note = adapter_line(name) if given is None else None
+        self.label = f"{name} with {Path(adapter).name}" if adapter else name
+        self.tokenizer: Tokenizer = copy.deepcopy(tokenizer) if given is not None else tokenizer_of_name(name, adapter)
         config = given.config if given is not None else load_config(self.source)
         self.context = context_length(config)
         self.said: Any = getattr(given, "generation_config", None) if given is not None else self._generation_config()
@@ -87,13 +92,13 @@ class SampledModel:
         """Every token that ends an answer: EOS, what the generation config says, the template's end of turn."""
         said = getattr(self.said, "eos_token_id", None)
         found = [self.tokenizer.eos_token_id, *(said if isinstance(said, (list, tuple)) else [said])]
-        found.append(end_of_turn(renderer))
+        found += [end_of_turn(renderer), *((self.adapter and end_tokens(self.adapter)) or ())]
         return tuple(sorted({int(i) for i in found if i is not None}))
 
     def _generation_config(self) -> Any:
         try:
             return GenerationConfig.from_pretrained(self.source)
-        except (OSError, ValueError):  # it has none, or one that transformers refuses: its tokens say enough
+        except Exception:  # it has none, or one that transformers refuses: its tokens say enough
             return None
 
 
@@ -101,14 +106,3 @@ def renderer_for(tokenizer: Tokenizer, chat_template: str | None = None, variabl
     """A renderer of prompts; ``chat_template`` is the text of a template."""
     ends = tokenizer.eos_token_id is not None
     return Renderer(tokenizer, Rendering(None, ends, chat_template, variables or {}))
-
-
-def end_of_turn(renderer: Renderer) -> int | None:
-    """The token that the chat template ends an answer with, as it shows on one; none where it has none."""
-    probe = Comparison.pair([Message("user", "?")], chosen="!", rejected="?", row=0)
-    try:
-        group = renderer.render(probe).group
-    except (DataError, ModelError):  # it wants a conversation of another kind
-        return None
-    last = int(group.continuations[0].ids[-1])
-    return last if renderer.tokenizer.convert_ids_to_tokens(last) in end_marks(renderer.tokenizer) else None

@@ -18,7 +18,7 @@ from prefopt.generate.openai import RemoteTalker
 from prefopt.generate.sample import Settings
 from prefopt.generate.talker import LocalTalker, Talker
 from prefopt.generate.votes import VoteFile
-from prefopt.model.load import slow_dtype
+from prefopt.model.load import base_and_adapter, slow_dtype
 from prefopt.progress import Reporter
 
 
@@ -32,7 +32,7 @@ def chat(config: ChatConfig) -> None:
     if config.model is not None:
         talkers.append(_local(config, config.model, config.adapter, seed, reporter))
     if config.against is not None or config.against_adapter is not None:
-        name = config.against or config.model
+        name = config.against or (base_and_adapter(config.model)[0] if config.model is not None else None)
         assert name is not None
         talkers.append(_local(config, name, config.against_adapter, seed, reporter))
     if config.url is not None:
@@ -65,7 +65,7 @@ def _local(config: ChatConfig, name: str, adapter: str | None, seed: int, report
     note = " as its generation_config.json says" if said and not given else ""
     dtype = str(model.dtype).removeprefix("torch.")
     reporter.say(f"{talker.name}: {dtype} on {model.device}, {form}, {shown}{note}")
-    for line in (talker.note, slow_dtype(model.dtype, model.device)):
+    for line in (model.note, talker.note, slow_dtype(model.dtype, model.device)):
         if line:
             reporter.say(line)
     return talker

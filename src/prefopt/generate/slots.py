@@ -13,6 +13,7 @@ the slots are used up or rows leave.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,10 @@ GROWTH = 64
 """Slots added at least when they are used up."""
 
 
+Place = tuple[int, int]
+"""A module that attends, and its which call within a forward pass (from 1): some are run several times in one."""
+
+
 @dataclass(slots=True)
 class _Layer:
     """Keys and values [rows, key heads, slots, D] of one attention layer."""
@@ -45,7 +50,8 @@ class Slots:
 
     start: torch.Tensor
     length: int
-    layers: dict[int, _Layer] = field(default_factory=dict)
+    layers: dict[Place, _Layer] = field(default_factory=dict)
+    called: Counter[int] = field(default_factory=Counter)
     bias: torch.Tensor | None = None
 
     @classmethod
@@ -59,7 +65,16 @@ class Slots:
         """The position [rows] of the token that comes next."""
         return self.length - self.start
 
-    def fill(self, layer: int, key: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> None:
+    def begin(self) -> None:
+        """A forward pass begins."""
+        self.called.clear()
+
+    def place(self, module: torch.nn.Module) -> Place:
+        """Where keys and values of this call of ``module`` are kept."""
+        self.called[id(module)] += 1
+        return id(module), self.called[id(module)]
+
+    def fill(self, layer: Place, key: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> None:
         """Prompts of more rows: ``index`` [rows, length] picks them from keys and values [heads, T, D]."""
         made = _Layer(*(x[:, index].transpose(0, 1) for x in (key, value)))
         before = self.layers.get(layer)
@@ -67,7 +82,7 @@ class Slots:
             made = _Layer(torch.cat([before.key, made.key]), torch.cat([before.value, made.value]))
         self.layers[layer] = made
 
-    def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def extend(self, layer: Place, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the token of this step, [rows, heads, D] each; returns what it sees, [rows, heads, length + 1, D]."""
         kept = self.layers.get(layer)
         if kept is None:  # prompts of one token: nothing came before
@@ -143,7 +158,7 @@ def slot_attention(
     Returns [1, T or rows, heads, D]. Raises :class:`ModelError` for what a layer asks for and slots do not know.
     """
     if filling is not None:
-        filling.slots.fill(id(module), key[0], value[0], filling.index)
+        filling.slots.fill(filling.slots.place(module), key[0], value[0], filling.index)
         return shared_attention(
             module,
             query,
@@ -163,7 +178,7 @@ def slot_attention(
     if slots is None:
         raise ModelError(f"{type(module).__name__} does not hand its keyword arguments to its attention")
     refuse_foreign(module, attention_mask, dropout, others)
-    seen_key, seen_value = slots.extend(id(module), key[0].transpose(0, 1), value[0].transpose(0, 1))
+    seen_key, seen_value = slots.extend(slots.place(module), key[0].transpose(0, 1), value[0].transpose(0, 1))
     bias = slots.hidden(query.dtype)
     if sliding_window is not None and seen_key.shape[2] > sliding_window:
         seen_key, seen_value = seen_key[:, :, -sliding_window:], seen_value[:, :, -sliding_window:]

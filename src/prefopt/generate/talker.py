@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from prefopt.data.problem import Problem
@@ -64,7 +63,7 @@ class LocalTalker:
 
     def __init__(self, model: SampledModel, renderer: Renderer, settings: Settings) -> None:
         self.model, self.settings = model, settings
-        self.name = f"{model.name} with {Path(model.adapter).name}" if model.adapter else model.name
+        self.name = model.label
         self._renderer, self._sampler = renderer, TransformersSampler(model.scorer, rows=1)
         plain = renderer.rendering.chat_template is None and model.tokenizer.chat_template is None
         self._stops = PLAIN_STOPS if plain else ()

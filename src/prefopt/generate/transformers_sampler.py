@@ -10,7 +10,6 @@ import logging
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from prefopt.model.costs import count_generated
 from prefopt.model.load import vocabulary_size
 from prefopt.model.memory import free_memory, out_of_memory
 from prefopt.model.scorer import Scorer, causal_model
+from prefopt.model.shapes import attention_shapes
 from prefopt.model.sharing import context_length
 
 log = logging.getLogger(__name__)
@@ -167,10 +167,9 @@ class TransformersSampler:
     def estimate_rows(self, tokens: int) -> int:
         """Rows whose cache of so many tokens each takes a part of the free memory."""
         device = next(self.scorer.model.parameters()).device
-        config: Any = causal_model(self.scorer.model).config.get_text_config()
-        heads: Any = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
-        width = getattr(config, "head_dim", None) or config.hidden_size // getattr(config, "num_attention_heads", 1)
-        row = 2 * config.num_hidden_layers * heads * width * tokens * self.scorer.dtype.itemsize
+        shapes = attention_shapes(causal_model(self.scorer.model).config)
+        held = sum(s.key_heads * (s.key_width + s.value_width) for s in shapes)
+        row = max(1, held * tokens * self.scorer.dtype.itemsize)
         affordable = int(free_memory(device) * SHARE / (2 * row))  # twice: growing and leaving copy it
         return max(1, min(ROWS[device.type], affordable))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from prefopt.disk.vetted import vet_folder
 from prefopt.errors import ConfigError, ModelError, RunError
 from prefopt.generate.noise import key_of
 from prefopt.generate.sample import FloatArray, Ids, Progress, Sample, Settings, occurrences
@@ -41,6 +42,8 @@ class VllmSampler:
         Raises :class:`ConfigError` where vLLM is not installed, :class:`ModelError` where it cannot load the model.
         """
         self._vllm = _imported("vllm")
+        for folder in filter(None, (model, adapter)):
+            vet_folder(folder)
         options: dict[str, Any] = {
             "model": model,
             "dtype": dtype,

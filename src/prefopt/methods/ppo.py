@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,21 +22,25 @@ from prefopt.generate.sample import group_of
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.losses.kl import AdaptiveKl, FixedKl, KlController
 from prefopt.model.check import CheckReport, check_scoring
-from prefopt.model.identity import identity_of_folder
-from prefopt.model.load import local_folder, resolve_dtype, slow_dtype
+from prefopt.model.generation import add_end_tokens
+from prefopt.model.load import resolve_dtype
 from prefopt.model.memory import peak_memory
+from prefopt.model.named import identity_of_name
 from prefopt.model.packed import causal_model
 from prefopt.model.save import repair_generation
 from prefopt.progress import Reporter, duration, size
 from prefopt.rewards import Reward, load_reward
 from prefopt.train import budget
+from prefopt.train.adapter_model import with_base
 from prefopt.train.callbacks import Callbacks
 from prefopt.train.card import save_model, write_card
 from prefopt.train.collector import Collector
 from prefopt.train.folder import FREE, RunFolder, digest_of, fingerprint
+from prefopt.train.history import averages_of, read_history
 from prefopt.train.judge import Judge, TextJudge
 from prefopt.train.last_good import keep_last_good
 from prefopt.train.learner import Learner, LearnOptions
+from prefopt.train.machine import prepare_machine
 from prefopt.train.metrics import Metrics
 from prefopt.train.phases import PhaseOptions, Phases
 from prefopt.train.policy import Policy
@@ -59,7 +61,7 @@ Scores = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
 @dataclass(frozen=True, slots=True)
 class PpoResult:
-    """What a run gives back: ``metrics`` are the last step's."""
+    """What a run gives back: ``metrics`` are averages over the episodes of the last tenth of the steps."""
 
     output: Path
     steps: int
@@ -104,9 +106,10 @@ class _Run:
         rows: Any,
         reward: Scores | None,
     ) -> None:
+        self.reward = _given_reward(config.reward, reward)
+        config = with_base(config, reporter.say) if model is None else config
         self.config, self.reporter, self.stop = config, reporter, stop
         self.given, self.rows = model, rows
-        self.reward = _given_reward(config.reward, reward)
         self.folder = RunFolder(Path(config.output), config.to_dict(), resume=config.resume, dry=config.dry_run)
         self.start = SampledModel(
             config.model,
@@ -120,7 +123,7 @@ class _Run:
         self.dtype = resolve_dtype(config.dtype, self.device)
 
     def run(self) -> PpoResult | None:
-        self._prepare_machine()
+        prepare_machine(self.config, self.dtype, self.device, self.reporter)
         prompts, self.settings = read_prompts(self.config, self.start, self.rows, self.reporter)
         policy = Policy(self.config, self.start.source, self.dtype, self.device, self.given)
         try:
@@ -128,6 +131,8 @@ class _Run:
                 raise ConfigError(f"--attention does nothing here: {policy.scorer.reason}; leave it out")
             check = self._check(policy, prompts)
             self.ptx = read_ptx(self.config, self.tokenizer, self.start.context, policy.scorer, self.reporter)
+            if left := policy.leftover():
+                self.reporter.say(left)
             self.reporter.say(policy.make_trainable())
             models = build_models(
                 self.config,
@@ -148,22 +153,15 @@ class _Run:
             try:
                 place = phases.run()
             except Diverged as error:
-                kept = keep_last_good(self.config, self.folder, policy, self.tokenizer, named=self.given is None)
+                kept = keep_last_good(
+                    self.config, self.folder, policy, self.tokenizer, self.settings.stop, named=self.given is None
+                )
                 raise Diverged(error.reason, f"{error.remedy}; {kept}" if error.remedy else kept) from error
             return self._finish(policy, models, prompts, place.step, place.seconds)
         finally:
             policy.release()
 
     # -- what is needed before training ------------------------------------------------------------------------
-
-    def _prepare_machine(self) -> None:
-        if self.config.threads:
-            torch.set_num_threads(self.config.threads)
-        if self.config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-        if slow := slow_dtype(self.dtype, self.device):
-            self.reporter.say(slow)
 
     def _longest(self, prompts: PromptSet) -> int:
         return max(map(len, prompts.ids)) + self.config.max_new_tokens
@@ -196,10 +194,10 @@ class _Run:
         if self.ptx is not None:
             self.folder.same("ptx_data", fingerprint(self.ptx.groups), "the data of --ptx-data")
         if self.config.reference is not None:
-            found = identity_of_folder(local_folder(self.config.reference)).digest
+            found = identity_of_name(self.config.reference).digest
             self.folder.same("reference", found, "the reference model")
         if self.reward is None:
-            found = identity_of_folder(local_folder(self.config.reward)).digest
+            found = identity_of_name(self.config.reward).digest
             self.folder.same("reward", found, "the reward model")
         elif (code := self.reward.digest()) is not None:
             self.folder.same("reward", code, f"the code of --reward {self.reward.name}")
@@ -215,8 +213,8 @@ class _Run:
     def _preview(self, policy: Policy, models: PpoModels, prompts: PromptSet) -> None:
         say = self.reporter.say
         for row, ids in list(zip(prompts.rows, prompts.ids, strict=True))[:2]:
-            say(f"\nrow {row.row}: {self.tokenizer.decode(ids.tolist())}")
-        say("\n" + self._options())
+            self.reporter.show(f"\nrow {row.row}: {self.tokenizer.decode(ids.tolist())}")
+        self.reporter.show("\n" + self._options())
         self._say_plan(prompts, self._token_budget(policy, models, prompts))
         state = 3 * sum(size for name, size in models.memory().items() if name in ("actor", "critic"))
         say(f"memory: {size(sum(models.memory().values()))} for the models, up to {size(state)} for training them")
@@ -231,8 +229,11 @@ class _Run:
         self._say_plan(prompts, tokens)
         learner = Learner(_learn_options(config), policy.scorer, models.critic, config.temperature)
         sampler = TransformersSampler(policy.scorer)
-        sampler.rows = self.folder.record.get("rows") or sampler.estimate_rows(self._longest(prompts))
-        self.folder.remember(rows=sampler.rows, token_budget=tokens)
+        known = self.folder.record
+        sampler.rows = (
+            known.get("sampled_at_once") or known.get("rows") or sampler.estimate_rows(self._longest(prompts))
+        )
+        self.folder.remember(sampled_at_once=sampler.rows, token_budget=tokens)
         phases = Phases(
             learner=learner,
             collector=Collector(prompts, sampler, self.settings, config.num, models.judge, learner, models.reference),
@@ -291,14 +292,19 @@ class _Run:
 
     def _finish(self, policy: Policy, models: PpoModels, prompts: PromptSet, steps: int, seconds: float) -> PpoResult:
         config, folder = self.config, self.folder.path
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        first, last = lines[0], lines[-1]
+        history = read_history(folder)
+        first, ending = history.training[0], history.ending()
+        last = averages_of(ending)
         if said := repair_generation(causal_model(policy.scorer.model)):
             self.reporter.say(f"the model as it was given cannot be saved: {said}")
         save_model(folder, policy.scorer, policy.masters, self.tokenizer)
-        results: dict[str, Any] = {"steps": steps}
+        if said := add_end_tokens(folder, self.settings.stop, self.tokenizer, policy.scorer.model):
+            self.reporter.say(said)
+        episodes, since = sum(rows for _, rows in ending), ending[0][0]["step"]
+        told = f"averages over the {episodes:.0f} episodes of steps {since} to {steps}"
+        results: dict[str, Any] = {"steps": steps, "training metrics": told}
         for name in _CARD:
-            results |= {f"first step: {name}": first.get(name), f"last step: {name}": last.get(name)}
+            results |= {f"first step: {name}": first.get(name), f"training: {name}": last.get(name)}
         results |= {f"memory of the {name}": size(of) for name, of in models.memory().items() if of}
         results |= {"training time": duration(seconds), "peak memory": size(peak_memory(self.device))}
         files = ", ".join(f"`{Path(d).name}`" for d in config.prompts)
@@ -313,9 +319,10 @@ class _Run:
             license="The licences of the base model, of the reward model and of the data apply.",
         )
         self.folder.finish(results, keep_checkpoints=bool(config.save_every))
-        if len(lines) > 1:
+        if steps > 1:
+            over = "the last" if since == steps else f"the last {steps - since + 1}"
             self.reporter.say(
-                f"score {first['objective/scores']:.3f} in the first step, {last['objective/scores']:.3f} in the last,"
+                f"score {first['objective/scores']:.3f} in the first step, {last['objective/scores']:.3f} in {over},"
                 f" at {last['objective/kl']:.3g} nats from the reference; by the reward that was trained on: look at"
                 " samples"
             )

@@ -28,7 +28,8 @@ from prefopt.train.terms import needs_reference, terms_of, want_of, words
 
 @dataclass(frozen=True, slots=True)
 class DpoResult:
-    """What a run gives back: ``metrics`` are the last step's, ``held_out_loss`` is that of the saved weights."""
+    """What a run gives back: ``metrics`` are averages over the rows of the last epoch (see
+    :mod:`prefopt.train.averages`), ``held_out_loss`` is that of the saved weights."""
 
     output: Path
     steps: int
@@ -59,7 +60,7 @@ def run(
         if loop is None:
             return None
         progress = loop.progress
-        return DpoResult(run.folder.path, progress.step, run.last, run.held_out_loss, progress.best_step)
+        return DpoResult(run.folder.path, progress.step, run.metrics, run.held_out_loss, progress.best_step)
 
 
 class _Run(TrainingRun[Scorer]):
@@ -95,7 +96,10 @@ class _Run(TrainingRun[Scorer]):
         if self.choice and self.identity:
             tokens = any(term.loss.needs_head_values for term in self.terms)
             reference = ReferenceRun(self.choice, self.identity, self.policy.scorer, self.config, token_values=tokens)
-        self.against = Against(self.config, self.terms, self.data, reference, self.limit, self.reporter)
+        steps, read = self.steps(), self.groups_read()
+        self.against = Against(
+            self.config, self.terms, self.data, reference, self.limit, self.reporter, steps=steps, read=read
+        )
 
     def identities(self) -> dict[str, tuple[str, str]]:
         """See :class:`TrainingRun`."""
@@ -126,7 +130,7 @@ class _Run(TrainingRun[Scorer]):
         if self.against.reference is None or self.against.live:
             return None
         # Forward alone is a third of a training step's work.
-        return int(self.policy.scorer.layout.costs(self.against.groups).sum()) / (3 * speed) if self.missing else 0.0
+        return int(self.policy.scorer.layout.costs(self.against.scored).sum()) / (3 * speed) if self.missing else 0.0
 
     def inspect_first(self, objective: Objective, record: Record, indices: Sequence[int], values: Values) -> str | None:
         """See :class:`TrainingRun`."""

@@ -33,8 +33,8 @@ ZERO_FROM = 1000
 
 @dataclass(frozen=True, slots=True)
 class RewardResult:
-    """What a run gives back: ``metrics`` are the last step's; of the saved weights are ``held_out_loss``, ``shift``
-    and, where rows were held out, ``reliability``."""
+    """What a run gives back: ``metrics`` are averages over the rows of the last epoch; of the saved weights are
+    ``held_out_loss``, ``shift`` and, where rows were held out, ``reliability``."""
 
     output: Path
     steps: int
@@ -69,7 +69,7 @@ def run(
             return None
         progress = loop.progress
         shift = shift_of(causal_model(run.policy.scorer.model))
-        made = (run.folder.path, progress.step, run.last, run.held_out_loss, progress.best_step)
+        made = (run.folder.path, progress.step, run.metrics, run.held_out_loss, progress.best_step)
         return RewardResult(*made, shift, run.reliability)
 
 

@@ -101,8 +101,9 @@ class _Run:
             given=given,
             tokenizer=tokenizer,
         )
-        if slow := slow_dtype(model.dtype, model.device):
-            self.reporter.say(slow)
+        for line in (model.note, slow_dtype(model.dtype, model.device)):
+            if line:
+                self.reporter.say(line)
         try:
             prompts = self._prompts(model, rows)
             mismatch = self._sample(model, prompts)

@@ -26,7 +26,8 @@ from prefopt.train.stop import StopRequest
 
 @dataclass(frozen=True, slots=True)
 class SftResult:
-    """What a run gives back: ``metrics`` are the last step's, ``held_out_loss`` is that of the saved weights."""
+    """What a run gives back: ``metrics`` are averages over the rows of the last epoch (see
+    :mod:`prefopt.train.averages`), ``held_out_loss`` is that of the saved weights."""
 
     output: Path
     steps: int
@@ -58,7 +59,7 @@ def run(
         if loop is None:
             return None
         progress = loop.progress
-        return SftResult(run.folder.path, progress.step, run.last, run.held_out_loss, progress.best_step)
+        return SftResult(run.folder.path, progress.step, run.metrics, run.held_out_loss, progress.best_step)
 
 
 class _Run(TrainingRun[Scorer]):

@@ -6,11 +6,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from prefopt.disk.vetted import vet_folder
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.dropout import silence_dropout
+from prefopt.model.grown_vocabulary import grow_for_adapter, holds_embedding
 from prefopt.model.load_errors import first_line, model_errors
 from prefopt.model.scorer import causal_model
 
@@ -19,14 +22,28 @@ def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
     """Put a saved PEFT adapter on ``model``, trainable; the dropout it was trained with is off."""
     from peft import PeftModel
 
-    if not (Path(folder) / "adapter_config.json").is_file() and Path(folder).exists():
-        raise ModelError(f"--adapter {folder} holds no adapter_config.json: it is not a PEFT adapter")
+    require_adapter(folder)
     if Path(folder).is_dir() and not (Path(folder) / "adapter_model.safetensors").is_file():
         raise ModelError(f"--adapter {folder} holds no adapter_model.safetensors; pickled weights are not opened")
+    vet_folder(folder)
     with model_errors(folder), peft_warnings_off():
-        wrapped: torch.nn.Module = PeftModel.from_pretrained(causal_model(model), folder, is_trainable=True)
+        plain = causal_model(model)
+        grow_for_adapter(plain, folder)
+        whole = holds_embedding(plain, folder)
+        wrapped: Any = PeftModel.from_pretrained(plain, folder, is_trainable=True)
+        wrapped.prefopt_saves_embedding = whole
     silence_dropout(wrapped)
-    return wrapped
+    trainable: torch.nn.Module = wrapped
+    return trainable
+
+
+def require_adapter(folder: str) -> None:
+    """Raises :class:`ModelError` for a folder that is none of a PEFT adapter."""
+    if not Path(folder).exists() or (Path(folder) / "adapter_config.json").is_file():
+        return
+    whole = ": it is a whole model and no adapter; name it as --model"
+    what = whole if (Path(folder) / "config.json").is_file() else ": it is not a PEFT adapter"
+    raise ModelError(f"--adapter {folder} holds no adapter_config.json{what}")
 
 
 def new_lora(
@@ -66,8 +83,10 @@ def new_lora(
 @contextmanager
 def peft_warnings_off() -> Iterator[None]:
     """Hide what peft warns of and no user can change: a name that transformers has deprecated, and that in a
-    mixture of experts the adapter of two fused matrices has the rank of one."""
+    mixture of experts the adapter of two fused matrices has the rank of one. That a head is tied to an embedding with
+    an adapter on it is seen to by :mod:`prefopt.model.merge`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+        warnings.filterwarnings("ignore", "Model (has|with) `tie_word_embeddings=True`")
         yield

@@ -11,6 +11,7 @@ The hook receives the packed row's queries, keys and values [1, heads, T, D] and
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -21,9 +22,16 @@ from transformers import AttentionInterface
 from prefopt.data.packer import Segment
 from prefopt.errors import ModelError
 from prefopt.model.flash_cpu import flash_cpu_attention
+from prefopt.model.gathering import gathered, occurrences
 
 # An unregistered mask function makes transformers build no [T, T] mask at all; the name must not contain "flash".
 HOOK = "prefopt_shared"
+
+WIDEST = 256
+"""Head width that variable-length flash attention takes at most; widths are multiples of 8."""
+
+TRIAL = "trial"
+"""Instead of a kernel: whether a layer's attention could be served is all that is asked; see :class:`HookReached`."""
 
 # What layers hand to an attention function without changing what it should compute.
 _HARMLESS = frozenset(
@@ -33,13 +41,25 @@ _HARMLESS = frozenset(
 )
 
 
+class UnshareableError(ModelError):
+    """A layer wants of its attention what shared prefixes cannot give it; scored separately the model is right."""
+
+
+class NotCausalError(ModelError):
+    """A layer lets tokens see what comes after them."""
+
+
+class HookReached(Exception):
+    """A layer asked the hook for something that it can serve."""
+
+
 def kernel_for(device: torch.device, dtype: torch.dtype, preference: str = "auto") -> str:
     """The kernel that serves ``device`` and ``dtype``; ``preference`` ``loop`` forces the plain one."""
     if preference == "loop":
         return "loop"
     if device.type == "cpu":
         return "flash-cpu"
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _has_varlen():
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _has_varlen(device):
         return "varlen"
     return "loop"
 
@@ -63,18 +83,21 @@ def shared_attention(
 ) -> tuple[torch.Tensor, None]:
     """The hook. Returns [1, T, heads, D] and no weights.
 
-    Raises :class:`ModelError` for anything a layer asks for that would otherwise be swallowed.
+    Raises :class:`UnshareableError` for anything a layer asks for that would otherwise be swallowed, and
+    :class:`NotCausalError`.
     """
     if prefix_segments is None:
-        raise ModelError(
-            f"{type(module).__name__} does not hand its keyword arguments to its attention: score it separately"
-        )
+        raise UnshareableError(f"{type(module).__name__} does not hand its keyword arguments to its attention")
     refuse_foreign(module, attention_mask, dropout, others)
+    if prefix_kernel == TRIAL:
+        raise HookReached
     segments, kernel, gather = prefix_segments, prefix_kernel, prefix_gather
     width, scale = value.shape[-1], scaling if scaling is not None else query.shape[-1] ** -0.5
-    if width != key.shape[-1]:  # multi-head latent attention: pad the values, cut the result
-        value = F.pad(value, (0, key.shape[-1] - width))
-    if softcap is not None or kernel == "loop" or (kernel == "varlen" and (s_aux is not None or gather is None)):
+    both = max(width, key.shape[-1])  # multi-head latent attention: pad the narrower, cut the result
+    query, key, value = (x if x.shape[-1] == both else F.pad(x, (0, both - x.shape[-1])) for x in (query, key, value))
+    if kernel == "varlen" and (s_aux is not None or gather is None or both > WIDEST or both % 8):
+        kernel = "loop"
+    if softcap is not None or kernel == "loop":
         out = _loop(query, key, value, segments, scale, sliding_window, softcap, s_aux)
     elif kernel == "varlen":
         assert gather is not None
@@ -88,17 +111,17 @@ AttentionInterface.register(HOOK, shared_attention)
 
 
 def refuse_foreign(module: torch.nn.Module, mask: torch.Tensor | None, dropout: float, others: dict[str, Any]) -> None:
-    """Raise :class:`ModelError` for what a layer hands to its attention and our kernels would swallow."""
+    """Raise :class:`UnshareableError` for what a layer hands to its attention and our kernels would swallow."""
     name = type(module).__name__
+    if not getattr(module, "is_causal", True) or others.get("is_causal") is False:
+        raise NotCausalError(f"{name} is not causal: tokens see what comes after them; prefopt takes causal models")
     if mask is not None:
-        raise ModelError(f"{name} brings an attention mask of its own: score it separately")
+        raise UnshareableError(f"{name} brings an attention mask of its own")
     if dropout:
         raise ModelError(f"{name} asks for attention dropout {dropout}; shared prefixes need it to be zero")
-    if not getattr(module, "is_causal", True) or others.get("is_causal") is False:
-        raise ModelError(f"{name} is not causal: score it separately")
     for option, given in others.items():
         if given is not None and given is not False and option not in _HARMLESS:
-            raise ModelError(f"{name} asks its attention for '{option}', which shared prefixes do not support")
+            raise UnshareableError(f"{name} asks its attention for '{option}', which shared prefixes do not support")
 
 
 def _loop(
@@ -112,10 +135,13 @@ def _loop(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     repeat = query.shape[1] // key.shape[1]
+    dtype = query.dtype
+    # Every segment's gradient is added to its prefix's: in float32, and rounded once.
+    key, value = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (key, value))
     parts = []
     for start, stop, origin, prefix in segments:
         q = query[:, :, start:stop]
-        k, v = (_keys(x, start, stop, origin, prefix).repeat_interleave(repeat, 1) for x in (key, value))
+        k, v = (_keys(x, start, stop, origin, prefix).to(dtype).repeat_interleave(repeat, 1) for x in (key, value))
         rows, columns = stop - start, stop - start + prefix
         visible = visible_keys(rows, columns, window, q.device)
         if softcap is None and sinks is None:
@@ -145,12 +171,16 @@ def visible_keys(rows: int, columns: int, window: int | None, device: torch.devi
     return mask if window is None else mask & (q - k < window)
 
 
-def _has_varlen() -> bool:
+def _has_varlen(device: torch.device) -> bool:
     try:
         import torch.nn.attention.varlen
     except ImportError:
         return False
-    return torch.cuda.get_device_capability() >= (8, 0)
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _wants_gqa_flag(attend: Callable[..., object]) -> bool:
+    return "enable_gqa" in inspect.signature(attend).parameters
 
 
 def gather_plan(segments: tuple[Segment, ...], device: torch.device) -> dict[str, Any]:
@@ -161,13 +191,15 @@ def gather_plan(segments: tuple[Segment, ...], device: torch.device) -> dict[str
     ]
     queries = [b - a for a, b, _, _ in segments]
     keys = [len(r) for r in rows]
+    index = torch.cat(rows)
 
     def cumulative(lengths: list[int]) -> torch.Tensor:
         ends = torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return F.pad(ends, (1, 0)).to(device, non_blocking=True)
 
     return {
-        "index": torch.cat(rows).to(device, non_blocking=True),
+        "index": index.to(device, non_blocking=True),
+        "sums": tuple(tuple(x.to(device, non_blocking=True) for x in part) for part in occurrences(index)),
         "cu_q": cumulative(queries),
         "cu_k": cumulative(keys),
         "max_q": max(queries),
@@ -188,16 +220,19 @@ def _varlen(
     attend = cast(Callable[..., torch.Tensor], varlen_attn)
     # The window counts the keys to the left of the query; transformers counts the query too.
     left = -1 if window is None else window - 1
+    keys, values = (gathered(x[0].transpose(0, 1), gather["index"], gather["sums"]) for x in (key, value))
+    # Grouped heads need no flag in torch 2.11; later versions want it.
+    grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if _wants_gqa_flag(varlen_attn) else {}
     out = attend(
         query[0].transpose(0, 1).contiguous(),
-        key[0].transpose(0, 1).index_select(0, gather["index"]),
-        value[0].transpose(0, 1).index_select(0, gather["index"]),
+        keys,
+        values,
         gather["cu_q"],
         gather["cu_k"],
         gather["max_q"],
         gather["max_k"],
         scale=scale,
         window_size=(left, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     return out[None]

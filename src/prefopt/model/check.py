@@ -21,9 +21,10 @@ from prefopt.data.table import GroupTable
 from prefopt.errors import ModelError
 from prefopt.model.clone import VOCABULARY, tiny_clone
 from prefopt.model.costs import uncounted
+from prefopt.model.kernel_check import check_kernel
 from prefopt.model.packed import PackedModel, causal_model
 from prefopt.model.scalar import ScalarScorer
-from prefopt.model.scorer import Scorer
+from prefopt.model.scorer import Head, Scorer
 
 # Rotary tables are float32 even in a float64 model, so that the last digits differ between packings.
 CLONE_TOLERANCE = 1e-5
@@ -110,12 +111,21 @@ def _checked_clone(scorer: PackedModel) -> float | None:
     if clone is None:
         return None
     with uncounted():
-        error = clone_difference(clone, scorer.attention)
+        if (ahead := _sees_ahead(clone)) > CLONE_TOLERANCE:
+            raise ModelError(
+                f"{type(model).__name__} is not causal: on a small copy logits change by {ahead:.1e} (relative) with"
+                " what comes after them; prefopt trains causal language models"
+            )
+        error = clone_difference(clone, scorer.attention, head=getattr(scorer, "head", None))
     if not error < CLONE_TOLERANCE:
         raise ModelError(
             f"{type(model).__name__}: packed scoring differs from the model's own forward by {error:.1e}"
             " (relative) on a small copy; please report this architecture"
         )
+    if scorer.layout.share and scorer.kernel == "varlen":
+        with uncounted():
+            device = next(scorer.model.parameters()).device
+            check_kernel(clone, _random_groups(), device, scorer.dtype, getattr(scorer, "head", None))
     return error
 
 
@@ -125,14 +135,24 @@ def _typical(groups: Sequence[Group]) -> list[Group]:
     return [groups[i] for i in np.argsort(far, kind="stable")[:3].tolist()]
 
 
-def clone_difference(clone: PreTrainedModel, attention: str = "auto") -> float:
+@torch.no_grad()
+def _sees_ahead(clone: PreTrainedModel) -> float:
+    """How far logits depend on what comes after them, relative to the largest; nothing in a causal model."""
+    ids = torch.arange(2, 14)[None] % VOCABULARY
+    other = ids.clone()
+    other[0, 8:] += 20
+    one, two = (clone(input_ids=x, use_cache=False).logits[0, :8] for x in (ids, other))
+    return float((one - two).abs().max() / one.abs().max())
+
+
+def clone_difference(clone: PreTrainedModel, attention: str = "auto", *, head: Head | None = None) -> float:
     """Largest difference of values and of gradients, relative to the largest of each, on a float64 twin."""
     groups = _random_groups()
-    weights = list(clone.parameters())
+    weights = [p for p in clone.parameters() if p.requires_grad]  # a router's bias may be frozen by its class
     expected = _separately(clone, groups)
     upstream = torch.linspace(-1, 1, len(expected), dtype=torch.float64)
     expected_grads = torch.autograd.grad((expected * upstream).sum(), weights, allow_unused=True)
-    scorer = Scorer(clone, attention=attention)
+    scorer = Scorer(clone, attention=attention, head=head)
     batch = pack(groups, scorer.layout)
     found = scorer(batch)
     found_grads = torch.autograd.grad((found * upstream).sum(), weights, allow_unused=True)
@@ -181,7 +201,7 @@ def _real_differences(scorer: Scorer, groups: Sequence[Group]) -> tuple[float, f
     if not scorer.layout.share:
         return 0.0, noise
     scorer.detach_hook()
-    plain = Scorer(scorer.model, share=False)
+    plain = Scorer(scorer.model, share=False, head=scorer.head)
     separate = plain(pack(some[:1], plain.layout).to(device))
     scorer.attach_hook()
     return _rms(apart[: len(separate)] - separate), noise

@@ -33,6 +33,7 @@ LIBRARIES = (
 # Whose values say how things run and name nobody. Of any other variable not even the name is told.
 VARIABLES = (
     "PREFOPT_CACHE",
+    "PREFOPT_DTYPE",
     "HF_HOME",
     "HF_HUB_OFFLINE",
     "CUDA_VISIBLE_DEVICES",

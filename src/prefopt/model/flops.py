@@ -19,7 +19,6 @@ trained; that its neighbours in the same layer share this is ignored.)
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,10 +27,11 @@ import torch
 from transformers import PreTrainedModel
 
 from prefopt.data.packer import PackedBatch, Segment
+from prefopt.model.memory import out_of_memory
 from prefopt.model.scorer import causal_model
+from prefopt.model.shapes import attention_shapes
 
 _SEARCH_SECONDS, _PRODUCT_SECONDS = 0.3, 0.02
-_NO_ATTENTION = ("linear_attention", "conv", "mamba", "recurrent")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class FlopCount:
     per_token: float
     per_scored: float
     per_pair: float
-    windows: tuple[tuple[int | None, int], ...]
+    windows: tuple[tuple[int | None, float], ...]
 
     @classmethod
     def of(cls, model: torch.nn.Module, *, trains: bool = True) -> FlopCount:
@@ -64,8 +64,8 @@ class FlopCount:
                 else:
                     per_token += cost
             reached = reached or any(p.requires_grad for p in module.parameters(recurse=False))
-        per_pair = 2.0 * _attention_width(causal) * (3 if trains and reached else 1)
-        return cls(per_token, per_scored, per_pair, _windows(causal))
+        width, windows = _widths(causal)
+        return cls(per_token, per_scored, 2.0 * width * (3 if trains and reached else 1), windows)
 
     def __call__(self, batch: PackedBatch) -> float:
         """Operations of ``batch``."""
@@ -98,42 +98,47 @@ def _matrices(name: str, module: torch.nn.Module, config: Any) -> Iterator[tuple
         yield parameter, config.num_experts_per_tok / experts if routed else 1.0
 
 
-def _attention_width(model: PreTrainedModel) -> int:
-    """Multiplications for one query and one key: the scores' and the values', over all heads."""
-    config: Any = model.config.get_text_config()
-    heads: int = getattr(config, "num_attention_heads", 0)
-    if getattr(config, "qk_nope_head_dim", None) is not None:  # multi-head latent attention
-        both: int = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
-    else:
-        both = 2 * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
-    return heads * both
-
-
-def _windows(model: PreTrainedModel) -> tuple[tuple[int | None, int], ...]:
-    config: Any = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    kinds = (
-        getattr(config, "layer_types", None)
-        or ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
-    )
-    counts = Counter(window if kind == "sliding_attention" else None for kind in kinds if kind not in _NO_ATTENTION)
-    return tuple(counts.items())
+def _widths(model: PreTrainedModel) -> tuple[float, tuple[tuple[int | None, float], ...]]:
+    """Multiplications for one query and one key in a layer, the scores' and the values', over all heads; and how many
+    such layers have which window. A layer of another width counts as so many of the first."""
+    shapes = attention_shapes(model.config)
+    widths = [s.heads * (s.key_width + s.value_width) for s in shapes]
+    unit = next((w for w in widths if w), 0)
+    layers: dict[int | None, float] = {}
+    for shape, width in zip(shapes, widths, strict=True):
+        layers[shape.window] = layers.get(shape.window, 0) + (1 if width == unit else width / unit)
+    return unit, tuple(layers.items())
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """The best rate of square matrix products on ``device`` in operations per second, found in about 0.3 seconds."""
+    """The best rate of square matrix products on ``device`` in operations per second, found in about 0.3 seconds.
+
+    Sizes grow until a product takes long enough to be timed, or memory ends.
+    """
     size, best, began = 256, 0.0, time.perf_counter()
     while True:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        seconds = _product_seconds(a, b)  # the first of a size also chooses and loads a kernel
-        while True:
-            seconds = min(seconds, _product_seconds(a, b))
-            best = max(best, 2.0 * size**3 / seconds)
-            if seconds < _PRODUCT_SECONDS and size < 16384:
-                size *= 2
-                break
-            if time.perf_counter() - began > _SEARCH_SECONDS:
-                return best
+        try:
+            seconds = _best_seconds(size, device, dtype, began)
+        except RuntimeError as error:
+            if not out_of_memory(error) or not best:
+                raise
+            return best
+        best = max(best, 2.0 * size**3 / seconds)
+        if seconds >= _PRODUCT_SECONDS or size >= 16384 or time.perf_counter() - began > _SEARCH_SECONDS:
+            return best
+        size *= 2
+
+
+def _best_seconds(size: int, device: torch.device, dtype: torch.dtype, began: float) -> float:
+    """The shortest time of a product of this size: of two where it is short, else of as many as the search has time."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = _product_seconds(a, b)  # the first of a size also chooses and loads a kernel
+    while True:
+        seconds = min(seconds, _product_seconds(a, b))
+        if seconds < _PRODUCT_SECONDS and size < 16384:
+            return seconds
+        if time.perf_counter() - began > _SEARCH_SECONDS:
+            return seconds
 
 
 def _product_seconds(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefopt.disk.hashes import file_hashes
+from prefopt.disk.vetted import read_object, shard_names, vet_folder
 from prefopt.errors import ModelError
 
 if TYPE_CHECKING:
@@ -78,8 +79,9 @@ def identity_of_folder(
         raise ModelError(f"{folder}: no such model folder")
     if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
         raise ModelError(f"{folder} is an adapter, not a model: name its base model and give this one as the adapter")
+    vet_folder(folder)
     config = _read_json(folder / "config.json")
-    files = _weight_files(folder, config)
+    files = weight_files(folder, config)
     name = str(folder)
     adapter_files, adapter_config = [], {}
     if adapter is not None:
@@ -138,7 +140,7 @@ def _adapter_states(model: Any) -> list[str]:
     return sorted({repr([getattr(layer, name, None) for name in names]) for layer in layers})
 
 
-def _weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
+def weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
     """The files that transformers takes, in its order of preference: named in the config, single, sharded."""
     named = config.get("transformers_weights")
     for candidate in (folder / n for n in (named, _SINGLE, _INDEX) if n):
@@ -146,10 +148,7 @@ def _weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
             continue
         if candidate.suffix != ".json":
             return [candidate]
-        shards = _read_json(candidate).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise ModelError(f"{candidate}: no weight_map; download or copy the model again")
-        files = [folder / name for name in sorted(set(shards.values()))]
+        files = [folder / name for name in shard_names(candidate)]
         if lacking := [file.name for file in files if not file.exists()]:
             raise ModelError(f"{folder}: {', '.join(lacking)} missing; download or copy the model again")
         return files
@@ -171,15 +170,9 @@ def _adapter_weights(folder: Path) -> Path:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path.parent}: no {path.name}; download or copy the model again") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read ({error}); download or copy the model again") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: not a JSON object; download or copy the model again")
-    return value
+    if not path.exists():
+        raise ModelError(f"{path.parent}: no {path.name}; download or copy the model again")
+    return read_object(path)
 
 
 def _relevant(config: Mapping[str, Any], irrelevant: frozenset[str]) -> dict[str, Any]:

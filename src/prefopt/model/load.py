@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import os
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,21 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from prefopt.disk.adapter_folder import base_of, is_adapter, task_of
 from prefopt.disk.hub import no_telemetry
+from prefopt.disk.vetted import vet_folder
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.adapter import add_adapter
+from prefopt.model.built_in import own_attention
+from prefopt.model.causal import architectures_of, refuse_other_kinds
+from prefopt.model.checkpoint import Checkpoint, Origin, set_origin, trace
 from prefopt.model.dropout import silence_dropout
+from prefopt.model.leftover import check_layers
 from prefopt.model.load_errors import is_path, model_errors
+from prefopt.model.quantised import backend_errors, loading_options
+from prefopt.model.scalar_head import scalar_head
 from prefopt.model.sharing import context_length
+from prefopt.model.size import check_size
 
 DTYPES = {
     "float32": torch.float32,
@@ -24,6 +35,8 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+AUTO_DTYPE = "PREFOPT_DTYPE"
+"""The variable that says what ``--dtype auto`` takes: unlike machines that are to compute alike set it."""
 
 
 def resolve_device(name: str | None) -> torch.device:
@@ -38,14 +51,21 @@ def resolve_device(name: str | None) -> torch.device:
     there = {"cuda": cuda and (device.index or 0) < torch.cuda.device_count(), "mps": mps, "cpu": True}
     if not there.get(device.type, False):
         raise ConfigError(f"--device {name}: this machine has no such device; leave --device out to use what it has")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # kernels and libraries that ask for the current device mean this one
     return device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 where the device multiplies it natively, else float32."""
-    if name != "auto":
-        return DTYPES[name]
-    return torch.bfloat16 if native_bfloat16(device) else torch.float32
+    """``auto`` is what the variable ``PREFOPT_DTYPE`` names, else bfloat16 where the device multiplies it natively,
+    else float32. Raises :class:`ConfigError` where the variable names another type."""
+    if name == "auto":
+        name = os.environ.get(AUTO_DTYPE) or "auto"
+        if name not in (allowed := ("auto", "float32", "bfloat16", "float64")):
+            raise ConfigError(f"{AUTO_DTYPE} is {name!r}; it must be one of {', '.join(allowed)}")
+    if name == "auto":
+        return torch.bfloat16 if native_bfloat16(device) else torch.float32
+    return DTYPES[name]
 
 
 def native_bfloat16(device: torch.device) -> bool:
@@ -68,6 +88,7 @@ def local_folder(name: str) -> str:
     """The folder of a model or adapter: ``name`` itself, or where the Hub's files were put on this machine."""
     path = Path(name).expanduser()
     if path.exists():
+        vet_folder(path)
         return str(path)
     if is_path(name):
         raise ModelError(f"{name}: no such folder")  # here: less its ./ it would pass for a name on the Hub
@@ -75,41 +96,79 @@ def local_folder(name: str) -> str:
     from huggingface_hub import snapshot_download
 
     with model_errors(name):
-        return snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])
+        there = snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])
+    vet_folder(there)
+    return there
+
+
+def base_and_adapter(name: str, adapter: str | None = None) -> tuple[str, str | None]:
+    """Folders of a model and of the adapter on it, where there is one: ``adapter``, or ``name`` is an adapter itself.
+
+    Raises :class:`ConfigError` where both are, :class:`ModelError` where an adapter's model cannot be found.
+    """
+    source = local_folder(name)
+    if not is_adapter(source):
+        return source, local_folder(adapter) if adapter else None
+    base = base_of(source)
+    if adapter is not None:
+        raise ConfigError(f"{name} is an adapter itself: leave {adapter} out, or name the model of both, {base}")
+    try:
+        return local_folder(base), source
+    except ModelError as error:
+        raise ModelError(
+            f"{name} is an adapter on {base}, which cannot be found ({error}): give --model BASE --adapter {name}"
+        ) from error
 
 
 def load_config(name: str) -> PreTrainedConfig:
-    """The configuration of a model folder or Hub name."""
+    """The configuration of a model folder or Hub name; an adapter's is that of its model."""
+    name = base_and_adapter(name)[0] if is_adapter(name) else name
+    vet_folder(name)
     with model_errors(name):
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    own_attention(config, name)
+    return config
 
 
 def context_of(name: str) -> int | None:
     """Positions of a model folder or Hub name, where it says so; a folder with a tokenizer alone says nothing."""
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file() and not is_adapter(name):
         return None
     return context_length(load_config(name))
 
 
 def load_model(name: str, *, dtype: torch.dtype, device: torch.device, adapter: str | None = None) -> torch.nn.Module:
-    """A causal language model, dropout off, with ``adapter`` (trainable) on it where one is named.
+    """A causal language model, dropout off, with ``adapter`` (trainable) on it where one is named, or ``name`` is one.
 
     Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, or needs code of its own.
     """
-    loaded: torch.nn.Module = load_weights(AutoModelForCausalLM, name, load_config(name), dtype).to(device)
+    if is_adapter(name):
+        name, adapter = base_and_adapter(name, adapter)
+    if adapter is not None and task_of(adapter) == "SEQ_CLS":
+        raise ModelError(f"{adapter} is an adapter for a reward model, which writes no text: give it as --reward")
+    config = load_config(name)
+    refuse_other_kinds(name, config)
+    loaded: torch.nn.Module = load_weights(AutoModelForCausalLM, name, config, dtype).to(device)
     return add_adapter(loaded, adapter) if adapter else loaded
 
 
-def load_weights(kind: Any, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model that the auto class ``kind`` makes of folder ``name``, dropout off, every one of its weights there.
+def load_weights(
+    kind: Any, name: str, config: PreTrainedConfig, dtype: torch.dtype, *, lacking: Collection[str] = ()
+) -> PreTrainedModel:
+    """The model that the auto class ``kind`` makes of folder ``name``, dropout off, every one of its weights there but
+    for those in ``lacking``. It knows its :class:`Origin`: what else is in the folder.
 
-    Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, or needs code of its own.
+    Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, needs code of its own, has more layers
+    than its configuration says, or holds a reward model where a language model is wanted.
     """
     silence_dropout(config)
+    source = local_folder(name)
+    check_size(kind, source, config)
     extra: dict[str, Any] = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
-    with model_errors(name), quiet():
+    extra |= loading_options(name, config)
+    with model_errors(name), backend_errors(name, config), quiet():
         model, info = kind.from_pretrained(
-            name,
+            source,
             config=config,
             dtype=dtype,
             use_safetensors=True,
@@ -118,29 +177,66 @@ def load_weights(kind: Any, name: str, config: PreTrainedConfig, dtype: torch.dt
             ignore_mismatched_sizes=True,  # and then refused, in one line
             **extra,
         )
+    origin = trace(model, Checkpoint.read(source))
+    if kind is AutoModelForCausalLM:
+        _check_language_model(name, model, origin)
     if info["mismatched_keys"]:
         weight, there, wanted = sorted(info["mismatched_keys"])[0]
         raise ModelError(
             f"{name}: {weight} is {list(there)}, config.json wants {list(wanted)}; they do not belong together"
         )
-    lacking = sorted(info["missing_keys"])
-    if lacking:
+    missing = sorted(set(info["missing_keys"]) - set(lacking))
+    if missing:
         raise ModelError(
-            f"{name}: {len(lacking)} weights are missing, the first is {lacking[0]}; the folder is incomplete"
+            f"{name}: {len(missing)} weights are missing, the first is {missing[0]}; the folder is incomplete"
         )
+    model.name_or_path = model.config.name_or_path = name
+    check_layers(name, model, origin)
+    set_origin(model, origin)
     return model
+
+
+def _check_language_model(name: str, model: PreTrainedModel, origin: Origin) -> None:
+    """Raises :class:`ModelError` for a reward model: a scalar head stands where that of a language model should."""
+    head = scalar_head(name)
+    if head is None:
+        return
+    told = architectures_of(load_config(name))
+    outputs: Any = model.get_output_embeddings()
+    own = {n for n, p in model.named_parameters(remove_duplicate=False) if outputs and p is outputs.weight}
+    own -= {n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight}
+    if any("Classification" in a for a in told) or not own & origin.covered:
+        if head.beside_a_language_model and all(a.endswith(_LANGUAGE_MODELS) for a in told):
+            return
+        named = f"config.json names {', '.join(told)}" if told else "config.json names no class"
+        raise ModelError(
+            f"{name} holds the head of a reward model ({head.weight}; {named}): it is no language model; give the model"
+            " that it was made from, or this one as --reward, or to prefopt reward"
+        )
+
+
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' own progress bars: a run has its own."""
+    """Without transformers' own progress bars, of which a run has its own, and without its table of weights that a
+    class has no place for, which :mod:`prefopt.model.leftover` puts into words."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_no_table)
     try:
         yield
     finally:
+        logger.removeFilter(_is_no_table)
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+def _is_no_table(record: logging.LogRecord) -> bool:
+    said = record.getMessage()
+    return "LOAD REPORT" not in said or "CONVERSION" in said  # the error that follows points to the latter
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

@@ -7,9 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from transformers import __version__ as transformers_version
 
 from prefopt.disk.hub import why_not_read
-from prefopt.errors import ModelError
+from prefopt.disk.vetted import read_object
+from prefopt.errors import ModelError, UserError
+
+LONGEST = 300
+"""Characters of another library's message, at most."""
 
 
 @contextmanager
@@ -17,7 +22,9 @@ def model_errors(name: str) -> Iterator[None]:
     """What the loading libraries raise, in one line that names the model and the remedy."""
     try:
         yield
-    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+    except (UserError, Warning):  # a warning is one by who asked for it, as merging does
+        raise
+    except Exception as error:  # of whatever class: the libraries raise what the folder's contents lead them into
         raise ModelError(_explain(name, error)) from error
 
 
@@ -38,12 +45,33 @@ def _explain(name: str, error: Exception) -> str:
         pickled = list(folder.glob("*.bin"))
         remedy = "convert its .bin files with save_pretrained" if pickled else "the weights are missing"
         return f"{name}: no .safetensors file in this folder; {remedy}"
-    return f"{name}: {first_line(error)}"
+    if isinstance(error, MemoryError):
+        return f"{name}: does not fit into the memory"
+    if isinstance(error, KeyError) and (key := _key_of(folder, error.args)):
+        return (
+            f"{name}: config.json has {key} {error.args[0]!r}, which transformers {transformers_version} does not know"
+        )
+    if isinstance(error, (OSError, ValueError, RuntimeError)) and str(error).strip():
+        return f"{name}: {first_line(error)}"
+    return f"{name}: cannot be loaded ({type(error).__name__}: {first_line(error)}); is config.json as it was saved?"
+
+
+def _key_of(folder: Path, args: tuple[object, ...]) -> str:
+    """The key of config.json whose value a library looked up in vain; nothing where there is none."""
+    waiting = [*read_object(folder / "config.json").items()] if args and isinstance(args[0], str) else []
+    while waiting:
+        key, value = waiting.pop()
+        if value == args[0]:
+            return key
+        if isinstance(value, dict):
+            waiting += value.items()
+    return ""
 
 
 def first_line(error: Exception) -> str:
     """The first line of an error, or its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= LONGEST else line[:LONGEST] + "..."
 
 
 def is_path(name: str) -> bool:

@@ -9,7 +9,8 @@ computed a tile of rows at a time, sums in float32 (float64 for a float64 model)
 
 frozen head     d logp / d h needs no upstream gradient but a factor per row: it is made in the forward pass, from
                 the probabilities at hand, and kept as [M, H]. 4 units of matrix work instead of 6, and no recomputing.
-kept            the probabilities [M, V] stay, in the working dtype, where they fit ``KEEP_BYTES``: 6 units.
+kept            the slopes one-hot - p [M, V] stay, in the working dtype, where they fit ``KEEP_BYTES``: 6 units. What
+                is rounded is the difference: 1 - p of a rounded p would be nothing but rounding where p is near 1.
 recomputed      otherwise the tiles are computed again: 8 units, no memory.
 
 Where Cut Cross-Entropy and Liger stop at the mean loss, this returns every token's value in float32, since sums over
@@ -18,14 +19,14 @@ hundreds of tokens are compared with the reference's to a few thousandths.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 KEEP_BYTES = 256 * 2**20
-"""Probabilities kept between forward and backward, at most."""
+"""Slopes kept between forward and backward, at most."""
 
 _TILE_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 """Logits of one tile; on a GPU a tile must be tall enough to keep its matrix product compute-bound."""
@@ -63,22 +64,18 @@ def _head(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def module_logprobs(
-    head: torch.nn.Module,
-    hidden: torch.Tensor,
-    target: torch.Tensor,
-    *,
-    scale: float = 1.0,
-    softcap: float | None = None,
+    logits: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, target: torch.Tensor, vocabulary: int
 ) -> torch.Tensor:
-    """The same through the model's own head, for heads that carry an adapter: checkpointed tiles of [rows, V]."""
+    """The same for any other head, one that carries an adapter say: ``logits`` maps hidden [rows, H] to [rows, V],
+    float32 or wider, in checkpointed tiles."""
 
     def tile(h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        z = transformed(head(h).to(wide_dtype(h.dtype)), scale, softcap)
+        z = logits(h)
         return z.gather(-1, y[:, None])[:, 0] - z.logsumexp(-1)
 
     parts = [
         checkpoint(tile, hidden[rows], target[rows], use_reentrant=False)
-        for rows in tiles(len(target), vocabulary_of(head), hidden.device)
+        for rows in tiles(len(target), vocabulary, hidden.device)
     ]
     return torch.cat(parts)
 
@@ -146,8 +143,7 @@ class _HeadLogprobs(torch.autograd.Function):
             if squares:
                 square[part] = torch.logsumexp(2 * z, -1) - 2 * lse[part]
             if ctx.kept is not None:
-                torch.exp(z.sub_(lse[part, None]), out=z)
-                ctx.kept[part] = z
+                ctx.kept[part] = _slope(z, lse[part], target[part], 1.0, None)
             elif ctx.slope is not None:
                 ctx.slope[part] = _slope(z, lse[part], target[part], scale, softcap).to(hidden.dtype) @ weight
         if grad:
@@ -160,7 +156,7 @@ class _HeadLogprobs(torch.autograd.Function):
         g, _ = grads
         hidden, weight, bias, target, lse = ctx.saved_tensors
         if ctx.slope is not None:
-            return ctx.slope * g[:, None].to(ctx.slope.dtype), *(None,) * 7
+            return (ctx.slope * g[:, None]).to(ctx.slope.dtype), *(None,) * 7
         wants = ctx.needs_input_grad
         grad_h = torch.empty_like(hidden) if wants[0] else None
         grad_w = None
@@ -169,9 +165,7 @@ class _HeadLogprobs(torch.autograd.Function):
         whole = [slice(0, len(target))] if ctx.kept is not None else None
         for part in whole or tiles(len(target), weight.shape[0], hidden.device):
             if ctx.kept is not None:
-                z = ctx.kept[part].neg_()
-                z[torch.arange(len(z), device=z.device), target[part]] += 1
-                slope = z.mul_((g[part] * ctx.scale).to(z.dtype)[:, None])
+                slope = ctx.kept[part].mul_((g[part] * ctx.scale)[:, None])
             else:
                 z = transformed(head_logits(hidden[part], weight, bias), ctx.scale, ctx.softcap)
                 z = _slope(z, lse[part], target[part], ctx.scale, ctx.softcap)

@@ -32,6 +32,19 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch ended for want of memory; on the CPU it raises a plain error with these words."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+_WORDS = (
+    "can't allocate memory",  # torch on the CPU
+    "out of memory",  # CUDA's own, as a plain error where it comes from a kernel or a copy
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUSPARSE_STATUS_ALLOC_FAILED",
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch, or a library of the device below it, ended for want of memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)

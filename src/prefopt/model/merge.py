@@ -6,11 +6,10 @@ that type.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from prefopt.data.tokenizer import VOCABULARIES, load_tokenizer
+from prefopt.data.ends import end_of_turn
+from prefopt.data.render import Renderer
+from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from prefopt.disk.adapter_folder import base_of, is_adapter
 from prefopt.disk.write import output_errors
-from prefopt.errors import ModelError, RunError
-from prefopt.model.adapter import peft_warnings_off
-from prefopt.model.load import load_config, load_model, local_folder, quiet, vocabulary_size
-from prefopt.model.save import repair_generation, share_weights
+from prefopt.errors import ConfigError, ModelError, RunError
+from prefopt.model.adapter import peft_warnings_off, require_adapter
+from prefopt.model.checkpoint import Checkpoint, origin_of
+from prefopt.model.generation import add_end_tokens, end_tokens
+from prefopt.model.leftover import leftover_words
+from prefopt.model.load import base_and_adapter, load_config, load_model, local_folder, quiet, vocabulary_size
+from prefopt.model.load_errors import model_errors
+from prefopt.model.older_readers import write_for_older_readers
+from prefopt.model.save import repair_generation, save_weights, share_weights
 from prefopt.model.scorer import causal_model
 
 # What rounding may do to logits, as a part of their norm: summing in another order in float32 (1e-7 a step); a weight
@@ -37,7 +44,9 @@ PROBES, PROBE_TOKENS = 3, 24
 class MergeReport:
     """What was measured. ``difference``: logits of the merged model against those with the adapter on; ``effect``:
     those without the adapter against those with it; both as parts of the norm of the logits. ``rounding``: how far the
-    type they are saved in moves the merged weights, as a part of how far the adapter does."""
+    type they are saved in moves the merged weights, as a part of how far the adapter does. ``tensors``: how many there
+    are, under the names of the model's files; ``kept``: those of them that are in no weight of the language model.
+    ``ends`` says which tokens were added to those that end answers."""
 
     output: Path
     dtype: torch.dtype
@@ -46,6 +55,9 @@ class MergeReport:
     effect: float
     rounding: float
     untied: bool
+    tensors: int
+    kept: str | None
+    ends: str | None = None
 
     def in_words(self) -> list[str]:
         """Lines for a person."""
@@ -64,9 +76,17 @@ class MergeReport:
             f"logits: {self.difference:.0e} of their size from the model with its adapter, which itself is"
             f" {self.effect:.0e} from the model without it"
         )
+        if self.kept is not None:
+            lines.append(f"kept as they are: {self.kept}")
         if self.effect == 0:
             lines.append("the adapter changes nothing: is it one that was never trained?")
-        return [*lines, f"loaded again by transformers, with the same logits: {self.output}"]
+        if self.ends:
+            lines.append(self.ends)
+        return [
+            *lines,
+            f"loaded again by transformers, with the same logits, its {self.tensors} tensors under the same names:"
+            f" {self.output}",
+        ]
 
 
 def merge_adapter(
@@ -81,7 +101,10 @@ def merge_adapter(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(f"--output {output} is there already; name a new folder")
     source = local_folder(adapter)
-    base = local_folder(model or _base_of(source))
+    require_adapter(source)
+    if model is not None and is_adapter(local_folder(model)):
+        raise ConfigError(f"--model {model} is an adapter itself; leave it out, or name the model of both adapters")
+    base = local_folder(model) if model is not None else base_and_adapter(adapter)[0]
     wrapped = _load(base, source, _read_as(base, dtype), device)
     causal = causal_model(wrapped)
     probes_2 = _probes(vocabulary_size(causal))
@@ -92,6 +115,7 @@ def merge_adapter(
     layers, rounding = _merge_layers(wrapped, dtype)
     with _peft_quiet():
         merged = wrapped.merge_and_unload().to(dtype)
+    own_head = _tell_own_head(merged)
     found = _logits(merged, probes_2)
     difference, effect = _distance(found, expected), _distance(without, expected)
     if not difference <= ROUNDING[dtype]:
@@ -99,11 +123,16 @@ def merge_adapter(
             f"{adapter}: the merged model's logits differ by {difference:.1e} of their size, of which rounding explains"
             f" {ROUNDING[dtype]:.0e}; nothing was written: serve model and adapter side by side"
         )
-    _save(merged, output, tokenizer_from=source if _has_tokenizer(source) else base)
-    _write_card(output, model or _base_of(source), adapter, Path(source) / "README.md", dtype)
+    tokenizer = load_tokenizer(source if has_tokenizer(source) else base)
+    _save(merged, output, tokenizer)
+    ends = add_end_tokens(output, _ends(source, tokenizer), tokenizer, merged)
+    _write_card(output, model or base_of(source), adapter, Path(source) / "README.md", dtype)
+    origin, rows = origin_of(merged), vocabulary_size(merged)
     del merged, wrapped, causal
     _check_saved(output, dtype, device, probes_2, found)
-    return MergeReport(output, dtype, layers, difference, effect, rounding, untied)
+    tensors = _check_names(output, Path(base), own_head=own_head, rows=rows)
+    kept = leftover_words(origin) if origin is not None else None
+    return MergeReport(output, dtype, layers, difference, effect, rounding, untied, tensors, kept, ends)
 
 
 def load_folded(base: str, adapter: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -115,21 +144,8 @@ def load_folded(base: str, adapter: str, *, dtype: torch.dtype, device: torch.de
     _untie(causal_model(wrapped))
     with _peft_quiet(), peft_warnings_off():
         merged: PreTrainedModel = wrapped.merge_and_unload()
+    _tell_own_head(merged)
     return merged
-
-
-def _base_of(folder: str) -> str:
-    """The model that an adapter names."""
-    path = Path(folder) / "adapter_config.json"
-    if not path.is_file():
-        raise ModelError(f"--adapter {folder} holds no adapter_config.json: it is not a PEFT adapter")
-    try:
-        name = json.loads(path.read_text("utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
-        name = None
-    if not isinstance(name, str) or not name:
-        raise ModelError(f"--adapter {folder} does not name the model it belongs to; give --model")
-    return name
 
 
 def _read_as(base: str, dtype: torch.dtype) -> torch.dtype:
@@ -148,7 +164,8 @@ def _load(base: str, adapter: str, dtype: torch.dtype, device: torch.device) -> 
     """The model with the adapter on. Weights that the adapter should have and lacks are an error."""
     from peft import PeftConfig
 
-    config: Any = PeftConfig.from_pretrained(adapter)
+    with model_errors(adapter):
+        config: Any = PeftConfig.from_pretrained(adapter)
     if config.is_prompt_learning:
         kind = config.peft_type.value
         raise ModelError(f"--adapter {adapter} is of the kind {kind}, which cannot be folded into weights")
@@ -190,8 +207,17 @@ def _untie(model: Any) -> bool:
     if not adapted or plain[0].weight is not plain[1].weight:
         return False
     plain[1].weight = torch.nn.Parameter(plain[1].weight.detach().clone(), requires_grad=False)
+    return True
+
+
+def _tell_own_head(model: Any) -> bool:
+    """Whether the head has weights of its own, as it may since the merge; the configuration then says so."""
+    outputs = model.get_output_embeddings()
+    if outputs is None or outputs.weight is model.get_input_embeddings().weight:
+        return False
     for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
     return True
 
 
@@ -228,16 +254,20 @@ def _peft_quiet() -> Iterator[None]:
         yield
 
 
-def _has_tokenizer(folder: str) -> bool:
-    return any((Path(folder) / name).is_file() for name in VOCABULARIES)
+def _ends(adapter: str, tokenizer: Tokenizer) -> Sequence[int]:
+    """What ends the answers of an adapter: what its folder says, else the chat template."""
+    said = end_tokens(adapter)
+    if said is None and tokenizer.chat_template:
+        said = [i for i in [end_of_turn(Renderer(tokenizer))] if i is not None]
+    return said or ()
 
 
-def _save(model: Any, output: Path, *, tokenizer_from: str) -> None:
-    tokenizer = load_tokenizer(tokenizer_from)
+def _save(model: Any, output: Path, tokenizer: Tokenizer) -> None:
     repair_generation(model)
     with output_errors(output), quiet():
-        model.save_pretrained(output, safe_serialization=True)
+        save_weights(output, model, dict(model.state_dict()), model.dtype)
         tokenizer.save_pretrained(output)
+        write_for_older_readers(output, tokenizer)
         share_weights(output)
 
 
@@ -262,3 +292,20 @@ def _check_saved(
         raise RunError(
             f"{output}: as it was written the model differs by {distance:.1e}; do not use it, and report this"
         )
+
+
+def _check_names(output: Path, base: Path, *, own_head: bool, rows: int) -> int:
+    """How many tensors were written. Raises :class:`RunError` where they are not those of the model, by name and shape,
+    but for a head that now has weights of its own, and embeddings that the adapter's tokenizer made grow to ``rows``.
+    """
+    there, wanted = ({n: t.shape for n, t in Checkpoint.read(f).tensors.items()} for f in (output, base))
+    for name, shape in wanted.items():
+        if len(shape) == 2 and shape[0] < rows and there.get(name) == (rows, shape[1]):
+            wanted[name] = (rows, shape[1])
+    wrong = sorted(n for n in {*there, *wanted} if there.get(n) != wanted.get(n))
+    if any(n in wanted for n in wrong) or len(wrong) > own_head:
+        raise RunError(
+            f"{output}: {len(wrong)} tensors are not as in {base}, the first is {wrong[0]}; do not use it,"
+            " and report this"
+        )
+    return len(there)

@@ -6,6 +6,7 @@ What is read off its last hidden states is the business of those who build on it
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from prefopt.data.packer import Layout, PackedBatch, Pass
 from prefopt.errors import ModelError
-from prefopt.model.attention import HOOK, gather_plan, kernel_for
+from prefopt.model.attention import HOOK, TRIAL, HookReached, UnshareableError, gather_plan, kernel_for
 from prefopt.model.costs import Purpose, count_pass
 from prefopt.model.sharing import layout_of
 
@@ -38,6 +39,32 @@ class PackedModel(torch.nn.Module):
         self._configs = _configs(causal)
         self._attention_before = [getattr(c, "_attn_implementation", None) for c in self._configs]
         self.attach_hook()
+        if self.layout.share and (reason := self._try_hook()):
+            self.separate(reason)
+
+    def separate(self, reason: str) -> None:
+        """Score every response in a row of its own from now on, and say why."""
+        self.detach_hook()
+        self.layout, self.reason = Layout(False, self.layout.rope_limit), reason
+
+    def _try_hook(self) -> str | None:
+        """Why the first layer that attends cannot take shared prefixes, in one line; None where it can.
+
+        Two tokens go into the model and get no further than that layer. Raises :class:`NotCausalError`.
+        """
+        model = causal_model(self.model)
+        device = next(model.parameters()).device
+        ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+        extra: dict[str, Any] = {"prefix_segments": ((0, 2, 0, 0),), "prefix_kernel": TRIAL}
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of checkpointing, that it has nothing to differentiate
+                body_of(model)(input_ids=ids, position_ids=torch.arange(2, device=device)[None], **extra)
+        except HookReached:
+            return None
+        except UnshareableError as refusal:
+            return str(refusal)
+        return f"{type(model).__name__} never asks the attention hook of transformers"
 
     @property
     def path(self) -> str:

@@ -7,9 +7,12 @@ arrive in bfloat16 and are added up in float32.
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable, Iterator
 
 import torch
+from transformers import PreTrainedModel
 
 from prefopt.model.scorer import causal_model
 
@@ -23,13 +26,7 @@ class MasterWeights:
         self.masters: dict[str, torch.nn.Parameter] = {}
         self._copies: dict[str, torch.nn.Parameter] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        keep = tuple(_kept_in_float32(model))
-        for name, parameter in model.named_parameters():
-            target = compute if not any(part in keep for part in name.split(".")) else parameter.dtype
-            if not parameter.requires_grad:
-                if parameter.dtype.is_floating_point and parameter.dtype != target:
-                    parameter.data = parameter.data.to(target)
-                continue
+        for name, parameter, target in _cast_frozen(model, compute):
             wide = parameter.data.to(torch.promote_types(target, torch.float32))
             if target == wide.dtype:
                 parameter.data = wide
@@ -67,8 +64,8 @@ class MasterWeights:
     @torch.no_grad()
     def publish(self) -> None:
         """Round the masters into the weights the model computes with."""
-        for name, copy in self._copies.items():
-            copy.copy_(self.masters[name])
+        for name, rounded in self._copies.items():
+            rounded.copy_(self.masters[name])
 
     @torch.no_grad()
     def load(self, values: dict[str, torch.Tensor]) -> None:
@@ -83,7 +80,65 @@ class MasterWeights:
             yield name, master.detach()
 
 
-def _kept_in_float32(model: torch.nn.Module) -> Iterator[str]:
-    inner = causal_model(model)
-    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-        yield from getattr(inner, attribute, None) or ()
+def computing_in(model: torch.nn.Module, compute: torch.dtype) -> torch.nn.Module:
+    """``model``, frozen and cast to ``compute`` in place as :class:`MasterWeights` casts what does not train.
+
+    ``model.to(compute)`` would also round what its class keeps in float32: rotary tables, the gates of some experts.
+    """
+    for _ in _cast_frozen(model.requires_grad_(False), compute):
+        pass
+    return model
+
+
+def _cast_frozen(model: torch.nn.Module, compute: torch.dtype) -> Iterator[tuple[str, torch.nn.Parameter, torch.dtype]]:
+    """Cast buffers and frozen parameters; yields the others, by name, with the dtype that they compute in."""
+    kept = _kept_in_float32(causal_model(model))
+    _cast_buffers(causal_model(model), compute)
+    for name, parameter in model.named_parameters():
+        target = parameter.dtype if kept(name) else compute
+        if parameter.requires_grad:
+            yield name, parameter, target
+        elif parameter.dtype.is_floating_point and parameter.dtype != target:
+            parameter.data = parameter.data.to(target)
+
+
+def _kept_in_float32(model: PreTrainedModel) -> Callable[[str], bool]:
+    """Whether a parameter's name is among those that the model's class keeps in float32 whatever it computes in.
+
+    As in transformers a name may be that of a module or a parameter anywhere in the path, or several joined by dots.
+    """
+    told = {
+        name
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+        for name in getattr(model, attribute, None) or ()
+        if "." not in name or attribute.endswith("strict")  # the others keep theirs in float16 alone
+    }
+    if not told:
+        return lambda _: False
+    pattern = re.compile("|".join(rf"(^|\.){re.escape(name)}($|\.)" for name in sorted(told)))
+    return lambda name: pattern.search(name.replace(".base_layer", "")) is not None
+
+
+def _cast_buffers(model: PreTrainedModel, compute: torch.dtype) -> None:
+    """Give buffers the dtype that they have in a model of this class that is built in ``compute``.
+
+    Rotary tables stay in float32, MiniMax's decay does not: the class alone knows which.
+    """
+    floating = {name: b for name, b in model.named_buffers() if b.is_floating_point()}
+    if all(b.dtype == compute for b in floating.values()):
+        return
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(compute)
+        with torch.device("meta"):
+            built = type(model)(copy.deepcopy(model.config))
+    except Exception:  # a class that cannot be built so is left as it was loaded
+        return
+    finally:
+        torch.set_default_dtype(before)
+    wanted = {name: b.dtype for name, b in built.named_buffers()}
+    for name, buffer in floating.items():
+        plain = name.replace(".base_layer", "")
+        if wanted.get(plain) == compute:
+            owner, _, field = name.rpartition(".")
+            setattr(model.get_submodule(owner), field, buffer.to(compute))

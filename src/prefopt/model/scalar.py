@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,11 +30,17 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from prefopt.data.group import Group
 from prefopt.data.packer import PackedBatch, pack, split
 from prefopt.data.tokenizer import Tokenizer
+from prefopt.disk.adapter_folder import is_adapter, task_of
 from prefopt.errors import ModelError
-from prefopt.model.adapter import peft_warnings_off
-from prefopt.model.load import load_config, load_model, load_weights
+from prefopt.model.adapter import add_adapter, peft_warnings_off
+from prefopt.model.causal import architectures_of
+from prefopt.model.checkpoint import origin_of, set_origin
+from prefopt.model.leftover import without_mtp
+from prefopt.model.load import base_and_adapter, load_config, load_model, load_weights
 from prefopt.model.logprobs import wide_dtype
+from prefopt.model.merge import load_folded
 from prefopt.model.packed import PackedModel, body_of, causal_model
+from prefopt.model.scalar_head import ScalarHead, scalar_head
 
 SHIFT = "prefopt_reward_shift"
 PAD = "<|pad|>"
@@ -98,15 +103,21 @@ def load_scalar(
 
     - a causal language model: with a new head drawn from ``seed``; see :func:`scalar_from`
     - a sequence classifier with one label, such as ``prefopt reward`` writes
+    - any other with a trained scalar head, such as other trainers write: with that head, see
+      :mod:`prefopt.model.scalar_head`
+    - an adapter of either kind, which is folded into its model
 
     ``tokenizer`` is the one the tokens come from. Raises :class:`ModelError` for a folder that is damaged, has another
     number of labels, pads with EOS, or is of an architecture without such a class.
     """
-    if (Path(name) / "adapter_config.json").is_file():
-        raise ModelError(f"{name} is an adapter; fold it into its model first: prefopt merge")
-    if not is_classifier(name):
-        return _on(scalar_from(load_model(name, dtype=dtype, device=device), tokenizer, seed=seed), device)
+    if is_adapter(name):  # all of what it makes trains, as of any other model
+        return _on(_adapted(name, dtype, device, tokenizer, seed).requires_grad_(True), device)
     config: Any = load_config(name)
+    if not _names_classifier(config):
+        head = scalar_head(name)
+        if head is not None:
+            return _on(_with_own_head(name, config, head, dtype, tokenizer), device)
+        return _on(scalar_from(load_model(name, dtype=dtype, device=device), tokenizer, seed=seed), device)
     if config.num_labels != 1:
         raise ModelError(f"{name} has {config.num_labels} labels; a reward model has one, the reward")
     pad = config.get_text_config().pad_token_id
@@ -123,10 +134,60 @@ def load_scalar(
     return _on(loaded, device)
 
 
-def is_classifier(name: str) -> bool:
-    """Whether a folder or Hub name holds a sequence classifier (else: a language model)."""
-    architectures = getattr(load_config(name), "architectures", None) or ()
-    return any(a.endswith("ForSequenceClassification") for a in architectures)
+def has_scalar_head(name: str) -> bool:
+    """Whether a folder or Hub name holds a model with a scalar head (else: a language model), told from its weights
+    as well as from the class that it names, or an adapter for one."""
+    if is_adapter(name):
+        return task_of(name) == "SEQ_CLS"
+    return _names_classifier(load_config(name)) or scalar_head(name) is not None
+
+
+def _names_classifier(config: Any) -> bool:
+    return any(a.endswith("ForSequenceClassification") for a in architectures_of(config))
+
+
+def _with_own_head(
+    name: str, config: Any, head: ScalarHead, dtype: torch.dtype, tokenizer: Tokenizer
+) -> PreTrainedModel:
+    """The sequence classifier of a folder that names another class, with the head that is in it, bias and all."""
+    kind: Any = AutoModelForSequenceClassification
+    if type(config) not in kind._model_mapping:
+        raise ModelError(f"{name} holds a scalar head ({head.weight}); {_no_class(config)}")
+    _one_label(config)
+    weight, bias = head.read(config.get_text_config().hidden_size)
+    loaded = load_weights(kind, name, config, dtype, lacking=("score.weight",))
+    check_scalar_model(loaded)
+    pad = config.get_text_config().pad_token_id
+    if pad is None or pad in end_ids(config, tokenizer):
+        pad = _pad_token(loaded, tokenizer)
+    loaded.config.get_text_config().pad_token_id = loaded.config.pad_token_id = pad
+    score: Any = loaded.score
+    score.weight.data.copy_(weight)
+    set_shift(loaded, shift_of(loaded) - bias)
+    loaded.config.architectures = [type(loaded).__name__]
+    origin = origin_of(loaded)
+    if origin is not None and set(head.tensors) != {"score.weight"}:
+        set_origin(loaded, origin.left_behind([*head.tensors, "lm_head.weight"]))
+    return loaded
+
+
+def _one_label(config: Any) -> None:
+    config.num_labels = 1
+    config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
+
+
+def _adapted(name: str, dtype: torch.dtype, device: torch.device, tokenizer: Tokenizer, seed: int) -> PreTrainedModel:
+    """The scalar model that an adapter makes of its base: of a language model with a new head, or with its own."""
+    base, adapter = base_and_adapter(name)
+    assert adapter is not None
+    wide = torch.promote_types(dtype, torch.float32)
+    if not has_scalar_head(name):
+        return scalar_from(load_folded(base, adapter, dtype=wide, device=device), tokenizer, seed=seed).to(dtype)
+    bare = load_scalar(base, dtype=wide, device=device, tokenizer=tokenizer, seed=seed)
+    merge: Any = add_adapter(bare, adapter).merge_and_unload
+    with peft_warnings_off():
+        merged: PreTrainedModel = merge().to(dtype)
+    return merged
 
 
 def scalar_from(model: torch.nn.Module, tokenizer: Tokenizer, *, seed: int = 0) -> PreTrainedModel:
@@ -143,8 +204,8 @@ def scalar_from(model: torch.nn.Module, tokenizer: Tokenizer, *, seed: int = 0) 
     kind = mapping[type(causal.config)]
     pad = _pad_token(causal, tokenizer)
     config = copy.deepcopy(causal.config)
-    config.num_labels = 1
-    config.id2label, config.label2id = {0: "reward"}, {"reward": 0}
+    _one_label(config)
+    without_mtp(config)
     config.get_text_config().pad_token_id = config.pad_token_id = pad
     with torch.device("meta"):
         made = kind(config)
@@ -159,6 +220,8 @@ def scalar_from(model: torch.nn.Module, tokenizer: Tokenizer, *, seed: int = 0) 
     made.score.weight.data.copy_(drawn)
     made.config.architectures = [kind.__name__]
     made.name_or_path = causal.name_or_path
+    if (origin := origin_of(causal)) is not None:
+        set_origin(made, origin.left_behind())
     return made.eval()
 
 

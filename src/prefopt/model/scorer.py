@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
 
-from prefopt.data.packer import Layout, PackedBatch
-from prefopt.errors import ModelError
+from prefopt.data.packer import PackedBatch
 from prefopt.model.distributions import Distributions, TokenScores, head_scores, logit_scores, squares
+from prefopt.model.head import Head, class_logits, head_of, head_weights
 from prefopt.model.logprobs import (
     head_logits,
     module_logprobs,
@@ -28,23 +27,29 @@ from prefopt.model.logprobs import (
 )
 from prefopt.model.packed import PackedModel, body_of, causal_model
 
-__all__ = ["VERSION", "Asked", "Head", "PackedModel", "Scorer", "body_of", "causal_model", "response_sums"]
+__all__ = [
+    "NARROW_VERSION",
+    "VERSION",
+    "Asked",
+    "Head",
+    "PackedModel",
+    "Scorer",
+    "body_of",
+    "causal_model",
+    "response_sums",
+    "version_of",
+]
 
 VERSION = 1
 """Part of the key of every cached value: raised whenever the scorer's results change beyond rounding."""
 
+NARROW_VERSION = 2
+"""The same for values computed in bfloat16 or float16, whose rounding has changed where float32's has not."""
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """What happens between the last hidden state and the logits.
 
-    ``kind``: ``fused`` for a plain linear layer, ``module`` where it carries an adapter, ``model`` where the model's
-    own forward makes the logits in a way we do not know (then ``scale`` is applied to these).
-    """
-
-    kind: str
-    scale: float = 1.0
-    softcap: float | None = None
+def version_of(dtype: torch.dtype) -> int:
+    """Which of the two is part of the key of values computed in ``dtype``."""
+    return VERSION if dtype == wide_dtype(dtype) else NARROW_VERSION
 
 
 class Asked(NamedTuple):
@@ -62,17 +67,18 @@ class Scorer(PackedModel):
     """Scores packed batches with a causal language model, or one wrapped by PEFT.
 
     ``attention`` is ``auto`` or ``loop`` (the plain kernel). ``share=False`` scores every response in a row of its
-    own with the model's own attention, as is done for models that cannot share a prefix.
+    own with the model's own attention, as is done for models that cannot share a prefix. ``head``: how logits are made;
+    none: found out (see :mod:`prefopt.model.head`).
     """
 
-    def __init__(self, model: torch.nn.Module, *, attention: str = "auto", share: bool = True) -> None:
+    def __init__(
+        self, model: torch.nn.Module, *, attention: str = "auto", share: bool = True, head: Head | None = None
+    ) -> None:
         super().__init__(model, attention=attention, share=share)
         causal = causal_model(model)
-        self.head = _head_of(causal)
+        self.head = head_of(causal) if head is None else head
         if self.head.kind == "model" and self.layout.share:
-            self.reason = f"{type(causal).__name__} does not tell its layers from its head"
-            self.detach_hook()
-            self.layout = Layout(False, self.layout.rope_limit)
+            self.separate(f"{type(causal).__name__} does not tell its layers from its head")
 
     @contextmanager
     def at_temperature(self, temperature: float) -> Iterator[None]:
@@ -94,13 +100,14 @@ class Scorer(PackedModel):
         """Log-probability [M] of every scored token, float32 (float64 for a float64 model), or what is ``asked``."""
         if self.head.kind == "model":
             return self._by_own_logits(batch, asked)
-        hidden = self.hidden(batch).index_select(0, batch.read)
+        # Mamba ends with its residual in float32, whatever its weights are in.
+        hidden = self.hidden(batch).index_select(0, batch.read).to(self.dtype)
         head, how = self._head_module(), self.head
         if asked is None or asked.against is None:
             logp_M, square_M = self._logprobs(hidden, batch.target, asked is not None and asked.squares)
             return logp_M if asked is None else self._also(TokenScores(logp_M, square_M), hidden, asked)
-        if how.kind == "module":
-            scores = logit_scores(self._logits, hidden, batch.target, asked.against)
+        if how.kind != "fused":
+            scores = logit_scores(self.logits, hidden, batch.target, asked.against)
         else:
             scores = head_scores(
                 hidden, head.weight, batch.target, asked.against, bias=head.bias, scale=how.scale, softcap=how.softcap
@@ -111,9 +118,9 @@ class Scorer(PackedModel):
         self, hidden: torch.Tensor, target: torch.Tensor, square: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         head, how = self._head_module(), self.head
-        if how.kind == "module":
-            logp_M = module_logprobs(head, hidden, target, scale=how.scale, softcap=how.softcap)
-            return logp_M, squares(self._logits, hidden, vocabulary_of(head)) if square else None
+        if how.kind != "fused":
+            logp_M = module_logprobs(self.logits, hidden, target, vocabulary_of(head))
+            return logp_M, squares(self.logits, hidden, vocabulary_of(head)) if square else None
         options: dict[str, Any] = {"bias": head.bias, "scale": how.scale, "softcap": how.softcap}
         if square:
             return token_logprobs_and_squares(hidden, head.weight, target, **options)
@@ -126,7 +133,7 @@ class Scorer(PackedModel):
         if not asked.keep:
             return scores
         kept, frozen = hidden.detach(), self._frozen_head()
-        made = Distributions(vocabulary_of(self._head_module()), lambda rows: self._logits(kept[rows], frozen).detach())
+        made = Distributions(vocabulary_of(self._head_module()), lambda rows: self.logits(kept[rows], frozen).detach())
         return scores._replace(distributions=made)
 
     def _head_module(self) -> Any:
@@ -136,17 +143,21 @@ class Scorer(PackedModel):
 
     def _frozen_head(self) -> dict[str, torch.Tensor]:
         """The head's weights as they are now, whatever stands in their place later."""
+        if self.head.kind == "class":
+            return head_weights(causal_model(self.model))
         return {name: p.data for name, p in self._head_module().named_parameters()}
 
-    def _logits(self, hidden: torch.Tensor, weights: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, weights: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
         """Logits [rows, V] of hidden [rows, H], float32 or wider, by the head or with other ``weights`` in it."""
-        head = self._head_module()
-        if self.head.kind == "fused":
+        head, how = self._head_module(), self.head
+        if how.kind == "fused":
             weight, bias = (weights or {}).get("weight", head.weight), (weights or {}).get("bias", head.bias)
             z = head_logits(hidden, weight, bias)
+        elif how.kind == "class":
+            z = class_logits(causal_model(self.model), hidden, weights)
         else:
             z = head(hidden) if weights is None else torch.func.functional_call(head, weights, (hidden,))
-        return transformed(z.to(wide_dtype(z.dtype)), self.head.scale, self.head.softcap)
+        return transformed(z.to(wide_dtype(z.dtype)), how.scale, how.softcap)
 
     def _by_own_logits(self, batch: PackedBatch, asked: Asked | None) -> torch.Tensor | TokenScores:
         """For models whose head is not known: they make the logits of the batch, and those are held."""
@@ -175,19 +186,3 @@ def response_sums(logp_M: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     """Sum of each response's token log-probabilities [N], in float64 where the device has it."""
     wide = logp_M if logp_M.device.type == "mps" else logp_M.double()
     return wide.new_zeros(len(batch.length)).index_add(0, batch.owner, wide)
-
-
-def _head_of(model: PreTrainedModel) -> Head:
-    head = model.get_output_embeddings()
-    config: Any = model.config.get_text_config()
-    if head is None:
-        raise ModelError(f"{type(model).__name__} has no language-model head; load it as a causal language model")
-    scale = 1.0
-    if getattr(config, "logit_scale", None) is not None:  # Cohere multiplies
-        scale = float(config.logit_scale)
-    elif getattr(config, "logits_scaling", None):  # Granite divides
-        scale = 1.0 / float(config.logits_scaling)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    if body_of(model) is model:
-        return Head("model")
-    return Head("fused" if type(head) is torch.nn.Linear else "module", scale, softcap)

@@ -15,6 +15,7 @@ from prefopt.errors import ModelError
 from prefopt.model.dropout import silence_dropout
 from prefopt.model.load import load_config
 from prefopt.model.load_errors import model_errors
+from prefopt.model.size import check_fits
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 TURNS = ("<|im_start|>", "<|im_end|>")
@@ -33,6 +34,7 @@ def new_model(folder: str, tokenizer: Tokenizer, *, seed: int, fitted: bool) -> 
         config.vocab_size = len(tokenizer)
         for kind in ("bos", "eos", "pad"):
             setattr(config, f"{kind}_token_id", getattr(tokenizer, f"{kind}_token_id"))
+    check_fits(AutoModelForCausalLM, folder, config)
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:

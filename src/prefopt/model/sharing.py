@@ -19,17 +19,18 @@ def layout_of(model: PreTrainedModel) -> tuple[Layout, str | None]:
     """
     config = model.config.get_text_config()
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ModelError(f"{type(model).__name__} is an encoder-decoder; prefopt aligns causal language models")
+        raise ModelError(f"{type(model).__name__} is an encoder-decoder; prefopt trains causal language models")
     reason = _reason(model, config)
     return Layout(share=reason is None, rope_limit=_rope_limit(config)), reason
 
 
 def _reason(model: PreTrainedModel, config: Any) -> str | None:
-    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - _SHAREABLE)
+    told = getattr(config, "layer_types", None)
+    kinds = sorted(set(told or ()) - _SHAREABLE)
     name = type(model).__name__
     if kinds:
         return f"{name} has layers of type {', '.join(kinds)}, whose state cannot fork at the end of a prompt"
-    if getattr(model, "_is_stateful", False):
+    if getattr(model, "_is_stateful", False) and not told:  # a hybrid family may have attention in every layer
         return f"{name} is recurrent: its state cannot fork at the end of a prompt"
     if getattr(config, "attention_chunk_size", None):
         return f"{name} attends in chunks that only its own mask knows"

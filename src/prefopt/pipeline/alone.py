@@ -12,6 +12,7 @@ from pathlib import Path
 
 from prefopt.config.methods import METHODS, method_of, read_options
 from prefopt.config.sweep import AnyConfig
+from prefopt.disk.read import read_json
 from prefopt.disk.write import write_json
 from prefopt.errors import Diverged, Interrupted, RunError, UserError
 from prefopt.pipeline.train import train_once
@@ -79,9 +80,8 @@ def _outcome(file: Path) -> Path:
 
 def _read(path: Path) -> tuple[str, str] | None:
     try:
-        found = json.loads(path.read_text())
-        return found["kind"], found["what"]
-    except (OSError, ValueError, KeyError):
+        return read_json(path, lambda found: (str(found["kind"]), str(found["what"])), "")
+    except RunError:
         return None
 
 

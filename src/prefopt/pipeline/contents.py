@@ -10,20 +10,19 @@ from pathlib import Path
 
 from prefopt.disk.hashes import file_hashes
 from prefopt.errors import DataError, Interrupted, RunError
+from prefopt.model.load import base_and_adapter
+from prefopt.train.record import RECORD, read_record
 
 OF_A_MODEL = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
-OF_A_RUN = {"run.json", "reliability.json"}  # what changes, or says nothing of the model
+OF_A_RUN = {RECORD, "reliability.json"}  # what changes, or says nothing of the model
 
 
 def status_of(folder: Path) -> str:
     """``finished``, ``begun``, or nothing where there is no run in the folder."""
-    file = folder / "run.json"
-    if not file.exists():
+    if not (folder / RECORD).exists():
         return ""
-    try:
-        return "finished" if json.loads(file.read_text()).get("status") == "finished" else "begun"
-    except (OSError, ValueError, AttributeError):
-        raise RunError(f"{file} cannot be read; remove {folder}, or name another --output") from None
+    record = read_record(folder, f"remove {folder}")
+    return "finished" if record.get("status") == "finished" else "begun"
 
 
 def contents_of(folder: Path) -> str:
@@ -34,6 +33,13 @@ def contents_of(folder: Path) -> str:
     hashes = file_hashes(files, error=DataError)
     text = json.dumps([[p.name, h] for p, h in zip(files, hashes, strict=True)])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def contents_of_name(name: str) -> str:
+    """The same of a model by its name; an adapter's folder is taken together with that of its model."""
+    base, adapter = base_and_adapter(name)
+    parts = [contents_of(Path(folder)) for folder in (base, adapter) if folder is not None]
+    return parts[0] if len(parts) == 1 else hashlib.blake2b("".join(parts).encode(), digest_size=16).hexdigest()
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from prefopt.pipeline.retell import SAMPLES, retold
 from prefopt.pipeline.train import model_of, take_folder, train_once
 from prefopt.progress import Reporter
 from prefopt.train import checkpoint
+from prefopt.train.adapter_model import with_base
 from prefopt.train.best_of import kl_bound
 from prefopt.train.callbacks import Callback, Metrics, RunInfo
 from prefopt.train.phases import weights_of
@@ -168,6 +169,7 @@ class _Sweep:
     def _at(self, config: DpoConfig | SftConfig | PpoConfig, step: int) -> Measured:
         """The policy at a step of its training."""
         folder, reference = Path(config.output), self.reference
+        config = with_base(config)
         policy = Policy(config, local_folder(config.model), reference.dtype, reference.device, None)
         policy.make_trainable()
         weights = checkpoint.at(folder / "checkpoints", step).weights

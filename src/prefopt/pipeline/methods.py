@@ -5,16 +5,17 @@ Every policy's outcome stands in ``outcome.json`` of its folder, so that a sweep
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from prefopt.config.methods_table import STAGES, MethodsConfig
 from prefopt.config.sweep import AnyConfig
+from prefopt.disk.read import read_json
 from prefopt.disk.write import output_errors, replace_file, write_json
 from prefopt.errors import Diverged
 from prefopt.evaluate.methods_table import MethodsTable, Outcome, Start, markdown, outcome_of
 from prefopt.evaluate.samples import perplexity
+from prefopt.evaluate.typed import typed
 from prefopt.generate.loaded import SampledModel
 from prefopt.model.costs import together
 from prefopt.pipeline.alone import train_alone
@@ -22,6 +23,7 @@ from prefopt.pipeline.contents import started_again, status_of
 from prefopt.pipeline.ground import Measure, lay
 from prefopt.pipeline.train import model_of, take_folder, train_once
 from prefopt.progress import Reporter
+from prefopt.train.record import read_record
 
 MAY_GROW = {"seeds", "rate_factors", "isolate", "progress", "output", "threads"}
 """Options that may differ when it is started again: they add policies, or change none."""
@@ -68,7 +70,8 @@ class _Sweep:
                 file = config.folder(road, seed, factor) / "outcome.json"
                 if file.exists():
                     kept = {"isolated": self._isolated(road, seed, factor)}  # (earlier versions did not keep it)
-                    self.outcomes.append(outcome_of(kept | json.loads(file.read_text())))
+                    told = read_json(file, lambda found: outcome_of(kept | found), "remove it to measure again")  # noqa: B023
+                    self.outcomes.append(told)
                 else:
                     self.outcomes.append(self._outcome(road, seed, factor, measure))
                     write_json(file, asdict(self.outcomes[-1]))
@@ -134,7 +137,7 @@ class _Sweep:
         if not file.exists():
             told = Measure(self.config, self.ground, reference)(model, folder / "samples.jsonl")
             write_json(file, asdict(Start(name, told.reward.mean, self._perplexity(model, None))))
-        return Start(**json.loads(file.read_text()))
+        return read_json(file, lambda found: typed(Start, found), "remove it to measure again")
 
     def _perplexity(self, name: str, adapter: str | None) -> float | None:
         """Of the reference text; none where none was given."""
@@ -174,5 +177,5 @@ def _shared(file: Path) -> Path:
 
 def _costs(folder: Path) -> dict[str, float]:
     """What the run in a folder has spent."""
-    found: dict[str, float] = json.loads((folder / "run.json").read_text())["costs"]
+    found: dict[str, float] = read_record(folder, f"remove {folder} to train again").get("costs", {})
     return found

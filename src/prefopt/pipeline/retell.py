@@ -41,7 +41,7 @@ def _took(point: Point, folder: Path, before: Sequence[Path]) -> float | None:
     history = read_history(folder)
     times = [_seconds(history), *(_seconds(read_history(path)) for path in before)]
     known = [t for t in times if t is not None]
-    after = sum(float(line.get("step_seconds", 0.0)) for line in history.training if line["step"] > point.step > 0)
+    after = sum(line.get("step_seconds") or 0.0 for line in history.training if line["step"] > point.step > 0)
     return sum(known) - after if len(known) == len(times) else None
 
 
@@ -51,7 +51,7 @@ def _seconds(history: History) -> float | None:
     Earlier versions forgot what was spent before a kill, and older ones wrote no costs: then the steps' own times say
     more.
     """
-    told = [float(line["step_seconds"]) for line in history.training if "step_seconds" in line]
+    told = history.curve("step_seconds").values
     costs: dict[str, Any] = history.record.get("costs", {})
     return max(
         [*([float(costs["seconds"])] if "seconds" in costs else []), *([sum(told)] if told else [])], default=None

@@ -22,14 +22,17 @@ from prefopt.config.sft import SftConfig
 from prefopt.data.content import layout_name
 from prefopt.data.dataset_info import find_entry
 from prefopt.data.sources import find_sources
+from prefopt.disk.adapter_folder import is_adapter
 from prefopt.disk.hashes import file_hashes
+from prefopt.disk.read import read_json
 from prefopt.disk.write import output_errors, write_json
 from prefopt.errors import ConfigError, RunError
+from prefopt.evaluate.runs import CHAIN
 from prefopt.generate.loaded import SampledModel
 from prefopt.methods import ppo, reward, sft
-from prefopt.model.load import local_folder, resolve_device
+from prefopt.model.load import resolve_device
 from prefopt.model.merge import merge_adapter
-from prefopt.pipeline.contents import contents_of, started_again, status_of
+from prefopt.pipeline.contents import contents_of, contents_of_name, started_again, status_of
 from prefopt.progress import Reporter
 from prefopt.train.folder import FREE
 from prefopt.train.ppo_plan import too_few
@@ -59,7 +62,7 @@ class _Chain:
     def __init__(self, config: RlhfConfig) -> None:
         self.config, self.reporter = config, Reporter(config.progress)
         self.folder = Path(config.output)
-        self.file = self.folder / "stages.json"
+        self.file = self.folder / CHAIN
         self.record: dict[str, dict[str, str]] = self._read()
         self.done: list[str] = []
         self.skipped: list[str] = []
@@ -70,7 +73,7 @@ class _Chain:
             self.folder.mkdir(parents=True, exist_ok=True)
         self._check_prompts()
         self._stage("sft", lambda c: sft.run(_as(SftConfig, c)))
-        if self.config.lora:
+        if self.config.adapts:
             self._merge()
         self._stage("reward", lambda c: reward.run(_as(RewardConfig, c)))
         self._stage("ppo", lambda c: ppo.run(_as(PpoConfig, c)))
@@ -129,9 +132,9 @@ class _Chain:
             raise RunError(f"{folder} was not made from {source} as it is now; remove it")
         import torch
 
-        report = merge_adapter(
-            str(source), folder, model=self.config.model, dtype=torch.float32, device=resolve_device(self.config.device)
-        )
+        model = None if is_adapter(self.config.model) else self.config.model
+        device = resolve_device(self.config.device)
+        report = merge_adapter(str(source), folder, model=model, dtype=torch.float32, device=device)
         for line in report.in_words():
             self.reporter.say(line)
         self._remember("tuned", {"from": made_from, "gave": contents_of(folder)})
@@ -143,11 +146,14 @@ class _Chain:
     def _read(self) -> dict[str, dict[str, str]]:
         if not self.file.exists():
             return {}
-        try:
-            found = json.loads(self.file.read_text())
-        except (OSError, ValueError) as error:
-            raise RunError(f"{self.file} cannot be read ({error}); restore it, or name another --output") from None
-        return found if isinstance(found, dict) else {}
+        return read_json(self.file, _stages, "name another --output")
+
+
+def _stages(found: Any) -> dict[str, dict[str, str]]:
+    stages: dict[str, dict[str, str]] = found
+    if not all(isinstance(text, str) for stage in stages.values() for text in stage.values()):
+        raise ValueError("a stage has other than digests")
+    return stages
 
 
 def _as(kind: type[Any], config: StageConfig) -> Any:
@@ -167,7 +173,7 @@ def _made_from(config: StageConfig) -> str:
     contents: dict[str, Any] = {}
     for name, value in named.items():
         if name in MODELS:
-            contents[name] = contents_of(Path(local_folder(value)))
+            contents[name] = contents_of_name(value)
         elif name in FILES:
             contents[name] = file_hashes([Path(value)], error=ConfigError)
         else:  # (--format goes before what a registry says)

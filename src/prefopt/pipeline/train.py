@@ -13,11 +13,11 @@ from prefopt.config.ppo import PpoConfig
 from prefopt.config.score import is_model_reward
 from prefopt.config.sft import SftConfig
 from prefopt.config.sweep import AnyConfig, SweepOptions
+from prefopt.disk.adapter_folder import is_adapter
 from prefopt.disk.write import output_errors, write_json
 from prefopt.errors import RunError
 from prefopt.methods import ppo, preference, reward, sft
-from prefopt.model.load import local_folder
-from prefopt.pipeline.contents import contents_of, status_of
+from prefopt.pipeline.contents import contents_of_name, status_of
 from prefopt.rewards import load_reward
 
 
@@ -30,7 +30,7 @@ def take_folder(config: SweepOptions, may_grow: Collection[str]) -> None:
     folder = Path(config.output)
     file = folder / "sweep.json"
     options = {name: value for name, value in config.to_dict().items() if name not in may_grow}
-    made_of = {"model": contents_of(Path(local_folder(config.model))), "reward": _reward_of(config.reward)}
+    made_of = {"model": contents_of_name(config.model), "reward": _reward_of(config.reward)}
     now = {"command": type(config).__name__, "options": options, **made_of}
     if folder.exists() and not folder.is_dir():
         raise RunError(f"--output {folder} is a file; name a folder")
@@ -61,7 +61,7 @@ def take_folder(config: SweepOptions, may_grow: Collection[str]) -> None:
 
 def _reward_of(name: str) -> str | None:
     """A digest of a reward model, or of a function's code; none for a rule of prefopt's."""
-    return contents_of(Path(local_folder(name))) if is_model_reward(name) else load_reward(name).digest()
+    return contents_of_name(name) if is_model_reward(name) else load_reward(name).digest()
 
 
 def train_once(config: AnyConfig, callbacks: Sequence[Any] = ()) -> None:
@@ -83,5 +83,5 @@ def train_once(config: AnyConfig, callbacks: Sequence[Any] = ()) -> None:
 def model_of(config: AnyConfig) -> dict[str, Any]:
     """What a finished training gave: a model's name, and an adapter on it where one was trained."""
     folder = Path(config.output)
-    adapter = (folder / "adapter_config.json").exists()
+    adapter = is_adapter(folder) and not is_adapter(config.model)  # what a run on an adapter gave names its base itself
     return {"name": config.model if adapter else str(folder), "adapter": str(folder) if adapter else None}

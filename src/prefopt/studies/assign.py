@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from prefopt.studies.items import Item, get_item
 from prefopt.studies.people import Annotator
+from prefopt.studies.seal import COUNTER, Damaged, decoding, insert
 from prefopt.studies.study import Study, now
 
 RENEW_SECONDS = 60.0
@@ -89,11 +90,12 @@ def release(connection: sqlite3.Connection, item: int, overlap: int) -> None:
 def _new_place(connection: sqlite3.Connection) -> int:
     """A place behind all that were ever given: those of full items are not given again."""
     connection.execute(
-        "INSERT INTO setting VALUES ('last_place',"
+        "INSERT INTO setting (name, value) VALUES (?,"
         " (SELECT coalesce(max(place), 0) + 1 FROM queue WHERE place IS NOT NULL))"
-        " ON CONFLICT (name) DO UPDATE SET value = CAST(value AS INTEGER) + 1"
+        " ON CONFLICT (name) DO UPDATE SET value = CAST(value AS INTEGER) + 1",
+        (COUNTER,),
     )
-    return int(connection.execute("SELECT value FROM setting WHERE name = 'last_place'").fetchone()[0])
+    return int(connection.execute("SELECT value FROM setting WHERE name = ?", (COUNTER,)).fetchone()[0])
 
 
 def _waiting(connection: sqlite3.Connection, person: Annotator) -> sqlite3.Row | None:
@@ -184,10 +186,8 @@ def _show(connection: sqlite3.Connection, study: Study, person: Annotator, item:
     count = connection.execute("SELECT count FROM item WHERE id = ?", (item,)).fetchone()[0]
     shown = order_shown(settings.seed, person.id, item, count)
     ticket = secrets.token_urlsafe(18)
-    connection.execute(
-        "INSERT INTO event (at, annotator, item, kind, ticket, body) VALUES (?, ?, ?, 'shown', ?, ?)",
-        (now(), person.id, item, ticket, json.dumps({"order": shown})),
-    )
+    said = {"at": now(), "annotator": person.id, "item": item, "kind": "shown", "ticket": ticket}
+    insert(connection, "event", said | {"body": json.dumps({"order": shown})})
     connection.execute(
         "INSERT INTO assignment VALUES (?, ?, 'pending', ?, ?, ?, ?, NULL)",
         (person.id, item, ticket, json.dumps(shown), moment, moment + settings.lease),
@@ -198,5 +198,10 @@ def _show(connection: sqlite3.Connection, study: Study, person: Annotator, item:
 
 def _assignment(connection: sqlite3.Connection, found: sqlite3.Row) -> Assignment:
     item = get_item(connection, found["item"])
-    assert item is not None
-    return Assignment(item, found["ticket"], tuple(json.loads(found["shown"])), found["since"])
+    if item is None:
+        raise Damaged(f"item {found['item']} is gone")
+    with decoding("the assignment of item", item.id):
+        shown = tuple(json.loads(found["shown"]))
+        if sorted(shown) != list(range(item.count)):
+            raise Damaged(f"the assignment of item {item.id} shows responses that it does not have")
+    return Assignment(item, found["ticket"], shown, found["since"])

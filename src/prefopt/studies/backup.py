@@ -1,4 +1,4 @@
-"""A copy of a study, whole whatever is written meanwhile."""
+"""A copy of a study, whole whatever is written meanwhile, and whether a study is what was written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import sqlite3
 from pathlib import Path
 
 from prefopt.errors import StudyError
-from prefopt.studies.connect import check_file, connect, errors_of, put_in_place
+from prefopt.studies.connect import check_file, connect, errors_of, own_file, put_in_place
+from prefopt.studies.schema import check_version
+from prefopt.studies.seal import problems
 
 PAGES = 4096
 
@@ -25,7 +27,8 @@ def backup(path: Path, output: Path) -> int:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         aside.unlink(missing_ok=True)
-        with errors_of(output):
+        own_file(aside)
+        with errors_of(path):
             source, copy = connect(path, read_only=True), sqlite3.connect(aside, isolation_level=None)
             try:
                 with source:
@@ -33,12 +36,16 @@ def backup(path: Path, output: Path) -> int:
                     source.execute("SELECT count(*) FROM setting").fetchone()
                     source.backup(copy, pages=PAGES)
                 copy.execute("PRAGMA journal_mode = DELETE")  # one file, without a log beside it
-                found = copy.execute("PRAGMA quick_check").fetchone()[0]
+                copy.row_factory = sqlite3.Row
+                found = list(problems(copy))
             finally:
                 copy.close()
                 source.close()
-        if found != "ok":
-            raise StudyError(f"{path}: is damaged ({found}); go back to an earlier backup")
+        if found:
+            raise StudyError(
+                f"{path}: is damaged ({found[0]}); prefopt collect check {path} lists all of it; go back to an earlier"
+                " backup"
+            )
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
         put_in_place(aside, output)
@@ -49,3 +56,22 @@ def backup(path: Path, output: Path) -> int:
         raise StudyError(f"{output}: cannot be written ({error.strerror}); make room or name another file") from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def check_study_file(path: Path) -> list[str]:
+    """All that is wrong with a study, a line each; one that is served is checked as it is at one moment.
+
+    Raises :class:`StudyError` for what is no study at all.
+    """
+    check_file(path)
+    try:
+        with errors_of(path):
+            connection = connect(path, read_only=True)
+            try:
+                connection.execute("BEGIN")
+                check_version(connection, str(path))
+                return list(problems(connection))
+            finally:
+                connection.close()
+    except StudyError as error:
+        return [str(error).removeprefix(f"{path}: ")]

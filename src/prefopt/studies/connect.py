@@ -11,6 +11,7 @@ from pathlib import Path
 from prefopt.disk.write import sync_folder
 from prefopt.errors import StudyError
 from prefopt.studies.schema import APPLICATION_ID, MAGIC
+from prefopt.studies.seal import Damaged
 
 BUSY_SECONDS = 20.0
 """How long a writer waits for another one before it gives up."""
@@ -26,6 +27,11 @@ def is_study(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return head.startswith(MAGIC) and head[68:72] == APPLICATION_ID.to_bytes(4, "big")
+
+
+def own_file(path: Path) -> None:
+    """Make an empty file that nobody but its owner can read; SQLite gives its log the same rights."""
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
 
 def check_file(path: Path) -> None:
@@ -64,9 +70,14 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
 
 @contextmanager
 def errors_of(path: Path) -> Iterator[None]:
-    """What SQLite raises, as a :class:`StudyError` in one line that says what to do."""
+    """What SQLite raises, and damage to rows, as a :class:`StudyError` in one line that says what to do."""
     try:
         yield
+    except Damaged as error:
+        raise StudyError(
+            f"{path}: is damaged: {error}; prefopt collect check {path} lists all of it; go back to a copy that"
+            " prefopt collect backup made"
+        ) from error
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorname", "") or ""
         said = str(error)
@@ -78,10 +89,10 @@ def errors_of(path: Path) -> Iterator[None]:
             what = f"cannot be written ({said}); check the rights of the file and of its folder"
         elif code.startswith("SQLITE_IOERR"):
             what = f"the disk failed ({said}), so nothing was stored; check the disk and try again"
-        elif code.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+        elif isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError):
+            raise  # our own mistake
+        else:  # a page, or text or structure that is not what this program wrote
             what = f"is damaged ({said}); go back to a copy that prefopt collect backup made"
-        else:
-            raise
         raise StudyError(f"{path}: {what}") from error
 
 

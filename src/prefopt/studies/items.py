@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefopt.errors import StudyError
+from prefopt.studies.seal import Damaged, check, check_complete, decoding, insert
 from prefopt.studies.study import Study, now
 
 MOST_RESPONSES = 9
@@ -85,21 +86,18 @@ def _add(connection: sqlite3.Connection, item: NewItem) -> bool:
         row.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which SQLite cannot hold
         row = json.dumps(item.row)
-    done = connection.execute(
-        "INSERT INTO item (digest, prompt_key, row, count, origins, gold, file, file_row, at)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (digest) DO NOTHING",
-        (
-            item_digest(item),
-            item.prompt_key,
-            row,
-            len(item.origins),
-            json.dumps(origins, ensure_ascii=False),
-            gold,
-            item.file,
-            item.file_row,
-            now(),
-        ),
-    )
+    values = {
+        "digest": item_digest(item),
+        "prompt_key": item.prompt_key,
+        "row": row,
+        "count": len(item.origins),
+        "origins": json.dumps(origins, ensure_ascii=False),
+        "gold": gold,
+        "file": item.file,
+        "file_row": item.file_row,
+        "at": now(),
+    }
+    done = insert(connection, "item", values, "ON CONFLICT (digest) DO NOTHING")
     if done.rowcount and gold is None:
         connection.execute("INSERT INTO queue (item) VALUES (?)", (done.lastrowid,))
     return bool(done.rowcount)
@@ -119,22 +117,33 @@ def get_item(connection: sqlite3.Connection, id: int) -> Item | None:
 
 def all_items(connection: sqlite3.Connection) -> Iterable[Item]:
     """All items in order, one after another."""
+    check_complete(connection, "item")
     samplings: dict[int, Mapping[str, Any]] = {}
     for found in connection.execute("SELECT * FROM item ORDER BY id"):
         yield _item(connection, found, samplings)
 
 
 def _item(connection: sqlite3.Connection, found: sqlite3.Row, samplings: dict[int, Mapping[str, Any]]) -> Item:
-    origins = []
-    for origin in json.loads(found["origins"]):
-        number = origin["sampling"]
-        if number is not None and number not in samplings:
-            text = connection.execute("SELECT settings FROM sampling WHERE id = ?", (number,)).fetchone()[0]
-            samplings[number] = json.loads(text)
-        origins.append(Origin(origin["model"], None if number is None else samplings[number]))
-    gold = None if found["gold"] is None else tiers_of(json.loads(found["gold"]))
-    row = json.loads(found["row"])
-    return Item(found["id"], row, found["prompt_key"], tuple(origins), gold, found["file"], found["file_row"])
+    check("item", found)
+    with decoding("item", found["id"]):
+        origins = []
+        for origin in json.loads(found["origins"]):
+            number = origin["sampling"]
+            if number is not None and number not in samplings:
+                samplings[number] = _settings_of(connection, number)
+            origins.append(Origin(origin["model"], None if number is None else samplings[number]))
+        gold = None if found["gold"] is None else tiers_of(json.loads(found["gold"]))
+        row = json.loads(found["row"])
+        return Item(found["id"], row, found["prompt_key"], tuple(origins), gold, found["file"], found["file_row"])
+
+
+def _settings_of(connection: sqlite3.Connection, number: int) -> Mapping[str, Any]:
+    found = connection.execute("SELECT * FROM sampling WHERE id = ?", (number,)).fetchone()
+    if found is None:
+        raise Damaged(f"sampling {number} is gone")
+    check("sampling", found)
+    settings: Mapping[str, Any] = json.loads(found["settings"])
+    return settings
 
 
 def tiers_of(value: Iterable[Iterable[int]]) -> Tiers:
@@ -146,6 +155,6 @@ def _sampling(connection: sqlite3.Connection, settings: Mapping[str, Any] | None
     if settings is None:
         return None
     text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
-    connection.execute("INSERT INTO sampling (settings) VALUES (?) ON CONFLICT (settings) DO NOTHING", (text,))
+    insert(connection, "sampling", {"settings": text}, "ON CONFLICT (settings) DO NOTHING")
     found: int = connection.execute("SELECT id FROM sampling WHERE settings = ?", (text,)).fetchone()[0]
     return found

@@ -6,8 +6,10 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from prefopt.studies.items import Tiers, tiers_of
+from prefopt.studies.seal import Damaged, check, check_complete, decoding
 from prefopt.studies.votes import Vote
 
 
@@ -29,31 +31,47 @@ class Judgement:
 
 
 def judgements(connection: sqlite3.Connection, item: int | None = None) -> Iterator[Judgement]:
-    """All votes and skips in force by item and time, or those on one item."""
-    query = (
-        "SELECT e.annotator, e.item, e.at, e.body, i.count FROM assignment a JOIN event e ON e.id = a.event"
-        " JOIN item i ON i.id = e.item WHERE a.state IN ('voted', 'skipped')"
-    )
+    """All votes and skips in force by item and time, or those on one item.
+
+    They are read from the events alone, every one of which is checked. Raises
+    :class:`~prefopt.studies.seal.Damaged` for one that is gone or is not what was written.
+    """
     values: tuple[int, ...] = ()
-    if item is not None:
-        query, values = query + " AND a.item = ?", (item,)
-    for annotator, number, at, text, count in connection.execute(query + " ORDER BY e.item, e.id", values):
-        body = json.loads(text)
-        yield Judgement(
-            annotator,
-            number,
-            Vote.read(body, count),
-            tuple(body["order"]),
-            at,
-            float(body["seconds"]),
-            body.get("active_seconds"),
-        )
+    query = "SELECT e.*, i.count FROM event e LEFT JOIN item i ON i.id = e.item"
+    undone = {row[0] for row in connection.execute("SELECT undoes FROM event WHERE undoes IS NOT NULL")}
+    if item is None:
+        check_complete(connection, "event")
+    else:
+        query, values = query + " WHERE e.item = ?", (item,)
+    for event in connection.execute(query + " ORDER BY e.item, e.id", values):
+        check("event", event)
+        if event["kind"] in ("vote", "skip") and event["id"] not in undone:
+            with decoding("event", event["id"]):
+                yield _judgement(event, json.loads(event["body"]))
+
+
+def _judgement(event: sqlite3.Row, body: Any) -> Judgement:
+    if event["count"] is None:
+        raise Damaged(f"item {event['item']} is gone")
+    return Judgement(
+        event["annotator"],
+        event["item"],
+        Vote.read(body, event["count"]),
+        tuple(body["order"]),
+        event["at"],
+        float(body["seconds"]),
+        body.get("active_seconds"),
+    )
 
 
 def golds(connection: sqlite3.Connection) -> dict[int, Tiers]:
     """The known orders of gold items."""
-    rows = connection.execute("SELECT id, gold FROM item WHERE gold IS NOT NULL")
-    return {row["id"]: tiers_of(json.loads(row["gold"])) for row in rows}
+    found = {}
+    for row in connection.execute("SELECT * FROM item WHERE gold IS NOT NULL"):
+        check("item", row)
+        with decoding("item", row["id"]):
+            found[row["id"]] = tiers_of(json.loads(row["gold"]))
+    return found
 
 
 def agrees_with(vote: Vote, gold: Tiers) -> bool:

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 
 from prefopt.errors import StudyError
+from prefopt.studies.seal import check, check_complete, insert, seal_again
 from prefopt.studies.study import Study, now
 
 DAY = 86400.0
@@ -39,11 +40,13 @@ def invite(study: Study, name: str, *, lead: bool = False, days: float = 30.0) -
         raise StudyError(f"{name!r} is no name for an annotator; give 1 to {LONGEST_NAME} printable characters")
     secret = secrets.token_urlsafe(24)
     with study.writing() as connection:
-        connection.execute(
-            "INSERT INTO annotator (name, pseudonym, lead, at) VALUES (?, ?, ?, ?)"
-            " ON CONFLICT (name) DO UPDATE SET lead = max(lead, excluded.lead)",
-            (name, "annotator-" + secrets.token_hex(4), int(lead), now()),
-        )
+        found = connection.execute("SELECT * FROM annotator WHERE name = ?", (name,)).fetchone()
+        if found is None:
+            pseudonym = "annotator-" + secrets.token_hex(4)
+            insert(connection, "annotator", {"name": name, "pseudonym": pseudonym, "lead": int(lead), "at": now()})
+        elif lead and not _person(found).lead:
+            connection.execute("UPDATE annotator SET lead = 1 WHERE id = ?", (found["id"],))
+            seal_again(connection, "annotator", found["id"])
         person = _person(connection.execute("SELECT * FROM annotator WHERE name = ?", (name,)).fetchone())
         connection.execute("DELETE FROM invitation WHERE annotator = ?", (person.id,))
         until = time.time() + days * DAY
@@ -111,6 +114,7 @@ def live_invitations(study: Study) -> int:
 
 def annotators(connection: sqlite3.Connection) -> list[Annotator]:
     """Everyone, in the order they came."""
+    check_complete(connection, "annotator")
     return [_person(row) for row in connection.execute("SELECT * FROM annotator ORDER BY id")]
 
 
@@ -123,6 +127,7 @@ def _holder(connection: sqlite3.Connection, table: str, secret: str) -> Annotato
 
 
 def _person(row: sqlite3.Row) -> Annotator:
+    check("annotator", row)
     return Annotator(row["id"], row["name"], row["pseudonym"], bool(row["lead"]))
 
 

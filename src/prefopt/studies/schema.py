@@ -11,6 +11,7 @@ import json
 import sqlite3
 
 from prefopt.errors import StudyError
+from prefopt.studies.seal import COUNTER, SEALED, seal_all
 
 APPLICATION_ID = 0x70724673
 """Bytes 68 to 71 of the file: tells a study from any other SQLite database."""
@@ -99,7 +100,10 @@ ALTER TABLE annotator ADD COLUMN seen INTEGER NOT NULL DEFAULT 0;
 CREATE UNIQUE INDEX assignment_ticket ON assignment (ticket);
 CREATE INDEX assignment_latest ON assignment (annotator, event) WHERE event IS NOT NULL;
 """
-MIGRATIONS = (_FIRST, _QUEUE)
+# The third has a digest in every row that exports depend on, and finds the events of an item.
+_SEALS = "".join(f"ALTER TABLE {table} ADD COLUMN seal BLOB;\n" for table in SEALED)
+_SEALS += "CREATE INDEX event_on ON event (item);\n"
+MIGRATIONS = (_FIRST, _QUEUE, _SEALS)
 VERSION = len(MIGRATIONS)
 
 
@@ -116,6 +120,7 @@ def migrate(connection: sqlite3.Connection, file: str) -> None:
                 connection.execute(statement)
         if 0 < version < VERSION:
             rebuild(connection)
+            seal_all(connection)
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {VERSION}")
         connection.execute("COMMIT")
@@ -142,7 +147,7 @@ def rebuild(connection: sqlite3.Connection) -> None:
     """
     connection.execute("DELETE FROM assignment")
     connection.execute("DELETE FROM queue")
-    connection.execute("DELETE FROM setting WHERE name = 'last_place'")
+    connection.execute("DELETE FROM setting WHERE name = ?", (COUNTER,))
     connection.execute("UPDATE annotator SET cursor = 0, seen = 0")
     columns = "id, annotator, item, kind, ticket, body, CAST(strftime('%s', at) AS REAL)"
     for id, annotator, item, kind, ticket, body, at in connection.execute(f"SELECT {columns} FROM event ORDER BY id"):

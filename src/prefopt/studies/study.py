@@ -23,8 +23,9 @@ from pathlib import Path
 
 from prefopt import __version__
 from prefopt.errors import StudyError
-from prefopt.studies.connect import check_file, connect, errors_of, put_in_place
+from prefopt.studies.connect import check_file, connect, errors_of, own_file, put_in_place
 from prefopt.studies.schema import check_version, migrate
+from prefopt.studies.seal import COUNTER, SEALS, Damaged, check, decoding, insert
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,12 +76,12 @@ class Study:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             aside.unlink(missing_ok=True)
+            own_file(aside)
             with errors_of(path):
                 connection = sqlite3.connect(aside, isolation_level=None)
                 migrate(connection, str(path))
-                connection.executemany(
-                    "INSERT INTO setting VALUES (?, ?)", [(k, json.dumps(v)) for k, v in asdict(settings).items()]
-                )
+                for name, value in asdict(settings).items():
+                    insert(connection, "setting", {"name": name, "value": json.dumps(value)})
                 connection.close()
             put_in_place(aside, path)
         except FileExistsError:
@@ -143,10 +144,16 @@ class Study:
         self.close()
 
     def _settings(self) -> Settings:
-        found = {k: json.loads(v) for k, v in self.connection.execute("SELECT name, value FROM setting")}
+        found = {}
+        for row in self.connection.execute("SELECT * FROM setting WHERE name != ?", (COUNTER,)):
+            check("setting", row)
+            with decoding("setting", row["name"]):
+                found[row["name"]] = json.loads(row["value"])
+        with decoding("setting", "tags"):
+            found["tags"] = tuple(found.get("tags", ()))
         known = {f.name for f in fields(Settings)}
-        if "tags" in found:
-            found["tags"] = tuple(found["tags"])
+        if self.version >= SEALS and (gone := known - found.keys()):
+            raise Damaged(f"setting {min(gone)} is gone")
         return Settings(**{k: v for k, v in found.items() if k in known})
 
 

@@ -14,6 +14,7 @@ from prefopt.studies.agreement import Estimate, Unit, alpha_interval, kappa, raw
 from prefopt.studies.items import Tiers
 from prefopt.studies.judgements import Judgement, agrees_with, golds, judgements
 from prefopt.studies.people import Annotator, annotators
+from prefopt.studies.seal import check, check_complete
 from prefopt.studies.study import Study
 
 ALL_BAD = 9
@@ -107,8 +108,11 @@ def summarise(study: Study, *, resamples: int = 1000) -> Summary:
         known = golds(connection)
         everyone = annotators(connection)
         found = list(judgements(connection))
-        prompts = dict(connection.execute("SELECT id, prompt_key FROM item WHERE gold IS NULL"))
-        origins = dict(connection.execute("SELECT id, origins FROM item WHERE gold IS NULL"))
+        prompts, origins = {}, {}
+        check_complete(connection, "item")
+        for row in connection.execute("SELECT * FROM item WHERE gold IS NULL"):
+            check("item", row)
+            prompts[row["id"]], origins[row["id"]] = row["prompt_key"], row["origins"]
         undone = connection.execute("SELECT count(*) FROM event WHERE kind = 'undo'").fetchone()[0]
     said = [j for j in found if j.vote.skipped is None]
     free = [j for j in said if j.item not in known]

@@ -18,6 +18,7 @@ from prefopt.errors import StudyError
 from prefopt.studies.assign import release, take
 from prefopt.studies.items import Tiers, tiers_of
 from prefopt.studies.people import Annotator
+from prefopt.studies.seal import insert
 from prefopt.studies.study import Study, now
 
 STRENGTHS = {1: "slightly", 2: "better", 3: "much"}
@@ -129,10 +130,8 @@ def record(
             body["active_seconds"] = round(active, 1)
         kind = "vote" if vote.skipped is None else "skip"
         text = json.dumps(body, ensure_ascii=False)
-        event = connection.execute(
-            "INSERT INTO event (at, annotator, item, kind, ticket, body) VALUES (?, ?, ?, ?, ?, ?)",
-            (now(), person.id, found["item"], kind, ticket, text.encode("utf-8", "replace").decode()),
-        ).lastrowid
+        said = {"at": now(), "annotator": person.id, "item": found["item"], "kind": kind, "ticket": ticket}
+        event = insert(connection, "event", said | {"body": text.encode("utf-8", "replace").decode()}).lastrowid
         _settle(connection, study, found, kind, int(event or 0))
     return "stored"
 
@@ -152,10 +151,8 @@ def undo(study: Study, person: Annotator, ticket: str | None = None) -> bool:
         if found is None or (ticket is not None and found["ticket"] != ticket):
             return False
         fresh = secrets.token_urlsafe(18)
-        connection.execute(
-            "INSERT INTO event (at, annotator, item, kind, ticket, undoes, body) VALUES (?, ?, ?, 'undo', ?, ?, '{}')",
-            (now(), person.id, found["item"], fresh, found["event"]),
-        )
+        said = {"at": now(), "annotator": person.id, "item": found["item"], "kind": "undo", "ticket": fresh}
+        insert(connection, "event", said | {"undoes": found["event"], "body": "{}"})
         connection.execute(
             "UPDATE assignment SET state = 'pending', ticket = ?, since = ?, until = ?, event = NULL"
             " WHERE annotator = ? AND item = ?",

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from prefopt.config.dpo import DpoConfig
-from prefopt.data.table import GroupTable
+from prefopt.data.table import GroupTable, IndexArray
 from prefopt.losses.parse import Term
 from prefopt.model.live import LiveReference, Movement
 from prefopt.model.reference import ReferenceValues
@@ -19,7 +21,8 @@ from prefopt.train.folder import RunFolder
 from prefopt.train.mismatched import mismatched
 from prefopt.train.objective import PreferenceObjective
 from prefopt.train.policy import Policy
-from prefopt.train.reference import ReferenceRun, unscored
+from prefopt.train.read import at, without_values
+from prefopt.train.reference import ReferenceRun
 from prefopt.train.stop import StopRequest
 from prefopt.train.terms import names_of
 
@@ -28,7 +31,8 @@ SCORING_AHEAD = 4
 
 
 class Against:
-    """See the module. ``reference`` is none where no loss needs one; ``max_length`` cuts what is put together here."""
+    """See the module. ``reference`` is none where no loss needs one; ``max_length`` cuts what is put together here.
+    ``read``: the groups of the data that ``steps`` steps read, where that is not all; no other is scored."""
 
     def __init__(
         self,
@@ -38,7 +42,11 @@ class Against:
         reference: ReferenceRun | None,
         max_length: int,
         reporter: Reporter,
+        *,
+        steps: int = 0,
+        read: IndexArray | None = None,
     ) -> None:
+        self.read = read
         self.config, self.terms, self.data, self.reference, self.reporter = config, terms, data, reference, reporter
         self.movement: Movement | None = None
         whole = [term.loss.name for term in terms if term.loss.needs_distributions]
@@ -52,6 +60,11 @@ class Against:
             if config.reference_every is not None:
                 why.append(f"it moves by {config.reference_mix:g} to the policy every {config.reference_every} steps")
             reporter.say(f"reference: scored with every batch and not cached, since {', and '.join(why)}")
+        elif reference is not None and read is not None:
+            reporter.say(
+                f"reference: {len(read)} of {len(data.groups)} {data.noun} are read in {steps} steps"
+                f"{' and evaluations' if data.held_out else ''}; no others are scored"
+            )
         self.others: GroupTable | None = None
         if any(term.loss.needs_mismatched for term in terms):
             self.others, cut = mismatched(data.groups, max_length)
@@ -63,12 +76,23 @@ class Against:
         """The data's groups, and behind them those with responses to other prompts."""
         return self.data.groups + self.others if self.others is not None else self.data.groups
 
+    @property
+    def scored(self) -> GroupTable:
+        """Those of :attr:`groups` that need a value of the reference."""
+        return self.groups if (read := self._read()) is None else at(self.groups, read)
+
+    def _read(self) -> IndexArray | None:
+        """Where the groups that are read stand in :attr:`groups`: each has its responses to other prompts behind."""
+        if self.read is None or self.others is None:
+            return self.read
+        return np.concatenate([self.read, self.read + len(self.data.groups)])
+
     def missing(self) -> int:
         """How many responses are to be scored before training. Raises :class:`ModelError` as :meth:`values`."""
         if self.reference is None:
             return 0
         self.reference.check_fits(self.groups)
-        return 0 if self.live else self.reference.missing(self.groups)
+        return 0 if self.live else self.reference.missing(self.scored)
 
     def values(self, scorer: Scorer, folder: RunFolder, stop: StopRequest) -> ReferenceValues | None:
         """The reference's values for all responses, where they are wanted beforehand.
@@ -85,7 +109,7 @@ class Against:
             self.config.token_budget or budget.estimate(scorer, self.groups, checkpointing=False, still_to_come=0)
         )
         folder.remember(scoring_budget=tokens)
-        values, report = self.reference.values(self.groups, tokens, self.reporter, stop)
+        values, report = self.reference.values(self.groups, tokens, self.reporter, stop, self._read())
         scored, reused = report.scored_responses, report.reused_responses
         self.reporter.say(
             f"reference: {scored} responses scored in {duration(report.seconds)}, {reused} from the cache"
@@ -109,7 +133,7 @@ class Against:
 
     def preview(self, policy: Policy) -> PreferenceObjective:
         """The same before the reference has been scored, to try a step."""
-        return self.objective(policy, None if self.live or self.reference is None else unscored(self.groups))
+        return self.objective(policy, None if self.live or self.reference is None else without_values(self.groups, 0.0))
 
     def _live_reference(self, policy: Policy) -> LiveReference:
         assert self.reference is not None

@@ -13,9 +13,11 @@ from transformers import PreTrainedTokenizerBase
 import prefopt
 from prefopt.disk.write import output_errors
 from prefopt.model.load import quiet
+from prefopt.model.older_readers import readers, write_for_older_readers
 from prefopt.model.packed import PackedModel, causal_model
 from prefopt.model.precision import MasterWeights
-from prefopt.model.save import share_weights
+from prefopt.model.save import save_weights, share_weights
+from prefopt.screen import visible
 
 
 def save_model(folder: Path, scorer: PackedModel, masters: MasterWeights, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -28,34 +30,30 @@ def save_model(folder: Path, scorer: PackedModel, masters: MasterWeights, tokeni
     causal = causal_model(model)
     with output_errors(folder), quiet():
         if model is causal:
-            _save_whole(folder, causal, masters)
+            dtype = next(weight.dtype for _, weight in masters.saved())
+            save_weights(folder, causal, _state(causal, masters), dtype)
         else:
             weights = dict(masters.saved())
             state = {**dict(model.state_dict()), **weights}
             # Without being told, PEFT would ask the Hub whether the base's embedding is another one, and store it whole
             # beside an adapter on the head.
-            model.save_pretrained(folder, state_dict=state, safe_serialization=True, save_embedding_layers=False)
+            whole = getattr(model, "prefopt_saves_embedding", False)
+            model.save_pretrained(folder, state_dict=state, safe_serialization=True, save_embedding_layers=whole)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
         tokenizer.save_pretrained(folder)
+        write_for_older_readers(folder, tokenizer)
         share_weights(folder)
     scorer.attach_hook()
 
 
-def _save_whole(folder: Path, model: Any, masters: MasterWeights) -> None:
+def _state(model: Any, masters: MasterWeights) -> dict[str, torch.Tensor]:
+    """The whole state with the masters in it; what is shared stands under each of its names."""
     weights = dict(masters.saved())
-    dtype = next(iter(weights.values())).dtype
     state = {name: weights.get(name, value) for name, value in model.state_dict().items()}
     for name, value in model.named_parameters(remove_duplicate=False):
         tied = next((n for n, p in model.named_parameters() if p is value), name)
         state[name] = weights.get(tied, value.detach())
-    model.save_pretrained(folder, state_dict=state, safe_serialization=True)
-    # That wrote the type the model computes in, to which whoever loads the folder would round the weights.
-    before = model.config.dtype
-    model.config.dtype = dtype
-    try:
-        model.config.save_pretrained(folder)
-    finally:
-        model.config.dtype = before
+    return state
 
 
 def write_card(
@@ -96,12 +94,14 @@ def write_card(
         "",
         *_table("option", settings),
         "",
+        f"Read by {readers(folder)}.",
+        "",
         license,
         "",
     ]
     path = folder / "README.md"
     with output_errors(path):
-        path.write_text("\n".join(lines))
+        path.write_text(visible("\n".join(lines)), "utf-8")  # it names files, whose names may hold anything
 
 
 def _table(name: str, values: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ with its interval. Where a rule of thumb decides what is worth a look, it is a c
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterator
 from typing import Any
@@ -55,6 +56,8 @@ def _length(run: History) -> Iterator[Finding]:
 
 def _loss(run: History) -> Iterator[Finding]:
     curve = run.curve("loss")
+    if run.curve("objective/scores"):
+        return  # of samples that change with the policy: whether it rose or fell says nothing
     start = loss_at_start(run)
     found = change(curve, since=start)
     if found is None:
@@ -101,7 +104,7 @@ def _moved(run: History) -> Iterator[Finding]:
 def _held_out(run: History) -> Iterator[Finding]:
     curve = run.curve("loss", held_out=True)
     if not curve:
-        if run.status == "finished" and run.curve("loss"):
+        if run.status == "finished" and run.curve("loss") and not run.curve("objective/scores"):
             yield Finding(
                 "nothing held out",
                 "no rows were held out: whether the model learnt more than these rows by heart is not known; give"
@@ -151,7 +154,7 @@ def _gap(run: History) -> Iterator[Finding]:
 def _accuracy(run: History) -> Iterator[Finding]:
     margins, rights = run.curve("rewards/margins", held_out=True), run.curve("rewards/accuracies", held_out=True)
     count = _held_out_count(run)
-    if rights and margins and count:
+    if rights and margins and count and all(0 <= share <= 1 for share in rights.values):
         losses = run.curve("loss", held_out=True).values
         at = losses.index(min(losses)) if len(losses) == len(rights.values) else -1
         low, high = wilson(rights.values[at], count)
@@ -230,6 +233,8 @@ def _lengths(run: History) -> Iterator[Finding]:
         return
     difference, noise = mean_with_noise([c - r for c, r in zip(chosen, rejected, strict=True)])
     a, b = statistics.fmean(chosen), statistics.fmean(rejected)
+    if min(a, b) <= 0:
+        return
     longer, ratio = ("longer", a / b) if a > b else ("shorter", b / a)
     if abs(difference) > noise and ratio > LENGTHS_DIFFER:
         yield Finding(
@@ -266,8 +271,7 @@ def _gradients(run: History) -> Iterator[Finding]:
 
 
 def _truncated(run: History) -> Iterator[Finding]:
-    rows = run.record.get("rows") or {}
-    kept, truncated = rows.get("kept"), rows.get("truncated")
+    kept, truncated = run.rows.get("kept"), run.rows.get("truncated")
     if kept and truncated and truncated / kept >= TRUNCATED:
         limit = run.record.get("max_length")
         yield Finding(
@@ -280,8 +284,7 @@ def _truncated(run: History) -> Iterator[Finding]:
 
 
 def _left_out(run: History) -> Iterator[Finding]:
-    rows = run.record.get("rows") or {}
-    read, kept = rows.get("read"), rows.get("kept")
+    read, kept = run.rows.get("read"), run.rows.get("kept")
     if read and kept and (read - kept) / read >= LEFT_OUT:
         yield Finding(
             "left out",
@@ -325,11 +328,11 @@ def _held_out_count(run: History) -> int:
     """Held-out rows, from the fingerprint of the data: ``DIGEST TRAINED+HELD_OUT``."""
     _, _, sizes = str(run.record.get("data", "")).rpartition(" ")
     count = sizes.partition("+")[2]
-    return int(count) if count.isdigit() else 0
+    return int(count) if re.fullmatch("[0-9]{1,15}", count) else 0
 
 
 def _saved(run: History, at: int) -> str:
-    results: Any = run.record.get("results") or {}
+    results: Any = run.record.get("results", {})
     return f"The weights of step {at} are the ones that were saved. " if results.get("best step") == at else ""
 
 

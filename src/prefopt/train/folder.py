@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from prefopt.data.group import Group, IntArray
 from prefopt.data.table import GroupTable
 from prefopt.disk.write import output_errors, write_json
 from prefopt.errors import RunError
+from prefopt.train.record import RECORD, read_metrics, read_record
 
 # Options that may differ at a resume: they change what is shown and kept, never the weights.
 FREE = frozenset({"resume", "progress", "save_every", "keep_last", "output", "dry_run", "track", "track_project"})
@@ -37,19 +37,20 @@ class RunFolder:
         """
         self.path, self._dry = path, dry
         self._lock: FileLock | None = None
-        self.file = path / "run.json"
+        self.file = path / RECORD
         self.record: dict[str, Any] = {"status": "started", "options": dict(options)}
         if dry:
             return
         if path.exists() and not path.is_dir():
             raise RunError(f"--output {path} is a file; name a folder")
         if self.file.exists():
-            before = self._read()
+            before = read_record(path, "name another --output")
             if not resume:
                 what = "a finished run;" if _finished(before) else "an unfinished run; go on with it by --resume, or"
                 raise RunError(f"--output {path} holds {what} name another folder")
             if _finished(before):
                 raise RunError(f"--resume: the run in {path} is finished; to train further, name its folder as --model")
+            read_metrics(path)  # what a resumed run would stumble over is told before anything slow
             self._refuse_other_options(before.get("options", {}), options)
             self.record = {**before, "status": "resumed"}
         elif path.exists() and any(not entry.name.startswith((".run.json.", _LOCK)) for entry in path.iterdir()):
@@ -116,15 +117,6 @@ class RunFolder:
                 f"--resume: {what} changed since {self.path} was started; put it back, or start anew elsewhere"
             )
         self.record[name] = value
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            found = json.loads(self.file.read_text())
-            if isinstance(found, dict):
-                return found
-        except (OSError, ValueError):
-            pass
-        raise RunError(f"{self.file} cannot be read; restore it, or name another --output")
 
     def _refuse_other_options(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         changed = [n for n in now if n not in FREE and n in before and before[n] != now[n]]

@@ -7,7 +7,8 @@ Curve(steps=[1, 2, 3], values=[0.693, 0.688, 0.671])
 
 from __future__ import annotations
 
-import json
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from prefopt.errors import RunError
+from prefopt.train.record import Line, read_metrics, read_record
 
-Record = dict[str, Any]
+SPEEDS = ("pairs_per_second", "rows_per_second")
+"""Metrics that say how many rows a batch had, with its time."""
+PLACES = ("step", "epoch", "episode", "learning_rate", "peak_memory_bytes")
+"""Metrics that say where a run stands, not what it reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +38,12 @@ class Curve:
 @dataclass(frozen=True, slots=True)
 class History:
     """``record`` is ``run.json``; ``training`` and ``held_out`` are the lines of ``metrics.jsonl``, in which a metric
-    has the same name on both sides."""
+    has the same name on both sides. Values are of the kinds that :mod:`prefopt.train.record` lets through."""
 
     folder: Path
     record: Mapping[str, Any]
-    training: Sequence[Record]
-    held_out: Sequence[Record]
+    training: Sequence[Line]
+    held_out: Sequence[Line]
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -50,13 +54,24 @@ class History:
     @property
     def step(self) -> int:
         """Steps done."""
-        return max((int(line["step"]) for line in self.training), default=0)
+        return max((line["step"] for line in self.training), default=0)
 
     @property
     def steps(self) -> int | None:
         """Steps to be done in all, where the run came far enough to know."""
-        found = self.record.get("steps")
-        return int(found) if found is not None else None
+        found: int | None = self.record.get("steps")
+        return found
+
+    @property
+    def method(self) -> str:
+        """The command that trained it."""
+        return str(self.record.get("method", "dpo"))
+
+    @property
+    def rows(self) -> Mapping[str, int]:
+        """Rows of the data ``read``, ``kept`` and ``truncated``; of prompts nothing is counted."""
+        found: Any = self.record.get("rows")
+        return found if isinstance(found, dict) else {}
 
     @property
     def status(self) -> str:
@@ -72,27 +87,68 @@ class History:
     def curve(self, name: str, *, held_out: bool = False) -> Curve:
         """A metric over the steps; lines that lack it, or hold no finite number, are left out."""
         lines = self.held_out if held_out else self.training
-        found = [(int(line["step"]), float(line[name])) for line in lines if isinstance(line.get(name), (int, float))]
+        found = [(int(line["step"]), float(line[name])) for line in lines if line.get(name) is not None]
         return Curve([step for step, _ in found], [value for _, value in found])
+
+    def ending(self) -> list[tuple[Line, float]]:
+        """The lines of the last tenth of the steps, each with the rows of its batch: what a mean over rows is of.
+
+        They hold as many rows as the largest batch at least, since the last one of an epoch may have very few.
+        """
+        rows = self._rows()
+        count, largest = math.ceil(len(rows) / 10), max(rows, default=0.0)
+        while count < len(rows) and sum(rows[-count:]) < largest:
+            count += 1
+        return list(zip(self.training, rows, strict=True))[len(rows) - count :]
+
+    def _rows(self) -> list[float]:
+        """Rows of each step's batch, from how many there were in a second, or episodes; 1 where its line says none."""
+        found, before = [], 0.0
+        for line in self.training:
+            speed = next((line[name] for name in SPEEDS if line.get(name)), None)
+            took, episode = line.get("step_seconds"), line.get("episode")
+            if episode:
+                found.append(max(1.0, episode - before))
+                before = episode
+            else:
+                found.append(max(1.0, round(speed * took)) if speed and took else 1.0)
+        return [float(n) for n in found]
 
     def names(self) -> list[str]:
         """The metrics that there are, in the order in which they are written."""
-        return list(dict.fromkeys(name for line in (*self.training, *self.held_out) for name in line if name != "step"))
+        lines = (*self.training, *self.held_out)
+        there = (name for line in lines for name, value in line.items() if name != "step" and value is not None)
+        return list(dict.fromkeys(there))
 
 
 def read_history(folder: str | Path) -> History:
     """Read an output folder. Raises :class:`RunError` where it holds no run, or lines that are no metrics."""
     folder = Path(folder)
-    try:
-        record = json.loads((folder / "run.json").read_text("utf-8"))
-        if not isinstance(record, dict):
-            raise ValueError
-    except OSError as error:
-        raise RunError(f"{folder}: no run of prefopt (no run.json in it); name its output folder") from error
-    except ValueError as error:
-        raise RunError(f"{folder / 'run.json'} is damaged; leave this run out") from error
-    training, held_out = _lines(folder / "metrics.jsonl")
+    record = read_record(folder)
+    training: list[Line] = []
+    held_out: list[Line] = []
+    for line in read_metrics(folder):
+        evaluated = {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
+        if evaluated:
+            held_out.append({"step": line["step"], **evaluated})
+        if len(line) > len(evaluated) + 1:
+            training.append({name: value for name, value in line.items() if not name.startswith("eval_")})
     return History(folder, record, training, held_out)
+
+
+def averages_of(lines: Sequence[tuple[Line, float]]) -> dict[str, float]:
+    """Each metric's average over rows, of lines with how many rows they are of; of :data:`PLACES` what the last
+    line says."""
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(name for line, _ in lines for name in line):
+        known = [(line[name], rows) for line, rows in lines if line.get(name) is not None]
+        if name in PLACES and known:
+            found[name] = known[-1][0]
+        elif known and name == "objective/kl_error":  # the error of a mean of independent means
+            found[name] = math.hypot(*(rows * error for error, rows in known)) / sum(rows for _, rows in known)
+        elif known:
+            found[name] = statistics.fmean(*zip(*known, strict=True))
+    return found
 
 
 def in_use(folder: Path) -> bool:
@@ -107,23 +163,3 @@ def in_use(folder: Path) -> bool:
         return True
     lock.release()
     return False
-
-
-def _lines(path: Path) -> tuple[list[Record], list[Record]]:
-    training: list[Record] = []
-    held_out: list[Record] = []
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            step = int(record["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):  # cut off by a kill
-                break
-            raise RunError(f"{path}, line {number} holds no metrics; remove it, or leave this run out") from error
-        evaluated = {name.removeprefix("eval_"): value for name, value in record.items() if name.startswith("eval_")}
-        if evaluated:
-            held_out.append({"step": step, **evaluated})
-        if len(record) > len(evaluated) + 1:
-            training.append({name: value for name, value in record.items() if not name.startswith("eval_")})
-    return training, held_out

@@ -16,7 +16,8 @@ from prefopt.errors import ModelError, RunError
 from prefopt.generate.text import continuation, without_stop
 from prefopt.model.load import local_folder, vocabulary_size
 from prefopt.model.packed import causal_model
-from prefopt.model.scalar import ScalarScorer, is_classifier, load_scalar
+from prefopt.model.precision import computing_in
+from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar
 from prefopt.model.sharing import context_length
 from prefopt.records import Comparison
 from prefopt.rewards import Reward, load_reward, prompt_text
@@ -98,13 +99,13 @@ def load_judge(
     if not is_model_reward(name):
         return TextJudge(load_reward(name), tokenizer, stop)
     source = local_folder(name)
-    if not is_classifier(source):
+    if not has_scalar_head(source):
         raise ModelError(
             f"--reward {name} is a language model, which gives no score: prefopt reward makes one that does"
         )
     same_tokenizer(name, load_tokenizer(source), tokenizer)
     model = load_scalar(source, dtype=dtype, device=device, tokenizer=tokenizer).requires_grad_(False)
-    scorer = ScalarScorer(model.to(dtype), attention=attention)
+    scorer = ScalarScorer(computing_in(model, dtype), attention=attention)
     context = context_length(causal_model(model).config)
     if context is not None and longest > context:
         raise ModelError(

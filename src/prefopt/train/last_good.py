@@ -7,12 +7,14 @@ starts from a model.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from prefopt.config.ppo import PpoConfig
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import RunError
 from prefopt.losses.kl import k1
+from prefopt.model.generation import add_end_tokens
 from prefopt.model.packed import causal_model
 from prefopt.model.save import repair_generation
 from prefopt.train import checkpoint
@@ -26,10 +28,13 @@ from prefopt.train.rollouts import Rollouts
 OTHERWISE = "a lower --learning-rate or a higher --beta"
 
 
-def keep_last_good(config: PpoConfig, folder: RunFolder, policy: Policy, tokenizer: Tokenizer, *, named: bool) -> str:
+def keep_last_good(
+    config: PpoConfig, folder: RunFolder, policy: Policy, tokenizer: Tokenizer, ends: Sequence[int], *, named: bool
+) -> str:
     """Write ``last-good`` into the folder of a run that diverged; says what there is, and how to go on from it.
 
-    ``policy`` gets those weights too. ``named``: the model was named by a folder, and not given in Python.
+    ``policy`` gets those weights too; ``ends`` are the tokens that ended its responses. ``named``: the model was named
+    by a folder, and not given in Python.
     """
     found = next((kept for _, kept in checkpoint.whole(folder.checkpoints) if _is_good(kept, config.max_kl)), None)
     step = found.state["step"] if found is not None else 0
@@ -42,6 +47,7 @@ def keep_last_good(config: PpoConfig, folder: RunFolder, policy: Policy, tokeniz
         if path.exists():
             shutil.rmtree(path)
         save_model(path, policy.scorer, policy.masters, tokenizer)
+        add_end_tokens(path, ends, tokenizer, policy.scorer.model)
     except RunError as error:
         return f"the weights after step {step} were good, but {error}"
     return (

@@ -63,7 +63,7 @@ class LikelihoodObjective:
             "nll": (nll_N.detach().sum(), length_N.sum()),
             "lengths": (length_N.sum(), length_N.new_tensor(float(len(length_N)))),
         }
-        return Outcome(loss, {"loss": loss}, metrics, self.state)
+        return Outcome(loss, {"loss": loss}, metrics, self.state, {"loss": normaliser[0]})
 
     def derived(self, record: Record) -> Record:
         """``perplexity``: of a mean, so that it is taken once the mean is there."""

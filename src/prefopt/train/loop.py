@@ -22,6 +22,7 @@ from prefopt.model.packed import PackedModel
 from prefopt.model.precision import MasterWeights
 from prefopt.progress import Reporter
 from prefopt.train import checkpoint
+from prefopt.train.averages import Averages
 from prefopt.train.best import forget_bests, save_best
 from prefopt.train.callbacks import Callbacks, RunInfo
 from prefopt.train.facts import Values
@@ -88,6 +89,7 @@ class Loop:
     callbacks: Callbacks = field(default_factory=Callbacks)
     after_save: Callable[[], None] = lambda: None
     progress: Progress = field(default_factory=Progress)
+    averages: Averages = field(default_factory=Averages)
     _saved: int | None = None
 
     @property
@@ -111,6 +113,7 @@ class Loop:
             now = self.objective.state[name]
             self.objective.state[name] = {k: now[k].new_tensor(value) for k, value in kept.items()}
         self.progress = Progress(**saved.state["progress"])
+        self.averages = Averages.from_dict(saved.state.get("averages", {}))
         self.token_budget, self._saved = self.progress.token_budget, self.progress.step
         self.metrics.forget_after(self.progress.step)
         return path
@@ -173,7 +176,12 @@ class Loop:
                 self.reporter.say(f"out of memory: the step is repeated with {self.token_budget} tokens at once")
                 continue
             self._update(step, record, found)
-            return record | self.objective.derived(record) | self.measure(found.batches, time.monotonic() - started)
+            record |= self.objective.derived(record) | self.measure(found.batches, time.monotonic() - started)
+            rows = len(self._step_indices(step))
+            weights = {"loss": float(rows), **found.sums.weights}
+            ends_epoch = (step + 1) % self.sampler.steps_per_epoch == 0
+            self.averages.add(step + 1, rows, record, weights, ends_epoch=ends_epoch)
+            return record
 
     def _gradients(self, step: int) -> tuple[Record, Gradients]:
         """Gradients of a global batch on the masters, and its metrics; weights stay as they are."""
@@ -192,7 +200,9 @@ class Loop:
             group["lr"] = record["learning_rate"]
         try:
             self.optimizer.step()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             raise RunError(
                 f"step {step + 1}: the optimiser's state does not fit into the device's memory; give --lora, or a"
                 " smaller --token-budget"
@@ -258,6 +268,7 @@ class Loop:
         self.progress.token_budget = self.token_budget
         state = {"step": self.progress.step, "progress": asdict(self.progress), "random": checkpoint.random_states()}
         state["losses"] = {name: {k: float(v) for k, v in kept.items()} for name, kept in self.objective.state.items()}
+        state["averages"] = self.averages.to_dict()
         optimizer = checkpoint.optimizer_tensors(self.optimizer)
         weights = dict(self.masters.saved())
         reference = self.movement.held.saved() if self.movement is not None else None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.disk.write import output_errors
+from prefopt.train.record import numbered_lines
 
 
 class Metrics:
@@ -27,15 +28,11 @@ class Metrics:
             file.write(json.dumps(plain) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines of later steps: they are done again after a resume."""
-        kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # the last line of a killed process
-                continue
-            if record.get("step", 0) <= step:
-                kept.append(line)
+        """Drop the lines of later steps: they are done again after a resume.
+
+        Raises :class:`prefopt.errors.RunError` for a line that holds no metrics.
+        """
+        kept = [text.decode() for text, line in numbered_lines(self.path) if line["step"] <= step]
         aside = self.path.with_name(f".{self.path.name}")
         with output_errors(self.path):
             aside.write_text("".join(line + "\n" for line in kept))

@@ -158,12 +158,14 @@ class PreferenceObjective:
         values = self._with_reference(values, facts, indices)
         inputs = facts.inputs(self.names, self.optional, values)
         shares: list[torch.Tensor] = []
+        weights: list[torch.Tensor] = []
         metrics: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         state = dict(self.state)
         for term, weight in zip(self.terms, normaliser, strict=True):
             output = term(inputs, self.state)
             if self.whole_batch:
                 weight = (output.weight_G * facts.weight_R).sum().clamp(min=_TINY)
+            weights.append(weight)
             shares.append(term.weight * (output.numerator_G * facts.weight_R).sum() / weight)
             for name, values_R in output.metrics.items():
                 if self.kind != "labels" or name != "rewards/margins":  # a difference of means: of the whole batch's
@@ -171,10 +173,12 @@ class PreferenceObjective:
             if output.state is not None:
                 state[term.loss.name] = output.state
         total = torch.stack(shares).sum()
-        named = {"loss": total}
+        named, divided_by = {"loss": total}, {"loss": weights[0]}
         if len(shares) > 1:
-            named |= {f"loss/{t.loss.name}": x / t.weight for t, x in zip(self.terms, shares, strict=True)}
-        return Outcome(total, named, {**metrics, **self._seen(values, facts)}, state)
+            names = [f"loss/{term.loss.name}" for term in self.terms]
+            named |= {n: x / t.weight for n, t, x in zip(names, self.terms, shares, strict=True)}
+            divided_by = dict(zip(names, weights, strict=True))  # the sum has none of its own
+        return Outcome(total, named, {**metrics, **self._seen(values, facts)}, state, divided_by)
 
     def derived(self, record: Record) -> Record:
         """See :class:`Objective`."""

@@ -9,12 +9,15 @@ import torch
 from prefopt.config.method import MethodOptions
 from prefopt.config.ppo import PpoConfig
 from prefopt.data.tokenizer import Tokenizer
+from prefopt.disk.adapter_folder import base_of
 from prefopt.model.adapter import new_lora
+from prefopt.model.checkpoint import origin_of
 from prefopt.model.dropout import silence_dropout
+from prefopt.model.leftover import leftover_words
 from prefopt.model.load import load_model, local_folder
-from prefopt.model.packed import PackedModel, checkpoint_activations
+from prefopt.model.packed import PackedModel, causal_model, checkpoint_activations
 from prefopt.model.precision import MasterWeights
-from prefopt.model.scalar import ScalarScorer, is_classifier, load_scalar, scalar_from
+from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar, scalar_from
 from prefopt.model.scorer import Scorer
 
 AnyScorer = TypeVar("AnyScorer", bound=PackedModel)
@@ -48,6 +51,14 @@ class Trained(Generic[AnyScorer]):
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.scorer.model.parameters()).device
+
+    def leftover(self) -> str | None:
+        """What becomes of that in the model's folder which is not trained, in words; none where there is nothing."""
+        origin = origin_of(causal_model(self.scorer.model))
+        words = leftover_words(origin) if origin is not None else None
+        if origin is None or words is None or (origin.kept and self.config.lora):
+            return None  # an adapter is saved without its model
+        return f"not trained, and saved as they are: {words}" if origin.kept else f"not in a reward model: {words}"
 
     def make_trainable(self) -> str:
         """Put a new LoRA adapter on where one is asked for, and activation checkpointing; says what trains."""
@@ -92,6 +103,8 @@ class Policy(Trained[Scorer]):
         if model is None:
             adapter = local_folder(config.named_adapter) if config.named_adapter else None
             model = load_model(source, dtype=_loaded_in(config, dtype), device=device, adapter=adapter)
+            if adapter is not None:
+                _name_base(model, config.model, adapter)
         else:
             silence_dropout(model)
         super().__init__(config, dtype, model, named=given is None)
@@ -120,7 +133,7 @@ class ScalarPolicy(Trained[ScalarScorer]):
     ) -> None:
         """See :class:`Policy`; ``tokenizer`` may be given a token to pad with, see :func:`scalar_from`."""
         wide = _loaded_in(config, dtype)
-        self.fresh = given is not None or not is_classifier(source)
+        self.fresh = given is not None or not has_scalar_head(source)
         if given is None:
             model = load_scalar(source, dtype=wide, device=device, tokenizer=tokenizer, seed=config.seed)
         else:
@@ -131,6 +144,13 @@ class ScalarPolicy(Trained[ScalarScorer]):
     def score_with(self, model: torch.nn.Module) -> ScalarScorer:
         """See :class:`Trained`."""
         return ScalarScorer(model, attention=self.config.attention)
+
+
+def _name_base(model: Any, name: str, adapter: str) -> None:
+    """Where an adapter names its base as seen from its own folder, what is saved elsewhere names it as it was found."""
+    for config in getattr(model, "peft_config", {}).values():
+        if config.base_model_name_or_path and base_of(adapter) == name:
+            config.base_model_name_or_path = name
 
 
 def _loaded_in(config: Options, dtype: torch.dtype) -> torch.dtype:

@@ -80,7 +80,8 @@ class RewardObjective:
             "lengths/chosen": length_N[facts.tensor(rows.chosen)],
             "lengths/rejected": length_N[facts.tensor(rows.rejected)],
         }
-        return Outcome(total, {"loss": total}, {n: summed(x, weight_R) for n, x in seen.items()}, self.state)
+        metrics = {name: summed(x, weight_R) for name, x in seen.items()}
+        return Outcome(total, {"loss": total}, metrics, self.state, {"loss": normaliser[0]})
 
     def derived(self, record: Record) -> Record:
         """See :class:`prefopt.train.objective.Objective`."""

@@ -12,19 +12,22 @@ import torch
 from prefopt.config.dpo import DpoConfig
 from prefopt.data.group import Group
 from prefopt.data.packer import pack
-from prefopt.data.table import GroupTable
+from prefopt.data.table import GroupTable, IndexArray
 from prefopt.errors import ModelError, RunError
 from prefopt.model.check import check_scoring
-from prefopt.model.identity import Identity, identity_of_folder, identity_of_model
+from prefopt.model.identity import Identity, identity_of_model
 from prefopt.model.live import HeldWeights, LiveReference
-from prefopt.model.load import load_model, local_folder, vocabulary_size
+from prefopt.model.load import base_and_adapter, load_model, vocabulary_size
 from prefopt.model.logprobs import vocabulary_of
 from prefopt.model.memory import out_of_memory
-from prefopt.model.precision import MasterWeights
+from prefopt.model.named import identity_of_name
+from prefopt.model.precision import MasterWeights, computing_in
 from prefopt.model.reference import FillReport, ReferenceCache, ReferenceValues, Score, Scored, SpaceKey
-from prefopt.model.scorer import VERSION, Scorer, causal_model, response_sums
+from prefopt.model.scorer import Scorer, causal_model, response_sums
 from prefopt.model.sharing import context_length
+from prefopt.model.space_of import space_of
 from prefopt.progress import Bar, Reporter
+from prefopt.train.read import at, spread
 from prefopt.train.stop import StopRequest
 
 
@@ -57,9 +60,7 @@ def identify(choice: ReferenceChoice, model: torch.nn.Module | None) -> Identity
     """Identity of the reference; ``model`` is the object given in Python, where one was and it is the reference."""
     if model is not None and choice.is_start:
         return identity_of_model(model, name=choice.model)
-    return identity_of_folder(
-        local_folder(choice.model), adapter=local_folder(choice.adapter) if choice.adapter else None
-    )
+    return identity_of_name(choice.model, choice.adapter)
 
 
 class ReferenceRun:
@@ -78,11 +79,27 @@ class ReferenceRun:
         self._scorer: Scorer | None = start if choice.is_start else None
 
     def values(
-        self, groups: Sequence[Group], token_budget: int, reporter: Reporter, stop: StopRequest
+        self,
+        groups: GroupTable,
+        token_budget: int,
+        reporter: Reporter,
+        stop: StopRequest,
+        read: IndexArray | None = None,
     ) -> tuple[ReferenceValues, FillReport]:
-        """Fill the cache and read it. Raises :class:`ModelError` where the reference cannot take the data."""
-        cache = ReferenceCache(self.space())
+        """Fill the cache and read it, for all ``groups``, or for those at ``read`` alone: the others' values are NaN.
+
+        Raises :class:`ModelError` where the reference cannot take the data.
+        """
         self.check_fits(groups)
+        if read is None:
+            return self._filled(groups, token_budget, reporter, stop)
+        few, report = self._filled(at(groups, read), token_budget, reporter, stop)
+        return spread(few, read, groups), report
+
+    def _filled(
+        self, groups: GroupTable, token_budget: int, reporter: Reporter, stop: StopRequest
+    ) -> tuple[ReferenceValues, FillReport]:
+        cache = ReferenceCache(self.space())
         missing = cache.missing(groups, token_values=self.token_values)
         if not missing:
             report = FillReport(0, len(GroupTable.of(groups).key_N), 0, 0.0)
@@ -169,16 +186,13 @@ class ReferenceRun:
         """Where the values are kept."""
         # Another reference has the policy's kind of device and dtype; whether it can share, only the model can say.
         scorer = self.start if self.choice.is_start else self._other()
-        dtype = str(scorer.dtype).removeprefix("torch.")
-        return SpaceKey(self.identity, dtype, scorer.path, scorer.kernel, self.device.type, VERSION)
+        return space_of(self.identity, scorer, self.device)
 
     def _other(self) -> Scorer:
         if self._scorer is None:
-            adapter = local_folder(self.choice.adapter) if self.choice.adapter else None
-            model = load_model(
-                local_folder(self.choice.model), dtype=self.start.dtype, device=self.device, adapter=adapter
-            )
-            self._scorer = Scorer(model.to(self.start.dtype), attention=self.config.attention)
+            source, adapter = base_and_adapter(self.choice.model, self.choice.adapter)
+            model = load_model(source, dtype=self.start.dtype, device=self.device, adapter=adapter)
+            self._scorer = Scorer(computing_in(model, self.start.dtype), attention=self.config.attention)
         return self._scorer
 
     def _make_score(self) -> Score:
@@ -198,14 +212,6 @@ class ReferenceRun:
             return [[next(scored) for _ in group.continuations] for group in groups]
 
         return score
-
-
-def unscored(groups: Sequence[Group]) -> ReferenceValues:
-    """Zeros where the reference's values will stand, to try a step before anything is scored."""
-    table = GroupTable.of(groups)
-    tokens = np.concatenate([[0], np.cumsum(table.trained_N, dtype=np.int64)])
-    sums, values = np.zeros(len(table.trained_N)), np.zeros(int(tokens[-1]), np.float32)
-    return ReferenceValues(sums, table.trained_N, table.response_starts, tokens, values)
 
 
 def check_vocabulary(groups: Sequence[Group], rows: int, model: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Generic
@@ -18,35 +17,40 @@ import torch
 
 from prefopt.config.document import write_document
 from prefopt.config.method import MethodOptions
-from prefopt.data.sampler import Sampler
+from prefopt.data.ends import trained_ends
+from prefopt.data.sampler import IndexArray, Sampler
 from prefopt.data.show import show
-from prefopt.data.tokenizer import load_tokenizer
 from prefopt.data.truncate import sequence_limit
 from prefopt.data.want import Want
 from prefopt.disk.write import output_errors
 from prefopt.errors import ConfigError
+from prefopt.model.causal import refuse_untrainable
 from prefopt.model.check import CheckReport
+from prefopt.model.generation import add_end_tokens
 from prefopt.model.live import Movement
-from prefopt.model.load import load_config, local_folder, resolve_device, resolve_dtype, slow_dtype, vocabulary_size
+from prefopt.model.load import load_config, local_folder, resolve_device, resolve_dtype, vocabulary_size
 from prefopt.model.memory import peak_memory
+from prefopt.model.named import tokenizer_of_name
 from prefopt.model.packed import causal_model
 from prefopt.model.save import repair_generation
 from prefopt.model.sharing import context_length
 from prefopt.progress import Reporter, duration, size
 from prefopt.train import budget
+from prefopt.train.adapter_model import with_base
 from prefopt.train.best import load_best
 from prefopt.train.callbacks import Callbacks
 from prefopt.train.card import save_model, write_card
 from prefopt.train.data import TrainingData, load_data
 from prefopt.train.facts import Values
 from prefopt.train.folder import FREE, RunFolder, fingerprint
-from prefopt.train.history import read_history
 from prefopt.train.loop import Loop, LoopOptions
+from prefopt.train.machine import prepare_machine
 from prefopt.train.measure import measure_of
 from prefopt.train.metrics import Metrics
 from prefopt.train.objective import Objective
 from prefopt.train.optim import Schedule, adamw
 from prefopt.train.policy import AnyScorer, Trained
+from prefopt.train.read import groups_read
 from prefopt.train.reference import check_vocabulary
 from prefopt.train.spending import spending
 from prefopt.train.stop import StopRequest
@@ -76,23 +80,26 @@ class TrainingRun(Generic[AnyScorer]):
         callbacks: Sequence[Any] = (),
     ) -> None:
         """``model``, ``tokenizer`` and ``rows`` stand in for what ``config`` names."""
-        self.config, self.reporter, self.stop = config, reporter, stop
+        self.reporter, self.stop = reporter, stop
         self.given, self.rows = model, rows
         self.device = resolve_device(config.device) if model is None else next(model.parameters()).device
         if config.device and torch.device(config.device).type != self.device.type:
             raise ConfigError(f"--device {config.device}: the model given is on {self.device}; move it with model.to()")
         self.dtype = resolve_dtype(config.dtype, self.device)
+        self.config = config = with_base(config, reporter.say) if model is None else config
         self.folder = RunFolder(Path(config.output), config.to_dict(), resume=config.resume, dry=config.dry_run)
         self.source = "" if model is not None else local_folder(config.model)
         # A copy: the plain chat template may be put on it.
         self.tokenizer = copy.deepcopy(tokenizer) if tokenizer is not None else self.load_tokenizer()
-        positions = context_length(model.config if model is not None else load_config(self.source))
+        configuration = model.config if model is not None else load_config(self.source)
+        refuse_untrainable(config.model if model is None else type(model).__name__, configuration)
+        positions = context_length(configuration)
         self.limit = sequence_limit(config.max_length, positions)
         self.callbacks = Callbacks([*watchers(config, self.folder), *callbacks], config.to_dict())
 
     def run(self) -> Loop | None:
         """Every stage in turn; the loop that trained, or none for a dry run."""
-        self._prepare_machine()
+        prepare_machine(self.config, self.dtype, self.device, self.reporter)
         with spending(self.folder, self.device) as self.spending:
             return self._run()
 
@@ -107,6 +114,7 @@ class TrainingRun(Generic[AnyScorer]):
                 raise ConfigError(f"--attention does nothing here: {policy.scorer.reason}; leave it out")
             self.check = self.check_scores()
             self._say_scoring()
+            self._tell(self.policy.leftover())
             self.prepare()
             if self.config.dry_run:
                 self._preview()
@@ -124,7 +132,7 @@ class TrainingRun(Generic[AnyScorer]):
 
     def load_tokenizer(self) -> Any:
         """The tokenizer of the model named."""
-        return load_tokenizer(self.source)
+        return tokenizer_of_name(self.config.model, self.config.named_adapter)
 
     def load(self) -> TrainingData:
         """The data as the method wants them."""
@@ -207,17 +215,6 @@ class TrainingRun(Generic[AnyScorer]):
 
     # -- what is needed before training ------------------------------------------------------------------------
 
-    def _prepare_machine(self) -> None:
-        if self.config.threads:
-            torch.set_num_threads(self.config.threads)
-        if self.config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-        if slow := slow_dtype(self.dtype, self.device):
-            self.reporter.say(slow)
-        if self.device.type == "mps" and self.dtype == torch.float64:
-            raise ConfigError("--dtype float64: mps has none; take --device cpu")
-
     def _say_scoring(self) -> None:
         scorer, check = self.policy.scorer, self.check
         if scorer.reason and scorer.path == "separate":
@@ -252,8 +249,8 @@ class TrainingRun(Generic[AnyScorer]):
         """What a dry run shows beyond the lines of every run: examples, options, what it would take."""
         say = self.reporter.say
         for group in self.data.source.groups[:2]:
-            say(f"\nrow {group.row}, trained tokens in ⟦ ⟧:\n{show(group, self.tokenizer)}")
-        say("\n" + self._options())
+            self.reporter.show(f"\nrow {group.row}, trained tokens in ⟦ ⟧:\n{show(group, self.tokenizer)}")
+        self.reporter.show("\n" + self._options())
         self.say_ahead()
         say(self.policy.make_trainable())
         tokens, speed = self._token_budget(self.objective_to_try())
@@ -271,7 +268,7 @@ class TrainingRun(Generic[AnyScorer]):
 
     def _loop(self, objective: Objective) -> Loop:
         config, data, policy = self.config, self.data, self.policy
-        steps = self._steps()
+        steps = self.steps()
         tokens, speed = self._token_budget(objective)
         self.reporter.say(self._plan(tokens, speed))
         assert config.learning_rate is not None
@@ -318,19 +315,27 @@ class TrainingRun(Generic[AnyScorer]):
     def _sampler(self) -> Sampler:
         return self.data.sampler(self.config.batch_size, seed=self.config.seed, shuffle=self.config.shuffle)
 
-    def _steps(self) -> int:
+    def steps(self) -> int:
+        """How many there are to do."""
         steps = max(1, math.ceil(self.config.epochs * self._sampler().steps_per_epoch))
         return min(steps, self.config.max_steps or steps)
+
+    def groups_read(self) -> IndexArray | None:
+        """The groups that training and evaluations read, where ``--max-steps`` leaves some out."""
+        if self.config.max_steps is None:
+            return None
+        found = groups_read(self._sampler(), self.steps(), self.data.train, self.data.held_out)
+        return found if len(found) < len(self.data.groups) else None
 
     def _seconds(self, tokens: int, speed: float) -> float:
         sampler = self._sampler()
         epoch = np.asarray(self.data.train)[sampler.order(0)]
         per_step = int(self.policy.scorer.layout.costs(self.data.groups)[epoch].sum()) / sampler.steps_per_epoch
-        return self._steps() * per_step / speed * (self.passes if per_step > tokens else 1)
+        return self.steps() * per_step / speed * (self.passes if per_step > tokens else 1)
 
     def _plan(self, tokens: int, speed: float) -> str:
         return (
-            f"{self._steps()} steps of {self.config.batch_size} {self.data.noun}, {tokens} tokens at once: about"
+            f"{self.steps()} steps of {self.config.batch_size} {self.data.noun}, {tokens} tokens at once: about"
             f" {duration(self._seconds(tokens, speed))}"
         )
 
@@ -357,7 +362,7 @@ class TrainingRun(Generic[AnyScorer]):
 
     def _finish(self, loop: Loop) -> None:
         progress, data, folder = loop.progress, self.data, self.folder.path
-        self.last = dict(read_history(folder).training[-1])
+        self.metrics, told = loop.averages.told(folder, loop.objective.derived)
         if progress.best_step is not None and progress.best_step != progress.step:
             loop.masters.load(load_best(loop.checkpoints, progress.best_step))
             self.reporter.say(f"the weights of step {progress.best_step} are saved: the best on held-out {data.noun}")
@@ -366,11 +371,13 @@ class TrainingRun(Generic[AnyScorer]):
         if said := repair_generation(causal_model(loop.scorer.model)):
             self.reporter.say(f"the model as it was given cannot be saved: {said}")
         self.save()
+        self._tell(add_end_tokens(folder, trained_ends(data.groups, self.tokenizer), self.tokenizer, loop.scorer.model))
         results: dict[str, Any] = {
             "steps": progress.step,
             "held-out loss": self.held_out_loss,
             "best step": progress.best_step,
-            **{f"last step: {n}": self.last[n] for n in sorted(self.last) if n.partition("/")[0] in _CARD},
+            "training metrics": told,
+            **{f"training: {n}": self.metrics[n] for n in sorted(self.metrics) if n.partition("/")[0] in _CARD},
             **more,
             "training time": duration(progress.seconds),
             "peak memory": size(peak_memory(self.device)),

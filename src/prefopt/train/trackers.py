@@ -6,7 +6,6 @@ The id that a tracker gives the run is kept in ``run.json``: a resumed run conti
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 
 from prefopt.errors import ConfigError
 from prefopt.train.callbacks import Callback, CallbackFailed, Metrics, RunInfo
+from prefopt.train.record import read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ class Tracking(Callback):
                 raise ConfigError(f'--track {name}: it is not installed; run pip install "prefopt[{name}]"')
         self._names, self._project, self._ids, self._remember = names, project, dict(ids), remember
         self._running: dict[str, Tracker] = {}
-        told = _last_step(output / "metrics.jsonl")
+        told = max((line["step"] for line in read_metrics(output)), default=0)
         self._told = {name: told for name in names if name in ids}
 
     def on_start(self, run: RunInfo) -> None:
@@ -255,14 +255,3 @@ class Tracking(Callback):
 
 def _words(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-def _last_step(path: Path) -> int:
-    """The last step of a file of metrics; a line that a kill cut off does not count."""
-    last = 0
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            last = max(last, int(json.loads(line)["step"]))
-        except (ValueError, KeyError, TypeError):
-            continue
-    return last

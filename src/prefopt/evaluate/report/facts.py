@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from prefopt.config.command import command
 from prefopt.config.methods import METHODS, read_options
@@ -30,7 +29,8 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """One run. ``command`` starts it again, and is empty where its options are not those of this version."""
+    """One run. ``command`` starts it again, and is empty where its options are not those of this version. ``samples``
+    says what a run that learns from samples of its own earned, and is empty for others."""
 
     name: str
     summary: Mapping[str, str]
@@ -43,6 +43,7 @@ class RunFacts:
     settings: Sequence[Setting]
     environment: Mapping[str, Mapping[str, str]]
     command: str
+    samples: str
 
 
 def facts(runs: Sequence[History]) -> list[RunFacts]:
@@ -64,17 +65,18 @@ def _facts(run: History, name: str) -> RunFacts:
         settings=_settings(run),
         environment=run.record.get("environment", {}),
         command=_command(run),
+        samples=_samples(run),
     )
 
 
 def _data(run: History) -> list[Row]:
     """Where the rows come from, how many there were, and what became of them."""
-    rows: Mapping[str, Any] = run.record.get("rows", {})
-    told = [("files", shown(run.options.get("data")))]
+    rows = run.rows
+    told = [("files", shown(run.options.get("data", run.options.get("prompts"))))]
     told += [("held-out files", shown(value))] if (value := run.options.get("eval_data")) else []
-    if rows:
-        told += [(f"rows {key}", f"{value:,}") for key, value in rows.items()]
-        told += [("rows refused and left out", f"{rows['read'] - rows['kept']:,}")] if "kept" in rows else []
+    told += [(f"rows {key}", f"{value:,}") for key, value in rows.items()]
+    if {"read", "kept"} <= rows.keys():
+        told.append(("rows refused and left out", f"{rows['read'] - rows['kept']:,}"))
     if value := run.record.get("max_length"):
         told.append(("longest sequence", f"{value} tokens"))
     return told
@@ -87,7 +89,7 @@ def _identity(run: History) -> list[Row]:
 
 
 def _settings(run: History) -> list[Setting]:
-    defaults = {o.name: o.default for o in options(METHODS[_method(run)])}
+    defaults = {o.name: o.default for o in options(METHODS[run.method])} if run.method in METHODS else {}
     return [
         Setting(name.replace("_", "-"), shown(value), name not in defaults or value != defaults[name])
         for name, value in run.options.items()
@@ -96,10 +98,17 @@ def _settings(run: History) -> list[Setting]:
 
 def _command(run: History) -> str:
     try:
-        return command(_method(run), read_options(_method(run), run.options))
+        return command(run.method, read_options(run.method, run.options)) if run.method in METHODS else ""
     except UserError:
         return ""
 
 
-def _method(run: History) -> str:
-    return str(run.record.get("method", "dpo"))
+def _samples(run: History) -> str:
+    scores, ending = run.curve("objective/scores").values, reached(run)["training"]
+    if not scores or "objective/scores" not in ending:
+        return ""
+    far = f", at {ending['objective/kl']:.3g} nats from the reference" if "objective/kl" in ending else ""
+    return (
+        f"the reward of its own samples was {scores[0]:.3g} in the first step and is {ending['objective/scores']:.3g}"
+        f" over the last tenth of the steps{far}; this is the reward that it was trained on"
+    )

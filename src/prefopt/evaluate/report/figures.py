@@ -10,7 +10,7 @@ from xml.sax.saxutils import quoteattr
 
 from markupsafe import Markup
 
-from prefopt.evaluate.plot import COLOURS, SIDES, Panel, figure_of, panels_of, require_matplotlib, shortened
+from prefopt.evaluate.plot import COLOURS, SIDES, Panel, figure_of, panels_by_method, require_matplotlib, shortened
 from prefopt.evaluate.report.comparison import ComparisonFacts
 from prefopt.evaluate.runs import as_number, labels
 from prefopt.train.diagnose import change_of
@@ -21,14 +21,12 @@ WRAPPING = re.compile(r"<\?xml.*?\?>|<!DOCTYPE.*?>|<metadata>.*?</metadata>|<!--
 
 def curves(runs: Sequence[History]) -> list[tuple[Markup, list[str]]]:
     """The standard panels of these runs, a figure each with what it shows in words; a phone has one below the other."""
-    of = ", ".join(labels(runs))
-    return [
-        (
-            inline(figure_of(runs, metrics=[panel.name], titled=False), name=f"curve{n}", label=f"{panel.title}: {of}"),
-            in_words(panel, runs),
-        )
-        for n, panel in enumerate(panels_of(runs, None))
-    ]
+    found = []
+    for n, (panel, several) in enumerate(panels_by_method(runs)):
+        figure, of = figure_of(several, metrics=[panel.name], titled=False), ", ".join(labels(several))
+        figure.axes[0].set_title(panel.title, fontsize=10, loc="left")
+        found.append((inline(figure, name=f"curve{n}", label=f"{panel.title}: {of}"), in_words(panel, several)))
+    return found
 
 
 def in_words(panel: Panel, runs: Sequence[History]) -> list[str]:

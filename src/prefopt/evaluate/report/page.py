@@ -19,8 +19,8 @@ from prefopt.evaluate.report.comparison import ComparisonFacts, comparison_facts
 from prefopt.evaluate.report.facts import RunFacts, facts
 from prefopt.evaluate.report.figures import curves, win_rates
 from prefopt.evaluate.report.sweep import SweepFacts, is_sweep, sweep_facts
-from prefopt.evaluate.runs import caveats, differing, labels, shown
-from prefopt.train.history import History, read_history
+from prefopt.evaluate.runs import caveats, differing, labels, runs_of, shown
+from prefopt.train.history import History
 
 UNKNOWN = "whether the models' own answers got better is not in these numbers: compare samples of them"
 
@@ -40,7 +40,7 @@ def write_report(config: ReportConfig, results: Sequence[CompareResult] = ()) ->
     Raises :class:`prefopt.errors.UserError`.
     """
     sweeps = [folder for folder in config.run or () if is_sweep(folder)]
-    runs = [read_history(folder) for folder in config.run or () if folder not in sweeps]
+    runs = [run for folder in config.run or () if folder not in sweeps for run in runs_of(folder)]
     comparisons = [read_comparison(name) for name in config.comparisons or ()]
     comparisons += [comparison_facts(result.to_dict()) for result in results]
     swept = [sweep_facts(folder, number=n) for n, folder in enumerate(sweeps)]
@@ -74,7 +74,7 @@ def page(
         sweeps=sweeps,
         comparisons=[(c, win_rates(c, name=f"rates{n}")) for n, c in enumerate(comparisons)],
         runs=told,
-        figures=curves(runs) if any(run.training for run in runs) else [],
+        figures=curves(runs),
         different=[(n.replace("_", "-"), [shown(r.options.get(n)) for r in runs]) for n in differing(runs)]
         if several
         else [],
@@ -88,8 +88,10 @@ def page(
 
 
 def verdict(run: RunFacts) -> str:
-    """One sentence on one run: what its held-out rows say, or that there are none."""
+    """One sentence on one run: what its held-out rows say, or that there are none; of PPO what its samples earned."""
     values = dict(run.held_out)
+    if run.samples:
+        return f"{run.name}: {run.samples}"
     if "loss" not in values:
         return f"{run.name}: no row was held out, so that nothing is known of rows that it was not trained on"
     parts = [f"the loss on held-out rows is {values['loss']} at step {values['step']}"]

@@ -1,0 +1,68 @@
+"""Trained scalar heads in model folders, told from the weights: what a folder is does not hang on the class it names.
+
+Trainers write reward models and value functions under classes and names of their own: ``score`` (transformers' sequence
+classifiers), ``value_head`` (OpenRLHF), ``v_head.summary`` (TRL; LLaMA-Factory puts it into a file of its own).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from prefopt.errors import ModelError
+from prefopt.model.checkpoint import Checkpoint, Stored, headers
+
+_BESIDE = "value_head.safetensors"
+_NAMES = re.compile(r"(score|value_head|v_head|reward_head|regression_head|regression_layer|rm_head)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class ScalarHead:
+    """The tensors [by name] of a head in a folder that is not transformers' own model of it."""
+
+    folder: Path
+    tensors: dict[str, Stored]
+
+    @property
+    def weight(self) -> str:
+        """The name of its weight, or of the first of several."""
+        return next((n for n in self.tensors if n.endswith("weight")), next(iter(self.tensors)))
+
+    @property
+    def beside_a_language_model(self) -> bool:
+        """Whether such a head is put beside the head of a language model, and not in its place."""
+        return self.weight.startswith("v_head.")
+
+    def read(self, width: int) -> tuple[torch.Tensor, float]:
+        """Its weight [1, width] and its bias. Raises :class:`ModelError` where it is another kind of head."""
+        rest = [n for n in self.tensors if n not in (self.weight, self.weight.removesuffix("weight") + "bias")]
+        shape = self.tensors[self.weight].shape
+        if rest or shape != (1, width):
+            what = f"{rest[0]} beside {self.weight}" if rest else f"{self.weight} {list(shape)}"
+            raise ModelError(
+                f"{self.folder}: its scalar head is not linear from {width} numbers to one ({what}); take a reward"
+                " model with a head of that shape, or remove those tensors to begin with a new one"
+            )
+        bias = [n for n in self.tensors if n != self.weight]
+        return self._tensor(self.weight), float(self._tensor(bias[0])) if bias else 0.0
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        with safe_open(self.tensors[name].file, framework="pt") as file:
+            found: torch.Tensor = file.get_tensor(name)
+        return found
+
+
+def scalar_head(folder: str | Path) -> ScalarHead | None:
+    """The scalar head in a model folder; none in one without, or whose weights cannot be read (loading says why)."""
+    try:
+        tensors = dict(Checkpoint.read(folder).tensors)
+        if (beside := Path(folder) / _BESIDE).is_file():
+            tensors |= headers(beside)
+    except (ModelError, OSError, SafetensorError):
+        return None
+    found = {name: stored for name, stored in tensors.items() if _NAMES.match(name)}
+    return ScalarHead(Path(folder), found) if found else None

@@ -1,0 +1,52 @@
+"""How large a model would be, known before there is memory for it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from prefopt.disk.vetted import held_by
+from prefopt.errors import ModelError
+from prefopt.model.load_errors import model_errors
+from prefopt.model.memory import free_memory
+from prefopt.progress import size
+
+SLACK = 4
+"""A configuration may want so many times the parameters that its weights hold: what is missing is said at loading."""
+SMALL = 10_000_000
+"""Parameters that need no question."""
+
+
+def parameters_of(kind: Any, name: str, config: PreTrainedConfig) -> int:
+    """Parameters of the model that the auto class ``kind`` makes of a configuration, none of them given memory."""
+    state = torch.random.get_rng_state()
+    try:
+        with model_errors(name), torch.device("meta"):
+            made: torch.nn.Module = kind.from_config(copy.deepcopy(config), trust_remote_code=False)
+    finally:
+        torch.random.set_rng_state(state)
+    return sum(p.numel() for p in made.parameters())
+
+
+def check_size(kind: Any, folder: str, config: PreTrainedConfig) -> None:
+    """Raises :class:`ModelError` where a folder's configuration wants far more parameters than its weights hold."""
+    held = held_by(sorted(Path(folder).glob("*.safetensors")))
+    if held is None or getattr(config, "quantization_config", None) is not None:
+        return  # quantised weights are packed as each method likes
+    wanted = parameters_of(kind, folder, config)
+    if wanted > SLACK * held.elements + SMALL:
+        raise ModelError(
+            f"{folder}: config.json wants {wanted:,} parameters, the weights hold {held.elements:,}; they do not belong"
+            " together"
+        )
+
+
+def check_fits(kind: Any, folder: str, config: PreTrainedConfig) -> None:
+    """Raises :class:`ModelError` where a model with new weights would not fit into the memory, in float32."""
+    needed, free = 4 * parameters_of(kind, folder, config), free_memory(torch.device("cpu"))
+    if needed > free:
+        raise ModelError(f"{folder}: config.json describes a model of {size(needed)}, and {size(free)} are free")

@@ -1,0 +1,54 @@
+"""Files of options that were made to end in a traceback, and the line that they end in."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from prefopt.cli import main
+from prefopt.config.document import DEPTH, read_document
+from prefopt.errors import ConfigError
+
+BAD = {
+    "deep lists": ("a: " + "[" * 3000 + "]" * 3000, "nested more than"),
+    "deep objects": ("a: " + "{a: " * 3000 + "}" * 3000, "nested more than"),
+    "deep blocks": ("".join("  " * n + f"a{n}:\n" for n in range(3000)), "nested more than"),
+    "half of a character": ('output: "\\ud800"', "line 1: not YAML (half of a character)"),
+    "half of a character in a name": ('"\\ud800": 1', "half of a character"),
+    "half of a character in a list": ('data: [a, "\\udfff"]', "half of a character"),
+    "bytes of half a character": ("a: \ud800", "is not text in UTF-8"),
+    "aliases": ("a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]", "line 2: not YAML (an alias; write the value out)"),
+    "an alias of itself": ("a: &a [*a]", "an alias"),
+    "no date": ("beta: 2020-13-45", "not YAML (month must be in 1..12)"),
+    "no number": ("beta: !!float x", "not YAML"),
+    "a number of 5000 digits": ("beta: " + "9" * 5000, "not YAML"),
+    "no base64": ("beta: !!binary abc", "not YAML"),
+    "a control character": ("beta: \x07", "not YAML"),
+    "a class": ("beta: !!python/object:os.system x", "not YAML"),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), BAD.values(), ids=BAD.keys())
+def test_every_bad_document_is_one_line(
+    text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_bytes(text.encode("utf-8", "surrogatepass"))
+    start = time.monotonic()
+    with pytest.raises(ConfigError) as caught:
+        read_document(str(file))
+    assert said in str(caught.value) and str(file) in str(caught.value) and time.monotonic() - start < 5
+    assert main(["dpo", "--config", str(file)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_is_not_too_deep_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    deep = DEPTH - 2
+    file.write_text("data: " + "[" * deep + "x" + "]" * deep)
+    value = read_document(str(file))["data"]
+    for _ in range(deep):
+        (value,) = value  # type: ignore[misc]
+    assert value == "x"

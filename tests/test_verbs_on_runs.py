@@ -1,0 +1,236 @@
+"""Every verb that reads a run, on a real run of every method: what it is for, or one line that says what to do."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hub
+from prefopt.cli import main
+from prefopt.errors import RunError
+from prefopt.train.history import read_history
+from runs_of_all import METHODS, QUICK, RUNS, command, write_runs
+
+pytest.importorskip("matplotlib", reason="plot and report draw with it: prefopt[plot]")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning"),
+]
+
+
+KINDS = [
+    name if name in ("dpo", "lora", "reward", "ppo", "chain") else pytest.param(name, marks=pytest.mark.slow)
+    for name in METHODS
+]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of every method, that nobody changes."""
+    folder = tmp_path_factory.mktemp("runs")
+    here = Path.cwd()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFOPT_CACHE", str(folder / "cache"))
+        patch.setattr("prefopt.train.measure.matmul_peak", lambda *_: 1e10)
+        os.chdir(folder)
+        try:
+            return write_runs(folder, list(METHODS))
+        finally:
+            os.chdir(here)
+
+
+@pytest.fixture
+def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which verbs write, with the runs in it."""
+    for path in made.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def said(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """What a command prints, or the one line with which it is refused. A traceback would reach the test."""
+    capsys.readouterr()
+    status = main(words)
+    out, err = capsys.readouterr()
+    if status == 0:
+        return status, out
+    lines = [line for line in err.splitlines() if line.startswith("prefopt: ")]
+    assert status in (1, 2) and len(lines) == 1 and lines[0].startswith("prefopt: error: "), (words, err)
+    return status, lines[0]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_runs_tells_of_it(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = said(["runs", name], capsys)
+    assert status == 0 and "finished" in text
+    if name == "chain":
+        assert [line.split()[0] for line in text.splitlines()[1:]] == ["sft", "reward", "ppo"]
+    else:
+        assert f"method:    {'dpo' if METHODS[name][0] == 'dpo' else METHODS[name][0]}" in text
+        assert ("reward of the policy's samples" in text) == (name in ("ppo", "rloo"))
+        assert ("no rows were held out" in text) == (name in ("lora", "kto", "ranking"))
+    found = json.loads(said(["runs", name, "--json"], capsys)[1])
+    assert [run["status"] for run in found] == ["finished"] * (3 if name == "chain" else 1)
+    assert all(math.isfinite(run["training"]["loss"]) for run in found)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_it_is_drawn_and_reported(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    many = "3 runs" if name == "chain" else "1 run"
+    assert said(["plot", name, "--output", "p.svg"], capsys) == (0, f"p.svg: {many}\n")
+    assert said(["report", name, "--output", "p.html"], capsys)[0] == 0
+    page = Path("p.html").read_text()
+    assert "No row was held out" not in page or name not in ("ppo", "rloo")
+    if name == "chain":
+        assert [page.count(f"<h2>{stage}</h2>") for stage in ("sft", "reward", "ppo")] == [1, 1, 1]
+        assert "ppo: Reward of the policy" in page and "sft: Loss" in page
+
+
+def test_runs_of_several_methods_stand_side_by_side(
+    made: Path, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "runs of different methods" in said(["runs", *RUNS], capsys)[1]
+    assert said(["plot", *RUNS, "--output", "p.png"], capsys)[0] == 0
+    assert said(["report", *RUNS, "chain", "--output", "p.html"], capsys)[0] == 0
+    monkeypatch.chdir(made)
+    status, line = said(["report", "."], capsys)
+    assert status == 2 and "holds no run of its own, but 11 runs below it: name output folders, such as " in line
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_finished_run_is_not_resumed(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if name == "chain":  # starts again by itself, and has nothing to do
+        assert said(command(name), capsys)[0] == 0
+        return
+    status, line = said([*command(name), "--resume"], capsys)
+    assert status == 2 and "is finished; to train further, name its folder as --model" in line
+
+
+def model_of(name: str) -> list[str]:
+    if name == "lora":
+        return ["--model", "base", "--adapter", name]
+    return ["--model", "chain/ppo" if name == "chain" else name]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_its_model_is_used(
+    name: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = [x for x in QUICK if x not in ("--progress", "none")]
+    few = ["--max-new-tokens", "3", *machine]
+    works = 2 if name == "reward" else 0  # a head that gives one number writes no text
+    status, line = said(["sample", *model_of(name), "--prompts", "prompts.jsonl", "--output", "s.jsonl", *few], capsys)
+    assert status == works, line
+    monkeypatch.setattr("sys.stdin", io.StringIO("k1: \n/exit\n"))
+    status, line = said(["chat", *model_of(name), *few], capsys)
+    assert status == works, line
+    if name != "lora":
+        judged = ["--b", "base", "--prompts", "prompts.jsonl", "--judge", "length", "--output", "c.jsonl"]
+        status, line = said(["compare", "--a", model_of(name)[-1], *judged, *few], capsys)
+        assert status == works, line
+    scored = ["score", "answers.jsonl", "--reward", model_of(name)[-1], "--output", "o.jsonl", *machine]
+    status, line = said(scored, capsys)
+    assert status == 2 - works, line
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_it_is_merged_and_pushed(
+    name: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = model_of(name)[-1]
+    status, line = said(["merge", "--model", "base", "--adapter", folder, "--output", "merged"], capsys)
+    assert status == (0 if name == "lora" else 2), line
+    if name != "lora":
+        assert folder in line and "adapter" in line
+    with hub.Hub().served() as there:
+        done = hub.prefopt(there, monkeypatch, "push", folder, "--repo", "me/it", "--yes")
+        assert done.status == 0, done.err
+        assert "README.md" in there.repos["me/it"]
+
+
+# -- records and metrics that were damaged ---------------------------------------------------------------------------
+
+ODD: tuple[Any, ...] = (None, "x", [], {}, [None], {"a": []}, 10**400, 1e300, float("nan"), -1, True, 0, "\ud800")
+
+
+def changed(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The record with each value replaced by each odd one, and those of an object in it one by one."""
+    for key, value in record.items():
+        for odd in ODD:
+            yield {**record, key: odd}
+            if isinstance(value, dict) and odd is not None:
+                for inner in list(value)[:: max(1, len(value) // 3)]:
+                    yield {**record, key: {**value, inner: odd}}
+
+
+@pytest.mark.parametrize("name", ["dpo", "ppo"])
+def test_odd_values_are_told_or_read_and_never_a_traceback(
+    name: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefopt.evaluate.report import page
+    from prefopt.evaluate.show import about, plain
+
+    run = place / "odd"
+    shutil.copytree(place / name, run)
+    record = json.loads((run / "run.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    template = page.template()
+    monkeypatch.setattr(page, "curves", lambda runs: [])  # drawing takes longer than the rest together
+    monkeypatch.setattr(page, "template", lambda: template)
+
+    def readable() -> bool:
+        try:
+            found = read_history(run)
+        except RunError as error:
+            assert "\n" not in str(error) and str(run) in str(error)
+            return False
+        about(found), json.dumps(plain(found)), page.page([found])
+        return True
+
+    told = [readable() for record in changed(record) if (run / "run.json").write_text(json.dumps(record))]
+    assert True in told and False in told
+    (run / "run.json").write_text(json.dumps(record))
+    told = []
+    for line in changed(lines[-1]):
+        (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [*lines, line, *lines]))
+        told.append(readable())
+    assert True in told and False in told
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("run.json", b"\xff\xfe{}"),
+        ("run.json", b"[]"),
+        ("run.json", b"[" * 100_000),
+        ("run.json", b'{"status": "started", "rows": "many"}'),
+        ("run.json", b'{"status": "started", "options": [1]}'),
+        ("metrics.jsonl", b'{"step": 1, "loss": 0.5}\n\xff\n{"step": 2, "loss": 0.4}\n'),
+        ("metrics.jsonl", b'{"step": "one", "loss": 0.5}\n'),
+        ("metrics.jsonl", b'[1]\n{"step": 1}\n'),
+        ("metrics.jsonl", b'{"step": 1, "loss": "low"}\n'),
+        ("metrics.jsonl", b'{"step": 1, "loss": 1e200}\n'),
+    ],
+)
+def test_a_damaged_run_is_one_line_for_every_verb(
+    file: str, text: bytes, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = place / "damaged"
+    shutil.copytree(place / "dpo", run)
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
+    (run / file).write_bytes(text)
+    resume = [word if word != "dpo" or n == 0 else "damaged" for n, word in enumerate([*command("dpo"), "--resume"])]
+    for words in (["runs", "damaged"], ["plot", "damaged"], ["report", "damaged"], resume):
+        status, line = said(words, capsys)
+        assert status == 2 and f"damaged/{file}" in line
+    assert f"damaged/{file}" in said(["runs", "."], capsys)[1], "a list says which it leaves out"
