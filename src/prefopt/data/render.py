@@ -296,9 +296,7 @@ class Renderer:
             left = how.cut_words(fewer, left)
             self._say(TURN_CUT)
         if over := prompt_excess(left, limit):
-            what = (
-                f"what the chat template adds to the turns is {over} tokens too long for --max-length {limit}; raise it"
-            )
+            what = f"the prompt is {over} tokens too long for --max-length {limit} without its turns' words; raise it"
             return Problem("prompt too long", c.row, what, c.file)
         return left
 

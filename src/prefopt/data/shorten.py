@@ -1,8 +1,8 @@
 """Conversations that are too long: whole turns go first, the oldest first, then words of the turns that are left.
 
 A conversation that is cut by tokens begins in the middle of a turn, or of the marker that opens one, which no model has
-ever seen. So what is left of it is a conversation again: system turns stay, the rest begins with a turn of the user, and
-a turn that is too long by itself keeps its role and its last words.
+ever seen. So what is left of it is a conversation again: system turns stay, the rest begins with a turn of the user,
+and a turn that is too long by itself keeps its role and its last words.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from prefopt.records import Comparison
 
 Sequences = Sequence[tuple[IntArray, BoolArray]]
 
-LEAST = 8
-"""Tokens of a turn that are left at least."""
 TRIES = 4
 """How often a turn is cut again where its words, tokenized anew, have come to more tokens than before."""
 
@@ -59,9 +57,9 @@ class Shortener:
             keep = len(tokens.ids)
             for _ in range(TRIES):
                 excess = prompt_excess(sequences, self.limit)
-                if not excess or keep <= LEAST:
+                if not excess or keep <= 1:
                     break
-                keep = max(LEAST, keep - excess)
+                keep = max(1, keep - excess)
                 shorter = self._cut(content, tokens, keep, at_end=c.prompt[at].role == "system")
                 turns = (*c.prompt[:at], replace(c.prompt[at], content=shorter), *c.prompt[at + 1 :])
                 fewer = replace(c, prompt=turns)
@@ -72,7 +70,7 @@ class Shortener:
         return sequences
 
     def _cut(self, content: str, tokens: Encoded, keep: int, *, at_end: bool) -> str:
-        """The last ``keep`` tokens of a text, or the first, from whole characters and past a token that is written out."""
+        """The last ``keep`` tokens of a text, or the first: whole characters, and no part of a token written out."""
         place = int(tokens.ends[keep - 1]) if at_end else int(tokens.starts[len(tokens.ids) - keep])
         for found in self.special.finditer(content):
             if found.start() < place < found.end():
