@@ -55,6 +55,18 @@ def sequence_limit(max_length: int | None, context: int | None) -> int:
     return max_length
 
 
+def longer_limit(rows: int, kept: int, limit: int, context: int | None) -> str | None:
+    """What to say where rows were cut to ``limit`` tokens and the model has positions for more; None elsewhere.
+
+    >>> longer_limit(137, 300, 1024, 2048)
+    '137 of 300 rows are longer than --max-length 1024 and were cut; the model has 2048 positions'
+    """
+    if not rows or context is None or context <= limit:
+        return None
+    some = f"{rows} of {kept} rows are longer than --max-length {limit} and were cut"
+    return f"{some}; the model has {context} positions"
+
+
 def prompt_excess(sequences: Sequence[tuple[IntArray, BoolArray]], limit: int) -> int:
     """Tokens that the prompt of K sequences (ids [L], trained [L]) has to lose: until the longest of them fits, or
     min(128, limit // 2) tokens of it are left, as :func:`truncate` keeps them.
