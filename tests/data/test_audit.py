@@ -158,7 +158,8 @@ def refused_by_a_run(file: Path, made: Any, rendering: Rendering, want: Want, co
 
 def agree(rows: list[Any], folder: Path, want: Want) -> None:
     file = write(folder / "rows.jsonl", rows)
-    rows = [row for row in rows if not isinstance(row, str) or row.strip()]  # an empty line is no row
+    # An empty line is no row; what is white to Python alone (\x1f) is not empty.
+    rows = [row for row in rows if not isinstance(row, str) or row.encode("utf-8", "surrogatepass").strip()]
     if len(rows) == 1 and isinstance(rows[0], list):  # one line that is an array is a JSON document of rows
         rows = rows[0]
     made, rendering = tokenizer(), Rendering(24)

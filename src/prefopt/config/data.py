@@ -50,7 +50,8 @@ class RenderOptions(TemplateOptions):
 
     max_length: int | None = option(
         None,
-        "tokens of prompt and response together; longer rows are truncated and counted",
+        "tokens of prompt and response together; longer conversations lose their oldest turns, then words of a turn,"
+        " then the ends of responses, and are counted",
         group="data",
         default_text="1024, or the model's context where that is smaller",
         at_least=2,

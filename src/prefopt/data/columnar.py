@@ -3,6 +3,9 @@
 Values are what JSON could hold: text, numbers, booleans, null, lists and dicts. What else such a file may hold is
 written as text: dates and times in ISO 8601, bytes as UTF-8 or, where they are not, as base64. Decimals become numbers
 and NaN, as everywhere in prefopt, null.
+
+All structs of a column have the same fields: what an object lacks that another one has is null there. A null inside of
+an object is therefore left out, but for the ``default`` and ``const`` of a JSON schema, where null is a value.
 """
 
 from __future__ import annotations
@@ -22,6 +25,10 @@ from prefopt.errors import DataError
 # Bytes of a batch to turn into Python objects at once, and rows at most.
 BATCH_BYTES = 4 << 20
 BATCH_ROWS = 1024
+# Keys of a JSON schema that may be null, and keys below which there are names that rows chose themselves.
+NULLABLE = ("default", "const")
+ARGUMENTS = "arguments"
+NAMING = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 # Bytes that the rows of a batch may come to where a file holds at most so many a row; fewer rows would be slow.
 REPEATED_BYTES, SHARED_BYTES, FEWEST_ROWS = 1 << 27, 64, 16
 # A decimal with more digits before its point than any float is text: as a whole number it could fill the memory.
@@ -85,7 +92,7 @@ def table_rows(batches: Callable[[], Iterable[Any]], file: str) -> Iterator[obje
             wide = part.nbytes > ROW_BYTES
             part = part.slice(0, 1) if wide else part
             try:
-                rows = _values(part.to_struct_array())
+                rows = _rows(part.to_struct_array())
             except _DuplicateName as error:
                 raise DataError(str(error), file=file) from None
             except Exception as error:  # offsets, decimals, dates: what it holds is what its writer made of it
@@ -127,23 +134,26 @@ def _characters(value: Any) -> int:
     return held
 
 
-def _values(array: Any) -> list[Any]:
-    """The values of an array, column by column where it is nested, which is many times faster than row by row."""
+def _values(array: Any, key: str = "") -> list[Any]:
+    """The values of an array, column by column where it is nested, which is many times faster than row by row.
+
+    ``key`` is what the objects among them stand under.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
     kind, types = array.type, pa.types
     if types.is_struct(kind):
-        values: list[Any] = _structs(array)
+        values: list[Any] = _structs(array, key)
     elif types.is_list(kind) or types.is_large_list(kind):
-        inner, lengths = iter(_values(array.flatten())), pc.list_value_length(array).to_pylist()
+        inner, lengths = iter(_values(array.flatten(), key)), pc.list_value_length(array).to_pylist()
         values = [None if length is None else list(islice(inner, length)) for length in lengths]
     elif types.is_dictionary(kind):
-        return _values(array.dictionary_decode())
+        return _values(array.dictionary_decode(), key)
     elif isinstance(kind, pa.JsonType):
         values = [None if text is None else _json(text) for text in array.storage.to_pylist()]
     elif isinstance(kind, pa.BaseExtensionType):
-        return _values(array.storage)
+        return _values(array.storage, key)
     elif types.is_string(kind) or types.is_large_string(kind):
         values = array.to_numpy(zero_copy_only=False).tolist()  # None where it is null
     elif types.is_integer(kind) or types.is_boolean(kind) or types.is_null(kind):
@@ -153,17 +163,25 @@ def _values(array: Any) -> list[Any]:
     return values
 
 
-def _structs(array: Any) -> list[dict[str, Any] | None]:
+def _structs(array: Any, key: str) -> list[dict[str, Any] | None]:
+    """Objects without the keys that they lack."""
+    rows = _rows(array, key)
+    kept = () if key in (*NAMING, ARGUMENTS) else NULLABLE
+    rows = [{name: v for name, v in row.items() if v is not None or name in kept} for row in rows]
+    if not array.null_count:
+        return list(rows)
+    return [row if valid else None for row, valid in zip(rows, array.is_valid().to_pylist(), strict=True)]
+
+
+def _rows(array: Any, key: str = "") -> list[dict[str, Any]]:
+    """Objects with all of their keys, as rows have all columns."""
     names = [field.name for field in array.type]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise _DuplicateName(f"two columns are named {twice!r}; rename one of them")
-    columns = [_values(array.field(at)) for at in range(len(names))]
+    columns = [_values(array.field(at), key if key == ARGUMENTS else name) for at, name in enumerate(names)]
     cells = zip(*columns, strict=True) if names else repeat((), len(array))
-    rows = [dict(zip(names, row, strict=True)) for row in cells]
-    if not array.null_count:
-        return list(rows)
-    return [row if valid else None for row, valid in zip(rows, array.is_valid().to_pylist(), strict=True)]
+    return [dict(zip(names, row, strict=True)) for row in cells]
 
 
 def _plain(value: Any) -> Any:

@@ -39,6 +39,17 @@ def join_reasoning(reasoning: str, content: str) -> str:
     return f"<think>\n{reasoning}\n</think>\n\n{content}"
 
 
+def field_reasoning(turn: Message) -> Message:
+    """The turn with the closed blocks that its text begins with in the field; the same object where it has none."""
+    if turn.role != "assistant" or turn.reasoning or "<think" not in turn.content:
+        return turn
+    found, content = [], turn.content
+    while match := _BLOCK.match(content):
+        found.append(match[2].strip())
+        content = content[match.end() :]
+    return replace(turn, reasoning="\n\n".join(filter(None, found)) or None, content=content) if found else turn
+
+
 def strip_reasoning(turn: Message) -> Message:
     """The turn without its reasoning; the same object where it has none."""
     if turn.role != "assistant" or (

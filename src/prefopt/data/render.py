@@ -21,11 +21,12 @@ from prefopt.data.answers import Answers
 from prefopt.data.encoding import Encoded, Encoder, Layout
 from prefopt.data.findings import Findings, lines
 from prefopt.data.group import BoolArray, Group, IntArray
-from prefopt.data.reasoning import strip_reasoning
+from prefopt.data.reasoning import field_reasoning, strip_reasoning
 from prefopt.data.rendering import Rendering
+from prefopt.data.shorten import Sequences, Shortener
 from prefopt.data.template import ChatTemplate, Turns, Unrenderable
 from prefopt.data.tokenizer import Tokenizer, end_marks, eos_id, leading_ids, tokenizer_digest
-from prefopt.data.truncate import truncate, windows
+from prefopt.data.truncate import prompt_excess, truncate, windows
 from prefopt.data.validate import Problem
 from prefopt.errors import DataError
 from prefopt.records import Comparison, Response
@@ -42,6 +43,9 @@ AS_IT_STANDS = (
     "plain text, which no chat template shows: the one given with --chat-template or its variables is not used"
 )
 SPECIAL = "special tokens written out in the text, read as those tokens"
+INTO_FIELD = "reasoning inside of answers is put where the chat template has a field for it"
+TURNS_DROPPED = "longer than --max-length: the oldest turns are dropped whole"
+TURN_CUT = "longer than --max-length: a turn loses its first words (a system turn its last)"
 STRIPPED = "reasoning left out, as --reasoning strip says"
 APART = "the tokenizer would join the end of the prompt to the answer: they are tokenized apart, as in sampling"
 WINDOWS = "texts longer than --max-length, each cut into several rows"
@@ -131,7 +135,13 @@ class Renderer:
                     continue
                 self._row = comparison.row
                 parts = zip(row, next(encoded), strict=True)
-                yield self._group(comparison, [self._sequence(layout, tokens) for layout, tokens in parts])
+                sequences = [self._sequence(layout, tokens) for layout, tokens in parts]
+                shorter = self._shortened(comparison, sequences)
+                rendered = shorter if isinstance(shorter, Problem) else self._group(comparison, shorter)
+                if isinstance(rendered, Rendered) and not isinstance(shorter, Problem) and shorter is not sequences:
+                    dropped = _longest(sequences) - _longest(shorter)
+                    rendered = replace(rendered, prompt_cut=rendered.prompt_cut + dropped)
+                yield rendered
 
     def prompts(self, comparisons: Iterable[Comparison]) -> Iterator[IntArray | Problem]:
         """Token ids [P] up to where an answer begins, generation prompt included, or why there are none, in order.
@@ -153,7 +163,7 @@ class Renderer:
 
     def _lay_out_prompt(self, c: Comparison) -> Layout | Problem:
         self._row = c.row
-        c = self._without_reasoning(c)
+        c = self._reasoned(c)
         if c.text:
             self._say_unused()
             return Layout("".join(m.content for m in c.prompt), (), bos=True)
@@ -168,7 +178,7 @@ class Renderer:
 
     def _lay_out(self, c: Comparison) -> list[Layout] | Problem:
         self._row = c.row
-        c = self._without_reasoning(c)
+        c = self._reasoned(c)
         self._look_for_special_tokens(c)
         turns = [r.messages for r in c.responses]
         if not turns:
@@ -209,14 +219,17 @@ class Renderer:
         )
         return Layout(text, ((len(prompt), len(text)),), bos=True, eos=eos)
 
-    def _without_reasoning(self, c: Comparison) -> Comparison:
-        if self.rendering.reasoning == "keep":
+    def _reasoned(self, c: Comparison) -> Comparison:
+        """The row with its reasoning left out, or where the template wants it."""
+        keep = self.rendering.reasoning == "keep"
+        if keep and (c.text or not self._template.shows_blocks):
             return c
-        prompt: Turns = tuple(map(strip_reasoning, c.prompt))
-        responses = tuple(replace(r, messages=tuple(map(strip_reasoning, r.messages))) for r in c.responses)
+        change = field_reasoning if keep else strip_reasoning
+        prompt: Turns = tuple(map(change, c.prompt))
+        responses = tuple(replace(r, messages=tuple(map(change, r.messages))) for r in c.responses)
         if prompt == c.prompt and responses == c.responses:
             return c
-        self._say(STRIPPED)
+        self._say(INTO_FIELD if keep else STRIPPED)
         return replace(c, prompt=prompt, responses=responses)
 
     def _look_for_special_tokens(self, c: Comparison) -> None:
@@ -270,6 +283,30 @@ class Renderer:
             ids, trained = np.append(ids, np.int32(self._eos)), np.append(trained, True)
         return ids, trained
 
+    def _shortened(self, c: Comparison, sequences: Sequences) -> Sequences | Problem:
+        """The sequences of a conversation with a prompt that fits, or why there are none."""
+        limit = self.rendering.max_length
+        if limit is None or c.text or not prompt_excess(sequences, limit):
+            return sequences
+        how = Shortener(limit, self._sequences, lambda text: next(iter(self._encoder.encode([text]))), self._special)
+        fewer, left = how.drop_turns(c, sequences)
+        if fewer is not c:
+            self._say(TURNS_DROPPED)
+        if prompt_excess(left, limit):
+            left = how.cut_words(fewer, left)
+            self._say(TURN_CUT)
+        if over := prompt_excess(left, limit):
+            what = f"the prompt is {over} tokens too long for --max-length {limit} without its turns' words; raise it"
+            return Problem("prompt too long", c.row, what, c.file)
+        return left
+
+    def _sequences(self, c: Comparison) -> Sequences | None:
+        laid = self._lay_out(c)
+        if isinstance(laid, Problem):
+            return None
+        encoded = next(iter(self._encoder.encode_rows([laid])))
+        return [self._sequence(layout, tokens) for layout, tokens in zip(laid, encoded, strict=True)]
+
     def _group(self, c: Comparison, sequences: Sequence[tuple[IntArray, BoolArray]]) -> Rendered | Problem:
         def same(one: int, other: int) -> bool:
             return all(np.array_equal(a, b) for a, b in zip(sequences[one], sequences[other], strict=True))
@@ -298,6 +335,10 @@ class Renderer:
         weights = None if c.votes is None else tuple(weight for *_, weight in c.votes)
         group = replace(group, weights=weights, tiers=c.tiers, scores=c.scores, labels=c.labels)
         return Rendered(group, prompt_cut, responses_cut)
+
+
+def _longest(sequences: Sequences) -> int:
+    return max(len(ids) for ids, _ in sequences)
 
 
 def _empty(response: Turns) -> bool:

@@ -85,6 +85,19 @@ class ChatTemplate:
         return not self._fields.isdisjoint(REASONING_FIELDS)
 
     @cached_property
+    def shows_blocks(self) -> bool:
+        """Whether reasoning inside of the text is shown as it stands, though reasoning in its field is shown otherwise.
+
+        What a model of such a template thinks belongs into the field: the tags in the text are none of its format.
+        """
+        if not self.reads_reasoning:
+            return False
+        asked, block = Message("user", "q"), join_reasoning(_WORD, _OTHER)
+        inline = self._try(asked, Message("assistant", block))
+        field = self._try(asked, Message("assistant", _OTHER, reasoning=_WORD))
+        return block in inline and _WORD in field and _OTHER in field and f"<think>\n{_WORD}" not in field
+
+    @cached_property
     def reads_date(self) -> bool:
         """Whether the text changes with the day it is rendered on."""
         if not any("strftime_now" in jinja.names(source) for source in self.sources):

@@ -1,5 +1,8 @@
 """Over-long rows: the prompt is cut from the left, then the end of each response.
 
+The prompt of a conversation has been made to fit before (see :mod:`prefopt.data.shorten`): what is cut here from the
+left is plain text.
+
 >>> ids = [1, 2, 3, 4, 5, 6, 7, 8]
 >>> cut = truncate([(ids, [0, 0, 0, 0, 1, 1, 1, 1])], max_length=4)
 >>> cut.sequences[0][0].tolist(), cut.prompt, cut.responses
@@ -50,6 +53,30 @@ def sequence_limit(max_length: int | None, context: int | None) -> int:
     if context is not None and max_length > context:
         raise ConfigError(f"--max-length {max_length} is over the model's context of {context} tokens; give no more")
     return max_length
+
+
+def longer_limit(rows: int, kept: int, limit: int, context: int | None) -> str | None:
+    """What to say where rows were cut to ``limit`` tokens and the model has positions for more; None elsewhere.
+
+    >>> longer_limit(137, 300, 1024, 2048)
+    '137 of 300 rows are longer than --max-length 1024 and were cut; the model has 2048 positions'
+    """
+    if not rows or context is None or context <= limit:
+        return None
+    some = f"{rows} of {kept} rows are longer than --max-length {limit} and were cut"
+    return f"{some}; the model has {context} positions"
+
+
+def prompt_excess(sequences: Sequence[tuple[IntArray, BoolArray]], limit: int) -> int:
+    """Tokens that the prompt of K sequences (ids [L], trained [L]) has to lose: until the longest of them fits, or
+    min(128, limit // 2) tokens of it are left, as :func:`truncate` keeps them.
+
+    >>> prompt_excess([(np.arange(9), np.arange(9) > 6)], 6), prompt_excess([(np.arange(9), np.arange(9) > 6)], 2)
+    (3, 6)
+    """
+    need = max(len(ids) for ids, _ in sequences) - limit
+    prompt = min(int(np.argmax(trained)) for _, trained in sequences)
+    return max(0, min(need, prompt - min(KEEP_PROMPT, limit // 2)))
 
 
 def truncate(

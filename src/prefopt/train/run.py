@@ -20,7 +20,7 @@ from prefopt.config.method import MethodOptions
 from prefopt.data.ends import trained_ends
 from prefopt.data.sampler import IndexArray, Sampler
 from prefopt.data.show import show
-from prefopt.data.truncate import sequence_limit
+from prefopt.data.truncate import longer_limit, sequence_limit
 from prefopt.data.want import Want
 from prefopt.disk.write import output_errors
 from prefopt.errors import ConfigError
@@ -93,8 +93,8 @@ class TrainingRun(Generic[AnyScorer]):
         self.tokenizer = copy.deepcopy(tokenizer) if tokenizer is not None else self.load_tokenizer()
         configuration = model.config if model is not None else load_config(self.source)
         refuse_untrainable(config.model if model is None else type(model).__name__, configuration)
-        positions = context_length(configuration)
-        self.limit = sequence_limit(config.max_length, positions)
+        self.positions = context_length(configuration)
+        self.limit = sequence_limit(config.max_length, self.positions)
         self.callbacks = Callbacks([*watchers(config, self.folder), *callbacks], config.to_dict())
 
     def run(self) -> Loop | None:
@@ -105,6 +105,8 @@ class TrainingRun(Generic[AnyScorer]):
 
     def _run(self) -> Loop | None:
         self.data = self.load()
+        source = self.data.source
+        self._tell(longer_limit(source.truncated, source.kept, self.limit, self.positions))
         self.before_model()
         self.policy = self.load_policy()
         try:

@@ -10,6 +10,7 @@ import pytest
 from prefopt.data.formats import parse_comparisons
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.validate import Problem, check
+from prefopt.data.want import convert
 from prefopt.errors import DataError
 from prefopt.records import Comparison, Message, Response, ToolCall
 
@@ -199,8 +200,15 @@ def test_ultrafeedback_scores() -> None:
     assert one(text | {"score_chosen": 2, "score_rejected": 1}).scores == (2.0, 1.0)
     assert problem(text | {"score_rejected": 1}).what == "has score_rejected and lacks score_chosen"
     scored = one(text | {"metadata": {"score_chosen": 2, "score_rejected": 2, "id": 3}})
-    assert scored.scores == (2.0, 2.0) and scored.pairs == ((0, 1),) and scored.extra == {"metadata": {"id": 3}}
+    assert (
+        scored.scores == (2.0, 2.0)
+        and scored.tiers == ((0, 1),)
+        and scored.pairs == ()
+        and scored.extra == {"metadata": {"id": 3}}
+    )
     assert problem(text | {"score_chosen": 1, "score_rejected": 2}).kind == "scores against the preference"
+    tie = convert(one(text | {"score_chosen": 2, "score_rejected": 2}), "pairs")
+    assert isinstance(tie, Problem) and tie.kind == "only ties"
     # The prompt stands in both sides, or in neither.
     answers = {"chosen": [{"role": "assistant", "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}]}
     asked = [{"role": "user", "content": "q"}]

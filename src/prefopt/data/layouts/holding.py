@@ -30,7 +30,8 @@ def need_pair(c: Comparison, *, scores: bool = False) -> tuple[Response, Respons
     for name, value in (("labels", c.labels), ("votes", c.votes), ("scores", None if scores else c.scores)):
         if value is not None:
             raise CannotHold(name)
-    if c.tiers != ((0,), (1,)):
+    tied = scores and c.scores is not None and c.scores[0] == c.scores[1]
+    if c.tiers != (((0, 1),) if tied else ((0,), (1,))):
         raise CannotHold("two responses of which none is preferred")
     return c.responses[0], c.responses[1]
 

@@ -93,9 +93,10 @@ class Layout:
         for given, column in columns.names.items():
             if self.field_of(given) == name:
                 return column if row.get(column) is not None else None
-        if row.get(name) is not None:
-            return name
-        return next((a for a, of in self.aliases.items() if of == name and row.get(a) is not None), None)
+        # A column that was given to another field is that field's alone, whatever its own name is.
+        taken = {column for given, column in columns.names.items() if self.field_of(given) is not None}
+        own = (name, *(a for a, of in self.aliases.items() if of == name))
+        return next((c for c in own if c not in taken and row.get(c) is not None), None)
 
     def reads_column(self, name: str, looks: str) -> bool:
         """Whether it reads a column that has a name of its own and holds values that look so."""

@@ -140,7 +140,12 @@ class Row:
         labels: tuple[bool, ...] | None = None,
         votes: tuple[tuple[int, int, float], ...] | None = None,
     ) -> Comparison:
-        """What the row says, with its place, tools, and the columns not read. A prompt's turns are never trained."""
+        """What the row says, with its place, tools, and the columns not read. A prompt's turns are never trained.
+
+        Equal scores make a pair a tie, whatever its columns are called.
+        """
+        if tiers == ((0,), (1,)) and scores is not None and scores[0] == scores[1]:
+            tiers = ((0, 1),)
         if not self.tags.verbatim and not all(m.trained for m in prompt):
             prompt = tuple(replace(m, trained=True) for m in prompt)
         sides, tools = tuple(responses), self.tools
