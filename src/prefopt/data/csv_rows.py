@@ -32,7 +32,8 @@ NAME_LIMIT = 200
 
 
 def read_csv(content: Content, *, keep_going: bool = False, header: bool = True) -> Iterator[object]:
-    """Rows of a file whose first line names the columns, or with ``header=False`` is a row. ``keep_going`` as :func:`prefopt.data.read.read_rows`."""
+    """Rows of a file whose first line names the columns, or with ``header=False`` is a row; then columns are called 1,
+    2, ... ``keep_going`` as :func:`prefopt.data.read.read_rows`."""
     file = str(content.path)
     structured = _structured_columns(content, header)
     number = 0

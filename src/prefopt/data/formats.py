@@ -51,8 +51,8 @@ class Reading:
 
     Iterating gives one :class:`Comparison` or :class:`Problem` for each row, in order; each pass reads the source
     again. ``layout`` is the name of the rows' layout, ``count`` how many there are. ``notes`` says what was passed
-    over, such as columns that nothing reads; keys inside of columns are added to it by the first full pass. ``lost`` says
-    which columns seem to hold responses and are not read, and what to type; a preference method refuses such a file.
+    over, such as columns that nothing reads; keys inside of columns are added to it by the first full pass. ``lost``
+    says which columns seem to hold responses and are not read, and what to type: preference methods refuse them.
     ``joined``: rows of one prompt that follow each other are one comparison, and counted as one.
     """
 

@@ -34,5 +34,5 @@ def _one(rows: list[Comparison]) -> Comparison:
         return first
     scores = tuple(score for row in rows for score in row.scores or ())
     responses = tuple(response for row in rows for response in row.responses)
-    extra = {name: [row.extra.get(name) for row in rows] for name in first.extra}
+    extra: dict[str, object] = {name: [row.extra.get(name) for row in rows] for name in first.extra}
     return replace(first, responses=responses, scores=scores, tiers=tiers_of(scores), extra=extra)

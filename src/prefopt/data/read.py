@@ -79,9 +79,11 @@ def _reader(content: Content, keep_going: bool, header: bool) -> Iterator[object
     elif content.head.startswith((ARROW_FILE, ARROW_STREAM)):
         yield from columnar.read_arrow(content)
     elif _is_json(content):
-        read = json_rows.read_list if content.first == b"[" else json_rows.read_lines
         with content.opened() as handle:
-            yield from read(handle, str(content.path), keep_going)
+            if content.first == b"[":
+                yield from json_rows.read_list(handle, str(content.path), keep_going)
+            else:
+                yield from json_rows.read_lines(handle, str(content.path), keep_going, content.opened)
     elif layout_name(content.path) in CSV_NAMES:
         yield from csv_rows.read_csv(content, keep_going=keep_going, header=header)
     elif layout_name(content.path) in TABLE_NAMES:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from prefopt.config.option import nearest
 from prefopt.data.layouts import LAYOUTS
-from prefopt.data.layouts.layout import PLAIN, Columns, Layout
+from prefopt.data.layouts.layout import PLAIN, SIDES, Columns, Layout
 from prefopt.data.layouts.shapes import look
 from prefopt.data.layouts.values import kind
 from prefopt.data.problem import NAMED_ROWS
@@ -169,9 +169,8 @@ def _lost(unread: Sequence[str], names: Mapping[str, str]) -> str:
         return ""
     typed = suggestion(names) or "--columns first=COLUMN second=COLUMN label=COLUMN, or another --format"
     ignore = f"--ignore-columns {' '.join(found)}"
-    return f"{listed(found)} seem{'s' * (len(found) == 1)} to hold responses and is not read: {typed}; or {ignore}".replace(
-        "seem to hold responses and is", "seem to hold responses and are"
-    )
+    seem = "seems to hold responses and is" if len(found) == 1 else "seem to hold responses and are"
+    return f"{listed(found)} {seem} not read: {typed}; or {ignore}"
 
 
 def _unread(layout: Layout, names: Mapping[str, str], columns: Columns) -> list[str]:
@@ -197,7 +196,8 @@ def _unknown(survey: _Survey, file: str, why: str) -> DataError:
     some = [x for x in survey.candidates if lacks[x.name] and (survey.alone or len(lacks[x.name]) < len(x.fields))]
     # Of several that lack as much, the one that knows most of the columns; of those the least particular.
     near = min(reversed(some), key=lambda x: (len(lacks[x.name]), -len(x.known & row.keys())), default=None)
-    if typed := suggestion({str(name): look(value) for name, value in row.items() if value is not None}):
+    typed = suggestion({str(name): look(value) for name, value in row.items() if value is not None})
+    if typed and not all(side in row for side in SIDES):  # what the nearest layout lacks would mislead
         remedy = f"which response is better is not said in words known here: {typed}"
         return DataError(f"unknown layout: row {number} has {listed([str(n) for n in row])}; {remedy}", file=file)
     hint = f"{near.name} needs {', '.join(lacks[near.name])} as well" if near else "prefopt data layouts lists them all"

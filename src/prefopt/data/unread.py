@@ -1,4 +1,4 @@
-"""Columns that seem to hold responses, told by name and look: where a layout does not read one, a preference is lost."""
+"""Columns that seem to hold responses, told by name and look: where none of them is read, a preference is lost."""
 
 from __future__ import annotations
 

@@ -12,11 +12,11 @@ from prefopt.data.layouts.layout import Layout
 
 _ORDER = (
     kwise.BY_INDEX_LAYOUT,
+    several.RANKS,
     kwise.CANONICAL,
     openai.PREFERENCE,
     v1.PAIR,
     *public.PUBLIC,
-    several.RANKS,
     several.SIDES,
     sharegpt.RANKING,
     alpaca.RANKING,

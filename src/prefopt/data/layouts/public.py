@@ -1,4 +1,4 @@
-"""Public data sets of comparisons, told by their columns: a table of where each keeps what, and what its labels mean."""
+"""Public data sets of comparisons, told by their columns: a table of where each keeps what and what labels mean."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ PUBLIC = (
         ("prompt", "response_1", "response_2", "preference_strength"),
         STRENGTHS.read,
         {"prompt": "What is 2 + 2?", "response_1": "22", "response_2": "4", "preference_strength": 3},
-        says="a prompt and two responses; preference_strength is below 0 where the first is better, above where the second",
+        says="a prompt and two responses; preference_strength is below 0 where the first is better, else above",
         origin="HelpSteer2, preference",
         words={"label": "preference_strength"},
         shape=_numbered,
@@ -256,7 +256,7 @@ PUBLIC = (
         ("context", "response1", "response2", "overall_preference"),
         HELPSTEER3.read,
         {"context": [USER], "response1": "22", "response2": "4", "overall_preference": 3},
-        says="a conversation and two responses; overall_preference is below 0 where the first is better, above where the second",
+        says="a conversation and two responses; overall_preference is below 0 where the first is better, else above",
         origin="HelpSteer3",
         words={"label": "overall_preference"},
         shape=always,

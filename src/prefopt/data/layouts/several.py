@@ -124,7 +124,8 @@ def _same(responses: int, others: int, name: str) -> None:
 
 def lists(row: Mapping[str, object]) -> bool:
     """The sides are lists of texts, not of messages."""
-    return all(isinstance(row[n], (list, tuple)) and look(row[n]) in ("texts", "list") for n in ("chosen", "rejected"))
+    sides = [look(row[name]) for name in ("chosen", "rejected")]
+    return "texts" in sides and set(sides) <= {"texts", "list"}
 
 
 def listed_output(row: Mapping[str, object]) -> bool:

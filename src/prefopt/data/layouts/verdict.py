@@ -22,13 +22,15 @@ def spelt(value: object) -> str:
     """A label as text, so that ``1``, ``1.0`` and ``"1"`` are one, and so are ``true`` and ``"True"``."""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
     if isinstance(value, str):
         text = value.strip().lower()
         try:
             return f"{float(text):g}" if text[:1].isdigit() or text[:1] in "+-." else text
         except ValueError:
             return text
-    return f"{value:g}" if isinstance(value, (int, float)) else ""
+    return f"{value:g}" if isinstance(value, float) else ""
 
 
 def parse_means(given: Sequence[str]) -> dict[str, str]:
