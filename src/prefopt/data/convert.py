@@ -85,6 +85,8 @@ def layout_named(name: str) -> Layout:
     if plain not in LAYOUTS:
         guess = nearest(plain, list(LAYOUTS)) or f"; there are {', '.join(LAYOUTS)}"
         raise ConfigError(f"--layout {name!r} is no layout{guess}")
+    if not LAYOUTS[plain].written:
+        raise ConfigError(f"--layout {plain}: such rows are read, not written; --layout canonical holds all they say")
     return LAYOUTS[plain]
 
 

@@ -193,7 +193,11 @@ def _unknown(survey: _Survey, file: str, why: str) -> DataError:
     if not isinstance(row, dict):
         return DataError(f"unknown layout: it is {kind(row)}, not an object with named fields", file=file, row=number)
     lacks = {x.name: [f for f in x.fields if x.column_of(f, row, survey.columns) is None] for x in survey.candidates}
-    some = [x for x in survey.candidates if lacks[x.name] and (survey.alone or len(lacks[x.name]) < len(x.fields))]
+    some = [
+        x
+        for x in survey.candidates
+        if lacks[x.name] and (survey.alone or x.written) and (survey.alone or len(lacks[x.name]) < len(x.fields))
+    ]
     # Of several that lack as much, the one that knows most of the columns; of those the least particular.
     near = min(reversed(some), key=lambda x: (len(lacks[x.name]), -len(x.known & row.keys())), default=None)
     typed = suggestion({str(name): look(value) for name, value in row.items() if value is not None})

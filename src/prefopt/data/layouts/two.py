@@ -42,8 +42,9 @@ class Signature:
 
 
 def judged(row: Mapping[str, object]) -> bool:
-    """Something says which of two responses is better."""
-    return any(row.get(name) is not None for name in JUDGED)
+    """There are two responses, and something says which is better."""
+    sides = [look(row[name]) for name in ("first", "second")]
+    return not {"number", "truth"} & set(sides) and any(row.get(name) is not None for name in JUDGED)
 
 
 def _read(row: Row, prompt: tuple[Message, ...], *, text: bool) -> Comparison:
