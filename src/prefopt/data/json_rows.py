@@ -126,7 +126,8 @@ def _one_object(handle: BufferedReader) -> str:
         (key for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)), ""
     )
     remedy = f"save the list under {under[:60]!r} alone" if under else "put it into a list: [{...}, {...}]"
-    return f"is one JSON object, not a list of rows nor a row in each line; {remedy}"
+    what = "is one JSON object, not a list of rows nor a row in each line (the row does not end in its line)"
+    return f"{what}; {remedy}"
 
 
 def _line_hint(line: str, error: json.JSONDecodeError) -> str:

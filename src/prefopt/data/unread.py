@@ -40,7 +40,8 @@ def suggestion(columns: Mapping[str, str]) -> str:
     if len(found) != 2:
         return ""
     label = next((n for n in columns if n.lower() in LABELS or n.lower().startswith(("better", "prefer"))), "")
-    means = " --label-means 0=first,1=second,2=tie (or as the file has it)" if label else ""
+    numbers = columns.get(label) in ("number", "truth")  # text may well name a side
+    means = " --label-means 0=first,1=second,2=tie (or as the file has it)" if numbers else ""
     judged = f"label={label}" if label else "label=COLUMN"
     return f"--columns prompt={prompt or 'COLUMN'} first={found[0]} second={found[1]} {judged}{means}"
 

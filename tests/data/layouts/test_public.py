@@ -49,6 +49,7 @@ ARGILLA = {"fields": {"prompt": "Why?", "response-a": "a", "response-b": "b"}, "
         (SHP | {"labels": 0}, "shp", SECOND),
         (SHP | {"labels": "1"}, "shp", FIRST),
         (SHP | {"labels": 0.0}, "shp", SECOND),
+        (SHP | {"labels": True}, "shp", FIRST),
         (SHP | {"labels": 2}, "shp", "unknown label"),
         (PKU, "pku-saferlhf", SECOND),
         (PKU | {"better_response_id": 0}, "pku-saferlhf", FIRST),
@@ -64,6 +65,7 @@ ARGILLA = {"fields": {"prompt": "Why?", "response-a": "a", "response-b": "b"}, "
         (ARENA | {"winner": "model_a"}, "arena", FIRST),
         (ARENA | {"winner": "tie"}, "arena", TIE),
         (ARENA | {"winner": "tie (bothbad)"}, "arena", TIE),
+        (ARENA | {"winner": "Model_A"}, "arena", FIRST),
         (ARENA | {"winner": "nobody"}, "arena", "label of unknown meaning"),
         (COLUMNS, "arena-columns", FIRST),
         (COLUMNS | {"winner_model_a": False, "winner_model_b": True}, "arena-columns", SECOND),
@@ -251,3 +253,12 @@ def test_every_public_layout_that_compares_gives_pairs() -> None:
         if not layout.written and not layout.joins:
             c = layout.parse(json.loads(json.dumps(layout.example)), 1, "f")
             assert isinstance(found := convert(c, "pairs"), Comparison) and found.pairs, layout.name
+
+
+@pytest.mark.parametrize("name", sorted(x.name for x in LAYOUTS.values() if not x.written))
+def test_a_row_that_lacks_a_column_is_a_bad_row_among_good_ones(name: str) -> None:
+    layout = LAYOUTS[name]
+    for field in layout.fields:
+        reading = read(dict(layout.example), {**layout.example, field: None})
+        assert reading.layout == name
+        assert [(p.row, p.kind) for p in reading.problems] == [(2, "missing field")]

@@ -13,7 +13,10 @@ TIERS: Mapping[str, tuple[tuple[int, ...], ...]] = {"first": ((0,), (1,)), "seco
 WORDS: Mapping[str, str] = {
     **dict.fromkeys(("first", "a", "model_a", "response_a"), "first"),
     **dict.fromkeys(("second", "b", "model_b", "response_b"), "second"),
-    **dict.fromkeys(("tie", "equal", "draw", "tie (bothbad)", "tie_bothbad", "both_bad", "bothbad"), "tie"),
+    **dict.fromkeys(
+        ("tie", "equal", "draw", "tie (bothbad)", "tie (both bad)", "tie_bothbad", "both_bad", "bothbad", "both bad"),
+        "tie",
+    ),
 }
 UNSAID = "label of unknown meaning"
 
@@ -53,7 +56,7 @@ def verdict(value: object, name: str, means: Mapping[str, str], sides: Sequence[
         raise BadRow("wrong type", f"{name} is {kind(value)}, not a label")
     label = spelt(value)
     names = means or {**WORDS, **dict(zip(map(spelt, sides), ("first", "second"), strict=False))}
-    found = names.get(label)
+    found = names.get(label, names.get({"true": "1", "false": "0"}.get(label, "")))
     if found in TIERS:
         return str(found)
     if means:
