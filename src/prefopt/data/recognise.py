@@ -12,7 +12,7 @@ from prefopt.data.layouts.layout import PLAIN, SIDES, Columns, Layout
 from prefopt.data.layouts.shapes import look
 from prefopt.data.layouts.values import kind
 from prefopt.data.problem import NAMED_ROWS
-from prefopt.data.unread import holds_responses, suggestion
+from prefopt.data.unread import responses_among, suggestion
 from prefopt.errors import ConfigError, DataError
 
 NAMED_COLUMNS = 20
@@ -164,7 +164,7 @@ def _decide(layouts: Mapping[str, _Seen], file: str) -> Layout | None:
 
 def _lost(unread: Sequence[str], names: Mapping[str, str]) -> str:
     """What is said of columns that seem to hold responses and are not read, or nothing."""
-    found = [name for name in unread if holds_responses(name, names[name])]
+    found = [name for name in responses_among(names) if name in unread]
     if not found:
         return ""
     typed = suggestion(names) or "--columns first=COLUMN second=COLUMN label=COLUMN, or another --format"

@@ -19,7 +19,7 @@ ABOUT = frozenset(
     " correct incorrect gold reference references expected ground truth final parsed extracted format finish is has"
     " metadata meta info prompt question system safe safety harm severity aspect key keys index start end list style"
     " best example examples processed original raw quality level status choice preference annotator worker"
-    " subset domain constraint constraints aliases text_id".split()
+    " subset domain constraint constraints aliases".split()
 )
 LOOKS = ("text", "transcript", "texts", "messages", "replies", "weighted", "message")
 
@@ -30,9 +30,18 @@ def holds_responses(name: str, looks: str) -> bool:
     return looks in LOOKS and bool(words & HOLDS) and not words & ABOUT
 
 
+def responses_among(columns: Mapping[str, str]) -> list[str]:
+    """The columns, by name and look, that seem to hold responses. ``winner`` is one where there is a ``loser``, and
+    else a label."""
+    names = {name.lower() for name in columns}
+    against = dict(POLES)
+    labels = {name for name in LABELS if against.get(name) not in names}
+    return [name for name, looks in columns.items() if holds_responses(name, looks) and name.lower() not in labels]
+
+
 def suggestion(columns: Mapping[str, str]) -> str:
     """What to type so that two responses, and a label of which is better, are read; nothing where no two are there."""
-    found = [name for name, looks in columns.items() if holds_responses(name, looks)]
+    found = responses_among(columns)
     prompt = next((n for n in columns if n in ("prompt", "instruction", "question", "query", "input", "context")), "")
     poles = _poles(found)
     if poles:

@@ -243,6 +243,11 @@ def test_columns_that_hold_responses_and_are_not_read_are_told(columns: dict[str
 
 
 def test_what_to_type_names_the_columns() -> None:
+    judged = read({"prompt": "Why?", "response_a": "a", "response_b": "b", "winner": "model_a"}).lost
+    assert judged.startswith("response_a, response_b seem to hold responses")
+    assert "--columns prompt=prompt first=response_a second=response_b label=winner" in judged
+    assert "chosen=winner rejected=loser" in read({"prompt": "Why?", "winner": "a", "loser": "b"}).lost
+    assert not read({"prompt": "Why?", "winner": "model_a", "preference": "strong"}).lost
     assert "--columns prompt=prompt chosen=good rejected=bad" in read({"prompt": "Why?", "good": "a", "bad": "b"}).lost
     with pytest.raises(DataError, match="prompt=question chosen=good rejected=bad"):
         read({"question": "Why?", "good": "a", "bad": "b"})

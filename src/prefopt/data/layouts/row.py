@@ -71,6 +71,7 @@ class Row:
         """True or false, which 1 and 0 stand for too; ``--label-means`` may say ``good`` and ``bad`` of others."""
         label = spelt(value)
         if self.means:
+            label = {"true": "1", "false": "0"}.get(label, label) if label not in self.means else label
             if self.means.get(label) not in ("good", "bad"):
                 known = ", ".join(f"{k}={v}" for k, v in self.means.items())
                 raise BadRow("unknown label", f"{name} is {value!r}; --label-means knows {known}")
