@@ -124,23 +124,11 @@ def parse(name: str, words: list[str]) -> dict[str, Any]:
 
     known = {o.name: o for o in options(VERBS[name].config)}
     lists = {o.flag for o in known.values() if list[str] in o.kinds}
-    words = _gathered(_flagged(words, [o.flag for o in known.values() if o.positional]), lists)
+    words = _gathered(_flagged(words, [o for o in known.values() if o.positional]), lists)
     try:
         return dict(vars(parser_of(name).parse_args(words)))
     except ArgumentError as error:
         raise _plainly(name, str(error), known) from error
-
-
-def _flagged(words: list[str], positional: list[str]) -> list[str]:
-    """Words that come first without their flag, each with its own; the last flag takes all that are left."""
-    found: list[str] = []
-    for number, flag in enumerate(positional):
-        if not words or words[0].startswith("-"):
-            break
-        taken = 1 if number < len(positional) - 1 else len(words)
-        found += [flag, *words[:taken]]
-        words = words[taken:]
-    return found + words
 
 
 _CONFIG_HELP = "read options from a YAML file, names spelt with dashes or underscores; the command line overrides it"
@@ -158,6 +146,24 @@ def _shape(o: Option) -> dict[str, Any]:
         return shape | {"type": Literal[o.choices]}
     number = "N" if int in o.kinds else "X" if float in o.kinds else o.name.rsplit("_", 1)[-1].upper()
     return shape | {"metavar": number}
+
+
+def _flagged(words: list[str], places: Sequence[Option]) -> list[str]:
+    """The same words, those before the first option behind the flags of the positional options that they fill.
+
+    Where there are words for all of these that have no flag among the others, each but the first takes one, from the
+    end; the first, which may be a list, takes the rest.
+    """
+    count = next((at for at, word in enumerate(words) if word.startswith("-")), len(words))
+    plain, rest = words[:count], words[count:]
+    given = {word.partition("=")[0] for word in rest}
+    open_ = [o for o in places if o.flag not in given] or list(places[:1])
+    if not plain or not open_:
+        return words
+    first, *others = open_ if len(plain) >= len(open_) else open_[:1]
+    cut = len(plain) - len(others)
+    filled = [word for o, one in zip(others, plain[cut:], strict=True) for word in (o.flag, one)]
+    return [first.flag, *plain[:cut], *filled, *rest]
 
 
 def _gathered(words: list[str], lists: set[str]) -> list[str]:

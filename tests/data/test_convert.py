@@ -32,6 +32,8 @@ EXTRAS = st.dictionaries(
     max_size=2,
 )
 
+WRITTEN = sorted(x.name for x in LAYOUTS.values() if x.written)
+
 
 def plain(c: Comparison) -> tuple[Comparison, dict[str, object]]:
     """What a comparison says, and its further columns; a column that holds nothing is none."""
@@ -73,7 +75,7 @@ def some(draw: st.DrawFn) -> list[Comparison]:
 
 
 @settings(max_examples=100, suppress_health_check=list(HealthCheck))
-@given(name=st.sampled_from(["canonical"] * 3 + sorted(LAYOUTS)), several=some())
+@given(name=st.sampled_from(["canonical"] * 3 + WRITTEN), several=some())
 def test_rows_come_back_from_either_kind_of_file(
     name: str, several: list[Comparison], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -82,7 +84,7 @@ def test_rows_come_back_from_either_kind_of_file(
 
 @pytest.mark.slow
 @settings(max_examples=3000, suppress_health_check=list(HealthCheck))
-@given(name=st.sampled_from(["canonical"] * 3 + sorted(LAYOUTS)), several=some())
+@given(name=st.sampled_from(["canonical"] * 3 + WRITTEN), several=some())
 def test_many_rows_come_back_from_either_kind_of_file(
     name: str, several: list[Comparison], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -90,7 +92,7 @@ def test_many_rows_come_back_from_either_kind_of_file(
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-@pytest.mark.parametrize("name", sorted(LAYOUTS))
+@pytest.mark.parametrize("name", WRITTEN)
 def test_every_layout_becomes_canonical_and_comes_back(name: str, ending: str, tmp_path: Path, capsys: Any) -> None:
     layout = LAYOUTS[name]
     source = write(tmp_path / "source.jsonl", [dict(layout.example)] * 2)
@@ -146,3 +148,16 @@ def test_a_table_has_plain_types_where_the_rows_have(tmp_path: Path) -> None:
     types = {f.name: str(f.type) for f in pq.read_schema(out)}
     assert types["id"] == "int64" and types["tags"] == "struct<k: list<element: int64>>"
     assert types["responses"] == "list<element: string>"
+
+
+@pytest.mark.parametrize("name", sorted(x.name for x in LAYOUTS.values() if not x.written))
+def test_layouts_that_are_read_alone_become_canonical_and_are_refused_as_outputs(
+    name: str, tmp_path: Path, capsys: Any
+) -> None:
+    source = write(tmp_path / "source.jsonl", [dict(LAYOUTS[name].example)] * 2)
+    canonical = tmp_path / "canonical.jsonl"
+    assert main(["data", "convert", str(source), str(canonical)]) == 0, capsys.readouterr()
+    expected = [(c.prompt, c.responses, c.tiers, c.votes) for c in read_comparisons(source).comparisons]
+    assert [(c.prompt, c.responses, c.tiers, c.votes) for c in read_comparisons(canonical).comparisons] == expected
+    assert main(["data", "convert", str(canonical), str(tmp_path / "back.jsonl"), "--layout", name]) == 2
+    assert f"--layout {name}: such rows are read, not written" in capsys.readouterr().err

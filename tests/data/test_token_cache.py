@@ -271,7 +271,7 @@ def test_ties_are_left_out_and_counted_and_no_fault() -> None:
     comparisons = [Comparison.scored("p", ["a", "b"], scores=s, row=n) for n, s in enumerate(scores, 1)]
 
     class Scored:
-        file, count, notes = "rows", len(comparisons), ()
+        file, count, notes, lost = "rows", len(comparisons), (), ""
 
         def __iter__(self) -> Any:
             return iter(comparisons)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config.collect import CollectNewConfig, ImportOptions
+from prefopt.config.data import READING
 from prefopt.config.sample import SampleConfig
 from prefopt.data.formats import open_comparisons
 from prefopt.data.layouts import LAYOUTS
@@ -107,8 +108,7 @@ def sampled(config: CollectNewConfig, folder: Path) -> Gathered:
             "num": config.num // len(config.model),
             "output": str(path),
             "resume": path.exists(),
-            "format": config.format,
-            "columns": config.columns,
+            **{name: getattr(config, name) for name in READING},
             "on_bad_row": config.on_bad_row,
             "max_new_tokens": config.max_new_tokens,
             "temperature": config.temperature,
@@ -131,7 +131,7 @@ def sampled(config: CollectNewConfig, folder: Path) -> Gathered:
 
 
 def _rows(source: Source, options: ImportOptions, found: Gathered) -> Iterator[Comparison]:
-    reading = open_comparisons(source, format=options.format, columns=options.columns)
+    reading = open_comparisons(source, format=options.format, columns=options.column_words)
     for c in reading:
         found.read += 1
         if isinstance(c, Problem):

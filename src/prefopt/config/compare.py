@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from prefopt.config.data import ReadOptions
+from prefopt.config.data import READING, ReadOptions
 from prefopt.config.machine import MachineOptions
 from prefopt.config.option import check_all, flag, from_dict, option, options, to_dict
 from prefopt.config.score import is_model_reward
 from prefopt.errors import ConfigError
 
-_OF_VOTES = {"votes", "format", "columns", "seed", "json", "progress"}
+_OF_VOTES = {"votes", *READING, "seed", "json", "progress"}
 _OF_DRAWING = ("num", "max_new_tokens", "temperature")
-_OF_READING = ("format", "columns", "on_bad_row")
+_OF_READING = (*READING, "on_bad_row")
 _OF_MACHINES = tuple(field.name for field in fields(MachineOptions))
 _OF_TASKS = ("tasks", "task_folder", "task_limit", "task_results")
 _OF_LLM = ("judge_url", "judge_model", "judge_key")

@@ -9,6 +9,9 @@ from typing import Literal
 from prefopt.config.option import option
 from prefopt.errors import ConfigError
 
+# Options that say how rows are understood, for whoever hands them on.
+READING = ("format", "columns", "label_means", "ignore_columns", "header")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
@@ -25,6 +28,25 @@ class ReadOptions:
         "columns and roles by another name, NAME=COLUMN, such as prompt=question or user_tag=human",
         group="data",
     )
+    label_means: list[str] | None = option(
+        None,
+        "what labels mean, LABEL=MEANING: first, second, tie; or good, bad; such as 0=first,1=second,2=tie",
+        group="data",
+    )
+    ignore_columns: list[str] | None = option(
+        None, "columns that seem to hold responses and are left unread on purpose", group="data"
+    )
+    header: Literal["first-line", "none"] = option(
+        "first-line", "what names the columns of .csv and .tsv files; none: they are called 1, 2, ...", group="data"
+    )
+
+    @property
+    def column_words(self) -> list[str] | None:
+        """All that is said of columns, as :func:`prefopt.data.columns.said_of_columns` reads it; None for nothing."""
+        words = list(self.columns or ())
+        words += [f"--label-means={word}" for word in self.label_means or ()]
+        words += [f"--ignore-columns={word}" for word in self.ignore_columns or ()]
+        return words + ["--header=none"] * (self.header == "none") or None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,7 +63,7 @@ class DataConvertConfig(_Written):
     data: list[str] = option(
         help="files, folders, globs or Hub data sets to read; one or more", group="data", positional=True
     )
-    output: str = option(help="file to write: .jsonl or .parquet", group="output")
+    output: str = option(help="file to write: .jsonl or .parquet", group="output", positional=True)
     layout: str = option(
         "canonical", "layout of the rows that are written, as prefopt data layouts names them", group="output"
     )
@@ -81,8 +81,12 @@ class DataSplitConfig(_Written):
     )
     fraction: float = option(help="part of the prompts that goes to --output-eval", group="data", above=0, below=1)
     seed: int = option(0, "another seed draws other prompts; a run with --eval-fraction draws the same", group="data")
-    output_train: str = option(help="file for the rows to train on: .jsonl or .parquet", group="output")
-    output_eval: str = option(help="file for the rows to evaluate on: .jsonl or .parquet", group="output")
+    output_train: str = option(
+        help="file for the rows to train on: .jsonl or .parquet", group="output", positional=True
+    )
+    output_eval: str = option(
+        help="file for the rows to evaluate on: .jsonl or .parquet", group="output", positional=True
+    )
 
     def __post_init__(self) -> None:
         check_all(self)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from prefopt.config.data import ReadOptions, TemplateOptions
+from prefopt.config.data import READING, ReadOptions, TemplateOptions
 from prefopt.config.given import parse_given
 from prefopt.config.machine import MachineOptions
 from prefopt.config.option import check_all, from_dict, option, to_dict
@@ -102,7 +102,7 @@ class RlhfConfig(MachineOptions, TemplateOptions, ReadOptions):
             ours["model"] = str(self.folder("tuned" if self.adapts else "sft"))
         if name == "ppo":
             if self.prompts is not None:  # the layout that is named is that of the data
-                ours = {n: value for n, value in ours.items() if n not in ("format", "columns")}
+                ours = {n: value for n, value in ours.items() if n not in READING}
             ours |= {"prompts": self.prompts or self.data, "reward": str(self.folder("reward"))}
         given = parse_given(name, getattr(self, name) or ())
         place = f"--{name}"

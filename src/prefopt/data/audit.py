@@ -20,7 +20,7 @@ import numpy as np
 from prefopt.data.formats import open_comparisons
 from prefopt.data.ledger import Ledger, Severity
 from prefopt.data.lengths import Lengths, add_columns
-from prefopt.data.load import NO_FAULT
+from prefopt.data.load import NO_FAULT, PREFERENCES
 from prefopt.data.prepare import Chunk, Preparer, Row, chunks
 from prefopt.data.problem import Problem
 from prefopt.data.repeats import Found, Repeats
@@ -121,6 +121,9 @@ def _audit_source(source: Source, number: int, found: Audit, how: How, examples:
     reading = open_comparisons(source, format=how.format, columns=how.columns)
     tally, ledger = found.files[number], found.ledger
     tally.layout = reading.layout
+    if reading.lost:
+        severity: Severity = "error" if how.want in PREFERENCES else "warning"
+        ledger.note(severity, "responses that are not read", tally.file, None, reading.lost)
     checker = _Checker(how, found)
     for rows in chunks(reading):
         tally.rows += len(rows)

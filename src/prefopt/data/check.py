@@ -42,7 +42,7 @@ def run_check(config: DataCheckConfig, context: int | None = None) -> int:
             rendering=rendering,
             want=config.want,
             format=config.format,
-            columns=config.columns,
+            columns=config.column_words,
             show=config.show,
             progress=None if config.json else _Bars(stack),
         )

@@ -7,12 +7,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from prefopt.config.option import nearest
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.layouts.layout import Columns
 from prefopt.data.layouts.messages import CALL, TAGS, Tags
+from prefopt.data.layouts.verdict import parse_means
 from prefopt.errors import ConfigError
+
+# What is said of columns beside their names travels with them, as words that no NAME=COLUMN can be.
+MEANS, IGNORED, HEADLESS = "--label-means=", "--ignore-columns=", "--header=none"
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a person says of the columns of a file: NAME=COLUMN, what labels mean, what is not read on purpose, and
+    whether the first line of separated values is a row already."""
+
+    pairs: dict[str, str]
+    means: dict[str, str]
+    ignored: tuple[str, ...]
+    headless: bool
+
+
+def said_of_columns(given: Sequence[str] | None) -> Said:
+    """The words of :attr:`prefopt.config.data.ReadOptions.column_words` in parts; raises :class:`ConfigError`."""
+    words = list(given or ())
+    means = parse_means([word.removeprefix(MEANS) for word in words if word.startswith(MEANS)])
+    ignored = tuple(word.removeprefix(IGNORED) for word in words if word.startswith(IGNORED))
+    named = [word for word in words if not word.startswith((MEANS, IGNORED)) and word != HEADLESS]
+    return Said(parse_columns(named), means, ignored, HEADLESS in words)
+
 
 # LLaMA-Factory's names for what a role is spelt as.
 ROLE_TAGS = {
@@ -50,7 +76,14 @@ def parse_columns(given: Sequence[str] | None) -> dict[str, str]:
     return pairs
 
 
-def columns_of(pairs: Mapping[str, str], *, refused: Sequence[str] = (), cells: bool = False) -> Columns:
+def columns_of(
+    pairs: Mapping[str, str],
+    *,
+    refused: Sequence[str] = (),
+    cells: bool = False,
+    means: Mapping[str, str] | None = None,
+    ignored: Sequence[str] = (),
+) -> Columns:
     """What a layout needs to know of columns and tags; a tag that is given goes before those that are known anyway."""
     names = {name: column for name, column in pairs.items() if name not in KEY_TAGS and name not in ROLE_TAGS}
     roles = {spelt: ROLE_TAGS[tag] for tag, spelt in pairs.items() if tag in ROLE_TAGS}
@@ -58,4 +91,4 @@ def columns_of(pairs: Mapping[str, str], *, refused: Sequence[str] = (), cells: 
     # The keys go in pairs; one that is given stands in each pair for its half.
     keys = [(role or r, content or c) for r, c in zip(TAGS.role, TAGS.content, strict=True)]
     tags = Tags(tuple(r for r, _ in keys), tuple(c for _, c in keys), {**TAGS.roles, **roles}, unread=set())
-    return Columns(names, tags, tuple(refused), cells)
+    return Columns(names, tags, tuple(refused), cells, means or {}, tuple(ignored))

@@ -37,7 +37,7 @@ def run_convert(config: DataConvertConfig) -> int:
     outputs = {"--output": config.output}
     with row_files(outputs, overwrite=config.overwrite, inputs=paths_of(sources), loose=loose_columns(layout)) as files:
         for source in sources:
-            read += convert_source(source, layout, files[0], config.format, config.columns, problems, reporter)
+            read += convert_source(source, layout, files[0], config.format, config.column_words, problems, reporter)
         settle(problems, read, config.on_bad_row, reporter)
         files[0].finish()
     reporter.say(f"{read:,} rows read, {files[0].written:,} written to {config.output} as {layout.name}")
@@ -85,6 +85,8 @@ def layout_named(name: str) -> Layout:
     if plain not in LAYOUTS:
         guess = nearest(plain, list(LAYOUTS)) or f"; there are {', '.join(LAYOUTS)}"
         raise ConfigError(f"--layout {name!r} is no layout{guess}")
+    if not LAYOUTS[plain].written:
+        raise ConfigError(f"--layout {plain}: such rows are read, not written; --layout canonical holds all they say")
     return LAYOUTS[plain]
 
 

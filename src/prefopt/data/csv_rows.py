@@ -29,13 +29,14 @@ BROKEN = re.compile(r"""\s*\[\s*\{\s*["']""")
 NAME_LIMIT = 200
 
 
-def read_csv(content: Content, *, keep_going: bool = False) -> Iterator[object]:
-    """Rows of a file whose first line names the columns. ``keep_going`` as :func:`prefopt.data.read.read_rows`."""
+def read_csv(content: Content, *, keep_going: bool = False, header: bool = True) -> Iterator[object]:
+    """Rows of a file whose first line names the columns, or with ``header=False`` is a row; then columns are called 1,
+    2, ... ``keep_going`` as :func:`prefopt.data.read.read_rows`."""
     file = str(content.path)
-    structured = _structured_columns(content)
+    structured = _structured_columns(content, header)
     number = 0
     with content.opened() as handle:
-        table = _Table(handle, content)
+        table = _Table(handle, content, header)
         for number, cells in enumerate(table, 1):
             try:
                 row = _row(table, cells, structured)
@@ -70,19 +71,28 @@ def _row(table: _Table, cells: list[str], structured: list[str]) -> dict[str, ob
 class _Table:
     """The records of a file as lists of cells: ``header`` names them, ``start`` is the line that the last began in."""
 
-    def __init__(self, handle: BufferedReader, content: Content) -> None:
+    def __init__(self, handle: BufferedReader, content: Content, header: bool) -> None:
         self.file = str(content.path)
         self.delimiter = _delimiter(content)
         csv.field_size_limit(ROW_BYTES)
         self._held = 0  # bytes of the record that is being read
         self._reader = csv.reader(self._lines(handle), delimiter=self.delimiter, strict=True)
         self.start = 1
-        self.header = self._names(next(self, []))
+        self._first: list[str] | None = None
+        first = next(self, [])
+        if header:
+            self.header = self._names(first)
+        else:
+            self.header = [str(at) for at in range(1, len(first) + 1)]
+            self._first = first or None
 
     def __iter__(self) -> _Table:
         return self
 
     def __next__(self) -> list[str]:
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
         while True:
             self.start, self._held = self._reader.line_num + 1, 0
             try:
@@ -133,12 +143,12 @@ def _delimiter(content: Content) -> str:
     return next((sign for sign in ",\t;" if sign.encode() in first), ",")
 
 
-def _structured_columns(content: Content) -> list[str]:
+def _structured_columns(content: Content, header: bool) -> list[str]:
     """Names of the columns to decode. It reads as far as a cell in every column tells: most often, one row."""
     decoded: dict[int, bool] = {}
     with content.opened() as handle:
         try:
-            table = _Table(handle, content)
+            table = _Table(handle, content, header)
             decoded = dict.fromkeys(range(len(table.header)), False)  # columns still in question: was any cell decoded?
             for cells in table:
                 for at in [at for at in decoded if at < len(cells) and cells[at].strip()]:

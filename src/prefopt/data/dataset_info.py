@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from prefopt.data.columns import KEY_TAGS, ROLE_TAGS
 from prefopt.data.layouts import LAYOUTS
+from prefopt.data.layouts.verdict import parse_means
 from prefopt.errors import DataError
 
 NAME = "dataset_info.json"
@@ -22,12 +23,14 @@ MEDIA = ("images", "videos", "audios")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One data set: the layout's name, columns and tags by LLaMA-Factory's names, and the columns that hold media."""
+    """One data set: the layout's name, columns and tags by LLaMA-Factory's names, the columns that hold media,
+    and what its labels mean (``label_means``, a key of our own)."""
 
     name: str
     layout: str
     pairs: Mapping[str, str]
     media: tuple[str, ...]
+    means: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def note(self) -> str:
@@ -64,14 +67,14 @@ def find_entry(path: Path | None) -> Entry | None:
     found = [_entry(name, entry) for name, entry in named]
     if not found:
         return None
-    if other := next((e for e in found if (e.layout, e.pairs, e.media) != _said(found[0])), None):
+    if other := next((e for e in found if _said(e) != _said(found[0])), None):
         what = f"{NAME} beside it has two entries for it, {found[0].name} and {other.name}; say --format and --columns"
         raise DataError(what, file=str(path))
     return found[0]
 
 
-def _said(entry: Entry) -> tuple[str, Mapping[str, str], tuple[str, ...]]:
-    return entry.layout, entry.pairs, entry.media
+def _said(entry: Entry) -> tuple[object, ...]:
+    return entry.layout, entry.pairs, entry.media, entry.means
 
 
 def _entry(name: str, entry: Mapping[str, object]) -> Entry:
@@ -82,13 +85,16 @@ def _entry(name: str, entry: Mapping[str, object]) -> Entry:
     if formatting in ("sharegpt", "openai"):
         layout = {"ranking": "sharegpt-ranking", "kto": "kto"}.get(kind, "sharegpt")
         pairs.setdefault("messages", "conversations")
+    elif {"first", "second"} <= set(columns):
+        layout = "two-responses-chat"
     elif set(columns) == {"prompt"} and not kind:
         layout = "raw-text"
     else:
         layout = {"ranking": "alpaca-ranking", "kto": "alpaca-kto"}.get(kind, "alpaca")
     known = LAYOUTS[layout]
     pairs = {word: column for word, column in pairs.items() if word in TAGS or known.field_of(word)}
-    return Entry(name, layout, pairs, tuple(columns[word] for word in MEDIA if word in columns))
+    means = parse_means([f"{label}={meaning}" for label, meaning in _texts(entry.get("label_means")).items()])
+    return Entry(name, layout, pairs, tuple(columns[word] for word in MEDIA if word in columns), means)
 
 
 def _texts(value: object) -> dict[str, str]:

@@ -17,16 +17,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from prefopt.data.columns import columns_of, parse_columns
+from prefopt.data.columns import columns_of, said_of_columns
 from prefopt.data.content import layout_name
 from prefopt.data.dataset_info import find_entry
+from prefopt.data.joined import joined
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.layouts.layout import Columns, Layout
 from prefopt.data.layouts.values import BadRow
 from prefopt.data.problem import Problem
 from prefopt.data.read import CSV_NAMES, read_rows
 from prefopt.data.recognise import listed, named_layout, recognise
-from prefopt.errors import DataError
+from prefopt.errors import ConfigError, DataError
 from prefopt.records import Comparison
 
 
@@ -50,21 +51,39 @@ class Reading:
 
     Iterating gives one :class:`Comparison` or :class:`Problem` for each row, in order; each pass reads the source
     again. ``layout`` is the name of the rows' layout, ``count`` how many there are. ``notes`` says what was passed
-    over, such as columns that nothing reads; keys inside of columns are added to it by the first full pass.
+    over, such as columns that nothing reads; keys inside of columns are added to it by the first full pass. ``lost``
+    says which columns seem to hold responses and are not read, and what to type: preference methods refuse them.
+    ``joined``: rows of one prompt that follow each other are one comparison, and counted as one.
     """
 
-    def __init__(self, source: Source, layout: Layout, columns: Columns, count: int, notes: Sequence[str]) -> None:
+    def __init__(
+        self,
+        source: Source,
+        layout: Layout,
+        columns: Columns,
+        count: int,
+        notes: Sequence[str],
+        lost: str = "",
+    ) -> None:
         self.file, self.layout, self.count = source.name, layout.name, count
+        self.joined, self.lost = layout.joins, lost
         self.notes = [f"{self.file}: {note}" for note in notes]
         self._source, self._layout, self._columns = source, layout, columns
-        self._said = False
+        self._said, self._rows = False, count
+        if layout.joins:
+            self.count = sum(1 for _ in joined(self._each()))
+            what = "rows of one prompt that follow each other are compared"
+            self.notes.append(f"{self.file}: {count} rows are {self.count} prompts: {what}")
 
     def __iter__(self) -> Iterator[Comparison | Problem]:
+        yield from joined(self._each()) if self.joined else self._each()
+
+    def _each(self) -> Iterator[Comparison | Problem]:
         number = 0
         for number, row in enumerate(_rows(self._source, self._columns), 1):
             yield self._parsed(row, number)
-        if number != self.count:
-            raise DataError(f"had {self.count} rows and now has {number}: it changed while it was read", file=self.file)
+        if number != self._rows:
+            raise DataError(f"had {self._rows} rows and now has {number}: it changed while it was read", file=self.file)
         if not self._said and (unread := self._columns.tags.unread):
             self.notes.append(f"{self.file}: keys inside of columns not read: {listed(sorted(unread))}")
         self._said = True
@@ -100,6 +119,18 @@ class _File:
 
     def rows(self, *, keep_going: bool = False) -> Iterator[object]:
         return read_rows(self.path, keep_going=keep_going)
+
+
+class _Headless:
+    """Separated values whose first line is a row: columns are called by their places, from 1."""
+
+    def __init__(self, source: Source, cells: bool) -> None:
+        if source.path is None or not cells:
+            raise ConfigError(f"--header none is about .csv and .tsv files, and {source.name} is none")
+        self.name, self.path = source.name, source.path
+
+    def rows(self, *, keep_going: bool = False) -> Iterator[object]:
+        return read_rows(self.path, keep_going=keep_going, header=False)
 
 
 class _Memory:
@@ -139,16 +170,20 @@ def open_comparisons(source: Source, *, format: str | None = None, columns: Sequ
     unknown role) is a :class:`Problem` instead.
     """
     named = named_layout(format) if format is not None else None
-    given = parse_columns(columns)
+    said = said_of_columns(columns)
+    given = said.pairs
     entry = find_entry(source.path) if named is None else None
     cells = source.path is not None and layout_name(source.path) in CSV_NAMES
     pairs, refused = ({**entry.pairs, **given}, entry.media) if entry else (given, ())
-    understood = columns_of(pairs, refused=refused, cells=cells)
+    means = {**(entry.means if entry else {}), **said.means}
+    understood = columns_of(pairs, refused=refused, cells=cells, means=means, ignored=said.ignored)
+    if said.headless:
+        source = _Headless(source, cells)
     named = LAYOUTS[entry.layout] if entry else named
     rows = _rows(source, understood)
     found = recognise(rows, source.name, named, understood, asked=given, why=entry.note if entry else "")
     notes = [entry.note, *found.notes] if entry else found.notes
-    return Reading(source, found.layout, understood, found.count, notes)
+    return Reading(source, found.layout, understood, found.count, notes, found.lost)
 
 
 def _rows(source: Source, columns: Columns) -> Iterator[object]:

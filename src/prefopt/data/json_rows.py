@@ -14,7 +14,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from io import BufferedReader
 from typing import Any
 
@@ -26,6 +27,9 @@ WINDOW = 1 << 20
 TAIL = 16
 # Deeper than any row of data, and far from the depth at which Python gives up, here or wherever the row goes next.
 DEPTH = 100
+
+
+Opener = Callable[[], AbstractContextManager[BufferedReader]]
 
 
 class _DuplicateKey(ValueError):
@@ -69,8 +73,13 @@ def _check_depth(text: str, start: int, end: int) -> None:
             raise RecursionError(f"nested more than {DEPTH} deep")
 
 
-def read_lines(handle: BufferedReader, file: str, keep_going: bool = False) -> Iterator[object]:
-    """Rows of JSON lines; blank lines are none. ``keep_going`` as :func:`prefopt.data.read.read_rows` has it."""
+def read_lines(
+    handle: BufferedReader, file: str, keep_going: bool = False, again: Opener | None = None
+) -> Iterator[object]:
+    """Rows of JSON lines; blank lines are none. ``keep_going`` as :func:`prefopt.data.read.read_rows` has it.
+
+    ``again`` opens the file once more, to tell whether one that has no row in its first line is a single object.
+    """
     row = 0
     for number, (raw, whole) in enumerate(lines_of(handle), 1):
         problem = None
@@ -85,6 +94,10 @@ def read_lines(handle: BufferedReader, file: str, keep_going: bool = False) -> I
         except UnicodeDecodeError as error:
             problem = not_utf8(error, f"at line {number}")
         except json.JSONDecodeError as error:
+            if row == 0 and line[0] == "{" and again is not None:
+                with again() as whole:
+                    if said := _one_object(whole):
+                        raise DataError(said, file=file) from None
             problem = f"not JSON at line {number} ({error.msg}, column {error.colno}); {_line_hint(line, error)}"
         except (ValueError, RecursionError) as error:
             problem = f"not readable at line {number}: {error}"
@@ -95,6 +108,29 @@ def read_lines(handle: BufferedReader, file: str, keep_going: bool = False) -> I
             yield DataError(problem, file=file, row=row)
         else:
             raise DataError(problem, file=file, row=row)
+
+
+# No more of a file is looked at to tell whether it is one object.
+WHOLE = 1 << 26
+
+
+def _one_object(handle: BufferedReader) -> str:
+    """What is said of a file that is one JSON object over several lines, or several such; nothing of any other."""
+    text = handle.read(WHOLE).removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace").strip()
+    try:
+        value, end = _LENIENT.raw_decode(text)
+    except (ValueError, RecursionError):
+        return ""
+    if "\n" not in text[:end]:
+        return ""
+    if end < len(text):
+        return "holds JSON objects that go over several lines each; put each into a line, or all into a list"
+    under = next(
+        (key for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)), ""
+    )
+    remedy = f"save the list under {under[:60]!r} alone" if under else "put it into a list: [{...}, {...}]"
+    what = "is one JSON object, not a list of rows nor a row in each line (the row does not end in its line)"
+    return f"{what}; {remedy}"
 
 
 def _line_hint(line: str, error: json.JSONDecodeError) -> str:

@@ -39,6 +39,8 @@ LARGE = 100_000_000
 PARALLEL_ROWS = 4000
 # What is nothing wrong with a row: it says something, only not what is wanted. Such rows are left out and counted.
 NO_FAULT = ("only ties",)
+# What needs more of a row than a prompt or one response: a column of responses that is not read is missed there.
+PREFERENCES = ("pairs", "scored", "ranking", "labels")
 
 
 @dataclass(slots=True)
@@ -251,6 +253,8 @@ def _tokenise(reading: Reading, how: _How, append: Append) -> Report:
     problems: list[Problem] = []
     findings: Findings = {}
     conversations, done = False, 0
+    if reading.lost and how.want in PREFERENCES:
+        raise DataError(reading.lost, file=reading.file)
     with ExitStack() as stack:
         bar = None
         if reading.count >= PARALLEL_ROWS:

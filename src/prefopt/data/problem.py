@@ -55,7 +55,7 @@ def refuse(problems: Sequence[Problem], read: int) -> DataError:
     """The error for rows that cannot be used, naming rows and count."""
     files = {p.file for p in problems}
     count = refused_rows(problems)
-    remedy = "put them right, or leave them out with --on-bad-row skip"
-    what = f"{count} of {read} rows cannot be used: {describe(problems)}; {remedy}"
+    remedy = "; put them right, or leave them out with --on-bad-row skip" if count < read else ""
+    what = f"{count} of {read} rows cannot be used: {describe(problems)}{remedy}"
     row = problems[0].row if count == 1 else None
     return DataError(what, file=files.pop() if len(files) == 1 else None, row=row)

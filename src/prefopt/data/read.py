@@ -27,7 +27,7 @@ CSV_NAMES = (".csv", ".tsv", ".tab")
 TABLE_NAMES = (".parquet", ".arrow", ".feather")
 
 
-def read_rows(path: str | os.PathLike[str], *, keep_going: bool = False) -> Iterator[object]:
+def read_rows(path: str | os.PathLike[str], *, keep_going: bool = False, header: bool = True) -> Iterator[object]:
     """Yield the rows of a file of JSON, comma- or tab-separated values, parquet or arrow, in order, as Python values.
 
     JSON and separated values may be compressed (gzip, bzip2, xz, zstd). The file is never held whole.
@@ -36,12 +36,12 @@ def read_rows(path: str | os.PathLike[str], *, keep_going: bool = False) -> Iter
     kind, and where a row cannot be read (with its row and line). With ``keep_going``, a row that cannot be read is
     given as the :class:`DataError` to raise for it, in its place, and the rows after it follow, wherever it is certain
     where they begin: in JSON lines, in a list where a row is JSON but unusable, and where a record has a wrong number
-    of cells.
+    of cells. ``header``: the first line of separated values names the columns; else they are called 1, 2, ...
     """
     content = look(Path(path))
     number = 0
     try:
-        for row in _reader(content, keep_going):
+        for row in _reader(content, keep_going, header):
             number += 1
             yield row
     except DAMAGED as error:
@@ -83,17 +83,19 @@ def _is_json(content: Content) -> bool:
     return content.first in (b"[", b"{")
 
 
-def _reader(content: Content, keep_going: bool) -> Iterator[object]:
+def _reader(content: Content, keep_going: bool, header: bool) -> Iterator[object]:
     if content.head.startswith(PARQUET):
         yield from columnar.read_parquet(content)
     elif content.head.startswith((ARROW_FILE, ARROW_STREAM)):
         yield from columnar.read_arrow(content)
     elif _is_json(content):
-        read = json_rows.read_list if content.first == b"[" else json_rows.read_lines
         with content.opened() as handle:
-            yield from read(handle, str(content.path), keep_going)
+            if content.first == b"[":
+                yield from json_rows.read_list(handle, str(content.path), keep_going)
+            else:
+                yield from json_rows.read_lines(handle, str(content.path), keep_going, content.opened)
     elif layout_name(content.path) in CSV_NAMES:
-        yield from csv_rows.read_csv(content, keep_going=keep_going)
+        yield from csv_rows.read_csv(content, keep_going=keep_going, header=header)
     elif layout_name(content.path) in TABLE_NAMES:
         what = f"is no {layout_name(content.path)[1:]} file, whatever its name says; download or copy it again"
         raise DataError(what, file=str(content.path))

@@ -8,10 +8,11 @@ from types import MappingProxyType
 
 from prefopt.config.option import nearest
 from prefopt.data.layouts import LAYOUTS
-from prefopt.data.layouts.layout import PLAIN, Columns, Layout
+from prefopt.data.layouts.layout import PLAIN, SIDES, Columns, Layout
 from prefopt.data.layouts.shapes import look
 from prefopt.data.layouts.values import kind
 from prefopt.data.problem import NAMED_ROWS
+from prefopt.data.unread import responses_among, suggestion
 from prefopt.errors import ConfigError, DataError
 
 NAMED_COLUMNS = 20
@@ -22,11 +23,13 @@ REMEMBERED = 4096
 
 @dataclass(frozen=True, slots=True)
 class Recognised:
-    """The layout of all rows, how many rows there are, and what a person should know of them."""
+    """The layout of all rows, how many rows there are, and what a person should know of them; ``lost`` as in
+    :class:`prefopt.data.formats.Reading`."""
 
     layout: Layout
     count: int
     notes: list[str]
+    lost: str = ""
 
 
 @dataclass(slots=True)
@@ -87,7 +90,12 @@ def recognise(
     layout = _decide(survey.layouts, file)
     if layout is None:
         raise _unknown(survey, file, why)
-    return Recognised(layout, survey.count, _notes(layout, survey.names, columns))
+    if gone := [name for name in columns.ignored if name not in survey.names]:
+        has = listed(list(survey.names)) or "none"
+        raise DataError(f"no row has the column {gone[0]}, --ignore-columns {gone[0]}; there are {has}", file=file)
+    unread = _unread(layout, survey.names, columns)
+    notes = [f"columns not read: {listed(unread)}"] if unread else []
+    return Recognised(layout, survey.count, [layout.note] * bool(layout.note) + notes, _lost(unread, survey.names))
 
 
 class _Survey:
@@ -154,15 +162,26 @@ def _decide(layouts: Mapping[str, _Seen], file: str) -> Layout | None:
     raise DataError(f"mixes layouts ({parts}); give each a file of its own, or name one with --format", file=file)
 
 
-def _notes(layout: Layout, names: Mapping[str, str], columns: Columns) -> list[str]:
+def _lost(unread: Sequence[str], names: Mapping[str, str]) -> str:
+    """What is said of columns that seem to hold responses and are not read, or nothing."""
+    found = [name for name in responses_among(names) if name in unread]
+    if not found:
+        return ""
+    typed = suggestion(names) or "--columns first=COLUMN second=COLUMN label=COLUMN, or another --format"
+    ignore = f"--ignore-columns {' '.join(found)}"
+    seem = "seems to hold responses and is" if len(found) == 1 else "seem to hold responses and are"
+    return f"{listed(found)} {seem} not read: {typed}; or {ignore}"
+
+
+def _unread(layout: Layout, names: Mapping[str, str], columns: Columns) -> list[str]:
     meant = {layout.field_of(name): column for name, column in columns.names.items()}
-    unread = [
+    return [
         name
         for name, looks in names.items()
         if name not in meant.values()
+        and name not in columns.ignored
         and (meant.get(name) or not (layout.reads_column(name, looks) or name in layout.aliases))
     ]
-    return [f"columns not read: {listed(unread)}"] if unread else []
 
 
 def _unknown(survey: _Survey, file: str, why: str) -> DataError:
@@ -174,9 +193,17 @@ def _unknown(survey: _Survey, file: str, why: str) -> DataError:
     if not isinstance(row, dict):
         return DataError(f"unknown layout: it is {kind(row)}, not an object with named fields", file=file, row=number)
     lacks = {x.name: [f for f in x.fields if x.column_of(f, row, survey.columns) is None] for x in survey.candidates}
-    some = [x for x in survey.candidates if lacks[x.name] and (survey.alone or len(lacks[x.name]) < len(x.fields))]
+    some = [
+        x
+        for x in survey.candidates
+        if lacks[x.name] and (survey.alone or x.written) and (survey.alone or len(lacks[x.name]) < len(x.fields))
+    ]
     # Of several that lack as much, the one that knows most of the columns; of those the least particular.
     near = min(reversed(some), key=lambda x: (len(lacks[x.name]), -len(x.known & row.keys())), default=None)
+    typed = suggestion({str(name): look(value) for name, value in row.items() if value is not None})
+    if typed and not all(side in row for side in SIDES):  # what the nearest layout lacks would mislead
+        remedy = f"which response is better is not said in words known here: {typed}"
+        return DataError(f"unknown layout: row {number} has {listed([str(n) for n in row])}; {remedy}", file=file)
     hint = f"{near.name} needs {', '.join(lacks[near.name])} as well" if near else "prefopt data layouts lists them all"
     remedy = f"{why}; --format names another layout" if why else "--columns NAME=COLUMN names columns"
     columns = listed([str(name) for name in row]) or "no fields"

@@ -36,9 +36,10 @@ def run_split(config: DataSplitConfig) -> int:
     reporter = Reporter()
     loose = loose_columns(CANONICAL)
     with row_files(outputs, overwrite=config.overwrite, inputs=paths_of(sources), loose=loose) as files:
-        readings = [open_comparisons(s, format=config.format, columns=config.columns) for s in sources]
+        readings = [open_comparisons(s, format=config.format, columns=config.column_words) for s in sources]
         as_they_are = (
             all(file.path.suffix == ".jsonl" for file in files)
+            and not any(reading.joined for reading in readings)
             and len({reading.layout for reading in readings}) == 1
             and all(source.path is not None and raw_lines(source.path) is not None for source in sources)
         )

@@ -77,9 +77,15 @@ def _margins(c: Comparison) -> list[list[float]]:
 def _ordered(c: Comparison) -> Tiers:
     """Tiers of at least two responses, from whatever gives an order."""
     if not c.responses:
-        raise _Impossible("no response", "holds a prompt alone, without responses to compare")
+        raise _Impossible(
+            "no response", "holds a prompt alone, without responses to compare; prefopt sample draws some"
+        )
     if len(c.responses) < 2:
-        raise _Impossible("too few responses", "has one response; a preference needs two")
+        if c.labels is not None:
+            what = "has one response and a label; unpaired labels are for prefopt dpo --loss kto"
+            raise _Impossible("too few responses", what)
+        what = "has one response; a preference needs two; demonstrations are for prefopt sft"
+        raise _Impossible("too few responses", what)
     tiers = c.tiers or (tiers_of(c.scores) if c.scores is not None else ())
     if not tiers and c.labels is not None:
         split = (tuple(k for k, good in enumerate(c.labels) if good is wanted) for wanted in (True, False))

@@ -16,6 +16,7 @@ from typing import Any
 
 import prefopt
 from prefopt.config.compare import CompareConfig, is_file
+from prefopt.config.data import READING
 from prefopt.config.sample import SampleConfig
 from prefopt.data.formats import open_comparisons, parse_comparisons, read_comparisons
 from prefopt.data.problem import Problem, refuse, refused_rows
@@ -66,7 +67,7 @@ def _drawn(config: CompareConfig, name: str, given: Given, reporter: Reporter) -
 
     model = given.loaded(name, config)
     options = {n: getattr(config, n) for n in ("num", "max_new_tokens", "temperature", "seed")}
-    options |= {n: getattr(config, n) for n in ("format", "columns", "on_bad_row")}
+    options |= {n: getattr(config, n) for n in (*READING, "on_bad_row")}
     if name not in given.models:
         options |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
     options |= {"model": name, "prompts": config.prompts or []}
@@ -135,7 +136,7 @@ def check_same(samples: Mapping[str, Rows]) -> None:
 def prompts_of(config: CompareConfig, given: Given) -> tuple[dict[bytes, Comparison], list[str]]:
     """The prompts' rows as their files have them, by prompt: with the answers that gsm8k compares with; and what is
     said of rows that were left out. Raises :class:`DataError` for rows that cannot be used, unless they may be."""
-    how: dict[str, Any] = {"format": config.format, "columns": config.columns}
+    how: dict[str, Any] = {"format": config.format, "columns": config.column_words}
     found, left = {}, 0
     if given.rows is not None:
         readings = [parse_comparisons(given.rows, "prompts", **how)]

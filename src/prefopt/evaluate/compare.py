@@ -164,7 +164,7 @@ def _seen(config: CompareConfig, name: str, rows: Rows, notes: list[str], given:
         reference.release()
     if config.held_out is not None and not is_file(name):
         model = given.loaded(name, config)
-        how: dict[str, Any] = {"format": config.format, "columns": config.columns, "on_bad_row": config.on_bad_row}
+        how: dict[str, Any] = {"format": config.format, "columns": config.column_words, "on_bad_row": config.on_bad_row}
         held, cut, left = perplexity(model, config.held_out, **how)
         model.release()
         notes += [f"{name}: {left} rows of the held-out data were left out: they cannot be used"] if left else []
@@ -241,7 +241,7 @@ _DRAWN = {"logprobs", "sampling_logprobs", "tokens", "token_ids", "finish"}
 
 
 def _of_votes(config: CompareConfig) -> CompareResult:
-    found = recorded(config.votes or (), format=config.format, columns=config.columns)
+    found = recorded(config.votes or (), format=config.format, columns=config.column_words)
     names = sorted({name for one in found for name in one.models})
     prompts = {key: n for n, key in enumerate(dict.fromkeys(one.prompt for one in found))}
     versus, games = [], []

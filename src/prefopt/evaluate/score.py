@@ -126,7 +126,7 @@ def agreement(pairs: Sequence[tuple[int, int]], scores: Sequence[float]) -> floa
 
 def _rows(config: ScoreConfig) -> Iterator[Comparison]:
     for source in find_sources(config.files):
-        reading = open_comparisons(source, format=config.format, columns=config.columns)
+        reading = open_comparisons(source, format=config.format, columns=config.column_words)
         problems: list[Problem] = []
         for row in reading:
             if isinstance(row, Problem):

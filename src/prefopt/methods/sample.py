@@ -124,9 +124,9 @@ class _Run:
         lines = config.lines if config.lines != "auto" else "user" if chats else "text"
         reader = PromptReader(renderer, context=model.context, lines=lines, on_bad_row=config.on_bad_row)
         if rows is None:
-            prompts = reader.read(find_sources(config.prompts), format=config.format, columns=config.columns)
+            prompts = reader.read(find_sources(config.prompts), format=config.format, columns=config.column_words)
         else:
-            reading = parse_comparisons(rows, "prompts", format=config.format, columns=config.columns)
+            reading = parse_comparisons(rows, "prompts", format=config.format, columns=config.column_words)
             prompts = reader.take(reading, reading.notes)
         for line in prompts.summary():
             self.reporter.say(f"prompts: {line}")

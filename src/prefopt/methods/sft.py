@@ -131,7 +131,7 @@ class _Run(TrainingRun[Scorer]):
 
     def _texts(self) -> Iterator[str]:
         """All words of the data: what a tokenizer is made from."""
-        layout: dict[str, Any] = {"format": self.config.format, "columns": self.config.columns}
+        layout: dict[str, Any] = {"format": self.config.format, "columns": self.config.column_words}
         if self.rows is not None:
             readings = [parse_comparisons(self.rows, "data", **layout)]
         else:

@@ -92,7 +92,7 @@ def load_data(
     rendering = Rendering.from_options(config, max_length, **rendered)
     how: dict[str, Any] = {"want": want, "on_bad_row": config.on_bad_row, "workers": workers}
     how |= {"reporter": reporter, "stop": check}
-    layout: dict[str, Any] = {"format": config.format, "columns": config.columns}
+    layout: dict[str, Any] = {"format": config.format, "columns": config.column_words}
     if rows is not None:
         source = build_groups([parse_comparisons(rows, "data", **layout)], tokenizer, rendering, **how)
     else:

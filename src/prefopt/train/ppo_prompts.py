@@ -30,9 +30,9 @@ def read_prompts(config: PpoConfig, start: SampledModel, rows: Any, reporter: Re
     room = config.max_new_tokens
     reader = PromptReader(renderer, context=start.context, lines=lines, on_bad_row=config.on_bad_row, room=room)
     if rows is None:
-        prompts = reader.read(find_sources(config.prompts), format=config.format, columns=config.columns)
+        prompts = reader.read(find_sources(config.prompts), format=config.format, columns=config.column_words)
     else:
-        reading = parse_comparisons(rows, "prompts", format=config.format, columns=config.columns)
+        reading = parse_comparisons(rows, "prompts", format=config.format, columns=config.column_words)
         prompts = reader.take(reading, reading.notes)
     for line in prompts.summary():
         reporter.say(f"prompts: {line}")

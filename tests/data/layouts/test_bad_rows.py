@@ -115,15 +115,15 @@ ROWS: list[tuple[str, dict[str, Any], str, str]] = [
     ("openai-preference", EXAMPLE["openai-preference"] | {"input": "q"}, "wrong type", "input is text, not an object"),
     ("openai-preference", EXAMPLE["openai-preference"] | {"input": {}}, "missing field", "lacks messages"),
     # labels and scores
-    ("kto", EXAMPLE["kto"] | {"label": 1}, "wrong type", "label is a number, 1, not true or false"),
-    ("alpaca-kto", EXAMPLE["alpaca-kto"] | {"kto_tag": "true"}, "wrong type", "label is text, not true or false"),
+    ("kto", EXAMPLE["kto"] | {"label": 2}, "wrong type", "label is a number, 2, not true or false"),
+    ("alpaca-kto", EXAMPLE["alpaca-kto"] | {"kto_tag": "good"}, "wrong type", "label is text, not true or false"),
     ("canonical", responses(scores=[1, 2]), "wrong number", "has 3 responses and 2 scores"),
     ("canonical", responses(scores=[1, 2, "3"]), "wrong type", "an item of scores is text, not a number"),
     ("canonical", responses(scores=[1, 2, True]), "wrong type", "an item of scores is true or false, not a number"),
     ("canonical", responses(scores=[1, 2, float("nan")]), "not a finite number", "an item of scores is nan"),
     ("canonical", responses(scores=[1, 2, float("inf")]), "not a finite number", "an item of scores is inf"),
     ("canonical", responses(scores=[1, 2, 10**400]), "not a finite number", "an item of scores is inf"),
-    ("canonical", responses(labels=[True, False, 0]), "wrong type", "an item of labels is a number, 0, not true"),
+    ("canonical", responses(labels=[True, False, 3]), "wrong type", "an item of labels is a number, 3, not true"),
     ("canonical", responses(labels=[True]), "wrong number", "has 3 responses and 1 labels"),
     (
         "preference-text",
@@ -165,7 +165,7 @@ ROWS: list[tuple[str, dict[str, Any], str, str]] = [
     ("solutions", {"question": "q", "m": {"solution": 4, "is_correct": True}}, "wrong type", "the solution of m is a"),
     (
         "solutions",
-        {"question": "q", "m": {"solution": "4", "is_correct": 1}},
+        {"question": "q", "m": {"solution": "4", "is_correct": 2}},
         "wrong type",
         "is_correct of m is a numb",
     ),

@@ -34,9 +34,19 @@ def problem(row: Any, **options: Any) -> Problem:
 def test_the_example_is_recognised_means_what_it_says_and_is_written_again(name: str) -> None:
     layout = LAYOUTS[name]
     reading = parse_comparisons([layout.example] * 2, "f")
-    assert (reading.layout, reading.count, reading.notes) == (name, 2, [])
-    comparison = one(layout.example)
-    assert check(comparison, layout.gives) == []
+    if layout.joins:
+        (comparison,) = reading.comparisons
+        assert (reading.layout, reading.count) == (name, 1)
+        assert f"f: {layout.note}" in reading.notes and check(comparison, "demonstrations") == []
+    else:
+        assert (reading.layout, reading.count) == (name, 2)
+        assert reading.notes == [f"f: {layout.note}"] * bool(layout.note)
+        comparison = one(layout.example)
+        assert check(comparison, layout.gives) == []
+    if not layout.written:
+        with pytest.raises(DataError, match="read, not written"):
+            layout.write(comparison)
+        return
     row = layout.write(comparison)
     assert one(row) == comparison and parse_comparisons([row], "f").layout == name
     assert json.loads(json.dumps(row)) == row
@@ -217,10 +227,20 @@ def test_ultrafeedback_scores() -> None:
     assert problem({"prompt": "q", **whole, "rejected": whole["rejected"][1:]}).kind == "differing prompts"
 
 
-def test_labels_are_true_or_false_and_nothing_else() -> None:
+def test_labels_are_true_or_false_or_1_or_0_and_nothing_else() -> None:
     row = LAYOUTS["unpaired-text"].example
-    for label in (0, 1, 1.0, "true", "yes", [True]):
+    for label in (2, -1, 0.5, "yes", "good", [True], float("inf")):
         assert problem({**row, "label": label}).kind == "wrong type"
+    for label, good in (
+        (0, False),
+        (1, True),
+        (1.0, True),
+        ("0", False),
+        ("1", True),
+        ("True", True),
+        ("false", False),
+    ):
+        assert one({**row, "label": label}).labels == (good,)
     # A class beside a text is no label of a response: it is not read, and that is said.
     reading = parse_comparisons([{"text": "t", "label": 1}], "f")
     assert reading.layout == "raw-text" and reading.notes == ["f: columns not read: label"]

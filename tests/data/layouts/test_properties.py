@@ -52,7 +52,10 @@ def assert_accounted_for(rows: list[Any], format: str | None) -> None:
         assert str(error).startswith("f") and "\n" not in str(error)
         return
     found = list(reading)
-    assert [x.row for x in found] == list(range(1, len(rows) + 1)) == list(range(1, reading.count + 1))
+    if reading.joined:  # several rows may be one comparison, under the number of the first
+        assert sorted({x.row for x in found}) == [x.row for x in found] and len(found) == reading.count
+    else:
+        assert [x.row for x in found] == list(range(1, len(rows) + 1)) == list(range(1, reading.count + 1))
     for x in found:
         if isinstance(x, Problem):
             assert x.kind and x.what and "\n" not in x.what and x.file == "f"
@@ -98,7 +101,7 @@ def test_twenty_thousand_times(part: int, rows: list[Any], format: str | None) -
 
 
 @settings(max_examples=200, **SLOW)
-@given(st.sampled_from(sorted(LAYOUTS)), st.data())
+@given(st.sampled_from(sorted(x.name for x in LAYOUTS.values() if x.written)), st.data())
 def test_rows_read_by_their_own_layout_are_written_and_read_again(name: str, data: st.DataObject) -> None:
     """write(parse(row)) parses to the same, for every row of a layout that parses at all."""
     layout = LAYOUTS[name]

@@ -247,11 +247,11 @@ def test_dataset_infos_that_say_nothing_of_the_file(tmp_path: Path) -> None:
 
 def test_tables_of_text_write_labels_and_numbers_out(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    path.write_text("prompt,completion,label\nq,a,TRUE\nq,b,false\nq,c,1\nq,,true\n", "utf-8")
+    path.write_text("prompt,completion,label\nq,a,TRUE\nq,b,false\nq,c,2\nq,,true\n", "utf-8")
     reading = read_comparisons(path)
     assert [c.labels for c in reading.comparisons] == [(True,), (False,)]
     assert [(p.row, p.what) for p in reading.problems] == [
-        (3, "label is text, '1', not true or false"),
+        (3, "label is text, '2', not true or false (or 1 or 0); --label-means good=good,bad=bad says what others mean"),
         (4, "lacks completion"),
     ]
     path.write_text("prompt,chosen,rejected,score_chosen,score_rejected\nq,a,b,9,1.5\nq,a,b,,\nq,a,b,x,1\n", "utf-8")
@@ -260,7 +260,7 @@ def test_tables_of_text_write_labels_and_numbers_out(tmp_path: Path) -> None:
     assert [(p.row, p.what) for p in reading.problems] == [(3, "score_chosen is 'x', not a number")]
     path.write_text('prompt,responses,scores\nq,"[""a"", ""b""]","[1, 2]"\n', "utf-8")
     assert read_comparisons(path).comparisons[0].tiers == ((1,), (0,))
-    assert isinstance(next(iter(parse_comparisons([ROWS["kto"] | {"label": "true"}], "f"))), Problem)
+    assert parse_comparisons([ROWS["kto"] | {"label": "true"}], "f").comparisons[0].labels == (True,)
 
 
 def test_rows_are_streamed_and_read_anew_by_each_pass(tmp_path: Path) -> None:

@@ -7,14 +7,17 @@ may still have all fields of a lesser one; :func:`prefopt.data.recognise.recogni
 
 from __future__ import annotations
 
-from prefopt.data.layouts import alpaca, hh, kwise, openai, qa, sharegpt, trl, ultrafeedback, v1
+from prefopt.data.layouts import alpaca, hh, kwise, openai, public, qa, several, sharegpt, trl, two, ultrafeedback, v1
 from prefopt.data.layouts.layout import Layout
 
 _ORDER = (
     kwise.BY_INDEX_LAYOUT,
+    several.RANKS,
     kwise.CANONICAL,
     openai.PREFERENCE,
     v1.PAIR,
+    *public.PUBLIC,
+    several.SIDES,
     sharegpt.RANKING,
     alpaca.RANKING,
     ultrafeedback.PAIR,
@@ -24,10 +27,15 @@ _ORDER = (
     hh.TRANSCRIPTS,
     trl.IMPLICIT_CHAT,
     trl.IMPLICIT_TEXT,
+    two.TWO_CHAT,
+    two.TWO_TEXT,
     trl.UNPAIRED_CHAT,
     trl.UNPAIRED_TEXT,
     sharegpt.KTO,
     alpaca.KTO,
+    several.RATING,
+    several.GENERATIONS,
+    several.OUTPUTS,
     ultrafeedback.COMPLETIONS,
     qa.PAIR_LABELS,
     qa.SOLUTIONS,

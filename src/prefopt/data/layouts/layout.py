@@ -25,13 +25,16 @@ class Columns:
     """Columns by another name (``{"prompt": "question"}``), and the keys and roles of messages.
 
     ``refused`` are further columns that a row may not use, such as pictures. ``cells``: the rows are those of a table
-    of text, where true, false and numbers are written out.
+    of text, where true, false and numbers are written out. ``means`` says what labels mean (``--label-means``), and
+    ``ignored`` are columns that are not read on purpose.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
     tags: Tags = TAGS
     refused: tuple[str, ...] = ()
     cells: bool = False
+    means: Mapping[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
 
 
 PLAIN = Columns()
@@ -59,7 +62,8 @@ class Layout:
     and look. ``gives`` is what a row can be used for, ``says`` what it holds, ``origin`` who writes such rows.
 
     ``arranged`` is what a comparison looks like after it was written and read (a pair has its best response first), and
-    ``finish`` puts further columns where the layout wants them.
+    ``finish`` puts further columns where the layout wants them. ``note`` is what a person is told of rows that are read
+    so, ``joins``: rows of one prompt that follow each other are one comparison; ``written``: rows can be written so.
     """
 
     name: str
@@ -79,6 +83,9 @@ class Layout:
     arranged: Callable[[Comparison], Comparison] = _as_it_is
     finish: Callable[[dict[str, object], Mapping[str, object]], dict[str, object]] = with_columns
     verbatim: bool = False
+    note: str = ""
+    joins: bool = False
+    written: bool = True
     known: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -127,7 +134,8 @@ class Layout:
             extra = {k: v for k, v in extra.items() if not self.reads(k, look(v))}
         tags = columns.tags.exactly(self.verbatim)
         try:
-            return self.reader(Row(values, number, file, tags, extra, columns.cells))
+            sides = [columns.names.get(name, name) for name in ("first", "second")]
+            return self.reader(Row(values, number, file, tags, extra, columns.cells, columns.means, sides))
         except RecursionError:
             raise BadRow("wrong type", "is nested too deeply") from None
 

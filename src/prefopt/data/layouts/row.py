@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from prefopt.data.layouts.messages import Tags, read_messages, read_tools
 from prefopt.data.layouts.shapes import look
 from prefopt.data.layouts.values import BadRow, items_of, kind, number_of
+from prefopt.data.layouts.verdict import spelt
 from prefopt.records import Comparison, Message, Response
+
+LABELS = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(slots=True)
@@ -16,7 +19,8 @@ class Row:
     """One row as its layout names the columns; every getter raises :class:`BadRow` for what a value cannot be.
 
     ``extra`` holds the columns that the layout does not read. ``cells``: values are the cells of a table of text, where
-    true, false and numbers are written out.
+    true, false and numbers are written out. ``means`` says what labels mean, and ``sides`` what the columns of two
+    responses are called in the file.
     """
 
     values: Mapping[str, object]
@@ -25,6 +29,8 @@ class Row:
     tags: Tags
     extra: dict[str, object]
     cells: bool = False
+    means: Mapping[str, str] = field(default_factory=dict)
+    sides: Sequence[str] = ()
 
     def has(self, name: str) -> bool:
         """Whether there is a value; null is none."""
@@ -62,13 +68,19 @@ class Row:
         return number_of(value, name)
 
     def label_of(self, value: object, name: str) -> bool:
-        """True or false. Numbers are refused: 0 and 1 may be classes or ratings as well."""
-        if self.cells and isinstance(value, str):
-            value = {"true": True, "false": False}.get(value.strip().lower(), value)
-        if not isinstance(value, bool):
-            said = f", {value!r}" if isinstance(value, (int, float)) or self.cells else ""
-            raise BadRow("wrong type", f"{name} is {kind(value)}{said}, not true or false")
-        return value
+        """True or false, which 1 and 0 stand for too; ``--label-means`` may say ``good`` and ``bad`` of others."""
+        label = spelt(value)
+        if self.means:
+            label = {"true": "1", "false": "0"}.get(label, label) if label not in self.means else label
+            if self.means.get(label) not in ("good", "bad"):
+                known = ", ".join(f"{k}={v}" for k, v in self.means.items())
+                raise BadRow("unknown label", f"{name} is {value!r}; --label-means knows {known}")
+            return self.means[label] == "good"
+        if label not in LABELS or not isinstance(value, (bool, int, float, str)):
+            said = f", {value!r}" if isinstance(value, (int, float)) or (isinstance(value, str) and self.cells) else ""
+            what = f"{name} is {kind(value)}{said}, not true or false"
+            raise BadRow("wrong type", f"{what} (or 1 or 0); --label-means good=good,bad=bad says what others mean")
+        return LABELS[label]
 
     def turns(self, name: str) -> tuple[Message, ...]:
         """A list of messages, which must be there."""

@@ -36,6 +36,7 @@ USER = {"role": "user", "content": "What is 2 + 2?"}
 GOOD, BAD = {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "22"}
 SCORES = ("score_chosen", "score_rejected")
 COMPLETION = {"response": "completion"}
+POLES = {"pos": "chosen", "neg": "rejected"}
 
 
 def _read_pair_chat(row: Row) -> Comparison:
@@ -155,6 +156,7 @@ PREFERENCE_CHAT = Layout(
     fields=("prompt", "chosen", "rejected"),
     optional=("system", "tools", *SCORES),
     shape=chat_prompt,
+    aliases=POLES,
     gives="pairs",
     says="a prompt and two responses, in turns",
     origin=ORIGIN,
@@ -168,6 +170,7 @@ PREFERENCE_TEXT = Layout(
     name="preference-text",
     fields=("prompt", "chosen", "rejected"),
     optional=SCORES,
+    aliases=POLES,
     gives="pairs",
     says="a prompt and two responses, as plain text",
     origin=ORIGIN,

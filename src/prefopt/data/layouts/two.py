@@ -1,0 +1,146 @@
+"""Two responses and which of them is better: by a label whose meaning is stated, by scores, or by votes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from prefopt.data.layouts.layout import Layout
+from prefopt.data.layouts.row import Row, text_prompt
+from prefopt.data.layouts.shapes import look
+from prefopt.data.layouts.values import BadRow
+from prefopt.data.layouts.verdict import TIERS, verdict
+from prefopt.data.layouts.within import asked, read_only, replied, there, within
+from prefopt.records import Comparison, Message, Response, tiers_of
+
+JUDGED = ("label", "score_first", "score_second", "votes_first", "votes_second")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signature:
+    """Where a public data set keeps a prompt, two responses and which is better; paths such as ``info.post``.
+
+    ``means`` says what its labels mean. Of ``label`` and ``scores`` (higher is better) it has one.
+    """
+
+    prompt: str
+    first: str
+    second: str
+    label: str = ""
+    means: Mapping[str, str] = field(default_factory=dict)
+    scores: tuple[str, str] | tuple[()] = ()
+
+    def read(self, row: Row) -> Comparison:
+        """The comparison; ``--label-means`` goes before what is known of the labels."""
+        sides = [replied(row, within(row.values, path), path) for path in (self.first, self.second)]
+        prompt = asked(row, self.prompt)
+        if self.scores:
+            scores = tuple(row.number_of(there(row, path), path) for path in self.scores)
+            return row.comparison(prompt, sides, tiers_of(scores), scores=scores)
+        found = verdict(there(row, self.label), self.label, row.means or self.means)
+        return row.comparison(prompt, sides, TIERS[found])
+
+
+def judged(row: Mapping[str, object]) -> bool:
+    """There are two responses, and something says which is better."""
+    sides = [look(row[name]) for name in ("first", "second")]
+    return not {"number", "truth"} & set(sides) and any(row.get(name) is not None for name in JUDGED)
+
+
+def _read(row: Row, prompt: tuple[Message, ...], *, text: bool) -> Comparison:
+    sides = [row.response("first", text=text), row.response("second", text=text)]
+    scores, votes = (_both(row, f"{what}_first", f"{what}_second") for what in ("score", "votes"))
+    if row.has("label"):
+        tiers = TIERS[verdict(row.given("label"), "label", row.means, row.sides)]
+        return row.comparison(prompt, sides, tiers, text=text, scores=scores)
+    if scores is not None:
+        return row.comparison(prompt, sides, tiers_of(scores), text=text, scores=scores)
+    if votes is None:
+        raise BadRow("missing field", "lacks label, score_first and score_second, or votes_first and votes_second")
+    return by_votes(row, prompt, sides, votes, text=text)
+
+
+def by_votes(
+    row: Row, prompt: tuple[Message, ...], sides: list[Response], votes: tuple[float, ...], *, text: bool = False
+) -> Comparison:
+    """Two responses with how many people preferred each; as many for both are a tie."""
+    if min(votes) < 0:
+        raise BadRow("wrong type", f"has {min(votes):g} votes for a response; there can be none or more")
+    cast = tuple((k, 1 - k, v) for k, v in enumerate(votes) if v)
+    both = cast if len(cast) == 2 else None
+    return row.comparison(prompt, sides, tiers_of(votes), text=text, votes=both)
+
+
+def _both(row: Row, first: str, second: str) -> tuple[float, ...] | None:
+    if not (row.has(first) or row.has(second)):
+        return None
+    if not (row.has(first) and row.has(second)):
+        raise BadRow("missing score", f"has only one of {first} and {second}")
+    return tuple(row.number_of(row.given(name), name) for name in (first, second))
+
+
+def _read_text(row: Row) -> Comparison:
+    chat = look(row.given("prompt")) != "text" and look(row.given("prompt")) != "transcript"
+    prompt = row.chat("prompt") if chat else text_prompt(row.text("prompt"))
+    return _read(row, prompt, text=not chat)
+
+
+def _read_chat(row: Row) -> Comparison:
+    words = [text for text in (row.text("instruction"), row.text_or("input")) if text]
+    return _read(row, row.with_system((Message("user", "\n".join(words)),)), text=False)
+
+
+def pair(
+    name: str,
+    fields: tuple[str, ...],
+    reader: Callable[[Row], Comparison],
+    example: Mapping[str, object],
+    *,
+    says: str,
+    origin: str,
+    optional: tuple[str, ...] = (),
+    words: Mapping[str, str] | None = None,
+    aliases: Mapping[str, str] | None = None,
+    shape: Callable[[Mapping[str, object]], bool] = judged,
+    note: str = "",
+) -> Layout:
+    """A layout of two responses that is read and not written."""
+    return Layout(
+        name=name,
+        fields=fields,
+        optional=optional,
+        words=words or {},
+        aliases=aliases or {},
+        shape=shape,
+        gives="pairs",
+        says=says,
+        origin=origin,
+        example=example,
+        reader=reader,
+        writer=read_only,
+        note=note,
+        written=False,
+    )
+
+
+SAYS = "two responses, and a label that says which is better (--label-means), scores, or votes"
+TWO_CHAT = pair(
+    "two-responses-chat",
+    ("instruction", "first", "second"),
+    _read_chat,
+    {"instruction": "What is 2 + 2?", "first": "22", "second": "4", "label": "second"},
+    says=f"an instruction, {SAYS}",
+    origin="judges and people",
+    optional=("input", "system", *JUDGED),
+    words={"prompt": "instruction", "query": "input"},
+    aliases={"question": "instruction"},
+)
+TWO_TEXT = pair(
+    "two-responses",
+    ("prompt", "first", "second"),
+    _read_text,
+    {"prompt": "2 + 2 =", "first": " 22", "second": " 4", "score_first": 1.0, "score_second": 9.0},
+    says=f"a prompt, in turns or as plain text, {SAYS}",
+    origin="judges and people",
+    optional=("system", "tools", *JUDGED),
+)
