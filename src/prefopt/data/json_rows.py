@@ -95,8 +95,8 @@ def read_lines(
             problem = not_utf8(error, f"at line {number}")
         except json.JSONDecodeError as error:
             if row == 0 and line[0] == "{" and again is not None:
-                with again() as whole:
-                    if said := _one_object(whole):
+                with again() as opened:
+                    if said := _one_object(opened):
                         raise DataError(said, file=file) from None
             problem = f"not JSON at line {number} ({error.msg}, column {error.colno}); {_line_hint(line, error)}"
         except (ValueError, RecursionError) as error:
