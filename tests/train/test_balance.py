@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import prefopt
 from data.small import small_tokenizer
-from model.architectures import build
+from model.architectures import VOCABULARY, build
 from model.oracle import groups_of_every_kind
 from prefopt.data.group import Group
 from prefopt.data.packer import pack
@@ -26,6 +27,28 @@ from train.small import QUICK, pairs, steps, weights
 
 CPU = torch.device("cpu")
 WEIGHT = 0.7
+FIELDS = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "pad_token_id": 0,
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {},
+    "granitemoe": {},
+    "olmoe": {},
+    "phimoe": {},
+    "ernie4_5_moe": {"moe_layer_start_index": 1, "head_dim": 8},
+}
 MIXTURES = ["mixtral", "qwen3_moe", "gpt_oss"]
 
 
@@ -107,10 +130,28 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "reason"), [("llama", "no experts"), ("latent attention", "no load-balancing loss")])
-def test_a_model_without_that_loss_is_refused(name: str, reason: str) -> None:
-    with pytest.raises(ConfigError, match=f"--router-aux-loss-coef: .*{reason}"):
+@pytest.mark.parametrize("name", ["llama", "latent attention"])
+def test_a_model_without_that_loss_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="--router-aux-loss-coef: transformers computes no load-balancing loss"):
         routers_of(build(name))
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_architectures_give_what_their_own_forward_gives(kind: str) -> None:
+    wide = {name: size for name, size in FIELDS.items() if hasattr(AutoConfig.for_model(kind), name)}
+    config = AutoConfig.for_model(kind, **wide, **OTHERS[kind])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    group = groups_of_every_kind()[0]
+    scorer = Scorer(model, share=False)
+    batch = pack([group], scorer.layout)
+    routers = routers_of(model)
+    with torch.no_grad(), routers.recording() as calls:
+        scorer(batch)
+    found = routers.sums(calls, batch).loss()
+    with torch.no_grad():
+        expected = oracle(model, [group])
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_auto_is_what_the_configuration_says() -> None:

@@ -78,13 +78,15 @@ def routers_of(model: torch.nn.Module) -> Routers:
     """The routers that a model's load-balancing loss is computed on. Raises :class:`ConfigError` where it has none."""
     causal: Any = causal_model(model)
     config: Any = causal.config.get_text_config()
-    coefficient = getattr(config, "router_aux_loss_coef", None)
+    coefficient = getattr(config, "router_aux_loss_coef", None) or getattr(config, "aux_loss_coef", None)  # JetMoe
     modules = tuple(_recorded(causal))
     has_loss = hasattr(sys.modules[type(causal).__module__], "load_balancing_loss_func")
     chosen = getattr(causal, "num_experts_per_tok", None) or getattr(config, "num_experts_per_tok", None)
     if not has_loss or not modules or not chosen:
-        what = "no experts that a router chooses from" if not modules else "no load-balancing loss in transformers"
-        raise ConfigError(f"--router-aux-loss-coef: {type(causal).__name__} has {what}; leave it out")
+        raise ConfigError(
+            f"--router-aux-loss-coef: transformers computes no load-balancing loss for {type(causal).__name__};"
+            " leave it out"
+        )
     return Routers(modules, int(chosen), float(coefficient or 0.0))
 
 
