@@ -142,7 +142,7 @@ def _shape(o: Option) -> dict[str, Any]:
         return shape | {"type": str, "nargs": "+", "metavar": o.name.rsplit("_", 1)[-1].upper()}
     if bool in o.kinds:
         return shape | {"nargs": "?", "const": True, "metavar": "true|false"}
-    if o.choices:
+    if o.choices and len(o.kinds) == 1:
         return shape | {"type": Literal[o.choices]}
     number = "N" if int in o.kinds else "X" if float in o.kinds else o.name.rsplit("_", 1)[-1].upper()
     return shape | {"metavar": number}

@@ -109,6 +109,11 @@ def lora_targets(place: Place) -> None:
     assert {n.split(".")[-3] for n in weights(Path(place.run(lora=True, lora_targets=["q_proj"])))} == {"q_proj"}
 
 
+def router_aux_loss_coef(place: Place) -> None:
+    with pytest.raises(ConfigError, match="--router-aux-loss-coef: transformers computes no load-balancing loss"):
+        place.run(router_aux_loss_coef=0.1)  # with experts: tests/train/test_balance.py
+
+
 def eval_data(place: Place) -> None:
     output = Path(place.run(eval_data=[place.more]))
     assert [line["step"] for line in evaluations(output)] == [3]
@@ -298,6 +303,7 @@ def pairs_option(place: Place) -> None:
 
 SHOWN: dict[str, Callable[[Place], None]] = {
     "model": moves("model", "@other"),
+    "router_aux_loss_coef": router_aux_loss_coef,
     "reference": moves("reference", "@other"),
     "adapter": moves("adapter", "@lora"),
     "reference_adapter": moves("reference_adapter", "@lora", lora=True),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from prefopt.config.balance import BalanceOptions
 from prefopt.config.method import MethodOptions
 from prefopt.config.model import ModelOptions
 from prefopt.config.option import option
@@ -19,7 +20,7 @@ REFERENCE_MIX = 0.6  # TR-DPO's soft update
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoConfig(MethodOptions, ModelOptions):
+class DpoConfig(BalanceOptions, MethodOptions, ModelOptions):
     """One run of DPO. Construction checks types, ranges and contradictions, and raises ``ConfigError``.
 
     Defaults that depend on other options are filled in on construction, so that what is read here, and what

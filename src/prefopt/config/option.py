@@ -73,10 +73,12 @@ class Option:
     @property
     def expects(self) -> str:
         """What a value must be, in words: ``a whole number of at least 1``."""
-        if self.choices:
-            return "one of " + ", ".join(self.choices)
         limits = " and".join(f" {word} {limit:.10g}" for word, limit in self.limits)
-        return " or ".join(_WORDS[k] for k in self.kinds) + limits
+        plain = " or ".join(_WORDS[k] for k in self.kinds if k in _WORDS) + limits
+        if not self.choices:
+            return plain
+        words = ", ".join(self.choices)
+        return f"{words} or {plain}" if plain else f"one of {words}"
 
 
 def flag(name: str) -> str:
@@ -130,7 +132,8 @@ def checked(o: Option, value: object, place: str | None = None) -> Any:
         return None
     for kind in o.kinds:
         found = _converted(kind, value)
-        if found is not None and all(_COMPARE[word](found, limit) for word, limit in o.limits):
+        limits = () if isinstance(found, str) else o.limits
+        if found is not None and all(_COMPARE[word](found, limit) for word, limit in limits):
             return found
     name = f"{place}: {o.name}" if place else o.flag
     if value is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from prefopt.config.balance import BalanceOptions
 from prefopt.config.method import MethodOptions
 from prefopt.config.model import ModelOptions
 from prefopt.config.option import flag, option
@@ -22,7 +23,7 @@ FROM_SCRATCH = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig(MethodOptions, ModelOptions):
+class SftConfig(BalanceOptions, MethodOptions, ModelOptions):
     """One run of supervised fine-tuning, or of training from scratch."""
 
     model: str = option(

@@ -12,6 +12,7 @@ from prefopt.model.check import CheckReport, check_scoring
 from prefopt.model.live import Movement
 from prefopt.model.scorer import Scorer
 from prefopt.progress import Reporter
+from prefopt.train import balance
 from prefopt.train.against import Against
 from prefopt.train.diagnose import diagnose, in_words
 from prefopt.train.facts import Values
@@ -92,6 +93,7 @@ class _Run(TrainingRun[Scorer]):
     def prepare(self) -> None:
         """The reference, and whatever else the losses compare with."""
         self.reporter.say(f"loss: {words(self.terms)}")
+        self._tell(balance.in_words(self.policy.scorer.model, self.config.router_aux_loss_coef))
         reference = None
         if self.choice and self.identity:
             tokens = any(term.loss.needs_head_values for term in self.terms)
@@ -109,11 +111,11 @@ class _Run(TrainingRun[Scorer]):
         """See :class:`TrainingRun`."""
         return {"loss": words(self.terms)}
 
-    def objective(self) -> PreferenceObjective:
+    def objective(self) -> Objective:
         """The losses; the reference is scored on the way."""
         values = self.against.values(self.policy.scorer, self.folder, self.stop)
         self.reporter.say(self.policy.make_trainable())
-        return self.against.objective(self.policy, values)
+        return self._balanced(self.against.objective(self.policy, values))
 
     def say_ahead(self) -> None:
         """See :class:`TrainingRun`."""
@@ -121,9 +123,12 @@ class _Run(TrainingRun[Scorer]):
         if self.against.reference is not None and not self.against.live:
             self.reporter.say(f"reference: {self.missing or 'no'} responses are still to be scored")
 
-    def objective_to_try(self) -> PreferenceObjective:
+    def objective_to_try(self) -> Objective:
         """See :class:`TrainingRun`."""
-        return self.against.preview(self.policy)
+        return self._balanced(self.against.preview(self.policy))
+
+    def _balanced(self, objective: Objective) -> Objective:
+        return balance.balanced(objective, self.policy.scorer.model, self.config.router_aux_loss_coef)
 
     def work_ahead(self, speed: float) -> float | None:
         """See :class:`TrainingRun`."""
@@ -134,6 +139,8 @@ class _Run(TrainingRun[Scorer]):
 
     def inspect_first(self, objective: Objective, record: Record, indices: Sequence[int], values: Values) -> str | None:
         """See :class:`TrainingRun`."""
+        if isinstance(objective, balance.BalancedObjective):  # the loss that is told is that of what is inside
+            objective = objective.inner
         assert isinstance(objective, PreferenceObjective)
         known = self.check if self.choice and self.choice.is_start else None
         return inspect_first(objective, known, record, indices, values)
@@ -146,7 +153,8 @@ class _Run(TrainingRun[Scorer]):
     @property
     def passes(self) -> float:
         """A forward pass more, a third of a step's work, where a loss sees the whole batch and it is cut."""
-        return 4 / 3 if any(term.loss.whole_batch for term in self.terms) else 1.0
+        whole = any(term.loss.whole_batch for term in self.terms) or self.config.router_aux_loss_coef is not None
+        return 4 / 3 if whole else 1.0
 
     def closing(self) -> list[str]:
         """What the run's numbers say, in words."""

@@ -17,8 +17,10 @@ from prefopt.model.check import CheckReport, check_scoring
 from prefopt.model.scorer import Scorer
 from prefopt.model.scratch import new_model, new_tokenizer
 from prefopt.progress import Reporter
+from prefopt.train import balance
 from prefopt.train.data import TrainingData, load_data
 from prefopt.train.likelihood import LikelihoodObjective
+from prefopt.train.objective import Objective
 from prefopt.train.policy import Policy
 from prefopt.train.run import TrainingRun
 from prefopt.train.stop import StopRequest
@@ -111,19 +113,26 @@ class _Run(TrainingRun[Scorer]):
         tokens = int(self.data.groups.trained_N[: self._responses()].sum())
         mean = "token" if self.config.average == "tokens" else "response"
         self.reporter.say(f"loss: negative log-likelihood, mean over every {mean}; {tokens:,} tokens to learn")
+        self._tell(balance.in_words(self.policy.scorer.model, self.config.router_aux_loss_coef))
 
     def _responses(self) -> int:
         """Responses of what ``--data`` gave."""
         return int(self.data.source.groups.responses_G.sum())
 
-    def objective(self) -> LikelihoodObjective:
+    def objective(self) -> Objective:
         """See :class:`TrainingRun`."""
         self.reporter.say(self.policy.make_trainable())
         return self.objective_to_try()
 
-    def objective_to_try(self) -> LikelihoodObjective:
+    def objective_to_try(self) -> Objective:
         """See :class:`TrainingRun`."""
-        return LikelihoodObjective(self.data.groups, self.config.average, device=self.policy.device)
+        plain = LikelihoodObjective(self.data.groups, self.config.average, device=self.policy.device)
+        return balance.balanced(plain, self.policy.scorer.model, self.config.router_aux_loss_coef)
+
+    @property
+    def passes(self) -> float:
+        """A forward pass more, a third of a step's work, where the loss sees the whole batch and it is cut."""
+        return 1.0 if self.config.router_aux_loss_coef is None else 4 / 3
 
     def title(self) -> tuple[str, str]:
         """See :class:`TrainingRun`."""

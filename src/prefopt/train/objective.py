@@ -29,7 +29,7 @@ from prefopt.train.sums import Outcome, Record, State, summed
 
 Normaliser = tuple[torch.Tensor, ...]
 
-DIFFERENTIATED = ("logp_N", "reward_N", "kl_N", "chosen_head_logp_G", "rejected_head_logp_G")
+DIFFERENTIATED = ("logp_N", "reward_N", "kl_N", "chosen_head_logp_G", "rejected_head_logp_G", "router_prob_PE")
 """Values through which gradients flow."""
 
 

@@ -401,4 +401,4 @@ class TrainingRun(Generic[AnyScorer]):
         self.reporter.say(f"done in {duration(progress.seconds)}: {folder}")
 
 
-_CARD = {"loss", "rewards", "logps", "lengths", "perplexity", "nll"}
+_CARD = {"loss", "rewards", "logps", "lengths", "perplexity", "nll", "router"}
