@@ -6,6 +6,7 @@ of an answer behind its generation prompt.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -189,8 +190,14 @@ def _thinking(turn: Message) -> str:
 
 
 def _channels(turn: Message) -> str:
-    thinking = f"<|channel|>analysis<|message|>{turn.reasoning}<|end|><|start|>assistant" if turn.reasoning else ""
-    return f"{thinking}<|channel|>final<|message|>{turn.content}<|return|>"
+    """Blocks that an answer begins with belong to the channel that the template has for them."""
+    blocks, content = [turn.reasoning] if turn.reasoning else [], turn.content
+    while not turn.reasoning and (block := re.match(r"\s*<think(?:ing)?>(.*?)</think(?:ing)?>\s*", content, re.S)):
+        blocks += [block[1].strip()] if block[1].strip() else []
+        content = content[block.end() :]
+    said = "\n\n".join(blocks)
+    thinking = f"<|channel|>analysis<|message|>{said}<|end|><|start|>assistant" if said else ""
+    return f"{thinking}<|channel|>final<|message|>{content}<|return|>"
 
 
 _IM = ("<|im_start|>", "<|im_end|>")

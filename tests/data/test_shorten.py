@@ -101,7 +101,7 @@ def test_a_prompt_without_words_to_lose_is_refused_and_counted() -> None:
     tokenizer.chat_template = CHATML.replace("{% for m in messages %}", "{{ 'tools ' * 50 }}{% for m in messages %}", 1)
     c = Comparison.pair([Message("user", "long " * 30)], chosen="yes", rejected="no", row=7)
     result = next(Renderer(tokenizer, Rendering(max_length=100)).render_all([c]))
-    assert isinstance(result, Problem) and result.kind == "prompt too long" and "--max-length 100" in result.what
+    assert isinstance(result, Problem) and result.kind == "nothing to train" and "no room" in result.what
 
 
 @pytest.mark.parametrize("limit", [40, 41, 80])

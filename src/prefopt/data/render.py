@@ -137,8 +137,8 @@ class Renderer:
                 parts = zip(row, next(encoded), strict=True)
                 sequences = [self._sequence(layout, tokens) for layout, tokens in parts]
                 shorter = self._shortened(comparison, sequences)
-                rendered = shorter if isinstance(shorter, Problem) else self._group(comparison, shorter)
-                if isinstance(rendered, Rendered) and not isinstance(shorter, Problem) and shorter is not sequences:
+                rendered = self._group(comparison, shorter)
+                if isinstance(rendered, Rendered) and shorter is not sequences:
                     dropped = _longest(sequences) - _longest(shorter)
                     rendered = replace(rendered, prompt_cut=rendered.prompt_cut + dropped)
                 yield rendered
@@ -283,8 +283,8 @@ class Renderer:
             ids, trained = np.append(ids, np.int32(self._eos)), np.append(trained, True)
         return ids, trained
 
-    def _shortened(self, c: Comparison, sequences: Sequences) -> Sequences | Problem:
-        """The sequences of a conversation with a prompt that fits, or why there are none."""
+    def _shortened(self, c: Comparison, sequences: Sequences) -> Sequences:
+        """The sequences of a conversation with a prompt that fits, or with as few of its words as there can be."""
         limit = self.rendering.max_length
         if limit is None or c.text or not prompt_excess(sequences, limit):
             return sequences
@@ -295,9 +295,6 @@ class Renderer:
         if prompt_excess(left, limit):
             left = how.cut_words(fewer, left)
             self._say(TURN_CUT)
-        if over := prompt_excess(left, limit):
-            what = f"the prompt is {over} tokens too long for --max-length {limit} without its turns' words; raise it"
-            return Problem("prompt too long", c.row, what, c.file)
         return left
 
     def _sequences(self, c: Comparison) -> Sequences | None:
@@ -322,7 +319,8 @@ class Renderer:
                     self._say(WINDOWS)
                 return Rendered(parts[0], more=tuple(parts[1:]))
             if limit is not None and max(len(ids) for ids, _ in sequences) > limit:
-                cut = truncate(sequences, limit, bos=self.tokenizer.bos_token_id, ends=self._end_ids)
+                bos = self.tokenizer.bos_token_id
+                cut = truncate(sequences, limit, bos=bos, ends=self._end_ids, whole_prompt=not c.text)
                 sequences, prompt_cut, responses_cut = cut.sequences, cut.prompt, cut.responses
                 if any(same(*pair) for pair in c.pairs):
                     what = f"the responses differ only beyond {limit} tokens"

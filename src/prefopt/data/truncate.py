@@ -85,13 +85,15 @@ def truncate(
     *,
     bos: int | None = None,
     ends: Collection[int] = (),
+    whole_prompt: bool = False,
 ) -> Truncated:
     """Cut K sequences of one prompt to ``max_length`` tokens each.
 
     The prompt loses tokens on its left, the same ones for all K, until the longest sequence fits or
-    min(128, max_length // 2) tokens of it are left; a BOS at its start stays. Then each response loses its end, and
-    with it the ``ends`` (ids that may end a turn) that its own words spell out just there: they would say that it is
-    finished. Raises ``ValueError`` where no token of a response fits: its own part of the prompt is too long.
+    min(128, max_length // 2) tokens of it are left; a BOS at its start stays. A ``whole_prompt``, that of a
+    conversation, loses none. Then each response loses its end, and with it the ``ends`` (ids that may end a turn) that
+    its own words spell out just there: they would say that it is finished. Raises ``ValueError`` where no token of a
+    response fits: its own part of the prompt is too long.
     """
     check_max_length(max_length)
     whole = [(np.asarray(i, np.int32), np.asarray(t, np.bool_)) for i, t in sequences]
@@ -104,6 +106,7 @@ def truncate(
         shared = int(differs[0]) if len(differs) else shared
     start = 1 if shared and bos is not None and first[0] == bos else 0
     cut = max(0, min(need, min(prompts) - min(KEEP_PROMPT, max_length // 2), shared - start))
+    cut = 0 if whole_prompt else cut
     kept, lost = [], []
     for ids, trained in whole:
         left = np.concatenate([ids[:start], ids[start + cut :]])

@@ -252,8 +252,11 @@ def test_whoever_writes_a_pair_puts_the_preferred_response_first() -> None:
     row = LAYOUTS["preference-chat"].write(scored)
     assert row["chosen"] == [{"role": "assistant", "content": "4"}] and row["score_rejected"] == 1.0
     tie = Comparison.scored(ASKED, ["22", "4"], scores=[9, 9], row=3)
+    written = LAYOUTS["preference-chat"].write(tie)  # equal scores say that it is one
+    assert written["score_chosen"] == written["score_rejected"] == 9.0
+    untold = Comparison(tie.prompt, tie.responses, ((0, 1),), 3)
     with pytest.raises(DataError, match=r"row 3: .* none is preferred"):
-        LAYOUTS["preference-chat"].write(tie)
+        LAYOUTS["preference-chat"].write(untold)
 
 
 CANNOT = [
