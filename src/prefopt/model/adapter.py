@@ -16,6 +16,7 @@ from prefopt.model.dropout import silence_dropout
 from prefopt.model.grown_vocabulary import grow_for_adapter, holds_embedding
 from prefopt.model.load_errors import first_line, model_errors
 from prefopt.model.lora_targets import lora_targets
+from prefopt.model.nested_adapter import as_of_text
 from prefopt.model.scorer import causal_model
 
 
@@ -29,9 +30,10 @@ def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
     vet_folder(folder)
     with model_errors(folder), peft_warnings_off():
         plain = causal_model(model)
-        grow_for_adapter(plain, folder)
-        whole = holds_embedding(plain, folder)
-        wrapped: Any = PeftModel.from_pretrained(plain, folder, is_trainable=True)
+        with as_of_text(folder, plain) as named:
+            grow_for_adapter(plain, named)
+            whole = holds_embedding(plain, named)
+            wrapped: Any = PeftModel.from_pretrained(plain, named, is_trainable=True)
         wrapped.prefopt_saves_embedding = whole
     silence_dropout(wrapped)
     trainable: torch.nn.Module = wrapped
