@@ -38,9 +38,10 @@ class LoraOptions:
     )
     lora_targets: list[str] | None = option(
         None,
-        "names of the layers that a new adapter changes",
+        "what a new adapter changes: kinds (all-linear, attention, mlp, experts, shared-experts, mixer, other, router)"
+        " or names of layers and of fused weights (experts.gate_up_proj)",
         group="adapter",
-        default_text="all linear layers but the head",
+        default_text="all linear layers and experts, but no head and no router",
     )
 
     @property

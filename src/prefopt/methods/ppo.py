@@ -307,6 +307,7 @@ class _Run:
             results |= {f"first step: {name}": first.get(name), f"training: {name}": last.get(name)}
         results |= {f"memory of the {name}": size(of) for name, of in models.memory().items() if of}
         results |= {"training time": duration(seconds), "peak memory": size(peak_memory(self.device))}
+        results |= policy.adapters
         files = ", ".join(f"`{Path(d).name}`" for d in config.prompts)
         write_card(
             folder,

@@ -15,6 +15,8 @@ from prefopt.errors import ConfigError, ModelError
 from prefopt.model.dropout import silence_dropout
 from prefopt.model.grown_vocabulary import grow_for_adapter, holds_embedding
 from prefopt.model.load_errors import first_line, model_errors
+from prefopt.model.lora_targets import lora_targets
+from prefopt.model.nested_adapter import as_of_text
 from prefopt.model.scorer import causal_model
 
 
@@ -28,9 +30,10 @@ def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
     vet_folder(folder)
     with model_errors(folder), peft_warnings_off():
         plain = causal_model(model)
-        grow_for_adapter(plain, folder)
-        whole = holds_embedding(plain, folder)
-        wrapped: Any = PeftModel.from_pretrained(plain, folder, is_trainable=True)
+        with as_of_text(folder, plain) as named:
+            grow_for_adapter(plain, named)
+            whole = holds_embedding(plain, named)
+            wrapped: Any = PeftModel.from_pretrained(plain, named, is_trainable=True)
         wrapped.prefopt_saves_embedding = whole
     silence_dropout(wrapped)
     trainable: torch.nn.Module = wrapped
@@ -57,27 +60,45 @@ def new_lora(
 ) -> torch.nn.Module:
     """Wrap ``model`` in a fresh LoRA adapter (which changes nothing yet); all other weights are frozen.
 
-    The random start comes from torch's generator. ``task`` is PEFT's name of it: under ``SEQ_CLS`` the scalar head is
-    trained whole, and saved with the adapter.
+    ``targets``: see :func:`lora_targets`. The random start comes from torch's generator. ``task`` is PEFT's name of it:
+    under ``SEQ_CLS`` the scalar head is trained whole, and saved with the adapter.
     """
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
     transposed = any(isinstance(m, Conv1D) for m in model.modules())
+    plain = causal_model(model)
+    found = lora_targets(plain, targets)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=targets or "all-linear",
+        lora_dropout=0.0 if found.parameters else dropout,
+        target_modules=found.modules,
+        target_parameters=found.parameters,
         fan_in_fan_out=transposed,
         task_type=task,
     )
     try:
         with peft_warnings_off():
-            wrapped: torch.nn.Module = get_peft_model(causal_model(model), config)
-        return wrapped
+            wrapped: Any = get_peft_model(plain, config)
     except ValueError as error:
         raise ConfigError(f"--lora-targets {' '.join(targets or [])}: {first_line(error)}") from error
+    wrapped.prefopt_targets = found.words
+    if found.parameters and dropout:
+        _drop_inputs(wrapped, dropout)
+        wrapped.prefopt_targets += "; no dropout on fused weights"
+    adapted: torch.nn.Module = wrapped
+    return adapted
+
+
+def _drop_inputs(model: torch.nn.Module, rate: float) -> None:
+    """Dropout on the layers that can have it, where PEFT refuses it for the sake of others: those on parameters."""
+    from peft.tuners.lora import Linear
+
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            for name in list(layer.lora_dropout):
+                layer.lora_dropout[name] = torch.nn.Dropout(rate)
 
 
 @contextmanager

@@ -11,8 +11,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import prefopt
+from prefopt.disk.adapter_folder import task_of
 from prefopt.disk.write import output_errors
 from prefopt.model.load import quiet
+from prefopt.model.nested_adapter import nesting_of, write_nested
 from prefopt.model.older_readers import readers, write_for_older_readers
 from prefopt.model.packed import PackedModel, causal_model
 from prefopt.model.precision import MasterWeights
@@ -39,6 +41,8 @@ def save_model(folder: Path, scorer: PackedModel, masters: MasterWeights, tokeni
             # beside an adapter on the head.
             whole = getattr(model, "prefopt_saves_embedding", False)
             model.save_pretrained(folder, state_dict=state, safe_serialization=True, save_embedding_layers=whole)
+            if task_of(folder) == "CAUSAL_LM" and (nesting := nesting_of(causal)) is not None:
+                write_nested(folder, model, nesting)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
         tokenizer.save_pretrained(folder)
         write_for_older_readers(folder, tokenizer)

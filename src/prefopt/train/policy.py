@@ -19,6 +19,7 @@ from prefopt.model.packed import PackedModel, causal_model, checkpoint_activatio
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar, scalar_from
 from prefopt.model.scorer import Scorer
+from prefopt.model.weight_kinds import tower_weights
 
 AnyScorer = TypeVar("AnyScorer", bound=PackedModel)
 Options = MethodOptions | PpoConfig
@@ -52,6 +53,17 @@ class Trained(Generic[AnyScorer]):
         """Where the model is."""
         return next(self.scorer.model.parameters()).device
 
+    @property
+    def targets(self) -> str | None:
+        """Which share of each kind of weight a new adapter reaches, in words; none where there is no new one."""
+        found: str | None = getattr(self.scorer.model, "prefopt_targets", None)
+        return found
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """The same for a card and ``run.json``."""
+        return {"adapters": self.targets} if self.targets else {}
+
     def leftover(self) -> str | None:
         """What becomes of that in the model's folder which is not trained, in words; none where there is nothing."""
         origin = origin_of(causal_model(self.scorer.model))
@@ -84,7 +96,12 @@ class Trained(Generic[AnyScorer]):
             checkpoint_activations(self.scorer.model)
         trained = sum(p.numel() for p in self.masters.masters.values())
         total = sum(p.numel() for p in self.scorer.model.parameters())
-        return f"training {trained:,} of {total:,} weights{' (LoRA)' if config.lora else ''}"
+        targets = self.targets
+        if not config.lora:
+            trained -= tower_weights(causal_model(self.scorer.model))
+        return f"training {trained:,} of {total:,} weights{' (LoRA)' if config.lora else ''}" + (
+            f": adapters of rank {config.lora_rank} on {targets}" if targets else ""
+        )
 
     def release(self) -> None:
         """Give the model its own attention and gradients back: one given in Python goes back to its owner."""

@@ -383,7 +383,7 @@ class TrainingRun(Generic[AnyScorer]):
             **more,
             "training time": duration(progress.seconds),
             "peak memory": size(peak_memory(self.device)),
-        }
+        } | self.policy.adapters
         title, tag = self.title()
         write_card(
             folder,
