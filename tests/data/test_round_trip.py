@@ -113,7 +113,7 @@ def check(renderer: Renderer, comparison: Comparison, template: Template, *, spe
     (rendered,) = renderer.render_all([comparison])
     if isinstance(rendered, Problem):
         # Words that a template takes for reasoning, and drops, must not be dropped without a word.
-        assert rendered.kind == "chat template" and "</think>" in "".join(r.text for r in comparison.responses)
+        assert rendered.kind in ("chat template", "empty response") and "</think>" in "".join(r.text for r in comparison.responses)
         return
     (prompt,) = renderer.prompts([comparison])
     assert not isinstance(prompt, Problem)
@@ -139,6 +139,9 @@ def check(renderer: Renderer, comparison: Comparison, template: Template, *, spe
 def shown(renderer: Renderer, turns: Turns, template: Template, **options: Any) -> str:
     """The turns as transformers shows them."""
     dicts: list[dict[str, Any]] = [{"role": m.role, "content": m.content} for m in turns]
+    if template is TEMPLATES["channels"]:  # it has a place of its own for the block that an answer begins with
+        fields = [field_reasoning(m) for m in turns]
+        dicts = [{"role": m.role, "content": m.content, "thinking": m.reasoning or ""} for m in fields]
     if template is TEMPLATES["parts"]:
         dicts = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in dicts]
     apply = renderer.tokenizer.apply_chat_template
