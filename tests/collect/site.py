@@ -17,6 +17,7 @@ import uvicorn
 
 from prefopt.collect.app import Site, build_app
 from prefopt.collect.security import Rate
+from prefopt.collect.serve import settings_of
 from prefopt.studies.people import invite
 from prefopt.studies.study import Study
 
@@ -46,13 +47,12 @@ class Served:
 
 
 @contextmanager
-def served(study: Study, rate: Rate = FAST) -> Iterator[Served]:
+def served(study: Study, rate: Rate = FAST, trusted_proxies: Sequence[str] = ()) -> Iterator[Served]:
     """The application behind a real server, in a thread."""
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
     app = build_app(study, Site([f"http://127.0.0.1:{port}"], rate=rate))
-    settings = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none", http="h11", server_header=False)
-    server = uvicorn.Server(settings)
+    server = uvicorn.Server(settings_of(app, trusted_proxies))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     while not server.started:

@@ -113,7 +113,9 @@ def check(renderer: Renderer, comparison: Comparison, template: Template, *, spe
     (rendered,) = renderer.render_all([comparison])
     if isinstance(rendered, Problem):
         # Words that a template takes for reasoning, and drops, must not be dropped without a word.
-        assert rendered.kind in ("chat template", "empty response") and "</think>" in "".join(r.text for r in comparison.responses)
+        assert rendered.kind in ("chat template", "empty response") and "</think>" in "".join(
+            r.text for r in comparison.responses
+        )
         return
     (prompt,) = renderer.prompts([comparison])
     assert not isinstance(prompt, Problem)

@@ -20,7 +20,7 @@ from prefopt.collect import charts
 from prefopt.collect.ballot import REASONS, Form, one, read_ballot
 from prefopt.collect.language import LANGUAGES, language_of
 from prefopt.collect.lead import Lead
-from prefopt.collect.security import Buckets, Guard, Rate, csrf_token, same_secret
+from prefopt.collect.security import Buckets, Guard, Rate, Sessions, address_of, csrf_token, same_secret
 from prefopt.collect.text import as_html
 from prefopt.collect.view import view_of
 from prefopt.errors import StudyError
@@ -83,20 +83,7 @@ def build_app(study: Study, site: Site) -> ASGIApp:
     }
     app = Starlette(debug=False, routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
-    return Guard(_Quiet(app), site.hosts, site.origins, site.rate)
-
-
-class _Quiet:
-    """Starlette answers an unforeseen error and raises it again for the server to print: it is logged already."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await self.app(scope, receive, send)
-        except Exception:
-            log.debug("an error was answered", exc_info=True)
+    return Guard(app, site.hosts, site.origins, pages.sessions, site.rate)
 
 
 class _Pages:
@@ -107,6 +94,7 @@ class _Pages:
         self.numbers = Lead(study)
         self.strangers = Buckets(Rate(per_second=2.0, burst=100.0))
         self.cookie = ("__Host-" if site.secure else "") + f"prefopt-{study.settings.id}"
+        self.sessions = Sessions(self.cookie, lambda secret: session_of(study, secret) is not None)
         self.templates = Environment(
             loader=PackageLoader("prefopt.collect"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
         )
@@ -208,20 +196,18 @@ class _Pages:
 
     def invitation(self, request: Request) -> Response:
         """Who is invited. Opening a link changes nothing, so that what previews links uses none up."""
-        self._stranger(request)
         secret = request.path_params["secret"]
-        person = invited(self.study, secret)
-        if person is None:
-            raise Refusal(404, "bad invitation")
+        person = self._invited(request, secret)
         return self.render(request, "join.html", invited=person, secret=secret, instructions=self.instructions)
 
     def join(self, request: Request) -> Response:
         """Exchange an invitation for a cookie."""
-        self._stranger(request)
         form: Form = request.scope["form"]
+        self._invited(request, one(form, "secret"))
         session = open_session(self.study, one(form, "secret"))
         if session is None:
             raise Refusal(404, "bad invitation")
+        self.sessions.remember(session)
         answer = _to("/")
         self._set(answer, self.cookie, session)
         return answer
@@ -251,10 +237,21 @@ class _Pages:
         age = int(SESSION_DAYS * 86400)
         answer.set_cookie(name, value, age, httponly=True, samesite="strict", secure=self.site.secure, path="/")
 
-    def _stranger(self, request: Request) -> None:
-        """Invitations cannot be tried out in numbers."""
-        if self.strangers.take(request.client.host if request.client else ""):
+    def _invited(self, request: Request, secret: str) -> Annotator:
+        """Whom an invitation is for. Raises :class:`Refusal`.
+
+        Invitations cannot be tried out in numbers; those that hold do not count, for many may come from one address.
+        """
+        address = address_of(request.scope)
+        if self.strangers.wait(address):
             raise Refusal(429, "too many")
+        person = invited(self.study, secret)
+        if person is None:
+            self.strangers.take(address)
+            raise Refusal(404, "bad invitation")
+        if self.strangers.take(f"annotator {person.id}"):
+            raise Refusal(429, "too many")
+        return person
 
     # -- the lead's pages --------------------------------------------------------------------------------------
 

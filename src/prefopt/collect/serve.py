@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
 from filelock import FileLock, Timeout
+from starlette.types import ASGIApp
 
 from prefopt.collect.app import Site, build_app
+from prefopt.collect.connections import Connection
 from prefopt.config.collect import LOCAL, CollectServeConfig
 from prefopt.errors import ConfigError, Interrupted, StudyError
 from prefopt.screen import tell
 from prefopt.studies.people import invite, live_invitations
 from prefopt.studies.study import Study
-
-CONNECTIONS = 500
 
 
 def serve(config: CollectServeConfig) -> None:
@@ -47,7 +47,7 @@ def serve(config: CollectServeConfig) -> None:
             port = listening.getsockname()[1]
             site = site_of(config, port)
             _tell(study, config, site, port)
-            uvicorn.Server(_settings(study, site)).run(sockets=[listening])
+            uvicorn.Server(settings_of(build_app(study, site), config.trusted_proxies)).run(sockets=[listening])
     finally:
         study.close()  # which also puts all that stands in the log into the one file
         Path(lock.lock_file).unlink(missing_ok=True)
@@ -79,20 +79,23 @@ def _tell(study: Study, config: CollectServeConfig, site: Site, port: int) -> No
         tell(f"serving on {config.host} port {port}, for those who are invited")
         if not site.secure:
             tell("note: without TLS whoever is between can read cookies and votes; put a proxy in front (--url)")
+    if site.secure and not config.trusted_proxies:
+        tell("note: without --trusted-proxies all who come through the proxy share one address, and its limits")
     tell("Ctrl-C stops; what was acknowledged is stored", flush=True)
 
 
-def _settings(study: Study, site: Site) -> uvicorn.Config:
+def settings_of(app: ASGIApp, trusted_proxies: Sequence[str] | None) -> uvicorn.Config:
+    """The server's settings. An address in X-Forwarded-For is believed from ``trusted_proxies`` alone."""
     return uvicorn.Config(
-        build_app(study, site),
+        app,
         log_level="warning",
         access_log=False,
         server_header=False,
-        proxy_headers=False,
-        http="h11",
+        proxy_headers=bool(trusted_proxies),
+        forwarded_allow_ips=list(trusted_proxies or ()),
+        http=Connection,
         ws="none",
         lifespan="off",
-        limit_concurrency=CONNECTIONS,
         timeout_keep_alive=10,
         timeout_graceful_shutdown=5,
     )

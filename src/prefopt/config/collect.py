@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -113,15 +114,35 @@ class CollectServeConfig(StudyOptions):
         "address that people use, such as https://votes.example.org, behind a proxy that speaks TLS",
         group="server",
     )
+    trusted_proxies: list[str] | None = option(
+        None,
+        "addresses or networks of proxies in front, whose X-Forwarded-For is believed: limits then hold for each"
+        " person's address",
+        group="server",
+    )
 
     def __post_init__(self) -> None:
         check_all(self)
         if self.url is not None and not re.fullmatch(r"https?://[A-Za-z0-9.-]+(:\d+)?/?", self.url):
             raise ConfigError(f"--url is {self.url!r}; it must be scheme and name alone, as https://votes.example.org")
+        for proxy in self.trusted_proxies or ():
+            _check_proxy(proxy)
         if self.host in EVERYWHERE and self.url is None and self.allowed_hosts is None:
             raise ConfigError(
                 f"--host {self.host} has no name of its own: say with --allowed-hosts or --url how it is reached"
             )
+
+
+def _check_proxy(proxy: str) -> None:
+    """Raises :class:`ConfigError` for what is neither an address nor a network, or is everybody."""
+    try:
+        network = ipaddress.ip_network(proxy)
+    except ValueError as error:
+        raise ConfigError(
+            f"--trusted-proxies is {proxy!r}; it must be an address as 127.0.0.1, or a network as 10.0.0.0/8 ({error})"
+        ) from None
+    if not network.prefixlen:
+        raise ConfigError(f"--trusted-proxies {proxy} is everybody; name the proxy's own address")
 
 
 @dataclass(frozen=True, kw_only=True)

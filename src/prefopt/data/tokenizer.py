@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from prefopt.data.expansion import check_expansion
 from prefopt.disk.adapter_folder import base_of, is_adapter
 from prefopt.disk.hub import fetched
+from prefopt.disk.nested import one_below
 from prefopt.disk.vetted import vet_folder
 from prefopt.errors import ModelError
 
@@ -56,6 +57,8 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     if not path.exists() and (path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1):
         raise ModelError(f"{source}: no such folder; check the path of the model or tokenizer")
     if path.is_dir() and not any(name in VOCABULARIES or name.endswith(".model") for name in here):
+        if below := one_below(path):
+            raise ModelError(f"{source} holds no model of its own{below}")
         raise ModelError(f"{source}: the folder has no tokenizer (tokenizer.json); copy it there, or name one that has")
     vet_folder(path)
     if lacking := _lacking(path, here):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from prefopt.disk.nested import one_below
 from prefopt.errors import ModelError
 
 CONFIG = "adapter_config.json"
@@ -40,7 +41,7 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
     """``adapter_config.json`` of a folder. Raises :class:`ModelError` where there is none, or a damaged one."""
     path = Path(folder).expanduser() / CONFIG
     if not path.is_file():
-        raise ModelError(f"--adapter {folder} holds no {CONFIG}: it is not a PEFT adapter")
+        raise ModelError(f"--adapter {folder} holds no {CONFIG}: it is not a PEFT adapter{one_below(path.parent)}")
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:

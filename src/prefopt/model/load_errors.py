@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import __version__ as transformers_version
 
 from prefopt.disk.hub import why_not_read
+from prefopt.disk.nested import one_below
 from prefopt.disk.vetted import read_object
 from prefopt.errors import ModelError, UserError
 
@@ -36,6 +37,8 @@ def _explain(name: str, error: Exception) -> str:
             return f"{name}: no such folder"
         return f"{name}: {why_not_read(error, name) or f'the Hub did not give it ({first_line(error)})'}"
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        if below := one_below(folder):
+            return f"{name} holds no model of its own{below}"
         return f"{name}: no config.json in this folder; it should hold a model saved by save_pretrained"
     if "size mismatch" in text:
         return f"{name}: its weights have other shapes than those of the model: it belongs to another one"

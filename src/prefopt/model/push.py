@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.disk.hub import no_telemetry, why_not_written
+from prefopt.disk.nested import MARKS, one_below
 from prefopt.errors import ConfigError, ModelError, RunError
 from prefopt.progress import size
 
@@ -44,10 +45,9 @@ def plan(folder: str | Path, *, run: bool = False, checkpoints: bool = False) ->
     folder = Path(folder)
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder")
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise ModelError(
-            f"{folder} holds no finished model (no config.json, no adapter_config.json); name one that does"
-        )
+    if not any((folder / mark).is_file() for mark in MARKS):
+        remedy = one_below(folder) or "; name one that does"
+        raise ModelError(f"{folder} holds no finished model (no {', no '.join(MARKS)}){remedy}")
     if not list(folder.glob("*.safetensors")):
         raise ModelError(f"{folder} holds no weights (*.safetensors); finish the run that writes into it")
     files: dict[str, int] = {}

@@ -190,7 +190,8 @@ def _chosen(run: History) -> Iterator[Finding]:
     chosen, rejected = (_of_ratio(run, side) for side in ("chosen", "rejected"))
     if chosen is None or rejected is None or abs(chosen.by) < HARDLY_MOVED or not chosen.direction:
         return
-    percent = f"{100 * abs(math.expm1(chosen.by)):.2g}% {'more' if chosen.by > 0 else 'less'} likely"
+    times = 100 * abs(math.expm1(chosen.by))
+    percent = f"{times:{'.0f' if times >= 100 else '.2g'}}% {'more' if chosen.by > 0 else 'less'} likely"
     numbers = f"by {abs(chosen.by):.3g} nats per token, so that each token is {percent}"
     other = f"rejected ones changed by {rejected.by:+.3g}"
     if chosen.direction > 0:
