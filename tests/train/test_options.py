@@ -154,6 +154,37 @@ def columns(place: Place) -> None:
     assert metrics(Path(place.run(data=data, columns=named))) == metrics(Path(place.run()))
 
 
+def label_means(place: Place) -> None:
+    """Every second row has its better response second, which the labels say."""
+    judged = [
+        {"prompt": row["prompt"], "first": row[one], "second": row[other], "label": k % 2}
+        for k, row in enumerate(ROWS)
+        for one, other in [("chosen", "rejected") if k % 2 == 0 else ("rejected", "chosen")]
+    ]
+    data = write_rows(place.folder / "judged.jsonl", judged)
+    with pytest.raises(DataError, match=r"label of unknown meaning.*--label-means 0=first,1=second,2=tie"):
+        place.run(data=data)
+    right = steps(Path(place.run(data=data, label_means=["0=first,1=second"])))
+    wrong = steps(Path(place.run(data=data, label_means=["1=first,0=second"])))
+    assert right[0]["loss"] == pytest.approx(steps(Path(place.run()))[0]["loss"]) and right[-1] != wrong[-1]
+
+
+def ignore_columns(place: Place) -> None:
+    data = write_rows(place.folder / "third.jsonl", [row | {"third_response": "c"} for row in ROWS])
+    with pytest.raises(DataError, match="--ignore-columns third_response"):
+        place.run(data=data)
+    assert metrics(Path(place.run(data=data, ignore_columns=["third_response"]))) == metrics(Path(place.run()))
+
+
+def header(place: Place) -> None:
+    with pytest.raises(ConfigError, match=r"--header none is about \.csv and \.tsv files"):
+        place.run(header="none")
+    data = place.folder / "rows.tsv"
+    data.write_text("".join(f"{row['prompt']}\t{row['chosen']}\t{row['rejected']}\n" for row in ROWS), "utf-8")
+    named = ["prompt=1", "chosen=2", "rejected=3"]
+    assert metrics(Path(place.run(data=str(data), header="none", columns=named))) == metrics(Path(place.run()))
+
+
 def output(place: Place) -> None:
     assert {"config.json", "model.safetensors", "README.md"} <= {p.name for p in Path(place.run()).iterdir()}
 
@@ -314,6 +345,9 @@ SHOWN: dict[str, Callable[[Place], None]] = {
     "data_weights": moves("data_weights", ["2"]),
     "format": layout_by_name,
     "columns": columns,
+    "label_means": label_means,
+    "ignore_columns": ignore_columns,
+    "header": header,
     "chat_template": moves("chat_template", "@template", data="@talk"),
     "template_variables": moves("template_variables", ["shout=true"], data="@talk", chat_template="@template"),
     "max_length": moves("max_length", 12),
