@@ -14,6 +14,7 @@ from model.families import FAMILIES
 from model.test_families import built
 from prefopt.errors import ConfigError
 from prefopt.model.adapter import add_adapter, new_lora, peft_warnings_off
+from prefopt.model.lora_targets import lora_targets
 from prefopt.model.weight_kinds import matrices
 
 QUICK = [
@@ -44,7 +45,7 @@ WITHOUT = {
     "deepseek_v32": _INDEXER,
     "glm_moe_dsa": _INDEXER,
 }
-# PEFT's own reading renames its adapter's shared experts (main branches of both at the versions of this test).
+# Reading renames Laguna's shared_expert to shared_experts, and with it the s of an adapter that has the new name.
 NOT_READ = {"laguna"}
 
 
@@ -153,3 +154,10 @@ def test_dropout_is_on_the_layers_that_can_have_it() -> None:
     assert rates["Linear"].p == 0.25
     assert isinstance(rates["ParamWrapper"], torch.nn.Identity)
     assert "no dropout on fused weights" in policy.prefopt_targets
+
+
+def test_of_quantised_layers_that_are_not_linear_the_names_are_for_peft_to_find() -> None:
+    model = built("llama", torch.float32)
+    model.model.layers[0].register_buffer("qweight", torch.zeros(1))
+    found = lora_targets(model, ["attention_that_is_packed"])
+    assert (found.modules, found.parameters) == (["attention_that_is_packed"], None)

@@ -107,13 +107,15 @@ def test_what_an_adapter_has_on_a_tower_is_counted_and_left_out(tmp_path: Path) 
     torch.testing.assert_close(logits(again), logits(policy))
 
 
-def test_a_tower_has_no_adapter_and_counts_as_untrained(tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", [None, ["q_proj"]])
+def test_a_tower_has_no_adapter_and_counts_as_untrained(targets: list[str] | None, tmp_path: Path) -> None:
     build("gemma3 whole").save_pretrained(tmp_path / "base")
     model = load_model(str(tmp_path / "base"), dtype=torch.float32, device=CPU)
     outside = [p for n, p in model.named_parameters() if re.search("vision_tower|multi_modal_projector", n)]
     assert outside
     assert tower_weights(model) == sum(p.numel() for p in outside)
-    policy: Any = new_lora(model, rank=2, alpha=4, dropout=0.0, targets=None)
-    assert "none of towers" in policy.prefopt_targets
+    policy: Any = new_lora(model, rank=2, alpha=4, dropout=0.0, targets=targets)
+    assert "none of towers" in policy.prefopt_targets or targets
+    assert not any("lora_" in n for n, _ in policy.named_parameters() if re.search("vision_tower|projector", n))
     policy(input_ids=IDS).logits.square().mean().backward()
     assert all(p.grad is not None and p.grad.any() for n, p in policy.named_parameters() if "lora_B" in n)

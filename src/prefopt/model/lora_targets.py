@@ -44,15 +44,23 @@ def lora_targets(model: Any, named: Sequence[str] | None) -> Targets:
     """
     there = matrices(model)
     refused = _refused(model)
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    if named and any(
+        name.endswith(".qweight") for name, _ in tensors
+    ):  # quantised layers that are no linear ones (GPTQ, AWQ): PEFT knows them
+        return Targets(list(named), None, ", ".join(named))
     wanted = [m for m in there if _default(m) and not refused(m)] if not named else _named(there, named, refused)
     if not wanted:
         raise ConfigError("--lora: no weight of this model can have an adapter; leave it out to train the whole model")
     former = _former_names(model)
     fused = {m.parameter for m in wanted if m.fused or m.module.rpartition(".")[2] in former}
     modules = [m.module for m in wanted if m.parameter not in fused]
-    if named and not fused and not {*named} & {*KINDS, ALL}:
+    if named and not fused and not {*named} & {*KINDS, ALL} and not any(m.kind == "tower" for m in there):
         modules = list(named)
-    return Targets(modules, _short(there, fused) or None, _words(there, wanted, refused))
+    words = _words(there, wanted, refused)
+    if not named and any(m.kind == "router" for m in there):
+        words += "; --lora-targets all-linear router adds the routers"
+    return Targets(modules, _short(there, fused) or None, words)
 
 
 def _default(matrix: Matrix) -> bool:
@@ -64,6 +72,7 @@ def _named(there: list[Matrix], named: Sequence[str], refused: Callable[[Matrix]
     chosen: set[str] = set()
     for name in named:
         found = [m for m in there if _means(name, m)]
+        found = [m for m in found if m.kind != "tower"] or found  # in full, a tower's layer is meant; else it has none
         if not found and name in _FORMER:
             found = [m for m in there if m.kind == "experts" and m.parameter.endswith(f".{_FORMER[name]}")]
         if not found:
@@ -150,6 +159,4 @@ def _words(there: list[Matrix], wanted: list[Matrix], refused: Callable[[Matrix]
     left = {_leaf(m) for m in there if m.kind in KINDS and (not m.reachable or refused(m))}
     if left:
         parts.append(f"{', '.join(sorted(left))} cannot have one")
-    if any(m.kind == "router" and m.parameter not in chosen for m in there):
-        parts.append("--lora-targets all-linear router adds the routers")
     return "; ".join(parts)

@@ -14,8 +14,6 @@ import torch
 
 KINDS = ("attention", "mlp", "experts", "shared-experts", "mixer", "other", "router")
 """Kinds that can have an adapter, as ``--lora-targets`` names them."""
-REMAINDER = ("head", "embedding", "convolution", "tower")
-"""Kinds that a person names by their layers' own names."""
 
 _TOWER = re.compile(r"vision|visual|image|audio|speech|sound|multi_modal|mm_proj", re.IGNORECASE)
 _ROUTER = re.compile(r"router|^shared_expert_gate$", re.IGNORECASE)
