@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import signal
 import sys
@@ -187,15 +188,68 @@ def whole(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 MANY = {"num": 2, "batch_size": 3, "dtype": "float32"}
 
 
+def killed(whole: Path, cut: Path, size: int) -> dict[str, Any]:
+    """What a run leaves that is killed after so many bytes: rows, and a record that counts those of batches before."""
+    cut.write_bytes((whole / "s.jsonl").read_bytes()[:size])
+    record: dict[str, Any] = json.loads((whole / "s.jsonl.run.json").read_text())
+    del record["results"]
+    lines = cut.read_bytes().splitlines(keepends=True)
+    counted = lines[: max(0, len(lines) - 2)]
+    digest = hashlib.blake2b(b"".join(counted), digest_size=16).hexdigest()
+    return record | {"written": {"rows": len(counted), "digest": digest}}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            lambda lines: [*lines[:3], lines[3].replace(b'"finish"', b'"Finish"'), *lines[4:]],
+            "are not what was written",
+        ),
+        (lambda lines: [*lines[:3], *lines[4:]], "holds 59 of the 60 rows"),
+        (lambda lines: lines[:-1], "holds 59 of the 60 rows"),
+        (lambda lines: [lines[1], lines[0], *lines[2:]], "are not what was written"),
+        (lambda lines: [*lines, lines[-1]], "holds more rows than were written"),
+    ],
+    ids=["altered", "one is gone", "the last is gone", "reordered", "one is there twice"],
+)
+def test_rows_that_were_changed_are_not_gone_on_with(
+    change: Any, told: str, base: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(b"".join(change((whole / "s.jsonl").read_bytes().splitlines(keepends=True))))
+    (tmp_path / "s.jsonl.run.json").write_bytes((whole / "s.jsonl.run.json").read_bytes())
+    before = path.read_bytes()
+    refused(arguments(base, whole / "p.jsonl", path, **MANY, resume=True), told, capsys)
+    assert path.read_bytes() == before
+
+
+def test_kept_samples_are_verified(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PREFOPT_CACHE", str(tmp_path))
+    for name in ("0" * 20, "1" * 20):
+        folder = tmp_path / "samples" / name
+        folder.mkdir(parents=True)
+        for file in ("s.jsonl", "s.jsonl.run.json"):
+            (folder / file.replace("s.jsonl", "samples.jsonl")).write_bytes((whole / file).read_bytes())
+    assert main(["cache", "verify"]) == 0
+    spoilt = tmp_path / "samples" / ("1" * 20)
+    text = (spoilt / "samples.jsonl").read_bytes()
+    (spoilt / "samples.jsonl").write_bytes(text[:100] + b"#" + text[101:])
+    assert main(["cache", "verify"]) == 1
+    assert "are not what was written" in capsys.readouterr().out
+    assert main(["cache", "verify", "--repair"]) == 0 and not spoilt.exists()
+    assert (tmp_path / "samples" / ("0" * 20)).exists() and main(["cache", "verify"]) == 0
+
+
 @pytest.mark.parametrize("part", [0.0, 0.01, 0.33, 0.5, 0.999])
 def test_a_file_cut_off_anywhere_is_gone_on_with_to_the_same_bytes(
     part: float, base: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = (whole / "s.jsonl").read_bytes()
     cut = tmp_path / "s.jsonl"
-    cut.write_bytes(data[: int(part * len(data))])
-    record = json.loads((whole / "s.jsonl.run.json").read_text())
-    del record["results"]
+    record = killed(whole, cut, int(part * len(data)))
     (tmp_path / "s.jsonl.run.json").write_text(json.dumps(record))
     words = arguments(base, whole / "p.jsonl", cut, **MANY)
     refused(words, "exists; go on with it by --resume", capsys)
@@ -209,9 +263,7 @@ def test_a_resume_that_is_not_the_same_run_is_refused(
     base: str, chat: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     half, beside = tmp_path / "s.jsonl", tmp_path / "s.jsonl.run.json"
-    half.write_bytes((whole / "s.jsonl").read_bytes()[:4000])
-    record = json.loads((whole / "s.jsonl.run.json").read_text())
-    del record["results"]
+    record = killed(whole, half, 4000)
     beside.write_text(json.dumps(record))
     go_on = {**MANY, "resume": True}
     prompts = whole / "p.jsonl"
@@ -229,6 +281,9 @@ def test_a_resume_that_is_not_the_same_run_is_refused(
     beside.write_text(json.dumps(record))
     kept = half.read_bytes()
     half.write_bytes(b'{"prompt": "x"}\n' + kept)
+    refused(arguments(base, prompts, half, **go_on), "are not what was written", capsys)
+    del record["written"]  # as of an earlier version
+    beside.write_text(json.dumps(record))
     refused(arguments(base, prompts, half, **go_on), "row 1 of", capsys)
     half.write_bytes(kept)
     with FileLock(tmp_path / "s.jsonl.lock"):
@@ -380,6 +435,13 @@ def _format(b: Bench) -> bool:
     return [row["prompt"] for row in found] == ["k", "l"]
 
 
+def _header(b: Bench) -> bool:
+    rows = b.folder / "bare.csv"
+    rows.write_text("k\nl\n")
+    found = b.run(prompts=rows, columns="prompt=1", header="none")
+    return [row["prompt"] for row in found] == ["k", "l"]
+
+
 def _threads(b: Bench) -> bool:
     b.run(threads=1)
     return torch.get_num_threads() == 1
@@ -393,6 +455,11 @@ OPTIONS: dict[str, Callable[[Bench], bool]] = {
     "on_bad_row": lambda b: True,  # test_rows_that_cannot_be_used_are_skipped_and_counted
     "format": _format,
     "columns": _format,
+    "header": _header,
+    "label_means": lambda b: (
+        True
+    ),  # what a row says is read as for every verb: tests/data/layouts/test_said_of_columns.py
+    "ignore_columns": lambda b: True,
     "chat_template": _chat_template,
     "template_variables": _chat_template,
     "num": lambda b: all(len(row["responses"]) == 4 for row in b.run(num=4)),

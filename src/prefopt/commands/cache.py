@@ -8,6 +8,7 @@ from prefopt.config.cache import CacheClearConfig, CacheListConfig, CacheVerifyC
 from prefopt.data.token_cache import list_tokens, verify_tokens
 from prefopt.disk.cache import reference_folder, samples_folder, tokens_folder
 from prefopt.disk.entries import clear, last_used, model_of, sample_entries, size_of
+from prefopt.generate.output import verify_samples
 from prefopt.model.spaces import list_spaces, verify
 from prefopt.progress import size
 from prefopt.screen import tell
@@ -39,7 +40,7 @@ def list_cache(_: CacheListConfig) -> int:
 
 def verify_cache(config: CacheVerifyConfig) -> int:
     problems = [(problem.file, problem.what) for problem in verify(repair=config.repair)]
-    problems += verify_tokens(repair=config.repair)
+    problems += [*verify_tokens(repair=config.repair), *verify_samples(repair=config.repair)]
     for file, what in problems:
         tell(f"{file}: {what}{'; taken out of use' if config.repair else ''}")
     if not problems:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError
 
 from prefopt.errors import RunError
@@ -44,6 +46,32 @@ def replace_file(path: Path, data: bytes, *, aside: str | None = None) -> None:
         first.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)  # the rename itself becomes durable only with its folder
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what processes that were killed left aside in a folder, of the file ``name`` or of all.
+
+    Those are files and folders called ``.NAME.PID`` (see :func:`replace_file`) whose process is gone; what a living one
+    is writing stays.
+    """
+    for left in folder.glob(f".{name or '*'}.*"):
+        number = left.name.rpartition(".")[2]
+        if not number.isdecimal() or int(number) == os.getpid() or psutil.pid_exists(int(number)):
+            continue
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, if it is there: renamed aside first, so that a kill never leaves half of it under its name."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        folder.rename(aside)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(aside)
 
 
 def write_flushed(path: Path, data: bytes) -> None:

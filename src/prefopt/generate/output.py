@@ -6,11 +6,13 @@ A row is one prompt with its samples, in the canonical layout, so that every ver
      "finish": [...], "token_ids": [[...], ...], "source": "prompts.jsonl", "source_row": 7}
 
 Beside the file stands ``FILE.run.json``: the options that made it and digests of model and prompts, so that a run is
-only ever gone on with as it was begun.
+only ever gone on with as it was begun; and how many rows were written, with a digest of them all, so that rows which
+were changed or lost meanwhile are found.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -21,11 +23,62 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from prefopt.config.option import flag
-from prefopt.disk.write import output_errors, sync_folder, write_json
+from prefopt.disk.entries import SAMPLES, clear, sample_entries
+from prefopt.disk.write import output_errors, remove_leftovers, sync_folder, write_json
 from prefopt.errors import RunError
 
 # Options that may differ at a resume: they change what is shown, never what is drawn.
 FREE = frozenset({"resume", "progress", "output"})
+WRITTEN = "written"
+"""The key of the record that holds the number of rows and their digest; files of earlier versions have none."""
+
+
+def altered(path: Path, record: Mapping[str, Any]) -> str | None:
+    """What is wrong with the rows of a file that its record tells of, None where they are what was written.
+
+    Rows behind those that the record counts may be there: a kill comes between a row and its count.
+    """
+    match record.get(WRITTEN):
+        case {"rows": int(rows), "digest": str(digest)}:
+            pass
+        case None:
+            return None
+        case _:
+            return f"cannot be checked: {WRITTEN} in its .run.json is damaged"
+    found, count, more = _hasher(), 0, False
+    with path.open("rb") as file:
+        for line in file:
+            more = count == rows
+            if more or not line.endswith(b"\n"):
+                break
+            found.update(line)
+            count += 1
+    if count < rows:
+        return f"holds {count} of the {rows} rows that were written"
+    if found.hexdigest() != digest:
+        return f"has rows among its first {rows} that are not what was written"
+    return "holds more rows than were written" if more and "results" in record else None
+
+
+def verify_samples(*, repair: bool) -> list[tuple[Path, str]]:
+    """The kept samples that are not what was written, and why; with ``repair`` they are removed, to be drawn anew."""
+    problems = []
+    for folder in sample_entries():
+        path = folder / SAMPLES
+        try:
+            record = json.loads(path.with_name(path.name + ".run.json").read_text("utf-8"))
+            wrong = altered(path, record) if isinstance(record, dict) else "has a damaged .run.json"
+        except (OSError, ValueError):
+            wrong = "has no .run.json that can be read"
+        if wrong:
+            problems.append((path, wrong))
+            if repair:
+                clear(ids=[folder.name])
+    return problems
+
+
+def _hasher() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +104,12 @@ class SampleFile:
         self._found = path.exists()
         if self._found and not resume:
             raise RunError(f"--output {path} exists; go on with it by --resume, or name another file")
+        self._digest = _hasher()
         if self._found:
             self.record = {**self._read_record(), "status": "resumed"}
             self._refuse_other_options(options)
+            if wrong := altered(path, self.record):
+                raise RunError(f"--resume: {path} {wrong}; put it back, or name another --output")
 
     @property
     def finished(self) -> bool:
@@ -74,6 +130,7 @@ class SampleFile:
                 self._lock.acquire(timeout=0)
             except Timeout:
                 raise RunError(f"--output {self.path} is being written by another process; wait for it") from None
+            remove_leftovers(self.path.parent, self.beside.name)
             write_json(self.beside, self.record)
             self._file = self.path.open("r+b" if self._found else "xb")
             end = self._check(self._file, places) if self._found else 0
@@ -86,10 +143,14 @@ class SampleFile:
         assert self._file is not None
         with output_errors(self.path):
             for row in rows:
-                self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+                self._file.write(line)
                 self._file.flush()
+                self._digest.update(line)
             os.fsync(self._file.fileno())
         self.done += len(rows)
+        self.record[WRITTEN] = {"rows": self.done, "digest": self._digest.hexdigest()}
+        write_json(self.beside, self.record)
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Note what came out."""
@@ -118,6 +179,7 @@ class SampleFile:
             if self.done >= len(places) or place != places[self.done]:
                 raise RunError(f"--resume: row {self.done + 1} of {self.path} is not the one that the run wrote")
             self.done += 1
+            self._digest.update(line)
             end += len(line)
         return end
 

@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from prefopt.disk.write import output_errors, sync_folder, write_flushed
+from prefopt.disk.write import output_errors, remove_folder, sync_folder, write_flushed
 from prefopt.errors import RunError
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def save(
         # Later ones are damaged and passed over by the run that is here now: they must not count as kept.
         whole_steps = sorted(p for p in folder.glob("step-*") if not _within(p) and p.name <= path.name)
         for other in set(folder.glob("step-*")) - {*whole_steps[-keep_last:], path}:
-            shutil.rmtree(other)
+            remove_folder(other)
         shutil.rmtree(_replaced(path), ignore_errors=True)
     return path
 

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from prefopt.data.group import Group, IntArray
 from prefopt.data.table import GroupTable
-from prefopt.disk.write import output_errors, write_json
+from prefopt.disk.write import output_errors, remove_folder, remove_leftovers, write_json
 from prefopt.errors import RunError
 from prefopt.train.record import RECORD, read_metrics, read_record
 
@@ -49,6 +48,7 @@ class RunFolder:
                 what = "a finished run;" if _finished(before) else "an unfinished run; go on with it by --resume, or"
                 raise RunError(f"--output {path} holds {what} name another folder")
             if _finished(before):
+                self._tidy(before)
                 raise RunError(f"--resume: the run in {path} is finished; to train further, name its folder as --model")
             read_metrics(path)  # what a resumed run would stumble over is told before anything slow
             self._refuse_other_options(before.get("options", {}), options)
@@ -69,6 +69,7 @@ class RunFolder:
                 there = True
         if (there and self.record["status"] == "started") or not self._lock.is_locked:
             raise RunError(f"--output {self.path} is in use by another process; wait for it, or name another folder")
+        remove_leftovers(self.path)
 
     def leave(self) -> None:
         """Let the folder go."""
@@ -98,11 +99,19 @@ class RunFolder:
 
         In this order: whoever is killed between the two has a finished run, and not one that begins anew.
         """
+        self.record["checkpoints_kept"] = keep_checkpoints
         self.remember(status="finished", finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), results=dict(results))
-        if not keep_checkpoints and self.checkpoints.exists():
-            shutil.rmtree(self.checkpoints)  # they were there for what might have happened until now
-        if self.last_good.exists():
-            shutil.rmtree(self.last_good)  # of a start of this run that ran away where this one did not
+        if not keep_checkpoints:
+            remove_folder(self.checkpoints)  # they were there for what might have happened until now
+        remove_folder(self.last_good)  # of a start of this run that ran away where this one did not
+
+    def _tidy(self, before: Mapping[str, Any]) -> None:
+        """Do what a kill kept a finished run from: see :meth:`finish`. Nobody else works in a finished folder."""
+        remove_leftovers(self.path)
+        (self.path / _LOCK).unlink(missing_ok=True)
+        if before.get("checkpoints_kept") is False:
+            remove_folder(self.checkpoints)
+            remove_folder(self.last_good)
 
     def spent(self, costs: Mapping[str, float]) -> None:
         """The run's costs so far, of all its starts together."""

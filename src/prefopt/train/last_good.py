@@ -6,12 +6,12 @@ starts from a model.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from prefopt.config.ppo import PpoConfig
 from prefopt.data.tokenizer import Tokenizer
+from prefopt.disk.write import remove_folder
 from prefopt.errors import RunError
 from prefopt.losses.kl import k1
 from prefopt.model.generation import add_end_tokens
@@ -44,8 +44,7 @@ def keep_last_good(
     try:
         policy.masters.load(weights_of("actor", found.weights))
         repair_generation(causal_model(policy.scorer.model))
-        if path.exists():
-            shutil.rmtree(path)
+        remove_folder(path)
         save_model(path, policy.scorer, policy.masters, tokenizer)
         add_end_tokens(path, ends, tokenizer, policy.scorer.model)
     except RunError as error:
