@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,13 @@ def train(request: pytest.FixtureRequest, tmp_path: Path, model: str) -> Train:
         return lambda output, **more: ppo(start, output, **more)
     data = write_rows(tmp_path / "data.jsonl", pairs(8))
     return lambda output, **more: dpo(model, data, output, batch_size=4, learning_rate=1e-2, **more)
+
+
+def dead_process() -> int:
+    """The number of a process that is gone."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
 
 
 def test_killed_before_it_is_noted_as_finished_a_run_goes_on(train: Train, tmp_path: Path) -> None:
@@ -68,5 +77,29 @@ def test_killed_while_its_checkpoints_go_a_run_is_finished(train: Train, tmp_pat
         with pytest.raises(Killed):
             train(output)
     assert json.loads((output / "run.json").read_text())["status"] == "finished"
+    assert not (output / "checkpoints").exists() and list(output.glob(".checkpoints.*"))
+    gone = dead_process()
+    next(output.glob(".checkpoints.*")).rename(output / f".checkpoints.{gone}")
+    (output / f".run.json.{gone}").write_text("{")
     with pytest.raises(RunError, match="is finished; to train further"):
         train(output, resume=True)
+    assert not [path.name for path in output.iterdir() if path.name.startswith(".")]
+
+
+def test_what_a_kill_left_aside_is_gone_after_the_next_start(train: Train, tmp_path: Path) -> None:
+    output, gone = tmp_path / "out", dead_process()
+    remember = RunFolder.remember
+
+    def killed(self: RunFolder, **values: Any) -> None:
+        if values.get("status") == "finished":
+            raise Killed
+        remember(self, **values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "remember", killed)
+        with pytest.raises(Killed):
+            train(output)
+    (output / f".run.json.{gone}").write_text("{")
+    (output / "checkpoints" / f".step-00000001.{gone}").mkdir()
+    train(output, resume=True)
+    assert not [path.name for path in output.rglob(".*")] and not (output / "checkpoints").exists()
