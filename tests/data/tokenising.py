@@ -44,7 +44,9 @@ def chat_rows(n: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def write(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), "utf-8")
+    path.write_text(
+        "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), "utf-8", errors="surrogatepass"
+    )
     return path
 
 

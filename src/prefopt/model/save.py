@@ -26,6 +26,7 @@ _SIDE_FILES = (
     "audio_tokenizer_config.json",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
+    "value_head.safetensors",  # beside a language model, as LLaMA-Factory writes it
     "LICENSE*",
     "NOTICE*",
 )
@@ -52,7 +53,7 @@ def save_weights(folder: Path, model: Any, state: Mapping[str, torch.Tensor], dt
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
-    """What a processor reads, templates and licences, where ``folder`` has none of its own; never code or pickles."""
+    """What a processor reads, value heads, templates and licences, where ``folder`` has none of its own; never code or pickles."""
     for pattern in _SIDE_FILES:
         for file in sorted(source.glob(pattern)):
             target = folder / file.relative_to(source)
