@@ -53,7 +53,7 @@ def save_weights(folder: Path, model: Any, state: Mapping[str, torch.Tensor], dt
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
-    """What a processor reads, value heads, templates and licences, where ``folder`` has none of its own; never code or pickles."""
+    """What a processor reads, value heads, templates, licences, where ``folder`` has none; never code or pickles."""
     for pattern in _SIDE_FILES:
         for file in sorted(source.glob(pattern)):
             target = folder / file.relative_to(source)
