@@ -14,8 +14,12 @@ from typing import Any
 import pytest
 
 import hub
+from pipeline.sweeping import values, write_place
 from prefopt.cli import main
+from prefopt.config.frontier import FrontierConfig
+from prefopt.config.methods_table import MethodsConfig
 from prefopt.errors import RunError
+from prefopt.pipeline import frontier, methods
 from prefopt.train.history import read_history
 from runs_of_all import METHODS, QUICK, RUNS, command, write_runs
 
@@ -155,6 +159,64 @@ def test_it_is_merged_and_pushed(
         done = hub.prefopt(there, monkeypatch, "push", folder, "--repo", "me/it", "--yes")
         assert done.status == 0, done.err
         assert "README.md" in there.repos["me/it"]
+
+
+# -- folders of several runs, which hold no model of their own ------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def sweeps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``prefopt frontier`` and ``prefopt methods`` leave behind."""
+    folder = tmp_path_factory.mktemp("sweeps")
+    given = values(write_place(folder), folder / "frontier")
+    rates: dict[str, Any] = {"seeds": 1, "rate_factors": ["1"], "isolate": False, "sft": ["batch_size=4"]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFOPT_CACHE", str(folder / "cache"))
+        patch.setattr("prefopt.train.measure.matmul_peak", lambda *_: 1e10)
+        frontier.run(FrontierConfig(**{**given, "roads": ["dpo:beta=0.1", "best-of:n=2"]}))
+        methods.run(MethodsConfig(**{**given, **rates, "output": str(folder / "methods")}))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "runs", "first"),
+    [
+        ("frontier", ["dpo/beta=0.1-seed0"], "frontier/dpo/beta=0.1-seed0"),
+        ("methods", ["dpo/seed0-rate1", "ppo/seed0-rate1", "reward/seed0", "sft/seed0"], "methods/dpo/seed0-rate1"),
+    ],
+)
+def test_a_folder_of_a_sweep_is_told_by_its_runs(
+    name: str,
+    runs: list[str],
+    first: str,
+    sweeps: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(sweeps)
+    status, text = said(["runs", name], capsys)
+    assert status == 0 and sorted(line.split()[0] for line in text.splitlines()[1:]) == runs
+    status, line = said(["plot", name, "--output", str(tmp_path / "p.svg")], capsys)
+    assert status == 2 and "below it: name output folders, such as " + first in line
+    status, line = said(["report", name, "--output", str(tmp_path / "p.html")], capsys)
+    assert (status, "such as " + first in line) == ((0, False) if name == "frontier" else (2, True))
+
+
+def test_a_folder_with_models_below_it_is_no_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    machine = [x for x in QUICK if x not in ("--progress", "none")]
+    told = "below it: name one, such as chain/ppo"
+    for words in (
+        ["sample", "--model", "chain", "--prompts", "prompts.jsonl", "--output", "s.jsonl", *machine],
+        ["chat", "--model", "chain", *machine],
+        ["compare", "--a", "chain", "--b", "base", "--prompts", "prompts.jsonl", "--judge", "length", *machine],
+        ["score", "answers.jsonl", "--reward", "chain", "--output", "o.jsonl", *machine],
+        ["merge", "--model", "base", "--adapter", "chain", "--output", "merged"],
+        ["push", "chain", "--repo", "me/it", "--yes"],
+    ):
+        status, line = said(words, capsys)
+        assert status == 2 and line.endswith(told), line
 
 
 # -- records and metrics that were damaged ---------------------------------------------------------------------------

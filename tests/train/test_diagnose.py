@@ -148,6 +148,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"training": {"log_ratios_per_token/chosen": noisy(lambda t: -0.7 * t, 0.002)}},
         "became much less likely .*look at samples",
     ),
+    "chosen rose": (
+        {"training": {"log_ratios_per_token/chosen": noisy(lambda t: 1.2 * t, 0.002)}},
+        r"each token is 2[0-9]{2}% more likely\)",
+    ),
     "lengths differ": (
         {"training": {"lengths/chosen": noisy(lambda t: 200, 5, seed=1)}},
         r"longer than rejected ones: 201 and 98 tokens in the mean \(difference \+10[123] ± [12]\)",

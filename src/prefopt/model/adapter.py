@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from prefopt.disk.nested import one_below
 from prefopt.disk.vetted import vet_folder
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.dropout import silence_dropout
@@ -45,7 +46,7 @@ def require_adapter(folder: str) -> None:
     if not Path(folder).exists() or (Path(folder) / "adapter_config.json").is_file():
         return
     whole = ": it is a whole model and no adapter; name it as --model"
-    what = whole if (Path(folder) / "config.json").is_file() else ": it is not a PEFT adapter"
+    what = whole if (Path(folder) / "config.json").is_file() else f": it is not a PEFT adapter{one_below(Path(folder))}"
     raise ModelError(f"--adapter {folder} holds no adapter_config.json{what}")
 
 
