@@ -367,7 +367,9 @@ def _names_or_rows(data: object) -> tuple[object, list[Row] | None]:
         return data, None
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise ConfigError("data must be names of files, or a list of rows (dicts)")
-    items = list(data)
+    from prefopt.data.hub import dataset_rows, is_dataset
+
+    items: list[Any] = list(dataset_rows(data, "data") if is_dataset(data) else data)
     rows = [item for item in items if isinstance(item, Mapping)]
     if rows and len(rows) < len(items):
         raise ConfigError("data mixes rows and names of files: give one or the other")

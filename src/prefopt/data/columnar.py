@@ -145,9 +145,11 @@ def _values(array: Any, key: str = "") -> list[Any]:
     kind, types = array.type, pa.types
     if types.is_struct(kind):
         values: list[Any] = _structs(array, key)
-    elif types.is_list(kind) or types.is_large_list(kind):
+    elif any(is_kind(kind) for is_kind in _list_kinds(types)):
         inner, lengths = iter(_values(array.flatten(), key)), pc.list_value_length(array).to_pylist()
         values = [None if length is None else list(islice(inner, length)) for length in lengths]
+    elif types.is_map(kind):
+        values = _maps(array, key)
     elif types.is_dictionary(kind):
         return _values(array.dictionary_decode(), key)
     elif isinstance(kind, pa.JsonType):
@@ -163,6 +165,11 @@ def _values(array: Any, key: str = "") -> list[Any]:
     return values
 
 
+def _list_kinds(types: Any) -> tuple[Callable[[Any], bool], ...]:
+    views = (types.is_list_view, types.is_large_list_view)
+    return (types.is_list, types.is_large_list, types.is_fixed_size_list, *views)
+
+
 def _structs(array: Any, key: str) -> list[dict[str, Any] | None]:
     """Objects without the keys that they lack."""
     rows = _rows(array, key)
@@ -171,6 +178,20 @@ def _structs(array: Any, key: str) -> list[dict[str, Any] | None]:
     if not array.null_count:
         return list(rows)
     return [row if valid else None for row, valid in zip(rows, array.is_valid().to_pylist(), strict=True)]
+
+
+def _maps(array: Any, key: str) -> list[dict[str, Any] | None]:
+    """Objects with names of their own: none is filled in, but what they hold may be objects of one type."""
+    import pyarrow as pa
+
+    whole = array.cast(pa.list_(pa.struct([("key", array.type.key_type), ("value", array.type.item_type)])))
+    pairs = whole.flatten()
+    names, inner = map(str, pairs.field(0).to_pylist()), _values(pairs.field(1), key if key == ARGUMENTS else "")
+    held, lengths = zip(names, inner, strict=True), whole.value_lengths().to_pylist()
+    maps = [None if length is None else dict(islice(held, length)) for length in lengths]
+    if any(held is not None and len(held) < length for held, length in zip(maps, lengths, strict=True)):
+        raise ValueError("a map has one key twice")
+    return maps
 
 
 def _rows(array: Any, key: str = "") -> list[dict[str, Any]]:

@@ -73,7 +73,20 @@ def parse_columns(given: Sequence[str] | None) -> dict[str, str]:
         if name in pairs:
             raise ConfigError(f"--columns gives {name} twice; leave one out")
         pairs[name] = column
+    if clash := shared_column(pairs):
+        raise ConfigError(f"--columns gives {clash}; leave one out")
     return pairs
+
+
+def shared_column(pairs: Mapping[str, str]) -> str:
+    """The column that two fields are given, and which they are; nothing where each has one of its own."""
+    named: dict[str, str] = {}
+    for name, column in pairs.items():
+        if name in KEY_TAGS or name in ROLE_TAGS:
+            continue
+        if (other := named.setdefault(column, name)) != name:
+            return f"the column {column!r} to both {other} and {name}"
+    return ""
 
 
 def columns_of(

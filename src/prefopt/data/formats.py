@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from prefopt.data.columns import columns_of, said_of_columns
+from prefopt.data.columns import columns_of, said_of_columns, shared_column
 from prefopt.data.content import layout_name
 from prefopt.data.dataset_info import find_entry
 from prefopt.data.joined import joined
@@ -175,6 +175,9 @@ def open_comparisons(source: Source, *, format: str | None = None, columns: Sequ
     entry = find_entry(source.path) if named is None else None
     cells = source.path is not None and layout_name(source.path) in CSV_NAMES
     pairs, refused = ({**entry.pairs, **given}, entry.media) if entry else (given, ())
+    if entry and (clash := shared_column(pairs)):
+        who = "dataset_info.json beside it, with --columns," if given else "dataset_info.json beside it"
+        raise DataError(f"{who} gives {clash} (entry {entry.name}); put it right", file=source.name)
     means = {**(entry.means if entry else {}), **said.means}
     understood = columns_of(pairs, refused=refused, cells=cells, means=means, ignored=said.ignored)
     if said.headless:

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -37,13 +38,7 @@ class HubSplit:
 
     def rows(self, name: str, keep_going: bool) -> Iterator[object]:
         """Rows of the split."""
-        data = _load(self)
-
-        def batches() -> Iterator[Any]:
-            for table in data.with_format("arrow").iter(batch_size=1024):
-                yield from table.combine_chunks().to_batches()
-
-        return table_rows(batches, name)
+        return dataset_rows(_load(self), name)
 
     def digest(self) -> str:
         """SHA-256 of name, config, split and the hashes of the files that the library made of the revision."""
@@ -51,6 +46,22 @@ class HubSplit:
         files = [Path(entry["filename"]) for entry in data.cache_files]
         parts = [self.repo, data.info.config_name or "", str(data.split), *file_hashes(files, error=DataError)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def dataset_rows(data: Any, name: str) -> Iterator[object]:
+    """Rows of a ``datasets.Dataset``; unlike its own, without the nulls that Arrow fills in."""
+
+    def batches() -> Iterator[Any]:
+        for table in data.with_format("arrow").iter(batch_size=1024):
+            yield from table.combine_chunks().to_batches()
+
+    return table_rows(batches, name)
+
+
+def is_dataset(data: object) -> bool:
+    """Whether it is a ``datasets.Dataset`` whose rows are what its table holds."""
+    library = sys.modules.get("datasets")
+    return library is not None and isinstance(data, library.Dataset) and data.format["type"] is None
 
 
 @lru_cache(maxsize=8)

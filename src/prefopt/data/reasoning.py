@@ -40,21 +40,33 @@ def join_reasoning(reasoning: str, content: str) -> str:
 
 
 def field_reasoning(turn: Message) -> Message:
-    """The turn with the closed blocks that its text begins with in the field; the same object where it has none."""
-    if turn.role != "assistant" or turn.reasoning or "<think" not in turn.content:
+    """The turn with the closed blocks that its text begins with in the field; the same object where it has none.
+
+    The first may lack its opening tag, as in :func:`split_reasoning`.
+    """
+    if turn.role != "assistant" or turn.reasoning or not _has_tag(turn.content):
         return turn
     found, content = [], turn.content
     while match := _BLOCK.match(content):
         found.append(match[2].strip())
         content = content[match.end() :]
+    if not found and not _UNCLOSED.match(content) and (match := _OPENED.match(content)):
+        found, content = [match[1].strip()], content[match.end() :]
     return replace(turn, reasoning="\n\n".join(filter(None, found)) or None, content=content) if found else turn
+
+
+def inline_reasoning(turn: Message) -> bool:
+    """Whether the text of an answer begins with reasoning, closed or not."""
+    return turn.role == "assistant" and _has_tag(turn.content) and split_reasoning(turn.content)[1] != turn.content
+
+
+def _has_tag(content: str) -> bool:
+    return "<think" in content or "</think>" in content
 
 
 def strip_reasoning(turn: Message) -> Message:
     """The turn without its reasoning; the same object where it has none."""
-    if turn.role != "assistant" or (
-        turn.reasoning is None and "<think" not in turn.content and "</think>" not in turn.content
-    ):
+    if turn.role != "assistant" or (turn.reasoning is None and not _has_tag(turn.content)):
         return turn
     _, content = split_reasoning(turn.content)
     same = turn.reasoning is None and content == turn.content

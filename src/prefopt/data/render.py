@@ -21,7 +21,7 @@ from prefopt.data.answers import Answers
 from prefopt.data.encoding import Encoded, Encoder, Layout
 from prefopt.data.findings import Findings, lines
 from prefopt.data.group import BoolArray, Group, IntArray
-from prefopt.data.reasoning import field_reasoning, strip_reasoning
+from prefopt.data.reasoning import field_reasoning, inline_reasoning, strip_reasoning
 from prefopt.data.rendering import Rendering
 from prefopt.data.shorten import Sequences, Shortener
 from prefopt.data.template import ChatTemplate, Turns, Unrenderable
@@ -46,6 +46,7 @@ SPECIAL = "special tokens written out in the text, read as those tokens"
 INTO_FIELD = "reasoning inside of answers is put where the chat template has a field for it"
 TURNS_DROPPED = "longer than --max-length: the oldest turns are dropped whole"
 TURN_CUT = "longer than --max-length: a turn loses its first words (a system turn its last)"
+LEFT_INSIDE = "reasoning inside of answers is shown as part of them, though the chat template has a field for it"
 STRIPPED = "reasoning left out, as --reasoning strip says"
 APART = "the tokenizer would join the end of the prompt to the answer: they are tokenized apart, as in sampling"
 WINDOWS = "texts longer than --max-length, each cut into several rows"
@@ -227,6 +228,8 @@ class Renderer:
         change = field_reasoning if keep else strip_reasoning
         prompt: Turns = tuple(map(change, c.prompt))
         responses = tuple(replace(r, messages=tuple(map(change, r.messages))) for r in c.responses)
+        if keep and any(map(inline_reasoning, (*prompt, *(m for r in responses for m in r.messages)))):
+            self._say(LEFT_INSIDE)
         if prompt == c.prompt and responses == c.responses:
             return c
         self._say(INTO_FIELD if keep else STRIPPED)
