@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -54,7 +55,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
     Those are files and folders called ``.NAME.PID`` (see :func:`replace_file`) whose process is gone; what a living one
     is writing stays.
     """
-    for left in folder.glob(f".{name or '*'}.*"):
+    for left in folder.glob(f".{glob.escape(name) if name else '*'}.*"):
         number = left.name.rpartition(".")[2]
         if not number.isdecimal() or int(number) == os.getpid() or psutil.pid_exists(int(number)):
             continue
