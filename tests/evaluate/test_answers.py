@@ -14,7 +14,7 @@ from generate.fake_server import serving
 from prefopt.cli import main
 from prefopt.disk.cache import samples_folder
 from prefopt.disk.entries import SAMPLES, sample_entries
-from prefopt.errors import RunError
+from prefopt.errors import CacheError, RunError
 from train.small import write_model, write_rows
 
 QUICK: dict[str, Any] = {"dtype": "float32", "device": "cpu", "progress": "none", "max_new_tokens": 6}
@@ -200,3 +200,16 @@ def test_kept_samples_are_listed_and_removed(models: tuple[str, str, str], capsy
     assert f"{samples_folder()}: 2 sets of samples" in said and entry.name in said and models[1] in said
     assert main(["cache", "clear", "--space", entry.name]) == 0 and len(sample_entries()) == 1
     assert main(["cache", "clear"]) == 0 and not sample_entries()
+
+
+def test_kept_samples_that_were_altered_are_refused(models: tuple[str, str, str]) -> None:
+    prefopt.compare(*models, judge=length, **QUICK)
+    path = sample_entries()[0] / SAMPLES
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["prompt"] += "?"
+    write_rows(path, rows)
+    with pytest.raises(CacheError, match=r"cache verify --repair"):
+        prefopt.compare(*models, judge=length, **QUICK)
+    assert main(["cache", "verify"]) == 1 and main(["cache", "verify", "--repair"]) == 0
+    assert len(sample_entries()) == 1
+    assert prefopt.compare(*models, judge=length, **QUICK)

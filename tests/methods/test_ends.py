@@ -120,15 +120,48 @@ def test_only_whole_answers_say_what_ends_them() -> None:
     assert trained_ends(table(by_chance, inside), tokenizer) == (IM_END,)
 
 
-def test_plain_transformers_stops(base: str, tmp_path: Path) -> None:
-    """What the answer was trained to be, to its end mark and no token further."""
+@pytest.fixture(scope="module")
+def taught(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base model, taught to answer and to end."""
+    output = tmp_path_factory.mktemp("taught") / "out"
     options = {**QUICK, "learning_rate": 1e-2, "max_length": 128, "batch_size": 8}
-    prefopt.sft(base, CHATS, output=tmp_path / "out", epochs=40, **options)
-    model, tokenizer = (kind.from_pretrained(tmp_path / "out") for kind in (AutoModelForCausalLM, AutoTokenizer))
-    ids = tokenizer.apply_chat_template(CHATS[3]["prompt"], add_generation_prompt=True, return_tensors="pt")
-    found = model.generate(**ids, max_new_tokens=60, do_sample=False)[0, ids["input_ids"].shape[1] :]
-    text = tokenizer.decode(found)
-    assert text.startswith("It is ") and text.endswith("<|im_end|>") and text.count("<|im_end|>") == 1
+    prefopt.sft(base, CHATS, output=output, epochs=40, **options)
+    return output
+
+
+def written_by(method: str, base: str, taught: Path, folder: Path) -> Path:
+    """A folder of the taught model after a step of a method that hardly moves it."""
+    still: dict[str, Any] = {**QUICK, "learning_rate": 1e-9, "max_steps": 1}
+    if method == "sft":
+        return taught
+    if method == "dpo":
+        prefopt.dpo(str(taught), CHATS, output=folder / "out", **still)
+    elif method == "ppo":
+        del still["max_length"]
+        prefopt.ppo(str(taught), CHATS, output=folder / "out", reward="length", max_new_tokens=8, num=2, **still)
+    else:
+        from prefopt.model.merge import merge_adapter
+
+        prefopt.dpo(str(taught), CHATS, output=folder / "adapter", lora=True, **still)
+        merge_adapter(str(folder / "adapter"), folder / "out", dtype=torch.float32, device=torch.device("cpu"))
+    return folder / "out"
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "ppo", "merge"])
+def test_plain_transformers_generates_the_same_text_to_the_end_mark(
+    method: str, base: str, taught: Path, tmp_path: Path
+) -> None:
+    """What the answer was trained to be, to its end mark and no token further, as prefopt samples it."""
+    output = written_by(method, base, taught, tmp_path)
+    model, tokenizer = (kind.from_pretrained(output) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    how: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 60, "dtype": "float32", "device": "cpu"}
+    rows = prefopt.sample(str(output), [{"prompt": c["prompt"]} for c in CHATS], progress="none", **how).rows
+    for chat, row in zip(CHATS, rows, strict=True):
+        ids = tokenizer.apply_chat_template(chat["prompt"], add_generation_prompt=True, return_tensors="pt")
+        found = model.generate(**ids, max_new_tokens=60, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        text = tokenizer.decode(found)
+        assert text.startswith("It is ") and text.endswith("<|im_end|>") and text.count("<|im_end|>") == 1
+        assert text == tokenizer.decode(row["token_ids"][0])
 
 
 def test_what_is_left_of_a_run_that_ran_away_has_it_too(base: str, tmp_path: Path) -> None:

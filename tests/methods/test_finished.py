@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 
 from methods import small_world as world
 from methods.test_ppo import ppo
+from prefopt.disk.write import remove_leftovers, replace_file
 from prefopt.errors import RunError
 from prefopt.train.folder import RunFolder
 from train.small import dpo, pairs, weights, write_rows
@@ -43,8 +45,9 @@ def dead_process() -> int:
     return process.pid
 
 
-def test_killed_before_it_is_noted_as_finished_a_run_goes_on(train: Train, tmp_path: Path) -> None:
-    remember, output = RunFolder.remember, tmp_path / "out"
+def train_but_killed_before_it_is_noted(train: Train, output: Path) -> None:
+    """A run whose model is written, and which does not say so."""
+    remember = RunFolder.remember
 
     def killed(self: RunFolder, **values: Any) -> None:
         if values.get("status") == "finished":
@@ -55,6 +58,11 @@ def test_killed_before_it_is_noted_as_finished_a_run_goes_on(train: Train, tmp_p
         patch.setattr(RunFolder, "remember", killed)
         with pytest.raises(Killed):
             train(output)
+
+
+def test_killed_before_it_is_noted_as_finished_a_run_goes_on(train: Train, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    train_but_killed_before_it_is_noted(train, output)
     assert list(output.glob("checkpoints/step-*"))
     before, lines = weights(output), (output / "metrics.jsonl").read_text()
     train(output, resume=True)
@@ -88,18 +96,23 @@ def test_killed_while_its_checkpoints_go_a_run_is_finished(train: Train, tmp_pat
 
 def test_what_a_kill_left_aside_is_gone_after_the_next_start(train: Train, tmp_path: Path) -> None:
     output, gone = tmp_path / "out", dead_process()
-    remember = RunFolder.remember
-
-    def killed(self: RunFolder, **values: Any) -> None:
-        if values.get("status") == "finished":
-            raise Killed
-        remember(self, **values)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "remember", killed)
-        with pytest.raises(Killed):
-            train(output)
+    train_but_killed_before_it_is_noted(train, output)
     (output / f".run.json.{gone}").write_text("{")
     (output / "checkpoints" / f".step-00000001.{gone}").mkdir()
     train(output, resume=True)
     assert not [path.name for path in output.rglob(".*")] and not (output / "checkpoints").exists()
+
+
+def test_what_another_process_left_beside_a_file_goes_when_it_is_written_again(tmp_path: Path) -> None:
+    path, gone = tmp_path / "page[1].html", dead_process()
+    old, fresh = tmp_path / f".page[1].html.{gone}", tmp_path / f".page[1].html.{gone}-journal"
+    other, alive = tmp_path / f".other.html.{gone}", tmp_path / f".page[1].html.{os.getppid()}"
+    for left in (old, fresh, other, alive):
+        left.write_text("half")
+    for left in (old, other, alive):
+        os.utime(left, (0, 0))
+    replace_file(path, b"whole")
+    # On a disk of several machines the process of a fresh one may live elsewhere.
+    assert not old.exists() and fresh.exists() and other.exists() and alive.exists()
+    remove_leftovers(tmp_path)  # by whoever holds the folder
+    assert not fresh.exists() and not other.exists() and alive.exists() and path.read_bytes() == b"whole"

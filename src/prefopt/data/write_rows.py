@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from prefopt.disk.write import output_errors, sync_folder
+from prefopt.disk.write import aside_of, output_errors, sync_folder
 from prefopt.errors import ConfigError
 
 ENDINGS = (".jsonl", ".parquet")
@@ -23,7 +23,7 @@ class RowFile:
     def __init__(self, path: Path, loose: Collection[str] = ()) -> None:
         """``loose`` are the columns in which null stands for absent, see :mod:`prefopt.data.parquet_types`."""
         self.path, self.written, self._loose = path, 0, loose
-        self._aside = path.with_name(f".{path.name}.{os.getpid()}")
+        self._aside = aside_of(path)
         self._parquet = path.suffix == ".parquet"
         self._file: BinaryIO
 
@@ -44,7 +44,7 @@ class RowFile:
 
     @property
     def _table(self) -> Path:
-        return self._aside.with_name(f"{self._aside.name}.parquet")
+        return aside_of(self.path.with_name(f"{self.path.name}.table"))
 
     def write(self, row: Mapping[str, object]) -> None:
         """One row."""

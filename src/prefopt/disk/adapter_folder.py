@@ -37,11 +37,20 @@ def task_of(folder: str | Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def require_adapter(folder: str | Path) -> None:
+    """Raises :class:`ModelError` for a folder on this machine that is none of a PEFT adapter."""
+    path = Path(folder).expanduser()
+    if not path.exists() or (path / CONFIG).is_file():
+        return
+    whole = "it is a whole model and no adapter; name it as --model"
+    what = whole if (path / "config.json").is_file() else f"it is not a PEFT adapter{one_below(path)}"
+    raise ModelError(f"--adapter {folder} holds no {CONFIG}: {what}")
+
+
 def read_adapter(folder: str | Path) -> dict[str, Any]:
     """``adapter_config.json`` of a folder. Raises :class:`ModelError` where there is none, or a damaged one."""
+    require_adapter(folder)
     path = Path(folder).expanduser() / CONFIG
-    if not path.is_file():
-        raise ModelError(f"--adapter {folder} holds no {CONFIG}: it is not a PEFT adapter{one_below(path.parent)}")
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:

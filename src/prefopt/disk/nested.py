@@ -12,8 +12,7 @@ def models_below(folder: Path) -> list[Path]:
     """The folders of models one or two levels down, sorted; none where the folder is a model's itself."""
     if any((folder / mark).is_file() for mark in MARKS):
         return []
-    found = {path.parent for mark in MARKS for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{mark}")}
-    return sorted(path for path in found if path.name != "checkpoints")
+    return sorted({path.parent for mark in MARKS for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{mark}")})
 
 
 def one_below(folder: Path) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,10 @@ import psutil
 from safetensors import SafetensorError
 
 from prefopt.errors import RunError
+
+LEFT_SECONDS = 3600.0
+"""How long nobody must have written what is taken for a leftover, where no lock says that nobody can."""
+_ASIDE = re.compile(r"\.(\d{1,9})(?:-\w+)?$")  # SQLite adds -journal
 
 
 @contextmanager
@@ -39,7 +45,7 @@ def replace_file(path: Path, data: bytes, *, aside: str | None = None) -> None:
     ``aside`` names the file that is written first, beside it; without one each process takes its own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    first = path.with_name(aside or f".{path.name}.{os.getpid()}")
+    first = path.with_name(aside) if aside else aside_of(path)
     try:
         write_flushed(first, data)
         first.replace(path)
@@ -49,25 +55,36 @@ def replace_file(path: Path, data: bytes, *, aside: str | None = None) -> None:
     sync_folder(path.parent)  # the rename itself becomes durable only with its folder
 
 
-def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove what processes that were killed left aside in a folder, of the file ``name`` or of all.
+def aside_of(path: Path) -> Path:
+    """Where this process makes what is to become ``path``: ``.NAME.PID`` beside it. What killed ones left goes."""
+    if path.parent.is_dir():
+        remove_leftovers(path.parent, path.name, seconds=LEFT_SECONDS)
+    return path.with_name(f".{path.name}.{os.getpid()}")
 
-    Those are files and folders called ``.NAME.PID`` (see :func:`replace_file`) whose process is gone; what a living one
-    is writing stays.
+
+def remove_leftovers(folder: Path, name: str | None = None, *, seconds: float = 0.0) -> None:
+    """Remove what processes that were killed left aside in a folder, of the file ``name`` or of all: what is called as
+    :func:`aside_of` has it, whose process is gone, and that nobody has written for ``seconds``.
+
+    Whoever does not hold the folder's lock waits that long: on a disk that machines share, a number that is nobody's
+    here may be that of a process elsewhere.
     """
     for left in folder.glob(f".{glob.escape(name) if name else '*'}.*"):
-        number = left.name.rpartition(".")[2]
-        if not number.isdecimal() or int(number) == os.getpid() or psutil.pid_exists(int(number)):
+        found = _ASIDE.search(left.name)
+        if found is None or int(found[1]) == os.getpid() or psutil.pid_exists(int(found[1])):
             continue
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+        with suppress(OSError):
+            if time.time() - left.lstat().st_mtime < seconds:
+                continue
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
 
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder, if it is there: renamed aside first, so that a kill never leaves half of it under its name."""
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    aside = aside_of(folder)
     try:
         folder.rename(aside)
     except FileNotFoundError:

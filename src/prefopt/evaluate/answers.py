@@ -26,6 +26,7 @@ from prefopt.disk.entries import SAMPLES, used
 from prefopt.disk.hashes import file_hashes
 from prefopt.errors import CacheError, DataError
 from prefopt.generate.loaded import SampledModel
+from prefopt.generate.output import wrong_with
 from prefopt.progress import Reporter
 from prefopt.records import Comparison
 from prefopt.rewards import Reward
@@ -79,6 +80,8 @@ def _drawn(config: CompareConfig, name: str, given: Given, reporter: Reporter) -
         path = folder / SAMPLES
         with cache_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
+        if path.exists() and (wrong := wrong_with(path)):
+            raise CacheError(f"{path} {wrong}; prefopt cache verify --repair takes such samples out of use")
         progress = "none" if config.json else config.progress
         drawn = SampleConfig(
             output=str(path), resume=path.exists(), threads=config.threads, progress=progress, **options

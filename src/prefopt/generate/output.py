@@ -60,17 +60,21 @@ def altered(path: Path, record: Mapping[str, Any]) -> str | None:
     return "holds more rows than were written" if more and "results" in record else None
 
 
+def wrong_with(path: Path) -> str | None:
+    """What is wrong with a file of samples, read with the record beside it; None where nothing is."""
+    try:
+        record = json.loads(path.with_name(path.name + ".run.json").read_text("utf-8"))
+        return altered(path, record) if isinstance(record, dict) else "has a damaged .run.json"
+    except (OSError, ValueError):
+        return "has no .run.json that can be read"
+
+
 def verify_samples(*, repair: bool) -> list[tuple[Path, str]]:
     """The kept samples that are not what was written, and why; with ``repair`` they are removed, to be drawn anew."""
     problems = []
     for folder in sample_entries():
         path = folder / SAMPLES
-        try:
-            record = json.loads(path.with_name(path.name + ".run.json").read_text("utf-8"))
-            wrong = altered(path, record) if isinstance(record, dict) else "has a damaged .run.json"
-        except (OSError, ValueError):
-            wrong = "has no .run.json that can be read"
-        if wrong:
+        if wrong := wrong_with(path):
             problems.append((path, wrong))
             if repair:
                 clear(ids=[folder.name])

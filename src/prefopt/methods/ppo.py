@@ -296,7 +296,7 @@ class _Run:
         first, ending = history.training[0], history.ending()
         last = averages_of(ending)
         if said := repair_generation(causal_model(policy.scorer.model)):
-            self.reporter.say(f"the model as it was given cannot be saved: {said}")
+            self.reporter.say(said)
         save_model(folder, policy.scorer, policy.masters, self.tokenizer)
         if said := add_end_tokens(folder, self.settings.stop, self.tokenizer, policy.scorer.model):
             self.reporter.say(said)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from prefopt.disk.nested import one_below
+from prefopt.disk.adapter_folder import require_adapter
 from prefopt.disk.vetted import vet_folder
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.dropout import silence_dropout
@@ -39,15 +39,6 @@ def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
     silence_dropout(wrapped)
     trainable: torch.nn.Module = wrapped
     return trainable
-
-
-def require_adapter(folder: str) -> None:
-    """Raises :class:`ModelError` for a folder that is none of a PEFT adapter."""
-    if not Path(folder).exists() or (Path(folder) / "adapter_config.json").is_file():
-        return
-    whole = ": it is a whole model and no adapter; name it as --model"
-    what = whole if (Path(folder) / "config.json").is_file() else f": it is not a PEFT adapter{one_below(Path(folder))}"
-    raise ModelError(f"--adapter {folder} holds no adapter_config.json{what}")
 
 
 def new_lora(

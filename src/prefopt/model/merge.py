@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 from prefopt.data.ends import end_of_turn
 from prefopt.data.render import Renderer
 from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-from prefopt.disk.adapter_folder import base_of, is_adapter
+from prefopt.disk.adapter_folder import base_of, is_adapter, require_adapter
 from prefopt.disk.write import output_errors
 from prefopt.errors import ConfigError, ModelError, RunError
-from prefopt.model.adapter import peft_warnings_off, require_adapter
+from prefopt.model.adapter import peft_warnings_off
 from prefopt.model.checkpoint import Checkpoint, origin_of
 from prefopt.model.generation import add_end_tokens, end_tokens
 from prefopt.model.leftover import leftover_words

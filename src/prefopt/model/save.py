@@ -127,6 +127,9 @@ def _shards(sizes: Mapping[str, int]) -> Iterator[list[str]]:
     yield shard
 
 
+CANNOT = "the model as it was given cannot be saved"
+
+
 def repair_generation(model: Any) -> str | None:
     """Make a generation config such as transformers agrees to save; says what was changed, if anything.
 
@@ -142,10 +145,10 @@ def repair_generation(model: Any) -> str | None:
         config.do_sample = True
     try:
         config.validate(strict=True)
-        return "its generation config sets sampling options without sampling: do_sample is switched on"
+        return f"{CANNOT}: its generation config sets sampling options without sampling: do_sample is switched on"
     except ValueError:
         model.generation_config = GenerationConfig.from_model_config(model.config)
-        return "its generation config is not valid: a plain one is saved"
+        return f"{CANNOT}: its generation config is not valid: a plain one is saved"
 
 
 def share_weights(folder: Path) -> None:

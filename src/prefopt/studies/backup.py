@@ -6,6 +6,7 @@ import os
 import sqlite3
 from pathlib import Path
 
+from prefopt.disk.write import aside_of
 from prefopt.errors import StudyError
 from prefopt.studies.connect import check_file, connect, errors_of, own_file, put_in_place
 from prefopt.studies.schema import check_version
@@ -23,7 +24,7 @@ def backup(path: Path, output: Path) -> int:
     check_file(path)
     if output.exists():
         raise StudyError(f"{output}: exists; name another file")
-    aside = output.with_name(f".{output.name}.{os.getpid()}")
+    aside = aside_of(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         aside.unlink(missing_ok=True)

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import sqlite3
 import threading
@@ -22,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from prefopt import __version__
+from prefopt.disk.write import aside_of
 from prefopt.errors import StudyError
 from prefopt.studies.connect import check_file, connect, errors_of, own_file, put_in_place
 from prefopt.studies.schema import check_version, migrate
@@ -72,7 +72,7 @@ class Study:
         """A new, empty study; a file that is there is never touched. Raises :class:`StudyError`."""
         if path.exists():
             raise StudyError(f"{path}: exists; name another file, or add to it with prefopt collect import")
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside = aside_of(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             aside.unlink(missing_ok=True)

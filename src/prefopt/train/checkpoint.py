@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from prefopt.disk.write import output_errors, remove_folder, sync_folder, write_flushed
+from prefopt.disk.write import aside_of, output_errors, remove_folder, sync_folder, write_flushed
 from prefopt.errors import RunError
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def save(
     """
     more = {name: tensors for name, tensors in ((REFERENCE, reference), (ROLLOUTS, rollouts)) if tensors is not None}
     path = _path(folder, state["step"], done)
-    aside = folder / f".{path.name}.{os.getpid()}"
+    aside = aside_of(path)
     with output_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".step-*"):

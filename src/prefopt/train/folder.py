@@ -106,12 +106,18 @@ class RunFolder:
         remove_folder(self.last_good)  # of a start of this run that ran away where this one did not
 
     def _tidy(self, before: Mapping[str, Any]) -> None:
-        """Do what a kill kept a finished run from: see :meth:`finish`. Nobody else works in a finished folder."""
+        """Do what a kill kept a finished run from: see :meth:`finish`. Not while it is about to do so itself."""
+        lock = FileLock(self.path / _LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except (Timeout, OSError):
+            return
         remove_leftovers(self.path)
-        (self.path / _LOCK).unlink(missing_ok=True)
         if before.get("checkpoints_kept") is False:
             remove_folder(self.checkpoints)
             remove_folder(self.last_good)
+        (self.path / _LOCK).unlink(missing_ok=True)
+        lock.release()
 
     def spent(self, costs: Mapping[str, float]) -> None:
         """The run's costs so far, of all its starts together."""

@@ -105,8 +105,7 @@ class TrainingRun(Generic[AnyScorer]):
 
     def _run(self) -> Loop | None:
         self.data = self.load()
-        source = self.data.source
-        self._tell(longer_limit(source.truncated, source.kept, self.limit, self.positions))
+        self._tell(longer_limit(self.data.source.truncated, self.data.source.kept, self.limit, self.positions))
         self.before_model()
         self.policy = self.load_policy()
         try:
@@ -231,13 +230,11 @@ class TrainingRun(Generic[AnyScorer]):
     def _take_folder(self) -> None:
         """From here on the output folder is this run's."""
         self.folder.take()
-        data = self.data
         for name, (digest, words) in self.identities().items():
             self.folder.same(name, digest, words)
-        sizes = f"{len(data.train)}+{len(data.held_out)}"
-        self.folder.same("data", f"{fingerprint(data.groups)} {sizes}", "the data")
-        source = data.source
-        rows = {"read": source.read, "kept": source.kept, "truncated": source.truncated}
+        sizes = f"{len(self.data.train)}+{len(self.data.held_out)}"
+        self.folder.same("data", f"{fingerprint(self.data.groups)} {sizes}", "the data")
+        rows = {name: getattr(self.data.source, name) for name in ("read", "kept", "truncated")}
         self.folder.remember(max_length=self.limit, rows=rows, **self.facts())
         path = self.folder.path / "config.yaml"
         with output_errors(path):
@@ -370,8 +367,7 @@ class TrainingRun(Generic[AnyScorer]):
             self.reporter.say(f"the weights of step {progress.best_step} are saved: the best on held-out {data.noun}")
         self.held_out_loss = progress.best_loss if progress.best_step is not None else None
         more = self.trained(loop)
-        if said := repair_generation(causal_model(loop.scorer.model)):
-            self.reporter.say(f"the model as it was given cannot be saved: {said}")
+        self._tell(repair_generation(causal_model(loop.scorer.model)))
         self.save()
         self._tell(add_end_tokens(folder, trained_ends(data.groups, self.tokenizer), self.tokenizer, loop.scorer.model))
         results: dict[str, Any] = {
