@@ -256,6 +256,34 @@ def test_two_adapters_are_one_too_many(folders: tuple[str, str], tmp_path: Path)
     assert DpoConfig(model=adapter, lora=True, data=["x"], output="o").lora_rank is None
 
 
+def test_a_model_with_an_adapter_inside_is_refused(folders: tuple[str, str], tmp_path: Path) -> None:
+    """transformers puts such an adapter on by itself: frozen, without a line, under the identity of the bare model."""
+    base, adapter = folders
+    both = Path(shutil.copytree(base, tmp_path / "both"))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(Path(adapter, name), both / name)
+    for ask in (
+        lambda: load_model(str(both), dtype=torch.float32, device=CPU),
+        lambda: load_scalar(str(both), dtype=torch.float32, device=CPU, tokenizer=small_tokenizer()),
+        lambda: prefopt.dpo(str(both), ROWS, output=tmp_path / "o", **QUICK),
+    ):
+        with pytest.raises(ModelError, match="both holds a whole model and an adapter, which transformers would put"):
+            ask()
+    assert load_model(base, dtype=torch.float32, device=CPU, adapter=str(both)) is not None  # it is named as one
+
+
+def test_an_adapter_on_an_adapter_is_told_so(folders: tuple[str, str], tmp_path: Path) -> None:
+    _, adapter = folders
+    second = Path(shutil.copytree(adapter, tmp_path / "second"))
+    config = second / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": adapter}))
+    for ask in (lambda: load_model(str(second), dtype=torch.float32, device=CPU), lambda: load_config(str(second))):
+        with pytest.raises(
+            ModelError, match=r"second is an adapter on .*, which is an adapter itself: .* prefopt merge"
+        ):
+            ask()
+
+
 # What makes rows of new tokens part of an adapter; and whether the head's new rows are in it.
 GROWN: dict[str, dict[str, Any]] = {
     "trained whole": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},

@@ -119,3 +119,28 @@ def test_a_tower_has_no_adapter_and_counts_as_untrained(targets: list[str] | Non
     assert not any("lora_" in n for n, _ in policy.named_parameters() if re.search("vision_tower|projector", n))
     policy(input_ids=IDS).logits.square().mean().backward()
     assert all(p.grad is not None and p.grad.any() for n, p in policy.named_parameters() if "lora_B" in n)
+
+
+@pytest.mark.parametrize("named", ["pipeline", "set_seed", "NoSuchClass", "GemmaTokenizer"])
+def test_a_class_that_is_none_of_a_model_is_not_called(named: str, tmp_path: Path) -> None:
+    """config.json is a stranger's, and the adapter is saved when the run is over: it must not be lost then."""
+    base = tmp_path / "base"
+    build("qwen3_5").save_pretrained(base)
+    said = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**said, "architectures": [named]}))
+    save(trained(base), tmp_path / "adapter")
+    assert any("model.layers.0" in key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+
+
+def test_a_tower_that_cannot_be_built_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    build("qwen3_5").save_pretrained(tmp_path / "base")
+    policy = trained(tmp_path / "base")
+
+    def lacking(self: Any, config: Any) -> None:
+        raise ImportError("timm is not installed")
+
+    monkeypatch.setattr("transformers.Qwen3_5ForConditionalGeneration.__init__", lacking)
+    save(policy, tmp_path / "adapter")
+    assert "Qwen3_5ForConditionalGeneration cannot be built (timm is not installed)" in caplog.text

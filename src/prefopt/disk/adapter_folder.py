@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from prefopt.disk.nested import one_below
+from prefopt.disk.vetted import ADAPTER_CONFIG, read_object
 from prefopt.errors import ModelError
 
-CONFIG = "adapter_config.json"
 WHOLE = ("model*.safetensors", "pytorch_model*.bin")
 
 
 def is_adapter(name: str | Path) -> bool:
     """Whether a folder on this machine holds an adapter, and no weights of a whole model."""
     folder = Path(name).expanduser()
-    return (folder / CONFIG).is_file() and not any(file for pattern in WHOLE for file in folder.glob(pattern))
+    return (folder / ADAPTER_CONFIG).is_file() and not any(file for pattern in WHOLE for file in folder.glob(pattern))
+
+
+def refuse_both(name: str | Path) -> None:
+    """Raises :class:`ModelError` for a folder with a whole model and an adapter: transformers would put the one on the
+    other as it loads, and what it is then is neither in the name of the model nor in what is saved of it."""
+    if (Path(name) / ADAPTER_CONFIG).is_file() and not is_adapter(name):
+        raise ModelError(
+            f"{name} holds a whole model and an adapter, which transformers would put on it: take {ADAPTER_CONFIG} out,"
+            " or give each a folder of its own, one as --model and one as --adapter"
+        )
 
 
 def base_of(folder: str | Path) -> str:
@@ -33,26 +42,21 @@ def base_of(folder: str | Path) -> str:
 
 def task_of(folder: str | Path) -> str | None:
     """What PEFT calls the task of an adapter: ``SEQ_CLS`` has a scalar head. None where nothing is said."""
-    found = read_adapter(folder).get("task_type") if (Path(folder).expanduser() / CONFIG).is_file() else None
+    found = read_adapter(folder).get("task_type") if (Path(folder).expanduser() / ADAPTER_CONFIG).is_file() else None
     return found if isinstance(found, str) else None
 
 
 def require_adapter(folder: str | Path) -> None:
     """Raises :class:`ModelError` for a folder on this machine that is none of a PEFT adapter."""
     path = Path(folder).expanduser()
-    if not path.exists() or (path / CONFIG).is_file():
+    if not path.exists() or (path / ADAPTER_CONFIG).is_file():
         return
     whole = "it is a whole model and no adapter; name it as --model"
     what = whole if (path / "config.json").is_file() else f"it is not a PEFT adapter{one_below(path)}"
-    raise ModelError(f"--adapter {folder} holds no {CONFIG}: {what}")
+    raise ModelError(f"--adapter {folder} holds no {ADAPTER_CONFIG}: {what}")
 
 
 def read_adapter(folder: str | Path) -> dict[str, Any]:
     """``adapter_config.json`` of a folder. Raises :class:`ModelError` where there is none, or a damaged one."""
     require_adapter(folder)
-    path = Path(folder).expanduser() / CONFIG
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read ({error}); copy the adapter again") from None
-    return found if isinstance(found, dict) else {}
+    return read_object(Path(folder).expanduser() / ADAPTER_CONFIG)

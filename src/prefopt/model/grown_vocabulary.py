@@ -10,8 +10,11 @@ import torch
 from safetensors import safe_open
 
 from prefopt.disk.adapter_folder import read_adapter
+from prefopt.disk.vetted import ADAPTER_WEIGHTS
+from prefopt.errors import ModelError
 
-WEIGHTS = "adapter_model.safetensors"
+ADDED = 1 << 16
+"""So many rows may be added for tokens that an adapter names and has no rows of."""
 PREFIX = "base_model.model."
 """What PEFT writes before the name of a module."""
 
@@ -46,9 +49,13 @@ def holds_embedding(model: Any, folder: str | Path) -> bool:
 def _rows(model: Any, folder: Path) -> Iterator[int]:
     """Rows of embedding and head that the adapter speaks of, each time that it does."""
     width = int(model.get_input_embeddings().weight.shape[1])
+    most = int(model.get_input_embeddings().weight.shape[0]) + ADDED
     indices = read_adapter(folder).get("trainable_token_indices")
     for several in indices.values() if isinstance(indices, dict) else [indices]:
-        yield from (int(i) + 1 for i in several or ())
+        for rows in (int(i) + 1 for i in several or ()):
+            if rows > most:
+                raise ModelError(f"{folder}: it trains token {rows - 1:,}, which the model is far from having")
+            yield rows
     names = _ends(model)
     for key, shape in _shapes(folder):
         if not key.startswith(names):
@@ -67,6 +74,6 @@ def _ends(model: Any) -> tuple[str, ...]:
 
 def _shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
     """Names in the model, and shapes, of all weights of an adapter."""
-    with safe_open(folder / WEIGHTS, "pt") as file:
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
         for key in file.keys():  # noqa: SIM118 - it is no dictionary
             yield key.removeprefix(PREFIX), file.get_slice(key).get_shape()

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from prefopt.disk.adapter_folder import base_of, is_adapter, task_of
+from prefopt.disk.adapter_folder import base_of, is_adapter, refuse_both, task_of
 from prefopt.disk.hub import no_telemetry
 from prefopt.disk.vetted import vet_folder
 from prefopt.errors import ConfigError, ModelError
@@ -113,17 +113,24 @@ def base_and_adapter(name: str, adapter: str | None = None) -> tuple[str, str | 
     if adapter is not None:
         raise ConfigError(f"{name} is an adapter itself: leave {adapter} out, or name the model of both, {base}")
     try:
-        return local_folder(base), source
+        found = local_folder(base)
     except ModelError as error:
         raise ModelError(
             f"{name} is an adapter on {base}, which cannot be found ({error}): give --model BASE --adapter {name}"
         ) from error
+    if is_adapter(found):
+        raise ModelError(
+            f"{name} is an adapter on {base}, which is an adapter itself: fold that one into its model with prefopt"
+            f" merge, and give --model MERGED --adapter {name}"
+        )
+    return found, source
 
 
 def load_config(name: str) -> PreTrainedConfig:
     """The configuration of a model folder or Hub name; an adapter's is that of its model."""
     name = base_and_adapter(name)[0] if is_adapter(name) else name
     vet_folder(name)
+    refuse_both(name)
     with model_errors(name):
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
     own_attention(config, name)
@@ -163,6 +170,7 @@ def load_weights(
     """
     silence_dropout(config)
     source = local_folder(name)
+    refuse_both(source)
     check_size(kind, source, config)
     extra: dict[str, Any] = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
     extra |= loading_options(name, config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import shutil
 import tempfile
 import warnings
@@ -21,12 +22,16 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
-from prefopt.disk.adapter_folder import CONFIG, read_adapter
+from prefopt.disk.adapter_folder import read_adapter
+from prefopt.disk.vetted import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from prefopt.model.causal import architectures_of
 from prefopt.model.checkpoint import origin_of
-from prefopt.model.grown_vocabulary import PREFIX, WEIGHTS
+from prefopt.model.grown_vocabulary import PREFIX
+from prefopt.model.load_errors import first_line
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +59,9 @@ def nesting_of(model: Any) -> Nesting | None:
     if origin is None or not origin.kept:
         return None
     config = AutoConfig.from_pretrained(origin.checkpoint.folder, trust_remote_code=False)
-    kinds = [getattr(transformers, name, None) for name in architectures_of(config)]
-    if type(config) is type(model.config) or not kinds or kinds[0] is None or kinds[0] is type(model):
+    named = architectures_of(config)
+    if type(config) is type(model.config) or not named or (whole := _of_class(named[0], config)) is None:
         return None
-    with torch.device("meta"):
-        whole = kinds[0](copy.deepcopy(config))
     if (place := _place(whole, type(model))) is not None:  # with its head and all
         return Nesting((("", place),))
     prefix = model.base_model_prefix
@@ -105,6 +108,22 @@ def as_of_text(folder: str, model: Any) -> Iterator[str]:
         yield there
 
 
+def _of_class(name: str, config: Any) -> PreTrainedModel | None:
+    """The model of a class of transformers, without memory for its weights; none where there is no such class, or what
+    it wants is not installed, which is said."""
+    try:
+        kind = getattr(transformers, name, None)
+        if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
+            return None
+        with torch.device("meta"):
+            return kind(copy.deepcopy(config))
+    except Exception as error:  # vision towers of other libraries
+        log.warning(
+            "adapters of this model are for its language model alone: %s cannot be built (%s)", name, first_line(error)
+        )
+        return None
+
+
 def _place(whole: Any, kind: type) -> str | None:
     """The name of the module of a class."""
     return next((name for name, module in whole.named_modules() if name and type(module) is kind), None)
@@ -134,17 +153,17 @@ def _adapted(model: Any) -> tuple[list[str], list[str]]:
 
 
 def _keys(folder: Path) -> list[str]:
-    with safe_open(folder / WEIGHTS, "pt") as file:
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
         return list(file.keys())
 
 
 def _rename(source: Path, folder: Path, names: dict[str, str], config: dict[str, Any]) -> None:
     """Write the tensors of ``source`` that ``names`` has, and ``config``, to ``folder``; the rest is copied."""
-    with safe_open(source / WEIGHTS, "pt") as file:
+    with safe_open(source / ADAPTER_WEIGHTS, "pt") as file:
         metadata = file.metadata()
         tensors = {new: file.get_tensor(old) for old, new in names.items()}
     if source != folder:
         for other in source.glob("*.json"):
             shutil.copyfile(other, folder / other.name)
-    save_file(tensors, folder / WEIGHTS, metadata=metadata or {"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata=metadata or {"format": "pt"})
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
