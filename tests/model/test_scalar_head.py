@@ -15,6 +15,7 @@ from model.oracle import groups_of_every_kind
 from model.test_scalar import padding_tokenizer
 from prefopt.data.packer import pack
 from prefopt.errors import ModelError
+from prefopt.model.adapter import new_lora
 from prefopt.model.checkpoint import origin_of
 from prefopt.model.load import load_model
 from prefopt.model.save import save_weights
@@ -105,7 +106,41 @@ def test_a_head_of_another_shape_is_refused_and_not_drawn_anew(tmp_path: Path) -
             "v_head.2.weight beside v_head.0",
         ),
         ({"v_head.summary.weight": torch.zeros(2, 32)}, r"v_head.summary.weight \[2, 32\]"),
+        (
+            {"v_head.summary.weight": torch.zeros(1, 32), "v_head.summary.bias": torch.zeros(2)},
+            r"v_head.summary.bias \[2\]",
+        ),
     ):
         save_file(head, folder / "value_head.safetensors", {"format": "pt"})
         with pytest.raises(ModelError, match=f"not linear from 32 numbers to one .{said}"):
             load_scalar(str(folder), **HERE, tokenizer=padding_tokenizer())
+
+
+def test_a_head_that_cannot_be_read_is_not_drawn_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    build("llama", torch.float32).save_pretrained(folder)
+    (folder / "value_head.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(ModelError, match=r"value_head\.safetensors: this scalar head cannot be read"):
+        load_scalar(str(folder), **HERE, tokenizer=padding_tokenizer())
+
+
+def test_a_head_beside_an_adapter_is_read(tmp_path: Path) -> None:
+    """As LLaMA-Factory writes reward models by LoRA: PEFT's task is that of the language model."""
+    build("llama", torch.float32).save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    policy: Any = new_lora(load_model(str(tmp_path / "base"), **HERE), rank=2, alpha=4, dropout=0.0, targets=None)
+    for name, weight in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    policy.eval().save_pretrained(tmp_path / "rm", save_embedding_layers=False)
+    assert not has_scalar_head(str(tmp_path / "rm"))
+    head = {"v_head.summary.weight": torch.randn(1, 32), "v_head.summary.bias": torch.tensor([0.75])}
+    save_file(head, tmp_path / "rm" / "value_head.safetensors", {"format": "pt"})
+    assert has_scalar_head(str(tmp_path / "rm"))
+    scalar: Any = load_scalar(str(tmp_path / "rm"), **HERE, tokenizer=padding_tokenizer())
+    ids = torch.tensor([[3, 20, 30, 40]])
+    with torch.no_grad():
+        last = policy(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
+        expected = head["v_head.summary.weight"][0] @ last + 0.75
+        found = scalar(input_ids=ids).logits[0, 0] - ScalarScorer(scalar).shift
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

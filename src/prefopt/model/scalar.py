@@ -138,7 +138,7 @@ def has_scalar_head(name: str) -> bool:
     """Whether a folder or Hub name holds a model with a scalar head (else: a language model), told from its weights
     as well as from the class that it names, or an adapter for one."""
     if is_adapter(name):
-        return task_of(name) == "SEQ_CLS"
+        return task_of(name) == "SEQ_CLS" or scalar_head(name) is not None
     return _names_classifier(load_config(name)) or scalar_head(name) is not None
 
 
@@ -161,14 +161,17 @@ def _with_own_head(
     if pad is None or pad in end_ids(config, tokenizer):
         pad = _pad_token(loaded, tokenizer)
     loaded.config.get_text_config().pad_token_id = loaded.config.pad_token_id = pad
-    score: Any = loaded.score
-    score.weight.data.copy_(weight)
-    set_shift(loaded, shift_of(loaded) - bias)
+    _set_head(loaded, weight, bias)
     loaded.config.architectures = [type(loaded).__name__]
     origin = origin_of(loaded)
     if origin is not None and set(head.tensors) != {"score.weight"}:
         set_origin(loaded, origin.left_behind([*head.tensors, "lm_head.weight"]))
     return loaded
+
+
+def _set_head(model: Any, weight: torch.Tensor, bias: float) -> None:
+    model.score.weight.data.copy_(weight)
+    set_shift(model, shift_of(model) - bias)
 
 
 def _one_label(config: Any) -> None:
@@ -177,12 +180,16 @@ def _one_label(config: Any) -> None:
 
 
 def _adapted(name: str, dtype: torch.dtype, device: torch.device, tokenizer: Tokenizer, seed: int) -> PreTrainedModel:
-    """The scalar model that an adapter makes of its base: of a language model with a new head, or with its own."""
+    """The scalar model that an adapter makes of its base: of a language model with the head that lies beside the
+    adapter, as LLaMA-Factory writes it, else a new one; of a reward model with its own."""
     base, adapter = base_and_adapter(name)
     assert adapter is not None
     wide = torch.promote_types(dtype, torch.float32)
-    if not has_scalar_head(name):
-        return scalar_from(load_folded(base, adapter, dtype=wide, device=device), tokenizer, seed=seed).to(dtype)
+    if task_of(adapter) != "SEQ_CLS":
+        made = scalar_from(load_folded(base, adapter, dtype=wide, device=device), tokenizer, seed=seed)
+        if (head := scalar_head(adapter)) is not None:
+            _set_head(made, *head.read(made.score.in_features))
+        return made.to(dtype)
     bare = load_scalar(base, dtype=wide, device=device, tokenizer=tokenizer, seed=seed)
     merge: Any = add_adapter(bare, adapter).merge_and_unload
     with peft_warnings_off():

@@ -6,6 +6,7 @@ classifiers), ``value_head`` (OpenRLHF), ``v_head.summary`` (TRL; LLaMA-Factory 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,16 +40,17 @@ class ScalarHead:
 
     def read(self, width: int) -> tuple[torch.Tensor, float]:
         """Its weight [1, width] and its bias. Raises :class:`ModelError` where it is another kind of head."""
-        rest = [n for n in self.tensors if n not in (self.weight, self.weight.removesuffix("weight") + "bias")]
-        shape = self.tensors[self.weight].shape
-        if rest or shape != (1, width):
-            what = f"{rest[0]} beside {self.weight}" if rest else f"{self.weight} {list(shape)}"
+        bias = self.weight.removesuffix("weight") + "bias"
+        shapes = {name: stored.shape for name, stored in self.tensors.items()}
+        rest = [name for name in shapes if name not in (self.weight, bias)]
+        wrong = self.weight if shapes[self.weight] != (1, width) else bias
+        if rest or wrong == self.weight or math.prod(shapes.get(bias, ())) != 1:
+            what = f"{rest[0]} beside {self.weight}" if rest else f"{wrong} {list(shapes[wrong])}"
             raise ModelError(
                 f"{self.folder}: its scalar head is not linear from {width} numbers to one ({what}); take a reward"
                 " model with a head of that shape, or remove those tensors to begin with a new one"
             )
-        bias = [n for n in self.tensors if n != self.weight]
-        return self._tensor(self.weight), float(self._tensor(bias[0])) if bias else 0.0
+        return self._tensor(self.weight), float(self._tensor(bias)) if bias in shapes else 0.0
 
     def _tensor(self, name: str) -> torch.Tensor:
         with safe_open(self.tensors[name].file, framework="pt") as file:
@@ -57,12 +59,23 @@ class ScalarHead:
 
 
 def scalar_head(folder: str | Path) -> ScalarHead | None:
-    """The scalar head in a model folder; none in one without, or whose weights cannot be read (loading says why)."""
+    """The scalar head in the folder of a model, or beside an adapter; none in one without, or whose weights cannot be
+    read (loading says why). Raises :class:`ModelError` where a file of the head alone cannot be."""
     try:
         tensors = dict(Checkpoint.read(folder).tensors)
-        if (beside := Path(folder) / _BESIDE).is_file():
-            tensors |= headers(beside)
-    except (ModelError, OSError, SafetensorError):
-        return None
+    except ModelError:
+        tensors = {}
+    tensors |= _beside(Path(folder) / _BESIDE)
     found = {name: stored for name, stored in tensors.items() if _NAMES.match(name)}
     return ScalarHead(Path(folder), found) if found else None
+
+
+def _beside(file: Path) -> dict[str, Stored]:
+    if not file.is_file():
+        return {}
+    try:
+        return headers(file)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{file}: this scalar head cannot be read ({error}); copy it again, or remove it to begin with a new one"
+        ) from error
