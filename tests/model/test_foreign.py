@@ -23,6 +23,8 @@ from prefopt.disk.vetted import vet_folder
 from prefopt.errors import ModelError
 from prefopt.model.adapter import add_adapter, new_lora
 from prefopt.model.built_in import attention_for
+from prefopt.model.generation import end_tokens
+from prefopt.model.head import head_of
 from prefopt.model.identity import identity_of_folder
 from prefopt.model.load import load_config, load_model, local_folder
 from prefopt.model.scratch import new_model
@@ -166,6 +168,8 @@ def test_attention_is_never_fetched(asked: Any, key: str, folder: Path, monkeypa
         ({"model_type": ["llama"]}, ""),
         ({"dtype": "no_such"}, ""),
         ({"quantization_config": {"quant_method": "no_such"}}, None),
+        ({"quantization_config": {"quant_method": "mxfp4"}, "vocab_size": 10**10}, "config.json wants"),
+        ({"num_nextn_predict_layers": "two"}, None),
     ],
 )
 def test_a_configuration_that_fits_no_weights(changes: dict[str, Any], said: str | None, folder: Path) -> None:
@@ -201,6 +205,7 @@ def test_a_configuration_nested_without_end(folder: Path) -> None:
         ({"rank_pattern": {"q_proj": 10**9}}, "q_proj is"),
         ({"layer_replication": [[0, 10**9]]}, "layer_replication is"),
         ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "megatron_config"),
+        ({"trainable_token_indices": [10**9]}, "trains token 1,000,000,000"),
         ({"peft_type": "NO_SUCH"}, ""),
         ({"peft_type": 5}, ""),
         ({"target_modules": 7}, ""),
@@ -212,6 +217,19 @@ def test_an_adapter_of_a_stranger(changes: dict[str, Any], said: str, folder: Pa
     assert add_adapter(load(folder), str(tmp_path / "adapter")) is not None
     change(tmp_path / "adapter", "adapter_config.json", **changes)
     assert said in refused(lambda: add_adapter(load(folder), str(tmp_path / "adapter")))
+
+
+@pytest.mark.parametrize("said", ['{"eos_token_id": {"a": 1}}', '{"eos_token_id": [null]}', "[" * 100_000, "7", ""])
+def test_end_tokens_of_a_stranger(said: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(said)
+    assert end_tokens(tmp_path) is None
+
+
+@pytest.mark.parametrize("cap", ["wide", [30.0]])
+def test_a_soft_cap_of_a_stranger(cap: Any, folder: Path) -> None:
+    change(folder, final_logit_softcapping=cap)
+    model: Any = load(folder)
+    assert head_of(model).softcap is None
 
 
 def test_bounds_do_not_bite_real_sizes(tmp_path: Path) -> None:

@@ -156,6 +156,20 @@ def test_a_wrong_merge_is_not_written(base: str, tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "out").exists()
 
 
+def test_what_was_written_and_gives_no_numbers_is_told(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = adapter_of(base, tmp_path / "a")
+
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        save_file({n: t * float("nan") for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(merge, "share_weights", spoil)
+    with pytest.raises(RunError, match="as it was written the model differs by nan"):
+        merge_adapter(adapter, tmp_path / "out", dtype=torch.float32, device=CPU)
+
+
 def broken(place: Path, base: str, how: str) -> dict[str, Any]:
     adapter = Path(adapter_of(base, place / "a"))
     config = adapter / "adapter_config.json"

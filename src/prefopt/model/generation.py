@@ -45,7 +45,7 @@ def end_tokens(folder: str | Path) -> list[int] | None:
     """The ids that ``generation_config.json`` of a folder says; none where it has no such file, or a damaged one."""
     try:
         return _ids(json.loads((Path(folder) / FILE).read_text("utf-8")).get("eos_token_id"))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -113,7 +113,8 @@ def _readings(config: Any) -> list[tuple[float, float | None]]:
                 (1.0 / float(value), float(value)) if name == "logits_scaling" else (float(value), 1.0 / float(value))
             )
             scales += both
-    caps: list[float | None] = [float(cap) for name in SOFTCAPS if (cap := getattr(config, name, None))]
+    found = [getattr(config, name, None) for name in SOFTCAPS]
+    caps: list[float | None] = [float(cap) for cap in found if isinstance(cap, int | float) and cap]
     return list(product(dict.fromkeys([*scales, 1.0]), dict.fromkeys([*caps, None])))
 
 

@@ -45,7 +45,8 @@ def check_layers(name: str, model: Any, origin: Origin) -> None:
     """Raises :class:`ModelError` where the checkpoint has layers that the configuration leaves out, but for those that
     predict further tokens: without its last layers a model says something else."""
     expected = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    told = sum(int(getattr(model.config.get_text_config(), count, None) or 0) for count in _MTP_COUNTS)
+    counts = [getattr(model.config.get_text_config(), count, None) for count in _MTP_COUNTS]
+    told = sum(count for count in counts if isinstance(count, int))
     ends = _ends(model.state_dict())
     beyond: dict[str, list[str]] = {}
     for layer, names in _layers(origin).items():

@@ -72,8 +72,9 @@ def _key_of(folder: Path, args: tuple[object, ...]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error, or its type where it says nothing."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error, and the second where the first ends in a colon; its type where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    line = " ".join(part.strip() for part in lines[: 2 if lines[0].endswith(":") else 1])
     return line if len(line) <= LONGEST else line[:LONGEST] + "..."
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from prefopt.errors import ModelError
+from prefopt.model.load_errors import first_line
 
 UNQUANTISED = ("mxfp4",)
 """Methods whose weights prefopt has transformers unquantise, on every device."""
@@ -94,14 +95,14 @@ def backend_errors(name: str, config: Any) -> Iterator[None]:
         raise
     except ImportError as error:
         package = PACKAGES.get(how.split(",")[0])
-        remedy = f"pip install {package}" if package else _first_line(error)
+        remedy = f"pip install {package}" if package else first_line(error)
         raise ModelError(
             f"{name} is quantised ({how}), and what reads it is not installed: {remedy}, or give the model it was"
             " quantised from"
         ) from error
     except Exception as error:  # every backend has errors of its own
         raise ModelError(
-            f"{name} is quantised ({how}) and cannot be read here: {_first_line(error)}; give the model it was"
+            f"{name} is quantised ({how}) and cannot be read here: {first_line(error)}; give the model it was"
             " quantised from"
         ) from error
 
@@ -129,7 +130,3 @@ def _bits(fields: dict[str, Any]) -> int | None:
         return 8
     bits = next((fields[name] for name in ("bits", "w_bit", "nbits", "weight_bits") if name in fields), None)
     return bits if isinstance(bits, int) else None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

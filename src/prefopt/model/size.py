@@ -13,10 +13,13 @@ from prefopt.disk.vetted import held_by
 from prefopt.errors import ModelError
 from prefopt.model.load_errors import model_errors
 from prefopt.model.memory import free_memory
+from prefopt.model.quantised import quantisation_of
 from prefopt.progress import size
 
 SLACK = 4
 """A configuration may want so many times the parameters that its weights hold: what is missing is said at loading."""
+PACKED = 32
+"""Weights that one number in a quantised file may hold, at most: bits in 32."""
 SMALL = 10_000_000
 """Parameters that need no question."""
 
@@ -35,10 +38,11 @@ def parameters_of(kind: Any, name: str, config: PreTrainedConfig) -> int:
 def check_size(kind: Any, folder: str, config: PreTrainedConfig) -> None:
     """Raises :class:`ModelError` where a folder's configuration wants far more parameters than its weights hold."""
     held = held_by(sorted(Path(folder).glob("*.safetensors")))
-    if held is None or getattr(config, "quantization_config", None) is not None:
-        return  # quantised weights are packed as each method likes
+    if held is None:
+        return
     wanted = parameters_of(kind, folder, config)
-    if wanted > SLACK * held.elements + SMALL:
+    slack = SLACK * (PACKED if quantisation_of(config) else 1)
+    if wanted > slack * held.elements + SMALL:
         raise ModelError(
             f"{folder}: config.json wants {wanted:,} parameters, the weights hold {held.elements:,}; they do not belong"
             " together"
