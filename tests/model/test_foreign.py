@@ -27,6 +27,7 @@ from prefopt.model.generation import end_tokens
 from prefopt.model.head import head_of
 from prefopt.model.identity import identity_of_folder
 from prefopt.model.load import load_config, load_model, local_folder
+from prefopt.model.save import copy_side_files
 from prefopt.model.scratch import new_model
 
 CPU = torch.device("cpu")
@@ -181,6 +182,28 @@ def test_a_configuration_that_fits_no_weights(changes: dict[str, Any], said: str
             assert "\n" not in str(error)
         return
     assert said in refused(lambda: load(folder)), refused(lambda: load(folder))
+
+
+@pytest.mark.parametrize("junk", ["damaged", "boasting"])
+def test_files_that_are_not_loaded_say_nothing_of_the_size(junk: str, folder: Path) -> None:
+    change(folder, vocab_size=10**10)
+    header = b'{"a": {"dtype": "F32", "shape": [1000000000000], "data_offsets": [0, 4]}}'
+    data = len(header).to_bytes(8, "little") + header + bytes(4) if junk == "boasting" else b"xx"
+    (folder / "other.safetensors").write_bytes(data)
+    assert "config.json wants" in refused(lambda: load(folder))
+
+
+def test_what_a_link_leads_to_is_not_copied_on(folder: Path, tmp_path: Path) -> None:
+    """But for links of the Hub's cache, and links to a file of the same name."""
+    secret, blob = tmp_path / "id_rsa", tmp_path / f"{7:064x}"
+    for path in (secret, blob, tmp_path / "NOTICE"):
+        path.write_text("text")
+    for name, target in (("LICENSE", secret), ("LICENSE.txt", blob), ("NOTICE", tmp_path / "NOTICE")):
+        (folder / name).symlink_to(target)
+    (folder / "preprocessor_config.json").write_text("{}")
+    (tmp_path / "out").mkdir()
+    copy_side_files(folder, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"LICENSE.txt", "NOTICE", "preprocessor_config.json"}
 
 
 def test_a_configuration_without_weights_is_bounded_by_the_memory(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ Folders come from strangers. Their weights must be safetensors files of the fold
 and their sizes must be those of the weights, for a configuration of a billion layers is built for days before anybody
 asks for the first weight. Only JSON and the headers of weight files are read here.
 
-A link is followed like the file it leads to: in the Hub's cache every file is one, and its target has another name.
+A link is followed like the file it leads to: in the Hub's cache every file is one, and its target has another name. But
+what is copied on is a file of the folder itself, see :func:`is_own`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ RANK = 4096
 """An adapter may have this rank, whatever its weights; beyond it, a tensor must have such a side."""
 # Numbers of modules that are made one by one.
 _REPEATED = re.compile(r"layers?$|blocks?$|depth$|experts?$|^n_layer|heads?$|replication|num_virtual_tokens|stages$")
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _PLAIN = re.compile(r"[^/\\\x00-\x1f]+\.safetensors")
 
 
@@ -52,6 +54,13 @@ def vet_folder(name: str | Path) -> None:
         raise ModelError(f"{folder / 'config.json'}: transformers_weights is {_said(named)}; {_REMEDY}")
     _check_counts(folder / "config.json", config, held_by(sorted(folder.glob("*.safetensors"))))
     _vet_adapter(folder)
+
+
+def is_own(file: Path) -> bool:
+    """Whether a file can be taken for one of its folder: a link leads to a file of its own name, or to one of the Hub's
+    cache, whose name is a digest. What a stranger's LICENSE leads to may be a private key, and would be published."""
+    target = file.resolve()
+    return file.is_file() and (target.name == file.name or _DIGEST.fullmatch(target.name) is not None)
 
 
 _REMEDY = "weights must be *.safetensors files in the folder itself: do not use this folder, or save it again"
@@ -89,10 +98,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What weight files hold: tensors, their elements, and the longest side of any."""
+    """What weight files hold: tensors, and the longest side of any."""
 
     tensors: int = 0
-    elements: int = 0
     longest: int = 0
 
 
@@ -108,13 +116,7 @@ def held_by(files: Iterable[Path]) -> Held | None:
             return None
     if not seen:
         return None
-    elements = 0
-    for shape in shapes:
-        size = 1
-        for side in shape:
-            size *= side
-        elements += size
-    return Held(len(shapes), elements, max((side for shape in shapes for side in shape), default=0))
+    return Held(len(shapes), max((side for shape in shapes for side in shape), default=0))
 
 
 def _shapes(path: Path) -> list[list[int]]:

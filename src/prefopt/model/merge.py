@@ -22,6 +22,7 @@ from prefopt.data.ends import end_of_turn
 from prefopt.data.render import Renderer
 from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from prefopt.disk.adapter_folder import base_of, is_adapter, require_adapter
+from prefopt.disk.vetted import is_own
 from prefopt.disk.write import output_errors
 from prefopt.errors import ConfigError, ModelError, RunError
 from prefopt.model.adapter import peft_warnings_off
@@ -275,7 +276,7 @@ def _write_card(output: Path, model: str, adapter: str, card: Path, dtype: torch
     """A card that says what was folded into what, followed by that of the adapter."""
     names = [Path(name).name if Path(name).exists() else name for name in (model, adapter)]
     front = ["---", "library_name: transformers", *([] if Path(model).exists() else [f"base_model: {model}"]), "---"]
-    body = card.read_text("utf-8") if card.is_file() else ""
+    body = card.read_text("utf-8") if is_own(card) else ""
     body = re.sub(r"\A---\n.*?\n---\n", "", body, flags=re.S)
     kind = str(dtype).removeprefix("torch.")
     text = f"# {output.name}\n\n`{names[0]}` with the adapter `{names[1]}` folded in, in {kind}, by prefopt merge.\n"

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, GenerationConfig
 
+from prefopt.disk.vetted import is_own
 from prefopt.model.checkpoint import Checkpoint, Origin, origin_of
 
 SHARD_BYTES = 50 * 10**9
@@ -57,7 +58,7 @@ def copy_side_files(source: Path, folder: Path) -> None:
     for pattern in _SIDE_FILES:
         for file in sorted(source.glob(pattern)):
             target = folder / file.relative_to(source)
-            if file.is_file() and not target.exists():
+            if is_own(file) and not target.exists():
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, target)
 

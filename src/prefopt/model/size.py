@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
+import math
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
-from prefopt.disk.vetted import held_by
 from prefopt.errors import ModelError
+from prefopt.model.checkpoint import Checkpoint
 from prefopt.model.load_errors import model_errors
 from prefopt.model.memory import free_memory
 from prefopt.model.quantised import quantisation_of
@@ -36,16 +36,20 @@ def parameters_of(kind: Any, name: str, config: PreTrainedConfig) -> int:
 
 
 def check_size(kind: Any, folder: str, config: PreTrainedConfig) -> None:
-    """Raises :class:`ModelError` where a folder's configuration wants far more parameters than its weights hold."""
-    held = held_by(sorted(Path(folder).glob("*.safetensors")))
-    if held is None:
+    """Raises :class:`ModelError` where a folder's configuration wants far more parameters than its weights hold.
+
+    Only the files that are loaded count: others may be there, and may say anything.
+    """
+    try:
+        tensors = Checkpoint.read(folder).tensors
+    except ModelError:  # loading says why
         return
+    held = sum(math.prod(stored.shape) for stored in tensors.values())
     wanted = parameters_of(kind, folder, config)
     slack = SLACK * (PACKED if quantisation_of(config) else 1)
-    if wanted > slack * held.elements + SMALL:
+    if wanted > slack * held + SMALL:
         raise ModelError(
-            f"{folder}: config.json wants {wanted:,} parameters, the weights hold {held.elements:,}; they do not belong"
-            " together"
+            f"{folder}: config.json wants {wanted:,} parameters, the weights hold {held:,}; they do not belong together"
         )
 
 
