@@ -72,3 +72,14 @@ class Interrupted(PrefoptError):
     def __init__(self, what: str, signal: int) -> None:
         self.signal = signal
         super().__init__(what)
+
+
+LONGEST = 300
+"""Characters of another library's message, at most."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error, and the second where the first ends in a colon; its type where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    line = " ".join(part.strip() for part in lines[: 2 if lines[0].endswith(":") else 1])
+    return line if len(line) <= LONGEST else line[:LONGEST] + "..."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,17 @@ def test_every_method_writes_it(method: str, base: str, tmp_path: Path, capsys: 
         (output / "generation_config.json").unlink()  # as adapters of others have none: the template says it
         merge_adapter(str(output), tmp_path / "again", model=base, dtype=torch.float32, device=cpu)
         assert ends_of(tmp_path / "again") == [EOS, IM_END]
+
+
+@pytest.mark.parametrize("said", [{"a": 1}, "x", [None, 1.5]], ids=str)
+def test_ends_that_are_no_numbers_are_left_out(said: Any, base: str, tmp_path: Path) -> None:
+    """Not one line of it was read before the run was over, and then the trained model was lost."""
+    folder = Path(shutil.copytree(base, tmp_path / "m"))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": said}))
+    prefopt.sft(str(folder), CHATS, output=tmp_path / "out", max_steps=1, **QUICK)
+    assert ends_of(tmp_path / "out") == [IM_END]
+    options: dict[str, Any] = {"max_new_tokens": 2, "device": "cpu", "dtype": "float32", "progress": "none"}
+    assert len(prefopt.sample(str(folder), CHATS[:1], **options).rows) == 1
 
 
 def test_what_is_there_already_stays_as_it_is(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,7 @@ from prefopt.model.head import head_of
 from prefopt.model.identity import identity_of_folder
 from prefopt.model.load import load_config, load_model, local_folder
 from prefopt.model.save import copy_side_files
+from prefopt.model.scorer import Scorer
 from prefopt.model.scratch import new_model
 
 CPU = torch.device("cpu")
@@ -245,7 +246,7 @@ def test_an_adapter_of_a_stranger(changes: dict[str, Any], said: str, folder: Pa
 @pytest.mark.parametrize("said", ['{"eos_token_id": {"a": 1}}', '{"eos_token_id": [null]}', "[" * 100_000, "7", ""])
 def test_end_tokens_of_a_stranger(said: str, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(said)
-    assert end_tokens(tmp_path) is None
+    assert not end_tokens(tmp_path)
 
 
 @pytest.mark.parametrize("cap", ["wide", [30.0]])
@@ -253,6 +254,11 @@ def test_a_soft_cap_of_a_stranger(cap: Any, folder: Path) -> None:
     change(folder, final_logit_softcapping=cap)
     model: Any = load(folder)
     assert head_of(model).softcap is None
+
+
+def test_what_layers_cannot_compute_with_is_one_line(folder: Path) -> None:
+    change(folder, sliding_window="wide")
+    assert "cannot compute two tokens" in refused(lambda: Scorer(load(folder)))
 
 
 def test_bounds_do_not_bite_real_sizes(tmp_path: Path) -> None:

@@ -8,9 +8,7 @@ from typing import Any
 from jinja2 import TemplateSyntaxError, meta, nodes
 
 from prefopt.data import sandbox
-
-LONGEST = 300
-"""Characters of what a template or a library says, at most."""
+from prefopt.errors import first_line
 
 
 @lru_cache(maxsize=16)
@@ -30,9 +28,9 @@ def syntax_error(text: str) -> str:
     try:
         compiled(text)
     except TemplateSyntaxError as error:
-        return f"line {error.lineno}: {one_line(error)}"
+        return f"line {error.lineno}: {first_line(error)}"
     except Exception as error:  # nested too deep for the compiler, say
-        return one_line(error)
+        return first_line(error)
     return ""
 
 
@@ -54,8 +52,3 @@ def fields(text: str) -> frozenset[str]:
     tree = compiled(text).environment.parse(text)
     constants = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
     return frozenset(constants | {node.attr for node in tree.find_all(nodes.Getattr)})
-
-
-def one_line(error: Exception) -> str:
-    """The first line of what an error says, or its name."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:LONGEST]

@@ -19,7 +19,7 @@ from prefopt.data.rendering import Rendering, check_mentioned, check_names
 from prefopt.data.sandbox import TooMuch
 from prefopt.data.tokenizer import Tokenizer, plain_template
 from prefopt.data.traced import Traces
-from prefopt.errors import ModelError
+from prefopt.errors import ModelError, first_line
 from prefopt.records import Message, ToolCall
 
 Turns = tuple[Message, ...]
@@ -51,7 +51,7 @@ class ChatTemplate:
             self.text: str = tokenizer.get_chat_template(given)
             self._with_tools: str = tokenizer.get_chat_template(given, tools=[])
         except ValueError as error:
-            what = f"{jinja.one_line(error)}; give one with --chat-template"
+            what = f"{first_line(error)}; give one with --chat-template"
             raise ModelError(f"{tokenizer.name_or_path}: {what}") from None
         sources = {self.text, self._with_tools}
         if reason := next(filter(None, map(jinja.syntax_error, sources)), ""):
@@ -118,15 +118,13 @@ class ChatTemplate:
             return self._render(template, messages, [_tool(tool) for tool in tools] or None, generation)
         except Exception as error:  # of whatever class: a template may do what it likes to its turns
             self._note_endless(error)
-            raise Unrenderable(f"the template refuses the conversation: {jinja.one_line(error)}") from None
+            raise Unrenderable(f"the template refuses the conversation: {first_line(error)}") from None
 
     def _note_endless(self, error: Exception) -> None:
         """One conversation may be too much for a template; where several are, the template is at fault."""
         self._patience -= isinstance(error, (TooMuch, MemoryError))
         if self._patience < 0:
-            raise ModelError(
-                f"the chat template has no end: {jinja.one_line(error)}; give another with --chat-template"
-            )
+            raise ModelError(f"the chat template has no end: {first_line(error)}; give another with --chat-template")
 
     def _known(self, turns: Turns, generation: bool) -> str | None:
         """The turns as text, if words are all they hold and the template has shown what it does with them."""

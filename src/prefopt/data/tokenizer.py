@@ -17,7 +17,7 @@ from prefopt.disk.adapter_folder import base_of, is_adapter
 from prefopt.disk.hub import fetched
 from prefopt.disk.nested import one_below
 from prefopt.disk.vetted import vet_folder
-from prefopt.errors import ModelError
+from prefopt.errors import ModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,8 +74,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         else:
             tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain Exception for a damaged file
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"{source}: the tokenizer cannot be loaded: {reason}") from None
+        raise ModelError(f"{source}: the tokenizer cannot be loaded: {first_line(error)}") from None
     if not tokenizer.is_fast:
         what = "the tokenizer gives no character offsets, so what is trained cannot be told from the prompt"
         raise ModelError(f"{source}: {what}; convert it to tokenizer.json")

@@ -93,7 +93,7 @@ class SampledModel:
         said = getattr(self.said, "eos_token_id", None)
         found = [self.tokenizer.eos_token_id, *(said if isinstance(said, (list, tuple)) else [said])]
         found += [end_of_turn(renderer), *((self.adapter and end_tokens(self.adapter)) or ())]
-        return tuple(sorted({int(i) for i in found if i is not None}))
+        return tuple(sorted({i for i in found if isinstance(i, int)}))
 
     def _generation_config(self) -> Any:
         try:

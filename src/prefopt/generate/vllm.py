@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from prefopt.disk.vetted import vet_folder
-from prefopt.errors import ConfigError, ModelError, RunError
+from prefopt.errors import ConfigError, ModelError, RunError, first_line
 from prefopt.generate.noise import key_of
 from prefopt.generate.sample import FloatArray, Ids, Progress, Sample, Settings, occurrences
 
@@ -58,7 +58,7 @@ class VllmSampler:
             self._engine: Any = self._vllm.LLM(**options)
         except Exception as error:  # whatever its engine raises
             raise ModelError(
-                f"{model}: vLLM cannot load it ({_first_line(error)}); try --engine transformers"
+                f"{model}: vLLM cannot load it ({first_line(error)}); try --engine transformers"
             ) from error
         self.context = context
 
@@ -126,7 +126,7 @@ class VllmSampler:
         try:
             return self._engine.generate(prompts, params, use_tqdm=False, **more)
         except Exception as error:  # whatever its engine raises
-            raise RunError(f"vLLM stopped: {_first_line(error)}; try --engine transformers") from error
+            raise RunError(f"vLLM stopped: {first_line(error)}; try --engine transformers") from error
 
     def _scored(self, given: list[list[int]], samples: list[Any]) -> list[FloatArray]:
         """The model's own log-probabilities of the samples."""
@@ -148,10 +148,6 @@ def _imported(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(
-            f"--engine vllm needs {name}, which cannot be imported ({_first_line(error)}): pip install 'prefopt[vllm]',"
+            f"--engine vllm needs {name}, which cannot be imported ({first_line(error)}): pip install 'prefopt[vllm]',"
             " or leave --engine out"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -12,10 +12,10 @@ import torch
 
 from prefopt.disk.adapter_folder import require_adapter
 from prefopt.disk.vetted import vet_folder
-from prefopt.errors import ConfigError, ModelError
+from prefopt.errors import ConfigError, ModelError, first_line
 from prefopt.model.dropout import silence_dropout
 from prefopt.model.grown_vocabulary import grow_for_adapter, holds_embedding
-from prefopt.model.load_errors import first_line, model_errors
+from prefopt.model.load_errors import model_errors
 from prefopt.model.lora_targets import lora_targets
 from prefopt.model.nested_adapter import as_of_text
 from prefopt.model.scorer import causal_model

@@ -45,10 +45,11 @@ def end_tokens(folder: str | Path) -> list[int] | None:
     """The ids that ``generation_config.json`` of a folder says; none where it has no such file, or a damaged one."""
     try:
         return _ids(json.loads((Path(folder) / FILE).read_text("utf-8")).get("eos_token_id"))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
 
 
 def _ids(said: Any) -> list[int]:
-    """What ``eos_token_id`` holds: nothing, one id or several."""
-    return [] if said is None else [int(i) for i in said] if isinstance(said, list) else [int(said)]
+    """What ``eos_token_id`` holds: nothing, one id or several. What is no number is left out: nobody can generate with
+    it."""
+    return [i for i in (said if isinstance(said, list) else [said]) if isinstance(i, int)]

@@ -12,10 +12,7 @@ from transformers import __version__ as transformers_version
 from prefopt.disk.hub import why_not_read
 from prefopt.disk.nested import one_below
 from prefopt.disk.vetted import read_object
-from prefopt.errors import ModelError, UserError
-
-LONGEST = 300
-"""Characters of another library's message, at most."""
+from prefopt.errors import ModelError, UserError, first_line
 
 
 @contextmanager
@@ -69,13 +66,6 @@ def _key_of(folder: Path, args: tuple[object, ...]) -> str:
         if isinstance(value, dict):
             waiting += value.items()
     return ""
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error, and the second where the first ends in a colon; its type where it says nothing."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    line = " ".join(part.strip() for part in lines[: 2 if lines[0].endswith(":") else 1])
-    return line if len(line) <= LONGEST else line[:LONGEST] + "..."
 
 
 def is_path(name: str) -> bool:

@@ -26,10 +26,10 @@ from transformers import AutoConfig, PreTrainedModel
 
 from prefopt.disk.adapter_folder import read_adapter
 from prefopt.disk.vetted import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from prefopt.errors import first_line
 from prefopt.model.causal import architectures_of
 from prefopt.model.checkpoint import origin_of
 from prefopt.model.grown_vocabulary import PREFIX
-from prefopt.model.load_errors import first_line
 
 log = logging.getLogger(__name__)
 

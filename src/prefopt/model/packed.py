@@ -15,9 +15,10 @@ import torch
 from transformers import PreTrainedModel
 
 from prefopt.data.packer import Layout, PackedBatch, Pass
-from prefopt.errors import ModelError
+from prefopt.errors import ModelError, UserError, first_line
 from prefopt.model.attention import HOOK, TRIAL, HookReached, UnshareableError, gather_plan, kernel_for
 from prefopt.model.costs import Purpose, count_pass
+from prefopt.model.memory import out_of_memory
 from prefopt.model.sharing import layout_of
 
 
@@ -50,7 +51,8 @@ class PackedModel(torch.nn.Module):
     def _try_hook(self) -> str | None:
         """Why the first layer that attends cannot take shared prefixes, in one line; None where it can.
 
-        Two tokens go into the model and get no further than that layer. Raises :class:`NotCausalError`.
+        Two tokens go into the model and get no further than that layer. Raises :class:`NotCausalError`, and
+        :class:`ModelError` where it cannot even compute those.
         """
         model = causal_model(self.model)
         device = next(model.parameters()).device
@@ -64,6 +66,14 @@ class PackedModel(torch.nn.Module):
             return None
         except UnshareableError as refusal:
             return str(refusal)
+        except UserError:
+            raise
+        except Exception as error:  # of whatever class: layers compute with what config.json says
+            if out_of_memory(error):
+                raise
+            raise ModelError(
+                f"{type(model).__name__} cannot compute two tokens ({first_line(error)}); is its config.json as saved?"
+            ) from error
         return f"{type(model).__name__} never asks the attention hook of transformers"
 
     @property

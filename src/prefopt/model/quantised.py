@@ -13,8 +13,7 @@ from typing import Any
 
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from prefopt.errors import ModelError
-from prefopt.model.load_errors import first_line
+from prefopt.errors import ModelError, first_line
 
 UNQUANTISED = ("mxfp4",)
 """Methods whose weights prefopt has transformers unquantise, on every device."""

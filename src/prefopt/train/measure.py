@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from prefopt.data.packer import PackedBatch
+from prefopt.errors import first_line
 from prefopt.model.flops import FlopCount, matmul_peak
 from prefopt.model.memory import peak_memory
 from prefopt.train.sums import Record
@@ -44,6 +45,6 @@ def _rate(
     try:
         peak, flops = matmul_peak(device, dtype), FlopCount.of(model)
     except Exception as error:  # whatever a configuration refuses to tell
-        log.warning("utilisation is not measured: %s", (str(error).splitlines() or [type(error).__name__])[0])
+        log.warning("utilisation is not measured: %s", first_line(error))
         return None
     return lambda batches, seconds: sum(map(flops, batches)) / seconds / peak
