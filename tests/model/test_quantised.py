@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from model.architectures import build
 from prefopt.errors import ModelError
 from prefopt.model.causal import refuse_untrainable
 from prefopt.model.load import load_config, load_model
+from prefopt.model.save import save_weights
 
 METHODS: dict[str, tuple[dict[str, Any], str]] = {
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bits"),
@@ -101,3 +103,11 @@ def test_packed_experts_of_gpt_oss_are_unquantised(tmp_path: Path) -> None:
     # 0xA is -1.0 and 0x2 is 1.0 of the 4-bit numbers; an exponent of 126 halves them.
     assert set(experts.detach().flatten().tolist()) == {-0.5, 0.5}
     assert experts.requires_grad
+
+    with torch.no_grad():
+        for weight in loaded.parameters():
+            weight.add_(0.25)
+    save_weights(tmp_path / "out", loaded, dict(loaded.state_dict()), torch.float32)
+    assert not any(name.endswith(("_blocks", "_scales")) for name in load_file(tmp_path / "out" / "model.safetensors"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in loaded.state_dict().items())

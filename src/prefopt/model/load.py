@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Collection, Iterator
@@ -24,7 +25,7 @@ from prefopt.model.checkpoint import Checkpoint, Origin, set_origin, trace
 from prefopt.model.dropout import silence_dropout
 from prefopt.model.leftover import check_layers
 from prefopt.model.load_errors import is_path, model_errors
-from prefopt.model.quantised import backend_errors, loading_options
+from prefopt.model.quantised import backend_errors, forget_packing, loading_options
 from prefopt.model.scalar_head import scalar_head
 from prefopt.model.sharing import context_length
 from prefopt.model.size import check_size
@@ -174,6 +175,7 @@ def load_weights(
     check_size(kind, source, config)
     extra: dict[str, Any] = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
     extra |= loading_options(name, config)
+    packed = copy.deepcopy(config)  # loading takes out of it what it has unquantised
     with model_errors(name), backend_errors(name, config), quiet():
         model, info = kind.from_pretrained(
             source,
@@ -186,6 +188,7 @@ def load_weights(
             **extra,
         )
     origin = trace(model, Checkpoint.read(source))
+    forget_packing(model, packed)
     if kind is AutoModelForCausalLM:
         _check_language_model(name, model, origin)
     if info["mismatched_keys"]:

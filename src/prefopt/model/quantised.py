@@ -1,8 +1,8 @@
 """Quantised checkpoints, told from their configuration before a weight is read.
 
 A quantised model can be sampled from and scored where the library that reads it is installed. Training moves
-unquantised weights, so it wants the model that the checkpoint was quantised from. Two kinds are unquantised by
-transformers as they are read, and are models like any other from then on: MXFP4 (gpt-oss) and block-wise FP8.
+unquantised weights, so it wants the model that the checkpoint was quantised from. One kind is unquantised as it is
+read, and is a model like any other from then on: MXFP4 (gpt-oss).
 """
 
 from __future__ import annotations
@@ -79,6 +79,18 @@ def loading_options(name: str, config: Any) -> dict[str, Any]:
 
         return {"quantization_config": Mxfp4Config(dequantize=True)}
     return {}
+
+
+def forget_packing(model: Any, config: Any) -> None:
+    """Let a model that was unquantised as it was read be saved under its own names: transformers, which undoes what it
+    did to names, would write its weights under those of the packed ones, where nothing finds them."""
+    fields = _fields(config)
+    if fields is not None and _method(fields) in UNQUANTISED:
+        model._weight_conversions = [
+            conversion
+            for conversion in getattr(model, "_weight_conversions", None) or ()
+            if not any(type(step).__name__.endswith("Dequantize") for step in getattr(conversion, "operations", ()))
+        ]
 
 
 @contextmanager
