@@ -66,7 +66,6 @@ def test_one_line_for_who_trains_and_one_for_who_samples(plain: Path, tmp_path: 
 
 
 def test_the_package_that_is_missing_is_named(plain: Path, tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
     from transformers.utils import is_gptqmodel_available
 
     if is_gptqmodel_available():

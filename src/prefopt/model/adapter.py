@@ -96,10 +96,12 @@ def _drop_inputs(model: torch.nn.Module, rate: float) -> None:
 @contextmanager
 def peft_warnings_off() -> Iterator[None]:
     """Hide what peft warns of and no user can change: a name that transformers has deprecated, and that in a
-    mixture of experts the adapter of two fused matrices has the rank of one. That a head is tied to an embedding with
-    an adapter on it is seen to by :mod:`prefopt.model.merge`."""
+    mixture of experts the adapter of two fused matrices has the rank of one. That layers are merged already, and that a
+    head is tied to an embedding with an adapter on it, or no longer, is seen to by :mod:`prefopt.model.merge`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
         warnings.filterwarnings("ignore", "Model (has|with) `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
+        warnings.filterwarnings("ignore", "All adapters are already merged")
         yield

@@ -13,7 +13,6 @@ came from::
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from prefopt.disk.vetted import read_object
 from prefopt.errors import ModelError
 from prefopt.model.identity import weight_files
 
@@ -57,8 +57,7 @@ class Checkpoint:
         """Raises :class:`ModelError` for a folder without weights, or with damaged or pickled ones."""
         path = Path(folder)
         try:
-            config = json.loads((path / "config.json").read_text("utf-8"))
-            files = weight_files(path, config if isinstance(config, dict) else {})
+            files = weight_files(path, read_object(path / "config.json"))
             return cls(path, {name: found for file in files for name, found in headers(file).items()})
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"{folder}: its files cannot be read ({error}); copy the model again") from error

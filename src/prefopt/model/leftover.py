@@ -8,11 +8,12 @@ from typing import Any
 
 from prefopt.errors import ModelError
 from prefopt.model.checkpoint import Origin
+from prefopt.model.scalar_head import NAMES
 from prefopt.progress import size
 
 # Told from a part of a tensor's name; the first that fits. They are read in the order in which one would name them.
 _KINDS = {
-    "value head": r"^(v_head|value_head|score|reward_head|regression_head|regression_layer|rm_head)\.",
+    "value head": NAMES.pattern,
     "layers for multi-token prediction": r"mtp|nextn|\.(eh_proj|enorm|hnorm|shared_head)\.",
     "audio tower": r"audio|speech|sound",
     "vision tower": r"visual|vision|image|vit|multi_modal_projector|mm_projector",

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +113,7 @@ def merge_adapter(
         without = _logits(wrapped, probes_2)
     untied = _untie(causal)
     layers, rounding = _merge_layers(wrapped, dtype)
-    with _peft_quiet():
+    with peft_warnings_off():
         merged = wrapped.merge_and_unload().to(dtype)
     own_head = _tell_own_head(merged)
     found = _logits(merged, probes_2)
@@ -143,7 +142,7 @@ def load_folded(base: str, adapter: str, *, dtype: torch.dtype, device: torch.de
     """
     wrapped = _load(base, adapter, dtype, device)
     _untie(causal_model(wrapped))
-    with _peft_quiet(), peft_warnings_off():
+    with peft_warnings_off():
         merged: PreTrainedModel = wrapped.merge_and_unload()
     _tell_own_head(merged)
     return merged
@@ -237,22 +236,13 @@ def _merge_layers(wrapped: Any, dtype: torch.dtype) -> tuple[int, float]:
         types = {name: value.dtype for name, value in base.named_parameters()}
         base.float()
         before = {name: value.clone() for name, value in base.named_parameters()}
-        with _peft_quiet():
+        with peft_warnings_off():
             layer.merge(safe_merge=True)
         for name, value in base.named_parameters():
             rounded += float((value.to(dtype).float() - value).norm() ** 2)
             changed += float((value - before[name]).norm() ** 2)
             value.data = value.data.to(types[name])
     return len(layers), math.sqrt(rounded / changed) if changed else 0.0
-
-
-@contextmanager
-def _peft_quiet() -> Iterator[None]:
-    """Without PEFT's warnings of what is meant: layers that are merged already, a head that is untied."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "All adapters are already merged")
-        warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
-        yield
 
 
 def _ends(adapter: str, tokenizer: Tokenizer) -> Sequence[int]:

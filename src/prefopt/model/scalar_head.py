@@ -18,7 +18,7 @@ from prefopt.errors import ModelError
 from prefopt.model.checkpoint import Checkpoint, Stored, headers
 
 _BESIDE = "value_head.safetensors"
-_NAMES = re.compile(r"(score|value_head|v_head|reward_head|regression_head|regression_layer|rm_head)\.")
+NAMES = re.compile(r"^(score|value_head|v_head|reward_head|regression_head|regression_layer|rm_head)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def scalar_head(folder: str | Path) -> ScalarHead | None:
     except ModelError:
         tensors = {}
     tensors |= _beside(Path(folder) / _BESIDE)
-    found = {name: stored for name, stored in tensors.items() if _NAMES.match(name)}
+    found = {name: stored for name, stored in tensors.items() if NAMES.match(name)}
     return ScalarHead(Path(folder), found) if found else None
 
 
