@@ -272,6 +272,14 @@ def test_a_model_with_an_adapter_inside_is_refused(folders: tuple[str, str], tmp
     assert load_model(base, dtype=torch.float32, device=CPU, adapter=str(both)) is not None  # it is named as one
 
 
+def test_names_from_home(folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves the ~ of --model=~/m as it is."""
+    monkeypatch.setenv("HOME", str(Path(folders[0]).parent))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    for folder in folders:
+        assert main(["data", "check", str(tmp_path / "rows.jsonl"), f"--model=~/{Path(folder).name}"]) == 0
+
+
 def test_an_adapter_on_an_adapter_is_told_so(folders: tuple[str, str], tmp_path: Path) -> None:
     _, adapter = folders
     second = Path(shutil.copytree(adapter, tmp_path / "second"))

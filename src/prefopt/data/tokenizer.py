@@ -52,7 +52,8 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
     if is_adapter(source) and not has_tokenizer(source):
         source = base_of(source)
-    path = Path(source)
+    path = Path(source).expanduser()
+    source = path if path.exists() else source
     here = {p.name for p in path.iterdir()} if path.is_dir() else set()
     if not path.exists() and (path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1):
         raise ModelError(f"{source}: no such folder; check the path of the model or tokenizer")

@@ -140,9 +140,10 @@ def load_config(name: str) -> PreTrainedConfig:
 
 def context_of(name: str) -> int | None:
     """Positions of a model folder or Hub name, where it says so; a folder with a tokenizer alone says nothing."""
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file() and not is_adapter(name):
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file() and not is_adapter(folder):
         return None
-    return context_length(load_config(name))
+    return context_length(load_config(str(folder) if folder.exists() else name))
 
 
 def load_model(name: str, *, dtype: torch.dtype, device: torch.device, adapter: str | None = None) -> torch.nn.Module:
