@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from prefopt.model import save
 from prefopt.model.checkpoint import Checkpoint, origin_of
 from prefopt.model.leftover import leftover_words
 from prefopt.model.load import load_model
+from prefopt.model.nested_adapter import nesting_of
 from prefopt.model.save import save_weights
 
 CPU = torch.device("cpu")
@@ -235,3 +237,16 @@ def test_a_configuration_with_fewer_layers_is_refused(tmp_path: Path) -> None:
         file.write_text(json.dumps(said))
         with pytest.raises(ModelError, match=r"config.json ends at .*\.0, but \d+ tensors \(.* kB\) are of later ones"):
             load_model(str(tmp_path / name), dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt2"])
+def test_a_model_whose_folder_is_gone_is_saved(name: str, tmp_path: Path) -> None:
+    """A cache may have been emptied while the run went on."""
+    build(name).save_pretrained(tmp_path / "in")
+    model: Any = load_model(str(tmp_path / "in"), dtype=torch.float32, device=CPU)
+    saved_again(tmp_path / "in", tmp_path / "expected")
+    shutil.rmtree(tmp_path / "in")
+    save_weights(tmp_path / "out", model, dict(model.state_dict()), torch.float32)
+    for file in ("model.safetensors", "config.json", "generation_config.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "expected" / file).read_bytes()
+    assert nesting_of(model) is None

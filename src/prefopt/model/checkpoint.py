@@ -91,9 +91,11 @@ class Origin:
     ``renamed``: by name in the checkpoint, the name it has in the model, or would have there. ``converted``: those of
     them that are a part of a weight, or several (experts that the model holds as one). ``untouched``: in no weight.
     ``kept``: whether they are written beside the model's own; not beside a reward model made of a language model.
+    ``config``: what ``config.json`` says there. It is held, for the folder may be gone when the model is saved.
     """
 
     checkpoint: Checkpoint
+    config: Any
     renamed: Mapping[str, str]
     converted: frozenset[str]
     untouched: tuple[str, ...]
@@ -130,8 +132,9 @@ class Origin:
         return found
 
 
-def trace(model: Any, checkpoint: Checkpoint) -> Origin:
-    """Which tensor of ``checkpoint`` went where in ``model``, which transformers has just loaded from it."""
+def trace(model: Any, checkpoint: Checkpoint, config: Any) -> Origin:
+    """Which tensor of ``checkpoint`` went where in ``model``, which transformers has just loaded from it; ``config`` is
+    the folder's."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     conversions = getattr(model, "_weight_conversions", None) or []
@@ -148,7 +151,7 @@ def trace(model: Any, checkpoint: Checkpoint) -> Origin:
             untouched.append(name)
         elif pattern is not None:
             converted.add(name)
-    return Origin(checkpoint, renamed, frozenset(converted), tuple(untouched))
+    return Origin(checkpoint, config, renamed, frozenset(converted), tuple(untouched))
 
 
 def set_origin(model: Any, origin: Origin) -> None:

@@ -170,13 +170,13 @@ def load_weights(
     Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, needs code of its own, has more layers
     than its configuration says, or holds a reward model where a language model is wanted.
     """
+    own_config = copy.deepcopy(config)
     silence_dropout(config)
     source = local_folder(name)
     refuse_both(source)
     check_size(kind, source, config)
     extra: dict[str, Any] = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
     extra |= loading_options(name, config)
-    packed = copy.deepcopy(config)  # loading takes out of it what it has unquantised
     with model_errors(name), backend_errors(name, config), quiet():
         model, info = kind.from_pretrained(
             source,
@@ -188,8 +188,8 @@ def load_weights(
             ignore_mismatched_sizes=True,  # and then refused, in one line
             **extra,
         )
-    origin = trace(model, Checkpoint.read(source))
-    forget_packing(model, packed)
+    origin = trace(model, Checkpoint.read(source), own_config)
+    forget_packing(model, own_config)
     if kind is AutoModelForCausalLM:
         _check_language_model(name, model, origin)
     if info["mismatched_keys"]:

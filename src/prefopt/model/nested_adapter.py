@@ -22,7 +22,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from prefopt.disk.adapter_folder import read_adapter
 from prefopt.disk.vetted import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -58,7 +58,7 @@ def nesting_of(model: Any) -> Nesting | None:
     origin = origin_of(model)
     if origin is None or not origin.kept:
         return None
-    config = AutoConfig.from_pretrained(origin.checkpoint.folder, trust_remote_code=False)
+    config = origin.config
     named = architectures_of(config)
     if type(config) is type(model.config) or not named or (whole := _of_class(named[0], config)) is None:
         return None

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from prefopt.disk.vetted import is_own
 from prefopt.model.checkpoint import Checkpoint, Origin, origin_of
@@ -38,7 +38,7 @@ def save_weights(folder: Path, model: Any, state: Mapping[str, torch.Tensor], dt
 
     A model that was loaded from a folder keeps that folder's names, and every tensor of it that is in no weight of the
     model, byte for byte; its configuration then names the class that it named there. Raises :class:`ModelError` where
-    the folder it came from is gone.
+    there are such tensors, and the folder is gone.
     """
     origin = origin_of(model)
     if origin is None or not origin.kept:
@@ -70,7 +70,7 @@ def _whole_config(model: Any, origin: Origin | None, dtype: torch.dtype) -> Any:
     """
     config = copy.deepcopy(model.config)
     if origin is not None and origin.kept:
-        whole = AutoConfig.from_pretrained(origin.checkpoint.folder, trust_remote_code=False)
+        whole = copy.deepcopy(origin.config)
         parts = getattr(whole, "sub_configs", {})
         place = next((name for name in parts if type(getattr(whole, name, None)) is type(config)), None)
         if type(whole) is not type(config) and place is not None:
