@@ -229,6 +229,8 @@ def test_a_configuration_nested_without_end(folder: Path) -> None:
         ({"rank_pattern": {"q_proj": 10**9}}, "q_proj is"),
         ({"layer_replication": [[0, 10**9]]}, "layer_replication is"),
         ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "megatron_config"),
+        ({"peft_type": "XLORA", "hidden_size": 32, "adapters": {"0": "org/other"}}, "adapters names code or weights"),
+        ({"peft_type": "SHADOW", "shadow_model": "org/other"}, "shadow_model names code or weights"),
         ({"trainable_token_indices": [10**9]}, "trains token 1,000,000,000"),
         ({"peft_type": "NO_SUCH"}, ""),
         ({"peft_type": 5}, ""),

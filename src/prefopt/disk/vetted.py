@@ -31,6 +31,8 @@ RANK = 4096
 """An adapter may have this rank, whatever its weights; beyond it, a tensor must have such a side."""
 # Numbers of modules that are made one by one.
 _REPEATED = re.compile(r"layers?$|blocks?$|depth$|experts?$|^n_layer|heads?$|replication|num_virtual_tokens|stages$")
+# Fields of an adapter by which PEFT imports a module (LoRA of Megatron), or loads other adapters (X-LoRA) and models.
+_FOREIGN = ("megatron_config", "adapters", "shadow_model", "prompt_tuning_init_state_dict_path")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _PLAIN = re.compile(r"[^/\\\x00-\x1f]+\.safetensors")
 
@@ -141,11 +143,14 @@ def _check_counts(path: Path, config: dict[str, Any], held: Held | None) -> None
 
 
 def _vet_adapter(folder: Path) -> None:
-    """An adapter's own numbers, and the module that it would have imported."""
+    """An adapter's own numbers, and what it would have imported or loaded from elsewhere."""
     path = folder / ADAPTER_CONFIG
     config = read_object(path)
-    if config.get("megatron_config") is not None:
-        raise ModelError(f"{path}: megatron_config has a module imported by name, which prefopt does not; take it out")
+    if foreign := [field for field in _FOREIGN if config.get(field) is not None]:
+        raise ModelError(
+            f"{path}: {foreign[0]} names code or weights that are not in this folder, and are not opened; it is not an"
+            " adapter to load"
+        )
     weights = folder / ADAPTER_WEIGHTS
     held = held_by([weights] if weights.exists() else [])
     most = max(RANK, held.longest if held else 0)
