@@ -21,6 +21,7 @@ from prefopt.config.score import ScoreConfig
 from prefopt.data.formats import parse_comparisons
 from prefopt.errors import ConfigError, ModelError
 from prefopt.evaluate.model_scores import implicit_scores
+from prefopt.model.adapter import add_adapter, new_lora
 from prefopt.model.load import base_and_adapter, load_config, load_model
 from prefopt.model.merge import merge_adapter
 from prefopt.model.named import identity_of_name
@@ -395,3 +396,29 @@ def test_a_base_named_from_the_adapter_is_named_anew(
     assert main(["merge", "--model", str(tmp_path / "on"), "--output", str(tmp_path / "whole"), "--device", "cpu"]) == 0
     assert main(["merge", "--model", base, "--output", str(tmp_path / "w"), "--device", "cpu"]) == 2
     assert "--adapter is missing" in capsys.readouterr().err
+
+
+def test_a_pattern_of_an_adapter_is_never_matched(folders: tuple[str, str], tmp_path: Path) -> None:
+    """Some take longer than anyone waits; the weights themselves say where they belong."""
+
+    def base() -> torch.nn.Module:
+        return load_model(folders[0], dtype=torch.float32, device=CPU)
+
+    made = new_lora(base(), rank=2, alpha=4, dropout=0.0, targets=["q_proj", "down_proj"])
+    folder = tmp_path / "adapter"
+    made.save_pretrained(folder)  # type: ignore[operator]
+    config = json.loads((folder / "adapter_config.json").read_text())
+
+    def rewritten(**fields: Any) -> str:
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **fields}))
+        return str(folder)
+
+    def trained(policy: torch.nn.Module) -> set[str]:
+        return {name for name, p in policy.named_parameters() if p.requires_grad}
+
+    for endless in (r".*\.(self_attn|mlp)\.(q_proj|down_proj)", "(.|.)*x!", "([a-z._0-9]+)*!"):
+        for more in ({}, {"exclude_modules": endless}):
+            assert trained(add_adapter(base(), rewritten(target_modules=endless, **more))) == trained(made)
+    for field in ("rank_pattern", "alpha_pattern"):
+        with pytest.raises(ModelError, match=field):
+            add_adapter(base(), rewritten(**{field: {"(.|.)*x!": 4}}))

@@ -32,6 +32,9 @@ RANK = 4096
 # Numbers of modules that are made one by one.
 _REPEATED = re.compile(r"layers?$|blocks?$|depth$|experts?$|^n_layer|heads?$|replication|num_virtual_tokens|stages$")
 # Fields of an adapter by which PEFT imports a module (LoRA of Megatron), or loads other adapters (X-LoRA) and models.
+# Fields whose words PEFT matches against names as regular expressions, and what makes one go back over a name.
+_PATTERNS = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_pattern")
+_REPEATS = re.compile(r"[*+{]")
 _FOREIGN = ("megatron_config", "adapters", "shadow_model", "prompt_tuning_init_state_dict_path")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _PLAIN = re.compile(r"[^/\\\x00-\x1f]+\.safetensors")
@@ -151,6 +154,14 @@ def _vet_adapter(folder: Path) -> None:
             f"{path}: {foreign[0]} names code or weights that are not in this folder, and are not opened; it is not an"
             " adapter to load"
         )
+    for field in _PATTERNS:
+        value = config.get(field)
+        for word in value if isinstance(value, (list, dict)) else [value]:
+            if isinstance(word, str) and _REPEATS.search(word):
+                raise ModelError(
+                    f"{path}: {field} has the pattern {word[:60]!r}, which may take without end to match; name the"
+                    " modules as they are"
+                )
     weights = folder / ADAPTER_WEIGHTS
     held = held_by([weights] if weights.exists() else [])
     most = max(RANK, held.longest if held else 0)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from prefopt.disk.adapter_folder import require_adapter
-from prefopt.disk.vetted import vet_folder
+from prefopt.disk.vetted import ADAPTER_WEIGHTS, vet_folder
 from prefopt.errors import ConfigError, ModelError, first_line
 from prefopt.model.dropout import silence_dropout
-from prefopt.model.grown_vocabulary import grow_for_adapter, holds_embedding
+from prefopt.model.grown_vocabulary import PREFIX, grow_for_adapter, holds_embedding
 from prefopt.model.load_errors import model_errors
 from prefopt.model.lora_targets import lora_targets
 from prefopt.model.nested_adapter import as_of_text
@@ -34,11 +35,36 @@ def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
         with as_of_text(folder, plain) as named:
             grow_for_adapter(plain, named)
             whole = holds_embedding(plain, named)
-            wrapped: Any = PeftModel.from_pretrained(plain, named, is_trainable=True)
+            config = _with_plain_targets(plain, named)
+            wrapped: Any = PeftModel.from_pretrained(plain, named, is_trainable=True, config=config)
         wrapped.prefopt_saves_embedding = whole
     silence_dropout(wrapped)
     trainable: torch.nn.Module = wrapped
     return trainable
+
+
+def _with_plain_targets(model: torch.nn.Module, folder: str) -> Any:
+    """The configuration of the adapter in ``folder``. Where it says by a pattern which modules of ``model`` it is on,
+    the modules that its weights are for take the pattern's place: a stranger's could be matched without end.
+    """
+    from peft import PeftConfig
+
+    config: Any = PeftConfig.from_pretrained(folder)
+    target = getattr(config, "target_modules", None)
+    by_pattern = isinstance(target, str) and target != "all-linear"
+    if not by_pattern and not isinstance(getattr(config, "exclude_modules", None), str):
+        return config
+    modules, found = {name for name, _ in model.named_modules()}, set()
+    with safe_open(Path(folder) / ADAPTER_WEIGHTS, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 (not a dict)
+            name = key.removeprefix(PREFIX)
+            while name and name not in modules:
+                name = name.rpartition(".")[0]
+            found.add(name)
+    whole = tuple(f".{name}" for name in config.modules_to_save or ())
+    config.target_modules = sorted(name for name in found - {""} if not f".{name}".endswith(whole))
+    config.exclude_modules = None
+    return config
 
 
 def new_lora(
