@@ -175,12 +175,12 @@ def _lost(unread: Sequence[str], names: Mapping[str, str]) -> str:
 
 def _unread(layout: Layout, names: Mapping[str, str], columns: Columns) -> list[str]:
     meant = {layout.field_of(name): column for name, column in columns.names.items()}
+    fields = {str(name): names[column] for name, column in meant.items() if column in names}
+    read = {*layout.known, *layout.aliases, *layout.own({**names, **fields}, columns)}
     return [
         name
-        for name, looks in names.items()
-        if name not in meant.values()
-        and name not in columns.ignored
-        and (meant.get(name) or not (layout.reads_column(name, looks) or name in layout.aliases))
+        for name in names
+        if name not in meant.values() and name not in columns.ignored and (meant.get(name) or name not in read)
     ]
 
 

@@ -207,6 +207,58 @@ def test_scores_and_votes_of_two_responses() -> None:
     )
 
 
+SIDES: dict[str, dict[str, Any]] = {
+    name: {k: v for k, v in LAYOUTS[name].example.items() if not k.startswith("score")}
+    for name in (
+        *("preference-text", "preference-chat", "implicit-text", "implicit-chat", "ultrafeedback-binarized", "hh"),
+        *("sharegpt-ranking", "alpaca-ranking", "messages-ranking", "v1-preference", "openai-preference"),
+        *("swift-preference", "swift-rejected-response"),
+    )
+}
+
+
+@pytest.mark.parametrize("name", SIDES)
+@pytest.mark.parametrize(
+    "scores", ["score_chosen", "chosen_score", "chosen-rating", "rating_chosen", "chosen_avg_rating"]
+)
+def test_scores_beside_chosen_and_rejected_are_those_of_the_pair(name: str, scores: str) -> None:
+    def scored(good: Any, bad: Any) -> dict[str, Any]:
+        return {**SIDES[name], scores: good, scores.replace("chosen", "rejected"): bad}
+
+    reading = read(scored(5, 1), scored(3, 3), scored(1, 5))
+    better, tie = reading.comparisons
+    assert reading.layout == name and reading.notes == []
+    assert (better.tiers, better.scores, tie.tiers, tie.scores) == (FIRST, (5.0, 1.0), TIE, (3.0, 3.0))
+    assert better.extra == tie.extra == {}
+    (against,) = reading.problems
+    assert against.kind == "scores against the preference" and f"{scores} is 1" in against.what
+    ignored = [f"--ignore-columns={column}" for column in (scores, scores.replace("chosen", "rejected"))]
+    assert tiers(scored(1, 5), columns=ignored) == [FIRST]  # what the message says to type
+
+
+def test_columns_that_are_no_scores_of_both_sides_stay_what_they_are() -> None:
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    for columns in (
+        {"chosen_score": 9.0},
+        {"chosen_rating": "good", "rejected_rating": "good"},
+        {"chosen_length": 3, "rejected_length": 3},
+        {"chosen_rank": 1, "rejected_rank": 1},
+    ):
+        reading = read(pair | columns)
+        (found,) = reading.comparisons
+        assert found.tiers == FIRST and found.scores is None and found.extra == columns
+        assert reading.notes == [f"f: columns not read: {', '.join(columns)}"]
+    both = read(pair | {"chosen_score": 3, "rejected_score": 1, "chosen_rating": 2, "rejected_rating": 2})
+    assert both.comparisons[0].scores == (3.0, 1.0)
+    assert both.notes == ["f: columns not read: chosen_rating, rejected_rating"]
+
+
+def test_a_label_or_an_order_goes_before_equal_scores() -> None:
+    labelled = {"prompt": "q", "first": "a", "second": "b", "label": "first", "score_first": 3, "score_second": 3}
+    ordered = {"prompt": "q", "responses": ["a", "b"], "order": [0, 1], "scores": [3, 3]}
+    assert tiers(labelled) == tiers(ordered) == [FIRST]
+
+
 def test_the_safer_response_is_an_option() -> None:
     assert tiers(PKU, columns=["label=safer_response_id"]) == [FIRST]
     assert "--columns label=safer_response_id" in read(PKU).notes[0]

@@ -12,10 +12,12 @@ from prefopt.data.layouts.holding import (
     need_label,
     need_one_turn,
     need_pair,
+    score_columns,
 )
 from prefopt.data.layouts.layout import Layout
 from prefopt.data.layouts.messages import write_tools
 from prefopt.data.layouts.row import Row
+from prefopt.data.layouts.shapes import SCORES, scored_sides
 from prefopt.data.layouts.sharegpt import ORIGIN, demonstrated
 from prefopt.data.layouts.values import BadRow, items_of, kind
 from prefopt.records import Comparison, Message
@@ -56,14 +58,13 @@ def _asked(turns: Sequence[Message]) -> dict[str, object]:
 
 
 def _read_ranking(row: Row) -> Comparison:
-    sides = row.response("chosen"), row.response("rejected")
-    return row.comparison(_prompt(row), sides, ((0,), (1,)))
+    return row.pair(_prompt(row), row.response("chosen"), row.response("rejected"))
 
 
 def _write_ranking(c: Comparison) -> dict[str, object]:
     need_chat(c)
     chosen, rejected = (need_one_turn(side) for side in need_pair(c))
-    return {**_columns(c), "chosen": chosen, "rejected": rejected}
+    return {**_columns(c), "chosen": chosen, "rejected": rejected, **score_columns(c)}
 
 
 def _read_kto(row: Row) -> Comparison:
@@ -96,7 +97,8 @@ ASKED = {"instruction": "Add the numbers.", "input": "2 and 2"}
 RANKING = Layout(
     name="alpaca-ranking",
     fields=("instruction", "chosen", "rejected"),
-    optional=OPTIONAL,
+    optional=(*OPTIONAL, *SCORES),
+    reads=scored_sides,
     aliases={"question": "instruction"},
     words=WORDS,
     gives="pairs",

@@ -8,7 +8,7 @@ from prefopt.data.layouts.implicit import last_answer, split_turns
 from prefopt.data.layouts.layout import Layout
 from prefopt.data.layouts.row import Row
 from prefopt.data.layouts.several import ListSignature
-from prefopt.data.layouts.shapes import LISTS, always, look
+from prefopt.data.layouts.shapes import LISTS, SCORES, always, look, scored_sides
 from prefopt.data.layouts.two import Signature, by_votes, pair
 from prefopt.data.layouts.values import BadRow, kind
 from prefopt.data.layouts.verdict import TIERS, verdict
@@ -16,7 +16,6 @@ from prefopt.data.layouts.within import asked, read_only, replied, turns_of_text
 from prefopt.data.want import Want
 from prefopt.records import Comparison, Message, Response, tiers_of
 
-PAIR = ((0,), (1,))
 INDEX = {"0": "first", "1": "second"}
 STRENGTH = {
     **{str(k): "first" for k in (-3, -2, -1)},
@@ -111,17 +110,17 @@ def _read_rejected_messages(row: Row) -> Comparison:
     value = row.given("rejected_messages" if row.has("rejected_messages") else "rejected_response")
     if isinstance(value, str):
         at = last_answer(chosen)
-        return row.comparison(chosen[:at], [Response(chosen[at:]), replied(row, value, "rejected_response")], PAIR)
+        return row.pair(chosen[:at], Response(chosen[at:]), replied(row, value, "rejected_response"))
     rejected = row.response_of(value, "the rejected side").messages
     if rejected and rejected[0].role == "assistant":
         at = last_answer(chosen)
-        return row.comparison(chosen[:at], [Response(chosen[at:]), Response(rejected)], PAIR)
+        return row.pair(chosen[:at], Response(chosen[at:]), Response(rejected))
     if chosen and chosen[0].role == "system" and rejected and rejected[0].role != "system":
         rejected = (chosen[0], *rejected)
     at = split_turns(chosen, rejected)
     if at == 0:
         raise BadRow("differing prompts", "the sides do not begin with the same turns")
-    return row.comparison(chosen[:at], [Response(chosen[at:]), Response(rejected[at:])], PAIR)
+    return row.pair(chosen[:at], Response(chosen[at:]), Response(rejected[at:]))
 
 
 def _numbered(row: Mapping[str, object]) -> bool:
@@ -280,7 +279,8 @@ PUBLIC = (
         {"messages": [USER, GOOD], "rejected_messages": [USER, BAD]},
         says="a conversation, and a rejected one that begins with the same turns",
         origin="ms-swift",
-        optional=("system", "tools"),
+        optional=("system", "tools", *SCORES),
+        reads=scored_sides,
         shape=always,
     ),
     pair(
@@ -290,7 +290,8 @@ PUBLIC = (
         {"messages": [USER, GOOD], "rejected_response": "22"},
         says="a conversation, and a response that its last answer is preferred to",
         origin="ms-swift",
-        optional=("system", "tools"),
+        optional=("system", "tools", *SCORES),
+        reads=scored_sides,
         shape=always,
     ),
     _several(

@@ -12,6 +12,17 @@ PROMPTS = ("prompt", "question", "instruction", "input", "query", "context", "co
 # Columns that may well hold responses: where one is there, a row is more than a prompt.
 RESPONSES = ("completion", "response", "responses", "completions", "output", "outputs", "answer", "answers")
 
+# Scores of a pair, and what else their columns are called: chosen_rating, rating_chosen, chosen-rating and the like.
+# Ranks and counts are none, and neither are rewards, which most often are those of a model.
+SCORES = ("score_chosen", "score_rejected")
+_MEASURES = [f"{mean}{what}" for what in ("score", "rating") for mean in ("", "avg_", "average_", "mean_", "overall_")]
+_UNDERSCORED = [
+    pair
+    for what in _MEASURES
+    for pair in ((f"chosen_{what}", f"rejected_{what}"), (f"{what}_chosen", f"{what}_rejected"))
+]
+SPELT = [tuple(name.replace("_", sign) for name in pair) for sign in "_-" for pair in _UNDERSCORED]
+
 
 def look(value: object) -> str:
     """What it is, in one word of the code below.
@@ -45,9 +56,13 @@ def _weighted(message: dict[object, object]) -> bool:
     return message.get("loss_weight") is not None or (isinstance(part, dict) and part.get("value") is not None)
 
 
-def scored_metadata(name: str, looks: str) -> bool:
-    """A column of a pair that holds the scores of its sides."""
-    return name == "metadata" and looks == "scores"
+def scored_sides(looks: Mapping[str, str]) -> tuple[str, ...]:
+    """The columns of a pair, by look, with the scores of its sides under other names than those of the fields: one for
+    chosen and one for rejected, or ``metadata`` with both; none beside the fields themselves."""
+    if any(looks.get(name, "null") != "null" for name in SCORES):
+        return ()
+    metadata = ("metadata",) if looks.get("metadata") == "scores" else ()
+    return next((pair for pair in SPELT if all(looks.get(name) in ("number", "cell") for name in pair)), metadata)
 
 
 def always(_: Mapping[str, object]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from prefopt.data.layouts.layout import Layout
@@ -102,6 +102,7 @@ def pair(
     words: Mapping[str, str] | None = None,
     aliases: Mapping[str, str] | None = None,
     shape: Callable[[Mapping[str, object]], bool] = judged,
+    reads: Callable[[Mapping[str, str]], Collection[str]] | None = None,
     note: str = "",
 ) -> Layout:
     """A layout of two responses that is read and not written."""
@@ -118,6 +119,7 @@ def pair(
         example=example,
         reader=reader,
         writer=read_only,
+        reads=reads,
         note=note,
         written=False,
     )
