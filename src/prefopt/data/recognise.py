@@ -12,7 +12,7 @@ from prefopt.data.layouts.layout import PLAIN, SIDES, Columns, Layout
 from prefopt.data.layouts.shapes import look
 from prefopt.data.layouts.values import kind
 from prefopt.data.problem import NAMED_ROWS
-from prefopt.data.unread import responses_among, suggestion
+from prefopt.data.unread import responses_among, single_messages, suggestion
 from prefopt.errors import ConfigError, DataError
 
 NAMED_COLUMNS = 20
@@ -87,6 +87,8 @@ def recognise(
         if name in columns.names and column not in survey.names:
             has = listed(list(survey.names)) or "none"
             raise DataError(f"no row has the column {column}, --columns {name}={column}; there are {has}", file=file)
+    if named is None and (said := single_messages(survey.names)):
+        raise DataError(f"{said}; --format raw-text learns each as plain text", file=file)
     layout = _decide(survey.layouts, file)
     if layout is None:
         raise _unknown(survey, file, why)

@@ -39,6 +39,16 @@ def responses_among(columns: Mapping[str, str]) -> list[str]:
     return [name for name, looks in columns.items() if holds_responses(name, looks) and name.lower() not in labels]
 
 
+def single_messages(columns: Mapping[str, str]) -> str:
+    """What is said of rows that are messages of trees, one each, so that a prompt and its replies are several rows;
+    nothing of others."""
+    if not {"parent_id", "role", "text"} <= columns.keys() or "replies" in columns:
+        return ""
+    what = "each row is one message of a tree (parent_id, role), and no prompt with its replies"
+    row = '{"text": ..., "replies": [{"text": ..., "rank": ...}, ...]}'
+    return f"{what}: take the trees (OpenAssistant's .trees.jsonl), or make a row of each message with replies, {row}"
+
+
 def suggestion(columns: Mapping[str, str]) -> str:
     """What to type so that two responses, and a label of which is better, are read; nothing where no two are there."""
     found = responses_among(columns)

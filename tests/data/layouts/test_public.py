@@ -131,6 +131,32 @@ def test_ranks_of_which_the_lowest_is_best_and_completions_of_turns() -> None:
     assert tiers(highest, columns=["ranks=points"]) == [SECOND] and tiers(highest, columns=["scores=points"]) == [FIRST]
 
 
+def test_messages_of_trees_are_read_with_their_replies_and_not_alone() -> None:
+    flat = [
+        {"message_id": "1", "parent_id": None, "text": "Q", "role": "prompter", "rank": None},
+        {"message_id": "2", "parent_id": "1", "text": "A", "role": "assistant", "rank": 0},
+    ]
+    with pytest.raises(DataError, match=r"each row is one message of a tree .*\.trees\.jsonl") as caught:
+        read(*flat)
+    assert "\n" not in str(caught.value)
+    assert parse_comparisons(flat, "f", format="raw-text").count == 2  # what the message says to type
+    replies = [{"text": "A", "rank": 0}, {"text": "B", "rank": 0}, {"text": "C", "rank": 1}]
+    asked = {"text": "Q", "role": "prompter", "parent_id": None, "replies": replies}
+    assert tiers(asked, {**asked, "role": "assistant"}) == [((0, 1), (2,)), "unknown role"]
+    tree = {"message_tree_id": "t", "prompt": {"text": "Q", "role": "prompter", "replies": replies}}
+    reading = read(tree)
+    assert reading.comparisons[0].tiers == ((0, 1), (2,))
+    assert reading.notes == ["f: of each tree, the replies to its first message are compared; deeper ones are not read"]
+
+
+@pytest.mark.parametrize("name", ["shp", "nectar", "pku-saferlhf", "oasst-replies", "argilla", "helpsteer3"])
+def test_a_system_turn_is_read_and_not_said_to_be_unread(name: str) -> None:
+    reading = read({**LAYOUTS[name].example, "system": "Be kind."})
+    (found,) = reading.comparisons
+    assert found.prompt[0] == Message("system", "Be kind.") and found.extra == {}
+    assert not any("not read" in note for note in reading.notes)
+
+
 def test_a_transcript_is_a_prompt_in_turns() -> None:
     asked = "\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: Why?\n\nAssistant: "
     (c,) = read({"prompt": asked, "answers": ranking("rank", 1, 2, text="answer")}).comparisons

@@ -26,8 +26,8 @@ OPTIONAL = ("input", "system", "history", "tools")
 WORDS = {"prompt": "instruction", "query": "input", "response": "output", "kto_tag": "label"}
 
 
-def _prompt(row: Row) -> tuple[Message, ...]:
-    """System, earlier turns, and instruction and input on lines of their own."""
+def instructed(row: Row) -> tuple[Message, ...]:
+    """The prompt: system, earlier turns, and instruction and input on lines of their own."""
     turns: list[Message] = []
     for old in row.items("history") if row.has("history") else ():
         pair = items_of(old, "an item of history")
@@ -58,7 +58,7 @@ def _asked(turns: Sequence[Message]) -> dict[str, object]:
 
 
 def _read_ranking(row: Row) -> Comparison:
-    return row.pair(_prompt(row), row.response("chosen"), row.response("rejected"))
+    return row.pair(instructed(row), row.response("chosen"), row.response("rejected"))
 
 
 def _write_ranking(c: Comparison) -> dict[str, object]:
@@ -69,7 +69,7 @@ def _write_ranking(c: Comparison) -> dict[str, object]:
 
 def _read_kto(row: Row) -> Comparison:
     labels = (row.label_of(row.given("label"), "label"),)
-    return row.comparison(_prompt(row), [row.response("output")], labels=labels)
+    return row.comparison(instructed(row), [row.response("output")], labels=labels)
 
 
 def _write_kto(c: Comparison) -> dict[str, object]:
@@ -80,7 +80,7 @@ def _write_kto(c: Comparison) -> dict[str, object]:
 
 def _read_demonstration(row: Row) -> Comparison:
     """Earlier answers are learned too, as LLaMA-Factory learns them."""
-    return demonstrated(row, (*_prompt(row), Message("assistant", row.text("output"))))
+    return demonstrated(row, (*instructed(row), Message("assistant", row.text("output"))))
 
 
 def _write_demonstration(c: Comparison) -> dict[str, object]:

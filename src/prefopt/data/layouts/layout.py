@@ -44,6 +44,10 @@ def _as_it_is(c: Comparison) -> Comparison:
     return c
 
 
+def _read_only(_: Comparison) -> dict[str, object]:
+    raise CannotHold("what it was read from: it is read, not written; --layout canonical holds everything")
+
+
 def with_columns(row: dict[str, object], extra: Mapping[str, object]) -> dict[str, object]:
     """A row and its further columns; raises :class:`CannotHold` where one has the name of a field."""
     if taken := [name for name in extra if name in row]:
@@ -64,7 +68,8 @@ class Layout:
 
     ``arranged`` is what a comparison looks like after it was written and read (a pair has its best response first), and
     ``finish`` puts further columns where the layout wants them. ``note`` is what a person is told of rows that are read
-    so, ``joins``: rows of one prompt that follow each other are one comparison; ``written``: rows can be written so.
+    so, ``joins``: rows of one prompt that follow each other are one comparison. Without a ``writer``, rows are read so
+    and not written.
     """
 
     name: str
@@ -74,7 +79,7 @@ class Layout:
     origin: str
     example: Mapping[str, object]
     reader: Callable[[Row], Comparison]
-    writer: Callable[[Comparison], dict[str, object]]
+    writer: Callable[[Comparison], dict[str, object]] = _read_only
     optional: tuple[str, ...] = ()
     shape: Callable[[Mapping[str, object]], bool] = always
     also: tuple[str, ...] = ()
@@ -86,11 +91,15 @@ class Layout:
     verbatim: bool = False
     note: str = ""
     joins: bool = False
-    written: bool = True
     known: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "known", frozenset((*self.fields, *self.optional)))
+
+    @property
+    def written(self) -> bool:
+        """Whether rows can be written so."""
+        return self.writer is not _read_only
 
     def field_of(self, name: str) -> str | None:
         """The field that ``--columns`` means by a name, or None."""
