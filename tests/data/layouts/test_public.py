@@ -285,6 +285,27 @@ def test_a_label_or_an_order_goes_before_equal_scores() -> None:
     assert tiers(labelled) == tiers(ordered) == [FIRST]
 
 
+def test_whole_conversations_beside_a_prompt_and_a_question_are_not_repeated() -> None:
+    row = {"prompt": "Why?", "question": "Why?", "chosen": [USER, said("a")], "rejected": [USER, said("b")]}
+    reading = read(row)
+    assert reading.layout == "ultrafeedback-binarized"
+    assert [r.text for r in reading.comparisons[0].responses] == ["a", "b"]
+    assert read({"question": "Why?", "chosen": [said("a")], "rejected": [said("b")]}).layout == "alpaca-ranking"
+
+
+@pytest.mark.parametrize("asks", [{"problem": "2 + 2?"}, {"trajectory": [USER]}])
+def test_a_prompt_that_is_in_no_known_column_is_not_taken_for_none(asks: dict[str, Any]) -> None:
+    row = {**asks, "chosen": "4", "rejected": "22"}
+    (name,) = asks
+    (found,) = read(row).problems
+    assert found.what.endswith(f"may be their prompt: --columns prompt={name}, or --ignore-columns {name}")
+    (named,) = read(row, columns=[f"prompt={name}"]).comparisons
+    assert named.prompt[0].content in ("2 + 2?", "Why?")
+    assert tiers(row, columns=[f"--ignore-columns={name}"]) == [FIRST]
+    shared = {**asks, "chosen": "2 + 2? 4", "rejected": "2 + 2? 22"}
+    assert read(shared).comparisons[0].prompt[0].content == "2 + 2?"
+
+
 def test_the_safer_response_is_an_option() -> None:
     assert tiers(PKU, columns=["label=safer_response_id"]) == [FIRST]
     assert "--columns label=safer_response_id" in read(PKU).notes[0]

@@ -17,7 +17,7 @@ from prefopt.data.layouts.holding import (
 from prefopt.data.layouts.layout import Layout
 from prefopt.data.layouts.messages import write_tools
 from prefopt.data.layouts.row import Row
-from prefopt.data.layouts.shapes import SCORES, scored_sides
+from prefopt.data.layouts.shapes import SCORES, no_whole_chats, scored_sides
 from prefopt.data.layouts.sharegpt import ORIGIN, demonstrated
 from prefopt.data.layouts.values import BadRow, items_of, kind
 from prefopt.records import Comparison, Message
@@ -99,6 +99,7 @@ RANKING = Layout(
     fields=("instruction", "chosen", "rejected"),
     optional=(*OPTIONAL, *SCORES),
     reads=scored_sides,
+    shape=no_whole_chats,
     aliases={"question": "instruction"},
     words=WORDS,
     gives="pairs",

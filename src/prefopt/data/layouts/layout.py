@@ -147,6 +147,8 @@ class Layout:
                 raise BadRow("field that cannot be used", f"has {name}, which {self.name} rows have no place for")
         own = self.own({str(k): look(v) for k, v in values.items()}, columns) if self.reads is not None else ()
         extra = {str(k): v for k, v in values.items() if k not in self.known and k not in own}
+        if columns.ignored:
+            values = {k: v for k, v in values.items() if k not in columns.ignored}
         tags = columns.tags.exactly(self.verbatim)
         try:
             sides = [columns.names.get(name, name) for name in ("first", "second")]

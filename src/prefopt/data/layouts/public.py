@@ -150,7 +150,8 @@ TREES = ListSignature(prompt="prompt.text", items="prompt.replies", response="te
 def _read_replies(row: Row) -> Comparison:
     """A message of a user; what users reply to the assistant is nothing to learn."""
     if row.has("role") and row.given("role") != "prompter":
-        raise BadRow("unknown role", f"role is {str(row.given('role'))[:20]!r}: only replies to a prompter are responses")
+        said = str(row.given("role"))[:20]
+        raise BadRow("unknown role", f"role is {said!r}: only replies to a prompter are responses")
     return OASST.read(row)
 
 

@@ -8,6 +8,8 @@ TURNS = ("\n\nHuman:", "\n\nAssistant:")
 LISTS = ("messages", "replies", "weighted", "texts", "list")
 # Columns that may well hold a prompt: where one is there, none is guessed from what chosen and rejected share.
 PROMPTS = ("prompt", "question", "instruction", "input", "query", "context", "conversations")
+# More of them, which stand beside whole conversations and texts as well.
+TOPICS = ("problem", "post", "history", "request", "dialogue", "conversation", "user", "user_prompt", "prompt_text")
 
 # Columns that may well hold responses: where one is there, a row is more than a prompt.
 RESPONSES = ("completion", "response", "responses", "completions", "output", "outputs", "answer", "answers")
@@ -88,6 +90,16 @@ def chat_prompt_alone(row: Mapping[str, object]) -> bool:
 def whole_chats(row: Mapping[str, object]) -> bool:
     """The prompt is text, and the sides are lists of messages: whole conversations."""
     return not chat_prompt(row) and all(look(row[name]) in LISTS for name in ("chosen", "rejected"))
+
+
+def no_whole_chats(row: Mapping[str, object]) -> bool:
+    """There is no prompt as text beside sides that are whole conversations."""
+    return row.get("prompt") is None or not whole_chats(row)
+
+
+def may_ask(name: str, value: object) -> bool:
+    """Whether a column may well hold the prompt of sides that have no words in common."""
+    return name in TOPICS or look(value) in ("messages", "weighted")
 
 
 def implicit(row: Mapping[str, object]) -> bool:

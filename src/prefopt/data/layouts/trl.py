@@ -26,9 +26,11 @@ from prefopt.data.layouts.shapes import (
     chat_prompt_alone,
     implicit_chat,
     implicit_text,
+    may_ask,
     prompt_alone,
     scored_sides,
 )
+from prefopt.data.layouts.values import BadRow
 from prefopt.records import Comparison, Response
 
 ORIGIN = "TRL"
@@ -75,6 +77,9 @@ def _write_implicit_chat(c: Comparison) -> dict[str, object]:
 
 def _read_implicit_text(row: Row) -> Comparison:
     prompt, chosen, rejected = split_text(row.text("chosen"), row.text("rejected"))
+    if not prompt and (name := next((name for name, value in row.values.items() if may_ask(name, value)), "")):
+        what = f"chosen and rejected have no words in common, and {name} may be their prompt: --columns prompt={name}"
+        raise BadRow("missing field", f"{what}, or --ignore-columns {name}")
     return row.pair(text_prompt(prompt), answer(chosen), answer(rejected), text=True)
 
 
