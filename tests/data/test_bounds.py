@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import decimal
 import gzip
 import json
@@ -34,6 +35,10 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 def lines(path: Path, opened: Callable[..., Any] = open) -> None:
     with opened(path, "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in (ROW, LONG, ROW))
+
+
+def zstd_file(path: Path, _: str) -> Any:
+    return pa.CompressedOutputStream(str(path), "zstd")
 
 
 def zstd(path: Path) -> None:
@@ -82,6 +87,24 @@ def test_a_row_has_a_longest_length_in_every_kind_of_file(
             given.append(row)
     assert len(given) == 1 and "is longer than" in str(caught.value) and name in str(caught.value)
     assert "row 2" in str(caught.value) or "line 3" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "opened"),
+    [("a.jsonl.gz", gzip.open), ("a.jsonl.bz2", bz2.open), ("a.jsonl.xz", lzma.open), ("a.jsonl.zst", zstd_file)],
+)
+def test_what_unpacks_to_thousands_of_times_its_size_is_refused(
+    name: str, opened: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(content, "UNPACKED", 1 << 22)
+    path, row = tmp_path / name, json.dumps(ROW).encode() + b"\n"
+    with opened(path, "wb") as file:
+        file.write(row + b"\n" * (1 << 23))
+    with pytest.raises(DataError, match=r"comes to more than 250 times its size .*; unpack it first"):
+        list(read_rows(path))
+    with opened(path, "wb") as file:
+        file.write(row * 50_000)  # of repeats, but of no more than a file may hold
+    assert sum(1 for _ in read_rows(path)) == 50_000
 
 
 @pytest.mark.usefixtures("_short")
