@@ -274,6 +274,9 @@ def test_columns_that_are_no_scores_of_both_sides_stay_what_they_are() -> None:
         (found,) = reading.comparisons
         assert found.tiers == FIRST and found.scores is None and found.extra == columns
         assert reading.notes == [f"f: columns not read: {', '.join(columns)}"]
+    gap = read(pair | {"chosen_score": 3, "rejected_score": 1}, pair | {"chosen_score": 3, "rejected_score": None})
+    assert [c.scores for c in gap] == [(3.0, 1.0), None]
+    assert gap.notes == ["f: keys inside of columns not read: chosen_score where rejected_score is null"]
     both = read(pair | {"chosen_score": 3, "rejected_score": 1, "chosen_rating": 2, "rejected_rating": 2})
     assert both.comparisons[0].scores == (3.0, 1.0)
     assert both.notes == ["f: columns not read: chosen_rating, rejected_rating"]
@@ -342,6 +345,8 @@ def test_columns_that_hold_responses_and_are_not_read_are_told(columns: dict[str
 
 
 def test_what_to_type_names_the_columns() -> None:
+    with pytest.raises(DataError, match="--columns prompt=prompt chosen=response rejected=rejected"):
+        read({"prompt": "q", "response": "a", "rejected": "b"})
     judged = read({"prompt": "Why?", "response_a": "a", "response_b": "b", "winner": "model_a"}).lost
     assert judged.startswith("response_a, response_b seem to hold responses")
     assert "--columns prompt=prompt first=response_a second=response_b label=winner" in judged

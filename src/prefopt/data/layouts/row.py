@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from prefopt.data.layouts.messages import Tags, read_messages, read_tools
-from prefopt.data.layouts.shapes import SCORES
+from prefopt.data.layouts.shapes import SCORES, SPELT
 from prefopt.data.layouts.values import BadRow, items_of, kind, number_of
 from prefopt.data.layouts.verdict import spelt
 from prefopt.records import Comparison, Message, Response
@@ -132,6 +132,7 @@ class Row:
                 self.tags.unread.update(f"metadata.{key}" for key in rest)
         chosen, rejected = (values.get(name) for name in names)
         if chosen is None and rejected is None:
+            self.tags.unread.update(self._lone_scores())
             return None
         if chosen is None or rejected is None:
             has, lacks = names if rejected is None else names[::-1]
@@ -141,6 +142,13 @@ class Row:
             what = f"{names[0]} is {best:g} and {names[1]} {worse:g}: the rejected response would be the better"
             raise BadRow("scores against the preference", f"{what}; --ignore-columns {' '.join(names)} leaves both out")
         return best, worse
+
+    def _lone_scores(self) -> Iterator[str]:
+        """Scores of one side that are not read, since that of the other is null."""
+        for names in SPELT:
+            for name, other in (names, names[::-1]):
+                if self.has(name) and other in self.values and not self.has(other):
+                    yield f"{name} where {other} is null"
 
     def pair(
         self, prompt: tuple[Message, ...], chosen: Response, rejected: Response, *, text: bool = False

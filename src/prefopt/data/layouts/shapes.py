@@ -23,7 +23,7 @@ _UNDERSCORED = [
     for what in _MEASURES
     for pair in ((f"chosen_{what}", f"rejected_{what}"), (f"{what}_chosen", f"{what}_rejected"))
 ]
-SPELT = [tuple(name.replace("_", sign) for name in pair) for sign in "_-" for pair in _UNDERSCORED]
+SPELT = [(good.replace("_", sign), bad.replace("_", sign)) for sign in "_-" for good, bad in _UNDERSCORED]
 
 
 def look(value: object) -> str:
