@@ -154,6 +154,19 @@ def test_texts_that_rows_share_are_not_held_a_thousand_times(tmp_path: Path) -> 
     assert columnar._rows_of_repeats(1 << 30, 1 << 20) == columnar.BATCH_ROWS  # a kilobyte a row is ordinary
 
 
+def test_a_text_that_rows_of_a_dictionary_share_is_in_memory_once(tmp_path: Path) -> None:
+    places = pa.array([*[0] * 100, 1, None], pa.int32())
+    table = pa.table({"prompt": pa.DictionaryArray.from_arrays(places, ["x" * 30_000_000, "y"])})
+    with pa.OSFile(str(tmp_path / "rows.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as file:
+        file.write_table(table)
+    pq.write_table(table, tmp_path / "rows.parquet")
+    for name in ("rows.arrow", "rows.parquet"):
+        texts = [row["prompt"] for row in read_rows(tmp_path / name)]  # type: ignore[index]
+        assert [len(text) for text in texts[:-1]] == [30_000_000] * 100 + [1] and texts[-1] is None
+    texts = [row["prompt"] for row in read_rows(tmp_path / "rows.arrow")]  # type: ignore[index]
+    assert len({id(text) for text in texts[:100]}) < 100
+
+
 @pytest.mark.parametrize("scale", [-3, -30, 5])
 def test_decimals_of_any_scale_are_numbers_or_one_line(scale: int, tmp_path: Path) -> None:
     field = pa.array([decimal.Decimal(12).scaleb(-scale)], pa.decimal128(30, scale))
