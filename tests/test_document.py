@@ -14,7 +14,7 @@ from prefopt.errors import ConfigError
 BAD = {
     "deep lists": ("a: " + "[" * 3000 + "]" * 3000, "nested more than"),
     "deep objects": ("a: " + "{a: " * 3000 + "}" * 3000, "nested more than"),
-    "deep blocks": ("".join("  " * n + f"a{n}:\n" for n in range(3000)), "nested more than"),
+    "deep blocks": ("".join(" " * n + f"a{n}:\n" for n in range(1000)), "nested more than"),
     "half of a character": ('output: "\\ud800"', "line 1: not YAML (half of a character)"),
     "half of a character in a name": ('"\\ud800": 1', "half of a character"),
     "half of a character in a list": ('data: [a, "\\udfff"]', "half of a character"),
@@ -24,6 +24,7 @@ BAD = {
     "no date": ("beta: 2020-13-45", "not YAML (month must be in 1..12)"),
     "no number": ("beta: !!float x", "not YAML"),
     "a number of 5000 digits": ("beta: " + "9" * 5000, "not YAML"),
+    "a file without end": ("#" * (2 << 20), "longer than 1 MiB"),
     "no base64": ("beta: !!binary abc", "not YAML"),
     "a control character": ("beta: \x07", "not YAML"),
     "a class": ("beta: !!python/object:os.system x", "not YAML"),
@@ -42,6 +43,18 @@ def test_every_bad_document_is_one_line(
     assert said in str(caught.value) and str(file) in str(caught.value) and time.monotonic() - start < 5
     assert main(["dpo", "--config", str(file)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["seed", "beta", "data"])
+def test_a_number_of_20000_bits_is_one_line(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, number = tmp_path / "options.yaml", "0x" + "f" * 5000
+    file.write_text(f"{option}: {number}\n")
+    assert main(["dpo", "--config", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert f"{option} is a number beyond all measure; it must be" in said and said.count("\n") == 1
+    if option == "seed":
+        assert main(["dpo", "--model", "m", "--seed", number]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_what_is_not_too_deep_is_read(tmp_path: Path) -> None:

@@ -195,6 +195,10 @@ def _channels(turn: Message) -> str:
     while not turn.reasoning and (block := re.match(r"\s*<think(?:ing)?>(.*?)</think(?:ing)?>\s*", content, re.S)):
         blocks += [block[1].strip()] if block[1].strip() else []
         content = content[block.end() :]
+    # A generation prompt may have opened the block: then its end stands on a line of its own.
+    parts = re.split(r"(?:^|\n)</think>[^\S\n]*\n\s*", content, maxsplit=1)
+    if len(parts) == 2 and not turn.reasoning and content == turn.content and "<think" not in parts[0]:
+        blocks, content = [parts[0].strip()] if parts[0].strip() else [], parts[1]
     said = "\n\n".join(blocks)
     thinking = f"<|channel|>analysis<|message|>{said}<|end|><|start|>assistant" if said else ""
     return f"{thinking}<|channel|>final<|message|>{content}<|return|>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import decimal
 import gzip
 import json
@@ -34,6 +35,10 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 def lines(path: Path, opened: Callable[..., Any] = open) -> None:
     with opened(path, "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in (ROW, LONG, ROW))
+
+
+def zstd_file(path: Path, _: str) -> Any:
+    return pa.CompressedOutputStream(str(path), "zstd")
 
 
 def zstd(path: Path) -> None:
@@ -84,6 +89,24 @@ def test_a_row_has_a_longest_length_in_every_kind_of_file(
     assert "row 2" in str(caught.value) or "line 3" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "opened"),
+    [("a.jsonl.gz", gzip.open), ("a.jsonl.bz2", bz2.open), ("a.jsonl.xz", lzma.open), ("a.jsonl.zst", zstd_file)],
+)
+def test_what_unpacks_to_thousands_of_times_its_size_is_refused(
+    name: str, opened: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(content, "UNPACKED", 1 << 22)
+    path, row = tmp_path / name, json.dumps(ROW).encode() + b"\n"
+    with opened(path, "wb") as file:
+        file.write(row + b"\n" * (1 << 23))
+    with pytest.raises(DataError, match=r"comes to more than 250 times its size .*; unpack it first"):
+        list(read_rows(path))
+    with opened(path, "wb") as file:
+        file.write(row * 50_000)  # of repeats, but of no more than a file may hold
+    assert sum(1 for _ in read_rows(path)) == 50_000
+
+
 @pytest.mark.usefixtures("_short")
 def test_lines_after_a_long_one_are_read(tmp_path: Path) -> None:
     lines(tmp_path / "rows.jsonl")
@@ -129,6 +152,15 @@ def test_texts_that_rows_share_are_not_held_a_thousand_times(tmp_path: Path) -> 
         asked.append(columnar._rows_of_repeats(size, meta.num_rows))
     assert asked[0] <= 128 and (tmp_path / "rows.parquet").stat().st_size < 200_000
     assert columnar._rows_of_repeats(1 << 30, 1 << 20) == columnar.BATCH_ROWS  # a kilobyte a row is ordinary
+
+
+def test_a_text_that_rows_of_a_dictionary_share_is_in_memory_once(tmp_path: Path) -> None:
+    places = pa.array([*[0] * 100, 1, None], pa.int32())
+    table = pa.table({"prompt": pa.DictionaryArray.from_arrays(places, ["x" * 30_000_000, "y"])})
+    with pa.OSFile(str(tmp_path / "rows.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as file:
+        file.write_table(table)
+    lengths = [len(row["prompt"] or "") for row in read_rows(tmp_path / "rows.arrow")]  # type: ignore[index]
+    assert lengths == [30_000_000] * 100 + [1, 0]
 
 
 @pytest.mark.parametrize("scale", [-3, -30, 5])

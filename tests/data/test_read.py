@@ -141,7 +141,7 @@ ROW = json.dumps(TEXT)
         (b'[\n{"a": "\xe9"}]', "not UTF-8 at line 2 (byte 0xe9; it may be Latin-1"),
         (b"\x1f\x8b\x08", "is damaged or cut off"),
         (b"PAR1\x00", "is damaged or cut off"),
-        ("[" * 100_000, "recursion"),
+        ("[" * 100_000, "nested more than 100 deep"),
         (json.dumps([{"a": 1, "b": 2}]), "unknown layout: no row has all fields of one; row 1 has a, b"),
         (json.dumps([{"prompt": "a", "rejected": "b"}]), "needs chosen as well"),
         ("[1, 2]", "row 1: unknown layout: it is a number"),

@@ -37,6 +37,13 @@ ENDLESS = {
     "shared lists as text": "{% set x = [1] %}" + "{% set x = [x, x] %}" * 60 + "{{ x | tojson | length }}",
     "shared lists compared": "".join(f"{{% set {v} = [1] %}}" + f"{{% set {v} = [{v}, {v}] %}}" * 60 for v in "xy")
     + "{{ x == y }}",
+    "shared tuples as a key": "{% set x = (1,) %}" + "{% set x = (x, x) %}" * 60 + "{{ {x: 1} | length }}",
+    "shared lists that are tested": "".join(
+        f"{{% set {v} = [1] %}}" + f"{{% set {v} = [{v}, {v}] %}}" * 60 for v in "xy"
+    )
+    + "{{ x is eq y }}",
+    "sorted texts": "{% set b = 'A' * 9000000 %}{% set ns = namespace(l=[]) %}"
+    "{% for i in range(1000) %}{% set ns.l = ns.l + [b] %}{% endfor %}{{ ns.l | map('string') | sort | length }}",
     "%": "{{ '%999999999d' % 1 }}",
     "% with a width": "{{ '%*d' % (999999999, 1) }}",
     "format": "{{ '{:999999999}'.format(1) }}",
@@ -103,6 +110,19 @@ def test_a_clock_is_the_last_resort(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "SECONDS", 0.01)
     with pytest.raises(ModelError, match="seconds"):
         template("{% for a in range(99999) %}{{ messages }}{% endfor %}").show((Message("user", "q"),))
+
+
+@pytest.mark.usefixtures("_little_memory")
+@pytest.mark.parametrize("test", ["x == y", "'b' in x", "'b' is in x", "x is eq y", "x is lower", "l == m"])
+def test_long_steps_of_a_loop_do_not_outlast_the_clock(test: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "SECONDS", 0.5)
+    values = "{% set x = 'a' * 30000000 %}{% set y = 'a' * 29999999 ~ 'a' %}"
+    values += "{% set l = range(99999) | list %}{% set m = range(99999) | list %}"
+    start = time.monotonic()
+    with pytest.raises(ModelError, match=r"seconds|steps"):
+        body = f"{{% if {test} %}}{{% endif %}}{{{{ messages }}}}"
+        template(values + f"{{% for i in range(99999) %}}{body}{{% endfor %}}").show((Message("user", "q"),))
+    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize("source", [t.text for t in TEMPLATES.values()], ids=TEMPLATES.keys())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from data.small import small_tokenizer
 from data.test_as_written import CHATML, with_template
 from prefopt.data.render import TURN_CUT, TURNS_DROPPED, Rendered, Renderer
 from prefopt.data.rendering import Rendering
+from prefopt.data.shorten import Shortener
 from prefopt.data.validate import Problem
 from prefopt.records import Comparison, Message, ToolCall
 
@@ -113,3 +115,25 @@ def test_a_long_system_turn_loses_its_end(limit: int) -> None:
     ((turns, answer), _) = shown(renderer.tokenizer, result)
     assert turns[0][0] == "system" and rules.startswith(turns[0][1]) and turns[0][1].startswith("Rule:")
     assert turns[1][0] == "user" and answer.rstrip("\n") == "yes<|im_end|>"
+
+
+@pytest.mark.parametrize("refused", [None, 1500])
+def test_thousands_of_turns_are_not_shown_thousands_of_times(refused: int | None) -> None:
+    """As few turns go as will do, or as the template shows; ``refused``: it shows no conversation of so few turns."""
+    asked = [Message("user" if n % 2 == 0 else "assistant", "w") for n in range(4001)]
+    whole, laid = Comparison.pair(asked, chosen="a", rejected="b", row=1), []
+
+    def lay(c: Comparison) -> list[Any] | None:
+        laid.append(len(c.prompt))
+        if refused is not None and len(c.prompt) <= refused:
+            return None
+        return [
+            (np.zeros(10 * len(c.prompt) + 2, np.int32), np.arange(10 * len(c.prompt) + 2) >= 10 * len(c.prompt))
+        ] * 2
+
+    how = Shortener(10_000, lay, lambda text: pytest.fail(text), re.compile("x"))
+    sequences = lay(whole)
+    assert sequences is not None
+    left, _ = how.drop_turns(whole, sequences)
+    assert len(left.prompt) == (999 if refused is None else 1501) and len(laid) < 20
+    assert left.prompt == whole.prompt[-len(left.prompt) :]

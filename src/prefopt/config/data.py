@@ -34,7 +34,7 @@ class ReadOptions:
         group="data",
     )
     ignore_columns: list[str] | None = option(
-        None, "columns that seem to hold responses and are left unread on purpose", group="data"
+        None, "columns that are left unread on purpose, such as responses or scores", group="data"
     )
     header: Literal["first-line", "none"] = option(
         "first-line", "what names the columns of .csv and .tsv files; none: they are called 1, 2, ...", group="data"

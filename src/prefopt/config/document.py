@@ -15,6 +15,8 @@ from prefopt.errors import ConfigError
 _HALF = re.compile("[\ud800-\udfff]")
 DEPTH = 20
 """Options hold lists of values at most; deeper, a parser would run out of stack."""
+MOST = 1 << 20
+"""Bytes of a file of options, at most: a parser takes a second for each megabyte."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -57,7 +59,11 @@ for _class in (_Loader, _Dumper):
 def read_document(path: str) -> dict[str, object]:
     """The options in a YAML file, by their field's name. Raises ``ConfigError`` that names the file and line."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open("rb") as file:
+            raw = file.read(MOST + 1)
+        if len(raw) > MOST:
+            raise ConfigError(f"--config {path} is longer than {MOST >> 20} MiB, which no file of options is")
+        text = raw.decode("utf-8")
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}; give the name of a YAML file") from error
     except UnicodeDecodeError as error:

@@ -28,6 +28,10 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 _COMPARE = {"of at least": operator.ge, "above": operator.gt, "of at most": operator.le, "below": operator.lt}
 LAST = "machine"
 """The group that help and docs show last, whichever class brings it."""
+BITS = 64
+"""Whole numbers have no more."""
+SAID = 200
+"""Characters that are quoted of a wrong value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +143,7 @@ def checked(o: Option, value: object, place: str | None = None) -> Any:
     if value is None:
         raise ConfigError(f"{name} has no value; it must be {o.expects}")
     guess = nearest(value, o.choices) if isinstance(value, str) else ""
-    raise ConfigError(f"{name} is {value!r}; it must be {o.expects}{guess}")
+    raise ConfigError(f"{name} is {_said(value)}; it must be {o.expects}{guess}")
 
 
 def check_all(config: Any) -> None:
@@ -185,10 +189,10 @@ def _converted(kind: Any, value: object) -> Any:
     if kind is bool:
         return value if isinstance(value, bool) else None
     if kind is int:
-        return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
+        whole = int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
+        return whole if whole is not None and whole.bit_length() <= BITS else None
     if kind is float:
-        real = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-        return float(typing.cast(float, value)) if real else None
+        return _finite(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
     if kind is str:
         text = os.fspath(value) if isinstance(value, os.PathLike) else value
         return text if isinstance(text, str) and text else None
@@ -198,6 +202,23 @@ def _converted(kind: Any, value: object) -> Any:
     many = [value] if isinstance(value, (str, os.PathLike)) else value
     items = [_converted(str, v) for v in many] if isinstance(many, (list, tuple)) else []
     return items if items and None not in items else None
+
+
+def _finite(value: numbers.Real) -> float | None:
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _said(value: object) -> str:
+    """A value that an option cannot have, however long it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python spells no number of more than 4300 digits
+        text = "a number beyond all measure"
+    return text if len(text) <= SAID else f"{text[:SAID]}..."
 
 
 def _shown(default: object) -> str:

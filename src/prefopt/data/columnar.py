@@ -151,18 +151,33 @@ def _values(array: Any, key: str = "") -> list[Any]:
     elif types.is_map(kind):
         values = _maps(array, key)
     elif types.is_dictionary(kind):
-        return _values(array.dictionary_decode(), key)
+        return _shared(array) if _is_text(kind.value_type) else _values(array.dictionary_decode(), key)
     elif isinstance(kind, pa.JsonType):
         values = [None if text is None else _json(text) for text in array.storage.to_pylist()]
     elif isinstance(kind, pa.BaseExtensionType):
         return _values(array.storage, key)
-    elif types.is_string(kind) or types.is_large_string(kind):
+    elif _is_text(kind):
         values = array.to_numpy(zero_copy_only=False).tolist()  # None where it is null
     elif types.is_integer(kind) or types.is_boolean(kind) or types.is_null(kind):
         values = array.to_pylist()
     else:
         values = [_plain(value) for value in array.to_pylist(maps_as_pydicts="strict")]
     return values
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _shared(array: Any) -> list[str | None]:
+    """Texts of a dictionary, each once in memory however many rows point to it."""
+    import pyarrow.compute as pc
+
+    used = pc.unique(array.indices.drop_null())
+    texts = dict(zip(used.to_pylist(), _values(array.dictionary.take(used)), strict=True))
+    return [None if at is None else texts[at] for at in array.indices.to_pylist()]
 
 
 def _list_kinds(types: Any) -> tuple[Callable[[Any], bool], ...]:

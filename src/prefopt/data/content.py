@@ -22,6 +22,8 @@ BUFFER = 1 << 20
 ROW_BYTES = 1 << 26
 """A row may be this long, in bytes, whatever the kind of file: 64 MiB, a hundred novels. There has to be some end: a
 file of a megabyte can decompress to a row that no memory holds."""
+UNPACKED, TIMES = 1 << 28, 250
+"""No compressed file of rows comes to more than 256 MiB and so many times its size; a bomb comes to thousands."""
 SAID = 300  # characters of another library's message, at most
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -140,10 +142,11 @@ def too_long(where: str = "") -> str:
 
 
 class _Parts(io.RawIOBase):
-    """A decompressed stream that gives what it has, and only then what stopped it."""
+    """A decompressed stream that gives what it has, and only then what stopped it; not without end."""
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+    def __init__(self, stream: Any, path: Path) -> None:
+        self._stream, self._file = stream, str(path)
+        self._left = max(UNPACKED, TIMES * path.stat().st_size)
 
     def readable(self) -> bool:
         return True
@@ -151,6 +154,10 @@ class _Parts(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         part = self._stream.read1(len(buffer))
         buffer[: len(part)] = part
+        self._left -= len(part)
+        if self._left < 0:
+            what = f"comes to more than {TIMES} times its size when it is unpacked, which rows do not; unpack it first"
+            raise DataError(what, file=self._file)
         return len(part)
 
 
@@ -169,7 +176,7 @@ def _decompressed(path: Path, compression: str | None, stack: ExitStack) -> io.B
             import pyarrow as pa
 
             stream = pa.CompressedInputStream(raw, "zstd")
-    return io.BufferedReader(_Parts(stack.enter_context(stream)), BUFFER)
+    return io.BufferedReader(_Parts(stack.enter_context(stream), path), BUFFER)
 
 
 def _refuse(file: str, head: bytes, compression: str | None) -> None:

@@ -48,7 +48,8 @@ def read_csv(content: Content, *, keep_going: bool = False, header: bool = True)
             else:
                 yield row
     if not number:
-        raise DataError("names its columns and holds no rows", file=file)
+        what = "names its columns and holds no rows; if its line is a row, say --header none"
+        raise DataError(what, file=file)
 
 
 def _row(table: _Table, cells: list[str], structured: list[str]) -> dict[str, object]:

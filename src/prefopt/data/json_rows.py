@@ -27,6 +27,7 @@ WINDOW = 1 << 20
 TAIL = 16
 # Deeper than any row of data, and far from the depth at which Python gives up, here or wherever the row goes next.
 DEPTH = 100
+TOO_DEEP = f"nested more than {DEPTH} deep"
 
 
 Opener = Callable[[], AbstractContextManager[BufferedReader]]
@@ -55,7 +56,10 @@ _LENIENT = json.JSONDecoder()  # only to find where a row with a duplicate key e
 def decode(text: str) -> object:
     """One JSON value with nothing around it. Raises ``ValueError``, and ``RecursionError`` for deep nesting."""
     value: object
-    value, end = _DECODER.raw_decode(text)
+    try:
+        value, end = _DECODER.raw_decode(text)
+    except RecursionError:
+        raise RecursionError(TOO_DEEP) from None
     if end < len(text):
         raise json.JSONDecodeError("Extra data", text, end)
     _check_depth(text, 0, len(text))
@@ -70,7 +74,7 @@ def _check_depth(text: str, start: int, end: int) -> None:
     for sign in _BRACKET.findall(_STRING.sub("", _ESCAPE.sub("", text[start:end]))):
         depth += 1 if sign in "[{" else -1
         if depth > DEPTH:
-            raise RecursionError(f"nested more than {DEPTH} deep")
+            raise RecursionError(TOO_DEEP)
 
 
 def read_lines(
@@ -220,7 +224,9 @@ class _Window:
                     raise self.fail("the file ends within a row; it may be cut off") from None
                 else:
                     raise self.fail(error.msg, error.pos) from None
-            except (ValueError, RecursionError) as error:
+            except RecursionError:
+                raise self.fail(TOO_DEEP, why="not readable") from None
+            except ValueError as error:
                 raise self.fail(str(error), why="not readable") from None
 
 

@@ -12,7 +12,7 @@ from prefopt.data.layouts.layout import PLAIN, SIDES, Columns, Layout
 from prefopt.data.layouts.shapes import look
 from prefopt.data.layouts.values import kind
 from prefopt.data.problem import NAMED_ROWS
-from prefopt.data.unread import responses_among, suggestion
+from prefopt.data.unread import responses_among, single_messages, suggestion
 from prefopt.errors import ConfigError, DataError
 
 NAMED_COLUMNS = 20
@@ -87,6 +87,8 @@ def recognise(
         if name in columns.names and column not in survey.names:
             has = listed(list(survey.names)) or "none"
             raise DataError(f"no row has the column {column}, --columns {name}={column}; there are {has}", file=file)
+    if named is None and (said := single_messages(survey.names)):
+        raise DataError(f"{said}; --format raw-text learns each as plain text", file=file)
     layout = _decide(survey.layouts, file)
     if layout is None:
         raise _unknown(survey, file, why)
@@ -175,12 +177,12 @@ def _lost(unread: Sequence[str], names: Mapping[str, str]) -> str:
 
 def _unread(layout: Layout, names: Mapping[str, str], columns: Columns) -> list[str]:
     meant = {layout.field_of(name): column for name, column in columns.names.items()}
+    fields = {str(name): names[column] for name, column in meant.items() if column in names}
+    read = {*layout.known, *layout.aliases, *layout.own({**names, **fields}, columns)}
     return [
         name
-        for name, looks in names.items()
-        if name not in meant.values()
-        and name not in columns.ignored
-        and (meant.get(name) or not (layout.reads_column(name, looks) or name in layout.aliases))
+        for name in names
+        if name not in meant.values() and name not in columns.ignored and (meant.get(name) or name not in read)
     ]
 
 

@@ -18,7 +18,7 @@ from functools import lru_cache, wraps
 from types import BuiltinMethodType
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, nodes, pass_context
 from jinja2.runtime import Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
@@ -97,6 +97,12 @@ def _paying(items: Iterable[Any]) -> Iterator[Any]:
     for item in items:
         budget.spend(1)
         yield item
+
+
+@pass_context  # so that it is not taken for a constant
+def _tick(_: Any, __: Any) -> None:
+    """Look at the clock: what a step of a loop does may be long and cost nothing, such as comparing long texts."""
+    budget.spend(0)
 
 
 def _add(left: Any, right: Any) -> Any:
@@ -184,6 +190,7 @@ def _check_given(name: str, value: Any, args: tuple[Any, ...], named: dict[str, 
 
 # Filters that write the whole of a value down; filters and methods that add to a text in many places.
 _WRITING = {"string", "tojson", "pprint", "escape", "e", "forceescape", "sum", "urlencode", "xmlattr", "safe"}
+_WRITING |= {"sort", "unique", "groupby", "min", "max", "dictsort"}  # in small letters, to compare by them
 _GROWING = {"indent", "wordwrap", "expandtabs", "translate", "urlize"}
 _METHODS = {"format", "format_map", "replace", "join", "center", "ljust", "rjust", "zfill", "to_bytes"} | _GROWING
 
@@ -195,13 +202,26 @@ def _bounded(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(run)
     def bounded(*args: Any, **named: Any) -> Any:
         budget.spend(1)
-        if name == "join" and isinstance(args[first], Iterator):
+        if (name == "join" or name in _WRITING) and isinstance(args[first], Iterator):
             args = (*args[:first], list(args[first]), *args[first + 1 :])
         if len(args) > first + 1 or named or name in _WRITING or name == "join":
             _check_given(name, args[first], args[first + 1 :], named)
         return paid(run(*args, **named))
 
     return bounded
+
+
+def _tested(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A test that is checked as a comparison is."""
+
+    @wraps(run)
+    def tested(*args: Any, **named: Any) -> Any:
+        budget.spend(1)
+        for value in args:
+            _shown(value)
+        return run(*args, **named)
+
+    return tested
 
 
 def _lipsum(run: Any) -> Callable[..., Any]:
@@ -226,6 +246,7 @@ OWN: dict[str, Callable[..., Any]] = {
     "prefopt_concat": _concat,
     "prefopt_shown": _shown,
     "prefopt_paid": paid,
+    "prefopt_tick": _tick,
 }
 
 
@@ -241,6 +262,8 @@ class Bounded(ImmutableSandboxedEnvironment):
         made.__dict__.update(other.__dict__)
         made.binop_table = {**other.binop_table, "*": _multiply, "**": _power, "%": modulo}
         made.filters = {name: _bounded(name, run) for name, run in other.filters.items()} | OWN
+        tests: dict[str, Any] = other.tests
+        made.tests = {name: _tested(run) for name, run in tests.items()}
         made.globals = {**other.globals, "lipsum": _lipsum(other.globals["lipsum"])}
         made.finalize = _shown
         made.extensions = {name: extension.bind(made) for name, extension in other.extensions.items()}
@@ -270,11 +293,12 @@ class Bounded(ImmutableSandboxedEnvironment):
 
 
 class _Paying(NodeTransformer):
-    """Lets loops, sums, ``~``, slices and comparisons of variables pay, by way of filters."""
+    """Lets loops, sums, ``~``, slices, tuples and comparisons of variables pay, by way of filters."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
         node.iter = _filtered("prefopt_spent", node.iter)
+        node.body.insert(0, nodes.ExprStmt(_filtered("prefopt_tick", nodes.Const(0, lineno=node.lineno))))
         return node
 
     def visit_Add(self, node: nodes.Add) -> nodes.Node:
@@ -288,6 +312,11 @@ class _Paying(NodeTransformer):
         if not any(isinstance(side, nodes.Const) for side in (node.expr, *(op.expr for op in node.ops))):
             node.expr = _filtered("prefopt_shown", node.expr)
         return node
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        """A key of a dict is gone through part by part, however often its parts share theirs."""
+        self.generic_visit(node)
+        return node if node.ctx != "load" or not node.items else _filtered("prefopt_shown", node)
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -37,21 +38,28 @@ class Shortener:
         """The row without the oldest turns of its prompt: as few as will do, at most all but the last of the user."""
         system = tuple(itertools.takewhile(lambda m: m.role == "system", c.prompt))
         begins = [i for i, m in enumerate(c.prompt) if i > len(system) and m.role == "user"]
-        left = c
-        for at in begins:
-            if not prompt_excess(sequences, self.limit):
-                break
-            fewer = replace(c, prompt=(*system, *c.prompt[at:]))
+        tried: dict[int, tuple[Comparison, Sequences | None]] = {}
+
+        def will_do(k: int) -> bool:
+            fewer = replace(c, prompt=(*system, *c.prompt[begins[k] :]))
             laid = self.lay(fewer)
-            if laid is None:
-                break
-            left, sequences = fewer, laid
-        return left, sequences
+            tried[k] = fewer, laid
+            return laid is None or not prompt_excess(laid, self.limit)
+
+        # Halving, for a conversation may have thousands of turns, and each try shows the whole of it.
+        first = bisect_left(range(len(begins)), True, key=will_do) if prompt_excess(sequences, self.limit) else -1
+        for k in (first, first - 1):  # the one before where the template refuses this one, or none will do
+            fewer, laid = tried.get(k, (c, None))
+            if laid is not None:
+                return fewer, laid
+        return c, sequences
 
     def cut_words(self, c: Comparison, sequences: Sequences) -> Sequences:
         """The row with its longest turns cut, one after another: a system turn last, and at its end."""
         order = sorted(range(len(c.prompt)), key=lambda i: (c.prompt[i].role == "system", -len(c.prompt[i].content)))
         for at in order:
+            if not prompt_excess(sequences, self.limit):
+                break
             content = c.prompt[at].content
             tokens = self.encode(content)
             keep = len(tokens.ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 WORD = re.compile(r"[a-z]+|[A-Z][a-z]*")
 HOLDS = frozenset(
@@ -39,11 +39,23 @@ def responses_among(columns: Mapping[str, str]) -> list[str]:
     return [name for name, looks in columns.items() if holds_responses(name, looks) and name.lower() not in labels]
 
 
+def single_messages(columns: Mapping[str, str]) -> str:
+    """What is said of rows that are messages of trees, one each, so that a prompt and its replies are several rows;
+    nothing of others."""
+    if not {"parent_id", "role", "text"} <= columns.keys() or "replies" in columns:
+        return ""
+    what = "each row is one message of a tree (parent_id, role), and no prompt with its replies"
+    row = '{"text": ..., "replies": [{"text": ..., "rank": ...}, ...]}'
+    return f"{what}: take the trees (OpenAssistant's .trees.jsonl), or make a row of each message with replies, {row}"
+
+
 def suggestion(columns: Mapping[str, str]) -> str:
     """What to type so that two responses, and a label of which is better, are read; nothing where no two are there."""
     found = responses_among(columns)
     prompt = next((n for n in columns if n in ("prompt", "instruction", "question", "query", "input", "context")), "")
     poles = _poles(found)
+    if not poles and len(found) == 2:
+        poles = _one_pole(found)
     if poles:
         return f"--columns {f'prompt={prompt} ' * bool(prompt)}chosen={poles[0]} rejected={poles[1]}"
     if len(found) != 2:
@@ -76,6 +88,12 @@ POLES = (
     ("pos", "neg"),
     ("winner", "loser"),
 )
+
+
+def _one_pole(names: Sequence[str]) -> tuple[str, str] | None:
+    """Of two columns the preferred one and the other, where one is called rejected and the other says nothing of it."""
+    bad = [name for name in names if {word.lower() for word in WORD.findall(name)} & {"rejected", "dispreferred"}]
+    return next(((other, bad[0]) for other in names if other != bad[0]), None) if len(bad) == 1 else None
 
 
 def _poles(names: Iterable[str]) -> tuple[str, str] | None:

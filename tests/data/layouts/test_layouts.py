@@ -263,7 +263,7 @@ CANNOT = [
     ("preference-text", LAYOUTS["preference-chat"].example, "turns"),
     ("preference-chat", LAYOUTS["preference-text"].example, "plain text"),
     ("sharegpt-ranking", LAYOUTS["kto"].example, "responses"),
-    ("sharegpt-ranking", LAYOUTS["ultrafeedback"].example, "scores"),
+    ("question-answer", {"prompt": "q", "response": "a", "helpfulness": 4}, "scores"),
     ("alpaca", {"messages": [*LAYOUTS["messages"].example["messages"], {"role": "user", "content": "?"}]}, "end with"),  # type: ignore[misc]
     ("hh", {"prompt": [{"role": "user", "content": "a\n\nHuman: b"}], "chosen": "4", "rejected": "5"}, "prompt ends"),
     ("hh", {"instruction": "q", "system": "s", "chosen": "4", "rejected": "5"}, "system turns"),

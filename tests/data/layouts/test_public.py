@@ -131,6 +131,32 @@ def test_ranks_of_which_the_lowest_is_best_and_completions_of_turns() -> None:
     assert tiers(highest, columns=["ranks=points"]) == [SECOND] and tiers(highest, columns=["scores=points"]) == [FIRST]
 
 
+def test_messages_of_trees_are_read_with_their_replies_and_not_alone() -> None:
+    flat = [
+        {"message_id": "1", "parent_id": None, "text": "Q", "role": "prompter", "rank": None},
+        {"message_id": "2", "parent_id": "1", "text": "A", "role": "assistant", "rank": 0},
+    ]
+    with pytest.raises(DataError, match=r"each row is one message of a tree .*\.trees\.jsonl") as caught:
+        read(*flat)
+    assert "\n" not in str(caught.value)
+    assert parse_comparisons(flat, "f", format="raw-text").count == 2  # what the message says to type
+    replies = [{"text": "A", "rank": 0}, {"text": "B", "rank": 0}, {"text": "C", "rank": 1}]
+    asked = {"text": "Q", "role": "prompter", "parent_id": None, "replies": replies}
+    assert tiers(asked, {**asked, "role": "assistant"}) == [((0, 1), (2,)), "unknown role"]
+    tree = {"message_tree_id": "t", "prompt": {"text": "Q", "role": "prompter", "replies": replies}}
+    reading = read(tree)
+    assert reading.comparisons[0].tiers == ((0, 1), (2,))
+    assert reading.notes == ["f: of each tree, the replies to its first message are compared; deeper ones are not read"]
+
+
+@pytest.mark.parametrize("name", ["shp", "nectar", "pku-saferlhf", "oasst-replies", "argilla", "helpsteer3"])
+def test_a_system_turn_is_read_and_not_said_to_be_unread(name: str) -> None:
+    reading = read({**LAYOUTS[name].example, "system": "Be kind."})
+    (found,) = reading.comparisons
+    assert found.prompt[0] == Message("system", "Be kind.") and found.extra == {}
+    assert not any("not read" in note for note in reading.notes)
+
+
 def test_a_transcript_is_a_prompt_in_turns() -> None:
     asked = "\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: Why?\n\nAssistant: "
     (c,) = read({"prompt": asked, "answers": ranking("rank", 1, 2, text="answer")}).comparisons
@@ -207,6 +233,82 @@ def test_scores_and_votes_of_two_responses() -> None:
     )
 
 
+SIDES: dict[str, dict[str, Any]] = {
+    name: {k: v for k, v in LAYOUTS[name].example.items() if not k.startswith("score")}
+    for name in (
+        *("preference-text", "preference-chat", "implicit-text", "implicit-chat", "ultrafeedback-binarized", "hh"),
+        *("sharegpt-ranking", "alpaca-ranking", "messages-ranking", "v1-preference", "openai-preference"),
+        *("swift-preference", "swift-rejected-response"),
+    )
+}
+
+
+@pytest.mark.parametrize("name", SIDES)
+@pytest.mark.parametrize(
+    "scores", ["score_chosen", "chosen_score", "chosen-rating", "rating_chosen", "chosen_avg_rating"]
+)
+def test_scores_beside_chosen_and_rejected_are_those_of_the_pair(name: str, scores: str) -> None:
+    def scored(good: Any, bad: Any) -> dict[str, Any]:
+        return {**SIDES[name], scores: good, scores.replace("chosen", "rejected"): bad}
+
+    reading = read(scored(5, 1), scored(3, 3), scored(1, 5))
+    better, tie = reading.comparisons
+    assert reading.layout == name and reading.notes == []
+    assert (better.tiers, better.scores, tie.tiers, tie.scores) == (FIRST, (5.0, 1.0), TIE, (3.0, 3.0))
+    assert better.extra == tie.extra == {}
+    (against,) = reading.problems
+    assert against.kind == "scores against the preference" and f"{scores} is 1" in against.what
+    ignored = [f"--ignore-columns={column}" for column in (scores, scores.replace("chosen", "rejected"))]
+    assert tiers(scored(1, 5), columns=ignored) == [FIRST]  # what the message says to type
+
+
+def test_columns_that_are_no_scores_of_both_sides_stay_what_they_are() -> None:
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    for columns in (
+        {"chosen_score": 9.0},
+        {"chosen_rating": "good", "rejected_rating": "good"},
+        {"chosen_length": 3, "rejected_length": 3},
+        {"chosen_rank": 1, "rejected_rank": 1},
+    ):
+        reading = read(pair | columns)
+        (found,) = reading.comparisons
+        assert found.tiers == FIRST and found.scores is None and found.extra == columns
+        assert reading.notes == [f"f: columns not read: {', '.join(columns)}"]
+    gap = read(pair | {"chosen_score": 3, "rejected_score": 1}, pair | {"chosen_score": 3, "rejected_score": None})
+    assert [c.scores for c in gap] == [(3.0, 1.0), None]
+    assert gap.notes == ["f: keys inside of columns not read: chosen_score where rejected_score is null"]
+    both = read(pair | {"chosen_score": 3, "rejected_score": 1, "chosen_rating": 2, "rejected_rating": 2})
+    assert both.comparisons[0].scores == (3.0, 1.0)
+    assert both.notes == ["f: columns not read: chosen_rating, rejected_rating"]
+
+
+def test_a_label_or_an_order_goes_before_equal_scores() -> None:
+    labelled = {"prompt": "q", "first": "a", "second": "b", "label": "first", "score_first": 3, "score_second": 3}
+    ordered = {"prompt": "q", "responses": ["a", "b"], "order": [0, 1], "scores": [3, 3]}
+    assert tiers(labelled) == tiers(ordered) == [FIRST]
+
+
+def test_whole_conversations_beside_a_prompt_and_a_question_are_not_repeated() -> None:
+    row = {"prompt": "Why?", "question": "Why?", "chosen": [USER, said("a")], "rejected": [USER, said("b")]}
+    reading = read(row)
+    assert reading.layout == "ultrafeedback-binarized"
+    assert [r.text for r in reading.comparisons[0].responses] == ["a", "b"]
+    assert read({"question": "Why?", "chosen": [said("a")], "rejected": [said("b")]}).layout == "alpaca-ranking"
+
+
+@pytest.mark.parametrize("asks", [{"problem": "2 + 2?"}, {"trajectory": [USER]}])
+def test_a_prompt_that_is_in_no_known_column_is_not_taken_for_none(asks: dict[str, Any]) -> None:
+    row = {**asks, "chosen": "4", "rejected": "22"}
+    (name,) = asks
+    (found,) = read(row).problems
+    assert found.what.endswith(f"may be their prompt: --columns prompt={name}, or --ignore-columns {name}")
+    (named,) = read(row, columns=[f"prompt={name}"]).comparisons
+    assert named.prompt[0].content in ("2 + 2?", "Why?")
+    assert tiers(row, columns=[f"--ignore-columns={name}"]) == [FIRST]
+    shared = {**asks, "chosen": "2 + 2? 4", "rejected": "2 + 2? 22"}
+    assert read(shared).comparisons[0].prompt[0].content == "2 + 2?"
+
+
 def test_the_safer_response_is_an_option() -> None:
     assert tiers(PKU, columns=["label=safer_response_id"]) == [FIRST]
     assert "--columns label=safer_response_id" in read(PKU).notes[0]
@@ -243,6 +345,8 @@ def test_columns_that_hold_responses_and_are_not_read_are_told(columns: dict[str
 
 
 def test_what_to_type_names_the_columns() -> None:
+    with pytest.raises(DataError, match="--columns prompt=prompt chosen=response rejected=rejected"):
+        read({"prompt": "q", "response": "a", "rejected": "b"})
     judged = read({"prompt": "Why?", "response_a": "a", "response_b": "b", "winner": "model_a"}).lost
     assert judged.startswith("response_a, response_b seem to hold responses")
     assert "--columns prompt=prompt first=response_a second=response_b label=winner" in judged

@@ -12,10 +12,12 @@ from prefopt.data.layouts.holding import (
     need_label,
     need_one_turn,
     need_pair,
+    score_columns,
 )
 from prefopt.data.layouts.layout import Layout
 from prefopt.data.layouts.messages import write_tools
 from prefopt.data.layouts.row import Row
+from prefopt.data.layouts.shapes import SCORES, no_whole_chats, scored_sides
 from prefopt.data.layouts.sharegpt import ORIGIN, demonstrated
 from prefopt.data.layouts.values import BadRow, items_of, kind
 from prefopt.records import Comparison, Message
@@ -24,8 +26,8 @@ OPTIONAL = ("input", "system", "history", "tools")
 WORDS = {"prompt": "instruction", "query": "input", "response": "output", "kto_tag": "label"}
 
 
-def _prompt(row: Row) -> tuple[Message, ...]:
-    """System, earlier turns, and instruction and input on lines of their own."""
+def instructed(row: Row) -> tuple[Message, ...]:
+    """The prompt: system, earlier turns, and instruction and input on lines of their own."""
     turns: list[Message] = []
     for old in row.items("history") if row.has("history") else ():
         pair = items_of(old, "an item of history")
@@ -56,19 +58,18 @@ def _asked(turns: Sequence[Message]) -> dict[str, object]:
 
 
 def _read_ranking(row: Row) -> Comparison:
-    sides = row.response("chosen"), row.response("rejected")
-    return row.comparison(_prompt(row), sides, ((0,), (1,)))
+    return row.pair(instructed(row), row.response("chosen"), row.response("rejected"))
 
 
 def _write_ranking(c: Comparison) -> dict[str, object]:
     need_chat(c)
     chosen, rejected = (need_one_turn(side) for side in need_pair(c))
-    return {**_columns(c), "chosen": chosen, "rejected": rejected}
+    return {**_columns(c), "chosen": chosen, "rejected": rejected, **score_columns(c)}
 
 
 def _read_kto(row: Row) -> Comparison:
     labels = (row.label_of(row.given("label"), "label"),)
-    return row.comparison(_prompt(row), [row.response("output")], labels=labels)
+    return row.comparison(instructed(row), [row.response("output")], labels=labels)
 
 
 def _write_kto(c: Comparison) -> dict[str, object]:
@@ -79,7 +80,7 @@ def _write_kto(c: Comparison) -> dict[str, object]:
 
 def _read_demonstration(row: Row) -> Comparison:
     """Earlier answers are learned too, as LLaMA-Factory learns them."""
-    return demonstrated(row, (*_prompt(row), Message("assistant", row.text("output"))))
+    return demonstrated(row, (*instructed(row), Message("assistant", row.text("output"))))
 
 
 def _write_demonstration(c: Comparison) -> dict[str, object]:
@@ -96,7 +97,9 @@ ASKED = {"instruction": "Add the numbers.", "input": "2 and 2"}
 RANKING = Layout(
     name="alpaca-ranking",
     fields=("instruction", "chosen", "rejected"),
-    optional=OPTIONAL,
+    optional=(*OPTIONAL, *SCORES),
+    reads=scored_sides,
+    shape=no_whole_chats,
     aliases={"question": "instruction"},
     words=WORDS,
     gives="pairs",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-from prefopt.data.layouts.holding import CannotHold, best_first, need_chat, need_pair
+from prefopt.data.layouts.holding import CannotHold, best_first, need_chat, need_pair, score_columns
 from prefopt.data.layouts.layout import Layout
 from prefopt.data.layouts.row import Row
-from prefopt.data.layouts.shapes import TURNS, transcripts
+from prefopt.data.layouts.shapes import SCORES, TURNS, scored_sides, transcripts
 from prefopt.data.layouts.values import BadRow
 from prefopt.records import Comparison, Message, Response
 
@@ -36,13 +36,13 @@ def _read(row: Row) -> Comparison:
     (before, prompt, chosen), (other, _, rejected) = _turns(row, "chosen"), _turns(row, "rejected")
     if before != other:
         raise BadRow("differing prompts", "the sides differ before their last answers, so they answer two prompts")
-    return row.comparison(prompt, [Response(chosen), Response(rejected)], ((0,), (1,)))
+    return row.pair(prompt, Response(chosen), Response(rejected))
 
 
 def _write(c: Comparison) -> dict[str, object]:
     need_chat(c)
-    chosen, rejected = need_pair(c)
-    return {"chosen": _text((*c.prompt, *chosen.messages)), "rejected": _text((*c.prompt, *rejected.messages))}
+    chosen, rejected = (_text((*c.prompt, *side.messages)) for side in need_pair(c))
+    return {"chosen": chosen, "rejected": rejected, **score_columns(c)}
 
 
 def _text(turns: tuple[Message, ...]) -> str:
@@ -54,6 +54,8 @@ def _text(turns: tuple[Message, ...]) -> str:
 TRANSCRIPTS = Layout(
     name="hh",
     fields=("chosen", "rejected"),
+    optional=SCORES,
+    reads=scored_sides,
     shape=transcripts,
     gives="pairs",
     says="two transcripts; the prompt is all before the last answer",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from prefopt.data.layouts.shapes import SCORES
 from prefopt.records import Comparison, Message, Response
 
 
@@ -23,14 +24,14 @@ def need_text(c: Comparison) -> None:
         raise CannotHold("turns: it has plain text")
 
 
-def need_pair(c: Comparison, *, scores: bool = False) -> tuple[Response, Response]:
-    """Chosen and rejected. Refuses whatever is not one response preferred to another; scores unless there is room."""
+def need_pair(c: Comparison) -> tuple[Response, Response]:
+    """Chosen and rejected. Refuses whatever is not one response preferred to another, or as good by its scores."""
     if len(c.responses) != 2:
         raise CannotHold(f"{len(c.responses)} responses: it has a chosen and a rejected one")
-    for name, value in (("labels", c.labels), ("votes", c.votes), ("scores", None if scores else c.scores)):
+    for name, value in (("labels", c.labels), ("votes", c.votes)):
         if value is not None:
             raise CannotHold(name)
-    tied = scores and c.scores is not None and c.scores[0] == c.scores[1]
+    tied = c.scores is not None and c.scores[0] == c.scores[1]
     if c.tiers != (((0, 1),) if tied else ((0,), (1,))):
         raise CannotHold("two responses of which none is preferred")
     return c.responses[0], c.responses[1]
@@ -80,8 +81,8 @@ def words(turns: tuple[Message, ...]) -> str:
 
 
 def score_columns(c: Comparison) -> dict[str, object]:
-    """The columns ``score_chosen`` and ``score_rejected``, or none where there are no scores."""
-    return {} if c.scores is None else {"score_chosen": c.scores[0], "score_rejected": c.scores[1]}
+    """The columns :data:`SCORES`, or none where there are no scores."""
+    return {} if c.scores is None else dict(zip(SCORES, c.scores, strict=True))
 
 
 def best_first(c: Comparison) -> Comparison:

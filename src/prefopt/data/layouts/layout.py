@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from prefopt.data.layouts.holding import CannotHold
@@ -26,7 +26,7 @@ class Columns:
 
     ``refused`` are further columns that a row may not use, such as pictures. ``cells``: the rows are those of a table
     of text, where true, false and numbers are written out. ``means`` says what labels mean (``--label-means``), and
-    ``ignored`` are columns that are not read on purpose.
+    ``ignored`` are columns that are not read on purpose, whatever the layout knows them as.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -44,6 +44,10 @@ def _as_it_is(c: Comparison) -> Comparison:
     return c
 
 
+def _read_only(_: Comparison) -> dict[str, object]:
+    raise CannotHold("what it was read from: it is read, not written; --layout canonical holds everything")
+
+
 def with_columns(row: dict[str, object], extra: Mapping[str, object]) -> dict[str, object]:
     """A row and its further columns; raises :class:`CannotHold` where one has the name of a field."""
     if taken := [name for name in extra if name in row]:
@@ -58,12 +62,14 @@ class Layout:
     ``fields`` must be there (null counts as absent), ``optional`` may be. ``shape`` is given a row that has the fields
     and says whether it looks like this layout, where several have the same fields; ``also`` names layouts whose rows
     this one reads too. ``aliases`` are other names of a field that are read as well; ``words`` are names that only
-    ``--columns`` knows it by, such as LLaMA-Factory's. ``reads`` tells columns whose names are not fixed, given name
-    and look. ``gives`` is what a row can be used for, ``says`` what it holds, ``origin`` who writes such rows.
+    ``--columns`` knows it by, such as LLaMA-Factory's. ``reads`` tells columns whose names are not fixed, given the
+    look of every column (``cell``: text in a table of text). ``gives`` is what a row can be used for, ``says`` what it
+    holds, ``origin`` who writes such rows.
 
     ``arranged`` is what a comparison looks like after it was written and read (a pair has its best response first), and
     ``finish`` puts further columns where the layout wants them. ``note`` is what a person is told of rows that are read
-    so, ``joins``: rows of one prompt that follow each other are one comparison; ``written``: rows can be written so.
+    so, ``joins``: rows of one prompt that follow each other are one comparison. Without a ``writer``, rows are read so
+    and not written.
     """
 
     name: str
@@ -73,23 +79,27 @@ class Layout:
     origin: str
     example: Mapping[str, object]
     reader: Callable[[Row], Comparison]
-    writer: Callable[[Comparison], dict[str, object]]
+    writer: Callable[[Comparison], dict[str, object]] = _read_only
     optional: tuple[str, ...] = ()
     shape: Callable[[Mapping[str, object]], bool] = always
     also: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     words: Mapping[str, str] = field(default_factory=dict)
-    reads: Callable[[str, str], bool] | None = None
+    reads: Callable[[Mapping[str, str]], Collection[str]] | None = None
     arranged: Callable[[Comparison], Comparison] = _as_it_is
     finish: Callable[[dict[str, object], Mapping[str, object]], dict[str, object]] = with_columns
     verbatim: bool = False
     note: str = ""
     joins: bool = False
-    written: bool = True
     known: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "known", frozenset((*self.fields, *self.optional)))
+
+    @property
+    def written(self) -> bool:
+        """Whether rows can be written so."""
+        return self.writer is not _read_only
 
     def field_of(self, name: str) -> str | None:
         """The field that ``--columns`` means by a name, or None."""
@@ -102,12 +112,17 @@ class Layout:
                 return column if row.get(column) is not None else None
         # A column that was given to another field is that field's alone, whatever its own name is.
         taken = {column for given, column in columns.names.items() if self.field_of(given) is not None}
+        taken.update(columns.ignored)
         own = (name, *(a for a, of in self.aliases.items() if of == name))
         return next((c for c in own if c not in taken and row.get(c) is not None), None)
 
-    def reads_column(self, name: str, looks: str) -> bool:
-        """Whether it reads a column that has a name of its own and holds values that look so."""
-        return name in self.known or (self.reads is not None and self.reads(name, looks))
+    def own(self, looks: Mapping[str, str], columns: Columns = PLAIN) -> Collection[str]:
+        """The columns it reads that have names of their own, given the look of every column under its field's name."""
+        if self.reads is None:
+            return ()
+        text = "cell" if columns.cells else "text"
+        left = {name: text if seen == "text" else seen for name, seen in looks.items() if name not in columns.ignored}
+        return self.reads(left)
 
     def fits(self, row: Mapping[str, object], columns: Columns = PLAIN, *, any_shape: bool = False) -> bool:
         """Whether a row has the fields, and the shape too unless ``any_shape`` will do."""
@@ -116,7 +131,8 @@ class Layout:
         if any_shape:
             return True
         named = self._named(row, columns)
-        return all(side in self.known or named.get(side) is None for side in SIDES) and self.shape(named)
+        sides = (side for side in SIDES if side not in self.known and side not in columns.ignored)
+        return all(named.get(side) is None for side in sides) and self.shape(named)
 
     def parse(self, row: object, number: int, file: str, columns: Columns = PLAIN) -> Comparison:
         """The comparison that row ``number`` (from 1) of a file holds; raises :class:`BadRow` where it holds none."""
@@ -129,13 +145,14 @@ class Layout:
         for name in (*NOT_READ, *columns.refused, *tools):
             if values.get(name):
                 raise BadRow("field that cannot be used", f"has {name}, which {self.name} rows have no place for")
-        extra = {str(k): v for k, v in values.items() if k not in self.known}
-        if self.reads is not None:
-            extra = {k: v for k, v in extra.items() if not self.reads(k, look(v))}
+        own = self.own({str(k): look(v) for k, v in values.items()}, columns) if self.reads is not None else ()
+        extra = {str(k): v for k, v in values.items() if k not in self.known and k not in own}
+        if columns.ignored:
+            values = {k: v for k, v in values.items() if k not in columns.ignored}
         tags = columns.tags.exactly(self.verbatim)
         try:
             sides = [columns.names.get(name, name) for name in ("first", "second")]
-            return self.reader(Row(values, number, file, tags, extra, columns.cells, columns.means, sides))
+            return self.reader(Row(values, number, file, tags, extra, columns.cells, columns.means, sides, own))
         except RecursionError:
             raise BadRow("wrong type", "is nested too deeply") from None
 
@@ -163,7 +180,7 @@ class Layout:
 
     def _named(self, row: Mapping[str, object], columns: Columns) -> Mapping[str, object]:
         """The row with every column under the name of its field."""
-        if not columns.names and not (self.aliases and any(a in row for a in self.aliases)):
+        if not columns.names and not columns.ignored and not (self.aliases and any(a in row for a in self.aliases)):
             return row
         found = {name: self.column_of(name, row, columns) for name in (*self.fields, *self.optional)}
         used = {column for column in found.values() if column is not None}

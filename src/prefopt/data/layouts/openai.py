@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from prefopt.data.layouts.holding import best_first, need_chat, need_pair
+from prefopt.data.layouts.holding import best_first, need_chat, need_pair, score_columns
 from prefopt.data.layouts.layout import Layout, with_columns
 from prefopt.data.layouts.messages import write_messages, write_tools
 from prefopt.data.layouts.row import Row
+from prefopt.data.layouts.shapes import SCORES, scored_sides
 from prefopt.data.layouts.sharegpt import demonstrated, whole
 from prefopt.data.layouts.values import BadRow, kind
 from prefopt.records import Comparison
@@ -36,15 +37,14 @@ def _read_preference(row: Row) -> Comparison:
     if twice := others.keys() & row.extra.keys():
         raise BadRow("wrong type", f"has {min(twice)} both in input and beside it")
     row = replace(row, values={**row.values, **inner}, extra={**row.extra, **others})
-    sides = row.response("preferred_output"), row.response("non_preferred_output")
-    return row.comparison(row.turns("messages"), sides, ((0,), (1,)))
+    return row.pair(row.turns("messages"), row.response("preferred_output"), row.response("non_preferred_output"))
 
 
 def _write_preference(c: Comparison) -> dict[str, object]:
     need_chat(c)
     chosen, rejected = (write_messages(side.messages, weight="weight") for side in need_pair(c))
     asked = {"messages": write_messages(c.prompt, weight="weight"), **write_tools(c.tools)}
-    return {"input": asked, "preferred_output": chosen, "non_preferred_output": rejected}
+    return {"input": asked, "preferred_output": chosen, "non_preferred_output": rejected, **score_columns(c)}
 
 
 def _inside(row: dict[str, object], extra: Mapping[str, object]) -> dict[str, object]:
@@ -58,6 +58,8 @@ def _inside(row: dict[str, object], extra: Mapping[str, object]) -> dict[str, ob
 PREFERENCE = Layout(
     name="openai-preference",
     fields=("input", "preferred_output", "non_preferred_output"),
+    optional=SCORES,
+    reads=scored_sides,
     gives="pairs",
     says="a conversation with its tools, and two responses to it",
     origin=ORIGIN,

@@ -8,15 +8,13 @@ from prefopt.data.layouts.implicit import last_answer, split_turns
 from prefopt.data.layouts.layout import Layout
 from prefopt.data.layouts.row import Row
 from prefopt.data.layouts.several import ListSignature
-from prefopt.data.layouts.shapes import LISTS, always, look
-from prefopt.data.layouts.two import Signature, by_votes, pair
+from prefopt.data.layouts.shapes import LISTS, SCORES, look, scored_sides
+from prefopt.data.layouts.two import Signature, by_votes
 from prefopt.data.layouts.values import BadRow, kind
 from prefopt.data.layouts.verdict import TIERS, verdict
-from prefopt.data.layouts.within import asked, read_only, replied, turns_of_texts
-from prefopt.data.want import Want
+from prefopt.data.layouts.within import asked, replied, turns_of_texts
 from prefopt.records import Comparison, Message, Response, tiers_of
 
-PAIR = ((0,), (1,))
 INDEX = {"0": "first", "1": "second"}
 STRENGTH = {
     **{str(k): "first" for k in (-3, -2, -1)},
@@ -111,39 +109,21 @@ def _read_rejected_messages(row: Row) -> Comparison:
     value = row.given("rejected_messages" if row.has("rejected_messages") else "rejected_response")
     if isinstance(value, str):
         at = last_answer(chosen)
-        return row.comparison(chosen[:at], [Response(chosen[at:]), replied(row, value, "rejected_response")], PAIR)
+        return row.pair(chosen[:at], Response(chosen[at:]), replied(row, value, "rejected_response"))
     rejected = row.response_of(value, "the rejected side").messages
     if rejected and rejected[0].role == "assistant":
         at = last_answer(chosen)
-        return row.comparison(chosen[:at], [Response(chosen[at:]), Response(rejected)], PAIR)
+        return row.pair(chosen[:at], Response(chosen[at:]), Response(rejected))
     if chosen and chosen[0].role == "system" and rejected and rejected[0].role != "system":
         rejected = (chosen[0], *rejected)
     at = split_turns(chosen, rejected)
     if at == 0:
         raise BadRow("differing prompts", "the sides do not begin with the same turns")
-    return row.comparison(chosen[:at], [Response(chosen[at:]), Response(rejected[at:])], PAIR)
+    return row.pair(chosen[:at], Response(chosen[at:]), Response(rejected[at:]))
 
 
 def _numbered(row: Mapping[str, object]) -> bool:
     return look(row["prompt"]) in ("text", "transcript", *LISTS)
-
-
-def _several(
-    name: str, fields: tuple[str, ...], signature: ListSignature, example: Mapping[str, object], says: str, origin: str
-) -> Layout:
-    gives: Want = "ranking"
-    return Layout(
-        name=name,
-        fields=fields,
-        shape=signature.fits,
-        gives=gives,
-        says=says,
-        origin=origin,
-        example=example,
-        reader=signature.read,
-        writer=read_only,
-        written=False,
-    )
 
 
 SHP = Signature(
@@ -166,44 +146,57 @@ NEMO = ListSignature(prompt="context", items="completions", response="completion
 OASST = ListSignature(prompt="text", items="replies", response="text", rank="rank")
 TREES = ListSignature(prompt="prompt.text", items="prompt.replies", response="text", rank="rank")
 
+
+def _read_replies(row: Row) -> Comparison:
+    """A message of a user; what users reply to the assistant is nothing to learn."""
+    if row.has("role") and row.given("role") != "prompter":
+        said = str(row.given("role"))[:20]
+        raise BadRow("unknown role", f"role is {said!r}: only replies to a prompter are responses")
+    return OASST.read(row)
+
+
 PUBLIC = (
-    pair(
-        "shp",
-        ("history", "human_ref_A", "human_ref_B", "labels"),
-        SHP.read,
-        {"history": "What is 2 + 2?", "human_ref_A": "22", "human_ref_B": "4", "labels": 0},
+    Layout(
+        name="shp",
+        fields=("history", "human_ref_A", "human_ref_B", "labels"),
+        optional=("system",),
+        reader=SHP.read,
+        gives="pairs",
+        example={"history": "What is 2 + 2?", "human_ref_A": "22", "human_ref_B": "4", "labels": 0},
         says="a post and two replies to it; labels is 1 where A is preferred and 0 where B is",
         origin="SHP",
         words={"label": "labels"},
-        shape=always,
     ),
-    pair(
-        "pku-saferlhf",
-        ("prompt", "response_0", "response_1", "better_response_id"),
-        PKU.read,
-        {"prompt": "What is 2 + 2?", "response_0": "22", "response_1": "4", "better_response_id": 1},
+    Layout(
+        name="pku-saferlhf",
+        fields=("prompt", "response_0", "response_1", "better_response_id"),
+        optional=("system",),
+        reader=PKU.read,
+        gives="pairs",
+        example={"prompt": "What is 2 + 2?", "response_0": "22", "response_1": "4", "better_response_id": 1},
         says="a prompt and two responses, and the number of the better, 0 or 1",
         origin="PKU-SafeRLHF",
         words={"label": "better_response_id"},
         shape=_numbered,
         note="better_response_id says which response is preferred; --columns label=safer_response_id takes the safer",
     ),
-    pair(
-        "arena",
-        ("conversation_a", "conversation_b", "winner"),
-        _read_arena,
-        {"conversation_a": [USER, BAD], "conversation_b": [USER, GOOD], "winner": "model_b"},
+    Layout(
+        name="arena",
+        fields=("conversation_a", "conversation_b", "winner"),
+        reader=_read_arena,
+        gives="pairs",
+        example={"conversation_a": [USER, BAD], "conversation_b": [USER, GOOD], "winner": "model_b"},
         says="two conversations, and which won: model_a, model_b, tie or tie (bothbad), which is a tie too",
         origin="Chatbot Arena (33k)",
         optional=("system", "tools"),
         words={"label": "winner"},
-        shape=always,
     ),
-    pair(
-        "arena-columns",
-        ("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b"),
-        _read_arena_columns,
-        {
+    Layout(
+        name="arena-columns",
+        fields=("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b"),
+        reader=_read_arena_columns,
+        gives="pairs",
+        example={
             "prompt": '["What is 2 + 2?"]',
             "response_a": '["22"]',
             "response_b": '["4"]',
@@ -214,13 +207,14 @@ PUBLIC = (
         says="turns of a user and of two models, in lists, and a column that is 1 for each way that it can end",
         origin="Chatbot Arena (55k, LMSYS on Kaggle)",
         optional=("winner_tie",),
-        shape=always,
     ),
-    pair(
-        "webgpt",
-        ("question", "answer_0", "answer_1", "score_0", "score_1"),
-        WEBGPT.read,
-        {
+    Layout(
+        name="webgpt",
+        fields=("question", "answer_0", "answer_1", "score_0", "score_1"),
+        optional=("system",),
+        reader=WEBGPT.read,
+        gives="pairs",
+        example={
             "question": {"full_text": "What is 2 + 2?"},
             "answer_0": "22",
             "answer_1": "4",
@@ -231,41 +225,47 @@ PUBLIC = (
         origin="WebGPT comparisons",
         shape=lambda row: look(row["question"]) == "object",
     ),
-    pair(
-        "summaries",
-        ("info", "summaries", "choice"),
-        SUMMARIES.read,
-        {"info": {"post": "2 and 2 are 4."}, "summaries": [{"text": "22"}, {"text": "4"}], "choice": 1},
+    Layout(
+        name="summaries",
+        fields=("info", "summaries", "choice"),
+        optional=("system",),
+        reader=SUMMARIES.read,
+        gives="pairs",
+        example={"info": {"post": "2 and 2 are 4."}, "summaries": [{"text": "22"}, {"text": "4"}], "choice": 1},
         says="a post and two summaries of it, and the number of the better, 0 or 1",
         origin="OpenAI, summarize from feedback",
         words={"label": "choice"},
-        shape=always,
     ),
-    pair(
-        "helpsteer-preference",
-        ("prompt", "response_1", "response_2", "preference_strength"),
-        STRENGTHS.read,
-        {"prompt": "What is 2 + 2?", "response_1": "22", "response_2": "4", "preference_strength": 3},
+    Layout(
+        name="helpsteer-preference",
+        fields=("prompt", "response_1", "response_2", "preference_strength"),
+        optional=("system",),
+        reader=STRENGTHS.read,
+        gives="pairs",
+        example={"prompt": "What is 2 + 2?", "response_1": "22", "response_2": "4", "preference_strength": 3},
         says="a prompt and two responses; preference_strength is below 0 where the first is better, else above",
         origin="HelpSteer2, preference",
         words={"label": "preference_strength"},
         shape=_numbered,
     ),
-    pair(
-        "helpsteer3",
-        ("context", "response1", "response2", "overall_preference"),
-        HELPSTEER3.read,
-        {"context": [USER], "response1": "22", "response2": "4", "overall_preference": 3},
+    Layout(
+        name="helpsteer3",
+        fields=("context", "response1", "response2", "overall_preference"),
+        optional=("system",),
+        reader=HELPSTEER3.read,
+        gives="pairs",
+        example={"context": [USER], "response1": "22", "response2": "4", "overall_preference": 3},
         says="a conversation and two responses; overall_preference is below 0 where the first is better, else above",
         origin="HelpSteer3",
         words={"label": "overall_preference"},
-        shape=always,
     ),
-    pair(
-        "argilla",
-        ("fields", "responses"),
-        _read_argilla,
-        {
+    Layout(
+        name="argilla",
+        fields=("fields", "responses"),
+        optional=("system",),
+        reader=_read_argilla,
+        gives="pairs",
+        example={
             "fields": {"prompt": "What is 2 + 2?", "response-a": "22", "response-b": "4"},
             "responses": {"preference": [{"value": "b", "user_id": "u"}]},
         },
@@ -273,67 +273,91 @@ PUBLIC = (
         origin="Argilla, exported records",
         shape=lambda row: isinstance(row["fields"], Mapping) and isinstance(row["responses"], Mapping),
     ),
-    pair(
-        "swift-preference",
-        ("messages", "rejected_messages"),
-        _read_rejected_messages,
-        {"messages": [USER, GOOD], "rejected_messages": [USER, BAD]},
+    Layout(
+        name="swift-preference",
+        fields=("messages", "rejected_messages"),
+        reader=_read_rejected_messages,
+        gives="pairs",
+        example={"messages": [USER, GOOD], "rejected_messages": [USER, BAD]},
         says="a conversation, and a rejected one that begins with the same turns",
         origin="ms-swift",
-        optional=("system", "tools"),
-        shape=always,
+        optional=("system", "tools", *SCORES),
+        reads=scored_sides,
     ),
-    pair(
-        "swift-rejected-response",
-        ("messages", "rejected_response"),
-        _read_rejected_messages,
-        {"messages": [USER, GOOD], "rejected_response": "22"},
+    Layout(
+        name="swift-rejected-response",
+        fields=("messages", "rejected_response"),
+        reader=_read_rejected_messages,
+        gives="pairs",
+        example={"messages": [USER, GOOD], "rejected_response": "22"},
         says="a conversation, and a response that its last answer is preferred to",
         origin="ms-swift",
-        optional=("system", "tools"),
-        shape=always,
+        optional=("system", "tools", *SCORES),
+        reads=scored_sides,
     ),
-    _several(
-        "nectar",
-        ("prompt", "answers"),
-        NECTAR,
-        {"prompt": "What is 2 + 2?", "answers": [{"answer": "22", "rank": 2}, {"answer": "4", "rank": 1}]},
-        "a prompt and answers with a rank each, 1 the best",
-        "Nectar",
+    Layout(
+        name="nectar",
+        fields=("prompt", "answers"),
+        optional=("system",),
+        shape=NECTAR.fits,
+        gives="ranking",
+        reader=NECTAR.read,
+        example={"prompt": "What is 2 + 2?", "answers": [{"answer": "22", "rank": 2}, {"answer": "4", "rank": 1}]},
+        says="a prompt and answers with a rank each, 1 the best",
+        origin="Nectar",
     ),
-    _several(
-        "stack-exchange",
-        ("question", "answers"),
-        STACK,
-        {"question": "What is 2 + 2?", "answers": [{"text": "22", "pm_score": 0}, {"text": "4", "pm_score": 9}]},
-        "a question and answers with a score each, the higher is better",
-        "Stack Exchange preferences",
+    Layout(
+        name="stack-exchange",
+        fields=("question", "answers"),
+        optional=("system",),
+        shape=STACK.fits,
+        gives="ranking",
+        reader=STACK.read,
+        example={
+            "question": "What is 2 + 2?",
+            "answers": [{"text": "22", "pm_score": 0}, {"text": "4", "pm_score": 9}],
+        },
+        says="a question and answers with a score each, the higher is better",
+        origin="Stack Exchange preferences",
     ),
-    _several(
-        "nemo-ranks",
-        ("context", "completions"),
-        NEMO,
-        {"context": [USER], "completions": [{"completion": [BAD], "rank": 1}, {"completion": [GOOD], "rank": 0}]},
-        "a conversation and completions with a rank each, the lowest the best",
-        "NeMo RL",
+    Layout(
+        name="nemo-ranks",
+        fields=("context", "completions"),
+        optional=("system",),
+        shape=NEMO.fits,
+        gives="ranking",
+        reader=NEMO.read,
+        example={
+            "context": [USER],
+            "completions": [{"completion": [BAD], "rank": 1}, {"completion": [GOOD], "rank": 0}],
+        },
+        says="a conversation and completions with a rank each, the lowest the best",
+        origin="NeMo RL",
     ),
-    _several(
-        "oasst-replies",
-        ("text", "replies"),
-        OASST,
-        {"text": "What is 2 + 2?", "replies": [{"text": "22", "rank": 1}, {"text": "4", "rank": 0}]},
-        "a message and its replies with a rank each, 0 the best",
-        "OpenAssistant",
+    Layout(
+        name="oasst-replies",
+        fields=("text", "replies"),
+        optional=("system", "role"),
+        shape=OASST.fits,
+        gives="ranking",
+        reader=_read_replies,
+        example={"text": "What is 2 + 2?", "replies": [{"text": "22", "rank": 1}, {"text": "4", "rank": 0}]},
+        says="a message and its replies with a rank each, 0 the best",
+        origin="OpenAssistant",
     ),
-    _several(
-        "oasst-trees",
-        ("message_tree_id", "prompt"),
-        TREES,
-        {
+    Layout(
+        name="oasst-trees",
+        fields=("message_tree_id", "prompt"),
+        optional=("system",),
+        shape=TREES.fits,
+        gives="ranking",
+        reader=TREES.read,
+        example={
             "message_tree_id": "t",
             "prompt": {"text": "What is 2 + 2?", "replies": [{"text": "22", "rank": 1}, {"text": "4", "rank": 0}]},
         },
-        "a tree of messages: its prompt, and the replies to it with a rank each, 0 the best",
-        "OpenAssistant, trees",
+        says="a tree of messages: its prompt, and the replies to it with a rank each, 0 the best",
+        origin="OpenAssistant, trees",
+        note="of each tree, the replies to its first message are compared; deeper ones are not read",
     ),
 )

@@ -64,8 +64,8 @@ def _write_pair_labels(c: Comparison) -> dict[str, object]:
     return {"question": need_user(c), **predictions, "preference": labels}
 
 
-def _is_solution(_: str, looks: str) -> bool:
-    return looks == "solution"
+def _own_solutions(looks: Mapping[str, str]) -> list[str]:
+    return [name for name, seen in looks.items() if seen == "solution"]
 
 
 def _read_solutions(row: Row) -> Comparison:
@@ -132,15 +132,15 @@ def _write_text(c: Comparison) -> dict[str, object]:
     return {"text": words(need_demonstration(c).messages)}
 
 
-def _is_prediction(name: str, _: str) -> bool:
-    return PREDICTION.fullmatch(name) is not None
+def _own_predictions(looks: Mapping[str, str]) -> list[str]:
+    return [name for name in looks if PREDICTION.fullmatch(name)]
 
 
 PAIR_LABELS = Layout(
     name="pair-labels",
     fields=("question", "prediction 1", "prediction 2", "preference"),
     optional=("system",),
-    reads=_is_prediction,
+    reads=_own_predictions,
     gives="ranking",
     says="K predictions and a label of each pair, in the order 12, 13, ..., 23, ...: 0 equal, 1 first, 2 second",
     origin="FineGrainedRLHF",
@@ -159,7 +159,7 @@ SOLUTIONS = Layout(
     fields=("question",),
     optional=("system",),
     shape=solutions,
-    reads=_is_solution,
+    reads=_own_solutions,
     gives="ranking",
     says="a question, and columns of any name that hold solutions, correct or not",
     origin="GSM8K's example_model_solutions",

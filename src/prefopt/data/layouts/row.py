@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from prefopt.data.layouts.messages import Tags, read_messages, read_tools
-from prefopt.data.layouts.shapes import look
+from prefopt.data.layouts.shapes import SCORES, SPELT
 from prefopt.data.layouts.values import BadRow, items_of, kind, number_of
 from prefopt.data.layouts.verdict import spelt
 from prefopt.records import Comparison, Message, Response
@@ -18,9 +18,9 @@ LABELS = {"true": True, "1": True, "false": False, "0": False}
 class Row:
     """One row as its layout names the columns; every getter raises :class:`BadRow` for what a value cannot be.
 
-    ``extra`` holds the columns that the layout does not read. ``cells``: values are the cells of a table of text, where
-    true, false and numbers are written out. ``means`` says what labels mean, and ``sides`` what the columns of two
-    responses are called in the file.
+    ``extra`` holds the columns that the layout does not read, ``own`` names those that it reads under names of their
+    own. ``cells``: values are the cells of a table of text, where true, false and numbers are written out. ``means``
+    says what labels mean, and ``sides`` what the columns of two responses are called in the file.
     """
 
     values: Mapping[str, object]
@@ -31,6 +31,7 @@ class Row:
     cells: bool = False
     means: Mapping[str, str] = field(default_factory=dict)
     sides: Sequence[str] = ()
+    own: Collection[str] = ()
 
     def has(self, name: str) -> bool:
         """Whether there is a value; null is none."""
@@ -118,28 +119,45 @@ class Row:
 
     @property
     def pair_scores(self) -> tuple[float, float] | None:
-        """Scores of chosen and rejected from the columns ``score_chosen`` and ``score_rejected``, or from ``metadata``.
+        """Scores of chosen and rejected from :data:`SCORES`, or else what :func:`scored_sides` found.
 
         Raises :class:`BadRow` where there is one without the other, and where they say that the rejected is better.
         """
-        names = "score_chosen", "score_rejected"
+        names: Sequence[str] = tuple(self.own) if len(self.own) == 2 else SCORES
         values, metadata = self.values, self.values.get("metadata")
-        if look(metadata) == "scores" and isinstance(metadata, dict):
-            values = values if any(self.has(name) for name in names) else metadata
+        if "metadata" in self.own and isinstance(metadata, dict):
+            values = metadata
             if rest := {k: v for k, v in metadata.items() if k not in names}:
                 self.extra["metadata"] = rest
                 self.tags.unread.update(f"metadata.{key}" for key in rest)
         chosen, rejected = (values.get(name) for name in names)
         if chosen is None and rejected is None:
+            self.tags.unread.update(self._lone_scores())
             return None
         if chosen is None or rejected is None:
             has, lacks = names if rejected is None else names[::-1]
             raise BadRow("missing score", f"has {has} and lacks {lacks}")
         best, worse = self.number_of(chosen, names[0]), self.number_of(rejected, names[1])
         if best < worse:
-            what = f"score_chosen is {best:g} and score_rejected {worse:g}: the rejected response would be the better"
-            raise BadRow("scores against the preference", what)
+            what = f"{names[0]} is {best:g} and {names[1]} {worse:g}: the rejected response would be the better"
+            raise BadRow("scores against the preference", f"{what}; --ignore-columns {' '.join(names)} leaves both out")
         return best, worse
+
+    def _lone_scores(self) -> Iterator[str]:
+        """Scores of one side that are not read, since that of the other is null."""
+        for names in SPELT:
+            for name, other in (names, names[::-1]):
+                if self.has(name) and other in self.values and not self.has(other):
+                    yield f"{name} where {other} is null"
+
+    def pair(
+        self, prompt: tuple[Message, ...], chosen: Response, rejected: Response, *, text: bool = False
+    ) -> Comparison:
+        """A chosen response and a rejected one, with their scores where there are any; equal scores are a tie."""
+        scores = self.pair_scores
+        tied = scores is not None and scores[0] == scores[1]
+        tiers = ((0, 1),) if tied else ((0,), (1,))
+        return self.comparison(prompt, (chosen, rejected), tiers, text=text, scores=scores)
 
     def comparison(
         self,
@@ -152,12 +170,7 @@ class Row:
         labels: tuple[bool, ...] | None = None,
         votes: tuple[tuple[int, int, float], ...] | None = None,
     ) -> Comparison:
-        """What the row says, with its place, tools, and the columns not read. A prompt's turns are never trained.
-
-        Equal scores make a pair a tie, whatever its columns are called.
-        """
-        if tiers == ((0,), (1,)) and scores is not None and scores[0] == scores[1]:
-            tiers = ((0, 1),)
+        """What the row says, with its place, tools, and the columns not read. A prompt's turns are never trained."""
         if not self.tags.verbatim and not all(m.trained for m in prompt):
             prompt = tuple(replace(m, trained=True) for m in prompt)
         sides, tools = tuple(responses), self.tools

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from prefopt.data.layouts.alpaca import instructed
 from prefopt.data.layouts.layout import Layout
 from prefopt.data.layouts.row import Row, answer, text_prompt
 from prefopt.data.layouts.shapes import look
 from prefopt.data.layouts.values import BadRow, kind
-from prefopt.data.layouts.within import asked, read_only, replied, there
+from prefopt.data.layouts.within import asked, replied, there
 from prefopt.data.want import Tiers
-from prefopt.records import Comparison, Message, tiers_of
+from prefopt.records import Comparison, tiers_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,24 +83,13 @@ def _read_generations(row: Row) -> Comparison:
     responses = [replied(row, value, "an item of generations") for value in row.items("generations")]
     scores = numbers_of(row, list(row.items("ratings")), "rating")
     _same(len(responses), len(scores), "ratings")
-    return row.comparison(_instruction(row), responses, tiers_of(scores), scores=scores)
+    return row.comparison(instructed(row), responses, tiers_of(scores), scores=scores)
 
 
 def _read_output(row: Row) -> Comparison:
     responses = [replied(row, value, "an item of output") for value in row.items("output")]
     tiers = tuple((k,) for k in range(len(responses))) if len(responses) > 1 else ()
-    history: list[Message] = []
-    for old in row.items("history") if row.has("history") else ():
-        if not isinstance(old, (list, tuple)) or len(old) != 2 or not all(isinstance(text, str) for text in old):
-            raise BadRow("wrong type", "an item of history is not what was asked and what was answered")
-        history += [Message("user", old[0]), Message("assistant", old[1])]
-    *system, last = _instruction(row)
-    return row.comparison((*system, *history, last), responses, tiers)
-
-
-def _instruction(row: Row) -> tuple[Message, ...]:
-    words = [text for text in (row.text("instruction"), row.text_or("input")) if text]
-    return row.with_system((Message("user", "\n".join(words)),))
+    return row.comparison(instructed(row), responses, tiers)
 
 
 def _read_lists(row: Row) -> Comparison:
@@ -142,8 +132,6 @@ RANKS = Layout(
     origin="rankings of any origin",
     example={"prompt": "2 + 2 =", "responses": [" 22", " 4", " four"], "ranks": [2, 1, 1]},
     reader=_read_ranks,
-    writer=read_only,
-    written=False,
 )
 GENERATIONS = Layout(
     name="distilabel",
@@ -155,8 +143,6 @@ GENERATIONS = Layout(
     origin="distilabel",
     example={"instruction": "What is 2 + 2?", "generations": ["22", "4"], "ratings": [1.0, 5.0]},
     reader=_read_generations,
-    writer=read_only,
-    written=False,
 )
 OUTPUTS = Layout(
     name="alpaca-outputs",
@@ -168,8 +154,6 @@ OUTPUTS = Layout(
     origin="LLaMA-Factory before 0.7",
     example={"instruction": "What is 2 + 2?", "output": ["4", "Four, I think.", "22"]},
     reader=_read_output,
-    writer=read_only,
-    written=False,
 )
 SIDES = Layout(
     name="lists-of-sides",
@@ -182,8 +166,6 @@ SIDES = Layout(
     origin="RewardBench 2",
     example={"prompt": "What is 2 + 2?", "chosen": ["4"], "rejected": ["22", "Five."]},
     reader=_read_lists,
-    writer=read_only,
-    written=False,
 )
 RATING = Layout(
     name="helpsteer",
@@ -195,9 +177,7 @@ RATING = Layout(
     origin="HelpSteer, HelpSteer2",
     example={"prompt": "What is 2 + 2?", "response": "4", "helpfulness": 4},
     reader=_read_rating,
-    writer=read_only,
     also=("completion-text", "completion-chat"),
     joins=True,
-    written=False,
     note="helpfulness is the score; --columns score=correctness takes another rating",
 )

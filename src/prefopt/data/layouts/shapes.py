@@ -8,9 +8,22 @@ TURNS = ("\n\nHuman:", "\n\nAssistant:")
 LISTS = ("messages", "replies", "weighted", "texts", "list")
 # Columns that may well hold a prompt: where one is there, none is guessed from what chosen and rejected share.
 PROMPTS = ("prompt", "question", "instruction", "input", "query", "context", "conversations")
+# More of them, which stand beside whole conversations and texts as well.
+TOPICS = ("problem", "post", "history", "request", "dialogue", "conversation", "user", "user_prompt", "prompt_text")
 
 # Columns that may well hold responses: where one is there, a row is more than a prompt.
 RESPONSES = ("completion", "response", "responses", "completions", "output", "outputs", "answer", "answers")
+
+# Scores of a pair, and what else their columns are called: chosen_rating, rating_chosen, chosen-rating and the like.
+# Ranks and counts are none, and neither are rewards, which most often are those of a model.
+SCORES = ("score_chosen", "score_rejected")
+_MEASURES = [f"{mean}{what}" for what in ("score", "rating") for mean in ("", "avg_", "average_", "mean_", "overall_")]
+_UNDERSCORED = [
+    pair
+    for what in _MEASURES
+    for pair in ((f"chosen_{what}", f"rejected_{what}"), (f"{what}_chosen", f"{what}_rejected"))
+]
+SPELT = [(good.replace("_", sign), bad.replace("_", sign)) for sign in "_-" for good, bad in _UNDERSCORED]
 
 
 def look(value: object) -> str:
@@ -45,9 +58,13 @@ def _weighted(message: dict[object, object]) -> bool:
     return message.get("loss_weight") is not None or (isinstance(part, dict) and part.get("value") is not None)
 
 
-def scored_metadata(name: str, looks: str) -> bool:
-    """A column of a pair that holds the scores of its sides."""
-    return name == "metadata" and looks == "scores"
+def scored_sides(looks: Mapping[str, str]) -> tuple[str, ...]:
+    """The columns of a pair, by look, with the scores of its sides under other names than those of the fields: one for
+    chosen and one for rejected, or ``metadata`` with both; none beside the fields themselves."""
+    if any(looks.get(name, "null") != "null" for name in SCORES):
+        return ()
+    metadata = ("metadata",) if looks.get("metadata") == "scores" else ()
+    return next((pair for pair in SPELT if all(looks.get(name) in ("number", "cell") for name in pair)), metadata)
 
 
 def always(_: Mapping[str, object]) -> bool:
@@ -73,6 +90,16 @@ def chat_prompt_alone(row: Mapping[str, object]) -> bool:
 def whole_chats(row: Mapping[str, object]) -> bool:
     """The prompt is text, and the sides are lists of messages: whole conversations."""
     return not chat_prompt(row) and all(look(row[name]) in LISTS for name in ("chosen", "rejected"))
+
+
+def no_whole_chats(row: Mapping[str, object]) -> bool:
+    """There is no prompt as text beside sides that are whole conversations."""
+    return row.get("prompt") is None or not whole_chats(row)
+
+
+def may_ask(name: str, value: object) -> bool:
+    """Whether a column may well hold the prompt of sides that have no words in common."""
+    return name in TOPICS or look(value) in ("messages", "weighted")
 
 
 def implicit(row: Mapping[str, object]) -> bool:

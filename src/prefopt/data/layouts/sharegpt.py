@@ -13,12 +13,13 @@ from prefopt.data.layouts.holding import (
     need_label,
     need_no_preference,
     need_pair,
+    score_columns,
 )
 from prefopt.data.layouts.implicit import first_answer, last_answer
 from prefopt.data.layouts.layout import Layout
 from prefopt.data.layouts.messages import write_messages, write_tools
 from prefopt.data.layouts.row import Row
-from prefopt.data.layouts.shapes import replies
+from prefopt.data.layouts.shapes import SCORES, replies, scored_sides
 from prefopt.records import Comparison, Message, Response
 
 ORIGIN = "LLaMA-Factory"
@@ -64,8 +65,7 @@ def whole(c: Comparison) -> tuple[Message, ...]:
 
 
 def _read_ranking(row: Row) -> Comparison:
-    sides = row.response("chosen"), row.response("rejected")
-    return row.comparison(row.chat("conversations"), sides, ((0,), (1,)))
+    return row.pair(row.chat("conversations"), row.response("chosen"), row.response("rejected"))
 
 
 def _write_ranking(c: Comparison) -> dict[str, object]:
@@ -74,12 +74,11 @@ def _write_ranking(c: Comparison) -> dict[str, object]:
     for name, response in zip(("chosen", "rejected"), need_pair(c), strict=True):
         turns = write_turns(response.messages)
         sides[name] = turns[0] if len(turns) == 1 else turns
-    return {"conversations": write_turns(c.prompt), **sides, **write_tools(c.tools)}
+    return {"conversations": write_turns(c.prompt), **sides, **score_columns(c), **write_tools(c.tools)}
 
 
 def _read_messages_ranking(row: Row) -> Comparison:
-    sides = row.response("chosen"), row.response("rejected")
-    return row.comparison(row.chat("messages"), sides, ((0,), (1,)))
+    return row.pair(row.chat("messages"), row.response("chosen"), row.response("rejected"))
 
 
 def _write_messages_ranking(c: Comparison) -> dict[str, object]:
@@ -88,7 +87,7 @@ def _write_messages_ranking(c: Comparison) -> dict[str, object]:
     sides: dict[str, object] = {"chosen": chosen, "rejected": rejected}
     if len(chosen) == len(rejected) == 1:
         sides = {"chosen": chosen[0], "rejected": rejected[0]}
-    return {"messages": write_messages(c.prompt), **sides, **write_tools(c.tools)}
+    return {"messages": write_messages(c.prompt), **sides, **score_columns(c), **write_tools(c.tools)}
 
 
 def _read_kto(row: Row) -> Comparison:
@@ -114,7 +113,8 @@ def _write_conversation(c: Comparison) -> dict[str, object]:
 RANKING = Layout(
     name="sharegpt-ranking",
     fields=("conversations", "chosen", "rejected"),
-    optional=("system", "tools"),
+    optional=("system", "tools", *SCORES),
+    reads=scored_sides,
     words={"messages": "conversations"},
     gives="pairs",
     says="a conversation and two responses to it, in ShareGPT's spelling",
@@ -127,7 +127,8 @@ RANKING = Layout(
 MESSAGES_RANKING = Layout(
     name="messages-ranking",
     fields=("messages", "chosen", "rejected"),
-    optional=("system", "tools"),
+    optional=("system", "tools", *SCORES),
+    reads=scored_sides,
     shape=replies,
     gives="pairs",
     says="a conversation and two responses to it, in OpenAI's spelling",

@@ -21,44 +21,44 @@ from prefopt.data.layouts.layout import Layout
 from prefopt.data.layouts.messages import write_messages, write_tools
 from prefopt.data.layouts.row import Row, answer, text_prompt
 from prefopt.data.layouts.shapes import (
+    SCORES,
     chat_prompt,
     chat_prompt_alone,
     implicit_chat,
     implicit_text,
+    may_ask,
     prompt_alone,
-    scored_metadata,
+    scored_sides,
 )
+from prefopt.data.layouts.values import BadRow
 from prefopt.records import Comparison, Response
 
 ORIGIN = "TRL"
-PAIR = ((0,), (1,))
 USER = {"role": "user", "content": "What is 2 + 2?"}
 GOOD, BAD = {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "22"}
-SCORES = ("score_chosen", "score_rejected")
 COMPLETION = {"response": "completion"}
 POLES = {"pos": "chosen", "neg": "rejected"}
 
 
 def _read_pair_chat(row: Row) -> Comparison:
-    sides = row.response("chosen"), row.response("rejected")
-    return row.comparison(row.chat("prompt"), sides, PAIR, scores=row.pair_scores)
+    return row.pair(row.chat("prompt"), row.response("chosen"), row.response("rejected"))
 
 
 def _write_pair_chat(c: Comparison) -> dict[str, object]:
     need_chat(c)
-    chosen, rejected = need_pair(c, scores=True)
+    chosen, rejected = need_pair(c)
     sides = {"chosen": write_messages(chosen.messages), "rejected": write_messages(rejected.messages)}
     return {"prompt": write_messages(c.prompt), **sides, **score_columns(c), **write_tools(c.tools)}
 
 
 def _read_pair_text(row: Row) -> Comparison:
-    sides = row.response("chosen", text=True), row.response("rejected", text=True)
-    return row.comparison(text_prompt(row.text("prompt")), sides, PAIR, text=True, scores=row.pair_scores)
+    chosen, rejected = (row.response(name, text=True) for name in ("chosen", "rejected"))
+    return row.pair(text_prompt(row.text("prompt")), chosen, rejected, text=True)
 
 
 def _write_pair_text(c: Comparison) -> dict[str, object]:
     need_text(c)
-    chosen, rejected = need_pair(c, scores=True)
+    chosen, rejected = need_pair(c)
     sides = {"chosen": words(chosen.messages), "rejected": words(rejected.messages)}
     return {"prompt": words(c.prompt), **sides, **score_columns(c)}
 
@@ -66,25 +66,26 @@ def _write_pair_text(c: Comparison) -> dict[str, object]:
 def _read_implicit_chat(row: Row) -> Comparison:
     chosen, rejected = row.turns("chosen"), row.turns("rejected")
     at = split_turns(chosen, rejected)
-    sides = Response(chosen[at:]), Response(rejected[at:])
-    return row.comparison(row.with_system(chosen[:at]), sides, PAIR, scores=row.pair_scores)
+    return row.pair(row.with_system(chosen[:at]), Response(chosen[at:]), Response(rejected[at:]))
 
 
 def _write_implicit_chat(c: Comparison) -> dict[str, object]:
     need_chat(c)
-    chosen, rejected = (write_messages((*c.prompt, *side.messages)) for side in need_pair(c, scores=True))
+    chosen, rejected = (write_messages((*c.prompt, *side.messages)) for side in need_pair(c))
     return {"chosen": chosen, "rejected": rejected, **score_columns(c), **write_tools(c.tools)}
 
 
 def _read_implicit_text(row: Row) -> Comparison:
     prompt, chosen, rejected = split_text(row.text("chosen"), row.text("rejected"))
-    sides = answer(chosen), answer(rejected)
-    return row.comparison(text_prompt(prompt), sides, PAIR, text=True, scores=row.pair_scores)
+    if not prompt and (name := next((name for name, value in row.values.items() if may_ask(name, value)), "")):
+        what = f"chosen and rejected have no words in common, and {name} may be their prompt: --columns prompt={name}"
+        raise BadRow("missing field", f"{what}, or --ignore-columns {name}")
+    return row.pair(text_prompt(prompt), answer(chosen), answer(rejected), text=True)
 
 
 def _write_implicit_text(c: Comparison) -> dict[str, object]:
     need_text(c)
-    chosen, rejected = (words(c.prompt) + words(side.messages) for side in need_pair(c, scores=True))
+    chosen, rejected = (words(c.prompt) + words(side.messages) for side in need_pair(c))
     return {"chosen": chosen, "rejected": rejected, **score_columns(c)}
 
 
@@ -163,7 +164,7 @@ PREFERENCE_CHAT = Layout(
     example={"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
     reader=_read_pair_chat,
     writer=_write_pair_chat,
-    reads=scored_metadata,
+    reads=scored_sides,
     arranged=best_first,
 )
 PREFERENCE_TEXT = Layout(
@@ -177,7 +178,7 @@ PREFERENCE_TEXT = Layout(
     example={"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 22"},
     reader=_read_pair_text,
     writer=_write_pair_text,
-    reads=scored_metadata,
+    reads=scored_sides,
     arranged=best_first,
 )
 IMPLICIT_CHAT = Layout(
@@ -191,7 +192,7 @@ IMPLICIT_CHAT = Layout(
     example={"chosen": [USER, GOOD], "rejected": [USER, BAD]},
     reader=_read_implicit_chat,
     writer=_write_implicit_chat,
-    reads=scored_metadata,
+    reads=scored_sides,
     arranged=best_first,
 )
 IMPLICIT_TEXT = Layout(
@@ -205,7 +206,7 @@ IMPLICIT_TEXT = Layout(
     example={"chosen": "The capital of France is Paris.", "rejected": "The capital of France is London."},
     reader=_read_implicit_text,
     writer=_write_implicit_text,
-    reads=scored_metadata,
+    reads=scored_sides,
     arranged=best_first,
 )
 UNPAIRED_CHAT = Layout(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from prefopt.data.layouts.alpaca import instructed
 from prefopt.data.layouts.layout import Layout
 from prefopt.data.layouts.row import Row, text_prompt
 from prefopt.data.layouts.shapes import look
 from prefopt.data.layouts.values import BadRow
 from prefopt.data.layouts.verdict import TIERS, verdict
-from prefopt.data.layouts.within import asked, read_only, replied, there, within
+from prefopt.data.layouts.within import asked, replied, there, within
 from prefopt.records import Comparison, Message, Response, tiers_of
 
 JUDGED = ("label", "score_first", "score_second", "votes_first", "votes_second")
@@ -86,61 +87,31 @@ def _read_text(row: Row) -> Comparison:
 
 
 def _read_chat(row: Row) -> Comparison:
-    words = [text for text in (row.text("instruction"), row.text_or("input")) if text]
-    return _read(row, row.with_system((Message("user", "\n".join(words)),)), text=False)
-
-
-def pair(
-    name: str,
-    fields: tuple[str, ...],
-    reader: Callable[[Row], Comparison],
-    example: Mapping[str, object],
-    *,
-    says: str,
-    origin: str,
-    optional: tuple[str, ...] = (),
-    words: Mapping[str, str] | None = None,
-    aliases: Mapping[str, str] | None = None,
-    shape: Callable[[Mapping[str, object]], bool] = judged,
-    note: str = "",
-) -> Layout:
-    """A layout of two responses that is read and not written."""
-    return Layout(
-        name=name,
-        fields=fields,
-        optional=optional,
-        words=words or {},
-        aliases=aliases or {},
-        shape=shape,
-        gives="pairs",
-        says=says,
-        origin=origin,
-        example=example,
-        reader=reader,
-        writer=read_only,
-        note=note,
-        written=False,
-    )
+    return _read(row, instructed(row), text=False)
 
 
 SAYS = "two responses, and a label that says which is better (--label-means), scores, or votes"
-TWO_CHAT = pair(
-    "two-responses-chat",
-    ("instruction", "first", "second"),
-    _read_chat,
-    {"instruction": "What is 2 + 2?", "first": "22", "second": "4", "label": "second"},
+TWO_CHAT = Layout(
+    name="two-responses-chat",
+    fields=("instruction", "first", "second"),
+    reader=_read_chat,
+    gives="pairs",
+    example={"instruction": "What is 2 + 2?", "first": "22", "second": "4", "label": "second"},
     says=f"an instruction, {SAYS}",
+    shape=judged,
     origin="judges and people",
-    optional=("input", "system", *JUDGED),
+    optional=("input", "system", "history", *JUDGED),
     words={"prompt": "instruction", "query": "input"},
     aliases={"question": "instruction"},
 )
-TWO_TEXT = pair(
-    "two-responses",
-    ("prompt", "first", "second"),
-    _read_text,
-    {"prompt": "2 + 2 =", "first": " 22", "second": " 4", "score_first": 1.0, "score_second": 9.0},
+TWO_TEXT = Layout(
+    name="two-responses",
+    fields=("prompt", "first", "second"),
+    reader=_read_text,
+    gives="pairs",
+    example={"prompt": "2 + 2 =", "first": " 22", "second": " 4", "score_first": 1.0, "score_second": 9.0},
     says=f"a prompt, in turns or as plain text, {SAYS}",
+    shape=judged,
     origin="judges and people",
     optional=("system", "tools", *JUDGED),
 )

@@ -7,7 +7,7 @@ from prefopt.data.layouts.implicit import split_turns
 from prefopt.data.layouts.layout import Layout
 from prefopt.data.layouts.messages import write_messages, write_tools
 from prefopt.data.layouts.row import Row, answer
-from prefopt.data.layouts.shapes import scored_metadata, whole_chats
+from prefopt.data.layouts.shapes import SCORES, scored_sides, whole_chats
 from prefopt.data.layouts.values import BadRow, kind, number_of
 from prefopt.records import Comparison, Message, Response, tiers_of
 
@@ -71,12 +71,11 @@ def _read_pair(row: Row) -> Comparison:
     at = split_turns(chosen, rejected)
     if at == 0:
         raise BadRow("differing prompts", "chosen and rejected do not begin with the same turns")
-    sides = Response(chosen[at:]), Response(rejected[at:])
-    return row.comparison(row.with_system(chosen[:at]), sides, ((0,), (1,)), scores=row.pair_scores)
+    return row.pair(row.with_system(chosen[:at]), Response(chosen[at:]), Response(rejected[at:]))
 
 
 def _write_pair(c: Comparison) -> dict[str, object]:
-    chosen, rejected = (write_messages((*c.prompt, *side.messages)) for side in need_pair(c, scores=True))
+    chosen, rejected = (write_messages((*c.prompt, *side.messages)) for side in need_pair(c))
     asked = next((m.content for m in c.prompt if m.role == "user"), "")
     return {"prompt": asked, "chosen": chosen, "rejected": rejected, **score_columns(c), **write_tools(c.tools)}
 
@@ -99,7 +98,7 @@ COMPLETIONS = Layout(
 PAIR = Layout(
     name="ultrafeedback-binarized",
     fields=("prompt", "chosen", "rejected"),
-    optional=("system", "tools", "score_chosen", "score_rejected"),
+    optional=("system", "tools", *SCORES),
     shape=whole_chats,
     gives="pairs",
     says="a prompt as text, and two whole conversations that begin with it",
@@ -113,6 +112,6 @@ PAIR = Layout(
     },
     reader=_read_pair,
     writer=_write_pair,
-    reads=scored_metadata,
+    reads=scored_sides,
     arranged=best_first,
 )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from prefopt.data.layouts.holding import CannotHold, best_first, need_chat, need_pair
+from prefopt.data.layouts.holding import CannotHold, best_first, need_chat, need_pair, score_columns
 from prefopt.data.layouts.implicit import split_turns
 from prefopt.data.layouts.layout import Layout
 from prefopt.data.layouts.messages import write_tools
 from prefopt.data.layouts.row import Row
-from prefopt.data.layouts.shapes import weighted
+from prefopt.data.layouts.shapes import SCORES, scored_sides, weighted
 from prefopt.data.layouts.sharegpt import ORIGIN, demonstrated, whole
 from prefopt.records import Comparison, Message, Response
 
@@ -35,13 +35,14 @@ def _message(m: Message) -> dict[str, object]:
 def _read_pair(row: Row) -> Comparison:
     chosen, rejected = row.turns("chosen_messages"), row.turns("rejected_messages")
     at = split_turns(chosen, rejected)
-    return row.comparison(chosen[:at], [Response(chosen[at:]), Response(rejected[at:])], ((0,), (1,)))
+    return row.pair(chosen[:at], Response(chosen[at:]), Response(rejected[at:]))
 
 
 def _write_pair(c: Comparison) -> dict[str, object]:
     need_chat(c)
     chosen, rejected = (_parts((*c.prompt, *side.messages)) for side in need_pair(c))
-    return {"chosen_messages": chosen, "rejected_messages": rejected, **write_tools(c.tools)}
+    scores = score_columns(c)
+    return {"chosen_messages": chosen, "rejected_messages": rejected, **scores, **write_tools(c.tools)}
 
 
 def _read_messages(row: Row) -> Comparison:
@@ -60,7 +61,8 @@ def _example(answer: str) -> list[dict[str, object]]:
 PAIR = Layout(
     name="v1-preference",
     fields=("chosen_messages", "rejected_messages"),
-    optional=("tools",),
+    optional=("tools", *SCORES),
+    reads=scored_sides,
     gives="pairs",
     says="two whole conversations of parts and weights; the prompt is the turns they share",
     origin=f"{ORIGIN} v1",

@@ -6,11 +6,10 @@ import json
 from collections.abc import Mapping
 
 from prefopt.data.layouts.hh import MARK, ROLES
-from prefopt.data.layouts.holding import CannotHold
 from prefopt.data.layouts.row import Row, answer
 from prefopt.data.layouts.shapes import TURNS
 from prefopt.data.layouts.values import BadRow, items_of, kind
-from prefopt.records import Comparison, Message, Response
+from prefopt.records import Message, Response
 
 
 def within(values: Mapping[str, object], path: str) -> object:
@@ -70,8 +69,3 @@ def turns_of_texts(row: Row, name: str) -> list[str]:
     if not texts or not all(isinstance(text, str) for text in texts):
         raise BadRow("wrong type", f"{name} should be a list of texts, one for each turn, none of them null")
     return [str(text) for text in texts]
-
-
-def read_only(_: Comparison) -> dict[str, object]:
-    """The writer of a layout that is read and not written."""
-    raise CannotHold("what it was read from: it is read, not written; --layout canonical holds everything")
