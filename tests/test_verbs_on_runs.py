@@ -31,7 +31,7 @@ pytestmark = [
 
 
 KINDS = [
-    name if name in ("dpo", "lora", "reward", "ppo", "chain") else pytest.param(name, marks=pytest.mark.slow)
+    name if name in ("dpo", "lora", "reward", "ppo", "rloo", "chain") else pytest.param(name, marks=pytest.mark.slow)
     for name in METHODS
 ]
 
@@ -79,7 +79,7 @@ def test_runs_tells_of_it(name: str, place: Path, capsys: pytest.CaptureFixture[
     if name == "chain":
         assert [line.split()[0] for line in text.splitlines()[1:]] == ["sft", "reward", "ppo"]
     else:
-        assert f"method:    {'dpo' if METHODS[name][0] == 'dpo' else METHODS[name][0]}" in text
+        assert f"method:    {name if name == 'rloo' else METHODS[name][0]}\n" in text
         assert ("reward of the policy's samples" in text) == (name in ("ppo", "rloo"))
         assert ("no rows were held out" in text) == (name in ("lora", "kto", "ranking"))
     found = json.loads(said(["runs", name, "--json"], capsys)[1])
