@@ -137,13 +137,24 @@ def test_its_model_is_used(
     monkeypatch.setattr("sys.stdin", io.StringIO("k1: \n/exit\n"))
     status, line = said(["chat", *model_of(name), *few], capsys)
     assert status == works, line
-    if name != "lora":
-        judged = ["--b", "base", "--prompts", "prompts.jsonl", "--judge", "length", "--output", "c.jsonl"]
-        status, line = said(["compare", "--a", model_of(name)[-1], *judged, *few], capsys)
-        assert status == works, line
+    judged = ["--b", "base", "--prompts", "prompts.jsonl", "--judge", "length", "--output", "c.jsonl"]
+    status, line = said(["compare", "--a", model_of(name)[-1], *judged, *few], capsys)
+    assert status == works, line
     scored = ["score", "answers.jsonl", "--reward", model_of(name)[-1], "--output", "o.jsonl", *machine]
     status, line = said(scored, capsys)
     assert status == 2 - works, line
+
+
+def test_every_verb_says_that_its_model_is_an_adapter(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    machine = [x for x in QUICK if x not in ("--progress", "none")]
+    implicit = ["--reward", "implicit", "--beta", "0.1", "--output", "o.jsonl", *machine]
+    for words in (
+        ["score", "answers.jsonl", "--model", "lora", *implicit],
+        ["data", "check", "pairs.jsonl", "--model", "lora"],
+        ["sample", "--model", "lora", "--prompts", "prompts.jsonl", "--output", "s.jsonl", *machine],
+    ):
+        status, text = said(words, capsys)
+        assert status == 0 and text.startswith("lora is an adapter on base: both are loaded\n"), words
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -300,11 +300,11 @@ def test_a_resume_that_is_not_the_same_run_is_refused(
     refused(arguments(base, prompts, half, **go_on), "the model changed", capsys)
     beside.write_text(json.dumps({**record, "prompts": "other"}))
     refused(arguments(base, prompts, half, **go_on), "the prompts changed", capsys)
-    for damage in ("{", "[]", "{}"):
+    for damage in ("{", "[]", "{}", "[" * 100_000, json.dumps({**record, "rows": "many"})):
         beside.write_text(damage)
-        refused(arguments(base, prompts, half, **go_on), "is not beside", capsys)
+        refused(arguments(base, prompts, half, **go_on), "s.jsonl.run.json cannot be read", capsys)
     beside.unlink()
-    refused(arguments(base, prompts, half, **go_on), "is not beside", capsys)
+    refused(arguments(base, prompts, half, **go_on), "s.jsonl.run.json cannot be read", capsys)
     beside.write_text(json.dumps(record))
     kept = half.read_bytes()
     half.write_bytes(b'{"prompt": "x"}\n' + kept)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from prefopt.disk.nested import one_below
+from prefopt.disk.read import parsed
 from prefopt.errors import ModelError
 
 CONFIG = "adapter_config.json"
@@ -52,7 +52,7 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
     require_adapter(folder)
     path = Path(folder).expanduser() / CONFIG
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = parsed(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read ({error}); copy the adapter again") from None
     return found if isinstance(found, dict) else {}

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from prefopt.config.option import flag
 from prefopt.disk.entries import SAMPLES, clear, sample_entries
+from prefopt.disk.read import parsed, read_json
 from prefopt.disk.write import output_errors, remove_leftovers, sync_folder, write_json
 from prefopt.errors import RunError
 
@@ -59,6 +60,19 @@ def altered(path: Path, record: Mapping[str, Any]) -> str | None:
     return "holds more rows than were written" if more and "results" in record else None
 
 
+def _read_record(path: Path) -> dict[str, Any]:
+    """What stands beside a file of samples. Raises :class:`RunError` where it is not there, or damaged."""
+    return read_json(path.with_name(path.name + ".run.json"), _record, "name another --output")
+
+
+def _record(found: dict[str, Any]) -> dict[str, Any]:
+    """Raises where it is not what a run wrote."""
+    dict(found["options"])
+    if found.get("rows", 1) not in range(1, 2**53):
+        raise ValueError("rows is no number of rows")
+    return found
+
+
 def _digests(record: Mapping[str, Any]) -> list[str] | None:
     """Of each row that was written; None where the record does not say."""
     match record.get(WRITTEN):
@@ -74,9 +88,8 @@ def _digest(line: bytes) -> str:
 def wrong_with(path: Path) -> str | None:
     """What is wrong with a file of samples, read with the record beside it; None where nothing is."""
     try:
-        record = json.loads(path.with_name(path.name + ".run.json").read_text("utf-8"))
-        return altered(path, record) if isinstance(record, dict) else "has a damaged .run.json"
-    except (OSError, ValueError):
+        return altered(path, _read_record(path))
+    except (OSError, RunError):
         return "has no .run.json that can be read"
 
 
@@ -121,7 +134,7 @@ class SampleFile:
             raise RunError(f"--output {path} exists; go on with it by --resume, or name another file")
         self._digests = ""
         if self._found:
-            self.record = {**self._read_record(), "status": "resumed"}
+            self.record = {**_read_record(path), "status": "resumed"}
             self._refuse_other_options(options)
             if wrong := altered(path, self.record):
                 raise RunError(f"--resume: {path} {wrong}; put it back, or name another --output")
@@ -207,15 +220,6 @@ class SampleFile:
             )
         return end
 
-    def _read_record(self) -> dict[str, Any]:
-        try:
-            found = json.loads(self.beside.read_text("utf-8"))
-            if isinstance(found, dict) and isinstance(found.get("options"), dict):
-                return found
-        except (OSError, ValueError):
-            pass
-        raise RunError(f"--resume: {self.beside.name} is not beside {self.path}, or damaged; name another --output")
-
     def _refuse_other_options(self, now: Mapping[str, Any]) -> None:
         before = self.record["options"]
         changed = [n for n in now if n not in FREE and before.get(n) != now[n]]
@@ -230,7 +234,7 @@ def _written(digests: str) -> dict[str, Any]:
 
 def _place(line: bytes) -> Place | None:
     try:
-        row = json.loads(line)
+        row = parsed(line)
         return Place(str(row["source"]), int(row["source_row"]))
-    except (ValueError, TypeError, KeyError):
+    except Exception:  # a row of another make
         return None
