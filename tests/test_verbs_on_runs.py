@@ -307,3 +307,6 @@ def test_a_damaged_run_is_one_line_for_every_verb(
         status, line = said(words, capsys)
         assert status == 2 and f"damaged/{file}" in line
     assert f"damaged/{file}" in said(["runs", "."], capsys)[1], "a list says which it leaves out"
+    assert main(["runs", ".", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "damaged" not in {Path(run["folder"]).name for run in json.loads(out)} and f"damaged/{file}" in err
