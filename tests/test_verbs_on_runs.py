@@ -31,7 +31,7 @@ pytestmark = [
 
 
 KINDS = [
-    name if name in ("dpo", "lora", "reward", "ppo", "chain") else pytest.param(name, marks=pytest.mark.slow)
+    name if name in ("dpo", "lora", "reward", "ppo", "rloo", "chain") else pytest.param(name, marks=pytest.mark.slow)
     for name in METHODS
 ]
 
@@ -79,7 +79,7 @@ def test_runs_tells_of_it(name: str, place: Path, capsys: pytest.CaptureFixture[
     if name == "chain":
         assert [line.split()[0] for line in text.splitlines()[1:]] == ["sft", "reward", "ppo"]
     else:
-        assert f"method:    {'dpo' if METHODS[name][0] == 'dpo' else METHODS[name][0]}" in text
+        assert f"method:    {name if name == 'rloo' else METHODS[name][0]}\n" in text
         assert ("reward of the policy's samples" in text) == (name in ("ppo", "rloo"))
         assert ("no rows were held out" in text) == (name in ("lora", "kto", "ranking"))
     found = json.loads(said(["runs", name, "--json"], capsys)[1])
@@ -137,13 +137,24 @@ def test_its_model_is_used(
     monkeypatch.setattr("sys.stdin", io.StringIO("k1: \n/exit\n"))
     status, line = said(["chat", *model_of(name), *few], capsys)
     assert status == works, line
-    if name != "lora":
-        judged = ["--b", "base", "--prompts", "prompts.jsonl", "--judge", "length", "--output", "c.jsonl"]
-        status, line = said(["compare", "--a", model_of(name)[-1], *judged, *few], capsys)
-        assert status == works, line
+    judged = ["--b", "base", "--prompts", "prompts.jsonl", "--judge", "length", "--output", "c.jsonl"]
+    status, line = said(["compare", "--a", model_of(name)[-1], *judged, *few], capsys)
+    assert status == works, line
     scored = ["score", "answers.jsonl", "--reward", model_of(name)[-1], "--output", "o.jsonl", *machine]
     status, line = said(scored, capsys)
     assert status == 2 - works, line
+
+
+def test_every_verb_says_that_its_model_is_an_adapter(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    machine = [x for x in QUICK if x not in ("--progress", "none")]
+    implicit = ["--reward", "implicit", "--beta", "0.1", "--output", "o.jsonl", *machine]
+    for words in (
+        ["score", "answers.jsonl", "--model", "lora", *implicit],
+        ["data", "check", "pairs.jsonl", "--model", "lora"],
+        ["sample", "--model", "lora", "--prompts", "prompts.jsonl", "--output", "s.jsonl", *machine],
+    ):
+        status, text = said(words, capsys)
+        assert status == 0 and text.startswith("lora is an adapter on base: both are loaded\n"), words
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -296,3 +307,6 @@ def test_a_damaged_run_is_one_line_for_every_verb(
         status, line = said(words, capsys)
         assert status == 2 and f"damaged/{file}" in line
     assert f"damaged/{file}" in said(["runs", "."], capsys)[1], "a list says which it leaves out"
+    assert main(["runs", ".", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "damaged" not in {Path(run["folder"]).name for run in json.loads(out)} and f"damaged/{file}" in err

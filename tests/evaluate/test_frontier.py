@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prefopt.errors import DataError
+from prefopt.errors import RunError
 from prefopt.evaluate.frontier import (
     Frontier,
     Plateau,
@@ -158,18 +158,19 @@ def test_a_sweep_comes_back_from_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[", "is no file of prefopt frontier"),
-        ("{}", "is no file of prefopt frontier"),
-        ('{"version": 99}', "is of version 99, and this prefopt reads version 1"),
-        ('{"version": 1, "points": [{"rode": 1}]}', "is damaged"),
-        ('{"version": 1}', "is damaged"),
+        ("[", "it is not JSON"),
+        ("[" * 100_000, "it is nested too deep"),
+        ("{}", "it is not what was written there"),
+        ('{"version": 99}', "it is of version 99, and this prefopt reads version 1"),
+        ('{"version": 1, "points": [{"rode": 1}]}', "unexpected keyword argument 'rode'"),
+        ('{"version": 1}', "it is not what was written there"),
     ],
 )
 def test_what_is_no_sweep_is_said(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "frontier.json").write_text(text)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(RunError, match=said):
         read_frontier(tmp_path)
-    with pytest.raises(DataError, match="prefopt frontier writes one"):
+    with pytest.raises(RunError, match=r"No such file or directory.*run prefopt frontier again"):
         read_frontier(tmp_path / "none")
 
 
@@ -182,6 +183,8 @@ def test_what_is_no_sweep_is_said(text: str, said: str, tmp_path: Path) -> None:
         {"interval": [0.1]},
         {"interval": ["a", "b"]},
         {"reward": float("nan")},
+        {"reward": 10**400},
+        {"kl_se": -1},
         {"kl_is": "guessed"},
         {"plateau": {"rise": "x", "low": 0, "high": 0, "climb": 0, "steps": 6, "reached": True}},
         {"counted": "yes"},
@@ -194,12 +197,15 @@ def test_values_of_another_type_are_a_damaged_file(damage: dict[str, Any], tmp_p
     found = json.loads(file.read_text())
     found["points"][0] |= damage
     file.write_text(json.dumps(found))
-    with pytest.raises(DataError, match="is damaged"):
+    with pytest.raises(RunError, match=r"frontier\.json cannot be read"):
         read_frontier(tmp_path)
-    with pytest.raises(DataError, match="is damaged"):
+    with pytest.raises(RunError, match=r"frontier\.json cannot be read"):
         sweep_facts(tmp_path)
+    del found["points"][0]
+    file.write_text(json.dumps({**found, "made": "by \ud800"}))
+    assert "by ?" in str(sweep_facts(tmp_path))
     file.write_text(json.dumps({**found, "points": [], "prompts": "many"}))
-    with pytest.raises(DataError, match="is damaged"):
+    with pytest.raises(RunError, match=r"frontier\.json cannot be read"):
         read_frontier(tmp_path)
 
 

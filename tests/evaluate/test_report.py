@@ -273,7 +273,11 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ".html" in capsys.readouterr().err
     run = str(write_run(tmp_path / "run"))
     assert main(["report"]) == 2 and "there is nothing to report" in capsys.readouterr().err
-    for text, said in (("{}", "is not what prefopt compare --json prints"), (None, "cannot be read")):
+    for text, said in (
+        ("{}", "what prefopt compare --json prints"),
+        ("[" * 100_000, "nested too deep"),
+        (None, "cannot be read"),
+    ):
         (tmp_path / "c.json").unlink(missing_ok=True)
         if text is not None:
             (tmp_path / "c.json").write_text(text)

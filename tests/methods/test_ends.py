@@ -18,6 +18,7 @@ from prefopt.data.ends import trained_ends
 from prefopt.data.group import Group
 from prefopt.data.table import GroupTable, TableBuilder
 from prefopt.errors import Diverged
+from prefopt.model.generation import end_tokens, ids_of
 from train.small import QUICK, tiny_llama
 
 EOS, IM_END = 1, 3
@@ -100,6 +101,21 @@ def test_what_is_there_already_stays_as_it_is(base: str, tmp_path: Path, capsys:
     prefopt.dpo(str(tmp_path / "a"), CHATS, output=tmp_path / "b", **options)
     assert ends_of(tmp_path / "b") == [EOS, IM_END]
     assert "answers end with" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("said", ["x", [[1]], {"a": 1}, True, -3])
+def test_what_can_be_no_token_ends_no_run(said: object, base: str, tmp_path: Path) -> None:
+    """Read from a stranger's generation_config.json when all training is done."""
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base/generation_config.json").write_text(json.dumps({"eos_token_id": said}))
+    assert end_tokens(tmp_path / "base") == []
+    assert ids_of(said) == [] and ids_of([1, said]) == [1]
+    if said != [[1]]:
+        return
+    prefopt.sft(str(tmp_path / "base"), CHATS, output=tmp_path / "out", max_steps=1, **QUICK)
+    ids = json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"]
+    assert ids and all(isinstance(i, int) for i in ids)
+    assert prefopt.sample(str(tmp_path / "base"), [{"prompt": "k: "}], max_new_tokens=2, progress="none").samples == 1
 
 
 def test_reward_models_and_raw_text_have_none(base: str, tmp_path: Path) -> None:

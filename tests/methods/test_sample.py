@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-import hashlib
 import json
 import signal
 import sys
@@ -195,8 +194,7 @@ def killed(whole: Path, cut: Path, size: int) -> dict[str, Any]:
     del record["results"]
     lines = cut.read_bytes().splitlines(keepends=True)
     counted = lines[: max(0, len(lines) - 2)]
-    digest = hashlib.blake2b(b"".join(counted), digest_size=16).hexdigest()
-    return record | {"written": {"rows": len(counted), "digest": digest}}
+    return record | {"written": {"rows": len(counted), "digests": record["written"]["digests"][: 16 * len(counted)]}}
 
 
 @pytest.mark.parametrize(
@@ -204,11 +202,11 @@ def killed(whole: Path, cut: Path, size: int) -> dict[str, Any]:
     [
         (
             lambda lines: [*lines[:3], lines[3].replace(b'"finish"', b'"Finish"'), *lines[4:]],
-            "are not what was written",
+            "has a row 4 that is not what was written",
         ),
-        (lambda lines: [*lines[:3], *lines[4:]], "holds 59 of the 60 rows"),
+        (lambda lines: [*lines[:3], *lines[4:]], "has a row 4 that is not"),
         (lambda lines: lines[:-1], "holds 59 of the 60 rows"),
-        (lambda lines: [lines[1], lines[0], *lines[2:]], "are not what was written"),
+        (lambda lines: [lines[1], lines[0], *lines[2:]], "has a row 1 that is not"),
         (lambda lines: [*lines, lines[-1]], "holds more rows than were written"),
     ],
     ids=["altered", "one is gone", "the last is gone", "reordered", "one is there twice"],
@@ -238,7 +236,7 @@ def test_kept_samples_are_verified(
     text = (spoilt / "samples.jsonl").read_bytes()
     (spoilt / "samples.jsonl").write_bytes(text[:100] + b"#" + text[101:])
     assert main(["cache", "verify"]) == 1
-    assert "are not what was written" in capsys.readouterr().out
+    assert "has a row 1 that is not what was written" in capsys.readouterr().out
     assert main(["cache", "verify", "--repair"]) == 0 and not spoilt.exists()
     assert (tmp_path / "samples" / ("0" * 20)).exists() and main(["cache", "verify"]) == 0
 
@@ -259,6 +257,35 @@ def test_a_file_cut_off_anywhere_is_gone_on_with_to_the_same_bytes(
     assert main([*words, "--resume"]) == 0 and cut.read_bytes() == data
 
 
+def test_a_row_that_nobody_counted_is_drawn_again(
+    base: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The row of the right prompt with another answer, added by hand where a run was stopped."""
+    data, cut = (whole / "s.jsonl").read_bytes(), tmp_path / "s.jsonl"
+    record = killed(whole, cut, 4000)
+    counted = record["written"]["rows"]
+    lines = data.splitlines(keepends=True)
+    added = json.loads(lines[counted]) | {"responses": ["mine", "mine"]}
+    cut.write_bytes(b"".join(lines[:counted]) + json.dumps(added).encode() + b"\n")
+    (tmp_path / "s.jsonl.run.json").write_text(json.dumps(record))
+    assert main(arguments(base, whole / "p.jsonl", cut, **MANY, resume=True, progress="plain")) == 0
+    assert f"behind its first {counted} rows" in capsys.readouterr().out and cut.read_bytes() == data
+
+
+def test_samples_of_an_earlier_version_are_said_to_be_unchecked(
+    base: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, path = (whole / "s.jsonl").read_bytes(), tmp_path / "s.jsonl"
+    words = arguments(base, whole / "p.jsonl", path, **MANY, resume=True, progress="plain")
+    for size in (4000, len(data)):
+        record = killed(whole, path, size)
+        del record["written"]
+        (tmp_path / "s.jsonl.run.json").write_text(json.dumps(record))
+        assert main(words) == 0 and path.read_bytes() == data
+        assert "its rows cannot be checked" in capsys.readouterr().out
+        assert main(words) == 0 and "cannot be checked" not in capsys.readouterr().out
+
+
 def test_a_resume_that_is_not_the_same_run_is_refused(
     base: str, chat: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -273,15 +300,15 @@ def test_a_resume_that_is_not_the_same_run_is_refused(
     refused(arguments(base, prompts, half, **go_on), "the model changed", capsys)
     beside.write_text(json.dumps({**record, "prompts": "other"}))
     refused(arguments(base, prompts, half, **go_on), "the prompts changed", capsys)
-    for damage in ("{", "[]", "{}"):
+    for damage in ("{", "[]", "{}", "[" * 100_000, json.dumps({**record, "rows": "many"})):
         beside.write_text(damage)
-        refused(arguments(base, prompts, half, **go_on), "is not beside", capsys)
+        refused(arguments(base, prompts, half, **go_on), "s.jsonl.run.json cannot be read", capsys)
     beside.unlink()
-    refused(arguments(base, prompts, half, **go_on), "is not beside", capsys)
+    refused(arguments(base, prompts, half, **go_on), "s.jsonl.run.json cannot be read", capsys)
     beside.write_text(json.dumps(record))
     kept = half.read_bytes()
     half.write_bytes(b'{"prompt": "x"}\n' + kept)
-    refused(arguments(base, prompts, half, **go_on), "are not what was written", capsys)
+    refused(arguments(base, prompts, half, **go_on), "has a row 1 that is not what was written", capsys)
     del record["written"]  # as of an earlier version
     beside.write_text(json.dumps(record))
     refused(arguments(base, prompts, half, **go_on), "row 1 of", capsys)

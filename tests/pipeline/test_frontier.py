@@ -190,8 +190,12 @@ def test_a_finished_sweep_is_told_anew_and_not_trained_again(
     assert again.seconds == pytest.approx(steps)
     wide = frontier.run(config(place, output, plateau_share=0.3, **options)).points[1]
     assert wide.plateau is not None and wide.plateau == replace(first.plateau, share=0.3, reached=wide.counted)
-    (folder / "points.json").write_text(json.dumps([points[0] | {"reward": "abc"}]))
-    with pytest.raises(RunError, match=r"points\.json cannot be read"):
+    for text in (json.dumps([points[0] | {"reward": "abc"}]), json.dumps([points[0] | {"reward": 10**400}]), "[]"):
+        (folder / "points.json").write_text(text)
+        with pytest.raises(RunError, match=r"points\.json cannot be read"):
+            frontier.run(config(place, output, **options))
+    (output / "sweep.json").write_text('{"a": ' * 100_000)
+    with pytest.raises(RunError, match=r"sweep\.json cannot be read"):
         frontier.run(config(place, output, **options))
 
 

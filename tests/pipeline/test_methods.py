@@ -16,7 +16,7 @@ import pytest
 from pipeline.sweeping import values
 from prefopt.config.methods_table import MethodsConfig
 from prefopt.disk.write import write_json
-from prefopt.errors import ConfigError, DataError, Interrupted
+from prefopt.errors import ConfigError, Interrupted, RunError
 from prefopt.evaluate.methods_table import MethodsTable, Outcome, Start, markdown, read_table
 from prefopt.pipeline import methods
 from prefopt.pipeline.train import train_once
@@ -184,12 +184,14 @@ def test_what_is_no_table_is_said(tmp_path: Path) -> None:
     wrong.append(table | {"outcomes": [asdict(Outcome("dpo", 0, 1.0)) | {"interval": [0.1, "x"]}]})
     for text in (
         "[",
+        "[" * 100_000,
+        json.dumps(table | {"outcomes": [asdict(Outcome("dpo", 0, 1.0)) | {"reward": 10**400}]}),
         '{"version": 9}',
         json.dumps({"version": 1, **asdict(Start("a", 1.0, None))}),
         *map(json.dumps, wrong),
     ):
         (tmp_path / "methods.json").write_text(text)
-        with pytest.raises(DataError, match="run prefopt methods again"):
+        with pytest.raises(RunError, match="run prefopt methods again"):
             read_table(tmp_path)
 
 

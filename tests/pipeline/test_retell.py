@@ -61,7 +61,7 @@ def test_samples_that_are_not_there_or_damaged(tmp_path: Path) -> None:
     few = retold(point(2), run(tmp_path / "b", steps=2), start=0.1, share=0.2)
     assert not few.counted and few.why_not == "2 steps are too few to see a plateau"
     folder = run(tmp_path / "c", 0.5)
-    for text in ("[", "{}\n", '{"scores": ["x"]}\n'):
+    for text in ("[", "[" * 100_000, "{}\n", '{"scores": ["x"]}\n'):
         (folder / "samples-6.jsonl").write_text(text)
         with pytest.raises(RunError, match=r"samples-6\.jsonl cannot be read"):
             retold(point(9), folder, start=0.1, share=0.2)

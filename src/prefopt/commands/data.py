@@ -19,5 +19,8 @@ def check_data(config: DataCheckConfig) -> int:
     if config.model is None:  # seconds faster, for torch is not imported
         return run_check(config)
     from prefopt.model.load import context_of
+    from prefopt.model.named import adapter_line
 
+    if not config.json and (line := adapter_line(config.model)):
+        tell(line)
     return run_check(config, context_of(config.model))

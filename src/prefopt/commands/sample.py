@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefopt.config.sample import SampleConfig
 from prefopt.config.score import ScoreConfig
 from prefopt.errors import ConfigError
-from prefopt.screen import tell_lines
+from prefopt.screen import tell, tell_lines
 
 
 def sample_to_file(config: SampleConfig) -> int:
@@ -21,5 +21,10 @@ def sample_to_file(config: SampleConfig) -> int:
 def score_file(config: ScoreConfig) -> int:
     from prefopt.evaluate.score import run
 
+    if config.model is not None:
+        from prefopt.model.named import adapter_line  # a rule needs no torch
+
+        if line := adapter_line(config.model):
+            tell(line)
     tell_lines(run(config).lines())
     return 0

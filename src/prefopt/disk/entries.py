@@ -49,7 +49,7 @@ def model_of(folder: Path) -> str:
     """The model that samples were drawn from, as it was named then."""
     try:
         return str(json.loads((folder / f"{SAMPLES}.run.json").read_text("utf-8"))["options"]["model"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception:
         return "description unreadable"
 
 

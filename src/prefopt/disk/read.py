@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from prefopt.errors import RunError
+from prefopt.errors import RunError, UserError
 
 Made = TypeVar("Made")
 
@@ -27,15 +27,27 @@ def parsed(text: bytes) -> Any:
 def read_json(path: Path, make: Callable[[Any], Made], remedy: str) -> Made:
     """What ``make`` makes of the JSON in a file; ``make`` may fail in any way on what is not as it was written.
 
-    Raises :class:`RunError` where the file cannot be read, or ``make`` failed: with ``remedy``, what to do then.
+    Raises :class:`RunError` where the file cannot be read, or ``make`` failed: with ``remedy``, what to do then. What
+    ``make`` says to a person itself is let through.
     """
     try:
         return make(parsed(path.read_bytes()))
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror}); restore it, or {remedy}") from None
+    except UserError:
+        raise
     except Exception as error:
         told = " ".join(f"{error}".split())[:100]
         why = told if isinstance(error, (ValueError, TypeError)) else "it is not what was written there"
         raise RunError(
             f"{path} cannot be read ({why}): damaged, or of another version; restore it, or {remedy}"
         ) from None
+
+
+def printable(value: Any) -> Any:
+    """The same with what no file and no terminal takes in its texts replaced: halves of surrogate pairs."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [printable(x) for x in value]
+    return {printable(n): printable(x) for n, x in value.items()} if isinstance(value, dict) else value

@@ -8,15 +8,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from prefopt.disk.read import printable, read_json
 from prefopt.disk.write import write_json
-from prefopt.errors import DataError
 from prefopt.evaluate.typed import typed
 
 VERSION = 1
@@ -107,13 +106,16 @@ class Point:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Point:
-        """What ``asdict`` wrote. Raises ``TypeError`` for other names or types."""
+        """What ``asdict`` wrote. Raises ``TypeError`` and ``ValueError`` for other names, types or ranges."""
         given = dict(values)
         if given.get("interval") is not None:
             given["interval"] = tuple(given["interval"])
         if given.get("plateau") is not None:
             given["plateau"] = typed(Plateau, given["plateau"])
-        return typed(cls, given)
+        point = typed(cls, given)
+        if point.kl_se is not None and point.kl_se < 0:
+            raise ValueError(f"kl_se is {point.kl_se!r:.80}")
+        return point
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,25 +142,17 @@ class Frontier:
 
 
 def read_frontier(path: str | Path) -> Frontier:
-    """The sweep in a folder or a file. Raises :class:`DataError` where there is none, or of another version."""
+    """The sweep in a folder or a file. Raises :class:`RunError` where there is none, or of another version."""
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror}); prefopt frontier writes one", file=str(file)) from error
-    except ValueError:
-        found = None
-    version = found.pop("version", None) if isinstance(found, dict) else None
-    if version is None:
-        raise DataError("is no file of prefopt frontier", file=str(file))
-    if version != VERSION:
-        what = f"is of version {version}, and this prefopt reads version {VERSION}"
-        raise DataError(f"{what}; run prefopt frontier again, or update prefopt", file=str(file))
-    try:
-        points = tuple(Point.from_dict(p) for p in found.pop("points"))
-        return typed(Frontier, {**found, "points": points})
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise DataError(f"is damaged ({error}); run prefopt frontier again", file=str(file)) from None
+    return read_json(file, _sweep, "run prefopt frontier again")
+
+
+def _sweep(found: dict[str, Any]) -> Frontier:
+    if (version := found.pop("version")) != VERSION:
+        raise ValueError(f"it is of version {version}, and this prefopt reads version {VERSION}")
+    found = printable(found)
+    points = tuple(Point.from_dict(p) for p in found.pop("points"))
+    return typed(Frontier, {**found, "points": points})
 
 
 def dominates(one: Point, other: Point) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from prefopt.disk.read import read_json
 from prefopt.disk.write import write_json
-from prefopt.errors import DataError
 from prefopt.evaluate.typed import typed
 from prefopt.progress import duration, size
 
@@ -76,19 +75,18 @@ class MethodsTable:
 
 
 def read_table(path: Path) -> MethodsTable:
-    """What :meth:`MethodsTable.write` wrote. Raises :class:`DataError` where there is none, or of another version."""
-    file = path / FILE if path.is_dir() else path
-    try:
-        found = json.loads(file.read_text("utf-8"))
-        if found.pop("version") != VERSION:
-            raise ValueError("of another version")
-        starts = tuple(typed(Start, s) for s in found.pop("starts"))
-        # Earlier versions told it once, for all.
-        isolated = found.pop("isolated", False)
-        outcomes = tuple(outcome_of({"isolated": isolated, **o}) for o in found.pop("outcomes"))
-        return typed(MethodsTable, {**found, "starts": starts, "outcomes": outcomes})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"cannot be read ({error}); run prefopt methods again", file=str(file)) from None
+    """What :meth:`MethodsTable.write` wrote. Raises :class:`RunError` where there is none, or of another version."""
+    return read_json(path / FILE if path.is_dir() else path, _table, "run prefopt methods again")
+
+
+def _table(found: dict[str, Any]) -> MethodsTable:
+    if (version := found.pop("version")) != VERSION:
+        raise ValueError(f"it is of version {version}, and this prefopt reads version {VERSION}")
+    starts = tuple(typed(Start, s) for s in found.pop("starts"))
+    # Earlier versions told it once, for all.
+    isolated = found.pop("isolated", False)
+    outcomes = tuple(outcome_of({"isolated": isolated, **o}) for o in found.pop("outcomes"))
+    return typed(MethodsTable, {**found, "starts": starts, "outcomes": outcomes})
 
 
 def outcome_of(values: dict[str, Any]) -> Outcome:

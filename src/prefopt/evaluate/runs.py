@@ -96,6 +96,7 @@ def as_json(run: History) -> dict[str, Any]:
     return {
         "folder": str(run.folder),
         "method": run.record.get("method"),
+        "algorithm": run.algorithm,
         "status": run.status,
         "step": run.step,
         "steps": run.steps,
@@ -221,7 +222,7 @@ def summary(run: History) -> Mapping[str, str]:
     """What a person asks first about one run."""
     steps = f"{run.step}" if run.steps in (None, run.step) else f"{run.step} of {run.steps}"
     told = {
-        "method": run.record.get("method"),
+        "method": run.algorithm,
         "status": run.status,
         "steps": steps,
         "started": run.record.get("started"),

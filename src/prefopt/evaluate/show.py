@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from prefopt.evaluate.runs import columns, comparison, find_runs, list_of, summa
 from prefopt.screen import json_text
 from prefopt.train.diagnose import diagnose, in_words
 from prefopt.train.history import History
+
+log = logging.getLogger(__name__)
 
 WIDTH = 72
 
@@ -24,6 +27,8 @@ def show_runs(folders: Sequence[str], *, as_json: bool = False) -> list[str]:
     found = [find_runs(folder) for folder in folders]
     runs = [run for several, _ in found for run in several]
     if as_json:
+        for line in (line for _, damaged in found for line in damaged):
+            log.warning("%s", line)  # a program reads what is printed, and a person what stands beside it
         return json_text([plain(run) for run in runs]).split("\n")
     single = [Path(folder, "run.json").exists() for folder in folders]
     if len(folders) == 1 and single[0]:

@@ -5,7 +5,6 @@ Tasks are lm-eval's, run where it is installed, or read from the results that it
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout, suppress
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from prefopt.disk.read import parsed
 from prefopt.errors import ConfigError, DataError, RunError
 from prefopt.evaluate.rates import Z95
 from prefopt.model.built_in import attention_for
@@ -100,7 +100,7 @@ class Harness:
 def read_task_results(path: str) -> list[TaskScore]:
     """What lm-eval wrote of one model (``results_*.json``). Raises :class:`DataError`."""
     try:
-        found = json.loads(Path(path).read_text("utf-8"))
+        found = parsed(Path(path).read_bytes())
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror}); name a results_*.json of lm-eval", file=path) from None
     except ValueError:
@@ -113,7 +113,7 @@ def _scores(results: Any, file: str) -> list[TaskScore]:
     try:
         parts = [_of_task(results, task, values) for task, values in results["results"].items()]
         scores = list(chain.from_iterable(parts))
-    except (KeyError, TypeError, AttributeError, ValueError):
+    except Exception:  # written by another program, of whatever version
         raise DataError("holds no results of tasks as lm-eval writes them", file=file) from None
     if not scores:
         raise DataError("holds no metric of any task", file=file)

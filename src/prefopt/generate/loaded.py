@@ -18,7 +18,7 @@ from prefopt.data.rendering import Rendering
 from prefopt.data.tokenizer import Tokenizer, tokenizer_digest
 from prefopt.errors import ConfigError
 from prefopt.model.dropout import silence_dropout
-from prefopt.model.generation import end_tokens
+from prefopt.model.generation import end_tokens, ids_of
 from prefopt.model.identity import Identity, identity_of_folder, identity_of_model
 from prefopt.model.load import base_and_adapter, load_config, load_model, resolve_device, resolve_dtype
 from prefopt.model.named import adapter_line, tokenizer_of_name
@@ -90,8 +90,7 @@ class SampledModel:
 
     def stops(self, renderer: Renderer) -> tuple[int, ...]:
         """Every token that ends an answer: EOS, what the generation config says, the template's end of turn."""
-        said = getattr(self.said, "eos_token_id", None)
-        found = [self.tokenizer.eos_token_id, *(said if isinstance(said, (list, tuple)) else [said])]
+        found = [self.tokenizer.eos_token_id, *ids_of(getattr(self.said, "eos_token_id", None))]
         found += [end_of_turn(renderer), *((self.adapter and end_tokens(self.adapter)) or ())]
         return tuple(sorted({i for i in found if isinstance(i, int)}))
 

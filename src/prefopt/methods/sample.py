@@ -161,6 +161,7 @@ class _Run:
             self.file.same("prompts", digest_of(prompts.ids), "the prompts")
             self.file.same("stop", list(self.settings.stop), "what ends an answer")
         if self.file is not None and self.file.finished:
+            self._say_notes()
             self.reporter.say(f"{self.file.path} is finished: nothing is left to sample")
             return None
         if self.config.reward is not None:
@@ -168,6 +169,7 @@ class _Run:
         with self._sampler(model, prompts) as (sampler, window):
             if self.file is not None:
                 self.file.open(places)
+                self._say_notes()
             done = self.file.done if self.file else 0
             if done:
                 self.reporter.say(f"resumed: {done} of {len(places)} prompts are done")
@@ -175,6 +177,10 @@ class _Run:
             self._windows(sampler, model, prompts, window, done)
             seconds = time.monotonic() - started
         return self._finish(model, prompts, seconds)
+
+    def _say_notes(self) -> None:
+        for note in self.file.notes if self.file else ():
+            self.reporter.say(note)
 
     def _best_of(self, model: SampledModel, prompts: PromptSet) -> BestOf:
         assert self.config.reward is not None and self.config.best_of is not None

@@ -31,7 +31,7 @@ def add_end_tokens(folder: Path, ends: Iterable[int], tokenizer: Tokenizer, mode
                 return None
             said.save_pretrained(folder)
         document = json.loads(path.read_text("utf-8"))
-        there = _ids(document.get("eos_token_id"))
+        there = ids_of(document.get("eos_token_id"))
         new = [i for i in dict.fromkeys(ends) if i not in there]
         if not new:
             return None
@@ -44,12 +44,12 @@ def add_end_tokens(folder: Path, ends: Iterable[int], tokenizer: Tokenizer, mode
 def end_tokens(folder: str | Path) -> list[int] | None:
     """The ids that ``generation_config.json`` of a folder says; none where it has no such file, or a damaged one."""
     try:
-        return _ids(json.loads((Path(folder) / FILE).read_text("utf-8")).get("eos_token_id"))
-    except (OSError, ValueError, AttributeError, RecursionError):
+        return ids_of(json.loads((Path(folder) / FILE).read_text("utf-8")).get("eos_token_id"))
+    except Exception:  # none, or damaged in any way
         return None
 
 
-def _ids(said: Any) -> list[int]:
-    """What ``eos_token_id`` holds: nothing, one id or several. What is no number is left out: nobody can generate with
-    it."""
-    return [i for i in (said if isinstance(said, list) else [said]) if isinstance(i, int)]
+def ids_of(said: Any) -> list[int]:
+    """What ``eos_token_id`` holds: nothing, one id or several. What can be no token's id ends no answer either."""
+    found = said if isinstance(said, (list, tuple)) else [said]
+    return [i for i in found if isinstance(i, int) and not isinstance(i, bool) and i >= 0]

@@ -7,20 +7,21 @@ points would not compare.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.frontier import FrontierConfig, Training
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.sft import SftConfig
 from prefopt.config.sweep import AnyConfig
+from prefopt.disk.read import read_json
 from prefopt.disk.write import write_json
-from prefopt.errors import Diverged, RunError
+from prefopt.errors import Diverged
 from prefopt.evaluate.frontier import Frontier, Point
 from prefopt.generate.loaded import SampledModel
 from prefopt.model.load import local_folder
@@ -191,11 +192,15 @@ def _read(folder: Path) -> list[Point]:
     file = folder / POINTS
     if not file.exists():
         return []
-    try:
-        # An earlier version kept the line of a training's rewards here, by another rule.
-        return [Point.from_dict({**p, "plateau": None}) for p in json.loads(file.read_text())]
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{file} cannot be read ({error}); remove {folder} to redo it") from None
+    return read_json(file, _kept, f"remove {folder} to redo it")
+
+
+def _kept(found: list[dict[str, Any]]) -> list[Point]:
+    # An earlier version kept the line of a training's rewards here, by another rule.
+    points = [Point.from_dict({**p, "plateau": None}) for p in found]
+    if not points:
+        raise ValueError("it holds no point")
+    return points
 
 
 def _point(found: Measured, point: Point) -> Point:

@@ -6,7 +6,6 @@ judged by another share or an earlier version are judged alike.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from prefopt.config.frontier import FEWEST_STEPS
+from prefopt.disk.read import parsed
 from prefopt.errors import RunError
 from prefopt.evaluate.frontier import Point
 from prefopt.evaluate.plateau import plateau
@@ -77,6 +77,6 @@ def _rewards(file: Path) -> list[float]:
     """The mean true reward of every prompt."""
     try:
         with file.open("rb") as lines:  # texts may hold characters at which splitlines() would part them
-            return [float(np.mean(json.loads(line)["scores"])) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            return [float(np.mean(parsed(line)["scores"])) for line in lines]
+    except Exception as error:  # a row of another make fails in any way
         raise RunError(f"{file} cannot be read ({error}); remove its folder to measure again") from None

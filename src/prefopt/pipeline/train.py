@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from prefopt.config.score import is_model_reward
 from prefopt.config.sft import SftConfig
 from prefopt.config.sweep import AnyConfig, SweepOptions
 from prefopt.disk.adapter_folder import is_adapter
+from prefopt.disk.read import read_json
 from prefopt.disk.write import output_errors, write_json
 from prefopt.errors import RunError
 from prefopt.methods import ppo, preference, reward, sft
@@ -41,12 +41,9 @@ def take_folder(config: SweepOptions, may_grow: Collection[str]) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         write_json(file, now)
         return
-    try:
-        before = json.loads(file.read_text())
-        changed = [n for n in options if before["options"].get(n) != options[n]]
-        same = {name: before[name] == now[name] for name in ("command", "model", "reward")}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise RunError(f"{file} cannot be read; restore it, or name another --output") from None
+    before = read_json(file, _begun, "name another --output")
+    changed = [n for n in options if before["options"].get(n) != options[n]]
+    same = {name: before[name] == now[name] for name in ("command", "model", "reward")}
     if not same["command"]:
         raise RunError(f"--output {folder} holds another kind of sweep; name another folder")
     if changed:
@@ -57,6 +54,10 @@ def take_folder(config: SweepOptions, may_grow: Collection[str]) -> None:
     if not same["reward"]:
         what = "model in" if is_model_reward(config.reward) else "code of"
         raise RunError(f"--output {folder} was begun with another {what} --reward {config.reward}; name another folder")
+
+
+def _begun(found: dict[str, Any]) -> dict[str, Any]:
+    return {"options": dict(found["options"]), **{name: found[name] for name in ("command", "model", "reward")}}
 
 
 def _reward_of(name: str) -> str | None:

@@ -36,13 +36,12 @@ def judgements(connection: sqlite3.Connection, item: int | None = None) -> Itera
     They are read from the events alone, every one of which is checked. Raises
     :class:`~prefopt.studies.seal.Damaged` for one that is gone or is not what was written.
     """
-    values: tuple[int, ...] = ()
-    query = "SELECT e.*, i.count FROM event e LEFT JOIN item i ON i.id = e.item"
-    undone = {row[0] for row in connection.execute("SELECT undoes FROM event WHERE undoes IS NOT NULL")}
     if item is None:
         check_complete(connection, "event")
-    else:
-        query, values = query + " WHERE e.item = ?", (item,)
+    # An index has no seals: only what one item's page shows is found by one.
+    where, values = ("NOT INDEXED WHERE true", ()) if item is None else ("WHERE e.item = ?", (item,))
+    undone = {row[0] for row in connection.execute(f"SELECT undoes FROM event e {where}", values)}
+    query = f"SELECT e.*, (SELECT count FROM item i WHERE i.id = e.item) AS count FROM event e {where}"
     for event in connection.execute(query + " ORDER BY e.item, e.id", values):
         check("event", event)
         if event["kind"] in ("vote", "skip") and event["id"] not in undone:
@@ -67,7 +66,7 @@ def _judgement(event: sqlite3.Row, body: Any) -> Judgement:
 def golds(connection: sqlite3.Connection) -> dict[int, Tiers]:
     """The known orders of gold items."""
     found = {}
-    for row in connection.execute("SELECT * FROM item WHERE gold IS NOT NULL"):
+    for row in connection.execute("SELECT * FROM item NOT INDEXED WHERE gold IS NOT NULL"):
         check("item", row)
         with decoding("item", row["id"]):
             found[row["id"]] = tiers_of(json.loads(row["gold"]))

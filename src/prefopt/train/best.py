@@ -31,7 +31,7 @@ def forget_bests(folder: Path, step: int | None) -> None:
     for state in folder.glob("step-*/state.json"):
         try:
             named.add(json.loads(state.read_text())["progress"]["best_step"])
-        except (OSError, ValueError, KeyError):
+        except Exception:
             return  # a damaged checkpoint: what it named is not known
     for path in folder.glob("best-*.safetensors"):
         if path not in {_best(folder, n) for n in named if n is not None}:

@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from prefopt.disk.read import parsed
 from prefopt.disk.write import aside_of, output_errors, remove_folder, sync_folder, write_flushed
 from prefopt.errors import RunError
 
@@ -137,7 +138,7 @@ def _replaced(path: Path) -> Path:
 
 
 def _read(path: Path) -> Checkpoint:
-    sums = json.loads((path / "manifest.json").read_text())
+    sums = parsed((path / "manifest.json").read_bytes())
     for name in {*FILES, *sums}:
         if _sha256(path / name) != sums[name]:
             raise ValueError(f"{name} is not what was written")

@@ -68,6 +68,11 @@ class History:
         return str(self.record.get("method", "dpo"))
 
     @property
+    def algorithm(self) -> str:
+        """What it trained by, as people call it: that of a command which has several, else the command."""
+        return str(self.record.get("algorithm", self.method))
+
+    @property
     def rows(self) -> Mapping[str, int]:
         """Rows of the data ``read``, ``kept`` and ``truncated``; of prompts nothing is counted."""
         found: Any = self.record.get("rows")

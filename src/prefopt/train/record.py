@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from prefopt.disk.read import parsed, read_json
+from prefopt.disk.read import parsed, printable, read_json
 from prefopt.errors import RunError
 
 RECORD, METRICS = "run.json", "metrics.jsonl"
@@ -81,7 +81,7 @@ def checked(record: Any) -> dict[str, Any]:
     for name, value in record.items():
         if name in KINDS and value is not None and not KINDS[name](value):
             raise ValueError(f"{name} is {_short(value)}")
-    found: dict[str, Any] = _printable(record)
+    found: dict[str, Any] = printable(record)
     # A null is what is not there.
     return {name: value for name, value in found.items() if value is not None}
 
@@ -114,15 +114,6 @@ def _no_metrics(path: Path, number: int, why: str) -> RunError:
 def _short(value: Any) -> str:
     text = repr(value) if not isinstance(value, int) or abs(value) < LARGEST_COUNT else "a number without end"
     return text if len(text) <= 40 else f"{text[:39]}…"
-
-
-def _printable(value: Any) -> Any:
-    """The same with what no file and no terminal takes in its texts replaced."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if isinstance(value, list):
-        return [_printable(x) for x in value]
-    return {_printable(n): _printable(x) for n, x in value.items()} if isinstance(value, dict) else value
 
 
 # -- kinds of values -------------------------------------------------------------------------------------------------

@@ -107,5 +107,5 @@ def _read(answer: str) -> str | None:
 def _known(path: Path) -> str | None:
     try:
         return str(json.loads(path.read_text("utf-8"))["answer"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception:  # damaged: it is asked again
         return None

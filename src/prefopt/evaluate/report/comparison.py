@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.data.formats import read_comparisons
-from prefopt.errors import RunError
+from prefopt.disk.read import read_json
 from prefopt.evaluate.judged_file import check_judged
 from prefopt.evaluate.plot import shortened
 from prefopt.evaluate.runs import as_number
@@ -77,16 +76,8 @@ class ComparisonFacts:
 def read_comparison(name: str | Path, *, seed: int = 0) -> ComparisonFacts:
     """Read what ``prefopt compare --json`` printed. Raises :class:`RunError` where a file is nothing of the kind."""
     path = Path(name)
-    try:
-        return comparison_facts(json.loads(path.read_text("utf-8")), seed=seed)
-    except OSError as error:
-        raise RunError(
-            f"{path}: cannot be read ({error.strerror}); name what prefopt compare --json printed"
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"{path}: is not what prefopt compare --json prints; write that into a file, and name it"
-        ) from error
+    remedy = "write what prefopt compare --json prints into a file, and name it"
+    return read_json(path, lambda found: comparison_facts(found, seed=seed), remedy)
 
 
 def comparison_facts(found: Json, *, seed: int = 0) -> ComparisonFacts:

@@ -44,7 +44,7 @@ def is_sweep(folder: str | Path) -> bool:
 
 
 def sweep_facts(folder: str | Path, *, number: int = 0) -> SweepFacts:
-    """Read a sweep. Raises :class:`prefopt.errors.DataError`."""
+    """Read a sweep. Raises :class:`prefopt.errors.RunError`."""
     found = read_frontier(folder)
     path = Path(folder)
     name = (path.parent if path.name == FILE else path).resolve().name
