@@ -24,9 +24,9 @@ import uvicorn
 
 from prefopt.collect.app import Site, build_app
 from prefopt.collect.security import Rate
+from prefopt.studies.annotators import invite, open_session
 from prefopt.studies.assign import next_item
 from prefopt.studies.items import NewItem, Origin, add_items
-from prefopt.studies.people import invite, open_session
 from prefopt.studies.study import Settings, Study
 from prefopt.studies.votes import Vote, record
 

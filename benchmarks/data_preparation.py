@@ -104,12 +104,12 @@ def prepare(args: argparse.Namespace) -> None:
     """What prefopt does between its start and the first step, but for the model."""
     import numpy as np
 
+    from prefopt.core.cache_folder import tokens_folder
     from prefopt.data.load import load_groups
-    from prefopt.data.packer import Layout
     from prefopt.data.sampler import Sampler
     from prefopt.data.tokenizer import load_tokenizer
-    from prefopt.disk.cache import tokens_folder
-    from prefopt.train.folder import fingerprint
+    from prefopt.model.packing import Layout
+    from prefopt.runs.folder import fingerprint
 
     tokenizer = load_tokenizer(args.tokenizer)
     started = time.monotonic()

@@ -29,13 +29,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefopt.data.group import Group
-from prefopt.data.packer import pack
 from prefopt.losses.parse import parse_losses
-from prefopt.model.attention import HOOK
-from prefopt.model.flops import FlopCount
+from prefopt.model.accounting import FlopCount
+from prefopt.model.kernels.attention import HOOK
+from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer
 from prefopt.train.objective import PreferenceObjective
-from prefopt.train.read import without_values
+from prefopt.train.reference import without_values
 from prefopt.train.step import MicroBatch, differentiate
 
 WAYS = ("shared", "separate", "separate, together")

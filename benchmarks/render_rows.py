@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from prefopt.data.formats import read_comparisons
-from prefopt.data.render import Rendered, Renderer
-from prefopt.data.rendering import Rendering
+from prefopt.data.chat.render import Rendered, Renderer
+from prefopt.data.chat.render_options import Rendering
+from prefopt.data.comparisons import read_comparisons
+from prefopt.data.kinds import validate
 from prefopt.data.tokenizer import Tokenizer, load_tokenizer
-from prefopt.data.validate import validate
 from prefopt.records import Comparison, Message
 
 CHATML = (

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefopt.generate.sample import Settings
+from prefopt.generate.sampler import Settings
 from prefopt.generate.transformers_sampler import TransformersSampler
-from prefopt.model.flops import matmul_peak
+from prefopt.model.accounting import matmul_peak
 from prefopt.model.scorer import Scorer
 
 Prompts = list[list[int]]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from prefopt.config.option import Option, options
-from prefopt.verbs import VERBS
+from prefopt.cli.verbs import VERBS
+from prefopt.core.options import Option, options
 
 PAGE = Path(__file__).with_name("cli.md")
 TABLE = re.compile(r"(<!-- options of prefopt ([a-z ]+) -->\n).*?(<!-- end -->)", re.S)

@@ -6,9 +6,9 @@ import re
 import runpy
 from pathlib import Path
 
+from prefopt.losses.common import WEIGHTINGS, Weighting
 from prefopt.losses.declare import INPUTS, Loss, LossOption
 from prefopt.losses.show import default, families, needs, said
-from prefopt.losses.weighting import WEIGHTINGS, Weighting
 
 PAGE = Path(__file__).with_name("methods.md")
 MARKS = re.compile(r"(<!-- (losses|weightings|inputs) -->\n).*?(<!-- end -->)", re.S)

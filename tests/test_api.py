@@ -22,7 +22,7 @@ PROBE = torch.tensor([[0, 20, 30, 40]])
 @pytest.fixture(autouse=True)
 def _known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring the machine takes longer than most runs here."""
-    monkeypatch.setattr("prefopt.train.measure.matmul_peak", lambda *_: 1e10)
+    monkeypatch.setattr("prefopt.train.budget.matmul_peak", lambda *_: 1e10)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_a_model_given_is_given_back_after_a_dry_run_and_after_an_error(
 
     given = AutoModelForCausalLM.from_pretrained(model)
     with monkeypatch.context() as patch, pytest.raises(RunError, match="no"):
-        patch.setattr("prefopt.train.loop.Loop.run", fail)
+        patch.setattr("prefopt.train.trainer.Loop.run", fail)
         prefopt.dpo(given, ROWS, **options)
     assert given.config._attn_implementation == attention
     assert torch.equal(logits(given), before)

@@ -18,9 +18,9 @@ from hypothesis import given
 
 import prefopt
 from prefopt import cli
-from prefopt.config.document import read_document, write_document
 from prefopt.config.dpo import DpoConfig
-from prefopt.config.option import Option, options, to_dict
+from prefopt.core.options import Option, options, to_dict
+from prefopt.core.yaml_file import read_document, write_document
 from prefopt.errors import ConfigError, Interrupted, RunError
 
 NEEDED = ["--model", "m", "--data", "d.jsonl", "--output", "o"]
@@ -30,9 +30,9 @@ NEEDED = ["--model", "m", "--data", "d.jsonl", "--output", "o"]
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Put a recorder in the method's place; what it was called with."""
     calls: list[dict[str, Any]] = []
-    module = types.ModuleType("prefopt.methods.preference")
+    module = types.ModuleType("prefopt.methods.dpo")
     module.run = lambda config, **objects: calls.append({"config": config, **objects})  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "prefopt.methods.preference", module)
+    monkeypatch.setitem(sys.modules, "prefopt.methods.dpo", module)
     return calls
 
 
@@ -291,7 +291,7 @@ def test_how_a_run_ends_is_told_by_its_status(
     def run(config: DpoConfig) -> None:
         raise error
 
-    monkeypatch.setattr(sys.modules["prefopt.methods.preference"], "run", run)
+    monkeypatch.setattr(sys.modules["prefopt.methods.dpo"], "run", run)
     assert cli.main(["dpo", *NEEDED]) == status
     err = capsys.readouterr().err
     assert err.startswith(said) and err.count("\n") == 1
@@ -301,7 +301,7 @@ def test_a_bug_keeps_its_traceback(ran: list[dict[str, Any]], monkeypatch: pytes
     def run(config: DpoConfig) -> None:
         raise OSError(errno.EBADF, "Bad file descriptor")
 
-    monkeypatch.setattr(sys.modules["prefopt.methods.preference"], "run", run)
+    monkeypatch.setattr(sys.modules["prefopt.methods.dpo"], "run", run)
     with pytest.raises(OSError, match="Bad file"):
         cli.main(["dpo", *NEEDED])
 

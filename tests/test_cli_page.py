@@ -5,8 +5,8 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
-from prefopt.config.option import options
-from prefopt.verbs import VERBS
+from prefopt.cli.verbs import VERBS
+from prefopt.core.options import options
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

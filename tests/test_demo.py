@@ -13,10 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt.cli import main, parse
-from prefopt.config.command import program
-from prefopt.config.option import from_dict
+from prefopt.cli.verbs import VERBS
+from prefopt.core.options import from_dict, program
 from prefopt.demo import run as demo
-from prefopt.verbs import VERBS
 from train.small import pairs, write_rows
 
 pytest.importorskip("vaderSentiment", reason="the demonstration's judge is an extra: prefopt[demo]")

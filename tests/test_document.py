@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from prefopt.cli import main
-from prefopt.config.document import DEPTH, read_document
+from prefopt.core.yaml_file import DEPTH, read_document
 from prefopt.errors import ConfigError
 
 BAD = {

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefopt.interval import FEWEST, mean_interval, rate_interval, student, student_interval
+from prefopt.core.statistics import FEWEST, mean_interval, rate_interval, student, student_interval
 
 Draw = Callable[[np.random.Generator], np.ndarray]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from prefopt import progress, screen
-from prefopt.progress import Reporter, duration, size, wrapped
-from prefopt.train.metrics import note
+from prefopt.core import terminal
+from prefopt.core.terminal import Reporter, duration, size, wrapped
+from prefopt.runs.metrics import note
 
 STEP = {
     "loss": 0.6931,
@@ -30,9 +30,9 @@ class Screen:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, mode: str, now: list[float]) -> None:
         self.file = io.StringIO()
-        console = lambda **more: screen.Screen(file=self.file, force_terminal=mode == "rich", width=70, **more)  # noqa: E731
-        monkeypatch.setattr(progress, "Screen", console)
-        monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+        console = lambda **more: terminal.Screen(file=self.file, force_terminal=mode == "rich", width=70, **more)  # noqa: E731
+        monkeypatch.setattr(terminal, "Screen", console)
+        monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
         self.reporter = Reporter(mode)
 
     @property
@@ -43,12 +43,12 @@ class Screen:
 
 
 def test_a_terminal_shows_every_number_below_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = Screen(monkeypatch, "rich", [0.0])
-    with screen.reporter.bar("train", 40, "steps") as bar:
+    terminal = Screen(monkeypatch, "rich", [0.0])
+    with terminal.reporter.bar("train", 40, "steps") as bar:
         bar.update(12, note(STEP))
-        screen.reporter.say("a line of its own")
-    assert "a line of its own" in screen.lines
-    shown = screen.lines[-5:]
+        terminal.reporter.say("a line of its own")
+    assert "a line of its own" in terminal.lines
+    shown = terminal.lines[-5:]
     assert re.match(r"train ━+.* 12/40 steps", shown[0])
     assert shown[1:] == [
         "  loss 0.6931  margin +0.012  accuracy 0.50",
@@ -56,44 +56,44 @@ def test_a_terminal_shows_every_number_below_the_bar(monkeypatch: pytest.MonkeyP
         "  learning rate 9.5e-07  12,346 tokens/s  3.1 pairs/s",
         "  gradient norm 12.3",
     ]
-    assert all(len(line) <= 70 for line in screen.lines)
+    assert all(len(line) <= 70 for line in terminal.lines)
 
 
 def test_elsewhere_a_line_every_ten_seconds_tells_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    screen = Screen(monkeypatch, "plain", now)
-    with screen.reporter.bar("train", 40, "steps") as bar:
+    terminal = Screen(monkeypatch, "plain", now)
+    with terminal.reporter.bar("train", 40, "steps") as bar:
         for step in range(1, 41):
             now[0] += 3.0
             bar.update(step, note(STEP), first=step == 1)
-    assert [re.match(r"train: (\d+)/40 steps", line)[1] for line in screen.lines] == [  # type: ignore[index]
+    assert [re.match(r"train: (\d+)/40 steps", line)[1] for line in terminal.lines] == [  # type: ignore[index]
         "1", *map(str, range(5, 40, 4)), "40",
     ]  # fmt: skip
-    assert screen.lines[1] == (
+    assert terminal.lines[1] == (
         "train: 5/40 steps, 1 min 45 s left, loss 0.6931, margin +0.012, accuracy 0.50, log-ratio per token -0.010"
         " chosen, -0.020 rejected, learning rate 9.5e-07, 12,346 tokens/s, 3.1 pairs/s, gradient norm 12.3"
     )
-    assert "left" not in screen.lines[-1]
+    assert "left" not in terminal.lines[-1]
 
 
 def test_time_left_goes_by_work_where_units_end_together(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    screen = Screen(monkeypatch, "plain", now)
-    with screen.reporter.bar("sampling", 100, "samples") as bar:
+    terminal = Screen(monkeypatch, "plain", now)
+    with terminal.reporter.bar("sampling", 100, "samples") as bar:
         for done, work in ((0, 0.0), (1, 25.0), (100, 100.0)):
             bar.update(done, work=work)
             now[0] += 20.0
-    assert screen.lines == ["sampling: 1/100 samples, 1 min 00 s left", "sampling: 100/100 samples"]
+    assert terminal.lines == ["sampling: 1/100 samples, 1 min 00 s left", "sampling: 100/100 samples"]
 
 
 @pytest.mark.parametrize("mode", ["rich", "plain", "none"])
 def test_a_note_may_be_one_text_or_none(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = Screen(monkeypatch, mode, [0.0])
-    with screen.reporter.bar("score", 2, "responses") as bar:
+    terminal = Screen(monkeypatch, mode, [0.0])
+    with terminal.reporter.bar("score", 2, "responses") as bar:
         bar.update(1, first=True)
         bar.update(2, "one text")
-    assert ("one text" in "\n".join(screen.lines)) == (mode != "none")
-    assert bool(screen.lines) == (mode != "none")
+    assert ("one text" in "\n".join(terminal.lines)) == (mode != "none")
+    assert bool(terminal.lines) == (mode != "none")
 
 
 def test_a_record_without_a_metric_says_nothing_of_it() -> None:

@@ -35,7 +35,7 @@ def test_every_command_of_the_readme(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("prefopt.train.measure.matmul_peak", lambda *_: 1e10)
+    monkeypatch.setattr("prefopt.train.budget.matmul_peak", lambda *_: 1e10)
     model = write_model(tmp_path / "MODEL")
     for name, rows in (("PAIRS", pairs(24)), ("RANKINGS", RANKED), ("LABELS", LABELLED)):
         write_rows(Path(f"{name}.jsonl"), rows)

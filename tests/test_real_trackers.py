@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from prefopt.train.callbacks import RunInfo
-from prefopt.train.trackers import Tracking
+from prefopt.runs.callbacks import RunInfo
+from prefopt.runs.trackers import Tracking
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 

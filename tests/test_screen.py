@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from prefopt import screen
+from prefopt.chat.conversation import Chat
+from prefopt.chat.input import LineReader
 from prefopt.cli import main
-from prefopt.generate.chat import Chat
-from prefopt.generate.lines import LineReader
-from prefopt.progress import Reporter
+from prefopt.core import terminal
+from prefopt.core.terminal import Reporter
 from test_imports import modules
 from train.small import pairs, write_model, write_rows
 
@@ -43,8 +43,8 @@ def clean(capfd: pytest.CaptureFixture[str]) -> str:
     ],
 )
 def test_what_a_terminal_obeys_is_spelt_out(text: str, shown: str) -> None:
-    assert screen.visible(text) == shown == screen.visible(shown)
-    assert screen.visible(text, "ascii").isascii()
+    assert terminal.visible(text) == shown == terminal.visible(shown)
+    assert terminal.visible(text, "ascii").isascii()
 
 
 def test_only_one_module_writes_to_a_terminal() -> None:
@@ -53,14 +53,14 @@ def test_only_one_module_writes_to_a_terminal() -> None:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             if name in ("print", "Console", "sys.stdout.write", "sys.stderr.write", "rich.print"):
-                found.append(f"{module}:{node.lineno}: {name}; use prefopt.screen")
-    assert not [line for line in found if not line.startswith("prefopt.screen:")]
+                found.append(f"{module}:{node.lineno}: {name}; use prefopt.core.terminal")
+    assert not [line for line in found if not line.startswith("prefopt.core.terminal:")]
 
 
 @pytest.mark.parametrize("mode", ["rich", "plain"])
 def test_a_reporter_shows_no_codes_no_markup_and_one_line(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
-    monkeypatch.setattr("prefopt.progress.Screen", lambda: screen.Screen(file=out, width=200, color_system=None))
+    monkeypatch.setattr("prefopt.core.terminal.Screen", lambda: terminal.Screen(file=out, width=200, color_system=None))
     reporter = Reporter(mode)
     reporter.say(f"file {HOSTILE}[/bold] :smile:\nprefopt: error: a line of its own")
     with reporter.bar(f"[/red] {HOSTILE}", 2, "rows") as bar:
@@ -71,14 +71,14 @@ def test_a_reporter_shows_no_codes_no_markup_and_one_line(mode: str, monkeypatch
 
 
 def test_json_on_the_screen_is_ascii_and_whole(capfd: pytest.CaptureFixture[str]) -> None:
-    screen.tell_json({"text": HOSTILE})
+    terminal.tell_json({"text": HOSTILE})
     assert json.loads(shown := clean(capfd)) == {"text": HOSTILE} and shown.isascii()
 
 
 def test_log_records_and_warnings_of_any_library_pass_it(capfd: pytest.CaptureFixture[str]) -> None:
     import warnings
 
-    with screen.guarded_streams():
+    with terminal.guarded_streams():
         logger = logging.Logger("another library")
         logger.addHandler(logging.StreamHandler())
         logger.warning("unknown key %s", HOSTILE)

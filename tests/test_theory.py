@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefopt import theory
-from prefopt.losses.preference import dpo, ipo
+from prefopt.losses.pairs import dpo, ipo
 from prefopt.losses.ranking import plackett_luce as ranking_loss
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}

@@ -17,10 +17,10 @@ import hub
 from pipeline.sweeping import values, write_place
 from prefopt.cli import main
 from prefopt.config.frontier import FrontierConfig
-from prefopt.config.methods_table import MethodsConfig
+from prefopt.config.sweeps import MethodsConfig
 from prefopt.errors import RunError
-from prefopt.pipeline import frontier, methods
-from prefopt.train.history import read_history
+from prefopt.runs.history import read_history
+from prefopt.sweeps import frontier, methods
 from runs_of_all import METHODS, QUICK, RUNS, command, write_runs
 
 pytest.importorskip("matplotlib", reason="plot and report draw with it: prefopt[plot]")
@@ -43,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     here = Path.cwd()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFOPT_CACHE", str(folder / "cache"))
-        patch.setattr("prefopt.train.measure.matmul_peak", lambda *_: 1e10)
+        patch.setattr("prefopt.train.budget.matmul_peak", lambda *_: 1e10)
         os.chdir(folder)
         try:
             return write_runs(folder, list(METHODS))
@@ -183,7 +183,7 @@ def sweeps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rates: dict[str, Any] = {"seeds": 1, "rate_factors": ["1"], "isolate": False, "sft": ["batch_size=4"]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFOPT_CACHE", str(folder / "cache"))
-        patch.setattr("prefopt.train.measure.matmul_peak", lambda *_: 1e10)
+        patch.setattr("prefopt.train.budget.matmul_peak", lambda *_: 1e10)
         frontier.run(FrontierConfig(**{**given, "roads": ["dpo:beta=0.1", "best-of:n=2"]}))
         methods.run(MethodsConfig(**{**given, **rates, "output": str(folder / "methods")}))
     return folder
@@ -249,8 +249,8 @@ def changed(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def test_odd_values_are_told_or_read_and_never_a_traceback(
     name: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from prefopt.evaluate.report import page
-    from prefopt.evaluate.show import about, plain
+    from prefopt.reports import page
+    from prefopt.runs.table import about, plain
 
     run = place / "odd"
     shutil.copytree(place / name, run)

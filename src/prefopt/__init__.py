@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prefopt.api import compare, dpo, ppo, report, reward, rlhf, sample, sft
-    from prefopt.train.callbacks import Callback
+    from prefopt.runs.callbacks import Callback
 
 __version__ = "0.1.0"
 __all__ = ["Callback", "__version__", "compare", "dpo", "ppo", "report", "reward", "rlhf", "sample", "sft"]
@@ -23,7 +23,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     if name == "Callback":
-        from prefopt.train.callbacks import Callback
+        from prefopt.runs.callbacks import Callback
 
         return Callback
     raise AttributeError(f"module 'prefopt' has no attribute {name!r}")

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefopt.config.compare import CompareConfig
 from prefopt.config.dpo import DpoConfig
-from prefopt.config.method import MethodOptions
 from prefopt.config.ppo import PpoConfig
-from prefopt.config.report import ReportConfig
 from prefopt.config.reward import RewardConfig
 from prefopt.config.rlhf import RlhfConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.config.sft import SftConfig
+from prefopt.config.tools import ReportConfig
+from prefopt.config.training import MethodOptions
 from prefopt.errors import ConfigError
 from prefopt.rewards import Reward
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from prefopt.evaluate.compare import CompareResult
+    from prefopt.methods.dpo import DpoResult
     from prefopt.methods.ppo import PpoResult
-    from prefopt.methods.preference import DpoResult
     from prefopt.methods.reward import RewardResult
+    from prefopt.methods.rlhf import RlhfResult
     from prefopt.methods.sample import SampleResult
     from prefopt.methods.sft import SftResult
-    from prefopt.pipeline.rlhf import RlhfResult
 
 Row = Mapping[str, object]
 Config = TypeVar("Config", bound=MethodOptions)
@@ -50,7 +50,7 @@ def dpo(
     place. ``data`` is one or more files, or rows as such files hold them:
     ``{"prompt": ..., "chosen": ..., "rejected": ...}``. ``callbacks`` are objects with the hooks
     of ``prefopt.Callback``. ``options`` are the fields of ``DpoConfig``; ``loss_options`` may be a mapping.
-    Returns what ``prefopt.methods.preference.run`` does. Raises ``prefopt.errors.UserError`` where ``prefopt dpo``
+    Returns what ``prefopt.methods.dpo.run`` does. Raises ``prefopt.errors.UserError`` where ``prefopt dpo``
     prints one line.
 
     >>> import prefopt
@@ -63,7 +63,7 @@ def dpo(
         options["loss_options"] = [f"{name}={value}" for name, value in options["loss_options"].items()] or None
     config, given = _method("dpo", DpoConfig, model, data, output, tokenizer, options)
 
-    from prefopt.methods.preference import run
+    from prefopt.methods.dpo import run
 
     return run(config, **given, callbacks=callbacks)
 
@@ -260,7 +260,7 @@ def report(
     >>> prefopt.report("aligned", comparisons=[found])  # doctest: +SKIP
     PosixPath('report.html')
     """
-    from prefopt.evaluate.report.page import write_report
+    from prefopt.reports.page import write_report
 
     folders = [runs] if isinstance(runs, (str, os.PathLike)) else list(runs)
     files = [os.fspath(x) for x in comparisons if isinstance(x, (str, os.PathLike))]
@@ -292,7 +292,7 @@ def rlhf(
             options[stage] = [f"{name}={value}" for name, value in options[stage].items()] or None
     config = RlhfConfig.from_dict({"model": model, "data": data, "output": output, **options})
 
-    from prefopt.pipeline.rlhf import run
+    from prefopt.methods.rlhf import run
 
     return run(config)
 
@@ -367,7 +367,7 @@ def _names_or_rows(data: object) -> tuple[object, list[Row] | None]:
         return data, None
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise ConfigError("data must be names of files, or a list of rows (dicts)")
-    from prefopt.data.hub import dataset_rows, is_dataset
+    from prefopt.data.files.hub import dataset_rows, is_dataset
 
     items: list[Any] = list(dataset_rows(data, "data") if is_dataset(data) else data)
     rows = [item for item in items if isinstance(item, Mapping)]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefopt.config.option import nearest
+from prefopt.core.options import nearest
 from prefopt.errors import ConfigError, RunError
 from prefopt.records import Comparison
 

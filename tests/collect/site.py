@@ -18,7 +18,7 @@ import uvicorn
 from prefopt.collect.app import Site, build_app
 from prefopt.collect.security import Rate
 from prefopt.collect.serve import settings_of
-from prefopt.studies.people import invite
+from prefopt.studies.annotators import invite
 from prefopt.studies.study import Study
 
 FAST = Rate(per_second=10_000, burst=10_000)

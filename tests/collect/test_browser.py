@@ -16,10 +16,10 @@ import pytest
 from collect.hostile import TEXTS
 from collect.site import Served, served
 from prefopt.collect.language import CHINESE, LANGUAGES
+from prefopt.studies.annotators import invite
 from prefopt.studies.items import NewItem, Origin, add_items
-from prefopt.studies.judgements import Judgement, judgements
-from prefopt.studies.people import invite
 from prefopt.studies.study import Settings, Study
+from prefopt.studies.votes import Judgement, judgements
 from studies.small import new_item, new_study, people, say
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]

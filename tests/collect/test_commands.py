@@ -15,11 +15,11 @@ from collect.hostile import TEXTS
 from prefopt.cli import main
 from prefopt.collect.serve import site_of
 from prefopt.config.collect import CollectServeConfig
-from prefopt.data.formats import read_comparisons
+from prefopt.data.comparisons import read_comparisons
 from prefopt.records import Comparison
+from prefopt.studies.annotators import invite
 from prefopt.studies.assign import next_item
 from prefopt.studies.items import all_items
-from prefopt.studies.people import invite
 from prefopt.studies.study import Study
 from prefopt.studies.votes import Vote, record
 from studies.small import new_study, people, say

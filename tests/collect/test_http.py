@@ -11,8 +11,8 @@ import pytest
 
 from collect.site import Client, Served, served
 from prefopt.collect.security import HEADERS, Buckets, Rate
-from prefopt.studies.judgements import Judgement, judgements
 from prefopt.studies.study import Study
+from prefopt.studies.votes import Judgement, judgements
 from studies.small import new_item, new_study
 
 

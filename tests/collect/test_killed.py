@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from collect.site import Client
-from prefopt.studies.people import invite, open_session
+from prefopt.studies.annotators import invite, open_session
 from prefopt.studies.study import Study
 from studies.small import new_study
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from collect.hostile import TEXTS
-from prefopt.collect.charts import bars
+from prefopt.collect.lead import bars
 from prefopt.collect.text import _MATH_ATTRIBUTES, _TAGS, as_html, as_plain
 
 

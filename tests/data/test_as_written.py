@@ -13,14 +13,14 @@ from pyarrow import feather
 
 from data.small import small_tokenizer
 from prefopt.api import _names_or_rows
-from prefopt.data import columnar
-from prefopt.data.formats import open_comparisons, parse_comparisons, read_comparisons
+from prefopt.data.chat.render import INTO_FIELD, LEFT_INSIDE, TURNS_DROPPED, Renderer
+from prefopt.data.chat.render_options import Rendering
+from prefopt.data.comparisons import open_comparisons, parse_comparisons, read_comparisons
+from prefopt.data.files import columnar
+from prefopt.data.files.read import read_rows
+from prefopt.data.files.sources import find_sources
 from prefopt.data.group import Group
-from prefopt.data.read import read_rows
-from prefopt.data.render import INTO_FIELD, LEFT_INSIDE, TURNS_DROPPED, Renderer
-from prefopt.data.rendering import Rendering
-from prefopt.data.sources import find_sources
-from prefopt.data.validate import Problem
+from prefopt.data.kinds import Problem
 from prefopt.errors import ConfigError, DataError
 from prefopt.records import Comparison, Message
 

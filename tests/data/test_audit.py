@@ -19,13 +19,13 @@ from data.layouts.generated import changed_files
 from data.small import small_tokenizer
 from data.tokenising import TEMPLATE, chat_rows, write
 from prefopt.cli import main
-from prefopt.data.audit import Audit, How, audit, compare_prompts
+from prefopt.data.chat.render import Renderer
+from prefopt.data.chat.render_options import Rendering
+from prefopt.data.check.audit import Audit, How, audit, compare_prompts
+from prefopt.data.check.duplicates import KINDS, suspicions
+from prefopt.data.kinds import Want
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.load import NO_FAULT, load_groups
-from prefopt.data.render import Renderer
-from prefopt.data.rendering import Rendering
-from prefopt.data.suspicious import KINDS, suspicions
-from prefopt.data.want import Want
 from prefopt.errors import DataError
 
 SEVERAL = "rows of several purposes"

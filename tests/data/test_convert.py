@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from data.layouts.generated import comparisons
 from data.tokenising import write
 from prefopt.cli import main
+from prefopt.data.comparisons import parse_comparisons, read_comparisons
 from prefopt.data.convert import loose_columns
-from prefopt.data.formats import parse_comparisons, read_comparisons
+from prefopt.data.files.read import read_rows
+from prefopt.data.files.write import RowFile
 from prefopt.data.layouts import LAYOUTS
-from prefopt.data.read import read_rows
-from prefopt.data.write_rows import RowFile
 from prefopt.errors import DataError, RunError
 from prefopt.records import Comparison
 

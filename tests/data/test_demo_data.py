@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prefopt.data.formats import read_comparisons
+from prefopt.data.comparisons import read_comparisons
 from prefopt.data.load import load_groups
 from prefopt.data.show import show
 from prefopt.data.tokenizer import load_tokenizer

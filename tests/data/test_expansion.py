@@ -12,8 +12,7 @@ import pytest
 from tokenizers import normalizers
 
 from data.small import small_tokenizer
-from prefopt.data.expansion import growth
-from prefopt.data.tokenizer import load_tokenizer
+from prefopt.data.tokenizer import growth, load_tokenizer
 from prefopt.errors import ModelError
 
 

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from data.small import small_tokenizer
 from data.templates import TEMPLATES
 from data.test_round_trip import MERGES, conversations, decode, renderer_of, spelled, texts
-from prefopt.data import answers, encoding
-from prefopt.data.formats import read_comparisons
-from prefopt.data.render import Rendered, Renderer
-from prefopt.data.rendering import Rendering
-from prefopt.data.validate import Problem
+from prefopt.data.chat import answers, encoding
+from prefopt.data.chat.render import Rendered, Renderer
+from prefopt.data.chat.render_options import Rendering
+from prefopt.data.comparisons import read_comparisons
+from prefopt.data.kinds import Problem
 from prefopt.records import Comparison, Message, Response
 
 

@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import prefopt.data.json_rows as json_rows
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import prefopt.data.json_rows as json_rows
 from data.small import small_tokenizer
-from prefopt.data.formats import parse_comparisons, read_comparisons
+from prefopt.data.comparisons import parse_comparisons, read_comparisons
+from prefopt.data.files.read import read_rows
+from prefopt.data.kinds import refuse
 from prefopt.data.load import load_groups
-from prefopt.data.read import read_rows
-from prefopt.data.validate import refuse
 from prefopt.errors import ConfigError, DataError
 from prefopt.records import Message, Response
 

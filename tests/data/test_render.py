@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from data.small import small_tokenizer
-from prefopt.data.encoding import Encoder
-from prefopt.data.render import APART, Rendered, Renderer
+from prefopt.data.chat.encoding import Encoder
+from prefopt.data.chat.render import APART, Rendered, Renderer
+from prefopt.data.kinds import Problem
 from prefopt.data.tokenizer import leading_ids, vocabulary_size
-from prefopt.data.validate import Problem
 from prefopt.errors import DataError, ModelError
 from prefopt.records import Comparison, Message, Response
 

@@ -16,11 +16,11 @@ import pytest
 from data.small import small_tokenizer
 from data.templates import CHATML, TEMPLATES
 from prefopt.config.data import RenderOptions
-from prefopt.data.findings import lines, merge
-from prefopt.data.render import DATED, NO_BOS, Renderer
-from prefopt.data.rendering import Rendering, parse_variables, read_template
+from prefopt.data.chat.render import DATED, NO_BOS, Renderer
+from prefopt.data.chat.render_options import Rendering, parse_variables, read_template
+from prefopt.data.kinds import Problem
+from prefopt.data.problems import lines, merge
 from prefopt.data.tokenizer import tokenizer_digest
-from prefopt.data.validate import Problem
 from prefopt.errors import ConfigError, ModelError
 from prefopt.records import Comparison, Message
 
@@ -123,7 +123,7 @@ def with_merge(template: str) -> Any:
 def test_digest_is_the_same_in_every_process(tmp_path: Path) -> None:
     small_tokenizer().save_pretrained(tmp_path)
     script = (
-        "import sys; from prefopt.data.tokenizer import load_tokenizer; from prefopt.data.render import Renderer;"
+        "import sys; from prefopt.data.tokenizer import load_tokenizer; from prefopt.data.chat.render import Renderer;"
         "print(Renderer(load_tokenizer(sys.argv[1])).digest())"
     )
     found = {

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefopt.data.repeats import Repeats
+from prefopt.data.check.duplicates import Repeats
 from prefopt.records import Comparison, Message, Response, tiers_of
 
 

@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 
 from data.small import small_tokenizer
 from data.templates import CHATML, TEMPLATES, Template
-from prefopt.data.answers import CHANGED, ELSEWHERE
-from prefopt.data.formats import parse_comparisons
+from prefopt.data.chat.answers import CHANGED, ELSEWHERE
+from prefopt.data.chat.reasoning import field_reasoning
+from prefopt.data.chat.render import STRIPPED, Renderer
+from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.template import Turns
+from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.group import IntArray
+from prefopt.data.kinds import Problem
 from prefopt.data.layouts import LAYOUTS
-from prefopt.data.reasoning import field_reasoning
-from prefopt.data.render import STRIPPED, Renderer
-from prefopt.data.rendering import Rendering
-from prefopt.data.template import Turns
-from prefopt.data.validate import Problem
 from prefopt.records import Comparison, Message, Response
 
 Spell = Callable[[Any, IntArray], str]

@@ -12,9 +12,9 @@ import pytest
 
 from data.small import small_tokenizer
 from data.templates import TEMPLATES
-from prefopt.data import jinja, sandbox
-from prefopt.data.rendering import Rendering
-from prefopt.data.template import ChatTemplate, Unrenderable
+from prefopt.data.chat import sandbox
+from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.template import ChatTemplate, Unrenderable
 from prefopt.errors import ModelError
 from prefopt.records import Message
 
@@ -141,7 +141,7 @@ def test_ordinary_templates_give_what_transformers_gives(source: str) -> None:
     for generation in (True, False):
         given["add_generation_prompt"] = generation
         known = made(lambda: _compile_jinja_template(source).render(**given))
-        assert made(lambda: jinja.render(jinja.compiled(source), **given)) == known
+        assert made(lambda: sandbox.render(sandbox.compiled(source), **given)) == known
 
 
 def test_what_bounds_touch_gives_what_jinja_gives() -> None:
@@ -162,4 +162,4 @@ def test_what_bounds_touch_gives_what_jinja_gives() -> None:
     )
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    assert jinja.render(jinja.compiled(source)) == _compile_jinja_template(source).render()
+    assert sandbox.render(sandbox.compiled(source)) == _compile_jinja_template(source).render()

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from data.small import small_tokenizer
 from data.test_as_written import CHATML, with_template
-from prefopt.data.render import TURN_CUT, TURNS_DROPPED, Rendered, Renderer
-from prefopt.data.rendering import Rendering
-from prefopt.data.shorten import Shortener
-from prefopt.data.validate import Problem
+from prefopt.data.chat.render import TURN_CUT, TURNS_DROPPED, Rendered, Renderer
+from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.truncate import Shortener
+from prefopt.data.kinds import Problem
 from prefopt.records import Comparison, Message, ToolCall
 
 TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n", re.S)

@@ -7,8 +7,8 @@ from typing import Any
 
 from data.small import small_tokenizer
 from data.templates import CHATML
+from prefopt.data.chat.render import Renderer
 from prefopt.data.group import Group
-from prefopt.data.render import Renderer
 from prefopt.data.show import show
 from prefopt.records import Comparison, Message, Response
 

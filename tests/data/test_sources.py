@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from prefopt.data import hub
-from prefopt.data.hub import HubSplit
-from prefopt.data.read import read_rows
-from prefopt.data.sources import Source, find_sources
+from prefopt.data.files import hub
+from prefopt.data.files.hub import HubSplit
+from prefopt.data.files.read import read_rows
+from prefopt.data.files.sources import Source, find_sources
 from prefopt.errors import DataError, UserError
 
 ROW = {"prompt": "q", "chosen": "a", "rejected": "b"}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefopt.data.split import split_by_prompt
+from prefopt.data.sampler import split_by_prompt
 from prefopt.errors import ConfigError, DataError
 
 keys = st.lists(st.binary(max_size=2), min_size=2, max_size=60).filter(lambda k: len(set(k)) > 1)

@@ -12,7 +12,7 @@ import pytest
 from data.small import small_tokenizer
 from data.tokenising import chat_rows, write
 from prefopt.cli import main
-from prefopt.data.formats import read_comparisons
+from prefopt.data.comparisons import read_comparisons
 from prefopt.data.load import load_groups
 
 

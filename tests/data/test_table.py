@@ -12,12 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefopt.data.fewer import keep_responses
+from prefopt.core.cache_folder import Damaged
 from prefopt.data.group import Continuation, Group
-from prefopt.data.packer import Layout
-from prefopt.data.table import COLUMNS, GroupTable, Part, TableBuilder, joined
+from prefopt.data.table import COLUMNS, GroupTable, Part, TableBuilder, joined, keep_responses
 from prefopt.data.table_file import TableWriter, check_files, open_part, read_manifest
-from prefopt.disk.cache import Damaged
+from prefopt.model.packing import Layout
 
 
 @st.composite

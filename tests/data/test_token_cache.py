@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from data.small import small_tokenizer
 from data.tokenising import TEMPLATE, chat_rows, contents, start, wait_for, write
 from prefopt.cli import main
-from prefopt.data import load, prepare, token_cache
-from prefopt.data.formats import parse_comparisons
+from prefopt.core import cache_folder, hashes
+from prefopt.data import load, token_cache, workers
+from prefopt.data.chat.render import Renderer
+from prefopt.data.chat.render_options import Rendering
+from prefopt.data.comparisons import parse_comparisons
+from prefopt.data.kinds import check
 from prefopt.data.load import GroupSet, build_groups, load_groups
-from prefopt.data.prepare import Preparer
-from prefopt.data.render import Renderer
-from prefopt.data.rendering import Rendering
-from prefopt.data.validate import check
-from prefopt.disk import cache, hashes
+from prefopt.data.workers import Preparer
 from prefopt.errors import CacheError, DataError
 from prefopt.records import Comparison
 
@@ -203,7 +203,7 @@ def test_a_damaged_entry_is_made_again_with_a_word(
     file = write(tmp_path / "rows.jsonl", chat_rows(5))
     good = contents(load_groups([file], small_tokenizer()))
     assert load_groups([file], small_tokenizer()).cached
-    (entry,) = [p for p in cache.tokens_folder().iterdir() if p.is_dir()]
+    (entry,) = [p for p in cache_folder.tokens_folder().iterdir() if p.is_dir()]
     if damage == "a folder alone":
         for path in entry.iterdir():
             path.unlink()
@@ -237,7 +237,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
     monkeypatch.setattr(Preparer, "__call__", meanwhile)
     with pytest.raises(DataError, match=r"rows\.jsonl: changed while it was read; run the command again"):
         load_groups([file], small_tokenizer())
-    assert not [p for p in cache.tokens_folder().iterdir() if p.is_dir()]
+    assert not [p for p in cache_folder.tokens_folder().iterdir() if p.is_dir()]
 
 
 pieces = st.sampled_from([*chat_rows(6), *BAD, {"prompt": "p", "chosen": 3, "rejected": ""}, "{not json", None, {}])
@@ -251,7 +251,7 @@ def test_every_row_is_kept_or_refused(
     rows = [chat_rows(1)[0], *rows]
     file = write(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "CHUNK_ROWS", chunk)
+        patch.setattr(workers, "CHUNK_ROWS", chunk)
         rendering = Rendering(length, chat_template=TEMPLATE)
         for _ in range(2):
             try:
@@ -289,14 +289,14 @@ def test_the_commands_know_what_is_tokenised(tmp_path: Path, capsys: pytest.Capt
     out = capsys.readouterr().out
     assert "0 spaces" in out and "2 tokenised" in out and out.count("8 groups") == 2 and out.count(str(file)) == 2
     assert main(["cache", "verify"]) == 0
-    entries = [p for p in cache.tokens_folder().iterdir() if p.is_dir()]
+    entries = [p for p in cache_folder.tokens_folder().iterdir() if p.is_dir()]
     with (entries[0] / "ids_T.bin").open("r+b") as handle:
         handle.write(b"\xff")
     capsys.readouterr()
     assert main(["cache", "verify"]) == 1
     assert f"{entries[0]}: the bytes of ids_T.bin" in capsys.readouterr().out
     assert main(["cache", "verify", "--repair"]) == 0 and main(["cache", "verify"]) == 0
-    assert [p for p in cache.tokens_folder().iterdir() if p.is_dir()] == [entries[1]]
+    assert [p for p in cache_folder.tokens_folder().iterdir() if p.is_dir()] == [entries[1]]
     capsys.readouterr()
     assert main(["cache", "clear", "--space", entries[1].name]) == 0
     assert "bytes freed" not in capsys.readouterr().out.removeprefix("0 ")
@@ -305,7 +305,7 @@ def test_the_commands_know_what_is_tokenised(tmp_path: Path, capsys: pytest.Capt
 
 def test_a_killed_process_leaves_nothing_half_used(tmp_path: Path) -> None:
     file, other = (write(tmp_path / f"{n}.jsonl", chat_rows(60, seed=n)) for n in range(2))
-    root = cache.tokens_folder()
+    root = cache_folder.tokens_folder()
     for path in (file, other):
         process = start(path, seconds=0.2)
         wait_for(lambda: any((p / "ids_T.bin").exists() for p in root.glob("*.building")), process)

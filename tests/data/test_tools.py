@@ -11,10 +11,10 @@ import pytest
 
 from data.small import small_tokenizer
 from data.templates import CHATML, TEMPLATES
-from prefopt.data.answers import EARLIER_REASONING, ELSEWHERE
-from prefopt.data.render import NO_FIELD, STRIPPED, Rendered, Renderer
-from prefopt.data.rendering import Rendering
-from prefopt.data.validate import Problem
+from prefopt.data.chat.answers import EARLIER_REASONING, ELSEWHERE
+from prefopt.data.chat.render import NO_FIELD, STRIPPED, Rendered, Renderer
+from prefopt.data.chat.render_options import Rendering
+from prefopt.data.kinds import Problem
 from prefopt.errors import ConfigError
 from prefopt.records import Comparison, Message, Response, ToolCall
 

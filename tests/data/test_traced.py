@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from data.small import small_tokenizer
 from data.templates import TEMPLATES
 from data.test_round_trip import conversations, renderer_of, texts
-from prefopt.data import traced
-from prefopt.data.render import Renderer
-from prefopt.data.rendering import Rendering
-from prefopt.data.template import ChatTemplate, Turns, Unrenderable
+from prefopt.data.chat import tracing
+from prefopt.data.chat.render import Renderer
+from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.template import ChatTemplate, Turns, Unrenderable
 from prefopt.records import Comparison, Message
 
 # What depends on words in ways that are easily overlooked. True: such a template can be traced all the same.
@@ -126,7 +126,7 @@ def test_sly_templates(text: str, words: list[str]) -> None:
 @pytest.mark.parametrize("text", SLY)
 def test_what_can_be_traced_is_run_once(text: str) -> None:
     rows = [(Message("user", f"x{i}"), Message("assistant", f"y{i}")) for i in range(10)]
-    assert count_runs(template_of(text), rows) == (1 if SLY[text] else 10 + (traced.compiled(text) is not None))
+    assert count_runs(template_of(text), rows) == (1 if SLY[text] else 10 + (tracing.compiled(text) is not None))
 
 
 def test_variables_and_dates_are_part_of_it() -> None:

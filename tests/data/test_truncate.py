@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefopt.data.chat.truncate import KEEP_PROMPT, truncate
 from prefopt.data.group import Group
-from prefopt.data.truncate import KEEP_PROMPT, truncate
 from prefopt.errors import ConfigError
 
 BOS = 1

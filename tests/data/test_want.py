@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefopt.data.validate import Problem, Want, check, convert, validate
-from prefopt.data.want import tiers_from_votes
+from prefopt.data.kinds import Problem, Want, check, convert, tiers_from_votes, validate
 from prefopt.records import Comparison, Message, Response, ToolCall, tiers_of
 
 ASKED = (Message("user", "q"),)

@@ -17,15 +17,15 @@ import pytest
 
 from data.small import small_tokenizer
 from data.tokenising import TEMPLATE, chat_rows, contents, start, wait_for, write
-from prefopt.data import load, prepare
-from prefopt.data.formats import parse_comparisons
+from prefopt.core.cache_folder import tokens_folder
+from prefopt.core.terminal import Reporter
+from prefopt.data import load
+from prefopt.data import workers as prepare
+from prefopt.data.chat.render_options import Rendering
+from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.load import build_groups, load_groups
-from prefopt.data.prepare import Chunk, Preparer, chunks
-from prefopt.data.rendering import Rendering
-from prefopt.data.workers import CannotStart, Workers
-from prefopt.disk.cache import tokens_folder
+from prefopt.data.workers import CannotStart, Chunk, Preparer, Workers, chunks
 from prefopt.errors import DataError, Interrupted, ModelError
-from prefopt.progress import Reporter
 from prefopt.records import Comparison
 
 BAD = {**chat_rows(1)[0], "chosen": chat_rows(1)[0]["rejected"]}

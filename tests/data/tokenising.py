@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from data.small import small_tokenizer
-from prefopt.data import load, prepare
+from prefopt.data import load
+from prefopt.data import workers as prepare
 from prefopt.data.load import GroupSet, load_groups
 from prefopt.data.table import COLUMNS
 
@@ -71,8 +72,8 @@ def wait_for(condition: Callable[[], bool], process: Any) -> None:
 
 
 def child(file: str, seconds: float, workers: int, log: str) -> None:
+    from prefopt.core.stop import StopRequest
     from prefopt.errors import Interrupted, UserError
-    from prefopt.train.stop import StopRequest
 
     prepare.CHUNK_ROWS, load.PARALLEL_ROWS = 10, 20
     prepared = prepare.Preparer.__call__

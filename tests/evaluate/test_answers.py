@@ -12,8 +12,7 @@ import pytest
 import prefopt
 from generate.fake_server import serving
 from prefopt.cli import main
-from prefopt.disk.cache import samples_folder
-from prefopt.disk.entries import SAMPLES, sample_entries
+from prefopt.core.cache_folder import SAMPLES, sample_entries, samples_folder
 from prefopt.errors import CacheError, RunError
 from train.small import write_model, write_rows
 
@@ -68,7 +67,7 @@ def test_a_server_that_dies_midway_is_gone_on_from(
     calls = drawn(monkeypatch)
     a, b, prompts = models
     words = ["compare", "--a", a, "--b", b, "--prompts", prompts, "--judge", "llm", "--judge-model", "big", *WORDS]
-    from prefopt.generate.openai import RemoteTalker
+    from prefopt.generate.talker import RemoteTalker
 
     whole, left = RemoteTalker.answer, [9]
 

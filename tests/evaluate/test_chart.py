@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from prefopt.evaluate.chart import DOTS, MARK, chart
-from prefopt.train.history import Curve
+from prefopt.runs.history import Curve
+from prefopt.runs.table import DOTS, MARK, chart
 
 
 def dots(lines: list[str], margin: int) -> set[tuple[int, int]]:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from prefopt.errors import RunError
-from prefopt.evaluate.frontier import (
+from prefopt.reports.sweep import sweep_facts
+from prefopt.sweeps.points import (
     Frontier,
     Plateau,
     Point,
@@ -19,11 +20,10 @@ from prefopt.evaluate.frontier import (
     dominated,
     dominates,
     frontier,
+    plateau,
     read_frontier,
 )
-from prefopt.evaluate.frontier_lines import lines
-from prefopt.evaluate.plateau import plateau
-from prefopt.evaluate.report.sweep import sweep_facts
+from prefopt.sweeps.show import lines
 
 
 def point(road: str, kl: float | None, reward: float | None, **more: Any) -> Point:

@@ -11,11 +11,10 @@ import pytest
 
 import prefopt
 from evaluate.small import write_run
-from prefopt.evaluate.judged import findings
+from prefopt.core.statistics import mean_interval
+from prefopt.evaluate.judged import Versus, findings
 from prefopt.evaluate.rates import at_equal_length, win_rate
 from prefopt.evaluate.samples import Samples
-from prefopt.evaluate.versus import Versus
-from prefopt.interval import mean_interval
 from train.small import dpo, write_model, write_rows
 
 PROMPTS = 200

@@ -12,9 +12,9 @@ import pytest
 from evaluate.small import write_run
 from prefopt.cli import main
 from prefopt.errors import ConfigError
-from prefopt.evaluate import plot
-from prefopt.evaluate.plot import figure_of, plot_runs, smoothed, window
-from prefopt.train.history import read_history
+from prefopt.runs import plot
+from prefopt.runs.history import read_history
+from prefopt.runs.plot import figure_of, plot_runs, smoothed, window
 
 pytest.importorskip("matplotlib")
 

@@ -7,9 +7,18 @@ import itertools
 import numpy as np
 import pytest
 
-from prefopt.evaluate.rates import FEWEST, AtEqualLength, at_equal_length, sign_test, win_rate
-from prefopt.evaluate.strengths import Games, fitted, groups, strengths
-from prefopt.interval import mean_interval
+from prefopt.core.statistics import mean_interval
+from prefopt.evaluate.rates import (
+    FEWEST,
+    AtEqualLength,
+    Games,
+    at_equal_length,
+    fitted,
+    groups,
+    sign_test,
+    strengths,
+    win_rate,
+)
 
 optimize = pytest.importorskip("scipy.optimize")
 stats = pytest.importorskip("scipy.stats")

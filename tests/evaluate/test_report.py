@@ -15,14 +15,14 @@ from evaluate.small import write_run
 from prefopt.cli import main, parse
 from prefopt.config.compare import CompareConfig
 from prefopt.config.dpo import DpoConfig
-from prefopt.config.report import ReportConfig
+from prefopt.config.tools import ReportConfig
 from prefopt.errors import ConfigError
 from prefopt.evaluate.compare import run as compare
-from prefopt.evaluate.frontier import Frontier, Point
-from prefopt.evaluate.report.page import write_report
-from prefopt.evaluate.runs import labels
-from prefopt.train.diagnose import diagnose
-from prefopt.train.history import read_history
+from prefopt.reports.page import write_report
+from prefopt.runs.diagnose import diagnose
+from prefopt.runs.history import read_history
+from prefopt.runs.table import labels
+from prefopt.sweeps.points import Frontier, Point
 from train.small import dpo, pairs, write_rows
 
 pytest.importorskip("matplotlib")

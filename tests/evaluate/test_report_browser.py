@@ -49,7 +49,7 @@ def hostile_report(tmp_path: Path) -> Path:
     (tmp_path / "c.json").write_text(text.replace(json.dumps(str(tmp_path / "a.jsonl"))[1:-1], json.dumps(whole)[1:-1]))
     # Every pair is shown, so that every text is.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prefopt.evaluate.report.comparison.SHOWN", 1000)
+        patch.setattr("prefopt.reports.comparison.SHOWN", 1000)
         return prefopt.report([run, swept], comparisons=[tmp_path / "c.json"], output=tmp_path / "r.html", title=whole)
 
 

@@ -13,9 +13,8 @@ from filelock import FileLock
 from evaluate.small import write_run
 from prefopt.cli import main
 from prefopt.errors import RunError
-from prefopt.evaluate.runs import caveats, differing, labels, reached, shown, what_differs
-from prefopt.evaluate.show import show_runs
-from prefopt.train.history import read_history
+from prefopt.runs.history import read_history
+from prefopt.runs.table import caveats, differing, labels, reached, show_runs, shown, what_differs
 from train.small import dpo, evaluations, pairs, steps
 
 

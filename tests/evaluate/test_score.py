@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from data.small import small_tokenizer
 from prefopt.cli import main
-from prefopt.config.score import ScoreConfig
+from prefopt.config.tools import ScoreConfig
 from prefopt.evaluate.score import run
 from prefopt.model.scalar import scalar_from, set_shift
 from train.small import tiny_llama, write_model

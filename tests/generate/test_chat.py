@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
+from prefopt.chat.conversation import Chat, VoteFile
+from prefopt.chat.input import LineReader
 from prefopt.errors import RunError
-from prefopt.generate.chat import Chat
-from prefopt.generate.lines import LineReader
 from prefopt.generate.talker import Asked, TooLong, Turns, without_oldest
-from prefopt.generate.votes import VoteFile
 from prefopt.records import Message
 
 STOP, FAIL = "\x03", "\x00"

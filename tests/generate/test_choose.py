@@ -10,9 +10,8 @@ import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from prefopt.errors import ConfigError
-from prefopt.generate.choose import choose
-from prefopt.generate.noise import gumbel, key_of, uniform
-from prefopt.generate.sample import Settings
+from prefopt.generate.draw import choose, gumbel, key_of, uniform
+from prefopt.generate.sampler import Settings
 
 DRAWS = 200_000
 

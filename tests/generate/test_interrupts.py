@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from generate.test_chat import Echo, history
-from prefopt.generate import chat as chat_module
-from prefopt.generate import interrupts as interrupts_module
-from prefopt.generate.chat import Chat
-from prefopt.generate.lines import LineReader
+from prefopt.chat import conversation as chat_module
+from prefopt.chat import input as interrupts_module
+from prefopt.chat.conversation import Chat
+from prefopt.chat.input import LineReader
 
 FILES = {chat_module.__file__, interrupts_module.__file__}
 

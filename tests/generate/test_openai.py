@@ -9,8 +9,7 @@ import pytest
 
 from generate.fake_server import serving
 from prefopt.errors import ConfigError, RunError
-from prefopt.generate.openai import RemoteTalker
-from prefopt.generate.talker import Asked, TooLong, Turns
+from prefopt.generate.talker import Asked, RemoteTalker, TooLong, Turns
 from prefopt.records import Message
 
 TURNS: Turns = (Message("system", "s"), Message("user", "hi"))

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from prefopt.generate.loaded import SampledModel
-from prefopt.generate.mismatch import compare
-from prefopt.generate.sample import Settings
+from prefopt.generate.sampled_model import SampledModel
+from prefopt.generate.sampler import Settings, compare
 from prefopt.generate.text import decode
 from prefopt.generate.transformers_sampler import TransformersSampler
 

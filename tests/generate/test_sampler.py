@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from model.architectures import POSITIONS, VOCABULARY, build
-from prefopt.data.packer import pack
 from prefopt.errors import Interrupted, ModelError, RunError
 from prefopt.generate import transformers_sampler
 from prefopt.generate.decode import WholeDecoder
-from prefopt.generate.sample import Sample, Settings, group_of
+from prefopt.generate.sampler import Sample, Settings, group_of
 from prefopt.generate.transformers_sampler import TransformersSampler
+from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer
 
 STOP = (7, 11, 12, 13, 14)

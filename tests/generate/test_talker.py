@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from data.small import small_tokenizer
 from prefopt.errors import RunError
-from prefopt.generate.loaded import SampledModel, end_of_turn, renderer_for
-from prefopt.generate.sample import Settings
+from prefopt.generate.sampled_model import SampledModel, end_of_turn, renderer_for
+from prefopt.generate.sampler import Settings
 from prefopt.generate.talker import Asked, LocalTalker
 from prefopt.records import Message
 from train.small import tiny_llama, write_model

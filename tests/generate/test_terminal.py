@@ -10,8 +10,8 @@ import pytest
 from generate.fake_server import serving
 from generate.terminal import terminal
 from prefopt.cli import main
-from prefopt.data.formats import read_comparisons
-from prefopt.data.validate import validate
+from prefopt.data.comparisons import read_comparisons
+from prefopt.data.kinds import validate
 from train.small import write_model
 
 pytestmark = pytest.mark.slow

@@ -14,8 +14,7 @@ import torch
 
 from model.architectures import VOCABULARY, build
 from prefopt.errors import ConfigError, ModelError, RunError
-from prefopt.generate.mismatch import compare
-from prefopt.generate.sample import Settings
+from prefopt.generate.sampler import Settings, compare
 from prefopt.generate.vllm import VllmSampler
 from prefopt.model.scorer import Scorer
 

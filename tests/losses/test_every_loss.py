@@ -11,8 +11,8 @@ import torch
 
 from losses.inputs import drawn, leaves, mean
 from losses.variants import every, label
+from prefopt.losses.common import WEIGHTINGS, wpo
 from prefopt.losses.declare import INPUTS, LOSSES, Loss, LossOutput, Value
-from prefopt.losses.weighting import WEIGHTINGS, wpo
 
 Options = dict[str, Value]
 CASES = pytest.mark.parametrize(("name", "options"), every(), ids=label)

@@ -13,12 +13,12 @@ import torch
 import transformers
 
 from prefopt.data.group import Group
-from prefopt.data.packer import pack, split
 from prefopt.data.table import GroupTable
 from prefopt.losses.parse import parse_losses
+from prefopt.model.packing import pack, split
 from prefopt.model.scorer import Scorer, response_sums
 from prefopt.train.objective import PreferenceObjective
-from prefopt.train.read import without_values
+from prefopt.train.reference import without_values
 from prefopt.train.step import differentiate
 
 MODELS: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "golden/dpo.json").read_text("utf-8"))["models"]

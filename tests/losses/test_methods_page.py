@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from prefopt.cli import main
+from prefopt.losses.common import WEIGHTINGS
 from prefopt.losses.declare import LOSSES
-from prefopt.losses.weighting import WEIGHTINGS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")

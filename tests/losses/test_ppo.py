@@ -10,9 +10,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefopt.losses.advantage import gae, leave_one_out, owners, per_response, token_rewards, whiten, without_end
-from prefopt.losses.kl import AdaptiveKl, FixedKl, k1, k2, k3
-from prefopt.losses.ppo import policy_loss, value_loss
+from prefopt.losses.rl import (
+    AdaptiveKl,
+    FixedKl,
+    gae,
+    k1,
+    k2,
+    k3,
+    leave_one_out,
+    owners,
+    per_response,
+    policy_loss,
+    token_rewards,
+    value_loss,
+    whiten,
+    without_end,
+)
 
 LENGTHS = st.lists(st.integers(1, 7), min_size=1, max_size=6)
 SEEDS = st.integers(0, 2**31)

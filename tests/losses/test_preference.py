@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefopt.losses.preference import LossOutput, dpo
+from prefopt.losses.pairs import LossOutput, dpo
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parents[1] / "golden/dpo.json").read_text("utf-8"))
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from losses.inputs import mean
 from prefopt.losses.declare import LossOutput
-from prefopt.losses.preference import dpo
+from prefopt.losses.pairs import dpo
 from prefopt.losses.ranking import EXACT, plackett_luce
 
 

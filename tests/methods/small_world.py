@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefopt import theory
 from prefopt.data.group import Group
-from prefopt.data.packer import pack
+from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer, response_sums
 
 LETTERS = ["<s>", "</s>", *"abcdef"]

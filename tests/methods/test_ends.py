@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import prefopt
 from data.small import small_tokenizer
-from prefopt.data.ends import trained_ends
+from prefopt.data.chat.answers import trained_ends
 from prefopt.data.group import Group
 from prefopt.data.table import GroupTable, TableBuilder
 from prefopt.errors import Diverged
-from prefopt.model.generation import end_tokens, ids_of
+from prefopt.model.save import end_tokens, ids_of
 from train.small import QUICK, tiny_llama
 
 EOS, IM_END = 1, 3

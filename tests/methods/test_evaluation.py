@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from data.small import small_tokenizer
-from prefopt.data.formats import parse_comparisons
+from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.load import build_groups
-from prefopt.train.loop import Loop
+from prefopt.train.trainer import Loop
 from train.flat import response_logprobs
 from train.small import Row, doubtful_pairs, dpo, evaluations, pairs, steps, write_rows
 

@@ -16,9 +16,9 @@ import torch
 
 from methods import small_world as world
 from methods.test_ppo import ppo
-from prefopt.disk.write import remove_leftovers, replace_file
+from prefopt.core.files import remove_leftovers, replace_file
 from prefopt.errors import RunError
-from prefopt.train.folder import RunFolder
+from prefopt.runs.folder import RunFolder
 from train.small import dpo, pairs, weights, write_rows
 
 Train = Callable[..., Any]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt.errors import ConfigError, ModelError, RunError
 from prefopt.model.adapter import add_adapter, new_lora
-from prefopt.model.identity import identity_of_model
+from prefopt.reference.identity import identity_of_model
 from train.small import dpo, metrics, pairs, tiny_llama, write_model
 
 ROWS = pairs(9)

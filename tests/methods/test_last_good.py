@@ -14,9 +14,9 @@ from methods import small_world as world
 from methods.test_ppo import ROWS, metrics, ppo
 from prefopt.cli import main
 from prefopt.errors import Diverged, Interrupted
+from prefopt.rl.collector import Collector
+from prefopt.rl.loop import Phases
 from prefopt.train import checkpoint
-from prefopt.train.collector import Collector
-from prefopt.train.phases import Phases
 from train.small import weights
 
 MAX_KL = 0.5

@@ -15,16 +15,16 @@ import prefopt
 from data.small import small_tokenizer
 from model.oracle import oracle_logprobs
 from prefopt.config.dpo import DpoConfig
-from prefopt.config.option import options as options_of
-from prefopt.data.formats import parse_comparisons
+from prefopt.core.cache_folder import cache_root
+from prefopt.core.options import options as options_of
+from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.group import Group
 from prefopt.data.load import build_groups
-from prefopt.disk.cache import cache_root
 from prefopt.errors import ConfigError, DataError
+from prefopt.losses.common import DIVERGENCES
 from prefopt.losses.declare import LOSSES
-from prefopt.losses.difference import ld_dpo
-from prefopt.losses.divergence import DIVERGENCES
-from prefopt.model.reference import FillReport
+from prefopt.losses.variants import ld_dpo
+from prefopt.reference.cache import FillReport
 from prefopt.train.reference import ReferenceRun
 from train.small import dpo, pairs, steps, write_model, write_rows
 

@@ -10,11 +10,11 @@ import torch
 from transformers import AutoConfig
 
 import prefopt
-from prefopt.config.method import MethodOptions
 from prefopt.config.model import ModelOptions
-from prefopt.config.option import options
 from prefopt.config.reward import RewardConfig
 from prefopt.config.sft import SftConfig
+from prefopt.config.training import MethodOptions
+from prefopt.core.options import options
 from train.small import QUICK, weights, write_model
 
 RANKED = [

@@ -17,16 +17,16 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 import prefopt
 from methods import small_world as world
-from prefopt.data.packer import pack
 from prefopt.errors import ConfigError, DataError, Interrupted, ModelError, RunError, UserError
 from prefopt.methods.ppo import PpoResult
+from prefopt.model.packing import pack
 from prefopt.model.scalar import ScalarScorer, scalar_from
 from prefopt.model.scorer import Scorer
-from prefopt.train.collector import Collector
-from prefopt.train.critic import Critic
-from prefopt.train.learner import Learner
-from prefopt.train.phases import Phases
-from prefopt.train.rollouts import Rollouts
+from prefopt.rl.collector import Collector
+from prefopt.rl.critic import Critic
+from prefopt.rl.learner import Learner
+from prefopt.rl.loop import Phases
+from prefopt.rl.rollouts import Rollouts
 from train.small import weights
 
 ROWS = [{"prompt": a + b} for a in "abcd" for b in "ef"]

@@ -12,9 +12,9 @@ import pytest
 
 import prefopt
 from methods.test_ppo import metrics
-from prefopt.interval import mean_interval
+from prefopt.core.statistics import mean_interval
 from prefopt.rewards import load_reward
-from prefopt.train.callbacks import Callback, RunInfo
+from prefopt.runs.callbacks import Callback, RunInfo
 
 STEPS = 4
 

@@ -13,7 +13,7 @@ from methods import small_world as world
 from methods.test_ppo import ROWS, metrics, ppo, same_bits, stopped
 from prefopt.errors import ConfigError, DataError, UserError
 from prefopt.model.load import load_model
-from prefopt.train.trainee import Trainee
+from prefopt.rl.critic import Trainee
 
 PAIRS = [{"prompt": a + "b", "chosen": a * 3, "rejected": "f" * 5} for a in "abcde"]
 

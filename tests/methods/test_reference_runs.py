@@ -13,12 +13,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from data.small import small_tokenizer
-from prefopt.data.formats import parse_comparisons
+from prefopt.core.cache_folder import cache_root
+from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.load import build_groups
-from prefopt.disk.cache import cache_root
 from prefopt.errors import ModelError, RunError
-from prefopt.model.blocks import read_sealed, write_sealed
-from prefopt.model.reference import FillReport
+from prefopt.reference.blocks import read_sealed, write_sealed
+from prefopt.reference.cache import FillReport
 from prefopt.train.reference import ReferenceRun
 from train.flat import response_logprobs
 from train.small import Row, dpo, pairs, steps, write_model, write_rows
@@ -140,7 +140,7 @@ def adapter(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("adapter")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFOPT_CACHE", str(folder / "cache"))
-        patch.setattr("prefopt.train.measure.matmul_peak", lambda *_: 1e10)
+        patch.setattr("prefopt.train.budget.matmul_peak", lambda *_: 1e10)
         dpo(model, ROWS, folder / "adapter", lora=True, lora_rank=4, learning_rate=0.03, epochs=2)
     return str(folder / "adapter")
 

@@ -17,14 +17,14 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 import prefopt
 from data.small import small_tokenizer
 from prefopt.cli import main
-from prefopt.data.formats import parse_comparisons
+from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.group import Group
 from prefopt.data.load import build_groups
-from prefopt.data.packer import pack
 from prefopt.data.table import GroupTable
 from prefopt.errors import ConfigError, DataError, Interrupted, ModelError
+from prefopt.model.packing import pack
 from prefopt.model.scalar import ScalarScorer, load_scalar, response_rewards, scalar_from
-from prefopt.train.ranked import RewardObjective
+from prefopt.train.objectives import RewardObjective
 from prefopt.train.reliability import reliability
 from prefopt.train.step import differentiate
 from train.small import evaluations, pairs, quick, same_bits, tiny_llama, write_model, write_rows

@@ -22,15 +22,15 @@ import prefopt
 from data.small import small_tokenizer
 from prefopt.cli import main
 from prefopt.config.sample import SampleConfig
-from prefopt.data.formats import read_comparisons
-from prefopt.data.packer import pack
+from prefopt.data.comparisons import read_comparisons
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.errors import ConfigError
 from prefopt.generate.output import FREE
-from prefopt.generate.sample import Sample, group_of
+from prefopt.generate.sampler import Sample, group_of
 from prefopt.generate.vllm import VllmSampler
 from prefopt.model.adapter import new_lora
 from prefopt.model.load import load_model
+from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer, response_sums
 from train.small import start, write_model, write_rows
 

@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prefopt
 from data.small import small_tokenizer
 from prefopt.cli import main
-from prefopt.data.formats import parse_comparisons
+from prefopt.data.chat.render_options import Rendering
+from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.group import Group
 from prefopt.data.load import build_groups
-from prefopt.data.packer import pack
-from prefopt.data.rendering import Rendering
 from prefopt.errors import ConfigError, DataError, Interrupted, ModelError
+from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer
-from prefopt.train.likelihood import LikelihoodObjective
+from prefopt.train.objectives import LikelihoodObjective
 from prefopt.train.step import differentiate
 from train.small import QUICK, evaluations, metrics, pairs, quick, steps, tiny_llama, weights, write_model, write_rows
 from train.test_resume import stop_after

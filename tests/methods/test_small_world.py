@@ -12,15 +12,14 @@ import torch
 import prefopt
 from methods import small_world as world
 from prefopt import theory
-from prefopt.data.packer import pack
-from prefopt.losses.ppo import policy_loss
-from prefopt.losses.preference import dpo
-from prefopt.losses.reward import bradley_terry
+from prefopt.losses.pairs import dpo
+from prefopt.losses.rl import bradley_terry, policy_loss
 from prefopt.model.load import load_model
+from prefopt.model.packing import pack
 from prefopt.model.scalar import ScalarScorer, scalar_from
 from prefopt.model.scorer import Scorer, response_sums
-from prefopt.train.learner import Learner, LearnOptions
-from prefopt.train.rollouts import Rollouts
+from prefopt.rl.learner import Learner, LearnOptions
+from prefopt.rl.rollouts import Rollouts
 
 BETA = 0.5
 MANY = len(world.RESPONSES)

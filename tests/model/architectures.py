@@ -8,7 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from prefopt.model.dropout import silence_dropout
+from prefopt.model.precision import silence_dropout
 
 VOCABULARY, WINDOW, POSITIONS = 97, 8, 128
 

@@ -19,10 +19,10 @@ import numpy as np
 
 from prefopt.data.group import Group
 from prefopt.errors import CacheError, Interrupted
-from prefopt.model import reference
-from prefopt.model.blocks import block_files, read_sealed
-from prefopt.model.identity import Identity
-from prefopt.model.reference import ReferenceCache, Score, Scored, SpaceKey
+from prefopt.reference import cache
+from prefopt.reference.blocks import block_files, read_sealed
+from prefopt.reference.cache import ReferenceCache, Score, Scored, SpaceKey
+from prefopt.reference.identity import Identity
 
 SPACE = SpaceKey(Identity("weights", "config", name="a model"), "float32", "shared", "sdpa", "cpu", 1)
 BUDGET = 200
@@ -106,8 +106,8 @@ class Once:
 def child(root: Path, n: int, name: str, delay: float, fill_disk_after: int) -> None:
     import resource
 
-    reference.COMMIT_SECONDS = 0.01 if not fill_disk_after else 0.0
-    reference.COMMIT_SHARE = 0.0
+    cache.COMMIT_SECONDS = 0.01 if not fill_disk_after else 0.0
+    cache.COMMIT_SHARE = 0.0
     log = os.open(root / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     calls = 0
 

@@ -17,15 +17,15 @@ import prefopt
 from data.small import small_tokenizer
 from prefopt.cli import main
 from prefopt.config.dpo import DpoConfig
-from prefopt.config.score import ScoreConfig
-from prefopt.data.formats import parse_comparisons
+from prefopt.config.tools import ScoreConfig
+from prefopt.data.comparisons import parse_comparisons
 from prefopt.errors import ConfigError, ModelError
-from prefopt.evaluate.model_scores import implicit_scores
+from prefopt.evaluate.score import implicit_scores
 from prefopt.model.adapter import add_adapter, new_lora
 from prefopt.model.load import base_and_adapter, load_config, load_model
 from prefopt.model.merge import merge_adapter
-from prefopt.model.named import identity_of_name
 from prefopt.model.scalar import load_scalar
+from prefopt.reference.identity import identity_of_name
 from train.small import QUICK, metrics, pairs, weights, write_model
 
 # What PEFT warns of, where these tests call it by themselves.

@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 
 from model.architectures import Float64Throughout, build, with_exact_rotary
 from model.oracle import assert_same, assert_same_gradients, gradients, groups_of_every_kind, oracle_logprobs
-from prefopt.data.packer import pack
 from prefopt.errors import ConfigError
 from prefopt.model.adapter import new_lora
+from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer, causal_model
 
 

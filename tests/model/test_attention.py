@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from model.dense import dense_attention, random_heads, who_sees_whom
 from model.oracle import Draw, groups_of_every_kind
 from prefopt.data.group import Group
-from prefopt.data.packer import pack
 from prefopt.errors import ModelError
-from prefopt.model import flash_cpu
-from prefopt.model.attention import gather_plan, kernel_for, shared_attention
+from prefopt.model.kernels import flash_cpu
+from prefopt.model.kernels.attention import gather_plan, kernel_for, shared_attention
+from prefopt.model.packing import pack
 
 MODULE = torch.nn.Module()
 SHAPES = [(3, 3, 64), (6, 2, 80), (5, 1, 96), (4, 2, 128), (2, 2, 256), (7, 7, 8)]

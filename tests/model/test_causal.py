@@ -9,10 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefopt.errors import ModelError
-from prefopt.model.attention import NotCausalError
-from prefopt.model.causal import refuse_other_kinds, refuse_untrainable
 from prefopt.model.check import _sees_ahead
+from prefopt.model.kernels.attention import NotCausalError
 from prefopt.model.scorer import Scorer
+from prefopt.model.supported import refuse_other_kinds, refuse_untrainable
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 97}
 

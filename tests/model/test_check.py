@@ -11,10 +11,11 @@ from transformers.models.llama import modeling_llama
 from model.architectures import build
 from model.oracle import Draw, groups_of_every_kind
 from prefopt.errors import ModelError
-from prefopt.model import check, flash_cpu
-from prefopt.model.attention import HOOK
+from prefopt.model import check
 from prefopt.model.check import check_scoring
-from prefopt.model.flash_cpu import Tile
+from prefopt.model.kernels import flash_cpu
+from prefopt.model.kernels.attention import HOOK
+from prefopt.model.kernels.flash_cpu import Tile
 from prefopt.model.scorer import Scorer
 
 

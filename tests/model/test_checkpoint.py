@@ -16,10 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from model.architectures import SEPARATE, SHARED
 from prefopt.errors import ModelError
 from prefopt.model import save
-from prefopt.model.checkpoint import Checkpoint, origin_of
-from prefopt.model.leftover import leftover_words
+from prefopt.model.adapter import nesting_of
+from prefopt.model.checkpoint import Checkpoint, leftover_words, origin_of
 from prefopt.model.load import load_model
-from prefopt.model.nested_adapter import nesting_of
 from prefopt.model.save import save_weights
 
 CPU = torch.device("cpu")

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 from prefopt.data.group import Group
-from prefopt.data.packer import pack
-from prefopt.generate.sample import Settings
+from prefopt.generate.sampler import Settings
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.model.check import check_scoring
 from prefopt.model.costs import counting, together, uncounted
-from prefopt.model.live import HeldWeights
+from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer
+from prefopt.reference.in_memory import HeldWeights
 from train.small import tiny_llama
 
 

@@ -10,11 +10,11 @@ import torch
 from model.architectures import Float64Throughout, build, with_exact_rotary
 from model.oracle import groups_of_every_kind
 from model.test_logprobs import TRANSFORMS, LargestTensor, M, V, inputs
-from prefopt.data.packer import pack
-from prefopt.model import logprobs
 from prefopt.model.adapter import new_lora
-from prefopt.model.distributions import Distributions, head_scores, logit_scores
-from prefopt.model.logprobs import token_logprobs_and_squares
+from prefopt.model.kernels import head as logprobs
+from prefopt.model.kernels.distributions import Distributions, head_scores, logit_scores
+from prefopt.model.kernels.head import token_logprobs_and_squares
+from prefopt.model.packing import pack
 from prefopt.model.scorer import Asked, Scorer, TokenScores
 
 ARCHITECTURES = ["llama", "gemma2", "granite", "head with bias", "mamba"]  # plain, soft-cap, scale, bias, own logits

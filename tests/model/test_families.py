@@ -10,14 +10,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from model.families import FAMILIES, config_of
 from model.oracle import groups_of_every_kind
-from prefopt.data.packer import pack
-from prefopt.generate.sample import Settings
+from prefopt.generate.sampler import Settings
 from prefopt.generate.transformers_sampler import TransformersSampler
-from prefopt.model.check import check_scoring, clone_difference
-from prefopt.model.clone import tiny_clone
-from prefopt.model.dropout import silence_dropout
-from prefopt.model.flops import FlopCount
-from prefopt.model.precision import MasterWeights
+from prefopt.model.accounting import FlopCount
+from prefopt.model.check import check_scoring, clone_difference, tiny_clone
+from prefopt.model.packing import pack
+from prefopt.model.precision import MasterWeights, silence_dropout
 from prefopt.model.scorer import Scorer
 
 # What went wrong once, each for a reason of its own.

@@ -18,18 +18,17 @@ from transformers import AutoModelForCausalLM
 
 from data.small import small_tokenizer
 from model.architectures import build
+from prefopt.core.model_folder import vet_folder
 from prefopt.data.tokenizer import load_tokenizer
-from prefopt.disk.vetted import vet_folder
 from prefopt.errors import ModelError
 from prefopt.model.adapter import add_adapter, new_lora
-from prefopt.model.built_in import attention_for
-from prefopt.model.generation import end_tokens
-from prefopt.model.head import head_of
-from prefopt.model.identity import identity_of_folder
+from prefopt.model.from_scratch import new_model
+from prefopt.model.kernels.head import head_of
 from prefopt.model.load import load_config, load_model, local_folder
-from prefopt.model.save import copy_side_files
+from prefopt.model.save import copy_side_files, end_tokens
 from prefopt.model.scorer import Scorer
-from prefopt.model.scratch import new_model
+from prefopt.model.supported import attention_for
+from prefopt.reference.identity import identity_of_folder
 
 CPU = torch.device("cpu")
 

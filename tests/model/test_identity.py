@@ -16,10 +16,10 @@ import safetensors.numpy
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prefopt.disk import hashes
-from prefopt.disk.hashes import file_hashes
+from prefopt.core import hashes
+from prefopt.core.hashes import file_hashes
 from prefopt.errors import ModelError
-from prefopt.model.identity import Identity, identity_of_folder, identity_of_model
+from prefopt.reference.identity import Identity, identity_of_folder, identity_of_model
 
 CONFIG = {
     "model_type": "llama",

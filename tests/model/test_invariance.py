@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from model.architectures import Float64Throughout, build, with_exact_rotary
 from model.oracle import Draw, assert_same, assert_same_gradients, gradients, groups_of_every_kind
 from prefopt.data.group import Group
-from prefopt.data.packer import pack, split
+from prefopt.model.packing import pack, split
 from prefopt.model.scorer import Scorer
 
 KERNELS = ("auto", "loop")

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from model.architectures import build
 from model.oracle import groups_of_every_kind, oracle_logprobs
-from prefopt.data.packer import pack
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.adapter import new_lora
-from prefopt.model.dropout import silence_dropout
 from prefopt.model.load import load_model, resolve_device, resolve_dtype, vocabulary_size
+from prefopt.model.packing import pack
+from prefopt.model.precision import silence_dropout
 from prefopt.model.scorer import Scorer
 
 CPU = torch.device("cpu")

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.architectures import build
 from model.oracle import Draw
-from prefopt.data.packer import pack
-from prefopt.model import logprobs
-from prefopt.model.logprobs import module_logprobs, token_logprobs, transformed
+from prefopt.model.kernels import head as logprobs
+from prefopt.model.kernels.head import module_logprobs, token_logprobs, transformed
+from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer
 
 M, H, V = 37, 6, 11  # several tiles of 16 rows, the last one short

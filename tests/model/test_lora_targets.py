@@ -14,8 +14,7 @@ from model.families import FAMILIES
 from model.test_families import built
 from prefopt.errors import ConfigError
 from prefopt.model.adapter import add_adapter, new_lora, peft_warnings_off
-from prefopt.model.lora_targets import lora_targets
-from prefopt.model.weight_kinds import matrices
+from prefopt.model.lora_targets import lora_targets, matrices
 
 QUICK = [
     "llama",

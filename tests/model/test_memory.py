@@ -9,12 +9,11 @@ import torch
 
 from model.architectures import build
 from model.test_families import built
-from prefopt.model import flops
-from prefopt.model.flops import FlopCount, matmul_peak
+from prefopt.model import accounting
+from prefopt.model.accounting import FlopCount, attention_shapes, matmul_peak
 from prefopt.model.memory import out_of_memory
-from prefopt.model.shapes import attention_shapes
-from prefopt.train import measure
-from prefopt.train.measure import measure_of
+from prefopt.train import budget
+from prefopt.train.budget import measure_of
 
 CPU = torch.device("cpu")
 
@@ -47,7 +46,7 @@ def test_the_peak_is_that_of_the_sizes_that_fit(monkeypatch: pytest.MonkeyPatch)
             raise RuntimeError("CUDA error: out of memory")
         return 1e-3
 
-    monkeypatch.setattr(flops, "_best_seconds", small)
+    monkeypatch.setattr(accounting, "_best_seconds", small)
     assert matmul_peak(CPU, torch.float32) == 2 * 512**3 / 1e-3
 
 
@@ -57,7 +56,7 @@ def test_a_measurement_that_cannot_be_had_is_left_out(
     def failing(*_: Any, **__: Any) -> Any:
         raise AttributeError("this configuration has no such field\nat all")
 
-    monkeypatch.setattr(measure, "matmul_peak", lambda *_: 1e10)
+    monkeypatch.setattr(budget, "matmul_peak", lambda *_: 1e10)
     monkeypatch.setattr(FlopCount, "of", failing)
     record = measure_of(build("llama"), CPU, torch.float32, "pairs")([], 2.0)
     assert "utilisation" not in record

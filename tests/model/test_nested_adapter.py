@@ -14,11 +14,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from model.test_checkpoint import CPU, IDS, MULTIMODAL, build
-from prefopt.disk.adapter_folder import read_adapter
-from prefopt.model.adapter import add_adapter, new_lora, peft_warnings_off
+from prefopt.core.model_folder import read_adapter
+from prefopt.model.adapter import add_adapter, nesting_of, new_lora, peft_warnings_off, write_nested
 from prefopt.model.load import load_model
-from prefopt.model.nested_adapter import nesting_of, write_nested
-from prefopt.model.weight_kinds import tower_weights
+from prefopt.model.lora_targets import tower_weights
 
 
 def trained(folder: Path, targets: list[str] | None = None) -> Any:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import prefopt
 from data.small import small_tokenizer
-from prefopt.model.older_readers import older_config, readers, write_for_older_readers
+from prefopt.model.transformers4 import older_config, readers, write_for_older_readers
 from train.small import QUICK, write_model
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -13,9 +13,9 @@ from model.families import config_of
 from model.oracle import Draw, groups_of_every_kind, oracle_logprobs
 from model.test_families import built
 from prefopt.data.group import Group
-from prefopt.data.packer import pack
-from prefopt.losses.preference import dpo
+from prefopt.losses.pairs import dpo
 from prefopt.model.adapter import new_lora
+from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights, computing_in
 from prefopt.model.scorer import Scorer, response_sums
 from prefopt.train.optim import adamw, clip_, grad_norm

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from model.architectures import build
 from prefopt.errors import ModelError
-from prefopt.model.causal import refuse_untrainable
 from prefopt.model.load import load_config, load_model
 from prefopt.model.save import save_weights
+from prefopt.model.supported import refuse_untrainable
 
 METHODS: dict[str, tuple[dict[str, Any], str]] = {
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bits"),

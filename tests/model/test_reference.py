@@ -19,16 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.fake_reference import BUDGET, SPACE, Fake, Once, committed, fill, keys_of, make_groups, sums
+from prefopt.core.cache_folder import Damaged, cache_root, clear
 from prefopt.data.group import Group
 from prefopt.data.table import KEY
-from prefopt.disk.cache import Damaged, cache_root
-from prefopt.disk.entries import clear
 from prefopt.errors import CacheError, Interrupted, ModelError
-from prefopt.model import reference
-from prefopt.model.blocks import block_files, read_sealed, write_sealed
-from prefopt.model.plan import Named, Plan
-from prefopt.model.reference import ReferenceCache, Scored
-from prefopt.model.spaces import list_spaces, verify
+from prefopt.reference import cache as reference
+from prefopt.reference.blocks import block_files, read_sealed, write_sealed
+from prefopt.reference.cache import ReferenceCache, Scored
+from prefopt.reference.plan import Named, Plan
+from prefopt.reference.spaces import list_spaces, verify
 
 
 def test_nothing_is_scored_twice(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ import pytest
 
 from model import fake_reference
 from model.fake_reference import BUDGET, SPACE, Once, committed, fill, make_groups, sums
-from prefopt.disk.entries import clear
+from prefopt.core.cache_folder import clear
 from prefopt.errors import CacheError, Interrupted
-from prefopt.model.reference import ReferenceCache
-from prefopt.model.spaces import list_spaces, verify
+from prefopt.reference.cache import ReferenceCache
+from prefopt.reference.spaces import list_spaces, verify
 
 
 def start(root: Path, n: int, *, name: str = "child", delay: float = 0.0, fill_disk_after: int = 0) -> Any:

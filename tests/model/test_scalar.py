@@ -14,11 +14,11 @@ from data.small import small_tokenizer
 from model.architectures import Float64Throughout, build, with_exact_rotary
 from model.oracle import assert_same, assert_same_gradients, gradients, groups_of_every_kind
 from prefopt.data.group import Group
-from prefopt.data.packer import pack
 from prefopt.errors import ModelError
 from prefopt.model.adapter import new_lora
 from prefopt.model.check import check_scalars
-from prefopt.model.packed import causal_model
+from prefopt.model.packed_model import causal_model
+from prefopt.model.packing import pack
 from prefopt.model.scalar import PAD, ScalarScorer, load_scalar, scalar_from, set_shift
 from prefopt.model.scorer import Scorer
 from train.small import tiny_llama, write_model

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from model.architectures import build
 from model.oracle import groups_of_every_kind
 from model.test_scalar import padding_tokenizer
-from prefopt.data.packer import pack
 from prefopt.errors import ModelError
 from prefopt.model.adapter import new_lora
 from prefopt.model.checkpoint import origin_of
 from prefopt.model.load import load_model
+from prefopt.model.packing import pack
 from prefopt.model.save import save_weights
 from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar, scalar_from
 

@@ -18,10 +18,9 @@ from model.oracle import (
     oracle_logprobs,
 )
 from prefopt.data.group import Group
-from prefopt.data.packer import Layout, pack
 from prefopt.errors import ModelError
-from prefopt.model.check import clone_difference
-from prefopt.model.clone import tiny_clone
+from prefopt.model.check import clone_difference, tiny_clone
+from prefopt.model.packing import Layout, pack
 from prefopt.model.scorer import Scorer, causal_model, response_sums
 
 KERNELS = {"auto": "flash-cpu", "loop": "loop"}

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from model.architectures import build
-from prefopt.model.identity import Identity
 from prefopt.model.scorer import Scorer
-from prefopt.model.space_of import space_of
+from prefopt.reference.identity import Identity
+from prefopt.reference.spaces import space_of
 
 WHOSE = Identity("weights", "config")
 

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from model.architectures import build
 from model.oracle import groups_of_every_kind
 from prefopt.errors import ModelError
-from prefopt.model import attention, packed
-from prefopt.model.attention import WIDEST, gather_plan, shared_attention
-from prefopt.model.check import check_scoring
-from prefopt.model.clone import tiny_clone
-from prefopt.model.gathering import gathered, occurrences
+from prefopt.model import packed_model
+from prefopt.model.check import check_scoring, tiny_clone
+from prefopt.model.kernels import attention
+from prefopt.model.kernels.attention import WIDEST, gather_plan, shared_attention
+from prefopt.model.kernels.flash_cpu import gathered, occurrences
 from prefopt.model.scorer import Scorer
 
 CPU = torch.device("cpu")
@@ -62,7 +62,9 @@ def plainly(
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The CPU takes the way of CUDA."""
     monkeypatch.setattr(torch_varlen, "varlen_attn", plainly)
-    monkeypatch.setattr(packed, "kernel_for", lambda device, dtype, wish="auto": "loop" if wish == "loop" else "varlen")
+    monkeypatch.setattr(
+        packed_model, "kernel_for", lambda device, dtype, wish="auto": "loop" if wish == "loop" else "varlen"
+    )
     return monkeypatch
 
 

@@ -13,7 +13,7 @@ from prefopt.config.frontier import FrontierConfig
 from prefopt.config.sft import SftConfig
 from prefopt.errors import Diverged
 from prefopt.methods import sft
-from prefopt.pipeline import alone, frontier
+from prefopt.sweeps import frontier, train
 from train.small import write_rows
 
 AWAY = r"step \d: the divergence .* --max-kl 0\.001: the policy has run away from its reference"
@@ -40,6 +40,6 @@ def test_who_trains_it_alone_is_told_both(place: Path, tmp_path: Path) -> None:
         sft.run(SftConfig(**options, output=str(tmp_path / "one")))
     file = tmp_path / "other.json"
     file.write_text(json.dumps({"method": "sft", "options": options | {"output": str(tmp_path / "other")}}))
-    alone.main(file)
+    train.main(file)
     told = json.loads((tmp_path / "other.outcome.json").read_text())
     assert told == {"kind": "diverged", "what": caught.value.reason} and re.fullmatch(NO_NUMBER, told["what"])

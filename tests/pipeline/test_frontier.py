@@ -17,17 +17,16 @@ from pipeline.sweeping import PROMPTS, REWARD, values
 from prefopt.cli import main
 from prefopt.config.frontier import FrontierConfig
 from prefopt.config.sample import SampleConfig
-from prefopt.data.formats import parse_comparisons
+from prefopt.data.comparisons import parse_comparisons
 from prefopt.errors import ConfigError, DataError, Interrupted, RunError
-from prefopt.evaluate.frontier import Frontier, Point, read_frontier
-from prefopt.evaluate.plateau import plateau
 from prefopt.evaluate.samples import distance
-from prefopt.generate.loaded import SampledModel
+from prefopt.generate.sampled_model import SampledModel
 from prefopt.methods import sample
-from prefopt.model.reference import FillReport, ReferenceCache
-from prefopt.pipeline import frontier
-from prefopt.pipeline.ground import bradley_terry
 from prefopt.records import Comparison
+from prefopt.reference.cache import FillReport, ReferenceCache
+from prefopt.sweeps import frontier
+from prefopt.sweeps.points import Frontier, Point, plateau, read_frontier
+from prefopt.sweeps.shared import bradley_terry
 from train.small import write_rows
 from train.test_resume import stop_after
 
@@ -56,7 +55,7 @@ def sweep(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Fronti
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFOPT_CACHE", str(output.with_name("cache")))
-        patch.setattr("prefopt.train.measure.matmul_peak", lambda *_: 1e10)
+        patch.setattr("prefopt.train.budget.matmul_peak", lambda *_: 1e10)
         patch.setattr(ReferenceCache, "fill", counted)
         found = frontier.run(config(place, output, roads=roads, checkpoints=2))
     return found, output, scored

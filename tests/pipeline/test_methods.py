@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from pipeline.sweeping import values
-from prefopt.config.methods_table import MethodsConfig
-from prefopt.disk.write import write_json
+from prefopt.config.sweeps import MethodsConfig
+from prefopt.core.files import write_json
 from prefopt.errors import ConfigError, Interrupted, RunError
-from prefopt.evaluate.methods_table import MethodsTable, Outcome, Start, markdown, read_table
-from prefopt.pipeline import methods
-from prefopt.pipeline.train import train_once
+from prefopt.sweeps import methods
+from prefopt.sweeps.methods_table import MethodsTable, Outcome, Start, markdown, read_table
+from prefopt.sweeps.train import train_once
 from train.small import write_rows
 from train.test_resume import stop_after
 
@@ -44,7 +44,7 @@ def table(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Method
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFOPT_CACHE", str(output.with_name("cache")))
-        patch.setattr("prefopt.train.measure.matmul_peak", lambda *_: 1e10)
+        patch.setattr("prefopt.train.budget.matmul_peak", lambda *_: 1e10)
         return methods.run(config(place, output, perplexity=[text], rate_factors=["1", "2"])), output
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from prefopt.errors import RunError
-from prefopt.evaluate.frontier import Point
-from prefopt.pipeline.retell import retold
+from prefopt.sweeps.points import Point
+from prefopt.sweeps.train import retold
 
 STEPS = 9
 

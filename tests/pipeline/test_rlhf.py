@@ -19,7 +19,7 @@ from prefopt.config.reward import RewardConfig
 from prefopt.config.rlhf import RlhfConfig
 from prefopt.config.sft import SftConfig
 from prefopt.errors import ConfigError, DataError, Interrupted, RunError
-from prefopt.pipeline import rlhf
+from prefopt.methods import rlhf
 from train.small import pairs, weights, write_model, write_rows
 from train.test_resume import stop_after
 

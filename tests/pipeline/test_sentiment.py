@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from prefopt.cli import main
-from prefopt.config.document import read_document
 from prefopt.config.frontier import FrontierConfig
-from prefopt.evaluate.frontier import read_frontier
+from prefopt.core.yaml_file import read_document
+from prefopt.sweeps.points import read_frontier
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes/sentiment.yaml"

@@ -11,8 +11,8 @@ import pytest
 from pipeline.sweeping import values
 from prefopt.config.frontier import FrontierConfig
 from prefopt.errors import Interrupted
-from prefopt.pipeline import frontier
-from prefopt.train.phases import Phases
+from prefopt.rl.loop import Phases
+from prefopt.sweeps import frontier
 
 
 @pytest.mark.slow

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from prefopt.studies.annotators import Annotator, invite
 from prefopt.studies.assign import Assignment, next_item
 from prefopt.studies.items import NewItem, Origin, add_items
-from prefopt.studies.people import Annotator, invite
 from prefopt.studies.study import Settings, Study
 from prefopt.studies.votes import Vote, record
 

@@ -11,9 +11,8 @@ import pytest
 
 from prefopt.cli import main
 from prefopt.errors import StudyError
-from prefopt.studies.backup import backup, check_study_file
 from prefopt.studies.export import How, export_rows
-from prefopt.studies.study import Study
+from prefopt.studies.study import Study, backup, check_study_file
 from prefopt.studies.votes import undo
 from studies.small import new_item, new_study, people, say
 

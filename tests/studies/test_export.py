@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
-from prefopt.data.formats import open_comparisons, parse_comparisons
+from prefopt.data.comparisons import open_comparisons, parse_comparisons
+from prefopt.data.kinds import convert
 from prefopt.data.load import find_sources
-from prefopt.data.want import convert
 from prefopt.records import Comparison
-from prefopt.studies.export import How, export_rows
-from prefopt.studies.rows import StudyRows
+from prefopt.studies.export import How, StudyRows, export_rows
 from prefopt.studies.study import Study
 from prefopt.studies.summary import summarise
 from prefopt.studies.votes import Vote, record, undo

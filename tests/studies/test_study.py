@@ -13,15 +13,21 @@ from pathlib import Path
 import pytest
 
 from prefopt.errors import StudyError
+from prefopt.studies.annotators import (
+    close_session,
+    invite,
+    invited,
+    live_invitations,
+    open_session,
+    revoke,
+    session_of,
+)
 from prefopt.studies.assign import next_item, order_shown
-from prefopt.studies.backup import backup
+from prefopt.studies.database import APPLICATION_ID, VERSION, rebuild
 from prefopt.studies.export import export_rows
 from prefopt.studies.items import add_items
-from prefopt.studies.judgements import judgements
-from prefopt.studies.people import close_session, invite, invited, live_invitations, open_session, revoke, session_of
-from prefopt.studies.schema import APPLICATION_ID, VERSION, rebuild
-from prefopt.studies.study import Settings, Study
-from prefopt.studies.votes import RefusedVote, Vote, latest, record, undo
+from prefopt.studies.study import Settings, Study, backup
+from prefopt.studies.votes import RefusedVote, Vote, judgements, latest, record, undo
 from studies.small import new_item, new_study, people, say, shown
 
 
@@ -312,7 +318,7 @@ def test_a_study_of_an_older_version_opens_with_all_its_votes(tmp_path: Path) ->
 
 def test_a_failed_migration_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = old_study(tmp_path / "old.db")
-    monkeypatch.setattr("prefopt.studies.schema.rebuild", lambda connection: connection.execute("SELECT no"))
+    monkeypatch.setattr("prefopt.studies.database.rebuild", lambda connection: connection.execute("SELECT no"))
     with pytest.raises(StudyError, match="no such column: no"):
         Study(path)
     monkeypatch.undo()

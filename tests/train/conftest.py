@@ -10,7 +10,7 @@ from train.small import write_model
 @pytest.fixture(autouse=True)
 def _known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring the machine takes longer than most runs here."""
-    monkeypatch.setattr("prefopt.train.measure.matmul_peak", lambda *_: 1e10)
+    monkeypatch.setattr("prefopt.train.budget.matmul_peak", lambda *_: 1e10)
 
 
 @pytest.fixture(scope="session")

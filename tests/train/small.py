@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import prefopt
 from data.small import small_tokenizer
-from prefopt.methods.preference import DpoResult
+from prefopt.methods.dpo import DpoResult
 
 Row = dict[str, str]
 
@@ -149,7 +149,7 @@ def start(arguments: list[str], log: Path, **options: Any) -> Any:
     ``options``: as :func:`_child` takes them. The process is forked from a server that has imported torch already.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["prefopt.methods.preference", "peft", "train.small"])
+    context.set_forkserver_preload(["prefopt.methods.dpo", "peft", "train.small"])
     environment = {k: v for k, v in os.environ.items() if k.startswith(("PREFOPT", "HF_", "OMP_", "TOKENIZERS"))}
     process = context.Process(target=_child, args=(arguments, log, environment), kwargs=options)
     process.start()
@@ -166,7 +166,7 @@ def _child(
 ) -> None:
     """``commit_seconds``: how often the reference cache commits. ``largest_file``: bytes after which disks are full."""
     from prefopt.cli import main
-    from prefopt.model import reference
+    from prefopt.reference import cache
 
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -175,7 +175,7 @@ def _child(
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
     if commit_seconds is not None:
-        reference.COMMIT_SECONDS, reference.COMMIT_SHARE = commit_seconds, 0.0
+        cache.COMMIT_SECONDS, cache.COMMIT_SHARE = commit_seconds, 0.0
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     sys.exit(main(arguments))

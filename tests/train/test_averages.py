@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 import prefopt
 from data.small import small_tokenizer
-from prefopt.data.formats import parse_comparisons
+from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.load import build_groups
-from prefopt.evaluate.runs import reached
-from prefopt.train.history import read_history
+from prefopt.runs.history import read_history
+from prefopt.runs.table import reached
 from train.flat import response_logprobs
 from train.small import QUICK, dpo, evaluations, pairs, steps, write_model, write_rows
 from train.test_resume import stop_after

@@ -15,13 +15,12 @@ from data.small import small_tokenizer
 from model.architectures import VOCABULARY, build
 from model.oracle import groups_of_every_kind
 from prefopt.data.group import Group
-from prefopt.data.packer import pack
 from prefopt.errors import ConfigError
-from prefopt.model.packed import checkpoint_activations
+from prefopt.model.packed_model import checkpoint_activations
+from prefopt.model.packing import pack
 from prefopt.model.routing import routers_of
 from prefopt.model.scorer import Scorer
-from prefopt.train.balance import METRIC, BalancedObjective, coefficient_of
-from prefopt.train.likelihood import LikelihoodObjective
+from prefopt.train.objectives import METRIC, BalancedObjective, LikelihoodObjective, coefficient_of
 from prefopt.train.step import differentiate, evaluated
 from train.small import QUICK, pairs, steps, weights
 

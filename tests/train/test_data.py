@@ -10,10 +10,10 @@ import pytest
 
 from data.small import small_tokenizer
 from prefopt.config.dpo import DpoConfig
+from prefopt.core.stop import StopRequest
+from prefopt.core.terminal import Reporter
 from prefopt.errors import ConfigError, Interrupted
-from prefopt.progress import Reporter
 from prefopt.train.data import TrainingData, load_data
-from prefopt.train.stop import StopRequest
 from train.small import dpo, metrics, pairs, same_bits, steps, write_rows
 from train.test_resume import stopped_at
 

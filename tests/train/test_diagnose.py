@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
+from prefopt.core.statistics import wilson
 from prefopt.errors import RunError
-from prefopt.interval import wilson
-from prefopt.train.diagnose import CHECKS, diagnose, in_words
-from prefopt.train.history import Curve, read_history
-from prefopt.train.trend import change, mean_with_noise
+from prefopt.runs.diagnose import CHECKS, diagnose, in_words
+from prefopt.runs.history import Curve, read_history
+from prefopt.runs.trends import change, mean_with_noise
 from train.small import doubtful_pairs, dpo, pairs, write_model, write_rows
 
 N = 60
@@ -240,10 +240,10 @@ def test_it_is_not_said_where_they_do_not(name: str, tmp_path: Path) -> None:
 
 def test_every_sentence_is_tested_both_ways() -> None:
 
-    from prefopt.train import diagnose as module
-    from prefopt.train import diagnose_samples
+    from prefopt.runs import diagnose as module
+    from prefopt.runs import trends
 
-    trees = [ast.parse(inspect.getsource(source)) for source in (module, diagnose_samples)]
+    trees = [ast.parse(inspect.getsource(source)) for source in (module, trends)]
     said = {
         node.args[0].value
         for tree in trees

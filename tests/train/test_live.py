@@ -11,18 +11,18 @@ import pytest
 import torch
 
 from model.architectures import Float64Throughout
-from prefopt.data.packer import pack
+from prefopt.core.cache_folder import cache_root
 from prefopt.data.table import GroupTable
-from prefopt.disk.cache import cache_root
 from prefopt.errors import ConfigError, ModelError
 from prefopt.losses.parse import Term, parse_losses
 from prefopt.model.adapter import new_lora
-from prefopt.model.live import HeldWeights, LiveReference, Movement
+from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights
-from prefopt.model.reference import ReferenceCache
 from prefopt.model.scorer import Scorer, response_sums
-from prefopt.train.items import pairs_of
+from prefopt.reference.cache import ReferenceCache
+from prefopt.reference.in_memory import HeldWeights, LiveReference, Movement
 from prefopt.train.objective import PreferenceObjective
+from prefopt.train.rows import pairs_of
 from train.ranked import mixed, pairs_only
 from train.small import dpo, evaluations, pairs, steps, tiny_llama, weights, write_model
 from train.test_objective import CPU, assert_close, models, step, taken_grads

@@ -12,11 +12,11 @@ import torch
 
 from data.small import small_tokenizer
 from model.architectures import Float64Throughout, with_exact_rotary
-from prefopt.data.formats import parse_comparisons
+from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.load import build_groups
-from prefopt.data.packer import pack
 from prefopt.data.sampler import Sampler
 from prefopt.errors import RunError
+from prefopt.model.packing import pack
 from prefopt.train.optim import Schedule
 from train.flat import flat_dpo
 from train.small import dpo, pairs, steps, tiny_llama, weights
@@ -108,7 +108,7 @@ def test_where_memory_ends_the_step_is_repeated_in_smaller_parts(
             raise torch.OutOfMemoryError("no more")
         return pack(groups, layout)
 
-    monkeypatch.setattr("prefopt.train.loop.pack", limited)
+    monkeypatch.setattr("prefopt.train.trainer.pack", limited)
     dpo(model, ROWS, tmp_path / "tight", **options, save_every=1, progress="plain")
     assert "out of memory: the step is repeated with" in capsys.readouterr().out
     tried = [size for size in sizes if size > largest]

@@ -13,19 +13,18 @@ import torch
 
 from model.architectures import Float64Throughout, with_exact_rotary
 from model.oracle import oracle_logprobs
-from prefopt.data.fewer import keep_responses
 from prefopt.data.group import Group
-from prefopt.data.packer import pack, split
-from prefopt.data.table import GroupTable
+from prefopt.data.table import GroupTable, keep_responses
 from prefopt.errors import DataError
 from prefopt.losses.declare import LOSSES
 from prefopt.losses.parse import Term
 from prefopt.model.adapter import new_lora
+from prefopt.model.packing import pack, split
 from prefopt.model.scorer import Scorer
-from prefopt.train import items
-from prefopt.train.mismatched import mismatched
+from prefopt.train import rows
 from prefopt.train.objective import PreferenceObjective
-from prefopt.train.read import without_values
+from prefopt.train.reference import without_values
+from prefopt.train.rows import mismatched
 from prefopt.train.step import Gradients, differentiate, values_of
 from train.ranked import VOCABULARY, group, inputs_by_hand, mixed, pairs_only, terms
 from train.small import tiny_llama
@@ -199,9 +198,9 @@ def test_mismatched_responses_follow_the_order_of_the_data() -> None:
 def test_votes_for_both_sides_are_one_pair_with_a_soft_label() -> None:
     rng = np.random.default_rng(0)
     split_vote = replace(group(1, (3, 4, 2), (2, 1, 0), rng), pairs=((0, 1), (1, 0), (0, 2)), weights=(3.0, 1.0, 4.0))
-    plain = items.pairs_of([split_vote], "all")
+    plain = rows.pairs_of([split_vote], "all")
     assert (plain.chosen.tolist(), plain.weight.tolist()) == ([0, 1, 0], [0.375, 0.125, 0.5])
-    merged = items.pairs_of([split_vote, split_vote], "all", merge=True)
+    merged = rows.pairs_of([split_vote, split_vote], "all", merge=True)
     assert merged.chosen.tolist() == [0, 0, 3, 3] and merged.rejected.tolist() == [1, 2, 4, 5]
     assert merged.weight.tolist() == [0.5] * 4 and merged.label.tolist() == [0.75, 1, 0.75, 1]
     policy, reference = models()
@@ -222,14 +221,14 @@ def test_votes_for_both_sides_are_one_pair_with_a_soft_label() -> None:
 def test_the_best_against_the_worst() -> None:
     rng = np.random.default_rng(0)
     tied = group(1, (3, 4, 2, 5), (9, 1, 9, 0), rng)
-    assert items.pairs_of([tied], "best-worst").chosen.tolist() == [0, 2]
-    assert items.pairs_of([tied], "best-worst").rejected.tolist() == [3, 3]
-    assert items.pairs_of([tied], "best-worst").weight.tolist() == [0.5, 0.5]
+    assert rows.pairs_of([tied], "best-worst").chosen.tolist() == [0, 2]
+    assert rows.pairs_of([tied], "best-worst").rejected.tolist() == [3, 3]
+    assert rows.pairs_of([tied], "best-worst").weight.tolist() == [0.5, 0.5]
     votes = replace(tied, tiers=(), pairs=((0, 1), (1, 2), (2, 0), (3, 0)), weights=(1.0, 1.0, 1.0, 2.0))
-    assert items.pairs_of([votes], "best-worst").chosen.tolist() == [3]
-    assert items.pairs_of([votes], "best-worst").rejected.tolist() == [0]
+    assert rows.pairs_of([votes], "best-worst").chosen.tolist() == [3]
+    assert rows.pairs_of([votes], "best-worst").rejected.tolist() == [0]
     with pytest.raises(DataError, match="row 1: no response is preferred to all others"):
-        items.pairs_of([replace(votes, pairs=((0, 1), (1, 0)), weights=(1.0, 1.0))], "best-worst")
+        rows.pairs_of([replace(votes, pairs=((0, 1), (1, 0)), weights=(1.0, 1.0))], "best-worst")
 
 
 def test_responses_that_no_pair_holds_are_not_needed() -> None:
@@ -237,16 +236,16 @@ def test_responses_that_no_pair_holds_are_not_needed() -> None:
     ranked = [group(i, (3, 4, 2, 5), order, rng) for i, order in enumerate([(9, 1, 9, 0), (1, 2, 3, 4)], 1)]
     votes = replace(ranked[1], tiers=(), pairs=((0, 1), (2, 3), (2, 3)), weights=(1.0, 1.0, 1.0))
     many = GroupTable.of([*ranked, votes])
-    read = items.paired_of(many, "best-worst")
+    read = rows.paired_of(many, "best-worst")
     # Who is best of votes is told from all of them, also from those of others.
     assert read.tolist() == [*[True, False, True, True], *[True, False, False, True], *[True] * 4]
     fewer = keep_responses(many, read)
-    before, after = items.pairs_of(many, "best-worst"), items.pairs_of(fewer, "best-worst")
+    before, after = rows.pairs_of(many, "best-worst"), rows.pairs_of(fewer, "best-worst")
     numbers = np.flatnonzero(read)
     assert numbers[after.chosen].tolist() == before.chosen.tolist()
     assert numbers[after.rejected].tolist() == before.rejected.tolist()
     assert after.weight.tolist() == before.weight.tolist()
-    assert items.paired_of(many, "all").all()
+    assert rows.paired_of(many, "all").all()
 
 
 def test_what_a_loss_cannot_be_computed_on_is_refused_by_row() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from prefopt.config.ppo import PpoConfig
-from prefopt.train.ppo_plan import order_of, plan_of, steps_of, too_few
+from prefopt.rl.prompts import order_of, plan_of, steps_of, too_few
 
 
 def config(**options: Any) -> PpoConfig:

@@ -18,7 +18,7 @@ import pytest
 import prefopt
 from prefopt.cli import main
 from prefopt.errors import Interrupted, RunError
-from prefopt.train.metrics import Metrics
+from prefopt.runs.metrics import Metrics
 from train.small import doubtful_pairs, dpo, evaluations, pairs, same_bits, steps, words, write_model, write_rows
 
 ROWS = pairs(13)

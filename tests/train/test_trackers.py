@@ -14,9 +14,9 @@ import pytest
 
 import prefopt
 from prefopt.errors import ConfigError, RunError
-from prefopt.train import trackers
-from prefopt.train.callbacks import RunInfo
-from prefopt.train.trackers import Tracking
+from prefopt.runs import trackers
+from prefopt.runs.callbacks import RunInfo
+from prefopt.runs.trackers import Tracking
 from train.small import CLOCKS, dpo, evaluations, pairs, same_bits, steps
 
 ROWS = pairs(12)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -16,18 +16,74 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from prefopt.collect import charts
-from prefopt.collect.ballot import REASONS, Form, one, read_ballot
+from prefopt.collect import lead as charts
 from prefopt.collect.language import LANGUAGES, language_of
 from prefopt.collect.lead import Lead
 from prefopt.collect.security import Buckets, Guard, Rate, Sessions, address_of, csrf_token, same_secret
-from prefopt.collect.text import as_html
-from prefopt.collect.view import view_of
+from prefopt.collect.text import as_html, view_of
 from prefopt.errors import StudyError
+from prefopt.studies.annotators import SESSION_DAYS, Annotator, close_session, invited, open_session, session_of
 from prefopt.studies.assign import next_item
-from prefopt.studies.people import SESSION_DAYS, Annotator, close_session, invited, open_session, session_of
+from prefopt.studies.items import Tiers
 from prefopt.studies.study import Study
-from prefopt.studies.votes import RefusedVote, latest, record, undo
+from prefopt.studies.votes import RefusedVote, Vote, latest, on_page, record, undo
+
+Form = Mapping[str, Sequence[str]]
+REASONS = ("unclear", "outside", "broken", "offensive")
+LONGEST_FIELD = 20_000
+
+
+def one(form: Form, name: str) -> str:
+    """The value of a field, or nothing. Raises :class:`RefusedVote` where it is there twice."""
+    values = form.get(name, ())
+    if len(values) > 1:
+        raise RefusedVote(f"the form has {name} twice")
+    return values[0][:LONGEST_FIELD] if values else ""
+
+
+def read_ballot(form: Form, shown: Sequence[int], tags: Sequence[str]) -> Vote:
+    """What a form says of the responses ``shown`` [K]. Raises :class:`RefusedVote`.
+
+    ``choice`` is ``a1`` to ``a3`` or ``b1`` to ``b3`` (of two the first or the second is better, by how much), ``tie``,
+    ``bad``, ``skip`` (with a ``reason``), or ``rank`` with a rank for each place in ``rank0``, ``rank1``, ...
+    """
+    choice, count = one(form, "choice"), len(shown)
+    rationale = one(form, "rationale").replace("\r\n", "\n").strip()
+    given = tuple(dict.fromkeys(form.get("tag", ())))
+    if not set(given) <= set(tags):
+        raise RefusedVote("the form has a tag that the study does not know")
+    more = {"rationale": rationale, "tags": given}
+    if choice == "skip":
+        reason = one(form, "reason")
+        if reason not in REASONS:
+            raise RefusedVote("a skipped item needs its reason")
+        return Vote(skipped=reason, **more)  # type: ignore[arg-type]
+    if choice == "bad":
+        return Vote(all_bad=True, **more)  # type: ignore[arg-type]
+    if choice == "tie":
+        return Vote(on_page(shown, (tuple(range(count)),)), **more)  # type: ignore[arg-type]
+    if choice == "rank":
+        return Vote(on_page(shown, _ranks(form, count)), **more)  # type: ignore[arg-type]
+    if count == 2 and len(choice) == 2 and choice[0] in "ab" and choice[1] in "123":
+        best = "ab".index(choice[0])
+        return Vote(on_page(shown, ((best,), (1 - best,))), int(choice[1]), **more)  # type: ignore[arg-type]
+    raise RefusedVote("choose one of the answers")
+
+
+def _ranks(form: Form, count: int) -> Tiers:
+    """Tiers of places from their ranks; places without a rank are left out."""
+    by_rank: dict[int, list[int]] = {}
+    for place in range(count):
+        text = one(form, f"rank{place}")
+        if not text:
+            continue
+        if not (len(text) == 1 and text in "123456789" and int(text) <= count):
+            raise RefusedVote(f"a rank is a number from 1 to {count}")
+        by_rank.setdefault(int(text), []).append(place)
+    if sum(map(len, by_rank.values())) < 2:
+        raise RefusedVote("rank at least two responses")
+    return tuple(tuple(by_rank[rank]) for rank in sorted(by_rank))
+
 
 log = logging.getLogger("prefopt.collect")
 KEYS = ("on", "off")

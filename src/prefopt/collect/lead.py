@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
-from prefopt.collect.view import LETTERS, view_of
+from markupsafe import Markup, escape
+
+from prefopt.collect.text import LETTERS, view_of
+from prefopt.studies.agreement import Estimate
+from prefopt.studies.annotators import annotators
 from prefopt.studies.items import get_item
-from prefopt.studies.judgements import Judgement, judgements
-from prefopt.studies.people import annotators
 from prefopt.studies.study import Study
 from prefopt.studies.summary import Summary, answer, summarise
+from prefopt.studies.votes import Judgement, judgements
 
 
 class Lead:
@@ -60,3 +65,61 @@ def _said(j: Judgement, names: dict[int, str]) -> dict[str, Any]:
         "tags": j.vote.tags,
         "seconds": j.seconds if j.active is None else j.active,
     }
+
+
+WIDTH = 320
+
+
+def bar(part: float, whole: float, label: str) -> Markup:
+    """How much of a whole is there."""
+    share = min(1.0, part / whole) if whole else 0.0
+    return _svg(
+        12,
+        label,
+        f'<rect class="track" x="0" y="2" width="{WIDTH}" height="8" rx="4"/>'
+        f'<rect class="fill" x="0" y="2" width="{share * WIDTH:.1f}" height="8" rx="4"/>',
+    )
+
+
+def bars(named: Sequence[tuple[str, float]], label: str) -> Markup:
+    """Numbers side by side, each with its name and value."""
+    most = max((value for _, value in named), default=0) or 1
+    parts = []
+    for row, (name, value) in enumerate(named):
+        y = row * 22
+        parts.append(
+            f'<text x="0" y="{y + 14}">{escape(name)}</text>'
+            f'<rect class="fill" x="130" y="{y + 5}" width="{value / most * 140:.1f}" height="11" rx="3"/>'
+            f'<text class="number" x="{136 + value / most * 140:.1f}" y="{y + 14}">{value:g}</text>'
+        )
+    return _svg(22 * len(named), label, "".join(parts))
+
+
+def interval(e: Estimate, low: float, high: float, mark: float, label: str) -> Markup:
+    """A value with its interval on a line from ``low`` to ``high``; ``mark`` is what it is compared with."""
+
+    def x(value: float) -> float:
+        return 6 + (min(max(value, low), high) - low) / (high - low) * (WIDTH - 12)
+
+    parts = [
+        f'<line class="track" x1="6" x2="{WIDTH - 6}" y1="11" y2="11"/>',
+        f'<line class="mark" x1="{x(mark):.1f}" x2="{x(mark):.1f}" y1="3" y2="19"/>',
+    ]
+    if not math.isnan(e.low):
+        parts.append(f'<line class="range" x1="{x(e.low):.1f}" x2="{x(e.high):.1f}" y1="11" y2="11"/>')
+    if not math.isnan(e.value):
+        parts.append(f'<circle class="fill" cx="{x(e.value):.1f}" cy="11" r="5"/>')
+    return _svg(22, label, "".join(parts))
+
+
+def number(value: float, digits: int = 2) -> str:
+    """A number for a table, a dash where there is none."""
+    return "–" if math.isnan(value) else f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
+
+
+def _svg(height: int, label: str, inside: str) -> Markup:
+    return Markup(
+        f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}"'
+        f' height="{height}">'
+        f"{inside}</svg>"
+    )

@@ -16,9 +16,9 @@ from starlette.types import ASGIApp
 from prefopt.collect.app import Site, build_app
 from prefopt.collect.connections import Connection
 from prefopt.config.collect import LOCAL, CollectServeConfig
+from prefopt.core.terminal import tell
 from prefopt.errors import ConfigError, Interrupted, StudyError
-from prefopt.screen import tell
-from prefopt.studies.people import invite, live_invitations
+from prefopt.studies.annotators import invite, live_invitations
 from prefopt.studies.study import Study
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prefopt.config.data import TemplateOptions
-from prefopt.config.machine import MachineOptions
-from prefopt.config.option import check_all, flag, option
+from prefopt.config.model import MachineOptions
+from prefopt.core.options import check_all, flag, option
 from prefopt.errors import ConfigError
 
 

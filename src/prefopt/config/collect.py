@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prefopt.config.data import ReadOptions
-from prefopt.config.machine import MachineOptions
-from prefopt.config.option import check_all, option
+from prefopt.config.model import MachineOptions
+from prefopt.core.options import check_all, option
 from prefopt.errors import ConfigError
 
 LOCAL = ("127.0.0.1", "localhost", "::1")

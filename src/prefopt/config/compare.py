@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from prefopt.config.data import READING, ReadOptions
-from prefopt.config.machine import MachineOptions
-from prefopt.config.option import check_all, flag, from_dict, option, options, to_dict
-from prefopt.config.score import is_model_reward
+from prefopt.config.model import MachineOptions
+from prefopt.config.tools import is_model_reward
+from prefopt.core.options import check_all, flag, from_dict, option, options, to_dict
 from prefopt.errors import ConfigError
 
 _OF_VOTES = {"votes", *READING, "seed", "json", "progress"}

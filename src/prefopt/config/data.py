@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from prefopt.config.option import option
+from prefopt.core.options import option
 from prefopt.errors import ConfigError
 
 # Options that say how rows are understood, for whoever hands them on.
@@ -42,7 +42,7 @@ class ReadOptions:
 
     @property
     def column_words(self) -> list[str] | None:
-        """All that is said of columns, as :func:`prefopt.data.columns.said_of_columns` reads it; None for nothing."""
+        """All that is said of columns, as :func:`prefopt.data.layouts.columns.said_of_columns` reads it; None for nothing."""
         words = list(self.columns or ())
         words += [f"--label-means={word}" for word in self.label_means or ()]
         words += [f"--ignore-columns={word}" for word in self.ignore_columns or ()]

@@ -9,11 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from prefopt.config.balance import BalanceOptions
-from prefopt.config.method import MethodOptions
-from prefopt.config.model import ModelOptions
-from prefopt.config.option import option
-from prefopt.config.training import LEARNING_RATE
+from prefopt.config.model import BalanceOptions, ModelOptions
+from prefopt.config.training import LEARNING_RATE, MethodOptions
+from prefopt.core.options import option
 from prefopt.errors import ConfigError
 
 REFERENCE_MIX = 0.6  # TR-DPO's soft update

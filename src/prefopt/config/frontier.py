@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config.dpo import DpoConfig
-from prefopt.config.given import parse_value
-from prefopt.config.option import nearest, option
 from prefopt.config.ppo import PpoConfig
-from prefopt.config.sweep import DECIDED, OF_PPO, AnyConfig, SweepOptions, evenly
+from prefopt.config.sweeps import DECIDED, OF_PPO, AnyConfig, SweepOptions, evenly
+from prefopt.core.options import nearest, option, parse_value
 from prefopt.errors import ConfigError
 
 # The sweeps of the DPO paper (Rafailov et al. 2023, section 6.1) for DPO, PPO and unlikelihood. It varied the seed of

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Literal
 
-from prefopt.config.option import flag, option
-from prefopt.disk.adapter_folder import is_adapter
+from prefopt.core.model_folder import is_adapter
+from prefopt.core.options import flag, nearest, option
 from prefopt.errors import ConfigError
 
 LORA_RANK, LORA_ALPHA_PER_RANK, LORA_DROPOUT = 16, 2, 0.0
@@ -92,3 +94,41 @@ class ModelOptions(LoraOptions):
                 f"--model {self.model} is an adapter itself: leave --adapter out, or name the model of both"
             )
         super().check_adapter()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineOptions:
+    """Part of the config of every verb that runs a model."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = option(
+        "auto",
+        "precision of computation (trained weights stay float32 under bfloat16); auto: bfloat16 where the device"
+        " has it natively, else float32",
+        group="machine",
+    )
+    device: str | None = option(
+        None, "cpu, cuda, cuda:N or mps", group="machine", default_text="cuda, then mps, where there is one, else cpu"
+    )
+    threads: int | None = option(None, "processor threads", group="machine", default_text="torch's choice", at_least=1)
+
+    def check_machine(self) -> None:
+        """Refuse what no machine has. Raises ``ConfigError``."""
+        if self.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device):
+            near = nearest(self.device, ["cpu", "cuda", "mps"])
+            raise ConfigError(f"--device is {self.device!r}; it must be cpu, cuda, cuda:N or mps{near}")
+        if self.device == "mps" and self.dtype == "float64":
+            raise ConfigError("--device mps has no float64: take --device cpu, or --dtype float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceOptions:
+    """Part of the config of ``dpo`` and ``sft``."""
+
+    router_aux_loss_coef: float | Literal["auto"] | None = option(
+        None,
+        "for a mixture of experts: add its load-balancing loss, multiplied by this; auto: by what the model's"
+        " configuration says. A batch that does not fit into memory at once then takes a forward pass more",
+        group="loss",
+        default_text="no such loss",
+        above=0,
+    )

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from prefopt.config import option as _options
 from prefopt.config.data import ReadOptions, TemplateOptions
 from prefopt.config.model import ModelOptions
-from prefopt.config.option import flag, option
 from prefopt.config.training import RunOptions
+from prefopt.core import options as _options
+from prefopt.core.options import flag, option
 from prefopt.errors import ConfigError
 
 # Full: Huang et al. 2024 (arXiv 2403.17031). LoRA, whose few weights start at no change, takes several times as much.

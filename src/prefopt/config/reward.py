@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from prefopt.config.method import MethodOptions
-from prefopt.config.option import option
+from prefopt.config.training import MethodOptions
+from prefopt.core.options import option
 
 # InstructGPT's 9e-6 and Llama 2's 5e-6 to 1e-5 for full training; LoRA about ten times as much.
 LEARNING_RATE = {False: 1e-5, True: 1e-4}

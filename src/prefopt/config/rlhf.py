@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from prefopt.config.data import READING, ReadOptions, TemplateOptions
-from prefopt.config.given import parse_given
-from prefopt.config.machine import MachineOptions
-from prefopt.config.option import check_all, from_dict, option, to_dict
+from prefopt.config.dpo import DpoConfig
+from prefopt.config.model import MachineOptions
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.reward import RewardConfig
 from prefopt.config.sft import SftConfig
-from prefopt.disk.adapter_folder import is_adapter
+from prefopt.core.model_folder import is_adapter
+from prefopt.core.options import check_all, from_dict, option, parse_given, to_dict
 from prefopt.errors import ConfigError
 
 StageName = Literal["sft", "reward", "ppo"]
@@ -128,3 +128,16 @@ class RlhfConfig(MachineOptions, TemplateOptions, ReadOptions):
     def from_dict(cls, values: Mapping[str, object], place: str | None = None) -> RlhfConfig:
         """The config that ``to_dict`` wrote; ``place`` names the file it comes from."""
         return from_dict(cls, values, place)
+
+
+METHODS: Mapping[str, type[Any]] = {"dpo": DpoConfig, "sft": SftConfig, "reward": RewardConfig, "ppo": PpoConfig}
+
+
+def method_of(config: object) -> str | None:
+    """The command that a config belongs to."""
+    return next((name for name, kind in METHODS.items() if type(config) is kind), None)
+
+
+def read_options(method: str, values: Mapping[str, Any]) -> Any:
+    """The config that a run's record holds. Raises ``ConfigError`` where this version has other options."""
+    return from_dict(METHODS[method], {name: value for name, value in values.items() if value is not None})

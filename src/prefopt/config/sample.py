@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from prefopt.config import option as _options
 from prefopt.config.data import ReadOptions, TemplateOptions
-from prefopt.config.machine import MachineOptions
-from prefopt.config.option import option
+from prefopt.config.model import MachineOptions
+from prefopt.core import options as _options
+from prefopt.core.options import option
 from prefopt.errors import ConfigError
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from prefopt.config.balance import BalanceOptions
-from prefopt.config.method import MethodOptions
-from prefopt.config.model import ModelOptions
-from prefopt.config.option import flag, option
-from prefopt.disk.adapter_folder import is_adapter
+from prefopt.config.model import BalanceOptions, ModelOptions
+from prefopt.config.training import MethodOptions
+from prefopt.core.model_folder import is_adapter
+from prefopt.core.options import flag, option
 from prefopt.errors import ConfigError
 
 # Full: what LLaMA-Factory, Tulu 3 and TRL take for models of 1 to 8 billion weights. LoRA wants about ten times as

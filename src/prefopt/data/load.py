@@ -12,22 +12,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from prefopt.data.content import layout_name
-from prefopt.data.dataset_info import find_entry
-from prefopt.data.findings import Findings, lines, merge
-from prefopt.data.formats import Reading, open_comparisons
-from prefopt.data.prepare import Chunk, Preparer, chunks
-from prefopt.data.render import Renderer
-from prefopt.data.rendering import Rendering
-from prefopt.data.sources import Origin, Source, find_sources
-from prefopt.data.split import Indices, split_by_prompt
+from prefopt.core.terminal import Reporter
+from prefopt.data.chat.render import Renderer
+from prefopt.data.chat.render_options import Rendering
+from prefopt.data.comparisons import Reading, open_comparisons
+from prefopt.data.files.content import layout_name
+from prefopt.data.files.sources import Origin, Source, find_sources
+from prefopt.data.kinds import Problem, Want, describe, refuse, refused_rows
+from prefopt.data.layouts.dataset_info import find_entry
+from prefopt.data.problems import Findings, lines, merge
+from prefopt.data.sampler import Indices, split_by_prompt
 from prefopt.data.table import Columns, GroupTable, Part, joined
 from prefopt.data.token_cache import Append, Report, TokenCache, Tokenised, TokenKey
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.data.validate import Problem, Want, describe, refuse, refused_rows
-from prefopt.data.workers import MOST, CannotStart, Workers
+from prefopt.data.workers import MOST, CannotStart, Chunk, Preparer, Workers, chunks
 from prefopt.errors import ConfigError, DataError
-from prefopt.progress import Reporter
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +130,7 @@ def load_groups(
     """Read, check and render what ``names`` stand for (see :func:`find_sources`), or take it from the token cache.
 
     ``max_length`` and ``add_eos`` stand for a rendering of their own. ``want`` is what is made of a row (see
-    :func:`prefopt.data.want.convert`); ``format`` and ``columns`` are those of :func:`open_comparisons`. ``workers``:
+    :func:`prefopt.data.kinds.convert`); ``format`` and ``columns`` are those of :func:`open_comparisons`. ``workers``:
     processes at most that tokenise a large file, one for each processor where it is not given. ``stop`` is called now
     and then and may raise. The groups that ``names[i]`` gave have the number i in ``groups.source_G``.
 

@@ -18,10 +18,10 @@ from typing import IO, Any
 
 import numpy as np
 
+from prefopt.core.cache_folder import Damaged
+from prefopt.core.files import write_flushed
+from prefopt.core.hashes import file_hashes
 from prefopt.data.table import COLUMNS, Array, Columns, Part
-from prefopt.disk.cache import Damaged
-from prefopt.disk.hashes import file_hashes
-from prefopt.disk.write import write_flushed
 from prefopt.errors import CacheError
 
 MANIFEST = "manifest.json"

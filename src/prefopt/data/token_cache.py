@@ -26,13 +26,22 @@ from unicodedata import unidata_version
 
 import prefopt
 from prefopt import records
-from prefopt.data.findings import Findings
+from prefopt.core.cache_folder import (
+    Damaged,
+    acquired,
+    cache_errors,
+    last_used,
+    remove,
+    size_of,
+    space_lock,
+    token_entries,
+    tokens_folder,
+)
+from prefopt.core.files import sync_folder
+from prefopt.data.kinds import Problem
+from prefopt.data.problems import Findings
 from prefopt.data.table import Columns, Part
 from prefopt.data.table_file import MANIFEST, TableWriter, check_files, open_part, read_manifest
-from prefopt.data.validate import Problem
-from prefopt.disk.cache import Damaged, acquired, cache_errors, space_lock, tokens_folder
-from prefopt.disk.entries import last_used, remove, size_of, token_entries
-from prefopt.disk.write import sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +125,7 @@ class Tokenised:
 
 
 class TokenCache:
-    """The entries below a cache's root, by default that of :func:`prefopt.disk.cache.cache_root`."""
+    """The entries below a cache's root, by default that of :func:`prefopt.core.cache_folder.cache_root`."""
 
     def __init__(self, root: Path | None = None) -> None:
         """Nothing is created before there is something to write."""

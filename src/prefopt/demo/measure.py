@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from prefopt.data.formats import read_comparisons
+from prefopt.core.statistics import Interval, mean_interval
+from prefopt.data.comparisons import read_comparisons
 from prefopt.data.group import Group
-from prefopt.data.packer import pack
-from prefopt.data.problem import Problem
+from prefopt.data.problems import Problem
 from prefopt.data.tokenizer import load_tokenizer
-from prefopt.generate.loaded import renderer_for
-from prefopt.interval import Interval, mean_interval
+from prefopt.generate.sampled_model import renderer_for
 from prefopt.model.load import load_model
+from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer, response_sums
 from prefopt.records import Comparison
 

@@ -18,16 +18,15 @@ import prefopt
 from prefopt.config.compare import CompareConfig, is_file
 from prefopt.config.data import READING
 from prefopt.config.sample import SampleConfig
-from prefopt.data.formats import open_comparisons, parse_comparisons, read_comparisons
-from prefopt.data.problem import Problem, refuse, refused_rows
-from prefopt.data.sources import find_sources
-from prefopt.disk.cache import acquired, cache_errors, samples_folder, space_lock
-from prefopt.disk.entries import SAMPLES, used
-from prefopt.disk.hashes import file_hashes
+from prefopt.core.cache_folder import SAMPLES, acquired, cache_errors, samples_folder, space_lock, used
+from prefopt.core.hashes import file_hashes
+from prefopt.core.terminal import Reporter
+from prefopt.data.comparisons import open_comparisons, parse_comparisons, read_comparisons
+from prefopt.data.files.sources import find_sources
+from prefopt.data.problems import Problem, refuse, refused_rows
 from prefopt.errors import CacheError, DataError
-from prefopt.generate.loaded import SampledModel
 from prefopt.generate.output import wrong_with
-from prefopt.progress import Reporter
+from prefopt.generate.sampled_model import SampledModel
 from prefopt.records import Comparison
 from prefopt.rewards import Reward
 

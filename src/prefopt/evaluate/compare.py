@@ -11,29 +11,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from prefopt.config.command import command
 from prefopt.config.compare import CompareConfig, is_file
+from prefopt.core.options import command
+from prefopt.core.statistics import Interval, mean_interval
+from prefopt.core.terminal import Reporter
 from prefopt.data.layouts import LAYOUTS
 from prefopt.errors import ConfigError, DataError, ModelError
 from prefopt.evaluate.answers import Given, Rows, answers, check_same, identity, prompts_of
-from prefopt.evaluate.judged import findings
-from prefopt.evaluate.judged_file import check_output, write_judged
+from prefopt.evaluate.judged import Versus, check_output, findings, write_judged
 from prefopt.evaluate.judges import load_judge
 from prefopt.evaluate.judges.judge import Judge, Question, ScoredVote, outcome, with_empty
 from prefopt.evaluate.judges.recorded import recorded
-from prefopt.evaluate.prompts import Floats, Ints, gathered, numbered
-from prefopt.evaluate.rates import FEWEST, at_equal_length, win_rate
-from prefopt.evaluate.samples import Samples, distance, perplexity, seen
-from prefopt.evaluate.strengths import Games, groups, strengths
+from prefopt.evaluate.rates import FEWEST, Games, at_equal_length, groups, strengths, win_rate
+from prefopt.evaluate.samples import Floats, Ints, Samples, distance, gathered, numbered, perplexity, seen
 from prefopt.evaluate.tasks import Harness, TaskScore, changes, read_task_results
-from prefopt.evaluate.versus import Versus
-from prefopt.interval import Interval, mean_interval
 from prefopt.model.environment import hardware
 from prefopt.model.load import base_and_adapter, resolve_device, resolve_dtype
-from prefopt.progress import Reporter
 from prefopt.records import Comparison
+from prefopt.runs.trends import Finding
 from prefopt.studies.votes import Vote
-from prefopt.train.finding import Finding
 
 
 @dataclass(frozen=True, slots=True)

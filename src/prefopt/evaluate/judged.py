@@ -5,18 +5,76 @@ A run sees the reward that it raises; only a judge of samples sees whether they 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from prefopt.errors import RunError
-from prefopt.evaluate.rates import Verdict
+from prefopt.config.compare import CompareConfig, is_file
+from prefopt.core.files import output_errors, replace_file
+from prefopt.core.hashes import file_hashes
+from prefopt.core.statistics import Interval
+from prefopt.data.files.sources import find_sources
+from prefopt.errors import ConfigError, DataError, RunError
+from prefopt.evaluate.rates import AtEqualLength, Verdict, WinRate
 from prefopt.evaluate.samples import Samples
-from prefopt.evaluate.versus import Versus
-from prefopt.interval import Interval
-from prefopt.train.finding import Finding
-from prefopt.train.history import History, read_history
-from prefopt.train.trend import Change, change
+from prefopt.evaluate.tasks import TaskChange
+from prefopt.runs.history import History, read_history
+from prefopt.runs.trends import Change, Finding, change
+
+
+def check_output(config: CompareConfig, data: Sequence[str]) -> None:
+    """Refuse an ``--output`` that is there already, before anything is computed: :class:`RunError`, unless it may be
+    replaced; :class:`ConfigError` for a file that the comparison reads, which is never replaced: ``data`` among them.
+    """
+    if config.output is None or not (path := Path(config.output)).exists():
+        return
+    if path.is_dir():
+        raise ConfigError(f"--output {path} is a folder; name a file in it")
+    names = [Path(name) for name in (*filter(is_file, config.models), *(config.task_results or ()))]
+    names += [source.path for source in find_sources(data) if source.path is not None]
+    if any(name.exists() and name.samefile(path) for name in names):
+        raise ConfigError(f"--output {path} is read by this comparison; name another file")
+    if not config.overwrite:
+        raise RunError(f"--output {path} is there already; name another file, or add --overwrite")
+
+
+def write_judged(path: Path, rows: Sequence[dict[str, object]]) -> str:
+    """Write the rows; returns the SHA-256 of the file."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    data = text.encode("utf-8", "surrogatepass")
+    with output_errors(path):
+        replace_file(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def check_judged(path: Path, digest: str) -> None:
+    """Refuse a file that is gone, or not the one of this digest. Raises :class:`DataError`."""
+    if file_hashes([path], error=DataError)[0] != digest:
+        raise DataError(
+            f"{path} no longer holds the pairs of this comparison: something wrote to it since; compare again, with an"
+            " --output of its own"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Versus:
+    """Two models: how often the first won, at any length and read at equal length; by category, where one is named.
+
+    ``empty``: comparisons decided by one response having no words, without the judge. ``longer``: characters that the
+    first's responses have more than the second's, over prompts; none for too few. ``tasks``: what they know elsewhere.
+    """
+
+    first: str
+    second: str
+    rate: WinRate
+    equal_length: AtEqualLength | None
+    categories: dict[str, WinRate] = field(default_factory=dict)
+    empty: int = 0
+    longer: Interval | None = None
+    tasks: list[TaskChange] = field(default_factory=list)
+
 
 REPEATS = 0.1  # of the runs of four words of a sample
 TWICE = 2.0  # times as much as the model that it is compared with

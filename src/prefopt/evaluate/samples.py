@@ -1,25 +1,52 @@
-"""What samples of a model show of it: how long and how varied they are, and how far it went from its reference."""
+"""What samples of a model show of it: how long and how varied they are, and how far it went from its reference.
+
+>>> import numpy as np
+>>> gathered(np.array([[1.0], [0.5], [0.0]]), np.array([0, 1, 0]))
+array([[1. , 0. ],
+       [0.5, nan]])
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from prefopt.core.statistics import Interval, mean_interval
 from prefopt.data.group import Group
 from prefopt.data.load import load_groups
-from prefopt.data.packer import pack, split
-from prefopt.data.problem import Problem
+from prefopt.data.problems import Problem
 from prefopt.errors import DataError, ModelError
-from prefopt.evaluate.prompts import Floats, numbered
-from prefopt.generate.loaded import SampledModel, renderer_for
-from prefopt.interval import Interval, mean_interval
+from prefopt.generate.sampled_model import SampledModel, renderer_for
+from prefopt.model.packing import pack, split
 from prefopt.model.scorer import response_sums
 from prefopt.records import Comparison
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+def numbered(keys: Iterable[Hashable]) -> Ints:
+    """The number [rows] of each row's prompt, in the order in which they first come."""
+    known: dict[Hashable, int] = {}
+    return np.array([known.setdefault(key, len(known)) for key in keys], np.int64)
+
+
+def gathered(values: Floats, prompt: Ints) -> Floats:
+    """``values`` [rows, samples] as [prompts, most samples of one], NaN where a prompt has fewer than another."""
+    _, place, rows = np.unique(prompt, return_inverse=True, return_counts=True)
+    found = np.full((len(rows), int(rows.max(initial=0)), values.shape[1]), np.nan)
+    filled = np.zeros(len(rows), np.int64)
+    for row, p in zip(values, place, strict=True):
+        found[p, filled[p]] = row
+        filled[p] += 1
+    return found.reshape(len(rows), -1)
+
 
 AT_ONCE = 4096  # tokens of a forward pass
 LONGEST = 4096  # tokens of a row of held-out data, where a model names no context

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.disk.read import parsed
+from prefopt.core.files import parsed
 from prefopt.errors import ConfigError, DataError, RunError
 from prefopt.evaluate.rates import Z95
-from prefopt.model.built_in import attention_for
+from prefopt.model.supported import attention_for
 
 INSTALL = 'pip install "prefopt[lm-eval]"'
 

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from prefopt.data.packer import split
-from prefopt.generate.sample import Ids
+from prefopt.generate.sampler import Ids
 from prefopt.generate.slots import HOOK, Filling, Slots
-from prefopt.model.attention import gather_plan
 from prefopt.model.costs import count_pass, uncounted
+from prefopt.model.kernels.attention import gather_plan
 from prefopt.model.memory import out_of_memory
+from prefopt.model.packing import split
 from prefopt.model.scorer import Scorer, body_of, causal_model
 
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}

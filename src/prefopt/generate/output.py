@@ -22,10 +22,9 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from prefopt.config.option import flag
-from prefopt.disk.entries import SAMPLES, clear, sample_entries
-from prefopt.disk.read import parsed, read_json
-from prefopt.disk.write import output_errors, remove_leftovers, sync_folder, write_json
+from prefopt.core.cache_folder import SAMPLES, clear, sample_entries
+from prefopt.core.files import output_errors, parsed, read_json, remove_leftovers, sync_folder, write_json
+from prefopt.core.options import flag
 from prefopt.errors import RunError
 
 # Options that may differ at a resume: they change what is shown, never what is drawn.

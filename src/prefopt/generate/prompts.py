@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from prefopt.data.content import DAMAGED, damaged, layout_name, look
-from prefopt.data.formats import open_comparisons
+from prefopt.data.chat.render import Renderer
+from prefopt.data.comparisons import open_comparisons
+from prefopt.data.files.content import DAMAGED, damaged, layout_name, look
+from prefopt.data.files.sources import Source
 from prefopt.data.group import IntArray
-from prefopt.data.render import Renderer
-from prefopt.data.sources import Source
-from prefopt.data.validate import Problem, check, convert, describe, refuse, refused_rows
+from prefopt.data.kinds import Problem, check, convert, describe, refuse, refused_rows
 from prefopt.errors import DataError
 from prefopt.records import Comparison, Message
 

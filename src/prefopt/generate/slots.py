@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from prefopt.data.packer import Segment
 from prefopt.errors import ModelError
-from prefopt.model.attention import refuse_foreign, shared_attention
+from prefopt.model.kernels.attention import refuse_foreign, shared_attention
+from prefopt.model.packing import Segment
 
 HOOK = "prefopt_slots"
 """Not among transformers' mask functions, so that models build no mask."""

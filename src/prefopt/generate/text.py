@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.generate.sample import Ids
+from prefopt.generate.sampler import Ids
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 CONTEXT = 8

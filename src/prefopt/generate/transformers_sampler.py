@@ -15,16 +15,15 @@ import numpy as np
 import torch
 
 from prefopt.errors import ModelError, RunError
-from prefopt.generate.choose import Choice, choose
 from prefopt.generate.decode import Decoder, WholeDecoder, decoder_of
-from prefopt.generate.noise import key_of
-from prefopt.generate.sample import Ids, Progress, Sample, Settings, occurrences
+from prefopt.generate.draw import Choice, choose, key_of
+from prefopt.generate.sampler import Ids, Progress, Sample, Settings, occurrences
+from prefopt.model.accounting import attention_shapes
 from prefopt.model.costs import count_generated
 from prefopt.model.load import vocabulary_size
 from prefopt.model.memory import free_memory, out_of_memory
+from prefopt.model.packed_model import context_length
 from prefopt.model.scorer import Scorer, causal_model
-from prefopt.model.shapes import attention_shapes
-from prefopt.model.sharing import context_length
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ class _Job:
 
 
 class TransformersSampler:
-    """Follows :class:`prefopt.generate.sample.Sampler`, with the model that a scorer scores with.
+    """Follows :class:`prefopt.generate.sampler.Sampler`, with the model that a scorer scores with.
 
     ``rows`` is how many samples are drawn side by side; none: estimated from memory for every call. It is halved where
     memory ends, and stays so. ``note`` says in one line what is slow, where the model forbids the fastest way.

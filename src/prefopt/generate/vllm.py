@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.disk.vetted import vet_folder
+from prefopt.core.model_folder import vet_folder
 from prefopt.errors import ConfigError, ModelError, RunError, first_line
-from prefopt.generate.noise import key_of
-from prefopt.generate.sample import FloatArray, Ids, Progress, Sample, Settings, occurrences
+from prefopt.generate.draw import key_of
+from prefopt.generate.sampler import FloatArray, Ids, Progress, Sample, Settings, occurrences
 
 ADAPTER = "adapter"
 
 
 class VllmSampler:
-    """Follows :class:`prefopt.generate.sample.Sampler`. Use it as a context: leaving it frees the GPU's memory.
+    """Follows :class:`prefopt.generate.sampler.Sampler`. Use it as a context: leaving it frees the GPU's memory.
 
     Log-probabilities are those of the distribution drawn from. Where that is not the model's own, the model's come from
     a second pass, which encodes prompt and sample and draws one token that is thrown away.

@@ -12,7 +12,7 @@ nothing that no argument asks for is computed. One with the default None is take
 keyword-only is an option, a plain number or word.
 
 >>> from prefopt.losses.declare import LOSSES
->>> from prefopt.losses.preference import dpo
+>>> from prefopt.losses.pairs import dpo
 >>> LOSSES["dpo"].function is dpo, LOSSES["dpo"].needs_reference, LOSSES["simpo"].needs_reference
 (True, True, False)
 >>> LOSSES["dpo"].inputs
@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
-from prefopt.config.option import Option, checked, nearest
+from prefopt.core.options import Option, checked, nearest
 from prefopt.errors import ConfigError
 
 Kind = Literal["pairs", "labels", "ranking"]

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import torch
 
-from prefopt.config.option import nearest
+from prefopt.core.options import nearest
 from prefopt.errors import ConfigError
+from prefopt.losses.common import WEIGHTINGS, Weighting
 from prefopt.losses.declare import LOSSES, Loss, LossOutput, Value, declared
-from prefopt.losses.weighting import WEIGHTINGS, Weighting
 
 State = dict[str, dict[str, torch.Tensor]]
 

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from prefopt.losses.common import BETA, DIVERGENCE, implied, right
 from prefopt.losses.declare import LossOutput, loss
-from prefopt.losses.divergence import DIVERGENCE, implied
-from prefopt.losses.metrics import BETA, right
 
 EXACT = 4  # so many tied responses have 24 orders, summed over 15 subsets; five would have 120
 

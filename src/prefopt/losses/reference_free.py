@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from prefopt.losses.common import NLL_WEIGHT, SMOOTHING, expm1_or_line, log1m_exp, logistic, pair_output
 from prefopt.losses.declare import LossOption, LossOutput, loss
-from prefopt.losses.metrics import NLL_WEIGHT, SMOOTHING, pair_output
-from prefopt.losses.numeric import expm1_or_line, log1m_exp, logistic
 
 
 @loss(

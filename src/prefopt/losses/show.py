@@ -5,10 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 
-from prefopt.config.option import nearest
+from prefopt.core.options import nearest
 from prefopt.errors import ConfigError
+from prefopt.losses.common import WEIGHTINGS, Weighting
 from prefopt.losses.declare import LOSSES, Loss, LossOption
-from prefopt.losses.weighting import WEIGHTINGS, Weighting
 
 WIDTH = 100
 NOTATION = (
@@ -63,7 +63,7 @@ def default(o: LossOption) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def overview() -> str:
+def list_losses() -> str:
     """Every loss in a few lines, family by family, and the weightings."""
     parts = ["\n".join(NOTATION)]
     for title, losses in families().items():
@@ -73,7 +73,7 @@ def overview() -> str:
     return "\n\n".join(parts)
 
 
-def described(name: str) -> str:
+def describe_loss(name: str) -> str:
     """Everything about one loss or weighting. Raises ``ConfigError`` where there is none of that name."""
     plain = name.replace("-", "_")
     found: Loss | Weighting | None = LOSSES.get(plain) or WEIGHTINGS.get(plain)

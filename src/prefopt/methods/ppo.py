@@ -10,48 +10,44 @@ from typing import Any
 import numpy as np
 import torch
 
-from prefopt.config.document import write_document
 from prefopt.config.ppo import PpoConfig
-from prefopt.config.score import is_model_reward
+from prefopt.config.tools import is_model_reward
+from prefopt.core.files import output_errors
+from prefopt.core.stop import StopRequest
+from prefopt.core.terminal import Reporter, duration, size
+from prefopt.core.yaml_file import write_document
 from prefopt.data.group import Group
-from prefopt.disk.write import output_errors
 from prefopt.errors import ConfigError, Diverged
-from prefopt.generate.loaded import SampledModel
 from prefopt.generate.prompts import PromptSet
-from prefopt.generate.sample import group_of
+from prefopt.generate.rewards import Judge, TextJudge
+from prefopt.generate.sampled_model import SampledModel
+from prefopt.generate.sampler import group_of
 from prefopt.generate.transformers_sampler import TransformersSampler
-from prefopt.losses.kl import AdaptiveKl, FixedKl, KlController
+from prefopt.losses.rl import AdaptiveKl, FixedKl, KlController
 from prefopt.model.check import CheckReport, check_scoring
-from prefopt.model.generation import add_end_tokens
 from prefopt.model.load import resolve_dtype
 from prefopt.model.memory import peak_memory
-from prefopt.model.named import identity_of_name
-from prefopt.model.packed import causal_model
-from prefopt.model.save import repair_generation
-from prefopt.progress import Reporter, duration, size
+from prefopt.model.packed_model import causal_model
+from prefopt.model.save import add_end_tokens, repair_generation
+from prefopt.reference.identity import identity_of_name
 from prefopt.rewards import Reward, load_reward
+from prefopt.rl.collector import Collector
+from prefopt.rl.critic import trainees
+from prefopt.rl.last_good import keep_last_good
+from prefopt.rl.learner import Learner, LearnOptions
+from prefopt.rl.loop import PhaseOptions, Phases
+from prefopt.rl.models import PpoModels, build_models
+from prefopt.rl.prompts import order_of, plan_of, read_prompts, steps_of, too_few
+from prefopt.rl.ptx import read_ptx
+from prefopt.runs.callbacks import Callbacks
+from prefopt.runs.card import save_model, write_card
+from prefopt.runs.folder import FREE, RunFolder, Spending, digest_of, fingerprint, spending
+from prefopt.runs.history import averages_of, read_history
+from prefopt.runs.metrics import Metrics
+from prefopt.runs.trackers import watchers
 from prefopt.train import budget
-from prefopt.train.adapter_model import with_base
-from prefopt.train.callbacks import Callbacks
-from prefopt.train.card import save_model, write_card
-from prefopt.train.collector import Collector
-from prefopt.train.folder import FREE, RunFolder, digest_of, fingerprint
-from prefopt.train.history import averages_of, read_history
-from prefopt.train.judge import Judge, TextJudge
-from prefopt.train.last_good import keep_last_good
-from prefopt.train.learner import Learner, LearnOptions
-from prefopt.train.machine import prepare_machine
-from prefopt.train.metrics import Metrics
-from prefopt.train.phases import PhaseOptions, Phases
-from prefopt.train.policy import Policy
-from prefopt.train.ppo_models import PpoModels, build_models
-from prefopt.train.ppo_plan import order_of, plan_of, steps_of, too_few
-from prefopt.train.ppo_prompts import read_prompts
-from prefopt.train.ptx import read_ptx
-from prefopt.train.spending import Spending, spending
-from prefopt.train.stop import StopRequest
-from prefopt.train.trainee import trainees
-from prefopt.train.watch import watchers
+from prefopt.train.budget import prepare_machine
+from prefopt.train.policy import Policy, with_base
 
 TRIED = 4
 """Prompts that are answered twice before training, to check scoring on real samples."""
@@ -77,7 +73,7 @@ def run(
     reward: Scores | None = None,
     callbacks: Sequence[Any] = (),
 ) -> PpoResult | None:
-    """Run PPO, or RLOO. ``callbacks``: see :class:`prefopt.train.callbacks.Callback`.
+    """Run PPO, or RLOO. ``callbacks``: see :class:`prefopt.runs.callbacks.Callback`.
 
     ``model``, ``tokenizer``, ``rows`` and ``reward`` stand in for what ``config`` names (a model is trained in place).
     Returns none for a dry run. Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after

@@ -11,21 +11,21 @@ import numpy as np
 import torch
 
 from prefopt.config.reward import RewardConfig
-from prefopt.disk.write import write_json
+from prefopt.core.files import write_json
+from prefopt.core.stop import StopRequest
+from prefopt.core.terminal import Reporter
 from prefopt.errors import ConfigError, DataError
 from prefopt.model.check import CheckReport, check_scalars
-from prefopt.model.packed import causal_model
+from prefopt.model.packed_model import causal_model
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scalar import ScalarScorer, folded, response_rewards, set_shift, shift_of
-from prefopt.progress import Reporter
-from prefopt.train import items
-from prefopt.train.card import save_model
-from prefopt.train.loop import Loop
+from prefopt.runs.card import save_model
+from prefopt.train import rows as items
+from prefopt.train.objectives import RewardObjective
 from prefopt.train.policy import ScalarPolicy
-from prefopt.train.ranked import RewardObjective
 from prefopt.train.reliability import Reliability, draw, reliability
 from prefopt.train.run import TrainingRun
-from prefopt.train.stop import StopRequest
+from prefopt.train.trainer import Loop
 
 ZERO_FROM = 1000
 """Prompts of the training data that the shift is measured on: its error is a thirtieth of the rewards' spread."""

@@ -12,25 +12,23 @@ from typing import Any
 import torch
 
 from prefopt.config.sample import SampleConfig
-from prefopt.data.formats import parse_comparisons
+from prefopt.core.stop import StopRequest
+from prefopt.core.terminal import Bar, Reporter, duration
+from prefopt.data.chat.render_options import parse_variables, read_template
+from prefopt.data.comparisons import parse_comparisons
+from prefopt.data.files.sources import find_sources
 from prefopt.data.layouts import LAYOUTS
-from prefopt.data.rendering import parse_variables, read_template
-from prefopt.data.sources import find_sources
 from prefopt.errors import ConfigError
-from prefopt.generate.loaded import SampledModel, renderer_for
-from prefopt.generate.mismatch import Mismatch, compare
 from prefopt.generate.output import Place, SampleFile
 from prefopt.generate.prompts import PromptReader, PromptSet
-from prefopt.generate.sample import Sample, Sampler, Settings, occurrences
+from prefopt.generate.rewards import BestOf, load_judge
+from prefopt.generate.sampled_model import SampledModel, renderer_for
+from prefopt.generate.sampler import Mismatch, Sample, Sampler, Settings, compare, occurrences
 from prefopt.generate.text import continuation, without_stop
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.model.load import slow_dtype
-from prefopt.progress import Bar, Reporter, duration
 from prefopt.records import Message, Response
-from prefopt.train.best_of import BestOf
-from prefopt.train.folder import digest_of
-from prefopt.train.judge import load_judge
-from prefopt.train.stop import StopRequest
+from prefopt.runs.folder import digest_of
 
 COMPARED = 64
 """Samples at most, spread over the prompts, that are scored again to compare the log-probabilities."""

@@ -8,28 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config.sft import SftConfig
-from prefopt.data.formats import open_comparisons, parse_comparisons
-from prefopt.data.problem import Problem
-from prefopt.data.sources import find_sources
-from prefopt.data.want import convert
+from prefopt.core.stop import StopRequest
+from prefopt.core.terminal import Reporter
+from prefopt.data.comparisons import open_comparisons, parse_comparisons
+from prefopt.data.files.sources import find_sources
+from prefopt.data.kinds import convert
+from prefopt.data.problems import Problem
 from prefopt.errors import ConfigError
 from prefopt.model.check import CheckReport, check_scoring
+from prefopt.model.from_scratch import new_model, new_tokenizer
 from prefopt.model.scorer import Scorer
-from prefopt.model.scratch import new_model, new_tokenizer
-from prefopt.progress import Reporter
-from prefopt.train import balance
+from prefopt.train import objectives
 from prefopt.train.data import TrainingData, load_data
-from prefopt.train.likelihood import LikelihoodObjective
 from prefopt.train.objective import Objective
+from prefopt.train.objectives import LikelihoodObjective
 from prefopt.train.policy import Policy
 from prefopt.train.run import TrainingRun
-from prefopt.train.stop import StopRequest
 
 
 @dataclass(frozen=True, slots=True)
 class SftResult:
     """What a run gives back: ``metrics`` are averages over the rows of the last epoch (see
-    :mod:`prefopt.train.averages`), ``held_out_loss`` is that of the saved weights."""
+    :mod:`prefopt.runs.metrics`), ``held_out_loss`` is that of the saved weights."""
 
     output: Path
     steps: int
@@ -113,7 +113,7 @@ class _Run(TrainingRun[Scorer]):
         tokens = int(self.data.groups.trained_N[: self._responses()].sum())
         mean = "token" if self.config.average == "tokens" else "response"
         self.reporter.say(f"loss: negative log-likelihood, mean over every {mean}; {tokens:,} tokens to learn")
-        self._tell(balance.in_words(self.policy.scorer.model, self.config.router_aux_loss_coef))
+        self._tell(objectives.in_words(self.policy.scorer.model, self.config.router_aux_loss_coef))
 
     def _responses(self) -> int:
         """Responses of what ``--data`` gave."""
@@ -127,7 +127,7 @@ class _Run(TrainingRun[Scorer]):
     def objective_to_try(self) -> Objective:
         """See :class:`TrainingRun`."""
         plain = LikelihoodObjective(self.data.groups, self.config.average, device=self.policy.device)
-        return balance.balanced(plain, self.policy.scorer.model, self.config.router_aux_loss_coef)
+        return objectives.balanced(plain, self.policy.scorer.model, self.config.router_aux_loss_coef)
 
     @property
     def passes(self) -> float:

@@ -3,28 +3,191 @@
 A tiny float64 twin of the architecture is scored through the packed path and by the model class's own forward, one
 sequence per call, values and gradients. Then real groups are scored by the real model, shared, separately, and in two
 packings, which also measures the noise that the working dtype brings; and a few of their tokens by its own logits.
+
+The load check's twin is in float64, which variable-length flash attention does not take: on CUDA nothing of that
+kernel would be seen before it trains. So the twin is scored once more in the run's own dtype, by both kernels, values
+and gradients; its window is shorter than its rows. How far rounding takes either from the truth is measured, not
+assumed: the truth is the twin with the same rounded weights in float64.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from prefopt.data.group import Group
-from prefopt.data.packer import pack
 from prefopt.data.table import GroupTable
 from prefopt.errors import ModelError
-from prefopt.model.clone import VOCABULARY, tiny_clone
 from prefopt.model.costs import uncounted
-from prefopt.model.kernel_check import check_kernel
-from prefopt.model.packed import PackedModel, causal_model
+from prefopt.model.packed_model import PackedModel, causal_model
+from prefopt.model.packing import pack
 from prefopt.model.scalar import ScalarScorer
 from prefopt.model.scorer import Head, Scorer
+
+VOCABULARY, WINDOW, CONTEXT = 61, 8, 128
+_SMALL = {
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "ffn_dim": 48,
+    "ffn_hidden_size": 48,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "state_size": 4,
+}
+LARGEST = 5_000_000
+"""Parameters of a twin at most: the check must stay a matter of a second."""
+
+
+def tiny_clone(config: PreTrainedConfig) -> PreTrainedModel | None:
+    """A float64 model with random weights (norms too), one period of the layer types and a window of 8.
+
+    None where the architecture cannot be built that small.
+    """
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    state = torch.random.get_rng_state()
+    try:
+        for heads_too in (True, False):
+            try:
+                return _build(_shrunk(config, heads_too))
+            except Exception:  # whatever a configuration refuses: the caller says that it went unchecked
+                continue
+        return None
+    finally:
+        torch.random.set_rng_state(state)
+        transformers_logging.set_verbosity(level)
+
+
+def _build(config: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size} parameters")
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
+    model.eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.1)
+        model(input_ids=torch.arange(5)[None], use_cache=False)
+    return model
+
+
+def _shrunk(config: PreTrainedConfig, heads_too: bool) -> Any:
+    small: Any = copy.deepcopy(config.get_text_config())
+    old_layers = small.num_hidden_layers
+    kinds = getattr(small, "layer_types", None)
+    layers = _period(kinds) if kinds else min(2, old_layers)
+    for name, value in list(vars(small).items()):
+        if isinstance(value, list) and len(value) == old_layers:
+            setattr(small, name, value[:layers])
+    _set(small, num_hidden_layers=layers, vocab_size=VOCABULARY, max_position_embeddings=CONTEXT)
+    for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        try:
+            setattr(small, token, None)
+        except Exception:  # some families must have one, and each kind of check has an error of its own
+            setattr(small, token, 0)
+    if getattr(small, "sliding_window", None):
+        small.sliding_window = WINDOW
+    for name, value in _SMALL.items():
+        if isinstance(getattr(small, name, None), int):
+            setattr(small, name, min(value, getattr(small, name)))
+    if heads_too:
+        _shrink_heads(small)
+    return small
+
+
+def _shrink_heads(small: Any) -> None:
+    heads = small.num_attention_heads
+    shared = getattr(small, "num_key_value_heads", None)
+    width = 16
+    _set(small, num_attention_heads=4, hidden_size=4 * width)
+    if isinstance(getattr(small, "num_kv_heads", None), int):  # Falcon
+        small.num_kv_heads = _shared_heads(small.num_kv_heads, heads)
+    if shared is not None:
+        small.num_key_value_heads = _shared_heads(shared, heads)
+    if vars(small).get("head_dim") is not None:  # where it is a property (Falcon), it follows from the rest
+        small.head_dim = width
+    if getattr(small, "word_embed_proj_dim", None) is not None:
+        small.word_embed_proj_dim = small.hidden_size
+
+
+def _shared_heads(shared: int, heads: int) -> int:
+    """Key heads for four query heads, of the kind that the model has: one each, in groups, or one for all."""
+    return 4 if shared == heads else 2 if shared > 1 else 1
+
+
+def _set(config: Any, **values: Any) -> None:
+    """Set what the configuration has, under the names it gives these things."""
+    for name, value in values.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+
+
+def _period(kinds: list[str]) -> int:
+    """Layers until every type has been seen, at least two where there are two."""
+    n = max(kinds.index(kind) for kind in set(kinds)) + 1
+    return max(n, min(2, len(kinds)))
+
+
+_ALLOWED, _TIMES = 0.05, 4.0
+"""Relative error of a kernel that rounding explains in any case, and beyond it as a multiple of the loop's own."""
+
+
+def check_kernel(
+    twin: PreTrainedModel, groups: Sequence[Group], device: torch.device, dtype: torch.dtype, head: Head | None
+) -> None:
+    """Raise :class:`ModelError` where the fast kernel's values or gradients are further from the truth than the loop's.
+
+    ``twin`` is a float64 copy that may be changed.
+    """
+    rounded = copy.deepcopy(twin).to(dtype)
+    truth = _scored(copy.deepcopy(rounded).to(torch.float64), groups, "loop", head)
+    loop, fast = (_scored(copy.deepcopy(rounded).to(device), groups, kernel, head) for kernel in ("loop", "auto"))
+    for what, right, plain, found in zip(("values", "gradients"), truth, loop, fast, strict=True):
+        error, allowed = _error(found, right), max(_ALLOWED, _TIMES * _error(plain, right))
+        if not error <= allowed:
+            raise ModelError(
+                f"{type(twin).__name__}: {what} by the fast attention kernel differ by {error:.2g} (relative) from the"
+                f" right ones on a small copy in {dtype}, where {allowed:.2g} is rounding; give --attention loop, and"
+                " please report this device"
+            )
+
+
+def _scored(
+    model: PreTrainedModel, groups: Sequence[Group], attention: str, head: Head | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token log-probabilities [M], and all gradients of a weighted sum of them in one vector, in float64."""
+    scorer = Scorer(model.eval(), attention=attention, head=head)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    logp_M = scorer(pack(groups, scorer.layout).to(weights[0].device))
+    assert isinstance(logp_M, torch.Tensor)
+    upstream = torch.linspace(-1, 1, len(logp_M), dtype=logp_M.dtype, device=logp_M.device)
+    grads = torch.autograd.grad((logp_M * upstream).sum(), weights, allow_unused=True)
+    flat = [torch.zeros_like(p) if g is None else g for p, g in zip(weights, grads, strict=True)]
+    return logp_M.detach().double().cpu(), torch.cat([g.double().flatten().cpu() for g in flat])
+
+
+def _error(found: torch.Tensor, right: torch.Tensor) -> float:
+    return float((found - right).norm() / right.norm())
+
 
 # Rotary tables are float32 even in a float64 model, so that the last digits differ between packings.
 CLONE_TOLERANCE = 1e-5

@@ -9,13 +9,16 @@ came from::
     origin.untouched                        # names of the checkpoint that are in no weight of the model
     origin.checkpoint.tensor(name)          # one of them
     origin.stored(model, state)             # the model's weights, under the checkpoint's names
+
+Trainers write reward models and value functions under classes and names of their own: ``score`` (transformers' sequence
+classifiers), ``value_head`` (OpenRLHF), ``v_head.summary`` (TRL; LLaMA-Factory puts it into a file of its own).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +26,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from prefopt.disk.vetted import read_object
+from prefopt.core.model_folder import read_object, weight_files
+from prefopt.core.terminal import size
 from prefopt.errors import ModelError
-from prefopt.model.identity import weight_files
 
 _ATTRIBUTE = "prefopt_origin"
 
@@ -181,3 +184,163 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
 def _kin(name: str, names: Iterable[str]) -> str | None:
     """The one of ``names`` that differs from ``name`` by the prefix of the base model alone."""
     return next((n for n in names if n.endswith(f".{name}") or name.endswith(f".{n}")), None)
+
+
+_BESIDE = "value_head.safetensors"
+NAMES = re.compile(r"^(score|value_head|v_head|reward_head|regression_head|regression_layer|rm_head)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class ScalarHead:
+    """The tensors [by name] of a head in a folder that is not transformers' own model of it."""
+
+    folder: Path
+    tensors: dict[str, Stored]
+
+    @property
+    def weight(self) -> str:
+        """The name of its weight, or of the first of several."""
+        return next((n for n in self.tensors if n.endswith("weight")), next(iter(self.tensors)))
+
+    @property
+    def beside_a_language_model(self) -> bool:
+        """Whether such a head is put beside the head of a language model, and not in its place."""
+        return self.weight.startswith("v_head.")
+
+    def read(self, width: int) -> tuple[torch.Tensor, float]:
+        """Its weight [1, width] and its bias. Raises :class:`ModelError` where it is another kind of head."""
+        bias = self.weight.removesuffix("weight") + "bias"
+        shapes = {name: stored.shape for name, stored in self.tensors.items()}
+        rest = [name for name in shapes if name not in (self.weight, bias)]
+        wrong = self.weight if shapes[self.weight] != (1, width) else bias
+        if rest or wrong == self.weight or math.prod(shapes.get(bias, ())) != 1:
+            what = f"{rest[0]} beside {self.weight}" if rest else f"{wrong} {list(shapes[wrong])}"
+            raise ModelError(
+                f"{self.folder}: its scalar head is not linear from {width} numbers to one ({what}); take a reward"
+                " model with a head of that shape, or remove those tensors to begin with a new one"
+            )
+        return self._tensor(self.weight), float(self._tensor(bias)) if bias in shapes else 0.0
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        with safe_open(self.tensors[name].file, framework="pt") as file:
+            found: torch.Tensor = file.get_tensor(name)
+        return found
+
+
+def scalar_head(folder: str | Path) -> ScalarHead | None:
+    """The scalar head in the folder of a model, or beside an adapter; none in one without, or whose weights cannot be
+    read (loading says why). Raises :class:`ModelError` where a file of the head alone cannot be."""
+    try:
+        tensors = dict(Checkpoint.read(folder).tensors)
+    except ModelError:
+        tensors = {}
+    tensors |= _beside(Path(folder) / _BESIDE)
+    found = {name: stored for name, stored in tensors.items() if NAMES.match(name)}
+    return ScalarHead(Path(folder), found) if found else None
+
+
+def _beside(file: Path) -> dict[str, Stored]:
+    if not file.is_file():
+        return {}
+    try:
+        return headers(file)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{file}: this scalar head cannot be read ({error}); copy it again, or remove it to begin with a new one"
+        ) from error
+
+
+# Told from a part of a tensor's name; the first that fits. They are read in the order in which one would name them.
+_KINDS = {
+    "value head": NAMES.pattern,
+    "layers for multi-token prediction": r"mtp|nextn|\.(eh_proj|enorm|hnorm|shared_head)\.",
+    "audio tower": r"audio|speech|sound",
+    "vision tower": r"visual|vision|image|vit|multi_modal_projector|mm_projector",
+}
+OTHER = "tensors that the architecture has no place for"
+# Buffers that older versions of transformers wrote, and that are computed: causal masks, rotary frequencies.
+_COMPUTED = re.compile(
+    r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$"
+    r"|(^|\.)position_ids$|num_batches_tracked$"
+)
+# Numbers of layers that predict further tokens, as configurations call them.
+_MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules")
+_MTP = re.compile(_KINDS["layers for multi-token prediction"])
+
+
+def leftover_words(origin: Origin) -> str | None:
+    """What is in no weight of the model, by kind with count and bytes; none where there are computed buffers alone."""
+    mtp = {layer for layer, names in _layers(origin).items() if any(_MTP.search(n) for n in names)}
+    kinds: dict[str, list[str]] = {}
+    for name in origin.untouched:
+        if not _COMPUTED.search(name):
+            in_mtp = any(origin.renamed[name].startswith(f"{layer}.") for layer in mtp)
+            kind = "layers for multi-token prediction" if in_mtp else _kind(name)
+            kinds.setdefault(kind, []).append(name)
+    parts = [_part(origin, kind, kinds[kind]) for kind in (*reversed(_KINDS), OTHER) if kind in kinds]
+    return ", ".join(parts) or None
+
+
+def check_layers(name: str, model: Any, origin: Origin) -> None:
+    """Raises :class:`ModelError` where the checkpoint has layers that the configuration leaves out, but for those that
+    predict further tokens: without its last layers a model says something else."""
+    expected = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    counts = [getattr(model.config.get_text_config(), count, None) for count in _MTP_COUNTS]
+    told = sum(count for count in counts if isinstance(count, int))
+    ends = _ends(model.state_dict())
+    beyond: dict[str, list[str]] = {}
+    for layer, names in _layers(origin).items():
+        stem, _, number = layer.rpartition(".")
+        if stem not in ends or int(number) <= ends[stem] + told:
+            continue
+        ignored = all(any(p.search(n) for p in expected) for n in names)
+        if not ignored and not any(_MTP.search(n) for n in names):
+            beyond.setdefault(stem, []).extend(names)
+    for stem, names in beyond.items():
+        there = size(origin.checkpoint.nbytes(names))
+        raise ModelError(
+            f"{name}: config.json ends at {stem}.{ends[stem]}, but {len(names)} tensors ({there}) are of later ones,"
+            f" such as {names[0]}; set the number of layers in config.json right, or remove those tensors"
+        )
+
+
+def without_mtp(config: Any) -> None:
+    """Let a configuration name no layers that predict further tokens."""
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for count in _MTP_COUNTS:
+            if getattr(part, count, None):
+                setattr(part, count, 0)
+
+
+def _kind(name: str) -> str:
+    return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, name)), OTHER)
+
+
+def _part(origin: Origin, kind: str, names: list[str]) -> str:
+    count = f"{len(names)} tensor{'s' if len(names) > 1 else ''}, {size(origin.checkpoint.nbytes(names))}"
+    return f"{kind} ({count}{f', the first is {names[0]}' if kind == OTHER else ''})"
+
+
+def _layers(origin: Origin) -> dict[str, list[str]]:
+    """Untouched tensors by each numbered module they are in, such as ``model.layers.3``, named as in the model."""
+    found: dict[str, list[str]] = {}
+    for name in origin.untouched:
+        for stem, number in _numbered(origin.renamed[name]):
+            found.setdefault(f"{stem}.{number}", []).append(name)
+    return found
+
+
+def _ends(names: Iterable[str]) -> dict[str, int]:
+    """The last number under each list of modules."""
+    found: dict[str, int] = {}
+    for name in names:
+        for stem, number in _numbered(name):
+            found[stem] = max(found.get(stem, -1), number)
+    return found
+
+
+def _numbered(name: str) -> Iterator[tuple[str, int]]:
+    parts = name.split(".")
+    for i, part in enumerate(parts[:-1]):
+        if i and part.isascii() and part.isdecimal():
+            yield ".".join(parts[:i]), int(part)

@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 
 import prefopt
-from prefopt.disk.cache import cache_root
-from prefopt.progress import size
+from prefopt.core.cache_folder import cache_root
+from prefopt.core.terminal import size
 
 LIBRARIES = (
     "torch",

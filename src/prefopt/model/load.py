@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -14,21 +15,70 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from prefopt.disk.adapter_folder import base_of, is_adapter, refuse_both, task_of
-from prefopt.disk.hub import no_telemetry
-from prefopt.disk.vetted import vet_folder
+from prefopt.core.hub import no_telemetry
+from prefopt.core.model_folder import base_of, is_adapter, refuse_both, task_of, vet_folder
+from prefopt.core.terminal import size
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.adapter import add_adapter
-from prefopt.model.built_in import own_attention
-from prefopt.model.causal import architectures_of, refuse_other_kinds
-from prefopt.model.checkpoint import Checkpoint, Origin, set_origin, trace
-from prefopt.model.dropout import silence_dropout
-from prefopt.model.leftover import check_layers
-from prefopt.model.load_errors import is_path, model_errors
-from prefopt.model.quantised import backend_errors, forget_packing, loading_options
-from prefopt.model.scalar_head import scalar_head
-from prefopt.model.sharing import context_length
-from prefopt.model.size import check_size
+from prefopt.model.checkpoint import Checkpoint, Origin, check_layers, scalar_head, set_origin, trace
+from prefopt.model.memory import free_memory
+from prefopt.model.packed_model import context_length
+from prefopt.model.precision import silence_dropout
+from prefopt.model.supported import (
+    architectures_of,
+    backend_errors,
+    forget_packing,
+    is_path,
+    loading_options,
+    model_errors,
+    own_attention,
+    quantisation_of,
+    refuse_other_kinds,
+)
+
+SLACK = 4
+"""A configuration may want so many times the parameters that its weights hold: what is missing is said at loading."""
+PACKED = 32
+"""Weights that one number in a quantised file may hold, at most: bits in 32."""
+SMALL = 10_000_000
+"""Parameters that need no question."""
+
+
+def parameters_of(kind: Any, name: str, config: PreTrainedConfig) -> int:
+    """Parameters of the model that the auto class ``kind`` makes of a configuration, none of them given memory."""
+    state = torch.random.get_rng_state()
+    try:
+        with model_errors(name), torch.device("meta"):
+            made: torch.nn.Module = kind.from_config(copy.deepcopy(config), trust_remote_code=False)
+    finally:
+        torch.random.set_rng_state(state)
+    return sum(p.numel() for p in made.parameters())
+
+
+def check_size(kind: Any, folder: str, config: PreTrainedConfig) -> None:
+    """Raises :class:`ModelError` where a folder's configuration wants far more parameters than its weights hold.
+
+    Only the files that are loaded count: others may be there, and may say anything.
+    """
+    try:
+        tensors = Checkpoint.read(folder).tensors
+    except ModelError:  # loading says why
+        return
+    held = sum(math.prod(stored.shape) for stored in tensors.values())
+    wanted = parameters_of(kind, folder, config)
+    slack = SLACK * (PACKED if quantisation_of(config) else 1)
+    if wanted > slack * held + SMALL:
+        raise ModelError(
+            f"{folder}: config.json wants {wanted:,} parameters, the weights hold {held:,}; they do not belong together"
+        )
+
+
+def check_fits(kind: Any, folder: str, config: PreTrainedConfig) -> None:
+    """Raises :class:`ModelError` where a model with new weights would not fit into the memory, in float32."""
+    needed, free = 4 * parameters_of(kind, folder, config), free_memory(torch.device("cpu"))
+    if needed > free:
+        raise ModelError(f"{folder}: config.json describes a model of {size(needed)}, and {size(free)} are free")
+
 
 DTYPES = {
     "float32": torch.float32,
@@ -233,7 +283,7 @@ _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' own progress bars, of which a run has its own, and without its table of weights that a
-    class has no place for, which :mod:`prefopt.model.leftover` puts into words."""
+    class has no place for, which :mod:`prefopt.model.checkpoint` puts into words."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     logger = logging.getLogger("transformers.modeling_utils")

@@ -17,22 +17,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from prefopt.data.ends import end_of_turn
-from prefopt.data.render import Renderer
+from prefopt.core.files import output_errors
+from prefopt.core.model_folder import base_of, is_adapter, is_own, require_adapter
+from prefopt.data.chat.answers import end_of_turn
+from prefopt.data.chat.render import Renderer
 from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-from prefopt.disk.adapter_folder import base_of, is_adapter, require_adapter
-from prefopt.disk.vetted import is_own
-from prefopt.disk.write import output_errors
 from prefopt.errors import ConfigError, ModelError, RunError
 from prefopt.model.adapter import peft_warnings_off
-from prefopt.model.checkpoint import Checkpoint, origin_of
-from prefopt.model.generation import add_end_tokens, end_tokens
-from prefopt.model.leftover import leftover_words
+from prefopt.model.checkpoint import Checkpoint, leftover_words, origin_of
 from prefopt.model.load import base_and_adapter, load_config, load_model, local_folder, quiet, vocabulary_size
-from prefopt.model.load_errors import model_errors
-from prefopt.model.older_readers import write_for_older_readers
-from prefopt.model.save import repair_generation, save_weights, share_weights
+from prefopt.model.save import add_end_tokens, end_tokens, repair_generation, save_weights, share_weights
 from prefopt.model.scorer import causal_model
+from prefopt.model.supported import model_errors
+from prefopt.model.transformers4 import write_for_older_readers
 
 # What rounding may do to logits, as a part of their norm: summing in another order in float32 (1e-7 a step); a weight
 # in bfloat16 is within 2^-9 of itself, in float16 within 2^-12, and layers add up.

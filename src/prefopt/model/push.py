@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefopt.disk.hub import no_telemetry, why_not_written
-from prefopt.disk.nested import MARKS, one_below
+from prefopt.core.files import MARKS, one_below
+from prefopt.core.hub import no_telemetry, why_not_written
+from prefopt.core.terminal import size
 from prefopt.errors import ConfigError, ModelError, RunError
-from prefopt.progress import size
 
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".gguf")
 MODEL_NAMES = ("LICENSE", "LICENCE", "NOTICE")

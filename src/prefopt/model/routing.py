@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from prefopt.data.packer import PackedBatch, Segment
 from prefopt.errors import ConfigError
-from prefopt.model.packed import causal_model
+from prefopt.model.packed_model import causal_model
+from prefopt.model.packing import PackedBatch, Segment
 
 
 class RoutingSums(NamedTuple):

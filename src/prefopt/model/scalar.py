@@ -27,20 +27,18 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from prefopt.core.model_folder import is_adapter, task_of
 from prefopt.data.group import Group
-from prefopt.data.packer import PackedBatch, pack, split
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.disk.adapter_folder import is_adapter, task_of
 from prefopt.errors import ModelError
 from prefopt.model.adapter import add_adapter, peft_warnings_off
-from prefopt.model.causal import architectures_of
-from prefopt.model.checkpoint import origin_of, set_origin
-from prefopt.model.leftover import without_mtp
+from prefopt.model.checkpoint import ScalarHead, origin_of, scalar_head, set_origin, without_mtp
+from prefopt.model.kernels.head import wide_dtype
 from prefopt.model.load import base_and_adapter, load_config, load_model, load_weights
-from prefopt.model.logprobs import wide_dtype
 from prefopt.model.merge import load_folded
-from prefopt.model.packed import PackedModel, body_of, causal_model
-from prefopt.model.scalar_head import ScalarHead, scalar_head
+from prefopt.model.packed_model import PackedModel, body_of, causal_model
+from prefopt.model.packing import PackedBatch, pack, split
+from prefopt.model.supported import architectures_of
 
 SHIFT = "prefopt_reward_shift"
 PAD = "<|pad|>"
@@ -104,7 +102,7 @@ def load_scalar(
     - a causal language model: with a new head drawn from ``seed``; see :func:`scalar_from`
     - a sequence classifier with one label, such as ``prefopt reward`` writes
     - any other with a trained scalar head, such as other trainers write: with that head, see
-      :mod:`prefopt.model.scalar_head`
+      :mod:`prefopt.model.checkpoint`
     - an adapter of either kind, which is folded into its model
 
     ``tokenizer`` is the one the tokens come from. Raises :class:`ModelError` for a folder that is damaged, has another

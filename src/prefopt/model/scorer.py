@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from prefopt.data.packer import PackedBatch
-from prefopt.model.distributions import Distributions, TokenScores, head_scores, logit_scores, squares
-from prefopt.model.head import Head, class_logits, head_of, head_weights
-from prefopt.model.logprobs import (
+from prefopt.model.kernels.distributions import Distributions, TokenScores, head_scores, logit_scores, squares
+from prefopt.model.kernels.head import (
+    Head,
+    class_logits,
     head_logits,
+    head_of,
+    head_weights,
     module_logprobs,
     token_logprobs,
     token_logprobs_and_squares,
@@ -25,7 +27,8 @@ from prefopt.model.logprobs import (
     vocabulary_of,
     wide_dtype,
 )
-from prefopt.model.packed import PackedModel, body_of, causal_model
+from prefopt.model.packed_model import PackedModel, body_of, causal_model
+from prefopt.model.packing import PackedBatch
 
 __all__ = [
     "NARROW_VERSION",
@@ -68,7 +71,7 @@ class Scorer(PackedModel):
 
     ``attention`` is ``auto`` or ``loop`` (the plain kernel). ``share=False`` scores every response in a row of its
     own with the model's own attention, as is done for models that cannot share a prefix. ``head``: how logits are made;
-    none: found out (see :mod:`prefopt.model.head`).
+    none: found out (see :mod:`prefopt.model.kernels.head`).
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from prefopt.interval import wilson
+from prefopt.core.statistics import wilson
 
 FloatArray = npt.NDArray[np.float64]
 Unit = Mapping[int, int]
@@ -129,5 +129,5 @@ def _alphas(o: FloatArray, metric: Metric) -> FloatArray:
 
 
 def share_of(share: float, count: int) -> Estimate:
-    """A share of ``count`` trials with :func:`prefopt.interval.wilson`'s interval."""
+    """A share of ``count`` trials with :func:`prefopt.core.statistics.wilson`'s interval."""
     return Estimate(share, *wilson(share, count)) if count else Estimate(math.nan, math.nan, math.nan)

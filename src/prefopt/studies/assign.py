@@ -15,9 +15,9 @@ import sqlite3
 import time
 from dataclasses import dataclass
 
+from prefopt.studies.annotators import Annotator
+from prefopt.studies.digests import COUNTER, Damaged, decoding, insert
 from prefopt.studies.items import Item, get_item
-from prefopt.studies.people import Annotator
-from prefopt.studies.seal import COUNTER, Damaged, decoding, insert
 from prefopt.studies.study import Study, now
 
 RENEW_SECONDS = 60.0

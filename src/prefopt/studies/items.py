@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefopt.errors import StudyError
-from prefopt.studies.seal import Damaged, check, check_complete, decoding, insert
+from prefopt.studies.digests import Damaged, check, check_complete, decoding, insert
 from prefopt.studies.study import Study, now
 
 MOST_RESPONSES = 9

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from prefopt.studies.agreement import Estimate, Unit, alpha_interval, kappa, raw_agreement, share_of
+from prefopt.studies.annotators import Annotator, annotators
+from prefopt.studies.digests import check, check_complete
 from prefopt.studies.items import Tiers
-from prefopt.studies.judgements import Judgement, agrees_with, golds, judgements
-from prefopt.studies.people import Annotator, annotators
-from prefopt.studies.seal import check, check_complete
 from prefopt.studies.study import Study
+from prefopt.studies.votes import Judgement, agrees_with, golds, judgements
 
 ALL_BAD = 9
 """The value of a pair of responses that are both bad, beside 1, 0 and -1."""

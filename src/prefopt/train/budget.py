@@ -6,21 +6,28 @@ times the intermediate width. With activation checkpointing only a layer's input
 
 from __future__ import annotations
 
+import logging
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from prefopt.config.training import RunOptions
+from prefopt.core.terminal import Reporter
 from prefopt.data.group import Group
-from prefopt.data.packer import pack
 from prefopt.data.table import GroupTable, IndexArray
-from prefopt.errors import RunError
-from prefopt.model.logprobs import KEEP_BYTES
-from prefopt.model.memory import free_memory, out_of_memory
-from prefopt.model.packed import PackedModel, causal_model
+from prefopt.errors import ConfigError, RunError, first_line
+from prefopt.model.accounting import FlopCount, matmul_peak
+from prefopt.model.kernels.head import KEEP_BYTES
+from prefopt.model.load import slow_dtype
+from prefopt.model.memory import free_memory, out_of_memory, peak_memory
+from prefopt.model.packed_model import PackedModel, causal_model
+from prefopt.model.packing import PackedBatch, pack
 from prefopt.model.precision import MasterWeights
+from prefopt.runs.metrics import Record
 from prefopt.train.objective import Objective
 from prefopt.train.step import differentiate, same_randomness
 
@@ -107,3 +114,53 @@ def try_largest(
                 torch.cuda.empty_cache()
         finally:
             masters.zero_grad()
+
+
+log = logging.getLogger(__name__)
+
+
+def measure_of(
+    model: torch.nn.Module, device: torch.device, dtype: torch.dtype, unit: str
+) -> Callable[[Sequence[PackedBatch], float], Record]:
+    """What a step's packed batches and seconds say of ``model`` as it trains; groups are called ``unit``.
+
+    Where the utilisation cannot be found out it is left out: no run ends for want of a measurement.
+    """
+    rate = _rate(model, device, dtype)
+
+    def measure(batches: Sequence[PackedBatch], seconds: float) -> Record:
+        tokens, groups = sum(b.tokens for b in batches), sum(len(b.groups) for b in batches)
+        return {
+            "step_seconds": seconds,
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            f"{unit}_per_second": groups / seconds,
+            **({"utilisation": rate(batches, seconds)} if rate is not None else {}),
+            "peak_memory_bytes": peak_memory(device),
+        }
+
+    return measure
+
+
+def _rate(
+    model: torch.nn.Module, device: torch.device, dtype: torch.dtype
+) -> Callable[[Sequence[PackedBatch], float], float] | None:
+    try:
+        peak, flops = matmul_peak(device, dtype), FlopCount.of(model)
+    except Exception as error:  # whatever a configuration refuses to tell
+        log.warning("utilisation is not measured: %s", first_line(error))
+        return None
+    return lambda batches, seconds: sum(map(flops, batches)) / seconds / peak
+
+
+def prepare_machine(options: RunOptions, dtype: torch.dtype, device: torch.device, reporter: Reporter) -> None:
+    """Set torch up for a run. Raises :class:`ConfigError` for a precision that the device has not."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if slow := slow_dtype(dtype, device):
+        reporter.say(slow)
+    if device.type == "mps" and dtype == torch.float64:
+        raise ConfigError("--dtype float64: mps has none; take --device cpu")

@@ -26,8 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from prefopt.disk.read import parsed
-from prefopt.disk.write import aside_of, output_errors, remove_folder, sync_folder, write_flushed
+from prefopt.core.files import aside_of, output_errors, parsed, remove_folder, sync_folder, write_flushed
 from prefopt.errors import RunError
 
 log = logging.getLogger(__name__)

@@ -10,17 +10,16 @@ from typing import Any
 import numpy as np
 
 from prefopt.config.data import DataOptions
-from prefopt.data.fewer import keep_responses
-from prefopt.data.formats import parse_comparisons
+from prefopt.core.stop import StopRequest
+from prefopt.core.terminal import Reporter
+from prefopt.data.chat.render_options import Rendering
+from prefopt.data.comparisons import parse_comparisons
+from prefopt.data.kinds import Want
 from prefopt.data.load import GroupSet, build_groups, load_groups
-from prefopt.data.rendering import Rendering
 from prefopt.data.sampler import Sampler, Share
-from prefopt.data.table import GroupTable
-from prefopt.data.validate import Want
+from prefopt.data.table import GroupTable, keep_responses
 from prefopt.errors import ConfigError, DataError, Interrupted
-from prefopt.progress import Reporter
-from prefopt.train.items import paired_of
-from prefopt.train.stop import StopRequest
+from prefopt.train.rows import paired_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ def load_data(
 ) -> TrainingData:
     """Read, render and split what ``config`` names, or ``rows`` in place of ``--data``.
 
-    ``which`` pairs are read (see :data:`prefopt.train.items.WHICH`): responses that stand in none are left aside.
+    ``which`` pairs are read (see :data:`prefopt.train.rows.WHICH`): responses that stand in none are left aside.
 
     Where conversations were rendered with another template than the tokenizer's, it is given that one, so that the
     finished model is used as it was trained. ``rendered`` are further fields of :class:`Rendering`. Raises

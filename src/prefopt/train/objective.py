@@ -13,19 +13,20 @@ import numpy as np
 import torch
 
 from prefopt.data.group import Group
-from prefopt.data.packer import PackedBatch, pack
 from prefopt.data.table import Selection
 from prefopt.errors import DataError
 from prefopt.losses.declare import Kind
 from prefopt.losses.parse import Term
-from prefopt.model.distributions import TokenScores
-from prefopt.model.live import LiveReference
-from prefopt.model.packed import PackedModel
-from prefopt.model.reference import ReferenceValues
+from prefopt.model.kernels.distributions import TokenScores
+from prefopt.model.packed_model import PackedModel
+from prefopt.model.packing import PackedBatch, pack
 from prefopt.model.scorer import Asked, response_sums
-from prefopt.train import items
-from prefopt.train.facts import Facts, Values, head_sums
-from prefopt.train.sums import Outcome, Record, State, summed
+from prefopt.reference.cache import ReferenceValues
+from prefopt.reference.in_memory import LiveReference
+from prefopt.runs.metrics import Record
+from prefopt.train import rows as items
+from prefopt.train.inputs import Facts, Values, head_sums
+from prefopt.train.results import Outcome, State, summed
 
 Normaliser = tuple[torch.Tensor, ...]
 
@@ -66,7 +67,7 @@ class PreferenceObjective:
 
     ``reference`` holds the reference's values of all ``groups``, and behind them of all ``mismatched`` (see
     ``mismatched.py``); none where no loss needs them, or where a ``live`` one is scored with every batch. ``pairs``:
-    see :data:`prefopt.train.items.WHICH`.
+    see :data:`prefopt.train.rows.WHICH`.
     """
 
     def __init__(

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import torch
 
-from prefopt.config.method import MethodOptions
+from prefopt.config.model import ADAPTER_SHAPE, FILLED, ModelOptions
 from prefopt.config.ppo import PpoConfig
+from prefopt.config.training import MethodOptions
+from prefopt.core.model_folder import base_of, is_adapter
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.disk.adapter_folder import base_of
+from prefopt.errors import ConfigError
 from prefopt.model.adapter import new_lora
-from prefopt.model.checkpoint import origin_of
-from prefopt.model.dropout import silence_dropout
-from prefopt.model.leftover import leftover_words
-from prefopt.model.load import load_model, local_folder
-from prefopt.model.packed import PackedModel, causal_model, checkpoint_activations
-from prefopt.model.precision import MasterWeights
+from prefopt.model.checkpoint import leftover_words, origin_of
+from prefopt.model.load import base_and_adapter, load_model, local_folder
+from prefopt.model.lora_targets import tower_weights
+from prefopt.model.packed_model import PackedModel, causal_model, checkpoint_activations
+from prefopt.model.precision import MasterWeights, silence_dropout
 from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar, scalar_from
 from prefopt.model.scorer import Scorer
-from prefopt.model.weight_kinds import tower_weights
+from prefopt.reference.identity import adapter_line
 
 AnyScorer = TypeVar("AnyScorer", bound=PackedModel)
 Options = MethodOptions | PpoConfig
@@ -173,3 +176,30 @@ def _name_base(model: Any, name: str, adapter: str) -> None:
 def _loaded_in(config: Options, dtype: torch.dtype) -> torch.dtype:
     """A full fine-tuning keeps float32 masters: they come from the file, not from rounded weights."""
     return dtype if config.lora else torch.promote_types(dtype, torch.float32)
+
+
+Config = TypeVar("Config")
+
+
+def with_base(config: Config, say: Callable[[str], None] | None = None) -> Config:
+    """The config with an adapter that ``model`` or ``reference`` names in its own option, and the base in its place.
+
+    ``say`` is told where ``model`` is one.
+
+    Raises :class:`ConfigError` where an adapter is named beside, :class:`ModelError` where one names no base.
+    """
+    if say is not None and (line := adapter_line(getattr(config, "model"))):  # noqa: B009 - of any config
+        say(line)
+    for name, option in (("model", "adapter"), ("reference", "reference_adapter")):
+        model = getattr(config, name, None)
+        if model is None or not hasattr(config, option) or not is_adapter(source := local_folder(model)):
+            continue
+        if (other := getattr(config, option)) is not None:
+            raise ConfigError(f"--{name} {model} is an adapter itself: leave {other} out, or name the model of both")
+        base_and_adapter(model)  # a base that is not there is told together with its adapter
+        changed: dict[str, Any] = {name: base_of(source), option: model}
+        if isinstance(config, ModelOptions) and name == "model":
+            # A name on the Hub is not known for an adapter's when defaults are filled in.
+            changed |= {shape: None for shape in ADAPTER_SHAPE if getattr(config, shape) == FILLED.get(shape)}
+        config = replace(config, **changed)  # type: ignore[type-var]
+    return config

@@ -9,9 +9,9 @@ import torch
 
 from prefopt.errors import RunError
 from prefopt.model.check import CheckReport
-from prefopt.train.facts import Values
+from prefopt.runs.metrics import Record
+from prefopt.train.inputs import Values
 from prefopt.train.objective import DIFFERENTIATED, PreferenceObjective
-from prefopt.train.sums import Record
 
 MANY = 8
 """Groups in a batch from which an accuracy of exactly 1 is no accident."""

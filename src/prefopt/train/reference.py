@@ -1,4 +1,10 @@
-"""Which model log-ratios are taken against, and its values for a set of groups."""
+"""Which model log-ratios are taken against, and its values for a set of groups.
+
+>>> from prefopt.data.sampler import Sampler
+>>> sampler = Sampler(6, 2, seed=0)
+>>> groups_read(sampler, 1, train=[10, 11, 12, 13, 14, 15], held_out=[20]).tolist()
+[12, 13, 20]
+"""
 
 from __future__ import annotations
 
@@ -10,25 +16,63 @@ import numpy as np
 import torch
 
 from prefopt.config.dpo import DpoConfig
+from prefopt.core.stop import StopRequest
+from prefopt.core.terminal import Bar, Reporter
 from prefopt.data.group import Group
-from prefopt.data.packer import pack
-from prefopt.data.table import GroupTable, IndexArray
+from prefopt.data.sampler import Sampler
+from prefopt.data.table import GroupTable, IndexArray, Selection
 from prefopt.errors import ModelError, RunError
 from prefopt.model.check import check_scoring
-from prefopt.model.identity import Identity, identity_of_model
-from prefopt.model.live import HeldWeights, LiveReference
+from prefopt.model.kernels.head import vocabulary_of
 from prefopt.model.load import base_and_adapter, load_model, vocabulary_size
-from prefopt.model.logprobs import vocabulary_of
 from prefopt.model.memory import out_of_memory
-from prefopt.model.named import identity_of_name
+from prefopt.model.packed_model import context_length
+from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights, computing_in
-from prefopt.model.reference import FillReport, ReferenceCache, ReferenceValues, Score, Scored, SpaceKey
 from prefopt.model.scorer import Scorer, causal_model, response_sums
-from prefopt.model.sharing import context_length
-from prefopt.model.space_of import space_of
-from prefopt.progress import Bar, Reporter
-from prefopt.train.read import at, spread
-from prefopt.train.stop import StopRequest
+from prefopt.reference.cache import FillReport, ReferenceCache, ReferenceValues, Score, Scored, SpaceKey
+from prefopt.reference.identity import Identity, identity_of_model, identity_of_name
+from prefopt.reference.in_memory import HeldWeights, LiveReference
+from prefopt.reference.spaces import space_of
+
+
+def groups_read(sampler: Sampler, steps: int, train: Sequence[int], held_out: Sequence[int]) -> IndexArray:
+    """The groups of the batches of so many steps, which the sampler draws from ``train``, and all held out; sorted."""
+    batches = [sampler.batch(step) for step in range(steps)]
+    drawn = np.asarray(train, np.int64)[np.concatenate([*batches, np.empty(0, np.int64)])]
+    return np.unique(np.concatenate([drawn, np.asarray(held_out, np.int64)]))
+
+
+def at(groups: GroupTable, at_G: IndexArray) -> GroupTable:
+    """Some of the groups, in this order."""
+    return GroupTable.of(Selection(groups, at_G.tolist()))
+
+
+def spread(values: ReferenceValues, at_G: IndexArray, table: GroupTable) -> ReferenceValues:
+    """``values`` of the groups ``at_G`` as values of all of ``table``. Those of the others are NaN: a loss that read
+    one would tell at once."""
+    found = without_values(table)
+    first, stop = found.starts[at_G], found.starts[at_G + 1]
+    at_N = _ranges(first, stop)
+    found.sums_N[at_N] = values.sums_N
+    if values.token_values_M is not None:
+        assert found.token_values_M is not None
+        found.token_values_M[_ranges(found.token_starts[at_N], found.token_starts[at_N + 1])] = values.token_values_M
+    return found
+
+
+def without_values(table: GroupTable, value: float = np.nan) -> ReferenceValues:
+    """``value`` where the reference's values of a table will stand."""
+    tokens = np.concatenate([[0], np.cumsum(table.trained_N, dtype=np.int64)])
+    sums, each = np.full(len(table.trained_N), value), np.full(int(tokens[-1]), value, np.float32)
+    return ReferenceValues(sums, table.trained_N, table.response_starts, tokens, each)
+
+
+def _ranges(first: IndexArray, stop: IndexArray) -> IndexArray:
+    """first[0], ..., stop[0] - 1, first[1], ...: end to end."""
+    count = stop - first
+    found: IndexArray = np.repeat(stop - np.cumsum(count), count) + np.arange(int(count.sum()))
+    return found
 
 
 @dataclass(frozen=True, slots=True)

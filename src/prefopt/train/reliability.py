@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from prefopt.core.files import output_errors
+from prefopt.core.statistics import Interval, rate_interval
 from prefopt.data.table import GroupTable
-from prefopt.disk.write import output_errors
-from prefopt.interval import Interval, rate_interval
-from prefopt.train import items
+from prefopt.train import rows as items
 
 Floats = npt.NDArray[np.float64]
 BINS = 10

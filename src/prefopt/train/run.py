@@ -15,47 +15,39 @@ from typing import Any, Generic
 import numpy as np
 import torch
 
-from prefopt.config.document import write_document
-from prefopt.config.method import MethodOptions
-from prefopt.data.ends import trained_ends
+from prefopt.config.training import MethodOptions
+from prefopt.core.files import output_errors
+from prefopt.core.stop import StopRequest
+from prefopt.core.terminal import Reporter, duration, size
+from prefopt.core.yaml_file import write_document
+from prefopt.data.chat.answers import trained_ends
+from prefopt.data.chat.truncate import longer_limit, sequence_limit
+from prefopt.data.kinds import Want
 from prefopt.data.sampler import IndexArray, Sampler
 from prefopt.data.show import show
-from prefopt.data.truncate import longer_limit, sequence_limit
-from prefopt.data.want import Want
-from prefopt.disk.write import output_errors
 from prefopt.errors import ConfigError
-from prefopt.model.causal import refuse_untrainable
 from prefopt.model.check import CheckReport
-from prefopt.model.generation import add_end_tokens
-from prefopt.model.live import Movement
 from prefopt.model.load import load_config, local_folder, resolve_device, resolve_dtype, vocabulary_size
 from prefopt.model.memory import peak_memory
-from prefopt.model.named import tokenizer_of_name
-from prefopt.model.packed import causal_model
-from prefopt.model.save import repair_generation
-from prefopt.model.sharing import context_length
-from prefopt.progress import Reporter, duration, size
+from prefopt.model.packed_model import causal_model, context_length
+from prefopt.model.save import add_end_tokens, repair_generation
+from prefopt.model.supported import refuse_untrainable
+from prefopt.reference.identity import tokenizer_of_name
+from prefopt.reference.in_memory import Movement
+from prefopt.runs.callbacks import Callbacks
+from prefopt.runs.card import save_model, write_card
+from prefopt.runs.folder import FREE, RunFolder, fingerprint, spending
+from prefopt.runs.metrics import Metrics, Record
+from prefopt.runs.trackers import watchers
 from prefopt.train import budget
-from prefopt.train.adapter_model import with_base
-from prefopt.train.best import load_best
-from prefopt.train.callbacks import Callbacks
-from prefopt.train.card import save_model, write_card
+from prefopt.train.budget import measure_of, prepare_machine
 from prefopt.train.data import TrainingData, load_data
-from prefopt.train.facts import Values
-from prefopt.train.folder import FREE, RunFolder, fingerprint
-from prefopt.train.loop import Loop, LoopOptions
-from prefopt.train.machine import prepare_machine
-from prefopt.train.measure import measure_of
-from prefopt.train.metrics import Metrics
+from prefopt.train.inputs import Values
 from prefopt.train.objective import Objective
 from prefopt.train.optim import Schedule, adamw
-from prefopt.train.policy import AnyScorer, Trained
-from prefopt.train.read import groups_read
-from prefopt.train.reference import check_vocabulary
-from prefopt.train.spending import spending
-from prefopt.train.stop import StopRequest
-from prefopt.train.sums import Record
-from prefopt.train.watch import watchers
+from prefopt.train.policy import AnyScorer, Trained, with_base
+from prefopt.train.reference import check_vocabulary, groups_read
+from prefopt.train.trainer import Loop, LoopOptions, load_best
 
 
 class TrainingRun(Generic[AnyScorer]):
@@ -64,7 +56,7 @@ class TrainingRun(Generic[AnyScorer]):
     want: Want
     """What is made of a row."""
     which: str = "all"
-    """The pairs that are read, see :data:`prefopt.train.items.WHICH`."""
+    """The pairs that are read, see :data:`prefopt.train.rows.WHICH`."""
     unit = "pairs"
     """What groups are called in the name of the metric of speed."""
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
-from prefopt.data.packer import PackedBatch
-from prefopt.model.packed import PackedModel
-from prefopt.train.facts import Values
+from prefopt.model.packed_model import PackedModel
+from prefopt.model.packing import PackedBatch
+from prefopt.train.inputs import Values
 from prefopt.train.objective import DIFFERENTIATED, Normaliser, Objective
-from prefopt.train.sums import State, Sums
+from prefopt.train.results import State, Sums
 
 MicroBatch = tuple[list[int], PackedBatch]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from prefopt import cli
-from prefopt.data.formats import parse_comparisons
+from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.layouts import LAYOUTS
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefopt.data.layouts.implicit import split_text, split_turns
+from prefopt.data.layouts.trl import split_text, split_turns
 from prefopt.records import Message
 
 CASES = [

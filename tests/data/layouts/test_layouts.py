@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from prefopt.data.formats import parse_comparisons
+from prefopt.data.comparisons import parse_comparisons
+from prefopt.data.kinds import Problem, check, convert
 from prefopt.data.layouts import LAYOUTS
-from prefopt.data.validate import Problem, check
-from prefopt.data.want import convert
 from prefopt.errors import DataError
 from prefopt.records import Comparison, Message, Response, ToolCall
 

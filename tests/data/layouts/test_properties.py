@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.layouts.generated import changed_files, changed_rows, comparisons, text
-from prefopt.data.formats import parse_comparisons
+from prefopt.data.comparisons import parse_comparisons
+from prefopt.data.kinds import Problem, Want, check, convert
 from prefopt.data.layouts import LAYOUTS
-from prefopt.data.validate import Problem, Want, check, convert
 from prefopt.errors import DataError
 from prefopt.records import ROLES, Comparison, Message, Response
 

@@ -11,12 +11,12 @@ import pytest
 
 from data.small import small_tokenizer
 from prefopt.cli import main
-from prefopt.config.document import read_document
 from prefopt.config.dpo import DpoConfig
-from prefopt.config.option import check_values, from_dict
-from prefopt.data.formats import open_comparisons, read_comparisons
+from prefopt.core.options import check_values, from_dict
+from prefopt.core.yaml_file import read_document
+from prefopt.data.comparisons import open_comparisons, read_comparisons
+from prefopt.data.files.sources import find_sources
 from prefopt.data.load import load_groups
-from prefopt.data.sources import find_sources
 from prefopt.errors import DataError
 
 TWO = [{"instruction": f"q{k}", "output_1": "a", "output_2": "b", "label": k % 2} for k in range(6)]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from prefopt.data.formats import Reading, open_comparisons
-from prefopt.data.sources import find_sources
-from prefopt.data.validate import Problem, Want, check
+from prefopt.data.comparisons import Reading, open_comparisons
+from prefopt.data.files.sources import find_sources
+from prefopt.data.kinds import Problem, Want, check
 from prefopt.records import Comparison
 
 

@@ -12,7 +12,7 @@ import torch
 
 from generate.fake_server import serving
 from prefopt.config.compare import CompareConfig
-from prefopt.disk.cache import cache_root
+from prefopt.core.cache_folder import cache_root
 from prefopt.errors import ConfigError, DataError, ModelError, RunError
 from prefopt.evaluate.compare import run
 from prefopt.evaluate.judges import load_judge
@@ -108,7 +108,7 @@ def test_the_implied_reward_is_the_log_ratio(model: str, tmp_path: Path) -> None
     from transformers import AutoModelForCausalLM
 
     from data.small import small_tokenizer
-    from prefopt.data.formats import parse_comparisons
+    from prefopt.data.comparisons import parse_comparisons
     from prefopt.data.load import build_groups
 
     other = write_model(tmp_path / "other", seed=1)
@@ -183,7 +183,7 @@ def test_a_language_model_is_asked_in_both_orders_and_once(monkeypatch: pytest.M
 
 
 def test_a_language_model_that_holds_to_its_view_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    from prefopt.generate.openai import RemoteTalker
+    from prefopt.generate.talker import RemoteTalker
 
     def answer(self: Any, asked: Any, attempt: int) -> Any:
         text = asked.turns[1].content

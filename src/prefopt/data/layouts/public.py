@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from prefopt.data.layouts.implicit import last_answer, split_turns
 from prefopt.data.layouts.layout import Layout
+from prefopt.data.layouts.responses import ListSignature
 from prefopt.data.layouts.row import Row
-from prefopt.data.layouts.several import ListSignature
 from prefopt.data.layouts.shapes import LISTS, SCORES, look, scored_sides
-from prefopt.data.layouts.two import Signature, by_votes
-from prefopt.data.layouts.values import BadRow, kind
-from prefopt.data.layouts.verdict import TIERS, verdict
-from prefopt.data.layouts.within import asked, replied, turns_of_texts
+from prefopt.data.layouts.trl import last_answer, split_turns
+from prefopt.data.layouts.two_responses import Signature, asked, by_votes, replied, turns_of_texts
+from prefopt.data.layouts.values import TIERS, BadRow, kind, verdict
 from prefopt.records import Comparison, Message, Response, tiers_of
 
 INDEX = {"0": "first", "1": "second"}

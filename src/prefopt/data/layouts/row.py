@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from prefopt.data.layouts.messages import Tags, read_messages, read_tools
 from prefopt.data.layouts.shapes import SCORES, SPELT
-from prefopt.data.layouts.values import BadRow, items_of, kind, number_of
-from prefopt.data.layouts.verdict import spelt
+from prefopt.data.layouts.values import BadRow, items_of, kind, number_of, spelt
 from prefopt.records import Comparison, Message, Response
 
 LABELS = {"true": True, "1": True, "false": False, "0": False}

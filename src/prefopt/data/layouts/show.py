@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import textwrap
 
+from prefopt.data.kinds import Want
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.layouts.layout import Layout
-from prefopt.data.want import Want
 
 WIDTH = 100
 HEADINGS: dict[Want, str] = {
@@ -24,7 +24,7 @@ def families() -> dict[str, list[Layout]]:
     return {heading: [x for x in LAYOUTS.values() if x.gives == gives] for gives, heading in HEADINGS.items()}
 
 
-def overview() -> str:
+def list_layouts() -> str:
     """Every layout in two lines: its name and columns, what it holds and who writes it."""
     parts = []
     for heading, layouts in families().items():
@@ -38,7 +38,7 @@ def overview() -> str:
     return "\n".join(parts)
 
 
-def described(layout: Layout) -> str:
+def describe_layout(layout: Layout) -> str:
     """All that is known of one layout, with a row of it."""
     lines = [
         f"{layout.name}: {layout.says} ({layout.origin})",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from prefopt.config.compare import CompareConfig
-from prefopt.config.option import nearest
-from prefopt.config.score import IMPLICIT, ScoreConfig, is_model_reward
+from prefopt.config.tools import IMPLICIT, ScoreConfig, is_model_reward
+from prefopt.core.options import nearest
 from prefopt.errors import ConfigError
-from prefopt.evaluate.judges.judge import Judge, ScoreJudge
-from prefopt.evaluate.judges.rules import AnswerJudge, PatternJudge
+from prefopt.evaluate.judges.judge import AnswerJudge, Judge, PatternJudge, ScoreJudge
 from prefopt.evaluate.score import by_text, scores_for
 from prefopt.rewards import RULES, Reward, load_reward
 

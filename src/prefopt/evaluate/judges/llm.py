@@ -13,12 +13,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefopt.disk.cache import cache_root
-from prefopt.disk.write import write_json
+from prefopt.core.cache_folder import cache_root
+from prefopt.core.files import write_json
 from prefopt.errors import RunError
 from prefopt.evaluate.judges.judge import Question, outcome
-from prefopt.generate.openai import RemoteTalker
-from prefopt.generate.talker import Asked, TooLong
+from prefopt.generate.talker import Asked, RemoteTalker, TooLong
 from prefopt.records import Message
 from prefopt.studies.votes import LONGEST_RATIONALE, Vote
 

@@ -9,12 +9,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from prefopt.data.formats import open_comparisons, parse_comparisons
-from prefopt.data.problem import Problem, refuse
-from prefopt.data.sources import find_sources
+from prefopt.data.comparisons import open_comparisons, parse_comparisons
+from prefopt.data.files.sources import find_sources
+from prefopt.data.problems import Problem, refuse
 from prefopt.errors import DataError
 from prefopt.records import Comparison
-from prefopt.studies.connect import is_study
+from prefopt.studies.database import is_study
 from prefopt.studies.export import How, export_rows
 from prefopt.studies.study import Study
 

@@ -1,0 +1,1 @@
+"""``prefopt chat``."""

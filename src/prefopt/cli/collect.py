@@ -1,0 +1,249 @@
+"""``prefopt collect``: a study made, served, counted and exported."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prefopt.config.collect import (
+    CollectBackupConfig,
+    CollectCheckConfig,
+    CollectExportConfig,
+    CollectImportConfig,
+    CollectInviteConfig,
+    CollectNewConfig,
+    CollectServeConfig,
+    CollectStatsConfig,
+    ImportOptions,
+)
+from prefopt.core.terminal import size, tell, tell_json, tell_lines
+from prefopt.data.files.write import row_files
+from prefopt.data.sampler import split_by_prompt
+from prefopt.data.table import KEY
+from prefopt.errors import ConfigError, DataError, StudyError
+from prefopt.studies.agreement import Estimate
+from prefopt.studies.annotators import annotators, invite, revoke
+from prefopt.studies.export import Exported, How, export_rows
+from prefopt.studies.items import NewItem, add_items
+from prefopt.studies.study import Settings, Study, backup, check_study_file
+from prefopt.studies.summary import Summary, summarise
+
+MISSING = "prefopt collect serve needs the extra: pip install 'prefopt[collect]'"
+
+
+def new_study(config: CollectNewConfig) -> int:
+    from prefopt.collect.gather import sampled
+
+    path = Path(config.study)
+    if path.exists():
+        raise StudyError(f"{path}: exists; name another file, or add to it with prefopt collect import")
+    instructions = _read_text(config.instructions) if config.instructions else ""
+    items = _gathered(config)
+    folder = path.with_name(path.name + ".samples")
+    if config.model is not None:
+        found = sampled(config, folder)
+        for line in found.settle("skip"):
+            tell(f"samples: {line}")
+        items += found.items
+    settings = Settings(
+        title=config.title or path.stem,
+        instructions=instructions,
+        overlap=config.overlap,
+        gold_every=config.gold_every,
+        tags=tuple(config.tags or ()),
+    )
+    with Study.create(path, settings) as study:
+        try:
+            added, there = add_items(study, items)
+        except BaseException:
+            study.close()
+            path.unlink(missing_ok=True)  # a study without its items is none
+            raise
+    if folder.exists():
+        shutil.rmtree(folder)
+    _tell_added(added, there)
+    tell(f"{path}: ready; next: prefopt collect serve {path}")
+    return 0
+
+
+def import_items(config: CollectImportConfig) -> int:
+    with Study(Path(config.study)) as study:
+        _tell_added(*add_items(study, _gathered(config)))
+    return 0
+
+
+def _gathered(config: ImportOptions) -> list[NewItem]:
+    from prefopt.collect.gather import from_files, golden
+
+    items: list[NewItem] = []
+    for what, names, gather in (("responses", config.responses, from_files), ("gold", config.gold, golden)):
+        if names is not None:
+            found = gather(names, config)
+            for line in found.settle(config.on_bad_row):
+                tell(f"{what}: {line}")
+            items += found.items
+    return items
+
+
+def _tell_added(added: int, there: int) -> None:
+    tell(f"{added:,} items added" + (f", {there:,} were there already" if there else ""))
+
+
+def _read_text(name: str) -> str:
+    try:
+        return Path(name).read_text("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"--instructions {name}: {error.strerror}; check the path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--instructions {name}: is not UTF-8 (byte {error.start + 1}); save it as UTF-8") from None
+
+
+def serve_study(config: CollectServeConfig) -> int:
+    try:
+        from prefopt.collect.serve import serve
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "prefopt":
+            raise
+        raise ConfigError(f"{error.name} is not installed; {MISSING}") from None
+    serve(config)
+    return 0
+
+
+def invite_person(config: CollectInviteConfig) -> int:
+    with Study(Path(config.study)) as study:
+        if config.revoke:
+            person = revoke(study, config.name)
+            tell(f"{person.name} is signed out everywhere and has no link any more; their votes stay")
+            return 0
+        person, secret = invite(study, config.name, lead=config.lead, days=config.days)
+    tell(f"{person.name} ({person.pseudonym}{', lead' if person.lead else ''}), for {config.days:g} days:")
+    tell(f"{config.url.rstrip('/')}/join/{secret}")
+    return 0
+
+
+def show_stats(config: CollectStatsConfig) -> int:
+    with Study(Path(config.study)) as study:
+        found = summarise(study)
+    if config.json:
+        tell_json(_plain(dataclasses.asdict(found)))
+    else:
+        tell_lines(_in_words(found))
+    return 0
+
+
+def _plain(value: Any) -> Any:
+    """Numbers that are none as null: JSON has no nan."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _in_words(s: Summary) -> list[str]:
+    lines = [
+        f"{s.title}: {s.votes:,} of {s.wanted:,} votes, {s.complete:,} of {s.items:,} items complete"
+        f" ({s.gold_votes:,} votes on {s.gold_items:,} gold items besides)"
+    ]
+    for name, counts in (("answers", s.answers), ("skipped", s.skips)):
+        if counts:
+            lines.append(f"{name}: " + ", ".join(f"{what} {count:,}" for what, count in sorted(counts.items())))
+    if s.undone:
+        lines.append(f"taken back: {s.undone:,}")
+    lines += [
+        f"raw agreement {_number(s.raw)}; Cohen's kappa, mean of couples {_number(s.kappa)}",
+        f"Krippendorff's alpha: nominal {_estimate(s.nominal)}, ordinal {_estimate(s.ordinal)}",
+        f"preferred what was shown first: {_estimate(s.first)} (0.5 without a bias)",
+    ]
+    for p in s.people:
+        lines.append(
+            f"  {p.name} ({p.pseudonym}): {p.votes:,} votes, {p.skips:,} skipped, median {_number(p.seconds, 1)} s;"
+            f" with others {_number(p.agreement)}, kappa with most {_number(p.kappa)}, first {_estimate(p.first)},"
+            f" gold {_number(p.gold.value)} of {p.golds:,}"
+        )
+    lines += [f"  {m.name}: won {m.won:,}, tied {m.tied:,}, lost {m.lost:,}; {_estimate(m.share)}" for m in s.models]
+    if s.disputed:
+        lines.append("most disputed items: " + ", ".join(str(d.item) for d in s.disputed))
+    return lines
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _estimate(e: Estimate) -> str:
+    return _number(e.value) + ("" if math.isnan(e.low) else f" [{e.low:.3f}, {e.high:.3f}]")
+
+
+def export_study(config: CollectExportConfig) -> int:
+    outputs = {"--output": config.output}
+    if config.eval_output is not None:
+        outputs["--eval-output"] = config.eval_output
+    path = Path(config.study)
+    with Study(path) as study:
+        how = How(
+            form=config.form,
+            disagreement=config.disagreement,
+            ties=config.ties,
+            all_bad=config.all_bad,
+            min_votes=config.min_votes,
+            exclude=_pseudonyms(study, config.exclude or ()),
+        )
+        found = export_rows(study, how)
+    for line in found.lines():
+        tell(line)
+    if not found.rows:
+        raise DataError("the votes give no row with these options", file=str(path))
+    # What was said of a response, and how it was sampled, has keys of its own in every row.
+    with row_files(outputs, overwrite=config.overwrite, inputs=[path], loose={"annotations", "sampling"}) as files:
+        for row, side in zip(found.rows, _sides(found, config), strict=True):
+            files[side].write(row)
+        for file in files:
+            file.finish()
+            tell(f"{file.path}: {file.written:,} rows")
+    return 0
+
+
+def _sides(found: Exported, config: CollectExportConfig) -> Sequence[int]:
+    """For each row the file it goes to; all rows of a prompt go to one."""
+    sides = np.zeros(len(found.rows), np.int8)
+    if config.eval_fraction:
+        keys = np.frombuffer(b"".join(found.prompt_keys), KEY)
+        sides[np.asarray(split_by_prompt(keys, config.eval_fraction, config.seed)[1])] = 1
+    return [int(side) for side in sides]
+
+
+def _pseudonyms(study: Study, names: Sequence[str]) -> frozenset[str]:
+    with study.reading() as connection:
+        everyone = annotators(connection)
+    known = {p.name: p.pseudonym for p in everyone} | {p.pseudonym: p.pseudonym for p in everyone}
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"--exclude {name!r}: there is no such annotator; there are {', '.join(p.name for p in everyone)}"
+            )
+    return frozenset(known[name] for name in names)
+
+
+def backup_study(config: CollectBackupConfig) -> int:
+    written = backup(Path(config.study), Path(config.output))
+    tell(f"{config.output}: {size(written)}")
+    return 0
+
+
+def check_study(config: CollectCheckConfig) -> int:
+    path = Path(config.study)
+    found = check_study_file(path)
+    for line in found:
+        tell(f"{path}: {line}")
+    if found:
+        tell(f"{len(found)} damaged: go back to a copy that prefopt collect backup made")
+    else:
+        tell(f"{path}: every item and event is what was written")
+    return int(bool(found))

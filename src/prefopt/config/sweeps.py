@@ -1,0 +1,258 @@
+"""What commands that train many models on the same data have in common: model, prompts, preferences and budget.
+
+>>> config = MethodsConfig(model="m", prompts="p.txt", reward="vader", output="out", rate_factors=["0.5", "2"])
+>>> config.factors
+[0.5, 2.0]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, TypeAlias
+
+from prefopt.config.dpo import DpoConfig
+from prefopt.config.model import MachineOptions
+from prefopt.config.ppo import PpoConfig
+from prefopt.config.reward import RewardConfig
+from prefopt.config.sft import SftConfig
+from prefopt.core.options import check_all, flag, from_dict, option, parse_given, to_dict
+from prefopt.errors import ConfigError
+
+AnyConfig: TypeAlias = DpoConfig | SftConfig | RewardConfig | PpoConfig
+KINDS: dict[str, type[AnyConfig]] = {"dpo": DpoConfig, "sft": SftConfig, "reward": RewardConfig, "ppo": PpoConfig}
+GIVEN = {"dpo": "dpo", "sft": "sft", "reward": "reward_model", "ppo": "ppo"}
+"""The option that holds what differs from the defaults of a command."""
+# What the sweep decides, so that no training may be given it.
+DECIDED = (
+    *("model", "data", "prompts", "output", "adapter", "resume", "dry_run", "seed", "epochs", "max_steps"),
+    *("save_every", "keep_last", "eval_data", "eval_fraction", "lines", "on_bad_row", "pairs", "loss"),
+    *("reference", "reference_adapter", "from_scratch", "train_tokenizer", "device", "dtype", "threads", "progress"),
+)
+OF_PPO = ("reward", "max_new_tokens", "temperature", "schedule")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions(MachineOptions):
+    """Part of the config of ``prefopt frontier`` and ``prefopt methods``."""
+
+    model: str = option(
+        help="model that every road begins at: a folder, or the name of one on the Hugging Face Hub", group="model"
+    )
+
+    prompts: list[str] = option(
+        help="files, folders, globs or Hub data sets with prompts, in any layout; or .txt, a prompt in every line",
+        group="data",
+    )
+    lines: Literal["auto", "user", "text"] = option(
+        "auto",
+        "what the lines of a .txt are: the user's turns, or text to continue; auto: turns if there is a chat template",
+        group="data",
+    )
+    prefix_min: int | None = option(
+        None,
+        "cut prompts that are text to continue to their beginning: so many tokens at least, with --prefix-max",
+        group="data",
+        default_text="prompts are taken whole",
+        at_least=1,
+    )
+    prefix_max: int | None = option(
+        None, "and so many at most; the number is drawn for each prompt", group="data", at_least=1
+    )
+    held_out: int = option(
+        32, "different prompts to measure on, dealt by the seed; the others are trained on", group="data", at_least=2
+    )
+    data: list[str] | None = option(
+        None,
+        "files, folders, globs or Hub data sets of preferences",
+        group="data",
+        default_text="the model's own samples, as the true reward orders them",
+    )
+    samples: int = option(4, "where data are made: samples of a prompt that are compared", group="data", at_least=2)
+    rounds: int = option(
+        1, "where data are made: how often a prompt is sampled so, each time anew", group="data", at_least=1
+    )
+    labels: Literal["order", "bradley-terry"] = option(
+        None,
+        "where data are made: the true reward's order of all samples of a prompt; or pairs of them, of which the better"
+        " one is drawn with the probability sigmoid(difference of rewards)",
+        group="data",
+        default_text="order",
+    )
+
+    reward: str = option(
+        help="the true reward: a rule (vader, length), MODULE:FUNCTION of prompts and responses, or the folder or Hub"
+        " name of a reward model",
+        group="reward",
+    )
+    num: int = option(4, "samples of a held-out prompt that each policy is measured on", group="reward", at_least=1)
+    max_new_tokens: int = option(
+        48, "tokens of a sample at most, in the data, in PPO and in measuring", group="reward", at_least=1
+    )
+
+    responses: int = option(
+        4096, "responses that each training learns from, repetitions counted", group="stages", at_least=1
+    )
+    dpo: list[str] | None = option(
+        None,
+        "options of prefopt dpo, NAME=VALUE, for all its trainings",
+        group="stages",
+        default_text="its own defaults",
+    )
+    sft: list[str] | None = option(None, "the same of prefopt sft", group="stages", default_text="its own defaults")
+    reward_model: list[str] | None = option(
+        None, "the same of prefopt reward", group="stages", default_text="its own defaults"
+    )
+    ppo: list[str] | None = option(None, "the same of prefopt ppo", group="stages", default_text="its own defaults")
+
+    output: str = option(help="folder to write to: a folder for every training in it", group="output")
+    progress: Literal["auto", "rich", "plain", "none"] = option(
+        "auto", "how progress is shown; auto: rich on a terminal, plain lines elsewhere", group="output"
+    )
+    seed: int = option(
+        0,
+        "seed of the prompts held out, of all samples, and of the first training",
+        group="machine",
+        at_least=0,
+        at_most=2**31,
+    )
+
+    def check_sweep(self) -> None:
+        """Types, ranges, contradictions. Raises ``ConfigError``."""
+        check_all(self)
+        self.check_machine()
+        if (self.prefix_min is None) != (self.prefix_max is None):
+            raise ConfigError("--prefix-min and --prefix-max go together: from so many tokens to so many")
+        if self.prefix_min is not None and self.prefix_max is not None and self.prefix_min > self.prefix_max:
+            raise ConfigError(f"--prefix-min {self.prefix_min} is more than --prefix-max {self.prefix_max}")
+        if self.data is not None:
+            for name in ("samples", "rounds", "labels"):
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ConfigError(
+                        f"{flag(name)} is for data that are made here, and --data gives some: leave it out"
+                    )
+        elif self.labels is None:
+            object.__setattr__(self, "labels", "order")
+
+    def training(self, kind: str, output: Path, given: Mapping[str, object], *, each: float, seed: int) -> AnyConfig:
+        """The config of one training of ``kind`` (a name of :data:`KINDS`) that learns from ``responses`` responses.
+
+        ``given`` are options that the sweep sets (``model``, ``data`` and so on); ``each``: responses of a row of its
+        data. What a person gave goes before both. Raises ``ConfigError``.
+        """
+        place = flag(GIVEN[kind])
+        own = parse_given(GIVEN[kind], getattr(self, GIVEN[kind]) or ())
+        for name in own:
+            if name in DECIDED or (kind == "ppo" and name in OF_PPO):
+                raise ConfigError(f"{place} {name}: the sweep decides it; leave it out")
+            if name in given:
+                raise ConfigError(f"{place} {name}: it is what is swept; leave it out")
+        ours: dict[str, Any] = {"output": str(output), "seed": seed, "max_steps": 1, "epochs": 1e9}
+        ours |= {name: getattr(self, name) for name in ("device", "dtype", "threads", "progress")}
+        if kind == "ppo":
+            # A rate that falls to zero would end every rise: then a plateau says nothing.
+            ours |= {"max_new_tokens": self.max_new_tokens, "schedule": "constant", "lines": self.lines}
+        else:
+            ours["on_bad_row"] = "skip"  # samples may be empty, or all equally good
+        found = from_dict(KINDS[kind], ours | own | dict(given), place)
+        per_step = found.batch_size * (found.num if isinstance(found, PpoConfig) else each)
+        steps = max(1, round(self.responses / per_step))
+        return from_dict(KINDS[kind], found.to_dict() | {"max_steps": steps}, place)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option with its value, plain enough for YAML."""
+        return to_dict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object], place: str | None = None) -> Self:
+        """The config that ``to_dict`` wrote; ``place`` names the file it comes from."""
+        return from_dict(cls, values, place)
+
+
+def evenly(steps: int, parts: int) -> list[int]:
+    """So many of the steps from 1 on, as evenly as whole numbers are, the last one at the end; all, where they are few.
+
+    >>> evenly(128, 2), evenly(5, 3), evenly(2, 3)
+    ([64, 128], [2, 3, 5], [1, 2])
+    """
+    parts = min(parts, steps)
+    return [round(k * steps / parts) for k in range(1, parts + 1)]
+
+
+FACTORS = ("0.5", "1", "2")
+STAGES = {"dpo": ("sft", "dpo"), "ppo": ("sft", "reward", "ppo")}
+"""A road by its last stage, and all its stages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodsConfig(SweepOptions):
+    """DPO against reward model and PPO: what each costs, and what it gives. Construction raises ``ConfigError``."""
+
+    seeds: int = option(3, "trainings of every stage, seed after seed", group="stages", at_least=1)
+    rate_factors: list[str] | None = option(
+        None,
+        "DPO and PPO are trained at their learning rate times each of these: how much their end depends on it",
+        group="stages",
+        default_text=" ".join(FACTORS),
+    )
+    perplexity: list[str] | None = option(
+        None,
+        "data whose best responses the perplexity before and after is measured on (the alignment tax)",
+        group="data",
+        default_text="it is not measured",
+    )
+    isolate: bool = option(
+        True,
+        "each training in a process of its own, so that its peak memory is its own; false: all in this one, and peak"
+        " memory is not told",
+        group="machine",
+    )
+
+    def __post_init__(self) -> None:
+        self.check_sweep()
+        if self.rate_factors is None:
+            object.__setattr__(self, "rate_factors", list(FACTORS))
+        if len(set(self.factors)) < len(self.factors):
+            raise ConfigError("--rate-factors: one stands there twice")
+        if parse_given("sft", self.sft or ()).get("lora"):
+            raise ConfigError("--sft lora: the stages after it begin at a whole model; leave it out")
+        for stage in ("sft", "reward", "dpo", "ppo"):  # a mistake in the last one is told before the first has run
+            self.stage(stage, self.seed, self.factors[-1], data=["data"], prompts="prompts", each=2.0)
+
+    @property
+    def factors(self) -> list[float]:
+        """``rate_factors`` as numbers. Raises ``ConfigError``."""
+        return [_factor(text) for text in self.rate_factors or ()]
+
+    def stage(self, stage: str, seed: int, factor: float, *, data: list[str], prompts: str, each: float) -> AnyConfig:
+        """The config of one training; ``factor`` is of ``dpo`` and ``ppo`` alone. Raises ``ConfigError``."""
+        given: dict[str, Any] = {"model": self.model if stage == "sft" else str(self.folder("sft", seed))}
+        given |= {"prompts": [prompts]} if stage == "ppo" else {"data": data}
+        if stage == "ppo":
+            given["reward"] = str(self.folder("reward", seed))
+        rows = 1.0 if stage == "sft" else each
+        folder = self.folder(stage, seed, factor if stage in STAGES else None)
+        found = self.training(stage, folder, given, each=rows, seed=seed)
+        if stage not in STAGES:
+            return found
+        assert found.learning_rate is not None
+        rates = {name: getattr(found, name, None) for name in ("learning_rate", "critic_learning_rate")}
+        moved = {name: rate * factor for name, rate in rates.items() if rate is not None}
+        return type(found).from_dict(found.to_dict() | moved, f"--{GIVEN[stage]}")
+
+    def folder(self, stage: str, seed: int, factor: float | None = None) -> Path:
+        """Where a training is."""
+        rate = "" if factor is None else f"-rate{factor:g}"
+        return Path(self.output) / stage / f"seed{seed}{rate}"
+
+
+def _factor(text: str) -> float:
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = math.nan
+    if not 0 < factor < math.inf:
+        raise ConfigError(f"--rate-factors {text}: it must be a number above 0, such as 0.5")
+    return factor

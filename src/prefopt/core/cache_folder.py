@@ -1,0 +1,180 @@
+"""The cache's folder: where it is, who may write into it, and what is said when that fails.
+
+Entries are the spaces of reference values (12 hex digits), tokenised data (16) and samples that were drawn to be
+compared (20).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from prefopt.core.files import replace_file
+from prefopt.errors import CacheError
+
+
+class Damaged(Exception):
+    """A file of the cache is not what was written."""
+
+
+def cache_root() -> Path:
+    """``PREFOPT_CACHE``, else ``$XDG_CACHE_HOME/prefopt``, else ``~/.cache/prefopt``; it need not exist yet."""
+    if named := os.environ.get("PREFOPT_CACHE"):
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "prefopt"
+
+
+def reference_folder(root: Path | None = None) -> Path:
+    """Where the spaces of reference values are."""
+    return (root or cache_root()) / "reference"
+
+
+def tokens_folder(root: Path | None = None) -> Path:
+    """Where tokenised data are."""
+    return (root or cache_root()) / "tokens"
+
+
+def samples_folder(root: Path | None = None) -> Path:
+    """Where samples that were drawn to be compared are."""
+    return (root or cache_root()) / "samples"
+
+
+def space_lock(folder: Path) -> FileLock:
+    """The lock of an entry of the cache, held by whoever writes into it. It lies beside the folder and outlives it."""
+    return FileLock(folder.with_name(folder.name + ".lock"))
+
+
+def acquired(lock: FileLock, seconds: float = 0) -> bool:
+    """Try to take a lock for so long; the system frees it when its holder dies. Raises ``CacheError``."""
+    path = Path(lock.lock_file)
+    with cache_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=seconds)
+        except Timeout:
+            return False
+    return True
+
+
+@contextmanager
+def cache_errors(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` about ``path`` into a one-line ``CacheError`` with its remedy."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free some space" if full else "make it accessible"
+        raise CacheError(
+            f"cache {path}: {error.strerror or error}; what was stored before is kept; "
+            f"{remedy} or set PREFOPT_CACHE to another folder"
+        ) from error
+
+
+def write_cached(path: Path, data: bytes) -> None:
+    """Replace a file of the cache by ``data``, as :func:`replace_file` does. Raises ``CacheError``.
+
+    The caller holds the lock of the folder: the name written aside is always the same, so that a killed process
+    leaves at most one stray file, which the next writer overwrites.
+    """
+    with cache_errors(path):
+        replace_file(path, data, aside="writing.tmp")
+
+
+SAMPLES = "samples.jsonl"
+USED = ("about.json", "manifest.json", f"{SAMPLES}.run.json")
+"""The files whose modification time notes the last use of an entry."""
+
+
+def reference_entries(root: Path | None = None) -> list[Path]:
+    """The spaces of reference values, by id."""
+    return _named(reference_folder(root), 12)
+
+
+def token_entries(root: Path | None = None) -> list[Path]:
+    """The folders of tokenised data, by id."""
+    return _named(tokens_folder(root), 16)
+
+
+def sample_entries(root: Path | None = None) -> list[Path]:
+    """The folders of samples, by id."""
+    return _named(samples_folder(root), 20)
+
+
+def model_of(folder: Path) -> str:
+    """The model that samples were drawn from, as it was named then."""
+    try:
+        return str(json.loads((folder / f"{SAMPLES}.run.json").read_text("utf-8"))["options"]["model"])
+    except Exception:
+        return "description unreadable"
+
+
+def used(folder: Path) -> None:
+    """Note that an entry was used now."""
+    for mark in (folder / name for name in USED):
+        if mark.exists():
+            mark.touch()
+
+
+def _named(parent: Path, digits: int) -> list[Path]:
+    with cache_errors(parent):
+        names = sorted(parent.iterdir()) if parent.is_dir() else []
+    return [path for path in names if re.fullmatch(f"[0-9a-f]{{{digits}}}", path.name) and path.is_dir()]
+
+
+def last_used(folder: Path) -> float:
+    """Seconds since the epoch."""
+    marks = [folder / name for name in USED]
+    return next((mark for mark in marks if mark.exists()), folder).stat().st_mtime
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of its files."""
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def clear(root: Path | None = None, ids: Collection[str] | None = None, *, older_than_days: float | None = None) -> int:
+    """Remove entries: all, those named, those not used for so long, or both conditions together. Gives bytes freed.
+
+    Raises ``CacheError`` before removing anything where an id is unknown or a process is writing into one of them.
+    """
+    folders = [*reference_entries(root), *token_entries(root), *sample_entries(root)]
+    if ids is not None:
+        if unknown := sorted(set(ids) - {folder.name for folder in folders}):
+            place = root or cache_root()
+            raise CacheError(f"cache {place}: no space {', '.join(unknown)}; see `prefopt cache list`")
+        folders = [folder for folder in folders if folder.name in ids]
+    if older_than_days is not None:
+        before = time.time() - older_than_days * 86400
+        folders = [folder for folder in folders if last_used(folder) < before]
+    freed = 0
+    with ExitStack() as stack:
+        for folder in folders:
+            lock = space_lock(folder)
+            if not acquired(lock):
+                raise CacheError(f"cache space {folder.name} is in use: stop the process that is writing it, or wait")
+            stack.callback(lock.release)
+        for folder in folders:
+            freed += size_of(folder)
+            remove(folder)
+    return freed
+
+
+def remove(folder: Path) -> None:
+    """Remove an entry whose lock is held. Raises ``CacheError``."""
+    with cache_errors(folder):
+        # out of sight first: a reader sees the whole entry or none of it
+        gone = folder.with_name(folder.name + ".removed")
+        shutil.rmtree(gone, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            folder.rename(gone)
+            shutil.rmtree(gone)

@@ -1,0 +1,222 @@
+"""The one way to write a file: aside, flushed, renamed; and what is said when that fails.
+
+>>> from dataclasses import dataclass
+>>> @dataclass
+... class Place:
+...     name: str
+...     reward: float | None = None
+>>> typed(Place, {"name": "a", "reward": 1})
+Place(name='a', reward=1)
+>>> typed(Place, {"name": "a", "reward": "abc"})
+Traceback (most recent call last):
+TypeError: reward is 'abc'
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import math
+import os
+import re
+import shutil
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import psutil
+from safetensors import SafetensorError
+
+from prefopt.errors import RunError, UserError
+
+LEFT_SECONDS = 3600.0
+"""How long nobody must have written what is taken for a leftover, where no lock says that nobody can."""
+_ASIDE = re.compile(r"\.(\d{1,9})(?:-\w+)?$")  # SQLite adds -journal
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """A full or forbidden disk, in one line (``RunError``)."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise RunError(f"{path}: cannot be written ({reason}); make room or choose another --output") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file of a run's output, whole or not at all. Raises ``RunError``."""
+    with output_errors(path):
+        replace_file(path, json.dumps(value, indent=2).encode())
+
+
+def replace_file(path: Path, data: bytes, *, aside: str | None = None) -> None:
+    """Replace ``path`` by ``data``, whole or not at all, also across a power cut; an ``OSError`` leaves it as it was.
+
+    ``aside`` names the file that is written first, beside it; without one each process takes its own.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first = path.with_name(aside) if aside else aside_of(path)
+    try:
+        write_flushed(first, data)
+        first.replace(path)
+    except OSError:
+        first.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)  # the rename itself becomes durable only with its folder
+
+
+def aside_of(path: Path) -> Path:
+    """Where this process makes what is to become ``path``: ``.NAME.PID`` beside it. What killed ones left goes."""
+    if path.parent.is_dir():
+        remove_leftovers(path.parent, path.name, seconds=LEFT_SECONDS)
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def remove_leftovers(folder: Path, name: str | None = None, *, seconds: float = 0.0) -> None:
+    """Remove what processes that were killed left aside in a folder, of the file ``name`` or of all: what is called as
+    :func:`aside_of` has it, whose process is gone, and that nobody has written for ``seconds``.
+
+    Whoever does not hold the folder's lock waits that long: on a disk that machines share, a number that is nobody's
+    here may be that of a process elsewhere.
+    """
+    for left in folder.glob(f".{glob.escape(name) if name else '*'}.*"):
+        found = _ASIDE.search(left.name)
+        if found is None or int(found[1]) == os.getpid() or psutil.pid_exists(int(found[1])):
+            continue
+        with suppress(OSError):
+            if time.time() - left.lstat().st_mtime < seconds:
+                continue
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, if it is there: renamed aside first, so that a kill never leaves half of it under its name."""
+    aside = aside_of(folder)
+    try:
+        folder.rename(aside)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(aside)
+
+
+def write_flushed(path: Path, data: bytes) -> None:
+    """A file that is on the disk when this returns."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable; a system without folder handles does it by itself."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+Made = TypeVar("Made")
+
+
+def parsed(text: bytes) -> Any:
+    """Raises ``ValueError`` for whatever is no JSON in UTF-8, or is nested too deep to be read."""
+    try:
+        return json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
+    except ValueError:
+        raise ValueError("it is not JSON") from None
+    except (RecursionError, MemoryError):
+        raise ValueError("it is nested too deep") from None
+
+
+def read_json(path: Path, make: Callable[[Any], Made], remedy: str) -> Made:
+    """What ``make`` makes of the JSON in a file; ``make`` may fail in any way on what is not as it was written.
+
+    Raises :class:`RunError` where the file cannot be read, or ``make`` failed: with ``remedy``, what to do then. What
+    ``make`` says to a person itself is let through.
+    """
+    try:
+        return make(parsed(path.read_bytes()))
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror}); restore it, or {remedy}") from None
+    except UserError:
+        raise
+    except Exception as error:
+        told = " ".join(f"{error}".split())[:100]
+        why = told if isinstance(error, (ValueError, TypeError)) else "it is not what was written there"
+        raise RunError(
+            f"{path} cannot be read ({why}): damaged, or of another version; restore it, or {remedy}"
+        ) from None
+
+
+def printable(value: Any) -> Any:
+    """The same with what no file and no terminal takes in its texts replaced: halves of surrogate pairs."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [printable(x) for x in value]
+    return {printable(n): printable(x) for n, x in value.items()} if isinstance(value, dict) else value
+
+
+MARKS = ("config.json", "adapter_config.json")
+"""A folder with one of these is a model's or an adapter's."""
+
+
+def models_below(folder: Path) -> list[Path]:
+    """The folders of models one or two levels down, sorted; none where the folder is a model's itself."""
+    if any((folder / mark).is_file() for mark in MARKS):
+        return []
+    return sorted({path.parent for mark in MARKS for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{mark}")})
+
+
+def one_below(folder: Path) -> str:
+    """What to add to the line that says that a folder holds no model; nothing where none is below it."""
+    found = models_below(folder)
+    many = "there are models" if len(found) > 1 else "there is a model"
+    return f"; {many} below it: name one, such as {found[0]}" if found else ""
+
+
+Record = TypeVar("Record")
+
+
+def typed(kind: type[Record], values: Mapping[str, Any]) -> Record:
+    """The dataclass ``kind`` of ``values``. Raises ``TypeError`` for other types or names, and for what is missing.
+
+    A whole number will do for a float, which must be finite.
+    """
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if name in hints and not _is(value, hints[name]):
+            raise TypeError(f"{name} is {value!r:.80}")
+    return kind(**values)
+
+
+def _is(value: Any, hint: Any) -> bool:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_is(value, part) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if origin is tuple:
+        return isinstance(value, tuple) and (
+            all(_is(v, parts[0]) for v in value)
+            if parts[-1] is Ellipsis
+            else len(value) == len(parts) and all(map(_is, value, parts))
+        )
+    if origin is dict:
+        return isinstance(value, dict) and all(_is(k, parts[0]) and _is(v, parts[1]) for k, v in value.items())
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)

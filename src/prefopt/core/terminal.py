@@ -1,0 +1,252 @@
+"""The one way to a terminal: whatever is shown passes :func:`visible` first.
+
+Data, run records, answers of models, file names and other libraries' messages may hold codes that a terminal obeys:
+they write to the clipboard, retitle the window, move the cursor over lines that stand there, or show text in another
+order than it has. Here they are spelt out. Files that are written (rows, JSON) are data and keep every character.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
+from rich.text import Text
+
+# C0 but for tab and line feed, DEL, C1, line and paragraph separators, embeddings and overrides of direction,
+# isolates, and halves of surrogate pairs (which is how Python holds a file name that is not UTF-8). The marks of
+# direction U+200E, U+200F and U+061C stay: they turn no other letters round, and such scripts need them.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str, encoding: str | None = "utf-8") -> str:
+    r"""``text`` with what a terminal would obey, and what ``encoding`` lacks, written as escapes; idempotent.
+
+    >>> visible("red: \x1b[31m, other way round: \u202e")
+    'red: \\x1b[31m, other way round: \\u202e'
+    """
+    shown = text if text.isascii() and text.isprintable() else _OBEYED.sub(_escape, text)
+    if encoding is None or shown.isascii():
+        return shown
+    try:
+        return shown.encode(encoding, "backslashreplace").decode(encoding)
+    except LookupError:
+        return ascii(shown)[1:-1]
+
+
+def one_line(text: str) -> str:
+    """``text`` for a place where a line end would begin a line that is not its own."""
+    return visible(" ".join(text.splitlines()) if "\n" in text or "\r" in text else text)
+
+
+def _escape(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def tell(text: str = "", *, end: str = "\n", flush: bool = False) -> None:
+    """Lines on standard output."""
+    write(sys.stdout, text + end)
+    if flush:
+        sys.stdout.flush()
+
+
+def tell_lines(lines: Iterable[str]) -> None:
+    """Lines on standard output, each of which stays one."""
+    for line in lines:
+        tell(one_line(line))
+
+
+def tell_json(document: object, *, indent: int = 2) -> None:
+    """A JSON document on standard output."""
+    tell(json_text(document, indent=indent))
+
+
+def json_text(document: object, *, indent: int = 2) -> str:
+    """JSON in printable ASCII: nothing for a terminal to obey, and whoever parses it gets every character back."""
+    return json.dumps(document, indent=indent, ensure_ascii=True).replace("\x7f", "\\u007f")
+
+
+def complain(text: str) -> None:
+    """A line on standard error."""
+    write(sys.stderr, text + "\n")
+
+
+def write(out: TextIO, text: str) -> None:
+    """Text to a stream that a person may be looking at."""
+    out.write(visible(text, out.encoding or "utf-8"))
+
+
+class Screen(Console):
+    """Rich's console, which shows text as it is (no markup, no names of emoji) and none that a terminal would obey."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**{"highlight": False, "soft_wrap": True, "markup": False, "emoji": False, **more})
+
+    def render_str(self, text: str, **more: Any) -> Text:
+        """Text as it is; rich would leave some codes out without a word."""
+        return super().render_str(visible(text, self.encoding), **more)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Segments as rich makes them; those that are codes of its own have ``control``."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else visible(text, self.encoding), style, control)
+
+
+@contextmanager
+def guarded_streams() -> Iterator[None]:
+    """Log records and warnings of every library, and a traceback that ends the program, pass :func:`visible` too."""
+    factory, form = logging.getLogRecordFactory(), warnings.formatwarning
+    logging.setLogRecordFactory(_Record)
+    warnings.formatwarning = lambda *args, **named: visible(form(*args, **named))
+    sys.excepthook = _show_traceback  # stays: it is needed when this has been left
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(factory)
+        warnings.formatwarning = form
+
+
+class _Record(logging.LogRecord):
+    def getMessage(self) -> str:
+        return visible(super().getMessage())
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    write(sys.stderr, "".join(traceback.format_exception(kind, error, trace)))
+
+
+PLAIN_SECONDS = 10.0
+"""Where there is no terminal, a line of progress at most this often."""
+NOTE_LINES = 4
+"""On a terminal, lines of numbers below a bar at most."""
+
+
+class Reporter:
+    """Lines and bars. ``mode``: ``rich``, ``plain``, ``none``, or ``auto`` (rich on a terminal, else plain)."""
+
+    def __init__(self, mode: str = "auto") -> None:
+        self._console = Screen()
+        self.mode = ("rich" if self._console.is_terminal else "plain") if mode == "auto" else mode
+
+    def say(self, line: str) -> None:
+        """One line, whatever is on the screen."""
+        if self.mode != "none":
+            self._console.print(one_line(line))
+
+    def show(self, text: str) -> None:
+        """Text of several lines, such as a row or a file of options."""
+        if self.mode != "none":
+            self._console.print(text)
+
+    def bar(self, what: str, total: int, unit: str) -> Bar:
+        """A bar of ``total`` units; use it as a context."""
+        return Bar(self, self._console, what, total, unit)
+
+
+class Bar:
+    """A progress bar with the time left, or a line every few seconds where there is no terminal."""
+
+    def __init__(self, reporter: Reporter, console: Screen, what: str, total: int, unit: str) -> None:
+        self._reporter, self._what, self._total, self._unit = reporter, one_line(what), total, unit
+        self._started = self._printed = time.monotonic()
+        self._first: float | None = None
+        self._task: TaskID | None = None
+        self._rich = _Noted(unit, console) if reporter.mode == "rich" else None
+
+    def __enter__(self) -> Bar:
+        if self._rich:
+            self._rich.start()
+            self._task = self._rich.add_task(self._what, total=self._total, done=0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._rich:
+            self._rich.stop()
+
+    def update(
+        self, done: int, note: str | Sequence[str] = (), *, first: bool = False, work: float | None = None
+    ) -> None:
+        """``done`` units in all; ``note``: numbers in words; ``first`` prints a plain line however soon.
+
+        ``work``: units' worth of work that is done, where units are finished many at once.
+        """
+        at = float(done) if work is None else work
+        parts = [note] if isinstance(note, str) else list(note)
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._started = at, now
+        if self._rich and self._task is not None:
+            self._rich.note = parts
+            self._rich.update(self._task, completed=at, done=done)
+        elif self._reporter.mode == "plain" and (first or done == self._total or now - self._printed >= PLAIN_SECONDS):
+            self._printed = now
+            left = ""
+            if at > self._first and done < self._total:
+                left = f", {duration((now - self._started) / (at - self._first) * (self._total - at))} left"
+            told = "".join(f", {part}" for part in parts if part)
+            self._reporter.say(f"{self._what}: {done}/{self._total} {self._unit}{left}{told}")
+
+
+class _Noted(Progress):
+    """One bar with its time left, and numbers below it, wrapped between them and never within one."""
+
+    def __init__(self, unit: str, console: Screen) -> None:
+        self.note: Sequence[str] = ()
+        self._screen = console
+        super().__init__(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=32),
+            TextColumn("{task.fields[done]}/{task.total} " + unit, markup=False),
+            TimeRemainingColumn(),
+            console=console,
+        )
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar, then the numbers."""
+        yield self.make_tasks_table(self.tasks)
+        for line in wrapped(self.note, self._screen.width)[:NOTE_LINES]:
+            yield Text(visible(line), no_wrap=True, overflow="ellipsis", style="dim")
+
+
+def wrapped(parts: Iterable[str], width: int) -> list[str]:
+    """Lines of whole parts, indented by two, each no wider than ``width`` where one part is not."""
+    lines: list[str] = []
+    for part in filter(None, parts):
+        if lines and len(lines[-1]) + 2 + len(part) <= width:
+            lines[-1] += "  " + part
+        else:
+            lines.append("  " + part)
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """``41 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes for people: ``3.1 GB``."""
+    for unit in ("bytes", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

@@ -1,0 +1,303 @@
+"""Conversations of one shape as fixed text with words in between, so that most rows need no template run at all.
+
+A template is run once on words that note what it does to them. Where it only passes them on, asks them a question
+(does the text contain ``</think>``?) or does something that leaves them as they are (trims what has no white space
+around it), all other words that answer those questions alike, and are left alone by the same, give the same text with
+other words in it. Whatever else a template does to words, such as taking them apart, means that it is run for each row.
+
+Words keep their kind through ``+``, ``~``, macros and blocks. What would treat them as the text they are (looking for
+them in a text, formatting, filters not known here) is replaced by something that notices.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, wraps
+from typing import Any, NoReturn
+
+from jinja2 import nodes
+from jinja2.visitor import NodeTransformer
+
+from prefopt.data.chat import sandbox
+from prefopt.data.chat.sandbox import OWN, Bounded, modulo
+
+REMEMBERED = 512  # shapes; a file has as many as it has numbers of turns, times a few
+# In this order, what stands in for words shows whether it was escaped, quoted or put in another case.
+_ODD = '\u00e9<&>"\\\u00cb'
+_QUESTIONS = (
+    *("startswith", "endswith", "find", "rfind", "count", "__contains__", "__eq__", "__ne__"),
+    *("isdigit", "isalpha", "isalnum", "isnumeric", "isdecimal", "isspace", "isupper", "islower", "istitle"),
+)
+_WHOLE = ("split", "rsplit", "splitlines")  # give a list of one, where there is nothing to split at
+_HARMLESS = ("strip", "lstrip", "rstrip", "replace", "removeprefix", "removesuffix", "expandtabs")
+_KEPT = {
+    *("__class__", "__doc__", "__new__", "__init__", "__str__", "__add__", "__getattribute__", "__setattr__"),
+    *("__delattr__", "__repr__", "__sizeof__", "__dir__", "__init_subclass__", "__subclasshook__"),
+}
+_FILTERS = {
+    *("trim", "string", "default", "d", "length", "count", "items", "list", "first", "last", "reverse", "map"),
+    *("select", "reject", "selectattr", "rejectattr", "tojson", "dictsort", "upper", "lower", "capitalize", "replace"),
+}
+
+
+SAME = object()
+
+
+class _Untraceable(Exception):
+    """The template does something to words that depends on what they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Guard:
+    """Words number ``slot``, asked ``method(*args)``, must give ``result``; ``SAME``: themselves, or a list of them."""
+
+    slot: int
+    method: str
+    args: tuple[Any, ...]
+    result: object
+
+    def holds(self, words: str) -> bool:
+        found = getattr(words, self.method)(*self.args)
+        return found in (words, [words]) if self.result is SAME else bool(found == self.result)
+
+
+class _Log:
+    """What a template did to words."""
+
+    def __init__(self) -> None:
+        self.guards: dict[tuple[object, ...], _Guard] = {}
+        self.failed = False
+
+    def fail(self) -> NoReturn:
+        self.failed = True  # noted as well as raised: Jinja's tests swallow exceptions
+        raise _Untraceable
+
+
+class Words(str):
+    """Text that notes what is done to it. ``slot`` numbers the words of a turn; text made from them has none."""
+
+    log: _Log
+    slot: int | None
+
+    def __new__(cls, text: str, log: _Log, slot: int | None = None) -> Words:
+        words = super().__new__(cls, text)
+        words.log, words.slot = log, slot
+        return words
+
+    def __str__(self) -> str:
+        return self
+
+    def __add__(self, other: str) -> Words:
+        return Words(_plain(self) + _plain(other), self.log) if isinstance(other, str) else self.log.fail()
+
+    def __radd__(self, other: str) -> Words:
+        return Words(_plain(other) + _plain(self), self.log) if isinstance(other, str) else self.log.fail()
+
+    def __bool__(self) -> bool:
+        return True  # traced words are never empty, see Traces.show
+
+
+def _ask(method: str) -> Callable[..., Any]:
+    def ask(self: Words, *args: Any) -> Any:
+        result = self if self.slot is None else getattr(_plain(self), method)(*args)
+        listed = method in _WHOLE and result == [_plain(self)]
+        harmless = listed or (method in _HARMLESS and result == _plain(self))
+        if self.slot is None or any(isinstance(a, Words) for a in args) or not (harmless or method in _QUESTIONS):
+            self.log.fail()
+        key = (self.slot, method, repr(args))
+        self.log.guards.setdefault(key, _Guard(self.slot, method, args, SAME if harmless else result))
+        return ([self] if listed else self) if harmless else result
+
+    return ask
+
+
+def _refuse(self: Words, *_args: Any, **_named: Any) -> NoReturn:
+    self.log.fail()
+
+
+for _name in dir(str):
+    if _name in (*_QUESTIONS, *_HARMLESS, *_WHOLE):
+        setattr(Words, _name, _ask(_name))
+    elif _name not in _KEPT:
+        setattr(Words, _name, _refuse)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trace:
+    """``pieces[0] + words[slots[0]] + pieces[1] + ...``, for words of which all guards hold."""
+
+    pieces: tuple[str, ...]
+    slots: tuple[int, ...]
+    guards: tuple[_Guard, ...]
+
+    def show(self, words: Sequence[str]) -> str | None:
+        for guard in self.guards:
+            if not guard.holds(words[guard.slot]):
+                return None
+        parts = [self.pieces[0]]
+        for slot, piece in zip(self.slots, self.pieces[1:], strict=True):
+            parts += words[slot], piece
+        return "".join(parts)
+
+
+class Traces:
+    """The traces of one template."""
+
+    def __init__(self) -> None:
+        self._traces: dict[object, _Trace | None] = {}
+
+    def show(self, shape: object, words: Sequence[str], render: Callable[[Sequence[str]], str]) -> str | None:
+        """What the template makes of words in a conversation of this shape, if that is known without running it.
+
+        The shape must be all that the template is given beside the words. ``render`` runs it on words.
+        """
+        if not all(words):
+            return None
+        if shape not in self._traces:
+            if len(self._traces) >= REMEMBERED:
+                return None
+            self._traces[shape] = _trace(len(words), render)
+        trace = self._traces[shape]
+        return None if trace is None else trace.show(words)
+
+
+def _trace(count: int, render: Callable[[Sequence[str]], str]) -> _Trace | None:
+    log = _Log()
+    marks = [f"{_ODD}{i}{_ODD}" for i in range(count)]
+    try:
+        text = _plain(render([Words(mark, log, i) for i, mark in enumerate(marks)]))
+    except Exception:  # whatever is wrong is seen again, and said, when the row itself is shown
+        return None
+    parts = re.split("|".join(map(re.escape, marks)), text)
+    slots = tuple(marks.index(found) for found in re.findall("|".join(map(re.escape, marks)), text))
+    if log.failed or set(slots) != set(range(count)) or any(_ODD in part for part in parts):
+        return None
+    return _Trace(tuple(parts), slots, tuple(log.guards.values()))
+
+
+@lru_cache(maxsize=16)
+def compiled(source: str) -> Any | None:
+    """The template for tracing, in which words stay what they are; None where that cannot be had."""
+    environment = sandbox.compiled(source).environment.overlay()
+    tree = environment.parse(source)
+    if not _followed(tree):
+        return None
+    environment.concat = _concat
+    environment.filters = {
+        **{
+            name: run if name in _FILTERS or name in OWN else _guarded(run) for name, run in environment.filters.items()
+        },
+        **{"prefopt_alone": _alone, "prefopt_join": _join, "prefopt_holds": _holds, "prefopt_modulo": _modulo},
+    }
+    environment.tests = {**environment.tests, "in": lambda value, container: _holds(container, value)}
+    tree = _Noting().visit(tree)
+    tree.set_environment(environment)
+    return environment.from_string(tree)
+
+
+def _followed(tree: nodes.Template) -> bool:
+    """Whether there is nothing in a template that what is put in its place here does not cover."""
+    other = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
+    chains = (node for node in tree.find_all(nodes.Compare) if len(node.ops) > 1)
+    return not (
+        any(True for _ in tree.find_all(other))
+        or any(op.op in ("in", "notin") for node in chains for op in node.ops)
+        or any(_dynamic(call) for call in tree.find_all(nodes.Call))
+    )
+
+
+def _dynamic(call: nodes.Call) -> bool:
+    return _of_text(call) and (call.dyn_args is not None or call.dyn_kwargs is not None)
+
+
+def _of_text(call: nodes.Call) -> bool:
+    return isinstance(call.node, nodes.Getattr) and hasattr(str, call.node.attr)
+
+
+class _Noting(NodeTransformer):
+    """Puts something that respects words in place of what would treat them as the text they are."""
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        return self._filter("prefopt_join", node, nodes.List(node.nodes))
+
+    def visit_Mod(self, node: nodes.Mod) -> nodes.Node:
+        return self._filter("prefopt_modulo", node, node.left, node.right)
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        if node.ops[0].op not in ("in", "notin"):
+            return self.generic_visit(node)
+        found = self._filter("prefopt_holds", node, node.ops[0].expr, node.expr)
+        return found if node.ops[0].op == "in" else nodes.Not(found, lineno=node.lineno)
+
+    def visit_Call(self, node: nodes.Call) -> nodes.Node:
+        self.generic_visit(node)
+        if _of_text(node):
+            node.args = [self._alone(value) for value in node.args]
+            for pair in node.kwargs:
+                pair.value = self._alone(pair.value)
+        return node
+
+    def _alone(self, value: nodes.Expr) -> nodes.Expr:
+        if isinstance(value, nodes.Const):
+            return value
+        return nodes.Filter(value, "prefopt_alone", [], [], None, None, lineno=value.lineno)
+
+    def _filter(self, name: str, node: nodes.Node, first: nodes.Expr, *rest: nodes.Expr) -> nodes.Expr:
+        return nodes.Filter(self.visit(first), name, [self.visit(r) for r in rest], [], None, None, lineno=node.lineno)
+
+
+def _concat(parts: Iterable[str]) -> str:
+    """Parts as one text, words where some of them are."""
+    given = [part for part in parts if isinstance(part, Words) or part]
+    words = [part for part in given if isinstance(part, Words)]
+    if not words:
+        return Bounded.concat(given)
+    return words[0] if len(given) == 1 else Words(Bounded.concat(list(map(_plain, given))), words[0].log)
+
+
+def _join(parts: Iterable[object]) -> str:
+    """``a ~ b``."""
+    return _concat(part if isinstance(part, Words) else str(part) for part in parts)
+
+
+def _modulo(left: Any, right: Any) -> Any:
+    """``a % b``."""
+    return modulo(left, _alone(right) if isinstance(left, str) else right)
+
+
+def _holds(container: Any, value: Any) -> bool:
+    """``value in container``."""
+    return (_alone(value) if isinstance(container, str) else value) in container
+
+
+def _alone(value: Any) -> Any:
+    """The value, in which there must be no words."""
+    if isinstance(value, Iterator):
+        value = list(value)
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Words):
+            item.log.fail()
+        if isinstance(item, dict):
+            waiting += [*item.keys(), *item.values()]
+        elif isinstance(item, (list, tuple)):
+            waiting += item
+    return value
+
+
+def _guarded(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that is not to be given words."""
+
+    @wraps(run)  # with what it says of the arguments that Jinja is to pass
+    def guarded(*args: Any, **named: Any) -> Any:
+        given = [_alone(a) if isinstance(a, (str, list, tuple, dict, Iterator)) else a for a in args]
+        return run(*given, **{name: _alone(value) for name, value in named.items()})
+
+    return guarded
+
+
+def _plain(text: str) -> str:
+    return str.__str__(text)

@@ -1,0 +1,1 @@
+"""``prefopt data check``: audit of data files."""

@@ -1,0 +1,1 @@
+"""Kinds of data files, read row by row and written."""

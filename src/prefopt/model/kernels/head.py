@@ -1,0 +1,361 @@
+"""The head of a language model: what its class does between the last hidden state and the logits.
+
+Most heads are a linear layer, some with a scale and a soft-cap whose names and meanings differ from class to class
+(Granite divides by ``logits_scaling``, HyperCLOVA X multiplies with it). So what the configuration says is tried
+against the class itself: its own forward is run around a body that answers with given hidden states. A head that no
+reading of the configuration explains is left to the class's own code, which is slower and as exact.
+
+For hidden states h [M, H], the head's weight W [V, H] and targets y [M]::
+
+    z = cap * tanh(scale * (h W^T + b) / cap)      (soft-cap and scale only where the model has them)
+    logp = z[y] - logsumexp(z)
+
+computed a tile of rows at a time, sums in float32 (float64 for a float64 model). For backward there are three ways:
+
+frozen head     d logp / d h needs no upstream gradient but a factor per row: it is made in the forward pass, from
+                the probabilities at hand, and kept as [M, H]. 4 units of matrix work instead of 6, and no recomputing.
+kept            the slopes one-hot - p [M, V] stay, in the working dtype, where they fit ``KEEP_BYTES``: 6 units. What
+                is rounded is the difference: 1 - p of a rounded p would be nothing but rounding where p is near 1.
+recomputed      otherwise the tiles are computed again: 8 units, no memory.
+
+Where Cut Cross-Entropy and Liger stop at the mean loss, this returns every token's value in float32, since sums over
+hundreds of tokens are compared with the reference's to a few thousandths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, cast
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from prefopt.errors import ModelError
+from prefopt.model.packed_model import body_of
+
+KEEP_BYTES = 256 * 2**20
+"""Slopes kept between forward and backward, at most."""
+
+_TILE_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+"""Logits of one tile; on a GPU a tile must be tall enough to keep its matrix product compute-bound."""
+
+
+def token_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Log-probability of each target: hidden [M, H], weight [V, H], target [M], bias [V] -> float32 or float64 [M]."""
+    return _head(hidden, weight, bias, target, scale, softcap, False)[0]
+
+
+def token_logprobs_and_squares(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, and the logarithm of the sum over the vocabulary of squared probabilities [M], without gradient."""
+    return _head(hidden, weight, bias, target, scale, softcap, True)
+
+
+def _head(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    out = _HeadLogprobs.apply(*arguments, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    return cast(tuple[torch.Tensor, torch.Tensor], out)
+
+
+def module_logprobs(
+    logits: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, target: torch.Tensor, vocabulary: int
+) -> torch.Tensor:
+    """The same for any other head, one that carries an adapter say: ``logits`` maps hidden [rows, H] to [rows, V],
+    float32 or wider, in checkpointed tiles."""
+
+    def tile(h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        z = logits(h)
+        return z.gather(-1, y[:, None])[:, 0] - z.logsumexp(-1)
+
+    parts = [
+        checkpoint(tile, hidden[rows], target[rows], use_reentrant=False)
+        for rows in tiles(len(target), vocabulary, hidden.device)
+    ]
+    return torch.cat(parts)
+
+
+def vocabulary_of(head: torch.nn.Module) -> int:
+    """How many logits a head makes, or many where it does not say."""
+    return int(getattr(head, "out_features", 0)) or 2**17
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What logits of this dtype are computed in: float32 or wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def tiles(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
+    """The rows in even parts, few enough for their logits to be held."""
+    height = max(16, _TILE_ELEMENTS.get(device.type, 2**25) // vocabulary)
+    height = -(-rows // -(-rows // height)) if rows else 1  # even tiles
+    for start in range(0, rows, height):
+        yield slice(start, min(start + height, rows))
+
+
+def transformed(z: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+    """Logits after scale and soft-cap, where the model has them."""
+    if scale != 1.0:
+        z = z * scale
+    return z if softcap is None else torch.tanh(z / softcap) * softcap
+
+
+def head_logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Logits [rows, V] in float32 or float64, accumulated in it where the device can."""
+    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
+        z = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    else:
+        z = torch.mm(hidden, weight.t()).to(wide_dtype(hidden.dtype))
+    return z if bias is None else z.add_(bias)
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        target: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        squares: bool,
+        grad: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, vocabulary = len(target), weight.shape[0]
+        ctx.scale, ctx.softcap = scale, softcap
+        head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        ctx.slope = hidden.new_empty(hidden.shape) if grad and not head_trains and hidden.requires_grad else None
+        fits = rows * vocabulary * hidden.element_size() <= KEEP_BYTES and softcap is None
+        ctx.kept = hidden.new_empty(rows, vocabulary) if grad and head_trains and fits else None
+        logp = hidden.new_empty(rows, dtype=wide_dtype(hidden.dtype))
+        lse, square = torch.empty_like(logp), logp.new_empty(rows if squares else 0)
+        for part in tiles(rows, vocabulary, hidden.device):
+            z = transformed(head_logits(hidden[part], weight, bias), scale, softcap)
+            chosen = z.gather(-1, target[part, None])[:, 0]
+            lse[part] = torch.logsumexp(z, -1)
+            logp[part] = chosen - lse[part]
+            if squares:
+                square[part] = torch.logsumexp(2 * z, -1) - 2 * lse[part]
+            if ctx.kept is not None:
+                ctx.kept[part] = _slope(z, lse[part], target[part], 1.0, None)
+            elif ctx.slope is not None:
+                ctx.slope[part] = _slope(z, lse[part], target[part], scale, softcap).to(hidden.dtype) @ weight
+        if grad:
+            ctx.save_for_backward(hidden, weight, bias, target, lse)
+        ctx.mark_non_differentiable(square)
+        return logp, square
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        g, _ = grads
+        hidden, weight, bias, target, lse = ctx.saved_tensors
+        if ctx.slope is not None:
+            return (ctx.slope * g[:, None]).to(ctx.slope.dtype), *(None,) * 7
+        wants = ctx.needs_input_grad
+        grad_h = torch.empty_like(hidden) if wants[0] else None
+        grad_w = None
+        grad_b = torch.zeros_like(bias, dtype=wide_dtype(weight.dtype)) if bias is not None and wants[2] else None
+        # What is kept is there whole: one tall matrix product each, and no sums.
+        whole = [slice(0, len(target))] if ctx.kept is not None else None
+        for part in whole or tiles(len(target), weight.shape[0], hidden.device):
+            if ctx.kept is not None:
+                slope = ctx.kept[part].mul_((g[part] * ctx.scale)[:, None])
+            else:
+                z = transformed(head_logits(hidden[part], weight, bias), ctx.scale, ctx.softcap)
+                z = _slope(z, lse[part], target[part], ctx.scale, ctx.softcap)
+                slope = z.mul_(g[part, None]).to(hidden.dtype)
+            if grad_h is not None:
+                grad_h[part] = slope @ weight
+            if wants[1]:
+                grad_w = accumulate(grad_w, slope, hidden[part])
+            if grad_b is not None:
+                grad_b += slope.sum(0, dtype=grad_b.dtype)
+        ctx.kept = None
+        return (
+            grad_h,
+            None if grad_w is None else grad_w.to(weight.dtype),
+            None if grad_b is None else grad_b.to(weight.dtype),
+            *(None,) * 5,
+        )
+
+
+def accumulate(total: torch.Tensor | None, slope: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """``total`` [V, H], in float32 or wider, plus slope^T hidden."""
+    if total is None:
+        return (slope.t() @ hidden).to(wide_dtype(slope.dtype))
+    if slope.dtype == total.dtype:
+        return total.addmm_(slope.t(), hidden)
+    return total.add_(slope.t() @ hidden)
+
+
+def _slope(
+    z: torch.Tensor, lse: torch.Tensor, target: torch.Tensor, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """d logp / d (h W^T + b) of a tile, [rows, V]: (one-hot - p) times the slopes of soft-cap and scale."""
+    slope = torch.exp(z - lse[:, None]).neg_()
+    slope[torch.arange(len(z), device=z.device), target] += 1
+    if softcap is not None:
+        slope *= 1 - (z / softcap) ** 2
+    return slope.mul_(scale) if scale != 1.0 else slope
+
+
+SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+_PROBES, _SPREAD = 4, 30.0
+"""Hidden states that a head is tried on, and how far their logits spread: far enough for any soft-cap to show."""
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
+_COARSE = 0.03
+"""Difference relative to the largest logit that is still rounding, in narrower types."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What happens between the last hidden state and the logits.
+
+    ``kind``: ``fused`` for a plain linear layer, ``module`` where it carries an adapter or is a module of another kind,
+    ``class`` where only the class's own code knows (hidden states are given to it), and ``model`` where hidden states
+    cannot be told from logits, so that the whole model makes them. In the last two ``scale`` and ``softcap`` are what
+    is applied to the class's own logits.
+    """
+
+    kind: str
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """How logits are made of hidden states, as ``model``'s own class makes them.
+
+    Raises :class:`ModelError` for a model without a language-model head.
+    """
+    module: Any = model.get_output_embeddings()
+    if module is None:
+        raise ModelError(f"{type(model).__name__} has no language-model head; load it as a causal language model")
+    if body_of(model) is model:
+        return Head("model")
+    kind = "fused" if type(module) is torch.nn.Linear else "module"
+    readings = _readings(model.config.get_text_config())
+    if module.weight.is_meta:
+        return Head(kind, *readings[0])
+    hidden = _probes(module)
+    try:
+        with torch.no_grad():
+            own = class_logits(model, hidden)
+    except Exception:  # a forward that wants more of its body than hidden states
+        return Head("model")
+    try:
+        with torch.no_grad():
+            plain = module(hidden)
+        plain = plain.to(wide_dtype(plain.dtype))
+        errors = [_difference(transformed(plain, *reading), own) for reading in readings]
+    except RuntimeError:  # the class transforms hidden states too, into another shape
+        return Head("class")
+    best = min(range(len(readings)), key=errors.__getitem__)
+    if errors[best] <= _TOLERANCE.get(hidden.dtype, _COARSE):
+        return Head(kind, *readings[best])
+    return Head("class")
+
+
+def class_logits(
+    model: PreTrainedModel, hidden: torch.Tensor, weights: dict[str, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Logits [rows, V] of hidden [rows, H] by the class's own forward, float32 or wider; ``weights`` replace others."""
+    ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+    arguments = {"input_ids": ids, "use_cache": False, "return_dict": True}
+    with _answering(model, hidden):
+        out: Any = model(**arguments) if weights is None else torch.func.functional_call(model, weights, (), arguments)
+    logits: torch.Tensor = out.logits[0]
+    return logits.to(wide_dtype(logits.dtype))
+
+
+def head_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The values now of all that :func:`class_logits` reads, whatever stands in their place later."""
+    body = {id(m) for m in body_of(model).modules()}
+    return {
+        f"{prefix}.{name}" if prefix else name: parameter.data
+        for prefix, module in model.named_modules()
+        if id(module) not in body
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def _readings(config: Any) -> list[tuple[float, float | None]]:
+    """What the configuration may mean, scale and soft-cap, the likeliest first."""
+    scales: list[float] = []
+    for name in SCALES:
+        value = getattr(config, name, None)
+        if isinstance(value, int | float) and value:
+            both = (
+                (1.0 / float(value), float(value)) if name == "logits_scaling" else (float(value), 1.0 / float(value))
+            )
+            scales += both
+    found = [getattr(config, name, None) for name in SOFTCAPS]
+    caps: list[float | None] = [float(cap) for cap in found if isinstance(cap, int | float) and cap]
+    return list(product(dict.fromkeys([*scales, 1.0]), dict.fromkeys([*caps, None])))
+
+
+def _probes(module: Any) -> torch.Tensor:
+    weight = module.weight
+    width = int(getattr(module, "in_features", 0) or weight.shape[1])
+    drawn = torch.randn(_PROBES, width, generator=torch.Generator().manual_seed(0))
+    hidden = drawn.to(weight.device, weight.dtype)
+    with torch.no_grad():
+        spread = float(module(hidden).float().std())
+    return hidden * (_SPREAD / spread) if 0 < spread < float("inf") else hidden
+
+
+def _difference(found: torch.Tensor, own: torch.Tensor) -> float:
+    if found.shape != own.shape:
+        return float("inf")
+    error = float((found - own).abs().max() / own.abs().max().clamp_min(1e-30))
+    return error if error == error else float("inf")
+
+
+class _Answer(BaseModelOutputWithPast):  # type: ignore[misc]
+    """The output of a body: hidden states, and nothing under any other name."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+@contextmanager
+def _answering(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[None]:
+    """Inside this context the layers of ``model`` compute nothing: their last hidden state is ``hidden`` [rows, H]."""
+    decoder: Any = model.get_decoder()  # OPT calls it past the body
+    body = body_of(model)
+    inner = [body, *(m for m in body.modules() if m is decoder and m is not body)]
+    asked = []
+
+    def answer(*_: Any, **__: Any) -> _Answer:
+        asked.append(True)
+        return _Answer(last_hidden_state=hidden[None])
+
+    for module in inner:
+        module.forward = answer
+    try:
+        yield
+        assert asked, "logits were made of other hidden states"
+    finally:
+        for module in inner:
+            del module.forward

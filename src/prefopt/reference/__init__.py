@@ -1,0 +1,1 @@
+"""Reference log-probabilities: identity, cache, models in memory."""

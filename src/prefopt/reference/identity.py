@@ -1,0 +1,200 @@
+"""What a reference model is: a name for everything that decides its log-probabilities.
+
+Two identities are equal only if weights, adapter, configuration and quantisation are. The converse is not promised:
+the same weights sharded differently count as another model. Never stale beats never computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefopt.core.hashes import file_hashes
+from prefopt.core.model_folder import base_of, is_adapter, read_object, vet_folder, weight_files
+from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from prefopt.errors import ModelError
+from prefopt.model.load import base_and_adapter, local_folder
+
+if TYPE_CHECKING:
+    import torch
+
+# Keys of config.json that do not reach the logits of a forward pass without cache, in evaluation mode. Everything
+# else counts, known or not. The data type is part of the cache's key by itself; so is the attention kernel.
+_IRRELEVANT_NAMES = """
+    transformers_version _name_or_path name_or_path _commit_hash transformers_weights use_cache torch_dtype dtype
+    _attn_implementation attn_implementation _attn_implementation_internal _attn_implementation_autoset
+    gradient_checkpointing output_attentions output_hidden_states return_dict use_return_dict torchscript
+    bos_token_id eos_token_id sep_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id
+    temperature top_p typical_p do_sample min_length max_new_tokens num_beams num_beam_groups
+    diversity_penalty early_stopping length_penalty repetition_penalty no_repeat_ngram_size bad_words_ids
+    num_return_sequences suppress_tokens begin_suppress_tokens exponential_decay_length_penalty remove_invalid_values
+    task_specific_params id2label label2id problem_type finetuning_task
+    attention_dropout hidden_dropout activation_dropout dropout attn_pdrop embd_pdrop resid_pdrop classifier_dropout
+"""
+_ADAPTER_IRRELEVANT_NAMES = """
+    base_model_name_or_path revision inference_mode task_type auto_mapping peft_version lora_dropout runtime_config
+"""
+_IRRELEVANT = frozenset(_IRRELEVANT_NAMES.split())
+_ADAPTER_IRRELEVANT = frozenset(_ADAPTER_IRRELEVANT_NAMES.split())
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """SHA-256 (hex) of each part of a model; an absent part is the empty string.
+
+    ``name`` is for people and takes no part in equality.
+    """
+
+    weights: str
+    config: str
+    adapter: str = ""
+    quantization: str = ""
+    name: str = field(default="", compare=False)
+
+    @property
+    def digest(self) -> str:
+        """One SHA-256 (hex) over all parts."""
+        return _digest([self.weights, self.config, self.adapter, self.quantization])
+
+
+def identity_of_folder(
+    path: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    quantization: Mapping[str, Any] | None = None,
+    root: Path | None = None,
+) -> Identity:
+    """The identity of a model folder as transformers would load it, with a PEFT ``adapter`` folder on top.
+
+    ``quantization`` is what is asked for at load time (4-bit, say), beside what config.json already holds.
+    File hashes are remembered under ``root`` (default ``cache_root()``). Raises ``ModelError`` where the folder is
+    incomplete or holds only pickled weights.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such model folder")
+    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+        raise ModelError(f"{folder} is an adapter, not a model: name its base model and give this one as the adapter")
+    vet_folder(folder)
+    config = _read_json(folder / "config.json")
+    files = weight_files(folder, config)
+    name = str(folder)
+    adapter_files, adapter_config = [], {}
+    if adapter is not None:
+        name += f" + {adapter}"
+        adapter_config = _read_json(Path(adapter) / "adapter_config.json")
+        adapter_files = [_adapter_weights(Path(adapter))]
+    hashes = file_hashes([*files, *adapter_files], root)
+    return Identity(
+        weights=_digest(sorted(hashes[: len(files)])),
+        config=_digest(_relevant(config, _IRRELEVANT)),
+        adapter=_digest([hashes[-1], _relevant(adapter_config, _ADAPTER_IRRELEVANT)]) if adapter_files else "",
+        quantization=_quantization(config, quantization),
+        name=name,
+    )
+
+
+def identity_of_model(
+    model: torch.nn.Module, *, quantization: Mapping[str, Any] | None = None, name: str = ""
+) -> Identity:
+    """The identity of a transformers model in memory: every tensor of its state with name, type, shape and bytes.
+
+    The model is hashed as it stands, adapters included; pass the model whose forward gives the reference. Raises
+    ``ModelError`` where a tensor has no data (on the meta device).
+    """
+    import torch  # here, so that `prefopt cache` need not load it
+
+    whole = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):  # extra state, of quantised layers for instance
+            whole.update(f"{key}:{tensor!r};".encode())
+            continue
+        if tensor.is_meta:
+            raise ModelError(f"{name or type(model).__name__}: {key} has no data; load the weights first")
+        whole.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        whole.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    config = getattr(model, "config", None)
+    fields = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+    adapters = {
+        str(key): _relevant(value.to_dict(), _ADAPTER_IRRELEVANT)
+        for key, value in sorted((getattr(model, "peft_config", None) or {}).items())
+    }
+    return Identity(
+        weights=whole.hexdigest(),
+        config=_digest([type(model).__name__, _relevant(fields, _IRRELEVANT)]),
+        adapter=_digest([adapters, _adapter_states(model)]) if adapters else "",
+        quantization=_quantization(fields, quantization),
+        name=name or str(getattr(config, "_name_or_path", "") or type(model).__name__),
+    )
+
+
+def _adapter_states(model: Any) -> list[str]:
+    """Which adapters are active, merged or switched off in the layers of a PEFT model: its forward depends on it."""
+    names = ("active_adapters", "merged_adapters", "disable_adapters")
+    layers = [m for m in model.modules() if hasattr(m, "merged_adapters")]
+    return sorted({repr([getattr(layer, name, None) for name in names]) for layer in layers})
+
+
+def _adapter_weights(folder: Path) -> Path:
+    path = folder / "adapter_model.safetensors"
+    if not path.exists():
+        pickled = (folder / "adapter_model.bin").exists()
+        what = "weights only as pickle, which is not opened; save it as safetensors" if pickled else "no weights"
+        raise ModelError(f"adapter {folder}: {what}" + ("" if pickled else f" ({path.name}); save the adapter again"))
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ModelError(f"{path.parent}: no {path.name}; download or copy the model again")
+    return read_object(path)
+
+
+def _relevant(config: Mapping[str, Any], irrelevant: frozenset[str]) -> dict[str, Any]:
+    """Without the keys that cannot matter, here and in nested configs; sets of names, as PEFT saves, in one order."""
+    kept: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in irrelevant or key == "quantization_config":
+            continue
+        if key.endswith("_config") and isinstance(value, Mapping):
+            value = _relevant(value, irrelevant)
+        elif isinstance(value, (set, frozenset)) or key in ("target_modules", "modules_to_save"):
+            value = value if isinstance(value, str) or value is None else sorted(value)
+        kept[str(key)] = value
+    return kept
+
+
+def _quantization(config: Mapping[str, Any], asked: Mapping[str, Any] | None) -> str:
+    saved = config.get("quantization_config")
+    if saved is not None and hasattr(saved, "to_dict"):
+        saved = saved.to_dict()
+    return _digest([saved, dict(asked) if asked else None]) if saved or asked else ""
+
+
+def _digest(value: Any) -> str:
+    """SHA-256 (hex) of a JSON value; what JSON lacks (data types, enums) counts by its text."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def adapter_line(name: str) -> str | None:
+    """What to say of a model's name that is an adapter's."""
+    source = local_folder(name)
+    return f"{name} is an adapter on {base_of(source)}: both are loaded" if is_adapter(source) else None
+
+
+def identity_of_name(name: str, adapter: str | None = None) -> Identity:
+    """The identity of a model by its name, with ``adapter`` on it where one is named, or where it is one itself."""
+    base, own = base_and_adapter(name, adapter)
+    return identity_of_folder(base, adapter=own)
+
+
+def tokenizer_of_name(name: str, adapter: str | None = None) -> Tokenizer:
+    """The tokenizer of an adapter where its folder has one, which may have more tokens; else that of its model."""
+    base, own = base_and_adapter(name, adapter)
+    return load_tokenizer(own if own is not None and has_tokenizer(own) else base)

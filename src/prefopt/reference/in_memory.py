@@ -1,0 +1,124 @@
+"""A reference that stays in memory and is scored together with the policy, where a cache of its values will not do:
+a loss needs its whole distributions, or the reference moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from prefopt.model.costs import count_held
+from prefopt.model.kernels.distributions import Distributions
+from prefopt.model.packing import PackedBatch, pack
+from prefopt.model.precision import MasterWeights
+from prefopt.model.scorer import Asked, Scorer
+
+
+class HeldWeights:
+    """Other values for the weights that a model trains, put in their place for as long as the model is to be another.
+
+    They begin as what the weights are now. Frozen weights are shared, so that beside a LoRA adapter this costs little;
+    beside a full fine-tuning it is a second copy of the model. What moves is kept in float32, as the masters are.
+    """
+
+    def __init__(self, masters: MasterWeights, *, moves: bool = False) -> None:
+        own = dict(masters.model.named_parameters())
+        self._parameters = {name: own[name] for name in masters.masters}
+        self._values = {name: p.data.clone() for name, p in self._parameters.items()}
+        size = sum(v.numel() for v in self._values.values())
+        if 2 * size > sum(p.numel() for p in own.values()):  # not where it is an adapter's
+            count_held(self, sum(v.numel() * v.element_size() for v in self._values.values()))
+        wide = {n: m.detach() for n, m in masters.masters.items()} if moves else {}
+        self._wide = {n: m.clone() for n, m in wide.items() if m.dtype != self._values[n].dtype}
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside this context the model has these weights. Nothing may be differentiated through it."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.data, self._values[name] = self._values[name], parameter.data
+
+    @torch.no_grad()
+    def mix(self, weights: Mapping[str, torch.Tensor], amount: float) -> None:
+        """Move to ``amount`` of ``weights`` (the masters) and 1 - ``amount`` of what they were."""
+        for name, value in self._values.items():
+            wide = self._wide.get(name, value)
+            wide.copy_(weights[name]) if amount == 1 else wide.lerp_(weights[name], amount)
+            if name in self._wide:
+                value.copy_(wide)
+
+    def saved(self) -> dict[str, torch.Tensor]:
+        """The values by parameter name, for checkpoints."""
+        return self._values | self._wide
+
+    def load(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Set the values."""
+        self.mix(values, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Movement:
+    """A reference that follows the policy: every so many steps it moves by ``amount`` (1: a copy) to the policy.
+
+    Gorbatovski et al. 2024 (TR-DPO, arXiv 2404.09656), equations 2 (soft) and 3 (hard).
+    """
+
+    held: HeldWeights
+    every: int
+    amount: float
+
+    def after(self, steps: int, masters: MasterWeights) -> None:
+        """Move where it is time to; ``steps`` are done."""
+        if steps % self.every == 0:
+            self.held.mix(dict(masters.saved()), self.amount)
+
+
+class LiveReference:
+    """A reference that is scored batch by batch: the policy's own model with other weights, or another model."""
+
+    def __init__(self, scorer: Scorer, held: HeldWeights | None = None) -> None:
+        """``scorer`` is the policy's where ``held`` is given, else the reference's own."""
+        self.scorer, self.held = scorer, held
+
+    @torch.no_grad()
+    def logprobs(self, batch: PackedBatch) -> torch.Tensor:
+        """Log-probability [M] of every scored token."""
+        with self._as_reference():
+            logp_M: torch.Tensor = self.scorer(self._packed(batch))
+        return logp_M
+
+    @torch.no_grad()
+    def distributions(self, batch: PackedBatch) -> Distributions:
+        """The distributions at every scored token."""
+        with self._as_reference():
+            found = self.scorer(self._packed(batch), Asked(keep=True)).distributions
+        assert isinstance(found, Distributions)
+        return found
+
+    def _packed(self, batch: PackedBatch) -> PackedBatch:
+        """The batch as the reference takes it: it may be laid out in another way than the policy's."""
+        if self.held is not None:
+            return batch
+        return pack(batch.groups, self.scorer.layout).to(batch.target.device)
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        training = self.scorer.training
+        self.scorer.eval()
+        try:
+            if self.held is None:
+                yield
+            else:
+                with self.held.applied():
+                    yield
+        finally:
+            self.scorer.train(training)

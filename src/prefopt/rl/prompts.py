@@ -1,0 +1,87 @@
+"""The prompts of reinforcement learning, and how responses to them are drawn."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from prefopt.config.ppo import PpoConfig
+from prefopt.core.terminal import Reporter
+from prefopt.data.chat.render_options import parse_variables, read_template
+from prefopt.data.comparisons import parse_comparisons
+from prefopt.data.files.sources import find_sources
+from prefopt.data.sampler import Sampler
+from prefopt.generate.prompts import PromptReader, PromptSet
+from prefopt.generate.sampled_model import SampledModel, renderer_for
+from prefopt.generate.sampler import Settings
+
+
+def read_prompts(config: PpoConfig, start: SampledModel, rows: Any, reporter: Reporter) -> tuple[PromptSet, Settings]:
+    """Prompts that leave room for a whole response, and the settings of the sampler.
+
+    ``rows`` stand in for what ``config`` names. A chat template that is named goes on the tokenizer: the finished model
+    is used as it was trained. Raises :class:`prefopt.errors.DataError` where a row is no prompt, or one that is too
+    long, unless such rows are to be skipped.
+    """
+    tokenizer = start.tokenizer
+    template = read_template(config.chat_template) if config.chat_template else None
+    renderer = renderer_for(tokenizer, template, parse_variables(config.template_variables or ()))
+    chats = template is not None or tokenizer.chat_template is not None
+    lines = config.lines if config.lines != "auto" else "user" if chats else "text"
+    # A response that the context cuts short would be punished for what is not its doing.
+    room = config.max_new_tokens
+    reader = PromptReader(renderer, context=start.context, lines=lines, on_bad_row=config.on_bad_row, room=room)
+    if rows is None:
+        prompts = reader.read(find_sources(config.prompts), format=config.format, columns=config.column_words)
+    else:
+        reading = parse_comparisons(rows, "prompts", format=config.format, columns=config.column_words)
+        prompts = reader.take(reading, reading.notes)
+    for line in prompts.summary():
+        reporter.say(f"prompts: {line}")
+    if repeated := len(prompts.ids) - len({ids.tobytes() for ids in prompts.ids}):
+        reporter.say(f"prompts: {repeated} repeat others, whose responses count more for it")
+    if template:
+        tokenizer.chat_template = template
+    stop = start.stops(renderer)
+    if not stop:
+        reporter.say("responses end at no token, for the tokenizer names none: all are cut off")
+    return prompts, Settings(config.max_new_tokens, stop, temperature=config.temperature, seed=config.seed)
+
+
+FEW = 10
+"""Steps below which a person is told: runs that changed a model in a useful way took tens and hundreds."""
+
+
+def order_of(config: PpoConfig, prompts: int) -> Sampler:
+    """Which of so many prompts a step takes."""
+    return Sampler(prompts, config.batch_size, seed=config.seed, shuffle=config.shuffle)
+
+
+def steps_of(config: PpoConfig, prompts: int) -> int:
+    """How many steps there are."""
+    steps = max(1, math.ceil(config.epochs * order_of(config, prompts).steps_per_epoch))
+    return min(steps, config.max_steps or steps)
+
+
+def plan_of(config: PpoConfig, prompts: int, tokens: int) -> str:
+    """A line that says it; ``tokens`` at once."""
+    size = min(config.batch_size, prompts)
+    left = prompts % size
+    steps = steps_of(config, prompts)
+    last = f" (the last of an epoch: {left})" if left and steps > prompts // size else ""
+    return (
+        f"{steps} step{'s' * (steps > 1)} of {size} prompts{last} with {config.num} response{'s' * (config.num > 1)}"
+        f" each, {config.ppo_epochs} x {config.minibatches} updates a step, {tokens} tokens at once"
+    )
+
+
+def too_few(config: PpoConfig, prompts: int) -> str | None:
+    """What to tell a person whose run will hardly learn, unless the steps were limited on purpose."""
+    steps = steps_of(config, prompts)
+    if steps >= FEW or steps == config.max_steps:
+        return None
+    made = "1 step" if steps == 1 else f"{steps} steps"
+    return (
+        f"{made} of {config.algorithm.upper()}, from {prompts} prompts, will change little at --learning-rate"
+        f" {config.learning_rate:g}: give more --epochs (runs take tens of steps and more), or a smaller --batch-size"
+    )

@@ -1,0 +1,1 @@
+"""Run folders: records, metrics, callbacks, diagnosis."""

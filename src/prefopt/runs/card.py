@@ -1,0 +1,122 @@
+"""The finished model: an ordinary Hugging Face folder with a card that says where it comes from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+import prefopt
+from prefopt.core.files import output_errors
+from prefopt.core.model_folder import task_of
+from prefopt.core.terminal import visible
+from prefopt.model.adapter import nesting_of, write_nested
+from prefopt.model.load import quiet
+from prefopt.model.packed_model import PackedModel, causal_model
+from prefopt.model.precision import MasterWeights
+from prefopt.model.save import save_weights, share_weights
+from prefopt.model.transformers4 import readers, write_for_older_readers
+
+
+def save_model(folder: Path, scorer: PackedModel, masters: MasterWeights, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write weights, tokenizer, template and generation config.
+
+    What was trained is written in float32, as it was trained: in bfloat16 a short run's changes would round away.
+    """
+    scorer.detach_hook()
+    model: Any = scorer.model
+    causal = causal_model(model)
+    with output_errors(folder), quiet():
+        if model is causal:
+            dtype = next(weight.dtype for _, weight in masters.saved())
+            save_weights(folder, causal, _state(causal, masters), dtype)
+        else:
+            weights = dict(masters.saved())
+            state = {**dict(model.state_dict()), **weights}
+            # Without being told, PEFT would ask the Hub whether the base's embedding is another one, and store it whole
+            # beside an adapter on the head.
+            whole = getattr(model, "prefopt_saves_embedding", False)
+            model.save_pretrained(folder, state_dict=state, safe_serialization=True, save_embedding_layers=whole)
+            if task_of(folder) == "CAUSAL_LM" and (nesting := nesting_of(causal)) is not None:
+                write_nested(folder, model, nesting)
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+        tokenizer.save_pretrained(folder)
+        write_for_older_readers(folder, tokenizer)
+        share_weights(folder)
+    scorer.attach_hook()
+
+
+def _state(model: Any, masters: MasterWeights) -> dict[str, torch.Tensor]:
+    """The whole state with the masters in it; what is shared stands under each of its names."""
+    weights = dict(masters.saved())
+    state = {name: weights.get(name, value) for name, value in model.state_dict().items()}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        tied = next((n for n, p in model.named_parameters() if p is value), name)
+        state[name] = weights.get(tied, value.detach())
+    return state
+
+
+def write_card(
+    folder: Path,
+    *,
+    model: str,
+    title: str,
+    tag: str,
+    data: str,
+    settings: Mapping[str, Any],
+    results: Mapping[str, Any],
+    license: str,
+) -> None:
+    """README.md with front matter that the Hub reads, the data, every setting and the results."""
+    local = Path(model).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model)
+    front = [
+        "---",
+        "library_name: transformers" if not (folder / "adapter_config.json").exists() else "library_name: peft",
+    ]
+    front += [] if local else [f"base_model: {model}"]
+    front += ["tags:", f"- {tag}", "- preference-optimization", "- prefopt", "---", ""]
+    lines = [
+        *front,
+        f"# {folder.name}",
+        "",
+        f"{title} of `{Path(model).name if local else model}` with prefopt"
+        f" {prefopt.__version__} (torch {torch.__version__.split('+')[0]}).",
+        "",
+        "## Data",
+        "",
+        data,
+        "",
+        "## Results",
+        "",
+        *_table("measure", results),
+        "",
+        "## Settings",
+        "",
+        *_table("option", settings),
+        "",
+        f"Read by {readers(folder)}.",
+        "",
+        license,
+        "",
+    ]
+    path = folder / "README.md"
+    with output_errors(path):
+        path.write_text(visible("\n".join(lines)), "utf-8")  # it names files, whose names may hold anything
+
+
+def _table(name: str, values: Mapping[str, Any]) -> list[str]:
+    rows = [f"| {key} | {_cell(value)} |" for key, value in values.items() if value is not None]
+    return [f"| {name} | value |", "| --- | --- |", *rows]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(_cell, value))
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

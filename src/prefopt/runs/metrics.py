@@ -1,0 +1,157 @@
+"""``metrics.jsonl``: what a run measured, line by line.
+
+The last batch of an epoch may have very few rows; a metric of it alone is noise. So the rows of every step since the
+last whole epoch began are averaged, each metric with the weights that it was averaged with in its batches.
+
+>>> found = Averages()
+>>> for step, rows, loss in ((1, 8, 0.7), (2, 2, 0.2)):
+...     found.add(step, rows, {"loss": loss, "epoch": step / 2}, {"loss": rows}, ends_epoch=step == 2)
+>>> round(found.means()["loss"], 3), found.window
+(0.6, (1, 2, 10))
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefopt.core.files import output_errors
+from prefopt.runs.history import numbered_lines, read_history
+
+Record = dict[str, float]
+
+
+class Metrics:
+    """``metrics.jsonl``: one line per step and per evaluation, appended and flushed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with output_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Append one line; numbers that are not finite become null, as JSON has none."""
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        with output_errors(self.path), self.path.open("a") as file:
+            file.write(json.dumps(plain) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of later steps: they are done again after a resume.
+
+        Raises :class:`prefopt.errors.RunError` for a line that holds no metrics.
+        """
+        kept = [text.decode() for text, line in numbered_lines(self.path) if line["step"] <= step]
+        aside = self.path.with_name(f".{self.path.name}")
+        with output_errors(self.path):
+            aside.write_text("".join(line + "\n" for line in kept))
+            aside.replace(self.path)
+
+
+def note(record: Mapping[str, float]) -> list[str]:
+    """The numbers of a step or an evaluation that a person watches, in a few words each; what it lacks is left out."""
+    sides = [record.get(f"log_ratios_per_token/{side}") for side in ("chosen", "rejected")]
+    pattern = {
+        "objective/scores": "score {:.3f}",
+        "objective/kl": "KL {:.3g}",
+        "objective/rlhf_reward": "score less penalty {:.3f}",
+        "val/length": "{:.0f} tokens each",
+        "loss": "loss {:.4f}",
+        "perplexity": "perplexity {:.2f}",
+        "rewards/margins": "margin {:+.3f}",
+        "rewards/accuracies": "accuracy {:.2f}",
+        "": "log-ratio per token {:+.3f} chosen, {:+.3f} rejected",
+        "learning_rate": "learning rate {:.1e}",
+        "tokens_per_second": "{:,.0f} tokens/s",
+        "pairs_per_second": "{:.1f} pairs/s",
+        "rows_per_second": "{:.1f} rows/s",
+        "eps": "{:.1f} responses/s",
+        "grad_norm": "gradient norm {:.3g}",
+    }
+    found = {name: [record[name]] for name in pattern if record.get(name) is not None}
+    if None not in sides:
+        found[""] = sides  # type: ignore[assignment]
+    return [text.format(*found[name]) for name, text in pattern.items() if name in found]
+
+
+RATES = ("tokens_per_second", "pairs_per_second", "rows_per_second", "utilisation")
+PER_STEP = ("grad_norm", "step_seconds", "tokens")
+
+
+@dataclass(slots=True)
+class Pass:
+    """Steps from ``first`` to ``last``, their ``rows``, and of each metric the weighted sum and the weight."""
+
+    first: int = 0
+    last: int = 0
+    rows: int = 0
+    sums: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, step: int, rows: int, record: Record, weights: Mapping[str, float]) -> None:
+        self.first, self.last, self.rows = self.first or step, step, self.rows + rows
+        for name, weight in weights.items():
+            if weight and math.isfinite(value := record.get(name, math.nan)):
+                total = self.sums.setdefault(name, [0.0, 0.0])
+                total[0] += weight * value
+                total[1] += weight
+
+
+@dataclass(slots=True)
+class Averages:
+    """The last whole epoch and what came after it. ``record`` is the last step's, for what is no average: where in
+    the data and the schedule the run stands, and how much memory it took."""
+
+    whole: Pass = field(default_factory=Pass)
+    begun: Pass = field(default_factory=Pass)
+    record: Record = field(default_factory=dict)
+
+    def add(self, step: int, rows: int, record: Record, weights: Mapping[str, float], *, ends_epoch: bool) -> None:
+        """One step of so many rows. ``weights``: what each metric of ``record`` was averaged over in its batch."""
+        measured = dict.fromkeys(PER_STEP, 1.0) | dict.fromkeys(RATES, record.get("step_seconds", 0.0))
+        self.begun.add(step, rows, record, {**measured, **weights})
+        self.record = dict(record)
+        if ends_epoch:
+            self.whole, self.begun = self.begun, Pass()
+
+    @property
+    def window(self) -> tuple[int, int, int]:
+        """The first and the last step of what is averaged, and its rows."""
+        parts = [part for part in (self.whole, self.begun) if part.rows]
+        return parts[0].first, parts[-1].last, sum(part.rows for part in parts)
+
+    def means(self) -> Record:
+        """Every metric of the last step, averaged where it is one of rows or of speed."""
+        found = dict(self.record)
+        for name in {**self.whole.sums, **self.begun.sums}:
+            parts = [part.sums[name] for part in (self.whole, self.begun) if name in part.sums]
+            found[name] = sum(total for total, _ in parts) / sum(weight for _, weight in parts)
+        if "rewards/chosen" in found and "rewards/rejected" in found and "rewards/margins" not in self._weighed():
+            found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+        return found
+
+    def told(self, folder: Path, derived: Callable[[Record], Record]) -> tuple[Record, str]:
+        """The metrics of the run in ``folder`` for its card and its result, and of what they are averages. ``derived``:
+        those that follow from means."""
+        if not self.record:  # nothing was left to do, and the checkpoint is of an earlier version
+            return dict(read_history(folder).training[-1]), "of the last step's batch"
+        means, (first, last, rows) = self.means(), self.window
+        told = f"averages over the {rows} rows of steps {first} to {last}"
+        return {"step": last, **means, **derived(means)}, told
+
+    def _weighed(self) -> set[str]:
+        return {*self.whole.sums, *self.begun.sums}
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, kept: Mapping[str, Any]) -> Averages:
+        """What :meth:`to_dict` gave; an empty one of a checkpoint that has none."""
+        if not kept:
+            return cls()
+        return cls(Pass(**kept["whole"]), Pass(**kept["begun"]), dict(kept["record"]))

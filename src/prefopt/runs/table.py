@@ -1,0 +1,368 @@
+r"""Runs beside one another: which there are, what differs between them, and what they reached.
+
+>>> from prefopt.runs.history import Curve
+>>> print("\\n".join(chart(Curve([1, 2, 3, 4], [1.0, 0.5, 0.25, 0.125]), width=22, height=3)))
+    1 ⠑⠢⢄⠀⠀⠀⠀⠀⠀⠀⠀⠀⠀⠀⠀⠀
+      ⠀⠀⠀⠉⠒⠤⣀⣀⠀⠀⠀⠀⠀⠀⠀⠀
+0.125 ⠀⠀⠀⠀⠀⠀⠀⠀⠉⠉⠒⠒⠤⠤⢄⣀
+      step 1         4
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefopt.config.dpo import DpoConfig
+from prefopt.config.rlhf import STAGES
+from prefopt.core.options import options
+from prefopt.core.terminal import json_text
+from prefopt.errors import RunError
+from prefopt.runs.diagnose import diagnose, in_words
+from prefopt.runs.folder import FREE
+from prefopt.runs.history import RECORD, Curve, History, averages_of, read_history
+
+CLOCK = ("step", "step_seconds", "tokens", "epoch", "learning_rate")
+"""Metrics that say where a run stands, not what it reached."""
+CHAIN = "stages.json"
+"""What ``prefopt rlhf`` keeps beside the folders of its stages."""
+
+
+def find_runs(folder: str | Path) -> tuple[list[History], list[str]]:
+    """The run that ``folder`` is, or else all below it, those that started first coming first; and what is damaged
+    there, in a line each.
+
+    Raises :class:`RunError` where there is no such folder, or the one run that it is has a damaged file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RunError(f"{folder}: no such folder; name an output folder, or one that holds some")
+    if (folder / RECORD).exists():
+        return [read_history(folder)], []
+    found, damaged = [], []
+    for path in sorted(folder.rglob(RECORD)):
+        try:
+            found.append(read_history(path.parent))
+        except RunError as error:
+            damaged.append(str(error))
+    stages = list(STAGES)  # of a chain, which may begin within a second
+
+    def order(run: History) -> tuple[str, int]:
+        name = run.folder.name
+        return str(run.record.get("started", "")), stages.index(name) if name in STAGES else -1
+
+    return sorted(found, key=order), damaged
+
+
+def runs_of(folder: str | Path) -> list[History]:
+    """The run in an output folder, or those of the stages of a chain (``prefopt rlhf``), in their order.
+
+    Raises :class:`RunError` where it is neither, with what is there instead, and where a file is damaged.
+    """
+    folder = Path(folder)
+    if (folder / RECORD).exists():
+        return [read_history(folder)]
+    if (folder / CHAIN).exists() and (stages := [s for s in STAGES if (folder / s / RECORD).exists()]):
+        return [read_history(folder / stage) for stage in stages]
+    below = sorted(path.parent for path in folder.rglob(RECORD))
+    if not below:
+        return [read_history(folder)]  # says what is missing
+    many = f"{len(below)} runs" if len(below) > 1 else "a run"
+    raise RunError(f"{folder} holds no run of its own, but {many} below it: name output folders, such as {below[0]}")
+
+
+def of_one_method(runs: Sequence[History]) -> bool:
+    """Whether the losses of these runs can stand beside one another: those of a chain's stages cannot."""
+    return len({run.method for run in runs}) < 2
+
+
+def differing(runs: Sequence[History]) -> list[str]:
+    """The options in which runs differ, but for those that change nothing of their results; of runs of several methods
+    those that all of them have."""
+    names = dict.fromkeys(name for run in runs for name in run.options if name not in FREE)
+    if not of_one_method(runs):
+        names = dict.fromkeys(name for name in names if all(name in run.options for run in runs))
+    return [name for name in names if any(run.options.get(name) != runs[0].options.get(name) for run in runs)]
+
+
+def reached(run: History) -> dict[str, dict[str, float]]:
+    """``training``: each metric's average over the rows of the last tenth of the steps (see :meth:`History.ending`).
+    ``held_out``: the metrics of the evaluation whose loss is lowest, and its ``step``."""
+    training = {n: value for n, value in averages_of(run.ending()).items() if n not in CLOCK}
+    found: dict[str, dict[str, float]] = {"training": training, "held_out": {}}
+    scored = [line for line in run.held_out if line.get("loss") is not None]
+    if scored:
+        best = min(scored, key=lambda line: float(line["loss"]))
+        found["held_out"] = {name: float(value) for name, value in best.items() if value is not None}
+    return found
+
+
+def run_as_json(run: History) -> dict[str, Any]:
+    """A run as plain values."""
+    return {
+        "folder": str(run.folder),
+        "method": run.record.get("method"),
+        "algorithm": run.algorithm,
+        "status": run.status,
+        "step": run.step,
+        "steps": run.steps,
+        "started": run.record.get("started"),
+        "finished": run.record.get("finished"),
+        "options": dict(run.options),
+        **reached(run),
+        "findings": [{"name": f.name, "text": f.text, "look": f.look} for f in diagnose(run)],
+    }
+
+
+def list_of(runs: Sequence[History], base: Path) -> list[str]:
+    """A line per run: name, status, steps, what it reached, and the options in which runs differ."""
+    different = differing(runs)
+    rows = [["run", "status", "steps", "loss", "held-out loss", "held-out accuracy", "options that differ"]]
+    for run in runs:
+        values = reached(run)
+        steps = f"{run.step}" if run.steps in (None, run.step) else f"{run.step} of {run.steps}"
+        rows.append(
+            [
+                _name(run, base),
+                run.status,
+                steps,
+                as_number(values["training"].get("loss")),
+                as_number(values["held_out"].get("loss")),
+                as_number(values["held_out"].get("rewards/accuracies")),
+                " ".join(f"{name}={shown(run.options.get(name))}" for name in different) or "none",
+            ]
+        )
+    return columns(rows)
+
+
+def comparison(runs: Sequence[History]) -> list[str]:
+    """Options that differ and metrics, a column per run."""
+    names = labels(runs)
+    different = differing(runs)
+    lines = ["options that differ:"]
+    rows = [[name, *(shown(run.options.get(name)) for run in runs)] for name in different]
+    lines += columns([["", *names], *rows], indent=2) if rows else ["  none"]
+    found = [reached(run) for run in runs]
+    titles = {
+        "held_out": "held-out rows, at the step whose loss is lowest:",
+        "training": "training batches, average over the rows of the last tenth of the steps:",
+    }
+    for side, title in titles.items():
+        metrics = dict.fromkeys(name for values in found for name in values[side])
+        rows = [[name, *(as_number(values[side].get(name)) for values in found)] for name in metrics]
+        if rows:
+            lines += ["", title, *columns([["", *names], *rows], indent=2)]
+    return lines + [f"note: {line}" for line in caveats(runs)]
+
+
+def caveats(runs: Sequence[History]) -> list[str]:
+    """Why numbers of these runs may not be comparable."""
+    found = []
+    of_the_loss = {o.name for o in options(DpoConfig) if o.group == "loss"}
+    if parts := [name for name in differing(runs) if name in of_the_loss]:
+        found.append(f"{', '.join(parts)} decides what the loss is: compare accuracies or samples, and not losses")
+    if not of_one_method(runs):
+        found.append("runs of different methods: no number of one can be compared with the same of another")
+    elif len({run.record.get("data") for run in runs}) > 1:
+        found.append("the runs do not have the same data, or not the same held-out rows")
+    if len({run.record.get("reference") for run in runs}) > 1:
+        found.append("the runs do not have the same reference: rewards and log-ratios are from different places")
+    if rough := [label for label, run in zip(labels(runs), runs, strict=True) if run.status != "finished"]:
+        found.append(f"not finished: {', '.join(rough)}")
+    return found
+
+
+def labels(runs: Sequence[History]) -> list[str]:
+    """Short names that tell the runs apart: the ends of their paths."""
+    parts = [run.folder.resolve().parts for run in runs]
+    for count in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(p[-count:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{'/'.join(p[-1:])} ({i})" for i, p in enumerate(parts, 1)]
+
+
+def what_differs(runs: Sequence[History]) -> list[str]:
+    """A name per run for a legend: the options that differ and their values; else the ends of their paths."""
+    different = differing(runs)
+    names = [
+        ", ".join(f"{name.replace('_', ' ')} {shown(run.options.get(name))}" for name in different) for run in runs
+    ]
+    short = of_one_method(runs) and len(different) <= 3 and len(set(names)) == len(names) and all(names)
+    return names if short else labels(runs)
+
+
+def shown(value: Any) -> str:
+    """The value of an option, as a person would type it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return re.sub(r"e([+-])0+", r"e\1", f"{value:g}").replace("e+", "e")
+    if isinstance(value, list):
+        return ",".join(map(shown, value))
+    return "none" if value is None else str(value)
+
+
+def columns(rows: Sequence[Sequence[str]], *, indent: int = 0) -> list[str]:
+    """Rows of cells as aligned lines; the last column is not padded."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    padded = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return [" " * indent + line.rstrip() for line in padded]
+
+
+def _name(run: History, base: Path) -> str:
+    try:
+        return str(run.folder.relative_to(base))
+    except ValueError:
+        return str(run.folder)
+
+
+def as_number(value: float | None) -> str:
+    """A measured value as a person reads it; a dash for none."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+
+
+def summary(run: History) -> Mapping[str, str]:
+    """What a person asks first about one run."""
+    steps = f"{run.step}" if run.steps in (None, run.step) else f"{run.step} of {run.steps}"
+    told = {
+        "method": run.algorithm,
+        "status": run.status,
+        "steps": steps,
+        "started": run.record.get("started"),
+        "finished": run.record.get("finished"),
+        "model": run.options.get("model"),
+        "data": shown(run.options.get("data", run.options.get("prompts"))),
+    }
+    return {name: str(value) for name, value in told.items() if value is not None}
+
+
+# Bits of a braille sign by its rows, from the top, and its two columns.
+DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
+MARK = "●"
+
+
+def chart(
+    curve: Curve, marks: Curve | None = None, *, title: str = "", unit: str = "step", width: int = 60, height: int = 8
+) -> list[str]:
+    """Lines that show ``curve``, with ``marks`` (held-out points) as ●. ``width`` and ``height`` are signs in all.
+
+    Two steps share a column of dots where there are more of them than columns: then their mean is drawn. A curve
+    without points gives only the title.
+    """
+    lines = [title] if title else []
+    points = list(zip(curve.steps, curve.values, strict=True))
+    others = list(zip(marks.steps, marks.values, strict=True)) if marks else []
+    finite = [(x, y) for x, y in points if math.isfinite(y)]
+    if not finite:
+        return lines
+    seen = [y for _, y in finite + others if math.isfinite(y)]
+    low, high = min(seen), max(seen)
+    names = _numbers(high, low)
+    room = max(4, width - len(names[0]) - 1)
+    first, last = min(x for x, _ in finite + others), max(x for x, _ in finite + others)
+    across, down = 2 * room - 1, 4 * height - 1
+
+    def place(x: float, y: float) -> tuple[int, int]:
+        column = round((x - first) / (last - first) * across) if last > first else 0
+        row = round((high - y) / (high - low) * down) if high > low else down // 2
+        return column, row
+
+    cells = [[0] * room for _ in range(height)]
+    before: tuple[int, int] | None = None
+    for column, row in _means([place(x, y) for x, y in finite]):
+        for c, r in _between(before, (column, row)):
+            cells[r // 4][c // 2] |= DOTS[r % 4][c % 2]
+        before = column, row
+    signs = [[chr(0x2800 + bits) for bits in line] for line in cells]
+    for x, y in others:
+        if math.isfinite(y):
+            column, row = place(x, y)
+            signs[row // 4][column // 2] = MARK
+    margins = [names[0], *[" " * len(names[0])] * (height - 2), names[1]] if height > 1 else [names[0]]
+    lines += [f"{name} {''.join(line)}" for name, line in zip(margins, signs, strict=True)]
+    left, right = f"{unit} {first}", f"{last}"
+    return [*lines, " " * (len(names[0]) + 1) + left + right.rjust(room - len(left))]
+
+
+def _means(points: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """One point per column of dots."""
+    rows: dict[int, list[int]] = {}
+    for column, row in points:
+        rows.setdefault(column, []).append(row)
+    return [(column, round(sum(many) / len(many))) for column, many in sorted(rows.items())]
+
+
+def _between(start: tuple[int, int] | None, end: tuple[int, int]) -> list[tuple[int, int]]:
+    """The dots of a straight line, without its start."""
+    if start is None:
+        return [end]
+    steps = max(abs(end[0] - start[0]), abs(end[1] - start[1]), 1)
+    return [
+        (round(start[0] + (end[0] - start[0]) * i / steps), round(start[1] + (end[1] - start[1]) * i / steps))
+        for i in range(1, steps + 1)
+    ]
+
+
+def _numbers(high: float, low: float) -> tuple[str, str]:
+    """The ends of an axis, equally wide, with as many digits as tell them apart."""
+    digits = 3
+    while f"{high:.{digits}g}" == f"{low:.{digits}g}" and high != low and digits < 9:
+        digits += 1
+    top, bottom = f"{high:.{digits}g}", f"{low:.{digits}g}"
+    width = max(len(top), len(bottom))
+    return top.rjust(width), bottom.rjust(width)
+
+
+log = logging.getLogger(__name__)
+
+WIDTH = 72
+
+
+def show_runs(folders: Sequence[str], *, as_json: bool = False) -> list[str]:
+    """Lines: one output folder is told about, several are compared, any other folder has its runs listed.
+
+    Raises :class:`RunError` as :func:`find_runs`, and where runs to compare and folders to list are mixed.
+    """
+    found = [find_runs(folder) for folder in folders]
+    runs = [run for several, _ in found for run in several]
+    if as_json:
+        for line in (line for _, damaged in found for line in damaged):
+            log.warning("%s", line)  # a program reads what is printed, and a person what stands beside it
+        return json_text([run_as_json(run) for run in runs]).split("\n")
+    single = [Path(folder, "run.json").exists() for folder in folders]
+    if len(folders) == 1 and single[0]:
+        return about(runs[0])
+    if all(single):
+        return comparison(runs)
+    if any(single):
+        raise RunError(
+            f"{folders[single.index(False)]} holds no run of its own, {folders[single.index(True)]} does: name output"
+            " folders, which are compared, or folders of runs, which are listed"
+        )
+    lines: list[str] = []
+    for folder, (several, damaged) in zip(folders, found, strict=True):
+        lines += [f"{folder}:"] if len(folders) > 1 else []
+        lines += list_of(several, Path(folder)) if several else [f"no run of prefopt below {folder}"]
+        lines += damaged
+    return lines
+
+
+def about(run: History) -> list[str]:
+    """One run: where it stands, its loss as a curve, and what its numbers say."""
+    lines = columns([[f"{name}:", value] for name, value in summary(run).items()])
+    curve, held_out = run.curve("loss"), run.curve("loss", held_out=True)
+    title = f"loss of training batches{', and ● of held-out rows' if held_out else ''}"
+    if scores := run.curve("objective/scores"):  # the loss of such a run says nothing
+        curve, title = scores, "reward of the policy's samples"
+    if len(curve.steps) > 1:
+        lines += ["", *chart(curve, held_out, title=title, width=WIDTH)]
+    if told := in_words(diagnose(run)):
+        lines += ["", *told]
+    return lines
