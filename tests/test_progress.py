@@ -29,8 +29,8 @@ class Screen:
     """A terminal of 70 columns that keeps what is written to it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, mode: str, now: list[float]) -> None:
-        self.file = io.StringIO()
-        console = lambda **more: terminal.Screen(file=self.file, force_terminal=mode == "rich", width=70, **more)  # noqa: E731
+        self.file, screen = io.StringIO(), terminal.Screen
+        console = lambda **more: screen(file=self.file, force_terminal=mode == "rich", width=70, **more)  # noqa: E731
         monkeypatch.setattr(terminal, "Screen", console)
         monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
         self.reporter = Reporter(mode)

@@ -59,8 +59,8 @@ def test_only_one_module_writes_to_a_terminal() -> None:
 
 @pytest.mark.parametrize("mode", ["rich", "plain"])
 def test_a_reporter_shows_no_codes_no_markup_and_one_line(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = io.StringIO()
-    monkeypatch.setattr("prefopt.core.terminal.Screen", lambda: terminal.Screen(file=out, width=200, color_system=None))
+    out, screen = io.StringIO(), terminal.Screen
+    monkeypatch.setattr(terminal, "Screen", lambda: screen(file=out, width=200, color_system=None))
     reporter = Reporter(mode)
     reporter.say(f"file {HOSTILE}[/bold] :smile:\nprefopt: error: a line of its own")
     with reporter.bar(f"[/red] {HOSTILE}", 2, "rows") as bar:

@@ -24,12 +24,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from prefopt.evaluate.compare import CompareResult
-    from prefopt.methods.dpo import DpoResult
     from prefopt.methods.ppo import PpoResult
     from prefopt.methods.reward import RewardResult
     from prefopt.methods.rlhf import RlhfResult
     from prefopt.methods.sample import SampleResult
-    from prefopt.methods.sft import SftResult
+    from prefopt.train.run import TrainingResult
 
 Row = Mapping[str, object]
 Config = TypeVar("Config", bound=MethodOptions)
@@ -43,7 +42,7 @@ def dpo(
     tokenizer: PreTrainedTokenizerBase | None = None,
     callbacks: Sequence[Any] = (),
     **options: Any,
-) -> DpoResult | None:
+) -> TrainingResult | None:
     """Align a model with preference pairs, as ``prefopt dpo`` does.
 
     ``model`` is a folder, a Hub name, or a transformers model, which then needs its ``tokenizer`` and is trained in
@@ -76,7 +75,7 @@ def sft(
     tokenizer: PreTrainedTokenizerBase | None = None,
     callbacks: Sequence[Any] = (),
     **options: Any,
-) -> SftResult | None:
+) -> TrainingResult | None:
     """Fine-tune a model on demonstrations, the chosen side of preferences, or raw text, as ``prefopt sft`` does.
 
     Arguments are those of :func:`dpo`; ``options`` are the fields of ``SftConfig``.

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import prefopt.data.json_rows as json_rows
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.small import small_tokenizer
 from prefopt.data.comparisons import parse_comparisons, read_comparisons
+from prefopt.data.files import json_rows
 from prefopt.data.files.read import read_rows
 from prefopt.data.kinds import refuse
 from prefopt.data.load import load_groups

@@ -11,7 +11,7 @@ import torch
 from model.architectures import build
 from prefopt.model.scorer import Scorer
 from prefopt.reference.identity import Identity
-from prefopt.reference.spaces import space_of
+from prefopt.train.reference import space_of
 
 WHOSE = Identity("weights", "config")
 

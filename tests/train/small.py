@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import prefopt
 from data.small import small_tokenizer
-from prefopt.methods.dpo import DpoResult
+from prefopt.train.run import TrainingResult
 
 Row = dict[str, str]
 
@@ -97,7 +97,7 @@ def quick(model: Any) -> dict[str, Any]:
     return QUICK if isinstance(model, (str, Path)) else {k: v for k, v in QUICK.items() if k != "device"}
 
 
-def dpo(model: Any, data: Any, output: Path, **options: Any) -> DpoResult:
+def dpo(model: Any, data: Any, output: Path, **options: Any) -> TrainingResult:
     """``prefopt.dpo`` with the options of a quick test."""
     result = prefopt.dpo(model, data, output=output, **{**quick(model), **options})
     assert result is not None

@@ -1,4 +1,4 @@
-"""``prefopt cache``: what is kept between runs, listed, checked and removed."""
+"""The small commands: each imports what it needs when it is called, so that light ones start at once."""
 
 from __future__ import annotations
 
@@ -36,23 +36,13 @@ from prefopt.core.cache_folder import (
     tokens_folder,
 )
 from prefopt.core.terminal import size, tell, tell_json, tell_lines
-from prefopt.data.check.report import run_check
-from prefopt.data.layouts.recognise import named_layout
-from prefopt.data.layouts.show import describe_layout, list_layouts
-from prefopt.data.token_cache import list_tokens, verify_tokens
-from prefopt.demo.run import run_demo
 from prefopt.errors import ConfigError
-from prefopt.generate.output import verify_samples
-from prefopt.losses.show import describe_loss, list_losses
-from prefopt.model.environment import environment, in_words
-from prefopt.model.load import DTYPES, resolve_device
-from prefopt.model.merge import merge_adapter
-from prefopt.model.push import confirmed, plan, push
-from prefopt.reference.spaces import list_spaces, verify
-from prefopt.runs.table import runs_of, show_runs
 
 
 def list_cache(_: CacheListConfig) -> int:
+    from prefopt.data.token_cache import list_tokens
+    from prefopt.reference.spaces import list_spaces
+
     spaces = list_spaces()
     tell(f"{reference_folder()}: {len(spaces)} space{'s' * (len(spaces) != 1)}, {size(sum(s.bytes for s in spaces))}")
     for s in spaces:
@@ -77,6 +67,10 @@ def list_cache(_: CacheListConfig) -> int:
 
 
 def verify_cache(config: CacheVerifyConfig) -> int:
+    from prefopt.data.token_cache import verify_tokens
+    from prefopt.generate.output import verify_samples
+    from prefopt.reference.spaces import verify
+
     problems = [(problem.file, problem.what) for problem in verify(repair=config.repair)]
     problems += [*verify_tokens(repair=config.repair), *verify_samples(repair=config.repair)]
     for file, what in problems:
@@ -95,6 +89,9 @@ def clear_cache(config: CacheClearConfig) -> int:
 
 
 def merge_model(config: MergeConfig) -> int:
+    from prefopt.model.load import DTYPES, resolve_device
+    from prefopt.model.merge import merge_adapter
+
     done = merge_adapter(
         config.adapter,
         config.output,
@@ -107,6 +104,8 @@ def merge_model(config: MergeConfig) -> int:
 
 
 def push_model(config: PushConfig) -> int:
+    from prefopt.model.push import confirmed, plan, push
+
     planned = plan(config.folder, run=config.with_run, checkpoints=config.with_checkpoints)
     tell_lines(planned.in_words(config.repo, config.private))  # input() flushes it
     if not confirmed(config.yes):
@@ -117,6 +116,8 @@ def push_model(config: PushConfig) -> int:
 
 
 def show_environment(config: EnvConfig) -> int:
+    from prefopt.model.environment import environment, in_words
+
     found = environment()
     if config.json:
         tell_json(found)
@@ -126,12 +127,15 @@ def show_environment(config: EnvConfig) -> int:
 
 
 def list_runs(config: RunsConfig) -> int:
+    from prefopt.runs.table import show_runs
+
     tell_lines(show_runs(config.folder or ["."], as_json=config.json))
     return 0
 
 
 def draw_runs(config: PlotConfig) -> int:
     from prefopt.runs.plot import plot_runs  # listing runs needs neither torch nor matplotlib
+    from prefopt.runs.table import runs_of
 
     runs = [run for folder in config.run for run in runs_of(folder)]
     plot_runs(runs, config.output, metrics=config.metrics, x=config.x)
@@ -194,11 +198,16 @@ def score_file(config: ScoreConfig) -> int:
 
 
 def show_layouts(config: DataLayoutsConfig) -> int:
+    from prefopt.data.layouts.recognise import named_layout
+    from prefopt.data.layouts.show import describe_layout, list_layouts
+
     tell(list_layouts() if config.name is None else describe_layout(named_layout(config.name)))
     return 0
 
 
 def check_data(config: DataCheckConfig) -> int:
+    from prefopt.data.check.report import run_check
+
     if config.model is None:  # seconds faster, for torch is not imported
         return run_check(config)
     from prefopt.model.load import context_of
@@ -221,11 +230,15 @@ def compare_models(config: CompareConfig) -> None:
 
 
 def show_losses(config: LossesConfig) -> int:
+    from prefopt.losses.show import describe_loss, list_losses
+
     tell(list_losses() if config.name is None else describe_loss(config.name))
     return 0
 
 
 def show_demo(config: DemoConfig) -> int:
     """The demonstration prints as it goes."""
+    from prefopt.demo.run import run_demo
+
     run_demo(config.output, config.seed)
     return 0

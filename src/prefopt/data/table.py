@@ -311,6 +311,13 @@ def joined(chunks: Sequence[Columns]) -> dict[str, Array]:
     return {name: np.concatenate([empty[name], *(chunk[name] for chunk in chunks)]) for name in COLUMNS}
 
 
+def ranges(first: IndexArray, many: IndexArray, some: IndexArray) -> IndexArray:
+    """``first[i], first[i] + 1, ...``, ``many[i]`` of them, for every i of ``some``, end to end."""
+    count, start = many[some], first[some]
+    found: IndexArray = np.repeat(start + count - np.cumsum(count), count) + np.arange(int(count.sum()))
+    return found
+
+
 def _starts(counts: Array) -> IndexArray:
     starts = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=starts[1:])

@@ -4,50 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.tools import is_model_reward
-from prefopt.core.files import output_errors
-from prefopt.core.stop import StopRequest
-from prefopt.core.terminal import Reporter, duration, size
-from prefopt.core.yaml_file import write_document
+from prefopt.core.terminal import size
 from prefopt.data.group import Group
-from prefopt.errors import ConfigError, Diverged
+from prefopt.errors import Diverged
 from prefopt.generate.prompts import PromptSet
-from prefopt.generate.rewards import Judge, TextJudge
+from prefopt.generate.rewards import TextJudge
 from prefopt.generate.sampled_model import SampledModel
-from prefopt.generate.sampler import group_of
+from prefopt.generate.sampler import Settings, group_of
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.losses.rl import AdaptiveKl, FixedKl, KlController
 from prefopt.model.check import CheckReport, check_scoring
-from prefopt.model.load import resolve_dtype
-from prefopt.model.memory import peak_memory
-from prefopt.model.packed_model import causal_model
-from prefopt.model.save import add_end_tokens, repair_generation
 from prefopt.reference.identity import identity_of_name
 from prefopt.rewards import Reward, load_reward
 from prefopt.rl.collector import Collector
-from prefopt.rl.critic import trainees
 from prefopt.rl.last_good import keep_last_good
-from prefopt.rl.learner import Learner, LearnOptions
-from prefopt.rl.loop import PhaseOptions, Phases
 from prefopt.rl.models import PpoModels, build_models
-from prefopt.rl.prompts import order_of, plan_of, read_prompts, steps_of, too_few
-from prefopt.rl.ptx import read_ptx
-from prefopt.runs.callbacks import Callbacks
-from prefopt.runs.card import save_model, write_card
-from prefopt.runs.folder import FREE, RunFolder, Spending, digest_of, fingerprint, spending
+from prefopt.rl.objective import PpoObjective
+from prefopt.rl.prompts import order_of, plan_of, read_prompts, too_few
+from prefopt.rl.ptx import PtxTerm, read_ptx
+from prefopt.rl.rounds import Rounds
+from prefopt.runs.folder import digest_of, fingerprint
 from prefopt.runs.history import averages_of, read_history
-from prefopt.runs.metrics import Metrics
-from prefopt.runs.trackers import watchers
 from prefopt.train import budget
-from prefopt.train.budget import prepare_machine
-from prefopt.train.policy import Policy, with_base
+from prefopt.train.optim import Network
+from prefopt.train.policy import Policy
+from prefopt.train.run import Run, open_run, steps_of
 
 TRIED = 4
 """Prompts that are answered twice before training, to check scoring on real samples."""
@@ -79,35 +68,10 @@ def run(
     Returns none for a dry run. Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after
     a stop, with everything kept.
     """
-    with StopRequest() as stop:
-        run = _Run(config, Reporter(config.progress), stop, model, tokenizer, rows, reward)
-        run.callbacks = Callbacks([*watchers(run.config, run.folder), *callbacks], run.config.to_dict())
-        with spending(run.folder, run.device) as run.spending:
-            return run.run()
-
-
-class _Run:
-    """One run, stage by stage."""
-
-    callbacks: Callbacks
-    spending: Spending
-
-    def __init__(
-        self,
-        config: PpoConfig,
-        reporter: Reporter,
-        stop: StopRequest,
-        model: Any,
-        tokenizer: Any,
-        rows: Any,
-        reward: Scores | None,
-    ) -> None:
-        self.reward = _given_reward(config.reward, reward)
-        config = with_base(config, reporter.say) if model is None else config
-        self.config, self.reporter, self.stop = config, reporter, stop
-        self.given, self.rows = model, rows
-        self.folder = RunFolder(Path(config.output), config.to_dict(), resume=config.resume, dry=config.dry_run)
-        self.start = SampledModel(
+    function = _given_reward(config.reward, reward)
+    with open_run(config, model=model, callbacks=callbacks) as run:
+        config, say = run.config, run.say
+        start = SampledModel(
             config.model,
             adapter=config.adapter,
             device=config.device,
@@ -115,221 +79,156 @@ class _Run:
             given=model,
             tokenizer=tokenizer,
         )
-        self.device, self.tokenizer = self.start.device, self.start.tokenizer
-        self.dtype = resolve_dtype(config.dtype, self.device)
-
-    def run(self) -> PpoResult | None:
-        prepare_machine(self.config, self.dtype, self.device, self.reporter)
-        prompts, self.settings = read_prompts(self.config, self.start, self.rows, self.reporter)
-        policy = Policy(self.config, self.start.source, self.dtype, self.device, self.given)
-        try:
-            if self.config.attention != "auto" and policy.scorer.path == "separate":
-                raise ConfigError(f"--attention does nothing here: {policy.scorer.reason}; leave it out")
-            check = self._check(policy, prompts)
-            self.ptx = read_ptx(self.config, self.tokenizer, self.start.context, policy.scorer, self.reporter)
-            if left := policy.leftover():
-                self.reporter.say(left)
-            self.reporter.say(policy.make_trainable())
-            models = build_models(
-                self.config,
-                policy,
-                self.start.source,
-                self.tokenizer,
-                self.settings.stop,
-                self._longest(prompts),
-                self._given_judge(),
-            )
-            for line in models.words():
-                self.reporter.say(line)
-            if self.config.dry_run:
-                self._preview(policy, models, prompts)
-                return None
-            self._take_folder(prompts, models)
-            phases = self._phases(policy, models, prompts, check)
-            try:
-                place = phases.run()
-            except Diverged as error:
-                kept = keep_last_good(
-                    self.config, self.folder, policy, self.tokenizer, self.settings.stop, named=self.given is None
-                )
-                raise Diverged(error.reason, f"{error.remedy}; {kept}" if error.remedy else kept) from error
-            return self._finish(policy, models, prompts, place.step, place.seconds)
-        finally:
-            policy.release()
-
-    # -- what is needed before training ------------------------------------------------------------------------
-
-    def _longest(self, prompts: PromptSet) -> int:
-        return max(map(len, prompts.ids)) + self.config.max_new_tokens
-
-    def _check(self, policy: Policy, prompts: PromptSet) -> CheckReport:
-        """Sample a little, and show that the scorer is exact on it."""
-        few = [prompts.ids[i] for i in range(min(TRIED, len(prompts.ids)))]
-        drawn = TransformersSampler(policy.scorer).sample(few, 2, self.settings)
-        groups = [group_of(ids, many) for ids, many in zip(few, drawn, strict=True)]
-        check = check_scoring(policy.scorer, groups)
-        scorer = policy.scorer
-        if scorer.reason and scorer.path == "separate":
-            self.reporter.say(f"scoring: each response separately, since {scorer.reason}")
-        self.reporter.say(
-            f"scoring: {scorer.path} ({scorer.kernel}, {str(self.dtype).removeprefix('torch.')}, {self.device});"
-            f" rounding {check.noise:.1g} nats per token"
-        )
-        return check
-
-    def _given_judge(self) -> Judge | None:
-        if self.reward is None:
+        prompts, settings = read_prompts(config, start, rows, run.reporter)
+        longest = max(map(len, prompts.ids)) + config.max_new_tokens
+        policy = run.loading(Policy(config, start.source, run.dtype, run.device, model))
+        check = _check(policy, prompts, settings)
+        run.say_scoring(policy, check)
+        ptx = read_ptx(config, start.tokenizer, start.context, policy.scorer, run.reporter)
+        say(policy.leftover())
+        say(policy.make_trainable())
+        judge = TextJudge(function, start.tokenizer, settings.stop) if function is not None else None
+        models = build_models(config, policy, start.source, start.tokenizer, settings.stop, longest, judge)
+        for line in models.words():
+            say(line)
+        tokens = _token_budget(run, policy, models, prompts, ptx)
+        if config.dry_run:
+            _preview(run, start, prompts, models, tokens)
             return None
-        return TextJudge(self.reward, self.tokenizer, self.settings.stop)
-
-    def _take_folder(self, prompts: PromptSet, models: PpoModels) -> None:
-        """From here on the output folder is this run's."""
-        self.folder.take()
-        self.folder.same("data", digest_of(prompts.ids), "the prompts")
-        self.folder.same("model", self.start.identity().digest, "the model")
-        if self.ptx is not None:
-            self.folder.same("ptx_data", fingerprint(self.ptx.groups), "the data of --ptx-data")
-        if self.config.reference is not None:
-            found = identity_of_name(self.config.reference).digest
-            self.folder.same("reference", found, "the reference model")
-        if self.reward is None:
-            found = identity_of_name(self.config.reward).digest
-            self.folder.same("reward", found, "the reward model")
-        elif (code := self.reward.digest()) is not None:
-            self.folder.same("reward", code, f"the code of --reward {self.reward.name}")
-        self.folder.remember(algorithm=self.config.algorithm, memory=models.memory())
-        path = self.folder.path / "config.yaml"
-        with output_errors(path):
-            path.write_text(self._options(), encoding="utf-8")
-
-    def _options(self) -> str:
-        """The options as a file for ``--config``, less what a second run should not repeat."""
-        return write_document(PpoConfig, {**self.config.to_dict(), "dry_run": False, "resume": False})
-
-    def _preview(self, policy: Policy, models: PpoModels, prompts: PromptSet) -> None:
-        say = self.reporter.say
-        for row, ids in list(zip(prompts.rows, prompts.ids, strict=True))[:2]:
-            self.reporter.show(f"\nrow {row.row}: {self.tokenizer.decode(ids.tolist())}")
-        self.reporter.show("\n" + self._options())
-        self._say_plan(prompts, self._token_budget(policy, models, prompts))
-        state = 3 * sum(size for name, size in models.memory().items() if name in ("actor", "critic"))
-        say(f"memory: {size(sum(models.memory().values()))} for the models, up to {size(state)} for training them")
-        say("dry run: nothing was trained, and no output written")
-
-    # -- training ----------------------------------------------------------------------------------------------
-
-    def _phases(self, policy: Policy, models: PpoModels, prompts: PromptSet, check: CheckReport) -> Phases:
-        config = self.config
-        order, steps = order_of(config, len(prompts.ids)), steps_of(config, len(prompts.ids))
-        tokens = self._token_budget(policy, models, prompts)
-        self._say_plan(prompts, tokens)
-        learner = Learner(_learn_options(config), policy.scorer, models.critic, config.temperature)
+        run.take_folder(
+            _same(config, start, prompts, ptx, function), algorithm=config.algorithm, memory=models.memory()
+        )
+        _say_plan(run, prompts, tokens)
         sampler = TransformersSampler(policy.scorer)
-        known = self.folder.record
-        sampler.rows = (
-            known.get("sampled_at_once") or known.get("rows") or sampler.estimate_rows(self._longest(prompts))
-        )
-        self.folder.remember(sampled_at_once=sampler.rows, token_budget=tokens)
-        phases = Phases(
-            learner=learner,
-            collector=Collector(prompts, sampler, self.settings, config.num, models.judge, learner, models.reference),
-            trained=trainees(config, policy, models.critic, steps),
-            order=order,
-            kl=_controller(config),
-            options=PhaseOptions(
-                steps=steps,
-                epochs=config.ppo_epochs,
-                minibatches=config.minibatches,
-                seed=config.seed,
-                max_grad_norm=config.max_grad_norm,
-                max_kl=config.max_kl,
-                ratio_tolerance=check.tolerance(1) / min(1.0, config.temperature),
-                save_every=config.save_every,
-                keep_last=config.keep_last,
-            ),
-            metrics=Metrics(self.folder.path / "metrics.jsonl"),
-            reporter=self.reporter,
-            checkpoints=self.folder.checkpoints,
-            stop=self.stop,
-            measure=lambda: {"peak_memory_bytes": float(peak_memory(self.device))},
-            callbacks=self.callbacks,
-            ptx=self.ptx,
-            after_save=self.spending.note,
-        )
-        phases.place.token_budget = tokens
-        torch.manual_seed(config.seed + 1)
-        if config.resume:
-            path = phases.resume()
-            none = "no checkpoint that is whole" if phases.checkpoints.exists() else "no checkpoint yet"
-            self.reporter.say(f"resumed: {path}" if path else f"{none}: starting at the first step")
-        return phases
+        known = run.folder.record
+        sampler.rows = known.get("sampled_at_once") or known.get("rows") or sampler.estimate_rows(longest)
+        run.folder.remember(sampled_at_once=sampler.rows, token_budget=tokens)
 
-    def _say_plan(self, prompts: PromptSet, tokens: int) -> None:
-        self.reporter.say(plan_of(self.config, len(prompts.ids), tokens))
-        if few := too_few(self.config, len(prompts.ids)):
-            self.reporter.say(few)
-
-    def _token_budget(self, policy: Policy, models: PpoModels, prompts: PromptSet) -> int:
-        """The budget of ``--token-budget``, of the run's first start, or an estimate, halved where a critic has layers
-        of its own."""
-        given = self.config.token_budget or self.folder.record.get("token_budget")
-        if given:
-            return int(given)
-        own = models.critic is not None and not models.critic.is_head
-        tokens = budget.estimate(
-            policy.scorer,
-            [_largest(prompts, self.config), *([self.ptx.largest] if self.ptx else [])],
-            checkpointing=self.config.gradient_checkpointing,
-            still_to_come=budget.state_bytes(policy.masters) * (2 if own else 1),
+        order = order_of(config, len(prompts.ids))
+        steps = steps_of(config, order.steps_per_epoch)
+        critic = models.critic
+        collector = Collector(
+            prompts, sampler, settings, config.num, models.judge, policy.scorer, critic, models.reference
         )
-        return tokens // 2 if own else tokens
-
-    # -- after training ----------------------------------------------------------------------------------------
-
-    def _finish(self, policy: Policy, models: PpoModels, prompts: PromptSet, steps: int, seconds: float) -> PpoResult:
-        config, folder = self.config, self.folder.path
-        history = read_history(folder)
-        first, ending = history.training[0], history.ending()
-        last = averages_of(ending)
-        if said := repair_generation(causal_model(policy.scorer.model)):
-            self.reporter.say(said)
-        save_model(folder, policy.scorer, policy.masters, self.tokenizer)
-        if said := add_end_tokens(folder, self.settings.stop, self.tokenizer, policy.scorer.model):
-            self.reporter.say(said)
-        episodes, since = sum(rows for _, rows in ending), ending[0][0]["step"]
-        told = f"averages over the {episodes:.0f} episodes of steps {since} to {steps}"
-        results: dict[str, Any] = {"steps": steps, "training metrics": told}
-        for name in _CARD:
-            results |= {f"first step: {name}": first.get(name), f"training: {name}": last.get(name)}
-        results |= {f"memory of the {name}": size(of) for name, of in models.memory().items() if of}
-        results |= {"training time": duration(seconds), "peak memory": size(peak_memory(self.device))}
-        results |= policy.adapters
-        files = ", ".join(f"`{Path(d).name}`" for d in config.prompts)
-        write_card(
-            folder,
-            model=config.model,
-            title=_TITLES[config.algorithm],
-            tag=config.algorithm,
-            data=f"{len(prompts.ids)} prompts, from {files}. The reward is `{config.reward}`.",
-            settings={n: v for n, v in config.to_dict().items() if n not in FREE},
-            results=results,
-            license="The licences of the base model, of the reward model and of the data apply.",
+        tolerance = check.tolerance(1) / min(1.0, config.temperature)
+        rounds = Rounds(config, collector, order, _controller(config), steps=steps, ratio_tolerance=tolerance, ptx=ptx)
+        networks = {"actor": Network.of(policy.masters, config, steps, config.learning_rate)}
+        if critic is not None:
+            peak = config.critic_learning_rate or config.learning_rate
+            networks["critic"] = Network.of(critic, config, steps, peak, critic.train)
+        trainer = run.trainer(
+            networks,
+            policy,
+            PpoObjective(config, critic, device=run.device),
+            rounds,
+            steps=steps,
+            token_budget=tokens,
+            inspect=partial(rounds.inspect, run.reporter),
         )
-        self.folder.finish(results, keep_checkpoints=bool(config.save_every))
-        if steps > 1:
-            over = "the last" if since == steps else f"the last {steps - since + 1}"
-            self.reporter.say(
-                f"score {first['objective/scores']:.3f} in the first step, {last['objective/scores']:.3f} in {over},"
-                f" at {last['objective/kl']:.3g} nats from the reference; by the reward that was trained on: look at"
-                " samples"
-            )
-        else:
-            self.reporter.say(
-                f"score {first['objective/scores']:.3f} before the only step; what came of it was not measured:"
-                " prefopt compare does, and --epochs makes more steps"
-            )
-        self.reporter.say(f"done in {duration(seconds)}: {folder}")
-        return PpoResult(folder, steps, last)
+        try:
+            state = trainer.fit()
+        except Diverged as error:
+            kept = keep_last_good(config, run.folder, policy, start.tokenizer, settings.stop, named=model is None)
+            raise Diverged(error.reason, f"{error.remedy}; {kept}" if error.remedy else kept) from error
+        run.save(policy, start.tokenizer, settings.stop)
+        return _finish(run, policy, models, prompts, state.step, state.seconds)
+
+
+def _check(policy: Policy, prompts: PromptSet, settings: Settings) -> CheckReport:
+    """Sample a little, and show that the scorer is exact on it."""
+    few = [prompts.ids[i] for i in range(min(TRIED, len(prompts.ids)))]
+    drawn = TransformersSampler(policy.scorer).sample(few, 2, settings)
+    return check_scoring(policy.scorer, [group_of(ids, many) for ids, many in zip(few, drawn, strict=True)])
+
+
+def _same(
+    config: PpoConfig, start: SampledModel, prompts: PromptSet, ptx: PtxTerm | None, reward: Reward | None
+) -> dict[str, tuple[Any, str]]:
+    """What must be the same at a resume."""
+    found: dict[str, tuple[Any, str]] = {
+        "data": (digest_of(prompts.ids), "the prompts"),
+        "model": (start.identity().digest, "the model"),
+    }
+    if ptx is not None:
+        found["ptx_data"] = (fingerprint(ptx.groups), "the data of --ptx-data")
+    if config.reference is not None:
+        found["reference"] = (identity_of_name(config.reference).digest, "the reference model")
+    if reward is None:
+        found["reward"] = (identity_of_name(config.reward).digest, "the reward model")
+    elif (code := reward.digest()) is not None:
+        found["reward"] = (code, f"the code of --reward {reward.name}")
+    return found
+
+
+def _preview(run: Run, start: SampledModel, prompts: PromptSet, models: PpoModels, tokens: int) -> None:
+    """What a dry run shows beyond the lines of every run."""
+    for row, ids in list(zip(prompts.rows, prompts.ids, strict=True))[:2]:
+        run.reporter.show(f"\nrow {row.row}: {start.tokenizer.decode(ids.tolist())}")
+    run.reporter.show("\n" + run.options())
+    _say_plan(run, prompts, tokens)
+    memory = models.memory()
+    state = 3 * sum(size for name, size in memory.items() if name in ("actor", "critic"))
+    run.say(f"memory: {size(sum(memory.values()))} for the models, up to {size(state)} for training them")
+    run.say("dry run: nothing was trained, and no output written")
+
+
+def _say_plan(run: Run, prompts: PromptSet, tokens: int) -> None:
+    run.say(plan_of(run.config, len(prompts.ids), tokens))
+    run.say(too_few(run.config, len(prompts.ids)))
+
+
+def _token_budget(run: Run, policy: Policy, models: PpoModels, prompts: PromptSet, ptx: PtxTerm | None) -> int:
+    """The budget of ``--token-budget``, of the run's first start, or an estimate, halved where a critic has layers of
+    its own."""
+    given = run.config.token_budget or run.folder.record.get("token_budget")
+    if given:
+        return int(given)
+    own = models.critic is not None and not models.critic.is_head
+    tokens = budget.estimate(
+        policy.scorer,
+        [_largest(prompts, run.config), *([ptx.largest] if ptx else [])],
+        checkpointing=run.config.gradient_checkpointing,
+        still_to_come=budget.state_bytes(policy.masters) * (2 if own else 1),
+    )
+    return tokens // 2 if own else tokens
+
+
+def _finish(run: Run, policy: Policy, models: PpoModels, prompts: PromptSet, steps: int, seconds: float) -> PpoResult:
+    """The card and the last lines."""
+    config, folder = run.config, run.folder.path
+    history = read_history(folder)
+    first, ending = history.training[0], history.ending()
+    last = averages_of(ending)
+    episodes, since = sum(rows for _, rows in ending), ending[0][0]["step"]
+    told = f"averages over the {episodes:.0f} episodes of steps {since} to {steps}"
+    results: dict[str, Any] = {"steps": steps, "training metrics": told}
+    for name in _CARD:
+        results |= {f"first step: {name}": first.get(name), f"training: {name}": last.get(name)}
+    results |= {f"memory of the {name}": size(of) for name, of in models.memory().items() if of}
+    if steps > 1:
+        over = "the last" if since == steps else f"the last {steps - since + 1}"
+        closing = (
+            f"score {first['objective/scores']:.3f} in the first step, {last['objective/scores']:.3f} in {over},"
+            f" at {last['objective/kl']:.3g} nats from the reference; by the reward that was trained on: look at"
+            " samples"
+        )
+    else:
+        closing = (
+            f"score {first['objective/scores']:.3f} before the only step; what came of it was not measured:"
+            " prefopt compare does, and --epochs makes more steps"
+        )
+    files = ", ".join(f"`{Path(d).name}`" for d in config.prompts)
+    run.finish(
+        policy,
+        results,
+        seconds=seconds,
+        title=_TITLES[config.algorithm],
+        tag=config.algorithm,
+        data=f"{len(prompts.ids)} prompts, from {files}. The reward is `{config.reward}`.",
+        licence="The licences of the base model, of the reward model and of the data apply.",
+        closing=lambda: [closing],
+    )
+    return PpoResult(folder, steps, last)
 
 
 _TITLES = {"ppo": "Proximal Policy Optimization", "rloo": "REINFORCE with a leave-one-out baseline"}
@@ -341,11 +240,6 @@ def _given_reward(name: str, function: Scores | None) -> Reward | None:
     if function is not None:
         return Reward(name, function)
     return None if is_model_reward(name) else load_reward(name)
-
-
-def _learn_options(config: PpoConfig) -> LearnOptions:
-    names = LearnOptions.__dataclass_fields__
-    return LearnOptions(**{name: getattr(config, name) for name in names})
 
 
 def _controller(config: PpoConfig) -> KlController:

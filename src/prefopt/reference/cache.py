@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from prefopt.core.cache_folder import acquired, cache_errors, reference_folder, space_lock, write_cached
 from prefopt.data.group import Group
-from prefopt.data.table import Array, GroupTable, IndexArray, KeyArray
+from prefopt.data.table import Array, GroupTable, IndexArray, KeyArray, ranges
 from prefopt.errors import CacheError, ModelError
 from prefopt.reference.blocks import Block, Index
 from prefopt.reference.identity import Identity
@@ -101,6 +101,14 @@ class ReferenceValues:
     starts: npt.NDArray[np.int64]
     token_starts: npt.NDArray[np.int64]
     token_values_M: npt.NDArray[np.float32] | None = None
+
+    def columns(self, groups: IndexArray) -> dict[str, Array]:
+        """``ref_logp_N`` and, where there are values of tokens, ``ref_logp_M`` of some groups, in the order given."""
+        at_N = ranges(self.starts, np.diff(self.starts), groups)
+        found: dict[str, Array] = {"ref_logp_N": self.sums_N[at_N]}
+        if self.token_values_M is not None:
+            found["ref_logp_M"] = self.token_values_M[ranges(self.token_starts, np.diff(self.token_starts), at_N)]
+        return found
 
     def of(self, g: int) -> npt.NDArray[np.float64]:
         """Sums of group g's responses, [K]."""

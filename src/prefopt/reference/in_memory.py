@@ -4,7 +4,7 @@ a loss needs its whole distributions, or the reference moves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -76,10 +76,10 @@ class Movement:
     every: int
     amount: float
 
-    def after(self, steps: int, masters: MasterWeights) -> None:
-        """Move where it is time to; ``steps`` are done."""
+    def after(self, steps: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Move to ``weights``, the policy's, where it is time to; ``steps`` are done."""
         if steps % self.every == 0:
-            self.held.mix(dict(masters.saved()), self.amount)
+            self.held.mix(dict(weights), self.amount)
 
 
 class LiveReference:

@@ -9,15 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 
 from prefopt.core.cache_folder import Damaged, cache_errors, last_used, reference_entries, size_of
 from prefopt.data.table import KEY
-from prefopt.model.scorer import Scorer, version_of
 from prefopt.reference.blocks import Block, block_files, move_aside, read_sealed
-from prefopt.reference.cache import SpaceKey
-from prefopt.reference.identity import Identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,21 +91,3 @@ def _about(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return about if isinstance(about, dict) else {}
-
-
-def space_of(identity: Identity, scorer: Scorer, device: torch.device) -> SpaceKey:
-    """Where values of the reference ``identity`` are kept that ``scorer`` makes."""
-    dtype = str(scorer.dtype).removeprefix("torch.")
-    kernel, kind = scorer.kernel, device.type
-    if device.type == "cuda":
-        kernel, kind = f"{kernel}, {_flash()}", f"cuda, {torch.cuda.get_device_name(device)}"
-    return SpaceKey(identity, dtype, scorer.path, kernel, kind, version_of(scorer.dtype))
-
-
-def _flash() -> str:
-    """Which flash attention torch calls, in words, and torch's version, which brings its own."""
-    try:
-        from torch.nn.attention import current_flash_attention_impl
-    except ImportError:  # torch before 2.12 has one alone
-        return f"torch {torch.__version__}"
-    return f"{current_flash_attention_impl() or 'FA2'} of torch {torch.__version__}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,11 +14,13 @@ from prefopt.errors import RunError
 from prefopt.generate.prompts import PromptSet
 from prefopt.generate.rewards import Judge
 from prefopt.generate.sampler import Progress, Sampler, Settings, group_of
-from prefopt.model.packing import PackedBatch, pack, split
+from prefopt.model.scorer import Scorer
 from prefopt.reference.in_memory import LiveReference
 from prefopt.rewards import prompt_text
-from prefopt.rl.learner import Learner
+from prefopt.rl.critic import Critic
+from prefopt.rl.objective import look
 from prefopt.rl.rollouts import Rollouts
+from prefopt.train.batch import Batch, micro_batches
 
 SCORING_AHEAD = 4
 """Where nothing is kept for backward, so many times more tokens are encoded at once."""
@@ -39,7 +41,8 @@ class Collector:
     settings: Settings
     num: int
     judge: Judge
-    learner: Learner
+    scorer: Scorer
+    critic: Critic | None
     reference: LiveReference
 
     def collect(
@@ -88,25 +91,14 @@ class Collector:
         self, groups: Sequence[Group], token_budget: int
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Log-probabilities [M], values [M] and the reference's log-probabilities [M], all at the temperature."""
-        learner, found = self.learner, []
-        learner.train(False)
-        for _, batch in self.batches(groups, range(len(groups)), token_budget):
-            logp_M, value_M = learner.look(batch)
-            with self.reference.scorer.at_temperature(learner.temperature):
-                ref_logp_M = self.reference.logprobs(batch)
+        found, temperature = [], self.settings.temperature
+        for micro in micro_batches(self.scorer, Batch(groups), token_budget):
+            logp_M, value_M = look(self.scorer, self.critic, temperature, micro.packed)
+            with self.reference.scorer.at_temperature(temperature):
+                ref_logp_M = self.reference.logprobs(micro.packed)
             found.append([x if x is None else x.double().cpu() for x in (logp_M, value_M, ref_logp_M)])
         logp, value, ref = zip(*found, strict=True)
         return torch.cat(logp), None if value[0] is None else torch.cat(value), torch.cat(ref)
-
-    def batches(
-        self, groups: Sequence[Group], order: Sequence[int], token_budget: int
-    ) -> Iterator[tuple[list[int], PackedBatch]]:
-        """Some groups in their order, packed into batches of so many tokens."""
-        scorer = self.learner.scorer
-        device = next(scorer.model.parameters()).device
-        costs = [scorer.layout.cost(groups[i]) for i in order]
-        for part in split(order, costs, token_budget):
-            yield part, pack([groups[i] for i in part], scorer.layout).to(device)
 
 
 def seed_of(seed: int, step: int) -> int:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
 
-from prefopt.config.ppo import PpoConfig
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.errors import Diverged, ModelError
+from prefopt.errors import ModelError
 from prefopt.model.kernels.head import wide_dtype
 from prefopt.model.load import local_folder, vocabulary_size
 from prefopt.model.merge import load_folded
@@ -19,9 +16,7 @@ from prefopt.model.packed_model import causal_model, checkpoint_activations
 from prefopt.model.packing import Layout, PackedBatch, pack
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scalar import ScalarScorer, load_scalar, scalar_from
-from prefopt.model.scorer import Asked, Scorer
-from prefopt.train.optim import Schedule, adamw, clip_, grad_norm
-from prefopt.train.policy import Policy
+from prefopt.model.scorer import Scorer
 
 
 class Critic:
@@ -94,6 +89,11 @@ class Critic:
             master.copy_(values[name])
         self.publish()
 
+    def saved(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights that train by name, for checkpoints."""
+        for name, master in self.masters.items():
+            yield name, master.detach()
+
     @property
     def weight_bytes(self) -> int:
         """Bytes of its weights, masters and all."""
@@ -152,57 +152,3 @@ def network_critic(
     what = "a network of its own" if adapt is None else "an adapter on a network of its own"
     scorer = ScalarScorer(model, attention=actor.attention)
     return Critic(f"{what}, started from the {kind} model", network=(scorer, own), layout=actor.layout)
-
-
-def hidden_wanted(critic: Critic | None) -> Asked | None:
-    """What the actor's forward pass is asked for beside log-probabilities."""
-    return Asked(hidden=True) if critic is not None and critic.is_head else None
-
-
-@dataclass(slots=True)
-class Trainee:
-    """A network, its optimiser and its learning rate. ``publish`` brings the network after its masters."""
-
-    masters: dict[str, torch.nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
-    publish: Callable[[], None]
-    zero_grad: Callable[[], None]
-    load: Callable[[dict[str, torch.Tensor]], None]
-
-    def update(self, step: int, limit: float) -> float:
-        """An optimiser step; returns the gradient's norm. Raises :class:`Diverged` where that is not finite."""
-        norm = float(grad_norm(self.masters.values()))
-        if not math.isfinite(norm):
-            raise Diverged(f"step {step + 1}: the gradient's norm is {norm}", "try --dtype float32")
-        clip_(self.masters.values(), norm, limit)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule(step)
-        self.optimizer.step()
-        self.publish()
-        self.zero_grad()
-        return norm
-
-
-def trainees(config: PpoConfig, policy: Policy, critic: Critic | None, steps: int) -> dict[str, Trainee]:
-    """The actor, with an optimiser and a schedule over so many steps, and a critic with its own."""
-    assert config.learning_rate is not None
-
-    def optimizer(masters: dict[str, torch.nn.Parameter]) -> torch.optim.AdamW:
-        betas = (config.adam_beta1, config.adam_beta2)
-        return adamw(masters, betas=betas, epsilon=config.adam_epsilon, weight_decay=config.weight_decay)
-
-    def schedule(peak: float) -> Schedule:
-        return Schedule(config.schedule, peak, steps, round(config.warmup * steps))
-
-    own = policy.masters
-    actor = Trainee(
-        own.masters, optimizer(own.masters), schedule(config.learning_rate), own.publish, own.zero_grad, own.load
-    )
-    if critic is None:
-        return {"actor": actor}
-    peak = config.critic_learning_rate or config.learning_rate
-    other = Trainee(
-        critic.masters, optimizer(critic.masters), schedule(peak), critic.publish, critic.zero_grad, critic.load
-    )
-    return {"actor": actor, "critic": other}

@@ -16,7 +16,6 @@ from prefopt.errors import RunError
 from prefopt.losses.rl import k1
 from prefopt.model.packed_model import causal_model
 from prefopt.model.save import add_end_tokens, repair_generation
-from prefopt.rl.loop import weights_of
 from prefopt.rl.rollouts import Rollouts
 from prefopt.runs.card import save_model
 from prefopt.runs.folder import RunFolder
@@ -41,7 +40,7 @@ def keep_last_good(
         return f"no good weights later than the first ones were kept: start anew elsewhere with {OTHERWISE}"
     path = folder.last_good
     try:
-        policy.masters.load(weights_of("actor", found.weights))
+        policy.masters.load(checkpoint.part_of("actor", found.weights))
         repair_generation(causal_model(policy.scorer.model))
         remove_folder(path)
         save_model(path, policy.scorer, policy.masters, tokenizer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from prefopt.config.ppo import PpoConfig
@@ -14,6 +13,7 @@ from prefopt.data.sampler import Sampler
 from prefopt.generate.prompts import PromptReader, PromptSet
 from prefopt.generate.sampled_model import SampledModel, renderer_for
 from prefopt.generate.sampler import Settings
+from prefopt.train.run import steps_of
 
 
 def read_prompts(config: PpoConfig, start: SampledModel, rows: Any, reporter: Reporter) -> tuple[PromptSet, Settings]:
@@ -57,17 +57,11 @@ def order_of(config: PpoConfig, prompts: int) -> Sampler:
     return Sampler(prompts, config.batch_size, seed=config.seed, shuffle=config.shuffle)
 
 
-def steps_of(config: PpoConfig, prompts: int) -> int:
-    """How many steps there are."""
-    steps = max(1, math.ceil(config.epochs * order_of(config, prompts).steps_per_epoch))
-    return min(steps, config.max_steps or steps)
-
-
 def plan_of(config: PpoConfig, prompts: int, tokens: int) -> str:
     """A line that says it; ``tokens`` at once."""
     size = min(config.batch_size, prompts)
     left = prompts % size
-    steps = steps_of(config, prompts)
+    steps = steps_of(config, order_of(config, prompts).steps_per_epoch)
     last = f" (the last of an epoch: {left})" if left and steps > prompts // size else ""
     return (
         f"{steps} step{'s' * (steps > 1)} of {size} prompts{last} with {config.num} response{'s' * (config.num > 1)}"
@@ -77,7 +71,7 @@ def plan_of(config: PpoConfig, prompts: int, tokens: int) -> str:
 
 def too_few(config: PpoConfig, prompts: int) -> str | None:
     """What to tell a person whose run will hardly learn, unless the steps were limited on purpose."""
-    steps = steps_of(config, prompts)
+    steps = steps_of(config, order_of(config, prompts).steps_per_epoch)
     if steps >= FEW or steps == config.max_steps:
         return None
     made = "1 step" if steps == 1 else f"{steps} steps"

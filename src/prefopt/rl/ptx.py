@@ -15,12 +15,10 @@ from prefopt.data.table import GroupTable
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.model.load import vocabulary_size
 from prefopt.model.packed_model import causal_model
-from prefopt.model.packing import pack, split
 from prefopt.model.scorer import Scorer
-from prefopt.runs.metrics import Record
+from prefopt.train.batch import Batch
 from prefopt.train.objectives import LikelihoodObjective
 from prefopt.train.reference import check_vocabulary
-from prefopt.train.results import Sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +41,9 @@ class PtxTerm:
         """The row that takes most memory."""
         return self.groups[int(self.groups.tokens_G.argmax())]
 
-    def backward(self, scorer: Scorer, update: int, token_budget: int) -> Record:
-        """Add the term's gradient to the actor's. ``update`` counts optimiser steps from 0.
-
-        Returns ``loss/ptx_avg``, in nats per token and without the coefficient.
-        """
-        indices = self.order.batch(update).tolist()
-        normaliser, sums = self.objective.normaliser(indices), Sums()
-        device = next(scorer.model.parameters()).device
-        groups = [self.groups[i] for i in indices]
-        costs = [scorer.layout.cost(group) for group in groups]
-        for part in split(range(len(groups)), costs, token_budget):
-            batch = pack([groups[i] for i in part], scorer.layout).to(device)
-            rows = [indices[i] for i in part]
-            outcome = self.objective(self.objective.policy(scorer, batch, rows), rows, normaliser)
-            (self.coefficient * outcome.total).backward()
-            sums.add(outcome)
-        return {"loss/ptx_avg": sums.means()["loss"]}
+    def batch(self, update: int) -> Batch:
+        """The rows of an update, which counts optimiser steps from 0."""
+        return Batch([self.groups[i] for i in self.order.batch(update).tolist()])
 
 
 def read_ptx(
@@ -95,5 +79,5 @@ def read_ptx(
     groups, model = source.groups, scorer.model
     check_vocabulary(groups, vocabulary_size(causal_model(model)), config.model)
     order = Sampler(len(groups), config.ptx_batch_size, seed=config.seed, shuffle=config.shuffle)
-    objective = LikelihoodObjective(groups, "tokens", device=next(model.parameters()).device)
+    objective = LikelihoodObjective("tokens", device=next(model.parameters()).device)
     return PtxTerm(groups, order, config.ptx_coefficient, objective)

@@ -6,8 +6,8 @@
 >>> groups = (group_of([5, 6], [sample(1, 2), sample(3)]), group_of([5], [sample(4, 2)]))
 >>> M, N = torch.zeros(5), torch.zeros(3)
 >>> rollouts = Rollouts(groups, M, M, M, None, N, torch.ones(3, dtype=torch.bool))
->>> rollouts.length_N.tolist(), rollouts.group_N.tolist(), rollouts.tokens_of([1]).tolist()
-([2, 1, 2], [0, 0, 1], [3, 4])
+>>> rollouts.length_N.tolist(), rollouts.group_N.tolist()
+([2, 1, 2], [0, 0, 1])
 """
 
 from __future__ import annotations
@@ -52,15 +52,6 @@ class Rollouts:
         many = torch.tensor([len(g.continuations) for g in self.groups])
         return torch.repeat_interleave(torch.arange(len(self.groups)), many)
 
-    def responses_of(self, groups: Sequence[int]) -> torch.Tensor:
-        """Indices of the responses of some groups, in the order in which these are given."""
-        return _ranges(torch.bincount(self.group_N), groups)
-
-    def tokens_of(self, groups: Sequence[int]) -> torch.Tensor:
-        """The same of their tokens."""
-        many = torch.zeros(len(self.groups), dtype=torch.int64).index_add(0, self.group_N, self.length_N)
-        return _ranges(many, groups)
-
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything as tensors, to be saved."""
         continuations = [c for g in self.groups for c in g.continuations]
@@ -98,11 +89,6 @@ class Rollouts:
             saved["score"],
             saved["finished"],
         )
-
-
-def _ranges(many_G: torch.Tensor, groups: Sequence[int]) -> torch.Tensor:
-    stop_G = many_G.cumsum(0)
-    return torch.cat([torch.arange(int(stop_G[g] - many_G[g]), int(stop_G[g])) for g in groups])
 
 
 def _joined(parts: Sequence[np.ndarray]) -> torch.Tensor:

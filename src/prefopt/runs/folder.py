@@ -11,9 +11,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from filelock import FileLock, Timeout
 
 from prefopt.core.files import output_errors, remove_folder, remove_leftovers, write_json
@@ -23,6 +22,9 @@ from prefopt.errors import RunError
 from prefopt.model.costs import Costs, counting, together
 from prefopt.model.memory import peak_memory
 from prefopt.runs.history import RECORD, read_metrics, read_record
+
+if TYPE_CHECKING:
+    import torch
 
 # Options that may differ at a resume: they change what is shown and kept, never the weights.
 FREE = frozenset({"resume", "progress", "save_every", "keep_last", "output", "dry_run", "track", "track_project"})
@@ -171,6 +173,7 @@ class Spending:
 
     def note(self) -> None:
         """Write it down, where the folder is this run's: a process that is killed later has told this much."""
+
         seconds = time.monotonic() - self._started
         now = {**self._costs.to_dict(), "seconds": seconds, "peak_memory_bytes": peak_memory(self._device)}
         self._folder.spent(together([self._before, now]))

@@ -26,7 +26,6 @@ from prefopt.generate.rewards import kl_bound
 from prefopt.generate.sampled_model import SampledModel
 from prefopt.methods.rlhf import started_again
 from prefopt.model.load import local_folder
-from prefopt.rl.loop import weights_of
 from prefopt.runs.callbacks import Callback, Metrics, RunInfo
 from prefopt.sweeps.points import Frontier, Point
 from prefopt.sweeps.shared import Measure, Measured, lay
@@ -171,7 +170,8 @@ class _Sweep:
         policy = Policy(config, local_folder(config.model), reference.dtype, reference.device, None)
         policy.make_trainable()
         weights = checkpoint.at(folder / "checkpoints", step).weights
-        policy.masters.load(weights_of("actor", weights) if isinstance(config, PpoConfig) else weights)
+        network = "actor" if isinstance(config, PpoConfig) else "policy"
+        policy.masters.load(checkpoint.part_of(network, weights))
         model, tokenizer = policy.scorer.model, reference.tokenizer
         policy.scorer.detach_hook()
         file = folder / f"{SAMPLES}-{step}.jsonl"

@@ -25,11 +25,11 @@ from prefopt.model.kernels.head import KEEP_BYTES
 from prefopt.model.load import slow_dtype
 from prefopt.model.memory import free_memory, out_of_memory, peak_memory
 from prefopt.model.packed_model import PackedModel, causal_model
-from prefopt.model.packing import PackedBatch, pack
+from prefopt.model.packing import PackedBatch
 from prefopt.model.precision import MasterWeights
 from prefopt.runs.metrics import Record
-from prefopt.train.objective import Objective
-from prefopt.train.step import differentiate, same_randomness
+from prefopt.train.batch import Batch
+from prefopt.train.step import Differentiator, same_randomness
 
 SHARE = 0.5
 """Of the free memory, what activations may take: the rest is for gradients, optimiser state and fragmentation."""
@@ -80,40 +80,50 @@ def largest_batch(costs: IndexArray, token_budget: int) -> list[int]:
     return taken
 
 
-def try_largest(
-    scorer: PackedModel, masters: MasterWeights, objective: Objective, groups: Sequence[Group], token_budget: int
-) -> tuple[int, float]:
-    """Run forward and backward on the largest micro-batch, halving the budget where memory ends.
+def smaller_budget(error: RuntimeError, tokens: int, what: str, largest: int, device: torch.device) -> int:
+    """Half of ``tokens``, where ``error`` says that memory ended; raises ``error`` where it says something else, and
+    :class:`RunError` where one group of ``largest`` tokens is too much already."""
+    if not out_of_memory(error):
+        raise error
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if tokens <= largest:
+        raise RunError(
+            f"{what}: one group of {largest} tokens does not fit into the device's memory; give"
+            " --gradient-checkpointing, --lora or shorter sequences (--max-length, --max-new-tokens)"
+        ) from error
+    return max(largest, tokens // 2)
 
-    Returns the budget that works and the tokens per second it ran at. Weights and random states stay as they were.
+
+def try_largest(
+    differentiator: Differentiator,
+    weights: MasterWeights,
+    groups: Sequence[Group],
+    batch_of: Callable[[Sequence[int]], Batch],
+    token_budget: int,
+) -> tuple[int, float]:
+    """Run forward and backward on the largest micro-batch of ``groups``, halving the budget where memory ends.
+
+    ``batch_of`` makes a batch of groups by their places. Returns the budget that works and the tokens per second it ran
+    at. Weights and random states stay as they were.
     """
+    scorer = differentiator.scorer
     device = next(scorer.model.parameters()).device
     scorer.train()
     costs = scorer.layout.costs(GroupTable.of(groups))
-    largest = int(costs.max())
     while True:
-        part = largest_batch(costs, token_budget)
-        batch = pack([groups[i] for i in part], scorer.layout).to(device)
+        batch = batch_of(largest_batch(costs, token_budget))
         started = time.monotonic()
         try:
             with same_randomness(device):
-                differentiate(scorer, objective, part, lambda: [(part, batch)])  # noqa: B023
+                found = differentiator.gradients(batch, max(token_budget, int(costs.max())))
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            return token_budget, batch.tokens / (time.monotonic() - started)
+            return token_budget, sum(p.tokens for p in found.packed) / (time.monotonic() - started)
         except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            if token_budget <= largest:
-                raise RunError(
-                    f"the largest pair, of {token_budget} tokens, does not fit into the device's memory; give"
-                    " --gradient-checkpointing, --lora or a smaller --max-length"
-                ) from error
-            token_budget = max(largest, token_budget // 2)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            token_budget = smaller_budget(error, token_budget, "the largest batch", int(costs.max()), device)
         finally:
-            masters.zero_grad()
+            weights.zero_grad()
 
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,3 +193,56 @@ def _text(state: torch.Tensor) -> str:
 
 def _tensor(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def joined(parts: Mapping[str, Iterable[tuple[str, torch.Tensor]] | Tensors]) -> dict[str, torch.Tensor]:
+    """The tensors of all networks under one another's names: ``actor.NAME``; a policy alone has no prefix."""
+    return {_prefix(part) + key: value for part, tensors in parts.items() for key, value in dict(tensors).items()}
+
+
+def part_of(name: str, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """What :func:`joined` was given for one network."""
+    prefix = _prefix(name)
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _prefix(name: str) -> str:
+    return "" if name == "policy" else f"{name}."
+
+
+def save_best(folder: Path, step: int, weights: Mapping[str, torch.Tensor]) -> None:
+    """Keep the weights of the best evaluation beside the checkpoints, in a file that its step names."""
+    path = _best(folder, step)
+    aside = folder / ".best.safetensors"
+    with output_errors(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(aside, weights)
+        aside.replace(path)
+
+
+def forget_bests(folder: Path, step: int | None) -> None:
+    """Remove the weights of earlier bests that neither the run nor a checkpoint still names."""
+    named = {step}
+    for state in folder.glob("step-*/state.json"):
+        try:
+            named.add(json.loads(state.read_text())["progress"]["best_step"])
+        except Exception:
+            return  # a damaged checkpoint: what it named is not known
+    for path in folder.glob("best-*.safetensors"):
+        if path not in {_best(folder, n) for n in named if n is not None}:
+            path.unlink()
+
+
+def load_best(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """The weights of evaluation ``step``. Raises :class:`RunError` where they are not there."""
+    path = _best(folder, step)
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"{path}: the best weights cannot be read ({error}); the last ones are in the checkpoint beside it"
+        ) from error
+
+
+def _best(folder: Path, step: int) -> Path:
+    return folder / f"best-{step:08d}.safetensors"

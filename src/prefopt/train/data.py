@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,21 @@ from typing import Any
 import numpy as np
 
 from prefopt.config.data import DataOptions
+from prefopt.config.training import MethodOptions
 from prefopt.core.stop import StopRequest
 from prefopt.core.terminal import Reporter
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.comparisons import parse_comparisons
+from prefopt.data.group import Group
 from prefopt.data.kinds import Want
 from prefopt.data.load import GroupSet, build_groups, load_groups
 from prefopt.data.sampler import Sampler, Share
-from prefopt.data.table import GroupTable, keep_responses
+from prefopt.data.table import GroupTable, Selection, keep_responses
 from prefopt.errors import ConfigError, DataError, Interrupted
-from prefopt.train.rows import paired_of
+from prefopt.reference.cache import ReferenceValues
+from prefopt.train.batch import AT_ONCE, Batch, Column
+from prefopt.train.columns import paired_of
+from prefopt.train.trainer import BatchSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,23 +65,69 @@ class TrainingData:
         return Sampler(len(self.train), batch_size, seed=seed, shuffle=shuffle, shares=self.shares)
 
 
+class DataBatches(BatchSource):
+    """Batches of a data set: those of each step in the sampler's order, and all that is held out, by length.
+
+    ``columns`` makes the columns of some groups. ``reference`` holds values of all groups and, behind them, of all
+    ``mismatched``, the same prompts with responses to other prompts.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        sampler: Sampler,
+        columns: Callable[[Sequence[Group]], dict[str, Column]] = lambda groups: {},
+        *,
+        reference: ReferenceValues | None = None,
+        mismatched: GroupTable | None = None,
+    ) -> None:
+        self.data, self.sampler, self.columns = data, sampler, columns
+        self.reference, self.mismatched = reference, mismatched
+        self.steps_per_epoch = sampler.steps_per_epoch
+
+    def batch(self, step: int, update: int = 0) -> Batch:
+        """See :class:`BatchSource`."""
+        return self.of([self.data.train[i] for i in self.sampler.batch(step)])
+
+    @property
+    def held_out(self) -> Batch | None:
+        """See :class:`BatchSource`."""
+        indices = self.data.held_out
+        if not indices:
+            return None
+        tokens = self.data.groups.tokens_G[np.asarray(indices)]
+        return self.of([indices[i] for i in np.argsort(tokens, kind="stable").tolist()])
+
+    def of(self, indices: Sequence[int]) -> Batch:
+        """A batch of the groups in these places of the data."""
+        batch = self._of(self.data.groups, indices, 0)
+        columns = {**self.columns(batch.groups), **batch.columns}
+        other = None
+        if self.mismatched is not None:
+            other = self._of(self.mismatched, indices, len(self.data.groups))
+        return Batch(batch.groups, columns, other)
+
+    def _of(self, groups: GroupTable, indices: Sequence[int], behind: int) -> Batch:
+        some = [groups[i] for i in indices] if len(indices) <= AT_ONCE else Selection(groups, indices)
+        known = self.reference.columns(np.asarray(indices) + behind) if self.reference is not None else {}
+        return Batch(some, known)
+
+
 def load_data(
-    config: DataOptions,
+    config: MethodOptions,
     tokenizer: Any,
     max_length: int,
     rows: Iterable[Mapping[str, object]] | None,
     reporter: Reporter,
     *,
-    seed: int,
     want: Want = "pairs",
     which: str = "all",
-    workers: int | None = None,
     stop: StopRequest | None = None,
     **rendered: Any,
 ) -> TrainingData:
     """Read, render and split what ``config`` names, or ``rows`` in place of ``--data``.
 
-    ``which`` pairs are read (see :data:`prefopt.train.rows.WHICH`): responses that stand in none are left aside.
+    ``which`` pairs are read (see :data:`prefopt.train.columns.WHICH`): responses that stand in none are left aside.
 
     Where conversations were rendered with another template than the tokenizer's, it is given that one, so that the
     finished model is used as it was trained. ``rendered`` are further fields of :class:`Rendering`. Raises
@@ -89,7 +140,7 @@ def load_data(
             raise Interrupted("stopped while the data were read; nothing was trained", stop.signal)
 
     rendering = Rendering.from_options(config, max_length, **rendered)
-    how: dict[str, Any] = {"want": want, "on_bad_row": config.on_bad_row, "workers": workers}
+    how: dict[str, Any] = {"want": want, "on_bad_row": config.on_bad_row, "workers": config.threads}
     how |= {"reporter": reporter, "stop": check}
     layout: dict[str, Any] = {"format": config.format, "columns": config.column_words}
     if rows is not None:
@@ -101,7 +152,7 @@ def load_data(
     if config.eval_data:
         more = load_groups(config.eval_data, tokenizer, rendering, **how, **layout)
         more = _paired(more, which, "evaluation data", reporter)
-    groups, train, held_out = _held_out(config, source, more, seed, reporter)
+    groups, train, held_out = _held_out(config, source, more, config.seed, reporter)
     if not train:
         raise DataError("no row is left to train on; lower --eval-fraction")
     shares = _shares(config, source.groups, train)

@@ -1,12 +1,17 @@
-"""The optimiser, its schedule and the clipping of gradients."""
+"""The optimiser, its schedule, the clipping of gradients, and the network that they train."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+
+from prefopt.config.training import RunOptions
+from prefopt.errors import RunError
+from prefopt.model.memory import out_of_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +57,58 @@ def clip_(parameters: Iterable[torch.nn.Parameter], norm: float, limit: float) -
     """Scale gradients of global norm ``norm`` down to ``limit``; shorter ones are left alone."""
     if norm > limit:
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], limit / (norm + 1e-6))
+
+
+class Weights(Protocol):
+    """Weights that train: an optimiser moves ``masters``, and ``publish`` brings the network's own after them."""
+
+    masters: dict[str, torch.nn.Parameter]
+
+    def publish(self) -> None: ...
+    def zero_grad(self) -> None: ...
+    def load(self, values: dict[str, torch.Tensor]) -> None: ...
+    def saved(self) -> Iterable[tuple[str, torch.Tensor]]: ...
+
+
+@dataclass(slots=True)
+class Network:
+    """A network in training: its weights, their optimiser and the learning rate. ``train`` sets its mode."""
+
+    weights: Weights
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    train: Callable[[bool], object] = lambda mode: None
+
+    @classmethod
+    def of(
+        cls,
+        weights: Weights,
+        options: RunOptions,
+        steps: int,
+        peak: float,
+        train: Callable[[bool], object] = lambda mode: None,
+    ) -> Network:
+        """With the optimiser and the schedule that ``options`` ask for, over so many steps."""
+        betas = (options.adam_beta1, options.adam_beta2)
+        optimizer = adamw(weights.masters, betas=betas, epsilon=options.adam_epsilon, weight_decay=options.weight_decay)
+        return cls(weights, optimizer, Schedule(options.schedule, peak, steps, round(options.warmup * steps)), train)
+
+    def update(self, step: int, norm: float, limit: float) -> None:
+        """An optimiser step on gradients of global norm ``norm``, scaled down to ``limit``; gradients are forgotten.
+
+        Raises :class:`RunError` where the optimiser's state does not fit into memory.
+        """
+        clip_(self.weights.masters.values(), norm, limit)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule(step)
+        try:
+            self.optimizer.step()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise RunError(
+                f"step {step + 1}: the optimiser's state does not fit into the device's memory; give --lora, or a"
+                " smaller --token-budget"
+            ) from error
+        self.weights.publish()
+        self.weights.zero_grad()

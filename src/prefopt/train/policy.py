@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -20,9 +21,10 @@ from prefopt.model.load import base_and_adapter, load_model, local_folder
 from prefopt.model.lora_targets import tower_weights
 from prefopt.model.packed_model import PackedModel, causal_model, checkpoint_activations
 from prefopt.model.precision import MasterWeights, silence_dropout
-from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar, scalar_from
+from prefopt.model.scalar import ScalarScorer, folded, has_scalar_head, load_scalar, scalar_from
 from prefopt.model.scorer import Scorer
 from prefopt.reference.identity import adapter_line
+from prefopt.runs.card import save_model
 
 AnyScorer = TypeVar("AnyScorer", bound=PackedModel)
 Options = MethodOptions | PpoConfig
@@ -106,6 +108,10 @@ class Trained(Generic[AnyScorer]):
             f": adapters of rank {config.lora_rank} on {targets}" if targets else ""
         )
 
+    def save(self, folder: Path, tokenizer: Tokenizer) -> None:
+        """Write weights and tokenizer."""
+        save_model(folder, self.scorer, self.masters, tokenizer)
+
     def release(self) -> None:
         """Give the model its own attention and gradients back: one given in Python goes back to its owner."""
         self.scorer.detach_hook()
@@ -164,6 +170,16 @@ class ScalarPolicy(Trained[ScalarScorer]):
     def score_with(self, model: torch.nn.Module) -> ScalarScorer:
         """See :class:`Trained`."""
         return ScalarScorer(model, attention=self.config.attention)
+
+    def save(self, folder: Path, tokenizer: Tokenizer) -> None:
+        """The whole model, an adapter folded in: its base has neither the head nor the configuration."""
+        if not self.config.lora:
+            super().save(folder, tokenizer)
+            return
+        wide = torch.promote_types(self.dtype, torch.float32)
+        self.scorer.detach_hook()
+        whole = folded(self.scorer.model, dict(self.masters.saved()), wide).requires_grad_(True)
+        save_model(folder, ScalarScorer(whole), MasterWeights(whole, wide), tokenizer)
 
 
 def _name_base(model: Any, name: str, adapter: str) -> None:

@@ -20,20 +20,19 @@ from prefopt.core.stop import StopRequest
 from prefopt.core.terminal import Bar, Reporter
 from prefopt.data.group import Group
 from prefopt.data.sampler import Sampler
-from prefopt.data.table import GroupTable, IndexArray, Selection
-from prefopt.errors import ModelError, RunError
+from prefopt.data.table import GroupTable, IndexArray, Selection, ranges
+from prefopt.errors import ModelError
 from prefopt.model.check import check_scoring
 from prefopt.model.kernels.head import vocabulary_of
 from prefopt.model.load import base_and_adapter, load_model, vocabulary_size
-from prefopt.model.memory import out_of_memory
 from prefopt.model.packed_model import context_length
 from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights, computing_in
-from prefopt.model.scorer import Scorer, causal_model, response_sums
+from prefopt.model.scorer import Scorer, causal_model, response_sums, version_of
 from prefopt.reference.cache import FillReport, ReferenceCache, ReferenceValues, Score, Scored, SpaceKey
 from prefopt.reference.identity import Identity, identity_of_model, identity_of_name
 from prefopt.reference.in_memory import HeldWeights, LiveReference
-from prefopt.reference.spaces import space_of
+from prefopt.train.budget import smaller_budget
 
 
 def groups_read(sampler: Sampler, steps: int, train: Sequence[int], held_out: Sequence[int]) -> IndexArray:
@@ -52,12 +51,11 @@ def spread(values: ReferenceValues, at_G: IndexArray, table: GroupTable) -> Refe
     """``values`` of the groups ``at_G`` as values of all of ``table``. Those of the others are NaN: a loss that read
     one would tell at once."""
     found = without_values(table)
-    first, stop = found.starts[at_G], found.starts[at_G + 1]
-    at_N = _ranges(first, stop)
+    at_N = ranges(found.starts, np.diff(found.starts), at_G)
     found.sums_N[at_N] = values.sums_N
     if values.token_values_M is not None:
         assert found.token_values_M is not None
-        found.token_values_M[_ranges(found.token_starts[at_N], found.token_starts[at_N + 1])] = values.token_values_M
+        found.token_values_M[ranges(found.token_starts, np.diff(found.token_starts), at_N)] = values.token_values_M
     return found
 
 
@@ -66,13 +64,6 @@ def without_values(table: GroupTable, value: float = np.nan) -> ReferenceValues:
     tokens = np.concatenate([[0], np.cumsum(table.trained_N, dtype=np.int64)])
     sums, each = np.full(len(table.trained_N), value), np.full(int(tokens[-1]), value, np.float32)
     return ReferenceValues(sums, table.trained_N, table.response_starts, tokens, each)
-
-
-def _ranges(first: IndexArray, stop: IndexArray) -> IndexArray:
-    """first[0], ..., stop[0] - 1, first[1], ...: end to end."""
-    count = stop - first
-    found: IndexArray = np.repeat(stop - np.cumsum(count), count) + np.arange(int(count.sum()))
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,17 +168,8 @@ class ReferenceRun:
                     stop=stop.check,
                 )
             except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
                 largest = int(cache.space.costs(GroupTable.of(groups)).max())
-                if token_budget <= largest:
-                    raise RunError(
-                        f"the reference cannot score a pair of {largest} tokens in the device's memory; give a smaller"
-                        " --max-length"
-                    ) from error
-                token_budget //= 2
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                token_budget = smaller_budget(error, token_budget, "scoring the reference", largest, self.device)
                 reporter.say(f"out of memory: the reference is scored with {token_budget} tokens at once")
 
     def check_fits(self, groups: Sequence[Group]) -> None:
@@ -266,3 +248,21 @@ def check_vocabulary(groups: Sequence[Group], rows: int, model: str) -> None:
             f"{model}: the tokenizer gives token {top}, but the model's vocabulary has {rows}; they belong to different"
             " models"
         )
+
+
+def space_of(identity: Identity, scorer: Scorer, device: torch.device) -> SpaceKey:
+    """Where values of the reference ``identity`` are kept that ``scorer`` makes."""
+    dtype = str(scorer.dtype).removeprefix("torch.")
+    kernel, kind = scorer.kernel, device.type
+    if device.type == "cuda":
+        kernel, kind = f"{kernel}, {_flash()}", f"cuda, {torch.cuda.get_device_name(device)}"
+    return SpaceKey(identity, dtype, scorer.path, kernel, kind, version_of(scorer.dtype))
+
+
+def _flash() -> str:
+    """Which flash attention torch calls, in words, and torch's version, which brings its own."""
+    try:
+        from torch.nn.attention import current_flash_attention_impl
+    except ImportError:  # torch before 2.12 has one alone
+        return f"torch {torch.__version__}"
+    return f"{current_flash_attention_impl() or 'FA2'} of torch {torch.__version__}"

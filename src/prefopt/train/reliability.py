@@ -13,7 +13,7 @@ import numpy.typing as npt
 from prefopt.core.files import output_errors
 from prefopt.core.statistics import Interval, rate_interval
 from prefopt.data.table import GroupTable
-from prefopt.train import rows as items
+from prefopt.train.columns import preference_batch
 
 Floats = npt.NDArray[np.float64]
 BINS = 10
@@ -86,26 +86,26 @@ class Reliability:
 
 def reliability(reward_N: Floats, groups: GroupTable, indices: Sequence[int], which: str = "all") -> Reliability:
     """Of ``reward_N``, the rewards of the responses of ``groups[indices]``, one after the other."""
-    chosen = [groups[i] for i in indices]
-    rows = items.pairs_of(chosen, which, merge=True)
-    length_N = items.lengths_of(chosen)
-    owner_N = np.repeat(np.arange(len(chosen)), [len(g.continuations) for g in chosen])
+    batch = preference_batch([groups[i] for i in indices], "pairs", which, merge=True)
+    chosen_P, rejected_P = batch.at_N("chosen_P"), batch.at_N("rejected_P")
+    weight_P, label_P = batch.columns["weight_P"], batch.columns["label_P"]
+    owner_N = np.repeat(np.arange(len(batch)), batch.responses_G)
     prompt_G = np.unique(groups.prompt_key_G[np.asarray(indices)], return_inverse=True)[1].reshape(-1)
-    prompt_R = prompt_G[owner_N[rows.chosen]]
-    gap_R = reward_N[rows.chosen] - reward_N[rows.rejected]
-    longer_R = length_N[rows.chosen] - length_N[rows.rejected]
+    prompt_P = prompt_G[owner_N[chosen_P]]
+    gap_P = reward_N[chosen_P] - reward_N[rejected_P]
+    longer_P = batch.length_N[chosen_P] - batch.length_N[rejected_P]
     # How often the order is right: of votes that went both ways, as often as people agreed with it.
-    right_R = 0.5 + (rows.label - 0.5) * np.sign(gap_R)
-    per_prompt = np.bincount(prompt_R, rows.weight * right_R) / np.bincount(prompt_R, rows.weight)
-    ece, bins = calibration(1 / (1 + np.exp(-np.abs(gap_R))), right_R, rows.weight)
+    right_P = 0.5 + (label_P - 0.5) * np.sign(gap_P)
+    per_prompt = np.bincount(prompt_P, weight_P * right_P) / np.bincount(prompt_P, weight_P)
+    ece, bins = calibration(1 / (1 + np.exp(-np.abs(gap_P))), right_P, weight_P)
     return Reliability(
-        len(gap_R),
+        len(gap_P),
         float(per_prompt.mean()),
         rate_interval(per_prompt) if len(per_prompt) > 1 else None,
         ece,
         bins,
-        _by_length(longer_R, right_R),
-        float(np.average(0.5 + 0.5 * np.sign(longer_R), weights=rows.weight)),
+        _by_length(longer_P, right_P),
+        float(np.average(0.5 + 0.5 * np.sign(longer_P), weights=weight_P)),
     )
 
 

@@ -1,82 +1,42 @@
-"""The training loop: global batches cut into micro-batches, one optimiser step each, checkpoints in between."""
+"""The trainer: optimiser steps on batches, evaluations, checkpoints and reports, for every method.
+
+Where batches come from is a :class:`BatchSource`'s to say: data read once, or responses that are sampled as training
+goes on. A step of a run is one batch of data, or one round of sampled responses with several updates on them. A run
+that is stopped goes on to the same bits from its checkpoint, also from between two updates of a step.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from prefopt.core.files import output_errors
 from prefopt.core.stop import StopRequest
 from prefopt.core.terminal import Reporter
-from prefopt.data.group import Group
-from prefopt.data.sampler import Sampler
-from prefopt.data.table import GroupTable
-from prefopt.errors import Diverged, RunError
-from prefopt.model.memory import out_of_memory
+from prefopt.errors import Diverged
 from prefopt.model.packed_model import PackedModel
-from prefopt.model.packing import PackedBatch, pack, split
-from prefopt.model.precision import MasterWeights
+from prefopt.model.packing import PackedBatch
 from prefopt.reference.in_memory import Movement
 from prefopt.runs.callbacks import Callbacks, RunInfo
 from prefopt.runs.metrics import Averages, Metrics, Record, note
 from prefopt.train import checkpoint
-from prefopt.train.checkpoint import write_tensors
+from prefopt.train.batch import Batch
+from prefopt.train.budget import smaller_budget
 from prefopt.train.inputs import Values
 from prefopt.train.objective import Objective
-from prefopt.train.optim import Schedule, clip_, grad_norm
-from prefopt.train.step import Gradients, differentiate, evaluated
-
-
-def save_best(folder: Path, step: int, weights: Mapping[str, torch.Tensor]) -> None:
-    """Keep the weights of the best evaluation beside the checkpoints, in a file that its step names."""
-    path = _best(folder, step)
-    aside = folder / ".best.safetensors"
-    with output_errors(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(aside, weights)
-        aside.replace(path)
-
-
-def forget_bests(folder: Path, step: int | None) -> None:
-    """Remove the weights of earlier bests that neither the run nor a checkpoint still names."""
-    named = {step}
-    for state in folder.glob("step-*/state.json"):
-        try:
-            named.add(json.loads(state.read_text())["progress"]["best_step"])
-        except Exception:
-            return  # a damaged checkpoint: what it named is not known
-    for path in folder.glob("best-*.safetensors"):
-        if path not in {_best(folder, n) for n in named if n is not None}:
-            path.unlink()
-
-
-def load_best(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    """The weights of evaluation ``step``. Raises :class:`RunError` where they are not there."""
-    path = _best(folder, step)
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"{path}: the best weights cannot be read ({error}); the last ones are in the checkpoint beside it"
-        ) from error
-
-
-def _best(folder: Path, step: int) -> Path:
-    return folder / f"best-{step:08d}.safetensors"
+from prefopt.train.optim import Network, grad_norm
+from prefopt.train.step import Differentiator, Gradients, ReferenceInMemory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoopOptions:
-    """How long and how often. ``eval_every`` and ``save_every`` count steps; none: never (but see the loop)."""
+class TrainerOptions:
+    """How long and how often. ``eval_every`` counts steps (none: epochs), ``save_every`` too (none: see the source)."""
 
     steps: int
     max_grad_norm: float
@@ -87,237 +47,355 @@ class LoopOptions:
 
 
 @dataclass(slots=True)
-class Progress:
-    """Where a run stands; goes into every checkpoint."""
+class TrainerState:
+    """Where a run stands; goes into every checkpoint. ``done`` updates of the step at hand, whose ``records`` and
+    ``times`` (seconds by phase) are kept until the step is complete."""
 
     step: int = 0
+    done: int = 0
     token_budget: int = 0
+    seconds: float = 0.0
+    records: list[Record] = field(default_factory=list)
+    times: dict[str, float] = field(default_factory=dict)
     best_step: int | None = None
     best_loss: float = math.inf
     without_gain: int = 0
     stopped_early: bool = False
-    seconds: float = 0.0
+
+
+class BatchSource:
+    """Where the batches of a run come from. This one has none: subclasses say which."""
+
+    steps_per_epoch: int
+    updates: int = 1
+    """Optimiser updates in the step that was begun."""
+    draws: bool = False
+    """Whether steps begin by drawing responses: then checkpoints are written once these are there."""
+
+    def begin(self, trainer: Trainer) -> bool:
+        """Prepare the next step; whether responses were drawn for it, which a checkpoint should keep."""
+        return False
+
+    def batch(self, step: int, update: int) -> Batch:
+        """The global batch of an update of a step, both counted from 0."""
+        raise NotImplementedError
+
+    def beside(self, step: int, update: int) -> tuple[Objective, Batch, float, str] | None:
+        """A second objective of an update: it, its batch, its coefficient, and the name of its metric."""
+        return None
+
+    def end(self, trainer: Trainer, record: Record) -> Record:
+        """``record``, the averages over the updates of the step, with what is known of the whole step."""
+        return record
+
+    def saves(self, step: int) -> bool:
+        """Without ``save_every``: whether to keep a checkpoint after so many steps."""
+        return False
+
+    @property
+    def held_out(self) -> Batch | None:
+        """What evaluations look at."""
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {}
+
+    def tensors(self) -> dict[str, torch.Tensor] | None:
+        """Tensors for a checkpoint."""
+        return None
+
+    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None) -> None:
+        """Go back to what :meth:`state` and :meth:`tensors` gave."""
+
+
+Inspect = Callable[[int, int, Record, Batch, Values], None]
+"""Sees step, update, metrics, batch and values of an update before any weight moves; may raise."""
 
 
 @dataclass(slots=True, kw_only=True)
-class Loop:
-    """One run over ``groups``, of which ``train`` and ``held_out`` are indices.
+class Trainer:
+    """One run of ``objective`` on the batches of ``source``.
 
-    ``checkpoints`` is a folder; ``inspect_first`` sees the first step's metrics, groups and values before any weight
-    moves; ``after_save`` is called once a checkpoint is written. ``movement``: the reference moves; losses against
-    different ones cannot be compared, so that no evaluation is the best.
+    ``networks`` are what trains: the policy, or actor and critic. ``checkpoints`` is a folder; ``after_save`` is called
+    once a checkpoint is written. ``movement``: the reference moves; losses against different ones cannot be compared,
+    so that no evaluation is the best. ``measure`` gives metrics of speed from packed batches and seconds.
     """
 
     scorer: PackedModel
-    masters: MasterWeights
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
+    networks: Mapping[str, Network]
     objective: Objective
-    groups: Sequence[Group]
-    train: Sequence[int]
-    held_out: Sequence[int]
-    sampler: Sampler
-    options: LoopOptions
+    source: BatchSource
+    options: TrainerOptions
     metrics: Metrics
     reporter: Reporter
     checkpoints: Path
     stop: StopRequest
     token_budget: int
-    measure: Callable[[Sequence[PackedBatch], float], Record]
-    inspect_first: Callable[[Record, Sequence[int], Values], None] | None = None
+    reference: ReferenceInMemory | None = None
+    measure: Callable[[Sequence[PackedBatch], float], Record] | None = None
+    inspect: Inspect | None = None
     movement: Movement | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
     after_save: Callable[[], None] = lambda: None
-    progress: Progress = field(default_factory=Progress)
+    state: TrainerState = field(default_factory=TrainerState)
     averages: Averages = field(default_factory=Averages)
-    _saved: int | None = None
+    _saved: tuple[int, int] | None = None
+    _held_out: Batch | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.scorer.model.parameters()).device
 
-    def resume(self) -> Path | None:
-        """Go back to the newest whole checkpoint; returns it, or none where there is none (then lines are dropped)."""
-        found = checkpoint.newest(self.checkpoints)
-        if found is None:
-            self.metrics.forget_after(-1)
-            return None
-        path, saved = found
-        self.masters.load(saved.weights)
-        checkpoint.restore_optimizer(self.optimizer, saved.optimizer)
-        checkpoint.restore_random(saved.state["random"])
-        if self.movement is not None and saved.reference is not None:
-            self.movement.held.load(saved.reference)
-        for name, kept in saved.state.get("losses", {}).items():
-            now = self.objective.state[name]
-            self.objective.state[name] = {k: now[k].new_tensor(value) for k, value in kept.items()}
-        self.progress = Progress(**saved.state["progress"])
-        self.averages = Averages.from_dict(saved.state.get("averages", {}))
-        self.token_budget, self._saved = self.progress.token_budget, self.progress.step
-        self.metrics.forget_after(self.progress.step)
-        return path
+    @property
+    def first_network(self) -> Network:
+        """The policy."""
+        return next(iter(self.networks.values()))
 
-    def run(self) -> Progress:
-        """Train to the end, or to a stop: then :class:`prefopt.errors.Interrupted` follows on a checkpoint."""
-        progress, options = self.progress, self.options
-        self.scorer.train()
+    # -- the run -----------------------------------------------------------------------------------------------
+
+    def fit(self) -> TrainerState:
+        """Train to the end, or to a stop: then :class:`prefopt.errors.Interrupted` follows on a checkpoint.
+
+        Raises :class:`Diverged` where numbers are not finite, or the source says so.
+        """
+        state, steps = self.state, self.options.steps
         about = RunInfo(
             output=self.metrics.path.parent,
             options=self.callbacks.options,
             model=self.scorer.model,
-            steps=options.steps,
-            step=progress.step,
+            steps=steps,
+            step=state.step,
         )
-        with self.callbacks.around(about, self._keep), self.reporter.bar("train", options.steps, "steps") as bar:
-            while progress.step < options.steps and not progress.stopped_early:
-                started = time.monotonic()
-                record = self._step(progress.step)
-                progress.seconds += time.monotonic() - started
-                progress.step += 1
-                self.metrics.write({"step": progress.step, **record})
-                bar.update(progress.step, note(record), first=progress.step == 1)
-                evaluation = self._evaluate() if self._evaluation_due() else None
-                saved = self._save() if options.save_every and progress.step % options.save_every == 0 else None
-                self.callbacks.done(progress.step, record, evaluation, saved)
+        self.train_mode()
+        with self.callbacks.around(about, self.keep), self.reporter.bar("train", steps, "steps") as bar:
+            while state.step < steps and not state.stopped_early:
+                record, saved = self._step()
+                self.metrics.write({"step": state.step, **record})
+                bar.update(state.step, note(record), first=state.step == 1)
+                evaluation = self.evaluate() if self._evaluation_due() else None
+                if not self.source.draws and self._save_due(state.step):
+                    saved = self.keep()
+                self.callbacks.done(state.step, record, evaluation, saved)
                 if about.stopping:
-                    progress.stopped_early = True
-                    if self.held_out and evaluation is None:
-                        self.callbacks.done(progress.step, evaluation=self._evaluate())
-                if self.stop.signal is not None:
-                    self._keep()
-                self.stop.check(f" after step {progress.step} of {options.steps}")
-            self._keep()
-        return progress
+                    state.stopped_early = True
+                    if self._evaluates and evaluation is None:
+                        self.callbacks.done(state.step, evaluation=self.evaluate())
+                self.pause()
+            self.keep()
+        return state
 
-    def _keep(self) -> None:
-        """A checkpoint of where the run stands: what follows may fail, and nothing computed is lost."""
-        if self._saved != self.progress.step:
-            self._save()
+    def train_mode(self, mode: bool = True) -> None:
+        """Put all networks into training mode, or out of it."""
+        self.scorer.train(mode)
+        for network in self.networks.values():
+            network.train(mode)
 
-    def _step(self, step: int) -> Record:
-        while True:
-            started = time.monotonic()
-            try:
-                record, found = self._gradients(step)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                self.masters.zero_grad()
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                largest = max(self.scorer.layout.cost(self.groups[i]) for i in self._step_indices(step))
-                if self.token_budget <= largest:
-                    raise RunError(
-                        f"step {step + 1}: one pair of {largest} tokens does not fit into the device's memory; give"
-                        " --gradient-checkpointing, --lora or a smaller --max-length"
-                    ) from error
-                self.token_budget = max(largest, self.token_budget // 2)
-                self.reporter.say(f"out of memory: the step is repeated with {self.token_budget} tokens at once")
-                continue
-            self._update(step, record, found)
-            record |= self.objective.derived(record) | self.measure(found.batches, time.monotonic() - started)
-            rows = len(self._step_indices(step))
-            weights = {"loss": float(rows), **found.sums.weights}
-            ends_epoch = (step + 1) % self.sampler.steps_per_epoch == 0
-            self.averages.add(step + 1, rows, record, weights, ends_epoch=ends_epoch)
-            return record
+    def pause(self) -> None:
+        """Leave, with a checkpoint, where that was asked for."""
+        if self.stop.signal is not None:
+            self.keep()
+        done = self.state.done
+        within = f", {done} of the updates of the next one made" if done else ""
+        self.stop.check(f" after step {self.state.step} of {self.options.steps}{within}")
 
-    def _gradients(self, step: int) -> tuple[Record, Gradients]:
-        """Gradients of a global batch on the masters, and its metrics; weights stay as they are."""
-        indices = self._step_indices(step)
-        found = differentiate(self.scorer, self.objective, indices, lambda: self._micro_batches(indices))
-        return found.sums.means(grad_norm(self.masters.masters.values())), found
+    def _step(self) -> tuple[Record, Path | None]:
+        state, source, saved, started = self.state, self.source, None, time.monotonic()
+        if source.begin(self) and self._save_due(state.step):
+            saved = self.keep()
+        while state.done < source.updates:
+            begun = time.monotonic()
+            batch = source.batch(state.step, state.done)
+            record, weights = self._update(batch)
+            state.records.append(record)
+            state.done += 1
+            state.times["seconds/training"] = state.times.get("seconds/training", 0.0) + time.monotonic() - begun
+            if state.done < source.updates:
+                self.pause()
+        record = _means(state.records)
+        record["learning_rate"] = self.first_network.schedule(state.step)
+        record["epoch"] = (state.step + 1) / source.steps_per_epoch
+        ends_epoch = (state.step + 1) % source.steps_per_epoch == 0
+        self.averages.add(state.step + 1, len(batch), record, weights, ends_epoch=ends_epoch)
+        record = source.end(self, record)
+        state.step, state.done, state.records, state.times = state.step + 1, 0, [], {}
+        state.seconds += time.monotonic() - started
+        return record, saved
 
-    def _update(self, step: int, record: Record, found: Gradients) -> None:
-        record["learning_rate"] = self.schedule(step)
-        record["epoch"] = (step + 1) / self.sampler.steps_per_epoch
-        self._refuse_nonsense(step, record)
-        if step == 0 and self.inspect_first is not None:
-            self.inspect_first(record, self._step_indices(step), found.values)
-        clip_(self.masters.masters.values(), record["grad_norm"], self.options.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = record["learning_rate"]
-        try:
-            self.optimizer.step()
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            raise RunError(
-                f"step {step + 1}: the optimiser's state does not fit into the device's memory; give --lora, or a"
-                " smaller --token-budget"
-            ) from error
-        self.masters.publish()
-        self.masters.zero_grad()
+    def _save_due(self, step: int) -> bool:
+        every = self.options.save_every
+        return step % every == 0 if every else self.source.saves(step)
+
+    # -- an update ---------------------------------------------------------------------------------------------
+
+    def _update(self, batch: Batch) -> tuple[Record, dict[str, float]]:
+        """One optimiser update of a global batch; its metrics, and the weights that these were averaged with."""
+        step, update = self.state.step, self.state.done
+        started = time.monotonic()
+        found, extra = self._gradients(batch)
+        norms = {
+            "grad_norm" if n is self.first_network else f"grad_norm/{name}": n for name, n in self.networks.items()
+        }
+        record = found.sums.means({name: grad_norm(n.weights.masters.values()) for name, n in norms.items()})
+        for name, value in extra.items():
+            record["loss"] += value[0]
+            record[name] = value[1]
+        self._refuse_nonsense(step, record, [*norms])
+        if self.inspect is not None:
+            self.inspect(step, update, record, batch, found.values)
+        for name, network in norms.items():
+            network.update(step, record[name], self.options.max_grad_norm)
         self.objective.state = found.state
         if self.movement is not None:
-            self.movement.after(step + 1, self.masters)
+            self.movement.after(step + 1, self.first_network.weights.saved())
+        record = self.objective.derived(record)
+        if self.measure is not None:
+            record |= self.measure(found.packed, time.monotonic() - started)
+        return record, {"loss": float(len(batch)), **found.sums.weights}
 
-    def _step_indices(self, step: int) -> list[int]:
-        return [self.train[i] for i in self.sampler.batch(step)]
+    def _gradients(self, batch: Batch) -> tuple[Gradients, dict[str, tuple[float, float]]]:
+        """Gradients of a global batch on the weights; of the objective beside it, its share of the loss and its value.
 
-    def _micro_batches(self, indices: Sequence[int]) -> Iterator[tuple[list[int], PackedBatch]]:
-        costs = [self.scorer.layout.cost(self.groups[i]) for i in indices]
-        for part in split(indices, costs, self.token_budget):
-            yield part, pack([self.groups[i] for i in part], self.scorer.layout).to(self.device)
+        Where memory ends the update is done again with fewer tokens at once.
+        """
+        beside = self.source.beside(self.state.step, self.state.done)
+        while True:
+            try:
+                self.train_mode()
+                found = Differentiator(self.scorer, self.objective, self.reference).gradients(batch, self.token_budget)
+                if beside is None:
+                    return found, {}
+                objective, other, coefficient, name = beside
+                second = Differentiator(self.scorer, objective).gradients(other, self.token_budget, scale=coefficient)
+                value = second.sums.means()["loss"]
+                return found, {name: (coefficient * value, value)}
+            except RuntimeError as error:
+                self.zero_grad()
+                largest = max(self.scorer.layout.cost(group) for group in batch.groups)
+                self.halve(error, f"step {self.state.step + 1}", largest)
 
-    def _by_length(self, indices: Sequence[int]) -> list[int]:
-        tokens = GroupTable.of(self.groups).tokens_G[np.asarray(indices)]
-        return [indices[i] for i in np.argsort(tokens, kind="stable").tolist()]
+    def halve(self, error: RuntimeError, what: str, largest: int = 1) -> None:
+        """Halve the token budget after ``error``, to do ``what`` again; raises where it cannot be made smaller."""
+        self.token_budget = smaller_budget(error, self.token_budget, what, largest, self.device)
+        self.reporter.say(f"out of memory: {what} is done again with {self.token_budget} tokens at once")
 
-    def _refuse_nonsense(self, step: int, record: Record) -> None:
-        for name in ("loss", "grad_norm"):
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for network in self.networks.values():
+            network.weights.zero_grad()
+
+    def _refuse_nonsense(self, step: int, record: Record, norms: Sequence[str]) -> None:
+        for name in ("loss", *norms):
             if not math.isfinite(record[name]):
                 raise Diverged(
                     f"step {step + 1}: {name} is {record[name]}",
                     "lower --learning-rate, or try --dtype float32. Checkpoints written before are kept",
                 )
 
+    # -- evaluation --------------------------------------------------------------------------------------------
+
+    @property
+    def _evaluates(self) -> bool:
+        if self._held_out is None:
+            self._held_out = self.source.held_out
+        return self._held_out is not None
+
     def _evaluation_due(self) -> bool:
-        if not self.held_out:
+        if not self._evaluates:
             return False
-        step, every = self.progress.step, self.options.eval_every or self.sampler.steps_per_epoch
+        step, every = self.state.step, self.options.eval_every or self.source.steps_per_epoch
         return step % every == 0 or step == self.options.steps
 
-    @torch.no_grad()
-    def _evaluate(self) -> Record:
-        progress = self.progress
-        self.scorer.eval()
-        indices = self._by_length(self.held_out)
-        record = evaluated(self.scorer, self.objective, indices, self._micro_batches(indices)).means()
-        record |= self.objective.derived(record)
-        self.scorer.train()
-        self.metrics.write({"step": progress.step, **{f"eval_{name}": value for name, value in record.items()}})
-        better = self.movement is None and record["loss"] < progress.best_loss
-        self.reporter.say(
-            f"step {progress.step}: held out: {', '.join(note(record))}{' (best so far)' if better else ''}"
-        )
+    def evaluate(self) -> Record:
+        """The metrics on what is held out; the weights are kept where its loss is the lowest so far."""
+        state = self.state
+        assert self._held_out is not None
+        self.train_mode(False)
+        sums = Differentiator(self.scorer, self.objective, self.reference).evaluate(self._held_out, self.token_budget)
+        record = self.objective.derived(sums.means())
+        self.train_mode()
+        self.metrics.write({"step": state.step, **{f"eval_{name}": value for name, value in record.items()}})
+        better = self.movement is None and record["loss"] < state.best_loss
+        best = " (best so far)" if better else ""
+        self.reporter.say(f"step {state.step}: held out: {', '.join(note(record))}{best}")
         if better:
-            progress.best_step, progress.best_loss, progress.without_gain = progress.step, record["loss"], 0
-            save_best(self.checkpoints, progress.step, dict(self.masters.saved()))
-            forget_bests(self.checkpoints, progress.step)
+            state.best_step, state.best_loss, state.without_gain = state.step, record["loss"], 0
+            checkpoint.save_best(self.checkpoints, state.step, dict(self.first_network.weights.saved()))
+            checkpoint.forget_bests(self.checkpoints, state.step)
         elif self.movement is None:
-            progress.without_gain += 1
+            state.without_gain += 1
             patience = self.options.early_stopping
-            progress.stopped_early = patience is not None and progress.without_gain >= patience
-            if progress.stopped_early:
-                self.reporter.say(f"stopping early: no lower loss in {patience} evaluations since {progress.best_step}")
+            state.stopped_early = patience is not None and state.without_gain >= patience
+            if state.stopped_early:
+                self.reporter.say(f"stopping early: no lower loss in {patience} evaluations since {state.best_step}")
         return record
 
-    def _save(self) -> Path:
-        self.progress.token_budget = self.token_budget
-        state = {"step": self.progress.step, "progress": asdict(self.progress), "random": checkpoint.random_states()}
-        state["losses"] = {name: {k: float(v) for k, v in kept.items()} for name, kept in self.objective.state.items()}
-        state["averages"] = self.averages.to_dict()
-        optimizer = checkpoint.optimizer_tensors(self.optimizer)
-        weights = dict(self.masters.saved())
-        reference = self.movement.held.saved() if self.movement is not None else None
+    # -- checkpoints -------------------------------------------------------------------------------------------
+
+    def keep(self) -> Path | None:
+        """Write a checkpoint of where the run stands, unless there is one: what follows may fail."""
+        state = self.state
+        if self._saved == (state.step, state.done):
+            return None
+        state.token_budget = self.token_budget
+        saved: dict[str, Any] = {
+            "step": state.step,
+            "progress": asdict(state),
+            "random": checkpoint.random_states(),
+            "losses": {name: {k: float(v) for k, v in kept.items()} for name, kept in self.objective.state.items()},
+            "averages": self.averages.to_dict(),
+            "source": self.source.state(),
+        }
         path = checkpoint.save(
-            self.checkpoints, weights, optimizer, state, keep_last=self.options.keep_last, reference=reference
+            self.checkpoints,
+            checkpoint.joined({name: n.weights.saved() for name, n in self.networks.items()}),
+            checkpoint.joined({name: checkpoint.optimizer_tensors(n.optimizer) for name, n in self.networks.items()}),
+            saved,
+            keep_last=self.options.keep_last,
+            done=state.done,
+            reference=self.movement.held.saved() if self.movement is not None else None,
+            rollouts=self.source.tensors(),
         )
-        self._saved = self.progress.step
+        self._saved = (state.step, state.done)
         self.after_save()
-        forget_bests(self.checkpoints, self.progress.best_step)
+        checkpoint.forget_bests(self.checkpoints, state.best_step)
         if self.options.save_every or self.stop.signal is not None:
             self.reporter.say(f"checkpoint: {path}")
         return path
+
+    def resume(self) -> None:
+        """Go back to the newest whole checkpoint; where there is none the run starts at its first step."""
+        found = checkpoint.newest(self.checkpoints)
+        if found is None:
+            self.metrics.forget_after(-1)
+            none = "no checkpoint that is whole" if self.checkpoints.exists() else "no checkpoint yet"
+            self.reporter.say(f"{none}: starting at the first step")
+            return
+        path, saved = found
+        for name, network in self.networks.items():
+            network.weights.load(checkpoint.part_of(name, saved.weights))
+            checkpoint.restore_optimizer(network.optimizer, checkpoint.part_of(name, saved.optimizer))
+        checkpoint.restore_random(saved.state["random"])
+        if self.movement is not None and saved.reference is not None:
+            self.movement.held.load(saved.reference)
+        for name, kept in saved.state.get("losses", {}).items():
+            now = self.objective.state[name]
+            self.objective.state[name] = {k: now[k].new_tensor(value) for k, value in kept.items()}
+        progress: dict[str, Any] = saved.state["progress"]
+        known = {f.name for f in fields(TrainerState)}
+        self.state = TrainerState(**{name: value for name, value in progress.items() if name in known})
+        # Checkpoints of earlier versions hold the source's state beside the trainer's.
+        self.source.restore(saved.state.get("source", progress), saved.rollouts)
+        self.averages = Averages.from_dict(saved.state.get("averages", {}))
+        self.token_budget = self.state.token_budget
+        self._saved = (self.state.step, self.state.done)
+        self.metrics.forget_after(self.state.step)
+        self.reporter.say(f"resumed: {path}")
+
+
+def _means(records: Sequence[Record]) -> Record:
+    """Averages over the updates of a step."""
+    if len(records) == 1:
+        return records[0]
+    return {name: float(np.mean([r[name] for r in records])) for name in records[0]}

@@ -1,8 +1,8 @@
 """From a comparison to a group: chat template, token ids, trained masks.
 
 Each response is rendered with its prompt as one text. What is trained is known in characters first (see
-:mod:`prefopt.data.chat.answers`), then in tokens (see :mod:`prefopt.data.chat.encoding`): those that cover the answer, decoded,
-are the answer and its end-of-turn token. What a template puts after the last one is neither trained nor kept.
+:mod:`prefopt.data.chat.answers`), then in tokens (see :mod:`prefopt.data.chat.encoding`): those that cover the answer,
+decoded, are the answer and its end-of-turn token. What a template puts after the last one is neither trained nor kept.
 """
 
 from __future__ import annotations

@@ -83,8 +83,8 @@ class Rendering:
     def digest(self) -> str:
         """16 bytes in hexadecimal that name these values, the same in every process.
 
-        The date is left out: whether it counts depends on the template. :meth:`prefopt.data.chat.render.Renderer.digest`
-        covers that too, and the tokenizer with its template.
+        The date is left out: whether it counts depends on the template.
+        :meth:`prefopt.data.chat.render.Renderer.digest` covers that too, and the tokenizer with its template.
         """
         values = {name: value for name, value in asdict(self).items() if name != "date"}
         text = json.dumps(values, sort_keys=True, ensure_ascii=True)

@@ -1,7 +1,6 @@
 """Over-long rows: the prompt is cut from the left, then the end of each response.
 
-The prompt of a conversation has been made to fit before (see :mod:`prefopt.data.chat.truncate`): what is cut here from the
-left is plain text.
+Of the prompt of a conversation whole turns go first, the oldest first, then words of the system message.
 
 >>> ids = [1, 2, 3, 4, 5, 6, 7, 8]
 >>> cut = truncate([(ids, [0, 0, 0, 0, 1, 1, 1, 1])], max_length=4)

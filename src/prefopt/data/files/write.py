@@ -7,8 +7,8 @@
 ['messages: list<item: struct<role: string, name: string>>', 'id: extension<arrow.json>']
 
 A column whose values have one type gets that type. Any other is written as JSON (arrow's ``arrow.json``, parquet's
-``JSON``), which :mod:`prefopt.data.files.columnar` decodes. In ``loose`` columns objects may lack keys of one another: what
-reads them takes null for absent.
+``JSON``), which :mod:`prefopt.data.files.columnar` decodes. In ``loose`` columns objects may lack keys of one another:
+what reads them takes null for absent.
 """
 
 from __future__ import annotations

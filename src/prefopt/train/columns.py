@@ -1,24 +1,17 @@
-"""What a loss is computed on: pairs, labelled responses or rankings, as arrays over the responses of some groups.
+"""Columns of a batch that come from the data alone: pairs, labels or rankings, and scores.
 
-The responses of G groups laid end to end are numbered 0 to N - 1; every index here is one of those numbers.
-
->>> import numpy as np
->>> from prefopt.data.group import Group
 >>> rows = [([1, 2, n], [False, False, True]) for n in (3, 4, 5)]
 >>> group = Group.from_sequences(rows, row=1, pairs=((0, 1), (0, 2), (1, 2)))
->>> found = pairs_of([group, group], "all")
->>> found.chosen.tolist(), found.rejected.tolist(), found.weight.round(3).tolist()
-([0, 0, 1, 3, 3, 4], [1, 2, 2, 4, 5, 5], [0.333, 0.333, 0.333, 0.333, 0.333, 0.333])
-
-They are fixed by the order of the data: a row's prompt with as many responses as it has itself, taken from the rows
-behind it whose prompt is another one (from the first row again after the last). So they are the same whatever the seed,
-and their reference values are kept like all others.
+>>> found = columns_of([group, group], "pairs")
+>>> found["pairs_G"].tolist(), found["chosen_P"].tolist(), found["rejected_P"].tolist()
+([3, 3], [0, 0, 1, 0, 0, 1], [1, 2, 2, 1, 2, 2])
+>>> found["weight_P"].round(3).tolist()
+[0.333, 0.333, 0.333, 0.333, 0.333, 0.333]
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -28,113 +21,75 @@ import numpy.typing as npt
 from prefopt.data.group import BoolArray, Group, IntArray
 from prefopt.data.table import GroupTable, Part, TableBuilder
 from prefopt.errors import DataError
+from prefopt.losses.declare import Kind
+from prefopt.train.batch import Batch, Column
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 Weighted = tuple[int, int, float]  # preferred, dispreferred, weight
 WHICH = ("all", "best-worst")
 """``all``: every pair that the data give. ``best-worst``: the best response (or tied best) against the worst."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Pairs:
-    """P pairs: ``chosen`` and ``rejected`` responses, ``weight`` (1 in sum for each group), ``label``: the probability
-    that the chosen one is better, 1 but where people's votes went both ways and were put together."""
-
-    chosen: Ints
-    rejected: Ints
-    weight: Floats
-    label: Floats
+def preference_batch(groups: Sequence[Group], kind: Kind, which: str = "all", *, merge: bool = False) -> Batch:
+    """``groups`` with the columns of :func:`columns_of`."""
+    return Batch(groups, columns_of(groups, kind, which, merge=merge))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Labels:
-    """Labelled responses: ``response``, ``label`` (desirable or not) and ``weight``."""
+def columns_of(groups: Sequence[Group], kind: Kind, which: str = "all", *, merge: bool = False) -> dict[str, Column]:
+    """``score_N`` (NaN: none) and, by ``kind``, what losses are computed on.
 
-    response: Ints
-    label: npt.NDArray[np.bool_]
-    weight: Floats
+    ``pairs``: ``pairs_G`` how many a group has, ``chosen_P`` and ``rejected_P`` responses, ``weight_P`` (1 in sum for
+    each group, whatever its K: InstructGPT, otherwise a prompt with many responses is overfitted) and ``label_P``, the
+    probability that the chosen one is better. ``which``: see :data:`WHICH`. ``merge``: votes for both sides of a pair
+    become one pair with a label between 0 and 1.
 
+    ``labels``: ``label_N``, whether a response is desirable. ``ranking``: ``ranked_N`` the responses of each group,
+    best first, and ``tier_N`` the tier of each of those (0 the best, equal where tied).
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Rankings:
-    """Responses with ``tier`` (0 the best, equal where tied) and ``group`` (0 to G - 1), those of a group together."""
-
-    response: Ints
-    tier: Ints
-    group: Ints
-
-    @property
-    def last(self) -> npt.NDArray[np.bool_]:
-        """Whether a response stands in the last tier of its group."""
-        last = np.zeros(int(self.group.max(initial=-1)) + 1, np.int64)
-        np.maximum.at(last, self.group, self.tier)
-        found: npt.NDArray[np.bool_] = self.tier == last[self.group]
-        return found
-
-
-def starts_of(groups: Sequence[Group]) -> Ints:
-    """Number of the first response of each group, and N behind them, [G + 1]."""
-    return np.cumsum([0, *(len(g.continuations) for g in groups)], dtype=np.int64)
-
-
-def lengths_of(groups: Sequence[Group]) -> Ints:
-    """Trained tokens of each response, [N]."""
-    return np.array([int(c.trained.sum()) for g in groups for c in g.continuations], np.int64)
-
-
-def scores_of(groups: Sequence[Group]) -> Floats:
-    """The data's score of each response, [N]; NaN where it has none."""
-    none = float("nan")
-    return np.array([s for g in groups for s in (g.scores or [none] * len(g.continuations))], np.float64)
-
-
-def pairs_of(groups: Sequence[Group], which: str, *, merge: bool = False) -> Pairs:
-    """The pairs of ``groups``; see :data:`WHICH`. The pairs of a group weigh 1 together, whatever its K (InstructGPT:
-    otherwise a prompt with many responses is overfitted).
-
-    ``merge``: votes for both sides of a pair become one pair with a label between 0 and 1.
-    Raises :class:`DataError` for a group that has no pair.
+    Raises :class:`DataError` for a group that lacks them.
     """
-    rows: list[tuple[int, int, float, float]] = []
-    for group, start in zip(groups, starts_of(groups).tolist(), strict=False):
-        found = _weighted(group) if which == "all" else _best_against_worst(group)
-        total = sum(w for _, _, w in found)
-        labelled = _merged(found) if merge else [(a, b, w, 1.0) for a, b, w in found]
-        rows += [(start + a, start + b, w / total, p) for a, b, w, p in labelled]
-    columns: Any = np.array(rows, np.float64).reshape(-1, 4).T
-    return Pairs(columns[0].astype(np.int64), columns[1].astype(np.int64), columns[2], columns[3])
-
-
-def paired_of(groups: Sequence[Group], which: str) -> npt.NDArray[np.bool_]:
-    """Which responses [N] :func:`pairs_of` reads: those of its pairs, and where votes alone give an order, all."""
-    starts = starts_of(groups)
-    read = np.zeros(int(starts[-1]), np.bool_)
-    for group, start in zip(groups, starts.tolist(), strict=False):
-        found = _weighted(group) if which == "all" else _best_against_worst(group)
-        everyone = range(len(group.continuations))
-        read[[start + k for k in ({k for pair in found for k in pair[:2]} if group.tiers else everyone)]] = True
-    return read
-
-
-def labels_of(groups: Sequence[Group]) -> Labels:
-    """Every response with its label. Raises :class:`DataError` for a group without labels."""
+    none = float("nan")
+    scores = [s for g in groups for s in (g.scores or [none] * len(g.continuations))]
+    found: dict[str, Column] = {"score_N": np.array(scores, np.float64)}
+    if kind == "pairs":
+        return found | _pair_columns(groups, which, merge=merge)
+    if kind == "ranking":
+        tiers = [(k, tier) for group in groups for tier, members in enumerate(_tiers(group)) for k in members]
+        order: Any = np.array(tiers, np.int64).reshape(-1, 2).T
+        return found | {"ranked_N": order[0], "tier_N": order[1]}
     for group in groups:
         if group.labels is None:
             raise DataError("its responses have no labels; take a loss on pairs", row=group.row)
-    label = np.array([label for g in groups for label in g.labels or ()], np.bool_)
-    return Labels(np.arange(len(label), dtype=np.int64), label, np.ones(len(label)))
+    return found | {"label_N": np.array([label for g in groups for label in g.labels or ()], np.bool_)}
 
 
-def rankings_of(groups: Sequence[Group]) -> Rankings:
-    """Every response with its tier. Raises :class:`DataError` for a group whose data give no order."""
-    response, tiers, owner = [], [], []
-    for g, (group, start) in enumerate(zip(groups, starts_of(groups).tolist(), strict=False)):
-        for tier, members in enumerate(_tiers(group)):
-            response += [start + k for k in members]
-            tiers += [tier] * len(members)
-            owner += [g] * len(members)
-    return Rankings(np.array(response, np.int64), np.array(tiers, np.int64), np.array(owner, np.int64))
+def _pair_columns(groups: Sequence[Group], which: str, *, merge: bool) -> dict[str, Column]:
+    rows: list[tuple[int, int, float, float]] = []
+    counts = []
+    for group in groups:
+        found = _weighted(group) if which == "all" else _best_against_worst(group)
+        total = sum(w for _, _, w in found)
+        labelled = list(_merged(found)) if merge else [(a, b, w, 1.0) for a, b, w in found]
+        rows += [(a, b, w / total, p) for a, b, w, p in labelled]
+        counts.append(len(labelled))
+    columns: Any = np.array(rows, np.float64).reshape(-1, 4).T
+    return {
+        "pairs_G": np.array(counts, np.int64),
+        "chosen_P": columns[0].astype(np.int64),
+        "rejected_P": columns[1].astype(np.int64),
+        "weight_P": columns[2],
+        "label_P": columns[3],
+    }
+
+
+def paired_of(groups: Sequence[Group], which: str) -> npt.NDArray[np.bool_]:
+    """Which responses [N] :func:`columns_of` reads: those of its pairs, and where votes alone give an order, all."""
+    read = []
+    for group in groups:
+        found = _weighted(group) if which == "all" else _best_against_worst(group)
+        everyone = range(len(group.continuations))
+        some = {k for pair in found for k in pair[:2]} if group.tiers else everyone
+        read += [k in some for k in everyone]
+    return np.array(read, np.bool_)
 
 
 def weights_of(group: Group, kind: str, which: str) -> list[float]:

@@ -1,5 +1,5 @@
-"""What the losses of a run compare the policy with: a reference, kept as values or in memory, and responses to other
-prompts. Losses that need neither get neither.
+"""Reference log-probabilities for the data of a run, cached or from a model in memory, and mismatched responses, for
+the losses that use them.
 """
 
 from __future__ import annotations
@@ -13,25 +13,60 @@ from prefopt.core.stop import StopRequest
 from prefopt.core.terminal import Reporter, duration
 from prefopt.data.table import GroupTable, IndexArray
 from prefopt.losses.parse import Term
-from prefopt.model.scorer import Scorer
+from prefopt.model.kernels.distributions import Distributions
+from prefopt.model.packed_model import PackedModel
+from prefopt.model.packing import PackedBatch, pack
+from prefopt.model.scorer import Scorer, response_sums
 from prefopt.reference.cache import ReferenceValues
 from prefopt.reference.in_memory import LiveReference, Movement
 from prefopt.runs.folder import RunFolder
 from prefopt.train import budget
+from prefopt.train.batch import MicroBatch
+from prefopt.train.columns import mismatched
 from prefopt.train.data import TrainingData
+from prefopt.train.inputs import Values
 from prefopt.train.loss_options import names_of
-from prefopt.train.objective import PreferenceObjective
 from prefopt.train.policy import Policy
-from prefopt.train.reference import ReferenceRun, at, without_values
-from prefopt.train.rows import mismatched
+from prefopt.train.reference import ReferenceRun, at
 
 SCORING_AHEAD = 4
 """The reference is scored in batches this much larger than training's: no activations are kept for backward."""
 
 
-class Against:
-    """See the module. ``reference`` is none where no loss needs one; ``max_length`` cuts what is put together here.
-    ``read``: the groups of the data that ``steps`` steps read, where that is not all; no other is scored."""
+class InMemoryColumns:
+    """Values scored without gradients for each micro-batch: those of a reference in memory, unless it is compared by
+    distributions, and the policy's of mismatched responses."""
+
+    def __init__(self, live: LiveReference | None, *, compares: bool, tokens: bool) -> None:
+        """``tokens``: log-probabilities of tokens are wanted beside those of responses."""
+        self.live, self._compares, self._tokens = live, compares, tokens
+
+    def values(self, scorer: PackedModel, micro: MicroBatch) -> Values:
+        """``ref_logp_N`` (and ``_M``), ``mismatched_logp_N``, ``mismatched_ref_logp_N``: those that are wanted."""
+        found: Values = {}
+        if self.live is not None and not self._compares:
+            logp_M = self.live.logprobs(micro.packed)
+            found["ref_logp_N"] = response_sums(logp_M, micro.packed)
+            if self._tokens:
+                found["ref_logp_M"] = logp_M
+        if micro.batch.mismatched is not None:
+            other = pack(micro.batch.mismatched.groups, scorer.layout).to(micro.packed.target.device)
+            found["mismatched_logp_N"] = response_sums(scorer(other), other)
+            if self.live is not None:
+                found["mismatched_ref_logp_N"] = response_sums(self.live.logprobs(other), other)
+        return found
+
+    def distributions(self, packed: PackedBatch) -> Distributions | None:
+        """The reference's next-token distributions."""
+        return None if self.live is None else self.live.distributions(packed)
+
+
+class ReferencePlan:
+    """What the losses of a run need beside the data: prepared before the model trains, and filled in afterwards.
+
+    ``reference`` is none where no loss needs one; ``max_length`` cuts mismatched sequences. ``read``: the groups of the
+    data that ``steps`` steps read, where that is not all; no others are scored.
+    """
 
     def __init__(
         self,
@@ -45,11 +80,12 @@ class Against:
         steps: int = 0,
         read: IndexArray | None = None,
     ) -> None:
-        self.read = read
         self.config, self.terms, self.data, self.reference, self.reporter = config, terms, data, reference, reporter
+        self.read = read
         self.movement: Movement | None = None
         whole = [term.loss.name for term in terms if term.loss.needs_distributions]
-        self.live = reference is not None and (bool(whole) or config.reference_every is not None)
+        self.compares = bool(whole)
+        self.live = reference is not None and (self.compares or config.reference_every is not None)
         if reference is None:
             reporter.say(f"reference: none is loaded, {names_of(terms)} compares with none")
         else:
@@ -64,16 +100,16 @@ class Against:
                 f"reference: {len(read)} of {len(data.groups)} {data.noun} are read in {steps} steps"
                 f"{' and evaluations' if data.held_out else ''}; no others are scored"
             )
-        self.others: GroupTable | None = None
+        self.mismatched: GroupTable | None = None
         if any(term.loss.needs_mismatched for term in terms):
-            self.others, cut = mismatched(data.groups, max_length)
+            self.mismatched, cut = mismatched(data.groups, max_length)
             said = f", {cut} of them cut to {max_length} tokens" if cut else ""
-            reporter.say(f"loss: compares with {len(self.others.key_N)} responses to other prompts{said}")
+            reporter.say(f"loss: compares with {len(self.mismatched.key_N)} responses to other prompts{said}")
 
     @property
     def groups(self) -> GroupTable:
-        """The data's groups, and behind them those with responses to other prompts."""
-        return self.data.groups + self.others if self.others is not None else self.data.groups
+        """The data's groups, and behind them those with mismatched responses."""
+        return self.data.groups + self.mismatched if self.mismatched is not None else self.data.groups
 
     @property
     def scored(self) -> GroupTable:
@@ -81,8 +117,8 @@ class Against:
         return self.groups if (read := self._read()) is None else at(self.groups, read)
 
     def _read(self) -> IndexArray | None:
-        """Where the groups that are read stand in :attr:`groups`: each has its responses to other prompts behind."""
-        if self.read is None or self.others is None:
+        """The places in :attr:`groups` of the groups that are read and of their mismatched responses."""
+        if self.read is None or self.mismatched is None:
             return self.read
         return np.concatenate([self.read, self.read + len(self.data.groups)])
 
@@ -92,6 +128,19 @@ class Against:
             return 0
         self.reference.check_fits(self.groups)
         return 0 if self.live else self.reference.missing(self.scored)
+
+    def say_missing(self) -> None:
+        """Tell how much is to be scored before training."""
+        self._missing = self.missing()
+        if self.reference is not None and not self.live:
+            self.reporter.say(f"reference: {self._missing or 'no'} responses are still to be scored")
+
+    def seconds_ahead(self, scorer: Scorer, speed: float) -> float | None:
+        """Seconds that this takes, after :meth:`say_missing`, at ``speed`` tokens of training per second."""
+        if self.reference is None or self.live:
+            return None
+        # Forward alone is a third of a training step's work.
+        return int(scorer.layout.costs(self.scored).sum()) / (3 * speed) if self._missing else 0.0
 
     def values(self, scorer: Scorer, folder: RunFolder, stop: StopRequest) -> ReferenceValues | None:
         """The reference's values for all responses, where they are wanted beforehand.
@@ -117,22 +166,13 @@ class Against:
         )
         return values
 
-    def objective(self, policy: Policy, values: ReferenceValues | None) -> PreferenceObjective:
-        """The losses with all they compare with; ``policy`` is trainable already."""
+    def in_memory(self, policy: Policy) -> InMemoryColumns | None:
+        """What is scored with every micro-batch, where anything is; ``policy`` is trainable already."""
         live = self._live_reference(policy) if self.live else None
-        return PreferenceObjective(
-            self.terms,
-            self.data.groups,
-            values,
-            device=policy.device,
-            pairs=self.config.pairs or "all",
-            mismatched=self.others,
-            live=live,
-        )
-
-    def preview(self, policy: Policy) -> PreferenceObjective:
-        """The same before the reference has been scored, to try a step."""
-        return self.objective(policy, None if self.live or self.reference is None else without_values(self.groups, 0.0))
+        if live is None and self.mismatched is None:
+            return None
+        tokens = any(term.loss.needs_head_values for term in self.terms)
+        return InMemoryColumns(live, compares=self.compares, tokens=tokens)
 
     def _live_reference(self, policy: Policy) -> LiveReference:
         assert self.reference is not None
