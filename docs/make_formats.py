@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from prefopt.data.layouts import LAYOUTS
+from prefopt.data.layouts import LAYOUTS, example, families
 from prefopt.data.layouts.layout import Layout
-from prefopt.data.layouts.show import example, families
 
 PAGE = Path(__file__).with_name("formats.md")
 MARKS = re.compile(r"(<!-- (layouts|precedence) -->\n).*?(<!-- end -->)", re.S)

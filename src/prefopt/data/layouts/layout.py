@@ -106,8 +106,8 @@ NOT_READ = ("images", "videos", "audios", "image", "video", "audio", "functions"
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
-    """Columns by another name (``{"prompt": "question"}``), and the keys and roles of messages.
+class ColumnMap:
+    """ColumnMap by another name (``{"prompt": "question"}``), and the keys and roles of messages.
 
     ``refused`` are further columns that a row may not use, such as pictures. ``cells``: the rows are those of a table
     of text, where true, false and numbers are written out. ``means`` says what labels mean (``--label-means``), and
@@ -122,7 +122,7 @@ class Columns:
     ignored: tuple[str, ...] = ()
 
 
-PLAIN = Columns()
+PLAIN = ColumnMap()
 
 
 def _as_it_is(c: Comparison) -> Comparison:
@@ -190,7 +190,7 @@ class Layout:
         """The field that ``--columns`` means by a name, or None."""
         return name if name in self.known else self.aliases.get(name) or self.words.get(name)
 
-    def column_of(self, name: str, row: Mapping[str, object], columns: Columns = PLAIN) -> str | None:
+    def column_of(self, name: str, row: Mapping[str, object], columns: ColumnMap = PLAIN) -> str | None:
         """The column of a row that holds a field, or None where it is absent."""
         for given, column in columns.names.items():
             if self.field_of(given) == name:
@@ -201,7 +201,7 @@ class Layout:
         own = (name, *(a for a, of in self.aliases.items() if of == name))
         return next((c for c in own if c not in taken and row.get(c) is not None), None)
 
-    def own(self, looks: Mapping[str, str], columns: Columns = PLAIN) -> Collection[str]:
+    def own(self, looks: Mapping[str, str], columns: ColumnMap = PLAIN) -> Collection[str]:
         """The columns it reads that have names of their own, given the look of every column under its field's name."""
         if self.reads is None:
             return ()
@@ -209,7 +209,7 @@ class Layout:
         left = {name: text if seen == "text" else seen for name, seen in looks.items() if name not in columns.ignored}
         return self.reads(left)
 
-    def fits(self, row: Mapping[str, object], columns: Columns = PLAIN, *, any_shape: bool = False) -> bool:
+    def fits(self, row: Mapping[str, object], columns: ColumnMap = PLAIN, *, any_shape: bool = False) -> bool:
         """Whether a row has the fields, and the shape too unless ``any_shape`` will do."""
         if any(self.column_of(name, row, columns) is None for name in self.fields):
             return False
@@ -219,7 +219,7 @@ class Layout:
         sides = (side for side in SIDES if side not in self.known and side not in columns.ignored)
         return all(named.get(side) is None for side in sides) and self.shape(named)
 
-    def parse(self, row: object, number: int, file: str, columns: Columns = PLAIN) -> Comparison:
+    def parse(self, row: object, number: int, file: str, columns: ColumnMap = PLAIN) -> Comparison:
         """The comparison that row ``number`` (from 1) of a file holds; raises :class:`BadRow` where it holds none."""
         if not isinstance(row, dict):
             raise BadRow("not an object", f"is {kind(row)}, not an object with named fields")
@@ -263,7 +263,7 @@ class Layout:
             raise DataError(what, file=c.file or None, row=c.row) from None
         return row
 
-    def _named(self, row: Mapping[str, object], columns: Columns) -> Mapping[str, object]:
+    def _named(self, row: Mapping[str, object], columns: ColumnMap) -> Mapping[str, object]:
         """The row with every column under the name of its field."""
         if not columns.names and not columns.ignored and not (self.aliases and any(a in row for a in self.aliases)):
             return row

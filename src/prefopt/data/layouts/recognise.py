@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from prefopt.core.options import nearest
 from prefopt.data.layouts import LAYOUTS
-from prefopt.data.layouts.columns import responses_among, single_messages, suggestion
-from prefopt.data.layouts.layout import PLAIN, SIDES, Columns, Layout
+from prefopt.data.layouts.layout import PLAIN, SIDES, ColumnMap, Layout
 from prefopt.data.layouts.shapes import look
 from prefopt.data.layouts.values import kind
 from prefopt.data.problems import NAMED_ROWS
@@ -49,21 +48,11 @@ class _Seen:
         return rows + (f", ..., {self.count} in all" if self.count > len(self.first) else "")
 
 
-def named_layout(name: str) -> Layout:
-    """The layout of ``--format``; dashes, spaces and underscores are one. Raises :class:`ConfigError`."""
-    plain = "-".join(name.replace("_", " ").replace("-", " ").split()).lower()
-    if plain not in LAYOUTS:
-        known = list(LAYOUTS)
-        guess = nearest(plain, known) or f"; there are {', '.join(known)}"
-        raise ConfigError(f"{name!r} is no layout{guess}")
-    return LAYOUTS[plain]
-
-
 def recognise(
     rows: Iterable[object],
     file: str,
     named: Layout | None = None,
-    columns: Columns = PLAIN,
+    columns: ColumnMap = PLAIN,
     *,
     asked: Mapping[str, str] = NONE,
     why: str = "",
@@ -103,7 +92,7 @@ def recognise(
 class _Survey:
     """What was seen of the rows: ``layouts``, the first row of none, and the columns with the look of their values."""
 
-    def __init__(self, candidates: Sequence[Layout], columns: Columns, *, any_shape: bool) -> None:
+    def __init__(self, candidates: Sequence[Layout], columns: ColumnMap, *, any_shape: bool) -> None:
         self.candidates, self.columns, self.any_shape = candidates, columns, any_shape
         self.layouts: dict[str, _Seen] = {}
         self.names: dict[str, str] = {}
@@ -142,7 +131,7 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(name if name and name.isprintable() else repr(name) for name in names[:NAMED_COLUMNS]) + more
 
 
-def _candidates(columns: Columns) -> list[Layout]:
+def _candidates(columns: ColumnMap) -> list[Layout]:
     """Layouts that know every name of ``--columns``; those that call a column so themselves go before others."""
     found = [x for x in LAYOUTS.values() if all(x.field_of(name) for name in columns.names)]
     found.sort(key=lambda x: sum(name in x.words for name in columns.names))
@@ -175,7 +164,7 @@ def _lost(unread: Sequence[str], names: Mapping[str, str]) -> str:
     return f"{listed(found)} {seem} not read: {typed}; or {ignore}"
 
 
-def _unread(layout: Layout, names: Mapping[str, str], columns: Columns) -> list[str]:
+def _unread(layout: Layout, names: Mapping[str, str], columns: ColumnMap) -> list[str]:
     meant = {layout.field_of(name): column for name, column in columns.names.items()}
     fields = {str(name): names[column] for name, column in meant.items() if column in names}
     read = {*layout.known, *layout.aliases, *layout.own({**names, **fields}, columns)}
@@ -211,3 +200,105 @@ def _unknown(survey: _Survey, file: str, why: str) -> DataError:
     columns = listed([str(name) for name in row]) or "no fields"
     what = f"unknown layout: no row has all fields of one; row {number} has {columns}; {hint}; {remedy}"
     return DataError(what, file=file)
+
+
+WORD = re.compile(r"[a-z]+|[A-Z][a-z]*")
+HOLDS = frozenset(
+    "response responses answer answers completion completions output outputs generation generations reply replies"
+    " candidate candidates prediction predictions summary summaries chosen rejected preferred dispreferred"
+    " better worse good bad pos neg positive negative winner loser".split()
+)
+# Beside one of the words above, these say that the column is about responses, or holds those of a reference.
+ABOUT = frozenset(
+    "id ids model models source sources score scores rating ratings rank ranks url urls link links type types label"
+    " labels lang language len length tokens token count num n hash time date created at by author name names policy"
+    " category tag tags reason rationale rationales feedback critique explanation comment comments note notes quotes"
+    " correct incorrect gold reference references expected ground truth final parsed extracted format finish is has"
+    " metadata meta info prompt question system safe safety harm severity aspect key keys index start end list style"
+    " best example examples processed original raw quality level status choice preference annotator worker"
+    " subset domain constraint constraints aliases".split()
+)
+LOOKS = ("text", "transcript", "texts", "messages", "replies", "weighted", "message")
+
+
+def holds_responses(name: str, looks: str) -> bool:
+    """Whether a column of this name, whose values look so, seems to hold responses of a model."""
+    words = {word.lower() for word in WORD.findall(name)}
+    return looks in LOOKS and bool(words & HOLDS) and not words & ABOUT
+
+
+def responses_among(columns: Mapping[str, str]) -> list[str]:
+    """The columns, by name and look, that seem to hold responses. ``winner`` is one where there is a ``loser``, and
+    else a label."""
+    names = {name.lower() for name in columns}
+    against = dict(POLES)
+    labels = {name for name in LABELS if against.get(name) not in names}
+    return [name for name, looks in columns.items() if holds_responses(name, looks) and name.lower() not in labels]
+
+
+def single_messages(columns: Mapping[str, str]) -> str:
+    """What is said of rows that are messages of trees, one each, so that a prompt and its replies are several rows;
+    nothing of others."""
+    if not {"parent_id", "role", "text"} <= columns.keys() or "replies" in columns:
+        return ""
+    what = "each row is one message of a tree (parent_id, role), and no prompt with its replies"
+    row = '{"text": ..., "replies": [{"text": ..., "rank": ...}, ...]}'
+    return f"{what}: take the trees (OpenAssistant's .trees.jsonl), or make a row of each message with replies, {row}"
+
+
+def suggestion(columns: Mapping[str, str]) -> str:
+    """What to type so that two responses, and a label of which is better, are read; nothing where no two are there."""
+    found = responses_among(columns)
+    prompt = next((n for n in columns if n in ("prompt", "instruction", "question", "query", "input", "context")), "")
+    poles = _poles(found)
+    if not poles and len(found) == 2:
+        poles = _one_pole(found)
+    if poles:
+        return f"--columns {f'prompt={prompt} ' * bool(prompt)}chosen={poles[0]} rejected={poles[1]}"
+    if len(found) != 2:
+        return ""
+    label = next((n for n in columns if n.lower() in LABELS or n.lower().startswith(("better", "prefer"))), "")
+    numbers = columns.get(label) in ("number", "truth")  # text may well name a side
+    means = " --label-means 0=first,1=second,2=tie (or as the file has it)" if numbers else ""
+    judged = f"label={label}" if label else "label=COLUMN"
+    return f"--columns prompt={prompt or 'COLUMN'} first={found[0]} second={found[1]} {judged}{means}"
+
+
+LABELS = (
+    "label",
+    "labels",
+    "winner",
+    "choice",
+    "preference",
+    "verdict",
+    "better",
+    "preferred",
+    "judgment",
+    "judgement",
+)
+POLES = (
+    ("chosen", "rejected"),
+    ("preferred", "dispreferred"),
+    ("better", "worse"),
+    ("good", "bad"),
+    ("positive", "negative"),
+    ("pos", "neg"),
+    ("winner", "loser"),
+)
+
+
+def _one_pole(names: Sequence[str]) -> tuple[str, str] | None:
+    """Of two columns the preferred one and the other, where one is called rejected and the other says nothing of it."""
+    bad = [name for name in names if {word.lower() for word in WORD.findall(name)} & {"rejected", "dispreferred"}]
+    return next(((other, bad[0]) for other in names if other != bad[0]), None) if len(bad) == 1 else None
+
+
+def _poles(names: Iterable[str]) -> tuple[str, str] | None:
+    """Of several columns the one that is preferred and the one that is not, where their names say so."""
+    words = {name: {word.lower() for word in WORD.findall(name)} for name in names}
+    for good, bad in POLES:
+        best = [name for name, parts in words.items() if good in parts]
+        worst = [name for name, parts in words.items() if bad in parts]
+        if len(best) == len(worst) == 1:
+            return best[0], worst[0]
+    return None

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 TURNS = ("\n\nHuman:", "\n\nAssistant:")
 LISTS = ("messages", "replies", "weighted", "texts", "list")
-# Columns that may well hold a prompt: where one is there, none is guessed from what chosen and rejected share.
+# ColumnMap that may well hold a prompt: where one is there, none is guessed from what chosen and rejected share.
 PROMPTS = ("prompt", "question", "instruction", "input", "query", "context", "conversations")
 # More of them, which stand beside whole conversations and texts as well.
 TOPICS = ("problem", "post", "history", "request", "dialogue", "conversation", "user", "user_prompt", "prompt_text")
 
-# Columns that may well hold responses: where one is there, a row is more than a prompt.
+# ColumnMap that may well hold responses: where one is there, a row is more than a prompt.
 RESPONSES = ("completion", "response", "responses", "completions", "output", "outputs", "answer", "answers")
 
 # Scores of a pair, and what else their columns are called: chosen_rating, rating_chosen, chosen-rating and the like.
