@@ -1,4 +1,4 @@
-"""``--columns NAME=COLUMN``: columns and roles by another name, in the words of the layouts and of LLaMA-Factory.
+"""Names of columns: ``--columns NAME=COLUMN`` and its companions, and LLaMA-Factory's ``dataset_info.json``.
 
 >>> column_map(parse_columns(["prompt=question", "user_tag=player"])).names
 {'prompt': 'question'}
@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from prefopt.core.options import nearest
-from prefopt.data.layouts import LAYOUTS
+from prefopt.data.layouts import LAYOUTS, all_layouts
 from prefopt.data.layouts.layout import ColumnMap
 from prefopt.data.layouts.messages import CALL, TAGS, Tags
 from prefopt.data.layouts.values import parse_means
 from prefopt.errors import ConfigError, DataError
 
-# What is said of columns beside their names travels with them, as words that no NAME=COLUMN can be.
+# Prefixes of the options other than --columns in ReadOptions.column_words; no NAME=COLUMN begins so.
 MEANS, IGNORED, HEADLESS = "--label-means=", "--ignore-columns=", "--header=none"
 
 
 @dataclass(frozen=True, slots=True)
 class ColumnOptions:
-    """What a person says of the columns of a file: NAME=COLUMN, what labels mean, what is not read on purpose, and
-    whether the first line of separated values is a row already."""
+    """The options about columns: names, meanings of labels, columns to ignore, and whether a table of text has no
+    header."""
 
     pairs: dict[str, str]
     means: dict[str, str]
@@ -34,7 +34,7 @@ class ColumnOptions:
 
 
 def parse_column_options(given: Sequence[str] | None) -> ColumnOptions:
-    """The words of :attr:`prefopt.config.data.ReadOptions.column_words` in parts; raises :class:`ConfigError`."""
+    """Parse :attr:`prefopt.config.data.ReadOptions.column_words`. Raises :class:`ConfigError`."""
     words = list(given or ())
     means = parse_means([word.removeprefix(MEANS) for word in words if word.startswith(MEANS)])
     ignored = tuple(word.removeprefix(IGNORED) for word in words if word.startswith(IGNORED))
@@ -42,7 +42,7 @@ def parse_column_options(given: Sequence[str] | None) -> ColumnOptions:
     return ColumnOptions(parse_columns(named), means, ignored, HEADLESS in words)
 
 
-# LLaMA-Factory's names for what a role is spelt as.
+# LLaMA-Factory's options for the names of roles.
 ROLE_TAGS = {
     "user_tag": "user",
     "assistant_tag": "assistant",
@@ -51,21 +51,17 @@ ROLE_TAGS = {
     "system_tag": "system",
 }
 KEY_TAGS = ("role_tag", "content_tag")
-
-
-def known_names() -> list[str]:
-    """Every NAME that ``--columns`` may give."""
-    named = [name for x in LAYOUTS.values() for name in (*x.fields, *x.optional, *x.aliases, *x.words)]
-    return list(dict.fromkeys([*named, *KEY_TAGS, *ROLE_TAGS]))
+MESSAGE_TAGS = (*KEY_TAGS, *ROLE_TAGS)
 
 
 def parse_columns(given: Sequence[str] | None) -> dict[str, str]:
-    """ColumnMap by NAME from ``NAME=COLUMN`` words.
+    """Columns by NAME from ``NAME=COLUMN`` words.
 
-    Raises :class:`ConfigError` for a NAME that no layout knows, and one that comes twice.
+    Raises :class:`ConfigError` for a NAME that no layout has, and for one that is given twice.
     """
     pairs: dict[str, str] = {}
-    known = known_names()
+    named = [name for x in all_layouts().values() for name in (*x.fields, *x.optional, *x.aliases, *x.option_names)]
+    known = list(dict.fromkeys([*named, *MESSAGE_TAGS]))
     for word in given or ():
         name, equals, column = word.partition("=")
         if not (name and equals and column):
@@ -81,10 +77,10 @@ def parse_columns(given: Sequence[str] | None) -> dict[str, str]:
 
 
 def shared_column(pairs: Mapping[str, str]) -> str:
-    """The column that two fields are given, and which they are; nothing where each has one of its own."""
+    """A column that is given to two fields, with their names; empty if there is none."""
     named: dict[str, str] = {}
     for name, column in pairs.items():
-        if name in KEY_TAGS or name in ROLE_TAGS:
+        if name in MESSAGE_TAGS:
             continue
         if (other := named.setdefault(column, name)) != name:
             return f"the column {column!r} to both {other} and {name}"
@@ -99,26 +95,25 @@ def column_map(
     means: Mapping[str, str] | None = None,
     ignored: Sequence[str] = (),
 ) -> ColumnMap:
-    """What a layout needs to know of columns and tags; a tag that is given goes before those that are known anyway."""
-    names = {name: column for name, column in pairs.items() if name not in KEY_TAGS and name not in ROLE_TAGS}
-    roles = {spelt: ROLE_TAGS[tag] for tag, spelt in pairs.items() if tag in ROLE_TAGS}
+    """The :class:`ColumnMap` of NAME=COLUMN pairs; a tag among them is tried before the known ones."""
+    names = {name: column for name, column in pairs.items() if name not in MESSAGE_TAGS}
+    roles = {role: ROLE_TAGS[tag] for tag, role in pairs.items() if tag in ROLE_TAGS}
     role, content = (pairs.get(tag) for tag in KEY_TAGS)
-    # The keys go in pairs; one that is given stands in each pair for its half.
+    # Keys go in pairs (role, content): a given one replaces its half in every pair.
     keys = [(role or r, content or c) for r, c in zip(TAGS.role, TAGS.content, strict=True)]
     tags = Tags(tuple(r for r, _ in keys), tuple(c for _, c in keys), {**TAGS.roles, **roles}, unread=set())
     return ColumnMap(names, tags, tuple(refused), cells, means or {}, tuple(ignored))
 
 
 DATASET_INFO = "dataset_info.json"
-DATASET_TAGS = (*KEY_TAGS, *ROLE_TAGS)
 FORMATTINGS = ("alpaca", "sharegpt", "openai")
 MEDIA = ("images", "videos", "audios")
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetInfo:
-    """One data set: the layout's name, columns and tags by LLaMA-Factory's names, the columns that hold media,
-    and what its labels mean (``label_means``, a key of our own)."""
+    """One data set: its layout, columns and tags by LLaMA-Factory's names, columns with media, and the meaning of
+    labels (``label_means``, a key of prefopt's)."""
 
     name: str
     layout: str
@@ -128,16 +123,15 @@ class DatasetInfo:
 
     @property
     def note(self) -> str:
-        """What a person is told."""
+        """For the user."""
         return f"read as {self.layout}, as {DATASET_INFO} beside it says (entry {self.name})"
 
 
 def find_dataset_info(path: Path | None) -> DatasetInfo | None:
-    """The entry for a file, or None where there is none, or no such registry beside it.
+    """The entry for a file in the ``dataset_info.json`` beside it, or None.
 
-    Raises :class:`DataError` where two entries say different things of the file, where one says what is not known here,
-    and for a registry that names the file and is no JSON. A ``dataset_info.json`` of another kind, such as ``datasets``
-    writes, says nothing of files and is passed over.
+    Raises :class:`DataError` for two entries that differ, an unknown ``formatting``, and a registry that names the file
+    and is not JSON. A ``dataset_info.json`` of another kind, such as that of ``datasets``, is passed over.
     """
     if path is None:
         return None
@@ -148,7 +142,7 @@ def find_dataset_info(path: Path | None) -> DatasetInfo | None:
         registry = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         if path.name in text:
-            what = f"is no JSON ({error}), and it names {path.name}; put it right, or name the layout with --format"
+            what = f"is not JSON ({error}), and it names {path.name}; correct it, or give --format"
             raise DataError(what, file=str(beside)) from None
         return None
     if not isinstance(registry, dict):
@@ -157,24 +151,20 @@ def find_dataset_info(path: Path | None) -> DatasetInfo | None:
     for name, entry in named:
         if (formatting := entry.get("formatting", "alpaca")) not in FORMATTINGS:
             what = f"says {formatting!r} for formatting (entry {name}); it should be one of {', '.join(FORMATTINGS)}"
-            raise DataError(f"{what}; put it right, or name the layout with --format", file=str(beside))
+            raise DataError(f"{what}; correct it, or give --format", file=str(beside))
     found = [_entry(name, entry) for name, entry in named]
     if not found:
         return None
-    if other := next((e for e in found if _said(e) != _said(found[0])), None):
+    if other := next((e for e in found if replace(e, name=found[0].name) != found[0]), None):
         what = f"{DATASET_INFO} beside it has two entries for it, {found[0].name} and {other.name}; give --format"
         raise DataError(what, file=str(path))
     return found[0]
 
 
-def _said(entry: DatasetInfo) -> tuple[object, ...]:
-    return entry.layout, entry.pairs, entry.media, entry.means
-
-
 def _entry(name: str, entry: Mapping[str, object]) -> DatasetInfo:
     columns, tags = (_texts(entry.get(key)) for key in ("columns", "tags"))
     formatting = entry.get("formatting", "alpaca")
-    pairs = columns | {tag: spelt for tag, spelt in tags.items() if tag in DATASET_TAGS}
+    pairs = columns | {tag: text for tag, text in tags.items() if tag in MESSAGE_TAGS}
     kind = "ranking" if entry.get("ranking") is True else "kto" if "kto_tag" in columns else ""
     if formatting in ("sharegpt", "openai"):
         layout = {"ranking": "sharegpt-ranking", "kto": "kto"}.get(kind, "sharegpt")
@@ -186,7 +176,7 @@ def _entry(name: str, entry: Mapping[str, object]) -> DatasetInfo:
     else:
         layout = {"ranking": "alpaca-ranking", "kto": "alpaca-kto"}.get(kind, "alpaca")
     known = LAYOUTS[layout]
-    pairs = {word: column for word, column in pairs.items() if word in DATASET_TAGS or known.field_of(word)}
+    pairs = {word: column for word, column in pairs.items() if word in MESSAGE_TAGS or known.field_of(word)}
     means = parse_means([f"{label}={meaning}" for label, meaning in _texts(entry.get("label_means")).items()])
     return DatasetInfo(name, layout, pairs, tuple(columns[word] for word in MEDIA if word in columns), means)
 
