@@ -15,7 +15,8 @@ MARKS = re.compile(r"(<!-- (layouts|precedence) -->\n).*?(<!-- end -->)", re.S)
 def written(page: str) -> str:
     """The page with what stands between its marks as the layouts are now."""
     precedence = " > ".join(f"`{name}`" for name in LAYOUTS) + "\n"
-    parts = {"layouts": "\n".join(_family(*family) for family in families(LAYOUTS.values()).items()), "precedence": precedence}
+    layouts = "\n".join(_family(*family) for family in families(LAYOUTS.values()).items())
+    parts = {"layouts": layouts, "precedence": precedence}
     return MARKS.sub(lambda found: f"{found[1]}\n{parts[found[2]]}\n{found[3]}", page)
 
 

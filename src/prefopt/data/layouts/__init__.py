@@ -72,7 +72,7 @@ def writable_layout(name: str) -> Layout:
     layout = named_layout(name)
     if layout.writer is None:
         written = ", ".join(x.name for x in all_layouts().values() if x.writer is not None)
-        raise ConfigError(f"rows are not written as {layout.name}, only read; give one of {written}")
+        raise ConfigError(f"--layout {layout.name}: such rows are read, not written; give one of {written}")
     return layout
 
 
@@ -82,11 +82,12 @@ def _load(name: str) -> Layout:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
     try:
-        return _layout_of(getattr(importlib.import_module(module), attribute), name)
-    except (ImportError, ValueError) as error:
+        loaded = importlib.import_module(module)
+    except Exception as error:
         raise ConfigError(f"layout {name}: {error}; is the module installed, or in this folder?") from error
-    except AttributeError:
-        raise ConfigError(f"layout {name}: {module} has no {attribute}") from None
+    if not hasattr(loaded, attribute):
+        raise ConfigError(f"layout {name}: {module} has no {attribute}")
+    return _layout_of(getattr(loaded, attribute), name)
 
 
 def _layout_of(found: object, name: str) -> Layout:
