@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from prefopt.data.kinds import Tiers
-from prefopt.data.layouts.layout import NOT_READ, SIDES, CannotHold, Layout, plain_text, with_columns
+from prefopt.data.layouts.layout import NOT_READ, SIDES, USER, CannotHold, Layout, plain_text, with_columns
 from prefopt.data.layouts.messages import write_messages
 from prefopt.data.layouts.row import RowReader, text_prompt
-from prefopt.data.layouts.values import BadRow, index_of, items_of, type_name
+from prefopt.data.layouts.values import BadRow, index_of, items_of
 from prefopt.records import Comparison, Response, tiers_of
 
 Votes = tuple[tuple[int, int, float], ...]
@@ -46,9 +46,6 @@ def _read_finish(row: RowReader, responses: list[Response]) -> list[Response]:
     if len(reasons) != len(responses):
         raise BadRow("wrong number", f"has {len(responses)} responses and {len(reasons)} finish")
     for reason in reasons:
-        if not isinstance(reason, str):
-            what = f"an item of finish should be text, such as stop or length, and is {type_name(reason)}"
-            raise BadRow("wrong type", what)
         if reason not in (*COMPLETE, *CUT):
             raise BadRow("wrong type", f"finish holds {reason!r}; known are {', '.join((*COMPLETE, *CUT))}")
     return [replace(r, cut=reason in CUT) for r, reason in zip(responses, reasons, strict=True)]
@@ -64,9 +61,8 @@ def _only(row: RowReader, *names: str) -> str:
 
 def _read_tiers(row: RowReader, name: str, count: int) -> Tiers:
     """Lists of indices, best first, that hold every response once. An empty list is no preference."""
-    tiers = tuple(
-        tuple(index_of(k, count, name) for k in items_of(tier, f"an item of {name}")) for tier in row.items(name)
-    )
+    listed = (items_of(tier, f"an item of {name}") for tier in row.items(name))
+    tiers = tuple(tuple(index_of(k, count, name) for k in tier) for tier in listed)
     if not all(tiers):
         raise BadRow("wrong order", f"{name} holds an empty tier")
     if tiers:
@@ -171,7 +167,7 @@ CANONICAL = Layout(
     description="K responses, as text or messages, with tiers, scores, labels or votes; the layout prefopt writes",
     origin="prefopt",
     example={
-        "prompt": [{"role": "user", "content": "What is 2 + 2?"}],
+        "prompt": [USER],
         "responses": [[{"role": "assistant", "content": text}] for text in ("4", "Four.", "22")],
         "tiers": [[0, 1], [2]],
     },

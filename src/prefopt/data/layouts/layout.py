@@ -51,6 +51,9 @@ def best_first(c: Comparison) -> Comparison:
     return replace(c, responses=(c.responses[1], c.responses[0]), tiers=((0,), (1,)), scores=scores)
 
 
+# Messages for example rows.
+USER = {"role": "user", "content": "What is 2 + 2?"}
+GOOD, BAD = {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "22"}
 SIDES = ("chosen", "rejected")
 # Columns that change what a model sees: a row without them would train on something else, so they are refused.
 NOT_READ = ("images", "videos", "audios", "image", "video", "audio", "functions")

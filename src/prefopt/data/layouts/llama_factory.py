@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from prefopt.data.layouts.layout import CannotHold, Layout, pair_of, score_columns
+from prefopt.data.layouts.layout import BAD, GOOD, USER, CannotHold, Layout, pair_of, score_columns
 from prefopt.data.layouts.messages import last_answer, split_turns, write_tools
 from prefopt.data.layouts.row import RowReader
 from prefopt.data.layouts.values import LISTS, SCORES, BadRow, items_of, look, type_name
@@ -13,7 +13,6 @@ from prefopt.records import Comparison, Message, Response
 
 ORIGIN = "LLaMA-Factory"
 SHAREGPT_ROLES = {"user": "human", "assistant": "gpt", "system": "system", "tool": "observation"}
-USER, GOOD = {"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}
 HUMAN, GPT = {"from": "human", "value": "What is 2 + 2?"}, {"from": "gpt", "value": "4"}
 
 
@@ -43,9 +42,9 @@ def _write_ranking(c: Comparison) -> dict[str, object]:
 
 
 def _read_kto(row: RowReader) -> Comparison:
-    turns, labels = row.chat("messages"), (row.label_of(row.given("label"), "label"),)
+    turns = row.chat("messages")
     at = last_answer(turns)
-    return row.comparison(turns[:at], [Response(turns[at:])], labels=labels)
+    return row.comparison(turns[:at], [Response(turns[at:])], labels=row.labels)
 
 
 def instruction_prompt(row: RowReader) -> tuple[Message, ...]:
@@ -59,11 +58,6 @@ def instruction_prompt(row: RowReader) -> tuple[Message, ...]:
         turns += [Message("user", str(pair[0])), Message("assistant", str(pair[1]))]
     parts = [text for text in (row.text("instruction"), row.text_or("input")) if text]
     return row.with_system((*turns, Message("user", "\n".join(parts))))
-
-
-def _read_alpaca_kto(row: RowReader) -> Comparison:
-    labels = (row.label_of(row.given("label"), "label"),)
-    return row.comparison(instruction_prompt(row), [row.response("output")], labels=labels)
 
 
 def _read_v1_pair(row: RowReader) -> Comparison:
@@ -109,7 +103,7 @@ MESSAGES_RANKING = Layout(
     kind="pairs",
     description="a conversation and two responses to it, as OpenAI's messages",
     origin=ORIGIN,
-    example={"messages": [USER], "chosen": GOOD, "rejected": {"role": "assistant", "content": "22"}},
+    example={"messages": [USER], "chosen": GOOD, "rejected": BAD},
     reader=lambda row: row.pair(row.chat("messages"), row.response("chosen"), row.response("rejected")),
 )
 KTO = Layout(
@@ -163,7 +157,7 @@ ALPACA_KTO = Layout(
     description="an instruction and a response that is desirable or not",
     origin=ORIGIN,
     example={**INSTRUCTION, "output": "4", "kto_tag": True},
-    reader=_read_alpaca_kto,
+    reader=lambda row: row.comparison(instruction_prompt(row), [row.response("output")], labels=row.labels),
 )
 ALPACA = Layout(
     name="alpaca",

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from prefopt.data.layouts.layout import Layout, pair_of, response_of, score_columns, with_columns
+from prefopt.data.layouts.layout import BAD, GOOD, USER, Layout, pair_of, response_of, score_columns, with_columns
 from prefopt.data.layouts.messages import last_answer, split_turns, write_messages, write_tools
 from prefopt.data.layouts.row import RowReader
 from prefopt.data.layouts.values import SCORES, BadRow, type_name
 from prefopt.records import Comparison, Response
-
-USER = {"role": "user", "content": "What is 2 + 2?"}
-GOOD, BAD = {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "22"}
 
 
 def _write_messages(c: Comparison) -> dict[str, object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from prefopt.data.layouts.layout import Layout
+from prefopt.data.layouts.layout import BAD, GOOD, USER, Layout
 from prefopt.data.layouts.llama_factory import instruction_prompt
 from prefopt.data.layouts.messages import read_transcript, split_turns
 from prefopt.data.layouts.row import RowReader, text_prompt, value_at
@@ -22,8 +22,6 @@ from prefopt.data.layouts.values import (
 )
 from prefopt.records import Comparison, Message, Response, tiers_of
 
-USER = {"role": "user", "content": "What is 2 + 2?"}
-GOOD, BAD = {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "22"}
 JUDGEMENTS = ("label", "score_first", "score_second", "votes_first", "votes_second")
 
 
@@ -180,25 +178,17 @@ def _argilla_ranks(row: RowReader, ranking: list[object] | tuple[object, ...], n
 
 
 def _labelled(
-    name: str,
-    origin: str,
-    description: str,
-    *,
-    prompt: str,
-    first: str,
-    second: str,
-    label: str,
-    means: Mapping[str, str],
-    **more: Any,
+    name: str, origin: str, description: str, paths: tuple[str, str, str, str], means: Mapping[str, str], **more: Any
 ) -> Layout:
-    """A data set with two responses and a label, each at a path such as ``info.post``; ``means``: its labels."""
+    """A data set with labelled pairs. ``paths``, such as ``info.post``, lead to prompt, first and second response, and
+    label; ``means`` is the meaning of its labels."""
+    prompt, first, second, label = paths
 
     def read(row: RowReader) -> Comparison:
         sides = [row.reply(value_at(row.values, path), path) for path in (first, second)]
         asked = row.prompt_at(prompt)
         return row.comparison(asked, sides, TIERS[verdict(row.at(label), label, row.means or means)])
 
-    paths = (prompt, first, second, label)
     return Layout(
         name=name,
         fields=tuple(dict.fromkeys(path.partition(".")[0] for path in paths)),
@@ -230,22 +220,16 @@ PUBLIC = (
         "shp",
         "SHP",
         "a post and two replies to it; labels is 1 where A is preferred and 0 where B is",
-        prompt="history",
-        first="human_ref_A",
-        second="human_ref_B",
-        label="labels",
-        means={"1": "first", "0": "second"},
+        ("history", "human_ref_A", "human_ref_B", "labels"),
+        {"1": "first", "0": "second"},
         example={"history": "What is 2 + 2?", "human_ref_A": "22", "human_ref_B": "4", "labels": 0},
     ),
     _labelled(
         "pku-saferlhf",
         "PKU-SafeRLHF",
         "a prompt and two responses, and the number of the better, 0 or 1",
-        prompt="prompt",
-        first="response_0",
-        second="response_1",
-        label="better_response_id",
-        means=BY_NUMBER,
+        ("prompt", "response_0", "response_1", "better_response_id"),
+        BY_NUMBER,
         example={"prompt": "What is 2 + 2?", "response_0": "22", "response_1": "4", "better_response_id": 1},
         matches=_one_prompt,
         note="better_response_id says which response is preferred; --columns label=safer_response_id takes the safer",
@@ -288,22 +272,16 @@ PUBLIC = (
         "summaries",
         "OpenAI, summarize from feedback",
         "a post and two summaries of it, and the number of the better, 0 or 1",
-        prompt="info.post",
-        first="summaries.0.text",
-        second="summaries.1.text",
-        label="choice",
-        means=BY_NUMBER,
+        ("info.post", "summaries.0.text", "summaries.1.text", "choice"),
+        BY_NUMBER,
         example={"info": {"post": "2 and 2 are 4."}, "summaries": [{"text": "22"}, {"text": "4"}], "choice": 1},
     ),
     _labelled(
         "helpsteer-preference",
         "HelpSteer2, preference",
         "a prompt and two responses; preference_strength is below 0 where the first is better, else above",
-        prompt="prompt",
-        first="response_1",
-        second="response_2",
-        label="preference_strength",
-        means=BY_STRENGTH,
+        ("prompt", "response_1", "response_2", "preference_strength"),
+        BY_STRENGTH,
         example={"prompt": "What is 2 + 2?", "response_1": "22", "response_2": "4", "preference_strength": 3},
         matches=_one_prompt,
     ),
@@ -311,11 +289,8 @@ PUBLIC = (
         "helpsteer3",
         "HelpSteer3",
         "a conversation and two responses; overall_preference is below 0 where the first is better, else above",
-        prompt="context",
-        first="response1",
-        second="response2",
-        label="overall_preference",
-        means=BY_STRENGTH,
+        ("context", "response1", "response2", "overall_preference"),
+        BY_STRENGTH,
         example={"context": [USER], "response1": "22", "response2": "4", "overall_preference": 3},
     ),
     Layout(

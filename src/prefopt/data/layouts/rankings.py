@@ -10,21 +10,23 @@ from typing import Any
 
 from prefopt.data.kinds import Tiers
 from prefopt.data.layouts.canonical import Votes
-from prefopt.data.layouts.layout import Layout
+from prefopt.data.layouts.layout import BAD, GOOD, USER, Layout
 from prefopt.data.layouts.llama_factory import instruction_prompt
 from prefopt.data.layouts.row import RowReader, answer, text_prompt, value_at
 from prefopt.data.layouts.values import BadRow, items_of, look, number_of, type_name
 from prefopt.records import Comparison, Message, Response, tiers_of
 
-USER = {"role": "user", "content": "What is 2 + 2?"}
 PREDICTION = re.compile(r"prediction \d+")
 
 
-def _numbers(row: RowReader, values: Sequence[object], name: str) -> tuple[float, ...]:
-    """A number for each response. Raises :class:`BadRow` if one is missing."""
+def _numbers(row: RowReader, values: Sequence[object], name: str, count: int) -> tuple[float, ...]:
+    """A number for each of ``count`` responses. Raises :class:`BadRow` if one is missing."""
     if (lacking := next((k for k, value in enumerate(values, 1) if value is None), None)) is not None:
         raise BadRow("missing score", f"response {lacking} has no {name}, and another has one")
-    return tuple(row.number_of(value, name) for value in values)
+    numbers = tuple(row.number_of(value, name) for value in values)
+    if len(numbers) != count:
+        raise BadRow("wrong number", f"has {count} responses and {len(numbers)} {name}s")
+    return numbers
 
 
 def _by_rank(ranks: tuple[float, ...]) -> Tiers:
@@ -32,30 +34,23 @@ def _by_rank(ranks: tuple[float, ...]) -> Tiers:
     return tiers_of([-rank for rank in ranks]) if len(ranks) > 1 else ()
 
 
-def _check_count(responses: int, others: int, name: str) -> None:
-    if responses != others:
-        raise BadRow("wrong number", f"has {responses} responses and {others} {name}")
-
-
 def _listed(
     name: str,
     origin: str,
     description: str,
+    paths: tuple[str, str, str],
     *,
-    prompt: str,
-    items: str,
-    response: str,
     rank: str = "",
     score: str = "",
     fields: tuple[str, ...] = (),
     **more: Any,
 ) -> Layout:
-    """A data set with a prompt and a list of objects, at paths such as ``prompt.text``.
+    """A data set with a list of objects. ``paths`` lead to prompt and list, and within its objects to the response.
 
-    Each object has a response and a rank (the lowest is best) or a score (the highest is best); equal ones are a tie.
-    If no object has a rank there is no preference; if only some have, the row is refused.
+    Each object has a rank (the lowest is best) or a score (the highest is best); equal ones are a tie. If no object has
+    a rank there is no preference; if only some have, the row is refused.
     """
-    key = rank or score
+    (prompt, items, response), key = paths, rank or score
 
     def read(row: RowReader) -> Comparison:
         responses, given = [], []
@@ -68,7 +63,7 @@ def _listed(
         asked = row.prompt_at(prompt)
         if rank and all(value is None for value in given):
             return row.comparison(asked, responses)
-        numbers = _numbers(row, given, key)
+        numbers = _numbers(row, given, key, len(responses))
         if rank:
             return row.comparison(asked, responses, _by_rank(numbers))
         return row.comparison(asked, responses, tiers_of(numbers), scores=numbers)
@@ -86,23 +81,22 @@ def _listed(
         origin=origin,
         reader=read,
         matches=matches,
-        **{"optional": ("system",), **more},
+        optional=("system",),
+        **more,
     )
 
 
 def _read_ranks(row: RowReader) -> Comparison:
     text = isinstance(row.given("prompt"), str)
     responses = [row.response_of(value, "an item of responses", text=text) for value in row.items("responses")]
-    ranks = _numbers(row, row.items("ranks"), "rank")
-    _check_count(len(responses), len(ranks), "ranks")
+    ranks = _numbers(row, row.items("ranks"), "rank", len(responses))
     prompt = text_prompt(row.text("prompt")) if text else row.chat("prompt")
     return row.comparison(prompt, responses, _by_rank(ranks), text=text)
 
 
 def _read_generations(row: RowReader) -> Comparison:
     responses = [row.reply(value, "an item of generations") for value in row.items("generations")]
-    scores = _numbers(row, row.items("ratings"), "rating")
-    _check_count(len(responses), len(scores), "ratings")
+    scores = _numbers(row, row.items("ratings"), "rating", len(responses))
     return row.comparison(instruction_prompt(row), responses, tiers_of(scores), scores=scores)
 
 
@@ -241,9 +235,7 @@ REPLIES = _listed(
     "oasst-replies",
     "OpenAssistant",
     "a message and its replies with a rank each, 0 the best",
-    prompt="text",
-    items="replies",
-    response="text",
+    ("text", "replies", "text"),
     rank="rank",
     example={"text": "What is 2 + 2?", "replies": RANKED_REPLIES},
 )
@@ -262,9 +254,7 @@ PUBLIC = (
         "nectar",
         "Nectar",
         "a prompt and answers with a rank each, 1 the best",
-        prompt="prompt",
-        items="answers",
-        response="answer",
+        ("prompt", "answers", "answer"),
         rank="rank",
         example={"prompt": "What is 2 + 2?", "answers": [{"answer": "22", "rank": 2}, {"answer": "4", "rank": 1}]},
     ),
@@ -272,9 +262,7 @@ PUBLIC = (
         "stack-exchange",
         "Stack Exchange preferences",
         "a question and answers with a score each, the higher is better",
-        prompt="question",
-        items="answers",
-        response="text",
+        ("question", "answers", "text"),
         score="pm_score",
         example={"question": "What is 2 + 2?"}
         | {"answers": [{"text": "22", "pm_score": 0}, {"text": "4", "pm_score": 9}]},
@@ -283,26 +271,17 @@ PUBLIC = (
         "nemo-ranks",
         "NeMo RL",
         "a conversation and completions with a rank each, the lowest the best",
-        prompt="context",
-        items="completions",
-        response="completion",
+        ("context", "completions", "completion"),
         rank="rank",
-        example={
-            "context": [USER],
-            "completions": [
-                {"completion": [{"role": "assistant", "content": text}], "rank": rank}
-                for text, rank in (("22", 1), ("4", 0))
-            ],
-        },
+        example={"context": [USER]}
+        | {"completions": [{"completion": [BAD], "rank": 1}, {"completion": [GOOD], "rank": 0}]},
     ),
     replace(REPLIES, optional=("system", "role"), reader=_read_replies),
     _listed(
         "oasst-trees",
         "OpenAssistant, trees",
         "a tree of messages: its prompt, and the replies to it with a rank each, 0 the best",
-        prompt="prompt.text",
-        items="prompt.replies",
-        response="text",
+        ("prompt.text", "prompt.replies", "text"),
         rank="rank",
         fields=("message_tree_id", "prompt"),
         example={"message_tree_id": "t", "prompt": {"text": "What is 2 + 2?", "replies": RANKED_REPLIES}},

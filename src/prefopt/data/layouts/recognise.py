@@ -71,9 +71,9 @@ def recognise(
     if named and (strange := [name for name in asked if name in columns.names and not named.field_of(name)]):
         known = ", ".join(dict.fromkeys([*named.fields, *named.optional, *named.aliases, *named.option_names]))
         raise ConfigError(f"--columns {strange[0]}: {named.name} rows have no such column; they have {known}")
+    has = listed(list(survey.names)) or "none"
     for name, column in asked.items():
         if name in columns.names and column not in survey.names:
-            has = listed(list(survey.names)) or "none"
             raise DataError(f"no row has the column {column}, --columns {name}={column}; there are {has}", file=file)
     if named is None and (fault := _tree_messages(survey.names)):
         raise DataError(f"{fault}; --format raw-text learns each as plain text", file=file)
@@ -81,7 +81,6 @@ def recognise(
     if layout is None:
         raise _unknown(survey, file, why)
     if gone := [name for name in columns.ignored if name not in survey.names]:
-        has = listed(list(survey.names)) or "none"
         raise DataError(f"no row has the column {gone[0]}, --ignore-columns {gone[0]}; there are {has}", file=file)
     unread = _unread(layout, survey.names, columns)
     notes = [f"columns not read: {listed(unread)}"] if unread else []

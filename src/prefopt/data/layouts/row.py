@@ -91,6 +91,11 @@ class RowReader:
             raise BadRow("wrong type", f"{what} (or 1 or 0); --label-means good=good,bad=bad says what others mean")
         return LABELS[label]
 
+    @property
+    def labels(self) -> tuple[bool, ...]:
+        """The label of a single response, in the column ``label``."""
+        return (self.label_of(self.given("label"), "label"),)
+
     def turns(self, name: str) -> tuple[Message, ...]:
         """A list of messages; it must be present."""
         return read_messages(self.given(name), name, self.tags)

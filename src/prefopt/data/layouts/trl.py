@@ -20,7 +20,18 @@ from functools import partial
 from typing import Any
 
 from prefopt.data.kinds import Want
-from prefopt.data.layouts.layout import CannotHold, Layout, always, pair_of, plain_text, response_of, score_columns
+from prefopt.data.layouts.layout import (
+    BAD,
+    GOOD,
+    USER,
+    CannotHold,
+    Layout,
+    always,
+    pair_of,
+    plain_text,
+    response_of,
+    score_columns,
+)
 from prefopt.data.layouts.messages import split_turns, write_messages, write_tools
 from prefopt.data.layouts.row import RowReader, answer, text_prompt
 from prefopt.data.layouts.values import LISTS, SCORES, BadRow, look
@@ -139,8 +150,8 @@ def _write_implicit(c: Comparison, *, text: bool) -> dict[str, object]:
 
 
 def _read_label(row: RowReader, *, text: bool) -> Comparison:
-    labels = (row.label_of(row.given("label"), "label"),)
-    return row.comparison(_prompt(row, text), [row.response("completion", text=text)], text=text, labels=labels)
+    labels, prompt = row.labels, _prompt(row, text)
+    return row.comparison(prompt, [row.response("completion", text=text)], text=text, labels=labels)
 
 
 def _write_label(c: Comparison, *, text: bool) -> dict[str, object]:
@@ -150,21 +161,9 @@ def _write_label(c: Comparison, *, text: bool) -> dict[str, object]:
     return {"prompt": _written(c.prompt, text), "completion": completion, "label": c.labels[0], **write_tools(c.tools)}
 
 
-def _read_completion(row: RowReader, *, text: bool) -> Comparison:
-    return row.comparison(_prompt(row, text), [row.response("completion", text=text)], text=text)
-
-
 def _write_completion(c: Comparison, *, text: bool) -> dict[str, object]:
     completion = _written(response_of(c).messages, text)
     return {"prompt": _written(c.prompt, text), "completion": completion, **write_tools(c.tools)}
-
-
-def _read_prompt(row: RowReader, *, text: bool) -> Comparison:
-    return row.comparison(_prompt(row, text), (), text=text)
-
-
-def _write_prompt(c: Comparison, *, text: bool) -> dict[str, object]:
-    return {"prompt": _written(c.prompt, text), **write_tools(c.tools)}
 
 
 def _chat_and_text(
@@ -203,8 +202,6 @@ def _chat_and_text(
     )
 
 
-USER = {"role": "user", "content": "What is 2 + 2?"}
-GOOD, BAD = {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "22"}
 PREFERENCE = _chat_and_text(
     "preference",
     "pairs",
@@ -241,7 +238,7 @@ COMPLETION = _chat_and_text(
     "completion",
     "demonstrations",
     "a prompt and a response to train on",
-    _read_completion,
+    lambda row, text: row.comparison(_prompt(row, text), [row.response("completion", text=text)], text=text),
     _write_completion,
     chat={"prompt": [USER], "completion": [GOOD]},
     text={"prompt": "2 + 2 =", "completion": " 4"},
@@ -251,8 +248,8 @@ PROMPT = _chat_and_text(
     "prompt",
     "prompts",
     "a prompt alone",
-    _read_prompt,
-    _write_prompt,
+    lambda row, text: row.comparison(_prompt(row, text), (), text=text),
+    lambda c, text: {"prompt": _written(c.prompt, text), **write_tools(c.tools)},
     chat={"prompt": [USER]},
     text={"prompt": "2 + 2 ="},
     matches=(lambda row: prompt_only(row) and chat_prompt(row), prompt_only),
