@@ -485,7 +485,7 @@ OPTIONS: dict[str, Callable[[Bench], bool]] = {
     "header": _header,
     "label_means": lambda b: (
         True
-    ),  # what a row says is read as for every verb: tests/data/layouts/test_said_of_columns.py
+    ),  # what a row says is read as for every verb: tests/data/layouts/test_columns.py
     "ignore_columns": lambda b: True,
     "chat_template": _chat_template,
     "template_variables": _chat_template,
