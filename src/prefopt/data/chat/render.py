@@ -1,7 +1,7 @@
 """From a comparison to a group: chat template, token ids, trained masks.
 
 Each response is rendered with its prompt as one text. What is trained is known in characters first (see
-:mod:`prefopt.data.chat.answers`), then in tokens (see :mod:`prefopt.data.chat.encoding`): those that cover the answer,
+:mod:`prefopt.data.chat.spans`), then in tokens (see :mod:`prefopt.data.chat.encoding`): those that cover the answer,
 decoded, are the answer and its end-of-turn token. What a template puts after the last one is neither trained nor kept.
 """
 
@@ -17,10 +17,10 @@ from itertools import islice
 
 import numpy as np
 
-from prefopt.data.chat.answers import Answers
 from prefopt.data.chat.encoding import Encoded, Encoder, Layout
 from prefopt.data.chat.reasoning import field_reasoning, inline_reasoning, strip_reasoning
 from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.spans import Answers
 from prefopt.data.chat.template import ChatTemplate, Turns, Unrenderable
 from prefopt.data.chat.truncate import Sequences, Shortener, prompt_excess, truncate, windows
 from prefopt.data.group import BoolArray, Group, IntArray
