@@ -18,8 +18,7 @@ from prefopt.config.collect import CollectServeConfig
 from prefopt.data.comparisons import read_comparisons
 from prefopt.records import Comparison
 from prefopt.studies.annotators import invite
-from prefopt.studies.assign import next_item
-from prefopt.studies.items import all_items
+from prefopt.studies.items import all_items, next_item
 from prefopt.studies.study import Study
 from prefopt.studies.votes import Vote, record
 from studies.small import new_study, people, say
@@ -242,7 +241,7 @@ def test_stats_invite_and_backup(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "40 of 40 votes, 20 of 20 items complete" in out and "Krippendorff's alpha" in out and "Ann (annot" in out
     assert main(["collect", "stats", path, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["votes"] == 40 and told["people"][0]["gold"]["value"] is None
+    assert told["votes"] == 40 and told["annotators"][0]["gold"]["value"] is None
     assert main(["collect", "invite", path, "--name", "Cay", "--url", "https://votes.example.org"]) == 0
     link = capsys.readouterr().out.splitlines()[-1]
     assert link.startswith("https://votes.example.org/join/")

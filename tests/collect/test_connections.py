@@ -12,12 +12,12 @@ import pytest
 
 from collect.site import Client, Served, served
 from prefopt.collect import connections
-from prefopt.collect.security import HEADERS, Rate
+from prefopt.collect.security import HEADERS, RateLimit
 from prefopt.config.collect import CollectServeConfig
 from prefopt.errors import ConfigError
 from studies.small import new_study
 
-SLOW = Rate(per_second=1.0, burst=40)
+SLOW = RateLimit(per_second=1.0, burst=40)
 PROXY = ("127.0.0.1",)
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from collect.site import Client, Served, served
-from prefopt.collect.security import HEADERS, Buckets, Rate
+from prefopt.collect.security import HEADERS, Buckets, RateLimit
 from prefopt.studies.study import Study
-from prefopt.studies.votes import Judgement, judgements
+from prefopt.studies.votes import StoredVote, stored_votes
 from studies.small import new_item, new_study
 
 
@@ -24,9 +24,9 @@ def site(tmp_path: Path) -> Iterator[Served]:
     study.close()
 
 
-def stored(study: Study) -> list[Judgement]:
+def stored(study: Study) -> list[StoredVote]:
     with study.reading() as connection:
-        return list(judgements(connection))
+        return list(stored_votes(connection))
 
 
 def test_a_session_by_form_posts_alone(site: Served) -> None:
@@ -223,7 +223,7 @@ def test_what_is_too_long_too_much_or_too_often_is_refused(site: Served, tmp_pat
     ann = site.signed_in("Ann")
     assert ann.get("/?x=" + "y" * 3000).status == 414
     assert ann.send("POST", "/vote", b"x" * 70_000, {"Content-Length": "70000"}).status == 403  # no origin
-    with served(site.study, Rate(per_second=0.5, burst=5)) as slow:
+    with served(site.study, RateLimit(per_second=0.5, burst=5)) as slow:
         statuses = [Client(slow.port).get("/").status for _ in range(8)]
         assert statuses[:5] == [401] * 5 and set(statuses[5:]) == {429}
     stranger = Client(site.port)
@@ -232,7 +232,7 @@ def test_what_is_too_long_too_much_or_too_often_is_refused(site: Served, tmp_pat
 
 
 def test_buckets_fill_again_and_do_not_grow() -> None:
-    buckets = Buckets(Rate(per_second=2, burst=3))
+    buckets = Buckets(RateLimit(per_second=2, burst=3))
     assert [buckets.take("a", 0.0) for _ in range(3)] == [0, 0, 0] and buckets.take("a", 0.0) == 0.5
     assert buckets.take("b", 0.0) == 0 and buckets.take("a", 0.5) == 0 and buckets.take("a", 0.6) > 0
     for n in range(10_050):

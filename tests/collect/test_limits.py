@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from collect.site import Client, Served, served
-from prefopt.collect.security import Rate, address_of
+from prefopt.collect.security import RateLimit, address_of
 from prefopt.config.collect import CollectServeConfig
 from prefopt.errors import ConfigError
 from studies.small import new_study
 
 PEOPLE = 100
-RATE = Rate(per_second=2, burst=12)
+RATE = RateLimit(per_second=2, burst=12)
 
 
 class Behind(Client):
@@ -61,7 +61,7 @@ def test_a_hundred_annotators_behind_a_proxy_that_nobody_declared(tmp_path: Path
     with new_study(tmp_path / "s.db", 4, overlap=PEOPLE) as study:
         with served(study) as site:
             people = [site.signed_in(f"P{n}") for n in range(PEOPLE)]
-        with served(study, Rate(per_second=20, burst=PEOPLE)) as site, ThreadPoolExecutor(8) as pool:
+        with served(study, RateLimit(per_second=20, burst=PEOPLE)) as site, ThreadPoolExecutor(8) as pool:
             for client in people:  # a server that was started anew looks each session up once
                 client.port = site.port
                 assert client.get("/static/style.css").status == 200

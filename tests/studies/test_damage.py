@@ -11,7 +11,7 @@ import pytest
 
 from prefopt.cli import main
 from prefopt.errors import StudyError
-from prefopt.studies.export import How, export_rows
+from prefopt.studies.export import ExportOptions, export_rows
 from prefopt.studies.study import Study, backup, check_study_file
 from prefopt.studies.votes import undo
 from studies.small import new_item, new_study, people, say
@@ -34,7 +34,7 @@ def voted(path: Path) -> Path:
 
 def exported(path: Path) -> object:
     with Study(path, read_only=True) as study:
-        found = export_rows(study, How(form="pairs"))
+        found = export_rows(study, ExportOptions(form="pairs"))
     return found.rows, found.counts
 
 

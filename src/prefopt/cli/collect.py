@@ -29,10 +29,10 @@ from prefopt.data.table import KEY
 from prefopt.errors import ConfigError, DataError, StudyError
 from prefopt.studies.agreement import Estimate
 from prefopt.studies.annotators import annotators, invite, revoke
-from prefopt.studies.export import Exported, How, export_rows
+from prefopt.studies.export import Exported, ExportOptions, export_rows
 from prefopt.studies.items import NewItem, add_items
-from prefopt.studies.study import Settings, Study, backup, check_study_file
-from prefopt.studies.summary import Summary, summarise
+from prefopt.studies.study import Study, StudySettings, backup, check_study_file
+from prefopt.studies.summary import StudySummary, summarise
 
 MISSING = "prefopt collect serve needs the extra: pip install 'prefopt[collect]'"
 
@@ -51,7 +51,7 @@ def new_study(config: CollectNewConfig) -> int:
         for line in found.settle("skip"):
             tell(f"samples: {line}")
         items += found.items
-    settings = Settings(
+    settings = StudySettings(
         title=config.title or path.stem,
         instructions=instructions,
         overlap=config.overlap,
@@ -146,7 +146,7 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _in_words(s: Summary) -> list[str]:
+def _in_words(s: StudySummary) -> list[str]:
     lines = [
         f"{s.title}: {s.votes:,} of {s.wanted:,} votes, {s.complete:,} of {s.items:,} items complete"
         f" ({s.gold_votes:,} votes on {s.gold_items:,} gold items besides)"
@@ -161,7 +161,7 @@ def _in_words(s: Summary) -> list[str]:
         f"Krippendorff's alpha: nominal {_estimate(s.nominal)}, ordinal {_estimate(s.ordinal)}",
         f"preferred what was shown first: {_estimate(s.first)} (0.5 without a bias)",
     ]
-    for p in s.people:
+    for p in s.annotators:
         lines.append(
             f"  {p.name} ({p.pseudonym}): {p.votes:,} votes, {p.skips:,} skipped, median {_number(p.seconds, 1)} s;"
             f" with others {_number(p.agreement)}, kappa with most {_number(p.kappa)}, first {_estimate(p.first)},"
@@ -187,7 +187,7 @@ def export_study(config: CollectExportConfig) -> int:
         outputs["--eval-output"] = config.eval_output
     path = Path(config.study)
     with Study(path) as study:
-        how = How(
+        how = ExportOptions(
             form=config.form,
             disagreement=config.disagreement,
             ties=config.ties,

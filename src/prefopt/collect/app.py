@@ -19,14 +19,14 @@ from starlette.types import ASGIApp
 from prefopt.collect import lead as charts
 from prefopt.collect.language import LANGUAGES, language_of
 from prefopt.collect.lead import Lead
-from prefopt.collect.security import Buckets, Guard, Rate, Sessions, address_of, csrf_token, same_secret
+from prefopt.collect.security import Buckets, Guard, RateLimit, Sessions, address_of, csrf_token, same_secret
 from prefopt.collect.text import as_html, view_of
 from prefopt.errors import StudyError
+from prefopt.records import Tiers
 from prefopt.studies.annotators import SESSION_DAYS, Annotator, close_session, invited, open_session, session_of
-from prefopt.studies.assign import next_item
-from prefopt.studies.items import Tiers
+from prefopt.studies.items import items_seen, next_item
 from prefopt.studies.study import Study
-from prefopt.studies.votes import RefusedVote, Vote, latest, on_page, record, undo
+from prefopt.studies.votes import RefusedVote, Vote, latest_ticket, on_page, record, shown_order, undo
 
 Form = Mapping[str, Sequence[str]]
 REASONS = ("unclear", "outside", "broken", "offensive")
@@ -99,7 +99,7 @@ class Site:
 
     origins: Collection[str]
     secure: bool = False
-    rate: Rate = Rate()
+    rate: RateLimit = RateLimit()
 
     @property
     def hosts(self) -> list[str]:
@@ -148,7 +148,7 @@ class _Pages:
     def __init__(self, study: Study, site: Site) -> None:
         self.study, self.site = study, site
         self.numbers = Lead(study)
-        self.strangers = Buckets(Rate(per_second=2.0, burst=100.0))
+        self.strangers = Buckets(RateLimit(per_second=2.0, burst=100.0))
         self.cookie = ("__Host-" if site.secure else "") + f"prefopt-{study.settings.id}"
         self.sessions = Sessions(self.cookie, lambda secret: session_of(study, secret) is not None)
         self.templates = Environment(
@@ -210,9 +210,9 @@ class _Pages:
     def _item(self, request: Request, person: Annotator, problem: str = "", form: Form | None = None) -> Response:
         found = next_item(self.study, person)
         with self.study.reading() as connection:
-            last = latest(connection, person)
-            number = connection.execute("SELECT seen FROM annotator WHERE id = ?", (person.id,)).fetchone()[0]
-        shared = {"person": person, "last": last, "number": number, "instructions": self.instructions}
+            last = latest_ticket(connection, person)
+            number = items_seen(connection, person)
+        shared: dict[str, Any] = {"person": person, "last": last, "number": number, "instructions": self.instructions}
         if found is None:
             return self.render(request, "done.html", **shared)
         values = {
@@ -230,12 +230,7 @@ class _Pages:
         try:
             ticket = one(form, "ticket")
             with self.study.reading() as connection:
-                found = connection.execute(
-                    "SELECT shown FROM assignment WHERE ticket = ? AND annotator = ?", (ticket, person.id)
-                ).fetchone()
-            if found is None:
-                raise RefusedVote("this page is out of date, or belongs to somebody else")
-            shown = [int(k) for k in found["shown"].strip("[]").split(",")]
+                shown = shown_order(connection, person, ticket)
             vote = read_ballot(form, shown, self.study.settings.tags)
             outcome = record(self.study, person, ticket, vote, active=_seconds(one(form, "active")))
         except RefusedVote as refused:

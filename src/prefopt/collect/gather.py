@@ -19,7 +19,7 @@ from prefopt.data.layouts import LAYOUTS
 from prefopt.data.problems import Problem, describe, refuse, refused_rows
 from prefopt.errors import DataError, RunError
 from prefopt.records import Comparison, Response
-from prefopt.studies.items import MOST_RESPONSES, NewItem, Origin
+from prefopt.studies.items import MOST_RESPONSES, NewItem, ResponseOrigin
 
 SAMPLING = ("adapter", "temperature", "top_p", "top_k", "max_new_tokens", "seed")
 
@@ -51,7 +51,7 @@ class _Joined:
     """Responses to one prompt, with the row that the prompt was first read from."""
 
     first: Comparison
-    responses: list[tuple[Response, Origin]] = field(default_factory=list)
+    responses: list[tuple[Response, ResponseOrigin]] = field(default_factory=list)
 
 
 def from_files(names: Sequence[str], options: ImportOptions) -> Gathered:
@@ -142,7 +142,7 @@ def _rows(source: Source, options: ImportOptions, found: Gathered) -> Iterator[C
 
 def _add(held: _Joined, found: Gathered, gold: tuple[tuple[int, ...], ...] | None = None) -> None:
     c = held.first
-    kept: list[tuple[Response, Origin]] = []
+    kept: list[tuple[Response, ResponseOrigin]] = []
     for response, origin in held.responses:
         if gold is None and any(response == other for other, _ in kept):
             found.counts["responses that equal another of their item left out"] += 1
@@ -169,18 +169,18 @@ def _add(held: _Joined, found: Gathered, gold: tuple[tuple[int, ...], ...] | Non
     found.items.append(NewItem(row, c.prompt_key, [o for _, o in kept], gold, file, row_number))
 
 
-def _origins(c: Comparison, source: Source, recorded: Origin | None, several: bool) -> list[Origin]:
+def _origins(c: Comparison, source: Source, recorded: ResponseOrigin | None, several: bool) -> list[ResponseOrigin]:
     """Who answered: what the row says, else the record beside the file, else, of several files, the file's name."""
     many, one = c.extra.get("models"), c.extra.get("model")
     if isinstance(many, (list, tuple)) and len(many) == len(c.responses):
-        return [Origin(str(m) if m is not None else None) for m in many]
+        return [ResponseOrigin(str(m) if m is not None else None) for m in many]
     if isinstance(one, str):
-        return [Origin(one)] * len(c.responses)
+        return [ResponseOrigin(one)] * len(c.responses)
     name = source.path.stem if several and source.path is not None else None
-    return [recorded or Origin(name)] * len(c.responses)
+    return [recorded or ResponseOrigin(name)] * len(c.responses)
 
 
-def _recorded(source: Source) -> Origin | None:
+def _recorded(source: Source) -> ResponseOrigin | None:
     """Model and settings from what ``prefopt sample`` left beside its output."""
     if source.path is None:
         return None
@@ -188,6 +188,6 @@ def _recorded(source: Source) -> Origin | None:
         record = json.loads(source.path.with_name(source.path.name + ".run.json").read_text("utf-8"))
         options: Mapping[str, Any] = record["options"]
         settings = {name: options[name] for name in SAMPLING if options.get(name) is not None}
-        return Origin(str(options["model"]), settings)
+        return ResponseOrigin(str(options["model"]), settings)
     except Exception:  # none, or of another make: nothing is known
         return None

@@ -15,8 +15,8 @@ from prefopt.studies.agreement import Estimate
 from prefopt.studies.annotators import annotators
 from prefopt.studies.items import get_item
 from prefopt.studies.study import Study
-from prefopt.studies.summary import Summary, answer, summarise
-from prefopt.studies.votes import Judgement, judgements
+from prefopt.studies.summary import StudySummary, answer_kind, summarise
+from prefopt.studies.votes import StoredVote, stored_votes
 
 
 class Lead:
@@ -25,14 +25,12 @@ class Lead:
     def __init__(self, study: Study, patience: float = 10.0) -> None:
         self.study, self._patience = study, patience
         self._turn = threading.Lock()
-        self._held: tuple[int, float, Summary] | None = None
+        self._held: tuple[tuple[int, int], float, StudySummary] | None = None
 
-    def summary(self) -> Summary:
+    def summary(self) -> StudySummary:
         """The figures as of now, or as of a moment ago."""
         with self._turn:
-            with self.study.reading() as connection:
-                query = "SELECT coalesce(max(id), 0) + (SELECT count(*) FROM item) FROM event"
-                state = int(connection.execute(query).fetchone()[0])
+            state = self.study.revision()
             started = time.monotonic()
             if self._held is not None and (self._held[0] == state or started < self._held[1]):
                 return self._held[2]
@@ -48,16 +46,16 @@ class Lead:
             if item is None:
                 return None
             names = {p.id: p.name for p in annotators(connection)}
-            said = [_said(j, names) for j in judgements(connection, number)]
+            said = [_said(j, names) for j in stored_votes(connection, number)]
         models = [o.model for o in item.origins]
         return {"item": item, "view": view_of(item, range(item.count)), "said": said, "models": models}
 
 
-def _said(j: Judgement, names: dict[int, str]) -> dict[str, Any]:
+def _said(j: StoredVote, names: dict[int, str]) -> dict[str, Any]:
     order = " > ".join(" = ".join(LETTERS[k] for k in tier) for tier in j.vote.tiers)
     return {
         "name": names[j.annotator],
-        "kind": "skip" if j.vote.skipped is not None else answer(j),
+        "kind": "skip" if j.vote.skipped is not None else answer_kind(j),
         "reason": j.vote.skipped,
         "order": order,
         "shown": " ".join(LETTERS[k] for k in j.shown),

@@ -48,7 +48,7 @@ HEADERS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Rate:
+class RateLimit:
     """Requests that one session or address may make: ``burst`` at once, ``per_second`` in the long run."""
 
     per_second: float = 50.0
@@ -59,7 +59,7 @@ class Rate:
 class Buckets:
     """Token buckets by name; those that are full again are forgotten."""
 
-    rate: Rate
+    rate: RateLimit
     _held: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def take(self, name: str, at: float | None = None) -> float:
@@ -155,14 +155,14 @@ class Guard:
         hosts: Collection[str],
         origins: Collection[str],
         sessions: Sessions,
-        rate: Rate | None = None,
+        rate: RateLimit | None = None,
     ) -> None:
         """``hosts`` are what the Host header may be (``127.0.0.1:8700``), ``origins`` what Origin may be."""
         self.app = app
         self.hosts = frozenset(host.lower() for host in hosts)
         self.origins = frozenset(origin.lower() for origin in origins)
         self.sessions = sessions
-        self.buckets, self.looked_up = Buckets(rate or Rate()), Buckets(rate or Rate())
+        self.buckets, self.looked_up = Buckets(rate or RateLimit()), Buckets(rate or RateLimit())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or hand on."""
