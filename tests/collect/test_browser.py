@@ -15,7 +15,7 @@ import pytest
 
 from collect.hostile import TEXTS
 from collect.site import Served, served
-from prefopt.collect.language import CHINESE, LANGUAGES
+from prefopt.collect.views import LANGUAGES
 from prefopt.studies.annotators import invite
 from prefopt.studies.items import NewItem, ResponseOrigin, add_items
 from prefopt.studies.study import Study, StudySettings
@@ -405,5 +405,5 @@ def test_hostile_texts_in_every_field_execute_nothing(opened: Open, tmp_path: Pa
 
 def test_pages_say_the_same_in_both_languages() -> None:
     for name, text in LANGUAGES["en"].items():
-        assert set(re.findall(r"{\w+}", text)) == set(re.findall(r"{\w+}", CHINESE[name])), name
-    assert LANGUAGES["en"].keys() == CHINESE.keys() and json.dumps(CHINESE)
+        assert set(re.findall(r"{\w+}", text)) == set(re.findall(r"{\w+}", LANGUAGES["zh"][name])), name
+    assert LANGUAGES["en"].keys() == LANGUAGES["zh"].keys() and json.dumps(LANGUAGES["zh"])

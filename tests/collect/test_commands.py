@@ -88,7 +88,7 @@ def test_files_of_two_models_are_joined_by_prompt(tmp_path: Path, capsys: pytest
     assert "2 of 7 rows cannot be used" in error and "fewer than two different responses" in error
     assert not study.exists()
     assert main(["collect", "new", str(study), *words, "--on-bad-row", "skip"]) == 0
-    assert "1 responses that equal another of their item left out" in capsys.readouterr().out
+    assert "1 duplicate responses of an item left out" in capsys.readouterr().out
     assert items_of(study) == [
         ("p1", ["one 1", "two 1"], ["base", "tuned"]),
         ("p2", ["one 2", "two 2"], ["base", "tuned"]),
@@ -100,7 +100,10 @@ BAD_FILES = {
     "no JSON": ('{"prompt": "a", "responses": ["b", "c"]}\n{"prompt"\n', "row 2"),
     "prompts alone": ('{"prompt": "a"}\n', "holds a prompt alone"),
     "another type": ('{"prompt": "a", "responses": ["b", 5]}\n', "row 1"),
-    "ten": (json.dumps({"prompt": "a", "responses": list("0123456789")}) + "\n", "has 10 responses; people compare 9"),
+    "ten": (
+        json.dumps({"prompt": "a", "responses": list("0123456789")}) + "\n",
+        "has 10 responses; an item has at most 9",
+    ),
     "nothing said": ('{"prompt": "a", "responses": ["b", " "]}\n', "has an empty response"),
     "binary": ("PK\x03\x04", "zip"),
 }
@@ -162,7 +165,7 @@ def test_serving_refuses_other_addresses_without_invitations_and_a_second_server
     study = new_study(tmp_path / "s.db")
     open_to_all = ["collect", "serve", path, "--port", "0", "--host", "0.0.0.0", "--allowed-hosts", "votes.lan"]
     assert main(open_to_all) == 2
-    assert "nobody is invited" in capsys.readouterr().err and not ran
+    assert "no annotator is invited" in capsys.readouterr().err and not ran
     invite(study, "Ann")
     assert main(open_to_all) == 0 and ran[0][0] == "0.0.0.0"
     out = capsys.readouterr().out

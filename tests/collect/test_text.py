@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 from collect.hostile import TEXTS
 from prefopt.collect.lead import bars
-from prefopt.collect.text import _MATH_ATTRIBUTES, _TAGS, as_html, as_plain
+from prefopt.collect.markdown import _MATH_ATTRIBUTES, _TAGS, as_html, as_plain
 
 
 class Seen(HTMLParser):

@@ -38,7 +38,7 @@ MISSING = "prefopt collect serve needs the extra: pip install 'prefopt[collect]'
 
 
 def new_study(config: CollectNewConfig) -> int:
-    from prefopt.collect.gather import sampled
+    from prefopt.collect.import_items import items_from_models
 
     path = Path(config.study)
     if path.exists():
@@ -47,8 +47,8 @@ def new_study(config: CollectNewConfig) -> int:
     items = _gathered(config)
     folder = path.with_name(path.name + ".samples")
     if config.model is not None:
-        found = sampled(config, folder)
-        for line in found.settle("skip"):
+        found = items_from_models(config, folder)
+        for line in found.report("skip"):
             tell(f"samples: {line}")
         items += found.items
     settings = StudySettings(
@@ -79,13 +79,13 @@ def import_items(config: CollectImportConfig) -> int:
 
 
 def _gathered(config: ImportOptions) -> list[NewItem]:
-    from prefopt.collect.gather import from_files, golden
+    from prefopt.collect.import_items import gold_items, items_from_files
 
     items: list[NewItem] = []
-    for what, names, gather in (("responses", config.responses, from_files), ("gold", config.gold, golden)):
+    for what, names, gather in (("responses", config.responses, items_from_files), ("gold", config.gold, gold_items)):
         if names is not None:
             found = gather(names, config)
-            for line in found.settle(config.on_bad_row):
+            for line in found.report(config.on_bad_row):
                 tell(f"{what}: {line}")
             items += found.items
     return items
