@@ -102,7 +102,7 @@ BAD_FILES = {
     "another type": ('{"prompt": "a", "responses": ["b", 5]}\n', "row 1"),
     "ten": (
         json.dumps({"prompt": "a", "responses": list("0123456789")}) + "\n",
-        "has 10 responses; an item has at most 9",
+        "has 10 responses",
     ),
     "nothing said": ('{"prompt": "a", "responses": ["b", " "]}\n', "has an empty response"),
     "binary": ("PK\x03\x04", "zip"),
