@@ -16,8 +16,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from prefopt.collect import lead as charts
-from prefopt.collect.lead import Lead
+from prefopt.collect.lead import Lead, number
 from prefopt.collect.markdown import as_html
 from prefopt.collect.security import Buckets, Guard, RateLimit, Sessions, address_of, csrf_token, same_secret
 from prefopt.collect.views import LANGUAGES, REASONS, Form, field_of, language_of, read_ballot, view_of
@@ -49,12 +48,8 @@ class Site:
         return [origin.partition("://")[2] for origin in self.origins]
 
 
-class Refusal(Exception):
-    """A request that is answered by a message page: HTTP status and the name of the text."""
-
-    def __init__(self, status: int, text: str) -> None:
-        self.status, self.text = status, text
-        super().__init__(text)
+class Refusal(HTTPException):
+    """A request that is answered by a message page: HTTP status and the name of its text."""
 
 
 def build_app(study: Study, site: Site) -> ASGIApp:
@@ -74,7 +69,6 @@ def build_app(study: Study, site: Site) -> ASGIApp:
         Route("/favicon.ico", pages.icon, methods=["GET"]),
     ]
     handlers: dict[Any, Any] = {
-        Refusal: pages.refusal,
         HTTPException: pages.http_error,
         StudyError: pages.study_error,
         Exception: pages.error,
@@ -97,11 +91,11 @@ class _Pages:
             loader=PackageLoader("prefopt.collect"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
         )
         self.templates.globals |= {
-            "charts": charts,
             "settings": study.settings,
             "languages": LANGUAGES,
             "themes": THEMES,
         }
+        self.templates.filters["number"] = number
         self.instructions = as_html(study.settings.instructions) if study.settings.instructions else None
         folder = files("prefopt.collect") / "static"
         self.files = {name: (folder / name).read_bytes() for name in STATIC}
@@ -280,13 +274,10 @@ class _Pages:
         """The icon at the path that browsers try first."""
         return Response(self.files["icon.svg"], media_type=STATIC["icon.svg"])
 
-    def refusal(self, request: Request, error: Refusal) -> Response:
-        """The message of a :class:`Refusal`."""
-        return self.render(request, "message.html", error.status, text=error.text)
-
     def http_error(self, request: Request, error: HTTPException) -> Response:
-        """Unknown routes and methods."""
+        """Refusals, and unknown routes and methods."""
         text = "not found" if error.status_code == 404 else "refused"
+        text = error.detail if isinstance(error, Refusal) else text
         return self.render(request, "message.html", error.status_code, text=text)
 
     def study_error(self, request: Request, error: StudyError) -> Response:

@@ -190,13 +190,7 @@ class Guard:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         refused = await self._refused(scope)
         if refused is None and scope["method"] == "POST":
-            body = await _body(receive)
-            refused = _read_form(scope, body)
-
-            async def receive_none() -> Message:
-                return {"type": "http.request", "body": b"", "more_body": False}
-
-            receive = receive_none
+            refused = _read_form(scope, await _body(receive))
         await (refused or self.app)(scope, receive, send)
 
     async def _wait(self, scope: Scope) -> float:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from prefopt.collect.markdown import as_html, as_plain
 from prefopt.records import Tiers
 from prefopt.studies.items import Item
-from prefopt.studies.votes import RefusedVote, Vote, on_page
+from prefopt.studies.votes import RefusedVote, Vote
 
 LETTERS = "ABCDEFGHI"
 REASONS = ("unclear", "outside", "broken", "offensive")
@@ -135,7 +135,8 @@ def read_ballot(form: Form, shown: Sequence[int], tags: Sequence[str]) -> Vote:
         raise RefusedVote("the form has a tag that the study does not have")
 
     def vote(*tiers: Sequence[int], strength: int | None = None, bad: bool = False, skipped: str | None = None) -> Vote:
-        return Vote(on_page(shown, tuple(map(tuple, tiers))), strength, bad, skipped, rationale, given)
+        by_response = tuple(tuple(shown[place] for place in tier) for tier in tiers)
+        return Vote(by_response, strength, bad, skipped, rationale, given)
 
     if choice == "skip":
         reason = field_of(form, "reason")

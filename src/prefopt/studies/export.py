@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import combinations, groupby
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,19 +67,14 @@ def export_rows(study: Study, options: ExportOptions | None = None) -> Exported:
     """The rows of all votes in force, from one view of the study."""
     with study.reading() as connection:
         exporter = _Exporter(options or ExportOptions(), study.settings.id, annotators(connection))
-        groups = groupby(stored_votes(connection), key=lambda v: v.item)
-        number, votes = _next(groups)
-        for item in all_items(connection):
-            while number is not None and number < item.id:
-                number, votes = _next(groups)
-            if item.gold is None:
-                exporter.add(item, votes if number == item.id else [])
+        items = list(all_items(connection))
+        votes: dict[int, list[StoredVote]] = defaultdict(list)
+        for v in stored_votes(connection):
+            votes[v.item].append(v)
+    for item in items:
+        if item.gold is None:
+            exporter.add(item, votes[item.id])
     return exporter.found
-
-
-def _next(groups: Iterator[tuple[int, Iterator[StoredVote]]]) -> tuple[int | None, list[StoredVote]]:
-    number, votes = next(groups, (None, iter(())))
-    return number, list(votes)
 
 
 class _Exporter:

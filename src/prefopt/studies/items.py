@@ -212,17 +212,11 @@ def order_shown(seed: str, annotator: int, item: int, count: int) -> tuple[int, 
     return tuple(sorted(range(count), key=keys.__getitem__))
 
 
-def take(connection: sqlite3.Connection, item: int, overlap: int) -> None:
-    """Count one more annotator for an item; at ``overlap`` of them it leaves the queue."""
-    _recount(connection, item, 1, overlap)
+def change_taken(connection: sqlite3.Connection, item: int, change: int, overlap: int) -> None:
+    """Count one annotator more (1) or less (-1) for an item.
 
-
-def release(connection: sqlite3.Connection, item: int, overlap: int) -> None:
-    """Count one annotator less for an item; where it needs votes again, it goes to the end of the queue."""
-    _recount(connection, item, -1, overlap)
-
-
-def _recount(connection: sqlite3.Connection, item: int, change: int, overlap: int) -> None:
+    At ``overlap`` annotators it leaves the queue; where it needs votes again, it goes to the end.
+    """
     found = connection.execute("SELECT taken, place FROM queue WHERE item = ?", (item,)).fetchone()
     if found is None:
         return  # gold items are shown to everyone
@@ -254,7 +248,7 @@ def _lapse(connection: sqlite3.Connection, overlap: int, moment: float) -> None:
     for row in rows:
         query = "UPDATE assignment SET state = 'lapsed' WHERE annotator = ? AND item = ?"
         connection.execute(query, (row["annotator"], row["item"]))
-        release(connection, row["item"], overlap)
+        change_taken(connection, row["item"], -1, overlap)
 
 
 def _resume(connection: sqlite3.Connection, study: Study, annotator: Annotator, moment: float) -> int | None:
@@ -269,7 +263,7 @@ def _resume(connection: sqlite3.Connection, study: Study, annotator: Annotator, 
         if row["state"] == "lapsed":
             if row["taken"] is not None and row["taken"] >= overlap:
                 continue
-            take(connection, row["item"], overlap)
+            change_taken(connection, row["item"], 1, overlap)
         connection.execute(
             "UPDATE assignment SET state = 'pending', until = ? WHERE annotator = ? AND item = ?",
             (moment + study.settings.lease, annotator.id, row["item"]),
@@ -328,7 +322,7 @@ def _show(connection: sqlite3.Connection, study: Study, annotator: Annotator, it
         (annotator.id, item, ticket, json.dumps(shown), moment, moment + settings.lease),
     )
     connection.execute("UPDATE annotator SET seen = seen + 1 WHERE id = ?", (annotator.id,))
-    take(connection, item, settings.overlap)
+    change_taken(connection, item, 1, settings.overlap)
 
 
 def _assignment(connection: sqlite3.Connection, found: sqlite3.Row) -> Assignment:

@@ -15,7 +15,7 @@ import secrets
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -184,19 +184,14 @@ def backup(path: Path, output: Path) -> int:
     if output.exists():
         raise StudyError(f"{output}: exists; name another file")
     with _new_file(output) as aside:
-        with errors_of(path):
-            source, copy = connect(path, read_only=True), sqlite3.connect(aside, isolation_level=None)
-            try:
-                with source:
-                    source.execute("BEGIN")  # one snapshot for all pages, so that writers do not restart the copy
-                    source.execute("SELECT count(*) FROM setting").fetchone()
-                    source.backup(copy, pages=BACKUP_PAGES)
-                copy.execute("PRAGMA journal_mode = DELETE")  # one file, without a log beside it
-                copy.row_factory = sqlite3.Row
-                found = list(problems(copy))
-            finally:
-                copy.close()
-                source.close()
+        with errors_of(path), closing(sqlite3.connect(aside, isolation_level=None)) as copy:
+            with closing(connect(path, read_only=True)) as source:
+                source.execute("BEGIN")  # one snapshot for all pages, so that writers do not restart the copy
+                source.execute("SELECT count(*) FROM setting").fetchone()
+                source.backup(copy, pages=BACKUP_PAGES)
+            copy.execute("PRAGMA journal_mode = DELETE")  # one file, without a log beside it
+            copy.row_factory = sqlite3.Row
+            found = list(problems(copy))
         if found:
             raise StudyError(
                 f"{path}: is damaged ({found[0]}); list all damage with prefopt collect check {path}; go back to an"
@@ -211,14 +206,10 @@ def check_study_file(path: Path) -> list[str]:
     """Everything wrong with a study, a line each. Raises :class:`StudyError` for a file that is not a study."""
     check_file(path)
     try:
-        with errors_of(path):
-            connection = connect(path, read_only=True)
-            try:
-                connection.execute("BEGIN")
-                check_version(connection, str(path))
-                return list(problems(connection))
-            finally:
-                connection.close()
+        with errors_of(path), closing(connect(path, read_only=True)) as connection:
+            connection.execute("BEGIN")
+            check_version(connection, str(path))
+            return list(problems(connection))
     except StudyError as error:
         return [str(error).removeprefix(f"{path}: ")]
 
@@ -227,38 +218,32 @@ def check_study_file(path: Path) -> list[str]:
 
 
 def is_study(path: Path) -> bool:
-    """Whether a file is a study, by its header: SQLite's magic bytes and our application id."""
+    """Whether :func:`check_file` accepts a path."""
     try:
-        # A pipe is no file: opening one would wait for its writer.
-        return path.is_file() and _is_study(_header(path))
-    except (OSError, ValueError):
+        check_file(path)
+    except StudyError:
         return False
+    return True
 
 
 def check_file(path: Path) -> None:
-    """Raises :class:`StudyError` for a path that is not a study."""
-    if not path.exists():
-        raise StudyError(f"{path}: no such study; make one with prefopt collect new {path}")
-    if path.is_dir():
-        raise StudyError(f"{path}: is a folder; name the study's file")
+    """Raises :class:`StudyError` for a path that is not a study, by its header: SQLite's and our application id."""
     try:
-        header = _header(path)
+        if not path.exists():
+            raise StudyError(f"{path}: no such study; make one with prefopt collect new {path}")
+        if not path.is_file():  # opening a pipe would wait for its writer
+            raise StudyError(f"{path}: is {'a folder' if path.is_dir() else 'no file'}; name the study's file")
+        with path.open("rb") as file:
+            header = file.read(72)
     except OSError as error:
         raise StudyError(f"{path}: cannot be opened ({error.strerror})") from error
     if not header.startswith(MAGIC):
         what = "is no SQLite file" if header else "is empty"
-        raise StudyError(f"{path}: {what}; name a study made by prefopt collect new")
-    if not _is_study(header):
-        raise StudyError(f"{path}: is an SQLite file, but not a study; name a study made by prefopt collect new")
-
-
-def _header(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(72)
-
-
-def _is_study(header: bytes) -> bool:
-    return header.startswith(MAGIC) and header[68:72] == APPLICATION_ID.to_bytes(4, "big")
+    elif header[68:72] != APPLICATION_ID.to_bytes(4, "big"):
+        what = "is an SQLite file, but not a study"
+    else:
+        return
+    raise StudyError(f"{path}: {what}; name a study made by prefopt collect new")
 
 
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:

@@ -10,7 +10,7 @@ import json
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from prefopt.errors import StudyError
 from prefopt.records import Tiers
 from prefopt.studies.annotators import Annotator
 from prefopt.studies.database import DamagedRow, check_complete, check_row, decoding, insert
-from prefopt.studies.items import parse_tiers, release, take
+from prefopt.studies.items import change_taken, parse_tiers
 from prefopt.studies.study import Study, now
 
 STRENGTHS = {1: "slightly", 2: "better", 3: "much"}
@@ -158,9 +158,9 @@ def record(
         if kind == "vote":
             connection.execute("UPDATE queue SET votes = votes + 1 WHERE item = ?", (found["item"],))
             if found["state"] == "lapsed":  # the item was released to others meanwhile; a late vote still counts
-                take(connection, found["item"], overlap)
+                change_taken(connection, found["item"], 1, overlap)
         elif found["state"] == "pending":
-            release(connection, found["item"], overlap)
+            change_taken(connection, found["item"], -1, overlap)
     return "stored"
 
 
@@ -185,7 +185,7 @@ def undo(study: Study, annotator: Annotator, ticket: str | None = None) -> bool:
         if found["state"] == "voted":
             connection.execute("UPDATE queue SET votes = votes - 1 WHERE item = ?", (found["item"],))
         else:
-            take(connection, found["item"], study.settings.overlap)
+            change_taken(connection, found["item"], 1, study.settings.overlap)
     return True
 
 
@@ -236,8 +236,3 @@ def _stored_vote(event: sqlite3.Row, body: Any) -> StoredVote:
         raise DamagedRow(f"item {event['item']} is gone")
     vote, order, seconds = Vote.read(body, event["count"]), tuple(body["order"]), float(body["seconds"])
     return StoredVote(event["annotator"], event["item"], vote, order, event["at"], seconds, body.get("active_seconds"))
-
-
-def on_page(shown: Sequence[int], tiers: Tiers) -> Tiers:
-    """Convert tiers of positions on the page to tiers of responses; ``shown`` [K] are the responses by position."""
-    return tuple(tuple(shown[position] for position in tier) for tier in tiers)
