@@ -37,7 +37,7 @@ def voted(path: Path, votes: Sequence[Sequence[Vote]], count: int = 2, **setting
 
 
 CASES = [[FIRST, FIRST, SECOND], [TIE, TIE, FIRST], [BAD, BAD, BAD], [FIRST, SECOND], [SECOND], [TIE, TIE]]
-CHOSEN = {
+CHOSEN: dict[tuple[Any, Any], dict[int, str]] = {
     ("majority", "drop"): {1: "0", 2: "0", 5: "1"},
     ("majority", "half"): {1: "0", 2: "0", 5: "1"},
     ("majority", "keep"): {1: "0", 2: "tie", 5: "1", 6: "tie"},
@@ -47,19 +47,19 @@ CHOSEN = {
 }
 
 
-@pytest.mark.parametrize(("disagreement", "ties"), CHOSEN)
-def test_pairs(disagreement: Any, ties: Any, tmp_path: Path) -> None:
+def test_pairs(tmp_path: Path) -> None:
     study = voted(tmp_path / "s.db", CASES)
-    found = export_rows(study, ExportOptions(form="pairs", disagreement=disagreement, ties=ties))
-    said: dict[int, str] = {}
-    for row in found.rows:
-        best = row["responses"][0][0]["content"][-1]
-        said[row["item"]] = said.get(row["item"], "") + ("tie" if len(row["tiers"]) == 1 else best)
-    assert said == CHOSEN[disagreement, ties]
-    assert found.counts["rows"] == len(found.rows)
-    assert found.counts["votes that all responses are bad left out (--all-bad)"] == 3
-    assert found.counts["votes used"] == 11 and found.counts["skips left out"] == 4
-    assert all(isinstance(c, Comparison) for c in parse_comparisons(found.rows, "rows"))
+    for (disagreement, ties), chosen in CHOSEN.items():
+        found = export_rows(study, ExportOptions(form="pairs", disagreement=disagreement, ties=ties))
+        best_of: dict[int, str] = {}
+        for row in found.rows:
+            best = row["responses"][0][0]["content"][-1]
+            best_of[row["item"]] = best_of.get(row["item"], "") + ("tie" if len(row["tiers"]) == 1 else best)
+        assert best_of == chosen, (disagreement, ties)
+        assert found.counts["rows"] == len(found.rows)
+        assert found.counts["votes that all responses are bad left out (--all-bad)"] == 3
+        assert found.counts["votes used"] == 11 and found.counts["skips left out"] == 4
+        assert all(isinstance(c, Comparison) for c in parse_comparisons(found.rows, "rows"))
 
 
 def test_provenance_tells_who_said_what_of_which_response(tmp_path: Path) -> None:

@@ -64,28 +64,28 @@ def test_a_ticket_of_another_or_of_nobody_is_refused(study: Study) -> None:
     assert not in_force(study)
 
 
-@pytest.mark.parametrize(
-    "vote",
-    [
-        Vote(),
-        Vote(((0,),)),
-        Vote(((0,), (0,))),
-        Vote(((0,), (2,))),
-        Vote(((0,), (-1,))),
-        Vote(((0,), (), (1,))),
-        Vote(((0, 1),), strength=1),
-        Vote(((0,), (1,)), strength=4),
-        Vote(((0,), (1,)), skipped="unclear"),
-        Vote(skipped="  "),
-        Vote(((0,), (1,)), rationale="x" * 4001),
-        Vote(((0,), (1,)), tags=("x",) * 21),
-    ],
-)
-def test_a_vote_that_says_nothing_or_too_much_is_refused(study: Study, vote: Vote) -> None:
+INVALID = [
+    Vote(),
+    Vote(((0,),)),
+    Vote(((0,), (0,))),
+    Vote(((0,), (2,))),
+    Vote(((0,), (-1,))),
+    Vote(((0,), (), (1,))),
+    Vote(((0, 1),), strength=1),
+    Vote(((0,), (1,)), strength=4),
+    Vote(((0,), (1,)), skipped="unclear"),
+    Vote(skipped="  "),
+    Vote(((0,), (1,)), rationale="x" * 4001),
+    Vote(((0,), (1,)), tags=("x",) * 21),
+]
+
+
+def test_an_invalid_vote_is_refused(study: Study) -> None:
     (ann,) = people(study, "Ann")
     seen = shown(study, ann)
-    with pytest.raises(RefusedVote):
-        record(study, ann, seen.ticket, vote)
+    for vote in INVALID:
+        with pytest.raises(RefusedVote):
+            record(study, ann, seen.ticket, vote)
     assert not in_force(study) and shown(study, ann) == seen
 
 
