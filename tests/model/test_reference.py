@@ -24,10 +24,9 @@ from prefopt.data.group import Group
 from prefopt.data.table import KEY
 from prefopt.errors import CacheError, Interrupted, ModelError
 from prefopt.reference import cache as reference
-from prefopt.reference.blocks import block_files, read_sealed, write_sealed
-from prefopt.reference.cache import ReferenceCache, Scored
-from prefopt.reference.plan import Named, Plan
-from prefopt.reference.spaces import list_spaces, verify
+from prefopt.reference.blocks import block_files, list_spaces, read_sealed, verify, write_sealed
+from prefopt.reference.cache import ReferenceCache, ResponseScore
+from prefopt.reference.plan import NamedGroups, ScoringPlan
 
 
 def test_nothing_is_scored_twice(tmp_path: Path) -> None:
@@ -140,7 +139,7 @@ def test_after_running_out_of_memory_half_the_budget_plans_anew(tmp_path: Path) 
 def test_a_number_that_is_not_finite_is_refused_and_not_kept(tmp_path: Path) -> None:
     groups = make_groups(3)
 
-    def score(batch: list[Group]) -> list[list[Scored]]:
+    def score(batch: list[Group]) -> list[list[ResponseScore]]:
         results = Fake().score(batch)
         return [
             [replace(s, sum=float("nan")) if g.row == 2 else s for s in r] for g, r in zip(batch, results, strict=True)
@@ -193,17 +192,17 @@ names = st.integers(0, 12).map(lambda n: bytes([n]) * 16)
 Keys = tuple[bytes, ...]
 
 
-def named(groups: Iterable[Keys]) -> Named:
+def named(groups: Iterable[Keys]) -> NamedGroups:
     groups = list(groups)
     keys = np.frombuffer(b"".join(key for group in groups for key in group), KEY)
-    return Named.of(keys, np.cumsum([0, *map(len, groups)]))
+    return NamedGroups.of(keys, np.cumsum([0, *map(len, groups)]))
 
 
 def key_array(keys: Iterable[bytes]) -> Any:
     return np.frombuffer(b"".join(sorted(keys)), KEY)
 
 
-def batches_of(plan: Plan) -> list[list[Keys]]:
+def batches_of(plan: ScoringPlan) -> list[list[Keys]]:
     data, starts = plan.groups.keys_N.tobytes(), plan.groups.starts.tolist()
     groups = [tuple(data[n * 16 : n * 16 + 16] for n in range(a, b)) for a, b in pairwise(starts)]
     bounds = plan.batch_starts.tolist()
@@ -239,7 +238,7 @@ def test_a_plan_brings_each_wanted_response_once_and_keeps_the_budget(
     costs: dict[Keys, int], unknown: set[bytes], done: set[bytes], budget: int
 ) -> None:
     wanted = unknown & {key for keys in costs for key in keys}
-    plan = Plan.make(named(costs), np.array(list(costs.values())), key_array(wanted), budget)
+    plan = ScoringPlan.make(named(costs), np.array(list(costs.values())), key_array(wanted), budget)
     batches = batches_of(plan)
     assert batches == greedy(costs, wanted, budget)
     assert all(sum(costs[keys] for keys in batch) <= budget or len(batch) == 1 for batch in batches)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from prefopt.train.rows import pairs_of
 
 from model.architectures import Float64Throughout
 from prefopt.core.cache_folder import cache_root
@@ -20,9 +21,8 @@ from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer, response_sums
 from prefopt.reference.cache import ReferenceCache
-from prefopt.reference.in_memory import HeldWeights, LiveReference, Movement
+from prefopt.reference.in_memory import InMemoryReference, SwappedWeights, TrDpoUpdate
 from prefopt.train.objective import PreferenceObjective
-from prefopt.train.rows import pairs_of
 from train.ranked import mixed, pairs_only
 from train.small import dpo, evaluations, pairs, steps, tiny_llama, weights, write_model
 from train.test_objective import CPU, assert_close, models, step, taken_grads
@@ -87,7 +87,7 @@ def test_losses_on_distributions_are_those_on_a_blackboard(
     chosen, groups = parse_losses(name, options, weighting=weighting), mixed(5)
     with Float64Throughout():
         loss, grads = by_hand(chosen, groups, policy, reference)
-        live = LiveReference(Scorer(reference))
+        live = InMemoryReference(Scorer(reference))
         objective = PreferenceObjective(chosen, groups, None, device=CPU, live=live)
         scorer = Scorer(policy)
         for token_budget in (1, 90, 100_000):
@@ -107,8 +107,8 @@ def test_held_weights_are_the_model_as_it_was_and_follow_it(kind: str) -> None:
     masters = MasterWeights(model, torch.bfloat16 if kind == "bfloat16" else torch.float32)
     scorer = Scorer(model)
     batch = pack(pairs_only(3), scorer.layout)
-    held = HeldWeights(masters, moves=True)
-    live = LiveReference(scorer, held)
+    held = SwappedWeights(masters, moves=True)
+    live = InMemoryReference(scorer, held)
     with torch.no_grad():
         before = scorer(batch)
         first = {n: m.clone() for n, m in masters.masters.items()}
@@ -118,7 +118,7 @@ def test_held_weights_are_the_model_as_it_was_and_follow_it(kind: str) -> None:
         after = scorer(batch)
     assert not torch.equal(before, after)
     assert torch.equal(live.logprobs(batch), before) and torch.equal(scorer(batch).detach(), after)
-    moving = Movement(held, every=2, amount=0.25)
+    moving = TrDpoUpdate(held, every=2, amount=0.25)
     expected = first
     for n in range(1, 5):
         with torch.no_grad():
@@ -131,11 +131,11 @@ def test_held_weights_are_the_model_as_it_was_and_follow_it(kind: str) -> None:
             expected = {name: 0.25 * now[name] + 0.75 * value for name, value in expected.items()}
     for name, value in expected.items():
         torch.testing.assert_close(held.saved()[name], value, rtol=1e-6, atol=1e-7)
-    Movement(held, every=1, amount=1.0).after(5, masters)
+    TrDpoUpdate(held, every=1, amount=1.0).after(5, masters)
     assert torch.equal(live.logprobs(batch), scorer(batch).detach())
-    other = HeldWeights(masters, moves=True)
+    other = SwappedWeights(masters, moves=True)
     other.load({name: value.clone() for name, value in first.items()})
-    assert torch.equal(LiveReference(scorer, other).logprobs(batch), before)
+    assert torch.equal(InMemoryReference(scorer, other).logprobs(batch), before)
     sums = response_sums(scorer(batch), batch)
     sums.sum().backward()  # what was swapped in between left the graph alone
     assert all(m.grad is not None for m in masters.masters.values())
@@ -222,6 +222,6 @@ def test_another_reference_with_another_layout_is_packed_its_own_way() -> None:
     scorer, apart = Scorer(policy), Scorer(reference, share=False)
     batch = pack(groups, scorer.layout)
     expected = apart(pack(groups, apart.layout)).detach()
-    live = LiveReference(apart)
+    live = InMemoryReference(apart)
     assert torch.equal(live.logprobs(batch), expected)
     assert live.distributions(batch).logits(slice(0, 3)).shape == (3, 50)

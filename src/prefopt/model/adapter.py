@@ -26,11 +26,11 @@ from transformers import PreTrainedModel
 
 from prefopt.core.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter, require_adapter, vet_folder
 from prefopt.errors import ConfigError, ModelError, first_line
+from prefopt.model.architectures import architectures_of, causal_model
 from prefopt.model.checkpoint import origin_of
 from prefopt.model.lora_targets import lora_targets
-from prefopt.model.precision import silence_dropout
-from prefopt.model.scorer import causal_model
-from prefopt.model.supported import architectures_of, model_errors
+from prefopt.model.precision import disable_dropout
+from prefopt.model.supported import model_errors
 
 ADDED = 1 << 16
 """So many rows may be added for tokens that an adapter names and has no rows of."""
@@ -151,7 +151,7 @@ def write_nested(folder: Path, model: Any, nesting: Nesting) -> None:
 
 
 @contextmanager
-def as_of_text(folder: str, model: Any) -> Iterator[str]:
+def with_inner_names(folder: str, model: Any) -> Iterator[str]:
     """The folder of an adapter with the names that ``model``, a language model, has: itself, or a copy for a while."""
     found = _keys(Path(folder))
     nesting = nesting_of(model)
@@ -246,13 +246,13 @@ def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
     vet_folder(folder)
     with model_errors(folder), peft_warnings_off():
         plain = causal_model(model)
-        with as_of_text(folder, plain) as named:
+        with with_inner_names(folder, plain) as named:
             grow_for_adapter(plain, named)
             whole = holds_embedding(plain, named)
             config = _with_plain_targets(plain, named)
             wrapped: Any = PeftModel.from_pretrained(plain, named, is_trainable=True, config=config)
         wrapped.prefopt_saves_embedding = whole
-    silence_dropout(wrapped)
+    disable_dropout(wrapped)
     trainable: torch.nn.Module = wrapped
     return trainable
 

@@ -26,11 +26,12 @@ from transformers.utils import logging as transformers_logging
 from prefopt.data.group import Group
 from prefopt.data.table import GroupTable
 from prefopt.errors import ModelError
+from prefopt.model.architectures import causal_model
 from prefopt.model.costs import uncounted
-from prefopt.model.packed_model import PackedModel, causal_model
+from prefopt.model.kernels.head import Head
 from prefopt.model.packing import pack
 from prefopt.model.scalar import ScalarScorer
-from prefopt.model.scorer import Head, Scorer
+from prefopt.model.scorer import PackedModel, Scorer
 
 VOCABULARY, WINDOW, CONTEXT = 61, 8, 128
 _SMALL = {

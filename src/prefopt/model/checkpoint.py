@@ -1,9 +1,9 @@
 """The tensors in a model's folder, told from the headers of its files, and what they are called in the loaded model.
 
 A class of transformers leaves aside whatever it has no place for: the vision tower of a checkpoint whose language model
-is loaded alone, its layers for multi-token prediction, a value head. :class:`Origin` knows those, and under which name
-of the checkpoint each weight of the model belongs, so that a trained model can be written as the checkpoint that it
-came from::
+is loaded alone, its layers for multi-token prediction, a value head. :class:`ModelOrigin` knows those, and under which
+name of the checkpoint each weight of the model belongs, so that a trained model can be written as the checkpoint that
+it came from::
 
     origin = origin_of(model)               # put there by prefopt.model.load; none for a model given in Python
     origin.untouched                        # names of the checkpoint that are in no weight of the model
@@ -29,12 +29,13 @@ from safetensors import SafetensorError, safe_open
 from prefopt.core.model_folder import read_object, weight_files
 from prefopt.core.terminal import size
 from prefopt.errors import ModelError
+from prefopt.model.architectures import MTP_COUNTS
 
 _ATTRIBUTE = "prefopt_origin"
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """A tensor in a file. ``dtype`` is safetensors' name of its type."""
 
     file: Path
@@ -49,14 +50,14 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class WeightFiles:
     """The tensors of ``folder`` by name, as transformers would find them. Only headers are in memory."""
 
     folder: Path
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
 
     @classmethod
-    def read(cls, folder: str | Path) -> Checkpoint:
+    def read(cls, folder: str | Path) -> WeightFiles:
         """Raises :class:`ModelError` for a folder without weights, or with damaged or pickled ones."""
         path = Path(folder)
         try:
@@ -80,15 +81,15 @@ class Checkpoint:
         return sum(self.tensors[name].nbytes for name in names)
 
 
-def headers(file: Path) -> dict[str, Stored]:
+def headers(file: Path) -> dict[str, StoredTensor]:
     """What a safetensors file holds. Raises what safetensors does."""
     with safe_open(file, framework="pt") as opened:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
-        return {name: Stored(file, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+        return {name: StoredTensor(file, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class ModelOrigin:
     """The checkpoint that a model was loaded from, and what became of each of its tensors.
 
     ``renamed``: by name in the checkpoint, the name it has in the model, or would have there. ``converted``: those of
@@ -97,14 +98,14 @@ class Origin:
     ``config``: what ``config.json`` says there. It is held, for the folder may be gone when the model is saved.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: WeightFiles
     config: Any
     renamed: Mapping[str, str]
     converted: frozenset[str]
     untouched: tuple[str, ...]
     kept: bool = True
 
-    def left_behind(self, used: Iterable[str] = ()) -> Origin:
+    def left_behind(self, used: Iterable[str] = ()) -> ModelOrigin:
         """Where a model of another kind comes from, which has ``used`` some of the tensors in a way of its own."""
         rest = tuple(n for n in self.untouched if n not in set(used))
         return replace(self, untouched=rest, kept=False)
@@ -135,7 +136,7 @@ class Origin:
         return found
 
 
-def trace(model: Any, checkpoint: Checkpoint, config: Any) -> Origin:
+def trace(model: Any, checkpoint: WeightFiles, config: Any) -> ModelOrigin:
     """Which tensor of ``checkpoint`` went where in ``model``, which transformers has just loaded from it; ``config`` is
     the folder's."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -154,17 +155,17 @@ def trace(model: Any, checkpoint: Checkpoint, config: Any) -> Origin:
             untouched.append(name)
         elif pattern is not None:
             converted.add(name)
-    return Origin(checkpoint, config, renamed, frozenset(converted), tuple(untouched))
+    return ModelOrigin(checkpoint, config, renamed, frozenset(converted), tuple(untouched))
 
 
-def set_origin(model: Any, origin: Origin) -> None:
+def set_origin(model: Any, origin: ModelOrigin) -> None:
     """Let ``model`` know where it comes from."""
     setattr(model, _ATTRIBUTE, origin)
 
 
-def origin_of(model: Any) -> Origin | None:
+def origin_of(model: Any) -> ModelOrigin | None:
     """Where a model comes from; none for one that was given in Python, or made of another."""
-    found: Origin | None = getattr(model, _ATTRIBUTE, None)
+    found: ModelOrigin | None = getattr(model, _ATTRIBUTE, None)
     return found
 
 
@@ -195,7 +196,7 @@ class ScalarHead:
     """The tensors [by name] of a head in a folder that is not transformers' own model of it."""
 
     folder: Path
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
 
     @property
     def weight(self) -> str:
@@ -231,7 +232,7 @@ def scalar_head(folder: str | Path) -> ScalarHead | None:
     """The scalar head in the folder of a model, or beside an adapter; none in one without, or whose weights cannot be
     read (loading says why). Raises :class:`ModelError` where a file of the head alone cannot be."""
     try:
-        tensors = dict(Checkpoint.read(folder).tensors)
+        tensors = dict(WeightFiles.read(folder).tensors)
     except ModelError:
         tensors = {}
     tensors |= _beside(Path(folder) / _BESIDE)
@@ -239,7 +240,7 @@ def scalar_head(folder: str | Path) -> ScalarHead | None:
     return ScalarHead(Path(folder), found) if found else None
 
 
-def _beside(file: Path) -> dict[str, Stored]:
+def _beside(file: Path) -> dict[str, StoredTensor]:
     if not file.is_file():
         return {}
     try:
@@ -263,12 +264,10 @@ _COMPUTED = re.compile(
     r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$"
     r"|(^|\.)position_ids$|num_batches_tracked$"
 )
-# Numbers of layers that predict further tokens, as configurations call them.
-_MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules")
 _MTP = re.compile(_KINDS["layers for multi-token prediction"])
 
 
-def leftover_words(origin: Origin) -> str | None:
+def describe_untouched(origin: ModelOrigin) -> str | None:
     """What is in no weight of the model, by kind with count and bytes; none where there are computed buffers alone."""
     mtp = {layer for layer, names in _layers(origin).items() if any(_MTP.search(n) for n in names)}
     kinds: dict[str, list[str]] = {}
@@ -281,11 +280,11 @@ def leftover_words(origin: Origin) -> str | None:
     return ", ".join(parts) or None
 
 
-def check_layers(name: str, model: Any, origin: Origin) -> None:
+def check_layers(name: str, model: Any, origin: ModelOrigin) -> None:
     """Raises :class:`ModelError` where the checkpoint has layers that the configuration leaves out, but for those that
     predict further tokens: without its last layers a model says something else."""
     expected = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    counts = [getattr(model.config.get_text_config(), count, None) for count in _MTP_COUNTS]
+    counts = [getattr(model.config.get_text_config(), count, None) for count in MTP_COUNTS]
     told = sum(count for count in counts if isinstance(count, int))
     ends = _ends(model.state_dict())
     beyond: dict[str, list[str]] = {}
@@ -304,24 +303,16 @@ def check_layers(name: str, model: Any, origin: Origin) -> None:
         )
 
 
-def without_mtp(config: Any) -> None:
-    """Let a configuration name no layers that predict further tokens."""
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        for count in _MTP_COUNTS:
-            if getattr(part, count, None):
-                setattr(part, count, 0)
-
-
 def _kind(name: str) -> str:
     return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, name)), OTHER)
 
 
-def _part(origin: Origin, kind: str, names: list[str]) -> str:
+def _part(origin: ModelOrigin, kind: str, names: list[str]) -> str:
     count = f"{len(names)} tensor{'s' if len(names) > 1 else ''}, {size(origin.checkpoint.nbytes(names))}"
     return f"{kind} ({count}{f', the first is {names[0]}' if kind == OTHER else ''})"
 
 
-def _layers(origin: Origin) -> dict[str, list[str]]:
+def _layers(origin: ModelOrigin) -> dict[str, list[str]]:
     """Untouched tensors by each numbered module they are in, such as ``model.layers.3``, named as in the model."""
     found: dict[str, list[str]] = {}
     for name in origin.untouched:

@@ -125,7 +125,7 @@ def _usable_cores() -> int:
 def _devices() -> Section:
     import torch
 
-    from prefopt.model.load import native_bfloat16
+    from prefopt.model.precision import native_bfloat16
 
     cpu = torch.device("cpu")
     found = {

@@ -35,7 +35,7 @@ _MLP = re.compile(r"mlp|feed_?forward|ffn|^fc\d|^fc_(in|out)$|dense_\w*4h|^(gate
 
 
 @dataclass(frozen=True, slots=True)
-class Matrix:
+class WeightMatrix:
     """A weight that multiplies. ``module`` is the name of its layer, ``parameter`` the weight's own in the model.
 
     ``fused``: the layer is no linear one, so an adapter goes on its parameter (experts in one tensor of three axes,
@@ -50,12 +50,12 @@ class Matrix:
     reachable: bool = True
 
 
-def matrices(model: Any) -> list[Matrix]:
+def weight_matrices(model: Any) -> list[WeightMatrix]:
     """Every matrix of a transformers model once, in the order of its modules."""
     return list(_walk(model))
 
 
-def _walk(model: Any) -> Iterator[Matrix]:
+def _walk(model: Any) -> Iterator[WeightMatrix]:
     from transformers.pytorch_utils import Conv1D
 
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
@@ -84,14 +84,16 @@ def _walk(model: Any) -> Iterator[Matrix]:
             # What comes out of these is no linear layer's: another shape, or weights of experts beside it.
             special = getattr(module, "n_groups", 1) > 1 or (kind == "router" and "Router" in type(module).__name__)
             read = _UNMOVED.search(name) or (kind, leaf) in _READ
-            yield Matrix(name, f"{name}.weight", kind, weight.numel(), fused=linear and special, reachable=not read)
+            yield WeightMatrix(
+                name, f"{name}.weight", kind, weight.numel(), fused=linear and special, reachable=not read
+            )
             continue
         for field, value in own.items():
             if kind in ("experts", "shared-experts") and value.ndim >= 2 and not field.endswith("bias"):
                 # Stacked along the first of two axes (DBRX), experts are read by another module than their own.
-                yield Matrix(name, f"{name}.{field}", kind, value.numel(), fused=True, reachable=value.ndim == 3)
+                yield WeightMatrix(name, f"{name}.{field}", kind, value.numel(), fused=True, reachable=value.ndim == 3)
             elif kind == "router" and field == "weight" and value.ndim == 2:
-                yield Matrix(name, f"{name}.{field}", kind, value.numel(), fused=True)
+                yield WeightMatrix(name, f"{name}.{field}", kind, value.numel(), fused=True)
 
 
 def _kind(path: list[str], classes: list[str], *, routed: bool) -> str:
@@ -144,7 +146,7 @@ _NO_MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
 
 
 @dataclass(frozen=True, slots=True)
-class Targets:
+class LoraTargets:
     """``modules`` and ``parameters`` as :class:`peft.LoraConfig` takes them; ``words``: the shares, for a person."""
 
     modules: list[str]
@@ -152,18 +154,18 @@ class Targets:
     words: str
 
 
-def lora_targets(model: Any, named: Sequence[str] | None) -> Targets:
+def lora_targets(model: Any, named: Sequence[str] | None) -> LoraTargets:
     """What ``--lora-targets`` ``named`` means for ``model``; none is the default.
 
     Raises :class:`ConfigError` where a name is that of no weight, or an adapter on it would change nothing.
     """
-    there = matrices(model)
+    there = weight_matrices(model)
     refused = _refused(model)
     tensors = (*model.named_parameters(), *model.named_buffers())
     if named and any(
         name.endswith(".qweight") for name, _ in tensors
     ):  # quantised layers that are no linear ones (GPTQ, AWQ): PEFT knows them
-        return Targets(list(named), None, ", ".join(named))
+        return LoraTargets(list(named), None, ", ".join(named))
     wanted = [m for m in there if _default(m) and not refused(m)] if not named else _named(there, named, refused)
     if not wanted:
         raise ConfigError("--lora: no weight of this model can have an adapter; leave it out to train the whole model")
@@ -175,14 +177,16 @@ def lora_targets(model: Any, named: Sequence[str] | None) -> Targets:
     words = _words(there, wanted, refused)
     if not named and any(m.kind == "router" for m in there):
         words += "; --lora-targets all-linear router adds the routers"
-    return Targets(modules, _short(there, fused) or None, words)
+    return LoraTargets(modules, _short(there, fused) or None, words)
 
 
-def _default(matrix: Matrix) -> bool:
+def _default(matrix: WeightMatrix) -> bool:
     return matrix.reachable and matrix.kind in KINDS and matrix.kind != "router"
 
 
-def _named(there: list[Matrix], named: Sequence[str], refused: Callable[[Matrix], bool]) -> list[Matrix]:
+def _named(
+    there: list[WeightMatrix], named: Sequence[str], refused: Callable[[WeightMatrix], bool]
+) -> list[WeightMatrix]:
     """The weights that these kinds and names mean, in the order of the model."""
     chosen: set[str] = set()
     for name in named:
@@ -202,7 +206,7 @@ def _named(there: list[Matrix], named: Sequence[str], refused: Callable[[Matrix]
     return [m for m in there if m.parameter in chosen]
 
 
-def _means(name: str, matrix: Matrix) -> bool:
+def _means(name: str, matrix: WeightMatrix) -> bool:
     if name == ALL:
         return _default(matrix)
     if name in KINDS and name == matrix.kind:
@@ -210,21 +214,21 @@ def _means(name: str, matrix: Matrix) -> bool:
     return any(full == name or full.endswith(f".{name}") for full in (matrix.module, matrix.parameter))
 
 
-def _nameable(there: list[Matrix]) -> str:
+def _nameable(there: list[WeightMatrix]) -> str:
     """What can be named, in words."""
     kinds = [ALL, *(kind for kind in KINDS if any(m.kind == kind and m.reachable for m in there))]
     names = {_leaf(m) for m in there if m.reachable and m.kind != "tower"}
     return f"there are the kinds {', '.join(kinds)}, and the names {', '.join(sorted(names))}"
 
 
-def _leaf(matrix: Matrix) -> str:
+def _leaf(matrix: WeightMatrix) -> str:
     """The shortest name that says which: of a parameter, its layer and itself."""
     if not matrix.fused:
         return matrix.module.rpartition(".")[2]
     return ".".join(matrix.parameter.split(".")[-2:])
 
 
-def _refused(model: Any) -> Callable[[Matrix], bool]:
+def _refused(model: Any) -> Callable[[WeightMatrix], bool]:
     """Whether PEFT refuses an adapter on a weight: kernels of these architectures read it without calling its layer."""
     if getattr(model.config, "model_type", None) not in _NO_MAMBA:
         return lambda _: False
@@ -243,7 +247,7 @@ def _former_names(model: Any) -> Collection[str]:
     return mapping.get(patterns.get(getattr(model.config, "model_type", ""), ""), {})
 
 
-def _short(there: list[Matrix], wanted: Collection[str]) -> list[str]:
+def _short(there: list[WeightMatrix], wanted: Collection[str]) -> list[str]:
     """Names of parameters without their layer's number, where that means the same ones."""
     ends: dict[str, list[str]] = {}
     for name in sorted(wanted):
@@ -257,7 +261,7 @@ def _short(there: list[Matrix], wanted: Collection[str]) -> list[str]:
     return found
 
 
-def _words(there: list[Matrix], wanted: list[Matrix], refused: Callable[[Matrix], bool]) -> str:
+def _words(there: list[WeightMatrix], wanted: list[WeightMatrix], refused: Callable[[WeightMatrix], bool]) -> str:
     """Shares by kind, those that are equal together, and why some have none."""
     chosen = {m.parameter for m in wanted}
     shares: dict[float, list[str]] = {}

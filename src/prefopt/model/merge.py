@@ -24,12 +24,18 @@ from prefopt.data.chat.render import Renderer
 from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from prefopt.errors import ConfigError, ModelError, RunError
 from prefopt.model.adapter import peft_warnings_off
-from prefopt.model.checkpoint import Checkpoint, leftover_words, origin_of
-from prefopt.model.load import base_and_adapter, load_config, load_model, local_folder, quiet, vocabulary_size
-from prefopt.model.save import add_end_tokens, end_tokens, repair_generation, save_weights, share_weights
-from prefopt.model.scorer import causal_model
+from prefopt.model.architectures import causal_model, vocabulary_size
+from prefopt.model.checkpoint import WeightFiles, describe_untouched, origin_of
+from prefopt.model.load import base_and_adapter, load_config, load_model, local_folder, quiet_loading
+from prefopt.model.save import (
+    add_end_tokens,
+    apply_umask,
+    end_tokens,
+    repair_generation,
+    save_weights,
+    write_transformers4_fields,
+)
 from prefopt.model.supported import model_errors
-from prefopt.model.transformers4 import write_for_older_readers
 
 # What rounding may do to logits, as a part of their norm: summing in another order in float32 (1e-7 a step); a weight
 # in bfloat16 is within 2^-9 of itself, in float16 within 2^-12, and layers add up.
@@ -128,11 +134,11 @@ def merge_adapter(
     del merged, wrapped, causal
     _check_saved(output, dtype, device, probes_2, found)
     tensors = _check_names(output, Path(base), own_head=own_head, rows=rows)
-    kept = leftover_words(origin) if origin is not None else None
+    kept = describe_untouched(origin) if origin is not None else None
     return MergeReport(output, dtype, layers, difference, effect, rounding, untied, tensors, kept, ends)
 
 
-def load_folded(base: str, adapter: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_merged(base: str, adapter: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The causal model in folder ``base`` with the adapter in another folded in, on its way to nowhere but memory.
 
     ``dtype`` should hold what the adapter changes: float32. Raises :class:`ModelError` as :func:`merge_adapter`.
@@ -252,11 +258,11 @@ def _ends(adapter: str, tokenizer: Tokenizer) -> Sequence[int]:
 
 def _save(model: Any, output: Path, tokenizer: Tokenizer) -> None:
     repair_generation(model)
-    with output_errors(output), quiet():
+    with output_errors(output), quiet_loading():
         save_weights(output, model, dict(model.state_dict()), model.dtype)
         tokenizer.save_pretrained(output)
-        write_for_older_readers(output, tokenizer)
-        share_weights(output)
+        write_transformers4_fields(output, tokenizer)
+        apply_umask(output)
 
 
 def _write_card(output: Path, model: str, adapter: str, card: Path, dtype: torch.dtype) -> None:
@@ -286,7 +292,7 @@ def _check_names(output: Path, base: Path, *, own_head: bool, rows: int) -> int:
     """How many tensors were written. Raises :class:`RunError` where they are not those of the model, by name and shape,
     but for a head that now has weights of its own, and embeddings that the adapter's tokenizer made grow to ``rows``.
     """
-    there, wanted = ({n: t.shape for n, t in Checkpoint.read(f).tensors.items()} for f in (output, base))
+    there, wanted = ({n: t.shape for n, t in WeightFiles.read(f).tensors.items()} for f in (output, base))
     for name, shape in wanted.items():
         if len(shape) == 2 and shape[0] < rows and there.get(name) == (rows, shape[1]):
             wanted[name] = (rows, shape[1])

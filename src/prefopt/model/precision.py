@@ -8,6 +8,7 @@ arrive in bfloat16 and are added up in float32.
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from prefopt.model.scorer import causal_model
+from prefopt.errors import ConfigError
+from prefopt.model.architectures import causal_model
 
 
 class MasterWeights:
@@ -81,7 +83,7 @@ class MasterWeights:
             yield name, master.detach()
 
 
-def computing_in(model: torch.nn.Module, compute: torch.dtype) -> torch.nn.Module:
+def freeze_and_cast(model: torch.nn.Module, compute: torch.dtype) -> torch.nn.Module:
     """``model``, frozen and cast to ``compute`` in place as :class:`MasterWeights` casts what does not train.
 
     ``model.to(compute)`` would also round what its class keeps in float32: rotary tables, the gates of some experts.
@@ -148,7 +150,7 @@ def _cast_buffers(model: PreTrainedModel, compute: torch.dtype) -> None:
 _DROPS = re.compile(r"drop(out|_rate)?$|_pdrop$|dropout|layerdrop|jitter_noise")
 
 
-def silence_dropout(target: PreTrainedConfig | torch.nn.Module) -> None:
+def disable_dropout(target: PreTrainedConfig | torch.nn.Module) -> None:
     """Set every dropout and jitter of a configuration to zero: log-probabilities must not be random.
 
     Of a model too, which was built with others: its configuration, its dropout modules, and the rates that its layers
@@ -168,3 +170,60 @@ def _zero_rates(holder: object) -> None:
     for field, value in list(vars(holder).items()):
         if _DROPS.search(field) and isinstance(value, float):
             setattr(holder, field, 0.0)
+
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+AUTO_DTYPE = "PREFOPT_DTYPE"
+"""The variable that says what ``--dtype auto`` takes: unlike machines that are to compute alike set it."""
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """The device asked for, or the best there is. Raises :class:`ConfigError` where it is not there."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name is None:
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name}: no such kind of device; try cpu, cuda, cuda:1 or mps") from error
+    there = {"cuda": cuda and (device.index or 0) < torch.cuda.device_count(), "mps": mps, "cpu": True}
+    if not there.get(device.type, False):
+        raise ConfigError(f"--device {name}: this machine has no such device; leave --device out to use what it has")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # kernels and libraries that ask for the current device mean this one
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is what the variable ``PREFOPT_DTYPE`` names, else bfloat16 where the device multiplies it natively,
+    else float32. Raises :class:`ConfigError` where the variable names another type."""
+    if name == "auto":
+        name = os.environ.get(AUTO_DTYPE) or "auto"
+        if name not in (allowed := ("auto", "float32", "bfloat16", "float64")):
+            raise ConfigError(f"{AUTO_DTYPE} is {name!r}; it must be one of {', '.join(allowed)}")
+    if name == "auto":
+        return torch.bfloat16 if native_bfloat16(device) else torch.float32
+    return DTYPES[name]
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products run on the device's own instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported()) if torch.backends.mkldnn.is_available() else False
+    return False
+
+
+def slow_dtype(dtype: torch.dtype, device: torch.device) -> str | None:
+    """What to tell a person who asked for a precision that the device has to emulate, in one line."""
+    if dtype != torch.bfloat16 or native_bfloat16(device):
+        return None
+    return "bfloat16: this device emulates it, many times slower than float32; leave --dtype out to use float32"

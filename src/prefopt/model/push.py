@@ -22,7 +22,7 @@ _TEXT = (".json", ".md", ".yaml", ".jsonl", ".txt")
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class UploadPlan:
     """What goes and what stays: names relative to ``folder``, and why the others stay."""
 
     folder: Path
@@ -40,7 +40,7 @@ class Plan:
         return lines + [f"note: {warning}" for warning in self.warnings]
 
 
-def plan(folder: str | Path, *, run: bool = False, checkpoints: bool = False) -> Plan:
+def plan(folder: str | Path, *, run: bool = False, checkpoints: bool = False) -> UploadPlan:
     """Which files of ``folder`` would be sent. Raises :class:`ModelError` where it holds no finished model."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -59,10 +59,10 @@ def plan(folder: str | Path, *, run: bool = False, checkpoints: bool = False) ->
             continue
         inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         files |= {str(p.relative_to(folder)): p.stat().st_size for p in inside}
-    return Plan(folder, files, left_out, _warnings(folder, files))
+    return UploadPlan(folder, files, left_out, _warnings(folder, files))
 
 
-def push(planned: Plan, repo: str, *, private: bool = False) -> str:
+def push(planned: UploadPlan, repo: str, *, private: bool = False) -> str:
     """Send what is planned; returns the address of the commit. Asks nobody: that is the caller's part.
 
     Raises :class:`RunError` for whatever the Hub or the network says, in one line with the remedy, and where a

@@ -32,13 +32,13 @@ from prefopt.data.group import Group
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ModelError
 from prefopt.model.adapter import add_adapter, peft_warnings_off
-from prefopt.model.checkpoint import ScalarHead, origin_of, scalar_head, set_origin, without_mtp
+from prefopt.model.architectures import architectures_of, body_of, causal_model, without_mtp
+from prefopt.model.checkpoint import ScalarHead, origin_of, scalar_head, set_origin
 from prefopt.model.kernels.head import wide_dtype
 from prefopt.model.load import base_and_adapter, load_config, load_model, load_weights
-from prefopt.model.merge import load_folded
-from prefopt.model.packed_model import PackedModel, body_of, causal_model
+from prefopt.model.merge import load_merged
 from prefopt.model.packing import PackedBatch, pack, split
-from prefopt.model.supported import architectures_of
+from prefopt.model.scorer import PackedModel
 
 SHIFT = "prefopt_reward_shift"
 PAD = "<|pad|>"
@@ -103,7 +103,7 @@ def load_scalar(
     - a sequence classifier with one label, such as ``prefopt reward`` writes
     - any other with a trained scalar head, such as other trainers write: with that head, see
       :mod:`prefopt.model.checkpoint`
-    - an adapter of either kind, which is folded into its model
+    - an adapter of either kind, which is merge_trained_adapter into its model
 
     ``tokenizer`` is the one the tokens come from. Raises :class:`ModelError` for a folder that is damaged, has another
     number of labels, pads with EOS, or is of an architecture without such a class.
@@ -184,7 +184,7 @@ def _adapted(name: str, dtype: torch.dtype, device: torch.device, tokenizer: Tok
     assert adapter is not None
     wide = torch.promote_types(dtype, torch.float32)
     if task_of(adapter) != "SEQ_CLS":
-        made = scalar_from(load_folded(base, adapter, dtype=wide, device=device), tokenizer, seed=seed)
+        made = scalar_from(load_merged(base, adapter, dtype=wide, device=device), tokenizer, seed=seed)
         if (head := scalar_head(adapter)) is not None:
             _set_head(made, *head.read(made.score.in_features))
         return made.to(dtype)
@@ -251,7 +251,9 @@ def set_shift(model: PreTrainedModel, shift: float) -> None:
     setattr(model.config, SHIFT, float(shift))
 
 
-def folded(model: torch.nn.Module, trained: Mapping[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
+def merge_trained_adapter(
+    model: torch.nn.Module, trained: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
     """The whole model that an adapter and its base make, head included, in ``dtype``; ``model`` is used up.
 
     ``trained`` are the adapter's weights by name, in full precision.

@@ -6,13 +6,19 @@ see one forward call and nothing ever reaches for the head from outside.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
+from prefopt.errors import ModelError, UserError, first_line
+from prefopt.model.architectures import body_of, causal_model, rope_limit, sharing_obstacle
+from prefopt.model.costs import Purpose, count_pass, out_of_memory
+from prefopt.model.kernels.attention import HOOK, TRIAL, HookReached, UnshareableError, gather_plan, kernel_for
 from prefopt.model.kernels.distributions import Distributions, TokenScores, head_scores, logit_scores, squares
 from prefopt.model.kernels.head import (
     Head,
@@ -27,21 +33,7 @@ from prefopt.model.kernels.head import (
     vocabulary_of,
     wide_dtype,
 )
-from prefopt.model.packed_model import PackedModel, body_of, causal_model
-from prefopt.model.packing import PackedBatch
-
-__all__ = [
-    "NARROW_VERSION",
-    "VERSION",
-    "Asked",
-    "Head",
-    "PackedModel",
-    "Scorer",
-    "body_of",
-    "causal_model",
-    "response_sums",
-    "version_of",
-]
+from prefopt.model.packing import ForwardPass, PackedBatch, PackLayout
 
 VERSION = 1
 """Part of the key of every cached value: raised whenever the scorer's results change beyond rounding."""
@@ -55,14 +47,154 @@ def version_of(dtype: torch.dtype) -> int:
     return VERSION if dtype == wide_dtype(dtype) else NARROW_VERSION
 
 
-class Asked(NamedTuple):
+def layout_of(model: PreTrainedModel) -> tuple[PackLayout, str | None]:
+    """How to feed ``model``, and in one line why its prefixes are not shared, where they are not.
+
+    Raises :class:`ModelError` for models that are no causal language models at all.
+    """
+    config = model.config.get_text_config()
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(f"{type(model).__name__} is an encoder-decoder; prefopt trains causal language models")
+    reason = sharing_obstacle(model, config)
+    return PackLayout(share=reason is None, rope_limit=rope_limit(config)), reason
+
+
+class PackedModel(torch.nn.Module):
+    """A transformers model, or one wrapped by PEFT, whose last hidden states are computed of packed batches.
+
+    ``attention`` is ``auto`` or ``loop`` (the plain kernel). ``share=False`` encodes every response in a row of its
+    own with the model's own attention, as is done for models that cannot share a prefix.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, attention: str = "auto", share: bool = True) -> None:
+        super().__init__()
+        self.model = model
+        causal = causal_model(model)
+        self.layout, self.reason = layout_of(causal)
+        if not share:
+            self.layout, self.reason = PackLayout(False, self.layout.rope_limit), "sharing is switched off"
+        self.attention = attention
+        self._configs = _configs(causal)
+        self._attention_before = [getattr(c, "_attn_implementation", None) for c in self._configs]
+        self.attach_hook()
+        if self.layout.share and (reason := self._try_hook()):
+            self.separate(reason)
+
+    def separate(self, reason: str) -> None:
+        """Score every response in a row of its own from now on, and say why."""
+        self.detach_hook()
+        self.layout, self.reason = PackLayout(False, self.layout.rope_limit), reason
+
+    def _try_hook(self) -> str | None:
+        """Why the first layer that attends cannot take shared prefixes, in one line; None where it can.
+
+        Two tokens go into the model and get no further than that layer. Raises :class:`NotCausalError`, and
+        :class:`ModelError` where it cannot even compute those.
+        """
+        model = causal_model(self.model)
+        device = next(model.parameters()).device
+        ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+        extra: dict[str, Any] = {"prefix_segments": ((0, 2, 0, 0),), "prefix_kernel": TRIAL}
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of checkpointing, that it has nothing to differentiate
+                body_of(model)(input_ids=ids, position_ids=torch.arange(2, device=device)[None], **extra)
+        except HookReached:
+            return None
+        except UnshareableError as refusal:
+            return str(refusal)
+        except UserError:
+            raise
+        except Exception as error:  # of whatever class: layers compute with what config.json says
+            if out_of_memory(error):
+                raise
+            raise ModelError(
+                f"{type(model).__name__} cannot compute two tokens ({first_line(error)}); is its config.json as saved?"
+            ) from error
+        return f"{type(model).__name__} never asks the attention hook of transformers"
+
+    @property
+    def path(self) -> str:
+        """``shared`` or ``separate``: part of the key of cached values."""
+        return "shared" if self.layout.share else "separate"
+
+    @property
+    def kernel(self) -> str:
+        """The attention kernel in use: part of the key of cached values."""
+        if not self.layout.share:
+            return str(self._attention_before[0])
+        weight = next(self.model.parameters())
+        return kernel_for(weight.device, self.dtype, self.attention)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the model computes in."""
+        weight: torch.Tensor = causal_model(self.model).get_input_embeddings().weight
+        return weight.dtype
+
+    def attach_hook(self) -> None:
+        """Put shared-prefix attention under the model, where it can share."""
+        if self.layout.share:
+            for config in self._configs:
+                config._attn_implementation = HOOK
+
+    def detach_hook(self) -> None:
+        """Give the model its own attention back, for generation or for its owner."""
+        for config, before in zip(self._configs, self._attention_before, strict=True):
+            config._attn_implementation = before
+
+    @contextmanager
+    def attention_by(self, hook: str | None) -> Iterator[None]:
+        """Another attention under the model for a while, by its name in transformers; none: the model's own."""
+        now = [getattr(c, "_attn_implementation", None) for c in self._configs]
+        wanted = self._attention_before if hook is None else [hook] * len(now)
+        try:
+            for config, name in zip(self._configs, wanted, strict=True):
+                config._attn_implementation = name
+            yield
+        finally:
+            for config, name in zip(self._configs, now, strict=True):
+                config._attn_implementation = name
+
+    def hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """Last hidden states [T, H] of all passes laid end to end, as ``batch.read`` and ``batch.last`` index them."""
+        return torch.cat([self._hidden(p) for p in batch.passes])
+
+    def count(self, row: ForwardPass) -> None:
+        """One forward pass more, see :mod:`prefopt.model.costs`."""
+        purpose: Purpose = "train" if torch.is_grad_enabled() else "score"
+        count_pass(causal_model(self.model), row.ids.numel(), purpose)
+
+    def _hidden(self, row: ForwardPass) -> torch.Tensor:
+        """Last hidden states [T, H] of one row."""
+        self.count(row)
+        body = body_of(causal_model(self.model))
+        extra: dict[str, Any] = {}
+        if self.layout.share:
+            kernel = self.kernel
+            extra = {"position_ids": row.positions[None], "prefix_segments": row.segments, "prefix_kernel": kernel}
+            if kernel == "varlen":
+                extra["prefix_gather"] = gather_plan(row.segments, row.ids.device)
+        out = body(input_ids=row.ids[None], use_cache=False, return_dict=True, **extra)
+        hidden: torch.Tensor = out.last_hidden_state[0]
+        return hidden
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """The configuration, and that of the text part where the model has several: every one a layer may ask."""
+    found = [model.config, model.config.get_text_config()]
+    found += [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    return list({id(c): c for c in found}.values())
+
+
+class ScoreRequest(NamedTuple):
     """What a forward pass shall tell beside log-probabilities: the logarithm of summed ``squares`` of probabilities,
-    how far it is from the distributions ``against``, its own distributions, to ``keep``, and the ``hidden`` states that
+    how far it is from the ``reference`` distributions, its own ``distributions``, and the ``hidden`` states that
     the tokens were predicted from."""
 
     squares: bool = False
-    against: Distributions | None = None
-    keep: bool = False
+    reference: Distributions | None = None
+    distributions: bool = False
     hidden: bool = False
 
 
@@ -99,21 +231,21 @@ class Scorer(PackedModel):
         finally:
             self.head = before
 
-    def forward(self, batch: PackedBatch, asked: Asked | None = None) -> torch.Tensor | TokenScores:
+    def forward(self, batch: PackedBatch, asked: ScoreRequest | None = None) -> torch.Tensor | TokenScores:
         """Log-probability [M] of every scored token, float32 (float64 for a float64 model), or what is ``asked``."""
         if self.head.kind == "model":
             return self._by_own_logits(batch, asked)
         # Mamba ends with its residual in float32, whatever its weights are in.
         hidden = self.hidden(batch).index_select(0, batch.read).to(self.dtype)
         head, how = self._head_module(), self.head
-        if asked is None or asked.against is None:
+        if asked is None or asked.reference is None:
             logp_M, square_M = self._logprobs(hidden, batch.target, asked is not None and asked.squares)
             return logp_M if asked is None else self._also(TokenScores(logp_M, square_M), hidden, asked)
         if how.kind != "fused":
-            scores = logit_scores(self.logits, hidden, batch.target, asked.against)
+            scores = logit_scores(self.logits, hidden, batch.target, asked.reference)
         else:
             scores = head_scores(
-                hidden, head.weight, batch.target, asked.against, bias=head.bias, scale=how.scale, softcap=how.softcap
+                hidden, head.weight, batch.target, asked.reference, bias=head.bias, scale=how.scale, softcap=how.softcap
             )
         return self._also(scores, hidden, asked)
 
@@ -129,11 +261,11 @@ class Scorer(PackedModel):
             return token_logprobs_and_squares(hidden, head.weight, target, **options)
         return token_logprobs(hidden, head.weight, target, **options), None
 
-    def _also(self, scores: TokenScores, hidden: torch.Tensor, asked: Asked) -> TokenScores:
+    def _also(self, scores: TokenScores, hidden: torch.Tensor, asked: ScoreRequest) -> TokenScores:
         """Hidden states, and the distributions themselves, where they are asked for."""
         if asked.hidden:
             scores = scores._replace(hidden_M=hidden)
-        if not asked.keep:
+        if not asked.distributions:
             return scores
         kept, frozen = hidden.detach(), self._frozen_head()
         made = Distributions(vocabulary_of(self._head_module()), lambda rows: self.logits(kept[rows], frozen).detach())
@@ -162,7 +294,7 @@ class Scorer(PackedModel):
             z = head(hidden) if weights is None else torch.func.functional_call(head, weights, (hidden,))
         return transformed(z.to(wide_dtype(z.dtype)), how.scale, how.softcap)
 
-    def _by_own_logits(self, batch: PackedBatch, asked: Asked | None) -> torch.Tensor | TokenScores:
+    def _by_own_logits(self, batch: PackedBatch, asked: ScoreRequest | None) -> torch.Tensor | TokenScores:
         """For models whose head is not known: they make the logits of the batch, and those are held."""
         causal = causal_model(self.model)
         logits = []
@@ -173,13 +305,13 @@ class Scorer(PackedModel):
         z = z.to(wide_dtype(z.dtype)) * self.head.scale
         if asked is None:
             return z.gather(-1, batch.target[:, None])[:, 0] - z.logsumexp(-1)
-        if asked.against is not None:
-            scores = logit_scores(lambda rows: rows, z, batch.target, asked.against)
+        if asked.reference is not None:
+            scores = logit_scores(lambda rows: rows, z, batch.target, asked.reference)
         else:
             scores = TokenScores(z.gather(-1, batch.target[:, None])[:, 0] - z.logsumexp(-1))
             if asked.squares:
                 scores = scores._replace(square_M=squares(lambda rows: rows, z, z.shape[1]))
-        if asked.keep:
+        if asked.distributions:
             kept = z.detach()
             scores = scores._replace(distributions=Distributions(z.shape[1], lambda rows: kept[rows].clone()))
         return scores

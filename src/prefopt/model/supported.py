@@ -23,6 +23,7 @@ from prefopt.core.files import one_below
 from prefopt.core.hub import why_not_read
 from prefopt.core.model_folder import read_object
 from prefopt.errors import ModelError, UserError, first_line
+from prefopt.model.architectures import architectures_of
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 ATTENTION = {None, "eager", "sdpa", "flex_attention"}
 
 
-def own_attention(config: PreTrainedConfig, name: str) -> None:
+def drop_foreign_attention(config: PreTrainedConfig, name: str) -> None:
     """Let a configuration, and those inside it, use the default where it names attention that would be fetched."""
     waiting: list[Any] = [config]
     while waiting:
@@ -43,7 +44,7 @@ def own_attention(config: PreTrainedConfig, name: str) -> None:
         waiting += [value for value in vars(inner).values() if isinstance(value, PreTrainedConfig)]
 
 
-def attention_for(folder: str) -> dict[str, str]:
+def safe_attention(folder: str) -> dict[str, str]:
     """What to give a library that opens a folder by itself, where ``config.json`` there names attention to be fetched:
     every model has eager attention."""
     waiting: list[Any] = [read_object(Path(folder) / "config.json")]
@@ -128,7 +129,7 @@ def loading_options(name: str, config: Any) -> dict[str, Any]:
     return {}
 
 
-def forget_packing(model: Any, config: Any) -> None:
+def keep_unpacked_names(model: Any, config: Any) -> None:
     """Let a model that was unquantised as it was read be saved under its own names: transformers, which undoes what it
     did to names, would write its weights under those of the packed ones, where nothing finds them."""
     fields = _fields(config)
@@ -220,12 +221,6 @@ def refuse_other_kinds(name: str, config: Any) -> None:
     raise ModelError(
         f"{name}: its class is {what}, made for more than text, and AutoModelForCausalLM does not load it; {remedy}"
     )
-
-
-def architectures_of(config: Any) -> list[str]:
-    """The classes that a configuration names, whatever stands in their place in a file of somebody else's."""
-    named = getattr(config, "architectures", None)
-    return [str(name) for name in named] if isinstance(named, list | tuple) else []
 
 
 def _name_of(config: Any) -> str:

@@ -11,7 +11,6 @@ going on after an interruption gives the same bits.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -32,8 +31,8 @@ from prefopt.data.group import Group
 from prefopt.data.table import Array, GroupTable, IndexArray, KeyArray, ranges
 from prefopt.errors import CacheError, ModelError
 from prefopt.reference.blocks import Block, Index
-from prefopt.reference.identity import Identity
-from prefopt.reference.plan import Named, Plan, plan_file
+from prefopt.reference.identity import SpaceKey
+from prefopt.reference.plan import NamedGroups, ScoringPlan, plan_file
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ COMMIT_SHARE = 0.02
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Scored:
+class ResponseScore:
     """One response's log-probability under the reference.
 
     ``sum`` over its ``count`` scored tokens, natural logarithm; ``token_values`` [count] float32 where asked for.
@@ -54,38 +53,11 @@ class Scored:
     token_values: npt.NDArray[np.float32] | None = None
 
 
-Score = Callable[[list[Group]], Sequence[Sequence[Scored]]]
+ScoreBatch = Callable[[list[Group]], Sequence[Sequence[ResponseScore]]]
 """Scores one packed batch: for each group, for each of its responses, in order."""
 
-Progress = Callable[[int, int, float], None]
+ProgressCallback = Callable[[int, int, float], None]
 """Called after every batch with responses done, responses to do in all, seconds since the first batch began."""
-
-
-@dataclass(frozen=True, slots=True)
-class SpaceKey:
-    """All that a cached value depends on beside the tokens: equal keys share values, others never do.
-
-    ``path`` is "shared" where a group's common prefix is encoded once, else "separate"; ``kernel`` names the
-    attention implementation, ``device`` its type (cpu, cuda, mps).
-    """
-
-    identity: Identity
-    dtype: str
-    path: str
-    kernel: str
-    device: str
-    scorer_version: int
-
-    @property
-    def id(self) -> str:
-        """Name of the space's folder, 12 hex digits."""
-        parts = [self.identity.digest, self.dtype, self.path, self.kernel, self.device, self.scorer_version]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
-
-    def costs(self, groups: GroupTable) -> IndexArray:
-        """Tokens that scoring each group encodes this way, [G]."""
-        tokens: IndexArray = groups.tokens_G.astype(np.int64)
-        return tokens if self.path == "shared" else tokens + groups.prefix_G * (groups.responses_G - 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,11 +138,11 @@ class ReferenceCache:
     def fill(
         self,
         groups: Sequence[Group],
-        make_score: Callable[[], Score],
+        make_score: Callable[[], ScoreBatch],
         *,
         token_budget: int,
         token_values: bool = False,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
         stop: Callable[[], None] | None = None,
     ) -> FillReport:
         """Score what is missing of ``groups`` and keep it.
@@ -193,9 +165,9 @@ class ReferenceCache:
                 wanted = self._missing(asked, token_values)
                 if len(wanted):
                     self._describe()
-                    named = Named.of(table.key_N, table.response_starts)
+                    named = NamedGroups.of(table.key_N, table.response_starts)
                     plan = self._plan(named, self.space.costs(table), wanted, token_budget, token_values)
-                    run = _Run(self.folder, self.space.id, len(wanted), token_values)
+                    run = _Scoring(self.folder, self.space.id, len(wanted), token_values)
                     run.score(plan, table, named.find(plan.groups.names_G), wanted, make_score(), progress, stop)
                     calls, seconds = run.calls, time.monotonic() - run.started
                     self._index.refresh()
@@ -210,19 +182,19 @@ class ReferenceCache:
         return asked[self._index.find(asked, token_values=token_values) < 0]
 
     def _plan(
-        self, groups: Named, costs_G: IndexArray, wanted: KeyArray, token_budget: int, token_values: bool
-    ) -> Plan:
+        self, groups: NamedGroups, costs_G: IndexArray, wanted: KeyArray, token_budget: int, token_values: bool
+    ) -> ScoringPlan:
         path = plan_file(self.folder, groups, token_values)
-        plan = Plan.read(path, self.space.id)
+        plan = ScoringPlan.read(path, self.space.id)
         if plan is not None and 2 * token_budget > plan.token_budget and plan.covers(wanted):
             return plan
-        plan = Plan.make(groups, costs_G, wanted, token_budget)
+        plan = ScoringPlan.make(groups, costs_G, wanted, token_budget)
         plan.write(path, self.space.id)
         return plan
 
     def _forget_finished_plans(self) -> None:
         for path in self.folder.glob("plan-*.safetensors"):
-            plan = Plan.read(path, self.space.id)
+            plan = ScoringPlan.read(path, self.space.id)
             if not (plan and len(self._missing(plan.groups.keys_N, token_values=path.name.startswith("plan-tokens")))):
                 with cache_errors(path):
                     path.unlink()
@@ -255,7 +227,7 @@ class ReferenceCache:
             os.utime(self.folder / "about.json")
 
 
-class _Run:
+class _Scoring:
     """Runs a plan and commits what it gives."""
 
     def __init__(self, folder: Path, space: str, total: int, token_values: bool) -> None:
@@ -263,16 +235,16 @@ class _Run:
         self.calls = self.done = 0
         self.started = self.committed = time.monotonic()
         self._keys: list[Array] = []
-        self._pending: list[Scored] = []
+        self._pending: list[ResponseScore] = []
 
     def score(
         self,
-        plan: Plan,
+        plan: ScoringPlan,
         table: GroupTable,
         place: IndexArray,
         wanted: KeyArray,
-        score: Score,
-        progress: Progress | None,
+        score: ScoreBatch,
+        progress: ProgressCallback | None,
         stop: Callable[[], None] | None,
     ) -> None:
         """``place`` says where in ``table`` each group of the plan is."""
@@ -317,7 +289,7 @@ class _Run:
         self.committed = time.monotonic()
 
 
-def _checked(scored: Scored, group: Group, k: int, *, token_values: bool) -> Scored:
+def _checked(scored: ResponseScore, group: Group, k: int, *, token_values: bool) -> ResponseScore:
     """A number that is wrong must not be kept: it would come back in every later run."""
     if not math.isfinite(scored.sum):
         raise ModelError(

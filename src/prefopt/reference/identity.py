@@ -13,11 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
 from prefopt.core.hashes import file_hashes
 from prefopt.core.model_folder import base_of, is_adapter, read_object, vet_folder, weight_files
+from prefopt.data.table import GroupTable, IndexArray
 from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from prefopt.errors import ModelError
 from prefopt.model.load import base_and_adapter, local_folder
+from prefopt.model.scorer import Scorer, version_of
 
 if TYPE_CHECKING:
     import torch
@@ -198,3 +203,48 @@ def tokenizer_of_name(name: str, adapter: str | None = None) -> Tokenizer:
     """The tokenizer of an adapter where its folder has one, which may have more tokens; else that of its model."""
     base, own = base_and_adapter(name, adapter)
     return load_tokenizer(own if own is not None and has_tokenizer(own) else base)
+
+
+@dataclass(frozen=True, slots=True)
+class SpaceKey:
+    """All that a cached value depends on beside the tokens: equal keys share values, others never do.
+
+    ``path`` is "shared" where a group's common prefix is encoded once, else "separate"; ``kernel`` names the
+    attention implementation, ``device`` its type (cpu, cuda, mps).
+    """
+
+    identity: Identity
+    dtype: str
+    path: str
+    kernel: str
+    device: str
+    scorer_version: int
+
+    @property
+    def id(self) -> str:
+        """Name of the space's folder, 12 hex digits."""
+        parts = [self.identity.digest, self.dtype, self.path, self.kernel, self.device, self.scorer_version]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+    def costs(self, groups: GroupTable) -> IndexArray:
+        """Tokens that scoring each group encodes this way, [G]."""
+        tokens: IndexArray = groups.tokens_G.astype(np.int64)
+        return tokens if self.path == "shared" else tokens + groups.prefix_G * (groups.responses_G - 1)
+
+
+def space_of(identity: Identity, scorer: Scorer, device: torch.device) -> SpaceKey:
+    """Where values of the reference ``identity`` are kept that ``scorer`` makes."""
+    dtype = str(scorer.dtype).removeprefix("torch.")
+    kernel, kind = scorer.kernel, device.type
+    if device.type == "cuda":
+        kernel, kind = f"{kernel}, {_flash()}", f"cuda, {torch.cuda.get_device_name(device)}"
+    return SpaceKey(identity, dtype, scorer.path, kernel, kind, version_of(scorer.dtype))
+
+
+def _flash() -> str:
+    """Which flash attention torch calls, in words, and torch's version, which brings its own."""
+    try:
+        from torch.nn.attention import current_flash_attention_impl
+    except ImportError:  # torch before 2.12 has one alone
+        return f"torch {torch.__version__}"
+    return f"{current_flash_attention_impl() or 'FA2'} of torch {torch.__version__}"

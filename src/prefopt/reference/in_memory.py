@@ -14,10 +14,10 @@ from prefopt.model.costs import count_held
 from prefopt.model.kernels.distributions import Distributions
 from prefopt.model.packing import PackedBatch, pack
 from prefopt.model.precision import MasterWeights
-from prefopt.model.scorer import Asked, Scorer
+from prefopt.model.scorer import Scorer, ScoreRequest
 
 
-class HeldWeights:
+class SwappedWeights:
     """Other values for the weights that a model trains, put in their place for as long as the model is to be another.
 
     They begin as what the weights are now. Frozen weights are shared, so that beside a LoRA adapter this costs little;
@@ -66,28 +66,28 @@ class HeldWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class Movement:
+class TrDpoUpdate:
     """A reference that follows the policy: every so many steps it moves by ``amount`` (1: a copy) to the policy.
 
     Gorbatovski et al. 2024 (TR-DPO, arXiv 2404.09656), equations 2 (soft) and 3 (hard).
     """
 
-    held: HeldWeights
+    weights: SwappedWeights
     every: int
     amount: float
 
     def after(self, steps: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Move to ``weights``, the policy's, where it is time to; ``steps`` are done."""
         if steps % self.every == 0:
-            self.held.mix(dict(weights), self.amount)
+            self.weights.mix(dict(weights), self.amount)
 
 
-class LiveReference:
+class InMemoryReference:
     """A reference that is scored batch by batch: the policy's own model with other weights, or another model."""
 
-    def __init__(self, scorer: Scorer, held: HeldWeights | None = None) -> None:
+    def __init__(self, scorer: Scorer, held: SwappedWeights | None = None) -> None:
         """``scorer`` is the policy's where ``held`` is given, else the reference's own."""
-        self.scorer, self.held = scorer, held
+        self.scorer, self.weights = scorer, held
 
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch) -> torch.Tensor:
@@ -100,13 +100,13 @@ class LiveReference:
     def distributions(self, batch: PackedBatch) -> Distributions:
         """The distributions at every scored token."""
         with self._as_reference():
-            found = self.scorer(self._packed(batch), Asked(keep=True)).distributions
+            found = self.scorer(self._packed(batch), ScoreRequest(distributions=True)).distributions
         assert isinstance(found, Distributions)
         return found
 
     def _packed(self, batch: PackedBatch) -> PackedBatch:
         """The batch as the reference takes it: it may be laid out in another way than the policy's."""
-        if self.held is not None:
+        if self.weights is not None:
             return batch
         return pack(batch.groups, self.scorer.layout).to(batch.target.device)
 
@@ -115,10 +115,10 @@ class LiveReference:
         training = self.scorer.training
         self.scorer.eval()
         try:
-            if self.held is None:
+            if self.weights is None:
                 yield
             else:
-                with self.held.applied():
+                with self.weights.applied():
                     yield
         finally:
             self.scorer.train(training)

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Named:
+class NamedGroups:
     """G groups by the keys of their N responses: group g has ``keys_N[starts[g]:starts[g + 1]]``, ``names_G`` [G]."""
 
     keys_N: KeyArray
@@ -32,7 +32,7 @@ class Named:
     names_G: KeyArray
 
     @classmethod
-    def of(cls, keys_N: KeyArray, starts: IndexArray) -> Named:
+    def of(cls, keys_N: KeyArray, starts: IndexArray) -> NamedGroups:
         """Name groups by a hash over the keys of their responses."""
         data = np.ascontiguousarray(keys_N).view(np.uint8).data
         names = bytearray()
@@ -48,27 +48,29 @@ class Named:
         assert (self.names_G[at] == names).all()
         return at
 
-    def taken(self, groups: IndexArray) -> Named:
+    def taken(self, groups: IndexArray) -> NamedGroups:
         """Some of the groups, in the order given."""
         sizes = np.diff(self.starts)[groups]
         starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         place = np.repeat(self.starts[groups] - starts[:-1], sizes) + np.arange(starts[-1])
-        return Named(self.keys_N[place], starts, self.names_G[groups])
+        return NamedGroups(self.keys_N[place], starts, self.names_G[groups])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Plan:
+class ScoringPlan:
     """Batches of groups: batch b has the groups ``batch_starts[b]:batch_starts[b + 1]``; it fits ``token_budget``.
 
     A group larger than the budget has a batch to itself.
     """
 
     token_budget: int
-    groups: Named
+    groups: NamedGroups
     batch_starts: IndexArray
 
     @classmethod
-    def make(cls, groups: Named, costs_G: npt.NDArray[np.int64], wanted: KeyArray, token_budget: int) -> Plan:
+    def make(
+        cls, groups: NamedGroups, costs_G: npt.NDArray[np.int64], wanted: KeyArray, token_budget: int
+    ) -> ScoringPlan:
         """Batches that cover ``wanted`` (sorted); ``costs_G`` gives the tokens of each group that may be scored.
 
         Longest first: memory runs out at once or never, and the time left is never estimated too short. A group is
@@ -120,7 +122,7 @@ class Plan:
         )
 
     @classmethod
-    def read(cls, path: Path, space: str) -> Plan | None:
+    def read(cls, path: Path, space: str) -> ScoringPlan | None:
         """The plan kept at ``path``; None where there is none or it is damaged, and a new one must be made."""
         try:
             with cache_errors(path):
@@ -134,14 +136,14 @@ class Plan:
         starts, batches = (
             np.concatenate([[0], np.cumsum(arrays[name], dtype=np.int64)]) for name in ("group_sizes", "batch_sizes")
         )
-        return cls(int(arrays["token_budget"][0]), Named.of(keys, starts), batches)
+        return cls(int(arrays["token_budget"][0]), NamedGroups.of(keys, starts), batches)
 
     def covers(self, wanted: KeyArray) -> bool:
         """Whether all that is wanted was planned (a block damaged since then was not)."""
         return bool(_places(np.unique(self.groups.keys_N), wanted)[1].all())
 
 
-def plan_file(folder: Path, groups: Named, token_values: bool) -> Path:
+def plan_file(folder: Path, groups: NamedGroups, token_values: bool) -> Path:
     """Where the plan for a set of groups is kept: named by what was asked for, in whatever order."""
     digest = hashlib.sha256(np.unique(groups.names_G).tobytes())
     return folder / f"plan-{'tokens' if token_values else 'sums'}-{digest.hexdigest()[:16]}.safetensors"

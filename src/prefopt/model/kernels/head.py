@@ -27,7 +27,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
 from typing import Any, cast
 
 import torch
@@ -36,7 +35,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from prefopt.errors import ModelError
-from prefopt.model.packed_model import body_of
+from prefopt.model.architectures import body_of, logit_readings
 
 KEEP_BYTES = 256 * 2**20
 """Slopes kept between forward and backward, at most."""
@@ -218,9 +217,6 @@ def _slope(
     return slope.mul_(scale) if scale != 1.0 else slope
 
 
-SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-
 _PROBES, _SPREAD = 4, 30.0
 """Hidden states that a head is tried on, and how far their logits spread: far enough for any soft-cap to show."""
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
@@ -254,7 +250,7 @@ def head_of(model: PreTrainedModel) -> Head:
     if body_of(model) is model:
         return Head("model")
     kind = "fused" if type(module) is torch.nn.Linear else "module"
-    readings = _readings(model.config.get_text_config())
+    readings = logit_readings(model.config.get_text_config())
     if module.weight.is_meta:
         return Head(kind, *readings[0])
     hidden = _probes(module)
@@ -297,21 +293,6 @@ def head_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         if id(module) not in body
         for name, parameter in module.named_parameters(recurse=False)
     }
-
-
-def _readings(config: Any) -> list[tuple[float, float | None]]:
-    """What the configuration may mean, scale and soft-cap, the likeliest first."""
-    scales: list[float] = []
-    for name in SCALES:
-        value = getattr(config, name, None)
-        if isinstance(value, int | float) and value:
-            both = (
-                (1.0 / float(value), float(value)) if name == "logits_scaling" else (float(value), 1.0 / float(value))
-            )
-            scales += both
-    found = [getattr(config, name, None) for name in SOFTCAPS]
-    caps: list[float | None] = [float(cap) for cap in found if isinstance(cap, int | float) and cap]
-    return list(product(dict.fromkeys([*scales, 1.0]), dict.fromkeys([*caps, None])))
 
 
 def _probes(module: Any) -> torch.Tensor:
