@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from prefopt.errors import ModelError
-from prefopt.model.architectures import body_of, logit_readings
+from prefopt.model.architectures import body_of, logit_transforms
 
 KEEP_BYTES = 256 * 2**20
 """Slopes kept between forward and backward, at most."""
@@ -250,7 +250,7 @@ def head_of(model: PreTrainedModel) -> Head:
     if body_of(model) is model:
         return Head("model")
     kind = "fused" if type(module) is torch.nn.Linear else "module"
-    readings = logit_readings(model.config.get_text_config())
+    readings = logit_transforms(model.config.get_text_config())
     if module.weight.is_meta:
         return Head(kind, *readings[0])
     hidden = _probes(module)
