@@ -1,4 +1,4 @@
-"""Models from folders or the Hub, adapters on them, and finished models back to folders."""
+"""Loading: models from folders or the Hub with adapters on them, and new models and tokenizers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.adapter import add_adapter
 from prefopt.model.architectures import architectures_of, context_length
-from prefopt.model.checkpoint import ModelOrigin, WeightFiles, check_layers, scalar_head, set_origin, trace
+from prefopt.model.checkpoint import ModelOrigin, WeightFiles, check_layers, scalar_head, set_origin, trace_origin
 from prefopt.model.costs import free_memory
 from prefopt.model.precision import disable_dropout
 from prefopt.model.supported import (
@@ -37,69 +37,35 @@ from prefopt.model.supported import (
     refuse_other_kinds,
 )
 
-SLACK = 4
-"""A configuration may want so many times the parameters that its weights hold: what is missing is said at loading."""
+END, PAD = "<|endoftext|>", "<|pad|>"
+TURNS = ("<|im_start|>", "<|im_end|>")
+"""Special tokens of new tokenizers for a ChatML template that fine-tuning may add."""
+SLACK, SMALL = 4, 10_000_000
+"""A configuration may describe this multiple of the parameters that its weights hold, and this many more."""
 PACKED = 32
 """Weights that one number in a quantised file may hold, at most: bits in 32."""
-SMALL = 10_000_000
-"""Parameters that need no question."""
-
-
-def parameters_of(kind: Any, name: str, config: PreTrainedConfig) -> int:
-    """Parameters of the model that the auto class ``kind`` makes of a configuration, none of them given memory."""
-    state = torch.random.get_rng_state()
-    try:
-        with model_errors(name), torch.device("meta"):
-            made: torch.nn.Module = kind.from_config(copy.deepcopy(config), trust_remote_code=False)
-    finally:
-        torch.random.set_rng_state(state)
-    return sum(p.numel() for p in made.parameters())
-
-
-def check_size(kind: Any, folder: str, config: PreTrainedConfig) -> None:
-    """Raises :class:`ModelError` where a folder's configuration wants far more parameters than its weights hold.
-
-    Only the files that are loaded count: others may be there, and may say anything.
-    """
-    try:
-        tensors = WeightFiles.read(folder).tensors
-    except ModelError:  # loading says why
-        return
-    held = sum(math.prod(stored.shape) for stored in tensors.values())
-    wanted = parameters_of(kind, folder, config)
-    slack = SLACK * (PACKED if quantisation_of(config) else 1)
-    if wanted > slack * held + SMALL:
-        raise ModelError(
-            f"{folder}: config.json wants {wanted:,} parameters, the weights hold {held:,}; they do not belong together"
-        )
-
-
-def check_fits(kind: Any, folder: str, config: PreTrainedConfig) -> None:
-    """Raises :class:`ModelError` where a model with new weights would not fit into the memory, in float32."""
-    needed, free = 4 * parameters_of(kind, folder, config), free_memory(torch.device("cpu"))
-    if needed > free:
-        raise ModelError(f"{folder}: config.json describes a model of {size(needed)}, and {size(free)} are free")
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def local_folder(name: str) -> str:
-    """The folder of a model or adapter: ``name`` itself, or where the Hub's files were put on this machine."""
+    """The folder of a model or adapter: ``name`` itself, or the local copy of a repository of the Hub."""
     path = Path(name).expanduser()
     if path.exists():
         vet_folder(path)
         return str(path)
     if is_path(name):
-        raise ModelError(f"{name}: no such folder")  # here: less its ./ it would pass for a name on the Hub
+        raise ModelError(f"{name}: no such folder")  # here: without its ./ it could be a name on the Hub
     no_telemetry()
     from huggingface_hub import snapshot_download
 
     with model_errors(name):
-        there = snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])
-    vet_folder(there)
-    return there
+        folder = snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])
+    vet_folder(folder)
+    return folder
 
 
 def base_and_adapter(name: str, adapter: str | None = None) -> tuple[str, str | None]:
-    """Folders of a model and of the adapter on it, where there is one: ``adapter``, or ``name`` is an adapter itself.
+    """Folders of a model and of the adapter on it: ``adapter``, or ``name`` where that is an adapter itself.
 
     Raises :class:`ConfigError` where both are, :class:`ModelError` where an adapter's model cannot be found.
     """
@@ -117,7 +83,7 @@ def base_and_adapter(name: str, adapter: str | None = None) -> tuple[str, str | 
         ) from error
     if is_adapter(found):
         raise ModelError(
-            f"{name} is an adapter on {base}, which is an adapter itself: fold that one into its model with prefopt"
+            f"{name} is an adapter on {base}, which is an adapter itself: merge that one into its model with prefopt"
             f" merge, and give --model MERGED --adapter {name}"
         )
     return found, source
@@ -135,7 +101,7 @@ def load_config(name: str) -> PreTrainedConfig:
 
 
 def context_of(name: str) -> int | None:
-    """Positions of a model folder or Hub name, where it says so; a folder with a tokenizer alone says nothing."""
+    """Positions of a model folder or Hub name, where it gives them; None for a folder with a tokenizer alone."""
     folder = Path(name).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file() and not is_adapter(folder):
         return None
@@ -160,11 +126,11 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device, adapter: 
 def load_weights(
     kind: Any, name: str, config: PreTrainedConfig, dtype: torch.dtype, *, lacking: Collection[str] = ()
 ) -> PreTrainedModel:
-    """The model that the auto class ``kind`` makes of folder ``name``, dropout off, every one of its weights there but
-    for those in ``lacking``. It knows its :class:`ModelOrigin`: what else is in the folder.
+    """The model that the auto class ``kind`` makes of folder ``name``, dropout off, with all weights but ``lacking``.
+    It carries its :class:`ModelOrigin`: what else the folder holds.
 
     Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, needs code of its own, has more layers
-    than its configuration says, or holds a reward model where a language model is wanted.
+    than its configuration says, or holds a reward model in place of a language model.
     """
     own_config = copy.deepcopy(config)
     disable_dropout(config)
@@ -184,14 +150,14 @@ def load_weights(
             ignore_mismatched_sizes=True,  # and then refused, in one line
             **extra,
         )
-    origin = trace(model, WeightFiles.read(source), own_config)
+    origin = trace_origin(model, WeightFiles.read(source), own_config)
     keep_unpacked_names(model, own_config)
     if kind is AutoModelForCausalLM:
         _check_language_model(name, model, origin)
     if info["mismatched_keys"]:
-        weight, there, wanted = sorted(info["mismatched_keys"])[0]
+        weight, found, expected = sorted(info["mismatched_keys"])[0]
         raise ModelError(
-            f"{name}: {weight} is {list(there)}, config.json wants {list(wanted)}; they do not belong together"
+            f"{name}: {weight} is {list(found)}, config.json wants {list(expected)}; they do not belong together"
         )
     missing = sorted(set(info["missing_keys"]) - set(lacking))
     if missing:
@@ -204,32 +170,52 @@ def load_weights(
     return model
 
 
+def check_size(kind: Any, folder: str, config: PreTrainedConfig) -> None:
+    """Raises :class:`ModelError` where a folder's configuration describes far more parameters than its weights hold."""
+    try:
+        tensors = WeightFiles.read(folder).tensors  # other files do not count: they may say anything
+    except ModelError:  # loading says why
+        return
+    held = sum(math.prod(stored.shape) for stored in tensors.values())
+    described = _parameters(kind, folder, config)
+    slack = SLACK * (PACKED if quantisation_of(config) else 1)
+    if described > slack * held + SMALL:
+        raise ModelError(
+            f"{folder}: config.json wants {described:,} parameters, the weights hold {held:,}; they do not belong"
+            " together"
+        )
+
+
+def _parameters(kind: Any, name: str, config: PreTrainedConfig) -> int:
+    """Parameters of the model that the auto class ``kind`` makes of a configuration, without memory for them."""
+    with torch.random.fork_rng(devices=[]), model_errors(name), torch.device("meta"):
+        made: torch.nn.Module = kind.from_config(copy.deepcopy(config), trust_remote_code=False)
+    return sum(p.numel() for p in made.parameters())
+
+
 def _check_language_model(name: str, model: PreTrainedModel, origin: ModelOrigin) -> None:
-    """Raises :class:`ModelError` for a reward model: a scalar head stands where that of a language model should."""
+    """Raises :class:`ModelError` for a reward model: its scalar head is in the place of a language model's head."""
     head = scalar_head(name)
     if head is None:
         return
-    told = architectures_of(load_config(name))
+    classes = architectures_of(load_config(name))
     outputs: Any = model.get_output_embeddings()
     own = {n for n, p in model.named_parameters(remove_duplicate=False) if outputs and p is outputs.weight}
     own -= {n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight}
-    if any("Classification" in a for a in told) or not own & origin.covered:
-        if head.beside_a_language_model and all(a.endswith(_LANGUAGE_MODELS) for a in told):
+    if any("Classification" in a for a in classes) or not own & origin.covered:
+        if head.beside_a_language_model and all(a.endswith(_LANGUAGE_MODELS) for a in classes):
             return
-        named = f"config.json names {', '.join(told)}" if told else "config.json names no class"
+        named = f"config.json names {', '.join(classes)}" if classes else "config.json names no class"
         raise ModelError(
             f"{name} holds the head of a reward model ({head.weight}; {named}): it is no language model; give the model"
             " that it was made from, or this one as --reward, or to prefopt reward"
         )
 
 
-_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-
-
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Without transformers' own progress bars, of which a run has its own, and without its table of weights that a
-    class has no place for, which :mod:`prefopt.model.checkpoint` puts into words."""
+    """Without transformers' progress bars, and without its table of unused weights, which
+    :mod:`prefopt.model.checkpoint` describes."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     logger = logging.getLogger("transformers.modeling_utils")
@@ -243,22 +229,15 @@ def quiet_loading() -> Iterator[None]:
 
 
 def _is_no_table(record: logging.LogRecord) -> bool:
-    said = record.getMessage()
-    return "LOAD REPORT" not in said or "CONVERSION" in said  # the error that follows points to the latter
-
-
-END, PAD = "<|endoftext|>", "<|pad|>"
-
-
-TURNS = ("<|im_start|>", "<|im_end|>")
-"""Kept for a ChatML template that fine-tuning may add."""
+    message = record.getMessage()
+    return "LOAD REPORT" not in message or "CONVERSION" in message  # an error that follows points to the latter
 
 
 def new_model(folder: str, tokenizer: Tokenizer, *, seed: int, fitted: bool) -> torch.nn.Module:
-    """The causal language model that ``config.json`` of a folder describes, its weights drawn from ``seed``, float32.
+    """The causal language model that ``config.json`` of a folder describes, initialised from ``seed``, in float32.
 
-    ``fitted``: its vocabulary and special tokens are those of ``tokenizer``, whatever the file says. Raises
-    :class:`ModelError` where it describes none.
+    ``fitted``: with the vocabulary and special tokens of ``tokenizer``, whatever the file says. Raises
+    :class:`ModelError` where the file describes none, or one that does not fit into memory.
     """
     config: Any = load_config(folder)
     disable_dropout(config)
@@ -266,14 +245,12 @@ def new_model(folder: str, tokenizer: Tokenizer, *, seed: int, fitted: bool) -> 
         config.vocab_size = len(tokenizer)
         for kind in ("bos", "eos", "pad"):
             setattr(config, f"{kind}_token_id", getattr(tokenizer, f"{kind}_token_id"))
-    check_fits(AutoModelForCausalLM, folder, config)
-    state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    try:
-        with model_errors(folder):
-            made: torch.nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    finally:
-        torch.random.set_rng_state(state)
+    needed, free = 4 * _parameters(AutoModelForCausalLM, folder, config), free_memory(torch.device("cpu"))
+    if needed > free:
+        raise ModelError(f"{folder}: config.json describes a model of {size(needed)}, and {size(free)} are free")
+    with torch.random.fork_rng(devices=[]), model_errors(folder):
+        torch.manual_seed(seed)
+        made: torch.nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return made.eval()
 
 
