@@ -277,8 +277,8 @@ def check_layers(name: str, model: Any, origin: ModelOrigin) -> None:
     mtp_layers = sum(count for count in counts if isinstance(count, int))
     last: dict[str, int] = {}
     for weight in model.state_dict():
-        for stem, number in _numbered(weight):
-            last[stem] = max(last.get(stem, -1), number)
+        for stem, layer_number in _numbered(weight):
+            last[stem] = max(last.get(stem, -1), layer_number)
     beyond: dict[str, list[str]] = {}
     for layer, names in _untouched_layers(origin).items():
         stem, _, number = layer.rpartition(".")

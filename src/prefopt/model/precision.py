@@ -19,7 +19,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from prefopt.errors import ConfigError
 from prefopt.model.architectures import causal_model
 
-
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -77,7 +76,7 @@ def slow_dtype(dtype: torch.dtype, device: torch.device) -> str | None:
 
 
 class MasterWeights:
-    """Trainable weights by name: the optimiser updates ``masters``, ``publish`` rounds them into the model's weights."""
+    """Trainable weights by name: the optimiser updates ``masters``, ``publish`` rounds them into the model."""
 
     def __init__(self, model: torch.nn.Module, compute: torch.dtype) -> None:
         """Cast ``model`` to ``compute`` in place and give its trainable weights float32 masters (float64 stays)."""
