@@ -13,7 +13,7 @@ from model.test_logprobs import TRANSFORMS, LargestTensor, M, V, inputs
 from prefopt.model.adapter import new_lora
 from prefopt.model.kernels import head as logprobs
 from prefopt.model.kernels.distributions import Distributions, TokenScores, head_scores, logit_scores
-from prefopt.model.kernels.head import token_logprobs_and_squares
+from prefopt.model.kernels.head import token_logprobs
 from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer, ScoreRequest
 
@@ -73,7 +73,7 @@ def test_values_and_gradients_are_those_of_the_formula(
 def test_squares_come_along_with_log_probabilities(transform: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logprobs, "_TILE_ELEMENTS", {"cpu": V * 16})
     hidden, weight, bias, target = inputs()
-    logp, square = token_logprobs_and_squares(hidden, weight, target, bias=bias, **TRANSFORMS[transform])
+    logp, square = token_logprobs(hidden, weight, target, bias=bias, squares=True, **TRANSFORMS[transform])
     z = transformed(hidden @ weight.T + bias, **TRANSFORMS[transform])
     expected = naive(z, z, target)
     torch.testing.assert_close(square, expected["square_M"], rtol=1e-11, atol=1e-11)

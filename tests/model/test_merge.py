@@ -165,7 +165,7 @@ def test_what_was_written_and_gives_no_numbers_is_told(
         tensors = load_file(folder / "model.safetensors")
         save_file({n: t * float("nan") for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
 
-    monkeypatch.setattr(merge, "share_weights", spoil)
+    monkeypatch.setattr(merge, "apply_umask", spoil)
     with pytest.raises(RunError, match="the saved model differs by nan"):
         merge_adapter(adapter, tmp_path / "out", dtype=torch.float32, device=CPU)
 

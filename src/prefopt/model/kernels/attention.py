@@ -1,16 +1,17 @@
-"""Attention over shared prefixes, put under any transformers model through its attention hook.
+"""Attention over shared prefixes for any transformers model, through its attention hook.
 
 The hook receives the packed row's queries, keys and values [1, heads, T, D] and the segments of
-:mod:`prefopt.model.packing`. Three kernels compute the same thing:
+:mod:`prefopt.model.packing`. Three kernels compute the same:
 
-``flash-cpu``   tiles of torch's CPU flash attention merged by their log-sum-exp, forward and backward, in one
-                autograd function: no mask where none is needed, no key copied, exact sinks and windows
+``flash-cpu``   tiles of torch's CPU flash attention merged by their log-sum-exp, forward and backward in one autograd
+                function, without copying keys; exact sinks and windows
 ``varlen``      variable-length flash attention on CUDA, keys and values gathered per segment, one call per layer
 ``loop``        scaled dot-product attention or plain arithmetic, segment by segment: any device, soft-caps too
 """
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import Any, cast
@@ -27,10 +28,10 @@ from prefopt.model.packing import Segment
 HOOK = "prefopt_shared"
 
 WIDEST = 256
-"""Head width that variable-length flash attention takes at most; widths are multiples of 8."""
+"""Largest head width of variable-length flash attention; widths are multiples of 8."""
 
 TRIAL = "trial"
-"""Instead of a kernel: whether a layer's attention could be served is all that is asked; see :class:`HookReached`."""
+"""In place of a kernel: only test whether a layer's attention is supported; see :class:`HookReached`."""
 
 # What layers hand to an attention function without changing what it should compute.
 _HARMLESS = frozenset(
@@ -41,7 +42,7 @@ _HARMLESS = frozenset(
 
 
 class UnshareableError(ModelError):
-    """A layer wants of its attention what shared prefixes cannot give it; scored separately the model is right."""
+    """A layer needs attention that shared prefixes do not support; separate scoring is exact."""
 
 
 class NotCausalError(ModelError):
@@ -49,18 +50,19 @@ class NotCausalError(ModelError):
 
 
 class HookReached(Exception):
-    """A layer asked the hook for something that it can serve."""
+    """The hook supports what a layer asks for."""
 
 
 def kernel_for(device: torch.device, dtype: torch.dtype, preference: str = "auto") -> str:
-    """The kernel that serves ``device`` and ``dtype``; ``preference`` ``loop`` forces the plain one."""
+    """The kernel for ``device`` and ``dtype``; ``preference`` ``loop`` forces the plain one."""
     if preference == "loop":
         return "loop"
     if device.type == "cpu":
         return "flash-cpu"
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _has_varlen(device):
-        return "varlen"
-    return "loop"
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return "loop"
+    has_varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    return "varlen" if has_varlen and torch.cuda.get_device_capability(device) >= (8, 0) else "loop"
 
 
 def shared_attention(
@@ -82,8 +84,7 @@ def shared_attention(
 ) -> tuple[torch.Tensor, None]:
     """The hook. Returns [1, T, heads, D] and no weights.
 
-    Raises :class:`UnshareableError` for anything a layer asks for that would otherwise be swallowed, and
-    :class:`NotCausalError`.
+    Raises :class:`NotCausalError`, and :class:`UnshareableError` for arguments that would otherwise be ignored.
     """
     if prefix_segments is None:
         raise UnshareableError(f"{type(module).__name__} does not hand its keyword arguments to its attention")
@@ -110,7 +111,7 @@ AttentionInterface.register(HOOK, shared_attention)
 
 
 def refuse_foreign(module: torch.nn.Module, mask: torch.Tensor | None, dropout: float, others: dict[str, Any]) -> None:
-    """Raise :class:`UnshareableError` for what a layer hands to its attention and our kernels would swallow."""
+    """Raise :class:`UnshareableError` for arguments of a layer that our kernels would ignore."""
     name = type(module).__name__
     if not getattr(module, "is_causal", True) or others.get("is_causal") is False:
         raise NotCausalError(f"{name} is not causal: tokens see what comes after them; prefopt takes causal models")
@@ -135,7 +136,7 @@ def _loop(
 ) -> torch.Tensor:
     repeat = query.shape[1] // key.shape[1]
     dtype = query.dtype
-    # Every segment's gradient is added to its prefix's: in float32, and rounded once.
+    # Gradients of a prefix are summed over its segments in float32 and rounded once.
     key, value = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (key, value))
     parts = []
     for start, stop, origin, prefix in segments:
@@ -170,20 +171,8 @@ def visible_keys(rows: int, columns: int, window: int | None, device: torch.devi
     return mask if window is None else mask & (q - k < window)
 
 
-def _has_varlen(device: torch.device) -> bool:
-    try:
-        import torch.nn.attention.varlen
-    except ImportError:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def _wants_gqa_flag(attend: Callable[..., object]) -> bool:
-    return "enable_gqa" in inspect.signature(attend).parameters
-
-
 def gather_plan(segments: tuple[Segment, ...], device: torch.device) -> dict[str, Any]:
-    """What ``varlen`` needs, made once per pass: the row of every segment's keys, and both cumulative lengths."""
+    """Arguments of ``varlen``, made once per pass: the row of every segment's keys, and both cumulative lengths."""
     rows = [
         torch.cat([torch.arange(o, o + p, dtype=torch.int64), torch.arange(a, b, dtype=torch.int64)])
         for a, b, o, p in segments
@@ -221,7 +210,8 @@ def _varlen(
     left = -1 if window is None else window - 1
     keys, values = (gathered(x[0].transpose(0, 1), gather["index"], gather["sums"]) for x in (key, value))
     # Grouped heads need no flag in torch 2.11; later versions want it.
-    grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if _wants_gqa_flag(varlen_attn) else {}
+    has_flag = "enable_gqa" in inspect.signature(attend).parameters
+    grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if has_flag else {}
     out = attend(
         query[0].transpose(0, 1).contiguous(),
         keys,

@@ -1,11 +1,11 @@
-"""Next-token distributions of two models compared at every scored token, a tile of the vocabulary's logits at a time.
+"""Next-token distributions of two models compared at every scored token, in tiles of logits.
 
-Beside a token's log-probability (see ``logprobs.py``), with z the policy's logits and r the reference's::
+Beside a token's log-probability (:mod:`prefopt.model.kernels.head`), with z the policy's logits and r the reference's::
 
     kl     = sum over v of ref(v) (log ref(v) - log pi(v)),   ref = softmax(r), pi = softmax(z)
     square = log of the sum over v of pi(v)^2 = logsumexp(2 z) - 2 logsumexp(z)
 
-The gradient of kl with respect to z is pi - ref. Nothing [M, V] is kept: the backward pass makes the tiles again.
+The gradient of kl with respect to z is pi - ref. Nothing [M, V] is kept: backward computes the tiles again.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from prefopt.model.kernels.head import accumulate, head_logits, tiles, transformed, wide_dtype
+from prefopt.model.kernels.head import HeadGradients, head_logits, tiles, transformed, wide_dtype
 
 
 @dataclass(frozen=True, slots=True)
 class Distributions:
-    """A model's next-token distributions at M positions, by what makes their logits when they are asked for.
+    """A model's next-token distributions at M positions, computed when needed.
 
-    ``logits`` takes a slice of the positions and gives [rows, V], float32 or wider, without gradients.
+    ``logits`` maps a slice of the positions to [rows, V], float32 or wider, without gradients.
     """
 
     vocabulary: int
@@ -32,9 +32,9 @@ class Distributions:
 
 
 class TokenScores(NamedTuple):
-    """What a forward pass tells of M tokens. ``kl_M`` and ``other_logp_M`` where it was given distributions to compare
-    with; ``square_M`` (log of the sum of squared probabilities, without gradient), ``distributions`` and ``hidden_M``
-    [M, H] where asked."""
+    """What a forward pass computes for M tokens. ``kl_M`` and ``other_logp_M`` with distributions to compare with;
+    ``square_M`` (log of the sum of squared probabilities, without gradient), ``distributions`` and ``hidden_M`` [M, H]
+    where requested."""
 
     logp_M: torch.Tensor
     square_M: torch.Tensor | None = None
@@ -62,7 +62,7 @@ def head_scores(
 def logit_scores(
     logits: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, target: torch.Tensor, other: Distributions
 ) -> TokenScores:
-    """The same for any other head: ``logits`` maps hidden [rows, H] to [rows, V], in checkpointed tiles."""
+    """The same by any other head: ``logits`` maps hidden [rows, H] to [rows, V], in checkpointed tiles."""
 
     def tile(h: torch.Tensor, y: torch.Tensor, first: torch.Tensor) -> tuple[torch.Tensor, ...]:
         z, r = logits(h), other.logits(slice(int(first), int(first) + len(y)))
@@ -80,7 +80,7 @@ def logit_scores(
 
 
 def squares(logits: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """log of the sum of squared probabilities [M], without gradient."""
+    """Log of the sum of squared probabilities [M], without gradient."""
     with torch.no_grad():
         parts = [
             (2 * logits(hidden[rows]).log_softmax(-1)).logsumexp(-1)
@@ -121,10 +121,7 @@ class _HeadScores(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         g_logp, _, g_kl, _ = grads
         hidden, weight, bias, target, lse, ref_lse = ctx.saved_tensors
-        wants = ctx.needs_input_grad
-        grad_h = torch.empty_like(hidden) if wants[0] else None
-        grad_w = None
-        grad_b = torch.zeros_like(bias, dtype=wide_dtype(weight.dtype)) if bias is not None and wants[2] else None
+        gradients = HeadGradients(ctx.needs_input_grad, hidden, weight, bias)
         for part in tiles(len(target), weight.shape[0], hidden.device):
             z = transformed(head_logits(hidden[part], weight, bias), ctx.scale, ctx.softcap)
             r = ctx.other.logits(part).to(z.dtype)
@@ -134,16 +131,5 @@ class _HeadScores(torch.autograd.Function):
             slope.sub_(r.sub_(ref_lse[part, None]).exp_().mul_(g_kl[part, None]))
             if ctx.softcap is not None:
                 slope *= 1 - (z / ctx.softcap) ** 2
-            slope = slope.mul_(ctx.scale).to(hidden.dtype)
-            if grad_h is not None:
-                grad_h[part] = slope @ weight
-            if wants[1]:
-                grad_w = accumulate(grad_w, slope, hidden[part])
-            if grad_b is not None:
-                grad_b += slope.sum(0, dtype=grad_b.dtype)
-        return (
-            grad_h,
-            None if grad_w is None else grad_w.to(weight.dtype),
-            None if grad_b is None else grad_b.to(weight.dtype),
-            *(None,) * 4,
-        )
+            gradients.add(part, slope.mul_(ctx.scale).to(hidden.dtype))
+        return *gradients.rounded(), *(None,) * 4

@@ -1,9 +1,9 @@
 """Shared-prefix attention on the CPU: flash tiles merged by their log-sum-exp.
 
-Attention over a set of keys can be computed tile by tile. Each tile gives an output and the log-sum-exp of its
-scores; the merged output weighs the tiles by ``exp(lse_tile - lse)``. Backward needs no merging: given the *merged*
-output and log-sum-exp, every tile's backward yields its exact share of the gradients, since the probabilities it
-recomputes are ``exp(score - lse)``. Both live in one autograd function, so no log-sum-exp is ever differentiated.
+Each tile of keys gives an output and the log-sum-exp of its scores; the merged output weighs the tiles by
+``exp(lse_tile - lse)``. Backward needs no merging: given the *merged* output and log-sum-exp, every tile's backward
+yields its exact share of the gradients, since it recomputes probabilities as ``exp(score - lse)``. One autograd
+function does both, so no log-sum-exp is differentiated.
 
 A sink is a key with score s and value zero: ``lse' = logaddexp(lse, s)``, ``out' = out exp(lse - lse')``. In
 backward its score receives ``-exp(s - lse') * (grad_out . out')``.
@@ -11,12 +11,12 @@ backward its score receives ``-exp(s - lse') * (grad_out . out')``.
 Grouped heads share keys without a copy: key heads become the batch of the kernel, and the queries that share one
 become its heads, along which the keys have stride zero.
 
-Many short responses to one prompt, as reinforcement learning draws them, would be many calls with little to do. What
-adjoining responses see of their prompt is therefore one tile, and short responses of one length are one batch.
+Many short responses to one prompt, as in reinforcement learning, would be many small calls: the prompt's keys for
+adjoining responses are one tile, and short responses of one length are one batch.
 
-A prefix's keys and values are picked once for itself and once for each of K responses. Torch's own backward of that
-adds K + 1 terms in the tensor's dtype, on CUDA by atomics, in whatever order they come. Here they are added in the
-order of the segments, in float32, and rounded once.
+A prefix's keys and values are gathered once for itself and once for each of K responses. Torch's backward of that adds
+K + 1 terms in the tensor's dtype, on CUDA by atomics in any order. Here they are added in the order of the segments, in
+float32, and rounded once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 WINDOW_ROWS = 256
 """Queries per tile where a sliding window needs a mask: small enough to skip most keys outside the window."""
 SHORT = 64
-"""Segments of so many tokens at most are computed together: a copy of them costs less than a call for each."""
+"""Segments of at most this many tokens are computed together: a copy costs less than a call for each."""
 
 Rows = slice | torch.Tensor
 """A run of the row's tokens, or their indices."""
@@ -43,10 +43,10 @@ Rows = slice | torch.Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tile:
-    """Queries over keys. ``many``: so many tiles of one shape, whose rows are given end to end.
+    """Queries over keys. ``many``: number of tiles of one shape, whose rows are given end to end.
 
-    ``causal``: the last key is the last query's own. ``offset``: where a window hides keys, the position of the
-    first query minus that of the first key, and ``window`` its width.
+    ``causal``: the last key is the last query's own. ``offset``: where a ``window`` hides keys, the position of the
+    first query minus that of the first key.
     """
 
     queries: Rows
@@ -57,7 +57,7 @@ class Tile:
     window: int | None = None
 
     def mask(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """Additive mask [rows, columns], only where a window cuts through the tile."""
+        """Additive mask [rows, columns]; None where no window cuts through the tile."""
         if self.window is None:
             return None
         rows, columns = (torch.arange(r.stop - r.start) for r in (self.queries, self.keys) if isinstance(r, slice))
@@ -68,7 +68,7 @@ class Tile:
 
 @lru_cache(maxsize=4)  # each layer asks for the same, forward and backward
 def tiles_of(segments: tuple[Segment, ...], window: int | None) -> tuple[list[Tile], list[Tile]]:
-    """The tiles of a row: those of the segments' own keys, which have every query once, and those of prefixes."""
+    """The tiles of a row: of the segments' own keys (every query once), and of prefixes."""
     own: list[Tile] = []
     prefixes: list[Tile] = []
     starts: dict[int, list[int]] = {}  # of short segments, by length
@@ -102,7 +102,7 @@ def _causal(starts: Sequence[int], length: int) -> Tile:
 
 
 def _add_windowed(own: list[Tile], prefixes: list[Tile], segment: Segment, window: int) -> None:
-    """The tiles of a segment that a window cuts through."""
+    """Add the tiles of a segment longer than the window."""
     start, stop, origin, prefix = segment
     for q0 in range(start, stop, WINDOW_ROWS):
         q1 = min(q0 + WINDOW_ROWS, stop)
@@ -124,8 +124,7 @@ def _take(x: torch.Tensor, heads: int, rows: Rows, many: int) -> torch.Tensor:
 
 
 def _back(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """The way back of :func:`_take`: [key heads * many, queries per key head, rows of a tile, ...] to [heads of x,
-    rows, ...]."""
+    """Inverse of :func:`_take`: [key heads * many, queries per key head, rows of a tile, ...] to [heads, rows, ...]."""
     found: torch.Tensor = x.unflatten(0, (heads, -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
     return found
 
@@ -217,7 +216,7 @@ def _tile_backward(
     tile: Tile,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients as the kernel has its operands. ``out`` and ``lse`` are the merged ones, of the whole row."""
+    """Gradients of the kernel's operands. ``out`` and ``lse`` are the merged ones of the whole row."""
     q, k, v = _operands(query, key, value, tile)
     g, o, norm = (_take(x, key.shape[0], tile.queries, tile.many) for x in (grad, out, lse))
     mask = tile.mask(query.dtype)
@@ -255,18 +254,18 @@ def flash_cpu_attention(
 
 
 Sums = tuple[tuple[torch.Tensor, torch.Tensor], ...]
-"""For the first, second, ... time that a row is picked: which rows, and where in the index. Rows differ within a pair,
-so that adding one pair after the other has an order."""
+"""For the first, second, ... occurrence of a row in an index: rows and positions. Rows within a pair differ, so that
+adding one pair after the other is deterministic."""
 
 
 def occurrences(index: torch.Tensor) -> Sums:
-    """See :data:`Sums`.
+    """The occurrences of each row in ``index``; see :data:`Sums`.
 
     >>> [[x.tolist() for x in pair] for pair in occurrences(torch.tensor([0, 1, 0, 2, 0]))]
     [[[0, 1, 2], [0, 1, 3]], [[0], [2]], [[0], [4]]]
     """
     rows, order = index.sort(stable=True)
-    starts = torch.searchsorted(rows, rows)  # where the row's first place stands
+    starts = torch.searchsorted(rows, rows)
     times = torch.arange(len(rows)) - starts
     return tuple((rows[times == k], order[times == k]) for k in range(int(times.max()) + 1 if len(rows) else 0))
 
