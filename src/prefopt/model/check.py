@@ -155,18 +155,18 @@ def _period(kinds: list[str]) -> int:
 
 
 def check_kernel(
-    twin: PreTrainedModel, groups: Sequence[Group], device: torch.device, dtype: torch.dtype, head: Head | None
+    clone: PreTrainedModel, groups: Sequence[Group], device: torch.device, dtype: torch.dtype, head: Head | None
 ) -> None:
     """Raise :class:`ModelError` where values or gradients of the fast kernel are further from the truth than rounding
-    explains. ``twin`` is the float64 model."""
-    rounded = copy.deepcopy(twin).to(dtype)
+    explains. ``clone`` is the float64 model."""
+    rounded = copy.deepcopy(clone).to(dtype)
     truth = _scored(copy.deepcopy(rounded).to(torch.float64), groups, "loop", head)
     loop, fast = (_scored(copy.deepcopy(rounded).to(device), groups, kernel, head) for kernel in ("loop", "auto"))
     for what, right, plain, found in zip(("values", "gradients"), truth, loop, fast, strict=True):
         error, allowed = _error(found, right), max(_ALLOWED, _TIMES * _error(plain, right))
         if not error <= allowed:
             raise ModelError(
-                f"{type(twin).__name__}: {what} by the fast attention kernel differ by {error:.2g} (relative) from the"
+                f"{type(clone).__name__}: {what} by the fast attention kernel differ by {error:.2g} (relative) from the"
                 f" right ones on a small copy in {dtype}, where {allowed:.2g} is rounding; give --attention loop, and"
                 " please report this device"
             )
