@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import AttentionInterface
 
 from prefopt.errors import ModelError
@@ -67,10 +68,10 @@ def kernel_for(device: torch.device, dtype: torch.dtype, preference: str = "auto
 
 def shared_attention(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     *,
     prefix_segments: tuple[Segment, ...] | None = None,
     prefix_kernel: str = "loop",
@@ -79,9 +80,9 @@ def shared_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """The hook. Returns [1, T, heads, D] and no weights.
 
     Raises :class:`NotCausalError`, and :class:`UnshareableError` for arguments that would otherwise be ignored.
@@ -91,26 +92,26 @@ def shared_attention(
     refuse_foreign(module, attention_mask, dropout, others)
     if prefix_kernel == TRIAL:
         raise HookReached
-    segments, kernel, gather = prefix_segments, prefix_kernel, prefix_gather
+    kernel, gather = prefix_kernel, prefix_gather
     width, scale = value.shape[-1], scaling if scaling is not None else query.shape[-1] ** -0.5
     both = max(width, key.shape[-1])  # multi-head latent attention: pad the narrower, cut the result
     query, key, value = (x if x.shape[-1] == both else F.pad(x, (0, both - x.shape[-1])) for x in (query, key, value))
     if kernel == "varlen" and (s_aux is not None or gather is None or both > WIDEST or both % 8):
         kernel = "loop"
     if softcap is not None or kernel == "loop":
-        out = _loop(query, key, value, segments, scale, sliding_window, softcap, s_aux)
+        out = _loop(query, key, value, prefix_segments, scale, sliding_window, softcap, s_aux)
     elif kernel == "varlen":
         assert gather is not None
         out = _varlen(query, key, value, gather, scale, sliding_window)
     else:
-        out = flash_cpu_attention(query, key, value, s_aux, segments, scale, sliding_window)
+        out = flash_cpu_attention(query, key, value, s_aux, prefix_segments, scale, sliding_window)
     return out[..., :width], None
 
 
 AttentionInterface.register(HOOK, shared_attention)
 
 
-def refuse_foreign(module: torch.nn.Module, mask: torch.Tensor | None, dropout: float, others: dict[str, Any]) -> None:
+def refuse_foreign(module: torch.nn.Module, mask: Tensor | None, dropout: float, others: dict[str, Any]) -> None:
     """Raise :class:`UnshareableError` for arguments of a layer that our kernels would ignore."""
     name = type(module).__name__
     if not getattr(module, "is_causal", True) or others.get("is_causal") is False:
@@ -125,15 +126,15 @@ def refuse_foreign(module: torch.nn.Module, mask: torch.Tensor | None, dropout: 
 
 
 def _loop(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     segments: tuple[Segment, ...],
     scale: float,
     window: int | None,
     softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
+    sinks: Tensor | None,
+) -> Tensor:
     repeat = query.shape[1] // key.shape[1]
     dtype = query.dtype
     # Gradients of a prefix are summed over its segments in float32 and rounded once.
@@ -158,12 +159,12 @@ def _loop(
     return torch.cat(parts, 2).transpose(1, 2)
 
 
-def _keys(x: torch.Tensor, start: int, stop: int, origin: int, prefix: int) -> torch.Tensor:
+def _keys(x: Tensor, start: int, stop: int, origin: int, prefix: int) -> Tensor:
     own = x[:, :, start:stop]
     return torch.cat([x[:, :, origin : origin + prefix], own], 2) if prefix else own
 
 
-def visible_keys(rows: int, columns: int, window: int | None, device: torch.device) -> torch.Tensor:
+def visible_keys(rows: int, columns: int, window: int | None, device: torch.device) -> Tensor:
     """Which of ``columns`` keys each of the last ``rows`` positions sees: bool [rows, columns], bottom-right causal."""
     q = torch.arange(columns - rows, columns, device=device)[:, None]
     k = torch.arange(columns, device=device)[None, :]
@@ -181,7 +182,7 @@ def gather_plan(segments: tuple[Segment, ...], device: torch.device) -> dict[str
     keys = [len(r) for r in rows]
     index = torch.cat(rows)
 
-    def cumulative(lengths: list[int]) -> torch.Tensor:
+    def cumulative(lengths: list[int]) -> Tensor:
         ends = torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return F.pad(ends, (1, 0)).to(device, non_blocking=True)
 
@@ -196,32 +197,17 @@ def gather_plan(segments: tuple[Segment, ...], device: torch.device) -> dict[str
 
 
 def _varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gather: dict[str, Any],
-    scale: float,
-    window: int | None,
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, gather: dict[str, Any], scale: float, window: int | None
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    attend = cast(Callable[..., torch.Tensor], varlen_attn)
+    attend = cast(Callable[..., Tensor], varlen_attn)
     # The window counts the keys to the left of the query; transformers counts the query too.
     left = -1 if window is None else window - 1
     keys, values = (gathered(x[0].transpose(0, 1), gather["index"], gather["sums"]) for x in (key, value))
     # Grouped heads need no flag in torch 2.11; later versions want it.
     has_flag = "enable_gqa" in inspect.signature(attend).parameters
     grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if has_flag else {}
-    out = attend(
-        query[0].transpose(0, 1).contiguous(),
-        keys,
-        values,
-        gather["cu_q"],
-        gather["cu_k"],
-        gather["max_q"],
-        gather["max_k"],
-        scale=scale,
-        window_size=(left, 0),
-        **grouped,
-    )
-    return out[None]
+    queries = query[0].transpose(0, 1).contiguous()
+    lengths = (gather["cu_q"], gather["cu_k"], gather["max_q"], gather["max_k"])
+    return attend(queries, keys, values, *lengths, scale=scale, window_size=(left, 0), **grouped)[None]

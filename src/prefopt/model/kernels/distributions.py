@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from prefopt.model.kernels.head import HeadGradients, head_logits, tiles, transformed, wide_dtype
@@ -28,7 +29,7 @@ class Distributions:
     """
 
     vocabulary: int
-    logits: Callable[[slice], torch.Tensor]
+    logits: Callable[[slice], Tensor]
 
 
 class TokenScores(NamedTuple):
@@ -36,21 +37,21 @@ class TokenScores(NamedTuple):
     ``square_M`` (log of the sum of squared probabilities, without gradient), ``distributions`` and ``hidden_M`` [M, H]
     where requested."""
 
-    logp_M: torch.Tensor
-    square_M: torch.Tensor | None = None
-    kl_M: torch.Tensor | None = None
-    other_logp_M: torch.Tensor | None = None
+    logp_M: Tensor
+    square_M: Tensor | None = None
+    kl_M: Tensor | None = None
+    other_logp_M: Tensor | None = None
     distributions: Distributions | None = None
-    hidden_M: torch.Tensor | None = None
+    hidden_M: Tensor | None = None
 
 
 def head_scores(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
     other: Distributions,
     *,
-    bias: torch.Tensor | None = None,
+    bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> TokenScores:
@@ -60,11 +61,11 @@ def head_scores(
 
 
 def logit_scores(
-    logits: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, target: torch.Tensor, other: Distributions
+    logits: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor, other: Distributions
 ) -> TokenScores:
     """The same by any other head: ``logits`` maps hidden [rows, H] to [rows, V], in checkpointed tiles."""
 
-    def tile(h: torch.Tensor, y: torch.Tensor, first: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def tile(h: Tensor, y: Tensor, first: Tensor) -> tuple[Tensor, ...]:
         z, r = logits(h), other.logits(slice(int(first), int(first) + len(y)))
         logp, ref = z.log_softmax(-1), r.log_softmax(-1)
         square = (2 * logp.detach()).logsumexp(-1)
@@ -79,7 +80,7 @@ def logit_scores(
     return TokenScores(logp, square, kl, ref)
 
 
-def squares(logits: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, vocabulary: int) -> torch.Tensor:
+def squares(logits: Callable[[Tensor], Tensor], hidden: Tensor, vocabulary: int) -> Tensor:
     """Log of the sum of squared probabilities [M], without gradient."""
     with torch.no_grad():
         parts = [
@@ -93,14 +94,14 @@ class _HeadScores(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        target: torch.Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
         scale: float,
         softcap: float | None,
         other: Distributions,
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> tuple[Tensor, ...]:
         ctx.scale, ctx.softcap, ctx.other = scale, softcap, other
         logp = hidden.new_empty(len(target), dtype=wide_dtype(hidden.dtype))
         square, kl, ref_logp, lse, ref_lse = (torch.empty_like(logp) for _ in range(5))
@@ -118,7 +119,7 @@ class _HeadScores(torch.autograd.Function):
         return logp, square, kl, ref_logp
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         g_logp, _, g_kl, _ = grads
         hidden, weight, bias, target, lse, ref_lse = ctx.saved_tensors
         gradients = HeadGradients(ctx.needs_input_grad, hidden, weight, bias)

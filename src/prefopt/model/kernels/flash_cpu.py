@@ -27,6 +27,7 @@ from functools import lru_cache
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from prefopt.model.packing import Segment
 
@@ -37,7 +38,7 @@ WINDOW_ROWS = 256
 SHORT = 64
 """Segments of at most this many tokens are computed together: a copy costs less than a call for each."""
 
-Rows = slice | torch.Tensor
+Rows = slice | Tensor
 """A run of the row's tokens, or their indices."""
 
 
@@ -56,7 +57,7 @@ class Tile:
     offset: int = 0
     window: int | None = None
 
-    def mask(self, dtype: torch.dtype) -> torch.Tensor | None:
+    def mask(self, dtype: torch.dtype) -> Tensor | None:
         """Additive mask [rows, columns]; None where no window cuts through the tile."""
         if self.window is None:
             return None
@@ -116,16 +117,16 @@ def _add_windowed(own: list[Tile], prefixes: list[Tile], segment: Segment, windo
             prefixes.append(Tile(slice(q0, q1), keys, offset=position - hidden, window=None if all_seen else window))
 
 
-def _take(x: torch.Tensor, heads: int, rows: Rows, many: int) -> torch.Tensor:
+def _take(x: Tensor, heads: int, rows: Rows, many: int) -> Tensor:
     """[heads of x, T, ...] to [key heads * many, queries per key head, rows of a tile, ...]; a view for one tile."""
     part = x[:, rows]
-    found: torch.Tensor = part.unflatten(1, (many, -1)).unflatten(0, (heads, -1)).transpose(1, 2).flatten(0, 1)
+    found: Tensor = part.unflatten(1, (many, -1)).unflatten(0, (heads, -1)).transpose(1, 2).flatten(0, 1)
     return found
 
 
-def _back(x: torch.Tensor, heads: int) -> torch.Tensor:
+def _back(x: Tensor, heads: int) -> Tensor:
     """Inverse of :func:`_take`: [key heads * many, queries per key head, rows of a tile, ...] to [heads, rows, ...]."""
-    found: torch.Tensor = x.unflatten(0, (heads, -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+    found: Tensor = x.unflatten(0, (heads, -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
     return found
 
 
@@ -133,14 +134,14 @@ class _FlashShared(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sinks: torch.Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
         segments: tuple[Segment, ...],
         scale: float,
         window: int | None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """query [Hq, T, D], key and value [Hk, T, D], sinks [Hq] or none; returns [T, Hq, D]."""
         memory = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
         out = memory.transpose(0, 1)
@@ -160,7 +161,7 @@ class _FlashShared(torch.autograd.Function):
         return memory
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, out, lse = ctx.saved_tensors
         segments, scale, window = ctx.plan
         wide = lse.dtype
@@ -185,16 +186,14 @@ class _FlashShared(torch.autograd.Function):
         return grad_q, grad_k.to(key.dtype), grad_v.to(value.dtype), grad_s, None, None, None
 
 
-def _put(total: torch.Tensor, rows: Rows, part: torch.Tensor, first: bool) -> None:
+def _put(total: Tensor, rows: Rows, part: Tensor, first: bool) -> None:
     if first:
         total[:, rows] = part.to(total.dtype)
     else:
         total[:, rows] += part
 
 
-def _tile_forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tile: Tile, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _tile_forward(query: Tensor, key: Tensor, value: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
     """Output [Hq, rows, D] and log-sum-exp [Hq, rows] of a tile."""
     heads = key.shape[0]
     q, k, v = _operands(query, key, value, tile)
@@ -207,58 +206,49 @@ def _tile_forward(
 
 
 def _tile_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    tile: Tile,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, tile: Tile, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the kernel's operands. ``out`` and ``lse`` are the merged ones of the whole row."""
     q, k, v = _operands(query, key, value, tile)
     g, o, norm = (_take(x, key.shape[0], tile.queries, tile.many) for x in (grad, out, lse))
     mask = tile.mask(query.dtype)
     grads = _backward(g, q, k, v, o, norm, 0.0, tile.causal, attn_mask=mask, scale=scale)
-    return cast(tuple[torch.Tensor, torch.Tensor, torch.Tensor], grads)
+    return cast(tuple[Tensor, Tensor, Tensor], grads)
 
 
-def _operands(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tile: Tile) -> list[torch.Tensor]:
+def _operands(query: Tensor, key: Tensor, value: Tensor, tile: Tile) -> list[Tensor]:
     """Queries, keys and values [Hk * many, Hq / Hk, rows of a tile, D] as the kernel takes them."""
     heads = key.shape[0]
     q = _take(query, heads, tile.queries, tile.many)
     return [q, *(_take(x, heads, tile.keys, tile.many).expand(-1, q.shape[1], -1, -1) for x in (key, value))]
 
 
-def _merge(
-    out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, lse_more: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _merge(out: Tensor, lse: Tensor, more: Tensor, lse_more: Tensor) -> tuple[Tensor, Tensor]:
     total = torch.logaddexp(lse, lse_more)
     a, b = (torch.exp(x - total)[..., None] for x in (lse, lse_more))
     return (out.to(total.dtype) * a + more.to(total.dtype) * b).to(out.dtype), total
 
 
 def flash_cpu_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    sinks: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
     segments: tuple[Segment, ...],
     scale: float,
     window: int | None,
-) -> torch.Tensor:
+) -> Tensor:
     """query [1, Hq, T, D], key and value [1, Hk, T, D], sinks [Hq] or none; returns [1, T, Hq, D]."""
     out = _FlashShared.apply(query[0], key[0], value[0], sinks, segments, scale, window)  # type: ignore[no-untyped-call]
-    return cast(torch.Tensor, out)[None]
+    return cast(Tensor, out)[None]
 
 
-Sums = tuple[tuple[torch.Tensor, torch.Tensor], ...]
+Sums = tuple[tuple[Tensor, Tensor], ...]
 """For the first, second, ... occurrence of a row in an index: rows and positions. Rows within a pair differ, so that
 adding one pair after the other is deterministic."""
 
 
-def occurrences(index: torch.Tensor) -> Sums:
+def occurrences(index: Tensor) -> Sums:
     """The occurrences of each row in ``index``; see :data:`Sums`.
 
     >>> [[x.tolist() for x in pair] for pair in occurrences(torch.tensor([0, 1, 0, 2, 0]))]
@@ -270,19 +260,19 @@ def occurrences(index: torch.Tensor) -> Sums:
     return tuple((rows[times == k], order[times == k]) for k in range(int(times.max()) + 1 if len(rows) else 0))
 
 
-def gathered(x: torch.Tensor, index: torch.Tensor, sums: Sums) -> torch.Tensor:
+def gathered(x: Tensor, index: Tensor, sums: Sums) -> Tensor:
     """``x`` [T, ...] at ``index``, as ``index_select`` gives it; ``sums`` from :func:`occurrences`."""
-    return cast(torch.Tensor, _Gathered.apply(x, index, sums))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _Gathered.apply(x, index, sums))  # type: ignore[no-untyped-call]
 
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, index: torch.Tensor, sums: Sums) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, index: Tensor, sums: Sums) -> Tensor:
         ctx.shape, ctx.dtype, ctx.sums = x.shape, x.dtype, sums
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         total = grads[0].new_zeros(ctx.shape, dtype=torch.promote_types(ctx.dtype, torch.float32))
         for rows, places in ctx.sums:
             total[rows] = total[rows] + grads[0][places].to(total.dtype)

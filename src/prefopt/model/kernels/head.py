@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -45,30 +46,28 @@ _TILE_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 
 
 def token_logprobs(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
     *,
-    bias: torch.Tensor | None = None,
+    bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
     squares: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each target: hidden [M, H], weight [V, H], target [M], bias [V] -> float32 or float64 [M].
 
     With ``squares`` also the log of the sum over the vocabulary of squared probabilities [M], without gradient.
     """
     arguments = (hidden, weight, bias, target, scale, softcap, squares, torch.is_grad_enabled())
-    return cast(tuple[torch.Tensor, torch.Tensor], _HeadLogprobs.apply(*arguments))  # type: ignore[no-untyped-call]
+    return cast(tuple[Tensor, Tensor], _HeadLogprobs.apply(*arguments))  # type: ignore[no-untyped-call]
 
 
-def module_logprobs(
-    logits: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, target: torch.Tensor, vocabulary: int
-) -> torch.Tensor:
+def module_logprobs(logits: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor, vocabulary: int) -> Tensor:
     """Log-probabilities by any other head, such as one with an adapter: ``logits`` maps hidden [rows, H] to [rows, V],
     float32 or wider, in checkpointed tiles."""
 
-    def tile(h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def tile(h: Tensor, y: Tensor) -> Tensor:
         z = logits(h)
         return z.gather(-1, y[:, None])[:, 0] - z.logsumexp(-1)
 
@@ -97,14 +96,14 @@ def tiles(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
         yield slice(start, min(start + height, rows))
 
 
-def transformed(z: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+def transformed(z: Tensor, scale: float, softcap: float | None) -> Tensor:
     """Logits after scale and soft-cap."""
     if scale != 1.0:
         z = z * scale
     return z if softcap is None else torch.tanh(z / softcap) * softcap
 
 
-def head_logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Logits [rows, V], accumulated in float32 or float64 where the device can."""
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
         z = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
@@ -117,15 +116,15 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        target: torch.Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
         scale: float,
         softcap: float | None,
         squares: bool,
         grad: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         rows, vocabulary = len(target), weight.shape[0]
         ctx.scale, ctx.softcap = scale, softcap
         head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -151,7 +150,7 @@ class _HeadLogprobs(torch.autograd.Function):
         return logp, square
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         g, _ = grads
         hidden, weight, bias, target, lse = ctx.saved_tensors
         if ctx.slope is not None:
@@ -173,16 +172,14 @@ class _HeadLogprobs(torch.autograd.Function):
 class HeadGradients:
     """Gradients of hidden states, head weight and bias, summed over tiles in float32 or wider."""
 
-    def __init__(
-        self, wanted: Sequence[bool], hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> None:
+    def __init__(self, wanted: Sequence[bool], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         self._hidden, self._weight, self._weight_trains = hidden, weight, wanted[1]
         wide = wide_dtype(weight.dtype)
         self._grad_h = torch.empty_like(hidden) if wanted[0] else None
-        self._grad_w: torch.Tensor | None = None
+        self._grad_w: Tensor | None = None
         self._grad_b = torch.zeros_like(bias, dtype=wide) if bias is not None and wanted[2] else None
 
-    def add(self, part: slice, slope: torch.Tensor) -> None:
+    def add(self, part: slice, slope: Tensor) -> None:
         """Add a tile, of which ``slope`` [rows, V] is the gradient with respect to h W^T + b."""
         if self._grad_h is not None:
             self._grad_h[part] = slope @ self._weight
@@ -197,15 +194,13 @@ class HeadGradients:
         if self._grad_b is not None:
             self._grad_b += slope.sum(0, dtype=self._grad_b.dtype)
 
-    def rounded(self) -> tuple[torch.Tensor | None, ...]:
+    def rounded(self) -> tuple[Tensor | None, ...]:
         """The three gradients in the dtypes of their tensors; None for those not wanted."""
         dtype = self._weight.dtype
         return self._grad_h, *(None if g is None else g.to(dtype) for g in (self._grad_w, self._grad_b))
 
 
-def _slope(
-    z: torch.Tensor, lse: torch.Tensor, target: torch.Tensor, scale: float, softcap: float | None
-) -> torch.Tensor:
+def _slope(z: Tensor, lse: Tensor, target: Tensor, scale: float, softcap: float | None) -> Tensor:
     """d logp / d (h W^T + b) of a tile, [rows, V]: (one-hot - p) times the derivatives of soft-cap and scale."""
     slope = torch.exp(z - lse[:, None]).neg_()
     slope[torch.arange(len(z), device=z.device), target] += 1
@@ -216,9 +211,8 @@ def _slope(
 
 _PROBES, _SPREAD = 4, 30.0
 """Hidden states to test a head with, and the standard deviation of their logits: enough for any soft-cap to show."""
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
-_COARSE = 0.03
-"""Difference relative to the largest logit that is still rounding, in narrower types."""
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.03}
+"""Difference relative to the largest logit that is still rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,24 +255,22 @@ def head_of(model: PreTrainedModel) -> Head:
     except RuntimeError:  # the class transforms hidden states too, into another shape
         return Head("class")
     best = min(range(len(transforms)), key=errors.__getitem__)
-    if errors[best] <= _TOLERANCE.get(hidden.dtype, _COARSE):
+    if errors[best] <= _TOLERANCE[hidden.dtype]:
         return Head(kind, *transforms[best])
     return Head("class")
 
 
-def class_logits(
-    model: PreTrainedModel, hidden: torch.Tensor, weights: dict[str, torch.Tensor] | None = None
-) -> torch.Tensor:
+def class_logits(model: PreTrainedModel, hidden: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
     """Logits [rows, V] of hidden [rows, H] by the class's own forward, float32 or wider, with ``weights`` replaced."""
     ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
     arguments = {"input_ids": ids, "use_cache": False, "return_dict": True}
     with _answering(model, hidden):
         out: Any = model(**arguments) if weights is None else torch.func.functional_call(model, weights, (), arguments)
-    logits: torch.Tensor = out.logits[0]
+    logits: Tensor = out.logits[0]
     return logits.to(wide_dtype(logits.dtype))
 
 
-def head_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def head_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """The current values of all weights that :func:`class_logits` reads."""
     body = {id(m) for m in body_of(model).modules()}
     return {
@@ -289,7 +281,7 @@ def head_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     }
 
 
-def _probes(module: Any) -> torch.Tensor:
+def _probes(module: Any) -> Tensor:
     weight = module.weight
     width = int(getattr(module, "in_features", 0) or weight.shape[1])
     drawn = torch.randn(_PROBES, width, generator=torch.Generator().manual_seed(0))
@@ -299,7 +291,7 @@ def _probes(module: Any) -> torch.Tensor:
     return hidden * (_SPREAD / spread) if 0 < spread < float("inf") else hidden
 
 
-def _difference(found: torch.Tensor, own: torch.Tensor) -> float:
+def _difference(found: Tensor, own: Tensor) -> float:
     if found.shape != own.shape:
         return float("inf")
     error = float((found - own).abs().max() / own.abs().max().clamp_min(1e-30))
@@ -315,7 +307,7 @@ class _Answer(BaseModelOutputWithPast):  # type: ignore[misc]
 
 
 @contextmanager
-def _answering(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[None]:
+def _answering(model: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
     """In this block the layers of ``model`` compute nothing: their last hidden state is ``hidden`` [rows, H]."""
     decoder: Any = model.get_decoder()  # OPT calls it past the body
     body = body_of(model)
