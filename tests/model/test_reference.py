@@ -47,8 +47,9 @@ def test_nothing_is_scored_twice(tmp_path: Path) -> None:
     values = ReferenceCache(SPACE, tmp_path).values(shuffled)
     exact = Fake().score(shuffled)
     for g, scored in enumerate(exact):
-        np.testing.assert_allclose(values.of(g), [s.sum for s in scored], rtol=1e-6)
-        assert values.counts_N[values.starts[g] : values.starts[g + 1]].tolist() == [s.count for s in scored]
+        of_group = slice(values.starts[g], values.starts[g + 1])
+        np.testing.assert_allclose(values.sums_N[of_group], [s.sum for s in scored], rtol=1e-6)
+        assert values.counts_N[of_group].tolist() == [s.count for s in scored]
 
 
 def test_order_of_the_data_does_not_reach_the_values(tmp_path: Path) -> None:
@@ -90,8 +91,9 @@ def test_token_values_are_added_and_sums_stay(tmp_path: Path) -> None:
     assert fake.responses == 100
     assert sums(tmp_path, groups[:30]) == before
     values = ReferenceCache(SPACE, tmp_path).values(groups, token_values=True)
+    assert values.token_values_M is not None
     for n, total in enumerate(values.sums_N):
-        tokens = values.tokens_of(n)
+        tokens = values.token_values_M[values.token_starts[n] : values.token_starts[n + 1]]
         assert len(tokens) == values.counts_N[n]
         assert float(tokens.sum(dtype=np.float64)) == pytest.approx(total, rel=1e-6)
     assert fill(tmp_path, groups, token_values=True).loads == fill(tmp_path, groups).loads == 0
@@ -164,7 +166,7 @@ def test_a_damaged_block_costs_only_its_responses(
     data[-3] ^= 4
     block.write_bytes({"truncated": bytes(data[:-1]), "flipped": bytes(data), "empty": b""}[damage])
 
-    assert [p.file for p in verify(tmp_path)] == [block]
+    assert [file for file, _ in verify(tmp_path)] == [block]
     again = fill(tmp_path, groups)
     assert {key for batch in again.batches for key in keys_of(batch)} == lost
     assert [r.message for r in caplog.records if "is damaged" in r.message and "\n" not in r.message]
@@ -279,10 +281,7 @@ def test_spaces_are_listed_verified_and_cleared(tmp_path: Path) -> None:
     about.write_text("{")
     block = block_files(about.parent)[0]
     block.write_bytes(block.read_bytes()[:-1])
-    assert {(p.space, p.file.name) for p in verify(tmp_path, repair=True)} == {
-        (SPACE.id, block.name),
-        (SPACE.id, "about.json"),
-    }
+    assert {file for file, _ in verify(tmp_path, repair=True)} == {block, about}
     assert not verify(tmp_path) and fill(tmp_path, groups).responses == 40
     assert json.loads(about.read_text())["dtype"] == "float32"
 

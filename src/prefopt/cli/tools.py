@@ -71,7 +71,7 @@ def verify_cache(config: CacheVerifyConfig) -> int:
     from prefopt.generate.output import verify_samples
     from prefopt.reference.blocks import verify
 
-    problems = [(problem.file, problem.what) for problem in verify(repair=config.repair)]
+    problems = verify(repair=config.repair)
     problems += [*verify_tokens(repair=config.repair), *verify_samples(repair=config.repair)]
     for file, what in problems:
         tell(f"{file}: {what}{'; taken out of use' if config.repair else ''}")
