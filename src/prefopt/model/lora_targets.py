@@ -1,6 +1,6 @@
 """The weights that a new LoRA adapter is on, and the percentage of each kind that it reaches.
 
-By default all weight_matrices but embeddings, head, routers and towers, which text does not train. PEFT's own ``all-linear``
+By default all matrices but embeddings, head, routers and towers, which text does not train. PEFT's own ``all-linear``
 is made for dense models: of mixtures of experts it reaches the experts of some and the dense layers of others, so each
 weight is named here.
 """
