@@ -15,7 +15,7 @@ from prefopt.generate.prompts import PromptSet
 from prefopt.generate.rewards import Judge
 from prefopt.generate.sampler import Progress, Sampler, Settings, group_of
 from prefopt.model.scorer import Scorer
-from prefopt.reference.in_memory import LiveReference
+from prefopt.reference.in_memory import InMemoryReference
 from prefopt.rewards import prompt_text
 from prefopt.rl.critic import Critic
 from prefopt.rl.objective import look
@@ -43,7 +43,7 @@ class Collector:
     judge: Judge
     scorer: Scorer
     critic: Critic | None
-    reference: LiveReference
+    reference: InMemoryReference
 
     def collect(
         self, step: int, prompts: Sequence[int], token_budget: int, progress: Progress

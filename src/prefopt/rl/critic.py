@@ -9,11 +9,11 @@ import torch
 
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ModelError
+from prefopt.model.architectures import causal_model, checkpoint_activations, vocabulary_size
 from prefopt.model.kernels.head import wide_dtype
-from prefopt.model.load import local_folder, vocabulary_size
-from prefopt.model.merge import load_folded
-from prefopt.model.packed_model import causal_model, checkpoint_activations
-from prefopt.model.packing import Layout, PackedBatch, pack
+from prefopt.model.load import local_folder
+from prefopt.model.merge import load_merged
+from prefopt.model.packing import PackedBatch, PackLayout, pack
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scalar import ScalarScorer, load_scalar, scalar_from
 from prefopt.model.scorer import Scorer
@@ -33,7 +33,7 @@ class Critic:
         *,
         head: torch.nn.Parameter | None = None,
         network: tuple[ScalarScorer, MasterWeights] | None = None,
-        layout: Layout | None = None,
+        layout: PackLayout | None = None,
     ) -> None:
         """A ``head`` [H], or a ``network`` with what trains of it. ``layout``: how the batches are packed that the
         network will be given, which may be another way than its own."""
@@ -135,7 +135,7 @@ def network_critic(
     own_tokens = copy.deepcopy(tokenizer)  # a pad token may be put on it, which the actor's has no need of
     model: torch.nn.Module
     if adapter is not None:
-        base = load_folded(local_folder(source), adapter, dtype=wide, device=device)
+        base = load_merged(local_folder(source), adapter, dtype=wide, device=device)
         model = scalar_from(base, own_tokens, seed=seed)
     else:
         loaded_in = dtype if adapt is not None else wide

@@ -16,10 +16,10 @@ from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ConfigError, ModelError
 from prefopt.generate.rewards import Judge, ModelJudge, load_judge
 from prefopt.model.adapter import new_lora
-from prefopt.model.load import load_model, local_folder, vocabulary_size
-from prefopt.model.packed_model import causal_model, context_length
+from prefopt.model.architectures import causal_model, context_length, vocabulary_size
+from prefopt.model.load import load_model, local_folder
 from prefopt.model.scorer import Scorer
-from prefopt.reference.in_memory import HeldWeights, LiveReference
+from prefopt.reference.in_memory import InMemoryReference, SwappedWeights
 from prefopt.rl.critic import Critic, head_critic, network_critic
 from prefopt.train.policy import Policy, ScalarPolicy
 
@@ -30,7 +30,7 @@ class PpoModels:
     other is named: of a LoRA run it is the same base, with the adapter as it was (a new one changes nothing)."""
 
     actor: Policy
-    reference: LiveReference
+    reference: InMemoryReference
     judge: Judge
     critic: Critic | None
 
@@ -38,7 +38,7 @@ class PpoModels:
         """Bytes of weights by model; what the reference shares with the actor counts as the actor's."""
         own = _bytes(self.actor.scorer.model)
         own += sum(_size(p) for p in self.actor.masters.masters.values() if not _is_of(p, self.actor.scorer.model))
-        held = self.reference.held
+        held = self.reference.weights
         found = {"actor": own}
         if held is not None:
             found["reference"] = sum(_size(value) for value in held.saved().values())
@@ -51,7 +51,7 @@ class PpoModels:
     def words(self) -> list[str]:
         """Lines that a run prints."""
         memory = {name: size(of) for name, of in self.memory().items() if of}
-        shared = self.reference.held is not None
+        shared = self.reference.weights is not None
         reference = "the actor's model as it was" if shared else "a model of its own"
         critic = self.critic.words if self.critic is not None else "none"
         return [
@@ -82,9 +82,9 @@ def build_models(
     return PpoModels(actor, _reference(config, actor, longest), judge, _critic(config, actor, source, tokenizer))
 
 
-def _reference(config: PpoConfig, actor: Policy, longest: int) -> LiveReference:
+def _reference(config: PpoConfig, actor: Policy, longest: int) -> InMemoryReference:
     if config.reference is None:
-        return LiveReference(actor.scorer, HeldWeights(actor.masters))
+        return InMemoryReference(actor.scorer, SwappedWeights(actor.masters))
     model = load_model(local_folder(config.reference), dtype=actor.dtype, device=actor.device).requires_grad_(False)
     other = causal_model(model)
     context = context_length(other.config)
@@ -97,7 +97,7 @@ def _reference(config: PpoConfig, actor: Policy, longest: int) -> LiveReference:
             f"--reference {config.reference}: its context is {context} tokens, but prompt and response may have"
             f" {longest}; lower --max-new-tokens"
         )
-    return LiveReference(Scorer(model, attention=config.attention))
+    return InMemoryReference(Scorer(model, attention=config.attention))
 
 
 def _critic(config: PpoConfig, actor: Policy, source: str, tokenizer: Tokenizer) -> Critic | None:

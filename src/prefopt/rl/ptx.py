@@ -13,8 +13,7 @@ from prefopt.data.load import load_groups
 from prefopt.data.sampler import Sampler
 from prefopt.data.table import GroupTable
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.model.load import vocabulary_size
-from prefopt.model.packed_model import causal_model
+from prefopt.model.architectures import causal_model, vocabulary_size
 from prefopt.model.scorer import Scorer
 from prefopt.train.batch import Batch
 from prefopt.train.objectives import LikelihoodObjective

@@ -18,7 +18,7 @@ from prefopt.core.terminal import Reporter
 from prefopt.data.sampler import Sampler
 from prefopt.errors import Diverged, RunError
 from prefopt.losses.rl import KlController
-from prefopt.model.memory import peak_memory
+from prefopt.model.costs import peak_memory
 from prefopt.rl.collector import Collector
 from prefopt.rl.objective import Targets, final_scores, rollout_metrics, targets_of
 from prefopt.rl.ptx import PtxTerm

@@ -24,8 +24,8 @@ import torch
 
 from prefopt.data.group import Group
 from prefopt.data.table import IndexArray, Selection, ranges
-from prefopt.model.packed_model import PackedModel
 from prefopt.model.packing import PackedBatch, pack, split
+from prefopt.model.scorer import PackedModel
 
 Column = npt.NDArray[Any]
 AT_ONCE = 512  # groups held as objects; held-out rows may be many more

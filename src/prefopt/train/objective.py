@@ -18,9 +18,8 @@ from prefopt.errors import DataError
 from prefopt.losses.declare import Kind
 from prefopt.losses.parse import Term
 from prefopt.model.kernels.distributions import Distributions
-from prefopt.model.packed_model import PackedModel
 from prefopt.model.packing import PackedBatch
-from prefopt.model.scorer import Asked, response_sums
+from prefopt.model.scorer import PackedModel, ScoreRequest, response_sums
 from prefopt.runs.metrics import Record
 from prefopt.train.batch import AT_ONCE, Batch
 from prefopt.train.columns import weights_of
@@ -113,7 +112,7 @@ class PreferenceObjective(Objective):
         square = "chosen_wpo_G" in self._needs
         if not square and reference is None:
             return self._sums(scorer(packed), packed, batch, "logp")
-        scores = scorer(packed, Asked(squares=square, against=reference))
+        scores = scorer(packed, ScoreRequest(squares=square, reference=reference))
         values = self._sums(scores.logp_M, packed, batch, "logp")
         if reference is not None:
             values["kl_N"] = response_sums(scores.kl_M, packed)

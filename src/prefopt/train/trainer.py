@@ -20,9 +20,9 @@ import torch
 from prefopt.core.stop import StopRequest
 from prefopt.core.terminal import Reporter
 from prefopt.errors import Diverged
-from prefopt.model.packed_model import PackedModel
 from prefopt.model.packing import PackedBatch
-from prefopt.reference.in_memory import Movement
+from prefopt.model.scorer import PackedModel
+from prefopt.reference.in_memory import TrDpoUpdate
 from prefopt.runs.callbacks import Callbacks, RunInfo
 from prefopt.runs.metrics import Averages, Metrics, Record, note
 from prefopt.train import checkpoint
@@ -135,7 +135,7 @@ class Trainer:
     reference: ReferenceInMemory | None = None
     measure: Callable[[Sequence[PackedBatch], float], Record] | None = None
     inspect: Inspect | None = None
-    movement: Movement | None = None
+    movement: TrDpoUpdate | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
     after_save: Callable[[], None] = lambda: None
     state: TrainerState = field(default_factory=TrainerState)
@@ -354,7 +354,7 @@ class Trainer:
             saved,
             keep_last=self.options.keep_last,
             done=state.done,
-            reference=self.movement.held.saved() if self.movement is not None else None,
+            reference=self.movement.weights.saved() if self.movement is not None else None,
             rollouts=self.source.tensors(),
         )
         self._saved = (state.step, state.done)
@@ -378,7 +378,7 @@ class Trainer:
             checkpoint.restore_optimizer(network.optimizer, checkpoint.part_of(name, saved.optimizer))
         checkpoint.restore_random(saved.state["random"])
         if self.movement is not None and saved.reference is not None:
-            self.movement.held.load(saved.reference)
+            self.movement.weights.load(saved.reference)
         for name, kept in saved.state.get("losses", {}).items():
             now = self.objective.state[name]
             self.objective.state[name] = {k: now[k].new_tensor(value) for k, value in kept.items()}
