@@ -1,4 +1,4 @@
-"""Columns of a batch that come from the data alone (pairs, labels or rankings, scores), and the inputs of losses by name.
+"""Columns of a batch that come from the data alone (pairs, labels, rankings, scores), and inputs of losses by name.
 
 >>> rows = [([1, 2, n], [False, False, True]) for n in (3, 4, 5)]
 >>> group = Group.from_sequences(rows, row=1, pairs=((0, 1), (0, 2), (1, 2)))
