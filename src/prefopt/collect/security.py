@@ -150,7 +150,7 @@ class Guard:
     """Middleware that checks every request. Accepted posts have their fields in ``scope["form"]``: name to values."""
 
     def __init__(self, app: ASGIApp, origins: Collection[str], sessions: Sessions, rate: RateLimit) -> None:
-        """``origins`` (``http://127.0.0.1:8700``) are the allowed Origin headers; Host headers must name one of them."""
+        """``origins`` (``http://127.0.0.1:8700``) are the allowed Origin headers; Host headers must match one."""
         self.app, self.sessions = app, sessions
         self.origins = frozenset(origin.lower() for origin in origins)
         self.hosts = frozenset(origin.partition("://")[2] for origin in self.origins)
