@@ -73,7 +73,7 @@ def test_items_from_files_of_every_kind(tmp_path: Path, capsys: pytest.CaptureFi
         )
         assert opened.connection.execute("SELECT count(*) FROM queue").fetchone()[0] == 3
     assert main(["collect", "import", str(study), *words[:2]]) == 0
-    assert "0 items added, 3 were there already" in capsys.readouterr().out
+    assert "0 items added, 3 duplicates" in capsys.readouterr().out
 
 
 def test_files_of_two_models_are_joined_by_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,7 +226,7 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, capsys: pytest.Capt
     path, output = str(tmp_path / "s.db"), str(tmp_path / "o.jsonl")
     new_study(tmp_path / "s.db").close()
     assert main(["collect", "export", path, "--output", output]) == 2
-    assert "the votes give no row" in capsys.readouterr().err and not Path(output).exists()
+    assert "the votes give no rows" in capsys.readouterr().err and not Path(output).exists()
     assert main(["collect", "export", path, "--output", output, "--exclude", "Nobody"]) == 2
     assert "there is no such annotator" in capsys.readouterr().err
     assert main(["data", "check", path]) == 1
