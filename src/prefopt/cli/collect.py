@@ -157,9 +157,9 @@ def _in_words(s: StudySummary) -> list[str]:
     if s.undone:
         lines.append(f"undone: {s.undone:,}")
     lines += [
-        f"raw agreement {_number(s.raw)}; Cohen's kappa, average over pairs of annotators {_number(s.kappa)}",
+        f"raw agreement {_number(s.raw)}; Cohen's kappa, mean over pairs of annotators {_number(s.kappa)}",
         f"Krippendorff's alpha: nominal {_estimate(s.nominal)}, ordinal {_estimate(s.ordinal)}",
-        f"preferred the response shown first: {_estimate(s.first)} (0.5 without a bias)",
+        f"preferred what was shown first: {_estimate(s.first)} (0.5 without a bias)",
     ]
     for a in s.annotators:
         lines.append(
@@ -211,7 +211,7 @@ def export_study(config: CollectExportConfig) -> int:
 
 
 def _sides(found: Exported, config: CollectExportConfig) -> Sequence[int]:
-    """The index of each row's file; all rows of a prompt go to one file."""
+    """For each row the file it goes to; all rows of a prompt go to one."""
     sides = np.zeros(len(found.rows), np.int8)
     if config.eval_fraction:
         keys = np.frombuffer(b"".join(found.prompt_keys), KEY)
