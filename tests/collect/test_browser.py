@@ -20,7 +20,7 @@ from prefopt.studies.annotators import invite
 from prefopt.studies.items import NewItem, ResponseOrigin, add_items
 from prefopt.studies.study import Study, StudySettings
 from prefopt.studies.votes import StoredVote, stored_votes
-from studies.small import annotators, new_item, new_study, say
+from studies.small import new_item, new_study, people, say
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
@@ -275,7 +275,7 @@ def test_the_first_key_counts_however_late_the_script_comes(opened: Open, tmp_pa
 
 
 def busy_study(path: Path) -> Study:
-    """Text of every kind, a ranking, gold, tools, and votes of several annotators."""
+    """Text of every kind, a ranking, gold, tools, and votes of several people."""
     study = new_study(path, 6, overlap=3, title="Which is better?", tags=("style",), instructions="Be **fair**.")
     rich = "# Title\n\n- a\n- b\n\n| x | y |\n|---|---|\n| 1 | 2 |\n\n```python\nx = 1\n```\n\n$$x^2$$\n\n> قال"
     row = {
@@ -293,7 +293,7 @@ def busy_study(path: Path) -> Study:
         "tools": ['{"name": "f"}'],
     }
     add_items(study, [NewItem(row, b"r" * 16, [ResponseOrigin("m"), ResponseOrigin("n")]), new_item(60, 4)])
-    for number, person in enumerate(annotators(study, "Ann", "Bob")):
+    for number, person in enumerate(people(study, "Ann", "Bob")):
         for n in range(6):
             say(study, person, *((0, 1) if (n + number) % 3 else (1, 0)), rationale="so")
     return study

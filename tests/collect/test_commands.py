@@ -21,7 +21,7 @@ from prefopt.studies.annotators import invite
 from prefopt.studies.items import all_items, next_item
 from prefopt.studies.study import Study
 from prefopt.studies.votes import Vote, record
-from studies.small import annotators, new_study, say
+from studies.small import new_study, people, say
 
 
 def write(path: Path, rows: list[Any]) -> str:
@@ -191,7 +191,7 @@ def test_only_names_that_were_given_are_answered_to() -> None:
 
 def voted(path: Path) -> Study:
     study = new_study(path, 20, overlap=2)
-    for n, person in enumerate(annotators(study, "Ann", "Bob")):
+    for n, person in enumerate(people(study, "Ann", "Bob")):
         for k in range(20):
             say(study, person, *((0, 1) if (k + n) % 3 else (1, 0)), rationale=TEXTS[k], tags=("x",))
     return study

@@ -15,7 +15,7 @@ from prefopt.studies.items import add_items
 from prefopt.studies.study import Study
 from prefopt.studies.votes import Vote, record
 from small_chat import build_model
-from studies.small import annotators, new_item, new_study, shown
+from studies.small import new_item, new_study, people, shown
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,11 +32,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
-    """Twelve pairs and six rankings that three annotators judged: mostly alike, with ties, skips and a dissent."""
+    """Twelve pairs and six rankings that three people judged: mostly alike, with ties, skips and a dissent."""
     draw = random.Random(0)
     study = new_study(tmp_path / "s.db", 12, overlap=3)
     add_items(study, [new_item(30 + n, 4) for n in range(6)])
-    for person in annotators(study, "Ann", "Bob", "Cay"):
+    for person in people(study, "Ann", "Bob", "Cay"):
         for n in range(18):
             found = shown(study, person)
             order = list(range(found.item.count))

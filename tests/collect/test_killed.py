@@ -1,4 +1,4 @@
-"""Fifty annotators vote while the server is killed at random moments: acknowledged votes are stored, once."""
+"""Fifty people vote while the server is killed at random moments: what was acknowledged is there, and there once."""
 
 from __future__ import annotations
 

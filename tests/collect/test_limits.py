@@ -61,19 +61,19 @@ def test_many_annotators_behind_a_declared_proxy(tmp_path: Path) -> None:
         ThreadPoolExecutor(8) as pool,
     ):
         # what somebody says of themselves stands before the address that the proxy saw
-        annotators = [person(site, n, f"1.1.1.1, 192.0.2.{n}, 10.1.2.3") for n in range(ANNOTATORS)]
+        people = [person(site, n, f"1.1.1.1, 192.0.2.{n}, 10.1.2.3") for n in range(ANNOTATORS)]
         stranger = Behind(site.port)
         stranger.forwarded = "203.0.113.9"
         assert 429 in [stranger.get(f"/join/guess{n}").status for n in range(30)]
-        assert all(found == [200, 303] * 4 for found in pool.map(votes, annotators))
+        assert all(found == [200, 303] * 4 for found in pool.map(votes, people))
 
 
 def test_many_annotators_behind_a_proxy_that_nobody_declared(tmp_path: Path) -> None:
     with new_study(tmp_path / "s.db", 4, overlap=ANNOTATORS) as study:
         with served(study) as site:
-            annotators = [site.signed_in(f"P{n}") for n in range(ANNOTATORS)]
+            people = [site.signed_in(f"P{n}") for n in range(ANNOTATORS)]
         with served(study, RateLimit(per_second=20, burst=ANNOTATORS)) as site, ThreadPoolExecutor(8) as pool:
-            for client in annotators:  # a server that was started anew looks each session up once
+            for client in people:  # a server that was started anew looks each session up once
                 client.port = site.port
                 assert client.get("/static/style.css").status == 200
             spoofing = Behind(site.port)
@@ -82,7 +82,7 @@ def test_many_annotators_behind_a_proxy_that_nobody_declared(tmp_path: Path) -> 
                 spoofing.forwarded = f"192.0.2.{n}"
                 statuses.append(spoofing.get("/").status)
             assert 429 in statuses  # the header of one who is no proxy is nothing
-            assert all(found == [200, 303] * 4 for found in pool.map(votes, annotators))
+            assert all(found == [200, 303] * 4 for found in pool.map(votes, people))
 
 
 def test_a_session_has_limits_too_and_an_invented_one_has_no_share(tmp_path: Path) -> None:

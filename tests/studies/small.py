@@ -29,7 +29,7 @@ def new_study(path: Path, items: int = 4, count: int = 2, gold: Sequence[NewItem
     return study
 
 
-def annotators(study: Study, *names: str) -> list[Annotator]:
+def people(study: Study, *names: str) -> list[Annotator]:
     return [invite(study, name)[0] for name in names]
 
 

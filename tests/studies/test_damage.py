@@ -14,7 +14,7 @@ from prefopt.errors import StudyError
 from prefopt.studies.export import ExportOptions, export_rows
 from prefopt.studies.study import Study, backup, check_study_file
 from prefopt.studies.votes import undo
-from studies.small import annotators, new_item, new_study, say
+from studies.small import new_item, new_study, people, say
 
 FLIPS = 150
 
@@ -22,7 +22,7 @@ FLIPS = 150
 def voted(path: Path) -> Path:
     """Votes, skips, ties, an undone vote and a gold item, in one file without a log."""
     with new_study(path, 12, gold=[new_item(90, gold=((0,), (1,)))], overlap=2, gold_every=3) as study:
-        for number, person in enumerate(annotators(study, "Ann", "Bob")):
+        for number, person in enumerate(people(study, "Ann", "Bob")):
             for n in range(8):
                 say(study, person, *((0, 1) if (n + number) % 3 else (1, 0)), rationale=f"because {n}", tags=("style",))
             undo(study, person)
@@ -128,6 +128,6 @@ def test_studies_and_copies_are_their_owners(tmp_path: Path, capsys: pytest.Capt
     assert main(["collect", "check", str(tmp_path / "copy.db")]) == 0
     assert "every item and event is what was written" in capsys.readouterr().out
     with Study(path) as study:
-        annotators(study, "Cem")
+        people(study, "Cem")
         for file in tmp_path.iterdir():
             assert stat.S_IMODE(file.stat().st_mode) == 0o600, file.name

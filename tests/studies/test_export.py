@@ -17,7 +17,7 @@ from prefopt.studies.export import ExportOptions, StudyRows, export_rows
 from prefopt.studies.study import Study
 from prefopt.studies.summary import summarise
 from prefopt.studies.votes import Vote, record, undo
-from studies.small import annotators, new_item, new_study, say, shown
+from studies.small import new_item, new_study, people, say, shown
 
 FIRST, SECOND, TIE = Vote(((0,), (1,)), 2), Vote(((1,), (0,)), 3), Vote(((0, 1),))
 BAD, SKIP = Vote(all_bad=True), Vote(skipped="unclear")
@@ -26,7 +26,7 @@ BAD, SKIP = Vote(all_bad=True), Vote(skipped="unclear")
 def voted(path: Path, votes: Sequence[Sequence[Vote]], count: int = 2, **settings: Any) -> Study:
     """A study in which person p said ``votes[item][p]``."""
     study = new_study(path, len(votes), count, overlap=99, **settings)
-    for n, person in enumerate(annotators(study, *(f"P{n}" for n in range(max(map(len, votes)))))):
+    for n, person in enumerate(people(study, *(f"P{n}" for n in range(max(map(len, votes)))))):
         for _ in votes:
             found = shown(study, person)
             if n < len(votes[found.item.id - 1]):
@@ -64,7 +64,7 @@ def test_pairs(tmp_path: Path) -> None:
 
 def test_provenance_tells_who_said_what_of_which_response(tmp_path: Path) -> None:
     study = new_study(tmp_path / "s.db", 1)
-    (ann,) = annotators(study, "Ann")
+    (ann,) = people(study, "Ann")
     seen = say(study, ann, 1, 0, strength=3, rationale="why", tags=("style",))
     (row,) = export_rows(study, ExportOptions(form="pairs")).rows
     assert [r[0]["content"] for r in row["responses"]] == ["answer 0.1", "answer 0.0"] and row["tiers"] == [[0], [1]]
@@ -137,7 +137,7 @@ def test_a_study_is_read_as_it_is(tmp_path: Path) -> None:
     with study.reading() as connection:
         assert connection.execute("SELECT count(*) FROM event").fetchone()[0]
     assert source.digest() == before == StudyRows(tmp_path / "s.db").digest()
-    (ann,) = annotators(study, "P0")
+    (ann,) = people(study, "P0")
     assert undo(study, ann) and undo(study, ann)
     assert source.digest() != before
 
@@ -145,7 +145,7 @@ def test_a_study_is_read_as_it_is(tmp_path: Path) -> None:
 def test_the_figures_of_a_study(tmp_path: Path) -> None:
     gold = [new_item(50, gold=((1,), (0,)))]
     study = new_study(tmp_path / "s.db", 3, gold=gold, overlap=2, gold_every=1, title="T")
-    ann, bob, _ = annotators(study, "Ann", "Bob", "Cay")
+    ann, bob, _ = people(study, "Ann", "Bob", "Cay")
     says = {ann.id: {1: FIRST, 2: FIRST, 3: TIE, 4: SECOND}, bob.id: {1: FIRST, 2: SECOND, 3: TIE, 4: FIRST}}
     for person in (ann, bob):
         for _ in range(4):
@@ -167,7 +167,7 @@ def test_the_figures_of_a_study(tmp_path: Path) -> None:
 
 def test_a_side_that_is_preferred_for_its_place_shows(tmp_path: Path) -> None:
     study = new_study(tmp_path / "s.db", 200)
-    left, fair = annotators(study, "Left", "Fair")
+    left, fair = people(study, "Left", "Fair")
     for _ in range(100):
         found = shown(study, left)
         record(study, left, found.ticket, Vote(((found.shown[0],), (found.shown[1],)), 1))

@@ -27,7 +27,7 @@ from prefopt.studies.export import export_rows
 from prefopt.studies.items import add_items, next_item, order_shown
 from prefopt.studies.study import Study, StudySettings, backup
 from prefopt.studies.votes import RefusedVote, Vote, latest_ticket, record, stored_votes, undo
-from studies.small import annotators, new_item, new_study, say, shown
+from studies.small import new_item, new_study, people, say, shown
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def in_force(study: Study) -> list[tuple[int, int, Vote]]:
 
 
 def test_a_vote_is_stored_once_however_often_it_is_sent(study: Study) -> None:
-    (ann,) = annotators(study, "Ann")
+    (ann,) = people(study, "Ann")
     seen = shown(study, ann)
     assert shown(study, ann) == seen  # resumed: the same item, the same order, the same ticket
     vote = Vote(((1,), (0,)), 3, rationale="shorter", tags=("style",))
@@ -56,7 +56,7 @@ def test_a_vote_is_stored_once_however_often_it_is_sent(study: Study) -> None:
 
 
 def test_a_ticket_of_another_or_of_nobody_is_refused(study: Study) -> None:
-    ann, bob = annotators(study, "Ann", "Bob")
+    ann, bob = people(study, "Ann", "Bob")
     seen = shown(study, ann)
     for person, ticket in ((bob, seen.ticket), (ann, "made up"), (ann, "")):
         with pytest.raises(RefusedVote, match="out of date"):
@@ -81,7 +81,7 @@ INVALID = [
 
 
 def test_an_invalid_vote_is_refused(study: Study) -> None:
-    (ann,) = annotators(study, "Ann")
+    (ann,) = people(study, "Ann")
     seen = shown(study, ann)
     for vote in INVALID:
         with pytest.raises(RefusedVote):
@@ -90,7 +90,7 @@ def test_an_invalid_vote_is_refused(study: Study) -> None:
 
 
 def test_undo_is_a_new_event_and_the_item_comes_back(study: Study) -> None:
-    (ann,) = annotators(study, "Ann")
+    (ann,) = people(study, "Ann")
     first, second = say(study, ann, 0, 1), say(study, ann, 1, 0)
     with study.reading() as connection:
         ticket = latest_ticket(connection, ann)
@@ -107,7 +107,7 @@ def test_undo_is_a_new_event_and_the_item_comes_back(study: Study) -> None:
 
 
 def test_events_are_never_changed(study: Study) -> None:
-    (ann,) = annotators(study, "Ann")
+    (ann,) = people(study, "Ann")
     say(study, ann, 0, 1)
     for change in ("UPDATE event SET body = '{}'", "DELETE FROM event"):
         with pytest.raises(sqlite3.IntegrityError, match="never"), study.writing() as connection:
@@ -120,7 +120,7 @@ def test_events_are_never_changed(study: Study) -> None:
 
 def test_every_item_is_judged_by_as_many_as_were_asked_for(tmp_path: Path) -> None:
     study = new_study(tmp_path / "s.db", 30, overlap=3)
-    crowd = annotators(study, *(f"P{n}" for n in range(7)))
+    crowd = people(study, *(f"P{n}" for n in range(7)))
     draw, active = random.Random(1), list(crowd)
     while active:
         person = draw.choice(active)
@@ -134,7 +134,7 @@ def test_every_item_is_judged_by_as_many_as_were_asked_for(tmp_path: Path) -> No
 
 
 def test_items_that_others_began_come_first(study: Study) -> None:
-    ann, bob, cay = annotators(study, "Ann", "Bob", "Cay")
+    ann, bob, cay = people(study, "Ann", "Bob", "Cay")
     assert [say(study, ann, 0, 1).item.id for _ in range(2)] == [1, 2]
     assert [say(study, bob, 0, 1).item.id for _ in range(3)] == [1, 2, 3]
     assert shown(study, cay).item.id == 3
@@ -142,7 +142,7 @@ def test_items_that_others_began_come_first(study: Study) -> None:
 
 def test_what_is_left_unanswered_goes_to_others_and_is_no_loss(tmp_path: Path) -> None:
     study = new_study(tmp_path / "s.db", 1, overlap=1, lease=100.0)
-    ann, bob = annotators(study, "Ann", "Bob")
+    ann, bob = people(study, "Ann", "Bob")
     left = next_item(study, ann, at=1000.0)
     assert left is not None and next_item(study, bob, at=1050.0) is None
     late = next_item(study, bob, at=1101.0)
@@ -154,7 +154,7 @@ def test_what_is_left_unanswered_goes_to_others_and_is_no_loss(tmp_path: Path) -
 
 def test_a_skipped_item_goes_to_another(tmp_path: Path) -> None:
     study = new_study(tmp_path / "s.db", 1, overlap=1)
-    ann, bob = annotators(study, "Ann", "Bob")
+    ann, bob = people(study, "Ann", "Bob")
     seen = shown(study, ann)
     assert next_item(study, bob) is None
     record(study, ann, seen.ticket, Vote(skipped="unclear"))
@@ -167,7 +167,7 @@ def test_gold_items_come_to_everybody_at_places_nobody_can_guess(tmp_path: Path)
     golden = [new_item(100 + n, gold=((1,), (0,))) for n in range(3)]
     study = new_study(tmp_path / "s.db", 30, gold=golden, overlap=2, gold_every=5)
     places = []
-    for person in annotators(study, "Ann", "Bob"):
+    for person in people(study, "Ann", "Bob"):
         seen = [say(study, person, 0, 1).item for _ in range(25)]
         places.append([n for n, item in enumerate(seen) if item.gold])
         assert len(places[-1]) == 3 and [n // 5 for n in places[-1]] == [0, 1, 2]
@@ -190,7 +190,7 @@ STATE = (
 def test_all_that_is_derived_follows_from_the_events(tmp_path: Path) -> None:
     golden = [new_item(100 + n, gold=((1,), (0,))) for n in range(4)]
     study = new_study(tmp_path / "s.db", 12, 3, overlap=2, gold=golden)
-    crowd, draw = annotators(study, "Ann", "Bob", "Cay"), random.Random(5)
+    crowd, draw = people(study, "Ann", "Bob", "Cay"), random.Random(5)
     for _ in range(120):
         person = draw.choice(crowd)
         found = next_item(study, person)
@@ -220,7 +220,7 @@ def test_all_that_is_derived_follows_from_the_events(tmp_path: Path) -> None:
 
 def test_fifty_people_at_once_lose_and_double_nothing(tmp_path: Path) -> None:
     study = new_study(tmp_path / "s.db", 40, overlap=5)
-    crowd = annotators(study, *(f"P{n}" for n in range(50)))
+    crowd = people(study, *(f"P{n}" for n in range(50)))
     told: Counter[tuple[int, int]] = Counter()
 
     def work(person: object) -> None:
@@ -238,7 +238,7 @@ def test_fifty_people_at_once_lose_and_double_nothing(tmp_path: Path) -> None:
 
 
 def test_connections_do_not_pile_up_with_threads(study: Study) -> None:
-    (ann,) = annotators(study, "Ann")
+    (ann,) = people(study, "Ann")
     for _ in range(30):
         thread = threading.Thread(target=next_item, args=(study, ann))
         thread.start()
@@ -254,7 +254,7 @@ def test_what_fails_within_a_transaction_leaves_nothing(study: Study) -> None:
     assert study.connection.execute("SELECT count(*) FROM sampling WHERE settings = 'x'").fetchone()[0] == 0
 
 
-# -- annotators ----------------------------------------------------------------------------------------------------
+# -- people ----------------------------------------------------------------------------------------------------
 
 
 def test_invitations_are_exchanged_for_sessions_and_stored_as_hashes(study: Study) -> None:
@@ -307,8 +307,8 @@ def test_a_study_of_an_older_version_opens_with_all_its_votes(tmp_path: Path) ->
     with Study(path) as study:
         assert study.settings.title == "An older study" and study.version == VERSION
         assert [v for v in in_force(study) if v[2].skipped is None] == said
-        ann = next(p for p in (session for session in annotators(study, "Ann")) if p.id == 1)
-        (bob,) = annotators(study, "Bob")
+        ann = next(p for p in (session for session in people(study, "Ann")) if p.id == 1)
+        (bob,) = people(study, "Bob")
         assert shown(study, bob).ticket == "t6"  # what was on the page is there again
         record(study, bob, "t6", Vote(((0,), (1,)), 1))
         assert shown(study, ann).item.id == 3  # begun by another, so it goes before the gold item
@@ -365,7 +365,7 @@ def test_a_study_never_replaces_a_file(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path: Path) -> None:
     study = new_study(tmp_path / "s.db")
-    (ann,) = annotators(study, "Ann")
+    (ann,) = people(study, "Ann")
     kept, seen = say(study, ann, 0, 1), shown(study, ann)
     pages = study.connection.execute("PRAGMA page_count").fetchone()[0]
     study.connection.execute(f"PRAGMA max_page_count = {pages}")
@@ -381,7 +381,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path: Path) -> None:
 
 def test_a_backup_while_votes_come_in_is_whole(tmp_path: Path) -> None:
     study = new_study(tmp_path / "s.db", 300, overlap=1)
-    (ann,) = annotators(study, "Ann")
+    (ann,) = people(study, "Ann")
     done = threading.Event()
 
     def work() -> None:
