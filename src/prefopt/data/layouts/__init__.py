@@ -59,8 +59,8 @@ def named_layout(name: str) -> Layout:
     """
     if ":" in name:
         return _load(name)
-    plain = "-".join(name.replace("_", " ").replace("-", " ").split()).lower()
     known = all_layouts()
+    plain = name if name in known else "-".join(name.replace("_", " ").replace("-", " ").split()).lower()
     if plain not in known:
         guess = nearest(plain, list(known)) or f"; there are {', '.join(known)}, and module:function for your own"
         raise ConfigError(f"{name!r} is no layout{guess}")
