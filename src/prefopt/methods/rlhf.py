@@ -30,8 +30,9 @@ from prefopt.data.layouts.columns import find_dataset_info
 from prefopt.errors import ConfigError, DataError, Interrupted, RunError
 from prefopt.generate.sampled_model import SampledModel
 from prefopt.methods import ppo, reward, sft
-from prefopt.model.load import base_and_adapter, resolve_device
+from prefopt.model.load import base_and_adapter
 from prefopt.model.merge import merge_adapter
+from prefopt.model.precision import resolve_device
 from prefopt.rl.prompts import read_prompts, too_few
 from prefopt.runs.folder import FREE
 from prefopt.runs.history import RECORD, read_record
