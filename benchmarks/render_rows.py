@@ -20,8 +20,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from prefopt.data.chat.render import Rendered, Renderer
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.comparisons import read_comparisons
-from prefopt.data.kinds import validate
 from prefopt.data.tokenizer import Tokenizer, load_tokenizer
+from prefopt.data.validate import validate
 from prefopt.records import Comparison, Message
 
 CHATML = (

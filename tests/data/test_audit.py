@@ -23,9 +23,9 @@ from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.check.audit import Audit, How, audit, compare_prompts
 from prefopt.data.check.duplicates import KINDS, suspicions
-from prefopt.data.kinds import Want
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.load import NO_FAULT, load_groups
+from prefopt.data.validate import DataKind
 from prefopt.errors import DataError
 
 SEVERAL = "rows of several purposes"
@@ -130,7 +130,7 @@ def test_files_of_several_purposes_are_told(tmp_path: Path, capsys: Any) -> None
     labels = write(tmp_path / "b.jsonl", [{"prompt": "q", "completion": "a", "label": x} for x in (True, False)])
     (entry,) = (e for e in audit([pairs, labels], How()).ledger.entries("warning") if e.kind == SEVERAL)
     assert (entry.file, entry.what.split(";")[0]) == ("", "2 labels, 1 pairs")
-    assert SEVERAL not in found(audit([pairs, labels], How(want="pairs")), "warning")
+    assert SEVERAL not in found(audit([pairs, labels], How(kind="pairs")), "warning")
     both = write(tmp_path / "c.jsonl", [{"prompt": "r", "responses": ["a"]}, {"prompt": "s"}])
     (entry,) = (e for e in audit([pairs, both], How()).ledger.entries("warning") if e.kind == SEVERAL and not e.file)
     assert main(["data", "check", str(pairs), str(labels)]) == 0
@@ -154,9 +154,9 @@ EVERY = {-1}
 """Instead of their numbers: every comparison of a file whose comparisons are several rows each."""
 
 
-def refused_by_a_run(file: Path, made: Any, rendering: Rendering, want: Want, count: int) -> set[int] | None:
+def refused_by_a_run(file: Path, made: Any, rendering: Rendering, kind: DataKind, count: int) -> set[int] | None:
     try:
-        loaded = load_groups([file], made, rendering, want=want, on_bad_row="skip")
+        loaded = load_groups([file], made, rendering, kind=kind, on_bad_row="skip")
     except DataError as error:
         if "none of" not in str(error):
             return None
@@ -166,15 +166,15 @@ def refused_by_a_run(file: Path, made: Any, rendering: Rendering, want: Want, co
     return {p.row for p in loaded.problems if p.kind not in NO_FAULT}
 
 
-def agree(rows: list[Any], folder: Path, want: Want) -> None:
+def agree(rows: list[Any], folder: Path, kind: DataKind) -> None:
     file = write(folder / "rows.jsonl", rows)
     # An empty line is no row; what is white to Python alone (\x1f) is not empty.
     rows = [row for row in rows if not isinstance(row, str) or row.encode("utf-8", "surrogatepass").strip()]
     if len(rows) == 1 and isinstance(rows[0], list):  # one line that is an array is a JSON document of rows
         rows = rows[0]
     made, rendering = tokenizer(), Rendering(24)
-    refused = refused_by_a_run(file, made, rendering, want, len(rows))
-    a = audit([file], How(tokenizer=made, rendering=rendering, want=want))
+    refused = refused_by_a_run(file, made, rendering, kind, len(rows))
+    a = audit([file], How(tokenizer=made, rendering=rendering, kind=kind))
     errors = {r for e in a.ledger.entries("error") for r in e.rows}
     if refused is None:
         errors_of_all = found(a, "error")
@@ -192,11 +192,11 @@ def agree(rows: list[Any], folder: Path, want: Want) -> None:
 
 
 @settings(max_examples=40, suppress_health_check=list(HealthCheck))
-@given(rows=changed_files(), want=st.sampled_from(get_args(Want)))
+@given(rows=changed_files(), kind=st.sampled_from(get_args(DataKind)))
 def test_errors_are_the_rows_that_a_run_refuses(
-    rows: list[Any], want: Want, tmp_path_factory: pytest.TempPathFactory
+    rows: list[Any], kind: DataKind, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    agree(rows, tmp_path_factory.mktemp("rows"), want)
+    agree(rows, tmp_path_factory.mktemp("rows"), kind)
 
 
 def test_a_line_that_is_an_array_is_a_document_and_an_empty_one_no_row(tmp_path: Path) -> None:
@@ -206,11 +206,11 @@ def test_a_line_that_is_an_array_is_a_document_and_an_empty_one_no_row(tmp_path:
 
 @pytest.mark.slow
 @settings(max_examples=1000, suppress_health_check=list(HealthCheck))
-@given(rows=changed_files(), want=st.sampled_from(get_args(Want)))
+@given(rows=changed_files(), kind=st.sampled_from(get_args(DataKind)))
 def test_errors_are_the_rows_that_a_run_refuses_in_many_files(
-    rows: list[Any], want: Want, tmp_path_factory: pytest.TempPathFactory
+    rows: list[Any], kind: DataKind, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    agree(rows, tmp_path_factory.mktemp("rows"), want)
+    agree(rows, tmp_path_factory.mktemp("rows"), kind)
 
 
 def test_lengths_are_those_before_truncation(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from prefopt.data.files import columnar, content, csv_rows, json_rows
-from prefopt.data.files.read import raw_lines, read_rows
+from prefopt.data.files.sources import raw_lines, read_rows
 from prefopt.errors import DataError
 
 ROW = {"prompt": "q", "chosen": "yes", "rejected": "no"}

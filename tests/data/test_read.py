@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from data.small import small_tokenizer
 from prefopt.data.comparisons import parse_comparisons, read_comparisons
 from prefopt.data.files import json_rows
-from prefopt.data.files.read import read_rows
-from prefopt.data.kinds import refuse
+from prefopt.data.files.sources import read_rows
 from prefopt.data.load import load_groups
+from prefopt.data.validate import refuse
 from prefopt.errors import ConfigError, DataError
 from prefopt.records import Message, Response
 

@@ -11,8 +11,8 @@ import pytest
 from data.small import small_tokenizer
 from prefopt.data.chat.encoding import Encoder
 from prefopt.data.chat.render import APART, Rendered, Renderer
-from prefopt.data.kinds import Problem
 from prefopt.data.tokenizer import leading_ids, vocabulary_size
+from prefopt.data.validate import Problem
 from prefopt.errors import DataError, ModelError
 from prefopt.records import Comparison, Message, Response
 
@@ -77,7 +77,7 @@ def test_prompt_and_answer_that_the_tokenizer_would_join_are_tokenized_apart() -
     assert chosen[1].tolist() == rejected[1].tolist() == [False, False, True, True]
     (prompt,) = renderer.prompts([text("xa", " b", "b")])
     assert group.prefix.tolist() == list(prompt) == [vocabulary["x"], vocabulary["a"]]
-    assert renderer.findings == {APART: [1]}
+    assert renderer.warnings == {APART: [1]}
 
 
 def test_empty_prompt_and_response_of_one_token() -> None:

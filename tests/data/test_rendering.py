@@ -18,9 +18,8 @@ from data.templates import CHATML, TEMPLATES
 from prefopt.config.data import RenderOptions
 from prefopt.data.chat.render import DATED, NO_BOS, Renderer
 from prefopt.data.chat.render_options import Rendering, parse_variables, read_template
-from prefopt.data.kinds import Problem
-from prefopt.data.problems import lines, merge
 from prefopt.data.tokenizer import tokenizer_digest
+from prefopt.data.validate import Problem, lines, merge
 from prefopt.errors import ConfigError, ModelError
 from prefopt.records import Comparison, Message
 
@@ -152,16 +151,16 @@ def test_date_counts_where_the_template_shows_it() -> None:
     assert one.digest() == other.digest()
     for renderer, said in ((Renderer(tokenizer, may), True), (one, False)):
         renderer.render(PAIR)
-        assert (DATED in renderer.findings) == said
+        assert (DATED in renderer.warnings) == said
 
 
 def test_a_chat_template_without_bos_is_said(stories: Any) -> None:
     renderer = Renderer(stories, Rendering(chat_template=CHATML))
     renderer.render(PAIR)
-    assert NO_BOS in renderer.findings
+    assert NO_BOS in renderer.warnings
     renderer = Renderer(stories, Rendering(chat_template="{{ bos_token }}" + CHATML))
     renderer.render(PAIR)
-    assert NO_BOS not in renderer.findings and renderer.template == "{{ bos_token }}" + CHATML
+    assert NO_BOS not in renderer.warnings and renderer.template == "{{ bos_token }}" + CHATML
 
 
 def test_the_model_carries_variables_as_defaults() -> None:
@@ -209,10 +208,10 @@ def test_findings_of_several_processes_add_up() -> None:
     list(whole.render_all(rows))
     for part, some in zip(parts, (rows[20:], rows[:20]), strict=True):
         list(part.render_all(some))
-    merged = merge(part.findings for part in parts)
-    assert merged == whole.findings and lines(merged) == whole.notes
+    merged = merge(part.warnings for part in parts)
+    assert merged == whole.warnings and lines(merged) == whole.notes
     assert "20 rows (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, ...)" in "\n".join(lines(merged))
     # What was handed over is not handed over twice, and what concerns all rows is said again with the next.
-    whole.findings.clear()
+    whole.warnings.clear()
     list(whole.render_all(rows[1:2]))
-    assert list(whole.findings.values()) == [[]]
+    assert list(whole.warnings.values()) == [[]]

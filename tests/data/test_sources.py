@@ -23,8 +23,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from prefopt.data.files import hub
 from prefopt.data.files.hub import HubSplit
-from prefopt.data.files.read import read_rows
-from prefopt.data.files.sources import Source, find_sources
+from prefopt.data.files.sources import Source, find_sources, read_rows
 from prefopt.errors import DataError, UserError
 
 ROW = {"prompt": "q", "chosen": "a", "rejected": "b"}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from prefopt.core.cache_folder import Damaged
 from prefopt.data.group import Continuation, Group
 from prefopt.data.table import COLUMNS, GroupTable, Part, TableBuilder, joined, keep_responses
-from prefopt.data.table_file import TableWriter, check_files, open_part, read_manifest
+from prefopt.data.token_cache import TableWriter, check_files, open_part, read_manifest
 from prefopt.model.packing import Layout
 
 

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prefopt.data.files import columnar, csv_rows
-from prefopt.data.files.read import read_rows
+from prefopt.data.files.sources import read_rows
 from prefopt.errors import DataError
 
 Row = dict[str, Any]

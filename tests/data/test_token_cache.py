@@ -21,8 +21,8 @@ from prefopt.data import load, token_cache, workers
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.comparisons import parse_comparisons
-from prefopt.data.kinds import check
 from prefopt.data.load import GroupSet, build_groups, load_groups
+from prefopt.data.validate import check
 from prefopt.data.workers import Preparer
 from prefopt.errors import CacheError, DataError
 from prefopt.records import Comparison
@@ -119,7 +119,7 @@ STALE: dict[str, tuple[Callable[[Path], object], dict[str, Any]]] = {
     "reasoning": (lambda file: None, {"rendering": Rendering(64, chat_template=TEMPLATE, reasoning="strip")}),
     "another tokenizer": (lambda file: None, PLAIN | {"tokenizer": small_tokenizer([("a", "b")])}),
     "another EOS": (lambda file: None, PLAIN | {"tokenizer": small_tokenizer(bos_token="<s>", eos_token="<|im_end|>")}),
-    "another want": (lambda file: None, PLAIN | {"want": "demonstrations"}),
+    "another kind": (lambda file: None, PLAIN | {"kind": "demonstrations"}),
     "a layout by name": (lambda file: None, PLAIN | {"format": "preference-chat"}),
     "sides the other way": (lambda file: None, PLAIN | {"columns": ["chosen=rejected", "rejected=chosen"]}),
     "a description beside the file": (
@@ -198,7 +198,7 @@ def test_a_damaged_entry_is_made_again_with_a_word(
     damage: str, small: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     if not small:  # as for many rows: checksums are remembered
-        monkeypatch.setattr("prefopt.data.table_file.SMALL", 0)
+        monkeypatch.setattr("prefopt.data.token_cache.SMALL", 0)
         monkeypatch.setattr(hashes, "RACY_SECONDS", 0.0)
     file = write(tmp_path / "rows.jsonl", chat_rows(5))
     good = contents(load_groups([file], small_tokenizer()))
@@ -339,5 +339,5 @@ def test_a_report_tells_all_that_it_was_told() -> None:
     assert token_cache.Report.load(report.dump(), "f") == report
     moved = token_cache.Report.load(report.dump(), "g")
     assert moved.notes == ["g: note"] and {p.file for p in moved.problems} == {"g"}
-    assert json.loads(report.dump())["findings"] == {"said": [], "rows": [1, 2]}
+    assert json.loads(report.dump())["warnings"] == {"said": [], "rows": [1, 2]}
     assert load.NO_FAULT == ("only ties",)

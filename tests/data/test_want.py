@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefopt.data.kinds import Problem, Want, check, convert, tiers_from_votes, validate
+from prefopt.data.validate import DataKind, Problem, check, convert, tiers_from_votes, validate
 from prefopt.records import Comparison, Message, Response, ToolCall, tiers_of
 
 ASKED = (Message("user", "q"),)
@@ -27,8 +27,8 @@ AGREED = row(votes=((0, 1, 1.0), (0, 2, 3.0), (2, 0, 1.0), (1, 2, 1.0)))
 LABELLED = row(labels=(True, False, True))
 
 
-def got(c: Comparison, want: Want) -> Comparison:
-    found = convert(c, want)
+def got(c: Comparison, kind: DataKind) -> Comparison:
+    found = convert(c, kind)
     assert isinstance(found, Comparison), found
     assert (found.row, found.prompt) == (c.row, c.prompt)
     return found
@@ -70,7 +70,7 @@ def test_what_gives_demonstrations_and_prompts() -> None:
         assert got(c, "prompts").responses == () and check(c, "prompts") == []
 
 
-IMPOSSIBLE: list[tuple[Comparison, Want, str]] = [
+IMPOSSIBLE: list[tuple[Comparison, DataKind, str]] = [
     (TIED, "pairs", "only ties"),
     (TIED, "ranking", "only ties"),
     (TIED, "labels", "only ties"),
@@ -97,11 +97,11 @@ IMPOSSIBLE: list[tuple[Comparison, Want, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("c", "want", "kind"), IMPOSSIBLE)
-def test_what_cannot_be_had_is_a_problem_with_the_row(c: Comparison, want: Want, kind: str) -> None:
-    found = convert(c, want)
-    assert isinstance(found, Problem) and (found.kind, found.row) == (kind, 7) and found.what
-    assert check(c, want) == [found]
+@pytest.mark.parametrize(("c", "kind", "problem"), IMPOSSIBLE)
+def test_what_cannot_be_had_is_a_problem_with_the_row(c: Comparison, kind: DataKind, problem: str) -> None:
+    found = convert(c, kind)
+    assert isinstance(found, Problem) and (found.kind, found.row) == (problem, 7) and found.what
+    assert check(c, kind) == [found]
 
 
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=5), st.integers(1, 3))
@@ -115,8 +115,8 @@ def test_votes_for_every_pair_of_an_order_give_the_order(ranks: list[int], weigh
         assert tiers_from_votes(row(count, votes=votes[1:])) == ()
 
 
-def said(c: Comparison, want: Want = "pairs") -> list[str]:
-    return [p.kind for p in check(c, want)]
+def said(c: Comparison, kind: DataKind = "pairs") -> list[str]:
+    return [p.kind for p in check(c, kind)]
 
 
 def response(*turns: Message) -> Response:

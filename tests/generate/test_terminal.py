@@ -11,7 +11,7 @@ from generate.fake_server import serving
 from generate.terminal import terminal
 from prefopt.cli import main
 from prefopt.data.comparisons import read_comparisons
-from prefopt.data.kinds import validate
+from prefopt.data.validate import validate
 from train.small import write_model
 
 pytestmark = pytest.mark.slow

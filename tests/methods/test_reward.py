@@ -51,8 +51,8 @@ def reward(model: Any, data: Any, output: Path, **options: Any) -> Any:
     return result
 
 
-def groups_of(rows: list[Any], want: Any = "pairs") -> GroupTable:
-    return build_groups([parse_comparisons(rows, "data")], small_tokenizer(), max_length=64, want=want).groups
+def groups_of(rows: list[Any], kind: Any = "pairs") -> GroupTable:
+    return build_groups([parse_comparisons(rows, "data")], small_tokenizer(), max_length=64, kind=kind).groups
 
 
 def own_rewards(model: torch.nn.Module, group: Group) -> torch.Tensor:

@@ -51,7 +51,7 @@ def same(one: Path, other: Path) -> bool:
 
 def groups_of(rows: list[Any], **rendered: Any) -> list[Group]:
     readings = [parse_comparisons(rows, "data")]
-    return list(build_groups(readings, small_tokenizer(), Rendering(64, **rendered), want="demonstrations").groups)
+    return list(build_groups(readings, small_tokenizer(), Rendering(64, **rendered), kind="demonstrations").groups)
 
 
 def plain_loss(model: torch.nn.Module, groups: list[Group], average: str) -> torch.Tensor:

@@ -18,15 +18,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from prefopt.data.files.content import layout_name
-from prefopt.data.files.read import CSV_NAMES, read_rows
+from prefopt.data.files.content import CSV_NAMES, layout_name
+from prefopt.data.files.sources import read_rows
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.layouts.columns import columns_of, said_of_columns, shared_column
 from prefopt.data.layouts.dataset_info import find_entry
 from prefopt.data.layouts.layout import Columns, Layout
 from prefopt.data.layouts.recognise import listed, named_layout, recognise
 from prefopt.data.layouts.values import BadRow
-from prefopt.data.problems import Problem
+from prefopt.data.validate import Problem
 from prefopt.errors import ConfigError, DataError
 from prefopt.records import Comparison, tiers_of
 

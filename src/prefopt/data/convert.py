@@ -11,14 +11,13 @@ from prefopt.config.tools import DataConvertConfig, DataSplitConfig
 from prefopt.core.options import nearest
 from prefopt.core.terminal import Reporter
 from prefopt.data.comparisons import Reading, open_comparisons
-from prefopt.data.files.read import raw_lines
-from prefopt.data.files.sources import Source, find_sources
+from prefopt.data.files.sources import Source, find_sources, raw_lines
 from prefopt.data.files.write import RowFile, row_files
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.layouts.layout import Layout
-from prefopt.data.problems import Problem, describe, refuse, refused_rows
 from prefopt.data.sampler import split_by_prompt
 from prefopt.data.table import KEY, KeyArray
+from prefopt.data.validate import Problem, describe, refuse, refused_rows
 from prefopt.errors import ConfigError, DataError
 from prefopt.records import Comparison
 

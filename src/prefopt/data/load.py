@@ -18,13 +18,12 @@ from prefopt.data.chat.render_options import Rendering
 from prefopt.data.comparisons import Reading, open_comparisons
 from prefopt.data.files.content import layout_name
 from prefopt.data.files.sources import Origin, Source, find_sources
-from prefopt.data.kinds import Problem, Want, describe, refuse, refused_rows
 from prefopt.data.layouts.dataset_info import find_entry
-from prefopt.data.problems import Findings, lines, merge
 from prefopt.data.sampler import Indices, split_by_prompt
 from prefopt.data.table import Columns, GroupTable, Part, joined
 from prefopt.data.token_cache import Append, Report, TokenCache, Tokenised, TokenKey
 from prefopt.data.tokenizer import Tokenizer
+from prefopt.data.validate import DataKind, Problem, Warnings, describe, lines, merge, refuse, refused_rows
 from prefopt.data.workers import MOST, CannotStart, Chunk, Preparer, Workers, chunks
 from prefopt.errors import ConfigError, DataError
 
@@ -99,7 +98,7 @@ class _How:
 
     tokenizer: Tokenizer
     rendering: Rendering
-    want: Want
+    kind: DataKind
     on_bad_row: OnBadRow
     format: str | None = None
     columns: Sequence[str] | None = None
@@ -119,7 +118,7 @@ def load_groups(
     *,
     max_length: int | None = None,
     add_eos: bool = True,
-    want: Want = "pairs",
+    kind: DataKind = "pairs",
     on_bad_row: OnBadRow = "refuse",
     format: str | None = None,
     columns: Sequence[str] | None = None,
@@ -129,10 +128,10 @@ def load_groups(
 ) -> GroupSet:
     """Read, check and render what ``names`` stand for (see :func:`find_sources`), or take it from the token cache.
 
-    ``max_length`` and ``add_eos`` stand for a rendering of their own. ``want`` is what is made of a row (see
-    :func:`prefopt.data.kinds.convert`); ``format`` and ``columns`` are those of :func:`open_comparisons`. ``workers``:
-    processes at most that tokenise a large file, one for each processor where it is not given. ``stop`` is called now
-    and then and may raise. The groups that ``names[i]`` gave have the number i in ``groups.source_G``.
+    ``max_length`` and ``add_eos`` stand for a rendering of their own. ``kind`` is what is made of a row
+    (:func:`prefopt.data.validate.convert`); ``format`` and ``columns`` are those of :func:`open_comparisons`.
+    ``workers``: processes at most that tokenise a large file, one for each processor where it is not given. ``stop`` is
+    called now and then and may raise. The groups that ``names[i]`` gave have the number i in ``groups.source_G``.
 
     Raises :class:`DataError` for a file that cannot be read, for bad rows under ``on_bad_row="refuse"`` (all of them
     are named at once), and where no row is left; :class:`ConfigError` and :class:`ModelError` as :class:`Renderer`.
@@ -142,7 +141,7 @@ def load_groups(
     how = _How(
         tokenizer=tokenizer,
         rendering=rendering or Rendering(max_length, add_eos),
-        want=want,
+        kind=kind,
         on_bad_row=on_bad_row,
         format=format,
         columns=columns,
@@ -163,7 +162,7 @@ def build_groups(
     *,
     max_length: int | None = None,
     add_eos: bool = True,
-    want: Want = "pairs",
+    kind: DataKind = "pairs",
     on_bad_row: OnBadRow = "refuse",
     workers: int | None = None,
     reporter: Reporter | None = None,
@@ -173,7 +172,7 @@ def build_groups(
     how = _How(
         tokenizer=tokenizer,
         rendering=rendering or Rendering(max_length, add_eos),
-        want=want,
+        kind=kind,
         on_bad_row=on_bad_row,
         workers=workers,
         reporter=reporter or Reporter("none"),
@@ -197,11 +196,11 @@ def _put_together(found: Sequence[Tokenised], notes: Sequence[str], on_bad_row: 
         template=next((r.template for r in reports if r.template), None),
         cached=sum(f.report.read for f in found if f.cached),
     )
-    for said in dict.fromkeys(what for r in reports for what, rows in r.findings.items() if not rows):
+    for said in dict.fromkeys(what for r in reports for what, rows in r.warnings.items() if not rows):
         result.notes.append(said)
     for r in reports:
         place = f"{r.file}: " if len(reports) > 1 else ""
-        result.notes += [place + line for line in lines({what: rows for what, rows in r.findings.items() if rows})]
+        result.notes += [place + line for line in lines({what: rows for what, rows in r.warnings.items() if rows})]
     faults = [p for p in result.problems if p.kind not in NO_FAULT]
     if faults and on_bad_row == "refuse":
         raise refuse(faults, result.read)
@@ -216,7 +215,7 @@ def _cached(source: Source, digest: str, how: _How) -> Tokenised:
     # What is not in a file and yet decides how it is read: its ending, and what lies beside it.
     reading = (str(how.format), str(how.columns), str(source.path and layout_name(source.path)))
     beside = find_entry(source.path) if how.format is None else None
-    key = TokenKey(contents, (*reading, str(beside)), how.want, digest)
+    key = TokenKey(contents, (*reading, str(beside)), how.kind, digest)
     source = replace(source, origin=_Watched(source.origin, how.stop))
 
     def make(append: Append) -> Report:
@@ -250,9 +249,9 @@ class _Watched:
 def _tokenise(reading: Reading, how: _How, append: Append) -> Report:
     """Hand over the columns of all groups; what became of the other rows is given back."""
     problems: list[Problem] = []
-    findings: Findings = {}
+    warnings: Warnings = {}
     conversations, done = False, 0
-    if reading.lost and how.want in PREFERENCES:
+    if reading.lost and how.kind in PREFERENCES:
         raise DataError(reading.lost, file=reading.file)
     with ExitStack() as stack:
         bar = None
@@ -261,14 +260,14 @@ def _tokenise(reading: Reading, how: _How, append: Append) -> Report:
         for chunk in _prepared(reading, how, stack):
             append(chunk.columns)
             problems += chunk.problems
-            for what, rows in chunk.findings.items():
-                findings.setdefault(what, []).extend(rows)
+            for what, rows in chunk.warnings.items():
+                warnings.setdefault(what, []).extend(rows)
             conversations = conversations or chunk.conversations
             done += chunk.rows
             if bar is not None:
                 bar.update(done)
     template = Renderer(how.tokenizer, how.rendering).template if conversations else None
-    return Report(reading.file, reading.count, problems, list(reading.notes), merge([findings]), template)
+    return Report(reading.file, reading.count, problems, list(reading.notes), merge([warnings]), template)
 
 
 def _prepared(reading: Reading, how: _How, stack: ExitStack) -> Iterator[Chunk]:
@@ -276,13 +275,13 @@ def _prepared(reading: Reading, how: _How, stack: ExitStack) -> Iterator[Chunk]:
     count = min(how.workers or _processors(), MOST)
     if count > 1 and reading.count >= PARALLEL_ROWS:
         try:
-            workers = stack.enter_context(Workers(how.tokenizer, how.rendering, how.want, count, file=reading.file))
+            workers = stack.enter_context(Workers(how.tokenizer, how.rendering, how.kind, count, file=reading.file))
         except CannotStart as why:
             log.warning("%s is tokenised by one process: %s", reading.file, why)
         else:
             yield from workers.map(chunks(reading), how.stop)
             return
-    prepare = Preparer(how.tokenizer, how.rendering, how.want)
+    prepare = Preparer(how.tokenizer, how.rendering, how.kind)
     for chunk in chunks(reading):
         if how.stop is not None:
             how.stop()

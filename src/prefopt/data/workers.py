@@ -28,15 +28,16 @@ from typing import Any
 from prefopt.data.chat.render import Rendered, Renderer
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.group import Group
-from prefopt.data.kinds import Problem, Want, check, convert
-from prefopt.data.problems import Findings
 from prefopt.data.table import Array, TableBuilder
 from prefopt.data.tokenizer import Tokenizer
+from prefopt.data.validate import DataKind, Problem, Warnings, check, convert
 from prefopt.errors import DataError, UserError
 from prefopt.records import Comparison
 
 Row = Comparison | Problem
 
+# Imported by name: a class of the main module could not be unpickled elsewhere.
+SERVE = "import sys; from prefopt.data.workers import serve; serve(int(sys.argv[1]))"
 CHUNK_ROWS = 256
 CHUNK_CHARACTERS = 2_000_000
 
@@ -51,26 +52,26 @@ class Chunk:
     rows: int
     columns: dict[str, Array]
     problems: list[Problem]
-    findings: Findings
+    warnings: Warnings
     conversations: bool
 
 
 class Preparer:
     """Makes chunks with one tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, rendering: Rendering, want: Want) -> None:
+    def __init__(self, tokenizer: Tokenizer, rendering: Rendering, kind: DataKind) -> None:
         """Raises :class:`ConfigError` and :class:`ModelError` as :class:`Renderer`."""
-        self.renderer, self.want = Renderer(tokenizer, rendering), want
+        self.renderer, self.kind = Renderer(tokenizer, rendering), kind
 
     def __call__(self, rows: Sequence[Row]) -> Chunk:
         """Every row becomes a group or has a problem, whichever rows it stands with."""
         problems: list[Problem] = []
         good: list[Comparison] = []
         for row in rows:
-            found = [row] if isinstance(row, Problem) else check(row, self.want)
+            found = [row] if isinstance(row, Problem) else check(row, self.kind)
             problems += found
             if isinstance(row, Comparison) and not found:
-                converted = convert(row, self.want)
+                converted = convert(row, self.kind)
                 assert isinstance(converted, Comparison), "what was checked can be converted"
                 good.append(converted)
         builder = TableBuilder()
@@ -86,13 +87,13 @@ class Preparer:
             )
             for group in rendered.more:
                 builder.add(group, prompt_key=comparison.prompt_key)
-        findings = {what: list(numbers) for what, numbers in self.renderer.findings.items()}
-        self.renderer.findings.clear()
+        warnings = {what: list(numbers) for what, numbers in self.renderer.warnings.items()}
+        self.renderer.warnings.clear()
         problems.sort(key=lambda p: p.row)
-        return Chunk(len(rows), builder.columns(), problems, findings, any(not c.text for c in good))
+        return Chunk(len(rows), builder.columns(), problems, warnings, any(not c.text for c in good))
 
     def _rendered(self, good: Sequence[Comparison]) -> Iterator[Rendered | Problem]:
-        if self.want != "prompts":
+        if self.kind != "prompts":
             yield from self.renderer.render_all(good)
             return
         for comparison, ids in zip(good, self.renderer.prompts(good), strict=True):
@@ -127,12 +128,14 @@ class CannotStart(Exception):
 class Workers:
     """Processes that each hold the tokenizer; use it as a context, which ends them at once however it is left."""
 
-    def __init__(self, tokenizer: Tokenizer, rendering: Rendering, want: Want, count: int, *, file: str = "") -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, rendering: Rendering, kind: DataKind, count: int, *, file: str = ""
+    ) -> None:
         """Starts them. Raises :class:`CannotStart`, and :class:`UserError` as :class:`Preparer`."""
         if os.name != "posix":
             raise CannotStart("it needs sockets that a process inherits")
         try:
-            task = pickle.dumps((tokenizer, rendering, want))
+            task = pickle.dumps((tokenizer, rendering, kind))
         except Exception as error:  # whatever an object of the caller's may raise
             raise CannotStart(f"the tokenizer cannot be pickled: {error}") from error
         self.file = file
@@ -217,7 +220,7 @@ class _Worker:
         with theirs:
             # In a session of its own, so that Ctrl-C reaches the one that decides what to do about it, and only that.
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "prefopt.data.workers", str(theirs.fileno())],
+                [sys.executable, "-P", "-c", SERVE, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -249,7 +252,7 @@ class _Worker:
         self.process.wait()
 
 
-def _serve(handle: int) -> None:
+def serve(handle: int) -> None:
     """What a worker does until its parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection: Connection[bytes, bytes] = Connection(handle)
@@ -279,7 +282,3 @@ def _serve(handle: int) -> None:
             connection.send_bytes(pickle.dumps(answer))
         except OSError:
             return
-
-
-if __name__ == "__main__":
-    _serve(int(sys.argv[1]))

@@ -11,7 +11,7 @@ from prefopt.data.comparisons import open_comparisons
 from prefopt.data.files.content import DAMAGED, damaged, layout_name, look
 from prefopt.data.files.sources import Source
 from prefopt.data.group import IntArray
-from prefopt.data.kinds import Problem, check, convert, describe, refuse, refused_rows
+from prefopt.data.validate import Problem, check, convert, describe, refuse, refused_rows
 from prefopt.errors import DataError
 from prefopt.records import Comparison, Message
 

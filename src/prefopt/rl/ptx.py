@@ -69,7 +69,7 @@ def read_ptx(
         config.ptx_data,
         tokenizer,
         rendering,
-        want="demonstrations",
+        kind="demonstrations",
         on_bad_row=config.on_bad_row,
         workers=config.threads,
         reporter=reporter,

@@ -16,10 +16,10 @@ from prefopt.core.terminal import Reporter
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.group import Group
-from prefopt.data.kinds import Want
 from prefopt.data.load import GroupSet, build_groups, load_groups
 from prefopt.data.sampler import Sampler, Share
 from prefopt.data.table import GroupTable, Selection, keep_responses
+from prefopt.data.validate import DataKind
 from prefopt.errors import ConfigError, DataError, Interrupted
 from prefopt.reference.cache import ReferenceValues
 from prefopt.train.batch import AT_ONCE, Batch, Column
@@ -39,14 +39,14 @@ class TrainingData:
     train: Sequence[int]
     held_out: Sequence[int]
     shares: Sequence[Share] = ()
-    want: Want = "pairs"
+    kind: DataKind = "pairs"
 
     @property
     def noun(self) -> str:
         """What a person calls a group: a pair where all of them are one."""
-        if self.want in ("pairs", "scored") and int(self.groups.responses_G.max(initial=2)) == 2:
+        if self.kind in ("pairs", "scored") and int(self.groups.responses_G.max(initial=2)) == 2:
             return "pairs"
-        return "rankings" if self.want == "ranking" else "rows"
+        return "rankings" if self.kind == "ranking" else "rows"
 
     @property
     def responses(self) -> int:
@@ -120,7 +120,7 @@ def load_data(
     rows: Iterable[Mapping[str, object]] | None,
     reporter: Reporter,
     *,
-    want: Want = "pairs",
+    kind: DataKind = "pairs",
     which: str = "all",
     stop: StopRequest | None = None,
     **rendered: Any,
@@ -140,7 +140,7 @@ def load_data(
             raise Interrupted("stopped while the data were read; nothing was trained", stop.signal)
 
     rendering = Rendering.from_options(config, max_length, **rendered)
-    how: dict[str, Any] = {"want": want, "on_bad_row": config.on_bad_row, "workers": config.threads}
+    how: dict[str, Any] = {"kind": kind, "on_bad_row": config.on_bad_row, "workers": config.threads}
     how |= {"reporter": reporter, "stop": check}
     layout: dict[str, Any] = {"format": config.format, "columns": config.column_words}
     if rows is not None:
@@ -156,7 +156,7 @@ def load_data(
     if not train:
         raise DataError("no row is left to train on; lower --eval-fraction")
     shares = _shares(config, source.groups, train)
-    data = TrainingData(source, groups, train, held_out, shares, want)
+    data = TrainingData(source, groups, train, held_out, shares, kind)
     if held_out:
         reporter.say(f"data: {len(train)} {data.noun} to train on, {len(held_out)} held out")
     if shares:

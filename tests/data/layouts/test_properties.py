@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from data.layouts.generated import changed_files, changed_rows, comparisons, text
 from prefopt.data.comparisons import parse_comparisons
-from prefopt.data.kinds import Problem, Want, check, convert
 from prefopt.data.layouts import LAYOUTS
+from prefopt.data.validate import DataKind, Problem, check, convert
 from prefopt.errors import DataError
 from prefopt.records import ROLES, Comparison, Message, Response
 
-WANTS: tuple[Want, ...] = get_args(Want)
+KINDS: tuple[DataKind, ...] = get_args(DataKind)
 SLOW = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
@@ -61,8 +61,8 @@ def assert_accounted_for(rows: list[Any], format: str | None) -> None:
             assert x.kind and x.what and "\n" not in x.what and x.file == "f"
             continue
         assert_valid(x)
-        for want in WANTS:
-            problems, converted = check(x, want), convert(x, want)
+        for kind in KINDS:
+            problems, converted = check(x, kind), convert(x, kind)
             assert all(p.row == x.row and "\n" not in p.what for p in problems)
             assert problems or isinstance(converted, Comparison)
         assert_survives(x)

@@ -9,7 +9,7 @@ import pytest
 
 from prefopt.data.comparisons import Reading, open_comparisons
 from prefopt.data.files.sources import find_sources
-from prefopt.data.kinds import Problem, Want, check
+from prefopt.data.validate import DataKind, Problem, check
 from prefopt.records import Comparison
 
 
@@ -18,16 +18,16 @@ def reading_of(path: Path) -> Reading:
     return open_comparisons(source)
 
 
-def kinds(reading: Reading, want: Want) -> Counter[str]:
+def kinds(reading: Reading, kind: DataKind) -> Counter[str]:
     """How many rows there are of each kind of problem, and how many are ``good``."""
     found: Counter[str] = Counter()
     for x in reading:
-        problems = [x] if isinstance(x, Problem) else check(x, want)
+        problems = [x] if isinstance(x, Problem) else check(x, kind)
         found.update({p.kind for p in problems} or ["good"])
     return found
 
 
-FILES: list[tuple[str, str, Want, int, dict[str, int]]] = [
+FILES: list[tuple[str, str, DataKind, int, dict[str, int]]] = [
     ("llamafactory_demo/alpaca_en_demo.json", "alpaca", "demonstrations", 999, {}),
     ("llamafactory_demo/alpaca_zh_demo.json", "alpaca", "demonstrations", 1000, {}),
     ("llamafactory_demo/identity.json", "alpaca", "demonstrations", 91, {}),
@@ -66,12 +66,12 @@ FILES: list[tuple[str, str, Want, int, dict[str, int]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "layout", "want", "rows", "bad"), FILES)
+@pytest.mark.parametrize(("name", "layout", "kind", "rows", "bad"), FILES)
 def test_files_load_with_the_numbers_of_their_sources(
-    shared: Path, name: str, layout: str, want: Want, rows: int, bad: dict[str, int]
+    shared: Path, name: str, layout: str, kind: DataKind, rows: int, bad: dict[str, int]
 ) -> None:
     reading = reading_of(shared / "data" / name)
-    found = kinds(reading, want)
+    found = kinds(reading, kind)
     assert (reading.layout, reading.count) == (layout, rows)
     assert dict(found) == bad | {"good": rows - sum(bad.values())}
     recognised = open_comparisons(find_sources([shared / "data" / name])[0], format=layout)

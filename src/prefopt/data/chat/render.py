@@ -24,9 +24,8 @@ from prefopt.data.chat.render_options import Rendering
 from prefopt.data.chat.template import ChatTemplate, Turns, Unrenderable
 from prefopt.data.chat.truncate import Sequences, Shortener, prompt_excess, truncate, windows
 from prefopt.data.group import BoolArray, Group, IntArray
-from prefopt.data.kinds import Problem
-from prefopt.data.problems import Findings, lines
 from prefopt.data.tokenizer import Tokenizer, end_marks, eos_id, leading_ids, tokenizer_digest
+from prefopt.data.validate import Problem, Warnings, lines
 from prefopt.errors import DataError
 from prefopt.records import Comparison, Response
 
@@ -71,8 +70,8 @@ class Renderer:
     A conversation goes through the chat template, or, where there is none, through the plain layout ``User: ...``,
     ``Assistant: ...`` (see :func:`plain_template`). A ``text`` comparison is prompt and response as they stand, BOS
     before them where the tokenizer wants it. ``template`` is the source that a model trained on conversations should
-    carry, where its tokenizer has another or none. ``findings`` collects what a person should be told: what is said,
-    and the rows it concerns (none: it is said once); see :func:`prefopt.data.problems.lines`.
+    carry, where its tokenizer has another or none. ``warnings`` collects what a person should be told: what is said,
+    and the rows it concerns (none: it is said once); see :func:`prefopt.data.validate.lines`.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class Renderer:
         """
         self.rendering = rendering or Rendering(max_length, add_eos)
         self.tokenizer = tokenizer
-        self.findings: Findings = {}
+        self.warnings: Warnings = {}
         self._template = ChatTemplate(tokenizer, self.rendering)
         self.template: str | None = self._template.carried
         self._encoder = Encoder(tokenizer)
@@ -105,7 +104,7 @@ class Renderer:
     @property
     def notes(self) -> list[str]:
         """What to tell a person once, about all rows rendered so far."""
-        return lines(self.findings)
+        return lines(self.warnings)
 
     def digest(self) -> str:
         """16 bytes in hexadecimal that name all that ids and masks depend on beside the rows: a cache key.
@@ -147,7 +146,7 @@ class Renderer:
         """Token ids [P] up to where an answer begins, generation prompt included, or why there are none, in order.
 
         What a model is given to sample from. It is how the trained sequences begin, but for rows whose answers the
-        template shows behind something else than its generation prompt (``findings`` of :meth:`render_all` names
+        template shows behind something else than its generation prompt (``warnings`` of :meth:`render_all` names
         them). Responses are not looked at, and nothing is truncated.
         """
         rows = iter(comparisons)
@@ -270,7 +269,7 @@ class Renderer:
 
     def _say(self, what: str, *, once: bool = False) -> None:
         """Note what a person should be told: of the row at hand, or ``once`` for all."""
-        rows = self.findings.setdefault(what, [])
+        rows = self.warnings.setdefault(what, [])
         if not once and rows[-1:] != [self._row]:
             rows.append(self._row)
 

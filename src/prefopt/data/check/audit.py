@@ -1,7 +1,7 @@
 """Everything that is to be known of files before a run: what they hold, and what is wrong with which row.
 
 A row is an error here exactly where a run refuses it, for both ask the same functions:
-:func:`prefopt.data.kinds.check`, and with a tokenizer :class:`prefopt.data.workers.Preparer`. Rows are streamed;
+:func:`prefopt.data.validate.check`, and with a tokenizer :class:`prefopt.data.workers.Preparer`. Rows are streamed;
 what is kept of a good one are some numbers and hashes.
 """
 
@@ -22,11 +22,10 @@ from prefopt.data.check.issues import Ledger, Severity, Tally, stated
 from prefopt.data.check.lengths import Lengths, add_columns
 from prefopt.data.comparisons import open_comparisons
 from prefopt.data.files.sources import Source, find_sources
-from prefopt.data.kinds import Want, check, convert
 from prefopt.data.load import NO_FAULT, PREFERENCES
-from prefopt.data.problems import Problem
 from prefopt.data.table import Array
 from prefopt.data.tokenizer import end_marks
+from prefopt.data.validate import DataKind, Problem, check, convert
 from prefopt.data.workers import Chunk, Preparer, Row, chunks
 from prefopt.errors import DataError
 from prefopt.records import Comparison
@@ -73,7 +72,7 @@ class How:
 
     tokenizer: Tokenizer | None = None
     rendering: Rendering | None = None
-    want: Want | None = None
+    kind: DataKind | None = None
     format: str | None = None
     columns: Sequence[str] | None = None
     show: int = 0
@@ -97,7 +96,7 @@ def audit(names: Sequence[str | PathLike[str]], how: How) -> Audit:
             found.ledger.note("error", "unreadable file", source.name, None, error.what)
     found.examples = examples.rows
     purposes = sum((t.stated for t in found.files), Counter[str]())
-    if how.want is None and all(len(t.stated) < len(purposes) for t in found.files):
+    if how.kind is None and all(len(t.stated) < len(purposes) for t in found.files):
         _note_purposes(found.ledger, "", purposes)
     _note_repeats(found)
     bias = found.lengths.bias()
@@ -119,7 +118,7 @@ def _audit_source(source: Source, number: int, found: Audit, how: How, examples:
     tally, ledger = found.files[number], found.ledger
     tally.layout = reading.layout
     if reading.lost:
-        severity: Severity = "error" if how.want in PREFERENCES else "warning"
+        severity: Severity = "error" if how.kind in PREFERENCES else "warning"
         ledger.note(severity, "responses that are not read", tally.file, None, reading.lost)
     checker = _Checker(how, found)
     for rows in chunks(reading):
@@ -142,7 +141,7 @@ def _audit_source(source: Source, number: int, found: Audit, how: How, examples:
             how.progress(tally.file, tally.rows, reading.count)
     tally.usable = tally.rows - tally.refused - tally.left_out
     found.notes += [note for note in (*reading.notes, *checker.notes) if note not in found.notes]
-    if how.want is None:
+    if how.kind is None:
         _note_purposes(ledger, tally.file, tally.stated)
 
 
@@ -151,19 +150,19 @@ class _Checker:
 
     def __init__(self, how: How, found: Audit) -> None:
         self.how, self.found = how, found
-        self.preparers: dict[Want, Preparer] = {}
+        self.preparers: dict[DataKind, Preparer] = {}
         self.notes: list[str] = []
 
     def __call__(self, rows: Sequence[Row], file: str) -> tuple[set[int], set[int]]:
         """The rows that are refused, and those that are left out without being at fault."""
         problems = [row for row in rows if isinstance(row, Problem)]
-        wanted: dict[Want, list[Comparison]] = {}
+        wanted: dict[DataKind, list[Comparison]] = {}
         for row in rows:
             if isinstance(row, Comparison):
-                wanted.setdefault(self.how.want or stated(row), []).append(row)
+                wanted.setdefault(self.how.kind or stated(row), []).append(row)
         warnings: list[Problem] = []
-        for want, several in wanted.items():
-            bad, doubtful = self._tokens(several, want, file) if self.how.tokenizer else self._words(several, want)
+        for kind, several in wanted.items():
+            bad, doubtful = self._tokens(several, kind, file) if self.how.tokenizer else self._words(several, kind)
             problems += bad
             warnings += doubtful
         left_out = [p for p in problems if p.kind in NO_FAULT]
@@ -175,27 +174,27 @@ class _Checker:
         refused = {p.row for p in faults}
         return refused, {p.row for p in left_out} - refused
 
-    def _words(self, rows: Sequence[Comparison], want: Want) -> tuple[list[Problem], list[Problem]]:
+    def _words(self, rows: Sequence[Comparison], kind: DataKind) -> tuple[list[Problem], list[Problem]]:
         problems = []
         for row in rows:
-            bad = check(row, want)
+            bad = check(row, kind)
             problems += bad
             if bad:
                 continue
-            c = convert(row, want)
+            c = convert(row, kind)
             assert isinstance(c, Comparison), "what was checked can be converted"
             prompt = sum(len(m.content) for m in c.prompt)
             self.found.lengths.add(prompt, [len(r.text) for r in c.responses], c.pairs, c.labels)
         return problems, []
 
-    def _tokens(self, rows: Sequence[Comparison], want: Want, file: str) -> tuple[list[Problem], list[Problem]]:
+    def _tokens(self, rows: Sequence[Comparison], kind: DataKind, file: str) -> tuple[list[Problem], list[Problem]]:
         assert self.how.tokenizer is not None and self.how.rendering is not None
-        if want not in self.preparers:
-            self.preparers[want] = Preparer(self.how.tokenizer, self.how.rendering, want)
-        chunk = self.preparers[want](rows)
+        if kind not in self.preparers:
+            self.preparers[kind] = Preparer(self.how.tokenizer, self.how.rendering, kind)
+        chunk = self.preparers[kind](rows)
         add_columns(self.found.lengths, chunk.columns)
-        self.notes += [said for said, where in chunk.findings.items() if not where]
-        found = [(said, said, where) for said, where in chunk.findings.items() if where]
+        self.notes += [said for said, where in chunk.warnings.items() if not where]
+        found = [(said, said, where) for said, where in chunk.warnings.items() if where]
         limit = self.how.rendering.max_length
         found.append((TRUNCATED, f"is longer than {limit} tokens", _truncated(chunk)))
         broken = {c.row for c in rows if any(r.cut for r in c.responses)}

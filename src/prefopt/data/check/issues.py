@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from prefopt.data.kinds import Want
+from prefopt.data.validate import DataKind
 from prefopt.records import Comparison
 
 Severity = Literal["error", "warning"]
@@ -98,7 +98,7 @@ class Ledger:
         return sum(map(len, files.values()))
 
 
-def stated(c: Comparison) -> Want:
+def stated(c: Comparison) -> DataKind:
     """What a row says by itself: what a run could take from it without inventing anything."""
     if not c.responses:
         return "prompts"

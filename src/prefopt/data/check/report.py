@@ -17,9 +17,9 @@ from prefopt.data.chat.truncate import sequence_limit
 from prefopt.data.check.audit import CONTRADICTION, Audit, How, audit, compare_prompts
 from prefopt.data.check.issues import SEVERITIES, Entry, Severity, Tally
 from prefopt.data.check.lengths import Lengths, bias_words
-from prefopt.data.problems import NAMED_ROWS
-from prefopt.data.show import show, show_words
+from prefopt.data.group import show, show_words
 from prefopt.data.tokenizer import load_tokenizer
+from prefopt.data.validate import NAMED_ROWS
 from prefopt.records import Comparison
 
 Line = tuple[str, str]
@@ -246,7 +246,7 @@ def run_check(config: DataCheckConfig, context: int | None = None) -> int:
         how = How(
             tokenizer=tokenizer,
             rendering=rendering,
-            want=config.want,
+            kind=config.want,
             format=config.format,
             columns=config.column_words,
             show=config.show,

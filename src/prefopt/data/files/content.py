@@ -28,6 +28,9 @@ SAID = 300  # characters of another library's message, at most
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 COMPRESSED_NAMES = (".gz", ".bz2", ".xz", ".zst")
+JSON_NAMES = (".json", ".jsonl", ".ndjson")
+CSV_NAMES = (".csv", ".tsv", ".tab")
+TABLE_NAMES = (".parquet", ".arrow", ".feather")
 PARQUET, ARROW_FILE, ARROW_STREAM = b"PAR1", b"ARROW1\0\0", b"\xff\xff\xff\xff"
 
 _PICKLE = "is a Python pickle, which can run code and is never loaded; write JSON lines or parquet"
@@ -110,6 +113,11 @@ def layout_name(path: Path) -> str:
     while suffixes and suffixes[-1] in COMPRESSED_NAMES:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
+
+
+def is_data_name(path: Path) -> bool:
+    """Whether a name says that the file holds rows."""
+    return layout_name(path) in JSON_NAMES + CSV_NAMES + TABLE_NAMES
 
 
 def read_some(handle: io.BufferedReader, size: int) -> tuple[bytes, Exception | None]:

@@ -31,7 +31,7 @@ NAME_LIMIT = 200
 
 def read_csv(content: Content, *, keep_going: bool = False, header: bool = True) -> Iterator[object]:
     """Rows of a file whose first line names the columns, or with ``header=False`` is a row; then columns are called 1,
-    2, ... ``keep_going`` as :func:`prefopt.data.files.read.read_rows`."""
+    2, ... ``keep_going`` as :func:`prefopt.data.files.sources.read_rows`."""
     file = str(content.path)
     structured = _structured_columns(content, header)
     number = 0

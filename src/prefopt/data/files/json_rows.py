@@ -80,7 +80,7 @@ def _check_depth(text: str, start: int, end: int) -> None:
 def read_lines(
     handle: BufferedReader, file: str, keep_going: bool = False, again: Opener | None = None
 ) -> Iterator[object]:
-    """Rows of JSON lines; blank lines are none. ``keep_going`` as :func:`prefopt.data.files.read.read_rows` has it.
+    """Rows of JSON lines; blank lines are none. ``keep_going`` as :func:`prefopt.data.files.sources.read_rows` has it.
 
     ``again`` opens the file once more, to tell whether one that has no row in its first line is a single object.
     """
@@ -231,7 +231,7 @@ class _Window:
 
 
 def read_list(handle: BufferedReader, file: str, keep_going: bool = False) -> Iterator[object]:
-    """Rows of a JSON list. ``keep_going`` as :func:`prefopt.data.files.read.read_rows` has it."""
+    """Rows of a JSON list. ``keep_going`` as :func:`prefopt.data.files.sources.read_rows` has it."""
     window = _Window(handle, file)
     window.peek()
     window.at += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import glob
 import os
@@ -12,9 +13,23 @@ from pathlib import Path
 from typing import Protocol
 
 from prefopt.core.hashes import file_hashes
-from prefopt.data.files.folder import data_files, is_saved, listed, nearest, saved_split
-from prefopt.data.files.hub import HubSplit
-from prefopt.data.files.read import is_data_name, read_rows
+from prefopt.data.files import columnar, csv_rows, json_rows
+from prefopt.data.files.content import (
+    ARROW_FILE,
+    ARROW_STREAM,
+    CSV_NAMES,
+    DAMAGED,
+    JSON_NAMES,
+    PARQUET,
+    TABLE_NAMES,
+    Content,
+    damaged,
+    is_data_name,
+    layout_name,
+    lines_of,
+    look,
+)
+from prefopt.data.files.hub import HubSplit, choose, is_saved, nearest, saved_split
 from prefopt.errors import ConfigError, DataError
 from prefopt.studies.database import is_study
 from prefopt.studies.export import StudyRows
@@ -54,7 +69,7 @@ class Source:
         """The rows, streamed, from the start at each call. Raises :class:`DataError` with file and row or line.
 
         ``keep_going``: a row that cannot be read is given as the :class:`DataError` that tells why, in its place,
-        where the rows after it can be read all the same; see :func:`prefopt.data.files.read.read_rows`.
+        where the rows after it can be read all the same; see :func:`prefopt.data.files.sources.read_rows`.
         """
         return self.origin.rows(self.name, keep_going)
 
@@ -71,7 +86,7 @@ class FileOrigin:
     path: Path
 
     def rows(self, name: str, keep_going: bool) -> Iterator[object]:
-        """Rows as :func:`prefopt.data.files.read.read_rows` gives them."""
+        """Rows as :func:`prefopt.data.files.sources.read_rows` gives them."""
         return read_rows(self.path, keep_going=keep_going)
 
     def digest(self) -> str:
@@ -199,3 +214,157 @@ def _refuse_twice(sources: list[Source], names: list[str]) -> None:
         by = [names[each.entry] for each in (other, source) if names[each.entry] != each.name]
         through = f" (through {' and '.join(dict.fromkeys(by))})" if by else ""
         raise ConfigError(f"{same} would be read twice{through}; name it once")
+
+
+def read_rows(path: str | os.PathLike[str], *, keep_going: bool = False, header: bool = True) -> Iterator[object]:
+    """Yield the rows of a file of JSON, comma- or tab-separated values, parquet or arrow, in order, as Python values.
+
+    JSON and separated values may be compressed (gzip, bzip2, xz, zstd). The file is never held whole.
+
+    Raises :class:`DataError` where the file is missing, a folder, unreadable, empty, damaged, not UTF-8 or of no known
+    kind, and where a row cannot be read (with its row and line). With ``keep_going``, a row that cannot be read is
+    given as the :class:`DataError` to raise for it, in its place, and the rows after it follow, wherever it is certain
+    where they begin: in JSON lines, in a list where a row is JSON but unusable, and where a record has a wrong number
+    of cells. ``header``: the first line of separated values names the columns; else they are called 1, 2, ...
+    """
+    content = look(Path(path))
+    number = 0
+    try:
+        for row in _reader(content, keep_going, header):
+            number += 1
+            yield row
+    except DAMAGED as error:
+        raise damaged(error, str(path), number) from None
+
+
+def raw_lines(path: Path) -> Iterator[bytes] | None:
+    """The bytes of each row of a file of JSON lines, line end included, decompressed; None for any other file.
+
+    There are as many as :func:`read_rows` gives rows with ``keep_going``, in the same order.
+    """
+    content = look(path)
+    binary = content.head.startswith((PARQUET, ARROW_FILE, ARROW_STREAM))
+    return None if binary or content.first == b"[" or not _is_json(content) else _lines(content)
+
+
+def _lines(content: Content) -> Iterator[bytes]:
+    with content.opened() as handle:
+        for number, (raw, _) in enumerate(lines_of(handle), 1):
+            line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+            if line.strip(b" \t\r\n"):
+                yield line
+
+
+# How JSON rows begin. A column of a .csv may have a name with a bracket.
+_JSON = re.compile(rb"""\s*(\[\s*[\[{"\]]|\{\s*["}])""")
+
+
+def _is_json(content: Content) -> bool:
+    if layout_name(content.path) in JSON_NAMES:
+        return True
+    if layout_name(content.path) in CSV_NAMES:
+        return bool(_JSON.match(content.head.removeprefix(codecs.BOM_UTF8)))
+    return content.first in (b"[", b"{")
+
+
+def _reader(content: Content, keep_going: bool, header: bool) -> Iterator[object]:
+    if content.head.startswith(PARQUET):
+        yield from columnar.read_parquet(content)
+    elif content.head.startswith((ARROW_FILE, ARROW_STREAM)):
+        yield from columnar.read_arrow(content)
+    elif _is_json(content):
+        with content.opened() as handle:
+            if content.first == b"[":
+                yield from json_rows.read_list(handle, str(content.path), keep_going)
+            else:
+                yield from json_rows.read_lines(handle, str(content.path), keep_going, content.opened)
+    elif layout_name(content.path) in CSV_NAMES:
+        yield from csv_rows.read_csv(content, keep_going=keep_going, header=header)
+    elif layout_name(content.path) in TABLE_NAMES:
+        what = f"is no {layout_name(content.path)[1:]} file, whatever its name says; download or copy it again"
+        raise DataError(what, file=str(content.path))
+    else:
+        what = "is of no known kind; name it by what it holds: .jsonl, .json, .csv, .tsv, .parquet or .arrow"
+        raise DataError(what, file=str(content.path))
+
+
+# Files beside the data that look like data by their names.
+NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "package.json"}
+# Words in a path that name a split, as the Hub reads them too.
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+def data_files(folder: Path, split: str | None) -> tuple[list[Path], list[str]]:
+    """The data files below ``folder``, sorted by path, and notes on what was passed over.
+
+    Paths may name splits (``train-00000.parquet``, ``test/rows.jsonl``). Where they name several, ``split`` has to say
+    which is meant. Raises :class:`DataError` where it does not, where there is no data, and where the folder cannot be
+    read.
+    """
+    files, passed = _walk(folder)
+    if not files:
+        what = f"holds no data files, only {listed(passed)}" if passed else "is an empty folder"
+        endings = ".json, .jsonl, .csv, .tsv, .parquet or .arrow, maybe .gz"
+        raise DataError(f"{what}; it should hold files that end in {endings}", file=str(folder))
+    by_split: dict[str, list[str]] = {}
+    for file in files:
+        by_split.setdefault(split_of(file), []).append(file)
+    named = [name for name in by_split if name]
+    if split is not None or len(named) > 1:
+        chosen = choose(split, sorted(named), str(folder))
+        passed += [file for file in files if file not in by_split[chosen]]
+        files = by_split[chosen]
+    notes = [f"{folder}: passed over {listed(sorted(passed))}"] if passed else []
+    return [folder / file for file in files], notes
+
+
+def split_of(file: str) -> str:
+    """The split that a relative path names, or nothing.
+
+    What stands before the number of a shard is one (``train_sft-00000-of-00003.parquet``); else one of the words of
+    the path is, the file's own name first.
+    """
+    if shard := re.match(r"(\w+)-\d{5}-of-\d{5}", Path(file).name):
+        return shard[1]
+    for part in reversed(Path(file).parts):
+        words = re.split(r"[^a-z]+", part.lower())
+        for name, known in SPLIT_WORDS.items():
+            if any(word in known for word in words):
+                return name
+    return ""
+
+
+def listed(names: list[str], most: int = 5) -> str:
+    """Names in a line, the first few of them."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _walk(folder: Path) -> tuple[list[str], list[str]]:
+    """Relative paths of data files and of what is none, sorted; hidden files and folders are neither."""
+    files: list[str] = []
+    passed: list[str] = []
+    seen = set()
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"cannot be read: {error.strerror}", file=str(error.filename or folder))
+
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        # A link to a folder that was seen already would lead round in circles.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in names:
+            if name.startswith("."):
+                continue
+            path = Path(place, name)
+            is_data = is_data_name(path) and name not in NO_DATA and not re.match(r"cache-.*\.arrow$", name)
+            (files if is_data else passed).append(path.relative_to(folder).as_posix())
+    return sorted(files), sorted(passed)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-from prefopt.data.kinds import Want
 from prefopt.data.layouts.messages import TAGS, Tags
 from prefopt.data.layouts.row import Row
 from prefopt.data.layouts.shapes import SCORES, always, look
 from prefopt.data.layouts.values import BadRow, kind
+from prefopt.data.validate import DataKind
 from prefopt.errors import DataError
 from prefopt.records import Comparison, Message, Response
 
@@ -159,7 +159,7 @@ class Layout:
 
     name: str
     fields: tuple[str, ...]
-    gives: Want
+    gives: DataKind
     says: str
     origin: str
     example: Mapping[str, object]

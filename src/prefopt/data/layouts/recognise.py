@@ -12,7 +12,7 @@ from prefopt.data.layouts.columns import responses_among, single_messages, sugge
 from prefopt.data.layouts.layout import PLAIN, SIDES, Columns, Layout
 from prefopt.data.layouts.shapes import look
 from prefopt.data.layouts.values import kind
-from prefopt.data.problems import NAMED_ROWS
+from prefopt.data.validate import NAMED_ROWS
 from prefopt.errors import ConfigError, DataError
 
 NAMED_COLUMNS = 20

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from prefopt.data.kinds import Tiers
 from prefopt.data.layouts.layout import (
     CannotHold,
     Layout,
@@ -22,6 +21,7 @@ from prefopt.data.layouts.shapes import SCORES, look, scored_sides, whole_chats
 from prefopt.data.layouts.trl import split_turns
 from prefopt.data.layouts.two_responses import asked, replied, there
 from prefopt.data.layouts.values import BadRow, kind, number_of
+from prefopt.data.validate import Tiers
 from prefopt.records import Comparison, Message, Response, tiers_of
 
 

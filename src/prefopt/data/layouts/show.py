@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import textwrap
 
-from prefopt.data.kinds import Want
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.layouts.layout import Layout
+from prefopt.data.validate import DataKind
 
 WIDTH = 100
-HEADINGS: dict[Want, str] = {
+HEADINGS: dict[DataKind, str] = {
     "pairs": "Pairs: one response preferred to another",
     "ranking": "K responses: orders, scores, votes, right and wrong",
     "labels": "Labels: a response that is desirable or not",

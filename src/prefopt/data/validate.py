@@ -14,14 +14,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from prefopt.data.problems import NAMED_ROWS, Problem, describe, refuse, refused_rows
+from prefopt.errors import DataError
 from prefopt.records import Comparison, Message, tiers_of
 
-Want = Literal["pairs", "scored", "ranking", "labels", "demonstrations", "prompts"]
+DataKind = Literal["pairs", "scored", "ranking", "labels", "demonstrations", "prompts"]
 Tiers = tuple[tuple[int, ...], ...]
 
 
@@ -30,7 +30,7 @@ class _Impossible(Exception):
         self.kind, self.what = kind, what
 
 
-def convert(c: Comparison, want: Want) -> Comparison | Problem:
+def convert(c: Comparison, kind: DataKind) -> Comparison | Problem:
     """The comparison with what is wanted of it.
 
     - ``pairs``: votes, or tiers of which at least two differ (from an order, scores, or labels of several responses)
@@ -52,7 +52,7 @@ def convert(c: Comparison, want: Want) -> Comparison | Problem:
         "prompts": _bare,
     }
     try:
-        return makers[want](c)
+        return makers[kind](c)
     except _Impossible as why:
         return Problem(why.kind, c.row, why.what, c.file)
 
@@ -158,29 +158,29 @@ def _bare(c: Comparison) -> Comparison:
     return replace(c, responses=(), tiers=(), scores=None, labels=None, votes=None)
 
 
-__all__ = ["NAMED_ROWS", "Problem", "Want", "check", "convert", "describe", "refuse", "refused_rows", "validate"]
+__all__ = ["NAMED_ROWS", "DataKind", "Problem", "check", "convert", "describe", "refuse", "refused_rows", "validate"]
 
 
-def validate(comparisons: Sequence[Comparison], want: Want = "pairs") -> tuple[list[Comparison], list[Problem]]:
+def validate(comparisons: Sequence[Comparison], kind: DataKind = "pairs") -> tuple[list[Comparison], list[Problem]]:
     """Part rows into those that can be used and the problems of those that cannot (a row may have several)."""
     kept, problems = [], []
     for comparison in comparisons:
-        found = check(comparison, want)
+        found = check(comparison, kind)
         problems += found
         if not found:
             kept.append(comparison)
     return kept, problems
 
 
-def check(comparison: Comparison, want: Want) -> list[Problem]:
+def check(comparison: Comparison, kind: DataKind) -> list[Problem]:
     """Everything that keeps a row from being used for what is wanted; nothing where :func:`convert` gives it."""
     c = comparison
-    converted = convert(c, want)
-    found = [Problem(kind, c.row, what, c.file) for kind, what in _content(c, want)]
+    converted = convert(c, kind)
+    found = [Problem(kind, c.row, what, c.file) for kind, what in _content(c, kind)]
     if isinstance(converted, Problem):
         return [*found, converted]
-    compared = converted.pairs if want != "demonstrations" else ()
-    if want == "labels" and len(converted.responses) > 1 and converted.labels is not None:
+    compared = converted.pairs if kind != "demonstrations" else ()
+    if kind == "labels" and len(converted.responses) > 1 and converted.labels is not None:
         good, bad = (tuple(k for k, x in enumerate(converted.labels) if x is wanted) for wanted in (True, False))
         compared = tuple((g, b) for g in good for b in bad)
     if any(c.responses[best] == c.responses[worse] for best, worse in compared):
@@ -188,14 +188,14 @@ def check(comparison: Comparison, want: Want) -> list[Problem]:
     return found
 
 
-def _content(c: Comparison, want: Want) -> Iterator[tuple[str, str]]:
-    responses = () if want == "prompts" else c.responses
+def _content(c: Comparison, kind: DataKind) -> Iterator[tuple[str, str]]:
+    responses = () if kind == "prompts" else c.responses
     messages = [*c.prompt, *(m for r in responses for m in r.messages)]
     if any(_broken(text) for m in messages for text in _texts(m)) or any(_broken(tool) for tool in c.tools):
         yield "broken text", "holds half of a surrogate pair, which is no character"
     if not c.text:
         yield from _check_turns(c)
-    elif want == "prompts" and not any(m.content.strip() for m in c.prompt):
+    elif kind == "prompts" and not any(m.content.strip() for m in c.prompt):
         yield "empty prompt", "the prompt is empty"
     for k, response in enumerate(responses):
         answers = [m for m in response.messages if m.role == "assistant"]
@@ -237,3 +237,78 @@ def _broken(text: str) -> bool:
     except UnicodeEncodeError:
         return True
     return False
+
+
+NAMED_ROWS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One reason why one row cannot be used; ``kind`` is what rows are counted by, ``what`` says it for this row."""
+
+    kind: str
+    row: int
+    what: str
+    file: str = ""
+
+
+def refused_rows(problems: Sequence[Problem]) -> int:
+    """How many rows the problems concern: a row with two problems is one row."""
+    return len({(p.file, p.row) for p in problems})
+
+
+def describe(problems: Sequence[Problem]) -> str:
+    """One line: each kind with its count, its first rows, and what is wrong: of the first, where that differs.
+
+    >>> describe([Problem("empty response", 3, "it is empty"), Problem("empty response", 9, "it is empty")])
+    'empty response: 2 (rows 3, 9; it is empty)'
+    >>> describe([Problem("missing field", 3, "lacks chosen"), Problem("missing field", 9, "lacks prompt")])
+    'missing field: 2 (rows 3, 9; row 3: lacks chosen)'
+    """
+    kinds: dict[str, list[Problem]] = {}
+    for problem in problems:
+        kinds.setdefault(problem.kind, []).append(problem)
+    several = len({p.file for p in problems}) > 1
+    return "; ".join(f"{kind}: {len(found)} ({_places(found, several)})" for kind, found in kinds.items())
+
+
+def _places(found: Sequence[Problem], several: bool) -> str:
+    """The first rows of one kind, and what is wrong with them; ``several``: the problems are those of several files."""
+    rows = [f"{p.file}:{p.row}" if several else str(p.row) for p in found]
+    more = ", ..." if len(rows) > NAMED_ROWS else ""
+    places = f"row{'s' * (len(rows) > 1)} {', '.join(rows[:NAMED_ROWS])}{more}"
+    what = found[0].what
+    if any(p.what != what for p in found):
+        what = f"{'' if several else 'row '}{rows[0]}: {what}"
+    return f"{places}; {what}" if what else places
+
+
+def refuse(problems: Sequence[Problem], read: int) -> DataError:
+    """The error for rows that cannot be used, naming rows and count."""
+    files = {p.file for p in problems}
+    count = refused_rows(problems)
+    remedy = "; put them right, or leave them out with --on-bad-row skip" if count < read else ""
+    what = f"{count} of {read} rows cannot be used: {describe(problems)}{remedy}"
+    row = problems[0].row if count == 1 else None
+    return DataError(what, file=files.pop() if len(files) == 1 else None, row=row)
+
+
+Warnings = dict[str, list[int]]
+
+
+def merge(warnings: Iterable[Mapping[str, Sequence[int]]]) -> Warnings:
+    """One from many: what is said once stays so, rows add up, in order."""
+    merged: Warnings = {}
+    for found in warnings:
+        for what, rows in found.items():
+            merged.setdefault(what, []).extend(rows)
+    return {what: sorted(rows) for what, rows in merged.items()}
+
+
+def lines(warnings: Mapping[str, Sequence[int]]) -> list[str]:
+    """Each finding with the number of rows it concerns and the first of them; without rows, the finding alone."""
+    said = []
+    for what, rows in warnings.items():
+        first = ", ".join(map(str, rows[:NAMED_ROWS])) + (", ..." if len(rows) > NAMED_ROWS else "")
+        said.append(f"{what}: {len(rows)} row{'s' if len(rows) > 1 else ''} ({first})" if rows else what)
+    return said
