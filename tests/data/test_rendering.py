@@ -19,7 +19,7 @@ from prefopt.config.data import RenderOptions
 from prefopt.data.chat.render import DATED, NO_BOS, Renderer
 from prefopt.data.chat.render_options import Rendering, parse_variables, read_template
 from prefopt.data.tokenizer import tokenizer_digest
-from prefopt.data.validate import Problem, lines, merge
+from prefopt.data.validate import Problem, merge_warnings, warning_lines
 from prefopt.errors import ConfigError, ModelError
 from prefopt.records import Comparison, Message
 
@@ -208,9 +208,9 @@ def test_findings_of_several_processes_add_up() -> None:
     list(whole.render_all(rows))
     for part, some in zip(parts, (rows[20:], rows[:20]), strict=True):
         list(part.render_all(some))
-    merged = merge(part.warnings for part in parts)
-    assert merged == whole.warnings and lines(merged) == whole.notes
-    assert "20 rows (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, ...)" in "\n".join(lines(merged))
+    merged = merge_warnings(part.warnings for part in parts)
+    assert merged == whole.warnings and warning_lines(merged) == whole.notes
+    assert "20 rows (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, ...)" in "\n".join(warning_lines(merged))
     # What was handed over is not handed over twice, and what concerns all rows is said again with the next.
     whole.warnings.clear()
     list(whole.render_all(rows[1:2]))

@@ -13,7 +13,7 @@ import torch
 from data.small import small_tokenizer
 from model.architectures import Float64Throughout, with_exact_rotary
 from prefopt.data.comparisons import parse_comparisons
-from prefopt.data.load import build_groups
+from prefopt.data.load import load_groups
 from prefopt.data.sampler import Sampler
 from prefopt.errors import RunError
 from prefopt.model.packing import pack
@@ -54,7 +54,7 @@ def test_the_loop_does_what_a_flat_one_does(
     }
     model = with_exact_rotary(tiny_llama().double())
     expected = copy.deepcopy(model)
-    groups = build_groups([parse_comparisons(ROWS, "data")], small_tokenizer(), max_length=64).groups
+    groups = load_groups([parse_comparisons(ROWS, "data")], small_tokenizer(), max_length=64).groups
     with Float64Throughout():
         model.set_attn_implementation("eager")
         told = flat_dpo(expected, groups, betas=(0.8, 0.95), epsilon=1e-7, **options)

@@ -16,7 +16,7 @@ from prefopt.core.terminal import Reporter
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.group import Group
-from prefopt.data.load import GroupSet, build_groups, load_groups
+from prefopt.data.load import GroupSet, load_groups
 from prefopt.data.sampler import Sampler, Share
 from prefopt.data.table import GroupTable, Selection, keep_responses
 from prefopt.data.validate import DataKind
@@ -144,7 +144,7 @@ def load_data(
     how |= {"reporter": reporter, "stop": check}
     layout: dict[str, Any] = {"format": config.format, "columns": config.column_words}
     if rows is not None:
-        source = build_groups([parse_comparisons(rows, "data", **layout)], tokenizer, rendering, **how)
+        source = load_groups([parse_comparisons(rows, "data", **layout)], tokenizer, rendering, **how)
     else:
         source = load_groups(config.data, tokenizer, rendering, **how, **layout)
     source = _paired(source, which, "data", reporter)

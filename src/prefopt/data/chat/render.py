@@ -25,7 +25,7 @@ from prefopt.data.chat.template import ChatTemplate, Turns, Unrenderable
 from prefopt.data.chat.truncate import Sequences, Shortener, prompt_excess, truncate, windows
 from prefopt.data.group import BoolArray, Group, IntArray
 from prefopt.data.tokenizer import Tokenizer, end_marks, eos_id, leading_ids, tokenizer_digest
-from prefopt.data.validate import Problem, Warnings, lines
+from prefopt.data.validate import Problem, Warnings, warning_lines
 from prefopt.errors import DataError
 from prefopt.records import Comparison, Response
 
@@ -104,7 +104,7 @@ class Renderer:
     @property
     def notes(self) -> list[str]:
         """What to tell a person once, about all rows rendered so far."""
-        return lines(self.warnings)
+        return warning_lines(self.warnings)
 
     def digest(self) -> str:
         """16 bytes in hexadecimal that name all that ids and masks depend on beside the rows: a cache key.
