@@ -7,8 +7,8 @@
 >>> group.prefix.tolist(), [c.ids.tolist() for c in group.continuations], group.tokens
 ([1, 2], [[3, 4], [3, 9, 9]], 7)
 
-The shared prefix ends before the first trained token of any response (token 3 above is common, but trained),
-so that whatever the chat template or the tokenizer did at the boundary is right by construction.
+The shared prefix ends before the first trained token of any response (token 3 above is common, but trained), so it is
+right whatever the chat template or the tokenizer did at the boundary. :func:`show` prints a group as text.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from prefopt.records import Comparison
 IntArray = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
 
+OPEN, CLOSE = "⟦", "⟧"  # around trained tokens
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Continuation:
@@ -38,10 +40,10 @@ class Continuation:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """``prefix`` [P] and K continuations, with what people said of them (see :class:`prefopt.records.Comparison`).
+    """``prefix`` [P] and K continuations, with their preferences (see :class:`prefopt.records.Comparison`).
 
-    ``pairs`` are (preferred, dispreferred) indices into the continuations, ``weights`` one number for each pair (none:
-    all weigh the same); ``tiers``, ``scores`` [K] and ``labels`` [K] are the record's.
+    ``pairs`` are (preferred, dispreferred) indices of continuations, ``weights`` theirs (None: equal); ``tiers``,
+    ``scores`` [K] and ``labels`` [K] are those of the record.
     """
 
     prefix: IntArray
@@ -62,8 +64,7 @@ class Group:
     ) -> Group:
         """Compute the shared prefix of K whole sequences, each (ids [L], trained [L]).
 
-        Raises ``ValueError`` where a sequence is left without a trained token that has any context: a token with
-        nothing before it is never scored.
+        Raises ``ValueError`` where a sequence has no trained token after its first token, which is never scored.
         """
         whole = [(np.asarray(i, np.int32), np.array(t, np.bool_)) for i, t in sequences]
         length = min(_first_trained(ids, trained) for ids, trained in whole)
@@ -98,7 +99,7 @@ class Group:
         return np.concatenate([self.prefix, c.ids]), trained
 
     def key(self, k: int) -> bytes:
-        """16 bytes that name response k by its token ids and mask, wherever the shared prefix ends."""
+        """Digest (16 bytes) of the ids and mask of response k as a whole sequence."""
         ids, trained = self.sequence(k)
         digest = hashlib.blake2b(len(ids).to_bytes(8, "little"), digest_size=16)
         digest.update(ids.astype("<i4").tobytes())
@@ -115,14 +116,10 @@ def _first_trained(ids: IntArray, trained: BoolArray) -> int:
     return int(where[0])
 
 
-OPEN, CLOSE = "⟦", "⟧"
-
-
 def show(group: Group, tokenizer: Tokenizer, *, most: int | None = None) -> str:
-    """What all responses have in common once, then what each of them adds, special tokens and all.
+    """A group as text with special tokens: the shared prefix, then each response with its trained tokens marked.
 
-    Each response is named by what was said of it: chosen or rejected, its rank, score or label. Of parts longer than
-    ``most`` characters, the middle is left out.
+    Responses are labelled chosen or rejected, or with rank, score or label. ``most`` cuts longer texts in the middle.
     """
     if not group.continuations:
         return f"prompt ({_count(len(group.prefix))})\n{shortened(_decode(tokenizer, group.prefix), most)}"
@@ -130,15 +127,14 @@ def show(group: Group, tokenizer: Tokenizer, *, most: int | None = None) -> str:
     if len(group.prefix):
         lines.append(shortened(_decode(tokenizer, group.prefix), most))
     for k, c in enumerate(group.continuations):
-        lines.append(
-            f"{_name(group, len(group.continuations), k)} ({_count(len(c.ids))}, {int(c.trained.sum())} trained)"
-        )
+        name = _name(group, len(group.continuations), k)
+        lines.append(f"{name} ({_count(len(c.ids))}, {int(c.trained.sum())} trained)")
         lines.append(shortened(_marked(tokenizer, group.prefix, c.ids, c.trained), most))
     return "\n".join(lines)
 
 
 def show_words(c: Comparison, *, most: int | None = None) -> str:
-    """A row as it was read, without a tokenizer: who says what, and what is said of the responses."""
+    """A row as text, without a tokenizer."""
     lines = []
     for m in c.prompt:
         lines += [f"{'prompt' if c.text else m.role}:", shortened(m.content, most)]
@@ -148,7 +144,7 @@ def show_words(c: Comparison, *, most: int | None = None) -> str:
 
 
 def shortened(text: str, most: int | None) -> str:
-    """The text, or its beginning and end with the number of characters that are left out between them.
+    """The text, or its beginning and end around the number of characters left out.
 
     >>> shortened("0123456789", 4)
     '01 [... 6 characters ...] 89'
@@ -183,7 +179,7 @@ def _count(tokens: int) -> str:
 
 
 def _marked(tokenizer: Tokenizer, prefix: IntArray, ids: IntArray, trained: BoolArray) -> str:
-    """The tokens behind the prefix, trained ones marked. Decoded from the prefix on: a space may depend on it."""
+    """The tokens after the prefix, trained ones marked. Decoding starts in the prefix: a space may depend on it."""
     cuts = [0, *(np.nonzero(np.diff(trained))[0] + 1).tolist(), len(ids)]
     before, text = prefix[-1:], ""
     for start, end in pairwise(cuts):

@@ -9,7 +9,7 @@ from prefopt.core.terminal import Reporter
 from prefopt.data.chat.render_options import parse_variables, read_template
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.files.sources import find_sources
-from prefopt.data.sampler import Sampler
+from prefopt.data.sampler import BatchSampler
 from prefopt.generate.prompts import PromptReader, PromptSet
 from prefopt.generate.sampled_model import SampledModel, renderer_for
 from prefopt.generate.sampler import Settings
@@ -52,9 +52,9 @@ FEW = 10
 """Steps below which a person is told: runs that changed a model in a useful way took tens and hundreds."""
 
 
-def order_of(config: PpoConfig, prompts: int) -> Sampler:
+def order_of(config: PpoConfig, prompts: int) -> BatchSampler:
     """Which of so many prompts a step takes."""
-    return Sampler(prompts, config.batch_size, seed=config.seed, shuffle=config.shuffle)
+    return BatchSampler(prompts, config.batch_size, seed=config.seed, shuffle=config.shuffle)
 
 
 def plan_of(config: PpoConfig, prompts: int, tokens: int) -> str:

@@ -10,7 +10,7 @@ from prefopt.data.chat.render_options import Rendering, parse_variables
 from prefopt.data.chat.truncate import sequence_limit
 from prefopt.data.group import Group
 from prefopt.data.load import load_groups
-from prefopt.data.sampler import Sampler
+from prefopt.data.sampler import BatchSampler
 from prefopt.data.table import GroupTable
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.model.load import vocabulary_size
@@ -32,7 +32,7 @@ class PtxTerm:
     """
 
     groups: GroupTable
-    order: Sampler
+    order: BatchSampler
     coefficient: float
     objective: LikelihoodObjective
 
@@ -78,6 +78,6 @@ def read_ptx(
         reporter.say(f"ptx data: {line}")
     groups, model = source.groups, scorer.model
     check_vocabulary(groups, vocabulary_size(causal_model(model)), config.model)
-    order = Sampler(len(groups), config.ptx_batch_size, seed=config.seed, shuffle=config.shuffle)
+    order = BatchSampler(len(groups), config.ptx_batch_size, seed=config.seed, shuffle=config.shuffle)
     objective = LikelihoodObjective("tokens", device=next(model.parameters()).device)
     return PtxTerm(groups, order, config.ptx_coefficient, objective)

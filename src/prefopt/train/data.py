@@ -17,7 +17,7 @@ from prefopt.data.chat.render_options import Rendering
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.group import Group
 from prefopt.data.load import GroupSet, load_groups
-from prefopt.data.sampler import Sampler, Share
+from prefopt.data.sampler import BatchSampler, Share
 from prefopt.data.table import GroupTable, Selection, keep_responses
 from prefopt.data.validate import DataKind
 from prefopt.errors import ConfigError, DataError, Interrupted
@@ -60,9 +60,9 @@ class TrainingData:
         names = ", ".join(f"`{Path(file).name}`" for file in files)
         return f"{len(self.train)} {noun}{held_out}, from {names}. {self.source.summary()[0]}."
 
-    def sampler(self, batch_size: int, *, seed: int, shuffle: bool) -> Sampler:
+    def sampler(self, batch_size: int, *, seed: int, shuffle: bool) -> BatchSampler:
         """The order in which ``train`` is gone through."""
-        return Sampler(len(self.train), batch_size, seed=seed, shuffle=shuffle, shares=self.shares)
+        return BatchSampler(len(self.train), batch_size, seed=seed, shuffle=shuffle, shares=self.shares)
 
 
 class DataBatches(BatchSource):
@@ -75,7 +75,7 @@ class DataBatches(BatchSource):
     def __init__(
         self,
         data: TrainingData,
-        sampler: Sampler,
+        sampler: BatchSampler,
         columns: Callable[[Sequence[Group]], dict[str, Column]] = lambda groups: {},
         *,
         reference: ReferenceValues | None = None,

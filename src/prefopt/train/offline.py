@@ -12,7 +12,7 @@ from prefopt.core.terminal import duration, size
 from prefopt.data.chat.answers import trained_ends
 from prefopt.data.chat.truncate import longer_limit
 from prefopt.data.group import show
-from prefopt.data.sampler import IndexArray
+from prefopt.data.table import IndexArray
 from prefopt.model.check import CheckReport
 from prefopt.model.load import vocabulary_size
 from prefopt.model.memory import peak_memory
