@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prefopt.data.files import columnar, content, csv_rows, json_rows
+from prefopt.data.files import columnar, content, text_rows
 from prefopt.data.files.sources import raw_lines, read_rows
 from prefopt.errors import DataError
 
@@ -27,9 +27,9 @@ LONG = ROW | {"chosen": "y" * 200_000}
 @pytest.fixture
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of 100 kB at most, and windows of a kilobyte."""
-    for module in (content, json_rows, csv_rows, columnar):
+    for module in (content, text_rows, columnar):
         monkeypatch.setattr(module, "ROW_BYTES", 100_000)
-    monkeypatch.setattr(json_rows, "WINDOW", 1000)
+    monkeypatch.setattr(text_rows, "WINDOW", 1000)
 
 
 def lines(path: Path, opened: Callable[..., Any] = open) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data.small import small_tokenizer
 from prefopt.data.comparisons import parse_comparisons, read_comparisons
-from prefopt.data.files import json_rows
+from prefopt.data.files import text_rows
 from prefopt.data.files.sources import read_rows
 from prefopt.data.load import load_groups
 from prefopt.data.validate import refuse
@@ -94,7 +94,7 @@ def test_reading_in_windows_equals_reading_whole(
     path = tmp_path_factory.getbasetemp() / "windows.json"
     path.write_text(mark + text, "utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_rows, "WINDOW", window)
+        patch.setattr(text_rows, "WINDOW", window)
         try:
             expected = json.loads(mark.strip("\ufeff") + text, object_pairs_hook=unique)
         except KeyError:  # the damage made two keys one
@@ -234,8 +234,8 @@ def test_brackets_in_texts_are_no_nesting(texts: list[str], around: int, ascii: 
     for _ in range(around - 2):
         value = [value]
     row = json.dumps([value, value], ensure_ascii=ascii)  # one deeper than ``around``
-    if around < json_rows.DEPTH:
-        assert json_rows.decode(row) == [value, value]
+    if around < text_rows.DEPTH:
+        assert text_rows.decode(row) == [value, value]
     else:
         with pytest.raises(RecursionError, match="nested more than 100 deep"):
-            json_rows.decode(row)
+            text_rows.decode(row)

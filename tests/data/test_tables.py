@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prefopt.data.files import columnar, csv_rows
+from prefopt.data.files import columnar, text_rows
 from prefopt.data.files.sources import read_rows
 from prefopt.errors import DataError
 
@@ -228,7 +228,7 @@ def test_text_is_read_as_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     size = path.stat().st_size
     assert size > 5_000_000
     monkeypatch.setattr(Path, "open", lambda self, mode: io.BufferedReader(Counted(self)))
-    monkeypatch.setattr(csv_rows, "_structured_columns", lambda content, header: [])
+    monkeypatch.setattr(text_rows, "_structured_columns", lambda content, header: [])
     Counted.taken = 0
     given_rows = read_rows(path)
     assert next(given_rows) is not None and Counted.taken < size / 3
@@ -340,7 +340,7 @@ def test_tables_that_cannot_be_read_name_the_line(tmp_path: Path, content: str, 
 
 
 def test_a_cell_that_never_ends_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(csv_rows, "ROW_BYTES", 1000)
+    monkeypatch.setattr(text_rows, "ROW_BYTES", 1000)
     with pytest.raises(DataError, match=r"the row at line 2 is longer than .* is a quote never closed"):
         read_text(tmp_path, 'a,b\n1,"' + "x\n" * 1000)
 

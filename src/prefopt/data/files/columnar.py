@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice, repeat
 from typing import Any
 
-from prefopt.data.files import json_rows
 from prefopt.data.files.content import ARROW_FILE, ROW_BYTES, Content, damaged, too_long
+from prefopt.data.files.text_rows import decode
 from prefopt.errors import DataError
 
 # Bytes of a batch to turn into Python objects at once, and rows at most.
@@ -246,7 +246,7 @@ def _plain(value: Any) -> Any:
 
 def _json(text: str) -> Any:
     try:
-        return json_rows.decode(text)
+        return decode(text)
     except (ValueError, RecursionError):
         return text
 

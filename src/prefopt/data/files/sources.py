@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from prefopt.core.hashes import file_hashes
-from prefopt.data.files import columnar, csv_rows, json_rows
+from prefopt.data.files import columnar, text_rows
 from prefopt.data.files.content import (
     ARROW_FILE,
     ARROW_STREAM,
@@ -81,17 +81,29 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class FileOrigin:
-    """One file."""
+    """One file; ``header`` as in :func:`read_rows`."""
 
     path: Path
+    header: bool = True
 
     def rows(self, name: str, keep_going: bool) -> Iterator[object]:
-        """Rows as :func:`prefopt.data.files.sources.read_rows` gives them."""
-        return read_rows(self.path, keep_going=keep_going)
+        return read_rows(self.path, keep_going=keep_going, header=self.header)
 
     def digest(self) -> str:
-        """SHA-256 of the file's bytes."""
         return file_hashes([self.path], error=DataError)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryOrigin:
+    """Rows in memory, which are not cached."""
+
+    held: Sequence[object]
+
+    def rows(self, name: str, keep_going: bool) -> Iterator[object]:
+        return iter(self.held)
+
+    def digest(self) -> str:
+        raise NotImplementedError
 
 
 def find_sources(names: Sequence[str | os.PathLike[str]]) -> list[Source]:
@@ -275,11 +287,11 @@ def _reader(content: Content, keep_going: bool, header: bool) -> Iterator[object
     elif _is_json(content):
         with content.opened() as handle:
             if content.first == b"[":
-                yield from json_rows.read_list(handle, str(content.path), keep_going)
+                yield from text_rows.read_json_list(handle, str(content.path), keep_going)
             else:
-                yield from json_rows.read_lines(handle, str(content.path), keep_going, content.opened)
+                yield from text_rows.read_json_lines(handle, str(content.path), keep_going, content.opened)
     elif layout_name(content.path) in CSV_NAMES:
-        yield from csv_rows.read_csv(content, keep_going=keep_going, header=header)
+        yield from text_rows.read_csv(content, keep_going=keep_going, header=header)
     elif layout_name(content.path) in TABLE_NAMES:
         what = f"is no {layout_name(content.path)[1:]} file, whatever its name says; download or copy it again"
         raise DataError(what, file=str(content.path))
