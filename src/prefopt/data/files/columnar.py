@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice, repeat
 from typing import Any
 
-from prefopt.data.files.content import ARROW_FILE, ROW_BYTES, Content, damaged, too_long
+from prefopt.data.files.content import ARROW_FILE, PARQUET, ROW_BYTES, Content, damaged, too_long
 from prefopt.data.files.text_rows import decode
 from prefopt.errors import DataError
 
@@ -35,31 +35,27 @@ REPEATED_BYTES, SHARED_BYTES, FEWEST_ROWS = 1 << 27, 64, 16
 LARGEST = 400
 
 
-def read_parquet(content: Content) -> Iterator[object]:
-    """Rows of a parquet file, no more than a part of a row group in memory."""
+def read_table(content: Content) -> Iterator[object]:
+    """Rows of a parquet or arrow file, batch by batch."""
+    batches = _parquet_batches if content.head.startswith(PARQUET) else arrow_batches
+    return table_rows(lambda: batches(content), str(content.path))
+
+
+def _parquet_batches(content: Content) -> Iterator[Any]:
+    """Record batches of a parquet file, no more than a part of a row group in memory."""
     import pyarrow.parquet as pq
 
-    file = str(content.path)
-
-    def batches() -> Iterator[Any]:
-        with pq.ParquetFile(
-            content.path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
-        ) as parquet:
-            meta = parquet.metadata
-            size = sum(meta.row_group(at).total_byte_size for at in range(meta.num_row_groups))
-            rows = min(_rows_of_a_batch(size, meta.num_rows), _rows_of_repeats(size, meta.num_rows))
-            yield from parquet.iter_batches(batch_size=rows, use_threads=False)
-
-    return table_rows(batches, file)
-
-
-def read_arrow(content: Content) -> Iterator[object]:
-    """Rows of an arrow file, in the layout of a file or of a stream; it is mapped, not loaded."""
-    return table_rows(lambda: arrow_batches(content), str(content.path))
+    with pq.ParquetFile(
+        content.path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
+    ) as parquet:
+        meta = parquet.metadata
+        size = sum(meta.row_group(at).total_byte_size for at in range(meta.num_row_groups))
+        rows = min(_rows_of_a_batch(size, meta.num_rows), _rows_of_repeats(size, meta.num_rows))
+        yield from parquet.iter_batches(batch_size=rows, use_threads=False)
 
 
 def arrow_batches(content: Content) -> Iterator[Any]:
-    """Record batches of an arrow file or stream."""
+    """Record batches of an arrow file or stream, which is mapped, not loaded."""
     import pyarrow as pa
 
     with pa.memory_map(str(content.path)) as source:

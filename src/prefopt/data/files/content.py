@@ -1,4 +1,4 @@
-"""What a data file is, told from its first bytes, and its bytes as they were before they were compressed."""
+"""The kind of a data file, recognised from its first bytes, and its decompressed contents."""
 
 from __future__ import annotations
 
@@ -19,12 +19,10 @@ from prefopt.errors import DataError
 
 HEAD = 4096
 BUFFER = 1 << 20
-ROW_BYTES = 1 << 26
-"""A row may be this long, in bytes, whatever the kind of file: 64 MiB, a hundred novels. There has to be some end: a
-file of a megabyte can decompress to a row that no memory holds."""
+ROW_BYTES = 1 << 26  # of one row in any kind of file: a megabyte can decompress to a row that no memory holds
+# The decompressed size of a file is bounded by the larger of these: 256 MiB, and a multiple of its size.
 UNPACKED, TIMES = 1 << 28, 250
-"""No compressed file of rows comes to more than 256 MiB and so many times its size; a bomb comes to thousands."""
-SAID = 300  # characters of another library's message, at most
+REASON_CHARACTERS = 300  # of another library's message
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 COMPRESSED_NAMES = (".gz", ".bz2", ".xz", ".zst")
@@ -34,40 +32,37 @@ TABLE_NAMES = (".parquet", ".arrow", ".feather")
 PARQUET, ARROW_FILE, ARROW_STREAM = b"PAR1", b"ARROW1\0\0", b"\xff\xff\xff\xff"
 
 _PICKLE = "is a Python pickle, which can run code and is never loaded; write JSON lines or parquet"
-# What is not data, or not yet: told by how it begins, so that the message can say what to do.
+# Beginnings of files that hold no rows, with the remedy.
 _REFUSED = {
     b"PK\x03\x04": "is a zip archive; unpack it first",
-    b"PK\x05\x06": "is an empty zip archive",
     b"7z\xbc\xaf": "is a 7z archive; unpack it first",
-    b"Rar!": "is a rar archive; unpack it first",
     b"PARE": "is an encrypted parquet file; write it again without encryption",
     b"\xd0\xcf\x11\xe0": "is an Office document (an old or a password-protected workbook?); export it as CSV in UTF-8",
-    b"-----BEGIN PGP": "is encrypted (PGP); decrypt it first",
     b"SQLite format 3": "is an SQLite database and no study of prefopt collect; export the rows as JSON lines",
     b"%PDF": "is a PDF document, not rows of data",
     **dict.fromkeys((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), _PICKLE),
-    b"\x89HDF": "is an HDF5 file; write JSON lines or parquet",
-    b"\x93NUMPY": "is a numpy array; write JSON lines or parquet",
-    b"Obj\x01": "is an Avro file; write JSON lines or parquet",
     b"FEA1\0": "is a Feather file of version 1; write it again as version 2, or as parquet",
     b"version https://git-lfs": "is a Git LFS pointer, not the data; fetch the data with: git lfs pull",
-    codecs.BOM_UTF32_LE: "is not UTF-8 but UTF-32 text; save it as UTF-8",
-    codecs.BOM_UTF32_BE: "is not UTF-8 but UTF-32 text; save it as UTF-8",
-    codecs.BOM_UTF16_LE: "is not UTF-8 but UTF-16 text; save it as UTF-8",
-    codecs.BOM_UTF16_BE: "is not UTF-8 but UTF-16 text; save it as UTF-8",
+    **dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "is not UTF-8 but UTF-32 text; save it as UTF-8"),
+    **dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "is not UTF-8 but UTF-16 text; save it as UTF-8"),
 }
-# What a damaged stream of bytes raises, whichever the compression (zlib.error has no other base than Exception).
+# What a damaged stream raises, whichever the compression (zlib.error has no base but Exception).
 DAMAGED = (EOFError, OSError, lzma.LZMAError, zlib.error)
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """How a file begins, once decompressed: ``head`` is up to 4096 bytes, ``first`` the first that is not white."""
+    """The beginning of a decompressed file: ``head`` has up to 4096 bytes, ``first`` is the first that is not white."""
 
     path: Path
     compression: str | None
     head: bytes
     first: bytes
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it is parquet or arrow."""
+        return self.head.startswith((PARQUET, ARROW_FILE, ARROW_STREAM))
 
     @contextmanager
     def opened(self) -> Iterator[io.BufferedReader]:
@@ -77,8 +72,8 @@ class Content:
 
 
 def look(path: Path) -> Content:
-    """Tell what a file is. Raises :class:`DataError` for what cannot hold rows: missing, a folder, a pipe, unreadable,
-    empty, an archive, encrypted, binary of another kind, or text in UTF-16 or UTF-32."""
+    """Open a file and recognise its kind. Raises :class:`DataError` for a file that cannot hold rows: missing, a
+    folder, a pipe, unreadable, empty, an archive, encrypted, binary, or text in UTF-16 or UTF-32."""
     file = str(path)
     try:
         mode = path.stat().st_mode
@@ -108,7 +103,7 @@ def look(path: Path) -> Content:
 
 
 def layout_name(path: Path) -> str:
-    """The ending of a name that tells a layout, in small letters, what was added by compression aside."""
+    """The ending of a name in small letters, without those of compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     while suffixes and suffixes[-1] in COMPRESSED_NAMES:
         suffixes.pop()
@@ -121,8 +116,7 @@ def is_data_name(path: Path) -> bool:
 
 
 def read_some(handle: io.BufferedReader, size: int) -> tuple[bytes, Exception | None]:
-    """As many bytes, or fewer at the end of the file or before damage, and what the damage raised: what can be read
-    before it is not lost."""
+    """``size`` bytes, or fewer at the end of the file or before damage, and the error that the damage raised."""
     parts: list[bytes] = []
     held = 0
     try:
@@ -135,7 +129,7 @@ def read_some(handle: io.BufferedReader, size: int) -> tuple[bytes, Exception | 
 
 
 def lines_of(handle: io.BufferedReader) -> Iterator[tuple[bytes, bool]]:
-    """Lines, and whether each is whole: of one that is longer than a row may be, only the beginning is given."""
+    """Lines, and whether each is whole: of a line longer than a row may be, only the beginning is given."""
     while line := handle.readline(ROW_BYTES + 1):
         whole = len(line) <= ROW_BYTES
         if not whole and not line.endswith(b"\n"):
@@ -145,12 +139,12 @@ def lines_of(handle: io.BufferedReader) -> Iterator[tuple[bytes, bool]]:
 
 
 def too_long(where: str = "") -> str:
-    """What to say of a row that is longer than a row may be."""
+    """The message for a row of more than ``ROW_BYTES``."""
     return f"the row{where} is longer than {ROW_BYTES >> 20} MiB, which no row may be; shorten it, or leave it out"
 
 
 class _Parts(io.RawIOBase):
-    """A decompressed stream that gives what it has, and only then what stopped it; not without end."""
+    """A decompressed stream of bounded size, whose bytes before damage can be read."""
 
     def __init__(self, stream: Any, path: Path) -> None:
         self._stream, self._file = stream, str(path)
@@ -214,20 +208,20 @@ def _refuse(file: str, head: bytes, compression: str | None) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, on one line."""
+    """The message of an exception, on one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     text = " ".join(text.split()) or type(error).__name__
-    return text if len(text) <= SAID else text[:SAID] + "..."
+    return text if len(text) <= REASON_CHARACTERS else text[:REASON_CHARACTERS] + "..."
 
 
 def damaged(error: BaseException, file: str, rows: int = 0) -> DataError:
-    """What to raise for a file that ended, or went wrong, after so many rows."""
+    """The error for a file that is damaged after ``rows`` rows."""
     after = f" after row {rows}" if rows else ""
     return DataError(f"is damaged or cut off{after} ({reason(error)}); download or copy it again", file=file)
 
 
 def not_utf8(error: UnicodeDecodeError, where: str) -> str:
-    """What to say of bytes that are not UTF-8, with a guess at what they are."""
+    """The message for bytes that are not UTF-8, with a guess at their encoding."""
     bad = error.object[error.start]
     alone = not any(byte >= 0x80 for byte in error.object[error.start + 1 : error.start + 2])
     guess = "; it may be Latin-1 or Windows-1252" if alone else ""

@@ -3,10 +3,10 @@
 JSON is a list of rows, decoded from a window of the text, or one row per line. A duplicate key in an object is refused:
 one of its values would be lost. ``NaN``, which many tools write for a missing value, is null; ``Infinity`` is a number.
 
-Cells of separated values are text: ``123`` is ``"123"``, an empty cell ``""``. Only a column in which every cell that is
-not empty is a list or a message, in JSON or as Python (and so pandas) prints it, is decoded. If one cell is neither, all
-are text, so an answer that is JSON stays text. In a decoded column, a cell that begins like a list of messages and is
-damaged (spreadsheets truncate cells) makes its row unreadable.
+Cells of separated values are text: ``123`` is ``"123"``, an empty cell ``""``. A column is decoded only if every cell
+that is not empty is a list or a message, in JSON or as Python (and so pandas) prints it; an answer that is JSON stays
+text if one cell is neither. In a decoded column, a cell that begins like a list of messages and is damaged makes its
+row unreadable: spreadsheets truncate cells.
 """
 
 from __future__ import annotations
