@@ -1,11 +1,10 @@
-"""Rows of parquet and arrow files, batch by batch, as plain Python values.
+"""Rows of parquet and arrow files as plain Python values, batch by batch.
 
-Values are what JSON could hold: text, numbers, booleans, null, lists and dicts. What else such a file may hold is
-written as text: dates and times in ISO 8601, bytes as UTF-8 or, where they are not, as base64. Decimals become numbers
-and NaN, as everywhere in prefopt, null.
+Values are what JSON can hold: text, numbers, booleans, null, lists and dicts. Dates and times become text in ISO 8601,
+bytes become text in UTF-8 or else base64, decimals become numbers, and NaN becomes null.
 
-All structs of a column have the same fields: what an object lacks that another one has is null there. A null inside of
-an object is therefore left out, but for the ``default`` and ``const`` of a JSON schema, where null is a value.
+All structs of a column have the same fields, so a field that an object lacks is null. A null inside an object is
+therefore left out, except for ``default`` and ``const`` of a JSON schema, where null is a value.
 """
 
 from __future__ import annotations
@@ -14,37 +13,42 @@ import base64
 import datetime
 import decimal
 import math
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice, repeat
 from typing import Any
 
-from prefopt.data.files.content import ARROW_FILE, PARQUET, ROW_BYTES, Content, damaged, too_long
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from prefopt.data.files import content as bounds
+from prefopt.data.files.content import ARROW_FILE, PARQUET, ROW_BYTES, Content, damaged, too_large, too_long
 from prefopt.data.files.text_rows import decode
 from prefopt.errors import DataError
 
-# Bytes of a batch to turn into Python objects at once, and rows at most.
-BATCH_BYTES = 4 << 20
-BATCH_ROWS = 1024
-# Keys of a JSON schema that may be null, and keys below which there are names that rows chose themselves.
+# The largest batch that is converted to Python objects at once.
+BATCH_BYTES, BATCH_ROWS = 4 << 20, 1024
+# Keys of a JSON schema that may be null, and keys below which names are chosen by the rows.
 NULLABLE = ("default", "const")
 ARGUMENTS = "arguments"
 NAMING = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-# Bytes that the rows of a batch may come to where a file holds at most so many a row; fewer rows would be slow.
+# Where a file has at most SHARED_BYTES a row, rows may share long texts: the batch then has REPEATED_BYTES at most.
 REPEATED_BYTES, SHARED_BYTES, FEWEST_ROWS = 1 << 27, 64, 16
-# A decimal with more digits before its point than any float is text: as a whole number it could fill the memory.
-LARGEST = 400
+# A decimal with a larger exponent stays text: as a whole number it could fill the memory.
+MAX_EXPONENT = 400
+LISTS = (pa.ListType, pa.LargeListType, pa.FixedSizeListType, pa.ListViewType, pa.LargeListViewType)
 
 
 def read_table(content: Content) -> Iterator[object]:
-    """Rows of a parquet or arrow file, batch by batch."""
+    """Rows of a parquet or arrow file."""
     batches = _parquet_batches if content.head.startswith(PARQUET) else arrow_batches
     return table_rows(lambda: batches(content), str(content.path))
 
 
 def _parquet_batches(content: Content) -> Iterator[Any]:
-    """Record batches of a parquet file, no more than a part of a row group in memory."""
-    import pyarrow.parquet as pq
-
+    """Record batches of a parquet file, at most a part of a row group in memory."""
     with pq.ParquetFile(
         content.path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
     ) as parquet:
@@ -56,20 +60,51 @@ def _parquet_batches(content: Content) -> Iterator[Any]:
 
 def arrow_batches(content: Content) -> Iterator[Any]:
     """Record batches of an arrow file or stream, which is mapped, not loaded."""
-    import pyarrow as pa
-
+    start = len(ARROW_FILE) if content.head.startswith(ARROW_FILE) else 0  # a file is a stream between magic and footer
     with pa.memory_map(str(content.path)) as source:
-        if content.head.startswith(ARROW_FILE):
-            with pa.ipc.open_file(source) as reader:
-                for at in range(reader.num_record_batches):
-                    yield reader.get_batch(at)
-        else:
-            with pa.ipc.open_stream(source) as reader:
-                yield from reader
+        source.seek(start)
+        for message in pa.ipc.MessageReader.open_stream(source):
+            if message.type in ("record batch", "dictionary"):
+                _check_unpacked(message, str(content.path))
+        source.seek(start)
+        with pa.ipc.open_stream(source) as reader:
+            yield from reader
+
+
+def _check_unpacked(message: Any, file: str) -> None:
+    """Refuse compressed buffers that come to far more than their size, by the sizes at their heads, before unpacking.
+
+    The metadata are a flatbuffer (Message.fbs of Arrow): a table begins with the distance to its vtable, which holds
+    its own size, the size of the table and the offsets of the fields.
+    """
+    data = message.metadata.to_pybytes()
+
+    def number(form: str, at: int) -> int:
+        return int(struct.unpack_from(form, data, at)[0])
+
+    def field(table: int, index: int) -> int:
+        vtable = table - number("<i", table)
+        place = 4 + 2 * index
+        offset = number("<H", vtable + place) if place < number("<H", vtable) else 0
+        return table + offset if offset else 0
+
+    def target(at: int) -> int:
+        return at + number("<I", at)
+
+    batch = target(field(target(0), 2))
+    if message.type == "dictionary":
+        batch = target(field(batch, 1))
+    if not field(batch, 3):  # not compressed
+        return
+    buffers = target(field(batch, 2))
+    places = np.frombuffer(data, "<i8", 2 * number("<I", buffers), buffers + 4).reshape(-1, 2).tolist()
+    unpacked = sum(max(0, struct.unpack_from("<q", message.body, at)[0]) for at, size in places if size)
+    if unpacked > max(bounds.UNPACKED, bounds.TIMES * message.body.size):
+        raise DataError(too_large(), file=file)
 
 
 def table_rows(batches: Callable[[], Iterable[Any]], file: str) -> Iterator[object]:
-    """Rows of record batches. Raises :class:`DataError` where they are damaged, or there is none."""
+    """Rows of record batches. Raises :class:`DataError` where they are damaged or there is none."""
     number = 0
     source = iter(batches())
     while True:
@@ -77,10 +112,11 @@ def table_rows(batches: Callable[[], Iterable[Any]], file: str) -> Iterator[obje
             batch = next(source, None)
             if batch is None:
                 break
-            # Offsets and lengths come from the file: unless they are checked, a damaged one reads foreign memory.
-            batch.validate(full=True)
+            batch.validate(full=True)  # unchecked offsets of a damaged file would read foreign memory
             step = _rows_of_a_batch(batch.nbytes, batch.num_rows)
-        except Exception as error:  # what the library raises, of whatever class, the file has made it raise
+        except DataError:
+            raise
+        except Exception as error:  # of any class: the file caused it
             raise damaged(error, file, number) from None
         at = 0
         while at < batch.num_rows:
@@ -91,7 +127,7 @@ def table_rows(batches: Callable[[], Iterable[Any]], file: str) -> Iterator[obje
                 rows = _rows(part.to_struct_array())
             except _DuplicateName as error:
                 raise DataError(str(error), file=file) from None
-            except Exception as error:  # offsets, decimals, dates: what it holds is what its writer made of it
+            except Exception as error:  # invalid decimals, dates and the like
                 raise damaged(error, file, number) from None
             if wide and _characters(rows) > ROW_BYTES:
                 raise DataError(too_long(), file=file, row=number + 1)
@@ -111,13 +147,12 @@ def _rows_of_a_batch(size: int, rows: int) -> int:
 
 
 def _rows_of_repeats(size: int, rows: int) -> int:
-    """Rows at once of a file that holds few bytes a row: they may be long texts that rows share through a dictionary,
-    and each row of a batch may come to be as long as all that is stored."""
+    """Rows of a batch where rows may share long texts through a dictionary: each may be as long as the whole file."""
     return BATCH_ROWS if size >= SHARED_BYTES * rows else max(FEWEST_ROWS, REPEATED_BYTES // max(size, 1))
 
 
 def _characters(value: Any) -> int:
-    """Characters of all the text in a value."""
+    """Characters of all text in a value."""
     waiting, held = [value], 0
     while waiting:
         match waiting.pop():
@@ -131,17 +166,11 @@ def _characters(value: Any) -> int:
 
 
 def _values(array: Any, key: str = "") -> list[Any]:
-    """The values of an array, column by column where it is nested, which is many times faster than row by row.
-
-    ``key`` is what the objects among them stand under.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
+    """The values of an array below ``key``, converted column by column: many times faster than row by row."""
     kind, types = array.type, pa.types
     if types.is_struct(kind):
         values: list[Any] = _structs(array, key)
-    elif any(is_kind(kind) for is_kind in _list_kinds(types)):
+    elif isinstance(kind, LISTS):
         inner, lengths = iter(_values(array.flatten(), key)), pc.list_value_length(array).to_pylist()
         values = [None if length is None else list(islice(inner, length)) for length in lengths]
     elif types.is_map(kind):
@@ -162,27 +191,18 @@ def _values(array: Any, key: str = "") -> list[Any]:
 
 
 def _is_text(kind: Any) -> bool:
-    import pyarrow as pa
-
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _shared(array: Any) -> list[str | None]:
     """Texts of a dictionary, each once in memory however many rows point to it."""
-    import pyarrow.compute as pc
-
     used = pc.unique(array.indices.drop_null())
     texts = dict(zip(used.to_pylist(), _values(array.dictionary.take(used)), strict=True))
     return [None if at is None else texts[at] for at in array.indices.to_pylist()]
 
 
-def _list_kinds(types: Any) -> tuple[Callable[[Any], bool], ...]:
-    views = (types.is_list_view, types.is_large_list_view)
-    return (types.is_list, types.is_large_list, types.is_fixed_size_list, *views)
-
-
 def _structs(array: Any, key: str) -> list[dict[str, Any] | None]:
-    """Objects without the keys that they lack."""
+    """Objects without the fields that they lack."""
     rows = _rows(array, key)
     kept = () if key in (*NAMING, ARGUMENTS) else NULLABLE
     rows = [{name: v for name, v in row.items() if v is not None or name in kept} for row in rows]
@@ -192,9 +212,7 @@ def _structs(array: Any, key: str) -> list[dict[str, Any] | None]:
 
 
 def _maps(array: Any, key: str) -> list[dict[str, Any] | None]:
-    """Objects with names of their own: none is filled in, but what they hold may be objects of one type."""
-    import pyarrow as pa
-
+    """Objects whose keys are their own, so that none is filled in."""
     whole = array.cast(pa.list_(pa.struct([("key", array.type.key_type), ("value", array.type.item_type)])))
     pairs = whole.flatten()
     names, inner = map(str, pairs.field(0).to_pylist()), _values(pairs.field(1), key if key == ARGUMENTS else "")
@@ -206,7 +224,7 @@ def _maps(array: Any, key: str) -> list[dict[str, Any] | None]:
 
 
 def _rows(array: Any, key: str = "") -> list[dict[str, Any]]:
-    """Objects with all of their keys, as rows have all columns."""
+    """Objects with all of their fields, as rows have all columns."""
     names = [field.name for field in array.type]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -217,7 +235,7 @@ def _rows(array: Any, key: str = "") -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON could hold it."""
+    """A value as JSON can hold it."""
     match value:
         case None | str() | bool() | int():
             return value
@@ -228,9 +246,12 @@ def _plain(value: Any) -> Any:
         case list() | tuple():
             return [_plain(inner) for inner in value]
         case bytes():
-            return _text(value)
+            try:
+                return value.decode("utf-8")
+            except UnicodeDecodeError:
+                return base64.b64encode(value).decode("ascii")
         case decimal.Decimal():
-            if not value.is_finite() or abs(value.adjusted()) > LARGEST:
+            if not value.is_finite() or abs(value.adjusted()) > MAX_EXPONENT:
                 return str(value)
             return int(value) if value == value.to_integral_value() else float(value)
         case datetime.timedelta():
@@ -245,10 +266,3 @@ def _json(text: str) -> Any:
         return decode(text)
     except (ValueError, RecursionError):
         return text
-
-
-def _text(value: bytes) -> str:
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError:
-        return base64.b64encode(value).decode("ascii")

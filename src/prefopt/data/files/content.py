@@ -143,6 +143,11 @@ def too_long(where: str = "") -> str:
     return f"the row{where} is longer than {ROW_BYTES >> 20} MiB, which no row may be; shorten it, or leave it out"
 
 
+def too_large() -> str:
+    """The message for a file that decompresses to far more than its size."""
+    return f"comes to more than {TIMES} times its size when it is unpacked, which rows do not; unpack it first"
+
+
 class _Parts(io.RawIOBase):
     """A decompressed stream of bounded size, whose bytes before damage can be read."""
 
@@ -158,8 +163,7 @@ class _Parts(io.RawIOBase):
         buffer[: len(part)] = part
         self._left -= len(part)
         if self._left < 0:
-            what = f"comes to more than {TIMES} times its size when it is unpacked, which rows do not; unpack it first"
-            raise DataError(what, file=self._file)
+            raise DataError(too_large(), file=self._file)
         return len(part)
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.core.hashes import file_hashes
-from prefopt.data.files.columnar import arrow_batches, table_rows
 from prefopt.data.files.content import look, reason
 from prefopt.errors import DataError
 
@@ -30,6 +29,8 @@ class SavedSplit:
     files: tuple[Path, ...]
 
     def rows(self, name: str, keep_going: bool) -> Iterator[object]:
+        from prefopt.data.files.columnar import arrow_batches, table_rows  # pyarrow takes time to import
+
         contents = [look(file) for file in self.files]
         return table_rows(lambda: (batch for content in contents for batch in arrow_batches(content)), name)
 
@@ -119,6 +120,7 @@ class HubSplit:
 
 def dataset_rows(data: Any, name: str) -> Iterator[object]:
     """Rows of a ``datasets.Dataset`` without the nulls that Arrow fills in."""
+    from prefopt.data.files.columnar import table_rows
 
     def batches() -> Iterator[Any]:
         for table in data.with_format("arrow").iter(batch_size=1024):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from prefopt.core.hashes import file_hashes
-from prefopt.data.files import columnar, text_rows
+from prefopt.data.files import text_rows
 from prefopt.data.files.content import (
     CSV_NAMES,
     DAMAGED,
@@ -269,7 +269,9 @@ def _is_json(content: Content) -> bool:
 
 def _reader(content: Content, keep_going: bool, header: bool) -> Iterator[object]:
     if content.is_table:
-        yield from columnar.read_table(content)
+        from prefopt.data.files.columnar import read_table  # pyarrow takes time to import
+
+        yield from read_table(content)
     elif _is_json(content):
         with content.opened() as handle:
             if content.first == b"[":
