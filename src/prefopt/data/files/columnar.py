@@ -1,4 +1,4 @@
-"""Rows of parquet and arrow files as plain Python values, batch by batch.
+"""Rows of parquet and arrow files as plain Python values, batch by batch; and parquet files of rows.
 
 Values are what JSON can hold: text, numbers, booleans, null, lists and dicts. Dates and times become text in ISO 8601,
 bytes become text in UTF-8 or else base64, decimals become numbers, and NaN becomes null.
@@ -12,10 +12,13 @@ from __future__ import annotations
 import base64
 import datetime
 import decimal
+import json
 import math
+import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice, repeat
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -266,3 +269,102 @@ def _json(text: str) -> Any:
         return decode(text)
     except (ValueError, RecursionError):
         return text
+
+
+def write_parquet(lines: Path, table: Path, loose: Collection[str]) -> None:
+    """A parquet file of the rows in a file of JSON lines, which is read twice: for the schema, then by batches.
+
+    A column whose values have one type has that type; any other is JSON (arrow's ``arrow.json``, parquet's ``JSON``),
+    which is decoded on reading. In ``loose`` columns, objects of one type may lack fields.
+    """
+    types: dict[str, Any] = {}
+    for batch in _line_batches(lines):
+        for row in batch:
+            for name, value in row.items():
+                found = _type_of(value, name in loose)
+                types[name] = _merged(types.get(name, pa.null()), found, name in loose)
+    plain = {name for name, kind in types.items() if kind is not None and not _has_null(kind)}
+    schema = pa.schema([(name, kind if name in plain else pa.json_()) for name, kind in types.items()])
+    with pq.ParquetWriter(table, schema, compression="zstd") as writer:
+        for batch in _line_batches(lines):
+            arrays = []
+            for field in schema:
+                if field.name in plain:
+                    arrays.append(pa.array([row.get(field.name) for row in batch], field.type))
+                    continue
+                # An absent value is null; a null is the JSON of null.
+                cells = [json.dumps(row[field.name]) if field.name in row else None for row in batch]
+                arrays.append(pa.ExtensionArray.from_storage(pa.json_(), pa.array(cells, pa.string())))
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+    with table.open("rb+") as written:
+        os.fsync(written.fileno())
+
+
+def _line_batches(lines: Path) -> Iterator[list[dict[str, Any]]]:
+    batch: list[dict[str, Any]] = []
+    size = 0
+    with lines.open("rb") as file:
+        for line in file:
+            batch.append(json.loads(line))
+            size += len(line)
+            if len(batch) == BATCH_ROWS or size > 2 * BATCH_BYTES:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _type_of(value: object, loose: bool) -> Any:
+    """The arrow type of a JSON value; None where it has none."""
+    match value:
+        case None:
+            return pa.null()
+        case bool():
+            return pa.bool_()
+        case int():
+            return pa.int64() if -(2**63) <= value < 2**63 else None
+        case float():
+            return pa.float64()
+        case str():
+            return pa.string() if _encodable(value) else None
+        case list():
+            items = pa.null()
+            for item in value:
+                items = _merged(items, _type_of(item, loose), loose)
+            return None if items is None else pa.list_(items)
+        case dict():
+            fields = {name: _type_of(inner, loose) for name, inner in value.items() if _encodable(name)}
+            whole = fields and len(fields) == len(value) and None not in fields.values()
+            return pa.struct(fields.items()) if whole else None
+    raise TypeError(f"{type(value).__name__} is no value of JSON")
+
+
+def _merged(a: Any, b: Any, loose: bool) -> Any:
+    """A type for values of both types; None where there is none."""
+    if a is None or b is None:
+        return None
+    if a == b or pa.types.is_null(b):
+        return a
+    if pa.types.is_null(a):
+        return b
+    if pa.types.is_list(a) and pa.types.is_list(b):
+        items = _merged(a.value_type, b.value_type, loose)
+        return None if items is None else pa.list_(items)
+    if pa.types.is_struct(a) and pa.types.is_struct(b):
+        one, other = ({field.name: field.type for field in kind} for kind in (a, b))
+        if one.keys() == other.keys() or loose:
+            fields = {n: _merged(one.get(n, pa.null()), other.get(n, pa.null()), loose) for n in {**one, **other}}
+            return None if None in fields.values() else pa.struct(fields.items())
+    return None
+
+
+def _has_null(kind: Any) -> bool:
+    return pa.types.is_null(kind) or any(_has_null(kind.field(at).type) for at in range(kind.num_fields))
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
