@@ -15,13 +15,13 @@ import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from unicodedata import unidata_version
 
 import numpy as np
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 LIBRARIES = ("transformers", "tokenizers", "jinja2")
 # The code that makes groups of rows. Its digest is part of the key: a version number would be forgotten.
 CODE = (Path(__file__).parent, Path(records.__file__))
-REPORT, MANIFEST, BUILDING = "report.json", "manifest.json", ".building"
+MANIFEST, BUILDING = "manifest.json", ".building"
 # Smaller entries are not flushed to disk, and their checksums are verified at every opening: a flush takes longer than
 # reading so few bytes. What a power cut damages is made again.
 SMALL = 64 << 20
@@ -101,15 +101,13 @@ class Report:
     warnings: Warnings = field(default_factory=dict)
     template: str | None = None
 
-    def dump(self) -> bytes:
-        """As JSON; problems without the file, which :meth:`load` is given."""
-        plain = asdict(self) | {"problems": [(p.kind, p.row, p.what) for p in self.problems]}
-        return json.dumps(plain).encode()
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; problems without the file, which :meth:`from_dict` is given."""
+        return asdict(self) | {"problems": [(p.kind, p.row, p.what) for p in self.problems]}
 
     @classmethod
-    def load(cls, data: bytes, file: str) -> Report:
-        """What ``dump`` wrote, with ``file`` as the name: the same contents may have another path by now."""
-        plain = json.loads(data)
+    def from_dict(cls, plain: Mapping[str, Any], file: str) -> Report:
+        """The report with ``file`` as the name: the same contents may have another path by now."""
         start = f"{plain['file']}: "
         notes = [f"{file}: {n.removeprefix(start)}" if n.startswith(start) else n for n in plain["notes"]]
         problems = [Problem(kind, row, what, file) for kind, row, what in plain["problems"]]
@@ -126,28 +124,24 @@ class Tokenised:
 
 
 class TableWriter:
-    """Writes columns chunk by chunk into a new ``folder``, which is valid after ``finish``; a context closes the files.
-
-    Raises ``OSError``.
-    """
+    """Writes columns chunk by chunk into a new ``folder``, complete after ``finish``. Raises ``CacheError``."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True)
         self.folder = folder
         self.groups = self.tokens = 0
         self._max_id = -1
-        self._files: dict[str, IO[bytes]] = {}
         self._digests = {name: hashlib.sha256() for name in COLUMNS}
-        for name in COLUMNS:
-            self._files[name] = _file(folder, name).open("wb")
+        self._stack = ExitStack()
+        with cache_errors(folder):
+            folder.mkdir(parents=True)
+            self._files = {name: self._stack.enter_context(_file(folder, name).open("wb")) for name in COLUMNS}
 
     def __enter__(self) -> TableWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            with suppress(OSError):  # a full disk; finished files have been flushed
-                file.close()
+        with suppress(OSError):  # a full disk; finished files have been flushed
+            self._stack.close()
 
     def append(self, columns: Columns) -> None:
         """Append the columns of the next groups."""
@@ -156,29 +150,27 @@ class TableWriter:
             assert array.dtype == dtype, name
             data = array.tobytes()
             self._digests[name].update(data)
-            self._files[name].write(data)
+            with cache_errors(self.folder):
+                self._files[name].write(data)
         self._max_id = max(self._max_id, int(columns["ids_T"].max(initial=-1)))
         self.groups += len(columns["row_G"])
         self.tokens += len(columns["ids_T"])
 
-    def finish(self, about: Mapping[str, Any], attached: Mapping[str, bytes]) -> None:
-        """Write the manifest with ``about``, and the ``attached`` files, by name."""
+    def finish(self, about: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+        """Write the manifest, with ``about`` and the report."""
         files = {}
         for name, file in self._files.items():
             files[f"{name}.bin"] = {"bytes": file.tell(), "sha256": self._digests[name].hexdigest()}
-        for name, data in attached.items():
-            files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        write = Path.write_bytes if _small(files) else write_flushed
-        for file in self._files.values():
-            file.flush()
-            if not _small(files):
-                os.fsync(file.fileno())
-        for name, data in attached.items():
-            write(self.folder / name, data)
-        manifest = {"files": files, "max_id": self._max_id, "groups": self.groups, "about": dict(about)}
-        text = json.dumps(manifest, sort_keys=True)
+        manifest = {"files": files, "max_id": self._max_id, "groups": self.groups, "about": about, "report": report}
+        text = json.dumps(manifest)  # unsorted, since the order of warnings is that of the notes
         sealed = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": manifest}
-        write(self.folder / MANIFEST, json.dumps(sealed, sort_keys=True, indent=1).encode())
+        with cache_errors(self.folder):
+            for file in self._files.values():
+                file.flush()
+                if not _small(files):
+                    os.fsync(file.fileno())
+            write = Path.write_bytes if _small(files) else write_flushed
+            write(self.folder / MANIFEST, json.dumps(sealed, indent=1).encode())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -186,7 +178,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         sealed = json.loads((folder / MANIFEST).read_bytes())
         manifest = sealed["manifest"]
-        good = sealed["sha256"] == hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        good = sealed["sha256"] == hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
     except FileNotFoundError:
         raise Damaged("no manifest") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -294,7 +286,7 @@ class TokenCache:
             manifest = read_manifest(folder)
             if not fresh:
                 check_files(folder, manifest, root=self.root)
-            report = Report.load((folder / REPORT).read_bytes(), file)
+            report = Report.from_dict(manifest["report"], file)
             return Tokenised(open_part(folder, manifest, source=source), report, cached=not fresh)
         except OSError as error:
             raise Damaged(error.strerror or str(error)) from error
@@ -302,17 +294,10 @@ class TokenCache:
     def _make(self, folder: Path, key: TokenKey, make: Callable[[Append], Report]) -> None:
         aside = folder.with_name(folder.name + BUILDING)
         self._sweep(folder)
+        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
         try:
-            with cache_errors(aside):
-                shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
-                writer = TableWriter(aside)
-            with writer:
-
-                def append(columns: Columns) -> None:
-                    with cache_errors(aside):
-                        writer.append(columns)
-
-                report = make(append)
+            with TableWriter(aside) as writer:
+                report = make(writer.append)
                 about = {
                     "file": report.file,
                     "read": report.read,
@@ -320,8 +305,7 @@ class TokenCache:
                     "key": asdict(key),
                     "created": datetime.now(UTC).isoformat("T", "seconds"),
                 }
-                with cache_errors(aside):
-                    writer.finish(about, {REPORT: report.dump()})
+                writer.finish(about, report.to_dict())
             with cache_errors(folder):
                 aside.rename(folder)
                 sync_folder(folder.parent)
