@@ -19,7 +19,7 @@ from prefopt.config.data import RenderOptions
 from prefopt.data.chat.render import DATED, NO_BOS, Renderer
 from prefopt.data.chat.render_options import Rendering, parse_variables, read_template
 from prefopt.data.tokenizer import tokenizer_digest
-from prefopt.data.validate import Problem, merge_warnings, warning_lines
+from prefopt.data.validate import Problem
 from prefopt.errors import ConfigError, ModelError
 from prefopt.records import Comparison, Message
 
@@ -202,16 +202,12 @@ def test_several_templates_of_one_tokenizer() -> None:
         Renderer(tokenizer)
 
 
-def test_findings_of_several_processes_add_up() -> None:
+def test_warnings_name_their_rows() -> None:
     rows = [replace(PAIR, row=i, prompt=(Message("user", "</s>" if i % 2 else "q"),)) for i in range(1, 40)]
-    whole, parts = Renderer(small_tokenizer()), [Renderer(small_tokenizer()) for _ in range(2)]
+    whole = Renderer(small_tokenizer())
     list(whole.render_all(rows))
-    for part, some in zip(parts, (rows[20:], rows[:20]), strict=True):
-        list(part.render_all(some))
-    merged = merge_warnings(part.warnings for part in parts)
-    assert merged == whole.warnings and warning_lines(merged) == whole.notes
-    assert "20 rows (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, ...)" in "\n".join(warning_lines(merged))
-    # What was handed over is not handed over twice, and what concerns all rows is said again with the next.
+    assert "20 rows (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, ...)" in "\n".join(whole.notes)
+    # A warning about all rows comes again after the warnings were taken.
     whole.warnings.clear()
     list(whole.render_all(rows[1:2]))
     assert list(whole.warnings.values()) == [[]]

@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from prefopt.data.files.content import CSV_NAMES, layout_name
+from prefopt.data.files.content import CSV_NAMES
 from prefopt.data.files.sources import FileOrigin, MemoryOrigin, Source
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.layouts.columns import columns_of, said_of_columns, shared_column
@@ -120,7 +120,7 @@ def open_comparisons(source: Source, *, format: str | None = None, columns: Sequ
     said = said_of_columns(columns)
     given = said.pairs
     entry = find_entry(source.path) if named is None else None
-    cells = source.path is not None and layout_name(source.path) in CSV_NAMES
+    cells = source.suffix in CSV_NAMES
     pairs, refused = ({**entry.pairs, **given}, entry.media) if entry else (given, ())
     if entry and (clash := shared_column(pairs)):
         who = "dataset_info.json beside it, with --columns," if given else "dataset_info.json beside it"

@@ -16,7 +16,6 @@ from prefopt.core.terminal import Reporter
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.comparisons import Reading, open_comparisons
-from prefopt.data.files.content import layout_name
 from prefopt.data.files.sources import Origin, Source, find_sources
 from prefopt.data.layouts.dataset_info import find_entry
 from prefopt.data.sampler import Indices, split_by_prompt
@@ -28,7 +27,6 @@ from prefopt.data.validate import (
     Problem,
     Warnings,
     describe,
-    merge_warnings,
     refuse,
     refused_rows,
     warning_lines,
@@ -118,7 +116,7 @@ class _Loader:
         """The groups of a source from the token cache, tokenised first where they are not there."""
         contents = source.digest()
         # How a file is read also depends on its ending and on a dataset_info.json beside it.
-        reading = (str(self.format), str(self.columns), str(source.path and layout_name(source.path)))
+        reading = (str(self.format), str(self.columns), source.suffix)
         beside = find_entry(source.path) if self.format is None else None
         key = TokenKey(contents, (*reading, str(beside)), self.kind, rendering_digest)
         source = replace(source, origin=_Stoppable(source.origin, self.stop))
@@ -144,7 +142,7 @@ class _Loader:
         if reading.lost and self.kind in PREFERENCES:
             raise DataError(reading.lost, file=reading.file)
         problems: list[Problem] = []
-        warnings: list[Warnings] = []
+        warnings: Warnings = {}
         conversations, done = False, 0
         with ExitStack() as stack:
             bar = None
@@ -153,14 +151,15 @@ class _Loader:
             for chunk in self._prepared(reading, stack):
                 append(chunk.columns)
                 problems += chunk.problems
-                warnings.append(chunk.warnings)
+                for what, rows in chunk.warnings.items():
+                    warnings.setdefault(what, []).extend(rows)
                 conversations = conversations or chunk.conversations
                 done += chunk.rows
                 if bar is not None:
                     bar.update(done)
         template = Renderer(self.tokenizer, self.rendering).template if conversations else None
         notes = list(reading.notes)  # complete after the last row only
-        return Report(reading.file, reading.count, problems, notes, merge_warnings(warnings), template)
+        return Report(reading.file, reading.count, problems, notes, warnings, template)
 
     def _prepared(self, reading: Reading, stack: ExitStack) -> Iterator[Chunk]:
         """The chunks of a source, in order; other processes make them where there are many rows."""

@@ -7,7 +7,7 @@
 >>> sorted(i for epoch in (0, 1) for i in mixture.order(epoch).tolist() if i < 4)
 [0, 1, 2, 3]
 
->>> train, held = split_by_prompt([b"a", b"b", b"a", b"c"], fraction=0.5, seed=0)
+>>> train, held = split_by_prompt(np.array([b"a", b"b", b"a", b"c"]), fraction=0.5, seed=0)
 >>> sorted(train + held)
 [0, 1, 2, 3]
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -92,7 +92,7 @@ class BatchSampler:
         return np.random.Generator(np.random.PCG64([self.seed, source, 1])).permutation(n)
 
 
-def split_by_prompt(keys: Sequence[bytes] | KeyArray, fraction: float, seed: int) -> tuple[Indices, Indices]:
+def split_by_prompt(keys: KeyArray, fraction: float, seed: int) -> tuple[Indices, Indices]:
     """Indices (train, held out) of rows, given the keys of their prompts; no prompt is on both sides.
 
     A prompt is held out with probability ``fraction`` by a hash of seed and key, so that rows appended later move no
@@ -101,13 +101,15 @@ def split_by_prompt(keys: Sequence[bytes] | KeyArray, fraction: float, seed: int
     """
     if not 0 < fraction < 1:
         raise ConfigError(f"--eval-fraction {fraction} should lie between 0 and 1")
-    names, prompt = _distinct(keys)
+    prompts, prompt = np.unique(keys, return_inverse=True)
+    data, width = prompts.tobytes(), prompts.itemsize  # with trailing zero bytes, which numpy drops from an item
+    names = [data[start : start + width] for start in range(0, len(data), width)]
     place = np.array([_place(name, seed) for name in names])
     if len(place) < 2:
         raise DataError("all rows have the same prompt, so none can be held out; name a file with --eval-data")
     held = place < fraction
     if held.all() or not held.any():
-        ranked = sorted(zip(place.tolist(), _distinct(keys)[0], range(len(place)), strict=True))
+        ranked = sorted(zip(place.tolist(), names, range(len(place)), strict=True))
         held[ranked[-1 if held.all() else 0][2]] ^= True
     side = held[prompt]
     return indices(np.flatnonzero(~side)), indices(np.flatnonzero(side))
@@ -118,17 +120,6 @@ def indices(numbers: IndexArray) -> Indices:
     found: Indices = array("q")
     found.frombytes(np.ascontiguousarray(numbers, np.int64).tobytes())
     return found
-
-
-def _distinct(keys: Sequence[bytes] | KeyArray) -> tuple[Iterable[bytes], IndexArray]:
-    """The distinct keys, and the number of each row's key."""
-    if isinstance(keys, np.ndarray):
-        found, inverse = np.unique(keys, return_inverse=True)
-        data, width = found.tobytes(), found.itemsize  # with trailing zero bytes, which numpy drops
-        return (data[i : i + width] for i in range(0, len(data), width)), inverse
-    number: dict[bytes, int] = {}
-    inverse = np.array([number.setdefault(key, len(number)) for key in keys], np.int64)
-    return number, inverse
 
 
 def _place(key: bytes, seed: int) -> float:

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -276,21 +276,12 @@ def refuse(problems: Sequence[Problem], read: int) -> DataError:
 Warnings = dict[str, list[int]]
 
 
-def merge_warnings(several: Iterable[Mapping[str, Sequence[int]]]) -> Warnings:
-    """All warnings, each with its rows in order.
+def warning_lines(warnings: Mapping[str, Sequence[int]]) -> list[str]:
+    """One line for each warning, with its number of rows and the first of them.
 
-    >>> warning_lines(merge_warnings([{"no BOS": [], "cut": [3]}, {"cut": [9]}]))
+    >>> warning_lines({"no BOS": [], "cut": [3, 9]})
     ['no BOS', 'cut: 2 rows (3, 9)']
     """
-    merged: Warnings = {}
-    for warnings in several:
-        for what, rows in warnings.items():
-            merged.setdefault(what, []).extend(rows)
-    return {what: sorted(rows) for what, rows in merged.items()}
-
-
-def warning_lines(warnings: Mapping[str, Sequence[int]]) -> list[str]:
-    """One line for each warning, with its number of rows and the first of them."""
     return [
         f"{what}: {len(rows)} row{'s' * (len(rows) > 1)} ({_first_rows(rows)})" if rows else what
         for what, rows in warnings.items()

@@ -156,16 +156,10 @@ def _rows_of_repeats(size: int, rows: int) -> int:
 
 def _characters(value: Any) -> int:
     """Characters of all text in a value."""
-    waiting, held = [value], 0
-    while waiting:
-        match waiting.pop():
-            case str(text):
-                held += len(text)
-            case dict() as inner:
-                waiting += [*inner.keys(), *inner.values()]
-            case list() as inner:
-                waiting += inner
-    return held
+    if isinstance(value, str):
+        return len(value)
+    inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+    return sum(map(_characters, inner)) if isinstance(inner, list) else 0
 
 
 def _values(array: Any, key: str = "") -> list[Any]:

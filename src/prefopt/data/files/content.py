@@ -7,6 +7,7 @@ import codecs
 import gzip
 import io
 import lzma
+import re
 import stat
 import zlib
 from collections.abc import Iterator
@@ -30,6 +31,9 @@ JSON_NAMES = (".json", ".jsonl", ".ndjson")
 CSV_NAMES = (".csv", ".tsv", ".tab")
 TABLE_NAMES = (".parquet", ".arrow", ".feather")
 PARQUET, ARROW_FILE, ARROW_STREAM = b"PAR1", b"ARROW1\0\0", b"\xff\xff\xff\xff"
+TABLES = (PARQUET, ARROW_FILE, ARROW_STREAM)
+# How JSON rows begin in a file named .csv, whose first column may have a name with a bracket.
+_JSON = re.compile(rb"""\s*(\[\s*[\[{"\]]|\{\s*["}])""")
 
 _PICKLE = "is a Python pickle, which can run code and is never loaded; write JSON lines or parquet"
 # Beginnings of files that hold no rows, with the remedy.
@@ -62,7 +66,15 @@ class Content:
     @property
     def is_table(self) -> bool:
         """Whether it is parquet or arrow."""
-        return self.head.startswith((PARQUET, ARROW_FILE, ARROW_STREAM))
+        return self.head.startswith(TABLES)
+
+    @property
+    def is_json(self) -> bool:
+        """Whether it is JSON, by its name or else by its beginning."""
+        suffix = data_suffix(self.path)
+        if suffix in CSV_NAMES:
+            return bool(_JSON.match(self.head.removeprefix(codecs.BOM_UTF8)))
+        return suffix in JSON_NAMES or self.first in (b"[", b"{")
 
     @contextmanager
     def opened(self) -> Iterator[io.BufferedReader]:
@@ -102,7 +114,7 @@ def look(path: Path) -> Content:
     return Content(path, compression, head, text.lstrip()[:1])
 
 
-def layout_name(path: Path) -> str:
+def data_suffix(path: Path) -> str:
     """The ending of a name in small letters, without those of compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     while suffixes and suffixes[-1] in COMPRESSED_NAMES:
@@ -112,7 +124,7 @@ def layout_name(path: Path) -> str:
 
 def is_data_name(path: Path) -> bool:
     """Whether a name says that the file holds rows."""
-    return layout_name(path) in JSON_NAMES + CSV_NAMES + TABLE_NAMES
+    return data_suffix(path) in JSON_NAMES + CSV_NAMES + TABLE_NAMES
 
 
 def read_some(handle: io.BufferedReader, size: int) -> tuple[bytes, Exception | None]:
@@ -189,18 +201,16 @@ def _refuse(file: str, head: bytes, compression: str | None) -> None:
     inside = f" inside {compression}" if compression else ""
     if head.startswith(b"PK") and (b"[Content_Types].xml" in head or b"xl/" in head):
         raise DataError("is an Excel workbook; export it as CSV in UTF-8", file=file)
-    if head.startswith(b"PK\x03\x04") and len(head) > 6 and head[6] & 1:
-        raise DataError("is a zip archive with a password; unpack it first", file=file)
     for start, what in _REFUSED.items():
         if head.startswith(start):
             raise DataError(what, file=file)
     if compression and (again := next((n for s, n in COMPRESSED.items() if head.startswith(s)), None)):
         raise DataError(f"is compressed twice ({again}{inside}); unpack it once", file=file)
-    if compression and head.startswith((PARQUET, ARROW_FILE, ARROW_STREAM)):
+    if compression and head.startswith(TABLES):
         raise DataError(f"is a parquet or arrow file{inside}; unpack it first", file=file)
     if head[257:262] == b"ustar":
         raise DataError(f"is a tar archive{inside}; unpack it first", file=file)
-    if head.startswith((PARQUET, ARROW_FILE, ARROW_STREAM)):
+    if head.startswith(TABLES):
         return
     if head.count(0) > 0.1 * len(head):
         halves = head[0::2].count(0), head[1::2].count(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import difflib
 import glob
 import os
 import re
@@ -13,16 +12,16 @@ from pathlib import Path
 from typing import Protocol
 
 from prefopt.core.hashes import file_hashes
+from prefopt.core.options import nearest as did_you_mean
 from prefopt.data.files import text_rows
 from prefopt.data.files.content import (
     CSV_NAMES,
     DAMAGED,
-    JSON_NAMES,
     TABLE_NAMES,
     Content,
     damaged,
+    data_suffix,
     is_data_name,
-    layout_name,
     lines_of,
     look,
 )
@@ -40,8 +39,6 @@ SPLIT_WORDS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-# How JSON rows begin; a column of a .csv may have a name with a bracket.
-_JSON = re.compile(rb"""\s*(\[\s*[\[{"\]]|\{\s*["}])""")
 
 
 class Origin(Protocol):
@@ -67,6 +64,11 @@ class Source:
     origin: Origin
     entry: int = 0
     notes: tuple[str, ...] = ()
+
+    @property
+    def suffix(self) -> str:
+        """The suffix of a file, without those of compression; empty for other sources."""
+        return data_suffix(self.path) if self.path else ""
 
     def rows(self, *, keep_going: bool = False) -> Iterator[object]:
         """Stream the rows, from the start at each call; ``keep_going`` and errors as in :func:`read_rows`."""
@@ -158,9 +160,8 @@ def _options(name: str) -> tuple[str, dict[str, str]]:
         key, _, value = part.partition("=")
         key, value = key.strip(), value.strip()
         if key not in OPTIONS:
-            close = difflib.get_close_matches(key, OPTIONS, 1)
-            hint = f"; did you mean {close[0]}=?" if close else ""
-            raise ConfigError(f"{name}: {key}= is no option of a data set; known are {', '.join(OPTIONS)}{hint}")
+            hint = f"known are {', '.join(OPTIONS)}{did_you_mean(key, OPTIONS)}"
+            raise ConfigError(f"{name}: {key}= is no option of a data set; {hint}")
         if key in options:
             raise ConfigError(f"{name}: {key}= is given twice")
         if not value:
@@ -248,7 +249,7 @@ def raw_lines(path: Path) -> Iterator[bytes] | None:
     Rows and their order are those of :func:`read_rows` with ``keep_going``.
     """
     content = look(path)
-    return None if content.is_table or content.first == b"[" or not _is_json(content) else _lines(content)
+    return None if content.is_table or content.first == b"[" or not content.is_json else _lines(content)
 
 
 def _lines(content: Content) -> Iterator[bytes]:
@@ -259,31 +260,23 @@ def _lines(content: Content) -> Iterator[bytes]:
                 yield line
 
 
-def _is_json(content: Content) -> bool:
-    if layout_name(content.path) in JSON_NAMES:
-        return True
-    if layout_name(content.path) in CSV_NAMES:
-        return bool(_JSON.match(content.head.removeprefix(codecs.BOM_UTF8)))
-    return content.first in (b"[", b"{")
-
-
 def _reader(content: Content, keep_going: bool, header: bool) -> Iterator[object]:
     if content.is_table:
         from prefopt.data.files.columnar import read_table  # pyarrow takes time to import
 
         yield from read_table(content)
-    elif _is_json(content):
+    elif content.is_json:
         with content.opened() as handle:
             if content.first == b"[":
                 yield from text_rows.read_json_list(handle, str(content.path), keep_going)
             else:
-                yield from text_rows.read_json_lines(handle, str(content.path), keep_going, content.opened)
-    elif layout_name(content.path) in CSV_NAMES:
+                yield from text_rows.read_json_lines(handle, str(content.path), keep_going)
+    elif data_suffix(content.path) in CSV_NAMES:
         yield from text_rows.read_csv(content, keep_going=keep_going, header=header)
     else:
         what = "is of no known kind; name it by what it holds: .jsonl, .json, .csv, .tsv, .parquet or .arrow"
-        if (ending := layout_name(content.path)) in TABLE_NAMES:
-            what = f"is no {ending[1:]} file, whatever its name says; download or copy it again"
+        if (suffix := data_suffix(content.path)) in TABLE_NAMES:
+            what = f"is no {suffix[1:]} file, whatever its name says; download or copy it again"
         raise DataError(what, file=str(content.path))
 
 

@@ -19,12 +19,11 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from io import BufferedReader
 from typing import Any
 
-from prefopt.data.files.content import DAMAGED, ROW_BYTES, Content, layout_name, lines_of, not_utf8, read_some, too_long
+from prefopt.data.files.content import DAMAGED, ROW_BYTES, Content, data_suffix, lines_of, not_utf8, read_some, too_long
 from prefopt.errors import DataError
 
 WINDOW = 1 << 20
@@ -32,14 +31,9 @@ WINDOW = 1 << 20
 TAIL = 16
 DEPTH = 100  # deeper than any row of data, and far below the limit of Python's recursion
 TOO_DEEP = f"nested more than {DEPTH} deep"
-# The most that is read to find out whether a file is one JSON object.
-ONE_OBJECT_BYTES = 1 << 26
 # How a list of messages begins: a cell that begins so and cannot be decoded is damaged, not text.
 BROKEN = re.compile(r"""\s*\[\s*\{\s*["']""")
 NAME_LIMIT = 200  # a longer column name shows that the first line is a row
-
-
-_Opener = Callable[[], AbstractContextManager[BufferedReader]]
 
 
 class _DuplicateKey(ValueError):
@@ -91,13 +85,8 @@ def _check_depth(text: str, start: int, end: int) -> None:
             raise RecursionError(TOO_DEEP)
 
 
-def read_json_lines(
-    handle: BufferedReader, file: str, keep_going: bool = False, reopen: _Opener | None = None
-) -> Iterator[object]:
-    """Rows of JSON lines without blank lines; ``keep_going`` as in :func:`prefopt.data.files.sources.read_rows`.
-
-    ``reopen`` opens the file again, to find out whether a file without a row in its first line is a single object.
-    """
+def read_json_lines(handle: BufferedReader, file: str, keep_going: bool = False) -> Iterator[object]:
+    """Rows of JSON lines without blank lines; ``keep_going`` as in :func:`prefopt.data.files.sources.read_rows`."""
     row = 0
     for number, (raw, whole) in enumerate(lines_of(handle), 1):
         problem = None
@@ -112,10 +101,6 @@ def read_json_lines(
         except UnicodeDecodeError as error:
             problem = not_utf8(error, f"at line {number}")
         except json.JSONDecodeError as error:
-            if row == 0 and line[0] == "{" and reopen is not None:
-                with reopen() as opened:
-                    if what := _one_object(opened):
-                        raise DataError(what, file=file) from None
             problem = f"not JSON at line {number} ({error.msg}, column {error.colno}); {_line_hint(line, error)}"
         except (ValueError, RecursionError) as error:
             problem = f"not readable at line {number}: {error}"
@@ -128,28 +113,13 @@ def read_json_lines(
             raise DataError(problem, file=file, row=row)
 
 
-def _one_object(handle: BufferedReader) -> str:
-    """The message for a file that is one JSON object over several lines, or several of them; else empty."""
-    text = handle.read(ONE_OBJECT_BYTES).removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace").strip()
-    try:
-        value, end = _LENIENT.raw_decode(text)
-    except (ValueError, RecursionError):
-        return ""
-    if "\n" not in text[:end]:
-        return ""
-    if end < len(text):
-        return "holds JSON objects that go over several lines each; put each into a line, or all into a list"
-    lists = [key for key, rows in value.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
-    remedy = f"save the list under {lists[0][:60]!r} alone" if lists else "put it into a list: [{...}, {...}]"
-    what = "is one JSON object, not a list of rows nor a row in each line (the row does not end in its line)"
-    return f"{what}; {remedy}"
-
-
 def _line_hint(line: str, error: json.JSONDecodeError) -> str:
     hint = "each line should hold one row, or the file a list of rows"
     if line[0] not in "[{":
         return f"{hint}; comma-separated values go by the name .csv"
-    return f"the row does not end in its line: {hint}" if error.pos >= len(line) else hint
+    if error.pos >= len(line):
+        return f"the row does not end in its line: {hint}; of one large object, save the list of rows alone"
+    return hint
 
 
 class _Window:
@@ -346,7 +316,7 @@ def _names(cells: list[str], file: str) -> list[str]:
 
 def _delimiter(content: Content) -> str:
     """Tab for .tsv; else the first of comma, tab and semicolon in the first line (spreadsheets differ)."""
-    if layout_name(content.path) in (".tsv", ".tab"):
+    if data_suffix(content.path) in (".tsv", ".tab"):
         return "\t"
     first = content.head.splitlines()[0] if content.head else b""
     return next((sign for sign in ",\t;" if sign.encode() in first), ",")
