@@ -99,7 +99,7 @@ class GroupSet:
         return split_by_prompt(self.groups.prompt_key_G, fraction, seed)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Loader:
     """The options of :func:`load_groups` that hold for every source."""
 
@@ -209,22 +209,14 @@ def load_groups(
         raise ConfigError("no data file is named; use --data FILE")
     if on_bad_row not in ("refuse", "skip"):
         raise ConfigError(f"--on-bad-row {on_bad_row} should be refuse or skip")
-    loader = _Loader(
-        tokenizer=tokenizer,
-        rendering=rendering or Rendering(max_length, add_eos),
-        kind=kind,
-        format=format,
-        columns=columns,
-        workers=workers,
-        reporter=reporter or Reporter("none"),
-        stop=stop,
-    )
+    rendering, reporter = rendering or Rendering(max_length, add_eos), reporter or Reporter("none")
+    loader = _Loader(tokenizer, rendering, kind, format, columns, workers, reporter, stop)
     readings = [rows for rows in data if isinstance(rows, Reading)]
     if readings:
         assert len(readings) == len(data), "files and rows in memory are loaded apart"
         return _group_set([loader.in_memory(rows, n) for n, rows in enumerate(readings)], [], on_bad_row)
     sources = find_sources([name for name in data if not isinstance(name, Reading)])
-    digest = Renderer(tokenizer, loader.rendering).digest()
+    digest = Renderer(tokenizer, rendering).digest()
     notes = [note for source in sources for note in source.notes]
     return _group_set([loader.cached(source, digest) for source in sources], notes, on_bad_row)
 

@@ -128,8 +128,8 @@ def table_rows(batches: Callable[[], Iterable[Any]], file: str) -> Iterator[obje
             part = part.slice(0, 1) if wide else part
             try:
                 rows = _rows(part.to_struct_array())
-            except _DuplicateName as error:
-                raise DataError(str(error), file=file) from None
+            except DataError as error:
+                raise DataError(error.what, file=file) from None
             except Exception as error:  # invalid decimals, dates and the like
                 raise damaged(error, file, number) from None
             if wide and _characters(rows) > ROW_BYTES:
@@ -139,10 +139,6 @@ def table_rows(batches: Callable[[], Iterable[Any]], file: str) -> Iterator[obje
             yield from rows
     if not number:
         raise DataError("holds no rows", file=file)
-
-
-class _DuplicateName(Exception):
-    pass
 
 
 def _rows_of_a_batch(size: int, rows: int) -> int:
@@ -225,7 +221,7 @@ def _rows(array: Any, key: str = "") -> list[dict[str, Any]]:
     names = [field.name for field in array.type]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise _DuplicateName(f"two columns are named {twice!r}; rename one of them")
+        raise DataError(f"two columns are named {twice!r}; rename one of them")
     columns = [_values(array.field(at), key if key == ARGUMENTS else name) for at, name in enumerate(names)]
     cells = zip(*columns, strict=True) if names else repeat((), len(array))
     return [dict(zip(names, row, strict=True)) for row in cells]

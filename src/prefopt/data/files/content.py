@@ -181,19 +181,15 @@ class _Parts(io.RawIOBase):
 
 def _decompressed(path: Path, compression: str | None, stack: ExitStack) -> io.BufferedReader:
     raw = stack.enter_context(path.open("rb"))
-    match compression:
-        case None:
-            return raw
-        case "gzip":
-            stream: Any = gzip.GzipFile(fileobj=raw)
-        case "bzip2":
-            stream = bz2.BZ2File(raw)
-        case "xz":
-            stream = lzma.LZMAFile(raw)  # noqa: SIM115  (entered below)
-        case _:
-            import pyarrow as pa
+    if compression is None:
+        return raw
+    if compression == "zstd":
+        import pyarrow as pa
 
-            stream = pa.CompressedInputStream(raw, "zstd")
+        stream: Any = pa.CompressedInputStream(raw, "zstd")
+    else:
+        openers: dict[str, Any] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+        stream = openers[compression](raw)
     return io.BufferedReader(_Parts(stack.enter_context(stream), path), BUFFER)
 
 
