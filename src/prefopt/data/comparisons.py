@@ -19,11 +19,10 @@ from pathlib import Path
 
 from prefopt.data.files.content import CSV_NAMES
 from prefopt.data.files.sources import FileOrigin, MemoryOrigin, Source
-from prefopt.data.layouts import LAYOUTS
-from prefopt.data.layouts.columns import columns_of, said_of_columns, shared_column
-from prefopt.data.layouts.dataset_info import find_entry
-from prefopt.data.layouts.layout import Columns, Layout
-from prefopt.data.layouts.recognise import listed, named_layout, recognise
+from prefopt.data.layouts import LAYOUTS, named_layout
+from prefopt.data.layouts.columns import column_map, find_dataset_info, parse_column_options, shared_column
+from prefopt.data.layouts.layout import ColumnMap, Layout
+from prefopt.data.layouts.recognise import listed, recognise
 from prefopt.data.layouts.values import BadRow
 from prefopt.data.validate import Problem
 from prefopt.errors import ConfigError, DataError
@@ -44,7 +43,7 @@ class Reading:
     """
 
     def __init__(
-        self, source: Source, layout: Layout, columns: Columns, count: int, notes: Sequence[str], lost: str = ""
+        self, source: Source, layout: Layout, columns: ColumnMap, count: int, notes: Sequence[str], lost: str = ""
     ) -> None:
         self.file, self.layout, self.count = source.name, layout.name, count
         self.joined, self.lost = layout.joins, lost
@@ -117,16 +116,16 @@ def open_comparisons(source: Source, *, format: str | None = None, columns: Sequ
     unknown role) is a :class:`Problem` instead.
     """
     named = named_layout(format) if format is not None else None
-    said = said_of_columns(columns)
+    said = parse_column_options(columns)
     given = said.pairs
-    entry = find_entry(source.path) if named is None else None
+    entry = find_dataset_info(source.path) if named is None else None
     cells = source.suffix in CSV_NAMES
     pairs, refused = ({**entry.pairs, **given}, entry.media) if entry else (given, ())
     if entry and (clash := shared_column(pairs)):
         who = "dataset_info.json beside it, with --columns," if given else "dataset_info.json beside it"
         raise DataError(f"{who} gives {clash} (entry {entry.name}); put it right", file=source.name)
     means = {**(entry.means if entry else {}), **said.means}
-    understood = columns_of(pairs, refused=refused, cells=cells, means=means, ignored=said.ignored)
+    understood = column_map(pairs, refused=refused, cells=cells, means=means, ignored=said.ignored)
     if said.headless:
         if source.path is None or not cells:
             raise ConfigError(f"--header none is about .csv and .tsv files, and {source.name} is none")
@@ -138,7 +137,7 @@ def open_comparisons(source: Source, *, format: str | None = None, columns: Sequ
     return Reading(source, found.layout, understood, found.count, notes, found.lost)
 
 
-def _rows(source: Source, columns: Columns) -> Iterator[object]:
+def _rows(source: Source, columns: ColumnMap) -> Iterator[object]:
     """Rows; empty cells of separated values are null."""
     rows = source.rows(keep_going=True)
     if not columns.cells:

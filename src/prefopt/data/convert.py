@@ -14,13 +14,12 @@ from prefopt.core.terminal import Reporter
 from prefopt.data.comparisons import Reading, open_comparisons
 from prefopt.data.files.sources import Source, find_sources, raw_lines
 from prefopt.data.files.write import row_files
-from prefopt.data.layouts import LAYOUTS
+from prefopt.data.layouts import LAYOUTS, writable_layout
 from prefopt.data.layouts.layout import Layout
-from prefopt.data.layouts.recognise import named_layout
 from prefopt.data.sampler import split_by_prompt
 from prefopt.data.table import KEY, KeyArray
 from prefopt.data.validate import Problem, describe, refuse, refused_rows
-from prefopt.errors import ConfigError, DataError
+from prefopt.errors import DataError
 from prefopt.records import Comparison
 
 CANONICAL = LAYOUTS["canonical"]
@@ -36,10 +35,7 @@ def run_convert(config: DataConvertConfig) -> int:
     Raises :class:`DataError` where rows are refused or none is left, :class:`ConfigError` for an invalid output or
     layout, :class:`RunError` for an error of the disk.
     """
-    layout = named_layout(config.layout)
-    if not layout.written:
-        what = "such rows are read, not written; --layout canonical holds all they say"
-        raise ConfigError(f"--layout {layout.name}: {what}")
+    layout = writable_layout(config.layout)
     sources = find_sources(config.data)
     paths = [source.path for source in sources if source.path is not None]
     reporter = Reporter()

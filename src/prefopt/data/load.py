@@ -17,7 +17,8 @@ from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.comparisons import Reading, open_comparisons
 from prefopt.data.files.sources import Origin, Source, find_sources
-from prefopt.data.layouts.dataset_info import find_entry
+from prefopt.data.layouts import code_of_layouts
+from prefopt.data.layouts.columns import find_dataset_info
 from prefopt.data.sampler import Indices, split_by_prompt
 from prefopt.data.table import Columns, GroupTable, Part, joined
 from prefopt.data.token_cache import Append, Report, TokenCache, Tokenised, TokenKey
@@ -116,8 +117,8 @@ class _Loader:
         """The groups of a source from the token cache, tokenised first where they are not there."""
         contents = source.digest()
         # How a file is read also depends on its ending and on a dataset_info.json beside it.
-        reading = (str(self.format), str(self.columns), source.suffix)
-        beside = find_entry(source.path) if self.format is None else None
+        reading = (str(self.format), str(self.columns), source.suffix, code_of_layouts(self.format))
+        beside = find_dataset_info(source.path) if self.format is None else None
         key = TokenKey(contents, (*reading, str(beside)), self.kind, rendering_digest)
         source = replace(source, origin=_Stoppable(source.origin, self.stop))
 

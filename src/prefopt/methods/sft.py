@@ -11,7 +11,7 @@ from prefopt.data.files.sources import find_sources
 from prefopt.data.validate import Problem, convert
 from prefopt.errors import ConfigError
 from prefopt.model.check import check_scoring
-from prefopt.model.from_scratch import new_model, new_tokenizer
+from prefopt.model.load import new_model, new_tokenizer
 from prefopt.train.data import DataBatches, load_data
 from prefopt.train.objective import Objective
 from prefopt.train.objectives import LikelihoodObjective, balanced, describe_balance

@@ -27,8 +27,8 @@ from prefopt.data.files.content import (
 )
 from prefopt.data.files.hub import HubSplit, choose_split, is_saved, nearest, saved_split
 from prefopt.errors import ConfigError, DataError
-from prefopt.studies.database import is_study
 from prefopt.studies.export import StudyRows
+from prefopt.studies.study import is_study
 
 OPTIONS = ("config", "split", "revision")
 # Names like those of data files, beside the data.
