@@ -27,6 +27,7 @@ CANONICAL = LAYOUTS["canonical"]
 FREE = ("extra", "tools", "metadata")
 # Begins the note on columns that a run does not read; the canonical layout keeps them.
 NOT_READ = "columns not read"
+CANNOT_WRITE = "cannot be written"
 
 
 def run_convert(config: DataConvertConfig) -> int:
@@ -130,7 +131,7 @@ def _written(c: Comparison | Problem, layout: Layout) -> Mapping[str, object] | 
     try:
         return layout.write(c)
     except DataError as error:
-        return Problem("cannot be written", c.row, error.what, c.file)
+        return Problem(CANNOT_WRITE, c.row, error.what, c.file)
 
 
 def _settle(problems: Sequence[Problem], read: int, on_bad_row: str, reporter: Reporter) -> None:
