@@ -201,7 +201,8 @@ LINE = json.dumps(ROW)
         (lambda p: p.write_bytes(gzip.compress(b"")), "is empty"),
         (lambda p: os.mkfifo(p), "is a pipe or device"),
         (lambda p: p.write_text("prompt,chosen\n1,2\n"), "comma-separated values go by the name .csv"),
-        (lambda p: p.write_text('{\n "a": 1\n}'), "the row does not end in its line"),
+        (lambda p: p.write_text('{\n "a": 1\n}'), "is one JSON object over several lines"),
+        (lambda p: p.write_text('{"a": 1\n}'), "the row does not end in its line"),
     ],
 )
 def test_files_that_hold_no_rows(tmp_path: Path, make: Callable[[Path], None], message: str) -> None:

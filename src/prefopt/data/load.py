@@ -23,15 +23,7 @@ from prefopt.data.sampler import Indices, split_by_prompt
 from prefopt.data.table import Columns, GroupTable, Part, joined
 from prefopt.data.token_cache import Append, Report, TokenCache, Tokenised, TokenKey
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.data.validate import (
-    DataKind,
-    Problem,
-    Warnings,
-    describe,
-    refuse,
-    refused_rows,
-    warning_lines,
-)
+from prefopt.data.validate import DataKind, Problem, Warnings, describe, refuse, refused_rows, warning_lines
 from prefopt.data.workers import MAX_WORKERS, CannotStart, Chunk, Preparer, Workers, chunks
 from prefopt.errors import ConfigError, DataError
 

@@ -66,11 +66,8 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     file = path / "tokenizer.json" if path.exists() else fetched(str(source), "tokenizer.json")
     if file is not None:
         check_expansion(file)
-    bare = {"vocab.json", "merges.txt"} <= here and not here & {
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "config.json",
-    }
+    described = here & {"tokenizer.json", "tokenizer_config.json", "config.json"}
+    bare = {"vocab.json", "merges.txt"} <= here and not described
     try:
         if bare:
             tokenizer: Tokenizer = GPT2Tokenizer.from_pretrained(str(source))
@@ -90,11 +87,12 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 def _lacking(folder: Path, here: set[str]) -> str | None:
     """What must be installed to read the vocabulary of a folder."""
     for name in _models(here):
-        text = _is_tiktoken(folder / name)
-        kind, packages = ("tiktoken's", ("tiktoken",)) if text else ("SentencePiece's", ("sentencepiece", "protobuf"))
-        modules = {"protobuf": "google.protobuf"}
-        if not all(_installed(modules.get(package, package)) for package in packages):
-            return f"{name} is {kind}, which is read with a package that is not here: pip install {' '.join(packages)}"
+        kind, packages = "SentencePiece's", "sentencepiece protobuf"
+        modules: tuple[str, ...] = ("sentencepiece", "google.protobuf")
+        if _is_tiktoken(folder / name):
+            kind, modules, packages = "tiktoken's", ("tiktoken",), "tiktoken"
+        if not all(map(_installed, modules)):
+            return f"{name} is {kind}, which is read with a package that is not here: pip install {packages}"
     return None
 
 

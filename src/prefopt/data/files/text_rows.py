@@ -102,6 +102,11 @@ def read_json_lines(handle: BufferedReader, file: str, keep_going: bool = False)
             problem = not_utf8(error, f"at line {number}")
         except json.JSONDecodeError as error:
             problem = f"not JSON at line {number} ({error.msg}, column {error.colno}); {_line_hint(line, error)}"
+            if row == 0 and line[0] == "{" and line[-1] in "{[":
+                what = "is one JSON object over several lines, not a list of rows nor a row in each line"
+                raise DataError(
+                    f"{what}; save its list of rows alone, or put the object into a list", file=file
+                ) from None
         except (ValueError, RecursionError) as error:
             problem = f"not readable at line {number}: {error}"
         row += 1
@@ -118,7 +123,7 @@ def _line_hint(line: str, error: json.JSONDecodeError) -> str:
     if line[0] not in "[{":
         return f"{hint}; comma-separated values go by the name .csv"
     if error.pos >= len(line):
-        return f"the row does not end in its line: {hint}; of one large object, save the list of rows alone"
+        return f"the row does not end in its line: {hint}"
     return hint
 
 
