@@ -185,7 +185,7 @@ KINDS = [(e, p) for e in JSON_LIKE | SEPARATED for p in PACKED] + [(e, "") for e
 
 @pytest.mark.parametrize(("ending", "packed"), KINDS)
 def test_damaged_files_give_rows_or_one_line(tmp_path: Path, ending: str, packed: str) -> None:
-    survives(tmp_path, ending, packed, 60)
+    survives(tmp_path, ending, packed, 25)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""From what a row says to what is wanted of it, and every problem that stands in the way."""
+"""Conversion of rows to what methods need, and every problem that prevents it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -97,11 +96,11 @@ IMPOSSIBLE: list[tuple[Comparison, DataKind, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("c", "kind", "problem"), IMPOSSIBLE)
-def test_what_cannot_be_had_is_a_problem_with_the_row(c: Comparison, kind: DataKind, problem: str) -> None:
-    found = convert(c, kind)
-    assert isinstance(found, Problem) and (found.kind, found.row) == (problem, 7) and found.what
-    assert check(c, kind) == [found]
+def test_what_cannot_be_converted_is_a_problem_with_the_row() -> None:
+    for c, kind, problem in IMPOSSIBLE:
+        found = convert(c, kind)
+        assert isinstance(found, Problem) and (found.kind, found.row) == (problem, 7) and found.what, (c, kind)
+        assert check(c, kind) == [found]
 
 
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=5), st.integers(1, 3))

@@ -91,7 +91,7 @@ def test_the_first_line_is_a_row_for_the_token_cache_too(tmp_path: Path) -> None
 def test_a_json_object_over_several_lines_is_refused_with_the_remedy(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     file.write_text(json.dumps({"version": 1, "data": [{"prompt": "q", "chosen": "a", "rejected": "b"}]}, indent=1))
-    with pytest.raises(DataError, match="is one JSON object .*save its list of rows alone"):
+    with pytest.raises(DataError, match=r"is one JSON object .*save its list of rows alone"):
         read_comparisons(file)
 
 
