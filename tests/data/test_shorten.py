@@ -15,7 +15,7 @@ from data.test_as_written import CHATML, with_template
 from prefopt.data.chat.render import TURN_CUT, TURNS_DROPPED, Rendered, Renderer
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.chat.truncate import Shortener
-from prefopt.data.kinds import Problem
+from prefopt.data.validate import Problem
 from prefopt.records import Comparison, Message, ToolCall
 
 TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n", re.S)
@@ -82,7 +82,7 @@ def test_a_turn_that_is_too_long_keeps_its_role_and_its_last_words() -> None:
         body = text.removeprefix("<|im_start|>user\n").removesuffix("<|im_end|>\n<|im_start|>assistant\n")
         assert text.startswith("<|im_start|>user\n") and long.endswith(body) and body.endswith("What is 2 + 2?")
         assert re.fullmatch(r"(<\|im_end\|>|[^<>|])*", body), body
-        assert renderer.findings[TURN_CUT] == [3] and TURNS_DROPPED not in renderer.findings
+        assert renderer.warnings[TURN_CUT] == [3] and TURNS_DROPPED not in renderer.warnings
 
 
 def test_a_result_of_a_tool_is_cut_and_its_call_stays() -> None:

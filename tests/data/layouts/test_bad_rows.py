@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from prefopt.data.comparisons import parse_comparisons
-from prefopt.data.kinds import Problem
 from prefopt.data.layouts import LAYOUTS
+from prefopt.data.validate import Problem
 
 EXAMPLE = {name: dict(layout.example) for name, layout in LAYOUTS.items()}
 USER, GOOD = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from prefopt.data.comparisons import parse_comparisons
-from prefopt.data.kinds import Problem, check, convert
 from prefopt.data.layouts import LAYOUTS
+from prefopt.data.validate import Problem, check, convert
 from prefopt.errors import DataError
 from prefopt.records import Comparison, Message, Response, ToolCall
 

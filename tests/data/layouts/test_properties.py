@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from data.layouts.generated import changed_files, changed_rows, comparisons, text
 from prefopt.data.comparisons import parse_comparisons
-from prefopt.data.kinds import Problem, Want, check, convert
 from prefopt.data.layouts import LAYOUTS
+from prefopt.data.validate import DataKind, Problem, check, convert
 from prefopt.errors import DataError
 from prefopt.records import ROLES, Comparison, Message, Response
 
-WANTS: tuple[Want, ...] = get_args(Want)
+WANTS: tuple[DataKind, ...] = get_args(DataKind)
 WRITTEN = sorted(x.name for x in LAYOUTS.values() if x.writer)
 SLOW = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from prefopt.data.comparisons import Reading, parse_comparisons
-from prefopt.data.kinds import convert
 from prefopt.data.layouts import LAYOUTS
+from prefopt.data.validate import convert
 from prefopt.errors import ConfigError, DataError
 from prefopt.records import Comparison, Message
 

@@ -11,8 +11,8 @@ import pytest
 
 from prefopt.data.comparisons import open_comparisons, parse_comparisons, read_comparisons
 from prefopt.data.files.sources import find_sources
-from prefopt.data.kinds import Problem
 from prefopt.data.layouts import LAYOUTS
+from prefopt.data.validate import Problem
 from prefopt.errors import ConfigError, DataError
 from prefopt.records import Comparison, Message
 

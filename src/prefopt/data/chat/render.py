@@ -30,9 +30,8 @@ from prefopt.data.chat.template import (
 )
 from prefopt.data.chat.truncate import Sequences, Shortener, prompt_excess, truncate, windows
 from prefopt.data.group import BoolArray, Group, IntArray
-from prefopt.data.kinds import Problem
-from prefopt.data.problems import Findings, lines
 from prefopt.data.tokenizer import Tokenizer, end_marks, eos_id, leading_ids, tokenizer_digest
+from prefopt.data.validate import Problem, Warnings, warning_lines
 from prefopt.errors import DataError
 from prefopt.records import Comparison, Response
 
@@ -75,8 +74,8 @@ class Renderer:
     A conversation goes through the chat template or, where there is none, is written as ``User: ...``,
     ``Assistant: ...`` (see :func:`plain_template`). A ``text`` comparison is prompt and response without a template,
     after a BOS where the tokenizer wants it. ``template`` is the source to save with a model trained on conversations
-    where its tokenizer has another or none. ``findings`` maps what to tell the user to the rows concerned (empty: it
-    concerns all); see :func:`prefopt.data.problems.lines`.
+    where its tokenizer has another or none. ``warnings`` maps what to tell the user to the rows concerned (empty: it
+    concerns all); see :func:`prefopt.data.validate.warning_lines`.
     """
 
     def __init__(self, tokenizer: Tokenizer, rendering: Rendering | None = None) -> None:
@@ -84,7 +83,7 @@ class Renderer:
         template that is not Jinja and where EOS is needed and the tokenizer has none."""
         self.rendering = rendering or Rendering()
         self.tokenizer = tokenizer
-        self.findings: Findings = {}
+        self.warnings: Warnings = {}
         self._template = ChatTemplate(tokenizer, self.rendering)
         self.template: str | None = self._template.carried
         self._encoder = Encoder(tokenizer)
@@ -98,8 +97,8 @@ class Renderer:
 
     @property
     def notes(self) -> list[str]:
-        """The findings about all rows rendered so far, one line each."""
-        return lines(self.findings)
+        """The warnings about all rows rendered so far, one line each."""
+        return warning_lines(self.warnings)
 
     def digest(self) -> str:
         """A cache key, 16 bytes in hexadecimal: all that ids and masks depend on beside the rows.
@@ -140,7 +139,7 @@ class Renderer:
         """Token ids [P] of each prompt with its generation prompt, or the problem that prevents it, in order.
 
         This is the input for sampling. Trained sequences begin with it, except in rows whose answers the template shows
-        behind something else than its generation prompt (``findings`` of :meth:`render_all` names them). Responses are
+        behind something else than its generation prompt (``warnings`` of :meth:`render_all` names them). Responses are
         ignored, and nothing is truncated.
         """
         rows = iter(comparisons)
@@ -257,7 +256,7 @@ class Renderer:
 
     def _report(self, what: str, *, once: bool = False) -> None:
         """Add a finding about the current row, or ``once`` about all."""
-        rows = self.findings.setdefault(what, [])
+        rows = self.warnings.setdefault(what, [])
         if not once and rows[-1:] != [self._row]:
             rows.append(self._row)
 

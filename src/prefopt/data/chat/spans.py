@@ -57,7 +57,7 @@ class _Frame:
 class SpanFinder:
     """Finds the trained spans of one template's conversations.
 
-    ``marks`` are the tokens that may end a turn, longest first, EOS one of them. ``report`` is called with findings
+    ``marks`` are the tokens that may end a turn, longest first, EOS one of them. ``report`` is called with warnings
     about the current row.
     """
 

@@ -25,9 +25,9 @@ from prefopt.data.check.audit import (
     compare_prompts,
 )
 from prefopt.data.check.statistics import LengthBias, Lengths
-from prefopt.data.problems import NAMED_ROWS
-from prefopt.data.show import show, show_words
+from prefopt.data.group import show, show_words
 from prefopt.data.tokenizer import load_tokenizer
+from prefopt.data.validate import NAMED_ROWS
 from prefopt.records import Comparison
 
 VERSION = 1

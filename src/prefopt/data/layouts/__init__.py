@@ -19,11 +19,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from prefopt.core.options import nearest
-from prefopt.data.kinds import Want
 from prefopt.data.layouts import canonical, llama_factory, openai, pairs, rankings, trl
 from prefopt.data.layouts.layout import ColumnMap, Layout
 from prefopt.data.layouts.row import RowReader
 from prefopt.data.layouts.values import BadRow, type_name
+from prefopt.data.validate import DataKind
 from prefopt.errors import ConfigError
 from prefopt.records import Comparison
 
@@ -135,7 +135,7 @@ def _module(layout: Layout) -> str:
 
 
 WIDTH = 100
-HEADINGS: dict[Want, str] = {
+HEADINGS: dict[DataKind, str] = {
     "pairs": "Pairs: one response preferred to another",
     "ranking": "K responses: orders, scores, votes, right and wrong",
     "labels": "Labels: a response that is desirable or not",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from prefopt.data.layouts import all_layouts
 from prefopt.data.layouts.layout import PLAIN, SIDES, ColumnMap, Layout
 from prefopt.data.layouts.values import look, type_name
-from prefopt.data.problems import NAMED_ROWS
+from prefopt.data.validate import NAMED_ROWS
 from prefopt.errors import ConfigError, DataError
 
 NAMED_COLUMNS = 20
