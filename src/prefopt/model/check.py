@@ -175,11 +175,17 @@ def check_kernel(
 def _scored(
     model: PreTrainedModel, groups: Sequence[Group], attention: str, head: Head | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token log-probabilities [M], and all gradients of a weighted sum of them in one vector, in float64."""
+    """Values and gradients of packed scoring; the model has its own attention again."""
     scorer = Scorer(model.eval(), attention=attention, head=head)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    logp_M = scorer(pack(groups, scorer.layout).to(weights[0].device))
-    assert isinstance(logp_M, torch.Tensor)
+    device = next(model.parameters()).device
+    found = _with_gradients(model, scorer(pack(groups, scorer.layout).to(device)))
+    scorer.detach_hook()
+    return found
+
+
+def _with_gradients(model: PreTrainedModel, logp_M: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token log-probabilities [M], and all gradients of a weighted sum of them in one vector, in float64."""
+    weights = [p for p in model.parameters() if p.requires_grad]  # a router's bias may be frozen by its class
     upstream = torch.linspace(-1, 1, len(logp_M), dtype=logp_M.dtype, device=logp_M.device)
     grads = torch.autograd.grad((logp_M * upstream).sum(), weights, allow_unused=True)
     flat = [torch.zeros_like(p) if g is None else g for p, g in zip(weights, grads, strict=True)]
@@ -298,20 +304,9 @@ def _sees_ahead(clone: PreTrainedModel) -> float:
 def clone_difference(clone: PreTrainedModel, attention: str = "auto", *, head: Head | None = None) -> float:
     """Largest difference of values and of gradients, relative to the largest of each, on the tiny float64 model."""
     groups = _random_groups()
-    weights = [p for p in clone.parameters() if p.requires_grad]  # a router's bias may be frozen by its class
-    expected = _separately(clone, groups)
-    upstream = torch.linspace(-1, 1, len(expected), dtype=torch.float64)
-    expected_grads = torch.autograd.grad((expected * upstream).sum(), weights, allow_unused=True)
-    scorer = Scorer(clone, attention=attention, head=head)
-    batch = pack(groups, scorer.layout)
-    found = scorer(batch)
-    found_grads = torch.autograd.grad((found * upstream).sum(), weights, allow_unused=True)
-    scorer.detach_hook()
-    pairs = [(a, b) for a, b in zip(expected_grads, found_grads, strict=True) if a is not None]
-    top = max(float(a.abs().max()) for a, _ in pairs)
-    grad = max(float((a - (0 if b is None else b)).abs().max()) for a, b in pairs) / top
-    value = float((expected - found).detach().abs().max() / expected.detach().abs().max())
-    return max(value, grad)
+    expected = _with_gradients(clone, _separately(clone, groups))
+    found = _scored(clone, groups, attention, head)
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, found, strict=True))
 
 
 def _separately(model: PreTrainedModel, groups: Sequence[Group]) -> torch.Tensor:

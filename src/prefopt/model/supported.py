@@ -171,18 +171,13 @@ def backend_errors(name: str, config: Any) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except ImportError as error:
-        package = PACKAGES.get(how.split(",")[0])
-        remedy = f"pip install {package}" if package else first_line(error)
-        raise ModelError(
-            f"{name} is quantised ({how}), and what reads it is not installed: {remedy}, or give the model it was"
-            " quantised from"
-        ) from error
     except Exception as error:  # every backend has errors of its own
-        raise ModelError(
-            f"{name} is quantised ({how}) and cannot be read here: {first_line(error)}; give the model it was"
-            " quantised from"
-        ) from error
+        why = f"and cannot be read here: {first_line(error)}; give"
+        if isinstance(error, ImportError):
+            package = PACKAGES.get(how.split(",")[0])
+            remedy = f"pip install {package}" if package else first_line(error)
+            why = f"and its library is not installed: {remedy}, or give"
+        raise ModelError(f"{name} is quantised ({how}) {why} the model it was quantised from") from error
 
 
 def _quantisation(config: Any) -> dict[str, Any] | None:
