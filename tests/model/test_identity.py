@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from prefopt.core import hashes
 from prefopt.core.hashes import file_hashes
 from prefopt.errors import ModelError
-from prefopt.reference.identity import Identity, identity_of_folder, identity_of_model
+from prefopt.reference.cache import Identity
+from prefopt.reference.identity import identity_of_folder, identity_of_model
 
 CONFIG = {
     "model_type": "llama",

@@ -10,7 +10,8 @@ import torch
 
 from model.architectures import build
 from prefopt.model.scorer import Scorer
-from prefopt.reference.identity import Identity, space_of
+from prefopt.reference.cache import Identity
+from prefopt.reference.identity import space_of
 
 WHOSE = Identity("weights", "config")
 

@@ -2,7 +2,7 @@
 
 Values are in a *space*: one folder per reference identity and way of scoring. Within it a response is named by its
 token ids and mask, so that beta, loss, seed, order, learning rate, LoRA rank and output folder change nothing, and
-appended data cost only themselves. The caller brings the function that scores a batch.
+appended data cost only themselves. The caller brings the function that scores a batch; nothing here needs torch.
 
 Finished batches are committed in blocks every few seconds: a killed process loses what it did since the last commit, an
 interrupted one nothing that was finished. Batches are planned beforehand (``plan.py``), so that continuing after an
@@ -11,6 +11,7 @@ interruption gives the same bits.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -18,10 +19,10 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +32,6 @@ from prefopt.data.group import Group
 from prefopt.data.table import Array, GroupTable, IndexArray, KeyArray, ranges
 from prefopt.errors import CacheError, ModelError
 from prefopt.reference.blocks import Arrays, Index, write_block
-from prefopt.reference.identity import SpaceKey
 from prefopt.reference.plan import NamedGroups, ScoringPlan, plan_file
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,55 @@ log = logging.getLogger(__name__)
 # A kill loses at most this much work, or this fraction of what was done: long runs leave few blocks, not thousands.
 COMMIT_SECONDS = 5.0
 COMMIT_SHARE = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """SHA-256 (hex) of each part of a model, empty for an absent part. ``name`` is for people and is not compared."""
+
+    weights: str
+    config: str
+    adapter: str = ""
+    quantization: str = ""
+    name: str = field(default="", compare=False)
+
+    @property
+    def digest(self) -> str:
+        """One SHA-256 (hex) over all parts."""
+        return json_digest([self.weights, self.config, self.adapter, self.quantization])
+
+
+@dataclass(frozen=True, slots=True)
+class SpaceKey:
+    """All that a cached value depends on beside the tokens: equal keys share values, others never do.
+
+    ``path``: "shared" where a group's common prefix is encoded once, else "separate". ``kernel``: the attention
+    implementation. ``device``: its type (cpu, cuda, mps), on CUDA with the name of the GPU.
+    """
+
+    identity: Identity
+    dtype: str
+    path: str
+    kernel: str
+    device: str
+    scorer_version: int
+
+    @property
+    def id(self) -> str:
+        """Name of the space's folder, 12 hex digits."""
+        parts = [self.identity.digest, self.dtype, self.path, self.kernel, self.device, self.scorer_version]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+    def costs(self, groups: GroupTable) -> IndexArray:
+        """Tokens that scoring each group encodes, [G], whatever the limit of rotary frequencies."""
+        tokens: IndexArray = groups.tokens_G.astype(np.int64)
+        return tokens if self.path == "shared" else tokens + groups.prefix_G * (groups.responses_G - 1)
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 (hex) of a JSON value; other values (dtypes, enums) count by their text."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
