@@ -12,6 +12,7 @@ in float64; the error that rounding explains is measured on the plain kernel.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -21,12 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from prefopt.data.group import Group
 from prefopt.data.table import GroupTable
 from prefopt.errors import ModelError
-from prefopt.model.architectures import causal_model
+from prefopt.model.architectures import causal_model, transformers_log_level
 from prefopt.model.costs import uncounted
 from prefopt.model.kernels.head import Head
 from prefopt.model.packing import pack
@@ -64,20 +64,13 @@ _FLOOR = {torch.float64: 1e-7, torch.float32: 1e-5, torch.bfloat16: 5e-3}
 
 
 def tiny_clone(config: PreTrainedConfig) -> PreTrainedModel | None:
-    """A float64 model with random weights (norms too), one period of the layer types and a window of 8.
-
-    None where the architecture cannot be built that small.
-    """
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            for heads_too in (True, False):
-                with suppress(Exception):  # whatever a configuration refuses: the report says that it is unchecked
-                    return _build(_shrunk(config, heads_too))
-        return None
-    finally:
-        transformers_logging.set_verbosity(level)
+    """A float64 model with random weights (norms too), one period of the layer types and a window of 8. None where the
+    architecture cannot be built that small."""
+    with transformers_log_level(logging.ERROR), torch.random.fork_rng(devices=[]):
+        for heads_too in (True, False):
+            with suppress(Exception):  # whatever a configuration refuses: the report says that it is unchecked
+                return _build(_shrunk(config, heads_too))
+    return None
 
 
 def _build(config: Any) -> PreTrainedModel:
@@ -142,7 +135,6 @@ def _shared_heads(shared: int, heads: int) -> int:
 
 
 def _set(config: Any, **values: Any) -> None:
-    """Set the fields that the configuration has."""
     for name, value in values.items():
         if hasattr(config, name):
             setattr(config, name, value)

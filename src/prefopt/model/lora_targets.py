@@ -147,10 +147,8 @@ class LoraTargets:
 
 
 def lora_targets(model: Any, named: Sequence[str] | None) -> LoraTargets:
-    """What ``named`` of ``--lora-targets`` means for ``model``; None is the default.
-
-    Raises :class:`ConfigError` where a name matches no weight, or an adapter on it would have no effect.
-    """
+    """What ``named`` of ``--lora-targets`` means for ``model``; None is the default. Raises :class:`ConfigError` where
+    a name matches no weight, or an adapter on it would have no effect."""
     there = list(weight_matrices(model))
     refused = _refused(model)
     tensors = (*model.named_parameters(), *model.named_buffers())

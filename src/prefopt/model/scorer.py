@@ -82,11 +82,8 @@ class PackedModel(torch.nn.Module):
         self.layout, self.reason = PackLayout(False, self.layout.rope_limit), reason
 
     def _try_hook(self) -> str | None:
-        """Why the first attention layer cannot take shared prefixes, in one line; None where it can.
-
-        Two tokens are computed up to that layer. Raises :class:`NotCausalError`, and :class:`ModelError` where even
-        that fails.
-        """
+        """Why the first attention layer cannot take shared prefixes, in one line; None where it can. Two tokens are
+        computed up to that layer. Raises :class:`NotCausalError`, and :class:`ModelError` where even that fails."""
         model = causal_model(self.model)
         device = next(model.parameters()).device
         ids = torch.zeros(1, 2, dtype=torch.long, device=device)
@@ -192,11 +189,8 @@ class ScoreRequest(NamedTuple):
 
 
 class Scorer(PackedModel):
-    """Token log-probabilities of packed batches by a causal language model, or one wrapped by PEFT.
-
-    Arguments as of :class:`PackedModel`. ``head``: how logits are computed; None: found out (see
-    :mod:`prefopt.model.kernels.head`).
-    """
+    """Token log-probabilities of packed batches by a causal language model, or one wrapped by PEFT. Arguments as of
+    :class:`PackedModel`. ``head``: how logits are computed; None: found out (see :mod:`prefopt.model.kernels.head`)."""
 
     def __init__(
         self, model: torch.nn.Module, *, attention: str = "auto", share: bool = True, head: Head | None = None
@@ -209,10 +203,8 @@ class Scorer(PackedModel):
 
     @contextmanager
     def at_temperature(self, temperature: float) -> Iterator[None]:
-        """In this block logits are divided by ``temperature``.
-
-        After a soft-cap c that is c / T tanh(z / c): another scale and another cap.
-        """
+        """In this block logits are divided by ``temperature``. After a soft-cap c that is c / T tanh(z / c): another
+        scale and another cap."""
         before = self.head
         cap = None if before.softcap is None else before.softcap / temperature
         self.head = replace(before, scale=before.scale / temperature, softcap=cap)

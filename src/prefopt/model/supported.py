@@ -129,10 +129,8 @@ def quantisation_of(config: Any) -> str | None:
 
 
 def loading_options(name: str, config: Any) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` for a quantised model.
-
-    Raises :class:`ModelError` for a method that transformers does not know: it would read the packed weights as plain.
-    """
+    """Arguments of ``from_pretrained`` for a quantised model. Raises :class:`ModelError` for a method that transformers
+    does not know: it would read the packed weights as plain."""
     fields = _quantisation(config)
     if fields is None:
         return {}

@@ -92,10 +92,8 @@ def json_digest(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ResponseScore:
-    """One response's log-probability under the reference.
-
-    ``sum`` over its ``count`` scored tokens, natural logarithm; ``token_values`` [count] float32 where requested.
-    """
+    """One response's log-probability under the reference. ``sum`` over its ``count`` scored tokens, natural logarithm;
+    ``token_values`` [count] float32 where requested."""
 
     sum: float
     count: int

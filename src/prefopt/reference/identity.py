@@ -93,9 +93,7 @@ def identity_of_folder(path: str | Path, *, adapter: str | Path | None = None, r
 
 def identity_of_model(model: torch.nn.Module, *, name: str = "") -> Identity:
     """The identity of a transformers model in memory, adapters included: name, type, shape and bytes of every tensor.
-
-    Raises ``ModelError`` where a tensor has no data (on the meta device).
-    """
+    Raises ``ModelError`` where a tensor has no data (on the meta device)."""
     whole = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         if not isinstance(tensor, torch.Tensor):  # extra state, of quantised layers for instance

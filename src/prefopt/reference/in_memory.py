@@ -68,9 +68,7 @@ class SwappedWeights:
 @dataclass(frozen=True, slots=True)
 class TrDpoUpdate:
     """A reference that follows the policy: every ``every`` steps it moves by ``amount`` (1: a copy) to the policy.
-
-    Gorbatovski et al. 2024 (TR-DPO, arXiv 2404.09656), equations 2 (soft) and 3 (hard).
-    """
+    Gorbatovski et al. 2024 (TR-DPO, arXiv 2404.09656), equations 2 (soft) and 3 (hard)."""
 
     weights: SwappedWeights
     every: int
