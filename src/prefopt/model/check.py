@@ -34,22 +34,13 @@ from prefopt.model.scalar import ScalarScorer
 from prefopt.model.scorer import PackedModel, Scorer
 
 VOCABULARY, WINDOW, CONTEXT = 61, 8, 128
-_SMALL = {
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "ffn_dim": 48,
-    "ffn_hidden_size": 48,
-    "num_local_experts": 4,
-    "num_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "state_size": 4,
-}
+_SMALL = (
+    dict.fromkeys("intermediate_size ffn_dim ffn_hidden_size".split(), 48)
+    | dict.fromkeys("moe_intermediate_size shared_expert_intermediate_size".split(), 16)
+    | dict.fromkeys("linear_key_head_dim linear_value_head_dim".split(), 8)
+    | dict.fromkeys("num_local_experts num_experts n_routed_experts state_size".split(), 4)
+    | dict.fromkeys("num_experts_per_tok linear_num_key_heads linear_num_value_heads".split(), 2)
+)
 LARGEST = 5_000_000
 """Parameters of the tiny model at most: the check takes about a second."""
 _ALLOWED, _TIMES = 0.05, 4.0

@@ -32,18 +32,12 @@ Json = dict[str, Any]
 SHARD_BYTES = 50 * 10**9
 """Largest file of weights, unless one tensor is larger: transformers' default."""
 GENERATION_CONFIG = "generation_config.json"
-_SIDE_FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "feature_extractor_config.json",
-    "audio_tokenizer_config.json",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-    "value_head.safetensors",  # beside a language model, as LLaMA-Factory writes it
-    "LICENSE*",
-    "NOTICE*",
-)
+# value_head.safetensors: beside a language model, as LLaMA-Factory writes it.
+_SIDE_FILES = """
+    preprocessor_config.json processor_config.json video_preprocessor_config.json feature_extractor_config.json
+    audio_tokenizer_config.json chat_template.json additional_chat_templates/*.jinja value_head.safetensors
+    LICENSE* NOTICE*
+""".split()
 ANY_CLASS = "PreTrainedTokenizerFast"
 ONLY_NEW = {"TokenizersBackend", "PythonBackend", "SentencePieceBackend", "MistralCommonBackend"}
 _NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}

@@ -31,22 +31,16 @@ log = logging.getLogger(__name__)
 ATTENTION = {None, "eager", "sdpa", "flex_attention"}
 UNQUANTISED = ("mxfp4",)
 """Methods whose weights are unquantised at loading, on every device."""
-PACKAGES = {
-    "aqlm": "aqlm",
-    "auto-round": "auto-round",
+_SAME_NAME = "aqlm auto-round bitsandbytes compressed-tensors fouroversix fp_quant hqq sinq torchao vptq"
+PACKAGES = {name: name for name in _SAME_NAME.split()} | {
     "awq": "gptqmodel",
-    "bitsandbytes": "bitsandbytes",
-    "compressed-tensors": "compressed-tensors",
     "eetq": "kernels",
     "fbgemm_fp8": "fbgemm-gpu",
     "gptq": "optimum gptqmodel",
     "higgs": "flute-kernel",
-    "hqq": "hqq",
     "quanto": "optimum-quanto",
     "quark": "amd-quark",
     "spqr": "spqr_quant",
-    "torchao": "torchao",
-    "vptq": "vptq",
 }
 """What pip installs to read the weights of a method, beside transformers and accelerate."""
 
