@@ -67,7 +67,7 @@ def test_models_count_while_they_are_there_and_the_twin_of_the_load_check_does_n
             other(pack(batch, other.layout))
             del other
             gc.collect()
-        assert (costs.models, costs.model_bytes) == (2, 2 * size), "never three combine_costs"
+        assert (costs.models, costs.model_bytes) == (2, 2 * size), "never three at once"
         more = Scorer(tiny_llama(3))
         more(pack(batch, more.layout))
         held = SwappedWeights(MasterWeights(one.model, torch.float32))
