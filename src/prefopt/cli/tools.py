@@ -198,8 +198,7 @@ def score_file(config: ScoreConfig) -> int:
 
 
 def show_layouts(config: DataLayoutsConfig) -> int:
-    from prefopt.data.layouts.recognise import named_layout
-    from prefopt.data.layouts.show import describe_layout, list_layouts
+    from prefopt.data.layouts import describe_layout, list_layouts, named_layout
 
     tell(list_layouts() if config.name is None else describe_layout(named_layout(config.name)))
     return 0

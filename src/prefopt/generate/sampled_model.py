@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from prefopt.data.chat.answers import end_of_turn
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.spans import end_of_turn
 from prefopt.data.tokenizer import Tokenizer, tokenizer_digest
 from prefopt.errors import ConfigError
 from prefopt.model.architectures import context_length

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from prefopt.core.files import output_errors
 from prefopt.core.model_folder import base_of, is_adapter, is_own, require_adapter
-from prefopt.data.chat.answers import end_of_turn
 from prefopt.data.chat.render import Renderer
+from prefopt.data.chat.spans import end_of_turn
 from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from prefopt.errors import ConfigError, ModelError, RunError
 from prefopt.model.adapter import peft_warnings_off

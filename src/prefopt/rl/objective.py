@@ -23,13 +23,12 @@ from prefopt.losses.rl import (
 from prefopt.model.kernels.distributions import Distributions, TokenScores
 from prefopt.model.packing import PackedBatch
 from prefopt.model.scorer import PackedModel, Scorer, ScoreRequest, response_sums
-from prefopt.rl.critic import Critic
+from prefopt.rl.models import Critic
 from prefopt.rl.rollouts import Rollouts
 from prefopt.runs.metrics import Record
-from prefopt.train.batch import Batch, Column, tensor
-from prefopt.train.inputs import Values
+from prefopt.train.batch import Batch, Column, LossResult, tensor
+from prefopt.train.columns import Values
 from prefopt.train.objective import Normaliser, Objective
-from prefopt.train.results import LossResult
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from prefopt.core.terminal import duration, size
-from prefopt.data.chat.answers import trained_ends
+from prefopt.data.chat.spans import trained_ends
 from prefopt.data.chat.truncate import longer_limit
 from prefopt.data.sampler import IndexArray
 from prefopt.data.show import show

@@ -21,9 +21,8 @@ from prefopt.reference.in_memory import InMemoryReference, TrDpoUpdate
 from prefopt.runs.folder import RunFolder
 from prefopt.train import budget
 from prefopt.train.batch import MicroBatch
-from prefopt.train.columns import mismatched
+from prefopt.train.columns import Values, mismatched
 from prefopt.train.data import TrainingData
-from prefopt.train.inputs import Values
 from prefopt.train.loss_options import names_of
 from prefopt.train.policy import Policy
 from prefopt.train.reference import ReferenceRun, at

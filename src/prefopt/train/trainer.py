@@ -28,7 +28,7 @@ from prefopt.runs.metrics import Averages, Metrics, Record, note
 from prefopt.train import checkpoint
 from prefopt.train.batch import Batch
 from prefopt.train.budget import smaller_budget
-from prefopt.train.inputs import Values
+from prefopt.train.columns import Values
 from prefopt.train.objective import Objective
 from prefopt.train.optim import Network, grad_norm
 from prefopt.train.step import Differentiator, Gradients, ReferenceInMemory
@@ -81,7 +81,7 @@ class BatchSource:
         raise NotImplementedError
 
     def beside(self, step: int, update: int) -> tuple[Objective, Batch, float, str] | None:
-        """A second objective of an update: it, its batch, its coefficient, and the name of its metric."""
+        """A second objective of an update, with its batch, its coefficient and the name of its metric."""
         return None
 
     def end(self, trainer: Trainer, record: Record) -> Record:
@@ -152,8 +152,6 @@ class Trainer:
     def first_network(self) -> Network:
         """The policy."""
         return next(iter(self.networks.values()))
-
-    # -- the run -----------------------------------------------------------------------------------------------
 
     def fit(self) -> TrainerState:
         """Train to the end, or to a stop: then :class:`prefopt.errors.Interrupted` follows on a checkpoint.
