@@ -143,9 +143,9 @@ def test_a_link_out_of_the_folder_stays(folder: Path, tmp_path: Path) -> None:
 
 def test_what_is_no_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ModelError, match="no such folder"):
-        plan(tmp_path / "none")
+        plan_upload(tmp_path / "none")
     with pytest.raises(ModelError, match="holds no finished model"):
-        plan(tmp_path)
+        plan_upload(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     assert main(["push", str(tmp_path), "--repo", "me/x"]) == 2
     assert "holds no weights" in capsys.readouterr().err
