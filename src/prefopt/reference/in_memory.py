@@ -1,6 +1,4 @@
-"""A reference that stays in memory and is scored together with the policy, where a cache of its values will not do:
-a loss needs its whole distributions, or the reference moves.
-"""
+"""A reference in memory that is scored with every batch: for losses on whole distributions, or if it moves (TR-DPO)."""
 
 from __future__ import annotations
 
