@@ -207,10 +207,8 @@ class ReferenceCache:
                     self._describe()
                     named = NamedGroups.of(table.key_N, table.response_starts)
                     plan = self._plan(named, self.space.costs(table), missing, token_budget, token_values)
-                    scoring = _Scoring(self.folder, self.space.id, len(missing), token_values)
-                    place = named.find(plan.groups.names_G)
-                    scoring.run(plan, table, place, missing, make_score(), progress, stop)
-                    calls, seconds = scoring.calls, time.monotonic() - scoring.started
+                    scored = self._scored(plan, table, named.find(plan.groups.names_G), missing, make_score(), stop)
+                    calls, seconds = self._commit_all(scored, len(missing), token_values, progress)
                     self._index.refresh()
                 self._remove_finished_plans()
         self._touch()
@@ -232,6 +230,70 @@ class ReferenceCache:
         plan = ScoringPlan.make(groups, costs_G, missing, token_budget)
         plan.write(path, self.space.id)
         return plan
+
+    def _scored(
+        self,
+        plan: ScoringPlan,
+        table: GroupTable,
+        place: IndexArray,
+        missing: KeyArray,
+        score: ScoreBatch,
+        stop: Callable[[], None] | None,
+    ) -> Iterator[tuple[KeyArray, list[ResponseScore]]]:
+        """The ``missing`` responses of ``plan``, batch by batch; its groups are at ``place`` in ``table``."""
+        for batch, take in plan.work(missing):
+            if stop is not None:
+                stop()
+            groups = [table[g] for g in place[batch.start : batch.stop].tolist()]
+            scores = [
+                (scored, group, k)
+                for group, result in zip(groups, score(groups), strict=True)
+                for k, scored in enumerate(result)
+            ]
+            first = plan.groups.starts[batch.start]
+            yield plan.groups.keys_N[take], [_checked(*scores[n]) for n in (take - first).tolist()]
+
+    def _commit_all(
+        self,
+        batches: Iterator[tuple[KeyArray, list[ResponseScore]]],
+        total: int,
+        token_values: bool,
+        progress: ProgressCallback | None,
+    ) -> tuple[int, float]:
+        """Commit batches every few seconds as they are scored; returns their number and the seconds."""
+        calls = done = 0
+        started = committed = time.monotonic()
+        pending: list[tuple[KeyArray, list[ResponseScore]]] = []
+        try:
+            for batch in batches:
+                calls, done = calls + 1, done + len(batch[1])
+                pending.append(batch)
+                now = time.monotonic()
+                if now - committed >= max(COMMIT_SECONDS, COMMIT_SHARE * (now - started)):
+                    self._commit(pending, token_values)
+                    committed = time.monotonic()
+                if progress is not None:
+                    progress(done, total, now - started)
+        finally:
+            self._commit(pending, token_values)
+        return calls, time.monotonic() - started
+
+    def _commit(self, pending: list[tuple[KeyArray, list[ResponseScore]]], token_values: bool) -> None:
+        ready = pending.copy()
+        pending.clear()  # first: what the disk refused is not tried again
+        if not ready:
+            return
+        scores = [scored for _, batch in ready for scored in batch]
+        block: Arrays = {
+            "keys": np.frombuffer(b"".join(keys.tobytes() for keys, _ in ready), np.uint8).reshape(-1, 16),
+            "sums": np.array([scored.sum for scored in scores], np.float64),
+            "counts": np.array([scored.count for scored in scores], np.int32),
+        }
+        if token_values:
+            tokens = [scored.token_values for scored in scores if scored.token_values is not None]
+            assert [len(values) for values in tokens] == block["counts"].tolist()
+            block["token_values"] = np.concatenate(tokens, dtype=np.float32)
+        write_block(self.folder, block, self.space.id)
 
     def _remove_finished_plans(self) -> None:
         for path in self.folder.glob("plan-*.safetensors"):
@@ -267,71 +329,7 @@ class ReferenceCache:
             os.utime(self.folder / "about.json")
 
 
-class _Scoring:
-    """Runs a plan and commits its values."""
-
-    def __init__(self, folder: Path, space: str, total: int, token_values: bool) -> None:
-        self.folder, self.space, self.total, self.token_values = folder, space, total, token_values
-        self.calls = self.done = 0
-        self.started = self.committed = time.monotonic()
-        self._keys: list[Array] = []
-        self._pending: list[ResponseScore] = []
-
-    def run(
-        self,
-        plan: ScoringPlan,
-        table: GroupTable,
-        place: IndexArray,
-        missing: KeyArray,
-        score: ScoreBatch,
-        progress: ProgressCallback | None,
-        stop: Callable[[], None] | None,
-    ) -> None:
-        """Score the batches of ``plan`` that hold ``missing`` responses; its groups are at ``place`` in ``table``."""
-        self.started = self.committed = time.monotonic()
-        try:
-            for batch, take in plan.work(missing):
-                if stop is not None:
-                    stop()
-                groups = [table[g] for g in place[batch.start : batch.stop].tolist()]
-                results = score(groups)
-                self.calls += 1
-                scores = [
-                    (scored, group, k)
-                    for group, result in zip(groups, results, strict=True)
-                    for k, scored in enumerate(result)
-                ]
-                first = plan.groups.starts[batch.start]
-                found = [_checked(*scores[n], token_values=self.token_values) for n in (take - first).tolist()]
-                self._keys.append(plan.groups.keys_N[take])
-                self._pending += found
-                self.done += len(found)
-                now = time.monotonic()
-                if now - self.committed >= max(COMMIT_SECONDS, COMMIT_SHARE * (now - self.started)):
-                    self._commit()
-                if progress is not None:
-                    progress(self.done, self.total, now - self.started)
-        finally:
-            self._commit()
-
-    def _commit(self) -> None:
-        # Emptied first: what the disk refused is not tried again.
-        keys, ready, self._keys, self._pending = self._keys, self._pending, [], []
-        if not ready:
-            return
-        block: Arrays = {
-            "keys": np.frombuffer(b"".join(k.tobytes() for k in keys), np.uint8).reshape(-1, 16),
-            "sums": np.array([scored.sum for scored in ready], np.float64),
-            "counts": np.array([scored.count for scored in ready], np.int32),
-        }
-        if self.token_values:
-            tokens = [scored.token_values for scored in ready if scored.token_values is not None]
-            block["token_values"] = np.concatenate(tokens, dtype=np.float32)
-        write_block(self.folder, block, self.space)
-        self.committed = time.monotonic()
-
-
-def _checked(scored: ResponseScore, group: Group, k: int, *, token_values: bool) -> ResponseScore:
+def _checked(scored: ResponseScore, group: Group, k: int) -> ResponseScore:
     """The score, refused where it is not finite: once kept it would come back in every later run."""
     if not math.isfinite(scored.sum):
         raise ModelError(
@@ -339,6 +337,4 @@ def _checked(scored: ResponseScore, group: Group, k: int, *, token_values: bool)
             "check its weights, or score in float32"
         )
     assert scored.count == int(group.continuations[k].trained.sum()), "every trained token is scored, and no other"
-    if token_values:
-        assert scored.token_values is not None and scored.token_values.shape == (scored.count,)
     return scored
