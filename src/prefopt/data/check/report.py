@@ -14,17 +14,8 @@ from prefopt.core.terminal import Bar, Reporter, Screen, tell_json, visible
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.chat.truncate import sequence_limit
-from prefopt.data.check.audit import (
-    CONTRADICTION,
-    SEVERITIES,
-    Audit,
-    AuditOptions,
-    Issue,
-    Severity,
-    audit,
-    compare_prompts,
-)
-from prefopt.data.check.statistics import LengthBias, Lengths
+from prefopt.data.check.audit import CONTRADICTION, SEVERITIES, Audit, AuditOptions, Issue, audit, compare_prompts
+from prefopt.data.check.statistics import Lengths
 from prefopt.data.problems import NAMED_ROWS
 from prefopt.data.show import show, show_words
 from prefopt.data.tokenizer import load_tokenizer
@@ -48,7 +39,17 @@ def run_check(config: DataCheckConfig, context: int | None = None) -> int:
         tokenizer = load_tokenizer(config.model)
         limit = sequence_limit(config.max_length, context)
         rendering = Rendering.from_options(config, limit)
+    bars: dict[str, Bar] = {}
+    reporter = Reporter("rich" if sys.stdout.isatty() and not config.json else "none")
     with ExitStack() as stack:
+
+        def progress(file: str, done: int, total: int) -> None:
+            if file not in bars and total >= BAR_ROWS:
+                stack.close()  # the bar of the file before it
+                bars[file] = stack.enter_context(reporter.bar(file, total, "rows"))
+            if file in bars:
+                bars[file].update(done)
+
         options = AuditOptions(
             tokenizer=tokenizer,
             rendering=rendering,
@@ -56,7 +57,7 @@ def run_check(config: DataCheckConfig, context: int | None = None) -> int:
             format=config.format,
             columns=config.column_words,
             show=config.show,
-            progress=None if config.json else _ProgressBars(stack),
+            progress=progress,
         )
         train = audit(config.data, options)
         held_out = audit(config.eval_data, options) if config.eval_data else None
@@ -83,22 +84,6 @@ def _show(c: Comparison, options: AuditOptions) -> str:
         return show_words(c, most=EXAMPLE_CHARACTERS)
     group = Renderer(options.tokenizer, options.rendering).render(c).group
     return show(group, options.tokenizer, most=EXAMPLE_CHARACTERS)
-
-
-class _ProgressBars:
-    """A progress bar for each long file, on a terminal only."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack, self._reporter = stack, Reporter("rich" if sys.stdout.isatty() else "none")
-        self._bars: dict[str, Bar] = {}
-
-    def __call__(self, file: str, done: int, total: int) -> None:
-        if total < BAR_ROWS:
-            return
-        if file not in self._bars:
-            self._stack.close()  # the bar of the file before it
-            self._bars[file] = self._stack.enter_context(self._reporter.bar(file, total, "rows"))
-        self._bars[file].update(done)
 
 
 def to_dict(train: Audit, held_out: Audit | None, limit: int | None) -> dict[str, object]:
@@ -151,11 +136,11 @@ class _Report:
         """Add everything. ``limit`` is ``--max-length`` or its default."""
         self.data(train, "data" if held_out is None else "data to train on", limit)
         if held_out is not None:
-            self.data(held_out, "data to evaluate on", limit, bars=False)
+            self.data(held_out, "data to evaluate on", limit)
         self.lines.append(("", ""))
         self.issues([train, *([held_out] if held_out else [])])
 
-    def data(self, a: Audit, title: str, limit: int | None, *, bars: bool = True) -> None:
+    def data(self, a: Audit, title: str, limit: int | None) -> None:
         """Add what the files hold."""
         self.title(title)
         for f in a.files:
@@ -166,7 +151,7 @@ class _Report:
         if any(f.usable for f in a.files):
             self.title("rows")
             self.rows(a)
-            self.lengths(a.lengths, limit, bars)
+            self.lengths(a.lengths, limit)
         for note in dict.fromkeys(a.notes):
             self.add(f"note: {note}", 0, 6, "dim")
 
@@ -177,27 +162,18 @@ class _Report:
             total.update(f.counts)
             stated.update(f.stated)
             responses.update(f.responses)
-        read = stated.total()
-        found = {"purpose": ", ".join(f"{kind} {n:,}" for kind, n in stated.most_common())}
-        found["responses"] = ", ".join(f"{k} in {n:,} rows" for k, n in sorted(responses.items()))
-        if total["pairs"]:
-            ties = f"ties in {total['ties']:,} rows" if total["ties"] else "no ties"
-            found["pairs"] = f"{total['pairs']:,}; {ties}"
-        good, bad = total["desirable"], total["undesirable"]
-        if good or bad:
-            found["labels"] = f"{good:,} desirable, {bad:,} undesirable of {good + bad:,}"
-        found["prompts"] = f"{a.prompts:,} different in {read:,} rows"
-        names = {"multi_turn": "multi-turn", "multi_turn_responses": "several turns in a response"}
-        names |= {"system": "system turn", "tools": "tools", "reasoning": "reasoning"}
-        names |= {"scored": "scores", "text": "plain text"}
-        has = [f"{name} {total[k]:,} ({_percent(total[k], read)})" for k, name in names.items() if total[k]]
-        if has:
-            found["with"] = ", ".join(has)
+        found = {
+            "purpose": ", ".join(f"{kind} {n:,}" for kind, n in stated.most_common()),
+            "responses": ", ".join(f"{k} in {n:,} rows" for k, n in sorted(responses.items())),
+            "prompts": f"{a.prompts:,} different in {stated.total():,} rows",
+            "counts": ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in total.items() if n),
+        }
         for name, value in found.items():
-            self.add(f"{name:<14}{value}", 2, 16)
+            if value:
+                self.add(f"{name:<14}{value}", 2, 16)
 
-    def lengths(self, x: Lengths, limit: int | None, bars: bool) -> None:
-        """Add quantiles and a histogram of lengths, what truncation and shared prefixes change, and the length bias."""
+    def lengths(self, x: Lengths, limit: int | None) -> None:
+        """Add quantiles of lengths, what truncation and shared prefixes change, and the length bias."""
         self.title(f"lengths in {x.unit}")
         table = x.quantiles()
         if len(x.chosen) + len(x.rejected) == len(x.response):
@@ -207,9 +183,6 @@ class _Report:
         self.lines.append((" " * 14 + "".join(f"{c:>8}" for c in columns), "dim"))
         for name, values in table.items():
             self.add(f"  {names.get(name, name):<12}" + "".join(f"{round(values[c]):>8,}" for c in columns))
-        if bars:
-            what = f"whole sequences (prompt and response), {x.unit} and how many" if x.whole else "prompts"
-            self.lines += [("", ""), (f"  {what}", "dim"), *((f"  {line}", "") for line in self.bars(x))]
         bias = x.bias()
         if bias is not None or x.unit == "tokens":
             self.lines.append(("", ""))
@@ -223,23 +196,12 @@ class _Report:
                 tokens = f"{x.encoded:,} tokens instead of {x.separate:,} ({saved})"
                 self.add(f"shared prefixes: encoded once per row, {tokens}", 2)
         if bias is not None:
-            self.add(_bias(bias, x), 2, 4, "warning" if bias.large else "")
-
-    def bars(self, x: Lengths) -> list[str]:
-        """The histogram of lengths."""
-        histogram = x.histogram()
-        names = [f"{a:,}-{b:,}" if b is not None else f"{a:,} and more" for a, b, _ in histogram]
-        most = max((n for *_, n in histogram), default=0)
-        left, right = max(map(len, names), default=0), len(f"{most:,}")
-        bar = "█" if (self.screen.encoding or "").lower().startswith("utf") else "#"
-        room = max(10, min(40, self.width - left - right - 6))
-        pairs = zip(names, histogram, strict=True)
-        return [f"{name:>{left}}  {n:>{right},}  {bar * -(-n * room // most)}".rstrip() for name, (*_, n) in pairs]
+            self.add(f"length bias: {bias.describe(x.unit)}", 2, 4, "warning" if bias.large else "")
 
     def issues(self, audits: list[Audit]) -> None:
         """Add errors, then warnings."""
         several = len({f.file for a in audits for f in a.files}) > 1
-        consequence: dict[Severity, str] = {
+        consequence = {
             "error": "a run refuses them, or leaves them out with --on-bad-row skip",
             "warning": "a run goes on, look at them first",
         }
@@ -273,16 +235,6 @@ class _Report:
             self.add(f"row{'s' * (len(e.rows) > 1)} {', '.join(first)}{more}", digits + 4, None, "dim")
         if e.example:
             self.lines.append((f"{' ' * (digits + 4)}{e.example}  (row {e.rows[0]})", "dim"))
-
-
-def _bias(b: LengthBias, x: Lengths) -> str:
-    interval = f"95 % interval {b.low:.1%} to {b.high:.1%}"
-    means = f"{abs(b.difference):,.1f} {x.unit} {'longer' if b.difference >= 0 else 'shorter'} on average"
-    if x.of_labels:
-        what = f"a desirable response is longer than an undesirable one {b.share:.1%} of the time"
-        return f"length bias: {what} ({interval}), {means}"
-    what = f"chosen is longer in {b.share:.1%} of the rows where lengths differ"
-    return f"length bias: {what} ({interval}), {means} ({b.ratio:.2f} times the length)"
 
 
 def _percent(n: int, of: int) -> str:

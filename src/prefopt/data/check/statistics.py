@@ -66,6 +66,13 @@ class LengthBias:
         ratio = max(self.ratio, 1 / self.ratio) if self.ratio > 0 else math.inf
         return abs(self.z) > CERTAIN and (abs(self.share - 0.5) >= LARGE_SHARE or ratio >= LARGE_RATIO)
 
+    def describe(self, unit: str) -> str:
+        """The bias in words."""
+        interval = f"95 % interval {self.low:.1%} to {self.high:.1%}"
+        means = f"{abs(self.difference):,.1f} {unit} {'longer' if self.difference >= 0 else 'shorter'} on average"
+        what = f"preferred responses are longer in {self.share:.1%} of comparisons ({interval})"
+        return f"{what}, {means} ({self.ratio:.2f} times the length)"
+
 
 class Lengths:
     """Lengths of the usable rows, 4 bytes each; of tokens also what truncation and shared prefixes change.
