@@ -145,15 +145,16 @@ class Lengths:
                 found[name] = dict(zip(QUANTILES, map(int, at), strict=True)) | {"mean": float(values.mean())}
         return found
 
-    def histogram(self) -> list[tuple[int, int | None, int]]:
-        """Of whole sequences: (from, up to and including, count); the last bin is open and holds the longest 1 %."""
+    def histogram(self) -> list[dict[str, int | None]]:
+        """Counts of whole sequences by length; the last bin is open and holds the longest 1 %."""
         values = _numbers(self.whole or self.prompt)
         if not len(values):
             return []
         step = _round_step((int(np.percentile(values, 99)) + 1) / BINS)
         counts = np.bincount(np.minimum(values // step, BINS), minlength=BINS + 1)
         last = int(np.flatnonzero(counts)[-1])
-        return [(i * step, (i + 1) * step - 1 if i < BINS else None, int(counts[i])) for i in range(last + 1)]
+        ends = [(i + 1) * step - 1 if i < BINS else None for i in range(last + 1)]
+        return [{"from": i * step, "to": end, "count": int(counts[i])} for i, end in enumerate(ends)]
 
     def longer_than(self, limits: Sequence[int]) -> dict[int, int]:
         """The number of whole sequences longer than each limit."""
@@ -188,7 +189,7 @@ class Lengths:
         return {
             "unit": self.unit,
             "quantiles": self.quantiles(),
-            "histogram": [{"from": a, "to": b, "count": n} for a, b, n in self.histogram()],
+            "histogram": self.histogram(),
             "length_bias": None if bias is None else asdict(bias) | {"large": bias.large},
         }
 
