@@ -6,6 +6,7 @@ import sys
 import textwrap
 from collections import Counter
 from contextlib import ExitStack
+from itertools import zip_longest
 
 from rich.text import Text
 
@@ -63,9 +64,7 @@ def run_check(config: DataCheckConfig, context: int | None = None) -> int:
         held_out = audit(config.eval_data, options) if config.eval_data else None
     if held_out is not None:
         compare_prompts(train, held_out)
-    examples: list[dict[str, object]] = [
-        {"file": c.file, "row": c.row, "text": _show(c, options)} for c in train.examples
-    ]
+    examples = [{"file": c.file, "row": c.row, "text": _show(c, options)} for c in train.examples]
     if config.json:
         tell_json(to_dict(train, held_out, limit) | {"examples": examples}, indent=1)
     else:
@@ -73,7 +72,7 @@ def run_check(config: DataCheckConfig, context: int | None = None) -> int:
         report.all(train, held_out, limit)
         for example in examples:
             report.title(f"{example['file']}, row {example['row']}")
-            report.lines.append((str(example["text"]), ""))
+            report.lines.append((f"{example['text']}", ""))
         report.print()
     return 1 if any(a.issues("error") for a in (train, held_out) if a) else 0
 
@@ -141,7 +140,7 @@ class _Report:
         self.issues([train, *([held_out] if held_out else [])])
 
     def data(self, a: Audit, title: str, limit: int | None) -> None:
-        """Add what the files hold."""
+        """Add the files, counts of their rows, their lengths and notes."""
         self.title(title)
         for f in a.files:
             refused = f", {f.refused:,} with errors" if f.refused else ""
@@ -188,8 +187,8 @@ class _Report:
             self.lines.append(("", ""))
         if x.unit == "tokens":
             rows, over = len(x.prompt), [f"{n:,}: {many:,}" for n, many in x.longer_than(LIMITS).items()]
-            share = _percent(x.truncated, rows)
-            self.add(f"truncated at {limit:,} tokens: {x.truncated:,} of {rows:,} rows ({share})", 2)
+            share = x.truncated / max(rows, 1)
+            self.add(f"truncated at {limit:,} tokens: {x.truncated:,} of {rows:,} rows ({share:.1%})", 2)
             self.add(f"of {len(x.whole) or rows:,} sequences are longer than {'; '.join(over)}", 2)
             if len(x.whole) > len(x.prompt) and x.encoded:
                 saved = f"{1 - x.encoded / x.separate:.0%} saved, {x.separate / x.encoded:.2f} times fewer"
@@ -229,14 +228,8 @@ class _Report:
         if e.rows:
             word = "against" if e.kind == CONTRADICTION else "as"
             others = [f" ({word} {f'{file}:' if file != e.file else ''}{row})" for file, row in e.others[:NAMED_ROWS]]
-            others += [""] * (NAMED_ROWS - len(others))
-            first = [f"{row}{other}" for row, other in zip(e.rows[:NAMED_ROWS], others, strict=False)]
+            first = [f"{row}{other}" for row, other in zip_longest(e.rows[:NAMED_ROWS], others, fillvalue="")]
             more = ", ..." if len(e.rows) > NAMED_ROWS else ""
             self.add(f"row{'s' * (len(e.rows) > 1)} {', '.join(first)}{more}", digits + 4, None, "dim")
         if e.example:
             self.lines.append((f"{' ' * (digits + 4)}{e.example}  (row {e.rows[0]})", "dim"))
-
-
-def _percent(n: int, of: int) -> str:
-    share = n / of if of else 0.0
-    return f"{share:.0%}" if share in (0, 1) or 0.01 <= share <= 0.99 else f"{share:.1%}"
