@@ -45,7 +45,7 @@ def test_from_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
-        (None, "absent.jinja", "no such file"),
+        (None, "absent.jinja", "No such file"),
         (b"\xff\xfe{{", "t.jinja", "is not UTF-8 (byte 1)"),
         (" \n", "t.jinja", "is empty"),
         ("{{ a }}\n{% for m in messages %}", "t.jinja", "Jinja template: line 2: "),

@@ -47,7 +47,6 @@ class ImportedItems:
         return lines + [f"{count} {what}" for what, count in self.counts.items()]
 
     def rows(self, source: Source, options: ImportOptions) -> Iterator[Comparison]:
-        """The usable rows of a source."""
         for c in open_comparisons(source, format=options.format, columns=options.column_words):
             self.read += 1
             if isinstance(c, Problem):

@@ -29,8 +29,16 @@ from prefopt.model.load import base_and_adapter, load_model
 from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights, freeze_and_cast
 from prefopt.model.scorer import Scorer, response_sums
-from prefopt.reference.cache import FillReport, ReferenceCache, ReferenceValues, ResponseScore, ScoreBatch
-from prefopt.reference.identity import Identity, SpaceKey, identity_of_model, identity_of_name, space_of
+from prefopt.reference.cache import (
+    FillReport,
+    Identity,
+    ReferenceCache,
+    ReferenceValues,
+    ResponseScore,
+    ScoreBatch,
+    SpaceKey,
+)
+from prefopt.reference.identity import identity_of_model, identity_of_name, space_of
 from prefopt.reference.in_memory import InMemoryReference, SwappedWeights
 from prefopt.train.budget import smaller_budget
 

@@ -85,11 +85,11 @@ def test_every_row_is_a_comparison_or_a_problem(rows: list[Any], format: str | N
     assert_accounted_for(rows, format)
 
 
-@pytest.mark.parametrize("name", ["\n", "", "a\u2028b", "\x1b[2J", "\ud800"])
-def test_a_column_whose_name_would_break_a_line_is_quoted(name: str) -> None:
-    with pytest.raises(DataError) as error:
-        parse_comparisons([{name: None}], "f")
-    assert f"row 1 has {name!r};" in str(error.value) and str(error.value).isprintable()
+def test_a_column_whose_name_would_break_a_line_is_quoted() -> None:
+    for name in ("\n", "", "a\u2028b", "\x1b[2J", "\ud800"):
+        with pytest.raises(DataError) as error:
+            parse_comparisons([{name: None}], "f")
+        assert f"row 1 has {name!r};" in str(error.value) and str(error.value).isprintable()
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
 
@@ -105,9 +105,10 @@ class Renderer:
 
         Covers the tokenizer, the template, the rendering options, and the date where the template shows it.
         """
-        date = self.rendering.date if self._template.reads_date else ""
-        parts = [tokenizer_digest(self.tokenizer), self.rendering.digest(), *self._template.sources, date]
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+        values = asdict(self.rendering)
+        date = values.pop("date") * self._template.reads_date
+        options = _digest(json.dumps(values, sort_keys=True))
+        return _digest(json.dumps([tokenizer_digest(self.tokenizer), options, *self._template.sources, date]))
 
     def render(self, comparison: Comparison) -> Rendered:
         """One comparison as a group. Raises :class:`DataError` where that is not possible."""
@@ -320,6 +321,10 @@ class Renderer:
         weights = None if c.votes is None else tuple(weight for *_, weight in c.votes)
         group = replace(group, weights=weights, tiers=c.tiers, scores=c.scores, labels=c.labels)
         return Rendered(group, prompt_cut, responses_cut)
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _longest(sequences: Sequences) -> int:

@@ -243,8 +243,8 @@ def audit(names: Sequence[str | PathLike[str]], options: AuditOptions) -> Audit:
     found.note_repeats(found.duplicates.contradictions(), CONTRADICTION, "another row states the opposite")
     bias = found.lengths.bias()
     if bias is not None and bias.large:
-        what = f"the preferred responses are {bias.ratio:.2f} times as long, and longer in {bias.share:.1%} of cases"
-        found.note("warning", "length bias", "", None, f"{what}; a model may learn the length, not the preference")
+        what = f"{bias.describe(found.lengths.unit)}; a model may learn the length instead of the preference"
+        found.note("warning", "length bias", "", None, what)
     return found
 
 
