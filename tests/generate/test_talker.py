@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from data.small import small_tokenizer
 from prefopt.errors import RunError
-from prefopt.generate.sampled_model import SampledModel, end_of_turn, renderer_for
-from prefopt.generate.sampler import Settings
-from prefopt.generate.talker import Asked, LocalTalker
+from prefopt.generate.chat_model import ChatRequest, LocalChatModel
+from prefopt.generate.model_io import SampledModel, end_of_turn, renderer_for
+from prefopt.generate.sampler import SamplingParams
 from prefopt.records import Message
 from train.small import tiny_llama, write_model
 
@@ -47,11 +47,11 @@ def says(folder: Path, text: str, *, template: str | None = None, end: str | Non
     return str(folder)
 
 
-def talker(folder: str, **settings: object) -> LocalTalker:
+def talker(folder: str, **settings: object) -> LocalChatModel:
     model = SampledModel(folder, device="cpu", dtype="float32")
     renderer = renderer_for(model.tokenizer)
     given = {"max_new_tokens": 40, "temperature": 0.0, **settings}
-    return LocalTalker(model, renderer, Settings(stop=model.stops(renderer), **given))  # type: ignore[arg-type]
+    return LocalChatModel(model, renderer, SamplingParams(stop=model.stop_ids(renderer), **given))  # type: ignore[arg-type]
 
 
 def asked(*words: str) -> tuple[Message, ...]:
@@ -72,7 +72,7 @@ def test_without_a_template_the_other_side_is_not_played(tmp_path: Path) -> None
 
 def test_turns_that_do_not_fit_are_left_out_and_a_message_that_never_fits_is_refused(tmp_path: Path) -> None:
     one = talker(write_model(tmp_path / "m", max_position_embeddings=96), max_new_tokens=500)
-    assert one.fit(asked("short")) == Asked(asked("short"))
+    assert one.fit(asked("short")) == ChatRequest(asked("short"))
     long = asked("a" * 20, "b" * 20, "c" * 20, "d" * 10, "e")
     fitted = one.fit(long)
     assert fitted.left_out in (2, 4) and fitted.turns == long[fitted.left_out :]

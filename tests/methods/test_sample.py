@@ -25,7 +25,7 @@ from prefopt.config.sample import SampleConfig
 from prefopt.data.comparisons import read_comparisons
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.errors import ConfigError
-from prefopt.generate.output import FREE
+from prefopt.generate.sample_file import FREE
 from prefopt.generate.sampler import Sample, group_of
 from prefopt.generate.vllm import VllmSampler
 from prefopt.model.adapter import new_lora

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from prefopt.train.rows import pairs_of
 
 from model.architectures import Float64Throughout
 from prefopt.core.cache_folder import cache_root
@@ -22,7 +23,6 @@ from prefopt.model.scorer import Scorer, response_sums
 from prefopt.reference.cache import ReferenceCache
 from prefopt.reference.in_memory import HeldWeights, LiveReference, Movement
 from prefopt.train.objective import PreferenceObjective
-from prefopt.train.rows import pairs_of
 from train.ranked import mixed, pairs_only
 from train.small import dpo, evaluations, pairs, steps, tiny_llama, weights, write_model
 from train.test_objective import CPU, assert_close, models, step, taken_grads

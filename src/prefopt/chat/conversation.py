@@ -20,7 +20,7 @@ from prefopt.core.options import nearest
 from prefopt.core.terminal import write
 from prefopt.data.layouts.messages import write_messages
 from prefopt.errors import RunError, UserError
-from prefopt.generate.talker import Asked, Talker, TooLong, Turns, system_and, without_oldest
+from prefopt.generate.chat_model import ChatModel, ChatRequest, ContextLengthError, Messages, drop_oldest, system_and
 from prefopt.records import Message
 
 TIERS = {"a": [[0], [1]], "b": [[1], [0]], "tie": [[0, 1]]}
@@ -121,7 +121,7 @@ class End(Exception):
 class Side:
     """One talker with the turns that it has seen, the system turn aside, and how many were left out last."""
 
-    talker: Talker
+    talker: ChatModel
     turns: list[Message] = field(default_factory=list)
     left_out: int = 0
 
@@ -134,7 +134,7 @@ class Chat:
 
     def __init__(
         self,
-        talkers: Sequence[Talker],
+        talkers: Sequence[ChatModel],
         reader: LineReader,
         out: TextIO,
         *,
@@ -238,13 +238,13 @@ class Chat:
                 pass
 
     def _pieces(self, side: Side) -> Iterator[str]:
-        asked: Asked | None = side.talker.fit(system_and(self.system, side.turns))
+        asked: ChatRequest | None = side.talker.fit(system_and(self.system, side.turns))
         while asked is not None:
             pieces = side.talker.answer(asked, self._attempt)
             try:
                 first = next(pieces, "")
-            except TooLong:
-                shorter = without_oldest(asked)
+            except ContextLengthError:
+                shorter = drop_oldest(asked)
                 if shorter is None:
                     raise
                 asked = shorter
@@ -291,7 +291,7 @@ class Chat:
         self._write("\n")
         return "".join(parts)
 
-    def _vote(self, order: Sequence[Side], prompt: str | Turns, answers: Sequence[str]) -> None:
+    def _vote(self, order: Sequence[Side], prompt: str | Messages, answers: Sequence[str]) -> None:
         """Ask which answer is better; it goes on as the answer of both."""
         assert self.votes is not None
         vote = "skip"

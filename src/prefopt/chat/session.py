@@ -14,9 +14,9 @@ from prefopt.chat.input import terminal_reader
 from prefopt.config.chat import ChatConfig
 from prefopt.core.terminal import Reporter
 from prefopt.data.chat.render_options import parse_variables, read_template
-from prefopt.generate.sampled_model import SampledModel, renderer_for
-from prefopt.generate.sampler import Settings
-from prefopt.generate.talker import LocalTalker, RemoteTalker, Talker
+from prefopt.generate.chat_model import ChatModel, LocalChatModel, RemoteChatModel
+from prefopt.generate.model_io import SampledModel, renderer_for
+from prefopt.generate.sampler import SamplingParams
 from prefopt.model.load import base_and_adapter, slow_dtype
 
 
@@ -26,7 +26,7 @@ def chat(config: ChatConfig) -> None:
         torch.set_num_threads(config.threads)
     reporter = Reporter("plain")
     seed = random.SystemRandom().randrange(2**32) if config.seed is None else config.seed
-    talkers: list[Talker] = []
+    talkers: list[ChatModel] = []
     if config.model is not None:
         talkers.append(_local(config, config.model, config.adapter, seed, reporter))
     if config.against is not None or config.against_adapter is not None:
@@ -49,14 +49,14 @@ def chat(config: ChatConfig) -> None:
     Chat(talkers, reader, sys.stdout, system=config.system, complete=config.complete, votes=votes, seed=seed).run()
 
 
-def _local(config: ChatConfig, name: str, adapter: str | None, seed: int, reporter: Reporter) -> LocalTalker:
+def _local(config: ChatConfig, name: str, adapter: str | None, seed: int, reporter: Reporter) -> LocalChatModel:
     model = SampledModel(name, adapter=adapter, device=config.device, dtype=config.dtype)
     template = read_template(config.chat_template) if config.chat_template else None
     renderer = renderer_for(model.tokenizer, template, parse_variables(config.template_variables or ()))
     said = _said(model)
     given = {n: getattr(config, n) for n in ("temperature", "top_p", "top_k") if getattr(config, n) is not None}
-    settings = Settings(config.max_new_tokens, model.stops(renderer), seed=seed, **{**said, **given})
-    talker = LocalTalker(model, renderer, settings)
+    settings = SamplingParams(config.max_new_tokens, model.stop_ids(renderer), seed=seed, **{**said, **given})
+    talker = LocalChatModel(model, renderer, settings)
     own = "its own chat template" if model.tokenizer.chat_template else "turns as 'User: ...', 'Assistant: ...'"
     form = "text" if config.complete else "--chat-template" if template else own
     shown = ", ".join(f"{n.replace('_', '-')} {v:g}" for n, v in {"temperature": 1.0, **said, **given}.items())
@@ -79,10 +79,10 @@ def _said(model: SampledModel) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _remote(config: ChatConfig) -> RemoteTalker:
+def _remote(config: ChatConfig) -> RemoteChatModel:
     assert config.url is not None
     options = {"max_tokens": config.max_new_tokens, **_sent(config)}
-    return RemoteTalker(config.url, config.url_model, key_variable=config.url_key, options=options)
+    return RemoteChatModel(config.url, config.url_model, key_variable=config.url_key, options=options)
 
 
 def _sent(config: ChatConfig) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _sent(config: ChatConfig) -> dict[str, Any]:
     return {n: getattr(config, n) for n in names if getattr(config, n) is not None}
 
 
-def _name_apart(talkers: list[Talker]) -> None:
+def _name_apart(talkers: list[ChatModel]) -> None:
     """Two models of one name are told apart by a number."""
     names = [talker.name for talker in talkers]
     for n, talker in enumerate(talkers, 1):

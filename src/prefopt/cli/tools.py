@@ -68,7 +68,7 @@ def list_cache(_: CacheListConfig) -> int:
 
 def verify_cache(config: CacheVerifyConfig) -> int:
     from prefopt.data.token_cache import verify_tokens
-    from prefopt.generate.output import verify_samples
+    from prefopt.generate.sample_file import verify_samples
     from prefopt.reference.spaces import verify
 
     problems = [(problem.file, problem.what) for problem in verify(repair=config.repair)]
@@ -220,7 +220,7 @@ def check_data(config: DataCheckConfig) -> int:
 
 def compare_models(config: CompareConfig) -> None:
     from prefopt.evaluate.compare import run
-    from prefopt.evaluate.show import lines
+    from prefopt.evaluate.result import lines
 
     result = run(config)
     if config.json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,49 +17,31 @@ from prefopt.core.statistics import Interval, mean_interval
 from prefopt.core.terminal import Reporter
 from prefopt.data.layouts import LAYOUTS
 from prefopt.errors import ConfigError, DataError, ModelError
-from prefopt.evaluate.answers import Given, Rows, answers, check_same, identity, prompts_of
-from prefopt.evaluate.judged import Versus, check_output, findings, write_judged
-from prefopt.evaluate.judges import load_judge
-from prefopt.evaluate.judges.judge import Judge, Question, ScoredVote, outcome, with_empty
-from prefopt.evaluate.judges.recorded import recorded
-from prefopt.evaluate.rates import FEWEST, Games, at_equal_length, groups, strengths, win_rate
-from prefopt.evaluate.samples import Floats, Ints, Samples, distance, gathered, numbered, perplexity, seen
+from prefopt.evaluate.judges import Judge, Question, ScoredVote, load_judge, outcome, with_empty
+from prefopt.evaluate.recorded_votes import recorded
+from prefopt.evaluate.result import CompareResult, PairResult, check_output, findings, write_judged
+from prefopt.evaluate.sample_cache import CompareInputs, Rows, answers, check_same, identity, prompts_of
+from prefopt.evaluate.sample_stats import (
+    Floats,
+    Ints,
+    SampleStats,
+    gathered,
+    kl_to_reference,
+    numbered,
+    perplexity,
+    seen,
+)
 from prefopt.evaluate.tasks import Harness, TaskScore, changes, read_task_results
+from prefopt.evaluate.win_rate import FEWEST, Games, groups, length_controlled, strengths, win_rate
 from prefopt.model.environment import hardware
 from prefopt.model.load import base_and_adapter, resolve_device, resolve_dtype
 from prefopt.records import Comparison
-from prefopt.runs.trends import Finding
 from prefopt.studies.votes import Vote
 
 
-@dataclass(frozen=True, slots=True)
-class CompareResult:
-    """``versus``: every two models. ``strengths``: Bradley-Terry, in log-odds, of three and more models whose prompts
-    are enough and which comparisons link. ``models``: what the samples of each show; nothing where votes were counted.
-    ``findings``: what is worth a look, in words. ``command`` does it again (empty where Python gave objects),
-    ``identities`` are SHA-256 of what was compared, ``output_sha256`` is that of the file of judged pairs (empty where
-    none was written), ``environment`` is what it ran on."""
-
-    judge: str
-    versus: list[Versus]
-    strengths: dict[str, Interval]
-    models: dict[str, Samples]
-    output: Path | None = None
-    notes: list[str] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-    command: str = ""
-    identities: dict[str, str] = field(default_factory=dict)
-    environment: dict[str, dict[str, str]] = field(default_factory=dict)
-    output_sha256: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(replace(self, output=None)) | {"output": None if self.output is None else str(self.output)}
-
-
-def run(config: CompareConfig, given: Given | None = None) -> CompareResult:
+def run(config: CompareConfig, given: CompareInputs | None = None) -> CompareResult:
     """Compare what ``config`` names, or what is ``given`` in its place. Raises :class:`prefopt.errors.UserError`."""
-    given = given or Given()
+    given = given or CompareInputs()
     if config.votes is not None:
         return _of_votes(config)
     judge = load_judge(config, given.judge)
@@ -127,7 +109,7 @@ def _questions(first: Rows, second: Rows, asked: dict[bytes, Comparison]) -> lis
 Scores = dict[str, list[TaskScore]]
 
 
-def _tasks(config: CompareConfig, given: Given) -> Scores | Harness | None:
+def _tasks(config: CompareConfig, given: CompareInputs) -> Scores | Harness | None:
     """What is known of tasks, or what finds it out: before anything is drawn, so that a mistake costs nothing."""
     if config.task_results is not None:
         return {n: read_task_results(file) for n, file in zip(config.models, config.task_results, strict=True)}
@@ -138,7 +120,9 @@ def _tasks(config: CompareConfig, given: Given) -> Scores | Harness | None:
     return Harness(config.tasks, task_folder=config.task_folder, limit=config.task_limit)
 
 
-def _with_tasks(config: CompareConfig, versus: Sequence[Versus], tasks: Scores | Harness | None) -> list[Versus]:
+def _with_tasks(
+    config: CompareConfig, versus: Sequence[PairResult], tasks: Scores | Harness | None
+) -> list[PairResult]:
     if isinstance(tasks, Harness):
         device = resolve_device(config.device)
         dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
@@ -150,13 +134,13 @@ def _with_tasks(config: CompareConfig, versus: Sequence[Versus], tasks: Scores |
     return [replace(v, tasks=changes(tasks[v.first], tasks[v.second])) for v in versus]
 
 
-def _seen(config: CompareConfig, name: str, rows: Rows, notes: list[str], given: Given) -> Samples:
+def _seen(config: CompareConfig, name: str, rows: Rows, notes: list[str], given: CompareInputs) -> SampleStats:
     gap, held = None, None
     if config.reference is not None:
         reference = given.loaded(config.reference, config)
         if not is_file(name) and given.loaded(name, config).tokenizer.get_vocab() != reference.tokenizer.get_vocab():
             raise ModelError(f"--reference {config.reference}: it has other tokens than {name}; no KL is between them")
-        gap = distance(rows, reference, seed=config.seed)
+        gap = kl_to_reference(rows, reference, seed=config.seed)
         reference.release()
     if config.held_out is not None and not is_file(name):
         model = given.loaded(name, config)
@@ -179,15 +163,15 @@ def _versus(
     outcomes: Floats,
     longer: Floats,
     empty: int,
-) -> Versus:
+) -> PairResult:
     categories = {}
     if config.category is not None:
         said = np.array([_category(config.category, row) for row in rows])
         parts = {str(c): said == c for c in sorted(set(said.tolist()))}
         categories = {c: win_rate(gathered(outcomes[part], prompt[part])) for c, part in parts.items()}
     outcomes, longer = gathered(outcomes, prompt), gathered(longer, prompt)
-    equal = at_equal_length(outcomes, longer)
-    return Versus(*names, win_rate(outcomes), equal, categories, empty, _longer(longer, seed=config.seed))
+    equal = length_controlled(outcomes, longer)
+    return PairResult(*names, win_rate(outcomes), equal, categories, empty, _longer(longer, seed=config.seed))
 
 
 def _longer(longer: Floats, *, seed: int) -> Interval | None:
@@ -205,7 +189,7 @@ def _strengths(
     config: CompareConfig,
     names: Sequence[str],
     games: list[tuple[int, int, int, float]],
-    versus: Sequence[Versus],
+    versus: Sequence[PairResult],
     notes: list[str],
 ) -> dict[str, Interval]:
     if len(names) < 3 or any(v.rate.rate is None for v in versus):
@@ -253,7 +237,7 @@ def _of_votes(config: CompareConfig) -> CompareResult:
             continue
         prompt = numbered(key for key, _, _ in said)
         outcomes, longer = (gathered(np.array([[one[n]] for one in said], np.float64), prompt) for n in (1, 2))
-        versus.append(Versus(names[i], names[k], win_rate(outcomes), at_equal_length(outcomes, longer)))
+        versus.append(PairResult(names[i], names[k], win_rate(outcomes), length_controlled(outcomes, longer)))
         games += [(i, k, prompts[key], x) for key, x, _ in said]
     notes: list[str] = []
     return CompareResult("people", versus, _strengths(config, names, games, versus, notes), {}, notes=notes)

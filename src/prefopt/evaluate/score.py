@@ -43,8 +43,8 @@ Floats = npt.NDArray[np.float64]
 Numbers = Callable[[Sequence[Group]], Floats]
 
 
-class ModelScores:
-    """Scores [K] of each row's responses; ``truncated`` counts the rows that were too long for the model.
+class ModelScorer:
+    """RowScorer [K] of each row's responses; ``truncated`` counts the rows that were too long for the model.
 
     ``words`` says what gives the numbers.
     """
@@ -71,7 +71,7 @@ class ModelScores:
         return scores
 
 
-def reward_model_scores(config: ScoreConfig) -> ModelScores:
+def reward_model_scorer(config: ScoreConfig) -> ModelScorer:
     """Those of the reward model that ``--reward`` names.
 
     Raises :class:`ModelError` where it is none, or has another number of labels.
@@ -89,10 +89,10 @@ def reward_model_scores(config: ScoreConfig) -> ModelScores:
     def numbers(groups: Sequence[Group]) -> Floats:
         return response_rewards(scorer, groups, range(len(groups)), TOKENS[device.type])
 
-    return ModelScores(f"the reward model {config.reward}", numbers, _renderer(config, tokenizer, source))
+    return ModelScorer(f"the reward model {config.reward}", numbers, _renderer(config, tokenizer, source))
 
 
-def implicit_scores(config: ScoreConfig) -> ModelScores:
+def implicit_reward_scorer(config: ScoreConfig) -> ModelScorer:
     """beta log(pi(y|x) / ref(y|x)), Rafailov et al. 2023, equation 5 less its term of the prompt alone.
 
     Raises :class:`ModelError` where the two models do not read the same tokens.
@@ -118,7 +118,7 @@ def implicit_scores(config: ScoreConfig) -> ModelScores:
         return beta * (policy - ref)
 
     words = f"{beta:g} log({config.adapter or config.model} / {reference})"
-    return ModelScores(words, numbers, _renderer(config, tokenizer, source, other))
+    return ModelScorer(words, numbers, _renderer(config, tokenizer, source, other))
 
 
 @torch.no_grad()
@@ -150,7 +150,7 @@ if TYPE_CHECKING:
 BATCH = 256
 """Rows that a reward is given at once."""
 
-Scores = Callable[[Sequence[Comparison]], list[tuple[float, ...]]]
+RowScorer = Callable[[Sequence[Comparison]], list[tuple[float, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +189,7 @@ def run(config: ScoreConfig) -> ScoreResult:
     path = Path(config.output)
     if path.exists() and not config.overwrite:
         raise RunError(f"--output {path} is there already; name another file, or add --overwrite")
-    scores_of, models = scores_for(config)
+    scores_of, models = load_row_scorer(config)
     values: list[float] = []
     agreements: dict[bytes, list[float]] = {}
     rows = 0
@@ -213,17 +213,17 @@ def run(config: ScoreConfig) -> ScoreResult:
     return ScoreResult(path, rows, len(values), float(np.mean(values)), spread, interval, truncated)
 
 
-def scores_for(config: ScoreConfig) -> tuple[Scores, ModelScores | None]:
+def load_row_scorer(config: ScoreConfig) -> tuple[RowScorer, ModelScorer | None]:
     """What gives the numbers, and that again where it is a model."""
     if not config.by_model:
-        return by_text(load_reward(config.reward)), None
+        return text_scorer(load_reward(config.reward)), None
     pass  # SELF
 
-    models = implicit_scores(config) if config.reward == IMPLICIT else reward_model_scores(config)
+    models = implicit_reward_scorer(config) if config.reward == IMPLICIT else reward_model_scorer(config)
     return models, models
 
 
-def by_text(reward: Reward) -> Scores:
+def text_scorer(reward: Reward) -> RowScorer:
     """A function of texts as one of rows."""
 
     def scores(rows: Sequence[Comparison]) -> list[tuple[float, ...]]:
@@ -234,7 +234,7 @@ def by_text(reward: Reward) -> Scores:
     return scores
 
 
-def scored(rows: Iterable[Comparison], scores_of: Scores) -> Iterator[tuple[Comparison, tuple[float, ...]]]:
+def scored(rows: Iterable[Comparison], scores_of: RowScorer) -> Iterator[tuple[Comparison, tuple[float, ...]]]:
     """Each row with one score [K] for each of its responses, in order; what gives them sees many rows at once."""
     given = iter(rows)
     while batch := list(islice(given, BATCH)):

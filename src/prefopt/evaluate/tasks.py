@@ -17,7 +17,7 @@ import numpy as np
 
 from prefopt.core.files import parsed
 from prefopt.errors import ConfigError, DataError, RunError
-from prefopt.evaluate.rates import Z95
+from prefopt.evaluate.win_rate import Z95
 from prefopt.model.supported import attention_for
 
 INSTALL = 'pip install "prefopt[lm-eval]"'

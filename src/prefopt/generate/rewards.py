@@ -13,8 +13,8 @@ from prefopt.config.tools import is_model_reward
 from prefopt.data.group import Group
 from prefopt.data.tokenizer import Tokenizer, load_tokenizer
 from prefopt.errors import ModelError, RunError
+from prefopt.generate.model_io import continuation, without_stop
 from prefopt.generate.sampler import Ids, Sample, group_of
-from prefopt.generate.text import continuation, without_stop
 from prefopt.model.load import local_folder, vocabulary_size
 from prefopt.model.packed_model import causal_model, context_length
 from prefopt.model.packing import pack, split
@@ -24,7 +24,7 @@ from prefopt.records import Comparison
 from prefopt.rewards import Reward, load_reward, prompt_text
 
 
-class Judge(Protocol):
+class RewardScorer(Protocol):
     """Scores the responses [N] of groups, whose prompts are ``rows``."""
 
     words: str
@@ -34,7 +34,7 @@ class Judge(Protocol):
         ...
 
 
-class TextJudge:
+class TextRewardScorer:
     """A rule or a function: it is given texts, cut at the first token that ends a response."""
 
     def __init__(self, reward: Reward, tokenizer: Tokenizer, stop: Sequence[int]) -> None:
@@ -42,7 +42,7 @@ class TextJudge:
         self.words = f"{reward.name}, of the text"
 
     def __call__(self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int) -> list[float]:
-        """See :class:`Judge`; the budget is of no matter here."""
+        """See :class:`RewardScorer`; the budget is of no matter here."""
         prompts = [prompt_text(row) for row, group in zip(rows, groups, strict=True) for _ in group.continuations]
         return self._reward(prompts, [t for row, g in zip(rows, groups, strict=True) for t in self.texts(row, g)])
 
@@ -55,7 +55,7 @@ class TextJudge:
         return found
 
 
-class ModelJudge:
+class RewardModelScorer:
     """A reward model: it reads the tokens themselves, packed, and its score at the last of each response."""
 
     def __init__(self, name: str, scorer: ScalarScorer) -> None:
@@ -64,7 +64,7 @@ class ModelJudge:
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int) -> list[float]:
-        """See :class:`Judge`."""
+        """See :class:`RewardScorer`."""
         device = next(self.scorer.model.parameters()).device
         costs = [self.scorer.layout.cost(g) for g in groups]
         found: list[float] = []
@@ -81,7 +81,7 @@ class ModelJudge:
         return found
 
 
-def load_judge(
+def load_reward_scorer(
     name: str,
     tokenizer: Tokenizer,
     stop: Sequence[int],
@@ -90,7 +90,7 @@ def load_judge(
     device: torch.device,
     attention: str,
     longest: int,
-) -> Judge:
+) -> RewardScorer:
     """The rule or function of that name, else the reward model in that folder (or on the Hub).
 
     ``longest``: tokens of prompt and response together. Raises :class:`ModelError` for a model with another number of
@@ -98,7 +98,7 @@ def load_judge(
     that name.
     """
     if not is_model_reward(name):
-        return TextJudge(load_reward(name), tokenizer, stop)
+        return TextRewardScorer(load_reward(name), tokenizer, stop)
     source = local_folder(name)
     if not has_scalar_head(source):
         raise ModelError(
@@ -117,7 +117,7 @@ def load_judge(
         raise ModelError(
             f"--reward {name}: its vocabulary is smaller than the tokenizer's; they belong to different models"
         )
-    return ModelJudge(name, scorer)
+    return RewardModelScorer(name, scorer)
 
 
 def same_tokenizer(name: str, its: Tokenizer, ours: Tokenizer) -> None:
@@ -143,13 +143,13 @@ class BestOf:
     bound by Beirami et al. 2024, arXiv 2401.01879), whatever the reward: :attr:`kl`.
     """
 
-    def __init__(self, judge: Judge, many: int) -> None:
+    def __init__(self, judge: RewardScorer, many: int) -> None:
         self._judge, self._many = judge, many
 
     @property
     def kl(self) -> float:
         """The bound, in nats per response."""
-        return kl_bound(self._many)
+        return best_of_n_kl(self._many)
 
     def keep(
         self, rows: Sequence[Comparison], prompts: Sequence[Ids], found: Sequence[Sequence[Sample]]
@@ -169,6 +169,6 @@ class BestOf:
         return kept
 
 
-def kl_bound(many: int) -> float:
+def best_of_n_kl(many: int) -> float:
     """What the divergence of the best of ``many`` samples from the model is at most, in nats: see :class:`BestOf`."""
     return math.log(many) - (many - 1) / many

@@ -11,6 +11,8 @@ would train on ratios that are not there.
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,7 +31,7 @@ Ids = Sequence[int] | IntArray
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class SamplingParams:
     """How tokens are drawn.
 
     ``temperature`` divides the logits; at 0 the likeliest token is taken. Then ``top_k`` keeps the k likeliest tokens,
@@ -98,7 +100,7 @@ class Sample:
         return "stop" if self.finished else "length"
 
 
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Called with the samples that ended and the tokens drawn since the last call; may raise to stop the sampler.
 
 Both are negative where a batch that did not fit into memory will be drawn again."""
@@ -111,10 +113,10 @@ class Sampler(Protocol):
         self,
         prompts: Sequence[Ids],
         num: int,
-        settings: Settings,
+        settings: SamplingParams,
         *,
         streams: Sequence[int] | None = None,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
     ) -> list[list[Sample]]:
         """``num`` samples of every prompt (token ids, at least one), in the order of the prompts.
 
@@ -158,7 +160,7 @@ TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class Mismatch:
+class LogprobMismatch:
     """Absolute differences over so many ``tokens`` of so many ``samples``, in nats: their mean, and the largest."""
 
     samples: int
@@ -178,7 +180,7 @@ class Mismatch:
 
 
 @torch.no_grad()
-def compare(scorer: Scorer, prompts: Sequence[Ids], samples: Sequence[Sequence[Sample]]) -> Mismatch:
+def compare_logprobs(scorer: Scorer, prompts: Sequence[Ids], samples: Sequence[Sequence[Sample]]) -> LogprobMismatch:
     """Score the samples of each prompt and compare."""
     device = next(scorer.model.parameters()).device
     held = [(group_of(prompt, many), many) for prompt, many in zip(prompts, samples, strict=True) if many]
@@ -188,4 +190,149 @@ def compare(scorer: Scorer, prompts: Sequence[Ids], samples: Sequence[Sequence[S
         parts.append(np.abs(scored - np.concatenate([s.logps for i in part for s in held[i][1]])))
     gaps = np.concatenate(parts) if parts else np.zeros(0)
     mean = float(gaps.mean()) if len(gaps) else 0.0
-    return Mismatch(sum(len(many) for _, many in held), len(gaps), mean, float(gaps.max(initial=0.0)))
+    return LogprobMismatch(sum(len(many) for _, many in held), len(gaps), mean, float(gaps.max(initial=0.0)))
+
+
+_STEP = 2**32
+"""Counters of one step of one sample: tokens from 0 on, blocks of tokens in the upper half."""
+BLOCKS = 2**31
+
+
+def _signed(x: int) -> int:
+    x &= 2**64 - 1
+    return x - 2**64 if x >= 2**63 else x
+
+
+_GOLDEN, _MIX1, _MIX2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def key_of(seed: int, prompt: Ids, stream: int, sample: int) -> int:
+    """The 64 bits (signed) that name one sample of one prompt; ``stream`` counts the prompt's earlier occurrences."""
+    digest = hashlib.blake2b(np.asarray(prompt, "<i4").tobytes(), digest_size=8)
+    digest.update(np.array([seed, stream, sample], "<i8").tobytes())
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def gumbel(key_n: torch.Tensor, step: int, counter: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel numbers [n, m] for keys [n] (int64) at ``step``; ``counter`` [m] or [n, m], below 2**32."""
+    u = uniform(key_n, step, counter)
+    return u.log_().neg_().log_().neg_()
+
+
+def uniform(key_n: torch.Tensor, step: int, counter: torch.Tensor) -> torch.Tensor:
+    """Uniform numbers in (0, 1) [n, m], float64 with 53 bits (float32 with 24 where the device has no float64)."""
+    x = (counter + step * _STEP + 1) * _GOLDEN + key_n[:, None]
+    x = (x ^ _shifted(x, 30)) * _MIX1
+    x = (x ^ _shifted(x, 27)) * _MIX2
+    x = x ^ _shifted(x, 31)
+    narrow = x.device.type == "mps"
+    bits = 24 if narrow else 53
+    # The middle of its interval: never 0 nor 1, so that no Gumbel number is infinite.
+    u: torch.Tensor = _shifted(x, 64 - bits).to(torch.float32 if narrow else torch.float64)
+    return u.add_(0.5).mul_(2.0**-bits)
+
+
+def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Bits to the right, as of an unsigned number."""
+    right: torch.Tensor = (x >> bits) & ((1 << 64 - bits) - 1)
+    return right
+
+
+FIRST_SORTED = 256
+"""Likeliest tokens that are sorted to find the set of top-p; most of the time they hold it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Tokens [n] with their log-probabilities, under the distribution drawn from and under the model."""
+
+    token_n: torch.Tensor
+    sampling_logp_n: torch.Tensor
+    logp_n: torch.Tensor
+
+
+def choose(z: torch.Tensor, settings: SamplingParams, key_n: torch.Tensor, step: int) -> Choice:
+    """One token for each row of logits ``z`` [n, V] (float32 or float64); ``step`` counts the tokens before it.
+
+    ``z`` is used up: the largest tensor of a step is not worth a second one beside it.
+    """
+    w = z
+    if step < settings.min_new_tokens and settings.stop:
+        w = z.index_fill(1, torch.tensor(settings.stop, device=z.device), -math.inf)
+    if settings.temperature == 0:
+        token_n = w.argmax(-1)
+        logp_n = _at(z, token_n) - z.logsumexp(-1)
+        return Choice(token_n, torch.zeros_like(logp_n), logp_n)
+    if settings.temperature != 1:
+        w = w / settings.temperature
+    w = _truncated(w, settings)
+    total_n = None if w is z else z.logsumexp(-1)
+    e = w.sub_(w.amax(-1, keepdim=True)).exp_()
+    sums = _block_sums(e)
+    token_n = _draw(e, sums, key_n, step)
+    sampling_logp_n = _at(e, token_n).log_() - sums.sum(-1).log_()
+    return Choice(token_n, sampling_logp_n, sampling_logp_n if total_n is None else _at(z, token_n) - total_n)
+
+
+def _width(vocabulary: int) -> int:
+    """Tokens of a block: about the square root, so that both stages draw about as many numbers."""
+    return 1 << round(math.log2(vocabulary) / 2)
+
+
+def _block_sums(e: torch.Tensor) -> torch.Tensor:
+    """The sum of each block of tokens [n, B]."""
+    vocabulary = e.shape[1]
+    width = _width(vocabulary)
+    whole = vocabulary // width * width
+    sums = e[:, :whole].unflatten(1, (-1, width)).sum(-1)
+    return sums if whole == vocabulary else torch.cat([sums, e[:, whole:].sum(-1, keepdim=True)], 1)
+
+
+def _draw(e: torch.Tensor, sums: torch.Tensor, key_n: torch.Tensor, step: int) -> torch.Tensor:
+    """A token by weights ``e`` [n, V], in two stages of Gumbel-max: a block by ``sums`` [n, B], a token of it."""
+    vocabulary = e.shape[1]
+    width = _width(vocabulary)
+    every = torch.arange(sums.shape[1], device=e.device)
+    block_n = (sums.log() + gumbel(key_n, step, every + BLOCKS)).argmax(-1)
+    token = block_n[:, None] * width + torch.arange(width, device=e.device)
+    inside = e.gather(1, token.clamp(max=vocabulary - 1)).masked_fill_(token >= vocabulary, 0)
+    return _at(token, (inside.log_() + gumbel(key_n, step, token)).argmax(-1))
+
+
+def _truncated(w: torch.Tensor, settings: SamplingParams) -> torch.Tensor:
+    """``w`` [n, V] with what top-k and top-p leave out at minus infinity."""
+    vocabulary = w.shape[1]
+    k = None if settings.top_k is None else min(settings.top_k, vocabulary)
+    if settings.top_p < 1:
+        least_n = _least_of_nucleus(w, settings.top_p, k)
+    elif k is not None and k < vocabulary:
+        least_n = w.topk(k, sorted=True).values[:, -1]
+    else:
+        return w
+    return w.masked_fill(w < least_n[:, None], -math.inf)
+
+
+def _least_of_nucleus(w: torch.Tensor, top_p: float, k: int | None) -> torch.Tensor:
+    """The smallest logit [n] of the top-p set, within the k likeliest tokens where ``k`` is given."""
+    vocabulary = w.shape[1]
+    total_n = w.logsumexp(-1) if k is None else None
+    size = min(vocabulary, FIRST_SORTED if k is None else k)
+    least_n = w.new_empty(len(w))
+    rows = torch.arange(len(w), device=w.device)
+    while True:
+        top = w[rows].topk(size, sorted=True).values
+        whole = top.logsumexp(-1) if total_n is None else total_n[rows]
+        held = (top - whole[:, None]).exp_().cumsum_(-1)
+        last = k is not None or size == vocabulary
+        # The first token at which the set is large enough; rounding may keep the last sum below.
+        at = (held < top_p).sum(-1)
+        enough = torch.ones_like(at, dtype=torch.bool) if last else at < size
+        least_n[rows[enough]] = _at(top, at.clamp(max=size - 1))[enough]
+        rows = rows[~enough]
+        if not len(rows):
+            return least_n
+        size = min(vocabulary, 8 * size)
+
+
+def _at(x: torch.Tensor, index_n: torch.Tensor) -> torch.Tensor:
+    return x.gather(1, index_n[:, None])[:, 0]

@@ -32,7 +32,7 @@ GROWTH = 64
 """Slots added at least when they are used up."""
 
 
-Place = tuple[int, int]
+LayerCall = tuple[int, int]
 """A module that attends, and its which call within a forward pass (from 1): some are run several times in one."""
 
 
@@ -50,7 +50,7 @@ class Slots:
 
     start: torch.Tensor
     length: int
-    layers: dict[Place, _Layer] = field(default_factory=dict)
+    layers: dict[LayerCall, _Layer] = field(default_factory=dict)
     called: Counter[int] = field(default_factory=Counter)
     bias: torch.Tensor | None = None
 
@@ -69,12 +69,12 @@ class Slots:
         """A forward pass begins."""
         self.called.clear()
 
-    def place(self, module: torch.nn.Module) -> Place:
+    def place(self, module: torch.nn.Module) -> LayerCall:
         """Where keys and values of this call of ``module`` are kept."""
         self.called[id(module)] += 1
         return id(module), self.called[id(module)]
 
-    def fill(self, layer: Place, key: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> None:
+    def fill(self, layer: LayerCall, key: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> None:
         """Prompts of more rows: ``index`` [rows, length] picks them from keys and values [heads, T, D]."""
         made = _Layer(*(x[:, index].transpose(0, 1) for x in (key, value)))
         before = self.layers.get(layer)
@@ -82,7 +82,7 @@ class Slots:
             made = _Layer(torch.cat([before.key, made.key]), torch.cat([before.value, made.value]))
         self.layers[layer] = made
 
-    def extend(self, layer: Place, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def extend(self, layer: LayerCall, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the token of this step, [rows, heads, D] each; returns what it sees, [rows, heads, length + 1, D]."""
         kept = self.layers.get(layer)
         if kept is None:  # prompts of one token: nothing came before

@@ -1,7 +1,7 @@
 """A sampler for any causal language model of transformers: batches by length, rows that leave when they end.
 
 >>> sampler = TransformersSampler(Scorer(model))                                     # doctest: +SKIP
->>> sampler.sample([[1, 2, 3]], 4, Settings(max_new_tokens=32, stop=(2,)))            # doctest: +SKIP
+>>> sampler.sample([[1, 2, 3]], 4, SamplingParams(max_new_tokens=32, stop=(2,)))            # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import torch
 
 from prefopt.errors import ModelError, RunError
 from prefopt.generate.decode import Decoder, WholeDecoder, decoder_of
-from prefopt.generate.draw import Choice, choose, key_of
-from prefopt.generate.sampler import Ids, Progress, Sample, Settings, occurrences
+from prefopt.generate.sampler import Choice, Ids, ProgressCallback, Sample, SamplingParams, choose, key_of, occurrences
 from prefopt.model.accounting import attention_shapes
 from prefopt.model.costs import count_generated
 from prefopt.model.load import vocabulary_size
@@ -59,7 +58,7 @@ class TransformersSampler:
         self._kind, self.note = decoder_of(scorer)
 
     @property
-    def way(self) -> str:
+    def decoder_name(self) -> str:
         """``slots``, ``cache`` or ``whole``: see :mod:`prefopt.generate.decode`."""
         return self._kind.name
 
@@ -67,10 +66,10 @@ class TransformersSampler:
         self,
         prompts: Sequence[Ids],
         num: int,
-        settings: Settings,
+        settings: SamplingParams,
         *,
         streams: Sequence[int] | None = None,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
     ) -> list[list[Sample]]:
         """As the protocol says. Raises :class:`ModelError` for a prompt that leaves no room for a token."""
         self._check(prompts, settings)
@@ -101,7 +100,7 @@ class TransformersSampler:
         return [[sample for sample in many if sample is not None] for many in found]
 
     def stream(
-        self, prompt: Ids, settings: Settings, *, stream: int = 0, sample: int = 0
+        self, prompt: Ids, settings: SamplingParams, *, stream: int = 0, sample: int = 0
     ) -> Generator[int, None, None]:
         """The tokens of one sample, each as soon as it is drawn, the stop token too."""
         self._check([prompt], settings)
@@ -109,7 +108,7 @@ class TransformersSampler:
         for _ in run.steps():
             yield int(run.ids[0, run.step - 1])
 
-    def _check(self, prompts: Sequence[Ids], settings: Settings) -> None:
+    def _check(self, prompts: Sequence[Ids], settings: SamplingParams) -> None:
         size = vocabulary_size(causal_model(self.scorer.model))
         for n, prompt in enumerate(prompts, 1):
             if not len(prompt):
@@ -122,7 +121,7 @@ class TransformersSampler:
                 raise ModelError(f"{what}; tokenizer and model do not belong together")
 
     def _next(
-        self, work: Sequence[_Job], rows: int, prompts: Sequence[Ids], settings: Settings
+        self, work: Sequence[_Job], rows: int, prompts: Sequence[Ids], settings: SamplingParams
     ) -> tuple[list[_Job], list[_Job]]:
         """What goes into the next batch, and what is left: all samples of a prompt together where they fit."""
         first = work[0]
@@ -138,7 +137,7 @@ class TransformersSampler:
             room -= job.count
         return jobs, []
 
-    def _side(self, length: int, settings: Settings) -> tuple[int, str]:
+    def _side(self, length: int, settings: SamplingParams) -> tuple[int, str]:
         """Prompts that differ in this may not share a batch: their length, and on which side of longrope's limit."""
         limit = self.scorer.layout.rope_limit
         side = "" if limit is None or length + settings.max_new_tokens <= limit else "long"
@@ -146,12 +145,12 @@ class TransformersSampler:
             side = "across"
         return length if self._kind.same_length or side == "across" else 0, side
 
-    def _decoder(self, jobs: Sequence[_Job], prompts: Sequence[Ids], settings: Settings) -> Decoder:
+    def _decoder(self, jobs: Sequence[_Job], prompts: Sequence[Ids], settings: SamplingParams) -> Decoder:
         """Across longrope's limit the frequencies of all tokens change, so that nothing can be kept."""
         across = self._side(len(prompts[jobs[0].prompt]), settings)[1] == "across"
         return (WholeDecoder if across else self._kind)(self.scorer)
 
-    def _halve(self, run: _Run, progress: Progress | None) -> int:
+    def _halve(self, run: _Run, progress: ProgressCallback | None) -> int:
         """Forget a batch that did not fit; returns how many rows to go on with, from now on."""
         total = len(run.rows)
         self.rows = total // 2
@@ -182,7 +181,7 @@ class _Run:
         prompts: Sequence[Ids],
         jobs: Sequence[_Job],
         streams: Sequence[int],
-        settings: Settings,
+        settings: SamplingParams,
     ) -> None:
         self.scorer, self.settings, self.jobs = sampler.scorer, settings, jobs
         self.prompts = [prompts[job.prompt] for job in jobs]
@@ -206,7 +205,7 @@ class _Run:
         self.held = np.arange(n)  # the rows in the batch; some of them may have ended
         self.living = np.ones(n, np.bool_)
 
-    def complete(self, progress: Progress | None) -> None:
+    def complete(self, progress: ProgressCallback | None) -> None:
         """Draw everything; ``told`` keeps what ``progress`` was told in all."""
         for ended, drawn in self.steps():
             self.told = (self.told[0] + ended, self.told[1] + drawn)

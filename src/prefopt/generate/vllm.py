@@ -15,8 +15,7 @@ import numpy as np
 
 from prefopt.core.model_folder import vet_folder
 from prefopt.errors import ConfigError, ModelError, RunError, first_line
-from prefopt.generate.draw import key_of
-from prefopt.generate.sampler import FloatArray, Ids, Progress, Sample, Settings, occurrences
+from prefopt.generate.sampler import FloatArray, Ids, ProgressCallback, Sample, SamplingParams, key_of, occurrences
 
 ADAPTER = "adapter"
 
@@ -73,10 +72,10 @@ class VllmSampler:
         self,
         prompts: Sequence[Ids],
         num: int,
-        settings: Settings,
+        settings: SamplingParams,
         *,
         streams: Sequence[int] | None = None,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
     ) -> list[list[Sample]]:
         """As the protocol says; ``progress`` hears of everything at once. Raises :class:`RunError` if vLLM fails."""
         streams = occurrences(prompts) if streams is None else streams
@@ -103,7 +102,7 @@ class VllmSampler:
             progress(len(samples), sum(s.tokens for s in samples))
         return [samples[i : i + num] for i in range(0, len(samples), num)] if num else [[] for _ in prompts]
 
-    def _params(self, settings: Settings, seed: int, max_tokens: int) -> Any:
+    def _params(self, settings: SamplingParams, seed: int, max_tokens: int) -> Any:
         return self._vllm.SamplingParams(
             n=1,
             temperature=settings.temperature,

@@ -28,7 +28,7 @@ from prefopt.data.files.content import layout_name
 from prefopt.data.files.sources import find_sources
 from prefopt.data.layouts.dataset_info import find_entry
 from prefopt.errors import ConfigError, DataError, Interrupted, RunError
-from prefopt.generate.sampled_model import SampledModel
+from prefopt.generate.model_io import SampledModel
 from prefopt.methods import ppo, reward, sft
 from prefopt.model.load import base_and_adapter, resolve_device
 from prefopt.model.merge import merge_adapter

@@ -10,7 +10,7 @@ from typing import Any
 
 from prefopt.core.files import read_json
 from prefopt.data.comparisons import read_comparisons
-from prefopt.evaluate.judged import check_judged
+from prefopt.evaluate.result import check_judged
 from prefopt.evaluate.tasks import TaskChange
 from prefopt.records import Comparison
 from prefopt.rewards import prompt_text

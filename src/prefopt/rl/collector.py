@@ -11,9 +11,9 @@ import torch
 
 from prefopt.data.group import Group
 from prefopt.errors import RunError
-from prefopt.generate.prompts import PromptSet
-from prefopt.generate.rewards import Judge
-from prefopt.generate.sampler import Progress, Sampler, Settings, group_of
+from prefopt.generate.model_io import PromptSet
+from prefopt.generate.rewards import RewardScorer
+from prefopt.generate.sampler import ProgressCallback, Sampler, SamplingParams, group_of
 from prefopt.model.scorer import Scorer
 from prefopt.reference.in_memory import LiveReference
 from prefopt.rewards import prompt_text
@@ -38,15 +38,15 @@ class Collector:
 
     prompts: PromptSet
     sampler: Sampler
-    settings: Settings
+    settings: SamplingParams
     num: int
-    judge: Judge
+    judge: RewardScorer
     scorer: Scorer
     critic: Critic | None
     reference: LiveReference
 
     def collect(
-        self, step: int, prompts: Sequence[int], token_budget: int, progress: Progress
+        self, step: int, prompts: Sequence[int], token_budget: int, progress: ProgressCallback
     ) -> tuple[Rollouts, dict[str, float]]:
         """Rollouts of some prompts in step ``step``, and the seconds of each phase.
 

@@ -15,9 +15,8 @@ from prefopt.config.compare import CompareConfig
 from prefopt.core.cache_folder import cache_root
 from prefopt.errors import ConfigError, DataError, ModelError, RunError
 from prefopt.evaluate.compare import run
-from prefopt.evaluate.judges import load_judge
-from prefopt.evaluate.judges.judge import Judge, Question, outcome, with_empty
-from prefopt.evaluate.judges.recorded import recorded
+from prefopt.evaluate.judges import Judge, Question, load_judge, outcome, with_empty
+from prefopt.evaluate.recorded_votes import recorded
 from prefopt.records import Comparison, Message
 from prefopt.studies.votes import Vote
 from studies.small import new_study, people, say
@@ -161,7 +160,7 @@ def test_models_with_other_tokens_imply_no_reward_together(model: str, tmp_path:
 
 
 def test_a_language_model_is_asked_in_both_orders_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prefopt.evaluate.judges.llm.PAUSE", 0.0)
+    monkeypatch.setattr("prefopt.evaluate.judges.PAUSE", 0.0)
     with serving() as server:
         options = {"judge_url": server.url, "judge_model": "big"}
 
@@ -183,13 +182,13 @@ def test_a_language_model_is_asked_in_both_orders_and_once(monkeypatch: pytest.M
 
 
 def test_a_language_model_that_holds_to_its_view_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    from prefopt.generate.talker import RemoteTalker
+    from prefopt.generate.chat_model import RemoteChatModel
 
     def answer(self: Any, asked: Any, attempt: int) -> Any:
         text = asked.turns[1].content
         yield "because [[2]] no: " + ("[[1]]" if text.index("good") < text.index("bad") else "[[2]]")
 
-    monkeypatch.setattr(RemoteTalker, "answer", answer)
+    monkeypatch.setattr(RemoteChatModel, "answer", answer)
     llm = judge("llm", judge_url="http://localhost:1/v1", judge_model="big")
     assert votes(llm, ("good", "bad"), ("bad", "good")) == [1.0, 0.0]
     (vote,) = llm([question("good", "bad")])
@@ -197,7 +196,7 @@ def test_a_language_model_that_holds_to_its_view_decides(monkeypatch: pytest.Mon
 
 
 def test_a_judge_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prefopt.evaluate.judges.llm.PAUSE", 0.0)
+    monkeypatch.setattr("prefopt.evaluate.judges.PAUSE", 0.0)
     with serving() as server:
         url = server.url
     with pytest.raises(RunError, match="cannot be reached") as caught:

@@ -25,8 +25,8 @@ from prefopt.data.comparisons import open_comparisons, parse_comparisons, read_c
 from prefopt.data.files.sources import find_sources
 from prefopt.data.problems import Problem, refuse, refused_rows
 from prefopt.errors import CacheError, DataError
-from prefopt.generate.output import wrong_with
-from prefopt.generate.sampled_model import SampledModel
+from prefopt.generate.model_io import SampledModel
+from prefopt.generate.sample_file import sample_file_error
 from prefopt.records import Comparison
 from prefopt.rewards import Reward
 
@@ -34,7 +34,7 @@ Rows = list[Comparison]
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class CompareInputs:
     """What stands in for names: ``models`` by the names that the config has for them, ``rows`` of prompts, a judge."""
 
     models: Mapping[str, Any] = field(default_factory=dict)
@@ -50,19 +50,19 @@ class Given:
         return SampledModel(name, device=config.device, dtype=config.dtype)
 
 
-def answers(config: CompareConfig, name: str, given: Given, reporter: Reporter) -> Rows:
+def answers(config: CompareConfig, name: str, given: CompareInputs, reporter: Reporter) -> Rows:
     """The samples of a model, a row for each prompt: drawn now or before, or read from the file that ``name`` is."""
     return _read(Path(name)) if is_file(name) else _drawn(config, name, given, reporter)
 
 
-def identity(config: CompareConfig, name: str, given: Given) -> str:
+def identity(config: CompareConfig, name: str, given: CompareInputs) -> str:
     """The SHA-256 of what decides a model's answers, or of a file of samples."""
     if is_file(name):
         return file_hashes([Path(name)], error=DataError)[0]
-    return given.loaded(name, config).answering()
+    return given.loaded(name, config).generation_digest()
 
 
-def _drawn(config: CompareConfig, name: str, given: Given, reporter: Reporter) -> Rows:
+def _drawn(config: CompareConfig, name: str, given: CompareInputs, reporter: Reporter) -> Rows:
     from prefopt.methods.sample import run as sample
 
     model = given.loaded(name, config)
@@ -71,7 +71,7 @@ def _drawn(config: CompareConfig, name: str, given: Given, reporter: Reporter) -
     if name not in given.models:
         options |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
     options |= {"model": name, "prompts": config.prompts or []}
-    folder = samples_folder() / _key(options, model.answering(), given.rows)
+    folder = samples_folder() / _key(options, model.generation_digest(), given.rows)
     lock = space_lock(folder)
     if not acquired(lock):
         raise CacheError(f"{folder}: another process draws the same samples; wait for it")
@@ -79,7 +79,7 @@ def _drawn(config: CompareConfig, name: str, given: Given, reporter: Reporter) -
         path = folder / SAMPLES
         with cache_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        if path.exists() and (wrong := wrong_with(path)):
+        if path.exists() and (wrong := sample_file_error(path)):
             raise CacheError(f"{path} {wrong}; prefopt cache verify --repair takes such samples out of use")
         progress = "none" if config.json else config.progress
         drawn = SampleConfig(
@@ -135,7 +135,7 @@ def check_same(samples: Mapping[str, Rows]) -> None:
                 raise DataError(what, file=name, row=b.row)
 
 
-def prompts_of(config: CompareConfig, given: Given) -> tuple[dict[bytes, Comparison], list[str]]:
+def prompts_of(config: CompareConfig, given: CompareInputs) -> tuple[dict[bytes, Comparison], list[str]]:
     """The prompts' rows as their files have them, by prompt: with the answers that gsm8k compares with; and what is
     said of rows that were left out. Raises :class:`DataError` for rows that cannot be used, unless they may be."""
     how: dict[str, Any] = {"format": config.format, "columns": config.column_words}

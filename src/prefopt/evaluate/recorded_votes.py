@@ -20,7 +20,7 @@ from prefopt.studies.study import Study
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
+class RecordedVote:
     """One comparison: two models, ``outcome`` for the first (see ``judges.judge.outcome``), of one prompt.
 
     ``longer``: characters that the first response has more than the second.
@@ -34,7 +34,7 @@ class Recorded:
 
 def recorded(
     names: Sequence[str], *, format: str | None = None, columns: Sequence[str] | None = None
-) -> list[Recorded]:
+) -> list[RecordedVote]:
     """Every pair of responses of different models that a row judges.
 
     Raises :class:`DataError` for rows that do not name their models, and where no two models were compared.
@@ -64,7 +64,7 @@ def _rows(names: Sequence[str], format: str | None, columns: Sequence[str] | Non
             raise refuse(problems, reading.count)
 
 
-def _pairs(row: Comparison) -> Iterator[Recorded]:
+def _pairs(row: Comparison) -> Iterator[RecordedVote]:
     models = row.extra.get("models")
     if not isinstance(models, list) or len(models) != len(row.responses) or not all(map(_named, models)):
         raise DataError(
@@ -76,7 +76,7 @@ def _pairs(row: Comparison) -> Iterator[Recorded]:
         first, second = (len(row.responses[j].text) for j in (i, k))
         for said in _outcomes(row, i, k):
             if models[i] != models[k] and not math.isnan(said):
-                yield Recorded((models[i], models[k]), row.prompt_key, said, first - second)
+                yield RecordedVote((models[i], models[k]), row.prompt_key, said, first - second)
 
 
 def _outcomes(row: Comparison, i: int, k: int) -> list[float]:

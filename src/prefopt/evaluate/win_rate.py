@@ -111,7 +111,7 @@ def _needed(means: Floats) -> int | None:
 
 
 @dataclass(frozen=True, slots=True)
-class AtEqualLength:
+class LengthControlled:
     """``rate``: win rate read where both responses are equally long. ``slope``: how much the log-odds of winning rise
     with a standard deviation of the difference of lengths, with its interval. Neither is told (none) where one model's
     responses are the longer ones in every comparison: of equal length nothing was seen, and a line that is drawn to
@@ -121,7 +121,7 @@ class AtEqualLength:
     slope: Interval | None
 
 
-def at_equal_length(outcomes: npt.ArrayLike, longer: npt.ArrayLike) -> AtEqualLength | None:
+def length_controlled(outcomes: npt.ArrayLike, longer: npt.ArrayLike) -> LengthControlled | None:
     r"""The length-controlled win rate of outcomes [prompts, samples], ``longer`` the difference of lengths likewise.
 
     A logistic regression of the outcome on the difference d over its root mean square,
@@ -141,7 +141,7 @@ def at_equal_length(outcomes: npt.ArrayLike, longer: npt.ArrayLike) -> AtEqualLe
     if prompts < FEWEST or not scale:
         return None
     if d.min() > 0 or d.max() < 0:
-        return AtEqualLength(None, None)
+        return LengthControlled(None, None)
     y, d, prompt = np.append(y, [1, 0]), np.append(d, [0, 0]), np.append(prompt, [prompts, prompts + 1])
     x, prior = np.stack([np.ones_like(d), d / scale], 1), np.diag([0.0, 1e-2])
     beta = _maximum(x, y, prior)
@@ -153,7 +153,7 @@ def at_equal_length(outcomes: npt.ArrayLike, longer: npt.ArrayLike) -> AtEqualLe
     half = student(prompts + 1) * np.sqrt(np.diag(cover))
     low, high = (beta - half).tolist(), (beta + half).tolist()
     slope = Interval(float(beta[1]), low[1], high[1], prompts)
-    return AtEqualLength(_rate_at_zero(float(beta[0]), float(half[0]), prompts), slope)
+    return LengthControlled(_rate_at_zero(float(beta[0]), float(half[0]), prompts), slope)
 
 
 def _rate_at_zero(log_odds: float, half: float, prompts: int) -> Interval:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from prefopt.config.compare import CompareConfig, is_file
 from prefopt.core.files import output_errors, replace_file
@@ -17,9 +18,9 @@ from prefopt.core.hashes import file_hashes
 from prefopt.core.statistics import Interval
 from prefopt.data.files.sources import find_sources
 from prefopt.errors import ConfigError, DataError, RunError
-from prefopt.evaluate.rates import AtEqualLength, Verdict, WinRate
-from prefopt.evaluate.samples import Samples
+from prefopt.evaluate.sample_stats import SampleStats
 from prefopt.evaluate.tasks import TaskChange
+from prefopt.evaluate.win_rate import LengthControlled, Verdict, WinRate
 from prefopt.runs.history import History, read_history
 from prefopt.runs.trends import Change, Finding, change
 
@@ -59,7 +60,7 @@ def check_judged(path: Path, digest: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Versus:
+class PairResult:
     """Two models: how often the first won, at any length and read at equal length; by category, where one is named.
 
     ``empty``: comparisons decided by one response having no words, without the judge. ``longer``: characters that the
@@ -69,11 +70,36 @@ class Versus:
     first: str
     second: str
     rate: WinRate
-    equal_length: AtEqualLength | None
+    equal_length: LengthControlled | None
     categories: dict[str, WinRate] = field(default_factory=dict)
     empty: int = 0
     longer: Interval | None = None
     tasks: list[TaskChange] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class CompareResult:
+    """``versus``: every two models. ``strengths``: Bradley-Terry, in log-odds, of three and more models whose prompts
+    are enough and which comparisons link. ``models``: what the samples of each show; nothing where votes were counted.
+    ``findings``: what is worth a look, in words. ``command`` does it again (empty where Python gave objects),
+    ``identities`` are SHA-256 of what was compared, ``output_sha256`` is that of the file of judged pairs (empty where
+    none was written), ``environment`` is what it ran on."""
+
+    judge: str
+    versus: list[PairResult]
+    strengths: dict[str, Interval]
+    models: dict[str, SampleStats]
+    output: Path | None = None
+    notes: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    command: str = ""
+    identities: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, dict[str, str]] = field(default_factory=dict)
+    output_sha256: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(replace(self, output=None)) | {"output": None if self.output is None else str(self.output)}
 
 
 REPEATS = 0.1  # of the runs of four words of a sample
@@ -97,7 +123,7 @@ class _Side:
     longer: Interval | None
 
 
-def findings(v: Versus, models: Mapping[str, Samples]) -> list[Finding]:
+def findings(v: PairResult, models: Mapping[str, SampleStats]) -> list[Finding]:
     """What is worth a look, about either model; nothing where prompts are too few."""
     found: list[Finding] = []
     for side in _sides(v):
@@ -105,7 +131,7 @@ def findings(v: Versus, models: Mapping[str, Samples]) -> list[Finding]:
     return found
 
 
-def _sides(v: Versus) -> Iterator[_Side]:
+def _sides(v: PairResult) -> Iterator[_Side]:
     rate, verdict, longer = v.rate.rate, v.rate.verdict, v.longer
     if rate is None or verdict is None:
         return
@@ -151,7 +177,7 @@ def _by_length(s: _Side) -> Iterator[Finding]:
     )
 
 
-def _over_optimised(s: _Side, models: Mapping[str, Samples]) -> Iterator[Finding]:
+def _over_optimised(s: _Side, models: Mapping[str, SampleStats]) -> Iterator[Finding]:
     """Training raised its reward, and the judge finds it worse than where it came from."""
     run = _run_of(s.name)
     if run is None or s.verdict != "worse":
@@ -181,7 +207,7 @@ def _over_optimised(s: _Side, models: Mapping[str, Samples]) -> Iterator[Finding
     )
 
 
-def _repeats(s: _Side, models: Mapping[str, Samples]) -> Iterator[Finding]:
+def _repeats(s: _Side, models: Mapping[str, SampleStats]) -> Iterator[Finding]:
     mine, theirs = models.get(s.name), models.get(s.other)
     if mine is None or theirs is None or mine.samples < FEWEST_SAMPLES:
         return
@@ -232,3 +258,93 @@ def _raised(run: History | None) -> tuple[str, Change] | None:
 
 def _percent(i: Interval) -> str:
     return f"{i.mean:.1%} [{i.low:.1%}, {i.high:.1%}]"
+
+
+def lines(result: CompareResult) -> Iterator[str]:
+    """Who wins how often, how sure that is, and what the samples show."""
+    yield f"judge: {result.judge}"
+    yield from result.notes
+    for v in result.versus:
+        yield ""
+        yield from _versus_lines(v)
+    if result.strengths:
+        yield ""
+        yield "strength (Bradley-Terry, log-odds, 95 % interval over prompts):"
+        for name, s in sorted(result.strengths.items(), key=lambda item: -item[1].mean):
+            yield f"  {s.mean:+.2f} [{s.low:+.2f}, {s.high:+.2f}]  {name}"
+    if result.findings:
+        yield ""
+        yield "what to look at:"
+        yield from (f"  - {finding.text}" for finding in result.findings)
+    for name, shown in result.models.items():
+        yield ""
+        yield f"{name}: {', '.join(_sample_words(shown))}"
+    if result.output is not None:
+        yield ""
+        yield f"written: {result.output}"
+
+
+def _versus_lines(v: PairResult) -> Iterator[str]:
+    r = v.rate
+    undecided = f", undecided {r.undecided}" if r.undecided else ""
+    yield f"{v.first} against {v.second}, {r.prompts} prompts: won {r.wins}, tied {r.ties}, lost {r.losses}{undecided}"
+    if v.empty:
+        yield f"  {v.empty} decided without the judge, for a response had no words"
+    if r.rate is None:
+        yield f"  {_too_few(r.prompts)}"
+    else:
+        assert r.p is not None and r.verdict is not None
+        yield f"  win rate {_percent(r.rate)}, a tie counting half; sign test p = {r.p:.2g}"
+        if v.equal_length is not None:
+            yield f"  at equal length {_at_equal_length(v.equal_length.rate)}"
+        if r.verdict != "not shown":
+            yield f"  {v.first} is {r.verdict} here by this judge"
+        else:
+            yield f"  no difference is shown{_why_not(r)}"
+    if v.longer is not None:
+        x = v.longer
+        yield f"  difference of length {x.mean:+.0f} characters [{x.low:+.0f}, {x.high:+.0f}]"
+    for task in v.tasks:
+        yield f"  {task_words(task)}"
+    for name, part in v.categories.items():
+        told = f"{part.prompts} prompts, too few for a rate" if part.rate is None else _percent(part.rate)
+        yield f"  {name}: {told}"
+
+
+def _why_not(r: WinRate) -> str:
+    """What else there is to say where neither is better."""
+    if r.rate is not None and r.rate.excludes(0.5):
+        return ": the interval leaves 50 % out, but a sign test does not agree"
+    more = r.needed is not None and r.needed > r.prompts
+    return f"; if it is as large as it looks, about {r.needed:,} prompts would show it" if more else ""
+
+
+def _at_equal_length(rate: Interval | None) -> str:
+    return "not told: one model's responses are the longer ones in every comparison" if rate is None else _percent(rate)
+
+
+def task_words(c: TaskChange) -> str:
+    """A metric of a task before and after."""
+    error = "" if c.error is None else f" ± {c.error:.3f}"
+    count = "" if c.questions is None else f", {c.questions:,} questions"
+    return f"{c.task} {c.metric}: {c.first:.3f} against {c.second:.3f}, {c.difference:+.3f}{error}{count}: {c.verdict}"
+
+
+def _too_few(prompts: int) -> str:
+    return f"{prompts} prompts are too few to tell a rate; give at least 10, better 100"
+
+
+def _sample_words(s: SampleStats) -> Iterator[str]:
+    yield f"{s.samples} samples of {s.characters:.0f} characters"
+    if s.tokens is not None:
+        yield f"{s.tokens:.1f} tokens"
+    if s.entropy is not None:
+        yield f"entropy {s.entropy:.2f} nats per token"
+    yield f"repetition {s.repetition:.1%}"
+    if s.empty:
+        yield f"{s.empty} empty"
+    if s.distance is not None:
+        d = s.distance
+        yield f"KL to the reference {d.k1.mean:.2f} ± {d.error:.2f} nats per response (k1), {d.k3:.2f} (k3)"
+    if s.perplexity is not None:
+        yield f"perplexity of the held-out data {s.perplexity:.2f}"

@@ -17,60 +17,60 @@ from typing import Any, Protocol
 
 from prefopt.data.chat.render import Renderer
 from prefopt.data.problems import Problem
+from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ConfigError, RunError
-from prefopt.generate.sampled_model import SampledModel
-from prefopt.generate.sampler import Ids, Settings
-from prefopt.generate.text import TextStream
+from prefopt.generate.model_io import BROKEN, CONTEXT, LONGEST, SampledModel, decode
+from prefopt.generate.sampler import Ids, SamplingParams
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.records import Comparison, Message
 
-Turns = tuple[Message, ...]
+Messages = tuple[Message, ...]
 PLAIN_STOPS = ("\nUser:", "\nSystem:")
 """What a model without a chat template writes when it goes on for the other side."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ChatRequest:
     """What a talker will answer: the turns that it takes in, and how many of the oldest were left out for them."""
 
-    turns: Turns
+    turns: Messages
     left_out: int = 0
 
 
-class TooLong(RunError):
+class ContextLengthError(RunError):
     """Whoever answers has no room for the conversation; without its oldest turns there may be."""
 
 
-class Talker(Protocol):
+class ChatModel(Protocol):
     """Answers conversations, piece by piece, and continues text."""
 
     name: str
 
-    def fit(self, turns: Turns) -> Asked:
+    def fit(self, turns: Messages) -> ChatRequest:
         """The turns, less the oldest where all are too long. Raises :class:`prefopt.errors.RunError` where one is."""
 
-    def answer(self, asked: Asked, attempt: int) -> Iterator[str]:
+    def answer(self, asked: ChatRequest, attempt: int) -> Iterator[str]:
         """The answer as it comes; another ``attempt`` is another answer.
 
-        Raises :class:`prefopt.errors.UserError`, before the first piece :class:`TooLong`.
+        Raises :class:`prefopt.errors.UserError`, before the first piece :class:`ContextLengthError`.
         """
 
     def continued(self, text: str, attempt: int) -> Iterator[str]:
         """How a text goes on, as it comes."""
 
 
-def without_oldest(asked: Asked) -> Asked | None:
+def drop_oldest(asked: ChatRequest) -> ChatRequest | None:
     """Without the oldest question and what answers it; the system turn stays. Nothing where one question is left."""
     turns = asked.turns
     head, rest = (turns[:1], turns[1:]) if turns and turns[0].role == "system" else ((), turns)
     later = next((i for i, m in enumerate(rest) if i and m.role == "user"), 0)
-    return Asked(head + rest[later:], asked.left_out + later) if later else None
+    return ChatRequest(head + rest[later:], asked.left_out + later) if later else None
 
 
-class LocalTalker:
+class LocalChatModel:
     """A model on this machine."""
 
-    def __init__(self, model: SampledModel, renderer: Renderer, settings: Settings) -> None:
+    def __init__(self, model: SampledModel, renderer: Renderer, settings: SamplingParams) -> None:
         self.model, self.settings = model, settings
         self.name = model.label
         self._renderer, self._sampler = renderer, TransformersSampler(model.scorer, rows=1)
@@ -82,19 +82,19 @@ class LocalTalker:
         """What is slow, in one line."""
         return self._sampler.note
 
-    def fit(self, turns: Turns) -> Asked:
+    def fit(self, turns: Messages) -> ChatRequest:
         """Room is left for an answer: as many tokens as it may have, or a quarter of the context."""
-        asked: Asked | None = Asked(turns)
+        asked: ChatRequest | None = ChatRequest(turns)
         while asked is not None:
             ids = self._ids(Comparison(asked.turns, (), (), 0))
             if self.model.context is None or len(ids) <= self._room(self.model.context):
                 return asked
-            asked = without_oldest(asked)
+            asked = drop_oldest(asked)
         raise RunError(
             f"this message alone has {len(ids)} tokens, and the model's context is {self.model.context}: shorten it"
         )
 
-    def answer(self, asked: Asked, attempt: int) -> Iterator[str]:
+    def answer(self, asked: ChatRequest, attempt: int) -> Iterator[str]:
         """Without the white space that the template puts before it."""
         started = False
         for piece in self._pieces(self._ids(Comparison(asked.turns, (), (), 0)), attempt, self._stops):
@@ -136,7 +136,7 @@ class LocalTalker:
             yield piece
 
 
-def system_and(system: str | None, turns: Sequence[Message]) -> Turns:
+def system_and(system: str | None, turns: Sequence[Message]) -> Messages:
     """A conversation with its system turn, where there is one."""
     head = (Message("system", system),) if system else ()
     return (*head, *turns)
@@ -146,7 +146,7 @@ SECONDS = 300.0
 """Of silence, after which a server counts as gone."""
 
 
-class RemoteTalker:
+class RemoteChatModel:
     """A model behind a URL. ``options`` are sent along with every request (``temperature``, ``max_tokens``, ...)."""
 
     def __init__(self, url: str, model: str | None, *, key_variable: str | None, options: Mapping[str, Any]) -> None:
@@ -164,12 +164,12 @@ class RemoteTalker:
         self._model = model or self._only_model()
         self.name = f"{self._model} at {urllib.parse.urlsplit(self._base).netloc}"
 
-    def fit(self, turns: Turns) -> Asked:
+    def fit(self, turns: Messages) -> ChatRequest:
         """The server knows its context, not we: see :meth:`answer`."""
-        return Asked(turns)
+        return ChatRequest(turns)
 
-    def answer(self, asked: Asked, attempt: int) -> Iterator[str]:
-        """Raises :class:`TooLong` where the server says so."""
+    def answer(self, asked: ChatRequest, attempt: int) -> Iterator[str]:
+        """Raises :class:`ContextLengthError` where the server says so."""
         messages = [{"role": m.role, "content": m.content} for m in asked.turns]
         yield from self._streamed("chat/completions", {"messages": messages}, attempt)
 
@@ -226,7 +226,7 @@ class RemoteTalker:
         except urllib.error.HTTPError as error:
             what = _message(_json(error.read()))
             if error.code == 400 and "context" in what and body is not None:
-                raise TooLong(what) from error
+                raise ContextLengthError(what) from error
             raise RunError(f"{self._base}: the server answers {error.code} ({what or error.reason})") from error
         except (OSError, HTTPException) as error:
             raise RunError(f"{self._base} cannot be reached ({_reason(error)}); is the server running?") from error
@@ -280,3 +280,63 @@ def _message(answer: Any) -> str:
 def _reason(error: Exception) -> str:
     reason = getattr(error, "reason", None) or error
     return getattr(reason, "strerror", None) or " ".join(str(reason).split()) or type(error).__name__
+
+
+class TextStream:
+    """Text as its tokens come. A character is given out when it is whole, a text that may be a stop when it is not.
+
+    ``stops`` are texts that end it, themselves left out; ``ended`` says that one has come. ``text`` is what was given
+    out so far.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Ids, *, stops: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stops = tokenizer, [s for s in stops if s]
+        self._kept = [int(i) for i in prompt[-CONTEXT:]]  # tokens whose text has been given out
+        self._fresh: list[int] = []
+        self._held = ""
+        self.text = ""
+        self.ended = False
+
+    def add(self, token: int) -> str:
+        """What can be shown now."""
+        if self.ended:
+            return ""
+        self._fresh.append(token)
+        new = self._decoded(final=False)
+        return "" if new is None else self._give(new, final=False)
+
+    def finish(self) -> str:
+        """What was held back, where no more tokens come."""
+        if self.ended:
+            return ""
+        return self._give(self._decoded(final=True) or "", final=True)
+
+    def _decoded(self, final: bool) -> str | None:
+        """The text of the fresh tokens, or nothing while their last character is not whole."""
+        if not self._fresh:
+            return None
+        start, whole = decode(self._tokenizer, self._kept), decode(self._tokenizer, self._kept + self._fresh)
+        new = whole[len(start) :] if whole.startswith(start) else decode(self._tokenizer, self._fresh)
+        if new.endswith(BROKEN) and not final and len(self._fresh) < LONGEST:
+            return None
+        self._kept = (self._kept + self._fresh)[-CONTEXT:]
+        self._fresh = []
+        return new
+
+    def _give(self, new: str, final: bool) -> str:
+        self._held += new
+        found = [at for s in self._stops if (at := self._held.find(s)) >= 0]
+        if found:
+            self.ended = True
+            out, self._held = self._held[: min(found)], ""
+        else:
+            hold = 0 if final else max((_overlap(self._held, s) for s in self._stops), default=0)
+            cut = len(self._held) - hold
+            out, self._held = self._held[:cut], self._held[cut:]
+        self.text += out
+        return out
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of a text may be the start of a stop."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)

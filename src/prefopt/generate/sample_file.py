@@ -84,7 +84,7 @@ def _digest(line: bytes) -> str:
     return hashlib.blake2b(line, digest_size=WIDTH // 2).hexdigest()
 
 
-def wrong_with(path: Path) -> str | None:
+def sample_file_error(path: Path) -> str | None:
     """What is wrong with a file of samples, read with the record beside it; None where nothing is."""
     try:
         return altered(path, _read_record(path))
@@ -97,7 +97,7 @@ def verify_samples(*, repair: bool) -> list[tuple[Path, str]]:
     problems = []
     for folder in sample_entries():
         path = folder / SAMPLES
-        if wrong := wrong_with(path):
+        if wrong := sample_file_error(path):
             problems.append((path, wrong))
             if repair:
                 clear(ids=[folder.name])
@@ -105,7 +105,7 @@ def verify_samples(*, repair: bool) -> list[tuple[Path, str]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class PromptOrigin:
     """Where a prompt stands: its file, and its row from 1."""
 
     source: str
@@ -151,7 +151,7 @@ class SampleFile:
         if before != value:
             raise RunError(f"--resume: {what} changed since {self.path} was begun; put it back, or name another file")
 
-    def open(self, places: Sequence[Place]) -> None:
+    def open(self, places: Sequence[PromptOrigin]) -> None:
         """Take the file, drop a line that a kill tore, and count what is there. Raises :class:`RunError`."""
         with output_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,7 +195,7 @@ class SampleFile:
             Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()
 
-    def _check(self, file: IO[bytes], places: Sequence[Place]) -> int:
+    def _check(self, file: IO[bytes], places: Sequence[PromptOrigin]) -> int:
         """Count the whole rows, each of which must be that of its prompt; where the last of them ends.
 
         Rows behind those that the record counts are not known for this program's, and are drawn again.
@@ -231,9 +231,9 @@ def _written(digests: str) -> dict[str, Any]:
     return {WRITTEN: {"rows": len(digests) // WIDTH, "digests": digests}}
 
 
-def _place(line: bytes) -> Place | None:
+def _place(line: bytes) -> PromptOrigin | None:
     try:
         row = parsed(line)
-        return Place(str(row["source"]), int(row["source_row"]))
+        return PromptOrigin(str(row["source"]), int(row["source_row"]))
     except Exception:  # a row of another make
         return None

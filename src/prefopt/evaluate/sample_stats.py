@@ -22,7 +22,7 @@ from prefopt.data.group import Group
 from prefopt.data.load import load_groups
 from prefopt.data.problems import Problem
 from prefopt.errors import DataError, ModelError
-from prefopt.generate.sampled_model import SampledModel, renderer_for
+from prefopt.generate.model_io import SampledModel, renderer_for
 from prefopt.model.packing import pack, split
 from prefopt.model.scorer import response_sums
 from prefopt.records import Comparison
@@ -53,7 +53,7 @@ LONGEST = 4096  # tokens of a row of held-out data, where a model names no conte
 
 
 @dataclass(frozen=True, slots=True)
-class Distance:
+class KlEstimate:
     """KL(policy || reference) of whole responses in nats, estimated on the policy's own samples.
 
     With r = reference / policy of a response, ``k1`` is the mean of -log r, unbiased, ``error`` its standard error over
@@ -67,7 +67,7 @@ class Distance:
 
 
 @dataclass(frozen=True, slots=True)
-class Samples:
+class SampleStats:
     """Means over samples. ``entropy``: nats per token, by the log-probabilities of what was drawn; none where the
     draw was not from the model itself. ``repetition``: part of a sample's runs of four words that it holds already.
     """
@@ -79,17 +79,19 @@ class Samples:
     entropy: float | None
     repetition: float
     empty: int
-    distance: Distance | None = None
+    distance: KlEstimate | None = None
     perplexity: float | None = None
 
 
-def seen(rows: Sequence[Comparison], distance: Distance | None = None, perplexity: float | None = None) -> Samples:
+def seen(
+    rows: Sequence[Comparison], distance: KlEstimate | None = None, perplexity: float | None = None
+) -> SampleStats:
     """What the rows of ``prefopt sample`` show; a row of another origin has neither tokens nor entropy."""
     texts = [r.text for row in rows for r in row.responses]
     tokens = _column(rows, "tokens")
     logps, drawn = _column(rows, "logprobs"), _column(rows, "sampling_logprobs")
     pure = tokens is not None and logps is not None and drawn is not None and np.allclose(logps, drawn, atol=1e-4)
-    return Samples(
+    return SampleStats(
         len({row.prompt_key for row in rows}),
         len(texts),
         float(np.mean(tokens)) if tokens is not None else None,
@@ -113,7 +115,7 @@ def repetition(text: str, run: int = 4) -> float:
     return 1 - len(runs) / runs.total() if runs else 0.0
 
 
-def distance(rows: Sequence[Comparison], reference: SampledModel, *, seed: int = 0) -> Distance | None:
+def kl_to_reference(rows: Sequence[Comparison], reference: SampledModel, *, seed: int = 0) -> KlEstimate | None:
     """The KL of whoever drew these samples to ``reference``, whose tokens must be the same; none for one prompt.
 
     Raises :class:`DataError` where the samples are not drawn from the model itself, or do not tell their tokens.
@@ -142,7 +144,7 @@ def distance(rows: Sequence[Comparison], reference: SampledModel, *, seed: int =
     if len(means) < 2:
         return None
     error = float(means.std(ddof=1) / len(means) ** 0.5)
-    return Distance(mean_interval(means, seed=seed), error, float(k3.mean()))
+    return KlEstimate(mean_interval(means, seed=seed), error, float(k3.mean()))
 
 
 def perplexity(model: SampledModel, names: Sequence[str], **layout: Any) -> tuple[float, int, int]:
