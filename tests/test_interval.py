@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefopt.core.statistics import FEWEST, mean_interval, rate_interval, student, student_interval
+from prefopt.core.statistics import MIN_PROMPTS, mean_interval, rate_interval, student, student_interval
 
 Draw = Callable[[np.random.Generator], np.ndarray]
 
@@ -88,7 +88,7 @@ def test_a_rate_and_its_bounds_lie_between_0_and_1(values: list[float]) -> None:
 
 @pytest.mark.parametrize("values", [[0.0, 1.0], [0.0, 0.1, 1.0], [0.0] * 8 + [1.0], [x * x for x in range(9)]])
 def test_of_few_values_the_interval_is_students(values: list[float]) -> None:
-    assert len(values) < FEWEST
+    assert len(values) < MIN_PROMPTS
     found, n = mean_interval(values), len(values)
     assert found == student_interval(values)
     half = student(n - 1) * np.std(values, ddof=1) / n**0.5

@@ -6,22 +6,19 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy import optimize, stats
 
-from prefopt.core.statistics import mean_interval
+from prefopt.core.statistics import MIN_PROMPTS, mean_interval
 from prefopt.evaluate.win_rate import (
-    FEWEST,
     Games,
     LengthControlled,
-    fitted,
-    groups,
+    bradley_terry,
+    connected_groups,
+    fit_strengths,
     length_controlled,
     sign_test,
-    strengths,
     win_rate,
 )
-
-optimize = pytest.importorskip("scipy.optimize")
-stats = pytest.importorskip("scipy.stats")
 
 
 @pytest.mark.parametrize("split", [(0, 1), (3, 3), (9, 1), (17, 40), (812, 700), (0, 300)])
@@ -176,9 +173,9 @@ def test_counts_ties_and_what_was_not_said() -> None:
 
 
 def test_few_prompts_give_counts_and_no_rate() -> None:
-    few = win_rate(np.ones((FEWEST - 1, 50)))
+    few = win_rate(np.ones((MIN_PROMPTS - 1, 50)))
     assert (few.rate, few.p, few.needed, few.wins) == (None, None, None, 450)
-    assert length_controlled(np.ones((FEWEST - 1, 2)), np.ones((FEWEST - 1, 2))) is None
+    assert length_controlled(np.ones((MIN_PROMPTS - 1, 2)), np.ones((MIN_PROMPTS - 1, 2))) is None
 
 
 def test_all_alike_is_not_all_certain() -> None:
@@ -212,7 +209,7 @@ def tournament(rng: np.random.Generator, prompts: int) -> Games:
 
 def test_bradley_terry_recovers_planted_strengths_and_is_the_maximum() -> None:
     games = tournament(np.random.default_rng(5), 3000)
-    found = fitted(games.wins(4).sum(0))
+    found = fit_strengths(games.wins(4).sum(0))
     np.testing.assert_allclose(found, PLANTED, atol=0.1)
 
     def loss(v: np.ndarray) -> float:
@@ -228,15 +225,17 @@ def test_intervals_of_strengths_hold_the_truth_as_often_as_they_say() -> None:
     rng = np.random.default_rng(6)
     held = []
     for i in range(1000):
-        found = strengths(tournament(rng, 100), 4, resamples=200, seed=i)
+        found = bradley_terry(tournament(rng, 100), 4, resamples=200, seed=i)
         held.append([not f.excludes(t) for f, t in zip(found, PLANTED, strict=True)])
     assert abs(np.mean(held) - 0.95) < 0.02
 
 
 def test_a_model_that_never_lost_has_a_strength_and_ties_are_half_wins() -> None:
-    found = fitted(Games.of([(0, 1, k, 1.0) for k in range(20)]).wins(2).sum(0))
+    found = fit_strengths(Games.of([(0, 1, k, 1.0) for k in range(20)]).wins(2).sum(0))
     assert np.isfinite(found).all() and found[0] > 2
-    assert fitted(Games.of([(0, 1, k, 0.5) for k in range(20)]).wins(2).sum(0)) == pytest.approx([0, 0], abs=1e-12)
+    assert fit_strengths(Games.of([(0, 1, k, 0.5) for k in range(20)]).wins(2).sum(0)) == pytest.approx(
+        [0, 0], abs=1e-12
+    )
 
 
 def test_groups_are_those_that_losses_link_both_ways() -> None:
@@ -261,6 +260,6 @@ def test_groups_are_those_that_losses_link_both_ways() -> None:
 
         ways = [reach(i) for i in range(many)]
         expected = sorted({tuple(k for k in range(many) if k in ways[i] and i in ways[k]) for i in range(many)})
-        assert groups(Games.of(games), many) == [list(part) for part in expected]
+        assert connected_groups(Games.of(games), many) == [list(part) for part in expected]
         seen.add(len(expected))
     assert {1, 2, 3} <= seen

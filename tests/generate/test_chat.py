@@ -28,17 +28,17 @@ class Echo:
 
     def fit(self, turns: Messages) -> ChatRequest:
         asked: ChatRequest | None = ChatRequest(turns)
-        while asked is not None and sum(len(m.content) for m in asked.turns) > self.limit:
+        while asked is not None and sum(len(m.content) for m in asked.messages) > self.limit:
             asked = drop_oldest(asked)
         if asked is None:
             raise RunError("too long")
         return asked
 
     def answer(self, asked: ChatRequest, attempt: int) -> Iterator[str]:
-        self.seen.append([(m.role, m.content) for m in asked.turns])
-        yield from self._said(f"{self.name}{attempt}: {asked.turns[-1].content}")
+        self.seen.append([(m.role, m.content) for m in asked.messages])
+        yield from self._said(f"{self.name}{attempt}: {asked.messages[-1].content}")
 
-    def continued(self, text: str, attempt: int) -> Iterator[str]:
+    def complete(self, text: str, attempt: int) -> Iterator[str]:
         self.seen.append([("text", text)])
         yield from self._said(f"<{self.name}{attempt}>")
 
@@ -59,7 +59,7 @@ def chat(typed: str, *talkers: Echo, **options: Any) -> tuple[Chat, str]:
 
 
 def history(found: Chat, side: int = 0) -> list[tuple[str, str]]:
-    return [(m.role, m.content) for m in found.sides[side].turns]
+    return [(m.role, m.content) for m in found.participants[side].messages]
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -227,7 +227,7 @@ def test_the_oldest_turns_leave_a_full_context_and_that_is_said() -> None:
 
     class Remote(Echo):
         def answer(self, asked: ChatRequest, attempt: int) -> Iterator[str]:
-            if len(asked.turns) > 3:
+            if len(asked.messages) > 3:
                 raise ContextLengthError("the context is 3 turns")
             yield from super().answer(asked, attempt)
 
@@ -263,7 +263,7 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal() -> None:
 def test_turns_leave_question_by_question() -> None:
     turns = (Message("system", "s"), *(Message(r, str(i)) for i, r in enumerate(["user", "assistant"] * 2 + ["user"])))
     once = drop_oldest(ChatRequest(turns))
-    assert once is not None and [m.content for m in once.turns] == ["s", "2", "3", "4"] and once.left_out == 2
+    assert once is not None and [m.content for m in once.messages] == ["s", "2", "3", "4"] and once.dropped == 2
     twice = drop_oldest(once)
-    assert twice is not None and [m.content for m in twice.turns] == ["s", "4"] and twice.left_out == 4
+    assert twice is not None and [m.content for m in twice.messages] == ["s", "4"] and twice.dropped == 4
     assert drop_oldest(twice) is None

@@ -38,7 +38,7 @@ def test_an_answer_comes_in_pieces_and_the_request_says_all(monkeypatch: pytest.
 
 def test_text_is_continued_by_the_older_interface() -> None:
     with serving() as server:
-        assert "".join(talker(f"{server.url}/v1/").continued("Once", 0)) == "Hello wörld"
+        assert "".join(talker(f"{server.url}/v1/").complete("Once", 0)) == "Hello wörld"
         assert server.requests[0][0] == "/v1/completions" and server.requests[0][2]["prompt"] == "Once"
 
 

@@ -220,13 +220,12 @@ def check_data(config: DataCheckConfig) -> int:
 
 def compare_models(config: CompareConfig) -> None:
     from prefopt.evaluate.compare import run
-    from prefopt.evaluate.result import lines
 
     result = run(config)
     if config.json:
         tell_json(result.to_dict())
     else:
-        tell_lines(lines(result))
+        tell_lines(result.lines())
 
 
 def show_losses(config: LossesConfig) -> int:

@@ -1,4 +1,4 @@
-"""What people said already: rows that name the models of their responses, from prefopt chat or a study."""
+"""Votes of people that name the models of the responses: files of ``prefopt chat`` and studies."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from prefopt.data.comparisons import open_comparisons, parse_comparisons
-from prefopt.data.files.sources import find_sources
-from prefopt.data.problems import Problem, refuse
+from prefopt.data.comparisons import parse_comparisons
 from prefopt.errors import DataError
+from prefopt.evaluate.score import read_rows
 from prefopt.records import Comparison
 from prefopt.studies.database import is_study
 from prefopt.studies.export import How, export_rows
@@ -21,52 +20,46 @@ from prefopt.studies.study import Study
 
 @dataclass(frozen=True, slots=True)
 class RecordedVote:
-    """One comparison: two models, ``outcome`` for the first (see ``judges.judge.outcome``), of one prompt.
-
-    ``longer``: characters that the first response has more than the second.
-    """
+    """One comparison of two ``models`` on the prompt with this key. ``outcome`` is 1 where the first won, 1/2 for a
+    tie; ``longer``: characters of the first response less those of the second."""
 
     models: tuple[str, str]
     prompt: bytes
     outcome: float
     longer: int
 
+    def swapped(self) -> RecordedVote:
+        """The same vote with the second model first."""
+        return RecordedVote(self.models[::-1], self.prompt, 1 - self.outcome, -self.longer)
 
-def recorded(
+
+def recorded_votes(
     names: Sequence[str], *, format: str | None = None, columns: Sequence[str] | None = None
 ) -> list[RecordedVote]:
-    """Every pair of responses of different models that a row judges.
+    """A vote for every pair of responses of different models that a row judges.
 
-    Raises :class:`DataError` for rows that do not name their models, and where no two models were compared.
+    Raises :class:`DataError` for rows that do not name their models, and where no row compares two models.
     """
-    found = [one for row in _rows(names, format, columns) for one in _pairs(row)]
-    if not found:
+    votes = [vote for row in _rows(names, format, columns) for vote in _votes(row)]
+    if not votes:
         raise DataError(f"{', '.join(names)}: no row compares responses of two models")
-    return found
+    return votes
 
 
 def _rows(names: Sequence[str], format: str | None, columns: Sequence[str] | None) -> Iterator[Comparison]:
-    studies = [Path(name) for name in names if is_study(Path(name))]
-    for path in studies:
-        with Study(path, read_only=True) as study:
+    studies = [name for name in names if is_study(Path(name))]
+    for name in studies:
+        with Study(Path(name), read_only=True) as study:
             exported = export_rows(study, How(provenance=True))
-        yield from (row for row in parse_comparisons(exported.rows, str(path)) if isinstance(row, Comparison))
-    files = [name for name in names if Path(name) not in studies]
-    for source in find_sources(files) if files else ():
-        reading = open_comparisons(source, format=format, columns=columns)
-        problems: list[Problem] = []
-        for row in reading:
-            if isinstance(row, Problem):
-                problems.append(row)
-            else:
-                yield row
-        if problems:
-            raise refuse(problems, reading.count)
+        yield from parse_comparisons(exported.rows, name).comparisons
+    if files := [name for name in names if name not in studies]:
+        yield from read_rows(files, format=format, columns=columns)
 
 
-def _pairs(row: Comparison) -> Iterator[RecordedVote]:
+def _votes(row: Comparison) -> Iterator[RecordedVote]:
     models = row.extra.get("models")
-    if not isinstance(models, list) or len(models) != len(row.responses) or not all(map(_named, models)):
+    named = isinstance(models, list) and all(isinstance(model, str) and model for model in models)
+    if not named or not isinstance(models, list) or len(models) != len(row.responses):
         raise DataError(
             "does not name the model of each response in a column models, as votes of prefopt chat and of studies do",
             file=row.file or None,
@@ -74,34 +67,27 @@ def _pairs(row: Comparison) -> Iterator[RecordedVote]:
         )
     for i, k in combinations(range(len(models)), 2):
         first, second = (len(row.responses[j].text) for j in (i, k))
-        for said in _outcomes(row, i, k):
-            if models[i] != models[k] and not math.isnan(said):
-                yield RecordedVote((models[i], models[k]), row.prompt_key, said, first - second)
+        for outcome in _outcomes(row, i, k):
+            if models[i] != models[k] and not math.isnan(outcome):
+                yield RecordedVote((models[i], models[k]), row.prompt_key, outcome, first - second)
 
 
 def _outcomes(row: Comparison, i: int, k: int) -> list[float]:
-    """Of a study's row one for each person who voted; else the one that the row gives."""
-    said: Any = row.extra.get("annotations")
+    """An outcome per annotator for a row of a study; else the one of the row's weighted votes or tiers."""
+    annotations: Any = row.extra.get("annotations")
     numbers: Any = row.extra.get("numbers")
-    if not isinstance(said, list) or not isinstance(numbers, list):
-        return [_outcome(row, i, k)]
-    return [_by_tiers(vote.get("tiers") or (), numbers[i], numbers[k]) for vote in said]
+    if isinstance(annotations, list) and isinstance(numbers, list):
+        return [tier_outcome(vote.get("tiers") or (), numbers[i], numbers[k]) for vote in annotations]
+    if row.votes is None:
+        return [tier_outcome(row.tiers, i, k)]
+    won = sum(weight for a, b, weight in row.votes if (a, b) == (i, k))
+    lost = sum(weight for a, b, weight in row.votes if (a, b) == (k, i))
+    return [won / (won + lost) if won + lost else math.nan]
 
 
-def _outcome(row: Comparison, i: int, k: int) -> float:
-    if row.votes is not None:
-        won = sum(w for a, b, w in row.votes if (a, b) == (i, k))
-        lost = sum(w for a, b, w in row.votes if (a, b) == (k, i))
-        return won / (won + lost) if won + lost else math.nan
-    return _by_tiers(row.tiers, i, k)
-
-
-def _by_tiers(tiers: Iterable[Iterable[int]], i: int, k: int) -> float:
-    place = {r: t for t, tier in enumerate(tiers) for r in tier}
-    if i not in place or k not in place:
+def tier_outcome(tiers: Iterable[Iterable[int]], i: int = 0, k: int = 1) -> float:
+    """1 where tiers rank response ``i`` above ``k``, 1/2 for the same tier, 0 below; NaN where one is not ranked."""
+    rank = {response: n for n, tier in enumerate(tiers) for response in tier}
+    if i not in rank or k not in rank:
         return math.nan
-    return 0.5 if place[i] == place[k] else float(place[i] < place[k])
-
-
-def _named(model: object) -> bool:
-    return isinstance(model, str) and bool(model)
+    return 0.5 if rank[i] == rank[k] else float(rank[i] < rank[k])

@@ -1,6 +1,6 @@
-"""What a comparison says of how a model was trained: what its own training cannot know, each with its evidence.
+"""The result of a comparison: dataclasses, the lines that are printed, and findings about how a model was trained.
 
-A run sees the reward that it raises; only a judge of samples sees whether they got better.
+A training run sees the reward that it raises; only a judge of samples sees whether they got better.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from prefopt.config.compare import CompareConfig, is_file
 from prefopt.core.files import output_errors, replace_file
 from prefopt.core.hashes import file_hashes
-from prefopt.core.statistics import Interval
+from prefopt.core.statistics import MIN_PROMPTS, Interval
 from prefopt.data.files.sources import find_sources
 from prefopt.errors import ConfigError, DataError, RunError
 from prefopt.evaluate.sample_stats import SampleStats
@@ -25,47 +25,11 @@ from prefopt.runs.history import History, read_history
 from prefopt.runs.trends import Change, Finding, change
 
 
-def check_output(config: CompareConfig, data: Sequence[str]) -> None:
-    """Refuse an ``--output`` that is there already, before anything is computed: :class:`RunError`, unless it may be
-    replaced; :class:`ConfigError` for a file that the comparison reads, which is never replaced: ``data`` among them.
-    """
-    if config.output is None or not (path := Path(config.output)).exists():
-        return
-    if path.is_dir():
-        raise ConfigError(f"--output {path} is a folder; name a file in it")
-    names = [Path(name) for name in (*filter(is_file, config.models), *(config.task_results or ()))]
-    names += [source.path for source in find_sources(data) if source.path is not None]
-    if any(name.exists() and name.samefile(path) for name in names):
-        raise ConfigError(f"--output {path} is read by this comparison; name another file")
-    if not config.overwrite:
-        raise RunError(f"--output {path} is there already; name another file, or add --overwrite")
-
-
-def write_judged(path: Path, rows: Sequence[dict[str, object]]) -> str:
-    """Write the rows; returns the SHA-256 of the file."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    data = text.encode("utf-8", "surrogatepass")
-    with output_errors(path):
-        replace_file(path, data)
-    return hashlib.sha256(data).hexdigest()
-
-
-def check_judged(path: Path, digest: str) -> None:
-    """Refuse a file that is gone, or not the one of this digest. Raises :class:`DataError`."""
-    if file_hashes([path], error=DataError)[0] != digest:
-        raise DataError(
-            f"{path} no longer holds the pairs of this comparison: something wrote to it since; compare again, with an"
-            " --output of its own"
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class PairResult:
-    """Two models: how often the first won, at any length and read at equal length; by category, where one is named.
-
-    ``empty``: comparisons decided by one response having no words, without the judge. ``longer``: characters that the
-    first's responses have more than the second's, over prompts; none for too few. ``tasks``: what they know elsewhere.
-    """
+    """Two models. ``rate`` is the first's win rate, ``equal_length`` the length-controlled one, ``categories`` the win
+    rates by category. ``empty``: comparisons decided without the judge, as one response was empty. ``longer``: mean
+    difference of length in characters, first less second, None for too few prompts."""
 
     first: str
     second: str
@@ -76,14 +40,38 @@ class PairResult:
     longer: Interval | None = None
     tasks: list[TaskChange] = field(default_factory=list)
 
+    def lines(self) -> Iterator[str]:
+        """The lines of a report."""
+        r = self.rate
+        undecided = f", undecided {r.undecided}" if r.undecided else ""
+        yield (
+            f"{self.first} against {self.second}, {r.prompts} prompts: won {r.wins}, tied {r.ties},"
+            f" lost {r.losses}{undecided}"
+        )
+        if self.empty:
+            yield f"  {self.empty} decided without the judge: one response was empty"
+        if r.rate is None:
+            yield f"  {r.prompts} prompts are too few for a win rate; give at least {MIN_PROMPTS}, better 100"
+        else:
+            yield f"  win rate {_percent(r.rate)}, a tie counting half; sign test p = {r.p:.2g}"
+            if self.equal_length is not None:
+                yield f"  at equal length {_length_controlled(self.equal_length)}"
+            yield f"  {_no_difference(r) if r.verdict == 'not shown' else f'{self.first} is {r.verdict} by this judge'}"
+        if (x := self.longer) is not None:
+            yield f"  difference of length {x.mean:+.0f} characters [{x.low:+.0f}, {x.high:+.0f}]"
+        for task in self.tasks:
+            yield f"  {task.line()}"
+        for name, c in self.categories.items():
+            rate = f"{c.prompts} prompts, too few for a rate" if c.rate is None else _percent(c.rate)
+            yield f"  {name}: {rate}"
+
 
 @dataclass(frozen=True, slots=True)
 class CompareResult:
-    """``versus``: every two models. ``strengths``: Bradley-Terry, in log-odds, of three and more models whose prompts
-    are enough and which comparisons link. ``models``: what the samples of each show; nothing where votes were counted.
-    ``findings``: what is worth a look, in words. ``command`` does it again (empty where Python gave objects),
-    ``identities`` are SHA-256 of what was compared, ``output_sha256`` is that of the file of judged pairs (empty where
-    none was written), ``environment`` is what it ran on."""
+    """``versus``: every pair of models. ``strengths``: Bradley-Terry, in log-odds, for three and more models whose
+    comparisons connect them. ``models``: statistics of each model's samples; empty where votes were counted.
+    ``command`` repeats the comparison (empty where Python gave objects), ``identities`` are SHA-256 of what was
+    compared, ``output_sha256`` that of the file of judged pairs, ``environment`` the hardware and versions."""
 
     judge: str
     versus: list[PairResult]
@@ -101,18 +89,108 @@ class CompareResult:
         """Plain values, for JSON."""
         return asdict(replace(self, output=None)) | {"output": None if self.output is None else str(self.output)}
 
+    def lines(self) -> Iterator[str]:
+        """The lines that ``prefopt compare`` prints."""
+        yield f"judge: {self.judge}"
+        yield from self.notes
+        for pair in self.versus:
+            yield ""
+            yield from pair.lines()
+        if self.strengths:
+            yield ""
+            yield "strength (Bradley-Terry, log-odds, 95 % interval over prompts):"
+            for name, s in sorted(self.strengths.items(), key=lambda item: -item[1].mean):
+                yield f"  {s.mean:+.2f} [{s.low:+.2f}, {s.high:+.2f}]  {name}"
+        if self.findings:
+            yield ""
+            yield "what to look at:"
+            yield from (f"  - {finding.text}" for finding in self.findings)
+        for name, stats in self.models.items():
+            yield ""
+            yield f"{name}: {', '.join(_describe_samples(stats))}"
+        if self.output is not None:
+            yield ""
+            yield f"written: {self.output}"
 
-REPEATS = 0.1  # of the runs of four words of a sample
-TWICE = 2.0  # times as much as the model that it is compared with
-FEWEST_SAMPLES = 10
-RAISED = ("objective/scores", "rewards/margins")
-"""What training raises: the reward of PPO's samples; the margin of the implied reward."""
+
+def _no_difference(r: WinRate) -> str:
+    if r.rate is not None and r.rate.excludes(0.5):
+        return "no difference is shown: the interval excludes 50 %, but the sign test does not agree"
+    if r.needed is None or r.needed <= r.prompts:
+        return "no difference is shown"
+    return f"no difference is shown; if it is as large as it looks, about {r.needed:,} prompts would show it"
+
+
+def _length_controlled(found: LengthControlled) -> str:
+    if found.rate is None:
+        return "unknown: one model's responses are longer in every comparison"
+    return _percent(found.rate)
+
+
+def _percent(i: Interval) -> str:
+    return f"{i.mean:.1%} [{i.low:.1%}, {i.high:.1%}]"
+
+
+def _describe_samples(s: SampleStats) -> Iterator[str]:
+    yield f"{s.samples} samples of {s.characters:.0f} characters"
+    if s.tokens is not None:
+        yield f"{s.tokens:.1f} tokens"
+    if s.entropy is not None:
+        yield f"entropy {s.entropy:.2f} nats per token"
+    yield f"repetition {s.repetition:.1%}"
+    if s.empty:
+        yield f"{s.empty} empty"
+    if (kl := s.distance) is not None:
+        yield f"KL to the reference {kl.k1.mean:.2f} ± {kl.error:.2f} nats per response (k1), {kl.k3:.2f} (k3)"
+    if s.perplexity is not None:
+        yield f"perplexity of the held-out data {s.perplexity:.2f}"
+
+
+# -- the file of judged pairs ----------------------------------------------------------------------------------
+
+
+def check_output(config: CompareConfig, data: Sequence[str]) -> None:
+    """Refuse an ``--output`` that exists, before anything is computed: :class:`RunError` without ``--overwrite``, and
+    :class:`ConfigError` for a file that the comparison reads, ``data`` among them."""
+    if config.output is None or not (path := Path(config.output)).exists():
+        return
+    if path.is_dir():
+        raise ConfigError(f"--output {path} is a folder; name a file in it")
+    names = [Path(name) for name in (*filter(is_file, config.models), *(config.task_results or ()))]
+    names += [source.path for source in find_sources(data) if source.path is not None]
+    if any(name.exists() and name.samefile(path) for name in names):
+        raise ConfigError(f"--output {path} is read by this comparison; name another file")
+    if not config.overwrite:
+        raise RunError(f"--output {path} exists; name another file, or add --overwrite")
+
+
+def write_pairs(path: Path, rows: Sequence[dict[str, object]]) -> str:
+    """Write judged pairs; returns the SHA-256 of the file."""
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "surrogatepass")
+    with output_errors(path):
+        replace_file(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def check_pairs(path: Path, digest: str) -> None:
+    """Refuse a file that is gone or has another digest. Raises :class:`DataError`."""
+    if file_hashes([path], error=DataError)[0] != digest:
+        raise DataError(f"{path} changed since this comparison wrote it; compare again with an --output of its own")
+
+
+# -- findings --------------------------------------------------------------------------------------------------
+
+REPETITION = 0.1  # repeated 4-grams: this fraction and ...
+REPETITION_RATIO = 2.0  # ... this many times the other model's
+MIN_SAMPLES = 10
+REWARDS = ("objective/scores", "rewards/margins")
+"""Training metrics that optimisation raises: the score of PPO's samples, and the implicit reward margin."""
+TURNED: dict[Verdict, Verdict] = {"better": "worse", "worse": "better", "not shown": "not shown"}
 
 
 @dataclass(frozen=True, slots=True)
-class _Side:
-    """One of two models, seen as the first: its win rate, and so on. ``apart``: the responses of one of the two are the
-    longer ones in every comparison."""
+class _View:
+    """A pair of models seen from one of them. ``apart``: one model's responses are longer in every comparison."""
 
     name: str
     other: str
@@ -123,101 +201,103 @@ class _Side:
     longer: Interval | None
 
 
-def findings(v: PairResult, models: Mapping[str, SampleStats]) -> list[Finding]:
-    """What is worth a look, about either model; nothing where prompts are too few."""
+def findings(pair: PairResult, models: Mapping[str, SampleStats]) -> list[Finding]:
+    """Signs of length exploitation, over-optimisation and repetition in either model; none for too few prompts."""
     found: list[Finding] = []
-    for side in _sides(v):
-        found += [*_by_length(side), *_over_optimised(side, models), *_repeats(side, models)]
+    for view in _views(pair):
+        found += [*_length_exploited(view), *_over_optimised(view, models), *_repeats(view, models)]
     return found
 
 
-def _sides(v: PairResult) -> Iterator[_Side]:
-    rate, verdict, longer = v.rate.rate, v.rate.verdict, v.longer
+def _views(pair: PairResult) -> Iterator[_View]:
+    rate, verdict, longer = pair.rate.rate, pair.rate.verdict, pair.longer
     if rate is None or verdict is None:
         return
-    equal = None if v.equal_length is None else v.equal_length.rate
-    apart = v.equal_length is not None and equal is None
-    yield _Side(v.first, v.second, rate, verdict, equal, apart, longer)
-    yield _Side(
-        v.second,
-        v.first,
+    equal = None if pair.equal_length is None else pair.equal_length.rate
+    apart = pair.equal_length is not None and equal is None
+    yield _View(pair.first, pair.second, rate, verdict, equal, apart, longer)
+    yield _View(
+        pair.second,
+        pair.first,
         _turned(rate, 1.0),
-        _OTHER[verdict],
+        TURNED[verdict],
         None if equal is None else _turned(equal, 1.0),
         apart,
         None if longer is None else _turned(longer, 0.0),
     )
 
 
-_OTHER: dict[Verdict, Verdict] = {"better": "worse", "worse": "better", "not shown": "not shown"}
-
-
 def _turned(i: Interval, whole: float) -> Interval:
-    """The same, seen from the other side."""
     return Interval(whole - i.mean, whole - i.high, whole - i.low, i.count, i.level)
 
 
-def _by_length(s: _Side) -> Iterator[Finding]:
-    """It wins, by longer responses, and at equal length no longer, or none were of equal length."""
-    if s.longer is None or s.verdict != "better" or s.longer.low <= 0:
+def _length_exploited(v: _View) -> Iterator[Finding]:
+    """It wins with longer responses, but not at equal length."""
+    if v.longer is None or v.verdict != "better" or v.longer.low <= 0:
         return
-    if s.apart:
-        at_equal = "as they are so in every comparison, nothing tells what it would win by at equal length"
-    elif s.equal is not None and s.equal.low <= 0.5:
-        at_equal = f"at equal length it wins {_percent(s.equal)}, which shows no gain"
+    if v.apart:
+        at_equal = "as they are in every comparison, its win rate at equal length is unknown"
+    elif v.equal is not None and v.equal.low <= 0.5:
+        at_equal = f"at equal length it wins {_percent(v.equal)}, which shows no gain"
     else:
         return
     yield Finding(
         "length exploited",
-        f"{s.name} wins {_percent(s.rate)} against {s.other}, but its responses are longer by {s.longer.mean:.0f}"
-        f" characters [{s.longer.low:.0f}, {s.longer.high:.0f}], and {at_equal}: length may be all that was learnt. A"
-        " judge that length does not move tells; pairs of like length, or a loss that leaves length out (--loss r_dpo"
-        " or ld_dpo), keep it from being learnt",
+        f"{v.name} wins {_percent(v.rate)} against {v.other}, but its responses are longer by {v.longer.mean:.0f}"
+        f" characters [{v.longer.low:.0f}, {v.longer.high:.0f}], and {at_equal}: it may have learnt length alone. Check"
+        " with a judge that ignores length; train on pairs of like length, or with --loss r_dpo or ld_dpo",
         look=True,
     )
 
 
-def _over_optimised(s: _Side, models: Mapping[str, SampleStats]) -> Iterator[Finding]:
-    """Training raised its reward, and the judge finds it worse than where it came from."""
-    run = _run_of(s.name)
-    if run is None or s.verdict != "worse":
-        return
-    came = _came_from(run, s.other)
+def _over_optimised(v: _View, models: Mapping[str, SampleStats]) -> Iterator[Finding]:
+    """Training raised its reward, and the judge finds it worse than the model it started from, or than one of the same
+    start and data whose reward was raised less."""
+    run = _run_of(v.name)
     raised = _raised(run)
-    if came is None or raised is None:
+    if run is None or raised is None or v.verdict != "worse":
         return
     metric, by = raised
-    before = _raised(_run_of(s.other)) if came == "less" else None
-    if came == "less" and (before is None or before[0] != metric or before[1].last >= by.last):
-        return
-    what = "which it started from" if before is None else f"which was trained less far (to {before[1].last:.3g})"
-    shown = models.get(s.name)
-    gap = "" if shown is None or shown.distance is None else f"; its KL is {shown.distance.k1.mean:.3g} nats"
-    knob = (
-        "a larger --beta or a lower --kl-target, fewer steps, or a reward model that has seen such samples"
-        if metric == RAISED[0]
+    what = "which it started from"
+    if not _same(run.options.get("model"), v.other):
+        other = _run_of(v.other)
+        before = _raised(other)
+        if other is None or before is None or before[0] != metric or before[1].last >= by.last:
+            return
+        data = run.record.get("data")
+        if (
+            data is None
+            or data != other.record.get("data")
+            or not _same(run.options.get("model"), other.options.get("model"))
+        ):
+            return
+        what = f"which was trained less far (to {before[1].last:.3g})"
+    stats = models.get(v.name)
+    kl = "" if stats is None or stats.distance is None else f"; its KL is {stats.distance.k1.mean:.3g} nats"
+    remedy = (
+        "a larger --beta or a lower --kl-target, fewer steps, or a reward model trained on such samples"
+        if metric == REWARDS[0]
         else "a larger --beta, a smaller --learning-rate or fewer --epochs"
     )
     yield Finding(
         "over-optimised",
-        f"training raised the reward of {s.name} ({metric} from {by.first:.3g} to {by.last:.3g}), and yet the judge"
-        f" finds it worse than {s.other}, {what}: it wins {_percent(s.rate)}{gap}. What was raised is no longer what"
-        f" the judge wants: {knob}",
+        f"training raised the reward of {v.name} ({metric} from {by.first:.3g} to {by.last:.3g}), but the judge finds"
+        f" it worse than {v.other}, {what}: it wins {_percent(v.rate)}{kl}. The reward no longer follows the judge:"
+        f" try {remedy}",
         look=True,
     )
 
 
-def _repeats(s: _Side, models: Mapping[str, SampleStats]) -> Iterator[Finding]:
-    mine, theirs = models.get(s.name), models.get(s.other)
-    if mine is None or theirs is None or mine.samples < FEWEST_SAMPLES:
+def _repeats(v: _View, models: Mapping[str, SampleStats]) -> Iterator[Finding]:
+    mine, theirs = models.get(v.name), models.get(v.other)
+    if mine is None or theirs is None or mine.samples < MIN_SAMPLES:
         return
-    if mine.repetition > REPEATS and mine.repetition > TWICE * theirs.repetition:
+    if mine.repetition > REPETITION and mine.repetition > REPETITION_RATIO * theirs.repetition:
         yield Finding(
             "repeats itself",
-            f"samples of {s.name} repeat themselves: {mine.repetition:.0%} of their runs of four words came before in"
-            f" the same sample, and {theirs.repetition:.0%} in those of {s.other}. Where it was trained on preferences,"
-            " probability went where no row is: a larger --beta, a smaller --learning-rate, or a loss that holds"
-            " chosen answers up",
+            f"samples of {v.name} repeat themselves: {mine.repetition:.0%} of their 4-grams occurred before in the same"
+            f" sample, and {theirs.repetition:.0%} in those of {v.other}. If preference training did this, try a larger"
+            " --beta, a smaller --learning-rate, or a loss that keeps chosen responses likely",
             look=True,
         )
 
@@ -230,121 +310,18 @@ def _run_of(name: str) -> History | None:
         return None
 
 
-def _came_from(run: History, other: str) -> str | None:
-    """``start``: the run began with the other model. ``less``: both began with one model, on the same data."""
-    if _same(run.options.get("model"), other):
-        return "start"
-    before = _run_of(other)
-    alike = before is not None and _same(run.options.get("model"), before.options.get("model"))
-    same_data = before is not None and run.record.get("data") == before.record.get("data") is not None
-    return "less" if alike and same_data else None
-
-
 def _same(one: object, two: object) -> bool:
+    """Whether two model names are one folder."""
     if not isinstance(one, str) or not isinstance(two, str):
         return False
     return one == two or (Path(one).exists() and Path(two).exists() and Path(one).samefile(two))
 
 
 def _raised(run: History | None) -> tuple[str, Change] | None:
-    """What training raised, where it did."""
-    for name in RAISED if run is not None else ():
+    """The reward metric that training raised, if any."""
+    for name in REWARDS if run is not None else ():
         assert run is not None
         found = change(run.curve(name))
         if found is not None and found.direction > 0:
             return name, found
     return None
-
-
-def _percent(i: Interval) -> str:
-    return f"{i.mean:.1%} [{i.low:.1%}, {i.high:.1%}]"
-
-
-def lines(result: CompareResult) -> Iterator[str]:
-    """Who wins how often, how sure that is, and what the samples show."""
-    yield f"judge: {result.judge}"
-    yield from result.notes
-    for v in result.versus:
-        yield ""
-        yield from _versus_lines(v)
-    if result.strengths:
-        yield ""
-        yield "strength (Bradley-Terry, log-odds, 95 % interval over prompts):"
-        for name, s in sorted(result.strengths.items(), key=lambda item: -item[1].mean):
-            yield f"  {s.mean:+.2f} [{s.low:+.2f}, {s.high:+.2f}]  {name}"
-    if result.findings:
-        yield ""
-        yield "what to look at:"
-        yield from (f"  - {finding.text}" for finding in result.findings)
-    for name, shown in result.models.items():
-        yield ""
-        yield f"{name}: {', '.join(_sample_words(shown))}"
-    if result.output is not None:
-        yield ""
-        yield f"written: {result.output}"
-
-
-def _versus_lines(v: PairResult) -> Iterator[str]:
-    r = v.rate
-    undecided = f", undecided {r.undecided}" if r.undecided else ""
-    yield f"{v.first} against {v.second}, {r.prompts} prompts: won {r.wins}, tied {r.ties}, lost {r.losses}{undecided}"
-    if v.empty:
-        yield f"  {v.empty} decided without the judge, for a response had no words"
-    if r.rate is None:
-        yield f"  {_too_few(r.prompts)}"
-    else:
-        assert r.p is not None and r.verdict is not None
-        yield f"  win rate {_percent(r.rate)}, a tie counting half; sign test p = {r.p:.2g}"
-        if v.equal_length is not None:
-            yield f"  at equal length {_at_equal_length(v.equal_length.rate)}"
-        if r.verdict != "not shown":
-            yield f"  {v.first} is {r.verdict} here by this judge"
-        else:
-            yield f"  no difference is shown{_why_not(r)}"
-    if v.longer is not None:
-        x = v.longer
-        yield f"  difference of length {x.mean:+.0f} characters [{x.low:+.0f}, {x.high:+.0f}]"
-    for task in v.tasks:
-        yield f"  {task_words(task)}"
-    for name, part in v.categories.items():
-        told = f"{part.prompts} prompts, too few for a rate" if part.rate is None else _percent(part.rate)
-        yield f"  {name}: {told}"
-
-
-def _why_not(r: WinRate) -> str:
-    """What else there is to say where neither is better."""
-    if r.rate is not None and r.rate.excludes(0.5):
-        return ": the interval leaves 50 % out, but a sign test does not agree"
-    more = r.needed is not None and r.needed > r.prompts
-    return f"; if it is as large as it looks, about {r.needed:,} prompts would show it" if more else ""
-
-
-def _at_equal_length(rate: Interval | None) -> str:
-    return "not told: one model's responses are the longer ones in every comparison" if rate is None else _percent(rate)
-
-
-def task_words(c: TaskChange) -> str:
-    """A metric of a task before and after."""
-    error = "" if c.error is None else f" ± {c.error:.3f}"
-    count = "" if c.questions is None else f", {c.questions:,} questions"
-    return f"{c.task} {c.metric}: {c.first:.3f} against {c.second:.3f}, {c.difference:+.3f}{error}{count}: {c.verdict}"
-
-
-def _too_few(prompts: int) -> str:
-    return f"{prompts} prompts are too few to tell a rate; give at least 10, better 100"
-
-
-def _sample_words(s: SampleStats) -> Iterator[str]:
-    yield f"{s.samples} samples of {s.characters:.0f} characters"
-    if s.tokens is not None:
-        yield f"{s.tokens:.1f} tokens"
-    if s.entropy is not None:
-        yield f"entropy {s.entropy:.2f} nats per token"
-    yield f"repetition {s.repetition:.1%}"
-    if s.empty:
-        yield f"{s.empty} empty"
-    if s.distance is not None:
-        d = s.distance
-        yield f"KL to the reference {d.k1.mean:.2f} ± {d.error:.2f} nats per response (k1), {d.k3:.2f} (k3)"
-    if s.perplexity is not None:
-        yield f"perplexity of the held-out data {s.perplexity:.2f}"

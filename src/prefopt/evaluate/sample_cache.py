@@ -1,7 +1,7 @@
-"""The samples that are compared: drawn once and kept on disk, or read from files of samples.
+"""The samples of a comparison: drawn once and kept in the cache, or read from a file of samples.
 
-What is drawn goes to an entry of the cache row by row, named by everything that it depends on. A judge that fails, or a
-kill, loses none of it: the same command goes on from what is there.
+Drawn samples are written row by row to a cache entry whose name hashes everything they depend on, so that the same
+command goes on after a failed judge or a kill.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from prefopt.core.hashes import file_hashes
 from prefopt.core.terminal import Reporter
 from prefopt.data.comparisons import open_comparisons, parse_comparisons, read_comparisons
 from prefopt.data.files.sources import find_sources
-from prefopt.data.problems import Problem, refuse, refused_rows
+from prefopt.data.problems import refuse, refused_rows
 from prefopt.errors import CacheError, DataError
 from prefopt.generate.model_io import SampledModel
 from prefopt.generate.sample_file import sample_file_error
+from prefopt.methods.sample import run as sample
 from prefopt.records import Comparison
 from prefopt.rewards import Reward
 
@@ -35,58 +36,49 @@ Rows = list[Comparison]
 
 @dataclass(frozen=True, slots=True)
 class CompareInputs:
-    """What stands in for names: ``models`` by the names that the config has for them, ``rows`` of prompts, a judge."""
+    """Python objects in place of names in the config: ``models`` by their names there, ``rows`` of prompts, a judge."""
 
     models: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Any = None
     rows: Sequence[Mapping[str, object]] | None = None
     judge: Reward | None = None
 
-    def loaded(self, name: str, config: CompareConfig) -> SampledModel:
-        """A model that the config names, whichever way it was given."""
-        own = self.models.get(name)
-        if own is not None:
-            return SampledModel(name, given=own, tokenizer=self.tokenizer)
+    def load(self, name: str, config: CompareConfig) -> SampledModel:
+        """The model of this name."""
+        model = self.models.get(name)
+        if model is not None:
+            return SampledModel(name, given=model, tokenizer=self.tokenizer)
         return SampledModel(name, device=config.device, dtype=config.dtype)
 
+    def digest(self, name: str, config: CompareConfig) -> str:
+        """SHA-256 of what decides a model's samples, or of a file of samples."""
+        if is_file(name):
+            return file_hashes([Path(name)], error=DataError)[0]
+        return self.load(name, config).generation_digest()
 
-def answers(config: CompareConfig, name: str, given: CompareInputs, reporter: Reporter) -> Rows:
-    """The samples of a model, a row for each prompt: drawn now or before, or read from the file that ``name`` is."""
-    return _read(Path(name)) if is_file(name) else _drawn(config, name, given, reporter)
 
-
-def identity(config: CompareConfig, name: str, given: CompareInputs) -> str:
-    """The SHA-256 of what decides a model's answers, or of a file of samples."""
+def load_samples(config: CompareConfig, name: str, inputs: CompareInputs, reporter: Reporter) -> Rows:
+    """The samples of a model, a row for each prompt: drawn, cached, or read from the file ``name``."""
     if is_file(name):
-        return file_hashes([Path(name)], error=DataError)[0]
-    return given.loaded(name, config).generation_digest()
-
-
-def _drawn(config: CompareConfig, name: str, given: CompareInputs, reporter: Reporter) -> Rows:
-    from prefopt.methods.sample import run as sample
-
-    model = given.loaded(name, config)
-    options = {n: getattr(config, n) for n in ("num", "max_new_tokens", "temperature", "seed")}
-    options |= {n: getattr(config, n) for n in (*READING, "on_bad_row")}
-    if name not in given.models:
+        return _read(Path(name))
+    model, own = inputs.load(name, config), inputs.models.get(name)
+    options = {n: getattr(config, n) for n in ("num", "max_new_tokens", "temperature", "seed", *READING, "on_bad_row")}
+    if own is None:
         options |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
     options |= {"model": name, "prompts": config.prompts or []}
-    folder = samples_folder() / _key(options, model.generation_digest(), given.rows)
+    folder = samples_folder() / _key(options, model.generation_digest(), inputs.rows)
+    path = folder / SAMPLES
     lock = space_lock(folder)
     if not acquired(lock):
         raise CacheError(f"{folder}: another process draws the same samples; wait for it")
     try:
-        path = folder / SAMPLES
         with cache_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         if path.exists() and (wrong := sample_file_error(path)):
-            raise CacheError(f"{path} {wrong}; prefopt cache verify --repair takes such samples out of use")
-        progress = "none" if config.json else config.progress
-        drawn = SampleConfig(
-            output=str(path), resume=path.exists(), threads=config.threads, progress=progress, **options
-        )
-        own = given.models.get(name)
-        sample(drawn, model=own, tokenizer=given.tokenizer if own is not None else None, rows=given.rows)
+            raise CacheError(f"{path} {wrong}; remove such samples with prefopt cache verify --repair")
+        options |= {"threads": config.threads, "progress": "none" if config.json else config.progress}
+        drawn = SampleConfig(output=str(path), resume=path.exists(), **options)
+        sample(drawn, model=own, tokenizer=None if own is None else inputs.tokenizer, rows=inputs.rows)
         used(folder)
     finally:
         lock.release()
@@ -95,10 +87,8 @@ def _drawn(config: CompareConfig, name: str, given: CompareInputs, reporter: Rep
 
 
 def _key(options: Mapping[str, Any], model: str, rows: Sequence[Mapping[str, object]] | None) -> str:
-    """Name of the entry: a hash of everything that the samples depend on."""
     if rows is None:
-        prompts = [(source.name, source.digest()) for source in find_sources(options["prompts"])]
-        text = json.dumps(prompts)
+        text = json.dumps([(source.name, source.digest()) for source in find_sources(options["prompts"])])
     else:
         text = json.dumps(list(map(dict, rows)), default=repr, sort_keys=True)
     versions = [prefopt.__version__, *map(version, ("torch", "transformers", "tokenizers"))]
@@ -108,50 +98,48 @@ def _key(options: Mapping[str, Any], model: str, rows: Sequence[Mapping[str, obj
 
 def _read(path: Path) -> Rows:
     found = read_comparisons(str(path))
-    problems = [row for row in found if isinstance(row, Problem)]
-    if problems:
-        raise DataError(f"{problems[0].kind}: {problems[0].what}", file=str(path), row=problems[0].row)
-    rows = [row for row in found if isinstance(row, Comparison)]
+    if found.problems:
+        problem = found.problems[0]
+        raise DataError(f"{problem.kind}: {problem.what}", file=str(path), row=problem.row)
+    rows = found.comparisons
     if bad := next((row for row in rows if not row.responses), None):
         raise DataError("has no response; prefopt sample draws some", file=str(path), row=bad.row)
     return rows
 
 
-def check_same(samples: Mapping[str, Rows]) -> None:
-    """Every model answered the same prompts, equally often. Raises :class:`DataError` at the first difference."""
+def check_same_prompts(samples: Mapping[str, Rows]) -> None:
+    """Raises :class:`DataError` at the first prompt that models do not have in common, or sampled a different number
+    of times."""
     (first, rows), *others = samples.items()
     for name, found in others:
         if len(found) != len(rows):
             raise DataError(
-                f"{first} has {len(rows)} prompts and {name} {len(found)}: compare samples of the same ones"
+                f"{first} has {len(rows)} prompts, {name} {len(found)}: compare samples of the same prompts"
             )
         for a, b in zip(rows, found, strict=True):
             if a.prompt_key != b.prompt_key:
-                raise DataError(
-                    f"the prompt is another one than in {first}: compare samples of the same ones", file=name, row=b.row
-                )
+                what = f"its prompt differs from that of {first}: compare samples of the same prompts"
+                raise DataError(what, file=name, row=b.row)
             if len(a.responses) != len(b.responses):
                 what = f"has {len(b.responses)} samples, and {first} {len(a.responses)}: draw equally many"
                 raise DataError(what, file=name, row=b.row)
 
 
-def prompts_of(config: CompareConfig, given: CompareInputs) -> tuple[dict[bytes, Comparison], list[str]]:
-    """The prompts' rows as their files have them, by prompt: with the answers that gsm8k compares with; and what is
-    said of rows that were left out. Raises :class:`DataError` for rows that cannot be used, unless they may be."""
+def prompt_rows(config: CompareConfig, inputs: CompareInputs) -> tuple[dict[bytes, Comparison], list[str]]:
+    """The rows of ``--prompts`` by prompt key, with the answers that the judge gsm8k reads; and notes on rows left out.
+
+    Raises :class:`DataError` for rows that cannot be used, unless they are skipped.
+    """
     how: dict[str, Any] = {"format": config.format, "columns": config.column_words}
-    found, left = {}, 0
-    if given.rows is not None:
-        readings = [parse_comparisons(given.rows, "prompts", **how)]
+    if inputs.rows is not None:
+        readings = [parse_comparisons(inputs.rows, "prompts", **how)]
     else:
         readings = [open_comparisons(source, **how) for source in find_sources(config.prompts or [])]
+    found: dict[bytes, Comparison] = {}
+    left_out = 0
     for reading in readings:
-        problems: list[Problem] = []
-        for row in reading:
-            if isinstance(row, Comparison):
-                found[row.prompt_key] = row
-            else:
-                problems.append(row)
-        if problems and config.on_bad_row == "refuse":
-            raise refuse(problems, reading.count)
-        left += refused_rows(problems)
-    return found, [f"{left} rows of the prompts were left out: they cannot be used"] if left else []
+        if reading.problems and config.on_bad_row == "refuse":
+            raise refuse(reading.problems, reading.count)
+        found |= {row.prompt_key: row for row in reading.comparisons}
+        left_out += refused_rows(reading.problems)
+    return found, [f"{left_out} rows of the prompts were left out: they cannot be used"] if left_out else []

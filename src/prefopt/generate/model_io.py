@@ -1,4 +1,4 @@
-"""A model to sample from: its tokenizer and what ends its answers at once, its weights when they are needed."""
+"""A model to sample from with its tokenizer and stop tokens, its prompts as token ids, and its samples as text."""
 
 from __future__ import annotations
 
@@ -33,13 +33,16 @@ from prefopt.model.scorer import Scorer
 from prefopt.records import Comparison, Message
 from prefopt.reference.identity import Identity, adapter_line, identity_of_folder, identity_of_model, tokenizer_of_name
 
+CONTEXT_TOKENS = 8
+"""Prompt tokens that are decoded along with a response: some tokenizers write a token otherwise at the start of a
+text."""
+
 
 class SampledModel:
-    """A folder, a Hub name, or a model ``given`` in Python with its tokenizer, which is used as it is.
+    """A folder, a Hub name, or a model ``given`` in Python with its tokenizer. Weights are loaded when first used.
 
-    ``source`` and ``adapter`` are folders on this machine (empty and none for a model given). ``context`` is how many
-    positions the model has, ``said`` its generation config, ``label`` what people call it, ``note`` what to say
-    where ``name`` is an adapter's.
+    ``source`` and ``adapter`` are local folders (empty and None for a given model), ``context`` is the model's context
+    length, ``label`` its name in messages, ``note`` a line about the adapter that ``name`` is.
     """
 
     def __init__(
@@ -54,27 +57,33 @@ class SampledModel:
     ) -> None:
         """Raises :class:`ModelError` and :class:`ConfigError` as loading does."""
         self.name, self._given = name, given
-        self.device = resolve_device(device) if given is None else next(given.parameters()).device
-        self.dtype = resolve_dtype(dtype, self.device) if given is None else given.dtype
-        if self.device.type == "mps" and self.dtype == torch.float64:
-            raise ConfigError("--dtype float64: mps has none; take --device cpu")
-        self.source, self.adapter = ("", None) if given is not None else base_and_adapter(name, adapter)
-        self.note = adapter_line(name) if given is None else None
         self.label = f"{name} with {Path(adapter).name}" if adapter else name
-        self.tokenizer: Tokenizer = copy.deepcopy(tokenizer) if given is not None else tokenizer_of_name(name, adapter)
-        config = given.config if given is not None else load_config(self.source)
+        self.generation_config: Any
+        if given is not None:
+            self.device, self.dtype = next(given.parameters()).device, given.dtype
+            self.source, self.adapter, self.note = "", None, None
+            self.tokenizer: Tokenizer = copy.deepcopy(tokenizer)
+            config, self.generation_config = given.config, getattr(given, "generation_config", None)
+        else:
+            self.device = resolve_device(device)
+            self.dtype = resolve_dtype(dtype, self.device)
+            if self.device.type == "mps" and self.dtype == torch.float64:
+                raise ConfigError("--dtype float64: mps has none; take --device cpu")
+            self.source, self.adapter = base_and_adapter(name, adapter)
+            self.note = adapter_line(name)
+            self.tokenizer = tokenizer_of_name(name, adapter)
+            config, self.generation_config = load_config(self.source), _generation_config(self.source)
         self.context = context_length(config)
-        self.said: Any = getattr(given, "generation_config", None) if given is not None else self._generation_config()
 
     @cached_property
     def scorer(self) -> Scorer:
-        """The model, frozen, in the precision asked for."""
+        """The model, frozen, in the requested precision."""
         if self._given is not None:
             silence_dropout(self._given)
             return Scorer(self._given)
         model = load_model(self.source, dtype=self.dtype, device=self.device, adapter=self.adapter)
         model.requires_grad_(False)
-        MasterWeights(model, self.dtype)  # an adapter comes in the precision it was saved in
+        MasterWeights(model, self.dtype)  # adapters are loaded in the precision they were saved in
         return Scorer(model)
 
     def identity(self) -> Identity:
@@ -84,28 +93,28 @@ class SampledModel:
         return identity_of_folder(self.source, adapter=self.adapter)
 
     def generation_digest(self) -> str:
-        """SHA-256 (hex) of what decides its answers: its log-probabilities, its tokenizer with the chat template, and
-        the tokens that end an answer, which the generation config may add to."""
-        stops = self.stop_ids(renderer_for(self.tokenizer))
-        whole = json.dumps([self.identity().digest, tokenizer_digest(self.tokenizer), stops])
+        """SHA-256 (hex) of what decides its responses: log-probabilities, tokenizer with chat template, stop tokens."""
+        stop = self.stop_ids(renderer_for(self.tokenizer))
+        whole = json.dumps([self.identity().digest, tokenizer_digest(self.tokenizer), stop])
         return hashlib.sha256(whole.encode()).hexdigest()
 
     def release(self) -> None:
-        """Give the model its own attention back: one given in Python goes back to its owner."""
+        """Give a model from Python its own attention back."""
         if "scorer" in self.__dict__:
             self.scorer.detach_hook()
 
     def stop_ids(self, renderer: Renderer) -> tuple[int, ...]:
-        """Every token that ends an answer: EOS, what the generation config says, the template's end of turn."""
-        found = [self.tokenizer.eos_token_id, *ids_of(getattr(self.said, "eos_token_id", None))]
+        """Every token that ends a response: EOS, those of the generation config, the template's end of turn."""
+        found = [self.tokenizer.eos_token_id, *ids_of(getattr(self.generation_config, "eos_token_id", None))]
         found += [end_of_turn(renderer), *((self.adapter and end_tokens(self.adapter)) or ())]
         return tuple(sorted({i for i in found if isinstance(i, int)}))
 
-    def _generation_config(self) -> Any:
-        try:
-            return GenerationConfig.from_pretrained(self.source)
-        except Exception:  # it has none, or one that transformers refuses: its tokens say enough
-            return None
+
+def _generation_config(source: str) -> Any:
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except Exception:  # absent, or refused by transformers: the tokenizer's EOS is enough
+        return None
 
 
 def renderer_for(tokenizer: Tokenizer, chat_template: str | None = None, variables: Any = None) -> Renderer:
@@ -114,14 +123,13 @@ def renderer_for(tokenizer: Tokenizer, chat_template: str | None = None, variabl
     return Renderer(tokenizer, Rendering(None, ends, chat_template, variables or {}))
 
 
-TEXT = ".txt"
-Lines = Literal["user", "text"]
+# -- prompts as token ids --------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class PromptSet:
-    """Prompts in order: ``rows[i]`` without responses, and its token ids ``ids[i]``. What became of every row is
-    counted: ``len(rows) + refused_rows(problems) == read``."""
+    """Prompts in order: ``rows[i]`` without responses and its token ids ``ids[i]``. Every row read is accounted for:
+    ``len(rows) + refused_rows(problems) == read``."""
 
     rows: list[Comparison] = field(default_factory=list)
     ids: list[IntArray] = field(default_factory=list)
@@ -138,10 +146,20 @@ class PromptSet:
 
 
 class PromptReader:
-    """Reads and renders; ``context`` is how many positions the model has, of which a prompt must leave ``room``."""
+    """Reads prompts from files of any layout or lines of text, and tokenises them.
+
+    ``context`` is the model's context length, of which a prompt must leave ``room`` tokens. ``lines``: what a line of a
+    .txt file is, a user turn or text to continue.
+    """
 
     def __init__(
-        self, renderer: Renderer, *, context: int | None, lines: Lines, on_bad_row: str, room: int = 1
+        self,
+        renderer: Renderer,
+        *,
+        context: int | None,
+        lines: Literal["user", "text"],
+        on_bad_row: str,
+        room: int = 1,
     ) -> None:
         self._renderer, self._context, self._room = renderer, context, room
         self._lines, self._on_bad_row = lines, on_bad_row
@@ -150,20 +168,21 @@ class PromptReader:
     def read(
         self, sources: Sequence[Source], *, format: str | None = None, columns: Sequence[str] | None = None
     ) -> PromptSet:
-        """All sources. Raises :class:`DataError` for bad rows unless they are to be skipped, and where none is left."""
+        """The prompts of all sources. Raises :class:`DataError` for bad rows unless they are skipped, and for no
+        prompt at all."""
         for source in sources:
             self.found.notes += source.notes
-            if source.path is not None and layout_name(source.path) == TEXT:
-                self._take(self._text_rows(source))
+            if source.path is not None and layout_name(source.path) == ".txt":
+                self._add(self._text_rows(source))
                 continue
             reading = open_comparisons(source, format=format, columns=columns)
-            self._take(reading)
+            self._add(reading)
             self.found.notes += reading.notes
         return self._finish()
 
     def take(self, rows: Iterable[Comparison | Problem], notes: Sequence[str] = ()) -> PromptSet:
-        """Rows that are in memory."""
-        self._take(rows)
+        """The prompts of rows in memory. Raises as :meth:`read` does."""
+        self._add(rows)
         self.found.notes += notes
         return self._finish()
 
@@ -177,25 +196,25 @@ class PromptReader:
             raise DataError(f"none of the {found.read} rows of --prompts can be used{why}")
         return found
 
-    def _take(self, rows: Iterable[Comparison | Problem]) -> None:
+    def _add(self, rows: Iterable[Comparison | Problem]) -> None:
         good: list[Comparison] = []
         for row in rows:
             self.found.read += 1
-            wrong = [row] if isinstance(row, Problem) else check(row, "prompts")
-            bare = row if isinstance(row, Problem) else convert(row, "prompts")
-            if isinstance(bare, Problem) or wrong:
-                self.found.problems += wrong
+            problems = [row] if isinstance(row, Problem) else check(row, "prompts")
+            prompt = row if isinstance(row, Problem) else convert(row, "prompts")
+            if isinstance(prompt, Problem) or problems:
+                self.found.problems += problems
             else:
-                good.append(bare)
-        for bare, ids in zip(good, self._renderer.prompts(good), strict=True):
+                good.append(prompt)
+        for prompt, ids in zip(good, self._renderer.prompts(good), strict=True):
             if isinstance(ids, Problem):
                 self.found.problems.append(ids)
             elif self._context is not None and len(ids) + self._room > self._context:
                 more = "" if self._room == 1 else f" --max-new-tokens {self._room} more are wanted, and"
                 what = f"has {len(ids)} tokens,{more or ' and'} the model's context is {self._context}"
-                self.found.problems.append(Problem("prompt too long", bare.row, what, bare.file))
+                self.found.problems.append(Problem("prompt too long", prompt.row, what, prompt.file))
             else:
-                self.found.rows.append(bare)
+                self.found.rows.append(prompt)
                 self.found.ids.append(ids)
 
     def _text_rows(self, source: Source) -> Iterator[Comparison]:
@@ -208,39 +227,34 @@ class PromptReader:
         except DAMAGED as error:
             raise damaged(error, source.name) from None
         empty = 0
-        for number, line in enumerate(text.split("\n"), 1):
-            words = line.rstrip("\r")
-            if words.strip():
-                yield Comparison((Message("user", words),), (), (), number, source.name, self._lines == "text")
+        for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), 1):
+            line = line.rstrip("\r")
+            if line.strip():
+                yield Comparison((Message("user", line),), (), (), number, source.name, self._lines == "text")
             else:
                 empty += 1
-        empty -= text.endswith("\n") or not text  # what follows the last line end is no line
         if empty:
-            self.found.notes.append(f"{source.name}: {empty} empty line{'s' * (empty > 1)} passed over")
+            self.found.notes.append(f"{source.name}: {empty} empty line{'s' * (empty > 1)} skipped")
         kind = "the user's turns" if self._lines == "user" else "text to continue, without a chat template"
         self.found.notes.append(f"{source.name}: its lines are taken as {kind} (--lines)")
 
 
-BROKEN = "\N{REPLACEMENT CHARACTER}"
-CONTEXT = 8
-"""Tokens of the prompt that are decoded along: some tokenizers write a token otherwise at the start of a text."""
-LONGEST = 8
-"""Tokens of a character at most; beyond that, what cannot be decoded is shown as it is."""
+# -- samples as text -------------------------------------------------------------------------------------------
 
 
 def decode(tokenizer: Tokenizer, ids: Ids) -> str:
-    """The text of tokens, special ones and all."""
+    """The text of tokens, special tokens included."""
     return str(tokenizer.decode([int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def continuation(tokenizer: Tokenizer, prompt: Ids, ids: Ids) -> str:
-    """What sampled tokens add to the text of their prompt."""
-    before = list(prompt[-CONTEXT:])
+    """The text that tokens ``ids`` add to the text of their prompt."""
+    before = list(prompt[-CONTEXT_TOKENS:])
     start, whole = decode(tokenizer, before), decode(tokenizer, [*before, *ids])
     return whole[len(start) :] if whole.startswith(start) else decode(tokenizer, ids)
 
 
 def without_stop(ids: Ids, stop: Sequence[int]) -> list[int]:
-    """The tokens without the stop token at their end."""
+    """The tokens without a stop token at their end."""
     kept = [int(i) for i in ids]
     return kept[:-1] if kept and kept[-1] in stop else kept

@@ -1,13 +1,12 @@
-"""The file that samples are written to: row by row, and gone on with after a kill.
+"""The output file of ``prefopt sample``: written row by row, and resumed after a kill.
 
-A row is one prompt with its samples, in the canonical layout, so that every verb that reads data reads it::
+A row is one prompt with its samples in the canonical layout::
 
     {"prompt": ..., "responses": [...], "logprobs": [...], "sampling_logprobs": [...], "tokens": [...],
      "finish": [...], "token_ids": [[...], ...], "source": "prompts.jsonl", "source_row": 7}
 
-Beside the file stands ``FILE.run.json``: the options that made it and digests of model and prompts, so that a run is
-only ever gone on with as it was begun; and how many rows were written, with a digest of each, so that rows which were
-changed or lost meanwhile are found and named.
+``FILE.run.json`` beside it records the options and digests of model and prompts, so that a run is only resumed as it
+was started, and the number of rows with a digest of each, so that rows changed or lost meanwhile are found.
 """
 
 from __future__ import annotations
@@ -27,19 +26,151 @@ from prefopt.core.files import output_errors, parsed, read_json, remove_leftover
 from prefopt.core.options import flag
 from prefopt.errors import RunError
 
-# Options that may differ at a resume: they change what is shown, never what is drawn.
 FREE = frozenset({"resume", "progress", "output"})
+"""Options that may change at a resume, as they change no sample."""
 WRITTEN = "written"
-"""The key of the record that holds the number of rows and their digests; records of earlier versions have none."""
-WIDTH = 16
+"""Key of the record with the number of rows and their digests; records of earlier versions lack it."""
+DIGEST_WIDTH = 16
 """Hexadecimal digits of a row's digest."""
 
 
-def altered(path: Path, record: Mapping[str, Any]) -> str | None:
-    """What is wrong with the rows of a file that its record tells of, None where they are what was written.
+@dataclass(frozen=True, slots=True)
+class PromptOrigin:
+    """The file of a prompt, and its row from 1."""
 
-    Rows behind those that the record counts may be there: a kill comes between a row and its count.
-    """
+    source: str
+    row: int
+
+
+class SampleFile:
+    """An output file, new or resumed; ``done`` rows are in it already. ``notes`` tell about the rows found."""
+
+    def __init__(self, path: Path, options: Mapping[str, Any], *, resume: bool) -> None:
+        """Raises :class:`RunError` where the file exists without ``resume``, or was written with other options."""
+        self.path, self.record_path = path, _record_path(path)
+        self.done = 0
+        self.notes: list[str] = []
+        self.record: dict[str, Any] = {"status": "started", "options": dict(options), **_written("")}
+        self._file: IO[bytes] | None = None
+        self._lock = FileLock(path.with_name(path.name + ".lock"))
+        if path.is_dir():
+            raise RunError(f"--output {path} is a folder; name a file")
+        self._found = path.exists()
+        if self._found and not resume:
+            raise RunError(f"--output {path} exists; go on with it by --resume, or name another file")
+        self._digests = ""
+        if self._found:
+            self.record = {**_read_record(path), "status": "resumed"}
+            self._refuse_other_options(options)
+            if wrong := _altered(path, self.record):
+                raise RunError(f"--resume: {path} {wrong}; put it back, or name another --output")
+            if WRITTEN not in self.record:
+                self.notes.append(f"{path} is of an earlier version, which kept no digests: its rows cannot be checked")
+
+    @property
+    def finished(self) -> bool:
+        """Whether an earlier run wrote every row."""
+        return self._found and "results" in self.record
+
+    def same(self, name: str, value: Any, what: str) -> None:
+        """Record ``value`` at the first start; refuse another one at a resume."""
+        before = self.record.setdefault(name, value)
+        if before != value:
+            raise RunError(f"--resume: {what} changed since {self.path} was begun; put it back, or name another file")
+
+    def open(self, origins: Sequence[PromptOrigin]) -> None:
+        """Lock the file, drop a partial last line, and count the rows. Raises :class:`RunError`."""
+        with output_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise RunError(f"--output {self.path} is being written by another process; wait for it") from None
+            remove_leftovers(self.path.parent, self.record_path.name)
+            write_json(self.record_path, self.record)
+            self._file = self.path.open("r+b" if self._found else "xb")
+            end = self._count_rows(self._file, origins) if self._found else 0
+            self.record |= _written(self._digests)
+            self._file.truncate(end)
+            self._file.seek(end)
+            sync_folder(self.path.parent)
+
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows; they are on disk when this returns."""
+        assert self._file is not None
+        with output_errors(self.path):
+            for row in rows:
+                line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+                self._file.write(line)
+                self._file.flush()
+                self._digests += _digest(line)
+            os.fsync(self._file.fileno())
+        self.done += len(rows)
+        self.record |= _written(self._digests)
+        write_json(self.record_path, self.record)
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Record the results of the run."""
+        self.record |= {"status": "finished", "results": dict(results)}
+        write_json(self.record_path, self.record)
+
+    def close(self) -> None:
+        """Close and unlock the file."""
+        if self._file is not None:
+            self._file.close()
+        if self._lock.is_locked:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
+
+    def _count_rows(self, file: IO[bytes], origins: Sequence[PromptOrigin]) -> int:
+        """Count the whole rows, each of which must be that of its prompt; returns where the last of them ends. Rows
+        beyond those that the record counts are drawn again."""
+        recorded = _digests(self.record)
+        end = 0
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            if recorded is not None and self.done >= len(recorded):
+                self.notes.append(
+                    f"{self.path}: rows after the first {self.done} are drawn again: its record does not count them"
+                )
+                break
+            if self.done >= len(origins) or _origin(line) != origins[self.done]:
+                raise RunError(f"--resume: row {self.done + 1} of {self.path} is not the one that the run wrote")
+            self.done += 1
+            self._digests += _digest(line)
+            end += len(line)
+        return end
+
+    def _refuse_other_options(self, now: Mapping[str, Any]) -> None:
+        before = self.record["options"]
+        changed = [n for n in now if n not in FREE and before.get(n) != now[n]]
+        if changed:
+            listed = ", ".join(f"{flag(n)} was {before.get(n)!r} and is {now[n]!r}" for n in changed)
+            raise RunError(f"--resume goes on with the same run, but {listed}; put it back, or name another --output")
+
+
+def sample_file_error(path: Path) -> str | None:
+    """How a file of samples differs from what its record says was written; None where it does not."""
+    try:
+        return _altered(path, _read_record(path))
+    except (OSError, RunError):
+        return "has no .run.json that can be read"
+
+
+def verify_samples(*, repair: bool) -> list[tuple[Path, str]]:
+    """Cached samples that differ from what was written, and how; ``repair`` removes them."""
+    problems = []
+    for folder in sample_entries():
+        path = folder / SAMPLES
+        if wrong := sample_file_error(path):
+            problems.append((path, wrong))
+            if repair:
+                clear(ids=[folder.name])
+    return problems
+
+
+def _altered(path: Path, record: Mapping[str, Any]) -> str | None:
     if WRITTEN not in record:
         return None
     digests = _digests(record)
@@ -56,184 +187,44 @@ def altered(path: Path, record: Mapping[str, Any]) -> str | None:
             count += 1
     if count < len(digests):
         return f"holds {count} of the {len(digests)} rows that were written"
+    # A run that was killed may have written rows that it had not counted yet; one that finished has not.
     return "holds more rows than were written" if more and "results" in record else None
 
 
+def _record_path(path: Path) -> Path:
+    return path.with_name(path.name + ".run.json")
+
+
 def _read_record(path: Path) -> dict[str, Any]:
-    """What stands beside a file of samples. Raises :class:`RunError` where it is not there, or damaged."""
-    return read_json(path.with_name(path.name + ".run.json"), _record, "name another --output")
+    """Raises :class:`RunError` where the record is absent or damaged."""
+
+    def check(found: dict[str, Any]) -> dict[str, Any]:
+        dict(found["options"])
+        if found.get("rows", 1) not in range(1, 2**53):
+            raise ValueError("rows is no number of rows")
+        return found
+
+    return read_json(_record_path(path), check, "name another --output")
 
 
-def _record(found: dict[str, Any]) -> dict[str, Any]:
-    """Raises where it is not what a run wrote."""
-    dict(found["options"])
-    if found.get("rows", 1) not in range(1, 2**53):
-        raise ValueError("rows is no number of rows")
-    return found
+def _written(digests: str) -> dict[str, Any]:
+    return {WRITTEN: {"rows": len(digests) // DIGEST_WIDTH, "digests": digests}}
 
 
 def _digests(record: Mapping[str, Any]) -> list[str] | None:
-    """Of each row that was written; None where the record does not say."""
     match record.get(WRITTEN):
-        case {"rows": int(rows), "digests": str(text)} if len(text) == rows * WIDTH:
-            return [text[i : i + WIDTH] for i in range(0, len(text), WIDTH)]
+        case {"rows": int(rows), "digests": str(text)} if len(text) == rows * DIGEST_WIDTH:
+            return [text[i : i + DIGEST_WIDTH] for i in range(0, len(text), DIGEST_WIDTH)]
     return None
 
 
 def _digest(line: bytes) -> str:
-    return hashlib.blake2b(line, digest_size=WIDTH // 2).hexdigest()
+    return hashlib.blake2b(line, digest_size=DIGEST_WIDTH // 2).hexdigest()
 
 
-def sample_file_error(path: Path) -> str | None:
-    """What is wrong with a file of samples, read with the record beside it; None where nothing is."""
-    try:
-        return altered(path, _read_record(path))
-    except (OSError, RunError):
-        return "has no .run.json that can be read"
-
-
-def verify_samples(*, repair: bool) -> list[tuple[Path, str]]:
-    """The kept samples that are not what was written, and why; with ``repair`` they are removed, to be drawn anew."""
-    problems = []
-    for folder in sample_entries():
-        path = folder / SAMPLES
-        if wrong := sample_file_error(path):
-            problems.append((path, wrong))
-            if repair:
-                clear(ids=[folder.name])
-    return problems
-
-
-@dataclass(frozen=True, slots=True)
-class PromptOrigin:
-    """Where a prompt stands: its file, and its row from 1."""
-
-    source: str
-    row: int
-
-
-class SampleFile:
-    """An output file, opened for a new run or to go on with the one it holds; ``done`` rows are in it already.
-
-    ``notes`` say what a person should know of the rows that were found.
-    """
-
-    def __init__(self, path: Path, options: Mapping[str, Any], *, resume: bool) -> None:
-        """Raises :class:`RunError` where the file is there and not to be gone on with, or was made otherwise."""
-        self.path, self.beside = path, path.with_name(path.name + ".run.json")
-        self.done = 0
-        self.notes: list[str] = []
-        self.record: dict[str, Any] = {"status": "started", "options": dict(options), **_written("")}
-        self._file: IO[bytes] | None = None
-        self._lock = FileLock(path.with_name(path.name + ".lock"))
-        if path.is_dir():
-            raise RunError(f"--output {path} is a folder; name a file")
-        self._found = path.exists()
-        if self._found and not resume:
-            raise RunError(f"--output {path} exists; go on with it by --resume, or name another file")
-        self._digests = ""
-        if self._found:
-            self.record = {**_read_record(path), "status": "resumed"}
-            self._refuse_other_options(options)
-            if wrong := altered(path, self.record):
-                raise RunError(f"--resume: {path} {wrong}; put it back, or name another --output")
-            if WRITTEN not in self.record:
-                self.notes.append(f"{path} is of an earlier version, which kept no digests: its rows cannot be checked")
-
-    @property
-    def finished(self) -> bool:
-        """Whether every row was written by an earlier run."""
-        return self._found and "results" in self.record
-
-    def same(self, name: str, value: Any, what: str) -> None:
-        """Record ``value`` at the first start; refuse another one at a resume."""
-        before = self.record.setdefault(name, value)
-        if before != value:
-            raise RunError(f"--resume: {what} changed since {self.path} was begun; put it back, or name another file")
-
-    def open(self, places: Sequence[PromptOrigin]) -> None:
-        """Take the file, drop a line that a kill tore, and count what is there. Raises :class:`RunError`."""
-        with output_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout:
-                raise RunError(f"--output {self.path} is being written by another process; wait for it") from None
-            remove_leftovers(self.path.parent, self.beside.name)
-            write_json(self.beside, self.record)
-            self._file = self.path.open("r+b" if self._found else "xb")
-            end = self._check(self._file, places) if self._found else 0
-            self.record |= _written(self._digests)
-            self._file.truncate(end)
-            self._file.seek(end)
-            sync_folder(self.path.parent)
-
-    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append rows; they are on the disk when this returns."""
-        assert self._file is not None
-        with output_errors(self.path):
-            for row in rows:
-                line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-                self._file.write(line)
-                self._file.flush()
-                self._digests += _digest(line)
-            os.fsync(self._file.fileno())
-        self.done += len(rows)
-        self.record |= _written(self._digests)
-        write_json(self.beside, self.record)
-
-    def finish(self, results: Mapping[str, Any]) -> None:
-        """Note what came out."""
-        self.record |= {"status": "finished", "results": dict(results)}
-        write_json(self.beside, self.record)
-
-    def close(self) -> None:
-        """Let the file go."""
-        if self._file is not None:
-            self._file.close()
-        if self._lock.is_locked:
-            Path(self._lock.lock_file).unlink(missing_ok=True)
-            self._lock.release()
-
-    def _check(self, file: IO[bytes], places: Sequence[PromptOrigin]) -> int:
-        """Count the whole rows, each of which must be that of its prompt; where the last of them ends.
-
-        Rows behind those that the record counts are not known for this program's, and are drawn again.
-        """
-        counted = _digests(self.record)
-        end, dropped = 0, False
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            if counted is not None and self.done >= len(counted):
-                dropped = True
-                break
-            if self.done >= len(places) or _place(line) != places[self.done]:
-                raise RunError(f"--resume: row {self.done + 1} of {self.path} is not the one that the run wrote")
-            self.done += 1
-            self._digests += _digest(line)
-            end += len(line)
-        if dropped:
-            self.notes.append(
-                f"{self.path}: what stood behind its first {self.done} rows is drawn again: no record counts it"
-            )
-        return end
-
-    def _refuse_other_options(self, now: Mapping[str, Any]) -> None:
-        before = self.record["options"]
-        changed = [n for n in now if n not in FREE and before.get(n) != now[n]]
-        if changed:
-            listed = ", ".join(f"{flag(n)} was {before.get(n)!r} and is {now[n]!r}" for n in changed)
-            raise RunError(f"--resume goes on with the same run, but {listed}; put it back, or name another --output")
-
-
-def _written(digests: str) -> dict[str, Any]:
-    return {WRITTEN: {"rows": len(digests) // WIDTH, "digests": digests}}
-
-
-def _place(line: bytes) -> PromptOrigin | None:
+def _origin(line: bytes) -> PromptOrigin | None:
     try:
         row = parsed(line)
         return PromptOrigin(str(row["source"]), int(row["source_row"]))
-    except Exception:  # a row of another make
+    except Exception:  # not a row of this program
         return None

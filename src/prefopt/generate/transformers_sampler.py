@@ -66,21 +66,21 @@ class TransformersSampler:
         self,
         prompts: Sequence[Ids],
         num: int,
-        settings: SamplingParams,
+        params: SamplingParams,
         *,
         streams: Sequence[int] | None = None,
         progress: ProgressCallback | None = None,
     ) -> list[list[Sample]]:
         """As the protocol says. Raises :class:`ModelError` for a prompt that leaves no room for a token."""
-        self._check(prompts, settings)
+        self._check(prompts, params)
         streams = occurrences(prompts) if streams is None else streams
         found: list[list[Sample | None]] = [[None] * num for _ in prompts]
-        rows = self.rows or self.estimate_rows(max(map(len, prompts), default=1) + settings.max_new_tokens)
+        rows = self.rows or self.estimate_rows(max(map(len, prompts), default=1) + params.max_new_tokens)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # memory runs out at once or never
         work = [_Job(i, 0, num) for i in order if num]
         while work:
-            jobs, rest = self._next(work, rows, prompts, settings)
-            run = _Run(self, prompts, jobs, streams, settings)
+            jobs, rest = self._next(work, rows, prompts, params)
+            run = _Run(self, prompts, jobs, streams, params)
             try:
                 run.complete(progress)
             except RuntimeError as error:
@@ -100,15 +100,15 @@ class TransformersSampler:
         return [[sample for sample in many if sample is not None] for many in found]
 
     def stream(
-        self, prompt: Ids, settings: SamplingParams, *, stream: int = 0, sample: int = 0
+        self, prompt: Ids, params: SamplingParams, *, stream: int = 0, sample: int = 0
     ) -> Generator[int, None, None]:
         """The tokens of one sample, each as soon as it is drawn, the stop token too."""
-        self._check([prompt], settings)
-        run = _Run(self, [prompt], [_Job(0, sample, 1)], [stream], settings)
+        self._check([prompt], params)
+        run = _Run(self, [prompt], [_Job(0, sample, 1)], [stream], params)
         for _ in run.steps():
             yield int(run.ids[0, run.step - 1])
 
-    def _check(self, prompts: Sequence[Ids], settings: SamplingParams) -> None:
+    def _check(self, prompts: Sequence[Ids], params: SamplingParams) -> None:
         size = vocabulary_size(causal_model(self.scorer.model))
         for n, prompt in enumerate(prompts, 1):
             if not len(prompt):
@@ -121,7 +121,7 @@ class TransformersSampler:
                 raise ModelError(f"{what}; tokenizer and model do not belong together")
 
     def _next(
-        self, work: Sequence[_Job], rows: int, prompts: Sequence[Ids], settings: SamplingParams
+        self, work: Sequence[_Job], rows: int, prompts: Sequence[Ids], params: SamplingParams
     ) -> tuple[list[_Job], list[_Job]]:
         """What goes into the next batch, and what is left: all samples of a prompt together where they fit."""
         first = work[0]
@@ -129,25 +129,25 @@ class TransformersSampler:
         jobs, room = [_Job(first.prompt, first.first, here)], rows - here
         if here < first.count:
             return jobs, [_Job(first.prompt, first.first + here, first.count - here), *work[1:]]
-        side = self._side(len(prompts[first.prompt]), settings)
+        side = self._side(len(prompts[first.prompt]), params)
         for n, job in enumerate(work[1:], 1):
-            if job.count > room or self._side(len(prompts[job.prompt]), settings) != side:
+            if job.count > room or self._side(len(prompts[job.prompt]), params) != side:
                 return jobs, list(work[n:])
             jobs.append(job)
             room -= job.count
         return jobs, []
 
-    def _side(self, length: int, settings: SamplingParams) -> tuple[int, str]:
+    def _side(self, length: int, params: SamplingParams) -> tuple[int, str]:
         """Prompts that differ in this may not share a batch: their length, and on which side of longrope's limit."""
         limit = self.scorer.layout.rope_limit
-        side = "" if limit is None or length + settings.max_new_tokens <= limit else "long"
+        side = "" if limit is None or length + params.max_new_tokens <= limit else "long"
         if side and limit is not None and length <= limit:
             side = "across"
         return length if self._kind.same_length or side == "across" else 0, side
 
-    def _decoder(self, jobs: Sequence[_Job], prompts: Sequence[Ids], settings: SamplingParams) -> Decoder:
+    def _decoder(self, jobs: Sequence[_Job], prompts: Sequence[Ids], params: SamplingParams) -> Decoder:
         """Across longrope's limit the frequencies of all tokens change, so that nothing can be kept."""
-        across = self._side(len(prompts[jobs[0].prompt]), settings)[1] == "across"
+        across = self._side(len(prompts[jobs[0].prompt]), params)[1] == "across"
         return (WholeDecoder if across else self._kind)(self.scorer)
 
     def _halve(self, run: _Run, progress: ProgressCallback | None) -> int:
@@ -181,15 +181,15 @@ class _Run:
         prompts: Sequence[Ids],
         jobs: Sequence[_Job],
         streams: Sequence[int],
-        settings: SamplingParams,
+        params: SamplingParams,
     ) -> None:
-        self.scorer, self.settings, self.jobs = sampler.scorer, settings, jobs
+        self.scorer, self.params, self.jobs = sampler.scorer, params, jobs
         self.prompts = [prompts[job.prompt] for job in jobs]
-        self.decoder = sampler._decoder(jobs, prompts, settings)
+        self.decoder = sampler._decoder(jobs, prompts, params)
         self.rows = [(job, job.first + k) for job in jobs for k in range(job.count)]
-        keys = [key_of(settings.seed, prompts[job.prompt], streams[job.prompt], k) for job, k in self.rows]
+        keys = [key_of(params.seed, prompts[job.prompt], streams[job.prompt], k) for job, k in self.rows]
         self.keys = torch.tensor(keys, device=self.decoder.device)
-        room = [settings.max_new_tokens] * len(self.rows)
+        room = [params.max_new_tokens] * len(self.rows)
         if sampler.context is not None:
             room = [
                 min(r, sampler.context - len(prompts[job.prompt])) for r, (job, _) in zip(room, self.rows, strict=True)
@@ -256,7 +256,7 @@ class _Run:
         parts: list[Choice] = []
         for start in range(0, len(self.held), height):
             rows = slice(start, start + height)
-            parts.append(choose(self.decoder.logits(hidden[rows]), self.settings, keys[rows], self.step))
+            parts.append(choose(self.decoder.logits(hidden[rows]), self.params, keys[rows], self.step))
         token_n = torch.cat([p.token_n for p in parts])
         noted = self.held[self.living]
         self.ids[noted, self.step] = token_n.cpu().numpy()[self.living]
@@ -272,7 +272,7 @@ class _Run:
 
     def _ended(self) -> np.ndarray:
         """Which of the held rows have had their last token."""
-        stopped = np.isin(self.ids[self.held, self.step - 1], self.settings.stop) & self.living
+        stopped = np.isin(self.ids[self.held, self.step - 1], self.params.stop) & self.living
         self.finished[self.held] |= stopped
         ended: np.ndarray = stopped | (self.step >= self.room[self.held])
         return ended

@@ -72,47 +72,47 @@ class VllmSampler:
         self,
         prompts: Sequence[Ids],
         num: int,
-        settings: SamplingParams,
+        params: SamplingParams,
         *,
         streams: Sequence[int] | None = None,
         progress: ProgressCallback | None = None,
     ) -> list[list[Sample]]:
         """As the protocol says; ``progress`` hears of everything at once. Raises :class:`RunError` if vLLM fails."""
         streams = occurrences(prompts) if streams is None else streams
-        given, params = [], []
+        given, requests = [], []
         for prompt, stream in zip(prompts, streams, strict=True):
             ids = [int(i) for i in prompt]
             # The second pass draws a token of its own behind the sample.
-            room = self.context - len(ids) - (not settings.pure)
+            room = self.context - len(ids) - (not params.pure)
             if not ids or room < 1:
                 raise ModelError(f"a prompt of {len(ids)} tokens cannot be answered in a context of {self.context}")
             for k in range(num):
                 given.append(ids)
-                seed = key_of(settings.seed, prompt, stream, k) & (2**63 - 1)
-                params.append(self._params(settings, seed, min(room, settings.max_new_tokens)))
-        found = [request.outputs[0] for request in self._generate(given, params)]
+                seed = key_of(params.seed, prompt, stream, k) & (2**63 - 1)
+                requests.append(self._params(params, seed, min(room, params.max_new_tokens)))
+        found = [request.outputs[0] for request in self._generate(given, requests)]
         ids_of = [np.array(out.token_ids, np.int32) for out in found]
         drawn = [_chosen(out.token_ids, out.logprobs) for out in found]
-        own = drawn if settings.pure else self._scored(given, ids_of)
+        own = drawn if params.pure else self._scored(given, ids_of)
         samples = [
-            Sample(ids, np.zeros(len(ids)) if settings.temperature == 0 else d, m, bool(ids[-1] in settings.stop))
+            Sample(ids, np.zeros(len(ids)) if params.temperature == 0 else d, m, bool(ids[-1] in params.stop))
             for ids, d, m in zip(ids_of, drawn, own, strict=True)
         ]
         if progress is not None:
             progress(len(samples), sum(s.tokens for s in samples))
         return [samples[i : i + num] for i in range(0, len(samples), num)] if num else [[] for _ in prompts]
 
-    def _params(self, settings: SamplingParams, seed: int, max_tokens: int) -> Any:
+    def _params(self, params: SamplingParams, seed: int, max_tokens: int) -> Any:
         return self._vllm.SamplingParams(
             n=1,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k or -1,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k or -1,
             seed=seed,
             max_tokens=max_tokens,
-            min_tokens=min(settings.min_new_tokens, max_tokens),
-            stop_token_ids=list(settings.stop),
-            ignore_eos=True,  # the settings alone say what ends a sample
+            min_tokens=min(params.min_new_tokens, max_tokens),
+            stop_token_ids=list(params.stop),
+            ignore_eos=True,  # the params alone say what ends a sample
             logprobs=0,
             detokenize=False,
         )

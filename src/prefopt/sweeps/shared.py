@@ -82,7 +82,7 @@ class Measure:
     def __init__(self, config: SweepOptions, ground: Ground, reference: SampledModel) -> None:
         """Raises :class:`prefopt.errors.ConfigError` where there is no such reward."""
         self._config, self._ground, self._reference = config, ground, reference
-        self._scores, _ = load_row_scorer(_scoring(config, ground.held_out, ground.held_out))
+        self._scores = load_row_scorer(_scoring(config, ground.held_out, ground.held_out))
 
     def __call__(
         self,

@@ -15,8 +15,8 @@ from prefopt.config.compare import CompareConfig
 from prefopt.core.cache_folder import cache_root
 from prefopt.errors import ConfigError, DataError, ModelError, RunError
 from prefopt.evaluate.compare import run
-from prefopt.evaluate.judges import Judge, Question, load_judge, outcome, with_empty
-from prefopt.evaluate.recorded_votes import recorded
+from prefopt.evaluate.judges import Judge, Question, load_judge, vote_with_empty
+from prefopt.evaluate.recorded_votes import recorded_votes, tier_outcome
 from prefopt.records import Comparison, Message
 from prefopt.studies.votes import Vote
 from studies.small import new_study, people, say
@@ -37,7 +37,7 @@ def votes(judge: Judge, *pairs: tuple[str, str]) -> list[float]:
     assert all(isinstance(vote, Vote) for vote in found)
     for vote in found:
         vote.check(2)
-    return [outcome(vote) for vote in found]
+    return [tier_outcome(vote.tiers) for vote in found]
 
 
 def test_rules() -> None:
@@ -77,9 +77,9 @@ def test_answers_of_gsm8k_are_compared_by_their_last_number(text: str, right: fl
         (Message("user", "q"),), Comparison.scored("q", ["3 and 4\n#### 7"], scores=[1], row=3).responses, (), 3
     )
     (vote,) = judge("gsm8k")([question(text, "no number", row=row)])
-    assert outcome(vote) == right
+    assert tier_outcome(vote.tiers) == right
     without = dataclasses.replace(row, responses=Comparison.scored("q", ["7"], scores=[1], row=3).responses)
-    with pytest.raises(DataError, match="row 1: has no answer behind ####"):
+    with pytest.raises(DataError, match="row 1: has no answer after ####"):
         judge("gsm8k")([question("7", "8", row=without)])
     with pytest.raises(DataError, match="row 1: its prompt is not in --prompts"):
         judge("gsm8k")([question("7", "8")])
@@ -99,8 +99,8 @@ def test_an_empty_response_loses_before_the_judge_is_asked() -> None:
             return [Vote(((1,), (0,)))] * len(questions)
 
     given = [question("a", " \n"), question("", "b"), question("", ""), question("a", "b")]
-    found, empty = with_empty(Counting(), given)
-    assert ([outcome(v) for v in found], empty, asked) == ([1.0, 0.0, 0.5, 0.0], 3, [1])
+    found, empty = vote_with_empty(Counting(), given)
+    assert ([tier_outcome(v.tiers) for v in found], empty, asked) == ([1.0, 0.0, 0.5, 0.0], 3, [1])
 
 
 def test_the_implied_reward_is_the_log_ratio(model: str, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_the_implied_reward_is_the_log_ratio(model: str, tmp_path: Path) -> None
         ratio = torch.stack([response_logprobs(one, g) - response_logprobs(two, g) for g in groups])
     implicit = judge(f"implicit:{model},{other}", dtype="float32", device="cpu")
     asked = [Question(c) for c in parse_comparisons(rows, "data") if isinstance(c, Comparison)]
-    assert [outcome(v) for v in implicit(asked)] == (ratio[:, 0] > ratio[:, 1]).double().tolist()
+    assert [tier_outcome(v.tiers) for v in implicit(asked)] == (ratio[:, 0] > ratio[:, 1]).double().tolist()
     with pytest.raises(ConfigError, match="write implicit:MODEL,REFERENCE"):
         judge("implicit:one")
 
@@ -142,7 +142,7 @@ def test_a_reward_model_judges_by_its_scores(tmp_path: Path) -> None:
     found = judge(str(tmp_path / "reward"), dtype="float64", device="cpu")(
         [question(r["chosen"], r["rejected"], r["prompt"]) for r in rows]
     )
-    assert [outcome(v) for v in found] == [
+    assert [tier_outcome(v.tiers) for v in found] == [
         float(score(r["prompt"] + r["chosen"]) > score(r["prompt"] + r["rejected"])) for r in rows
     ]
 
@@ -185,7 +185,7 @@ def test_a_language_model_that_holds_to_its_view_decides(monkeypatch: pytest.Mon
     from prefopt.generate.chat_model import RemoteChatModel
 
     def answer(self: Any, asked: Any, attempt: int) -> Any:
-        text = asked.turns[1].content
+        text = asked.messages[1].content
         yield "because [[2]] no: " + ("[[1]]" if text.index("good") < text.index("bad") else "[[2]]")
 
     monkeypatch.setattr(RemoteChatModel, "answer", answer)
@@ -210,7 +210,7 @@ def test_votes_of_people_are_counted_with_their_weights(tmp_path: Path) -> None:
         {"prompt": "p", "responses": ["a", "b"], "tiers": [[0, 1]], "models": ["n", "m"]},
         {"prompt": "q", "responses": ["a", "b", "c"], "votes": [[0, 1, 3], [1, 0, 1]], "models": ["m", "n", "o"]},
     ]
-    found = recorded([write_rows(tmp_path / "v.jsonl", rows)])
+    found = recorded_votes([write_rows(tmp_path / "v.jsonl", rows)])
     assert [(f.models, f.outcome, f.longer) for f in found] == [
         (("m", "n"), 1.0, 1),
         (("n", "m"), 0.5, 0),
@@ -219,7 +219,7 @@ def test_votes_of_people_are_counted_with_their_weights(tmp_path: Path) -> None:
     assert found[0].prompt == found[1].prompt != found[2].prompt
     bad = write_rows(tmp_path / "w.jsonl", [{"prompt": "p", "responses": ["a", "b"], "tiers": [[0], [1]]}])
     with pytest.raises(DataError, match=r"w\.jsonl, row 1: does not name the model of each response"):
-        recorded([bad])
+        recorded_votes([bad])
 
 
 def test_votes_of_a_study_are_counted_person_by_person(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_votes_of_a_study_are_counted_person_by_person(tmp_path: Path) -> None:
     for n in range(3):
         say(study, anna, 1, 0)
         say(study, ben, *((0, 1) if n == 1 else (1, 0)))
-    found = recorded([str(tmp_path / "s.db")])
+    found = recorded_votes([str(tmp_path / "s.db")])
     assert {f.models for f in found} == {("model-0", "model-1")} and len({f.prompt for f in found}) == 3
     assert sorted(f.outcome for f in found) == [0.0] * 5 + [1.0]
     (v,) = run(CompareConfig(votes=[str(tmp_path / "s.db")])).versus
@@ -239,4 +239,4 @@ def test_a_planted_preference_is_seen_by_the_implied_reward(model: str, tmp_path
     trained = dpo(model, pairs(32), tmp_path / "out", learning_rate=3e-3).output
     implicit = judge(f"implicit:{trained},{model}", dtype="float32", device="cpu")
     asked = [question(r["chosen"], r["rejected"], r["prompt"]) for r in pairs(12, seed=9)]
-    assert sum(outcome(v) for v in implicit(asked)) >= 10
+    assert sum(tier_outcome(v.tiers) for v in implicit(asked)) >= 10
