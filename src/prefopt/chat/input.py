@@ -1,10 +1,4 @@
-r"""Input of a chat: lines, or several where one ends in a backslash or a block stands in triple quotes; and Ctrl-C.
-
->>> import io
->>> reader = LineReader(io.StringIO('one\\ntwo \\\\\\nthree\\n\"\"\"four\\n\\nfive\"\"\"\\n'), None)
->>> reader.read("> "), reader.read("> "), reader.read("> ")
-('one', 'two \\nthree', 'four\\n\\nfive')
-"""
+"""Input of a chat: lines, or several where one ends in a backslash or a block stands in triple quotes; and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -101,7 +95,14 @@ def interruptible_input(prompt: str) -> str:
 
 
 class LineReader:
-    """Reads from a terminal by ``ask`` (such as ``input``, which shows a prompt), or without it from a file."""
+    """Reads from a terminal by ``ask`` (such as ``input``, which shows a prompt), or without it from a file.
+
+    >>> import io
+    >>> file = io.StringIO(f"one\\ntwo \\\\\\nthree\\n{QUOTES}four\\n\\nfive{QUOTES}\\n")
+    >>> reader = LineReader(file, None)
+    >>> reader.read("> "), reader.read("> "), reader.read("> ")
+    ('one', 'two \\nthree', 'four\\n\\nfive')
+    """
 
     def __init__(self, file: TextIO, ask: Callable[[str], str] | None) -> None:
         self._file, self._ask = file, ask

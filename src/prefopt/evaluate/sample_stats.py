@@ -80,7 +80,7 @@ def sample_stats(
 def repetition(text: str, n: int = 4) -> float:
     """The fraction of word n-grams that occurred before in the text; of characters where it has no spaces.
 
-    >>> repetition("a b c d a b c d"), repetition("all of these are different words")
+    >>> round(repetition("a b c d a b c d"), 3), repetition("all of these are different words")
     (0.2, 0.0)
     """
     words = text.split() if " " in text.strip() else list(text.strip())
