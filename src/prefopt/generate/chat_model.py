@@ -100,12 +100,12 @@ class LocalChatModel:
 
     def answer(self, request: ChatRequest, attempt: int) -> Iterator[str]:
         """The answer without leading white space."""
-        started = False
-        for chunk in self._stream(self._ids(Comparison(request.messages, (), (), 0)), attempt, self._stops):
-            chunk = chunk if started else chunk.lstrip()
-            started = started or bool(chunk)
-            if chunk:
-                yield chunk
+        chunks = self._stream(self._ids(Comparison(request.messages, (), (), 0)), attempt, self._stops)
+        for chunk in chunks:
+            if chunk.strip():
+                yield chunk.lstrip()
+                break
+        yield from chunks
 
     def complete(self, text: str, attempt: int) -> Iterator[str]:
         """The continuation of a text, of which the end is read where it exceeds the context."""
@@ -277,7 +277,7 @@ class RemoteChatModel:
         try:
             response: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT)
         except urllib.error.HTTPError as error:
-            what = _message(_json(error.read()))
+            what = _message(error.read())
             if error.code == 400 and "context" in what and body is not None:
                 raise ContextLengthError(what) from error
             raise RunError(f"{self._url}: the server answers {error.code} ({what or error.reason})") from error
@@ -315,16 +315,14 @@ def _events(response: HTTPResponse) -> Iterator[Any]:
         raise ValueError("its end is missing")
 
 
-def _json(data: bytes) -> Any:
-    try:
-        return json.loads(data)
-    except ValueError:
-        return data.decode("utf-8", "replace")
-
-
 def _message(answer: Any) -> str:
-    """A server's error message in one line."""
+    """A server's error message in one line, from the body of its answer or the JSON in it."""
     found = answer
+    if isinstance(answer, bytes):
+        try:
+            found = json.loads(answer)
+        except ValueError:
+            found = answer.decode("utf-8", "replace")
     for name in ("error", "message", "detail"):
         if isinstance(found, dict) and name in found:
             found = found[name]

@@ -68,16 +68,13 @@ def test_ones_own_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert votes(judge("my_judge_in_a_test:q"), ("qq", "q"), ("a", "b")) == [1.0, 0.5]
 
 
-@pytest.mark.parametrize(
-    ("text", "right"),
-    [("it is 7", 1.0), ("7.0", 1.0), ("7 is 3 + 4 = 8", 0.5), ("$1,007", 0.5), ("none", 0.5), ("so x = 7.", 1.0)],
-)
-def test_answers_of_gsm8k_are_compared_by_their_last_number(text: str, right: float) -> None:
+def test_answers_of_gsm8k_are_compared_by_their_last_number() -> None:
     row = Comparison(
         (Message("user", "q"),), Comparison.scored("q", ["3 and 4\n#### 7"], scores=[1], row=3).responses, (), 3
     )
-    (vote,) = judge("gsm8k")([question(text, "no number", row=row)])
-    assert tier_outcome(vote.tiers) == right
+    right = {"it is 7": 1.0, "7.0": 1.0, "7 is 3 + 4 = 8": 0.5, "$1,007": 0.5, "none": 0.5, "so x = 7.": 1.0}
+    found = judge("gsm8k")([question(text, "no number", row=row) for text in right])
+    assert [tier_outcome(vote.tiers) for vote in found] == list(right.values())
     without = dataclasses.replace(row, responses=Comparison.scored("q", ["7"], scores=[1], row=3).responses)
     with pytest.raises(DataError, match="row 1: has no answer after ####"):
         judge("gsm8k")([question("7", "8", row=without)])

@@ -42,7 +42,7 @@ def test_text_is_continued_by_the_older_interface() -> None:
         assert server.requests[0][0] == "/v1/completions" and server.requests[0][2]["prompt"] == "Once"
 
 
-@pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/", "/v1/chat/completions"])
+@pytest.mark.parametrize("path", ["", "/v1/", "/v1/chat/completions"])
 def test_urls_as_people_copy_them(path: str) -> None:
     with serving(streams=False) as server:
         assert list(talker(server.url + path).answer(ChatRequest(TURNS), 0)) == ["Hello wörld"]

@@ -44,7 +44,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("vocabulary", [2, 13, 64, 1000])
+@pytest.mark.parametrize("vocabulary", [2, 13, 1000])
 def test_frequencies_and_log_probabilities_are_those_of_the_filtered_softmax(
     settings: SamplingParams, vocabulary: int
 ) -> None:
@@ -124,12 +124,8 @@ def test_noise_is_a_function_of_its_place() -> None:
     assert len(names) == 24
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": 0}, {"min_new_tokens": 10}],
-)
-def test_settings_that_no_sampler_can_do_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(wrong))):
-        SamplingParams(9, **wrong)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="max_new_tokens"):
-        SamplingParams(0)
+def test_parameters_out_of_range_are_refused() -> None:
+    wrong = [("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5), ("top_k", 0), ("min_new_tokens", 10)]
+    for name, value in [*wrong, ("max_new_tokens", 0)]:
+        with pytest.raises(ConfigError, match=name):
+            SamplingParams(**{"max_new_tokens": 9, name: value})  # type: ignore[arg-type]
