@@ -33,7 +33,8 @@ from prefopt.evaluate.sample_stats import (
 from prefopt.evaluate.tasks import Harness, TaskScore, changes, read_task_results
 from prefopt.evaluate.win_rate import Floats, Games, Ints, bradley_terry, connected_groups, length_controlled, win_rate
 from prefopt.model.environment import hardware
-from prefopt.model.load import base_and_adapter, resolve_device, resolve_dtype
+from prefopt.model.load import base_and_adapter
+from prefopt.model.precision import resolve_device, resolve_dtype
 from prefopt.records import Comparison
 from prefopt.studies.votes import Vote
 

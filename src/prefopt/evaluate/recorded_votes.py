@@ -13,9 +13,8 @@ from prefopt.data.comparisons import parse_comparisons
 from prefopt.errors import DataError
 from prefopt.evaluate.score import read_rows
 from prefopt.records import Comparison
-from prefopt.studies.database import is_study
-from prefopt.studies.export import How, export_rows
-from prefopt.studies.study import Study
+from prefopt.studies.export import ExportOptions, export_rows
+from prefopt.studies.study import Study, is_study
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ def _rows(names: Sequence[str], format: str | None, columns: Sequence[str] | Non
     studies = [name for name in names if is_study(Path(name))]
     for name in studies:
         with Study(Path(name), read_only=True) as study:
-            exported = export_rows(study, How(provenance=True))
+            exported = export_rows(study, ExportOptions(provenance=True))
         yield from parse_comparisons(exported.rows, name).comparisons
     if files := [name for name in names if name not in studies]:
         yield from read_rows(files, format=format, columns=columns)

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig
 
-from prefopt.data.chat.answers import end_of_turn
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.spans import end_of_turn
 from prefopt.data.comparisons import open_comparisons
 from prefopt.data.files.content import DAMAGED, damaged, layout_name, look
 from prefopt.data.files.sources import Source
@@ -25,9 +25,9 @@ from prefopt.data.kinds import Problem, check, convert, describe, refuse, refuse
 from prefopt.data.tokenizer import Tokenizer, tokenizer_digest
 from prefopt.errors import ConfigError, DataError
 from prefopt.generate.sampler import Ids
-from prefopt.model.load import base_and_adapter, load_config, load_model, resolve_device, resolve_dtype
-from prefopt.model.packed_model import context_length
-from prefopt.model.precision import MasterWeights, silence_dropout
+from prefopt.model.architectures import context_length
+from prefopt.model.load import base_and_adapter, load_config, load_model
+from prefopt.model.precision import MasterWeights, disable_dropout, resolve_device, resolve_dtype
 from prefopt.model.save import end_tokens, ids_of
 from prefopt.model.scorer import Scorer
 from prefopt.records import Comparison, Message
@@ -79,7 +79,7 @@ class SampledModel:
     def scorer(self) -> Scorer:
         """The model, frozen, in the requested precision."""
         if self._given is not None:
-            silence_dropout(self._given)
+            disable_dropout(self._given)
             return Scorer(self._given)
         model = load_model(self.source, dtype=self.dtype, device=self.device, adapter=self.adapter)
         model.requires_grad_(False)

@@ -24,7 +24,7 @@ from prefopt.generate.rewards import BestOf, load_reward_scorer
 from prefopt.generate.sample_file import PromptOrigin, SampleFile
 from prefopt.generate.sampler import LogprobMismatch, Sample, Sampler, SamplingParams, compare_logprobs, occurrences
 from prefopt.generate.transformers_sampler import TransformersSampler
-from prefopt.model.load import slow_dtype
+from prefopt.model.precision import slow_dtype
 from prefopt.records import Message, Response
 from prefopt.runs.folder import digest_of
 
