@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from prefopt.config.tools import IMPLICIT, ScoreConfig
@@ -26,6 +25,7 @@ from prefopt.data.layouts import LAYOUTS
 from prefopt.data.problems import Problem, refuse
 from prefopt.data.tokenizer import Tokenizer, load_tokenizer
 from prefopt.errors import DataError, ModelError, RunError
+from prefopt.evaluate.win_rate import Floats
 from prefopt.model.architectures import context_length
 from prefopt.model.load import base_and_adapter, load_config, load_model, local_folder
 from prefopt.model.packing import pack, split
@@ -40,8 +40,6 @@ TOKEN_BUDGET = {"cpu": 2048, "cuda": 32768, "mps": 4096}
 """Tokens of a forward pass by device type; no activations are kept."""
 BATCH = 256
 """Rows that a scorer gets at once."""
-
-Floats = npt.NDArray[np.float64]
 
 
 class RowScorer(Protocol):

@@ -109,7 +109,7 @@ class Sample:
         return "stop" if self.finished else "length"
 
 
-class Sampler(Protocol):
+class ResponseSampler(Protocol):
     """Draws ``num`` samples for each prompt."""
 
     def sample(

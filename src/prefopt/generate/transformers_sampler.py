@@ -43,7 +43,7 @@ class _Job:
 
 
 class TransformersSampler:
-    """A :class:`prefopt.generate.sampler.Sampler` with the model of a scorer.
+    """A :class:`prefopt.generate.sampler.ResponseSampler` with the model of a scorer.
 
     ``rows``: samples of a batch, None: estimated from memory at every call. It is halved for good where memory runs
     out. ``note`` says in one line what is slow, where the model does not support the fastest decoder.

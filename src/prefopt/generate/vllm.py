@@ -21,7 +21,7 @@ ADAPTER = "adapter"
 
 
 class VllmSampler:
-    """A :class:`prefopt.generate.sampler.Sampler`, and a context manager that frees the GPU's memory.
+    """A :class:`prefopt.generate.sampler.ResponseSampler`, and a context manager that frees the GPU's memory.
 
     vLLM returns log-probabilities of the distribution drawn from. Where that is not the model's own, a second pass over
     prompt and sample gives the model's; it draws one token that is dropped.

@@ -22,7 +22,14 @@ from prefopt.errors import ConfigError
 from prefopt.generate.model_io import PromptReader, PromptSet, SampledModel, continuation, renderer_for, without_stop
 from prefopt.generate.rewards import BestOf, load_reward_scorer
 from prefopt.generate.sample_file import PromptOrigin, SampleFile
-from prefopt.generate.sampler import LogprobMismatch, Sample, Sampler, SamplingParams, compare_logprobs, occurrences
+from prefopt.generate.sampler import (
+    LogprobMismatch,
+    ResponseSampler,
+    Sample,
+    SamplingParams,
+    compare_logprobs,
+    occurrences,
+)
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.model.precision import slow_dtype
 from prefopt.records import Message, Response
@@ -196,7 +203,7 @@ class _Run:
         return best
 
     @contextmanager
-    def _sampler(self, model: SampledModel, prompts: PromptSet) -> Iterator[tuple[Sampler, int]]:
+    def _sampler(self, model: SampledModel, prompts: PromptSet) -> Iterator[tuple[ResponseSampler, int]]:
         """The sampler, and how many prompts go through it at once: the same at a resume, so that the batches are."""
         record = self.file.record if self.file else {}
         if self.config.engine == "vllm":
@@ -217,7 +224,9 @@ class _Run:
             self.reporter.say(f"sampling: {sampler.note}")
         yield sampler, max(1, BATCHES * sampler.rows // self.drawn)
 
-    def _windows(self, sampler: Sampler, model: SampledModel, prompts: PromptSet, window: int, done: int) -> None:
+    def _windows(
+        self, sampler: ResponseSampler, model: SampledModel, prompts: PromptSet, window: int, done: int
+    ) -> None:
         streams = occurrences(prompts.ids)
         stride = -(-len(prompts.ids) // COMPARED)
         each = max(1, COMPARED // len(prompts.ids))

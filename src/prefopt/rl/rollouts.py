@@ -24,7 +24,7 @@ from prefopt.data.group import Group
 from prefopt.errors import RunError
 from prefopt.generate.model_io import PromptSet
 from prefopt.generate.rewards import RewardScorer
-from prefopt.generate.sampler import ProgressCallback, Sampler, SamplingParams
+from prefopt.generate.sampler import ProgressCallback, ResponseSampler, SamplingParams
 from prefopt.generate.sampler import group_of as group_of
 from prefopt.model.scorer import Scorer
 from prefopt.reference.in_memory import InMemoryReference
@@ -121,7 +121,7 @@ class Collector:
     """
 
     prompts: PromptSet
-    sampler: Sampler
+    sampler: ResponseSampler
     settings: SamplingParams
     num: int
     judge: RewardScorer
