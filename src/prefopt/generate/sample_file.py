@@ -200,7 +200,8 @@ def _read_record(path: Path) -> dict[str, Any]:
 
     def check(found: dict[str, Any]) -> dict[str, Any]:
         dict(found["options"])
-        if found.get("rows", 1) not in range(1, 2**53):
+        rows = found.get("rows", 1)
+        if not isinstance(rows, int) or not 0 < rows < 2**53:  # "in range" would iterate for other types
             raise ValueError("rows is no number of rows")
         return found
 
