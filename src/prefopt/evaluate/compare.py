@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -38,7 +38,6 @@ from prefopt.model.precision import resolve_device, resolve_dtype
 from prefopt.records import Comparison
 from prefopt.studies.votes import Vote
 
-TaskScores = dict[str, list[TaskScore]]
 SAMPLING_COLUMNS = {"logprobs", "sampling_logprobs", "tokens", "token_ids", "finish"}
 """Columns of ``prefopt sample`` that hold a value per response; judged pairs leave them out."""
 
@@ -54,7 +53,7 @@ def run(config: CompareConfig, inputs: CompareInputs | None = None) -> CompareRe
     check_output(config, [*(config.prompts or () if inputs.rows is None else ()), *(config.held_out or ())])
     if config.threads:
         torch.set_num_threads(config.threads)
-    names, tasks = config.models, _load_tasks(config, inputs)
+    names, task_scorer = config.models, _task_scorer(config, inputs)
     reporter = Reporter("none" if config.json else config.progress)
     samples = {name: load_samples(config, name, inputs, reporter) for name in names}
     check_same_prompts(samples)
@@ -75,7 +74,9 @@ def run(config: CompareConfig, inputs: CompareInputs | None = None) -> CompareRe
     digest = "" if output is None else write_pairs(output, judged)
     notes += [*_repeated_prompts(prompts), *judge.notes()]
     stats = {name: _sample_stats(config, name, rows, notes, inputs) for name, rows in samples.items()}
-    versus = _with_tasks(config, versus, tasks)
+    if task_scorer is not None:
+        scores = {name: task_scorer(name) for name in names}
+        versus = [replace(pair, tasks=changes(scores[pair.first], scores[pair.second])) for pair in versus]
     return CompareResult(
         judge.name,
         versus,
@@ -209,26 +210,16 @@ def _strengths(
     return dict(zip(names, bradley_terry(table, len(names), seed=config.seed), strict=True))
 
 
-def _load_tasks(config: CompareConfig, inputs: CompareInputs) -> TaskScores | Harness | None:
-    """Task scores that exist, or the harness that computes them: before sampling, so that mistakes show early."""
+def _task_scorer(config: CompareConfig, inputs: CompareInputs) -> Callable[[str], list[TaskScore]] | None:
+    """Task scores of a model by its name. Made before sampling, so that mistakes show early."""
     if config.task_results is not None:
-        return {n: read_task_results(file) for n, file in zip(config.models, config.task_results, strict=True)}
+        scores = {n: read_task_results(file) for n, file in zip(config.models, config.task_results, strict=True)}
+        return scores.__getitem__
     if config.tasks is None:
         return None
     if objects := [name for name in config.models if name in inputs.models]:
         raise ConfigError(f"--tasks needs models named by their folders; {objects[0]} is an object: save it first")
-    return Harness(config.tasks, task_folder=config.task_folder, limit=config.task_limit)
-
-
-def _with_tasks(
-    config: CompareConfig, versus: list[PairResult], tasks: TaskScores | Harness | None
-) -> list[PairResult]:
-    if isinstance(tasks, Harness):
-        device = resolve_device(config.device)
-        dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
-        tasks = {
-            name: tasks.scores(name, *base_and_adapter(name), dtype=dtype, device=str(device)) for name in config.models
-        }
-    if tasks is None:
-        return versus
-    return [replace(pair, tasks=changes(tasks[pair.first], tasks[pair.second])) for pair in versus]
+    harness = Harness(config.tasks, task_folder=config.task_folder, limit=config.task_limit)
+    device = resolve_device(config.device)
+    dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
+    return lambda name: harness.scores(name, *base_and_adapter(name), dtype=dtype, device=str(device))
