@@ -23,7 +23,7 @@ from prefopt.core.hashes import file_hashes
 from prefopt.core.terminal import Reporter
 from prefopt.data.comparisons import open_comparisons, parse_comparisons, read_comparisons
 from prefopt.data.files.sources import find_sources
-from prefopt.data.problems import refuse, refused_rows
+from prefopt.data.validate import refuse, refused_rows
 from prefopt.errors import CacheError, DataError
 from prefopt.generate.model_io import SampledModel
 from prefopt.generate.sample_file import sample_file_error

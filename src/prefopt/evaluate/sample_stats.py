@@ -12,7 +12,7 @@ import numpy as np
 from prefopt.core.statistics import Interval, mean_interval
 from prefopt.data.group import Group
 from prefopt.data.load import load_groups
-from prefopt.data.problems import Problem
+from prefopt.data.validate import Problem
 from prefopt.errors import DataError, ModelError
 from prefopt.evaluate.score import response_logprobs
 from prefopt.evaluate.win_rate import Floats, Ints
@@ -125,7 +125,7 @@ def kl_to_reference(rows: Sequence[Comparison], reference: SampledModel, *, seed
 def perplexity(model: SampledModel, names: Sequence[str], **layout: Any) -> tuple[float, int, int]:
     """The perplexity per token of the best responses of some data, and how many rows were truncated to the model's
     context and how many left out. Perplexities of models with different tokenizers do not compare."""
-    found = load_groups(names, model.tokenizer, max_length=model.context or MAX_LENGTH, want="demonstrations", **layout)
+    found = load_groups(names, model.tokenizer, max_length=model.context or MAX_LENGTH, kind="demonstrations", **layout)
     logps = response_logprobs(model.scorer, list(found.groups), TOKEN_BUDGET)
     mean = logps.sum() / found.groups.trained_N.sum()
     return float(np.exp(-mean)), found.truncated, found.refused

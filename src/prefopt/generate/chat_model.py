@@ -13,8 +13,8 @@ from http.client import HTTPException, HTTPResponse
 from typing import Any, Protocol
 
 from prefopt.data.chat.render import Renderer
-from prefopt.data.problems import Problem
 from prefopt.data.tokenizer import Tokenizer
+from prefopt.data.validate import Problem
 from prefopt.errors import ConfigError, RunError
 from prefopt.generate.model_io import CONTEXT_TOKENS, SampledModel, decode
 from prefopt.generate.sampler import Ids, SamplingParams

@@ -18,11 +18,11 @@ from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.chat.spans import end_of_turn
 from prefopt.data.comparisons import open_comparisons
-from prefopt.data.files.content import DAMAGED, damaged, layout_name, look
+from prefopt.data.files.content import DAMAGED, damaged, look
 from prefopt.data.files.sources import Source
 from prefopt.data.group import IntArray
-from prefopt.data.kinds import Problem, check, convert, describe, refuse, refused_rows
 from prefopt.data.tokenizer import Tokenizer, tokenizer_digest
+from prefopt.data.validate import Problem, check, convert, describe, refuse, refused_rows
 from prefopt.errors import ConfigError, DataError
 from prefopt.generate.sampler import Ids
 from prefopt.model.architectures import context_length
@@ -31,7 +31,8 @@ from prefopt.model.precision import MasterWeights, disable_dropout, resolve_devi
 from prefopt.model.save import end_tokens, ids_of
 from prefopt.model.scorer import Scorer
 from prefopt.records import Comparison, Message
-from prefopt.reference.identity import Identity, adapter_line, identity_of_folder, identity_of_model, tokenizer_of_name
+from prefopt.reference.cache import Identity
+from prefopt.reference.identity import adapter_line, identity_of_folder, identity_of_model, tokenizer_of_name
 
 CONTEXT_TOKENS = 8
 """Prompt tokens that are decoded along with a response: some tokenizers write a token otherwise at the start of a
@@ -172,7 +173,7 @@ class PromptReader:
         prompt at all."""
         for source in sources:
             self.found.notes += source.notes
-            if source.path is not None and layout_name(source.path) == ".txt":
+            if source.path is not None and source.suffix == ".txt":
                 self._add(self._text_rows(source))
                 continue
             reading = open_comparisons(source, format=format, columns=columns)

@@ -125,7 +125,7 @@ class RunFolder:
         lock.release()
 
     def spent(self, costs: Mapping[str, float]) -> None:
-        """The run's costs so far, of all its starts combine_costs."""
+        """The run's costs so far, of all its starts together."""
         if self._lock is not None and self._lock.is_locked:
             self.remember(costs=dict(costs))
 
