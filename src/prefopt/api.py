@@ -1,20 +1,19 @@
-"""The Python face: one function per method, with names or objects."""
+"""The Python functions: one per command, with names or objects.
+
+``prefopt.dpo``, ``sft``, ``reward`` and ``ppo`` are made from the table of methods by :func:`method_function`.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from prefopt.config.compare import CompareConfig
-from prefopt.config.dpo import DpoConfig
-from prefopt.config.ppo import PpoConfig
-from prefopt.config.reward import RewardConfig
-from prefopt.config.rlhf import RlhfConfig
+from prefopt.config.methods import METHODS
+from prefopt.config.rlhf import STAGES, RlhfConfig
 from prefopt.config.sample import SampleConfig
-from prefopt.config.sft import SftConfig
 from prefopt.config.tools import ReportConfig
-from prefopt.config.training import MethodOptions
 from prefopt.errors import ConfigError
 from prefopt.rewards import Reward
 
@@ -24,136 +23,65 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from prefopt.evaluate.compare import CompareResult
-    from prefopt.methods.ppo import PpoResult
-    from prefopt.methods.reward import RewardResult
     from prefopt.methods.rlhf import RlhfResult
     from prefopt.methods.sample import SampleResult
-    from prefopt.train.run import TrainingResult
 
 Row = Mapping[str, object]
-Config = TypeVar("Config", bound=MethodOptions)
 
 
-def dpo(
-    model: str | os.PathLike[str] | PreTrainedModel,
-    data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Iterable[Row],
-    *,
-    output: str | os.PathLike[str],
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    callbacks: Sequence[Any] = (),
-    **options: Any,
-) -> TrainingResult | None:
-    """Align a model with preference pairs, as ``prefopt dpo`` does.
-
-    ``model`` is a folder, a Hub name, or a transformers model, which then needs its ``tokenizer`` and is trained in
-    place. ``data`` is one or more files, or rows as such files hold them:
-    ``{"prompt": ..., "chosen": ..., "rejected": ...}``. ``callbacks`` are objects with the hooks
-    of ``prefopt.Callback``. ``options`` are the fields of ``DpoConfig``; ``loss_options`` may be a mapping.
-    Returns what ``prefopt.methods.dpo.run`` does. Raises ``prefopt.errors.UserError`` where ``prefopt dpo``
-    prints one line.
+def method_function(name: str) -> Callable[..., Any]:
+    """``prefopt.NAME`` for a row of :data:`prefopt.config.methods.METHODS`.
 
     >>> import prefopt
     >>> prefopt.dpo("my-model", "pairs.jsonl", output="aligned", beta=0.05, lora=True)  # doctest: +SKIP
     >>> prefopt.dpo(
     ...     "my-model", "pairs.jsonl", output="aligned", loss="simpo", loss_options={"gamma": 1.0}
     ... )  # doctest: +SKIP
-    """
-    if isinstance(options.get("loss_options"), Mapping):
-        options["loss_options"] = [f"{name}={value}" for name, value in options["loss_options"].items()] or None
-    config, given = _method("dpo", DpoConfig, model, data, output, tokenizer, options)
-
-    from prefopt.methods.dpo import run
-
-    return run(config, **given, callbacks=callbacks)
-
-
-def sft(
-    model: str | os.PathLike[str] | PreTrainedModel,
-    data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Iterable[Row],
-    *,
-    output: str | os.PathLike[str],
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    callbacks: Sequence[Any] = (),
-    **options: Any,
-) -> TrainingResult | None:
-    """Fine-tune a model on demonstrations, the chosen side of preferences, or raw text, as ``prefopt sft`` does.
-
-    Arguments are those of :func:`dpo`; ``options`` are the fields of ``SftConfig``.
-
-    >>> import prefopt
     >>> prefopt.sft("my-model", [{"prompt": "2 + 2 =", "completion": " 4"}], output="tuned")  # doctest: +SKIP
-    """
-    config, given = _method("sft", SftConfig, model, data, output, tokenizer, options)
-
-    from prefopt.methods.sft import run
-
-    return run(config, **given, callbacks=callbacks)
-
-
-def reward(
-    model: str | os.PathLike[str] | PreTrainedModel,
-    data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Iterable[Row],
-    *,
-    output: str | os.PathLike[str],
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    callbacks: Sequence[Any] = (),
-    **options: Any,
-) -> RewardResult | None:
-    """Train a reward model on preferences, as ``prefopt reward`` does.
-
-    Arguments are those of :func:`dpo`; ``options`` are the fields of ``RewardConfig``.
-
-    >>> import prefopt
     >>> found = prefopt.reward("tuned", "pairs.jsonl", output="reward", eval_fraction=0.1)  # doctest: +SKIP
     >>> print(found.reliability.interval)  # doctest: +SKIP
     +0.742 [+0.701, +0.781]
-    """
-    config, given = _method("reward", RewardConfig, model, data, output, tokenizer, options)
-
-    from prefopt.methods.reward import run
-
-    return run(config, **given, callbacks=callbacks)
-
-
-def ppo(
-    model: str | os.PathLike[str] | PreTrainedModel,
-    prompts: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Iterable[Row],
-    *,
-    reward: str | os.PathLike[str] | Callable[[Sequence[str], Sequence[str]], Sequence[float]],
-    output: str | os.PathLike[str],
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    callbacks: Sequence[Any] = (),
-    **options: Any,
-) -> PpoResult | None:
-    """Align a model with a reward on its own responses, as ``prefopt ppo`` does.
-
-    ``model``, ``tokenizer`` and ``callbacks`` are as for :func:`dpo`, ``prompts`` as for :func:`sample`. ``reward`` is
-    what ``--reward`` names, or a function of prompts and responses (two lists of text) that gives a number for each.
-    ``options`` are the fields of ``PpoConfig``. Returns what ``prefopt.methods.ppo.run`` does. Raises
-    ``prefopt.errors.UserError`` where ``prefopt ppo`` prints one line.
-
-    >>> import prefopt
     >>> def short(prompts, responses): return [-len(r) / 100 for r in responses]
     >>> prefopt.ppo("my-model", "prompts.txt", reward=short, output="shorter", kl_target=6.0)  # doctest: +SKIP
     """
-    named = _is_named("ppo", model, tokenizer)
-    if not named:
-        _refuse_for_objects(model, options)
-    names, rows = _names_or_rows(prompts)
-    own = reward if callable(reward) else None
-    values = {
-        "model": model if named else _name_of(model),
-        "prompts": names,
-        "reward": _function_name(own) if own is not None else reward,
-        "output": output,
-        **options,
-    }
-    config = PpoConfig.from_dict(values)
+    method = METHODS[name]
 
-    from prefopt.methods.ppo import run
+    def train(
+        model: str | os.PathLike[str] | PreTrainedModel,
+        data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Iterable[Row] | None = None,
+        *,
+        output: str | os.PathLike[str],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        callbacks: Sequence[Any] = (),
+        **options: Any,
+    ) -> Any:
+        named = _is_named(name, model, tokenizer)
+        if not named:
+            _refuse_for_objects(model, options)
+        names, rows = _names_or_rows(options.pop(method.rows, None) if data is None else data)
+        functions = {"reward": options["reward"]} if callable(options.get("reward")) else {}
+        values = {
+            **{option: _plain(value) for option, value in options.items()},
+            **{option: _function_name(value) for option, value in functions.items()},
+            "model": model if named else _name_of(model),
+            method.rows: names,
+            "output": output,
+        }
+        config = method.config.from_dict(values)
+        given = None if named else model
+        return method.run(config, model=given, tokenizer=tokenizer, rows=rows, callbacks=callbacks, **functions)
 
-    given = None if named else model
-    return run(config, model=given, tokenizer=tokenizer, rows=rows, reward=own, callbacks=callbacks)
+    train.__name__ = train.__qualname__ = name
+    train.__doc__ = f"""{method.help[0].upper()}{method.help[1:]}, as ``prefopt {name}`` does.
+
+    ``model`` is a folder, a Hub name, or a transformers model, which needs its ``tokenizer`` and is trained in place.
+    ``data`` (or ``{method.rows}``) is one or more files, or rows as such files hold them. ``callbacks`` are objects
+    with the hooks of ``prefopt.Callback``. ``options`` are the fields of ``{method.config.__name__}``: a mapping is
+    taken for NAME=VALUE, and ``reward`` may be a function of prompts and responses (two lists of text) that returns a
+    number for each. Returns what ``prefopt.methods.{name}.run`` does. Raises ``prefopt.errors.UserError`` where
+    ``prefopt {name}`` prints one line.
+    """
+    return train
 
 
 def sample(
@@ -286,9 +214,7 @@ def rlhf(
     >>> import prefopt
     >>> prefopt.rlhf("my-model", "pairs.jsonl", output="aligned", ppo={"kl_target": 6.0})  # doctest: +SKIP
     """
-    for stage in ("sft", "reward", "ppo"):
-        if isinstance(options.get(stage), Mapping):
-            options[stage] = [f"{name}={value}" for name, value in options[stage].items()] or None
+    options = {name: _plain(value) if name in STAGES else value for name, value in options.items()}
     config = RlhfConfig.from_dict({"model": model, "data": data, "output": output, **options})
 
     from prefopt.methods.rlhf import run
@@ -296,16 +222,9 @@ def rlhf(
     return run(config)
 
 
-def _method(
-    function: str, kind: type[Config], model: Any, data: object, output: object, tokenizer: Any, options: dict[str, Any]
-) -> tuple[Config, dict[str, Any]]:
-    """The config of a method that trains, and what stands in for what it names."""
-    named = _is_named(function, model, tokenizer)
-    if not named:
-        _refuse_for_objects(model, options)
-    names, rows = _names_or_rows(data)
-    config = kind.from_dict({"model": model if named else _name_of(model), "data": names, "output": output, **options})
-    return config, {"model": None if named else model, "tokenizer": tokenizer, "rows": rows}
+def _plain(value: object) -> object:
+    """A mapping as a list of NAME=VALUE; anything else as it is."""
+    return [f"{name}={item}" for name, item in value.items()] or None if isinstance(value, Mapping) else value
 
 
 def _is_named(function: str, model: object, tokenizer: object) -> bool:
@@ -373,3 +292,13 @@ def _names_or_rows(data: object) -> tuple[object, list[Row] | None]:
     if rows and len(rows) < len(items):
         raise ConfigError("data mixes rows and names of files: give one or the other")
     return (["rows given in Python"], rows) if rows else (items, None)
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {name: method_function(name) for name in METHODS} | {
+    "compare": compare,
+    "report": report,
+    "rlhf": rlhf,
+    "sample": sample,
+}
+"""What ``prefopt.NAME`` may be."""
+globals().update(FUNCTIONS)

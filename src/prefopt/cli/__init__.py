@@ -112,7 +112,7 @@ def parser_of(name: str) -> ArgumentParser:
         groups[o.group] = group
         remark = "required" if o.required else f"default: {o.default_text}"
         group.add_argument(o.flag, help=f"{o.help} ({remark})".replace("%", "%%"), **_shape(o))
-    if verb.document:
+    if verb.yaml:
         parser.add_argument("--config", type=str, metavar="FILE", default=argparse.SUPPRESS, help=_CONFIG_HELP)
         parser.add_argument("--print-config", action="store_true", default=argparse.SUPPRESS, help=_PRINT_HELP)
     return parser
@@ -193,7 +193,7 @@ def _gathered(words: list[str], lists: set[str]) -> list[str]:
 
 def _plainly(name: str, message: str, known: dict[str, Option]) -> ConfigError:
     """The parser's complaint in one line that says what to do."""
-    flags = [o.flag for o in known.values()] + (["--config", "--print-config"] if VERBS[name].document else [])
+    flags = [o.flag for o in known.values()] + (["--config", "--print-config"] if VERBS[name].yaml else [])
     if found := re.match(r"unrecognized arguments: (\S+)", message, re.I):
         word = found[1].partition("=")[0]
         if word.startswith("-"):

@@ -72,7 +72,7 @@ def new_study(config: CollectNewConfig) -> int:
     return 0
 
 
-def import_items(config: CollectImportConfig) -> int:
+def import_study(config: CollectImportConfig) -> int:
     with Study(Path(config.study)) as study:
         _tell_added(*add_items(study, _gathered(config)))
     return 0
@@ -115,7 +115,7 @@ def serve_study(config: CollectServeConfig) -> int:
     return 0
 
 
-def invite_person(config: CollectInviteConfig) -> int:
+def invite_study(config: CollectInviteConfig) -> int:
     with Study(Path(config.study)) as study:
         if config.revoke:
             person = revoke(study, config.name)
@@ -127,7 +127,7 @@ def invite_person(config: CollectInviteConfig) -> int:
     return 0
 
 
-def show_stats(config: CollectStatsConfig) -> int:
+def stats_study(config: CollectStatsConfig) -> int:
     with Study(Path(config.study)) as study:
         found = summarise(study)
     if config.json:

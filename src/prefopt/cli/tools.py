@@ -39,7 +39,7 @@ from prefopt.core.terminal import size, tell, tell_json, tell_lines
 from prefopt.errors import ConfigError
 
 
-def list_cache(_: CacheListConfig) -> int:
+def cache_list(_: CacheListConfig) -> int:
     from prefopt.data.token_cache import list_tokens
     from prefopt.reference.spaces import list_spaces
 
@@ -66,7 +66,7 @@ def list_cache(_: CacheListConfig) -> int:
     return 0
 
 
-def verify_cache(config: CacheVerifyConfig) -> int:
+def cache_verify(config: CacheVerifyConfig) -> int:
     from prefopt.data.token_cache import verify_tokens
     from prefopt.generate.output import verify_samples
     from prefopt.reference.spaces import verify
@@ -82,13 +82,13 @@ def verify_cache(config: CacheVerifyConfig) -> int:
     return 1 if problems and not config.repair else 0
 
 
-def clear_cache(config: CacheClearConfig) -> int:
+def cache_clear(config: CacheClearConfig) -> int:
     freed = clear(ids=config.space, older_than_days=config.older_than)
     tell(f"{size(freed)} freed")
     return 0
 
 
-def merge_model(config: MergeConfig) -> int:
+def merge(config: MergeConfig) -> int:
     from prefopt.model.load import DTYPES, resolve_device
     from prefopt.model.merge import merge_adapter
 
@@ -103,7 +103,7 @@ def merge_model(config: MergeConfig) -> int:
     return 0
 
 
-def push_model(config: PushConfig) -> int:
+def push(config: PushConfig) -> int:
     from prefopt.model.push import confirmed, plan, push
 
     planned = plan(config.folder, run=config.with_run, checkpoints=config.with_checkpoints)
@@ -115,7 +115,7 @@ def push_model(config: PushConfig) -> int:
     return 0
 
 
-def show_environment(config: EnvConfig) -> int:
+def env(config: EnvConfig) -> int:
     from prefopt.model.environment import environment, in_words
 
     found = environment()
@@ -126,14 +126,14 @@ def show_environment(config: EnvConfig) -> int:
     return 0
 
 
-def list_runs(config: RunsConfig) -> int:
+def runs(config: RunsConfig) -> int:
     from prefopt.runs.table import show_runs
 
     tell_lines(show_runs(config.folder or ["."], as_json=config.json))
     return 0
 
 
-def draw_runs(config: PlotConfig) -> int:
+def plot(config: PlotConfig) -> int:
     from prefopt.runs.plot import plot_runs  # listing runs needs neither torch nor matplotlib
     from prefopt.runs.table import runs_of
 
@@ -143,7 +143,7 @@ def draw_runs(config: PlotConfig) -> int:
     return 0
 
 
-def report_runs(config: ReportConfig) -> int:
+def report(config: ReportConfig) -> int:
     """Draws with matplotlib, as the figures of ``prefopt plot``."""
     from prefopt.reports.page import write_report
 
@@ -153,7 +153,7 @@ def report_runs(config: ReportConfig) -> int:
     return 0
 
 
-def show_frontier(config: FrontierConfig) -> None:
+def frontier(config: FrontierConfig) -> None:
     from prefopt.runs.plot import require_matplotlib
     from prefopt.sweeps.frontier import run
     from prefopt.sweeps.show import lines, plot_frontier
@@ -166,7 +166,7 @@ def show_frontier(config: FrontierConfig) -> None:
     tell(f"\nwritten: {folder / 'frontier.json'}, {folder / 'frontier.png'}, {folder / 'frontier.svg'}")
 
 
-def show_methods(config: MethodsConfig) -> None:
+def methods(config: MethodsConfig) -> None:
     from prefopt.sweeps.methods import run
     from prefopt.sweeps.methods_table import markdown
 
@@ -175,7 +175,7 @@ def show_methods(config: MethodsConfig) -> None:
     tell(f"\nwritten: {folder / 'methods.json'}, {folder / 'methods.md'}")
 
 
-def sample_to_file(config: SampleConfig) -> int:
+def sample(config: SampleConfig) -> int:
     """A program has nowhere else to put samples; the Python function gives them back."""
     from prefopt.methods.sample import run
 
@@ -185,7 +185,7 @@ def sample_to_file(config: SampleConfig) -> int:
     return 0
 
 
-def score_file(config: ScoreConfig) -> int:
+def score(config: ScoreConfig) -> int:
     from prefopt.evaluate.score import run
 
     if config.model is not None:
@@ -197,7 +197,7 @@ def score_file(config: ScoreConfig) -> int:
     return 0
 
 
-def show_layouts(config: DataLayoutsConfig) -> int:
+def data_layouts(config: DataLayoutsConfig) -> int:
     from prefopt.data.layouts.recognise import named_layout
     from prefopt.data.layouts.show import describe_layout, list_layouts
 
@@ -205,7 +205,7 @@ def show_layouts(config: DataLayoutsConfig) -> int:
     return 0
 
 
-def check_data(config: DataCheckConfig) -> int:
+def data_check(config: DataCheckConfig) -> int:
     from prefopt.data.check.report import run_check
 
     if config.model is None:  # seconds faster, for torch is not imported
@@ -218,7 +218,7 @@ def check_data(config: DataCheckConfig) -> int:
     return run_check(config, context_of(config.model))
 
 
-def compare_models(config: CompareConfig) -> None:
+def compare(config: CompareConfig) -> None:
     from prefopt.evaluate.compare import run
     from prefopt.evaluate.show import lines
 
@@ -229,14 +229,14 @@ def compare_models(config: CompareConfig) -> None:
         tell_lines(lines(result))
 
 
-def show_losses(config: LossesConfig) -> int:
+def losses(config: LossesConfig) -> int:
     from prefopt.losses.show import describe_loss, list_losses
 
     tell(list_losses() if config.name is None else describe_loss(config.name))
     return 0
 
 
-def show_demo(config: DemoConfig) -> int:
+def demo(config: DemoConfig) -> int:
     """The demonstration prints as it goes."""
     from prefopt.demo.run import run_demo
 

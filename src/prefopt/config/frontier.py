@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config.dpo import DpoConfig
+from prefopt.config.methods import MethodConfig
 from prefopt.config.ppo import PpoConfig
-from prefopt.config.sweeps import DECIDED, OF_PPO, AnyConfig, SweepOptions, evenly
+from prefopt.config.sweeps import DECIDED, OF_PPO, SweepOptions, evenly
 from prefopt.core.options import nearest, option, parse_value
 from prefopt.errors import ConfigError
 
@@ -116,7 +117,7 @@ class FrontierConfig(SweepOptions):
                 for text in values:
                     yield Training(road, name, parse_value(text), text, seed)
 
-    def config_of(self, one: Training, *, data: list[str], prompts: str, each: float) -> AnyConfig:
+    def config_of(self, one: Training, *, data: list[str], prompts: str, each: float) -> MethodConfig:
         """The config that trains ``one``; ``each``: responses of a row of ``data``. Raises ``ConfigError``."""
         assert one.kind is not None
         given: dict[str, Any] = {"model": self.model}
@@ -137,7 +138,7 @@ class FrontierConfig(SweepOptions):
         every = max(1, steps // 3) if one.kind == "ppo" else steps
         return type(found).from_dict(found.to_dict() | {"save_every": every, "keep_last": steps})
 
-    def marks(self, one: AnyConfig) -> list[int]:
+    def marks(self, one: MethodConfig) -> list[int]:
         """The steps of a training whose policies are measured: of PPO the end, and two thirds of the way to it, which
         together show whether it had stopped rising."""
         steps = one.max_steps or 1
@@ -149,7 +150,7 @@ class FrontierConfig(SweepOptions):
         """Where the reward model of the roads that learn one is."""
         return Path(self.output) / f"reward-seed{seed}"
 
-    def reward_config(self, seed: int, *, data: list[str], each: float) -> AnyConfig:
+    def reward_config(self, seed: int, *, data: list[str], each: float) -> MethodConfig:
         """The config that trains it."""
         return self.training(
             "reward", self.reward_folder(seed), {"model": self.model, "data": data}, each=each, seed=seed

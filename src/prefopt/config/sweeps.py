@@ -11,18 +11,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, Self
 
-from prefopt.config.dpo import DpoConfig
+from prefopt.config.methods import METHODS, MethodConfig
 from prefopt.config.model import MachineOptions
 from prefopt.config.ppo import PpoConfig
-from prefopt.config.reward import RewardConfig
-from prefopt.config.sft import SftConfig
 from prefopt.core.options import check_all, flag, from_dict, option, parse_given, to_dict
 from prefopt.errors import ConfigError
 
-AnyConfig: TypeAlias = DpoConfig | SftConfig | RewardConfig | PpoConfig
-KINDS: dict[str, type[AnyConfig]] = {"dpo": DpoConfig, "sft": SftConfig, "reward": RewardConfig, "ppo": PpoConfig}
 GIVEN = {"dpo": "dpo", "sft": "sft", "reward": "reward_model", "ppo": "ppo"}
 """The option that holds what differs from the defaults of a command."""
 # What the sweep decides, so that no training may be given it.
@@ -136,8 +132,8 @@ class SweepOptions(MachineOptions):
         elif self.labels is None:
             object.__setattr__(self, "labels", "order")
 
-    def training(self, kind: str, output: Path, given: Mapping[str, object], *, each: float, seed: int) -> AnyConfig:
-        """The config of one training of ``kind`` (a name of :data:`KINDS`) that learns from ``responses`` responses.
+    def training(self, kind: str, output: Path, given: Mapping[str, object], *, each: float, seed: int) -> MethodConfig:
+        """The config of one training of ``kind`` (a name of :data:`METHODS`) that learns from ``responses`` responses.
 
         ``given`` are options that the sweep sets (``model``, ``data`` and so on); ``each``: responses of a row of its
         data. What a person gave goes before both. Raises ``ConfigError``.
@@ -156,10 +152,10 @@ class SweepOptions(MachineOptions):
             ours |= {"max_new_tokens": self.max_new_tokens, "schedule": "constant", "lines": self.lines}
         else:
             ours["on_bad_row"] = "skip"  # samples may be empty, or all equally good
-        found = from_dict(KINDS[kind], ours | own | dict(given), place)
+        found = from_dict(METHODS[kind].config, ours | own | dict(given), place)
         per_step = found.batch_size * (found.num if isinstance(found, PpoConfig) else each)
         steps = max(1, round(self.responses / per_step))
-        return from_dict(KINDS[kind], found.to_dict() | {"max_steps": steps}, place)
+        return from_dict(METHODS[kind].config, found.to_dict() | {"max_steps": steps}, place)
 
     def to_dict(self) -> dict[str, Any]:
         """Every option with its value, plain enough for YAML."""
@@ -226,7 +222,9 @@ class MethodsConfig(SweepOptions):
         """``rate_factors`` as numbers. Raises ``ConfigError``."""
         return [_factor(text) for text in self.rate_factors or ()]
 
-    def stage(self, stage: str, seed: int, factor: float, *, data: list[str], prompts: str, each: float) -> AnyConfig:
+    def stage(
+        self, stage: str, seed: int, factor: float, *, data: list[str], prompts: str, each: float
+    ) -> MethodConfig:
         """The config of one training; ``factor`` is of ``dpo`` and ``ppo`` alone. Raises ``ConfigError``."""
         given: dict[str, Any] = {"model": self.model if stage == "sft" else str(self.folder("sft", seed))}
         given |= {"prompts": [prompts]} if stage == "ppo" else {"data": data}

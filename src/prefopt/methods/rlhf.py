@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prefopt.config.ppo import PpoConfig
-from prefopt.config.reward import RewardConfig
-from prefopt.config.rlhf import RlhfConfig, StageConfig, StageName
-from prefopt.config.sft import SftConfig
+from prefopt.config.methods import METHODS, MethodConfig
+from prefopt.config.rlhf import RlhfConfig
 from prefopt.core.files import output_errors, read_json, write_json
 from prefopt.core.hashes import file_hashes
 from prefopt.core.model_folder import is_adapter
@@ -29,7 +27,6 @@ from prefopt.data.files.sources import find_sources
 from prefopt.data.layouts.dataset_info import find_entry
 from prefopt.errors import ConfigError, DataError, Interrupted, RunError
 from prefopt.generate.sampled_model import SampledModel
-from prefopt.methods import ppo, reward, sft
 from prefopt.model.load import base_and_adapter, resolve_device
 from prefopt.model.merge import merge_adapter
 from prefopt.rl.prompts import read_prompts, too_few
@@ -110,11 +107,11 @@ class _Chain:
         with output_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self._check_prompts()
-        self._stage("sft", lambda c: sft.run(_as(SftConfig, c)))
+        self._stage("sft")
         if self.config.adapts:
             self._merge()
-        self._stage("reward", lambda c: reward.run(_as(RewardConfig, c)))
-        self._stage("ppo", lambda c: ppo.run(_as(PpoConfig, c)))
+        self._stage("reward")
+        self._stage("ppo")
         folder = self.config.folder("ppo")
         self.reporter.say(f"the aligned model: {folder}")
         return RlhfResult(folder, tuple(self.done), tuple(self.skipped))
@@ -125,7 +122,6 @@ class _Chain:
         The tokenizer and the context are those of the model that the chain starts from.
         """
         first, last = self.config.stage("sft"), self.config.stage("ppo")
-        assert isinstance(first, SftConfig) and isinstance(last, PpoConfig)
         if status_of(self.config.folder("ppo")):
             return
         start = SampledModel(first.model, device=last.device, dtype=last.dtype)
@@ -134,7 +130,7 @@ class _Chain:
         if few := too_few(last, len(prompts.ids)):
             self.reporter.say(f"ppo: {few}; in a chain: --ppo epochs=... batch_size=...")
 
-    def _stage(self, name: StageName, method: Callable[[StageConfig], object]) -> None:
+    def _stage(self, name: str) -> None:
         config = self.config.stage(name)
         folder = self.config.folder(name)
         made_from = _made_from(config)
@@ -154,7 +150,7 @@ class _Chain:
         else:
             self._remember(name, {"from": made_from})
             self.reporter.say(f"{name}: {'goes on' if status else 'begins'}")
-            method(self.config.stage(name, resume=bool(status)))
+            METHODS[name].run(self.config.stage(name, resume=bool(status)))
             self.done.append(name)
         # (A stage that finished in the moment before the chain was killed comes here with nothing to do.)
         self._remember(name, {"from": made_from, "gave": contents_of(folder)})
@@ -194,16 +190,11 @@ def _stages(found: Any) -> dict[str, dict[str, str]]:
     return stages
 
 
-def _as(kind: type[Any], config: StageConfig) -> Any:
-    assert isinstance(config, kind)
-    return config
-
-
 MODELS, DATA, FILES = ("model", "reward", "reference"), ("data", "prompts", "eval_data", "ptx_data"), ("chat_template",)
 """Options of a stage that name folders of models, rows, and files: what they hold decides on it, not their names."""
 
 
-def _made_from(config: StageConfig) -> str:
+def _made_from(config: MethodConfig) -> str:
     """A digest of everything that decides on a stage: its options, and the contents of what they name."""
     free = {*FREE, "device", "threads"}
     options = {name: value for name, value in config.to_dict().items() if name not in free}

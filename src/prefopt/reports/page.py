@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 
 import prefopt
-from prefopt.config.rlhf import METHODS, read_options
+from prefopt.config.methods import METHODS, read_options
 from prefopt.config.tools import ReportConfig
 from prefopt.core.files import output_errors, replace_file
 from prefopt.core.options import command, options
@@ -102,7 +102,7 @@ def _identity(run: History) -> list[Row]:
 
 
 def _settings(run: History) -> list[Setting]:
-    defaults = {o.name: o.default for o in options(METHODS[run.method])} if run.method in METHODS else {}
+    defaults = {o.name: o.default for o in options(METHODS[run.method].config)} if run.method in METHODS else {}
     return [
         Setting(name.replace("_", "-"), shown(value), name not in defaults or value != defaults[name])
         for name, value in run.options.items()

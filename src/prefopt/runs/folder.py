@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -19,12 +18,7 @@ from prefopt.core.files import output_errors, remove_folder, remove_leftovers, w
 from prefopt.data.group import Group, IntArray
 from prefopt.data.table import GroupTable
 from prefopt.errors import RunError
-from prefopt.model.costs import Costs, counting, together
-from prefopt.model.memory import peak_memory
 from prefopt.runs.history import RECORD, read_metrics, read_record
-
-if TYPE_CHECKING:
-    import torch
 
 # Options that may differ at a resume: they change what is shown and kept, never the weights.
 FREE = frozenset({"resume", "progress", "save_every", "keep_last", "output", "dry_run", "track", "track_project"})
@@ -161,35 +155,3 @@ def digest_of(many: Sequence[IntArray]) -> str:
 def fingerprint(groups: Sequence[Group]) -> str:
     """A digest of all token ids and masks, in order."""
     return hashlib.blake2b(GroupTable.of(groups).key_N.tobytes(), digest_size=16).hexdigest()
-
-
-class Spending:
-    """What this start of a run has spent so far, on top of what earlier ones have."""
-
-    def __init__(self, folder: RunFolder, device: torch.device, costs: Costs) -> None:
-        self._folder, self._device, self._costs = folder, device, costs
-        self._before: dict[str, float] = dict(folder.record.get("costs", {}))
-        self._started = time.monotonic()
-
-    def note(self) -> None:
-        """Write it down, where the folder is this run's: a process that is killed later has told this much."""
-
-        seconds = time.monotonic() - self._started
-        now = {**self._costs.to_dict(), "seconds": seconds, "peak_memory_bytes": peak_memory(self._device)}
-        self._folder.spent(together([self._before, now]))
-
-
-@contextmanager
-def spending(folder: RunFolder, device: torch.device) -> Iterator[Spending]:
-    """Count what is spent inside, note it as ``costs`` of ``run.json``, and let the folder go.
-
-    Beside the counts of :class:`prefopt.model.costs.Costs` stand ``seconds`` and the ``peak_memory_bytes`` of the
-    process (of the device's tensors, where that is a GPU).
-    """
-    with counting() as costs:
-        found = Spending(folder, device, costs)
-        try:
-            yield found
-        finally:
-            found.note()
-            folder.leave()

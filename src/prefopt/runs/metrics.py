@@ -14,12 +14,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from prefopt.core.files import output_errors
+from prefopt.model.costs import Costs, counting, together
+from prefopt.model.memory import peak_memory
+from prefopt.runs.folder import RunFolder
 from prefopt.runs.history import numbered_lines, read_history
 
 Record = dict[str, float]
@@ -155,3 +162,34 @@ class Averages:
         if not kept:
             return cls()
         return cls(Pass(**kept["whole"]), Pass(**kept["begun"]), dict(kept["record"]))
+
+
+class Spending:
+    """The costs of a run: those of this process added to those of earlier ones."""
+
+    def __init__(self, folder: RunFolder, device: torch.device, costs: Costs) -> None:
+        self._folder, self._device, self._costs = folder, device, costs
+        self._before: dict[str, float] = dict(folder.record.get("costs", {}))
+        self._started = time.monotonic()
+
+    def note(self) -> None:
+        """Write them to ``run.json``, if this process holds the folder."""
+        seconds = time.monotonic() - self._started
+        now = {**self._costs.to_dict(), "seconds": seconds, "peak_memory_bytes": peak_memory(self._device)}
+        self._folder.spent(together([self._before, now]))
+
+
+@contextmanager
+def spending(folder: RunFolder, device: torch.device) -> Iterator[Spending]:
+    """Count costs inside this block, write them as ``costs`` of ``run.json``, and release the folder.
+
+    They are those of :class:`prefopt.model.costs.Costs`, ``seconds``, and ``peak_memory_bytes`` of the process (on a
+    GPU of the device's tensors).
+    """
+    with counting() as costs:
+        found = Spending(folder, device, costs)
+        try:
+            yield found
+        finally:
+            found.note()
+            folder.leave()

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from prefopt.config.rlhf import method_of
+from prefopt.config.methods import method_of
 from prefopt.config.training import RunOptions
 from prefopt.errors import ConfigError
 from prefopt.model.environment import hardware

@@ -16,9 +16,9 @@ from typing import Any
 
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.frontier import FrontierConfig, Training
+from prefopt.config.methods import MethodConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.sft import SftConfig
-from prefopt.config.sweeps import AnyConfig
 from prefopt.core.files import read_json, write_json
 from prefopt.core.terminal import Reporter
 from prefopt.errors import Diverged
@@ -99,7 +99,7 @@ class _Sweep:
         steps = self.config.marks(self._config_of(one))[-1]
         return "" if done == steps else f" (by another version: {done} steps, not {steps}; remove {folder} to redo it)"
 
-    def _config_of(self, one: Training) -> AnyConfig:
+    def _config_of(self, one: Training) -> MethodConfig:
         ground = self.ground
         return self.config.config_of(one, data=[str(ground.data)], prompts=str(ground.train), each=ground.each)
 

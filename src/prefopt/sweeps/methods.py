@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from prefopt.config.sweeps import STAGES, AnyConfig, MethodsConfig
+from prefopt.config.methods import MethodConfig
+from prefopt.config.sweeps import STAGES, MethodsConfig
 from prefopt.core.files import output_errors, read_json, replace_file, typed, write_json
 from prefopt.core.terminal import Reporter
 from prefopt.errors import Diverged
@@ -99,7 +100,7 @@ class _Sweep:
             perplexity=self._perplexity(where["name"], where["adapter"]),
         )
 
-    def _train(self, stage: str, seed: int, factor: float) -> AnyConfig:
+    def _train(self, stage: str, seed: int, factor: float) -> MethodConfig:
         """Train a stage, unless it is there already."""
         ground = self.ground
         config = self.config.stage(

@@ -18,19 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.config.dpo import DpoConfig
 from prefopt.config.frontier import FEWEST_STEPS
-from prefopt.config.ppo import PpoConfig
-from prefopt.config.rlhf import METHODS, method_of, read_options
-from prefopt.config.sft import SftConfig
-from prefopt.config.sweeps import AnyConfig, SweepOptions
+from prefopt.config.methods import METHODS, MethodConfig, method_of, read_options
+from prefopt.config.sweeps import SweepOptions
 from prefopt.config.tools import is_model_reward
 from prefopt.core.files import output_errors, parsed, read_json, write_json
 from prefopt.core.model_folder import is_adapter
 from prefopt.core.options import flag
 from prefopt.core.stop import StopRequest
 from prefopt.errors import Diverged, Interrupted, RunError, UserError
-from prefopt.methods import dpo, ppo, reward, sft
 from prefopt.methods.rlhf import contents_of_name, status_of
 from prefopt.rewards import load_reward
 from prefopt.runs.history import History, read_history
@@ -81,30 +77,23 @@ def _reward_of(name: str) -> str | None:
     return contents_of_name(name) if is_model_reward(name) else load_reward(name).digest()
 
 
-def train_once(config: AnyConfig, callbacks: Sequence[Any] = ()) -> None:
+def train_once(config: MethodConfig, callbacks: Sequence[Any] = ()) -> None:
     """Train, go on with a run that was stopped, or do nothing where it is finished."""
     status = status_of(Path(config.output))
     if status == "finished":
         return
     config = type(config).from_dict(config.to_dict() | {"resume": bool(status)})
-    if isinstance(config, DpoConfig):
-        dpo.run(config, callbacks=callbacks)
-    elif isinstance(config, SftConfig):
-        sft.run(config, callbacks=callbacks)
-    elif isinstance(config, PpoConfig):
-        ppo.run(config, callbacks=callbacks)
-    else:
-        reward.run(config, callbacks=callbacks)
+    METHODS[method_of(config) or ""].run(config, callbacks=callbacks)
 
 
-def model_of(config: AnyConfig) -> dict[str, Any]:
+def model_of(config: MethodConfig) -> dict[str, Any]:
     """What a finished training gave: a model's name, and an adapter on it where one was trained."""
     folder = Path(config.output)
     adapter = is_adapter(folder) and not is_adapter(config.model)  # what a run on an adapter gave names its base itself
     return {"name": config.model if adapter else str(folder), "adapter": str(folder) if adapter else None}
 
 
-def train_alone(config: AnyConfig, file: Path) -> None:
+def train_alone(config: MethodConfig, file: Path) -> None:
     """What :func:`prefopt.sweeps.train.train_once` does, with the options and the outcome in ``file``.
 
     Raises what it would: :class:`Diverged`, with the reason alone, :class:`Interrupted`, and any other

@@ -40,8 +40,8 @@ from prefopt.model.supported import refuse_untrainable
 from prefopt.reference.identity import tokenizer_of_name
 from prefopt.runs.callbacks import Callbacks
 from prefopt.runs.card import write_card
-from prefopt.runs.folder import FREE, RunFolder, Spending, spending
-from prefopt.runs.metrics import Metrics
+from prefopt.runs.folder import FREE, RunFolder
+from prefopt.runs.metrics import Metrics, Spending, spending
 from prefopt.runs.trackers import watchers
 from prefopt.train import budget
 from prefopt.train.objective import Objective
