@@ -33,6 +33,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     module = types.ModuleType("prefopt.methods.dpo")
     module.run = lambda config, **objects: calls.append({"config": config, **objects})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "prefopt.methods.dpo", module)
+    monkeypatch.setattr("prefopt.methods.early_checks.check_before_torch", lambda config: None)
     return calls
 
 

@@ -87,7 +87,11 @@ def _run(name: str, words: list[str]) -> int:
         from_dict(verb.config, stand_ins | values)
         tell(write_document(verb.config, values), end="")
         return 0
-    return verb.run(from_dict(verb.config, values))
+    config = from_dict(verb.config, values)
+    from prefopt.methods.early_checks import check_before_torch
+
+    check_before_torch(config)
+    return verb.run(config)
 
 
 def parser_of(name: str) -> ArgumentParser:

@@ -23,7 +23,7 @@ from prefopt.runs.history import RECORD, read_metrics, read_record
 # Options that may differ at a resume: they change what is shown and kept, never the weights.
 FREE = frozenset({"resume", "progress", "save_every", "keep_last", "output", "dry_run", "track", "track_project"})
 
-_LOCK = ".lock"
+_LOCK, CHECKPOINTS, LAST_GOOD = ".lock", "checkpoints", "last-good"
 
 
 class RunFolder:
@@ -40,22 +40,11 @@ class RunFolder:
         self.record: dict[str, Any] = {"status": "started", "options": dict(options)}
         if dry:
             return
-        if path.exists() and not path.is_dir():
-            raise RunError(f"--output {path} is a file; name a folder")
-        if self.file.exists():
-            before = read_record(path, "name another --output")
-            if not resume:
-                what = "a finished run;" if _finished(before) else "an unfinished run; go on with it by --resume, or"
-                raise RunError(f"--output {path} holds {what} name another folder")
-            if _finished(before):
-                self._tidy(before)
-                raise RunError(f"--resume: the run in {path} is finished; to train further, name its folder as --model")
-            read_metrics(path)  # what a resumed run would stumble over is told before anything slow
+        before = check_output(path, resume=resume)
+        if before is not None:
+            read_metrics(path)  # a damaged file is reported before anything slow
             self._refuse_other_options(before.get("options", {}), options)
             self.record = {**before, "status": "resumed"}
-        elif path.exists() and any(not entry.name.startswith((".run.json.", _LOCK)) for entry in path.iterdir()):
-            # (A run killed in its first moment leaves only its lock and its record, half written.)
-            raise RunError(f"--output {path} is not empty and holds no run of prefopt; name another folder")
 
     def take(self) -> None:
         """Make the folder and hold it for this process. Raises :class:`RunError` where another one does."""
@@ -79,13 +68,13 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints go."""
-        return self.path / "checkpoints"
+        """Folder of the checkpoints."""
+        return self.path / CHECKPOINTS
 
     @property
     def last_good(self) -> Path:
-        """Where a run that ran away leaves a model."""
-        return self.path / "last-good"
+        """Folder of the model that a diverged run keeps."""
+        return self.path / LAST_GOOD
 
     def remember(self, **values: Any) -> None:
         """Add to ``run.json``."""
@@ -104,20 +93,6 @@ class RunFolder:
         if not keep_checkpoints:
             remove_folder(self.checkpoints)  # they were there for what might have happened until now
         remove_folder(self.last_good)  # of a start of this run that ran away where this one did not
-
-    def _tidy(self, before: Mapping[str, Any]) -> None:
-        """Do what a kill kept a finished run from: see :meth:`finish`. Not while it is about to do so itself."""
-        lock = FileLock(self.path / _LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except (Timeout, OSError):
-            return
-        remove_leftovers(self.path)
-        if before.get("checkpoints_kept") is False:
-            remove_folder(self.checkpoints)
-            remove_folder(self.last_good)
-        (self.path / _LOCK).unlink(missing_ok=True)
-        lock.release()
 
     def spent(self, costs: Mapping[str, float]) -> None:
         """The run's costs so far, of all its starts together."""
@@ -140,8 +115,43 @@ class RunFolder:
             raise RunError(f"--resume goes on with the same run, but {listed}; put it back, or start anew elsewhere")
 
 
-def _finished(record: Mapping[str, Any]) -> bool:
-    return record.get("status") == "finished"
+def check_output(path: Path, *, resume: bool) -> dict[str, Any] | None:
+    """The ``run.json`` of the unfinished run in ``path`` that ``resume`` continues; None for a new run.
+
+    Raises :class:`RunError` where the folder holds a finished run, an unfinished one without ``resume``, or other
+    files.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunError(f"--output {path} is a file; name a folder")
+    if (path / RECORD).exists():
+        before = read_record(path, "name another --output")
+        finished = before.get("status") == "finished"
+        if not resume:
+            what = "a finished run;" if finished else "an unfinished run; go on with it by --resume, or"
+            raise RunError(f"--output {path} holds {what} name another folder")
+        if finished:
+            _tidy(path, before)
+            raise RunError(f"--resume: the run in {path} is finished; to train further, name its folder as --model")
+        return before
+    if path.exists() and any(not entry.name.startswith((".run.json.", _LOCK)) for entry in path.iterdir()):
+        # (A run killed in its first moment leaves only its lock and its record, half written.)
+        raise RunError(f"--output {path} is not empty and holds no run of prefopt; name another folder")
+    return None
+
+
+def _tidy(path: Path, record: Mapping[str, Any]) -> None:
+    """Finish what a kill kept :meth:`RunFolder.finish` from doing, unless its process is still at it."""
+    lock = FileLock(path / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):
+        return
+    remove_leftovers(path)
+    if record.get("checkpoints_kept") is False:
+        remove_folder(path / CHECKPOINTS)
+        remove_folder(path / LAST_GOOD)
+    (path / _LOCK).unlink(missing_ok=True)
+    lock.release()
 
 
 def digest_of(many: Sequence[IntArray]) -> str:
