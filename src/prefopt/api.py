@@ -187,7 +187,7 @@ def report(
     >>> prefopt.report("aligned", comparisons=[found])  # doctest: +SKIP
     PosixPath('report.html')
     """
-    from prefopt.reports.page import write_report
+    from prefopt.sweeps.report import write_report
 
     folders = [runs] if isinstance(runs, (str, os.PathLike)) else list(runs)
     files = [os.fspath(x) for x in comparisons if isinstance(x, (str, os.PathLike))]

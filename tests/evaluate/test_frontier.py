@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from prefopt.errors import RunError
-from prefopt.reports.sweep import sweep_facts
 from prefopt.sweeps.points import (
     Frontier,
     Plateau,
@@ -23,7 +22,7 @@ from prefopt.sweeps.points import (
     plateau,
     read_frontier,
 )
-from prefopt.sweeps.show import lines
+from prefopt.sweeps.report import frontier_section, lines
 
 
 def point(road: str, kl: float | None, reward: float | None, **more: Any) -> Point:
@@ -95,8 +94,8 @@ def test_the_lines_tell_of_trainings_and_of_roads_of_which_none_counts() -> None
     points += [point("ppo-learned", 3.0, 0.3, counted=False, why_not="still rising", seconds=None)]
     told = "\n".join(lines(Frontier("m", "vader", 32, 4, 48, True, points=tuple(points))))
     assert "each at its last step" in told
-    assert "DPO dominates 1 of 2 counted trainings of ppo-true; beyond the errors of both, 1" in told
-    assert "no training of ppo-learned counts, so that DPO is not compared with it" in told
+    assert "DPO dominates 1 of 2 included trainings of ppo-true; beyond the errors of both, 1" in told
+    assert "every training of ppo-learned is excluded, so DPO is not compared with it" in told
     (row,) = [line for line in told.splitlines() if "unknown" in line]
     assert row.startswith("ppo-learned"), "a time that is not known is said to be"
     assert "DPO against PPO" not in "\n".join(lines(Frontier("m", "vader", 32, 4, 48, True, points=tuple(points[:2]))))
@@ -118,7 +117,7 @@ def test_plateaus_are_told_from_rising_rewards(climb: float) -> None:
         for name, part in [("flat", 0.0), ("share", 0.2), ("rising", 1 / 3), ("falling", -1 / 3)]:
             found = plateau(held_out(rng, climb * (1 - part)), end, start=0.0, steps=20, share=0.2)
             assert found.low < found.rise < found.high and found.climb == pytest.approx(end.mean())
-            told[name].append(found.told)
+            told[name].append(found.verdict)
     reached = {name: np.mean([w == "plateau" for w in words]) for name, words in told.items()}
     assert reached["flat"] > 0.8 and max(reached[n] for n in ("share", "rising", "falling")) < 0.07
     assert told["rising"].count("still rising") > 56 and told["falling"].count("falling") > 56
@@ -128,9 +127,9 @@ def test_what_noise_hides_is_no_plateau() -> None:
     rng = np.random.Generator(np.random.PCG64(3))
     pairs = rng.normal(0.2, 0.45, (200, 2, 8))
     few = [plateau(before, after, start=0.0, steps=20, share=0.2) for before, after in pairs]
-    assert np.mean([f.reached for f in few]) < 0.06 and np.mean([f.told == "cannot be told" for f in few]) > 0.8
+    assert np.mean([f.reached for f in few]) < 0.06 and np.mean([f.verdict == "cannot be told" for f in few]) > 0.8
     never = plateau(np.zeros(9), np.zeros(9), start=0.0, steps=5, share=0.2)
-    assert never.told == "cannot be told", "what never rose has not stopped rising"
+    assert never.verdict == "cannot be told", "what never rose has not stopped rising"
     up, down = np.linspace(0, 0.1, 40), np.linspace(0.1, 0, 40)
     assert [plateau(up, down, start=-0.1, steps=5, share=s).reached for s in (0.1, 0.2)] == [False, True]
 
@@ -200,10 +199,10 @@ def test_values_of_another_type_are_a_damaged_file(damage: dict[str, Any], tmp_p
     with pytest.raises(RunError, match=r"frontier\.json cannot be read"):
         read_frontier(tmp_path)
     with pytest.raises(RunError, match=r"frontier\.json cannot be read"):
-        sweep_facts(tmp_path)
+        frontier_section(tmp_path)
     del found["points"][0]
     file.write_text(json.dumps({**found, "made": "by \ud800"}))
-    assert "by ?" in str(sweep_facts(tmp_path))
+    assert "by ?" in str(frontier_section(tmp_path))
     file.write_text(json.dumps({**found, "points": [], "prompts": "many"}))
     with pytest.raises(RunError, match=r"frontier\.json cannot be read"):
         read_frontier(tmp_path)

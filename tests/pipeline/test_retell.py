@@ -41,7 +41,7 @@ def point(step: int, road: str = "ppo-true", **more: Any) -> Point:
 def test_points_are_judged_anew_by_their_samples(tmp_path: Path) -> None:
     counted = point(9)
     rising = retold(counted, run(tmp_path / "a", 0.35), start=0.1, share=0.2)
-    assert rising.plateau is not None and not rising.counted and rising.plateau.told == "still rising"
+    assert rising.plateau is not None and not rising.counted and rising.plateau.verdict == "still rising"
     assert (rising.plateau.rise, rising.plateau.climb) == pytest.approx((0.15, 0.4)) and rising.plateau.steps == 3
     assert "no plateau: the true reward still rose by 0.15 in its last 3 steps" in str(rising.why_not)
     refused = point(9, counted=False, why_not="no plateau")

@@ -87,7 +87,7 @@ def _run(name: str, words: list[str]) -> int:
         from_dict(verb.config, stand_ins | values)
         tell(write_document(verb.config, values), end="")
         return 0
-    config = from_dict(verb.config, values)
+    config: Any = from_dict(verb.config, values)
     from prefopt.methods.early_checks import check_before_torch
 
     check_before_torch(config)

@@ -145,7 +145,7 @@ def plot(config: PlotConfig) -> int:
 
 def report(config: ReportConfig) -> int:
     """Draws with matplotlib, as the figures of ``prefopt plot``."""
-    from prefopt.reports.page import write_report
+    from prefopt.sweeps.report import write_report
 
     if not config.run and not config.comparisons:
         raise ConfigError("there is nothing to report: name output folders, or --comparisons")
@@ -156,7 +156,7 @@ def report(config: ReportConfig) -> int:
 def frontier(config: FrontierConfig) -> None:
     from prefopt.runs.plot import require_matplotlib
     from prefopt.sweeps.frontier import run
-    from prefopt.sweeps.show import lines, plot_frontier
+    from prefopt.sweeps.report import lines, plot_frontier
 
     require_matplotlib()
     folder = Path(config.output)

@@ -51,7 +51,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class ComparisonFacts:
+class ComparisonReport:
     """One comparison. ``lost``: samples of the first model that the judge liked less than the other's. ``lengths``:
     sentences on how lengths differ. ``tasks``: rows of name, questions, first, second, difference, verdict."""
 
@@ -73,18 +73,18 @@ class ComparisonFacts:
     environment: Mapping[str, Mapping[str, str]]
 
 
-def read_comparison(name: str | Path, *, seed: int = 0) -> ComparisonFacts:
+def read_comparison(name: str | Path, *, seed: int = 0) -> ComparisonReport:
     """Read what ``prefopt compare --json`` printed. Raises :class:`RunError` where a file is nothing of the kind."""
     path = Path(name)
     remedy = "write what prefopt compare --json prints into a file, and name it"
-    return read_json(path, lambda found: comparison_facts(found, seed=seed), remedy)
+    return read_json(path, lambda found: comparison_report(found, seed=seed), remedy)
 
 
-def comparison_facts(found: Json, *, seed: int = 0) -> ComparisonFacts:
+def comparison_report(found: Json, *, seed: int = 0) -> ComparisonReport:
     """The facts of a comparison as plain values; ``seed`` draws the samples that are shown."""
     rows = _judged(found["output"], found["output_sha256"])
     drawn, ranked = _drawn(rows, seed), any(_behind(row) is not None for row in rows)
-    return ComparisonFacts(
+    return ComparisonReport(
         judge=found["judge"],
         sentences=[sentence(v, found["judge"]) for v in found["versus"]],
         rates=[rate for versus in found["versus"] for rate in _rates(versus)],

@@ -10,7 +10,7 @@ from xml.sax.saxutils import quoteattr
 
 from markupsafe import Markup
 
-from prefopt.reports.comparison import ComparisonFacts
+from prefopt.reports.comparison import ComparisonReport
 from prefopt.runs.diagnose import change_of
 from prefopt.runs.history import History
 from prefopt.runs.plot import COLOURS, SIDES, Panel, figure_of, panels_by_method, require_matplotlib, shortened
@@ -55,7 +55,7 @@ def _curve_words(run: History, metric: str) -> str:
     return "; ".join(parts)
 
 
-def win_rates(found: ComparisonFacts, *, name: str) -> Markup | None:
+def win_rates(found: ComparisonReport, *, name: str) -> Markup | None:
     """Win rates with their intervals beside the line of no difference; none where none could be told."""
     require_matplotlib()
     from matplotlib.figure import Figure

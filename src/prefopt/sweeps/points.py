@@ -6,9 +6,9 @@
 (True, False, ['dpo'])
 
 >>> around = np.linspace(-0.1, 0.1, 40)
->>> plateau(0.6 + 0 * around, 0.6 + around, start=0.2, steps=20, share=0.2).told
+>>> plateau(0.6 + 0 * around, 0.6 + around, start=0.2, steps=20, share=0.2).verdict
 'plateau'
->>> plateau(0.4 + 0 * around, 0.6 + around, start=0.2, steps=20, share=0.2).told
+>>> plateau(0.4 + 0 * around, 0.6 + around, start=0.2, steps=20, share=0.2).verdict
 'still rising'
 """
 
@@ -48,7 +48,7 @@ class Plateau:
     share: float
 
     @property
-    def told(self) -> str:
+    def verdict(self) -> str:
         """In words: ``plateau``, ``still rising``, ``falling``, or ``cannot be told`` where the noise hides which."""
         if self.reached:
             return "plateau"
@@ -63,7 +63,7 @@ class Plateau:
         did = f"{word} by {abs(self.rise):.3g} in its last {self.steps} steps"
         did += f" (95 % interval {self.low:+.3g} to {self.high:+.3g})"
         did += f", after a climb of {self.climb:.3g}"
-        if self.told != "cannot be told":
+        if self.verdict != "cannot be told":
             return f"no plateau: the true reward still {did}"
         more = f"; about {self.more} times as many samples (--num, --held-out) could tell" if self.more else ""
         return f"whether there is a plateau cannot be told: the true reward {did}{more}"
@@ -72,7 +72,7 @@ class Plateau:
     def more(self) -> int | None:
         """Where noise hides it: how many times as many samples would show a plateau in four of five trainings that have
         one, as the width of the interval falls with their root; none where no number up to 100 would."""
-        if self.climb <= 0 or self.told != "cannot be told":
+        if self.climb <= 0 or self.verdict != "cannot be told":
             return None
         width = (self.high - self.low) / 2 / (self.share * self.climb)
         times = math.ceil((1 + 0.84 / 1.96) ** 2 * width**2)

@@ -1,0 +1,231 @@
+"""A frontier sweep as text, as a figure and as a section of ``prefopt report``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from prefopt.config.tools import ReportConfig
+from prefopt.core.files import output_errors
+from prefopt.core.terminal import duration
+from prefopt.evaluate.compare import CompareResult
+from prefopt.reports import page
+from prefopt.reports.figures import inline, plain
+from prefopt.runs.plot import COLOURS, require_matplotlib
+from prefopt.runs.table import columns
+from prefopt.sweeps.points import FILE, Frontier, Point, dominated, frontier, read_frontier
+
+HEAD = ("road", "setting", "seed", "step", "reward", "95 %", "KL", "± error", "tokens", "training", "")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+CAVEATS = (
+    "dominance compares the numbers as they are; only differences beyond the errors are shown with confidence",
+    "a sweep holds for these settings, this data and this reward: a method that is tuned better may do better",
+)
+
+
+# -- text ------------------------------------------------------------------------------------------------------
+
+
+def lines(sweep: Frontier) -> Iterator[str]:
+    """The sweep as text: a table of its points, excluded points, plateaus of PPO, and DPO against PPO."""
+    yield f"true reward {sweep.reward} on {sweep.prompts} held-out prompts, {sweep.samples} samples each; KL in nats"
+    yield f"preferences: {sweep.made}"
+    if not sweep.finished:
+        yield "the sweep is not finished: more points are to come"
+    yield ""
+    best = frontier(sweep.points)
+    yield from columns([HEAD, *(_table_row(p, p in best) for p in sweep.points)])
+    if excluded := [p for p in sweep.points if not p.counted]:
+        yield ""
+        yield "excluded:"
+        yield from (f"  {p.road} {p.setting}, seed {p.seed}: {p.why_not}" for p in excluded)
+    yield ""
+    yield from plateaus(sweep.points)
+    yield from _against_ppo(sweep.points)
+
+
+def _table_row(p: Point, on_frontier: bool) -> tuple[str, ...]:
+    numbers = ("", "", "", "", "")
+    if p.reward is not None and p.interval is not None and p.kl is not None:
+        error = "at most" if p.kl_is == "bound" else f"{p.kl_se or 0:.2f}"
+        bounds = f"[{p.interval[0]:+.3f}, {p.interval[1]:+.3f}]"
+        numbers = (f"{p.reward:+.3f}", bounds, f"{p.kl:z.2f}", error, f"{p.length or 0:.1f}")
+    mark = "on the frontier" if on_frontier else "" if p.counted else "excluded"
+    time = "unknown" if p.seconds is None else duration(p.seconds) if p.seconds else ""
+    return (p.road, p.setting, str(p.seed), str(p.step), *numbers, time, mark)
+
+
+def plateaus(points: Sequence[Point]) -> Iterator[str]:
+    """How much the true reward rose in the last steps of each PPO training."""
+    shown = [(p, p.plateau) for p in points if p.plateau is not None]
+    if shown:
+        yield "true reward on the held-out prompts over the last steps of PPO: rise [95 %], and the whole climb"
+        for p, f in shown:
+            rise = f"{f.rise:+.3f} [{f.low:+.3f}, {f.high:+.3f}] in {f.steps} steps, climb {f.climb:+.3f}: {f.verdict}"
+            yield f"  {p.road} {p.setting}, seed {p.seed}: {rise}"
+        yield ""
+
+
+def _against_ppo(points: Sequence[Point]) -> Iterator[str]:
+    """How many trainings of PPO are dominated by DPO."""
+    roads = [road for road in ("ppo-true", "ppo-learned") if any(p.road == road for p in points)]
+    if not roads or not any(p.road == "dpo" for p in points):
+        return
+    yield "DPO against PPO: trainings of the same seed, each at its last step"
+    for road in roads:
+        count, of = dominated(points, "dpo", road)
+        clear, _ = dominated(points, "dpo", road, clearly=True)
+        if of:
+            yield f"  DPO dominates {count} of {of} included trainings of {road}; beyond the errors of both, {clear}"
+        else:
+            yield f"  every training of {road} is excluded, so DPO is not compared with it"
+
+
+# -- figure ----------------------------------------------------------------------------------------------------
+
+
+def plot_frontier(sweep: Frontier, *paths: Path) -> None:
+    """Write the figure to files, whose endings name the format."""
+    figure = figure_of_frontier(sweep)
+    for path in paths:
+        with output_errors(path):
+            figure.savefig(path, dpi=150)
+
+
+def figure_of_frontier(sweep: Frontier, *, titled: bool = True) -> Any:
+    """Reward over KL with intervals. Excluded points are hollow; points without numbers are left out.
+
+    Raises :class:`prefopt.errors.ConfigError` where matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure: Any = Figure(figsize=(7.5, 5.2), layout="constrained")
+    axes = figure.subplots()
+    roads = list(dict.fromkeys(p.road for p in sweep.points if p.kl is not None))
+    for n, road in enumerate(roads):
+        points = [p for p in sweep.points if p.road == road and p.kl is not None]
+        _draw(axes, points, road, COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)])
+    best = frontier(sweep.points)
+    style: dict[str, Any] = {"color": "0.6", "linewidth": 1, "linestyle": ":", "zorder": 1, "label": "not dominated"}
+    axes.plot([p.kl for p in best], [p.reward for p in best], **style)
+    axes.set_xlabel("KL(policy ‖ reference), nats per response", fontsize=9)
+    axes.set_ylabel(f"true reward ({sweep.reward})", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(True, color="0.92", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=4)
+    if titled:
+        title = f"Reward against KL on {sweep.prompts} held-out prompts, {sweep.samples} samples each"
+        figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _draw(axes: Any, points: list[Point], road: str, colour: str, marker: str) -> None:
+    """One method: intervals of reward, and two standard errors of a measured KL."""
+    label: str | None = f"{road} (KL: upper bound)" if points[0].kl_is == "bound" else road
+    for p in points:
+        assert p.kl is not None and p.reward is not None and p.interval is not None
+        errors = {"yerr": [[max(0.0, p.reward - p.interval[0])], [max(0.0, p.interval[1] - p.reward)]]}
+        errors |= {"xerr": [[2 * p.kl_se]] * 2} if p.kl_se else {}
+        face = colour if p.counted else "white"
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 6, "markerfacecolor": face}
+        axes.errorbar([p.kl], [p.reward], **errors, **style, elinewidth=0.8, linestyle="none", alpha=0.9, label=label)
+        label = None
+
+
+# -- a section of the report -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class FrontierRow:
+    """One point in words; ``best``: no other point dominates it."""
+
+    method: str
+    setting: str
+    reward: str
+    kl: str
+    length: str
+    included: str
+    best: bool
+
+
+def write_report(config: ReportConfig, results: Sequence[CompareResult] = ()) -> Path:
+    """The report of :func:`prefopt.reports.page.write_report`, with a section for each frontier in ``config.run``."""
+    sweeps = [folder for folder in config.run or () if is_sweep(folder)]
+    runs = [folder for folder in config.run or () if folder not in sweeps]
+    sections = [frontier_section(folder, number=n) for n, folder in enumerate(sweeps)]
+    return page.write_report(replace(config, run=runs or None), results, sections)
+
+
+def is_sweep(folder: str | Path) -> bool:
+    """Whether a folder holds a sweep of ``prefopt frontier``, or the path is its file."""
+    path = Path(folder)
+    return path.name == FILE or (path / FILE).is_file()
+
+
+def frontier_section(folder: str | Path, *, number: int = 0) -> page.Section:
+    """Read a sweep and render it. Raises :class:`prefopt.errors.RunError`."""
+    sweep, path = read_frontier(folder), Path(folder)
+    name = (path.parent if path.name == FILE else path).resolve().name
+    best = frontier(sweep.points)
+    about = [
+        ("reference", sweep.reference),
+        ("true reward", sweep.reward),
+        ("prompts", f"{sweep.prompts:,}, {sweep.samples} samples each, at most {sweep.max_new_tokens} tokens"),
+        ("preferences", sweep.made),
+        ("status", "finished" if sweep.finished else "unfinished: more points are to come"),
+    ]
+    drawn = [replace(p, road=plain(p.road)) for p in sweep.points if None not in (p.reward, p.interval, p.kl)]
+    figure = None
+    if drawn:
+        found = figure_of_frontier(replace(sweep, reward=plain(sweep.reward), points=tuple(drawn)), titled=False)
+        label = "Expected reward against KL to the reference; the table has the numbers"
+        figure = inline(found, name=f"frontier{number}", label=label)
+    sentences = list(_sentences(sweep))
+    rendered = page.template("prefopt.sweeps", "frontier.html.j2").render(
+        sweep={
+            "name": name,
+            "about": [(title, value) for title, value in about if value],
+            "sentences": sentences,
+            "rows": [_section_row(p, p in best) for p in sweep.points],
+            "figure": figure,
+        }
+    )
+    return page.Section(name, Markup(rendered), sentences, CAVEATS)
+
+
+def _sentences(sweep: Frontier) -> Iterator[str]:
+    """Which method dominates which, by the numbers and beyond their errors."""
+    roads = list(dict.fromkeys(p.road for p in sweep.points if p.stands))
+    if len(roads) < 2:
+        yield "fewer than two methods have an included point, so nothing is compared"
+    for one in roads:
+        for other in roads:
+            count, of = dominated(sweep.points, one, other)
+            if one != other and count:
+                sure, _ = dominated(sweep.points, one, other, clearly=True)
+                yield (
+                    f"{one} has more reward at no more KL than {count} of the {of} included trainings of {other}, each"
+                    f" at its last step and within a seed; beyond the errors, than {sure}"
+                )
+    if out := sum(not p.stands for p in sweep.points):
+        yield f"{out} of {len(sweep.points)} points are excluded; the table says why"
+
+
+def _section_row(p: Point, best: bool) -> FrontierRow:
+    reward = "-" if p.reward is None else f"{p.reward:.3f}"
+    if p.reward is not None and p.interval is not None:
+        reward += f" ({p.interval[0]:.3f} to {p.interval[1]:.3f})"
+    kl = "-" if p.kl is None else f"{p.kl:z.2f}"
+    if p.kl is not None:
+        kl = f"at most {kl}" if p.kl_is == "bound" else kl + ("" if p.kl_se is None else f" ± {p.kl_se:.2f}")
+    included = "yes" if p.stands else f"no: {p.why_not or 'it has no numbers'}"
+    setting = f"{p.setting}, seed {p.seed}, step {p.step}"
+    length = "-" if p.length is None else f"{p.length:.1f}"
+    return FrontierRow(p.road, setting, reward, kl, length, included, best)
