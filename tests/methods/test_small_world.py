@@ -139,7 +139,7 @@ def fit_dpo(count: torch.Tensor, label: torch.Tensor, ref: Any) -> Any:
     def loss() -> torch.Tensor:
         logp = response_sums(scorer(batch), batch)
         found = dpo(logp[FIRST], logp[SECOND], base[FIRST], base[SECOND], label, beta=BETA)
-        return (found.numerator_G * count).sum() / count.sum()
+        return (found.numerator_R * count).sum() / count.sum()
 
     descend(scorer, loss, steps=450)
     return logp_of(scorer)

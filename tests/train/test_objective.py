@@ -107,7 +107,7 @@ def by_hand(
     for term in chosen:
         state = {n: {k: torch.tensor(v, dtype=torch.float64) for k, v in kept.items()} for n, kept in STATE.items()}
         output = term(inputs, state)
-        loss = loss + term.weight * (output.numerator_G * weight_R).sum() / (output.weight_G * weight_R).sum()
+        loss = loss + term.weight * (output.numerator_R * weight_R).sum() / (output.weight_R * weight_R).sum()
     loss.backward()
     return float(loss.detach()), taken_grads(policy)
 
