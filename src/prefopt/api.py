@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from prefopt.config.compare import CompareConfig
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.ppo import PpoConfig
-from prefopt.config.reward import RewardConfig
-from prefopt.config.rlhf import RlhfConfig
+from prefopt.config.rlhf import RewardConfig, RlhfConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.config.sft import SftConfig
 from prefopt.config.tools import ReportConfig

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from prefopt.rl.learner import rollout_metrics
 
 import prefopt
 from methods import small_world as world
@@ -14,7 +15,6 @@ from methods.test_ppo import QUICK, ROWS, metrics, ppo
 from prefopt.errors import ConfigError, Diverged
 from prefopt.model.merge import merge_adapter
 from prefopt.rl.critic import Critic
-from prefopt.rl.learner import rollout_metrics
 from prefopt.rl.rollouts import Rollouts
 from train.small import weights
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from prefopt.rl.loop import Phases
 
 from methods import small_world as world
 from methods.test_ppo import ROWS, metrics, ppo
 from prefopt.cli import main
 from prefopt.errors import Diverged, Interrupted
 from prefopt.rl.collector import Collector
-from prefopt.rl.loop import Phases
 from prefopt.train import checkpoint
 from train.small import weights
 

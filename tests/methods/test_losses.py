@@ -212,7 +212,7 @@ def test_the_divergences_of_the_option_are_those_of_the_losses() -> None:
         ({"loss": "kto"}, ["compares with 20 responses to other prompts", "40 responses are still to be scored"]),
         ({"loss": "tdpo"}, ["scored with every batch and not cached, since tdpo compares whole distributions"]),
         ({"loss": "simpo"}, ["reference: none is loaded, simpo compares with none"]),
-        ({"loss": "aot", "reference_every": 5}, ["not cached, since it moves by 0.6 to the policy every 5 steps"]),
+        ({"loss": "aot", "ref_model_sync_steps": 5}, ["not cached, since it moves by 0.6 to the policy every 5 steps"]),
     ],
 )
 def test_a_dry_run_says_what_a_loss_takes(

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prefopt.rl.learner import Learner
+from prefopt.rl.loop import Phases
 from transformers.models.llama.modeling_llama import LlamaModel
 
 import prefopt
@@ -24,8 +26,6 @@ from prefopt.model.scalar import ScalarScorer, scalar_from
 from prefopt.model.scorer import Scorer
 from prefopt.rl.collector import Collector
 from prefopt.rl.critic import Critic
-from prefopt.rl.learner import Learner
-from prefopt.rl.loop import Phases
 from prefopt.rl.rollouts import Rollouts
 from train.small import weights
 

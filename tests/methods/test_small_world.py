@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prefopt.rl.learner import Learner, LearnOptions
 
 import prefopt
 from methods import small_world as world
@@ -18,7 +19,6 @@ from prefopt.model.load import load_model
 from prefopt.model.packing import pack
 from prefopt.model.scalar import ScalarScorer, scalar_from
 from prefopt.model.scorer import Scorer, response_sums
-from prefopt.rl.learner import Learner, LearnOptions
 from prefopt.rl.rollouts import Rollouts
 
 BETA = 0.5

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefopt.rl.loop import Phases
 
 from pipeline.sweeping import values
-from prefopt.config.frontier import FrontierConfig
+from prefopt.config.sweeps import FrontierConfig
 from prefopt.errors import Interrupted
-from prefopt.rl.loop import Phases
 from prefopt.sweeps import frontier
 
 

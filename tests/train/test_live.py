@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from prefopt.train.rows import pairs_of
 
 from model.architectures import Float64Throughout
 from prefopt.core.cache_folder import cache_root
@@ -22,7 +23,6 @@ from prefopt.model.scorer import Scorer, response_sums
 from prefopt.reference.cache import ReferenceCache
 from prefopt.reference.in_memory import HeldWeights, LiveReference, Movement
 from prefopt.train.objective import PreferenceObjective
-from prefopt.train.rows import pairs_of
 from train.ranked import mixed, pairs_only
 from train.small import dpo, evaluations, pairs, steps, tiny_llama, weights, write_model
 from train.test_objective import CPU, assert_close, models, step, taken_grads
@@ -180,7 +180,7 @@ def test_a_reference_that_is_copied_from_the_policy_makes_them_equal_again(
     options: dict[str, Any], model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = {"epochs": 2, "token_budget": 70, "eval_fraction": 0.25, "progress": "plain", **options}
-    dpo(model, ROWS, tmp_path / "out", reference_every=2, reference_mix=1.0, **given)
+    dpo(model, ROWS, tmp_path / "out", ref_model_sync_steps=2, ref_model_mixup_alpha=1.0, **given)
     told = [line["loss"] for line in steps(tmp_path / "out")]
     start = 0.5 if options.get("loss") == "kto" else math.log(2)
     close = [abs(loss - start) < 1e-5 for loss in told]
@@ -194,7 +194,7 @@ def test_a_reference_that_is_copied_from_the_policy_makes_them_equal_again(
 def test_a_reference_that_has_not_moved_yet_is_the_cached_one(model: str, tmp_path: Path) -> None:
     given: dict[str, Any] = {"epochs": 2, "dtype": "float64", "learning_rate": 2e-3, "batch_size": 3}
     dpo(model, ROWS, tmp_path / "cached", **given)
-    dpo(model, ROWS, tmp_path / "live", reference_every=100, **given)
+    dpo(model, ROWS, tmp_path / "live", ref_model_sync_steps=100, **given)
     for one, other in zip(steps(tmp_path / "cached"), steps(tmp_path / "live"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-9)
     found, expected = weights(tmp_path / "live"), weights(tmp_path / "cached")
@@ -204,10 +204,13 @@ def test_a_reference_that_has_not_moved_yet_is_the_cached_one(model: str, tmp_pa
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"reference_mix": 0.5}, "give --reference-every too"),
-        ({"reference_every": 3, "reference": "m"}, "--reference: the reference that --reference-every moves begins"),
-        ({"reference_every": 3, "loss": "simpo"}, "--reference-every: simpo compares with no reference"),
-        ({"reference_every": 3, "early_stopping": 1, "eval_fraction": 0.2}, "--early-stopping compares losses"),
+        ({"ref_model_mixup_alpha": 0.5}, "give --ref-model-sync-steps too"),
+        (
+            {"ref_model_sync_steps": 3, "reference": "m"},
+            "--reference: the reference that --ref-model-sync-steps moves begins",
+        ),
+        ({"ref_model_sync_steps": 3, "loss": "simpo"}, "--ref-model-sync-steps: simpo compares with no reference"),
+        ({"ref_model_sync_steps": 3, "early_stopping": 1, "eval_fraction": 0.2}, "--early-stopping compares losses"),
         ({"weighting": "wpo", "loss": "kto"}, "--weighting wpo weighs pair by pair"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prefopt.train.rows import mismatched
 
 from model.architectures import Float64Throughout, with_exact_rotary
 from model.oracle import oracle_logprobs
@@ -24,7 +25,6 @@ from prefopt.model.scorer import Scorer
 from prefopt.train import rows
 from prefopt.train.objective import PreferenceObjective
 from prefopt.train.reference import without_values
-from prefopt.train.rows import mismatched
 from prefopt.train.step import Gradients, differentiate, values_of
 from train.ranked import VOCABULARY, group, inputs_by_hand, mixed, pairs_only, terms
 from train.small import tiny_llama

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from prefopt.config.chat import ChatConfig
 from prefopt.config.collect import (
     CollectBackupConfig,
     CollectCheckConfig,
@@ -20,13 +19,11 @@ from prefopt.config.collect import (
 )
 from prefopt.config.compare import CompareConfig
 from prefopt.config.dpo import DpoConfig
-from prefopt.config.frontier import FrontierConfig
 from prefopt.config.ppo import PpoConfig
-from prefopt.config.reward import RewardConfig
-from prefopt.config.rlhf import RlhfConfig
-from prefopt.config.sample import SampleConfig
+from prefopt.config.rlhf import RewardConfig, RlhfConfig
+from prefopt.config.sample import ChatConfig, SampleConfig
 from prefopt.config.sft import SftConfig
-from prefopt.config.sweeps import MethodsConfig
+from prefopt.config.sweeps import FrontierConfig, MethodsConfig
 from prefopt.config.tools import (
     CacheClearConfig,
     CacheListConfig,

@@ -1,5 +1,7 @@
-"""What ``prefopt rlhf`` reads: a model, data, and what is to differ from the defaults of each stage.
+"""What ``prefopt reward`` and ``prefopt rlhf`` read, and the table of methods.
 
+>>> RewardConfig(model="sft", data="pairs.jsonl", output="out").centre
+0.01
 >>> config = RlhfConfig(model="m", data="pairs.jsonl", output="out", ppo=["beta=0.02", "critic=head"])
 >>> config.stage("ppo").beta, config.stage("reward").eval_fraction, config.stage("sft").output
 (0.02, 0.1, 'out/sft')
@@ -14,13 +16,57 @@ from typing import Any, Literal, TypeAlias
 
 from prefopt.config.data import READING, ReadOptions, TemplateOptions
 from prefopt.config.dpo import DpoConfig
-from prefopt.config.model import MachineOptions
 from prefopt.config.ppo import PpoConfig
-from prefopt.config.reward import RewardConfig
 from prefopt.config.sft import SftConfig
+from prefopt.config.training import MachineOptions, MethodOptions
 from prefopt.core.model_folder import is_adapter
-from prefopt.core.options import check_all, from_dict, option, parse_given, to_dict
+from prefopt.core.options import RENAMED, check_all, from_dict, option, parse_given, to_dict
 from prefopt.errors import ConfigError
+
+# InstructGPT's 9e-6 and Llama 2's 5e-6 to 1e-5 for full training; LoRA about ten times as much.
+LEARNING_RATE = {False: 1e-5, True: 1e-4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(MethodOptions):
+    """One run that trains a reward model."""
+
+    model: str = option(
+        help="model to begin with: a language model, best the fine-tuned one, or a reward model to go on training",
+        group="model",
+    )
+    batch_size: int = option(16, "prompts per optimiser step, each with all its pairs", group="optimiser", at_least=1)
+    learning_rate: float = option(
+        None,
+        "peak learning rate; 5e-6 to 1e-5 is usual, with LoRA 5e-5 to 2e-4",
+        group="optimiser",
+        default_text=f"{LEARNING_RATE[False]:g}, with LoRA {LEARNING_RATE[True]:g}",
+        above=0,
+    )
+    pairs: Literal["all", "best-worst"] = option(
+        "all",
+        "of more than two responses: every pair, those of a prompt weighing 1 together, or the best against the worst",
+        group="loss",
+    )
+    margin: float | None = option(
+        None,
+        "how much further apart rewards must be for each point between the data's scores (Llama 2)",
+        group="loss",
+        default_text="no margins",
+        above=0,
+    )
+    centre: float = option(
+        0.01, "weight of the squared sum of a pair's rewards, which holds them near 0", group="loss", at_least=0
+    )
+    zero: Literal["chosen", "all", "none"] = option(
+        "chosen",
+        "which responses of the training data have a mean reward of 0, by a shift that is set after training",
+        group="loss",
+    )
+
+    def __post_init__(self) -> None:
+        self.fill(LEARNING_RATE)
+
 
 StageName = Literal["sft", "reward", "ppo"]
 StageConfig: TypeAlias = SftConfig | RewardConfig | PpoConfig
@@ -140,4 +186,5 @@ def method_of(config: object) -> str | None:
 
 def read_options(method: str, values: Mapping[str, Any]) -> Any:
     """The config that a run's record holds. Raises ``ConfigError`` where this version has other options."""
-    return from_dict(METHODS[method], {name: value for name, value in values.items() if value is not None})
+    given = {RENAMED.get(name, name): value for name, value in values.items() if value is not None}
+    return from_dict(METHODS[method], given)

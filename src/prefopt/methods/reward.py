@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.config.reward import RewardConfig
+from prefopt.config.rlhf import RewardConfig
 from prefopt.core.files import write_json
 from prefopt.data.table import GroupTable
 from prefopt.errors import ConfigError, DataError

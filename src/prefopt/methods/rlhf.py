@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config.ppo import PpoConfig
-from prefopt.config.reward import RewardConfig
-from prefopt.config.rlhf import RlhfConfig, StageConfig, StageName
+from prefopt.config.rlhf import RewardConfig, RlhfConfig, StageConfig, StageName
 from prefopt.config.sft import SftConfig
+from prefopt.core.cache_folder import file_hashes
 from prefopt.core.files import output_errors, read_json, write_json
-from prefopt.core.hashes import file_hashes
 from prefopt.core.model_folder import is_adapter
 from prefopt.core.terminal import Reporter
 from prefopt.data.files.content import layout_name
