@@ -241,7 +241,7 @@ def test_every_option_of_the_command_line_reaches_the_config(ran: list[dict[str,
         "lora": ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "reference_adapter"],
         "eval-fraction=0.5": ["eval_every", "early_stopping"],
         "track=wandb": ["track_project"],
-        "reference-every=5": ["reference_mix"],
+        "ref-model-sync-steps=5": ["ref_model_mixup_alpha"],
     }
     plain = to_dict(DpoConfig(model="m", data=["d.jsonl"], output="o"))
     for o in options(DpoConfig):

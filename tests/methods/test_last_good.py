@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from prefopt.rl.loop import Phases
 
 from methods import small_world as world
 from methods.test_ppo import ROWS, metrics, ppo

@@ -16,8 +16,8 @@ import safetensors.numpy
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prefopt.core import hashes
-from prefopt.core.hashes import file_hashes
+from prefopt.core import cache_folder
+from prefopt.core.cache_folder import file_hashes
 from prefopt.errors import ModelError
 from prefopt.reference.identity import Identity, identity_of_folder, identity_of_model
 
@@ -77,13 +77,13 @@ def flip(path: Path, position: int) -> None:
 
 def let_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretend that files come to rest at once, so that their hashes are remembered."""
-    monkeypatch.setattr(hashes, "RACY_SECONDS", -1.0)
+    monkeypatch.setattr(cache_folder, "RACY_SECONDS", -1.0)
 
 
 def count_hashing(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     hashed: list[Path] = []
-    real = hashes._hash
-    monkeypatch.setattr(hashes, "_hash", lambda path, error: (hashed.append(path), real(path, error))[1])
+    real = cache_folder._hash
+    monkeypatch.setattr(cache_folder, "_hash", lambda path, error: (hashed.append(path), real(path, error))[1])
     return hashed
 
 
@@ -192,7 +192,7 @@ def test_a_file_that_changes_while_it_is_hashed_is_not_remembered(
 ) -> None:
     let_rest(monkeypatch)
     shard = folder / "model-1.safetensors"
-    real = hashes.hashlib.file_digest
+    real = cache_folder.hashlib.file_digest
 
     def slow(file: Any, name: str) -> Any:
         digest = real(file, name)
@@ -201,7 +201,7 @@ def test_a_file_that_changes_while_it_is_hashed_is_not_remembered(
         return digest
 
     with monkeypatch.context() as patch:
-        patch.setattr(hashes.hashlib, "file_digest", slow)
+        patch.setattr(cache_folder.hashlib, "file_digest", slow)
         old = file_hashes([shard], root)
     assert file_hashes([shard], root) != old
 

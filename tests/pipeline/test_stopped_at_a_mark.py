@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefopt.rl.loop import Phases
 
 from pipeline.sweeping import values
-from prefopt.config.frontier import FrontierConfig
+from prefopt.config.sweeps import FrontierConfig
 from prefopt.errors import Interrupted
 from prefopt.sweeps import frontier
 from prefopt.train.trainer import Trainer

@@ -6,9 +6,8 @@ from datetime import datetime
 from pathlib import Path
 
 from prefopt.config.compare import CompareConfig
-from prefopt.config.frontier import FrontierConfig
 from prefopt.config.sample import SampleConfig
-from prefopt.config.sweeps import MethodsConfig
+from prefopt.config.sweeps import FrontierConfig, MethodsConfig
 from prefopt.config.tools import (
     CacheClearConfig,
     CacheListConfig,

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefopt.config import collect, tools
-from prefopt.config.chat import ChatConfig
 from prefopt.config.compare import CompareConfig
-from prefopt.config.frontier import FrontierConfig
 from prefopt.config.methods import METHODS, load_function
 from prefopt.config.rlhf import RlhfConfig
-from prefopt.config.sample import SampleConfig
-from prefopt.config.sweeps import MethodsConfig
+from prefopt.config.sample import ChatConfig, SampleConfig
+from prefopt.config.sweeps import FrontierConfig, MethodsConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from prefopt.config.dpo import DpoConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.reward import RewardConfig
 from prefopt.config.sft import SftConfig
-from prefopt.core.options import from_dict
+from prefopt.core.options import RENAMED, from_dict
 
 MethodConfig: TypeAlias = Any
 """A config of a method in :data:`METHODS`."""
@@ -68,4 +68,5 @@ def method_of(config: object) -> str | None:
 
 def read_options(method: str, values: Mapping[str, Any]) -> MethodConfig:
     """The config that ``run.json`` holds. Raises ``ConfigError`` where this version has other options."""
-    return from_dict(METHODS[method].config, {name: value for name, value in values.items() if value is not None})
+    given = {RENAMED.get(name, name): value for name, value in values.items() if value is not None}
+    return from_dict(METHODS[method].config, given)

@@ -1,4 +1,4 @@
-"""What ``prefopt rlhf`` reads: a model, data, and what is to differ from the defaults of each stage.
+"""What ``prefopt rlhf`` reads: a model, data, and options of each stage that differ from their defaults.
 
 >>> config = RlhfConfig(model="m", data="pairs.jsonl", output="out", ppo=["beta=0.02", "critic=head"])
 >>> config.stage("ppo").beta, config.stage("reward").eval_fraction, config.stage("sft").output
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from prefopt.config.data import READING, ReadOptions, TemplateOptions
 from prefopt.config.methods import METHODS, MethodConfig
-from prefopt.config.model import MachineOptions
+from prefopt.config.training import MachineOptions
 from prefopt.core.model_folder import is_adapter
 from prefopt.core.options import check_all, from_dict, option, parse_given, to_dict
 from prefopt.errors import ConfigError

@@ -18,9 +18,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from prefopt.core.cache_folder import Damaged
+from prefopt.core.cache_folder import Damaged, file_hashes
 from prefopt.core.files import write_flushed
-from prefopt.core.hashes import file_hashes
 from prefopt.data.table import COLUMNS, Array, Columns, Part
 from prefopt.errors import CacheError
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from prefopt.config.compare import CompareConfig, is_file
+from prefopt.core.cache_folder import file_hashes
 from prefopt.core.files import output_errors, replace_file
-from prefopt.core.hashes import file_hashes
 from prefopt.core.statistics import Interval
 from prefopt.data.files.sources import find_sources
 from prefopt.errors import ConfigError, DataError, RunError

@@ -18,8 +18,8 @@ from typing import Any
 
 from prefopt.config.methods import METHODS, MethodConfig
 from prefopt.config.rlhf import RlhfConfig
+from prefopt.core.cache_folder import file_hashes
 from prefopt.core.files import output_errors, read_json, write_json
-from prefopt.core.hashes import file_hashes
 from prefopt.core.model_folder import is_adapter
 from prefopt.core.terminal import Reporter
 from prefopt.data.files.content import layout_name

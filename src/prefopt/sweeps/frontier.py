@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config.dpo import DpoConfig
-from prefopt.config.frontier import FrontierConfig, Training
 from prefopt.config.methods import MethodConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.sft import SftConfig
+from prefopt.config.sweeps import FrontierConfig, Training
 from prefopt.core.files import read_json, write_json
 from prefopt.core.terminal import Reporter
 from prefopt.errors import Diverged

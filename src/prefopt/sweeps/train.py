@@ -18,14 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.config.frontier import FEWEST_STEPS
 from prefopt.config.methods import METHODS, MethodConfig, method_of, read_options
-from prefopt.config.sweeps import SweepOptions
+from prefopt.config.sweeps import FEWEST_STEPS, SweepOptions
 from prefopt.config.tools import is_model_reward
 from prefopt.core.files import output_errors, parsed, read_json, write_json
 from prefopt.core.model_folder import is_adapter
 from prefopt.core.options import flag
-from prefopt.core.stop import StopRequest
+from prefopt.core.terminal import StopRequest
 from prefopt.errors import Diverged, Interrupted, RunError, UserError
 from prefopt.methods.rlhf import contents_of_name, status_of
 from prefopt.rewards import load_reward

@@ -26,8 +26,7 @@ import torch
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.training import MethodOptions
 from prefopt.core.files import output_errors
-from prefopt.core.stop import StopRequest
-from prefopt.core.terminal import Reporter, duration, size
+from prefopt.core.terminal import Reporter, StopRequest, duration, size
 from prefopt.core.yaml_file import write_document
 from prefopt.data.chat.truncate import sequence_limit
 from prefopt.errors import ConfigError

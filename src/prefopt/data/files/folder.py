@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefopt.core.hashes import file_hashes
+from prefopt.core.cache_folder import file_hashes
 from prefopt.data.files.columnar import arrow_batches, table_rows
 from prefopt.data.files.content import look
 from prefopt.data.files.read import is_data_name

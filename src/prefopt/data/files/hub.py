@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from prefopt.core.hashes import file_hashes
+from prefopt.core.cache_folder import file_hashes
 from prefopt.data.files.columnar import table_rows
 from prefopt.data.files.content import reason
 from prefopt.data.files.folder import choose, nearest

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from prefopt.core.hashes import file_hashes
+from prefopt.core.cache_folder import file_hashes
 from prefopt.data.files.folder import data_files, is_saved, listed, nearest, saved_split
 from prefopt.data.files.hub import HubSplit
 from prefopt.data.files.read import is_data_name, read_rows
