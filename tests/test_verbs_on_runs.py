@@ -183,7 +183,7 @@ def sweeps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFOPT_CACHE", str(folder / "cache"))
         patch.setattr("prefopt.train.budget.matmul_peak", lambda *_: 1e10)
-        frontier.run(FrontierConfig(**{**given, "roads": ["dpo:beta=0.1", "best-of:n=2"]}))
+        frontier.run(FrontierConfig(**{**given, "methods": ["dpo:beta=0.1", "best-of:n=2"]}))
         methods.run(MethodsConfig(**{**given, **rates, "output": str(folder / "methods")}))
     return folder
 

@@ -25,9 +25,9 @@ from prefopt.sweeps.points import (
 from prefopt.sweeps.report import frontier_section, lines
 
 
-def point(road: str, kl: float | None, reward: float | None, **more: Any) -> Point:
+def point(method: str, kl: float | None, reward: float | None, **more: Any) -> Point:
     given: dict[str, Any] = {"kl_se": 0.1, "interval": None if reward is None else (reward - 0.05, reward + 0.05)}
-    return Point(road, "x=1", 0, 10, reward=reward, kl=kl, **{**given, **more})
+    return Point(method, "x=1", 0, 10, reward=reward, kl=kl, **{**given, **more})
 
 
 def test_a_point_is_dominated_by_more_reward_at_no_more_divergence() -> None:
@@ -73,7 +73,7 @@ def test_dominated_points_of_a_road_are_counted_once_and_only_those_that_count()
     assert dominated(points, "ppo", "dpo") == (0, 2)
 
 
-def test_roads_with_more_checkpoints_and_seeds_have_no_more_chances() -> None:
+def test_methods_with_more_checkpoints_and_seeds_have_no_more_chances() -> None:
     """Of each training the last point, against the trainings of the same seed."""
     early = [replace(point("dpo", 1.0, 0.5), step=5), replace(point("dpo", 4.0, 0.5), step=10)]
     other_seed = replace(point("dpo", 1.0, 0.9), seed=1)
@@ -88,7 +88,7 @@ def test_roads_with_more_checkpoints_and_seeds_have_no_more_chances() -> None:
     assert dominated([replace(point("best-of", 1.0, 0.9), step=0), replace(theirs, seed=7)], "best-of", "ppo") == (1, 1)
 
 
-def test_the_lines_tell_of_trainings_and_of_roads_of_which_none_counts() -> None:
+def test_the_lines_tell_of_trainings_and_of_methods_of_which_none_counts() -> None:
     points = [replace(point("dpo", 1.0, 0.6), step=step) for step in (5, 10)]
     points += [point("ppo-true", 2.0, 0.4), replace(point("ppo-true", 0.5, 0.4), setting="x=2")]
     points += [point("ppo-learned", 3.0, 0.3, counted=False, why_not="still rising", seconds=None)]
@@ -187,7 +187,7 @@ def test_what_is_no_sweep_is_said(text: str, said: str, tmp_path: Path) -> None:
         {"kl_is": "guessed"},
         {"plateau": {"rise": "x", "low": 0, "high": 0, "climb": 0, "steps": 6, "reached": True}},
         {"counted": "yes"},
-        {"road": None},
+        {"method": None},
     ],
 )
 def test_values_of_another_type_are_a_damaged_file(damage: dict[str, Any], tmp_path: Path) -> None:
@@ -213,6 +213,6 @@ def test_the_file_says_its_version_and_names(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "frontier.json").read_text())
     assert found["version"] == 1 and not found["finished"]
     assert set(found["points"][0]) == {
-        *("road", "setting", "seed", "step", "reward", "interval", "kl", "kl_se", "kl_is", "length"),
+        *("method", "setting", "seed", "step", "reward", "interval", "kl", "kl_se", "kl_is", "length"),
         *("counted", "why_not", "folder", "seconds", "plateau"),
     }

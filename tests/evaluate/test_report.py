@@ -201,7 +201,7 @@ def test_a_comparison_tells_all_that_it_found(tmp_path: Path) -> None:
 
 
 def sweep(folder: Path, tail: str = "") -> Path:
-    """A frontier of two roads: two points that count of each, one that does not, one that failed."""
+    """A frontier of two methods: two points that count of each, one that does not, one that failed."""
     points = [
         Point("dpo" + tail, "beta=0.1", 0, 50, 0.6, (0.55, 0.65), 4.0, 0.2, length=12.0),
         Point("dpo" + tail, "beta=0.5", 0, 50, 0.3, (0.25, 0.35), 1.0, 0.1, length=11.0),

@@ -51,7 +51,7 @@ def table(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Method
 def test_every_policy_is_measured_and_its_costs_are_those_of_all_its_stages(table: tuple[MethodsTable, Path]) -> None:
     found, output = table
     assert found.finished and read_table(output) == found
-    assert [(o.road, o.seed, o.factor) for o in found.outcomes] == [
+    assert [(o.method, o.seed, o.factor) for o in found.outcomes] == [
         (r, 0, f) for r in ("dpo", "ppo") for f in (1.0, 2.0)
     ]
     runs = {
@@ -110,7 +110,7 @@ def test_what_is_done_is_not_done_again_and_a_stop_changes_nothing(
 
 def test_a_road_that_diverges_is_counted_as_such(place: Path, tmp_path: Path) -> None:
     found = methods.run(config(place, tmp_path / "out", ppo=[*PPO, "max_kl=1e-6"]))
-    assert [(o.road, o.diverged is None) for o in found.outcomes] == [("dpo", True), ("ppo", False)]
+    assert [(o.method, o.diverged is None) for o in found.outcomes] == [("dpo", True), ("ppo", False)]
     page = (tmp_path / "out/methods.md").read_text()
     assert "| policies, and how many diverged | 1, 0 | 1, 1 |" in page and "run away from its reference\n" in page
 
@@ -125,7 +125,7 @@ def test_the_table_says_the_numbers_of_its_outcomes() -> None:
         "peak_memory_bytes": 3e9,
     }
     dpo = [Outcome("dpo", s, 1.0, costs, r, (r, r), 2.0, 0.1, 9.0, 12.0) for s, r in ((0, 0.5), (1, 0.7))]
-    ppo = [replace(dpo[0], road="ppo", costs={**costs, "models": 4, "seconds": 180, "generated_tokens": 7777})]
+    ppo = [replace(dpo[0], method="ppo", costs={**costs, "models": 4, "seconds": 180, "generated_tokens": 7777})]
     starts = (Start("as given", 0.1, 10.0), Start("fine-tuned, seed 0", 0.2, 11.0))
     table = MethodsTable("m", "vader", 32, 4, 512, "order", True, starts, (*dpo, *ppo))
     page = list(markdown(table))
@@ -157,8 +157,8 @@ def test_each_outcome_says_whether_its_processes_were_its_own(
     output, rates = tmp_path / "out", ["1", "2"]
     methods.run(config(place, output))
     found = methods.run(config(place, output, rate_factors=rates, isolate=True))
-    assert [(o.road, o.factor, o.isolated) for o in found.outcomes] == [
-        (road, rate, False) for road in ("dpo", "ppo") for rate in (1.0, 2.0)
+    assert [(o.method, o.factor, o.isolated) for o in found.outcomes] == [
+        (method, rate, False) for method in ("dpo", "ppo") for rate in (1.0, 2.0)
     ], "the fine-tuning that all share was in the process of the sweep"
     apart = methods.run(config(place, tmp_path / "apart", isolate=True))
     again = methods.run(config(place, tmp_path / "apart", rate_factors=rates))

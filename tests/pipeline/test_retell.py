@@ -34,8 +34,8 @@ def samples(file: Path, mean_P: Any) -> None:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
 
 
-def point(step: int, road: str = "ppo-true", **more: Any) -> Point:
-    return Point(road, "beta=0.1", 0, step, reward=0.5, interval=(0.4, 0.6), kl=3.0, kl_se=0.1, **more)
+def point(step: int, method: str = "ppo-true", **more: Any) -> Point:
+    return Point(method, "beta=0.1", 0, step, reward=0.5, interval=(0.4, 0.6), kl=3.0, kl_se=0.1, **more)
 
 
 def test_points_are_judged_anew_by_their_samples(tmp_path: Path) -> None:

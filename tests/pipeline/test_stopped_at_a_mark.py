@@ -19,7 +19,7 @@ from prefopt.train.trainer import Trainer
 @pytest.mark.slow
 def test_the_policy_of_the_mark_is_measured(place: Path, tmp_path: Path) -> None:
     def run(name: str) -> Path:
-        given = FrontierConfig(**{**values(place, tmp_path / name), "roads": ["ppo-true:beta=0.1"]})
+        given = FrontierConfig(**{**values(place, tmp_path / name), "methods": ["ppo-true:beta=0.1"]})
         return tmp_path / name / frontier.run(given).points[1].folder
 
     def stopping(self: Trainer, *arguments: Any) -> Any:

@@ -3,8 +3,8 @@
 >>> config = MethodsConfig(model="m", prompts="p.txt", reward="vader", output="out", rate_factors=["0.5", "2"])
 >>> config.factors
 [0.5, 2.0]
->>> frontier = FrontierConfig(model="m", prompts="p.txt", reward="vader", output="out", roads=["dpo:beta=0.1,1"])
->>> [(t.road, t.setting, t.seed) for t in frontier.trainings()]
+>>> frontier = FrontierConfig(model="m", prompts="p.txt", reward="vader", output="out", methods=["dpo:beta=0.1,1"])
+>>> [(t.method, t.setting, t.seed) for t in frontier.trainings()]
 [('dpo', 'beta=0.1', 0), ('dpo', 'beta=1', 0)]
 """
 
@@ -40,7 +40,7 @@ class SweepOptions(MachineOptions):
     """Part of the config of ``prefopt frontier`` and ``prefopt methods``."""
 
     model: str = option(
-        help="model that every road begins at: a folder, or the name of one on the Hugging Face Hub", group="model"
+        help="model that every method begins at: a folder, or the name of one on the Hugging Face Hub", group="model"
     )
 
     prompts: list[str] = option(
@@ -184,7 +184,7 @@ def evenly(steps: int, parts: int) -> list[int]:
 
 FACTORS = ("0.5", "1", "2")
 STAGES = {"dpo": ("sft", "dpo"), "ppo": ("sft", "reward", "ppo")}
-"""A road by its last stage, and all its stages."""
+"""Stages of each method that ``prefopt methods`` compares."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +263,7 @@ def _factor(text: str) -> float:
 
 # The sweeps of the DPO paper (Rafailov et al. 2023, section 6.1) for DPO, PPO and unlikelihood. It varied the seed of
 # fine-tuning; here it is the learning rate.
-DEFAULT_ROADS = (
+DEFAULT_SWEEPS = (
     "dpo:beta=0.05,0.1,1,5",
     "ppo-true:kl_target=3,6,9,12",
     "ppo-learned:kl_target=3,6,9,12",
@@ -271,8 +271,15 @@ DEFAULT_ROADS = (
     "unlikelihood:alpha=0.05,0.1,0.5,1",
     "best-of:n=2,4,8,16",
 )
-ROADS = {"dpo": "dpo", "ppo-true": "ppo", "ppo-learned": "ppo", "sft": "sft", "unlikelihood": "dpo", "best-of": None}
-"""A road, and the command that trains it."""
+TRAINED_BY = {
+    "dpo": "dpo",
+    "ppo-true": "ppo",
+    "ppo-learned": "ppo",
+    "sft": "sft",
+    "unlikelihood": "dpo",
+    "best-of": None,
+}
+"""The command that trains each method; best-of-n trains nothing."""
 FEWEST_STEPS = 3
 """Of PPO: with fewer there is none two thirds of the way."""
 
@@ -281,7 +288,7 @@ FEWEST_STEPS = 3
 class Training:
     """One policy to be made: ``value`` of the option ``name``. ``kind`` is the command, none for best-of."""
 
-    road: str
+    method: str
     name: str
     value: object
     text: str
@@ -290,7 +297,7 @@ class Training:
     @property
     def kind(self) -> str | None:
         """The command that trains it."""
-        return ROADS[self.road]
+        return TRAINED_BY[self.method]
 
     @property
     def setting(self) -> str:
@@ -301,20 +308,20 @@ class Training:
     def folder(self) -> str:
         """Where it is, below the output."""
         setting = re.sub(r"[^\w.=+-]", "_", self.setting)
-        return f"{self.road}/{setting}-seed{self.seed}"
+        return f"{self.method}/{setting}-seed{self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrontierConfig(SweepOptions):
-    """Expected reward against divergence, over roads and settings. Construction raises ``ConfigError``."""
+    """Expected reward against divergence, over methods and settings. Construction raises ``ConfigError``."""
 
-    roads: list[str] | None = option(
+    methods: list[str] | None = option(
         None,
-        "roads with the option that each sweeps and its values, ROAD:NAME=VALUE,VALUE: dpo, ppo-true (the true"
+        "methods with the option that each sweeps and its values, METHOD:NAME=VALUE,VALUE: dpo, ppo-true (the true"
         " reward), ppo-learned (a reward model of the same data), sft, unlikelihood and best-of; each with as many"
         " values",
         group="stages",
-        default_text=" ".join(DEFAULT_ROADS),
+        default_text=" ".join(DEFAULT_SWEEPS),
     )
     seeds: int = option(1, "trainings of every setting, seed after seed", group="stages", at_least=1)
     checkpoints: int = option(
@@ -332,31 +339,31 @@ class FrontierConfig(SweepOptions):
 
     def __post_init__(self) -> None:
         self.check_sweep()
-        if self.roads is None:
-            object.__setattr__(self, "roads", list(DEFAULT_ROADS))
+        if self.methods is None:
+            object.__setattr__(self, "methods", list(DEFAULT_SWEEPS))
         trainings = list(self.trainings())
         for one in trainings:  # a mistake in the last one is told before the first has run
             if one.kind is not None:
                 self.config_of(one, data=["data"], prompts="prompts", each=2.0)
-        if any(t.road == "ppo-learned" for t in trainings):
+        if any(t.method == "ppo-learned" for t in trainings):
             self.reward_config(0, data=["data"], each=2.0)
 
     def trainings(self) -> Iterator[Training]:
-        """All of them, in the order of the roads, seed after seed. Raises ``ConfigError`` for a road that is none."""
-        sweeps = [_sweep(text) for text in self.roads or ()]
+        """All trainings, seed by seed, in the order of the methods. Raises ``ConfigError`` for an unknown method."""
+        sweeps = [_sweep(text) for text in self.methods or ()]
         counts = {len(values) for _, _, values in sweeps}
         if len(counts) > 1:
-            told = ", ".join(f"{road} {len(values)}" for road, _, values in sweeps)
-            raise ConfigError(f"--roads: all roads get as many settings, that none is tuned more than another: {told}")
-        names = [road for road, _, _ in sweeps]
+            told = ", ".join(f"{method} {len(values)}" for method, _, values in sweeps)
+            raise ConfigError(f"--methods: give all methods the same number of settings, for equal tuning: {told}")
+        names = [method for method, _, _ in sweeps]
         if len(set(names)) < len(names):
-            raise ConfigError("--roads names a road twice; give all its values at once")
+            raise ConfigError("--methods names a method twice; give all its values at once")
         for seed in range(self.seed, self.seed + self.seeds):
-            for road, name, values in sweeps:
-                if road == "best-of" and seed != self.seed:
+            for method, name, values in sweeps:
+                if method == "best-of" and seed != self.seed:
                     continue  # nothing is trained: another seed would only be another draw
                 for text in values:
-                    yield Training(road, name, parse_value(text), text, seed)
+                    yield Training(method, name, parse_value(text), text, seed)
 
     def config_of(self, one: Training, *, data: list[str], prompts: str, each: float) -> MethodConfig:
         """The config that trains ``one``; ``each``: responses of a row of ``data``. Raises ``ConfigError``."""
@@ -364,12 +371,12 @@ class FrontierConfig(SweepOptions):
         given: dict[str, Any] = {"model": self.model}
         given |= {"prompts": [prompts]} if one.kind == "ppo" else {"data": data}
         if one.kind == "ppo":
-            given["reward"] = self.reward if one.road == "ppo-true" else str(self.reward_folder(one.seed))
-        if one.road == "unlikelihood" and one.name not in {f.name for f in fields(DpoConfig)}:
+            given["reward"] = self.reward if one.method == "ppo-true" else str(self.reward_folder(one.seed))
+        if one.method == "unlikelihood" and one.name not in {f.name for f in fields(DpoConfig)}:
             given["loss_options"] = [f"{one.name}={one.text}"]
         else:
             given[one.name] = one.value
-        if one.road == "unlikelihood":
+        if one.method == "unlikelihood":
             given["loss"] = "unlikelihood"
         # As many rows, not twice the steps: fine-tuning learns from the best response of a row alone.
         rows = 1.0 if one.kind == "sft" else each
@@ -388,7 +395,7 @@ class FrontierConfig(SweepOptions):
         return evenly(steps, self.checkpoints)
 
     def reward_folder(self, seed: int) -> Path:
-        """Where the reward model of the roads that learn one is."""
+        """Where the reward model of the methods that learn one is."""
         return Path(self.output) / f"reward-seed{seed}"
 
     def reward_config(self, seed: int, *, data: list[str], each: float) -> MethodConfig:
@@ -400,19 +407,20 @@ class FrontierConfig(SweepOptions):
 
 def _sweep(text: str) -> tuple[str, str, list[str]]:
     """``dpo:beta=0.1,1`` taken apart."""
-    road, _, sweep = text.partition(":")
+    method, _, sweep = text.partition(":")
     name, equals, values = sweep.partition("=")
     name, found = name.strip().replace("-", "_"), [v.strip() for v in values.split(",") if v.strip()]
-    if road not in ROADS:
+    if method not in TRAINED_BY:
         raise ConfigError(
-            f"--roads {text}: no road is called {road!r}{nearest(road, list(ROADS))}; there are {', '.join(ROADS)}"
+            f"--methods {text}: there is no method {method!r}{nearest(method, list(TRAINED_BY))}; there are"
+            f" {', '.join(TRAINED_BY)}"
         )
     if not equals or not name or not found:
-        raise ConfigError(f"--roads {text}: it should be ROAD:NAME=VALUE,VALUE, such as dpo:beta=0.05,0.1,1,5")
-    if name in DECIDED or (ROADS[road] == "ppo" and name in OF_PPO):
-        raise ConfigError(f"--roads {text}: the sweep decides {name}; sweep another option")
+        raise ConfigError(f"--methods {text}: it should be METHOD:NAME=VALUE,VALUE, such as dpo:beta=0.05,0.1,1,5")
+    if name in DECIDED or (TRAINED_BY[method] == "ppo" and name in OF_PPO):
+        raise ConfigError(f"--methods {text}: the sweep decides {name}; sweep another option")
     if len(set(found)) < len(found):
-        raise ConfigError(f"--roads {text}: a value stands there twice")
-    if road == "best-of" and (name != "n" or not all(v.isdigit() and int(v) > 1 for v in found)):
-        raise ConfigError(f"--roads {text}: best-of sweeps n, whole numbers from 2 on")
-    return road, name, found
+        raise ConfigError(f"--methods {text}: a value is given twice")
+    if method == "best-of" and (name != "n" or not all(v.isdigit() and int(v) > 1 for v in found)):
+        raise ConfigError(f"--methods {text}: best-of sweeps n, whole numbers from 2 on")
+    return method, name, found

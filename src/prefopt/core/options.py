@@ -39,7 +39,7 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 _COMPARE = {"of at least": operator.ge, "above": operator.gt, "of at most": operator.le, "below": operator.lt}
 LAST = "machine"
 """The group that help and docs show last, whichever class brings it."""
-RENAMED = {"reference_every": "ref_model_sync_steps", "reference_mix": "ref_model_mixup_alpha"}
+RENAMED = {"reference_every": "ref_model_sync_steps", "reference_mix": "ref_model_mixup_alpha", "roads": "methods"}
 """Options by the name that they had before."""
 BITS = 64
 """Whole numbers have no more."""

@@ -1,7 +1,7 @@
-"""``prefopt frontier``: every road at every setting, each trained into a folder of its own and measured alike.
+"""``prefopt frontier``: every method at every setting, each trained into a folder of its own and measured alike.
 
 What a training came to stands in ``points.json`` of its folder, so that a sweep that was stopped goes on where it was,
-and one that is given more roads, settings or seeds makes what is new. Any other change of options is refused, since
+and one that is given more methods, settings or seeds makes what is new. Any other change of options is refused, since
 points would not compare.
 """
 
@@ -35,7 +35,7 @@ from prefopt.train.loss_options import terms_of
 from prefopt.train.policy import Policy, with_base
 
 POINTS = "points.json"
-MAY_GROW = {"roads", "seeds", "plateau_share", "progress", "output", "threads"}
+MAY_GROW = {"methods", "seeds", "plateau_share", "progress", "output", "threads"}
 """Options that may differ when a sweep is started again: they add points, or change none but what is told of them."""
 
 
@@ -77,7 +77,7 @@ class _Sweep:
         for n, one in enumerate(trainings, 1):
             folder = self.folder / one.folder
             done = f", done already{self._other_steps(one, folder)}" if (folder / POINTS).exists() else ""
-            self.reporter.say(f"{n} of {len(trainings)}: {one.road} {one.setting}, seed {one.seed}{done}")
+            self.reporter.say(f"{n} of {len(trainings)}: {one.method} {one.setting}, seed {one.seed}{done}")
             self._once(folder, partial(self._points, one, folder))
             self._gather(trainings, finished=False)
         self.reference.release()
@@ -123,7 +123,7 @@ class _Sweep:
     def _retold(self, one: Training, point: Point, start: Point) -> Point:
         if one.kind is None:
             return replace(point, seconds=0.0)
-        before = [self.config.reward_folder(one.seed)] if one.road == "ppo-learned" else []
+        before = [self.config.reward_folder(one.seed)] if one.method == "ppo-learned" else []
         assert start.reward is not None
         folder, share = self.folder / one.folder, self.config.plateau_share
         return retold(point, folder, start=start.reward, share=share, before=before)
@@ -131,12 +131,12 @@ class _Sweep:
     # -- one training ------------------------------------------------------------------------------------------
 
     def _start(self) -> list[Point]:
-        """The model that every road begins at: no divergence."""
+        """The model that every method begins at: no divergence."""
         found = self.measure(self.config.model, self.folder / "reference" / f"{SAMPLES}.jsonl")
         return [_point(found, Point("reference", "", self.config.seed, 0, kl_se=0.0))]
 
     def _points(self, one: Training, folder: Path) -> list[Point]:
-        point = Point(one.road, one.setting, one.seed, 0)
+        point = Point(one.method, one.setting, one.seed, 0)
         if one.kind is None:
             assert isinstance(one.value, int)
             found = self.measure(self.config.model, folder / f"{SAMPLES}.jsonl", best_of=one.value)
@@ -144,11 +144,11 @@ class _Sweep:
         try:
             return self._trained(one, folder, point)
         except Diverged as error:
-            self.reporter.say(f"{one.road} {one.setting} diverged: {error.reason}")
+            self.reporter.say(f"{one.method} {one.setting} diverged: {error.reason}")
             return [replace(point, counted=False, why_not=error.reason)]
 
     def _trained(self, one: Training, folder: Path, point: Point) -> list[Point]:
-        if one.road == "ppo-learned":
+        if one.method == "ppo-learned":
             data = [str(self.ground.data)]
             train_once(self.config.reward_config(one.seed, data=data, each=self.ground.each))
         config = self._config_of(one)

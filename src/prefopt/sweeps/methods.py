@@ -55,35 +55,35 @@ class _Sweep:
         return self._write(finished=True)
 
     def _seed(self, seed: int) -> None:
-        """The stages that both roads share, then every rate of each."""
+        """The stages that both methods share, then every rate of each."""
         config = self.config
         self._train("sft", seed, 1.0)
         tuned = str(config.folder("sft", seed))
         reference = SampledModel(tuned, device=config.device, dtype=config.dtype)
         self.starts.append(self._start(f"fine-tuned, seed {seed}", tuned, reference, Path(tuned)))
         measure = Measure(config, self.ground, reference)
-        for road in STAGES:
+        for method in STAGES:
             for factor in config.factors:
-                file = config.folder(road, seed, factor) / "outcome.json"
+                file = config.folder(method, seed, factor) / "outcome.json"
                 if file.exists():
-                    kept = {"isolated": self._isolated(road, seed, factor)}  # (earlier versions did not keep it)
+                    kept = {"isolated": self._isolated(method, seed, factor)}  # (earlier versions did not keep it)
                     told = read_json(file, lambda found: outcome_of(kept | found), "remove it to measure again")  # noqa: B023
                     self.outcomes.append(told)
                 else:
-                    self.outcomes.append(self._outcome(road, seed, factor, measure))
+                    self.outcomes.append(self._outcome(method, seed, factor, measure))
                     write_json(file, asdict(self.outcomes[-1]))
                 self._write(finished=False)
         reference.release()
 
     # -- one policy --------------------------------------------------------------------------------------------
 
-    def _outcome(self, road: str, seed: int, factor: float, measure: Measure) -> Outcome:
-        folder = self.config.folder(road, seed, factor)
-        found = Outcome(road, seed, factor, folder=str(folder.relative_to(self.folder)))
+    def _outcome(self, method: str, seed: int, factor: float, measure: Measure) -> Outcome:
+        folder = self.config.folder(method, seed, factor)
+        found = Outcome(method, seed, factor, folder=str(folder.relative_to(self.folder)))
         try:
-            configs = [self._train(stage, seed, factor) for stage in STAGES[road]]
+            configs = [self._train(stage, seed, factor) for stage in STAGES[method]]
         except Diverged as error:
-            self.reporter.say(f"{road}, seed {seed}, {factor:g} times the rate, diverged: {error.reason}")
+            self.reporter.say(f"{method}, seed {seed}, {factor:g} times the rate, diverged: {error.reason}")
             return replace(found, diverged=error.reason)
         costs = together([_costs(Path(c.output)) for c in configs])
         where = model_of(configs[-1])
@@ -91,7 +91,7 @@ class _Sweep:
         return replace(
             found,
             costs=costs,
-            isolated=self._isolated(road, seed, factor),
+            isolated=self._isolated(method, seed, factor),
             reward=told.reward.mean,
             interval=(told.reward.low, told.reward.high),
             kl=told.kl,
@@ -123,13 +123,13 @@ class _Sweep:
         """Where a training that has a process of its own finds its options."""
         return self.folder / "trainings" / f"{'-'.join(folder.parts[-2:])}.json"
 
-    def _isolated(self, road: str, seed: int, factor: float) -> bool:
+    def _isolated(self, method: str, seed: int, factor: float) -> bool:
         """Whether every start of every stage of a policy had a process of its own."""
-        folders = [self.config.folder(s, seed, factor if s in STAGES else None) for s in STAGES[road]]
+        folders = [self.config.folder(s, seed, factor if s in STAGES else None) for s in STAGES[method]]
         return all(f.exists() and not _shared(f).exists() for f in map(self._file, folders))
 
     def _start(self, name: str, model: str, reference: SampledModel, folder: Path) -> Start:
-        """Where roads begin; kept in its folder."""
+        """Where methods begin; kept in its folder."""
         file = folder / "start.json"
         if not file.exists():
             told = Measure(self.config, self.ground, reference)(model, folder / "samples.jsonl")

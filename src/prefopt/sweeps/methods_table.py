@@ -1,4 +1,4 @@
-"""Roads side by side: what each costs and what it gives, as records, a file and a Markdown table."""
+"""Methods side by side: what each costs and what it gives, as records, a file and a Markdown table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = {"dpo": "SFT, DPO", "ppo": "SFT, reward model, PPO"}
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One policy: stages ``road``, trained with ``seed`` at ``factor`` times its learning rate.
+    """One policy: stages ``method``, trained with ``seed`` at ``factor`` times its learning rate.
 
     ``costs`` are those of all its stages together (:class:`prefopt.model.costs.Costs`, ``seconds``,
     ``peak_memory_bytes``). ``reward`` with its ``interval`` (95 %, prompts resampled), ``kl`` to its fine-tuned start
@@ -28,7 +28,7 @@ class Outcome:
     that the peak memory is that of the training.
     """
 
-    road: str
+    method: str
     seed: int
     factor: float
     costs: dict[str, float] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A model that roads begin at: the one given, and what fine-tuning made of it for each seed."""
+    """A model that methods begin at: the one given, and what fine-tuning made of it for each seed."""
 
     name: str
     reward: float
@@ -89,16 +89,17 @@ def _table(found: dict[str, Any]) -> MethodsTable:
 
 def outcome_of(values: dict[str, Any]) -> Outcome:
     """What ``asdict`` made of an outcome. Raises ``TypeError`` for other names or types."""
+    values = {"method" if name == "road" else name: value for name, value in values.items()}  # as first versions wrote
     interval = values.get("interval")
     return typed(Outcome, {**values, "interval": None if interval is None else tuple(interval)})
 
 
 def markdown(table: MethodsTable) -> Iterator[str]:
-    """The table of the roads, a column for each, with what its numbers are."""
-    roads = [road for road in NAMES if any(o.road == road for o in table.outcomes)]
-    yield f"| | {' | '.join(NAMES[road] for road in roads)} |"
-    yield f"| --- |{' --- |' * len(roads)}"
-    columns = [_column(table, [o for o in table.outcomes if o.road == road]) for road in roads]
+    """The table of the methods, a column for each, with what its numbers are."""
+    methods = [method for method in NAMES if any(o.method == method for o in table.outcomes)]
+    yield f"| | {' | '.join(NAMES[method] for method in methods)} |"
+    yield f"| --- |{' --- |' * len(methods)}"
+    columns = [_column(table, [o for o in table.outcomes if o.method == method]) for method in methods]
     for name in columns[0] if columns else ():
         yield f"| {name} | {' | '.join(column[name] for column in columns)} |"
     yield ""
@@ -109,11 +110,11 @@ def markdown(table: MethodsTable) -> Iterator[str]:
     )
     for o in table.outcomes:
         if o.diverged is not None:
-            yield f"- {NAMES[o.road]}, seed {o.seed}, {o.factor:g} times the rate, diverged: {o.diverged}"
+            yield f"- {NAMES[o.method]}, seed {o.seed}, {o.factor:g} times the rate, diverged: {o.diverged}"
 
 
 def _column(table: MethodsTable, outcomes: Sequence[Outcome]) -> dict[str, str]:
-    road = outcomes[0].road
+    method = outcomes[0].method
     good = [o for o in outcomes if o.diverged is None]
     rewards = np.array([o.reward for o in good], np.float64)
 
@@ -124,7 +125,7 @@ def _column(table: MethodsTable, outcomes: Sequence[Outcome]) -> dict[str, str]:
         return max((o.costs.get(name, 0.0) for o in good), default=float("nan"))
 
     told = {
-        "trainings one after the other": str(NAMES[road].count(",") + 1),
+        "trainings one after the other": str(NAMES[method].count(",") + 1),
         "models in memory together": f"{most('models'):.0f}, {size(most('model_bytes'))} of weights",
         "forward passes": f"{mean('forward_passes'):,.0f}",
         "tokens forwarded and learned from": f"{mean('trained_tokens'):,.0f}",

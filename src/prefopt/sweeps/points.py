@@ -2,7 +2,7 @@
 
 >>> a = Point("dpo", "beta=0.1", 0, 50, reward=0.6, interval=(0.5, 0.7), kl=4.0, kl_se=0.5)
 >>> b = Point("ppo", "kl_target=6", 0, 80, reward=0.4, interval=(0.3, 0.5), kl=6.0, kl_se=0.5)
->>> dominates(a, b), dominates(b, a), [p.road for p in frontier([a, b])]
+>>> dominates(a, b), dominates(b, a), [p.method for p in frontier([a, b])]
 (True, False, ['dpo'])
 
 >>> around = np.linspace(-0.1, 0.1, 40)
@@ -81,9 +81,9 @@ class Plateau:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One policy, measured on samples of its own to prompts that no road was trained on.
+    """One policy, measured on samples of its own to prompts that no method was trained on.
 
-    ``road`` is how it was made, ``setting`` what was swept (``beta=0.1``), ``step`` the step of its training.
+    ``method`` is how it was made, ``setting`` what was swept (``beta=0.1``), ``step`` the step of its training.
     ``reward`` is the mean true reward, ``interval`` its bounds (95 %, prompts resampled); ``kl`` the divergence of
     whole responses from the reference in nats, with its standard error over prompts, or, where ``kl_is`` says so, an
     upper bound without one; ``length`` tokens of a response on average; ``seconds`` what training took to get here,
@@ -91,7 +91,7 @@ class Point:
     that has no numbers, since its training failed, never does.
     """
 
-    road: str
+    method: str
     setting: str
     seed: int
     step: int
@@ -115,7 +115,9 @@ class Point:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Point:
         """What ``asdict`` wrote. Raises ``TypeError`` and ``ValueError`` for other names, types or ranges."""
-        given = dict(values)
+        given = {
+            "method" if name == "road" else name: value for name, value in values.items()
+        }  # as first versions wrote
         if given.get("interval") is not None:
             given["interval"] = tuple(given["interval"])
         if given.get("plateau") is not None:
@@ -190,24 +192,24 @@ def frontier(points: Sequence[Point]) -> list[Point]:
 
 
 def dominated(points: Sequence[Point], by: str, of: str, *, clearly: bool = False) -> tuple[int, int]:
-    """How many points of road ``of`` a point of road ``by`` dominates, and how many ``of`` has that count.
+    """How many points of method ``of`` a point of method ``by`` dominates, and how many ``of`` has that count.
 
-    Of each training the last point alone, and only against those of the same seed: a road with more checkpoints or
+    Of each training the last point alone, and only against those of the same seed: a method with more checkpoints or
     seeds would have more chances. What nothing was trained for (step 0) has no seed of its own.
     """
     better = clearly_dominates if clearly else dominates
     ends = last_points(points)
-    ours = [p for p in ends if p.road == by and p.stands]
-    theirs = [p for p in ends if p.road == of and p.stands]
+    ours = [p for p in ends if p.method == by and p.stands]
+    theirs = [p for p in ends if p.method == of and p.stands]
     meets = [[p for p in ours if p.seed == q.seed or 0 in (p.step, q.step)] for q in theirs]
     return sum(any(better(p, q) for p in met) for q, met in zip(theirs, meets, strict=True)), len(theirs)
 
 
 def last_points(points: Sequence[Point]) -> list[Point]:
-    """Of each training (road, setting, seed) the point of its last step, whether it counts or not."""
+    """Of each training (method, setting, seed) the point of its last step, whether it counts or not."""
     last: dict[tuple[str, str, int], Point] = {}
     for p in points:
-        key = p.road, p.setting, p.seed
+        key = p.method, p.setting, p.seed
         if key not in last or p.step > last[key].step:
             last[key] = p
     return list(last.values())

@@ -19,7 +19,7 @@ from prefopt.runs.plot import COLOURS, require_matplotlib
 from prefopt.runs.table import columns
 from prefopt.sweeps.points import FILE, Frontier, Point, dominated, frontier, read_frontier
 
-HEAD = ("road", "setting", "seed", "step", "reward", "95 %", "KL", "± error", "tokens", "training", "")
+HEAD = ("method", "setting", "seed", "step", "reward", "95 %", "KL", "± error", "tokens", "training", "")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 CAVEATS = (
     "dominance compares the numbers as they are; only differences beyond the errors are shown with confidence",
@@ -42,7 +42,7 @@ def lines(sweep: Frontier) -> Iterator[str]:
     if excluded := [p for p in sweep.points if not p.counted]:
         yield ""
         yield "excluded:"
-        yield from (f"  {p.road} {p.setting}, seed {p.seed}: {p.why_not}" for p in excluded)
+        yield from (f"  {p.method} {p.setting}, seed {p.seed}: {p.why_not}" for p in excluded)
     yield ""
     yield from plateaus(sweep.points)
     yield from _against_ppo(sweep.points)
@@ -56,7 +56,7 @@ def _table_row(p: Point, on_frontier: bool) -> tuple[str, ...]:
         numbers = (f"{p.reward:+.3f}", bounds, f"{p.kl:z.2f}", error, f"{p.length or 0:.1f}")
     mark = "on the frontier" if on_frontier else "" if p.counted else "excluded"
     time = "unknown" if p.seconds is None else duration(p.seconds) if p.seconds else ""
-    return (p.road, p.setting, str(p.seed), str(p.step), *numbers, time, mark)
+    return (p.method, p.setting, str(p.seed), str(p.step), *numbers, time, mark)
 
 
 def plateaus(points: Sequence[Point]) -> Iterator[str]:
@@ -66,23 +66,23 @@ def plateaus(points: Sequence[Point]) -> Iterator[str]:
         yield "true reward on the held-out prompts over the last steps of PPO: rise [95 %], and the whole climb"
         for p, f in shown:
             rise = f"{f.rise:+.3f} [{f.low:+.3f}, {f.high:+.3f}] in {f.steps} steps, climb {f.climb:+.3f}: {f.verdict}"
-            yield f"  {p.road} {p.setting}, seed {p.seed}: {rise}"
+            yield f"  {p.method} {p.setting}, seed {p.seed}: {rise}"
         yield ""
 
 
 def _against_ppo(points: Sequence[Point]) -> Iterator[str]:
     """How many trainings of PPO are dominated by DPO."""
-    roads = [road for road in ("ppo-true", "ppo-learned") if any(p.road == road for p in points)]
-    if not roads or not any(p.road == "dpo" for p in points):
+    methods = [method for method in ("ppo-true", "ppo-learned") if any(p.method == method for p in points)]
+    if not methods or not any(p.method == "dpo" for p in points):
         return
     yield "DPO against PPO: trainings of the same seed, each at its last step"
-    for road in roads:
-        count, of = dominated(points, "dpo", road)
-        clear, _ = dominated(points, "dpo", road, clearly=True)
+    for method in methods:
+        count, of = dominated(points, "dpo", method)
+        clear, _ = dominated(points, "dpo", method, clearly=True)
         if of:
-            yield f"  DPO dominates {count} of {of} included trainings of {road}; beyond the errors of both, {clear}"
+            yield f"  DPO dominates {count} of {of} included trainings of {method}; beyond the errors of both, {clear}"
         else:
-            yield f"  every training of {road} is excluded, so DPO is not compared with it"
+            yield f"  every training of {method} is excluded, so DPO is not compared with it"
 
 
 # -- figure ----------------------------------------------------------------------------------------------------
@@ -106,10 +106,10 @@ def figure_of_frontier(sweep: Frontier, *, titled: bool = True) -> Any:
 
     figure: Any = Figure(figsize=(7.5, 5.2), layout="constrained")
     axes = figure.subplots()
-    roads = list(dict.fromkeys(p.road for p in sweep.points if p.kl is not None))
-    for n, road in enumerate(roads):
-        points = [p for p in sweep.points if p.road == road and p.kl is not None]
-        _draw(axes, points, road, COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)])
+    methods = list(dict.fromkeys(p.method for p in sweep.points if p.kl is not None))
+    for n, method in enumerate(methods):
+        points = [p for p in sweep.points if p.method == method and p.kl is not None]
+        _draw(axes, points, method, COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)])
     best = frontier(sweep.points)
     style: dict[str, Any] = {"color": "0.6", "linewidth": 1, "linestyle": ":", "zorder": 1, "label": "not dominated"}
     axes.plot([p.kl for p in best], [p.reward for p in best], **style)
@@ -126,9 +126,9 @@ def figure_of_frontier(sweep: Frontier, *, titled: bool = True) -> Any:
     return figure
 
 
-def _draw(axes: Any, points: list[Point], road: str, colour: str, marker: str) -> None:
+def _draw(axes: Any, points: list[Point], method: str, colour: str, marker: str) -> None:
     """One method: intervals of reward, and two standard errors of a measured KL."""
-    label: str | None = f"{road} (KL: upper bound)" if points[0].kl_is == "bound" else road
+    label: str | None = f"{method} (KL: upper bound)" if points[0].kl_is == "bound" else method
     for p in points:
         assert p.kl is not None and p.reward is not None and p.interval is not None
         errors = {"yerr": [[max(0.0, p.reward - p.interval[0])], [max(0.0, p.interval[1] - p.reward)]]}
@@ -181,7 +181,7 @@ def frontier_section(folder: str | Path, *, number: int = 0) -> page.Section:
         ("preferences", sweep.made),
         ("status", "finished" if sweep.finished else "unfinished: more points are to come"),
     ]
-    drawn = [replace(p, road=plain(p.road)) for p in sweep.points if None not in (p.reward, p.interval, p.kl)]
+    drawn = [replace(p, method=plain(p.method)) for p in sweep.points if None not in (p.reward, p.interval, p.kl)]
     figure = None
     if drawn:
         found = figure_of_frontier(replace(sweep, reward=plain(sweep.reward), points=tuple(drawn)), titled=False)
@@ -202,11 +202,11 @@ def frontier_section(folder: str | Path, *, number: int = 0) -> page.Section:
 
 def _sentences(sweep: Frontier) -> Iterator[str]:
     """Which method dominates which, by the numbers and beyond their errors."""
-    roads = list(dict.fromkeys(p.road for p in sweep.points if p.stands))
-    if len(roads) < 2:
+    methods = list(dict.fromkeys(p.method for p in sweep.points if p.stands))
+    if len(methods) < 2:
         yield "fewer than two methods have an included point, so nothing is compared"
-    for one in roads:
-        for other in roads:
+    for one in methods:
+        for other in methods:
             count, of = dominated(sweep.points, one, other)
             if one != other and count:
                 sure, _ = dominated(sweep.points, one, other, clearly=True)
@@ -228,4 +228,4 @@ def _section_row(p: Point, best: bool) -> FrontierRow:
     included = "yes" if p.stands else f"no: {p.why_not or 'it has no numbers'}"
     setting = f"{p.setting}, seed {p.seed}, step {p.step}"
     length = "-" if p.length is None else f"{p.length:.1f}"
-    return FrontierRow(p.road, setting, reward, kl, length, included, best)
+    return FrontierRow(p.method, setting, reward, kl, length, included, best)

@@ -1,4 +1,4 @@
-"""What all roads of a sweep stand on: prompts that are dealt once, preferences that are made once, and one measure.
+"""What all methods of a sweep stand on: prompts that are dealt once, preferences that are made once, and one measure.
 
 Everything is written below ``data`` of the sweep's output, and found there when the sweep is started again.
 """

@@ -173,7 +173,9 @@ def retold(point: Point, folder: Path, *, start: float, share: float, before: Se
     :class:`prefopt.errors.RunError` for a damaged folder.
     """
     point = replace(point, seconds=_took(point, folder, before))
-    return _judged(point, folder, start, share) if point.road.startswith("ppo") and point.reward is not None else point
+    return (
+        _judged(point, folder, start, share) if point.method.startswith("ppo") and point.reward is not None else point
+    )
 
 
 def _took(point: Point, folder: Path, before: Sequence[Path]) -> float | None:
