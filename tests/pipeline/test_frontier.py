@@ -25,8 +25,8 @@ from prefopt.methods import sample
 from prefopt.records import Comparison
 from prefopt.reference.cache import FillReport, ReferenceCache
 from prefopt.sweeps import frontier
+from prefopt.sweeps.data import bradley_terry
 from prefopt.sweeps.points import Frontier, Point, plateau, read_frontier
-from prefopt.sweeps.shared import bradley_terry
 from train.small import write_rows
 from train.test_resume import stop_after
 
@@ -268,18 +268,6 @@ def test_checkpoints_are_as_even_as_steps_allow_and_all_steps_are_made(place: Pa
     assert told(found.points) == told(whole.points)
     seconds = [p.seconds or 0.0 for p in found.points[1:]]
     assert 0 < seconds[0] < seconds[1] < seconds[2]
-
-
-def test_a_training_of_other_steps_by_an_earlier_version_is_told(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given = config(place, tmp_path / "out", methods=["sft:average=rows"], checkpoints=3, responses=20, progress="plain")
-    frontier.run(given)
-    assert "by another version" not in capsys.readouterr().out
-    file = tmp_path / "out/sft/average=rows-seed0/points.json"
-    file.write_text(json.dumps(json.loads(file.read_text())[:2]))  # three steps, as five were cut to
-    frontier.run(given)
-    assert "done already (by another version: 3 steps, not 5; remove" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("at", [1, pytest.param(3, marks=pytest.mark.slow)])

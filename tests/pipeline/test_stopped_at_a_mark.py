@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefopt.rl.loop import Phases
 
 from pipeline.sweeping import values
 from prefopt.config.sweeps import FrontierConfig

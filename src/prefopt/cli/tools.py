@@ -166,8 +166,7 @@ def frontier(config: FrontierConfig) -> None:
 
 
 def methods(config: MethodsConfig) -> None:
-    from prefopt.sweeps.methods import run
-    from prefopt.sweeps.methods_table import markdown
+    from prefopt.sweeps.methods import markdown, run
 
     tell_lines(markdown(run(config)))
     folder = Path(config.output)

@@ -19,7 +19,7 @@ from prefopt.runs.plot import COLOURS, require_matplotlib
 from prefopt.runs.table import columns
 from prefopt.sweeps.points import FILE, Frontier, Point, dominated, frontier, read_frontier
 
-HEAD = ("method", "setting", "seed", "step", "reward", "95 %", "KL", "± error", "tokens", "training", "")
+HEAD = ("method", "setting", "", "reward (95 %)", "KL", "tokens", "training", "included")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 CAVEATS = (
     "dominance compares the numbers as they are; only differences beyond the errors are shown with confidence",
@@ -27,62 +27,72 @@ CAVEATS = (
 )
 
 
-# -- text ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class FrontierRow:
+    """One point as text; ``best``: no other point dominates it."""
+
+    method: str
+    setting: str
+    reward: str
+    kl: str
+    tokens: str
+    training: str
+    included: str
+    best: bool
+
+
+def rows_of(sweep: Frontier) -> list[FrontierRow]:
+    """The table of points."""
+    best = frontier(sweep.points)
+    return [_row(p, p in best) for p in sweep.points]
+
+
+def _row(p: Point, best: bool) -> FrontierRow:
+    reward = "-" if p.reward is None else f"{p.reward:.3f}"
+    if p.reward is not None and p.interval is not None:
+        reward += f" ({p.interval[0]:.3f} to {p.interval[1]:.3f})"
+    kl = "-" if p.kl is None else f"{p.kl:z.2f}"
+    if p.kl is not None:
+        kl = f"at most {kl}" if p.kl_is == "bound" else kl + ("" if p.kl_se is None else f" ± {p.kl_se:.2f}")
+    setting = f"{p.setting}, seed {p.seed}, step {p.step}"
+    tokens = "-" if p.length is None else f"{p.length:.1f}"
+    training = "unknown" if p.seconds is None else duration(p.seconds) if p.seconds else "-"
+    included = "yes" if p.stands else f"no: {p.why_not or 'it has no numbers'}"
+    return FrontierRow(p.method, setting, reward, kl, tokens, training, included, best)
+
+
+def sentences(sweep: Frontier) -> Iterator[str]:
+    """Which method dominates which, by the numbers and beyond their errors."""
+    methods = list(dict.fromkeys(p.method for p in sweep.points if p.stands))
+    if len(methods) < 2:
+        yield "fewer than two methods have an included point, so nothing is compared"
+    for one in methods:
+        for other in methods:
+            count, of = dominated(sweep.points, one, other)
+            if one != other and count:
+                sure, _ = dominated(sweep.points, one, other, clearly=True)
+                yield (
+                    f"{one} has more reward at no more KL than {count} of the {of} included trainings of {other}, each"
+                    f" at its last step and within a seed; beyond the errors, than {sure}"
+                )
+    if out := sum(not p.stands for p in sweep.points):
+        yield f"{out} of {len(sweep.points)} points are excluded; the table says why"
 
 
 def lines(sweep: Frontier) -> Iterator[str]:
-    """The sweep as text: a table of its points, excluded points, plateaus of PPO, and DPO against PPO."""
+    """The sweep as text; * marks points that no other dominates."""
     yield f"true reward {sweep.reward} on {sweep.prompts} held-out prompts, {sweep.samples} samples each; KL in nats"
     yield f"preferences: {sweep.made}"
     if not sweep.finished:
         yield "the sweep is not finished: more points are to come"
     yield ""
-    best = frontier(sweep.points)
-    yield from columns([HEAD, *(_table_row(p, p in best) for p in sweep.points)])
-    if excluded := [p for p in sweep.points if not p.counted]:
-        yield ""
-        yield "excluded:"
-        yield from (f"  {p.method} {p.setting}, seed {p.seed}: {p.why_not}" for p in excluded)
+    cells = [
+        (r.method, r.setting, "*" if r.best else "", r.reward, r.kl, r.tokens, r.training, r.included)
+        for r in rows_of(sweep)
+    ]
+    yield from columns([HEAD, *cells])
     yield ""
-    yield from plateaus(sweep.points)
-    yield from _against_ppo(sweep.points)
-
-
-def _table_row(p: Point, on_frontier: bool) -> tuple[str, ...]:
-    numbers = ("", "", "", "", "")
-    if p.reward is not None and p.interval is not None and p.kl is not None:
-        error = "at most" if p.kl_is == "bound" else f"{p.kl_se or 0:.2f}"
-        bounds = f"[{p.interval[0]:+.3f}, {p.interval[1]:+.3f}]"
-        numbers = (f"{p.reward:+.3f}", bounds, f"{p.kl:z.2f}", error, f"{p.length or 0:.1f}")
-    mark = "on the frontier" if on_frontier else "" if p.counted else "excluded"
-    time = "unknown" if p.seconds is None else duration(p.seconds) if p.seconds else ""
-    return (p.method, p.setting, str(p.seed), str(p.step), *numbers, time, mark)
-
-
-def plateaus(points: Sequence[Point]) -> Iterator[str]:
-    """How much the true reward rose in the last steps of each PPO training."""
-    shown = [(p, p.plateau) for p in points if p.plateau is not None]
-    if shown:
-        yield "true reward on the held-out prompts over the last steps of PPO: rise [95 %], and the whole climb"
-        for p, f in shown:
-            rise = f"{f.rise:+.3f} [{f.low:+.3f}, {f.high:+.3f}] in {f.steps} steps, climb {f.climb:+.3f}: {f.verdict}"
-            yield f"  {p.method} {p.setting}, seed {p.seed}: {rise}"
-        yield ""
-
-
-def _against_ppo(points: Sequence[Point]) -> Iterator[str]:
-    """How many trainings of PPO are dominated by DPO."""
-    methods = [method for method in ("ppo-true", "ppo-learned") if any(p.method == method for p in points)]
-    if not methods or not any(p.method == "dpo" for p in points):
-        return
-    yield "DPO against PPO: trainings of the same seed, each at its last step"
-    for method in methods:
-        count, of = dominated(points, "dpo", method)
-        clear, _ = dominated(points, "dpo", method, clearly=True)
-        if of:
-            yield f"  DPO dominates {count} of {of} included trainings of {method}; beyond the errors of both, {clear}"
-        else:
-            yield f"  every training of {method} is excluded, so DPO is not compared with it"
+    yield from sentences(sweep)
 
 
 # -- figure ----------------------------------------------------------------------------------------------------
@@ -142,19 +152,6 @@ def _draw(axes: Any, points: list[Point], method: str, colour: str, marker: str)
 # -- a section of the report -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class FrontierRow:
-    """One point in words; ``best``: no other point dominates it."""
-
-    method: str
-    setting: str
-    reward: str
-    kl: str
-    length: str
-    included: str
-    best: bool
-
-
 def write_report(config: ReportConfig, results: Sequence[CompareResult] = ()) -> Path:
     """The report of :func:`prefopt.reports.page.write_report`, with a section for each frontier in ``config.run``."""
     sweeps = [folder for folder in config.run or () if is_sweep(folder)]
@@ -173,7 +170,6 @@ def frontier_section(folder: str | Path, *, number: int = 0) -> page.Section:
     """Read a sweep and render it. Raises :class:`prefopt.errors.RunError`."""
     sweep, path = read_frontier(folder), Path(folder)
     name = (path.parent if path.name == FILE else path).resolve().name
-    best = frontier(sweep.points)
     about = [
         ("reference", sweep.reference),
         ("true reward", sweep.reward),
@@ -187,45 +183,14 @@ def frontier_section(folder: str | Path, *, number: int = 0) -> page.Section:
         found = figure_of_frontier(replace(sweep, reward=plain(sweep.reward), points=tuple(drawn)), titled=False)
         label = "Expected reward against KL to the reference; the table has the numbers"
         figure = inline(found, name=f"frontier{number}", label=label)
-    sentences = list(_sentences(sweep))
+    said = list(sentences(sweep))
     rendered = page.template("prefopt.sweeps", "frontier.html.j2").render(
         sweep={
             "name": name,
             "about": [(title, value) for title, value in about if value],
-            "sentences": sentences,
-            "rows": [_section_row(p, p in best) for p in sweep.points],
+            "sentences": said,
+            "rows": rows_of(sweep),
             "figure": figure,
         }
     )
-    return page.Section(name, Markup(rendered), sentences, CAVEATS)
-
-
-def _sentences(sweep: Frontier) -> Iterator[str]:
-    """Which method dominates which, by the numbers and beyond their errors."""
-    methods = list(dict.fromkeys(p.method for p in sweep.points if p.stands))
-    if len(methods) < 2:
-        yield "fewer than two methods have an included point, so nothing is compared"
-    for one in methods:
-        for other in methods:
-            count, of = dominated(sweep.points, one, other)
-            if one != other and count:
-                sure, _ = dominated(sweep.points, one, other, clearly=True)
-                yield (
-                    f"{one} has more reward at no more KL than {count} of the {of} included trainings of {other}, each"
-                    f" at its last step and within a seed; beyond the errors, than {sure}"
-                )
-    if out := sum(not p.stands for p in sweep.points):
-        yield f"{out} of {len(sweep.points)} points are excluded; the table says why"
-
-
-def _section_row(p: Point, best: bool) -> FrontierRow:
-    reward = "-" if p.reward is None else f"{p.reward:.3f}"
-    if p.reward is not None and p.interval is not None:
-        reward += f" ({p.interval[0]:.3f} to {p.interval[1]:.3f})"
-    kl = "-" if p.kl is None else f"{p.kl:z.2f}"
-    if p.kl is not None:
-        kl = f"at most {kl}" if p.kl_is == "bound" else kl + ("" if p.kl_se is None else f" ± {p.kl_se:.2f}")
-    included = "yes" if p.stands else f"no: {p.why_not or 'it has no numbers'}"
-    setting = f"{p.setting}, seed {p.seed}, step {p.step}"
-    length = "-" if p.length is None else f"{p.length:.1f}"
-    return FrontierRow(p.method, setting, reward, kl, length, included, best)
+    return page.Section(name, Markup(rendered), said, CAVEATS)
