@@ -110,7 +110,7 @@ def test_a_road_that_diverges_is_counted_as_such(place: Path, tmp_path: Path) ->
     found = methods.run(config(place, tmp_path / "out", ppo=[*PPO, "max_kl=1e-6"]))
     assert [(o.method, o.diverged is None) for o in found.outcomes] == [("dpo", True), ("ppo", False)]
     page = (tmp_path / "out/methods.md").read_text()
-    assert "| policies, and how many diverged | 1, 0 | 1, 1 |" in page and "run away from its reference\n" in page
+    assert "| policies | 1, 0 diverged | 1, 1 diverged |" in page and "run away from its reference\n" in page
 
 
 def test_the_table_says_the_numbers_of_its_outcomes() -> None:

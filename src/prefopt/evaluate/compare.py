@@ -28,7 +28,7 @@ from prefopt.evaluate.tasks import Harness, TaskScore, changes, read_task_result
 from prefopt.model.environment import hardware
 from prefopt.model.load import base_and_adapter, resolve_device, resolve_dtype
 from prefopt.records import Comparison
-from prefopt.runs.trends import Finding
+from prefopt.runs.diagnose import Finding
 from prefopt.studies.votes import Vote
 
 

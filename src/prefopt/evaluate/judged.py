@@ -20,8 +20,8 @@ from prefopt.errors import ConfigError, DataError, RunError
 from prefopt.evaluate.rates import AtEqualLength, Verdict, WinRate
 from prefopt.evaluate.samples import Samples
 from prefopt.evaluate.tasks import TaskChange
+from prefopt.runs.diagnose import Change, Finding, change
 from prefopt.runs.history import History, read_history
-from prefopt.runs.trends import Change, Finding, change
 
 
 def check_output(config: CompareConfig, data: Sequence[str]) -> None:

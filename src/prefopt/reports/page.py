@@ -20,11 +20,10 @@ from prefopt.errors import UserError
 from prefopt.evaluate.compare import CompareResult
 from prefopt.reports.comparison import ComparisonReport, comparison_report, read_comparison
 from prefopt.reports.figures import curves, win_rates
-from prefopt.runs.diagnose import diagnose
+from prefopt.runs.diagnose import Finding, diagnose
 from prefopt.runs.history import History
 from prefopt.runs.plot import shortened
 from prefopt.runs.table import as_number, caveats, differing, labels, reached, runs_of, shown, summary
-from prefopt.runs.trends import Finding
 
 Row = tuple[str, str]
 """A name and its value."""
