@@ -44,7 +44,7 @@ BAD = {
     "abbreviated": (["--be", "1"], "unknown option '--be'"),
     "no option": (["pairs.json"], "'pairs.json' belongs to no option"),
     "no value": (["--beta"], "--beta has no value; it must be a number above 0"),
-    "no file": (["--config"], "--config has no value; it must be the name of a file"),
+    "no file": (["--config"], "--config has no value"),
     "not a number": (["--beta", "high"], "--beta is 'high'; it must be a number above 0"),
     "no whole number": (["--max-length", "1.5"], "--max-length is '1.5'; it must be a whole number of at least 2"),
     "not true or false": (["--lora", "maybe"], "--lora is 'maybe'; it must be true or false"),

@@ -27,7 +27,6 @@ LIBRARIES = (
     "safetensors",
     "huggingface_hub",
     "numpy",
-    "jsonargparse",
     "rich",
 )
 # Whose values say how things run and name nobody. Of any other variable not even the name is told.
