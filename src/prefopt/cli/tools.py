@@ -1,71 +1,50 @@
-"""The small commands: each imports what it needs when it is called, so that light ones start at once."""
+"""Commands that print what a function of the package returns. Each imports what it needs when it is called."""
 
 from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
 
+from prefopt.config import tools
 from prefopt.config.compare import CompareConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.config.sweeps import FrontierConfig, MethodsConfig
-from prefopt.config.tools import (
-    CacheClearConfig,
-    CacheListConfig,
-    CacheVerifyConfig,
-    DataCheckConfig,
-    DataLayoutsConfig,
-    DemoConfig,
-    EnvConfig,
-    LossesConfig,
-    MergeConfig,
-    PlotConfig,
-    PushConfig,
-    ReportConfig,
-    RunsConfig,
-    ScoreConfig,
-)
-from prefopt.core.cache_folder import (
-    clear,
-    last_used,
-    model_of,
-    reference_folder,
-    sample_entries,
-    samples_folder,
-    size_of,
-    tokens_folder,
-)
+from prefopt.core import cache_folder
 from prefopt.core.terminal import size, tell, tell_json, tell_lines
 from prefopt.errors import ConfigError
 
 
-def cache_list(_: CacheListConfig) -> int:
+def cache_list(_: tools.CacheListConfig) -> int:
     from prefopt.data.token_cache import list_tokens
     from prefopt.reference.spaces import list_spaces
 
-    spaces = list_spaces()
-    tell(f"{reference_folder()}: {len(spaces)} space{'s' * (len(spaces) != 1)}, {size(sum(s.bytes for s in spaces))}")
+    spaces, tokens, samples = list_spaces(), list_tokens(), cache_folder.sample_entries()
+    total = size(sum(s.bytes for s in spaces))
+    tell(f"{cache_folder.reference_folder()}: {len(spaces)} space{'s' * (len(spaces) != 1)}, {total}")
     for s in spaces:
         scored = ", ".join(str(s.about[key]) for key in ("dtype", "path", "kernel", "device") if key in s.about)
-        used = s.last_used.astimezone().strftime("%Y-%m-%d %H:%M")
         model = s.about.get("model") or "description unreadable"
-        tell(f"{s.id}  {s.responses:>9,} responses  {size(s.bytes):>9}  last used {used}  {model} ({scored})")
-    tokens = list_tokens()
+        tell(f"{s.id}  {s.responses:>9,} responses  {_size_and_use(s.bytes, s.last_used)}  {model} ({scored})")
     if tokens:
-        tell(f"{tokens_folder()}: {len(tokens)} tokenised, {size(sum(t.bytes for t in tokens))}")
+        tell(f"{cache_folder.tokens_folder()}: {len(tokens)} tokenised, {size(sum(t.bytes for t in tokens))}")
     for t in tokens:
-        used = t.last_used.astimezone().strftime("%Y-%m-%d %H:%M")
         file = t.about.get("file") or "description unreadable"
-        tell(f"{t.id}  {t.groups:>9,} groups  {size(t.bytes):>9}  last used {used}  {file}")
-    samples = sample_entries()
+        tell(f"{t.id}  {t.groups:>9,} groups  {_size_and_use(t.bytes, t.last_used)}  {file}")
     if samples:
-        tell(f"{samples_folder()}: {len(samples)} sets of samples, {size(sum(map(size_of, samples)))}")
+        total = size(sum(map(cache_folder.size_of, samples)))
+        tell(f"{cache_folder.samples_folder()}: {len(samples)} sets of samples, {total}")
     for folder in samples:
-        used = datetime.fromtimestamp(last_used(folder)).strftime("%Y-%m-%d %H:%M")
-        tell(f"{folder.name}  {size(size_of(folder)):>9}  last used {used}  {model_of(folder)}")
+        used = datetime.fromtimestamp(cache_folder.last_used(folder))
+        about = _size_and_use(cache_folder.size_of(folder), used)
+        tell(f"{folder.name}  {about}  {cache_folder.model_of(folder)}")
     return 0
 
 
-def cache_verify(config: CacheVerifyConfig) -> int:
+def _size_and_use(count: int, used: datetime) -> str:
+    return f"{size(count):>9}  last used {used.astimezone():%Y-%m-%d %H:%M}"
+
+
+def cache_verify(config: tools.CacheVerifyConfig) -> int:
     from prefopt.data.token_cache import verify_tokens
     from prefopt.generate.output import verify_samples
     from prefopt.reference.spaces import verify
@@ -75,19 +54,18 @@ def cache_verify(config: CacheVerifyConfig) -> int:
     for file, what in problems:
         tell(f"{file}: {what}{'; taken out of use' if config.repair else ''}")
     if not problems:
-        tell("every file is what was written")
+        tell("every file is intact")
     elif not config.repair:
         tell(f"{len(problems)} damaged; prefopt cache verify --repair takes them out of use")
     return 1 if problems and not config.repair else 0
 
 
-def cache_clear(config: CacheClearConfig) -> int:
-    freed = clear(ids=config.space, older_than_days=config.older_than)
-    tell(f"{size(freed)} freed")
+def cache_clear(config: tools.CacheClearConfig) -> int:
+    tell(f"{size(cache_folder.clear(ids=config.space, older_than_days=config.older_than))} freed")
     return 0
 
 
-def merge(config: MergeConfig) -> int:
+def merge(config: tools.MergeConfig) -> int:
     from prefopt.model.load import DTYPES, resolve_device
     from prefopt.model.merge import merge_adapter
 
@@ -102,11 +80,11 @@ def merge(config: MergeConfig) -> int:
     return 0
 
 
-def push(config: PushConfig) -> int:
+def push(config: tools.PushConfig) -> int:
     from prefopt.model.push import confirmed, plan, push
 
     planned = plan(config.folder, run=config.with_run, checkpoints=config.with_checkpoints)
-    tell_lines(planned.in_words(config.repo, config.private))  # input() flushes it
+    tell_lines(planned.in_words(config.repo, config.private))
     if not confirmed(config.yes):
         tell("nothing was sent")
         return 0
@@ -114,7 +92,7 @@ def push(config: PushConfig) -> int:
     return 0
 
 
-def env(config: EnvConfig) -> int:
+def env(config: tools.EnvConfig) -> int:
     from prefopt.model.environment import environment, in_words
 
     found = environment()
@@ -125,15 +103,15 @@ def env(config: EnvConfig) -> int:
     return 0
 
 
-def runs(config: RunsConfig) -> int:
+def runs(config: tools.RunsConfig) -> int:
     from prefopt.runs.table import show_runs
 
     tell_lines(show_runs(config.folder or ["."], as_json=config.json))
     return 0
 
 
-def plot(config: PlotConfig) -> int:
-    from prefopt.runs.plot import plot_runs  # listing runs needs neither torch nor matplotlib
+def plot(config: tools.PlotConfig) -> int:
+    from prefopt.runs.plot import plot_runs
     from prefopt.runs.table import runs_of
 
     runs = [run for folder in config.run for run in runs_of(folder)]
@@ -142,8 +120,7 @@ def plot(config: PlotConfig) -> int:
     return 0
 
 
-def report(config: ReportConfig) -> int:
-    """Draws with matplotlib, as the figures of ``prefopt plot``."""
+def report(config: tools.ReportConfig) -> int:
     from prefopt.sweeps.report import write_report
 
     if not config.run and not config.comparisons:
@@ -174,7 +151,6 @@ def methods(config: MethodsConfig) -> None:
 
 
 def sample(config: SampleConfig) -> int:
-    """A program has nowhere else to put samples; the Python function gives them back."""
     from prefopt.methods.sample import run
 
     if config.output is None:
@@ -183,11 +159,11 @@ def sample(config: SampleConfig) -> int:
     return 0
 
 
-def score(config: ScoreConfig) -> int:
+def score(config: tools.ScoreConfig) -> int:
     from prefopt.evaluate.score import run
 
     if config.model is not None:
-        from prefopt.reference.identity import adapter_line  # a rule needs no torch
+        from prefopt.reference.identity import adapter_line
 
         if line := adapter_line(config.model):
             tell(line)
@@ -195,7 +171,7 @@ def score(config: ScoreConfig) -> int:
     return 0
 
 
-def data_layouts(config: DataLayoutsConfig) -> int:
+def data_layouts(config: tools.DataLayoutsConfig) -> int:
     from prefopt.data.layouts.recognise import named_layout
     from prefopt.data.layouts.show import describe_layout, list_layouts
 
@@ -203,10 +179,10 @@ def data_layouts(config: DataLayoutsConfig) -> int:
     return 0
 
 
-def data_check(config: DataCheckConfig) -> int:
+def data_check(config: tools.DataCheckConfig) -> int:
     from prefopt.data.check.report import run_check
 
-    if config.model is None:  # seconds faster, for torch is not imported
+    if config.model is None:  # without torch
         return run_check(config)
     from prefopt.model.load import context_of
     from prefopt.reference.identity import adapter_line
@@ -227,15 +203,14 @@ def compare(config: CompareConfig) -> None:
         tell_lines(lines(result))
 
 
-def losses(config: LossesConfig) -> int:
+def losses(config: tools.LossesConfig) -> int:
     from prefopt.losses.show import describe_loss, list_losses
 
     tell(list_losses() if config.name is None else describe_loss(config.name))
     return 0
 
 
-def demo(config: DemoConfig) -> int:
-    """The demonstration prints as it goes."""
+def demo(config: tools.DemoConfig) -> int:
     from prefopt.demo.run import run_demo
 
     run_demo(config.output, config.seed)

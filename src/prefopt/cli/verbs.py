@@ -36,93 +36,54 @@ class Verb:
         return status if isinstance(status, int) else 0
 
 
-def _tool(name: str, help: str, config: type, path: str = "", *, yaml: bool = False) -> tuple[str, Verb]:
-    """A command run by the function of its name in ``cli/tools.py``, unless ``path`` names another."""
-    return name, Verb(help, config, path or f"prefopt.cli.tools:{name.replace(' ', '_')}", yaml)
+ROWS: list[tuple[str, type, str]] = [
+    ("rlhf", RlhfConfig, "run the chain SFT, reward model, PPO; finished stages are skipped"),
+    ("frontier", FrontierConfig, "measure reward against KL for DPO, PPO and other methods on the same data"),
+    ("methods", MethodsConfig, "compare cost and quality of DPO with those of reward model and PPO"),
+    ("sample", SampleConfig, "draw responses from a model for a file of prompts"),
+    ("chat", ChatConfig, "chat with a model in the terminal, or with two and vote for the better answer"),
+    ("compare", CompareConfig, "compare two or more models on prompts: win rates with intervals"),
+    ("losses", tools.LossesConfig, "list the losses, or describe one"),
+    ("merge", tools.MergeConfig, "merge an adapter into its model and check that the outputs agree"),
+    ("push", tools.PushConfig, "upload a finished model to the Hugging Face Hub, after confirmation"),
+    ("runs", tools.RunsConfig, "list runs, describe one, or compare several"),
+    ("plot", tools.PlotConfig, "plot the metrics of runs"),
+    ("report", tools.ReportConfig, "write an HTML report of runs, comparisons and sweeps"),
+    ("data layouts", tools.DataLayoutsConfig, "list the layouts of rows, or describe one"),
+    ("data check", tools.DataCheckConfig, "count rows and report every problem; exit status 1 if there are errors"),
+    ("data convert", tools.DataConvertConfig, "write rows in another layout, or as parquet"),
+    ("data split", tools.DataSplitConfig, "split rows by prompt into two files"),
+    ("collect new", collect.CollectNewConfig, "create a study in which people compare responses"),
+    ("collect serve", collect.CollectServeConfig, "serve the voting page"),
+    ("collect invite", collect.CollectInviteConfig, "create an invitation link for one annotator"),
+    ("collect stats", collect.CollectStatsConfig, "print progress and agreement"),
+    ("collect export", collect.CollectExportConfig, "write votes as pairs, rankings or soft labels to train on"),
+    ("collect import", collect.CollectImportConfig, "add items to a study"),
+    ("collect check", collect.CollectCheckConfig, "check a study against its digests"),
+    ("collect backup", collect.CollectBackupConfig, "copy a study, also while it is served"),
+    ("cache list", tools.CacheListConfig, "list cached log-probabilities, tokenised data and samples"),
+    ("cache verify", tools.CacheVerifyConfig, "check the cache against its checksums"),
+    ("cache clear", tools.CacheClearConfig, "delete the cache, or entries of it"),
+    ("env", tools.EnvConfig, "print versions, devices, folders and missing packages, for bug reports"),
+    ("score", tools.ScoreConfig, "score responses by a rule, a reward model or your own function"),
+    ("demo", tools.DemoConfig, "run the demonstration, offline, in a few minutes"),
+]
+WITH_YAML = {"rlhf", "frontier", "methods", "sample", "collect new"}
+PATHS = {
+    "rlhf": "prefopt.methods.rlhf:run",
+    "chat": "prefopt.chat.session:chat",
+    "data convert": "prefopt.data.convert:run_convert",
+    "data split": "prefopt.data.convert:run_split",
+}
+"""Commands that are not functions of ``cli/tools.py`` or ``cli/collect.py``, named as they are."""
 
 
-def _study(name: str, help: str, config: type, *, yaml: bool = False) -> tuple[str, Verb]:
-    return f"collect {name}", Verb(help, config, f"prefopt.cli.collect:{name}_study", yaml)
+def _path(name: str) -> str:
+    module = "collect" if name.startswith("collect ") else "tools"
+    return PATHS.get(name, f"prefopt.cli.{module}:{name.replace(' ', '_')}")
 
 
 VERBS: dict[str, Verb] = {
     **{m.name: Verb(m.help, m.config, m.run_path, yaml=True) for m in METHODS.values()},
-    **dict(
-        [
-            _tool(
-                "rlhf",
-                "run the chain SFT, reward model, PPO; finished stages are skipped",
-                RlhfConfig,
-                "prefopt.methods.rlhf:run",
-                yaml=True,
-            ),
-            _tool(
-                "frontier",
-                "measure reward against KL for DPO, PPO and other methods trained on the same data",
-                FrontierConfig,
-                yaml=True,
-            ),
-            _tool(
-                "methods",
-                "compare cost and quality of DPO with those of reward model and PPO, over seeds and learning rates",
-                MethodsConfig,
-                yaml=True,
-            ),
-            _tool("sample", "draw responses from a model for a file of prompts", SampleConfig, yaml=True),
-            _tool(
-                "chat",
-                "chat with a model in the terminal, or with two and vote for the better answer",
-                ChatConfig,
-                "prefopt.chat.session:chat",
-            ),
-            _tool("compare", "compare two or more models on prompts: win rates with intervals", CompareConfig),
-            _tool("losses", "list the losses, or describe one", tools.LossesConfig),
-            _tool("merge", "merge an adapter into its model and check that the outputs agree", tools.MergeConfig),
-            _tool("push", "upload a finished model to the Hugging Face Hub, after confirmation", tools.PushConfig),
-            _tool("runs", "list runs, describe one, or compare several", tools.RunsConfig),
-            _tool("plot", "plot the metrics of runs", tools.PlotConfig),
-            _tool("report", "write an HTML report of runs, comparisons and sweeps", tools.ReportConfig),
-            _tool("data layouts", "list the layouts of rows, or describe one", tools.DataLayoutsConfig),
-            _tool(
-                "data check",
-                "count rows and report every problem with its rows; exit status 1 if there are errors",
-                tools.DataCheckConfig,
-            ),
-            _tool(
-                "data convert",
-                "write rows in another layout, or as parquet",
-                tools.DataConvertConfig,
-                "prefopt.data.convert:run_convert",
-            ),
-            _tool(
-                "data split",
-                "split rows by prompt into two files",
-                tools.DataSplitConfig,
-                "prefopt.data.convert:run_split",
-            ),
-            _study(
-                "new",
-                "create a study in which people compare responses, from files or sampled from models",
-                collect.CollectNewConfig,
-                yaml=True,
-            ),
-            _study("serve", "serve the voting page", collect.CollectServeConfig),
-            _study("invite", "create an invitation link for one annotator", collect.CollectInviteConfig),
-            _study("stats", "print progress and agreement", collect.CollectStatsConfig),
-            _study("export", "write votes as pairs, rankings or soft labels to train on", collect.CollectExportConfig),
-            _study("import", "add items to a study", collect.CollectImportConfig),
-            _study("check", "check a study against its digests", collect.CollectCheckConfig),
-            _study("backup", "copy a study, also while it is served", collect.CollectBackupConfig),
-            _tool(
-                "cache list",
-                "list what is cached: reference log-probabilities, tokenised data, and samples of compared models",
-                tools.CacheListConfig,
-            ),
-            _tool("cache verify", "check the cache against its checksums", tools.CacheVerifyConfig),
-            _tool("cache clear", "delete the cache, or entries of it", tools.CacheClearConfig),
-            _tool("env", "print versions, devices, folders and missing packages, for bug reports", tools.EnvConfig),
-            _tool("score", "score responses by a rule, a reward model or your own function", tools.ScoreConfig),
-            _tool("demo", "run the demonstration, offline, in a few minutes", tools.DemoConfig),
-        ]
-    ),
+    **{name: Verb(help, config, _path(name), name in WITH_YAML) for name, config, help in ROWS},
 }
