@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from prefopt.config.compare import CompareConfig
 from prefopt.config.methods import METHODS
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from prefopt.methods.rlhf import RlhfResult
     from prefopt.methods.sample import SampleResult
 
-Row = Mapping[str, object]
+    Model: TypeAlias = str | os.PathLike[str] | PreTrainedModel
+    Data: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Iterable[Mapping[str, object]]
+    Scores: TypeAlias = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
 
 def method_function(name: str) -> Callable[..., Any]:
@@ -47,8 +49,8 @@ def method_function(name: str) -> Callable[..., Any]:
     method = METHODS[name]
 
     def train(
-        model: str | os.PathLike[str] | PreTrainedModel,
-        data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Iterable[Row] | None = None,
+        model: Model,
+        data: Data | None = None,
         *,
         output: str | os.PathLike[str],
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -85,8 +87,8 @@ def method_function(name: str) -> Callable[..., Any]:
 
 
 def sample(
-    model: str | os.PathLike[str] | PreTrainedModel,
-    prompts: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Iterable[Row],
+    model: Model,
+    prompts: Data,
     *,
     output: str | os.PathLike[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -94,9 +96,9 @@ def sample(
 ) -> SampleResult:
     """Draw samples for prompts, as ``prefopt sample`` does.
 
-    ``model`` is a folder, a Hub name, or a transformers model, which then needs its ``tokenizer``. ``prompts`` is one
-    or more files, or rows as such files hold them: ``{"prompt": ...}``, text or a list of messages. Without ``output``
-    nothing is written, and the rows are in what is returned. ``options`` are the fields of ``SampleConfig``.
+    ``model`` is a folder, a Hub name, or a transformers model, which needs its ``tokenizer``. ``prompts`` is one or
+    more files, or rows as such files hold them: ``{"prompt": ...}``, text or a list of messages. Without ``output``
+    nothing is written; the result has the rows. ``options`` are the fields of ``SampleConfig``.
     Raises ``prefopt.errors.UserError`` where ``prefopt sample`` prints one line.
 
     >>> import prefopt
@@ -105,9 +107,8 @@ def sample(
     [' 4', ' 4', ' four', ' 22']
     """
     named = _is_named("sample", model, tokenizer)
-    for option in () if named else ("adapter", "device", "dtype"):
-        if options.get(option):
-            raise ConfigError(f"{option} is for a model named by its folder; this one is an object, used as it is")
+    if not named:
+        _refuse(options, "adapter", "device", "dtype")
     if not named and options.get("engine") == "vllm":
         raise ConfigError("engine vllm loads a folder by itself: name the model by its folder")
     names, rows = _names_or_rows(prompts)
@@ -120,17 +121,17 @@ def sample(
 
 
 def compare(
-    a: str | os.PathLike[str] | PreTrainedModel | None = None,
-    b: str | os.PathLike[str] | PreTrainedModel | None = None,
-    prompts: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Iterable[Row] | None = None,
+    a: Model | None = None,
+    b: Model | None = None,
+    prompts: Data | None = None,
     *,
-    judge: str | Callable[[Sequence[str], Sequence[str]], Sequence[float]] | None = None,
-    others: Sequence[str | os.PathLike[str] | PreTrainedModel] = (),
-    reference: str | os.PathLike[str] | PreTrainedModel | None = None,
+    judge: str | Scores | None = None,
+    others: Sequence[Model] = (),
+    reference: Model | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     **options: Any,
 ) -> CompareResult:
-    """Tell which of two or more models is better on some prompts, as ``prefopt compare`` does.
+    """Compare two or more models on prompts, as ``prefopt compare`` does.
 
     Models are folders, Hub names, ``.jsonl`` files of samples, or transformers models, which all have ``tokenizer``.
     ``prompts`` are as for :func:`sample`. ``judge`` is what ``--judge`` names, or a function of prompts and responses
@@ -154,7 +155,7 @@ def compare(
         raise ConfigError("tokenizer goes with a model object; a model named by its folder brings its own")
     compared = [name for name in labels if name != "reference"]
     if compared and all(labels[name] in models for name in compared):
-        _refuse_machine(options)
+        _refuse(options, "device", "dtype")
     names, rows = (None, None) if prompts is None else _names_or_rows(prompts)
     values = {
         "a": labels.get("a"),
@@ -177,7 +178,7 @@ def report(
     output: str | os.PathLike[str] = "report.html",
     title: str | None = None,
 ) -> Path:
-    """Tell of runs and comparisons in one HTML file, as ``prefopt report`` does; returns its path.
+    """Write an HTML report of runs and comparisons, as ``prefopt report`` does; returns its path.
 
     ``runs`` are output folders; ``comparisons`` are what :func:`compare` returned, or files with what
     ``prefopt compare --json`` printed.
@@ -208,7 +209,7 @@ def rlhf(
 ) -> RlhfResult:
     """Fine-tune, train a reward model, and optimise against it by PPO, as ``prefopt rlhf`` does.
 
-    ``model`` and ``data`` are names: stages are skipped where the contents of these are what they were. ``options`` are
+    ``model`` and ``data`` are names; a finished stage is skipped if their contents have not changed. ``options`` are
     the fields of ``RlhfConfig``, of which ``sft``, ``reward`` and ``ppo`` may be mappings.
 
     >>> import prefopt
@@ -228,7 +229,7 @@ def _plain(value: object) -> object:
 
 
 def _is_named(function: str, model: object, tokenizer: object) -> bool:
-    """Whether the model is given by its name; an object needs its tokenizer."""
+    """Whether the model is given by name. An object needs its tokenizer."""
     named = isinstance(model, (str, os.PathLike))
     if named and tokenizer is not None:
         raise ConfigError("tokenizer goes with a model object; a model named by its folder brings its own")
@@ -238,9 +239,9 @@ def _is_named(function: str, model: object, tokenizer: object) -> bool:
 
 
 def _labelled(models: Mapping[str, Any], reference: Any) -> tuple[dict[str, str], dict[str, Any]]:
-    """The name of each model that was given, by the argument it came as, and objects by these names.
+    """A label for each argument that was given, and the model objects by label.
 
-    Objects of one name, as before and after training, are told apart by their arguments.
+    Objects of the same name, as before and after training, have their argument in the label.
     """
     given = {name: model for name, model in {**models, "reference": reference}.items() if model is not None}
     named = {name: isinstance(model, (str, os.PathLike)) for name, model in given.items()}
@@ -254,9 +255,9 @@ def _function_name(function: Any) -> str:
     return str(getattr(function, "__qualname__", "function given in Python"))
 
 
-def _refuse_machine(options: Mapping[str, Any]) -> None:
-    """Where and how precisely an object computes is its owner's choice."""
-    for name in ("device", "dtype"):
+def _refuse(options: Mapping[str, Any], *names: str) -> None:
+    """Options that say how a model is loaded do nothing for an object."""
+    for name in names:
         if options.get(name):
             raise ConfigError(f"{name} is for a model named by its folder; this one is an object, used as it is")
 
@@ -266,21 +267,15 @@ def _name_of(model: object) -> str:
 
 
 def _refuse_for_objects(model: Any, options: Mapping[str, Any]) -> None:
-    """Options that say how a model is loaded do nothing to one that is there already."""
-    remedies = {
-        "adapter": "put the adapter on it with PEFT",
-    }
-    for name, remedy in remedies.items():
-        if options.get(name):
-            raise ConfigError(f"{name} is for a model named by its folder; this one is an object: {remedy}")
+    _refuse(options, "adapter")
     if options.get("reference_adapter") and not options.get("reference"):
         raise ConfigError("reference_adapter with a model object needs the model it belongs to: give reference")
     if options.get("lora") and hasattr(model, "peft_config"):
-        raise ConfigError("lora adds a new adapter, but this model has one already, which is trained: leave lora out")
+        raise ConfigError("lora adds a new adapter, but this model has one already, which is trained; leave lora out")
 
 
-def _names_or_rows(data: object) -> tuple[object, list[Row] | None]:
-    """What the config keeps as ``data``, and the rows where rows were given and not names of files."""
+def _names_or_rows(data: object) -> tuple[object, list[Mapping[str, object]] | None]:
+    """What the config holds as ``data``, and the rows if rows were given."""
     if isinstance(data, (str, os.PathLike)):
         return data, None
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
