@@ -78,7 +78,7 @@ def run_report(run: History, name: str) -> RunReport:
         held_out=[(key, as_number(value)) for key, value in values["held_out"].items()],
         training=[(key, as_number(value)) for key, value in values["training"].items()],
         data=_data(run),
-        identity=_identity(run),
+        identity=[(title, str(run.record[key])) for key, title in HASHED.items() if run.record.get(key)],
         settings=_settings(run),
         environment=run.record.get("environment", {}),
         command=_command(run),
@@ -96,11 +96,6 @@ def _data(run: History) -> list[Row]:
     if value := run.record.get("max_length"):
         found.append(("longest sequence", f"{value} tokens"))
     return found
-
-
-def _identity(run: History) -> list[Row]:
-    names = {"reference": "reference model", "data": "training and held-out tokens"}
-    return [(title, str(run.record[key])) for key, title in names.items() if run.record.get(key)]
 
 
 def _settings(run: History) -> list[Setting]:
@@ -129,6 +124,7 @@ def _samples(run: History) -> str:
     )
 
 
+HASHED = {"reference": "reference model", "data": "training and held-out tokens"}
 UNKNOWN = "these numbers do not show whether the models' own answers got better: compare samples"
 JUDGED = (
     "a win rate holds for this judge and these prompts: another judge, or people, may disagree",
