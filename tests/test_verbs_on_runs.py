@@ -249,15 +249,15 @@ def test_odd_values_are_told_or_read_and_never_a_traceback(
     name: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from prefopt.reports import page
-    from prefopt.runs.table import about, plain
+    from prefopt.runs.table import describe, run_as_json
 
     run = place / "odd"
     shutil.copytree(place / name, run)
     record = json.loads((run / "run.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    template = page.template()
+    template = page.template("prefopt.reports", "report.html.j2")
     monkeypatch.setattr(page, "curves", lambda runs: [])  # drawing takes longer than the rest together
-    monkeypatch.setattr(page, "template", lambda: template)
+    monkeypatch.setattr(page, "template", lambda *names: template)
 
     def readable() -> bool:
         try:
@@ -265,7 +265,7 @@ def test_odd_values_are_told_or_read_and_never_a_traceback(
         except RunError as error:
             assert "\n" not in str(error) and str(run) in str(error)
             return False
-        about(found), json.dumps(plain(found)), page.page([found])
+        describe(found), json.dumps(run_as_json(found)), page.page([found])
         return True
 
     told = [readable() for record in changed(record) if (run / "run.json").write_text(json.dumps(record))]

@@ -1,8 +1,4 @@
-"""The output folder of a run: whose it is, how far it came, and whether a resumed run is the same run.
-
-``run.json`` holds the options, the fingerprint of data and reference, the token budgets and the results;
-``config.yaml`` the options alone, to be used again with ``--config``.
-"""
+"""The output folder of a run. ``run.json`` holds options, fingerprints of data and models, token budgets and results."""
 
 from __future__ import annotations
 
@@ -20,20 +16,18 @@ from prefopt.data.table import GroupTable
 from prefopt.errors import RunError
 from prefopt.runs.history import RECORD, read_metrics, read_record
 
-# Options that may differ at a resume: they change what is shown and kept, never the weights.
+# Options that may change at a resume: they never affect the weights.
 FREE = frozenset({"resume", "progress", "save_every", "keep_last", "output", "dry_run", "track", "track_project"})
 
 _LOCK, CHECKPOINTS, LAST_GOOD = ".lock", "checkpoints", "last-good"
 
 
 class RunFolder:
-    """An output folder, opened for a new run or to go on with the one it holds."""
+    """An output folder, opened for a new run or to resume the one in it."""
 
     def __init__(self, path: Path, options: Mapping[str, Any], *, resume: bool, dry: bool = False) -> None:
-        """Raises :class:`RunError` where the folder holds something else, or the run with other options.
-
-        ``dry``: nothing is ever written.
-        """
+        """Raises :class:`RunError` if the folder holds something else, or the run with other options. ``dry``: nothing
+        is written."""
         self.path, self._dry = path, dry
         self._lock: FileLock | None = None
         self.file = path / RECORD
@@ -47,7 +41,7 @@ class RunFolder:
             self.record = {**before, "status": "resumed"}
 
     def take(self) -> None:
-        """Make the folder and hold it for this process. Raises :class:`RunError` where another one does."""
+        """Create and lock the folder. Raises :class:`RunError` if another process holds it."""
         with output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             there = self.file.exists()
@@ -61,7 +55,7 @@ class RunFolder:
         remove_leftovers(self.path)
 
     def leave(self) -> None:
-        """Let the folder go."""
+        """Release the folder."""
         if self._lock is not None and self._lock.is_locked:
             (self.path / _LOCK).unlink(missing_ok=True)
             self._lock.release()
@@ -77,34 +71,34 @@ class RunFolder:
         return self.path / LAST_GOOD
 
     def remember(self, **values: Any) -> None:
-        """Add to ``run.json``."""
+        """Add values to ``run.json``."""
         self.record.update(values)
         if self._dry:
             return
         write_json(self.file, self.record)
 
     def finish(self, results: Mapping[str, Any], *, keep_checkpoints: bool) -> None:
-        """The model is written: say so in ``run.json``, and remove the checkpoints unless they are to be kept.
+        """Record that the model is written, then remove checkpoints unless they are to be kept.
 
-        In this order: whoever is killed between the two has a finished run, and not one that begins anew.
+        In this order: a run killed in between is finished, and does not start again.
         """
         self.record["checkpoints_kept"] = keep_checkpoints
         self.remember(status="finished", finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), results=dict(results))
         if not keep_checkpoints:
-            remove_folder(self.checkpoints)  # they were there for what might have happened until now
-        remove_folder(self.last_good)  # of a start of this run that ran away where this one did not
+            remove_folder(self.checkpoints)
+        remove_folder(self.last_good)  # of an earlier start of this run that diverged
 
     def spent(self, costs: Mapping[str, float]) -> None:
-        """The run's costs so far, of all its starts together."""
+        """Record the costs of all processes of the run so far."""
         if self._lock is not None and self._lock.is_locked:
             self.remember(costs=dict(costs))
 
     def same(self, name: str, value: Any, what: str) -> None:
-        """Record ``value`` at the first start; refuse another one at a resume."""
+        """Record ``value`` at the first start; refuse a different one at a resume."""
         before = self.record.get(name)
         if before is not None and before != value:
             raise RunError(
-                f"--resume: {what} changed since {self.path} was started; put it back, or start anew elsewhere"
+                f"--resume: {what} changed since {self.path} was started; restore it, or start a new run elsewhere"
             )
         self.record[name] = value
 
@@ -112,7 +106,9 @@ class RunFolder:
         changed = [n for n in now if n not in FREE and n in before and before[n] != now[n]]
         if changed:
             listed = ", ".join(f"--{n.replace('_', '-')} was {before[n]!r} and is {now[n]!r}" for n in changed)
-            raise RunError(f"--resume goes on with the same run, but {listed}; put it back, or start anew elsewhere")
+            raise RunError(
+                f"--resume goes on with the same run, but {listed}; restore it, or start a new run elsewhere"
+            )
 
 
 def check_output(path: Path, *, resume: bool) -> dict[str, Any] | None:
