@@ -1,4 +1,4 @@
-"""The output folder of a run. ``run.json`` holds options, fingerprints of data and models, token budgets and results."""
+"""The output folder of a run. ``run.json`` holds options, fingerprints of data and models, budgets and results."""
 
 from __future__ import annotations
 
@@ -106,9 +106,7 @@ class RunFolder:
         changed = [n for n in now if n not in FREE and n in before and before[n] != now[n]]
         if changed:
             listed = ", ".join(f"--{n.replace('_', '-')} was {before[n]!r} and is {now[n]!r}" for n in changed)
-            raise RunError(
-                f"--resume goes on with the same run, but {listed}; restore it, or start a new run elsewhere"
-            )
+            raise RunError(f"--resume goes on with the same run, but {listed}; restore it, or start a new run")
 
 
 def check_output(path: Path, *, resume: bool) -> dict[str, Any] | None:
