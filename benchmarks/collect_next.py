@@ -23,11 +23,10 @@ from typing import TypeVar
 import uvicorn
 
 from prefopt.collect.app import Site, build_app
-from prefopt.collect.security import Rate
+from prefopt.collect.security import RateLimit
 from prefopt.studies.annotators import invite, open_session
-from prefopt.studies.assign import next_item
-from prefopt.studies.items import NewItem, Origin, add_items
-from prefopt.studies.study import Settings, Study
+from prefopt.studies.items import NewItem, ResponseOrigin, add_items, next_item
+from prefopt.studies.study import Study, StudySettings
 from prefopt.studies.votes import Vote, record
 
 Found = TypeVar("Found")
@@ -40,7 +39,9 @@ def items(count: int) -> Iterator[NewItem]:
             "prompt": [{"role": "user", "content": f"question {n}: {WORDS}"}],
             "responses": [[{"role": "assistant", "content": f"{k} {n} {WORDS * 3}"}] for k in range(2)],
         }
-        yield NewItem(row, n.to_bytes(16, "little"), [Origin("a"), Origin("b")], file="made", file_row=n + 1)
+        yield NewItem(
+            row, n.to_bytes(16, "little"), [ResponseOrigin("a"), ResponseOrigin("b")], file="made", file_row=n + 1
+        )
 
 
 def timed(times: list[float], act: Callable[[], Found]) -> Found:
@@ -62,7 +63,7 @@ def pages(study: Study, secret: str, count: int) -> list[float]:
     times: list[float] = []
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-        app = build_app(study, Site([f"http://127.0.0.1:{port}"], rate=Rate(10_000, 10_000)))
+        app = build_app(study, Site([f"http://127.0.0.1:{port}"], rate=RateLimit(10_000, 10_000)))
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", ws="none", http="h11"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
@@ -93,7 +94,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "s.db"
-        study = Study.create(path, Settings(title="benchmark", overlap=3))
+        study = Study.create(path, StudySettings(title="benchmark", overlap=3))
         started = time.perf_counter()
         add_items(study, items(given.items))
         print(f"{given.items} items added in {time.perf_counter() - started:.1f} s, {path.stat().st_size / 1e6:.0f} MB")

@@ -108,7 +108,7 @@ def prepare(args: argparse.Namespace) -> None:
     from prefopt.data.load import load_groups
     from prefopt.data.sampler import Sampler
     from prefopt.data.tokenizer import load_tokenizer
-    from prefopt.model.packing import Layout
+    from prefopt.model.packing import PackLayout
     from prefopt.runs.folder import fingerprint
 
     tokenizer = load_tokenizer(args.tokenizer)
@@ -117,7 +117,7 @@ def prepare(args: argparse.Namespace) -> None:
     loaded = time.monotonic() - started
     train, held_out = data.split(0.01, seed=0)
     fingerprint(data.groups)
-    costs = Layout().costs(data.groups)
+    costs = PackLayout().costs(data.groups)
     batch = Sampler(len(train), 64, seed=0).batch(0)
     first = [data.groups[train[i]].tokens for i in batch.tolist()]
     told = {

@@ -49,10 +49,10 @@ def test_from_options(tmp_path: Path) -> None:
         (None, "absent.jinja", "no such file"),
         (b"\xff\xfe{{", "t.jinja", "is not UTF-8 (byte 1)"),
         (" \n", "t.jinja", "is empty"),
-        ("{{ a }}\n{% for m in messages %}", "t.jinja", "is no Jinja template: line 2: "),
+        ("{{ a }}\n{% for m in messages %}", "t.jinja", "Jinja template: line 2: "),
         ("{{ a }}\n\n{% fro m in messages %}", "t.jinja", "line 3: Encountered unknown tag 'fro'"),
         ("{{ a | nope }}", "t.jinja", "No filter named 'nope'"),
-        ("{", "t.json", "is not JSON at line 1"),
+        ("{", "t.json", "line 1 column"),
         ('{"chat_template": 1}', "t.json", "holds no text chat_template"),
     ],
 )
@@ -199,7 +199,7 @@ def test_several_templates_of_one_tokenizer() -> None:
         Renderer(tokenizer)
     assert Renderer(tokenizer, Rendering(chat_template=CHATML)).template == CHATML
     tokenizer.chat_template = "{% if %}"
-    with pytest.raises(ModelError, match="the chat template is no Jinja: line 1"):
+    with pytest.raises(ModelError, match="Jinja: line 1"):
         Renderer(tokenizer)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefopt.data.check.duplicates import Repeats
+from prefopt.data.check.statistics import Duplicates
 from prefopt.records import Comparison, Message, Response, tiers_of
 
 
@@ -54,27 +54,27 @@ def judgement(c: Comparison) -> Any:
 
 @settings(max_examples=300)
 @given(st.lists(rows(), max_size=12))
-def test_repeats_are_those_that_comparing_all_rows_finds(found: list[Comparison]) -> None:
-    repeats = Repeats()
+def test_duplicates_are_those_that_comparing_all_rows_finds(found: list[Comparison]) -> None:
+    seen = Duplicates()
     for c in found:
-        repeats.add(c, source=0)
+        seen.add(c, source=0)
     first = [next(i for i, d in enumerate(found) if judgement(d) == judgement(c)) for c in found]
-    assert repeats.duplicates() == [(i, f) for i, f in enumerate(first) if f != i]
+    assert seen.duplicates() == [(i, f) for i, f in enumerate(first) if f != i]
     against = {}
     for i, c in enumerate(found):
         opposite = {(b, a) for a, b in claims(c)}
         others = [j for j, d in enumerate(found) if j != i and d.prompt == c.prompt and claims(d) & opposite]
         if others:
             against[i] = others
-    contradictions = dict(repeats.contradictions())
+    contradictions = dict(seen.contradictions())
     assert contradictions.keys() == against.keys()
     assert all(other in against[i] for i, other in contradictions.items())
-    assert len(set(repeats.prompts.tolist())) == len({c.prompt for c in found})
+    assert len(set(seen.prompts.tolist())) == len({c.prompt for c in found})
 
 
 @given(st.lists(rows(), max_size=6), st.lists(rows(), max_size=6))
 def test_prompts_in_common(mine: list[Comparison], theirs: list[Comparison]) -> None:
-    one, other = Repeats(), Repeats()
+    one, other = Duplicates(), Duplicates()
     for c in mine:
         one.add(c, source=0)
     for c in theirs:

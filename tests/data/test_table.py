@@ -16,7 +16,7 @@ from prefopt.core.cache_folder import Damaged
 from prefopt.data.group import Continuation, Group
 from prefopt.data.table import COLUMNS, GroupTable, Part, TableBuilder, joined, keep_responses
 from prefopt.data.table_file import TableWriter, check_files, open_part, read_manifest
-from prefopt.model.packing import Layout
+from prefopt.model.packing import PackLayout
 
 
 @st.composite
@@ -96,7 +96,7 @@ def check_columns(table: GroupTable, many: Sequence[Group]) -> None:
     assert table.key_N.tobytes() == b"".join(g.key(k) for g in many for k in range(len(g.continuations)))
     ids = [i for g in many for part in (g.prefix, *(c.ids for c in g.continuations)) for i in part.tolist()]
     assert table.max_id == max(ids, default=-1)
-    for layout in (Layout(), Layout(share=False), Layout(rope_limit=4)):
+    for layout in (PackLayout(), PackLayout(share=False), PackLayout(rope_limit=4)):
         assert layout.costs(table)[has].tolist() == [layout.cost(g) for g in some]
 
 
@@ -174,7 +174,14 @@ def test_a_million_groups_cost_no_python_objects(tmp_path: Path) -> None:
         gc.collect()
         before = len(gc.get_objects())
         table = GroupTable([open_part(folder, read_manifest(folder))])
-        held = [table.longest_G, table.key_N, table.truncated_G, table.source_G, Layout().costs(table), table.max_id]
+        held = [
+            table.longest_G,
+            table.key_N,
+            table.truncated_G,
+            table.source_G,
+            PackLayout().costs(table),
+            table.max_id,
+        ]
         gc.collect()
         made = len(gc.get_objects()) - before
         assert len(held) == 6

@@ -11,9 +11,9 @@ import pytest
 
 from data.small import small_tokenizer
 from data.templates import CHATML, TEMPLATES
-from prefopt.data.chat.answers import EARLIER_REASONING, ELSEWHERE
 from prefopt.data.chat.render import NO_FIELD, STRIPPED, Rendered, Renderer
 from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.spans import EARLIER_REASONING, ELSEWHERE
 from prefopt.data.kinds import Problem
 from prefopt.errors import ConfigError
 from prefopt.records import Comparison, Message, Response, ToolCall
@@ -205,7 +205,7 @@ def test_turns_that_are_not_to_be_learned() -> None:
     assert found[0][1].endswith("Hm.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n")
     # What stands behind the last turn that is learned is not kept.
     assert [on for on, _ in runs(r, row(DONE, ASKED, quiet))] == [False, True]
-    assert "no turn of the assistant to train" in problem(r, row(quiet))
+    assert "no assistant turn to train" in problem(r, row(quiet))
 
 
 def test_content_in_parts_and_arguments_as_text() -> None:

@@ -80,7 +80,7 @@ SHORT = ("a", "ab", " a", "0", "b", "a\n", "", " ")
 
 def shown(template: ChatTemplate, turns: Turns, generation: bool) -> str:
     try:
-        return template.show(turns, generation=generation)
+        return template.apply(turns, generation=generation)
     except Unrenderable as error:
         return f"refused: {error}"
 
@@ -134,7 +134,7 @@ def test_variables_and_dates_are_part_of_it() -> None:
     one = ChatTemplate(small_tokenizer(), Rendering(chat_template=text, variables={"loud": True}, date="2024-05-01"))
     other = ChatTemplate(small_tokenizer(), Rendering(chat_template=text, variables={"loud": False}, date="2025-05-01"))
     for _ in range(2):
-        assert one.show((Message("user", " a"),)) == "2024 a" and other.show((Message("user", " a"),)) == "2025a"
+        assert one.apply((Message("user", " a"),)) == "2024 a" and other.apply((Message("user", " a"),)) == "2025a"
 
 
 def test_real_templates_are_traced(shared: Path, minimind: Any) -> None:

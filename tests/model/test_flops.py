@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.architectures import SEPARATE, build
 from model.dense import who_sees_whom
 from model.oracle import groups_of_every_kind
-from prefopt.model.accounting import FlopCount, matmul_peak, visible_pairs
 from prefopt.model.adapter import new_lora
+from prefopt.model.flops import FlopCount, matmul_peak, visible_pairs
 from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer
 

@@ -13,9 +13,10 @@ from model.architectures import build
 from model.oracle import groups_of_every_kind, oracle_logprobs
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.adapter import new_lora
-from prefopt.model.load import load_model, resolve_device, resolve_dtype, vocabulary_size
+from prefopt.model.architectures import vocabulary_size
+from prefopt.model.load import load_model
 from prefopt.model.packing import pack
-from prefopt.model.precision import silence_dropout
+from prefopt.model.precision import disable_dropout, resolve_device, resolve_dtype
 from prefopt.model.scorer import Scorer
 
 CPU = torch.device("cpu")
@@ -161,7 +162,7 @@ def test_dropout_is_silenced_in_a_model_that_was_built_with_it(name: str) -> Non
     model.train()
     with torch.no_grad():
         assert not torch.equal(oracle_logprobs(model, groups), oracle_logprobs(model, groups))
-        silence_dropout(model)
+        disable_dropout(model)
         scorer = Scorer(model)
         batch = pack(groups, scorer.layout)
         assert torch.equal(scorer(batch), scorer(batch))

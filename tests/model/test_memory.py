@@ -9,9 +9,10 @@ import torch
 
 from model.architectures import build
 from model.test_families import built
-from prefopt.model import accounting
-from prefopt.model.accounting import FlopCount, attention_shapes, matmul_peak
-from prefopt.model.memory import out_of_memory
+from prefopt.model import flops
+from prefopt.model.architectures import attention_shapes
+from prefopt.model.costs import out_of_memory
+from prefopt.model.flops import FlopCount, matmul_peak
 from prefopt.train import budget
 from prefopt.train.budget import measure_of
 
@@ -46,7 +47,7 @@ def test_the_peak_is_that_of_the_sizes_that_fit(monkeypatch: pytest.MonkeyPatch)
             raise RuntimeError("CUDA error: out of memory")
         return 1e-3
 
-    monkeypatch.setattr(accounting, "_best_seconds", small)
+    monkeypatch.setattr(flops, "_best_seconds", small)
     assert matmul_peak(CPU, torch.float32) == 2 * 512**3 / 1e-3
 
 

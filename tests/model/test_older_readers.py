@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import prefopt
 from data.small import small_tokenizer
-from prefopt.model.transformers4 import older_config, readers, write_for_older_readers
+from prefopt.model.save import transformers4_config, transformers_versions, write_transformers4_fields
 from train.small import QUICK, write_model
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -89,7 +89,7 @@ def document(kind: str, **fields: Any) -> dict[str, Any]:
 def test_fields_of_transformers_4(name: str) -> None:
     kind, fields, wanted = OLDER[name]
     before = document(kind, **fields)
-    after = older_config(before)
+    after = transformers4_config(before)
     assert after["torch_dtype"] == after["dtype"] == "bfloat16"
     assert {k: after[k] for k in after if k in NAMES or k in wanted} == wanted
     assert before.items() <= after.items()
@@ -103,7 +103,7 @@ def test_nested_text_model() -> None:
     text = {**SIZES, "head_dim": 8, "num_key_value_heads": 2, "rope_theta": 3e5}
     config = AutoConfig.for_model("gemma3", text_config=text)
     config.dtype = config.get_text_config().dtype = torch.float32
-    after = older_config(json.loads(config.to_json_string()))
+    after = transformers4_config(json.loads(config.to_json_string()))
     assert after["text_config"]["rope_theta"] == 3e5
     assert after["text_config"]["rope_local_base_freq"] == 1e4
     assert after["text_config"]["torch_dtype"] == after["torch_dtype"] == "float32"
@@ -111,10 +111,10 @@ def test_nested_text_model() -> None:
 
 def test_what_version_4_cannot_hold_is_left_out_and_told(tmp_path: Path) -> None:
     before = document("gemma4_text", head_dim=8, num_key_value_heads=2)
-    (tmp_path / "config.json").write_text(json.dumps(older_config(before)))
-    assert readers(tmp_path).startswith("transformers 5:")
-    (tmp_path / "config.json").write_text(json.dumps(older_config(document("llama"))))
-    assert "version 4" in readers(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(transformers4_config(before)))
+    assert transformers_versions(tmp_path).startswith("transformers 5:")
+    (tmp_path / "config.json").write_text(json.dumps(transformers4_config(document("llama"))))
+    assert "version 4" in transformers_versions(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_class_of_the_tokenizer(named: str, kept: str, tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": named} | extra))
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
     tokenizer.save_pretrained(saved)
-    write_for_older_readers(saved, tokenizer)
+    write_transformers4_fields(saved, tokenizer)
     found = json.loads((saved / "tokenizer_config.json").read_text())
     assert found["tokenizer_class"] == kept
     assert found["additional_special_tokens"] == extra["extra_special_tokens"]

@@ -10,8 +10,7 @@ import torch
 
 from model.architectures import build
 from prefopt.model.scorer import Scorer
-from prefopt.reference.identity import Identity
-from prefopt.train.reference import space_of
+from prefopt.reference.identity import Identity, space_of
 
 WHOSE = Identity("weights", "config")
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from prefopt.train.rows import pairs_of
 
 from model.architectures import Float64Throughout
 from prefopt.core.cache_folder import cache_root
@@ -21,11 +20,14 @@ from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer, response_sums
 from prefopt.reference.cache import ReferenceCache
-from prefopt.reference.in_memory import HeldWeights, LiveReference, Movement
+from prefopt.reference.in_memory import InMemoryReference, SwappedWeights, TrDpoUpdate
+from prefopt.train.columns import preference_batch
 from prefopt.train.objective import PreferenceObjective
+from prefopt.train.reference_plan import InMemoryColumns
+from prefopt.train.step import Differentiator
 from train.ranked import mixed, pairs_only
 from train.small import dpo, evaluations, pairs, steps, tiny_llama, weights, write_model
-from train.test_objective import CPU, assert_close, models, step, taken_grads
+from train.test_objective import CPU, assert_close, models, taken_grads
 
 ROWS = pairs(12)
 
@@ -57,15 +59,15 @@ def by_hand(chosen: Sequence[Term], groups: GroupTable, policy: Any, reference: 
         ],
         "length": [torch.tensor(float(len(y))) for y in target],
     }
-    rows = pairs_of(groups, "all")
+    batch = preference_batch(groups, "pairs")
     inputs = {}
-    for side, index in (("chosen", rows.chosen), ("rejected", rows.rejected)):
+    for side in ("chosen", "rejected"):
         for name, values in of.items():
-            inputs[f"{side}_{name}_P"] = torch.stack([values[i] for i in index.tolist()])
-    weight, loss = torch.from_numpy(rows.weight), torch.zeros((), dtype=torch.float64)
+            inputs[f"{side}_{name}_G"] = torch.stack([values[i] for i in batch.at_N(f"{side}_P").tolist()])
+    weight, loss = torch.from_numpy(batch.columns["weight_P"]), torch.zeros((), dtype=torch.float64)
     for term in chosen:
         output = term(inputs)
-        loss = loss + term.weight * (output.numerator_R * weight).sum() / (output.weight_R * weight).sum()
+        loss = loss + term.weight * (output.numerator_G * weight).sum() / (output.weight_G * weight).sum()
     loss.backward()
     return float(loss.detach()), taken_grads(policy)
 
@@ -87,15 +89,17 @@ def test_losses_on_distributions_are_those_on_a_blackboard(
     chosen, groups = parse_losses(name, options, weighting=weighting), mixed(5)
     with Float64Throughout():
         loss, grads = by_hand(chosen, groups, policy, reference)
-        live = LiveReference(Scorer(reference))
-        objective = PreferenceObjective(chosen, groups, None, device=CPU, live=live)
-        scorer = Scorer(policy)
+        live = InMemoryReference(Scorer(reference))
+        objective = PreferenceObjective(chosen, device=CPU)
+        batch = preference_batch(groups, "pairs")
+        in_memory = InMemoryColumns(live, compares=objective.compares, tokens=False)
+        found_by = Differentiator(Scorer(policy), objective, in_memory)
         for token_budget in (1, 90, 100_000):
-            found = step(scorer, objective, list(range(5)), token_budget)
+            found = found_by.gradients(batch, token_budget)
             assert_close(taken_grads(policy), grads, 1e-8)
             assert found.sums.means()["loss"] == pytest.approx(loss, rel=1e-9)
         objective.whole_batch = True  # divergences go through the two passes too
-        assert step(scorer, objective, list(range(5)), 60).sums.means()["loss"] == pytest.approx(loss, rel=1e-9)
+        assert found_by.gradients(batch, 60).sums.means()["loss"] == pytest.approx(loss, rel=1e-9)
         assert_close(taken_grads(policy), grads, 1e-8)
 
 
@@ -107,8 +111,8 @@ def test_held_weights_are_the_model_as_it_was_and_follow_it(kind: str) -> None:
     masters = MasterWeights(model, torch.bfloat16 if kind == "bfloat16" else torch.float32)
     scorer = Scorer(model)
     batch = pack(pairs_only(3), scorer.layout)
-    held = HeldWeights(masters, moves=True)
-    live = LiveReference(scorer, held)
+    held = SwappedWeights(masters, moves=True)
+    live = InMemoryReference(scorer, held)
     with torch.no_grad():
         before = scorer(batch)
         first = {n: m.clone() for n, m in masters.masters.items()}
@@ -118,24 +122,24 @@ def test_held_weights_are_the_model_as_it_was_and_follow_it(kind: str) -> None:
         after = scorer(batch)
     assert not torch.equal(before, after)
     assert torch.equal(live.logprobs(batch), before) and torch.equal(scorer(batch).detach(), after)
-    moving = Movement(held, every=2, amount=0.25)
+    moving = TrDpoUpdate(held, every=2, amount=0.25)
     expected = first
     for n in range(1, 5):
         with torch.no_grad():
             for value in masters.masters.values():
                 value.mul_(1.01)
         masters.publish()
-        moving.after(n, masters)
+        moving.after(n, masters.saved())
         if n % 2 == 0:
             now = dict(masters.saved())
             expected = {name: 0.25 * now[name] + 0.75 * value for name, value in expected.items()}
     for name, value in expected.items():
         torch.testing.assert_close(held.saved()[name], value, rtol=1e-6, atol=1e-7)
-    Movement(held, every=1, amount=1.0).after(5, masters)
+    TrDpoUpdate(held, every=1, amount=1.0).after(5, masters.saved())
     assert torch.equal(live.logprobs(batch), scorer(batch).detach())
-    other = HeldWeights(masters, moves=True)
+    other = SwappedWeights(masters, moves=True)
     other.load({name: value.clone() for name, value in first.items()})
-    assert torch.equal(LiveReference(scorer, other).logprobs(batch), before)
+    assert torch.equal(InMemoryReference(scorer, other).logprobs(batch), before)
     sums = response_sums(scorer(batch), batch)
     sums.sum().backward()  # what was swapped in between left the graph alone
     assert all(m.grad is not None for m in masters.masters.values())
@@ -180,7 +184,7 @@ def test_a_reference_that_is_copied_from_the_policy_makes_them_equal_again(
     options: dict[str, Any], model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = {"epochs": 2, "token_budget": 70, "eval_fraction": 0.25, "progress": "plain", **options}
-    dpo(model, ROWS, tmp_path / "out", ref_model_sync_steps=2, ref_model_mixup_alpha=1.0, **given)
+    dpo(model, ROWS, tmp_path / "out", reference_every=2, reference_mix=1.0, **given)
     told = [line["loss"] for line in steps(tmp_path / "out")]
     start = 0.5 if options.get("loss") == "kto" else math.log(2)
     close = [abs(loss - start) < 1e-5 for loss in told]
@@ -194,7 +198,7 @@ def test_a_reference_that_is_copied_from_the_policy_makes_them_equal_again(
 def test_a_reference_that_has_not_moved_yet_is_the_cached_one(model: str, tmp_path: Path) -> None:
     given: dict[str, Any] = {"epochs": 2, "dtype": "float64", "learning_rate": 2e-3, "batch_size": 3}
     dpo(model, ROWS, tmp_path / "cached", **given)
-    dpo(model, ROWS, tmp_path / "live", ref_model_sync_steps=100, **given)
+    dpo(model, ROWS, tmp_path / "live", reference_every=100, **given)
     for one, other in zip(steps(tmp_path / "cached"), steps(tmp_path / "live"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-9)
     found, expected = weights(tmp_path / "live"), weights(tmp_path / "cached")
@@ -204,13 +208,10 @@ def test_a_reference_that_has_not_moved_yet_is_the_cached_one(model: str, tmp_pa
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"ref_model_mixup_alpha": 0.5}, "give --ref-model-sync-steps too"),
-        (
-            {"ref_model_sync_steps": 3, "reference": "m"},
-            "--reference: the reference that --ref-model-sync-steps moves begins",
-        ),
-        ({"ref_model_sync_steps": 3, "loss": "simpo"}, "--ref-model-sync-steps: simpo compares with no reference"),
-        ({"ref_model_sync_steps": 3, "early_stopping": 1, "eval_fraction": 0.2}, "--early-stopping compares losses"),
+        ({"reference_mix": 0.5}, "give --reference-every too"),
+        ({"reference_every": 3, "reference": "m"}, "--reference: the reference that --reference-every moves begins"),
+        ({"reference_every": 3, "loss": "simpo"}, "--reference-every: simpo compares with no reference"),
+        ({"reference_every": 3, "early_stopping": 1, "eval_fraction": 0.2}, "--early-stopping compares losses"),
         ({"weighting": "wpo", "loss": "kto"}, "--weighting wpo weighs pair by pair"),
     ],
 )
@@ -225,6 +226,6 @@ def test_another_reference_with_another_layout_is_packed_its_own_way() -> None:
     scorer, apart = Scorer(policy), Scorer(reference, share=False)
     batch = pack(groups, scorer.layout)
     expected = apart(pack(groups, apart.layout)).detach()
-    live = LiveReference(apart)
+    live = InMemoryReference(apart)
     assert torch.equal(live.logprobs(batch), expected)
     assert live.distributions(batch).logits(slice(0, 3)).shape == (3, 50)

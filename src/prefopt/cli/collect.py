@@ -19,16 +19,16 @@ from prefopt.data.table import KEY
 from prefopt.errors import ConfigError, DataError, StudyError
 from prefopt.studies.agreement import Estimate
 from prefopt.studies.annotators import annotators, invite, revoke
-from prefopt.studies.export import Exported, How, export_rows
+from prefopt.studies.export import Exported, ExportOptions, export_rows
 from prefopt.studies.items import NewItem, add_items
-from prefopt.studies.study import Settings, Study, backup, check_study_file
-from prefopt.studies.summary import Summary, summarise
+from prefopt.studies.study import Study, StudySettings, backup, check_study_file
+from prefopt.studies.summary import StudySummary, summarise
 
 MISSING = "prefopt collect serve needs the extra: pip install 'prefopt[collect]'"
 
 
 def collect_new(config: collect.CollectNewConfig) -> int:
-    from prefopt.collect.gather import sampled
+    from prefopt.collect.import_items import items_from_models
 
     path = Path(config.study)
     if path.exists():
@@ -37,11 +37,11 @@ def collect_new(config: collect.CollectNewConfig) -> int:
     items = _gathered(config)
     folder = path.with_name(path.name + ".samples")
     if config.model is not None:
-        found = sampled(config, folder)
-        for line in found.settle("skip"):
+        found = items_from_models(config, folder)
+        for line in found.report("skip"):
             tell(f"samples: {line}")
         items += found.items
-    settings = Settings(
+    settings = StudySettings(
         title=config.title or path.stem,
         instructions=instructions,
         overlap=config.overlap,
@@ -69,13 +69,13 @@ def collect_import(config: collect.CollectImportConfig) -> int:
 
 
 def _gathered(config: collect.ImportOptions) -> list[NewItem]:
-    from prefopt.collect.gather import from_files, golden
+    from prefopt.collect.import_items import gold_items, items_from_files
 
     items: list[NewItem] = []
-    for what, names, gather in (("responses", config.responses, from_files), ("gold", config.gold, golden)):
+    for what, names, gather in (("responses", config.responses, items_from_files), ("gold", config.gold, gold_items)):
         if names is not None:
             found = gather(names, config)
-            for line in found.settle(config.on_bad_row):
+            for line in found.report(config.on_bad_row):
                 tell(f"{what}: {line}")
             items += found.items
     return items
@@ -136,7 +136,7 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _in_words(s: Summary) -> list[str]:
+def _in_words(s: StudySummary) -> list[str]:
     lines = [
         f"{s.title}: {s.votes:,} of {s.wanted:,} votes, {s.complete:,} of {s.items:,} items complete"
         f" ({s.gold_votes:,} votes on {s.gold_items:,} gold items besides)"
@@ -151,7 +151,7 @@ def _in_words(s: Summary) -> list[str]:
         f"Krippendorff's alpha: nominal {_estimate(s.nominal)}, ordinal {_estimate(s.ordinal)}",
         f"preferred what was shown first: {_estimate(s.first)} (0.5 without a bias)",
     ]
-    for p in s.people:
+    for p in s.annotators:
         lines.append(
             f"  {p.name} ({p.pseudonym}): {p.votes:,} votes, {p.skips:,} skipped, median {_number(p.seconds, 1)} s;"
             f" with others {_number(p.agreement)}, kappa with most {_number(p.kappa)}, first {_estimate(p.first)},"
@@ -177,7 +177,7 @@ def collect_export(config: collect.CollectExportConfig) -> int:
         outputs["--eval-output"] = config.eval_output
     path = Path(config.study)
     with Study(path) as study:
-        how = How(
+        how = ExportOptions(
             form=config.form,
             disagreement=config.disagreement,
             ties=config.ties,

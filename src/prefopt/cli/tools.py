@@ -16,7 +16,7 @@ from prefopt.errors import ConfigError
 
 def cache_list(_: tools.CacheListConfig) -> int:
     from prefopt.data.token_cache import list_tokens
-    from prefopt.reference.spaces import list_spaces
+    from prefopt.reference.blocks import list_spaces
 
     spaces, tokens, samples = list_spaces(), list_tokens(), cache_folder.sample_entries()
     total = size(sum(s.bytes for s in spaces))
@@ -47,9 +47,9 @@ def _size_and_use(count: int, used: datetime) -> str:
 def cache_verify(config: tools.CacheVerifyConfig) -> int:
     from prefopt.data.token_cache import verify_tokens
     from prefopt.generate.output import verify_samples
-    from prefopt.reference.spaces import verify
+    from prefopt.reference.blocks import verify
 
-    problems = [(problem.file, problem.what) for problem in verify(repair=config.repair)]
+    problems = verify(repair=config.repair)
     problems += [*verify_tokens(repair=config.repair), *verify_samples(repair=config.repair)]
     for file, what in problems:
         tell(f"{file}: {what}{'; taken out of use' if config.repair else ''}")
@@ -66,8 +66,8 @@ def cache_clear(config: tools.CacheClearConfig) -> int:
 
 
 def merge(config: tools.MergeConfig) -> int:
-    from prefopt.model.load import DTYPES, resolve_device
     from prefopt.model.merge import merge_adapter
+    from prefopt.model.precision import DTYPES, resolve_device
 
     done = merge_adapter(
         config.adapter,
@@ -172,8 +172,7 @@ def score(config: tools.ScoreConfig) -> int:
 
 
 def data_layouts(config: tools.DataLayoutsConfig) -> int:
-    from prefopt.data.layouts.recognise import named_layout
-    from prefopt.data.layouts.show import describe_layout, list_layouts
+    from prefopt.data.layouts import describe_layout, list_layouts, named_layout
 
     tell(list_layouts() if config.name is None else describe_layout(named_layout(config.name)))
     return 0

@@ -42,7 +42,7 @@ class ReadOptions:
 
     @property
     def column_words(self) -> list[str] | None:
-        """What is said of columns, see :func:`prefopt.data.layouts.columns.said_of_columns`; none for nothing."""
+        """What is said of columns, see :func:`prefopt.data.layouts.columns.parse_column_options`; none for nothing."""
         words = list(self.columns or ())
         words += [f"--label-means={word}" for word in self.label_means or ()]
         words += [f"--ignore-columns={word}" for word in self.ignore_columns or ()]

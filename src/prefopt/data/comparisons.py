@@ -20,11 +20,10 @@ from typing import Protocol
 
 from prefopt.data.files.content import layout_name
 from prefopt.data.files.read import CSV_NAMES, read_rows
-from prefopt.data.layouts import LAYOUTS
-from prefopt.data.layouts.columns import columns_of, said_of_columns, shared_column
-from prefopt.data.layouts.dataset_info import find_entry
-from prefopt.data.layouts.layout import Columns, Layout
-from prefopt.data.layouts.recognise import listed, named_layout, recognise
+from prefopt.data.layouts import LAYOUTS, named_layout
+from prefopt.data.layouts.columns import column_map, find_dataset_info, parse_column_options, shared_column
+from prefopt.data.layouts.layout import ColumnMap, Layout
+from prefopt.data.layouts.recognise import listed, recognise
 from prefopt.data.layouts.values import BadRow
 from prefopt.data.problems import Problem
 from prefopt.errors import ConfigError, DataError
@@ -89,7 +88,7 @@ class Reading:
         self,
         source: Source,
         layout: Layout,
-        columns: Columns,
+        columns: ColumnMap,
         count: int,
         notes: Sequence[str],
         lost: str = "",
@@ -199,16 +198,16 @@ def open_comparisons(source: Source, *, format: str | None = None, columns: Sequ
     unknown role) is a :class:`Problem` instead.
     """
     named = named_layout(format) if format is not None else None
-    said = said_of_columns(columns)
+    said = parse_column_options(columns)
     given = said.pairs
-    entry = find_entry(source.path) if named is None else None
+    entry = find_dataset_info(source.path) if named is None else None
     cells = source.path is not None and layout_name(source.path) in CSV_NAMES
     pairs, refused = ({**entry.pairs, **given}, entry.media) if entry else (given, ())
     if entry and (clash := shared_column(pairs)):
         who = "dataset_info.json beside it, with --columns," if given else "dataset_info.json beside it"
         raise DataError(f"{who} gives {clash} (entry {entry.name}); put it right", file=source.name)
     means = {**(entry.means if entry else {}), **said.means}
-    understood = columns_of(pairs, refused=refused, cells=cells, means=means, ignored=said.ignored)
+    understood = column_map(pairs, refused=refused, cells=cells, means=means, ignored=said.ignored)
     if said.headless:
         source = _Headless(source, cells)
     named = LAYOUTS[entry.layout] if entry else named
@@ -218,7 +217,7 @@ def open_comparisons(source: Source, *, format: str | None = None, columns: Sequ
     return Reading(source, found.layout, understood, found.count, notes, found.lost)
 
 
-def _rows(source: Source, columns: Columns) -> Iterator[object]:
+def _rows(source: Source, columns: ColumnMap) -> Iterator[object]:
     """Rows, the empty cells of a table of text as null."""
     rows = source.rows(keep_going=True)
     if not columns.cells:

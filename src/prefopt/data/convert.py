@@ -8,18 +8,17 @@ from pathlib import Path
 import numpy as np
 
 from prefopt.config.tools import DataConvertConfig, DataSplitConfig
-from prefopt.core.options import nearest
 from prefopt.core.terminal import Reporter
 from prefopt.data.comparisons import Reading, open_comparisons
 from prefopt.data.files.read import raw_lines
 from prefopt.data.files.sources import Source, find_sources
 from prefopt.data.files.write import RowFile, row_files
-from prefopt.data.layouts import LAYOUTS
+from prefopt.data.layouts import LAYOUTS, writable_layout
 from prefopt.data.layouts.layout import Layout
 from prefopt.data.problems import Problem, describe, refuse, refused_rows
 from prefopt.data.sampler import split_by_prompt
 from prefopt.data.table import KEY, KeyArray
-from prefopt.errors import ConfigError, DataError
+from prefopt.errors import DataError
 from prefopt.records import Comparison
 
 # Columns of a layout whose objects are what people put there, key by key.
@@ -35,7 +34,7 @@ def run_convert(config: DataConvertConfig) -> int:
     Raises :class:`DataError` where rows are refused or none is left, :class:`ConfigError` for a file that cannot be
     the output and for an unknown layout, :class:`RunError` where the disk stands in the way.
     """
-    layout = layout_named(config.layout)
+    layout = writable_layout(config.layout)
     sources = find_sources(config.data)
     reporter = Reporter()
     problems: list[Problem] = []
@@ -83,17 +82,6 @@ def settle(problems: Sequence[Problem], read: int, on_bad_row: str, reporter: Re
         raise DataError(f"none of {read} rows can be written: {describe(problems)}")
     if problems:
         reporter.say(f"{refused_rows(problems):,} of {read:,} rows left out: {describe(problems)}")
-
-
-def layout_named(name: str) -> Layout:
-    """The layout of ``--layout``. Raises :class:`ConfigError`."""
-    plain = name.strip().lower().replace("_", "-")
-    if plain not in LAYOUTS:
-        guess = nearest(plain, list(LAYOUTS)) or f"; there are {', '.join(LAYOUTS)}"
-        raise ConfigError(f"--layout {name!r} is no layout{guess}")
-    if not LAYOUTS[plain].written:
-        raise ConfigError(f"--layout {plain}: such rows are read, not written; --layout canonical holds all they say")
-    return LAYOUTS[plain]
 
 
 def paths_of(sources: Sequence[Source]) -> list[Path]:

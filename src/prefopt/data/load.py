@@ -19,7 +19,8 @@ from prefopt.data.comparisons import Reading, open_comparisons
 from prefopt.data.files.content import layout_name
 from prefopt.data.files.sources import Origin, Source, find_sources
 from prefopt.data.kinds import Problem, Want, describe, refuse, refused_rows
-from prefopt.data.layouts.dataset_info import find_entry
+from prefopt.data.layouts import code_of_layouts
+from prefopt.data.layouts.columns import find_dataset_info
 from prefopt.data.problems import Findings, lines, merge
 from prefopt.data.sampler import Indices, split_by_prompt
 from prefopt.data.table import Columns, GroupTable, Part, joined
@@ -214,8 +215,9 @@ def _put_together(found: Sequence[Tokenised], notes: Sequence[str], on_bad_row: 
 def _cached(source: Source, digest: str, how: _How) -> Tokenised:
     contents = source.digest()
     # What is not in a file and yet decides how it is read: its ending, and what lies beside it.
-    reading = (str(how.format), str(how.columns), str(source.path and layout_name(source.path)))
-    beside = find_entry(source.path) if how.format is None else None
+    name = str(source.path and layout_name(source.path))
+    reading = (str(how.format), str(how.columns), name, code_of_layouts(how.format))
+    beside = find_dataset_info(source.path) if how.format is None else None
     key = TokenKey(contents, (*reading, str(beside)), how.want, digest)
     source = replace(source, origin=_Watched(source.origin, how.stop))
 

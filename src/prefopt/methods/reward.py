@@ -13,8 +13,8 @@ from prefopt.config.reward import RewardConfig
 from prefopt.core.files import write_json
 from prefopt.data.table import GroupTable
 from prefopt.errors import ConfigError, DataError
+from prefopt.model.architectures import causal_model
 from prefopt.model.check import CheckReport, check_scalars
-from prefopt.model.packed_model import causal_model
 from prefopt.model.scalar import ScalarScorer, response_rewards, set_shift, shift_of
 from prefopt.train.columns import columns_of
 from prefopt.train.data import DataBatches, TrainingData, load_data

@@ -12,7 +12,7 @@ from prefopt.data.kinds import convert
 from prefopt.data.problems import Problem
 from prefopt.errors import ConfigError
 from prefopt.model.check import check_scoring
-from prefopt.model.from_scratch import new_model, new_tokenizer
+from prefopt.model.load import new_model, new_tokenizer
 from prefopt.train.data import DataBatches, load_data
 from prefopt.train.objective import Objective
 from prefopt.train.objectives import LikelihoodObjective, balanced, describe_balance

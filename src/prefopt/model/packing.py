@@ -26,7 +26,7 @@ Segment = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pass:
+class ForwardPass:
     """What one forward pass of the model sees: ``ids`` and ``positions`` [T], the segments of its attention."""
 
     ids: torch.Tensor
@@ -44,7 +44,7 @@ class PackedBatch:
     """
 
     groups: tuple[Group, ...]
-    passes: tuple[Pass, ...]
+    passes: tuple[ForwardPass, ...]
     read: torch.Tensor
     target: torch.Tensor
     owner: torch.Tensor
@@ -62,13 +62,13 @@ class PackedBatch:
         def move(x: torch.Tensor) -> torch.Tensor:
             return x.to(device, non_blocking=True)
 
-        passes = tuple(Pass(move(p.ids), move(p.positions), p.segments) for p in self.passes)
+        passes = tuple(ForwardPass(move(p.ids), move(p.positions), p.segments) for p in self.passes)
         numbers = (self.read, self.target, self.owner, self.length, self.last)
         return PackedBatch(self.groups, passes, *map(move, numbers))
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class PackLayout:
     """How a model may be fed. ``share``: prefixes are encoded once and groups share a row.
 
     ``rope_limit``: beyond this many tokens the model's rotary frequencies are others (longrope), so that a row never
@@ -108,7 +108,7 @@ class Layout:
         return "long" if shortest > self.rope_limit else "separate"
 
 
-class _Row:
+class _PackedRow:
     """A row under construction."""
 
     def __init__(self) -> None:
@@ -124,44 +124,44 @@ class _Row:
         self.length += len(ids)
         return start
 
-    def finish(self) -> Pass:
+    def finish(self) -> ForwardPass:
         ids = torch.from_numpy(np.concatenate(self.ids).astype(np.int64))
-        return Pass(ids, torch.from_numpy(np.concatenate(self.positions)), tuple(self.segments))
+        return ForwardPass(ids, torch.from_numpy(np.concatenate(self.positions)), tuple(self.segments))
 
 
 @dataclass(slots=True)
 class _Response:
     """Where a response's tokens came to stand: ``before`` is the row index of the last shared token, or -1."""
 
-    row: _Row
+    row: _PackedRow
     start: int
     before: int
     ids: np.ndarray
     trained: np.ndarray
 
 
-def pack(groups: Sequence[Group], layout: Layout | None = None) -> PackedBatch:
+def pack(groups: Sequence[Group], layout: PackLayout | None = None) -> PackedBatch:
     """Lay groups out for the scorer; responses keep the order of the groups."""
-    layout = layout or Layout()
-    common: dict[str, _Row] = {}
-    rows: list[_Row] = []
+    layout = layout or PackLayout()
+    common: dict[str, _PackedRow] = {}
+    rows: list[_PackedRow] = []
     responses: list[_Response] = []
     for group in groups:
         side = layout.side(group)
         if side == "separate":
             for k in range(len(group.continuations)):
-                rows.append(row := _Row())
+                rows.append(row := _PackedRow())
                 ids, trained = group.sequence(k)
                 row.segments.append((0, len(ids), 0, 0))
                 responses.append(_Response(row, row.add(ids, 0), -1, ids, trained))
             continue
         if side not in common:
-            rows.append(common.setdefault(side, _Row()))
+            rows.append(common.setdefault(side, _PackedRow()))
         responses += _add_shared(common[side], group)
     return _finish(groups, rows, responses)
 
 
-def _add_shared(row: _Row, group: Group) -> list[_Response]:
+def _add_shared(row: _PackedRow, group: Group) -> list[_Response]:
     prefix = len(group.prefix)
     origin = row.add(group.prefix, 0)
     responses = []
@@ -173,7 +173,7 @@ def _add_shared(row: _Row, group: Group) -> list[_Response]:
     return responses
 
 
-def _finish(groups: Sequence[Group], rows: list[_Row], responses: list[_Response]) -> PackedBatch:
+def _finish(groups: Sequence[Group], rows: list[_PackedRow], responses: list[_Response]) -> PackedBatch:
     offsets = dict(zip(map(id, rows), np.cumsum([0, *(r.length for r in rows)]), strict=False))
     read, target, owner, last = [], [], [], []
     for n, r in enumerate(responses):

@@ -21,16 +21,14 @@ from prefopt.losses.rl import (
     without_end,
 )
 from prefopt.model.kernels.distributions import Distributions, TokenScores
-from prefopt.model.packed_model import PackedModel
 from prefopt.model.packing import PackedBatch
-from prefopt.model.scorer import Asked, Scorer, response_sums
-from prefopt.rl.critic import Critic
+from prefopt.model.scorer import PackedModel, Scorer, ScoreRequest, response_sums
+from prefopt.rl.models import Critic
 from prefopt.rl.rollouts import Rollouts
 from prefopt.runs.metrics import Record
-from prefopt.train.batch import Batch, Column, tensor
-from prefopt.train.inputs import Values
+from prefopt.train.batch import Batch, Column, LossResult, tensor
+from prefopt.train.columns import Values
 from prefopt.train.objective import Normaliser, Objective
-from prefopt.train.results import LossResult
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,7 +79,7 @@ def look(
     scorer: Scorer, critic: Critic | None, temperature: float, packed: PackedBatch
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probabilities [M] at the sampling temperature, and values [M] where there is a critic."""
-    asked = Asked(hidden=True) if critic is not None and critic.is_head else None
+    asked = ScoreRequest(hidden=True) if critic is not None and critic.is_head else None
     with scorer.at_temperature(temperature):
         found = scorer(packed, asked)
     logp_M, hidden_M = (found.logp_M, found.hidden_M) if isinstance(found, TokenScores) else (found, None)
@@ -116,7 +114,6 @@ class PpoObjective(Objective):
         return found if value_M is None else {**found, "value_M": value_M}
 
     def __call__(self, batch: Batch, values: Values, normaliser: Normaliser) -> LossResult:
-        """See :class:`Objective`."""
         tokens, responses = (float(n) for n in normaliser)
         logp_M = values["logp_M"]
 

@@ -18,14 +18,13 @@ from prefopt.core.terminal import Reporter
 from prefopt.data.sampler import Sampler
 from prefopt.errors import Diverged, RunError
 from prefopt.losses.rl import KlController
-from prefopt.model.memory import peak_memory
-from prefopt.rl.collector import Collector
+from prefopt.model.costs import peak_memory
 from prefopt.rl.objective import Targets, final_scores, rollout_metrics, targets_of
-from prefopt.rl.ptx import PtxTerm
-from prefopt.rl.rollouts import Rollouts
+from prefopt.rl.prompts import PtxTerm
+from prefopt.rl.rollouts import Collector, Rollouts
 from prefopt.runs.metrics import Record
 from prefopt.train.batch import Batch
-from prefopt.train.inputs import Values
+from prefopt.train.columns import Values
 from prefopt.train.objective import Objective
 from prefopt.train.trainer import BatchSource, Trainer
 
@@ -128,7 +127,6 @@ class Rounds(BatchSource):
     # -- checkpoints -------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """See :class:`BatchSource`."""
         return {"episodes": self.episodes, "beta": self.kl.coefficient}
 
     def tensors(self) -> dict[str, torch.Tensor] | None:
@@ -136,7 +134,6 @@ class Rounds(BatchSource):
         return self.rollouts.tensors() if self.rollouts is not None else None
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None) -> None:
-        """See :class:`BatchSource`."""
         self.episodes, self.kl = state["episodes"], self.kl.at(state["beta"])
         self.rollouts = Rollouts.from_tensors(tensors) if tensors is not None else None
 

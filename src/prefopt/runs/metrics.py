@@ -24,8 +24,7 @@ from typing import Any
 import torch
 
 from prefopt.core.files import output_errors
-from prefopt.model.costs import Costs, counting, together
-from prefopt.model.memory import peak_memory
+from prefopt.model.costs import Costs, combine_costs, count_costs, peak_memory
 from prefopt.runs.folder import RunFolder
 from prefopt.runs.history import numbered_lines, read_history
 
@@ -170,7 +169,7 @@ class Spending:
         """Write them to ``run.json``, if this process holds the folder."""
         seconds = time.monotonic() - self._started
         now = {**self._costs.to_dict(), "seconds": seconds, "peak_memory_bytes": peak_memory(self._device)}
-        self._folder.spent(together([self._before, now]))
+        self._folder.spent(combine_costs([self._before, now]))
 
 
 @contextmanager
@@ -180,7 +179,7 @@ def spending(folder: RunFolder, device: torch.device) -> Iterator[Spending]:
     They are those of :class:`prefopt.model.costs.Costs`, ``seconds``, and ``peak_memory_bytes`` of the process (on a
     GPU of the device's tensors).
     """
-    with counting() as costs:
+    with count_costs() as costs:
         found = Spending(folder, device, costs)
         try:
             yield found

@@ -20,7 +20,7 @@ from prefopt.errors import Diverged
 from prefopt.evaluate.samples import perplexity
 from prefopt.generate.sampled_model import SampledModel
 from prefopt.methods.rlhf import started_again, status_of
-from prefopt.model.costs import together
+from prefopt.model.costs import combine_costs
 from prefopt.runs.history import read_record
 from prefopt.sweeps.data import Measure, prepare_data
 from prefopt.sweeps.train import model_of, take_folder, train_alone, train_once
@@ -166,7 +166,7 @@ class _MethodsSweep:
         measured = measure(file=folder / "samples.jsonl", **policy)
         return replace(
             found,
-            costs=together([_costs(Path(c.output)) for c in configs]),
+            costs=combine_costs([_costs(Path(c.output)) for c in configs]),
             reward=measured.reward.mean,
             interval=(measured.reward.low, measured.reward.high),
             kl=measured.kl,

@@ -12,16 +12,14 @@ import torch
 from prefopt.data.group import Group
 from prefopt.errors import ConfigError, DataError
 from prefopt.losses.rl import bradley_terry
+from prefopt.model.architectures import Routers, RoutingSums, routers_of
 from prefopt.model.kernels.distributions import Distributions
-from prefopt.model.packed_model import PackedModel
 from prefopt.model.packing import PackedBatch
-from prefopt.model.routing import Routers, RoutingSums, routers_of
-from prefopt.model.scorer import response_sums
+from prefopt.model.scorer import PackedModel, response_sums
 from prefopt.runs.metrics import Record
-from prefopt.train.batch import Batch, tensor
-from prefopt.train.inputs import LossInputs, Values
+from prefopt.train.batch import Batch, LossResult, State, tensor, weighted_sum
+from prefopt.train.columns import LossInputs, Values
 from prefopt.train.objective import Normaliser, Objective
-from prefopt.train.results import LossResult, State, weighted_sum
 
 Average = Literal["tokens", "rows"]
 MOST_NATS = 700.0  # beyond, a perplexity is no number
@@ -54,7 +52,6 @@ class LikelihoodObjective(Objective):
         return {"logp_N": response_sums(scorer(packed), packed)}
 
     def __call__(self, batch: Batch, values: Values, normaliser: Normaliser) -> LossResult:
-        """See :class:`Objective`."""
         length_N = tensor(batch.length_N, self.device, self.dtype)
         nll_N = -values["logp_N"].to(self.dtype)
         numerator = nll_N.sum() if self.average == "tokens" else (nll_N / length_N).sum()
@@ -93,7 +90,6 @@ class RewardObjective(Objective):
         return {"reward_N": scorer(packed).to(self.dtype)}
 
     def __call__(self, batch: Batch, values: Values, normaliser: Normaliser) -> LossResult:
-        """See :class:`Objective`."""
         inputs = LossInputs(batch, "pairs", self.device, self.dtype)
         columns, weight_P = batch.columns, inputs.weight_R
         at = {"chosen": inputs.tensor(inputs.chosen), "rejected": inputs.tensor(inputs.rejected)}

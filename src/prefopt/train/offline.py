@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 
 from prefopt.core.terminal import duration, size
-from prefopt.data.chat.answers import trained_ends
+from prefopt.data.chat.spans import trained_ends
 from prefopt.data.chat.truncate import longer_limit
 from prefopt.data.sampler import IndexArray
 from prefopt.data.show import show
+from prefopt.model.architectures import causal_model, vocabulary_size
 from prefopt.model.check import CheckReport
-from prefopt.model.load import vocabulary_size
-from prefopt.model.memory import peak_memory
-from prefopt.model.packed_model import causal_model
+from prefopt.model.costs import peak_memory
 from prefopt.runs.folder import fingerprint
 from prefopt.train import budget, checkpoint
 from prefopt.train.data import DataBatches, TrainingData
@@ -59,7 +58,6 @@ class OfflineRun:
         return found
 
     def take_folder(self, same: Mapping[str, tuple[Any, str]] | None = None, **facts: Any) -> None:
-        """See :meth:`Run.take_folder`."""
         data = self.data
         sizes = f"{len(data.train)}+{len(data.held_out)}"
         identity = {**(same or {}), "data": (f"{fingerprint(data.groups)} {sizes}", "the data")}

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefopt.data.layouts.trl import split_text, split_turns
+from prefopt.data.layouts.messages import split_turns
+from prefopt.data.layouts.trl import split_text
 from prefopt.records import Message
 
 CASES = [

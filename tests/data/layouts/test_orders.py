@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefopt.data.comparisons import parse_comparisons
-from prefopt.data.layouts.orders import from_pair_labels, pair_label
+from prefopt.data.layouts.rankings import from_pair_labels
 from prefopt.records import Comparison
 
 
@@ -18,7 +18,8 @@ def test_labels_of_pairs_are_an_order_where_any_order_has_these_labels(count: in
     """Against every possible assignment of ranks: 75 orders with ties for four responses, of 729 sets of labels."""
     orders = {}
     for ranks in product(range(count or 1), repeat=count):
-        labels = tuple(pair_label(-ranks[i], -ranks[j]) for i, j in combinations(range(count), 2))
+        pairs = combinations(range(count), 2)
+        labels = tuple(0 if ranks[i] == ranks[j] else 1 if ranks[i] < ranks[j] else 2 for i, j in pairs)
         orders[labels] = tuple(tuple(k for k in range(count) if ranks[k] == r) for r in sorted(set(ranks)))
     assert len(orders) == [1, 1, 3, 13, 75][count]
     for labels in product(range(3), repeat=count * (count - 1) // 2):

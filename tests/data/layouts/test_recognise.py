@@ -230,7 +230,7 @@ def test_dataset_infos_that_say_nothing_of_the_file(tmp_path: Path) -> None:
         (tmp_path / "dataset_info.json").write_bytes(text.encode("utf-8", "surrogateescape"))
         assert read_comparisons(path).notes == []
     (tmp_path / "dataset_info.json").write_text(f'{{"a": {{"file_name": "{path.name}",}}}}', "utf-8")
-    with pytest.raises(DataError, match=r"dataset_info.json: is no JSON \(.*line 1.*names rows.jsonl.*--format"):
+    with pytest.raises(DataError, match=r"dataset_info.json: is not JSON \(.*line 1.*names rows.jsonl.*--format"):
         read_comparisons(path)
     (source,) = find_sources([path])
     assert not open_comparisons(source, format="preference-text").problems
@@ -238,7 +238,7 @@ def test_dataset_infos_that_say_nothing_of_the_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"says 'sharegtp' for formatting \(entry a\).*one of alpaca, sharegpt, openai"):
         read_comparisons(path)
     registry(tmp_path, a={"file_name": path.name}, b={"file_name": path.name, "ranking": True})
-    with pytest.raises(DataError, match="two entries for it, a and b; say --format"):
+    with pytest.raises(DataError, match="two entries for it, a and b; give --format"):
         read_comparisons(path)
     registry(tmp_path, a={"file_name": path.name, "formatting": "sharegpt"})
     with pytest.raises(DataError, match=r"needs conversations as well; read as sharegpt.*entry a.*--format"):

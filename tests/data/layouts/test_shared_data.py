@@ -10,6 +10,7 @@ import pytest
 from prefopt.data.comparisons import Reading, open_comparisons
 from prefopt.data.files.sources import find_sources
 from prefopt.data.kinds import Problem, Want, check
+from prefopt.data.layouts import LAYOUTS
 from prefopt.records import Comparison
 
 
@@ -121,11 +122,9 @@ def test_film_reviews_are_text_and_their_labels_are_not_read(shared: Path, name:
     assert isinstance(first, Comparison) and first.text and first.labels is None and first.prompt[0].content == ""
 
 
-def test_every_row_of_every_file_is_written_again_in_its_own_layout(shared: Path) -> None:
-    from prefopt.data.layouts import LAYOUTS
-
+def test_every_row_of_every_file_is_written_again(shared: Path) -> None:
     for name, layout, *_ in FILES:
         for c in reading_of(shared / "data" / name).comparisons[::7]:
-            for other in (layout, "canonical"):
+            for other in {"canonical", layout if LAYOUTS[layout].writer else "canonical"}:
                 again = LAYOUTS[other].parse(LAYOUTS[other].write(c), c.row, c.file)
                 assert again == c and again.extra == c.extra

@@ -42,7 +42,7 @@ BITS = 1 << 14
 _WIDE = re.compile(r"\d{7}")
 
 
-class TooMuch(TemplateError):
+class LimitExceeded(TemplateError):
     """The template would run, or fill the memory, beyond all measure."""
 
 
@@ -58,9 +58,9 @@ class _Budget(threading.local):
     def spend(self, steps: int) -> None:
         self.steps -= steps
         if self.steps < 0:
-            raise TooMuch(f"it takes more than {STEPS:,} steps; does it ever end?")
+            raise LimitExceeded(f"it takes more than {STEPS:,} steps; does it ever end?")
         if time.monotonic() > self.ends:
-            raise TooMuch(f"it takes more than {SECONDS:g} seconds; does it ever end?")
+            raise LimitExceeded(f"it takes more than {SECONDS:g} seconds; does it ever end?")
 
 
 budget = _Budget()
@@ -80,7 +80,7 @@ def paid(value: Any) -> Any:
 
 def _fits(length: int) -> None:
     if length > LONGEST:
-        raise TooMuch(f"it makes a text or list of more than {LONGEST:,}")
+        raise LimitExceeded(f"it makes a text or list of more than {LONGEST:,}")
 
 
 def _spent(items: Any) -> Any:
@@ -122,7 +122,7 @@ def _concat(parts: Iterable[Any]) -> Any:
 def _multiply(left: Any, right: Any) -> Any:
     if isinstance(left, int) and isinstance(right, int):
         if left.bit_length() + right.bit_length() > BITS:
-            raise TooMuch("it makes a number beyond all measure")
+            raise LimitExceeded("it makes a number beyond all measure")
         return left * right
     for many, times in ((left, right), (right, left)):
         if isinstance(many, (str, list, tuple)) and isinstance(times, int):
@@ -132,7 +132,7 @@ def _multiply(left: Any, right: Any) -> Any:
 
 def _power(left: Any, right: Any) -> Any:
     if isinstance(left, int) and isinstance(right, int) and left.bit_length() * abs(right) > BITS:
-        raise TooMuch("it makes a number beyond all measure")
+        raise LimitExceeded("it makes a number beyond all measure")
     return left**right
 
 
@@ -147,12 +147,12 @@ def _check_format(form: str, given: Iterable[Any]) -> None:
     """Refuse a format with wide fields, or of long values many times over."""
     form, given = str.__str__(form), list(given)
     if _WIDE.search(form) or any(isinstance(v, int) and abs(v) > NUMBER for v in given if "*" in form or "{:{" in form):
-        raise TooMuch("it formats text to a width beyond all measure")
+        raise LimitExceeded("it formats text to a width beyond all measure")
     _fits(_length(form) + (form.count("%") + form.count("{")) * max(map(_length, given), default=0))
 
 
 def _length(value: Any) -> int:
-    """About as many characters as a value has once it is text. Raises :class:`TooMuch` beyond :data:`LONGEST`."""
+    """About as many characters as a value has once it is text. Raises :class:`LimitExceeded` beyond :data:`LONGEST`."""
     if isinstance(value, str):
         return str.__len__(value)
     waiting, length = [value], 0
@@ -172,7 +172,7 @@ def _check_given(name: str, value: Any, args: tuple[Any, ...], named: dict[str, 
     given = [*args, *named.values()]
     numbers = [abs(v) for v in given if isinstance(v, (int, float))] if name not in ("default", "d") else []
     if any(number > NUMBER for number in numbers):
-        raise TooMuch(f"it gives {name} a number beyond all measure")
+        raise LimitExceeded(f"it gives {name} a number beyond all measure")
     budget.spend(int(max(numbers, default=0)))
     if name in _WRITING:
         _fits(_length(value) * (1 + int(max(numbers, default=0)) if name == "tojson" else 1))
@@ -348,7 +348,7 @@ def compiled(text: str) -> Any:
 
 
 def render(template: Any, **given: Any) -> str:
-    """What a template makes of ``given``. Raises :class:`sandbox.TooMuch` where that would have no end."""
+    """What a template makes of ``given``. Raises :class:`LimitExceeded` where that would have no end."""
     budget.start()
     return str(template.render(**given))
 

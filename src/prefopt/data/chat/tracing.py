@@ -96,7 +96,7 @@ class Words(str):
         return Words(_plain(other) + _plain(self), self.log) if isinstance(other, str) else self.log.fail()
 
     def __bool__(self) -> bool:
-        return True  # traced words are never empty, see Traces.show
+        return True  # traced words are never empty, see Traces.render
 
 
 def _ask(method: str) -> Callable[..., Any]:
@@ -132,7 +132,7 @@ class _Trace:
     slots: tuple[int, ...]
     guards: tuple[_Guard, ...]
 
-    def show(self, words: Sequence[str]) -> str | None:
+    def render(self, words: Sequence[str]) -> str | None:
         for guard in self.guards:
             if not guard.holds(words[guard.slot]):
                 return None
@@ -148,19 +148,19 @@ class Traces:
     def __init__(self) -> None:
         self._traces: dict[object, _Trace | None] = {}
 
-    def show(self, shape: object, words: Sequence[str], render: Callable[[Sequence[str]], str]) -> str | None:
+    def render(self, shape: object, words: Sequence[str], run: Callable[[Sequence[str]], str]) -> str | None:
         """What the template makes of words in a conversation of this shape, if that is known without running it.
 
-        The shape must be all that the template is given beside the words. ``render`` runs it on words.
+        The shape must be all that the template is given beside the words. ``run`` renders it on words.
         """
         if not all(words):
             return None
         if shape not in self._traces:
             if len(self._traces) >= REMEMBERED:
                 return None
-            self._traces[shape] = _trace(len(words), render)
+            self._traces[shape] = _trace(len(words), run)
         trace = self._traces[shape]
-        return None if trace is None else trace.show(words)
+        return None if trace is None else trace.render(words)
 
 
 def _trace(count: int, render: Callable[[Sequence[str]], str]) -> _Trace | None:

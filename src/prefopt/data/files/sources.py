@@ -16,8 +16,8 @@ from prefopt.data.files.folder import data_files, is_saved, listed, nearest, sav
 from prefopt.data.files.hub import HubSplit
 from prefopt.data.files.read import is_data_name, read_rows
 from prefopt.errors import ConfigError, DataError
-from prefopt.studies.database import is_study
 from prefopt.studies.export import StudyRows
+from prefopt.studies.study import is_study
 
 OPTIONS = ("config", "split", "revision")
 

@@ -1,4 +1,4 @@
-"""Text from data as safe HTML: markdown and formulas, nothing that runs, loads or leads elsewhere.
+"""Convert text from data to safe HTML: markdown and formulas, without scripts, external resources or links.
 
 >>> str(as_html("**2** <b>x</b> $a_1$"))[:60]
 '<p dir="auto"><strong>2</strong> &lt;b&gt;x&lt;/b&gt; <span '
@@ -7,10 +7,8 @@
 from __future__ import annotations
 
 import html
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -22,8 +20,6 @@ from markdown_it.rules_block import StateBlock
 from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
 from markupsafe import Markup
-
-from prefopt.studies.items import Item
 
 LONGEST_TEXT = 200_000
 LONGEST_FORMULA = 2_000
@@ -52,28 +48,26 @@ _CLASSES = {"math", "source", "url", "image", "block"}
 
 
 def as_html(text: str) -> Markup:
-    """Markdown as HTML for a page. Raw HTML is shown as text, images as their words, links as text and address."""
-    if len(text) > LONGEST_TEXT:
-        return as_plain(text)
-    return _cached(text)
+    """Markdown as HTML. Raw HTML is shown as text, images as their alternative text, links as text and address."""
+    return as_plain(text) if len(text) > LONGEST_TEXT else _render(text)
 
 
 def as_plain(text: str) -> Markup:
-    """Text as it stands, white space and all."""
+    """Text as it is, with its white space."""
     return Markup('<div class="plain" dir="auto">') + _clean(text) + Markup("</div>")
 
 
 @lru_cache(maxsize=2048)
-def _cached(text: str) -> Markup:
+def _render(text: str) -> Markup:
     try:
         found = _MARKDOWN.render(_clean(text))
-    except (RecursionError, ValueError, IndexError):  # a text made to break the parser is shown as it stands
+    except (RecursionError, ValueError, IndexError):  # text that breaks the parser is shown as it is
         return as_plain(text)
     return Markup(nh3.clean(found, tags=_TAGS, attributes=_ATTRIBUTES, attribute_filter=_filter, link_rel=None))
 
 
 def _clean(text: str) -> str:
-    """Without halves of surrogate pairs and control characters, which HTML cannot say."""
+    """Replace lone surrogates and control characters, which are invalid in HTML."""
     return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", "\ufffd", text)
 
 
@@ -83,39 +77,36 @@ def _filter(tag: str, name: str, value: str) -> str | None:
 
 @lru_cache(maxsize=2048)
 def formula(source: str, display: bool) -> str:
-    """MathML of a LaTeX formula with its source as the title; the source as code where it cannot be read."""
+    """MathML of a LaTeX formula with its source as the title; the source as code where it cannot be converted."""
     title = html.escape(source)
-    kind = 'class="block" tabindex="0"' if display else 'class="math"'  # what may scroll can be reached by keys
+    kind = 'class="block" tabindex="0"' if display else 'class="math"'  # a block may scroll, so keys must reach it
     if len(source) <= LONGEST_FORMULA:
         try:
             found = latex2mathml.converter.convert(source, display="block" if display else "inline")
             return f'<span {kind} title="{title}">{found}</span>'
-        except Exception:  # the converter raises whatever it meets, for any text that is no formula
+        except Exception:  # for invalid formulas the converter raises any kind of error
             pass
     return f'<code dir="ltr">{title}</code>'
 
 
-# -- formulas in markdown ------------------------------------------------------------------------------------------
-
-_PAIRS = ((r"\(", r"\)", False), (r"\[", r"\]", True), ("$$", "$$", True))
+_MATH_DELIMITERS = ((r"\(", r"\)", False), (r"\[", r"\]", True), ("$$", "$$", True))
 
 
 def _inline_math(state: StateInline, silent: bool) -> bool:
-    """``$x$``, ``$$x$$``, ``\\(x\\)`` and ``\\[x\\]``. A dollar before a space, or one that closes before a digit, is
-    money."""
+    """``$x$``, ``$$x$$``, ``\\(x\\)`` and ``\\[x\\]``. A dollar before a space, or closing before a digit, is money."""
     text, at = state.src, state.pos
-    for opening, closing, display in _PAIRS:
+    for opening, closing, display in _MATH_DELIMITERS:
         if text.startswith(opening, at):
             end = text.find(closing, at + len(opening))
             if end > at + len(opening):
-                return _found(state, silent, text[at + len(opening) : end], end + len(closing), display)
+                return _push_math(state, silent, text[at + len(opening) : end], end + len(closing), display)
             return False
     if text[at] != "$" or not (found := re.compile(r"\$(?![\s$])((?:\\.|[^$\\\n])+?)(?<!\s)\$(?!\d)").match(text, at)):
         return False
-    return _found(state, silent, found[1], found.end(), False)
+    return _push_math(state, silent, found[1], found.end(), False)
 
 
-def _found(state: StateInline, silent: bool, source: str, end: int, display: bool) -> bool:
+def _push_math(state: StateInline, silent: bool, source: str, end: int, display: bool) -> bool:
     if not source.strip():
         return False
     if not silent:
@@ -126,13 +117,13 @@ def _found(state: StateInline, silent: bool, source: str, end: int, display: boo
 
 
 def _block_math(state: StateBlock, start: int, end: int, silent: bool) -> bool:
-    """A formula on lines of its own, between ``$$`` or ``\\[`` and ``\\]``."""
+    """A formula on its own lines, between ``$$`` or ``\\[`` and ``\\]``."""
     first = state.src[state.bMarks[start] + state.tShift[start] : state.eMarks[start]].strip()
     closing = {"$$": "$$", "\\[": "\\]"}.get(first[:2])
     if closing is None or state.is_code_block(start):
         return False
     lines, line = [first[2:]], start
-    while not (lines[-1].rstrip().endswith(closing)):
+    while not lines[-1].rstrip().endswith(closing):
         line += 1
         if line >= end:
             return False
@@ -148,12 +139,11 @@ def _block_math(state: StateBlock, start: int, end: int, silent: bool) -> bool:
 
 
 def _image(self: RendererHTML, tokens: Sequence[Token], at: int, options: Any, env: Mapping[str, Any]) -> str:
-    words = html.escape(tokens[at].content or "image")
-    return f'<span class="image">[{words}]</span>'
+    return f'<span class="image">[{html.escape(tokens[at].content or "image")}]</span>'
 
 
 def _link_close(self: RendererHTML, tokens: Sequence[Token], at: int, options: Any, env: Mapping[str, Any]) -> str:
-    """The address behind the words of a link, to be read and not to be followed."""
+    """The address of a link as text, not to be followed."""
     opening = next(t for t in reversed(tokens[:at]) if t.type == "link_open")
     address = str(opening.attrGet("href") or "")
     return f' <span class="url">({html.escape(address)})</span>' if address else ""
@@ -164,23 +154,18 @@ def _plain_fence(self: RendererHTML, tokens: Sequence[Token], at: int, options: 
 
 
 def _directed(state: Any) -> None:
-    """Every block finds its own direction of writing."""
+    """Each block detects its own writing direction."""
     for token in state.tokens:
         if token.type in _BLOCKS:
             token.attrs = {"dir": "auto"}
 
 
-def _any_link(url: str) -> bool:
-    """No link is ever followed: its address is text."""
-    return True
-
-
-def _built() -> MarkdownIt:
+def _parser() -> MarkdownIt:
     markdown = MarkdownIt("commonmark", {"html": False, "linkify": False}).enable(["table", "strikethrough"])
     markdown.inline.ruler.before("escape", "math", _inline_math)
     markdown.block.ruler.before("fence", "math", _block_math, {"alt": ["paragraph", "blockquote", "list"]})
     markdown.core.ruler.push("directed", _directed)
-    markdown.validateLink = _any_link  # type: ignore[method-assign]
+    markdown.validateLink = lambda url: True  # type: ignore[method-assign]  # an address becomes text
     rules = {
         "image": _image,
         "link_open": lambda *_: "",
@@ -195,78 +180,4 @@ def _built() -> MarkdownIt:
     return markdown
 
 
-_MARKDOWN = _built()
-
-
-LETTERS = "ABCDEFGHI"
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One message: ``role``, its words as HTML, its reasoning, and the functions it calls as text."""
-
-    role: str
-    html: Markup
-    reasoning: Markup | None
-    calls: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """A response on the page: ``place`` counts from 0, ``letter`` is its name there, ``source`` its text as it is."""
-
-    place: int
-    letter: str
-    turns: tuple[Turn, ...]
-    source: str
-
-
-@dataclass(frozen=True, slots=True)
-class ItemView:
-    """A prompt and its responses in the order shown."""
-
-    prompt: tuple[Turn, ...]
-    tools: tuple[str, ...]
-    sides: tuple[Side, ...]
-
-
-def view_of(item: Item, shown: Sequence[int]) -> ItemView:
-    """What a page shows of an item."""
-    row = item.row
-    given = row["prompt"]
-    plain = isinstance(given, str)
-    prompt = (_plain_turn("user", given),) if plain else tuple(_turn(m) for m in given)
-    sides = []
-    for place, number in enumerate(shown):
-        response = row["responses"][number]
-        turns = (_plain_turn("assistant", response),) if plain else tuple(_turn(m) for m in response)
-        source = response if plain else "\n\n".join(str(m.get("content") or "") for m in response)
-        sides.append(Side(place, LETTERS[place], turns, source))
-    tools = tuple(_pretty(tool) for tool in row.get("tools") or ())
-    return ItemView(tuple(t for t in prompt if t.html or t.calls or t.reasoning), tools, tuple(sides))
-
-
-def _turn(message: Mapping[str, Any]) -> Turn:
-    reasoning = message.get("reasoning_content")
-    calls = []
-    for call in message.get("tool_calls") or ():
-        function = call.get("function", {})
-        calls.append(f"{function.get('name', '')}({_pretty(function.get('arguments', ''))})")
-    content = str(message.get("content") or "")
-    return Turn(
-        str(message["role"]),
-        as_html(content) if content else Markup(),
-        as_html(reasoning) if reasoning else None,
-        tuple(calls),
-    )
-
-
-def _plain_turn(role: str, text: str) -> Turn:
-    return Turn(role, as_plain(text) if text else Markup(), None, ())
-
-
-def _pretty(text: str) -> str:
-    try:
-        return json.dumps(json.loads(text), indent=1, ensure_ascii=False)
-    except (ValueError, RecursionError):
-        return text
+_MARKDOWN = _parser()

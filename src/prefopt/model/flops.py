@@ -1,8 +1,7 @@
-"""Useful floating-point operations of a batch, and the rate that the machine reaches at best.
+"""Floating-point operations of a batch, and the peak rate of the device; their quotient is the utilisation of a run.
 
-Their quotient is the utilisation that a run reports. Useful are the matrix products of forward and backward that any
-exact implementation needs; what is computed twice to save memory (activation checkpointing, tiles of the head) does
-not count, so that saving memory never looks like speed. A product of [m, k] and [k, n] is 2 m k n operations.
+Counted are the matrix products of forward and backward that any exact implementation needs. Recomputation to save
+memory (activation checkpointing, tiles of the head) is not counted. A product of [m, k] and [k, n] is 2 m k n.
 
 ==============================  ==============================================================
 a weight, per token             2 forward, 2 for the gradient of its input, 2 for its own
@@ -10,10 +9,9 @@ the head, per scored token      the same, 2 V H each
 attention, per visible pair     2 (D_qk + D_v) per head forward, twice that backward
 ==============================  ==============================================================
 
-A frozen weight needs no gradient of its own, and where nothing before it is trained not its input's either. Of a
-mixture of experts a token pays for those it is sent to. Sliding windows are respected. Embeddings, norms, softmax,
-rotary tables and the state of recurrent layers are not counted. (Before the first adapter of a model nothing is
-trained; that its neighbours in the same layer share this is ignored.)
+A frozen weight needs no gradient of its own, nor one of its input where nothing before it trains. A token counts the
+experts it is sent to. Sliding windows are respected. Embeddings, norms, softmax, rotary tables and the state of
+recurrent layers are not counted.
 """
 
 from __future__ import annotations
@@ -26,59 +24,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from prefopt.model.memory import out_of_memory
+from prefopt.model.architectures import attention_shapes, causal_model, expert_fraction
+from prefopt.model.costs import out_of_memory
 from prefopt.model.packing import PackedBatch, Segment
-from prefopt.model.scorer import causal_model
-
-_NO_ATTENTION = ("linear_attention", "conv", "mamba", "recurrent")
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionShape:
-    """One layer: ``heads`` of queries and ``key_heads``, as wide as said, and the window it sees (none: everything)."""
-
-    heads: int
-    key_heads: int
-    key_width: int
-    value_width: int
-    window: int | None
-
-
-def attention_shapes(config: Any) -> list[AttentionShape]:
-    """A shape for every layer that attends."""
-    text = config.get_text_config()
-    window = getattr(text, "sliding_window", None)
-    kinds = (
-        getattr(text, "layer_types", None)
-        or ["sliding_attention" if window else "full_attention"] * text.num_hidden_layers
-    )
-    own = getattr(text, "per_layer_config", None)  # where layers differ, reading the whole one's fields is an error
-    return [
-        _shape(own[n] if own else text, window if kind == "sliding_attention" else None)
-        for n, kind in enumerate(kinds)
-        if kind not in _NO_ATTENTION
-    ]
-
-
-def _shape(config: Any, window: int | None) -> AttentionShape:
-    heads: int = getattr(config, "num_attention_heads", 0)
-    key_heads: int = getattr(config, "num_key_value_heads", None) or heads or 1
-    if getattr(config, "qk_nope_head_dim", None) is not None:  # multi-head latent attention
-        width: int = config.qk_nope_head_dim + config.qk_rope_head_dim
-        return AttentionShape(heads, key_heads, width, config.v_head_dim, window)
-    width = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
-    return AttentionShape(heads, key_heads, width, width, window)
-
 
 _SEARCH_SECONDS, _PRODUCT_SECONDS = 0.3, 0.02
 
 
 @dataclass(frozen=True, slots=True)
 class FlopCount:
-    """What a model costs, forward and, where it ``trains``, backward.
+    """Operations of a model, forward and, where it ``trains``, backward.
 
-    ``per_token``: its layers. ``per_scored``: its head. ``per_pair``: one query seeing one key in one layer, all
-    heads. ``windows``: how many layers have which sliding window (none: they see everything before them).
+    ``per_token``: its layers. ``per_scored``: its head. ``per_pair``: one query and one key in one layer, all heads.
+    ``windows``: number of layers per sliding window (None: full attention).
     """
 
     per_token: float
@@ -88,16 +46,16 @@ class FlopCount:
 
     @classmethod
     def of(cls, model: torch.nn.Module, *, trains: bool = True) -> FlopCount:
-        """Count ``model``, or one wrapped by PEFT, as its parameters are trained or frozen now."""
+        """Count ``model``, or one wrapped by PEFT, with its parameters trainable or frozen as they are."""
         causal = causal_model(model)
         head = causal.get_output_embeddings()
         in_head = {id(m) for m in head.modules()} if head is not None else set()  # a scalar head costs next to nothing
         per_token = per_scored = 0.0
-        reached = False  # whether gradients flow to here: something before is trained
+        reached = False  # whether something before this module trains
         for name, module in model.named_modules():
-            for parameter, share in _matrices(name, module, causal.config.get_text_config()):
+            for parameter, fraction in _matrices(name, module, causal.config.get_text_config()):
                 times = 1 + (reached + parameter.requires_grad if trains else 0)
-                cost = 2.0 * parameter.numel() * share * times
+                cost = 2.0 * parameter.numel() * fraction * times
                 if id(module) in in_head:
                     per_scored += cost
                 else:
@@ -114,7 +72,7 @@ class FlopCount:
 
 
 def visible_pairs(segments: list[Segment], window: int | None = None) -> int:
-    """How many (query, key) pairs attention looks at in one layer, where each token sees itself and what precedes."""
+    """(Query, key) pairs of causal attention in one layer."""
     total = 0
     for start, stop, _, prefix in segments:
         first, last = prefix + 1, prefix + stop - start  # keys seen by the first query and by the last, without window
@@ -125,21 +83,17 @@ def visible_pairs(segments: list[Segment], window: int | None = None) -> int:
 
 
 def _matrices(name: str, module: torch.nn.Module, config: Any) -> Iterator[tuple[torch.nn.Parameter, float]]:
-    """The module's own weights that tokens are multiplied with, each with the share of them that one token meets."""
+    """The module's own matrices, each with the fraction of it that one token is multiplied with."""
     if isinstance(module, torch.nn.Embedding) or "original_module" in name:
         return
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    experts = experts or getattr(config, "n_routed_experts", None)
     for field, parameter in module.named_parameters(recurse=False):
         if parameter.ndim < 2 or "bias" in field or "norm" in type(module).__name__.lower():
             continue
-        routed = experts and "experts" in name.split(".")
-        yield parameter, config.num_experts_per_tok / experts if routed else 1.0
+        yield parameter, expert_fraction(config) if "experts" in name.split(".") else 1.0
 
 
 def _widths(model: PreTrainedModel) -> tuple[float, tuple[tuple[int | None, float], ...]]:
-    """Multiplications for one query and one key in a layer, the scores' and the values', over all heads; and how many
-    such layers have which window. A layer of another width counts as so many of the first."""
+    """Multiplications per (query, key) pair of one layer, and the number of such layers per window."""
     shapes = attention_shapes(model.config)
     widths = [s.heads * (s.key_width + s.value_width) for s in shapes]
     unit = next((w for w in widths if w), 0)
@@ -150,9 +104,9 @@ def _widths(model: PreTrainedModel) -> tuple[float, tuple[tuple[int | None, floa
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """The best rate of square matrix products on ``device`` in operations per second, found in about 0.3 seconds.
+    """Peak rate of square matrix products on ``device`` in operations per second, measured in about 0.3 seconds.
 
-    Sizes grow until a product takes long enough to be timed, or memory ends.
+    Sizes grow until a product takes long enough to be timed, or memory runs out.
     """
     size, best, began = 256, 0.0, time.perf_counter()
     while True:
@@ -169,9 +123,9 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _best_seconds(size: int, device: torch.device, dtype: torch.dtype, began: float) -> float:
-    """The shortest time of a product of this size: of two where it is short, else of as many as the search has time."""
+    """Shortest time of a product of this size: of two, or of as many as the search has time for."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = _product_seconds(a, b)  # the first of a size also chooses and loads a kernel
+    seconds = _product_seconds(a, b)  # the first one also loads a kernel
     while True:
         seconds = min(seconds, _product_seconds(a, b))
         if seconds < _PRODUCT_SECONDS and size < 16384:
