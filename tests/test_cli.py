@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import inspect
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from hypothesis import given
 import prefopt
 from prefopt import cli
 from prefopt.config.dpo import DpoConfig
+from prefopt.config.methods import METHODS, method_of
 from prefopt.core.options import Option, options, to_dict
 from prefopt.core.yaml_file import read_document, write_document
 from prefopt.errors import ConfigError, Interrupted, RunError
@@ -378,3 +380,18 @@ def test_python_passes_names_or_objects(ran: list[dict[str, Any]], tmp_path: Pat
 
 def test_every_command_finds_what_it_runs() -> None:
     assert all(callable(verb.function()) for verb in cli.VERBS.values())
+
+
+def test_every_row_of_the_table_of_methods_is_a_command_and_a_function() -> None:
+    """What is true of each row is all that a method needs beside its config and its module."""
+    for name, method in METHODS.items():
+        verb, function = cli.VERBS[name], getattr(prefopt, name)
+        assert (verb.config, verb.help, verb.yaml) == (method.config, method.help, True) and name in dir(prefopt)
+        assert function.__name__ == name and method.config.__name__ in function.__doc__
+        arguments = inspect.signature(verb.function()).parameters
+        assert {"config", "model", "tokenizer", "rows", "callbacks"} <= set(arguments)
+        values = {o.name: "x" for o in options(method.config) if o.required}
+        assert method_of(method.config.from_dict(values)) == name
+    assert set(prefopt.__all__) >= {*METHODS, "Callback", "compare", "report", "rlhf", "sample"}
+    with pytest.raises(AttributeError):
+        _ = prefopt.no_such_method

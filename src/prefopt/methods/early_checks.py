@@ -40,8 +40,11 @@ def check_before_torch(config: Any) -> None:
         check_output(Path(config.output), resume=config.resume)
     for option in DATA:
         _check_data(getattr(config, option, None) or [])
-    for name in MODELS:
-        _check_model(getattr(config, name, None))
+    if getattr(config, "url", None) is None:  # a server knows its own models
+        for option in MODELS:
+            names = getattr(config, option, None)
+            for name in names if isinstance(names, list) else [names]:
+                _check_model(name)
     reward = getattr(config, "reward", None)
     if isinstance(reward, str) and is_model_reward(reward):
         _check_model(reward)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,11 +25,13 @@ from prefopt.model.kernels.distributions import Distributions, TokenScores
 from prefopt.model.packing import PackedBatch
 from prefopt.model.scorer import PackedModel, Scorer, ScoreRequest, response_sums
 from prefopt.rl.models import Critic
-from prefopt.rl.rollouts import Rollouts
 from prefopt.runs.metrics import Record
 from prefopt.train.batch import Batch, Column, LossResult, tensor
 from prefopt.train.columns import Values
 from prefopt.train.objective import Normaliser, Objective
+
+if TYPE_CHECKING:
+    from prefopt.rl.rollouts import Rollouts
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -40,23 +40,23 @@ def take_folder(config: SweepOptions, may_grow: Collection[str]) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         write_json(file, now)
         return
-    before = read_json(file, _begun, "name another --output")
-    changed = [n for n in options if before["options"].get(n, options[n]) != options[n]]
-    same = {name: before[name] == now[name] for name in ("command", "model", "reward")}
-    if not same["command"]:
-        raise RunError(f"--output {folder} holds another kind of sweep; name another folder")
-    if changed:
-        told = ", ".join(f"{flag(n)} was {before['options'].get(n)!r} and is {options[n]!r}" for n in changed)
-        raise RunError(f"--output {folder}: {told}; its points would not compare: put it back, or name another folder")
-    if not same["model"]:
-        raise RunError(f"--output {folder} was begun with another model in {config.model}; name another folder")
-    if not same["reward"]:
-        what = "model in" if is_model_reward(config.reward) else "code of"
-        raise RunError(f"--output {folder} was begun with another {what} --reward {config.reward}; name another folder")
-
-
-def _begun(found: dict[str, Any]) -> dict[str, Any]:
-    return {"options": dict(found["options"]), **{name: found[name] for name in ("command", "model", "reward")}}
+    before = read_json(file, lambda found: {name: found[name] for name in now}, "name another --output")
+    old: dict[str, Any] = dict(before["options"])
+    changed = [
+        f"{flag(n)} was {old[n]!r} and is {options[n]!r}" for n in options if old.get(n, options[n]) != options[n]
+    ]
+    if before["command"] != now["command"]:
+        what = "another kind of sweep"
+    elif changed:
+        what = f"points that would not be comparable: {', '.join(changed)}; restore it, or"
+    elif before["model"] != now["model"]:
+        what = f"a sweep with another model in {config.model}"
+    elif before["reward"] != now["reward"]:
+        kind = "model in" if is_model_reward(config.reward) else "code of"
+        what = f"a sweep with another {kind} --reward {config.reward}"
+    else:
+        return
+    raise RunError(f"--output {folder} holds {what}{'' if changed else ';'} name another folder")
 
 
 def _reward_of(name: str) -> str | None:
