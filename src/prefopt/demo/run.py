@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -96,19 +96,6 @@ TOKENS = 48
 JUDGE = "vader"
 
 
-@dataclass(frozen=True, slots=True)
-class Files:
-    """The files of the demonstration."""
-
-    folder: Path
-
-    def __getattr__(self, name: str) -> Path:
-        try:
-            return self.folder / MADE[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
 MADE = {
     "model": "model",
     "prompts": "prompts.txt",
@@ -123,6 +110,16 @@ MADE = {
     "picture": "curves.png",
 }
 """What the demonstration writes: the next one replaces this, and nothing else."""
+
+
+class Files:
+    """The files of the demonstration, by their names in :data:`MADE`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __getattr__(self, name: str) -> Path:
+        return self.folder / MADE[name]
 
 
 @contextmanager
