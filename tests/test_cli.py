@@ -395,3 +395,10 @@ def test_every_row_of_the_table_of_methods_is_a_command_and_a_function() -> None
     assert set(prefopt.__all__) >= {*METHODS, "Callback", "compare", "report", "rlhf", "sample"}
     with pytest.raises(AttributeError):
         _ = prefopt.no_such_method
+
+
+def test_values_may_begin_with_a_dash() -> None:
+    words = ["--seed", "-1", "--beta", "-.5", "--reference", "- a b", "--lora", "--data", "-", "x", "--eval-data=-y"]
+    given = cli.parse("dpo", words)
+    assert (given["seed"], given["beta"], given["reference"], given["lora"]) == (-1, -0.5, "- a b", True)
+    assert (given["data"], given["eval_data"]) == (["-", "x"], ["-y"])

@@ -116,7 +116,7 @@ def parse(name: str, words: list[str]) -> dict[str, Any]:
     found: dict[str, list[str]] = {}
     current = ""
     for word in _with_flags(words, [o for o in known.values() if o.positional]):
-        if word.startswith("-") and not NUMBER.match(word):
+        if FLAG.match(word):
             current, equals, value = word.partition("=")
             if current not in known:
                 raise ConfigError(
@@ -132,7 +132,8 @@ def parse(name: str, words: list[str]) -> dict[str, Any]:
     return {known[flag].name: _converted(known[flag], values) for flag, values in found.items()}
 
 
-NUMBER = re.compile(r"-\.?[0-9]|-inf$|-nan$")
+FLAG = re.compile(r"-(?!\.?[0-9]|inf$|nan$|$)[^\s=]+(=|$)")
+"""Neither negative numbers nor text that begins with a dash are flags."""
 
 
 def _converted(o: Option, values: list[str]) -> Any:
@@ -161,7 +162,7 @@ def _with_flags(words: list[str], positional: Sequence[Option]) -> list[str]:
     If there are words for all positional options whose flags are not given, each but the first takes one, from the
     end; the first, which may be a list, takes the others.
     """
-    count = next((at for at, word in enumerate(words) if word.startswith("-")), len(words))
+    count = next((at for at, word in enumerate(words) if FLAG.match(word)), len(words))
     plain, rest = words[:count], words[count:]
     given = {word.partition("=")[0] for word in rest}
     open_ = [o for o in positional if o.flag not in given] or list(positional[:1])
