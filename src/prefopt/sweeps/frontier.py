@@ -197,9 +197,8 @@ def update_point(point: Point, folder: Path, *, start: float, share: float, befo
         return point
     steps = sorted(int(p.stem.removeprefix(f"{SAMPLES}-")) for p in folder.glob(f"{SAMPLES}-*.jsonl"))
     if not steps:
-        return replace(
-            point, plateau=None, counted=False, why_not="no samples of an earlier step: a plateau needs some"
-        )
+        why_not = f"{point.step} steps, and no samples of an earlier one: a plateau cannot be tested"
+        return replace(point, plateau=None, counted=False, why_not=why_not)
     earlier, end = (_rewards(folder / name) for name in (f"{SAMPLES}-{steps[-1]}.jsonl", f"{SAMPLES}.jsonl"))
     if len(earlier) != len(end):
         raise RunError(f"{folder}: its samples answer other prompts at step {steps[-1]} than at the end; remove it")
