@@ -7,6 +7,7 @@ import platform
 import re
 from contextlib import suppress
 from importlib import resources
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def built_in_losses() -> list[str]:
 
 def _check_loss(text: str) -> None:
     """The losses of ``NAME[:WEIGHT],...``; ``module:function`` is left to the parser, which imports it."""
-    known = built_in_losses()
+    known = [*built_in_losses(), *(point.name for point in entry_points(group="prefopt.losses"))]
     for part in text.split(","):
         name, _, rest = (word.strip() for word in part.partition(":"))
         if name.replace("-", "_") not in known and not rest.partition(":")[0].strip().isidentifier():
