@@ -1,9 +1,9 @@
-"""How long the next item takes in a large study: python benchmarks/collect_next.py [--items 100000] [--people 20]
+"""How long the next item takes in a large study: python benchmarks/collect_next.py [--items 100000] [--annotators 20]
 
-A study of ``--items`` items with an overlap of 3 is made and voted on by ``--people`` in turn, after one of them has
-judged ``--alone`` items by themselves (the case in which most of what stands in the queue was seen already). Told are
-the median, the 99th percentile and the longest time of ``next_item`` (with the transaction that reserves it), of
-``record`` (on the disk when it returns), and of a page over HTTP, in milliseconds. Our aim: 50 for the next item.
+A study of ``--items`` items with an overlap of 3 is voted on by ``--annotators`` in turn, after one of them has voted
+on ``--alone`` items (the case in which they have seen most of the queue). Prints the median, the 99th percentile and
+the longest time, in milliseconds, of ``next_item`` (with the transaction that reserves the item), of ``record`` (until
+the vote is on the disk), and of a page over HTTP. The aim is 50 for the next item.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def pages(study: Study, secret: str, count: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=100_000)
-    parser.add_argument("--people", type=int, default=20)
+    parser.add_argument("--annotators", type=int, default=20)
     parser.add_argument("--alone", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--json", type=Path)
@@ -98,7 +98,7 @@ def main() -> None:
         started = time.perf_counter()
         add_items(study, items(given.items))
         print(f"{given.items} items added in {time.perf_counter() - started:.1f} s, {path.stat().st_size / 1e6:.0f} MB")
-        crowd = [invite(study, f"P{n}") for n in range(given.people)]
+        crowd = [invite(study, f"P{n}") for n in range(given.annotators)]
         results = {}
 
         def work(who: int, times: tuple[list[float], list[float]]) -> None:
@@ -115,7 +115,7 @@ def main() -> None:
         results["record, one person alone"] = told("record, one person alone", alone[1])
         many: tuple[list[float], list[float]] = ([], [])
         for _ in range(given.rounds):
-            for who in range(given.people):
+            for who in range(given.annotators):
                 work(who, many)
         results["next, in turn"] = told("next, in turn", many[0])
         results["record, in turn"] = told("record, in turn", many[1])

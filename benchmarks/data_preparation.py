@@ -106,7 +106,7 @@ def prepare(args: argparse.Namespace) -> None:
 
     from prefopt.core.cache_folder import tokens_folder
     from prefopt.data.load import load_groups
-    from prefopt.data.sampler import Sampler
+    from prefopt.data.sampler import BatchSampler
     from prefopt.data.tokenizer import load_tokenizer
     from prefopt.model.packing import PackLayout
     from prefopt.runs.folder import fingerprint
@@ -118,7 +118,7 @@ def prepare(args: argparse.Namespace) -> None:
     train, held_out = data.split(0.01, seed=0)
     fingerprint(data.groups)
     costs = PackLayout().costs(data.groups)
-    batch = Sampler(len(train), 64, seed=0).batch(0)
+    batch = BatchSampler(len(train), 64, seed=0).batch(0)
     first = [data.groups[train[i]].tokens for i in batch.tolist()]
     told = {
         "seconds": loaded,

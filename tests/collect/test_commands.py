@@ -73,7 +73,7 @@ def test_items_from_files_of_every_kind(tmp_path: Path, capsys: pytest.CaptureFi
         )
         assert opened.connection.execute("SELECT count(*) FROM queue").fetchone()[0] == 3
     assert main(["collect", "import", str(study), *words[:2]]) == 0
-    assert "0 items added, 3 were there already" in capsys.readouterr().out
+    assert "0 items added, 3 duplicates" in capsys.readouterr().out
 
 
 def test_files_of_two_models_are_joined_by_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,13 +179,14 @@ def test_serving_refuses_other_addresses_without_invitations_and_a_second_server
 
 def test_only_names_that_were_given_are_answered_to() -> None:
     def hosts(**options: Any) -> set[str]:
-        return set(site_of(CollectServeConfig(study="s", **options), 8700).hosts)
+        origins = site_of(CollectServeConfig(study="s", **options), 8700).origins
+        return {origin.removeprefix("http://") for origin in origins}
 
     assert hosts() == {"127.0.0.1:8700", "localhost:8700", "[::1]:8700"}
     assert hosts(host="192.168.1.5") == {"192.168.1.5:8700"}
     assert hosts(host="0.0.0.0", allowed_hosts=["votes.lan", "votes.lan:80"]) == {"votes.lan:8700", "votes.lan:80"}
     site = site_of(CollectServeConfig(study="s", url="https://Votes.example.org/"), 8700)
-    assert (site.hosts, list(site.origins), site.secure) == (["votes.example.org"], ["https://votes.example.org"], True)
+    assert (list(site.origins), site.secure) == (["https://votes.example.org"], True)
 
 
 def voted(path: Path) -> Study:
@@ -225,7 +226,7 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, capsys: pytest.Capt
     path, output = str(tmp_path / "s.db"), str(tmp_path / "o.jsonl")
     new_study(tmp_path / "s.db").close()
     assert main(["collect", "export", path, "--output", output]) == 2
-    assert "the votes give no row" in capsys.readouterr().err and not Path(output).exists()
+    assert "the votes give no rows" in capsys.readouterr().err and not Path(output).exists()
     assert main(["collect", "export", path, "--output", output, "--exclude", "Nobody"]) == 2
     assert "there is no such annotator" in capsys.readouterr().err
     assert main(["data", "check", path]) == 1

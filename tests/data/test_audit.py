@@ -23,9 +23,9 @@ from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.check.audit import Audit, AuditOptions, audit, compare_prompts
 from prefopt.data.check.statistics import SUSPICIONS, suspicions
-from prefopt.data.kinds import Want
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.load import NO_FAULT, load_groups
+from prefopt.data.validate import DataKind
 from prefopt.errors import DataError
 
 SEVERAL = "rows of several purposes"
@@ -153,9 +153,9 @@ EVERY = {-1}
 """Instead of their numbers: every comparison of a file whose comparisons are several rows each."""
 
 
-def refused_by_a_run(file: Path, made: Any, rendering: Rendering, want: Want, count: int) -> set[int] | None:
+def refused_by_a_run(file: Path, made: Any, rendering: Rendering, want: DataKind, count: int) -> set[int] | None:
     try:
-        loaded = load_groups([file], made, rendering, want=want, on_bad_row="skip")
+        loaded = load_groups([file], made, rendering, kind=want, on_bad_row="skip")
     except DataError as error:
         if "none of" not in str(error):
             return None
@@ -165,7 +165,7 @@ def refused_by_a_run(file: Path, made: Any, rendering: Rendering, want: Want, co
     return {p.row for p in loaded.problems if p.kind not in NO_FAULT}
 
 
-def agree(rows: list[Any], folder: Path, want: Want) -> None:
+def agree(rows: list[Any], folder: Path, want: DataKind) -> None:
     file = write(folder / "rows.jsonl", rows)
     # An empty line is no row; what is white to Python alone (\x1f) is not empty.
     rows = [row for row in rows if not isinstance(row, str) or row.encode("utf-8", "surrogatepass").strip()]
@@ -191,9 +191,9 @@ def agree(rows: list[Any], folder: Path, want: Want) -> None:
 
 
 @settings(max_examples=40, suppress_health_check=list(HealthCheck))
-@given(rows=changed_files(), want=st.sampled_from(get_args(Want)))
+@given(rows=changed_files(), want=st.sampled_from(get_args(DataKind)))
 def test_errors_are_the_rows_that_a_run_refuses(
-    rows: list[Any], want: Want, tmp_path_factory: pytest.TempPathFactory
+    rows: list[Any], want: DataKind, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     agree(rows, tmp_path_factory.mktemp("rows"), want)
 
@@ -205,9 +205,9 @@ def test_a_line_that_is_an_array_is_a_document_and_an_empty_one_no_row(tmp_path:
 
 @pytest.mark.slow
 @settings(max_examples=1000, suppress_health_check=list(HealthCheck))
-@given(rows=changed_files(), want=st.sampled_from(get_args(Want)))
+@given(rows=changed_files(), want=st.sampled_from(get_args(DataKind)))
 def test_errors_are_the_rows_that_a_run_refuses_in_many_files(
-    rows: list[Any], want: Want, tmp_path_factory: pytest.TempPathFactory
+    rows: list[Any], want: DataKind, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     agree(rows, tmp_path_factory.mktemp("rows"), want)
 

@@ -16,7 +16,7 @@ from data.tokenising import write
 from prefopt.cli import main
 from prefopt.data.comparisons import parse_comparisons, read_comparisons
 from prefopt.data.convert import loose_columns
-from prefopt.data.files.read import read_rows
+from prefopt.data.files.sources import read_rows
 from prefopt.data.files.write import RowFile
 from prefopt.data.layouts import LAYOUTS, writable_layout
 from prefopt.errors import ConfigError, DataError, RunError

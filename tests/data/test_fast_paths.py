@@ -21,7 +21,7 @@ from prefopt.data.chat import encoding, spans
 from prefopt.data.chat.render import Rendered, Renderer
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.comparisons import read_comparisons
-from prefopt.data.kinds import Problem
+from prefopt.data.validate import Problem
 from prefopt.records import Comparison, Message, Response
 
 
@@ -50,10 +50,10 @@ def test_random_rows(name: str, data: st.DataObject) -> None:
     rows = data.draw(st.lists(conversations(system=TEMPLATES[name].system), min_size=1, max_size=4))
     with mock.patch.object(encoding, "WORTH_SHARING", 0):
         fast = [outcome(x) for x in renderer.render_all(rows)]
-    found = dict(renderer.findings)
-    renderer.findings.clear()
-    assert fast == slowly(renderer, rows) and found == renderer.findings
-    renderer.findings.clear()
+    found = dict(renderer.warnings)
+    renderer.warnings.clear()
+    assert fast == slowly(renderer, rows) and found == renderer.warnings
+    renderer.warnings.clear()
 
 
 @pytest.mark.parametrize("fixture", ["minimind", "gpt2", "stories"])

@@ -13,8 +13,8 @@ from prefopt.data.chat.encoding import Encoder
 from prefopt.data.chat.render import APART, EOS_ADDED, SPECIAL, Rendered, Renderer
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.chat.spans import NO_END
-from prefopt.data.kinds import Problem
 from prefopt.data.tokenizer import leading_ids, vocabulary_size
+from prefopt.data.validate import Problem
 from prefopt.errors import DataError, ModelError
 from prefopt.records import Comparison, Message, Response
 
@@ -79,7 +79,7 @@ def test_prompt_and_answer_that_the_tokenizer_would_join_are_tokenized_apart() -
     assert chosen[1].tolist() == rejected[1].tolist() == [False, False, True, True]
     (prompt,) = renderer.prompts([text("xa", " b", "b")])
     assert group.prefix.tolist() == list(prompt) == [vocabulary["x"], vocabulary["a"]]
-    assert renderer.findings == {APART: [1]}
+    assert renderer.warnings == {APART: [1]}
 
 
 def test_empty_prompt_and_response_of_one_token() -> None:
@@ -203,7 +203,7 @@ def test_responses_that_the_template_makes_the_same_are_refused() -> None:
 def test_special_tokens_written_in_the_text_are_said() -> None:
     renderer = Renderer(with_template(CHATML, eos_token="<|im_end|>"))
     renderer.render(pair("fine", "a<|im_start|>b", ("user", "q")))
-    assert renderer.findings == {SPECIAL: [1]}
+    assert renderer.warnings == {SPECIAL: [1]}
 
 
 def test_no_eos_is_one_line() -> None:

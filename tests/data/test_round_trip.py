@@ -25,8 +25,8 @@ from prefopt.data.chat.spans import CHANGED, ELSEWHERE
 from prefopt.data.chat.template import Turns, field_reasoning
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.group import IntArray
-from prefopt.data.kinds import Problem
 from prefopt.data.layouts import LAYOUTS
+from prefopt.data.validate import Problem
 from prefopt.records import Comparison, Message, Response
 
 Spell = Callable[[Any, IntArray], str]
@@ -109,7 +109,7 @@ def spelled(tokenizer: Any, ids: IntArray) -> str:
 
 def check(renderer: Renderer, comparison: Comparison, template: Template, *, spell: Spell = decode) -> None:
     """Compare with what ``apply_chat_template`` shows and with what the template is known to make of an answer."""
-    renderer.findings.clear()
+    renderer.warnings.clear()
     (rendered,) = renderer.render_all([comparison])
     if isinstance(rendered, Problem):
         # Words that a template takes for reasoning and drops must not be dropped in silence.
@@ -132,9 +132,9 @@ def check(renderer: Renderer, comparison: Comparison, template: Template, *, spe
         assert full.startswith(expected, start), "the test does not know the template"
         assert spell(renderer.tokenizer, ids[:first]) == full[:start]
         assert spell(renderer.tokenizer, ids) == full[: start + len(expected)]
-        assert np.array_equal(prompt, ids[:first]) if begins else 1 in renderer.findings[ELSEWHERE]
+        assert np.array_equal(prompt, ids[:first]) if begins else 1 in renderer.warnings[ELSEWHERE]
         if answer.content.strip() not in full[start:] and "think>" not in answer.content:
-            assert 1 in renderer.findings[CHANGED]
+            assert 1 in renderer.warnings[CHANGED]
 
 
 def shown(renderer: Renderer, turns: Turns, template: Template, **options: Any) -> str:
@@ -209,7 +209,7 @@ def test_words_of_a_cut_answer_that_stand_in_the_end_of_a_turn_too(
         comparison = Comparison((Message("user", "why?"),), (response,), (), row=1)
         ids, mask = renderer.render(comparison).group.sequence(0)
         assert decode(tokenizer, ids[mask]) == said_of(template, template.trained(response.messages[0]), words)
-    assert STRIPPED not in renderer.findings
+    assert STRIPPED not in renderer.warnings
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

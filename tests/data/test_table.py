@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from prefopt.core.cache_folder import Damaged
 from prefopt.data.group import Continuation, Group
 from prefopt.data.table import COLUMNS, GroupTable, Part, TableBuilder, joined, keep_responses
-from prefopt.data.table_file import TableWriter, check_files, open_part, read_manifest
+from prefopt.data.token_cache import TableWriter, check_files, open_part, read_manifest
 from prefopt.model.packing import PackLayout
 
 
@@ -141,17 +141,15 @@ def written(folder: Path, count: int = 40) -> Path:
         builder.add(Group.from_sequences([(ids[:n], np.arange(n) > 3) for n in (6, 9)], row))
     with TableWriter(folder) as writer:
         writer.append(builder.columns())
-        writer.finish({"about": "it"}, {"more.json": b"{}"})
+        writer.finish({"about": "it"}, {"read": 40})
     return folder
 
 
 def test_every_damaged_file_is_noticed(tmp_path: Path) -> None:
     folder = written(tmp_path / "t")
     manifest = read_manifest(folder)
-    assert manifest["about"] == {"about": "it"} and set(manifest["files"]) == {
-        *(f"{name}.bin" for name in COLUMNS),
-        "more.json",
-    }
+    assert (manifest["about"], manifest["report"]) == ({"about": "it"}, {"read": 40})
+    assert set(manifest["files"]) == {f"{name}.bin" for name in COLUMNS}
     for path in sorted(folder.iterdir()):
         good = path.read_bytes()
         if not good:

@@ -21,8 +21,7 @@ from prefopt.data.group import Group
 from prefopt.errors import CacheError, Interrupted
 from prefopt.reference import cache
 from prefopt.reference.blocks import block_files, read_sealed
-from prefopt.reference.cache import ReferenceCache, ResponseScore, ScoreBatch
-from prefopt.reference.identity import Identity, SpaceKey
+from prefopt.reference.cache import Identity, ReferenceCache, ResponseScore, ScoreBatch, SpaceKey
 
 SPACE = SpaceKey(Identity("weights", "config", name="a model"), "float32", "shared", "sdpa", "cpu", 1)
 BUDGET = 200

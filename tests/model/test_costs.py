@@ -11,7 +11,7 @@ from prefopt.data.group import Group
 from prefopt.generate.sampler import Settings
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.model.check import check_scoring
-from prefopt.model.costs import combine_costs, count_costs, uncounted
+from prefopt.model.costs import combine_costs, count_costs, out_of_memory, uncounted
 from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer
@@ -67,7 +67,7 @@ def test_models_count_while_they_are_there_and_the_twin_of_the_load_check_does_n
             other(pack(batch, other.layout))
             del other
             gc.collect()
-        assert (costs.models, costs.model_bytes) == (2, 2 * size), "never three combine_costs"
+        assert (costs.models, costs.model_bytes) == (2, 2 * size), "never three at once"
         more = Scorer(tiny_llama(3))
         more(pack(batch, more.layout))
         held = SwappedWeights(MasterWeights(one.model, torch.float32))
@@ -79,3 +79,19 @@ def test_parts_add_up_and_memory_is_the_largest() -> None:
     parts = [{"seconds": 2.0, "models": 4, "model_bytes": 9}, {"seconds": 1.0, "models": 1, "trained_tokens": 5}]
     assert combine_costs(parts) == {"seconds": 3.0, "models": 4, "model_bytes": 9, "trained_tokens": 5}
     assert combine_costs([]) == {}
+
+
+def test_out_of_memory_is_recognised() -> None:
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB)"),
+        MemoryError(),
+    ):
+        assert out_of_memory(error), error
+    for error in (RuntimeError("shape mismatch"), ValueError("out of memory"), KeyError("x")):
+        assert not out_of_memory(error), error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,10 +17,13 @@ import safetensors.numpy
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prefopt.core import cache_folder
+from model.architectures import build
+from prefopt.core import hashes
 from prefopt.core.cache_folder import file_hashes
 from prefopt.errors import ModelError
-from prefopt.reference.identity import Identity, identity_of_folder, identity_of_model
+from prefopt.model.scorer import Scorer
+from prefopt.reference.cache import Identity
+from prefopt.reference.identity import identity_of_folder, identity_of_model, space_of
 
 CONFIG = {
     "model_type": "llama",
@@ -77,13 +81,13 @@ def flip(path: Path, position: int) -> None:
 
 def let_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretend that files come to rest at once, so that their hashes are remembered."""
-    monkeypatch.setattr(cache_folder, "RACY_SECONDS", -1.0)
+    monkeypatch.setattr(hashes, "RACY_SECONDS", -1.0)
 
 
 def count_hashing(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     hashed: list[Path] = []
-    real = cache_folder._hash
-    monkeypatch.setattr(cache_folder, "_hash", lambda path, error: (hashed.append(path), real(path, error))[1])
+    real = hashes._hash
+    monkeypatch.setattr(hashes, "_hash", lambda path, error: (hashed.append(path), real(path, error))[1])
     return hashed
 
 
@@ -190,7 +194,7 @@ def test_a_file_that_changes_while_it_is_hashed_is_not_remembered(
 ) -> None:
     let_rest(monkeypatch)
     shard = folder / "model-1.safetensors"
-    real = cache_folder.hashlib.file_digest
+    real = hashes.hashlib.file_digest
 
     def slow(file: Any, name: str) -> Any:
         digest = real(file, name)
@@ -199,7 +203,7 @@ def test_a_file_that_changes_while_it_is_hashed_is_not_remembered(
         return digest
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_folder.hashlib, "file_digest", slow)
+        patch.setattr(hashes.hashlib, "file_digest", slow)
         old = file_hashes([shard], root)
     assert file_hashes([shard], root) != old
 
@@ -252,3 +256,28 @@ def test_models_in_memory() -> None:
     assert identity_of_model(changed) != base
     with torch.device("meta"), pytest.raises(ModelError, match="no data"):
         identity_of_model(model())
+
+
+WHOSE = Identity("weights", "config")
+
+
+def test_values_of_float32_on_a_cpu_are_found_where_they_were() -> None:
+    space = space_of(WHOSE, Scorer(build("llama", torch.float32)), torch.device("cpu"))
+    parts = [WHOSE.digest, "float32", "shared", "flash-cpu", "cpu", 1]
+    assert space.id == hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def test_narrow_types_have_a_version_of_their_own() -> None:
+    space = space_of(WHOSE, Scorer(build("llama", torch.bfloat16)), torch.device("cpu"))
+    assert (space.dtype, space.scorer_version) == ("bfloat16", 2)
+
+
+def test_on_cuda_the_gpu_and_the_kernel_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer, device = Scorer(build("llama", torch.float32)), torch.device("cuda")
+    ids = set()
+    for gpu in ("NVIDIA H100", "NVIDIA A100"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, gpu=gpu: gpu)
+        for flash in (None, "FA3"):
+            monkeypatch.setattr("torch.nn.attention.current_flash_attention_impl", lambda flash=flash: flash)
+            ids.add(space_of(WHOSE, scorer, device).id)
+    assert len(ids) == 4

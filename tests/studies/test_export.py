@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from prefopt.data.comparisons import open_comparisons, parse_comparisons
-from prefopt.data.kinds import convert
 from prefopt.data.load import find_sources
+from prefopt.data.validate import convert
 from prefopt.records import Comparison
 from prefopt.studies.export import ExportOptions, StudyRows, export_rows
 from prefopt.studies.study import Study

@@ -1,4 +1,4 @@
-"""``prefopt collect``: a study made, served, counted and exported."""
+"""The commands of ``prefopt collect``: create, serve, count, export and check a study."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def collect_new(config: collect.CollectNewConfig) -> int:
             added, there = add_items(study, items)
         except BaseException:
             study.close()
-            path.unlink(missing_ok=True)  # a study without its items is none
+            path.unlink(missing_ok=True)  # a study without items is useless
             raise
     if folder.exists():
         shutil.rmtree(folder)
@@ -82,7 +82,7 @@ def _gathered(config: collect.ImportOptions) -> list[NewItem]:
 
 
 def _tell_added(added: int, there: int) -> None:
-    tell(f"{added:,} items added" + (f", {there:,} were there already" if there else ""))
+    tell(f"{added:,} items added" + (f", {there:,} duplicates" if there else ""))
 
 
 def _read_text(name: str) -> str:
@@ -108,11 +108,11 @@ def collect_serve(config: collect.CollectServeConfig) -> int:
 def collect_invite(config: collect.CollectInviteConfig) -> int:
     with Study(Path(config.study)) as study:
         if config.revoke:
-            person = revoke(study, config.name)
-            tell(f"{person.name} is signed out everywhere and has no link any more; their votes stay")
+            annotator = revoke(study, config.name)
+            tell(f"{annotator.name} is signed out everywhere and has no link any more; their votes stay")
             return 0
-        person, secret = invite(study, config.name, lead=config.lead, days=config.days)
-    tell(f"{person.name} ({person.pseudonym}{', lead' if person.lead else ''}), for {config.days:g} days:")
+        annotator, secret = invite(study, config.name, lead=config.lead, days=config.days)
+    tell(f"{annotator.name} ({annotator.pseudonym}{', lead' if annotator.lead else ''}), for {config.days:g} days:")
     tell(f"{config.url.rstrip('/')}/join/{secret}")
     return 0
 
@@ -128,7 +128,7 @@ def collect_stats(config: collect.CollectStatsConfig) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers that are none as null: JSON has no nan."""
+    """Replace nan, which JSON does not have, by null."""
     if isinstance(value, float) and math.isnan(value):
         return None
     if isinstance(value, dict):
@@ -139,7 +139,7 @@ def _plain(value: Any) -> Any:
 def _in_words(s: StudySummary) -> list[str]:
     lines = [
         f"{s.title}: {s.votes:,} of {s.wanted:,} votes, {s.complete:,} of {s.items:,} items complete"
-        f" ({s.gold_votes:,} votes on {s.gold_items:,} gold items besides)"
+        f" ({s.gold_votes:,} more votes on {s.gold_items:,} gold items)"
     ]
     for name, counts in (("answers", s.answers), ("skipped", s.skips)):
         if counts:
@@ -151,11 +151,11 @@ def _in_words(s: StudySummary) -> list[str]:
         f"Krippendorff's alpha: nominal {_estimate(s.nominal)}, ordinal {_estimate(s.ordinal)}",
         f"preferred what was shown first: {_estimate(s.first)} (0.5 without a bias)",
     ]
-    for p in s.annotators:
+    for a in s.annotators:
         lines.append(
-            f"  {p.name} ({p.pseudonym}): {p.votes:,} votes, {p.skips:,} skipped, median {_number(p.seconds, 1)} s;"
-            f" with others {_number(p.agreement)}, kappa with most {_number(p.kappa)}, first {_estimate(p.first)},"
-            f" gold {_number(p.gold.value)} of {p.golds:,}"
+            f"  {a.name} ({a.pseudonym}): {a.votes:,} votes, {a.skips:,} skipped, median {_number(a.seconds, 1)} s;"
+            f" agreement with others {_number(a.agreement)}, kappa with the majority {_number(a.kappa)},"
+            f" shown first {_estimate(a.first)}, gold {_number(a.gold.value)} of {a.golds:,}"
         )
     lines += [f"  {m.name}: won {m.won:,}, tied {m.tied:,}, lost {m.lost:,}; {_estimate(m.share)}" for m in s.models]
     if s.disputed:
@@ -177,7 +177,7 @@ def collect_export(config: collect.CollectExportConfig) -> int:
         outputs["--eval-output"] = config.eval_output
     path = Path(config.study)
     with Study(path) as study:
-        how = ExportOptions(
+        options = ExportOptions(
             form=config.form,
             disagreement=config.disagreement,
             ties=config.ties,
@@ -185,12 +185,12 @@ def collect_export(config: collect.CollectExportConfig) -> int:
             min_votes=config.min_votes,
             exclude=_pseudonyms(study, config.exclude or ()),
         )
-        found = export_rows(study, how)
+        found = export_rows(study, options)
     for line in found.lines():
         tell(line)
     if not found.rows:
-        raise DataError("the votes give no row with these options", file=str(path))
-    # What was said of a response, and how it was sampled, has keys of its own in every row.
+        raise DataError("the votes give no rows with these options", file=str(path))
+    # The keys of annotations and sampling settings differ from row to row.
     with row_files(outputs, overwrite=config.overwrite, inputs=[path], loose={"annotations", "sampling"}) as files:
         for row, side in zip(found.rows, _sides(found, config), strict=True):
             files[side].write(row)
@@ -212,12 +212,11 @@ def _sides(found: Exported, config: collect.CollectExportConfig) -> Sequence[int
 def _pseudonyms(study: Study, names: Sequence[str]) -> frozenset[str]:
     with study.reading() as connection:
         everyone = annotators(connection)
-    known = {p.name: p.pseudonym for p in everyone} | {p.pseudonym: p.pseudonym for p in everyone}
+    known = {name: a.pseudonym for a in everyone for name in (a.name, a.pseudonym)}
     for name in names:
         if name not in known:
-            raise ConfigError(
-                f"--exclude {name!r}: there is no such annotator; there are {', '.join(p.name for p in everyone)}"
-            )
+            there = ", ".join(a.name for a in everyone)
+            raise ConfigError(f"--exclude {name!r}: there is no such annotator; there are {there}")
     return frozenset(known[name] for name in names)
 
 
@@ -233,7 +232,7 @@ def collect_check(config: collect.CollectCheckConfig) -> int:
     for line in found:
         tell(f"{path}: {line}")
     if found:
-        tell(f"{len(found)} damaged: go back to a copy that prefopt collect backup made")
+        tell(f"{len(found)} damaged; go back to a copy made by prefopt collect backup")
     else:
         tell(f"{path}: every item and event is what was written")
     return int(bool(found))

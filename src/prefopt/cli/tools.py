@@ -81,9 +81,9 @@ def merge(config: tools.MergeConfig) -> int:
 
 
 def push(config: tools.PushConfig) -> int:
-    from prefopt.model.push import confirmed, plan, push
+    from prefopt.model.push import confirmed, plan_upload, push
 
-    planned = plan(config.folder, run=config.with_run, checkpoints=config.with_checkpoints)
+    planned = plan_upload(config.folder, run=config.with_run, checkpoints=config.with_checkpoints)
     tell_lines(planned.in_words(config.repo, config.private))
     if not confirmed(config.yes):
         tell("nothing was sent")

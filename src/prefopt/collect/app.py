@@ -42,11 +42,6 @@ class Site:
     secure: bool = False
     rate: RateLimit = RateLimit()
 
-    @property
-    def hosts(self) -> list[str]:
-        """The allowed values of the Host header."""
-        return [origin.partition("://")[2] for origin in self.origins]
-
 
 class Refusal(HTTPException):
     """A request that is answered by a message page: HTTP status and the name of its text."""
@@ -75,7 +70,7 @@ def build_app(study: Study, site: Site) -> ASGIApp:
     }
     app = Starlette(debug=False, routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
-    return Guard(app, site.hosts, site.origins, pages.sessions, site.rate)
+    return Guard(app, site.origins, pages.sessions, site.rate)
 
 
 class _Pages:
@@ -140,7 +135,6 @@ class _Pages:
     # -- voting ------------------------------------------------------------------------------------------------
 
     def item(self, request: Request) -> Response:
-        """The next item, or that there is none."""
         return self._item(request, self.annotator(request))
 
     def _item(self, request: Request, annotator: Annotator, problem: str = "", form: Form | None = None) -> Response:
@@ -177,7 +171,6 @@ class _Pages:
         return _redirect("/", "saved" if outcome == "stored" else outcome)
 
     def undo(self, request: Request) -> Response:
-        """Undo the last vote."""
         annotator, form = self.posted(request)
         done = undo(self.study, annotator, field_of(form, "ticket"))
         return _redirect("/", "undone" if done else "nothing to undo")
@@ -203,7 +196,6 @@ class _Pages:
         return answer
 
     def leave(self, request: Request) -> Response:
-        """End the session."""
         self.posted(request)
         close_session(self.study, request.cookies[self.cookie])
         answer = self.render(request, "message.html", text="left")
@@ -249,12 +241,10 @@ class _Pages:
         return annotator
 
     def lead(self, request: Request) -> Response:
-        """Progress, agreement and disputed items."""
         annotator = self._lead(request)
         return self.render(request, "lead.html", annotator=annotator, s=self.statistics.summary())
 
     def lead_item(self, request: Request) -> Response:
-        """One item with all its votes."""
         annotator = self._lead(request)
         found = self.statistics.item(request.path_params["number"])
         if found is None:

@@ -14,9 +14,8 @@ from prefopt.config.data import READING
 from prefopt.config.sample import SampleConfig
 from prefopt.data.comparisons import open_comparisons
 from prefopt.data.files.sources import Source, find_sources
-from prefopt.data.kinds import convert
 from prefopt.data.layouts import LAYOUTS
-from prefopt.data.problems import Problem, describe, refuse, refused_rows
+from prefopt.data.validate import Problem, convert, describe, refuse, refused_rows
 from prefopt.errors import DataError, RunError
 from prefopt.records import Comparison, Response, Tiers
 from prefopt.studies.items import MOST_RESPONSES, NewItem, ResponseOrigin
@@ -48,7 +47,6 @@ class ImportedItems:
         return lines + [f"{count} {what}" for what, count in self.counts.items()]
 
     def rows(self, source: Source, options: ImportOptions) -> Iterator[Comparison]:
-        """The usable rows of a source."""
         for c in open_comparisons(source, format=options.format, columns=options.column_words):
             self.read += 1
             if isinstance(c, Problem):

@@ -149,23 +149,14 @@ def same_secret(one: str, other: str) -> bool:
 class Guard:
     """Middleware that checks every request. Accepted posts have their fields in ``scope["form"]``: name to values."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        hosts: Collection[str],
-        origins: Collection[str],
-        sessions: Sessions,
-        rate: RateLimit | None = None,
-    ) -> None:
-        """``hosts`` are the allowed Host headers (``127.0.0.1:8700``), ``origins`` the allowed Origin headers."""
-        self.app = app
-        self.hosts = frozenset(host.lower() for host in hosts)
+    def __init__(self, app: ASGIApp, origins: Collection[str], sessions: Sessions, rate: RateLimit) -> None:
+        """``origins`` (``http://127.0.0.1:8700``) are the allowed Origin headers; Host headers must match one."""
+        self.app, self.sessions = app, sessions
         self.origins = frozenset(origin.lower() for origin in origins)
-        self.sessions = sessions
-        self.buckets, self.looked_up = Buckets(rate or RateLimit()), Buckets(rate or RateLimit())
+        self.hosts = frozenset(origin.partition("://")[2] for origin in self.origins)
+        self.buckets, self.looked_up = Buckets(rate), Buckets(rate)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse the request or pass it on."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -276,5 +267,4 @@ def with_policy(send: Send) -> Send:
 
 
 def refusal(status: int, what: str, headers: dict[str, str] | None = None) -> Response:
-    """A short response in plain text."""
     return PlainTextResponse(what + "\n", status, headers)

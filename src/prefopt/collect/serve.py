@@ -181,7 +181,6 @@ class Connection(H11Protocol):
             self.app = _full
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timer."""
         self._in_time()
         super().connection_lost(exc)
 
@@ -194,7 +193,6 @@ class Connection(H11Protocol):
             self._late = self.loop.call_later(HEADER_SECONDS, self._give_up)
 
     def on_response_complete(self) -> None:
-        """Wait for the next request."""
         self.since = self.loop.time()
         super().on_response_complete()
 

@@ -23,8 +23,8 @@ from prefopt.data.comparisons import open_comparisons
 from prefopt.data.files.sources import find_sources
 from prefopt.data.group import Group
 from prefopt.data.layouts import LAYOUTS
-from prefopt.data.problems import Problem, refuse
 from prefopt.data.tokenizer import Tokenizer, load_tokenizer
+from prefopt.data.validate import Problem, refuse
 from prefopt.errors import DataError, ModelError, RunError
 from prefopt.model.architectures import context_length
 from prefopt.model.load import base_and_adapter, load_config, load_model, local_folder

@@ -22,7 +22,8 @@ from prefopt.model.load import base_and_adapter, load_config, load_model
 from prefopt.model.precision import MasterWeights, disable_dropout, resolve_device, resolve_dtype
 from prefopt.model.save import end_tokens, ids_of
 from prefopt.model.scorer import Scorer
-from prefopt.reference.identity import Identity, adapter_line, identity_of_folder, identity_of_model, tokenizer_of_name
+from prefopt.reference.cache import Identity
+from prefopt.reference.identity import adapter_line, identity_of_folder, identity_of_model, tokenizer_of_name
 
 
 class SampledModel:

@@ -14,7 +14,7 @@ from prefopt.runs.metrics import Record
 from prefopt.train.batch import Batch
 from prefopt.train.columns import Values, columns_of
 from prefopt.train.data import DataBatches, load_data
-from prefopt.train.loss_options import needs_reference, terms_of, want_of, words
+from prefopt.train.loss_options import data_kind, needs_reference, terms_of, words
 from prefopt.train.objective import PreferenceObjective, check_rows, inspect_first
 from prefopt.train.objectives import balanced, describe_balance
 from prefopt.train.offline import OfflineRun, say_truncated
@@ -51,7 +51,7 @@ def run(
             start.limit,
             rows,
             run.reporter,
-            want=want_of(terms),
+            kind=data_kind(terms),
             which=pairs if paired else "all",
             stop=run.stop,
         )

@@ -56,7 +56,7 @@ def run(
     with open_run(config, model=model, callbacks=callbacks) as run:
         config, say = run.config, run.say
         start = read_model(run, tokenizer)
-        data = load_data(config, start.tokenizer, start.limit, rows, run.reporter, want="pairs", stop=run.stop)
+        data = load_data(config, start.tokenizer, start.limit, rows, run.reporter, kind="pairs", stop=run.stop)
         say_truncated(run, start, data)
         policy = run.loading(ScalarPolicy(config, start.source, run.dtype, run.device, model, start.tokenizer))
         offline = OfflineRun(run=run, start=start, data=data, policy=policy)

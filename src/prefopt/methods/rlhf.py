@@ -21,7 +21,6 @@ from prefopt.core.cache_folder import file_hashes
 from prefopt.core.files import output_errors, read_json, write_json
 from prefopt.core.model_folder import is_adapter
 from prefopt.core.terminal import Reporter
-from prefopt.data.files.content import layout_name
 from prefopt.data.files.sources import find_sources
 from prefopt.data.layouts.columns import find_dataset_info
 from prefopt.errors import ConfigError, DataError, Interrupted, RunError
@@ -215,7 +214,7 @@ def _digests(names: Sequence[str], *, registry: bool) -> list[tuple[int, str, st
         (
             source.entry,
             source.digest(),
-            layout_name(source.path) if source.path else "",
+            source.suffix,
             str(find_dataset_info(source.path) if registry else None),
         )
         for source in find_sources(names)

@@ -8,8 +8,7 @@ from typing import Any
 from prefopt.config.sft import SftConfig
 from prefopt.data.comparisons import open_comparisons, parse_comparisons
 from prefopt.data.files.sources import find_sources
-from prefopt.data.kinds import convert
-from prefopt.data.problems import Problem
+from prefopt.data.validate import Problem, convert
 from prefopt.errors import ConfigError
 from prefopt.model.check import check_scoring
 from prefopt.model.load import new_model, new_tokenizer
@@ -50,7 +49,7 @@ def run(
             start.limit,
             rows,
             run.reporter,
-            want="demonstrations",
+            kind="demonstrations",
             stop=run.stop,
             train_on=config.train_on,
             windows=True,

@@ -226,10 +226,8 @@ def nesting_of(model: Any) -> Nesting | None:
 
 
 def write_nested(folder: Path, model: Any, nesting: Nesting) -> None:
-    """Rename what PEFT has saved of ``model``, the adapted one, in ``folder``.
-
-    Targets are written in full, so that towers whose layers have the same names get none.
-    """
+    """Rename what PEFT has saved of ``model``, the adapted one, in ``folder``. Targets are written in full, so that
+    towers whose layers have the same names get none."""
     config = read_adapter(folder)
     modules, parameters = _adapted(model)
     config["target_modules"] = [nesting.outward(name) for name in modules]

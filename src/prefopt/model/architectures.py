@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.packing import PackedBatch, Segment
@@ -50,6 +51,17 @@ def checkpoint_activations(model: torch.nn.Module) -> None:
     # Older versions of transformers know only the second name, newer ones warn of it.
     enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+@contextmanager
+def transformers_log_level(level: int) -> Iterator[None]:
+    """Set the level of transformers' log in this block."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(level)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def architectures_of(config: Any) -> list[str]:
@@ -90,10 +102,8 @@ def sharing_obstacle(model: PreTrainedModel, config: Any) -> str | None:
 
 
 def rope_limit(config: Any) -> int | None:
-    """Length at which longrope changes its frequencies.
-
-    The type ``dynamic`` changes them only beyond ``max_position_embeddings``, which no row may exceed.
-    """
+    """Length at which longrope changes its frequencies. The type ``dynamic`` changes them only beyond
+    ``max_position_embeddings``, which no row may exceed."""
     parameters = getattr(config, "rope_parameters", None) or {}
     sets = [parameters, *(v for v in parameters.values() if isinstance(v, dict))]
     limits = [

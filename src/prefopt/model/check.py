@@ -12,6 +12,7 @@ in float64; the error that rounding explains is measured on the plain kernel.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -21,12 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from prefopt.data.group import Group
 from prefopt.data.table import GroupTable
 from prefopt.errors import ModelError
-from prefopt.model.architectures import causal_model
+from prefopt.model.architectures import causal_model, transformers_log_level
 from prefopt.model.costs import uncounted
 from prefopt.model.kernels.head import Head
 from prefopt.model.packing import pack
@@ -34,22 +34,13 @@ from prefopt.model.scalar import ScalarScorer
 from prefopt.model.scorer import PackedModel, Scorer
 
 VOCABULARY, WINDOW, CONTEXT = 61, 8, 128
-_SMALL = {
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "ffn_dim": 48,
-    "ffn_hidden_size": 48,
-    "num_local_experts": 4,
-    "num_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "state_size": 4,
-}
+_SMALL = (
+    dict.fromkeys("intermediate_size ffn_dim ffn_hidden_size".split(), 48)
+    | dict.fromkeys("moe_intermediate_size shared_expert_intermediate_size".split(), 16)
+    | dict.fromkeys("linear_key_head_dim linear_value_head_dim".split(), 8)
+    | dict.fromkeys("num_local_experts num_experts n_routed_experts state_size".split(), 4)
+    | dict.fromkeys("num_experts_per_tok linear_num_key_heads linear_num_value_heads".split(), 2)
+)
 LARGEST = 5_000_000
 """Parameters of the tiny model at most: the check takes about a second."""
 _ALLOWED, _TIMES = 0.05, 4.0
@@ -64,20 +55,13 @@ _FLOOR = {torch.float64: 1e-7, torch.float32: 1e-5, torch.bfloat16: 5e-3}
 
 
 def tiny_clone(config: PreTrainedConfig) -> PreTrainedModel | None:
-    """A float64 model with random weights (norms too), one period of the layer types and a window of 8.
-
-    None where the architecture cannot be built that small.
-    """
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            for heads_too in (True, False):
-                with suppress(Exception):  # whatever a configuration refuses: the report says that it is unchecked
-                    return _build(_shrunk(config, heads_too))
-        return None
-    finally:
-        transformers_logging.set_verbosity(level)
+    """A float64 model with random weights (norms too), one period of the layer types and a window of 8. None where the
+    architecture cannot be built that small."""
+    with transformers_log_level(logging.ERROR), torch.random.fork_rng(devices=[]):
+        for heads_too in (True, False):
+            with suppress(Exception):  # whatever a configuration refuses: the report says that it is unchecked
+                return _build(_shrunk(config, heads_too))
+    return None
 
 
 def _build(config: Any) -> PreTrainedModel:
@@ -142,7 +126,6 @@ def _shared_heads(shared: int, heads: int) -> int:
 
 
 def _set(config: Any, **values: Any) -> None:
-    """Set the fields that the configuration has."""
     for name, value in values.items():
         if hasattr(config, name):
             setattr(config, name, value)
@@ -175,11 +158,17 @@ def check_kernel(
 def _scored(
     model: PreTrainedModel, groups: Sequence[Group], attention: str, head: Head | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token log-probabilities [M], and all gradients of a weighted sum of them in one vector, in float64."""
+    """Values and gradients of packed scoring; the model has its own attention again."""
     scorer = Scorer(model.eval(), attention=attention, head=head)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    logp_M = scorer(pack(groups, scorer.layout).to(weights[0].device))
-    assert isinstance(logp_M, torch.Tensor)
+    device = next(model.parameters()).device
+    found = _with_gradients(model, scorer(pack(groups, scorer.layout).to(device)))
+    scorer.detach_hook()
+    return found
+
+
+def _with_gradients(model: PreTrainedModel, logp_M: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token log-probabilities [M], and all gradients of a weighted sum of them in one vector, in float64."""
+    weights = [p for p in model.parameters() if p.requires_grad]  # a router's bias may be frozen by its class
     upstream = torch.linspace(-1, 1, len(logp_M), dtype=logp_M.dtype, device=logp_M.device)
     grads = torch.autograd.grad((logp_M * upstream).sum(), weights, allow_unused=True)
     flat = [torch.zeros_like(p) if g is None else g for p, g in zip(weights, grads, strict=True)]
@@ -298,20 +287,9 @@ def _sees_ahead(clone: PreTrainedModel) -> float:
 def clone_difference(clone: PreTrainedModel, attention: str = "auto", *, head: Head | None = None) -> float:
     """Largest difference of values and of gradients, relative to the largest of each, on the tiny float64 model."""
     groups = _random_groups()
-    weights = [p for p in clone.parameters() if p.requires_grad]  # a router's bias may be frozen by its class
-    expected = _separately(clone, groups)
-    upstream = torch.linspace(-1, 1, len(expected), dtype=torch.float64)
-    expected_grads = torch.autograd.grad((expected * upstream).sum(), weights, allow_unused=True)
-    scorer = Scorer(clone, attention=attention, head=head)
-    batch = pack(groups, scorer.layout)
-    found = scorer(batch)
-    found_grads = torch.autograd.grad((found * upstream).sum(), weights, allow_unused=True)
-    scorer.detach_hook()
-    pairs = [(a, b) for a, b in zip(expected_grads, found_grads, strict=True) if a is not None]
-    top = max(float(a.abs().max()) for a, _ in pairs)
-    grad = max(float((a - (0 if b is None else b)).abs().max()) for a, b in pairs) / top
-    value = float((expected - found).detach().abs().max() / expected.detach().abs().max())
-    return max(value, grad)
+    expected = _with_gradients(clone, _separately(clone, groups))
+    found = _scored(clone, groups, attention, head)
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, found, strict=True))
 
 
 def _separately(model: PreTrainedModel, groups: Sequence[Group]) -> torch.Tensor:

@@ -134,10 +134,8 @@ class ModelOrigin:
         return {self.renamed[n] for n in self.checkpoint.tensors if n not in self.untouched}
 
     def stored(self, model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Weights ``state`` of ``model`` under the names of the checkpoint, shared ones as often as it holds them.
-
-        A weight that the checkpoint lacks (a head that is no longer tied) gets transformers' name.
-        """
+        """Weights ``state`` of ``model`` under the names of the checkpoint, shared ones as often as it holds them. A
+        weight that the checkpoint lacks (a head that is no longer tied) gets transformers' name."""
         from transformers.core_model_loading import revert_weight_conversion
 
         skipped = set(self.untouched) | self.converted

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +23,9 @@ if TYPE_CHECKING:
     import torch  # imported where it is needed: run folders are read without it
 
 Purpose = Literal["train", "score", "decode"]
-COUNTS = (
-    *("forward_passes", "trained_tokens", "scored_tokens", "decoded_tokens", "generated_tokens"),
-    *("models", "model_bytes"),
-)
+COUNTS = """
+    forward_passes trained_tokens scored_tokens decoded_tokens generated_tokens models model_bytes
+""".split()
 LARGEST = ("models", "model_bytes", "peak_memory_bytes")
 """Over several stages these are maxima; all others are sums."""
 
@@ -145,15 +145,8 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-_OUT_OF_MEMORY = (
-    "can't allocate memory",  # torch on the CPU
-    "out of memory",  # CUDA, as a plain error where it comes from a kernel or a copy
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
-    "CUSOLVER_STATUS_ALLOC_FAILED",
-    "CUSPARSE_STATUS_ALLOC_FAILED",
-)
+# torch on the CPU; CUDA, as a plain error where it comes from a kernel or a copy; and CUDA's libraries.
+_OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|CU\w+_STATUS_\w*ALLOC(ATION)?_FAILED")
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -162,4 +155,4 @@ def out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None

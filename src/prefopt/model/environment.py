@@ -20,20 +20,10 @@ from prefopt.core.terminal import size
 
 LIBRARIES = "torch transformers tokenizers peft safetensors huggingface_hub numpy rich".split()
 # Variables whose values say how things run and name nobody; of all others not even the name is shown.
-VARIABLES = (
-    "PREFOPT_CACHE",
-    "PREFOPT_DTYPE",
-    "HF_HOME",
-    "HF_HUB_OFFLINE",
-    "CUDA_VISIBLE_DEVICES",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "PYTORCH_ALLOC_CONF",
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "TOKENIZERS_PARALLELISM",
-    "CUBLAS_WORKSPACE_CONFIG",
-    "WANDB_MODE",
-)
+VARIABLES = """
+    PREFOPT_CACHE PREFOPT_DTYPE HF_HOME HF_HUB_OFFLINE CUDA_VISIBLE_DEVICES PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF
+    OMP_NUM_THREADS MKL_NUM_THREADS TOKENIZERS_PARALLELISM CUBLAS_WORKSPACE_CONFIG WANDB_MODE
+""".split()
 
 Section = dict[str, str]
 

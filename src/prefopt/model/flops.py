@@ -104,22 +104,20 @@ def _widths(model: PreTrainedModel) -> tuple[float, tuple[tuple[int | None, floa
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Peak rate of square matrix products on ``device`` in operations per second, measured in about 0.3 seconds.
-
-    Sizes grow until a product takes long enough to be timed, or memory runs out.
-    """
-    size, best, began = 256, 0.0, time.perf_counter()
-    while True:
+    """Peak rate of square matrix products on ``device`` in operations per second, measured in about 0.3 seconds. Sizes
+    grow until a product takes long enough to be timed, or memory runs out."""
+    best, began = 0.0, time.perf_counter()
+    for size in (2**n for n in range(8, 15)):
         try:
             seconds = _best_seconds(size, device, dtype, began)
         except RuntimeError as error:
             if not out_of_memory(error) or not best:
                 raise
-            return best
+            break
         best = max(best, 2.0 * size**3 / seconds)
-        if seconds >= _PRODUCT_SECONDS or size >= 16384 or time.perf_counter() - began > _SEARCH_SECONDS:
-            return best
-        size *= 2
+        if seconds >= _PRODUCT_SECONDS or time.perf_counter() - began > _SEARCH_SECONDS:
+            break
+    return best
 
 
 def _best_seconds(size: int, device: torch.device, dtype: torch.dtype, began: float) -> float:

@@ -65,10 +65,8 @@ def local_folder(name: str) -> str:
 
 
 def base_and_adapter(name: str, adapter: str | None = None) -> tuple[str, str | None]:
-    """Folders of a model and of the adapter on it: ``adapter``, or ``name`` where that is an adapter itself.
-
-    Raises :class:`ConfigError` where both are, :class:`ModelError` where an adapter's model cannot be found.
-    """
+    """Folders of a model and of the adapter on it: ``adapter``, or ``name`` where that is an adapter itself. Raises
+    :class:`ConfigError` where both are, :class:`ModelError` where an adapter's model cannot be found."""
     source = local_folder(name)
     if not is_adapter(source):
         return source, local_folder(adapter) if adapter else None
@@ -110,9 +108,7 @@ def context_of(name: str) -> int | None:
 
 def load_model(name: str, *, dtype: torch.dtype, device: torch.device, adapter: str | None = None) -> torch.nn.Module:
     """A causal language model, dropout off, with ``adapter`` (trainable) on it where one is named, or ``name`` is one.
-
-    Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, or needs code of its own.
-    """
+    Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, or needs code of its own."""
     if is_adapter(name):
         name, adapter = base_and_adapter(name, adapter)
     if adapter is not None and task_of(adapter) == "SEQ_CLS":

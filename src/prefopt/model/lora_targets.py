@@ -8,7 +8,7 @@ weight is named here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,9 @@ _WORDS = {
 }
 # Names of experts' layers before transformers 5 fused them.
 _FORMER = dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj") | {"w2": "down_proj"}
-_NO_MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
+_MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
+_NOT_CALLED_IN_MAMBA = ("out_proj", "conv1d")
+"""PEFT refuses these: kernels read their weights without calling them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ def weight_matrices(model: Any) -> Iterator[WeightMatrix]:
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     heads = {id(outputs), *(id(getattr(model, name, None)) for name in ("score", "classifier"))} - {id(None)}
     text = _text_model(model)
+    not_called = _NOT_CALLED_IN_MAMBA if getattr(model.config, "model_type", None) in _MAMBA else ()
     classes: dict[str, list[str]] = {"": []}
     gates = tuple(f"{n.removesuffix('experts')}gate." for n, _ in model.named_modules() if n.endswith(".experts"))
     for name, module in model.named_modules():
@@ -89,7 +92,7 @@ def weight_matrices(model: Any) -> Iterator[WeightMatrix]:
         if weight is not None and (linear or kind in ("head", "embedding", "convolution")):
             # The output of these is not that of a linear layer: another shape, or expert weights beside it.
             special = getattr(module, "n_groups", 1) > 1 or (kind == "router" and "Router" in type(module).__name__)
-            unused = _NO_GRADIENT.search(name) or (kind, leaf) in _NOT_CALLED
+            unused = _NO_GRADIENT.search(name) or (kind, leaf) in _NOT_CALLED or leaf in not_called
             yield WeightMatrix(
                 name, f"{name}.weight", kind, weight.numel(), fused=linear and special, reachable=not unused
             )
@@ -147,53 +150,48 @@ class LoraTargets:
 
 
 def lora_targets(model: Any, named: Sequence[str] | None) -> LoraTargets:
-    """What ``named`` of ``--lora-targets`` means for ``model``; None is the default.
-
-    Raises :class:`ConfigError` where a name matches no weight, or an adapter on it would have no effect.
-    """
-    there = list(weight_matrices(model))
-    refused = _refused(model)
+    """What ``named`` of ``--lora-targets`` means for ``model``; None is the default. Raises :class:`ConfigError` where
+    a name matches no weight, or an adapter on it would have no effect."""
+    matrices = list(weight_matrices(model))
     tensors = (*model.named_parameters(), *model.named_buffers())
     if named and any(name.endswith(".qweight") for name, _ in tensors):  # GPTQ and AWQ layers, which PEFT knows
         return LoraTargets(list(named), None, ", ".join(named))
-    wanted = [m for m in there if _default(m) and not refused(m)] if not named else _named(there, named, refused)
+    wanted = _named(matrices, named) if named else [m for m in matrices if _default(m)]
     if not wanted:
         raise ConfigError("--lora: no weight of this model can have an adapter; leave it out to train the whole model")
     former = _former_names(model)
     fused = {m.parameter for m in wanted if m.fused or m.module.rpartition(".")[2] in former}
     modules = [m.module for m in wanted if m.parameter not in fused]
-    if named and not fused and not {*named} & {*KINDS, ALL} and not any(m.kind == "tower" for m in there):
+    if named and not fused and not {*named} & {*KINDS, ALL} and not any(m.kind == "tower" for m in matrices):
         modules = list(named)
-    words = _words(there, wanted, refused)
-    if not named and any(m.kind == "router" for m in there):
+    words = _words(matrices, wanted)
+    if not named and any(m.kind == "router" for m in matrices):
         words += "; --lora-targets all-linear router adds the routers"
-    return LoraTargets(modules, _short(there, fused) or None, words)
+    return LoraTargets(modules, _short(matrices, fused) or None, words)
 
 
 def _default(matrix: WeightMatrix) -> bool:
     return matrix.reachable and matrix.kind in KINDS and matrix.kind != "router"
 
 
-def _named(
-    there: list[WeightMatrix], named: Sequence[str], refused: Callable[[WeightMatrix], bool]
-) -> list[WeightMatrix]:
+def _named(matrices: list[WeightMatrix], named: Sequence[str]) -> list[WeightMatrix]:
     """The weights of these kinds and names, in the order of the model."""
     chosen: set[str] = set()
     for name in named:
-        found = [m for m in there if _means(name, m)]
+        found = [m for m in matrices if _means(name, m)]
         found = [m for m in found if m.kind != "tower"] or found  # a tower's layer only by its full name
         if not found and name in _FORMER:
-            found = [m for m in there if m.kind == "experts" and m.parameter.endswith(f".{_FORMER[name]}")]
+            found = [m for m in matrices if m.kind == "experts" and m.parameter.endswith(f".{_FORMER[name]}")]
         if not found:
-            raise ConfigError(f"--lora-targets {name}: no weight of this model has that name; {_nameable(there)}")
-        able = [m for m in found if m.reachable and not refused(m)]
+            raise ConfigError(f"--lora-targets {name}: no weight of this model has that name; {_nameable(matrices)}")
+        able = [m for m in found if m.reachable]
         if not able:
             raise ConfigError(
                 f"--lora-targets {name}: an adapter would change nothing, for {found[0].parameter} is read by another"
-                f" layer than its own; {_nameable([m for m in there if m.reachable and not refused(m)])}"
+                f" layer than its own; {_nameable(matrices)}"
             )
         chosen |= {m.parameter for m in able}
-    return [m for m in there if m.parameter in chosen]
+    return [m for m in matrices if m.parameter in chosen]
 
 
 def _means(name: str, matrix: WeightMatrix) -> bool:
@@ -204,9 +202,9 @@ def _means(name: str, matrix: WeightMatrix) -> bool:
     return any(full == name or full.endswith(f".{name}") for full in (matrix.module, matrix.parameter))
 
 
-def _nameable(there: list[WeightMatrix]) -> str:
-    kinds = [ALL, *(kind for kind in KINDS if any(m.kind == kind and m.reachable for m in there))]
-    names = {_leaf(m) for m in there if m.reachable and m.kind != "tower"}
+def _nameable(matrices: list[WeightMatrix]) -> str:
+    kinds = [ALL, *(kind for kind in KINDS if any(m.kind == kind and m.reachable for m in matrices))]
+    names = {_leaf(m) for m in matrices if m.reachable and m.kind != "tower"}
     return f"there are the kinds {', '.join(kinds)}, and the names {', '.join(sorted(names))}"
 
 
@@ -215,13 +213,6 @@ def _leaf(matrix: WeightMatrix) -> str:
     if not matrix.fused:
         return matrix.module.rpartition(".")[2]
     return ".".join(matrix.parameter.split(".")[-2:])
-
-
-def _refused(model: Any) -> Callable[[WeightMatrix], bool]:
-    """Whether PEFT refuses a weight: kernels of these architectures read it without calling its layer."""
-    if getattr(model.config, "model_type", None) not in _NO_MAMBA:
-        return lambda _: False
-    return lambda m: m.module.rpartition(".")[2] in ("out_proj", "conv1d")
 
 
 def _former_names(model: Any) -> Collection[str]:
@@ -234,7 +225,7 @@ def _former_names(model: Any) -> Collection[str]:
     return mapping.get(patterns.get(getattr(model.config, "model_type", ""), ""), {})
 
 
-def _short(there: list[WeightMatrix], wanted: Collection[str]) -> list[str]:
+def _short(matrices: list[WeightMatrix], wanted: Collection[str]) -> list[str]:
     """Names of parameters without the layer number, where they match the same parameters."""
     ends: dict[str, list[str]] = {}
     for name in sorted(wanted):
@@ -243,17 +234,17 @@ def _short(there: list[WeightMatrix], wanted: Collection[str]) -> list[str]:
         ends.setdefault(".".join(path[last + 1 :]), []).append(name)
     found: list[str] = []
     for end, names in ends.items():
-        meant = {m.parameter for m in there if f".{m.parameter}".endswith(f".{end}")}
+        meant = {m.parameter for m in matrices if f".{m.parameter}".endswith(f".{end}")}
         found += [end] if meant <= {*wanted} else names
     return found
 
 
-def _words(there: list[WeightMatrix], wanted: list[WeightMatrix], refused: Callable[[WeightMatrix], bool]) -> str:
+def _words(matrices: list[WeightMatrix], wanted: list[WeightMatrix]) -> str:
     """Percentages by kind, equal ones together, and the layers that cannot have an adapter."""
     chosen = {m.parameter for m in wanted}
     shares: dict[float, list[str]] = {}
     for kind in (*KINDS, "tower"):
-        of = [m for m in there if m.kind == kind]
+        of = [m for m in matrices if m.kind == kind]
         if total := sum(m.numel for m in of):
             share = sum(m.numel for m in of if m.parameter in chosen) / total
             shares.setdefault(share, []).append(_WORDS.get(kind, kind))
@@ -262,7 +253,7 @@ def _words(there: list[WeightMatrix], wanted: list[WeightMatrix], refused: Calla
         for share, kinds in sorted(shares.items(), reverse=True)
     ]
     parts += [f"{m.kind} {_leaf(m)}" for m in wanted if m.kind in ("head", "embedding", "convolution")][:4]
-    left = {_leaf(m) for m in there if m.kind in KINDS and (not m.reachable or refused(m))}
+    left = {_leaf(m) for m in matrices if m.kind in KINDS and not m.reachable}
     if left:
         parts.append(f"{', '.join(sorted(left))} cannot have one")
     return "; ".join(parts)

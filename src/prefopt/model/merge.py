@@ -130,10 +130,8 @@ def merge_adapter(
 
 
 def load_merged(base: str, adapter: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The causal model in folder ``base`` with an adapter merged in, in memory.
-
-    ``dtype`` should hold what the adapter changes: float32. Raises :class:`ModelError` as :func:`merge_adapter`.
-    """
+    """The causal model in folder ``base`` with an adapter merged in, in memory. ``dtype`` should hold what the adapter
+    changes: float32. Raises :class:`ModelError` as :func:`merge_adapter`."""
     wrapped = _load(base, adapter, dtype, device)
     _untie(causal_model(wrapped))
     with peft_warnings_off():

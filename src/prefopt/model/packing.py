@@ -1,12 +1,12 @@
-"""Groups to packed batches: one flat row of tokens, nothing padded, nothing encoded twice.
+"""Packing groups into batches: one flat row of tokens, nothing padded, nothing encoded twice.
 
-A group of two responses stands in the row as ``[P R1 R2]``. Positions restart after P for R2. ``[P R1]`` is one
-segment of ordinary causal attention; R2 is a second segment whose queries also see P::
+A group of two responses is ``[P R1 R2]`` in the row. Positions of R2 continue from P. ``[P R1]`` is one segment of
+ordinary causal attention; R2 is a second segment whose queries also see P::
 
     segments = ((0, P + R1, 0, 0), (P + R1, P + R1 + R2, 0, P))
 
-A log-probability is read at the token *before* the one it scores: for the first token of every response that is
-the last token of P, which therefore is read K times and stored once.
+A log-probability is read at the token *before* the scored one: for the first token of every response that is the last
+token of P, which is read K times and stored once.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from prefopt.data.group import Group
 from prefopt.data.table import GroupTable, IndexArray
 
 Segment = tuple[int, int, int, int]
-"""(start, stop, prefix start, prefix length): queries and own keys in [start, stop), and a prefix all of them see."""
+"""(start, stop, prefix start, prefix length): queries and own keys in [start, stop), and the prefix they all see."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ForwardPass:
-    """What one forward pass of the model sees: ``ids`` and ``positions`` [T], the segments of its attention."""
+    """Inputs of one forward pass: ``ids`` and ``positions`` [T], and the segments of its attention."""
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -69,11 +68,8 @@ class PackedBatch:
 
 @dataclass(frozen=True, slots=True)
 class PackLayout:
-    """How a model may be fed. ``share``: prefixes are encoded once and groups share a row.
-
-    ``rope_limit``: beyond this many tokens the model's rotary frequencies are others (longrope), so that a row never
-    holds sequences from both sides of it.
-    """
+    """How groups are packed for a model. ``share``: prefixes are encoded once and groups share a row. ``rope_limit``:
+    rotary frequencies differ beyond this length (longrope), so that a row holds sequences of one side alone."""
 
     share: bool = True
     rope_limit: int | None = None
@@ -88,15 +84,10 @@ class PackLayout:
         tokens: IndexArray = groups.tokens_G.astype(np.int64)
         if self.share and self.rope_limit is None:
             return tokens
-        tokens += groups.prefix_G * (groups.responses_G - 1) * self._separate(groups)
-        return tokens
-
-    def _separate(self, groups: GroupTable) -> npt.NDArray[np.bool_]:
-        """Whether :meth:`side` is ``separate``, [G]."""
-        if not self.share:
-            return np.ones(len(groups), np.bool_)
         limit = self.rope_limit or 0
-        return np.logical_and(groups.longest_G > limit, groups.shortest_G <= limit)
+        separate = np.logical_and(groups.longest_G > limit, groups.shortest_G <= limit) if self.share else True
+        tokens += groups.prefix_G * (groups.responses_G - 1) * separate
+        return tokens
 
     def side(self, group: Group) -> str:
         """``shared`` (the common row), ``long`` (the row beyond the limit) or ``separate`` (a row per response)."""
@@ -131,7 +122,7 @@ class _PackedRow:
 
 @dataclass(slots=True)
 class _Response:
-    """Where a response's tokens came to stand: ``before`` is the row index of the last shared token, or -1."""
+    """The place of a response in a row: ``before`` is the row index of the last shared token, or -1."""
 
     row: _PackedRow
     start: int
@@ -141,7 +132,7 @@ class _Response:
 
 
 def pack(groups: Sequence[Group], layout: PackLayout | None = None) -> PackedBatch:
-    """Lay groups out for the scorer; responses keep the order of the groups."""
+    """Pack groups for the scorer; responses keep the order of the groups."""
     layout = layout or PackLayout()
     common: dict[str, _PackedRow] = {}
     rows: list[_PackedRow] = []
@@ -193,7 +184,7 @@ def _finish(groups: Sequence[Group], rows: list[_PackedRow], responses: list[_Re
 
 
 def split(items: Sequence[int], tokens: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Cut items, in their order, into runs of at most ``token_budget`` tokens; a larger item stands alone."""
+    """Split items, in order, into batches of at most ``token_budget`` tokens; a larger item is a batch of its own."""
     batch: list[int] = []
     used = 0
     for item, size in zip(items, tokens, strict=True):

@@ -140,9 +140,7 @@ class MasterWeights:
 
 def freeze_and_cast(model: torch.nn.Module, compute: torch.dtype) -> torch.nn.Module:
     """Freeze ``model`` and cast it to ``compute`` in place as :class:`MasterWeights` casts frozen weights.
-
-    ``model.to(compute)`` would also round what its class keeps in float32: rotary tables, the gates of some experts.
-    """
+    ``model.to(compute)`` would also round what its class keeps in float32: rotary tables, the gates of some experts."""
     for _ in _cast_frozen(model.requires_grad_(False), compute):
         pass
     return model
@@ -161,10 +159,8 @@ def _cast_frozen(model: torch.nn.Module, compute: torch.dtype) -> Iterator[tuple
 
 
 def _kept_in_float32(model: PreTrainedModel) -> Callable[[str], bool]:
-    """Whether the model's class keeps a parameter of this name in float32, whatever it computes in.
-
-    As in transformers, the class gives names of modules or parameters anywhere in the path, or several joined by dots.
-    """
+    """Whether the model's class keeps a parameter of this name in float32, whatever it computes in. As in transformers,
+    the class gives names of modules or parameters anywhere in the path, or several joined by dots."""
     names = {
         name
         for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")

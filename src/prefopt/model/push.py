@@ -40,7 +40,7 @@ class UploadPlan:
         return lines + [f"note: {warning}" for warning in self.warnings]
 
 
-def plan(folder: str | Path, *, run: bool = False, checkpoints: bool = False) -> UploadPlan:
+def plan_upload(folder: str | Path, *, run: bool = False, checkpoints: bool = False) -> UploadPlan:
     """The files of ``folder`` to send. Raises :class:`ModelError` where it holds no finished model."""
     folder = Path(folder)
     if not folder.is_dir():

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
 
 from prefopt.core.files import output_errors, write_json
 from prefopt.core.model_folder import is_own
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.model.architectures import causal_model
+from prefopt.model.architectures import causal_model, transformers_log_level
 from prefopt.model.checkpoint import ModelOrigin, WeightFiles, origin_of
 
 Json = dict[str, Any]
@@ -33,18 +32,12 @@ Json = dict[str, Any]
 SHARD_BYTES = 50 * 10**9
 """Largest file of weights, unless one tensor is larger: transformers' default."""
 GENERATION_CONFIG = "generation_config.json"
-_SIDE_FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "feature_extractor_config.json",
-    "audio_tokenizer_config.json",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-    "value_head.safetensors",  # beside a language model, as LLaMA-Factory writes it
-    "LICENSE*",
-    "NOTICE*",
-)
+# value_head.safetensors: beside a language model, as LLaMA-Factory writes it.
+_SIDE_FILES = """
+    preprocessor_config.json processor_config.json video_preprocessor_config.json feature_extractor_config.json
+    audio_tokenizer_config.json chat_template.json additional_chat_templates/*.jinja value_head.safetensors
+    LICENSE* NOTICE*
+""".split()
 ANY_CLASS = "PreTrainedTokenizerFast"
 ONLY_NEW = {"TokenizersBackend", "PythonBackend", "SentencePieceBackend", "MistralCommonBackend"}
 _NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
@@ -98,10 +91,8 @@ def apply_umask(folder: Path) -> None:
 
 
 def _whole_config(model: Any, origin: ModelOrigin | None, dtype: torch.dtype) -> Any:
-    """The configuration to write: that of the checkpoint's class, with the model's in its place inside it.
-
-    Its dtype is that of the weights, not the one the model computes in, to which a reader would round them.
-    """
+    """The configuration to write: that of the checkpoint's class, with the model's in its place inside it. Its dtype is
+    that of the weights, not the one the model computes in, to which a reader would round them."""
     config = copy.deepcopy(model.config)
     if origin is not None and origin.kept:
         whole = copy.deepcopy(origin.config)
@@ -157,10 +148,8 @@ def _shard(names: list[str], tensors: Mapping[str, torch.Tensor], checkpoint: We
 
 
 def repair_generation(model: Any) -> str | None:
-    """Repair a generation config that transformers would refuse to save; a line on what was changed, if anything.
-
-    Some published models set a temperature without sampling, which loads but cannot be saved.
-    """
+    """Repair a generation config that transformers would refuse to save; a line on what was changed, if anything. Some
+    published models set a temperature without sampling, which loads but cannot be saved."""
     config = getattr(model, "generation_config", None)
     if config is None:
         return None
@@ -179,10 +168,8 @@ def repair_generation(model: Any) -> str | None:
 
 
 def add_end_tokens(folder: Path, ends: Iterable[int], tokenizer: Tokenizer, model: Any) -> str | None:
-    """Append the tokens ``ends`` to ``eos_token_id`` of a saved folder; a line on it, None where all were there.
-
-    An adapter's folder without a generation config gets that of ``model``, for servers and for ``prefopt merge``.
-    """
+    """Append the tokens ``ends`` to ``eos_token_id`` of a saved folder; a line on it, None where all were there. An
+    adapter's folder without a generation config gets that of ``model``, for servers and for ``prefopt merge``."""
     ends, plain = tuple(ends), causal_model(model)
     if not ends or not plain.can_generate():  # a reward model generates nothing
         return None
@@ -312,7 +299,7 @@ def _as_parsed(document: Json) -> Json | None:
     """What transformers 5 makes of the document; None where it does not know the model, or warns of a field."""
     config: Any = AutoConfig
     try:
-        with warnings.catch_warnings(), _transformers_silent():
+        with warnings.catch_warnings(), transformers_log_level(logging.CRITICAL):  # it logged them at loading
             warnings.simplefilter("error")
             found: Json = config.for_model(**copy.deepcopy(document)).to_dict()
     except Exception:  # whatever a class of transformers objects to
@@ -325,14 +312,3 @@ def _contains(more: Any, less: Any) -> bool:
     if isinstance(less, dict) and isinstance(more, dict):
         return all(name in more and _contains(more[name], value) for name, value in less.items())
     return bool(more == less)
-
-
-@contextmanager
-def _transformers_silent() -> Iterator[None]:
-    """Without transformers' log messages: they were given when the model was loaded."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)

@@ -59,9 +59,7 @@ class ScalarScorer(PackedModel):
 
     def forward(self, batch: PackedBatch, tokens: bool = False) -> torch.Tensor:
         """Rewards [N], read at the last scored token of each response, float32 (float64 for a float64 model).
-
-        ``tokens``: values [M] of the state before each scored token, read at the token before it.
-        """
+        ``tokens``: values [M] of the state before each scored token, read at the token before it."""
         hidden = self.hidden(batch).index_select(0, batch.read if tokens else batch.last)
         head: Any = causal_model(self.model).score
         wide = wide_dtype(hidden.dtype)
@@ -92,14 +90,13 @@ def load_scalar(
 ) -> torch.nn.Module:
     """A model with a scalar head, dropout off, from any of these folders (or names on the Hub):
 
-    - a causal language model: with a new head drawn from ``seed``; see :func:`scalar_from`
+    - a causal language model: with a new head initialised from ``seed``; see :func:`scalar_from`
     - a sequence classifier with one label, such as ``prefopt reward`` writes
-    - any other with a trained scalar head, such as other trainers write: with that head, see
-      :mod:`prefopt.model.checkpoint`
-    - an adapter of either kind, which is merge_trained_adapter into its model
+    - a model with a scalar head of another trainer: with that head, see :mod:`prefopt.model.checkpoint`
+    - an adapter of either kind, which is merged into its model
 
-    ``tokenizer`` is the one the tokens come from. Raises :class:`ModelError` for a folder that is damaged, has another
-    number of labels, pads with EOS, or is of an architecture without such a class.
+    Raises :class:`ModelError` for a folder that is damaged, has another number of labels, pads with EOS, or is of an
+    architecture without such a class.
     """
     model: torch.nn.Module = _load(name, dtype, device, tokenizer, seed).to(device)
     return model

@@ -82,11 +82,8 @@ class PackedModel(torch.nn.Module):
         self.layout, self.reason = PackLayout(False, self.layout.rope_limit), reason
 
     def _try_hook(self) -> str | None:
-        """Why the first attention layer cannot take shared prefixes, in one line; None where it can.
-
-        Two tokens are computed up to that layer. Raises :class:`NotCausalError`, and :class:`ModelError` where even
-        that fails.
-        """
+        """Why the first attention layer cannot take shared prefixes, in one line; None where it can. Two tokens are
+        computed up to that layer. Raises :class:`NotCausalError`, and :class:`ModelError` where even that fails."""
         model = causal_model(self.model)
         device = next(model.parameters()).device
         ids = torch.zeros(1, 2, dtype=torch.long, device=device)
@@ -192,11 +189,8 @@ class ScoreRequest(NamedTuple):
 
 
 class Scorer(PackedModel):
-    """Token log-probabilities of packed batches by a causal language model, or one wrapped by PEFT.
-
-    Arguments as of :class:`PackedModel`. ``head``: how logits are computed; None: found out (see
-    :mod:`prefopt.model.kernels.head`).
-    """
+    """Token log-probabilities of packed batches by a causal language model, or one wrapped by PEFT. Arguments as of
+    :class:`PackedModel`. ``head``: how logits are computed; None: found out (see :mod:`prefopt.model.kernels.head`)."""
 
     def __init__(
         self, model: torch.nn.Module, *, attention: str = "auto", share: bool = True, head: Head | None = None
@@ -209,10 +203,8 @@ class Scorer(PackedModel):
 
     @contextmanager
     def at_temperature(self, temperature: float) -> Iterator[None]:
-        """In this block logits are divided by ``temperature``.
-
-        After a soft-cap c that is c / T tanh(z / c): another scale and another cap.
-        """
+        """In this block logits are divided by ``temperature``. After a soft-cap c that is c / T tanh(z / c): another
+        scale and another cap."""
         before = self.head
         cap = None if before.softcap is None else before.softcap / temperature
         self.head = replace(before, scale=before.scale / temperature, softcap=cap)
@@ -223,11 +215,11 @@ class Scorer(PackedModel):
 
     def forward(self, batch: PackedBatch, request: ScoreRequest | None = None) -> torch.Tensor | TokenScores:
         """Log-probability [M] of every scored token, float32 (float64 for a float64 model); more with ``request``."""
-        if self.head.kind == "model":
-            return self._by_own_logits(batch, request)
-        # Mamba ends with its residual in float32, whatever its weights are in.
-        hidden = self.hidden(batch).index_select(0, batch.read).to(self.dtype)
         head, how = self._head_module(), self.head
+        if how.kind == "model":
+            hidden = self._own_logits(batch)
+        else:  # Mamba ends with its residual in float32, whatever its weights are in
+            hidden = self.hidden(batch).index_select(0, batch.read).to(self.dtype)
         if request is None or request.reference is None:
             logp_M, square_M = self._logprobs(hidden, batch.target, request is not None and request.squares)
             return logp_M if request is None else self._complete(TokenScores(logp_M, square_M), hidden, request)
@@ -250,8 +242,8 @@ class Scorer(PackedModel):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         head, how = self._head_module(), self.head
         if how.kind != "fused":
-            logp_M = module_logprobs(self.logits, hidden, target, vocabulary_of(head))
-            return logp_M, squares(self.logits, hidden, vocabulary_of(head)) if square else None
+            logp_M = module_logprobs(self.logits, hidden, target, self._vocabulary)
+            return logp_M, squares(self.logits, hidden, self._vocabulary) if square else None
         options: dict[str, Any] = {"bias": head.bias, "scale": how.scale, "softcap": how.softcap}
         logp_M, square_M = token_logprobs(hidden, head.weight, target, squares=square, **options)
         return logp_M, square_M if square else None
@@ -263,8 +255,12 @@ class Scorer(PackedModel):
         if not request.distributions:
             return scores
         kept, frozen = hidden.detach(), self._frozen_head()
-        made = Distributions(vocabulary_of(self._head_module()), lambda rows: self.logits(kept[rows], frozen).detach())
+        made = Distributions(self._vocabulary, lambda rows: self.logits(kept[rows], frozen).detach())
         return scores._replace(distributions=made)
+
+    @property
+    def _vocabulary(self) -> int:
+        return vocabulary_of(self._head_module())
 
     def _head_module(self) -> Any:
         head: Any = causal_model(self.model).get_output_embeddings()
@@ -285,31 +281,21 @@ class Scorer(PackedModel):
             z = head_logits(hidden, weight, bias)
         elif how.kind == "class":
             z = class_logits(causal_model(self.model), hidden, weights)
+        elif how.kind == "model":
+            return hidden.clone()  # they are logits; kernels write into them
         else:
             z = head(hidden) if weights is None else torch.func.functional_call(head, weights, (hidden,))
         return transformed(z.to(wide_dtype(z.dtype)), how.scale, how.softcap)
 
-    def _by_own_logits(self, batch: PackedBatch, request: ScoreRequest | None) -> torch.Tensor | TokenScores:
-        """For models whose head is not separate: the logits of the whole batch are in memory."""
-        causal = causal_model(self.model)
+    def _own_logits(self, batch: PackedBatch) -> torch.Tensor:
+        """Logits [M, V] by the whole model, which are in memory: for models whose head is not separate."""
         logits = []
         for row in batch.passes:
             self.count(row)
-            logits.append(causal(input_ids=row.ids[None], use_cache=False, return_dict=True).logits[0])
+            out = causal_model(self.model)(input_ids=row.ids[None], use_cache=False, return_dict=True)
+            logits.append(out.logits[0])
         z = torch.cat(logits).index_select(0, batch.read)
-        z = z.to(wide_dtype(z.dtype)) * self.head.scale
-        if request is None:
-            return z.gather(-1, batch.target[:, None])[:, 0] - z.logsumexp(-1)
-        if request.reference is not None:
-            scores = logit_scores(lambda rows: rows, z, batch.target, request.reference)
-        else:
-            scores = TokenScores(z.gather(-1, batch.target[:, None])[:, 0] - z.logsumexp(-1))
-            if request.squares:
-                scores = scores._replace(square_M=squares(lambda rows: rows, z, z.shape[1]))
-        if request.distributions:
-            kept = z.detach()
-            scores = scores._replace(distributions=Distributions(z.shape[1], lambda rows: kept[rows].clone()))
-        return scores
+        return z.to(wide_dtype(z.dtype)) * self.head.scale
 
 
 def response_sums(logp_M: torch.Tensor, batch: PackedBatch) -> torch.Tensor:

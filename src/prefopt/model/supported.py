@@ -31,22 +31,16 @@ log = logging.getLogger(__name__)
 ATTENTION = {None, "eager", "sdpa", "flex_attention"}
 UNQUANTISED = ("mxfp4",)
 """Methods whose weights are unquantised at loading, on every device."""
-PACKAGES = {
-    "aqlm": "aqlm",
-    "auto-round": "auto-round",
+_SAME_NAME = "aqlm auto-round bitsandbytes compressed-tensors fouroversix fp_quant hqq sinq torchao vptq"
+PACKAGES = {name: name for name in _SAME_NAME.split()} | {
     "awq": "gptqmodel",
-    "bitsandbytes": "bitsandbytes",
-    "compressed-tensors": "compressed-tensors",
     "eetq": "kernels",
     "fbgemm_fp8": "fbgemm-gpu",
     "gptq": "optimum gptqmodel",
     "higgs": "flute-kernel",
-    "hqq": "hqq",
     "quanto": "optimum-quanto",
     "quark": "amd-quark",
     "spqr": "spqr_quant",
-    "torchao": "torchao",
-    "vptq": "vptq",
 }
 """What pip installs to read the weights of a method, beside transformers and accelerate."""
 
@@ -129,10 +123,8 @@ def quantisation_of(config: Any) -> str | None:
 
 
 def loading_options(name: str, config: Any) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` for a quantised model.
-
-    Raises :class:`ModelError` for a method that transformers does not know: it would read the packed weights as plain.
-    """
+    """Arguments of ``from_pretrained`` for a quantised model. Raises :class:`ModelError` for a method that transformers
+    does not know: it would read the packed weights as plain."""
     fields = _quantisation(config)
     if fields is None:
         return {}
@@ -171,18 +163,13 @@ def backend_errors(name: str, config: Any) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except ImportError as error:
-        package = PACKAGES.get(how.split(",")[0])
-        remedy = f"pip install {package}" if package else first_line(error)
-        raise ModelError(
-            f"{name} is quantised ({how}), and what reads it is not installed: {remedy}, or give the model it was"
-            " quantised from"
-        ) from error
     except Exception as error:  # every backend has errors of its own
-        raise ModelError(
-            f"{name} is quantised ({how}) and cannot be read here: {first_line(error)}; give the model it was"
-            " quantised from"
-        ) from error
+        why = f"and cannot be read here: {first_line(error)}; give"
+        if isinstance(error, ImportError):
+            package = PACKAGES.get(how.split(",")[0])
+            remedy = f"pip install {package}" if package else first_line(error)
+            why = f"and its library is not installed: {remedy}, or give"
+        raise ModelError(f"{name} is quantised ({how}) {why} the model it was quantised from") from error
 
 
 def _quantisation(config: Any) -> dict[str, Any] | None:

@@ -93,11 +93,8 @@ def find_sorted(keys: KeyArray, among: KeyArray) -> tuple[IndexArray, npt.NDArra
 
 
 class Index:
-    """Where each response's values are, over all blocks of one space.
-
-    Where two blocks hold the same response (token values were requested later, say) its sum is that of the older block:
-    a value once returned never changes.
-    """
+    """Where each response's values are, over all blocks of one space. Where two blocks hold the same response (token
+    values were requested later, say) its sum is that of the older block: a value once returned never changes."""
 
     def __init__(self, folder: Path, space: str) -> None:
         self.folder, self.space = folder, space

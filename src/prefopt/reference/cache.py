@@ -2,7 +2,7 @@
 
 Values are in a *space*: one folder per reference identity and way of scoring. Within it a response is named by its
 token ids and mask, so that beta, loss, seed, order, learning rate, LoRA rank and output folder change nothing, and
-appended data cost only themselves. The caller brings the function that scores a batch.
+appended data cost only themselves. The caller brings the function that scores a batch; nothing here needs torch.
 
 Finished batches are committed in blocks every few seconds: a killed process loses what it did since the last commit, an
 interrupted one nothing that was finished. Batches are planned beforehand (``plan.py``), so that continuing after an
@@ -11,6 +11,7 @@ interruption gives the same bits.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -18,10 +19,10 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +32,6 @@ from prefopt.data.group import Group
 from prefopt.data.table import Array, GroupTable, IndexArray, KeyArray, ranges
 from prefopt.errors import CacheError, ModelError
 from prefopt.reference.blocks import Arrays, Index, write_block
-from prefopt.reference.identity import SpaceKey
 from prefopt.reference.plan import NamedGroups, ScoringPlan, plan_file
 
 log = logging.getLogger(__name__)
@@ -41,12 +41,59 @@ COMMIT_SECONDS = 5.0
 COMMIT_SHARE = 0.02
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """SHA-256 (hex) of each part of a model, empty for an absent part. ``name`` is for people and is not compared."""
+
+    weights: str
+    config: str
+    adapter: str = ""
+    quantization: str = ""
+    name: str = field(default="", compare=False)
+
+    @property
+    def digest(self) -> str:
+        """One SHA-256 (hex) over all parts."""
+        return json_digest([self.weights, self.config, self.adapter, self.quantization])
+
+
+@dataclass(frozen=True, slots=True)
+class SpaceKey:
+    """All that a cached value depends on beside the tokens: equal keys share values, others never do.
+
+    ``path``: "shared" where a group's common prefix is encoded once, else "separate". ``kernel``: the attention
+    implementation. ``device``: its type (cpu, cuda, mps), on CUDA with the name of the GPU.
+    """
+
+    identity: Identity
+    dtype: str
+    path: str
+    kernel: str
+    device: str
+    scorer_version: int
+
+    @property
+    def id(self) -> str:
+        """Name of the space's folder, 12 hex digits."""
+        parts = [self.identity.digest, self.dtype, self.path, self.kernel, self.device, self.scorer_version]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+    def costs(self, groups: GroupTable) -> IndexArray:
+        """Tokens that scoring each group encodes, [G], whatever the limit of rotary frequencies."""
+        tokens: IndexArray = groups.tokens_G.astype(np.int64)
+        return tokens if self.path == "shared" else tokens + groups.prefix_G * (groups.responses_G - 1)
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 (hex) of a JSON value; other values (dtypes, enums) count by their text."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ResponseScore:
-    """One response's log-probability under the reference.
-
-    ``sum`` over its ``count`` scored tokens, natural logarithm; ``token_values`` [count] float32 where requested.
-    """
+    """One response's log-probability under the reference. ``sum`` over its ``count`` scored tokens, natural logarithm;
+    ``token_values`` [count] float32 where requested."""
 
     sum: float
     count: int
@@ -160,10 +207,8 @@ class ReferenceCache:
                     self._describe()
                     named = NamedGroups.of(table.key_N, table.response_starts)
                     plan = self._plan(named, self.space.costs(table), missing, token_budget, token_values)
-                    scoring = _Scoring(self.folder, self.space.id, len(missing), token_values)
-                    place = named.find(plan.groups.names_G)
-                    scoring.run(plan, table, place, missing, make_score(), progress, stop)
-                    calls, seconds = scoring.calls, time.monotonic() - scoring.started
+                    scored = self._scored(plan, table, named.find(plan.groups.names_G), missing, make_score(), stop)
+                    calls, seconds = self._commit_all(scored, len(missing), token_values, progress)
                     self._index.refresh()
                 self._remove_finished_plans()
         self._touch()
@@ -185,6 +230,70 @@ class ReferenceCache:
         plan = ScoringPlan.make(groups, costs_G, missing, token_budget)
         plan.write(path, self.space.id)
         return plan
+
+    def _scored(
+        self,
+        plan: ScoringPlan,
+        table: GroupTable,
+        place: IndexArray,
+        missing: KeyArray,
+        score: ScoreBatch,
+        stop: Callable[[], None] | None,
+    ) -> Iterator[tuple[KeyArray, list[ResponseScore]]]:
+        """The ``missing`` responses of ``plan``, batch by batch; its groups are at ``place`` in ``table``."""
+        for batch, take in plan.work(missing):
+            if stop is not None:
+                stop()
+            groups = [table[g] for g in place[batch.start : batch.stop].tolist()]
+            scores = [
+                (scored, group, k)
+                for group, result in zip(groups, score(groups), strict=True)
+                for k, scored in enumerate(result)
+            ]
+            first = plan.groups.starts[batch.start]
+            yield plan.groups.keys_N[take], [_checked(*scores[n]) for n in (take - first).tolist()]
+
+    def _commit_all(
+        self,
+        batches: Iterator[tuple[KeyArray, list[ResponseScore]]],
+        total: int,
+        token_values: bool,
+        progress: ProgressCallback | None,
+    ) -> tuple[int, float]:
+        """Commit batches every few seconds as they are scored; returns their number and the seconds."""
+        calls = done = 0
+        started = committed = time.monotonic()
+        pending: list[tuple[KeyArray, list[ResponseScore]]] = []
+        try:
+            for batch in batches:
+                calls, done = calls + 1, done + len(batch[1])
+                pending.append(batch)
+                now = time.monotonic()
+                if now - committed >= max(COMMIT_SECONDS, COMMIT_SHARE * (now - started)):
+                    self._commit(pending, token_values)
+                    committed = time.monotonic()
+                if progress is not None:
+                    progress(done, total, now - started)
+        finally:
+            self._commit(pending, token_values)
+        return calls, time.monotonic() - started
+
+    def _commit(self, pending: list[tuple[KeyArray, list[ResponseScore]]], token_values: bool) -> None:
+        ready = pending.copy()
+        pending.clear()  # first: what the disk refused is not tried again
+        if not ready:
+            return
+        scores = [scored for _, batch in ready for scored in batch]
+        block: Arrays = {
+            "keys": np.frombuffer(b"".join(keys.tobytes() for keys, _ in ready), np.uint8).reshape(-1, 16),
+            "sums": np.array([scored.sum for scored in scores], np.float64),
+            "counts": np.array([scored.count for scored in scores], np.int32),
+        }
+        if token_values:
+            tokens = [scored.token_values for scored in scores if scored.token_values is not None]
+            assert [len(values) for values in tokens] == block["counts"].tolist()
+            block["token_values"] = np.concatenate(tokens, dtype=np.float32)
+        write_block(self.folder, block, self.space.id)
 
     def _remove_finished_plans(self) -> None:
         for path in self.folder.glob("plan-*.safetensors"):
@@ -220,71 +329,7 @@ class ReferenceCache:
             os.utime(self.folder / "about.json")
 
 
-class _Scoring:
-    """Runs a plan and commits its values."""
-
-    def __init__(self, folder: Path, space: str, total: int, token_values: bool) -> None:
-        self.folder, self.space, self.total, self.token_values = folder, space, total, token_values
-        self.calls = self.done = 0
-        self.started = self.committed = time.monotonic()
-        self._keys: list[Array] = []
-        self._pending: list[ResponseScore] = []
-
-    def run(
-        self,
-        plan: ScoringPlan,
-        table: GroupTable,
-        place: IndexArray,
-        missing: KeyArray,
-        score: ScoreBatch,
-        progress: ProgressCallback | None,
-        stop: Callable[[], None] | None,
-    ) -> None:
-        """Score the batches of ``plan`` that hold ``missing`` responses; its groups are at ``place`` in ``table``."""
-        self.started = self.committed = time.monotonic()
-        try:
-            for batch, take in plan.work(missing):
-                if stop is not None:
-                    stop()
-                groups = [table[g] for g in place[batch.start : batch.stop].tolist()]
-                results = score(groups)
-                self.calls += 1
-                scores = [
-                    (scored, group, k)
-                    for group, result in zip(groups, results, strict=True)
-                    for k, scored in enumerate(result)
-                ]
-                first = plan.groups.starts[batch.start]
-                found = [_checked(*scores[n], token_values=self.token_values) for n in (take - first).tolist()]
-                self._keys.append(plan.groups.keys_N[take])
-                self._pending += found
-                self.done += len(found)
-                now = time.monotonic()
-                if now - self.committed >= max(COMMIT_SECONDS, COMMIT_SHARE * (now - self.started)):
-                    self._commit()
-                if progress is not None:
-                    progress(self.done, self.total, now - self.started)
-        finally:
-            self._commit()
-
-    def _commit(self) -> None:
-        # Emptied first: what the disk refused is not tried again.
-        keys, ready, self._keys, self._pending = self._keys, self._pending, [], []
-        if not ready:
-            return
-        block: Arrays = {
-            "keys": np.frombuffer(b"".join(k.tobytes() for k in keys), np.uint8).reshape(-1, 16),
-            "sums": np.array([scored.sum for scored in ready], np.float64),
-            "counts": np.array([scored.count for scored in ready], np.int32),
-        }
-        if self.token_values:
-            tokens = [scored.token_values for scored in ready if scored.token_values is not None]
-            block["token_values"] = np.concatenate(tokens, dtype=np.float32)
-        write_block(self.folder, block, self.space)
-        self.committed = time.monotonic()
-
-
-def _checked(scored: ResponseScore, group: Group, k: int, *, token_values: bool) -> ResponseScore:
+def _checked(scored: ResponseScore, group: Group, k: int) -> ResponseScore:
     """The score, refused where it is not finite: once kept it would come back in every later run."""
     if not math.isfinite(scored.sum):
         raise ModelError(
@@ -292,6 +337,4 @@ def _checked(scored: ResponseScore, group: Group, k: int, *, token_values: bool)
             "check its weights, or score in float32"
         )
     assert scored.count == int(group.continuations[k].trained.sum()), "every trained token is scored, and no other"
-    if token_values:
-        assert scored.token_values is not None and scored.token_values.shape == (scored.count,)
     return scored

@@ -7,9 +7,7 @@ same weights in other shards count as another model. A value computed twice is b
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,11 @@ import torch
 
 from prefopt.core.cache_folder import file_hashes
 from prefopt.core.model_folder import base_of, is_adapter, read_object, vet_folder, weight_files
-from prefopt.data.table import GroupTable, IndexArray
 from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from prefopt.errors import ModelError
 from prefopt.model.load import base_and_adapter, local_folder
-from prefopt.model.packing import PackLayout
 from prefopt.model.scorer import Scorer, version_of
+from prefopt.reference.cache import Identity, SpaceKey, json_digest
 
 # Fields of config.json without effect on the logits of a forward pass in evaluation mode, without cache. All others
 # count, known or not. Dtype and attention kernel are part of the space's key by themselves.
@@ -44,48 +41,6 @@ _ADAPTER_IRRELEVANT = frozenset(
     base_model_name_or_path revision inference_mode task_type auto_mapping peft_version lora_dropout runtime_config
 """.split()
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """SHA-256 (hex) of each part of a model, empty for an absent part. ``name`` is for people and is not compared."""
-
-    weights: str
-    config: str
-    adapter: str = ""
-    quantization: str = ""
-    name: str = field(default="", compare=False)
-
-    @property
-    def digest(self) -> str:
-        """One SHA-256 (hex) over all parts."""
-        return _digest([self.weights, self.config, self.adapter, self.quantization])
-
-
-@dataclass(frozen=True, slots=True)
-class SpaceKey:
-    """All that a cached value depends on beside the tokens: equal keys share values, others never do.
-
-    ``path``: "shared" where a group's common prefix is encoded once, else "separate". ``kernel``: the attention
-    implementation. ``device``: its type (cpu, cuda, mps), on CUDA with the name of the GPU.
-    """
-
-    identity: Identity
-    dtype: str
-    path: str
-    kernel: str
-    device: str
-    scorer_version: int
-
-    @property
-    def id(self) -> str:
-        """Name of the space's folder, 12 hex digits."""
-        parts = [self.identity.digest, self.dtype, self.path, self.kernel, self.device, self.scorer_version]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
-
-    def costs(self, groups: GroupTable) -> IndexArray:
-        """Tokens that scoring each group encodes, [G], without a limit of rotary frequencies."""
-        return PackLayout(self.path == "shared").costs(groups)
 
 
 def space_of(identity: Identity, scorer: Scorer, device: torch.device) -> SpaceKey:
@@ -128,9 +83,9 @@ def identity_of_folder(path: str | Path, *, adapter: str | Path | None = None, r
         adapter_files = [_adapter_weights(Path(adapter))]
     hashes = file_hashes([*files, *adapter_files], root)
     return Identity(
-        weights=_digest(sorted(hashes[: len(files)])),
-        config=_digest(_relevant(config, _IRRELEVANT)),
-        adapter=_digest([hashes[-1], _relevant(adapter_config, _ADAPTER_IRRELEVANT)]) if adapter_files else "",
+        weights=json_digest(sorted(hashes[: len(files)])),
+        config=json_digest(_relevant(config, _IRRELEVANT)),
+        adapter=json_digest([hashes[-1], _relevant(adapter_config, _ADAPTER_IRRELEVANT)]) if adapter_files else "",
         quantization=_quantization(config),
         name=name,
     )
@@ -138,9 +93,7 @@ def identity_of_folder(path: str | Path, *, adapter: str | Path | None = None, r
 
 def identity_of_model(model: torch.nn.Module, *, name: str = "") -> Identity:
     """The identity of a transformers model in memory, adapters included: name, type, shape and bytes of every tensor.
-
-    Raises ``ModelError`` where a tensor has no data (on the meta device).
-    """
+    Raises ``ModelError`` where a tensor has no data (on the meta device)."""
     whole = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         if not isinstance(tensor, torch.Tensor):  # extra state, of quantised layers for instance
@@ -159,8 +112,8 @@ def identity_of_model(model: torch.nn.Module, *, name: str = "") -> Identity:
     }
     return Identity(
         weights=whole.hexdigest(),
-        config=_digest([type(model).__name__, _relevant(fields, _IRRELEVANT)]),
-        adapter=_digest([adapters, _adapter_states(model)]) if adapters else "",
+        config=json_digest([type(model).__name__, _relevant(fields, _IRRELEVANT)]),
+        adapter=json_digest([adapters, _adapter_states(model)]) if adapters else "",
         quantization=_quantization(fields),
         name=name or str(getattr(config, "_name_or_path", "") or type(model).__name__),
     )
@@ -206,13 +159,7 @@ def _quantization(config: Mapping[str, Any]) -> str:
     saved = config.get("quantization_config")
     if saved is not None and hasattr(saved, "to_dict"):
         saved = saved.to_dict()
-    return _digest([saved, None]) if saved else ""  # the second is a part of keys in existing caches
-
-
-def _digest(value: Any) -> str:
-    """SHA-256 (hex) of a JSON value; other values (dtypes, enums) count by their text."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return json_digest([saved, None]) if saved else ""  # the second is a part of keys in existing caches
 
 
 def adapter_line(name: str) -> str | None:

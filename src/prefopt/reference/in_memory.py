@@ -1,6 +1,4 @@
-"""A reference that stays in memory and is scored together with the policy, where a cache of its values will not do:
-a loss needs its whole distributions, or the reference moves.
-"""
+"""A reference in memory that is scored with every batch: for losses on whole distributions, or if it moves (TR-DPO)."""
 
 from __future__ import annotations
 
@@ -68,9 +66,7 @@ class SwappedWeights:
 @dataclass(frozen=True, slots=True)
 class TrDpoUpdate:
     """A reference that follows the policy: every ``every`` steps it moves by ``amount`` (1: a copy) to the policy.
-
-    Gorbatovski et al. 2024 (TR-DPO, arXiv 2404.09656), equations 2 (soft) and 3 (hard).
-    """
+    Gorbatovski et al. 2024 (TR-DPO, arXiv 2404.09656), equations 2 (soft) and 3 (hard)."""
 
     weights: SwappedWeights
     every: int

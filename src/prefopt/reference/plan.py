@@ -56,10 +56,8 @@ class NamedGroups:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoringPlan:
-    """Batches of groups: batch b has the groups ``batch_starts[b]:batch_starts[b + 1]``; it fits ``token_budget``.
-
-    A group larger than the budget has a batch to itself.
-    """
+    """Batches of groups: batch b has the groups ``batch_starts[b]:batch_starts[b + 1]``; it fits ``token_budget``. A
+    group larger than the budget has a batch to itself."""
 
     token_budget: int
     groups: NamedGroups

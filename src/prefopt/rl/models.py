@@ -18,13 +18,14 @@ from prefopt.errors import ConfigError, ModelError
 from prefopt.generate.rewards import Judge, ModelJudge, load_judge
 from prefopt.model.adapter import new_lora
 from prefopt.model.architectures import causal_model, checkpoint_activations, context_length, vocabulary_size
+from prefopt.model.kernels.distributions import TokenScores
 from prefopt.model.kernels.head import wide_dtype
 from prefopt.model.load import load_model, local_folder
 from prefopt.model.merge import load_merged
 from prefopt.model.packing import PackedBatch, PackLayout, pack
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scalar import ScalarScorer, load_scalar, scalar_from
-from prefopt.model.scorer import Scorer
+from prefopt.model.scorer import Scorer, ScoreRequest
 from prefopt.reference.in_memory import InMemoryReference, SwappedWeights
 from prefopt.train.policy import Policy, ScalarPolicy
 
@@ -285,3 +286,14 @@ def _size(x: torch.Tensor) -> int:
 
 def _is_of(parameter: torch.Tensor, model: torch.nn.Module) -> bool:
     return any(p is parameter for p in model.parameters())
+
+
+def look(
+    scorer: Scorer, critic: Critic | None, temperature: float, packed: PackedBatch
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities [M] at the sampling temperature, and values [M] where there is a critic."""
+    asked = ScoreRequest(hidden=True) if critic is not None and critic.is_head else None
+    with scorer.at_temperature(temperature):
+        found = scorer(packed, asked)
+    logp_M, hidden_M = (found.logp_M, found.hidden_M) if isinstance(found, TokenScores) else (found, None)
+    return logp_M, None if critic is None else critic.values(packed, hidden_M)

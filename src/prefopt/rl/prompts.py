@@ -13,7 +13,7 @@ from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.files.sources import find_sources
 from prefopt.data.group import Group
 from prefopt.data.load import load_groups
-from prefopt.data.sampler import Sampler
+from prefopt.data.sampler import BatchSampler
 from prefopt.data.table import GroupTable
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.generate.prompts import PromptReader, PromptSet
@@ -63,9 +63,9 @@ FEW = 10
 """Steps below which a person is told: runs that changed a model in a useful way took tens and hundreds."""
 
 
-def order_of(config: PpoConfig, prompts: int) -> Sampler:
+def order_of(config: PpoConfig, prompts: int) -> BatchSampler:
     """Which of so many prompts a step takes."""
-    return Sampler(prompts, config.batch_size, seed=config.seed, shuffle=config.shuffle)
+    return BatchSampler(prompts, config.batch_size, seed=config.seed, shuffle=config.shuffle)
 
 
 def plan_of(config: PpoConfig, prompts: int, tokens: int) -> str:
@@ -103,7 +103,7 @@ class PtxTerm:
     """
 
     groups: GroupTable
-    order: Sampler
+    order: BatchSampler
     coefficient: float
     objective: LikelihoodObjective
 
@@ -140,7 +140,7 @@ def read_ptx(
         config.ptx_data,
         tokenizer,
         rendering,
-        want="demonstrations",
+        kind="demonstrations",
         on_bad_row=config.on_bad_row,
         workers=config.threads,
         reporter=reporter,
@@ -149,6 +149,6 @@ def read_ptx(
         reporter.say(f"ptx data: {line}")
     groups, model = source.groups, scorer.model
     check_vocabulary(groups, vocabulary_size(causal_model(model)), config.model)
-    order = Sampler(len(groups), config.ptx_batch_size, seed=config.seed, shuffle=config.shuffle)
+    order = BatchSampler(len(groups), config.ptx_batch_size, seed=config.seed, shuffle=config.shuffle)
     objective = LikelihoodObjective("tokens", device=next(model.parameters()).device)
     return PtxTerm(groups, order, config.ptx_coefficient, objective)

@@ -29,8 +29,7 @@ from prefopt.generate.sampler import group_of as group_of
 from prefopt.model.scorer import Scorer
 from prefopt.reference.in_memory import InMemoryReference
 from prefopt.rewards import prompt_text
-from prefopt.rl.models import Critic
-from prefopt.rl.objective import look
+from prefopt.rl.models import Critic, look
 from prefopt.train.batch import Batch, micro_batches
 
 

@@ -15,7 +15,7 @@ import torch
 
 from prefopt.config.ppo import PpoConfig
 from prefopt.core.terminal import Reporter
-from prefopt.data.sampler import Sampler
+from prefopt.data.sampler import BatchSampler
 from prefopt.errors import Diverged, RunError
 from prefopt.losses.rl import KlController
 from prefopt.model.costs import peak_memory
@@ -41,7 +41,7 @@ class Rounds(BatchSource):
         self,
         config: PpoConfig,
         collector: Collector,
-        order: Sampler,
+        order: BatchSampler,
         kl: KlController,
         *,
         steps: int,

@@ -80,13 +80,11 @@ def open_session(study: Study, secret: str) -> str | None:
 
 
 def session_of(study: Study, secret: str) -> Annotator | None:
-    """The annotator of a session, or None."""
     with study.reading() as connection:
         return _holder(connection, "session", secret)
 
 
 def close_session(study: Study, secret: str) -> None:
-    """End one session."""
     with study.writing() as connection:
         connection.execute("DELETE FROM session WHERE digest = ?", (_digest(secret),))
 

@@ -19,6 +19,7 @@ import json
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.resources import files
 from typing import Any
 
 from prefopt.errors import StudyError
@@ -39,92 +40,8 @@ SEALS = 3
 COUNTER = "last_place"
 """The one setting that changes: the last place of the queue."""
 
-_FIRST = """
-CREATE TABLE setting (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE sampling (id INTEGER PRIMARY KEY, settings TEXT NOT NULL UNIQUE);
-CREATE TABLE item (
-    id INTEGER PRIMARY KEY,
-    digest BLOB NOT NULL UNIQUE,
-    prompt_key BLOB NOT NULL,
-    row TEXT NOT NULL,
-    count INTEGER NOT NULL,
-    origins TEXT NOT NULL,
-    gold TEXT,
-    file TEXT NOT NULL,
-    file_row INTEGER NOT NULL,
-    at TEXT NOT NULL
-);
-CREATE INDEX item_gold ON item (id) WHERE gold IS NOT NULL;
-CREATE TABLE annotator (
-    id INTEGER PRIMARY KEY,
-    name TEXT NOT NULL UNIQUE,
-    pseudonym TEXT NOT NULL UNIQUE,
-    lead INTEGER NOT NULL DEFAULT 0,
-    at TEXT NOT NULL
-);
-CREATE TABLE invitation (
-    digest BLOB PRIMARY KEY,
-    annotator INTEGER NOT NULL REFERENCES annotator (id),
-    at REAL NOT NULL,
-    until REAL NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE session (
-    digest BLOB PRIMARY KEY,
-    annotator INTEGER NOT NULL REFERENCES annotator (id),
-    at REAL NOT NULL,
-    until REAL NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE event (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    at TEXT NOT NULL,
-    annotator INTEGER NOT NULL REFERENCES annotator (id),
-    item INTEGER NOT NULL REFERENCES item (id),
-    kind TEXT NOT NULL CHECK (kind IN ('shown', 'vote', 'skip', 'undo')),
-    ticket TEXT NOT NULL,
-    undoes INTEGER REFERENCES event (id),
-    body TEXT NOT NULL
-);
-CREATE UNIQUE INDEX event_once ON event (ticket) WHERE kind IN ('vote', 'skip');
-CREATE UNIQUE INDEX event_undone_once ON event (undoes) WHERE undoes IS NOT NULL;
-CREATE INDEX event_of ON event (annotator, id);
-CREATE TRIGGER event_stays BEFORE UPDATE ON event BEGIN SELECT RAISE(ABORT, 'events are never changed'); END;
-CREATE TRIGGER event_kept BEFORE DELETE ON event BEGIN SELECT RAISE(ABORT, 'events are never removed'); END;
-CREATE TABLE assignment (
-    annotator INTEGER NOT NULL REFERENCES annotator (id),
-    item INTEGER NOT NULL REFERENCES item (id),
-    state TEXT NOT NULL CHECK (state IN ('pending', 'lapsed', 'voted', 'skipped')),
-    ticket TEXT NOT NULL,
-    shown TEXT NOT NULL,
-    since REAL NOT NULL,
-    until REAL NOT NULL,
-    event INTEGER REFERENCES event (id),
-    PRIMARY KEY (annotator, item)
-) WITHOUT ROWID;
-CREATE INDEX assignment_waiting ON assignment (until) WHERE state = 'pending';
-CREATE INDEX assignment_open ON assignment (annotator, since) WHERE state IN ('pending', 'lapsed');
-CREATE INDEX assignment_in_force ON assignment (item) WHERE state IN ('voted', 'skipped');
-"""
-# Version 2 adds the queue, in which the next item is found without counting votes.
-_QUEUE = """
-CREATE TABLE queue (
-    item INTEGER PRIMARY KEY REFERENCES item (id),
-    taken INTEGER NOT NULL DEFAULT 0,
-    votes INTEGER NOT NULL DEFAULT 0,
-    fresh INTEGER NOT NULL DEFAULT 1,
-    place INTEGER
-);
-CREATE INDEX queue_fresh ON queue (item) WHERE fresh = 1;
-CREATE INDEX queue_waiting ON queue (place) WHERE place IS NOT NULL;
-ALTER TABLE annotator ADD COLUMN cursor INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE annotator ADD COLUMN seen INTEGER NOT NULL DEFAULT 0;
-CREATE UNIQUE INDEX assignment_ticket ON assignment (ticket);
-CREATE INDEX assignment_latest ON assignment (annotator, event) WHERE event IS NOT NULL;
-"""
-# Version 3 adds row digests and an index from items to events.
-_SEALS = "".join(f"ALTER TABLE {table} ADD COLUMN seal BLOB;\n" for table in SEALED)
-_SEALS += "CREATE INDEX event_on ON event (item);\n"
-MIGRATIONS = (_FIRST, _QUEUE, _SEALS)
-VERSION = len(MIGRATIONS)
+VERSION = 3
+"""The schema version: ``migrations/N.sql`` leads from version N - 1 to N."""
 
 
 class DamagedRow(Exception):
@@ -154,8 +71,9 @@ def migrate(connection: sqlite3.Connection, file: str) -> None:
     connection.execute("BEGIN IMMEDIATE")
     try:
         version = connection.execute("PRAGMA user_version").fetchone()[0]  # another process may have been first
-        for script in MIGRATIONS[version:]:
-            for statement in _statements(script):
+        for number in range(version + 1, VERSION + 1):
+            script = files("prefopt.studies") / "migrations" / f"{number}.sql"
+            for statement in _statements(script.read_text("utf-8")):
                 connection.execute(statement)
         if 0 < version < VERSION:
             rebuild(connection)

@@ -84,7 +84,6 @@ class _Exporter:
         self.pseudonyms: Mapping[int, str] = {a.id: a.pseudonym for a in everyone}
 
     def add(self, item: Item, votes: Sequence[StoredVote]) -> None:
-        """Add the rows of one item."""
         options, counts = self.options, self.counts
         usable = [v for v in votes if self._usable(v)]
         if not usable:

@@ -130,7 +130,6 @@ def _sampling_id(connection: sqlite3.Connection, settings: Mapping[str, Any] | N
 
 
 def get_item(connection: sqlite3.Connection, id: int) -> Item | None:
-    """One item, or None."""
     found = connection.execute("SELECT * FROM item WHERE id = ?", (id,)).fetchone()
     return _item(connection, found, {}) if found else None
 
@@ -172,7 +171,6 @@ def gold_tiers(connection: sqlite3.Connection) -> dict[int, Tiers]:
 
 
 def parse_tiers(value: Iterable[Iterable[int]]) -> Tiers:
-    """Tiers from JSON."""
     return tuple(tuple(int(k) for k in tier) for tier in value)
 
 

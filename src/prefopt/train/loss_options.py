@@ -8,7 +8,7 @@ from typing import Any
 
 from prefopt.config.dpo import DpoConfig
 from prefopt.core.options import flag
-from prefopt.data.kinds import Want
+from prefopt.data.validate import DataKind
 from prefopt.errors import ConfigError
 from prefopt.losses.declare import Value
 from prefopt.losses.parse import Term, parse_losses
@@ -57,7 +57,7 @@ def _parsed(config: DpoConfig) -> Terms:
     return parse_losses(config.loss, options, **named)
 
 
-def want_of(terms: Sequence[Term]) -> Want:
+def data_kind(terms: Sequence[Term]) -> DataKind:
     """What the losses need of every row."""
     kind = terms[0].loss.kind
     return "scored" if kind == "pairs" and any(term.loss.needs_scores for term in terms) else kind

@@ -11,8 +11,8 @@ import numpy as np
 from prefopt.core.terminal import duration, size
 from prefopt.data.chat.spans import trained_ends
 from prefopt.data.chat.truncate import longer_limit
-from prefopt.data.sampler import IndexArray
-from prefopt.data.show import show
+from prefopt.data.group import show
+from prefopt.data.table import IndexArray
 from prefopt.model.architectures import causal_model, vocabulary_size
 from prefopt.model.check import CheckReport
 from prefopt.model.costs import peak_memory

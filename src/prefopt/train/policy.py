@@ -169,7 +169,7 @@ class ScalarPolicy(Trained[ScalarScorer]):
         return ScalarScorer(model, attention=self.config.attention)
 
     def save(self, folder: Path, tokenizer: Tokenizer) -> None:
-        """The whole model, an adapter merge_trained_adapter in: its base has neither the head nor the configuration."""
+        """The whole model, an adapter merged in: its base has neither the head nor the configuration."""
         if not self.config.lora:
             super().save(folder, tokenizer)
             return

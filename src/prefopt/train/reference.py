@@ -1,7 +1,7 @@
 """Which model log-ratios are taken against, and its values for a set of groups.
 
->>> from prefopt.data.sampler import Sampler
->>> sampler = Sampler(6, 2, seed=0)
+>>> from prefopt.data.sampler import BatchSampler
+>>> sampler = BatchSampler(6, 2, seed=0)
 >>> groups_read(sampler, 1, train=[10, 11, 12, 13, 14, 15], held_out=[20]).tolist()
 [12, 13, 20]
 """
@@ -18,7 +18,7 @@ import torch
 from prefopt.config.dpo import DpoConfig
 from prefopt.core.terminal import Bar, Reporter, StopRequest
 from prefopt.data.group import Group
-from prefopt.data.sampler import Sampler
+from prefopt.data.sampler import BatchSampler
 from prefopt.data.table import GroupTable, IndexArray, Selection, ranges
 from prefopt.errors import ModelError
 from prefopt.model.architectures import causal_model, context_length, vocabulary_size
@@ -28,13 +28,21 @@ from prefopt.model.load import base_and_adapter, load_model
 from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights, freeze_and_cast
 from prefopt.model.scorer import Scorer, response_sums
-from prefopt.reference.cache import FillReport, ReferenceCache, ReferenceValues, ResponseScore, ScoreBatch
-from prefopt.reference.identity import Identity, SpaceKey, identity_of_model, identity_of_name, space_of
+from prefopt.reference.cache import (
+    FillReport,
+    Identity,
+    ReferenceCache,
+    ReferenceValues,
+    ResponseScore,
+    ScoreBatch,
+    SpaceKey,
+)
+from prefopt.reference.identity import identity_of_model, identity_of_name, space_of
 from prefopt.reference.in_memory import InMemoryReference, SwappedWeights
 from prefopt.train.budget import smaller_budget
 
 
-def groups_read(sampler: Sampler, steps: int, train: Sequence[int], held_out: Sequence[int]) -> IndexArray:
+def groups_read(sampler: BatchSampler, steps: int, train: Sequence[int], held_out: Sequence[int]) -> IndexArray:
     """The groups of the batches of so many steps, which the sampler draws from ``train``, and all held out; sorted."""
     batches = [sampler.batch(step) for step in range(steps)]
     drawn = np.asarray(train, np.int64)[np.concatenate([*batches, np.empty(0, np.int64)])]

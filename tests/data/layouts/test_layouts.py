@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from prefopt.data.comparisons import parse_comparisons
-from prefopt.data.kinds import Problem, check, convert
 from prefopt.data.layouts import LAYOUTS
+from prefopt.data.validate import Problem, check, convert
 from prefopt.errors import DataError
 from prefopt.records import Comparison, Message, Response, ToolCall
 
@@ -29,28 +29,28 @@ def problem(row: Any, **options: Any) -> Problem:
     return found
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_the_example_is_recognised_means_what_it_says_and_is_written_again(name: str) -> None:
-    layout = LAYOUTS[name]
-    reading = parse_comparisons([layout.example] * 2, "f")
-    if layout.joins:
-        (comparison,) = reading.comparisons
-        assert (reading.layout, reading.count) == (name, 1)
-        assert f"f: {layout.note}" in reading.notes and check(comparison, "demonstrations") == []
-    else:
-        assert (reading.layout, reading.count) == (name, 2)
-        assert reading.notes == [f"f: {layout.note}"] * bool(layout.note)
-        comparison = one(layout.example)
-        assert check(comparison, layout.kind) == []
-    if layout.writer is None:
-        with pytest.raises(DataError, match="read, not written"):
-            layout.write(comparison)
-        return
-    row = layout.write(comparison)
-    assert one(row) == comparison and parse_comparisons([row], "f").layout == name
-    assert json.loads(json.dumps(row)) == row
-    if not comparison.text:
-        assert comparison.prompt[0].role == "user"
+def test_the_example_is_recognised_means_what_it_says_and_is_written_again() -> None:
+    for name in LAYOUTS:
+        layout = LAYOUTS[name]
+        reading = parse_comparisons([layout.example] * 2, "f")
+        if layout.joins:
+            (comparison,) = reading.comparisons
+            assert (reading.layout, reading.count) == (name, 1)
+            assert f"f: {layout.note}" in reading.notes and check(comparison, "demonstrations") == []
+        else:
+            assert (reading.layout, reading.count) == (name, 2)
+            assert reading.notes == [f"f: {layout.note}"] * bool(layout.note)
+            comparison = one(layout.example)
+            assert check(comparison, layout.kind) == []
+        if layout.writer is None:
+            with pytest.raises(DataError, match="read, not written"):
+                layout.write(comparison)
+            continue
+        row = layout.write(comparison)
+        assert one(row) == comparison and parse_comparisons([row], "f").layout == name
+        assert json.loads(json.dumps(row)) == row
+        if not comparison.text:
+            assert comparison.prompt[0].role == "user"
 
 
 def test_many_spellings_of_one_pair() -> None:
@@ -277,16 +277,16 @@ CANNOT = [
 ]
 
 
-@pytest.mark.parametrize(("name", "row", "reason"), CANNOT)
-def test_what_a_layout_cannot_hold_is_refused_with_the_reason(name: str, row: Any, reason: str | None) -> None:
-    comparison = one(row)
-    if reason is None:
-        assert one(LAYOUTS[name].write(comparison)) == comparison
-        return
-    with pytest.raises(DataError, match=reason) as caught:
-        LAYOUTS[name].write(comparison)
-    said = str(caught.value)
-    assert said.startswith(f"f, row 1: cannot be written as {name}, which cannot hold ") and "\n" not in said
+def test_what_a_layout_cannot_hold_is_refused_with_the_reason() -> None:
+    for name, row, reason in CANNOT:
+        comparison = one(row)
+        if reason is None:
+            assert one(LAYOUTS[name].write(comparison)) == comparison
+            continue
+        with pytest.raises(DataError, match=reason) as caught:
+            LAYOUTS[name].write(comparison)
+        said = str(caught.value)
+        assert said.startswith(f"f, row 1: cannot be written as {name}, which cannot hold ") and "\n" not in said
 
 
 def test_further_columns_come_back_as_they_were() -> None:

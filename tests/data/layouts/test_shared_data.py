@@ -9,8 +9,8 @@ import pytest
 
 from prefopt.data.comparisons import Reading, open_comparisons
 from prefopt.data.files.sources import find_sources
-from prefopt.data.kinds import Problem, Want, check
 from prefopt.data.layouts import LAYOUTS
+from prefopt.data.validate import DataKind, Problem, check
 from prefopt.records import Comparison
 
 
@@ -19,7 +19,7 @@ def reading_of(path: Path) -> Reading:
     return open_comparisons(source)
 
 
-def kinds(reading: Reading, want: Want) -> Counter[str]:
+def kinds(reading: Reading, want: DataKind) -> Counter[str]:
     """How many rows there are of each kind of problem, and how many are ``good``."""
     found: Counter[str] = Counter()
     for x in reading:
@@ -28,7 +28,7 @@ def kinds(reading: Reading, want: Want) -> Counter[str]:
     return found
 
 
-FILES: list[tuple[str, str, Want, int, dict[str, int]]] = [
+FILES: list[tuple[str, str, DataKind, int, dict[str, int]]] = [
     ("llamafactory_demo/alpaca_en_demo.json", "alpaca", "demonstrations", 999, {}),
     ("llamafactory_demo/alpaca_zh_demo.json", "alpaca", "demonstrations", 1000, {}),
     ("llamafactory_demo/identity.json", "alpaca", "demonstrations", 91, {}),
@@ -69,7 +69,7 @@ FILES: list[tuple[str, str, Want, int, dict[str, int]]] = [
 
 @pytest.mark.parametrize(("name", "layout", "want", "rows", "bad"), FILES)
 def test_files_load_with_the_numbers_of_their_sources(
-    shared: Path, name: str, layout: str, want: Want, rows: int, bad: dict[str, int]
+    shared: Path, name: str, layout: str, want: DataKind, rows: int, bad: dict[str, int]
 ) -> None:
     reading = reading_of(shared / "data" / name)
     found = kinds(reading, want)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Literal
 
@@ -100,7 +101,7 @@ class Encoder:
         self._added = re.compile("|".join(map(re.escape, self._contents)) if usable and added else r"(?!)")
         self._greedy = {t.content for t in added if t.lstrip}
         self._safe: dict[str, bool] = {}
-        self._ends: dict[str, list[int]] = {}
+        self._end = lru_cache(REMEMBERED)(self._ids)  # for the ends of prompts, which many rows share
         # Some tokenizers put a space before the start of a text, which must not happen in the middle of one.
         line = self._ids("\n")
         plain = any(self._ids("\n" + letter) == line + self._ids(letter) for letter in "aQ7~")
@@ -171,23 +172,13 @@ class Encoder:
         text = rendered.text
         known = tokens.cut > 0 and start == rendered.shared
         at = tokens.cut if known else self._last_added(text, start, start - NEAR)
-        if at and at >= tokens.cut:
-            return self._end(text[at:start]) != tokens.between(at, start)
-        # The start of a word changes no token before it; only spaces and digits merge with what follows.
-        before = text[start - 1]
-        if not (before.isspace() or before.isdigit()):
-            return False
-        return self._end(text[tokens.cut : start]) != tokens.between(tokens.cut, start)
-
-    def _end(self, text: str) -> list[int]:
-        """The ids of the end of a prompt, which many rows have in common."""
-        if len(text) > NEAR:
-            return self._ids(text)
-        if text not in self._ends:
-            if len(self._ends) >= REMEMBERED:
-                self._ends.clear()
-            self._ends[text] = self._ids(text)
-        return self._ends[text]
+        if not at or at < tokens.cut:
+            # The start of a word changes no token before it; only spaces and digits merge with what follows.
+            if not (text[start - 1].isspace() or text[start - 1].isdigit()):
+                return False
+            at = tokens.cut
+        encode = self._end if start - at <= NEAR else self._ids
+        return encode(text[at:start]) != tokens.between(at, start)
 
     def _encode_piece(self, text: str, start: int, end: int) -> Tokens | None:
         """The tokens of text[start:end] as in the middle of the text; None where this tokenizer cannot do that."""

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
 
@@ -30,9 +30,8 @@ from prefopt.data.chat.template import (
 )
 from prefopt.data.chat.truncate import Sequences, Shortener, prompt_excess, truncate, windows
 from prefopt.data.group import BoolArray, Group, IntArray
-from prefopt.data.kinds import Problem
-from prefopt.data.problems import Findings, lines
 from prefopt.data.tokenizer import Tokenizer, end_marks, eos_id, leading_ids, tokenizer_digest
+from prefopt.data.validate import Problem, Warnings, warning_lines
 from prefopt.errors import DataError
 from prefopt.records import Comparison, Response
 
@@ -75,8 +74,8 @@ class Renderer:
     A conversation goes through the chat template or, where there is none, is written as ``User: ...``,
     ``Assistant: ...`` (see :func:`plain_template`). A ``text`` comparison is prompt and response without a template,
     after a BOS where the tokenizer wants it. ``template`` is the source to save with a model trained on conversations
-    where its tokenizer has another or none. ``findings`` maps what to tell the user to the rows concerned (empty: it
-    concerns all); see :func:`prefopt.data.problems.lines`.
+    where its tokenizer has another or none. ``warnings`` maps what to tell the user to the rows concerned (empty: it
+    concerns all); see :func:`prefopt.data.validate.warning_lines`.
     """
 
     def __init__(self, tokenizer: Tokenizer, rendering: Rendering | None = None) -> None:
@@ -84,7 +83,7 @@ class Renderer:
         template that is not Jinja and where EOS is needed and the tokenizer has none."""
         self.rendering = rendering or Rendering()
         self.tokenizer = tokenizer
-        self.findings: Findings = {}
+        self.warnings: Warnings = {}
         self._template = ChatTemplate(tokenizer, self.rendering)
         self.template: str | None = self._template.carried
         self._encoder = Encoder(tokenizer)
@@ -98,17 +97,18 @@ class Renderer:
 
     @property
     def notes(self) -> list[str]:
-        """The findings about all rows rendered so far, one line each."""
-        return lines(self.findings)
+        """The warnings about all rows rendered so far, one line each."""
+        return warning_lines(self.warnings)
 
     def digest(self) -> str:
         """A cache key, 16 bytes in hexadecimal: all that ids and masks depend on beside the rows.
 
         Covers the tokenizer, the template, the rendering options, and the date where the template shows it.
         """
-        date = self.rendering.date if self._template.reads_date else ""
-        parts = [tokenizer_digest(self.tokenizer), self.rendering.digest(), *self._template.sources, date]
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+        values = asdict(self.rendering)
+        date = values.pop("date") * self._template.reads_date
+        options = _digest(json.dumps(values, sort_keys=True))
+        return _digest(json.dumps([tokenizer_digest(self.tokenizer), options, *self._template.sources, date]))
 
     def render(self, comparison: Comparison) -> Rendered:
         """One comparison as a group. Raises :class:`DataError` where that is not possible."""
@@ -140,7 +140,7 @@ class Renderer:
         """Token ids [P] of each prompt with its generation prompt, or the problem that prevents it, in order.
 
         This is the input for sampling. Trained sequences begin with it, except in rows whose answers the template shows
-        behind something else than its generation prompt (``findings`` of :meth:`render_all` names them). Responses are
+        behind something else than its generation prompt (``warnings`` of :meth:`render_all` names them). Responses are
         ignored, and nothing is truncated.
         """
         rows = iter(comparisons)
@@ -257,7 +257,7 @@ class Renderer:
 
     def _report(self, what: str, *, once: bool = False) -> None:
         """Add a finding about the current row, or ``once`` about all."""
-        rows = self.findings.setdefault(what, [])
+        rows = self.warnings.setdefault(what, [])
         if not once and rows[-1:] != [self._row]:
             rows.append(self._row)
 
@@ -321,6 +321,10 @@ class Renderer:
         weights = None if c.votes is None else tuple(weight for *_, weight in c.votes)
         group = replace(group, weights=weights, tiers=c.tiers, scores=c.scores, labels=c.labels)
         return Rendered(group, prompt_cut, responses_cut)
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _longest(sequences: Sequences) -> int:

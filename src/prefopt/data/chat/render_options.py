@@ -2,17 +2,14 @@
 
 >>> Rendering(max_length=512, variables={"enable_thinking": False}).reasoning
 'keep'
->>> Rendering(max_length=512).digest() == Rendering(max_length=256).digest()
-False
 """
 
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,16 +68,6 @@ class Rendering:
         variables = parse_variables(options.template_variables or ())
         return cls(max_length, True, template, variables, options.reasoning, **more)
 
-    def digest(self) -> str:
-        """A digest of these values, 16 bytes in hexadecimal, the same in every process.
-
-        The date is left out: whether it matters depends on the template, which
-        :meth:`prefopt.data.chat.render.Renderer.digest` covers.
-        """
-        values = {name: value for name, value in asdict(self).items() if name != "date"}
-        text = json.dumps(values, sort_keys=True, ensure_ascii=True)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
 
 def read_template(path: str) -> str:
     """The text of a chat template: a Jinja file, or the ``chat_template`` of a ``tokenizer_config.json``.
@@ -92,10 +79,8 @@ def read_template(path: str) -> str:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name}: is not UTF-8 (byte {error.start + 1}); save it as UTF-8") from None
-    except FileNotFoundError:
-        raise ConfigError(f"{name}: no such file; check the path") from None
     except OSError as error:
-        what = "is a folder; name the file in it" if Path(path).is_dir() else f"cannot be read: {error.strerror}"
+        what = "is a folder; name the file in it" if Path(path).is_dir() else f"{error.strerror}; check the path"
         raise ConfigError(f"{name}: {what}") from None
     if path.endswith(".json"):
         text = _from_tokenizer_config(name, text)

@@ -19,9 +19,9 @@ import numpy as np
 
 from prefopt.data.chat.encoding import RenderedText
 from prefopt.data.chat.template import (
+    EARLIER_REASONING,
     OTHER_TEMPLATE,
     ChatTemplate,
-    Omission,
     Turns,
     Unrenderable,
     conversation_shape,
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 REMEMBERED = 8  # frames of one template; most have one
 SHAPES = 4096  # conversation shapes for which the template's omissions are remembered
-EARLIER_REASONING = "the chat template leaves out the reasoning of earlier answers"
 CHANGED = "the chat template changes the words of the answer"
 NO_END = "the template does not end an answer with anything that could be told from its words"
 ELSEWHERE = "the chat template shows the answer behind something else than its generation prompt"
@@ -57,7 +56,7 @@ class _Frame:
 class SpanFinder:
     """Finds the trained spans of one template's conversations.
 
-    ``marks`` are the tokens that may end a turn, longest first, EOS one of them. ``report`` is called with findings
+    ``marks`` are the tokens that may end a turn, longest first, EOS one of them. ``report`` is called with warnings
     about the current row.
     """
 
@@ -66,7 +65,7 @@ class SpanFinder:
     ) -> None:
         self._template, self._marks, self._eos, self._report = template, tuple(marks), eos, report
         self._frames: list[_Frame] = []
-        self._omissions: dict[object, Omission] = {}
+        self._omissions: dict[object, str] = {}
 
     def render(self, prompt: Turns, responses: Sequence[Turns], tools: Sequence[str]) -> list[RenderedText]:
         """Each response with its prompt. Raises :class:`Unrenderable` where the template refuses one."""
@@ -84,10 +83,10 @@ class SpanFinder:
             if len(self._omissions) >= SHAPES:
                 self._omissions.clear()
             self._omissions[shape] = find_omission(self._template, turns, tools)
-        if self._omissions[shape].problem:
-            raise Unrenderable(self._omissions[shape].problem)
-        if self._omissions[shape].earlier_reasoning:
+        if self._omissions[shape] == EARLIER_REASONING:
             self._report(EARLIER_REASONING)
+        elif self._omissions[shape]:
+            raise Unrenderable(self._omissions[shape])
 
     def check_inline_reasoning(self, prompt: Turns, prompt_text: str) -> None:
         """Report whether the template drops reasoning from the text of earlier answers."""

@@ -14,7 +14,7 @@ import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -31,6 +31,7 @@ Turns = tuple[Message, ...]
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 RUNAWAYS = 3  # conversations that may exceed the sandbox's limits before the template itself is refused
 OTHER_TEMPLATE = "give a template that does with --chat-template"
+EARLIER_REASONING = "the chat template leaves out the reasoning of earlier answers"
 _WORD, _OTHER, _PROBE = "prefoptword", "prefoptother", "prefoptshown"
 
 
@@ -234,17 +235,6 @@ def _tool(text: str) -> dict[str, Any]:
     return tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}
 
 
-@dataclass(frozen=True, slots=True)
-class Omission:
-    """What a template leaves out of a conversation: ``problem`` where the row must be refused for it.
-
-    ``earlier_reasoning``: it drops the reasoning of turns before the last, as templates of many thinking models do.
-    """
-
-    problem: str = ""
-    earlier_reasoning: bool = False
-
-
 def conversation_shape(turns: Turns, tools: Sequence[str]) -> object:
     """What :func:`find_omission` depends on: the roles of the turns and what they hold, but not the words."""
     return bool(tools), tuple(
@@ -252,8 +242,12 @@ def conversation_shape(turns: Turns, tools: Sequence[str]) -> object:
     )
 
 
-def find_omission(template: ChatTemplate, turns: Turns, tools: Sequence[str]) -> Omission:
-    """What the template leaves out of a conversation, found by rendering it with unique words in place of its own."""
+def find_omission(template: ChatTemplate, turns: Turns, tools: Sequence[str]) -> str:
+    """What the template leaves out of a conversation, found by rendering unique words in place of its own.
+
+    Empty where it shows everything; :data:`EARLIER_REASONING`, the design of many thinking models, is no reason to
+    refuse the row, everything else is.
+    """
     probes, reasoning, required = [], [], dict[str, str]()
     for i, turn in enumerate(turns):
         content, thought = turn.content, None
@@ -275,17 +269,14 @@ def find_omission(template: ChatTemplate, turns: Turns, tools: Sequence[str]) ->
     try:
         text = template.apply(tuple(probes), functions)
     except Unrenderable:
-        return (
-            Omission()
-        )  # it may check names or words; whether it accepts the row itself is seen when that is rendered
+        return ""  # it may check names or words; whether it accepts the row itself is seen on rendering that
     missing = list(dict.fromkeys(what for probe, what in required.items() if probe not in text))
     if missing:
-        return Omission(f"the template does not show {' and '.join(missing)} of the row; {OTHER_TEMPLATE}")
+        return f"the template does not show {' and '.join(missing)} of the row; {OTHER_TEMPLATE}"
     dropped = [probe for probe in reasoning if probe not in text]
     if dropped and dropped[-1] == reasoning[-1] and turns[-1].reasoning is not None:
-        what = "the template does not show the reasoning of the answer"
-        return Omission(f"{what}; use --reasoning strip, or {OTHER_TEMPLATE}")
-    return Omission(earlier_reasoning=bool(dropped))
+        return f"the template does not show the reasoning of the answer; use --reasoning strip, or {OTHER_TEMPLATE}"
+    return EARLIER_REASONING if dropped else ""
 
 
 def _renamed(tool: str, name: str) -> str:

@@ -1,8 +1,8 @@
 """`prefopt data check`: reads files as a run would, measures their rows and collects what is wrong with which row.
 
 A row is an error here exactly where a run refuses it, since both call the same functions:
-:func:`prefopt.data.kinds.check`, and with a tokenizer :class:`prefopt.data.workers.Preparer`. Rows are streamed; what
-is kept of a good one are numbers and hashes.
+:func:`prefopt.data.validate.check`, and with a tokenizer :class:`prefopt.data.workers.Preparer`. Rows are streamed;
+what is kept of a good one are numbers and hashes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ import numpy as np
 from prefopt.data.check.statistics import SUSPICIONS, Duplicates, Found, Lengths, row_suspicions
 from prefopt.data.comparisons import open_comparisons
 from prefopt.data.files.sources import Source, find_sources
-from prefopt.data.kinds import Want, check, convert
 from prefopt.data.load import NO_FAULT, PREFERENCES
-from prefopt.data.problems import Problem
 from prefopt.data.table import Array
 from prefopt.data.tokenizer import end_marks
+from prefopt.data.validate import DataKind, Problem, check, convert
 from prefopt.data.workers import Chunk, Preparer, Row, chunks
 from prefopt.errors import DataError
 from prefopt.records import Comparison
@@ -68,7 +67,7 @@ class Issue:
         return found
 
 
-def purpose(c: Comparison) -> Want:
+def purpose(c: Comparison) -> DataKind:
     """The data that a run could take from a row without inventing any."""
     if not c.responses:
         return "prompts"
@@ -136,7 +135,7 @@ class AuditOptions:
 
     tokenizer: Tokenizer | None = None
     rendering: Rendering | None = None
-    want: Want | None = None
+    want: DataKind | None = None
     format: str | None = None
     columns: Sequence[str] | None = None
     show: int = 0
@@ -244,8 +243,8 @@ def audit(names: Sequence[str | PathLike[str]], options: AuditOptions) -> Audit:
     found.note_repeats(found.duplicates.contradictions(), CONTRADICTION, "another row states the opposite")
     bias = found.lengths.bias()
     if bias is not None and bias.large:
-        what = f"the preferred responses are {bias.ratio:.2f} times as long, and longer in {bias.share:.1%} of cases"
-        found.note("warning", "length bias", "", None, f"{what}; a model may learn the length, not the preference")
+        what = f"{bias.describe(found.lengths.unit)}; a model may learn the length instead of the preference"
+        found.note("warning", "length bias", "", None, what)
     return found
 
 
@@ -292,13 +291,13 @@ class _Checker:
 
     def __init__(self, options: AuditOptions, found: Audit) -> None:
         self.options, self.found = options, found
-        self.preparers: dict[Want, Preparer] = {}
+        self.preparers: dict[DataKind, Preparer] = {}
         self.notes: list[str] = []
 
     def __call__(self, rows: Sequence[Row], file: str) -> tuple[set[int], set[int]]:
         """The rows that are refused, and those that are left out without an error."""
         problems = [row for row in rows if isinstance(row, Problem)]
-        by_purpose: dict[Want, list[Comparison]] = {}
+        by_purpose: dict[DataKind, list[Comparison]] = {}
         for row in rows:
             if isinstance(row, Comparison):
                 by_purpose.setdefault(self.options.want or purpose(row), []).append(row)
@@ -317,7 +316,7 @@ class _Checker:
         refused = {p.row for p in faults}
         return refused, {p.row for p in left_out} - refused
 
-    def _measure_words(self, rows: Sequence[Comparison], want: Want) -> list[Problem]:
+    def _measure_words(self, rows: Sequence[Comparison], want: DataKind) -> list[Problem]:
         problems = []
         for row in rows:
             if bad := check(row, want):
@@ -330,7 +329,7 @@ class _Checker:
         return problems
 
     def _measure_tokens(
-        self, rows: Sequence[Comparison], want: Want, file: str, warnings: list[Problem]
+        self, rows: Sequence[Comparison], want: DataKind, file: str, warnings: list[Problem]
     ) -> list[Problem]:
         tokenizer, rendering = self.options.tokenizer, self.options.rendering
         assert tokenizer is not None and rendering is not None
@@ -338,8 +337,8 @@ class _Checker:
             self.preparers[want] = Preparer(tokenizer, rendering, want)
         chunk = self.preparers[want](rows)
         self.found.lengths.add_columns(chunk.columns)
-        self.notes += [finding for finding, where in chunk.findings.items() if not where]
-        found = [(finding, finding, where) for finding, where in chunk.findings.items() if where]
+        self.notes += [finding for finding, where in chunk.warnings.items() if not where]
+        found = [(finding, finding, where) for finding, where in chunk.warnings.items() if where]
         found.append(("truncated", f"is longer than {rendering.max_length} tokens", _truncated(chunk)))
         cut_off = {c.row for c in rows if any(r.cut for r in c.responses)}
         endless = [row for row in _without_end(chunk.columns, tokenizer) if row not in cut_off]

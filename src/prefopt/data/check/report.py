@@ -6,6 +6,7 @@ import sys
 import textwrap
 from collections import Counter
 from contextlib import ExitStack
+from itertools import zip_longest
 
 from rich.text import Text
 
@@ -14,20 +15,11 @@ from prefopt.core.terminal import Bar, Reporter, Screen, tell_json, visible
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.chat.truncate import sequence_limit
-from prefopt.data.check.audit import (
-    CONTRADICTION,
-    SEVERITIES,
-    Audit,
-    AuditOptions,
-    Issue,
-    Severity,
-    audit,
-    compare_prompts,
-)
-from prefopt.data.check.statistics import LengthBias, Lengths
-from prefopt.data.problems import NAMED_ROWS
-from prefopt.data.show import show, show_words
+from prefopt.data.check.audit import CONTRADICTION, SEVERITIES, Audit, AuditOptions, Issue, audit, compare_prompts
+from prefopt.data.check.statistics import Lengths
+from prefopt.data.group import show, show_words
 from prefopt.data.tokenizer import load_tokenizer
+from prefopt.data.validate import NAMED_ROWS
 from prefopt.records import Comparison
 
 VERSION = 1
@@ -48,7 +40,17 @@ def run_check(config: DataCheckConfig, context: int | None = None) -> int:
         tokenizer = load_tokenizer(config.model)
         limit = sequence_limit(config.max_length, context)
         rendering = Rendering.from_options(config, limit)
+    bars: dict[str, Bar] = {}
+    reporter = Reporter("rich" if sys.stdout.isatty() and not config.json else "none")
     with ExitStack() as stack:
+
+        def progress(file: str, done: int, total: int) -> None:
+            if file not in bars and total >= BAR_ROWS:
+                stack.close()  # the bar of the file before it
+                bars[file] = stack.enter_context(reporter.bar(file, total, "rows"))
+            if file in bars:
+                bars[file].update(done)
+
         options = AuditOptions(
             tokenizer=tokenizer,
             rendering=rendering,
@@ -56,15 +58,13 @@ def run_check(config: DataCheckConfig, context: int | None = None) -> int:
             format=config.format,
             columns=config.column_words,
             show=config.show,
-            progress=None if config.json else _ProgressBars(stack),
+            progress=progress,
         )
         train = audit(config.data, options)
         held_out = audit(config.eval_data, options) if config.eval_data else None
     if held_out is not None:
         compare_prompts(train, held_out)
-    examples: list[dict[str, object]] = [
-        {"file": c.file, "row": c.row, "text": _show(c, options)} for c in train.examples
-    ]
+    examples = [{"file": c.file, "row": c.row, "text": _show(c, options)} for c in train.examples]
     if config.json:
         tell_json(to_dict(train, held_out, limit) | {"examples": examples}, indent=1)
     else:
@@ -72,7 +72,7 @@ def run_check(config: DataCheckConfig, context: int | None = None) -> int:
         report.all(train, held_out, limit)
         for example in examples:
             report.title(f"{example['file']}, row {example['row']}")
-            report.lines.append((str(example["text"]), ""))
+            report.lines.append((f"{example['text']}", ""))
         report.print()
     return 1 if any(a.issues("error") for a in (train, held_out) if a) else 0
 
@@ -83,22 +83,6 @@ def _show(c: Comparison, options: AuditOptions) -> str:
         return show_words(c, most=EXAMPLE_CHARACTERS)
     group = Renderer(options.tokenizer, options.rendering).render(c).group
     return show(group, options.tokenizer, most=EXAMPLE_CHARACTERS)
-
-
-class _ProgressBars:
-    """A progress bar for each long file, on a terminal only."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack, self._reporter = stack, Reporter("rich" if sys.stdout.isatty() else "none")
-        self._bars: dict[str, Bar] = {}
-
-    def __call__(self, file: str, done: int, total: int) -> None:
-        if total < BAR_ROWS:
-            return
-        if file not in self._bars:
-            self._stack.close()  # the bar of the file before it
-            self._bars[file] = self._stack.enter_context(self._reporter.bar(file, total, "rows"))
-        self._bars[file].update(done)
 
 
 def to_dict(train: Audit, held_out: Audit | None, limit: int | None) -> dict[str, object]:
@@ -151,12 +135,12 @@ class _Report:
         """Add everything. ``limit`` is ``--max-length`` or its default."""
         self.data(train, "data" if held_out is None else "data to train on", limit)
         if held_out is not None:
-            self.data(held_out, "data to evaluate on", limit, bars=False)
+            self.data(held_out, "data to evaluate on", limit)
         self.lines.append(("", ""))
         self.issues([train, *([held_out] if held_out else [])])
 
-    def data(self, a: Audit, title: str, limit: int | None, *, bars: bool = True) -> None:
-        """Add what the files hold."""
+    def data(self, a: Audit, title: str, limit: int | None) -> None:
+        """Add the files, counts of their rows, their lengths and notes."""
         self.title(title)
         for f in a.files:
             refused = f", {f.refused:,} with errors" if f.refused else ""
@@ -166,7 +150,7 @@ class _Report:
         if any(f.usable for f in a.files):
             self.title("rows")
             self.rows(a)
-            self.lengths(a.lengths, limit, bars)
+            self.lengths(a.lengths, limit)
         for note in dict.fromkeys(a.notes):
             self.add(f"note: {note}", 0, 6, "dim")
 
@@ -177,27 +161,18 @@ class _Report:
             total.update(f.counts)
             stated.update(f.stated)
             responses.update(f.responses)
-        read = stated.total()
-        found = {"purpose": ", ".join(f"{kind} {n:,}" for kind, n in stated.most_common())}
-        found["responses"] = ", ".join(f"{k} in {n:,} rows" for k, n in sorted(responses.items()))
-        if total["pairs"]:
-            ties = f"ties in {total['ties']:,} rows" if total["ties"] else "no ties"
-            found["pairs"] = f"{total['pairs']:,}; {ties}"
-        good, bad = total["desirable"], total["undesirable"]
-        if good or bad:
-            found["labels"] = f"{good:,} desirable, {bad:,} undesirable of {good + bad:,}"
-        found["prompts"] = f"{a.prompts:,} different in {read:,} rows"
-        names = {"multi_turn": "multi-turn", "multi_turn_responses": "several turns in a response"}
-        names |= {"system": "system turn", "tools": "tools", "reasoning": "reasoning"}
-        names |= {"scored": "scores", "text": "plain text"}
-        has = [f"{name} {total[k]:,} ({_percent(total[k], read)})" for k, name in names.items() if total[k]]
-        if has:
-            found["with"] = ", ".join(has)
+        found = {
+            "purpose": ", ".join(f"{kind} {n:,}" for kind, n in stated.most_common()),
+            "responses": ", ".join(f"{k} in {n:,} rows" for k, n in sorted(responses.items())),
+            "prompts": f"{a.prompts:,} different in {stated.total():,} rows",
+            "counts": ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in total.items() if n),
+        }
         for name, value in found.items():
-            self.add(f"{name:<14}{value}", 2, 16)
+            if value:
+                self.add(f"{name:<14}{value}", 2, 16)
 
-    def lengths(self, x: Lengths, limit: int | None, bars: bool) -> None:
-        """Add quantiles and a histogram of lengths, what truncation and shared prefixes change, and the length bias."""
+    def lengths(self, x: Lengths, limit: int | None) -> None:
+        """Add quantiles of lengths, what truncation and shared prefixes change, and the length bias."""
         self.title(f"lengths in {x.unit}")
         table = x.quantiles()
         if len(x.chosen) + len(x.rejected) == len(x.response):
@@ -207,39 +182,25 @@ class _Report:
         self.lines.append((" " * 14 + "".join(f"{c:>8}" for c in columns), "dim"))
         for name, values in table.items():
             self.add(f"  {names.get(name, name):<12}" + "".join(f"{round(values[c]):>8,}" for c in columns))
-        if bars:
-            what = f"whole sequences (prompt and response), {x.unit} and how many" if x.whole else "prompts"
-            self.lines += [("", ""), (f"  {what}", "dim"), *((f"  {line}", "") for line in self.bars(x))]
         bias = x.bias()
         if bias is not None or x.unit == "tokens":
             self.lines.append(("", ""))
         if x.unit == "tokens":
             rows, over = len(x.prompt), [f"{n:,}: {many:,}" for n, many in x.longer_than(LIMITS).items()]
-            share = _percent(x.truncated, rows)
-            self.add(f"truncated at {limit:,} tokens: {x.truncated:,} of {rows:,} rows ({share})", 2)
+            share = x.truncated / max(rows, 1)
+            self.add(f"truncated at {limit:,} tokens: {x.truncated:,} of {rows:,} rows ({share:.1%})", 2)
             self.add(f"of {len(x.whole) or rows:,} sequences are longer than {'; '.join(over)}", 2)
             if len(x.whole) > len(x.prompt) and x.encoded:
                 saved = f"{1 - x.encoded / x.separate:.0%} saved, {x.separate / x.encoded:.2f} times fewer"
                 tokens = f"{x.encoded:,} tokens instead of {x.separate:,} ({saved})"
                 self.add(f"shared prefixes: encoded once per row, {tokens}", 2)
         if bias is not None:
-            self.add(_bias(bias, x), 2, 4, "warning" if bias.large else "")
-
-    def bars(self, x: Lengths) -> list[str]:
-        """The histogram of lengths."""
-        histogram = x.histogram()
-        names = [f"{a:,}-{b:,}" if b is not None else f"{a:,} and more" for a, b, _ in histogram]
-        most = max((n for *_, n in histogram), default=0)
-        left, right = max(map(len, names), default=0), len(f"{most:,}")
-        bar = "█" if (self.screen.encoding or "").lower().startswith("utf") else "#"
-        room = max(10, min(40, self.width - left - right - 6))
-        pairs = zip(names, histogram, strict=True)
-        return [f"{name:>{left}}  {n:>{right},}  {bar * -(-n * room // most)}".rstrip() for name, (*_, n) in pairs]
+            self.add(f"length bias: {bias.describe(x.unit)}", 2, 4, "warning" if bias.large else "")
 
     def issues(self, audits: list[Audit]) -> None:
         """Add errors, then warnings."""
         several = len({f.file for a in audits for f in a.files}) > 1
-        consequence: dict[Severity, str] = {
+        consequence = {
             "error": "a run refuses them, or leaves them out with --on-bad-row skip",
             "warning": "a run goes on, look at them first",
         }
@@ -267,24 +228,8 @@ class _Report:
         if e.rows:
             word = "against" if e.kind == CONTRADICTION else "as"
             others = [f" ({word} {f'{file}:' if file != e.file else ''}{row})" for file, row in e.others[:NAMED_ROWS]]
-            others += [""] * (NAMED_ROWS - len(others))
-            first = [f"{row}{other}" for row, other in zip(e.rows[:NAMED_ROWS], others, strict=False)]
+            first = [f"{row}{other}" for row, other in zip_longest(e.rows[:NAMED_ROWS], others, fillvalue="")]
             more = ", ..." if len(e.rows) > NAMED_ROWS else ""
             self.add(f"row{'s' * (len(e.rows) > 1)} {', '.join(first)}{more}", digits + 4, None, "dim")
         if e.example:
             self.lines.append((f"{' ' * (digits + 4)}{e.example}  (row {e.rows[0]})", "dim"))
-
-
-def _bias(b: LengthBias, x: Lengths) -> str:
-    interval = f"95 % interval {b.low:.1%} to {b.high:.1%}"
-    means = f"{abs(b.difference):,.1f} {x.unit} {'longer' if b.difference >= 0 else 'shorter'} on average"
-    if x.of_labels:
-        what = f"a desirable response is longer than an undesirable one {b.share:.1%} of the time"
-        return f"length bias: {what} ({interval}), {means}"
-    what = f"chosen is longer in {b.share:.1%} of the rows where lengths differ"
-    return f"length bias: {what} ({interval}), {means} ({b.ratio:.2f} times the length)"
-
-
-def _percent(n: int, of: int) -> str:
-    share = n / of if of else 0.0
-    return f"{share:.0%}" if share in (0, 1) or 0.01 <= share <= 0.99 else f"{share:.1%}"

@@ -66,6 +66,13 @@ class LengthBias:
         ratio = max(self.ratio, 1 / self.ratio) if self.ratio > 0 else math.inf
         return abs(self.z) > CERTAIN and (abs(self.share - 0.5) >= LARGE_SHARE or ratio >= LARGE_RATIO)
 
+    def describe(self, unit: str) -> str:
+        """The bias in words."""
+        interval = f"95 % interval {self.low:.1%} to {self.high:.1%}"
+        means = f"{abs(self.difference):,.1f} {unit} {'longer' if self.difference >= 0 else 'shorter'} on average"
+        what = f"preferred responses are longer in {self.share:.1%} of comparisons ({interval})"
+        return f"{what}, {means} ({self.ratio:.2f} times the length)"
+
 
 class Lengths:
     """Lengths of the usable rows, 4 bytes each; of tokens also what truncation and shared prefixes change.
@@ -138,15 +145,16 @@ class Lengths:
                 found[name] = dict(zip(QUANTILES, map(int, at), strict=True)) | {"mean": float(values.mean())}
         return found
 
-    def histogram(self) -> list[tuple[int, int | None, int]]:
-        """Of whole sequences: (from, up to and including, count); the last bin is open and holds the longest 1 %."""
+    def histogram(self) -> list[dict[str, int | None]]:
+        """Counts of whole sequences by length; the last bin is open and holds the longest 1 %."""
         values = _numbers(self.whole or self.prompt)
         if not len(values):
             return []
         step = _round_step((int(np.percentile(values, 99)) + 1) / BINS)
         counts = np.bincount(np.minimum(values // step, BINS), minlength=BINS + 1)
         last = int(np.flatnonzero(counts)[-1])
-        return [(i * step, (i + 1) * step - 1 if i < BINS else None, int(counts[i])) for i in range(last + 1)]
+        ends = [(i + 1) * step - 1 if i < BINS else None for i in range(last + 1)]
+        return [{"from": i * step, "to": end, "count": int(counts[i])} for i, end in enumerate(ends)]
 
     def longer_than(self, limits: Sequence[int]) -> dict[int, int]:
         """The number of whole sequences longer than each limit."""
@@ -181,7 +189,7 @@ class Lengths:
         return {
             "unit": self.unit,
             "quantiles": self.quantiles(),
-            "histogram": [{"from": a, "to": b, "count": n} for a, b, n in self.histogram()],
+            "histogram": self.histogram(),
             "length_bias": None if bias is None else asdict(bias) | {"large": bias.large},
         }
 

@@ -19,11 +19,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from prefopt.core.options import nearest
-from prefopt.data.kinds import Want
 from prefopt.data.layouts import canonical, llama_factory, openai, pairs, rankings, trl
 from prefopt.data.layouts.layout import ColumnMap, Layout
 from prefopt.data.layouts.row import RowReader
 from prefopt.data.layouts.values import BadRow, type_name
+from prefopt.data.validate import DataKind
 from prefopt.errors import ConfigError
 from prefopt.records import Comparison
 
@@ -59,8 +59,8 @@ def named_layout(name: str) -> Layout:
     """
     if ":" in name:
         return _load(name)
-    plain = "-".join(name.replace("_", " ").replace("-", " ").split()).lower()
     known = all_layouts()
+    plain = name if name in known else "-".join(name.replace("_", " ").replace("-", " ").split()).lower()
     if plain not in known:
         guess = nearest(plain, list(known)) or f"; there are {', '.join(known)}, and module:function for your own"
         raise ConfigError(f"{name!r} is no layout{guess}")
@@ -112,30 +112,30 @@ def _converted(function: Callable[[dict[str, object]], object], row: RowReader) 
     try:
         made = function(dict(row.values))
     except Exception as error:
-        what = f"the layout's function failed on it ({type(error).__name__}: {error})"
-        raise BadRow("failed conversion", what) from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadRow("failed conversion", f"the layout's function failed ({reason})") from error
     return LAYOUTS["canonical"].parse(made, row.number, row.file, ColumnMap(tags=row.tags))
 
 
 def code_of_layouts(format: str | None) -> str:
     """A digest of the code of layouts from outside the package that may read a file; empty if there are none."""
     named = [named_layout(format)] if format is not None else list(all_layouts().values())
-    functions = [function for x in named if not (function := _function(x)).__module__.startswith(OURS)]
-    files = sorted(filter(None, {inspect.getsourcefile(function) for function in functions}))
-    text = "".join(Path(file).read_text("utf-8", "replace") for file in files)
+    modules = {_module(x) for x in named}
+    files = [getattr(sys.modules.get(module), "__file__", None) for module in sorted(modules) if module[:8] != OURS]
+    text = "".join(Path(file).read_text("utf-8", "replace") for file in files if file)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest() if text else ""
 
 
-def _function(layout: Layout) -> Callable[..., object]:
-    """The function that reads its rows."""
+def _module(layout: Layout) -> str:
+    """The name of the module with the function that reads its rows."""
     function: Callable[..., object] = layout.reader
     if isinstance(function, partial):
         function = function.args[0] if function.func is _converted else function.func
-    return inspect.unwrap(function) if hasattr(function, "__code__") else type(function)
+    return str(inspect.unwrap(function).__module__)
 
 
 WIDTH = 100
-HEADINGS: dict[Want, str] = {
+HEADINGS: dict[DataKind, str] = {
     "pairs": "Pairs: one response preferred to another",
     "ranking": "K responses: orders, scores, votes, right and wrong",
     "labels": "Labels: a response that is desirable or not",

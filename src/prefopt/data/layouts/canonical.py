@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from prefopt.data.kinds import Tiers
 from prefopt.data.layouts.layout import NOT_READ, SIDES, USER, CannotHold, Layout, plain_text, with_columns
 from prefopt.data.layouts.messages import write_messages
 from prefopt.data.layouts.row import RowReader, text_prompt
 from prefopt.data.layouts.values import BadRow, index_of, items_of
+from prefopt.data.validate import Tiers
 from prefopt.records import Comparison, Response, tiers_of
 
 Votes = tuple[tuple[int, int, float], ...]

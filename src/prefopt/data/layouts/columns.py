@@ -150,7 +150,7 @@ def find_dataset_info(path: Path | None) -> DatasetInfo | None:
     named = [(k, e) for k, e in registry.items() if isinstance(e, dict) and e.get("file_name") == path.name]
     for name, entry in named:
         if (formatting := entry.get("formatting", "alpaca")) not in FORMATTINGS:
-            what = f"says {formatting!r} for formatting (entry {name}); it should be one of {', '.join(FORMATTINGS)}"
+            what = f"has the formatting {formatting!r} (entry {name}); it should be one of {', '.join(FORMATTINGS)}"
             raise DataError(f"{what}; correct it, or give --format", file=str(beside))
     found = [_entry(name, entry) for name, entry in named]
     if not found:

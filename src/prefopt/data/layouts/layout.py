@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-from prefopt.data.kinds import Want
 from prefopt.data.layouts.messages import TAGS, Tags
 from prefopt.data.layouts.row import RowReader
 from prefopt.data.layouts.values import SCORES, BadRow, look, scored_sides, type_name
+from prefopt.data.validate import DataKind
 from prefopt.errors import DataError
 from prefopt.records import Comparison, Message, Response
 
@@ -109,7 +109,7 @@ class Layout:
 
     name: str
     fields: tuple[str, ...]
-    kind: Want
+    kind: DataKind
     description: str
     origin: str
     example: Mapping[str, object]

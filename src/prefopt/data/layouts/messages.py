@@ -80,8 +80,8 @@ def read_message(item: object, name: str = "messages", tags: Tags = TAGS) -> Mes
             raise BadRow("field that cannot be used", f"a message of {name} has {key}, which is not read")
     key = tags.content[pair]
     content, reasoning, calls = _content(item.get(key), key, name, tags.verbatim)
-    for said in (_text(item, word, name) for word in REASONING):
-        reasoning = reasoning if said is None else (reasoning or "") + said
+    for more in (_text(item, word, name) for word in REASONING):
+        reasoning = reasoning if more is None else (reasoning or "") + more
     calls += _calls(item, name, tags.verbatim)
     if role == CALL:
         calls, content, role = [*calls, *_calls_of_text(content or "", name)], "", "assistant"
@@ -90,7 +90,7 @@ def read_message(item: object, name: str = "messages", tags: Tags = TAGS) -> Mes
     if content is None and not calls and not reasoning:
         raise BadRow("missing field", f"a message of {name} lacks {key}")
     answers, called = _text(item, "tool_call_id", name), _text(item, "name", name)
-    if not tags.verbatim:  # empty text says nothing
+    if not tags.verbatim:  # empty text counts as absent
         reasoning, answers, called = reasoning or None, answers or None, called or None
     trained = _trained(item, role, name, tags.verbatim)
     if unread := item.keys() - READ:
@@ -101,10 +101,10 @@ def read_message(item: object, name: str = "messages", tags: Tags = TAGS) -> Mes
 def _plain(item: Mapping[str, object], tags: Tags) -> Message | None:
     """Fast path for a message with a role and text alone; None for any other."""
     for role, content in zip(tags.role, tags.content, strict=True):
-        said, words = item.get(role), item.get(content)
-        if isinstance(said, str) and isinstance(words, str):
-            known = tags.roles.get(said)
-            return None if known is None or known == CALL else Message(known, words)
+        name, text = item.get(role), item.get(content)
+        if isinstance(name, str) and isinstance(text, str):
+            known = tags.roles.get(name)
+            return None if known is None or known == CALL else Message(known, text)
     return None
 
 
@@ -205,9 +205,9 @@ def _call(call: object, name: str, verbatim: bool) -> ToolCall:
 
 def _trained(item: Mapping[str, object], role: str, name: str, verbatim: bool) -> bool:
     """Whether a turn is trained on: ``trained``, or a weight of 0 or 1. Only assistant turns can be."""
-    said = item.get("trained")
-    if said is not None and not isinstance(said, bool):
-        raise BadRow("wrong type", f"trained of a message of {name} is {type_name(said)}, not true or false")
+    trained = item.get("trained")
+    if trained is not None and not isinstance(trained, bool):
+        raise BadRow("wrong type", f"trained of a message of {name} is {type_name(trained)}, not true or false")
     weight = next((item[key] for key in WEIGHTS if item.get(key) is not None), None)
     if weight is not None:
         if isinstance(weight, bool) or weight not in (0, 1):
@@ -215,7 +215,7 @@ def _trained(item: Mapping[str, object], role: str, name: str, verbatim: bool) -
         if weight and role != "assistant":
             raise BadRow("wrong type", f"a message of {name} has the weight 1, but its role is {role}")
         return role != "assistant" or weight == 1
-    return said is not False or (role != "assistant" and not verbatim)
+    return trained is not False or (role != "assistant" and not verbatim)
 
 
 def write_messages(turns: Sequence[Message], weight: str | None = None) -> list[dict[str, object]]:

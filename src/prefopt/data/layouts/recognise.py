@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from prefopt.data.layouts import all_layouts
 from prefopt.data.layouts.layout import PLAIN, SIDES, ColumnMap, Layout
 from prefopt.data.layouts.values import look, type_name
-from prefopt.data.problems import NAMED_ROWS
+from prefopt.data.validate import NAMED_ROWS
 from prefopt.errors import ConfigError, DataError
 
 NAMED_COLUMNS = 20
-NONE: Mapping[str, str] = MappingProxyType({})
 # Bound on the memo of row signatures (names and looks of columns); a file has a handful.
 MAX_SIGNATURES = 4096
 
@@ -53,7 +51,7 @@ def recognise(
     named: Layout | None = None,
     columns: ColumnMap = PLAIN,
     *,
-    asked: Mapping[str, str] = NONE,
+    asked: Mapping[str, str] | None = None,
     why: str = "",
 ) -> Recognised:
     """Find the layout of all rows. Raises :class:`DataError` as :func:`prefopt.data.comparisons.open_comparisons`.
@@ -68,11 +66,11 @@ def recognise(
         survey.see(row)
     if not survey.count:
         raise DataError("holds no rows", file=file)
-    if named and (strange := [name for name in asked if name in columns.names and not named.field_of(name)]):
+    if named and (strange := [name for name in asked or () if name in columns.names and not named.field_of(name)]):
         known = ", ".join(dict.fromkeys([*named.fields, *named.optional, *named.aliases, *named.option_names]))
         raise ConfigError(f"--columns {strange[0]}: {named.name} rows have no such column; they have {known}")
     has = listed(list(survey.names)) or "none"
-    for name, column in asked.items():
+    for name, column in (asked or {}).items():
         if name in columns.names and column not in survey.names:
             raise DataError(f"no row has the column {column}, --columns {name}={column}; there are {has}", file=file)
     if named is None and (fault := _tree_messages(survey.names)):

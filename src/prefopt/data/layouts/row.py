@@ -86,9 +86,11 @@ class RowReader:
                 raise BadRow("unknown label", f"{name} is {value!r}; --label-means knows {known}")
             return self.means[label] == "good"
         if label not in LABELS or not isinstance(value, (bool, int, float, str)):
-            said = f", {value!r}" if isinstance(value, (int, float)) or (isinstance(value, str) and self.cells) else ""
-            what = f"{name} is {type_name(value)}{said}, not true or false"
-            raise BadRow("wrong type", f"{what} (or 1 or 0); --label-means good=good,bad=bad says what others mean")
+            shown = f", {value!r}" if isinstance(value, (int, float)) or (isinstance(value, str) and self.cells) else ""
+            what = f"{name} is {type_name(value)}{shown}, not true or false (or 1 or 0)"
+            raise BadRow(
+                "wrong type", f"{what}; give the meaning of other labels, such as --label-means yes=good,no=bad"
+            )
         return LABELS[label]
 
     @property

@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from prefopt.data.kinds import Want
 from prefopt.data.layouts.layout import (
     BAD,
     GOOD,
@@ -35,6 +34,7 @@ from prefopt.data.layouts.layout import (
 from prefopt.data.layouts.messages import split_turns, write_messages, write_tools
 from prefopt.data.layouts.row import RowReader, answer, text_prompt
 from prefopt.data.layouts.values import LISTS, SCORES, BadRow, look
+from prefopt.data.validate import DataKind
 from prefopt.records import Comparison, Message, Response
 
 # Scripts without spaces between words, where every character counts as a word.
@@ -168,7 +168,7 @@ def _write_completion(c: Comparison, *, text: bool) -> dict[str, object]:
 
 def _chat_and_text(
     name: str,
-    kind: Want,
+    kind: DataKind,
     description: str,
     reader: Callable[..., Comparison],
     writer: Callable[..., dict[str, object]],

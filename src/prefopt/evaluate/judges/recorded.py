@@ -11,7 +11,7 @@ from typing import Any
 
 from prefopt.data.comparisons import open_comparisons, parse_comparisons
 from prefopt.data.files.sources import find_sources
-from prefopt.data.problems import Problem, refuse
+from prefopt.data.validate import Problem, refuse
 from prefopt.errors import DataError
 from prefopt.records import Comparison
 from prefopt.studies.export import ExportOptions, export_rows

@@ -52,7 +52,7 @@ def judgement(c: Comparison) -> Any:
     return c.prompt[0].content, sorted(standing)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.lists(rows(), max_size=12))
 def test_duplicates_are_those_that_comparing_all_rows_finds(found: list[Comparison]) -> None:
     seen = Duplicates()

@@ -1,4 +1,4 @@
-"""From what a row says to what is wanted of it, and every problem that stands in the way."""
+"""Conversion of rows to what methods need, and every problem that prevents it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefopt.data.kinds import Problem, Want, check, convert, tiers_from_votes, validate
+from prefopt.data.validate import DataKind, Problem, check, convert, tiers_from_votes
 from prefopt.records import Comparison, Message, Response, ToolCall, tiers_of
 
 ASKED = (Message("user", "q"),)
@@ -27,8 +26,8 @@ AGREED = row(votes=((0, 1, 1.0), (0, 2, 3.0), (2, 0, 1.0), (1, 2, 1.0)))
 LABELLED = row(labels=(True, False, True))
 
 
-def got(c: Comparison, want: Want) -> Comparison:
-    found = convert(c, want)
+def got(c: Comparison, kind: DataKind) -> Comparison:
+    found = convert(c, kind)
     assert isinstance(found, Comparison), found
     assert (found.row, found.prompt) == (c.row, c.prompt)
     return found
@@ -70,7 +69,7 @@ def test_what_gives_demonstrations_and_prompts() -> None:
         assert got(c, "prompts").responses == () and check(c, "prompts") == []
 
 
-IMPOSSIBLE: list[tuple[Comparison, Want, str]] = [
+IMPOSSIBLE: list[tuple[Comparison, DataKind, str]] = [
     (TIED, "pairs", "only ties"),
     (TIED, "ranking", "only ties"),
     (TIED, "labels", "only ties"),
@@ -97,11 +96,11 @@ IMPOSSIBLE: list[tuple[Comparison, Want, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("c", "want", "kind"), IMPOSSIBLE)
-def test_what_cannot_be_had_is_a_problem_with_the_row(c: Comparison, want: Want, kind: str) -> None:
-    found = convert(c, want)
-    assert isinstance(found, Problem) and (found.kind, found.row) == (kind, 7) and found.what
-    assert check(c, want) == [found]
+def test_what_cannot_be_converted_is_a_problem_with_the_row() -> None:
+    for c, kind, problem in IMPOSSIBLE:
+        found = convert(c, kind)
+        assert isinstance(found, Problem) and (found.kind, found.row) == (problem, 7) and found.what, (c, kind)
+        assert check(c, kind) == [found]
 
 
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=5), st.integers(1, 3))
@@ -115,8 +114,8 @@ def test_votes_for_every_pair_of_an_order_give_the_order(ranks: list[int], weigh
         assert tiers_from_votes(row(count, votes=votes[1:])) == ()
 
 
-def said(c: Comparison, want: Want = "pairs") -> list[str]:
-    return [p.kind for p in check(c, want)]
+def said(c: Comparison, kind: DataKind = "pairs") -> list[str]:
+    return [p.kind for p in check(c, kind)]
 
 
 def response(*turns: Message) -> Response:
@@ -156,5 +155,4 @@ def test_every_problem_of_a_row_is_found() -> None:
     three = Comparison(ASKED, (A, B, A), ((0, 2), (1,)), 1)
     assert said(three) == [] and said(replace(three, tiers=((0,), (1,), (2,)))) == ["identical responses"]
     assert said(replace(three, tiers=(), labels=(True, True, False)), "labels") == ["identical responses"]
-    kept, problems = validate([PAIR, TIED, row(1)])
-    assert kept == [PAIR] and [p.kind for p in problems] == ["only ties", "too few responses"]
+    assert said(PAIR) == [] and said(TIED) == ["only ties"] and said(row(1)) == ["too few responses"]
