@@ -249,7 +249,7 @@ def begun(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("options", "said"), CHANGED.values(), ids=CHANGED.keys())
 def test_changed_options_are_refused_by_name(options: dict[str, Any], said: str, model: str, begun: Path) -> None:
     before = sorted((p, p.stat().st_mtime_ns) for p in begun.rglob("out/**/*"))
-    with pytest.raises(RunError, match=f"same run, but {said}; put it back"):
+    with pytest.raises(RunError, match=f"same run, but {said}; "):
         dpo(model, begun / "data.jsonl", begun / "out", resume=True, **options)
     with pytest.raises(RunError, match="holds an unfinished run; go on with it by --resume"):
         dpo(model, begun / "data.jsonl", begun / "out", **options)
