@@ -114,11 +114,11 @@ def alone(loss: Loss, count: int, device: str) -> Callable[[], None]:
         return (20 * torch.randn(count, generator=generator) - 200).to(device)
 
     tensors = {name: vector(name) for name in loss.inputs}
-    leaves = [tensors[name].requires_grad_() for name in ("chosen_logp_G", "rejected_logp_G")]
+    leaves = [tensors[name].requires_grad_() for name in ("chosen_logp_P", "rejected_logp_P")]
     state = loss.start(device)
 
     def call() -> None:
-        torch.autograd.grad(loss(tensors, state).numerator_G.sum(), leaves, allow_unused=True)
+        torch.autograd.grad(loss(tensors, state).numerator_R.sum(), leaves, allow_unused=True)
         if device.startswith("cuda"):
             torch.cuda.synchronize()
 

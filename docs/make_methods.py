@@ -53,7 +53,7 @@ def _section(found: Loss | Weighting) -> str:
     facts = [f"- **Source**: {found.paper}.", f"- **When**: {found.when}"]
     if isinstance(found, Loss):
         facts.append(f"- **Needs**: {', '.join(needs(found)) or 'nothing beyond the policy'}.")
-        if "label_G" in found.optional_inputs:
+        if "label_P" in found.optional_inputs:
             facts.append("- **Soft labels**: taken where the data have them.")
         if found.on_difference:
             facts.append("- **Divergences**: [any](#divergences), by `divergence` and `divergence_alpha`.")

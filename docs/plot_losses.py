@@ -57,13 +57,13 @@ def _in_one_batch(loss: Loss, h: torch.Tensor, margin: torch.Tensor) -> tuple[to
     for side, sign in (("chosen", 0.5), ("rejected", -0.5)):
         reference = POLICY + sign * margin
         policy = reference + sign * h
-        tensors |= {f"{side}_logp_G": policy.requires_grad_(), f"{side}_ref_logp_G": reference}
-        tensors |= {f"{side}_head_logp_G": policy.detach() / 2, f"{side}_head_ref_logp_G": reference / 2}
+        tensors |= {f"{side}_logp_P": policy.requires_grad_(), f"{side}_ref_logp_P": reference}
+        tensors |= {f"{side}_head_logp_P": policy.detach() / 2, f"{side}_head_ref_logp_P": reference / 2}
         fixed = {"length": LENGTH, "kl": 8 - 8 * sign, "score": 0.5 + sign}
-        tensors |= {f"{side}_{name}_G": torch.full_like(reference, number) for name, number in fixed.items()}
+        tensors |= {f"{side}_{name}_P": torch.full_like(reference, number) for name, number in fixed.items()}
     output = loss(tensors, loss.start())
-    value = output.numerator_G / output.weight_G.sum() * len(output.weight_G)
-    leaves = tensors["chosen_logp_G"], tensors["rejected_logp_G"]
+    value = output.numerator_R / output.weight_R.sum() * len(output.weight_R)
+    leaves = tensors["chosen_logp_P"], tensors["rejected_logp_P"]
     return value.detach(), torch.autograd.grad(value.sum(), leaves, materialize_grads=True)
 
 
@@ -75,7 +75,7 @@ def of_labels(loss: Loss, s: torch.Tensor) -> tuple[Curves, Curves]:
         leaf, zero = s.clone().requires_grad_(), torch.zeros_like(s)
         tensors = {"logp_N": leaf, "ref_logp_N": zero, "label_N": torch.full_like(s, label, dtype=torch.bool)}
         tensors |= {"mismatched_logp_N": zero + 20, "mismatched_ref_logp_N": zero}
-        value = loss(tensors).numerator_G
+        value = loss(tensors).numerator_R
         (slopes[name],) = torch.autograd.grad(value.sum(), leaf)
         values[name] = value.detach()
     return values, slopes
@@ -91,7 +91,7 @@ def of_rankings(loss: Loss, x: torch.Tensor) -> tuple[Curves, Curves]:
         leaf = spread.flatten().clone().requires_grad_()
         tier = torch.tensor(tiers).repeat(len(x))
         tensors = {"logp_N": leaf, "ref_logp_N": torch.zeros_like(leaf), "tier_N": tier, "group_N": group}
-        value = loss(tensors).numerator_G
+        value = loss(tensors).numerator_R
         (gradient,) = torch.autograd.grad(value.sum(), leaf)
         values[name], slopes[name] = value.detach(), gradient.view(-1, 3)[:, 0]
     return values, slopes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import inspect
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from hypothesis import given
 import prefopt
 from prefopt import cli
 from prefopt.config.dpo import DpoConfig
+from prefopt.config.methods import METHODS, method_of
 from prefopt.core.options import Option, options, to_dict
 from prefopt.core.yaml_file import read_document, write_document
 from prefopt.errors import ConfigError, Interrupted, RunError
@@ -33,6 +35,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     module = types.ModuleType("prefopt.methods.dpo")
     module.run = lambda config, **objects: calls.append({"config": config, **objects})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "prefopt.methods.dpo", module)
+    monkeypatch.setattr("prefopt.methods.early_checks.check_before_torch", lambda config: None)
     return calls
 
 
@@ -43,7 +46,7 @@ BAD = {
     "abbreviated": (["--be", "1"], "unknown option '--be'"),
     "no option": (["pairs.json"], "'pairs.json' belongs to no option"),
     "no value": (["--beta"], "--beta has no value; it must be a number above 0"),
-    "no file": (["--config"], "--config has no value; it must be the name of a file"),
+    "no file": (["--config"], "--config has no value"),
     "not a number": (["--beta", "high"], "--beta is 'high'; it must be a number above 0"),
     "no whole number": (["--max-length", "1.5"], "--max-length is '1.5'; it must be a whole number of at least 2"),
     "not true or false": (["--lora", "maybe"], "--lora is 'maybe'; it must be true or false"),
@@ -240,7 +243,7 @@ def test_every_option_of_the_command_line_reaches_the_config(ran: list[dict[str,
         "lora": ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "reference_adapter"],
         "eval-fraction=0.5": ["eval_every", "early_stopping"],
         "track=wandb": ["track_project"],
-        "reference-every=5": ["reference_mix"],
+        "ref-model-sync-steps=5": ["ref_model_mixup_alpha"],
     }
     plain = to_dict(DpoConfig(model="m", data=["d.jsonl"], output="o"))
     for o in options(DpoConfig):
@@ -377,3 +380,25 @@ def test_python_passes_names_or_objects(ran: list[dict[str, Any]], tmp_path: Pat
 
 def test_every_command_finds_what_it_runs() -> None:
     assert all(callable(verb.function()) for verb in cli.VERBS.values())
+
+
+def test_every_row_of_the_table_of_methods_is_a_command_and_a_function() -> None:
+    """What is true of each row is all that a method needs beside its config and its module."""
+    for name, method in METHODS.items():
+        verb, function = cli.VERBS[name], getattr(prefopt, name)
+        assert (verb.config, verb.help, verb.yaml) == (method.config, method.help, True) and name in dir(prefopt)
+        assert function.__name__ == name and method.config.__name__ in function.__doc__
+        arguments = inspect.signature(verb.function()).parameters
+        assert {"config", "model", "tokenizer", "rows", "callbacks"} <= set(arguments)
+        values = {o.name: "x" for o in options(method.config) if o.required}
+        assert method_of(method.config.from_dict(values)) == name
+    assert set(prefopt.__all__) >= {*METHODS, "Callback", "compare", "report", "rlhf", "sample"}
+    with pytest.raises(AttributeError):
+        _ = prefopt.no_such_method
+
+
+def test_values_may_begin_with_a_dash() -> None:
+    words = ["--seed", "-1", "--beta", "-.5", "--reference", "- a b", "--lora", "--data", "-", "x", "--eval-data=-y"]
+    given = cli.parse("dpo", words)
+    assert (given["seed"], given["beta"], given["reference"], given["lora"]) == (-1, -0.5, "- a b", True)
+    assert (given["data"], given["eval_data"]) == (["-", "x"], ["-y"])

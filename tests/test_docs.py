@@ -75,7 +75,7 @@ def blocks(path: Path) -> list[Block]:
 
 def flags_of(verb: str) -> set[str]:
     named = {o.flag for o in options(cli.VERBS[verb].config)}
-    return named | FLAGS | ({"--config", "--print-config"} if cli.VERBS[verb].document else set())
+    return named | FLAGS | ({"--config", "--print-config"} if cli.VERBS[verb].yaml else set())
 
 
 def commands(text: str) -> Iterator[list[str]]:
@@ -151,7 +151,7 @@ def python_problems(block: Block) -> Iterator[str]:
 
 def yaml_problems(block: Block) -> Iterator[str]:
     """Files of options: every name in them is one."""
-    known = {o.name for verb in cli.VERBS.values() if verb.document for o in options(verb.config)}
+    known = {o.name for verb in cli.VERBS.values() if verb.yaml for o in options(verb.config)}
     values = yaml.safe_load(block.text)
     names = list(values) if isinstance(values, dict) else []
     if not names:

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from prefopt.runs.callbacks import RunInfo
-from prefopt.runs.trackers import Tracking
+from prefopt.runs.callbacks import RunInfo, Tracking
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 

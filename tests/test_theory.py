@@ -122,13 +122,13 @@ def test_the_losses_that_train_are_these(seed: int) -> None:
     implied = theory.implied_reward(logp, ref[0], beta)
     tier, group = torch.tensor([order.index(y) for y in range(4)]), torch.zeros(4, dtype=torch.int64)
     found = ranking_loss(pi, base, tier, group, beta=beta)
-    np.testing.assert_allclose(found.numerator_G, [-theory.plackett_luce(implied, order)], **CLOSE)
+    np.testing.assert_allclose(found.numerator_R, [-theory.plackett_luce(implied, order)], **CLOSE)
     one = np.zeros((4, 4))
     one[1, 3] = 1.0
     sides = (pi[1:2], pi[3:4], base[1:2], base[3:4])
-    np.testing.assert_allclose(dpo(*sides, beta=beta).numerator_G, [theory.dpo_loss(logp, ref[0], one, beta)], **CLOSE)
+    np.testing.assert_allclose(dpo(*sides, beta=beta).numerator_R, [theory.dpo_loss(logp, ref[0], one, beta)], **CLOSE)
     length = torch.ones(1)
-    squared = ipo(*sides, length, length, beta=beta).numerator_G
+    squared = ipo(*sides, length, length, beta=beta).numerator_R
     np.testing.assert_allclose(squared, [theory.ipo_loss(logp, ref[0], one, beta)], **CLOSE)
 
 

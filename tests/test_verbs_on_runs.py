@@ -16,8 +16,7 @@ import pytest
 import hub
 from pipeline.sweeping import values, write_place
 from prefopt.cli import main
-from prefopt.config.frontier import FrontierConfig
-from prefopt.config.sweeps import MethodsConfig
+from prefopt.config.sweeps import FrontierConfig, MethodsConfig
 from prefopt.errors import RunError
 from prefopt.runs.history import read_history
 from prefopt.sweeps import frontier, methods
@@ -102,7 +101,7 @@ def test_it_is_drawn_and_reported(name: str, place: Path, capsys: pytest.Capture
 def test_runs_of_several_methods_stand_side_by_side(
     made: Path, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "runs of different methods" in said(["runs", *RUNS], capsys)[1]
+    assert "different methods" in said(["runs", *RUNS], capsys)[1]
     assert said(["plot", *RUNS, "--output", "p.png"], capsys)[0] == 0
     assert said(["report", *RUNS, "chain", "--output", "p.html"], capsys)[0] == 0
     monkeypatch.chdir(made)
@@ -184,7 +183,7 @@ def sweeps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFOPT_CACHE", str(folder / "cache"))
         patch.setattr("prefopt.train.budget.matmul_peak", lambda *_: 1e10)
-        frontier.run(FrontierConfig(**{**given, "roads": ["dpo:beta=0.1", "best-of:n=2"]}))
+        frontier.run(FrontierConfig(**{**given, "methods": ["dpo:beta=0.1", "best-of:n=2"]}))
         methods.run(MethodsConfig(**{**given, **rates, "output": str(folder / "methods")}))
     return folder
 
@@ -250,15 +249,15 @@ def test_odd_values_are_told_or_read_and_never_a_traceback(
     name: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from prefopt.reports import page
-    from prefopt.runs.table import about, plain
+    from prefopt.runs.table import describe, run_as_json
 
     run = place / "odd"
     shutil.copytree(place / name, run)
     record = json.loads((run / "run.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    template = page.template()
+    template = page.template("prefopt.reports", "report.html.j2")
     monkeypatch.setattr(page, "curves", lambda runs: [])  # drawing takes longer than the rest together
-    monkeypatch.setattr(page, "template", lambda: template)
+    monkeypatch.setattr(page, "template", lambda *names: template)
 
     def readable() -> bool:
         try:
@@ -266,7 +265,7 @@ def test_odd_values_are_told_or_read_and_never_a_traceback(
         except RunError as error:
             assert "\n" not in str(error) and str(run) in str(error)
             return False
-        about(found), json.dumps(plain(found)), page.page([found])
+        describe(found), json.dumps(run_as_json(found)), page.page([found])
         return True
 
     told = [readable() for record in changed(record) if (run / "run.json").write_text(json.dumps(record))]

@@ -72,7 +72,7 @@ def wait_for(condition: Callable[[], bool], process: Any) -> None:
 
 
 def child(file: str, seconds: float, workers: int, log: str) -> None:
-    from prefopt.core.stop import StopRequest
+    from prefopt.core.terminal import StopRequest
     from prefopt.errors import Interrupted, UserError
 
     prepare.CHUNK_ROWS, load.PARALLEL_ROWS = 10, 20

@@ -40,7 +40,7 @@ def test_curves_are_the_runs_numbers(tmp_path: Path) -> None:
     assert titles[0] == "Loss" and titles[3] == "Log-ratio to the reference"
     assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "margin (reward)", "share of rows", "nats per token"]
     assert {axes.get_xlabel() for axes in figure.axes} == {"step"}
-    assert legend(loss) == ["training, mean of 3 steps", "held out"]
+    assert legend(loss) == ["training, average of 3 steps", "held out"]
     assert legend(ratios) == ["chosen", "rejected", "held out"]
     means = [line for line in ratios.get_lines() if line.get_linewidth() > 1.5]
     assert [line.get_linestyle() for line in means] == ["-", "--"]
@@ -71,7 +71,7 @@ def test_metrics_and_the_axis_can_be_chosen(tmp_path: Path) -> None:
     assert [axes.get_title(loc="left") for axes in shown] == [
         "Norm of the gradient, before clipping", "log_ratios_per_token/chosen", "Learning rate",
     ]  # fmt: skip
-    assert shown[0].get_xlabel() == "passes over the data"
+    assert shown[0].get_xlabel() == "epoch"
     assert list(shown[0].get_lines()[0].get_xdata())[-1] == pytest.approx(2.0)
     assert len(shown[2].get_lines()) == 1, "a rate has no noise to take a mean of"
 

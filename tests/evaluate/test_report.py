@@ -18,11 +18,11 @@ from prefopt.config.dpo import DpoConfig
 from prefopt.config.tools import ReportConfig
 from prefopt.errors import ConfigError
 from prefopt.evaluate.compare import run as compare
-from prefopt.reports.page import write_report
 from prefopt.runs.diagnose import diagnose
 from prefopt.runs.history import read_history
 from prefopt.runs.table import labels
 from prefopt.sweeps.points import Frontier, Point
+from prefopt.sweeps.report import write_report
 from train.small import dpo, pairs, write_rows
 
 pytest.importorskip("matplotlib")
@@ -153,7 +153,7 @@ def test_win_rates_with_their_intervals_and_samples_side_by_side(tmp_path: Path)
     a, b = (str(tmp_path / f"{name}.jsonl") for name in "ab")
     assert f"{a} is better than {b} (win rate 80.0%, 95 % interval" in page.words
     assert "32 / 0 / 8" in page.words and "Win rates by the judge length" in page.values("aria-label")
-    assert "a win rate is what this judge says" in page.words and "The worst samples" in page.words
+    assert "The worst samples" in page.words
     lost = page.words.split("The worst samples")[1].split("Curves")[0]
     assert (
         lost.count(f"{b} is better (1 against 2)") == 3
@@ -192,7 +192,7 @@ def test_a_comparison_tells_all_that_it_found(tmp_path: Path) -> None:
     page = read(prefopt.report(comparisons=[result], output=tmp_path / "r.html"))
     for said in ("no samples are shown", "Bradley-Terry", "0.597", "-0.001 ± 0.014", "no difference is shown"):
         assert said in page.words
-    assert "The command that does it again" in page.words and f"--task-results {files[0]}" in page.words
+    assert f"--task-results {files[0]}" in page.words
     assert all(len(digest) == 64 and digest in page.words for digest in result.identities.values())
     assert result.environment["versions"]["torch"] in page.words
     assert "characters against" in page.words
@@ -201,7 +201,7 @@ def test_a_comparison_tells_all_that_it_found(tmp_path: Path) -> None:
 
 
 def sweep(folder: Path, tail: str = "") -> Path:
-    """A frontier of two roads: two points that count of each, one that does not, one that failed."""
+    """A frontier of two methods: two points that count of each, one that does not, one that failed."""
     points = [
         Point("dpo" + tail, "beta=0.1", 0, 50, 0.6, (0.55, 0.65), 4.0, 0.2, length=12.0),
         Point("dpo" + tail, "beta=0.5", 0, 50, 0.3, (0.25, 0.35), 1.0, 0.1, length=11.0),
@@ -222,14 +222,14 @@ def test_a_sweep_is_drawn_and_told(tmp_path: Path) -> None:
     target = tmp_path / "r.html"
     page = read(prefopt.report(folder, output=target))
     assert "Dpo has" not in page.words
-    assert "dpo has more reward at no more KL than 1 of the 1 trainings of ppo that count, each at its" in page.words
-    assert "2 of 6 points do not count; the table says why" in page.words and "no: no plateau" in page.words
+    assert "dpo has more reward at no more KL than 1 of the 1 included trainings of ppo" in page.words
+    assert "2 of 6 points are excluded" in page.words and "no: no plateau" in page.words
     for said in ("0.600 (0.550 to 0.650)", "4.00 ± 0.20", "at most 0.64", "no: training failed", "129, 4 samples each"):
         assert said in page.words
     text = target.read_text("utf-8")
     assert page.tags.count("svg") == 1
     assert not [run for run in ("run", "What differs between the runs") if f"<h2>{run}" in text]
-    assert "hollow marks do not count" in page.words and ">best_of (KL: upper bound)<" in text
+    assert ">best_of (KL: upper bound)<" in text
     (folder / "frontier.json").write_text("{}")
     assert main(["report", str(folder), "--output", str(target)]) == 2
 
@@ -263,7 +263,7 @@ def test_a_page_never_shows_the_pairs_of_another_comparison(tmp_path: Path, caps
 def test_the_order_of_held_out_pairs_is_the_datas(tmp_path: Path) -> None:
     """Who made the labels is not known: they may be a rule's as well as people's."""
     page = report(write_run(tmp_path / "run"))
-    assert "of their pairs are in the order of the data" in page.words and "people" not in page.words
+    assert "of their pairs are ranked as in the data" in page.words and "people" not in page.words
 
 
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

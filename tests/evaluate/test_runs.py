@@ -47,14 +47,14 @@ def test_several_runs_are_compared_side_by_side(tmp_path: Path) -> None:
     held_out = text[text.index("held-out rows, at the step whose loss is lowest:") :]
     assert cells(held_out[2]) == ["step", "30", "30"] and cells(held_out[3]) == ["loss", "0.45", "0.45"]
     notes = [line for line in text if line.startswith("note: ")]
-    assert len(notes) == 2 and "beta decides what the loss is" in notes[0] and "same data" in notes[1]
+    assert len(notes) == 2 and "beta changes the loss" in notes[0] and "different data" in notes[1]
     assert caveats([read_history(a), read_history(a)]) == []
 
 
 def test_one_run_is_told_about_with_its_curve_and_its_findings(tmp_path: Path) -> None:
     text = "\n".join(show_runs([str(write_run(tmp_path / "a"))]))
     assert re.search(r"^status: +finished$", text, re.M) and "●" in text and "⠤" in text
-    assert "the loss on training batches fell" in text
+    assert "the training loss fell" in text
 
 
 def test_what_a_run_reached_is_what_it_wrote(model: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from generate.fake_server import serving
 from prefopt.cli import main
-from prefopt.config.chat import ChatConfig
+from prefopt.config.sample import ChatConfig
 from prefopt.model.adapter import new_lora
 from train.small import write_model
 

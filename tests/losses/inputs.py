@@ -17,12 +17,12 @@ def of_tokens(policy: dict[str, Rows], reference: dict[str, Rows], sum_sq: dict[
     tensors: dict[str, torch.Tensor] = {}
     shared = [min(len(w), len(x)) for w, x in zip(policy["chosen"], policy["rejected"], strict=True)]
     for side in ("chosen", "rejected"):
-        for name, rows in ((f"{side}_%slogp_G", policy[side]), (f"{side}_%sref_logp_G", reference[side])):
+        for name, rows in ((f"{side}_%slogp_P", policy[side]), (f"{side}_%sref_logp_P", reference[side])):
             tensors[name % ""] = torch.stack([row.sum() for row in rows])
             tensors[name % "head_"] = torch.stack([row[:n].sum() for row, n in zip(rows, shared, strict=True)])
-        tensors[f"{side}_length_G"] = torch.tensor([len(row) for row in policy[side]])
+        tensors[f"{side}_length_P"] = torch.tensor([len(row) for row in policy[side]])
         means = [(row.detach() - sq).mean() for row, sq in zip(policy[side], sum_sq[side], strict=True)]
-        tensors[f"{side}_wpo_G"] = torch.stack(means)
+        tensors[f"{side}_wpo_P"] = torch.stack(means)
     return tensors
 
 
@@ -36,16 +36,16 @@ def drawn(seed: int, count: int = 6, dtype: torch.dtype = torch.float64) -> dict
     tensors: dict[str, torch.Tensor] = {}
     for side in ("chosen", "rejected"):
         length = torch.randint(1, 40, (count,), generator=generator)
-        tensors[f"{side}_length_G"] = length
-        tensors[f"{side}_logp_G"] = -length * (0.2 + normal(1.0).abs())
-        tensors[f"{side}_ref_logp_G"] = tensors[f"{side}_logp_G"] + normal(4.0)
-        tensors[f"{side}_head_logp_G"] = 0.6 * tensors[f"{side}_logp_G"] + normal(0.5)
-        tensors[f"{side}_head_ref_logp_G"] = 0.6 * tensors[f"{side}_ref_logp_G"] + normal(0.5)
-        tensors[f"{side}_kl_G"] = normal(3.0).abs()
-        tensors[f"{side}_score_G"] = normal(1.5)
-        tensors[f"{side}_wpo_G"] = -normal(1.0).abs()
-    tensors["label_G"] = torch.rand(count, dtype=dtype, generator=generator)
-    tensors |= {name.replace("chosen_", "").replace("_G", "_N"): tensors[name] for name in list(tensors)[:3]}
+        tensors[f"{side}_length_P"] = length
+        tensors[f"{side}_logp_P"] = -length * (0.2 + normal(1.0).abs())
+        tensors[f"{side}_ref_logp_P"] = tensors[f"{side}_logp_P"] + normal(4.0)
+        tensors[f"{side}_head_logp_P"] = 0.6 * tensors[f"{side}_logp_P"] + normal(0.5)
+        tensors[f"{side}_head_ref_logp_P"] = 0.6 * tensors[f"{side}_ref_logp_P"] + normal(0.5)
+        tensors[f"{side}_kl_P"] = normal(3.0).abs()
+        tensors[f"{side}_score_P"] = normal(1.5)
+        tensors[f"{side}_wpo_P"] = -normal(1.0).abs()
+    tensors["label_P"] = torch.rand(count, dtype=dtype, generator=generator)
+    tensors |= {name.replace("chosen_", "").replace("_P", "_N"): tensors[name] for name in list(tensors)[:3]}
     tensors["mismatched_logp_N"] = normal(5.0, -40.0)
     tensors["mismatched_ref_logp_N"] = tensors["mismatched_logp_N"] - normal(3.0).abs()
     tensors["label_N"] = torch.arange(count) % 3 != 0
@@ -63,7 +63,7 @@ def leaves(loss: Loss, tensors: Mapping[str, torch.Tensor]) -> list[str]:
 
 def mean(output: LossOutput) -> torch.Tensor:
     """The loss of a batch."""
-    return output.numerator_G.sum() / output.weight_G.sum()
+    return output.numerator_R.sum() / output.weight_R.sum()
 
 
 def total(terms: Sequence[Term], tensors: Mapping[str, torch.Tensor], state: State | None = None) -> torch.Tensor:

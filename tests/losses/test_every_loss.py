@@ -35,18 +35,18 @@ def test_gradients_are_those_of_the_values(name: str, options: Options) -> None:
     options = {**options, **FROZEN.get(name, {})}
     names = leaves(loss, tensors)
     if name == "tdpo" and options.get("version", "2") == "2":
-        names.remove("chosen_kl_G")
+        names.remove("chosen_kl_P")
     given = [tensors[n].clone().requires_grad_() for n in names]
 
     def numerator(*values: torch.Tensor) -> torch.Tensor:
-        return run(name, tensors | dict(zip(names, values, strict=True)), options).numerator_G
+        return run(name, tensors | dict(zip(names, values, strict=True)), options).numerator_R
 
     assert torch.autograd.gradcheck(numerator, given)
 
 
 def test_the_chosen_divergence_of_tdpo_is_held_in_its_second_version() -> None:
     tensors = drawn(1)
-    kl = tensors["chosen_kl_G"].requires_grad_()
+    kl = tensors["chosen_kl_P"].requires_grad_()
     moved = {v: mean(run("tdpo", tensors, {"version": v})).requires_grad for v in ("1", "2")}
     assert moved == {"1": True, "2": False} and kl.requires_grad
 
@@ -54,12 +54,12 @@ def test_the_chosen_divergence_of_tdpo_is_held_in_its_second_version() -> None:
 @pytest.mark.parametrize("name", ["bco", "beta_dpo"])
 def test_statistics_of_the_batch_carry_no_gradient(name: str) -> None:
     tensors = drawn(2)
-    tensors.pop("label_G")
+    tensors.pop("label_P")
     names = leaves(LOSSES[name], tensors)
     given = [tensors[n].requires_grad_() for n in names]
     output = run(name, tensors, {})
     got = torch.autograd.grad(mean(output), given)
-    s = {side: 0.1 * (tensors[f"{side}_logp_G"] - tensors[f"{side}_ref_logp_G"]) for side in ("chosen", "rejected")}
+    s = {side: 0.1 * (tensors[f"{side}_logp_P"] - tensors[f"{side}_ref_logp_P"]) for side in ("chosen", "rejected")}
     if name == "bco":
         delta = output.metrics["delta"]
         expected = -torch.nn.functional.logsigmoid(s["chosen"] - delta)
@@ -83,9 +83,9 @@ def test_extreme_log_ratios_stay_finite(name: str, options: Options, dtype: torc
         ref = torch.full((18,), -1.5e4, dtype=dtype)
         changed = {"ref_logp": ref, "logp": ref + sides[:, i], "length": length, "kl": sides[:, i].abs()}
         changed |= {"head_ref_logp": ref / 2, "head_logp": ref / 2 + sides[:, i] / 2, "score": sides[:, 1 - i]}
-        tensors |= {f"{side}_{key}_G": value for key, value in changed.items()}
-    tensors |= {"logp_N": tensors["chosen_logp_G"], "ref_logp_N": tensors["chosen_ref_logp_G"]}
-    tensors |= {"mismatched_logp_N": tensors["rejected_logp_G"], "mismatched_ref_logp_N": tensors["chosen_logp_G"]}
+        tensors |= {f"{side}_{key}_P": value for key, value in changed.items()}
+    tensors |= {"logp_N": tensors["chosen_logp_P"], "ref_logp_N": tensors["chosen_ref_logp_P"]}
+    tensors |= {"mismatched_logp_N": tensors["rejected_logp_P"], "mismatched_ref_logp_N": tensors["chosen_logp_P"]}
     check_finite(loss, tensors, options)
 
 
@@ -111,7 +111,7 @@ def check_finite(loss: Loss, tensors: dict[str, torch.Tensor], options: Options)
     given = [tensors[n].clone().requires_grad_() for n in names]
     output = run(loss.name, tensors | dict(zip(names, given, strict=True)), options)
     gradients = torch.autograd.grad(mean(output), given, materialize_grads=True)
-    assert output.numerator_G.isfinite().all()
+    assert output.numerator_R.isfinite().all()
     assert all(g.isfinite().all() for g in gradients)
     by_label = loss.kind == "labels"
     assert all((m.isfinite() | (m.isnan() if by_label else False)).all() for m in output.metrics.values())
@@ -127,11 +127,11 @@ def part(tensors: dict[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torc
 def test_only_a_loss_that_says_so_sees_the_batch(name: str, options: Options) -> None:
     loss, tensors = LOSSES[name], drawn(4)
     whole, halves = run(name, tensors, options), torch.arange(6).view(2, 3)
-    alone = torch.cat([run(name, part(tensors, rows), options).numerator_G for rows in halves])
+    alone = torch.cat([run(name, part(tensors, rows), options).numerator_R for rows in halves])
     if not loss.whole_batch:
-        torch.testing.assert_close(alone, whole.numerator_G, rtol=1e-14, atol=0)
+        torch.testing.assert_close(alone, whole.numerator_R, rtol=1e-14, atol=0)
     elif options != {"shift": False}:
-        assert not torch.allclose(alone, whole.numerator_G, rtol=1e-6)
+        assert not torch.allclose(alone, whole.numerator_R, rtol=1e-6)
 
 
 WHOLE = [(n, o) for n, o in every() if LOSSES[n].whole_batch]
@@ -182,8 +182,8 @@ def test_metrics_have_the_names_of_dashboards(name: str, options: Options) -> No
     output = run(name, tensors, options)
     assert set(output.metrics) >= DASHBOARD
     assert not any(m.requires_grad for m in output.metrics.values())
-    assert all(m.shape == output.numerator_G.shape for m in output.metrics.values())
-    assert not output.weight_G.requires_grad and (output.weight_G >= 0).all()
+    assert all(m.shape == output.numerator_R.shape for m in output.metrics.values())
+    assert not output.weight_R.requires_grad and (output.weight_R >= 0).all()
 
 
 @pytest.mark.parametrize(("name", "options"), [c for c in every(kinds=("pairs",)) if c[0] != "discopop"], ids=label)
@@ -193,10 +193,10 @@ def test_rewards_are_what_the_loss_raises(name: str, options: Options) -> None:
     Not so with DiscoPOP: near zero its curve rises with the margin.
     """
     tensors = drawn(7, count=64)
-    tensors |= {"label_G": torch.ones(64, dtype=torch.float64)}
+    tensors |= {"label_P": torch.ones(64, dtype=torch.float64)}
     for side in ("chosen", "rejected"):  # near the start, where squares too are below their target
-        tensors[f"{side}_logp_G"] = tensors[f"{side}_ref_logp_G"] + 0.01 * tensors[f"{side}_kl_G"]
-    tensors |= {"chosen_score_G": torch.full((64,), 20.0), "rejected_score_G": torch.full((64,), -20.0)}
+        tensors[f"{side}_logp_P"] = tensors[f"{side}_ref_logp_P"] + 0.01 * tensors[f"{side}_kl_P"]
+    tensors |= {"chosen_score_P": torch.full((64,), 20.0), "rejected_score_P": torch.full((64,), -20.0)}
     names = [n for n in leaves(LOSSES[name], tensors) if "kl" not in n and "head" not in n]
     given = [tensors[n].clone().requires_grad_() for n in names]
     before = run(name, tensors | dict(zip(names, given, strict=True)), options)
@@ -249,7 +249,7 @@ def test_the_loss_does_not_depend_on_what_it_does_not_name() -> None:
     for loss in LOSSES.values():
         tensors = drawn(8)
         only = {n: tensors[n] for n in (*loss.inputs, *loss.optional_inputs)}
-        torch.testing.assert_close(loss(only).numerator_G, loss(tensors).numerator_G, rtol=0, atol=0)
+        torch.testing.assert_close(loss(only).numerator_R, loss(tensors).numerator_R, rtol=0, atol=0)
 
 
 @CASES
@@ -259,19 +259,19 @@ def test_everything_stays_on_the_device_of_its_inputs_and_none_is_waited_for(nam
     here = {"tier_N", "group_N"}  # what the data say of rankings stays on the CPU
     tensors = {key: value if key in here else value.to("meta") for key, value in drawn(8).items()}
     output = loss(tensors, loss.start("meta"), **options)
-    found = [output.numerator_G, output.weight_G, *output.metrics.values(), *(output.state or {}).values()]
+    found = [output.numerator_R, output.weight_R, *output.metrics.values(), *(output.state or {}).values()]
     assert {tensor.device.type for tensor in found} == {"meta"}
 
 
 def test_wpo_multiplies_pair_by_pair() -> None:
     tensors = drawn(9)
-    tensors["chosen_wpo_G"] = tensors["chosen_wpo_G"].clone().fill_(0.5)
+    tensors["chosen_wpo_P"] = tensors["chosen_wpo_P"].clone().fill_(0.5)
     plain = run("dpo", tensors, {})
-    weights = tensors["chosen_wpo_G"], tensors["rejected_wpo_G"]
+    weights = tensors["chosen_wpo_P"], tensors["rejected_wpo_P"]
     weighted, clipped = wpo(plain, *weights), wpo(plain, *weights, clip=True)
     factor = torch.exp(weights[0] + weights[1])
     assert (factor > 1).any() and (factor < 1).any()
-    torch.testing.assert_close(weighted.numerator_G, plain.numerator_G * factor)
-    torch.testing.assert_close(clipped.numerator_G, plain.numerator_G * factor.clamp(max=1))
-    torch.testing.assert_close(weighted.weight_G, plain.weight_G)
+    torch.testing.assert_close(weighted.numerator_R, plain.numerator_R * factor)
+    torch.testing.assert_close(clipped.numerator_R, plain.numerator_R * factor.clamp(max=1))
+    torch.testing.assert_close(weighted.weight_R, plain.weight_R)
     assert set(WEIGHTINGS["wpo"].inputs) <= set(INPUTS["pairs"]) and math.isfinite(factor.sum())

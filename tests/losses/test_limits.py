@@ -59,39 +59,39 @@ def test_values_at_zero_log_ratio(name: str, value: float, divergence: str) -> N
     loss = LOSSES[name]
     options: dict[str, Value] = {"divergence": divergence} if loss.on_difference else {}
     output = loss(at_zero(), loss.start(), **options)
-    expected = torch.full_like(output.numerator_G, value) * (output.weight_G if name == "beta_dpo" else 1)
-    torch.testing.assert_close(output.numerator_G, expected, rtol=1e-14, atol=1e-14)
+    expected = torch.full_like(output.numerator_R, value) * (output.weight_R if name == "beta_dpo" else 1)
+    torch.testing.assert_close(output.numerator_R, expected, rtol=1e-14, atol=1e-14)
 
 
 def test_values_at_zero_that_depend_on_the_data() -> None:
     tensors = at_zero()
-    tensors.pop("label_G")
-    length = tensors["chosen_length_G"] - tensors["rejected_length_G"]
+    tensors.pop("label_P")
+    length = tensors["chosen_length_P"] - tensors["rejected_length_P"]
     expected = -torch.nn.functional.logsigmoid(0.01 * length.double())
-    torch.testing.assert_close(LOSSES["r_dpo"](tensors).numerator_G, expected, rtol=1e-13, atol=0)
-    nll = -tensors["chosen_logp_G"] / tensors["chosen_length_G"]
-    torch.testing.assert_close(LOSSES["rpo"](tensors).numerator_G, LN2 + nll)
-    gap = torch.sigmoid(tensors["chosen_score_G"] - tensors["rejected_score_G"])
+    torch.testing.assert_close(LOSSES["r_dpo"](tensors).numerator_R, expected, rtol=1e-13, atol=0)
+    nll = -tensors["chosen_logp_P"] / tensors["chosen_length_P"]
+    torch.testing.assert_close(LOSSES["rpo"](tensors).numerator_R, LN2 + nll)
+    gap = torch.sigmoid(tensors["chosen_score_P"] - tensors["rejected_score_P"])
     entropy = gap * gap.log() + (1 - gap) * (1 - gap).log()
-    torch.testing.assert_close(LOSSES["reward_aware"](tensors).numerator_G, LN2 + entropy)
+    torch.testing.assert_close(LOSSES["reward_aware"](tensors).numerator_R, LN2 + entropy)
     torch.testing.assert_close(
-        LOSSES["reward_aware"](tensors, distance="squared").numerator_G,
-        (tensors["chosen_score_G"] - tensors["rejected_score_G"]) ** 2,
+        LOSSES["reward_aware"](tensors, distance="squared").numerator_R,
+        (tensors["chosen_score_P"] - tensors["rejected_score_P"]) ** 2,
     )
 
 
 # s(w) = -2, s(l) = -7, |w| = 10, |l| = 4, D(w) = 3, D(l) = 8, scores 2 and 0.5, policy's -20 and -16.
 ONE_PAIR = {
-    "chosen_logp_G": -20.0,
-    "chosen_ref_logp_G": -18.0,
-    "rejected_logp_G": -16.0,
-    "rejected_ref_logp_G": -9.0,
-    "chosen_length_G": 10,
-    "rejected_length_G": 4,
-    "chosen_kl_G": 3.0,
-    "rejected_kl_G": 8.0,
-    "chosen_score_G": 2.0,
-    "rejected_score_G": 0.5,
+    "chosen_logp_P": -20.0,
+    "chosen_ref_logp_P": -18.0,
+    "rejected_logp_P": -16.0,
+    "rejected_ref_logp_P": -9.0,
+    "chosen_length_P": 10,
+    "rejected_length_P": 4,
+    "chosen_kl_P": 3.0,
+    "rejected_kl_P": 8.0,
+    "chosen_score_P": 2.0,
+    "rejected_score_P": 0.5,
 }
 
 
@@ -133,7 +133,7 @@ BY_HAND: list[tuple[str, dict[str, Value], float]] = [
 def test_one_pair_by_hand(name: str, options: dict[str, Value], value: float) -> None:
     tensors = {key: torch.tensor([number]).double() for key, number in ONE_PAIR.items()}
     loss = LOSSES[name]
-    assert loss(tensors, loss.start(), **options).numerator_G.item() == pytest.approx(value, rel=1e-14, abs=1e-14)
+    assert loss(tensors, loss.start(), **options).numerator_R.item() == pytest.approx(value, rel=1e-14, abs=1e-14)
 
 
 def same(first: Any, second: Any, tensors: dict[str, torch.Tensor], tolerance: float = 1e-12) -> None:
@@ -150,7 +150,7 @@ def same(first: Any, second: Any, tensors: dict[str, torch.Tensor], tolerance: f
 def call(function: Any, **options: Any) -> Any:
     loss = next(x for x in LOSSES.values() if x.function is function)
     return lambda tensors: (
-        loss({k: v for k, v in tensors.items() if k != "label_G"}, loss.start(), **options).numerator_G
+        loss({k: v for k, v in tensors.items() if k != "label_P"}, loss.start(), **options).numerator_R
     )
 
 
@@ -225,20 +225,20 @@ def test_the_line_behind_an_exponential_is_its_tangent() -> None:
     assert value[2].item() == pytest.approx(1 - 11 * math.exp(30), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", [n for n, loss in LOSSES.items() if "label_G" in loss.optional_inputs], ids=label)
+@pytest.mark.parametrize("name", [n for n, loss in LOSSES.items() if "label_P" in loss.optional_inputs], ids=label)
 def test_soft_labels_mix_the_two_directions(name: str) -> None:
     """A label of 1 is none, 1/2 is symmetric, and p is smoothing with 1 - p."""
     loss, tensors = LOSSES[name], drawn(3)
-    tensors.pop("label_G")
-    hard = loss(tensors, loss.start()).numerator_G
+    tensors.pop("label_P")
+    hard = loss(tensors, loss.start()).numerator_R
     one = torch.ones_like(hard)
-    torch.testing.assert_close(loss(tensors | {"label_G": one}, loss.start()).numerator_G, hard)
-    soft = loss(tensors | {"label_G": 0.7 * one}, loss.start()).numerator_G
-    smooth = loss(tensors, loss.start(), label_smoothing=0.3).numerator_G
+    torch.testing.assert_close(loss(tensors | {"label_P": one}, loss.start()).numerator_R, hard)
+    soft = loss(tensors | {"label_P": 0.7 * one}, loss.start()).numerator_R
+    smooth = loss(tensors, loss.start(), label_smoothing=0.3).numerator_R
     torch.testing.assert_close(soft, smooth, rtol=1e-13, atol=0)
-    both = loss(tensors | {"label_G": 0.9 * one}, loss.start(), label_smoothing=0.2).numerator_G
+    both = loss(tensors | {"label_P": 0.9 * one}, loss.start(), label_smoothing=0.2).numerator_R
     torch.testing.assert_close(
-        both, loss(tensors | {"label_G": (0.9 * 0.8 + 0.1 * 0.2) * one}, loss.start()).numerator_G
+        both, loss(tensors | {"label_P": (0.9 * 0.8 + 0.1 * 0.2) * one}, loss.start()).numerator_R
     )
 
 
@@ -256,7 +256,7 @@ def test_exo_is_least_where_the_policy_is_as_sure_as_its_target() -> None:
     best = math.log(0.9 / 0.1)
     margin = torch.tensor([best - 0.1, best, best + 0.1], dtype=torch.float64).requires_grad_()
     zero = torch.zeros(3, dtype=torch.float64)
-    value = exo(margin, zero, zero, zero, beta=1.0, label_smoothing=0.1).numerator_G
+    value = exo(margin, zero, zero, zero, beta=1.0, label_smoothing=0.1).numerator_R
     (slope,) = torch.autograd.grad(value.sum(), margin)
     assert slope[0] < 0 < slope[2] and abs(slope[1]) < 1e-15 and value[1].abs() < 1e-15
 
@@ -264,16 +264,16 @@ def test_exo_is_least_where_the_policy_is_as_sure_as_its_target() -> None:
 @pytest.mark.parametrize("distance", ["kl", "reverse_kl", "squared"])
 def test_reward_aware_is_zero_where_margins_are_those_of_scores(distance: str) -> None:
     tensors = drawn(5)
-    target = 2.0 * (tensors["chosen_score_G"] - tensors["rejected_score_G"])
+    target = 2.0 * (tensors["chosen_score_P"] - tensors["rejected_score_P"])
     for side, share in (("chosen", 0.25), ("rejected", -0.75)):
-        tensors[f"{side}_logp_G"] = tensors[f"{side}_ref_logp_G"] + share * target / 0.1
-    value = LOSSES["reward_aware"](tensors, eta=2.0, distance=distance).numerator_G
+        tensors[f"{side}_logp_P"] = tensors[f"{side}_ref_logp_P"] + share * target / 0.1
+    value = LOSSES["reward_aware"](tensors, eta=2.0, distance=distance).numerator_R
     torch.testing.assert_close(value, torch.zeros_like(value), rtol=0, atol=1e-12)
 
 
 def test_a_length_of_one_needs_no_normalisation() -> None:
     tensors = drawn(6)
-    tensors |= {f"{side}_length_G": torch.ones(6) for side in ("chosen", "rejected")}
+    tensors |= {f"{side}_length_P": torch.ones(6) for side in ("chosen", "rejected")}
     same(call(sigmoid_norm, beta=0.1), call(dpo), tensors)
     same(call(LOSSES["ipo"].function, average=True), call(LOSSES["ipo"].function, average=False), tensors)
 
@@ -284,7 +284,7 @@ def test_the_shift_of_bco_is_the_mean_reward_so_far() -> None:
         tensors = drawn(step, count=5 + step)
         output = LOSSES["bco"](tensors, state, beta=0.3)
         state = output.state
-        ratios = [tensors[f"{s}_logp_G"] - tensors[f"{s}_ref_logp_G"] for s in ("chosen", "rejected")]
+        ratios = [tensors[f"{s}_logp_P"] - tensors[f"{s}_ref_logp_P"] for s in ("chosen", "rejected")]
         seen.append(0.3 * torch.cat(ratios))
         assert output.metrics["delta"][0].item() == pytest.approx(torch.cat(seen).mean().item(), rel=1e-12)
         alone = LOSSES["bco"](tensors, state, beta=0.3, decay=0.0)
@@ -313,33 +313,33 @@ def test_the_shift_of_bco_on_labels_lies_between_the_means_of_both(middle: str, 
             delta = sum(r * w for side in sides for r, w in side) / sum(w for side in sides for _, w in side)
         assert output.metrics["delta"][0].item() == pytest.approx(delta, rel=1e-12)
         signed = torch.where(wanted, reward - delta, delta - reward)
-        torch.testing.assert_close(output.numerator_G, -torch.nn.functional.logsigmoid(signed))
+        torch.testing.assert_close(output.numerator_R, -torch.nn.functional.logsigmoid(signed))
     unshifted = LOSSES["bco_unpaired"](
         tensors, state, beta=0.3, shift=False, desirable_weight=2.0, undesirable_weight=3.0
     )
-    torch.testing.assert_close(unshifted.numerator_G, -3 * torch.nn.functional.logsigmoid(-reward))
+    torch.testing.assert_close(unshifted.numerator_R, -3 * torch.nn.functional.logsigmoid(-reward))
 
 
 def test_bco_on_pairs_split_in_two_is_bco() -> None:
     tensors = drawn(3)
     tensors |= {"label_N": torch.tensor([True] * 6 + [False] * 6)}
     for name in ("logp", "ref_logp"):
-        tensors[f"{name}_N"] = torch.cat([tensors[f"{side}_{name}_G"] for side in ("chosen", "rejected")])
+        tensors[f"{name}_N"] = torch.cat([tensors[f"{side}_{name}_P"] for side in ("chosen", "rejected")])
     whole, split = LOSSES["bco"](tensors), LOSSES["bco_unpaired"](tensors)
-    torch.testing.assert_close(whole.numerator_G, split.numerator_G[:6] + split.numerator_G[6:])
+    torch.testing.assert_close(whole.numerator_R, split.numerator_R[:6] + split.numerator_R[6:])
 
 
 def test_a_draw_of_beta_dpo_is_one_without_replacement_by_the_gaussian() -> None:
     """The first of the drawn falls on a pair as often as its chance says, and a batch's order does not matter."""
     h = torch.tensor([-3.0, 0.5, 1.0, 2.0, 6.0], dtype=torch.float64)
     zero = torch.zeros(5, dtype=torch.float64)
-    names = ("chosen_logp_G", "rejected_logp_G", "chosen_ref_logp_G", "rejected_ref_logp_G")
+    names = ("chosen_logp_P", "rejected_logp_P", "chosen_ref_logp_P", "rejected_ref_logp_P")
 
     def kept(seed: int, h: torch.Tensor, keep: float) -> torch.Tensor:
         state = {"mean": 1.0, "deviation": 2.0, "batches": float(seed)}
         given = {name: torch.tensor(value).double() for name, value in state.items()}
         tensors = dict(zip(names, (h, zero, zero, zero), strict=True))
-        return LOSSES["beta_dpo"](tensors, given, keep=keep, momentum=1 - 1e-12, filter="drawn").weight_G
+        return LOSSES["beta_dpo"](tensors, given, keep=keep, momentum=1 - 1e-12, filter="drawn").weight_R
 
     draws = 4000
     one = torch.stack([kept(seed, h, 0.2) for seed in range(draws)]).mean(0)
@@ -356,11 +356,11 @@ def test_beta_follows_the_batch_and_leaves_out_what_is_far() -> None:
     state = {n: torch.tensor(x).double() for n, x in (("mean", 2.0), ("deviation", 0.0), ("batches", 3.0))}
     h = torch.tensor([1.0, 2.0, 3.0, 4.0, -90.0], dtype=torch.float64)
     zero = torch.zeros(5, dtype=torch.float64)
-    tensors = {"chosen_logp_G": h, "rejected_logp_G": zero, "chosen_ref_logp_G": zero, "rejected_ref_logp_G": zero}
+    tensors = {"chosen_logp_P": h, "rejected_logp_P": zero, "chosen_ref_logp_P": zero, "rejected_ref_logp_P": zero}
     output = LOSSES["beta_dpo"](tensors, state, beta=0.1, alpha=0.5)
     mean_h = 0.9 * 2.0 + 0.1 * -16.0
     assert output.state is not None and output.state["mean"].item() == pytest.approx(mean_h)
-    assert output.weight_G.tolist() == [1, 1, 1, 1, 0]
+    assert output.weight_R.tolist() == [1, 1, 1, 1, 0]
     beta = 0.1 * (1 + 0.5 * (2.5 - mean_h))
     assert output.metrics["beta"].tolist() == pytest.approx([beta] * 5)
     expected = torch.nn.functional.softplus(-beta * h[:4]).mean().item()
@@ -375,10 +375,10 @@ def test_sorted_losses_are_one_sided_comparisons_of_distributions() -> None:
     """aot compares quantiles: which pair a margin belongs to does not matter."""
     tensors = drawn(7)
     swapped = dict(tensors)
-    for name in ("chosen_logp_G", "rejected_logp_G"):
+    for name in ("chosen_logp_P", "rejected_logp_P"):
         swapped[name] = tensors[name].roll(1)
     assert mean(LOSSES["aot"](swapped)).item() == pytest.approx(mean(LOSSES["aot"](tensors)).item(), rel=1e-14)
-    for name in ("rejected_logp_G", "rejected_ref_logp_G"):
+    for name in ("rejected_logp_P", "rejected_ref_logp_P"):
         tensors[name] = tensors[name].roll(2)
     other = mean(LOSSES["aot_unpaired"](tensors)).item()
     assert other == pytest.approx(mean(LOSSES["aot_unpaired"](drawn(7))).item(), rel=1e-14)
@@ -389,8 +389,8 @@ def test_a_weighted_sum_keeps_the_normaliser_of_each_part() -> None:
     terms = parse_losses("dpo:0.7,nll:0.2", ["average=tokens"])
     assert [t.weight for t in terms] == [0.7, 0.2]
     nll = terms[1](tensors)
-    expected = -tensors["chosen_logp_G"].sum() / tensors["chosen_length_G"].sum()
+    expected = -tensors["chosen_logp_P"].sum() / tensors["chosen_length_P"].sum()
     assert mean(nll).item() == pytest.approx(expected.item(), rel=1e-14)
-    one = parse_losses("rpo", ["nll_weight=0.3"])[0](tensors).numerator_G
-    parts = [t.weight * t(tensors).numerator_G for t in parse_losses("dpo:1,nll:0.3")]
+    one = parse_losses("rpo", ["nll_weight=0.3"])[0](tensors).numerator_R
+    parts = [t.weight * t(tensors).numerator_R for t in parse_losses("dpo:1,nll:0.3")]
     torch.testing.assert_close(one, parts[0] + parts[1])

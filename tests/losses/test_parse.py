@@ -21,18 +21,18 @@ from prefopt.losses.declare import LossOutput, loss
 
 NUMBER = 3
 
-def squared(chosen_logp_G, rejected_logp_G, label_G=None, *, aim=1.0, power: float, twice=False):
-    value = (chosen_logp_G - rejected_logp_G - aim).abs() ** power * (2 if twice else 1)
+def squared(chosen_logp_P, rejected_logp_P, label_P=None, *, aim=1.0, power: float, twice=False):
+    value = (chosen_logp_P - rejected_logp_P - aim).abs() ** power * (2 if twice else 1)
     return LossOutput(value, torch.ones_like(value), {})
 
 @loss(kind="pairs", formula="0", paper="none", when="never", whole_batch=True, name="own_loss")
-def whole(chosen_logp_G, *, beta=0.5):
-    return LossOutput(beta * chosen_logp_G, torch.ones_like(chosen_logp_G), {})
+def whole(chosen_logp_P, *, beta=0.5):
+    return LossOutput(beta * chosen_logp_P, torch.ones_like(chosen_logp_P), {})
 
-def typo(chosen_logps_G, rejected_logp_G): ...
+def typo(chosen_logps_P, rejected_logp_P): ...
 def anything(*args): ...
 def nothing(x): ...
-def listed(chosen_logp_G, *, weights=[1]): ...
+def listed(chosen_logp_P, *, weights=[1]): ...
 def liked(logp_N, label_N): ...
 def ranked(logp_N, group_N): ...
 """
@@ -70,11 +70,11 @@ def test_one_option_reaches_every_loss_that_reads_it() -> None:
 def test_ones_own_function(own: str) -> None:
     (term,) = parse_losses(f"{own}:squared:2", ["squared.power=2", "twice=true"])
     assert term.loss.name == f"{own}:squared" and term.weight == 2 and term.loss.kind == "pairs"
-    assert term.loss.inputs == ("chosen_logp_G", "rejected_logp_G") and term.loss.optional_inputs == ("label_G",)
+    assert term.loss.inputs == ("chosen_logp_P", "rejected_logp_P") and term.loss.optional_inputs == ("label_P",)
     assert not term.loss.needs_reference and term.values == {"aim": 1.0, "power": 2.0, "twice": True}
     tensors = drawn(0)
-    expected = 2 * (tensors["chosen_logp_G"] - tensors["rejected_logp_G"] - 1) ** 2
-    torch.testing.assert_close(term(tensors).numerator_G, expected)
+    expected = 2 * (tensors["chosen_logp_P"] - tensors["rejected_logp_P"] - 1) ** 2
+    torch.testing.assert_close(term(tensors).numerator_R, expected)
     assert [parse_losses(f"{own}:{f}")[0].loss.kind for f in ("liked", "ranked")] == ["labels", "ranking"]
 
 
@@ -86,10 +86,10 @@ def test_ones_own_function_may_be_declared(own: str) -> None:
 
 def test_weighting_and_its_options() -> None:
     (term,) = parse_losses("dpo", ["wpo.clip=true"], weighting="wpo")
-    assert term.inputs == (*LOSSES["dpo"].inputs, "chosen_wpo_G", "rejected_wpo_G")
+    assert term.inputs == (*LOSSES["dpo"].inputs, "chosen_wpo_P", "rejected_wpo_P")
     tensors = drawn(1)
-    tensors["chosen_wpo_G"], tensors["rejected_wpo_G"] = torch.full((6,), 1.0), torch.full((6,), -3.0)
-    torch.testing.assert_close(term(tensors).numerator_G, LOSSES["dpo"](tensors).numerator_G * torch.tensor(-2.0).exp())
+    tensors["chosen_wpo_P"], tensors["rejected_wpo_P"] = torch.full((6,), 1.0), torch.full((6,), -3.0)
+    torch.testing.assert_close(term(tensors).numerator_R, LOSSES["dpo"](tensors).numerator_R * torch.tensor(-2.0).exp())
 
 
 WRONG: list[tuple[str, list[str], str]] = [
@@ -135,7 +135,7 @@ def test_what_is_wrong_is_said(text: str, options: list[str], message: str) -> N
     ("part", "message"),
     [
         (":NUMBER", "NUMBER is no function but of type int"),
-        (":typo", "nothing is called 'chosen_logps_G' for a loss of kind pairs; did you mean chosen_logp_G?"),
+        (":typo", "nothing is called 'chosen_logps_P' for a loss of kind pairs; did you mean chosen_logp_P?"),
         (":anything", "name every argument; *args tells nothing"),
         (":nothing", "its arguments are x; name them"),
         (":listed", "weights has [1] as default; it must be a number or a word"),
@@ -176,7 +176,7 @@ def test_shared_options_that_no_loss_reads_are_refused_by_their_flag() -> None:
 
 
 def test_a_name_can_be_declared_once() -> None:
-    def dpo(chosen_logp_G: torch.Tensor) -> LossOutput:
+    def dpo(chosen_logp_P: torch.Tensor) -> LossOutput:
         raise NotImplementedError
 
     with pytest.raises(ConfigError, match="declared already"):
@@ -184,7 +184,7 @@ def test_a_name_can_be_declared_once() -> None:
 
 
 def test_declarations_that_do_not_fit_the_function_are_found() -> None:
-    def f(chosen_logp_G: torch.Tensor, *, beta: float = 1.0) -> LossOutput:
+    def f(chosen_logp_P: torch.Tensor, *, beta: float = 1.0) -> LossOutput:
         raise NotImplementedError
 
     with pytest.raises(AssertionError, match="does not read"):

@@ -21,7 +21,7 @@ def sums(*values: float) -> torch.Tensor:
 
 def mean(output: LossOutput) -> torch.Tensor:
     """The loss of a batch."""
-    return output.numerator_G.sum() / output.weight_G.sum()
+    return output.numerator_R.sum() / output.weight_R.sum()
 
 
 @pytest.mark.parametrize("case", GOLDEN["losses"], ids=lambda case: case["name"])
@@ -53,9 +53,9 @@ def ties_of(output: LossOutput) -> torch.Tensor:
 def test_an_untrained_policy_has_ln_2(beta: float, smoothing: float) -> None:
     policy = sums(-1.0, -200.0), sums(-50.0, -3.0)
     output = dpo(*policy, *policy, beta=beta, label_smoothing=smoothing)
-    torch.testing.assert_close(output.numerator_G, sums(math.log(2), math.log(2)), rtol=1e-15, atol=0)
+    torch.testing.assert_close(output.numerator_R, sums(math.log(2), math.log(2)), rtol=1e-15, atol=0)
     assert output.metrics["rewards/accuracies"].tolist() == [0.5, 0.5]
-    assert output.weight_G.tolist() == [1.0, 1.0]
+    assert output.weight_R.tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("smoothing", [0.02, 0.1, 0.3])
@@ -63,7 +63,7 @@ def test_smoothing_is_least_where_the_model_is_as_sure_as_the_labels(smoothing: 
     beta, best = 0.2, math.log((1 - smoothing) / smoothing)
     margin = (best / beta + sums(-0.1, 0.0, 0.1)).requires_grad_()
     zero = torch.zeros(3, dtype=torch.float64)
-    loss = dpo(margin, zero, zero, zero, beta=beta, label_smoothing=smoothing).numerator_G
+    loss = dpo(margin, zero, zero, zero, beta=beta, label_smoothing=smoothing).numerator_R
     (slope,) = torch.autograd.grad(loss.sum(), margin)
     assert slope[0] < 0 < slope[2] and abs(slope[1]) < 1e-15
     entropy = -(1 - smoothing) * math.log(1 - smoothing) - smoothing * math.log(smoothing)
@@ -77,7 +77,7 @@ def test_gradients_are_those_of_the_values(smoothing: float) -> None:
     reference = [torch.randn(5, dtype=torch.float64, generator=generator).mul(8) for _ in range(2)]
 
     def loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-        return dpo(chosen, rejected, *reference, beta=0.3, label_smoothing=smoothing).numerator_G
+        return dpo(chosen, rejected, *reference, beta=0.3, label_smoothing=smoothing).numerator_R
 
     assert torch.autograd.gradcheck(loss, policy)
 
@@ -88,9 +88,9 @@ def test_extreme_log_ratios_stay_finite(dtype: torch.dtype, smoothing: float) ->
     chosen = torch.tensor([1e4, -1e4], dtype=dtype, requires_grad=True)
     zero = torch.zeros(2, dtype=dtype)
     output = dpo(chosen, zero, zero, zero, beta=1.0, label_smoothing=smoothing)
-    output.numerator_G.sum().backward()
+    output.numerator_R.sum().backward()
     right, wrong = 1e4 * smoothing, 1e4 * (1 - smoothing)
-    torch.testing.assert_close(output.numerator_G.detach(), torch.tensor([right, wrong], dtype=dtype))
+    torch.testing.assert_close(output.numerator_R.detach(), torch.tensor([right, wrong], dtype=dtype))
     assert chosen.grad is not None
     torch.testing.assert_close(chosen.grad, torch.tensor([smoothing, smoothing - 1], dtype=dtype))
     assert output.metrics["rewards/accuracies"].tolist() == [1.0, 0.0]

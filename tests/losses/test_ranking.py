@@ -54,34 +54,34 @@ REWARDS = [0.3, -1.2, 2.0, 0.9, -0.4, 1.1]
 def test_probabilities_of_all_orders_sum_to_one(k: int) -> None:
     ranks = [[order.index(i) for i in range(k)] for order in itertools.permutations(range(k))]
     output = run([REWARDS[:k]] * len(ranks), ranks)
-    assert (-output.numerator_G).exp().sum().item() == pytest.approx(1, rel=1e-13)
+    assert (-output.numerator_R).exp().sum().item() == pytest.approx(1, rel=1e-13)
 
 
 @pytest.mark.parametrize("tiers", [t for k in (2, 3, 4) for t in itertools.product(range(3), repeat=k)])
 def test_ties_are_the_sum_over_their_orders(tiers: tuple[int, ...]) -> None:
     output = run([REWARDS[: len(tiers)]], [list(tiers)])
     expected = over_orders(REWARDS[: len(tiers)], list(tiers))
-    assert math.exp(-output.numerator_G.item()) == pytest.approx(expected, rel=1e-12)
-    assert output.weight_G.item() == (len(set(tiers)) > 1)
+    assert math.exp(-output.numerator_R.item()) == pytest.approx(expected, rel=1e-12)
+    assert output.weight_R.item() == (len(set(tiers)) > 1)
 
 
 @pytest.mark.parametrize("tiers", [[0, 0, 0, 0, 1, 1], [1, 0, 0, 2, 0, 0], [0, 1, 1, 1, 1, 2], [0, 1, 2, 2, 2, 2]])
 def test_up_to_four_tied_are_exact(tiers: list[int]) -> None:
     output = run([REWARDS], [tiers])
-    assert math.exp(-output.numerator_G.item()) == pytest.approx(over_orders(REWARDS, tiers), rel=1e-12)
+    assert math.exp(-output.numerator_R.item()) == pytest.approx(over_orders(REWARDS, tiers), rel=1e-12)
 
 
 @pytest.mark.parametrize("tiers", [[0, 0, 0, 0, 0, 1], [1, 0, 1, 1, 1, 1, 2]])
 def test_more_take_breslows_approximation_which_is_below(tiers: list[int]) -> None:
     assert EXACT == 4
     reward = [*REWARDS, -2.0][: len(tiers)]
-    got = math.exp(-run([reward], [tiers]).numerator_G.item())
+    got = math.exp(-run([reward], [tiers]).numerator_R.item())
     assert got == pytest.approx(breslow(reward, tiers), rel=1e-12)
     assert got < over_orders(reward, tiers)
 
 
 def test_a_best_few_list_is_the_marginal_over_the_others() -> None:
-    listed = math.exp(-run([REWARDS[:5]], [[1, 2, 0, 2, 2]]).numerator_G.item())
+    listed = math.exp(-run([REWARDS[:5]], [[1, 2, 0, 2, 2]]).numerator_R.item())
     rest = itertools.permutations([1, 3, 4])
     assert listed == pytest.approx(sum(one_by_one(REWARDS[:5], (2, 0, *o)) for o in rest), rel=1e-12)
 
@@ -99,8 +99,8 @@ def test_two_responses_are_dpo(values: list[float], beta: float, first: bool) ->
         else:
             sides = leaf[better, None], leaf[worse, None], reference[better, None], reference[worse, None]
             output = dpo(*sides, beta=beta)
-        (gradient,) = torch.autograd.grad(output.numerator_G.sum(), leaf)
-        results.append((output.numerator_G, gradient, *output.metrics.values()))
+        (gradient,) = torch.autograd.grad(output.numerator_R.sum(), leaf)
+        results.append((output.numerator_R, gradient, *output.metrics.values()))
     torch.testing.assert_close(results[0], results[1], rtol=1e-11, atol=1e-12)
 
 
@@ -111,11 +111,11 @@ def test_groups_of_any_size_are_independent_and_order_within_them_does_not_matte
     for g, (reward, tier) in enumerate(zip(rewards, tiers, strict=True)):
         alone, turned = run([reward], [tier]), run([reward[::-1]], [tier[::-1]])
         for output in (alone, turned):
-            torch.testing.assert_close(output.numerator_G[0], together.numerator_G[g])
-            assert output.weight_G[0] == together.weight_G[g]
+            torch.testing.assert_close(output.numerator_R[0], together.numerator_R[g])
+            assert output.weight_R[0] == together.weight_R[g]
             for key, value in output.metrics.items():
                 torch.testing.assert_close(value[0], together.metrics[key][g], equal_nan=True, msg=key)
-    assert together.weight_G.tolist() == [1, 1, 0, 1]
+    assert together.weight_R.tolist() == [1, 1, 0, 1]
     assert together.metrics["rewards/accuracies"].tolist()[:2] == [0.0, 1.0]
     assert together.metrics["rewards/accuracies"][3].item() == pytest.approx(2 / 5)
     assert together.metrics["rewards/margins"][1].item() == pytest.approx(2.5)
@@ -129,9 +129,9 @@ def test_extremes_stay_finite(tiers: list[int], dtype: torch.dtype) -> None:
         leaf = torch.tensor(values, dtype=dtype, requires_grad=True)
         zero, group = torch.zeros(6, dtype=dtype), torch.zeros(6, dtype=torch.long)
         output = plackett_luce(leaf, zero, torch.tensor(tiers), group, beta=1.0)
-        (gradient,) = torch.autograd.grad(output.numerator_G.sum(), leaf)
-        assert output.numerator_G.isfinite().all() and gradient.isfinite().all()
-        assert -(1e-3 if dtype == torch.float32 else 1e-12) <= output.numerator_G.item() <= 1.3e5
+        (gradient,) = torch.autograd.grad(output.numerator_R.sum(), leaf)
+        assert output.numerator_R.isfinite().all() and gradient.isfinite().all()
+        assert -(1e-3 if dtype == torch.float32 else 1e-12) <= output.numerator_R.item() <= 1.3e5
 
 
 @pytest.mark.parametrize("tiers", [[0, 1, 2, 3], [0, 0, 1, 2], [1, 0, 0, 0]])
@@ -148,7 +148,7 @@ def test_fitting_rankings_recovers_the_rewards_that_made_them(tiers: list[int]) 
     def closure() -> torch.Tensor:
         optimiser.zero_grad()
         every = flat.repeat(len(shapes))
-        loss = (chance * plackett_luce(every, torch.zeros_like(every), tier, group, beta=1.0).numerator_G).sum()
+        loss = (chance * plackett_luce(every, torch.zeros_like(every), tier, group, beta=1.0).numerator_R).sum()
         loss.backward()
         return loss
 

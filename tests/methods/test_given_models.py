@@ -48,7 +48,7 @@ def test_a_reference_named_is_the_folder_and_not_the_object_of_that_name(folder:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"adapter": "somewhere"}, "put the adapter on it with PEFT"),
+        ({"adapter": "somewhere"}, "adapter is for a model named"),
         ({"reference_adapter": "somewhere", "lora": True}, "give reference"),
         ({"device": "mps"}, "move it with model.to"),
     ],

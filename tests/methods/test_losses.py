@@ -176,10 +176,10 @@ def test_ld_dpo_takes_token_values_from_the_cache(model: str, tmp_path: Path, re
         head = min(map(len, own))
         for k, side in enumerate(("chosen", "rejected")):
             for word, values in (("logp", own[k]), ("ref_logp", ref[k])):
-                sums.setdefault(f"{side}_{word}_G", []).append(values.sum())
-                sums.setdefault(f"{side}_head_{word}_G", []).append(values[:head].sum())
+                sums.setdefault(f"{side}_{word}_P", []).append(values.sum())
+                sums.setdefault(f"{side}_head_{word}_P", []).append(values[:head].sum())
     expected = ld_dpo(**{name: torch.stack(values) for name, values in sums.items()})
-    assert steps(tmp_path / "out1")[0]["loss"] == pytest.approx(float(expected.numerator_G.mean()), rel=1e-4)
+    assert steps(tmp_path / "out1")[0]["loss"] == pytest.approx(float(expected.numerator_R.mean()), rel=1e-4)
 
 
 def test_mismatched_responses_are_cached(model: str, tmp_path: Path, reports: list[FillReport]) -> None:
@@ -212,7 +212,7 @@ def test_the_divergences_of_the_option_are_those_of_the_losses() -> None:
         ({"loss": "kto"}, ["compares with 20 responses to other prompts", "40 responses are still to be scored"]),
         ({"loss": "tdpo"}, ["scored with every batch and not cached, since tdpo compares whole distributions"]),
         ({"loss": "simpo"}, ["reference: none is loaded, simpo compares with none"]),
-        ({"loss": "aot", "reference_every": 5}, ["not cached, since it moves by 0.6 to the policy every 5 steps"]),
+        ({"loss": "aot", "ref_model_sync_steps": 5}, ["not cached, since it moves by 0.6 to the policy every 5 steps"]),
     ],
 )
 def test_a_dry_run_says_what_a_loss_takes(
@@ -229,8 +229,8 @@ def test_a_loss_of_ones_own(model: str, tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "mine.py").write_text(
         "import torch\n"
         "from prefopt.losses.declare import LossOutput\n\n"
-        "def squared(chosen_logp_G, rejected_logp_G, chosen_length_G, rejected_length_G, *, aim=1.0):\n"
-        "    gap = chosen_logp_G / chosen_length_G - rejected_logp_G / rejected_length_G - aim\n"
+        "def squared(chosen_logp_P, rejected_logp_P, chosen_length_P, rejected_length_P, *, aim=1.0):\n"
+        "    gap = chosen_logp_P / chosen_length_P - rejected_logp_P / rejected_length_P - aim\n"
         "    return LossOutput(gap**2, torch.ones_like(gap), {'gap': gap.detach()})\n"
     )
     monkeypatch.chdir(tmp_path)

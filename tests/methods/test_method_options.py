@@ -10,10 +10,9 @@ import torch
 from transformers import AutoConfig
 
 import prefopt
-from prefopt.config.model import ModelOptions
 from prefopt.config.reward import RewardConfig
 from prefopt.config.sft import SftConfig
-from prefopt.config.training import MethodOptions
+from prefopt.config.training import MethodOptions, ModelOptions
 from prefopt.core.options import options
 from train.small import QUICK, weights, write_model
 

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.architectures import build
 from prefopt.core import hashes
-from prefopt.core.hashes import file_hashes
+from prefopt.core.cache_folder import file_hashes
 from prefopt.errors import ModelError
 from prefopt.model.scorer import Scorer
 from prefopt.reference.cache import Identity

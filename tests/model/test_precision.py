@@ -61,7 +61,7 @@ def train(scorer: Scorer, step: Callable[[], None], micro_batches: int = 1) -> N
         for batch, reference in zip(batches, references, strict=True):
             sums = response_sums(scorer(batch), batch)
             out = dpo(sums[::2], sums[1::2], reference[::2], reference[1::2], beta=0.1)
-            (out.numerator_G.sum() / len(pairs)).backward()
+            (out.numerator_R.sum() / len(pairs)).backward()
         step()
 
 

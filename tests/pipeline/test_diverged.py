@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.sweeping import values
-from prefopt.config.frontier import FrontierConfig
 from prefopt.config.sft import SftConfig
+from prefopt.config.sweeps import FrontierConfig
 from prefopt.errors import Diverged
 from prefopt.methods import sft
 from prefopt.sweeps import frontier, train
@@ -23,7 +23,7 @@ NO_NUMBER = r"step \d: (loss|grad_norm) is (nan|inf)"
 def test_the_reason_is_told_and_no_remedy(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = values(place, tmp_path / "out") | {
         "progress": "plain",
-        "roads": ["ppo-true:beta=0", "sft:learning_rate=1e38"],
+        "methods": ["ppo-true:beta=0", "sft:learning_rate=1e38"],
     }
     given["ppo"] = ["batch_size=4", "num=2", "learning_rate=1e-2", "max_kl=1e-3"]
     found = frontier.run(FrontierConfig(**given))

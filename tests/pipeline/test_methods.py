@@ -15,11 +15,9 @@ import pytest
 
 from pipeline.sweeping import values
 from prefopt.config.sweeps import MethodsConfig
-from prefopt.core.files import write_json
 from prefopt.errors import ConfigError, Interrupted, RunError
 from prefopt.sweeps import methods
-from prefopt.sweeps.methods_table import MethodsTable, Outcome, Start, markdown, read_table
-from prefopt.sweeps.train import train_once
+from prefopt.sweeps.methods import MethodsTable, Outcome, Start, markdown, read_table
 from train.small import write_rows
 from train.test_resume import stop_after
 
@@ -51,7 +49,7 @@ def table(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Method
 def test_every_policy_is_measured_and_its_costs_are_those_of_all_its_stages(table: tuple[MethodsTable, Path]) -> None:
     found, output = table
     assert found.finished and read_table(output) == found
-    assert [(o.road, o.seed, o.factor) for o in found.outcomes] == [
+    assert [(o.method, o.seed, o.factor) for o in found.outcomes] == [
         (r, 0, f) for r in ("dpo", "ppo") for f in (1.0, 2.0)
     ]
     runs = {
@@ -110,9 +108,9 @@ def test_what_is_done_is_not_done_again_and_a_stop_changes_nothing(
 
 def test_a_road_that_diverges_is_counted_as_such(place: Path, tmp_path: Path) -> None:
     found = methods.run(config(place, tmp_path / "out", ppo=[*PPO, "max_kl=1e-6"]))
-    assert [(o.road, o.diverged is None) for o in found.outcomes] == [("dpo", True), ("ppo", False)]
+    assert [(o.method, o.diverged is None) for o in found.outcomes] == [("dpo", True), ("ppo", False)]
     page = (tmp_path / "out/methods.md").read_text()
-    assert "| policies, and how many diverged | 1, 0 | 1, 1 |" in page and "run away from its reference\n" in page
+    assert "| policies | 1, 0 diverged | 1, 1 diverged |" in page and "run away from its reference\n" in page
 
 
 def test_the_table_says_the_numbers_of_its_outcomes() -> None:
@@ -125,55 +123,30 @@ def test_the_table_says_the_numbers_of_its_outcomes() -> None:
         "peak_memory_bytes": 3e9,
     }
     dpo = [Outcome("dpo", s, 1.0, costs, r, (r, r), 2.0, 0.1, 9.0, 12.0) for s, r in ((0, 0.5), (1, 0.7))]
-    ppo = [replace(dpo[0], road="ppo", costs={**costs, "models": 4, "seconds": 180, "generated_tokens": 7777})]
+    ppo = [replace(dpo[0], method="ppo", costs={**costs, "models": 4, "seconds": 180, "generated_tokens": 7777})]
     starts = (Start("as given", 0.1, 10.0), Start("fine-tuned, seed 0", 0.2, 11.0))
     table = MethodsTable("m", "vader", 32, 4, 512, "order", True, starts, (*dpo, *ppo))
     page = list(markdown(table))
     assert page[0] == "| | SFT, DPO | SFT, reward model, PPO |"
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in page if line.startswith("| ")}
-    assert rows["models in memory together"].endswith("| 1, 2.0 MB of weights | 4, 2.0 MB of weights |")
+    assert rows["models in memory at once"].endswith("| 1, 2.0 MB of weights | 4, 2.0 MB of weights |")
     assert rows["tokens generated"].endswith("| 0 | 7,777 |")
     assert rows["wall time"].endswith("| 1 min 00 s | 3 min 00 s |")
     assert rows["reward"].startswith("| reward | +0.600, best +0.700 |")
-    assert "deviation 0.141" in rows["its spread"] and "one training shows none" in rows["its spread"]
+    assert "deviation 0.141" in rows["spread of rewards"] and "one training shows none" in rows["spread of rewards"]
     assert "10.00 before, 11.00 fine-tuned, 12.00 after" in rows["perplexity"]
-    assert "| peak memory | not told: one process for all | not told: one process for all |" in page
-    apart = [replace(dpo[0], isolated=True), replace(dpo[1], costs=costs | {"peak_memory_bytes": 9e9})]
-    page = list(markdown(replace(table, outcomes=(*apart, replace(ppo[0], isolated=True)))))
-    assert "| peak memory | 3.0 GB, of the 1 with a process of their own | 3.0 GB |" in page
+    assert "not measured" in rows["peak memory"]
+    apart = [replace(o, isolated=True) for o in (*dpo, *ppo)]
+    assert "| peak memory | 3.0 GB | 3.0 GB |" in list(markdown(replace(table, outcomes=tuple(apart))))
 
 
-@pytest.mark.slow
-def test_each_outcome_says_whether_its_processes_were_its_own(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second start has other processes than the first: what the first made keeps its own label."""
-
-    def alone(config: Any, file: Path) -> None:
-        write_json(file, {})  # as train_alone does, without the seconds that a process takes
-        train_once(config)
-
-    monkeypatch.setattr(methods, "train_alone", alone)
-    output, rates = tmp_path / "out", ["1", "2"]
-    methods.run(config(place, output))
-    found = methods.run(config(place, output, rate_factors=rates, isolate=True))
-    assert [(o.road, o.factor, o.isolated) for o in found.outcomes] == [
-        (road, rate, False) for road in ("dpo", "ppo") for rate in (1.0, 2.0)
-    ], "the fine-tuning that all share was in the process of the sweep"
-    apart = methods.run(config(place, tmp_path / "apart", isolate=True))
-    again = methods.run(config(place, tmp_path / "apart", rate_factors=rates))
-    assert [o.isolated for o in apart.outcomes] == [True, True]
-    assert [(o.factor, o.isolated) for o in again.outcomes] == [(1.0, True), (2.0, False)] * 2
-    # Files of earlier versions: an outcome without the field, a table with one for all.
-    file = tmp_path / "apart/dpo/seed0-rate1/outcome.json"
-    kept = json.loads(file.read_text())
-    file.write_text(json.dumps({name: value for name, value in kept.items() if name != "isolated"}))
-    assert methods.run(config(place, tmp_path / "apart", rate_factors=rates)) == again
-    table = json.loads((tmp_path / "apart/methods.json").read_text())
-    for outcome in table["outcomes"]:
-        del outcome["isolated"]
+def test_tables_of_first_versions_are_read(tmp_path: Path) -> None:
+    """They say ``road``, and some ``isolated`` once for all policies."""
+    outcome = {"road": "dpo", "seed": 0, "factor": 1.0, "interval": [0.1, 0.2], "reward": 0.15}
+    table = {"version": 1, **asdict(MethodsTable("m", "vader", 32, 4, 512, "order", True)), "outcomes": [outcome]}
     (tmp_path / "methods.json").write_text(json.dumps({**table, "isolated": True}))
-    assert all(o.isolated for o in read_table(tmp_path).outcomes)
+    (read,) = read_table(tmp_path).outcomes
+    assert (read.method, read.interval, read.isolated) == ("dpo", (0.1, 0.2), True)
 
 
 def test_what_is_no_table_is_said(tmp_path: Path) -> None:
@@ -228,7 +201,7 @@ def test_trainings_of_their_own_processes_give_the_same_and_can_be_stopped(
     apart = methods.run(given)
     assert [o.reward for o in apart.outcomes] == [o.reward for o in found.outcomes if o.factor == 1]
     assert all(o.costs["peak_memory_bytes"] > 1e8 for o in apart.outcomes)
-    assert "one process for all" not in (tmp_path / "out/methods.md").read_text()
+    assert "not measured: all trainings" not in (tmp_path / "out/methods.md").read_text()
 
 
 def _signal_once_written(file: Path) -> None:

@@ -166,7 +166,7 @@ def test_prompts_that_ppo_cannot_answer_are_told_before_anything_is_trained(tmp_
 def test_too_few_steps_of_ppo_are_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(rlhf.Reporter, "say", lambda self, line: said.append(line) if self.mode == "plain" else None)
-    monkeypatch.setattr(rlhf._Chain, "_stage", lambda self, name, method: said.append(name))
+    monkeypatch.setattr(rlhf._Chain, "_stage", lambda self, name: said.append(name))
     rlhf.run(config(tmp_path, progress="plain"))
     assert said[0].startswith("ppo: 2 steps of PPO, from 8 prompts, will change little") and said[1:4] == list(STAGES)
     rlhf.run(config(tmp_path, progress="plain", ppo=["batch_size=4", "epochs=8"]))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prefopt.cli import main
-from prefopt.config.frontier import FrontierConfig
+from prefopt.config.sweeps import FrontierConfig
 from prefopt.core.yaml_file import read_document
 from prefopt.sweeps.points import read_frontier
 
@@ -17,8 +17,8 @@ RECIPE = ROOT / "recipes/sentiment.yaml"
 
 def test_the_recipe_is_whole() -> None:
     config = FrontierConfig.from_dict(read_document(str(RECIPE)))
-    roads = [t.road for t in config.trainings()]
-    assert {r: roads.count(r) for r in roads} == dict.fromkeys(
+    methods = [t.method for t in config.trainings()]
+    assert {r: methods.count(r) for r in methods} == dict.fromkeys(
         ("dpo", "ppo-true", "ppo-learned", "sft", "unlikelihood", "best-of"), 3
     )
     assert (ROOT / config.model / "model.safetensors").exists() and (ROOT / config.prompts[0]).exists()
@@ -30,16 +30,16 @@ def test_two_points_of_every_road(
 ) -> None:
     pytest.importorskip("vaderSentiment")
     monkeypatch.chdir(ROOT)
-    roads = ["dpo:beta=0.1,1", "ppo-true:beta=0.01,0.1", "ppo-learned:beta=0.01,0.1", "sft:learning_rate=1e-4,4e-4"]
-    roads += ["unlikelihood:alpha=0.1,0.5", "best-of:n=2,8"]
+    methods = ["dpo:beta=0.1,1", "ppo-true:beta=0.01,0.1", "ppo-learned:beta=0.01,0.1", "sft:learning_rate=1e-4,4e-4"]
+    methods += ["unlikelihood:alpha=0.1,0.5", "best-of:n=2,8"]
     little = ["--responses", "64", "--rounds", "1", "--num", "2", "--checkpoints", "1", "--held-out", "24"]
-    little += ["--max-new-tokens", "12", "--roads", *roads, "--progress", "none"]
+    little += ["--max-new-tokens", "12", "--methods", *methods, "--progress", "none"]
     ppo = ["--ppo", "batch_size=16", "learning_rate=1e-4", "critic=head", "ppo_epochs=2"]
     words = ["frontier", "--config", str(RECIPE), "--output", str(tmp_path / "out"), *little, *ppo]
     assert main(words) == 0
     found = read_frontier(tmp_path / "out")
     assert found.finished and len(found.points) == 13
-    points = {(p.road, p.setting): p for p in found.points}
+    points = {(p.method, p.setting): p for p in found.points}
     start, best = points["reference", ""], points["best-of", "n=8"]
     assert best.interval is not None and start.reward is not None and best.interval[0] > start.reward
     assert all(p.kl is not None and p.kl > 0 for p in found.points[1:])

@@ -82,11 +82,11 @@ def inputs_by_hand(kind: str, groups: Sequence[Group], own: Any, ref: Any, misma
                 head = min(len(own[g][i]) for i in pair)
                 row = {}
                 for side, i in zip(("chosen", "rejected"), pair, strict=True):
-                    row[f"{side}_logp_G"], row[f"{side}_ref_logp_G"] = own[g][i].sum(), ref[g][i].sum()
-                    row[f"{side}_length_G"] = torch.tensor(float(len(own[g][i])))
-                    row[f"{side}_score_G"] = torch.tensor(one.scores[i])
-                    row[f"{side}_head_logp_G"] = own[g][i][:head].sum()
-                    row[f"{side}_head_ref_logp_G"] = ref[g][i][:head].sum()
+                    row[f"{side}_logp_P"], row[f"{side}_ref_logp_P"] = own[g][i].sum(), ref[g][i].sum()
+                    row[f"{side}_length_P"] = torch.tensor(float(len(own[g][i])))
+                    row[f"{side}_score_P"] = torch.tensor(one.scores[i])
+                    row[f"{side}_head_logp_P"] = own[g][i][:head].sum()
+                    row[f"{side}_head_ref_logp_P"] = ref[g][i][:head].sum()
                 rows.append(row)
                 weights.append(1 / len(pairs))
             continue

@@ -10,8 +10,7 @@ import pytest
 
 from data.small import small_tokenizer
 from prefopt.config.dpo import DpoConfig
-from prefopt.core.stop import StopRequest
-from prefopt.core.terminal import Reporter
+from prefopt.core.terminal import Reporter, StopRequest
 from prefopt.errors import ConfigError, Interrupted
 from prefopt.train.data import TrainingData, load_data
 from train.small import dpo, metrics, pairs, same_bits, steps, write_rows

@@ -9,6 +9,7 @@ import math
 import random
 import re
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,9 @@ import pytest
 
 from prefopt.core.statistics import wilson
 from prefopt.errors import RunError
-from prefopt.runs.diagnose import CHECKS, diagnose, in_words
+from prefopt.runs.diagnose import CHECKS, change, diagnose, in_words
 from prefopt.runs.history import Curve, read_history
-from prefopt.runs.trends import change, mean_with_noise
-from train.small import doubtful_pairs, dpo, pairs, write_model, write_rows
+from train.small import dpo, pairs, write_model, write_rows
 
 N = 60
 LN2 = math.log(2)
@@ -83,25 +83,20 @@ def names(folder: Path) -> set[str]:
 
 def test_a_good_run_has_nothing_to_look_at(tmp_path: Path) -> None:
     findings = diagnose(read_history(write(tmp_path)))
-    assert {f.name for f in findings} == {"loss fell", "held out", "accuracy", "chosen rose"}
+    assert {f.name for f in findings} == {"loss fell", "held out", "accuracy"}
     assert not any(f.look for f in findings)
     text = "\n".join(in_words(findings))
     assert "what happened:\n" in text and "what to look at" not in text
-    assert "fell from 0.6931 to 0.49" in text and "the mean of the last 6 of 60 steps" in text
-    assert "on 100 held-out rows the chosen answer has the higher reward in 70% (95% interval 60% to 78%)" in text
-    assert "lowest at step 60: 0.5800, and was still falling there" in text
-    assert text.endswith("only seen on samples of it")
+    assert "fell from 0.6931 to 0.49" in text and "average of the last 6 of 60 steps" in text
+    assert "held-out accuracy 70% (95% interval 60% to 78%, 100 rows" in text
+    assert "lowest at step 60: 0.5800, still falling" in text
 
 
 NONE_HELD_OUT: dict[str, Any] = dict.fromkeys(GOOD["held_out"])
 
 CASES: dict[str, tuple[dict[str, Any], str]] = {
-    "loss rose": ({"training": {"loss": noisy(lambda t: LN2 + 0.5 * t)}}, r"rose from 0.6931 to 1.1.* \(it is 1e-06\)"),
+    "loss rose": ({"training": {"loss": noisy(lambda t: LN2 + 0.5 * t)}}, r"rose from 0.6931 to 1.1.* \(1e-06\)"),
     "loss flat": ({"training": {"loss": noisy(lambda t: LN2, 0.1)}}, "did not change beyond noise"),
-    "overshot": (
-        {"training": {"loss": noisy(lambda t: LN2 + 3 * math.exp(-((t - 0.2) ** 2) * 300) - 0.3 * t)}},
-        r"rose to 3.* on the way \(mean of steps 1\d to 1\d\)",
-    ),
     "hardly moved": (
         {
             "training": {
@@ -109,85 +104,54 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
                 "log_ratios_per_token/rejected": noisy(lambda t: -2e-4 * t, 2e-5),
             }
         },
-        r"changed by \+0.0002 \(chosen\) and -0.0002 \(rejected\) nats; the learning rate \(it is 1e-06\) is too small",
+        r"\+0.0002 \(chosen\) and -0.0002 \(rejected\) nats; raise the learning rate \(1e-06\)",
     ),
     "nothing held out": ({"held_out": NONE_HELD_OUT}, "give --eval-fraction or --eval-data"),
-    "training accuracy": ({"held_out": NONE_HELD_OUT}, "accuracy on training batches went from 0.5. to 0.7."),
-    "never better": ({"held_out": {"loss": [0.8, 0.75, 0.9]}}, "never came below the 0.6931 .* 0.7500, at step 40"),
+    "never better": ({"held_out": {"loss": [0.8, 0.75, 0.9]}}, "never fell below the 0.6931 .* 0.7500, at step 40"),
     "over-trained": (
         {"held_out": {"loss": [0.60, 0.55, 0.65]}, "record": {"results": {"best step": 40}}},
-        r"lowest at step 40 \(0.5500\) and 0.6500 at the end.*The weights of step 40 are the ones that were saved",
-    ),
-    "gap": (
-        {"training": {"epoch": [3 * (i + 1) / N for i in range(N)], "loss": noisy(lambda t: LN2 - 0.5 * t)}},
-        "after 3 passes over the data the loss is 0.2.* on training rows and 0.5800 on held-out ones",
+        r"lowest at step 40 \(0.5500\) and 0.6500 at the end.*step 40 were saved",
     ),
     "no better than chance": (
         {"held_out": {"rewards/accuracies": [0.5, 0.5, 0.55]}},
-        r"55% \(95% interval 45% to 64%\).*cannot be told from chance",
+        r"55% \(95% interval 45% to 64%",
     ),
     "worse than chance": (
         {"held_out": {"rewards/accuracies": [0.5, 0.4, 0.3]}},
-        r"30% \(95% interval 22% to 40%\).*are chosen and rejected exchanged",
-    ),
-    "fitted": (
-        {
-            "training": {
-                "rewards/accuracies": noisy(lambda t: min(1.0, 0.5 + t), 0),
-                "rewards/margins": noisy(lambda t: 8 * t),
-            }
-        },
-        "fitted almost wholly .accuracy 1.00, margin 7.",
-    ),
-    "chosen fell": (
-        {"training": {"log_ratios_per_token/chosen": noisy(lambda t: -0.1 * t, 0.002)}},
-        r"became less likely \(by 0.09\d* nats per token, so that each token is 9..% less likely\); rejected ones"
-        r" changed by -0.09\d*: in part this is expected",
+        r"30% \(95% interval 22% to 40%",
     ),
     "chosen fell far": (
         {"training": {"log_ratios_per_token/chosen": noisy(lambda t: -0.7 * t, 0.002)}},
-        "became much less likely .*look at samples",
-    ),
-    "chosen rose": (
-        {"training": {"log_ratios_per_token/chosen": noisy(lambda t: 1.2 * t, 0.002)}},
-        r"each token is 2[0-9]{2}% more likely\)",
-    ),
-    "lengths differ": (
-        {"training": {"lengths/chosen": noisy(lambda t: 200, 5, seed=1)}},
-        r"longer than rejected ones: 201 and 98 tokens in the mean \(difference \+10[123] ± [12]\)",
+        "by 0.6.* nats per token",
     ),
     "spike": (
         {"training": {"grad_norm": [30.0 if i == 40 else 0.8 for i in range(N)]}},
-        r"was 30 at step 41, 38 times its median 0.8",
-    ),
-    "clipped": (
-        {"training": {"grad_norm": [0.5] * 20 + [5.0] * 40}},
-        r"--max-grad-norm 1 in 40 of 60 steps \(median norm 5\)",
+        r"was 30 at step 41 \(median 0.8\)",
     ),
     "truncated": (
         {"record": {"rows": {"read": 1000, "kept": 1000, "truncated": 120}}},
-        r"120 of 1000 rows \(12%\) were truncated to 512 tokens",
+        r"120 of 1000 rows \(12%\) .* 512 tokens",
     ),
     "left out": (
         {"record": {"rows": {"read": 1000, "kept": 900, "truncated": 10}}},
-        r"100 of 1000 rows \(10%\) were left out",
+        r"100 of 1000 rows \(10%\)",
     ),
     "another reference": (
         {
             "training": {"log_ratios_per_token/chosen": noisy(lambda t: 0.3 + 0.05 * t, 0.002)},
             "record": {"options": {"reference": "older"}},
         },
-        r"did not start at its reference, older: .* \+0.3 nats and one of rejected answers -?\+?0: |\+0.3 nats",
+        r"reference, older: .* \+0.3 \(chosen\)",
     ),
     "reward rose": (
         {"training": {"objective/scores": noisy(lambda t: t), "objective/kl": noisy(lambda t: 6 * t)}},
-        r"rose from 0.0\d+ to 0.9\d+ .*, at 5.\d+ nats from its reference",
+        r"rose from 0.0\d+ to 0.9\d+ .*, at 5.\d+ nats from the reference",
     ),
-    "reward fell": ({"training": {"objective/scores": noisy(lambda t: -t)}}, "fell from .* try a third of it"),
+    "reward fell": ({"training": {"objective/scores": noisy(lambda t: -t)}}, "fell from .* try a third"),
     "reward flat": ({"training": {"objective/scores": noisy(lambda t: 0, 0.1)}}, "did not change beyond noise"),
     "samples grew": (
         {"training": {"objective/scores": noisy(lambda t: t), "val/length": noisy(lambda t: 20 + 20 * t, 1)}},
-        r"grew from 2\d.* to 39.* tokens while the reward rose from",
+        r"grew from 2\d.* to 39.* tokens while the reward rose",
     ),
     "ended early": ({"record": {"steps": 90}}, "ended at step 60 of 90"),
     "few steps": ({"training": {"loss": [0.69, 0.6, 0.5]}}, "3 steps: too few"),
@@ -204,20 +168,13 @@ def test_it_is_said_where_its_numbers_carry_it(name: str, tmp_path: Path) -> Non
 NEARLY: dict[str, dict[str, Any]] = {
     "loss rose": {"training": {"loss": noisy(lambda t: LN2 + 0.02 * t, 0.1)}},
     "loss fell": {"training": {"loss": noisy(lambda t: LN2 - 0.02 * t, 0.1)}},
-    "overshot": {"training": {"loss": noisy(lambda t: LN2 + (0.6 if abs(t - 0.5) < 0.01 else 0) - 0.2 * t)}},
     "hardly moved": {"training": {"log_ratios_per_token/rejected": noisy(lambda t: -0.01 * t, 1e-3)}},
     "never better": {"held_out": {"loss": [0.8, 0.69, 0.9]}},
     "over-trained": {"held_out": {"loss": [0.60, 0.55, 0.56]}},
-    "gap": {"training": {"epoch": [(i + 1) / N for i in range(N)], "loss": noisy(lambda t: LN2 - 0.5 * t)}},
     "accuracy": {"record": {"data": "0123abcd 900+10"}},
     "no better than chance": {"record": {"data": "0123abcd 900+1000"}, "held_out": {"rewards/accuracies": [0.55] * 3}},
-    "fitted": {"training": {"rewards/accuracies": noisy(lambda t: 1.0, 0), "rewards/margins": noisy(lambda t: 2 * t)}},
-    "chosen fell": {"training": {"log_ratios_per_token/chosen": noisy(lambda t: -0.01 * t, 0.1)}},
-    "chosen rose": {"training": {"log_ratios_per_token/chosen": noisy(lambda t: 0.01 * t, 0.1)}},
     "chosen fell far": {"training": {"log_ratios_per_token/chosen": noisy(lambda t: -0.2 * t, 0.002)}},
-    "lengths differ": {"training": {"lengths/chosen": noisy(lambda t: 130, 400, seed=1)}},
     "spike": {"training": {"grad_norm": [5.0 if i == 40 else 0.8 for i in range(N)]}},
-    "clipped": {"record": {"options": {"max_grad_norm": 1e9}}, "training": {"grad_norm": [5.0] * N}},
     "truncated": {"record": {"rows": {"kept": 1000, "truncated": 40}}},
     "left out": {"record": {"rows": {"read": 1000, "kept": 960}}},
     "another reference": {"training": {"log_ratios_per_token/chosen": noisy(lambda t: 0.01 + 0.05 * t, 0.002)}},
@@ -239,22 +196,16 @@ def test_it_is_not_said_where_they_do_not(name: str, tmp_path: Path) -> None:
 
 
 def test_every_sentence_is_tested_both_ways() -> None:
-
-    from prefopt.runs import diagnose as module
-    from prefopt.runs import trends
-
-    trees = [ast.parse(inspect.getsource(source)) for source in (module, trends)]
     said = {
         node.args[0].value
-        for tree in trees
-        for node in ast.walk(tree)
+        for node in ast.walk(ast.parse(inspect.getsource(sys.modules[diagnose.__module__])))
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding" and node.args
         if isinstance(node.args[0], ast.Constant)
     }
-    good = {"loss fell", "held out", "accuracy", "chosen rose"}
+    good = {"loss fell", "held out", "accuracy"}
     assert said == set(CASES) | good
-    assert said - set(NEARLY) == {"loss flat", "held out", "worse than chance", "training accuracy"}  # said above
-    assert len(CHECKS) == 14
+    assert said - set(NEARLY) == {"loss flat", "held out", "worse than chance"}  # said above
+    assert len(CHECKS) == 10
 
 
 def test_losses_of_other_kinds_are_told_too(tmp_path: Path) -> None:
@@ -264,7 +215,7 @@ def test_losses_of_other_kinds_are_told_too(tmp_path: Path) -> None:
     changes = {"training": {**only, "loss": loss}, "held_out": {**NONE_HELD_OUT, "loss": [3.5, 3.2]}}
     assert names(write(tmp_path, **changes)) == {"loss fell", "held out"}
     text = "\n".join(in_words(diagnose(read_history(tmp_path))))
-    assert "the mean of the first 6, and the mean of the last 6" in text
+    assert "average of the first 6, and average of the last 6" in text
 
 
 def test_a_run_of_ppo_is_told_of_its_samples_and_not_of_rows(tmp_path: Path) -> None:
@@ -276,19 +227,15 @@ def test_a_run_of_ppo_is_told_of_its_samples_and_not_of_rows(tmp_path: Path) -> 
 def test_gradients_of_nothing_are_told_too(tmp_path: Path) -> None:
     """A run at an absurd learning rate: after a few steps every sigmoid is flat."""
     write(tmp_path, training={"grad_norm": [5.0, 5.0] + [0.0] * (N - 2)})
-    assert "was 5 at step 1, and its median 0: look" in "\n".join(in_words(diagnose(read_history(tmp_path))))
+    assert "was 5 at step 1 (median 0)" in "\n".join(in_words(diagnose(read_history(tmp_path))))
 
 
 PLANTED: dict[str, dict[str, Any]] = {
-    "overshot": {"data": "doubtful", "learning_rate": 0.1, "epochs": 3},
     "hardly moved": {"learning_rate": 1e-8},
     "worse than chance": {"eval": "exchanged"},
-    "gap": {"data": "doubtful", "epochs": 8},
-    "fitted": {"epochs": 6, "learning_rate": 1e-2},
     "another reference": {"reference": "other"},
     "truncated": {"max_length": 24},
     "chosen fell far": {"data": "alike", "epochs": 8, "learning_rate": 1e-2},
-    "lengths differ": {"data": "long"},
     "healthy": {"learning_rate": 1e-4},
 }
 
@@ -300,12 +247,8 @@ def test_a_planted_fault_is_found_in_a_real_run(name: str, model: str, tmp_path:
     options: dict[str, Any] = {"learning_rate": 1e-3, "epochs": 2, **PLANTED[name]}
     rows, held = pairs(96), pairs(60, seed=1)
     kind = options.pop("data", "")
-    if kind == "doubtful":
-        rows, held = doubtful_pairs(40, 0), doubtful_pairs(60, 1)
     if kind == "alike":
         rows = [{**row, "chosen": row["rejected"] + "z", "rejected": row["rejected"]} for row in rows]
-    if kind == "long":
-        rows = [{**row, "chosen": row["chosen"] * 2} for row in rows]
     if options.pop("eval", "") == "exchanged":
         held = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in held]
     if "reference" in options:
@@ -355,8 +298,6 @@ def test_noise_is_told_from_change_at_the_level_it_says() -> None:
         found = [change(Curve(list(range(50)), values), since=since) for values in curves]
         share = sum(c is not None and c.direction != 0 for c in found) / len(curves)
         assert 0.03 < share < 0.07
-    covered = sum(abs(m) <= noise for m, noise in (mean_with_noise(v[:6]) for v in curves)) / len(curves)
-    assert 0.93 < covered < 0.97
     assert change(Curve([1, 2, 3, 4, 5, 6, 7], [0.0] * 7)) is None
 
 

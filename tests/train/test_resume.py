@@ -57,8 +57,11 @@ def stopped_at(step: int, *arguments: Any, **options: Any) -> None:
         (FULL | {"loss": "bco:1,nll:0.1", "token_budget": 60}, 3),  # running states, two passes
         (LORA | {"loss": "beta_dpo", "token_budget": 60}, 3),
         (FULL | {"loss": "kto", "token_budget": 60}, 2),
-        (FULL | {"reference_every": 2, "reference_mix": 0.4, "dtype": "bfloat16"}, 3),  # a reference that moves
-        (LORA | {"reference_every": 2, "loss": "tdpo"}, 2),
+        (
+            FULL | {"ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.4, "dtype": "bfloat16"},
+            3,
+        ),  # a reference that moves
+        (LORA | {"ref_model_sync_steps": 2, "loss": "tdpo"}, 2),
     ],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(options: dict[str, Any], step: int, model: str, tmp_path: Path) -> None:
@@ -246,7 +249,7 @@ def begun(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("options", "said"), CHANGED.values(), ids=CHANGED.keys())
 def test_changed_options_are_refused_by_name(options: dict[str, Any], said: str, model: str, begun: Path) -> None:
     before = sorted((p, p.stat().st_mtime_ns) for p in begun.rglob("out/**/*"))
-    with pytest.raises(RunError, match=f"same run, but {said}; put it back"):
+    with pytest.raises(RunError, match=f"same run, but {said}; "):
         dpo(model, begun / "data.jsonl", begun / "out", resume=True, **options)
     with pytest.raises(RunError, match="holds an unfinished run; go on with it by --resume"):
         dpo(model, begun / "data.jsonl", begun / "out", **options)

@@ -11,7 +11,7 @@ import torch
 
 from prefopt.chat.conversation import Chat, VoteFile
 from prefopt.chat.input import terminal_reader
-from prefopt.config.chat import ChatConfig
+from prefopt.config.sample import ChatConfig
 from prefopt.core.terminal import Reporter
 from prefopt.data.chat.render_options import parse_variables, read_template
 from prefopt.generate.chat_model import ChatModel, LocalChatModel, RemoteChatModel

@@ -1,33 +1,33 @@
-"""The command line: ``prefopt VERB [options]``. It fills a config, and imports a method only when its verb runs."""
+"""The command line: ``prefopt COMMAND [options]``. It fills a config, and imports what the command runs only then."""
 
 from __future__ import annotations
 
-import argparse
 import errno
 import logging
+import math
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
 
 from prefopt import __version__
 from prefopt.cli.verbs import VERBS
-from prefopt.core.options import Option, check_values, checked, from_dict, nearest, options
+from prefopt.core.options import Option, check_values, from_dict, nearest, option, options
 from prefopt.core.terminal import complain, guarded_streams, tell
 from prefopt.core.yaml_file import read_document, write_document
 from prefopt.errors import ConfigError, Interrupted, UserError
 
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
-
-# What stands in the way is the disk, not the program; any other OSError that gets here is a bug.
+# Errors of the disk; any other OSError that gets here is a bug.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. The exit status: 0; 1 for damage found; 2 for a user error; 128 + signal where interrupted."""
+    """Run a command. Exit status: 0; 1 if it found errors; 2 for a user error; 128 + signal if interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         with guarded_streams(), _warnings_on_stderr():
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in DISK:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        return _complain(f"error: {place}{error.strerror}; free some space there, or name another folder", 2)
+        return _complain(f"error: {place}{error.strerror}; free some space, or name another folder", 2)
 
 
 def _dispatch(words: list[str]) -> int:
@@ -73,91 +73,99 @@ def _dispatch(words: list[str]) -> int:
 
 def _run(name: str, words: list[str]) -> int:
     verb = VERBS[name]
-    try:
-        given = parse(name, words)
-    except SystemExit as stop:  # --help has printed
-        return int(stop.code or 0)
-    document, printing = given.pop("config", None), given.pop("print_config", False)
+    if {"-h", "--help"} & set(words):
+        tell(help_of(name))
+        return 0
+    given = parse(name, words)
+    file, printing = given.pop("config", None), given.pop("print_config", False)
     values: dict[str, Any] = {}
-    if document:
-        values = check_values(verb.config, read_document(document), place=document)
+    if file:
+        values = check_values(verb.config, read_document(file), place=file)
     values |= given
     if printing:
-        stand_ins = {o.name: "(to be given)" for o in options(verb.config) if o.required}
-        from_dict(verb.config, stand_ins | values)
+        placeholders = {o.name: "(to be given)" for o in options(verb.config) if o.required}
+        from_dict(verb.config, placeholders | values)
         tell(write_document(verb.config, values), end="")
         return 0
-    return verb.run(from_dict(verb.config, values))
+    config: Any = from_dict(verb.config, values)
+    from prefopt.methods.early_checks import check_before_torch
+
+    check_before_torch(config)
+    return verb.run(config)
 
 
-def parser_of(name: str) -> ArgumentParser:
-    """The parser of a verb. Options that are not given are absent from what it returns: the config knows defaults."""
-    from jsonargparse import ArgumentParser
+@dataclass(frozen=True, kw_only=True)
+class _YamlOptions:
+    """Options of commands whose config may come from a file."""
 
-    verb = VERBS[name]
-    metavar = "".join(f"{_shape(o)['metavar']} " for o in options(verb.config) if o.positional)
-    parser = ArgumentParser(
-        prog=f"prefopt {name}",
-        usage=f"prefopt {name} {metavar}[options]",
-        description=verb.help,
-        formatter_class=argparse.HelpFormatter,
-        exit_on_error=False,
-        default_env=False,
-        allow_abbrev=False,
-        print_config=None,
+    config: str | None = option(
+        None, "YAML file with options, names with dashes or underscores; the command line overrides it", group="config"
     )
-    groups: dict[str, Any] = {}
-    for o in options(verb.config):
-        group = groups.setdefault(o.group, None) or parser.add_argument_group(o.group)
-        groups[o.group] = group
-        remark = "required" if o.required else f"default: {o.default_text}"
-        group.add_argument(o.flag, help=f"{o.help} ({remark})".replace("%", "%%"), **_shape(o))
-    if verb.document:
-        parser.add_argument("--config", type=str, metavar="FILE", default=argparse.SUPPRESS, help=_CONFIG_HELP)
-        parser.add_argument("--print-config", action="store_true", default=argparse.SUPPRESS, help=_PRINT_HELP)
-    return parser
+    print_config: bool = option(False, "print all options as such a file, and stop", group="config")
+
+
+def options_of(name: str) -> dict[str, Option]:
+    """The options of a command by flag."""
+    verb = VERBS[name]
+    return {o.flag: o for kind in (verb.config, *[_YamlOptions] * verb.yaml) for o in options(kind)}
 
 
 def parse(name: str, words: list[str]) -> dict[str, Any]:
-    """The options given on the command line, typed. Raises ``ConfigError``, and ``SystemExit`` after ``--help``."""
-    from jsonargparse import ArgumentError
+    """The options given on the command line, numbers and booleans converted. Raises ``ConfigError``."""
+    known = options_of(name)
+    found: dict[str, list[str]] = {}
+    current = ""
+    for word in _with_flags(words, [o for o in known.values() if o.positional]):
+        if FLAG.match(word):
+            current, equals, value = word.partition("=")
+            if current not in known:
+                raise ConfigError(
+                    f"unknown option {current!r}{nearest(current, list(known)) or f'; see prefopt {name} --help'}"
+                )
+            if current in found and list[str] not in known[current].kinds:
+                raise ConfigError(f"{current} is given twice; leave one out")
+            found.setdefault(current, []).extend([value] if equals else [])
+        elif not current or (found[current] and list[str] not in known[current].kinds):
+            raise ConfigError(f"{word!r} belongs to no option: names and values follow an option, such as --model NAME")
+        else:
+            found[current].append(word)
+    return {known[flag].name: _converted(known[flag], values) for flag, values in found.items()}
 
-    known = {o.name: o for o in options(VERBS[name].config)}
-    lists = {o.flag for o in known.values() if list[str] in o.kinds}
-    words = _gathered(_flagged(words, [o for o in known.values() if o.positional]), lists)
-    try:
-        return dict(vars(parser_of(name).parse_args(words)))
-    except ArgumentError as error:
-        raise _plainly(name, str(error), known) from error
+
+FLAG = re.compile(r"-(?!\.?[0-9]|inf$|nan$|$)[^\s=]+(=|$)")
+"""Neither negative numbers nor text that begins with a dash are flags."""
 
 
-_CONFIG_HELP = "read options from a YAML file, names spelt with dashes or underscores; the command line overrides it"
-_PRINT_HELP = "print all options as such a file, and stop"
-
-
-def _shape(o: Option) -> dict[str, Any]:
-    """How a parser takes the option: its type, and how many words."""
-    shape: dict[str, Any] = {"type": o.type, "default": argparse.SUPPRESS}
+def _converted(o: Option, values: list[str]) -> Any:
+    """Words of the command line as the option's type; what cannot be converted stays text, which the config refuses."""
+    if not values and bool in o.kinds:
+        return True
+    if not values:
+        raise ConfigError(f"{o.flag} has no value; it must be {o.expects}")
     if list[str] in o.kinds:
-        return shape | {"type": str, "nargs": "+", "metavar": o.name.rsplit("_", 1)[-1].upper()}
+        return values
+    text = values[0]
+    if text == "null" and o.optional:
+        return None
     if bool in o.kinds:
-        return shape | {"nargs": "?", "const": True, "metavar": "true|false"}
-    if o.choices and len(o.kinds) == 1:
-        return shape | {"type": Literal[o.choices]}
-    number = "N" if int in o.kinds else "X" if float in o.kinds else o.name.rsplit("_", 1)[-1].upper()
-    return shape | {"metavar": number}
+        return {"true": True, "false": False}.get(text, text)
+    for kind in (k for k in (int, float) if k in o.kinds):
+        with suppress(ValueError, OverflowError):
+            if math.isfinite(number := kind(text)):
+                return number
+    return text
 
 
-def _flagged(words: list[str], places: Sequence[Option]) -> list[str]:
-    """The same words, those before the first option behind the flags of the positional options that they fill.
+def _with_flags(words: list[str], positional: Sequence[Option]) -> list[str]:
+    """The words, with flags before the values of positional options.
 
-    Where there are words for all of these that have no flag among the others, each but the first takes one, from the
-    end; the first, which may be a list, takes the rest.
+    If there are words for all positional options whose flags are not given, each but the first takes one, from the
+    end; the first, which may be a list, takes the others.
     """
-    count = next((at for at, word in enumerate(words) if word.startswith("-")), len(words))
+    count = next((at for at, word in enumerate(words) if FLAG.match(word)), len(words))
     plain, rest = words[:count], words[count:]
     given = {word.partition("=")[0] for word in rest}
-    open_ = [o for o in places if o.flag not in given] or list(places[:1])
+    open_ = [o for o in positional if o.flag not in given] or list(positional[:1])
     if not plain or not open_:
         return words
     first, *others = open_ if len(plain) >= len(open_) else open_[:1]
@@ -166,50 +174,32 @@ def _flagged(words: list[str], places: Sequence[Option]) -> list[str]:
     return [first.flag, *plain[:cut], *filled, *rest]
 
 
-def _gathered(words: list[str], lists: set[str]) -> list[str]:
-    """The same words, with all values of an option that takes several behind one mention of it.
-
-    A parser would keep the last of ``--data a --data b`` without a word; any other option that comes twice is refused.
-    """
-    kept: list[str] = []
-    values: dict[str, list[str]] = {}
-    seen: set[str] = set()
-    current: list[str] = kept
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if not flag.startswith("--"):
-            current.append(word)
-        elif flag in lists:
-            current = values.setdefault(flag, [])
-            current += [value] if equals else []
-        elif flag in seen:
-            raise ConfigError(f"{flag} is given twice; leave one out")
-        else:
-            seen.add(flag)
-            current = kept
-            kept.append(word)
-    return kept + [word for flag, many in values.items() for word in (flag, *many)]
+def help_of(name: str) -> str:
+    """The help of a command: its options by group."""
+    known = options_of(name).values()
+    width = max(60, min(shutil.get_terminal_size().columns, 120))
+    places = "".join(f"{_metavar(o)} " for o in known if o.positional)
+    lines = [f"usage: prefopt {name} {places}[options]", "", *textwrap.wrap(VERBS[name].help, width)]
+    for group in dict.fromkeys(o.group for o in known):
+        lines += ["", f"{group}:"]
+        for o in (o for o in known if o.group == group):
+            left = f"  {o.flag} {_metavar(o)}"
+            text = f"{o.help} ({'required' if o.required else f'default: {o.default_text}'})"
+            wrapped = textwrap.wrap(text, width, initial_indent=" " * 24, subsequent_indent=" " * 24)
+            lines += [left.ljust(24) + wrapped.pop(0)[24:]] if len(left) < 23 else [left]
+            lines += wrapped
+    return "\n".join(lines)
 
 
-def _plainly(name: str, message: str, known: dict[str, Option]) -> ConfigError:
-    """The parser's complaint in one line that says what to do."""
-    flags = [o.flag for o in known.values()] + (["--config", "--print-config"] if VERBS[name].document else [])
-    if found := re.match(r"unrecognized arguments: (\S+)", message, re.I):
-        word = found[1].partition("=")[0]
-        if word.startswith("-"):
-            return ConfigError(f"unknown option {word!r}{nearest(word, flags) or f'; see prefopt {name} --help'}")
-        return ConfigError(f"{word!r} belongs to no option: names and values follow an option, such as --model NAME")
-    if found := re.match(r"argument (--\S+): expected", message):
-        o = known.get(found[1][2:].replace("-", "_"))
-        return ConfigError(f"{found[1]} has no value; it must be {o.expects if o else 'the name of a file'}")
-    if found := re.match(r'Parser key "(\w+)":.*(?:Got|Given) value: (.*)', message, re.S):
-        o = known.get(found[1])
-        if o is not None:
-            try:
-                checked(o, found[2])
-            except ConfigError as error:
-                return error
-    return ConfigError(" ".join(message.split()))
+def _metavar(o: Option) -> str:
+    name = o.name.rsplit("_", 1)[-1].upper()
+    if list[str] in o.kinds:
+        return f"{name} [{name} ...]"
+    if bool in o.kinds:
+        return "[true|false]"
+    if o.choices and len(o.kinds) == 1:
+        return "{" + ",".join(o.choices) + "}"
+    return "N" if int in o.kinds else "X" if float in o.kinds else name
 
 
 def _overview(verbs: list[str]) -> str:
@@ -218,7 +208,7 @@ def _overview(verbs: list[str]) -> str:
         "usage: prefopt COMMAND [options]\n\n"
         "Align a language model with preferences on the hardware you have.\n\n"
         f"commands:\n{lines}\n\n"
-        "prefopt COMMAND --help lists its options; prefopt --version tells the version."
+        "prefopt COMMAND --help lists its options; prefopt --version prints the version."
     )
 
 
@@ -229,7 +219,7 @@ def _complain(message: str, status: int) -> int:
 
 @contextmanager
 def _warnings_on_stderr() -> Iterator[None]:
-    """What the package logs, as lines of the program."""
+    """Print what the package logs."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("prefopt: %(message)s"))
     logger = logging.getLogger("prefopt")

@@ -11,17 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.config.collect import (
-    CollectBackupConfig,
-    CollectCheckConfig,
-    CollectExportConfig,
-    CollectImportConfig,
-    CollectInviteConfig,
-    CollectNewConfig,
-    CollectServeConfig,
-    CollectStatsConfig,
-    ImportOptions,
-)
+from prefopt.config import collect
 from prefopt.core.terminal import size, tell, tell_json, tell_lines
 from prefopt.data.files.write import row_files
 from prefopt.data.sampler import split_by_prompt
@@ -37,7 +27,7 @@ from prefopt.studies.summary import StudySummary, summarise
 MISSING = "prefopt collect serve needs the extra: pip install 'prefopt[collect]'"
 
 
-def new_study(config: CollectNewConfig) -> int:
+def collect_new(config: collect.CollectNewConfig) -> int:
     from prefopt.collect.import_items import items_from_models
 
     path = Path(config.study)
@@ -72,13 +62,13 @@ def new_study(config: CollectNewConfig) -> int:
     return 0
 
 
-def import_items(config: CollectImportConfig) -> int:
+def collect_import(config: collect.CollectImportConfig) -> int:
     with Study(Path(config.study)) as study:
         _tell_added(*add_items(study, _gathered(config)))
     return 0
 
 
-def _gathered(config: ImportOptions) -> list[NewItem]:
+def _gathered(config: collect.ImportOptions) -> list[NewItem]:
     from prefopt.collect.import_items import gold_items, items_from_files
 
     items: list[NewItem] = []
@@ -104,7 +94,7 @@ def _read_text(name: str) -> str:
         raise ConfigError(f"--instructions {name}: is not UTF-8 (byte {error.start + 1}); save it as UTF-8") from None
 
 
-def serve_study(config: CollectServeConfig) -> int:
+def collect_serve(config: collect.CollectServeConfig) -> int:
     try:
         from prefopt.collect.serve import serve
     except ModuleNotFoundError as error:
@@ -115,7 +105,7 @@ def serve_study(config: CollectServeConfig) -> int:
     return 0
 
 
-def invite_person(config: CollectInviteConfig) -> int:
+def collect_invite(config: collect.CollectInviteConfig) -> int:
     with Study(Path(config.study)) as study:
         if config.revoke:
             annotator = revoke(study, config.name)
@@ -127,7 +117,7 @@ def invite_person(config: CollectInviteConfig) -> int:
     return 0
 
 
-def show_stats(config: CollectStatsConfig) -> int:
+def collect_stats(config: collect.CollectStatsConfig) -> int:
     with Study(Path(config.study)) as study:
         found = summarise(study)
     if config.json:
@@ -181,7 +171,7 @@ def _estimate(e: Estimate) -> str:
     return _number(e.value) + ("" if math.isnan(e.low) else f" [{e.low:.3f}, {e.high:.3f}]")
 
 
-def export_study(config: CollectExportConfig) -> int:
+def collect_export(config: collect.CollectExportConfig) -> int:
     outputs = {"--output": config.output}
     if config.eval_output is not None:
         outputs["--eval-output"] = config.eval_output
@@ -210,7 +200,7 @@ def export_study(config: CollectExportConfig) -> int:
     return 0
 
 
-def _sides(found: Exported, config: CollectExportConfig) -> Sequence[int]:
+def _sides(found: Exported, config: collect.CollectExportConfig) -> Sequence[int]:
     """For each row the file it goes to; all rows of a prompt go to one."""
     sides = np.zeros(len(found.rows), np.int8)
     if config.eval_fraction:
@@ -230,13 +220,13 @@ def _pseudonyms(study: Study, names: Sequence[str]) -> frozenset[str]:
     return frozenset(known[name] for name in names)
 
 
-def backup_study(config: CollectBackupConfig) -> int:
+def collect_backup(config: collect.CollectBackupConfig) -> int:
     written = backup(Path(config.study), Path(config.output))
     tell(f"{config.output}: {size(written)}")
     return 0
 
 
-def check_study(config: CollectCheckConfig) -> int:
+def collect_check(config: collect.CollectCheckConfig) -> int:
     path = Path(config.study)
     found = check_study_file(path)
     for line in found:

@@ -1,72 +1,50 @@
-"""The small commands: each imports what it needs when it is called, so that light ones start at once."""
+"""Commands that print what a function of the package returns. Each imports what it needs when it is called."""
 
 from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
 
+from prefopt.config import tools
 from prefopt.config.compare import CompareConfig
-from prefopt.config.frontier import FrontierConfig
 from prefopt.config.sample import SampleConfig
-from prefopt.config.sweeps import MethodsConfig
-from prefopt.config.tools import (
-    CacheClearConfig,
-    CacheListConfig,
-    CacheVerifyConfig,
-    DataCheckConfig,
-    DataLayoutsConfig,
-    DemoConfig,
-    EnvConfig,
-    LossesConfig,
-    MergeConfig,
-    PlotConfig,
-    PushConfig,
-    ReportConfig,
-    RunsConfig,
-    ScoreConfig,
-)
-from prefopt.core.cache_folder import (
-    clear,
-    last_used,
-    model_of,
-    reference_folder,
-    sample_entries,
-    samples_folder,
-    size_of,
-    tokens_folder,
-)
+from prefopt.config.sweeps import FrontierConfig, MethodsConfig
+from prefopt.core import cache_folder
 from prefopt.core.terminal import size, tell, tell_json, tell_lines
 from prefopt.errors import ConfigError
 
 
-def list_cache(_: CacheListConfig) -> int:
+def cache_list(_: tools.CacheListConfig) -> int:
     from prefopt.data.token_cache import list_tokens
     from prefopt.reference.blocks import list_spaces
 
-    spaces = list_spaces()
-    tell(f"{reference_folder()}: {len(spaces)} space{'s' * (len(spaces) != 1)}, {size(sum(s.bytes for s in spaces))}")
+    spaces, tokens, samples = list_spaces(), list_tokens(), cache_folder.sample_entries()
+    total = size(sum(s.bytes for s in spaces))
+    tell(f"{cache_folder.reference_folder()}: {len(spaces)} space{'s' * (len(spaces) != 1)}, {total}")
     for s in spaces:
         scored = ", ".join(str(s.about[key]) for key in ("dtype", "path", "kernel", "device") if key in s.about)
-        used = s.last_used.astimezone().strftime("%Y-%m-%d %H:%M")
         model = s.about.get("model") or "description unreadable"
-        tell(f"{s.id}  {s.responses:>9,} responses  {size(s.bytes):>9}  last used {used}  {model} ({scored})")
-    tokens = list_tokens()
+        tell(f"{s.id}  {s.responses:>9,} responses  {_size_and_use(s.bytes, s.last_used)}  {model} ({scored})")
     if tokens:
-        tell(f"{tokens_folder()}: {len(tokens)} tokenised, {size(sum(t.bytes for t in tokens))}")
+        tell(f"{cache_folder.tokens_folder()}: {len(tokens)} tokenised, {size(sum(t.bytes for t in tokens))}")
     for t in tokens:
-        used = t.last_used.astimezone().strftime("%Y-%m-%d %H:%M")
         file = t.about.get("file") or "description unreadable"
-        tell(f"{t.id}  {t.groups:>9,} groups  {size(t.bytes):>9}  last used {used}  {file}")
-    samples = sample_entries()
+        tell(f"{t.id}  {t.groups:>9,} groups  {_size_and_use(t.bytes, t.last_used)}  {file}")
     if samples:
-        tell(f"{samples_folder()}: {len(samples)} sets of samples, {size(sum(map(size_of, samples)))}")
+        total = size(sum(map(cache_folder.size_of, samples)))
+        tell(f"{cache_folder.samples_folder()}: {len(samples)} sets of samples, {total}")
     for folder in samples:
-        used = datetime.fromtimestamp(last_used(folder)).strftime("%Y-%m-%d %H:%M")
-        tell(f"{folder.name}  {size(size_of(folder)):>9}  last used {used}  {model_of(folder)}")
+        used = datetime.fromtimestamp(cache_folder.last_used(folder))
+        about = _size_and_use(cache_folder.size_of(folder), used)
+        tell(f"{folder.name}  {about}  {cache_folder.model_of(folder)}")
     return 0
 
 
-def verify_cache(config: CacheVerifyConfig) -> int:
+def _size_and_use(count: int, used: datetime) -> str:
+    return f"{size(count):>9}  last used {used.astimezone():%Y-%m-%d %H:%M}"
+
+
+def cache_verify(config: tools.CacheVerifyConfig) -> int:
     from prefopt.data.token_cache import verify_tokens
     from prefopt.generate.sample_file import verify_samples
     from prefopt.reference.blocks import verify
@@ -76,19 +54,18 @@ def verify_cache(config: CacheVerifyConfig) -> int:
     for file, what in problems:
         tell(f"{file}: {what}{'; taken out of use' if config.repair else ''}")
     if not problems:
-        tell("every file is what was written")
+        tell("every file is intact")
     elif not config.repair:
         tell(f"{len(problems)} damaged; prefopt cache verify --repair takes them out of use")
     return 1 if problems and not config.repair else 0
 
 
-def clear_cache(config: CacheClearConfig) -> int:
-    freed = clear(ids=config.space, older_than_days=config.older_than)
-    tell(f"{size(freed)} freed")
+def cache_clear(config: tools.CacheClearConfig) -> int:
+    tell(f"{size(cache_folder.clear(ids=config.space, older_than_days=config.older_than))} freed")
     return 0
 
 
-def merge_model(config: MergeConfig) -> int:
+def merge(config: tools.MergeConfig) -> int:
     from prefopt.model.merge import merge_adapter
     from prefopt.model.precision import DTYPES, resolve_device
 
@@ -103,11 +80,11 @@ def merge_model(config: MergeConfig) -> int:
     return 0
 
 
-def push_model(config: PushConfig) -> int:
+def push(config: tools.PushConfig) -> int:
     from prefopt.model.push import confirmed, plan_upload, push
 
     planned = plan_upload(config.folder, run=config.with_run, checkpoints=config.with_checkpoints)
-    tell_lines(planned.in_words(config.repo, config.private))  # input() flushes it
+    tell_lines(planned.in_words(config.repo, config.private))
     if not confirmed(config.yes):
         tell("nothing was sent")
         return 0
@@ -115,7 +92,7 @@ def push_model(config: PushConfig) -> int:
     return 0
 
 
-def show_environment(config: EnvConfig) -> int:
+def env(config: tools.EnvConfig) -> int:
     from prefopt.model.environment import environment, in_words
 
     found = environment()
@@ -126,15 +103,15 @@ def show_environment(config: EnvConfig) -> int:
     return 0
 
 
-def list_runs(config: RunsConfig) -> int:
+def runs(config: tools.RunsConfig) -> int:
     from prefopt.runs.table import show_runs
 
     tell_lines(show_runs(config.folder or ["."], as_json=config.json))
     return 0
 
 
-def draw_runs(config: PlotConfig) -> int:
-    from prefopt.runs.plot import plot_runs  # listing runs needs neither torch nor matplotlib
+def plot(config: tools.PlotConfig) -> int:
+    from prefopt.runs.plot import plot_runs
     from prefopt.runs.table import runs_of
 
     runs = [run for folder in config.run for run in runs_of(folder)]
@@ -143,9 +120,8 @@ def draw_runs(config: PlotConfig) -> int:
     return 0
 
 
-def report_runs(config: ReportConfig) -> int:
-    """Draws with matplotlib, as the figures of ``prefopt plot``."""
-    from prefopt.reports.page import write_report
+def report(config: tools.ReportConfig) -> int:
+    from prefopt.sweeps.report import write_report
 
     if not config.run and not config.comparisons:
         raise ConfigError("there is nothing to report: name output folders, or --comparisons")
@@ -153,10 +129,10 @@ def report_runs(config: ReportConfig) -> int:
     return 0
 
 
-def show_frontier(config: FrontierConfig) -> None:
+def frontier(config: FrontierConfig) -> None:
     from prefopt.runs.plot import require_matplotlib
     from prefopt.sweeps.frontier import run
-    from prefopt.sweeps.show import lines, plot_frontier
+    from prefopt.sweeps.report import lines, plot_frontier
 
     require_matplotlib()
     folder = Path(config.output)
@@ -166,17 +142,15 @@ def show_frontier(config: FrontierConfig) -> None:
     tell(f"\nwritten: {folder / 'frontier.json'}, {folder / 'frontier.png'}, {folder / 'frontier.svg'}")
 
 
-def show_methods(config: MethodsConfig) -> None:
-    from prefopt.sweeps.methods import run
-    from prefopt.sweeps.methods_table import markdown
+def methods(config: MethodsConfig) -> None:
+    from prefopt.sweeps.methods import markdown, run
 
     tell_lines(markdown(run(config)))
     folder = Path(config.output)
     tell(f"\nwritten: {folder / 'methods.json'}, {folder / 'methods.md'}")
 
 
-def sample_to_file(config: SampleConfig) -> int:
-    """A program has nowhere else to put samples; the Python function gives them back."""
+def sample(config: SampleConfig) -> int:
     from prefopt.methods.sample import run
 
     if config.output is None:
@@ -185,11 +159,11 @@ def sample_to_file(config: SampleConfig) -> int:
     return 0
 
 
-def score_file(config: ScoreConfig) -> int:
+def score(config: tools.ScoreConfig) -> int:
     from prefopt.evaluate.score import run
 
     if config.model is not None:
-        from prefopt.reference.identity import adapter_line  # a rule needs no torch
+        from prefopt.reference.identity import adapter_line
 
         if line := adapter_line(config.model):
             tell(line)
@@ -197,17 +171,17 @@ def score_file(config: ScoreConfig) -> int:
     return 0
 
 
-def show_layouts(config: DataLayoutsConfig) -> int:
+def data_layouts(config: tools.DataLayoutsConfig) -> int:
     from prefopt.data.layouts import describe_layout, list_layouts, named_layout
 
     tell(list_layouts() if config.name is None else describe_layout(named_layout(config.name)))
     return 0
 
 
-def check_data(config: DataCheckConfig) -> int:
+def data_check(config: tools.DataCheckConfig) -> int:
     from prefopt.data.check.report import run_check
 
-    if config.model is None:  # seconds faster, for torch is not imported
+    if config.model is None:  # without torch
         return run_check(config)
     from prefopt.model.load import context_of
     from prefopt.reference.identity import adapter_line
@@ -217,7 +191,7 @@ def check_data(config: DataCheckConfig) -> int:
     return run_check(config, context_of(config.model))
 
 
-def compare_models(config: CompareConfig) -> None:
+def compare(config: CompareConfig) -> None:
     from prefopt.evaluate.compare import run
 
     result = run(config)
@@ -227,15 +201,14 @@ def compare_models(config: CompareConfig) -> None:
         tell_lines(result.lines())
 
 
-def show_losses(config: LossesConfig) -> int:
+def losses(config: tools.LossesConfig) -> int:
     from prefopt.losses.show import describe_loss, list_losses
 
     tell(list_losses() if config.name is None else describe_loss(config.name))
     return 0
 
 
-def show_demo(config: DemoConfig) -> int:
-    """The demonstration prints as it goes."""
+def demo(config: tools.DemoConfig) -> int:
     from prefopt.demo.run import run_demo
 
     run_demo(config.output, config.seed)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prefopt.config.data import ReadOptions
-from prefopt.config.model import MachineOptions
+from prefopt.config.training import MachineOptions
 from prefopt.core.options import check_all, option
 from prefopt.errors import ConfigError
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from prefopt.config.data import READING, ReadOptions
-from prefopt.config.model import MachineOptions
 from prefopt.config.tools import is_model_reward
+from prefopt.config.training import MachineOptions
 from prefopt.core.options import check_all, flag, from_dict, option, options, to_dict
 from prefopt.errors import ConfigError
 

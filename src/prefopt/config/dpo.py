@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from prefopt.config.model import BalanceOptions, ModelOptions
-from prefopt.config.training import LEARNING_RATE, MethodOptions
-from prefopt.core.options import option
+from prefopt.config.training import LEARNING_RATE, BalanceOptions, MethodOptions, ModelOptions
+from prefopt.core.options import flag, option
 from prefopt.errors import ConfigError
 
-REFERENCE_MIX = 0.6  # TR-DPO's soft update
+MIXUP_ALPHA = 0.6  # TR-DPO's soft update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +38,19 @@ class DpoConfig(BalanceOptions, MethodOptions, ModelOptions):
         group="model",
     )
 
-    reference_every: int | None = option(
+    ref_model_sync_steps: int | None = option(
         None,
-        "move the reference towards the policy every so many steps (TR-DPO; the paper took 512); its values are then"
-        " not cached, but scored with every batch",
+        "steps between updates of the reference towards the policy (TR-DPO; the paper used 512); reference"
+        " log-probabilities are then computed for every batch and not cached",
         group="loss",
-        default_text="the reference stays",
+        default_text="the reference is fixed",
         at_least=1,
     )
-    reference_mix: float = option(
+    ref_model_mixup_alpha: float = option(
         None,
-        "how far it moves: 1 is a copy of the policy",
+        "reference = alpha * policy + (1 - alpha) * reference at every update; 1 copies the policy",
         group="loss",
-        default_text="0.6, with --reference-every",
+        default_text="0.6, with --ref-model-sync-steps",
         above=0,
         at_most=1,
     )
@@ -116,21 +115,21 @@ class DpoConfig(BalanceOptions, MethodOptions, ModelOptions):
         self.check_movement()
 
     def check_movement(self) -> None:
-        """A reference that moves, and what does not go with it. Raises ``ConfigError``."""
-        if self.reference_every is None:
-            if self.reference_mix is not None:
-                raise ConfigError("--reference-mix says how far the reference moves: give --reference-every too")
+        """Refuse what does not go with a reference that moves. Raises ``ConfigError``."""
+        if self.ref_model_sync_steps is None:
+            if self.ref_model_mixup_alpha is not None:
+                raise ConfigError("--ref-model-mixup-alpha does nothing without --ref-model-sync-steps: add it")
             return
-        if self.reference_mix is None:
-            object.__setattr__(self, "reference_mix", REFERENCE_MIX)
+        if self.ref_model_mixup_alpha is None:
+            object.__setattr__(self, "ref_model_mixup_alpha", MIXUP_ALPHA)
         if self.early_stopping is not None:
             raise ConfigError(
-                "--early-stopping compares losses, which --reference-every measures against ever other references:"
+                "--early-stopping compares losses, and --ref-model-sync-steps changes the reference between them:"
                 " leave one of them out"
             )
         for name in ("reference", "reference_adapter"):
             if getattr(self, name) is not None:
                 raise ConfigError(
-                    f"--{name.replace('_', '-')}: the reference that --reference-every moves begins as the policy does;"
-                    " leave one of them out"
+                    f"{flag(name)}: with --ref-model-sync-steps the reference starts as a copy of the policy; leave one"
+                    " of them out"
                 )

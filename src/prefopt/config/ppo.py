@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prefopt.config.data import ReadOptions, TemplateOptions
-from prefopt.config.model import ModelOptions
-from prefopt.config.training import RunOptions
+from prefopt.config.training import ModelOptions, RunOptions
 from prefopt.core import options as _options
 from prefopt.core.options import flag, option
 from prefopt.errors import ConfigError

@@ -1,4 +1,4 @@
-"""What ``prefopt rlhf`` reads: a model, data, and what is to differ from the defaults of each stage.
+"""What ``prefopt rlhf`` reads: a model, data, and options of each stage that differ from their defaults.
 
 >>> config = RlhfConfig(model="m", data="pairs.jsonl", output="out", ppo=["beta=0.02", "critic=head"])
 >>> config.stage("ppo").beta, config.stage("reward").eval_fraction, config.stage("sft").output
@@ -10,21 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from prefopt.config.data import READING, ReadOptions, TemplateOptions
-from prefopt.config.dpo import DpoConfig
-from prefopt.config.model import MachineOptions
-from prefopt.config.ppo import PpoConfig
-from prefopt.config.reward import RewardConfig
-from prefopt.config.sft import SftConfig
+from prefopt.config.methods import METHODS, MethodConfig
+from prefopt.config.training import MachineOptions
 from prefopt.core.model_folder import is_adapter
 from prefopt.core.options import check_all, from_dict, option, parse_given, to_dict
 from prefopt.errors import ConfigError
 
-StageName = Literal["sft", "reward", "ppo"]
-StageConfig: TypeAlias = SftConfig | RewardConfig | PpoConfig
-STAGES: dict[StageName, type[StageConfig]] = {"sft": SftConfig, "reward": RewardConfig, "ppo": PpoConfig}
+STAGES = ("sft", "reward", "ppo")
+"""Methods of the chain, in order."""
 # What the chain decides, so that no stage may be given it.
 OF_THE_CHAIN = ("model", "data", "prompts", "output", "adapter", "resume", "dry_run", "from_scratch", "train_tokenizer")
 
@@ -91,9 +87,9 @@ class RlhfConfig(MachineOptions, TemplateOptions, ReadOptions):
         for name in STAGES:  # a mistake in the last stage is told before the first one has run
             self.stage(name)
 
-    def stage(self, name: StageName, *, resume: bool = False) -> StageConfig:
+    def stage(self, name: str, *, resume: bool = False) -> MethodConfig:
         """The whole configuration of one stage. Raises ``ConfigError`` for options that it has not."""
-        kind = STAGES[name]
+        kind = METHODS[name].config
         mine = {f.name: getattr(self, f.name) for f in fields(self)}
         known = {f.name for f in fields(kind)}
         ours: dict[str, Any] = {n: mine[n] for n in known & mine.keys() - set(STAGES) if mine[n] is not None}
@@ -128,16 +124,3 @@ class RlhfConfig(MachineOptions, TemplateOptions, ReadOptions):
     def from_dict(cls, values: Mapping[str, object], place: str | None = None) -> RlhfConfig:
         """The config that ``to_dict`` wrote; ``place`` names the file it comes from."""
         return from_dict(cls, values, place)
-
-
-METHODS: Mapping[str, type[Any]] = {"dpo": DpoConfig, "sft": SftConfig, "reward": RewardConfig, "ppo": PpoConfig}
-
-
-def method_of(config: object) -> str | None:
-    """The command that a config belongs to."""
-    return next((name for name, kind in METHODS.items() if type(config) is kind), None)
-
-
-def read_options(method: str, values: Mapping[str, Any]) -> Any:
-    """The config that a run's record holds. Raises ``ConfigError`` where this version has other options."""
-    return from_dict(METHODS[method], {name: value for name, value in values.items() if value is not None})

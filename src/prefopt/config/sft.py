@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from prefopt.config.model import BalanceOptions, ModelOptions
-from prefopt.config.training import MethodOptions
+from prefopt.config.training import BalanceOptions, MethodOptions, ModelOptions
 from prefopt.core.model_folder import is_adapter
 from prefopt.core.options import flag, option
 from prefopt.errors import ConfigError

@@ -1,28 +1,29 @@
-"""What commands that train many models on the same data have in common: model, prompts, preferences and budget.
+"""What ``prefopt methods`` and ``prefopt frontier`` read: many models trained on the same data.
 
 >>> config = MethodsConfig(model="m", prompts="p.txt", reward="vader", output="out", rate_factors=["0.5", "2"])
 >>> config.factors
 [0.5, 2.0]
+>>> frontier = FrontierConfig(model="m", prompts="p.txt", reward="vader", output="out", methods=["dpo:beta=0.1,1"])
+>>> [(t.method, t.setting, t.seed) for t in frontier.trainings()]
+[('dpo', 'beta=0.1', 0), ('dpo', 'beta=1', 0)]
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, Self
 
 from prefopt.config.dpo import DpoConfig
-from prefopt.config.model import MachineOptions
+from prefopt.config.methods import METHODS, MethodConfig
 from prefopt.config.ppo import PpoConfig
-from prefopt.config.reward import RewardConfig
-from prefopt.config.sft import SftConfig
-from prefopt.core.options import check_all, flag, from_dict, option, parse_given, to_dict
+from prefopt.config.training import MachineOptions
+from prefopt.core.options import check_all, flag, from_dict, nearest, option, parse_given, parse_value, to_dict
 from prefopt.errors import ConfigError
 
-AnyConfig: TypeAlias = DpoConfig | SftConfig | RewardConfig | PpoConfig
-KINDS: dict[str, type[AnyConfig]] = {"dpo": DpoConfig, "sft": SftConfig, "reward": RewardConfig, "ppo": PpoConfig}
 GIVEN = {"dpo": "dpo", "sft": "sft", "reward": "reward_model", "ppo": "ppo"}
 """The option that holds what differs from the defaults of a command."""
 # What the sweep decides, so that no training may be given it.
@@ -39,7 +40,7 @@ class SweepOptions(MachineOptions):
     """Part of the config of ``prefopt frontier`` and ``prefopt methods``."""
 
     model: str = option(
-        help="model that every road begins at: a folder, or the name of one on the Hugging Face Hub", group="model"
+        help="model that every method begins at: a folder, or the name of one on the Hugging Face Hub", group="model"
     )
 
     prompts: list[str] = option(
@@ -136,8 +137,8 @@ class SweepOptions(MachineOptions):
         elif self.labels is None:
             object.__setattr__(self, "labels", "order")
 
-    def training(self, kind: str, output: Path, given: Mapping[str, object], *, each: float, seed: int) -> AnyConfig:
-        """The config of one training of ``kind`` (a name of :data:`KINDS`) that learns from ``responses`` responses.
+    def training(self, kind: str, output: Path, given: Mapping[str, object], *, each: float, seed: int) -> MethodConfig:
+        """The config of one training of ``kind`` (a name of :data:`METHODS`) that learns from ``responses`` responses.
 
         ``given`` are options that the sweep sets (``model``, ``data`` and so on); ``each``: responses of a row of its
         data. What a person gave goes before both. Raises ``ConfigError``.
@@ -156,10 +157,10 @@ class SweepOptions(MachineOptions):
             ours |= {"max_new_tokens": self.max_new_tokens, "schedule": "constant", "lines": self.lines}
         else:
             ours["on_bad_row"] = "skip"  # samples may be empty, or all equally good
-        found = from_dict(KINDS[kind], ours | own | dict(given), place)
+        found = from_dict(METHODS[kind].config, ours | own | dict(given), place)
         per_step = found.batch_size * (found.num if isinstance(found, PpoConfig) else each)
         steps = max(1, round(self.responses / per_step))
-        return from_dict(KINDS[kind], found.to_dict() | {"max_steps": steps}, place)
+        return from_dict(METHODS[kind].config, found.to_dict() | {"max_steps": steps}, place)
 
     def to_dict(self) -> dict[str, Any]:
         """Every option with its value, plain enough for YAML."""
@@ -183,7 +184,7 @@ def evenly(steps: int, parts: int) -> list[int]:
 
 FACTORS = ("0.5", "1", "2")
 STAGES = {"dpo": ("sft", "dpo"), "ppo": ("sft", "reward", "ppo")}
-"""A road by its last stage, and all its stages."""
+"""Stages of each method that ``prefopt methods`` compares."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +227,9 @@ class MethodsConfig(SweepOptions):
         """``rate_factors`` as numbers. Raises ``ConfigError``."""
         return [_factor(text) for text in self.rate_factors or ()]
 
-    def stage(self, stage: str, seed: int, factor: float, *, data: list[str], prompts: str, each: float) -> AnyConfig:
+    def stage(
+        self, stage: str, seed: int, factor: float, *, data: list[str], prompts: str, each: float
+    ) -> MethodConfig:
         """The config of one training; ``factor`` is of ``dpo`` and ``ppo`` alone. Raises ``ConfigError``."""
         given: dict[str, Any] = {"model": self.model if stage == "sft" else str(self.folder("sft", seed))}
         given |= {"prompts": [prompts]} if stage == "ppo" else {"data": data}
@@ -256,3 +259,168 @@ def _factor(text: str) -> float:
     if not 0 < factor < math.inf:
         raise ConfigError(f"--rate-factors {text}: it must be a number above 0, such as 0.5")
     return factor
+
+
+# The sweeps of the DPO paper (Rafailov et al. 2023, section 6.1) for DPO, PPO and unlikelihood. It varied the seed of
+# fine-tuning; here it is the learning rate.
+DEFAULT_SWEEPS = (
+    "dpo:beta=0.05,0.1,1,5",
+    "ppo-true:kl_target=3,6,9,12",
+    "ppo-learned:kl_target=3,6,9,12",
+    "sft:learning_rate=5e-6,1e-5,2e-5,4e-5",
+    "unlikelihood:alpha=0.05,0.1,0.5,1",
+    "best-of:n=2,4,8,16",
+)
+TRAINED_BY = {
+    "dpo": "dpo",
+    "ppo-true": "ppo",
+    "ppo-learned": "ppo",
+    "sft": "sft",
+    "unlikelihood": "dpo",
+    "best-of": None,
+}
+"""The command that trains each method; best-of-n trains nothing."""
+FEWEST_STEPS = 3
+"""Of PPO: with fewer there is none two thirds of the way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """One policy to be made: ``value`` of the option ``name``. ``kind`` is the command, none for best-of."""
+
+    method: str
+    name: str
+    value: object
+    text: str
+    seed: int
+
+    @property
+    def kind(self) -> str | None:
+        """The command that trains it."""
+        return TRAINED_BY[self.method]
+
+    @property
+    def setting(self) -> str:
+        """What was swept."""
+        return f"{self.name}={self.text}"
+
+    @property
+    def folder(self) -> str:
+        """Where it is, below the output."""
+        setting = re.sub(r"[^\w.=+-]", "_", self.setting)
+        return f"{self.method}/{setting}-seed{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontierConfig(SweepOptions):
+    """Expected reward against divergence, over methods and settings. Construction raises ``ConfigError``."""
+
+    methods: list[str] | None = option(
+        None,
+        "methods with the option that each sweeps and its values, METHOD:NAME=VALUE,VALUE: dpo, ppo-true (the true"
+        " reward), ppo-learned (a reward model of the same data), sft, unlikelihood and best-of; each with as many"
+        " values",
+        group="stages",
+        default_text=" ".join(DEFAULT_SWEEPS),
+    )
+    seeds: int = option(1, "trainings of every setting, seed after seed", group="stages", at_least=1)
+    checkpoints: int = option(
+        1, "points of each training of dpo, sft and unlikelihood, evenly over its steps", group="stages", at_least=1
+    )
+
+    plateau_share: float = option(
+        0.2,
+        "a training of PPO counts where what the true reward gained in the last third of its steps is surely below this"
+        " share of its whole climb; one that rises evenly gains a third of it",
+        group="stages",
+        above=0,
+        at_most=0.3,
+    )
+
+    def __post_init__(self) -> None:
+        self.check_sweep()
+        if self.methods is None:
+            object.__setattr__(self, "methods", list(DEFAULT_SWEEPS))
+        trainings = list(self.trainings())
+        for one in trainings:  # a mistake in the last one is told before the first has run
+            if one.kind is not None:
+                self.config_of(one, data=["data"], prompts="prompts", each=2.0)
+        if any(t.method == "ppo-learned" for t in trainings):
+            self.reward_config(0, data=["data"], each=2.0)
+
+    def trainings(self) -> Iterator[Training]:
+        """All trainings, seed by seed, in the order of the methods. Raises ``ConfigError`` for an unknown method."""
+        sweeps = [_sweep(text) for text in self.methods or ()]
+        counts = {len(values) for _, _, values in sweeps}
+        if len(counts) > 1:
+            told = ", ".join(f"{method} {len(values)}" for method, _, values in sweeps)
+            raise ConfigError(f"--methods: give all methods the same number of settings, for equal tuning: {told}")
+        names = [method for method, _, _ in sweeps]
+        if len(set(names)) < len(names):
+            raise ConfigError("--methods names a method twice; give all its values at once")
+        for seed in range(self.seed, self.seed + self.seeds):
+            for method, name, values in sweeps:
+                if method == "best-of" and seed != self.seed:
+                    continue  # nothing is trained: another seed would only be another draw
+                for text in values:
+                    yield Training(method, name, parse_value(text), text, seed)
+
+    def config_of(self, one: Training, *, data: list[str], prompts: str, each: float) -> MethodConfig:
+        """The config that trains ``one``; ``each``: responses of a row of ``data``. Raises ``ConfigError``."""
+        assert one.kind is not None
+        given: dict[str, Any] = {"model": self.model}
+        given |= {"prompts": [prompts]} if one.kind == "ppo" else {"data": data}
+        if one.kind == "ppo":
+            given["reward"] = self.reward if one.method == "ppo-true" else str(self.reward_folder(one.seed))
+        if one.method == "unlikelihood" and one.name not in {f.name for f in fields(DpoConfig)}:
+            given["loss_options"] = [f"{one.name}={one.text}"]
+        else:
+            given[one.name] = one.value
+        if one.method == "unlikelihood":
+            given["loss"] = "unlikelihood"
+        # As many rows, not twice the steps: fine-tuning learns from the best response of a row alone.
+        rows = 1.0 if one.kind == "sft" else each
+        found = self.training(one.kind, Path(self.output) / one.folder, given, each=rows, seed=one.seed)
+        steps = found.max_steps or 1
+        # More checkpoints, those that are measured, are asked for at the steps of :meth:`marks`.
+        every = max(1, steps // 3) if one.kind == "ppo" else steps
+        return type(found).from_dict(found.to_dict() | {"save_every": every, "keep_last": steps})
+
+    def marks(self, one: MethodConfig) -> list[int]:
+        """The steps of a training whose policies are measured: of PPO the end, and two thirds of the way to it, which
+        together show whether it had stopped rising."""
+        steps = one.max_steps or 1
+        if isinstance(one, PpoConfig):
+            return [steps] if steps < FEWEST_STEPS else [2 * steps // 3, steps]
+        return evenly(steps, self.checkpoints)
+
+    def reward_folder(self, seed: int) -> Path:
+        """Where the reward model of the methods that learn one is."""
+        return Path(self.output) / f"reward-seed{seed}"
+
+    def reward_config(self, seed: int, *, data: list[str], each: float) -> MethodConfig:
+        """The config that trains it."""
+        return self.training(
+            "reward", self.reward_folder(seed), {"model": self.model, "data": data}, each=each, seed=seed
+        )
+
+
+def _sweep(text: str) -> tuple[str, str, list[str]]:
+    """``dpo:beta=0.1,1`` taken apart."""
+    method, _, sweep = text.partition(":")
+    name, equals, values = sweep.partition("=")
+    name, found = name.strip().replace("-", "_"), [v.strip() for v in values.split(",") if v.strip()]
+    if method not in TRAINED_BY:
+        raise ConfigError(
+            f"--methods {text}: there is no method {method!r}{nearest(method, list(TRAINED_BY))}; there are"
+            f" {', '.join(TRAINED_BY)}"
+        )
+    if not equals or not name or not found:
+        raise ConfigError(f"--methods {text}: it should be METHOD:NAME=VALUE,VALUE, such as dpo:beta=0.05,0.1,1,5")
+    if name in DECIDED or (TRAINED_BY[method] == "ppo" and name in OF_PPO):
+        raise ConfigError(f"--methods {text}: the sweep decides {name}; sweep another option")
+    if len(set(found)) < len(found):
+        raise ConfigError(f"--methods {text}: a value is given twice")
+    if method == "best-of" and (name != "n" or not all(v.isdigit() and int(v) > 1 for v in found)):
+        raise ConfigError(f"--methods {text}: best-of sweeps n, whole numbers from 2 on")
+    return method, name, found

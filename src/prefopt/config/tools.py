@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from prefopt.config.data import ReadOptions, RenderOptions
-from prefopt.config.model import MachineOptions
+from prefopt.config.training import MachineOptions
 from prefopt.core.model_folder import is_adapter
 from prefopt.core.options import check_all, flag, option
 from prefopt.errors import ConfigError

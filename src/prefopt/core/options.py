@@ -39,6 +39,8 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 _COMPARE = {"of at least": operator.ge, "above": operator.gt, "of at most": operator.le, "below": operator.lt}
 LAST = "machine"
 """The group that help and docs show last, whichever class brings it."""
+RENAMED = {"reference_every": "ref_model_sync_steps", "reference_mix": "ref_model_mixup_alpha", "roads": "methods"}
+"""Options by the name that they had before."""
 BITS = 64
 """Whole numbers have no more."""
 SAID = 200
@@ -166,6 +168,8 @@ def check_all(config: Any) -> None:
 def check_values(config: type, values: Mapping[str, object], place: str | None = None) -> dict[str, Any]:
     """The values of some options, typed; an unknown name or a wrong value raises ``ConfigError``."""
     known = {o.name: o for o in options(config)}
+    # A file that lists all options of an earlier version has those that were renamed too, mostly without a value.
+    values = {name: value for name, value in values.items() if name not in RENAMED or value is not None}
     for name in values:
         if name not in known:
             where = f"{place}: " if place else ""
@@ -191,6 +195,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 def nearest(word: str, known: Sequence[str]) -> str:
     """``; did you mean beta?`` where one of ``known`` is near, else nothing. A dash counts as an underscore."""
     plain = {k.lower().replace("_", "-"): k for k in known}
+    renamed = RENAMED.get(word.lstrip("-").replace("-", "_"), "").replace("_", "-")
+    for new in (f"--{renamed}", renamed):
+        if renamed and new in plain:
+            return f"; it is now called {plain[new]}"
     close = difflib.get_close_matches(word.lower().replace("_", "-"), list(plain), n=1, cutoff=0.6)
     return f"; did you mean {plain[close[0]]}?" if close else ""
 

@@ -10,19 +10,23 @@ from __future__ import annotations
 import json
 import logging
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.text import Text
+
+from prefopt.errors import Interrupted
 
 # C0 but for tab and line feed, DEL, C1, line and paragraph separators, embeddings and overrides of direction,
 # isolates, and halves of surrogate pairs (which is how Python holds a file name that is not UTF-8). The marks of
@@ -250,3 +254,36 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+class StopRequest:
+    """Inside this context the first SIGINT or SIGTERM only sets ``signal``; work looks at it where it can stop."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def check(self, where: str = "") -> None:
+        """Raise :class:`Interrupted` where a stop was asked for; ``where`` says how far the work is."""
+        if self.signal is not None:
+            raise Interrupted(f"stopped{where}; what was computed is kept, go on with --resume", self.signal)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()

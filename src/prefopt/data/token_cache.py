@@ -32,6 +32,7 @@ from prefopt.core.cache_folder import (
     Damaged,
     acquired,
     cache_errors,
+    file_hashes,
     last_used,
     remove,
     size_of,
@@ -40,7 +41,6 @@ from prefopt.core.cache_folder import (
     tokens_folder,
 )
 from prefopt.core.files import sync_folder, write_flushed
-from prefopt.core.hashes import file_hashes
 from prefopt.data.table import COLUMNS, Array, Columns, Part
 from prefopt.data.validate import Problem, Warnings
 from prefopt.errors import CacheError

@@ -1,4 +1,4 @@
-"""The demonstration: a small model that writes film reviews learns to like films, and is measured before and after."""
+"""The demonstration: a small model of film reviews is aligned to write positive ones, and measured before and after."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import random
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from prefopt.config.tools import ScoreConfig
 from prefopt.core.files import output_errors, write_json
 from prefopt.core.options import command, program
 from prefopt.core.terminal import Screen, duration
-from prefopt.demo.measure import Measured, measure
+from prefopt.demo.measure import DemoResult, measure
 from prefopt.errors import RunError
 from prefopt.evaluate import score
 from prefopt.methods import dpo, sample
@@ -32,14 +32,14 @@ from prefopt.runs.table import chart
 
 
 def tell(console: Screen, title: str, *lines: str) -> None:
-    """A stage and what it is about."""
+    """Print the title of a stage, and lines about it."""
     console.print(f"\n{title}", style="bold")
     for line in lines:
         console.print(line)
 
 
-def tell_result(console: Screen, result: Measured, run: Path) -> None:
-    """The measurement, three openings side by side, the curve of the loss."""
+def tell_result(console: Screen, result: DemoResult, run: Path) -> None:
+    """Print the measurement, three openings side by side, and the loss."""
     change = "a change that chance does not explain" if result.change.excludes(0) else "which chance could explain"
     tell(
         console,
@@ -70,14 +70,8 @@ def _sample(opening: str, text: str, score: float) -> str:
     return f"[{score:+.2f}] {opening}{' '.join(text.split(' '))}".replace("\n", " ") + "\n"
 
 
-def tell_times(console: Screen, stages: Mapping[str, float]) -> None:
-    """The time of each stage."""
-    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in stages.items())
-    console.print(f"\ntime: {parts}; {duration(sum(stages.values()))} in all")
-
-
 def tell_next(console: Screen, model: Path, again: DpoConfig, aligned: Path, picture: Path) -> None:
-    """Three commands to go on with, and where things are. ``again``: the demonstration's training with another loss."""
+    """Print three commands to continue with. ``again``: the demonstration's training with another loss."""
     start = program()
     tell(
         console,
@@ -93,26 +87,13 @@ MARK = "demo.json"
 HELD_OUT = 32
 """Openings to measure on, of about 130."""
 TIMES = 4
-"""How often each of the others comes: each time other samples are drawn."""
+"""Repetitions of each other opening: each draws new samples."""
 SAMPLES = 4
-"""Continuations of an opening that are compared with one another."""
+"""Continuations of an opening, compared with one another."""
 MEASURED = 8
 """Continuations of a held-out opening."""
 TOKENS = 48
 JUDGE = "vader"
-
-
-@dataclass(frozen=True, slots=True)
-class Files:
-    """Where everything of the demonstration is."""
-
-    folder: Path
-
-    def __getattr__(self, name: str) -> Path:
-        try:
-            return self.folder / MADE[name]
-        except KeyError:
-            raise AttributeError(name) from None
 
 
 MADE = {
@@ -128,30 +109,35 @@ MADE = {
     "after_scored": "after-scored.jsonl",
     "picture": "curves.png",
 }
-"""What the demonstration makes: the next one replaces it, and nothing else."""
+"""What the demonstration writes: the next one replaces this, and nothing else."""
 
 
-@dataclass(slots=True)
-class Times:
-    """Seconds of each stage, in order."""
+class Files:
+    """The files of the demonstration, by their names in :data:`MADE`."""
 
-    stages: dict[str, float] = field(default_factory=dict)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        self.stages[name] = time.monotonic() - started
+    def __getattr__(self, name: str) -> Path:
+        return self.folder / MADE[name]
 
 
-def run_demo(output: str, seed: int = 0) -> Measured:
-    """Sample, prefer, align, measure and tell. Results of an earlier demonstration in ``output`` are replaced.
+@contextmanager
+def _timed(times: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    times[stage] = time.monotonic() - started
+
+
+def run_demo(output: str, seed: int = 0) -> DemoResult:
+    """Sample, score, align, measure and print. Results of an earlier demonstration in ``output`` are replaced.
 
     Raises :class:`RunError` where the folder holds anything else, :class:`ConfigError` where a package is missing.
     """
     load_reward(JUDGE)
     require_matplotlib()
-    console, times, files = Screen(), Times(), Files(Path(output))
+    console, files = Screen(), Files(Path(output))
+    times: dict[str, float] = {}
     _make_room(files.folder)
     _write_start(files, seed)
     tell(
@@ -163,34 +149,30 @@ def run_demo(output: str, seed: int = 0) -> Measured:
     )
     draw = _sampling(files.model, files.prompts, files.samples, SAMPLES, seed)
     tell(console, f"2. It writes {SAMPLES} continuations of each line", command("sample", draw))
-    with times.stage("sampling"):
+    with _timed(times, "sampling"):
         sample.run(draw)
     judge = ScoreConfig(files=[str(files.samples)], reward=JUDGE, output=str(files.scored))
     tell(console, "3. A judge likes some more than others: the sentiment of their words", command("score", judge))
-    with times.stage("judging"):
-        _say(console, score.run(judge).lines())
+    with _timed(times, "judging"):
+        console.print("\n".join(score.run(judge).lines()))
     train = _training(files, seed)
     tell(console, "4. Direct preference optimization: the best of each line against the worst", command("dpo", train))
-    with times.stage("reference and training"):
+    with _timed(times, "reference and training"):
         dpo.run(train)
-    with times.stage("measuring"):
+    with _timed(times, "measuring"):
         result = _measure(console, files, seed)
         plot_runs([read_history(files.aligned)], files.picture)
     tell_result(console, result, files.aligned)
-    tell_times(console, times.stages)
+    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in times.items())
+    console.print(f"\ntime: {parts}; {duration(sum(times.values()))} in all")
     # The same options but for the loss: the rows that are left out, the pairs and the precision name what is cached.
     again = replace(train, loss="ipo", output=str(_free(files.folder / "aligned-again")))
     tell_next(console, files.model, again, files.aligned, files.picture)
     return result
 
 
-def _say(console: Screen, lines: list[str]) -> None:
-    for line in lines:
-        console.print(line)
-
-
-def _measure(console: Screen, files: Files, seed: int) -> Measured:
-    """Both models write on the openings that were held out, with the same seed, and are judged."""
+def _measure(console: Screen, files: Files, seed: int) -> DemoResult:
+    """Both models continue the held-out openings with the same seed, and are scored."""
     draws = [
         _sampling(files.model, files.held_out, files.before, MEASURED, seed),
         _sampling(files.aligned, files.held_out, files.after, MEASURED, seed),
@@ -238,7 +220,7 @@ def _training(files: Files, seed: int) -> DpoConfig:
 
 
 def _free(path: Path) -> Path:
-    """``path``, with a number behind it where something is there already: no run is written over."""
+    """``path``, with a number appended if it exists."""
     numbered = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
     return next(p for p in itertools.chain([path], numbered) if not p.exists())
 
@@ -259,7 +241,7 @@ def _make_room(folder: Path) -> None:
 
 
 def _write_start(files: Files, seed: int) -> None:
-    """The model that comes with the package, and the openings, dealt by the seed."""
+    """Copy the model of the package, and split its openings by the seed."""
     with output_errors(files.folder):
         with resources.as_file(resources.files("prefopt.demo").joinpath("tiny_imdb")) as folder:
             shutil.copytree(folder, files.model)

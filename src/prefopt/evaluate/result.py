@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config.compare import CompareConfig, is_file
+from prefopt.core.cache_folder import file_hashes
 from prefopt.core.files import output_errors, replace_file
-from prefopt.core.hashes import file_hashes
 from prefopt.core.statistics import MIN_PROMPTS, Interval
 from prefopt.data.files.sources import find_sources
 from prefopt.errors import ConfigError, DataError, RunError
 from prefopt.evaluate.sample_stats import SampleStats
 from prefopt.evaluate.tasks import TaskChange
 from prefopt.evaluate.win_rate import LengthControlled, Verdict, WinRate
+from prefopt.runs.diagnose import Change, Finding, change
 from prefopt.runs.history import History, read_history
-from prefopt.runs.trends import Change, Finding, change
 
 
 @dataclass(frozen=True, slots=True)

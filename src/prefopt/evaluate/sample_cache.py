@@ -18,8 +18,7 @@ import prefopt
 from prefopt.config.compare import CompareConfig, is_file
 from prefopt.config.data import READING
 from prefopt.config.sample import SampleConfig
-from prefopt.core.cache_folder import SAMPLES, acquired, cache_errors, samples_folder, space_lock, used
-from prefopt.core.hashes import file_hashes
+from prefopt.core.cache_folder import SAMPLES, acquired, cache_errors, file_hashes, samples_folder, space_lock, used
 from prefopt.core.terminal import Reporter
 from prefopt.data.comparisons import open_comparisons, parse_comparisons, read_comparisons
 from prefopt.data.files.sources import find_sources

@@ -1,6 +1,6 @@
 """Losses that see each response of a pair by itself: its log-ratio against a fixed point, not against the other's.
 
-Tensors are [G], one entry per pair, as :data:`prefopt.losses.declare.INPUTS` describes them.
+Tensors are [P], one entry per pair, as :data:`prefopt.losses.declare.INPUTS` describes them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from prefopt.losses.declare import LOSSES, LossOption, LossOutput, loss
     options=(BETA,),
 )
 def nca(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_ref_logp_G: torch.Tensor,
-    rejected_ref_logp_G: torch.Tensor,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_ref_logp_P: torch.Tensor,
+    rejected_ref_logp_P: torch.Tensor,
     *,
     beta: float = 0.1,
 ) -> LossOutput:
@@ -31,9 +31,9 @@ def nca(
 
     :math:`-\log\sigma(r_w) - \tfrac12\log\sigma(-r_w) - \tfrac12\log\sigma(-r_l)` with :math:`r = \beta s`.
     """
-    chosen, rejected = beta * (chosen_logp_G - chosen_ref_logp_G), beta * (rejected_logp_G - rejected_ref_logp_G)
+    chosen, rejected = beta * (chosen_logp_P - chosen_ref_logp_P), beta * (rejected_logp_P - rejected_ref_logp_P)
     numerator = -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
-    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G)
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
 
 
 @loss(
@@ -44,10 +44,10 @@ def nca(
     options=(BETA,),
 )
 def apo_zero(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_ref_logp_G: torch.Tensor,
-    rejected_ref_logp_G: torch.Tensor,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_ref_logp_P: torch.Tensor,
+    rejected_ref_logp_P: torch.Tensor,
     *,
     beta: float = 0.1,
 ) -> LossOutput:
@@ -55,10 +55,10 @@ def apo_zero(
 
     :math:`-\sigma(\beta s_w) + \sigma(\beta s_l)`, here with 1 added so that it is not negative.
     """
-    chosen, rejected = beta * (chosen_logp_G - chosen_ref_logp_G), beta * (rejected_logp_G - rejected_ref_logp_G)
+    chosen, rejected = beta * (chosen_logp_P - chosen_ref_logp_P), beta * (rejected_logp_P - rejected_ref_logp_P)
     # sigmoid(-x), not 1 - sigmoid(x): the value keeps its digits where it is small.
     numerator = torch.sigmoid(-chosen) + torch.sigmoid(rejected)
-    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G)
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
 
 
 @loss(
@@ -69,10 +69,10 @@ def apo_zero(
     options=(BETA,),
 )
 def apo_down(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_ref_logp_G: torch.Tensor,
-    rejected_ref_logp_G: torch.Tensor,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_ref_logp_P: torch.Tensor,
+    rejected_ref_logp_P: torch.Tensor,
     *,
     beta: float = 0.1,
 ) -> LossOutput:
@@ -80,9 +80,9 @@ def apo_down(
 
     :math:`\sigma(\beta s_w) - \sigma(\beta h)`, here with 1 added so that it is not negative.
     """
-    chosen, rejected = beta * (chosen_logp_G - chosen_ref_logp_G), beta * (rejected_logp_G - rejected_ref_logp_G)
+    chosen, rejected = beta * (chosen_logp_P - chosen_ref_logp_P), beta * (rejected_logp_P - rejected_ref_logp_P)
     numerator = torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
-    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G)
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
 
 
 @loss(
@@ -93,10 +93,10 @@ def apo_down(
     options=(LossOption(name="beta", help="1 / eta of the paper: the targets are +-1 / (2 beta)", above=0),),
 )
 def sppo_hard(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_ref_logp_G: torch.Tensor,
-    rejected_ref_logp_G: torch.Tensor,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_ref_logp_P: torch.Tensor,
+    rejected_ref_logp_P: torch.Tensor,
     *,
     beta: float = 0.1,
 ) -> LossOutput:
@@ -105,9 +105,9 @@ def sppo_hard(
     :math:`(s_w - \tfrac1{2\beta})^2 + (s_l + \tfrac1{2\beta})^2`: the probability of winning is taken as 1 for the
     chosen and 0 for the rejected response, where the paper estimates it.
     """
-    chosen, rejected = chosen_logp_G - chosen_ref_logp_G, rejected_logp_G - rejected_ref_logp_G
+    chosen, rejected = chosen_logp_P - chosen_ref_logp_P, rejected_logp_P - rejected_ref_logp_P
     numerator = (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
-    return pair_output(numerator, beta * chosen, beta * rejected, chosen_logp_G, rejected_logp_G)
+    return pair_output(numerator, beta * chosen, beta * rejected, chosen_logp_P, rejected_logp_P)
 
 
 @loss(
@@ -131,10 +131,10 @@ def sppo_hard(
     state0={"mean": 0.0, "count": 0.0},
 )
 def bco(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_ref_logp_G: torch.Tensor,
-    rejected_ref_logp_G: torch.Tensor,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_ref_logp_P: torch.Tensor,
+    rejected_ref_logp_P: torch.Tensor,
     *,
     beta: float = 0.1,
     shift: bool = True,
@@ -148,7 +148,7 @@ def bco(
     no delta at all: ``decay`` and ``shift``. This batch counts before delta is used. ``state`` holds the mean and how
     many rewards it stands for. For thumbs up and down without pairs there is ``bco_unpaired``.
     """
-    chosen, rejected = beta * (chosen_logp_G - chosen_ref_logp_G), beta * (rejected_logp_G - rejected_ref_logp_G)
+    chosen, rejected = beta * (chosen_logp_P - chosen_ref_logp_P), beta * (rejected_logp_P - rejected_ref_logp_P)
     state = state or LOSSES["bco"].start(chosen.device)
     assert state is not None
     rewards = torch.cat([chosen, rejected]).detach().to(state["mean"].dtype)
@@ -158,4 +158,4 @@ def bco(
     numerator = -F.logsigmoid(chosen - delta) - F.logsigmoid(delta - rejected)
     new = {"mean": mean, "count": count}
     more = {"delta": delta.expand_as(numerator)}
-    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G, state=new, more=more)
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P, state=new, more=more)

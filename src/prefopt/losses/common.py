@@ -35,13 +35,13 @@ NLL_WEIGHT = LossOption(name="nll_weight", help="weight of the chosen response's
 
 
 def pair_output(
-    numerator_G: torch.Tensor,
-    chosen_reward_G: torch.Tensor,
-    rejected_reward_G: torch.Tensor,
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
+    numerator_R: torch.Tensor,
+    chosen_reward_P: torch.Tensor,
+    rejected_reward_P: torch.Tensor,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
     *,
-    weight_G: torch.Tensor | None = None,
+    weight_R: torch.Tensor | None = None,
     state: dict[str, torch.Tensor] | None = None,
     more: Mapping[str, torch.Tensor] | None = None,
 ) -> LossOutput:
@@ -50,17 +50,17 @@ def pair_output(
     Metrics carry no gradients. A tie is half right: equal responses under an untrained policy give an accuracy of 0.5,
     not 0. ``more`` are further metrics.
     """
-    margin = chosen_reward_G.detach() - rejected_reward_G.detach()
+    margin = chosen_reward_P.detach() - rejected_reward_P.detach()
     metrics = {
-        "rewards/chosen": chosen_reward_G.detach(),
-        "rewards/rejected": rejected_reward_G.detach(),
+        "rewards/chosen": chosen_reward_P.detach(),
+        "rewards/rejected": rejected_reward_P.detach(),
         "rewards/margins": margin,
         "rewards/accuracies": right(margin),
-        "logps/chosen": chosen_logp_G.detach(),
-        "logps/rejected": rejected_logp_G.detach(),
+        "logps/chosen": chosen_logp_P.detach(),
+        "logps/rejected": rejected_logp_P.detach(),
     }
     metrics |= {name: value.detach() for name, value in (more or {}).items()}
-    return LossOutput(numerator_G, torch.ones_like(margin) if weight_G is None else weight_G, metrics, state)
+    return LossOutput(numerator_R, torch.ones_like(margin) if weight_R is None else weight_R, metrics, state)
 
 
 def right(margin: torch.Tensor) -> torch.Tensor:
@@ -123,7 +123,7 @@ class Weighting:
 
 
 def wpo(
-    output: LossOutput, chosen_wpo_G: torch.Tensor, rejected_wpo_G: torch.Tensor, *, clip: bool = False
+    output: LossOutput, chosen_wpo_P: torch.Tensor, rejected_wpo_P: torch.Tensor, *, clip: bool = False
 ) -> LossOutput:
     r"""Weighted preference optimisation, Zhou et al. 2024 (arXiv 2406.11827), equation 2 with aligned weights.
 
@@ -131,11 +131,11 @@ def wpo(
     1 where every token is as likely as one drawn from the policy is in the mean. The sum of weights is not divided
     by: pairs that the policy would not write count less. ``clip`` holds the weight at 1, as the authors' code does.
     """
-    weight = (chosen_wpo_G + rejected_wpo_G).detach().to(output.numerator_G.dtype).exp()
+    weight = (chosen_wpo_P + rejected_wpo_P).detach().to(output.numerator_R.dtype).exp()
     if clip:
         weight = weight.clamp(max=1)
     metrics = output.metrics | {"wpo_weight": weight}
-    return output._replace(numerator_G=output.numerator_G * weight, metrics=metrics)
+    return output._replace(numerator_R=output.numerator_R * weight, metrics=metrics)
 
 
 WEIGHTINGS = {
@@ -144,7 +144,7 @@ WEIGHTINGS = {
         formula="loss * exp(c(w) + c(l)), c(y) = mean over tokens of log(pi(token) / sum over vocabulary of pi^2)",
         paper="Zhou et al. 2024 (WPO), arXiv 2406.11827, equation 2",
         when="Pairs that another model wrote: those that the policy would not write count less.",
-        inputs=("chosen_wpo_G", "rejected_wpo_G"),
+        inputs=("chosen_wpo_P", "rejected_wpo_P"),
         options=(LossOption(name="clip", default=False, help="hold the weight at 1, as the authors' code does"),),
         function=wpo,
     )
@@ -185,8 +185,8 @@ def implied(log_ratio: torch.Tensor, divergence: str, alpha: float) -> torch.Ten
 
 
 def implied_rewards(
-    chosen_ratio_G: torch.Tensor, rejected_ratio_G: torch.Tensor, beta: float, divergence: str, alpha: float
+    chosen_ratio_P: torch.Tensor, rejected_ratio_P: torch.Tensor, beta: float, divergence: str, alpha: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """beta f'(rho) of both sides of pairs, from their log-ratios."""
-    chosen, rejected = (implied(ratio, divergence, alpha) for ratio in (chosen_ratio_G, rejected_ratio_G))
+    chosen, rejected = (implied(ratio, divergence, alpha) for ratio in (chosen_ratio_P, rejected_ratio_P))
     return beta * chosen, beta * rejected

@@ -16,7 +16,7 @@ keyword-only is an option, a plain number or word.
 >>> LOSSES["dpo"].function is dpo, LOSSES["dpo"].needs_reference, LOSSES["simpo"].needs_reference
 (True, True, False)
 >>> LOSSES["dpo"].inputs
-('chosen_logp_G', 'rejected_logp_G', 'chosen_ref_logp_G', 'rejected_ref_logp_G')
+('chosen_logp_P', 'rejected_logp_P', 'chosen_ref_logp_P', 'rejected_ref_logp_P')
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ _F = TypeVar("_F", bound=Function)
 # is pairs, and groups where it is ranking. What comes from data or from the reference carries no gradient.
 INPUTS: dict[Kind, dict[str, str]] = {
     "pairs": {
-        "chosen_logp_G": "log-probability of the chosen response under the policy",
-        "rejected_logp_G": "the same of the rejected response",
-        "chosen_ref_logp_G": "log-probability of the chosen response under the reference",
-        "rejected_ref_logp_G": "the same of the rejected response",
-        "chosen_length_G": "trained tokens of the chosen response",
-        "rejected_length_G": "trained tokens of the rejected response",
-        "chosen_score_G": "score of the chosen response; NaN where it has none",
-        "rejected_score_G": "score of the rejected response; NaN where it has none",
-        "label_G": "probability that the chosen response is the better one",
-        "chosen_head_logp_G": "log-probability of the chosen response's first min(|w|, |l|) tokens under the policy",
-        "rejected_head_logp_G": "the same of the rejected response",
-        "chosen_head_ref_logp_G": "the same of the chosen response under the reference",
-        "rejected_head_ref_logp_G": "the same of the rejected response under the reference",
-        "chosen_kl_G": "KL(reference || policy) summed over the positions of the chosen response, with gradient",
-        "rejected_kl_G": "the same of the rejected response",
-        "chosen_wpo_G": "mean over the chosen response's tokens of log(pi(token) / sum over the vocabulary of pi^2)",
-        "rejected_wpo_G": "the same of the rejected response",
+        "chosen_logp_P": "log-probability of the chosen response under the policy",
+        "rejected_logp_P": "the same of the rejected response",
+        "chosen_ref_logp_P": "log-probability of the chosen response under the reference",
+        "rejected_ref_logp_P": "the same of the rejected response",
+        "chosen_length_P": "trained tokens of the chosen response",
+        "rejected_length_P": "trained tokens of the rejected response",
+        "chosen_score_P": "score of the chosen response; NaN where it has none",
+        "rejected_score_P": "score of the rejected response; NaN where it has none",
+        "label_P": "probability that the chosen response is the better one",
+        "chosen_head_logp_P": "log-probability of the chosen response's first min(|w|, |l|) tokens under the policy",
+        "rejected_head_logp_P": "the same of the rejected response",
+        "chosen_head_ref_logp_P": "the same of the chosen response under the reference",
+        "rejected_head_ref_logp_P": "the same of the rejected response under the reference",
+        "chosen_kl_P": "KL(reference || policy) summed over the positions of the chosen response, with gradient",
+        "rejected_kl_P": "the same of the rejected response",
+        "chosen_wpo_P": "mean over the chosen response's tokens of log(pi(token) / sum over the vocabulary of pi^2)",
+        "rejected_wpo_P": "the same of the rejected response",
     },
     "labels": {
         "logp_N": "log-probability of the response under the policy",
@@ -80,13 +80,13 @@ INPUTS: dict[Kind, dict[str, str]] = {
 class LossOutput(NamedTuple):
     """What a loss gives.
 
-    ``numerator_G`` and ``weight_G`` [G] ([N] for labels), the latter constant with respect to the policy; ``metrics``
+    ``numerator_R`` and ``weight_R`` [G] ([N] for labels), the latter constant with respect to the policy; ``metrics``
     [G] without gradients, to be averaged (a NaN is left out: the row has no such value); ``state``, the running state
     after this batch, of losses that keep one.
     """
 
-    numerator_G: torch.Tensor
-    weight_G: torch.Tensor
+    numerator_R: torch.Tensor
+    weight_R: torch.Tensor
     metrics: dict[str, torch.Tensor]
     state: dict[str, torch.Tensor] | None = None
 
@@ -133,7 +133,7 @@ class LossOption:
 class Loss:
     """One loss, declared. ``inputs`` and ``optional_inputs`` are names of :data:`INPUTS`.
 
-    ``whole_batch``: the vectors must be those of the whole global batch. ``per_row``: ``numerator_G[i]`` belongs to
+    ``whole_batch``: the vectors must be those of the whole global batch. ``per_row``: ``numerator_R[i]`` belongs to
     pair (group, response) i, so that it can be weighted; false where the loss sorts. ``state0`` is the running state
     that a run begins with, or None where the loss has none.
     """
@@ -317,7 +317,7 @@ def _kind_of(inputs: list[str], name: str) -> Kind:
     if "tier_N" in inputs or "group_N" in inputs:
         return "ranking"
     raise ConfigError(
-        f"loss {name}: its arguments are {', '.join(inputs) or 'none'}; name them chosen_logp_G and rejected_logp_G for"
+        f"loss {name}: its arguments are {', '.join(inputs) or 'none'}; name them chosen_logp_P and rejected_logp_P for"
         " pairs, logp_N and label_N for labels, or logp_N, tier_N and group_N for rankings (see docs/methods.md)"
     )
 

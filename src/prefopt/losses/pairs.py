@@ -1,8 +1,8 @@
 """Losses on the difference of two log-ratios: DPO and what changes the curve or the scale of it.
 
-Tensors are [G], one entry per pair, as :data:`prefopt.losses.declare.INPUTS` describes them.
+Tensors are [P], one entry per pair, as :data:`prefopt.losses.declare.INPUTS` describes them.
 
-Tensors are [G], one entry per pair, as :data:`prefopt.losses.declare.INPUTS` describes them.
+Tensors are [P], one entry per pair, as :data:`prefopt.losses.declare.INPUTS` describes them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ __all__ = ["LossOutput", "dpo", "hinge", "ipo"]
     options=(BETA, SMOOTHING, *DIVERGENCE),
 )
 def dpo(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_ref_logp_G: torch.Tensor,
-    rejected_ref_logp_G: torch.Tensor,
-    label_G: torch.Tensor | None = None,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_ref_logp_P: torch.Tensor,
+    rejected_ref_logp_P: torch.Tensor,
+    label_P: torch.Tensor | None = None,
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
@@ -41,13 +41,13 @@ def dpo(
 
     ``label_smoothing`` e, in [0, 0.5), assumes that this part of the labels is flipped (conservative DPO, Mitchell
     2023): :math:`-(1-e)\log\sigma(\beta h) - e\log\sigma(-\beta h)`, least where :math:`\sigma(\beta h) = 1-e`.
-    ``label_G``, the probability that the chosen response is the better one, takes the place of 1 there.
+    ``label_P``, the probability that the chosen response is the better one, takes the place of 1 there.
     """
     chosen, rejected = implied_rewards(
-        chosen_logp_G - chosen_ref_logp_G, rejected_logp_G - rejected_ref_logp_G, beta, divergence, divergence_alpha
+        chosen_logp_P - chosen_ref_logp_P, rejected_logp_P - rejected_ref_logp_P, beta, divergence, divergence_alpha
     )
-    numerator = logistic(chosen - rejected, label_smoothing, label_G)
-    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G)
+    numerator = logistic(chosen - rejected, label_smoothing, label_P)
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
 
 
 @loss(
@@ -66,12 +66,12 @@ def dpo(
     ),
 )
 def ipo(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_ref_logp_G: torch.Tensor,
-    rejected_ref_logp_G: torch.Tensor,
-    chosen_length_G: torch.Tensor,
-    rejected_length_G: torch.Tensor,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_ref_logp_P: torch.Tensor,
+    rejected_ref_logp_P: torch.Tensor,
+    chosen_length_P: torch.Tensor,
+    rejected_length_P: torch.Tensor,
     *,
     beta: float = 0.1,
     average: bool = True,
@@ -85,12 +85,12 @@ def ipo(
     each (an average of 5 nats per token, for beta 0.1, is a long way).
     """
     chosen, rejected = implied_rewards(
-        chosen_logp_G - chosen_ref_logp_G, rejected_logp_G - rejected_ref_logp_G, 1.0, divergence, divergence_alpha
+        chosen_logp_P - chosen_ref_logp_P, rejected_logp_P - rejected_ref_logp_P, 1.0, divergence, divergence_alpha
     )
     if average:
-        chosen, rejected = chosen / chosen_length_G, rejected / rejected_length_G
+        chosen, rejected = chosen / chosen_length_P, rejected / rejected_length_P
     numerator = (chosen - rejected - 1 / (2 * beta)) ** 2
-    return pair_output(numerator, beta * chosen, beta * rejected, chosen_logp_G, rejected_logp_G)
+    return pair_output(numerator, beta * chosen, beta * rejected, chosen_logp_P, rejected_logp_P)
 
 
 @loss(
@@ -101,10 +101,10 @@ def ipo(
     options=(BETA, *DIVERGENCE),
 )
 def hinge(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_ref_logp_G: torch.Tensor,
-    rejected_ref_logp_G: torch.Tensor,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_ref_logp_P: torch.Tensor,
+    rejected_ref_logp_P: torch.Tensor,
     *,
     beta: float = 0.1,
     divergence: str = "reverse_kl",
@@ -112,10 +112,10 @@ def hinge(
 ) -> LossOutput:
     r"""Hinge on normalised likelihoods, Liu et al. 2023 (arXiv 2309.06657): :math:`\max(0, 1 - \beta h)`."""
     chosen, rejected = implied_rewards(
-        chosen_logp_G - chosen_ref_logp_G, rejected_logp_G - rejected_ref_logp_G, beta, divergence, divergence_alpha
+        chosen_logp_P - chosen_ref_logp_P, rejected_logp_P - rejected_ref_logp_P, beta, divergence, divergence_alpha
     )
     numerator = torch.relu(1 - (chosen - rejected))
-    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G)
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
 
 
 @loss(
@@ -130,11 +130,11 @@ def hinge(
     ),
 )
 def dpop(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_ref_logp_G: torch.Tensor,
-    rejected_ref_logp_G: torch.Tensor,
-    label_G: torch.Tensor | None = None,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_ref_logp_P: torch.Tensor,
+    rejected_ref_logp_P: torch.Tensor,
+    label_P: torch.Tensor | None = None,
     *,
     beta: float = 0.3,
     penalty: float = 50.0,
@@ -145,12 +145,12 @@ def dpop(
     :math:`-\log\sigma(\beta(h - \lambda\max(0, \log\mathrm{ref}_w - \log\pi_w)))`; the paper took lambda 50 and beta
     0.3. Not a loss on the difference, so that no other divergence is valid.
     """
-    chosen = chosen_logp_G - chosen_ref_logp_G
-    rejected = rejected_logp_G - rejected_ref_logp_G
+    chosen = chosen_logp_P - chosen_ref_logp_P
+    rejected = rejected_logp_P - rejected_ref_logp_P
     fall = torch.relu(-chosen)
     more = {"fall/chosen": fall}
-    numerator = logistic(beta * (chosen - rejected - penalty * fall), label_smoothing, label_G)
-    return pair_output(numerator, beta * chosen, beta * rejected, chosen_logp_G, rejected_logp_G, more=more)
+    numerator = logistic(beta * (chosen - rejected - penalty * fall), label_smoothing, label_P)
+    return pair_output(numerator, beta * chosen, beta * rejected, chosen_logp_P, rejected_logp_P, more=more)
 
 
 @loss(
@@ -161,12 +161,12 @@ def dpop(
     options=(BETA, NLL_WEIGHT, SMOOTHING, *DIVERGENCE),
 )
 def rpo(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_ref_logp_G: torch.Tensor,
-    rejected_ref_logp_G: torch.Tensor,
-    chosen_length_G: torch.Tensor,
-    label_G: torch.Tensor | None = None,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_ref_logp_P: torch.Tensor,
+    rejected_ref_logp_P: torch.Tensor,
+    chosen_length_P: torch.Tensor,
+    label_P: torch.Tensor | None = None,
     *,
     beta: float = 0.1,
     nll_weight: float = 1.0,
@@ -179,11 +179,11 @@ def rpo(
     :math:`-\log\sigma(\beta h) - \alpha\log\pi_w/|w|`: the same as the sum ``dpo:1,nll:alpha``.
     """
     chosen, rejected = implied_rewards(
-        chosen_logp_G - chosen_ref_logp_G, rejected_logp_G - rejected_ref_logp_G, beta, divergence, divergence_alpha
+        chosen_logp_P - chosen_ref_logp_P, rejected_logp_P - rejected_ref_logp_P, beta, divergence, divergence_alpha
     )
-    nll = -chosen_logp_G / chosen_length_G
-    numerator = logistic(chosen - rejected, label_smoothing, label_G) + nll_weight * nll
-    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G, more={"nll_loss": nll})
+    nll = -chosen_logp_P / chosen_length_P
+    numerator = logistic(chosen - rejected, label_smoothing, label_P) + nll_weight * nll
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P, more={"nll_loss": nll})
 
 
 @loss(
@@ -204,13 +204,13 @@ def rpo(
     ),
 )
 def tdpo(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_ref_logp_G: torch.Tensor,
-    rejected_ref_logp_G: torch.Tensor,
-    chosen_kl_G: torch.Tensor,
-    rejected_kl_G: torch.Tensor,
-    label_G: torch.Tensor | None = None,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_ref_logp_P: torch.Tensor,
+    rejected_ref_logp_P: torch.Tensor,
+    chosen_kl_P: torch.Tensor,
+    rejected_kl_P: torch.Tensor,
+    label_P: torch.Tensor | None = None,
     *,
     beta: float = 0.1,
     version: str = "2",
@@ -224,11 +224,11 @@ def tdpo(
     :math:`-\log\sigma(\beta(h - \alpha(D_l - \mathrm{sg}(D_w))))`. The reward of a response, in the metrics, is
     beta (s + D), as in the paper's code.
     """
-    chosen = chosen_logp_G - chosen_ref_logp_G
-    rejected = rejected_logp_G - rejected_ref_logp_G
-    anchor = chosen_kl_G.detach() if version == "2" else chosen_kl_G
-    drift = (alpha if version == "2" else 1.0) * (rejected_kl_G - anchor)
-    numerator = logistic(beta * (chosen - rejected - drift), label_smoothing, label_G)
-    more = {"kl/chosen": chosen_kl_G, "kl/rejected": rejected_kl_G}
-    rewards = beta * (chosen + chosen_kl_G), beta * (rejected + rejected_kl_G)
-    return pair_output(numerator, *rewards, chosen_logp_G, rejected_logp_G, more=more)
+    chosen = chosen_logp_P - chosen_ref_logp_P
+    rejected = rejected_logp_P - rejected_ref_logp_P
+    anchor = chosen_kl_P.detach() if version == "2" else chosen_kl_P
+    drift = (alpha if version == "2" else 1.0) * (rejected_kl_P - anchor)
+    numerator = logistic(beta * (chosen - rejected - drift), label_smoothing, label_P)
+    more = {"kl/chosen": chosen_kl_P, "kl/rejected": rejected_kl_P}
+    rewards = beta * (chosen + chosen_kl_P), beta * (rejected + rejected_kl_P)
+    return pair_output(numerator, *rewards, chosen_logp_P, rejected_logp_P, more=more)

@@ -23,9 +23,9 @@ from prefopt.losses.declare import LossOption, LossOutput, loss
     ),
 )
 def nll(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_length_G: torch.Tensor,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_length_P: torch.Tensor,
     *,
     average: str = "response",
 ) -> LossOutput:
@@ -35,11 +35,11 @@ def nll(
     Sources disagree on the average: TRL's ``sft`` and the second term of its CPO take the mean over all tokens of the
     batch (``tokens``: long responses weigh more), CPO's paper the sum (``none``).
     """
-    length = chosen_length_G.to(chosen_logp_G.dtype)
-    numerator = -chosen_logp_G / length if average == "response" else -chosen_logp_G
+    length = chosen_length_P.to(chosen_logp_P.dtype)
+    numerator = -chosen_logp_P / length if average == "response" else -chosen_logp_P
     weight = length if average == "tokens" else torch.ones_like(numerator)
-    sides = chosen_logp_G, rejected_logp_G
-    return pair_output(numerator, *sides, *sides, weight_G=weight, more={"nll_loss": -chosen_logp_G / length})
+    sides = chosen_logp_P, rejected_logp_P
+    return pair_output(numerator, *sides, *sides, weight_R=weight, more={"nll_loss": -chosen_logp_P / length})
 
 
 @loss(
@@ -54,10 +54,10 @@ def nll(
     notes="It has no lower bound: the rejected response's likelihood may fall for ever.",
 )
 def unlikelihood(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_length_G: torch.Tensor,
-    rejected_length_G: torch.Tensor,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_length_P: torch.Tensor,
+    rejected_length_P: torch.Tensor,
     *,
     alpha: float = 0.5,
     average: bool = False,
@@ -68,12 +68,12 @@ def unlikelihood(
     lowered, with a coefficient in [0, 1]. Welleck et al. 2019 (arXiv 1908.04319), whose name it borrows, lower it by
     :math:`-\log(1 - p)` of each token instead.
     """
-    chosen, rejected = chosen_logp_G, rejected_logp_G
+    chosen, rejected = chosen_logp_P, rejected_logp_P
     if average:
-        chosen, rejected = chosen / chosen_length_G, rejected / rejected_length_G
-    nll = -chosen_logp_G / chosen_length_G
+        chosen, rejected = chosen / chosen_length_P, rejected / rejected_length_P
+    nll = -chosen_logp_P / chosen_length_P
     sides = chosen, rejected
-    return pair_output(alpha * rejected - chosen, *sides, chosen_logp_G, rejected_logp_G, more={"nll_loss": nll})
+    return pair_output(alpha * rejected - chosen, *sides, chosen_logp_P, rejected_logp_P, more={"nll_loss": nll})
 
 
 @loss(
@@ -88,11 +88,11 @@ def unlikelihood(
     ),
 )
 def simpo(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_length_G: torch.Tensor,
-    rejected_length_G: torch.Tensor,
-    label_G: torch.Tensor | None = None,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_length_P: torch.Tensor,
+    rejected_length_P: torch.Tensor,
+    label_P: torch.Tensor | None = None,
     *,
     beta: float = 2.0,
     gamma: float = 1.0,
@@ -103,10 +103,10 @@ def simpo(
     :math:`-\log\sigma(\beta\log\pi_w/|w| - \beta\log\pi_l/|l| - \gamma)`. Their code takes the ratio gamma / beta as
     its option, TRL gamma as here.
     """
-    chosen = beta * chosen_logp_G / chosen_length_G
-    rejected = beta * rejected_logp_G / rejected_length_G
-    numerator = logistic(chosen - rejected - gamma, label_smoothing, label_G)
-    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G)
+    chosen = beta * chosen_logp_P / chosen_length_P
+    rejected = beta * rejected_logp_P / rejected_length_P
+    numerator = logistic(chosen - rejected - gamma, label_smoothing, label_P)
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
 
 
 @loss(
@@ -123,11 +123,11 @@ def simpo(
     notes="p^-alpha grows without bound as p falls: beyond exp(30) it goes on as a straight line.",
 )
 def alphapo(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_length_G: torch.Tensor,
-    rejected_length_G: torch.Tensor,
-    label_G: torch.Tensor | None = None,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_length_P: torch.Tensor,
+    rejected_length_P: torch.Tensor,
+    label_P: torch.Tensor | None = None,
     *,
     beta: float = 2.0,
     alpha: float = 0.25,
@@ -145,9 +145,9 @@ def alphapo(
         mean = logp / length
         return beta * (-expm1_or_line(-alpha * mean) / alpha if alpha else mean)
 
-    chosen, rejected = reward(chosen_logp_G, chosen_length_G), reward(rejected_logp_G, rejected_length_G)
-    numerator = logistic(chosen - rejected - gamma, label_smoothing, label_G)
-    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G)
+    chosen, rejected = reward(chosen_logp_P, chosen_length_P), reward(rejected_logp_P, rejected_length_P)
+    numerator = logistic(chosen - rejected - gamma, label_smoothing, label_P)
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
 
 
 @loss(
@@ -166,10 +166,10 @@ def alphapo(
     ),
 )
 def cpo(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_length_G: torch.Tensor,
-    label_G: torch.Tensor | None = None,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_length_P: torch.Tensor,
+    label_P: torch.Tensor | None = None,
     *,
     beta: float = 0.1,
     nll_weight: float = 1.0,
@@ -182,12 +182,12 @@ def cpo(
     paper, the mean over all tokens of the batch in TRL. Here it is the mean over the response's tokens; ``average``
     false is the paper's, and ``cpo:1,nll:1`` with ``cpo.nll_weight=0`` and ``nll.average=tokens`` TRL's.
     """
-    chosen, rejected = beta * chosen_logp_G, beta * rejected_logp_G
-    nll = -chosen_logp_G / chosen_length_G
-    numerator = logistic(chosen - rejected, label_smoothing, label_G) + nll_weight * (
-        nll if average else -chosen_logp_G
+    chosen, rejected = beta * chosen_logp_P, beta * rejected_logp_P
+    nll = -chosen_logp_P / chosen_length_P
+    numerator = logistic(chosen - rejected, label_smoothing, label_P) + nll_weight * (
+        nll if average else -chosen_logp_P
     )
-    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G, more={"nll_loss": nll})
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P, more={"nll_loss": nll})
 
 
 @loss(
@@ -199,11 +199,11 @@ def cpo(
     notes="The odds diverge where p is 1: there log p is held at -1e-6 in 1 - p.",
 )
 def orpo(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_length_G: torch.Tensor,
-    rejected_length_G: torch.Tensor,
-    label_G: torch.Tensor | None = None,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_length_P: torch.Tensor,
+    rejected_length_P: torch.Tensor,
+    label_P: torch.Tensor | None = None,
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
@@ -214,16 +214,16 @@ def orpo(
     :math:`-\log p(w) - \lambda\log\sigma(\log\frac{p(w)}{1-p(w)} - \log\frac{p(l)}{1-p(l)})`. Sources disagree on the
     first term: TRL takes it over the tokens of prompt and response, the paper (and this function) over the response's.
     """
-    chosen, rejected = chosen_logp_G / chosen_length_G, rejected_logp_G / rejected_length_G
+    chosen, rejected = chosen_logp_P / chosen_length_P, rejected_logp_P / rejected_length_P
 
     def log_odds(mean: torch.Tensor) -> torch.Tensor:
         return mean - log1m_exp(mean.clamp(max=-1e-6))
 
     ratio = log_odds(chosen) - log_odds(rejected)
-    odds = logistic(ratio, label_smoothing, label_G)
+    odds = logistic(ratio, label_smoothing, label_P)
     more = {"nll_loss": -chosen, "log_odds_ratio": -odds, "log_odds_chosen": ratio}
     sides = beta * chosen, beta * rejected
-    return pair_output(beta * odds - chosen, *sides, chosen_logp_G, rejected_logp_G, more=more)
+    return pair_output(beta * odds - chosen, *sides, chosen_logp_P, rejected_logp_P, more=more)
 
 
 @loss(
@@ -241,10 +241,10 @@ def orpo(
     ),
 )
 def slic_hf(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_length_G: torch.Tensor,
-    rejected_length_G: torch.Tensor,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_length_P: torch.Tensor,
+    rejected_length_P: torch.Tensor,
     *,
     delta: float = 1.0,
     nll_weight: float = 0.1,
@@ -255,9 +255,9 @@ def slic_hf(
     :math:`\max(0, \delta - \log\pi_w + \log\pi_l) - \lambda\log\pi_{\mathrm{target}}`. The target is the chosen
     response here, where the paper also takes that of supervised fine-tuning.
     """
-    chosen, rejected = chosen_logp_G, rejected_logp_G
+    chosen, rejected = chosen_logp_P, rejected_logp_P
     if average:
-        chosen, rejected = chosen / chosen_length_G, rejected / rejected_length_G
+        chosen, rejected = chosen / chosen_length_P, rejected / rejected_length_P
     numerator = torch.relu(delta - chosen + rejected) - nll_weight * chosen
-    nll = -chosen_logp_G / chosen_length_G
-    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G, more={"nll_loss": nll})
+    nll = -chosen_logp_P / chosen_length_P
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P, more={"nll_loss": nll})

@@ -191,10 +191,10 @@ KlController = FixedKl | AdaptiveKl
 
 
 def bradley_terry(
-    chosen_reward_R: torch.Tensor,
-    rejected_reward_R: torch.Tensor,
-    label_R: torch.Tensor | None = None,
-    margin_R: torch.Tensor | None = None,
+    chosen_reward_P: torch.Tensor,
+    rejected_reward_P: torch.Tensor,
+    label_P: torch.Tensor | None = None,
+    margin_P: torch.Tensor | None = None,
     *,
     centre: float = 0.0,
 ) -> torch.Tensor:
@@ -203,14 +203,14 @@ def bradley_terry(
     The first term is Bradley and Terry 1952, as Stiennon et al. 2020 (arXiv 2009.01325) take it; the margin m is Llama
     2's (Touvron et al. 2023, arXiv 2307.09288, equation 2); ``centre``, eta, holds the sum of the two rewards near 0,
     which the first term leaves open (Eisenstein et al. 2023, arXiv 2312.09244, equation 4; they took 0.01).
-    ``label_R`` is the probability that the chosen response is the better one, 1 where it is not given: the pair counts
+    ``label_P`` is the probability that the chosen response is the better one, 1 where it is not given: the pair counts
     as much the other way round as is left, with the same margin.
     """
-    difference = chosen_reward_R - rejected_reward_R
-    if margin_R is None:
-        loss = logistic(difference, 0.0, label_R)
+    difference = chosen_reward_P - rejected_reward_P
+    if margin_P is None:
+        loss = logistic(difference, 0.0, label_P)
     else:
-        loss = logistic(difference - margin_R)
-        if label_R is not None:
-            loss = label_R * loss + (1 - label_R) * logistic(-difference - margin_R)
-    return loss + centre * (chosen_reward_R + rejected_reward_R).square() if centre else loss
+        loss = logistic(difference - margin_P)
+        if label_P is not None:
+            loss = label_P * loss + (1 - label_P) * logistic(-difference - margin_P)
+    return loss + centre * (chosen_reward_P + rejected_reward_P).square() if centre else loss

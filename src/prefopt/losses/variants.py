@@ -1,6 +1,6 @@
 """More losses on the difference of two log-ratios: other curves, other lengths, and terms beside it.
 
-Tensors are [G], one entry per pair, as :data:`prefopt.losses.declare.INPUTS` describes them.
+Tensors are [P], one entry per pair, as :data:`prefopt.losses.declare.INPUTS` describes them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from prefopt.losses.declare import LossOption, LossOutput, loss
     notes="For e above 0 the loss falls without bound as the margin grows: stop early.",
 )
 def robust(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_ref_logp_G: torch.Tensor,
-    rejected_ref_logp_G: torch.Tensor,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_ref_logp_P: torch.Tensor,
+    rejected_ref_logp_P: torch.Tensor,
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.1,
@@ -43,11 +43,11 @@ def robust(
     part e of them is flipped at random; dpo where e is 0. Not bounded below for e > 0.
     """
     chosen, rejected = implied_rewards(
-        chosen_logp_G - chosen_ref_logp_G, rejected_logp_G - rejected_ref_logp_G, beta, divergence, divergence_alpha
+        chosen_logp_P - chosen_ref_logp_P, rejected_logp_P - rejected_ref_logp_P, beta, divergence, divergence_alpha
     )
     margin, e = chosen - rejected, label_smoothing
     numerator = (-(1 - e) * F.logsigmoid(margin) + e * F.logsigmoid(-margin)) / (1 - 2 * e)
-    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G)
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
 
 
 @loss(
@@ -62,13 +62,13 @@ def robust(
     ),
 )
 def sigmoid_norm(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_ref_logp_G: torch.Tensor,
-    rejected_ref_logp_G: torch.Tensor,
-    chosen_length_G: torch.Tensor,
-    rejected_length_G: torch.Tensor,
-    label_G: torch.Tensor | None = None,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_ref_logp_P: torch.Tensor,
+    rejected_ref_logp_P: torch.Tensor,
+    chosen_length_P: torch.Tensor,
+    rejected_length_P: torch.Tensor,
+    label_P: torch.Tensor | None = None,
     *,
     beta: float = 5.0,
     label_smoothing: float = 0.0,
@@ -81,11 +81,11 @@ def sigmoid_norm(
     is divided by the length, as TRL does.
     """
     chosen, rejected = implied_rewards(
-        chosen_logp_G - chosen_ref_logp_G, rejected_logp_G - rejected_ref_logp_G, beta, divergence, divergence_alpha
+        chosen_logp_P - chosen_ref_logp_P, rejected_logp_P - rejected_ref_logp_P, beta, divergence, divergence_alpha
     )
-    chosen, rejected = chosen / chosen_length_G, rejected / rejected_length_G
-    numerator = logistic(chosen - rejected, label_smoothing, label_G)
-    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G)
+    chosen, rejected = chosen / chosen_length_P, rejected / rejected_length_P
+    numerator = logistic(chosen - rejected, label_smoothing, label_P)
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
 
 
 @loss(
@@ -102,13 +102,13 @@ def sigmoid_norm(
     notes="Some code subtracts the length term; a negative alpha gives that.",
 )
 def r_dpo(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_ref_logp_G: torch.Tensor,
-    rejected_ref_logp_G: torch.Tensor,
-    chosen_length_G: torch.Tensor,
-    rejected_length_G: torch.Tensor,
-    label_G: torch.Tensor | None = None,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_ref_logp_P: torch.Tensor,
+    rejected_ref_logp_P: torch.Tensor,
+    chosen_length_P: torch.Tensor,
+    rejected_length_P: torch.Tensor,
+    label_P: torch.Tensor | None = None,
     *,
     beta: float = 0.1,
     alpha: float = 0.01,
@@ -124,11 +124,11 @@ def r_dpo(
     rewards length; a negative ``alpha`` gives it.
     """
     chosen, rejected = implied_rewards(
-        chosen_logp_G - chosen_ref_logp_G, rejected_logp_G - rejected_ref_logp_G, beta, divergence, divergence_alpha
+        chosen_logp_P - chosen_ref_logp_P, rejected_logp_P - rejected_ref_logp_P, beta, divergence, divergence_alpha
     )
-    longer = (chosen_length_G - rejected_length_G).to(chosen.dtype)
-    numerator = logistic(chosen - rejected + alpha * longer, label_smoothing, label_G)
-    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G)
+    longer = (chosen_length_P - rejected_length_P).to(chosen.dtype)
+    numerator = logistic(chosen - rejected + alpha * longer, label_smoothing, label_P)
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
 
 
 @loss(
@@ -144,15 +144,15 @@ def r_dpo(
     ),
 )
 def ld_dpo(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_ref_logp_G: torch.Tensor,
-    rejected_ref_logp_G: torch.Tensor,
-    chosen_head_logp_G: torch.Tensor,
-    rejected_head_logp_G: torch.Tensor,
-    chosen_head_ref_logp_G: torch.Tensor,
-    rejected_head_ref_logp_G: torch.Tensor,
-    label_G: torch.Tensor | None = None,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_ref_logp_P: torch.Tensor,
+    rejected_ref_logp_P: torch.Tensor,
+    chosen_head_logp_P: torch.Tensor,
+    rejected_head_logp_P: torch.Tensor,
+    chosen_head_ref_logp_P: torch.Tensor,
+    rejected_head_ref_logp_P: torch.Tensor,
+    label_P: torch.Tensor | None = None,
     *,
     beta: float = 0.1,
     alpha: float = 0.5,
@@ -169,13 +169,13 @@ def ld_dpo(
     def weighted(whole: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         return head + alpha * (whole - head)
 
-    chosen_ratio = weighted(chosen_logp_G, chosen_head_logp_G) - weighted(chosen_ref_logp_G, chosen_head_ref_logp_G)
-    rejected_ratio = weighted(rejected_logp_G, rejected_head_logp_G) - weighted(
-        rejected_ref_logp_G, rejected_head_ref_logp_G
+    chosen_ratio = weighted(chosen_logp_P, chosen_head_logp_P) - weighted(chosen_ref_logp_P, chosen_head_ref_logp_P)
+    rejected_ratio = weighted(rejected_logp_P, rejected_head_logp_P) - weighted(
+        rejected_ref_logp_P, rejected_head_ref_logp_P
     )
     chosen, rejected = implied_rewards(chosen_ratio, rejected_ratio, beta, divergence, divergence_alpha)
-    numerator = logistic(chosen - rejected, label_smoothing, label_G)
-    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G)
+    numerator = logistic(chosen - rejected, label_smoothing, label_P)
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
 
 
 @loss(
@@ -192,10 +192,10 @@ def ld_dpo(
     ),
 )
 def exo(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_ref_logp_G: torch.Tensor,
-    rejected_ref_logp_G: torch.Tensor,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_ref_logp_P: torch.Tensor,
+    rejected_ref_logp_P: torch.Tensor,
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.001,
@@ -207,13 +207,13 @@ def exo(
     With :math:`q = \sigma(\beta h)` the loss is :math:`q\log\frac{q}{1-e} + (1-q)\log\frac{1-q}{e}`.
     """
     chosen, rejected = implied_rewards(
-        chosen_logp_G - chosen_ref_logp_G, rejected_logp_G - rejected_ref_logp_G, beta, divergence, divergence_alpha
+        chosen_logp_P - chosen_ref_logp_P, rejected_logp_P - rejected_ref_logp_P, beta, divergence, divergence_alpha
     )
     log_q, log_other = F.logsigmoid(chosen - rejected), F.logsigmoid(rejected - chosen)
     numerator = log_q.exp() * (log_q - math.log1p(-label_smoothing)) + log_other.exp() * (
         log_other - math.log(label_smoothing)
     )
-    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G)
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
 
 
 @loss(
@@ -228,10 +228,10 @@ def exo(
     ),
 )
 def discopop(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_ref_logp_G: torch.Tensor,
-    rejected_ref_logp_G: torch.Tensor,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_ref_logp_P: torch.Tensor,
+    rejected_ref_logp_P: torch.Tensor,
     *,
     beta: float = 0.1,
     tau: float = 0.05,
@@ -244,12 +244,12 @@ def discopop(
     computed as one exponential, which is finite for tau up to 1.
     """
     chosen, rejected = implied_rewards(
-        chosen_logp_G - chosen_ref_logp_G, rejected_logp_G - rejected_ref_logp_G, beta, divergence, divergence_alpha
+        chosen_logp_P - chosen_ref_logp_P, rejected_logp_P - rejected_ref_logp_P, beta, divergence, divergence_alpha
     )
     margin = chosen - rejected
     exponential = torch.exp(F.logsigmoid(margin / tau) - margin)
     numerator = -torch.sigmoid(-margin / tau) * F.logsigmoid(margin) + exponential
-    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G)
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
 
 
 @loss(
@@ -270,12 +270,12 @@ def discopop(
     ),
 )
 def reward_aware(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_ref_logp_G: torch.Tensor,
-    rejected_ref_logp_G: torch.Tensor,
-    chosen_score_G: torch.Tensor,
-    rejected_score_G: torch.Tensor,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_ref_logp_P: torch.Tensor,
+    rejected_ref_logp_P: torch.Tensor,
+    chosen_score_P: torch.Tensor,
+    rejected_score_P: torch.Tensor,
     *,
     beta: float = 0.1,
     eta: float = 1.0,
@@ -290,10 +290,10 @@ def reward_aware(
     implied margin is that of the scores; ``squared`` is :math:`(a-b)^2`. A pair without scores gives NaN: leave it out.
     """
     chosen, rejected = implied_rewards(
-        chosen_logp_G - chosen_ref_logp_G, rejected_logp_G - rejected_ref_logp_G, beta, divergence, divergence_alpha
+        chosen_logp_P - chosen_ref_logp_P, rejected_logp_P - rejected_ref_logp_P, beta, divergence, divergence_alpha
     )
     margin = chosen - rejected
-    target = eta * (chosen_score_G - rejected_score_G).to(margin.dtype)
+    target = eta * (chosen_score_P - rejected_score_P).to(margin.dtype)
     if distance == "squared":
         numerator = (margin - target) ** 2
     else:
@@ -302,4 +302,4 @@ def reward_aware(
             F.logsigmoid(-p) - F.logsigmoid(-q)
         )
     more = {"rewards/target_margins": target.detach()}
-    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G, more=more)
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P, more=more)

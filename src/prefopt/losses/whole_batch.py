@@ -1,6 +1,6 @@
 """Losses on pairs that sort or measure the whole global batch.
 
-Tensors are [G], one entry per pair of the *global* batch, as :data:`prefopt.losses.declare.INPUTS` describes them.
+Tensors are [P], one entry per pair of the *global* batch, as :data:`prefopt.losses.declare.INPUTS` describes them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ BETA_FLOOR = 1e-3
     per_row=False,
 )
 def aot(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_ref_logp_G: torch.Tensor,
-    rejected_ref_logp_G: torch.Tensor,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_ref_logp_P: torch.Tensor,
+    rejected_ref_logp_P: torch.Tensor,
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
@@ -36,11 +36,11 @@ def aot(
     The margins of policy and of reference, :math:`\log\pi_w - \log\pi_l` and :math:`\log\mathrm{ref}_w -
     \log\mathrm{ref}_l`, are sorted over the batch; the loss is logistic on the differences of equal rank.
     """
-    policy = torch.sort(chosen_logp_G - rejected_logp_G).values
-    reference = torch.sort(chosen_ref_logp_G - rejected_ref_logp_G).values
+    policy = torch.sort(chosen_logp_P - rejected_logp_P).values
+    reference = torch.sort(chosen_ref_logp_P - rejected_ref_logp_P).values
     numerator = logistic(beta * (policy - reference), label_smoothing)
-    chosen, rejected = beta * (chosen_logp_G - chosen_ref_logp_G), beta * (rejected_logp_G - rejected_ref_logp_G)
-    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G)
+    chosen, rejected = beta * (chosen_logp_P - chosen_ref_logp_P), beta * (rejected_logp_P - rejected_ref_logp_P)
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
 
 
 @loss(
@@ -53,10 +53,10 @@ def aot(
     per_row=False,
 )
 def aot_unpaired(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_ref_logp_G: torch.Tensor,
-    rejected_ref_logp_G: torch.Tensor,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_ref_logp_P: torch.Tensor,
+    rejected_ref_logp_P: torch.Tensor,
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
@@ -66,9 +66,9 @@ def aot_unpaired(
     The log-ratios of chosen and of rejected responses are sorted over the batch, each by itself; the loss is logistic
     on the differences of equal rank.
     """
-    chosen, rejected = beta * (chosen_logp_G - chosen_ref_logp_G), beta * (rejected_logp_G - rejected_ref_logp_G)
+    chosen, rejected = beta * (chosen_logp_P - chosen_ref_logp_P), beta * (rejected_logp_P - rejected_ref_logp_P)
     numerator = logistic(torch.sort(chosen).values - torch.sort(rejected).values, label_smoothing)
-    return pair_output(numerator, chosen, rejected, chosen_logp_G, rejected_logp_G)
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
 
 
 @loss(
@@ -94,11 +94,11 @@ def aot_unpaired(
     notes="beta moves with the batch and carries no gradient: the loss itself need not fall while margins grow.",
 )
 def beta_dpo(
-    chosen_logp_G: torch.Tensor,
-    rejected_logp_G: torch.Tensor,
-    chosen_ref_logp_G: torch.Tensor,
-    rejected_ref_logp_G: torch.Tensor,
-    label_G: torch.Tensor | None = None,
+    chosen_logp_P: torch.Tensor,
+    rejected_logp_P: torch.Tensor,
+    chosen_ref_logp_P: torch.Tensor,
+    rejected_ref_logp_P: torch.Tensor,
+    label_P: torch.Tensor | None = None,
     *,
     beta: float = 0.1,
     alpha: float = 0.6,
@@ -119,7 +119,7 @@ def beta_dpo(
     ones, so that a batch gives one result. A draw depends on how many batches there were and on nothing else, so that
     a resumed run draws the same. ``state`` holds m, v and the number of batches.
     """
-    chosen, rejected = chosen_logp_G - chosen_ref_logp_G, rejected_logp_G - rejected_ref_logp_G
+    chosen, rejected = chosen_logp_P - chosen_ref_logp_P, rejected_logp_P - rejected_ref_logp_P
     difference = chosen - rejected
     state = state or LOSSES["beta_dpo"].start(chosen.device)
     assert state is not None
@@ -132,11 +132,11 @@ def beta_dpo(
     kept = torch.topk(far, count, largest=False).indices
     weight = torch.zeros_like(difference.detach()).index_fill(0, kept, 1.0)
     used = (beta * (1 + alpha * (seen[kept].mean() - mean))).clamp(min=BETA_FLOOR).to(difference.dtype)
-    numerator = weight * logistic(used * difference, label_smoothing, label_G)
+    numerator = weight * logistic(used * difference, label_smoothing, label_P)
     rewards = beta * chosen, beta * rejected
     more = {"beta": used.expand_as(weight), "kept": weight}
     new = {"mean": mean, "deviation": deviation, "batches": state["batches"] + 1}
-    return pair_output(numerator, *rewards, chosen_logp_G, rejected_logp_G, weight_G=weight, state=new, more=more)
+    return pair_output(numerator, *rewards, chosen_logp_P, rejected_logp_P, weight_R=weight, state=new, more=more)
 
 
 def _lots(seen: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor, batches: torch.Tensor) -> torch.Tensor:

@@ -82,7 +82,7 @@ def run(
             steps=offline.steps,
             read=offline.groups_read(),
         )
-        merge = any("label_G" in (*term.inputs, *term.loss.optional_inputs) for term in terms)
+        merge = any("label_P" in (*term.inputs, *term.loss.optional_inputs) for term in terms)
         columns = partial(columns_of, kind=terms[0].loss.kind, which=pairs, merge=merge)
 
         def objective() -> Any:

@@ -1,34 +1,30 @@
-"""Chains of methods: supervised fine-tuning, then a reward model, then PPO against it.
+"""``prefopt rlhf``: supervised fine-tuning, then a reward model, then PPO against it.
 
-Each stage has a folder of its own. ``stages.json`` beside them keeps what a finished stage was made from (its options,
-the contents of every model, data set and template that they name) and what came of it, so that a chain that is started
-again does only what is still to be done, or goes on where it was stopped; where anything has changed since, it says so
-and touches nothing.
+Each stage has its own folder. ``stages.json`` beside them records a digest of what each stage was made from (options,
+contents of models, data sets and templates) and of its result. A chain that is started again skips finished stages and
+continues a stopped one; if an input or a result has changed, it refuses and changes nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prefopt.config.ppo import PpoConfig
-from prefopt.config.reward import RewardConfig
-from prefopt.config.rlhf import RlhfConfig, StageConfig, StageName
-from prefopt.config.sft import SftConfig
+from prefopt.config.methods import METHODS, MethodConfig
+from prefopt.config.rlhf import RlhfConfig
+from prefopt.core.cache_folder import file_hashes
 from prefopt.core.files import output_errors, read_json, write_json
-from prefopt.core.hashes import file_hashes
 from prefopt.core.model_folder import is_adapter
 from prefopt.core.terminal import Reporter
 from prefopt.data.files.sources import find_sources
 from prefopt.data.layouts.columns import find_dataset_info
 from prefopt.errors import ConfigError, DataError, Interrupted, RunError
 from prefopt.generate.model_io import SampledModel
-from prefopt.methods import ppo, reward, sft
 from prefopt.model.load import base_and_adapter
 from prefopt.model.merge import merge_adapter
 from prefopt.model.precision import resolve_device
@@ -38,11 +34,11 @@ from prefopt.runs.history import RECORD, read_record
 from prefopt.runs.table import CHAIN
 
 OF_A_MODEL = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
-OF_A_RUN = {RECORD, "reliability.json"}  # what changes, or says nothing of the model
+OF_A_RUN = {RECORD, "reliability.json"}  # no part of the model
 
 
 def status_of(folder: Path) -> str:
-    """``finished``, ``begun``, or nothing where there is no run in the folder."""
+    """``finished``, ``begun``, or empty where the folder holds no run."""
     if not (folder / RECORD).exists():
         return ""
     record = read_record(folder, f"remove {folder}")
@@ -60,7 +56,7 @@ def contents_of(folder: Path) -> str:
 
 
 def contents_of_name(name: str) -> str:
-    """The same of a model by its name; an adapter's folder is taken together with that of its model."""
+    """The same of a model by name; for an adapter, of its model too."""
     base, adapter = base_and_adapter(name)
     parts = [contents_of(Path(folder)) for folder in (base, adapter) if folder is not None]
     return parts[0] if len(parts) == 1 else hashlib.blake2b("".join(parts).encode(), digest_size=16).hexdigest()
@@ -68,12 +64,12 @@ def contents_of_name(name: str) -> str:
 
 @contextmanager
 def started_again() -> Iterator[None]:
-    """A stage that is stopped speaks of --resume; what it is a part of goes on where it is started again."""
+    """Replace the --resume advice of a stopped stage: the same command continues a chain or sweep."""
     try:
         yield
     except Interrupted as stop:
         where = str(stop).partition(";")[0]
-        said = f"{where}; what was computed is kept: the same command goes on"
+        said = f"{where}; what was computed is kept: the same command continues"
         raise Interrupted(said, stop.signal) from None
 
 
@@ -110,22 +106,18 @@ class _Chain:
         with output_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self._check_prompts()
-        self._stage("sft", lambda c: sft.run(_as(SftConfig, c)))
+        self._stage("sft")
         if self.config.adapts:
             self._merge()
-        self._stage("reward", lambda c: reward.run(_as(RewardConfig, c)))
-        self._stage("ppo", lambda c: ppo.run(_as(PpoConfig, c)))
+        self._stage("reward")
+        self._stage("ppo")
         folder = self.config.folder("ppo")
         self.reporter.say(f"the aligned model: {folder}")
         return RlhfResult(folder, tuple(self.done), tuple(self.skipped))
 
     def _check_prompts(self) -> None:
-        """Read what the last stage will answer before the first one begins: what it would refuse is told now.
-
-        The tokenizer and the context are those of the model that the chain starts from.
-        """
+        """Read the prompts of PPO before the first stage starts, with the tokenizer and context of its model."""
         first, last = self.config.stage("sft"), self.config.stage("ppo")
-        assert isinstance(first, SftConfig) and isinstance(last, PpoConfig)
         if status_of(self.config.folder("ppo")):
             return
         start = SampledModel(first.model, device=last.device, dtype=last.dtype)
@@ -134,7 +126,7 @@ class _Chain:
         if few := too_few(last, len(prompts.ids)):
             self.reporter.say(f"ppo: {few}; in a chain: --ppo epochs=... batch_size=...")
 
-    def _stage(self, name: StageName, method: Callable[[StageConfig], object]) -> None:
+    def _stage(self, name: str) -> None:
         config = self.config.stage(name)
         folder = self.config.folder(name)
         made_from = _made_from(config)
@@ -142,7 +134,7 @@ class _Chain:
         if status and self.record.get(name, {}).get("from") != made_from:
             raise RunError(
                 f"{folder} is of a chain with other options, model or data; name another --output, or remove this"
-                " folder and those of the stages after it"
+                " folder and those of later stages"
             )
         if status == "finished":
             if self.record[name].get("gave") == contents_of(folder):
@@ -153,14 +145,14 @@ class _Chain:
                 raise RunError(f"{folder} was changed since it was finished; remove it, or name another --output")
         else:
             self._remember(name, {"from": made_from})
-            self.reporter.say(f"{name}: {'goes on' if status else 'begins'}")
-            method(self.config.stage(name, resume=bool(status)))
+            self.reporter.say(f"{name}: {'continues' if status else 'starts'}")
+            METHODS[name].run(self.config.stage(name, resume=bool(status)))
             self.done.append(name)
-        # (A stage that finished in the moment before the chain was killed comes here with nothing to do.)
+        # (A chain may have been killed between the end of a stage and this record.)
         self._remember(name, {"from": made_from, "gave": contents_of(folder)})
 
     def _merge(self) -> None:
-        """The fine-tuned adapter folded in: one whole model that reward model and actor start from."""
+        """Merge the fine-tuned adapter: reward model and actor start from a whole model."""
         source, folder = self.config.folder("sft"), self.config.folder("tuned")
         made_from = contents_of(source)
         known = self.record.get("tuned", {})
@@ -194,17 +186,12 @@ def _stages(found: Any) -> dict[str, dict[str, str]]:
     return stages
 
 
-def _as(kind: type[Any], config: StageConfig) -> Any:
-    assert isinstance(config, kind)
-    return config
-
-
 MODELS, DATA, FILES = ("model", "reward", "reference"), ("data", "prompts", "eval_data", "ptx_data"), ("chat_template",)
-"""Options of a stage that name folders of models, rows, and files: what they hold decides on it, not their names."""
+"""Options that name models, data and files: their contents count, not their names."""
 
 
-def _made_from(config: StageConfig) -> str:
-    """A digest of everything that decides on a stage: its options, and the contents of what they name."""
+def _made_from(config: MethodConfig) -> str:
+    """A digest of the options of a stage and the contents of what they name."""
     free = {*FREE, "device", "threads"}
     options = {name: value for name, value in config.to_dict().items() if name not in free}
     named = {name: value for name in (*MODELS, *DATA, *FILES) if (value := options.pop(name, None))}
@@ -221,8 +208,8 @@ def _made_from(config: StageConfig) -> str:
 
 
 def _digests(names: Sequence[str], *, registry: bool) -> list[tuple[int, str, str, str]]:
-    """Of each source the name it is of, by number (a weight may belong to it), its rows, what its ending says of their
-    layout, and, with ``registry``, what a ``dataset_info.json`` beside it does."""
+    """For each source its entry number (which may have a weight), the digest of its rows, its file ending, and with
+    ``registry`` its entry in a ``dataset_info.json``."""
     return [
         (
             source.entry,

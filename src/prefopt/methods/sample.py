@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from prefopt.config.sample import SampleConfig
-from prefopt.core.stop import StopRequest
-from prefopt.core.terminal import Bar, Reporter, duration
+from prefopt.core.terminal import Bar, Reporter, StopRequest, duration
 from prefopt.data.chat.render_options import parse_variables, read_template
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.files.sources import find_sources

@@ -18,7 +18,7 @@ import prefopt
 from prefopt.core.cache_folder import cache_root
 from prefopt.core.terminal import size
 
-LIBRARIES = "torch transformers tokenizers peft safetensors huggingface_hub numpy jsonargparse rich".split()
+LIBRARIES = "torch transformers tokenizers peft safetensors huggingface_hub numpy rich".split()
 # Variables whose values say how things run and name nobody; of all others not even the name is shown.
 VARIABLES = """
     PREFOPT_CACHE PREFOPT_DTYPE HF_HOME HF_HUB_OFFLINE CUDA_VISIBLE_DEVICES PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from prefopt.core.hashes import file_hashes
+from prefopt.core.cache_folder import file_hashes
 from prefopt.core.model_folder import base_of, is_adapter, read_object, vet_folder, weight_files
 from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from prefopt.errors import ModelError

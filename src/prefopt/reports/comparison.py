@@ -1,4 +1,4 @@
-"""What ``prefopt compare --json`` found, as a report tells it: win rates, what the samples show, and some of them."""
+"""The output of ``prefopt compare --json`` as the report shows it: win rates, measures and some of the samples."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from prefopt.runs.plot import shortened
 from prefopt.runs.table import as_number
 
 SHOWN = 3
-"""Pairs of samples of each kind that a page shows."""
+"""Pairs of samples of each kind on a page."""
 LONGEST = 4000
-"""Characters of a text that a page shows; what is cut off is told by an ellipsis."""
+"""Characters of a text on a page; longer ones end in an ellipsis."""
 
 Json = Mapping[str, Any]
 Bounds = tuple[float, float, float]
@@ -29,8 +29,8 @@ Bounds = tuple[float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """One line of the table of win rates. ``bounds``: none where prompts were too few to tell one.
-    ``at_equal_length``: or why there is none."""
+    """A row of the table of win rates. ``bounds`` are None for too few prompts; ``at_equal_length`` may say why there
+    are none."""
 
     name: str
     prompts: int
@@ -42,7 +42,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A prompt with a sample of each of two models, and what the judge said of them."""
+    """A prompt with a sample of each of two models, and the verdict of the judge."""
 
     prompt: str
     models: tuple[str, str]
@@ -51,9 +51,9 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class ComparisonFacts:
-    """One comparison. ``lost``: samples of the first model that the judge liked less than the other's. ``lengths``:
-    sentences on how lengths differ. ``tasks``: rows of name, questions, first, second, difference, verdict."""
+class ComparisonReport:
+    """One comparison. ``lost``: samples of the first model that lost. ``lengths``: sentences on how lengths differ.
+    ``tasks``: rows of name, questions, first, second, difference, verdict."""
 
     judge: str
     sentences: Sequence[str]
@@ -73,18 +73,19 @@ class ComparisonFacts:
     environment: Mapping[str, Mapping[str, str]]
 
 
-def read_comparison(name: str | Path, *, seed: int = 0) -> ComparisonFacts:
-    """Read what ``prefopt compare --json`` printed. Raises :class:`RunError` where a file is nothing of the kind."""
+def read_comparison(name: str | Path, *, seed: int = 0) -> ComparisonReport:
+    """Read the output of ``prefopt compare --json``. Raises :class:`RunError` for another file."""
     path = Path(name)
     remedy = "write what prefopt compare --json prints into a file, and name it"
-    return read_json(path, lambda found: comparison_facts(found, seed=seed), remedy)
+    return read_json(path, lambda found: comparison_report(found, seed=seed), remedy)
 
 
-def comparison_facts(found: Json, *, seed: int = 0) -> ComparisonFacts:
-    """The facts of a comparison as plain values; ``seed`` draws the samples that are shown."""
+def comparison_report(found: Json, *, seed: int = 0) -> ComparisonReport:
+    """The report of a comparison given as plain values; ``seed`` draws the samples that are shown."""
     rows = _judged(found["output"], found["output_sha256"])
-    drawn, ranked = _drawn(rows, seed), any(_behind(row) is not None for row in rows)
-    return ComparisonFacts(
+    drawn = [_pair(row) for row in random.Random(seed).sample(rows, min(SHOWN, len(rows)))]
+    ranked = any(_behind(row) is not None for row in rows)
+    return ComparisonReport(
         judge=found["judge"],
         sentences=[sentence(v, found["judge"]) for v in found["versus"]],
         rates=[rate for versus in found["versus"] for rate in _rates(versus)],
@@ -109,7 +110,7 @@ _NO_SAMPLES = "no samples are shown: prefopt compare keeps the judged pairs wher
 
 
 def sentence(versus: Json, judge: str) -> str:
-    """The verdict on two models, as sure as the interval and the sign test let it be."""
+    """The verdict on two models, supported by the interval and the sign test."""
     rate, first, second = versus["rate"], versus["first"], versus["second"]
     bounds = _bounds(rate["rate"])
     if bounds is None:
@@ -133,7 +134,7 @@ def _at_equal_length(versus: Json) -> Bounds | str:
     if equal is None:
         return "too few" if versus["rate"]["rate"] is None else "all are equally long"
     bounds = _bounds(equal["rate"])
-    return "not told: one model's are always the longer ones" if bounds is None else bounds
+    return "not measurable: one model's are always the longer ones" if bounds is None else bounds
 
 
 def _rate(name: str, rate: Json, equal: Bounds | str) -> Rate:
@@ -148,13 +149,13 @@ def _bounds(interval: Json | None) -> Bounds | None:
 
 
 def _samples(models: Json) -> list[tuple[str, Sequence[str]]]:
-    """A row for each measure that any model has, a value for each model."""
+    """A row for each measure that a model has, with a value for each model."""
     titles = {
         "samples": "samples",
         "characters": "characters",
         "tokens": "tokens",
         "entropy": "entropy, nats per token",
-        "repetition": "repeated runs of four words, part",
+        "repetition": "fraction of repeated 4-grams",
         "perplexity": "perplexity of held-out data",
         "empty": "empty",
     }
@@ -166,7 +167,7 @@ def _samples(models: Json) -> list[tuple[str, Sequence[str]]]:
 
 
 def _number(value: float | None) -> str:
-    """As a person reads it; parts below a thousandth are as good as none."""
+    """Values below a thousandth are shown as 0."""
     return "0" if value is not None and abs(value) < 5e-4 else as_number(value)
 
 
@@ -175,7 +176,7 @@ def _gap(distance: Json | None) -> str:
 
 
 def _longer(versus: Json, models: Json) -> str | None:
-    """How much longer the first model's responses are."""
+    """How much longer the responses of the first model are."""
     bounds = _bounds(versus["longer"])
     if bounds is None:
         return None
@@ -208,12 +209,8 @@ def _judged(file: str | None, digest: str) -> list[Comparison]:
     return [row for row in read_comparisons(file) if isinstance(row, Comparison) and len(row.responses) == 2]
 
 
-def _drawn(rows: Sequence[Comparison], seed: int) -> list[Pair]:
-    return [_pair(row) for row in random.Random(seed).sample(rows, min(SHOWN, len(rows)))]
-
-
 def _worst(rows: Sequence[Comparison], seed: int) -> list[Pair]:
-    """Those that the first model lost: by the judge's scores where it gave some, else drawn by ``seed``."""
+    """Samples that the first model lost: the worst by the judge's scores, or drawn by ``seed`` without scores."""
     lost = [row for row in rows if row.tiers == ((1,), (0,))]
     mixed = random.Random(seed).sample(lost, len(lost))
     ranked = sorted(mixed, key=lambda row: -(_behind(row) or 0.0))
@@ -221,7 +218,7 @@ def _worst(rows: Sequence[Comparison], seed: int) -> list[Pair]:
 
 
 def _behind(row: Comparison) -> float | None:
-    """How much less than the second the judge gave the first response."""
+    """The score of the second response minus that of the first."""
     scores: Any = row.extra.get("judge_scores")
     return float(scores[1] - scores[0]) if isinstance(scores, list) and len(scores) == 2 else None
 
@@ -231,7 +228,7 @@ def _pair(row: Comparison) -> Pair:
     scores: Any = row.extra.get("judge_scores")
     first, second = (shortened(r.text, LONGEST) for r in row.responses)
     said = {((0,), (1,)): f"{models[0]} is better", ((1,), (0,)): f"{models[1]} is better", ((0, 1),): "a tie"}
-    verdict = said.get(row.tiers, "nothing said")
+    verdict = said.get(row.tiers, "no verdict")
     if scores:
         verdict += f" ({as_number(scores[0])} against {as_number(scores[1])})"
     return Pair(shortened(prompt_text(row), LONGEST), (models[0], models[1]), (first, second), verdict)

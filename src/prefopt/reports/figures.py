@@ -1,4 +1,4 @@
-"""Curves of runs as SVG that stands in a page: text stays text, and no two figures share an id."""
+"""Figures as inline SVG: text stays text, and no two figures share an id."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xml.sax.saxutils import quoteattr
 
 from markupsafe import Markup
 
-from prefopt.reports.comparison import ComparisonFacts
+from prefopt.reports.comparison import ComparisonReport
 from prefopt.runs.diagnose import change_of
 from prefopt.runs.history import History
 from prefopt.runs.plot import COLOURS, SIDES, Panel, figure_of, panels_by_method, require_matplotlib, shortened
@@ -20,7 +20,7 @@ WRAPPING = re.compile(r"<\?xml.*?\?>|<!DOCTYPE.*?>|<metadata>.*?</metadata>|<!--
 
 
 def curves(runs: Sequence[History]) -> list[tuple[Markup, list[str]]]:
-    """The standard panels of these runs, a figure each with what it shows in words; a phone has one below the other."""
+    """The standard panels of these runs, each as a figure with sentences on what it shows."""
     found = []
     for n, (panel, several) in enumerate(panels_by_method(runs)):
         figure, of = figure_of(several, metrics=[panel.name], titled=False), ", ".join(labels(several))
@@ -30,7 +30,7 @@ def curves(runs: Sequence[History]) -> list[tuple[Markup, list[str]]]:
 
 
 def in_words(panel: Panel, runs: Sequence[History]) -> list[str]:
-    """A line for each curve of a panel: from where to where it went, and whether that is more than noise."""
+    """A line for each curve of a panel: its start, its end, and whether it changed beyond noise."""
     told = []
     for run, name in zip(runs, labels(runs), strict=True):
         for side in SIDES if panel.sides else ("",):
@@ -55,8 +55,8 @@ def _curve_words(run: History, metric: str) -> str:
     return "; ".join(parts)
 
 
-def win_rates(found: ComparisonFacts, *, name: str) -> Markup | None:
-    """Win rates with their intervals beside the line of no difference; none where none could be told."""
+def win_rates(found: ComparisonReport, *, name: str) -> Markup | None:
+    """Win rates with their intervals and the line of no difference; None without any interval."""
     require_matplotlib()
     from matplotlib.figure import Figure
 

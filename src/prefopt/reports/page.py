@@ -1,31 +1,29 @@
-"""``prefopt report``: runs as one HTML file that needs no network and no script."""
+"""``prefopt report``: an HTML file on runs and comparisons, without scripts and without network access."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 import prefopt
-from prefopt.config.rlhf import METHODS, read_options
+from prefopt.config.methods import METHODS, read_options
 from prefopt.config.tools import ReportConfig
 from prefopt.core.files import output_errors, replace_file
 from prefopt.core.options import command, options
 from prefopt.errors import UserError
 from prefopt.evaluate.result import CompareResult
-from prefopt.reports.comparison import ComparisonFacts, comparison_facts, read_comparison
+from prefopt.reports.comparison import ComparisonReport, comparison_report, read_comparison
 from prefopt.reports.figures import curves, win_rates
-from prefopt.reports.sweep import SweepFacts, is_sweep, sweep_facts
-from prefopt.runs.diagnose import diagnose
+from prefopt.runs.diagnose import Finding, diagnose
 from prefopt.runs.history import History
 from prefopt.runs.plot import shortened
 from prefopt.runs.table import as_number, caveats, differing, labels, reached, runs_of, shown, summary
-from prefopt.runs.trends import Finding
 
 Row = tuple[str, str]
 """A name and its value."""
@@ -33,7 +31,7 @@ Row = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """An option as the run had it; ``given``: it was not left at its default."""
+    """An option of a run; ``given``: it differs from the default."""
 
     name: str
     value: str
@@ -41,14 +39,14 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
-class RunFacts:
-    """One run. ``command`` starts it again, and is empty where its options are not those of this version. ``samples``
-    says what a run that learns from samples of its own earned, and is empty for others."""
+class RunReport:
+    """One run. ``command`` repeats it, empty where this version has other options. ``samples`` is a sentence on the
+    reward of a run that learns from its own samples, else empty."""
 
     name: str
     summary: Mapping[str, str]
-    happened: Sequence[Finding]
-    look: Sequence[Finding]
+    findings: Sequence[Finding]
+    warnings: Sequence[Finding]
     held_out: Sequence[Row]
     training: Sequence[Row]
     data: Sequence[Row]
@@ -59,22 +57,28 @@ class RunFacts:
     samples: str
 
 
-def facts(runs: Sequence[History]) -> list[RunFacts]:
-    """The facts of each run, under names that tell the runs apart."""
-    return [_facts(run, name) for run, name in zip(runs, labels(runs), strict=True)]
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A section rendered elsewhere: ``html`` is inserted unescaped, ``sentences`` stand at the top of the page."""
+
+    name: str
+    html: Markup
+    sentences: Sequence[str]
+    caveats: Sequence[str]
 
 
-def _facts(run: History, name: str) -> RunFacts:
+def run_report(run: History, name: str) -> RunReport:
+    """What the page shows of a run, under a ``name`` that distinguishes it from the others."""
     found, values = diagnose(run), reached(run)
-    return RunFacts(
+    return RunReport(
         name=name,
         summary=summary(run),
-        happened=[f for f in found if not f.look],
-        look=[f for f in found if f.look],
+        findings=[f for f in found if not f.look],
+        warnings=[f for f in found if f.look],
         held_out=[(key, as_number(value)) for key, value in values["held_out"].items()],
         training=[(key, as_number(value)) for key, value in values["training"].items()],
         data=_data(run),
-        identity=_identity(run),
+        identity=[(title, str(run.record[key])) for key, title in HASHED.items() if run.record.get(key)],
         settings=_settings(run),
         environment=run.record.get("environment", {}),
         command=_command(run),
@@ -83,26 +87,19 @@ def _facts(run: History, name: str) -> RunFacts:
 
 
 def _data(run: History) -> list[Row]:
-    """Where the rows come from, how many there were, and what became of them."""
-    rows = run.rows
-    told = [("files", shown(run.options.get("data", run.options.get("prompts"))))]
-    told += [("held-out files", shown(value))] if (value := run.options.get("eval_data")) else []
-    told += [(f"rows {key}", f"{value:,}") for key, value in rows.items()]
+    rows, options = run.rows, run.options
+    found = [("files", shown(options.get("data", options.get("prompts"))))]
+    found += [("held-out files", shown(value))] if (value := options.get("eval_data")) else []
+    found += [(f"rows {key}", f"{value:,}") for key, value in rows.items()]
     if {"read", "kept"} <= rows.keys():
-        told.append(("rows refused and left out", f"{rows['read'] - rows['kept']:,}"))
+        found.append(("rows refused and skipped", f"{rows['read'] - rows['kept']:,}"))
     if value := run.record.get("max_length"):
-        told.append(("longest sequence", f"{value} tokens"))
-    return told
-
-
-def _identity(run: History) -> list[Row]:
-    """Hashes: two runs that agree in one had the same."""
-    names = {"reference": "reference model", "data": "training and held-out tokens"}
-    return [(title, str(run.record[key])) for key, title in names.items() if run.record.get(key)]
+        found.append(("longest sequence", f"{value} tokens"))
+    return found
 
 
 def _settings(run: History) -> list[Setting]:
-    defaults = {o.name: o.default for o in options(METHODS[run.method])} if run.method in METHODS else {}
+    defaults = {o.name: o.default for o in options(METHODS[run.method].config)} if run.method in METHODS else {}
     return [
         Setting(name.replace("_", "-"), shown(value), name not in defaults or value != defaults[name])
         for name, value in run.options.items()
@@ -127,102 +124,94 @@ def _samples(run: History) -> str:
     )
 
 
-UNKNOWN = "whether the models' own answers got better is not in these numbers: compare samples of them"
-
-SWEPT = (
-    "a point dominates another by the numbers as they are; only what lies beyond the errors is shown",
-    "a sweep tells of these settings, this data and this reward: a road that was tuned better may lie elsewhere",
-)
+HASHED = {"reference": "reference model", "data": "training and held-out tokens"}
+UNKNOWN = "these numbers do not show whether the models' own answers got better: compare samples"
 JUDGED = (
-    "a win rate is what this judge says on these prompts: another judge, or people, may say otherwise",
-    "where KL, length or repetition rise with the win rate, it may be a weakness of the judge that was found",
+    "a win rate holds for this judge and these prompts: another judge, or people, may disagree",
+    "where KL, length or repetition rise with the win rate, the model may exploit a weakness of the judge",
 )
 
 
-def write_report(config: ReportConfig, results: Sequence[CompareResult] = ()) -> Path:
-    """Tell of runs, sweeps and comparisons in one file; ``results`` are comparisons in memory.
+def write_report(config: ReportConfig, results: Sequence[CompareResult] = (), sections: Sequence[Section] = ()) -> Path:
+    """Write the report of runs and comparisons; ``results`` are comparisons in memory.
 
     Raises :class:`prefopt.errors.UserError`.
     """
-    sweeps = [folder for folder in config.run or () if is_sweep(folder)]
-    runs = [run for folder in config.run or () if folder not in sweeps for run in runs_of(folder)]
+    runs = [run for folder in config.run or () for run in runs_of(folder)]
     comparisons = [read_comparison(name) for name in config.comparisons or ()]
-    comparisons += [comparison_facts(result.to_dict()) for result in results]
-    swept = [sweep_facts(folder, number=n) for n, folder in enumerate(sweeps)]
+    comparisons += [comparison_report(result.to_dict()) for result in results]
     path = Path(config.output)
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Half of a surrogate pair, which a data set may hold, has no place in a file.
-        replace_file(path, page(runs, comparisons, swept, title=config.title).encode("utf-8", "replace"))
+        replace_file(path, page(runs, comparisons, sections, title=config.title).encode("utf-8", "replace"))
     return path
 
 
 def page(
     runs: Sequence[History],
-    comparisons: Sequence[ComparisonFacts] = (),
-    sweeps: Sequence[SweepFacts] = (),
+    comparisons: Sequence[ComparisonReport] = (),
+    sections: Sequence[Section] = (),
     *,
     title: str | None = None,
 ) -> str:
-    """The whole page. Whatever comes from runs and their data is escaped by the template engine."""
-    names = [*(labels(runs) if runs else []), *(sweep.name for sweep in sweeps)]
-    told = facts(runs)
+    """The whole page. The template engine escapes everything that comes from runs and their data."""
+    names = labels(runs) if runs else []
+    reports = [run_report(run, name) for run, name in zip(runs, names, strict=True)]
     several = len(runs) > 1
+    names += [section.name for section in sections]
     title = title or ", ".join(names) or " and ".join(dict.fromkeys(m for c in comparisons for m in c.models))
-    return template().render(
+    different = differing(runs) if several else []
+    return template("prefopt.reports", "report.html.j2").render(
         title=title,
         heading=shortened(title, 70),  # of a browser's tab
         version=prefopt.__version__,
         written=time.strftime("%Y-%m-%d %H:%M %Z"),
         verdict=[s for c in comparisons for s in c.sentences]
-        or [*(verdict(run) for run in told), *(s for sweep in sweeps for s in sweep.sentences)],
-        sweeps=sweeps,
+        or [*(verdict(run) for run in reports), *(s for section in sections for s in section.sentences)],
+        sections=sections,
         comparisons=[(c, win_rates(c, name=f"rates{n}")) for n, c in enumerate(comparisons)],
-        runs=told,
+        runs=reports,
         figures=curves(runs),
-        different=[(n.replace("_", "-"), [shown(r.options.get(n)) for r in runs]) for n in differing(runs)]
-        if several
-        else [],
+        different=[(n.replace("_", "-"), [shown(r.options.get(n)) for r in runs]) for n in different],
         caveats=[
             *(caveats(runs) if several else []),
             *(JUDGED if comparisons else ()),
-            *(SWEPT if sweeps else ()),
-            *(() if comparisons or sweeps else (UNKNOWN,)),
+            *(line for section in sections for line in section.caveats),
+            *(() if comparisons or sections else (UNKNOWN,)),
         ],
     )
 
 
-def verdict(run: RunFacts) -> str:
-    """One sentence on one run: what its held-out rows say, or that there are none; of PPO what its samples earned."""
+def verdict(run: RunReport) -> str:
+    """One sentence on a run: its held-out loss and accuracy, or the reward of its samples."""
     values = dict(run.held_out)
     if run.samples:
         return f"{run.name}: {run.samples}"
     if "loss" not in values:
-        return f"{run.name}: no row was held out, so that nothing is known of rows that it was not trained on"
+        return f"{run.name}: no row was held out, so that nothing is known about rows outside the training data"
     parts = [f"the loss on held-out rows is {values['loss']} at step {values['step']}"]
     if "rewards/accuracies" in values:
-        parts.append(f"{float(values['rewards/accuracies']):.1%} of their pairs are in the order of the data")
+        parts.append(f"{float(values['rewards/accuracies']):.1%} of their pairs are ranked as in the data")
     return f"{run.name}: " + "; ".join(parts)
 
 
-def template() -> jinja2.Template:
-    """Autoescaped, and a name that is missing is an error."""
-    folder = files("prefopt.reports")
-    sources = {name: (folder / name).read_text("utf-8") for name in ("report.html.j2", "report.css")}
+def template(package: str, name: str) -> jinja2.Template:
+    """A template of a package, which may import those of this one. It escapes values and refuses undefined names."""
     environment: Any = jinja2.Environment(
-        loader=jinja2.DictLoader(sources),
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(found, ".") for found in (package, "prefopt.reports")]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["capitalise"] = _capitalised
-    found: jinja2.Template = environment.get_template("report.html.j2")
+    found: jinja2.Template = environment.get_template(name)
     return found
 
 
 def _capitalised(text: str) -> str:
-    """The first letter of a sentence large, unless it begins with a name: a path, or a word with a dot or digit."""
+    """A sentence with a capital, unless it begins with a name."""
     first = text.split(" ", 1)[0]
     return text[:1].upper() + text[1:] if first in _FIRST_WORDS else text
 

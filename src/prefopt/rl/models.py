@@ -9,9 +9,9 @@ from functools import partial
 
 import torch
 
-from prefopt.config.model import LORA_ALPHA_PER_RANK, LORA_RANK
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.tools import is_model_reward
+from prefopt.config.training import LORA_ALPHA_PER_RANK, LORA_RANK
 from prefopt.core.terminal import size
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ConfigError, ModelError

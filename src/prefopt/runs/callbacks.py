@@ -1,4 +1,4 @@
-"""Callbacks: what else happens when a step, an evaluation or a checkpoint is done.
+"""Callbacks, called after steps, evaluations and checkpoints, and the trackers, which are callbacks too.
 
 >>> class Patience(Callback):
 ...     def on_evaluation(self, run, step, metrics):
@@ -9,13 +9,20 @@
 from __future__ import annotations
 
 import logging
+import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from prefopt.config.methods import method_of
+from prefopt.config.training import RunOptions
 from prefopt.errors import ConfigError, Interrupted, RunError
+from prefopt.runs.folder import RunFolder
+from prefopt.runs.history import read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +31,8 @@ Metrics = Mapping[str, float]
 
 @dataclass(slots=True, kw_only=True)
 class RunInfo:
-    """The run as a callback sees it. ``step`` of ``steps`` are done; ``options`` are those of ``run.json``. ``keep`` is
-    what :meth:`save` calls."""
+    """The run as callbacks see it: ``step`` of ``steps`` are done, ``options`` are those of ``run.json``. ``keep``
+    implements :meth:`save`."""
 
     output: Path
     options: Mapping[str, Any]
@@ -36,51 +43,48 @@ class RunInfo:
     keep: Callable[[], object] | None = None
 
     def save(self) -> None:
-        """Write a checkpoint of the step that is done, where there is none yet; ``keep_last`` removes older ones."""
+        """Write a checkpoint of this step, unless there is one; ``keep_last`` removes older ones."""
         if self.keep is not None:
             self.keep()
 
     def stop(self) -> None:
-        """End training after this step, as if it were the last one: the model is saved."""
+        """End training after this step; the model is saved."""
         self.stopping = True
 
 
 class Callback:
-    """Subclass it and override what you need. Hooks are called when a step is wholly done, with its evaluation and
-    checkpoint: first ``on_step``, then the other two where there was one. What they draw from torch's generator
-    changes the run, unless they put its state back.
+    """Subclass it and override what you need. Hooks are called when a step is complete, with its evaluation and
+    checkpoint: ``on_step`` first. If they draw from torch's random generator and do not restore its state, the run
+    changes.
     """
 
     def on_start(self, run: RunInfo) -> None:
-        """Before the first step of this process; ``run.step`` is over zero where a run is resumed."""
+        """Before the first step of this process; ``run.step`` is above zero in a resumed run."""
 
     def on_step(self, run: RunInfo, step: int, metrics: Metrics) -> None:
-        """After every step, with the metrics of its batch, taken before the weights moved."""
+        """After every step, with the metrics of its batch, computed before the update."""
 
     def on_evaluation(self, run: RunInfo, step: int, metrics: Metrics) -> None:
-        """After an evaluation on held-out pairs: the same names as in training."""
+        """After an evaluation on held-out rows; metric names as in training."""
 
     def on_checkpoint(self, run: RunInfo, step: int, path: Path) -> None:
         """After a checkpoint was written to the folder ``path``."""
 
     def on_end(self, run: RunInfo, status: str) -> None:
-        """Once after ``on_start``, however it ends: ``trained``, ``interrupted`` or ``failed``. The model is saved
-        after this."""
+        """Once after ``on_start``, before the model is saved; ``status`` is ``trained``, ``interrupted`` or
+        ``failed``."""
 
 
 HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_"))
 
 
 class CallbackFailed(RunError):
-    """A callback raised; the loop keeps what was computed, and stops."""
+    """A callback raised; the run keeps what was computed, and stops."""
 
 
 @dataclass(slots=True)
 class Callbacks:
-    """Calls several in turn; anything that has some of the hooks will do. ``options`` are handed to them.
-
-    Raises :class:`ConfigError` for an object that has none of the hooks.
-    """
+    """Calls the hooks of several objects in turn. Raises :class:`ConfigError` for an object without any hook."""
 
     many: Sequence[Any] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -95,7 +99,7 @@ class Callbacks:
 
     @contextmanager
     def around(self, run: RunInfo, keep: Callable[[], object]) -> Iterator[RunInfo]:
-        """``on_start`` and ``on_end`` around the loop. Where a callback fails, ``keep`` is called before it stops."""
+        """``on_start`` and ``on_end`` around the training loop. If a callback fails, ``keep`` is called."""
         self.run, run.keep = run, keep
         status = "failed"
         try:
@@ -118,7 +122,7 @@ class Callbacks:
         evaluation: Metrics | None = None,
         checkpoint: Path | None = None,
     ) -> None:
-        """A step with what belongs to it."""
+        """Call the hooks of a complete step."""
         assert self.run is not None
         self.run.step = step
         if record is not None:
@@ -134,7 +138,7 @@ class Callbacks:
         except CallbackFailed as error:
             if status == "trained":
                 raise
-            log.warning("%s", error)  # what stopped the run is told, not what followed from it
+            log.warning("%s", error)  # the first error is the one to raise
 
     def _call(self, hook: str, *arguments: object) -> None:
         assert self.run is not None
@@ -145,14 +149,211 @@ class Callbacks:
                 continue
             try:
                 method(self.run, *arguments)
-            except CallbackFailed as error:  # it has its own words
+            except CallbackFailed as error:
                 failed = failed or error
             except Exception as error:
-                what = " ".join(f"{type(error).__name__}: {error}".split())
+                what = _one_line(error)
                 failed = failed or CallbackFailed(
-                    f"callback {type(one).__name__} failed in {hook} at step {self.run.step} ({what}); mend it, and go"
-                    " on with --resume: what was computed is kept"
+                    f"callback {type(one).__name__} failed in {hook} at step {self.run.step} ({what});"
+                    " fix it and continue with --resume: what was computed is kept"
                 )
                 failed.__cause__ = failed.__cause__ or error
         if failed is not None:
             raise failed
+
+
+class Recorder(Callback):
+    """Writes to ``run.json`` when and on what machine training started, its number of steps, and how it ended."""
+
+    def __init__(self, folder: RunFolder, method: str | None) -> None:
+        self._folder, self._method = folder, method
+
+    def on_start(self, run: RunInfo) -> None:
+        from prefopt.model.environment import hardware
+
+        started = self._folder.record.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self._folder.remember(started=started, steps=run.steps, environment=hardware(), method=self._method)
+
+    def on_end(self, run: RunInfo, status: str) -> None:
+        self._folder.remember(status=status)
+
+
+def default_callbacks(config: RunOptions, folder: RunFolder) -> list[Callback]:
+    """The callbacks of every run, called before those given in Python. Create them before the run is resumed.
+
+    Raises :class:`prefopt.errors.ConfigError` if a tracker is not installed.
+    """
+    found: list[Callback] = [Recorder(folder, method_of(config))]
+    if config.track:
+        ids = folder.record.get("tracking", {})
+        names = list(dict.fromkeys(config.track))
+        tracking = Tracking(
+            names,
+            project=config.track_project,
+            output=folder.path,
+            ids=ids,
+            remember=lambda ids: folder.remember(tracking=ids),
+        )
+        found.append(tracking)
+    return found
+
+
+# -- trackers --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TrackedRun:
+    """What a tracker is given to start or continue a run. ``id`` is what it returned at the first start."""
+
+    project: str
+    name: str
+    run: RunInfo
+    id: str | None = None
+
+
+class Tracker(NamedTuple):
+    """A tracker in use. ``log`` takes finite numbers and a step, ``finish`` the status of :meth:`Callback.on_end`.
+
+    ``purges``: it drops steps after a resumed run's checkpoint by itself; others are sent no step twice.
+    """
+
+    id: str
+    log: Callable[[Mapping[str, float], int], object]
+    finish: Callable[[str], object]
+    purges: bool = False
+
+
+def _tensorboard(of: TrackedRun) -> Tracker:
+    """Event files in ``tensorboard`` of the output folder."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer: Any = SummaryWriter(str(of.run.output / "tensorboard"), purge_step=of.run.step + 1 if of.id else None)
+    if of.id is None:
+        rows = [f"| {name} | {value} |" for name, value in of.run.options.items()]
+        writer.add_text("options", "\n".join(["| option | value |", "| --- | --- |", *rows]))
+
+    def log(values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return Tracker("tensorboard", log, lambda status: writer.close(), purges=True)
+
+
+def _wandb(of: TrackedRun) -> Tracker:
+    """Its server gets numbers, options, and what wandb itself reports of the machine; no code, no terminal output."""
+    import wandb
+
+    run = wandb.init(
+        project=of.project,
+        name=of.name,
+        id=of.id or secrets.token_hex(4),
+        resume="allow",
+        dir=str(of.run.output),
+        config=dict(of.run.options),
+        settings=wandb.Settings(console="off", disable_code=True, disable_git=True),
+        reinit="create_new",
+    )
+    finish: Callable[[str], object] = lambda status: run.finish(exit_code=int(status != "trained"))  # noqa: E731
+    return Tracker(str(run.id), lambda values, step: run.log(dict(values), step=step), finish)
+
+
+def _trackio(of: TrackedRun) -> Tracker:
+    """A local database. The id is the name, which must be unique."""
+    import trackio
+
+    name, quiet = of.id or f"{of.name}-{secrets.token_hex(3)}", {"auto_log_gpu": False, "auto_log_cpu": False}
+    options = dict(of.run.options)
+    run = trackio.init(project=of.project, name=name, config=options, resume="allow", embed=False, **quiet)
+    return Tracker(name, lambda values, step: run.log(dict(values), step=step), lambda status: run.finish())
+
+
+def _mlflow(of: TrackedRun) -> Tracker:
+    """The server of ``MLFLOW_TRACKING_URI``, by a client of its own: the caller's active run stays as it is."""
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    if of.id is None:
+        found = client.get_experiment_by_name(of.project)
+        experiment = found.experiment_id if found else client.create_experiment(of.project)
+        id = str(client.create_run(experiment, run_name=of.name).info.run_id)
+        for name, value in of.run.options.items():
+            client.log_param(id, name, value)
+    else:
+        id = of.id
+        client.update_run(id, status="RUNNING")
+
+    def log(values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            client.log_metric(id, name, value, step=step)
+
+    ends = {"trained": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
+    return Tracker(id, log, lambda status: client.set_terminated(id, status=ends[status]))
+
+
+TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio, "mlflow": _mlflow}
+
+
+class Tracking(Callback):
+    """Sends the metrics of a run to trackers, as ``train/NAME`` and ``eval/NAME``. A tracker that fails to start stops
+    the run; one that fails later is dropped with a warning.
+
+    Create it before the metrics after a resumed run's checkpoint are dropped. ``ids`` is what ``remember`` was given
+    in an earlier process.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        project: str,
+        output: Path,
+        ids: Mapping[str, str],
+        remember: Callable[[dict[str, str]], None],
+    ) -> None:
+        """Raises :class:`ConfigError` where a package is not installed."""
+        for name in names:
+            if find_spec(name) is None:
+                raise ConfigError(f'--track {name}: it is not installed; run pip install "prefopt[{name}]"')
+        self._names, self._project, self._ids, self._remember = names, project, dict(ids), remember
+        self._running: dict[str, Tracker] = {}
+        last = max((line["step"] for line in read_metrics(output)), default=0)
+        self._sent = {name: last for name in names if name in ids}
+
+    def on_start(self, run: RunInfo) -> None:
+        for name in self._names:
+            of = TrackedRun(self._project, run.output.resolve().name, run, self._ids.get(name))
+            try:
+                self._running[name] = TRACKERS[name](of)
+            except Exception as error:
+                message = f"--track {name} failed to start ({_one_line(error)}); fix it or remove it from --track"
+                raise CallbackFailed(message) from error
+            self._ids[name] = self._running[name].id
+        self._remember(self._ids)
+
+    def on_step(self, run: RunInfo, step: int, metrics: Metrics) -> None:
+        self._log("train", metrics, step)
+
+    def on_evaluation(self, run: RunInfo, step: int, metrics: Metrics) -> None:
+        self._log("eval", metrics, step)
+
+    def on_end(self, run: RunInfo, status: str) -> None:
+        for name in list(self._running):
+            self._try(name, lambda tracker: tracker.finish(status))
+
+    def _log(self, prefix: str, metrics: Metrics, step: int) -> None:
+        values = {f"{prefix}/{name}": float(value) for name, value in metrics.items() if value is not None}
+        for name, tracker in list(self._running.items()):
+            if tracker.purges or step > self._sent.get(name, 0):
+                self._try(name, lambda tracker: tracker.log(values, step))
+
+    def _try(self, name: str, act: Callable[[Tracker], object]) -> None:
+        try:
+            act(self._running[name])
+        except Exception as error:
+            del self._running[name]
+            log.warning("--track %s failed and is dropped (%s)", name, _one_line(error))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -1,4 +1,4 @@
-"""The finished model: an ordinary Hugging Face folder with a card that says where it comes from."""
+"""The finished model: a Hugging Face folder with a model card."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from prefopt.model.scorer import PackedModel
 def save_model(folder: Path, scorer: PackedModel, masters: MasterWeights, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write weights, tokenizer, template and generation config.
 
-    What was trained is written in float32, as it was trained: in bfloat16 a short run's changes would round away.
+    Trained weights are written in float32: in bfloat16 the changes of a short run would round away.
     """
     scorer.detach_hook()
     model: Any = scorer.model
@@ -51,7 +51,7 @@ def save_model(folder: Path, scorer: PackedModel, masters: MasterWeights, tokeni
 
 
 def _state(model: Any, masters: MasterWeights) -> dict[str, torch.Tensor]:
-    """The whole state with the masters in it; what is shared stands under each of its names."""
+    """The whole state with the master weights; shared weights under each of their names."""
     weights = dict(masters.saved())
     state = {name: weights.get(name, value) for name, value in model.state_dict().items()}
     for name, value in model.named_parameters(remove_duplicate=False):
@@ -71,7 +71,7 @@ def write_card(
     results: Mapping[str, Any],
     license: str,
 ) -> None:
-    """README.md with front matter that the Hub reads, the data, every setting and the results."""
+    """Write README.md: front matter for the Hub, data, results and settings."""
     local = Path(model).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model)
     front = [
         "---",

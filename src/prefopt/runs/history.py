@@ -1,15 +1,15 @@
-"""A run as its output folder tells it: ``run.json`` and ``metrics.jsonl``, read without torch.
+"""A run read from its output folder, ``run.json`` and ``metrics.jsonl``, without torch.
 
 >>> from prefopt.runs.history import read_history
 >>> read_history("OUTPUT").curve("loss")  # doctest: +SKIP
 Curve(steps=[1, 2, 3], values=[0.693, 0.688, 0.671])
 
-Everybody who reads a run reads it here, so that no other place has to ask what a value is. What this version does not
-know is let through; what it knows and finds of another kind is told in one line, with its place.
+Every reader of a run uses this module, which checks the types of values. Unknown keys are kept; a known key with a
+value of another type is an error with its place.
 
->>> checked({"status": "finished", "steps": 3})
+>>> check_record({"status": "finished", "steps": 3})
 {'status': 'finished', 'steps': 3}
->>> checked({"steps": "many"})
+>>> check_record({"steps": "many"})
 Traceback (most recent call last):
 ValueError: steps is 'many'
 """
@@ -30,36 +30,34 @@ from prefopt.errors import RunError
 
 RECORD, METRICS = "run.json", "metrics.jsonl"
 LARGEST_COUNT = 2**53
-"""Of steps, rows, tokens, bytes: beyond it a float does not tell neighbours apart."""
+"""Of steps, rows, tokens, bytes: floats cannot tell larger neighbours apart."""
 LARGEST = 1e100
-"""Of any number: nothing that is measured comes near it, and squares of it are still numbers."""
+"""Of any number: no measurement comes near it, and its square is still finite."""
 
 Line = dict[str, Any]
-"""``step`` (1 or more) and metrics by name, each a finite number, or none where it was not finite."""
-Is = Callable[[Any], bool]
+"""``step`` (1 or more) and metrics by name: finite numbers, None where one was not finite."""
 
 
 def read_record(folder: Path, remedy: str = "leave this run out") -> dict[str, Any]:
     """The ``run.json`` of an output folder.
 
-    Raises :class:`RunError` where there is none, where it cannot be read, and where a value is of another kind than
-    runs write: with ``remedy``, what to do then.
+    Raises :class:`RunError`, with ``remedy``, if it is absent, unreadable, or has a value of another type.
     """
     if not (folder / RECORD).exists():
         raise RunError(f"{folder}: no run of prefopt (no {RECORD} in it); name its output folder")
-    return read_json(folder / RECORD, checked, remedy)
+    return read_json(folder / RECORD, check_record, remedy)
 
 
 def read_metrics(folder: Path) -> list[Line]:
-    """The lines of ``metrics.jsonl``, none where there is no such file. A last line that a kill cut off is left out.
+    """The lines of ``metrics.jsonl``, empty without that file. A last line that a kill cut off is ignored.
 
-    Raises :class:`RunError` for any other line that holds no metrics.
+    Raises :class:`RunError` for any other line without metrics.
     """
     return [line for _, line in numbered_lines(folder / METRICS)]
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[bytes, Line]]:
-    """Each line as it stands in the file, and what it says. Raises as :func:`read_metrics`."""
+    """Each line as written, and parsed. Raises as :func:`read_metrics`."""
     try:
         lines = path.read_bytes().rstrip().split(b"\n")
     except FileNotFoundError:
@@ -76,43 +74,37 @@ def numbered_lines(path: Path) -> Iterator[tuple[bytes, Line]]:
                 return
             raise _no_metrics(path, number, str(error)) from None
         try:
-            line = _line(values)
+            line = _check_line(values)
         except ValueError as error:
             raise _no_metrics(path, number, str(error)) from None
         yield text, line
 
 
-def checked(record: Any) -> dict[str, Any]:
-    """``record`` with half surrogates out of its texts. Raises ``ValueError`` for a value of another kind."""
+def check_record(record: Any) -> dict[str, Any]:
+    """``record`` without nulls and half surrogates. Raises ``ValueError`` for a value of another type."""
     if not isinstance(record, dict):
         raise ValueError("it is not an object")
     for name, value in record.items():
-        if name in KINDS and value is not None and not KINDS[name](value):
+        if name in TYPES and value is not None and not TYPES[name](value):
             raise ValueError(f"{name} is {_short(value)}")
-    found: dict[str, Any] = printable(record)
-    # A null is what is not there.
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in printable(record).items() if value is not None}
 
 
-def _line(values: Any) -> Line:
+def _check_line(values: Any) -> Line:
     if not isinstance(values, dict):
         raise ValueError("it is not an object")
     if not (_is_count(values.get("step")) and values["step"] >= 1):
         raise ValueError(f"step is {_short(values.get('step'))}")
     line: Line = {}
     for name, value in values.items():
+        never_negative = name.startswith(("epoch", "step_seconds", "tokens"))
         if value is None or (isinstance(value, float) and not math.isfinite(value)):
             line[name] = None
-        elif not _is_number(value) or not _in_bounds(name, value):
+        elif not _is_number(value) or (never_negative and value < 0):
             raise ValueError(f"{_short(name)} is {_short(value)}")
         else:
             line[name] = value
     return line
-
-
-def _in_bounds(name: str, value: float) -> bool:
-    """Time does not run backwards."""
-    return value >= 0 or not name.startswith(("epoch", "step_seconds", "tokens"))
 
 
 def _no_metrics(path: Path, number: int, why: str) -> RunError:
@@ -124,7 +116,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:39]}…"
 
 
-# -- kinds of values -------------------------------------------------------------------------------------------------
+# -- types of values -------------------------------------------------------------------------------------------------
+
+IsType = Callable[[Any], bool]
 
 
 def _is_text(value: Any) -> bool:
@@ -139,44 +133,36 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
-def _is_amount(value: Any) -> bool:
-    return _is_number(value) and value >= 0
-
-
-def _is_plain(value: Any) -> bool:
-    """The value of an option."""
+def _is_option(value: Any) -> bool:
+    if isinstance(value, list):
+        return not any(isinstance(item, list) for item in value) and all(map(_is_option, value))
     not_finite = isinstance(value, float) and not math.isfinite(value)
     return value is None or isinstance(value, str | bool) or not_finite or _is_number(value)
 
 
-def _is_option(value: Any) -> bool:
-    return _is_plain(value) or (isinstance(value, list) and all(map(_is_plain, value)))
-
-
-def _mapping(of: Is) -> Is:
+def _mapping(of: IsType) -> IsType:
     return lambda value: isinstance(value, dict) and all(map(of, value.values()))
 
 
-KINDS: Mapping[str, Is] = {
+TYPES: Mapping[str, IsType] = {
     **dict.fromkeys(("status", "started", "finished", "method", "algorithm", "loss"), _is_text),
     **dict.fromkeys(("data", "model", "reference", "reward", "ptx_data"), _is_text),
     **dict.fromkeys(("steps", "max_length", "token_budget", "scoring_budget", "sampled_at_once"), _is_count),
-    "options": _mapping(_is_option),
-    "results": _mapping(_is_option),
-    # Earlier runs of PPO wrote here how many responses they drew at once.
+    **dict.fromkeys(("options", "results"), _mapping(_is_option)),
+    **dict.fromkeys(("costs", "memory"), _mapping(lambda value: _is_number(value) and value >= 0)),
+    # First versions of PPO wrote a count here: responses drawn at once.
     "rows": lambda value: _is_count(value) or _mapping(_is_count)(value),
-    "costs": _mapping(_is_amount),
-    "memory": _mapping(_is_amount),
     "tracking": _mapping(_is_text),
     "environment": _mapping(_mapping(_is_text)),
 }
-"""What the keys of ``run.json`` hold."""
+"""The types of the keys of ``run.json``."""
 
+# -- a run -----------------------------------------------------------------------------------------------------------
 
 SPEEDS = ("pairs_per_second", "rows_per_second")
-"""Metrics that say how many rows a batch had, with its time."""
+"""Metrics that give the rows of a batch, with its time."""
 PLACES = ("step", "epoch", "episode", "learning_rate", "peak_memory_bytes")
-"""Metrics that say where a run stands, not what it reached."""
+"""Metrics of progress: the last value counts, not an average."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +178,8 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """``record`` is ``run.json``; ``training`` and ``held_out`` are the lines of ``metrics.jsonl``, in which a metric
-    has the same name on both sides. Values are of the kinds that :mod:`prefopt.runs.history` lets through."""
+    """A run: ``record`` is ``run.json``, ``training`` and ``held_out`` are the lines of ``metrics.jsonl``, with the
+    same names of metrics."""
 
     folder: Path
     record: Mapping[str, Any]
@@ -203,8 +189,7 @@ class History:
     @property
     def options(self) -> Mapping[str, Any]:
         """The options that the run was started with."""
-        found: Mapping[str, Any] = self.record.get("options", {})
-        return found
+        return dict(self.record.get("options", {}))
 
     @property
     def step(self) -> int:
@@ -213,9 +198,9 @@ class History:
 
     @property
     def steps(self) -> int | None:
-        """Steps to be done in all, where the run came far enough to know."""
-        found: int | None = self.record.get("steps")
-        return found
+        """Steps of the whole run, if it came far enough to know."""
+        steps = self.record.get("steps")
+        return None if steps is None else int(steps)
 
     @property
     def method(self) -> str:
@@ -224,36 +209,34 @@ class History:
 
     @property
     def algorithm(self) -> str:
-        """What it trained by, as people call it: that of a command which has several, else the command."""
+        """The algorithm of a command that has several, such as rloo, else the command."""
         return str(self.record.get("algorithm", self.method))
 
     @property
     def rows(self) -> Mapping[str, int]:
-        """Rows of the data ``read``, ``kept`` and ``truncated``; of prompts nothing is counted."""
+        """Rows of the data ``read``, ``kept`` and ``truncated``; empty for prompts."""
         found: Any = self.record.get("rows")
         return found if isinstance(found, dict) else {}
 
     @property
     def status(self) -> str:
-        """``finished``; ``running``, where a process holds the folder; else ``interrupted``, ``failed`` or
-        ``stopped`` (killed, or before its first step)."""
+        """``finished``, ``running`` (a process holds the folder), ``interrupted``, ``failed``, or ``stopped`` (killed,
+        or before its first step)."""
         status = str(self.record.get("status"))
-        if status == "finished":
-            return status
-        if in_use(self.folder):
+        if status != "finished" and in_use(self.folder):
             return "running"
-        return {"trained": "stopped"}.get(status, status if status in ("interrupted", "failed") else "stopped")
+        return status if status in ("finished", "interrupted", "failed") else "stopped"
 
     def curve(self, name: str, *, held_out: bool = False) -> Curve:
-        """A metric over the steps; lines that lack it, or hold no finite number, are left out."""
+        """A metric over the steps that have a finite value of it."""
         lines = self.held_out if held_out else self.training
         found = [(int(line["step"]), float(line[name])) for line in lines if line.get(name) is not None]
         return Curve([step for step, _ in found], [value for _, value in found])
 
     def ending(self) -> list[tuple[Line, float]]:
-        """The lines of the last tenth of the steps, each with the rows of its batch: what a mean over rows is of.
+        """The lines of the last tenth of the steps, each with the rows of its batch, to average over rows.
 
-        They hold as many rows as the largest batch at least, since the last one of an epoch may have very few.
+        They cover at least as many rows as the largest batch: the last batch of an epoch may be small.
         """
         rows = self._rows()
         count, largest = math.ceil(len(rows) / 10), max(rows, default=0.0)
@@ -262,7 +245,7 @@ class History:
         return list(zip(self.training, rows, strict=True))[len(rows) - count :]
 
     def _rows(self) -> list[float]:
-        """Rows of each step's batch, from how many there were in a second, or episodes; 1 where its line says none."""
+        """Rows of each batch, from rows per second or episodes; 1 where a line has neither."""
         found, before = [], 0.0
         for line in self.training:
             speed = next((line[name] for name in SPEEDS if line.get(name)), None)
@@ -275,14 +258,14 @@ class History:
         return [float(n) for n in found]
 
     def names(self) -> list[str]:
-        """The metrics that there are, in the order in which they are written."""
+        """All metrics, in the order in which they are written."""
         lines = (*self.training, *self.held_out)
         there = (name for line in lines for name, value in line.items() if name != "step" and value is not None)
         return list(dict.fromkeys(there))
 
 
 def read_history(folder: str | Path) -> History:
-    """Read an output folder. Raises :class:`RunError` where it holds no run, or lines that are no metrics."""
+    """Read an output folder. Raises :class:`RunError` if it holds no run, or a damaged one."""
     folder = Path(folder)
     record = read_record(folder)
     training: list[Line] = []
@@ -297,8 +280,7 @@ def read_history(folder: str | Path) -> History:
 
 
 def averages_of(lines: Sequence[tuple[Line, float]]) -> dict[str, float]:
-    """Each metric's average over rows, of lines with how many rows they are of; of :data:`PLACES` what the last
-    line says."""
+    """Each metric averaged over rows, given lines with their rows; of :data:`PLACES` the last value."""
     found: dict[str, float] = {}
     for name in dict.fromkeys(name for line, _ in lines for name in line):
         known = [(line[name], rows) for line, rows in lines if line.get(name) is not None]
@@ -312,7 +294,7 @@ def averages_of(lines: Sequence[tuple[Line, float]]) -> dict[str, float]:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a process trains into this folder."""
+    """Whether a process is training into this folder."""
     path = folder / ".lock"
     if not path.exists():
         return False

@@ -1,7 +1,7 @@
-"""``metrics.jsonl``: what a run measured, line by line.
+"""Metrics of a run: the lines of ``metrics.jsonl``, averages over the last epoch, and costs.
 
-The last batch of an epoch may have very few rows; a metric of it alone is noise. So the rows of every step since the
-last whole epoch began are averaged, each metric with the weights that it was averaged with in its batches.
+The last batch of an epoch may be small, and its metrics noise. So final metrics are averages over all rows since the
+last whole epoch began, each with the weights that it had in its batches.
 
 >>> found = Averages()
 >>> for step, rows, loss in ((1, 8, 0.7), (2, 2, 0.2)):
@@ -14,19 +14,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from prefopt.core.files import output_errors
+from prefopt.model.costs import Costs, combine_costs, count_costs, peak_memory
+from prefopt.runs.folder import RunFolder
 from prefopt.runs.history import numbered_lines, read_history
 
 Record = dict[str, float]
 
 
 class Metrics:
-    """``metrics.jsonl``: one line per step and per evaluation, appended and flushed."""
+    """Writes ``metrics.jsonl``: a line per step and per evaluation."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,16 +41,13 @@ class Metrics:
             path.touch()
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Append one line; numbers that are not finite become null, as JSON has none."""
+        """Append a line. Numbers that are not finite become null."""
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with output_errors(self.path), self.path.open("a") as file:
             file.write(json.dumps(plain) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines of later steps: they are done again after a resume.
-
-        Raises :class:`prefopt.errors.RunError` for a line that holds no metrics.
-        """
+        """Drop the lines of later steps, which a resumed run repeats. Raises :class:`RunError` for a damaged line."""
         kept = [text.decode() for text, line in numbered_lines(self.path) if line["step"] <= step]
         aside = self.path.with_name(f".{self.path.name}")
         with output_errors(self.path):
@@ -53,7 +56,7 @@ class Metrics:
 
 
 def note(record: Mapping[str, float]) -> list[str]:
-    """The numbers of a step or an evaluation that a person watches, in a few words each; what it lacks is left out."""
+    """The metrics of a step or an evaluation for the progress line."""
     sides = [record.get(f"log_ratios_per_token/{side}") for side in ("chosen", "rejected")]
     pattern = {
         "objective/scores": "score {:.3f}",
@@ -84,7 +87,7 @@ PER_STEP = ("grad_norm", "step_seconds", "tokens")
 
 @dataclass(slots=True)
 class Pass:
-    """Steps from ``first`` to ``last``, their ``rows``, and of each metric the weighted sum and the weight."""
+    """Steps ``first`` to ``last``, their ``rows``, and each metric's weighted sum and weight."""
 
     first: int = 0
     last: int = 0
@@ -102,15 +105,15 @@ class Pass:
 
 @dataclass(slots=True)
 class Averages:
-    """The last whole epoch and what came after it. ``record`` is the last step's, for what is no average: where in
-    the data and the schedule the run stands, and how much memory it took."""
+    """The last whole epoch and the steps after it. ``record`` is that of the last step, for what is no average:
+    progress, learning rate, memory."""
 
     whole: Pass = field(default_factory=Pass)
     begun: Pass = field(default_factory=Pass)
     record: Record = field(default_factory=dict)
 
     def add(self, step: int, rows: int, record: Record, weights: Mapping[str, float], *, ends_epoch: bool) -> None:
-        """One step of so many rows. ``weights``: what each metric of ``record`` was averaged over in its batch."""
+        """Add a step. ``weights``: what each metric of ``record`` was averaged over in its batch."""
         measured = dict.fromkeys(PER_STEP, 1.0) | dict.fromkeys(RATES, record.get("step_seconds", 0.0))
         self.begun.add(step, rows, record, {**measured, **weights})
         self.record = dict(record)
@@ -119,39 +122,67 @@ class Averages:
 
     @property
     def window(self) -> tuple[int, int, int]:
-        """The first and the last step of what is averaged, and its rows."""
+        """First step, last step and rows of the averages."""
         parts = [part for part in (self.whole, self.begun) if part.rows]
         return parts[0].first, parts[-1].last, sum(part.rows for part in parts)
 
     def means(self) -> Record:
-        """Every metric of the last step, averaged where it is one of rows or of speed."""
+        """The metrics of the last step, averaged if they are per row or per time."""
         found = dict(self.record)
         for name in {**self.whole.sums, **self.begun.sums}:
             parts = [part.sums[name] for part in (self.whole, self.begun) if name in part.sums]
             found[name] = sum(total for total, _ in parts) / sum(weight for _, weight in parts)
-        if "rewards/chosen" in found and "rewards/rejected" in found and "rewards/margins" not in self._weighed():
+        averaged = {*self.whole.sums, *self.begun.sums}
+        if "rewards/chosen" in found and "rewards/rejected" in found and "rewards/margins" not in averaged:
             found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
         return found
 
     def told(self, folder: Path, derived: Callable[[Record], Record]) -> tuple[Record, str]:
-        """The metrics of the run in ``folder`` for its card and its result, and of what they are averages. ``derived``:
-        those that follow from means."""
-        if not self.record:  # nothing was left to do, and the checkpoint is of an earlier version
+        """The final metrics of the run in ``folder``, and a phrase on what they average. ``derived`` computes metrics
+        from averages."""
+        if not self.record:  # nothing was left to do after a checkpoint of a first version
             return dict(read_history(folder).training[-1]), "of the last step's batch"
         means, (first, last, rows) = self.means(), self.window
-        told = f"averages over the {rows} rows of steps {first} to {last}"
-        return {"step": last, **means, **derived(means)}, told
-
-    def _weighed(self) -> set[str]:
-        return {*self.whole.sums, *self.begun.sums}
+        return {"step": last, **means, **derived(means)}, f"averages over the {rows} rows of steps {first} to {last}"
 
     def to_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """As a checkpoint keeps it."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, kept: Mapping[str, Any]) -> Averages:
-        """What :meth:`to_dict` gave; an empty one of a checkpoint that has none."""
+        """From :meth:`to_dict`; empty for a checkpoint without it."""
         if not kept:
             return cls()
         return cls(Pass(**kept["whole"]), Pass(**kept["begun"]), dict(kept["record"]))
+
+
+class Spending:
+    """The costs of a run: those of this process added to those of earlier ones."""
+
+    def __init__(self, folder: RunFolder, device: torch.device, costs: Costs) -> None:
+        self._folder, self._device, self._costs = folder, device, costs
+        self._before: dict[str, float] = dict(folder.record.get("costs", {}))
+        self._started = time.monotonic()
+
+    def note(self) -> None:
+        """Write them to ``run.json``, if this process holds the folder."""
+        seconds = time.monotonic() - self._started
+        now = {**self._costs.to_dict(), "seconds": seconds, "peak_memory_bytes": peak_memory(self._device)}
+        self._folder.spent(combine_costs([self._before, now]))
+
+
+@contextmanager
+def spending(folder: RunFolder, device: torch.device) -> Iterator[Spending]:
+    """Count costs inside this block, write them as ``costs`` of ``run.json``, and release the folder.
+
+    They are those of :class:`prefopt.model.costs.Costs`, ``seconds``, and ``peak_memory_bytes`` of the process (on a
+    GPU of the device's tensors).
+    """
+    with count_costs() as costs:
+        found = Spending(folder, device, costs)
+        try:
+            yield found
+        finally:
+            found.note()
+            folder.leave()

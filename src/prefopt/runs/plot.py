@@ -1,4 +1,4 @@
-"""Curves of runs as a picture: one panel per metric, one colour per run, held-out points as markers."""
+"""Figures of runs: a panel per metric, a colour per run, held-out points as markers."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from prefopt.runs.diagnose import loss_at_start
 from prefopt.runs.history import Curve, History
 from prefopt.runs.table import differing, shown, what_differs
 
-# Okabe and Ito's colours, which people with any colour vision tell apart; yellow, too pale for lines, is left out.
+# Okabe and Ito's colours for any colour vision, without yellow, which is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 SIDES = ("chosen", "rejected")
 STYLES = {"": "-", "chosen": "-", "rejected": (0, (4, 2))}
 MOST_MARKERS = 40
-EXACT = ("learning_rate", "peak_memory_bytes")  # no noise of batches to take a mean of
+EXACT = ("learning_rate", "peak_memory_bytes")  # drawn without smoothing
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """What one panel shows: a metric, or a family of two, NAME/chosen and NAME/rejected."""
+    """A panel: a metric, or a family of two, NAME/chosen and NAME/rejected."""
 
     name: str
     title: str
     unit: str
     line: float | None = None
-    """A value to draw a thin line at, that of no preference or no change."""
+    """Where to draw a thin line: the value of no preference or no change."""
     line_name: str = ""
     sides: bool = False
 
@@ -69,7 +69,7 @@ def require_matplotlib() -> None:
 def plot_runs(
     runs: Sequence[History], path: str | Path, *, metrics: Sequence[str] | None = None, x: str = "step"
 ) -> None:
-    """Write a picture of these runs to ``path``, whose ending names its kind. See :func:`figure_of`."""
+    """Write :func:`figure_of` these runs to ``path``, whose ending names the format."""
     figure = figure_of(runs, metrics=metrics, x=x)
     with output_errors(Path(path)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -79,10 +79,10 @@ def plot_runs(
 def figure_of(
     runs: Sequence[History], *, metrics: Sequence[str] | None = None, x: str = "step", titled: bool = True
 ) -> Any:
-    """A matplotlib figure that is nobody's current one; ``titled`` with what the runs have in common. Without
-    ``metrics`` runs of different methods, such as the stages of a chain, have panels of their own.
+    """A matplotlib figure, ``titled`` with what the runs have in common. Without ``metrics``, each method has its own
+    panels.
 
-    Raises :class:`ConfigError` for metrics that no run has, and where matplotlib is not installed.
+    Raises :class:`ConfigError` for metrics that no run has, and if matplotlib is not installed.
     """
     require_matplotlib()
     from matplotlib.figure import Figure
@@ -109,7 +109,7 @@ def figure_of(
 
 
 def panels_of(runs: Sequence[History], metrics: Sequence[str]) -> list[Panel]:
-    """The panels for ``metrics``. Raises :class:`ConfigError` for one that no run has."""
+    """The panels for ``metrics``. Raises :class:`ConfigError` for an unknown one."""
     there, families = _names(runs)
     if unknown := [name for name in metrics if name not in there | families]:
         near = nearest(unknown[0], sorted(there | families)) or f"; there are {', '.join(sorted(there))}"
@@ -119,7 +119,7 @@ def panels_of(runs: Sequence[History], metrics: Sequence[str]) -> list[Panel]:
 
 
 def panels_by_method(runs: Sequence[History]) -> list[tuple[Panel, Sequence[History]]]:
-    """The standard panels that any run has, each with its runs: losses of different methods share none."""
+    """The standard panels with their runs, by method: losses of different methods are not comparable."""
     by_method: dict[str, list[History]] = {}
     for run in runs:
         by_method.setdefault(run.method, []).append(run)
@@ -134,7 +134,7 @@ def panels_by_method(runs: Sequence[History]) -> list[tuple[Panel, Sequence[Hist
 
 
 def _names(runs: Sequence[History]) -> tuple[set[str], set[str]]:
-    """The metrics that runs have, and the families of them, NAME of NAME/chosen and NAME/rejected."""
+    """The metrics of runs, and their families: NAME of NAME/chosen and NAME/rejected."""
     there = {name for run in runs for name in run.names()}
     return there, {name.rpartition("/")[0] for name in there if name.rpartition("/")[2] in SIDES}
 
@@ -176,15 +176,15 @@ def _draw(axes: Any, panel: Panel, runs: Sequence[History], colours: Sequence[st
 
 
 def _near(values: Sequence[float], smooth: Sequence[float]) -> list[float]:
-    """The values that stand no further from the range of the means than it is high: those behind are wild."""
+    """Values no further from the range of the smoothed curve than its height: others are outliers."""
     low, high = min(smooth), max(smooth)
     return [v for v in values if 2 * low - high <= v <= 2 * high - low]
 
 
 def _frame(axes: Any, panel: Panel, values: Sequence[float], x: str) -> None:
-    """Title, units, limits that single wild steps do not set, and the line of no change."""
+    """Title, units, limits that ignore outliers, and the line of no change."""
     axes.set_title(panel.title, fontsize=10, loc="left")
-    axes.set_xlabel("passes over the data" if x == "epoch" else "step", fontsize=9)
+    axes.set_xlabel("epoch" if x == "epoch" else "step", fontsize=9)
     axes.set_ylabel(panel.unit, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -215,7 +215,7 @@ def _frame(axes: Any, panel: Panel, values: Sequence[float], x: str) -> None:
 
 
 def _key(axes: Any, panel: Panel, held_out: bool, width: int | None) -> None:
-    """What line styles and markers stand for. ``width``: steps of the mean, where it is the same for all runs."""
+    """The legend of line styles. ``width``: steps of the moving average, if equal for all runs."""
     from matplotlib.lines import Line2D
 
     grey = "0.25"
@@ -223,7 +223,7 @@ def _key(axes: Any, panel: Panel, held_out: bool, width: int | None) -> None:
     if panel.sides:
         lines += [Line2D([], [], color=grey, linestyle=STYLES[side], label=side) for side in SIDES]  # type: ignore[arg-type]
     elif held_out or width != 1:
-        mean = f", mean of {width} steps" if width else ", mean of nearby steps"
+        mean = f", average of {width} steps" if width else ", average of nearby steps"
         lines.append(Line2D([], [], color=grey, label=f"training{mean if width != 1 else ''}"))
     if held_out:
         lines.append(Line2D([], [], color=grey, linestyle="none", marker="o", markersize=5, label="held out"))
@@ -243,7 +243,7 @@ def _legend(figure: Any, runs: Sequence[History], names: Sequence[str]) -> None:
 
 
 def _title(runs: Sequence[History], width: int) -> str:
-    """What the runs have in common, in lines of about ``width`` letters."""
+    """What the runs have in common, in lines of about ``width`` characters."""
     first, different = runs[0], set(differing(runs))
     parts = [first.folder.resolve().name] if len(runs) == 1 else [f"{len(runs)} runs"]
     for name in ("loss", "model", "learning_rate", "beta", "batch_size"):
@@ -259,12 +259,12 @@ def _title(runs: Sequence[History], width: int) -> str:
 
 
 def shortened(text: str, width: int) -> str:
-    """At most ``width`` letters."""
+    """``text`` cut to ``width`` characters."""
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _along(run: History, curve: Curve, x: str) -> list[float]:
-    """Where the points of a curve stand on the axis below."""
+    """The x values of a curve."""
     if x == "step":
         return [float(step) for step in curve.steps]
     epochs = run.curve("epoch")
@@ -273,8 +273,7 @@ def _along(run: History, curve: Curve, x: str) -> list[float]:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """The mean around each point. At the beginning it is of as many steps to either side, since the first step shows
-    the model before training; at the end, where an epoch's last batch may be small, of those before it too."""
+    """A centred moving average: narrower at the start, so that the first step shows the model before training."""
     whole, last = window(len(values)) // 2, len(values) - 1
     found = []
     for i in range(len(values)):
@@ -284,7 +283,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def window(count: int) -> int:
-    """Steps that a mean is drawn of: a tenth of the curve; a short one is drawn as it is."""
+    """Steps of the moving average: a tenth of the curve, 1 for a short one."""
     return 2 * (count // 20) + 1 if count > 20 else 1
 
 

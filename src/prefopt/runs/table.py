@@ -1,7 +1,7 @@
-r"""Runs beside one another: which there are, what differs between them, and what they reached.
+r"""Runs in the terminal: a list, one run, or a comparison of several, and curves of Braille characters.
 
 >>> from prefopt.runs.history import Curve
->>> print("\\n".join(chart(Curve([1, 2, 3, 4], [1.0, 0.5, 0.25, 0.125]), width=22, height=3)))
+>>> print("\n".join(chart(Curve([1, 2, 3, 4], [1.0, 0.5, 0.25, 0.125]), width=22, height=3)))
     1 ⠑⠢⢄⠀⠀⠀⠀⠀⠀⠀⠀⠀⠀⠀⠀⠀
       ⠀⠀⠀⠉⠒⠤⣀⣀⠀⠀⠀⠀⠀⠀⠀⠀
 0.125 ⠀⠀⠀⠀⠀⠀⠀⠀⠉⠉⠒⠒⠤⠤⢄⣀
@@ -26,21 +26,23 @@ from prefopt.runs.diagnose import diagnose, in_words
 from prefopt.runs.folder import FREE
 from prefopt.runs.history import RECORD, Curve, History, averages_of, read_history
 
+log = logging.getLogger(__name__)
+
 CLOCK = ("step", "step_seconds", "tokens", "epoch", "learning_rate")
-"""Metrics that say where a run stands, not what it reached."""
+"""Metrics of progress, not of results."""
+WIDTH = 72
 CHAIN = "stages.json"
-"""What ``prefopt rlhf`` keeps beside the folders of its stages."""
+"""File of ``prefopt rlhf`` beside the folders of its stages."""
 
 
 def find_runs(folder: str | Path) -> tuple[list[History], list[str]]:
-    """The run that ``folder`` is, or else all below it, those that started first coming first; and what is damaged
-    there, in a line each.
+    """The run in ``folder``, or all runs below it by start time; and a line for each damaged one.
 
-    Raises :class:`RunError` where there is no such folder, or the one run that it is has a damaged file.
+    Raises :class:`RunError` for an absent folder, or if the run in ``folder`` itself is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise RunError(f"{folder}: no such folder; name an output folder, or one that holds some")
+        raise RunError(f"{folder}: no such folder; name an output folder, or one above some")
     if (folder / RECORD).exists():
         return [read_history(folder)], []
     found, damaged = [], []
@@ -49,19 +51,18 @@ def find_runs(folder: str | Path) -> tuple[list[History], list[str]]:
             found.append(read_history(path.parent))
         except RunError as error:
             damaged.append(str(error))
-    stages = list(STAGES)  # of a chain, which may begin within a second
 
     def order(run: History) -> tuple[str, int]:
-        name = run.folder.name
-        return str(run.record.get("started", "")), stages.index(name) if name in STAGES else -1
+        name = run.folder.name  # stages of a chain may start within a second
+        return str(run.record.get("started", "")), STAGES.index(name) if name in STAGES else -1
 
     return sorted(found, key=order), damaged
 
 
 def runs_of(folder: str | Path) -> list[History]:
-    """The run in an output folder, or those of the stages of a chain (``prefopt rlhf``), in their order.
+    """The run in an output folder, or the stages of a chain (``prefopt rlhf``).
 
-    Raises :class:`RunError` where it is neither, with what is there instead, and where a file is damaged.
+    Raises :class:`RunError` if it is neither, or damaged.
     """
     folder = Path(folder)
     if (folder / RECORD).exists():
@@ -70,19 +71,60 @@ def runs_of(folder: str | Path) -> list[History]:
         return [read_history(folder / stage) for stage in stages]
     below = sorted(path.parent for path in folder.rglob(RECORD))
     if not below:
-        return [read_history(folder)]  # says what is missing
+        return [read_history(folder)]  # raises
     many = f"{len(below)} runs" if len(below) > 1 else "a run"
     raise RunError(f"{folder} holds no run of its own, but {many} below it: name output folders, such as {below[0]}")
 
 
+def show_runs(folders: Sequence[str], *, as_json: bool = False) -> list[str]:
+    """Lines: one output folder is described, several are compared, and of any other folder the runs are listed.
+
+    Raises :class:`RunError` as :func:`find_runs`, and for a mix of output folders and other folders.
+    """
+    found = [find_runs(folder) for folder in folders]
+    runs = [run for several, _ in found for run in several]
+    if as_json:
+        for line in (line for _, damaged in found for line in damaged):
+            log.warning("%s", line)
+        return json_text([run_as_json(run) for run in runs]).split("\n")
+    single = [Path(folder, "run.json").exists() for folder in folders]
+    if len(folders) == 1 and single[0]:
+        return describe(runs[0])
+    if all(single):
+        return comparison(runs)
+    if any(single):
+        one, other = folders[single.index(False)], folders[single.index(True)]
+        raise RunError(
+            f"{one} holds no run of its own, {other} does: name output folders to compare, or folders to list"
+        )
+    lines: list[str] = []
+    for folder, (several, damaged) in zip(folders, found, strict=True):
+        lines += [f"{folder}:"] if len(folders) > 1 else []
+        lines += list_of(several, Path(folder)) if several else [f"no run of prefopt below {folder}"]
+        lines += damaged
+    return lines
+
+
+def describe(run: History) -> list[str]:
+    """One run: status, the curve of its loss, and what its metrics show."""
+    lines = columns([[f"{name}:", value] for name, value in summary(run).items()])
+    curve, held_out = run.curve("loss"), run.curve("loss", held_out=True)
+    title = f"loss of training batches{f', and {MARK} of held-out rows' if held_out else ''}"
+    if scores := run.curve("objective/scores"):  # the loss of such a run says nothing
+        curve, title = scores, "reward of the policy's samples"
+    if len(curve.steps) > 1:
+        lines += ["", *chart(curve, held_out, title=title, width=WIDTH)]
+    findings = in_words(diagnose(run))
+    return [*lines, "", *findings] if findings else lines
+
+
 def of_one_method(runs: Sequence[History]) -> bool:
-    """Whether the losses of these runs can stand beside one another: those of a chain's stages cannot."""
+    """Whether the losses of these runs are comparable: those of different methods are not."""
     return len({run.method for run in runs}) < 2
 
 
 def differing(runs: Sequence[History]) -> list[str]:
-    """The options in which runs differ, but for those that change nothing of their results; of runs of several methods
-    those that all of them have."""
+    """Options that differ and affect results; for runs of several methods, those that all of them have."""
     names = dict.fromkeys(name for run in runs for name in run.options if name not in FREE)
     if not of_one_method(runs):
         names = dict.fromkeys(name for name in names if all(name in run.options for run in runs))
@@ -90,8 +132,8 @@ def differing(runs: Sequence[History]) -> list[str]:
 
 
 def reached(run: History) -> dict[str, dict[str, float]]:
-    """``training``: each metric's average over the rows of the last tenth of the steps (see :meth:`History.ending`).
-    ``held_out``: the metrics of the evaluation whose loss is lowest, and its ``step``."""
+    """``training``: metrics averaged over the rows of the last tenth of the steps. ``held_out``: the metrics and the
+    ``step`` of the evaluation with the lowest loss."""
     training = {n: value for n, value in averages_of(run.ending()).items() if n not in CLOCK}
     found: dict[str, dict[str, float]] = {"training": training, "held_out": {}}
     scored = [line for line in run.held_out if line.get("loss") is not None]
@@ -119,7 +161,7 @@ def run_as_json(run: History) -> dict[str, Any]:
 
 
 def list_of(runs: Sequence[History], base: Path) -> list[str]:
-    """A line per run: name, status, steps, what it reached, and the options in which runs differ."""
+    """A line per run: name, status, steps, results, and the options that differ."""
     different = differing(runs)
     rows = [["run", "status", "steps", "loss", "held-out loss", "held-out accuracy", "options that differ"]]
     for run in runs:
@@ -140,7 +182,7 @@ def list_of(runs: Sequence[History], base: Path) -> list[str]:
 
 
 def comparison(runs: Sequence[History]) -> list[str]:
-    """Options that differ and metrics, a column per run."""
+    """Options that differ, and metrics, with a column per run."""
     names = labels(runs)
     different = differing(runs)
     lines = ["options that differ:"]
@@ -164,20 +206,20 @@ def caveats(runs: Sequence[History]) -> list[str]:
     found = []
     of_the_loss = {o.name for o in options(DpoConfig) if o.group == "loss"}
     if parts := [name for name in differing(runs) if name in of_the_loss]:
-        found.append(f"{', '.join(parts)} decides what the loss is: compare accuracies or samples, and not losses")
+        found.append(f"{', '.join(parts)} changes the loss: compare accuracies or samples, not losses")
     if not of_one_method(runs):
-        found.append("runs of different methods: no number of one can be compared with the same of another")
+        found.append("the runs are of different methods: their metrics are not comparable")
     elif len({run.record.get("data") for run in runs}) > 1:
-        found.append("the runs do not have the same data, or not the same held-out rows")
+        found.append("the runs have different data or held-out rows")
     if len({run.record.get("reference") for run in runs}) > 1:
-        found.append("the runs do not have the same reference: rewards and log-ratios are from different places")
+        found.append("the runs have different references: rewards and log-ratios are not comparable")
     if rough := [label for label, run in zip(labels(runs), runs, strict=True) if run.status != "finished"]:
         found.append(f"not finished: {', '.join(rough)}")
     return found
 
 
 def labels(runs: Sequence[History]) -> list[str]:
-    """Short names that tell the runs apart: the ends of their paths."""
+    """Short distinct names: the ends of the paths."""
     parts = [run.folder.resolve().parts for run in runs]
     for count in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(p[-count:]) for p in parts]
@@ -187,7 +229,7 @@ def labels(runs: Sequence[History]) -> list[str]:
 
 
 def what_differs(runs: Sequence[History]) -> list[str]:
-    """A name per run for a legend: the options that differ and their values; else the ends of their paths."""
+    """A name per run for a legend: the options that differ, or else the ends of the paths."""
     different = differing(runs)
     names = [
         ", ".join(f"{name.replace('_', ' ')} {shown(run.options.get(name))}" for name in different) for run in runs
@@ -222,16 +264,16 @@ def _name(run: History, base: Path) -> str:
 
 
 def as_number(value: float | None) -> str:
-    """A measured value as a person reads it; a dash for none."""
+    """A metric with four digits; a dash for None."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def summary(run: History) -> Mapping[str, str]:
-    """What a person asks first about one run."""
+    """Method, status, steps, times, model and data of a run."""
     steps = f"{run.step}" if run.steps in (None, run.step) else f"{run.step} of {run.steps}"
-    told = {
+    values = {
         "method": run.algorithm,
         "status": run.status,
         "steps": steps,
@@ -240,10 +282,10 @@ def summary(run: History) -> Mapping[str, str]:
         "model": run.options.get("model"),
         "data": shown(run.options.get("data", run.options.get("prompts"))),
     }
-    return {name: str(value) for name, value in told.items() if value is not None}
+    return {name: str(value) for name, value in values.items() if value is not None}
 
 
-# Bits of a braille sign by its rows, from the top, and its two columns.
+# Bits of a Braille character by row, from the top, and column.
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 MARK = "●"
 
@@ -251,10 +293,9 @@ MARK = "●"
 def chart(
     curve: Curve, marks: Curve | None = None, *, title: str = "", unit: str = "step", width: int = 60, height: int = 8
 ) -> list[str]:
-    """Lines that show ``curve``, with ``marks`` (held-out points) as ●. ``width`` and ``height`` are signs in all.
+    """``curve`` as lines of Braille characters, with ``marks`` (held-out points) as ●, ``width`` by ``height``.
 
-    Two steps share a column of dots where there are more of them than columns: then their mean is drawn. A curve
-    without points gives only the title.
+    Steps that share a column of dots are averaged. A curve without points gives only the title.
     """
     lines = [title] if title else []
     points = list(zip(curve.steps, curve.values, strict=True))
@@ -318,51 +359,3 @@ def _numbers(high: float, low: float) -> tuple[str, str]:
     top, bottom = f"{high:.{digits}g}", f"{low:.{digits}g}"
     width = max(len(top), len(bottom))
     return top.rjust(width), bottom.rjust(width)
-
-
-log = logging.getLogger(__name__)
-
-WIDTH = 72
-
-
-def show_runs(folders: Sequence[str], *, as_json: bool = False) -> list[str]:
-    """Lines: one output folder is told about, several are compared, any other folder has its runs listed.
-
-    Raises :class:`RunError` as :func:`find_runs`, and where runs to compare and folders to list are mixed.
-    """
-    found = [find_runs(folder) for folder in folders]
-    runs = [run for several, _ in found for run in several]
-    if as_json:
-        for line in (line for _, damaged in found for line in damaged):
-            log.warning("%s", line)  # a program reads what is printed, and a person what stands beside it
-        return json_text([run_as_json(run) for run in runs]).split("\n")
-    single = [Path(folder, "run.json").exists() for folder in folders]
-    if len(folders) == 1 and single[0]:
-        return about(runs[0])
-    if all(single):
-        return comparison(runs)
-    if any(single):
-        raise RunError(
-            f"{folders[single.index(False)]} holds no run of its own, {folders[single.index(True)]} does: name output"
-            " folders, which are compared, or folders of runs, which are listed"
-        )
-    lines: list[str] = []
-    for folder, (several, damaged) in zip(folders, found, strict=True):
-        lines += [f"{folder}:"] if len(folders) > 1 else []
-        lines += list_of(several, Path(folder)) if several else [f"no run of prefopt below {folder}"]
-        lines += damaged
-    return lines
-
-
-def about(run: History) -> list[str]:
-    """One run: where it stands, its loss as a curve, and what its numbers say."""
-    lines = columns([[f"{name}:", value] for name, value in summary(run).items()])
-    curve, held_out = run.curve("loss"), run.curve("loss", held_out=True)
-    title = f"loss of training batches{', and ● of held-out rows' if held_out else ''}"
-    if scores := run.curve("objective/scores"):  # the loss of such a run says nothing
-        curve, title = scores, "reward of the policy's samples"
-    if len(curve.steps) > 1:
-        lines += ["", *chart(curve, held_out, title=title, width=WIDTH)]
-    if told := in_words(diagnose(run)):
-        lines += ["", *told]
-    return lines

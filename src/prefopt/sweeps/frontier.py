@@ -1,8 +1,7 @@
-"""``prefopt frontier``: every road at every setting, each trained into a folder of its own and measured alike.
+"""``prefopt frontier``: every method at every setting, each trained into its own folder and measured alike.
 
-What a training came to stands in ``points.json`` of its folder, so that a sweep that was stopped goes on where it was,
-and one that is given more roads, settings or seeds makes what is new. Any other change of options is refused, since
-points would not compare.
+The results of a training are kept in ``points.json`` of its folder: a stopped sweep continues where it was, and new
+methods, settings or seeds are added. Any other change of options is refused, since points would not be comparable.
 """
 
 from __future__ import annotations
@@ -14,53 +13,56 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prefopt.config.dpo import DpoConfig
-from prefopt.config.frontier import FrontierConfig, Training
+import numpy as np
+
+from prefopt.config.methods import MethodConfig
 from prefopt.config.ppo import PpoConfig
-from prefopt.config.sft import SftConfig
-from prefopt.config.sweeps import AnyConfig
-from prefopt.core.files import read_json, write_json
+from prefopt.config.sweeps import FrontierConfig, Training
+from prefopt.core.files import parsed, read_json, write_json
 from prefopt.core.terminal import Reporter
-from prefopt.errors import Diverged
+from prefopt.errors import Diverged, RunError
 from prefopt.generate.model_io import SampledModel
 from prefopt.generate.rewards import best_of_n_kl
 from prefopt.methods.rlhf import started_again
 from prefopt.model.load import local_folder
 from prefopt.runs.callbacks import Callback, Metrics, RunInfo
-from prefopt.sweeps.points import Frontier, Point
-from prefopt.sweeps.shared import Measure, Measured, lay
-from prefopt.sweeps.train import SAMPLES, model_of, retold, take_folder, train_once
+from prefopt.runs.history import RECORD, History, read_history
+from prefopt.sweeps.data import Measure, Measurement, prepare_data
+from prefopt.sweeps.points import Frontier, Point, plateau
+from prefopt.sweeps.train import model_of, take_folder, train_once
 from prefopt.train import checkpoint
 from prefopt.train.loss_options import terms_of
 from prefopt.train.policy import Policy, with_base
 
 POINTS = "points.json"
-MAY_GROW = {"roads", "seeds", "plateau_share", "progress", "output", "threads"}
-"""Options that may differ when a sweep is started again: they add points, or change none but what is told of them."""
+SAMPLES = "samples"
+"""``samples.jsonl`` is drawn from the final policy, ``samples-84.jsonl`` from that of step 84."""
+MAY_GROW = {"methods", "seeds", "plateau_share", "progress", "output", "threads"}
+"""Options that may change when a sweep is continued: they add points, or change only what is said of them."""
 
 
 def run(config: FrontierConfig) -> Frontier:
-    """Make every point, or those that are still to be made; ``frontier.json`` is there from the first one on.
+    """Make all points that are not done yet; ``frontier.json`` is written after each training.
 
-    Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop: started again, the
-    sweep goes on. A training that diverges is a point that does not count.
+    Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop; the same command
+    continues. A diverged training is an excluded point.
     """
     with started_again():
-        return _Sweep(config).run()
+        return _FrontierSweep(config).run()
 
 
 class _SaveAt(Callback):
-    """Checkpoints after some steps."""
+    """Writes checkpoints at some steps."""
 
-    def __init__(self, marks: Sequence[int]) -> None:
-        self._marks = marks
+    def __init__(self, steps: Sequence[int]) -> None:
+        self._steps = steps
 
     def on_step(self, run: RunInfo, step: int, metrics: Metrics) -> None:
-        if step in self._marks:
+        if step in self._steps:
             run.save()
 
 
-class _Sweep:
+class _FrontierSweep:
     def __init__(self, config: FrontierConfig) -> None:
         self.config, self.reporter = config, Reporter(config.progress)
         self.folder = Path(config.output)
@@ -68,102 +70,82 @@ class _Sweep:
     def run(self) -> Frontier:
         config = self.config
         trainings = list(config.trainings())
-        self._check(trainings)
+        for one in trainings:  # options of losses are checked before anything runs
+            if one.kind == "dpo":
+                terms_of(config.config_of(one, data=["data"], prompts="prompts", each=2.0))
         take_folder(config, MAY_GROW)
         self.reference = SampledModel(config.model, device=config.device, dtype=config.dtype)
-        self.ground = lay(config, self.reference, self.reporter)
-        self.measure = Measure(config, self.ground, self.reference)
+        self.data = prepare_data(config, self.reference, self.reporter)
+        self.measure = Measure(config, self.data, self.reference)
         self._once(self.folder / "reference", self._start)
         for n, one in enumerate(trainings, 1):
             folder = self.folder / one.folder
-            done = f", done already{self._other_steps(one, folder)}" if (folder / POINTS).exists() else ""
-            self.reporter.say(f"{n} of {len(trainings)}: {one.road} {one.setting}, seed {one.seed}{done}")
+            done = ", done already" if (folder / POINTS).exists() else ""
+            self.reporter.say(f"{n} of {len(trainings)}: {one.method} {one.setting}, seed {one.seed}{done}")
             self._once(folder, partial(self._points, one, folder))
-            self._gather(trainings, finished=False)
+            self._write(trainings, finished=False)
         self.reference.release()
-        return self._gather(trainings, finished=True)
-
-    def _check(self, trainings: list[Training]) -> None:
-        """What only losses know of their options is told before anything runs."""
-        for one in trainings:
-            if one.kind == "dpo":
-                config = self.config.config_of(one, data=["data"], prompts="prompts", each=2.0)
-                assert isinstance(config, DpoConfig)
-                terms_of(config)
-
-    def _other_steps(self, one: Training, folder: Path) -> str:
-        """In words, where an earlier version, which cut the steps to even parts, trained for fewer of them."""
-        done = max(p.step for p in _read(folder))
-        if one.kind in (None, "ppo") or not done:
-            return ""
-        steps = self.config.marks(self._config_of(one))[-1]
-        return "" if done == steps else f" (by another version: {done} steps, not {steps}; remove {folder} to redo it)"
-
-    def _config_of(self, one: Training) -> AnyConfig:
-        ground = self.ground
-        return self.config.config_of(one, data=[str(ground.data)], prompts=str(ground.train), each=ground.each)
+        return self._write(trainings, finished=True)
 
     def _once(self, folder: Path, make: Callable[[], list[Point]]) -> None:
         if not (folder / POINTS).exists():
-            points = make()
             place = str(folder.relative_to(self.folder))
-            write_json(folder / POINTS, [asdict(replace(p, folder=place)) for p in points])
+            write_json(folder / POINTS, [asdict(replace(p, folder=place)) for p in make()])
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only now: until here they were still to be measured
 
-    def _gather(self, trainings: list[Training], *, finished: bool) -> Frontier:
+    def _write(self, trainings: list[Training], *, finished: bool) -> Frontier:
         config = self.config
         start, found = _read(self.folder / "reference"), list[Point]()
+        assert start[0].reward is not None
         for one in trainings:
-            found += [self._retold(one, p, start[0]) for p in _read(self.folder / one.folder)]
+            folder = self.folder / one.folder
+            before = [config.reward_folder(one.seed)] if one.method == "ppo-learned" else []
+            for point in _read(folder):
+                if one.kind is not None:
+                    point = update_point(
+                        point, folder, start=start[0].reward, share=config.plateau_share, before=before
+                    )
+                found.append(point)
         sizes = (config.held_out, config.num, config.max_new_tokens)
-        sweep = Frontier(config.model, config.reward, *sizes, finished, self.ground.made, (*start, *found))
+        sweep = Frontier(config.model, config.reward, *sizes, finished, self.data.made, (*start, *found))
         sweep.write(self.folder)
         return sweep
-
-    def _retold(self, one: Training, point: Point, start: Point) -> Point:
-        if one.kind is None:
-            return replace(point, seconds=0.0)
-        before = [self.config.reward_folder(one.seed)] if one.road == "ppo-learned" else []
-        assert start.reward is not None
-        folder, share = self.folder / one.folder, self.config.plateau_share
-        return retold(point, folder, start=start.reward, share=share, before=before)
 
     # -- one training ------------------------------------------------------------------------------------------
 
     def _start(self) -> list[Point]:
-        """The model that every road begins at: no divergence."""
+        """The model that every method starts from: no divergence."""
         found = self.measure(self.config.model, self.folder / "reference" / f"{SAMPLES}.jsonl")
-        return [_point(found, Point("reference", "", self.config.seed, 0, kl_se=0.0))]
+        return [_measured(Point("reference", "", self.config.seed, 0, kl_se=0.0), found)]
 
     def _points(self, one: Training, folder: Path) -> list[Point]:
-        point = Point(one.road, one.setting, one.seed, 0)
+        point = Point(one.method, one.setting, one.seed, 0)
         if one.kind is None:
             assert isinstance(one.value, int)
             found = self.measure(self.config.model, folder / f"{SAMPLES}.jsonl", best_of=one.value)
-            return [replace(_point(found, point), kl=best_of_n_kl(one.value), kl_is="bound")]
+            return [replace(_measured(point, found), kl=best_of_n_kl(one.value), kl_is="bound")]
         try:
             return self._trained(one, folder, point)
         except Diverged as error:
-            self.reporter.say(f"{one.road} {one.setting} diverged: {error.reason}")
+            self.reporter.say(f"{one.method} {one.setting} diverged: {error.reason}")
             return [replace(point, counted=False, why_not=error.reason)]
 
     def _trained(self, one: Training, folder: Path, point: Point) -> list[Point]:
-        if one.road == "ppo-learned":
-            data = [str(self.ground.data)]
-            train_once(self.config.reward_config(one.seed, data=data, each=self.ground.each))
-        config = self._config_of(one)
+        names, each = {"data": [str(self.data.preferences)]}, self.data.each
+        if one.method == "ppo-learned":
+            train_once(self.config.reward_config(one.seed, **names, each=each))
+        config = self.config.config_of(one, **names, prompts=str(self.data.train), each=each)
         marks = self.config.marks(config)
         train_once(config, [_SaveAt(marks)])
-        assert isinstance(config, (DpoConfig, SftConfig, PpoConfig))
         # (An interrupted run has left other checkpoints too.)
         if not isinstance(config, PpoConfig):
-            return [_point(self._at(config, step), replace(point, step=step)) for step in marks]
-        for step in marks[:-1]:  # their samples tell, with every start, whether the end counts
+            return [_measured(replace(point, step=step), self._at(config, step)) for step in marks]
+        for step in marks[:-1]:  # their samples say whether the end is on a plateau
             self._at(config, step)
         found = self.measure(file=folder / f"{SAMPLES}.jsonl", **model_of(config))
-        return [replace(_point(found, point), step=marks[-1])]
+        return [replace(_measured(point, found), step=marks[-1])]
 
-    def _at(self, config: DpoConfig | SftConfig | PpoConfig, step: int) -> Measured:
+    def _at(self, config: MethodConfig, step: int) -> Measurement:
         """The policy at a step of its training."""
         folder, reference = Path(config.output), self.reference
         config = with_base(config)
@@ -181,26 +163,71 @@ class _Sweep:
             policy.release()
 
 
+def _measured(point: Point, found: Measurement) -> Point:
+    reward = found.reward
+    bounds, kl_se = (reward.low, reward.high), found.kl_error
+    return replace(point, reward=reward.mean, interval=bounds, kl=found.kl, kl_se=kl_se, length=found.length)
+
+
 def _read(folder: Path) -> list[Point]:
-    """The points of a training, none where they are still to come; whether they count is told anew.
-
-    Raises :class:`RunError` for a damaged file.
-    """
+    """The points of a training, none where they are not made yet. Raises :class:`RunError` for a damaged file."""
     file = folder / POINTS
-    if not file.exists():
-        return []
-    return read_json(file, _kept, f"remove {folder} to redo it")
+    return read_json(file, _parse_points, f"remove {folder} to redo it") if file.exists() else []
 
 
-def _kept(found: list[dict[str, Any]]) -> list[Point]:
-    # An earlier version kept the line of a training's rewards here, by another rule.
+def _parse_points(found: list[dict[str, Any]]) -> list[Point]:
+    # Plateaus are tested anew; first versions kept another object here.
     points = [Point.from_dict({**p, "plateau": None}) for p in found]
     if not points:
         raise ValueError("it holds no point")
     return points
 
 
-def _point(found: Measured, point: Point) -> Point:
-    reward = found.reward
-    bounds, kl_se = (reward.low, reward.high), found.kl_error
-    return replace(point, reward=reward.mean, interval=bounds, kl=found.kl, kl_se=kl_se, length=found.length)
+# -- what follows from a run folder, recomputed each time -------------------------------------------------------
+
+
+def update_point(point: Point, folder: Path, *, start: float, share: float, before: Sequence[Path] = ()) -> Point:
+    """Recompute a point's training time, and of PPO its plateau, from its run folder.
+
+    ``start`` (the reward of the reference) and ``share`` are those of :func:`prefopt.sweeps.points.plateau`, ``before``
+    the run folders whose time counts too. Raises :class:`prefopt.errors.RunError` for a damaged folder.
+    """
+    point = replace(point, seconds=_seconds(point, folder, before))
+    if not point.method.startswith("ppo") or point.reward is None:
+        return point
+    steps = sorted(int(p.stem.removeprefix(f"{SAMPLES}-")) for p in folder.glob(f"{SAMPLES}-*.jsonl"))
+    if not steps:
+        why_not = f"{point.step} steps, and no samples of an earlier one: a plateau cannot be tested"
+        return replace(point, plateau=None, counted=False, why_not=why_not)
+    earlier, end = (_rewards(folder / name) for name in (f"{SAMPLES}-{steps[-1]}.jsonl", f"{SAMPLES}.jsonl"))
+    if len(earlier) != len(end):
+        raise RunError(f"{folder}: its samples answer other prompts at step {steps[-1]} than at the end; remove it")
+    flat = plateau(earlier, end, start=start, steps=point.step - steps[-1], share=share)
+    return replace(point, plateau=flat, counted=flat.reached, why_not=flat.why_not)
+
+
+def _seconds(point: Point, folder: Path, before: Sequence[Path]) -> float | None:
+    """Training time up to the point's step; None where a folder does not say."""
+    if not all((path / RECORD).exists() for path in (folder, *before)):
+        return None
+    history = read_history(folder)
+    times = [_run_seconds(history), *(_run_seconds(read_history(path)) for path in before)]
+    known = [t for t in times if t is not None]
+    after = sum(line.get("step_seconds") or 0.0 for line in history.training if line["step"] > point.step > 0)
+    return sum(known) - after if len(known) == len(times) else None
+
+
+def _run_seconds(history: History) -> float | None:
+    """Time of all processes of a run. First versions lost that before a kill: then the steps' times are more."""
+    steps, costs = history.curve("step_seconds").values, history.record.get("costs", {})
+    known = ([float(costs["seconds"])] if "seconds" in costs else []) + ([sum(steps)] if steps else [])
+    return max(known, default=None)
+
+
+def _rewards(file: Path) -> list[float]:
+    """The mean true reward of every prompt."""
+    try:
+        with file.open("rb") as lines:  # texts may hold characters at which splitlines() would part them
+            return [float(np.mean(parsed(line)["scores"])) for line in lines]
+    except Exception as error:  # a row of another make fails in any way
+        raise RunError(f"{file} cannot be read ({error}); remove its folder to measure again") from None

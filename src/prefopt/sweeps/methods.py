@@ -1,41 +1,122 @@
-"""``prefopt methods``: fine-tuning and DPO against fine-tuning, reward model and PPO, over seeds and learning rates.
+"""``prefopt methods``: SFT and DPO against SFT, reward model and PPO, over seeds and learning rates.
 
-Every policy's outcome stands in ``outcome.json`` of its folder, so that a sweep that was stopped goes on where it was.
+The result of each policy is kept in ``outcome.json`` of its folder, so a stopped sweep continues where it was.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from prefopt.config.sweeps import STAGES, AnyConfig, MethodsConfig
+import numpy as np
+
+from prefopt.config.methods import MethodConfig
+from prefopt.config.sweeps import STAGES, MethodsConfig
 from prefopt.core.files import output_errors, read_json, replace_file, typed, write_json
-from prefopt.core.terminal import Reporter
+from prefopt.core.terminal import Reporter, duration, size
 from prefopt.errors import Diverged
 from prefopt.evaluate.sample_stats import perplexity
 from prefopt.generate.model_io import SampledModel
 from prefopt.methods.rlhf import started_again, status_of
 from prefopt.model.costs import combine_costs
 from prefopt.runs.history import read_record
-from prefopt.sweeps.methods_table import MethodsTable, Outcome, Start, markdown, outcome_of
-from prefopt.sweeps.shared import Measure, lay
+from prefopt.sweeps.data import Measure, prepare_data
 from prefopt.sweeps.train import model_of, take_folder, train_alone, train_once
 
-MAY_GROW = {"seeds", "rate_factors", "isolate", "progress", "output", "threads"}
-"""Options that may differ when it is started again: they add policies, or change none."""
+MAY_GROW = {"seeds", "rate_factors", "progress", "output", "threads"}
+"""Options that may change when a sweep is continued: they add policies, or change no result."""
+VERSION = 1
+FILE = "methods.json"
+NAMES = {"dpo": "SFT, DPO", "ppo": "SFT, reward model, PPO"}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One policy: the stages of ``method``, trained with ``seed`` at ``factor`` times the learning rate.
+
+    ``costs`` are those of all its stages (:class:`prefopt.model.costs.Costs`, ``seconds``, ``peak_memory_bytes``).
+    ``reward`` has its ``interval`` (95 %, prompts resampled), ``kl`` is to the fine-tuned start in nats per response,
+    ``length`` in tokens, ``perplexity`` that of the reference text; a diverged training has none of them. ``isolated``:
+    each stage ran in its own process, so the peak memory is that of the training.
+    """
+
+    method: str
+    seed: int
+    factor: float
+    costs: dict[str, float] = field(default_factory=dict)
+    reward: float | None = None
+    interval: tuple[float, float] | None = None
+    kl: float | None = None
+    kl_se: float | None = None
+    length: float | None = None
+    perplexity: float | None = None
+    diverged: str | None = None
+    folder: str = ""
+    isolated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A model that methods start from: the one given, and its fine-tuned version for each seed."""
+
+    name: str
+    reward: float
+    perplexity: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class MethodsTable:
+    """All results of ``prefopt methods``."""
+
+    model: str
+    reward: str
+    prompts: int
+    samples: int
+    responses: int
+    made: str
+    finished: bool
+    starts: tuple[Start, ...] = ()
+    outcomes: tuple[Outcome, ...] = ()
+
+    def write(self, folder: Path) -> Path:
+        """Write ``methods.json`` in ``folder``. Raises :class:`prefopt.errors.RunError`."""
+        write_json(folder / FILE, {"version": VERSION, **asdict(self)})
+        return folder / FILE
+
+
+def read_table(path: Path) -> MethodsTable:
+    """Read what :meth:`MethodsTable.write` wrote. Raises :class:`RunError` if absent or of another version."""
+    return read_json(path / FILE if path.is_dir() else path, _table, "run prefopt methods again")
+
+
+def _table(found: dict[str, Any]) -> MethodsTable:
+    if (version := found.pop("version")) != VERSION:
+        raise ValueError(f"it is of version {version}, and this prefopt reads version {VERSION}")
+    starts = tuple(typed(Start, s) for s in found.pop("starts"))
+    isolated = found.pop("isolated", False)  # of all policies, in files of first versions
+    outcomes = tuple(_read_outcome({"isolated": isolated, **o}) for o in found.pop("outcomes"))
+    return typed(MethodsTable, {**found, "starts": starts, "outcomes": outcomes})
+
+
+def _read_outcome(values: dict[str, Any]) -> Outcome:
+    values = {"method" if name == "road" else name: value for name, value in values.items()}  # of first versions
+    interval = values.get("interval")
+    return typed(Outcome, {**values, "interval": None if interval is None else tuple(interval)})
 
 
 def run(config: MethodsConfig) -> MethodsTable:
-    """Train and measure every policy, or those that are still to come; ``methods.json`` is there from the first one on.
+    """Train and measure all policies that are not done yet; ``methods.json`` is written after each.
 
-    Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop: started again, it
-    goes on. A training that diverges is counted as such.
+    Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop; the same command
+    continues. A diverged training is recorded as such.
     """
     with started_again():
-        return _Sweep(config).run()
+        return _MethodsSweep(config).run()
 
 
-class _Sweep:
+class _MethodsSweep:
     def __init__(self, config: MethodsConfig) -> None:
         self.config, self.reporter = config, Reporter(config.progress)
         self.folder = Path(config.output)
@@ -46,7 +127,7 @@ class _Sweep:
         config = self.config
         take_folder(config, MAY_GROW)
         reference = SampledModel(config.model, device=config.device, dtype=config.dtype)
-        self.ground = lay(config, reference, self.reporter)
+        self.data = prepare_data(config, reference, self.reporter)
         self.starts.append(self._start("as given", config.model, reference, self.folder / "start"))
         reference.release()
         for seed in range(config.seed, config.seed + config.seeds):
@@ -54,89 +135,71 @@ class _Sweep:
         return self._write(finished=True)
 
     def _seed(self, seed: int) -> None:
-        """The stages that both roads share, then every rate of each."""
+        """Fine-tune once for both methods, then train each at every learning rate."""
         config = self.config
         self._train("sft", seed, 1.0)
         tuned = str(config.folder("sft", seed))
         reference = SampledModel(tuned, device=config.device, dtype=config.dtype)
         self.starts.append(self._start(f"fine-tuned, seed {seed}", tuned, reference, Path(tuned)))
-        measure = Measure(config, self.ground, reference)
-        for road in STAGES:
+        measure = Measure(config, self.data, reference)
+        for method in STAGES:
             for factor in config.factors:
-                file = config.folder(road, seed, factor) / "outcome.json"
-                if file.exists():
-                    kept = {"isolated": self._isolated(road, seed, factor)}  # (earlier versions did not keep it)
-                    told = read_json(file, lambda found: outcome_of(kept | found), "remove it to measure again")  # noqa: B023
-                    self.outcomes.append(told)
-                else:
-                    self.outcomes.append(self._outcome(road, seed, factor, measure))
-                    write_json(file, asdict(self.outcomes[-1]))
+                file = config.folder(method, seed, factor) / "outcome.json"
+                if not file.exists():
+                    write_json(file, asdict(self._outcome(method, seed, factor, measure)))
+                self.outcomes.append(read_json(file, _read_outcome, "remove it to measure again"))
                 self._write(finished=False)
         reference.release()
 
     # -- one policy --------------------------------------------------------------------------------------------
 
-    def _outcome(self, road: str, seed: int, factor: float, measure: Measure) -> Outcome:
-        folder = self.config.folder(road, seed, factor)
-        found = Outcome(road, seed, factor, folder=str(folder.relative_to(self.folder)))
+    def _outcome(self, method: str, seed: int, factor: float, measure: Measure) -> Outcome:
+        config = self.config
+        folder = config.folder(method, seed, factor)
+        found = Outcome(method, seed, factor, folder=str(folder.relative_to(self.folder)), isolated=config.isolate)
         try:
-            configs = [self._train(stage, seed, factor) for stage in STAGES[road]]
+            configs = [self._train(stage, seed, factor) for stage in STAGES[method]]
         except Diverged as error:
-            self.reporter.say(f"{road}, seed {seed}, {factor:g} times the rate, diverged: {error.reason}")
+            self.reporter.say(f"{method}, seed {seed}, {factor:g} times the rate, diverged: {error.reason}")
             return replace(found, diverged=error.reason)
-        costs = combine_costs([_costs(Path(c.output)) for c in configs])
-        where = model_of(configs[-1])
-        told = measure(file=folder / "samples.jsonl", **where)
+        policy = model_of(configs[-1])
+        measured = measure(file=folder / "samples.jsonl", **policy)
         return replace(
             found,
-            costs=costs,
-            isolated=self._isolated(road, seed, factor),
-            reward=told.reward.mean,
-            interval=(told.reward.low, told.reward.high),
-            kl=told.kl,
-            kl_se=told.kl_error,
-            length=told.length,
-            perplexity=self._perplexity(where["name"], where["adapter"]),
+            costs=combine_costs([_costs(Path(c.output)) for c in configs]),
+            reward=measured.reward.mean,
+            interval=(measured.reward.low, measured.reward.high),
+            kl=measured.kl,
+            kl_se=measured.kl_error,
+            length=measured.length,
+            perplexity=self._perplexity(policy["name"], policy["adapter"]),
         )
 
-    def _train(self, stage: str, seed: int, factor: float) -> AnyConfig:
-        """Train a stage, unless it is there already."""
-        ground = self.ground
-        config = self.config.stage(
-            stage, seed, factor, data=[str(ground.data)], prompts=str(ground.train), each=ground.each
-        )
-        status = status_of(Path(config.output))
-        if status == "finished":
-            return config
-        rate = f", {factor:g} times the rate" if stage in STAGES else ""
-        self.reporter.say(f"{stage}, seed {seed}{rate}: {'goes on' if status else 'begins'}")
-        file = self._file(Path(config.output))
-        if self.config.isolate:
-            train_alone(config, file)
-        else:
-            write_json(_shared(file), {"output": config.output})
-            train_once(config)
+    def _train(self, stage: str, seed: int, factor: float) -> MethodConfig:
+        """Train a stage, unless it is finished."""
+        names: dict[str, Any] = {"data": [str(self.data.preferences)], "prompts": str(self.data.train)}
+        config = self.config.stage(stage, seed, factor, **names, each=self.data.each)
+        folder = Path(config.output)
+        status = status_of(folder)
+        if status != "finished":
+            rate = f", {factor:g} times the rate" if stage in STAGES else ""
+            self.reporter.say(f"{stage}, seed {seed}{rate}: {'continues' if status else 'starts'}")
+            if self.config.isolate:
+                train_alone(config, self.folder / "trainings" / f"{'-'.join(folder.parts[-2:])}.json")
+            else:
+                train_once(config)
         return config
 
-    def _file(self, folder: Path) -> Path:
-        """Where a training that has a process of its own finds its options."""
-        return self.folder / "trainings" / f"{'-'.join(folder.parts[-2:])}.json"
-
-    def _isolated(self, road: str, seed: int, factor: float) -> bool:
-        """Whether every start of every stage of a policy had a process of its own."""
-        folders = [self.config.folder(s, seed, factor if s in STAGES else None) for s in STAGES[road]]
-        return all(f.exists() and not _shared(f).exists() for f in map(self._file, folders))
-
     def _start(self, name: str, model: str, reference: SampledModel, folder: Path) -> Start:
-        """Where roads begin; kept in its folder."""
+        """Measure a model that methods start from, once."""
         file = folder / "start.json"
         if not file.exists():
-            told = Measure(self.config, self.ground, reference)(model, folder / "samples.jsonl")
-            write_json(file, asdict(Start(name, told.reward.mean, self._perplexity(model, None))))
+            found = Measure(self.config, self.data, reference)(model, folder / "samples.jsonl")
+            write_json(file, asdict(Start(name, found.reward.mean, self._perplexity(model, None))))
         return read_json(file, lambda found: typed(Start, found), "remove it to measure again")
 
     def _perplexity(self, name: str, adapter: str | None) -> float | None:
-        """Of the reference text; none where none was given."""
+        """Perplexity of the reference text; None without one."""
         config = self.config
         if config.perplexity is None:
             return None
@@ -150,15 +213,8 @@ class _Sweep:
     def _write(self, *, finished: bool) -> MethodsTable:
         config = self.config
         sizes = (config.held_out, config.num, config.responses)
-        found = MethodsTable(
-            config.model,
-            config.reward,
-            *sizes,
-            self.ground.made,
-            finished,
-            tuple(self.starts),
-            tuple(self.outcomes),
-        )
+        results = (tuple(self.starts), tuple(self.outcomes))
+        found = MethodsTable(config.model, config.reward, *sizes, self.data.made, finished, *results)
         found.write(self.folder)
         path = self.folder / "methods.md"
         with output_errors(path):
@@ -166,12 +222,84 @@ class _Sweep:
         return found
 
 
-def _shared(file: Path) -> Path:
-    """Is there where a training was, for a time at least, in the process of the whole sweep."""
-    return file.with_suffix(".shared.json")
-
-
 def _costs(folder: Path) -> dict[str, float]:
-    """What the run in a folder has spent."""
     found: dict[str, float] = read_record(folder, f"remove {folder} to train again").get("costs", {})
     return found
+
+
+# -- the table -------------------------------------------------------------------------------------------------
+
+
+def markdown(table: MethodsTable) -> Iterator[str]:
+    """The results as a Markdown table with a column for each method."""
+    methods = [method for method in NAMES if any(o.method == method for o in table.outcomes)]
+    yield f"| | {' | '.join(NAMES[method] for method in methods)} |"
+    yield f"| --- |{' --- |' * len(methods)}"
+    columns = [_column(table, [o for o in table.outcomes if o.method == method]) for method in methods]
+    for name in columns[0] if columns else ():
+        yield f"| {name} | {' | '.join(column[name] for column in columns)} |"
+    yield ""
+    yield (
+        f"True reward `{table.reward}` on {table.prompts} held-out prompts, {table.samples} samples each; KL in nats"
+        f" per response to the fine-tuned model; preferences: {table.made}; {table.responses} responses per stage."
+        " Costs are averages over policies, all stages together; memory is the largest of any."
+    )
+    for o in table.outcomes:
+        if o.diverged is not None:
+            yield f"- {NAMES[o.method]}, seed {o.seed}, {o.factor:g} times the rate, diverged: {o.diverged}"
+
+
+def _column(table: MethodsTable, outcomes: Sequence[Outcome]) -> dict[str, str]:
+    good = [o for o in outcomes if o.diverged is None]
+    rewards = np.array([o.reward for o in good], np.float64)
+
+    def mean(name: str) -> float:
+        return float(np.mean([o.costs.get(name, 0.0) for o in good])) if good else float("nan")
+
+    def most(name: str) -> float:
+        return max((o.costs.get(name, 0.0) for o in good), default=float("nan"))
+
+    cells = {
+        "stages": str(len(STAGES[outcomes[0].method])),
+        "models in memory at once": f"{most('models'):.0f}, {size(most('model_bytes'))} of weights",
+        "forward passes": f"{mean('forward_passes'):,.0f}",
+        "tokens trained on": f"{mean('trained_tokens'):,.0f}",
+        "tokens scored": f"{mean('scored_tokens'):,.0f}",
+        "tokens decoded": f"{mean('decoded_tokens'):,.0f}",
+        "tokens generated": f"{mean('generated_tokens'):,.0f}",
+        "wall time": duration(mean("seconds")) if good else "",
+        "peak memory": size(most("peak_memory_bytes")) if good else "",
+        "policies": f"{len(outcomes)}, {len(outcomes) - len(good)} diverged",
+    }
+    if good and not all(o.isolated for o in good):
+        cells["peak memory"] = "not measured: all trainings in one process"
+    if not good:
+        return cells | dict.fromkeys(("reward", "spread of rewards", "KL", "perplexity"), "")
+    return cells | {
+        "reward": f"{rewards.mean():+.3f}, best {rewards.max():+.3f}",
+        "spread of rewards": spread(rewards),
+        "KL": f"{np.mean([o.kl for o in good]):.2f}",
+        "perplexity": _perplexity(table, good),
+    }
+
+
+def spread(rewards: Sequence[float] | np.ndarray) -> str:
+    """Standard deviation and interquartile range over trainings.
+
+    >>> spread([0.0, 1.0, 2.0, 3.0])
+    'deviation 1.291, quartiles +0.750 to +2.250'
+    """
+    x = np.asarray(rewards, np.float64)
+    if len(x) < 2:
+        return "one training shows none"
+    low, high = np.quantile(x, [0.25, 0.75])
+    return f"deviation {x.std(ddof=1):.3f}, quartiles {low:+.3f} to {high:+.3f}"
+
+
+def _perplexity(table: MethodsTable, good: Sequence[Outcome]) -> str:
+    before, *tuned = [s.perplexity for s in table.starts]
+    after = [o.perplexity for o in good if o.perplexity is not None]
+    if before is None or not after:
+        return "not measured"
+    middle = [p for p in tuned if p is not None]
+    return f"{before:.2f} before, {np.mean(middle):.2f} fine-tuned, {np.mean(after):.2f} after"

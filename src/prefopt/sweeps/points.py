@@ -2,19 +2,18 @@
 
 >>> a = Point("dpo", "beta=0.1", 0, 50, reward=0.6, interval=(0.5, 0.7), kl=4.0, kl_se=0.5)
 >>> b = Point("ppo", "kl_target=6", 0, 80, reward=0.4, interval=(0.3, 0.5), kl=6.0, kl_se=0.5)
->>> dominates(a, b), dominates(b, a), [p.road for p in frontier([a, b])]
+>>> dominates(a, b), dominates(b, a), [p.method for p in frontier([a, b])]
 (True, False, ['dpo'])
 
 >>> around = np.linspace(-0.1, 0.1, 40)
->>> plateau(0.6 + 0 * around, 0.6 + around, start=0.2, steps=20, share=0.2).told
+>>> plateau(0.6 + 0 * around, 0.6 + around, start=0.2, steps=20, share=0.2).verdict
 'plateau'
->>> plateau(0.4 + 0 * around, 0.6 + around, start=0.2, steps=20, share=0.2).told
+>>> plateau(0.4 + 0 * around, 0.6 + around, start=0.2, steps=20, share=0.2).verdict
 'still rising'
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,11 +31,10 @@ FILE = "frontier.json"
 
 @dataclass(frozen=True, slots=True)
 class Plateau:
-    """Whether a training had stopped raising the true reward on the held-out prompts.
+    """Whether a PPO training had stopped raising the true reward on the held-out prompts, see :func:`plateau`.
 
-    ``rise`` is what its last ``steps`` gained, ``low`` and ``high`` its bounds at 95 %; ``climb`` is what the training
-    gained in all. ``reached``: the upper bound is below ``share`` of the climb, see
-    :func:`prefopt.sweeps.points.plateau`.
+    ``rise`` is the gain over its last ``steps`` with bounds ``low`` and ``high`` (95 %), ``climb`` the gain over the
+    whole training. ``reached``: the upper bound is below ``share`` of the climb.
     """
 
     rise: float
@@ -48,50 +46,35 @@ class Plateau:
     share: float
 
     @property
-    def told(self) -> str:
-        """In words: ``plateau``, ``still rising``, ``falling``, or ``cannot be told`` where the noise hides which."""
+    def verdict(self) -> str:
+        """``plateau``, ``still rising``, ``falling``, or ``cannot be told`` where noise hides which."""
         if self.reached:
             return "plateau"
         return "still rising" if self.low > 0 else "falling" if self.high < 0 else "cannot be told"
 
     @property
     def why_not(self) -> str | None:
-        """Why the training does not count, with the numbers; none where it does."""
+        """Why the training is excluded, with the numbers; None where it is included."""
         if self.reached:
             return None
-        word = "rose" if self.rise > 0 else "fell"
-        did = f"{word} by {abs(self.rise):.3g} in its last {self.steps} steps"
-        did += f" (95 % interval {self.low:+.3g} to {self.high:+.3g})"
-        did += f", after a climb of {self.climb:.3g}"
-        if self.told != "cannot be told":
-            return f"no plateau: the true reward still {did}"
-        more = f"; about {self.more} times as many samples (--num, --held-out) could tell" if self.more else ""
-        return f"whether there is a plateau cannot be told: the true reward {did}{more}"
-
-    @property
-    def more(self) -> int | None:
-        """Where noise hides it: how many times as many samples would show a plateau in four of five trainings that have
-        one, as the width of the interval falls with their root; none where no number up to 100 would."""
-        if self.climb <= 0 or self.told != "cannot be told":
-            return None
-        width = (self.high - self.low) / 2 / (self.share * self.climb)
-        times = math.ceil((1 + 0.84 / 1.96) ** 2 * width**2)
-        return times if 1 < times <= 100 else None
+        moved = f"{'rose' if self.rise > 0 else 'fell'} by {abs(self.rise):.3g} in its last {self.steps} steps"
+        change = f"{moved} (95 % interval {self.low:+.3g} to {self.high:+.3g}), after a climb of {self.climb:.3g}"
+        if self.verdict != "cannot be told":
+            return f"no plateau: the true reward still {change}"
+        return f"noise hides whether there is a plateau: the true reward {change}; try more --num or --held-out"
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One policy, measured on samples of its own to prompts that no road was trained on.
+    """One policy, measured on its own samples for prompts that no method was trained on.
 
-    ``road`` is how it was made, ``setting`` what was swept (``beta=0.1``), ``step`` the step of its training.
-    ``reward`` is the mean true reward, ``interval`` its bounds (95 %, prompts resampled); ``kl`` the divergence of
-    whole responses from the reference in nats, with its standard error over prompts, or, where ``kl_is`` says so, an
-    upper bound without one; ``length`` tokens of a response on average; ``seconds`` what training took to get here,
-    a reward model of its own included, and none where that is not known. A point that does not count says why; one
-    that has no numbers, since its training failed, never does.
+    ``setting`` is what was swept (``beta=0.1``). ``reward`` is the mean true reward, ``interval`` its bounds (95 %,
+    prompts resampled); ``kl`` the divergence from the reference in nats per response, with its standard error over
+    prompts, or an upper bound (``kl_is``); ``length`` tokens per response; ``seconds`` the training time, including a
+    reward model of its own, None where unknown. ``counted`` is False, with ``why_not``, for an excluded point.
     """
 
-    road: str
+    method: str
     setting: str
     seed: int
     step: int
@@ -109,13 +92,15 @@ class Point:
 
     @property
     def stands(self) -> bool:
-        """Whether it is compared with others: it counts, and has numbers."""
+        """Whether it is compared with others: it is included and has numbers."""
         return self.counted and self.reward is not None and self.kl is not None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Point:
         """What ``asdict`` wrote. Raises ``TypeError`` and ``ValueError`` for other names, types or ranges."""
-        given = dict(values)
+        given = {
+            "method" if name == "road" else name: value for name, value in values.items()
+        }  # as first versions wrote
         if given.get("interval") is not None:
             given["interval"] = tuple(given["interval"])
         if given.get("plateau") is not None:
@@ -128,9 +113,9 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Frontier:
-    """All points of a sweep. ``prompts`` were answered ``samples`` times each, of at most ``max_new_tokens``.
+    """All points of a sweep: ``samples`` responses of at most ``max_new_tokens`` to each of ``prompts`` prompts.
 
-    ``finished``: no point is still to come. ``made``: how the preferences came to be, in words.
+    ``finished``: no point is missing. ``made`` describes the preferences.
     """
 
     reference: str
@@ -143,10 +128,9 @@ class Frontier:
     points: tuple[Point, ...] = field(default=())
 
     def write(self, folder: Path) -> Path:
-        """``frontier.json`` in ``folder``, whole or not at all. Raises :class:`prefopt.errors.RunError`."""
-        path = folder / FILE
-        write_json(path, {"version": VERSION, **asdict(self)})
-        return path
+        """Write ``frontier.json`` in ``folder``. Raises :class:`prefopt.errors.RunError`."""
+        write_json(folder / FILE, {"version": VERSION, **asdict(self)})
+        return folder / FILE
 
 
 def read_frontier(path: str | Path) -> Frontier:
@@ -163,64 +147,54 @@ def _sweep(found: dict[str, Any]) -> Frontier:
     return typed(Frontier, {**found, "points": points})
 
 
-def dominates(one: Point, other: Point) -> bool:
-    """Whether ``one`` has at least the reward of ``other`` at no more divergence, and is not equal in both.
+def dominates(one: Point, other: Point, *, clearly: bool = False) -> bool:
+    """Whether ``one`` has at least the reward of ``other`` at no more KL, and differs in one of them.
 
-    By the numbers as they are, whatever their errors; see :func:`clearly_dominates`. False where one does not stand.
+    ``clearly``: beyond the errors, with disjoint intervals of reward, and KL apart by two standard errors of each.
+    False where a point is excluded or has no numbers.
     """
     if not (one.stands and other.stands):
         return False
     assert one.reward is not None and one.kl is not None and other.reward is not None and other.kl is not None
+    if clearly:
+        if one.interval is None or other.interval is None:
+            return False
+        kl_apart = one.kl + 2 * (one.kl_se or 0) < other.kl - 2 * (other.kl_se or 0)
+        return one.interval[0] > other.interval[1] and kl_apart and one.reward >= other.reward
     return one.reward >= other.reward and one.kl <= other.kl and (one.reward, one.kl) != (other.reward, other.kl)
 
 
-def clearly_dominates(one: Point, other: Point) -> bool:
-    """The same beyond the errors: intervals of reward apart, and divergences by two standard errors of each."""
-    if not dominates(one, other) or one.interval is None or other.interval is None:
-        return False
-    assert one.kl is not None and other.kl is not None
-    return one.interval[0] > other.interval[1] and one.kl + 2 * (one.kl_se or 0) < other.kl - 2 * (other.kl_se or 0)
-
-
 def frontier(points: Sequence[Point]) -> list[Point]:
-    """The points that none other dominates, by rising divergence."""
+    """The points that no other dominates, by increasing KL."""
     standing = [p for p in points if p.stands]
     best = [p for p in standing if not any(dominates(q, p) for q in standing)]
     return sorted(best, key=lambda p: (p.kl or 0.0, -(p.reward or 0.0)))
 
 
 def dominated(points: Sequence[Point], by: str, of: str, *, clearly: bool = False) -> tuple[int, int]:
-    """How many points of road ``of`` a point of road ``by`` dominates, and how many ``of`` has that count.
+    """How many trainings of method ``of`` are dominated by one of method ``by``, and how many there are.
 
-    Of each training the last point alone, and only against those of the same seed: a road with more checkpoints or
-    seeds would have more chances. What nothing was trained for (step 0) has no seed of its own.
+    Only last points of trainings of the same seed are compared: else a method with more checkpoints or seeds would
+    have more chances. Untrained points (step 0) have no seed of their own.
     """
-    better = clearly_dominates if clearly else dominates
-    ends = last_points(points)
-    ours = [p for p in ends if p.road == by and p.stands]
-    theirs = [p for p in ends if p.road == of and p.stands]
-    meets = [[p for p in ours if p.seed == q.seed or 0 in (p.step, q.step)] for q in theirs]
-    return sum(any(better(p, q) for p in met) for q, met in zip(theirs, meets, strict=True)), len(theirs)
-
-
-def last_points(points: Sequence[Point]) -> list[Point]:
-    """Of each training (road, setting, seed) the point of its last step, whether it counts or not."""
     last: dict[tuple[str, str, int], Point] = {}
     for p in points:
-        key = p.road, p.setting, p.seed
+        key = p.method, p.setting, p.seed
         if key not in last or p.step > last[key].step:
             last[key] = p
-    return list(last.values())
+    ours = [p for p in last.values() if p.method == by and p.stands]
+    theirs = [p for p in last.values() if p.method == of and p.stands]
+    meets = [[p for p in ours if p.seed == q.seed or 0 in (p.step, q.step)] for q in theirs]
+    beaten = [any(dominates(p, q, clearly=clearly) for p in met) for q, met in zip(theirs, meets, strict=True)]
+    return sum(beaten), len(theirs)
 
 
 def plateau(before_P: npt.ArrayLike, after_P: npt.ArrayLike, *, start: float, steps: int, share: float) -> Plateau:
-    """From the mean reward of each prompt [prompts] ``steps`` before the end of a training, and at its end.
+    """Test a training for a plateau, from the mean reward of each prompt [prompts] ``steps`` before its end and at it.
 
-    A test of equivalence: the reward has reached a plateau where even the upper bound of its rise over these steps (95
-    % interval of the mean difference, prompts resampled) is below ``share`` of the climb, from ``start`` where the
-    training began to its end, and it does not surely fall by as much. That no rise can be seen in the noise is not
-    enough. Prompts are those that were not trained on, the same ones twice, so that what differs between them is not
-    in the way. Raises ``ValueError`` for fewer than two.
+    An equivalence test: the upper bound of the rise (95 % interval of the mean difference, prompts resampled) is below
+    ``share`` of the climb from ``start``, and the reward does not clearly fall by as much. The same held-out prompts
+    are used twice, so their differences cancel. Raises ``ValueError`` for fewer than two prompts.
     """
     before, after = np.asarray(before_P, np.float64), np.asarray(after_P, np.float64)
     rise = mean_interval(after - before)

@@ -199,7 +199,7 @@ def _parted(group: Group, k: int) -> tuple[IntArray, IntArray, BoolArray]:
 
 
 Values = dict[str, torch.Tensor]
-"""Tensors by name: per response (``logp_N``), token (``logp_M``) or pair (``chosen_head_logp_G``)."""
+"""Tensors by name: per response (``logp_N``), token (``logp_M``) or pair (``chosen_head_logp_P``)."""
 
 
 @dataclass
@@ -253,16 +253,16 @@ class LossInputs:
         return {name: self._named(name, values) for name in {*names, *(n for n in optional if self._tells(n))}}
 
     def _tells(self, name: str) -> bool:
-        return name != "label_G" or bool((self.batch.columns["label_P"] != 1).any())
+        return name != "label_P" or bool((self.batch.columns["label_P"] != 1).any())
 
     def _named(self, name: str, values: Values) -> torch.Tensor:
         columns = self.batch.columns
         if self.kind == "pairs":
-            if name == "label_G":
+            if name == "label_P":
                 return self.tensor(columns["label_P"], self.dtype)
             if "_head_" in name:
                 return values.get(name, torch.zeros_like(self.weight_R))
-            side, _, word = name.removesuffix("_G").partition("_")
+            side, _, word = name.removesuffix("_P").partition("_")
             return self._of_responses(f"{word}_N", values)[self.tensor(getattr(self, side))]
         if self.kind == "labels":
             return self.tensor(columns["label_N"]) if name == "label_N" else self._of_responses(name, values)

@@ -11,8 +11,7 @@ import numpy as np
 
 from prefopt.config.data import DataOptions
 from prefopt.config.training import MethodOptions
-from prefopt.core.stop import StopRequest
-from prefopt.core.terminal import Reporter
+from prefopt.core.terminal import Reporter, StopRequest
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.group import Group

@@ -14,7 +14,7 @@ from prefopt.losses.declare import Value
 from prefopt.losses.parse import Term, parse_losses
 
 Terms = tuple[Term, ...]
-_OF_REFERENCE = ("reference", "reference_adapter", "reference_every")
+_OF_REFERENCE = ("reference", "reference_adapter", "ref_model_sync_steps")
 
 
 def terms_of(config: DpoConfig) -> tuple[DpoConfig, Terms]:

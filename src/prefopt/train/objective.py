@@ -28,7 +28,7 @@ from prefopt.train.columns import LossInputs, Values, head_sums, weights_of
 
 Normaliser = tuple[torch.Tensor, ...]
 
-DIFFERENTIATED = ("logp_N", "reward_N", "kl_N", "chosen_head_logp_G", "rejected_head_logp_G", "router_prob_PE")
+DIFFERENTIATED = ("logp_N", "reward_N", "kl_N", "chosen_head_logp_P", "rejected_head_logp_P", "router_prob_PE")
 """Values through which gradients flow."""
 _TINY = 1e-30  # a batch may hold no row that a loss has a weight for; its numerators are zero then
 
@@ -102,14 +102,14 @@ class PreferenceObjective(Objective):
         for first in range(0, len(batch), AT_ONCE):
             inputs = self._inputs(batch.select(range(first, min(first + AT_ONCE, len(batch)))))
             given = inputs.named(self.names, self.optional, {})
-            sums += torch.stack([(term(given, self.state).weight_G * inputs.weight_R).sum() for term in self.terms])
+            sums += torch.stack([(term(given, self.state).weight_R * inputs.weight_R).sum() for term in self.terms])
         return tuple(sums.clamp(min=_TINY))
 
     def score(
         self, scorer: PackedModel, packed: PackedBatch, batch: Batch, reference: Distributions | None = None
     ) -> Values:
         """See :class:`Objective`: ``logp_N`` and what else the losses name."""
-        square = "chosen_wpo_G" in self._needs
+        square = "chosen_wpo_P" in self._needs
         if not square and reference is None:
             return self._sums(scorer(packed), packed, batch, "logp")
         scores = scorer(packed, ScoreRequest(squares=square, reference=reference))
@@ -124,7 +124,7 @@ class PreferenceObjective(Objective):
     def _sums(self, logp_M: torch.Tensor, packed: PackedBatch, batch: Batch, name: str) -> Values:
         """Sums by response and, where a loss needs them, over the first tokens of the responses of each pair."""
         values = {f"{name}_N": response_sums(logp_M, packed)}
-        if f"chosen_head_{name}_G" in self._needs:
+        if f"chosen_head_{name}_P" in self._needs:
             values |= self._heads(logp_M.to(self.dtype), self._inputs(batch), name)
         return values
 
@@ -132,7 +132,7 @@ class PreferenceObjective(Objective):
         length = inputs.batch.length_N
         starts = np.cumsum(length) - length
         sides = {"chosen": inputs.chosen, "rejected": inputs.rejected}
-        return {f"{s}_head_{name}_G": head_sums(logp_M, starts, at, inputs.head_R) for s, at in sides.items()}
+        return {f"{s}_head_{name}_P": head_sums(logp_M, starts, at, inputs.head_R) for s, at in sides.items()}
 
     def __call__(self, batch: Batch, values: Values, normaliser: Normaliser) -> LossResult:
         inputs = self._inputs(batch)
@@ -145,9 +145,9 @@ class PreferenceObjective(Objective):
         for term, weight in zip(self.terms, normaliser, strict=True):
             output = term(given, self.state)
             if self.whole_batch:
-                weight = (output.weight_G * inputs.weight_R).sum().clamp(min=_TINY)
+                weight = (output.weight_R * inputs.weight_R).sum().clamp(min=_TINY)
             weights.append(weight)
-            shares.append(term.weight * (output.numerator_G * inputs.weight_R).sum() / weight)
+            shares.append(term.weight * (output.numerator_R * inputs.weight_R).sum() / weight)
             for name, values_R in output.metrics.items():
                 if self.kind != "labels" or name != "rewards/margins":  # a difference of means: of the whole batch's
                     metrics.setdefault(name, weighted_sum(values_R, inputs.weight_R))
@@ -179,7 +179,7 @@ class PreferenceObjective(Objective):
             found["ref_logp_N"] = inputs.tensor(batch.columns["ref_logp_N"], inputs.dtype)
         if batch.mismatched is not None and "ref_logp_N" in batch.mismatched.columns:
             found["mismatched_ref_logp_N"] = inputs.tensor(batch.mismatched.columns["ref_logp_N"], inputs.dtype)
-        if "chosen_head_ref_logp_G" in self._needs and "chosen_head_ref_logp_G" not in values:
+        if "chosen_head_ref_logp_P" in self._needs and "chosen_head_ref_logp_P" not in values:
             tokens = values.get("ref_logp_M")
             if tokens is None:
                 tokens = torch.from_numpy(batch.columns["ref_logp_M"])

@@ -9,9 +9,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from prefopt.config.model import ADAPTER_SHAPE, FILLED, ModelOptions
 from prefopt.config.ppo import PpoConfig
-from prefopt.config.training import MethodOptions
+from prefopt.config.training import ADAPTER_SHAPE, FILLED, MethodOptions, ModelOptions
 from prefopt.core.model_folder import base_of, is_adapter
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ConfigError

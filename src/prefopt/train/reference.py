@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from prefopt.config.dpo import DpoConfig
-from prefopt.core.stop import StopRequest
-from prefopt.core.terminal import Bar, Reporter
+from prefopt.core.terminal import Bar, Reporter, StopRequest
 from prefopt.data.group import Group
 from prefopt.data.sampler import BatchSampler
 from prefopt.data.table import GroupTable, IndexArray, Selection, ranges

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from prefopt.config.dpo import DpoConfig
-from prefopt.core.stop import StopRequest
-from prefopt.core.terminal import Reporter, duration
+from prefopt.core.terminal import Reporter, StopRequest, duration
 from prefopt.data.table import GroupTable, IndexArray
 from prefopt.losses.parse import Term
 from prefopt.model.kernels.distributions import Distributions
@@ -83,15 +82,16 @@ class ReferencePlan:
         self.movement: TrDpoUpdate | None = None
         whole = [term.loss.name for term in terms if term.loss.needs_distributions]
         self.compares = bool(whole)
-        self.live = reference is not None and (self.compares or config.reference_every is not None)
+        self.live = reference is not None and (self.compares or config.ref_model_sync_steps is not None)
         if reference is None:
             reporter.say(f"reference: none is loaded, {names_of(terms)} compares with none")
         else:
             reporter.say(f"reference: {reference.choice.words}, {reference.identity.digest[:12]}")
         if self.live:
             why = [f"{' and '.join(whole)} compares whole distributions"] if whole else []
-            if config.reference_every is not None:
-                why.append(f"it moves by {config.reference_mix:g} to the policy every {config.reference_every} steps")
+            if config.ref_model_sync_steps is not None:
+                every = config.ref_model_sync_steps
+                why.append(f"it moves by {config.ref_model_mixup_alpha:g} to the policy every {every} steps")
             reporter.say(f"reference: scored with every batch and not cached, since {', and '.join(why)}")
         elif reference is not None and read is not None:
             reporter.say(
@@ -174,9 +174,11 @@ class ReferencePlan:
 
     def _live_reference(self, policy: Policy) -> InMemoryReference:
         assert self.reference is not None
-        moves = self.config.reference_every is not None
+        moves = self.config.ref_model_sync_steps is not None
         live = self.reference.in_memory(policy.scorer, policy.masters, self.groups, moves=moves)
         if moves:
-            assert live.weights is not None and self.config.reference_every is not None
-            self.movement = TrDpoUpdate(live.weights, self.config.reference_every, self.config.reference_mix)
+            assert live.weights is not None and self.config.ref_model_sync_steps is not None
+            self.movement = TrDpoUpdate(
+                live.weights, self.config.ref_model_sync_steps, self.config.ref_model_mixup_alpha
+            )
         return live

@@ -26,8 +26,7 @@ import torch
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.training import MethodOptions
 from prefopt.core.files import output_errors
-from prefopt.core.stop import StopRequest
-from prefopt.core.terminal import Reporter, duration, size
+from prefopt.core.terminal import Reporter, StopRequest, duration, size
 from prefopt.core.yaml_file import write_document
 from prefopt.data.chat.truncate import sequence_limit
 from prefopt.errors import ConfigError
@@ -39,11 +38,10 @@ from prefopt.model.precision import resolve_device, resolve_dtype
 from prefopt.model.save import add_end_tokens, repair_generation
 from prefopt.model.supported import refuse_untrainable
 from prefopt.reference.identity import tokenizer_of_name
-from prefopt.runs.callbacks import Callbacks
+from prefopt.runs.callbacks import Callbacks, default_callbacks
 from prefopt.runs.card import write_card
-from prefopt.runs.folder import FREE, RunFolder, Spending, spending
-from prefopt.runs.metrics import Metrics
-from prefopt.runs.trackers import watchers
+from prefopt.runs.folder import FREE, RunFolder
+from prefopt.runs.metrics import Metrics, Spending, spending
 from prefopt.train import budget
 from prefopt.train.objective import Objective
 from prefopt.train.optim import Network
@@ -216,7 +214,7 @@ def open_run(config: Options, *, model: Any = None, callbacks: Sequence[Any] = (
         if model is None:
             config = with_base(config, reporter.say)
         folder = RunFolder(Path(config.output), config.to_dict(), resume=config.resume, dry=config.dry_run)
-        told = Callbacks([*watchers(config, folder), *callbacks], config.to_dict())
+        told = Callbacks([*default_callbacks(config, folder), *callbacks], config.to_dict())
         budget.prepare_machine(config, dtype, device, reporter)
         with spending(folder, device) as costs:
             run = Run(

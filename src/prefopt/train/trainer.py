@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prefopt.core.stop import StopRequest
-from prefopt.core.terminal import Reporter
+from prefopt.core.terminal import Reporter, StopRequest
 from prefopt.errors import Diverged
 from prefopt.model.packing import PackedBatch
 from prefopt.model.scorer import PackedModel

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from prefopt.core.hashes import file_hashes
+from prefopt.core.cache_folder import file_hashes
 from prefopt.data.files.content import look, reason
 from prefopt.errors import DataError
 

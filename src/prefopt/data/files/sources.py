@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from prefopt.core.hashes import file_hashes
+from prefopt.core.cache_folder import file_hashes
 from prefopt.core.options import nearest as did_you_mean
 from prefopt.data.files import text_rows
 from prefopt.data.files.content import (

@@ -1,6 +1,6 @@
-"""What all roads of a sweep stand on: prompts that are dealt once, preferences that are made once, and one measure.
+"""Data shared by all trainings of a sweep (prompt split, preferences) and the measurement of every policy.
 
-Everything is written below ``data`` of the sweep's output, and found there when the sweep is started again.
+Files are written below ``data`` of the sweep's output, and reused when the sweep is continued.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from prefopt.records import Comparison, Message, tiers_of
 
 
 @dataclass(frozen=True, slots=True)
-class Ground:
-    """``train`` and ``held_out`` are files of prompts, ``data`` one of preferences; ``each``: responses of its rows on
-    average; ``made``: how it came to be, in words."""
+class SweepData:
+    """``train`` and ``held_out`` are files of prompts. ``preferences`` has ``each`` responses per row on average;
+    ``made`` describes how it was made."""
 
     train: Path
     held_out: Path
-    data: Path
+    preferences: Path
     each: float
     made: str
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """A policy on the held-out prompts: its mean true reward, its divergence from the reference in nats per response
-    with a standard error over prompts (none where it cannot be measured), and tokens of a response."""
+class Measurement:
+    """A policy on the held-out prompts: mean true reward, KL to the reference in nats per response with its standard
+    error over prompts (None where not measured), and tokens per response."""
 
     reward: Interval
     kl: float | None
@@ -57,32 +57,32 @@ class Measured:
     length: float
 
 
-def lay(config: SweepOptions, reference: SampledModel, reporter: Reporter) -> Ground:
-    """Deal the prompts, and make or copy the preferences, where that is not done yet.
+def prepare_data(config: SweepOptions, reference: SampledModel, reporter: Reporter) -> SweepData:
+    """Split the prompts, and make or copy the preferences, unless that is done.
 
     Raises :class:`DataError` for too few prompts, and :class:`RunError` where the folder holds other ones.
     """
     folder = Path(config.output) / "data"
-    train, held_out = _dealt(config, _prompts(config, reference, reporter))
+    train, held_out = _split(config, _prompts(config, reference, reporter))
     files = folder / "train.jsonl", folder / "held_out.jsonl"
     for path, rows in zip(files, (train, held_out), strict=True):
-        _same(path, _lines(rows), "the prompts")
+        _write_once(path, _lines(rows), "the prompts")
     reporter.say(f"prompts: {len(train)} to train on, {len(held_out)} to measure on")
     if config.data is not None:
-        data, made = _given(config, folder, {row.prompt_key for row in held_out}, reporter), "given"
+        preferences, made = _given(config, folder, {row.prompt_key for row in held_out}, reporter), "given"
     else:
-        data, made = _made(config, folder, train)
-    counts = [len(row.responses) for row in _read([str(data)])]
-    return Ground(*files, data, float(np.mean(counts)), made)
+        preferences, made = _sampled(config, folder, train)
+    counts = [len(row.responses) for row in _read([str(preferences)])]
+    return SweepData(*files, preferences, float(np.mean(counts)), made)
 
 
 class Measure:
-    """Draws samples of a policy on the held-out prompts, always with the same seed, and looks at them."""
+    """Draws samples of a policy for the held-out prompts, always with the same seed, and scores them."""
 
-    def __init__(self, config: SweepOptions, ground: Ground, reference: SampledModel) -> None:
-        """Raises :class:`prefopt.errors.ConfigError` where there is no such reward."""
-        self._config, self._ground, self._reference = config, ground, reference
-        self._scores = load_row_scorer(_scoring(config, ground.held_out, ground.held_out))
+    def __init__(self, config: SweepOptions, data: SweepData, reference: SampledModel) -> None:
+        """Raises :class:`prefopt.errors.ConfigError` for an unknown reward."""
+        self._config, self._prompts, self._reference = config, data.held_out, reference
+        self._scores = load_row_scorer(_scoring(config, data.held_out, data.held_out))
 
     def __call__(
         self,
@@ -93,17 +93,17 @@ class Measure:
         model: Any = None,
         tokenizer: Any = None,
         best_of: int | None = None,
-    ) -> Measured:
-        """Measure the model in folder ``name``, or the one given; its samples are kept in ``file``.
+    ) -> Measurement:
+        """Measure the model in folder ``name``, or ``model``; its samples are written to ``file``.
 
-        With ``best_of`` the true reward picks each sample of so many: whose divergence is not measured.
+        With ``best_of`` the true reward picks each sample of so many, and the KL is not measured.
         """
         config = self._config
         drawn = sample.run(
             SampleConfig(
                 model=name,
                 adapter=adapter,
-                prompts=[str(self._ground.held_out)],
+                prompts=[str(self._prompts)],
                 num=config.num,
                 max_new_tokens=config.max_new_tokens,
                 seed=config.seed,
@@ -119,20 +119,17 @@ class Measure:
         scores = self._scores(rows)
         _write(file, (replace(r, scores=s, tiers=tiers_of(s)) for r, s in zip(rows, scores, strict=True)))
         lengths: list[Any] = [row.extra["tokens"] for row in rows]
-        told = mean_interval([float(np.mean(s)) for s in scores], seed=config.seed)
+        reward = mean_interval([float(np.mean(s)) for s in scores], seed=config.seed)
         length = float(np.mean([n for many in lengths for n in many]))
         if best_of is not None:
-            return Measured(told, None, None, length)
-        gap = kl_to_reference(rows, self._reference, seed=config.seed)
-        assert gap is not None, "there are at least two held-out prompts"
-        return Measured(told, gap.k1.mean, gap.error, length)
-
-
-# -- prompts ---------------------------------------------------------------------------------------------------
+            return Measurement(reward, None, None, length)
+        kl = kl_to_reference(rows, self._reference, seed=config.seed)
+        assert kl is not None, "there are at least two held-out prompts"
+        return Measurement(reward, kl.k1.mean, kl.error, length)
 
 
 def _prompts(config: SweepOptions, reference: SampledModel, reporter: Reporter) -> list[Comparison]:
-    """Every different prompt, cut where that is asked for."""
+    """Every different prompt, cut to a prefix where the config says so."""
     renderer = renderer_for(reference.tokenizer)
     chats = reference.tokenizer.chat_template is not None
     lines = config.lines if config.lines != "auto" else "user" if chats else "text"
@@ -151,15 +148,15 @@ def _prompts(config: SweepOptions, reference: SampledModel, reporter: Reporter) 
 
 
 def _cut(row: Comparison, size: int, tokenizer: Any) -> Comparison:
-    """The prompt's first ``size`` tokens as text."""
+    """A prompt of its first ``size`` tokens."""
     if not row.text:
         raise DataError("is a conversation, and --prefix-min cuts text to continue", file=row.file, row=row.row)
     ids = tokenizer(row.prompt[0].content, add_special_tokens=False)["input_ids"][:size]
     return replace(row, prompt=(Message("user", tokenizer.decode(ids)),))
 
 
-def _dealt(config: SweepOptions, rows: list[Comparison]) -> tuple[list[Comparison], list[Comparison]]:
-    """Those to train on, and those to measure on."""
+def _split(config: SweepOptions, rows: list[Comparison]) -> tuple[list[Comparison], list[Comparison]]:
+    """Training prompts and held-out prompts."""
     if len(rows) <= config.held_out:
         raise DataError(
             f"--prompts has {len(rows)} different prompts, of which --held-out {config.held_out} leaves none to train"
@@ -169,13 +166,10 @@ def _dealt(config: SweepOptions, rows: list[Comparison]) -> tuple[list[Compariso
     return rows[config.held_out :], rows[: config.held_out]
 
 
-# -- preferences -----------------------------------------------------------------------------------------------
-
-
-def _made(config: SweepOptions, folder: Path, train: Sequence[Comparison]) -> tuple[Path, str]:
-    """Samples of the model, and the true reward's word on them."""
+def _sampled(config: SweepOptions, folder: Path, train: Sequence[Comparison]) -> tuple[Path, str]:
+    """Preferences of the true reward between samples of the model."""
     asked, drawn, scored = (folder / f"{name}.jsonl" for name in ("asked", "samples", "scored"))
-    _same(asked, _lines([*train] * config.rounds), "the prompts")
+    _write_once(asked, _lines([*train] * config.rounds), "the prompts")
     if not scored.exists():
         sample.run(
             SampleConfig(
@@ -194,15 +188,14 @@ def _made(config: SweepOptions, folder: Path, train: Sequence[Comparison]) -> tu
     if config.labels == "order":
         return scored, f"{config.samples} samples of a prompt in the order of {config.reward}"
     pairs = folder / "pairs.jsonl"
-    _same(pairs, _lines(bradley_terry(_read([str(scored)]), config.seed)), "the preferences")
+    _write_once(pairs, _lines(bradley_terry(_read([str(scored)]), config.seed)), "the preferences")
     return pairs, f"pairs of samples, drawn by Bradley-Terry on {config.reward}"
 
 
 def bradley_terry(rows: Iterable[Comparison], seed: int) -> list[Comparison]:
-    """Samples two by two, in their order: the first is preferred with the probability sigmoid(its score - the other's).
+    """Pairs of consecutive samples: the first is preferred with probability sigmoid(difference of scores).
 
-    An odd one is left over; no sample stands in two pairs, so that labels are independent. Raises :class:`DataError`
-    for a row without scores.
+    No sample is in two pairs, so labels are independent. Raises :class:`DataError` for a row without scores.
     """
     chance, found = random.Random(seed), []
     for row in rows:
@@ -216,19 +209,19 @@ def bradley_terry(rows: Iterable[Comparison], seed: int) -> list[Comparison]:
 
 
 def _given(config: SweepOptions, folder: Path, held_out: set[bytes], reporter: Reporter) -> Path:
-    """The data less the rows whose prompts are held out."""
+    """The given data without rows whose prompts are held out."""
     path, rows = folder / "preferences.jsonl", list(_read(config.data or []))
     kept = [replace(row, row=n, file="", extra={}) for n, row in enumerate(rows, 1) if row.prompt_key not in held_out]
     if not kept:
         raise DataError(f"all {len(rows)} rows of --data have prompts that are held out: give other --prompts")
     if len(kept) < len(rows):
-        reporter.say(f"data: {len(rows) - len(kept)} of {len(rows)} rows are left out, as their prompts are held out")
-    _same(path, _lines(kept), "the data")
+        reporter.say(f"data: {len(rows) - len(kept)} of {len(rows)} rows are skipped: their prompts are held out")
+    _write_once(path, _lines(kept), "the data")
     return path
 
 
 def _read(names: Sequence[str]) -> list[Comparison]:
-    """All rows. Raises :class:`DataError` for one that cannot be read."""
+    """All rows. Raises :class:`DataError` for an unreadable one."""
     found: list[Comparison] = []
     for source in find_sources(names):
         reading = open_comparisons(source)
@@ -238,9 +231,6 @@ def _read(names: Sequence[str]) -> list[Comparison]:
         if problems:
             raise refuse(problems, reading.count)
     return found
-
-
-# -- files -----------------------------------------------------------------------------------------------------
 
 
 def _machine(config: SweepOptions) -> dict[str, Any]:
@@ -263,8 +253,8 @@ def _write(path: Path, rows: Iterable[Comparison]) -> None:
         replace_file(path, _lines(rows))
 
 
-def _same(path: Path, data: bytes, what: str) -> None:
-    """Write a file, or find it as it would be written. Raises :class:`RunError` where it is another."""
+def _write_once(path: Path, data: bytes, what: str) -> None:
+    """Write a file, or raise :class:`RunError` where it exists with other content."""
     if not path.exists():
         with output_errors(path):
             replace_file(path, data)

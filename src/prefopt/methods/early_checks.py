@@ -1,0 +1,113 @@
+"""Checks of a config that need neither torch nor a model, so that common mistakes are reported within a second."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import re
+from contextlib import suppress
+from importlib import resources
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from prefopt.config.methods import method_of
+from prefopt.config.tools import RULES, is_model_reward
+from prefopt.core.hub import no_telemetry, why_not_read
+from prefopt.core.options import nearest
+from prefopt.data.files.content import look
+from prefopt.data.files.sources import FileOrigin, find_sources
+from prefopt.errors import ConfigError, DataError, ModelError
+from prefopt.rewards import load_reward
+from prefopt.runs.folder import check_output
+
+MODELS = ("model", "adapter", "reference", "reference_adapter", "a", "b")
+DATA = ("data", "eval_data", "prompts", "ptx_data", "files")
+TEXT = ".txt"
+CONFIGS = ("config.json", "adapter_config.json")
+GPU_DRIVERS = ("libcuda.so.1", "libamdhip64.so", "nvcuda.dll", "amdhip64.dll")
+LOSS = re.compile(r"^@loss\((?:(?!^def ).)*?^def (\w+)", re.M | re.S)
+
+
+def check_before_torch(config: Any) -> None:
+    """Raise :class:`prefopt.errors.UserError` for a missing device, loss, model, data file or reward, for an empty
+    data file, and for an output folder that is taken. Configs without a ``device`` pass: they need no torch."""
+    if not hasattr(config, "device"):
+        return
+    _check_device(config.device)
+    if hasattr(config, "loss"):
+        _check_loss(config.loss)
+    if method_of(config) and not config.dry_run:
+        check_output(Path(config.output), resume=config.resume)
+    for option in DATA:
+        _check_data(getattr(config, option, None) or [])
+    if getattr(config, "url", None) is None:  # a server knows its own models
+        for option in MODELS:
+            names = getattr(config, option, None)
+            for name in names if isinstance(names, list) else [names]:
+                _check_model(name)
+    reward = getattr(config, "reward", None)
+    if isinstance(reward, str) and is_model_reward(reward):
+        _check_model(reward)
+    elif method_of(config) and isinstance(reward, str) and reward not in RULES and ":" not in reward:
+        load_reward(reward)  # refuses the name
+
+
+def _check_device(name: str | None) -> None:
+    """A GPU without any driver library, or Apple's GPU elsewhere. The number of GPUs is left to torch."""
+    if name is None or not name.startswith(("cuda", "mps")):
+        return
+    there = platform.system() == "Darwin" if name.startswith("mps") else any(map(_loads, GPU_DRIVERS))
+    if not there:
+        raise ConfigError(f"--device {name}: this machine has no such device; leave --device out to use what it has")
+
+
+def _loads(library: str) -> bool:
+    with suppress(OSError):
+        return bool(ctypes.CDLL(library))
+    return False
+
+
+def built_in_losses() -> list[str]:
+    """The names of the losses of this package, read from its source files."""
+    files = sorted((resources.files("prefopt") / "losses").iterdir(), key=lambda file: file.name)
+    return [name for file in files if file.name.endswith(".py") for name in LOSS.findall(file.read_text("utf-8"))]
+
+
+def _check_loss(text: str) -> None:
+    """The losses of ``NAME[:WEIGHT],...``; ``module:function`` is left to the parser, which imports it."""
+    known = [*built_in_losses(), *(point.name for point in entry_points(group="prefopt.losses"))]
+    for part in text.split(","):
+        name, _, rest = (word.strip() for word in part.partition(":"))
+        if name.replace("-", "_") not in known and not rest.partition(":")[0].strip().isidentifier():
+            guess = nearest(name, known) or "; prefopt losses lists them, and module:function is one's own"
+            raise ConfigError(f"--loss {text}: there is no loss {name!r}{guess}")
+
+
+def _check_data(names: list[str]) -> None:
+    """Files that exist and are not empty; one of prompts (.txt) is only looked for."""
+    for source in find_sources(names):
+        path = source.origin.path if isinstance(source.origin, FileOrigin) else Path(source.name)
+        is_text = path.suffix.lower() == TEXT
+        if is_text and not path.exists():
+            raise DataError("no such file; check the path", file=source.name)
+        if isinstance(source.origin, FileOrigin) and not is_text:
+            look(path)
+
+
+def _check_model(name: str | None) -> None:
+    """A folder, or a name of which the Hub (or its cache on this machine) has a configuration."""
+    if name is None or name.endswith(".jsonl") or Path(name).expanduser().exists():
+        return
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"{name}: no such folder")
+    no_telemetry()
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in CONFIGS):
+        return
+    try:
+        HfApi().model_info(name)
+    except Exception as error:  # of several libraries
+        if why := why_not_read(error, name):
+            raise ModelError(f"{name}: {why}") from error
