@@ -50,7 +50,7 @@ def mixed(n: int, seed: int = 0) -> GroupTable:
 
 def columns_for(chosen: Sequence[Term], which: str = "all") -> Any:
     """What makes the columns of some groups that these losses read."""
-    merge = any("label_G" in (*term.inputs, *term.loss.optional_inputs) for term in chosen)
+    merge = any("label_P" in (*term.inputs, *term.loss.optional_inputs) for term in chosen)
     return partial(columns_of, kind=chosen[0].loss.kind, which=which, merge=merge)
 
 

@@ -63,11 +63,11 @@ def by_hand(chosen: Sequence[Term], groups: GroupTable, policy: Any, reference: 
     inputs = {}
     for side in ("chosen", "rejected"):
         for name, values in of.items():
-            inputs[f"{side}_{name}_G"] = torch.stack([values[i] for i in batch.at_N(f"{side}_P").tolist()])
+            inputs[f"{side}_{name}_P"] = torch.stack([values[i] for i in batch.at_N(f"{side}_P").tolist()])
     weight, loss = torch.from_numpy(batch.columns["weight_P"]), torch.zeros((), dtype=torch.float64)
     for term in chosen:
         output = term(inputs)
-        loss = loss + term.weight * (output.numerator_G * weight).sum() / (output.weight_G * weight).sum()
+        loss = loss + term.weight * (output.numerator_R * weight).sum() / (output.weight_R * weight).sum()
     loss.backward()
     return float(loss.detach()), taken_grads(policy)
 
