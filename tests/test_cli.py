@@ -19,7 +19,7 @@ from hypothesis import given
 import prefopt
 from prefopt import cli
 from prefopt.config.dpo import DpoConfig
-from prefopt.core.options import Option, options, to_dict
+from prefopt.core.options import Option, options
 from prefopt.core.yaml_file import read_document, write_document
 from prefopt.errors import ConfigError, Interrupted, RunError
 
@@ -57,8 +57,8 @@ BAD = {
     "device": (["--device", "gpu"], "--device is 'gpu'; it must be cpu, cuda, cuda:N or mps"),
     "precision": (["--device", "mps", "--dtype", "float64"], "--device mps has no float64"),
     "two sources": (["--eval-data", "e", "--eval-fraction", "0.1"], "--eval-data and --eval-fraction"),
-    "nothing to evaluate": (["--eval-every", "5"], "--eval-every needs evaluation pairs"),
-    "nothing to stop on": (["--early-stopping", "2"], "--early-stopping needs evaluation pairs"),
+    "nothing to evaluate": (["--eval-every", "5"], "--eval-every needs evaluation data"),
+    "nothing to stop on": (["--early-stopping", "2"], "--early-stopping needs evaluation data"),
     "no adapter": (["--lora-rank", "8"], "--lora-rank does nothing without --lora"),
     "no adapter, even at its default": (["--lora-dropout", "0"], "--lora-dropout does nothing without --lora"),
     "adapter of its own": (["--lora", "--adapter", "a", "--lora-alpha", "8"], "--lora-alpha shapes a new adapter"),
@@ -186,7 +186,7 @@ def test_print_config_says_what_config_reads(tmp_path_factory: pytest.TempPathFa
     assert read == values
     if expected is not None:
         assert DpoConfig.from_dict(read) == expected
-        assert DpoConfig.from_dict(to_dict(expected)) == expected
+        assert DpoConfig.from_dict(expected.to_dict()) == expected
 
 
 def test_print_config_round_trips_through_config(
@@ -242,7 +242,7 @@ def test_every_option_of_the_command_line_reaches_the_config(ran: list[dict[str,
         "track=wandb": ["track_project"],
         "ref-model-sync-steps=5": ["ref_model_mixup_alpha"],
     }
-    plain = to_dict(DpoConfig(model="m", data=["d.jsonl"], output="o"))
+    plain = DpoConfig(model="m", data=["d.jsonl"], output="o").to_dict()
     for o in options(DpoConfig):
         if o.required:
             continue

@@ -134,11 +134,11 @@ def test_gold_without_a_preference_is_refused(tmp_path: Path, capsys: pytest.Cap
 CONTRADICTIONS = {
     "nothing": (["new"], "a study needs items"),
     "prompts alone": (["new", "--prompts", "p"], "--prompts and --model go together"),
-    "odd share": (["new", "--prompts", "p", "--model", "a", "b", "--num", "3"], "cannot be shared out evenly"),
+    "odd share": (["new", "--prompts", "p", "--model", "a", "b", "--num", "3"], "is not divisible"),
     "one response": (["new", "--prompts", "p", "--model", "a", "--num", "1"], "--num is 1"),
     "cold": (["new", "--prompts", "p", "--model", "a", "--temperature", "0"], "the same response again"),
     "nothing to import": (["import"], "nothing to import"),
-    "no name": (["serve", "--host", "0.0.0.0"], "has no name of its own"),
+    "no name": (["serve", "--host", "0.0.0.0"], "--allowed-hosts"),
     "address": (["serve", "--url", "votes.example.org/x"], "--url is 'votes.example.org/x'"),
     "both": (["invite", "--name", "A", "--lead", "--revoke"], "--revoke ends"),
     "half a split": (["export", "--output", "o.jsonl", "--eval-fraction", "0.1"], "go together"),

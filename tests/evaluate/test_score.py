@@ -141,7 +141,7 @@ def test_what_is_no_reward_model_is_refused(tmp_path: Path, capsys: pytest.Captu
     data, out = write(tmp_path / "d.jsonl", ROWS), str(tmp_path / "o.jsonl")
     for words, said in [
         (["--reward", policy], "is a language model, which gives no score"),
-        (["--reward", "implicit", "--model", policy], "is compared with nothing"),
+        (["--reward", "implicit", "--model", policy], "give --reference"),
         (["--reward", "implicit", "--model", policy, "--reference", str(tmp_path / "reference")], "another tokenizer"),
         (["--reward", "length", "--model", policy], "--model is read with --reward implicit alone"),
         (["--reward", "length", "--dtype", "float64"], "--dtype is for rewards that are models"),

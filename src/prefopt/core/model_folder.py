@@ -160,7 +160,8 @@ def _vet_adapter(folder: Path) -> None:
     for field in _PATTERNS:
         value = config.get(field)
         for word in value if isinstance(value, (list, dict)) else [value]:
-            if isinstance(word, str) and _REPEATS.search(word):
+            # PEFT itself writes .*\.NAME for the weights of experts, which goes back over a name only once.
+            if isinstance(word, str) and _REPEATS.search(word.removeprefix(r".*\.")):
                 raise ModelError(
                     f"{path}: {field} has the pattern {word[:60]!r}, which may take without end to match; name the"
                     " modules as they are"

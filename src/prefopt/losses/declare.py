@@ -126,7 +126,7 @@ class LossOption:
         limits = tuple((word, limit) for word, limit in bounds.items() if limit is not None)
         kind: Any = float if self.default is None else type(self.default)
         kind = Literal[self.choices] if self.choices else float if kind is int else kind
-        return Option(self.name, kind, self.help, "loss", True, None, str(self.default), limits)
+        return Option(name=self.name, type=kind, help=self.help, group="loss", required=True, limits=limits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

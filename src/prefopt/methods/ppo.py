@@ -243,7 +243,7 @@ def _given_reward(name: str, function: Scores | None) -> Reward | None:
 
 
 def _controller(config: PpoConfig) -> KlController:
-    if config.kl_target is None:
+    if config.kl_target is None or config.kl_horizon is None:
         return FixedKl(config.beta)
     return AdaptiveKl(config.beta, config.kl_target, config.kl_horizon)
 

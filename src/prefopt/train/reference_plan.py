@@ -176,9 +176,9 @@ class ReferencePlan:
 
     def _live_reference(self, policy: Policy) -> LiveReference:
         assert self.reference is not None
-        moves = self.config.ref_model_sync_steps is not None
-        live = self.reference.in_memory(policy.scorer, policy.masters, self.groups, moves=moves)
-        if moves:
-            assert live.held is not None and self.config.ref_model_sync_steps is not None
-            self.movement = Movement(live.held, self.config.ref_model_sync_steps, self.config.ref_model_mixup_alpha)
+        every, alpha = self.config.ref_model_sync_steps, self.config.ref_model_mixup_alpha
+        live = self.reference.in_memory(policy.scorer, policy.masters, self.groups, moves=every is not None)
+        if every is not None and alpha is not None:
+            assert live.held is not None
+            self.movement = Movement(live.held, every, alpha)
         return live
