@@ -23,7 +23,7 @@ from prefopt.data.load import build_groups
 from prefopt.errors import ConfigError, DataError
 from prefopt.losses.common import DIVERGENCES
 from prefopt.losses.declare import LOSSES
-from prefopt.losses.variants import ld_dpo
+from prefopt.losses.pairs import ld_dpo
 from prefopt.reference.cache import FillReport
 from prefopt.train.reference import ReferenceRun
 from train.small import dpo, pairs, steps, write_model, write_rows

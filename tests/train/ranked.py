@@ -11,7 +11,7 @@ import torch
 
 from prefopt.data.group import Group
 from prefopt.data.table import GroupTable
-from prefopt.losses.parse import Term, parse_losses
+from prefopt.losses.parse import WeightedLoss, parse_losses
 from prefopt.records import tiers_of
 
 VOCABULARY = 50
@@ -43,7 +43,7 @@ def mixed(n: int, seed: int = 0) -> GroupTable:
     )
 
 
-def terms(text: str, *options: str) -> tuple[Term, ...]:
+def terms(text: str, *options: str) -> tuple[WeightedLoss, ...]:
     """Losses as ``--loss`` names them."""
     return parse_losses(text, options)
 

@@ -15,7 +15,7 @@ from model.architectures import Float64Throughout
 from prefopt.core.cache_folder import cache_root
 from prefopt.data.table import GroupTable
 from prefopt.errors import ConfigError, ModelError
-from prefopt.losses.parse import Term, parse_losses
+from prefopt.losses.parse import WeightedLoss, parse_losses
 from prefopt.model.adapter import new_lora
 from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights
@@ -41,7 +41,7 @@ def held_logits(model: Any, groups: GroupTable) -> list[torch.Tensor]:
     return found
 
 
-def by_hand(chosen: Sequence[Term], groups: GroupTable, policy: Any, reference: Any) -> tuple[float, Any]:
+def by_hand(chosen: Sequence[WeightedLoss], groups: GroupTable, policy: Any, reference: Any) -> tuple[float, Any]:
     """Loss and gradients of all groups at once, from logits that are held."""
     own = held_logits(policy, groups)
     with torch.no_grad():

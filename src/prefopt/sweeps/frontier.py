@@ -30,7 +30,7 @@ from prefopt.sweeps.points import Frontier, Point
 from prefopt.sweeps.shared import Measure, Measured, lay
 from prefopt.sweeps.train import SAMPLES, model_of, retold, take_folder, train_once
 from prefopt.train import checkpoint
-from prefopt.train.loss_options import terms_of
+from prefopt.train.loss_options import losses_of
 from prefopt.train.policy import Policy, with_base
 
 POINTS = "points.json"
@@ -88,7 +88,7 @@ class _Sweep:
             if one.kind == "dpo":
                 config = self.config.config_of(one, data=["data"], prompts="prompts", each=2.0)
                 assert isinstance(config, DpoConfig)
-                terms_of(config)
+                losses_of(config)
 
     def _other_steps(self, one: Training, folder: Path) -> str:
         """In words, where an earlier version, which cut the steps to even parts, trained for fewer of them."""

@@ -11,7 +11,7 @@ import numpy as np
 from prefopt.config.dpo import DpoConfig
 from prefopt.core.terminal import Reporter, StopRequest, duration
 from prefopt.data.table import GroupTable, IndexArray
-from prefopt.losses.parse import Term
+from prefopt.losses.parse import WeightedLoss
 from prefopt.model.kernels.distributions import Distributions
 from prefopt.model.packed_model import PackedModel
 from prefopt.model.packing import PackedBatch, pack
@@ -70,7 +70,7 @@ class ReferencePlan:
     def __init__(
         self,
         config: DpoConfig,
-        terms: Sequence[Term],
+        terms: Sequence[WeightedLoss],
         data: TrainingData,
         reference: ReferenceRun | None,
         max_length: int,
