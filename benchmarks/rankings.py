@@ -32,11 +32,11 @@ from prefopt.data.group import Group
 from prefopt.losses.parse import parse_losses
 from prefopt.model.accounting import FlopCount
 from prefopt.model.kernels.attention import HOOK
-from prefopt.model.packing import pack
+from prefopt.model.packing import PackedBatch, pack
 from prefopt.model.scorer import Scorer
+from prefopt.train.batch import Batch
+from prefopt.train.columns import preference_batch
 from prefopt.train.objective import PreferenceObjective
-from prefopt.train.reference import without_values
-from prefopt.train.step import MicroBatch, differentiate
 
 WAYS = ("shared", "separate", "separate, together")
 BAR_K, BAR = 8, 0.45
@@ -114,29 +114,30 @@ def alone(group: Group) -> list[Group]:
 
 def row(k: int, args: argparse.Namespace, scorers: list[Scorer], device: torch.device) -> dict[str, Any]:
     """Seconds per group of each way, and what they are to one another."""
-    made, indices = groups(k, args), list(range(args.groups))
-    objective = PreferenceObjective(parse_losses("plackett_luce"), made, without_values(made, 0.0), device=device)
+    made = groups(k, args)
+    objective = PreferenceObjective(parse_losses("plackett_luce"), device=device)
+    batch = preference_batch(made, "ranking")
     # Responses have one order in all three, so that the loss reads the same values.
     batches = {
-        "shared": (scorers[0], [(indices, pack(made, scorers[0].layout).to(device))]),
-        "separate": (scorers[1], [(indices, pack(made, scorers[1].layout).to(device))]),
+        "shared": (scorers[0], pack(made, scorers[0].layout).to(device)),
+        "separate": (scorers[1], pack(made, scorers[1].layout).to(device)),
         "separate, together": (
             scorers[0],
-            [(indices, pack([x for g in made for x in alone(g)], scorers[0].layout).to(device))],
+            pack([x for g in made for x in alone(g)], scorers[0].layout).to(device),
         ),
     }
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     losses: dict[str, float] = {}
     for number in range(args.rounds + 1):
-        for way, (scorer, cut) in batches.items():
-            taken, losses[way] = step(scorer, objective, indices, cut, way)
+        for way, (scorer, packed) in batches.items():
+            taken, losses[way] = step(scorer, objective, batch, packed, way)
             if number:
                 seconds[way].append(taken / args.groups)
     spread = max(losses.values()) - min(losses.values())
     assert spread < (1e-3 if args.dtype == "float32" else 1.0) * max(losses.values()), losses
     medians = {way: statistics.median(values) for way, values in seconds.items()}
     count = FlopCount.of(scorers[0].model)
-    work = [count(batches[way][1][0][1]) for way in ("shared", "separate")]
+    work = [count(batches[way][1]) for way in ("shared", "separate")]
     ratio = medians["shared"] / medians["separate"]
     return {
         "k": k,
@@ -149,13 +150,14 @@ def row(k: int, args: argparse.Namespace, scorers: list[Scorer], device: torch.d
 
 
 def step(
-    scorer: Scorer, objective: PreferenceObjective, indices: list[int], cut: list[MicroBatch], way: str
+    scorer: Scorer, objective: PreferenceObjective, batch: Batch, packed: PackedBatch, way: str
 ) -> tuple[float, float]:
     """Forward, loss and backward; the weights stay as they are."""
     with scorer.attention_by(None if way == "separate" else HOOK):
         started = time.perf_counter()
-        found = differentiate(scorer, objective, indices, lambda: cut)
-        loss = found.sums.means()["loss"]  # waits for the device
+        found = objective(batch, objective.score(scorer, packed, batch), objective.normaliser(batch))
+        found.total.backward()
+        loss = float(found.total.detach())  # waits for the device
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         taken = time.perf_counter() - started

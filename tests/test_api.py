@@ -90,7 +90,7 @@ def test_a_model_given_is_given_back_after_a_dry_run_and_after_an_error(
 
     given = AutoModelForCausalLM.from_pretrained(model)
     with monkeypatch.context() as patch, pytest.raises(RunError, match="no"):
-        patch.setattr("prefopt.train.trainer.Loop.run", fail)
+        patch.setattr("prefopt.train.trainer.Trainer.fit", fail)
         prefopt.dpo(given, ROWS, **options)
     assert given.config._attn_implementation == attention
     assert torch.equal(logits(given), before)

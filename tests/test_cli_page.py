@@ -18,3 +18,9 @@ def test_the_tables_of_options_are_current() -> None:
     for verb in VERBS:
         assert not options(VERBS[verb].config) or f"<!-- options of prefopt {verb} -->" in page, verb
     assert written(page.replace("| `--beta` |", "| `--betta` |")) == page
+
+
+def test_the_list_of_files_is_current() -> None:
+    page = (DOCS / "architecture.md").read_text("utf-8")
+    written = runpy.run_path(str(DOCS / "make_architecture.py"))["written"]
+    assert written(page) == page, "run: python docs/make_architecture.py"

@@ -15,11 +15,12 @@ import transformers
 from prefopt.data.group import Group
 from prefopt.data.table import GroupTable
 from prefopt.losses.parse import parse_losses
-from prefopt.model.packing import pack, split
+from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer, response_sums
 from prefopt.train.objective import PreferenceObjective
 from prefopt.train.reference import without_values
-from prefopt.train.step import differentiate
+from prefopt.train.step import Differentiator
+from train.ranked import batches_of, columns_for
 
 MODELS: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "golden/dpo.json").read_text("utf-8"))["models"]
 # Llama's norms and eager attention round to float32 in any dtype (see make_dpo_golden.py); GPT-2 under SDPA does not.
@@ -62,14 +63,13 @@ def test_a_model_has_trls_loss_metrics_and_gradients(case: dict[str, Any], token
         sums = response_sums(reference(batch), batch)
     terms = parse_losses("dpo", beta=case["beta"])
     values = replace(without_values(GroupTable.of(groups), 0.0), sums_N=sums.numpy())
-    objective = PreferenceObjective(terms, groups, values, device=torch.device("cpu"))
+    objective = PreferenceObjective(terms, device=torch.device("cpu"))
+    whole = batches_of(groups, columns_for(terms), values).of(range(len(groups)))
 
     model = rebuilt(case, 0.0)
     scorer = Scorer(model)
     assert scorer.path == "shared"
-    parts = list(split(range(len(groups)), [g.tokens for g in groups], token_budget))
-    cut = [(part, pack([groups[i] for i in part], scorer.layout)) for part in parts]
-    found = differentiate(scorer, objective, range(len(groups)), lambda: cut).sums.means()
+    found = Differentiator(scorer, objective).gradients(whole, token_budget).sums.means()
 
     assert found["loss"] == pytest.approx(case["loss"], rel=rtol)
     for name, value in case["metrics"].items():

@@ -44,7 +44,7 @@ def margins(margin_P):
 def words(prompts, responses):
     return [len(text.split()) for text in responses]
 
-def old(chosen_logp_G, rejected_logp_G): ...
+def old(chosen_logp_P, rejected_logp_P): ...
 def typo(chosen_logps_P, rejected_logp_P): ...
 def anything(*args): ...
 def nothing(x): ...
@@ -154,7 +154,7 @@ def test_mistakes_in_ones_own_loss_are_refused(own: str) -> None:
     for part, facts in [
         (":NUMBER", ["NUMBER", "of type int"]),
         (":typo", ["'chosen_logps_P'", "did you mean chosen_logp_P?"]),
-        (":old", ["'chosen_logp_G'", "it is now called chosen_logp_P"]),
+        (":old", ["'chosen_logp_P'", "it is now called chosen_logp_P"]),
         (":anything", ["name every argument", "*args"]),
         (":nothing", ["its arguments are x"]),
         (":listed", ["weights has [1]", "a number or a word"]),

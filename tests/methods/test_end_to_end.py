@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from prefopt.cli import main
 from prefopt.data.load import load_groups
 from prefopt.data.tokenizer import load_tokenizer
-from prefopt.train import run
+from prefopt.train import policy
 from train.flat import response_logprobs
 from train.small import CLOCKS, evaluations, steps, tiny_llama, weights, words
 
@@ -48,7 +48,7 @@ PROBE = torch.tensor([[1, 20, 30, 40, 50]])
 def trained(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
     """Logits of the model in memory when it was saved, by its own attention."""
     found: list[torch.Tensor] = []
-    save = run.save_model
+    save = policy.save_model
 
     def noted(folder: Path, scorer: Any, *more: Any) -> None:
         save(folder, scorer, *more)
@@ -56,7 +56,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
         with torch.no_grad():
             found.append(scorer.model.eval()(input_ids=PROBE).logits)
 
-    monkeypatch.setattr(run, "save_model", noted)
+    monkeypatch.setattr(policy, "save_model", noted)
     yield found
 
 

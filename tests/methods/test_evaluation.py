@@ -15,17 +15,17 @@ from transformers import AutoModelForCausalLM
 from data.small import small_tokenizer
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.load import build_groups
-from prefopt.train.trainer import Loop
+from prefopt.train.trainer import Trainer
 from train.flat import response_logprobs
 from train.small import Row, doubtful_pairs, dpo, evaluations, pairs, steps, write_rows
 
 
 @pytest.fixture
-def loops(monkeypatch: pytest.MonkeyPatch) -> list[Loop]:
-    """The loops that ran."""
-    found: list[Loop] = []
-    run = Loop.run
-    monkeypatch.setattr(Loop, "run", lambda self: found.append(self) or run(self))
+def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The trainers that ran."""
+    found: list[Any] = []
+    fit = Trainer.fit
+    monkeypatch.setattr(Trainer, "fit", lambda self: found.append(self) or fit(self))
     return found
 
 
@@ -38,14 +38,14 @@ def loss_of(model: str | Path, reference: str, rows: list[Row], beta: float = 0.
     return float(-torch.nn.functional.logsigmoid(beta * (ratios[:, 0] - ratios[:, 1])).mean())
 
 
-def test_no_prompt_is_on_both_sides(model: str, tmp_path: Path, loops: list[Loop]) -> None:
+def test_no_prompt_is_on_both_sides(model: str, tmp_path: Path, trainers: list[Any]) -> None:
     rows = [row | {"prompt": f"question {i % 8}: "} for i, row in enumerate(pairs(40))]
     for seed in (0, 1):
         dpo(model, rows, tmp_path / f"out{seed}", eval_fraction=0.4, seed=seed, max_steps=1)
     sides = []
-    for loop in loops:
-        train, held_out = ({rows[i]["prompt"] for i in side} for side in (loop.train, loop.held_out))
-        assert train and held_out and not train & held_out and len(loop.train) + len(loop.held_out) == 40
+    for data in (trainer.source.data for trainer in trainers):
+        train, held_out = ({rows[i]["prompt"] for i in side} for side in (data.train, data.held_out))
+        assert train and held_out and not train & held_out and len(data.train) + len(data.held_out) == 40
         sides.append(held_out)
     assert sides[0] != sides[1]
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from prefopt.rl.loop import Phases
 
 from methods import small_world as world
 from methods.test_ppo import ROWS, metrics, ppo
@@ -17,6 +16,7 @@ from prefopt.cli import main
 from prefopt.errors import Diverged, Interrupted
 from prefopt.rl.collector import Collector
 from prefopt.train import checkpoint
+from prefopt.train.trainer import Trainer
 from train.small import weights
 
 MAX_KL = 0.5
@@ -75,17 +75,17 @@ def test_weights_that_were_never_measured_are_not_taken_for_good(
             raise Interrupted("stopped", 2)
         return collect(self, step, *given)
 
-    def keeping(self: Phases) -> Any:
+    def keeping(self: Trainer) -> Any:
         try:
             return run(self)
         except Interrupted:
             self.keep()
             raise
 
-    run = Phases.run
+    run = Trainer.fit
     with monkeypatch.context() as patch:
         patch.setattr(Collector, "collect", stopped)
-        patch.setattr(Phases, "run", keeping)
+        patch.setattr(Trainer, "fit", keeping)
         with pytest.raises(Interrupted):
             ppo(start, tmp_path / "out", **AWAY)
     assert (tmp_path / f"out/checkpoints/step-{bad:08d}").exists()

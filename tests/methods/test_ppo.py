@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from prefopt.rl.learner import Learner
-from prefopt.rl.loop import Phases
 from transformers.models.llama.modeling_llama import LlamaModel
 
 import prefopt
@@ -24,9 +22,12 @@ from prefopt.methods.ppo import PpoResult
 from prefopt.model.packing import pack
 from prefopt.model.scalar import ScalarScorer, scalar_from
 from prefopt.model.scorer import Scorer
+from prefopt.rl import rounds
 from prefopt.rl.collector import Collector
 from prefopt.rl.critic import Critic
+from prefopt.rl.objective import PpoObjective
 from prefopt.rl.rollouts import Rollouts
+from prefopt.train.trainer import Trainer
 from train.small import weights
 
 ROWS = [{"prompt": a + b} for a in "abcd" for b in "ef"]
@@ -140,7 +141,6 @@ def test_rollouts_come_back_from_a_file(small: str, tmp_path: Path, monkeypatch:
     again = Rollouts.from_tensors(kept[0].tensors())
     one, two = kept[0].tensors(), again.tensors()
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    assert len(again.tokens_of([2, 0])) == sum(len(c.ids) for g in (2, 0) for c in again.groups[g].continuations)
 
 
 # -- stopping and going on -----------------------------------------------------------------------------------------
@@ -148,17 +148,17 @@ def test_rollouts_come_back_from_a_file(small: str, tmp_path: Path, monkeypatch:
 
 def stopped(number: int, model: str, output: Path, **options: Any) -> None:
     """A run that is sent a signal in its n-th minibatch of all."""
-    learn, count = Phases._minibatch, [0]
+    update, count = Trainer._update, [0]
 
-    def wrapped(self: Phases, *arguments: Any) -> Any:
-        record = learn(self, *arguments)
+    def wrapped(self: Trainer, *arguments: Any) -> Any:
+        record = update(self, *arguments)
         count[0] += 1
         if count[0] == number:
             signal.raise_signal(signal.SIGTERM)
         return record
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Phases, "_minibatch", wrapped)
+        patch.setattr(Trainer, "_update", wrapped)
         with pytest.raises(Interrupted):
             ppo(model, output, **options)
 
@@ -196,16 +196,16 @@ def test_a_last_batch_of_fewer_prompts_than_minibatches_is_learned_from(small: s
 
 def test_a_run_stopped_while_it_samples_goes_on(small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ppo(small, tmp_path / "whole", epochs=2)
-    pause, count = Phases._pause, [0]
+    pause, count = Trainer.pause, [0]
 
-    def wrapped(self: Phases) -> None:
+    def wrapped(self: Any) -> None:
         count[0] += 1
-        if self.place.step == 2 and self.rollouts is None and self.stop.signal is None and count[0] > 8:
+        if self.state.step == 2 and self.source.rollouts is None and self.stop.signal is None and count[0] > 8:
             signal.raise_signal(signal.SIGTERM)
         pause(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Phases, "_pause", wrapped)
+        patch.setattr(Trainer, "pause", wrapped)
         with pytest.raises(Interrupted):
             ppo(small, tmp_path / "parts", epochs=2)
     ppo(small, tmp_path / "parts", epochs=2, resume=True)
@@ -250,8 +250,8 @@ def test_with_lora_one_base_serves_actor_and_reference(small: str, tmp_path: Pat
 def kept_rollouts(patch: pytest.MonkeyPatch) -> list[Rollouts]:
     """Where the rollouts of every step will be found."""
     kept: list[Rollouts] = []
-    targets = Learner.targets
-    patch.setattr(Learner, "targets", lambda self, r, beta: kept.append(r) or targets(self, r, beta))
+    targets = rounds.targets_of
+    patch.setattr(rounds, "targets_of", lambda config, r, beta: kept.append(r) or targets(config, r, beta))
     return kept
 
 
@@ -275,8 +275,8 @@ def test_what_a_critic_computes_in_and_what_trains_of_it(
     kind: str, dtype: str, lora: bool, small: str, reward_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Critic] = []
-    init = Learner.__init__
-    monkeypatch.setattr(Learner, "__init__", lambda *given: seen.append(given[3]) or init(*given))
+    init = PpoObjective.__init__
+    monkeypatch.setattr(PpoObjective, "__init__", lambda *given, **more: seen.append(given[2]) or init(*given, **more))
     company: dict[str, Any] = {"reward": reward_model} if kind == "reward" else {}
     ppo(small, tmp_path / "out", critic=kind, dtype=dtype, lora=lora, max_steps=1, **company)
     (critic,) = seen

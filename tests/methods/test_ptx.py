@@ -13,7 +13,7 @@ from methods import small_world as world
 from methods.test_ppo import ROWS, metrics, ppo, same_bits, stopped
 from prefopt.errors import ConfigError, DataError, UserError
 from prefopt.model.load import load_model
-from prefopt.rl.critic import Trainee
+from prefopt.train.optim import Network
 
 PAIRS = [{"prompt": a + "b", "chosen": a * 3, "rejected": "f" * 5} for a in "abcde"]
 
@@ -45,14 +45,15 @@ def likelihood(model: Any) -> torch.Tensor:
 def first_gradients(model: str, output: Path, **options: Any) -> dict[str, torch.Tensor]:
     """Of the actor, in the first update."""
     seen: list[dict[str, torch.Tensor]] = []
-    update = Trainee.update
+    update = Network.update
 
-    def looking(self: Trainee, step: int, limit: float) -> float:
-        seen.append({name: master.grad.clone() for name, master in self.masters.items() if master.grad is not None})
-        return update(self, step, limit)
+    def looking(self: Network, *given: Any) -> None:
+        masters = self.weights.masters.items()
+        seen.append({name: master.grad.clone() for name, master in masters if master.grad is not None})
+        update(self, *given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainee, "update", looking)
+        patch.setattr(Network, "update", looking)
         ppo(model, output, max_steps=1, **options)
     return seen[0]
 

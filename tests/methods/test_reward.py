@@ -22,11 +22,11 @@ from prefopt.data.group import Group
 from prefopt.data.load import build_groups
 from prefopt.data.table import GroupTable
 from prefopt.errors import ConfigError, DataError, Interrupted, ModelError
-from prefopt.model.packing import pack
 from prefopt.model.scalar import ScalarScorer, load_scalar, response_rewards, scalar_from
+from prefopt.train.columns import preference_batch
 from prefopt.train.objectives import RewardObjective
 from prefopt.train.reliability import reliability
-from prefopt.train.step import differentiate
+from prefopt.train.step import Differentiator
 from train.small import evaluations, pairs, quick, same_bits, tiny_llama, write_model, write_rows
 from train.test_resume import stop_after
 
@@ -77,10 +77,9 @@ def test_k_wise_loss_and_gradient_are_those_on_a_blackboard(margin: float | None
         expected = expected + sum(terms) / len(terms) / len(groups)
     gradients = torch.autograd.grad(expected, list(model.parameters()))
     scorer = ScalarScorer(model)
-    objective = RewardObjective(groups, device=CPU, margin=margin, centre=centre)
-    cut = [[i] for i in range(len(groups))] if token_budget == 20 else [list(range(len(groups)))]
-    batches = [(part, pack([groups[i] for i in part], scorer.layout)) for part in cut]
-    found = differentiate(scorer, objective, range(len(groups)), lambda: batches).sums.means()
+    objective = RewardObjective(device=CPU, margin=margin, centre=centre)
+    batch = preference_batch(groups, "pairs", merge=True)
+    found = Differentiator(scorer, objective).gradients(batch, token_budget).sums.means()
     assert found["loss"] == pytest.approx(float(expected.detach()), rel=1e-7)
     top = max(float(g.abs().max()) for g in gradients)
     for weight, gradient in zip(model.parameters(), gradients, strict=True):

@@ -20,10 +20,10 @@ from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.group import Group
 from prefopt.data.load import build_groups
 from prefopt.errors import ConfigError, DataError, Interrupted, ModelError
-from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer
+from prefopt.train.batch import Batch
 from prefopt.train.objectives import LikelihoodObjective
-from prefopt.train.step import differentiate
+from prefopt.train.step import Differentiator
 from train.small import QUICK, evaluations, metrics, pairs, quick, steps, tiny_llama, weights, write_model, write_rows
 from train.test_resume import stop_after
 
@@ -79,16 +79,8 @@ def test_loss_and_gradient_are_those_of_plain_transformers(average: Any, train_o
     expected = plain_loss(model, groups, average)
     gradients = torch.autograd.grad(expected, weights)
     scorer = Scorer(model)
-    objective = LikelihoodObjective(groups, average, device=CPU)
-    batches, part, used = [], [], 0
-    for i, group in enumerate(groups):  # cut in any way, the loss is that of the whole batch
-        if part and used + group.tokens > token_budget:
-            batches.append(part)
-            part, used = [], 0
-        part, used = [*part, i], used + group.tokens
-    batches.append(part)
-    cut = [(part, pack([groups[i] for i in part], scorer.layout)) for part in batches]
-    found = differentiate(scorer, objective, range(len(groups)), lambda: cut)
+    objective = LikelihoodObjective(average, device=CPU)
+    found = Differentiator(scorer, objective).gradients(Batch(groups), token_budget)
     record = found.sums.means()
     assert record["loss"] == pytest.approx(float(expected.detach()), rel=1e-6)
     top = max(float(g.abs().max()) for g in gradients)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from prefopt.rl.learner import Learner, LearnOptions
 
 import prefopt
 from methods import small_world as world
@@ -19,6 +19,7 @@ from prefopt.model.load import load_model
 from prefopt.model.packing import pack
 from prefopt.model.scalar import ScalarScorer, scalar_from
 from prefopt.model.scorer import Scorer, response_sums
+from prefopt.rl.objective import Targets, targets_of
 from prefopt.rl.rollouts import Rollouts
 
 BETA = 0.5
@@ -64,11 +65,17 @@ def listed(logp: Any, ref: Any, value_M: torch.Tensor | None) -> Rollouts:
     return Rollouts((world.group(),), logp_M, ref_M, logp_M, value_M, torch.tensor(world.REWARD), finished)
 
 
-def learner(algorithm: str, lam: float = 1.0) -> Learner:
-    options = LearnOptions(
-        algorithm=algorithm, clip=0.2, whiten_advantages=False, whiten_rewards=False, gamma=1.0, gae_lambda=lam
+def targets(algorithm: str, rollouts: Rollouts, lam: float = 1.0) -> Targets:
+    config: Any = SimpleNamespace(
+        algorithm=algorithm,
+        whiten_advantages=False,
+        whiten_rewards=False,
+        gamma=1.0,
+        gae_lambda=lam,
+        missing_eos_penalty=None,
+        missing_eos_score=None,
     )
-    return Learner(options, Scorer(world.model()), None, 1.0)
+    return targets_of(config, rollouts, BETA)
 
 
 def earned(logp: Any, ref: Any) -> Any:
@@ -81,13 +88,13 @@ def earned(logp: Any, ref: Any) -> Any:
 @pytest.mark.parametrize("lam", [1.0, 0.95, 0.0])
 def test_at_the_optimum_no_token_has_an_advantage(lam: float, ref: Any, best: Any) -> None:
     value_M = torch.tensor(world.to_come(best, earned(best, ref)))
-    targets = learner("ppo", lam).targets(listed(best, ref, value_M), BETA)
-    torch.testing.assert_close(targets.advantage, torch.zeros_like(value_M), rtol=0, atol=1e-9)
+    found = targets("ppo", listed(best, ref, value_M), lam)
+    torch.testing.assert_close(found.advantage, torch.zeros_like(value_M), rtol=0, atol=1e-9)
 
 
 def test_at_the_optimum_no_response_is_better_than_the_others(ref: Any, best: Any) -> None:
-    targets = learner("rloo").targets(listed(best, ref, None), BETA)
-    torch.testing.assert_close(targets.advantage, torch.zeros(MANY).double(), rtol=0, atol=1e-9)
+    found = targets("rloo", listed(best, ref, None))
+    torch.testing.assert_close(found.advantage, torch.zeros(MANY).double(), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("critic", ["ignorant", "wrong", "perfect"])
@@ -103,12 +110,11 @@ def test_the_expected_policy_gradient_is_that_of_the_objective(critic: str, ref:
     if critic != "ignorant":
         noise = 0.0 if critic == "perfect" else np.random.Generator(np.random.PCG64(0)).normal(size=len(value_M))
         value_M = world.to_come(here, earned(here, ref) + noise)
-    targets = learner("ppo", 0.3 if critic == "perfect" else 1.0).targets(
-        listed(here, ref, torch.tensor(value_M)), BETA
-    )
+    lam = 0.3 if critic == "perfect" else 1.0
+    advantage = targets("ppo", listed(here, ref, torch.tensor(value_M)), lam).advantage
     batch = pack([world.group()], scorer.layout)
     logp_M = scorer(batch)
-    loss_M = policy_loss(logp_M, logp_M.detach(), targets.advantage, 0.2).numerator
+    loss_M = policy_loss(logp_M, logp_M.detach(), advantage, 0.2).numerator
     found = torch.autograd.grad(-(logp.detach().exp()[batch.owner] * loss_M).sum(), parameters)
     off = sum(float((ours - wanted).square().sum()) for ours, wanted in zip(found, expected, strict=True))
     assert off**0.5 < 1e-5 * sum(float(wanted.square().sum()) for wanted in expected) ** 0.5

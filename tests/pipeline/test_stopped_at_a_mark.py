@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefopt.rl.loop import Phases
 
 from pipeline.sweeping import values
 from prefopt.config.sweeps import FrontierConfig
 from prefopt.errors import Interrupted
 from prefopt.sweeps import frontier
+from prefopt.train.trainer import Trainer
 
 
 @pytest.mark.slow
@@ -21,15 +21,15 @@ def test_the_policy_of_the_mark_is_measured(place: Path, tmp_path: Path) -> None
         given = FrontierConfig(**{**values(place, tmp_path / name), "roads": ["ppo-true:beta=0.1"]})
         return tmp_path / name / frontier.run(given).points[1].folder
 
-    def stopping(self: Phases, *arguments: Any) -> Any:
+    def stopping(self: Trainer, *arguments: Any) -> Any:
         record = learn(self, *arguments)
-        if (self.place.step, self.place.done) == (2, 1):  # of four steps the second is marked
+        if (self.state.step, self.state.done) == (2, 1):  # of four steps the second is marked
             signal.raise_signal(signal.SIGTERM)
         return record
 
-    whole, learn = run("whole"), Phases._minibatch
+    whole, learn = run("whole"), Trainer._update
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Phases, "_minibatch", stopping)
+        patch.setattr(Trainer, "_update", stopping)
         with pytest.raises(Interrupted):
             run("parts")
     parts = run("parts")

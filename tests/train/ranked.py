@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
 from prefopt.data.group import Group
+from prefopt.data.sampler import Sampler
 from prefopt.data.table import GroupTable
 from prefopt.losses.parse import WeightedLoss, parse_losses
 from prefopt.records import tiers_of
+from prefopt.train.columns import columns_of
+from prefopt.train.data import DataBatches
 
 VOCABULARY = 50
 
@@ -41,6 +46,22 @@ def mixed(n: int, seed: int = 0) -> GroupTable:
     return GroupTable.of(
         [group(i, rng.integers(1, 14, len(o)).tolist(), o, rng) for i, o in ((i, orders[i % 5]) for i in range(n))]
     )
+
+
+def columns_for(chosen: Sequence[WeightedLoss], which: str = "all") -> Any:
+    """What makes the columns of some groups that these losses read."""
+    merge = any("label_P" in (*term.inputs, *term.loss.optional_inputs) for term in chosen)
+    return partial(columns_of, kind=chosen[0].loss.kind, which=which, merge=merge)
+
+
+def batches_of(
+    groups: Sequence[Group], columns: Any = lambda groups: {}, reference: Any = None, mismatched: Any = None
+) -> DataBatches:
+    """Batches of any of these groups."""
+    table = GroupTable.of(groups)
+    data: Any = SimpleNamespace(groups=table, train=range(len(table)), held_out=())
+    sampler = Sampler(len(table), 1, seed=0)
+    return DataBatches(data, sampler, columns, reference=reference, mismatched=mismatched)
 
 
 def terms(text: str, *options: str) -> tuple[WeightedLoss, ...]:

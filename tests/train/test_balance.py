@@ -20,8 +20,9 @@ from prefopt.model.packed_model import checkpoint_activations
 from prefopt.model.packing import pack
 from prefopt.model.routing import routers_of
 from prefopt.model.scorer import Scorer
-from prefopt.train.objectives import METRIC, BalancedObjective, LikelihoodObjective, coefficient_of
-from prefopt.train.step import differentiate, evaluated
+from prefopt.train.batch import Batch, micro_batches
+from prefopt.train.objectives import BalancedObjective, LikelihoodObjective, balance_coefficient
+from prefopt.train.step import Differentiator
 from train.small import QUICK, pairs, steps, weights
 
 CPU = torch.device("cpu")
@@ -68,33 +69,27 @@ def oracle(model: Any, groups: list[Group]) -> torch.Tensor:
     return loss
 
 
-def cut(scorer: Scorer, groups: list[Group], sizes: tuple[int, ...]) -> list[Any]:
-    parts, first = [], 0
-    for size in sizes:
-        parts.append(list(range(first, min(first + size, len(groups)))))
-        first += size
-    return [(p, pack([groups[i] for i in p], scorer.layout)) for p in parts if p]
-
-
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "separate"])
-@pytest.mark.parametrize("sizes", [(99,), (1, 3, 99)], ids=["one pass", "cut"])
+@pytest.mark.parametrize("token_budget", [10_000, 60], ids=["one pass", "cut"])
 @pytest.mark.parametrize("name", MIXTURES)
-def test_value_and_gradient_are_those_of_transformers(name: str, sizes: tuple[int, ...], share: bool) -> None:
+def test_value_and_gradient_are_those_of_transformers(name: str, token_budget: int, share: bool) -> None:
     model = build(name)
     groups = groups_of_every_kind()[:6]
     scorer = Scorer(model, share=share)
-    plain = LikelihoodObjective(groups, "tokens", device=CPU)
+    plain = LikelihoodObjective("tokens", device=CPU)
     objective = BalancedObjective(plain, routers_of(model), WEIGHT)
-    differentiate(scorer, plain, range(len(groups)), lambda: cut(scorer, groups, sizes))
+    batch = Batch(groups)
+    assert (len(list(micro_batches(scorer, batch, token_budget))) > 1) == (token_budget == 60)
+    Differentiator(scorer, plain).gradients(batch, token_budget)
     without = {n: p.grad for n, p in model.named_parameters()}
     model.zero_grad()
-    found = differentiate(scorer, objective, range(len(groups)), lambda: cut(scorer, groups, sizes))
-    held = evaluated(scorer, objective, range(len(groups)), cut(scorer, groups, sizes)).means()
+    found = Differentiator(scorer, objective).gradients(batch, token_budget)
+    held = Differentiator(scorer, objective).evaluate(batch, token_budget).means()
     scorer.detach_hook()
     expected = oracle(model, groups)
     value = float(expected.detach())
-    assert found.sums.means()[METRIC] == pytest.approx(value, rel=1e-6)
-    assert held[METRIC] == pytest.approx(value, rel=1e-6)
+    assert found.sums.means()["router/aux_loss"] == pytest.approx(value, rel=1e-6)
+    assert held["router/aux_loss"] == pytest.approx(value, rel=1e-6)
     weights = dict(model.named_parameters())
     slopes = torch.autograd.grad(expected, list(weights.values()), allow_unused=True)
     moved = 0
@@ -115,14 +110,14 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
     model = build("mixtral")
     groups = groups_of_every_kind()[:4]
     scorer = Scorer(model)
-    objective = BalancedObjective(LikelihoodObjective(groups, "tokens", device=CPU), routers_of(model), WEIGHT)
+    objective = BalancedObjective(LikelihoodObjective("tokens", device=CPU), routers_of(model), WEIGHT)
     found = []
     for again in (False, True):
         if again:
             checkpoint_activations(model)
         scorer.train()
         model.zero_grad()
-        differentiate(scorer, objective, range(len(groups)), lambda: cut(scorer, groups, (1, 99)))
+        Differentiator(scorer, objective).gradients(Batch(groups), 60)
         found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     scorer.detach_hook()
     for one, other in zip(*found, strict=True):
@@ -154,9 +149,9 @@ def test_other_architectures_give_what_their_own_forward_gives(kind: str) -> Non
 
 
 def test_auto_is_what_the_configuration_says() -> None:
-    assert coefficient_of("auto", routers_of(build("mixtral", router_aux_loss_coef=0.02))) == 0.02
+    assert balance_coefficient("auto", routers_of(build("mixtral", router_aux_loss_coef=0.02))) == 0.02
     with pytest.raises(ConfigError, match="auto: the model's configuration has no"):
-        coefficient_of("auto", routers_of(build("mixtral", router_aux_loss_coef=0.0)))
+        balance_coefficient("auto", routers_of(build("mixtral", router_aux_loss_coef=0.0)))
 
 
 @pytest.mark.parametrize("method", ["dpo", "sft"])
@@ -174,10 +169,10 @@ def test_runs_train_with_it_and_tell_of_it(method: str, tmp_path: Path) -> None:
         run("b", router_aux_loss_coef=0.5, token_budget=1),
         run("c", router_aux_loss_coef="auto"),
     )
-    assert not any(METRIC in line for line in steps(plain))
+    assert not any("router/aux_loss" in line for line in steps(plain))
     first = [steps(folder)[0] for folder in (plain, cut, auto)]
-    assert first[1][METRIC] == pytest.approx(first[2][METRIC], rel=1e-5)
-    assert first[1][METRIC] > 1
+    assert first[1]["router/aux_loss"] == pytest.approx(first[2]["router/aux_loss"], rel=1e-5)
+    assert first[1]["router/aux_loss"] > 1
     assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-5)
     moved = [weights(folder)[next(n for n in weights(folder) if n.endswith("gate.weight"))] for folder in (plain, cut)]
     assert not torch.allclose(*moved, rtol=0, atol=1e-7)

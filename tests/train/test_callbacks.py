@@ -107,7 +107,7 @@ def test_what_failed_first_is_what_is_told(
         if name == "on_end":
             raise ValueError("second")
 
-    monkeypatch.setattr("prefopt.train.trainer.Loop._refuse_nonsense", _refuse)
+    monkeypatch.setattr("prefopt.train.trainer.Trainer._refuse_nonsense", _refuse)
     with caplog.at_level(logging.WARNING), pytest.raises(RunError, match=r"^first$"):
         dpo(model, ROWS, tmp_path / "out", callbacks=[Watch(fail_at_end)])
     assert "callback Watch failed in on_end" in caplog.text

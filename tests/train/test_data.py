@@ -19,7 +19,7 @@ from train.test_resume import stopped_at
 
 def load(*files: str, stop: StopRequest | None = None, **options: Any) -> TrainingData:
     config = DpoConfig(model="m", data=list(files), output="o", **options)
-    return load_data(config, small_tokenizer(), 64, None, Reporter("plain"), seed=config.seed, stop=stop)
+    return load_data(config, small_tokenizer(), 64, None, Reporter("plain"), stop=stop)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from prefopt.train.rows import pairs_of
 
 from model.architectures import Float64Throughout
 from prefopt.core.cache_folder import cache_root
@@ -22,10 +21,13 @@ from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer, response_sums
 from prefopt.reference.cache import ReferenceCache
 from prefopt.reference.in_memory import HeldWeights, LiveReference, Movement
+from prefopt.train.columns import preference_batch
 from prefopt.train.objective import PreferenceObjective
+from prefopt.train.reference_plan import InMemoryColumns
+from prefopt.train.step import Differentiator
 from train.ranked import mixed, pairs_only
 from train.small import dpo, evaluations, pairs, steps, tiny_llama, weights, write_model
-from train.test_objective import CPU, assert_close, models, step, taken_grads
+from train.test_objective import CPU, assert_close, models, taken_grads
 
 ROWS = pairs(12)
 
@@ -57,12 +59,12 @@ def by_hand(chosen: Sequence[WeightedLoss], groups: GroupTable, policy: Any, ref
         ],
         "length": [torch.tensor(float(len(y))) for y in target],
     }
-    rows = pairs_of(groups, "all")
+    batch = preference_batch(groups, "pairs")
     inputs = {}
-    for side, index in (("chosen", rows.chosen), ("rejected", rows.rejected)):
+    for side in ("chosen", "rejected"):
         for name, values in of.items():
-            inputs[f"{side}_{name}_P"] = torch.stack([values[i] for i in index.tolist()])
-    weight, loss = torch.from_numpy(rows.weight), torch.zeros((), dtype=torch.float64)
+            inputs[f"{side}_{name}_P"] = torch.stack([values[i] for i in batch.at_N(f"{side}_P").tolist()])
+    weight, loss = torch.from_numpy(batch.columns["weight_P"]), torch.zeros((), dtype=torch.float64)
     for term in chosen:
         output = term(inputs)
         loss = loss + term.weight * (output.numerator_R * weight).sum() / (output.weight_R * weight).sum()
@@ -88,14 +90,16 @@ def test_losses_on_distributions_are_those_on_a_blackboard(
     with Float64Throughout():
         loss, grads = by_hand(chosen, groups, policy, reference)
         live = LiveReference(Scorer(reference))
-        objective = PreferenceObjective(chosen, groups, None, device=CPU, live=live)
-        scorer = Scorer(policy)
+        objective = PreferenceObjective(chosen, device=CPU)
+        batch = preference_batch(groups, "pairs")
+        in_memory = InMemoryColumns(live, compares=objective.compares, tokens=False)
+        found_by = Differentiator(Scorer(policy), objective, in_memory)
         for token_budget in (1, 90, 100_000):
-            found = step(scorer, objective, list(range(5)), token_budget)
+            found = found_by.gradients(batch, token_budget)
             assert_close(taken_grads(policy), grads, 1e-8)
             assert found.sums.means()["loss"] == pytest.approx(loss, rel=1e-9)
         objective.whole_batch = True  # divergences go through the two passes too
-        assert step(scorer, objective, list(range(5)), 60).sums.means()["loss"] == pytest.approx(loss, rel=1e-9)
+        assert found_by.gradients(batch, 60).sums.means()["loss"] == pytest.approx(loss, rel=1e-9)
         assert_close(taken_grads(policy), grads, 1e-8)
 
 
@@ -125,13 +129,13 @@ def test_held_weights_are_the_model_as_it_was_and_follow_it(kind: str) -> None:
             for value in masters.masters.values():
                 value.mul_(1.01)
         masters.publish()
-        moving.after(n, masters)
+        moving.after(n, masters.saved())
         if n % 2 == 0:
             now = dict(masters.saved())
             expected = {name: 0.25 * now[name] + 0.75 * value for name, value in expected.items()}
     for name, value in expected.items():
         torch.testing.assert_close(held.saved()[name], value, rtol=1e-6, atol=1e-7)
-    Movement(held, every=1, amount=1.0).after(5, masters)
+    Movement(held, every=1, amount=1.0).after(5, masters.saved())
     assert torch.equal(live.logprobs(batch), scorer(batch).detach())
     other = HeldWeights(masters, moves=True)
     other.load({name: value.clone() for name, value in first.items()})
@@ -204,14 +208,11 @@ def test_a_reference_that_has_not_moved_yet_is_the_cached_one(model: str, tmp_pa
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"ref_model_mixup_alpha": 0.5}, "give --ref-model-sync-steps too"),
-        (
-            {"ref_model_sync_steps": 3, "reference": "m"},
-            "--reference: the reference that --ref-model-sync-steps moves begins",
-        ),
-        ({"ref_model_sync_steps": 3, "loss": "simpo"}, "--ref-model-sync-steps: simpo compares with no reference"),
+        ({"ref_model_mixup_alpha": 0.5}, "--ref-model-mixup-alpha does nothing without --ref-model-sync-steps"),
+        ({"ref_model_sync_steps": 3, "reference": "m"}, "--reference: with --ref-model-sync-steps"),
+        ({"ref_model_sync_steps": 3, "loss": "simpo"}, "--ref-model-sync-steps: simpo uses no reference"),
         ({"ref_model_sync_steps": 3, "early_stopping": 1, "eval_fraction": 0.2}, "--early-stopping compares losses"),
-        ({"weighting": "wpo", "loss": "kto"}, "--weighting wpo weighs pair by pair"),
+        ({"weighting": "wpo", "loss": "kto"}, "--weighting wpo weights pair by pair"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(options: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from prefopt.train.rows import mismatched
 
 from model.architectures import Float64Throughout, with_exact_rotary
 from model.oracle import oracle_logprobs
@@ -20,13 +19,15 @@ from prefopt.errors import DataError
 from prefopt.losses.declare import LOSSES
 from prefopt.losses.parse import WeightedLoss
 from prefopt.model.adapter import new_lora
-from prefopt.model.packing import pack, split
 from prefopt.model.scorer import Scorer
-from prefopt.train import rows
-from prefopt.train.objective import PreferenceObjective
+from prefopt.train.batch import Batch, micro_batches
+from prefopt.train.columns import mismatched, paired_of, preference_batch
+from prefopt.train.data import DataBatches
+from prefopt.train.objective import PreferenceObjective, check_rows
 from prefopt.train.reference import without_values
-from prefopt.train.step import Gradients, differentiate, values_of
-from train.ranked import VOCABULARY, group, inputs_by_hand, mixed, pairs_only, terms
+from prefopt.train.reference_plan import InMemoryColumns
+from prefopt.train.step import Differentiator, Gradients
+from train.ranked import VOCABULARY, batches_of, columns_for, group, inputs_by_hand, mixed, pairs_only, terms
 from train.small import tiny_llama
 
 CPU = torch.device("cpu")
@@ -57,27 +58,31 @@ def nested(values_M: torch.Tensor, groups: Sequence[Group]) -> list[list[torch.T
     return [[next(parts) for _ in g.continuations] for g in groups]
 
 
-def objective_of(chosen: Sequence[WeightedLoss], groups: GroupTable, reference: torch.nn.Module) -> PreferenceObjective:
-    """The objective, its reference values by the model class's own forward."""
+def prepared(
+    chosen: Sequence[WeightedLoss], groups: GroupTable, reference: torch.nn.Module
+) -> tuple[PreferenceObjective, DataBatches]:
+    """The objective, and batches with reference values by the model class's own forward."""
     others = mismatched(groups, 64)[0] if any(t.loss.needs_mismatched for t in chosen) else None
     scored = groups + others if others else groups
     with torch.no_grad():
         values_M = oracle_logprobs(reference, scored).double()
     sums = [float(v.sum()) for g in nested(values_M, scored) for v in g]
     known = replace(without_values(scored, 0.0), sums_N=np.array(sums), token_values_M=values_M.numpy())
-    objective = PreferenceObjective(chosen, groups, known, device=CPU, mismatched=others)
+    objective = PreferenceObjective(chosen, device=CPU)
     for name, kept in STATE.items():
         if name in objective.state:
             objective.state[name] = {k: torch.tensor(v, dtype=torch.float64) for k, v in kept.items()}
-    return objective
+    return objective, batches_of(groups, columns_for(chosen), known, others)
 
 
-def step(scorer: Scorer, objective: PreferenceObjective, indices: list[int], token_budget: int) -> Gradients:
-    costs = [scorer.layout.cost(objective.groups[i]) for i in indices]
-    parts = list(split(indices, costs, token_budget))
-    cut = [(part, pack([objective.groups[i] for i in part], scorer.layout)) for part in parts]
-    assert (len(cut) > 1) == (token_budget < 1000)
-    return differentiate(scorer, objective, indices, lambda: cut)
+def differentiator(scorer: Scorer, objective: PreferenceObjective) -> Differentiator:
+    """With the policy's values of mismatched responses, where there are any."""
+    return Differentiator(scorer, objective, InMemoryColumns(None, compares=False, tokens=False))
+
+
+def step(scorer: Scorer, objective: PreferenceObjective, batch: Batch, token_budget: int) -> Gradients:
+    assert (len(list(micro_batches(scorer, batch, token_budget))) > 1) == (token_budget < 1000)
+    return differentiator(scorer, objective).gradients(batch, token_budget)
 
 
 def taken_grads(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -119,20 +124,19 @@ def test_the_loss_of_a_batch_is_that_of_one_on_a_blackboard_however_it_is_cut(na
     groups = pairs_only(7) if name in SORTING else mixed(7)
     indices = [4, 0, 6, 2, 3]
     with Float64Throughout():
-        objective = objective_of(chosen, groups, reference)
-        some = [groups[i] for i in indices]
-        others = GroupTable.of([objective.mismatched[i] for i in indices]) if objective.mismatched else None
+        objective, source = prepared(chosen, groups, reference)
+        some, batch = [groups[i] for i in indices], source.of(indices)
+        others = GroupTable.of(batch.mismatched.groups) if batch.mismatched else None
         loss, grads = by_hand(chosen, some, policy, reference, others)
         scorer = Scorer(policy)
         told = []
         for token_budget in (1, 90, 100_000):
-            found = step(scorer, objective, indices, token_budget)
+            found = step(scorer, objective, batch, token_budget)
             assert_close(taken_grads(policy), grads)
             told.append((found.sums.means(), found.state))
         with torch.no_grad():
-            cut = [([i], pack([groups[i]], scorer.layout)) for i in indices]
-            values = values_of(scorer, objective, cut)
-            evaluated = objective(values, indices, objective.normaliser(indices))
+            values = differentiator(scorer, objective).values(micro_batches(scorer, batch, 1))
+            evaluated = objective(batch, values, objective.normaliser(batch))
     assert float(evaluated.total) == pytest.approx(loss, rel=1e-9)
     for record, state in told:
         assert record["loss"] == pytest.approx(loss, rel=1e-9)
@@ -153,19 +157,19 @@ def test_two_passes_draw_the_same_dropout_and_leave_the_generator_where_one_does
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.normal_(generator=torch.Generator().manual_seed(1), std=0.2)
-    objective = objective_of(chosen, groups, reference)
-    scorer = Scorer(adapted)
+    objective, source = prepared(chosen, groups, reference)
+    batch, scorer = source.of(range(6)), Scorer(adapted)
     scorer.train()
     found = []
     for whole in (False, True):
         objective.whole_batch = whole
         torch.manual_seed(3)
-        step(scorer, objective, list(range(6)), 60)
+        step(scorer, objective, batch, 60)
         found.append((taken_grads(adapted), torch.get_rng_state()))
     assert_close(found[1][0], found[0][0])
     assert torch.equal(found[0][1], found[1][1])
     torch.manual_seed(4)
-    step(scorer, objective, list(range(6)), 60)
+    step(scorer, objective, batch, 60)
     other = taken_grads(adapted)
     assert any(not torch.allclose(other[n], found[0][0][n], rtol=1e-3) for n in other), "dropout does something here"
 
@@ -195,24 +199,32 @@ def test_mismatched_responses_follow_the_order_of_the_data() -> None:
         mismatched([made[0], twin], 64)
 
 
+def pairs_as_lists(groups: Sequence[Group], which: str = "all", *, merge: bool = False) -> dict[str, list[Any]]:
+    """Chosen and rejected responses of a whole batch, weights and labels."""
+    batch = preference_batch(groups, "pairs", which, merge=merge)
+    at = {name: batch.at_N(f"{name}_P").tolist() for name in ("chosen", "rejected")}
+    return at | {name: batch.columns[f"{name}_P"].tolist() for name in ("weight", "label")}
+
+
 def test_votes_for_both_sides_are_one_pair_with_a_soft_label() -> None:
     rng = np.random.default_rng(0)
     split_vote = replace(group(1, (3, 4, 2), (2, 1, 0), rng), pairs=((0, 1), (1, 0), (0, 2)), weights=(3.0, 1.0, 4.0))
-    plain = rows.pairs_of([split_vote], "all")
-    assert (plain.chosen.tolist(), plain.weight.tolist()) == ([0, 1, 0], [0.375, 0.125, 0.5])
-    merged = rows.pairs_of([split_vote, split_vote], "all", merge=True)
-    assert merged.chosen.tolist() == [0, 0, 3, 3] and merged.rejected.tolist() == [1, 2, 4, 5]
-    assert merged.weight.tolist() == [0.5] * 4 and merged.label.tolist() == [0.75, 1, 0.75, 1]
+    plain = pairs_as_lists([split_vote])
+    assert (plain["chosen"], plain["weight"]) == ([0, 1, 0], [0.375, 0.125, 0.5])
+    merged = pairs_as_lists([split_vote, split_vote], merge=True)
+    assert merged["chosen"] == [0, 0, 3, 3] and merged["rejected"] == [1, 2, 4, 5]
+    assert merged["weight"] == [0.5] * 4 and merged["label"] == [0.75, 1, 0.75, 1]
     policy, reference = models()
     groups = GroupTable.of([split_vote, *mixed(2)])
-    objective = objective_of(terms("dpo"), groups, reference)
-    scorer, cut = Scorer(policy), [([0], pack([groups[0]], Scorer(policy).layout))]
+    objective, source = prepared(terms("dpo"), groups, reference)
+    scorer, batch = Scorer(policy), source.of([0])
     with torch.no_grad():
-        values = values_of(scorer, objective, cut)
-        soft = objective(values, [0], objective.normaliser([0])).total
-        hard = objective_of(terms("hinge,robust"), groups, reference)  # neither reads labels: two pairs by weight
-        assert float(hard(values, [0], hard.normaliser([0])).shares["loss/hinge"]) != pytest.approx(float(soft))
-        s = (values["logp_N"] - objective._with_reference(values, objective._facts([0]), [0])["ref_logp_N"]) * 0.1
+        values = differentiator(scorer, objective).values(micro_batches(scorer, batch, 1))
+        soft = objective(batch, values, objective.normaliser(batch)).total
+        hard, others = prepared(terms("hinge,robust"), groups, reference)  # neither reads labels: two pairs by weight
+        two = others.of([0])
+        assert float(hard(two, values, hard.normaliser(two)).shares["loss/hinge"]) != pytest.approx(float(soft))
+        s = (values["logp_N"] - torch.from_numpy(batch.columns["ref_logp_N"])) * 0.1
         logistic = torch.nn.functional.logsigmoid
         by_votes = [(0.375, s[0] - s[1]), (0.125, s[1] - s[0]), (0.5, s[0] - s[2])]
         assert float(soft) == pytest.approx(sum(-w * float(logistic(h)) for w, h in by_votes))
@@ -221,14 +233,13 @@ def test_votes_for_both_sides_are_one_pair_with_a_soft_label() -> None:
 def test_the_best_against_the_worst() -> None:
     rng = np.random.default_rng(0)
     tied = group(1, (3, 4, 2, 5), (9, 1, 9, 0), rng)
-    assert rows.pairs_of([tied], "best-worst").chosen.tolist() == [0, 2]
-    assert rows.pairs_of([tied], "best-worst").rejected.tolist() == [3, 3]
-    assert rows.pairs_of([tied], "best-worst").weight.tolist() == [0.5, 0.5]
+    found = pairs_as_lists([tied], "best-worst")
+    assert (found["chosen"], found["rejected"], found["weight"]) == ([0, 2], [3, 3], [0.5, 0.5])
     votes = replace(tied, tiers=(), pairs=((0, 1), (1, 2), (2, 0), (3, 0)), weights=(1.0, 1.0, 1.0, 2.0))
-    assert rows.pairs_of([votes], "best-worst").chosen.tolist() == [3]
-    assert rows.pairs_of([votes], "best-worst").rejected.tolist() == [0]
+    found = pairs_as_lists([votes], "best-worst")
+    assert (found["chosen"], found["rejected"]) == ([3], [0])
     with pytest.raises(DataError, match="row 1: no response is preferred to all others"):
-        rows.pairs_of([replace(votes, pairs=((0, 1), (1, 0)), weights=(1.0, 1.0))], "best-worst")
+        pairs_as_lists([replace(votes, pairs=((0, 1), (1, 0)), weights=(1.0, 1.0))], "best-worst")
 
 
 def test_responses_that_no_pair_holds_are_not_needed() -> None:
@@ -236,33 +247,31 @@ def test_responses_that_no_pair_holds_are_not_needed() -> None:
     ranked = [group(i, (3, 4, 2, 5), order, rng) for i, order in enumerate([(9, 1, 9, 0), (1, 2, 3, 4)], 1)]
     votes = replace(ranked[1], tiers=(), pairs=((0, 1), (2, 3), (2, 3)), weights=(1.0, 1.0, 1.0))
     many = GroupTable.of([*ranked, votes])
-    read = rows.paired_of(many, "best-worst")
+    read = paired_of(many, "best-worst")
     # Who is best of votes is told from all of them, also from those of others.
     assert read.tolist() == [*[True, False, True, True], *[True, False, False, True], *[True] * 4]
     fewer = keep_responses(many, read)
-    before, after = rows.pairs_of(many, "best-worst"), rows.pairs_of(fewer, "best-worst")
+    before, after = pairs_as_lists(many, "best-worst"), pairs_as_lists(fewer, "best-worst")
     numbers = np.flatnonzero(read)
-    assert numbers[after.chosen].tolist() == before.chosen.tolist()
-    assert numbers[after.rejected].tolist() == before.rejected.tolist()
-    assert after.weight.tolist() == before.weight.tolist()
-    assert rows.paired_of(many, "all").all()
+    assert numbers[after["chosen"]].tolist() == before["chosen"]
+    assert numbers[after["rejected"]].tolist() == before["rejected"]
+    assert after["weight"] == before["weight"]
+    assert paired_of(many, "all").all()
 
 
 def test_what_a_loss_cannot_be_computed_on_is_refused_by_row() -> None:
     rng = np.random.default_rng(0)
     made = [group(i, lengths, range(len(lengths)), rng) for i, lengths in enumerate([(3, 4), (5, 1, 2)], 1)]
 
-    def build(name: str, *groups: Group, **options: Any) -> PreferenceObjective:
-        table = GroupTable.of(groups)
-        return PreferenceObjective(terms(name), table, without_values(table, 0.0), device=CPU, **options)
+    def check(name: str, *groups: Group, which: str = "all") -> None:
+        check_rows(terms(name), groups, which)
 
     with pytest.raises(DataError, match=r"row 2: --loss aot sorts .* best-worst"):
-        build("aot", *made)
-    build("aot", *made, pairs="best-worst")
+        check("aot", *made)
+    check("aot", *made, which="best-worst")
     with pytest.raises(DataError, match="row 2: --loss reward_aware needs a finite score"):
-        build("reward_aware", made[0], replace(made[1], scores=None))
+        check("reward_aware", made[0], replace(made[1], scores=None))
     with pytest.raises(DataError, match="row 2: its responses have no order"):
-        build("plackett_luce", made[0], replace(made[1], tiers=()))
-    unlabelled = build("apo_zero_unpaired", made[0], replace(made[1], labels=None))
+        check("plackett_luce", made[0], replace(made[1], tiers=()))
     with pytest.raises(DataError, match="row 2: its responses have no labels"):
-        unlabelled.normaliser([0, 1])
+        preference_batch([made[0], replace(made[1], labels=None)], "labels")

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from prefopt.config.ppo import PpoConfig
-from prefopt.rl.prompts import order_of, plan_of, steps_of, too_few
+from prefopt.rl.prompts import order_of, plan_of, too_few
+from prefopt.train.run import steps_of
 
 
 def config(**options: Any) -> PpoConfig:
@@ -27,7 +28,7 @@ def config(**options: Any) -> PpoConfig:
 def test_the_plan_is_what_the_sampler_gives(prompts: int, options: dict[str, Any], told: str) -> None:
     c = config(**options)
     assert plan_of(c, prompts, 100).startswith(told)
-    sizes = {len(order_of(c, prompts).batch(step)) for step in range(steps_of(c, prompts))}
+    sizes = {len(order_of(c, prompts).batch(step)) for step in range(steps_of(c, order_of(c, prompts).steps_per_epoch))}
     assert sizes == {min(64, prompts), *([2] if "last" in told else [])}
 
 

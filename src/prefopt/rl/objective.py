@@ -116,7 +116,6 @@ class PpoObjective(Objective):
         return found if value_M is None else {**found, "value_M": value_M}
 
     def __call__(self, batch: Batch, values: Values, normaliser: Normaliser) -> LossResult:
-        """See :class:`Objective`."""
         tokens, responses = (float(n) for n in normaliser)
         logp_M = values["logp_M"]
 

@@ -128,7 +128,6 @@ class Rounds(BatchSource):
     # -- checkpoints -------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """See :class:`BatchSource`."""
         return {"episodes": self.episodes, "beta": self.kl.coefficient}
 
     def tensors(self) -> dict[str, torch.Tensor] | None:
@@ -136,7 +135,6 @@ class Rounds(BatchSource):
         return self.rollouts.tensors() if self.rollouts is not None else None
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None) -> None:
-        """See :class:`BatchSource`."""
         self.episodes, self.kl = state["episodes"], self.kl.at(state["beta"])
         self.rollouts = Rollouts.from_tensors(tensors) if tensors is not None else None
 

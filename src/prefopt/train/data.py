@@ -85,12 +85,10 @@ class DataBatches(BatchSource):
         self.steps_per_epoch = sampler.steps_per_epoch
 
     def batch(self, step: int, update: int = 0) -> Batch:
-        """See :class:`BatchSource`."""
         return self.of([self.data.train[i] for i in self.sampler.batch(step)])
 
     @property
     def held_out(self) -> Batch | None:
-        """See :class:`BatchSource`."""
         indices = self.data.held_out
         if not indices:
             return None

@@ -136,7 +136,6 @@ class PreferenceObjective(Objective):
         return {f"{s}_head_{name}_P": head_sums(logp_M, starts, at, inputs.head_R) for s, at in sides.items()}
 
     def __call__(self, batch: Batch, values: Values, normaliser: Normaliser) -> LossResult:
-        """See :class:`Objective`."""
         inputs = self._inputs(batch)
         values = self._with_reference(values, inputs)
         given = inputs.named(self.names, self.optional, values)

@@ -54,7 +54,6 @@ class LikelihoodObjective(Objective):
         return {"logp_N": response_sums(scorer(packed), packed)}
 
     def __call__(self, batch: Batch, values: Values, normaliser: Normaliser) -> LossResult:
-        """See :class:`Objective`."""
         length_N = tensor(batch.length_N, self.device, self.dtype)
         nll_N = -values["logp_N"].to(self.dtype)
         numerator = nll_N.sum() if self.average == "tokens" else (nll_N / length_N).sum()
@@ -93,7 +92,6 @@ class RewardObjective(Objective):
         return {"reward_N": scorer(packed).to(self.dtype)}
 
     def __call__(self, batch: Batch, values: Values, normaliser: Normaliser) -> LossResult:
-        """See :class:`Objective`."""
         inputs = LossInputs(batch, "pairs", self.device, self.dtype)
         columns, weight_P = batch.columns, inputs.weight_R
         at = {"chosen": inputs.tensor(inputs.chosen), "rejected": inputs.tensor(inputs.rejected)}

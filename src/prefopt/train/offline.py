@@ -59,7 +59,6 @@ class OfflineRun:
         return found
 
     def take_folder(self, same: Mapping[str, tuple[Any, str]] | None = None, **facts: Any) -> None:
-        """See :meth:`Run.take_folder`."""
         data = self.data
         sizes = f"{len(data.train)}+{len(data.held_out)}"
         identity = {**(same or {}), "data": (f"{fingerprint(data.groups)} {sizes}", "the data")}

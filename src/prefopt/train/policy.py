@@ -135,7 +135,6 @@ class Policy(Trained[Scorer]):
         super().__init__(config, dtype, model, named=given is None)
 
     def score_with(self, model: torch.nn.Module) -> Scorer:
-        """See :class:`Trained`."""
         return Scorer(model, attention=self.config.attention)
 
 
@@ -167,7 +166,6 @@ class ScalarPolicy(Trained[ScalarScorer]):
         super().__init__(config, dtype, model, named=given is None)
 
     def score_with(self, model: torch.nn.Module) -> ScalarScorer:
-        """See :class:`Trained`."""
         return ScalarScorer(model, attention=self.config.attention)
 
     def save(self, folder: Path, tokenizer: Tokenizer) -> None:
