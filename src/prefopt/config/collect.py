@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from prefopt.config.data import RowOptions
+from prefopt.config.data import RowOptions, SamplingOptions
 from prefopt.config.training import MachineOptions
 from prefopt.core.options import Config, option
 from prefopt.errors import ConfigError
@@ -42,7 +42,7 @@ class ImportOptions(RowOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectNewConfig(MachineOptions, ImportOptions, StudyOptions):
+class CollectNewConfig(MachineOptions, SamplingOptions, ImportOptions, StudyOptions):
     """A new study. Construction raises ``ConfigError``."""
 
     prompts: list[str] | None = option(
@@ -54,12 +54,9 @@ class CollectNewConfig(MachineOptions, ImportOptions, StudyOptions):
         None, "models to sample responses from, folders or Hub names; several give equally many each", group="items"
     )
     num: int = option(2, "responses per prompt, from all models together", group="items", at_least=2, at_most=9)
-    max_new_tokens: int = option(256, "most tokens of a response", group="sampling", at_least=1)
-    temperature: float = option(1.0, "divides the logits", group="sampling", at_least=0)
     top_p: float = option(
         1.0, "sample from the most likely tokens with this total probability", group="sampling", above=0, at_most=1
     )
-    seed: int = option(0, "seed of the samples", group="sampling", at_least=0, at_most=2**32 - 1)
 
     title: str | None = option(None, "title of the page", group="study", default_text="the file's name")
     instructions: str | None = option(None, "file with instructions for annotators, in Markdown", group="study")

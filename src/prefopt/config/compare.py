@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from prefopt.config.data import READING, RowOptions
+from prefopt.config.data import READING, RowOptions, SamplingOptions
 from prefopt.config.tools import is_model_reward
 from prefopt.config.training import MachineOptions, ProgressOptions
 from prefopt.core.options import flag, option, options
@@ -23,7 +23,7 @@ _OF_LLM = ("judge_url", "judge_model", "judge_key")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig(MachineOptions, ProgressOptions, RowOptions):
+class CompareConfig(MachineOptions, ProgressOptions, SamplingOptions, RowOptions):
     """Two or more models compared on prompts. Construction raises ``ConfigError``."""
 
     a: str | None = option(
@@ -79,9 +79,6 @@ class CompareConfig(MachineOptions, ProgressOptions, RowOptions):
     )
 
     num: int = option(1, "samples per prompt and model", group="sampling", at_least=1)
-    max_new_tokens: int = option(256, "most tokens of a sample", group="sampling", at_least=1)
-    temperature: float = option(1.0, "divides the logits; 0 is greedy decoding", group="sampling", at_least=0)
-    seed: int = option(0, "seed of sampling and resampling", group="sampling", at_least=0, at_most=2**32 - 1)
 
     output: str | None = option(
         None, "file for the judged pairs, JSON lines in a layout of preferences", group="output"
@@ -104,8 +101,7 @@ class CompareConfig(MachineOptions, ProgressOptions, RowOptions):
             raise ConfigError(f"--prompts is missing: {sampled[0]} is to answer them")
         if not sampled:
             self._check_files()
-        if self.overwrite and self.output is None:
-            raise ConfigError("--overwrite belongs to --output; leave it out")
+        self.need("output", "overwrite")
         if len(set(self.models)) < len(self.models):
             raise ConfigError("one of the models is named twice; a model is not compared with itself")
         if self.judge == "llm" and self.judge_url is None:
@@ -135,13 +131,10 @@ class CompareConfig(MachineOptions, ProgressOptions, RowOptions):
             raise ConfigError(f"{flag(name)} is about running models, and {why}; leave it out")
 
     def _check_tasks(self, sampled: list[str]) -> None:
-        if self.tasks is None:
-            for name in ("task_folder", "task_limit"):
-                if getattr(self, name) is not None:
-                    raise ConfigError(f"{flag(name)} belongs to --tasks; leave it out")
-        elif self.task_results is not None:
+        self.need("tasks", "task_folder", "task_limit")
+        if self.tasks is not None and self.task_results is not None:
             raise ConfigError("--task-results are existing results: leave --task-results or --tasks out")
-        elif len(sampled) < len(self.models):
+        if self.tasks is not None and len(sampled) < len(self.models):
             files = next(name for name in self.models if is_file(name))
             raise ConfigError(f"--tasks needs models, and {files} holds samples; give --task-results instead")
         if self.task_results is not None and len(self.task_results) != len(self.models):

@@ -74,6 +74,21 @@ class PromptOptions(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SamplingOptions(Config):
+    """How samples are drawn."""
+
+    max_new_tokens: int = option(256, "most tokens of a sample", group="sampling", at_least=1)
+    temperature: float = option(1.0, "divides the logits; 0 is greedy decoding", group="sampling", at_least=0)
+    seed: int = option(
+        0,
+        "seed of the samples; each prompt has its own random stream, whatever else is in its batch",
+        group="sampling",
+        at_least=0,
+        at_most=2**32 - 1,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TemplateOptions(Config):
     """How a conversation becomes text."""
 

@@ -111,9 +111,8 @@ class DpoConfig(BalanceOptions, MethodOptions, ModelOptions):
                 "--reference-adapter under full fine-tuning needs the model it belongs to: give --reference, or train"
                 " with --lora or --adapter"
             )
+        self.need("ref_model_sync_steps", "ref_model_mixup_alpha")
         if self.ref_model_sync_steps is None:
-            if self.ref_model_mixup_alpha is not None:
-                raise ConfigError("--ref-model-mixup-alpha does nothing without --ref-model-sync-steps: add it")
             return
         if self.early_stopping is not None:
             raise ConfigError(

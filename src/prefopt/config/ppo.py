@@ -98,10 +98,8 @@ class RewardOptions(Config):
         super().check()
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             raise ConfigError("--missing-eos-penalty and --missing-eos-score exclude each other: give one of them")
-        needs = {"kl_horizon": "kl_target", "ptx_coefficient": "ptx_data", "ptx_batch_size": "ptx_data"}
-        for name, other in needs.items():
-            if getattr(self, name) is not None and getattr(self, other) is None:
-                raise ConfigError(f"{flag(name)} does nothing without {flag(other)}: add it, or leave it out")
+        self.need("kl_target", "kl_horizon")
+        self.need("ptx_data", "ptx_coefficient", "ptx_batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)

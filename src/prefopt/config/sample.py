@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from prefopt.config.data import PromptOptions, RowOptions, TemplateOptions
+from prefopt.config.data import PromptOptions, RowOptions, SamplingOptions, TemplateOptions
 from prefopt.config.training import MachineOptions, ProgressOptions
 from prefopt.core.options import flag, option
 from prefopt.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(MachineOptions, ProgressOptions, TemplateOptions, PromptOptions, RowOptions):
+class SampleConfig(MachineOptions, ProgressOptions, TemplateOptions, SamplingOptions, PromptOptions, RowOptions):
     """One run of a sampler. Construction raises ``ConfigError``."""
 
     model: str = option(
@@ -24,21 +24,12 @@ class SampleConfig(MachineOptions, ProgressOptions, TemplateOptions, PromptOptio
     )
     adapter: str | None = option(None, "LoRA adapter on the model", group="model")
     num: int = option(1, "samples per prompt", group="sampling", at_least=1)
-    max_new_tokens: int = option(256, "most tokens of a sample", group="sampling", at_least=1)
     min_new_tokens: int = option(0, "fewest tokens of a sample", group="sampling", at_least=0)
-    temperature: float = option(1.0, "divides the logits; 0 is greedy decoding", group="sampling", at_least=0)
     top_p: float = option(
         1.0, "sample from the most likely tokens with this total probability", group="sampling", above=0, at_most=1
     )
     top_k: int | None = option(
         None, "sample from this many most likely tokens", group="sampling", default_text="all", at_least=1
-    )
-    seed: int = option(
-        0,
-        "seed of the samples; each prompt has its own random stream, whatever else is in its batch",
-        group="sampling",
-        at_least=0,
-        at_most=2**32 - 1,
     )
     best_of: int | None = option(
         None,
@@ -75,8 +66,7 @@ class SampleConfig(MachineOptions, ProgressOptions, TemplateOptions, PromptOptio
             raise ConfigError(
                 f"--min-new-tokens {self.min_new_tokens} is more than --max-new-tokens {self.max_new_tokens}: lower it"
             )
-        if self.resume and self.output is None:
-            raise ConfigError("--resume needs the --output to continue")
+        self.need("output", "resume")
         if self.temperature == 0 and (self.top_p < 1 or self.top_k is not None):
             raise ConfigError("--top-p and --top-k do nothing at --temperature 0, which is greedy: leave them out")
         if (self.best_of is None) != (self.reward is None):
@@ -156,14 +146,10 @@ class ChatConfig(MachineOptions, TemplateOptions):
             raise ConfigError("--against and --url both name the second model: leave one of them out")
         if two and self.model is None:
             raise ConfigError(f"{flag('against' if self.against else 'against_adapter')} needs --model to compare with")
-        for name in ("url_model", "url_key"):
-            if getattr(self, name) is not None and self.url is None:
-                raise ConfigError(f"{flag(name)} does nothing without --url: leave it out")
-        if self.adapter is not None and self.model is None:
-            raise ConfigError("--adapter needs the --model it belongs to")
+        self.need("url", "url_model", "url_key")
+        self.need("model", "adapter")
         if self.blind and not two and (self.url is None or self.model is None):
             raise ConfigError("--blind needs two models: give --against, or --url beside --model")
-        if self.is_given("votes") and not self.blind:
-            raise ConfigError("--votes does nothing without --blind: leave it out")
+        self.need("blind", "votes")
         if self.complete and (self.system or self.chat_template or self.template_variables):
             raise ConfigError("--complete continues text: --system and chat templates are for conversations")

@@ -62,7 +62,4 @@ class SftConfig(BalanceOptions, MethodOptions, ModelOptions):
         for name in ("lora", "adapter"):
             if self.from_scratch and getattr(self, name):
                 raise ConfigError(f"{flag(name)}: --from-scratch trains all weights; leave one of them out")
-        if self.train_tokenizer is not None and not self.from_scratch:
-            raise ConfigError(
-                "--train-tokenizer: a trained model has its tokenizer; add --from-scratch, or leave it out"
-            )
+        self.need("from_scratch", "train_tokenizer")

@@ -110,10 +110,9 @@ class LoraOptions(Config):
             if getattr(self, name) is not None and self.named_adapter is not None:
                 where = "--adapter" if self.named_adapter != self.model else "--model, which is an adapter,"
                 raise ConfigError(f"{flag(name)} shapes a new adapter, but {where} brings its own: leave one out")
-            if getattr(self, name) is not None and not self.lora:
-                raise ConfigError(f"{flag(name)} does nothing without --lora: add it, or leave {flag(name)} out")
         if self.named_adapter is not None:
             object.__setattr__(self, "lora", True)
+        self.need("lora", *ADAPTER_SHAPE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -204,6 +204,12 @@ class Config:
         """Whether an option has another value than its default."""
         return bool(getattr(self, name) != self.__dataclass_fields__[name].default)
 
+    def need(self, other: str, *names: str) -> None:
+        """Refuse options that have no effect without ``other``. Raises ``ConfigError``."""
+        for name in names:
+            if self.is_given(name) and not getattr(self, other):
+                raise ConfigError(f"{flag(name)} does nothing without {flag(other)}: add it, or leave {flag(name)} out")
+
     def to_dict(self) -> dict[str, Any]:
         """Every option with its value, plain enough for YAML; :meth:`from_dict` reads it."""
         values = {o.name: getattr(self, o.name) for o in options(type(self))}
