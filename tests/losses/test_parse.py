@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 
 from losses.inputs import drawn
 from prefopt.cli import main
+from prefopt.config.dpo import loss_names
 from prefopt.errors import ConfigError
 from prefopt.losses import declare
 from prefopt.losses.common import LossOutput, loss_option
@@ -44,7 +47,7 @@ def margins(margin_P):
 def words(prompts, responses):
     return [len(text.split()) for text in responses]
 
-def old(chosen_logp_P, rejected_logp_P): ...
+def old(chosen_logp_G, rejected_logp_G): ...
 def typo(chosen_logps_P, rejected_logp_P): ...
 def anything(*args): ...
 def nothing(x): ...
@@ -154,7 +157,7 @@ def test_mistakes_in_ones_own_loss_are_refused(own: str) -> None:
     for part, facts in [
         (":NUMBER", ["NUMBER", "of type int"]),
         (":typo", ["'chosen_logps_P'", "did you mean chosen_logp_P?"]),
-        (":old", ["'chosen_logp_P'", "it is now called chosen_logp_P"]),
+        (":old", ["'chosen_logp_G'", "it is now called chosen_logp_P"]),
         (":anything", ["name every argument", "*args"]),
         (":nothing", ["its arguments are x"]),
         (":listed", ["weights has [1]", "a number or a word"]),
@@ -235,3 +238,11 @@ def test_losses_and_rewards_of_installed_packages_are_found(
         shown = capsys.readouterr().out
         assert shown.startswith(name) and "On: pairs" in shown
     assert "power:" in shown and "A quadratic loss" in shown and "default: required" in shown
+
+
+def test_an_unknown_loss_is_refused_without_torch(tmp_path: Path) -> None:
+    assert sorted(loss_names()) == sorted(LOSSES)
+    words = ["dpo", "--model", "m", "--data", "d.jsonl", "--output", "o", "--loss", "dpo:1,ipoo"]
+    script = f"import sys; from prefopt.cli import main; print(main({words}), 'torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert found.stdout == "2 False\n" and "'ipoo'; did you mean ipo?" in found.stderr

@@ -6,11 +6,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Literal
 
 from prefopt.config.training import BalanceOptions, MethodOptions, ModelOptions, rate_option
-from prefopt.core.options import flag, option
+from prefopt.core.options import flag, nearest, option
+from prefopt.core.plugins import plugins
 from prefopt.errors import ConfigError
 
 # Full training: the DPO paper's 1e-6, at the upper end of the 3e-7 to 1e-6 that the field reports. LoRA: 5e-6 to 5e-5
@@ -104,8 +108,9 @@ class DpoConfig(BalanceOptions, MethodOptions, ModelOptions):
     )
 
     def check(self) -> None:
-        """Refuse contradictions about the reference."""
+        """Refuse an unknown loss, and contradictions about the reference."""
         super().check()
+        self._check_loss()
         if self.reference_adapter is not None and not (self.lora or self.named_adapter or self.reference):
             raise ConfigError(
                 "--reference-adapter under full fine-tuning needs the model it belongs to: give --reference, or train"
@@ -125,3 +130,20 @@ class DpoConfig(BalanceOptions, MethodOptions, ModelOptions):
                     f"{flag(name)}: with --ref-model-sync-steps the reference starts as a copy of the policy; leave one"
                     " of them out"
                 )
+
+    def _check_loss(self) -> None:
+        """Refuse a misspelt name; a sum and its options are parsed with the losses themselves."""
+        known = {*loss_names(), *plugins("prefopt.losses")}
+        for part in self.loss.split(",") if loss_names() else ():
+            name, colon, _ = (word.strip() for word in part.partition(":"))
+            if not colon and name not in known and name.replace("-", "_") not in known:
+                guess = nearest(name, sorted(known)) or "; prefopt losses lists them"
+                raise ConfigError(f"--loss {self.loss}: there is no loss {name!r}{guess}")
+
+
+@cache
+def loss_names() -> tuple[str, ...]:
+    """The losses of this package, from their source: to import them takes torch, and seconds."""
+    folder = Path(__file__).parents[1] / "losses"
+    declaration = re.compile(r"^@loss\(.*?^def (\w+)", re.S | re.M)
+    return tuple(name for file in sorted(folder.glob("*.py")) for name in declaration.findall(file.read_text("utf-8")))
