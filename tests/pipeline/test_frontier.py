@@ -364,7 +364,7 @@ def test_other_settings_are_refused_with_the_reason(place: Path, tmp_path: Path)
         ({"roads": ["dpoo:beta=1"]}, "no road is called 'dpoo'; did you mean dpo?"),
         ({"roads": ["dpo:betta=1"]}, "--dpo: unknown option 'betta'; did you mean beta?"),
         ({"roads": ["dpo"]}, "it should be ROAD:NAME=VALUE,VALUE"),
-        ({"roads": ["dpo:beta=1,1"]}, "a value stands there twice"),
+        ({"roads": ["dpo:beta=1,1"]}, "a value is a duplicate"),
         ({"roads": ["dpo:beta=1", "dpo:beta=2"]}, "names a road twice"),
         ({"roads": ["dpo:beta=1,2", "best-of:n=2"]}, "all roads get as many settings"),
         ({"roads": ["best-of:n=1"]}, "whole numbers from 2 on"),

@@ -1,4 +1,4 @@
-"""How sure a mean is: an interval from resampling prompts, because samples of one prompt resemble each other.
+"""Confidence intervals of means over prompts, whose samples are not independent, and of rates.
 
 >>> import numpy as np
 >>> found = mean_interval(np.arange(20.0))
@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 FEWEST = 10
-"""Values below which nothing is resampled: the spread of a resample of so few is too often close to none."""
+"""Fewest values to resample: resamples of fewer often have almost no spread."""
 NUMBERS = 4_000_000
-"""Values that are resampled at once: of many prompts, all resamples together would fill the memory."""
+"""Values resampled at once, to bound the memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean and the bounds that hold it with probability ``level``, over ``count`` prompts."""
+    """A mean over ``count`` prompts with its confidence interval at ``level``."""
 
     mean: float
     low: float
@@ -32,7 +32,7 @@ class Interval:
     level: float = 0.95
 
     def excludes(self, value: float) -> bool:
-        """Whether ``value`` lies outside."""
+        """Whether ``value`` is outside the interval."""
         return not self.low <= value <= self.high
 
     def __str__(self) -> str:
@@ -43,9 +43,9 @@ def mean_interval(values: npt.ArrayLike, *, level: float = 0.95, resamples: int 
     """The mean of ``values`` [prompts] with its bootstrap-t interval (Efron and Tibshirani 1993, section 12.5).
 
     Each value belongs to one prompt: the mean over its samples, or the difference of two such means. The bootstrap-t
-    keeps its coverage with skewed values, where plain percentiles are too narrow. It has no footing below
-    :data:`FEWEST` values, nor where they are so much alike that a resample has no spread at all: there the interval is
-    :func:`student_interval`'s. Raises ``ValueError`` for fewer than two values: one prompt tells nothing about others.
+    keeps its coverage with skewed values, where percentiles are too narrow. Below :data:`FEWEST` values, and where a
+    resample has no spread, the interval is that of :func:`student_interval`. Raises ``ValueError`` for fewer than two
+    values.
     """
     plain = student_interval(values, level=level)
     x = np.asarray(values, np.float64)
@@ -78,13 +78,11 @@ def student_interval(values: npt.ArrayLike, *, level: float = 0.95) -> Interval:
 
 
 def rate_interval(values: npt.ArrayLike, *, level: float = 0.95) -> Interval:
-    """The mean of ``values`` [prompts] between 0 and 1 with its interval: Student's, of the values with a 0 and a 1
-    added, cut at 0 and 1.
+    """The mean of ``values`` [prompts] between 0 and 1, with Student's interval of the values and a 0 and a 1, clipped.
 
-    Agresti and Coull (1998) add two of each to a share, for the same reason. Rates near 0 or 1, and values that are
-    nearly all alike (ties), have samples whose spread is far too small, or none; with the two added, intervals hold the
-    truth about as often as they say, or more often. The mean itself is that of the values alone. Raises ``ValueError``
-    for none.
+    Agresti and Coull (1998) add two of each to a rate, for the same reason: the spread of samples near 0 or 1, or of
+    nearly equal values (ties), is too small. With the added values the coverage is at least about nominal. The mean is
+    that of the values alone. Raises ``ValueError`` for no value.
 
     >>> str(rate_interval([1.0] * 20)), str(rate_interval([0.5] * 98 + [1.0] * 2))
     ('+1.000 [+0.860, +1.000]', '+0.510 [+0.490, +0.529]')
@@ -97,11 +95,10 @@ def rate_interval(values: npt.ArrayLike, *, level: float = 0.95) -> Interval:
 
 
 def wilson(share: float, count: float, *, level: float = 0.95) -> tuple[float, float]:
-    """Bounds of a ``share`` seen in ``count`` independent cases (E. B. Wilson, Probable inference, the law of
-    succession, and statistical inference, JASA 22, 1927); 0 and 1 for no case.
+    """Wilson's interval (JASA 22, 1927) of a ``share`` of ``count`` independent cases; 0 and 1 without cases.
 
-    Too wide rather than too narrow where each case is an average, or half a success. For cases that are not
-    independent, prompts with several answers, :func:`rate_interval`.
+    Conservative where cases are averages or half successes. For dependent cases, such as several answers per prompt,
+    there is :func:`rate_interval`.
 
     >>> [round(bound, 4) for bound in wilson(0.75, 20)]
     [0.5313, 0.8881]
@@ -116,7 +113,7 @@ def wilson(share: float, count: float, *, level: float = 0.95) -> tuple[float, f
 
 
 def student(freedom: int, level: float = 0.95) -> float:
-    """What Student's t exceeds on neither side with probability ``level``: 12.706 for one degree of freedom and 95 %.
+    """The two-sided quantile of Student's t at ``level``: 12.706 for one degree of freedom and 95 %.
 
     Up to 30 degrees of freedom by the distribution itself, a finite sum (Abramowitz and Stegun 1964, 26.7.3 and
     26.7.4), and beyond by four terms of its expansion around the normal's (26.7.5), right to a part in a million.
@@ -131,7 +128,7 @@ def student(freedom: int, level: float = 0.95) -> float:
 
 
 def _within(angle: float, freedom: int) -> float:
-    """The probability that Student's t lies between plus and minus what belongs to ``angle``."""
+    """The probability that Student's t is within the bounds of ``angle``."""
     odd = freedom % 2
     term = math.cos(angle) if odd else 1.0
     total = 0.0
@@ -153,5 +150,5 @@ def _expanded(z: float, v: float) -> float:
 
 
 def _parts(total: int, most: int) -> list[int]:
-    """``total`` cut into parts of at most ``most``."""
+    """``total`` in parts of at most ``most``."""
     return [min(most, total - start) for start in range(0, total, most)]
