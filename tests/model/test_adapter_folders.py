@@ -268,7 +268,7 @@ def test_a_model_with_an_adapter_inside_is_refused(folders: tuple[str, str], tmp
         lambda: load_scalar(str(both), dtype=torch.float32, device=CPU, tokenizer=small_tokenizer()),
         lambda: prefopt.dpo(str(both), ROWS, output=tmp_path / "o", **QUICK),
     ):
-        with pytest.raises(ModelError, match="both holds a whole model and an adapter, which transformers would put"):
+        with pytest.raises(ModelError, match="both holds a whole model and an adapter"):
             ask()
     assert load_model(base, dtype=torch.float32, device=CPU, adapter=str(both)) is not None  # it is named as one
 
