@@ -1,9 +1,9 @@
-"""How long the next item takes in a large study: python benchmarks/collect_next.py [--items 100000] [--people 20]
+"""How long the next item takes in a large study: python benchmarks/collect_next.py [--items 100000] [--annotators 20]
 
-A study of ``--items`` items with an overlap of 3 is made and voted on by ``--people`` in turn, after one of them has
-judged ``--alone`` items by themselves (the case in which most of what stands in the queue was seen already). Told are
-the median, the 99th percentile and the longest time of ``next_item`` (with the transaction that reserves it), of
-``record`` (on the disk when it returns), and of a page over HTTP, in milliseconds. Our aim: 50 for the next item.
+A study of ``--items`` items with an overlap of 3 is voted on by ``--annotators`` in turn, after one of them has voted
+on ``--alone`` items (the case in which they have seen most of the queue). Prints the median, the 99th percentile and
+the longest time, in milliseconds, of ``next_item`` (with the transaction that reserves the item), of ``record`` (until
+the vote is on the disk), and of a page over HTTP. The aim is 50 for the next item.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ from typing import TypeVar
 import uvicorn
 
 from prefopt.collect.app import Site, build_app
-from prefopt.collect.security import Rate
+from prefopt.collect.security import RateLimit
 from prefopt.studies.annotators import invite, open_session
-from prefopt.studies.assign import next_item
-from prefopt.studies.items import NewItem, Origin, add_items
-from prefopt.studies.study import Settings, Study
+from prefopt.studies.items import NewItem, ResponseOrigin, add_items, next_item
+from prefopt.studies.study import Study, StudySettings
 from prefopt.studies.votes import Vote, record
 
 Found = TypeVar("Found")
@@ -40,7 +39,9 @@ def items(count: int) -> Iterator[NewItem]:
             "prompt": [{"role": "user", "content": f"question {n}: {WORDS}"}],
             "responses": [[{"role": "assistant", "content": f"{k} {n} {WORDS * 3}"}] for k in range(2)],
         }
-        yield NewItem(row, n.to_bytes(16, "little"), [Origin("a"), Origin("b")], file="made", file_row=n + 1)
+        yield NewItem(
+            row, n.to_bytes(16, "little"), [ResponseOrigin("a"), ResponseOrigin("b")], file="made", file_row=n + 1
+        )
 
 
 def timed(times: list[float], act: Callable[[], Found]) -> Found:
@@ -62,7 +63,7 @@ def pages(study: Study, secret: str, count: int) -> list[float]:
     times: list[float] = []
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-        app = build_app(study, Site([f"http://127.0.0.1:{port}"], rate=Rate(10_000, 10_000)))
+        app = build_app(study, Site([f"http://127.0.0.1:{port}"], rate=RateLimit(10_000, 10_000)))
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", ws="none", http="h11"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
@@ -86,18 +87,18 @@ def pages(study: Study, secret: str, count: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=100_000)
-    parser.add_argument("--people", type=int, default=20)
+    parser.add_argument("--annotators", type=int, default=20)
     parser.add_argument("--alone", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "s.db"
-        study = Study.create(path, Settings(title="benchmark", overlap=3))
+        study = Study.create(path, StudySettings(title="benchmark", overlap=3))
         started = time.perf_counter()
         add_items(study, items(given.items))
         print(f"{given.items} items added in {time.perf_counter() - started:.1f} s, {path.stat().st_size / 1e6:.0f} MB")
-        crowd = [invite(study, f"P{n}") for n in range(given.people)]
+        crowd = [invite(study, f"P{n}") for n in range(given.annotators)]
         results = {}
 
         def work(who: int, times: tuple[list[float], list[float]]) -> None:
@@ -114,7 +115,7 @@ def main() -> None:
         results["record, one person alone"] = told("record, one person alone", alone[1])
         many: tuple[list[float], list[float]] = ([], [])
         for _ in range(given.rounds):
-            for who in range(given.people):
+            for who in range(given.annotators):
                 work(who, many)
         results["next, in turn"] = told("next, in turn", many[0])
         results["record, in turn"] = told("record, in turn", many[1])

@@ -106,9 +106,9 @@ def prepare(args: argparse.Namespace) -> None:
 
     from prefopt.core.cache_folder import tokens_folder
     from prefopt.data.load import load_groups
-    from prefopt.data.sampler import Sampler
+    from prefopt.data.sampler import BatchSampler
     from prefopt.data.tokenizer import load_tokenizer
-    from prefopt.model.packing import Layout
+    from prefopt.model.packing import PackLayout
     from prefopt.runs.folder import fingerprint
 
     tokenizer = load_tokenizer(args.tokenizer)
@@ -117,8 +117,8 @@ def prepare(args: argparse.Namespace) -> None:
     loaded = time.monotonic() - started
     train, held_out = data.split(0.01, seed=0)
     fingerprint(data.groups)
-    costs = Layout().costs(data.groups)
-    batch = Sampler(len(train), 64, seed=0).batch(0)
+    costs = PackLayout().costs(data.groups)
+    batch = BatchSampler(len(train), 64, seed=0).batch(0)
     first = [data.groups[train[i]].tokens for i in batch.tolist()]
     told = {
         "seconds": loaded,

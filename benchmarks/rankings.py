@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefopt.data.group import Group
 from prefopt.losses.parse import parse_losses
-from prefopt.model.accounting import FlopCount
+from prefopt.model.flops import FlopCount
 from prefopt.model.kernels.attention import HOOK
 from prefopt.model.packing import PackedBatch, pack
 from prefopt.model.scorer import Scorer

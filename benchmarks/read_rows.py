@@ -85,7 +85,7 @@ WRITERS: dict[str, Callable[[Path, Iterator[Row]], None]] = {
 
 def measure(path: Path) -> None:
     """Read a file twice and print what the second pass took, and the peak over the memory before."""
-    from prefopt.data.files.read import read_rows
+    from prefopt.data.files.sources import read_rows
 
     next(iter(read_rows(path)))  # what is imported on the way is not the file's
     before = peak_bytes()

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt.generate.sampler import Settings
 from prefopt.generate.transformers_sampler import TransformersSampler
-from prefopt.model.accounting import matmul_peak
+from prefopt.model.flops import matmul_peak
 from prefopt.model.scorer import Scorer
 
 Prompts = list[list[int]]

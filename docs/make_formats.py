@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from prefopt.data.layouts import LAYOUTS
+from prefopt.data.layouts import LAYOUTS, example, families
 from prefopt.data.layouts.layout import Layout
-from prefopt.data.layouts.show import example, families
 
 PAGE = Path(__file__).with_name("formats.md")
 MARKS = re.compile(r"(<!-- (layouts|precedence) -->\n).*?(<!-- end -->)", re.S)
@@ -16,7 +15,8 @@ MARKS = re.compile(r"(<!-- (layouts|precedence) -->\n).*?(<!-- end -->)", re.S)
 def written(page: str) -> str:
     """The page with what stands between its marks as the layouts are now."""
     precedence = " > ".join(f"`{name}`" for name in LAYOUTS) + "\n"
-    parts = {"layouts": "\n".join(_family(*family) for family in families().items()), "precedence": precedence}
+    layouts = "\n".join(_family(*family) for family in families(LAYOUTS.values()).items())
+    parts = {"layouts": layouts, "precedence": precedence}
     return MARKS.sub(lambda found: f"{found[1]}\n{parts[found[2]]}\n{found[3]}", page)
 
 
@@ -24,7 +24,7 @@ def _family(heading: str, layouts: list[Layout]) -> str:
     lines = [f"### {heading}\n", "| layout | columns | may have | a row is | from |", "| --- | --- | --- | --- | --- |"]
     for x in layouts:
         columns, more = ", ".join(_called(x)), ", ".join(f"`{name}`" for name in x.optional)
-        lines.append(f"| `{x.name}` | {columns} | {more} | {x.says} | {x.origin} |")
+        lines.append(f"| `{x.name}` | {columns} | {more} | {x.description} | {x.origin} |")
     blocks = [f"`{x.name}`\n\n```json\n{example(x)}\n```\n" for x in layouts]
     return "\n".join([*lines, "", *blocks])
 

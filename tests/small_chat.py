@@ -12,7 +12,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prefopt.model.load import quiet
+from prefopt.model.load import quiet_loading
 
 VOCABULARY, CONTEXT = 768, 256
 LAYERS, WIDTH, HEADS = 2, 128, 4
@@ -46,7 +46,7 @@ def build_model(folder: Path, texts: Iterable[str]) -> int:
         model = LlamaForCausalLM(config)
     finally:
         torch.random.set_rng_state(state)
-    with quiet():
+    with quiet_loading():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return int(model.num_parameters())

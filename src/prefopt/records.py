@@ -11,10 +11,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 ROLES = ("system", "user", "assistant", "tool")
+Tiers = tuple[tuple[int, ...], ...]
+"""Indices of responses, best tier first. Responses of one tier are tied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class Comparison:
 
     prompt: tuple[Message, ...]
     responses: tuple[Response, ...]
-    tiers: tuple[tuple[int, ...], ...]
+    tiers: Tiers
     row: int
     file: str = ""
     text: bool = False
@@ -145,9 +147,28 @@ class Comparison:
         return cls(turns, sides, tiers_of(given), row, file, isinstance(prompt, str), scores=given)
 
 
-def tiers_of(scores: Sequence[float]) -> tuple[tuple[int, ...], ...]:
+def tiers_of(scores: Sequence[float]) -> Tiers:
     """Indices by falling score; equal scores share a tier."""
     return tuple(tuple(i for i, s in enumerate(scores) if s == value) for value in sorted(set(scores), reverse=True))
+
+
+def tiers_of_signs(signs: Mapping[tuple[int, int], int], count: int) -> Tiers:
+    """The order of ``count`` responses that agrees with the sign of every pair; empty where there is none.
+
+    ``signs[i, j]``, for i < j, is 1 where i is preferred, -1 where j is and 0 for a tie. A missing pair, a cycle and
+    ties that are not transitive give no order.
+
+    >>> tiers_of_signs({(0, 1): -1, (0, 2): 0, (1, 2): 1}, 3), tiers_of_signs({(0, 1): 1, (1, 2): 1, (0, 2): -1}, 3)
+    (((1,), (0, 2)), ())
+    """
+    # In an order with ties, tied responses have as many wins less losses: this sort finds the only candidate.
+    net = [0] * count
+    for (i, j), sign in signs.items():
+        net[i] += sign
+        net[j] -= sign
+    complete = len(signs) == count * (count - 1) // 2
+    agrees = all(sign == (net[i] > net[j]) - (net[i] < net[j]) for (i, j), sign in signs.items())
+    return tiers_of(net) if complete and agrees else ()
 
 
 def _parts(m: Message) -> list[str]:

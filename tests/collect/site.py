@@ -16,12 +16,12 @@ from urllib.parse import urlencode
 import uvicorn
 
 from prefopt.collect.app import Site, build_app
-from prefopt.collect.security import Rate
+from prefopt.collect.security import RateLimit
 from prefopt.collect.serve import settings_of
 from prefopt.studies.annotators import invite
 from prefopt.studies.study import Study
 
-FAST = Rate(per_second=10_000, burst=10_000)
+FAST = RateLimit(per_second=10_000, burst=10_000)
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Served:
 
 
 @contextmanager
-def served(study: Study, rate: Rate = FAST, trusted_proxies: Sequence[str] = ()) -> Iterator[Served]:
+def served(study: Study, rate: RateLimit = FAST, trusted_proxies: Sequence[str] = ()) -> Iterator[Served]:
     """The application behind a real server, in a thread."""
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]

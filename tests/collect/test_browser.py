@@ -15,11 +15,11 @@ import pytest
 
 from collect.hostile import TEXTS
 from collect.site import Served, served
-from prefopt.collect.language import CHINESE, LANGUAGES
+from prefopt.collect.views import LANGUAGES
 from prefopt.studies.annotators import invite
-from prefopt.studies.items import NewItem, Origin, add_items
-from prefopt.studies.study import Settings, Study
-from prefopt.studies.votes import Judgement, judgements
+from prefopt.studies.items import NewItem, ResponseOrigin, add_items
+from prefopt.studies.study import Study, StudySettings
+from prefopt.studies.votes import StoredVote, stored_votes
 from studies.small import new_item, new_study, people, say
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
@@ -70,12 +70,12 @@ def opened(chromium: Any) -> Iterator[Open]:
     assert not said
 
 
-def stored(study: Study) -> list[Judgement]:
+def stored(study: Study) -> list[StoredVote]:
     with study.reading() as connection:
-        return list(judgements(connection))
+        return list(stored_votes(connection))
 
 
-def shown_tiers(j: Judgement) -> list[str]:
+def shown_tiers(j: StoredVote) -> list[str]:
     """The vote in the letters of the page."""
     return ["".join(sorted("ABCD"[j.shown.index(k)] for k in tier)) for tier in j.vote.tiers]
 
@@ -292,7 +292,7 @@ def busy_study(path: Path) -> Study:
         ],
         "tools": ['{"name": "f"}'],
     }
-    add_items(study, [NewItem(row, b"r" * 16, [Origin("m"), Origin("n")]), new_item(60, 4)])
+    add_items(study, [NewItem(row, b"r" * 16, [ResponseOrigin("m"), ResponseOrigin("n")]), new_item(60, 4)])
     for number, person in enumerate(people(study, "Ann", "Bob")):
         for n in range(6):
             say(study, person, *((0, 1) if (n + number) % 3 else (1, 0)), rationale="so")
@@ -351,7 +351,7 @@ def test_no_page_is_wider_than_its_screen(width: int, opened: Open, tmp_path: Pa
 
 def test_hostile_texts_in_every_field_execute_nothing(opened: Open, tmp_path: Path) -> None:
     title, instructions = TEXTS[0] + TEXTS[7], "\n\n".join(TEXTS[:24])
-    settings = Settings(title=title, instructions=instructions, overlap=2, tags=tuple(TEXTS[8:12]), seed="s")
+    settings = StudySettings(title=title, instructions=instructions, overlap=2, tags=tuple(TEXTS[8:12]), seed="s")
     study = Study.create(tmp_path / "s.db", settings)
     texts = [text for text in TEXTS if text.strip()]
     items = []
@@ -366,9 +366,16 @@ def test_hostile_texts_in_every_field_execute_nothing(opened: Open, tmp_path: Pa
             ],
             "tools": [part[3]],
         }
-        items.append(NewItem(row, b"%16d" % n, [Origin(t, {t: t}) for t in part[2:]], None, part[2], 1))
+        items.append(NewItem(row, b"%16d" % n, [ResponseOrigin(t, {t: t}) for t in part[2:]], None, part[2], 1))
     items += [
-        NewItem({"prompt": t, "responses": [t + " a", t + " b"]}, b"%15dx" % n, [Origin(t), Origin(t)], None, t, 1)
+        NewItem(
+            {"prompt": t, "responses": [t + " a", t + " b"]},
+            b"%15dx" % n,
+            [ResponseOrigin(t), ResponseOrigin(t)],
+            None,
+            t,
+            1,
+        )
         for n, t in enumerate(texts[:6])
     ]
     add_items(study, items)
@@ -398,5 +405,5 @@ def test_hostile_texts_in_every_field_execute_nothing(opened: Open, tmp_path: Pa
 
 def test_pages_say_the_same_in_both_languages() -> None:
     for name, text in LANGUAGES["en"].items():
-        assert set(re.findall(r"{\w+}", text)) == set(re.findall(r"{\w+}", CHINESE[name])), name
-    assert LANGUAGES["en"].keys() == CHINESE.keys() and json.dumps(CHINESE)
+        assert set(re.findall(r"{\w+}", text)) == set(re.findall(r"{\w+}", LANGUAGES["zh"][name])), name
+    assert LANGUAGES["en"].keys() == LANGUAGES["zh"].keys() and json.dumps(LANGUAGES["zh"])

@@ -18,8 +18,7 @@ from prefopt.config.collect import CollectServeConfig
 from prefopt.data.comparisons import read_comparisons
 from prefopt.records import Comparison
 from prefopt.studies.annotators import invite
-from prefopt.studies.assign import next_item
-from prefopt.studies.items import all_items
+from prefopt.studies.items import all_items, next_item
 from prefopt.studies.study import Study
 from prefopt.studies.votes import Vote, record
 from studies.small import new_study, people, say
@@ -74,7 +73,7 @@ def test_items_from_files_of_every_kind(tmp_path: Path, capsys: pytest.CaptureFi
         )
         assert opened.connection.execute("SELECT count(*) FROM queue").fetchone()[0] == 3
     assert main(["collect", "import", str(study), *words[:2]]) == 0
-    assert "0 items added, 3 were there already" in capsys.readouterr().out
+    assert "0 items added, 3 duplicates" in capsys.readouterr().out
 
 
 def test_files_of_two_models_are_joined_by_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,7 +88,7 @@ def test_files_of_two_models_are_joined_by_prompt(tmp_path: Path, capsys: pytest
     assert "2 of 7 rows cannot be used" in error and "fewer than two different responses" in error
     assert not study.exists()
     assert main(["collect", "new", str(study), *words, "--on-bad-row", "skip"]) == 0
-    assert "1 responses that equal another of their item left out" in capsys.readouterr().out
+    assert "1 duplicate responses of an item left out" in capsys.readouterr().out
     assert items_of(study) == [
         ("p1", ["one 1", "two 1"], ["base", "tuned"]),
         ("p2", ["one 2", "two 2"], ["base", "tuned"]),
@@ -101,28 +100,29 @@ BAD_FILES = {
     "no JSON": ('{"prompt": "a", "responses": ["b", "c"]}\n{"prompt"\n', "row 2"),
     "prompts alone": ('{"prompt": "a"}\n', "holds a prompt alone"),
     "another type": ('{"prompt": "a", "responses": ["b", 5]}\n', "row 1"),
-    "ten": (json.dumps({"prompt": "a", "responses": list("0123456789")}) + "\n", "has 10 responses; people compare 9"),
+    "ten": (
+        json.dumps({"prompt": "a", "responses": list("0123456789")}) + "\n",
+        "has 10 responses",
+    ),
     "nothing said": ('{"prompt": "a", "responses": ["b", " "]}\n', "has an empty response"),
     "binary": ("PK\x03\x04", "zip"),
 }
 
 
-@pytest.mark.parametrize(("text", "said"), BAD_FILES.values(), ids=BAD_FILES.keys())
-def test_bad_imports_are_one_line_and_change_nothing(
-    text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text(text)
-    assert main(["collect", "new", str(tmp_path / "s.db"), "--responses", str(bad)]) == 2
-    error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1 and str(bad) in error
-    assert not (tmp_path / "s.db").exists()
-    study = new_study(tmp_path / "t.db")
-    before = list(map(tuple, study.connection.execute("SELECT * FROM item")))
-    study.close()
-    assert main(["collect", "import", str(tmp_path / "t.db"), "--responses", str(bad)]) == 2
-    with Study(tmp_path / "t.db") as again:
-        assert list(map(tuple, again.connection.execute("SELECT * FROM item"))) == before
+def test_bad_imports_are_one_line_and_change_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with new_study(tmp_path / "t.db") as study:
+        before = list(map(tuple, study.connection.execute("SELECT * FROM item")))
+    for name, (text, named) in BAD_FILES.items():
+        bad = tmp_path / "bad.jsonl"
+        bad.write_text(text)
+        assert main(["collect", "new", str(tmp_path / "s.db"), "--responses", str(bad)]) == 2, name
+        error = capsys.readouterr().err
+        assert named in error and error.count("\n") == 1 and str(bad) in error
+        assert not (tmp_path / "s.db").exists(), name
+        assert main(["collect", "import", str(tmp_path / "t.db"), "--responses", str(bad)]) == 2, name
+        with Study(tmp_path / "t.db") as again:
+            assert list(map(tuple, again.connection.execute("SELECT * FROM item"))) == before, name
+        capsys.readouterr()
 
 
 def test_gold_without_a_preference_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,27 +131,27 @@ def test_gold_without_a_preference_is_refused(tmp_path: Path, capsys: pytest.Cap
     assert "no response is preferred to another" in capsys.readouterr().err
 
 
-CONTRADICTIONS = {
-    "nothing": (["new"], "a study needs items"),
-    "prompts alone": (["new", "--prompts", "p"], "--prompts and --model go together"),
-    "odd share": (["new", "--prompts", "p", "--model", "a", "b", "--num", "3"], "is not divisible"),
-    "one response": (["new", "--prompts", "p", "--model", "a", "--num", "1"], "--num is 1"),
-    "cold": (["new", "--prompts", "p", "--model", "a", "--temperature", "0"], "the same response again"),
-    "nothing to import": (["import"], "nothing to import"),
-    "no name": (["serve", "--host", "0.0.0.0"], "--allowed-hosts"),
-    "address": (["serve", "--url", "votes.example.org/x"], "--url is 'votes.example.org/x'"),
-    "both": (["invite", "--name", "A", "--lead", "--revoke"], "--revoke ends"),
-    "half a split": (["export", "--output", "o.jsonl", "--eval-fraction", "0.1"], "go together"),
-    "no use": (["export", "--output", "o.jsonl", "--form", "soft", "--disagreement", "every"], "does nothing"),
+CONTRADICTIONS = {  # words, and the options that the message names
+    "new": ["--prompts", "--model", "--responses"],
+    "new --prompts p": ["--prompts", "--model"],
+    "new --prompts p --model a b --num 3": ["--num 3"],
+    "new --prompts p --model a --num 1": ["--num is 1"],
+    "new --prompts p --model a --temperature 0": ["--temperature 0"],
+    "import": ["--responses", "--gold"],
+    "serve --host 0.0.0.0": ["--host 0.0.0.0", "--allowed-hosts"],
+    "serve --url votes.example.org/x": ["--url is 'votes.example.org/x'"],
+    "invite --name A --lead --revoke": ["--revoke", "--lead"],
+    "export --output o.jsonl --eval-fraction 0.1": ["--eval-fraction", "--eval-output"],
+    "export --output o.jsonl --form soft --disagreement every": ["--form soft", "--disagreement every"],
 }
 
 
-@pytest.mark.parametrize(("words", "said"), CONTRADICTIONS.values(), ids=CONTRADICTIONS.keys())
-def test_contradictions_are_refused(
-    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["collect", words[0], str(tmp_path / "s.db"), *words[1:]]) == 2
-    assert said in capsys.readouterr().err
+def test_contradictions_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, named in CONTRADICTIONS.items():
+        verb, *options = words.split()
+        assert main(["collect", verb, str(tmp_path / "s.db"), *options]) == 2, words
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and all(name in error for name in named), error
 
 
 def test_serving_refuses_other_addresses_without_invitations_and_a_second_server(
@@ -163,7 +163,7 @@ def test_serving_refuses_other_addresses_without_invitations_and_a_second_server
     study = new_study(tmp_path / "s.db")
     open_to_all = ["collect", "serve", path, "--port", "0", "--host", "0.0.0.0", "--allowed-hosts", "votes.lan"]
     assert main(open_to_all) == 2
-    assert "nobody is invited" in capsys.readouterr().err and not ran
+    assert "no annotator is invited" in capsys.readouterr().err and not ran
     invite(study, "Ann")
     assert main(open_to_all) == 0 and ran[0][0] == "0.0.0.0"
     out = capsys.readouterr().out
@@ -174,18 +174,19 @@ def test_serving_refuses_other_addresses_without_invitations_and_a_second_server
         assert main(["collect", "serve", path, "--port", "0"]) == 2
     assert "is being served by another process" in capsys.readouterr().err and len(ran) == 2
     taken = ["collect", "serve", path, "--host", "203.0.113.1", "--port", "0"]
-    assert main(taken) == 2 and "cannot be listened on" in capsys.readouterr().err
+    assert main(taken) == 2 and "--host 203.0.113.1" in capsys.readouterr().err
 
 
 def test_only_names_that_were_given_are_answered_to() -> None:
     def hosts(**options: Any) -> set[str]:
-        return set(site_of(CollectServeConfig(study="s", **options), 8700).hosts)
+        origins = site_of(CollectServeConfig(study="s", **options), 8700).origins
+        return {origin.removeprefix("http://") for origin in origins}
 
     assert hosts() == {"127.0.0.1:8700", "localhost:8700", "[::1]:8700"}
     assert hosts(host="192.168.1.5") == {"192.168.1.5:8700"}
     assert hosts(host="0.0.0.0", allowed_hosts=["votes.lan", "votes.lan:80"]) == {"votes.lan:8700", "votes.lan:80"}
     site = site_of(CollectServeConfig(study="s", url="https://Votes.example.org/"), 8700)
-    assert (site.hosts, list(site.origins), site.secure) == (["votes.example.org"], ["https://votes.example.org"], True)
+    assert (list(site.origins), site.secure) == (["https://votes.example.org"], True)
 
 
 def voted(path: Path) -> Study:
@@ -225,7 +226,7 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, capsys: pytest.Capt
     path, output = str(tmp_path / "s.db"), str(tmp_path / "o.jsonl")
     new_study(tmp_path / "s.db").close()
     assert main(["collect", "export", path, "--output", output]) == 2
-    assert "the votes give no row" in capsys.readouterr().err and not Path(output).exists()
+    assert "the votes give no rows" in capsys.readouterr().err and not Path(output).exists()
     assert main(["collect", "export", path, "--output", output, "--exclude", "Nobody"]) == 2
     assert "there is no such annotator" in capsys.readouterr().err
     assert main(["data", "check", path]) == 1
@@ -242,7 +243,7 @@ def test_stats_invite_and_backup(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "40 of 40 votes, 20 of 20 items complete" in out and "Krippendorff's alpha" in out and "Ann (annot" in out
     assert main(["collect", "stats", path, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["votes"] == 40 and told["people"][0]["gold"]["value"] is None
+    assert told["votes"] == 40 and told["annotators"][0]["gold"]["value"] is None
     assert main(["collect", "invite", path, "--name", "Cay", "--url", "https://votes.example.org"]) == 0
     link = capsys.readouterr().out.splitlines()[-1]
     assert link.startswith("https://votes.example.org/join/")

@@ -129,7 +129,7 @@ def test_samples_survive_what_stops_a_new_study(
         assert main(words) == 2
     assert not (tmp_path / "n.db").exists() and (tmp_path / "n.db.samples" / "0.jsonl").exists()
     assert main([*words, "--temperature", "0.5"]) == 2
-    assert "drawn otherwise" in capsys.readouterr().err
+    assert "drawn with other options" in capsys.readouterr().err
     assert main(words) == 0
     assert "is finished: nothing is left to sample" in capsys.readouterr().out
 

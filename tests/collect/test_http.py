@@ -6,13 +6,14 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlencode
 
 import pytest
 
 from collect.site import Client, Served, served
-from prefopt.collect.security import HEADERS, Buckets, Rate
+from prefopt.collect.security import HEADERS, Buckets, RateLimit
 from prefopt.studies.study import Study
-from prefopt.studies.votes import Judgement, judgements
+from prefopt.studies.votes import StoredVote, stored_votes
 from studies.small import new_item, new_study
 
 
@@ -24,9 +25,9 @@ def site(tmp_path: Path) -> Iterator[Served]:
     study.close()
 
 
-def stored(study: Study) -> list[Judgement]:
+def stored(study: Study) -> list[StoredVote]:
     with study.reading() as connection:
-        return list(judgements(connection))
+        return list(stored_votes(connection))
 
 
 def test_a_session_by_form_posts_alone(site: Served) -> None:
@@ -143,21 +144,15 @@ FORGED_HEADERS = {
 }
 
 
-@pytest.mark.parametrize(("headers", "status"), FORGED_HEADERS.values(), ids=FORGED_HEADERS.keys())
-def test_forged_headers_are_refused(headers: dict[str, str], status: int, site: Served) -> None:
+def test_forged_headers_are_refused(site: Served) -> None:
     ann = site.signed_in("Ann")
     page = ann.get("/")
     fields = {"token": page.field("token"), "ticket": page.field("ticket"), "choice": "a1"}
-    assert ann.post("/vote", fields, headers).status == status
+    for name, (headers, status) in FORGED_HEADERS.items():
+        assert ann.post("/vote", fields, headers).status == status, name
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    assert ann.send("POST", "/vote", urlencode(fields).encode(), form).status == 403, "no origin"
     assert not stored(site.study) and ann.post("/vote", fields).status == 303
-
-
-def test_a_post_without_an_origin_is_refused(site: Served) -> None:
-    ann = site.signed_in("Ann")
-    page = ann.get("/")
-    body = f"token={page.field('token')}&ticket={page.field('ticket')}&choice=a1".encode()
-    headers = {"Content-Type": "application/x-www-form-urlencoded"}
-    assert ann.send("POST", "/vote", body, headers).status == 403 and not stored(site.study)
 
 
 def test_forged_tokens_cookies_and_tickets_are_refused(site: Served) -> None:
@@ -190,40 +185,26 @@ def test_forged_tokens_cookies_and_tickets_are_refused(site: Served) -> None:
     assert not stored(site.study) and ann.post("/vote", good).status == 303
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/static/../app.py",
-        "/static/..%2fapp.py",
-        "/static/%2e%2e/app.py",
-        "/static/..%5capp.py",
-        "/static//etc/passwd",
-        "/static/style.css%00.py",
-        "/static/",
-        "/../../etc/passwd",
-        "/s.db",
-        "/lead/item/99999999999999999999999",
-        "/lead/item/-1",
-        "/lead/item/0",
-        "/lead/item/1/",
-        "/join/" + "x" * 500,
-        "/join/%ff%fe",
-        "/vote",
-        "//evil.example/",
-    ],
-)
-def test_paths_lead_nowhere_else(path: str, site: Served) -> None:
+NO_PATHS = (
+    "/static/../app.py /static/..%2fapp.py /static/%2e%2e/app.py /static/..%5capp.py /static//etc/passwd"
+    " /static/style.css%00.py /static/ /../../etc/passwd /s.db /lead/item/99999999999999999999999 /lead/item/-1"
+    " /lead/item/0 /lead/item/1/ /join/%ff%fe /vote //evil.example/"
+).split()
+
+
+def test_paths_lead_nowhere_else(site: Served) -> None:
     lead = site.signed_in("Lee", lead=True)
-    answer = lead.get(path)
-    assert answer.status in (404, 405) and "import" not in answer.text and "root:" not in answer.text
-    assert site.study.path.name not in answer.text
+    for path in (*NO_PATHS, "/join/" + "x" * 500):
+        answer = lead.get(path)
+        assert answer.status in (404, 405) and "import" not in answer.text and "root:" not in answer.text, path
+        assert site.study.path.name not in answer.text, path
 
 
 def test_what_is_too_long_too_much_or_too_often_is_refused(site: Served, tmp_path: Path) -> None:
     ann = site.signed_in("Ann")
     assert ann.get("/?x=" + "y" * 3000).status == 414
     assert ann.send("POST", "/vote", b"x" * 70_000, {"Content-Length": "70000"}).status == 403  # no origin
-    with served(site.study, Rate(per_second=0.5, burst=5)) as slow:
+    with served(site.study, RateLimit(per_second=0.5, burst=5)) as slow:
         statuses = [Client(slow.port).get("/").status for _ in range(8)]
         assert statuses[:5] == [401] * 5 and set(statuses[5:]) == {429}
     stranger = Client(site.port)
@@ -232,7 +213,7 @@ def test_what_is_too_long_too_much_or_too_often_is_refused(site: Served, tmp_pat
 
 
 def test_buckets_fill_again_and_do_not_grow() -> None:
-    buckets = Buckets(Rate(per_second=2, burst=3))
+    buckets = Buckets(RateLimit(per_second=2, burst=3))
     assert [buckets.take("a", 0.0) for _ in range(3)] == [0, 0, 0] and buckets.take("a", 0.0) == 0.5
     assert buckets.take("b", 0.0) == 0 and buckets.take("a", 0.5) == 0 and buckets.take("a", 0.6) > 0
     for n in range(10_050):

@@ -189,11 +189,16 @@ def _thinking(turn: Message) -> str:
     return "<think>\n" + reasoning.strip("\n") + "\n</think>\n\n" + content.lstrip("\n") + "<|im_end|>"
 
 
+def _forgets(turn: Message) -> str:
+    """Where a finished answer shows an opened block, the generation prompt has opened it already."""
+    return turn.content.split("</think>")[-1].removeprefix("<think>\n") + "</s>"
+
+
 def _channels(turn: Message) -> str:
     """Blocks that an answer begins with belong to the channel that the template has for them."""
     blocks, content = [turn.reasoning] if turn.reasoning else [], turn.content
-    while not turn.reasoning and (block := re.match(r"\s*<think(?:ing)?>(.*?)</think(?:ing)?>\s*", content, re.S)):
-        blocks += [block[1].strip()] if block[1].strip() else []
+    while not turn.reasoning and (block := re.match(r"\s*<(think|thinking)>(.*?)</\1>\s*", content, re.S)):
+        blocks += [block[2].strip()] if block[2].strip() else []
         content = content[block.end() :]
     # A generation prompt may have opened the block: then its end stands on a line of its own.
     parts = re.split(r"(?:^|\n)</think>[^\S\n]*\n\s*", content, maxsplit=1)
@@ -217,7 +222,7 @@ TEMPLATES = {
         bos="<|begin|>",
     ),
     "thinking": Template(THINKING, _IM, "<|im_end|>", _thinking),
-    "forgets": Template(FORGETS, _FORGETS_MARKS, "</s>", lambda m: m.content.split("</think>")[-1] + "</s>", bos="<s>"),
+    "forgets": Template(FORGETS, _FORGETS_MARKS, "</s>", _forgets, bos="<s>"),
     "strict": Template(
         STRICT, ("<bos>", "<turn>", "<end>"), "<end>", lambda m: m.content.strip() + "<end>", system=False, bos="<bos>"
     ),

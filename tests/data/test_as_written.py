@@ -17,10 +17,9 @@ from prefopt.data.chat.render import INTO_FIELD, LEFT_INSIDE, TURNS_DROPPED, Ren
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.comparisons import open_comparisons, parse_comparisons, read_comparisons
 from prefopt.data.files import columnar
-from prefopt.data.files.read import read_rows
-from prefopt.data.files.sources import find_sources
+from prefopt.data.files.sources import find_sources, read_rows
 from prefopt.data.group import Group
-from prefopt.data.kinds import Problem
+from prefopt.data.validate import Problem
 from prefopt.errors import ConfigError, DataError
 from prefopt.records import Comparison, Message
 
@@ -87,7 +86,7 @@ def test_reasoning_in_the_text_goes_into_the_field_of_the_template() -> None:
         renderer = Renderer(tokenizer)
         text = tokenizer.decode(_sequences(renderer.render(inline).group)[0])
         assert ("<think>" in text) is not said and "add" in text
-        assert (INTO_FIELD in renderer.findings) is said
+        assert (INTO_FIELD in renderer.warnings) is said
 
 
 def test_the_oldest_turns_are_dropped_whole() -> None:
@@ -100,7 +99,7 @@ def test_the_oldest_turns_are_dropped_whole() -> None:
     limit = max(map(len, _sequences(whole)))
     renderer = Renderer(tokenizer, Rendering(max_length=limit))
     cut = renderer.render(long)
-    assert cut.prompt_cut > 0 and TURNS_DROPPED in renderer.findings
+    assert cut.prompt_cut > 0 and TURNS_DROPPED in renderer.warnings
     assert _sequences(cut.group) == _sequences(whole)
 
 
@@ -180,7 +179,7 @@ def test_blocks_of_every_kind(answer: str, shown: str, said: str | None) -> None
     asked = [Message("user", "2 + 2")]
     group = renderer.render(Comparison.pair(asked, chosen=answer, rejected="5", row=4)).group
     assert shown in renderer.tokenizer.decode(_sequences(group)[0])
-    found = {key: renderer.findings.get(key) for key in (INTO_FIELD, LEFT_INSIDE)}
+    found = {key: renderer.warnings.get(key) for key in (INTO_FIELD, LEFT_INSIDE)}
     assert found == {key: [4] if key == said else None for key in (INTO_FIELD, LEFT_INSIDE)}
 
 

@@ -21,11 +21,11 @@ from data.tokenising import TEMPLATE, chat_rows, write
 from prefopt.cli import main
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.render_options import Rendering
-from prefopt.data.check.audit import Audit, How, audit, compare_prompts
-from prefopt.data.check.duplicates import KINDS, suspicions
-from prefopt.data.kinds import Want
+from prefopt.data.check.audit import Audit, AuditOptions, audit, compare_prompts
+from prefopt.data.check.statistics import SUSPICIONS, suspicions
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.load import NO_FAULT, load_groups
+from prefopt.data.validate import DataKind
 from prefopt.errors import DataError
 
 SEVERAL = "rows of several purposes"
@@ -49,7 +49,7 @@ def tokenizer() -> Any:
 
 
 def found(a: Audit, severity: Any) -> dict[str, list[int]]:
-    return {e.kind: list(e.rows) for e in a.ledger.entries(severity)}
+    return {e.kind: list(e.rows) for e in a.issues(severity)}
 
 
 DIRTY: list[Any] = [
@@ -72,7 +72,7 @@ DIRTY: list[Any] = [
 def test_every_problem_is_named_by_its_rows(tmp_path: Path) -> None:
     file = write(tmp_path / "dirty.jsonl", DIRTY)
     held = write(tmp_path / "held.jsonl", [row("new", "a", "b"), row(" 2 + 2? ", "5", "3")])
-    how = How(tokenizer=tokenizer(), rendering=Rendering(256))
+    how = AuditOptions(tokenizer=tokenizer(), rendering=Rendering(256))
     a, b = audit([file], how), audit([held], how)
     compare_prompts(a, b)
     assert found(a, "error") == {
@@ -95,20 +95,19 @@ def test_every_problem_is_named_by_its_rows(tmp_path: Path) -> None:
         special: [12],
         "turns inside a response": [13],
     }
-    (entry,) = (e for e in a.ledger.entries("warning") if e.kind == "duplicate")
+    (entry,) = (e for e in a.issues("warning") if e.kind == "duplicate")
     assert entry.others == [(str(file), 1)]
-    (entry,) = (e for e in a.ledger.entries("warning") if e.kind == "replacement character")
+    (entry,) = (e for e in a.issues("warning") if e.kind == "replacement character")
     assert entry.example == "'caf\ufffd'"
-    (entry,) = b.ledger.entries("warning")
+    (entry,) = b.issues("warning")
     assert (entry.kind, list(entry.rows), entry.others) == ("prompt in training data", [2], [(str(file), 1)])
     assert (a.files[0].rows, a.files[0].usable, a.files[0].refused) == (13, 7, 6)
 
 
 def test_an_answer_that_was_broken_off_is_said_to_be_and_misses_no_end(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "responses": ["a", "b"], "tiers": [[0], [1]], "finish": ["length", "stop"]}]
-    found_here = found(
-        audit([write(tmp_path / "a.jsonl", rows)], How(tokenizer=tokenizer(), rendering=Rendering(64))), "warning"
-    )
+    options = AuditOptions(tokenizer=tokenizer(), rendering=Rendering(64))
+    found_here = found(audit([write(tmp_path / "a.jsonl", rows)], options), "warning")
     assert found_here == {"broken off": [1]}
 
 
@@ -117,22 +116,22 @@ def test_contradictions_across_files_and_kinds_of_preference(tmp_path: Path) -> 
     other = write(tmp_path / "b.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "a"}])
     labels = [{"prompt": "p", "completion": "a", "label": x} for x in (True, True, False)]
     third = write(tmp_path / "c.jsonl", labels)
-    a = audit([one, other, third], How())
-    contradictions = {Path(e.file).name: (list(e.rows), e.others) for e in a.ledger.entries("warning") if e.others}
+    a = audit([one, other, third], AuditOptions())
+    contradictions = {Path(e.file).name: (list(e.rows), e.others) for e in a.issues("warning") if e.others}
     assert contradictions["a.jsonl"] == ([1], [(str(other), 1)])
     assert contradictions["b.jsonl"] == ([1], [(str(one), 1)])
-    kinds = {e.kind: list(e.rows) for e in a.ledger.entries("warning") if e.file == str(third)}
+    kinds = {e.kind: list(e.rows) for e in a.issues("warning") if e.file == str(third)}
     assert kinds == {"duplicate": [2], "contradiction": [1, 2, 3]}
 
 
 def test_files_of_several_purposes_are_told(tmp_path: Path, capsys: Any) -> None:
     pairs = write(tmp_path / "a.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "a"}])
     labels = write(tmp_path / "b.jsonl", [{"prompt": "q", "completion": "a", "label": x} for x in (True, False)])
-    (entry,) = (e for e in audit([pairs, labels], How()).ledger.entries("warning") if e.kind == SEVERAL)
+    (entry,) = (e for e in audit([pairs, labels], AuditOptions()).issues("warning") if e.kind == SEVERAL)
     assert (entry.file, entry.what.split(";")[0]) == ("", "2 labels, 1 pairs")
-    assert SEVERAL not in found(audit([pairs, labels], How(want="pairs")), "warning")
+    assert SEVERAL not in found(audit([pairs, labels], AuditOptions(want="pairs")), "warning")
     both = write(tmp_path / "c.jsonl", [{"prompt": "r", "responses": ["a"]}, {"prompt": "s"}])
-    (entry,) = (e for e in audit([pairs, both], How()).ledger.entries("warning") if e.kind == SEVERAL and not e.file)
+    (entry,) = (e for e in audit([pairs, both], AuditOptions()).issues("warning") if e.kind == SEVERAL and not e.file)
     assert main(["data", "check", str(pairs), str(labels)]) == 0
     out = capsys.readouterr().out
     assert out.index("all files") < out.index(SEVERAL) and "as a whole" not in out.split("warnings")[0]
@@ -144,19 +143,19 @@ def test_an_order_against_its_scores_is_told(tmp_path: Path) -> None:
         {"prompt": f"{i}", "responses": ["a", "b", "c"], "order": o, "scores": [1, 1, 0]} for i, o in enumerate(said)
     ]
     rows.append({"prompt": "few", "responses": ["a", "b", "c"], "order": [0], "top_k": 1, "scores": [5, 1, 4]})
-    a = audit([write(tmp_path / "a.jsonl", rows)], How())
-    (entry,) = a.ledger.entries("warning")
+    a = audit([write(tmp_path / "a.jsonl", rows)], AuditOptions())
+    (entry,) = a.issues("warning")
     assert (entry.kind, list(entry.rows)) == ("scores against the order", [2, 4])
-    assert "response 2 with score 0 before 1 with score 1" in entry.what and not a.ledger.entries("error")
+    assert "response 2 with score 0 before 1 with score 1" in entry.what and not a.issues("error")
 
 
 EVERY = {-1}
 """Instead of their numbers: every comparison of a file whose comparisons are several rows each."""
 
 
-def refused_by_a_run(file: Path, made: Any, rendering: Rendering, want: Want, count: int) -> set[int] | None:
+def refused_by_a_run(file: Path, made: Any, rendering: Rendering, want: DataKind, count: int) -> set[int] | None:
     try:
-        loaded = load_groups([file], made, rendering, want=want, on_bad_row="skip")
+        loaded = load_groups([file], made, rendering, kind=want, on_bad_row="skip")
     except DataError as error:
         if "none of" not in str(error):
             return None
@@ -166,7 +165,7 @@ def refused_by_a_run(file: Path, made: Any, rendering: Rendering, want: Want, co
     return {p.row for p in loaded.problems if p.kind not in NO_FAULT}
 
 
-def agree(rows: list[Any], folder: Path, want: Want) -> None:
+def agree(rows: list[Any], folder: Path, want: DataKind) -> None:
     file = write(folder / "rows.jsonl", rows)
     # An empty line is no row; what is white to Python alone (\x1f) is not empty.
     rows = [row for row in rows if not isinstance(row, str) or row.encode("utf-8", "surrogatepass").strip()]
@@ -174,13 +173,13 @@ def agree(rows: list[Any], folder: Path, want: Want) -> None:
         rows = rows[0]
     made, rendering = tokenizer(), Rendering(24)
     refused = refused_by_a_run(file, made, rendering, want, len(rows))
-    a = audit([file], How(tokenizer=made, rendering=rendering, want=want))
-    errors = {r for e in a.ledger.entries("error") for r in e.rows}
+    a = audit([file], AuditOptions(tokenizer=made, rendering=rendering, want=want))
+    errors = {r for e in a.issues("error") for r in e.rows}
     if refused is None:
         errors_of_all = found(a, "error")
         assert [] in (errors_of_all.get("unreadable file"), errors_of_all.get("responses that are not read"))
         return
-    tied = {r for e in a.ledger.entries("warning") if e.kind in NO_FAULT for r in e.rows}
+    tied = {r for e in a.issues("warning") if e.kind in NO_FAULT for r in e.rows}
     (tally,) = a.files
     if refused == EVERY:
         assert not tally.usable and errors | tied
@@ -192,9 +191,9 @@ def agree(rows: list[Any], folder: Path, want: Want) -> None:
 
 
 @settings(max_examples=40, suppress_health_check=list(HealthCheck))
-@given(rows=changed_files(), want=st.sampled_from(get_args(Want)))
+@given(rows=changed_files(), want=st.sampled_from(get_args(DataKind)))
 def test_errors_are_the_rows_that_a_run_refuses(
-    rows: list[Any], want: Want, tmp_path_factory: pytest.TempPathFactory
+    rows: list[Any], want: DataKind, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     agree(rows, tmp_path_factory.mktemp("rows"), want)
 
@@ -206,9 +205,9 @@ def test_a_line_that_is_an_array_is_a_document_and_an_empty_one_no_row(tmp_path:
 
 @pytest.mark.slow
 @settings(max_examples=1000, suppress_health_check=list(HealthCheck))
-@given(rows=changed_files(), want=st.sampled_from(get_args(Want)))
+@given(rows=changed_files(), want=st.sampled_from(get_args(DataKind)))
 def test_errors_are_the_rows_that_a_run_refuses_in_many_files(
-    rows: list[Any], want: Want, tmp_path_factory: pytest.TempPathFactory
+    rows: list[Any], want: DataKind, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     agree(rows, tmp_path_factory.mktemp("rows"), want)
 
@@ -217,8 +216,8 @@ def test_lengths_are_those_before_truncation(tmp_path: Path) -> None:
     rows = chat_rows(40)
     file = write(tmp_path / "rows.jsonl", rows)
     made = tokenizer()
-    cut = audit([file], How(tokenizer=made, rendering=Rendering(40))).lengths
-    whole = audit([file], How(tokenizer=made, rendering=Rendering(4096))).lengths
+    cut = audit([file], AuditOptions(tokenizer=made, rendering=Rendering(40))).lengths
+    whole = audit([file], AuditOptions(tokenizer=made, rendering=Rendering(4096))).lengths
     assert cut.truncated > 10 and whole.truncated == 0
     for name in ("prompt", "response", "whole", "chosen", "rejected"):
         assert list(getattr(cut, name)) == list(getattr(whole, name)), name
@@ -236,17 +235,16 @@ def test_every_suspicion_has_text_that_raises_it_and_text_that_does_not() -> Non
     raise_it = {
         "replacement character": "caf\ufffd",
         "mojibake": "caf\u00c3\u00a9",
-        "zero-width characters": "a\u200bb",
-        "direction controls": "\u202eabc",
-        "private-use characters": "\ue000",
-        "control characters": "\x1b[31m",
+        "invisible characters": "a\u200bb",
         "HTML entities": "a &amp; b",
         "escaped line ends": "one\\n\\nTwo",
         "template text": "done<|im_end|>",
     }
-    assert {*raise_it, "turns inside a response"} == set(KINDS)
+    assert {*raise_it, "turns inside a response"} == set(SUSPICIONS)
     for kind, text in raise_it.items():
         assert list(suspicions(text)) == [kind]
+    for character in "\u202e\ue000\x1b\x85\ufeff":
+        assert list(suspicions(f"a{character}b")) == ["invisible characters"]
     clean = [
         "café Ärger ÄÖÜ “quotes” – dash… naïve São Ñandú",
         "AT&T; a < b > c",
@@ -263,7 +261,7 @@ def test_a_length_bias_is_a_warning_where_it_is_large_and_certain(tmp_path: Path
     few = [row(f"q{i}", "a" * 20, "b" * 10) for i in range(3)]
     large = {}
     for name, rows in (("fair", fair), ("biased", biased), ("few", few)):
-        bias = audit([write(tmp_path / f"{name}.jsonl", rows)], How()).lengths.bias()
+        bias = audit([write(tmp_path / f"{name}.jsonl", rows)], AuditOptions()).lengths.bias()
         assert bias is not None and bias.low <= bias.share <= bias.high
         large[name] = bias.large
     assert large == {"fair": False, "biased": True, "few": False}
@@ -293,14 +291,14 @@ def test_exit_status_and_streams(tmp_path: Path, capsys: Any) -> None:
 
 def test_examples_are_the_same_every_time_and_show_what_is_trained(tmp_path: Path, capsys: Any) -> None:
     file = write(tmp_path / "rows.jsonl", chat_rows(50))
-    how = How(show=3)
+    how = AuditOptions(show=3)
     rows = [[c.row for c in audit([file], how).examples] for _ in range(2)]
     assert rows[0] == rows[1] == sorted(rows[0]) and len(set(rows[0])) == 3
     made = tokenizer()
     made.save_pretrained(tmp_path / "tokenizer")
     words = ["data", "check", str(file), "--model", str(tmp_path / "tokenizer"), "--show", "1"]
     assert main(words) == 0
-    c = audit([file], How(show=1)).examples[0]
+    c = audit([file], AuditOptions(show=1)).examples[0]
     group = Renderer(made, Rendering(1024)).render(c).group
     trained = made.decode(group.sequence(0)[0][group.sequence(0)[1]])
     assert f"⟦{trained}⟧" in capsys.readouterr().out
@@ -319,9 +317,9 @@ def test_without_a_model_nothing_heavy_is_imported(tmp_path: Path) -> None:
 def test_real_dirt_is_found_in_the_numbers_that_are_known(shared: Path) -> None:
     folder = shared / "data/hh_rlhf"
     known = {"harmless-base": (2312, 0, 5), "helpful-base": (2354, 2, 9)}
-    a = audit([folder / f"{name}-test.jsonl.gz" for name in known], How())
+    a = audit([folder / f"{name}-test.jsonl.gz" for name in known], AuditOptions())
     for tally, (name, (rows, identical, differing)) in zip(a.files, known.items(), strict=True):
-        kinds = {e.kind: len(e.rows) for e in a.ledger.entries("error") if e.file == tally.file}
+        kinds = {e.kind: len(e.rows) for e in a.issues("error") if e.file == tally.file}
         got = tally.rows, kinds.get("identical responses", 0), kinds.get("differing prompts", 0)
         assert got == (rows, identical, differing), name
 
@@ -329,7 +327,7 @@ def test_real_dirt_is_found_in_the_numbers_that_are_known(shared: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [False, True])
 def test_memory_grows_by_numbers_not_by_texts(tmp_path: Path, tokens: bool) -> None:
-    how = How(tokenizer=tokenizer(), rendering=Rendering(512)) if tokens else How()
+    how = AuditOptions(tokenizer=tokenizer(), rendering=Rendering(512)) if tokens else AuditOptions()
 
     def memory(count: int) -> tuple[int, int]:
         """Bytes held in the end, and at most."""

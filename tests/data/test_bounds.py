@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prefopt.data.files import columnar, content, csv_rows, json_rows
-from prefopt.data.files.read import raw_lines, read_rows
+from prefopt.data.files import columnar, content, text_rows
+from prefopt.data.files.sources import raw_lines, read_rows
 from prefopt.errors import DataError
 
 ROW = {"prompt": "q", "chosen": "yes", "rejected": "no"}
@@ -27,9 +27,9 @@ LONG = ROW | {"chosen": "y" * 200_000}
 @pytest.fixture
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of 100 kB at most, and windows of a kilobyte."""
-    for module in (content, json_rows, csv_rows, columnar):
+    for module in (content, text_rows, columnar):
         monkeypatch.setattr(module, "ROW_BYTES", 100_000)
-    monkeypatch.setattr(json_rows, "WINDOW", 1000)
+    monkeypatch.setattr(text_rows, "WINDOW", 1000)
 
 
 def lines(path: Path, opened: Callable[..., Any] = open) -> None:
@@ -105,6 +105,30 @@ def test_what_unpacks_to_thousands_of_times_its_size_is_refused(
     with opened(path, "wb") as file:
         file.write(row * 50_000)  # of repeats, but of no more than a file may hold
     assert sum(1 for _ in read_rows(path)) == 50_000
+
+
+@pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_compressed_arrow_is_refused_before_it_is_unpacked(
+    new: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(path: Path, table: pa.Table) -> Path:
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        with pa.OSFile(str(path), "wb") as sink, new(sink, table.schema, options=options) as file:
+            file.write_table(table, max_chunksize=2)
+        return path
+
+    monkeypatch.setattr(content, "UNPACKED", 1 << 16)
+    long = ["x" * (1 << 22)]
+    for name, column in (("plain", pa.array(long)), ("shared", pa.array(long).dictionary_encode())):
+        path = write(tmp_path / f"{name}.arrow", pa.table({"prompt": column}))
+        before = pa.total_allocated_bytes()
+        with pytest.raises(DataError, match=r"comes to more than 250 times its size .*; unpack it first"):
+            list(read_rows(path))
+        assert pa.total_allocated_bytes() - before < 1 << 20
+    rows = [{"prompt": f"{n}", "chosen": [{"role": "user", "content": "x"}], "kind": "a"} for n in range(5)]
+    table = pa.Table.from_pylist(rows)
+    table = table.set_column(2, "kind", table["kind"].dictionary_encode())
+    assert list(read_rows(write(tmp_path / "rows.arrow", table))) == rows
 
 
 @pytest.mark.usefixtures("_short")

@@ -16,10 +16,10 @@ from data.tokenising import write
 from prefopt.cli import main
 from prefopt.data.comparisons import parse_comparisons, read_comparisons
 from prefopt.data.convert import loose_columns
-from prefopt.data.files.read import read_rows
+from prefopt.data.files.sources import read_rows
 from prefopt.data.files.write import RowFile
-from prefopt.data.layouts import LAYOUTS
-from prefopt.errors import DataError, RunError
+from prefopt.data.layouts import LAYOUTS, writable_layout
+from prefopt.errors import ConfigError, DataError, RunError
 from prefopt.records import Comparison
 
 EXTRAS = st.dictionaries(
@@ -32,7 +32,7 @@ EXTRAS = st.dictionaries(
     max_size=2,
 )
 
-WRITTEN = sorted(x.name for x in LAYOUTS.values() if x.written)
+WRITTEN = sorted(x.name for x in LAYOUTS.values() if x.writer)
 
 
 def plain(c: Comparison) -> tuple[Comparison, dict[str, object]]:
@@ -150,14 +150,16 @@ def test_a_table_has_plain_types_where_the_rows_have(tmp_path: Path) -> None:
     assert types["responses"] == "list<element: string>"
 
 
-@pytest.mark.parametrize("name", sorted(x.name for x in LAYOUTS.values() if not x.written))
-def test_layouts_that_are_read_alone_become_canonical_and_are_refused_as_outputs(
-    name: str, tmp_path: Path, capsys: Any
-) -> None:
-    source = write(tmp_path / "source.jsonl", [dict(LAYOUTS[name].example)] * 2)
-    canonical = tmp_path / "canonical.jsonl"
-    assert main(["data", "convert", str(source), str(canonical)]) == 0, capsys.readouterr()
-    expected = [(c.prompt, c.responses, c.tiers, c.votes) for c in read_comparisons(source).comparisons]
-    assert [(c.prompt, c.responses, c.tiers, c.votes) for c in read_comparisons(canonical).comparisons] == expected
-    assert main(["data", "convert", str(canonical), str(tmp_path / "back.jsonl"), "--layout", name]) == 2
-    assert f"--layout {name}: such rows are read, not written" in capsys.readouterr().err
+def test_layouts_that_are_only_read_become_canonical_and_are_refused_as_outputs(tmp_path: Path, capsys: Any) -> None:
+    for layout in LAYOUTS.values():
+        source = write(tmp_path / "source.jsonl", [dict(layout.example)] * 2)
+        canonical = tmp_path / "canonical.jsonl"
+        assert main(["data", "convert", str(source), str(canonical), "--overwrite"]) == 0, capsys.readouterr()
+        expected = [said(c) for c in read_comparisons(source).comparisons]
+        assert [said(c) for c in read_comparisons(canonical).comparisons] == expected, layout.name
+        if layout.writer is None:
+            with pytest.raises(ConfigError, match=f"--layout {layout.name}: .*canonical, .*preference-text.*messages"):
+                writable_layout(layout.name)
+    assert main(["data", "convert", str(canonical), str(tmp_path / "back.jsonl"), "--layout", "alpaca"]) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.count("\n") == 1 and all(name in complaint for name in WRITTEN)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from prefopt.data.comparisons import read_comparisons
+from prefopt.data.group import show
 from prefopt.data.load import load_groups
-from prefopt.data.show import show
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.errors import DataError
 

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import normalizers
 
 from data.small import small_tokenizer
-from prefopt.data.tokenizer import growth, load_tokenizer
+from prefopt.data.tokenizer import expansion, load_tokenizer
 from prefopt.errors import ModelError
 
 
@@ -84,8 +84,8 @@ def test_steps_of_real_tokenizers_are_within_bounds() -> None:
         [{"type": "NFKC"}, {"type": "Lowercase"}, {"type": "StripAccents"}],
         [{"type": "Replace", "pattern": {"String": "``"}, "content": '"'}, {"type": "NFKD"}, unicode],
     ):
-        assert growth({"type": "Sequence", "normalizers": steps}) < 100
-    assert growth(None) == growth({"type": "ByteLevel"}) == 1
+        assert expansion({"type": "Sequence", "normalizers": steps}) < 100
+    assert expansion(None) == expansion({"type": "ByteLevel"}) == 1
 
 
 def test_what_is_said_bounds_what_is_made() -> None:
@@ -94,7 +94,7 @@ def test_what_is_said_bounds_what_is_made() -> None:
         steps = [normalizers.Replace("a", content)] * times
         described = {"type": "Sequence", "normalizers": [replace({"String": "a"}, content)] * times}
         made = normalizers.Sequence(steps).normalize_str("a")  # type: ignore[arg-type]
-        assert len(made) <= growth(described)
+        assert len(made) <= expansion(described)
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, "{" * 5, "[]", '{"normalizer": 5, "model": 7}', "\x00"])

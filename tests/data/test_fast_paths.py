@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from data.small import small_tokenizer
 from data.templates import TEMPLATES
 from data.test_round_trip import MERGES, conversations, decode, renderer_of, spelled, texts
-from prefopt.data.chat import answers, encoding
+from prefopt.data.chat import encoding, spans
 from prefopt.data.chat.render import Rendered, Renderer
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.comparisons import read_comparisons
-from prefopt.data.kinds import Problem
+from prefopt.data.validate import Problem
 from prefopt.records import Comparison, Message, Response
 
 
@@ -36,8 +36,8 @@ def slowly(renderer: Renderer, rows: list[Comparison]) -> list[object]:
     """Every response by itself, every text by the template, every place by a probe."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(renderer._template, "_traced", None))
-        stack.enter_context(mock.patch.object(renderer._answers, "_frames", []))
-        stack.enter_context(mock.patch.object(answers, "REMEMBERED", 0))
+        stack.enter_context(mock.patch.object(renderer._spans, "_frames", []))
+        stack.enter_context(mock.patch.object(spans, "REMEMBERED", 0))
         stack.enter_context(mock.patch.object(encoding, "WORTH_SHARING", 10**9))
         return [outcome(x) for x in renderer.render_all(rows)]
 
@@ -50,10 +50,10 @@ def test_random_rows(name: str, data: st.DataObject) -> None:
     rows = data.draw(st.lists(conversations(system=TEMPLATES[name].system), min_size=1, max_size=4))
     with mock.patch.object(encoding, "WORTH_SHARING", 0):
         fast = [outcome(x) for x in renderer.render_all(rows)]
-    found = dict(renderer.findings)
-    renderer.findings.clear()
-    assert fast == slowly(renderer, rows) and found == renderer.findings
-    renderer.findings.clear()
+    found = dict(renderer.warnings)
+    renderer.warnings.clear()
+    assert fast == slowly(renderer, rows) and found == renderer.warnings
+    renderer.warnings.clear()
 
 
 @pytest.mark.parametrize("fixture", ["minimind", "gpt2", "stories"])

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from data.small import small_tokenizer
 from prefopt.data.comparisons import parse_comparisons, read_comparisons
-from prefopt.data.files import json_rows
-from prefopt.data.files.read import read_rows
-from prefopt.data.kinds import refuse
+from prefopt.data.files import text_rows
+from prefopt.data.files.sources import read_rows
 from prefopt.data.load import load_groups
+from prefopt.data.validate import Problem, check, refuse
 from prefopt.errors import ConfigError, DataError
 from prefopt.records import Message, Response
 
@@ -94,7 +94,7 @@ def test_reading_in_windows_equals_reading_whole(
     path = tmp_path_factory.getbasetemp() / "windows.json"
     path.write_text(mark + text, "utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_rows, "WINDOW", window)
+        patch.setattr(text_rows, "WINDOW", window)
         try:
             expected = json.loads(mark.strip("\ufeff") + text, object_pairs_hook=unique)
         except KeyError:  # the damage made two keys one
@@ -123,39 +123,39 @@ def test_lines_may_hold_any_character_and_blank_lines(tmp_path: Path) -> None:
 ROW = json.dumps(TEXT)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "is empty"),
-        (" \n ", "is empty"),
-        ("[]", "is an empty list"),
-        (f"{ROW}\n{ROW[:-3]}\n", "not JSON at line 2"),
-        (f"{ROW}\nhello\n", "not JSON at line 2"),
-        (f"[\n{ROW},\n  {{'a': 1}}]", "not JSON at line 3, column 4"),
-        (f"[{ROW} {ROW}]", "a comma or the end of the list"),
-        (f"[{ROW}]\n{ROW}", "line 2, column 1 (text after the end of the list)"),
-        (f"[\n{ROW},\n{ROW[:-3]}", "line 3, column 1 (the file ends within a row; it may be cut off)"),
-        (f"[{ROW}", "the list never ends"),
-        (b"\xff\xfe{\x00", "not UTF-8 but UTF-16"),
-        (ROW.encode() + b"\n\xe9\n", "not UTF-8 at line 2"),
-        (b'[\n{"a": "\xe9"}]', "not UTF-8 at line 2 (byte 0xe9; it may be Latin-1"),
-        (b"\x1f\x8b\x08", "is damaged or cut off"),
-        (b"PAR1\x00", "is damaged or cut off"),
-        ("[" * 100_000, "nested more than 100 deep"),
-        (json.dumps([{"a": 1, "b": 2}]), "unknown layout: no row has all fields of one; row 1 has a, b"),
-        (json.dumps([{"prompt": "a", "rejected": "b"}]), "needs chosen as well"),
-        ("[1, 2]", "row 1: unknown layout: it is a number"),
-        (json.dumps([TEXT, TEXT, SHAREGPT]), "mixes layouts (preference-text: rows 1, 2; sharegpt-ranking: row 3)"),
-        (json.dumps([CHAT, TEXT]), "mixes layouts (preference-chat: row 1; preference-text: row 2)"),
-    ],
-)
-def test_unusable_files_are_one_line_with_file_and_place(tmp_path: Path, content: str | bytes, message: str) -> None:
-    path = write(tmp_path, content)
-    with pytest.raises(DataError) as caught:
-        reading = read_comparisons(path)
-        raise refuse(reading.problems, reading.count)
-    said = str(caught.value)
-    assert message in said and str(path) in said and "\n" not in said
+UNUSABLE: list[tuple[str | bytes, str]] = [
+    ("", "is empty"),
+    (" \n ", "is empty"),
+    ("[]", "is an empty list"),
+    (f"{ROW}\n{ROW[:-3]}\n", "not JSON at line 2"),
+    (f"{ROW}\nhello\n", "not JSON at line 2"),
+    (f"[\n{ROW},\n  {{'a': 1}}]", "not JSON at line 3, column 4"),
+    (f"[{ROW} {ROW}]", "a comma or the end of the list"),
+    (f"[{ROW}]\n{ROW}", "line 2, column 1 (text after the end of the list)"),
+    (f"[\n{ROW},\n{ROW[:-3]}", "line 3, column 1 (the file ends within a row; it may be cut off)"),
+    (f"[{ROW}", "the list never ends"),
+    (b"\xff\xfe{\x00", "not UTF-8 but UTF-16"),
+    (ROW.encode() + b"\n\xe9\n", "not UTF-8 at line 2"),
+    (b'[\n{"a": "\xe9"}]', "not UTF-8 at line 2 (byte 0xe9; it may be Latin-1"),
+    (b"\x1f\x8b\x08", "is damaged or cut off"),
+    (b"PAR1\x00", "is damaged or cut off"),
+    ("[" * 100_000, "nested more than 100 deep"),
+    (json.dumps([{"a": 1, "b": 2}]), "unknown layout: no row has all fields of one; row 1 has a, b"),
+    (json.dumps([{"prompt": "a", "rejected": "b"}]), "needs chosen as well"),
+    ("[1, 2]", "row 1: unknown layout: it is a number"),
+    (json.dumps([TEXT, TEXT, SHAREGPT]), "mixes layouts (preference-text: rows 1, 2; sharegpt-ranking: row 3)"),
+    (json.dumps([CHAT, TEXT]), "mixes layouts (preference-chat: row 1; preference-text: row 2)"),
+]
+
+
+def test_unusable_files_are_one_line_with_file_and_place(tmp_path: Path) -> None:
+    for content, message in UNUSABLE:
+        path = write(tmp_path, content)
+        with pytest.raises(DataError) as caught:
+            reading = read_comparisons(path)
+            raise refuse(reading.problems, reading.count)
+        said = str(caught.value)
+        assert message in said and str(path) in said and "\n" not in said, message
 
 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:
@@ -193,20 +193,23 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("good", "bad", "kind", "what"), BAD)
-def test_bad_rows_are_named_counted_and_skipped_on_request(
-    tmp_path: Path, good: dict[str, Any], bad: Any, kind: str, what: str
-) -> None:
-    tokenizer = small_tokenizer()
-    path = write(tmp_path, "\n".join(json.dumps(row) for row in (good, bad, good)))
-    with pytest.raises(DataError) as caught:
-        load_groups([path], tokenizer)
-    said = str(caught.value)
-    assert f"{path}, row 2: 1 of 3 rows cannot be used" in said and "--on-bad-row skip" in said
-    assert kind in said and what in said and "\n" not in said
-    data = load_groups([path], tokenizer, on_bad_row="skip")
+def test_bad_rows_are_named_and_counted(tmp_path: Path) -> None:
+    for good, bad, kind, what in BAD:
+        path = write(tmp_path, "\n".join(json.dumps(row) for row in (good, bad, good)))
+        reading = read_comparisons(path)
+        problems = [p for c in reading for p in ([c] if isinstance(c, Problem) else check(c, "pairs"))]
+        said = str(refuse(problems, reading.count))
+        assert f"{path}, row 2: 1 of 3 rows cannot be used" in said and "--on-bad-row skip" in said, kind
+        assert kind in said and what in said and "\n" not in said, (kind, what)
+
+
+def test_bad_rows_are_refused_or_skipped_on_request(tmp_path: Path) -> None:
+    path = write(tmp_path, "\n".join(json.dumps(row) for row in (CHAT, CHAT | {"chosen": []}, CHAT)))
+    with pytest.raises(DataError, match="row 2: 1 of 3 rows cannot be used"):
+        load_groups([path], small_tokenizer())
+    data = load_groups([path], small_tokenizer(), on_bad_row="skip")
     assert (data.read, data.kept, data.refused) == (3, 2, 1) and data.groups.row_G.tolist() == [1, 3]
-    assert any("row 2" in line and kind in line for line in data.summary())
+    assert any("row 2" in line and "response without an answer" in line for line in data.summary())
 
 
 def test_rows_of_several_files_are_told_apart(tmp_path: Path) -> None:
@@ -234,8 +237,8 @@ def test_brackets_in_texts_are_no_nesting(texts: list[str], around: int, ascii: 
     for _ in range(around - 2):
         value = [value]
     row = json.dumps([value, value], ensure_ascii=ascii)  # one deeper than ``around``
-    if around < json_rows.DEPTH:
-        assert json_rows.decode(row) == [value, value]
+    if around < text_rows.DEPTH:
+        assert text_rows.decode(row) == [value, value]
     else:
         with pytest.raises(RecursionError, match="nested more than 100 deep"):
-            json_rows.decode(row)
+            text_rows.decode(row)

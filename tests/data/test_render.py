@@ -10,9 +10,11 @@ import pytest
 
 from data.small import small_tokenizer
 from prefopt.data.chat.encoding import Encoder
-from prefopt.data.chat.render import APART, Rendered, Renderer
-from prefopt.data.kinds import Problem
+from prefopt.data.chat.render import APART, EOS_ADDED, SPECIAL, Rendered, Renderer
+from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.spans import NO_END
 from prefopt.data.tokenizer import leading_ids, vocabulary_size
+from prefopt.data.validate import Problem
 from prefopt.errors import DataError, ModelError
 from prefopt.records import Comparison, Message, Response
 
@@ -77,7 +79,7 @@ def test_prompt_and_answer_that_the_tokenizer_would_join_are_tokenized_apart() -
     assert chosen[1].tolist() == rejected[1].tolist() == [False, False, True, True]
     (prompt,) = renderer.prompts([text("xa", " b", "b")])
     assert group.prefix.tolist() == list(prompt) == [vocabulary["x"], vocabulary["a"]]
-    assert renderer.findings == {APART: [1]}
+    assert renderer.warnings == {APART: [1]}
 
 
 def test_empty_prompt_and_response_of_one_token() -> None:
@@ -88,10 +90,10 @@ def test_empty_prompt_and_response_of_one_token() -> None:
     # Nothing stands before the first token, so only EOS is scored.
     assert [c.trained.tolist() for c in group.continuations] == [[False, True]] * 2
     assert [c.ids.tolist() for c in group.continuations] == [[vocabulary[t], vocabulary["</s>"]] for t in "bc"]
-    group = Renderer(tokenizer, add_eos=False).render(text("a", "b", "c")).group
+    group = Renderer(tokenizer, Rendering(add_eos=False)).render(text("a", "b", "c")).group
     assert [c.ids.tolist() for c in group.continuations] == [[vocabulary["b"]], [vocabulary["c"]]]
     with pytest.raises(DataError, match=r"f\.json, row 1: nothing to train"):
-        Renderer(tokenizer, add_eos=False).render(text("", "b", "c"))
+        Renderer(tokenizer, Rendering(add_eos=False)).render(text("", "b", "c"))
 
 
 def test_bos_and_eos_are_there_once(stories: Any) -> None:
@@ -168,8 +170,8 @@ def test_template_without_end_of_turn_gets_eos_and_says_so_once() -> None:
     renderer = Renderer(tokenizer)
     rendered = [renderer.render(pair("yes", "no", ("user", "q"))) for _ in range(2)]
     assert runs(tokenizer, rendered[1], 0) == [(False, "user: q\nassistant:"), (True, " yes</s>")]
-    assert sum("EOS is added" in note for note in renderer.notes) == 1
-    bare = Renderer(with_template(ENDLESS), add_eos=False).render(pair("yes", "no", ("user", "q")))
+    assert renderer.notes == [EOS_ADDED]
+    bare = Renderer(with_template(ENDLESS), Rendering(add_eos=False)).render(pair("yes", "no", ("user", "q")))
     assert runs(tokenizer, bare, 0)[-1] == (True, " yes")
 
 
@@ -182,7 +184,7 @@ def test_template_without_end_of_turn_gets_eos_and_says_so_once() -> None:
         ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "2 times"),
         (
             "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages[-1].content | length }}",
-            "no end of its own",
+            NO_END,
         ),
     ],
 )
@@ -201,7 +203,7 @@ def test_responses_that_the_template_makes_the_same_are_refused() -> None:
 def test_special_tokens_written_in_the_text_are_said() -> None:
     renderer = Renderer(with_template(CHATML, eos_token="<|im_end|>"))
     renderer.render(pair("fine", "a<|im_start|>b", ("user", "q")))
-    assert renderer.notes == ["special tokens written out in the text, read as those tokens: 1 row (1)"]
+    assert renderer.warnings == {SPECIAL: [1]}
 
 
 def test_no_eos_is_one_line() -> None:
@@ -214,13 +216,13 @@ def test_truncation_of_a_group() -> None:
     row = text("<s>" + "p" * 20, "a" * 30, "b")
     full = Renderer(tokenizer).render(row)
     assert (full.prompt_cut, full.responses_cut) == (0, (0, 0))
-    rendered = Renderer(tokenizer, max_length=16).render(row)
+    rendered = Renderer(tokenizer, Rendering(16)).render(row)
     # 8 of 21 tokens of the prompt stay, BOS among them; then the longer response loses its end.
     assert (rendered.prompt_cut, rendered.responses_cut) == (13, (23, 0))
     assert tokenizer.decode(rendered.group.prefix.tolist()) == "<s>" + "p" * 7
     assert runs(tokenizer, rendered, 0)[-1] == (True, "a" * 8)
     assert runs(tokenizer, rendered, 1)[-1] == (True, "b</s>")
-    (problem,) = Renderer(tokenizer, max_length=16).render_all([text("p", "a" * 30 + "b", "a" * 30)])
+    (problem,) = Renderer(tokenizer, Rendering(16)).render_all([text("p", "a" * 30 + "b", "a" * 30)])
     assert isinstance(problem, Problem) and problem.kind == "identical after truncation"
 
 

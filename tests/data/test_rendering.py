@@ -18,9 +18,8 @@ from data.templates import CHATML, TEMPLATES
 from prefopt.config.data import RenderOptions
 from prefopt.data.chat.render import DATED, NO_BOS, Renderer
 from prefopt.data.chat.render_options import Rendering, parse_variables, read_template
-from prefopt.data.kinds import Problem
-from prefopt.data.problems import lines, merge
 from prefopt.data.tokenizer import tokenizer_digest
+from prefopt.data.validate import Problem
 from prefopt.errors import ConfigError, ModelError
 from prefopt.records import Comparison, Message
 
@@ -46,13 +45,13 @@ def test_from_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
-        (None, "absent.jinja", "no such file"),
+        (None, "absent.jinja", "No such file"),
         (b"\xff\xfe{{", "t.jinja", "is not UTF-8 (byte 1)"),
         (" \n", "t.jinja", "is empty"),
-        ("{{ a }}\n{% for m in messages %}", "t.jinja", "is no Jinja template: line 2: "),
+        ("{{ a }}\n{% for m in messages %}", "t.jinja", "Jinja template: line 2: "),
         ("{{ a }}\n\n{% fro m in messages %}", "t.jinja", "line 3: Encountered unknown tag 'fro'"),
         ("{{ a | nope }}", "t.jinja", "No filter named 'nope'"),
-        ("{", "t.json", "is not JSON at line 1"),
+        ("{", "t.json", "line 1 column"),
         ('{"chat_template": 1}', "t.json", "holds no text chat_template"),
     ],
 )
@@ -152,16 +151,16 @@ def test_date_counts_where_the_template_shows_it() -> None:
     assert one.digest() == other.digest()
     for renderer, said in ((Renderer(tokenizer, may), True), (one, False)):
         renderer.render(PAIR)
-        assert (DATED in renderer.findings) == said
+        assert (DATED in renderer.warnings) == said
 
 
 def test_a_chat_template_without_bos_is_said(stories: Any) -> None:
     renderer = Renderer(stories, Rendering(chat_template=CHATML))
     renderer.render(PAIR)
-    assert NO_BOS in renderer.findings
+    assert NO_BOS in renderer.warnings
     renderer = Renderer(stories, Rendering(chat_template="{{ bos_token }}" + CHATML))
     renderer.render(PAIR)
-    assert NO_BOS not in renderer.findings and renderer.template == "{{ bos_token }}" + CHATML
+    assert NO_BOS not in renderer.warnings and renderer.template == "{{ bos_token }}" + CHATML
 
 
 def test_the_model_carries_variables_as_defaults() -> None:
@@ -199,20 +198,16 @@ def test_several_templates_of_one_tokenizer() -> None:
         Renderer(tokenizer)
     assert Renderer(tokenizer, Rendering(chat_template=CHATML)).template == CHATML
     tokenizer.chat_template = "{% if %}"
-    with pytest.raises(ModelError, match="the chat template is no Jinja: line 1"):
+    with pytest.raises(ModelError, match="Jinja: line 1"):
         Renderer(tokenizer)
 
 
-def test_findings_of_several_processes_add_up() -> None:
+def test_warnings_name_their_rows() -> None:
     rows = [replace(PAIR, row=i, prompt=(Message("user", "</s>" if i % 2 else "q"),)) for i in range(1, 40)]
-    whole, parts = Renderer(small_tokenizer()), [Renderer(small_tokenizer()) for _ in range(2)]
+    whole = Renderer(small_tokenizer())
     list(whole.render_all(rows))
-    for part, some in zip(parts, (rows[20:], rows[:20]), strict=True):
-        list(part.render_all(some))
-    merged = merge(part.findings for part in parts)
-    assert merged == whole.findings and lines(merged) == whole.notes
-    assert "20 rows (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, ...)" in "\n".join(lines(merged))
-    # What was handed over is not handed over twice, and what concerns all rows is said again with the next.
-    whole.findings.clear()
+    assert "20 rows (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, ...)" in "\n".join(whole.notes)
+    # A warning about all rows comes again after the warnings were taken.
+    whole.warnings.clear()
     list(whole.render_all(rows[1:2]))
-    assert list(whole.findings.values()) == [[]]
+    assert list(whole.warnings.values()) == [[]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -18,15 +19,14 @@ from hypothesis import strategies as st
 
 from data.small import small_tokenizer
 from data.templates import CHATML, TEMPLATES, Template
-from prefopt.data.chat.answers import CHANGED, ELSEWHERE
-from prefopt.data.chat.reasoning import field_reasoning
 from prefopt.data.chat.render import STRIPPED, Renderer
 from prefopt.data.chat.render_options import Rendering
-from prefopt.data.chat.template import Turns
+from prefopt.data.chat.spans import CHANGED, ELSEWHERE
+from prefopt.data.chat.template import Turns, field_reasoning
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.group import IntArray
-from prefopt.data.kinds import Problem
 from prefopt.data.layouts import LAYOUTS
+from prefopt.data.validate import Problem
 from prefopt.records import Comparison, Message, Response
 
 Spell = Callable[[Any, IntArray], str]
@@ -109,13 +109,12 @@ def spelled(tokenizer: Any, ids: IntArray) -> str:
 
 def check(renderer: Renderer, comparison: Comparison, template: Template, *, spell: Spell = decode) -> None:
     """Compare with what ``apply_chat_template`` shows and with what the template is known to make of an answer."""
-    renderer.findings.clear()
+    renderer.warnings.clear()
     (rendered,) = renderer.render_all([comparison])
     if isinstance(rendered, Problem):
-        # Words that a template takes for reasoning, and drops, must not be dropped without a word.
-        assert rendered.kind in ("chat template", "empty response") and "</think>" in "".join(
-            r.text for r in comparison.responses
-        )
+        # Words that a template takes for reasoning and drops must not be dropped in silence.
+        assert rendered.kind in ("chat template", "empty response")
+        assert "think>" in "".join(r.text for r in comparison.responses)
         return
     (prompt,) = renderer.prompts([comparison])
     assert not isinstance(prompt, Problem)
@@ -133,9 +132,9 @@ def check(renderer: Renderer, comparison: Comparison, template: Template, *, spe
         assert full.startswith(expected, start), "the test does not know the template"
         assert spell(renderer.tokenizer, ids[:first]) == full[:start]
         assert spell(renderer.tokenizer, ids) == full[: start + len(expected)]
-        assert np.array_equal(prompt, ids[:first]) if begins else 1 in renderer.findings[ELSEWHERE]
-        if answer.content.strip() not in full[start:] and "</think>" not in answer.content:
-            assert 1 in renderer.findings[CHANGED]
+        assert np.array_equal(prompt, ids[:first]) if begins else 1 in renderer.warnings[ELSEWHERE]
+        if answer.content.strip() not in full[start:] and "think>" not in answer.content:
+            assert 1 in renderer.warnings[CHANGED]
 
 
 def shown(renderer: Renderer, turns: Turns, template: Template, **options: Any) -> str:
@@ -171,8 +170,10 @@ def test_an_answer_that_was_cut_off_has_no_end(name: str, data: st.DataObject) -
     turns = [field_reasoning(r.messages[0]) if name == "channels" else r.messages[0] for r in whole.responses]
     words = [turn.content.strip() for turn in turns]
     if isinstance(rendered, Problem):
-        # Words that the template changes, or that end in what it drops, are not what an answer ends with.
-        assert any(said_of(template, shown, word) is None for word, shown in zip(words, trained, strict=True))
+        # Words that the template changes, or that end in what it drops, are not what an answer ends with. An answer
+        # that is nothing but a reasoning block has no words at all where the template has a field for that.
+        ends = [said_of(template, shown, word) for word, shown in zip(words, trained, strict=True)]
+        assert "" in words if rendered.kind == "empty response" else None in ends
         return
     for k, (shown, word) in enumerate(zip(trained, words, strict=True)):
         ids, mask = rendered.group.sequence(k)
@@ -184,6 +185,16 @@ def said_of(template: Template, shown: str, words: str) -> str | None:
     close = template.trained(Message("assistant", "#")).partition("#")[2]
     before = shown.removesuffix(close).rstrip()
     return before if before.endswith(words) else None
+
+
+def test_a_cut_answer_of_reasoning_alone_is_empty_where_reasoning_has_a_field() -> None:
+    for name, words in itertools.product(
+        ("channels", "chatml"), ("<think></think>", "<think>\nhm\n</think>\n\n", "<think>")
+    ):
+        response = Response((Message("assistant", words),), cut=True)
+        (rendered,) = renderer_of(name).render_all([Comparison((Message("user", "q"),), (response,), (), row=1)])
+        empty = isinstance(rendered, Problem) and rendered.kind == "empty response"
+        assert empty == (name == "channels" and "</think>" in words)
 
 
 @pytest.mark.parametrize("reasoning", ["keep", "strip"])
@@ -198,7 +209,7 @@ def test_words_of_a_cut_answer_that_stand_in_the_end_of_a_turn_too(
         comparison = Comparison((Message("user", "why?"),), (response,), (), row=1)
         ids, mask = renderer.render(comparison).group.sequence(0)
         assert decode(tokenizer, ids[mask]) == said_of(template, template.trained(response.messages[0]), words)
-    assert STRIPPED not in renderer.findings
+    assert STRIPPED not in renderer.warnings
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

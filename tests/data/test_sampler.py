@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from prefopt.config.dpo import DpoConfig
-from prefopt.data.sampler import Sampler, Share
+from prefopt.data.sampler import BatchSampler, Share
 from prefopt.errors import ConfigError
 
 mixtures = st.lists(st.tuples(st.integers(1, 30), st.sampled_from([0.1, 0.3, 0.5, 0.9, 1, 1.5, 2, 2.25])), min_size=1)
@@ -31,7 +31,7 @@ def test_each_source_is_taken_as_often_as_its_weight_says(
 ) -> None:
     assume(sum(round(w * n) for n, w in mixture))
     total = sum(n for n, _ in mixture)
-    sampler = Sampler(total, batch_size, seed=seed, shuffle=shuffle, shares=shares(mixture))
+    sampler = BatchSampler(total, batch_size, seed=seed, shuffle=shuffle, shares=shares(mixture))
     epochs = 6
     assert sampler.epoch_size == sum(round(w * n) for n, w in mixture)
     taken: Counter[int] = Counter()
@@ -51,20 +51,20 @@ def test_each_source_is_taken_as_often_as_its_weight_says(
         assert max(all_epochs) - min(all_epochs) <= 1
     # Any step can be rebuilt by a sampler that never saw the others.
     last = epochs * sampler.steps_per_epoch - 1
-    again = Sampler(total, batch_size, seed=seed, shuffle=shuffle, shares=shares(mixture))
+    again = BatchSampler(total, batch_size, seed=seed, shuffle=shuffle, shares=shares(mixture))
     assert again.batch(last).tolist() == sampler.batch(last).tolist()
 
 
 def test_a_half_is_another_half_each_epoch_and_all_of_it_in_two() -> None:
-    sampler = Sampler(100, 10, seed=3, shares=[Share(np.arange(100), 0.5)])
+    sampler = BatchSampler(100, 10, seed=3, shares=[Share(np.arange(100), 0.5)])
     one, other, third = (set(sampler.order(epoch).tolist()) for epoch in range(3))
     assert len(one) == len(other) == 50 and one | other == set(range(100)) == other | third
-    assert one != {*range(50)} and one != set(Sampler(100, 10, seed=4, shares=sampler.shares).order(0).tolist())
+    assert one != {*range(50)} and one != set(BatchSampler(100, 10, seed=4, shares=sampler.shares).order(0).tolist())
 
 
 def test_weights_of_one_change_nothing() -> None:
-    plain = Sampler(30, 4, seed=5)
-    weighted = Sampler(30, 4, seed=5, shares=[Share(np.arange(20), 1.0), Share(np.arange(20, 30), 1.0)])
+    plain = BatchSampler(30, 4, seed=5)
+    weighted = BatchSampler(30, 4, seed=5, shares=[Share(np.arange(20), 1.0), Share(np.arange(20, 30), 1.0)])
     assert weighted.steps_per_epoch == plain.steps_per_epoch == 8
     assert all(weighted.batch(step).tolist() == plain.batch(step).tolist() for step in range(17))
 

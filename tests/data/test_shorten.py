@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from data.small import small_tokenizer
 from data.test_as_written import CHATML, with_template
+from prefopt.data.chat.encoding import Encoder
 from prefopt.data.chat.render import TURN_CUT, TURNS_DROPPED, Rendered, Renderer
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.chat.truncate import Shortener
-from prefopt.data.kinds import Problem
+from prefopt.data.validate import Problem
 from prefopt.records import Comparison, Message, ToolCall
 
 TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n", re.S)
@@ -82,7 +83,7 @@ def test_a_turn_that_is_too_long_keeps_its_role_and_its_last_words() -> None:
         body = text.removeprefix("<|im_start|>user\n").removesuffix("<|im_end|>\n<|im_start|>assistant\n")
         assert text.startswith("<|im_start|>user\n") and long.endswith(body) and body.endswith("What is 2 + 2?")
         assert re.fullmatch(r"(<\|im_end\|>|[^<>|])*", body), body
-        assert renderer.findings[TURN_CUT] == [3] and TURNS_DROPPED not in renderer.findings
+        assert renderer.warnings[TURN_CUT] == [3] and TURNS_DROPPED not in renderer.warnings
 
 
 def test_a_result_of_a_tool_is_cut_and_its_call_stays() -> None:
@@ -137,3 +138,33 @@ def test_thousands_of_turns_are_not_shown_thousands_of_times(refused: int | None
     left, _ = how.drop_turns(whole, sequences)
     assert len(left.prompt) == (999 if refused is None else 1501) and len(laid) < 20
     assert left.prompt == whole.prompt[-len(left.prompt) :]
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_thousands_of_long_turns_are_not_cut_one_by_one(refused: bool) -> None:
+    """Results of tools behind the last question; ``refused``: the template wants each of them to begin as it did."""
+    tokenizer, asked = (
+        small_tokenizer(),
+        [Message("user", "Go."), *[Message("tool", f"[{n:04}" + "x" * 21) for n in range(4000)]],
+    )
+    encoder, tried = Encoder(tokenizer), []
+
+    def tokenize(c: Comparison) -> list[Any] | None:
+        tried.append(c)
+        if refused and any(m.role == "tool" and not m.content.startswith("[") for m in c.prompt):
+            return None
+        length = sum(len(m.content) for m in c.prompt)
+        return [(np.zeros(length + 2, np.int32), np.arange(length + 2) >= length)] * 2
+
+    whole = Comparison.pair(asked, chosen="a", rejected="b", row=1)
+    sequences = tokenize(whole)
+    assert sequences is not None
+    shortener = Shortener(50_000, tokenize, lambda text: encoder.encode([text])[0], re.compile("(?!)"))
+    left = shortener.cut_words(whole, sequences)
+    assert len(tried) < 100
+    lengths = [len(m.content) for m in tried[-1].prompt[1:]]
+    if refused:
+        assert len(left[0][0]) > 50_000  # nothing can be cut; the row is refused, and soon
+    else:  # the first turns lose all but a token, one turn a part, the last turns nothing
+        assert len(left[0][0]) == 50_000
+        assert sorted(lengths) == lengths and len({*lengths} - {1, 26}) <= 1 and 1 in lengths and 26 in lengths

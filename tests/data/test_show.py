@@ -8,8 +8,7 @@ from typing import Any
 from data.small import small_tokenizer
 from data.templates import CHATML
 from prefopt.data.chat.render import Renderer
-from prefopt.data.group import Group
-from prefopt.data.show import show
+from prefopt.data.group import Group, show
 from prefopt.records import Comparison, Message, Response
 
 ASKED = (Message("user", "q"),)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from prefopt.core.cache_folder import Damaged
 from prefopt.data.group import Continuation, Group
 from prefopt.data.table import COLUMNS, GroupTable, Part, TableBuilder, joined, keep_responses
-from prefopt.data.table_file import TableWriter, check_files, open_part, read_manifest
-from prefopt.model.packing import Layout
+from prefopt.data.token_cache import TableWriter, check_files, open_part, read_manifest
+from prefopt.model.packing import PackLayout
 
 
 @st.composite
@@ -96,7 +96,7 @@ def check_columns(table: GroupTable, many: Sequence[Group]) -> None:
     assert table.key_N.tobytes() == b"".join(g.key(k) for g in many for k in range(len(g.continuations)))
     ids = [i for g in many for part in (g.prefix, *(c.ids for c in g.continuations)) for i in part.tolist()]
     assert table.max_id == max(ids, default=-1)
-    for layout in (Layout(), Layout(share=False), Layout(rope_limit=4)):
+    for layout in (PackLayout(), PackLayout(share=False), PackLayout(rope_limit=4)):
         assert layout.costs(table)[has].tolist() == [layout.cost(g) for g in some]
 
 
@@ -141,17 +141,15 @@ def written(folder: Path, count: int = 40) -> Path:
         builder.add(Group.from_sequences([(ids[:n], np.arange(n) > 3) for n in (6, 9)], row))
     with TableWriter(folder) as writer:
         writer.append(builder.columns())
-        writer.finish({"about": "it"}, {"more.json": b"{}"})
+        writer.finish({"about": "it"}, {"read": 40})
     return folder
 
 
 def test_every_damaged_file_is_noticed(tmp_path: Path) -> None:
     folder = written(tmp_path / "t")
     manifest = read_manifest(folder)
-    assert manifest["about"] == {"about": "it"} and set(manifest["files"]) == {
-        *(f"{name}.bin" for name in COLUMNS),
-        "more.json",
-    }
+    assert (manifest["about"], manifest["report"]) == ({"about": "it"}, {"read": 40})
+    assert set(manifest["files"]) == {f"{name}.bin" for name in COLUMNS}
     for path in sorted(folder.iterdir()):
         good = path.read_bytes()
         if not good:
@@ -174,7 +172,14 @@ def test_a_million_groups_cost_no_python_objects(tmp_path: Path) -> None:
         gc.collect()
         before = len(gc.get_objects())
         table = GroupTable([open_part(folder, read_manifest(folder))])
-        held = [table.longest_G, table.key_N, table.truncated_G, table.source_G, Layout().costs(table), table.max_id]
+        held = [
+            table.longest_G,
+            table.key_N,
+            table.truncated_G,
+            table.source_G,
+            PackLayout().costs(table),
+            table.max_id,
+        ]
         gc.collect()
         made = len(gc.get_objects()) - before
         assert len(held) == 6

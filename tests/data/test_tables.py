@@ -21,8 +21,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prefopt.data.files import columnar, csv_rows
-from prefopt.data.files.read import read_rows
+from prefopt.data.files import columnar, text_rows
+from prefopt.data.files.sources import read_rows
 from prefopt.errors import DataError
 
 Row = dict[str, Any]
@@ -185,7 +185,7 @@ KINDS = [(e, p) for e in JSON_LIKE | SEPARATED for p in PACKED] + [(e, "") for e
 
 @pytest.mark.parametrize(("ending", "packed"), KINDS)
 def test_damaged_files_give_rows_or_one_line(tmp_path: Path, ending: str, packed: str) -> None:
-    survives(tmp_path, ending, packed, 60)
+    survives(tmp_path, ending, packed, 25)
 
 
 @pytest.mark.slow
@@ -228,7 +228,7 @@ def test_text_is_read_as_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     size = path.stat().st_size
     assert size > 5_000_000
     monkeypatch.setattr(Path, "open", lambda self, mode: io.BufferedReader(Counted(self)))
-    monkeypatch.setattr(csv_rows, "_structured_columns", lambda content, header: [])
+    monkeypatch.setattr(text_rows, "_structured_columns", lambda content, header: [])
     Counted.taken = 0
     given_rows = read_rows(path)
     assert next(given_rows) is not None and Counted.taken < size / 3
@@ -340,7 +340,7 @@ def test_tables_that_cannot_be_read_name_the_line(tmp_path: Path, content: str, 
 
 
 def test_a_cell_that_never_ends_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(csv_rows, "ROW_BYTES", 1000)
+    monkeypatch.setattr(text_rows, "ROW_BYTES", 1000)
     with pytest.raises(DataError, match=r"the row at line 2 is longer than .* is a quote never closed"):
         read_text(tmp_path, 'a,b\n1,"' + "x\n" * 1000)
 

@@ -20,9 +20,9 @@ from prefopt.core import cache_folder
 from prefopt.data import load, token_cache, workers
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.render_options import Rendering
-from prefopt.data.comparisons import parse_comparisons
-from prefopt.data.kinds import check
-from prefopt.data.load import GroupSet, build_groups, load_groups
+from prefopt.data.comparisons import Reading, parse_comparisons
+from prefopt.data.load import GroupSet, load_groups
+from prefopt.data.validate import check
 from prefopt.data.workers import Preparer
 from prefopt.errors import CacheError, DataError
 from prefopt.records import Comparison
@@ -79,7 +79,7 @@ def test_groups_are_those_of_rendering_row_by_row(tmp_path: Path) -> None:
     rendering = Rendering(60, chat_template=TEMPLATE)
     loaded = load_groups([file], small_tokenizer(), rendering, on_bad_row="skip")
     again = load_groups([file], small_tokenizer(), rendering, on_bad_row="skip")
-    memory = build_groups([parse_comparisons(rows, str(file))], small_tokenizer(), rendering, on_bad_row="skip")
+    memory = load_groups([parse_comparisons(rows, str(file))], small_tokenizer(), rendering, on_bad_row="skip")
     good = [c for c in parse_comparisons(rows, "f").comparisons if not check(c, "pairs")]
     renderer = Renderer(small_tokenizer(), rendering)
     for data in (loaded, again, memory):
@@ -119,7 +119,7 @@ STALE: dict[str, tuple[Callable[[Path], object], dict[str, Any]]] = {
     "reasoning": (lambda file: None, {"rendering": Rendering(64, chat_template=TEMPLATE, reasoning="strip")}),
     "another tokenizer": (lambda file: None, PLAIN | {"tokenizer": small_tokenizer([("a", "b")])}),
     "another EOS": (lambda file: None, PLAIN | {"tokenizer": small_tokenizer(bos_token="<s>", eos_token="<|im_end|>")}),
-    "another want": (lambda file: None, PLAIN | {"want": "demonstrations"}),
+    "another kind": (lambda file: None, PLAIN | {"kind": "demonstrations"}),
     "a layout by name": (lambda file: None, PLAIN | {"format": "preference-chat"}),
     "sides the other way": (lambda file: None, PLAIN | {"columns": ["chosen=rejected", "rejected=chosen"]}),
     "a description beside the file": (
@@ -193,12 +193,12 @@ def test_the_same_contents_elsewhere_are_told_by_their_own_name(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("small", [True, False])
-@pytest.mark.parametrize("damage", ["ids_T.bin", "key_N.bin", "report.json", "manifest.json", "a folder alone"])
+@pytest.mark.parametrize("damage", ["ids_T.bin", "key_N.bin", "manifest.json", "a folder alone"])
 def test_a_damaged_entry_is_made_again_with_a_word(
     damage: str, small: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     if not small:  # as for many rows: checksums are remembered
-        monkeypatch.setattr("prefopt.data.table_file.SMALL", 0)
+        monkeypatch.setattr("prefopt.data.token_cache.SMALL", 0)
         monkeypatch.setattr(cache_folder, "RACY_SECONDS", 0.0)
     file = write(tmp_path / "rows.jsonl", chat_rows(5))
     good = contents(load_groups([file], small_tokenizer()))
@@ -270,13 +270,14 @@ def test_ties_are_left_out_and_counted_and_no_fault() -> None:
     scores = [(3, 1), (1, 1), (5, 1)]
     comparisons = [Comparison.scored("p", ["a", "b"], scores=s, row=n) for n, s in enumerate(scores, 1)]
 
-    class Scored:
-        file, count, notes, lost = "rows", len(comparisons), (), ""
+    class Scored(Reading):
+        def __init__(self) -> None:
+            self.file, self.count, self.notes, self.lost = "rows", len(comparisons), [], ""
 
         def __iter__(self) -> Any:
             return iter(comparisons)
 
-    data = build_groups([Scored()], small_tokenizer())  # type: ignore[list-item]
+    data = load_groups([Scored()], small_tokenizer())
     assert (data.read, data.kept, data.refused) == (3, 2, 1)
     assert any("only ties: 1 (row 2" in line for line in data.summary())
 
@@ -334,10 +335,11 @@ def test_two_processes_tokenise_a_file_once(tmp_path: Path) -> None:
 
 
 def test_a_report_tells_all_that_it_was_told() -> None:
-    data = build_groups([parse_comparisons([*chat_rows(3), *BAD], "f")], small_tokenizer(), on_bad_row="skip")
+    data = load_groups([parse_comparisons([*chat_rows(3), *BAD], "f")], small_tokenizer(), on_bad_row="skip")
     report = token_cache.Report("f", 6, data.problems, ["f: note"], {"said": [], "rows": [1, 2]}, "template")
-    assert token_cache.Report.load(report.dump(), "f") == report
-    moved = token_cache.Report.load(report.dump(), "g")
+    stored = json.loads(json.dumps(report.to_dict()))
+    assert token_cache.Report.from_dict(stored, "f") == report
+    moved = token_cache.Report.from_dict(stored, "g")
     assert moved.notes == ["g: note"] and {p.file for p in moved.problems} == {"g"}
-    assert json.loads(report.dump())["findings"] == {"said": [], "rows": [1, 2]}
+    assert stored["warnings"] == {"said": [], "rows": [1, 2]}
     assert load.NO_FAULT == ("only ties",)

@@ -11,10 +11,11 @@ import pytest
 
 from data.small import small_tokenizer
 from data.templates import CHATML, TEMPLATES
-from prefopt.data.chat.answers import EARLIER_REASONING, ELSEWHERE
 from prefopt.data.chat.render import NO_FIELD, STRIPPED, Rendered, Renderer
 from prefopt.data.chat.render_options import Rendering
-from prefopt.data.kinds import Problem
+from prefopt.data.chat.spans import ELSEWHERE
+from prefopt.data.chat.template import EARLIER_REASONING
+from prefopt.data.validate import Problem
 from prefopt.errors import ConfigError
 from prefopt.records import Comparison, Message, Response, ToolCall
 
@@ -152,12 +153,12 @@ def test_reasoning_is_trained_behind_the_generation_prompt(turn: Message) -> Non
     assert trained(r, row(turn)) == ["<think>\n2 and 2.\n</think>\n\nIt is 4.<|im_end|>"]
     # What has no reasoning shows an empty block, which is the model's to write.
     assert trained(r, row(turn), 1) == ["<think>\n\n</think>\n\nno idea<|im_end|>"]
-    assert not r.findings
+    assert not r.warnings
     # With thinking switched off the block stands in the prompt already.
     r = renderer("thinking", variables={"enable_thinking": False})
-    assert trained(r, row(DONE)) == ["It is 4.<|im_end|>"] and not r.findings
+    assert trained(r, row(DONE)) == ["It is 4.<|im_end|>"] and not r.warnings
     assert runs(r, row(turn))[1:] == [(True, "2 and 2.\n</think>\n\nIt is 4.<|im_end|>")]
-    assert r.findings == {ELSEWHERE: [1]}
+    assert r.warnings == {ELSEWHERE: [1]}
 
 
 def test_reasoning_stripped() -> None:
@@ -165,7 +166,7 @@ def test_reasoning_stripped() -> None:
         for name in ("thinking", "chatml", "forgets"):
             r = renderer(name, reasoning="strip")
             stripped, plain = (trained(r, row(t, prompt=(ASKED, t, ASKED))) for t in (turn, DONE))
-            assert stripped == plain and r.findings[STRIPPED] == [1]
+            assert stripped == plain and r.warnings[STRIPPED] == [1]
     r = renderer("thinking", reasoning="strip")
     (found,) = r.render_all([row(Message("assistant", "<think>only this"))])
     assert isinstance(found, Problem) and found.kind == "empty response"
@@ -176,7 +177,7 @@ def test_reasoning_stripped() -> None:
 def test_reasoning_without_a_place_is_written_into_the_answer() -> None:
     r = renderer("chatml")
     assert trained(r, row(THOUGHT)) == trained(r, row(INLINE)) == [INLINE.content + "<|im_end|>"]
-    assert r.findings == {NO_FIELD: []}
+    assert r.warnings == {NO_FIELD: []}
 
 
 def test_reasoning_that_a_template_drops_is_refused_or_counted() -> None:
@@ -189,7 +190,7 @@ def test_reasoning_that_a_template_drops_is_refused_or_counted() -> None:
             "It is 4.<|im_end|>",
             "<think>\n\n</think>\n\nIt is 4.<|im_end|>",
         ]
-        assert r.findings == {EARLIER_REASONING: [1]}
+        assert r.warnings == {EARLIER_REASONING: [1]}
     channels = renderer("channels")
     expected = (
         "<|channel|>analysis<|message|>2 and 2.<|end|><|start|>assistant<|channel|>final<|message|>It is 4.<|return|>"
@@ -205,7 +206,7 @@ def test_turns_that_are_not_to_be_learned() -> None:
     assert found[0][1].endswith("Hm.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n")
     # What stands behind the last turn that is learned is not kept.
     assert [on for on, _ in runs(r, row(DONE, ASKED, quiet))] == [False, True]
-    assert "no turn of the assistant to train" in problem(r, row(quiet))
+    assert "no assistant turn to train" in problem(r, row(quiet))
 
 
 def test_content_in_parts_and_arguments_as_text() -> None:

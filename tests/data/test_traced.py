@@ -75,12 +75,11 @@ SLY = {
     "{% for m in messages %}{{ m.content if m.content < 'b' else 'B' + m.content }}{% endfor %}": False,
     "{% for m in messages if m.content != messages[0].content or loop.first %}{{ m.content }}{% endfor %}": False,
 }
-SHORT = ("a", "ab", " a", "0", "b", "a\n", "", " ")
 
 
 def shown(template: ChatTemplate, turns: Turns, generation: bool) -> str:
     try:
-        return template.show(turns, generation=generation)
+        return template.apply(turns, generation=generation)
     except Unrenderable as error:
         return f"refused: {error}"
 
@@ -112,21 +111,22 @@ def test_templates(name: str, data: st.DataObject) -> None:
     both(renderer_of(name)._template, comparison.prompt + comparison.responses[0].messages)
 
 
-@pytest.mark.parametrize("text", SLY)
-@settings(max_examples=50)
+@settings(max_examples=40)
 @given(
     words=st.lists(
         st.one_of(st.sampled_from(["a", "ab", " a", "0", "b", "a\n", "", " "]), texts), min_size=1, max_size=3
     )
 )
-def test_sly_templates(text: str, words: list[str]) -> None:
-    both(template_of(text), tuple(Message("user", word) for word in words))
+def test_sly_templates(words: list[str]) -> None:
+    for text in SLY:
+        both(template_of(text), tuple(Message("user", word) for word in words))
 
 
-@pytest.mark.parametrize("text", SLY)
-def test_what_can_be_traced_is_run_once(text: str) -> None:
+def test_what_can_be_traced_is_run_once() -> None:
     rows = [(Message("user", f"x{i}"), Message("assistant", f"y{i}")) for i in range(10)]
-    assert count_runs(template_of(text), rows) == (1 if SLY[text] else 10 + (tracing.compiled(text) is not None))
+    for text, traced in SLY.items():
+        runs = 1 if traced else 10 + (tracing.compiled(text) is not None)
+        assert count_runs(ChatTemplate(small_tokenizer(), Rendering(chat_template=text)), rows) == runs, text
 
 
 def test_variables_and_dates_are_part_of_it() -> None:
@@ -134,7 +134,7 @@ def test_variables_and_dates_are_part_of_it() -> None:
     one = ChatTemplate(small_tokenizer(), Rendering(chat_template=text, variables={"loud": True}, date="2024-05-01"))
     other = ChatTemplate(small_tokenizer(), Rendering(chat_template=text, variables={"loud": False}, date="2025-05-01"))
     for _ in range(2):
-        assert one.show((Message("user", " a"),)) == "2024 a" and other.show((Message("user", " a"),)) == "2025a"
+        assert one.apply((Message("user", " a"),)) == "2024 a" and other.apply((Message("user", " a"),)) == "2025a"
 
 
 def test_real_templates_are_traced(shared: Path, minimind: Any) -> None:

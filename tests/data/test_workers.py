@@ -23,7 +23,7 @@ from prefopt.data import load
 from prefopt.data import workers as prepare
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.comparisons import parse_comparisons
-from prefopt.data.load import build_groups, load_groups
+from prefopt.data.load import load_groups
 from prefopt.data.workers import CannotStart, Chunk, Preparer, Workers, chunks
 from prefopt.errors import DataError, Interrupted, ModelError
 from prefopt.records import Comparison
@@ -38,7 +38,7 @@ def test_neither_processes_nor_chunks_reach_the_groups(monkeypatch: pytest.Monke
 
     def made(**how: Any) -> dict[str, Any]:
         reading = parse_comparisons(rows, "rows")
-        return contents(build_groups([reading], small_tokenizer(), rendering, on_bad_row="skip", **how))
+        return contents(load_groups([reading], small_tokenizer(), rendering, on_bad_row="skip", **how))
 
     expected = made()
     assert len(expected["problems"]) == 21 and any("1 row" in note for note in expected["notes"])
@@ -60,7 +60,7 @@ def test_a_tokenizer_that_cannot_travel_is_used_here(
     with pytest.raises(CannotStart, match="cannot be pickled"):
         Workers(tokenizer, Rendering(), "pairs", 2)
     monkeypatch.setattr(load, "PARALLEL_ROWS", 20)
-    data = build_groups([parse_comparisons(ROWS, "rows")], tokenizer, on_bad_row="skip", workers=2)
+    data = load_groups([parse_comparisons(ROWS, "rows")], tokenizer, on_bad_row="skip", workers=2)
     assert data.kept == 150 and "rows is tokenised by one process: the tokenizer cannot be pickled" in caplog.text
 
 

@@ -182,7 +182,7 @@ FILES: dict[str, Any] = {"a": "a.jsonl", "b": "b.jsonl", "judge": "length"}
 OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"a": "m", "b": "n"}, "--judge is missing"),
     ({"a": "m", "judge": "length"}, "--b is missing"),
-    ({"a": "m", "b": "n", "judge": "length"}, "--prompts is missing, which m is to answer"),
+    ({"a": "m", "b": "n", "judge": "length"}, "--prompts is missing: m is to answer"),
     ({"a": "m", "b": "m", "judge": "length", "prompts": ["p"]}, "named twice"),
     ({"a": "m", "b": "n", "judge": "llm", "prompts": ["p"]}, "--judge llm needs --judge-url"),
     (

@@ -11,7 +11,7 @@ from generate.fake_server import serving
 from generate.terminal import terminal
 from prefopt.cli import main
 from prefopt.data.comparisons import read_comparisons
-from prefopt.data.kinds import validate
+from prefopt.data.validate import check
 from train.small import write_model
 
 pytestmark = pytest.mark.slow
@@ -61,7 +61,7 @@ def test_a_conversation(models: tuple[str, str], tmp_path: Path) -> None:
     assert [m["content"] for m in messages if m["role"] == "user"] == ["hello", "two \nlines", "a\nb"]
     assert messages[1]["content"].split() == second.split()
     reading = read_comparisons(saved)
-    assert reading.layout == "messages" and validate(reading.comparisons, "demonstrations")[1] == []
+    assert reading.layout == "messages" and not any(check(c, "demonstrations") for c in reading.comparisons)
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_program(models: tuple[str, str]) -> None:
@@ -97,8 +97,8 @@ def test_blind_votes(models: tuple[str, str], tmp_path: Path) -> None:
         assert t.end() == 0
     rows = [json.loads(line) for line in votes.read_text("utf-8").splitlines()]
     assert [row["tiers"] for row in rows] == [[[0], [1]], [[1], [0]], [[0, 1]]]
-    kept, problems = validate(read_comparisons(votes).comparisons, "pairs")
-    assert [c.pairs for c in kept] == [((0, 1),), ((1, 0),)] and [p.kind for p in problems] == ["only ties"]
+    one, other, tie = read_comparisons(votes).comparisons
+    assert (one.pairs, other.pairs) == (((0, 1),), ((1, 0),)) and [p.kind for p in check(tie, "pairs")] == ["only ties"]
     # What was voted on trains: the file is one of preferences as any other.
     assert main(["dpo", "--model", models[0], "--data", str(votes), "--output", str(tmp_path / "out"), "--device=cpu",
                  "--progress=none", "--max-steps=1"]) == 0  # fmt: skip

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from data.small import small_tokenizer
 from prefopt.data.comparisons import parse_comparisons
-from prefopt.data.load import build_groups
+from prefopt.data.load import load_groups
 from prefopt.train.trainer import Trainer
 from train.flat import response_logprobs
 from train.small import Row, doubtful_pairs, dpo, evaluations, pairs, steps, write_rows
@@ -31,7 +31,7 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def loss_of(model: str | Path, reference: str, rows: list[Row], beta: float = 0.1) -> float:
     """The DPO loss on rows by transformers alone."""
-    groups = build_groups([parse_comparisons(rows, "data")], small_tokenizer(), max_length=64).groups
+    groups = load_groups([parse_comparisons(rows, "data")], small_tokenizer(), max_length=64).groups
     policy, start = (AutoModelForCausalLM.from_pretrained(m) for m in (model, reference))
     with torch.no_grad():
         ratios = torch.stack([response_logprobs(policy, g) - response_logprobs(start, g) for g in groups])

@@ -14,7 +14,7 @@ from methods import small_world as world
 from methods.test_ppo import ROWS, metrics, ppo
 from prefopt.cli import main
 from prefopt.errors import Diverged, Interrupted
-from prefopt.rl.collector import Collector
+from prefopt.rl.rollouts import Collector
 from prefopt.train import checkpoint
 from prefopt.train.trainer import Trainer
 from train.small import weights

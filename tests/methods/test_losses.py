@@ -19,7 +19,7 @@ from prefopt.core.cache_folder import cache_root
 from prefopt.core.options import options as options_of
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.group import Group
-from prefopt.data.load import build_groups
+from prefopt.data.load import load_groups
 from prefopt.errors import ConfigError, DataError
 from prefopt.losses.common import DIVERGENCES
 from prefopt.losses.declare import LOSSES
@@ -50,7 +50,7 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[FillReport]:
 def token_values(model: str, rows: list[dict[str, str]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Token log-probabilities of each pair by transformers alone."""
     loaded = AutoModelForCausalLM.from_pretrained(model)
-    groups = build_groups([parse_comparisons(rows, "data")], small_tokenizer(), max_length=64).groups
+    groups = load_groups([parse_comparisons(rows, "data")], small_tokenizer(), max_length=64).groups
     with torch.no_grad():
         found = [oracle_logprobs(loaded, [g]).double() for g in groups]
     return [tuple(x.split([int(c.trained.sum()) for c in g.continuations])) for x, g in zip(found, groups, strict=True)]

@@ -23,10 +23,9 @@ from prefopt.model.packing import pack
 from prefopt.model.scalar import ScalarScorer, scalar_from
 from prefopt.model.scorer import Scorer
 from prefopt.rl import rounds
-from prefopt.rl.collector import Collector
-from prefopt.rl.critic import Critic
+from prefopt.rl.models import Critic
 from prefopt.rl.objective import PpoObjective
-from prefopt.rl.rollouts import Rollouts
+from prefopt.rl.rollouts import Collector, Rollouts
 from prefopt.train.trainer import Trainer
 from train.small import weights
 

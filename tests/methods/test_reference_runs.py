@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from data.small import small_tokenizer
 from prefopt.core.cache_folder import cache_root
 from prefopt.data.comparisons import parse_comparisons
-from prefopt.data.load import build_groups
+from prefopt.data.load import load_groups
 from prefopt.errors import ModelError, RunError
 from prefopt.reference.blocks import read_sealed, write_sealed
 from prefopt.reference.cache import FillReport
@@ -47,7 +47,7 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[FillReport]:
 
 def logprobs(model: torch.nn.Module, rows: list[Row]) -> torch.Tensor:
     """Log-probabilities [rows, 2] of chosen and rejected by transformers alone."""
-    groups = build_groups([parse_comparisons(rows, "data")], small_tokenizer(), max_length=64).groups
+    groups = load_groups([parse_comparisons(rows, "data")], small_tokenizer(), max_length=64).groups
     with torch.no_grad():
         return torch.stack([response_logprobs(model, g).double() for g in groups])
 

@@ -19,7 +19,7 @@ from data.small import small_tokenizer
 from prefopt.cli import main
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.group import Group
-from prefopt.data.load import build_groups
+from prefopt.data.load import load_groups
 from prefopt.data.table import GroupTable
 from prefopt.errors import ConfigError, DataError, Interrupted, ModelError
 from prefopt.model.scalar import ScalarScorer, load_scalar, response_rewards, scalar_from
@@ -51,8 +51,8 @@ def reward(model: Any, data: Any, output: Path, **options: Any) -> Any:
     return result
 
 
-def groups_of(rows: list[Any], want: Any = "pairs") -> GroupTable:
-    return build_groups([parse_comparisons(rows, "data")], small_tokenizer(), max_length=64, want=want).groups
+def groups_of(rows: list[Any], kind: Any = "pairs") -> GroupTable:
+    return load_groups([parse_comparisons(rows, "data")], small_tokenizer(), max_length=64, kind=kind).groups
 
 
 def own_rewards(model: torch.nn.Module, group: Group) -> torch.Tensor:

@@ -483,9 +483,7 @@ OPTIONS: dict[str, Callable[[Bench], bool]] = {
     "format": _format,
     "columns": _format,
     "header": _header,
-    "label_means": lambda b: (
-        True
-    ),  # what a row says is read as for every verb: tests/data/layouts/test_said_of_columns.py
+    "label_means": lambda b: True,  # what a row says is read as for every verb: tests/data/layouts/test_columns.py
     "ignore_columns": lambda b: True,
     "chat_template": _chat_template,
     "template_variables": _chat_template,

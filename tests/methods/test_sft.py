@@ -18,7 +18,7 @@ from prefopt.cli import main
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.group import Group
-from prefopt.data.load import build_groups
+from prefopt.data.load import load_groups
 from prefopt.errors import ConfigError, DataError, Interrupted, ModelError
 from prefopt.model.scorer import Scorer
 from prefopt.train.batch import Batch
@@ -51,7 +51,7 @@ def same(one: Path, other: Path) -> bool:
 
 def groups_of(rows: list[Any], **rendered: Any) -> list[Group]:
     readings = [parse_comparisons(rows, "data")]
-    return list(build_groups(readings, small_tokenizer(), Rendering(64, **rendered), want="demonstrations").groups)
+    return list(load_groups(readings, small_tokenizer(), Rendering(64, **rendered), kind="demonstrations").groups)
 
 
 def plain_loss(model: torch.nn.Module, groups: list[Group], average: str) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from prefopt.model.precision import silence_dropout
+from prefopt.model.precision import disable_dropout
 
 VOCABULARY, WINDOW, POSITIONS = 97, 8, 128
 
@@ -114,7 +114,7 @@ def build(
     kind, fields = SHARED[name] if name in SHARED else SEPARATE[name][:2]
     config = AutoConfig.for_model(kind, **{**fields, **changes})
     if silent:
-        silence_dropout(config)
+        disable_dropout(config)
     extra = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
     torch.manual_seed(seed)
     # Drawn in float64, so that a seed gives the same weights in every dtype.

@@ -21,8 +21,7 @@ from prefopt.data.group import Group
 from prefopt.errors import CacheError, Interrupted
 from prefopt.reference import cache
 from prefopt.reference.blocks import block_files, read_sealed
-from prefopt.reference.cache import ReferenceCache, Score, Scored, SpaceKey
-from prefopt.reference.identity import Identity
+from prefopt.reference.cache import Identity, ReferenceCache, ResponseScore, ScoreBatch, SpaceKey
 
 SPACE = SpaceKey(Identity("weights", "config", name="a model"), "float32", "shared", "sdpa", "cpu", 1)
 BUDGET = 200
@@ -54,21 +53,21 @@ class Fake:
         self.loads = 0
         self.batches: list[list[Group]] = []
 
-    def make(self) -> Score:
+    def make(self) -> ScoreBatch:
         self.loads += 1
         return self.score
 
-    def score(self, groups: list[Group]) -> list[list[Scored]]:
+    def score(self, groups: list[Group]) -> list[list[ResponseScore]]:
         self.before()
         self.batches.append(groups)
         together = hashlib.sha256(b"".join(keys_of(groups))).digest()
         rounding = int.from_bytes(together[:4], "little") * 1e-18
         return [[self._response(group, k, rounding) for k in range(len(group.continuations))] for group in groups]
 
-    def _response(self, group: Group, k: int, rounding: float) -> Scored:
+    def _response(self, group: Group, k: int, rounding: float) -> ResponseScore:
         total = -int.from_bytes(group.key(k)[:4], "little") / 1e8 + rounding
         count = int(group.continuations[k].trained.sum())
-        return Scored(total, count, np.full(count, total / count, np.float32) if self.token_values else None)
+        return ResponseScore(total, count, np.full(count, total / count, np.float32) if self.token_values else None)
 
     @property
     def responses(self) -> int:
@@ -111,7 +110,7 @@ def child(root: Path, n: int, name: str, delay: float, fill_disk_after: int) -> 
     log = os.open(root / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     calls = 0
 
-    def score(batch: list[Group]) -> list[list[Scored]]:
+    def score(batch: list[Group]) -> list[list[ResponseScore]]:
         nonlocal calls
         calls += 1
         if fill_disk_after and calls > fill_disk_after:

@@ -125,49 +125,16 @@ def test_every_other_verb_takes_it(folders: tuple[str, str], tmp_path: Path) -> 
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     prompts.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
     quick = ["--progress", "none", "--device", "cpu", "--dtype", "float32"]
-    assert (
-        main(
-            [
-                "compare",
-                "--a",
-                adapter,
-                "--b",
-                base,
-                "--prompts",
-                str(prompts),
-                "--judge",
-                "length",
-                "--reference",
-                adapter,
-                "--max-new-tokens",
-                "4",
-                *quick,
-            ]
-        )
-        == 0
-    )
+    judged = ["--judge", "length", "--reference", adapter, "--max-new-tokens", "4", *quick]
+    assert main(["compare", "--a", adapter, "--b", base, "--prompts", str(prompts), *judged]) == 0
     assert main(["data", "check", str(rows), "--model", adapter]) == 0
     train = [*quick, "--max-steps", "1", "--batch-size", "4", "--output"]
     reward = tmp_path / "reward"
     assert main(["reward", "--model", adapter, "--data", str(rows), *train, str(reward)]) == 0
     assert (reward / "model.safetensors").is_file()
     chain = ["rlhf", "--model", adapter, "--data", str(rows), "--output", str(tmp_path / "chain"), *quick]
-    assert (
-        main(
-            [
-                *chain,
-                "--sft",
-                "max_steps=1",
-                "--reward",
-                "max_steps=1",
-                "--ppo",
-                "max_steps=1",
-                "num=2",
-                "max_new_tokens=4",
-            ]
-        )
-        == 0
-    )
+    stages = "--sft max_steps=1 --reward max_steps=1 --ppo max_steps=1 num=2 max_new_tokens=4"
+    assert main([*chain, *stages.split()]) == 0
     assert (tmp_path / "chain" / "ppo" / "model.safetensors").is_file()
     scored = ["score", str(rows), "--reward", "implicit", "--output", str(tmp_path / "s"), "--device", "cpu"]
     assert main([*scored, "--dtype", "float32", "--model", adapter]) == 0

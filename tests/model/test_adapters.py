@@ -12,8 +12,9 @@ from model.architectures import Float64Throughout, build, with_exact_rotary
 from model.oracle import assert_same, assert_same_gradients, gradients, groups_of_every_kind, oracle_logprobs
 from prefopt.errors import ConfigError
 from prefopt.model.adapter import new_lora
+from prefopt.model.architectures import causal_model
 from prefopt.model.packing import pack
-from prefopt.model.scorer import Scorer, causal_model
+from prefopt.model.scorer import Scorer
 
 
 def with_lora(model: torch.nn.Module, targets: list[str] | None = None) -> torch.nn.Module:

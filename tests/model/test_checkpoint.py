@@ -17,7 +17,7 @@ from model.architectures import SEPARATE, SHARED
 from prefopt.errors import ModelError
 from prefopt.model import save
 from prefopt.model.adapter import nesting_of
-from prefopt.model.checkpoint import Checkpoint, leftover_words, origin_of
+from prefopt.model.checkpoint import WeightFiles, describe_untouched, origin_of
 from prefopt.model.load import load_model
 from prefopt.model.save import save_weights
 
@@ -147,7 +147,7 @@ def test_several_files_in_and_out(name: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(save, "SHARD_BYTES", 30_000)
     saved_again(tmp_path / "in", tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    before, after = (Checkpoint.read(tmp_path / f) for f in ("in", "out"))
+    before, after = (WeightFiles.read(tmp_path / f) for f in ("in", "out"))
     assert before.tensors.keys() == after.tensors.keys()
     assert all(torch.equal(before.tensor(n), after.tensor(n)) for n in before.tensors)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -181,7 +181,7 @@ def test_names_without_the_prefix_of_the_base_model_stay_so(tmp_path: Path) -> N
         model = saved_again(folder, tmp_path / "out" / name, change=0.5)
         after = load_file(tmp_path / "out" / name / "model.safetensors")
         assert after.keys() == bare.keys()
-        assert leftover_words(origin_of(model)) is None  # type: ignore[arg-type]  # a mask is no news
+        assert describe_untouched(origin_of(model)) is None  # type: ignore[arg-type]  # a mask is no news
         changed = {n for n in bare if not torch.equal(after[n], bare[n])}
         assert changed == set(bare) - {"h.0.attn.bias"}
 
@@ -221,7 +221,7 @@ def test_what_is_left_over_is_told_by_kind(tmp_path: Path) -> None:
     model = load_model(str(tmp_path / "in"), dtype=torch.float32, device=CPU)
     origin = origin_of(model)
     assert origin is not None and set(origin.untouched) == set(more)
-    assert leftover_words(origin) == (
+    assert describe_untouched(origin) == (
         "audio tower (1 tensor, 8 bytes), layers for multi-token prediction (2 tensors, 8.3 kB), value head (1 tensor,"
         " 128 bytes), tensors that the architecture has no place for (1 tensor, 8 bytes, the first is adapter.w)"
     )

@@ -11,11 +11,11 @@ from prefopt.data.group import Group
 from prefopt.generate.sampler import Settings
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.model.check import check_scoring
-from prefopt.model.costs import counting, together, uncounted
+from prefopt.model.costs import combine_costs, count_costs, out_of_memory, uncounted
 from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer
-from prefopt.reference.in_memory import HeldWeights
+from prefopt.reference.in_memory import SwappedWeights
 from train.small import tiny_llama
 
 
@@ -30,10 +30,10 @@ def test_passes_and_tokens_are_counted_by_what_they_are_for() -> None:
     scorer = Scorer(tiny_llama())
     size = sum(p.numel() * 4 for p in scorer.model.parameters())
     batch = pack(groups(), scorer.layout)
-    with counting() as costs:
+    with count_costs() as costs:
         with torch.no_grad():
             scorer(batch)
-        with counting() as inner:
+        with count_costs() as inner:
             scorer(batch).sum().backward()
             with uncounted():
                 scorer(batch)
@@ -47,7 +47,7 @@ def test_passes_and_tokens_are_counted_by_what_they_are_for() -> None:
 
 def test_what_is_drawn_is_counted_and_the_prompt_once_for_its_samples() -> None:
     sampler = TransformersSampler(Scorer(tiny_llama()))
-    with counting() as costs:
+    with count_costs() as costs:
         drawn = sampler.sample([[5, 6, 7, 8], [9]], 3, Settings(6, stop=(1,)))
     lengths = [s.tokens for many in drawn for s in many]
     assert costs.generated_tokens == sum(lengths)
@@ -59,7 +59,7 @@ def test_what_is_drawn_is_counted_and_the_prompt_once_for_its_samples() -> None:
 def test_models_count_while_they_are_there_and_the_twin_of_the_load_check_does_not() -> None:
     one, batch = Scorer(tiny_llama()), groups()
     size = sum(p.numel() * 4 for p in one.model.parameters())
-    with counting() as costs:
+    with count_costs() as costs:
         check_scoring(one, batch)
         assert costs.models == 1 and costs.scored_tokens > 0 == costs.trained_tokens
         for seed in (1, 2):
@@ -67,15 +67,31 @@ def test_models_count_while_they_are_there_and_the_twin_of_the_load_check_does_n
             other(pack(batch, other.layout))
             del other
             gc.collect()
-        assert (costs.models, costs.model_bytes) == (2, 2 * size), "never three together"
+        assert (costs.models, costs.model_bytes) == (2, 2 * size), "never three at once"
         more = Scorer(tiny_llama(3))
         more(pack(batch, more.layout))
-        held = HeldWeights(MasterWeights(one.model, torch.float32))
+        held = SwappedWeights(MasterWeights(one.model, torch.float32))
         assert (costs.models, costs.model_bytes) == (3, 3 * size)
         del held
 
 
 def test_parts_add_up_and_memory_is_the_largest() -> None:
     parts = [{"seconds": 2.0, "models": 4, "model_bytes": 9}, {"seconds": 1.0, "models": 1, "trained_tokens": 5}]
-    assert together(parts) == {"seconds": 3.0, "models": 4, "model_bytes": 9, "trained_tokens": 5}
-    assert together([]) == {}
+    assert combine_costs(parts) == {"seconds": 3.0, "models": 4, "model_bytes": 9, "trained_tokens": 5}
+    assert combine_costs([]) == {}
+
+
+def test_out_of_memory_is_recognised() -> None:
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB)"),
+        MemoryError(),
+    ):
+        assert out_of_memory(error), error
+    for error in (RuntimeError("shape mismatch"), ValueError("out of memory"), KeyError("x")):
+        assert not out_of_memory(error), error

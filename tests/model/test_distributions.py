@@ -12,10 +12,10 @@ from model.oracle import groups_of_every_kind
 from model.test_logprobs import TRANSFORMS, LargestTensor, M, V, inputs
 from prefopt.model.adapter import new_lora
 from prefopt.model.kernels import head as logprobs
-from prefopt.model.kernels.distributions import Distributions, head_scores, logit_scores
-from prefopt.model.kernels.head import token_logprobs_and_squares
+from prefopt.model.kernels.distributions import Distributions, TokenScores, head_scores, logit_scores
+from prefopt.model.kernels.head import token_logprobs
 from prefopt.model.packing import pack
-from prefopt.model.scorer import Asked, Scorer, TokenScores
+from prefopt.model.scorer import Scorer, ScoreRequest
 
 ARCHITECTURES = ["llama", "gemma2", "granite", "head with bias", "mamba"]  # plain, soft-cap, scale, bias, own logits
 
@@ -73,7 +73,7 @@ def test_values_and_gradients_are_those_of_the_formula(
 def test_squares_come_along_with_log_probabilities(transform: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logprobs, "_TILE_ELEMENTS", {"cpu": V * 16})
     hidden, weight, bias, target = inputs()
-    logp, square = token_logprobs_and_squares(hidden, weight, target, bias=bias, **TRANSFORMS[transform])
+    logp, square = token_logprobs(hidden, weight, target, bias=bias, squares=True, **TRANSFORMS[transform])
     z = transformed(hidden @ weight.T + bias, **TRANSFORMS[transform])
     expected = naive(z, z, target)
     torch.testing.assert_close(square, expected["square_M"], rtol=1e-11, atol=1e-11)
@@ -109,8 +109,8 @@ def test_a_model_against_another(name: str) -> None:
         scorers = [Scorer(policy), Scorer(reference)]
         batches = [pack(groups, s.layout) for s in scorers]
         with torch.no_grad():
-            kept = scorers[1](batches[1], Asked(keep=True)).distributions
-        found: TokenScores = scorers[0](batches[0], Asked(squares=True, against=kept))
+            kept = scorers[1](batches[1], ScoreRequest(distributions=True)).distributions
+        found: TokenScores = scorers[0](batches[0], ScoreRequest(squares=True, reference=kept))
         upstream = [torch.linspace(-1, 1, len(r)).double(), torch.linspace(2, -1, len(r)).double()]
         weights = [p for p in policy.parameters() if p.requires_grad]
         grads = torch.autograd.grad([found.logp_M, found.kl_M], weights, upstream, allow_unused=True)
@@ -130,7 +130,7 @@ def test_a_model_is_not_far_from_itself() -> None:
     scorer = Scorer(build("llama", torch.float32))
     batch = pack(groups_of_every_kind(), scorer.layout)
     with torch.no_grad():
-        found = scorer(batch, Asked(against=scorer(batch, Asked(keep=True)).distributions))
+        found = scorer(batch, ScoreRequest(reference=scorer(batch, ScoreRequest(distributions=True)).distributions))
     assert torch.equal(found.logp_M, found.other_logp_M) and float(found.kl_M.abs().max()) < 1e-6
     torch.testing.assert_close(found.logp_M, scorer(batch), rtol=1e-5, atol=1e-6)
 
@@ -148,7 +148,7 @@ def test_the_logits_of_a_batch_are_never_held(head: str, monkeypatch: pytest.Mon
     batch = pack(groups_of_every_kind(), scorer.layout)
     with LargestTensor() as seen:
         with torch.no_grad():
-            kept = scorer(batch, Asked(keep=True)).distributions
-        scores = scorer(batch, Asked(squares=True, against=kept))
+            kept = scorer(batch, ScoreRequest(distributions=True)).distributions
+        scores = scorer(batch, ScoreRequest(squares=True, reference=kept))
         (scores.logp_M.sum() + scores.kl_M.sum()).backward()
     assert 32 * vocabulary <= seen.elements < 0.3 * len(batch.target) * vocabulary

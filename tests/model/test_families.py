@@ -12,10 +12,10 @@ from model.families import FAMILIES, config_of
 from model.oracle import groups_of_every_kind
 from prefopt.generate.sampler import Settings
 from prefopt.generate.transformers_sampler import TransformersSampler
-from prefopt.model.accounting import FlopCount
 from prefopt.model.check import check_scoring, clone_difference, tiny_clone
+from prefopt.model.flops import FlopCount
 from prefopt.model.packing import pack
-from prefopt.model.precision import MasterWeights, silence_dropout
+from prefopt.model.precision import MasterWeights, disable_dropout
 from prefopt.model.scorer import Scorer
 
 # What went wrong once, each for a reason of its own.
@@ -38,7 +38,7 @@ QUICK = {
 def built(family: str, dtype: torch.dtype, **changes: Any) -> PreTrainedModel:
     """A miniature with all weights random, norms too, the same in every dtype."""
     config = config_of(family, **changes)
-    silence_dropout(config)
+    disable_dropout(config)
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         config, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"

@@ -13,10 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.architectures import SEPARATE, build
 from model.dense import who_sees_whom
 from model.oracle import groups_of_every_kind
-from prefopt.model.accounting import FlopCount, matmul_peak, visible_pairs
+from model.test_families import built
+from prefopt.model import flops
 from prefopt.model.adapter import new_lora
+from prefopt.model.architectures import attention_shapes
+from prefopt.model.flops import FlopCount, matmul_peak, visible_pairs
 from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer
+from prefopt.train import budget
+from prefopt.train.budget import measure_of
 
 GROUPS = groups_of_every_kind()[:6]
 
@@ -117,3 +122,37 @@ def test_the_measured_peak_bounds_a_product() -> None:
         torch.mm(a, a)
         rates.append(2 * 300**3 / (time.perf_counter() - began))
     assert 0.3 * max(rates) < peak < 1e14
+
+
+def test_the_peak_is_that_of_the_sizes_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def small(size: int, *_: Any) -> float:
+        if size > 512:
+            raise RuntimeError("CUDA error: out of memory")
+        return 1e-3
+
+    monkeypatch.setattr(flops, "_best_seconds", small)
+    assert matmul_peak(torch.device("cpu"), torch.float32) == 2 * 512**3 / 1e-3
+
+
+def test_a_measurement_that_cannot_be_had_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise AttributeError("this configuration has no such field\nat all")
+
+    monkeypatch.setattr(budget, "matmul_peak", lambda *_: 1e10)
+    monkeypatch.setattr(FlopCount, "of", failing)
+    record = measure_of(build("llama"), torch.device("cpu"), torch.float32, "pairs")([], 2.0)
+    assert "utilisation" not in record
+    assert record["step_seconds"] == 2.0
+    assert caplog.messages == ["utilisation is not measured: this configuration has no such field"]
+
+
+def test_layers_of_different_widths() -> None:
+    """Gemma 4: a sliding layer with heads of 8 and a full one with heads of 16, and one of 2 keys each."""
+    model = built("gemma4", torch.float32)
+    shapes = attention_shapes(model.config)
+    assert [(s.key_width, s.window) for s in shapes] == [(8, 8), (16, None)]
+    counted = FlopCount.of(model, trains=False)
+    assert counted.per_pair == 2.0 * 4 * 2 * 8
+    assert dict(counted.windows) == {8: 1, None: 2.0}, "the wide layer counts as two of the first"

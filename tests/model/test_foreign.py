@@ -22,12 +22,11 @@ from prefopt.core.model_folder import vet_folder
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.errors import ModelError
 from prefopt.model.adapter import add_adapter, new_lora
-from prefopt.model.from_scratch import new_model
 from prefopt.model.kernels.head import head_of
-from prefopt.model.load import load_config, load_model, local_folder
+from prefopt.model.load import load_config, load_model, local_folder, new_model
 from prefopt.model.save import copy_side_files, end_tokens
 from prefopt.model.scorer import Scorer
-from prefopt.model.supported import attention_for
+from prefopt.model.supported import safe_attention
 from prefopt.reference.identity import identity_of_folder
 
 CPU = torch.device("cpu")
@@ -144,7 +143,7 @@ def test_attention_is_never_fetched(asked: Any, key: str, folder: Path, monkeypa
     monkeypatch.setattr("transformers.modeling_utils.is_kernels_available", lambda *_: True)
     monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", fetched)
     change(folder, **{key: asked})
-    assert attention_for(str(folder)) == {"attn_implementation": "eager"}
+    assert safe_attention(str(folder)) == {"attn_implementation": "eager"}
     model: Any = load(folder)
     assert model.config._attn_implementation in ("sdpa", "eager")
 

@@ -10,8 +10,8 @@ import torch
 from model.architectures import build
 from model.dense import dense_attention, random_heads, who_sees_whom
 from model.oracle import Draw, assert_same, assert_same_gradients, gradients, groups_of_every_kind, oracle_logprobs
-from prefopt.model.accounting import matmul_peak
 from prefopt.model.check import check_scoring
+from prefopt.model.flops import matmul_peak
 from prefopt.model.kernels.attention import gather_plan, kernel_for, shared_attention
 from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights

@@ -14,7 +14,7 @@ from model.test_families import built
 from prefopt.model.check import check_scoring, clone_difference
 from prefopt.model.kernels.head import Head, class_logits, head_of
 from prefopt.model.packing import pack
-from prefopt.model.scorer import Asked, Scorer
+from prefopt.model.scorer import Scorer, ScoreRequest
 
 GROUPS = groups_of_every_kind()[:6]
 
@@ -68,7 +68,7 @@ def test_a_head_that_nothing_explains_is_left_to_its_class(odd: Scorer) -> None:
 def test_everything_that_is_asked_of_a_head_comes_from_its_class(odd: Scorer) -> None:
     batch = pack(GROUPS, odd.layout)
     with torch.no_grad():
-        scores: Any = odd(batch, Asked(squares=True, keep=True))
+        scores: Any = odd(batch, ScoreRequest(squares=True, distributions=True))
         logits = class_logits(odd.model, odd.hidden(batch).index_select(0, batch.read))  # type: ignore[arg-type]
         logp = logits.log_softmax(-1)
         torch.testing.assert_close(scores.logp_M, logp.gather(-1, batch.target[:, None])[:, 0])
@@ -76,7 +76,7 @@ def test_everything_that_is_asked_of_a_head_comes_from_its_class(odd: Scorer) ->
         kept = scores.distributions
         odd.model.lm_head.weight.data = odd.model.lm_head.weight * 2  # type: ignore[union-attr]
         torch.testing.assert_close(kept.logits(slice(0, 5)), logits[:5])
-        compared: Any = odd(batch, Asked(against=kept))
+        compared: Any = odd(batch, ScoreRequest(reference=kept))
         assert (compared.kl_M > 0).all()
 
 

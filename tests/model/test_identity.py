@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,10 +17,13 @@ import safetensors.numpy
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from model.architectures import build
 from prefopt.core import cache_folder
 from prefopt.core.cache_folder import file_hashes
 from prefopt.errors import ModelError
-from prefopt.reference.identity import Identity, identity_of_folder, identity_of_model
+from prefopt.model.scorer import Scorer
+from prefopt.reference.cache import Identity
+from prefopt.reference.identity import identity_of_folder, identity_of_model, space_of
 
 CONFIG = {
     "model_type": "llama",
@@ -130,8 +134,6 @@ def test_every_relevant_change_gives_another_identity(folder: Path, adapter: Pat
     is_new()
     edit(folder / "config.json", architectures=["OtherForCausalLM"])
     is_new()
-    is_new(quantization={"load_in_4bit": True})
-    is_new(quantization={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
     edit(folder / "config.json", quantization_config={"bits": 4})
     is_new()
     is_new(adapter=adapter)
@@ -254,3 +256,28 @@ def test_models_in_memory() -> None:
     assert identity_of_model(changed) != base
     with torch.device("meta"), pytest.raises(ModelError, match="no data"):
         identity_of_model(model())
+
+
+WHOSE = Identity("weights", "config")
+
+
+def test_values_of_float32_on_a_cpu_are_found_where_they_were() -> None:
+    space = space_of(WHOSE, Scorer(build("llama", torch.float32)), torch.device("cpu"))
+    parts = [WHOSE.digest, "float32", "shared", "flash-cpu", "cpu", 1]
+    assert space.id == hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def test_narrow_types_have_a_version_of_their_own() -> None:
+    space = space_of(WHOSE, Scorer(build("llama", torch.bfloat16)), torch.device("cpu"))
+    assert (space.dtype, space.scorer_version) == ("bfloat16", 2)
+
+
+def test_on_cuda_the_gpu_and_the_kernel_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer, device = Scorer(build("llama", torch.float32)), torch.device("cuda")
+    ids = set()
+    for gpu in ("NVIDIA H100", "NVIDIA A100"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, gpu=gpu: gpu)
+        for flash in (None, "FA3"):
+            monkeypatch.setattr("torch.nn.attention.current_flash_attention_impl", lambda flash=flash: flash)
+            ids.add(space_of(WHOSE, scorer, device).id)
+    assert len(ids) == 4

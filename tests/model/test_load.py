@@ -9,14 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hub import Hub, prefopt
 from model.architectures import build
 from model.oracle import groups_of_every_kind, oracle_logprobs
 from prefopt.errors import ConfigError, ModelError
 from prefopt.model.adapter import new_lora
-from prefopt.model.load import load_model, resolve_device, resolve_dtype, vocabulary_size
+from prefopt.model.architectures import vocabulary_size
+from prefopt.model.load import load_model
 from prefopt.model.packing import pack
-from prefopt.model.precision import silence_dropout
+from prefopt.model.precision import disable_dropout, resolve_device, resolve_dtype
 from prefopt.model.scorer import Scorer
+from train.small import pairs, write_rows
 
 CPU = torch.device("cpu")
 
@@ -161,7 +164,7 @@ def test_dropout_is_silenced_in_a_model_that_was_built_with_it(name: str) -> Non
     model.train()
     with torch.no_grad():
         assert not torch.equal(oracle_logprobs(model, groups), oracle_logprobs(model, groups))
-        silence_dropout(model)
+        disable_dropout(model)
         scorer = Scorer(model)
         batch = pack(groups, scorer.layout)
         assert torch.equal(scorer(batch), scorer(batch))
@@ -185,3 +188,28 @@ def test_devices_and_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     for native, taken in [(True, torch.bfloat16), (False, torch.float32)]:
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
         assert resolve_dtype("auto", CPU) == taken
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("org/gated", "org/gated: is gated: ask for access at https://huggingface.co/org/gated, then log in with: hf"),
+        ("org/none", "org/none: no such folder here, and none on the Hub; check the spelling"),
+    ],
+)
+def test_what_is_gated_or_missing_names_the_remedy(
+    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_rows(tmp_path / "d.jsonl", pairs(2))
+    with Hub(gated={"org/gated"}).served() as hub:
+        done = prefopt(hub, monkeypatch, "dpo", "--model", name, "--data", data, "--output", str(tmp_path / "o"))
+    assert done.status == 2 and said in done.err and done.err.count("\n") == 1, done.err
+    assert hub.asked and not any("harness" in line for line in hub.asked)
+
+
+def test_without_a_network_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_rows(tmp_path / "d.jsonl", pairs(2))
+    words = ["dpo", "--model", "org/x", "--data", data, "--output", str(tmp_path / "o")]
+    done = prefopt(Hub(url="http://127.0.0.1:9"), monkeypatch, *words, offline=True)
+    assert "org/x: no such folder here, and the Hub cannot be asked (HF_HUB_OFFLINE is set)" in done.err
+    assert done.err.count("\n") == 1

@@ -57,7 +57,7 @@ def test_values_and_gradients_are_those_of_the_formula(way: str, transform: str,
     leaves = [x for x in (hidden, weight, *([bias] if biased else [])) if x.requires_grad]
     upstream = torch.randn(M, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
-    found = token_logprobs(hidden, weight, target, bias=bias if biased else None, **options)
+    found = token_logprobs(hidden, weight, target, bias=bias if biased else None, **options)[0]
     node: Any = found.grad_fn
     assert (node.slope is not None) == (way == "frozen")
     assert (node.kept is not None) == (way == "kept" and "softcap" not in options)
@@ -79,7 +79,7 @@ def test_gradients_are_those_of_finite_differences(way: str, transform: str, bia
         bias.requires_grad_(False)
 
     def score(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return token_logprobs(h, w, target, bias=b if biased else None, **TRANSFORMS[transform])
+        return token_logprobs(h, w, target, bias=b if biased else None, **TRANSFORMS[transform])[0]
 
     # A second backward pass computes the probabilities again, which the first has used up.
     assert torch.autograd.gradcheck(score, (hidden, weight, bias), fast_mode=True, nondet_tol=1e-12)
@@ -111,7 +111,7 @@ def test_only_what_is_trained_gets_a_gradient(trained: tuple[str, ...]) -> None:
     tensors = {"hidden": hidden, "weight": weight, "bias": bias}
     for name, tensor in tensors.items():
         tensor.requires_grad_(name in trained)
-    token_logprobs(hidden, weight, target, bias=bias).sum().backward()
+    token_logprobs(hidden, weight, target, bias=bias)[0].sum().backward()
     found = {n: t.grad for n, t in tensors.items()}
     for tensor in tensors.values():
         tensor.grad = None
@@ -128,7 +128,7 @@ def test_bfloat16_sums_in_float32(way: str) -> None:
     hidden, weight, _, target = inputs(torch.bfloat16)
     if way == "frozen":
         weight.requires_grad_(False)
-    found = token_logprobs(hidden, weight, target)
+    found = token_logprobs(hidden, weight, target)[0]
     assert found.dtype == torch.float32
     z = (hidden @ weight.T).double()
     expected = torch.log_softmax(z, -1)[torch.arange(M), target]
@@ -195,7 +195,7 @@ def test_confident_tokens_have_gradients_in_bfloat16(p: float, monkeypatch: pyte
 
     def gradients(h: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         h, w = h.clone().requires_grad_(), w.clone().requires_grad_()
-        token_logprobs(h, w, target).sum().backward()
+        token_logprobs(h, w, target)[0].sum().backward()
         assert h.grad is not None
         assert w.grad is not None
         return h.grad.double(), w.grad.double()

@@ -14,7 +14,7 @@ from model.families import FAMILIES
 from model.test_families import built
 from prefopt.errors import ConfigError
 from prefopt.model.adapter import add_adapter, new_lora, peft_warnings_off
-from prefopt.model.lora_targets import lora_targets, matrices
+from prefopt.model.lora_targets import lora_targets, weight_matrices
 
 QUICK = [
     "llama",
@@ -141,7 +141,7 @@ def test_the_run_is_told_the_share_of_each_kind() -> None:
     assert words.startswith("100 % of attention, MLP, experts, shared experts; none of routers")
     words = adapted(built("mamba", torch.float64)).prefopt_targets
     share = float(words.split(" %")[0])
-    there = matrices(built("mamba", torch.float64))
+    there = weight_matrices(built("mamba", torch.float64))
     mixers = [m for m in there if m.kind == "mixer"]
     left = sum(m.numel for m in mixers if m.module.endswith(("out_proj", "dt_proj")))
     assert share == pytest.approx(100 * (1 - left / sum(m.numel for m in mixers)), abs=0.1)

@@ -165,8 +165,8 @@ def test_what_was_written_and_gives_no_numbers_is_told(
         tensors = load_file(folder / "model.safetensors")
         save_file({n: t * float("nan") for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
 
-    monkeypatch.setattr(merge, "share_weights", spoil)
-    with pytest.raises(RunError, match="as it was written the model differs by nan"):
+    monkeypatch.setattr(merge, "apply_umask", spoil)
+    with pytest.raises(RunError, match="the saved model differs by nan"):
         merge_adapter(adapter, tmp_path / "out", dtype=torch.float32, device=CPU)
 
 
@@ -207,7 +207,7 @@ def broken(place: Path, base: str, how: str) -> dict[str, Any]:
         ("no name", "does not name its base model; give --model"),
         ("no adapter", "it is not a PEFT adapter"),
         ("weights missing", "lacks weights for this model"),
-        ("prefix", "of the kind PREFIX_TUNING, which cannot be folded"),
+        ("prefix", "of the kind PREFIX_TUNING, which cannot be merged"),
         ("taken", "out is there already; name a new folder"),
     ],
 )

@@ -16,7 +16,7 @@ from prefopt.data.group import Group
 from prefopt.losses.pairs import dpo
 from prefopt.model.adapter import new_lora
 from prefopt.model.packing import pack
-from prefopt.model.precision import MasterWeights, computing_in
+from prefopt.model.precision import MasterWeights, freeze_and_cast
 from prefopt.model.scorer import Scorer, response_sums
 from prefopt.train.optim import adamw, clip_, grad_norm
 
@@ -197,7 +197,7 @@ def test_a_frozen_model_computes_as_the_trained_one_does() -> None:
     """As a reference: a plain ``to`` would round rotary tables, and positions with them."""
     policy, reference = built("ernie4_5_moe", torch.float32), built("ernie4_5_moe", torch.float32)
     MasterWeights(policy, torch.bfloat16)
-    computing_in(reference, torch.bfloat16)
+    freeze_and_cast(reference, torch.bfloat16)
     groups = groups_of_every_kind()
     values = []
     for model in (policy, reference):

@@ -11,7 +11,7 @@ import pytest
 from hub import Hub, prefopt
 from prefopt.cli import main
 from prefopt.errors import ConfigError, ModelError
-from prefopt.model.push import confirmed, plan
+from prefopt.model.push import confirmed, plan_upload
 from train.small import write_model
 
 # The library's own way to send a large file.
@@ -52,7 +52,7 @@ def test_the_model_is_sent_and_nothing_else(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_run_and_checkpoints_are_sent_when_asked(folder: Path) -> None:
-    files = plan(folder, run=True, checkpoints=True).files
+    files = plan_upload(folder, run=True, checkpoints=True).files
     assert set(files) == MODEL | {"README.md", "run.json", "metrics.jsonl", "config.yaml"} | {
         f"checkpoints/step-00000001/{name}" for name in ("weights.safetensors", "optimizer.safetensors", "state.json")
     }
@@ -127,25 +127,25 @@ def test_names_and_networks_that_do_not_work_are_said(folder: Path, monkeypatch:
 def test_folders_of_this_machine_are_pointed_out(folder: Path) -> None:
     (folder / "README.md").write_text(f"trained on {Path.home()}/data/pairs.jsonl\n")
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/models/base"}))
-    first, second = plan(folder).warnings
+    first, second = plan_upload(folder).warnings
     assert f"README.md names folders of this machine ({Path.home()})" in first
     assert "adapter_config.json names its model by a folder of this machine (/models/base)" in second
     (folder / "README.md").write_text("trained on `pairs.jsonl`")
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
-    assert plan(folder).warnings == []
+    assert plan_upload(folder).warnings == []
 
 
 def test_a_link_out_of_the_folder_stays(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.json").write_text("{}")
     (folder / "extra.json").symlink_to(tmp_path / "secret.json")
-    assert "extra.json" not in plan(folder).files and "extra.json" in plan(folder).left_out
+    assert "extra.json" not in plan_upload(folder).files and "extra.json" in plan_upload(folder).left_out
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ModelError, match="no such folder"):
-        plan(tmp_path / "none")
+        plan_upload(tmp_path / "none")
     with pytest.raises(ModelError, match="holds no finished model"):
-        plan(tmp_path)
+        plan_upload(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     assert main(["push", str(tmp_path), "--repo", "me/x"]) == 2
     assert "holds no weights" in capsys.readouterr().err

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -24,10 +25,9 @@ from prefopt.data.group import Group
 from prefopt.data.table import KEY
 from prefopt.errors import CacheError, Interrupted, ModelError
 from prefopt.reference import cache as reference
-from prefopt.reference.blocks import block_files, read_sealed, write_sealed
-from prefopt.reference.cache import ReferenceCache, Scored
-from prefopt.reference.plan import Named, Plan
-from prefopt.reference.spaces import list_spaces, verify
+from prefopt.reference.blocks import block_files, list_spaces, read_sealed, verify, write_sealed
+from prefopt.reference.cache import ReferenceCache, ResponseScore
+from prefopt.reference.plan import NamedGroups, ScoringPlan
 
 
 def test_nothing_is_scored_twice(tmp_path: Path) -> None:
@@ -48,8 +48,9 @@ def test_nothing_is_scored_twice(tmp_path: Path) -> None:
     values = ReferenceCache(SPACE, tmp_path).values(shuffled)
     exact = Fake().score(shuffled)
     for g, scored in enumerate(exact):
-        np.testing.assert_allclose(values.of(g), [s.sum for s in scored], rtol=1e-6)
-        assert values.counts_N[values.starts[g] : values.starts[g + 1]].tolist() == [s.count for s in scored]
+        of_group = slice(values.starts[g], values.starts[g + 1])
+        np.testing.assert_allclose(values.sums_N[of_group], [s.sum for s in scored], rtol=1e-6)
+        assert values.counts_N[of_group].tolist() == [s.count for s in scored]
 
 
 def test_order_of_the_data_does_not_reach_the_values(tmp_path: Path) -> None:
@@ -91,8 +92,9 @@ def test_token_values_are_added_and_sums_stay(tmp_path: Path) -> None:
     assert fake.responses == 100
     assert sums(tmp_path, groups[:30]) == before
     values = ReferenceCache(SPACE, tmp_path).values(groups, token_values=True)
+    assert values.token_values_M is not None
     for n, total in enumerate(values.sums_N):
-        tokens = values.tokens_of(n)
+        tokens = values.token_values_M[values.token_starts[n] : values.token_starts[n + 1]]
         assert len(tokens) == values.counts_N[n]
         assert float(tokens.sum(dtype=np.float64)) == pytest.approx(total, rel=1e-6)
     assert fill(tmp_path, groups, token_values=True).loads == fill(tmp_path, groups).loads == 0
@@ -140,7 +142,7 @@ def test_after_running_out_of_memory_half_the_budget_plans_anew(tmp_path: Path) 
 def test_a_number_that_is_not_finite_is_refused_and_not_kept(tmp_path: Path) -> None:
     groups = make_groups(3)
 
-    def score(batch: list[Group]) -> list[list[Scored]]:
+    def score(batch: list[Group]) -> list[list[ResponseScore]]:
         results = Fake().score(batch)
         return [
             [replace(s, sum=float("nan")) if g.row == 2 else s for s in r] for g, r in zip(batch, results, strict=True)
@@ -165,7 +167,7 @@ def test_a_damaged_block_costs_only_its_responses(
     data[-3] ^= 4
     block.write_bytes({"truncated": bytes(data[:-1]), "flipped": bytes(data), "empty": b""}[damage])
 
-    assert [p.file for p in verify(tmp_path)] == [block]
+    assert [file for file, _ in verify(tmp_path)] == [block]
     again = fill(tmp_path, groups)
     assert {key for batch in again.batches for key in keys_of(batch)} == lost
     assert [r.message for r in caplog.records if "is damaged" in r.message and "\n" not in r.message]
@@ -184,26 +186,25 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
         for bit in range(8):
             bad = bytearray(good)
             bad[position] ^= 1 << bit
-            path.write_bytes(bad)
             with pytest.raises(Damaged):
-                read_sealed(path, "space")
+                read_sealed(cast(Path, SimpleNamespace(read_bytes=lambda bad=bad: bytes(bad))), "space")
 
 
 names = st.integers(0, 12).map(lambda n: bytes([n]) * 16)
 Keys = tuple[bytes, ...]
 
 
-def named(groups: Iterable[Keys]) -> Named:
+def named(groups: Iterable[Keys]) -> NamedGroups:
     groups = list(groups)
     keys = np.frombuffer(b"".join(key for group in groups for key in group), KEY)
-    return Named.of(keys, np.cumsum([0, *map(len, groups)]))
+    return NamedGroups.of(keys, np.cumsum([0, *map(len, groups)]))
 
 
 def key_array(keys: Iterable[bytes]) -> Any:
     return np.frombuffer(b"".join(sorted(keys)), KEY)
 
 
-def batches_of(plan: Plan) -> list[list[Keys]]:
+def batches_of(plan: ScoringPlan) -> list[list[Keys]]:
     data, starts = plan.groups.keys_N.tobytes(), plan.groups.starts.tolist()
     groups = [tuple(data[n * 16 : n * 16 + 16] for n in range(a, b)) for a, b in pairwise(starts)]
     bounds = plan.batch_starts.tolist()
@@ -239,7 +240,7 @@ def test_a_plan_brings_each_wanted_response_once_and_keeps_the_budget(
     costs: dict[Keys, int], unknown: set[bytes], done: set[bytes], budget: int
 ) -> None:
     wanted = unknown & {key for keys in costs for key in keys}
-    plan = Plan.make(named(costs), np.array(list(costs.values())), key_array(wanted), budget)
+    plan = ScoringPlan.make(named(costs), np.array(list(costs.values())), key_array(wanted), budget)
     batches = batches_of(plan)
     assert batches == greedy(costs, wanted, budget)
     assert all(sum(costs[keys] for keys in batch) <= budget or len(batch) == 1 for batch in batches)
@@ -280,10 +281,7 @@ def test_spaces_are_listed_verified_and_cleared(tmp_path: Path) -> None:
     about.write_text("{")
     block = block_files(about.parent)[0]
     block.write_bytes(block.read_bytes()[:-1])
-    assert {(p.space, p.file.name) for p in verify(tmp_path, repair=True)} == {
-        (SPACE.id, block.name),
-        (SPACE.id, "about.json"),
-    }
+    assert {file for file, _ in verify(tmp_path, repair=True)} == {block, about}
     assert not verify(tmp_path) and fill(tmp_path, groups).responses == 40
     assert json.loads(about.read_text())["dtype"] == "float32"
 

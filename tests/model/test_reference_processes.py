@@ -17,8 +17,8 @@ from model import fake_reference
 from model.fake_reference import BUDGET, SPACE, Once, committed, fill, make_groups, sums
 from prefopt.core.cache_folder import clear
 from prefopt.errors import CacheError, Interrupted
+from prefopt.reference.blocks import list_spaces, verify
 from prefopt.reference.cache import ReferenceCache
-from prefopt.reference.spaces import list_spaces, verify
 
 
 def start(root: Path, n: int, *, name: str = "child", delay: float = 0.0, fill_disk_after: int = 0) -> Any:

@@ -16,8 +16,8 @@ from model.oracle import assert_same, assert_same_gradients, gradients, groups_o
 from prefopt.data.group import Group
 from prefopt.errors import ModelError
 from prefopt.model.adapter import new_lora
+from prefopt.model.architectures import causal_model
 from prefopt.model.check import check_scalars
-from prefopt.model.packed_model import causal_model
 from prefopt.model.packing import pack
 from prefopt.model.scalar import PAD, ScalarScorer, load_scalar, scalar_from, set_shift
 from prefopt.model.scorer import Scorer

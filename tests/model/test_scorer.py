@@ -19,9 +19,10 @@ from model.oracle import (
 )
 from prefopt.data.group import Group
 from prefopt.errors import ModelError
+from prefopt.model.architectures import causal_model
 from prefopt.model.check import clone_difference, tiny_clone
-from prefopt.model.packing import Layout, pack
-from prefopt.model.scorer import Scorer, causal_model, response_sums
+from prefopt.model.packing import PackLayout, pack
+from prefopt.model.scorer import Scorer, response_sums
 
 KERNELS = {"auto": "flash-cpu", "loop": "loop"}
 
@@ -147,12 +148,12 @@ def test_longrope_never_mixes_both_sides_of_its_threshold() -> None:
         draw.group(30, 5, 6),
     ]
     scorer = Scorer(model)
-    assert scorer.layout == Layout(share=True, rope_limit=16)
+    assert scorer.layout == PackLayout(share=True, rope_limit=16)
     batch = pack(groups, scorer.layout)
     assert len(batch.passes) == 2 + 2 * 2  # short, long, and two straddling groups with a row per response
     found = scorer(batch)
     found_gradients = gradients(found, model)
-    mixed = scorer(pack(groups, Layout()))
+    mixed = scorer(pack(groups, PackLayout()))
     scorer.detach_hook()
     expected = oracle_logprobs(model, groups)
     assert_same(found, expected, 1e-6)

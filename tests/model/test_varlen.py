@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from model.architectures import build
 from model.oracle import groups_of_every_kind
 from prefopt.errors import ModelError
-from prefopt.model import packed_model
+from prefopt.model import scorer as scorer_module
 from prefopt.model.check import check_scoring, tiny_clone
 from prefopt.model.kernels import attention
 from prefopt.model.kernels.attention import WIDEST, gather_plan, shared_attention
@@ -63,7 +63,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The CPU takes the way of CUDA."""
     monkeypatch.setattr(torch_varlen, "varlen_attn", plainly)
     monkeypatch.setattr(
-        packed_model, "kernel_for", lambda device, dtype, wish="auto": "loop" if wish == "loop" else "varlen"
+        scorer_module, "kernel_for", lambda device, dtype, wish="auto": "loop" if wish == "loop" else "varlen"
     )
     return monkeypatch
 

@@ -367,7 +367,7 @@ def test_other_settings_are_refused_with_the_reason(place: Path, tmp_path: Path)
         ({"roads": ["dpo:beta=1,1"]}, "a value is a duplicate"),
         ({"roads": ["dpo:beta=1", "dpo:beta=2"]}, "names a method twice"),
         ({"roads": ["dpo:beta=1,2", "best-of:n=2"]}, "all methods need equally many settings"),
-        ({"roads": ["best-of:n=1"]}, "whole numbers from 2 on"),
+        ({"roads": ["best-of:n=1"]}, "whole numbers from 2"),
         ({"roads": ["ppo-true:schedule=linear,cosine"]}, "the sweep sets schedule"),
         ({"dpo": ["epochs=2"]}, "--dpo epochs: the sweep sets it"),
         ({"dpo": ["beta=2"]}, "--dpo beta: the sweep varies it"),

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.studies.annotators import Annotator, invite
-from prefopt.studies.assign import Assignment, next_item
-from prefopt.studies.items import NewItem, Origin, add_items
-from prefopt.studies.study import Settings, Study
+from prefopt.studies.items import Assignment, NewItem, ResponseOrigin, add_items, next_item
+from prefopt.studies.study import Study, StudySettings
 from prefopt.studies.votes import Vote, record
 
 
@@ -19,12 +18,12 @@ def new_item(number: int, count: int = 2, *, gold: Any = None, prompt: str | Non
         "prompt": [{"role": "user", "content": asked}],
         "responses": [[{"role": "assistant", "content": f"answer {number}.{k}"}] for k in range(count)],
     }
-    origins = [Origin(f"model-{k}", {"temperature": 1.0, "seed": k}) for k in range(count)]
+    origins = [ResponseOrigin(f"model-{k}", {"temperature": 1.0, "seed": k}) for k in range(count)]
     return NewItem(row, asked.encode().ljust(16, b".")[:16], origins, gold, "prompts.jsonl", number + 1)
 
 
 def new_study(path: Path, items: int = 4, count: int = 2, gold: Sequence[NewItem] = (), **settings: Any) -> Study:
-    study = Study.create(path, Settings(**{"seed": "s", **settings}))
+    study = Study.create(path, StudySettings(**{"seed": "s", **settings}))
     add_items(study, [new_item(i, count) for i in range(items)])
     add_items(study, gold)
     return study

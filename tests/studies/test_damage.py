@@ -11,7 +11,7 @@ import pytest
 
 from prefopt.cli import main
 from prefopt.errors import StudyError
-from prefopt.studies.export import How, export_rows
+from prefopt.studies.export import ExportOptions, export_rows
 from prefopt.studies.study import Study, backup, check_study_file
 from prefopt.studies.votes import undo
 from studies.small import new_item, new_study, people, say
@@ -34,7 +34,7 @@ def voted(path: Path) -> Path:
 
 def exported(path: Path) -> object:
     with Study(path, read_only=True) as study:
-        found = export_rows(study, How(form="pairs"))
+        found = export_rows(study, ExportOptions(form="pairs"))
     return found.rows, found.counts
 
 
@@ -81,35 +81,35 @@ def test_an_index_that_lies_changes_no_export(tmp_path: Path) -> None:
     assert lied, "collect check names an index that no longer fits"
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ("UPDATE event SET body = replace(body, '[[0], [1]]', '[[1], [0]]') WHERE kind = 'vote'", "event"),
-        ("UPDATE event SET kind = 'shown' WHERE id = 2", "event 2"),
-        ("DELETE FROM event WHERE id = 3", "1 rows of its events are gone"),
-        ("DELETE FROM event WHERE id = (SELECT max(id) FROM event)", "1 rows of its events are gone"),
-        ("UPDATE item SET row = replace(row, 'answer', 'Answer') WHERE id = 4", "item 4"),
-        ("DELETE FROM item WHERE id = 5", "1 rows of its items are gone"),
-        ("UPDATE annotator SET pseudonym = 'annotator-0' WHERE id = 1", "annotator 1"),
-        ("UPDATE sampling SET settings = '{}' WHERE id = 1", "sampling 1"),
-        ("UPDATE setting SET value = '\"other\"' WHERE name = 'id'", "setting id"),
-        ("UPDATE item SET gold = NULL", "item 13"),
-    ],
-)
-def test_a_row_that_was_changed_is_named(
-    change: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = voted(tmp_path / "s.db")
-    connection = sqlite3.connect(path)
-    connection.executescript(f"DROP TRIGGER event_stays; DROP TRIGGER event_kept; {change};")
-    connection.close()
-    with pytest.raises(StudyError, match=told):
-        exported(path)
-    assert main(["collect", "check", str(path)]) == 1
-    assert told in capsys.readouterr().out
-    with pytest.raises(StudyError, match="is damaged"):
-        backup(path, tmp_path / "copy.db")
-    assert not (tmp_path / "copy.db").exists()
+CHANGES = {  # a change of the file, and the row that messages name
+    "UPDATE event SET body = replace(body, '[[0], [1]]', '[[1], [0]]') WHERE kind = 'vote'": "event",
+    "UPDATE event SET kind = 'shown' WHERE id = 2": "event 2",
+    "DELETE FROM event WHERE id = 3": "1 rows of its events",
+    "DELETE FROM event WHERE id = (SELECT max(id) FROM event)": "1 rows of its events",
+    "UPDATE item SET row = replace(row, 'answer', 'Answer') WHERE id = 4": "item 4",
+    "DELETE FROM item WHERE id = 5": "1 rows of its items",
+    "UPDATE annotator SET pseudonym = 'annotator-0' WHERE id = 1": "annotator 1",
+    "UPDATE sampling SET settings = '{}' WHERE id = 1": "sampling 1",
+    "UPDATE setting SET value = '\"other\"' WHERE name = 'id'": "setting id",
+    "UPDATE item SET gold = NULL": "item 13",
+}
+
+
+def test_a_row_that_was_changed_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = voted(tmp_path / "whole.db").read_bytes()
+    path = tmp_path / "s.db"
+    for change, named in CHANGES.items():
+        path.write_bytes(data)
+        connection = sqlite3.connect(path)
+        connection.executescript(f"DROP TRIGGER event_stays; DROP TRIGGER event_kept; {change};")
+        connection.close()
+        with pytest.raises(StudyError, match=named):
+            exported(path)
+        assert main(["collect", "check", str(path)]) == 1, change
+        assert named in capsys.readouterr().out
+        with pytest.raises(StudyError, match="is damaged"):
+            backup(path, tmp_path / "copy.db")
+        assert not (tmp_path / "copy.db").exists(), change
 
 
 def test_votes_are_read_from_events_alone(tmp_path: Path) -> None:

@@ -22,12 +22,11 @@ from prefopt.studies.annotators import (
     revoke,
     session_of,
 )
-from prefopt.studies.assign import next_item, order_shown
 from prefopt.studies.database import APPLICATION_ID, VERSION, rebuild
 from prefopt.studies.export import export_rows
-from prefopt.studies.items import add_items
-from prefopt.studies.study import Settings, Study, backup
-from prefopt.studies.votes import RefusedVote, Vote, judgements, latest, record, undo
+from prefopt.studies.items import add_items, next_item, order_shown
+from prefopt.studies.study import Study, StudySettings, backup
+from prefopt.studies.votes import RefusedVote, Vote, latest_ticket, record, stored_votes, undo
 from studies.small import new_item, new_study, people, say, shown
 
 
@@ -38,7 +37,7 @@ def study(tmp_path: Path) -> Study:
 
 def in_force(study: Study) -> list[tuple[int, int, Vote]]:
     with study.reading() as connection:
-        return [(j.annotator, j.item, j.vote) for j in judgements(connection)]
+        return [(j.annotator, j.item, j.vote) for j in stored_votes(connection)]
 
 
 def test_a_vote_is_stored_once_however_often_it_is_sent(study: Study) -> None:
@@ -51,7 +50,7 @@ def test_a_vote_is_stored_once_however_often_it_is_sent(study: Study) -> None:
     assert record(study, ann, seen.ticket, Vote(((0,), (1,)), 1)) == "already stored"
     assert in_force(study) == [(ann.id, seen.item.id, vote)]
     with study.reading() as connection:
-        (j,) = judgements(connection)
+        (j,) = stored_votes(connection)
     assert j.shown == seen.shown and j.active == 0.5 and 0 <= j.seconds < 60
     assert shown(study, ann).item.id != seen.item.id
 
@@ -65,28 +64,28 @@ def test_a_ticket_of_another_or_of_nobody_is_refused(study: Study) -> None:
     assert not in_force(study)
 
 
-@pytest.mark.parametrize(
-    "vote",
-    [
-        Vote(),
-        Vote(((0,),)),
-        Vote(((0,), (0,))),
-        Vote(((0,), (2,))),
-        Vote(((0,), (-1,))),
-        Vote(((0,), (), (1,))),
-        Vote(((0, 1),), strength=1),
-        Vote(((0,), (1,)), strength=4),
-        Vote(((0,), (1,)), skipped="unclear"),
-        Vote(skipped="  "),
-        Vote(((0,), (1,)), rationale="x" * 4001),
-        Vote(((0,), (1,)), tags=("x",) * 21),
-    ],
-)
-def test_a_vote_that_says_nothing_or_too_much_is_refused(study: Study, vote: Vote) -> None:
+INVALID = [
+    Vote(),
+    Vote(((0,),)),
+    Vote(((0,), (0,))),
+    Vote(((0,), (2,))),
+    Vote(((0,), (-1,))),
+    Vote(((0,), (), (1,))),
+    Vote(((0, 1),), strength=1),
+    Vote(((0,), (1,)), strength=4),
+    Vote(((0,), (1,)), skipped="unclear"),
+    Vote(skipped="  "),
+    Vote(((0,), (1,)), rationale="x" * 4001),
+    Vote(((0,), (1,)), tags=("x",) * 21),
+]
+
+
+def test_an_invalid_vote_is_refused(study: Study) -> None:
     (ann,) = people(study, "Ann")
     seen = shown(study, ann)
-    with pytest.raises(RefusedVote):
-        record(study, ann, seen.ticket, vote)
+    for vote in INVALID:
+        with pytest.raises(RefusedVote):
+            record(study, ann, seen.ticket, vote)
     assert not in_force(study) and shown(study, ann) == seen
 
 
@@ -94,7 +93,7 @@ def test_undo_is_a_new_event_and_the_item_comes_back(study: Study) -> None:
     (ann,) = people(study, "Ann")
     first, second = say(study, ann, 0, 1), say(study, ann, 1, 0)
     with study.reading() as connection:
-        ticket = latest(connection, ann)
+        ticket = latest_ticket(connection, ann)
     assert ticket == second.ticket
     assert undo(study, ann, ticket) and not undo(study, ann, ticket)  # the same request twice undoes one vote
     again = shown(study, ann)
@@ -281,7 +280,7 @@ def test_invitations_end(study: Study) -> None:
     assert live_invitations(study) == 1
     revoke(study, "Ann")
     assert session is not None and session_of(study, session) is None and live_invitations(study) == 0
-    with pytest.raises(StudyError, match="nobody is called 'Bob'; there are Ann"):
+    with pytest.raises(StudyError, match=r"'Bob'.*Ann"):
         revoke(study, "Bob")
     for name in ("", "  ", "x" * 81, "a\x00b"):
         with pytest.raises(StudyError, match="is no name"):
@@ -343,9 +342,9 @@ def test_files_that_are_no_study_are_refused_in_one_line(tmp_path: Path) -> None
     expected = {
         "none.db": "no such study; make one with prefopt collect new",
         "folder": "is a folder",
-        "empty.db": "is empty, so it is no study",
+        "empty.db": "is empty",
         "text.db": "is no SQLite file",
-        "other.db": "is an SQLite file of something else",
+        "other.db": "not a study",
         "newer.db": f"is a study of version 99, and this prefopt knows versions up to {VERSION}; update prefopt",
         "damaged.db": "is damaged",
     }
@@ -360,7 +359,7 @@ def test_files_that_are_no_study_are_refused_in_one_line(tmp_path: Path) -> None
 def test_a_study_never_replaces_a_file(tmp_path: Path) -> None:
     (tmp_path / "s.db").write_text("mine")
     with pytest.raises(StudyError, match="exists"):
-        Study.create(tmp_path / "s.db", Settings())
+        Study.create(tmp_path / "s.db", StudySettings())
     assert (tmp_path / "s.db").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 

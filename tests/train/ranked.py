@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from prefopt.data.group import Group
-from prefopt.data.sampler import Sampler
+from prefopt.data.sampler import BatchSampler
 from prefopt.data.table import GroupTable
 from prefopt.losses.parse import WeightedLoss, parse_losses
 from prefopt.records import tiers_of
@@ -60,7 +60,7 @@ def batches_of(
     """Batches of any of these groups."""
     table = GroupTable.of(groups)
     data: Any = SimpleNamespace(groups=table, train=range(len(table)), held_out=())
-    sampler = Sampler(len(table), 1, seed=0)
+    sampler = BatchSampler(len(table), 1, seed=0)
     return DataBatches(data, sampler, columns, reference=reference, mismatched=mismatched)
 
 

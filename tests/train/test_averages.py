@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import prefopt
 from data.small import small_tokenizer
 from prefopt.data.comparisons import parse_comparisons
-from prefopt.data.load import build_groups
+from prefopt.data.load import load_groups
 from prefopt.runs.history import read_history
 from prefopt.runs.table import reached
 from train.flat import response_logprobs
@@ -65,7 +65,7 @@ def test_each_metric_has_its_own_weights(model: str, tmp_path: Path) -> None:
     rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
     fine = prefopt.sft(model, rows, output=tmp_path / "sft", average="tokens", **still)
     parsed = [parse_comparisons(rows, "data")]
-    groups = build_groups(parsed, small_tokenizer(), max_length=64, want="demonstrations").groups
+    groups = load_groups(parsed, small_tokenizer(), max_length=64, kind="demonstrations").groups
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.no_grad():
         nll = -sum(float(response_logprobs(plain, g).sum()) for g in groups)

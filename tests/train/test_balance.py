@@ -16,9 +16,8 @@ from model.architectures import VOCABULARY, build
 from model.oracle import groups_of_every_kind
 from prefopt.data.group import Group
 from prefopt.errors import ConfigError
-from prefopt.model.packed_model import checkpoint_activations
+from prefopt.model.architectures import checkpoint_activations, routers_of
 from prefopt.model.packing import pack
-from prefopt.model.routing import routers_of
 from prefopt.model.scorer import Scorer
 from prefopt.train.batch import Batch, micro_batches
 from prefopt.train.objectives import BalancedObjective, LikelihoodObjective, balance_coefficient

@@ -20,7 +20,7 @@ from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer, response_sums
 from prefopt.reference.cache import ReferenceCache
-from prefopt.reference.in_memory import HeldWeights, LiveReference, Movement
+from prefopt.reference.in_memory import InMemoryReference, SwappedWeights, TrDpoUpdate
 from prefopt.train.columns import preference_batch
 from prefopt.train.objective import PreferenceObjective
 from prefopt.train.reference_plan import InMemoryColumns
@@ -89,7 +89,7 @@ def test_losses_on_distributions_are_those_on_a_blackboard(
     chosen, groups = parse_losses(name, options, weighting=weighting), mixed(5)
     with Float64Throughout():
         loss, grads = by_hand(chosen, groups, policy, reference)
-        live = LiveReference(Scorer(reference))
+        live = InMemoryReference(Scorer(reference))
         objective = PreferenceObjective(chosen, device=CPU)
         batch = preference_batch(groups, "pairs")
         in_memory = InMemoryColumns(live, compares=objective.compares, tokens=False)
@@ -111,8 +111,8 @@ def test_held_weights_are_the_model_as_it_was_and_follow_it(kind: str) -> None:
     masters = MasterWeights(model, torch.bfloat16 if kind == "bfloat16" else torch.float32)
     scorer = Scorer(model)
     batch = pack(pairs_only(3), scorer.layout)
-    held = HeldWeights(masters, moves=True)
-    live = LiveReference(scorer, held)
+    held = SwappedWeights(masters, moves=True)
+    live = InMemoryReference(scorer, held)
     with torch.no_grad():
         before = scorer(batch)
         first = {n: m.clone() for n, m in masters.masters.items()}
@@ -122,7 +122,7 @@ def test_held_weights_are_the_model_as_it_was_and_follow_it(kind: str) -> None:
         after = scorer(batch)
     assert not torch.equal(before, after)
     assert torch.equal(live.logprobs(batch), before) and torch.equal(scorer(batch).detach(), after)
-    moving = Movement(held, every=2, amount=0.25)
+    moving = TrDpoUpdate(held, every=2, amount=0.25)
     expected = first
     for n in range(1, 5):
         with torch.no_grad():
@@ -135,11 +135,11 @@ def test_held_weights_are_the_model_as_it_was_and_follow_it(kind: str) -> None:
             expected = {name: 0.25 * now[name] + 0.75 * value for name, value in expected.items()}
     for name, value in expected.items():
         torch.testing.assert_close(held.saved()[name], value, rtol=1e-6, atol=1e-7)
-    Movement(held, every=1, amount=1.0).after(5, masters.saved())
+    TrDpoUpdate(held, every=1, amount=1.0).after(5, masters.saved())
     assert torch.equal(live.logprobs(batch), scorer(batch).detach())
-    other = HeldWeights(masters, moves=True)
+    other = SwappedWeights(masters, moves=True)
     other.load({name: value.clone() for name, value in first.items()})
-    assert torch.equal(LiveReference(scorer, other).logprobs(batch), before)
+    assert torch.equal(InMemoryReference(scorer, other).logprobs(batch), before)
     sums = response_sums(scorer(batch), batch)
     sums.sum().backward()  # what was swapped in between left the graph alone
     assert all(m.grad is not None for m in masters.masters.values())
@@ -226,6 +226,6 @@ def test_another_reference_with_another_layout_is_packed_its_own_way() -> None:
     scorer, apart = Scorer(policy), Scorer(reference, share=False)
     batch = pack(groups, scorer.layout)
     expected = apart(pack(groups, apart.layout)).detach()
-    live = LiveReference(apart)
+    live = InMemoryReference(apart)
     assert torch.equal(live.logprobs(batch), expected)
     assert live.distributions(batch).logits(slice(0, 3)).shape == (3, 50)

@@ -13,8 +13,8 @@ import torch
 from data.small import small_tokenizer
 from model.architectures import Float64Throughout, with_exact_rotary
 from prefopt.data.comparisons import parse_comparisons
-from prefopt.data.load import build_groups
-from prefopt.data.sampler import Sampler
+from prefopt.data.load import load_groups
+from prefopt.data.sampler import BatchSampler
 from prefopt.errors import RunError
 from prefopt.model.packing import pack
 from prefopt.train.optim import Schedule
@@ -54,7 +54,7 @@ def test_the_loop_does_what_a_flat_one_does(
     }
     model = with_exact_rotary(tiny_llama().double())
     expected = copy.deepcopy(model)
-    groups = build_groups([parse_comparisons(ROWS, "data")], small_tokenizer(), max_length=64).groups
+    groups = load_groups([parse_comparisons(ROWS, "data")], small_tokenizer(), max_length=64).groups
     with Float64Throughout():
         model.set_attn_implementation("eager")
         told = flat_dpo(expected, groups, betas=(0.8, 0.95), epsilon=1e-7, **options)
@@ -122,14 +122,14 @@ def test_where_memory_ends_the_step_is_repeated_in_smaller_parts(
 
 
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:
-    sampler = Sampler(10, 4, seed=1)
+    sampler = BatchSampler(10, 4, seed=1)
     epochs = [np.concatenate([sampler.batch(3 * e + i) for i in range(3)]).tolist() for e in range(3)]
     assert all(sorted(order) == list(range(10)) for order in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert [len(sampler.batch(i)) for i in range(4)] == [4, 4, 2, 4]
-    assert sampler.batch(5).tolist() == Sampler(10, 4, seed=1).batch(5).tolist()
-    assert Sampler(10, 10, seed=2).batch(0).tolist() != Sampler(10, 10, seed=1).batch(0).tolist()
-    assert Sampler(10, 4, seed=1, shuffle=False).batch(4).tolist() == [4, 5, 6, 7]
+    assert sampler.batch(5).tolist() == BatchSampler(10, 4, seed=1).batch(5).tolist()
+    assert BatchSampler(10, 10, seed=2).batch(0).tolist() != BatchSampler(10, 10, seed=1).batch(0).tolist()
+    assert BatchSampler(10, 4, seed=1, shuffle=False).batch(4).tolist() == [4, 5, 6, 7]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from prefopt.data.chat.render_options import parse_variables, read_template
 from prefopt.generate.sampled_model import SampledModel, renderer_for
 from prefopt.generate.sampler import Settings
 from prefopt.generate.talker import LocalTalker, RemoteTalker, Talker
-from prefopt.model.load import base_and_adapter, slow_dtype
+from prefopt.model.load import base_and_adapter
+from prefopt.model.precision import slow_dtype
 
 
 def chat(config: ChatConfig) -> None:

@@ -1,4 +1,4 @@
-"""``prefopt collect``: a study made, served, counted and exported."""
+"""The commands of ``prefopt collect``: create, serve, count, export and check a study."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from prefopt.data.table import KEY
 from prefopt.errors import ConfigError, DataError, StudyError
 from prefopt.studies.agreement import Estimate
 from prefopt.studies.annotators import annotators, invite, revoke
-from prefopt.studies.export import Exported, How, export_rows
+from prefopt.studies.export import Exported, ExportOptions, export_rows
 from prefopt.studies.items import NewItem, add_items
-from prefopt.studies.study import Settings, Study, backup, check_study_file
-from prefopt.studies.summary import Summary, summarise
+from prefopt.studies.study import Study, StudySettings, backup, check_study_file
+from prefopt.studies.summary import StudySummary, summarise
 
 MISSING = "prefopt collect serve needs the extra: pip install 'prefopt[collect]'"
 
 
 def new_study(config: CollectNewConfig) -> int:
-    from prefopt.collect.gather import sampled
+    from prefopt.collect.import_items import items_from_models
 
     path = Path(config.study)
     if path.exists():
@@ -47,11 +47,11 @@ def new_study(config: CollectNewConfig) -> int:
     items = _gathered(config)
     folder = path.with_name(path.name + ".samples")
     if config.model is not None:
-        found = sampled(config, folder)
-        for line in found.settle("skip"):
+        found = items_from_models(config, folder)
+        for line in found.report("skip"):
             tell(f"samples: {line}")
         items += found.items
-    settings = Settings(
+    settings = StudySettings(
         title=config.title or path.stem,
         instructions=instructions,
         overlap=config.overlap,
@@ -63,7 +63,7 @@ def new_study(config: CollectNewConfig) -> int:
             added, there = add_items(study, items)
         except BaseException:
             study.close()
-            path.unlink(missing_ok=True)  # a study without its items is none
+            path.unlink(missing_ok=True)  # a study without items is useless
             raise
     if folder.exists():
         shutil.rmtree(folder)
@@ -79,20 +79,20 @@ def import_items(config: CollectImportConfig) -> int:
 
 
 def _gathered(config: ImportOptions) -> list[NewItem]:
-    from prefopt.collect.gather import from_files, golden
+    from prefopt.collect.import_items import gold_items, items_from_files
 
     items: list[NewItem] = []
-    for what, names, gather in (("responses", config.responses, from_files), ("gold", config.gold, golden)):
+    for what, names, gather in (("responses", config.responses, items_from_files), ("gold", config.gold, gold_items)):
         if names is not None:
             found = gather(names, config)
-            for line in found.settle(config.on_bad_row):
+            for line in found.report(config.on_bad_row):
                 tell(f"{what}: {line}")
             items += found.items
     return items
 
 
 def _tell_added(added: int, there: int) -> None:
-    tell(f"{added:,} items added" + (f", {there:,} were there already" if there else ""))
+    tell(f"{added:,} items added" + (f", {there:,} duplicates" if there else ""))
 
 
 def _read_text(name: str) -> str:
@@ -118,11 +118,11 @@ def serve_study(config: CollectServeConfig) -> int:
 def invite_person(config: CollectInviteConfig) -> int:
     with Study(Path(config.study)) as study:
         if config.revoke:
-            person = revoke(study, config.name)
-            tell(f"{person.name} is signed out everywhere and has no link any more; their votes stay")
+            annotator = revoke(study, config.name)
+            tell(f"{annotator.name} is signed out everywhere and has no link any more; their votes stay")
             return 0
-        person, secret = invite(study, config.name, lead=config.lead, days=config.days)
-    tell(f"{person.name} ({person.pseudonym}{', lead' if person.lead else ''}), for {config.days:g} days:")
+        annotator, secret = invite(study, config.name, lead=config.lead, days=config.days)
+    tell(f"{annotator.name} ({annotator.pseudonym}{', lead' if annotator.lead else ''}), for {config.days:g} days:")
     tell(f"{config.url.rstrip('/')}/join/{secret}")
     return 0
 
@@ -138,7 +138,7 @@ def show_stats(config: CollectStatsConfig) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers that are none as null: JSON has no nan."""
+    """Replace nan, which JSON does not have, by null."""
     if isinstance(value, float) and math.isnan(value):
         return None
     if isinstance(value, dict):
@@ -146,26 +146,26 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _in_words(s: Summary) -> list[str]:
+def _in_words(s: StudySummary) -> list[str]:
     lines = [
         f"{s.title}: {s.votes:,} of {s.wanted:,} votes, {s.complete:,} of {s.items:,} items complete"
-        f" ({s.gold_votes:,} votes on {s.gold_items:,} gold items besides)"
+        f" ({s.gold_votes:,} more votes on {s.gold_items:,} gold items)"
     ]
     for name, counts in (("answers", s.answers), ("skipped", s.skips)):
         if counts:
             lines.append(f"{name}: " + ", ".join(f"{what} {count:,}" for what, count in sorted(counts.items())))
     if s.undone:
-        lines.append(f"taken back: {s.undone:,}")
+        lines.append(f"undone: {s.undone:,}")
     lines += [
-        f"raw agreement {_number(s.raw)}; Cohen's kappa, mean of couples {_number(s.kappa)}",
+        f"raw agreement {_number(s.raw)}; Cohen's kappa, mean over pairs of annotators {_number(s.kappa)}",
         f"Krippendorff's alpha: nominal {_estimate(s.nominal)}, ordinal {_estimate(s.ordinal)}",
         f"preferred what was shown first: {_estimate(s.first)} (0.5 without a bias)",
     ]
-    for p in s.people:
+    for a in s.annotators:
         lines.append(
-            f"  {p.name} ({p.pseudonym}): {p.votes:,} votes, {p.skips:,} skipped, median {_number(p.seconds, 1)} s;"
-            f" with others {_number(p.agreement)}, kappa with most {_number(p.kappa)}, first {_estimate(p.first)},"
-            f" gold {_number(p.gold.value)} of {p.golds:,}"
+            f"  {a.name} ({a.pseudonym}): {a.votes:,} votes, {a.skips:,} skipped, median {_number(a.seconds, 1)} s;"
+            f" agreement with others {_number(a.agreement)}, kappa with the majority {_number(a.kappa)},"
+            f" shown first {_estimate(a.first)}, gold {_number(a.gold.value)} of {a.golds:,}"
         )
     lines += [f"  {m.name}: won {m.won:,}, tied {m.tied:,}, lost {m.lost:,}; {_estimate(m.share)}" for m in s.models]
     if s.disputed:
@@ -187,7 +187,7 @@ def export_study(config: CollectExportConfig) -> int:
         outputs["--eval-output"] = config.eval_output
     path = Path(config.study)
     with Study(path) as study:
-        how = How(
+        options = ExportOptions(
             form=config.form,
             disagreement=config.disagreement,
             ties=config.ties,
@@ -195,12 +195,12 @@ def export_study(config: CollectExportConfig) -> int:
             min_votes=config.min_votes,
             exclude=_pseudonyms(study, config.exclude or ()),
         )
-        found = export_rows(study, how)
+        found = export_rows(study, options)
     for line in found.lines():
         tell(line)
     if not found.rows:
-        raise DataError("the votes give no row with these options", file=str(path))
-    # What was said of a response, and how it was sampled, has keys of its own in every row.
+        raise DataError("the votes give no rows with these options", file=str(path))
+    # The keys of annotations and sampling settings differ from row to row.
     with row_files(outputs, overwrite=config.overwrite, inputs=[path], loose={"annotations", "sampling"}) as files:
         for row, side in zip(found.rows, _sides(found, config), strict=True):
             files[side].write(row)
@@ -222,12 +222,11 @@ def _sides(found: Exported, config: CollectExportConfig) -> Sequence[int]:
 def _pseudonyms(study: Study, names: Sequence[str]) -> frozenset[str]:
     with study.reading() as connection:
         everyone = annotators(connection)
-    known = {p.name: p.pseudonym for p in everyone} | {p.pseudonym: p.pseudonym for p in everyone}
+    known = {name: a.pseudonym for a in everyone for name in (a.name, a.pseudonym)}
     for name in names:
         if name not in known:
-            raise ConfigError(
-                f"--exclude {name!r}: there is no such annotator; there are {', '.join(p.name for p in everyone)}"
-            )
+            there = ", ".join(a.name for a in everyone)
+            raise ConfigError(f"--exclude {name!r}: there is no such annotator; there are {there}")
     return frozenset(known[name] for name in names)
 
 
@@ -243,7 +242,7 @@ def check_study(config: CollectCheckConfig) -> int:
     for line in found:
         tell(f"{path}: {line}")
     if found:
-        tell(f"{len(found)} damaged: go back to a copy that prefopt collect backup made")
+        tell(f"{len(found)} damaged; go back to a copy made by prefopt collect backup")
     else:
         tell(f"{path}: every item and event is what was written")
     return int(bool(found))

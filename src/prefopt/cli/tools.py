@@ -40,7 +40,7 @@ from prefopt.errors import ConfigError
 
 def list_cache(_: CacheListConfig) -> int:
     from prefopt.data.token_cache import list_tokens
-    from prefopt.reference.spaces import list_spaces
+    from prefopt.reference.blocks import list_spaces
 
     spaces = list_spaces()
     tell(f"{reference_folder()}: {len(spaces)} space{'s' * (len(spaces) != 1)}, {size(sum(s.bytes for s in spaces))}")
@@ -68,9 +68,9 @@ def list_cache(_: CacheListConfig) -> int:
 def verify_cache(config: CacheVerifyConfig) -> int:
     from prefopt.data.token_cache import verify_tokens
     from prefopt.generate.output import verify_samples
-    from prefopt.reference.spaces import verify
+    from prefopt.reference.blocks import verify
 
-    problems = [(problem.file, problem.what) for problem in verify(repair=config.repair)]
+    problems = verify(repair=config.repair)
     problems += [*verify_tokens(repair=config.repair), *verify_samples(repair=config.repair)]
     for file, what in problems:
         tell(f"{file}: {what}{'; taken out of use' if config.repair else ''}")
@@ -88,8 +88,8 @@ def clear_cache(config: CacheClearConfig) -> int:
 
 
 def merge_model(config: MergeConfig) -> int:
-    from prefopt.model.load import DTYPES, resolve_device
     from prefopt.model.merge import merge_adapter
+    from prefopt.model.precision import DTYPES, resolve_device
 
     done = merge_adapter(
         config.adapter,
@@ -103,9 +103,9 @@ def merge_model(config: MergeConfig) -> int:
 
 
 def push_model(config: PushConfig) -> int:
-    from prefopt.model.push import confirmed, plan, push
+    from prefopt.model.push import confirmed, plan_upload, push
 
-    planned = plan(config.folder, run=config.with_run, checkpoints=config.with_checkpoints)
+    planned = plan_upload(config.folder, run=config.with_run, checkpoints=config.with_checkpoints)
     tell_lines(planned.in_words(config.repo, config.private))  # input() flushes it
     if not confirmed(config.yes):
         tell("nothing was sent")
@@ -197,8 +197,7 @@ def score_file(config: ScoreConfig) -> int:
 
 
 def show_layouts(config: DataLayoutsConfig) -> int:
-    from prefopt.data.layouts.recognise import named_layout
-    from prefopt.data.layouts.show import describe_layout, list_layouts
+    from prefopt.data.layouts import describe_layout, list_layouts, named_layout
 
     tell(list_layouts() if config.name is None else describe_layout(named_layout(config.name)))
     return 0

@@ -1,9 +1,9 @@
-"""The web page over a study: routes, and what each of them reads and does."""
+"""The web application of a study: routes and handlers."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -16,78 +16,19 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from prefopt.collect import lead as charts
-from prefopt.collect.language import LANGUAGES, language_of
-from prefopt.collect.lead import Lead
-from prefopt.collect.security import Buckets, Guard, Rate, Sessions, address_of, csrf_token, same_secret
-from prefopt.collect.text import as_html, view_of
+from prefopt.collect.lead import Lead, number
+from prefopt.collect.markdown import as_html
+from prefopt.collect.security import Buckets, Guard, RateLimit, Sessions, address_of, csrf_token, same_secret
+from prefopt.collect.views import LANGUAGES, REASONS, Form, field_of, language_of, read_ballot, view_of
 from prefopt.errors import StudyError
-from prefopt.studies.annotators import SESSION_DAYS, Annotator, close_session, invited, open_session, session_of
-from prefopt.studies.assign import next_item
-from prefopt.studies.items import Tiers
+from prefopt.studies.annotators import DAY, SESSION_DAYS, Annotator, close_session, invited, open_session, session_of
+from prefopt.studies.items import items_seen, next_item
 from prefopt.studies.study import Study
-from prefopt.studies.votes import RefusedVote, Vote, latest, on_page, record, undo
-
-Form = Mapping[str, Sequence[str]]
-REASONS = ("unclear", "outside", "broken", "offensive")
-LONGEST_FIELD = 20_000
-
-
-def one(form: Form, name: str) -> str:
-    """The value of a field, or nothing. Raises :class:`RefusedVote` where it is there twice."""
-    values = form.get(name, ())
-    if len(values) > 1:
-        raise RefusedVote(f"the form has {name} twice")
-    return values[0][:LONGEST_FIELD] if values else ""
-
-
-def read_ballot(form: Form, shown: Sequence[int], tags: Sequence[str]) -> Vote:
-    """What a form says of the responses ``shown`` [K]. Raises :class:`RefusedVote`.
-
-    ``choice`` is ``a1`` to ``a3`` or ``b1`` to ``b3`` (of two the first or the second is better, by how much), ``tie``,
-    ``bad``, ``skip`` (with a ``reason``), or ``rank`` with a rank for each place in ``rank0``, ``rank1``, ...
-    """
-    choice, count = one(form, "choice"), len(shown)
-    rationale = one(form, "rationale").replace("\r\n", "\n").strip()
-    given = tuple(dict.fromkeys(form.get("tag", ())))
-    if not set(given) <= set(tags):
-        raise RefusedVote("the form has a tag that the study does not know")
-    more = {"rationale": rationale, "tags": given}
-    if choice == "skip":
-        reason = one(form, "reason")
-        if reason not in REASONS:
-            raise RefusedVote("a skipped item needs its reason")
-        return Vote(skipped=reason, **more)  # type: ignore[arg-type]
-    if choice == "bad":
-        return Vote(all_bad=True, **more)  # type: ignore[arg-type]
-    if choice == "tie":
-        return Vote(on_page(shown, (tuple(range(count)),)), **more)  # type: ignore[arg-type]
-    if choice == "rank":
-        return Vote(on_page(shown, _ranks(form, count)), **more)  # type: ignore[arg-type]
-    if count == 2 and len(choice) == 2 and choice[0] in "ab" and choice[1] in "123":
-        best = "ab".index(choice[0])
-        return Vote(on_page(shown, ((best,), (1 - best,))), int(choice[1]), **more)  # type: ignore[arg-type]
-    raise RefusedVote("choose one of the answers")
-
-
-def _ranks(form: Form, count: int) -> Tiers:
-    """Tiers of places from their ranks; places without a rank are left out."""
-    by_rank: dict[int, list[int]] = {}
-    for place in range(count):
-        text = one(form, f"rank{place}")
-        if not text:
-            continue
-        if not (len(text) == 1 and text in "123456789" and int(text) <= count):
-            raise RefusedVote(f"a rank is a number from 1 to {count}")
-        by_rank.setdefault(int(text), []).append(place)
-    if sum(map(len, by_rank.values())) < 2:
-        raise RefusedVote("rank at least two responses")
-    return tuple(tuple(by_rank[rank]) for rank in sorted(by_rank))
-
+from prefopt.studies.votes import RefusedVote, latest_ticket, record, shown_order, undo
 
 log = logging.getLogger("prefopt.collect")
-KEYS = ("on", "off")
 THEMES = ("auto", "light", "dark")
+PREFERENCES = {"language": tuple(LANGUAGES), "theme": THEMES, "keys": ("on", "off")}
 STATIC = {"style.css": "text/css", "vote.js": "text/javascript", "icon.svg": "image/svg+xml"}
 PAGES = ("/", "/lead")
 NOTICES = ("saved", "undone", "nothing to undo", "already stored", "left")
@@ -95,28 +36,19 @@ NOTICES = ("saved", "undone", "nothing to undo", "already stored", "left")
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """How the page is reached: ``origins`` such as ``http://127.0.0.1:8700``; ``secure``: over TLS alone."""
+    """Addresses of the server: ``origins`` such as ``http://127.0.0.1:8700``; ``secure``: cookies over TLS only."""
 
     origins: Collection[str]
     secure: bool = False
-    rate: Rate = Rate()
-
-    @property
-    def hosts(self) -> list[str]:
-        """What the Host header may be."""
-        return [origin.partition("://")[2] for origin in self.origins]
+    rate: RateLimit = RateLimit()
 
 
-class Refusal(Exception):
-    """A request that is answered by a page with a message: ``status`` and the name of the text."""
-
-    def __init__(self, status: int, text: str) -> None:
-        self.status, self.text = status, text
-        super().__init__(text)
+class Refusal(HTTPException):
+    """A request that is answered by a message page: HTTP status and the name of its text."""
 
 
 def build_app(study: Study, site: Site) -> ASGIApp:
-    """The application, guarded."""
+    """The application inside its :class:`Guard`."""
     pages = _Pages(study, site)
     routes = [
         Route("/", pages.item, methods=["GET"]),
@@ -132,41 +64,38 @@ def build_app(study: Study, site: Site) -> ASGIApp:
         Route("/favicon.ico", pages.icon, methods=["GET"]),
     ]
     handlers: dict[Any, Any] = {
-        Refusal: pages.refusal,
         HTTPException: pages.http_error,
         StudyError: pages.study_error,
         Exception: pages.error,
     }
     app = Starlette(debug=False, routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
-    return Guard(app, site.hosts, site.origins, pages.sessions, site.rate)
+    return Guard(app, site.origins, pages.sessions, site.rate)
 
 
 class _Pages:
-    """The handlers. They run in threads, so that a slow disk keeps nobody else waiting."""
+    """The handlers. They run in threads, so that a slow disk does not delay other requests."""
 
     def __init__(self, study: Study, site: Site) -> None:
         self.study, self.site = study, site
-        self.numbers = Lead(study)
-        self.strangers = Buckets(Rate(per_second=2.0, burst=100.0))
+        self.statistics = Lead(study)
+        self.strangers = Buckets(RateLimit(per_second=2.0, burst=100.0))
         self.cookie = ("__Host-" if site.secure else "") + f"prefopt-{study.settings.id}"
         self.sessions = Sessions(self.cookie, lambda secret: session_of(study, secret) is not None)
         self.templates = Environment(
             loader=PackageLoader("prefopt.collect"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
         )
         self.templates.globals |= {
-            "charts": charts,
             "settings": study.settings,
             "languages": LANGUAGES,
             "themes": THEMES,
         }
+        self.templates.filters["number"] = number
         self.instructions = as_html(study.settings.instructions) if study.settings.instructions else None
         folder = files("prefopt.collect") / "static"
         self.files = {name: (folder / name).read_bytes() for name in STATIC}
 
-    # -- who asks ----------------------------------------------------------------------------------------------
-
-    def person(self, request: Request) -> Annotator:
+    def annotator(self, request: Request) -> Annotator:
         """Who is signed in. Raises :class:`Refusal`."""
         secret = request.cookies.get(self.cookie, "")
         found = session_of(self.study, secret) if secret else None
@@ -175,15 +104,18 @@ class _Pages:
         return found
 
     def posted(self, request: Request) -> tuple[Annotator, Form]:
-        """Who sent a form, and its fields, where it carries the token of their session. Raises :class:`Refusal`."""
-        person = self.person(request)
-        form: Form = request.scope["form"]
-        if not same_secret(one(form, "token"), csrf_token(request.cookies[self.cookie])):
-            raise Refusal(403, "refused")
-        return person, form
+        """Who sent a form, and its fields. Raises :class:`Refusal` without the token of their session."""
+        annotator = self.annotator(request)
+        return annotator, self._form(request, request.cookies[self.cookie])
 
-    def render(self, request: Request, name: str, status: int = 200, **values: Any) -> HTMLResponse:
-        """A page in the person's language and colours."""
+    def _form(self, request: Request, session: str) -> Form:
+        form: Form = request.scope["form"]
+        if session and not same_secret(field_of(form, "token"), csrf_token(session)):
+            raise Refusal(403, "refused")
+        return form
+
+    def render(self, request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
+        """A page in the language and theme of the request."""
         language = language_of(request.cookies.get("prefopt-language", ""), request.headers.get("accept-language", ""))
         theme = request.cookies.get("prefopt-theme", "auto")
         secret = request.cookies.get(self.cookie, "")
@@ -196,183 +128,163 @@ class _Pages:
             "token": csrf_token(secret) if secret else "",
             "path": request.url.path if request.url.path in PAGES else "",
             "notice": notice if notice in NOTICES else "",
-            "person": None,
+            "annotator": None,
         }
-        page = self.templates.get_template(name).render(common | values)
-        return HTMLResponse(page, status)
+        return HTMLResponse(self.templates.get_template(template).render(common | values), status)
 
     # -- voting ------------------------------------------------------------------------------------------------
 
     def item(self, request: Request) -> Response:
-        """The next item, or that there is none."""
-        return self._item(request, self.person(request))
+        return self._item(request, self.annotator(request))
 
-    def _item(self, request: Request, person: Annotator, problem: str = "", form: Form | None = None) -> Response:
-        found = next_item(self.study, person)
+    def _item(self, request: Request, annotator: Annotator, problem: str = "", form: Form | None = None) -> Response:
+        found = next_item(self.study, annotator)
         with self.study.reading() as connection:
-            last = latest(connection, person)
-            number = connection.execute("SELECT seen FROM annotator WHERE id = ?", (person.id,)).fetchone()[0]
-        shared = {"person": person, "last": last, "number": number, "instructions": self.instructions}
+            values: dict[str, Any] = {
+                "annotator": annotator,
+                "last": latest_ticket(connection, annotator),
+                "number": items_seen(connection, annotator),
+                "instructions": self.instructions,
+            }
         if found is None:
-            return self.render(request, "done.html", **shared)
-        values = {
+            return self.render(request, "done.html", **values)
+        values |= {
             "view": view_of(found.item, found.shown),
             "ticket": found.ticket,
             "reasons": REASONS,
             "problem": problem,
             "given": form or {},
         }
-        return self.render(request, "vote.html", 422 if problem else 200, **shared, **values)
+        return self.render(request, "vote.html", 422 if problem else 200, **values)
 
     def vote(self, request: Request) -> Response:
-        """Store a vote; on the disk before the answer goes out."""
-        person, form = self.posted(request)
+        """Store a vote; it is on the disk before the response is sent."""
+        annotator, form = self.posted(request)
         try:
-            ticket = one(form, "ticket")
+            ticket = field_of(form, "ticket")
             with self.study.reading() as connection:
-                found = connection.execute(
-                    "SELECT shown FROM assignment WHERE ticket = ? AND annotator = ?", (ticket, person.id)
-                ).fetchone()
-            if found is None:
-                raise RefusedVote("this page is out of date, or belongs to somebody else")
-            shown = [int(k) for k in found["shown"].strip("[]").split(",")]
+                shown = shown_order(connection, annotator, ticket)
             vote = read_ballot(form, shown, self.study.settings.tags)
-            outcome = record(self.study, person, ticket, vote, active=_seconds(one(form, "active")))
+            outcome = record(self.study, annotator, ticket, vote, active=_seconds(field_of(form, "active")))
         except RefusedVote as refused:
-            return self._item(request, person, str(refused), form)
-        return _to("/", "saved" if outcome == "stored" else outcome)
+            return self._item(request, annotator, str(refused), form)
+        return _redirect("/", "saved" if outcome == "stored" else outcome)
 
     def undo(self, request: Request) -> Response:
-        """Take the latest vote back."""
-        person, form = self.posted(request)
-        done = undo(self.study, person, one(form, "ticket"))
-        return _to("/", "undone" if done else "nothing to undo")
+        annotator, form = self.posted(request)
+        done = undo(self.study, annotator, field_of(form, "ticket"))
+        return _redirect("/", "undone" if done else "nothing to undo")
 
-    # -- coming and going --------------------------------------------------------------------------------------
+    # -- sessions and preferences ------------------------------------------------------------------------------
 
     def invitation(self, request: Request) -> Response:
-        """Who is invited. Opening a link changes nothing, so that what previews links uses none up."""
+        """The page of an invitation. It changes nothing, so that link previews do not use invitations up."""
         secret = request.path_params["secret"]
-        person = self._invited(request, secret)
-        return self.render(request, "join.html", invited=person, secret=secret, instructions=self.instructions)
+        annotator = self._invited(request, secret)
+        return self.render(request, "join.html", invited=annotator, secret=secret, instructions=self.instructions)
 
     def join(self, request: Request) -> Response:
-        """Exchange an invitation for a cookie."""
-        form: Form = request.scope["form"]
-        self._invited(request, one(form, "secret"))
-        session = open_session(self.study, one(form, "secret"))
+        """Exchange an invitation for a session cookie."""
+        secret = field_of(request.scope["form"], "secret")
+        self._invited(request, secret)
+        session = open_session(self.study, secret)
         if session is None:
             raise Refusal(404, "bad invitation")
         self.sessions.remember(session)
-        answer = _to("/")
-        self._set(answer, self.cookie, session)
+        answer = _redirect("/")
+        self._set_cookie(answer, self.cookie, session)
         return answer
 
     def leave(self, request: Request) -> Response:
-        """End the session."""
         self.posted(request)
         close_session(self.study, request.cookies[self.cookie])
-        answer = self.render(request, "message.html", text="left", status=200)
+        answer = self.render(request, "message.html", text="left")
         answer.delete_cookie(self.cookie, secure=self.site.secure, httponly=True, samesite="strict")
         return answer
 
     def display(self, request: Request) -> Response:
-        """Language, colours, and whether single keys vote."""
-        form: Form = request.scope["form"]
-        secret = request.cookies.get(self.cookie, "")
-        if secret and not same_secret(one(form, "token"), csrf_token(secret)):
-            raise Refusal(403, "refused")
-        back = one(form, "back")
-        answer = _to(back if back in PAGES else "/")
-        for name, known in (("language", tuple(LANGUAGES)), ("theme", THEMES), ("keys", KEYS)):
-            if one(form, name) in known:
-                self._set(answer, f"prefopt-{name}", one(form, name))
+        """Set language, theme and keyboard shortcuts."""
+        form = self._form(request, request.cookies.get(self.cookie, ""))
+        back = field_of(form, "back")
+        answer = _redirect(back if back in PAGES else "/")
+        for name, known in PREFERENCES.items():
+            if field_of(form, name) in known:
+                self._set_cookie(answer, f"prefopt-{name}", field_of(form, name))
         return answer
 
-    def _set(self, answer: Response, name: str, value: str) -> None:
-        age = int(SESSION_DAYS * 86400)
+    def _set_cookie(self, answer: Response, name: str, value: str) -> None:
+        age = int(SESSION_DAYS * DAY)
         answer.set_cookie(name, value, age, httponly=True, samesite="strict", secure=self.site.secure, path="/")
 
     def _invited(self, request: Request, secret: str) -> Annotator:
-        """Whom an invitation is for. Raises :class:`Refusal`.
+        """The annotator of an invitation. Raises :class:`Refusal`.
 
-        Invitations cannot be tried out in numbers; those that hold do not count, for many may come from one address.
+        Wrong secrets count against the address, valid ones against the annotator: many may come from one address.
         """
         address = address_of(request.scope)
         if self.strangers.wait(address):
             raise Refusal(429, "too many")
-        person = invited(self.study, secret)
-        if person is None:
+        annotator = invited(self.study, secret)
+        if annotator is None:
             self.strangers.take(address)
             raise Refusal(404, "bad invitation")
-        if self.strangers.take(f"annotator {person.id}"):
+        if self.strangers.take(f"annotator {annotator.id}"):
             raise Refusal(429, "too many")
-        return person
+        return annotator
 
-    # -- the lead's pages --------------------------------------------------------------------------------------
+    # -- the lead ----------------------------------------------------------------------------------------------
 
-    def _leading(self, request: Request) -> Annotator:
-        person = self.person(request)
-        if not person.lead:
+    def _lead(self, request: Request) -> Annotator:
+        annotator = self.annotator(request)
+        if not annotator.lead:
             raise Refusal(403, "forbidden")
-        return person
+        return annotator
 
     def lead(self, request: Request) -> Response:
-        """Progress, agreement, and what is disputed."""
-        person = self._leading(request)
-        return self.render(request, "lead.html", person=person, s=self.numbers.summary())
+        annotator = self._lead(request)
+        return self.render(request, "lead.html", annotator=annotator, s=self.statistics.summary())
 
     def lead_item(self, request: Request) -> Response:
-        """One item with what everybody said of it."""
-        person = self._leading(request)
-        found = self.numbers.item(request.path_params["number"])
+        annotator = self._lead(request)
+        found = self.statistics.item(request.path_params["number"])
         if found is None:
             raise Refusal(404, "not found")
-        return self.render(request, "item.html", person=person, **found)
+        return self.render(request, "item.html", annotator=annotator, **found)
 
-    # -- files and failures ------------------------------------------------------------------------------------
+    # -- files and errors --------------------------------------------------------------------------------------
 
     def static(self, request: Request) -> Response:
-        """Our own script, style and icon, from memory: no path leads anywhere else."""
+        """Script, style and icon, from memory: a path cannot lead anywhere else."""
         name = request.path_params["name"]
         if name not in STATIC:
             raise Refusal(404, "not found")
         return Response(self.files[name], media_type=STATIC[name], headers={"Cache-Control": "no-cache"})
 
     def icon(self, request: Request) -> Response:
-        """What browsers ask for by themselves."""
+        """The icon at the path that browsers try first."""
         return Response(self.files["icon.svg"], media_type=STATIC["icon.svg"])
 
-    def refusal(self, request: Request, error: Exception) -> Response:
-        """A page that says why not."""
-        assert isinstance(error, Refusal)
-        return self.render(request, "message.html", text=error.text, status=error.status)
+    def http_error(self, request: Request, error: HTTPException) -> Response:
+        """Refusals, and unknown routes and methods."""
+        text = "not found" if error.status_code == 404 else "refused"
+        text = error.detail if isinstance(error, Refusal) else text
+        return self.render(request, "message.html", error.status_code, text=text)
 
-    def http_error(self, request: Request, error: Exception) -> Response:
-        """Routes that are not there."""
-        assert isinstance(error, HTTPException)
-        return self.render(
-            request,
-            "message.html",
-            text="not found" if error.status_code == 404 else "refused",
-            status=error.status_code,
-        )
-
-    def study_error(self, request: Request, error: Exception) -> Response:
-        """The disk or the file: in words, without a path."""
+    def study_error(self, request: Request, error: StudyError) -> Response:
+        """Errors of the disk or the study, without the path."""
         log.error("%s", error)
-        said = str(error).removeprefix(f"{self.study.path}: ")
         if isinstance(error, RefusedVote):
-            return self.render(request, "message.html", text="refused", status=400)
-        return self.render(request, "message.html", text="not stored", why=said, status=503)
+            return self.render(request, "message.html", 400, text="refused")
+        why = str(error).removeprefix(f"{self.study.path}: ")
+        return self.render(request, "message.html", 503, text="not stored", why=why)
 
     def error(self, request: Request, error: Exception) -> Response:
-        """A bug: told in the log, never to the browser."""
+        """A bug: its traceback goes to the log, never to the browser."""
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return self.render(request, "message.html", text="broken", status=500)
+        return self.render(request, "message.html", 500, text="broken")
 
 
-def _to(path: str, notice: str = "") -> RedirectResponse:
+def _redirect(path: str, notice: str = "") -> RedirectResponse:
     return RedirectResponse(f"{path}?notice={notice.replace(' ', '+')}" if notice else path, 303)
 
 

@@ -1,8 +1,8 @@
-"""What stands before the pages: who may ask, how much and how often, and what every answer carries.
+"""Guard of the pages: allowed hosts and origins, limits of size and rate, and the headers of every response.
 
-A page on this machine can be reached by every site that a browser has open. So a request must name a host that is
-ours, a post must come from a page of ours and carry a token that only such a page knows, and no answer may run, load,
-frame or send anything that is not ours.
+Every site open in a browser can send requests to a server on this machine. Requests must therefore name one of our
+hosts, posts must come from one of our pages and carry its token, and no response may run, load, frame or send anything
+that is not ours.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ HEADERS = {
     "Content-Security-Policy": POLICY,
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    # A policy that hid the origin altogether would hide it from our own check as well.
+    # "no-referrer" would make browsers send "Origin: null", which our own check refuses.
     "Referrer-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -48,8 +48,8 @@ HEADERS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Rate:
-    """Requests that one session or address may make: ``burst`` at once, ``per_second`` in the long run."""
+class RateLimit:
+    """Requests per session or address: ``burst`` at once, ``per_second`` on average."""
 
     per_second: float = 50.0
     burst: float = 200.0
@@ -57,13 +57,13 @@ class Rate:
 
 @dataclass(slots=True)
 class Buckets:
-    """Token buckets by name; those that are full again are forgotten."""
+    """Token buckets by name; full ones are dropped."""
 
-    rate: Rate
+    rate: RateLimit
     _held: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def take(self, name: str, at: float | None = None) -> float:
-        """Zero where a request may go on, else the seconds to wait."""
+        """Take a token and return 0, or the seconds to wait for one."""
         now = time.monotonic() if at is None else at
         level = self._level(name, now)
         if len(self._held) > 10_000:
@@ -73,7 +73,7 @@ class Buckets:
         return self._wait(level)
 
     def wait(self, name: str) -> float:
-        """The same without taking anything."""
+        """The seconds to wait for a token."""
         return self._wait(self._level(name, time.monotonic()))
 
     def _level(self, name: str, now: float) -> float:
@@ -86,9 +86,9 @@ class Buckets:
 
 @dataclass(slots=True)
 class Sessions:
-    """The sessions that were live a short while ago: each has its own share of requests, from whatever address.
+    """Recently live sessions: each has its own rate limit, whatever its address.
 
-    Only limits rest on this memory. Who may see and do what is asked of the study at every request.
+    Only rate limits use this cache. Permissions are looked up in the study at every request.
     """
 
     cookie: str
@@ -97,11 +97,11 @@ class Sessions:
     _known: dict[str, float] = field(default_factory=dict)
 
     def secret(self, scope: Scope) -> str:
-        """What a request carries, live or not; empty where it carries nothing."""
+        """The session cookie of a request, live or not; empty without one."""
         return Request(scope).cookies.get(self.cookie, "")
 
     def known(self, secret: str) -> bool:
-        """Whether it was live a short while ago; asks nobody."""
+        """Whether the session was live recently, from the cache alone."""
         now = time.monotonic()
         if now - self._known.get(secret, -self.seconds) >= self.seconds:
             return False
@@ -109,15 +109,15 @@ class Sessions:
         return True
 
     def remember(self, secret: str) -> None:
-        """It is live now."""
+        """Mark a session as live now."""
         now = time.monotonic()
         self._known = {s: at for s, at in list(self._known.items()) if now - at < self.seconds} | {secret: now}
 
     async def found(self, secret: str) -> bool:
-        """Whether it is live, as the study says."""
+        """Whether the session is live, from the study."""
         try:
             live = await run_in_threadpool(self.live, secret)
-        except StudyError:  # the page that was asked for will say it
+        except StudyError:  # the requested page reports it
             return False
         if live:
             self.remember(secret)
@@ -125,7 +125,7 @@ class Sessions:
 
 
 def address_of(scope: Scope) -> str:
-    """The client's address; of IPv6 the /64 network, all of which one household has."""
+    """The client's address; for IPv6 its /64 network, which usually belongs to one household."""
     host: str = (scope.get("client") or ("",))[0]
     try:
         address = ipaddress.ip_address(host)
@@ -137,35 +137,26 @@ def address_of(scope: Scope) -> str:
 
 
 def csrf_token(session: str) -> str:
-    """What a form of this session carries: it follows from the cookie, which other sites cannot read."""
+    """The form token of a session, derived from its cookie, which other sites cannot read."""
     return hmac.new(session.encode("utf-8", "replace"), b"prefopt collect form", hashlib.sha256).hexdigest()
 
 
 def same_secret(one: str, other: str) -> bool:
-    """Whether two secrets are the same, in a time that does not tell where they differ."""
+    """Compare two secrets in constant time."""
     return hmac.compare_digest(one.encode("utf-8", "replace"), other.encode("utf-8", "replace"))
 
 
 class Guard:
-    """Middleware around everything. A post that is let through has its fields in ``scope["form"]``: name to values."""
+    """Middleware that checks every request. Accepted posts have their fields in ``scope["form"]``: name to values."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        hosts: Collection[str],
-        origins: Collection[str],
-        sessions: Sessions,
-        rate: Rate | None = None,
-    ) -> None:
-        """``hosts`` are what the Host header may be (``127.0.0.1:8700``), ``origins`` what Origin may be."""
-        self.app = app
-        self.hosts = frozenset(host.lower() for host in hosts)
+    def __init__(self, app: ASGIApp, origins: Collection[str], sessions: Sessions, rate: RateLimit) -> None:
+        """``origins`` (``http://127.0.0.1:8700``) are the allowed Origin headers; Host headers must match one."""
+        self.app, self.sessions = app, sessions
         self.origins = frozenset(origin.lower() for origin in origins)
-        self.sessions = sessions
-        self.buckets, self.looked_up = Buckets(rate or Rate()), Buckets(rate or Rate())
+        self.hosts = frozenset(origin.partition("://")[2] for origin in self.origins)
+        self.buckets, self.looked_up = Buckets(rate), Buckets(rate)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or hand on."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -182,7 +173,7 @@ class Guard:
 
         try:
             await self._answer(scope, receive, answer)
-        except Exception:  # Starlette answers an unforeseen error, and raises it again: it is logged already
+        except Exception:  # Starlette has answered and logged the error before it raises it again
             log.log(logging.DEBUG if answered else logging.ERROR, "%s failed", scope["path"], exc_info=True)
             if not answered:
                 await refusal(500, "Something broke; stored votes are safe.")(scope, receive, answer)
@@ -190,19 +181,13 @@ class Guard:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         refused = await self._refused(scope)
         if refused is None and scope["method"] == "POST":
-            body = await _body(receive)
-            refused = _read_form(scope, body)
-
-            async def receive_none() -> Message:
-                return {"type": "http.request", "body": b"", "more_body": False}
-
-            receive = receive_none
+            refused = _read_form(scope, await _body(receive))
         await (refused or self.app)(scope, receive, send)
 
     async def _wait(self, scope: Scope) -> float:
-        """Seconds to wait for whoever asks: a live session, else an address.
+        """Seconds that a live session, or else an address, has to wait.
 
-        Looking a secret up reads the study, so that an address may do that no more often than it may ask.
+        Looking up a secret reads the study, so lookups per address are limited as well.
         """
         address, secret = address_of(scope), self.sessions.secret(scope)
         if secret and (
@@ -215,7 +200,7 @@ class Guard:
         headers = Headers(scope=scope)
         hosts = headers.getlist("host")
         if len(hosts) != 1 or hosts[0].lower() not in self.hosts:
-            return refusal(421, "This server does not answer to that name.")
+            return refusal(421, "Unknown host name.")
         if scope["method"] not in ("GET", "HEAD", "POST"):
             return refusal(405, "Only GET and POST.", {"Allow": "GET, HEAD, POST"})
         if len(scope.get("query_string", b"")) > LARGEST_QUERY or len(scope.get("raw_path", b"")) > LARGEST_QUERY:
@@ -238,7 +223,7 @@ class Guard:
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """The body, or None where it is too large or too slow."""
+    """The body, or None for one that is too large or too slow."""
     held = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -268,7 +253,7 @@ def _read_form(scope: Scope, body: bytes | None) -> Response | None:
 
 
 def with_policy(send: Send) -> Send:
-    """Send with the headers that every answer carries."""
+    """Wrap ``send`` to add the headers of every response."""
 
     async def guarded(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -282,5 +267,4 @@ def with_policy(send: Send) -> Send:
 
 
 def refusal(status: int, what: str, headers: dict[str, str] | None = None) -> Response:
-    """A short answer in plain text."""
     return PlainTextResponse(what + "\n", status, headers)

@@ -1,32 +1,47 @@
-"""The server over one study: one process, one address."""
+"""The server of a study: one process, one address, and a bounded number of connections.
+
+Connections that occupy a place without sending a request lose it, so that annotators are served while others hold
+connections open.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import ipaddress
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 
+import h11
 import uvicorn
 from filelock import FileLock, Timeout
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from prefopt.collect.app import Site, build_app
-from prefopt.collect.connections import Connection
+from prefopt.collect.security import HEADERS, address_of, refusal, with_policy
 from prefopt.config.collect import LOCAL, CollectServeConfig
 from prefopt.core.terminal import tell
 from prefopt.errors import ConfigError, Interrupted, StudyError
 from prefopt.studies.annotators import invite, live_invitations
 from prefopt.studies.study import Study
 
+PLACES = 500
+PLACES_OF_ONE = 250
+"""Connections per address, except that of a trusted proxy."""
+HEADER_SECONDS = 10.0
+"""From the first byte of a request (for the first request, from the connection) to the end of its headers."""
+
 
 def serve(config: CollectServeConfig) -> None:
-    """Serve until a signal comes, and then raise :class:`Interrupted`.
+    """Serve a study until a signal arrives, then raise :class:`Interrupted`.
 
-    Raises :class:`StudyError` where the study is being served already, and :class:`ConfigError` for an address that
-    cannot be had, or that others can reach while nobody is invited.
+    Raises :class:`StudyError` for a study that is being served already, and :class:`ConfigError` for an address that is
+    unavailable, or is reachable from other machines while no annotator is invited.
     """
     path = Path(config.study)
     study = Study(path)
@@ -35,31 +50,30 @@ def serve(config: CollectServeConfig) -> None:
         lock.acquire(timeout=0)
     except Timeout:
         study.close()
-        raise StudyError(f"{path}: is being served by another process; stop that one first") from None
+        raise StudyError(f"{path}: is being served by another process; stop it first") from None
     try:
-        local = config.host in LOCAL
-        if not local and not live_invitations(study):
+        if config.host not in LOCAL and not live_invitations(study):
             raise ConfigError(
-                f"--host {config.host} is reached from other machines, and nobody is invited:"
+                f"--host {config.host} is reachable from other machines, and no annotator is invited;"
                 f" first run prefopt collect invite {path} --name NAME"
             )
         with _stopping(), _listen(config.host, config.port) as listening:
             port = listening.getsockname()[1]
             site = site_of(config, port)
-            _tell(study, config, site, port)
+            _announce(study, config, site, port)
             uvicorn.Server(settings_of(build_app(study, site), config.trusted_proxies)).run(sockets=[listening])
     finally:
-        study.close()  # which also puts all that stands in the log into the one file
+        study.close()  # merges SQLite's log into the file
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 
 @contextmanager
 def _stopping() -> Iterator[None]:
-    """uvicorn ends in order and then sends itself the signal again, which would end the process on the spot."""
+    """uvicorn shuts down and then repeats the signal, which by default would kill the process."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted("stopped; what was acknowledged is stored", number)
+        raise Interrupted("stopped; acknowledged votes are stored", number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -69,23 +83,23 @@ def _stopping() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _tell(study: Study, config: CollectServeConfig, site: Site, port: int) -> None:
-    """What is served, and how to come in."""
+def _announce(study: Study, config: CollectServeConfig, site: Site, port: int) -> None:
     tell(f"{study.path}: {study.settings.title}")
     if config.host in LOCAL:
         _, secret = invite(study, "lead", lead=True)
-        tell(f"Your own link, to vote and to see how it goes: {first_origin(config, port)}/join/{secret}")
+        origin = (config.url or f"http://{_in_url(config.host)}:{port}").rstrip("/")
+        tell(f"Your own link, to vote and to see progress: {origin}/join/{secret}")
     else:
-        tell(f"serving on {config.host} port {port}, for those who are invited")
+        tell(f"serving on {config.host} port {port}, for invited annotators")
         if not site.secure:
-            tell("note: without TLS whoever is between can read cookies and votes; put a proxy in front (--url)")
+            tell("note: without TLS cookies and votes can be read on the network; use a proxy with TLS (--url)")
     if site.secure and not config.trusted_proxies:
-        tell("note: without --trusted-proxies all who come through the proxy share one address, and its limits")
-    tell("Ctrl-C stops; what was acknowledged is stored", flush=True)
+        tell("note: without --trusted-proxies all who come through the proxy share one address and its limits")
+    tell("Ctrl-C stops; acknowledged votes are stored", flush=True)
 
 
 def settings_of(app: ASGIApp, trusted_proxies: Sequence[str] | None) -> uvicorn.Config:
-    """The server's settings. An address in X-Forwarded-For is believed from ``trusted_proxies`` alone."""
+    """The settings of uvicorn. X-Forwarded-For is accepted from ``trusted_proxies`` alone."""
     return uvicorn.Config(
         app,
         log_level="warning",
@@ -102,28 +116,23 @@ def settings_of(app: ASGIApp, trusted_proxies: Sequence[str] | None) -> uvicorn.
 
 
 def site_of(config: CollectServeConfig, port: int) -> Site:
-    """The addresses by which browsers may come: others are other sites' tricks."""
+    """The addresses that browsers may use; requests with other Host headers are refused."""
     if config.url is not None:
         return Site([config.url.rstrip("/").lower()], secure=config.url.startswith("https://"))
     names = config.allowed_hosts
     if names is None:
-        names = ["127.0.0.1", "localhost", "[::1]"] if config.host in LOCAL else [_spelt(config.host)]
+        names = ["127.0.0.1", "localhost", "[::1]"] if config.host in LOCAL else [_in_url(config.host)]
     origins = [f"http://{name}" if _has_port(name) else f"http://{name}:{port}" for name in names]
     if port == 80:
         origins += [f"http://{name}" for name in names]
     return Site(origins)
 
 
-def first_origin(config: CollectServeConfig, port: int) -> str:
-    """The address to print."""
-    return (config.url or f"http://{_spelt(config.host)}:{port}").rstrip("/")
-
-
 def _has_port(name: str) -> bool:
     return name.rpartition(":")[2].isdecimal() and not name.endswith("]")
 
 
-def _spelt(host: str) -> str:
+def _in_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
@@ -133,4 +142,101 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=256)
     except OSError as error:
         what = error.strerror or str(error)
-        raise ConfigError(f"--host {host} --port {port}: cannot be listened on ({what}); name another port") from error
+        raise ConfigError(f"--host {host} --port {port}: is unavailable ({what}); choose another port") from error
+
+
+# -- connections ---------------------------------------------------------------------------------------------------
+
+
+class Connection(H11Protocol):
+    """One HTTP connection; uvicorn creates them."""
+
+    since = 0.0
+    _late: asyncio.TimerHandle | None = None
+
+    @property
+    def address(self) -> str:
+        """The peer: a proxy itself, not the clients that it forwards."""
+        return address_of({"client": self.client})
+
+    @property
+    def answering(self) -> bool:
+        """Whether a request has no complete response yet."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def waits(self) -> bool:
+        """Whether the connection may be closed: no request, or one whose body is incomplete."""
+        return not self.answering or self.conn.their_state is h11.SEND_BODY
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a place; where there is none, the connection that has waited longest is closed."""
+        super().connection_made(transport)
+        self.since = self.loop.time()
+        self._late = self.loop.call_later(HEADER_SECONDS, self._give_up)
+        others = [c for c in self.connections if isinstance(c, Connection) and c is not self]
+        own = [c for c in others if c.address == self.address]
+        crowded = len(own) >= PLACES_OF_ONE and not _trusts(self.config.forwarded_allow_ips, self.client)
+        if (crowded or len(others) >= PLACES) and not _make_room(own if crowded else others):
+            self.app = _full
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._in_time()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Receive a part of a request; start or stop the timer of its headers."""
+        super().data_received(data)
+        if self.answering:
+            self._in_time()
+        elif self._late is None:
+            self._late = self.loop.call_later(HEADER_SECONDS, self._give_up)
+
+    def on_response_complete(self) -> None:
+        self.since = self.loop.time()
+        super().on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer invalid HTTP, with the headers of every response."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            text = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-store", "Connection": "close"}
+            response = h11.Response(status_code=400, headers=list((HEADERS | text).items()), reason=b"Bad Request")
+            for event in (response, h11.Data(data=msg.encode("ascii") + b"\n"), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _in_time(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _give_up(self) -> None:
+        if not self.answering:
+            self.transport.close()
+
+
+def _make_room(connections: Iterable[Connection]) -> bool:
+    """Close the connection that has waited longest, first one without any request; False where none waits."""
+    waiting = [c for c in connections if c.waits]
+    if not waiting:
+        return False
+    oldest = min(waiting, key=lambda c: (c.cycle is not None, c.since))
+    oldest.transport.abort()
+    oldest.connections.discard(oldest)
+    return True
+
+
+async def _full(scope: Scope, receive: Receive, send: Send) -> None:
+    answer = refusal(503, "Too many connections; try again in a moment.", {"Connection": "close", "Retry-After": "5"})
+    await answer(scope, receive, with_policy(send))
+
+
+def _trusts(proxies: Sequence[str] | None, client: tuple[str, int] | None) -> bool:
+    if not proxies or client is None:
+        return False
+    return any(ipaddress.ip_address(client[0]) in network for network in _networks(tuple(proxies)))
+
+
+@lru_cache
+def _networks(proxies: tuple[str, ...]) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    return [ipaddress.ip_network(proxy) for proxy in proxies]

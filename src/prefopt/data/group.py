@@ -7,8 +7,8 @@
 >>> group.prefix.tolist(), [c.ids.tolist() for c in group.continuations], group.tokens
 ([1, 2], [[3, 4], [3, 9, 9]], 7)
 
-The shared prefix ends before the first trained token of any response (token 3 above is common, but trained),
-so that whatever the chat template or the tokenizer did at the boundary is right by construction.
+The shared prefix ends before the first trained token of any response (token 3 above is common, but trained), so it is
+right whatever the chat template or the tokenizer did at the boundary. :func:`show` prints a group as text.
 """
 
 from __future__ import annotations
@@ -16,12 +16,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
+from prefopt.data.tokenizer import Tokenizer
+from prefopt.records import Comparison
+
 IntArray = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
+
+OPEN, CLOSE = "⟦", "⟧"  # around trained tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,10 +40,10 @@ class Continuation:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """``prefix`` [P] and K continuations, with what people said of them (see :class:`prefopt.records.Comparison`).
+    """``prefix`` [P] and K continuations, with their preferences (see :class:`prefopt.records.Comparison`).
 
-    ``pairs`` are (preferred, dispreferred) indices into the continuations, ``weights`` one number for each pair (none:
-    all weigh the same); ``tiers``, ``scores`` [K] and ``labels`` [K] are the record's.
+    ``pairs`` are (preferred, dispreferred) indices of continuations, ``weights`` theirs (None: equal); ``tiers``,
+    ``scores`` [K] and ``labels`` [K] are those of the record.
     """
 
     prefix: IntArray
@@ -58,8 +64,7 @@ class Group:
     ) -> Group:
         """Compute the shared prefix of K whole sequences, each (ids [L], trained [L]).
 
-        Raises ``ValueError`` where a sequence is left without a trained token that has any context: a token with
-        nothing before it is never scored.
+        Raises ``ValueError`` where a sequence has no trained token after its first token, which is never scored.
         """
         whole = [(np.asarray(i, np.int32), np.array(t, np.bool_)) for i, t in sequences]
         length = min(_first_trained(ids, trained) for ids, trained in whole)
@@ -94,7 +99,7 @@ class Group:
         return np.concatenate([self.prefix, c.ids]), trained
 
     def key(self, k: int) -> bytes:
-        """16 bytes that name response k by its token ids and mask, wherever the shared prefix ends."""
+        """Digest (16 bytes) of the ids and mask of response k as a whole sequence."""
         ids, trained = self.sequence(k)
         digest = hashlib.blake2b(len(ids).to_bytes(8, "little"), digest_size=16)
         digest.update(ids.astype("<i4").tobytes())
@@ -109,3 +114,81 @@ def _first_trained(ids: IntArray, trained: BoolArray) -> int:
     if not len(where):
         raise ValueError("a response has no token to train")
     return int(where[0])
+
+
+def show(group: Group, tokenizer: Tokenizer, *, most: int | None = None) -> str:
+    """A group as text with special tokens: the shared prefix, then each response with its trained tokens marked.
+
+    Responses are labelled chosen or rejected, or with rank, score or label. ``most`` cuts longer texts in the middle.
+    """
+    if not group.continuations:
+        return f"prompt ({_count(len(group.prefix))})\n{shortened(_decode(tokenizer, group.prefix), most)}"
+    lines = [f"shared prefix ({_count(len(group.prefix))})"]
+    if len(group.prefix):
+        lines.append(shortened(_decode(tokenizer, group.prefix), most))
+    for k, c in enumerate(group.continuations):
+        name = _name(group, len(group.continuations), k)
+        lines.append(f"{name} ({_count(len(c.ids))}, {int(c.trained.sum())} trained)")
+        lines.append(shortened(_marked(tokenizer, group.prefix, c.ids, c.trained), most))
+    return "\n".join(lines)
+
+
+def show_words(c: Comparison, *, most: int | None = None) -> str:
+    """A row as text, without a tokenizer."""
+    lines = []
+    for m in c.prompt:
+        lines += [f"{'prompt' if c.text else m.role}:", shortened(m.content, most)]
+    for k, response in enumerate(c.responses):
+        lines += [f"{_name(c, len(c.responses), k)}:", *(shortened(m.content, most) for m in response.messages)]
+    return "\n".join(lines)
+
+
+def shortened(text: str, most: int | None) -> str:
+    """The text, or its beginning and end around the number of characters left out.
+
+    >>> shortened("0123456789", 4)
+    '01 [... 6 characters ...] 89'
+    """
+    if most is None or len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
+
+
+def _name(group: Group | Comparison, of: int, k: int) -> str:
+    """``chosen``; ``response 2, ranked 1 of 3, score 8.5``; ``response 1, desirable``; ``response``."""
+    if of == 2 and group.pairs in (((0, 1),), ((1, 0),)) and group.scores is None:
+        return "chosen" if group.pairs[0][0] == k else "rejected"
+    parts = [f"response {k + 1}" if of > 1 else "response"]
+    if len(group.tiers) > 1:
+        place = next(i for i, tier in enumerate(group.tiers) if k in tier)
+        tied = " (tied)" if len(group.tiers[place]) > 1 else ""
+        parts.append(f"ranked {place + 1} of {len(group.tiers)}{tied}")
+    elif group.pairs:
+        better, worse = ([p[i] for p in group.pairs].count(k) for i in (0, 1))
+        parts.append(f"preferred in {better} and dispreferred in {worse} of {len(group.pairs)} pairs")
+    if group.scores is not None:
+        parts.append(f"score {group.scores[k]:g}")
+    if group.labels is not None:
+        parts.append("desirable" if group.labels[k] else "undesirable")
+    return ", ".join(parts)
+
+
+def _count(tokens: int) -> str:
+    return f"{tokens} token{'' if tokens == 1 else 's'}"
+
+
+def _marked(tokenizer: Tokenizer, prefix: IntArray, ids: IntArray, trained: BoolArray) -> str:
+    """The tokens after the prefix, trained ones marked. Decoding starts in the prefix: a space may depend on it."""
+    cuts = [0, *(np.nonzero(np.diff(trained))[0] + 1).tolist(), len(ids)]
+    before, text = prefix[-1:], ""
+    for start, end in pairwise(cuts):
+        whole, known = (_decode(tokenizer, np.concatenate([before, ids[start:stop]])) for stop in (end, start))
+        run = whole[len(known) :] if whole.startswith(known) else _decode(tokenizer, ids[start:end])
+        text += f"{OPEN}{run}{CLOSE}" if trained[start] else run
+        before = ids[end - 1 : end]
+    return text
+
+
+def _decode(tokenizer: Tokenizer, ids: IntArray) -> str:
+    return str(tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,4 +1,4 @@
-"""Groups in columns: a million of them, and hardly a Python object.
+"""Groups of token ids in columns, so that a million of them need few Python objects.
 
 >>> import numpy as np
 >>> one = (np.array([1, 2, 3, 4]), np.array([0, 0, 1, 1], bool))
@@ -7,19 +7,8 @@
 >>> len(table), table.tokens_G.tolist(), table.longest_G.tolist(), table[0].continuations[1].ids.tolist()
 (1, [5], [4], [9])
 
-A table stands on parts, one for each file that was tokenised: arrays in memory, or mapped from the token cache. What
-belongs to all groups at once (lengths, names, rows) is an array; a :class:`Group` is made when it is asked for, and its
-token ids are views into the part, never copies.
-
->>> import numpy as np
->>> from dataclasses import replace
->>> from prefopt.data.group import Group
->>> rows = [([1, 2, n], [False, False, True]) for n in (3, 4, 5)]
->>> group = Group.from_sequences(rows, row=1, pairs=((0, 1), (0, 2), (1, 2)))
->>> table = GroupTable.of([replace(group, tiers=((0,), (1,), (2,)))])
->>> fewer = keep_responses(table, np.array([True, False, True]))[0]
->>> [c.ids.tolist() for c in fewer.continuations], fewer.pairs, fewer.tiers
-([[3], [5]], ((0, 1),), ((0,), (1,)))
+A table has parts, one per tokenised file: arrays in memory, or mapped from the token cache. Lengths, keys and rows of
+all groups are arrays; a :class:`Group` is made when it is asked for, and its token ids are views into the part.
 """
 
 from __future__ import annotations
@@ -33,7 +22,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from prefopt.data.group import Continuation, Group
+from prefopt.data.group import BoolArray, Continuation, Group
 
 KEY = np.dtype("S16")  # fixed width and padded with zero bytes, so that comparing as strings is comparing all 16
 
@@ -48,11 +37,11 @@ COLUMNS: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
     "trained_T": (np.dtype(np.bool_), ()),
     # groups G
     "prefix_G": (np.dtype(np.int32), ()),  # tokens of the shared prefix
-    "tokens_G": (np.dtype(np.int32), ()),  # of the prefix and all responses
+    "tokens_G": (np.dtype(np.int32), ()),  # tokens of the prefix and all responses: one shared forward pass
     "responses_G": (np.dtype(np.int32), ()),
     "pairs_G": (np.dtype(np.int32), ()),
-    "row_G": (np.dtype(np.int64), ()),
-    "prompt_cut_G": (np.dtype(np.int32), ()),  # tokens that truncation took
+    "row_G": (np.dtype(np.int64), ()),  # row of the source
+    "prompt_cut_G": (np.dtype(np.int32), ()),  # tokens removed by truncation
     "prompt_key_G": (KEY, ()),  # Comparison.prompt_key
     # responses N
     "length_N": (np.dtype(np.int32), ()),  # tokens beyond the shared prefix
@@ -69,10 +58,7 @@ COLUMNS: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
 
 
 class Part:
-    """A run of groups that was tokenised together: arrays by the names in ``COLUMNS``, ``source`` it came from.
-
-    ``max_id`` is the largest token id (-1 without tokens); where it is not given it is looked up.
-    """
+    """Groups of one source: arrays by the names in ``COLUMNS``. ``max_id``: the largest token id, or -1."""
 
     def __init__(self, columns: Columns, *, max_id: int | None = None, source: int = 0) -> None:
         self.columns, self.source = columns, source
@@ -111,8 +97,19 @@ class Part:
         )
 
 
+class _Column:
+    """One of ``COLUMNS`` over all parts of a table, concatenated at first use."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, table: GroupTable, owner: type) -> Array:
+        found = table.__dict__[self.name] = table.column(self.name)
+        return found
+
+
 class GroupTable(Sequence[Group]):
-    """G groups with N responses in all, standing on ``parts`` in their order."""
+    """G groups with N responses in all, in ``parts``; columns are attributes, see ``COLUMNS``."""
 
     def __init__(self, parts: Sequence[Part] = ()) -> None:
         self.parts = tuple(parts)
@@ -120,7 +117,7 @@ class GroupTable(Sequence[Group]):
 
     @classmethod
     def of(cls, groups: Sequence[Group]) -> GroupTable:
-        """The same groups in columns; a table is given back as it is."""
+        """The same groups in columns; a table is returned unchanged."""
         if isinstance(groups, GroupTable):
             return groups
         builder = TableBuilder()
@@ -149,61 +146,30 @@ class GroupTable(Sequence[Group]):
         return self.parts[p].group(i - (self._ends[p - 1] if p else 0))
 
     def column(self, name: str) -> Array:
-        """One of ``COLUMNS`` over all parts: the part's own array where there is but one."""
+        """One of ``COLUMNS`` over all parts; a single part's own array."""
         found = [part.columns[name] for part in self.parts]
         if len(found) == 1:
             return found[0]
         dtype, width = COLUMNS[name]
         return np.concatenate(found) if found else np.empty((0, *width), dtype)
 
-    @cached_property
-    def tokens_G(self) -> Array:
-        """[G] tokens of the prefix and all responses: what one shared forward pass encodes."""
-        return self.column("tokens_G")
-
-    @cached_property
-    def prefix_G(self) -> Array:
-        """[G] tokens of the shared prefix."""
-        return self.column("prefix_G")
-
-    @cached_property
-    def responses_G(self) -> Array:
-        """[G] how many responses a group has."""
-        return self.column("responses_G")
-
-    @cached_property
-    def row_G(self) -> Array:
-        """[G] the row of its file that a group was made from."""
-        return self.column("row_G")
-
-    @cached_property
-    def prompt_key_G(self) -> KeyArray:
-        """[G] names of the prompts, see ``Comparison.prompt_key``."""
-        return self.column("prompt_key_G")
-
-    @cached_property
-    def length_N(self) -> Array:
-        """[N] tokens of each response beyond the shared prefix."""
-        return self.column("length_N")
-
-    @cached_property
-    def trained_N(self) -> Array:
-        """[N] trained tokens of each response."""
-        return self.column("trained_N")
-
-    @cached_property
-    def key_N(self) -> KeyArray:
-        """[N] names of the responses, see ``Group.key``."""
-        return self.column("key_N")
+    tokens_G = _Column()
+    prefix_G = _Column()
+    responses_G = _Column()
+    row_G = _Column()
+    prompt_key_G = _Column()
+    length_N = _Column()
+    trained_N = _Column()
+    key_N = _Column()
 
     @cached_property
     def response_starts(self) -> IndexArray:
-        """[G + 1] group g has the responses ``response_starts[g]:response_starts[g + 1]``."""
+        """[G + 1] group g has responses ``response_starts[g]:response_starts[g + 1]``."""
         return _starts(self.responses_G)
 
     @cached_property
     def source_G(self) -> IndexArray:
-        """[G] which source each group came from."""
+        """[G] the source of each group."""
         return np.repeat(np.array([p.source for p in self.parts], np.int64), [len(p) for p in self.parts])
 
     @cached_property
@@ -217,15 +183,15 @@ class GroupTable(Sequence[Group]):
         return self._over_responses(np.minimum)
 
     @cached_property
-    def truncated_G(self) -> npt.NDArray[np.bool_]:
-        """[G] whether a group lost tokens of its prompt or of a response."""
+    def truncated_G(self) -> BoolArray:
+        """[G] whether prompt or a response was truncated."""
         found = self.column("prompt_cut_G") > 0
         found[np.repeat(np.arange(len(found)), self.responses_G)[self.column("cut_N") > 0]] = True
         return found
 
     @property
     def max_id(self) -> int:
-        """The largest token id, -1 where there are no tokens."""
+        """The largest token id, -1 without tokens."""
         return max((part.max_id for part in self.parts), default=-1)
 
     def _over_responses(self, best: np.ufunc) -> Array:
@@ -237,7 +203,7 @@ class GroupTable(Sequence[Group]):
 
 
 class Selection(Sequence[Group]):
-    """Some groups of ``groups`` in an order of their own, made each time one is asked for: none is held."""
+    """The groups at ``indices``, made at each access and not kept."""
 
     def __init__(self, groups: Sequence[Group], indices: Sequence[int]) -> None:
         self._groups, self._indices = groups, indices
@@ -256,7 +222,7 @@ class Selection(Sequence[Group]):
 
 
 class TableBuilder:
-    """Columns in memory, group by group."""
+    """Builds columns in memory, group by group."""
 
     def __init__(self) -> None:
         self._tokens: list[tuple[Array, Array]] = []
@@ -265,7 +231,7 @@ class TableBuilder:
     def add(
         self, group: Group, *, prompt_key: bytes = bytes(16), prompt_cut: int = 0, cuts: Sequence[int] | None = None
     ) -> None:
-        """``prompt_cut`` and ``cuts`` [K]: the tokens that truncation took from the prompt and from each response."""
+        """``prompt_cut``, ``cuts`` [K]: tokens that truncation removed from the prompt and from each response."""
         many, rows = group.continuations, self._rows
         self._tokens.append((group.prefix, np.zeros(len(group.prefix), np.bool_)))
         self._tokens += [(c.ids, c.trained) for c in many]
@@ -292,7 +258,7 @@ class TableBuilder:
         rows["weight_P"] += [np.nan] * len(group.pairs) if group.weights is None else group.weights
 
     def columns(self) -> dict[str, Array]:
-        """What was added, by the names in ``COLUMNS``."""
+        """All added groups, by the names in ``COLUMNS``."""
         found: dict[str, Array] = {}
         for place, name in enumerate(("ids_T", "trained_T")):
             found[name] = np.concatenate([np.empty(0, COLUMNS[name][0]), *(pair[place] for pair in self._tokens)])
@@ -306,7 +272,7 @@ class TableBuilder:
 
 
 def joined(chunks: Sequence[Columns]) -> dict[str, Array]:
-    """Columns one after the other."""
+    """Columns of consecutive chunks, concatenated."""
     empty = {name: np.empty((0, *width), dtype) for name, (dtype, width) in COLUMNS.items()}
     return {name: np.concatenate([empty[name], *(chunk[name] for chunk in chunks)]) for name in COLUMNS}
 
@@ -328,14 +294,10 @@ def _tiers(tier: list[int]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(k for k, t in enumerate(tier) if t == best) for best in sorted({t for t in tier if t >= 0}))
 
 
-BoolArray = npt.NDArray[np.bool_]
-
-
 def keep_responses(groups: GroupTable, keep_N: BoolArray) -> GroupTable:
-    """The same groups with the responses [N] that are kept, and the pairs of which both are.
+    """Select responses [N], and the pairs of which both are selected; prefixes and annotations stay unchanged.
 
-    The shared prefix of a group stays what it was, and so does everything that is said of the responses that are kept.
-    Parts that lie on disk stay there; what is kept of them is held in memory.
+    The result is in memory, even where the parts are mapped from disk.
     """
     ends = np.cumsum([0, *(len(part.columns["length_N"]) for part in groups.parts)]).tolist()
     parts = zip(groups.parts, ends[:-1], ends[1:], strict=True)

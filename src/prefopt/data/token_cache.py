@@ -1,10 +1,9 @@
-"""Tokenised data, made once and mapped from disk ever after.
+"""Cache of tokenised data: each source is tokenised once and mapped from disk afterwards.
 
-An entry is one source (a file, say) tokenised in one way. It is named by the contents of the source and by everything
-else that its tokens depend on, never by where the source lies or when it was written. What became of every row that is
-no group is kept with it.
-
-An entry is written aside and renamed when it is whole. Whoever writes one holds its lock; others wait for it.
+An entry is one source (a file, say) tokenised in one way. Its key holds the contents of the source and everything else
+that the tokens depend on, never the path or the time of writing. The report on rows that became no group is stored with
+it. An entry is one raw file per column of :data:`prefopt.data.table.COLUMNS`, written chunk by chunk and mapped, and a
+manifest with sizes and checksums. It is written aside and renamed when complete; its writer holds a lock.
 """
 
 from __future__ import annotations
@@ -12,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -24,12 +24,15 @@ from pathlib import Path
 from typing import Any
 from unicodedata import unidata_version
 
+import numpy as np
+
 import prefopt
 from prefopt import records
 from prefopt.core.cache_folder import (
     Damaged,
     acquired,
     cache_errors,
+    file_hashes,
     last_used,
     remove,
     size_of,
@@ -37,35 +40,36 @@ from prefopt.core.cache_folder import (
     token_entries,
     tokens_folder,
 )
-from prefopt.core.files import sync_folder
-from prefopt.data.kinds import Problem
-from prefopt.data.problems import Findings
-from prefopt.data.table import Columns, Part
-from prefopt.data.table_file import MANIFEST, TableWriter, check_files, open_part, read_manifest
+from prefopt.core.files import sync_folder, write_flushed
+from prefopt.data.table import COLUMNS, Array, Columns, Part
+from prefopt.data.validate import Problem, Warnings
+from prefopt.errors import CacheError
 
 log = logging.getLogger(__name__)
 
-# What else the token ids come from: another version may give others.
+# Token ids also depend on the versions of these libraries.
 LIBRARIES = ("transformers", "tokenizers", "jinja2")
-# What makes groups of rows: this room, and what a row is. No number stands for it, for a number would be forgotten.
+# The code that makes groups of rows. Its digest is part of the key: a version number would be forgotten.
 CODE = (Path(__file__).parent, Path(records.__file__))
-REPORT = "report.json"
-BUILDING = ".building"
+MANIFEST, BUILDING = "manifest.json", ".building"
+# Smaller entries are not flushed to disk, and their checksums are verified at every opening: a flush takes longer than
+# reading so few bytes. What a power cut damages is made again.
+SMALL = 64 << 20
 
 Append = Callable[[Columns], None]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenKey:
-    """All that the tokens of a source depend on: equal keys share an entry, others never do.
+    """Everything that the tokens of a source depend on.
 
-    ``source`` is the digest of its contents, ``reading`` how its rows are understood, ``want`` what is made of a row,
+    ``source`` is the digest of its contents, ``reading`` how its rows are parsed, ``kind`` what they are converted to,
     ``rendering`` the digest of tokenizer, template and options (``Renderer.digest``).
     """
 
     source: str
     reading: tuple[str, ...]
-    want: str
+    kind: str
     rendering: str
 
     @property
@@ -88,47 +92,156 @@ def code_digest(places: tuple[Path, ...]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What became of the rows of ``file``: ``read`` of them, the ``problems`` of those that are no group, ``notes``.
-
-    ``template``: what a model trained on these groups should carry (see ``Renderer.template``), where it is needed.
-    """
+    """What became of the ``read`` rows of ``file``: problems, notes and warnings, and ``Renderer.template``."""
 
     file: str
     read: int
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    findings: Findings = field(default_factory=dict)
+    warnings: Warnings = field(default_factory=dict)
     template: str | None = None
 
-    def dump(self) -> bytes:
-        """As JSON, the name of the file left to whoever reads it."""
-        plain = asdict(self) | {"problems": [(p.kind, p.row, p.what) for p in self.problems]}
-        return json.dumps(plain).encode()
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; problems without the file, which :meth:`from_dict` is given."""
+        return asdict(self) | {"problems": [(p.kind, p.row, p.what) for p in self.problems]}
 
     @classmethod
-    def load(cls, data: bytes, file: str) -> Report:
-        """What ``dump`` wrote, told of ``file``: the same contents may lie elsewhere by now."""
-        plain = json.loads(data)
+    def from_dict(cls, plain: Mapping[str, Any], file: str) -> Report:
+        """The report with ``file`` as the name: the same contents may have another path by now."""
         start = f"{plain['file']}: "
         notes = [f"{file}: {n.removeprefix(start)}" if n.startswith(start) else n for n in plain["notes"]]
         problems = [Problem(kind, row, what, file) for kind, row, what in plain["problems"]]
-        return cls(file, plain["read"], problems, notes, plain["findings"], plain["template"])
+        return cls(file, plain["read"], problems, notes, plain["warnings"], plain["template"])
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenised:
-    """The groups of one source and what became of its rows; ``cached`` tells whether they were there already."""
+    """The groups of one source and its report; ``cached``: they were in the cache already."""
 
     part: Part
     report: Report
     cached: bool = False
 
 
+class TableWriter:
+    """Writes columns chunk by chunk into a new ``folder``, complete after ``finish``. Raises ``CacheError``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.groups = self.tokens = 0
+        self._max_id = -1
+        self._digests = {name: hashlib.sha256() for name in COLUMNS}
+        self._stack = ExitStack()
+        with cache_errors(folder):
+            folder.mkdir(parents=True)
+            self._files = {name: self._stack.enter_context(_file(folder, name).open("wb")) for name in COLUMNS}
+
+    def __enter__(self) -> TableWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # a full disk; finished files have been flushed
+            self._stack.close()
+
+    def append(self, columns: Columns) -> None:
+        """Append the columns of the next groups."""
+        for name, (dtype, _) in COLUMNS.items():
+            array = np.ascontiguousarray(columns[name])
+            assert array.dtype == dtype, name
+            data = array.tobytes()
+            self._digests[name].update(data)
+            with cache_errors(self.folder):
+                self._files[name].write(data)
+        self._max_id = max(self._max_id, int(columns["ids_T"].max(initial=-1)))
+        self.groups += len(columns["row_G"])
+        self.tokens += len(columns["ids_T"])
+
+    def finish(self, about: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+        """Write the manifest, with ``about`` and the report."""
+        files = {}
+        for name, file in self._files.items():
+            files[f"{name}.bin"] = {"bytes": file.tell(), "sha256": self._digests[name].hexdigest()}
+        manifest = {"files": files, "max_id": self._max_id, "groups": self.groups, "about": about, "report": report}
+        text = json.dumps(manifest)  # unsorted, since the order of warnings is that of the notes
+        sealed = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": manifest}
+        with cache_errors(self.folder):
+            for file in self._files.values():
+                file.flush()
+                if not _small(files):
+                    os.fsync(file.fileno())
+            write = Path.write_bytes if _small(files) else write_flushed
+            write(self.folder / MANIFEST, json.dumps(sealed, indent=1).encode())
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder. Raises ``Damaged`` and ``OSError``."""
+    try:
+        sealed = json.loads((folder / MANIFEST).read_bytes())
+        manifest = sealed["manifest"]
+        good = sealed["sha256"] == hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    except FileNotFoundError:
+        raise Damaged("no manifest") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise Damaged("its manifest is unreadable") from error
+    if not good or not isinstance(manifest, dict) or {_file(folder, n).name for n in COLUMNS} - set(manifest["files"]):
+        raise Damaged("its manifest is not what was written")
+    return manifest
+
+
+def check_files(folder: Path, manifest: Mapping[str, Any], *, root: Path | None = None, anew: bool = False) -> None:
+    """Raise ``Damaged`` where size or checksum of a file differ from the manifest.
+
+    Checksums of large, unchanged files are remembered (see :func:`file_hashes`); ``anew`` computes them all.
+    """
+    files = {folder / name: entry for name, entry in manifest["files"].items()}
+    for path, entry in files.items():
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise Damaged(f"{path.name} cannot be read ({error.strerror})") from error
+        if size != entry["bytes"]:
+            raise Damaged(f"{path.name} has {size} bytes instead of {entry['bytes']}")
+    try:
+        anew = anew or _small(manifest["files"])
+        found = [_sha256(path) for path in files] if anew else file_hashes(list(files), root, error=CacheError)
+    except (OSError, CacheError) as error:
+        raise Damaged(str(error)) from error
+    for (path, entry), digest in zip(files.items(), found, strict=True):
+        if digest != entry["sha256"]:
+            raise Damaged(f"the bytes of {path.name} do not give the checksum written with them")
+
+
+def open_part(folder: Path, manifest: Mapping[str, Any], *, source: int = 0) -> Part:
+    """The columns of a folder, mapped."""
+    columns = {name: _mapped(_file(folder, name), dtype).reshape(-1, *w) for name, (dtype, w) in COLUMNS.items()}
+    return Part(columns, max_id=int(manifest["max_id"]), source=source)
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> Array:
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:  # an empty file cannot be mapped
+            return np.empty(0, dtype)
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)
+
+
+def _small(files: Mapping[str, Mapping[str, Any]]) -> bool:
+    total: int = sum(entry["bytes"] for entry in files.values())
+    return total < SMALL
+
+
+def _file(folder: Path, column: str) -> Path:
+    return folder / f"{column}.bin"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class TokenCache:
-    """The entries below a cache's root, by default that of :func:`prefopt.core.cache_folder.cache_root`."""
+    """The entries below ``root``, by default :func:`prefopt.core.cache_folder.cache_root`."""
 
     def __init__(self, root: Path | None = None) -> None:
-        """Nothing is created before there is something to write."""
         self.root, self.folder = root, tokens_folder(root)
 
     def get(
@@ -140,16 +253,16 @@ class TokenCache:
         source: int = 0,
         stop: Callable[[], None] | None = None,
     ) -> Tokenised:
-        """The entry of ``key``, made by ``make`` where there is none that is whole.
+        """The entry of ``key``; where it is missing or damaged, ``make`` appends its columns chunk by chunk.
 
-        ``make`` hands over columns chunk by chunk. Another process that makes the same entry is waited for; ``stop`` is
-        called meanwhile and may raise. Raises ``CacheError`` where the disk refuses.
+        Waits for another process that writes the same entry; ``stop`` is called meanwhile and may raise. Raises
+        ``CacheError`` where the disk refuses.
         """
         folder = self.folder / key.id
         try:
             found = self._open(folder, file, source)
         except Damaged:
-            found = None  # looked at again, and said, by whoever holds the lock
+            found = None  # checked again, with a warning, under the lock
         if found is None:
             with self._locked(folder, stop):
                 try:
@@ -161,7 +274,7 @@ class TokenCache:
                     self._make(folder, key, make)
                     found = self._open(folder, file, source, fresh=True)
         assert found is not None
-        with suppress(OSError):  # the use is noted, by which old entries are told, where the cache may be written
+        with suppress(OSError):  # the time of last use, unless the cache is read-only
             os.utime(folder / MANIFEST)
         return found
 
@@ -173,7 +286,7 @@ class TokenCache:
             manifest = read_manifest(folder)
             if not fresh:
                 check_files(folder, manifest, root=self.root)
-            report = Report.load((folder / REPORT).read_bytes(), file)
+            report = Report.from_dict(manifest["report"], file)
             return Tokenised(open_part(folder, manifest, source=source), report, cached=not fresh)
         except OSError as error:
             raise Damaged(error.strerror or str(error)) from error
@@ -181,17 +294,10 @@ class TokenCache:
     def _make(self, folder: Path, key: TokenKey, make: Callable[[Append], Report]) -> None:
         aside = folder.with_name(folder.name + BUILDING)
         self._sweep(folder)
+        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
         try:
-            with cache_errors(aside):
-                shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
-                writer = TableWriter(aside)
-            with writer:
-
-                def append(columns: Columns) -> None:
-                    with cache_errors(aside):
-                        writer.append(columns)
-
-                report = make(append)
+            with TableWriter(aside) as writer:
+                report = make(writer.append)
                 about = {
                     "file": report.file,
                     "read": report.read,
@@ -199,8 +305,7 @@ class TokenCache:
                     "key": asdict(key),
                     "created": datetime.now(UTC).isoformat("T", "seconds"),
                 }
-                with cache_errors(aside):
-                    writer.finish(about, {REPORT: report.dump()})
+                writer.finish(about, report.to_dict())
             with cache_errors(folder):
                 aside.rename(folder)
                 sync_folder(folder.parent)
@@ -209,7 +314,7 @@ class TokenCache:
             raise
 
     def _sweep(self, mine: Path) -> None:
-        """Remove what killed processes left half made."""
+        """Remove unfinished entries of killed processes."""
         for aside in self.folder.glob(f"*{BUILDING}"):
             folder = aside.with_name(aside.name.removesuffix(BUILDING))
             lock = space_lock(folder)
@@ -233,7 +338,7 @@ class TokenCache:
 
 @dataclass(frozen=True, slots=True)
 class TokenInfo:
-    """One entry: ``about`` as written when it was made (empty if unreadable), how many ``groups``, size on disk."""
+    """One entry: ``about`` from its manifest (empty if unreadable), number of groups, size on disk."""
 
     id: str
     about: dict[str, Any]
@@ -243,7 +348,7 @@ class TokenInfo:
 
 
 def list_tokens(root: Path | None = None) -> list[TokenInfo]:
-    """All entries, last used first. Reads what they say of themselves; ``verify_tokens`` checks it."""
+    """All entries, last used first; ``verify_tokens`` checks them."""
     found = []
     for folder in token_entries(root):
         try:
@@ -256,9 +361,9 @@ def list_tokens(root: Path | None = None) -> list[TokenInfo]:
 
 
 def verify_tokens(root: Path | None = None, *, repair: bool = False) -> list[tuple[Path, str]]:
-    """Read every file of every entry and compare its checksum. Gives the folders that are damaged, and why.
+    """Verify the checksum of every file. Returns damaged folders with the reason; ``repair`` removes them.
 
-    ``repair`` removes them: what they held is made again when it is next needed. Raises ``CacheError``.
+    Raises ``CacheError``.
     """
     problems = []
     for folder in token_entries(root):

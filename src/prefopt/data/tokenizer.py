@@ -1,10 +1,4 @@
-"""Tokenizers: loading them, and token ids with the characters each token covers.
-
-A folder with only ``vocab.json`` and ``merges.txt`` is read as GPT-2's byte-level BPE, which has no other files.
-
-A normaliser replaces, and replaces what was replaced: forty steps of a kilobyte make a terabyte of one letter. Real
-ones make at most eighteen characters of one (NFKC of U+FDFA).
-"""
+"""Load tokenizers, and what a tokenizer adds to text: leading BOS, EOS, end-of-turn tokens, a plain chat template."""
 
 from __future__ import annotations
 
@@ -22,72 +16,6 @@ from prefopt.core.hub import fetched
 from prefopt.core.model_folder import base_of, is_adapter, vet_folder
 from prefopt.errors import ModelError, first_line
 
-MOST = 1000
-"""Characters that a tokenizer may make of one."""
-UNICODE = 18
-"""The longest that a normal form of Unicode makes of one character."""
-
-
-def check_expansion(path: Path) -> None:
-    """Raises :class:`ModelError` where the tokenizer in a file could make far more of a text than there is."""
-    try:
-        described = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return  # whoever loads it says what is wrong
-    if not isinstance(described, dict):
-        return
-    for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
-        if (grows := growth(described.get(part))) > MOST:
-            what = f"its {part} can make {'over a billion' if grows > 1e9 else f'{grows:,.0f}'} characters of one"
-            raise ModelError(f"{path}: {what}, which no real tokenizer does; it is not loaded")
-
-
-def growth(step: Any) -> float:
-    """Characters that a step, or the steps inside it, can make of one."""
-    if not isinstance(step, dict):
-        return 1.0
-    inner = [step[name] for name in ("normalizers", "pretokenizers", "decoders", "processors") if name in step]
-    most = 1.0
-    for one in inner[0] if inner and isinstance(inner[0], list) else []:
-        most *= growth(one)
-    match step.get("type"):
-        case "Replace":
-            most *= _replaced(step.get("pattern"), step.get("content"))
-        case "Prepend" | "Metaspace" | "WordPiece" | "BPEDecoder":
-            added = (step.get(name) for name in ("prepend", "replacement", "prefix", "suffix"))
-            most *= 1 + sum(len(text) for text in added if isinstance(text, str))
-        case "NFD" | "NFC" | "NFKD" | "NFKC":
-            most *= UNICODE if most > 1 else 1
-        case "Precompiled":
-            most *= _mapped(step.get("precompiled_charsmap"))
-        case "TemplateProcessing":
-            shapes = [step.get(name) for name in ("single", "pair")]
-            most *= max((len(shape) for shape in shapes if isinstance(shape, list)), default=1)
-    return min(most, 1e300)
-
-
-def _replaced(pattern: Any, content: Any) -> float:
-    """Characters that one becomes where a pattern is replaced; an expression may match between any two."""
-    if not isinstance(content, str) or not isinstance(pattern, dict):
-        return 1.0
-    text = pattern.get("String")
-    if isinstance(text, str) and text:
-        return max(1.0, len(content) / len(text))
-    return 1.0 + len(re.sub(r"\\.", "", content))
-
-
-def _mapped(encoded: Any) -> float:
-    """The longest text of a map of SentencePiece: a trie's size, the trie, texts that end in a zero byte."""
-    if not isinstance(encoded, str):
-        return 1.0
-    try:
-        raw = base64.b64decode(encoded)
-    except (ValueError, binascii.Error):
-        return 1.0
-    texts = raw[4 + int.from_bytes(raw[:4], "little") :].split(b"\0")
-    return max(1.0, max((len(text.decode("utf-8", "replace")) for text in texts), default=1))
-
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -95,12 +23,14 @@ if TYPE_CHECKING:
 else:  # transformers takes seconds to import, and brings torch along
     Tokenizer = Any
 
+# Characters that a tokenizer may make of one, and the most that a normal form of Unicode makes (NFKC of U+FDFA).
+MAX_EXPANSION = 1000
+UNICODE_EXPANSION = 18
 TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # a token in base64 and its rank; SentencePiece's are binary
 PROBE = "Once upon a time, there was a little girl"
 VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "tekken.json"}
 
-# Answers of a tokenizer without a chat template. The prompt ends in "Assistant:" without a space, for byte-level
-# tokenizers join that space to the first word of the answer.
+# The prompt ends in "Assistant:" without a space: byte-level tokenizers join the space to the first word of the answer.
 PLAIN_TURNS = (
     "{%- for message in messages -%}"
     "{{- message.role | capitalize + ': ' + message.content -}}"
@@ -112,10 +42,10 @@ PLAIN_TURNS = (
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """The tokenizer of a folder or of a Hub name; of an adapter without one, its model's. Foreign code is never run.
+    """The tokenizer of a folder or Hub name; for an adapter without one, its base model's. Foreign code is never run.
 
-    Raises :class:`ModelError` in one line where the folder is missing or incomplete, or the tokenizer cannot give the
-    characters of its tokens.
+    A folder with only ``vocab.json`` and ``merges.txt`` is read as GPT-2's byte-level BPE. Raises :class:`ModelError`
+    where the folder is missing or incomplete, or the tokenizer gives no character offsets.
     """
     from transformers import AutoTokenizer, GPT2Tokenizer
 
@@ -146,7 +76,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     except Exception as error:  # tokenizers raises plain Exception for a damaged file
         raise ModelError(f"{source}: the tokenizer cannot be loaded: {first_line(error)}") from None
     if not tokenizer.is_fast:
-        what = "the tokenizer gives no character offsets, so what is trained cannot be told from the prompt"
+        what = "the tokenizer gives no character offsets, so trained tokens cannot be told from the prompt"
         raise ModelError(f"{source}: {what}; convert it to tokenizer.json")
     if name := _read_otherwise(tokenizer, path, here):
         what = "transformers reads it otherwise than SentencePiece does, for no tokenizer_config.json names its class"
@@ -155,18 +85,19 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 
 def _lacking(folder: Path, here: set[str]) -> str | None:
-    """What must be installed to read the vocabulary of a folder, if anything must."""
+    """What must be installed to read the vocabulary of a folder."""
     for name in _models(here):
-        text = _is_tiktoken(folder / name)
-        kind, packages = ("tiktoken's", ("tiktoken",)) if text else ("SentencePiece's", ("sentencepiece", "protobuf"))
-        modules = {"protobuf": "google.protobuf"}
-        if not all(_installed(modules.get(package, package)) for package in packages):
-            return f"{name} is {kind}, which is read with a package that is not here: pip install {' '.join(packages)}"
+        kind, packages = "SentencePiece's", "sentencepiece protobuf"
+        modules: tuple[str, ...] = ("sentencepiece", "google.protobuf")
+        if _is_tiktoken(folder / name):
+            kind, modules, packages = "tiktoken's", ("tiktoken",), "tiktoken"
+        if not all(map(_installed, modules)):
+            return f"{name} is {kind}, which is read with a package that is not here: pip install {packages}"
     return None
 
 
 def _read_otherwise(tokenizer: Tokenizer, folder: Path, here: set[str]) -> str | None:
-    """The SentencePiece file that a tokenizer was made of and does not follow, if there is one."""
+    """The SentencePiece file whose pieces the tokenizer does not reproduce."""
     for name in _models(here):
         if _is_tiktoken(folder / name):
             continue
@@ -178,7 +109,7 @@ def _read_otherwise(tokenizer: Tokenizer, folder: Path, here: set[str]) -> str |
 
 
 def _models(here: set[str]) -> list[str]:
-    """Vocabularies that transformers converts, where a folder has no other."""
+    """Vocabulary files that transformers converts, where a folder has no other."""
     converted = {"tokenizer.json", "vocab.json", "vocab.txt"}
     return [] if here & converted else sorted(name for name in here if name.endswith(".model"))
 
@@ -196,25 +127,25 @@ def _installed(module: str) -> bool:
 
 
 def has_tokenizer(folder: str | Path) -> bool:
-    """Whether a folder holds a vocabulary, whatever else is there."""
+    """Whether a folder holds a vocabulary."""
     found = Path(folder)
     return any((found / name).is_file() for name in VOCABULARIES) or any(found.glob("*.model"))
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """The largest token id plus one: what a model's embedding must at least hold."""
+    """The largest token id plus one: the smallest embedding that a model needs."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def eos_id(tokenizer: Tokenizer) -> int:
-    """The id of EOS. Raises :class:`ModelError` where there is none: no answer would ever end."""
+    """The id of EOS. Raises :class:`ModelError` without one: no answer would ever end."""
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{tokenizer.name_or_path}: the tokenizer has no EOS token; set eos_token in its config")
     return int(tokenizer.eos_token_id)
 
 
 def leading_ids(tokenizer: Tokenizer) -> list[int]:
-    """What the tokenizer puts before plain text by itself: [BOS], or nothing."""
+    """Token ids that the tokenizer puts before plain text: [BOS], or nothing."""
     bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
     full = tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"]
     start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
@@ -230,29 +161,87 @@ def end_marks(tokenizer: Tokenizer) -> tuple[str, ...]:
 
 
 def plain_template(tokenizer: Tokenizer, *, add_eos: bool = True) -> str:
-    r"""A chat template for a tokenizer without one: ``User: ...\n\nAssistant: ...`` and EOS after each answer.
-
-    It is an ordinary Jinja template, so that a trained model can carry it along.
-    """
+    r"""A Jinja chat template for a tokenizer without one: ``User: ...\n\nAssistant: ...``, EOS after each answer."""
     lead = "".join(tokenizer.convert_ids_to_tokens(leading_ids(tokenizer)))
     end = str(tokenizer.convert_ids_to_tokens(eos_id(tokenizer))) if add_eos else ""
     return f"{{{{- {lead!r} -}}}}{PLAIN_TURNS.replace('END', repr(end))}"
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """16 bytes in hexadecimal that name everything a tokenizer's ids depend on, the same in every process.
+    """Digest of everything that token ids depend on, 32 hex digits, the same in every process.
 
-    Vocabulary, merges, added and special tokens, normaliser, pre-tokeniser and post-processor (the whole of
-    ``tokenizer.json``; a length or padding that it was last asked for aside), chat template, and the settings that
-    Python keeps beside them.
+    That is ``tokenizer.json`` (without the last truncation and padding), the chat template and the settings in Python.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend["truncation"] = backend["padding"] = None
-    beside = {
+    settings = {
         "class": type(tokenizer).__name__,
         "special": {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())},
         "split special": bool(tokenizer.split_special_tokens),
         "template": tokenizer.chat_template,
     }
-    text = json.dumps([backend, beside], sort_keys=True, ensure_ascii=True)
+    text = json.dumps([backend, settings], sort_keys=True, ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def check_expansion(path: Path) -> None:
+    """Raise :class:`ModelError` for a tokenizer that could expand a text without bound.
+
+    A normaliser replaces what another one has replaced: forty steps of a kilobyte make a terabyte of one letter.
+    """
+    try:
+        described = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return  # reported when it is loaded
+    if not isinstance(described, dict):
+        return
+    for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
+        if (grows := expansion(described.get(part))) > MAX_EXPANSION:
+            what = f"its {part} can make {'over a billion' if grows > 1e9 else f'{grows:,.0f}'} characters of one"
+            raise ModelError(f"{path}: {what}, which no real tokenizer does; it is not loaded")
+
+
+def expansion(step: Any) -> float:
+    """Characters that a step, with the steps inside it, can make of one."""
+    if not isinstance(step, dict):
+        return 1.0
+    inner = [step[name] for name in ("normalizers", "pretokenizers", "decoders", "processors") if name in step]
+    most = 1.0
+    for one in inner[0] if inner and isinstance(inner[0], list) else []:
+        most *= expansion(one)
+    match step.get("type"):
+        case "Replace":
+            most *= _replaced(step.get("pattern"), step.get("content"))
+        case "Prepend" | "Metaspace" | "WordPiece" | "BPEDecoder":
+            added = (step.get(name) for name in ("prepend", "replacement", "prefix", "suffix"))
+            most *= 1 + sum(len(text) for text in added if isinstance(text, str))
+        case "NFD" | "NFC" | "NFKD" | "NFKC":
+            most *= UNICODE_EXPANSION if most > 1 else 1
+        case "Precompiled":
+            most *= _mapped(step.get("precompiled_charsmap"))
+        case "TemplateProcessing":
+            shapes = [step.get(name) for name in ("single", "pair")]
+            most *= max((len(shape) for shape in shapes if isinstance(shape, list)), default=1)
+    return min(most, 1e300)
+
+
+def _replaced(pattern: Any, content: Any) -> float:
+    """Characters per character of a replacement; a regular expression may match between any two."""
+    if not isinstance(content, str) or not isinstance(pattern, dict):
+        return 1.0
+    text = pattern.get("String")
+    if isinstance(text, str) and text:
+        return max(1.0, len(content) / len(text))
+    return 1.0 + len(re.sub(r"\\.", "", content))
+
+
+def _mapped(encoded: Any) -> float:
+    """The longest text in a SentencePiece map: the size of a trie, the trie, then texts that end in a zero byte."""
+    if not isinstance(encoded, str):
+        return 1.0
+    try:
+        raw = base64.b64decode(encoded)
+    except (ValueError, binascii.Error):
+        return 1.0
+    texts = raw[4 + int.from_bytes(raw[:4], "little") :].split(b"\0")
+    return max(1.0, max((len(text.decode("utf-8", "replace")) for text in texts), default=1))

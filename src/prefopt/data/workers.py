@@ -1,8 +1,8 @@
-"""Processes that tokenise: started anew instead of forked, since the threads of torch and tokenizers do not survive
-that, and without the caller's main module, which need not be made for being imported twice.
+"""Tokenise rows in chunks, in this process or in several others.
 
-What goes to a worker and comes back is pickled, over a socket that nobody else can open. A worker whose parent is gone
-reads the end of it and leaves.
+Worker processes are started afresh, because the threads of torch and tokenizers do not survive a fork, and without the
+caller's main module, which may not be guarded against a second import. Messages are pickled and travel over a socket
+that no other process can open. A worker whose parent is gone reads the end of the stream and leaves.
 """
 
 from __future__ import annotations
@@ -22,28 +22,33 @@ from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from prefopt.data.chat.render import Rendered, Renderer
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.group import Group
-from prefopt.data.kinds import Problem, Want, check, convert
-from prefopt.data.problems import Findings
 from prefopt.data.table import Array, TableBuilder
 from prefopt.data.tokenizer import Tokenizer
+from prefopt.data.validate import DataKind, Problem, Warnings, validate
 from prefopt.errors import DataError, UserError
 from prefopt.records import Comparison
 
 Row = Comparison | Problem
 
+# A chunk ends at so many rows, or at so many characters.
 CHUNK_ROWS = 256
 CHUNK_CHARACTERS = 2_000_000
+# More processes would wait for the one that reads.
+MAX_WORKERS = 8
+# Chunks read per worker before the oldest is done, which bounds the memory.
+READ_AHEAD = 3
+# A class of the child's main module could not be unpickled by the parent, so serve() is imported.
+SERVE = "import sys; from prefopt.data.workers import serve; serve(int(sys.argv[1]))"
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What became of ``rows`` rows that follow one another: columns of groups, and problems in the order of the rows.
+    """``rows`` consecutive rows: the columns of their groups, and problems in the order of the rows.
 
     ``conversations``: some of the groups went through a chat template.
     """
@@ -51,28 +56,27 @@ class Chunk:
     rows: int
     columns: dict[str, Array]
     problems: list[Problem]
-    findings: Findings
+    warnings: Warnings
     conversations: bool
 
 
 class Preparer:
     """Makes chunks with one tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, rendering: Rendering, want: Want) -> None:
+    def __init__(self, tokenizer: Tokenizer, rendering: Rendering, kind: DataKind) -> None:
         """Raises :class:`ConfigError` and :class:`ModelError` as :class:`Renderer`."""
-        self.renderer, self.want = Renderer(tokenizer, rendering), want
+        self.renderer, self.kind = Renderer(tokenizer, rendering), kind
 
     def __call__(self, rows: Sequence[Row]) -> Chunk:
-        """Every row becomes a group or has a problem, whichever rows it stands with."""
+        """Convert, render and tokenise; a row becomes a group or has a problem, independent of the other rows."""
         problems: list[Problem] = []
         good: list[Comparison] = []
         for row in rows:
-            found = [row] if isinstance(row, Problem) else check(row, self.want)
-            problems += found
-            if isinstance(row, Comparison) and not found:
-                converted = convert(row, self.want)
-                assert isinstance(converted, Comparison), "what was checked can be converted"
-                good.append(converted)
+            found = [row] if isinstance(row, Problem) else validate(row, self.kind)
+            if isinstance(found, Comparison):
+                good.append(found)
+            else:
+                problems += found
         builder = TableBuilder()
         for comparison, rendered in zip(good, self._rendered(good), strict=True):
             if isinstance(rendered, Problem):
@@ -86,13 +90,13 @@ class Preparer:
             )
             for group in rendered.more:
                 builder.add(group, prompt_key=comparison.prompt_key)
-        findings = {what: list(numbers) for what, numbers in self.renderer.findings.items()}
-        self.renderer.findings.clear()
+        warnings = {what: list(numbers) for what, numbers in self.renderer.warnings.items()}
+        self.renderer.warnings.clear()
         problems.sort(key=lambda p: p.row)
-        return Chunk(len(rows), builder.columns(), problems, findings, any(not c.text for c in good))
+        return Chunk(len(rows), builder.columns(), problems, warnings, any(not c.text for c in good))
 
     def _rendered(self, good: Sequence[Comparison]) -> Iterator[Rendered | Problem]:
-        if self.want != "prompts":
+        if self.kind != "prompts":
             yield from self.renderer.render_all(good)
             return
         for comparison, ids in zip(good, self.renderer.prompts(good), strict=True):
@@ -100,7 +104,7 @@ class Preparer:
 
 
 def chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """The rows in runs of so many, or fewer where they are long."""
+    """Consecutive rows in lists, shorter ones where rows are long."""
     chunk: list[Row] = []
     room = CHUNK_CHARACTERS
     for row in rows:
@@ -114,42 +118,35 @@ def chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield chunk
 
 
-MOST = 8
-"""More than these wait for the one that reads."""
-AHEAD = 3
-"""Chunks that may be read, for each worker, before the oldest is done: what bounds the memory."""
-
-
 class CannotStart(Exception):
-    """The tokenizer cannot be handed to another process."""
+    """The tokenizer cannot be sent to another process, or no process can be started."""
 
 
 class Workers:
-    """Processes that each hold the tokenizer; use it as a context, which ends them at once however it is left."""
+    """Processes that hold the tokenizer each; leaving the context ends them at once."""
 
-    def __init__(self, tokenizer: Tokenizer, rendering: Rendering, want: Want, count: int, *, file: str = "") -> None:
-        """Starts them. Raises :class:`CannotStart`, and :class:`UserError` as :class:`Preparer`."""
+    def __init__(
+        self, tokenizer: Tokenizer, rendering: Rendering, kind: DataKind, count: int, *, file: str = ""
+    ) -> None:
+        """Start them. Raises :class:`CannotStart`, and :class:`UserError` as :class:`Preparer`."""
         if os.name != "posix":
             raise CannotStart("it needs sockets that a process inherits")
         try:
-            task = pickle.dumps((tokenizer, rendering, want))
+            task = pickle.dumps((tokenizer, rendering, kind))
         except Exception as error:  # whatever an object of the caller's may raise
             raise CannotStart(f"the tokenizer cannot be pickled: {error}") from error
-        self.file = file
-        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers: list[_Worker] = []
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(count)
         try:
             for _ in range(count):
-                try:
-                    self._workers.append(_Worker(file))
-                except OSError as error:
-                    raise CannotStart(f"no other process can be started: {error.strerror}") from error
-            for ready in [self._threads.submit(worker.ask, task) for worker in self._workers]:
-                if (why := ready.result()) is not None:
-                    raise CannotStart(why)
-        except BaseException:
-            self._end()
+                self._workers.append(_Worker(file))
+            for _ in self._threads.map(lambda worker: worker.ask(task), self._workers):
+                pass  # raises what a worker raised
+        except BaseException as error:
+            self.__exit__()
+            if isinstance(error, OSError):
+                raise CannotStart(f"no other process can be started: {error.strerror}") from error
             raise
         for worker in self._workers:
             self._idle.put(worker)
@@ -157,20 +154,24 @@ class Workers:
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end()
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.process.kill()
+            worker.process.wait()
+        # A thread that waits for a worker reads the end of its stream.
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for worker in self._workers:
+            worker.socket.close()
 
     def map(self, chunks: Iterable[Sequence[Row]], stop: Callable[[], None] | None = None) -> Iterator[Chunk]:
-        """Each chunk prepared, in order. ``stop`` is called several times a second and may raise.
+        """Prepare each chunk, in order. ``stop`` is called several times a second and may raise.
 
         Raises :class:`DataError` where a process ends by itself.
         """
         waiting: deque[Future[Chunk]] = deque()
         for chunk in chunks:
             waiting.append(self._threads.submit(self._prepare, chunk))
-            if len(waiting) >= AHEAD * len(self._workers):
+            if len(waiting) >= READ_AHEAD * len(self._workers):
                 yield _result(waiting.popleft(), stop)
             elif stop is not None:
                 stop()
@@ -184,14 +185,6 @@ class Workers:
             return found
         finally:
             self._idle.put(worker)
-
-    def _end(self) -> None:
-        for worker in self._workers:
-            worker.end()
-        # A thread that waits for a worker reads the end of its socket.
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        for worker in self._workers:
-            worker.socket.close()
 
 
 def _result(future: Future[Chunk], stop: Callable[[], None] | None) -> Chunk:
@@ -215,9 +208,9 @@ class _Worker:
         paths = [package, *(p for p in sys.path if p and p != package)]
         environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
         with theirs:
-            # In a session of its own, so that Ctrl-C reaches the one that decides what to do about it, and only that.
+            # Ctrl-C reaches only the parent, which decides what to do: hence the session of its own.
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "prefopt.data.workers", str(theirs.fileno())],
+                [sys.executable, "-P", "-c", SERVE, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -228,58 +221,49 @@ class _Worker:
         self.socket: Connection[bytes, bytes] = Connection(ours.detach())
 
     def ask(self, data: bytes) -> Any:
-        """Send a message and wait for the answer; what was raised over there is raised here."""
+        """Send a message and wait for the answer; an exception of the worker is raised here."""
         try:
             self.socket.send_bytes(data)
-            good, answer = pickle.loads(self.socket.recv_bytes())
-        except (EOFError, OSError) as error:
-            raise self._gone() from error
-        if good:
-            return answer
-        raise answer if isinstance(answer, UserError) else RuntimeError(f"in a process that tokenises:\n{answer}")
-
-    def _gone(self) -> DataError:
-        status = self.process.wait(timeout=10)
-        how = f"was ended by signal {-status} (is memory short?)" if status < 0 else f"ended with status {status}"
-        return DataError(f"a process that tokenises {how}; run the command again", file=self.file or None)
-
-    def end(self) -> None:
-        """End it at once."""
-        self.process.kill()
-        self.process.wait()
+            answer, error = pickle.loads(self.socket.recv_bytes())
+        except (EOFError, OSError) as broken:
+            status = self.process.wait(timeout=10)
+            how = f"was ended by signal {-status} (is memory short?)" if status < 0 else f"ended with status {status}"
+            what = f"a process that tokenises {how}; run the command again"
+            raise DataError(what, file=self.file or None) from broken
+        if error is not None:
+            raise error
+        return answer
 
 
-def _serve(handle: int) -> None:
-    """What a worker does until its parent is gone."""
+def serve(handle: int) -> None:
+    """The loop of a worker: a tokenizer and its options first, then chunks, until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection: Connection[bytes, bytes] = Connection(handle)
     prepare: Preparer | None = None
     while True:
+        answer: object = None
+        error: Exception | None = None
         try:
             data = connection.recv_bytes()
         except (EOFError, OSError):
             return
-        answer: tuple[bool, object]
         try:
             if prepare is None:
-                answer = (True, None)
-                try:
-                    task = pickle.loads(data)
-                except Exception as error:  # its class is not to be found here, say
-                    answer = (True, f"the tokenizer cannot be unpickled: {error}")
-                else:
-                    prepare = Preparer(*task)
+                prepare = Preparer(*_task(data))
             else:
-                answer = (True, prepare(pickle.loads(data)))
-        except UserError as error:
-            answer = (False, error)
-        except BaseException:  # a bug, which is told where a person sees it
-            answer = (False, traceback.format_exc())
+                answer = prepare(pickle.loads(data))
+        except (UserError, CannotStart) as known:
+            error = known
+        except BaseException:  # a bug: the parent shows its traceback
+            error = RuntimeError(f"in a process that tokenises:\n{traceback.format_exc()}")
         try:
-            connection.send_bytes(pickle.dumps(answer))
+            connection.send_bytes(pickle.dumps((answer, error)))
         except OSError:
             return
 
 
-if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+def _task(data: bytes) -> Any:
+    try:
+        return pickle.loads(data)
+    except Exception as error:  # its class cannot be imported here, say
+        raise CannotStart(f"the tokenizer cannot be unpickled: {error}") from error

@@ -14,8 +14,8 @@ import torch
 from prefopt.core.statistics import Interval, mean_interval
 from prefopt.data.comparisons import read_comparisons
 from prefopt.data.group import Group
-from prefopt.data.problems import Problem
 from prefopt.data.tokenizer import load_tokenizer
+from prefopt.data.validate import Problem
 from prefopt.generate.sampled_model import renderer_for
 from prefopt.model.load import load_model
 from prefopt.model.packing import pack

@@ -22,7 +22,7 @@ from prefopt.core.cache_folder import SAMPLES, acquired, cache_errors, file_hash
 from prefopt.core.terminal import Reporter
 from prefopt.data.comparisons import open_comparisons, parse_comparisons, read_comparisons
 from prefopt.data.files.sources import find_sources
-from prefopt.data.problems import Problem, refuse, refused_rows
+from prefopt.data.validate import Problem, refuse, refused_rows
 from prefopt.errors import CacheError, DataError
 from prefopt.generate.output import wrong_with
 from prefopt.generate.sampled_model import SampledModel

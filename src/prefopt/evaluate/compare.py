@@ -26,7 +26,8 @@ from prefopt.evaluate.rates import FEWEST, Games, at_equal_length, groups, stren
 from prefopt.evaluate.samples import Floats, Ints, Samples, distance, gathered, numbered, perplexity, seen
 from prefopt.evaluate.tasks import Harness, TaskScore, changes, read_task_results
 from prefopt.model.environment import hardware
-from prefopt.model.load import base_and_adapter, resolve_device, resolve_dtype
+from prefopt.model.load import base_and_adapter
+from prefopt.model.precision import resolve_device, resolve_dtype
 from prefopt.records import Comparison
 from prefopt.runs.trends import Finding
 from prefopt.studies.votes import Vote

@@ -20,7 +20,7 @@ import torch
 from prefopt.core.statistics import Interval, mean_interval
 from prefopt.data.group import Group
 from prefopt.data.load import load_groups
-from prefopt.data.problems import Problem
+from prefopt.data.validate import Problem
 from prefopt.errors import DataError, ModelError
 from prefopt.generate.sampled_model import SampledModel, renderer_for
 from prefopt.model.packing import pack, split
@@ -151,7 +151,7 @@ def perplexity(model: SampledModel, names: Sequence[str], **layout: Any) -> tupl
 
     Tokens are the model's own: models with other tokenizers have perplexities that do not compare.
     """
-    found = load_groups(names, model.tokenizer, max_length=model.context or LONGEST, want="demonstrations", **layout)
+    found = load_groups(names, model.tokenizer, max_length=model.context or LONGEST, kind="demonstrations", **layout)
     groups = list(found.groups)
     mean = log_probabilities(model, groups).sum() / found.groups.trained_N.sum()
     return float(np.exp(-mean)), found.truncated, found.refused

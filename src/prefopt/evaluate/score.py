@@ -23,15 +23,15 @@ from prefopt.data.comparisons import open_comparisons
 from prefopt.data.files.sources import find_sources
 from prefopt.data.group import Group
 from prefopt.data.layouts import LAYOUTS
-from prefopt.data.problems import Problem, refuse
 from prefopt.data.tokenizer import Tokenizer, load_tokenizer
+from prefopt.data.validate import Problem, refuse
 from prefopt.errors import DataError, ModelError, RunError
-from prefopt.model.load import base_and_adapter, load_config, load_model, local_folder, resolve_device, resolve_dtype
-from prefopt.model.packed_model import PackedModel, context_length
+from prefopt.model.architectures import context_length
+from prefopt.model.load import base_and_adapter, load_config, load_model, local_folder
 from prefopt.model.packing import pack, split
-from prefopt.model.precision import computing_in
+from prefopt.model.precision import freeze_and_cast, resolve_device, resolve_dtype
 from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar, response_rewards
-from prefopt.model.scorer import Scorer, response_sums
+from prefopt.model.scorer import PackedModel, Scorer, response_sums
 from prefopt.records import Comparison, tiers_of
 from prefopt.reference.identity import tokenizer_of_name
 from prefopt.rewards import Reward, load_reward, prompt_text
@@ -84,7 +84,7 @@ def reward_model_scores(config: ScoreConfig) -> ModelScores:
         )
     tokenizer = load_tokenizer(source)
     model = load_scalar(source, dtype=dtype, device=device, tokenizer=tokenizer).requires_grad_(False)
-    scorer = ScalarScorer(computing_in(model, dtype)).eval()
+    scorer = ScalarScorer(freeze_and_cast(model, dtype)).eval()
 
     def numbers(groups: Sequence[Group]) -> Floats:
         return response_rewards(scorer, groups, range(len(groups)), TOKENS[device.type])

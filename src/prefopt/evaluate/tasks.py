@@ -18,7 +18,7 @@ import numpy as np
 from prefopt.core.files import parsed
 from prefopt.errors import ConfigError, DataError, RunError
 from prefopt.evaluate.rates import Z95
-from prefopt.model.supported import attention_for
+from prefopt.model.supported import safe_attention
 
 INSTALL = 'pip install "prefopt[lm-eval]"'
 
@@ -83,7 +83,7 @@ class Harness:
             with redirect_stdout(sys.stderr):  # what it prints is no part of --json
                 found = self._evaluate(
                     model="hf",
-                    model_args={"pretrained": folder, "dtype": dtype, **attention_for(folder)}
+                    model_args={"pretrained": folder, "dtype": dtype, **safe_attention(folder)}
                     | ({"peft": adapter} if adapter else {}),
                     tasks=self._tasks,
                     task_manager=self._manager,

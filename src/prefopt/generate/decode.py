@@ -23,11 +23,11 @@ import torch
 
 from prefopt.generate.sampler import Ids
 from prefopt.generate.slots import HOOK, Filling, Slots
-from prefopt.model.costs import count_pass, uncounted
+from prefopt.model.architectures import body_of, causal_model
+from prefopt.model.costs import count_pass, out_of_memory, uncounted
 from prefopt.model.kernels.attention import gather_plan
-from prefopt.model.memory import out_of_memory
 from prefopt.model.packing import split
-from prefopt.model.scorer import Scorer, body_of, causal_model
+from prefopt.model.scorer import Scorer
 
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
 """Prompt tokens encoded at once."""

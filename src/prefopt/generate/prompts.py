@@ -8,10 +8,10 @@ from typing import Literal
 
 from prefopt.data.chat.render import Renderer
 from prefopt.data.comparisons import open_comparisons
-from prefopt.data.files.content import DAMAGED, damaged, layout_name, look
+from prefopt.data.files.content import DAMAGED, damaged, look
 from prefopt.data.files.sources import Source
 from prefopt.data.group import IntArray
-from prefopt.data.kinds import Problem, check, convert, describe, refuse, refused_rows
+from prefopt.data.validate import Problem, check, convert, describe, refuse, refused_rows
 from prefopt.errors import DataError
 from prefopt.records import Comparison, Message
 
@@ -54,7 +54,7 @@ class PromptReader:
         """All sources. Raises :class:`DataError` for bad rows unless they are to be skipped, and where none is left."""
         for source in sources:
             self.found.notes += source.notes
-            if source.path is not None and layout_name(source.path) == TEXT:
+            if source.path is not None and source.suffix == TEXT:
                 self._take(self._text_rows(source))
                 continue
             reading = open_comparisons(source, format=format, columns=columns)

@@ -15,10 +15,10 @@ from prefopt.data.tokenizer import Tokenizer, load_tokenizer
 from prefopt.errors import ModelError, RunError
 from prefopt.generate.sampler import Ids, Sample, group_of
 from prefopt.generate.text import continuation, without_stop
-from prefopt.model.load import local_folder, vocabulary_size
-from prefopt.model.packed_model import causal_model, context_length
+from prefopt.model.architectures import causal_model, context_length, vocabulary_size
+from prefopt.model.load import local_folder
 from prefopt.model.packing import pack, split
-from prefopt.model.precision import computing_in
+from prefopt.model.precision import freeze_and_cast
 from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar
 from prefopt.records import Comparison
 from prefopt.rewards import Reward, load_reward, prompt_text
@@ -106,7 +106,7 @@ def load_judge(
         )
     same_tokenizer(name, load_tokenizer(source), tokenizer)
     model = load_scalar(source, dtype=dtype, device=device, tokenizer=tokenizer).requires_grad_(False)
-    scorer = ScalarScorer(computing_in(model, dtype), attention=attention)
+    scorer = ScalarScorer(freeze_and_cast(model, dtype), attention=attention)
     context = context_length(causal_model(model).config)
     if context is not None and longest > context:
         raise ModelError(

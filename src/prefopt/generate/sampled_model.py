@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from prefopt.data.chat.answers import end_of_turn
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.spans import end_of_turn
 from prefopt.data.tokenizer import Tokenizer, tokenizer_digest
 from prefopt.errors import ConfigError
-from prefopt.model.load import base_and_adapter, load_config, load_model, resolve_device, resolve_dtype
-from prefopt.model.packed_model import context_length
-from prefopt.model.precision import MasterWeights, silence_dropout
+from prefopt.model.architectures import context_length
+from prefopt.model.load import base_and_adapter, load_config, load_model
+from prefopt.model.precision import MasterWeights, disable_dropout, resolve_device, resolve_dtype
 from prefopt.model.save import end_tokens, ids_of
 from prefopt.model.scorer import Scorer
-from prefopt.reference.identity import Identity, adapter_line, identity_of_folder, identity_of_model, tokenizer_of_name
+from prefopt.reference.cache import Identity
+from prefopt.reference.identity import adapter_line, identity_of_folder, identity_of_model, tokenizer_of_name
 
 
 class SampledModel:
@@ -61,7 +62,7 @@ class SampledModel:
     def scorer(self) -> Scorer:
         """The model, frozen, in the precision asked for."""
         if self._given is not None:
-            silence_dropout(self._given)
+            disable_dropout(self._given)
             return Scorer(self._given)
         model = load_model(self.source, dtype=self.dtype, device=self.device, adapter=self.adapter)
         model.requires_grad_(False)

@@ -16,7 +16,7 @@ from http.client import HTTPException, HTTPResponse
 from typing import Any, Protocol
 
 from prefopt.data.chat.render import Renderer
-from prefopt.data.problems import Problem
+from prefopt.data.validate import Problem
 from prefopt.errors import ConfigError, RunError
 from prefopt.generate.sampled_model import SampledModel
 from prefopt.generate.sampler import Ids, Settings

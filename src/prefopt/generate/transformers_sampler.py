@@ -18,12 +18,9 @@ from prefopt.errors import ModelError, RunError
 from prefopt.generate.decode import Decoder, WholeDecoder, decoder_of
 from prefopt.generate.draw import Choice, choose, key_of
 from prefopt.generate.sampler import Ids, Progress, Sample, Settings, occurrences
-from prefopt.model.accounting import attention_shapes
-from prefopt.model.costs import count_generated
-from prefopt.model.load import vocabulary_size
-from prefopt.model.memory import free_memory, out_of_memory
-from prefopt.model.packed_model import context_length
-from prefopt.model.scorer import Scorer, causal_model
+from prefopt.model.architectures import attention_shapes, causal_model, context_length, vocabulary_size
+from prefopt.model.costs import count_generated, free_memory, out_of_memory
+from prefopt.model.scorer import Scorer
 
 log = logging.getLogger(__name__)
 

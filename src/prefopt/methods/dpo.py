@@ -12,15 +12,13 @@ from prefopt.runs.diagnose import diagnose, in_words
 from prefopt.runs.history import read_history
 from prefopt.runs.metrics import Record
 from prefopt.train.batch import Batch
-from prefopt.train.columns import columns_of
+from prefopt.train.columns import Values, columns_of
 from prefopt.train.data import DataBatches, load_data
-from prefopt.train.inputs import Values
-from prefopt.train.loss_options import describe, losses_of, needs_reference, row_kind
-from prefopt.train.objective import PreferenceObjective, check_rows
+from prefopt.train.loss_options import data_kind, describe, losses_of, needs_reference
+from prefopt.train.objective import PreferenceObjective, check_rows, inspect_first
 from prefopt.train.objectives import balanced, describe_balance
 from prefopt.train.offline import OfflineRun, say_truncated
 from prefopt.train.policy import Policy
-from prefopt.train.preflight import inspect_first
 from prefopt.train.reference import ReferenceRun, choose_reference, identify, without_values
 from prefopt.train.reference_plan import ReferencePlan
 from prefopt.train.run import TrainingResult, open_run, read_model
@@ -53,7 +51,7 @@ def run(
             start.limit,
             rows,
             run.reporter,
-            want=row_kind(terms),
+            kind=data_kind(terms),
             which=pairs if paired else "all",
             stop=run.stop,
         )

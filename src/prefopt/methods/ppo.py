@@ -24,12 +24,11 @@ from prefopt.losses.rl import KlController
 from prefopt.model.check import CheckReport, check_scoring
 from prefopt.reference.identity import identity_of_name
 from prefopt.rewards import Reward, load_reward
-from prefopt.rl.collector import Collector
 from prefopt.rl.last_good import keep_last_good
 from prefopt.rl.models import PpoModels, build_models
 from prefopt.rl.objective import PpoObjective
-from prefopt.rl.prompts import order_of, plan_of, read_prompts, too_few
-from prefopt.rl.ptx import PtxTerm, read_ptx
+from prefopt.rl.prompts import PtxTerm, order_of, plan_of, read_prompts, read_ptx, too_few
+from prefopt.rl.rollouts import Collector
 from prefopt.rl.rounds import Rounds
 from prefopt.runs.folder import digest_of, fingerprint
 from prefopt.runs.history import averages_of, read_history

@@ -13,8 +13,8 @@ from prefopt.config.rlhf import RewardConfig
 from prefopt.core.files import write_json
 from prefopt.data.table import GroupTable
 from prefopt.errors import ConfigError, DataError
+from prefopt.model.architectures import causal_model
 from prefopt.model.check import CheckReport, check_scalars
-from prefopt.model.packed_model import causal_model
 from prefopt.model.scalar import ScalarScorer, response_rewards, set_shift, shift_of
 from prefopt.train.columns import columns_of
 from prefopt.train.data import DataBatches, TrainingData, load_data
@@ -56,7 +56,7 @@ def run(
     with open_run(config, model=model, callbacks=callbacks) as run:
         config, say = run.config, run.say
         start = read_model(run, tokenizer)
-        data = load_data(config, start.tokenizer, start.limit, rows, run.reporter, want="pairs", stop=run.stop)
+        data = load_data(config, start.tokenizer, start.limit, rows, run.reporter, kind="pairs", stop=run.stop)
         say_truncated(run, start, data)
         policy = run.loading(ScalarPolicy(config, start.source, run.dtype, run.device, model, start.tokenizer))
         offline = OfflineRun(run=run, start=start, data=data, policy=policy)

@@ -23,14 +23,14 @@ from prefopt.core.cache_folder import file_hashes
 from prefopt.core.files import output_errors, read_json, write_json
 from prefopt.core.model_folder import is_adapter
 from prefopt.core.terminal import Reporter
-from prefopt.data.files.content import layout_name
 from prefopt.data.files.sources import find_sources
-from prefopt.data.layouts.dataset_info import find_entry
+from prefopt.data.layouts.columns import find_dataset_info
 from prefopt.errors import ConfigError, DataError, Interrupted, RunError
 from prefopt.generate.sampled_model import SampledModel
 from prefopt.methods import ppo, reward, sft
-from prefopt.model.load import base_and_adapter, resolve_device
+from prefopt.model.load import base_and_adapter
 from prefopt.model.merge import merge_adapter
+from prefopt.model.precision import resolve_device
 from prefopt.rl.prompts import read_prompts, too_few
 from prefopt.runs.folder import FREE
 from prefopt.runs.history import RECORD, read_record
@@ -226,8 +226,8 @@ def _digests(names: Sequence[str], *, registry: bool) -> list[tuple[int, str, st
         (
             source.entry,
             source.digest(),
-            layout_name(source.path) if source.path else "",
-            str(find_entry(source.path) if registry else None),
+            source.suffix,
+            str(find_dataset_info(source.path) if registry else None),
         )
         for source in find_sources(names)
     ]

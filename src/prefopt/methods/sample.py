@@ -25,7 +25,7 @@ from prefopt.generate.sampled_model import SampledModel, renderer_for
 from prefopt.generate.sampler import Mismatch, Sample, Sampler, Settings, compare, occurrences
 from prefopt.generate.text import continuation, without_stop
 from prefopt.generate.transformers_sampler import TransformersSampler
-from prefopt.model.load import slow_dtype
+from prefopt.model.precision import slow_dtype
 from prefopt.records import Message, Response
 from prefopt.runs.folder import digest_of
 

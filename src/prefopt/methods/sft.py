@@ -8,11 +8,10 @@ from typing import Any
 from prefopt.config.sft import SftConfig
 from prefopt.data.comparisons import open_comparisons, parse_comparisons
 from prefopt.data.files.sources import find_sources
-from prefopt.data.kinds import convert
-from prefopt.data.problems import Problem
+from prefopt.data.validate import Problem, convert
 from prefopt.errors import ConfigError
 from prefopt.model.check import check_scoring
-from prefopt.model.from_scratch import new_model, new_tokenizer
+from prefopt.model.load import new_model, new_tokenizer
 from prefopt.train.data import DataBatches, load_data
 from prefopt.train.objective import Objective
 from prefopt.train.objectives import LikelihoodObjective, balanced, describe_balance
@@ -50,7 +49,7 @@ def run(
             start.limit,
             rows,
             run.reporter,
-            want="demonstrations",
+            kind="demonstrations",
             stop=run.stop,
             train_on=config.train_on,
             windows=True,

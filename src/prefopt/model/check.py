@@ -1,76 +1,67 @@
-"""The load check: before anything is trained or cached, scoring is shown to be exact for the model at hand.
+"""The load check: before training or caching, scoring is checked to be exact for the model at hand.
 
-A tiny float64 twin of the architecture is scored through the packed path and by the model class's own forward, one
-sequence per call, values and gradients. Then real groups are scored by the real model, shared, separately, and in two
-packings, which also measures the noise that the working dtype brings; and a few of their tokens by its own logits.
+A tiny float64 model of the architecture is scored packed and by the class's own forward, one sequence per call, values
+and gradients. Then a few real groups are scored by the real model: shared, separately and in two packings, which also
+measures the noise of the working dtype; and a few tokens by its own logits.
 
-The load check's twin is in float64, which variable-length flash attention does not take: on CUDA nothing of that
-kernel would be seen before it trains. So the twin is scored once more in the run's own dtype, by both kernels, values
-and gradients; its window is shorter than its rows. How far rounding takes either from the truth is measured, not
-assumed: the truth is the twin with the same rounded weights in float64.
+Variable-length flash attention does not take float64. On CUDA the tiny model is therefore also scored in the run's
+dtype, by both kernels, values and gradients, with a window shorter than its rows. The truth is the same rounded weights
+in float64; the error that rounding explains is measured on the plain kernel.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from prefopt.data.group import Group
 from prefopt.data.table import GroupTable
 from prefopt.errors import ModelError
+from prefopt.model.architectures import causal_model, transformers_log_level
 from prefopt.model.costs import uncounted
-from prefopt.model.packed_model import PackedModel, causal_model
+from prefopt.model.kernels.head import Head
 from prefopt.model.packing import pack
 from prefopt.model.scalar import ScalarScorer
-from prefopt.model.scorer import Head, Scorer
+from prefopt.model.scorer import PackedModel, Scorer
 
 VOCABULARY, WINDOW, CONTEXT = 61, 8, 128
-_SMALL = {
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "ffn_dim": 48,
-    "ffn_hidden_size": 48,
-    "num_local_experts": 4,
-    "num_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "state_size": 4,
-}
+_SMALL = (
+    dict.fromkeys("intermediate_size ffn_dim ffn_hidden_size".split(), 48)
+    | dict.fromkeys("moe_intermediate_size shared_expert_intermediate_size".split(), 16)
+    | dict.fromkeys("linear_key_head_dim linear_value_head_dim".split(), 8)
+    | dict.fromkeys("num_local_experts num_experts n_routed_experts state_size".split(), 4)
+    | dict.fromkeys("num_experts_per_tok linear_num_key_heads linear_num_value_heads".split(), 2)
+)
 LARGEST = 5_000_000
-"""Parameters of a twin at most: the check must stay a matter of a second."""
+"""Parameters of the tiny model at most: the check takes about a second."""
+_ALLOWED, _TIMES = 0.05, 4.0
+"""Relative error of a kernel that rounding always explains, and beyond it as a multiple of the plain kernel's error."""
+# Rotary tables are float32 even in a float64 model, so that the last digits differ between packings.
+CLONE_TOLERANCE = 1e-5
+HEAD_TOKENS = 32
+"""Tokens whose full logits check the head: few, since a vocabulary can be large."""
+# Root mean square difference of a token's log-probability, shared and separate, that is still rounding.
+_GROSS = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.15}
+_FLOOR = {torch.float64: 1e-7, torch.float32: 1e-5, torch.bfloat16: 5e-3}
 
 
 def tiny_clone(config: PreTrainedConfig) -> PreTrainedModel | None:
-    """A float64 model with random weights (norms too), one period of the layer types and a window of 8.
-
-    None where the architecture cannot be built that small.
-    """
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    state = torch.random.get_rng_state()
-    try:
+    """A float64 model with random weights (norms too), one period of the layer types and a window of 8. None where the
+    architecture cannot be built that small."""
+    with transformers_log_level(logging.ERROR), torch.random.fork_rng(devices=[]):
         for heads_too in (True, False):
-            try:
+            with suppress(Exception):  # whatever a configuration refuses: the report says that it is unchecked
                 return _build(_shrunk(config, heads_too))
-            except Exception:  # whatever a configuration refuses: the caller says that it went unchecked
-                continue
-        return None
-    finally:
-        torch.random.set_rng_state(state)
-        transformers_logging.set_verbosity(level)
+    return None
 
 
 def _build(config: Any) -> PreTrainedModel:
@@ -130,42 +121,35 @@ def _shrink_heads(small: Any) -> None:
 
 
 def _shared_heads(shared: int, heads: int) -> int:
-    """Key heads for four query heads, of the kind that the model has: one each, in groups, or one for all."""
+    """Key heads for four query heads, as the model has them: one each, in groups, or one for all."""
     return 4 if shared == heads else 2 if shared > 1 else 1
 
 
 def _set(config: Any, **values: Any) -> None:
-    """Set what the configuration has, under the names it gives these things."""
     for name, value in values.items():
         if hasattr(config, name):
             setattr(config, name, value)
 
 
 def _period(kinds: list[str]) -> int:
-    """Layers until every type has been seen, at least two where there are two."""
+    """Layers until every type has occurred, at least two where there are two."""
     n = max(kinds.index(kind) for kind in set(kinds)) + 1
     return max(n, min(2, len(kinds)))
 
 
-_ALLOWED, _TIMES = 0.05, 4.0
-"""Relative error of a kernel that rounding explains in any case, and beyond it as a multiple of the loop's own."""
-
-
 def check_kernel(
-    twin: PreTrainedModel, groups: Sequence[Group], device: torch.device, dtype: torch.dtype, head: Head | None
+    clone: PreTrainedModel, groups: Sequence[Group], device: torch.device, dtype: torch.dtype, head: Head | None
 ) -> None:
-    """Raise :class:`ModelError` where the fast kernel's values or gradients are further from the truth than the loop's.
-
-    ``twin`` is a float64 copy that may be changed.
-    """
-    rounded = copy.deepcopy(twin).to(dtype)
+    """Raise :class:`ModelError` where values or gradients of the fast kernel are further from the truth than rounding
+    explains. ``clone`` is the float64 model."""
+    rounded = copy.deepcopy(clone).to(dtype)
     truth = _scored(copy.deepcopy(rounded).to(torch.float64), groups, "loop", head)
     loop, fast = (_scored(copy.deepcopy(rounded).to(device), groups, kernel, head) for kernel in ("loop", "auto"))
     for what, right, plain, found in zip(("values", "gradients"), truth, loop, fast, strict=True):
         error, allowed = _error(found, right), max(_ALLOWED, _TIMES * _error(plain, right))
         if not error <= allowed:
             raise ModelError(
-                f"{type(twin).__name__}: {what} by the fast attention kernel differ by {error:.2g} (relative) from the"
+                f"{type(clone).__name__}: {what} by the fast attention kernel differ by {error:.2g} (relative) from the"
                 f" right ones on a small copy in {dtype}, where {allowed:.2g} is rounding; give --attention loop, and"
                 " please report this device"
             )
@@ -174,11 +158,17 @@ def check_kernel(
 def _scored(
     model: PreTrainedModel, groups: Sequence[Group], attention: str, head: Head | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token log-probabilities [M], and all gradients of a weighted sum of them in one vector, in float64."""
+    """Values and gradients of packed scoring; the model has its own attention again."""
     scorer = Scorer(model.eval(), attention=attention, head=head)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    logp_M = scorer(pack(groups, scorer.layout).to(weights[0].device))
-    assert isinstance(logp_M, torch.Tensor)
+    device = next(model.parameters()).device
+    found = _with_gradients(model, scorer(pack(groups, scorer.layout).to(device)))
+    scorer.detach_hook()
+    return found
+
+
+def _with_gradients(model: PreTrainedModel, logp_M: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token log-probabilities [M], and all gradients of a weighted sum of them in one vector, in float64."""
+    weights = [p for p in model.parameters() if p.requires_grad]  # a router's bias may be frozen by its class
     upstream = torch.linspace(-1, 1, len(logp_M), dtype=logp_M.dtype, device=logp_M.device)
     grads = torch.autograd.grad((logp_M * upstream).sum(), weights, allow_unused=True)
     flat = [torch.zeros_like(p) if g is None else g for p, g in zip(weights, grads, strict=True)]
@@ -189,21 +179,12 @@ def _error(found: torch.Tensor, right: torch.Tensor) -> float:
     return float((found - right).norm() / right.norm())
 
 
-# Rotary tables are float32 even in a float64 model, so that the last digits differ between packings.
-CLONE_TOLERANCE = 1e-5
-HEAD_TOKENS = 32
-"""Tokens whose logits are made to check the head: few, since a vocabulary can be large."""
-# Root mean square difference of a token's log-probability, shared against separate, that is still rounding.
-_GROSS = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.15}
-_FLOOR = {torch.float64: 1e-7, torch.float32: 1e-5, torch.bfloat16: 5e-3}
-
-
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """``clone_error``: largest relative difference on the twin (none: it could not be built).
+    """``clone_error``: largest relative difference on the tiny model (None: it could not be built).
 
-    ``sharing_error`` and ``noise``: root mean square difference of a token's log-probability, in nats, shared against
-    separate and between two packings.
+    ``sharing_error`` and ``noise``: root mean square difference of a token's log-probability, in nats, between shared
+    and separate scoring and between two packings.
     """
 
     clone_error: float | None
@@ -212,12 +193,12 @@ class CheckReport:
     unit: str = "nats per token"
 
     def tolerance(self, tokens: float) -> float:
-        """Largest log-ratio, in nats, that rounding explains for a response of so many tokens."""
+        """Largest log-ratio, in nats, that rounding explains for a response with this many tokens."""
         return 10 * self.noise * math.sqrt(tokens)
 
 
 def check_scoring(scorer: Scorer, groups: Sequence[Group]) -> CheckReport:
-    """Run the check with a few of ``groups``. Raises :class:`ModelError` where scoring would be wrong."""
+    """Check with a few of ``groups``. Raises :class:`ModelError` where scoring would be wrong."""
     model = causal_model(scorer.model)
     clone_error = _checked_clone(scorer)
     sharing, noise = _real_differences(scorer, groups)
@@ -237,10 +218,8 @@ def check_scoring(scorer: Scorer, groups: Sequence[Group]) -> CheckReport:
 
 
 def check_scalars(scorer: ScalarScorer, groups: Sequence[Group]) -> CheckReport:
-    """The same for rewards: the twin, then a few of ``groups`` by the class's own forward, one response per call.
-
-    In the report ``sharing_error`` and ``noise`` are in units of the reward. Raises :class:`ModelError`.
-    """
+    """The same for rewards, against the class's own forward, one response per call. In the report ``sharing_error`` and
+    ``noise`` are in units of the reward. Raises :class:`ModelError`."""
     model = causal_model(scorer.model)
     clone_error = _checked_clone(scorer)
     device, some = next(scorer.model.parameters()).device, _typical(groups)
@@ -249,12 +228,9 @@ def check_scalars(scorer: ScalarScorer, groups: Sequence[Group]) -> CheckReport:
         noise = _rms(together - torch.cat([scorer(pack([g], scorer.layout).to(device)) for g in some]))
         scorer.detach_hook()
         own = []
-        for group in some:
-            for k in range(len(group.continuations)):
-                ids, trained = group.sequence(k)
-                stop = int(np.nonzero(trained)[0][-1]) + 1
-                row = torch.from_numpy(np.asarray(ids[:stop])).long().to(device)[None]
-                own.append(model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[0, 0])
+        for ids, trained in _sequences(some):
+            row = ids[: int(trained.nonzero()[-1]) + 1].to(device)[None]
+            own.append(model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[0, 0])
         scorer.attach_hook()
     sharing = _rms(together + scorer.shift - torch.stack(own).to(together.dtype))
     gross = _GROSS[scorer.dtype] * max(1.0, float(together.abs().max()))
@@ -268,7 +244,7 @@ def check_scalars(scorer: ScalarScorer, groups: Sequence[Group]) -> CheckReport:
 
 
 def _checked_clone(scorer: PackedModel) -> float | None:
-    """The error on the tiny twin of the scorer's architecture; none where it cannot be built."""
+    """The error on the tiny model of the scorer's architecture; None where it cannot be built."""
     model = causal_model(scorer.model)
     clone = tiny_clone(model.config)
     if clone is None:
@@ -293,14 +269,14 @@ def _checked_clone(scorer: PackedModel) -> float | None:
 
 
 def _typical(groups: Sequence[Group]) -> list[Group]:
-    """A few groups of middling length: long enough to be typical, cheap enough for every start."""
+    """A few groups of typical length, cheap enough for every start."""
     far = np.abs(GroupTable.of(groups).tokens_G - 300)
     return [groups[i] for i in np.argsort(far, kind="stable")[:3].tolist()]
 
 
 @torch.no_grad()
 def _sees_ahead(clone: PreTrainedModel) -> float:
-    """How far logits depend on what comes after them, relative to the largest; nothing in a causal model."""
+    """How far logits depend on later tokens, relative to the largest; 0 for a causal model."""
     ids = torch.arange(2, 14)[None] % VOCABULARY
     other = ids.clone()
     other[0, 8:] += 20
@@ -309,36 +285,31 @@ def _sees_ahead(clone: PreTrainedModel) -> float:
 
 
 def clone_difference(clone: PreTrainedModel, attention: str = "auto", *, head: Head | None = None) -> float:
-    """Largest difference of values and of gradients, relative to the largest of each, on a float64 twin."""
+    """Largest difference of values and of gradients, relative to the largest of each, on the tiny float64 model."""
     groups = _random_groups()
-    weights = [p for p in clone.parameters() if p.requires_grad]  # a router's bias may be frozen by its class
-    expected = _separately(clone, groups)
-    upstream = torch.linspace(-1, 1, len(expected), dtype=torch.float64)
-    expected_grads = torch.autograd.grad((expected * upstream).sum(), weights, allow_unused=True)
-    scorer = Scorer(clone, attention=attention, head=head)
-    batch = pack(groups, scorer.layout)
-    found = scorer(batch)
-    found_grads = torch.autograd.grad((found * upstream).sum(), weights, allow_unused=True)
-    scorer.detach_hook()
-    pairs = [(a, b) for a, b in zip(expected_grads, found_grads, strict=True) if a is not None]
-    top = max(float(a.abs().max()) for a, _ in pairs)
-    grad = max(float((a - (0 if b is None else b)).abs().max()) for a, b in pairs) / top
-    value = float((expected - found).detach().abs().max() / expected.detach().abs().max())
-    return max(value, grad)
+    expected = _with_gradients(clone, _separately(clone, groups))
+    found = _scored(clone, groups, attention, head)
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, found, strict=True))
 
 
 def _separately(model: PreTrainedModel, groups: Sequence[Group]) -> torch.Tensor:
     """Token log-probabilities [M] by the model's own forward, one sequence per call: the oracle."""
     device, parts = next(model.parameters()).device, []
+    for ids, trained in _sequences(groups):
+        ids = ids.to(device)
+        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        logp = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+        where = trained.nonzero()[:, 0].to(device)
+        parts.append(logp[where - 1, ids[where]])
+    return torch.cat(parts)
+
+
+def _sequences(groups: Sequence[Group]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids and mask of every response, prompt included."""
     for group in groups:
         for k in range(len(group.continuations)):
-            ids, trained = (torch.from_numpy(np.asarray(x)) for x in group.sequence(k))
-            ids, trained = ids.long().to(device), trained.to(device)
-            logits = model(input_ids=ids[None], use_cache=False).logits[0]
-            logp = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
-            where = trained.nonzero()[:, 0]
-            parts.append(logp[where - 1, ids[where]])
-    return torch.cat(parts)
+            ids, trained = group.sequence(k)
+            yield torch.from_numpy(np.asarray(ids)).long(), torch.from_numpy(np.asarray(trained))
 
 
 def _random_groups() -> list[Group]:
@@ -372,7 +343,7 @@ def _real_differences(scorer: Scorer, groups: Sequence[Group]) -> tuple[float, f
 
 @torch.no_grad()
 def _head_difference(scorer: Scorer, group: Group) -> float:
-    """The scorer against the logits that the model itself makes, on a few tokens: whatever its vocabulary."""
+    """The scorer compared with the model's own logits, on a few tokens."""
     ids = group.sequence(0)[0][:HEAD_TOKENS]
     start = [Group.from_sequences([(ids, np.arange(len(ids)) > 0)], row=0)]
     found = scorer(pack(start, scorer.layout).to(next(scorer.model.parameters()).device))

@@ -1,17 +1,16 @@
-"""The tensors in a model's folder, told from the headers of its files, and what they are called in the loaded model.
+"""The tensors in a model folder, from the headers of its files, and their names in the loaded model.
 
-A class of transformers leaves aside whatever it has no place for: the vision tower of a checkpoint whose language model
-is loaded alone, its layers for multi-token prediction, a value head. :class:`Origin` knows those, and under which name
-of the checkpoint each weight of the model belongs, so that a trained model can be written as the checkpoint that it
-came from::
+A class of transformers ignores tensors that it has no place for: the vision tower of a checkpoint whose language model
+is loaded alone, layers for multi-token prediction, a value head. :class:`ModelOrigin` knows those, and the name in the
+checkpoint of each weight of the model, so that a trained model is saved as the checkpoint that it came from::
 
-    origin = origin_of(model)               # put there by prefopt.model.load; none for a model given in Python
-    origin.untouched                        # names of the checkpoint that are in no weight of the model
+    origin = origin_of(model)               # set by prefopt.model.load; None for a model built in Python
+    origin.untouched                        # names in the checkpoint that are in no weight of the model
     origin.checkpoint.tensor(name)          # one of them
     origin.stored(model, state)             # the model's weights, under the checkpoint's names
 
-Trainers write reward models and value functions under classes and names of their own: ``score`` (transformers' sequence
-classifiers), ``value_head`` (OpenRLHF), ``v_head.summary`` (TRL; LLaMA-Factory puts it into a file of its own).
+Trainers store scalar heads under names of their own: ``score`` (transformers' sequence classifiers), ``value_head``
+(OpenRLHF), ``v_head.summary`` (TRL; LLaMA-Factory in a file of its own).
 """
 
 from __future__ import annotations
@@ -29,12 +28,30 @@ from safetensors import SafetensorError, safe_open
 from prefopt.core.model_folder import read_object, weight_files
 from prefopt.core.terminal import size
 from prefopt.errors import ModelError
+from prefopt.model.architectures import MTP_COUNTS
 
 _ATTRIBUTE = "prefopt_origin"
+_HEAD_FILE = "value_head.safetensors"
+HEAD_NAMES = re.compile(r"^(score|value_head|v_head|reward_head|regression_head|regression_layer|rm_head)\.")
+_MTP_LAYERS = "layers for multi-token prediction"
+# What an untouched tensor belongs to, by a part of its name; the first that matches.
+_KINDS = {
+    "value head": HEAD_NAMES.pattern,
+    _MTP_LAYERS: r"mtp|nextn|\.(eh_proj|enorm|hnorm|shared_head)\.",
+    "audio tower": r"audio|speech|sound",
+    "vision tower": r"visual|vision|image|vit|multi_modal_projector|mm_projector",
+}
+_MTP = re.compile(_KINDS[_MTP_LAYERS])
+OTHER = "tensors that the architecture has no place for"
+# Buffers that older versions of transformers saved, and that are computed: causal masks, rotary frequencies.
+_COMPUTED = re.compile(
+    r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$"
+    r"|(^|\.)position_ids$|num_batches_tracked$"
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """A tensor in a file. ``dtype`` is safetensors' name of its type."""
 
     file: Path
@@ -47,97 +64,99 @@ class Stored:
         bits = re.match(r"[A-Z]+(\d+)", self.dtype)
         return math.ceil(math.prod(self.shape) * (int(bits[1]) if bits else 8) / 8)
 
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor, on the CPU, in its stored type. Raises :class:`ModelError` where the file is gone."""
+        try:
+            with safe_open(self.file, framework="pt") as file:
+                found: torch.Tensor = file.get_tensor(name)
+            return found
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{self.file}: {name} cannot be read ({error}); put the model back") from error
+
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class WeightFiles:
     """The tensors of ``folder`` by name, as transformers would find them. Only headers are in memory."""
 
     folder: Path
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
 
     @classmethod
-    def read(cls, folder: str | Path) -> Checkpoint:
+    def read(cls, folder: str | Path) -> WeightFiles:
         """Raises :class:`ModelError` for a folder without weights, or with damaged or pickled ones."""
         path = Path(folder)
         try:
             files = weight_files(path, read_object(path / "config.json"))
-            return cls(path, {name: found for file in files for name, found in headers(file).items()})
+            return cls(path, {name: found for file in files for name, found in _headers(file).items()})
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"{folder}: its files cannot be read ({error}); copy the model again") from error
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, in the type in which it is stored. Raises :class:`ModelError` where it is gone."""
-        stored = self.tensors[name]
-        try:
-            with safe_open(stored.file, framework="pt") as file:
-                found: torch.Tensor = file.get_tensor(name)
-            return found
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{stored.file}: {name} cannot be read ({error}); put the model back") from error
+        """One tensor; see :meth:`StoredTensor.read`."""
+        return self.tensors[name].read(name)
 
     def nbytes(self, names: Iterable[str]) -> int:
         """Bytes of these tensors."""
         return sum(self.tensors[name].nbytes for name in names)
 
 
-def headers(file: Path) -> dict[str, Stored]:
-    """What a safetensors file holds. Raises what safetensors does."""
+def _headers(file: Path) -> dict[str, StoredTensor]:
     with safe_open(file, framework="pt") as opened:
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
-        return {name: Stored(file, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+        return {name: StoredTensor(file, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """The checkpoint that a model was loaded from, and what became of each of its tensors.
+class ModelOrigin:
+    """The checkpoint that a model was loaded from, and where each of its tensors went.
 
-    ``renamed``: by name in the checkpoint, the name it has in the model, or would have there. ``converted``: those of
-    them that are a part of a weight, or several (experts that the model holds as one). ``untouched``: in no weight.
-    ``kept``: whether they are written beside the model's own; not beside a reward model made of a language model.
-    ``config``: what ``config.json`` says there. It is held, for the folder may be gone when the model is saved.
+    ``renamed``: name in the checkpoint to name in the model (or the name it would have). ``converted``: tensors that
+    are part of a weight, or several weights (fused experts). ``untouched``: in no weight. ``kept``: whether untouched
+    tensors are saved with the model; not with a reward model made of a language model. ``config``: the folder's
+    configuration, held because the folder may be gone when the model is saved.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: WeightFiles
     config: Any
     renamed: Mapping[str, str]
     converted: frozenset[str]
     untouched: tuple[str, ...]
     kept: bool = True
 
-    def left_behind(self, used: Iterable[str] = ()) -> Origin:
-        """Where a model of another kind comes from, which has ``used`` some of the tensors in a way of its own."""
+    def left_behind(self, used: Iterable[str] = ()) -> ModelOrigin:
+        """The origin of a model of another kind, which has read ``used`` by itself and keeps no untouched tensors."""
         rest = tuple(n for n in self.untouched if n not in set(used))
         return replace(self, untouched=rest, kept=False)
 
     @property
     def covered(self) -> set[str]:
-        """Weights of the model that stand in the checkpoint under a name of their own."""
+        """Weights of the model that the checkpoint holds."""
         return {self.renamed[n] for n in self.checkpoint.tensors if n not in self.untouched}
 
     def stored(self, model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Weights ``state`` of ``model`` under the names of the checkpoint; shared ones as often as they stand there.
+        """Weights ``state`` of ``model`` under the names of the checkpoint, shared ones as often as it holds them. A
+        weight that the checkpoint lacks (a head that is no longer tied) gets transformers' name."""
+        from transformers.core_model_loading import revert_weight_conversion
 
-        A weight that the checkpoint has not (a head that is no longer tied) comes under transformers' name for it.
-        """
-        left = set(self.untouched) | self.converted
-        plain = {name: state[new] for name, new in self.renamed.items() if name not in left}
+        skipped = set(self.untouched) | self.converted
+        plain = {name: state[new] for name, new in self.renamed.items() if name not in skipped}
         written = {self.renamed[name] for name in plain}
-        reverted = _reverted(model, {name: value for name, value in state.items() if name not in written})
-        shared = {_place(value) for value in plain.values()}
+        rest = {name: value for name, value in state.items() if name not in written}
+        reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, rest)
+        shared = {_storage(value) for value in plain.values()}
         ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
         found = dict(plain)
         for name, value in reverted.items():
-            kin = name if name in self.converted else _kin(name, self.converted)
-            if kin is not None:
-                found[kin] = value
-            elif _place(value) not in shared and name not in ignored:
+            same = name if name in self.converted else _same_but_prefix(name, self.converted)
+            if same is not None:
+                found[same] = value
+            elif _storage(value) not in shared and name not in ignored:
                 found[name] = value
         return found
 
 
-def trace(model: Any, checkpoint: Checkpoint, config: Any) -> Origin:
-    """Which tensor of ``checkpoint`` went where in ``model``, which transformers has just loaded from it; ``config`` is
-    the folder's."""
+def trace_origin(model: Any, checkpoint: WeightFiles, config: Any) -> ModelOrigin:
+    """Where each tensor of ``checkpoint`` went in ``model``, just loaded by transformers; ``config``: the folder's."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     conversions = getattr(model, "_weight_conversions", None) or []
@@ -154,48 +173,36 @@ def trace(model: Any, checkpoint: Checkpoint, config: Any) -> Origin:
             untouched.append(name)
         elif pattern is not None:
             converted.add(name)
-    return Origin(checkpoint, config, renamed, frozenset(converted), tuple(untouched))
+    return ModelOrigin(checkpoint, config, renamed, frozenset(converted), tuple(untouched))
 
 
-def set_origin(model: Any, origin: Origin) -> None:
-    """Let ``model`` know where it comes from."""
+def set_origin(model: Any, origin: ModelOrigin) -> None:
+    """Note on a model where it comes from."""
     setattr(model, _ATTRIBUTE, origin)
 
 
-def origin_of(model: Any) -> Origin | None:
-    """Where a model comes from; none for one that was given in Python, or made of another."""
-    found: Origin | None = getattr(model, _ATTRIBUTE, None)
+def origin_of(model: Any) -> ModelOrigin | None:
+    """Where a model comes from; None for one built in Python, or made of another."""
+    found: ModelOrigin | None = getattr(model, _ATTRIBUTE, None)
     return found
 
 
-def _reverted(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """With transformers' conversions of the loading undone."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    found: dict[str, torch.Tensor] = revert_weight_conversion(model, state)
-    return found
-
-
-def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that are one."""
+def _storage(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that share their memory."""
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape)
 
 
-def _kin(name: str, names: Iterable[str]) -> str | None:
+def _same_but_prefix(name: str, names: Iterable[str]) -> str | None:
     """The one of ``names`` that differs from ``name`` by the prefix of the base model alone."""
     return next((n for n in names if n.endswith(f".{name}") or name.endswith(f".{n}")), None)
 
 
-_BESIDE = "value_head.safetensors"
-NAMES = re.compile(r"^(score|value_head|v_head|reward_head|regression_head|regression_layer|rm_head)\.")
-
-
 @dataclass(frozen=True, slots=True)
 class ScalarHead:
-    """The tensors [by name] of a head in a folder that is not transformers' own model of it."""
+    """The tensors [by name] of a scalar head in a folder that another trainer wrote."""
 
     folder: Path
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
 
     @property
     def weight(self) -> str:
@@ -204,7 +211,7 @@ class ScalarHead:
 
     @property
     def beside_a_language_model(self) -> bool:
-        """Whether such a head is put beside the head of a language model, and not in its place."""
+        """Whether such a head is added to a language model's head, and does not replace it."""
         return self.weight.startswith("v_head.")
 
     def read(self, width: int) -> tuple[torch.Tensor, float]:
@@ -219,110 +226,75 @@ class ScalarHead:
                 f"{self.folder}: its scalar head is not linear from {width} numbers to one ({what}); take a reward"
                 " model with a head of that shape, or remove those tensors to begin with a new one"
             )
-        return self._tensor(self.weight), float(self._tensor(bias)) if bias in shapes else 0.0
-
-    def _tensor(self, name: str) -> torch.Tensor:
-        with safe_open(self.tensors[name].file, framework="pt") as file:
-            found: torch.Tensor = file.get_tensor(name)
-        return found
+        read = {name: self.tensors[name].read(name) for name in shapes}
+        return read[self.weight], float(read[bias]) if bias in read else 0.0
 
 
 def scalar_head(folder: str | Path) -> ScalarHead | None:
-    """The scalar head in the folder of a model, or beside an adapter; none in one without, or whose weights cannot be
-    read (loading says why). Raises :class:`ModelError` where a file of the head alone cannot be."""
+    """The scalar head in a model folder or beside an adapter; None without one, or where the weights cannot be read
+    (loading says why). Raises :class:`ModelError` where a separate file of the head cannot be read."""
     try:
-        tensors = dict(Checkpoint.read(folder).tensors)
+        tensors = dict(WeightFiles.read(folder).tensors)
     except ModelError:
         tensors = {}
-    tensors |= _beside(Path(folder) / _BESIDE)
-    found = {name: stored for name, stored in tensors.items() if NAMES.match(name)}
+    file = Path(folder) / _HEAD_FILE
+    if file.is_file():
+        try:
+            tensors |= _headers(file)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"{file}: this scalar head cannot be read ({error}); copy it again, or remove it to begin with a new"
+                " one"
+            ) from error
+    found = {name: stored for name, stored in tensors.items() if HEAD_NAMES.match(name)}
     return ScalarHead(Path(folder), found) if found else None
 
 
-def _beside(file: Path) -> dict[str, Stored]:
-    if not file.is_file():
-        return {}
-    try:
-        return headers(file)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(
-            f"{file}: this scalar head cannot be read ({error}); copy it again, or remove it to begin with a new one"
-        ) from error
-
-
-# Told from a part of a tensor's name; the first that fits. They are read in the order in which one would name them.
-_KINDS = {
-    "value head": NAMES.pattern,
-    "layers for multi-token prediction": r"mtp|nextn|\.(eh_proj|enorm|hnorm|shared_head)\.",
-    "audio tower": r"audio|speech|sound",
-    "vision tower": r"visual|vision|image|vit|multi_modal_projector|mm_projector",
-}
-OTHER = "tensors that the architecture has no place for"
-# Buffers that older versions of transformers wrote, and that are computed: causal masks, rotary frequencies.
-_COMPUTED = re.compile(
-    r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$"
-    r"|(^|\.)position_ids$|num_batches_tracked$"
-)
-# Numbers of layers that predict further tokens, as configurations call them.
-_MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules")
-_MTP = re.compile(_KINDS["layers for multi-token prediction"])
-
-
-def leftover_words(origin: Origin) -> str | None:
-    """What is in no weight of the model, by kind with count and bytes; none where there are computed buffers alone."""
-    mtp = {layer for layer, names in _layers(origin).items() if any(_MTP.search(n) for n in names)}
+def describe_untouched(origin: ModelOrigin) -> str | None:
+    """Untouched tensors by kind, with count and bytes; None where there are computed buffers alone."""
+    mtp = {layer for layer, names in _untouched_layers(origin).items() if any(_MTP.search(n) for n in names)}
     kinds: dict[str, list[str]] = {}
     for name in origin.untouched:
         if not _COMPUTED.search(name):
             in_mtp = any(origin.renamed[name].startswith(f"{layer}.") for layer in mtp)
-            kind = "layers for multi-token prediction" if in_mtp else _kind(name)
-            kinds.setdefault(kind, []).append(name)
-    parts = [_part(origin, kind, kinds[kind]) for kind in (*reversed(_KINDS), OTHER) if kind in kinds]
+            matching = (kind for kind, pattern in _KINDS.items() if re.search(pattern, name))
+            kinds.setdefault(_MTP_LAYERS if in_mtp else next(matching, OTHER), []).append(name)
+    parts = []
+    for kind in (*reversed(_KINDS), OTHER):
+        if names := kinds.get(kind):
+            count = f"{len(names)} tensor{'s' if len(names) > 1 else ''}, {size(origin.checkpoint.nbytes(names))}"
+            parts.append(f"{kind} ({count}{f', the first is {names[0]}' if kind == OTHER else ''})")
     return ", ".join(parts) or None
 
 
-def check_layers(name: str, model: Any, origin: Origin) -> None:
-    """Raises :class:`ModelError` where the checkpoint has layers that the configuration leaves out, but for those that
-    predict further tokens: without its last layers a model says something else."""
+def check_layers(name: str, model: Any, origin: ModelOrigin) -> None:
+    """Raises :class:`ModelError` where the checkpoint has layers beyond those of the configuration, except layers for
+    multi-token prediction: without its last layers a model gives other outputs."""
     expected = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    counts = [getattr(model.config.get_text_config(), count, None) for count in _MTP_COUNTS]
-    told = sum(count for count in counts if isinstance(count, int))
-    ends = _ends(model.state_dict())
+    counts = [getattr(model.config.get_text_config(), count, None) for count in MTP_COUNTS]
+    mtp_layers = sum(count for count in counts if isinstance(count, int))
+    last: dict[str, int] = {}
+    for weight in model.state_dict():
+        for stem, layer_number in _numbered(weight):
+            last[stem] = max(last.get(stem, -1), layer_number)
     beyond: dict[str, list[str]] = {}
-    for layer, names in _layers(origin).items():
+    for layer, names in _untouched_layers(origin).items():
         stem, _, number = layer.rpartition(".")
-        if stem not in ends or int(number) <= ends[stem] + told:
+        if stem not in last or int(number) <= last[stem] + mtp_layers:
             continue
         ignored = all(any(p.search(n) for p in expected) for n in names)
         if not ignored and not any(_MTP.search(n) for n in names):
             beyond.setdefault(stem, []).extend(names)
     for stem, names in beyond.items():
-        there = size(origin.checkpoint.nbytes(names))
+        stored = size(origin.checkpoint.nbytes(names))
         raise ModelError(
-            f"{name}: config.json ends at {stem}.{ends[stem]}, but {len(names)} tensors ({there}) are of later ones,"
+            f"{name}: config.json ends at {stem}.{last[stem]}, but {len(names)} tensors ({stored}) are of later ones,"
             f" such as {names[0]}; set the number of layers in config.json right, or remove those tensors"
         )
 
 
-def without_mtp(config: Any) -> None:
-    """Let a configuration name no layers that predict further tokens."""
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        for count in _MTP_COUNTS:
-            if getattr(part, count, None):
-                setattr(part, count, 0)
-
-
-def _kind(name: str) -> str:
-    return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, name)), OTHER)
-
-
-def _part(origin: Origin, kind: str, names: list[str]) -> str:
-    count = f"{len(names)} tensor{'s' if len(names) > 1 else ''}, {size(origin.checkpoint.nbytes(names))}"
-    return f"{kind} ({count}{f', the first is {names[0]}' if kind == OTHER else ''})"
-
-
-def _layers(origin: Origin) -> dict[str, list[str]]:
-    """Untouched tensors by each numbered module they are in, such as ``model.layers.3``, named as in the model."""
+def _untouched_layers(origin: ModelOrigin) -> dict[str, list[str]]:
+    """Untouched tensors by each numbered module that holds them, such as ``model.layers.3``, with the model's names."""
     found: dict[str, list[str]] = {}
     for name in origin.untouched:
         for stem, number in _numbered(origin.renamed[name]):
@@ -330,16 +302,8 @@ def _layers(origin: Origin) -> dict[str, list[str]]:
     return found
 
 
-def _ends(names: Iterable[str]) -> dict[str, int]:
-    """The last number under each list of modules."""
-    found: dict[str, int] = {}
-    for name in names:
-        for stem, number in _numbered(name):
-            found[stem] = max(found.get(stem, -1), number)
-    return found
-
-
 def _numbered(name: str) -> Iterator[tuple[str, int]]:
+    """The numbered modules in a name: the name of the list, and the number."""
     parts = name.split(".")
     for i, part in enumerate(parts[:-1]):
         if i and part.isascii() and part.isdecimal():

@@ -1,4 +1,4 @@
-"""What this installation runs on, for a person and for reports of bugs: no secrets, and no name of the user."""
+"""The installation and its machine, for bug reports and run records: no secrets, and no name of the user."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import platform
 import re
 import shutil
 import sys
-import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,38 +18,18 @@ import prefopt
 from prefopt.core.cache_folder import cache_root
 from prefopt.core.terminal import size
 
-LIBRARIES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "peft",
-    "safetensors",
-    "huggingface_hub",
-    "numpy",
-    "jsonargparse",
-    "rich",
-)
-# Whose values say how things run and name nobody. Of any other variable not even the name is told.
-VARIABLES = (
-    "PREFOPT_CACHE",
-    "PREFOPT_DTYPE",
-    "HF_HOME",
-    "HF_HUB_OFFLINE",
-    "CUDA_VISIBLE_DEVICES",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "PYTORCH_ALLOC_CONF",
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "TOKENIZERS_PARALLELISM",
-    "CUBLAS_WORKSPACE_CONFIG",
-    "WANDB_MODE",
-)
+LIBRARIES = "torch transformers tokenizers peft safetensors huggingface_hub numpy jsonargparse rich".split()
+# Variables whose values say how things run and name nobody; of all others not even the name is shown.
+VARIABLES = """
+    PREFOPT_CACHE PREFOPT_DTYPE HF_HOME HF_HUB_OFFLINE CUDA_VISIBLE_DEVICES PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF
+    OMP_NUM_THREADS MKL_NUM_THREADS TOKENIZERS_PARALLELISM CUBLAS_WORKSPACE_CONFIG WANDB_MODE
+""".split()
 
 Section = dict[str, str]
 
 
 def environment() -> dict[str, Section]:
-    """Sections of names and values: versions, the machine, devices, folders, extras and variables."""
+    """Names and values by section: versions, machine, devices, folders, extras and variables."""
     found = hardware()
     found["machine"]["memory"] += f", {size(psutil.virtual_memory().available)} free"
     found |= {
@@ -62,13 +41,14 @@ def environment() -> dict[str, Section]:
 
 
 def hardware() -> dict[str, Section]:
-    """What a run's results may depend on, quick to find out: versions, the machine and its devices."""
-    versions = {"prefopt": prefopt.__version__, "python": platform.python_version(), **_libraries()}
+    """What results may depend on, and is quick to find out: versions, machine and devices."""
+    versions = {"prefopt": prefopt.__version__, "python": platform.python_version()}
+    versions |= {name: _version(name) or "not installed" for name in LIBRARIES}
     return _anonymous({"versions": versions, "machine": _machine(), "devices": _devices()})
 
 
 def in_words(found: Mapping[str, Section]) -> list[str]:
-    """Lines for a person; sections without a value are left out."""
+    """The sections in lines; empty ones are left out."""
     lines: list[str] = []
     for title, rows in found.items():
         if rows:
@@ -82,55 +62,42 @@ def _anonymous(found: Mapping[str, Section]) -> dict[str, Section]:
 
 
 def anonymous(text: str) -> str:
-    """The text with the home folder as ``~``, and without the name of the user where it is part of a path."""
+    """The text with the home folder as ``~``, and without the user's name in other paths."""
     home = str(Path.home())
     if home != "/":
         text = re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)
     return re.sub(r"(?<![\w.~-])(/home|/Users|[A-Z]:\\Users)([/\\])[^/\\\s]+", r"\1\2USER", text)
 
 
-def _libraries() -> Section:
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _machine() -> Section:
+    try:  # platform.processor() is empty on many systems
+        named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        named = None
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = f"{psutil.cpu_count(logical=False) or '?'} of {psutil.cpu_count()} logical ones"
     return {
         "system": f"{platform.system()} {platform.release()} ({platform.machine()})",
-        "processor": _processor(),
-        "cores": f"{psutil.cpu_count(logical=False) or '?'} of {psutil.cpu_count()} logical ones; this process may use"
-        f" {_usable_cores()}",
+        "processor": named[1] if named else platform.processor() or "unknown",
+        "cores": f"{cores}; this process may use {usable}",
         "memory": size(psutil.virtual_memory().total),
     }
-
-
-def _processor() -> str:
-    """Its name; platform.processor() is empty on many systems."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or "unknown"
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _devices() -> Section:
     import torch
 
-    from prefopt.model.load import native_bfloat16
+    from prefopt.model.precision import native_bfloat16
 
-    cpu = torch.device("cpu")
-    found = {
-        "cpu": f"{torch.get_num_threads()} threads, bfloat16 {'native' if native_bfloat16(cpu) else 'emulated (slow)'}"
-    }
+    bfloat16 = "native" if native_bfloat16(torch.device("cpu")) else "emulated (slow)"
+    found = {"cpu": f"{torch.get_num_threads()} threads, bfloat16 {bfloat16}"}
     for i in range(torch.cuda.device_count()) if torch.cuda.is_available() else ():
         about: Any = torch.cuda.get_device_properties(i)
         kind = f"capability {about.major}.{about.minor}, CUDA {torch.version.cuda}"
@@ -156,7 +123,7 @@ def _folders() -> Section:
 
 
 def _bytes(folder: Path) -> int:
-    """What lies below a folder; links are not followed, and what goes away meanwhile does not count."""
+    """Bytes below a folder, without following links; files that disappear meanwhile do not count."""
     total = 0
     for path, _, names in os.walk(folder):
         for name in names:
@@ -168,51 +135,19 @@ def _bytes(folder: Path) -> int:
 
 
 def _extras() -> Section:
-    """Each extra with the versions of its packages, or how to install it."""
-    found: Section = {}
-    for extra, names in _requirements().items():
-        versions = {name: _version(name) for name in names}
-        lacking = [name for name, version in versions.items() if version is None]
-        there = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-        found[extra] = f'not installed: pip install "prefopt[{extra}]"' if lacking else there
-    return found
-
-
-def _requirements() -> dict[str, list[str]]:
-    """The packages of each extra of prefopt, but for those of developers."""
-    # The project file first: what an editable installation noted of it may be old.
-    requirements = _declared(Path(prefopt.__file__).parents[2] / "pyproject.toml") or _installed()
-    found: dict[str, list[str]] = {}
-    for extra, name in _parsed(requirements):
-        if extra != "dev" and name != "prefopt":
-            found.setdefault(extra, []).append(name)
-    return found
-
-
-def _installed() -> list[str]:
+    """Each extra of prefopt but ``dev``, with the versions of its packages or how to install it."""
     try:
-        return metadata.requires("prefopt") or []
+        requirements = metadata.requires("prefopt") or []
     except metadata.PackageNotFoundError:
-        return []
-
-
-def _declared(project: Path) -> list[str]:
-    """The same lines as in an installation, of the project file beside the sources, where there is one."""
-    found = tomllib.loads(project.read_text("utf-8")).get("project", {}) if project.is_file() else {}
-    extras = found["optional-dependencies"] if found.get("name") == "prefopt" else {}
-    return [f"{name}; extra == '{extra}'" for extra, names in extras.items() for name in names]
-
-
-def _parsed(requirements: list[str]) -> Iterator[tuple[str, str]]:
+        requirements = []
+    packages: dict[str, list[str]] = {}
     for text in requirements:
-        condition = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", text)
-        name = re.match(r"[\w.-]+", text)
-        if condition and name:
-            yield condition[1], name[0]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+        condition, name = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", text), re.match(r"[\w.-]+", text)
+        if condition and name and condition[1] != "dev" and name[0] != "prefopt":
+            packages.setdefault(condition[1], []).append(name[0])
+    found: Section = {}
+    for extra, names in packages.items():
+        versions = {name: _version(name) for name in names}
+        installed = ", ".join(f"{name} {version}" for name, version in versions.items())
+        found[extra] = installed if all(versions.values()) else f'not installed: pip install "prefopt[{extra}]"'
+    return found

@@ -1,16 +1,14 @@
-"""Which weights a new LoRA adapter changes, as PEFT is told it, and what share of the model that is.
+"""The weights that a new LoRA adapter is on, and the percentage of each kind that it reaches.
 
-By default all that multiplies but embeddings, head, routers and the towers that text never moves. PEFT's own
-``all-linear`` is that of dense models; of mixtures of experts it reaches the experts of some and the dense layers of
-others, so each weight is named here.
-
-One walk over the modules, for LoRA to choose from and for a run to say which share of each kind it reaches.
+By default all matrices but embeddings, head, routers and towers, which text does not train. PEFT's own ``all-linear``
+is made for dense models: of mixtures of experts it reaches the experts of some and the dense layers of others, so each
+weight is named here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,27 +17,41 @@ import torch
 from prefopt.errors import ConfigError
 
 KINDS = ("attention", "mlp", "experts", "shared-experts", "mixer", "other", "router")
-"""Kinds that can have an adapter, as ``--lora-targets`` names them."""
+"""Kinds of weights that can have an adapter, for ``--lora-targets``."""
+ALL = "all-linear"
 
 _TOWER = re.compile(r"vision|visual|image|audio|speech|sound|multi_modal|mm_proj", re.IGNORECASE)
 _ROUTER = re.compile(r"router|^shared_expert_gate$", re.IGNORECASE)
 _SHARED = re.compile(r"shared_(experts?|mlp)$", re.IGNORECASE)
 _EXPERTS = re.compile(r"experts?(\d|$)|Experts|ExpertGLU")
 _MIXER = re.compile(r"mamba|deltanet|linear_attn|shortconv|recurrentblock|rglru|mlstm|rwkvselfattention", re.I)
-_UNMOVED = re.compile(r"\.indexer\.")
-"""Sparse attention's choice of tokens: a ranking, that no gradient goes through."""
-_READ = {("mixer", "dt_proj"), ("router", "classifier")}
-"""Layers that are never called, for their owner (Mamba, LongCat) reads their weights."""
+_NO_GRADIENT = re.compile(r"\.indexer\.")
+"""Sparse attention's selection of tokens: no gradient goes through it."""
+_NOT_CALLED = {("mixer", "dt_proj"), ("router", "classifier")}
+"""Layers whose owner (Mamba, LongCat) reads their weights and never calls them."""
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _MLP = re.compile(r"mlp|feed_?forward|ffn|^fc\d|^fc_(in|out)$|dense_\w*4h|^(gate|up|down)_proj$", re.IGNORECASE)
+_WORDS = {
+    "mlp": "MLP",
+    "shared-experts": "shared experts",
+    "mixer": "recurrent mixers",
+    "other": "other layers",
+    "router": "routers",
+    "tower": "towers",
+}
+# Names of experts' layers before transformers 5 fused them.
+_FORMER = dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj") | {"w2": "down_proj"}
+_MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
+_NOT_CALLED_IN_MAMBA = ("out_proj", "conv1d")
+"""PEFT refuses these: kernels read their weights without calling them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Matrix:
-    """A weight that multiplies. ``module`` is the name of its layer, ``parameter`` the weight's own in the model.
+class WeightMatrix:
+    """A matrix of a model: the name of its layer, and of the parameter.
 
-    ``fused``: the layer is no linear one, so an adapter goes on its parameter (experts in one tensor of three axes,
-    routers with a weight of their own, linear layers in groups). ``reachable``: whether an adapter has an effect.
+    ``fused``: an adapter goes on the parameter, since the layer is not linear (experts in one tensor of three axes,
+    routers with their own weight, grouped linear layers). ``reachable``: whether an adapter has an effect.
     """
 
     module: str
@@ -50,17 +62,14 @@ class Matrix:
     reachable: bool = True
 
 
-def matrices(model: Any) -> list[Matrix]:
+def weight_matrices(model: Any) -> Iterator[WeightMatrix]:
     """Every matrix of a transformers model once, in the order of its modules."""
-    return list(_walk(model))
-
-
-def _walk(model: Any) -> Iterator[Matrix]:
     from transformers.pytorch_utils import Conv1D
 
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     heads = {id(outputs), *(id(getattr(model, name, None)) for name in ("score", "classifier"))} - {id(None)}
     text = _text_model(model)
+    not_called = _NOT_CALLED_IN_MAMBA if getattr(model.config, "model_type", None) in _MAMBA else ()
     classes: dict[str, list[str]] = {"": []}
     gates = tuple(f"{n.removesuffix('experts')}gate." for n, _ in model.named_modules() if n.endswith(".experts"))
     for name, module in model.named_modules():
@@ -81,21 +90,23 @@ def _walk(model: Any) -> Iterator[Matrix]:
             gate = f"{name}.".startswith(gates)
             kind = "router" if gate else _kind(name.split("."), classes[name], routed=bool(gates))
         if weight is not None and (linear or kind in ("head", "embedding", "convolution")):
-            # What comes out of these is no linear layer's: another shape, or weights of experts beside it.
+            # The output of these is not that of a linear layer: another shape, or expert weights beside it.
             special = getattr(module, "n_groups", 1) > 1 or (kind == "router" and "Router" in type(module).__name__)
-            read = _UNMOVED.search(name) or (kind, leaf) in _READ
-            yield Matrix(name, f"{name}.weight", kind, weight.numel(), fused=linear and special, reachable=not read)
+            unused = _NO_GRADIENT.search(name) or (kind, leaf) in _NOT_CALLED or leaf in not_called
+            yield WeightMatrix(
+                name, f"{name}.weight", kind, weight.numel(), fused=linear and special, reachable=not unused
+            )
             continue
         for field, value in own.items():
             if kind in ("experts", "shared-experts") and value.ndim >= 2 and not field.endswith("bias"):
-                # Stacked along the first of two axes (DBRX), experts are read by another module than their own.
-                yield Matrix(name, f"{name}.{field}", kind, value.numel(), fused=True, reachable=value.ndim == 3)
+                # Experts stacked along the first of two axes (DBRX) are read by another module.
+                yield WeightMatrix(name, f"{name}.{field}", kind, value.numel(), fused=True, reachable=value.ndim == 3)
             elif kind == "router" and field == "weight" and value.ndim == 2:
-                yield Matrix(name, f"{name}.{field}", kind, value.numel(), fused=True)
+                yield WeightMatrix(name, f"{name}.{field}", kind, value.numel(), fused=True)
 
 
 def _kind(path: list[str], classes: list[str], *, routed: bool) -> str:
-    """From the components of a name, and the class of each. ``routed``: whether the model has experts at all."""
+    """The kind of a weight from the components of its name and their classes. ``routed``: the model has experts."""
     if any(map(_TOWER.search, path)):
         return "tower"
     if routed and any(map(_ROUTER.search, [*path, *classes])):
@@ -104,7 +115,7 @@ def _kind(path: list[str], classes: list[str], *, routed: bool) -> str:
         return "shared-experts"
     if any(map(_EXPERTS.search, [*path, *classes])):
         return "experts"
-    for part, cls in zip(reversed(path), reversed(classes), strict=True):  # the innermost says most
+    for part, cls in zip(reversed(path), reversed(classes), strict=True):  # innermost first
         for kind, pattern in (("mixer", _MIXER), ("attention", _ATTENTION), ("mlp", _MLP)):
             if pattern.search(part) or pattern.search(cls):
                 return kind
@@ -112,7 +123,7 @@ def _kind(path: list[str], classes: list[str], *, routed: bool) -> str:
 
 
 def _text_model(model: Any) -> str | None:
-    """The name of the language model in one that has others beside it; none where it is the whole."""
+    """The name of the language model inside a larger one; None where it is the whole model."""
     if model.config.get_text_config() is model.config or not hasattr(model, "get_decoder"):
         return None
     decoder = model.get_decoder()
@@ -121,7 +132,7 @@ def _text_model(model: Any) -> str | None:
 
 
 def tower_weights(model: Any) -> int:
-    """How many weights stand in towers beside the language model, which text does not move."""
+    """Weights in towers beside the language model, which text does not train."""
     text = _text_model(model)
     outputs = model.get_output_embeddings()
     head = {id(p) for p in outputs.parameters()} if outputs is not None else set()
@@ -129,80 +140,61 @@ def tower_weights(model: Any) -> int:
     return sum(p.numel() for n, p in named if text is not None and not n.startswith(f"{text}.") and _TOWER.search(n))
 
 
-ALL = "all-linear"
-_WORDS = {
-    "mlp": "MLP",
-    "shared-experts": "shared experts",
-    "mixer": "recurrent mixers",
-    "other": "other layers",
-    "router": "routers",
-    "tower": "towers",
-}
-# Names that experts had as layers of their own, before transformers 5 made tensors of them.
-_FORMER = dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj") | {"w2": "down_proj"}
-_NO_MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
-
-
 @dataclass(frozen=True, slots=True)
-class Targets:
-    """``modules`` and ``parameters`` as :class:`peft.LoraConfig` takes them; ``words``: the shares, for a person."""
+class LoraTargets:
+    """``modules`` and ``parameters`` for :class:`peft.LoraConfig`; ``words``: the percentages by kind."""
 
     modules: list[str]
     parameters: list[str] | None
     words: str
 
 
-def lora_targets(model: Any, named: Sequence[str] | None) -> Targets:
-    """What ``--lora-targets`` ``named`` means for ``model``; none is the default.
-
-    Raises :class:`ConfigError` where a name is that of no weight, or an adapter on it would change nothing.
-    """
-    there = matrices(model)
-    refused = _refused(model)
+def lora_targets(model: Any, named: Sequence[str] | None) -> LoraTargets:
+    """What ``named`` of ``--lora-targets`` means for ``model``; None is the default. Raises :class:`ConfigError` where
+    a name matches no weight, or an adapter on it would have no effect."""
+    matrices = list(weight_matrices(model))
     tensors = (*model.named_parameters(), *model.named_buffers())
-    if named and any(
-        name.endswith(".qweight") for name, _ in tensors
-    ):  # quantised layers that are no linear ones (GPTQ, AWQ): PEFT knows them
-        return Targets(list(named), None, ", ".join(named))
-    wanted = [m for m in there if _default(m) and not refused(m)] if not named else _named(there, named, refused)
+    if named and any(name.endswith(".qweight") for name, _ in tensors):  # GPTQ and AWQ layers, which PEFT knows
+        return LoraTargets(list(named), None, ", ".join(named))
+    wanted = _named(matrices, named) if named else [m for m in matrices if _default(m)]
     if not wanted:
         raise ConfigError("--lora: no weight of this model can have an adapter; leave it out to train the whole model")
     former = _former_names(model)
     fused = {m.parameter for m in wanted if m.fused or m.module.rpartition(".")[2] in former}
     modules = [m.module for m in wanted if m.parameter not in fused]
-    if named and not fused and not {*named} & {*KINDS, ALL} and not any(m.kind == "tower" for m in there):
+    if named and not fused and not {*named} & {*KINDS, ALL} and not any(m.kind == "tower" for m in matrices):
         modules = list(named)
-    words = _words(there, wanted, refused)
-    if not named and any(m.kind == "router" for m in there):
+    words = _words(matrices, wanted)
+    if not named and any(m.kind == "router" for m in matrices):
         words += "; --lora-targets all-linear router adds the routers"
-    return Targets(modules, _short(there, fused) or None, words)
+    return LoraTargets(modules, _short(matrices, fused) or None, words)
 
 
-def _default(matrix: Matrix) -> bool:
+def _default(matrix: WeightMatrix) -> bool:
     return matrix.reachable and matrix.kind in KINDS and matrix.kind != "router"
 
 
-def _named(there: list[Matrix], named: Sequence[str], refused: Callable[[Matrix], bool]) -> list[Matrix]:
-    """The weights that these kinds and names mean, in the order of the model."""
+def _named(matrices: list[WeightMatrix], named: Sequence[str]) -> list[WeightMatrix]:
+    """The weights of these kinds and names, in the order of the model."""
     chosen: set[str] = set()
     for name in named:
-        found = [m for m in there if _means(name, m)]
-        found = [m for m in found if m.kind != "tower"] or found  # in full, a tower's layer is meant; else it has none
+        found = [m for m in matrices if _means(name, m)]
+        found = [m for m in found if m.kind != "tower"] or found  # a tower's layer only by its full name
         if not found and name in _FORMER:
-            found = [m for m in there if m.kind == "experts" and m.parameter.endswith(f".{_FORMER[name]}")]
+            found = [m for m in matrices if m.kind == "experts" and m.parameter.endswith(f".{_FORMER[name]}")]
         if not found:
-            raise ConfigError(f"--lora-targets {name}: no weight of this model has that name; {_nameable(there)}")
-        able = [m for m in found if m.reachable and not refused(m)]
+            raise ConfigError(f"--lora-targets {name}: no weight of this model has that name; {_nameable(matrices)}")
+        able = [m for m in found if m.reachable]
         if not able:
             raise ConfigError(
                 f"--lora-targets {name}: an adapter would change nothing, for {found[0].parameter} is read by another"
-                f" layer than its own; {_nameable([m for m in there if m.reachable and not refused(m)])}"
+                f" layer than its own; {_nameable(matrices)}"
             )
         chosen |= {m.parameter for m in able}
-    return [m for m in there if m.parameter in chosen]
+    return [m for m in matrices if m.parameter in chosen]
 
 
-def _means(name: str, matrix: Matrix) -> bool:
+def _means(name: str, matrix: WeightMatrix) -> bool:
     if name == ALL:
         return _default(matrix)
     if name in KINDS and name == matrix.kind:
@@ -210,32 +202,22 @@ def _means(name: str, matrix: Matrix) -> bool:
     return any(full == name or full.endswith(f".{name}") for full in (matrix.module, matrix.parameter))
 
 
-def _nameable(there: list[Matrix]) -> str:
-    """What can be named, in words."""
-    kinds = [ALL, *(kind for kind in KINDS if any(m.kind == kind and m.reachable for m in there))]
-    names = {_leaf(m) for m in there if m.reachable and m.kind != "tower"}
+def _nameable(matrices: list[WeightMatrix]) -> str:
+    kinds = [ALL, *(kind for kind in KINDS if any(m.kind == kind and m.reachable for m in matrices))]
+    names = {_leaf(m) for m in matrices if m.reachable and m.kind != "tower"}
     return f"there are the kinds {', '.join(kinds)}, and the names {', '.join(sorted(names))}"
 
 
-def _leaf(matrix: Matrix) -> str:
-    """The shortest name that says which: of a parameter, its layer and itself."""
+def _leaf(matrix: WeightMatrix) -> str:
+    """The shortest distinct name: of a linear layer, or of a parameter with its layer."""
     if not matrix.fused:
         return matrix.module.rpartition(".")[2]
     return ".".join(matrix.parameter.split(".")[-2:])
 
 
-def _refused(model: Any) -> Callable[[Matrix], bool]:
-    """Whether PEFT refuses an adapter on a weight: kernels of these architectures read it without calling its layer."""
-    if getattr(model.config, "model_type", None) not in _NO_MAMBA:
-        return lambda _: False
-    return lambda m: m.module.rpartition(".")[2] in ("out_proj", "conv1d")
-
-
 def _former_names(model: Any) -> Collection[str]:
-    """Names of layers that PEFT takes for those of experts, as they once were, whatever layer has them now.
-
-    It would turn them into the experts' tensors, and the dense layers and shared experts of that name would have none.
-    """
+    """Former names of experts' layers, which PEFT maps to the fused experts: dense layers and shared experts of such a
+    name would get no adapter."""
     from peft.utils import transformers_weight_conversion as peft_conversion
 
     patterns: dict[str, str] = peft_conversion._MODEL_TO_CONVERSION_PATTERN
@@ -243,8 +225,8 @@ def _former_names(model: Any) -> Collection[str]:
     return mapping.get(patterns.get(getattr(model.config, "model_type", ""), ""), {})
 
 
-def _short(there: list[Matrix], wanted: Collection[str]) -> list[str]:
-    """Names of parameters without their layer's number, where that means the same ones."""
+def _short(matrices: list[WeightMatrix], wanted: Collection[str]) -> list[str]:
+    """Names of parameters without the layer number, where they match the same parameters."""
     ends: dict[str, list[str]] = {}
     for name in sorted(wanted):
         path = name.split(".")
@@ -252,17 +234,17 @@ def _short(there: list[Matrix], wanted: Collection[str]) -> list[str]:
         ends.setdefault(".".join(path[last + 1 :]), []).append(name)
     found: list[str] = []
     for end, names in ends.items():
-        meant = {m.parameter for m in there if f".{m.parameter}".endswith(f".{end}")}
+        meant = {m.parameter for m in matrices if f".{m.parameter}".endswith(f".{end}")}
         found += [end] if meant <= {*wanted} else names
     return found
 
 
-def _words(there: list[Matrix], wanted: list[Matrix], refused: Callable[[Matrix], bool]) -> str:
-    """Shares by kind, those that are equal together, and why some have none."""
+def _words(matrices: list[WeightMatrix], wanted: list[WeightMatrix]) -> str:
+    """Percentages by kind, equal ones together, and the layers that cannot have an adapter."""
     chosen = {m.parameter for m in wanted}
     shares: dict[float, list[str]] = {}
     for kind in (*KINDS, "tower"):
-        of = [m for m in there if m.kind == kind]
+        of = [m for m in matrices if m.kind == kind]
         if total := sum(m.numel for m in of):
             share = sum(m.numel for m in of if m.parameter in chosen) / total
             shares.setdefault(share, []).append(_WORDS.get(kind, kind))
@@ -271,7 +253,7 @@ def _words(there: list[Matrix], wanted: list[Matrix], refused: Callable[[Matrix]
         for share, kinds in sorted(shares.items(), reverse=True)
     ]
     parts += [f"{m.kind} {_leaf(m)}" for m in wanted if m.kind in ("head", "embedding", "convolution")][:4]
-    left = {_leaf(m) for m in there if m.kind in KINDS and (not m.reachable or refused(m))}
+    left = {_leaf(m) for m in matrices if m.kind in KINDS and not m.reachable}
     if left:
         parts.append(f"{', '.join(sorted(left))} cannot have one")
     return "; ".join(parts)

@@ -1,7 +1,6 @@
-"""An adapter folded into its model: one folder that needs no PEFT, shown to give the same outputs.
+"""Merging an adapter into its model: a folder that needs no PEFT, checked to give the same outputs.
 
-Every layer is merged in float32 and rounded once, to the type in which it is saved. The model is in memory once, in
-that type.
+Every layer is merged in float32 and rounded once, to the dtype in which it is saved. The model is in memory once.
 """
 
 from __future__ import annotations
@@ -19,31 +18,36 @@ from transformers import PreTrainedModel
 
 from prefopt.core.files import output_errors
 from prefopt.core.model_folder import base_of, is_adapter, is_own, require_adapter
-from prefopt.data.chat.answers import end_of_turn
 from prefopt.data.chat.render import Renderer
+from prefopt.data.chat.spans import end_of_turn
 from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from prefopt.errors import ConfigError, ModelError, RunError
 from prefopt.model.adapter import peft_warnings_off
-from prefopt.model.checkpoint import Checkpoint, leftover_words, origin_of
-from prefopt.model.load import base_and_adapter, load_config, load_model, local_folder, quiet, vocabulary_size
-from prefopt.model.save import add_end_tokens, end_tokens, repair_generation, save_weights, share_weights
-from prefopt.model.scorer import causal_model
+from prefopt.model.architectures import causal_model, vocabulary_size
+from prefopt.model.checkpoint import WeightFiles, describe_untouched, origin_of
+from prefopt.model.load import base_and_adapter, load_config, load_model, local_folder, quiet_loading
+from prefopt.model.save import (
+    add_end_tokens,
+    apply_umask,
+    end_tokens,
+    repair_generation,
+    save_weights,
+    write_transformers4_fields,
+)
 from prefopt.model.supported import model_errors
-from prefopt.model.transformers4 import write_for_older_readers
 
-# What rounding may do to logits, as a part of their norm: summing in another order in float32 (1e-7 a step); a weight
-# in bfloat16 is within 2^-9 of itself, in float16 within 2^-12, and layers add up.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""Relative difference of logits that rounding explains: float32 sums in another order (1e-7 a step); a bfloat16 weight
+is within 2^-9 of itself, a float16 one within 2^-12, and layers add up."""
 PROBES, PROBE_TOKENS = 3, 24
 
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What was measured. ``difference``: logits of the merged model against those with the adapter on; ``effect``:
-    those without the adapter against those with it; both as parts of the norm of the logits. ``rounding``: how far the
-    type they are saved in moves the merged weights, as a part of how far the adapter does. ``tensors``: how many there
-    are, under the names of the model's files; ``kept``: those of them that are in no weight of the language model.
-    ``ends`` says which tokens were added to those that end answers."""
+    """What was measured, relative to the norm of the logits: ``difference`` of the merged model from the one with its
+    adapter, ``effect`` of the adapter. ``rounding``: how far the saved dtype moves the merged weights, relative to how
+    far the adapter does. ``tensors``: their number, under the names of the model's files; ``kept``: those that are in
+    no weight of the language model. ``ends``: end tokens that were added."""
 
     output: Path
     dtype: torch.dtype
@@ -57,42 +61,35 @@ class MergeReport:
     ends: str | None = None
 
     def in_words(self) -> list[str]:
-        """Lines for a person."""
+        """The report in lines."""
         kind = str(self.dtype).removeprefix("torch.")
-        lines = [f"{self.layers} layers merged in float32, saved in {kind}"]
-        if self.rounding > 0.01:
-            lines.append(
-                f"rounding to {kind} moves these weights {self.rounding:.2g} times as far as the adapter does; --dtype"
-                " float32 keeps its change whole"
-            )
-        if self.untied:
-            lines.append(
-                "the head shared the embedding's weights, one of which the adapter changes: it has its own now"
-            )
-        lines.append(
+        lines = [
+            f"{self.layers} layers merged in float32, saved in {kind}",
+            f"rounding to {kind} moves these weights {self.rounding:.2g} times as far as the adapter does; --dtype"
+            " float32 keeps its change whole"
+            if self.rounding > 0.01
+            else None,
+            "the head shared the embedding's weights, one of which the adapter changes: it has its own now"
+            if self.untied
+            else None,
             f"logits: {self.difference:.0e} of their size from the model with its adapter, which itself is"
-            f" {self.effect:.0e} from the model without it"
-        )
-        if self.kept is not None:
-            lines.append(f"kept as they are: {self.kept}")
-        if self.effect == 0:
-            lines.append("the adapter changes nothing: is it one that was never trained?")
-        if self.ends:
-            lines.append(self.ends)
-        return [
-            *lines,
+            f" {self.effect:.0e} from the model without it",
+            f"kept as they are: {self.kept}" if self.kept is not None else None,
+            "the adapter changes nothing: is it one that was never trained?" if self.effect == 0 else None,
+            self.ends,
             f"loaded again by transformers, with the same logits, its {self.tensors} tensors under the same names:"
             f" {self.output}",
         ]
+        return [line for line in lines if line]
 
 
 def merge_adapter(
     adapter: str, output: str | Path, *, model: str | None = None, dtype: torch.dtype, device: torch.device
 ) -> MergeReport:
-    """Write ``model`` with ``adapter`` folded in, its tokenizer, chat template and generation config to ``output``.
+    """Write ``model`` with ``adapter`` merged in, its tokenizer, chat template and generation config to ``output``.
 
-    ``model``: the one that the adapter names, where none is given. Raises :class:`ModelError` for adapters and models
-    that cannot be merged, :class:`RunError` where ``output`` is taken, or the outputs are not those of the adapter.
+    ``model``: by default the one that the adapter names. Raises :class:`ModelError` for adapters and models that cannot
+    be merged, :class:`RunError` where ``output`` exists, or the outputs are not those of the adapter.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -102,7 +99,7 @@ def merge_adapter(
     if model is not None and is_adapter(local_folder(model)):
         raise ConfigError(f"--model {model} is an adapter itself; leave it out, or name the model of both adapters")
     base = local_folder(model) if model is not None else base_and_adapter(adapter)[0]
-    wrapped = _load(base, source, _read_as(base, dtype), device)
+    wrapped = _load(base, source, _loading_dtype(base, dtype), device)
     causal = causal_model(wrapped)
     probes_2 = _probes(vocabulary_size(causal))
     expected = _logits(wrapped, probes_2)
@@ -112,7 +109,7 @@ def merge_adapter(
     layers, rounding = _merge_layers(wrapped, dtype)
     with peft_warnings_off():
         merged = wrapped.merge_and_unload().to(dtype)
-    own_head = _tell_own_head(merged)
+    own_head = _note_own_head(merged)
     found = _logits(merged, probes_2)
     difference, effect = _distance(found, expected), _distance(without, expected)
     if not difference <= ROUNDING[dtype]:
@@ -128,56 +125,54 @@ def merge_adapter(
     del merged, wrapped, causal
     _check_saved(output, dtype, device, probes_2, found)
     tensors = _check_names(output, Path(base), own_head=own_head, rows=rows)
-    kept = leftover_words(origin) if origin is not None else None
+    kept = describe_untouched(origin) if origin is not None else None
     return MergeReport(output, dtype, layers, difference, effect, rounding, untied, tensors, kept, ends)
 
 
-def load_folded(base: str, adapter: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The causal model in folder ``base`` with the adapter in another folded in, on its way to nowhere but memory.
-
-    ``dtype`` should hold what the adapter changes: float32. Raises :class:`ModelError` as :func:`merge_adapter`.
-    """
+def load_merged(base: str, adapter: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The causal model in folder ``base`` with an adapter merged in, in memory. ``dtype`` should hold what the adapter
+    changes: float32. Raises :class:`ModelError` as :func:`merge_adapter`."""
     wrapped = _load(base, adapter, dtype, device)
     _untie(causal_model(wrapped))
     with peft_warnings_off():
         merged: PreTrainedModel = wrapped.merge_and_unload()
-    _tell_own_head(merged)
+    _note_own_head(merged)
     return merged
 
 
-def _read_as(base: str, dtype: torch.dtype) -> torch.dtype:
-    """The type to load the model in: it holds what is in the files, and what is to be written."""
+def _loading_dtype(base: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype to load the model in: wide enough for its files and for the output."""
     config: Any = load_config(base)
     if getattr(config, "quantization_config", None):
         raise ModelError(
             f"--model {base} is quantised: the adapter's change is smaller than its rounding and would be lost; give"
             " the model it was quantised from, or serve model and adapter side by side"
         )
-    there = config.get_text_config().dtype or config.dtype
-    return torch.promote_types(there if isinstance(there, torch.dtype) else torch.float32, dtype)
+    stored = config.get_text_config().dtype or config.dtype
+    return torch.promote_types(stored if isinstance(stored, torch.dtype) else torch.float32, dtype)
 
 
 def _load(base: str, adapter: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model with the adapter on. Weights that the adapter should have and lacks are an error."""
+    """The model with the adapter on it; missing weights of the adapter are an error."""
     from peft import PeftConfig
 
     with model_errors(adapter):
         config: Any = PeftConfig.from_pretrained(adapter)
     if config.is_prompt_learning:
         kind = config.peft_type.value
-        raise ModelError(f"--adapter {adapter} is of the kind {kind}, which cannot be folded into weights")
+        raise ModelError(f"--adapter {adapter} is of the kind {kind}, which cannot be merged into weights")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
             wrapped: Any = load_model(base, dtype=dtype, device=device, adapter=adapter)
     except UserWarning as error:
-        what = " ".join(str(error).split())[:200]
-        raise ModelError(f"--adapter {adapter} lacks weights for this model: {what}") from error
+        missing = " ".join(str(error).split())[:200]
+        raise ModelError(f"--adapter {adapter} lacks weights for this model: {missing}") from error
     return wrapped.eval()
 
 
 def _probes(vocabulary: int) -> torch.Tensor:
-    """A few sequences of tokens from all over the vocabulary [PROBES, PROBE_TOKENS], always the same."""
+    """A few random sequences of tokens [PROBES, PROBE_TOKENS], always the same."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocabulary, (PROBES, PROBE_TOKENS), generator=generator)
 
@@ -190,12 +185,12 @@ def _logits(model: Any, probes_2: torch.Tensor) -> torch.Tensor:
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The norm of the difference over that of ``other``."""
+    """Norm of the difference, relative to ``other``."""
     return float((one - other).norm() / other.norm())
 
 
 def _untie(model: Any) -> bool:
-    """Give the head weights of its own, where it shares the embedding's and an adapter changes one of the two."""
+    """Give the head its own weights where it is tied to the embedding and an adapter changes one of the two."""
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     if outputs is None:
         return False
@@ -207,8 +202,8 @@ def _untie(model: Any) -> bool:
     return True
 
 
-def _tell_own_head(model: Any) -> bool:
-    """Whether the head has weights of its own, as it may since the merge; the configuration then says so."""
+def _note_own_head(model: Any) -> bool:
+    """Whether the head has its own weights; if so, note it in the configuration."""
     outputs = model.get_output_embeddings()
     if outputs is None or outputs.weight is model.get_input_embeddings().weight:
         return False
@@ -220,10 +215,7 @@ def _tell_own_head(model: Any) -> bool:
 
 @torch.no_grad()
 def _merge_layers(wrapped: Any, dtype: torch.dtype) -> tuple[int, float]:
-    """Merge each layer in float32; how many there were, and how far rounding to ``dtype`` moves them (see the report).
-
-    What is loaded in two bytes goes back to them, for that is what is written.
-    """
+    """Merge each layer in float32, back in its loaded dtype; returns their number and the relative rounding error."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in wrapped.modules() if isinstance(module, BaseTunerLayer)]
@@ -243,24 +235,24 @@ def _merge_layers(wrapped: Any, dtype: torch.dtype) -> tuple[int, float]:
 
 
 def _ends(adapter: str, tokenizer: Tokenizer) -> Sequence[int]:
-    """What ends the answers of an adapter: what its folder says, else the chat template."""
-    said = end_tokens(adapter)
-    if said is None and tokenizer.chat_template:
-        said = [i for i in [end_of_turn(Renderer(tokenizer))] if i is not None]
-    return said or ()
+    """End tokens of an adapter: those of its folder, else of the chat template."""
+    ends = end_tokens(adapter)
+    if ends is None and tokenizer.chat_template:
+        ends = [i for i in [end_of_turn(Renderer(tokenizer))] if i is not None]
+    return ends or ()
 
 
 def _save(model: Any, output: Path, tokenizer: Tokenizer) -> None:
     repair_generation(model)
-    with output_errors(output), quiet():
+    with output_errors(output), quiet_loading():
         save_weights(output, model, dict(model.state_dict()), model.dtype)
         tokenizer.save_pretrained(output)
-        write_for_older_readers(output, tokenizer)
-        share_weights(output)
+        write_transformers4_fields(output, tokenizer)
+        apply_umask(output)
 
 
 def _write_card(output: Path, model: str, adapter: str, card: Path, dtype: torch.dtype) -> None:
-    """A card that says what was folded into what, followed by that of the adapter."""
+    """A card that names both parts, followed by the adapter's card."""
     names = [Path(name).name if Path(name).exists() else name for name in (model, adapter)]
     front = ["---", "library_name: transformers", *([] if Path(model).exists() else [f"base_model: {model}"]), "---"]
     body = card.read_text("utf-8") if is_own(card) else ""
@@ -274,26 +266,23 @@ def _write_card(output: Path, model: str, adapter: str, card: Path, dtype: torch
 def _check_saved(
     output: Path, dtype: torch.dtype, device: torch.device, probes_2: torch.Tensor, expected: torch.Tensor
 ) -> None:
-    """What was written, loaded as anybody will, gives the same."""
+    """Raise :class:`RunError` where the saved model, loaded again, gives other logits."""
     saved = load_model(str(output), dtype=dtype, device=device).eval()
     if not (distance := _distance(_logits(saved, probes_2), expected)) <= ROUNDING[dtype]:  # NaN too
-        raise RunError(
-            f"{output}: as it was written the model differs by {distance:.1e}; do not use it, and report this"
-        )
+        raise RunError(f"{output}: the saved model differs by {distance:.1e}; do not use it, and report this")
 
 
 def _check_names(output: Path, base: Path, *, own_head: bool, rows: int) -> int:
-    """How many tensors were written. Raises :class:`RunError` where they are not those of the model, by name and shape,
-    but for a head that now has weights of its own, and embeddings that the adapter's tokenizer made grow to ``rows``.
-    """
-    there, wanted = ({n: t.shape for n, t in Checkpoint.read(f).tensors.items()} for f in (output, base))
-    for name, shape in wanted.items():
-        if len(shape) == 2 and shape[0] < rows and there.get(name) == (rows, shape[1]):
-            wanted[name] = (rows, shape[1])
-    wrong = sorted(n for n in {*there, *wanted} if there.get(n) != wanted.get(n))
-    if any(n in wanted for n in wrong) or len(wrong) > own_head:
+    """Number of tensors written. Raises :class:`RunError` where names or shapes differ from the model's, except a head
+    that now has its own weights, and embeddings that the adapter's tokenizer made grow to ``rows``."""
+    found, expected = ({n: t.shape for n, t in WeightFiles.read(f).tensors.items()} for f in (output, base))
+    for name, shape in expected.items():
+        if len(shape) == 2 and shape[0] < rows and found.get(name) == (rows, shape[1]):
+            expected[name] = (rows, shape[1])
+    wrong = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
+    if any(n in expected for n in wrong) or len(wrong) > own_head:
         raise RunError(
             f"{output}: {len(wrong)} tensors are not as in {base}, the first is {wrong[0]}; do not use it,"
             " and report this"
         )
-    return len(there)
+    return len(found)

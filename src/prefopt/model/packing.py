@@ -1,12 +1,12 @@
-"""Groups to packed batches: one flat row of tokens, nothing padded, nothing encoded twice.
+"""Packing groups into batches: one flat row of tokens, nothing padded, nothing encoded twice.
 
-A group of two responses stands in the row as ``[P R1 R2]``. Positions restart after P for R2. ``[P R1]`` is one
-segment of ordinary causal attention; R2 is a second segment whose queries also see P::
+A group of two responses is ``[P R1 R2]`` in the row. Positions of R2 continue from P. ``[P R1]`` is one segment of
+ordinary causal attention; R2 is a second segment whose queries also see P::
 
     segments = ((0, P + R1, 0, 0), (P + R1, P + R1 + R2, 0, P))
 
-A log-probability is read at the token *before* the one it scores: for the first token of every response that is
-the last token of P, which therefore is read K times and stored once.
+A log-probability is read at the token *before* the scored one: for the first token of every response that is the last
+token of P, which is read K times and stored once.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from prefopt.data.group import Group
 from prefopt.data.table import GroupTable, IndexArray
 
 Segment = tuple[int, int, int, int]
-"""(start, stop, prefix start, prefix length): queries and own keys in [start, stop), and a prefix all of them see."""
+"""(start, stop, prefix start, prefix length): queries and own keys in [start, stop), and the prefix they all see."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pass:
-    """What one forward pass of the model sees: ``ids`` and ``positions`` [T], the segments of its attention."""
+class ForwardPass:
+    """Inputs of one forward pass: ``ids`` and ``positions`` [T], and the segments of its attention."""
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -44,7 +43,7 @@ class PackedBatch:
     """
 
     groups: tuple[Group, ...]
-    passes: tuple[Pass, ...]
+    passes: tuple[ForwardPass, ...]
     read: torch.Tensor
     target: torch.Tensor
     owner: torch.Tensor
@@ -62,18 +61,15 @@ class PackedBatch:
         def move(x: torch.Tensor) -> torch.Tensor:
             return x.to(device, non_blocking=True)
 
-        passes = tuple(Pass(move(p.ids), move(p.positions), p.segments) for p in self.passes)
+        passes = tuple(ForwardPass(move(p.ids), move(p.positions), p.segments) for p in self.passes)
         numbers = (self.read, self.target, self.owner, self.length, self.last)
         return PackedBatch(self.groups, passes, *map(move, numbers))
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """How a model may be fed. ``share``: prefixes are encoded once and groups share a row.
-
-    ``rope_limit``: beyond this many tokens the model's rotary frequencies are others (longrope), so that a row never
-    holds sequences from both sides of it.
-    """
+class PackLayout:
+    """How groups are packed for a model. ``share``: prefixes are encoded once and groups share a row. ``rope_limit``:
+    rotary frequencies differ beyond this length (longrope), so that a row holds sequences of one side alone."""
 
     share: bool = True
     rope_limit: int | None = None
@@ -88,15 +84,10 @@ class Layout:
         tokens: IndexArray = groups.tokens_G.astype(np.int64)
         if self.share and self.rope_limit is None:
             return tokens
-        tokens += groups.prefix_G * (groups.responses_G - 1) * self._separate(groups)
-        return tokens
-
-    def _separate(self, groups: GroupTable) -> npt.NDArray[np.bool_]:
-        """Whether :meth:`side` is ``separate``, [G]."""
-        if not self.share:
-            return np.ones(len(groups), np.bool_)
         limit = self.rope_limit or 0
-        return np.logical_and(groups.longest_G > limit, groups.shortest_G <= limit)
+        separate = np.logical_and(groups.longest_G > limit, groups.shortest_G <= limit) if self.share else True
+        tokens += groups.prefix_G * (groups.responses_G - 1) * separate
+        return tokens
 
     def side(self, group: Group) -> str:
         """``shared`` (the common row), ``long`` (the row beyond the limit) or ``separate`` (a row per response)."""
@@ -108,7 +99,7 @@ class Layout:
         return "long" if shortest > self.rope_limit else "separate"
 
 
-class _Row:
+class _PackedRow:
     """A row under construction."""
 
     def __init__(self) -> None:
@@ -124,44 +115,44 @@ class _Row:
         self.length += len(ids)
         return start
 
-    def finish(self) -> Pass:
+    def finish(self) -> ForwardPass:
         ids = torch.from_numpy(np.concatenate(self.ids).astype(np.int64))
-        return Pass(ids, torch.from_numpy(np.concatenate(self.positions)), tuple(self.segments))
+        return ForwardPass(ids, torch.from_numpy(np.concatenate(self.positions)), tuple(self.segments))
 
 
 @dataclass(slots=True)
 class _Response:
-    """Where a response's tokens came to stand: ``before`` is the row index of the last shared token, or -1."""
+    """The place of a response in a row: ``before`` is the row index of the last shared token, or -1."""
 
-    row: _Row
+    row: _PackedRow
     start: int
     before: int
     ids: np.ndarray
     trained: np.ndarray
 
 
-def pack(groups: Sequence[Group], layout: Layout | None = None) -> PackedBatch:
-    """Lay groups out for the scorer; responses keep the order of the groups."""
-    layout = layout or Layout()
-    common: dict[str, _Row] = {}
-    rows: list[_Row] = []
+def pack(groups: Sequence[Group], layout: PackLayout | None = None) -> PackedBatch:
+    """Pack groups for the scorer; responses keep the order of the groups."""
+    layout = layout or PackLayout()
+    common: dict[str, _PackedRow] = {}
+    rows: list[_PackedRow] = []
     responses: list[_Response] = []
     for group in groups:
         side = layout.side(group)
         if side == "separate":
             for k in range(len(group.continuations)):
-                rows.append(row := _Row())
+                rows.append(row := _PackedRow())
                 ids, trained = group.sequence(k)
                 row.segments.append((0, len(ids), 0, 0))
                 responses.append(_Response(row, row.add(ids, 0), -1, ids, trained))
             continue
         if side not in common:
-            rows.append(common.setdefault(side, _Row()))
+            rows.append(common.setdefault(side, _PackedRow()))
         responses += _add_shared(common[side], group)
     return _finish(groups, rows, responses)
 
 
-def _add_shared(row: _Row, group: Group) -> list[_Response]:
+def _add_shared(row: _PackedRow, group: Group) -> list[_Response]:
     prefix = len(group.prefix)
     origin = row.add(group.prefix, 0)
     responses = []
@@ -173,7 +164,7 @@ def _add_shared(row: _Row, group: Group) -> list[_Response]:
     return responses
 
 
-def _finish(groups: Sequence[Group], rows: list[_Row], responses: list[_Response]) -> PackedBatch:
+def _finish(groups: Sequence[Group], rows: list[_PackedRow], responses: list[_Response]) -> PackedBatch:
     offsets = dict(zip(map(id, rows), np.cumsum([0, *(r.length for r in rows)]), strict=False))
     read, target, owner, last = [], [], [], []
     for n, r in enumerate(responses):
@@ -193,7 +184,7 @@ def _finish(groups: Sequence[Group], rows: list[_Row], responses: list[_Response
 
 
 def split(items: Sequence[int], tokens: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Cut items, in their order, into runs of at most ``token_budget`` tokens; a larger item stands alone."""
+    """Split items, in order, into batches of at most ``token_budget`` tokens; a larger item is a batch of its own."""
     batch: list[int] = []
     used = 0
     for item, size in zip(items, tokens, strict=True):

@@ -1,13 +1,14 @@
-"""Mixed precision with float32 master weights.
+"""Devices, data types, and mixed precision with float32 master weights.
 
-A bfloat16 run computes with bfloat16 copies of the weights. What the optimiser moves are their float32 masters:
-steps of 1e-6 are far below the distance between two bfloat16 numbers and would vanish. Gradients of a micro-batch
-arrive in bfloat16 and are added up in float32.
+A bfloat16 run computes with bfloat16 copies of the weights. The optimiser updates their float32 masters: steps of 1e-6
+are far below the distance between two bfloat16 numbers and would vanish. Gradients of a micro-batch arrive in bfloat16
+and are accumulated in float32.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,14 +16,70 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from prefopt.model.scorer import causal_model
+from prefopt.errors import ConfigError
+from prefopt.model.architectures import causal_model
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+AUTO_DTYPE = "PREFOPT_DTYPE"
+"""The variable that sets ``--dtype auto``, for different machines that should compute alike."""
+_DROPOUT = re.compile(r"drop(out|_rate)?$|_pdrop$|dropout|layerdrop|jitter_noise")
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """The device named, or the best available. Raises :class:`ConfigError` where this machine has no such device."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name is None:
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name}: no such kind of device; try cpu, cuda, cuda:1 or mps") from error
+    available = {"cuda": cuda and (device.index or 0) < torch.cuda.device_count(), "mps": mps, "cpu": True}
+    if not available.get(device.type, False):
+        raise ConfigError(f"--device {name}: this machine has no such device; leave --device out to use what it has")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # kernels and libraries that ask for the current device mean this one
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is the value of ``PREFOPT_DTYPE``, else bfloat16 where the device multiplies it natively, else float32.
+    Raises :class:`ConfigError` for another value of the variable."""
+    if name == "auto":
+        name = os.environ.get(AUTO_DTYPE) or "auto"
+        if name not in (allowed := ("auto", "float32", "bfloat16", "float64")):
+            raise ConfigError(f"{AUTO_DTYPE} is {name!r}; it must be one of {', '.join(allowed)}")
+    if name == "auto":
+        return torch.bfloat16 if native_bfloat16(device) else torch.float32
+    return DTYPES[name]
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16 matrix products."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported()) if torch.backends.mkldnn.is_available() else False
+    return False
+
+
+def slow_dtype(dtype: torch.dtype, device: torch.device) -> str | None:
+    """A warning in one line where the device has to emulate the precision."""
+    if dtype != torch.bfloat16 or native_bfloat16(device):
+        return None
+    return "bfloat16: this device emulates it, many times slower than float32; leave --dtype out to use float32"
 
 
 class MasterWeights:
-    """Trainable weights by name: the optimiser moves ``masters``, and ``publish`` brings the model's own after them."""
+    """Trainable weights by name: the optimiser updates ``masters``, ``publish`` rounds them into the model."""
 
     def __init__(self, model: torch.nn.Module, compute: torch.dtype) -> None:
-        """Cast ``model`` to ``compute`` in place, its trainable weights keeping a float32 master (float64 stays)."""
+        """Cast ``model`` to ``compute`` in place and give its trainable weights float32 masters (float64 stays)."""
         self.model = model
         self.masters: dict[str, torch.nn.Parameter] = {}
         self._copies: dict[str, torch.nn.Parameter] = {}
@@ -52,13 +109,13 @@ class MasterWeights:
         return collect
 
     def release(self) -> None:
-        """Take the hooks off the model: gradients stay on its own weights again."""
+        """Remove the hooks: gradients stay on the model's own weights again."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
     def zero_grad(self) -> None:
-        """Forget all gradients."""
+        """Drop all gradients."""
         for parameter in (*self.masters.values(), *self._copies.values()):
             parameter.grad = None
 
@@ -70,7 +127,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def load(self, values: dict[str, torch.Tensor]) -> None:
-        """Set the masters, and with them the model."""
+        """Set the masters, and the model's weights from them."""
         for name, master in self.masters.items():
             master.copy_(values[name])
         self.publish()
@@ -81,18 +138,16 @@ class MasterWeights:
             yield name, master.detach()
 
 
-def computing_in(model: torch.nn.Module, compute: torch.dtype) -> torch.nn.Module:
-    """``model``, frozen and cast to ``compute`` in place as :class:`MasterWeights` casts what does not train.
-
-    ``model.to(compute)`` would also round what its class keeps in float32: rotary tables, the gates of some experts.
-    """
+def freeze_and_cast(model: torch.nn.Module, compute: torch.dtype) -> torch.nn.Module:
+    """Freeze ``model`` and cast it to ``compute`` in place as :class:`MasterWeights` casts frozen weights.
+    ``model.to(compute)`` would also round what its class keeps in float32: rotary tables, the gates of some experts."""
     for _ in _cast_frozen(model.requires_grad_(False), compute):
         pass
     return model
 
 
 def _cast_frozen(model: torch.nn.Module, compute: torch.dtype) -> Iterator[tuple[str, torch.nn.Parameter, torch.dtype]]:
-    """Cast buffers and frozen parameters; yields the others, by name, with the dtype that they compute in."""
+    """Cast buffers and frozen parameters; yields trainable ones by name, with the dtype that they compute in."""
     kept = _kept_in_float32(causal_model(model))
     _cast_buffers(causal_model(model), compute)
     for name, parameter in model.named_parameters():
@@ -104,27 +159,23 @@ def _cast_frozen(model: torch.nn.Module, compute: torch.dtype) -> Iterator[tuple
 
 
 def _kept_in_float32(model: PreTrainedModel) -> Callable[[str], bool]:
-    """Whether a parameter's name is among those that the model's class keeps in float32 whatever it computes in.
-
-    As in transformers a name may be that of a module or a parameter anywhere in the path, or several joined by dots.
-    """
-    told = {
+    """Whether the model's class keeps a parameter of this name in float32, whatever it computes in. As in transformers,
+    the class gives names of modules or parameters anywhere in the path, or several joined by dots."""
+    names = {
         name
         for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
         for name in getattr(model, attribute, None) or ()
-        if "." not in name or attribute.endswith("strict")  # the others keep theirs in float16 alone
+        if "." not in name or attribute.endswith("strict")  # the others apply to float16 alone
     }
-    if not told:
+    if not names:
         return lambda _: False
-    pattern = re.compile("|".join(rf"(^|\.){re.escape(name)}($|\.)" for name in sorted(told)))
+    pattern = re.compile("|".join(rf"(^|\.){re.escape(name)}($|\.)" for name in sorted(names)))
     return lambda name: pattern.search(name.replace(".base_layer", "")) is not None
 
 
 def _cast_buffers(model: PreTrainedModel, compute: torch.dtype) -> None:
-    """Give buffers the dtype that they have in a model of this class that is built in ``compute``.
-
-    Rotary tables stay in float32, MiniMax's decay does not: the class alone knows which.
-    """
+    """Cast buffers as a model of this class built in ``compute`` has them: rotary tables stay float32, MiniMax's decay
+    does not."""
     floating = {name: b for name, b in model.named_buffers() if b.is_floating_point()}
     if all(b.dtype == compute for b in floating.values()):
         return
@@ -133,27 +184,20 @@ def _cast_buffers(model: PreTrainedModel, compute: torch.dtype) -> None:
         torch.set_default_dtype(compute)
         with torch.device("meta"):
             built = type(model)(copy.deepcopy(model.config))
-    except Exception:  # a class that cannot be built so is left as it was loaded
+    except Exception:  # the class cannot be built so: buffers stay as they were loaded
         return
     finally:
         torch.set_default_dtype(before)
-    wanted = {name: b.dtype for name, b in built.named_buffers()}
+    dtypes = {name: b.dtype for name, b in built.named_buffers()}
     for name, buffer in floating.items():
-        plain = name.replace(".base_layer", "")
-        if wanted.get(plain) == compute:
+        if dtypes.get(name.replace(".base_layer", "")) == compute:
             owner, _, field = name.rpartition(".")
             setattr(model.get_submodule(owner), field, buffer.to(compute))
 
 
-_DROPS = re.compile(r"drop(out|_rate)?$|_pdrop$|dropout|layerdrop|jitter_noise")
-
-
-def silence_dropout(target: PreTrainedConfig | torch.nn.Module) -> None:
-    """Set every dropout and jitter of a configuration to zero: log-probabilities must not be random.
-
-    Of a model too, which was built with others: its configuration, its dropout modules, and the rates that its layers
-    have taken from the configuration.
-    """
+def disable_dropout(target: PreTrainedConfig | torch.nn.Module) -> None:
+    """Set every dropout and jitter of a configuration to zero, since log-probabilities must not be random; of a model
+    also its dropout modules and the rates that its layers hold."""
     if isinstance(target, torch.nn.Module):
         for module in target.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -166,5 +210,5 @@ def silence_dropout(target: PreTrainedConfig | torch.nn.Module) -> None:
 
 def _zero_rates(holder: object) -> None:
     for field, value in list(vars(holder).items()):
-        if _DROPS.search(field) and isinstance(value, float):
+        if _DROPOUT.search(field) and isinstance(value, float):
             setattr(holder, field, 0.0)

@@ -1,4 +1,4 @@
-"""A finished folder on the Hugging Face Hub: shown first, sent when that is confirmed, and nothing but the model."""
+"""Uploading a finished model to the Hugging Face Hub: listed first, sent after confirmation, nothing but the model."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _TEXT = (".json", ".md", ".yaml", ".jsonl", ".txt")
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What goes and what stays: names relative to ``folder``, and why the others stay."""
+class UploadPlan:
+    """Files to send with their sizes, and those left out with the reason; names are relative to ``folder``."""
 
     folder: Path
     files: dict[str, int]
@@ -31,7 +31,7 @@ class Plan:
     warnings: list[str]
 
     def in_words(self, repo: str, private: bool) -> list[str]:
-        """What a person is shown before anything is sent."""
+        """What is shown before anything is sent."""
         width = max(map(len, self.files))
         lines = [f"{self.folder} to https://huggingface.co/{repo} ({'private' if private else 'public'}):"]
         lines += [f"  {name:{width}}  {size(count):>9}" for name, count in self.files.items()]
@@ -40,8 +40,8 @@ class Plan:
         return lines + [f"note: {warning}" for warning in self.warnings]
 
 
-def plan(folder: str | Path, *, run: bool = False, checkpoints: bool = False) -> Plan:
-    """Which files of ``folder`` would be sent. Raises :class:`ModelError` where it holds no finished model."""
+def plan_upload(folder: str | Path, *, run: bool = False, checkpoints: bool = False) -> UploadPlan:
+    """The files of ``folder`` to send. Raises :class:`ModelError` where it holds no finished model."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder")
@@ -56,17 +56,17 @@ def plan(folder: str | Path, *, run: bool = False, checkpoints: bool = False) ->
         why = _why_not(path, run=run, checkpoints=checkpoints)
         if why:
             left_out[path.name + "/" * path.is_dir()] = why
-            continue
-        inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        files |= {str(p.relative_to(folder)): p.stat().st_size for p in inside}
-    return Plan(folder, files, left_out, _warnings(folder, files))
+        else:
+            inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+            files |= {str(p.relative_to(folder)): p.stat().st_size for p in inside}
+    return UploadPlan(folder, files, left_out, _warnings(folder, files))
 
 
-def push(planned: Plan, repo: str, *, private: bool = False) -> str:
-    """Send what is planned; returns the address of the commit. Asks nobody: that is the caller's part.
+def push(planned: UploadPlan, repo: str, *, private: bool = False) -> str:
+    """Send the planned files without confirmation; returns the address of the commit.
 
-    Raises :class:`RunError` for whatever the Hub or the network says, in one line with the remedy, and where a
-    repository that should be private is there and public.
+    Raises :class:`RunError` for errors of the Hub or the network, in one line with the remedy, and where a repository
+    that should be private exists and is public.
     """
     no_telemetry()
     import huggingface_hub
@@ -100,7 +100,7 @@ def push(planned: Plan, repo: str, *, private: bool = False) -> str:
 
 
 def confirmed(yes: bool) -> bool:
-    """Whether a person says so. Raises :class:`ConfigError` where nobody can be asked."""
+    """Whether the user confirms. Raises :class:`ConfigError` where standard input is no terminal."""
     if yes:
         return True
     if not sys.stdin.isatty():
@@ -109,7 +109,7 @@ def confirmed(yes: bool) -> bool:
 
 
 def _why_not(path: Path, *, run: bool, checkpoints: bool) -> str | None:
-    """Why a file or folder stays here; none where it goes."""
+    """Why a file or folder is left out; None where it is sent."""
     if path.name.startswith("."):
         return "hidden"
     if path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
@@ -124,7 +124,7 @@ def _why_not(path: Path, *, run: bool, checkpoints: bool) -> str | None:
 
 
 def _warnings(folder: Path, files: dict[str, int]) -> list[str]:
-    """What a person may not want others to read, or others could not use."""
+    """Contents that should perhaps not be public, or that others cannot use."""
     found = []
     personal = re.compile(rf"{re.escape(str(Path.home()))}(?=/)|/(?:home|Users)/[\w.-]+")
     for name in files:

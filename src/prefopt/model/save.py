@@ -1,47 +1,63 @@
-"""Saving a model, whoever saves it: as the checkpoint that it came from, with what it did not touch as it was."""
+"""Saving: a model folder under the names of the checkpoint that it came from, readable by transformers 4 and 5.
+
+Transformers 4 has other names for the tokenizer's class and its extra special tokens, reads rotary embeddings from
+fields of their own (version 5: ``rope_parameters``), and calls ``dtype`` ``torch_dtype``.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
+from transformers.utils import cached_file
 
 from prefopt.core.files import output_errors, write_json
 from prefopt.core.model_folder import is_own
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.model.checkpoint import Checkpoint, Origin, origin_of
-from prefopt.model.packed_model import causal_model
+from prefopt.model.architectures import causal_model, transformers_log_level
+from prefopt.model.checkpoint import ModelOrigin, WeightFiles, origin_of
+
+Json = dict[str, Any]
 
 SHARD_BYTES = 50 * 10**9
-"""A file of weights is no larger, unless one tensor is: what transformers takes."""
-_SIDE_FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "feature_extractor_config.json",
-    "audio_tokenizer_config.json",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-    "value_head.safetensors",  # beside a language model, as LLaMA-Factory writes it
-    "LICENSE*",
-    "NOTICE*",
-)
+"""Largest file of weights, unless one tensor is larger: transformers' default."""
+GENERATION_CONFIG = "generation_config.json"
+# value_head.safetensors: beside a language model, as LLaMA-Factory writes it.
+_SIDE_FILES = """
+    preprocessor_config.json processor_config.json video_preprocessor_config.json feature_extractor_config.json
+    audio_tokenizer_config.json chat_template.json additional_chat_templates/*.jinja value_head.safetensors
+    LICENSE* NOTICE*
+""".split()
+ANY_CLASS = "PreTrainedTokenizerFast"
+ONLY_NEW = {"TokenizersBackend", "PythonBackend", "SentencePieceBackend", "MistralCommonBackend"}
+_NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+# Fields with another name in transformers 4, by model type.
+_RENAMED: dict[str, dict[str, str]] = {
+    "gpt_neox": _NEOX,
+    "gpt_neox_japanese": _NEOX,
+    "modernbert-decoder": {"rope_theta": "global_rope_theta", "rope_local_base_freq": "local_rope_theta"},
+    "qwen3_moe": {"num_local_experts": "num_experts"},
+    "qwen3_vl_moe_text": {"num_local_experts": "num_experts"},
+}
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def save_weights(folder: Path, model: Any, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
     """Write the weights ``state`` of ``model``, its configuration (of ``dtype``) and its generation configuration.
 
-    A model that was loaded from a folder keeps that folder's names, and every tensor of it that is in no weight of the
-    model, byte for byte; its configuration then names the class that it named there. Raises :class:`ModelError` where
-    there are such tensors, and the folder is gone.
+    A model that was loaded from a folder keeps that folder's names, and byte for byte every tensor of it that is in no
+    weight of the model; its configuration names the same class. Raises :class:`ModelError` where there are such
+    tensors, and the folder is gone.
     """
     origin = origin_of(model)
     if origin is None or not origin.kept:
@@ -51,13 +67,13 @@ def save_weights(folder: Path, model: Any, state: Mapping[str, torch.Tensor], dt
         model.config.architectures = [type(model).__name__]
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
-        _write(folder, origin.stored(model, state), origin)
+        _write_shards(folder, origin.stored(model, state), origin)
         copy_side_files(origin.checkpoint.folder, folder)
     _whole_config(model, origin, dtype).save_pretrained(folder)
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
-    """What a processor reads, value heads, templates, licences, where ``folder`` has none; never code or pickles."""
+    """Copy processor files, value heads, templates and licences that ``folder`` lacks; never code or pickles."""
     for pattern in _SIDE_FILES:
         for file in sorted(source.glob(pattern)):
             target = folder / file.relative_to(source)
@@ -66,11 +82,17 @@ def copy_side_files(source: Path, folder: Path) -> None:
                 shutil.copyfile(file, target)
 
 
-def _whole_config(model: Any, origin: Origin | None, dtype: torch.dtype) -> Any:
-    """The configuration to write: that of the checkpoint's own class with the model's in its place in it.
+def apply_umask(folder: Path) -> None:
+    """Give weight files the permissions of other new files: safetensors makes them readable for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
 
-    Its type is that of the weights, not the one the model computes in, to which whoever loads the folder would round.
-    """
+
+def _whole_config(model: Any, origin: ModelOrigin | None, dtype: torch.dtype) -> Any:
+    """The configuration to write: that of the checkpoint's class, with the model's in its place inside it. Its dtype is
+    that of the weights, not the one the model computes in, to which a reader would round them."""
     config = copy.deepcopy(model.config)
     if origin is not None and origin.kept:
         whole = copy.deepcopy(origin.config)
@@ -87,27 +109,34 @@ def _whole_config(model: Any, origin: Origin | None, dtype: torch.dtype) -> Any:
     return config
 
 
-def _write(folder: Path, tensors: Mapping[str, torch.Tensor], origin: Origin) -> None:
-    """Tensors, and those of the checkpoint that are in none of them, in files of SHARD_BYTES."""
+def _write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], origin: ModelOrigin) -> None:
+    """Write tensors, and the checkpoint's untouched ones, in files of at most SHARD_BYTES."""
     for old in (*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"):
         old.unlink(missing_ok=True)
     checkpoint = origin.checkpoint
     sizes = {name: value.nbytes for name, value in tensors.items()}
     sizes |= {name: checkpoint.tensors[name].nbytes for name in origin.untouched}
-    shards = list(_shards(sizes))
-    names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, count in sizes.items():
+        if shards[-1] and used + count > SHARD_BYTES:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += count
+    files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     if len(shards) == 1:
-        names = ["model.safetensors"]
+        files = ["model.safetensors"]
     else:
-        where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    for file, shard in zip(names, shards, strict=True):
-        save_file(_read(shard, tensors, checkpoint), folder / file, metadata={"format": "pt"})
+    for file, shard in zip(files, shards, strict=True):
+        save_file(_shard(shard, tensors, checkpoint), folder / file, metadata={"format": "pt"})
 
 
-def _read(names: list[str], tensors: Mapping[str, torch.Tensor], checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The tensors of one file; what two of them share is written twice, for a file has no other way."""
+def _shard(names: list[str], tensors: Mapping[str, torch.Tensor], checkpoint: WeightFiles) -> dict[str, torch.Tensor]:
+    """The tensors of one file; shared memory is copied, since a file cannot share it."""
     found: dict[str, torch.Tensor] = {}
     places: set[tuple[Any, int]] = set()
     for name in names:
@@ -118,30 +147,13 @@ def _read(names: list[str], tensors: Mapping[str, torch.Tensor], checkpoint: Che
     return found
 
 
-def _shards(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """Names in turn, as many to a file as there is room."""
-    shard: list[str] = []
-    there = 0
-    for name, count in sizes.items():
-        if shard and there + count > SHARD_BYTES:
-            yield shard
-            shard, there = [], 0
-        shard.append(name)
-        there += count
-    yield shard
-
-
-CANNOT = "the model as it was given cannot be saved"
-
-
 def repair_generation(model: Any) -> str | None:
-    """Make a generation config such as transformers agrees to save; says what was changed, if anything.
-
-    Some published models set a temperature without sampling, which loads but cannot be saved.
-    """
+    """Repair a generation config that transformers would refuse to save; a line on what was changed, if anything. Some
+    published models set a temperature without sampling, which loads but cannot be saved."""
     config = getattr(model, "generation_config", None)
     if config is None:
         return None
+    problem = "the model as it was given cannot be saved: its generation config"
     try:
         config.validate(strict=True)
         return None
@@ -149,59 +161,154 @@ def repair_generation(model: Any) -> str | None:
         config.do_sample = True
     try:
         config.validate(strict=True)
-        return f"{CANNOT}: its generation config sets sampling options without sampling: do_sample is switched on"
+        return f"{problem} sets sampling options without sampling: do_sample is switched on"
     except ValueError:
         model.generation_config = GenerationConfig.from_model_config(model.config)
-        return f"{CANNOT}: its generation config is not valid: a plain one is saved"
-
-
-def share_weights(folder: Path) -> None:
-    """Weights readable as other new files are: safetensors writes them for their owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in folder.glob("*.safetensors"):
-        path.chmod(0o666 & ~mask)
-
-
-FILE = "generation_config.json"
+        return f"{problem} is not valid: a plain one is saved"
 
 
 def add_end_tokens(folder: Path, ends: Iterable[int], tokenizer: Tokenizer, model: Any) -> str | None:
-    """Put the tokens ``ends`` into ``eos_token_id`` of a saved folder, behind those that are there; what to say of it.
-
-    An adapter's folder has no such file of its own: it is given that of ``model``, the one that was saved, for servers
-    and for ``prefopt merge``. Says nothing where every token was there already.
-    """
+    """Append the tokens ``ends`` to ``eos_token_id`` of a saved folder; a line on it, None where all were there. An
+    adapter's folder without a generation config gets that of ``model``, for servers and for ``prefopt merge``."""
     ends, plain = tuple(ends), causal_model(model)
-    if not ends or not plain.can_generate():  # a reward model writes nothing
+    if not ends or not plain.can_generate():  # a reward model generates nothing
         return None
-    path = folder / FILE
-    said = getattr(plain, "generation_config", None)
+    path = folder / GENERATION_CONFIG
+    config = getattr(plain, "generation_config", None)
     with output_errors(path):
         if not path.is_file():
-            if said is None:
+            if config is None:
                 return None
-            said.save_pretrained(folder)
+            config.save_pretrained(folder)
         document = json.loads(path.read_text("utf-8"))
-        there = ids_of(document.get("eos_token_id"))
-        new = [i for i in dict.fromkeys(ends) if i not in there]
+        before = ids_of(document.get("eos_token_id"))
+        new = [i for i in dict.fromkeys(ends) if i not in before]
         if not new:
             return None
-        document.pop("_from_model_config", None)  # under it generate() may go back to what config.json says
-        write_json(path, {**document, "eos_token_id": there + new if there else new})
+        document.pop("_from_model_config", None)  # with it generate() may go back to config.json
+        write_json(path, {**document, "eos_token_id": before + new if before else new})
     names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(new)))
-    return f"answers end with {names}: added to eos_token_id of {FILE}"
+    return f"answers end with {names}: added to eos_token_id of {GENERATION_CONFIG}"
 
 
 def end_tokens(folder: str | Path) -> list[int] | None:
-    """The ids that ``generation_config.json`` of a folder says; none where it has no such file, or a damaged one."""
+    """End tokens in a folder's ``generation_config.json``; None where the file is absent or damaged."""
     try:
-        return ids_of(json.loads((Path(folder) / FILE).read_text("utf-8")).get("eos_token_id"))
-    except Exception:  # none, or damaged in any way
+        return ids_of(json.loads((Path(folder) / GENERATION_CONFIG).read_text("utf-8")).get("eos_token_id"))
+    except Exception:  # absent, or damaged in any way
         return None
 
 
-def ids_of(said: Any) -> list[int]:
-    """What ``eos_token_id`` holds: nothing, one id or several. What can be no token's id ends no answer either."""
-    found = said if isinstance(said, (list, tuple)) else [said]
-    return [i for i in found if isinstance(i, int) and not isinstance(i, bool) and i >= 0]
+def ids_of(value: Any) -> list[int]:
+    """The token ids in a value of ``eos_token_id``: none, one or several; other values are ignored."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [i for i in values if isinstance(i, int) and not isinstance(i, bool) and i >= 0]
+
+
+def write_transformers4_fields(folder: Path, tokenizer: Tokenizer) -> None:
+    """Add what transformers 4 reads to ``config.json`` and ``tokenizer_config.json`` of ``folder``, where they exist.
+
+    Transformers 5 reads the same from them as before; fields that it would read differently are left out.
+    ``tokenizer`` is the saved one: its class keeps the name that it has in the folder it came from.
+    """
+    with output_errors(folder):
+        _change(folder / "tokenizer_config.json", lambda found: _transformers4_tokenizer(found, tokenizer))
+        _change(folder / "config.json", transformers4_config)
+
+
+def _change(path: Path, change: Any) -> None:
+    if not path.is_file():
+        return
+    found = json.loads(path.read_text("utf-8"))
+    if (changed := change(found)) != found:
+        write_json(path, changed)
+
+
+def _transformers4_tokenizer(found: Json, tokenizer: Tokenizer) -> Json:
+    changed = dict(found)
+    if found.get("tokenizer_class") in ONLY_NEW:
+        try:
+            path = cached_file(tokenizer.name_or_path, "tokenizer_config.json", local_files_only=True)
+            name = json.loads(Path(path).read_text("utf-8")).get("tokenizer_class") if path else None
+        except (OSError, ValueError, AttributeError):  # it was made in memory, or its folder is gone
+            name = None
+        usable = isinstance(name, str) and name and name not in ONLY_NEW
+        changed["tokenizer_class"] = name if usable else ANY_CLASS
+    if isinstance(found.get("extra_special_tokens"), list):  # in transformers 4 a dictionary has this name
+        changed["additional_special_tokens"] = changed.pop("extra_special_tokens")
+    return changed
+
+
+def transformers4_config(found: Json) -> Json:
+    """A ``config.json`` with the fields of transformers 4 beside those of transformers 5."""
+    now = _as_parsed(found)
+    for scaling in (True, False):
+        changed = _with_older_fields(found, scaling=scaling)
+        if now is not None and _contains(_as_parsed(changed), now):
+            return changed
+    return found
+
+
+def transformers_versions(folder: Path) -> str:
+    """The versions of transformers that read a folder of :func:`write_transformers4_fields`, for its card."""
+    path = folder / "config.json"
+    found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    if found != _with_older_fields(found):
+        return "transformers 5: these rotary embeddings cannot be written for version 4"
+    return "transformers 5, and version 4 (tried with 4.57) where it knows the architecture"
+
+
+def _with_older_fields(found: Json, *, scaling: bool = True) -> Json:
+    """With older fields in every configuration of a document, nested ones too; ``scaling``: also ``rope_scaling``."""
+    nested = {k: v for k, v in found.items() if k.endswith("_config") and isinstance(v, dict)}
+    changed = found | {name: _with_older_fields(config, scaling=scaling) for name, config in nested.items()}
+    older = {"torch_dtype": found["dtype"]} if isinstance(found.get("dtype"), str) else {}
+    older |= _older_rope(found, scaling=scaling)
+    names = _RENAMED.get(str(found.get("model_type")), {})
+    older |= {name: found[name] for name in names if name in found}
+    for name, value in older.items():
+        changed.setdefault(names.get(name, name), value)
+    return changed
+
+
+def _older_rope(config: Json, *, scaling: bool) -> Json:
+    """Rotary embeddings in the fields of transformers 4; where layers differ, those of full attention."""
+    rope = config.get("rope_parameters")
+    wide: Any = rope.get(_FULL, rope) if isinstance(rope, dict) else None
+    if not isinstance(rope, dict) or not isinstance(wide, dict) or "rope_theta" not in wide:
+        return {}
+    older = {name: wide[name] for name in ("rope_theta", "partial_rotary_factor") if name in wide}
+    narrow = rope.get(_SLIDING)
+    if isinstance(narrow, dict) and narrow.get("rope_theta") not in (None, wide["rope_theta"]):
+        older["rope_local_base_freq"] = narrow["rope_theta"]
+    if scaling and (rest := _rope_scaling(wide, config)):
+        older["rope_scaling"] = rest
+    return older
+
+
+def _rope_scaling(rope: Json, config: Json) -> Json:
+    """What transformers 4 calls ``rope_scaling``: empty for plain rotary embeddings."""
+    kind = rope.get("rope_type", "default")
+    rest = {k: v for k, v in rope.items() if k not in (_FULL, _SLIDING, "rope_theta", "partial_rotary_factor")}
+    if kind == "longrope" and "original_max_position_embeddings" in config:  # Phi-3 takes these three and no other
+        return {"type": kind, "short_factor": rope.get("short_factor"), "long_factor": rope.get("long_factor")}
+    return rest if kind != "default" or rest.keys() - {"rope_type", "type"} else {}
+
+
+def _as_parsed(document: Json) -> Json | None:
+    """What transformers 5 makes of the document; None where it does not know the model, or warns of a field."""
+    config: Any = AutoConfig
+    try:
+        with warnings.catch_warnings(), transformers_log_level(logging.CRITICAL):  # it logged them at loading
+            warnings.simplefilter("error")
+            found: Json = config.for_model(**copy.deepcopy(document)).to_dict()
+    except Exception:  # whatever a class of transformers objects to
+        return None
+    return found
+
+
+def _contains(more: Any, less: Any) -> bool:
+    """Whether ``more`` has all values of ``less``."""
+    if isinstance(less, dict) and isinstance(more, dict):
+        return all(name in more and _contains(more[name], value) for name, value in less.items())
+    return bool(more == less)

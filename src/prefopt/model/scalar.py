@@ -1,19 +1,18 @@
-"""Models that give a response one number: reward models, and the value functions (critics) that start from them.
+"""Models with a scalar head: reward models, and the value functions (critics) that start from them.
 
-They are transformers' own ``...ForSequenceClassification`` with one label, so that every folder written here opens with
-``AutoModelForSequenceClassification``, and gives the same scores there: those classes read the score at the last token
-that is not the pad token, which is why a pad token other than EOS is insisted on.
+They are transformers' ``...ForSequenceClassification`` with one label. Saved folders open with
+``AutoModelForSequenceClassification`` and give the same scores: those classes read the score at the last token that is
+not the pad token, so that the pad token must not be EOS.
 
 ::
 
-    model = load_scalar(folder, dtype=..., device=..., tokenizer=tokenizer)   # an SFT model, or a saved reward model
+    model = load_scalar(folder, dtype=..., device=..., tokenizer=tokenizer)   # an SFT model or a reward model
     scorer = ScalarScorer(model)
     reward_N = scorer(pack(groups, scorer.layout))                 # one per response, at its last scored token
     value_M = scorer(pack(groups, scorer.layout), tokens=True)     # one per scored token, in the state before it
 
-A **shift** may stand in the configuration as ``prefopt_reward_shift``; it is taken off everything that
-:class:`ScalarScorer` gives. (The head has no bias, and transformers' classes cannot hold one: their ``logits`` are the
-rewards before the shift. Differences of rewards, and so preferences, are the same.)
+:class:`ScalarScorer` subtracts ``prefopt_reward_shift`` of the configuration from its results. (transformers' heads
+have no bias: their ``logits`` are the rewards before the shift. Differences of rewards, and so preferences, are equal.)
 """
 
 from __future__ import annotations
@@ -31,22 +30,22 @@ from prefopt.core.model_folder import is_adapter, task_of
 from prefopt.data.group import Group
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ModelError
-from prefopt.model.adapter import add_adapter, peft_warnings_off
-from prefopt.model.checkpoint import ScalarHead, origin_of, scalar_head, set_origin, without_mtp
+from prefopt.model.adapter import add_adapter, grow_embedding, peft_warnings_off
+from prefopt.model.architectures import architectures_of, body_of, causal_model, without_mtp
+from prefopt.model.checkpoint import ScalarHead, origin_of, scalar_head, set_origin
 from prefopt.model.kernels.head import wide_dtype
 from prefopt.model.load import base_and_adapter, load_config, load_model, load_weights
-from prefopt.model.merge import load_folded
-from prefopt.model.packed_model import PackedModel, body_of, causal_model
+from prefopt.model.merge import load_merged
 from prefopt.model.packing import PackedBatch, pack, split
-from prefopt.model.supported import architectures_of
+from prefopt.model.scorer import PackedModel
 
 SHIFT = "prefopt_reward_shift"
 PAD = "<|pad|>"
-"""The token that is added where a tokenizer has none to pad with but EOS."""
+"""The pad token that is added where a tokenizer has none but EOS."""
 
 
 class ScalarScorer(PackedModel):
-    """Scores packed batches with a model of :func:`load_scalar`, or one wrapped by PEFT."""
+    """Rewards or values of packed batches by a model of :func:`load_scalar`, or one wrapped by PEFT."""
 
     def __init__(self, model: torch.nn.Module, *, attention: str = "auto", share: bool = True) -> None:
         """See :class:`PackedModel`. Raises :class:`ModelError` for a model without a scalar head."""
@@ -55,15 +54,12 @@ class ScalarScorer(PackedModel):
 
     @property
     def shift(self) -> float:
-        """What is taken off every number; 0 where the configuration says nothing."""
+        """What is subtracted from every result; 0 by default."""
         return shift_of(causal_model(self.model))
 
     def forward(self, batch: PackedBatch, tokens: bool = False) -> torch.Tensor:
         """Rewards [N], read at the last scored token of each response, float32 (float64 for a float64 model).
-
-        ``tokens``: values [M] instead, one for every scored token, read as its log-probability is at the token before:
-        what is expected before it is drawn.
-        """
+        ``tokens``: values [M] of the state before each scored token, read at the token before it."""
         hidden = self.hidden(batch).index_select(0, batch.read if tokens else batch.last)
         head: Any = causal_model(self.model).score
         wide = wide_dtype(hidden.dtype)
@@ -76,7 +72,7 @@ class ScalarScorer(PackedModel):
 def response_rewards(
     scorer: ScalarScorer, groups: Sequence[Group], indices: Sequence[int], token_budget: int
 ) -> npt.NDArray[np.float64]:
-    """Rewards of the responses of ``groups[indices]``, one after the other, [N]; at most so many tokens at once."""
+    """Rewards [N] of the responses of ``groups[indices]`` in order, scored in batches within ``token_budget``."""
     device = next(scorer.model.parameters()).device
     order = sorted(range(len(indices)), key=lambda n: scorer.layout.cost(groups[indices[n]]))
     costs = [scorer.layout.cost(groups[indices[n]]) for n in order]
@@ -90,32 +86,31 @@ def response_rewards(
 
 
 def load_scalar(
-    name: str,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    tokenizer: Tokenizer,
-    seed: int = 0,
+    name: str, *, dtype: torch.dtype, device: torch.device, tokenizer: Tokenizer, seed: int = 0
 ) -> torch.nn.Module:
     """A model with a scalar head, dropout off, from any of these folders (or names on the Hub):
 
-    - a causal language model: with a new head drawn from ``seed``; see :func:`scalar_from`
+    - a causal language model: with a new head initialised from ``seed``; see :func:`scalar_from`
     - a sequence classifier with one label, such as ``prefopt reward`` writes
-    - any other with a trained scalar head, such as other trainers write: with that head, see
-      :mod:`prefopt.model.checkpoint`
-    - an adapter of either kind, which is folded into its model
+    - a model with a scalar head of another trainer: with that head, see :mod:`prefopt.model.checkpoint`
+    - an adapter of either kind, which is merged into its model
 
-    ``tokenizer`` is the one the tokens come from. Raises :class:`ModelError` for a folder that is damaged, has another
-    number of labels, pads with EOS, or is of an architecture without such a class.
+    Raises :class:`ModelError` for a folder that is damaged, has another number of labels, pads with EOS, or is of an
+    architecture without such a class.
     """
-    if is_adapter(name):  # all of what it makes trains, as of any other model
-        return _on(_adapted(name, dtype, device, tokenizer, seed).requires_grad_(True), device)
+    model: torch.nn.Module = _load(name, dtype, device, tokenizer, seed).to(device)
+    return model
+
+
+def _load(name: str, dtype: torch.dtype, device: torch.device, tokenizer: Tokenizer, seed: int) -> PreTrainedModel:
+    if is_adapter(name):  # merged, all weights train
+        return _adapted(name, dtype, device, tokenizer, seed).requires_grad_(True)
     config: Any = load_config(name)
     if not _names_classifier(config):
         head = scalar_head(name)
         if head is not None:
-            return _on(_with_own_head(name, config, head, dtype, tokenizer), device)
-        return _on(scalar_from(load_model(name, dtype=dtype, device=device), tokenizer, seed=seed), device)
+            return _with_own_head(name, config, head, dtype, tokenizer)
+        return scalar_from(load_model(name, dtype=dtype, device=device), tokenizer, seed=seed)
     if config.num_labels != 1:
         raise ModelError(f"{name} has {config.num_labels} labels; a reward model has one, the reward")
     pad = config.get_text_config().pad_token_id
@@ -129,12 +124,12 @@ def load_scalar(
         raise ModelError(f"{name}: {_no_class(config)}")
     loaded = load_weights(kind, name, config, dtype)
     check_scalar_model(loaded)
-    return _on(loaded, device)
+    return loaded
 
 
 def has_scalar_head(name: str) -> bool:
-    """Whether a folder or Hub name holds a model with a scalar head (else: a language model), told from its weights
-    as well as from the class that it names, or an adapter for one."""
+    """Whether a folder or Hub name holds a model with a scalar head, by its class or its weights, or an adapter for
+    one; else it is a language model."""
     if is_adapter(name):
         return task_of(name) == "SEQ_CLS" or scalar_head(name) is not None
     return _names_classifier(load_config(name)) or scalar_head(name) is not None
@@ -147,7 +142,7 @@ def _names_classifier(config: Any) -> bool:
 def _with_own_head(
     name: str, config: Any, head: ScalarHead, dtype: torch.dtype, tokenizer: Tokenizer
 ) -> PreTrainedModel:
-    """The sequence classifier of a folder that names another class, with the head that is in it, bias and all."""
+    """The sequence classifier of a folder that names another class, with the head and bias in it."""
     kind: Any = AutoModelForSequenceClassification
     if type(config) not in kind._model_mapping:
         raise ModelError(f"{name} holds a scalar head ({head.weight}); {_no_class(config)}")
@@ -178,13 +173,13 @@ def _one_label(config: Any) -> None:
 
 
 def _adapted(name: str, dtype: torch.dtype, device: torch.device, tokenizer: Tokenizer, seed: int) -> PreTrainedModel:
-    """The scalar model that an adapter makes of its base: of a language model with the head that lies beside the
-    adapter, as LLaMA-Factory writes it, else a new one; of a reward model with its own."""
+    """An adapter merged into its base. A language model gets the head beside the adapter (of LLaMA-Factory), or a new
+    one; a reward model keeps its own."""
     base, adapter = base_and_adapter(name)
     assert adapter is not None
     wide = torch.promote_types(dtype, torch.float32)
     if task_of(adapter) != "SEQ_CLS":
-        made = scalar_from(load_folded(base, adapter, dtype=wide, device=device), tokenizer, seed=seed)
+        made = scalar_from(load_merged(base, adapter, dtype=wide, device=device), tokenizer, seed=seed)
         if (head := scalar_head(adapter)) is not None:
             _set_head(made, *head.read(made.score.in_features))
         return made.to(dtype)
@@ -198,9 +193,9 @@ def _adapted(name: str, dtype: torch.dtype, device: torch.device, tokenizer: Tok
 def scalar_from(model: torch.nn.Module, tokenizer: Tokenizer, *, seed: int = 0) -> PreTrainedModel:
     """The layers of a causal language model, the same objects, under a new scalar head.
 
-    The head is drawn from N(0, 1 / (H + 1)) (Stiennon et al. 2020, appendix B.1). Where ``tokenizer`` pads with EOS, or
-    not at all, it is given another pad token: BOS where that is another token, else a new one, for which the embedding
-    grows where it has no row left. Raises :class:`ModelError` where transformers has no such class for an architecture.
+    The head is initialised from N(0, 1 / (H + 1)) (Stiennon et al. 2020, appendix B.1). Where ``tokenizer`` pads with
+    EOS, or not at all, it gets another pad token: BOS where that differs from EOS, else a new one, for which the
+    embedding may grow. Raises :class:`ModelError` where transformers has no such class for the architecture.
     """
     causal = causal_model(model)
     mapping: Any = AutoModelForSequenceClassification._model_mapping
@@ -231,7 +226,7 @@ def scalar_from(model: torch.nn.Module, tokenizer: Tokenizer, *, seed: int = 0) 
 
 
 def check_scalar_model(model: PreTrainedModel) -> None:
-    """Raises :class:`ModelError` where a model has no scalar head that is read at one token."""
+    """Raises :class:`ModelError` for a model without a linear scalar head."""
     if not _has_head(model) or body_of(model) is model:
         raise ModelError(
             f"{type(model).__name__} has no linear head named score on a causal model; prefopt takes reward models of"
@@ -242,20 +237,20 @@ def check_scalar_model(model: PreTrainedModel) -> None:
 
 
 def shift_of(model: PreTrainedModel) -> float:
-    """The shift that stands in a model's configuration."""
+    """The reward shift in a model's configuration."""
     return float(getattr(model.config, SHIFT, None) or 0.0)
 
 
 def set_shift(model: PreTrainedModel, shift: float) -> None:
-    """Let rewards of ``model`` be its scores less ``shift``, here and wherever prefopt opens the saved folder."""
+    """Set the reward shift of ``model``, which is saved with it."""
     setattr(model.config, SHIFT, float(shift))
 
 
-def folded(model: torch.nn.Module, trained: Mapping[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
-    """The whole model that an adapter and its base make, head included, in ``dtype``; ``model`` is used up.
-
-    ``trained`` are the adapter's weights by name, in full precision.
-    """
+def merge_trained_adapter(
+    model: torch.nn.Module, trained: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
+    """An adapter merged into its base, head included, in ``dtype``; ``model`` is used up. ``trained``: the adapter's
+    weights by name, in full precision."""
     model.to(dtype)
     with torch.no_grad(), peft_warnings_off():
         for name, parameter in model.named_parameters():
@@ -267,14 +262,14 @@ def folded(model: torch.nn.Module, trained: Mapping[str, torch.Tensor], dtype: t
 
 
 def end_ids(config: Any, tokenizer: Tokenizer) -> set[int]:
-    """The ids that end a text, by configuration and tokenizer."""
-    told = config.get_text_config().eos_token_id
-    ids = {tokenizer.eos_token_id, *(told if isinstance(told, list) else [told])}
+    """End tokens of configuration and tokenizer."""
+    ends = config.get_text_config().eos_token_id
+    ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     return {int(i) for i in ids if i is not None}
 
 
 def _pad_token(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
-    """A token to pad with that ends no text; the tokenizer and the embedding are made to have one."""
+    """A pad token that is no end token; it is added to the tokenizer and the embedding where there is none."""
     ends = end_ids(model.config, tokenizer)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
         if tokenizer.bos_token_id is not None and tokenizer.bos_token_id not in ends:
@@ -282,22 +277,8 @@ def _pad_token(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
         else:
             tokenizer.add_special_tokens({"pad_token": PAD})
     pad = int(tokenizer.pad_token_id)
-    _make_room(model, pad)
+    grow_embedding(model, pad + 1)
     return pad
-
-
-def _make_room(model: PreTrainedModel, token: int) -> None:
-    embedding: Any = model.get_input_embeddings()
-    rows = len(embedding.weight)
-    if token >= rows:
-        model.resize_token_embeddings(token + 1, mean_resizing=False)
-        grown: Any = model.get_input_embeddings()
-        grown.weight.data[rows:] = 0  # nothing ever looks at padding
-
-
-def _on(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    moved: torch.nn.Module = model.to(device)
-    return moved
 
 
 def _has_head(model: torch.nn.Module) -> bool:

@@ -1,18 +1,25 @@
-"""The scorer: the root module whose forward pass returns token log-probabilities.
+"""The scorer: the root module whose forward pass returns token log-probabilities of packed batches.
 
-Everything that needs a model's opinion goes through here, so that wrappers (activation checkpointing, sharding)
-see one forward call and nothing ever reaches for the head from outside.
+All scoring goes through its forward, so that wrappers (activation checkpointing, sharding) see one call, and nothing
+uses the head from outside. Shared prefixes are encoded once and nothing is padded. :class:`PackedModel` computes the
+last hidden states; :mod:`prefopt.model.scalar` reads rewards and values from them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
+from prefopt.errors import ModelError, UserError, first_line
+from prefopt.model.architectures import body_of, causal_model, rope_limit, sharing_obstacle
+from prefopt.model.costs import Purpose, count_pass, out_of_memory
+from prefopt.model.kernels.attention import HOOK, TRIAL, HookReached, UnshareableError, gather_plan, kernel_for
 from prefopt.model.kernels.distributions import Distributions, TokenScores, head_scores, logit_scores, squares
 from prefopt.model.kernels.head import (
     Head,
@@ -22,57 +29,168 @@ from prefopt.model.kernels.head import (
     head_weights,
     module_logprobs,
     token_logprobs,
-    token_logprobs_and_squares,
     transformed,
     vocabulary_of,
     wide_dtype,
 )
-from prefopt.model.packed_model import PackedModel, body_of, causal_model
-from prefopt.model.packing import PackedBatch
-
-__all__ = [
-    "NARROW_VERSION",
-    "VERSION",
-    "Asked",
-    "Head",
-    "PackedModel",
-    "Scorer",
-    "body_of",
-    "causal_model",
-    "response_sums",
-    "version_of",
-]
+from prefopt.model.packing import ForwardPass, PackedBatch, PackLayout
 
 VERSION = 1
-"""Part of the key of every cached value: raised whenever the scorer's results change beyond rounding."""
-
+"""Part of the key of cached values: raised whenever the scorer's results change beyond rounding."""
 NARROW_VERSION = 2
-"""The same for values computed in bfloat16 or float16, whose rounding has changed where float32's has not."""
+"""The same for bfloat16 and float16, whose rounding has changed where float32's has not."""
 
 
 def version_of(dtype: torch.dtype) -> int:
-    """Which of the two is part of the key of values computed in ``dtype``."""
+    """The version for values computed in ``dtype``."""
     return VERSION if dtype == wide_dtype(dtype) else NARROW_VERSION
 
 
-class Asked(NamedTuple):
-    """What a forward pass shall tell beside log-probabilities: the logarithm of summed ``squares`` of probabilities,
-    how far it is from the distributions ``against``, its own distributions, to ``keep``, and the ``hidden`` states that
-    the tokens were predicted from."""
+def _layout(model: PreTrainedModel) -> tuple[PackLayout, str | None]:
+    """How to pack for ``model``, and why prefixes are not shared, where they are not. Raises :class:`ModelError`."""
+    config = model.config.get_text_config()
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(f"{type(model).__name__} is an encoder-decoder; prefopt trains causal language models")
+    reason = sharing_obstacle(model, config)
+    return PackLayout(share=reason is None, rope_limit=rope_limit(config)), reason
+
+
+class PackedModel(torch.nn.Module):
+    """Last hidden states of packed batches, by a transformers model or one wrapped by PEFT.
+
+    ``attention`` is ``auto`` or ``loop`` (the plain kernel). ``share=False`` encodes every response in a row of its
+    own with the model's own attention, as for models that cannot share a prefix.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, attention: str = "auto", share: bool = True) -> None:
+        super().__init__()
+        self.model = model
+        causal = causal_model(model)
+        self.layout, self.reason = _layout(causal)
+        if not share:
+            self.layout, self.reason = PackLayout(False, self.layout.rope_limit), "sharing is switched off"
+        self.attention = attention
+        self._configs = _configs(causal)
+        self._attention_before = [getattr(c, "_attn_implementation", None) for c in self._configs]
+        self.attach_hook()
+        if self.layout.share and (reason := self._try_hook()):
+            self.separate(reason)
+
+    def separate(self, reason: str) -> None:
+        """Encode every response in a row of its own from now on, for this reason."""
+        self.detach_hook()
+        self.layout, self.reason = PackLayout(False, self.layout.rope_limit), reason
+
+    def _try_hook(self) -> str | None:
+        """Why the first attention layer cannot take shared prefixes, in one line; None where it can. Two tokens are
+        computed up to that layer. Raises :class:`NotCausalError`, and :class:`ModelError` where even that fails."""
+        model = causal_model(self.model)
+        device = next(model.parameters()).device
+        ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+        extra: dict[str, Any] = {"prefix_segments": ((0, 2, 0, 0),), "prefix_kernel": TRIAL}
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of checkpointing without gradients
+                body_of(model)(input_ids=ids, position_ids=torch.arange(2, device=device)[None], **extra)
+        except HookReached:
+            return None
+        except UnshareableError as refusal:
+            return str(refusal)
+        except UserError:
+            raise
+        except Exception as error:  # of whatever class: it depends on config.json
+            if out_of_memory(error):
+                raise
+            raise ModelError(
+                f"{type(model).__name__} cannot compute two tokens ({first_line(error)}); is its config.json as saved?"
+            ) from error
+        return f"{type(model).__name__} never asks the attention hook of transformers"
+
+    @property
+    def path(self) -> str:
+        """``shared`` or ``separate``: part of the key of cached values."""
+        return "shared" if self.layout.share else "separate"
+
+    @property
+    def kernel(self) -> str:
+        """The attention kernel in use: part of the key of cached values."""
+        if not self.layout.share:
+            return str(self._attention_before[0])
+        weight = next(self.model.parameters())
+        return kernel_for(weight.device, self.dtype, self.attention)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the model computes in."""
+        weight: torch.Tensor = causal_model(self.model).get_input_embeddings().weight
+        return weight.dtype
+
+    def attach_hook(self) -> None:
+        """Use shared-prefix attention, where the model can share."""
+        if self.layout.share:
+            self._set_attention([HOOK] * len(self._configs))
+
+    def detach_hook(self) -> None:
+        """Use the model's own attention, for generation or for its owner."""
+        self._set_attention(self._attention_before)
+
+    @contextmanager
+    def attention_by(self, hook: str | None) -> Iterator[None]:
+        """Use another attention in this block, by its name in transformers; None: the model's own."""
+        before = [getattr(c, "_attn_implementation", None) for c in self._configs]
+        try:
+            self._set_attention(self._attention_before if hook is None else [hook] * len(before))
+            yield
+        finally:
+            self._set_attention(before)
+
+    def _set_attention(self, names: Sequence[str | None]) -> None:
+        for config, name in zip(self._configs, names, strict=True):
+            config._attn_implementation = name
+
+    def hidden(self, batch: PackedBatch) -> torch.Tensor:
+        """Last hidden states [T, H] of all passes, end to end, as ``batch.read`` and ``batch.last`` index them."""
+        return torch.cat([self._hidden(p) for p in batch.passes])
+
+    def count(self, row: ForwardPass) -> None:
+        """Count a forward pass in :mod:`prefopt.model.costs`."""
+        purpose: Purpose = "train" if torch.is_grad_enabled() else "score"
+        count_pass(causal_model(self.model), row.ids.numel(), purpose)
+
+    def _hidden(self, row: ForwardPass) -> torch.Tensor:
+        self.count(row)
+        body = body_of(causal_model(self.model))
+        extra: dict[str, Any] = {}
+        if self.layout.share:
+            kernel = self.kernel
+            extra = {"position_ids": row.positions[None], "prefix_segments": row.segments, "prefix_kernel": kernel}
+            if kernel == "varlen":
+                extra["prefix_gather"] = gather_plan(row.segments, row.ids.device)
+        out = body(input_ids=row.ids[None], use_cache=False, return_dict=True, **extra)
+        hidden: torch.Tensor = out.last_hidden_state[0]
+        return hidden
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """Every configuration that a layer may read: the model's, its text part's, and those of inner models."""
+    found = [model.config, model.config.get_text_config()]
+    found += [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    return list({id(c): c for c in found}.values())
+
+
+class ScoreRequest(NamedTuple):
+    """What a forward pass returns beside log-probabilities: the log of summed ``squares`` of probabilities, the
+    divergence from ``reference`` distributions, its own ``distributions``, and the ``hidden`` states."""
 
     squares: bool = False
-    against: Distributions | None = None
-    keep: bool = False
+    reference: Distributions | None = None
+    distributions: bool = False
     hidden: bool = False
 
 
 class Scorer(PackedModel):
-    """Scores packed batches with a causal language model, or one wrapped by PEFT.
-
-    ``attention`` is ``auto`` or ``loop`` (the plain kernel). ``share=False`` scores every response in a row of its
-    own with the model's own attention, as is done for models that cannot share a prefix. ``head``: how logits are made;
-    none: found out (see :mod:`prefopt.model.kernels.head`).
-    """
+    """Token log-probabilities of packed batches by a causal language model, or one wrapped by PEFT. Arguments as of
+    :class:`PackedModel`. ``head``: how logits are computed; None: found out (see :mod:`prefopt.model.kernels.head`)."""
 
     def __init__(
         self, model: torch.nn.Module, *, attention: str = "auto", share: bool = True, head: Head | None = None
@@ -85,59 +203,64 @@ class Scorer(PackedModel):
 
     @contextmanager
     def at_temperature(self, temperature: float) -> Iterator[None]:
-        """Inside this context log-probabilities are those of the logits divided by ``temperature``.
-
-        After a soft-cap c that is c / T tanh(z / c): another scale and another cap.
-        """
+        """In this block logits are divided by ``temperature``. After a soft-cap c that is c / T tanh(z / c): another
+        scale and another cap."""
         before = self.head
-        cap = before.softcap
-        self.head = replace(
-            before, scale=before.scale / temperature, softcap=None if cap is None else cap / temperature
-        )
+        cap = None if before.softcap is None else before.softcap / temperature
+        self.head = replace(before, scale=before.scale / temperature, softcap=cap)
         try:
             yield
         finally:
             self.head = before
 
-    def forward(self, batch: PackedBatch, asked: Asked | None = None) -> torch.Tensor | TokenScores:
-        """Log-probability [M] of every scored token, float32 (float64 for a float64 model), or what is ``asked``."""
-        if self.head.kind == "model":
-            return self._by_own_logits(batch, asked)
-        # Mamba ends with its residual in float32, whatever its weights are in.
-        hidden = self.hidden(batch).index_select(0, batch.read).to(self.dtype)
+    def forward(self, batch: PackedBatch, request: ScoreRequest | None = None) -> torch.Tensor | TokenScores:
+        """Log-probability [M] of every scored token, float32 (float64 for a float64 model); more with ``request``."""
         head, how = self._head_module(), self.head
-        if asked is None or asked.against is None:
-            logp_M, square_M = self._logprobs(hidden, batch.target, asked is not None and asked.squares)
-            return logp_M if asked is None else self._also(TokenScores(logp_M, square_M), hidden, asked)
+        if how.kind == "model":
+            hidden = self._own_logits(batch)
+        else:  # Mamba ends with its residual in float32, whatever its weights are in
+            hidden = self.hidden(batch).index_select(0, batch.read).to(self.dtype)
+        if request is None or request.reference is None:
+            logp_M, square_M = self._logprobs(hidden, batch.target, request is not None and request.squares)
+            return logp_M if request is None else self._complete(TokenScores(logp_M, square_M), hidden, request)
         if how.kind != "fused":
-            scores = logit_scores(self.logits, hidden, batch.target, asked.against)
+            scores = logit_scores(self.logits, hidden, batch.target, request.reference)
         else:
             scores = head_scores(
-                hidden, head.weight, batch.target, asked.against, bias=head.bias, scale=how.scale, softcap=how.softcap
+                hidden,
+                head.weight,
+                batch.target,
+                request.reference,
+                bias=head.bias,
+                scale=how.scale,
+                softcap=how.softcap,
             )
-        return self._also(scores, hidden, asked)
+        return self._complete(scores, hidden, request)
 
     def _logprobs(
         self, hidden: torch.Tensor, target: torch.Tensor, square: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         head, how = self._head_module(), self.head
         if how.kind != "fused":
-            logp_M = module_logprobs(self.logits, hidden, target, vocabulary_of(head))
-            return logp_M, squares(self.logits, hidden, vocabulary_of(head)) if square else None
+            logp_M = module_logprobs(self.logits, hidden, target, self._vocabulary)
+            return logp_M, squares(self.logits, hidden, self._vocabulary) if square else None
         options: dict[str, Any] = {"bias": head.bias, "scale": how.scale, "softcap": how.softcap}
-        if square:
-            return token_logprobs_and_squares(hidden, head.weight, target, **options)
-        return token_logprobs(hidden, head.weight, target, **options), None
+        logp_M, square_M = token_logprobs(hidden, head.weight, target, squares=square, **options)
+        return logp_M, square_M if square else None
 
-    def _also(self, scores: TokenScores, hidden: torch.Tensor, asked: Asked) -> TokenScores:
-        """Hidden states, and the distributions themselves, where they are asked for."""
-        if asked.hidden:
+    def _complete(self, scores: TokenScores, hidden: torch.Tensor, request: ScoreRequest) -> TokenScores:
+        """Add hidden states and distributions where they are requested."""
+        if request.hidden:
             scores = scores._replace(hidden_M=hidden)
-        if not asked.keep:
+        if not request.distributions:
             return scores
         kept, frozen = hidden.detach(), self._frozen_head()
-        made = Distributions(vocabulary_of(self._head_module()), lambda rows: self.logits(kept[rows], frozen).detach())
+        made = Distributions(self._vocabulary, lambda rows: self.logits(kept[rows], frozen).detach())
         return scores._replace(distributions=made)
+
+    @property
+    def _vocabulary(self) -> int:
+        return vocabulary_of(self._head_module())
 
     def _head_module(self) -> Any:
         head: Any = causal_model(self.model).get_output_embeddings()
@@ -145,44 +268,34 @@ class Scorer(PackedModel):
         return head
 
     def _frozen_head(self) -> dict[str, torch.Tensor]:
-        """The head's weights as they are now, whatever stands in their place later."""
+        """The current weights of the head, also after others are swapped in."""
         if self.head.kind == "class":
             return head_weights(causal_model(self.model))
         return {name: p.data for name, p in self._head_module().named_parameters()}
 
     def logits(self, hidden: torch.Tensor, weights: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
-        """Logits [rows, V] of hidden [rows, H], float32 or wider, by the head or with other ``weights`` in it."""
+        """Logits [rows, V] of hidden [rows, H], float32 or wider, by the head, with other ``weights`` where given."""
         head, how = self._head_module(), self.head
         if how.kind == "fused":
             weight, bias = (weights or {}).get("weight", head.weight), (weights or {}).get("bias", head.bias)
             z = head_logits(hidden, weight, bias)
         elif how.kind == "class":
             z = class_logits(causal_model(self.model), hidden, weights)
+        elif how.kind == "model":
+            return hidden.clone()  # they are logits; kernels write into them
         else:
             z = head(hidden) if weights is None else torch.func.functional_call(head, weights, (hidden,))
         return transformed(z.to(wide_dtype(z.dtype)), how.scale, how.softcap)
 
-    def _by_own_logits(self, batch: PackedBatch, asked: Asked | None) -> torch.Tensor | TokenScores:
-        """For models whose head is not known: they make the logits of the batch, and those are held."""
-        causal = causal_model(self.model)
+    def _own_logits(self, batch: PackedBatch) -> torch.Tensor:
+        """Logits [M, V] by the whole model, which are in memory: for models whose head is not separate."""
         logits = []
         for row in batch.passes:
             self.count(row)
-            logits.append(causal(input_ids=row.ids[None], use_cache=False, return_dict=True).logits[0])
+            out = causal_model(self.model)(input_ids=row.ids[None], use_cache=False, return_dict=True)
+            logits.append(out.logits[0])
         z = torch.cat(logits).index_select(0, batch.read)
-        z = z.to(wide_dtype(z.dtype)) * self.head.scale
-        if asked is None:
-            return z.gather(-1, batch.target[:, None])[:, 0] - z.logsumexp(-1)
-        if asked.against is not None:
-            scores = logit_scores(lambda rows: rows, z, batch.target, asked.against)
-        else:
-            scores = TokenScores(z.gather(-1, batch.target[:, None])[:, 0] - z.logsumexp(-1))
-            if asked.squares:
-                scores = scores._replace(square_M=squares(lambda rows: rows, z, z.shape[1]))
-        if asked.keep:
-            kept = z.detach()
-            scores = scores._replace(distributions=Distributions(z.shape[1], lambda rows: kept[rows].clone()))
-        return scores
+        return z.to(wide_dtype(z.dtype)) * self.head.scale
 
 
 def response_sums(logp_M: torch.Tensor, batch: PackedBatch) -> torch.Tensor:

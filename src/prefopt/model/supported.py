@@ -1,8 +1,7 @@
-"""Whether a configuration is that of a causal language model; what it is instead, in one line.
+"""Which models prefopt takes, and why one cannot be loaded or trained, in one line.
 
-A quantised model can be sampled from and scored where the library that reads it is installed. Training moves
-unquantised weights, so it wants the model that the checkpoint was quantised from. One kind is unquantised as it is
-read, and is a model like any other from then on: MXFP4 (gpt-oss).
+A quantised model can be sampled and scored where its library is installed. Training needs unquantised weights; MXFP4
+(gpt-oss) is unquantised as it is loaded, and is a model like any other from then on.
 """
 
 from __future__ import annotations
@@ -23,184 +22,43 @@ from prefopt.core.files import one_below
 from prefopt.core.hub import why_not_read
 from prefopt.core.model_folder import read_object
 from prefopt.errors import ModelError, UserError, first_line
+from prefopt.model.architectures import architectures_of
 
 log = logging.getLogger(__name__)
 
-# transformers takes any OWNER/NAME for a kernel on the Hub, and fetches one in place of a flash attention that is not
-# installed, or that a model does not take.
+# transformers takes any OWNER/NAME for a kernel on the Hub and downloads it, also in place of a flash attention that is
+# not installed.
 ATTENTION = {None, "eager", "sdpa", "flex_attention"}
-
-
-def own_attention(config: PreTrainedConfig, name: str) -> None:
-    """Let a configuration, and those inside it, use the default where it names attention that would be fetched."""
-    waiting: list[Any] = [config]
-    while waiting:
-        inner = waiting.pop()
-        asked = getattr(inner, "_attn_implementation_internal", None)
-        if not _is_built_in(asked):
-            log.warning("%s: its configuration asks for attention %r, which is not built in: not used", name, asked)
-            inner._attn_implementation_internal = None
-        waiting += [value for value in vars(inner).values() if isinstance(value, PreTrainedConfig)]
-
-
-def attention_for(folder: str) -> dict[str, str]:
-    """What to give a library that opens a folder by itself, where ``config.json`` there names attention to be fetched:
-    every model has eager attention."""
-    waiting: list[Any] = [read_object(Path(folder) / "config.json")]
-    while waiting:
-        match waiting.pop():
-            case dict() as inner:
-                if not all(_is_built_in(value) for key, value in inner.items() if "attn_implementation" in key):
-                    return {"attn_implementation": "eager"}
-                waiting += inner.values()
-            case list() as inner:
-                waiting += inner
-    return {}
-
-
-def _is_built_in(asked: object) -> bool:
-    return asked is None or (isinstance(asked, str) and asked in ATTENTION)
-
-
 UNQUANTISED = ("mxfp4",)
-"""Methods whose weights prefopt has transformers unquantise, on every device."""
-
-PACKAGES = {
-    "aqlm": "aqlm",
-    "auto-round": "auto-round",
+"""Methods whose weights are unquantised at loading, on every device."""
+_SAME_NAME = "aqlm auto-round bitsandbytes compressed-tensors fouroversix fp_quant hqq sinq torchao vptq"
+PACKAGES = {name: name for name in _SAME_NAME.split()} | {
     "awq": "gptqmodel",
-    "bitsandbytes": "bitsandbytes",
-    "compressed-tensors": "compressed-tensors",
     "eetq": "kernels",
     "fbgemm_fp8": "fbgemm-gpu",
-    "fouroversix": "fouroversix",
-    "fp_quant": "fp_quant",
     "gptq": "optimum gptqmodel",
     "higgs": "flute-kernel",
-    "hqq": "hqq",
     "quanto": "optimum-quanto",
     "quark": "amd-quark",
-    "sinq": "sinq",
     "spqr": "spqr_quant",
-    "torchao": "torchao",
-    "vptq": "vptq",
 }
-"""What has to be installed beside transformers and accelerate to read a method's weights, as pip names it."""
+"""What pip installs to read the weights of a method, beside transformers and accelerate."""
 
 
-def quantisation_of(config: Any) -> str | None:
-    """How a model is quantised, in words: "bitsandbytes, 4 bits"; None where it is not."""
-    fields = _fields(config)
-    if fields is None:
-        return None
-    bits = _bits(fields)
-    return _method(fields) + (f", {bits} bits" if bits else "")
-
-
-def refuse_training(name: str, config: Any) -> None:
-    """Raise :class:`ModelError` for a model whose weights are quantised where they should be trained."""
-    how, fields = quantisation_of(config), _fields(config)
+def refuse_untrainable(name: str, config: Any) -> None:
+    """Raise :class:`ModelError` for a model that cannot be trained, before data or weights are read."""
+    if not any(a.endswith("ForSequenceClassification") for a in architectures_of(config)):  # of any architecture
+        refuse_other_kinds(name, config)
+    how, fields = quantisation_of(config), _quantisation(config)
     if fields is not None and _method(fields) not in UNQUANTISED:
         raise ModelError(
             f"{name} is quantised ({how}); prefopt trains unquantised weights: give the model it was quantised from"
         )
 
 
-def loading_options(name: str, config: Any) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` that a quantised model needs.
-
-    Raises :class:`ModelError` for a method that transformers does not know: it would skip it, and read the packed
-    weights as if they were none.
-    """
-    fields = _fields(config)
-    if fields is None:
-        return {}
-    method = _method(fields)
-    if method not in {m.removesuffix("_4bit").removesuffix("_8bit") for m in AUTO_QUANTIZER_MAPPING}:
-        raise ModelError(
-            f"{name} is quantised in a way that transformers does not know ({method}); give the model it was quantised"
-            " from"
-        )
-    if method == "mxfp4":
-        from transformers import Mxfp4Config
-
-        return {"quantization_config": Mxfp4Config(dequantize=True)}
-    return {}
-
-
-def forget_packing(model: Any, config: Any) -> None:
-    """Let a model that was unquantised as it was read be saved under its own names: transformers, which undoes what it
-    did to names, would write its weights under those of the packed ones, where nothing finds them."""
-    fields = _fields(config)
-    if fields is not None and _method(fields) in UNQUANTISED:
-        model._weight_conversions = [
-            conversion
-            for conversion in getattr(model, "_weight_conversions", None) or ()
-            if not any(type(step).__name__.endswith("Dequantize") for step in getattr(conversion, "operations", ()))
-        ]
-
-
-@contextmanager
-def backend_errors(name: str, config: Any) -> Iterator[None]:
-    """What the library of a quantised model raises, or that it is missing, as a :class:`ModelError` of one line."""
-    how = quantisation_of(config)
-    if how is None:
-        yield
-        return
-    try:
-        yield
-    except ModelError:
-        raise
-    except ImportError as error:
-        package = PACKAGES.get(how.split(",")[0])
-        remedy = f"pip install {package}" if package else first_line(error)
-        raise ModelError(
-            f"{name} is quantised ({how}), and what reads it is not installed: {remedy}, or give the model it was"
-            " quantised from"
-        ) from error
-    except Exception as error:  # every backend has errors of its own
-        raise ModelError(
-            f"{name} is quantised ({how}) and cannot be read here: {first_line(error)}; give the model it was"
-            " quantised from"
-        ) from error
-
-
-def _fields(config: Any) -> dict[str, Any] | None:
-    text = config.get_text_config()
-    found = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
-    if found is None or isinstance(found, dict):
-        return found or None
-    told: dict[str, Any] = found.to_dict()
-    return told
-
-
-def _method(fields: dict[str, Any]) -> str:
-    if fields.get("load_in_4bit") or fields.get("load_in_8bit"):
-        return "bitsandbytes"
-    method = fields.get("quant_method")
-    return str(getattr(method, "value", method) or "by a method that config.json does not name")
-
-
-def _bits(fields: dict[str, Any]) -> int | None:
-    if fields.get("load_in_4bit"):
-        return 4
-    if fields.get("load_in_8bit"):
-        return 8
-    bits = next((fields[name] for name in ("bits", "w_bit", "nbits", "weight_bits") if name in fields), None)
-    return bits if isinstance(bits, int) else None
-
-
-def refuse_untrainable(name: str, config: Any) -> None:
-    """Raise :class:`ModelError` for what cannot be trained, before data are read or a weight: see
-    :func:`refuse_other_kinds` (a sequence classifier may be of any kind) and :func:`refuse_training`."""
-    if not any(a.endswith("ForSequenceClassification") for a in architectures_of(config)):
-        refuse_other_kinds(name, config)
-    refuse_training(name, config)
-
-
 def refuse_other_kinds(name: str, config: Any) -> None:
-    """Raise :class:`ModelError` for encoders, encoder-decoders, and models that transformers loads otherwise."""
-    what = _name_of(config)
+    """Raise :class:`ModelError` for encoders, encoder-decoders, and models that AutoModelForCausalLM does not load."""
+    what = next(iter(architectures_of(config)), f"a model of type {config.model_type}")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name}: {what} is an encoder-decoder; prefopt trains causal language models")
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
@@ -222,25 +80,123 @@ def refuse_other_kinds(name: str, config: Any) -> None:
     )
 
 
-def architectures_of(config: Any) -> list[str]:
-    """The classes that a configuration names, whatever stands in their place in a file of somebody else's."""
-    named = getattr(config, "architectures", None)
-    return [str(name) for name in named] if isinstance(named, list | tuple) else []
+def drop_foreign_attention(config: PreTrainedConfig, name: str) -> None:
+    """Use the default attention where a configuration, or one inside it, names one that would be downloaded."""
+    waiting: list[Any] = [config]
+    while waiting:
+        inner = waiting.pop()
+        asked = getattr(inner, "_attn_implementation_internal", None)
+        if not _is_built_in(asked):
+            log.warning("%s: its configuration asks for attention %r, which is not built in: not used", name, asked)
+            inner._attn_implementation_internal = None
+        waiting += [value for value in vars(inner).values() if isinstance(value, PreTrainedConfig)]
 
 
-def _name_of(config: Any) -> str:
-    named = architectures_of(config)
-    return named[0] if named else f"a model of type {config.model_type}"
+def safe_attention(folder: str) -> dict[str, str]:
+    """Arguments for a library that opens a folder by itself: eager attention where ``config.json`` names one that would
+    be downloaded."""
+    waiting: list[Any] = [read_object(Path(folder) / "config.json")]
+    while waiting:
+        match waiting.pop():
+            case dict() as inner:
+                if not all(_is_built_in(value) for key, value in inner.items() if "attn_implementation" in key):
+                    return {"attn_implementation": "eager"}
+                waiting += inner.values()
+            case list() as inner:
+                waiting += inner
+    return {}
+
+
+def _is_built_in(asked: object) -> bool:
+    return asked is None or (isinstance(asked, str) and asked in ATTENTION)
+
+
+def quantisation_of(config: Any) -> str | None:
+    """How a model is quantised, such as "bitsandbytes, 4 bits"; None where it is not."""
+    fields = _quantisation(config)
+    if fields is None:
+        return None
+    names = ("bits", "w_bit", "nbits", "weight_bits")
+    bits = 4 if fields.get("load_in_4bit") else 8 if fields.get("load_in_8bit") else None
+    bits = bits or next((fields[name] for name in names if name in fields), None)
+    return _method(fields) + (f", {bits} bits" if bits and isinstance(bits, int) else "")
+
+
+def loading_options(name: str, config: Any) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for a quantised model. Raises :class:`ModelError` for a method that transformers
+    does not know: it would read the packed weights as plain."""
+    fields = _quantisation(config)
+    if fields is None:
+        return {}
+    method = _method(fields)
+    if method not in {m.removesuffix("_4bit").removesuffix("_8bit") for m in AUTO_QUANTIZER_MAPPING}:
+        raise ModelError(
+            f"{name} is quantised in a way that transformers does not know ({method}); give the model it was quantised"
+            " from"
+        )
+    if method == "mxfp4":
+        from transformers import Mxfp4Config
+
+        return {"quantization_config": Mxfp4Config(dequantize=True)}
+    return {}
+
+
+def keep_unpacked_names(model: Any, config: Any) -> None:
+    """Save a model that was unquantised at loading under its own names: transformers would write the packed ones."""
+    fields = _quantisation(config)
+    if fields is not None and _method(fields) in UNQUANTISED:
+        model._weight_conversions = [
+            conversion
+            for conversion in getattr(model, "_weight_conversions", None) or ()
+            if not any(type(step).__name__.endswith("Dequantize") for step in getattr(conversion, "operations", ()))
+        ]
+
+
+@contextmanager
+def backend_errors(name: str, config: Any) -> Iterator[None]:
+    """Turn errors of a quantised model's library, or its absence, into a :class:`ModelError` of one line."""
+    how = quantisation_of(config)
+    if how is None:
+        yield
+        return
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # every backend has errors of its own
+        why = f"and cannot be read here: {first_line(error)}; give"
+        if isinstance(error, ImportError):
+            package = PACKAGES.get(how.split(",")[0])
+            remedy = f"pip install {package}" if package else first_line(error)
+            why = f"and its library is not installed: {remedy}, or give"
+        raise ModelError(f"{name} is quantised ({how}) {why} the model it was quantised from") from error
+
+
+def _quantisation(config: Any) -> dict[str, Any] | None:
+    """The fields of ``quantization_config``."""
+    text = config.get_text_config()
+    found = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
+    if found is None or isinstance(found, dict):
+        return found or None
+    fields: dict[str, Any] = found.to_dict()
+    return fields
+
+
+def _method(fields: dict[str, Any]) -> str:
+    if fields.get("load_in_4bit") or fields.get("load_in_8bit"):
+        return "bitsandbytes"
+    method = fields.get("quant_method")
+    return str(getattr(method, "value", method) or "by a method that config.json does not name")
 
 
 @contextmanager
 def model_errors(name: str) -> Iterator[None]:
-    """What the loading libraries raise, in one line that names the model and the remedy."""
+    """Turn errors of the loading libraries into one line with the model and the remedy."""
     try:
         yield
-    except (UserError, Warning):  # a warning is one by who asked for it, as merging does
+    except (UserError, Warning):  # warnings are errors while adapters are merged
         raise
-    except Exception as error:  # of whatever class: the libraries raise what the folder's contents lead them into
+    except Exception as error:  # of whatever class: it depends on the folder's contents
         raise ModelError(_explain(name, error)) from error
 
 
@@ -275,7 +231,7 @@ def _explain(name: str, error: Exception) -> str:
 
 
 def _key_of(folder: Path, args: tuple[object, ...]) -> str:
-    """The key of config.json whose value a library looked up in vain; nothing where there is none."""
+    """The key of config.json whose value a library did not know; empty where there is none."""
     waiting = [*read_object(folder / "config.json").items()] if args and isinstance(args[0], str) else []
     while waiting:
         key, value = waiting.pop()
@@ -287,5 +243,5 @@ def _key_of(folder: Path, args: tuple[object, ...]) -> str:
 
 
 def is_path(name: str) -> bool:
-    """Whether a model's name can only be a folder on this machine, never a name on the Hub."""
+    """Whether a name can only be a local folder, never a repository of the Hub."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1

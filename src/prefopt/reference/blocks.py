@@ -1,13 +1,13 @@
-"""Blocks of reference values on disk, and the index over all blocks of one space.
+"""Files of the reference cache: blocks of values, the index over the blocks of a space, and their checks.
 
 A block is a safetensors file with
 
 - ``keys`` uint8 [n, 16]: names of responses (``Group.key``);
 - ``sums`` float64 [n]: log-probability of the response, natural logarithm, summed over its scored tokens;
-- ``counts`` int32 [n]: how many tokens that are;
-- ``token_values`` float32 [sum of counts], only where a loss asked for them: their log-probabilities.
+- ``counts`` int32 [n]: number of these tokens;
+- ``token_values`` float32 [sum of counts]: their log-probabilities, where a loss needs them.
 
-It carries a SHA-256 over its contents and the space it belongs to, is written once and never changed.
+It carries a SHA-256 over its contents and its space, is written once and never changed. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ import logging
 import secrets
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
-from prefopt.core.cache_folder import Damaged, cache_errors, write_cached
-from prefopt.data.table import KEY
+from prefopt.core.cache_folder import Damaged, cache_errors, last_used, reference_entries, size_of, write_cached
+from prefopt.data.table import KEY, Array, IndexArray, KeyArray
 
 log = logging.getLogger(__name__)
 
-Arrays = dict[str, npt.NDArray[Any]]
+Arrays = dict[str, Array]
 
 
 def write_sealed(path: Path, arrays: Arrays, space: str) -> None:
     """Write named arrays with a checksum over names, types, shapes, bytes and ``space``. Raises ``CacheError``."""
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    write_cached(path, safetensors.numpy.save(arrays, metadata={"sha256": _seal(arrays, space)}))
+    write_cached(path, safetensors.numpy.save(arrays, metadata={"sha256": _checksum(arrays, space)}))
 
 
 def read_sealed(path: Path, space: str) -> Arrays:
@@ -46,15 +47,15 @@ def read_sealed(path: Path, space: str) -> Arrays:
     try:
         arrays: Arrays = safetensors.numpy.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        sealed = header["__metadata__"]["sha256"]
+        checksum = header["__metadata__"]["sha256"]
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise Damaged("truncated or unreadable") from error
-    if sealed != _seal(arrays, space):
+    if checksum != _checksum(arrays, space):
         raise Damaged("its bytes do not give the checksum written with them")
     return arrays
 
 
-def _seal(arrays: Arrays, space: str) -> str:
+def _checksum(arrays: Arrays, space: str) -> str:
     digest = hashlib.sha256(space.encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name}:{array.dtype.str}:{array.shape};".encode())
@@ -62,34 +63,20 @@ def _seal(arrays: Arrays, space: str) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Block:
-    """Values of n responses; see the module's docstring."""
+def write_block(folder: Path, arrays: Arrays, space: str) -> None:
+    """Commit the newest block of ``folder``, whose lock the caller holds. Raises ``CacheError``."""
+    numbers = [int(path.name.split("-")[1]) for path in folder.glob("block-*")]
+    # the number orders blocks, the random part tells a new block from a cleared one with the same number
+    name = f"block-{max(numbers, default=0) + 1:06d}-{secrets.token_hex(4)}.safetensors"
+    write_sealed(folder / name, arrays, space)
 
-    keys: npt.NDArray[np.uint8]
-    sums: npt.NDArray[np.float64]
-    counts: npt.NDArray[np.int32]
-    token_values: npt.NDArray[np.float32] | None = None
 
-    def write(self, folder: Path, space: str) -> Path:
-        """Commit as the newest block of ``folder``, whose lock the caller holds. Raises ``CacheError``."""
-        numbers = [int(path.name.split("-")[1]) for path in folder.glob("block-*")]
-        # the number orders blocks, the random part tells a new block from a cleared one with the same number
-        path = folder / f"block-{max(numbers, default=0) + 1:06d}-{secrets.token_hex(4)}.safetensors"
-        arrays: Arrays = {"keys": self.keys, "sums": self.sums, "counts": self.counts}
-        if self.token_values is not None:
-            arrays["token_values"] = self.token_values
-        write_sealed(path, arrays, space)
-        return path
-
-    @classmethod
-    def read(cls, path: Path, space: str) -> Block:
-        """Read and check a block. Raises ``Damaged`` and ``OSError``."""
-        arrays = read_sealed(path, space)
-        try:
-            return cls(arrays["keys"], arrays["sums"], arrays["counts"], arrays.get("token_values"))
-        except KeyError as error:
-            raise Damaged(f"no {error}") from error
+def read_block(path: Path, space: str) -> Arrays:
+    """Read and check a block. Raises ``Damaged`` and ``OSError``."""
+    arrays = read_sealed(path, space)
+    if absent := {"keys", "sums", "counts"} - arrays.keys():
+        raise Damaged(f"no {', '.join(sorted(absent))}")
+    return arrays
 
 
 def block_files(folder: Path) -> list[Path]:
@@ -97,79 +84,136 @@ def block_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("block-*.safetensors"))
 
 
-def move_aside(path: Path) -> None:
-    """Take a damaged file out of use, keeping it for whoever wants to look."""
-    with cache_errors(path), suppress(FileNotFoundError):  # another process may be first
-        path.rename(path.with_name(path.name + ".damaged"))
+def find_sorted(keys: KeyArray, among: KeyArray) -> tuple[IndexArray, npt.NDArray[np.bool_]]:
+    """The position of each key in the sorted array ``among``, and whether it is there."""
+    if not len(among):
+        return np.zeros(len(keys), np.int64), np.zeros(len(keys), np.bool_)
+    at = np.minimum(np.searchsorted(among, keys), len(among) - 1)
+    return at, among[at] == keys
 
 
 class Index:
-    """Where each response's values are, over all blocks of one space.
-
-    Where two blocks hold the same response (token values were asked for later, say) its sum is the one of the older
-    block: a value once given out never changes.
-    """
+    """Where each response's values are, over all blocks of one space. Where two blocks hold the same response (token
+    values were requested later, say) its sum is that of the older block: a value once returned never changes."""
 
     def __init__(self, folder: Path, space: str) -> None:
         self.folder, self.space = folder, space
-        self._seen: set[str] = set()
+        self._read: set[str] = set()
         self.sums = np.empty(0, np.float64)
         self.counts = np.empty(0, np.int32)
         self.token_values = np.empty(0, np.float32)
         self.token_starts = np.empty(0, np.int64)  # into token_values, -1 where a row has none
         self._keys = np.empty(0, KEY)
-        self._any, self._with_tokens = _Rows(self._keys, self._keys == b""), _Rows(self._keys, self._keys == b"")
+        self._first = [self._first_rows(np.empty(0, np.int64))] * 2  # of all rows, and of those with token values
 
     def refresh(self) -> None:
-        """Take in the blocks that appeared since. A damaged one is moved aside and said; its values are missing."""
+        """Read new blocks. A damaged one is moved aside with a warning; its values are missing."""
         new = []
         for path in block_files(self.folder):
-            if path.name in self._seen:
+            if path.name in self._read:
                 continue
             try:
                 with cache_errors(path), suppress(FileNotFoundError):  # cleared since it was listed
-                    new.append(Block.read(path, self.space))
-                    self._seen.add(path.name)
+                    new.append(read_block(path, self.space))
+                    self._read.add(path.name)
             except Damaged as damage:
-                move_aside(path)
+                _move_aside(path)
                 log.warning("cache block %s is damaged (%s): moved aside, its responses are scored again", path, damage)
         if new:
             self._append(new)
 
-    def find(self, keys: npt.NDArray[np.bytes_], *, token_values: bool = False) -> npt.NDArray[np.int64]:
+    def find(self, keys: KeyArray, *, token_values: bool = False) -> IndexArray:
         """Rows of ``keys`` [N] into ``sums`` and ``counts``, or ``token_starts`` if ``token_values``; -1 if missing."""
-        return (self._with_tokens if token_values else self._any).find(keys)
+        among, rows = self._first[token_values]
+        at, found = find_sorted(keys, among)
+        return np.where(found, rows[at], -1) if len(rows) else np.full(len(keys), -1, np.int64)
 
-    def _append(self, blocks: list[Block]) -> None:
+    def _append(self, blocks: list[Arrays]) -> None:
         starts = []
         total = len(self.token_values)
         for block in blocks:
-            if block.token_values is None:
-                starts.append(np.full(len(block.keys), -1, np.int64))
+            if "token_values" in block:
+                ends = total + np.cumsum(block["counts"], dtype=np.int64)
+                starts.append(ends - block["counts"])
+                total += len(block["token_values"])
             else:
-                ends = total + np.cumsum(block.counts, dtype=np.int64)
-                starts.append(ends - block.counts)
-                total += len(block.token_values)
-        tokens = [b.token_values for b in blocks if b.token_values is not None]
-        self._keys = np.concatenate([self._keys, *(b.keys.reshape(-1).view(KEY) for b in blocks)])
-        self.sums = np.concatenate([self.sums, *(b.sums for b in blocks)])
-        self.counts = np.concatenate([self.counts, *(b.counts for b in blocks)])
+                starts.append(np.full(len(block["keys"]), -1, np.int64))
+        tokens = [b["token_values"] for b in blocks if "token_values" in b]
+        self._keys = np.concatenate([self._keys, *(b["keys"].reshape(-1).view(KEY) for b in blocks)])
+        self.sums = np.concatenate([self.sums, *(b["sums"] for b in blocks)])
+        self.counts = np.concatenate([self.counts, *(b["counts"] for b in blocks)])
         self.token_values = np.concatenate([self.token_values, *tokens])
         self.token_starts = np.concatenate([self.token_starts, *starts])
-        self._any = _Rows(self._keys, np.ones(len(self._keys), np.bool_))
-        self._with_tokens = _Rows(self._keys, self.token_starts >= 0)
+        with_tokens = np.flatnonzero(self.token_starts >= 0)
+        self._first = [self._first_rows(np.arange(len(self._keys))), self._first_rows(with_tokens)]
+
+    def _first_rows(self, rows: IndexArray) -> tuple[KeyArray, IndexArray]:
+        """The distinct keys of ``rows``, sorted, and the first row of each."""
+        keys, first = np.unique(self._keys[rows], return_index=True)
+        return keys, rows[first]
 
 
-class _Rows:
-    """First row of each key among the rows allowed."""
+@dataclass(frozen=True, slots=True)
+class SpaceInfo:
+    """One space: its description ``about`` (empty if unreadable), number of distinct responses, size on disk."""
 
-    def __init__(self, keys: npt.NDArray[np.bytes_], allowed: npt.NDArray[np.bool_]) -> None:
-        rows = np.nonzero(allowed)[0]
-        self._keys, first = np.unique(keys[rows], return_index=True)
-        self._rows = rows[first]
+    id: str
+    about: dict[str, Any]
+    responses: int
+    blocks: int
+    bytes: int
+    last_used: datetime
 
-    def find(self, keys: npt.NDArray[np.bytes_]) -> npt.NDArray[np.int64]:
-        if not len(self._keys):
-            return np.full(len(keys), -1, np.int64)
-        at = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        return np.where(self._keys[at] == keys, self._rows[at], -1)
+
+def list_spaces(root: Path | None = None) -> list[SpaceInfo]:
+    """All spaces, last used first. Reads the keys in the blocks, not the values; ``verify`` checks those."""
+    spaces = []
+    for folder in reference_entries(root):
+        keys = [_keys_in(path) for path in block_files(folder)]
+        distinct = len(np.unique(np.concatenate(keys))) if keys else 0
+        used = datetime.fromtimestamp(last_used(folder), UTC)
+        spaces.append(SpaceInfo(folder.name, _about(folder), distinct, len(keys), size_of(folder), used))
+    return sorted(spaces, key=lambda s: s.last_used, reverse=True)
+
+
+def verify(root: Path | None = None, *, repair: bool = False) -> list[tuple[Path, str]]:
+    """Check every file of every space against its checksum; the damaged files, each with the reason.
+
+    ``repair`` takes them out of use: blocks are kept as ``*.damaged`` and their responses are scored again when they
+    are next needed; a plan or description is made anew.
+    """
+    damaged = []
+    for folder in reference_entries(root):
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                with cache_errors(path):
+                    (read_block if path.name.startswith("block-") else read_sealed)(path, folder.name)
+            except Damaged as damage:
+                damaged.append((path, str(damage)))
+        if (folder / "about.json").exists() and not _about(folder):
+            damaged.append((folder / "about.json", "unreadable"))
+    for path, _ in damaged if repair else ():
+        _move_aside(path)
+    return damaged
+
+
+def _move_aside(path: Path) -> None:
+    with cache_errors(path), suppress(FileNotFoundError):  # another process may be first
+        path.rename(path.with_name(path.name + ".damaged"))
+
+
+def _keys_in(path: Path) -> KeyArray:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            keys = file.get_tensor("keys")
+        return np.ascontiguousarray(keys).reshape(-1).view(KEY)
+    except (SafetensorError, ValueError, OSError):
+        return np.empty(0, KEY)  # `verify` reports it
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    try:
+        about = json.loads((folder / "about.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}

@@ -1,30 +1,30 @@
-"""What a reference model is: a name for everything that decides its log-probabilities.
+"""The identity of a reference model, and of the space of values it gives: all that log-probabilities depend on.
 
-Two identities are equal only if weights, adapter, configuration and quantisation are. The converse is not promised:
-the same weights sharded differently count as another model. Never stale beats never computed again.
+Two identities are equal only if weights, adapter, configuration and quantisation are. The converse does not hold: the
+same weights in other shards count as another model. A value computed twice is better than a wrong one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from prefopt.core.cache_folder import file_hashes
 from prefopt.core.model_folder import base_of, is_adapter, read_object, vet_folder, weight_files
 from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from prefopt.errors import ModelError
 from prefopt.model.load import base_and_adapter, local_folder
+from prefopt.model.scorer import Scorer, version_of
+from prefopt.reference.cache import Identity, SpaceKey, json_digest
 
-if TYPE_CHECKING:
-    import torch
-
-# Keys of config.json that do not reach the logits of a forward pass without cache, in evaluation mode. Everything
-# else counts, known or not. The data type is part of the cache's key by itself; so is the attention kernel.
-_IRRELEVANT_NAMES = """
+# Fields of config.json without effect on the logits of a forward pass in evaluation mode, without cache. All others
+# count, known or not. Dtype and attention kernel are part of the space's key by themselves.
+_IRRELEVANT = frozenset(
+    """
     transformers_version _name_or_path name_or_path _commit_hash transformers_weights use_cache torch_dtype dtype
     _attn_implementation attn_implementation _attn_implementation_internal _attn_implementation_autoset
     gradient_checkpointing output_attentions output_hidden_states return_dict use_return_dict torchscript
@@ -34,43 +34,36 @@ _IRRELEVANT_NAMES = """
     num_return_sequences suppress_tokens begin_suppress_tokens exponential_decay_length_penalty remove_invalid_values
     task_specific_params id2label label2id problem_type finetuning_task
     attention_dropout hidden_dropout activation_dropout dropout attn_pdrop embd_pdrop resid_pdrop classifier_dropout
-"""
-_ADAPTER_IRRELEVANT_NAMES = """
-    base_model_name_or_path revision inference_mode task_type auto_mapping peft_version lora_dropout runtime_config
-"""
-_IRRELEVANT = frozenset(_IRRELEVANT_NAMES.split())
-_ADAPTER_IRRELEVANT = frozenset(_ADAPTER_IRRELEVANT_NAMES.split())
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """SHA-256 (hex) of each part of a model; an absent part is the empty string.
-
-    ``name`` is for people and takes no part in equality.
+""".split()
+)
+_ADAPTER_IRRELEVANT = frozenset(
     """
-
-    weights: str
-    config: str
-    adapter: str = ""
-    quantization: str = ""
-    name: str = field(default="", compare=False)
-
-    @property
-    def digest(self) -> str:
-        """One SHA-256 (hex) over all parts."""
-        return _digest([self.weights, self.config, self.adapter, self.quantization])
+    base_model_name_or_path revision inference_mode task_type auto_mapping peft_version lora_dropout runtime_config
+""".split()
+)
 
 
-def identity_of_folder(
-    path: str | Path,
-    *,
-    adapter: str | Path | None = None,
-    quantization: Mapping[str, Any] | None = None,
-    root: Path | None = None,
-) -> Identity:
-    """The identity of a model folder as transformers would load it, with a PEFT ``adapter`` folder on top.
+def space_of(identity: Identity, scorer: Scorer, device: torch.device) -> SpaceKey:
+    """The space of the values that ``scorer`` gives for the reference ``identity``."""
+    dtype = str(scorer.dtype).removeprefix("torch.")
+    kernel, kind = scorer.kernel, device.type
+    if device.type == "cuda":
+        kernel, kind = f"{kernel}, {_flash()}", f"cuda, {torch.cuda.get_device_name(device)}"
+    return SpaceKey(identity, dtype, scorer.path, kernel, kind, version_of(scorer.dtype))
 
-    ``quantization`` is what is asked for at load time (4-bit, say), beside what config.json already holds.
+
+def _flash() -> str:
+    """The flash attention that torch calls, and the version of torch."""
+    try:
+        from torch.nn.attention import current_flash_attention_impl
+    except ImportError:  # torch before 2.12
+        return f"torch {torch.__version__}"
+    return f"{current_flash_attention_impl() or 'FA2'} of torch {torch.__version__}"
+
+
+def identity_of_folder(path: str | Path, *, adapter: str | Path | None = None, root: Path | None = None) -> Identity:
+    """The identity of a model folder as transformers loads it, with a PEFT ``adapter`` folder on top.
+
     File hashes are remembered under ``root`` (default ``cache_root()``). Raises ``ModelError`` where the folder is
     incomplete or holds only pickled weights.
     """
@@ -90,24 +83,17 @@ def identity_of_folder(
         adapter_files = [_adapter_weights(Path(adapter))]
     hashes = file_hashes([*files, *adapter_files], root)
     return Identity(
-        weights=_digest(sorted(hashes[: len(files)])),
-        config=_digest(_relevant(config, _IRRELEVANT)),
-        adapter=_digest([hashes[-1], _relevant(adapter_config, _ADAPTER_IRRELEVANT)]) if adapter_files else "",
-        quantization=_quantization(config, quantization),
+        weights=json_digest(sorted(hashes[: len(files)])),
+        config=json_digest(_relevant(config, _IRRELEVANT)),
+        adapter=json_digest([hashes[-1], _relevant(adapter_config, _ADAPTER_IRRELEVANT)]) if adapter_files else "",
+        quantization=_quantization(config),
         name=name,
     )
 
 
-def identity_of_model(
-    model: torch.nn.Module, *, quantization: Mapping[str, Any] | None = None, name: str = ""
-) -> Identity:
-    """The identity of a transformers model in memory: every tensor of its state with name, type, shape and bytes.
-
-    The model is hashed as it stands, adapters included; pass the model whose forward gives the reference. Raises
-    ``ModelError`` where a tensor has no data (on the meta device).
-    """
-    import torch  # here, so that `prefopt cache` need not load it
-
+def identity_of_model(model: torch.nn.Module, *, name: str = "") -> Identity:
+    """The identity of a transformers model in memory, adapters included: name, type, shape and bytes of every tensor.
+    Raises ``ModelError`` where a tensor has no data (on the meta device)."""
     whole = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         if not isinstance(tensor, torch.Tensor):  # extra state, of quantised layers for instance
@@ -126,15 +112,15 @@ def identity_of_model(
     }
     return Identity(
         weights=whole.hexdigest(),
-        config=_digest([type(model).__name__, _relevant(fields, _IRRELEVANT)]),
-        adapter=_digest([adapters, _adapter_states(model)]) if adapters else "",
-        quantization=_quantization(fields, quantization),
+        config=json_digest([type(model).__name__, _relevant(fields, _IRRELEVANT)]),
+        adapter=json_digest([adapters, _adapter_states(model)]) if adapters else "",
+        quantization=_quantization(fields),
         name=name or str(getattr(config, "_name_or_path", "") or type(model).__name__),
     )
 
 
 def _adapter_states(model: Any) -> list[str]:
-    """Which adapters are active, merged or switched off in the layers of a PEFT model: its forward depends on it."""
+    """Which adapters are active, merged or switched off in the layers of a PEFT model."""
     names = ("active_adapters", "merged_adapters", "disable_adapters")
     layers = [m for m in model.modules() if hasattr(m, "merged_adapters")]
     return sorted({repr([getattr(layer, name, None) for name in names]) for layer in layers})
@@ -156,7 +142,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _relevant(config: Mapping[str, Any], irrelevant: frozenset[str]) -> dict[str, Any]:
-    """Without the keys that cannot matter, here and in nested configs; sets of names, as PEFT saves, in one order."""
+    """Without irrelevant keys, also in nested configs; sets of names, as PEFT saves them, are sorted."""
     kept: dict[str, Any] = {}
     for key, value in config.items():
         if key in irrelevant or key == "quantization_config":
@@ -169,32 +155,26 @@ def _relevant(config: Mapping[str, Any], irrelevant: frozenset[str]) -> dict[str
     return kept
 
 
-def _quantization(config: Mapping[str, Any], asked: Mapping[str, Any] | None) -> str:
+def _quantization(config: Mapping[str, Any]) -> str:
     saved = config.get("quantization_config")
     if saved is not None and hasattr(saved, "to_dict"):
         saved = saved.to_dict()
-    return _digest([saved, dict(asked) if asked else None]) if saved or asked else ""
-
-
-def _digest(value: Any) -> str:
-    """SHA-256 (hex) of a JSON value; what JSON lacks (data types, enums) counts by its text."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return json_digest([saved, None]) if saved else ""  # the second is a part of keys in existing caches
 
 
 def adapter_line(name: str) -> str | None:
-    """What to say of a model's name that is an adapter's."""
+    """A line on a name that is an adapter's."""
     source = local_folder(name)
     return f"{name} is an adapter on {base_of(source)}: both are loaded" if is_adapter(source) else None
 
 
 def identity_of_name(name: str, adapter: str | None = None) -> Identity:
-    """The identity of a model by its name, with ``adapter`` on it where one is named, or where it is one itself."""
+    """The identity of a model by name, with ``adapter`` on it, or where it is an adapter itself."""
     base, own = base_and_adapter(name, adapter)
     return identity_of_folder(base, adapter=own)
 
 
 def tokenizer_of_name(name: str, adapter: str | None = None) -> Tokenizer:
-    """The tokenizer of an adapter where its folder has one, which may have more tokens; else that of its model."""
+    """The tokenizer in an adapter's folder, which may have more tokens, else that of its model."""
     base, own = base_and_adapter(name, adapter)
     return load_tokenizer(own if own is not None and has_tokenizer(own) else base)

@@ -1,11 +1,9 @@
-"""A reference that stays in memory and is scored together with the policy, where a cache of its values will not do:
-a loss needs its whole distributions, or the reference moves.
-"""
+"""A reference in memory that is scored with every batch: for losses on whole distributions, or if it moves (TR-DPO)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,14 +12,14 @@ from prefopt.model.costs import count_held
 from prefopt.model.kernels.distributions import Distributions
 from prefopt.model.packing import PackedBatch, pack
 from prefopt.model.precision import MasterWeights
-from prefopt.model.scorer import Asked, Scorer
+from prefopt.model.scorer import Scorer, ScoreRequest
 
 
-class HeldWeights:
-    """Other values for the weights that a model trains, put in their place for as long as the model is to be another.
+class SwappedWeights:
+    """A second set of values for a model's trainable weights, which are swapped in to score with them.
 
-    They begin as what the weights are now. Frozen weights are shared, so that beside a LoRA adapter this costs little;
-    beside a full fine-tuning it is a second copy of the model. What moves is kept in float32, as the masters are.
+    They begin as the current weights. Frozen weights are shared: with a LoRA adapter this costs little, with full
+    fine-tuning it is a second copy of the model. Values that move are kept in float32, as the masters are.
     """
 
     def __init__(self, masters: MasterWeights, *, moves: bool = False) -> None:
@@ -29,14 +27,14 @@ class HeldWeights:
         self._parameters = {name: own[name] for name in masters.masters}
         self._values = {name: p.data.clone() for name, p in self._parameters.items()}
         size = sum(v.numel() for v in self._values.values())
-        if 2 * size > sum(p.numel() for p in own.values()):  # not where it is an adapter's
+        if 2 * size > sum(p.numel() for p in own.values()):  # not of an adapter
             count_held(self, sum(v.numel() * v.element_size() for v in self._values.values()))
         wide = {n: m.detach() for n, m in masters.masters.items()} if moves else {}
         self._wide = {n: m.clone() for n, m in wide.items() if m.dtype != self._values[n].dtype}
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside this context the model has these weights. Nothing may be differentiated through it."""
+        """In this block the model has these weights. Nothing may be differentiated through it."""
         self._exchange()
         try:
             yield
@@ -49,7 +47,7 @@ class HeldWeights:
 
     @torch.no_grad()
     def mix(self, weights: Mapping[str, torch.Tensor], amount: float) -> None:
-        """Move to ``amount`` of ``weights`` (the masters) and 1 - ``amount`` of what they were."""
+        """Set the values to ``amount`` of ``weights`` (the masters) plus 1 - ``amount`` of themselves."""
         for name, value in self._values.items():
             wide = self._wide.get(name, value)
             wide.copy_(weights[name]) if amount == 1 else wide.lerp_(weights[name], amount)
@@ -66,28 +64,26 @@ class HeldWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class Movement:
-    """A reference that follows the policy: every so many steps it moves by ``amount`` (1: a copy) to the policy.
+class TrDpoUpdate:
+    """A reference that follows the policy: every ``every`` steps it moves by ``amount`` (1: a copy) to the policy.
+    Gorbatovski et al. 2024 (TR-DPO, arXiv 2404.09656), equations 2 (soft) and 3 (hard)."""
 
-    Gorbatovski et al. 2024 (TR-DPO, arXiv 2404.09656), equations 2 (soft) and 3 (hard).
-    """
-
-    held: HeldWeights
+    weights: SwappedWeights
     every: int
     amount: float
 
     def after(self, steps: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Move to ``weights``, the policy's, where it is time to; ``steps`` are done."""
+        """Move to the policy's ``weights`` where an update is due after ``steps``."""
         if steps % self.every == 0:
-            self.held.mix(dict(weights), self.amount)
+            self.weights.mix(dict(weights), self.amount)
 
 
-class LiveReference:
-    """A reference that is scored batch by batch: the policy's own model with other weights, or another model."""
+class InMemoryReference:
+    """A reference that is scored with every batch: the policy's model with other weights, or another model."""
 
-    def __init__(self, scorer: Scorer, held: HeldWeights | None = None) -> None:
-        """``scorer`` is the policy's where ``held`` is given, else the reference's own."""
-        self.scorer, self.held = scorer, held
+    def __init__(self, scorer: Scorer, weights: SwappedWeights | None = None) -> None:
+        """``scorer`` is the policy's where ``weights`` are given, else the reference's own."""
+        self.scorer, self.weights = scorer, weights
 
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch) -> torch.Tensor:
@@ -98,27 +94,23 @@ class LiveReference:
 
     @torch.no_grad()
     def distributions(self, batch: PackedBatch) -> Distributions:
-        """The distributions at every scored token."""
+        """Next-token distributions at every scored token."""
         with self._as_reference():
-            found = self.scorer(self._packed(batch), Asked(keep=True)).distributions
+            found = self.scorer(self._packed(batch), ScoreRequest(distributions=True)).distributions
         assert isinstance(found, Distributions)
         return found
 
     def _packed(self, batch: PackedBatch) -> PackedBatch:
-        """The batch as the reference takes it: it may be laid out in another way than the policy's."""
-        if self.held is not None:
-            return batch
-        return pack(batch.groups, self.scorer.layout).to(batch.target.device)
+        """The batch in the reference's own layout."""
+        own = self.weights is None
+        return pack(batch.groups, self.scorer.layout).to(batch.target.device) if own else batch
 
     @contextmanager
     def _as_reference(self) -> Iterator[None]:
         training = self.scorer.training
         self.scorer.eval()
         try:
-            if self.held is None:
+            with nullcontext() if self.weights is None else self.weights.applied():
                 yield
-            else:
-                with self.held.applied():
-                    yield
         finally:
             self.scorer.train(training)

@@ -1,7 +1,7 @@
-"""Which groups are scored together: decided once, kept on disk until all of it is done.
+"""Which groups are scored together: planned once, and kept on disk until all of it is done.
 
-The rounding of a value depends on what shares its forward pass. A run that was interrupted therefore goes on with
-the batches that were planned before, whichever of them are left, and ends with the same bits as one that was not.
+The rounding of a value depends on what shares its forward pass. An interrupted run therefore continues with the batches
+that are left of its plan, and ends with the same bits as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from prefopt.core.cache_folder import Damaged, cache_errors
-from prefopt.data.table import KEY, IndexArray, KeyArray
-from prefopt.reference.blocks import read_sealed, write_sealed
+from prefopt.data.table import KEY, IndexArray, KeyArray, ranges
+from prefopt.reference.blocks import find_sorted, read_sealed, write_sealed
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Named:
+class NamedGroups:
     """G groups by the keys of their N responses: group g has ``keys_N[starts[g]:starts[g + 1]]``, ``names_G`` [G]."""
 
     keys_N: KeyArray
@@ -32,54 +31,51 @@ class Named:
     names_G: KeyArray
 
     @classmethod
-    def of(cls, keys_N: KeyArray, starts: IndexArray) -> Named:
+    def of(cls, keys_N: KeyArray, starts: IndexArray) -> NamedGroups:
         """Name groups by a hash over the keys of their responses."""
         data = np.ascontiguousarray(keys_N).view(np.uint8).data
         names = bytearray()
-        for first in range(0, len(starts) - 1, 1 << 14):  # a part at a time: there may be millions
+        for first in range(0, len(starts) - 1, 1 << 14):  # in chunks: there may be millions
             bounds = (starts[first : first + (1 << 14) + 1] * KEY.itemsize).tolist()
             names += b"".join(hashlib.blake2b(data[a:b], digest_size=16).digest() for a, b in pairwise(bounds))
         return cls(keys_N, starts, np.frombuffer(bytes(names), KEY))
 
     def find(self, names: KeyArray) -> IndexArray:
-        """Where groups of these names are; each must be there."""
+        """Positions of the groups of these names; each must be there."""
         order = np.argsort(self.names_G, kind="stable")
         at: IndexArray = order[np.searchsorted(self.names_G[order], names)]
         assert (self.names_G[at] == names).all()
         return at
 
-    def taken(self, groups: IndexArray) -> Named:
+    def take(self, groups: IndexArray) -> NamedGroups:
         """Some of the groups, in the order given."""
-        sizes = np.diff(self.starts)[groups]
-        starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        place = np.repeat(self.starts[groups] - starts[:-1], sizes) + np.arange(starts[-1])
-        return Named(self.keys_N[place], starts, self.names_G[groups])
+        sizes = np.diff(self.starts)
+        starts = np.concatenate([[0], np.cumsum(sizes[groups], dtype=np.int64)])
+        return NamedGroups(self.keys_N[ranges(self.starts, sizes, groups)], starts, self.names_G[groups])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Plan:
-    """Batches of groups: batch b has the groups ``batch_starts[b]:batch_starts[b + 1]``; it fits ``token_budget``.
-
-    A group larger than the budget has a batch to itself.
-    """
+class ScoringPlan:
+    """Batches of groups: batch b has the groups ``batch_starts[b]:batch_starts[b + 1]``; it fits ``token_budget``. A
+    group larger than the budget has a batch to itself."""
 
     token_budget: int
-    groups: Named
+    groups: NamedGroups
     batch_starts: IndexArray
 
     @classmethod
-    def make(cls, groups: Named, costs_G: npt.NDArray[np.int64], wanted: KeyArray, token_budget: int) -> Plan:
-        """Batches that cover ``wanted`` (sorted); ``costs_G`` gives the tokens of each group that may be scored.
+    def make(cls, groups: NamedGroups, costs_G: IndexArray, wanted: KeyArray, token_budget: int) -> ScoringPlan:
+        """Batches that cover the keys ``wanted`` (sorted); ``costs_G``: tokens of each group.
 
-        Longest first: memory runs out at once or never, and the time left is never estimated too short. A group is
-        left out where longer ones already bring all it has: it stays if it is the first to hold a wanted response.
+        Longest first, so that memory runs out at once or never, and the remaining time is never underestimated. A group
+        is planned if it is the first to hold a wanted response.
         """
-        order = np.lexsort((groups.names_G, -costs_G))  # by name where costs are equal: the data's order is not asked
+        order = np.lexsort((groups.names_G, -costs_G))  # by name where costs are equal, whatever the data's order
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order))
-        at, asked = _places(wanted, groups.keys_N)
+        at, needed_N = find_sorted(groups.keys_N, wanted)
         first = np.full(len(wanted), len(order))
-        np.minimum.at(first, at[asked], np.repeat(rank, np.diff(groups.starts))[asked])
+        np.minimum.at(first, at[needed_N], np.repeat(rank, np.diff(groups.starts))[needed_N])
         needed = order[np.unique(first[first < len(order)])]
         starts: list[int] = []
         room = 0
@@ -88,40 +84,40 @@ class Plan:
                 starts.append(g)
                 room = token_budget
             room -= cost
-        return cls(token_budget, groups.taken(needed), np.array([*starts, len(needed)], np.int64))
+        return cls(token_budget, groups.take(needed), np.array([*starts, len(needed)], np.int64))
 
     def work(self, wanted: KeyArray) -> Iterator[tuple[range, IndexArray]]:
-        """The batches still to run for ``wanted`` (sorted): their groups, and the responses whose values count.
+        """The batches left for the keys ``wanted`` (sorted): their groups, and the responses whose values count.
 
-        Responses are counted over the whole plan. One that several groups hold is taken from the first, so that
-        interruption cannot change which.
+        Responses are numbered over the whole plan. One that several groups hold is taken from the first, so that an
+        interruption does not change which.
         """
         keys, starts = self.groups.keys_N, self.groups.starts
         take = np.zeros(len(keys), np.bool_)
         take[np.unique(keys, return_index=True)[1]] = True
-        take &= _places(wanted, keys)[1]
-        bounds = self.batch_starts.tolist()
-        for first, last in pairwise(bounds):
+        take &= find_sorted(keys, wanted)[1]
+        for first, last in pairwise(self.batch_starts.tolist()):
             here: IndexArray = np.flatnonzero(take[starts[first] : starts[last]]) + starts[first]
             if len(here):
                 yield range(first, last), here
 
+    def covers(self, wanted: KeyArray) -> bool:
+        """Whether all of ``wanted`` was planned (a block damaged since then was not)."""
+        return bool(find_sorted(wanted, np.unique(self.groups.keys_N))[1].all())
+
     def write(self, path: Path, space: str) -> None:
         """Raises ``CacheError``."""
-        write_sealed(
-            path,
-            {
-                "keys": np.frombuffer(self.groups.keys_N.tobytes(), np.uint8),
-                "group_sizes": np.diff(self.groups.starts),
-                "batch_sizes": np.diff(self.batch_starts),
-                "token_budget": np.array([self.token_budget], np.int64),
-            },
-            space,
-        )
+        arrays = {
+            "keys": np.frombuffer(self.groups.keys_N.tobytes(), np.uint8),
+            "group_sizes": np.diff(self.groups.starts),
+            "batch_sizes": np.diff(self.batch_starts),
+            "token_budget": np.array([self.token_budget], np.int64),
+        }
+        write_sealed(path, arrays, space)
 
     @classmethod
-    def read(cls, path: Path, space: str) -> Plan | None:
-        """The plan kept at ``path``; None where there is none or it is damaged, and a new one must be made."""
+    def read(cls, path: Path, space: str) -> ScoringPlan | None:
+        """The plan at ``path``; None where there is none or it is damaged, and a new one must be made."""
         try:
             with cache_errors(path):
                 if not path.exists():
@@ -134,22 +130,10 @@ class Plan:
         starts, batches = (
             np.concatenate([[0], np.cumsum(arrays[name], dtype=np.int64)]) for name in ("group_sizes", "batch_sizes")
         )
-        return cls(int(arrays["token_budget"][0]), Named.of(keys, starts), batches)
-
-    def covers(self, wanted: KeyArray) -> bool:
-        """Whether all that is wanted was planned (a block damaged since then was not)."""
-        return bool(_places(np.unique(self.groups.keys_N), wanted)[1].all())
+        return cls(int(arrays["token_budget"][0]), NamedGroups.of(keys, starts), batches)
 
 
-def plan_file(folder: Path, groups: Named, token_values: bool) -> Path:
-    """Where the plan for a set of groups is kept: named by what was asked for, in whatever order."""
+def plan_file(folder: Path, groups: NamedGroups, token_values: bool) -> Path:
+    """The file of the plan for a set of groups, in whatever order."""
     digest = hashlib.sha256(np.unique(groups.names_G).tobytes())
     return folder / f"plan-{'tokens' if token_values else 'sums'}-{digest.hexdigest()[:16]}.safetensors"
-
-
-def _places(among: KeyArray, keys: KeyArray) -> tuple[IndexArray, npt.NDArray[np.bool_]]:
-    """For each key its place in ``among``, which is sorted, and whether it is there at all."""
-    if not len(among):
-        return np.zeros(len(keys), np.int64), np.zeros(len(keys), np.bool_)
-    at = np.minimum(np.searchsorted(among, keys), len(among) - 1)
-    return at, among[at] == keys

@@ -14,7 +14,7 @@ from prefopt.core.files import remove_folder
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import RunError
 from prefopt.losses.rl import k1
-from prefopt.model.packed_model import causal_model
+from prefopt.model.architectures import causal_model
 from prefopt.model.save import add_end_tokens, repair_generation
 from prefopt.rl.rollouts import Rollouts
 from prefopt.runs.card import save_model

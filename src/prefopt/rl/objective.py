@@ -20,17 +20,15 @@ from prefopt.losses.rl import (
     whiten,
     without_end,
 )
-from prefopt.model.kernels.distributions import Distributions, TokenScores
-from prefopt.model.packed_model import PackedModel
+from prefopt.model.kernels.distributions import Distributions
 from prefopt.model.packing import PackedBatch
-from prefopt.model.scorer import Asked, Scorer, response_sums
-from prefopt.rl.critic import Critic
+from prefopt.model.scorer import PackedModel, Scorer, response_sums
+from prefopt.rl.models import Critic, look
 from prefopt.rl.rollouts import Rollouts
 from prefopt.runs.metrics import Record
-from prefopt.train.batch import Batch, Column, tensor
-from prefopt.train.inputs import Values
+from prefopt.train.batch import Batch, Column, LossResult, tensor
+from prefopt.train.columns import Values
 from prefopt.train.objective import Normaliser, Objective
-from prefopt.train.results import LossResult
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,17 +73,6 @@ def targets_of(config: PpoConfig, rollouts: Rollouts, beta: float) -> Targets:
     assert rollouts.value_M is not None and config.gae_lambda is not None
     advantage_M, return_M = gae(reward_M, rollouts.value_M, length_N, gamma=config.gamma, lam=config.gae_lambda)
     return Targets(whiten(advantage_M) if config.whiten_advantages else advantage_M, return_M)
-
-
-def look(
-    scorer: Scorer, critic: Critic | None, temperature: float, packed: PackedBatch
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probabilities [M] at the sampling temperature, and values [M] where there is a critic."""
-    asked = Asked(hidden=True) if critic is not None and critic.is_head else None
-    with scorer.at_temperature(temperature):
-        found = scorer(packed, asked)
-    logp_M, hidden_M = (found.logp_M, found.hidden_M) if isinstance(found, TokenScores) else (found, None)
-    return logp_M, None if critic is None else critic.values(packed, hidden_M)
 
 
 class PpoObjective(Objective):

@@ -15,17 +15,16 @@ import torch
 
 from prefopt.config.ppo import PpoConfig
 from prefopt.core.terminal import Reporter
-from prefopt.data.sampler import Sampler
+from prefopt.data.sampler import BatchSampler
 from prefopt.errors import Diverged, RunError
 from prefopt.losses.rl import KlController
-from prefopt.model.memory import peak_memory
-from prefopt.rl.collector import Collector
+from prefopt.model.costs import peak_memory
 from prefopt.rl.objective import Targets, final_scores, rollout_metrics, targets_of
-from prefopt.rl.ptx import PtxTerm
-from prefopt.rl.rollouts import Rollouts
+from prefopt.rl.prompts import PtxTerm
+from prefopt.rl.rollouts import Collector, Rollouts
 from prefopt.runs.metrics import Record
 from prefopt.train.batch import Batch
-from prefopt.train.inputs import Values
+from prefopt.train.columns import Values
 from prefopt.train.objective import Objective
 from prefopt.train.trainer import BatchSource, Trainer
 
@@ -42,7 +41,7 @@ class Rounds(BatchSource):
         self,
         config: PpoConfig,
         collector: Collector,
-        order: Sampler,
+        order: BatchSampler,
         kl: KlController,
         *,
         steps: int,

@@ -15,11 +15,11 @@ from prefopt.core.files import output_errors
 from prefopt.core.model_folder import task_of
 from prefopt.core.terminal import visible
 from prefopt.model.adapter import nesting_of, write_nested
-from prefopt.model.load import quiet
-from prefopt.model.packed_model import PackedModel, causal_model
+from prefopt.model.architectures import causal_model
+from prefopt.model.load import quiet_loading
 from prefopt.model.precision import MasterWeights
-from prefopt.model.save import save_weights, share_weights
-from prefopt.model.transformers4 import readers, write_for_older_readers
+from prefopt.model.save import apply_umask, save_weights, transformers_versions, write_transformers4_fields
+from prefopt.model.scorer import PackedModel
 
 
 def save_model(folder: Path, scorer: PackedModel, masters: MasterWeights, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -30,7 +30,7 @@ def save_model(folder: Path, scorer: PackedModel, masters: MasterWeights, tokeni
     scorer.detach_hook()
     model: Any = scorer.model
     causal = causal_model(model)
-    with output_errors(folder), quiet():
+    with output_errors(folder), quiet_loading():
         if model is causal:
             dtype = next(weight.dtype for _, weight in masters.saved())
             save_weights(folder, causal, _state(causal, masters), dtype)
@@ -45,8 +45,8 @@ def save_model(folder: Path, scorer: PackedModel, masters: MasterWeights, tokeni
                 write_nested(folder, model, nesting)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
         tokenizer.save_pretrained(folder)
-        write_for_older_readers(folder, tokenizer)
-        share_weights(folder)
+        write_transformers4_fields(folder, tokenizer)
+        apply_umask(folder)
     scorer.attach_hook()
 
 
@@ -98,7 +98,7 @@ def write_card(
         "",
         *_table("option", settings),
         "",
-        f"Read by {readers(folder)}.",
+        f"Read by {transformers_versions(folder)}.",
         "",
         license,
         "",

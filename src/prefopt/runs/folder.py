@@ -19,8 +19,7 @@ from prefopt.core.files import output_errors, remove_folder, remove_leftovers, w
 from prefopt.data.group import Group, IntArray
 from prefopt.data.table import GroupTable
 from prefopt.errors import RunError
-from prefopt.model.costs import Costs, counting, together
-from prefopt.model.memory import peak_memory
+from prefopt.model.costs import Costs, combine_costs, count_costs, peak_memory
 from prefopt.runs.history import RECORD, read_metrics, read_record
 
 if TYPE_CHECKING:
@@ -176,7 +175,7 @@ class Spending:
 
         seconds = time.monotonic() - self._started
         now = {**self._costs.to_dict(), "seconds": seconds, "peak_memory_bytes": peak_memory(self._device)}
-        self._folder.spent(together([self._before, now]))
+        self._folder.spent(combine_costs([self._before, now]))
 
 
 @contextmanager
@@ -186,7 +185,7 @@ def spending(folder: RunFolder, device: torch.device) -> Iterator[Spending]:
     Beside the counts of :class:`prefopt.model.costs.Costs` stand ``seconds`` and the ``peak_memory_bytes`` of the
     process (of the device's tensors, where that is a GPU).
     """
-    with counting() as costs:
+    with count_costs() as costs:
         found = Spending(folder, device, costs)
         try:
             yield found

@@ -1,6 +1,6 @@
-"""How far people agree: raw agreement, Cohen's kappa, Krippendorff's alpha with an interval.
+"""Agreement of annotators: raw agreement, Cohen's kappa, Krippendorff's alpha with an interval.
 
-Units are what is judged, values what people said of them: ``units[u]`` maps a rater to a whole number.
+``units[u]`` maps each annotator who voted on unit u to the value of the vote, an integer.
 
 >>> units = [{1: 0, 2: 0}, {1: 1, 2: 1}, {1: 0, 2: 1}, {1: 0, 2: 0}]
 >>> raw_agreement(units), round(alpha(units), 4), round(kappa([(0, 0), (1, 1), (0, 1), (0, 0)]), 4)
@@ -32,7 +32,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A number with its 95 % interval; nan where there is nothing to tell it from."""
+    """A number with its 95 % interval; nan without data."""
 
     value: float
     low: float
@@ -40,7 +40,7 @@ class Estimate:
 
 
 def raw_agreement(units: Sequence[Unit]) -> float:
-    """The share of equal values among all pairs of values of two raters on one unit; nan without such a pair."""
+    """The fraction of equal values among all pairs of two annotators on one unit; nan without such a pair."""
     pairs = equal = 0
     for unit in units:
         counts = Counter(unit.values())
@@ -50,7 +50,7 @@ def raw_agreement(units: Sequence[Unit]) -> float:
 
 
 def kappa(pairs: Sequence[tuple[int, int]]) -> float:
-    """Cohen's kappa of two raters, (po - pe) / (1 - pe); nan without pairs, or where one value alone occurs."""
+    """Cohen's kappa of two annotators, (po - pe) / (1 - pe); nan without pairs, or where only one value occurs."""
     if not pairs:
         return math.nan
     total = len(pairs)
@@ -61,7 +61,7 @@ def kappa(pairs: Sequence[tuple[int, int]]) -> float:
 
 
 def alpha(units: Sequence[Unit], metric: Metric = "nominal") -> float:
-    """Krippendorff's alpha, 1 - Do/De; nan where no unit has two values, or all values are the same."""
+    """Krippendorff's alpha, 1 - Do / De; nan where no unit has two values, or all values are the same."""
     counts, _ = _coincidences(units)
     return float(_alphas(counts.sum(axis=0)[None], metric)[0]) if len(counts) else math.nan
 
@@ -74,10 +74,10 @@ def alpha_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
-    """Alpha with a percentile bootstrap interval over units, or over ``clusters`` of them (one name for each unit).
+    """Alpha with a percentile bootstrap interval over units, or over ``clusters`` (one key per unit).
 
-    Units that go together, such as the pairs of one ranking or items of one prompt, are drawn together. Resamples in
-    which all values are the same, which have no alpha, are left out.
+    Units of one cluster, such as the pairs of one ranking, are resampled together. Resamples in which all values are
+    the same have no alpha and are left out.
     """
     counts, kept = _coincidences(units)
     if not len(counts):
@@ -88,7 +88,7 @@ def alpha_interval(
         summed = np.zeros((int(member.max()) + 1, *counts.shape[1:]))
         np.add.at(summed, member, counts)
         counts = summed
-    # Equal clusters are drawn together: there are few different ones, however many units.
+    # Equal clusters are counted and drawn by a multinomial: few are distinct, however many units there are.
     size = counts.shape[1]
     different, times = np.unique(counts.reshape(len(counts), -1), axis=0, return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(len(counts), times / len(counts), size=resamples)
@@ -99,27 +99,25 @@ def alpha_interval(
 
 
 def _coincidences(units: Sequence[Unit]) -> tuple[FloatArray, list[int]]:
-    """[U, C, C] coincidences of the values in each unit that has two or more, and which units these are."""
+    """Coincidence matrices [U, C, C] of the units with two or more values, and the indices of these units."""
     values = sorted({value for unit in units for value in unit.values()})
     number = {value: k for k, value in enumerate(values)}
     kept = [u for u, unit in enumerate(units) if len(unit) > 1]
     found = np.zeros((len(kept), len(values), len(values)))
     for row, u in zip(found, kept, strict=True):
-        tally = np.zeros(len(values))
-        for value in units[u].values():
-            tally[number[value]] += 1
-        row += (np.outer(tally, tally) - np.diag(tally)) / (len(units[u]) - 1)
+        counts = np.bincount([number[value] for value in units[u].values()], minlength=len(values)).astype(np.float64)
+        row += (np.outer(counts, counts) - np.diag(counts)) / (len(units[u]) - 1)
     return found, kept
 
 
 def _alphas(o: FloatArray, metric: Metric) -> FloatArray:
-    """[B] alphas of [B, C, C] coincidence matrices: 1 - (n - 1) sum(o d) / sum(n_c n_k d)."""
+    """Alphas [B] of coincidence matrices [B, C, C]: 1 - (n - 1) sum(o d) / sum(n_c n_k d)."""
     totals = o.sum(axis=2)
     n = totals.sum(axis=1)
     if metric == "nominal":
         d = np.broadcast_to(1.0 - np.eye(o.shape[1]), o.shape)
     else:
-        # The squared number of values from c to k, half of each end: what lies between, in ranks.
+        # The squared number of values between c and k, with half of each end: the distance in ranks.
         below = np.cumsum(totals, axis=1) - totals / 2
         d = (below[:, :, None] - below[:, None, :]) ** 2
     expected = (totals[:, :, None] * totals[:, None, :] * d).sum(axis=(1, 2))
@@ -129,5 +127,5 @@ def _alphas(o: FloatArray, metric: Metric) -> FloatArray:
 
 
 def share_of(share: float, count: int) -> Estimate:
-    """A share of ``count`` trials with :func:`prefopt.core.statistics.wilson`'s interval."""
+    """A fraction of ``count`` trials with its Wilson interval."""
     return Estimate(share, *wilson(share, count)) if count else Estimate(math.nan, math.nan, math.nan)

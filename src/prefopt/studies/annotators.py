@@ -1,6 +1,6 @@
-"""Who votes: annotators, the invitations they come with, and the sessions these are exchanged for.
+"""Annotators, their invitations, and the sessions that invitations are exchanged for.
 
-What opens a door (the secret of an invitation, of a session) is given out once; the file keeps its hash alone.
+The secret of an invitation or session is returned once; the file stores only its hash.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 
 from prefopt.errors import StudyError
-from prefopt.studies.digests import check, check_complete, insert, seal_again
+from prefopt.studies.database import check_complete, check_row, insert, seal
 from prefopt.studies.study import Study, now
 
 DAY = 86400.0
@@ -22,7 +22,7 @@ LONGEST_NAME = 80
 
 @dataclass(frozen=True, slots=True)
 class Annotator:
-    """A person. ``pseudonym`` is what exports call them; a ``lead`` sees the numbers of all."""
+    """A person who votes. Exports contain the ``pseudonym``; a ``lead`` sees the votes and statistics of all."""
 
     id: int
     name: str
@@ -31,106 +31,102 @@ class Annotator:
 
 
 def invite(study: Study, name: str, *, lead: bool = False, days: float = 30.0) -> tuple[Annotator, str]:
-    """The annotator of this name, made where there is none, and the secret of a new invitation.
+    """The annotator of this name, created if unknown, and the secret of a new invitation.
 
-    Earlier invitations of the same person end; sessions go on. Raises :class:`StudyError` for an unusable name.
+    Earlier invitations of the annotator end; sessions continue. Raises :class:`StudyError` for an unusable name.
     """
     name = " ".join(name.split())
     if not name or len(name) > LONGEST_NAME or not name.isprintable():
         raise StudyError(f"{name!r} is no name for an annotator; give 1 to {LONGEST_NAME} printable characters")
-    secret = secrets.token_urlsafe(24)
     with study.writing() as connection:
-        found = connection.execute("SELECT * FROM annotator WHERE name = ?", (name,)).fetchone()
+        found = _by_name(connection, name)
         if found is None:
             pseudonym = "annotator-" + secrets.token_hex(4)
             insert(connection, "annotator", {"name": name, "pseudonym": pseudonym, "lead": int(lead), "at": now()})
-        elif lead and not _person(found).lead:
-            connection.execute("UPDATE annotator SET lead = 1 WHERE id = ?", (found["id"],))
-            seal_again(connection, "annotator", found["id"])
-        person = _person(connection.execute("SELECT * FROM annotator WHERE name = ?", (name,)).fetchone())
-        connection.execute("DELETE FROM invitation WHERE annotator = ?", (person.id,))
-        until = time.time() + days * DAY
-        connection.execute(
-            "INSERT INTO invitation VALUES (?, ?, ?, ?)", (_digest(secret), person.id, time.time(), until)
-        )
-    return person, secret
+        elif lead and not _annotator(found).lead:
+            changed = seal("annotator", dict(found) | {"lead": 1})
+            connection.execute("UPDATE annotator SET lead = 1, seal = ? WHERE id = ?", (changed, found["id"]))
+        annotator = _annotator(_by_name(connection, name))
+        connection.execute("DELETE FROM invitation WHERE annotator = ?", (annotator.id,))
+        return annotator, _new_secret(connection, "invitation", annotator, days)
 
 
 def revoke(study: Study, name: str) -> Annotator:
-    """End a person's invitations and sessions; their votes stay. Raises :class:`StudyError` for an unknown name."""
+    """End an annotator's invitations and sessions; votes stay. Raises :class:`StudyError` for an unknown name."""
     with study.writing() as connection:
-        found = connection.execute("SELECT * FROM annotator WHERE name = ?", (" ".join(name.split()),)).fetchone()
+        found = _by_name(connection, " ".join(name.split()))
         if found is None:
             names = [row[0] for row in connection.execute("SELECT name FROM annotator ORDER BY name LIMIT 20")]
-            raise StudyError(
-                f"{study.path}: nobody is called {name!r}; there are {', '.join(names) or 'no annotators'}"
-            )
+            raise StudyError(f"{study.path}: no annotator {name!r}; there are {', '.join(names) or 'none'}")
         connection.execute("DELETE FROM invitation WHERE annotator = ?", (found["id"],))
         connection.execute("DELETE FROM session WHERE annotator = ?", (found["id"],))
-    return _person(found)
+        return _annotator(found)
 
 
 def invited(study: Study, secret: str) -> Annotator | None:
-    """Whose invitation this is, or None where it is nobody's or has run out."""
+    """The annotator of an invitation, or None where it is unknown or has expired."""
     with study.reading() as connection:
         return _holder(connection, "invitation", secret)
 
 
 def open_session(study: Study, secret: str) -> str | None:
-    """Exchange an invitation for the secret of a session, or None. An invitation may be used again until it ends."""
+    """Exchange an invitation for the secret of a new session, or None. An invitation can be used until it expires."""
     with study.writing() as connection:
-        person = _holder(connection, "invitation", secret)
-        if person is None:
+        annotator = _holder(connection, "invitation", secret)
+        if annotator is None:
             return None
-        session, started = secrets.token_urlsafe(32), time.time()
-        connection.execute("DELETE FROM session WHERE until < ?", (started,))
-        connection.execute(
-            "INSERT INTO session VALUES (?, ?, ?, ?)",
-            (_digest(session), person.id, started, started + SESSION_DAYS * DAY),
-        )
-    return session
+        connection.execute("DELETE FROM session WHERE until < ?", (time.time(),))
+        return _new_secret(connection, "session", annotator, SESSION_DAYS)
 
 
 def session_of(study: Study, secret: str) -> Annotator | None:
-    """Whose session this is, or None."""
     with study.reading() as connection:
         return _holder(connection, "session", secret)
 
 
 def close_session(study: Study, secret: str) -> None:
-    """End one session."""
     with study.writing() as connection:
         connection.execute("DELETE FROM session WHERE digest = ?", (_digest(secret),))
 
 
 def live_invitations(study: Study) -> int:
-    """How many people can come in: those with an invitation or a session that has not run out."""
+    """The number of annotators with a valid invitation or session."""
+    query = "SELECT count(DISTINCT annotator) FROM (SELECT annotator, until FROM invitation"
+    query += " UNION ALL SELECT annotator, until FROM session) WHERE until > ?"
     with study.reading() as connection:
-        query = "SELECT count(DISTINCT annotator) FROM (SELECT annotator, until FROM invitation"
-        query += " UNION ALL SELECT annotator, until FROM session) WHERE until > ?"
-        count: int = connection.execute(query, (time.time(),)).fetchone()[0]
-    return count
+        return int(connection.execute(query, (time.time(),)).fetchone()[0])
 
 
 def annotators(connection: sqlite3.Connection) -> list[Annotator]:
-    """Everyone, in the order they came."""
+    """All annotators by number."""
     check_complete(connection, "annotator")
-    return [_person(row) for row in connection.execute("SELECT * FROM annotator ORDER BY id")]
+    return [_annotator(row) for row in connection.execute("SELECT * FROM annotator ORDER BY id")]
 
 
-def _holder(connection: sqlite3.Connection, table: str, secret: str) -> Annotator | None:
-    found = connection.execute(
-        f"SELECT a.* FROM {table} t JOIN annotator a ON a.id = t.annotator WHERE t.digest = ? AND t.until > ?",
-        (_digest(secret), time.time()),
-    ).fetchone()
-    return None if found is None else _person(found)
+def _by_name(connection: sqlite3.Connection, name: str) -> sqlite3.Row | None:
+    found: sqlite3.Row | None = connection.execute("SELECT * FROM annotator WHERE name = ?", (name,)).fetchone()
+    return found
 
 
-def _person(row: sqlite3.Row) -> Annotator:
-    check("annotator", row)
+def _annotator(row: sqlite3.Row | None) -> Annotator:
+    assert row is not None
+    check_row("annotator", row)
     return Annotator(row["id"], row["name"], row["pseudonym"], bool(row["lead"]))
 
 
+def _holder(connection: sqlite3.Connection, table: str, secret: str) -> Annotator | None:
+    query = f"SELECT a.* FROM {table} t JOIN annotator a ON a.id = t.annotator WHERE t.digest = ? AND t.until > ?"
+    found = connection.execute(query, (_digest(secret), time.time())).fetchone()
+    return None if found is None else _annotator(found)
+
+
+def _new_secret(connection: sqlite3.Connection, table: str, annotator: Annotator, days: float) -> str:
+    secret, at = secrets.token_urlsafe(32 if table == "session" else 24), time.time()
+    row = (_digest(secret), annotator.id, at, at + days * DAY)
+    connection.execute(f"INSERT INTO {table} VALUES (?, ?, ?, ?)", row)
+    return secret
+
+
 def _digest(secret: str) -> bytes:
-    """Secrets have 24 random bytes or more, so that a plain hash cannot be turned back."""
+    """Secrets have at least 24 random bytes, so that a plain hash cannot be inverted."""
     return hashlib.sha256(secret.encode("utf-8", "replace")).digest()

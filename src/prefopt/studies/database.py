@@ -1,131 +1,83 @@
-"""Connections to study files: every one with the same care, and its failures in one line.
+"""Tables of a study, their migrations, and the digests that detect a changed or missing row.
 
-Facts are appended and never changed: items, and the events of people (an item was shown, a vote, a skip, an undo).
-``assignment`` and ``queue`` are what follows from the events, kept up in the same transaction so that the next item
-and the vote in force are found by an index; :func:`rebuild` makes them from the events alone.
+Items and events (an item was shown, a vote, a skip, an undo) are appended and never changed. ``assignment`` and
+``queue`` follow from them. They are updated in the same transaction, so that the next item and the votes in force are
+found by an index; :func:`rebuild` derives them from the events alone.
+
+SQLite detects a broken page, but not a changed letter in a vote. Each row of the tables in :data:`SEALED` therefore has
+a digest of its columns in ``seal``, which is checked whenever the row is read. Rows of the tables in :data:`NUMBERED`
+have the numbers 1, 2, 3, ..., so that a missing row is detected as well.
+
+>>> seal("sampling", {"settings": "{}"}) == seal("sampling", {"settings": "{ }"})
+False
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from importlib.resources import files
+from typing import Any
 
-from prefopt.core.files import sync_folder
 from prefopt.errors import StudyError
-from prefopt.studies.digests import COUNTER, SEALED, Damaged, seal_all
 
 APPLICATION_ID = 0x70724673
-"""Bytes 68 to 71 of the file: tells a study from any other SQLite database."""
+"""Bytes 68 to 71 of the file: they tell a study from any other SQLite database."""
+SEALED: Mapping[str, tuple[str, ...]] = {
+    "setting": ("name", "value"),
+    "sampling": ("settings",),
+    "item": ("digest", "prompt_key", "row", "count", "origins", "gold", "file", "file_row", "at"),
+    "annotator": ("name", "pseudonym", "lead", "at"),
+    "event": ("at", "annotator", "item", "kind", "ticket", "undoes", "body"),
+}
+"""Tables with row digests, and the columns that the digests cover."""
+NUMBERED = ("sampling", "item", "annotator", "event")
+SEALS = 3
+"""The first version of the schema with row digests."""
+COUNTER = "last_place"
+"""The one setting that changes: the last place of the queue."""
 
-MAGIC = b"SQLite format 3\0"
+VERSION = 3
+"""The schema version: ``migrations/N.sql`` leads from version N - 1 to N."""
 
-_FIRST = """
-CREATE TABLE setting (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE sampling (id INTEGER PRIMARY KEY, settings TEXT NOT NULL UNIQUE);
-CREATE TABLE item (
-    id INTEGER PRIMARY KEY,
-    digest BLOB NOT NULL UNIQUE,
-    prompt_key BLOB NOT NULL,
-    row TEXT NOT NULL,
-    count INTEGER NOT NULL,
-    origins TEXT NOT NULL,
-    gold TEXT,
-    file TEXT NOT NULL,
-    file_row INTEGER NOT NULL,
-    at TEXT NOT NULL
-);
-CREATE INDEX item_gold ON item (id) WHERE gold IS NOT NULL;
-CREATE TABLE annotator (
-    id INTEGER PRIMARY KEY,
-    name TEXT NOT NULL UNIQUE,
-    pseudonym TEXT NOT NULL UNIQUE,
-    lead INTEGER NOT NULL DEFAULT 0,
-    at TEXT NOT NULL
-);
-CREATE TABLE invitation (
-    digest BLOB PRIMARY KEY,
-    annotator INTEGER NOT NULL REFERENCES annotator (id),
-    at REAL NOT NULL,
-    until REAL NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE session (
-    digest BLOB PRIMARY KEY,
-    annotator INTEGER NOT NULL REFERENCES annotator (id),
-    at REAL NOT NULL,
-    until REAL NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE event (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    at TEXT NOT NULL,
-    annotator INTEGER NOT NULL REFERENCES annotator (id),
-    item INTEGER NOT NULL REFERENCES item (id),
-    kind TEXT NOT NULL CHECK (kind IN ('shown', 'vote', 'skip', 'undo')),
-    ticket TEXT NOT NULL,
-    undoes INTEGER REFERENCES event (id),
-    body TEXT NOT NULL
-);
-CREATE UNIQUE INDEX event_once ON event (ticket) WHERE kind IN ('vote', 'skip');
-CREATE UNIQUE INDEX event_undone_once ON event (undoes) WHERE undoes IS NOT NULL;
-CREATE INDEX event_of ON event (annotator, id);
-CREATE TRIGGER event_stays BEFORE UPDATE ON event BEGIN SELECT RAISE(ABORT, 'events are never changed'); END;
-CREATE TRIGGER event_kept BEFORE DELETE ON event BEGIN SELECT RAISE(ABORT, 'events are never removed'); END;
-CREATE TABLE assignment (
-    annotator INTEGER NOT NULL REFERENCES annotator (id),
-    item INTEGER NOT NULL REFERENCES item (id),
-    state TEXT NOT NULL CHECK (state IN ('pending', 'lapsed', 'voted', 'skipped')),
-    ticket TEXT NOT NULL,
-    shown TEXT NOT NULL,
-    since REAL NOT NULL,
-    until REAL NOT NULL,
-    event INTEGER REFERENCES event (id),
-    PRIMARY KEY (annotator, item)
-) WITHOUT ROWID;
-CREATE INDEX assignment_waiting ON assignment (until) WHERE state = 'pending';
-CREATE INDEX assignment_open ON assignment (annotator, since) WHERE state IN ('pending', 'lapsed');
-CREATE INDEX assignment_in_force ON assignment (item) WHERE state IN ('voted', 'skipped');
-"""
 
-# The second version finds the next item through a queue instead of counting votes.
-_QUEUE = """
-CREATE TABLE queue (
-    item INTEGER PRIMARY KEY REFERENCES item (id),
-    taken INTEGER NOT NULL DEFAULT 0,
-    votes INTEGER NOT NULL DEFAULT 0,
-    fresh INTEGER NOT NULL DEFAULT 1,
-    place INTEGER
-);
-CREATE INDEX queue_fresh ON queue (item) WHERE fresh = 1;
-CREATE INDEX queue_waiting ON queue (place) WHERE place IS NOT NULL;
-ALTER TABLE annotator ADD COLUMN cursor INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE annotator ADD COLUMN seen INTEGER NOT NULL DEFAULT 0;
-CREATE UNIQUE INDEX assignment_ticket ON assignment (ticket);
-CREATE INDEX assignment_latest ON assignment (annotator, event) WHERE event IS NOT NULL;
-"""
-# The third has a digest in every row that exports depend on, and finds the events of an item.
-_SEALS = "".join(f"ALTER TABLE {table} ADD COLUMN seal BLOB;\n" for table in SEALED)
-_SEALS += "CREATE INDEX event_on ON event (item);\n"
-MIGRATIONS = (_FIRST, _QUEUE, _SEALS)
-VERSION = len(MIGRATIONS)
+class DamagedRow(Exception):
+    """A row differs from what was written, or is missing; ``str()`` names it. :func:`study.errors_of` adds the file."""
+
+
+# -- versions ------------------------------------------------------------------------------------------------------
+
+
+def check_version(connection: sqlite3.Connection, file: str) -> int:
+    """The schema version of a study. Raises :class:`StudyError` for one of a newer prefopt."""
+    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version > VERSION:
+        raise StudyError(
+            f"{file}: is a study of version {version}, and this prefopt knows versions up to {VERSION}; update prefopt"
+        )
+    return version
 
 
 def migrate(connection: sqlite3.Connection, file: str) -> None:
-    """Bring a database, empty or of an older version, to today's: all of it or nothing. Raises :class:`StudyError`."""
-    version = check_version(connection, file)
-    if version == VERSION:
+    """Migrate an empty database or an older study to :data:`VERSION`, in one transaction.
+
+    Raises :class:`StudyError`.
+    """
+    if check_version(connection, file) == VERSION:
         return
     connection.execute("BEGIN IMMEDIATE")
     try:
         version = connection.execute("PRAGMA user_version").fetchone()[0]  # another process may have been first
-        for number in range(version, VERSION):
-            for statement in _statements(MIGRATIONS[number]):
+        for number in range(version + 1, VERSION + 1):
+            script = files("prefopt.studies") / "migrations" / f"{number}.sql"
+            for statement in _statements(script.read_text("utf-8")):
                 connection.execute(statement)
         if 0 < version < VERSION:
             rebuild(connection)
-            seal_all(connection)
+            _seal_all(connection)
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {VERSION}")
         connection.execute("COMMIT")
@@ -135,20 +87,33 @@ def migrate(connection: sqlite3.Connection, file: str) -> None:
         raise
 
 
-def check_version(connection: sqlite3.Connection, file: str) -> int:
-    """The version of a study; one of a newer prefopt is refused. Raises :class:`StudyError`."""
-    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version > VERSION:
-        raise StudyError(
-            f"{file}: is a study of version {version}, and this prefopt knows versions up to {VERSION}; update prefopt"
-        )
-    return version
+def _statements(script: str) -> Iterator[str]:
+    """The statements of a script, one by one: ``executescript`` would commit first."""
+    held = ""
+    for line in script.splitlines():
+        held += line + "\n"
+        if sqlite3.complete_statement(held):
+            yield held.strip()
+            held = ""
+
+
+def _seal_all(connection: sqlite3.Connection) -> None:
+    """Add the digests of all rows of an older study."""
+    connection.execute("DROP TRIGGER event_stays")
+    for table in SEALED:
+        key = "name" if table == "setting" else "id"
+        rows = connection.execute(f"SELECT * FROM {table}").fetchall()
+        sealed = [(seal(table, dict(row)), row[key]) for row in rows if row[key] != COUNTER]
+        connection.executemany(f"UPDATE {table} SET seal = ? WHERE {key} = ?", sealed)
+    connection.execute(
+        "CREATE TRIGGER event_stays BEFORE UPDATE ON event BEGIN SELECT RAISE(ABORT, 'events are never changed'); END"
+    )
 
 
 def rebuild(connection: sqlite3.Connection) -> None:
-    """Make assignments and queue anew from items and events, inside of the caller's transaction.
+    """Derive assignments and queue from items and events, in the caller's transaction.
 
-    What was shown and not answered is taken up again, its lease run out, when its annotator comes back.
+    Items shown without an answer become lapsed: their annotators resume them on their next visit.
     """
     connection.execute("DELETE FROM assignment")
     connection.execute("DELETE FROM queue")
@@ -181,117 +146,89 @@ def rebuild(connection: sqlite3.Connection) -> None:
     )
 
 
-def _statements(script: str) -> list[str]:
-    """The statements of a script; ``executescript`` would commit before it begins."""
-    found, held = [], ""
-    for line in script.splitlines():
-        held += line + "\n"
-        if sqlite3.complete_statement(held):
-            found.append(held.strip())
-            held = ""
-    return found
+# -- row digests ---------------------------------------------------------------------------------------------------
 
 
-BUSY_SECONDS = 20.0
-"""How long a writer waits for another one before it gives up."""
+def seal(table: str, values: Mapping[str, Any]) -> bytes:
+    """The digest [16 bytes] of a row's columns in :data:`SEALED`."""
+    columns = [table, *(values.get(name) for name in SEALED[table])]
+    text = json.dumps([v.hex() if isinstance(v, bytes) else v for v in columns])
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def is_study(path: Path) -> bool:
-    """Whether a file is a study, told from its header: SQLite's mark, and ours behind it."""
-    try:
-        if not path.is_file():  # opening a pipe waits for whoever writes into it
-            return False
-        with path.open("rb") as file:
-            head = file.read(72)
-    except (OSError, ValueError):
-        return False
-    return head.startswith(MAGIC) and head[68:72] == APPLICATION_ID.to_bytes(4, "big")
+def insert(connection: sqlite3.Connection, table: str, values: Mapping[str, Any], conflict: str = "") -> sqlite3.Cursor:
+    """Insert a row with its digest; ``conflict`` is an ``ON CONFLICT`` clause."""
+    columns = [*values, "seal"]
+    query = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))}) {conflict}"
+    return connection.execute(query, [*values.values(), seal(table, values)])
 
 
-def own_file(path: Path) -> None:
-    """Make an empty file that nobody but its owner can read; SQLite gives its log the same rights."""
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+def check_row(table: str, row: sqlite3.Row) -> None:
+    """Raises :class:`DamagedRow` where the digest does not match. Studies of older versions have no digests."""
+    if "seal" in row.keys() and row["seal"] != seal(table, dict(row)):  # noqa: SIM118, a Row iterates over values
+        name = row["name"] if table == "setting" else row["id"]
+        raise DamagedRow(f"{table} {name} is not what was written")
 
 
-def check_file(path: Path) -> None:
-    """Refuse what is no study file. Raises :class:`StudyError`."""
-    if not path.exists():
-        raise StudyError(f"{path}: no such study; make one with prefopt collect new {path}")
-    if path.is_dir():
-        raise StudyError(f"{path}: is a folder; name the study's file")
-    try:
-        with path.open("rb") as file:
-            head = file.read(72)
-    except OSError as error:
-        raise StudyError(f"{path}: cannot be opened ({error.strerror})") from error
-    if not head.startswith(MAGIC):
-        what = "is empty" if not head else "is no SQLite file"
-        raise StudyError(f"{path}: {what}, so it is no study; name one that prefopt collect new made")
-    if not is_study(path):
-        raise StudyError(f"{path}: is an SQLite file of something else; name a study that prefopt collect new made")
+def check_complete(connection: sqlite3.Connection, table: str) -> None:
+    """Raises :class:`DamagedRow` where a row of a numbered table is missing.
 
-
-def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
-    """A connection without implicit transactions; writers find what they commit on the disk when it returns."""
-    mode = "ro" if read_only else "rw"
-    if read_only and not _has_log(path) and not _can_write(path.parent):
-        mode = "ro&immutable=1"  # nobody can be writing there
-    uri = f"{path.resolve().as_uri()}?mode={mode}"
-    connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=BUSY_SECONDS)
-    connection.row_factory = sqlite3.Row
-    connection.execute("PRAGMA foreign_keys = ON")
-    connection.execute("PRAGMA trusted_schema = OFF")
-    if not read_only:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-    return connection
+    Counts the table itself (NOT INDEXED): an index has no digests, and SQLite does not compare it with the table.
+    """
+    count, last = connection.execute(f"SELECT count(*), coalesce(max(id), 0) FROM {table} NOT INDEXED").fetchone()
+    query = "SELECT max(CAST(seq AS INTEGER)) FROM sqlite_sequence WHERE name = ?"  # AUTOINCREMENT: events alone
+    known = connection.execute(query, (table,)).fetchone()[0]
+    if count != last or known not in (None, last):
+        raise DamagedRow(f"{max(last, known or 0) - count} rows of its {table}s are gone")
 
 
 @contextmanager
-def errors_of(path: Path) -> Iterator[None]:
-    """What SQLite raises, and damage to rows, as a :class:`StudyError` in one line that says what to do."""
+def decoding(table: str, number: object) -> Iterator[None]:
+    """Turn errors from decoding a row's values into :class:`DamagedRow`."""
     try:
         yield
-    except Damaged as error:
-        raise StudyError(
-            f"{path}: is damaged: {error}; prefopt collect check {path} lists all of it; go back to a copy that"
-            " prefopt collect backup made"
-        ) from error
-    except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorname", "") or ""
-        said = str(error)
-        if code.startswith("SQLITE_FULL") or "full" in said:
-            what = "the disk is full, so nothing was stored; make room and try again"
-        elif code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-            what = f"another process has been writing for {BUSY_SECONDS:.0f} seconds; try again"
-        elif code.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
-            what = f"cannot be written ({said}); check the rights of the file and of its folder"
-        elif code.startswith("SQLITE_IOERR"):
-            what = f"the disk failed ({said}), so nothing was stored; check the disk and try again"
-        elif isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError):
-            raise  # our own mistake
-        else:  # a page, or text or structure that is not what this program wrote
-            what = f"is damaged ({said}); go back to a copy that prefopt collect backup made"
-        raise StudyError(f"{path}: {what}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise DamagedRow(f"{table} {number} cannot be read ({type(error).__name__}: {error})") from error
 
 
-def put_in_place(aside: Path, path: Path) -> None:
-    """Give a finished file its name, never in the place of another. Raises ``FileExistsError``."""
+def problems(connection: sqlite3.Connection) -> Iterator[str]:
+    """Everything wrong with a study, a line each: broken pages, changed or missing rows, assignments that do not follow
+    from the events."""
+    for (line,) in connection.execute("PRAGMA integrity_check(20)").fetchall():
+        if line != "ok":
+            yield f"SQLite: {line}"
+    for table in SEALED:
+        for row in _rows(connection, table):
+            try:
+                if table != "setting" or row["name"] != COUNTER:
+                    check_row(table, row)
+            except DamagedRow as error:
+                yield str(error)
+        if table in NUMBERED:
+            try:
+                check_complete(connection, table)
+            except DamagedRow as error:
+                yield str(error)
+    yield from _wrong_assignments(connection)
+
+
+def _rows(connection: sqlite3.Connection, table: str) -> list[sqlite3.Row]:
+    """The rows of a table. Text that is not UTF-8 is read as well, so that the other rows are checked."""
+    factory, connection.text_factory = connection.text_factory, lambda data: data.decode("utf-8", "surrogateescape")
     try:
-        os.link(aside, path)
-    except FileExistsError:
-        raise
-    except OSError as error:  # a disk without hard links
-        if path.exists():
-            raise FileExistsError(path) from error
-        aside.rename(path)
-    sync_folder(path.parent)
+        return connection.execute(f"SELECT * FROM {table}").fetchall()
+    finally:
+        connection.text_factory = factory
 
 
-def _has_log(path: Path) -> bool:
-    log = path.with_name(path.name + "-wal")
-    return log.exists() and log.stat().st_size > 0
-
-
-def _can_write(folder: Path) -> bool:
-    return os.access(folder, os.W_OK)
+def _wrong_assignments(connection: sqlite3.Connection) -> Iterator[str]:
+    events = connection.execute("SELECT id, annotator, item, kind FROM event ORDER BY id")
+    last = {(row["annotator"], row["item"]): (row["kind"], row["id"]) for row in events}
+    for row in connection.execute("SELECT annotator, item, state, event FROM assignment"):
+        kind, number = last.pop((row["annotator"], row["item"]), ("", 0))
+        states = {"vote": ["voted"], "skip": ["skipped"]}.get(kind, ["pending", "lapsed"])
+        if row["state"] not in states or row["event"] != (number if kind in ("vote", "skip") else None) or not kind:
+            which = f"item {row['item']} to annotator {row['annotator']}"
+            yield f"the assignment of {which} does not follow from the events"
+    for annotator, item in last:
+        yield f"the assignment of item {item} to annotator {annotator} is gone"

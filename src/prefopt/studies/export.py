@@ -1,47 +1,47 @@
-"""From votes to rows that train: pairs, rankings, or soft labels, with all that is known of how they came about.
+"""Convert votes to training rows: pairs, rankings or soft labels, with their provenance.
 
-Rows are in the canonical layout of ``prefopt data layouts``. Gold items are no data and are left out.
+Rows are in the canonical layout of ``prefopt data layouts``. Gold items are left out.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import groupby
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
 from prefopt.errors import DataError, StudyError
+from prefopt.records import tiers_of_signs
 from prefopt.studies.annotators import Annotator, annotators
-from prefopt.studies.items import Item, Tiers, all_items
+from prefopt.studies.items import Item, all_items
 from prefopt.studies.study import Study
-from prefopt.studies.votes import Judgement, judgements
+from prefopt.studies.votes import StoredVote, stored_votes
 
-Form = Literal["pairs", "rankings", "soft"]
-Row = dict[str, Any]
+ExportedRow = dict[str, Any]
 Pair = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class How:
+class ExportOptions:
     """How votes become rows.
 
     - ``form``: ``pairs``, a row for each two responses of which one is preferred; ``rankings``, a row for each item;
-      ``soft``, a row for each item in which every pair is weighed by its share of votes.
-    - ``disagreement``: what most people say (``majority``), only what all say (``unanimous``), or a row for every vote
-      (``every``). Soft labels are made of all votes.
-    - ``ties``: not counted (``drop``), half a vote for each side (``half``), or, where most say so, a tie in the row
-      (``keep``; for soft labels the same as ``half``).
-    - ``all_bad``: votes that no response is any good are left out (``drop``) or ties (``tie``).
+      ``soft``, a row for each item in which every pair is weighted by its fraction of votes.
+    - ``disagreement``: the ``majority`` of votes, only ``unanimous`` ones, or a row for ``every`` vote. Soft labels
+      use all votes.
+    - ``ties``: not counted (``drop``), half a vote for each side (``half``), or, where most votes are ties, a tie in
+      the row (``keep``; for soft labels the same as ``half``).
+    - ``all_bad``: votes that all responses are bad are left out (``drop``) or counted as ties (``tie``).
     - ``min_votes``: items with fewer votes are left out. ``exclude``: pseudonyms whose votes are left out.
-    - ``provenance``: rows tell who said what of which responses, else the models alone, where they are known.
+    - ``provenance``: rows contain study, item, models, sampling, source and votes; otherwise the known models alone.
     """
 
-    form: Form = "soft"
+    form: Literal["pairs", "rankings", "soft"] = "soft"
     disagreement: Literal["majority", "unanimous", "every"] = "majority"
     ties: Literal["drop", "half", "keep"] = "half"
     all_bad: Literal["drop", "tie"] = "drop"
@@ -52,234 +52,191 @@ class How:
 
 @dataclass(slots=True)
 class Exported:
-    """The rows, in the order of the items; ``prompt_keys`` [rows] name their prompts, ``counts`` what came of votes."""
+    """Rows in the order of the items, the keys of their prompts [rows], and how many votes were used or left out."""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[ExportedRow] = field(default_factory=list)
     prompt_keys: list[bytes] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
     def lines(self) -> list[str]:
-        """What happened, in words."""
+        """The counts as text."""
         return [f"{count:,} {what}" for what, count in self.counts.items()]
 
 
-def export_rows(study: Study, how: How | None = None) -> Exported:
-    """All rows that the votes in force give, at one moment."""
-    how = how or How()
-    found = Exported()
+def export_rows(study: Study, options: ExportOptions | None = None) -> Exported:
+    """The rows of all votes in force, from one view of the study."""
     with study.reading() as connection:
-        people = {p.id: p for p in annotators(connection)}
-        votes = groupby(judgements(connection), key=lambda j: j.item)
-        held: tuple[int, list[Judgement]] | None = None
-        for item in all_items(connection):
-            while held is None or held[0] < item.id:
-                number, group = next(votes, (None, iter(())))
-                if number is None:
-                    break
-                held = number, list(group)
-            said = held[1] if held and held[0] == item.id else []
-            if item.gold is None:
-                _export_item(item, said, people, how, study.settings.id, found)
-    return found
+        exporter = _Exporter(options or ExportOptions(), study.settings.id, annotators(connection))
+        items = list(all_items(connection))
+        votes: dict[int, list[StoredVote]] = defaultdict(list)
+        for v in stored_votes(connection):
+            votes[v.item].append(v)
+    for item in items:
+        if item.gold is None:
+            exporter.add(item, votes[item.id])
+    return exporter.found
 
 
-def _export_item(
-    item: Item, said: Sequence[Judgement], people: dict[int, Annotator], how: How, study: str, found: Exported
-) -> None:
-    counts = found.counts
-    usable = []
-    for j in said:
-        if people[j.annotator].pseudonym in how.exclude:
-            counts["votes of excluded annotators left out"] += 1
-        elif j.vote.skipped is not None:
-            counts["skips left out"] += 1
-        elif not j.vote.tiers and how.all_bad == "drop":
-            counts["votes that all are bad left out (--all-bad)"] += 1
+class _Exporter:
+    def __init__(self, options: ExportOptions, study: str, everyone: Sequence[Annotator]) -> None:
+        self.options, self.study, self.found = options, study, Exported()
+        self.counts = self.found.counts
+        self.pseudonyms: Mapping[int, str] = {a.id: a.pseudonym for a in everyone}
+
+    def add(self, item: Item, votes: Sequence[StoredVote]) -> None:
+        options, counts = self.options, self.counts
+        usable = [v for v in votes if self._usable(v)]
+        if not usable:
+            counts["items without a usable vote left out" if votes else "items without votes left out"] += 1
+            return
+        if len(usable) < options.min_votes:
+            counts["items with too few votes left out (--min-votes)"] += 1
+            return
+        counts["votes used"] += len(usable)
+        forms: dict[str, Callable[[Item, Sequence[StoredVote]], Iterator[tuple[ExportedRow, Sequence[int]]]]] = {
+            "pairs": self._pairs,
+            "rankings": self._rankings,
+            "soft": self._soft,
+        }
+        every = options.disagreement == "every" and options.form != "soft"
+        for group in [[v] for v in usable] if every else [usable]:
+            for values, indices in forms[options.form](item, group):
+                row = dict(item.row) | {"responses": [item.row["responses"][k] for k in indices]} | values
+                if options.provenance:
+                    row |= self._provenance(item, indices, group)
+                elif any(item.origins[k].model is not None for k in indices):
+                    row["models"] = [item.origins[k].model for k in indices]
+                self.found.rows.append(row)
+                self.found.prompt_keys.append(item.prompt_key)
+                counts["rows"] += 1
+
+    def _usable(self, v: StoredVote) -> bool:
+        why = ""
+        if self.pseudonyms[v.annotator] in self.options.exclude:
+            why = "votes of excluded annotators left out"
+        elif v.vote.skipped is not None:
+            why = "skips left out"
+        elif not v.vote.tiers and self.options.all_bad == "drop":
+            why = "votes that all responses are bad left out (--all-bad)"
+        if why:
+            self.counts[why] += 1
+        return not why
+
+    def _majorities(self, item: Item, group: Sequence[StoredVote]) -> dict[Pair, int]:
+        """For each decided pair 1 where the first is preferred, -1 where the second is, 0 for a tie."""
+        options, found = self.options, {}
+        for pair, (first, second, ties) in _votes_by_pair(item, group).items():
+            if options.disagreement == "unanimous" and max(first, second, ties) < first + second + ties:
+                self.counts["pairs without a unanimous vote left out (--disagreement unanimous)"] += 1
+            elif options.ties == "keep" and ties and ties >= max(first, second):
+                found[pair] = 0
+            elif first != second:  # half a vote for each side changes nothing here
+                found[pair] = 1 if first > second else -1
+            elif first:
+                self.counts["pairs with equally many votes for both sides left out"] += 1
+            else:
+                self.counts["pairs that are ties left out (--ties)"] += 1
+        return found
+
+    def _pairs(self, item: Item, group: Sequence[StoredVote]) -> Iterator[tuple[ExportedRow, Sequence[int]]]:
+        for (i, k), sign in self._majorities(item, group).items():
+            yield {"tiers": [[0], [1]] if sign else [[0, 1]]}, (i, k) if sign >= 0 else (k, i)
+
+    def _rankings(self, item: Item, group: Sequence[StoredVote]) -> Iterator[tuple[ExportedRow, Sequence[int]]]:
+        signs = self._majorities(item, group)
+        if tiers := tiers_of_signs(signs, item.count):
+            yield {"tiers": [list(tier) for tier in tiers]}, range(item.count)
+        elif votes := [[i, k, 1.0] if sign > 0 else [k, i, 1.0] for (i, k), sign in signs.items() if sign]:
+            self.counts["rows whose votes form no order of all responses, written as pairs"] += 1
+            yield {"votes": votes}, range(item.count)
         else:
-            usable.append(j)
-    if not usable:
-        counts["items without a usable vote left out" if said else "items without votes left out"] += 1
-        return
-    if len(usable) < how.min_votes:
-        counts["items with too few votes left out (--min-votes)"] += 1
-        return
-    counts["votes used"] += len(usable)
-    makers = {"pairs": _pairs, "rankings": _rankings, "soft": _soft}
-    groups = [[j] for j in usable] if how.disagreement == "every" and how.form != "soft" else [usable]
-    for group in groups:
-        for row, numbers in makers[how.form](item, group, how, counts):
-            if how.provenance:
-                row |= _provenance(item, numbers, group, people, study)
-            elif any(item.origins[k].model is not None for k in numbers):
-                row["models"] = [item.origins[k].model for k in numbers]
-            found.rows.append(row)
-            found.prompt_keys.append(item.prompt_key)
-            counts["rows"] += 1
+            self.counts["items without a decided pair left out"] += 1
 
-
-def _tally(item: Item, group: Sequence[Judgement]) -> dict[Pair, tuple[int, int, int]]:
-    """For each pair of responses that was judged: votes for the first, for the second, and ties."""
-    found: dict[Pair, list[int]] = {}
-    for j in group:
-        pairs = j.vote.pairs or tuple((i, k, 0) for i in range(item.count) for k in range(i + 1, item.count))
-        for i, k, sign in pairs:
-            found.setdefault((i, k), [0, 0, 0])[2 if sign == 0 else 0 if sign > 0 else 1] += 1
-    return {pair: (cell[0], cell[1], cell[2]) for pair, cell in sorted(found.items())}
-
-
-def _verdicts(item: Item, group: Sequence[Judgement], how: How, counts: Counter[str]) -> dict[Pair, int]:
-    """What the group says of each pair: 1 for the first, -1 for the second, 0 for a tie; what it leaves open is counted
-    and absent."""
-    found = {}
-    for pair, (first, second, ties) in _tally(item, group).items():
-        if how.disagreement == "unanimous" and max(first, second, ties) < first + second + ties:
-            counts["pairs on which people differ left out (--disagreement unanimous)"] += 1
-        elif how.ties == "keep" and ties and ties >= max(first, second):
-            found[pair] = 0
-        elif first != second:  # half a vote for each side changes nothing here
-            found[pair] = 1 if first > second else -1
-        elif first:
-            counts["pairs with as many votes for either side left out"] += 1
-        else:
-            counts["pairs that are ties left out (--ties)"] += 1
-    return found
-
-
-def _pairs(
-    item: Item, group: Sequence[Judgement], how: How, counts: Counter[str]
-) -> Iterator[tuple[Row, tuple[int, ...]]]:
-    for (i, k), sign in _verdicts(item, group, how, counts).items():
-        numbers = (i, k) if sign >= 0 else (k, i)
-        yield _row(item, numbers) | {"tiers": [[0, 1]] if sign == 0 else [[0], [1]]}, numbers
-
-
-def _rankings(
-    item: Item, group: Sequence[Judgement], how: How, counts: Counter[str]
-) -> Iterator[tuple[Row, tuple[int, ...]]]:
-    verdicts = _verdicts(item, group, how, counts)
-    numbers = tuple(range(item.count))
-    if tiers := order_of(verdicts, item.count):
-        yield _row(item, numbers) | {"tiers": [list(tier) for tier in tiers]}, numbers
-        return
-    pairs = [[i, k] if sign > 0 else [k, i] for (i, k), sign in verdicts.items() if sign]
-    if not pairs:
-        counts["items that decide no pair left out"] += 1
-        return
-    counts["rows whose votes form no order of all responses, written as pairs"] += 1
-    yield _row(item, numbers) | {"votes": [[best, worse, 1.0] for best, worse in pairs]}, numbers
-
-
-def _soft(
-    item: Item, group: Sequence[Judgement], how: How, counts: Counter[str]
-) -> Iterator[tuple[Row, tuple[int, ...]]]:
-    votes: list[list[float]] = []
-    signs: dict[Pair, int] = {}
-    for (i, k), (first, second, ties) in _tally(item, group).items():
-        half = ties / 2 if how.ties != "drop" else 0
-        total = first + second + 2 * half
-        if total:
+    def _soft(self, item: Item, group: Sequence[StoredVote]) -> Iterator[tuple[ExportedRow, Sequence[int]]]:
+        votes: list[list[float]] = []
+        signs: dict[Pair, int] = {}
+        for (i, k), (first, second, ties) in _votes_by_pair(item, group).items():
+            half = ties / 2 if self.options.ties != "drop" else 0
+            total = first + second + 2 * half
+            if not total:
+                self.counts["pairs that are ties left out (--ties)"] += 1
+                continue
             votes += [[i, k, (first + half) / total]] if first + half else []
             votes += [[k, i, (second + half) / total]] if second + half else []
             signs[i, k] = (first > second) - (first < second)
-        else:
-            counts["pairs that are ties left out (--ties)"] += 1
-    if not votes:
-        counts["items that decide no pair left out"] += 1
-        return
-    numbers = tuple(range(item.count))
-    row = _row(item, numbers)
-    # Beside the shares the order that most people see, where there is one, for what learns from orders.
-    if tiers := order_of(signs, item.count):
-        row["tiers"] = [list(tier) for tier in tiers]
-    yield row | {"votes": votes}, numbers
+        if not votes:
+            self.counts["items without a decided pair left out"] += 1
+            return
+        # Methods that need an order use the majority's, where there is one.
+        tiers = tiers_of_signs(signs, item.count)
+        order = {"tiers": [list(tier) for tier in tiers]} if tiers else {}
+        yield order | {"votes": votes}, range(item.count)
 
-
-def order_of(signs: dict[Pair, int], count: int) -> Tiers:
-    """The order with ties of all responses that signs of pairs agree with, or nothing where there is none.
-
-    >>> order_of({(0, 1): -1, (0, 2): 0, (1, 2): 1}, 3), order_of({(0, 1): 1, (1, 2): 1, (0, 2): -1}, 3)
-    (((1,), (0, 2)), ())
-    """
-    if len(signs) < count * (count - 1) // 2:
-        return ()
-    net = [0] * count
-    for (i, k), sign in signs.items():
-        net[i] += sign
-        net[k] -= sign
-    if any(sign != (net[i] > net[k]) - (net[i] < net[k]) for (i, k), sign in signs.items()):
-        return ()
-    return tuple(tuple(k for k in range(count) if net[k] == n) for n in sorted(set(net), reverse=True))
-
-
-def _row(item: Item, numbers: Iterable[int]) -> Row:
-    """Prompt and responses; what else the row of the item says of its prompt, such as tools, stays."""
-    return dict(item.row) | {"responses": [item.row["responses"][k] for k in numbers]}
-
-
-def _provenance(
-    item: Item, numbers: tuple[int, ...], group: Sequence[Judgement], people: dict[int, Annotator], study: str
-) -> Row:
-    """Who said what of which responses: ``numbers`` are those of the item that the row has, in its order."""
-    said = []
-    for j in group:
-        told = j.vote.to_json() | {
-            "annotator": people[j.annotator].pseudonym,
-            "shown": list(j.shown),
-            "seconds": j.seconds,
-            "at": j.at,
+    def _provenance(self, item: Item, indices: Sequence[int], group: Sequence[StoredVote]) -> ExportedRow:
+        annotations = []
+        for v in group:
+            annotation = v.vote.to_json() | {
+                "annotator": self.pseudonyms[v.annotator],
+                "shown": list(v.shown),
+                "seconds": v.seconds,
+                "at": v.at,
+            }
+            annotations.append(annotation if v.active is None else annotation | {"active_seconds": v.active})
+        origins = [item.origins[k] for k in indices]
+        return {
+            "study": self.study,
+            "item": item.id,
+            "numbers": list(indices),
+            "models": [o.model for o in origins],
+            "sampling": [None if o.sampling is None else dict(o.sampling) for o in origins],
+            "source": item.file,
+            "source_row": item.file_row,
+            "annotations": annotations,
         }
-        said.append(told if j.active is None else told | {"active_seconds": j.active})
-    origins = [item.origins[k] for k in numbers]
-    return {
-        "study": study,
-        "item": item.id,
-        "numbers": list(numbers),
-        "models": [o.model for o in origins],
-        "sampling": [None if o.sampling is None else dict(o.sampling) for o in origins],
-        "source": item.file,
-        "source_row": item.file_row,
-        "annotations": said,
-    }
 
 
-AS_IT_IS = How(form="soft", ties="half", all_bad="drop", provenance=False)
-"""Every vote counts: each pair is weighed by its share of votes, beside the order that most people see."""
+def _votes_by_pair(item: Item, group: Sequence[StoredVote]) -> dict[Pair, tuple[int, int, int]]:
+    """For each judged pair of responses the votes for the first, for the second, and for a tie."""
+    found: dict[Pair, list[int]] = {}
+    for v in group:
+        pairs = v.vote.pairs or tuple((i, k, 0) for i, k in combinations(range(item.count), 2))
+        for i, k, sign in pairs:
+            found.setdefault((i, k), [0, 0, 0])[{1: 0, -1: 1, 0: 2}[sign]] += 1
+    return {pair: (cell[0], cell[1], cell[2]) for pair, cell in sorted(found.items())}
 
 
 @dataclass(frozen=True, slots=True)
 class StudyRows:
-    """The rows of a study; the file may be served meanwhile."""
+    """The rows of a study as training data, with soft labels; the study may be served meanwhile."""
 
     path: Path
 
     def rows(self, name: str, keep_going: bool) -> Iterator[object]:
-        """Rows in the canonical layout: prompt, responses, votes, tiers where there is an order, and the models."""
+        """Rows in the canonical layout: prompt, responses, votes, tiers where they form an order, models."""
         return iter(self._read().rows)
 
     def digest(self) -> str:
-        """SHA-256 of the rows: the file's own bytes change with every page that is opened."""
+        """SHA-256 of the rows: the bytes of the file change with every page that is opened."""
         digest = hashlib.sha256()
         for row in self._read().rows:
             digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
         return digest.hexdigest()
 
     def notes(self) -> list[str]:
-        """What became of the votes, in words."""
-        said = "; ".join(line for line in self._read().lines() if not line.endswith(" rows"))
-        return [f"{self.path}: {said}"] if said else []
+        """What became of the votes, as text."""
+        lines = "; ".join(line for line in self._read().lines() if not line.endswith(" rows"))
+        return [f"{self.path}: {lines}"] if lines else []
 
     def _read(self) -> Exported:
         try:
             with Study(self.path, read_only=True) as study:
-                query = "SELECT (SELECT coalesce(max(id), 0) FROM event), (SELECT count(*) FROM item)"
-                with study.reading() as connection:
-                    state = tuple(connection.execute(query).fetchone())
-            return _exported(self.path, study.settings.id, state)
+                revision = study.revision()
+            return _exported(self.path, study.settings.id, revision)
         except StudyError as error:
             raise DataError(str(error).removeprefix(f"{self.path}: "), file=str(self.path)) from None
 
 
 @lru_cache(maxsize=2)  # a run asks for notes, digest and rows one after another
-def _exported(path: Path, study: str, state: tuple[int, int]) -> Exported:
+def _exported(path: Path, study: str, revision: tuple[int, int]) -> Exported:
     with Study(path, read_only=True) as opened:
-        return export_rows(opened, AS_IT_IS)
+        return export_rows(opened, ExportOptions(form="soft", ties="half", all_bad="drop", provenance=False))

@@ -1,27 +1,37 @@
-"""What people are shown: a prompt and its responses, kept as the rows of a file would hold them."""
+"""Items (a prompt with its responses) and the queue that decides which item an annotator sees next.
+
+The next item is found by an index, whatever the size of the study. Items that others have begun come first, so that
+votes overlap early; then new ones, in the order of the file. Begun items that need more votes wait in a queue, at
+places that only grow. Items up to an annotator's ``cursor`` they have seen, or are full: each search starts there and
+passes every place once. An item that needs votes again goes to the end of the queue, beyond all cursors.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import sqlite3
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prefopt.errors import StudyError
-from prefopt.studies.digests import Damaged, check, check_complete, decoding, insert
+from prefopt.records import Tiers
+from prefopt.studies.annotators import Annotator
+from prefopt.studies.database import COUNTER, DamagedRow, check_complete, check_row, decoding, insert
 from prefopt.studies.study import Study, now
 
 MOST_RESPONSES = 9
-"""Responses of an item at most: as many as a keyboard has digits."""
-
-Tiers = tuple[tuple[int, ...], ...]
+"""The most responses of an item: as many as a keyboard has digits."""
+RENEW_SECONDS = 60.0
+LAPSE_AT_ONCE = 50
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a response comes from: the model's name, and how it was sampled."""
+class ResponseOrigin:
+    """The model that a response comes from, and its sampling settings."""
 
     model: str | None = None
     sampling: Mapping[str, Any] | None = None
@@ -31,39 +41,49 @@ class Origin:
 class NewItem:
     """An item to add.
 
-    ``row`` is prompt and responses (and tools) in the canonical layout, ``prompt_key`` names the prompt, ``origins``
-    are the responses', ``gold`` is the known order of a gold item; ``file`` and ``file_row`` say where it was read.
+    ``row`` holds prompt and responses (and tools) in the canonical layout, ``prompt_key`` identifies the prompt,
+    ``gold`` is the known order of a gold item; ``file`` and ``file_row`` say where it was read.
     """
 
     row: Mapping[str, Any]
     prompt_key: bytes
-    origins: Sequence[Origin]
+    origins: Sequence[ResponseOrigin]
     gold: Tiers | None = None
     file: str = ""
     file_row: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """An item of a study; ``origins`` [K] as in the file, ``sampling`` already looked up."""
+class Item(NewItem):
+    """An item of a study, with its number."""
 
-    id: int
-    row: Mapping[str, Any]
-    prompt_key: bytes
-    origins: tuple[Origin, ...]
-    gold: Tiers | None
-    file: str
-    file_row: int
+    id: int = 0
 
     @property
     def count(self) -> int:
-        """K, how many responses there are."""
+        """K, the number of responses."""
         return len(self.origins)
 
 
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """An item as one annotator sees it: ``shown`` [K] are the indices of the responses in the order shown.
+
+    ``ticket`` identifies this showing; a vote carries it. ``since`` is when it was first shown, in seconds since 1970.
+    """
+
+    item: Item
+    ticket: str
+    shown: tuple[int, ...]
+    since: float
+
+
 def add_items(study: Study, items: Iterable[NewItem]) -> tuple[int, int]:
-    """Add items in their order, all or none; (added, already there). Raises :class:`StudyError`."""
-    added = there = 0
+    """Add items in order, all or none; returns how many were added and how many were duplicates.
+
+    Raises :class:`StudyError`.
+    """
+    counts = [0, 0]
     with study.writing() as connection:
         for item in items:
             if not 2 <= len(item.origins) <= MOST_RESPONSES:
@@ -71,52 +91,51 @@ def add_items(study: Study, items: Iterable[NewItem]) -> tuple[int, int]:
                     f"{item.file}, row {item.file_row}: has {len(item.origins)} responses;"
                     f" an item has 2 to {MOST_RESPONSES}"
                 )
-            if _add(connection, item):
-                added += 1
-            else:
-                there += 1
-    return added, there
+            counts[not _add(connection, item)] += 1
+    return counts[0], counts[1]
 
 
 def _add(connection: sqlite3.Connection, item: NewItem) -> bool:
-    origins = [{"model": o.model, "sampling": _sampling(connection, o.sampling)} for o in item.origins]
-    gold = None if item.gold is None else json.dumps(item.gold)
+    origins = [{"model": o.model, "sampling": _sampling_id(connection, o.sampling)} for o in item.origins]
     row = json.dumps(item.row, ensure_ascii=False)
     try:
         row.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which SQLite cannot hold
+    except UnicodeEncodeError:  # half of a surrogate pair, which SQLite cannot store
         row = json.dumps(item.row)
+    # The same row at another place is the same item; a gold item is a different one.
+    identity = json.dumps([item.row, item.gold], sort_keys=True)
     values = {
-        "digest": item_digest(item),
+        "digest": hashlib.blake2b(identity.encode(), digest_size=16).digest(),
         "prompt_key": item.prompt_key,
         "row": row,
         "count": len(item.origins),
         "origins": json.dumps(origins, ensure_ascii=False),
-        "gold": gold,
+        "gold": None if item.gold is None else json.dumps(item.gold),
         "file": item.file,
         "file_row": item.file_row,
         "at": now(),
     }
     done = insert(connection, "item", values, "ON CONFLICT (digest) DO NOTHING")
-    if done.rowcount and gold is None:
+    if done.rowcount and item.gold is None:
         connection.execute("INSERT INTO queue (item) VALUES (?)", (done.lastrowid,))
     return bool(done.rowcount)
 
 
-def item_digest(item: NewItem) -> bytes:
-    """What makes an item the same as another: the row, whatever its place; a gold one is none of the others."""
-    text = json.dumps([item.row, item.gold], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+def _sampling_id(connection: sqlite3.Connection, settings: Mapping[str, Any] | None) -> int | None:
+    if settings is None:
+        return None
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
+    insert(connection, "sampling", {"settings": text}, "ON CONFLICT (settings) DO NOTHING")
+    return int(connection.execute("SELECT id FROM sampling WHERE settings = ?", (text,)).fetchone()[0])
 
 
 def get_item(connection: sqlite3.Connection, id: int) -> Item | None:
-    """One item, or None."""
     found = connection.execute("SELECT * FROM item WHERE id = ?", (id,)).fetchone()
     return _item(connection, found, {}) if found else None
 
 
 def all_items(connection: sqlite3.Connection) -> Iterable[Item]:
-    """All items in order, one after another."""
+    """All items by number."""
     check_complete(connection, "item")
     samplings: dict[int, Mapping[str, Any]] = {}
     for found in connection.execute("SELECT * FROM item ORDER BY id"):
@@ -124,37 +143,192 @@ def all_items(connection: sqlite3.Connection) -> Iterable[Item]:
 
 
 def _item(connection: sqlite3.Connection, found: sqlite3.Row, samplings: dict[int, Mapping[str, Any]]) -> Item:
-    check("item", found)
+    check_row("item", found)
     with decoding("item", found["id"]):
         origins = []
         for origin in json.loads(found["origins"]):
             number = origin["sampling"]
             if number is not None and number not in samplings:
-                samplings[number] = _settings_of(connection, number)
-            origins.append(Origin(origin["model"], None if number is None else samplings[number]))
-        gold = None if found["gold"] is None else tiers_of(json.loads(found["gold"]))
+                settings = connection.execute("SELECT * FROM sampling WHERE id = ?", (number,)).fetchone()
+                if settings is None:
+                    raise DamagedRow(f"sampling {number} is gone")
+                check_row("sampling", settings)
+                samplings[number] = json.loads(settings["settings"])
+            origins.append(ResponseOrigin(origin["model"], None if number is None else samplings[number]))
+        gold = None if found["gold"] is None else parse_tiers(json.loads(found["gold"]))
         row = json.loads(found["row"])
-        return Item(found["id"], row, found["prompt_key"], tuple(origins), gold, found["file"], found["file_row"])
+        return Item(row, found["prompt_key"], tuple(origins), gold, found["file"], found["file_row"], found["id"])
 
 
-def _settings_of(connection: sqlite3.Connection, number: int) -> Mapping[str, Any]:
-    found = connection.execute("SELECT * FROM sampling WHERE id = ?", (number,)).fetchone()
-    if found is None:
-        raise Damaged(f"sampling {number} is gone")
-    check("sampling", found)
-    settings: Mapping[str, Any] = json.loads(found["settings"])
-    return settings
+def gold_tiers(connection: sqlite3.Connection) -> dict[int, Tiers]:
+    """The known orders of gold items by number."""
+    found = {}
+    for row in connection.execute("SELECT * FROM item NOT INDEXED WHERE gold IS NOT NULL"):
+        check_row("item", row)
+        with decoding("item", row["id"]):
+            found[row["id"]] = parse_tiers(json.loads(row["gold"]))
+    return found
 
 
-def tiers_of(value: Iterable[Iterable[int]]) -> Tiers:
-    """Tiers from JSON."""
+def parse_tiers(value: Iterable[Iterable[int]]) -> Tiers:
     return tuple(tuple(int(k) for k in tier) for tier in value)
 
 
-def _sampling(connection: sqlite3.Connection, settings: Mapping[str, Any] | None) -> int | None:
-    if settings is None:
-        return None
-    text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
-    insert(connection, "sampling", {"settings": text}, "ON CONFLICT (settings) DO NOTHING")
-    found: int = connection.execute("SELECT id FROM sampling WHERE settings = ?", (text,)).fetchone()[0]
-    return found
+# -- the queue -----------------------------------------------------------------------------------------------------
+
+
+def next_item(study: Study, annotator: Annotator, *, at: float | None = None) -> Assignment | None:
+    """The item that the annotator left unanswered, else a new one, else None."""
+    moment = time.time() if at is None else at
+    lease = study.settings.lease
+    columns = "SELECT * FROM assignment WHERE annotator = ?"
+    with study.reading() as connection:
+        query = f"{columns} AND state IN ('pending', 'lapsed') ORDER BY since DESC LIMIT 1"
+        found = connection.execute(query, (annotator.id,)).fetchone()
+        if found is not None and found["state"] == "pending" and moment < found["until"] - lease + RENEW_SECONDS:
+            return _assignment(connection, found)
+    with study.writing() as connection:
+        _lapse(connection, study.settings.overlap, moment)
+        item = _resume(connection, study, annotator, moment)
+        if item is None:
+            item = _choose(connection, study, annotator)
+            if item is None:
+                return None
+            _show(connection, study, annotator, item, moment)
+        found = connection.execute(f"{columns} AND item = ?", (annotator.id, item)).fetchone()
+        return _assignment(connection, found)
+
+
+def items_seen(connection: sqlite3.Connection, annotator: Annotator) -> int:
+    """How many items the annotator has been shown."""
+    return int(connection.execute("SELECT seen FROM annotator WHERE id = ?", (annotator.id,)).fetchone()[0])
+
+
+def order_shown(seed: str, annotator: int, item: int, count: int) -> tuple[int, ...]:
+    """A uniformly distributed permutation of ``range(count)`` that depends on its arguments alone."""
+    keys = [hashlib.blake2b(f"{seed}/{annotator}/{item}/{k}".encode(), digest_size=8).digest() for k in range(count)]
+    return tuple(sorted(range(count), key=keys.__getitem__))
+
+
+def change_taken(connection: sqlite3.Connection, item: int, change: int, overlap: int) -> None:
+    """Count one annotator more (1) or less (-1) for an item.
+
+    At ``overlap`` annotators it leaves the queue; where it needs votes again, it goes to the end.
+    """
+    found = connection.execute("SELECT taken, place FROM queue WHERE item = ?", (item,)).fetchone()
+    if found is None:
+        return  # gold items are shown to everyone
+    taken, place = found["taken"] + change, found["place"]
+    if taken >= overlap:
+        place = None if change > 0 else place
+    elif not place:
+        place = _new_place(connection)
+    connection.execute("UPDATE queue SET taken = ?, fresh = 0, place = ? WHERE item = ?", (taken, place, item))
+
+
+def _new_place(connection: sqlite3.Connection) -> int:
+    """A place behind all that were ever given: those of full items are not given again."""
+    connection.execute(
+        "INSERT INTO setting (name, value) VALUES (?,"
+        " (SELECT coalesce(max(place), 0) + 1 FROM queue WHERE place IS NOT NULL))"
+        " ON CONFLICT (name) DO UPDATE SET value = CAST(value AS INTEGER) + 1",
+        (COUNTER,),
+    )
+    return int(connection.execute("SELECT value FROM setting WHERE name = ?", (COUNTER,)).fetchone()[0])
+
+
+def _lapse(connection: sqlite3.Connection, overlap: int, moment: float) -> None:
+    """Release the items of annotators who left them unanswered."""
+    rows = connection.execute(
+        "SELECT annotator, item FROM assignment WHERE state = 'pending' AND until < ? ORDER BY until LIMIT ?",
+        (moment, LAPSE_AT_ONCE),
+    ).fetchall()
+    for row in rows:
+        query = "UPDATE assignment SET state = 'lapsed' WHERE annotator = ? AND item = ?"
+        connection.execute(query, (row["annotator"], row["item"]))
+        change_taken(connection, row["item"], -1, overlap)
+
+
+def _resume(connection: sqlite3.Connection, study: Study, annotator: Annotator, moment: float) -> int | None:
+    """The last unanswered item that still needs a vote, its lease renewed."""
+    overlap = study.settings.overlap
+    rows = connection.execute(
+        "SELECT a.item, a.state, q.taken FROM assignment a LEFT JOIN queue q ON q.item = a.item"
+        " WHERE a.annotator = ? AND a.state IN ('pending', 'lapsed') ORDER BY a.since DESC LIMIT 20",
+        (annotator.id,),
+    ).fetchall()
+    for row in rows:
+        if row["state"] == "lapsed":
+            if row["taken"] is not None and row["taken"] >= overlap:
+                continue
+            change_taken(connection, row["item"], 1, overlap)
+        connection.execute(
+            "UPDATE assignment SET state = 'pending', until = ? WHERE annotator = ? AND item = ?",
+            (moment + study.settings.lease, annotator.id, row["item"]),
+        )
+        return int(row["item"])
+    return None
+
+
+def _choose(connection: sqlite3.Connection, study: Study, annotator: Annotator) -> int | None:
+    query = "SELECT seen, cursor FROM annotator WHERE id = ?"
+    seen, cursor = connection.execute(query, (annotator.id,)).fetchone()
+    if _gold_is_due(study, annotator, seen) and (gold := _next_gold(connection, annotator)) is not None:
+        return gold
+    begun = connection.execute(
+        "SELECT item, place FROM queue WHERE place > ? AND NOT EXISTS"
+        " (SELECT 1 FROM assignment a WHERE a.annotator = ? AND a.item = queue.item) ORDER BY place LIMIT 1",
+        (cursor, annotator.id),
+    ).fetchone()
+    # All places before the one found, or all places there are, never have to be searched again.
+    last = "SELECT coalesce(max(place), 0) FROM queue WHERE place IS NOT NULL"
+    passed = begun["place"] - 1 if begun else connection.execute(last).fetchone()[0]
+    if passed > cursor:
+        connection.execute("UPDATE annotator SET cursor = ? WHERE id = ?", (passed, annotator.id))
+    if begun:
+        return int(begun["item"])
+    fresh = connection.execute("SELECT item FROM queue WHERE fresh = 1 ORDER BY item LIMIT 1").fetchone()
+    return int(fresh["item"]) if fresh else _next_gold(connection, annotator)
+
+
+def _gold_is_due(study: Study, annotator: Annotator, seen: int) -> bool:
+    """One item of every block of ``gold_every`` is a gold item, at a place that annotators cannot guess."""
+    every = study.settings.gold_every
+    block = f"{study.settings.seed}/gold/{annotator.id}/{seen // every}".encode()
+    slot = int.from_bytes(hashlib.blake2b(block, digest_size=4).digest(), "little") % every
+    return seen % every == slot
+
+
+def _next_gold(connection: sqlite3.Connection, annotator: Annotator) -> int | None:
+    found = connection.execute(
+        "SELECT id FROM item WHERE gold IS NOT NULL AND NOT EXISTS"
+        " (SELECT 1 FROM assignment a WHERE a.annotator = ? AND a.item = item.id) ORDER BY id LIMIT 1",
+        (annotator.id,),
+    ).fetchone()
+    return int(found["id"]) if found else None
+
+
+def _show(connection: sqlite3.Connection, study: Study, annotator: Annotator, item: int, moment: float) -> None:
+    settings = study.settings
+    count = connection.execute("SELECT count FROM item WHERE id = ?", (item,)).fetchone()[0]
+    shown = order_shown(settings.seed, annotator.id, item, count)
+    ticket = secrets.token_urlsafe(18)
+    event = {"at": now(), "annotator": annotator.id, "item": item, "kind": "shown", "ticket": ticket}
+    insert(connection, "event", event | {"body": json.dumps({"order": shown})})
+    connection.execute(
+        "INSERT INTO assignment VALUES (?, ?, 'pending', ?, ?, ?, ?, NULL)",
+        (annotator.id, item, ticket, json.dumps(shown), moment, moment + settings.lease),
+    )
+    connection.execute("UPDATE annotator SET seen = seen + 1 WHERE id = ?", (annotator.id,))
+    change_taken(connection, item, 1, settings.overlap)
+
+
+def _assignment(connection: sqlite3.Connection, found: sqlite3.Row) -> Assignment:
+    item = get_item(connection, found["item"])
+    if item is None:
+        raise DamagedRow(f"item {found['item']} is gone")
+    with decoding("the assignment of item", item.id):
+        shown = tuple(json.loads(found["shown"]))
+        if sorted(shown) != list(range(item.count)):
+            raise DamagedRow(f"the assignment of item {item.id} shows responses that it does not have")
+    return Assignment(item, found["ticket"], shown, found["since"])

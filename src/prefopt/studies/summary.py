@@ -1,4 +1,4 @@
-"""A study in numbers: how far it is, who agrees with whom, what is disputed. Gold items count for accuracy alone."""
+"""Statistics of a study: progress, agreement, disputed items. Gold items count for the accuracy of annotators alone."""
 
 from __future__ import annotations
 
@@ -6,32 +6,35 @@ import json
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from prefopt.studies.agreement import Estimate, Unit, alpha_interval, kappa, raw_agreement, share_of
+from prefopt.records import Tiers
+from prefopt.studies.agreement import Estimate, Metric, alpha_interval, kappa, raw_agreement, share_of
 from prefopt.studies.annotators import Annotator, annotators
-from prefopt.studies.digests import check, check_complete
-from prefopt.studies.items import Tiers
+from prefopt.studies.database import check_complete, check_row
+from prefopt.studies.items import gold_tiers
 from prefopt.studies.study import Study
-from prefopt.studies.votes import Judgement, agrees_with, golds, judgements
+from prefopt.studies.votes import StoredVote, stored_votes
 
 ALL_BAD = 9
 """The value of a pair of responses that are both bad, beside 1, 0 and -1."""
-DISPUTED = 12
+MOST_DISPUTED = 12
 
-UnitKey = tuple[int, int, int]
-"""Item and two of its responses."""
+Units = dict[tuple[int, int, int], dict[int, int]]
+"""For each item and two of its responses: annotator to value."""
 
 
 @dataclass(frozen=True, slots=True)
-class PersonSummary:
-    """One annotator.
+class AnnotatorSummary:
+    """Statistics of one annotator.
 
-    ``agreement`` is the share of others' votes on the same pairs that say the same, ``kappa`` Cohen's kappa against
-    what most of the others say, where most of them say one thing; ``first`` the share of preferences for what was
-    shown first; ``gold`` the share of gold items judged as known, of ``golds``; ``seconds`` the median time on an item.
+    - ``seconds``: median time per item.
+    - ``agreement``: fraction of the others' votes on the same pairs that are the same.
+    - ``kappa``: Cohen's kappa with the majority of the others, on pairs where they have one.
+    - ``first``: fraction of preferences for the response shown first.
+    - ``gold``: fraction of the ``golds`` gold items voted on as known.
     """
 
     name: str
@@ -47,8 +50,8 @@ class PersonSummary:
 
 
 @dataclass(frozen=True, slots=True)
-class Couple:
-    """Two annotators on the pairs that both judged."""
+class AnnotatorPair:
+    """Two annotators on the pairs of responses (``units``) that both voted on."""
 
     first: str
     second: str
@@ -58,8 +61,8 @@ class Couple:
 
 
 @dataclass(frozen=True, slots=True)
-class Disputed:
-    """An item on which votes differ: ``disagreement`` is one less its raw agreement."""
+class DisputedItem:
+    """An item on which votes differ; ``disagreement`` is 1 - raw agreement."""
 
     item: int
     votes: int
@@ -68,7 +71,7 @@ class Disputed:
 
 @dataclass(frozen=True, slots=True)
 class ModelWins:
-    """Pairs of a model's responses against other models', votes counted one by one."""
+    """Pairs of a model's responses with other models' responses, counted per vote."""
 
     name: str
     won: int
@@ -78,8 +81,8 @@ class ModelWins:
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
-    """All of it. ``wanted`` is the number of votes that items and overlap ask for, ``votes`` those in force on them."""
+class StudySummary:
+    """All statistics. ``wanted`` is items times annotators per item, ``votes`` those in force on these items."""
 
     title: str
     items: int
@@ -96,56 +99,61 @@ class Summary:
     nominal: Estimate
     ordinal: Estimate
     first: Estimate
-    people: tuple[PersonSummary, ...]
-    couples: tuple[Couple, ...]
-    disputed: tuple[Disputed, ...]
+    annotators: tuple[AnnotatorSummary, ...]
+    annotator_pairs: tuple[AnnotatorPair, ...]
+    disputed: tuple[DisputedItem, ...]
     models: tuple[ModelWins, ...]
 
 
-def summarise(study: Study, *, resamples: int = 1000) -> Summary:
-    """Count everything, at one moment."""
+def summarise(study: Study, *, resamples: int = 1000) -> StudySummary:
+    """Compute all statistics from one view of the study."""
     with study.reading() as connection:
-        known = golds(connection)
+        gold = gold_tiers(connection)
         everyone = annotators(connection)
-        found = list(judgements(connection))
+        found = list(stored_votes(connection))
         prompts, origins = {}, {}
         check_complete(connection, "item")
         for row in connection.execute("SELECT * FROM item WHERE gold IS NULL"):
-            check("item", row)
+            check_row("item", row)
             prompts[row["id"]], origins[row["id"]] = row["prompt_key"], row["origins"]
         undone = connection.execute("SELECT count(*) FROM event WHERE kind = 'undo'").fetchone()[0]
-    said = [j for j in found if j.vote.skipped is None]
-    free = [j for j in said if j.item not in known]
-    nominal, ordinal = _units(free)
-    couples = tuple(_couples(nominal, {p.id: p.name for p in everyone}))
-    shared = sum(c.units for c in couples if not math.isnan(c.kappa))
-    mean = sum(c.kappa * c.units for c in couples if not math.isnan(c.kappa)) / shared if shared else math.nan
-    return Summary(
+    votes = [v for v in found if v.vote.skipped is None]
+    counted = [v for v in votes if v.item not in gold]
+    nominal, ordinal = _units(counted)
+    pairs = tuple(_annotator_pairs(nominal, {a.id: a.name for a in everyone}))
+    kappas = [(p.kappa, p.units) for p in pairs if not math.isnan(p.kappa)]
+    units = sum(count for _, count in kappas)
+
+    def interval(of: Units, metric: Metric) -> Estimate:
+        clusters = [prompts[item] for item, _, _ in of]
+        return alpha_interval(list(of.values()), metric, clusters=clusters, resamples=resamples)
+
+    return StudySummary(
         title=study.settings.title,
         items=len(prompts),
-        complete=sum(n >= study.settings.overlap for n in Counter(j.item for j in free).values()),
+        complete=sum(n >= study.settings.overlap for n in Counter(v.item for v in counted).values()),
         wanted=len(prompts) * study.settings.overlap,
-        votes=len(free),
-        gold_items=len(known),
-        gold_votes=len(said) - len(free),
+        votes=len(counted),
+        gold_items=len(gold),
+        gold_votes=len(votes) - len(counted),
         undone=undone,
-        skips=dict(Counter(str(j.vote.skipped) for j in found if j.vote.skipped is not None)),
-        answers=dict(Counter(answer(j) for j in free)),
+        skips=dict(Counter(str(v.vote.skipped) for v in found if v.vote.skipped is not None)),
+        answers=dict(Counter(answer_kind(v) for v in counted)),
         raw=raw_agreement(list(nominal.values())),
-        kappa=mean,
-        nominal=_alpha(nominal, prompts, resamples),
-        ordinal=_alpha(ordinal, prompts, resamples, ordinal=True),
-        first=first_shown(said),
-        people=tuple(_people(everyone, found, nominal, known)),
-        couples=couples,
+        kappa=sum(value * count for value, count in kappas) / units if units else math.nan,
+        nominal=interval(nominal, "nominal"),
+        ordinal=interval(ordinal, "ordinal"),
+        first=first_shown(votes),
+        annotators=tuple(_annotators(everyone, found, nominal, gold)),
+        annotator_pairs=pairs,
         disputed=tuple(_disputed(nominal)),
-        models=tuple(_models(free, origins)),
+        models=tuple(_models(counted, origins)),
     )
 
 
-def answer(j: Judgement) -> str:
-    """The kind of a judgement: what of two was said, or that it is a ranking."""
-    vote = j.vote
+def answer_kind(v: StoredVote) -> str:
+    """Which of the answers on the page a vote is, or ``ranking``."""
+    vote = v.vote
     if not vote.tiers:
         return "all bad"
     if len(vote.tiers) == 1:
@@ -153,118 +161,100 @@ def answer(j: Judgement) -> str:
     return {1: "slightly better", 2: "better", 3: "much better"}[vote.strength] if vote.strength else "ranking"
 
 
-def first_shown(found: Iterable[Judgement]) -> Estimate:
-    """The share of preferences for the response that was shown before the other; one half without a bias.
+def first_shown(votes: Iterable[StoredVote]) -> Estimate:
+    """The fraction of preferences for the response shown before the other; 0.5 without a position bias.
 
-    Of a ranking, its share of all pairs counts as one vote.
+    A ranking counts as one vote, by the fraction of its pairs.
     """
-    shares = []
-    for j in found:
-        place = {k: n for n, k in enumerate(j.shown)}
-        ahead = [(place[i] < place[k]) == (sign > 0) for i, k, sign in j.vote.pairs if sign]
+    fractions = []
+    for v in votes:
+        position = {k: n for n, k in enumerate(v.shown)}
+        ahead = [(position[i] < position[k]) == (sign > 0) for i, k, sign in v.vote.pairs if sign]
         if ahead:
-            shares.append(sum(ahead) / len(ahead))
-    return share_of(sum(shares) / len(shares), len(shares)) if shares else share_of(math.nan, 0)
+            fractions.append(sum(ahead) / len(ahead))
+    return share_of(sum(fractions) / len(fractions) if fractions else math.nan, len(fractions))
 
 
-def _units(found: Sequence[Judgement]) -> tuple[dict[UnitKey, dict[int, int]], dict[UnitKey, dict[int, int]]]:
-    """Pairs of responses with what each person says of them: as names, and as numbers from -3 to 3."""
-    nominal: dict[UnitKey, dict[int, int]] = defaultdict(dict)
-    ordinal: dict[UnitKey, dict[int, int]] = defaultdict(dict)
-    for j in found:
-        if not j.vote.tiers:
-            for i, k in combinations(range(len(j.shown)), 2):
-                nominal[j.item, i, k][j.annotator] = ALL_BAD
-        for i, k, sign in j.vote.pairs:
-            nominal[j.item, i, k][j.annotator] = sign
-            ordinal[j.item, i, k][j.annotator] = sign * (j.vote.strength or 2)
+def _units(votes: Sequence[StoredVote]) -> tuple[Units, Units]:
+    """Pairs of responses with each annotator's value: nominal (1, 0, -1, both bad), and ordinal from -3 to 3."""
+    nominal: Units = defaultdict(dict)
+    ordinal: Units = defaultdict(dict)
+    for v in votes:
+        if not v.vote.tiers:
+            for i, k in combinations(range(len(v.shown)), 2):
+                nominal[v.item, i, k][v.annotator] = ALL_BAD
+        for i, k, sign in v.vote.pairs:
+            nominal[v.item, i, k][v.annotator] = sign
+            ordinal[v.item, i, k][v.annotator] = sign * (v.vote.strength or 2)
     return nominal, ordinal
 
 
-def _alpha(
-    units: dict[UnitKey, dict[int, int]], prompts: dict[int, bytes], resamples: int, *, ordinal: bool = False
-) -> Estimate:
-    return alpha_interval(
-        list(units.values()),
-        "ordinal" if ordinal else "nominal",
-        clusters=[prompts[item] for item, _, _ in units],
-        resamples=resamples,
-    )
-
-
-def _couples(units: dict[UnitKey, dict[int, int]], names: dict[int, str]) -> Iterable[Couple]:
+def _annotator_pairs(units: Units, names: Mapping[int, str]) -> Iterator[AnnotatorPair]:
     shared: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     for unit in units.values():
         for a, b in combinations(sorted(unit), 2):
             shared[a, b].append((unit[a], unit[b]))
-    for (a, b), pairs in sorted(shared.items()):
-        raw = sum(x == y for x, y in pairs) / len(pairs)
-        yield Couple(names[a], names[b], len(pairs), raw, kappa(pairs))
+    for (a, b), values in sorted(shared.items()):
+        raw = sum(x == y for x, y in values) / len(values)
+        yield AnnotatorPair(names[a], names[b], len(values), raw, kappa(values))
 
 
-def _people(
-    everyone: Sequence[Annotator],
-    found: Sequence[Judgement],
-    units: dict[UnitKey, dict[int, int]],
-    known: dict[int, Tiers],
-) -> Iterable[PersonSummary]:
-    own: dict[int, list[Judgement]] = defaultdict(list)
-    for j in found:
-        own[j.annotator].append(j)
+def _annotators(
+    everyone: Sequence[Annotator], found: Sequence[StoredVote], units: Units, gold: Mapping[int, Tiers]
+) -> Iterator[AnnotatorSummary]:
+    own: dict[int, list[StoredVote]] = defaultdict(list)
+    for v in found:
+        own[v.annotator].append(v)
     equal, compared = Counter[int](), Counter[int]()
-    against: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    with_majority: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for unit in units.values():
-        tally = Counter(unit.values())
-        for person, value in unit.items() if len(unit) > 1 else ():
-            equal[person] += tally[value] - 1
-            compared[person] += len(unit) - 1
-            rest = tally.copy()
+        counts = Counter(unit.values())
+        for annotator, value in unit.items() if len(unit) > 1 else ():
+            equal[annotator] += counts[value] - 1
+            compared[annotator] += len(unit) - 1
+            rest = counts.copy()
             rest[value] -= 1
-            (most, times), *others = rest.most_common()
+            (majority, times), *others = rest.most_common()
             if not others or others[0][1] < times:
-                against[person].append((value, most))
-    for p in everyone:
-        votes = [j for j in own[p.id] if j.vote.skipped is None]
-        tried = [agrees_with(j.vote, known[j.item]) for j in votes if j.item in known]
-        durations = [j.seconds if j.active is None else j.active for j in votes]
-        yield PersonSummary(
-            name=p.name,
-            pseudonym=p.pseudonym,
+                with_majority[annotator].append((value, majority))
+    for a in everyone:
+        votes = [v for v in own[a.id] if v.vote.skipped is None]
+        right = [v.vote.matches(gold[v.item]) for v in votes if v.item in gold]
+        durations = [v.seconds if v.active is None else v.active for v in votes]
+        yield AnnotatorSummary(
+            name=a.name,
+            pseudonym=a.pseudonym,
             votes=len(votes),
-            skips=len(own[p.id]) - len(votes),
+            skips=len(own[a.id]) - len(votes),
             seconds=statistics.median(durations) if durations else math.nan,
-            agreement=equal[p.id] / compared[p.id] if compared[p.id] else math.nan,
-            kappa=kappa(against[p.id]),
+            agreement=equal[a.id] / compared[a.id] if compared[a.id] else math.nan,
+            kappa=kappa(with_majority[a.id]),
             first=first_shown(votes),
-            gold=share_of(sum(tried) / len(tried) if tried else math.nan, len(tried)),
-            golds=len(tried),
+            gold=share_of(sum(right) / len(right) if right else math.nan, len(right)),
+            golds=len(right),
         )
 
 
-def _disputed(units: dict[UnitKey, dict[int, int]]) -> Iterable[Disputed]:
-    by_item: dict[int, list[Unit]] = defaultdict(list)
+def _disputed(units: Units) -> list[DisputedItem]:
+    by_item: dict[int, list[Mapping[int, int]]] = defaultdict(list)
     for (item, _, _), unit in units.items():
         by_item[item].append(unit)
-    found = [
-        Disputed(item, max(map(len, many)), 1 - raw_agreement(many))
-        for item, many in by_item.items()
-        if any(len(unit) > 1 for unit in many)
-    ]
-    found = [d for d in found if d.disagreement > 0]
-    return sorted(found, key=lambda d: (-d.disagreement, -d.votes, d.item))[:DISPUTED]
+    # Without two votes on a pair the agreement is nan, and so is left out.
+    items = [DisputedItem(item, max(map(len, many)), 1 - raw_agreement(many)) for item, many in by_item.items()]
+    disputed = [d for d in items if d.disagreement > 0]
+    return sorted(disputed, key=lambda d: (-d.disagreement, -d.votes, d.item))[:MOST_DISPUTED]
 
 
-def _models(found: Sequence[Judgement], origins: dict[int, str]) -> Iterable[ModelWins]:
-    names: dict[int, list[str | None]] = {}
-    tally: dict[str, Counter[int]] = defaultdict(Counter)
-    for j in found:
-        if j.item not in names:
-            names[j.item] = [origin["model"] for origin in json.loads(origins[j.item])]
-        for i, k, sign in j.vote.pairs:
-            a, b = names[j.item][i], names[j.item][k]
+def _models(votes: Sequence[StoredVote], origins: Mapping[int, str]) -> Iterator[ModelWins]:
+    names = {item: [origin["model"] for origin in json.loads(origins[item])] for item in {v.item for v in votes}}
+    counts: dict[str, Counter[int]] = defaultdict(Counter)
+    for v in votes:
+        for i, k, sign in v.vote.pairs:
+            a, b = names[v.item][i], names[v.item][k]
             if a is not None and b is not None and a != b:
-                tally[a][sign] += 1
-                tally[b][-sign] += 1
-    for name, counts in sorted(tally.items()):
-        total = counts.total()
-        yield ModelWins(name, counts[1], counts[0], counts[-1], share_of((counts[1] + counts[0] / 2) / total, total))
+                counts[a][sign] += 1
+                counts[b][-sign] += 1
+    for name, by_sign in sorted(counts.items()):
+        total = by_sign.total()
+        share = share_of((by_sign[1] + by_sign[0] / 2) / total, total)
+        yield ModelWins(name, by_sign[1], by_sign[0], by_sign[-1], share)

@@ -1,4 +1,4 @@
-"""Votes: what a person says of an item, appended as an event, once.
+"""Votes: what one annotator says about the responses of an item, appended as an event, once.
 
 >>> Vote.read({"tiers": [[1], [0]], "strength": 3}, count=2)
 Vote(tiers=((1,), (0,)), strength=3, all_bad=False, skipped=None, rationale='', tags=())
@@ -10,15 +10,16 @@ import json
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, Literal
 
 from prefopt.errors import StudyError
+from prefopt.records import Tiers
 from prefopt.studies.annotators import Annotator
-from prefopt.studies.assign import release, take
-from prefopt.studies.digests import Damaged, check, check_complete, decoding, insert
-from prefopt.studies.items import Tiers, tiers_of
+from prefopt.studies.database import DamagedRow, check_complete, check_row, decoding, insert
+from prefopt.studies.items import change_taken, parse_tiers
 from prefopt.studies.study import Study, now
 
 STRENGTHS = {1: "slightly", 2: "better", 3: "much"}
@@ -27,16 +28,16 @@ MOST_TAGS = 20
 
 
 class RefusedVote(StudyError):
-    """A vote that cannot be taken as it stands; the message says why."""
+    """An invalid vote; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """What one person says of the K responses of one item.
+    """One annotator's vote on the K responses of one item.
 
-    ``tiers`` are numbers of responses, best first; those of one tier are tied, and nothing is said of those left out.
-    ``strength`` (1 slightly, 2 better, 3 much better) goes with two responses of which one is preferred. ``all_bad``:
-    none of them is good; without tiers it says no more. ``skipped`` is the reason why the person passed on the item.
+    ``tiers`` are indices of responses, best first; responses of one tier are tied, those left out are not judged.
+    ``strength`` (1 slightly, 2 better, 3 much better) applies to two responses of which one is preferred. ``all_bad``:
+    no response is good; without tiers nothing else is said. ``skipped`` is the reason for skipping the item.
     """
 
     tiers: Tiers = ()
@@ -50,7 +51,7 @@ class Vote:
     def read(cls, value: Mapping[str, Any], count: int) -> Vote:
         """A vote on ``count`` responses from JSON. Raises :class:`RefusedVote`."""
         vote = cls(
-            tiers_of(value.get("tiers") or ()),
+            parse_tiers(value.get("tiers") or ()),
             value.get("strength"),
             bool(value.get("all_bad")),
             value.get("skipped"),
@@ -61,17 +62,17 @@ class Vote:
         return vote
 
     def check(self, count: int) -> None:
-        """Refuse what says nothing, contradicts itself, or names responses that are not there."""
+        """Raises :class:`RefusedVote` for a vote that is empty, contradictory, or names unknown responses."""
         named = [k for tier in self.tiers for k in tier]
         if len(set(named)) < len(named) or not set(named) <= set(range(count)) or not all(self.tiers):
-            raise RefusedVote("the order names a response twice, or one that is not there")
+            raise RefusedVote("the order names a response twice, or one that does not exist")
         if self.skipped is not None:
             if self.tiers or self.all_bad or self.strength is not None or not self.skipped.strip():
                 raise RefusedVote("a skipped item has a reason and no judgement")
         elif not self.all_bad and len(named) < 2:
             raise RefusedVote("the vote compares no two responses")
         if self.strength is not None and (count != 2 or len(self.tiers) != 2 or self.strength not in STRENGTHS):
-            raise RefusedVote("a strength goes with one of two responses, and is 1, 2 or 3")
+            raise RefusedVote("a strength is 1, 2 or 3, and needs two responses of which one is preferred")
         if len(self.rationale) > LONGEST_RATIONALE:
             raise RefusedVote(f"the rationale has more than {LONGEST_RATIONALE} characters")
         if len(self.tags) > MOST_TAGS:
@@ -79,17 +80,12 @@ class Vote:
 
     @property
     def pairs(self) -> tuple[tuple[int, int, int], ...]:
-        """(i, j, sign) with i < j for all pairs that it judges: 1 where i is preferred, -1 where j is, 0 for a tie."""
-        place = {k: n for n, tier in enumerate(self.tiers) for k in tier}
-        ordered = sorted(place)
-        return tuple(
-            (i, j, (place[i] < place[j]) - (place[i] > place[j]))
-            for n, i in enumerate(ordered)
-            for j in ordered[n + 1 :]
-        )
+        """(i, j, sign) with i < j for all judged pairs: 1 where i is preferred, -1 where j is, 0 for a tie."""
+        tier = {k: n for n, members in enumerate(self.tiers) for k in members}
+        return tuple((i, j, (tier[i] < tier[j]) - (tier[i] > tier[j])) for i, j in combinations(sorted(tier), 2))
 
     def to_json(self) -> dict[str, Any]:
-        """What is not said is left out."""
+        """The fields that are set."""
         body = {
             "tiers": [list(tier) for tier in self.tiers],
             "strength": self.strength,
@@ -100,106 +96,18 @@ class Vote:
         }
         return {name: value for name, value in body.items() if value not in (None, "", False, [])}
 
-
-Outcome = Literal["stored", "already stored"]
-
-
-def record(
-    study: Study, person: Annotator, ticket: str, vote: Vote, *, active: float | None = None, at: float | None = None
-) -> Outcome:
-    """Store a vote on what the ticket showed; on the disk when this returns.
-
-    The same ticket again, as a browser sends after a broken connection, changes nothing. ``active`` are the seconds
-    that the page was looked at, as the page tells. Raises :class:`RefusedVote` for a ticket that this person was never
-    given or has undone, and for a vote that does not fit.
-    """
-    moment = time.time() if at is None else at
-    with study.writing() as connection:
-        found = connection.execute(
-            "SELECT a.*, i.count FROM assignment a JOIN item i ON i.id = a.item WHERE a.ticket = ? AND a.annotator = ?",
-            (ticket, person.id),
-        ).fetchone()
-        if found is None:
-            raise RefusedVote("this page is out of date, or belongs to somebody else; open the next item")
-        if found["state"] in ("voted", "skipped"):
-            return "already stored"
-        vote.check(found["count"])
-        elapsed = max(0.0, moment - found["since"])
-        body = vote.to_json() | {"order": json.loads(found["shown"]), "seconds": round(elapsed, 1)}
-        if active is not None and 0 <= active <= elapsed + 60:
-            body["active_seconds"] = round(active, 1)
-        kind = "vote" if vote.skipped is None else "skip"
-        text = json.dumps(body, ensure_ascii=False)
-        said = {"at": now(), "annotator": person.id, "item": found["item"], "kind": kind, "ticket": ticket}
-        event = insert(connection, "event", said | {"body": text.encode("utf-8", "replace").decode()}).lastrowid
-        _settle(connection, study, found, kind, int(event or 0))
-    return "stored"
-
-
-def undo(study: Study, person: Annotator, ticket: str | None = None) -> bool:
-    """Take back the person's latest vote or skip, by a new event; False where there is none.
-
-    ``ticket`` is that of the vote to take back: where it is not the latest in force any more, nothing is done, so that
-    the same request twice undoes one vote.
-    """
-    moment = time.time()
-    with study.writing() as connection:
-        found = connection.execute(
-            "SELECT * FROM assignment WHERE annotator = ? AND event IS NOT NULL ORDER BY event DESC LIMIT 1",
-            (person.id,),
-        ).fetchone()
-        if found is None or (ticket is not None and found["ticket"] != ticket):
-            return False
-        fresh = secrets.token_urlsafe(18)
-        said = {"at": now(), "annotator": person.id, "item": found["item"], "kind": "undo", "ticket": fresh}
-        insert(connection, "event", said | {"undoes": found["event"], "body": "{}"})
-        connection.execute(
-            "UPDATE assignment SET state = 'pending', ticket = ?, since = ?, until = ?, event = NULL"
-            " WHERE annotator = ? AND item = ?",
-            (fresh, moment, moment + study.settings.lease, person.id, found["item"]),
-        )
-        if found["state"] == "voted":
-            connection.execute("UPDATE queue SET votes = votes - 1 WHERE item = ?", (found["item"],))
-        else:
-            take(connection, found["item"], study.settings.overlap)
-    return True
-
-
-def latest(connection: sqlite3.Connection, person: Annotator) -> str | None:
-    """The ticket of the vote or skip that :func:`undo` would take back."""
-    found = connection.execute(
-        "SELECT ticket FROM assignment WHERE annotator = ? AND event IS NOT NULL ORDER BY event DESC LIMIT 1",
-        (person.id,),
-    ).fetchone()
-    return None if found is None else str(found["ticket"])
-
-
-def _settle(connection: sqlite3.Connection, study: Study, found: sqlite3.Row, kind: str, event: int) -> None:
-    """Bring assignment and queue up to the event."""
-    overlap = study.settings.overlap
-    connection.execute(
-        "UPDATE assignment SET state = ?, event = ? WHERE annotator = ? AND item = ?",
-        ("voted" if kind == "vote" else "skipped", event, found["annotator"], found["item"]),
-    )
-    if kind == "vote":
-        connection.execute("UPDATE queue SET votes = votes + 1 WHERE item = ?", (found["item"],))
-        if found["state"] == "lapsed":  # the place went to others meanwhile; the vote counts all the same
-            take(connection, found["item"], overlap)
-    elif found["state"] == "pending":
-        release(connection, found["item"], overlap)
-
-
-def on_page(shown: Sequence[int], tiers: Tiers) -> Tiers:
-    """Tiers of places on the page as tiers of responses: ``shown`` [K] are the responses in the order of the page."""
-    return tuple(tuple(shown[place] for place in tier) for tier in tiers)
+    def matches(self, gold: Tiers) -> bool:
+        """Whether the vote agrees with a known order on every pair of which that order prefers one."""
+        signs = {(i, j): sign for i, j, sign in self.pairs}
+        return all(signs.get((i, j)) == sign for i, j, sign in Vote(gold).pairs if sign)
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
-    """A vote in force: who, on which item, in which order it was shown, when and after how many seconds.
+class StoredVote:
+    """A vote or skip in force.
 
-    ``shown`` [K] are the responses in the order of the page. ``active`` are the seconds that the page was looked at, as
-    the page told, where it did.
+    ``shown`` [K] are the indices of the responses in the order of the page. ``seconds`` passed between showing and
+    vote; ``active`` of them the page was visible, where the browser reported it.
     """
 
     annotator: int
@@ -211,50 +119,120 @@ class Judgement:
     active: float | None
 
 
-def judgements(connection: sqlite3.Connection, item: int | None = None) -> Iterator[Judgement]:
-    """All votes and skips in force by item and time, or those on one item.
+def record(
+    study: Study,
+    annotator: Annotator,
+    ticket: str,
+    vote: Vote,
+    *,
+    active: float | None = None,
+    at: float | None = None,
+) -> Literal["stored", "already stored"]:
+    """Store a vote on the item that the ticket showed; it is on the disk when this returns.
 
-    They are read from the events alone, every one of which is checked. Raises
-    :class:`~prefopt.studies.digests.Damaged` for one that is gone or is not what was written.
+    Repeating a ticket, as browsers do after a lost connection, changes nothing. Raises :class:`RefusedVote` for an
+    invalid vote, and for a ticket that this annotator was never given or whose vote was undone.
+    """
+    moment = time.time() if at is None else at
+    overlap = study.settings.overlap
+    query = "SELECT a.*, i.count FROM assignment a JOIN item i ON i.id = a.item WHERE a.ticket = ? AND a.annotator = ?"
+    with study.writing() as connection:
+        found = connection.execute(query, (ticket, annotator.id)).fetchone()
+        if found is None:
+            raise RefusedVote("this page is out of date, or belongs to another annotator; open the next item")
+        if found["state"] in ("voted", "skipped"):
+            return "already stored"
+        vote.check(found["count"])
+        elapsed = max(0.0, moment - found["since"])
+        body = vote.to_json() | {"order": json.loads(found["shown"]), "seconds": round(elapsed, 1)}
+        if active is not None and 0 <= active <= elapsed + 60:
+            body["active_seconds"] = round(active, 1)
+        text = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace").decode()
+        kind, state = ("vote", "voted") if vote.skipped is None else ("skip", "skipped")
+        event = {"at": now(), "annotator": annotator.id, "item": found["item"], "kind": kind, "ticket": ticket}
+        number = insert(connection, "event", event | {"body": text}).lastrowid
+        connection.execute(
+            "UPDATE assignment SET state = ?, event = ? WHERE annotator = ? AND item = ?",
+            (state, number, annotator.id, found["item"]),
+        )
+        if kind == "vote":
+            connection.execute("UPDATE queue SET votes = votes + 1 WHERE item = ?", (found["item"],))
+            if found["state"] == "lapsed":  # the item was released to others meanwhile; a late vote still counts
+                change_taken(connection, found["item"], 1, overlap)
+        elif found["state"] == "pending":
+            change_taken(connection, found["item"], -1, overlap)
+    return "stored"
+
+
+def undo(study: Study, annotator: Annotator, ticket: str | None = None) -> bool:
+    """Undo the annotator's last vote or skip, by a new event; False where there is none.
+
+    With a ``ticket``, only that of the last vote or skip: the same request twice undoes one vote.
+    """
+    moment = time.time()
+    with study.writing() as connection:
+        found = _last_answered(connection, annotator)
+        if found is None or (ticket is not None and found["ticket"] != ticket):
+            return False
+        fresh = secrets.token_urlsafe(18)
+        event = {"at": now(), "annotator": annotator.id, "item": found["item"], "kind": "undo", "ticket": fresh}
+        insert(connection, "event", event | {"undoes": found["event"], "body": "{}"})
+        connection.execute(
+            "UPDATE assignment SET state = 'pending', ticket = ?, since = ?, until = ?, event = NULL"
+            " WHERE annotator = ? AND item = ?",
+            (fresh, moment, moment + study.settings.lease, annotator.id, found["item"]),
+        )
+        if found["state"] == "voted":
+            connection.execute("UPDATE queue SET votes = votes - 1 WHERE item = ?", (found["item"],))
+        else:
+            change_taken(connection, found["item"], 1, study.settings.overlap)
+    return True
+
+
+def _last_answered(connection: sqlite3.Connection, annotator: Annotator) -> sqlite3.Row | None:
+    query = "SELECT * FROM assignment WHERE annotator = ? AND event IS NOT NULL ORDER BY event DESC LIMIT 1"
+    found: sqlite3.Row | None = connection.execute(query, (annotator.id,)).fetchone()
+    return found
+
+
+def latest_ticket(connection: sqlite3.Connection, annotator: Annotator) -> str | None:
+    """The ticket of the vote or skip that :func:`undo` would undo."""
+    found = _last_answered(connection, annotator)
+    return None if found is None else str(found["ticket"])
+
+
+def shown_order(connection: sqlite3.Connection, annotator: Annotator, ticket: str) -> list[int]:
+    """The indices of the responses [K] as the ticket showed them. Raises :class:`RefusedVote`."""
+    query = "SELECT shown FROM assignment WHERE ticket = ? AND annotator = ?"
+    found = connection.execute(query, (ticket, annotator.id)).fetchone()
+    if found is None:
+        raise RefusedVote("this page is out of date, or belongs to another annotator")
+    with decoding("the assignment of ticket", ticket):
+        shown: list[int] = json.loads(found["shown"])
+        return shown
+
+
+def stored_votes(connection: sqlite3.Connection, item: int | None = None) -> Iterator[StoredVote]:
+    """All votes and skips in force, or those on one item, by item and time.
+
+    Read from the events alone. Raises :class:`~prefopt.studies.database.DamagedRow` for an event that was changed or is
+    missing.
     """
     if item is None:
         check_complete(connection, "event")
-    # An index has no seals: only what one item's page shows is found by one.
+    # An index has no digests: only the page of a single item uses one.
     where, values = ("NOT INDEXED WHERE true", ()) if item is None else ("WHERE e.item = ?", (item,))
     undone = {row[0] for row in connection.execute(f"SELECT undoes FROM event e {where}", values)}
     query = f"SELECT e.*, (SELECT count FROM item i WHERE i.id = e.item) AS count FROM event e {where}"
     for event in connection.execute(query + " ORDER BY e.item, e.id", values):
-        check("event", event)
+        check_row("event", event)
         if event["kind"] in ("vote", "skip") and event["id"] not in undone:
             with decoding("event", event["id"]):
-                yield _judgement(event, json.loads(event["body"]))
+                yield _stored_vote(event, json.loads(event["body"]))
 
 
-def _judgement(event: sqlite3.Row, body: Any) -> Judgement:
+def _stored_vote(event: sqlite3.Row, body: Any) -> StoredVote:
     if event["count"] is None:
-        raise Damaged(f"item {event['item']} is gone")
-    return Judgement(
-        event["annotator"],
-        event["item"],
-        Vote.read(body, event["count"]),
-        tuple(body["order"]),
-        event["at"],
-        float(body["seconds"]),
-        body.get("active_seconds"),
-    )
-
-
-def golds(connection: sqlite3.Connection) -> dict[int, Tiers]:
-    """The known orders of gold items."""
-    found = {}
-    for row in connection.execute("SELECT * FROM item NOT INDEXED WHERE gold IS NOT NULL"):
-        check("item", row)
-        with decoding("item", row["id"]):
-            found[row["id"]] = tiers_of(json.loads(row["gold"]))
-    return found
-
-
-def agrees_with(vote: Vote, gold: Tiers) -> bool:
-    """Whether a vote decides every pair as the known order does, where that prefers one of the two."""
-    said = {(i, j): sign for i, j, sign in vote.pairs}
-    return all(said.get((i, j)) == sign for i, j, sign in Vote(gold).pairs if sign)
+        raise DamagedRow(f"item {event['item']} is gone")
+    vote, order, seconds = Vote.read(body, event["count"]), tuple(body["order"]), float(body["seconds"])
+    return StoredVote(event["annotator"], event["item"], vote, order, event["at"], seconds, body.get("active_seconds"))

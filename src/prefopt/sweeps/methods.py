@@ -15,7 +15,7 @@ from prefopt.errors import Diverged
 from prefopt.evaluate.samples import perplexity
 from prefopt.generate.sampled_model import SampledModel
 from prefopt.methods.rlhf import started_again, status_of
-from prefopt.model.costs import together
+from prefopt.model.costs import combine_costs
 from prefopt.runs.history import read_record
 from prefopt.sweeps.methods_table import MethodsTable, Outcome, Start, markdown, outcome_of
 from prefopt.sweeps.shared import Measure, lay
@@ -84,7 +84,7 @@ class _Sweep:
         except Diverged as error:
             self.reporter.say(f"{road}, seed {seed}, {factor:g} times the rate, diverged: {error.reason}")
             return replace(found, diverged=error.reason)
-        costs = together([_costs(Path(c.output)) for c in configs])
+        costs = combine_costs([_costs(Path(c.output)) for c in configs])
         where = model_of(configs[-1])
         told = measure(file=folder / "samples.jsonl", **where)
         return replace(

@@ -24,7 +24,7 @@ from prefopt.core.terminal import Reporter
 from prefopt.data.comparisons import open_comparisons, parse_comparisons
 from prefopt.data.files.sources import find_sources
 from prefopt.data.layouts import LAYOUTS
-from prefopt.data.problems import Problem, refuse
+from prefopt.data.validate import Problem, refuse
 from prefopt.errors import DataError, RunError
 from prefopt.evaluate import score
 from prefopt.evaluate.samples import distance

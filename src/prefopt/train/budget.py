@@ -20,13 +20,13 @@ from prefopt.core.terminal import Reporter
 from prefopt.data.group import Group
 from prefopt.data.table import GroupTable, IndexArray
 from prefopt.errors import ConfigError, RunError, first_line
-from prefopt.model.accounting import FlopCount, matmul_peak
+from prefopt.model.architectures import causal_model
+from prefopt.model.costs import free_memory, out_of_memory, peak_memory
+from prefopt.model.flops import FlopCount, matmul_peak
 from prefopt.model.kernels.head import KEEP_BYTES
-from prefopt.model.load import slow_dtype
-from prefopt.model.memory import free_memory, out_of_memory, peak_memory
-from prefopt.model.packed_model import PackedModel, causal_model
 from prefopt.model.packing import PackedBatch
-from prefopt.model.precision import MasterWeights
+from prefopt.model.precision import MasterWeights, slow_dtype
+from prefopt.model.scorer import PackedModel
 from prefopt.runs.metrics import Record
 from prefopt.train.batch import Batch
 from prefopt.train.step import Differentiator, same_randomness

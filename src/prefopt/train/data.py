@@ -15,10 +15,10 @@ from prefopt.core.terminal import Reporter, StopRequest
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.group import Group
-from prefopt.data.kinds import Want
-from prefopt.data.load import GroupSet, build_groups, load_groups
-from prefopt.data.sampler import Sampler, Share
+from prefopt.data.load import GroupSet, load_groups
+from prefopt.data.sampler import BatchSampler, Share
 from prefopt.data.table import GroupTable, Selection, keep_responses
+from prefopt.data.validate import DataKind
 from prefopt.errors import ConfigError, DataError, Interrupted
 from prefopt.reference.cache import ReferenceValues
 from prefopt.train.batch import AT_ONCE, Batch, Column
@@ -38,14 +38,14 @@ class TrainingData:
     train: Sequence[int]
     held_out: Sequence[int]
     shares: Sequence[Share] = ()
-    want: Want = "pairs"
+    kind: DataKind = "pairs"
 
     @property
     def noun(self) -> str:
         """What a person calls a group: a pair where all of them are one."""
-        if self.want in ("pairs", "scored") and int(self.groups.responses_G.max(initial=2)) == 2:
+        if self.kind in ("pairs", "scored") and int(self.groups.responses_G.max(initial=2)) == 2:
             return "pairs"
-        return "rankings" if self.want == "ranking" else "rows"
+        return "rankings" if self.kind == "ranking" else "rows"
 
     @property
     def responses(self) -> int:
@@ -59,9 +59,9 @@ class TrainingData:
         names = ", ".join(f"`{Path(file).name}`" for file in files)
         return f"{len(self.train)} {noun}{held_out}, from {names}. {self.source.summary()[0]}."
 
-    def sampler(self, batch_size: int, *, seed: int, shuffle: bool) -> Sampler:
+    def sampler(self, batch_size: int, *, seed: int, shuffle: bool) -> BatchSampler:
         """The order in which ``train`` is gone through."""
-        return Sampler(len(self.train), batch_size, seed=seed, shuffle=shuffle, shares=self.shares)
+        return BatchSampler(len(self.train), batch_size, seed=seed, shuffle=shuffle, shares=self.shares)
 
 
 class DataBatches(BatchSource):
@@ -74,7 +74,7 @@ class DataBatches(BatchSource):
     def __init__(
         self,
         data: TrainingData,
-        sampler: Sampler,
+        sampler: BatchSampler,
         columns: Callable[[Sequence[Group]], dict[str, Column]] = lambda groups: {},
         *,
         reference: ReferenceValues | None = None,
@@ -117,7 +117,7 @@ def load_data(
     rows: Iterable[Mapping[str, object]] | None,
     reporter: Reporter,
     *,
-    want: Want = "pairs",
+    kind: DataKind = "pairs",
     which: str = "all",
     stop: StopRequest | None = None,
     **rendered: Any,
@@ -137,11 +137,11 @@ def load_data(
             raise Interrupted("stopped while the data were read; nothing was trained", stop.signal)
 
     rendering = Rendering.from_options(config, max_length, **rendered)
-    how: dict[str, Any] = {"want": want, "on_bad_row": config.on_bad_row, "workers": config.threads}
+    how: dict[str, Any] = {"kind": kind, "on_bad_row": config.on_bad_row, "workers": config.threads}
     how |= {"reporter": reporter, "stop": check}
     layout: dict[str, Any] = {"format": config.format, "columns": config.column_words}
     if rows is not None:
-        source = build_groups([parse_comparisons(rows, "data", **layout)], tokenizer, rendering, **how)
+        source = load_groups([parse_comparisons(rows, "data", **layout)], tokenizer, rendering, **how)
     else:
         source = load_groups(config.data, tokenizer, rendering, **how, **layout)
     source = _paired(source, which, "data", reporter)
@@ -153,7 +153,7 @@ def load_data(
     if not train:
         raise DataError("no row is left to train on; lower --eval-fraction")
     shares = _shares(config, source.groups, train)
-    data = TrainingData(source, groups, train, held_out, shares, want)
+    data = TrainingData(source, groups, train, held_out, shares, kind)
     if held_out:
         reporter.say(f"data: {len(train)} {data.noun} to train on, {len(held_out)} held out")
     if shares:

@@ -8,7 +8,7 @@ from typing import Any
 
 from prefopt.config.dpo import DpoConfig
 from prefopt.core.options import flag
-from prefopt.data.kinds import Want
+from prefopt.data.validate import DataKind
 from prefopt.errors import ConfigError
 from prefopt.losses.declare import Value
 from prefopt.losses.parse import WeightedLoss, parse_losses
@@ -40,7 +40,7 @@ def losses_of(config: DpoConfig) -> tuple[DpoConfig, Losses]:
     return found, losses
 
 
-def row_kind(losses: Sequence[WeightedLoss]) -> Want:
+def data_kind(losses: Sequence[WeightedLoss]) -> DataKind:
     """The form in which the losses need every row."""
     kind = losses[0].loss.kind
     return "scored" if kind == "pairs" and any(x.loss.needs_scores for x in losses) else kind

@@ -7,6 +7,7 @@ parts (see ``step.py``).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -14,18 +15,16 @@ import numpy as np
 import torch
 
 from prefopt.data.group import Group
-from prefopt.errors import DataError
+from prefopt.errors import DataError, RunError
 from prefopt.losses.declare import Kind
 from prefopt.losses.parse import WeightedLoss
+from prefopt.model.check import CheckReport
 from prefopt.model.kernels.distributions import Distributions
-from prefopt.model.packed_model import PackedModel
 from prefopt.model.packing import PackedBatch
-from prefopt.model.scorer import Asked, response_sums
+from prefopt.model.scorer import PackedModel, ScoreRequest, response_sums
 from prefopt.runs.metrics import Record
-from prefopt.train.batch import AT_ONCE, Batch
-from prefopt.train.columns import weights_of
-from prefopt.train.inputs import LossInputs, Values, head_sums
-from prefopt.train.results import LossResult, State, weighted_sum
+from prefopt.train.batch import AT_ONCE, Batch, LossResult, State, weighted_sum
+from prefopt.train.columns import LossInputs, Values, head_sums, weights_of
 
 Normaliser = tuple[torch.Tensor, ...]
 
@@ -113,7 +112,7 @@ class PreferenceObjective(Objective):
         square = "chosen_wpo_P" in self._needs
         if not square and reference is None:
             return self._sums(scorer(packed), packed, batch, "logp")
-        scores = scorer(packed, Asked(squares=square, against=reference))
+        scores = scorer(packed, ScoreRequest(squares=square, reference=reference))
         values = self._sums(scores.logp_M, packed, batch, "logp")
         if reference is not None:
             values["kl_N"] = response_sums(scores.kl_M, packed)
@@ -208,3 +207,50 @@ def check_rows(terms: Sequence[WeightedLoss], groups: Sequence[Group], which: st
                 " more or fewer of them than those before; give --pairs best-worst, or another loss",
                 row=group.row,
             )
+
+
+MANY = 8
+"""Groups in a batch from which an accuracy of exactly 1 is no accident."""
+
+
+def at_reference(
+    objective: PreferenceObjective, check: CheckReport, batch: Batch, values: Values
+) -> tuple[float, float]:
+    """The loss of a policy that is its reference, and how far rounding may take it from there."""
+    same = objective.at_reference(batch, values)
+    leaves = [same[name].detach().requires_grad_() for name in DIFFERENTIATED if name in same]
+    named = dict(zip([name for name in DIFFERENTIATED if name in same], leaves, strict=True))
+    with torch.enable_grad():
+        total = objective(batch, {**same, **named}, objective.normaliser(batch)).total
+        slopes = torch.autograd.grad(total, leaves, allow_unused=True)
+    tokens = int(batch.length_N.max())
+    slope = sum(float(s.abs().sum()) for s in slopes if s is not None)
+    expected = float(total.detach())
+    return expected, 2 * slope * check.tolerance(tokens) + 1e-6 * max(1.0, abs(expected))
+
+
+def inspect_first(
+    objective: PreferenceObjective, check: CheckReport | None, record: Record, batch: Batch, values: Values
+) -> str | None:
+    """What to say of the first step; ``check`` is none where the reference is not the policy as it starts.
+
+    Raises :class:`RunError` where the loss of an untrained policy is not what it must be.
+    """
+    if not objective.needs_reference:
+        return None
+    if check is None:
+        if record.get("rewards/accuracies") == 1.0 and len(batch) >= MANY:
+            return (
+                "step 1: accuracy is 1.0 before any weight moved: the policy has seen these preferences and the"
+                " reference has not. Is --reference the model that training should be judged from?"
+            )
+        return None
+    expected, allowed = at_reference(objective, check, batch, values)
+    number = f"{'ln 2 = ' if abs(expected - math.log(2)) < 1e-6 else ''}{expected:.6f}"
+    if not abs(record["loss"] - expected) <= allowed:
+        raise RunError(
+            f"step 1: the loss is {record['loss']:.6f} where an untrained policy has {number}"
+            f" (rounding explains {allowed:.1g}): the reference's values are not this model's. Check them with"
+            " prefopt cache verify, or remove them with prefopt cache clear"
+        )
+    return f"step 1: loss {record['loss']:.6f}, {number}, as it must be before any weight moves"

@@ -12,16 +12,14 @@ import torch
 from prefopt.data.group import Group
 from prefopt.errors import ConfigError, DataError
 from prefopt.losses.rl import bradley_terry
+from prefopt.model.architectures import Routers, RoutingSums, routers_of
 from prefopt.model.kernels.distributions import Distributions
-from prefopt.model.packed_model import PackedModel
 from prefopt.model.packing import PackedBatch
-from prefopt.model.routing import Routers, RoutingSums, routers_of
-from prefopt.model.scorer import response_sums
+from prefopt.model.scorer import PackedModel, response_sums
 from prefopt.runs.metrics import Record
-from prefopt.train.batch import Batch, tensor
-from prefopt.train.inputs import LossInputs, Values
+from prefopt.train.batch import Batch, LossResult, State, tensor, weighted_sum
+from prefopt.train.columns import LossInputs, Values
 from prefopt.train.objective import Normaliser, Objective
-from prefopt.train.results import LossResult, State, weighted_sum
 
 Average = Literal["tokens", "rows"]
 MOST_NATS = 700.0  # beyond, a perplexity is no number

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 
 from prefopt.core.terminal import duration, size
-from prefopt.data.chat.answers import trained_ends
+from prefopt.data.chat.spans import trained_ends
 from prefopt.data.chat.truncate import longer_limit
-from prefopt.data.sampler import IndexArray
-from prefopt.data.show import show
+from prefopt.data.group import show
+from prefopt.data.table import IndexArray
+from prefopt.model.architectures import causal_model, vocabulary_size
 from prefopt.model.check import CheckReport
-from prefopt.model.load import vocabulary_size
-from prefopt.model.memory import peak_memory
-from prefopt.model.packed_model import causal_model
+from prefopt.model.costs import peak_memory
 from prefopt.runs.folder import fingerprint
 from prefopt.train import budget, checkpoint
 from prefopt.train.data import DataBatches, TrainingData

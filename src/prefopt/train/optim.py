@@ -11,7 +11,7 @@ import torch
 
 from prefopt.config.training import RunOptions
 from prefopt.errors import RunError
-from prefopt.model.memory import out_of_memory
+from prefopt.model.costs import out_of_memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,13 @@ from prefopt.core.model_folder import base_of, is_adapter
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ConfigError
 from prefopt.model.adapter import new_lora
-from prefopt.model.checkpoint import leftover_words, origin_of
+from prefopt.model.architectures import causal_model, checkpoint_activations
+from prefopt.model.checkpoint import describe_untouched, origin_of
 from prefopt.model.load import base_and_adapter, load_model, local_folder
 from prefopt.model.lora_targets import tower_weights
-from prefopt.model.packed_model import PackedModel, causal_model, checkpoint_activations
-from prefopt.model.precision import MasterWeights, silence_dropout
-from prefopt.model.scalar import ScalarScorer, folded, has_scalar_head, load_scalar, scalar_from
-from prefopt.model.scorer import Scorer
+from prefopt.model.precision import MasterWeights, disable_dropout
+from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar, merge_trained_adapter, scalar_from
+from prefopt.model.scorer import PackedModel, Scorer
 from prefopt.reference.identity import adapter_line
 from prefopt.runs.card import save_model
 
@@ -71,7 +71,7 @@ class Trained(Generic[AnyScorer]):
     def leftover(self) -> str | None:
         """What becomes of that in the model's folder which is not trained, in words; none where there is nothing."""
         origin = origin_of(causal_model(self.scorer.model))
-        words = leftover_words(origin) if origin is not None else None
+        words = describe_untouched(origin) if origin is not None else None
         if origin is None or words is None or (origin.kept and self.config.lora):
             return None  # an adapter is saved without its model
         return f"not trained, and saved as they are: {words}" if origin.kept else f"not in a reward model: {words}"
@@ -131,7 +131,7 @@ class Policy(Trained[Scorer]):
             if adapter is not None:
                 _name_base(model, config.model, adapter)
         else:
-            silence_dropout(model)
+            disable_dropout(model)
         super().__init__(config, dtype, model, named=given is None)
 
     def score_with(self, model: torch.nn.Module) -> Scorer:
@@ -161,7 +161,7 @@ class ScalarPolicy(Trained[ScalarScorer]):
         if given is None:
             model = load_scalar(source, dtype=wide, device=device, tokenizer=tokenizer, seed=config.seed)
         else:
-            silence_dropout(given)
+            disable_dropout(given)
             model = scalar_from(given, tokenizer, seed=config.seed)
         super().__init__(config, dtype, model, named=given is None)
 
@@ -169,13 +169,13 @@ class ScalarPolicy(Trained[ScalarScorer]):
         return ScalarScorer(model, attention=self.config.attention)
 
     def save(self, folder: Path, tokenizer: Tokenizer) -> None:
-        """The whole model, an adapter folded in: its base has neither the head nor the configuration."""
+        """The whole model, an adapter merged in: its base has neither the head nor the configuration."""
         if not self.config.lora:
             super().save(folder, tokenizer)
             return
         wide = torch.promote_types(self.dtype, torch.float32)
         self.scorer.detach_hook()
-        whole = folded(self.scorer.model, dict(self.masters.saved()), wide).requires_grad_(True)
+        whole = merge_trained_adapter(self.scorer.model, dict(self.masters.saved()), wide).requires_grad_(True)
         save_model(folder, ScalarScorer(whole), MasterWeights(whole, wide), tokenizer)
 
 

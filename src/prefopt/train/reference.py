@@ -1,7 +1,7 @@
 """Which model log-ratios are taken against, and its values for a set of groups.
 
->>> from prefopt.data.sampler import Sampler
->>> sampler = Sampler(6, 2, seed=0)
+>>> from prefopt.data.sampler import BatchSampler
+>>> sampler = BatchSampler(6, 2, seed=0)
 >>> groups_read(sampler, 1, train=[10, 11, 12, 13, 14, 15], held_out=[20]).tolist()
 [12, 13, 20]
 """
@@ -18,23 +18,31 @@ import torch
 from prefopt.config.dpo import DpoConfig
 from prefopt.core.terminal import Bar, Reporter, StopRequest
 from prefopt.data.group import Group
-from prefopt.data.sampler import Sampler
+from prefopt.data.sampler import BatchSampler
 from prefopt.data.table import GroupTable, IndexArray, Selection, ranges
 from prefopt.errors import ModelError
+from prefopt.model.architectures import causal_model, context_length, vocabulary_size
 from prefopt.model.check import check_scoring
 from prefopt.model.kernels.head import vocabulary_of
-from prefopt.model.load import base_and_adapter, load_model, vocabulary_size
-from prefopt.model.packed_model import context_length
+from prefopt.model.load import base_and_adapter, load_model
 from prefopt.model.packing import pack
-from prefopt.model.precision import MasterWeights, computing_in
-from prefopt.model.scorer import Scorer, causal_model, response_sums, version_of
-from prefopt.reference.cache import FillReport, ReferenceCache, ReferenceValues, Score, Scored, SpaceKey
-from prefopt.reference.identity import Identity, identity_of_model, identity_of_name
-from prefopt.reference.in_memory import HeldWeights, LiveReference
+from prefopt.model.precision import MasterWeights, freeze_and_cast
+from prefopt.model.scorer import Scorer, response_sums
+from prefopt.reference.cache import (
+    FillReport,
+    Identity,
+    ReferenceCache,
+    ReferenceValues,
+    ResponseScore,
+    ScoreBatch,
+    SpaceKey,
+)
+from prefopt.reference.identity import identity_of_model, identity_of_name, space_of
+from prefopt.reference.in_memory import InMemoryReference, SwappedWeights
 from prefopt.train.budget import smaller_budget
 
 
-def groups_read(sampler: Sampler, steps: int, train: Sequence[int], held_out: Sequence[int]) -> IndexArray:
+def groups_read(sampler: BatchSampler, steps: int, train: Sequence[int], held_out: Sequence[int]) -> IndexArray:
     """The groups of the batches of so many steps, which the sampler draws from ``train``, and all held out; sorted."""
     batches = [sampler.batch(step) for step in range(steps)]
     drawn = np.asarray(train, np.int64)[np.concatenate([*batches, np.empty(0, np.int64)])]
@@ -186,13 +194,13 @@ class ReferenceRun:
 
     def in_memory(
         self, policy: Scorer, masters: MasterWeights, groups: Sequence[Group], *, moves: bool
-    ) -> LiveReference:
+    ) -> InMemoryReference:
         """The reference to be scored batch by batch. ``policy`` and ``masters`` are the trainable policy's.
 
         Raises :class:`ModelError` where the two do not make logits of the same tokens.
         """
         if self.choice.is_start:
-            return LiveReference(policy, HeldWeights(masters, moves=moves))
+            return InMemoryReference(policy, SwappedWeights(masters, moves=moves))
         other = self._other()
         check_scoring(other, groups)
         rows = [vocabulary_of(causal_model(s.model).get_output_embeddings()) for s in (policy, other)]
@@ -201,7 +209,7 @@ class ReferenceRun:
                 f"--reference {self.choice.model}: it has {rows[1]} tokens and the model {rows[0]}, whose distributions"
                 " cannot be compared; give another one, or a loss that needs no distributions"
             )
-        return LiveReference(other)
+        return InMemoryReference(other)
 
     def missing(self, groups: Sequence[Group]) -> int:
         """Responses still to be scored."""
@@ -217,15 +225,15 @@ class ReferenceRun:
         if self._scorer is None:
             source, adapter = base_and_adapter(self.choice.model, self.choice.adapter)
             model = load_model(source, dtype=self.start.dtype, device=self.device, adapter=adapter)
-            self._scorer = Scorer(computing_in(model, self.start.dtype), attention=self.config.attention)
+            self._scorer = Scorer(freeze_and_cast(model, self.start.dtype), attention=self.config.attention)
         return self._scorer
 
-    def _make_score(self) -> Score:
+    def _make_score(self) -> ScoreBatch:
         scorer = self.start if self.choice.is_start else self._other()
         scorer.eval()
 
         @torch.no_grad()
-        def score(groups: list[Group]) -> list[list[Scored]]:
+        def score(groups: list[Group]) -> list[list[ResponseScore]]:
             batch = pack(groups, scorer.layout).to(self.device)
             logp_M = scorer(batch)
             sums: Any = response_sums(logp_M, batch).tolist()
@@ -233,7 +241,7 @@ class ReferenceRun:
             tokens: list[Any] = [None] * len(counts)
             if self.token_values:
                 tokens = np.split(logp_M.float().cpu().numpy(), np.cumsum(counts)[:-1])
-            scored = map(Scored, sums, counts, tokens)
+            scored = map(ResponseScore, sums, counts, tokens)
             return [[next(scored) for _ in group.continuations] for group in groups]
 
         return score
@@ -247,21 +255,3 @@ def check_vocabulary(groups: Sequence[Group], rows: int, model: str) -> None:
             f"{model}: the tokenizer gives token {top}, but the model's vocabulary has {rows}; they belong to different"
             " models"
         )
-
-
-def space_of(identity: Identity, scorer: Scorer, device: torch.device) -> SpaceKey:
-    """Where values of the reference ``identity`` are kept that ``scorer`` makes."""
-    dtype = str(scorer.dtype).removeprefix("torch.")
-    kernel, kind = scorer.kernel, device.type
-    if device.type == "cuda":
-        kernel, kind = f"{kernel}, {_flash()}", f"cuda, {torch.cuda.get_device_name(device)}"
-    return SpaceKey(identity, dtype, scorer.path, kernel, kind, version_of(scorer.dtype))
-
-
-def _flash() -> str:
-    """Which flash attention torch calls, in words, and torch's version, which brings its own."""
-    try:
-        from torch.nn.attention import current_flash_attention_impl
-    except ImportError:  # torch before 2.12 has one alone
-        return f"torch {torch.__version__}"
-    return f"{current_flash_attention_impl() or 'FA2'} of torch {torch.__version__}"

@@ -13,17 +13,15 @@ from prefopt.core.terminal import Reporter, StopRequest, duration
 from prefopt.data.table import GroupTable, IndexArray
 from prefopt.losses.parse import WeightedLoss
 from prefopt.model.kernels.distributions import Distributions
-from prefopt.model.packed_model import PackedModel
 from prefopt.model.packing import PackedBatch, pack
-from prefopt.model.scorer import Scorer, response_sums
+from prefopt.model.scorer import PackedModel, Scorer, response_sums
 from prefopt.reference.cache import ReferenceValues
-from prefopt.reference.in_memory import LiveReference, Movement
+from prefopt.reference.in_memory import InMemoryReference, TrDpoUpdate
 from prefopt.runs.folder import RunFolder
 from prefopt.train import budget
 from prefopt.train.batch import MicroBatch
-from prefopt.train.columns import mismatched
+from prefopt.train.columns import Values, mismatched
 from prefopt.train.data import TrainingData
-from prefopt.train.inputs import Values
 from prefopt.train.loss_options import names_of
 from prefopt.train.policy import Policy
 from prefopt.train.reference import ReferenceRun, at
@@ -36,7 +34,7 @@ class InMemoryColumns:
     """Values scored without gradients for each micro-batch: those of a reference in memory, unless it is compared by
     distributions, and the policy's of mismatched responses."""
 
-    def __init__(self, live: LiveReference | None, *, compares: bool, tokens: bool) -> None:
+    def __init__(self, live: InMemoryReference | None, *, compares: bool, tokens: bool) -> None:
         """``tokens``: log-probabilities of tokens are wanted beside those of responses."""
         self.live, self._compares, self._tokens = live, compares, tokens
 
@@ -81,7 +79,7 @@ class ReferencePlan:
     ) -> None:
         self.config, self.terms, self.data, self.reference, self.reporter = config, terms, data, reference, reporter
         self.read = read
-        self.movement: Movement | None = None
+        self.movement: TrDpoUpdate | None = None
         whole = [term.loss.name for term in terms if term.loss.needs_distributions]
         self.compares = bool(whole)
         self.live = reference is not None and (self.compares or config.ref_model_sync_steps is not None)
@@ -174,11 +172,11 @@ class ReferencePlan:
         tokens = any(term.loss.needs_head_values for term in self.terms)
         return InMemoryColumns(live, compares=self.compares, tokens=tokens)
 
-    def _live_reference(self, policy: Policy) -> LiveReference:
+    def _live_reference(self, policy: Policy) -> InMemoryReference:
         assert self.reference is not None
         every, alpha = self.config.ref_model_sync_steps, self.config.ref_model_mixup_alpha
         live = self.reference.in_memory(policy.scorer, policy.masters, self.groups, moves=every is not None)
         if every is not None and alpha is not None:
-            assert live.held is not None
-            self.movement = Movement(live.held, every, alpha)
+            assert live.weights is not None
+            self.movement = TrDpoUpdate(live.weights, every, alpha)
         return live

@@ -30,10 +30,11 @@ from prefopt.core.terminal import Reporter, StopRequest, duration, size
 from prefopt.core.yaml_file import write_document
 from prefopt.data.chat.truncate import sequence_limit
 from prefopt.errors import ConfigError
+from prefopt.model.architectures import causal_model, context_length
 from prefopt.model.check import CheckReport
-from prefopt.model.load import load_config, local_folder, resolve_device, resolve_dtype
-from prefopt.model.memory import peak_memory
-from prefopt.model.packed_model import causal_model, context_length
+from prefopt.model.costs import peak_memory
+from prefopt.model.load import load_config, local_folder
+from prefopt.model.precision import resolve_device, resolve_dtype
 from prefopt.model.save import add_end_tokens, repair_generation
 from prefopt.model.supported import refuse_untrainable
 from prefopt.reference.identity import tokenizer_of_name

@@ -16,12 +16,11 @@ from typing import Protocol
 import torch
 
 from prefopt.model.kernels.distributions import Distributions
-from prefopt.model.packed_model import PackedModel
 from prefopt.model.packing import PackedBatch
-from prefopt.train.batch import Batch, MicroBatch, micro_batches
-from prefopt.train.inputs import Values
+from prefopt.model.scorer import PackedModel
+from prefopt.train.batch import Batch, MicroBatch, State, Sums, micro_batches
+from prefopt.train.columns import Values
 from prefopt.train.objective import DIFFERENTIATED, Normaliser, Objective
-from prefopt.train.results import State, Sums
 
 
 class ReferenceInMemory(Protocol):

@@ -19,15 +19,15 @@ import torch
 
 from prefopt.core.terminal import Reporter, StopRequest
 from prefopt.errors import Diverged
-from prefopt.model.packed_model import PackedModel
 from prefopt.model.packing import PackedBatch
-from prefopt.reference.in_memory import Movement
+from prefopt.model.scorer import PackedModel
+from prefopt.reference.in_memory import TrDpoUpdate
 from prefopt.runs.callbacks import Callbacks, RunInfo
 from prefopt.runs.metrics import Averages, Metrics, Record, note
 from prefopt.train import checkpoint
 from prefopt.train.batch import Batch
 from prefopt.train.budget import smaller_budget
-from prefopt.train.inputs import Values
+from prefopt.train.columns import Values
 from prefopt.train.objective import Objective
 from prefopt.train.optim import Network, grad_norm
 from prefopt.train.step import Differentiator, Gradients, ReferenceInMemory
@@ -80,7 +80,7 @@ class BatchSource:
         raise NotImplementedError
 
     def beside(self, step: int, update: int) -> tuple[Objective, Batch, float, str] | None:
-        """A second objective of an update: it, its batch, its coefficient, and the name of its metric."""
+        """A second objective of an update, with its batch, its coefficient and the name of its metric."""
         return None
 
     def end(self, trainer: Trainer, record: Record) -> Record:
@@ -134,7 +134,7 @@ class Trainer:
     reference: ReferenceInMemory | None = None
     measure: Callable[[Sequence[PackedBatch], float], Record] | None = None
     inspect: Inspect | None = None
-    movement: Movement | None = None
+    movement: TrDpoUpdate | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
     after_save: Callable[[], None] = lambda: None
     state: TrainerState = field(default_factory=TrainerState)
@@ -151,8 +151,6 @@ class Trainer:
     def first_network(self) -> Network:
         """The policy."""
         return next(iter(self.networks.values()))
-
-    # -- the run -----------------------------------------------------------------------------------------------
 
     def fit(self) -> TrainerState:
         """Train to the end, or to a stop: then :class:`prefopt.errors.Interrupted` follows on a checkpoint.
@@ -353,7 +351,7 @@ class Trainer:
             saved,
             keep_last=self.options.keep_last,
             done=state.done,
-            reference=self.movement.held.saved() if self.movement is not None else None,
+            reference=self.movement.weights.saved() if self.movement is not None else None,
             rollouts=self.source.tensors(),
         )
         self._saved = (state.step, state.done)
@@ -377,7 +375,7 @@ class Trainer:
             checkpoint.restore_optimizer(network.optimizer, checkpoint.part_of(name, saved.optimizer))
         checkpoint.restore_random(saved.state["random"])
         if self.movement is not None and saved.reference is not None:
-            self.movement.held.load(saved.reference)
+            self.movement.weights.load(saved.reference)
         for name, kept in saved.state.get("losses", {}).items():
             now = self.objective.state[name]
             self.objective.state[name] = {k: now[k].new_tensor(value) for k, value in kept.items()}

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from prefopt.data.comparisons import parse_comparisons
-from prefopt.data.kinds import Problem
 from prefopt.data.layouts import LAYOUTS
+from prefopt.data.validate import Problem
 
 EXAMPLE = {name: dict(layout.example) for name, layout in LAYOUTS.items()}
 USER, GOOD = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -146,10 +144,10 @@ ROWS: list[tuple[str, dict[str, Any], str, str]] = [
         "k-wise",
         responses(ranking=[2, 0]),
         "wrong order",
-        "ranking leaves out response 1; for the best few alone, say to",
+        "ranking leaves out response 1; for the best few alone, add to",
     ),
-    ("k-wise", responses(order=[2, 0], top_k=1), "wrong order", "order names 2 responses, and top_k says 1"),
-    ("k-wise", responses(order=[], top_k=0), "wrong order", "top_k says 0"),
+    ("k-wise", responses(order=[2, 0], top_k=1), "wrong order", "order names 2 responses, and top_k is 1"),
+    ("k-wise", responses(order=[], top_k=0), "wrong order", "top_k is 0"),
     ("k-wise", responses(order=[0, 1, 2], tiers=[[0, 1, 2]]), "wrong order", "has both tiers and order"),
     ("k-wise", responses(pairs=[[0, 1], [2, 2]]), "wrong order", "pairs prefers response 2 to itself"),
     ("k-wise", responses(pairs=[[0, 3]]), "unknown response", "pairs names response 3"),
@@ -182,14 +180,14 @@ ROWS: list[tuple[str, dict[str, Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "row", "kind", "what"), ROWS)
-def test_a_bad_value_is_one_problem_with_its_row(name: str, row: dict[str, Any], kind: str, what: str) -> None:
-    good = LAYOUTS[name].example
-    reading = parse_comparisons([good, row, good], "f", format=name)
-    one, problem, other = reading
-    assert isinstance(problem, Problem) and (problem.row, problem.file) == (2, "f")
-    assert kind in problem.kind and what in problem.what and "\n" not in problem.what
-    assert not isinstance(one, Problem) and not isinstance(other, Problem)
+def test_a_bad_value_is_one_problem_with_its_row() -> None:
+    for name, row, kind, what in ROWS:
+        good = LAYOUTS[name].example
+        reading = parse_comparisons([good, row, good], "f", format=name)
+        one, problem, other = reading
+        assert isinstance(problem, Problem) and (problem.row, problem.file) == (2, "f")
+        assert kind in problem.kind and what in problem.what and "\n" not in problem.what
+        assert not isinstance(one, Problem) and not isinstance(other, Problem)
 
 
 def test_rows_that_are_no_objects() -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefopt.data.layouts.trl import split_text, split_turns
+from prefopt.data.layouts.messages import split_turns
+from prefopt.data.layouts.trl import split_text
 from prefopt.records import Message
 
 CASES = [
@@ -46,10 +46,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("chosen", "rejected", "prompt", "one", "other"), CASES)
-def test_texts_are_split_between_words(chosen: str, rejected: str, prompt: str, one: str, other: str) -> None:
-    assert split_text(chosen, rejected) == (prompt, one, other)
-    assert split_text(rejected, chosen) == (prompt, other, one)
+def test_texts_are_split_between_words() -> None:
+    for chosen, rejected, prompt, one, other in CASES:
+        assert split_text(chosen, rejected) == (prompt, one, other)
+        assert split_text(rejected, chosen) == (prompt, other, one)
 
 
 words = st.lists(st.sampled_from(["a", "ab", "b", "巴", "黎", "é", " ", "\n", ".", "c"]), max_size=8).map("".join)
@@ -83,20 +83,20 @@ def turns(spelt: str) -> list[Message]:
     return [Message(roles[word[0]], word) for word in spelt.split()]
 
 
-@pytest.mark.parametrize(
-    ("chosen", "rejected", "at"),
-    [
-        ("u1 a1", "u1 a2", 1),
-        ("s1 u1 a1 u2 a2", "s1 u1 a1 u2 a3", 4),
-        ("u1 a1 u2 a2", "u1 a1 u3 a3", 1),  # the users' turns differ: the response begins with the answer before
-        ("u1 a1", "u1 a1 u2 a2", 1),
-        ("u1 a1", "u1 a1", 1),
-        ("u1 a1 t1 a2", "u1 a1 t2 a2", 1),
-        ("u1", "u1 a1", 0),
-        ("u1 a1", "u2 a1", 0),
-        ("a1", "a2", 0),
-        ("", "a1", 0),
-    ],
-)
-def test_conversations_are_split_before_an_answer_of_both_sides(chosen: str, rejected: str, at: int) -> None:
-    assert split_turns(turns(chosen), turns(rejected)) == split_turns(turns(rejected), turns(chosen)) == at
+TURNS = [
+    ("u1 a1", "u1 a2", 1),
+    ("s1 u1 a1 u2 a2", "s1 u1 a1 u2 a3", 4),
+    ("u1 a1 u2 a2", "u1 a1 u3 a3", 1),  # the users' turns differ: the response begins with the answer before
+    ("u1 a1", "u1 a1 u2 a2", 1),
+    ("u1 a1", "u1 a1", 1),
+    ("u1 a1 t1 a2", "u1 a1 t2 a2", 1),
+    ("u1", "u1 a1", 0),
+    ("u1 a1", "u2 a1", 0),
+    ("a1", "a2", 0),
+    ("", "a1", 0),
+]
+
+
+def test_conversations_are_split_before_an_answer_of_both_sides() -> None:
+    for chosen, rejected, at in TURNS:
+        assert split_turns(turns(chosen), turns(rejected)) == split_turns(turns(rejected), turns(chosen)) == at

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from prefopt.data.comparisons import parse_comparisons
-from prefopt.data.kinds import Problem, check, convert
 from prefopt.data.layouts import LAYOUTS
+from prefopt.data.validate import Problem, check, convert
 from prefopt.errors import DataError
 from prefopt.records import Comparison, Message, Response, ToolCall
 
@@ -29,28 +29,28 @@ def problem(row: Any, **options: Any) -> Problem:
     return found
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_the_example_is_recognised_means_what_it_says_and_is_written_again(name: str) -> None:
-    layout = LAYOUTS[name]
-    reading = parse_comparisons([layout.example] * 2, "f")
-    if layout.joins:
-        (comparison,) = reading.comparisons
-        assert (reading.layout, reading.count) == (name, 1)
-        assert f"f: {layout.note}" in reading.notes and check(comparison, "demonstrations") == []
-    else:
-        assert (reading.layout, reading.count) == (name, 2)
-        assert reading.notes == [f"f: {layout.note}"] * bool(layout.note)
-        comparison = one(layout.example)
-        assert check(comparison, layout.gives) == []
-    if not layout.written:
-        with pytest.raises(DataError, match="read, not written"):
-            layout.write(comparison)
-        return
-    row = layout.write(comparison)
-    assert one(row) == comparison and parse_comparisons([row], "f").layout == name
-    assert json.loads(json.dumps(row)) == row
-    if not comparison.text:
-        assert comparison.prompt[0].role == "user"
+def test_the_example_is_recognised_means_what_it_says_and_is_written_again() -> None:
+    for name in LAYOUTS:
+        layout = LAYOUTS[name]
+        reading = parse_comparisons([layout.example] * 2, "f")
+        if layout.joins:
+            (comparison,) = reading.comparisons
+            assert (reading.layout, reading.count) == (name, 1)
+            assert f"f: {layout.note}" in reading.notes and check(comparison, "demonstrations") == []
+        else:
+            assert (reading.layout, reading.count) == (name, 2)
+            assert reading.notes == [f"f: {layout.note}"] * bool(layout.note)
+            comparison = one(layout.example)
+            assert check(comparison, layout.kind) == []
+        if layout.writer is None:
+            with pytest.raises(DataError, match="read, not written"):
+                layout.write(comparison)
+            continue
+        row = layout.write(comparison)
+        assert one(row) == comparison and parse_comparisons([row], "f").layout == name
+        assert json.loads(json.dumps(row)) == row
+        if not comparison.text:
+            assert comparison.prompt[0].role == "user"
 
 
 def test_many_spellings_of_one_pair() -> None:
@@ -153,10 +153,13 @@ def test_tools_and_calls_in_every_spelling() -> None:
     assert spelt[0] == spelt[1] and spelt[0].responses[0].messages[0] == Message("assistant", "", tool_calls=(CALL,))
     older = [asked, {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": arguments}}]
     assert one({"messages": older}).responses[0].messages[0].tool_calls == (CALL,)
-    for name, row in (("messages", openai), ("sharegpt", sharegpt), ("v1-messages", v1)):
-        assert one(LAYOUTS[name].write(one(row))) == one(row)
-    with pytest.raises(DataError, match=r"f, row 1: cannot be written as sharegpt, .* ids of tool calls"):
-        LAYOUTS["sharegpt"].write(found)
+    assert one(LAYOUTS["messages"].write(found)) == found
+    pair = {"conversations": sharegpt["conversations"][:1], "tools": sharegpt["tools"], "chosen": "a"}
+    called = one(pair | {"rejected": sharegpt["conversations"][1]})
+    assert one(LAYOUTS["sharegpt-ranking"].write(called)) == called
+    named = one(pair | {"conversations": None, "prompt": [asked], "rejected": openai["messages"][1]})
+    with pytest.raises(DataError, match=r"f, row 1: cannot be written as sharegpt-ranking, .* ids of tool calls"):
+        LAYOUTS["sharegpt-ranking"].write(named)
 
 
 def test_reasoning_names_and_weights() -> None:
@@ -262,31 +265,28 @@ CANNOT = [
     ("preference-text", LAYOUTS["preference-chat"].example, "turns"),
     ("preference-chat", LAYOUTS["preference-text"].example, "plain text"),
     ("sharegpt-ranking", LAYOUTS["kto"].example, "responses"),
-    ("question-answer", {"prompt": "q", "response": "a", "helpfulness": 4}, "scores"),
-    ("alpaca", {"messages": [*LAYOUTS["messages"].example["messages"], {"role": "user", "content": "?"}]}, "end with"),  # type: ignore[misc]
-    ("hh", {"prompt": [{"role": "user", "content": "a\n\nHuman: b"}], "chosen": "4", "rejected": "5"}, "prompt ends"),
-    ("hh", {"instruction": "q", "system": "s", "chosen": "4", "rejected": "5"}, "system turns"),
+    ("completion-chat", {"prompt": "q", "response": "a", "helpfulness": 4}, "scores"),
+    ("completion-chat", LAYOUTS["unpaired-chat"].example, "labels"),
     ("implicit-text", {"prompt": "Par", "chosen": "is", "rejected": "ma"}, "prompt ends"),
     ("implicit-chat", {"instruction": "q", "chosen": "", "rejected": "x", "id": 1, "prompt": None}, None),
-    ("question-answer", {"instruction": "q", "system": "s", "output": "a"}, "more than one turn"),
-    ("k-wise", LAYOUTS["canonical"].example, "ties"),
-    ("raw-text", LAYOUTS["completion-text"].example, "where a prompt ends"),
-    ("question-answer", {"question": "q", "answer": "a", "extra": 1}, None),
-    ("solutions", LAYOUTS["solutions"].example, None),
+    ("raw-text", LAYOUTS["completion-text"].example, "where its prompt ends"),
+    ("raw-text", {"question": "q", "answer": "a"}, "turns"),
+    ("completion-chat", {"question": "q", "answer": "a", "extra": 1}, None),
     ("messages", {"question": "q", "answer": "a", "messages": None}, "column messages"),
+    ("alpaca", LAYOUTS["alpaca"].example, "read, not written"),
 ]
 
 
-@pytest.mark.parametrize(("name", "row", "reason"), CANNOT)
-def test_what_a_layout_cannot_hold_is_refused_with_the_reason(name: str, row: Any, reason: str | None) -> None:
-    comparison = one(row)
-    if reason is None:
-        assert one(LAYOUTS[name].write(comparison)) == comparison
-        return
-    with pytest.raises(DataError, match=reason) as caught:
-        LAYOUTS[name].write(comparison)
-    said = str(caught.value)
-    assert said.startswith(f"f, row 1: cannot be written as {name}, which cannot hold ") and "\n" not in said
+def test_what_a_layout_cannot_hold_is_refused_with_the_reason() -> None:
+    for name, row, reason in CANNOT:
+        comparison = one(row)
+        if reason is None:
+            assert one(LAYOUTS[name].write(comparison)) == comparison
+            continue
+        with pytest.raises(DataError, match=reason) as caught:
+            LAYOUTS[name].write(comparison)
+        said = str(caught.value)
+        assert said.startswith(f"f, row 1: cannot be written as {name}, which cannot hold ") and "\n" not in said
 
 
 def test_further_columns_come_back_as_they_were() -> None:
@@ -299,7 +299,7 @@ def test_further_columns_come_back_as_they_were() -> None:
 
 def test_every_layout_says_what_it_is() -> None:
     for layout in LAYOUTS.values():
-        assert layout.says and layout.origin and set(layout.fields) <= layout.known
-        assert not set(layout.aliases) & layout.known and not set(layout.words) & layout.known
-        for other in layout.also:
+        assert layout.description and layout.origin and set(layout.fields) <= layout.known
+        assert not set(layout.aliases) & layout.known and not set(layout.option_names) & layout.known
+        for other in layout.accepts:
             assert other in LAYOUTS

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from data.layouts.generated import changed_files, changed_rows, comparisons, text
 from prefopt.data.comparisons import parse_comparisons
-from prefopt.data.kinds import Problem, Want, check, convert
 from prefopt.data.layouts import LAYOUTS
+from prefopt.data.validate import DataKind, Problem, check, convert
 from prefopt.errors import DataError
 from prefopt.records import ROLES, Comparison, Message, Response
 
-WANTS: tuple[Want, ...] = get_args(Want)
+WANTS: tuple[DataKind, ...] = get_args(DataKind)
+WRITTEN = sorted(x.name for x in LAYOUTS.values() if x.writer)
 SLOW = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
@@ -84,11 +85,11 @@ def test_every_row_is_a_comparison_or_a_problem(rows: list[Any], format: str | N
     assert_accounted_for(rows, format)
 
 
-@pytest.mark.parametrize("name", ["\n", "", "a\u2028b", "\x1b[2J", "\ud800"])
-def test_a_column_whose_name_would_break_a_line_is_quoted(name: str) -> None:
-    with pytest.raises(DataError) as error:
-        parse_comparisons([{name: None}], "f")
-    assert f"row 1 has {name!r};" in str(error.value) and str(error.value).isprintable()
+def test_a_column_whose_name_would_break_a_line_is_quoted() -> None:
+    for name in ("\n", "", "a\u2028b", "\x1b[2J", "\ud800"):
+        with pytest.raises(DataError) as error:
+            parse_comparisons([{name: None}], "f")
+        assert f"row 1 has {name!r};" in str(error.value) and str(error.value).isprintable()
 
 
 @pytest.mark.slow
@@ -101,7 +102,7 @@ def test_twenty_thousand_times(part: int, rows: list[Any], format: str | None) -
 
 
 @settings(max_examples=200, **SLOW)
-@given(st.sampled_from(sorted(x.name for x in LAYOUTS.values() if x.written)), st.data())
+@given(st.sampled_from(WRITTEN), st.data())
 def test_rows_read_by_their_own_layout_are_written_and_read_again(name: str, data: st.DataObject) -> None:
     """write(parse(row)) parses to the same, for every row of a layout that parses at all."""
     layout = LAYOUTS[name]
@@ -122,11 +123,9 @@ def assert_reason_is_known(said: str) -> None:
     known = (
         "names of speakers",
         "reasoning apart",
-        "words and tool calls",
+        "text and tool calls",
         "not trained",
         "prompt ends",
-        "by turns",
-        "several turns",
         "a further column",
         "its other columns",
         "its votes",
@@ -135,13 +134,6 @@ def assert_reason_is_known(said: str) -> None:
         "recognised",
         "read again",
         "none is preferred",
-        "end with the assistant",
-        "system turns and tools",
-        "more than one turn",
-        "a further column of that name",
-        "right or wrong",
-        "responses that are in no order",
-        "two columns of one name",
     )
     assert any(words in said for words in known), said
 
@@ -159,7 +151,8 @@ def test_every_comparison_survives_the_canonical_layout(c: Comparison) -> None:
 @settings(max_examples=200, **SLOW)
 @given(comparisons(plain=True))
 def test_what_a_layout_writes_is_read_as_that_layout_and_says_the_same(c: Comparison) -> None:
-    for name, layout in LAYOUTS.items():
+    for name in WRITTEN:
+        layout = LAYOUTS[name]
         try:
             row = layout.write(c)
         except DataError as error:
@@ -171,30 +164,16 @@ def test_what_a_layout_writes_is_read_as_that_layout_and_says_the_same(c: Compar
 
 
 WORD = text.map(lambda words: "x" + words.strip().replace("\n\nHuman:", "").replace("\n\nAssistant:", ""))
-PAIRS_OF_TURNS = [
-    "canonical",
-    "k-wise",
-    "openai-preference",
-    "v1-preference",
-    "sharegpt-ranking",
-    "alpaca-ranking",
-    "ultrafeedback-binarized",
-    "preference-chat",
-    "messages-ranking",
-    "implicit-chat",
-    "hh",
-]
+PAIRS = ["canonical", "openai-preference", "sharegpt-ranking", "preference-chat", "implicit-chat"]
 HELD = {
-    "pairs": PAIRS_OF_TURNS,
-    "pairs with tools": [n for n in PAIRS_OF_TURNS if n not in ("hh",)],
-    "pairs of text": ["canonical", "k-wise", "preference-text"],
-    "labels": ["canonical", "unpaired-chat", "kto", "alpaca-kto"],
+    "pairs": PAIRS,
+    "pairs with tools": PAIRS,
+    "pairs of text": ["canonical", "preference-text"],
+    "labels": ["canonical", "unpaired-chat"],
     "labels of text": ["canonical", "unpaired-text"],
-    "demonstrations": ["canonical", "completion-chat", "sharegpt", "alpaca", "v1-messages", "messages"],
+    "demonstrations": ["canonical", "completion-chat", "messages"],
     "demonstrations of text": ["canonical", "completion-text"],
-    "prompts": ["canonical", "prompt-chat", "sharegpt", "v1-messages", "messages"],
-    "scores": ["canonical", "ultrafeedback"],
-    "solutions": ["canonical", "solutions"],
+    "prompts": ["canonical", "prompt-chat", "messages"],
 }
 
 
@@ -202,30 +181,18 @@ HELD = {
 def of_kind(draw: st.DrawFn, kind: str) -> Comparison:
     """A comparison that every layout of ``HELD[kind]`` has a place for."""
     asked = [Message("user", draw(WORD))]
-    if "demonstrations" not in kind and kind not in ("scores", "solutions", "prompts") and "text" not in kind:
+    if "demonstrations" not in kind and kind != "prompts" and "text" not in kind:
         for _ in range(draw(st.integers(0, 2))):
             asked += [Message("assistant", draw(WORD)), Message("user", draw(WORD))]
     c = Comparison(tuple(asked), (), (), 1, "f", text="text" in kind)
-    count = (
-        2
-        if "pairs" in kind
-        else 0
-        if kind == "prompts"
-        else 1
-        if kind.split()[0] in ("labels", "demonstrations")
-        else 3
-    )
+    count = 2 if "pairs" in kind else 0 if kind == "prompts" else 1
     sides = [f"{draw(WORD)}{k}" for k in range(count)]
     c = replace(c, responses=tuple(Response((Message("assistant", words),)) for words in sides))
     if "pairs" in kind:
         c = replace(c, tiers=((0,), (1,)), tools=('{"name": "é"}',) if "tools" in kind else ())
-    if "labels" in kind or kind == "solutions":
+    if "labels" in kind:
         c = replace(c, labels=tuple(draw(st.booleans()) for _ in sides))
-    if kind == "scores":
-        scores = [draw(st.sampled_from([1.0, 2.0, 0.25])) for _ in sides]
-        c = Comparison.scored(asked, sides, scores=scores, row=1, file="f")
-    extra: dict[str, object] = {"id": draw(st.integers())}
-    return replace(c, extra=extra | ({"solutions": [f"m{k}" for k in range(count)]} if kind == "solutions" else {}))
+    return replace(c, extra={"id": draw(st.integers())})
 
 
 @settings(max_examples=8, **SLOW)

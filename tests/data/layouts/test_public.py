@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from prefopt.data.comparisons import Reading, parse_comparisons
-from prefopt.data.kinds import convert
 from prefopt.data.layouts import LAYOUTS
+from prefopt.data.validate import convert
 from prefopt.errors import ConfigError, DataError
 from prefopt.records import Comparison, Message
 
@@ -42,86 +42,87 @@ COLUMNS |= {"winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0}
 ARGILLA = {"fields": {"prompt": "Why?", "response-a": "a", "response-b": "b"}, "responses": {"q": [{"value": "b"}]}}
 
 
-@pytest.mark.parametrize(
-    ("row", "layout", "expected"),
-    [
-        (SHP, "shp", FIRST),
-        (SHP | {"labels": 0}, "shp", SECOND),
-        (SHP | {"labels": "1"}, "shp", FIRST),
-        (SHP | {"labels": 0.0}, "shp", SECOND),
-        (SHP | {"labels": True}, "shp", FIRST),
-        (SHP | {"labels": 2}, "shp", "unknown label"),
-        (PKU, "pku-saferlhf", SECOND),
-        (PKU | {"better_response_id": 0}, "pku-saferlhf", FIRST),
-        (WEBGPT, "webgpt", SECOND),
-        (WEBGPT | {"score_1": -0.5}, "webgpt", TIE),
-        (SUMMARY, "summaries", FIRST),
-        (SUMMARY | {"summaries": [{"text": "a"}]}, "summaries", "missing field"),
-        (STRENGTH, "helpsteer-preference", FIRST),
-        (STRENGTH | {"preference_strength": 0}, "helpsteer-preference", TIE),
-        (STRENGTH | {"preference_strength": 3.0}, "helpsteer-preference", SECOND),
-        (HELPSTEER3, "helpsteer3", SECOND),
-        (ARENA, "arena", SECOND),
-        (ARENA | {"winner": "model_a"}, "arena", FIRST),
-        (ARENA | {"winner": "tie"}, "arena", TIE),
-        (ARENA | {"winner": "tie (bothbad)"}, "arena", TIE),
-        (ARENA | {"winner": "Model_A"}, "arena", FIRST),
-        (ARENA | {"winner": "nobody"}, "arena", "label of unknown meaning"),
-        (COLUMNS, "arena-columns", FIRST),
-        (COLUMNS | {"winner_model_a": False, "winner_model_b": True}, "arena-columns", SECOND),
-        (COLUMNS | {"winner_model_a": "0", "winner_tie": "1"}, "arena-columns", TIE),
-        (COLUMNS | {"winner_model_b": 1}, "arena-columns", "unknown label"),
-        (COLUMNS | {"response_b": "[null]"}, "arena-columns", "wrong type"),
-        (ARGILLA, "argilla", SECOND),
-        (ARGILLA | {"responses": {"q": [{"value": "response-a"}]}}, "argilla", FIRST),
-        (ARGILLA | {"responses": {"q": [{"value": "tie"}]}}, "argilla", TIE),
-        (ARGILLA | {"responses": {"q": []}}, "argilla", "missing field"),
-        ({"messages": [USER, said("a")], "rejected_messages": [USER, said("b")]}, "swift-preference", FIRST),
-        ({"messages": [USER, said("a")], "rejected_messages": [said("b")]}, "swift-preference", FIRST),
-        ({"messages": [USER, said("a")], "rejected_response": "b"}, "swift-rejected-response", FIRST),
-        ({"prompt": "Why?", "pos": "a", "neg": "b"}, "preference-text", FIRST),
-    ],
-)
-def test_which_of_two_responses_is_better(row: dict[str, Any], layout: str, expected: Any) -> None:
-    reading = read(row)
-    assert reading.layout == layout and tiers(row) == [expected]
-    for c in reading.comparisons:
-        assert [r.text for r in c.responses] == ["a", "b"] and c.prompt == (Message("user", "Why?"),)
-        assert LAYOUTS["canonical"].parse(LAYOUTS["canonical"].write(c), 1, "f") == c
+PAIRS: list[tuple[dict[str, Any], str, Any]] = [
+    (SHP, "shp", FIRST),
+    (SHP | {"labels": 0}, "shp", SECOND),
+    (SHP | {"labels": "1"}, "shp", FIRST),
+    (SHP | {"labels": 0.0}, "shp", SECOND),
+    (SHP | {"labels": True}, "shp", FIRST),
+    (SHP | {"labels": 2}, "shp", "unknown label"),
+    (PKU, "pku-saferlhf", SECOND),
+    (PKU | {"better_response_id": 0}, "pku-saferlhf", FIRST),
+    (WEBGPT, "webgpt", SECOND),
+    (WEBGPT | {"score_1": -0.5}, "webgpt", TIE),
+    (SUMMARY, "summaries", FIRST),
+    (SUMMARY | {"summaries": [{"text": "a"}]}, "summaries", "missing field"),
+    (STRENGTH, "helpsteer-preference", FIRST),
+    (STRENGTH | {"preference_strength": 0}, "helpsteer-preference", TIE),
+    (STRENGTH | {"preference_strength": 3.0}, "helpsteer-preference", SECOND),
+    (HELPSTEER3, "helpsteer3", SECOND),
+    (ARENA, "arena", SECOND),
+    (ARENA | {"winner": "model_a"}, "arena", FIRST),
+    (ARENA | {"winner": "tie"}, "arena", TIE),
+    (ARENA | {"winner": "tie (bothbad)"}, "arena", TIE),
+    (ARENA | {"winner": "Model_A"}, "arena", FIRST),
+    (ARENA | {"winner": "nobody"}, "arena", "label of unknown meaning"),
+    (COLUMNS, "arena-columns", FIRST),
+    (COLUMNS | {"winner_model_a": False, "winner_model_b": True}, "arena-columns", SECOND),
+    (COLUMNS | {"winner_model_a": "0", "winner_tie": "1"}, "arena-columns", TIE),
+    (COLUMNS | {"winner_model_b": 1}, "arena-columns", "unknown label"),
+    (COLUMNS | {"response_b": "[null]"}, "arena-columns", "wrong type"),
+    (ARGILLA, "argilla", SECOND),
+    (ARGILLA | {"responses": {"q": [{"value": "response-a"}]}}, "argilla", FIRST),
+    (ARGILLA | {"responses": {"q": [{"value": "tie"}]}}, "argilla", TIE),
+    (ARGILLA | {"responses": {"q": []}}, "argilla", "missing field"),
+    ({"messages": [USER, said("a")], "rejected_messages": [USER, said("b")]}, "swift-preference", FIRST),
+    ({"messages": [USER, said("a")], "rejected_messages": [said("b")]}, "swift-preference", FIRST),
+    ({"messages": [USER, said("a")], "rejected_response": "b"}, "swift-rejected-response", FIRST),
+    ({"prompt": "Why?", "pos": "a", "neg": "b"}, "preference-text", FIRST),
+]
+
+
+def test_which_of_two_responses_is_better() -> None:
+    for row, layout, expected in PAIRS:
+        reading = read(row)
+        assert reading.layout == layout and tiers(row) == [expected]
+        for c in reading.comparisons:
+            assert [r.text for r in c.responses] == ["a", "b"] and c.prompt == (Message("user", "Why?"),)
+            assert LAYOUTS["canonical"].parse(LAYOUTS["canonical"].write(c), 1, "f") == c
 
 
 def ranking(key: str, *values: Any, text: str = "text") -> list[dict[str, Any]]:
     return [{text: word, key: value} for word, value in zip("abc", values, strict=False)]
 
 
-@pytest.mark.parametrize(
-    ("row", "layout", "expected"),
-    [
-        ({"prompt": "Why?", "answers": ranking("rank", 3.0, 1.0, 2.0, text="answer")}, "nectar", ((1,), (2,), (0,))),
-        ({"prompt": "Why?", "answers": ranking("rank", 2, 1, 1, text="answer")}, "nectar", ((1, 2), (0,))),
-        ({"question": "Why?", "answers": ranking("pm_score", 2, 7, 2)}, "stack-exchange", ((1,), (0, 2))),
-        ({"question": "Why?", "answers": ranking("pm_score", 2, None)}, "stack-exchange", "missing score"),
-        ({"text": "Why?", "replies": ranking("rank", 1, 0)}, "oasst-replies", SECOND),
-        ({"text": "Why?", "replies": ranking("rank", None, None)}, "oasst-replies", ()),
-        ({"text": "Why?", "replies": ranking("rank", None, 0)}, "oasst-replies", "missing score"),
-        ({"text": "Why?", "replies": ranking("rank", 0)}, "oasst-replies", ()),
-        ({"message_tree_id": "t", "prompt": {"text": "Why?", "replies": ranking("rank", 1, 0)}}, "oasst-trees", SECOND),
-        ({"instruction": "Why?", "generations": ["a", "b"], "ratings": [2.0, 5.0]}, "distilabel", SECOND),
-        ({"instruction": "Why?", "generations": ["a", "b"], "ratings": [2.0]}, "distilabel", "wrong number"),
-        ({"instruction": "Why?", "generations": ["a", "b"], "ratings": [2, None]}, "distilabel", "missing score"),
-        ({"instruction": "Why?", "output": ["a", "b", "c"]}, "alpaca-outputs", ((0,), (1,), (2,))),
-        ({"instruction": "Why?", "output": ["a"]}, "alpaca-outputs", ()),
-        ({"prompt": "Why?", "chosen": ["a"], "rejected": ["b", "c"]}, "lists-of-sides", ((0,), (1, 2))),
-        ({"prompt": "Why?", "chosen": ["a"], "rejected": []}, "lists-of-sides", "missing field"),
-        ({"prompt": "Why?", "responses": ["a", "b", "c"], "ranks": [2, 1, 2]}, "ranks", ((1,), (0, 2))),
-    ],
-)
-def test_how_several_responses_are_ordered(row: dict[str, Any], layout: str, expected: Any) -> None:
-    assert read(row).layout == layout and tiers(row) == [expected]
-    for c in read(row).comparisons:
-        assert (
-            c.prompt == (Message("user", "Why?"),) and "".join(r.text for r in c.responses) == "abc"[: len(c.responses)]
-        )
+RANKINGS: list[tuple[dict[str, Any], str, Any]] = [
+    ({"prompt": "Why?", "answers": ranking("rank", 3.0, 1.0, 2.0, text="answer")}, "nectar", ((1,), (2,), (0,))),
+    ({"prompt": "Why?", "answers": ranking("rank", 2, 1, 1, text="answer")}, "nectar", ((1, 2), (0,))),
+    ({"question": "Why?", "answers": ranking("pm_score", 2, 7, 2)}, "stack-exchange", ((1,), (0, 2))),
+    ({"question": "Why?", "answers": ranking("pm_score", 2, None)}, "stack-exchange", "missing score"),
+    ({"text": "Why?", "replies": ranking("rank", 1, 0)}, "oasst-replies", SECOND),
+    ({"text": "Why?", "replies": ranking("rank", None, None)}, "oasst-replies", ()),
+    ({"text": "Why?", "replies": ranking("rank", None, 0)}, "oasst-replies", "missing score"),
+    ({"text": "Why?", "replies": ranking("rank", 0)}, "oasst-replies", ()),
+    ({"message_tree_id": "t", "prompt": {"text": "Why?", "replies": ranking("rank", 1, 0)}}, "oasst-trees", SECOND),
+    ({"instruction": "Why?", "generations": ["a", "b"], "ratings": [2.0, 5.0]}, "distilabel", SECOND),
+    ({"instruction": "Why?", "generations": ["a", "b"], "ratings": [2.0]}, "distilabel", "wrong number"),
+    ({"instruction": "Why?", "generations": ["a", "b"], "ratings": [2, None]}, "distilabel", "missing score"),
+    ({"instruction": "Why?", "output": ["a", "b", "c"]}, "alpaca-outputs", ((0,), (1,), (2,))),
+    ({"instruction": "Why?", "output": ["a"]}, "alpaca-outputs", ()),
+    ({"prompt": "Why?", "chosen": ["a"], "rejected": ["b", "c"]}, "lists-of-sides", ((0,), (1, 2))),
+    ({"prompt": "Why?", "chosen": ["a"], "rejected": []}, "lists-of-sides", "missing field"),
+    ({"prompt": "Why?", "responses": ["a", "b", "c"], "ranks": [2, 1, 2]}, "ranks", ((1,), (0, 2))),
+]
+
+
+def test_how_several_responses_are_ordered() -> None:
+    for row, layout, expected in RANKINGS:
+        assert read(row).layout == layout and tiers(row) == [expected]
+        for c in read(row).comparisons:
+            assert (
+                c.prompt == (Message("user", "Why?"),)
+                and "".join(r.text for r in c.responses) == "abc"[: len(c.responses)]
+            )
 
 
 def test_ranks_of_which_the_lowest_is_best_and_completions_of_turns() -> None:
@@ -149,12 +150,15 @@ def test_messages_of_trees_are_read_with_their_replies_and_not_alone() -> None:
     assert reading.notes == ["f: of each tree, the replies to its first message are compared; deeper ones are not read"]
 
 
-@pytest.mark.parametrize("name", ["shp", "nectar", "pku-saferlhf", "oasst-replies", "argilla", "helpsteer3"])
-def test_a_system_turn_is_read_and_not_said_to_be_unread(name: str) -> None:
-    reading = read({**LAYOUTS[name].example, "system": "Be kind."})
-    (found,) = reading.comparisons
-    assert found.prompt[0] == Message("system", "Be kind.") and found.extra == {}
-    assert not any("not read" in note for note in reading.notes)
+CASES_A_SYSTEM_TURN_I = ["shp", "nectar", "pku-saferlhf", "oasst-replies", "argilla", "helpsteer3"]
+
+
+def test_a_system_turn_is_read_and_not_said_to_be_unread() -> None:
+    for name in CASES_A_SYSTEM_TURN_I:
+        reading = read({**LAYOUTS[name].example, "system": "Be kind."})
+        (found,) = reading.comparisons
+        assert found.prompt[0] == Message("system", "Be kind.") and found.extra == {}
+        assert not any("not read" in note for note in reading.notes)
 
 
 def test_a_transcript_is_a_prompt_in_turns() -> None:
@@ -216,9 +220,12 @@ def test_bare_numbers_need_their_meaning_and_the_error_says_how() -> None:
             read(TWO, columns=[*NAMED, f"--label-means={wrong}"])
 
 
-@pytest.mark.parametrize(("label", "expected"), [("first", FIRST), ("B", SECOND), ("tie", TIE), ("output_2", SECOND)])
-def test_labels_that_name_a_side_need_no_meaning(label: str, expected: Any) -> None:
-    assert tiers(TWO | {"label": label}, columns=NAMED) == [expected]
+CASES_LABELS_THAT_NAM = [("first", FIRST), ("B", SECOND), ("tie", TIE), ("output_2", SECOND)]
+
+
+def test_labels_that_name_a_side_need_no_meaning() -> None:
+    for label, expected in CASES_LABELS_THAT_NAM:
+        assert tiers(TWO | {"label": label}, columns=NAMED) == [expected]
 
 
 def test_scores_and_votes_of_two_responses() -> None:
@@ -243,23 +250,22 @@ SIDES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SIDES)
-@pytest.mark.parametrize(
-    "scores", ["score_chosen", "chosen_score", "chosen-rating", "rating_chosen", "chosen_avg_rating"]
-)
-def test_scores_beside_chosen_and_rejected_are_those_of_the_pair(name: str, scores: str) -> None:
-    def scored(good: Any, bad: Any) -> dict[str, Any]:
-        return {**SIDES[name], scores: good, scores.replace("chosen", "rejected"): bad}
+CASES_SCORES_BESIDE_C = ["score_chosen", "chosen_score", "chosen-rating", "rating_chosen", "chosen_avg_rating"]
 
-    reading = read(scored(5, 1), scored(3, 3), scored(1, 5))
-    better, tie = reading.comparisons
-    assert reading.layout == name and reading.notes == []
-    assert (better.tiers, better.scores, tie.tiers, tie.scores) == (FIRST, (5.0, 1.0), TIE, (3.0, 3.0))
-    assert better.extra == tie.extra == {}
-    (against,) = reading.problems
-    assert against.kind == "scores against the preference" and f"{scores} is 1" in against.what
-    ignored = [f"--ignore-columns={column}" for column in (scores, scores.replace("chosen", "rejected"))]
-    assert tiers(scored(1, 5), columns=ignored) == [FIRST]  # what the message says to type
+
+def test_scores_beside_chosen_and_rejected_are_those_of_the_pair() -> None:
+    for scores in CASES_SCORES_BESIDE_C:
+        for name, pair in SIDES.items():
+            other = scores.replace("chosen", "rejected")
+            reading = read(*({**pair, scores: good, other: bad} for good, bad in ((5, 1), (3, 3), (1, 5))))
+            better, tie = reading.comparisons
+            assert reading.layout == name and reading.notes == []
+            assert (better.tiers, better.scores, tie.tiers, tie.scores) == (FIRST, (5.0, 1.0), TIE, (3.0, 3.0))
+            assert better.extra == tie.extra == {}
+            (against,) = reading.problems
+            assert against.kind == "scores against the preference" and f"{scores} is 1" in against.what
+            ignored = [f"--ignore-columns={column}" for column in (scores, other)]  # as the message suggests
+            assert tiers({**pair, scores: 1, other: 5}, columns=ignored) == [FIRST]
 
 
 def test_columns_that_are_no_scores_of_both_sides_stay_what_they_are() -> None:
@@ -296,17 +302,17 @@ def test_whole_conversations_beside_a_prompt_and_a_question_are_not_repeated() -
     assert read({"question": "Why?", "chosen": [said("a")], "rejected": [said("b")]}).layout == "alpaca-ranking"
 
 
-@pytest.mark.parametrize("asks", [{"problem": "2 + 2?"}, {"trajectory": [USER]}])
-def test_a_prompt_that_is_in_no_known_column_is_not_taken_for_none(asks: dict[str, Any]) -> None:
-    row = {**asks, "chosen": "4", "rejected": "22"}
-    (name,) = asks
-    (found,) = read(row).problems
-    assert found.what.endswith(f"may be their prompt: --columns prompt={name}, or --ignore-columns {name}")
-    (named,) = read(row, columns=[f"prompt={name}"]).comparisons
-    assert named.prompt[0].content in ("2 + 2?", "Why?")
-    assert tiers(row, columns=[f"--ignore-columns={name}"]) == [FIRST]
-    shared = {**asks, "chosen": "2 + 2? 4", "rejected": "2 + 2? 22"}
-    assert read(shared).comparisons[0].prompt[0].content == "2 + 2?"
+def test_a_prompt_that_is_in_no_known_column_is_not_taken_for_none() -> None:
+    for asks in ({"problem": "2 + 2?"}, {"trajectory": [USER]}):
+        row = {**asks, "chosen": "4", "rejected": "22"}
+        (name,) = asks
+        (found,) = read(row).problems
+        assert found.what.endswith(f"may be their prompt: --columns prompt={name}, or --ignore-columns {name}")
+        (named,) = read(row, columns=[f"prompt={name}"]).comparisons
+        assert named.prompt[0].content in ("2 + 2?", "Why?")
+        assert tiers(row, columns=[f"--ignore-columns={name}"]) == [FIRST]
+        shared = {**asks, "chosen": "2 + 2? 4", "rejected": "2 + 2? 22"}
+        assert read(shared).comparisons[0].prompt[0].content == "2 + 2?"
 
 
 def test_the_safer_response_is_an_option() -> None:
@@ -321,27 +327,27 @@ def test_a_label_of_one_response_means_what_is_said() -> None:
     assert problem.kind == "unknown label"
 
 
-@pytest.mark.parametrize(
-    ("columns", "lost"),
-    [
-        ({"response_a": "a", "response_b": "b", "winner": "a"}, True),
-        ({"good": "a", "bad": "b"}, True),
-        ({"answer_text": ["a", "b"]}, True),
-        ({"model_a": "m", "response_model": "m", "answer_id": "3", "output_tokens": 4, "reply_url": "u"}, False),
-        (
-            {"source": "s", "category": "c", "reference_answer": "r", "correct_answers": ["a"], "response_source": "x"},
-            False,
-        ),
-    ],
-)
-def test_columns_that_hold_responses_and_are_not_read_are_told(columns: dict[str, Any], lost: bool) -> None:
-    reading = read({"prompt": "Why?", **columns})
-    assert reading.layout == "prompt-text" and bool(reading.lost) is lost
-    ignored = [f"--ignore-columns={name}" for name in columns]
-    again = read({"prompt": "Why?", **columns}, columns=ignored)
-    assert not again.lost and not again.notes
-    with pytest.raises(DataError, match="no row has the column other"):
-        read({"prompt": "Why?"}, columns=["--ignore-columns=other"])
+LOST: list[tuple[dict[str, Any], bool]] = [
+    ({"response_a": "a", "response_b": "b", "winner": "a"}, True),
+    ({"good": "a", "bad": "b"}, True),
+    ({"answer_text": ["a", "b"]}, True),
+    ({"model_a": "m", "response_model": "m", "answer_id": "3", "output_tokens": 4, "reply_url": "u"}, False),
+    (
+        {"source": "s", "category": "c", "reference_answer": "r", "correct_answers": ["a"], "response_source": "x"},
+        False,
+    ),
+]
+
+
+def test_columns_that_hold_responses_and_are_not_read_are_told() -> None:
+    for columns, lost in LOST:
+        reading = read({"prompt": "Why?", **columns})
+        assert reading.layout == "prompt-text" and bool(reading.lost) is lost
+        ignored = [f"--ignore-columns={name}" for name in columns]
+        again = read({"prompt": "Why?", **columns}, columns=ignored)
+        assert not again.lost and not again.notes
+        with pytest.raises(DataError, match="no row has the column other"):
+            read({"prompt": "Why?"}, columns=["--ignore-columns=other"])
 
 
 def test_what_to_type_names_the_columns() -> None:
@@ -357,17 +363,16 @@ def test_what_to_type_names_the_columns() -> None:
         read({"question": "Why?", "good": "a", "bad": "b"})
 
 
-def test_every_public_layout_that_compares_gives_pairs() -> None:
+def test_every_layout_that_compares_gives_pairs() -> None:
     for layout in LAYOUTS.values():
-        if not layout.written and not layout.joins:
+        if layout.kind in ("pairs", "ranking") and not layout.joins:
             c = layout.parse(json.loads(json.dumps(layout.example)), 1, "f")
             assert isinstance(found := convert(c, "pairs"), Comparison) and found.pairs, layout.name
 
 
-@pytest.mark.parametrize("name", sorted(x.name for x in LAYOUTS.values() if not x.written))
-def test_a_row_that_lacks_a_column_is_a_bad_row_among_good_ones(name: str) -> None:
-    layout = LAYOUTS[name]
-    for field in layout.fields:
-        reading = read(dict(layout.example), {**layout.example, field: None})
-        assert reading.layout == name
-        assert [(p.row, p.kind) for p in reading.problems] == [(2, "missing field")]
+def test_a_row_that_lacks_a_column_is_a_bad_row_among_good_ones() -> None:
+    for name, layout in LAYOUTS.items():
+        for field in {*layout.fields} & {*layout.example}:
+            reading = read(dict(layout.example), {**layout.example, field: None})
+            assert reading.layout == name
+            assert [(p.row, p.kind) for p in reading.problems] == [(2, "missing field")], (name, field)

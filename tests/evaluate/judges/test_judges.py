@@ -109,11 +109,11 @@ def test_the_implied_reward_is_the_log_ratio(model: str, tmp_path: Path) -> None
 
     from data.small import small_tokenizer
     from prefopt.data.comparisons import parse_comparisons
-    from prefopt.data.load import build_groups
+    from prefopt.data.load import load_groups
 
     other = write_model(tmp_path / "other", seed=1)
     rows = pairs(8)
-    groups = build_groups([parse_comparisons(rows, "data")], small_tokenizer(), max_length=64).groups
+    groups = load_groups([parse_comparisons(rows, "data")], small_tokenizer(), max_length=64).groups
     one, two = (AutoModelForCausalLM.from_pretrained(m) for m in (model, other))
     with torch.no_grad():
         ratio = torch.stack([response_logprobs(one, g) - response_logprobs(two, g) for g in groups])

@@ -1,9 +1,9 @@
 """From rendered texts to token ids, with the characters that each token covers.
 
-The ids are those of the whole text, with one exception. A model that answers is given the prompt tokenized by itself,
-and some tokenizers would read its end otherwise when they see an answer behind it: they join the last space to the
-first word, or take two line breaks apart. There prompt and answer are tokenized apart, so that training sees the prompt
-as sampling does and what is trained is the answer and nothing else.
+The ids are those of the whole text, with one exception. At inference the prompt is tokenized by itself, and some
+tokenizers give its end other tokens when an answer follows: they join the last space to the first word, or split two
+line breaks. There prompt and answer are tokenized apart, so that training sees the prompt as sampling does and exactly
+the answer is trained.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Literal
 
@@ -23,17 +24,17 @@ from prefopt.data.tokenizer import Tokenizer
 OffsetArray = npt.NDArray[np.int64]
 Tokens = tuple[IntArray, OffsetArray, OffsetArray]
 
-WORTH_SHARING = 64  # characters of a prompt under which it is not worth while to encode it once for all responses
-NEAR = 256  # characters before an answer in which to look for the token that the end of its prompt begins with
+WORTH_SHARING = 64  # characters of the shortest prompt that is encoded once for all responses
+NEAR = 256  # characters before an answer that are searched for an added token to tokenize the prompt's end from
 REMEMBERED = 4096  # ends of prompts; a template has a handful
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class RenderedText:
     """One response with its prompt as text; ``spans`` are the trained characters, [start, end).
 
-    ``bos`` and ``eos`` say whether those are still to be added. The first ``shared`` characters are the prompt's, the
-    same for all responses of a row. The last ``close`` characters close the answer behind its last words.
+    ``bos`` and ``eos``: whether those are still to be added. The first ``shared`` characters are the prompt's, the same
+    for all responses of a row. The last ``close`` characters close the answer behind its last words.
     """
 
     text: str
@@ -46,13 +47,13 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """Token ids [L] of a text, and which characters all but the first ``skipped`` of them cover: [starts, ends).
+    """Token ids [L] of a text, and the characters [starts, ends) of all but the first ``skipped`` tokens.
 
     Tokenizers may leave the space that belongs to a token out of its offsets: a token covers all characters since the
-    one before it ended. Tokens that share the bytes of one character all cover it, and one that covers nothing goes
-    with the character at its place. So ``ends`` never fall. The tokens that are skipped stand for the text before
-    character ``cut``, which can be tokenized by itself. ``boundary`` says that prompt and answer had to be tokenized
-    apart, or that they should have been and this tokenizer leaves no way to.
+    end of the one before it. Tokens that share the bytes of one character all cover it, and a token without characters
+    covers the one at its place. So ``ends`` never decrease. The skipped tokens encode the text before character
+    ``cut``. ``boundary``: prompt and answer had to be tokenized ``apart``, or are ``joined`` because this tokenizer
+    cannot do that.
     """
 
     ids: IntArray
@@ -70,11 +71,11 @@ class Encoded:
         return trained
 
     def until(self, place: int) -> int:
-        """How many tokens end at character ``place`` or before it; ``place`` is not before ``cut``."""
+        """The number of tokens that end at or before character ``place``, which is not before ``cut``."""
         return int(np.searchsorted(self.ends, place, side="right")) + self.skipped
 
     def straddles(self, place: int) -> bool:
-        """Whether one token covers characters on both sides of a place in the text."""
+        """Whether one token covers characters on both sides of ``place``."""
         next_one = self.until(place) - self.skipped
         return next_one < len(self.starts) and bool(self.starts[next_one] < place)
 
@@ -85,11 +86,11 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes texts in batches; no special token is added. What the responses of a row share is encoded once.
+    """Encodes texts in batches, without adding special tokens. What the responses of a row share is encoded once.
 
-    A tokenizer takes added tokens out of a text first and treats what lies between them each for itself. So a text may
-    be cut before any of them, and the parts give the ids of the whole. (The cut is before and not behind the token,
-    since some tokenizers treat the very start of a text in their own way.)
+    A tokenizer splits a text at its added tokens first and encodes what lies between them separately. So a text may be
+    cut before any of them, and the pieces give the ids of the whole. (The cut is before the token, since some
+    tokenizers treat the very start of a text in their own way.)
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -100,8 +101,8 @@ class Encoder:
         self._added = re.compile("|".join(map(re.escape, self._contents)) if usable and added else r"(?!)")
         self._greedy = {t.content for t in added if t.lstrip}
         self._safe: dict[str, bool] = {}
-        self._ends: dict[str, list[int]] = {}
-        # Some tokenizers put a space before the start of a text. It has no place in the middle of one.
+        self._end = lru_cache(REMEMBERED)(self._ids)  # for the ends of prompts, which many rows share
+        # Some tokenizers put a space before the start of a text, which must not happen in the middle of one.
         line = self._ids("\n")
         plain = any(self._ids("\n" + letter) == line + self._ids(letter) for letter in "aQ7~")
         self._anchor, self._anchor_ids = ("", []) if plain else ("\n", line)
@@ -110,87 +111,77 @@ class Encoder:
         """Each text by itself."""
         return [Encoded(*tokens) for tokens in self._whole(texts)]
 
-    def encode_rows(self, rows: Sequence[Sequence[Layout]]) -> list[list[Encoded]]:
+    def encode_rows(self, rows: Sequence[Sequence[RenderedText]]) -> list[list[Encoded]]:
         """The responses of each row."""
         cuts = [self._cut(row) for row in rows]
         pieces: list[str] = []
         for row, cut in zip(rows, cuts, strict=True):
-            pieces += [row[0].text[:cut]] * bool(cut) + [layout.text[cut:] for layout in row]
+            pieces += [row[0].text[:cut]] * bool(cut) + [rendered.text[cut:] for rendered in row]
         encoded = iter(self._whole(pieces))
         found = []
         for row, cut in zip(rows, cuts, strict=True):
-            joined = list(_joined(encoded, len(row), cut))
-            found.append([self._parted(layout, tokens) for layout, tokens in zip(row, joined, strict=True)])
+            tokens = list(_joined(encoded, len(row), cut))
+            found.append(list(map(self._split_at_answers, row, tokens)))
         return found
 
-    def _cut(self, row: Sequence[Layout]) -> int:
+    def _cut(self, row: Sequence[RenderedText]) -> int:
         """Where the texts of a row may be cut, within what they share; 0 for nowhere."""
-        shared = min(layout.shared for layout in row)
+        shared = min(rendered.shared for rendered in row)
         if len(row) < 2 or shared < WORTH_SHARING:
             return 0
         text = row[0].text
         at = self._last_added(text, shared, shared - NEAR) or self._last_added(text, shared, 0)
-        return at if all(self._standing(layout.text, at) for layout in row) else 0
+        return at if all(self._cuttable(rendered.text, at) for rendered in row) else 0
 
     def _last_added(self, text: str, end: int, start: int) -> int:
         """Where the last added token before ``end`` begins, or 0."""
-        found = [m.start() for m in self._added.finditer(text, max(start, 0), end) if self._stands(m[0])]
+        found = [m.start() for m in self._added.finditer(text, max(start, 0), end) if self._is_fixed(m[0])]
         return found[-1] if found else 0
 
-    def _standing(self, text: str, at: int) -> bool:
+    def _cuttable(self, text: str, at: int) -> bool:
         match = self._added.match(text, at)
-        return match is not None and self._stands(match[0])
+        return match is not None and self._is_fixed(match[0])
 
-    def _stands(self, token: str) -> bool:
-        """Whether an added token is one wherever it is written: none that begins before can take part of it."""
+    def _is_fixed(self, token: str) -> bool:
+        """Whether an added token is one wherever it is written: no other that begins before it can overlap it."""
         if token not in self._safe:
             others = ((other, i) for other in self._contents for i in range(1, len(other)))
             overlap = any(token.startswith(other[i:]) or other.startswith(token, i) for other, i in others)
             self._safe[token] = token not in self._greedy and not overlap
         return self._safe[token]
 
-    def _parted(self, layout: Layout, tokens: Encoded) -> Encoded:
-        """The tokens of a text, with its answers apart from what precedes them where the tokenizer would join them."""
-        text = layout.text
-        places = [start for start, _ in layout.spans if start and self._joins(layout, tokens, start)]
-        places += [end for _, end in layout.spans if end < len(text) and tokens.straddles(end)]
+    def _split_at_answers(self, rendered: RenderedText, tokens: Encoded) -> Encoded:
+        """Encode the answers of a text apart from what precedes them where the tokenizer would join the two."""
+        text = rendered.text
+        places = [start for start, _ in rendered.spans if start and self._joins(rendered, tokens, start)]
+        places += [end for _, end in rendered.spans if end < len(text) and tokens.straddles(end)]
         if not places:
             return tokens
         cuts = [0, *sorted(set(places)), len(text)]
-        parts = [self._continued(text, start, end) for start, end in pairwise(cuts)]
+        parts = [self._encode_piece(text, start, end) for start, end in pairwise(cuts)]
         known = [part for part in parts if part is not None]
         if len(known) < len(parts):
             return replace(tokens, boundary="joined")
         ids, starts, ends = (np.concatenate(column) for column in zip(*known, strict=True))
         return Encoded(ids, starts, ends, boundary="apart")
 
-    def _joins(self, layout: Layout, tokens: Encoded, start: int) -> bool:
-        """Whether the text before ``start`` has other tokens by itself."""
+    def _joins(self, rendered: RenderedText, tokens: Encoded, start: int) -> bool:
+        """Whether the text before ``start`` is encoded differently when it is encoded by itself."""
         if tokens.straddles(start):
             return True
-        text = layout.text
-        known = tokens.cut > 0 and start == layout.shared
+        text = rendered.text
+        known = tokens.cut > 0 and start == rendered.shared
         at = tokens.cut if known else self._last_added(text, start, start - NEAR)
-        if at and at >= tokens.cut:
-            return self._end(text[at:start]) != tokens.between(at, start)
-        # The start of a word changes nothing before it. Only spaces and digits are taken by what stands behind.
-        before = text[start - 1]
-        if not (before.isspace() or before.isdigit()):
-            return False
-        return self._end(text[tokens.cut : start]) != tokens.between(tokens.cut, start)
+        if not at or at < tokens.cut:
+            # The start of a word changes no token before it; only spaces and digits merge with what follows.
+            if not (text[start - 1].isspace() or text[start - 1].isdigit()):
+                return False
+            at = tokens.cut
+        encode = self._end if start - at <= NEAR else self._ids
+        return encode(text[at:start]) != tokens.between(at, start)
 
-    def _end(self, text: str) -> list[int]:
-        """The ids of the end of a prompt, which many rows have in common."""
-        if len(text) > NEAR:
-            return self._ids(text)
-        if text not in self._ends:
-            if len(self._ends) >= REMEMBERED:
-                self._ends.clear()
-            self._ends[text] = self._ids(text)
-        return self._ends[text]
-
-    def _continued(self, text: str, start: int, end: int) -> Tokens | None:
-        """The tokens of a part of a text, as they are in the middle of it, where that can be told."""
+    def _encode_piece(self, text: str, start: int, end: int) -> Tokens | None:
+        """The tokens of text[start:end] as in the middle of the text; None where this tokenizer cannot do that."""
         anchor = self._anchor if start else ""
         ((ids, starts, ends),) = self._whole([anchor + text[start:end]])
         skip = len(self._anchor_ids) if anchor else 0
@@ -204,7 +195,7 @@ class Encoder:
         return ids
 
     def _whole(self, texts: Sequence[str]) -> list[Tokens]:
-        # What transformers sets before every call, and what others may have set since.
+        # transformers sets these before every call, and other users of the tokenizer may have changed them since.
         if self._backend.truncation is not None:
             self._backend.no_truncation()
         if self._backend.padding is not None:
@@ -216,7 +207,7 @@ class Encoder:
 
 
 def _joined(encoded: Iterator[Tokens], texts: int, cut: int) -> Iterator[Encoded]:
-    """Each text of a row, from what they share and what they do not."""
+    """Each text of a row, joined from its shared start and its own rest."""
     if not cut:
         yield from (Encoded(*next(encoded)) for _ in range(texts))
         return
@@ -227,7 +218,7 @@ def _joined(encoded: Iterator[Tokens], texts: int, cut: int) -> Iterator[Encoded
 
 
 def _covered(offsets: Sequence[tuple[int, int]]) -> tuple[OffsetArray, OffsetArray]:
-    """The characters that each token covers, from what tokenizers say of them."""
+    """The characters [starts, ends) that each token covers, from the tokenizer's offsets; see :class:`Encoded`."""
     both = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets))
     starts, ends = both[::2], np.maximum.accumulate(both[1::2])
     starts[1:] = np.minimum(starts[1:], ends[:-1])

@@ -1,8 +1,8 @@
-"""From a comparison to a group: chat template, token ids, trained masks.
+"""Comparisons to groups: chat template, token ids, trained masks, truncation.
 
-Each response is rendered with its prompt as one text. What is trained is known in characters first (see
-:mod:`prefopt.data.chat.answers`), then in tokens (see :mod:`prefopt.data.chat.encoding`): those that cover the answer,
-decoded, are the answer and its end-of-turn token. What a template puts after the last one is neither trained nor kept.
+Each response is rendered with its prompt as one text. The trained part is found in characters
+(:mod:`prefopt.data.chat.spans`), then in tokens (:mod:`prefopt.data.chat.encoding`): the trained tokens, decoded, are
+the answer and its end-of-turn token. What a template puts after the last one is neither trained nor kept.
 """
 
 from __future__ import annotations
@@ -11,52 +11,55 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 
-from prefopt.data.chat.answers import Answers
-from prefopt.data.chat.encoding import Encoded, Encoder, Layout
-from prefopt.data.chat.reasoning import field_reasoning, inline_reasoning, strip_reasoning
+from prefopt.data.chat.encoding import Encoded, Encoder, RenderedText
 from prefopt.data.chat.render_options import Rendering
-from prefopt.data.chat.template import ChatTemplate, Turns, Unrenderable
+from prefopt.data.chat.spans import SpanFinder
+from prefopt.data.chat.template import (
+    ChatTemplate,
+    Turns,
+    Unrenderable,
+    field_reasoning,
+    inline_reasoning,
+    strip_reasoning,
+)
 from prefopt.data.chat.truncate import Sequences, Shortener, prompt_excess, truncate, windows
 from prefopt.data.group import BoolArray, Group, IntArray
-from prefopt.data.kinds import Problem
-from prefopt.data.problems import Findings, lines
 from prefopt.data.tokenizer import Tokenizer, end_marks, eos_id, leading_ids, tokenizer_digest
+from prefopt.data.validate import Problem, Warnings, warning_lines
 from prefopt.errors import DataError
 from prefopt.records import Comparison, Response
 
-BATCH = 64
+BATCH = 64  # rows whose texts are tokenized in one call
 
 NO_TEMPLATE = "the tokenizer has no chat template: turns are written as 'User: ...', 'Assistant: ...'"
-NO_END = "the chat template ends no answer with a token of its own: EOS is added"
-NO_END_AT_ALL = "the chat template ends no answer with a token of its own, and none is added"
-NO_BOS = "the tokenizer puts a BOS before plain text and the chat template puts none: conversations have none"
-DATED = "the chat template shows the day's date: cached tokens and reference serve that day only"
-NO_FIELD = "the chat template has no place for reasoning: it is written into the answer, as <think>...</think>"
-AS_IT_STANDS = (
-    "plain text, which no chat template shows: the one given with --chat-template or its variables is not used"
-)
+EOS_ADDED = "the chat template does not end answers with an end-of-turn token: EOS is added"
+EOS_MISSING = "the chat template does not end answers with an end-of-turn token, and none is added"
+NO_BOS = "the tokenizer puts a BOS before plain text, the chat template does not: conversations have none"
+DATED = "the chat template shows the current date: cached tokens and reference values are valid for one day"
+NO_FIELD = "the chat template has no field for reasoning: it is written into the answer, as <think>...</think>"
+PLAIN_TEXT = "plain text, to which --chat-template and its variables do not apply"
 SPECIAL = "special tokens written out in the text, read as those tokens"
-INTO_FIELD = "reasoning inside of answers is put where the chat template has a field for it"
+INTO_FIELD = "reasoning inside answers is moved to the chat template's field for it"
+LEFT_INSIDE = "reasoning inside answers stays part of them, although the chat template has a field for it"
+STRIPPED = "reasoning removed (--reasoning strip)"
 TURNS_DROPPED = "longer than --max-length: the oldest turns are dropped whole"
 TURN_CUT = "longer than --max-length: a turn loses its first words (a system turn its last)"
-LEFT_INSIDE = "reasoning inside of answers is shown as part of them, though the chat template has a field for it"
-STRIPPED = "reasoning left out, as --reasoning strip says"
-APART = "the tokenizer would join the end of the prompt to the answer: they are tokenized apart, as in sampling"
 WINDOWS = "texts longer than --max-length, each cut into several rows"
+APART = "the tokenizer would join the end of the prompt to the answer: they are tokenized apart, as in sampling"
 JOINED = "the tokenizer joins the end of the prompt to the answer, which sampling never sees"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rendered:
-    """A group, tokens cut from its prompt, and tokens cut from the end of each response.
+    """A group, the number of tokens cut from its prompt, and from the end of each response.
 
-    ``more``: the groups that follow, where a text was cut into windows.
+    ``more``: the groups of further windows of a text.
     """
 
     group: Group
@@ -68,29 +71,19 @@ class Rendered:
 class Renderer:
     """Turns comparisons into groups with one tokenizer.
 
-    A conversation goes through the chat template, or, where there is none, through the plain layout ``User: ...``,
-    ``Assistant: ...`` (see :func:`plain_template`). A ``text`` comparison is prompt and response as they stand, BOS
-    before them where the tokenizer wants it. ``template`` is the source that a model trained on conversations should
-    carry, where its tokenizer has another or none. ``findings`` collects what a person should be told: what is said,
-    and the rows it concerns (none: it is said once); see :func:`prefopt.data.problems.lines`.
+    A conversation goes through the chat template or, where there is none, is written as ``User: ...``,
+    ``Assistant: ...`` (see :func:`plain_template`). A ``text`` comparison is prompt and response without a template,
+    after a BOS where the tokenizer wants it. ``template`` is the source to save with a model trained on conversations
+    where its tokenizer has another or none. ``warnings`` maps what to tell the user to the rows concerned (empty: it
+    concerns all); see :func:`prefopt.data.validate.warning_lines`.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        rendering: Rendering | None = None,
-        *,
-        max_length: int | None = None,
-        add_eos: bool = True,
-    ) -> None:
-        """``max_length`` and ``add_eos`` stand for a rendering of their own.
-
-        Raises :class:`ConfigError` for template variables that the template never reads, :class:`ModelError` for a
-        template that is no Jinja and where EOS is needed and not there.
-        """
-        self.rendering = rendering or Rendering(max_length, add_eos)
+    def __init__(self, tokenizer: Tokenizer, rendering: Rendering | None = None) -> None:
+        """Raises :class:`ConfigError` for template variables that the template never reads, :class:`ModelError` for a
+        template that is not Jinja and where EOS is needed and the tokenizer has none."""
+        self.rendering = rendering or Rendering()
         self.tokenizer = tokenizer
-        self.findings: Findings = {}
+        self.warnings: Warnings = {}
         self._template = ChatTemplate(tokenizer, self.rendering)
         self.template: str | None = self._template.carried
         self._encoder = Encoder(tokenizer)
@@ -99,128 +92,123 @@ class Renderer:
         self._end_ids = frozenset(int(i) for i in tokenizer.convert_tokens_to_ids(list(marks)))
         special = sorted({*marks, *tokenizer.all_special_tokens}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
-        self._answers = Answers(self._template, marks, tokenizer.eos_token, self._say)
+        self._spans = SpanFinder(self._template, marks, tokenizer.eos_token, self._report)
         self._row = 0
 
     @property
     def notes(self) -> list[str]:
-        """What to tell a person once, about all rows rendered so far."""
-        return lines(self.findings)
+        """The warnings about all rows rendered so far, one line each."""
+        return warning_lines(self.warnings)
 
     def digest(self) -> str:
-        """16 bytes in hexadecimal that name all that ids and masks depend on beside the rows: a cache key.
+        """A cache key, 16 bytes in hexadecimal: all that ids and masks depend on beside the rows.
 
-        Tokenizer, template, its variables, length and reasoning; and the date where the template shows it.
+        Covers the tokenizer, the template, the rendering options, and the date where the template shows it.
         """
-        date = self.rendering.date if self._template.reads_date else ""
-        parts = [tokenizer_digest(self.tokenizer), self.rendering.digest(), *self._template.sources, date]
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+        values = asdict(self.rendering)
+        date = values.pop("date") * self._template.reads_date
+        options = _digest(json.dumps(values, sort_keys=True))
+        return _digest(json.dumps([tokenizer_digest(self.tokenizer), options, *self._template.sources, date]))
 
     def render(self, comparison: Comparison) -> Rendered:
-        """One comparison as a group. Raises :class:`DataError` where it cannot be one."""
+        """One comparison as a group. Raises :class:`DataError` where that is not possible."""
         result = next(self.render_all([comparison]))
         if isinstance(result, Problem):
             raise DataError(f"{result.kind}: {result.what}", file=result.file or None, row=result.row)
         return result
 
     def render_all(self, comparisons: Iterable[Comparison]) -> Iterator[Rendered | Problem]:
-        """Each comparison as a group, or the problem that keeps it from being one, in order."""
+        """Each comparison as a group or the problem that prevents it, in order."""
         rows = iter(comparisons)
         while batch := list(islice(rows, BATCH)):
-            laid = [self._lay_out(c) for c in batch]
-            encoded = iter(self._encoder.encode_rows([row for row in laid if not isinstance(row, Problem)]))
-            for comparison, row in zip(batch, laid, strict=True):
+            texts = [self._render(c) for c in batch]
+            encoded = iter(self._encoder.encode_rows([row for row in texts if not isinstance(row, Problem)]))
+            for comparison, row in zip(batch, texts, strict=True):
                 if isinstance(row, Problem):
                     yield row
                     continue
                 self._row = comparison.row
-                parts = zip(row, next(encoded), strict=True)
-                sequences = [self._sequence(layout, tokens) for layout, tokens in parts]
+                sequences = list(map(self._sequence, row, next(encoded)))
                 shorter = self._shortened(comparison, sequences)
-                rendered = self._group(comparison, shorter)
-                if isinstance(rendered, Rendered) and shorter is not sequences:
+                result = self._group(comparison, shorter)
+                if isinstance(result, Rendered) and shorter is not sequences:
                     dropped = _longest(sequences) - _longest(shorter)
-                    rendered = replace(rendered, prompt_cut=rendered.prompt_cut + dropped)
-                yield rendered
+                    result = replace(result, prompt_cut=result.prompt_cut + dropped)
+                yield result
 
     def prompts(self, comparisons: Iterable[Comparison]) -> Iterator[IntArray | Problem]:
-        """Token ids [P] up to where an answer begins, generation prompt included, or why there are none, in order.
+        """Token ids [P] of each prompt with its generation prompt, or the problem that prevents it, in order.
 
-        What a model is given to sample from. It is how the trained sequences begin, but for rows whose answers the
-        template shows behind something else than its generation prompt (``findings`` of :meth:`render_all` names
-        them). Responses are not looked at, and nothing is truncated.
+        This is the input for sampling. Trained sequences begin with it, except in rows whose answers the template shows
+        behind something else than its generation prompt (``warnings`` of :meth:`render_all` names them). Responses are
+        ignored, and nothing is truncated.
         """
         rows = iter(comparisons)
         while batch := list(islice(rows, BATCH)):
-            laid = [self._lay_out_prompt(c) for c in batch]
-            encoded = iter(self._encoder.encode([x.text for x in laid if not isinstance(x, Problem)]))
-            for c, layout in zip(batch, laid, strict=True):
-                if isinstance(layout, Problem):
-                    yield layout
+            texts = [self._render_prompt(c) for c in batch]
+            encoded = iter(self._encoder.encode([x.text for x in texts if not isinstance(x, Problem)]))
+            for c, text in zip(batch, texts, strict=True):
+                if isinstance(text, Problem):
+                    yield text
                     continue
-                ids, _ = self._sequence(layout, next(encoded))
+                ids, _ = self._sequence(text, next(encoded))
                 yield ids if len(ids) else Problem("empty prompt", c.row, "the prompt has no token", c.file)
 
-    def _lay_out_prompt(self, c: Comparison) -> Layout | Problem:
+    def _render_prompt(self, c: Comparison) -> RenderedText | Problem:
         self._row = c.row
         c = self._reasoned(c)
+        self._report_template(c.text)
         if c.text:
-            self._say_unused()
-            return Layout("".join(m.content for m in c.prompt), (), bos=True)
-        self._say_once()
+            return RenderedText("".join(m.content for m in c.prompt), (), bos=True)
         try:
-            asked = self._template.show(c.prompt, c.tools, generation=True)
-            self._answers.check_shown(c.prompt, c.tools)
-            self._answers.check_inline_reasoning(c.prompt, asked)
-            return Layout(asked, ())
+            text = self._template.apply(c.prompt, c.tools, generation=True)
+            self._spans.check_omissions(c.prompt, c.tools)
+            self._spans.check_inline_reasoning(c.prompt, text)
+            return RenderedText(text, ())
         except Unrenderable as error:
             return Problem("chat template", c.row, str(error), c.file)
 
-    def _lay_out(self, c: Comparison) -> list[Layout] | Problem:
+    def _render(self, c: Comparison) -> list[RenderedText] | Problem:
         self._row = c.row
         c = self._reasoned(c)
-        self._look_for_special_tokens(c)
+        self._report_special_tokens(c)
         turns = [r.messages for r in c.responses]
         if not turns:
             return Problem("no response", c.row, "the row is a prompt without a response", c.file)
         if any(map(_empty, turns)):
             return Problem("empty response", c.row, "an answer holds no words, or nothing but reasoning", c.file)
+        self._report_template(c.text)
         if c.text:
-            self._say_unused()
             prompt = "".join(m.content for m in c.prompt)
-            return [self._text(prompt, r) for r in c.responses]
-        self._say_once()
+            return [self._plain_text(prompt, r) for r in c.responses]
         if not self._template.reads_reasoning and any(m.reasoning for r in turns for m in r):
-            self._say(NO_FIELD, once=True)
+            self._report(NO_FIELD, once=True)
         try:
-            laid = self._answers.lay_out(c.prompt, turns, c.tools)
+            texts = self._spans.render(c.prompt, turns, c.tools)
         except Unrenderable as error:
             return Problem("chat template", c.row, str(error), c.file)
-        shown = [_broken_off(x, r) if r.cut else self._ended(x) for x, r in zip(laid, c.responses, strict=True)]
-        found = [layout for layout in shown if layout is not None]
-        if len(found) < len(shown):
+        ended = [_cut_off(x, r) if r.cut else self._ended(x) for x, r in zip(texts, c.responses, strict=True)]
+        found = [text for text in ended if text is not None]
+        if len(found) < len(ended):
             what = "a response was cut off at a limit, and the chat template does not show where its words end"
             return Problem("cut answer", c.row, what, c.file)
         return found
 
-    def _ended(self, layout: Layout) -> Layout:
-        """``eos`` as it is wanted: where the template ends no answer, and none is forbidden."""
-        if not layout.eos:
-            return layout
-        self._say(NO_END if self.rendering.add_eos else NO_END_AT_ALL, once=True)
-        return layout if self.rendering.add_eos else replace(layout, eos=False)
+    def _ended(self, text: RenderedText) -> RenderedText:
+        """Add EOS where the template ends no answer, unless the options forbid it."""
+        if not text.eos:
+            return text
+        self._report(EOS_ADDED if self.rendering.add_eos else EOS_MISSING, once=True)
+        return replace(text, eos=self.rendering.add_eos)
 
-    def _text(self, prompt: str, response: Response) -> Layout:
+    def _plain_text(self, prompt: str, response: Response) -> RenderedText:
         text = prompt + "".join(m.content for m in response.messages)
-        eos = (
-            not response.cut
-            and self.rendering.add_eos
-            and not text.endswith(str(self.tokenizer.convert_ids_to_tokens(self._eos)))
-        )
-        return Layout(text, ((len(prompt), len(text)),), bos=True, eos=eos)
+        eos = not response.cut and self.rendering.add_eos
+        eos = eos and not text.endswith(str(self.tokenizer.convert_ids_to_tokens(self._eos)))
+        return RenderedText(text, ((len(prompt), len(text)),), bos=True, eos=eos)
 
     def _reasoned(self, c: Comparison) -> Comparison:
-        """The row with its reasoning left out, or where the template wants it."""
+        """The row without its reasoning, or with it in the field that the template reads."""
         keep = self.rendering.reasoning == "keep"
         if keep and (c.text or not self._template.shows_blocks):
             return c
@@ -228,34 +216,33 @@ class Renderer:
         prompt: Turns = tuple(map(change, c.prompt))
         responses = tuple(replace(r, messages=tuple(map(change, r.messages))) for r in c.responses)
         if keep and any(map(inline_reasoning, (*prompt, *(m for r in responses for m in r.messages)))):
-            self._say(LEFT_INSIDE)
+            self._report(LEFT_INSIDE)
         if prompt == c.prompt and responses == c.responses:
             return c
-        self._say(INTO_FIELD if keep else STRIPPED)
+        self._report(INTO_FIELD if keep else STRIPPED)
         return replace(c, prompt=prompt, responses=responses)
 
-    def _look_for_special_tokens(self, c: Comparison) -> None:
+    def _report_special_tokens(self, c: Comparison) -> None:
         eos, bos = self.tokenizer.eos_token or "", self.tokenizer.bos_token or ""
-        for turns in (c.prompt, *(r.messages for r in c.responses)):
-            for turn in turns:
-                content = turn.content.removesuffix(eos) if turn.role == "assistant" else turn.content
-                content = content.removeprefix(bos) if c.text else content
-                if self._special.search(content) or (turn.reasoning and self._special.search(turn.reasoning)):
-                    self._say(SPECIAL)
-                    return
+        for turn in chain(c.prompt, *(r.messages for r in c.responses)):
+            content = turn.content.removesuffix(eos) if turn.role == "assistant" else turn.content
+            content = content.removeprefix(bos) if c.text else content
+            if self._special.search(content) or (turn.reasoning and self._special.search(turn.reasoning)):
+                self._report(SPECIAL)
+                return
 
-    def _say_unused(self) -> None:
-        if self.rendering.chat_template is not None or self.rendering.variables:
-            self._say(AS_IT_STANDS)
-
-    def _say_once(self) -> None:
-        """What is to be told of a chat template, whatever the rows."""
+    def _report_template(self, text: bool) -> None:
+        """Report what concerns all rows, or that a row of plain text does not use the template given."""
+        if text:
+            if self.rendering.chat_template is not None or self.rendering.variables:
+                self._report(PLAIN_TEXT)
+            return
         if self._template.plain:
-            self._say(NO_TEMPLATE, once=True)
+            self._report(NO_TEMPLATE, once=True)
         if self._lacks_bos:
-            self._say(NO_BOS, once=True)
+            self._report(NO_BOS, once=True)
         if self._template.reads_date:
-            self._say(DATED, once=True)
+            self._report(DATED, once=True)
 
     @cached_property
     def _lacks_bos(self) -> bool:
@@ -268,43 +255,42 @@ class Renderer:
     def _eos(self) -> int:
         return eos_id(self.tokenizer)
 
-    def _say(self, what: str, *, once: bool = False) -> None:
-        """Note what a person should be told: of the row at hand, or ``once`` for all."""
-        rows = self.findings.setdefault(what, [])
+    def _report(self, what: str, *, once: bool = False) -> None:
+        """Add a finding about the current row, or ``once`` about all."""
+        rows = self.warnings.setdefault(what, [])
         if not once and rows[-1:] != [self._row]:
             rows.append(self._row)
 
-    def _sequence(self, layout: Layout, tokens: Encoded) -> tuple[IntArray, BoolArray]:
-        ids, trained = tokens.ids, tokens.covers(layout.spans)
+    def _sequence(self, text: RenderedText, tokens: Encoded) -> tuple[IntArray, BoolArray]:
+        ids, trained = tokens.ids, tokens.covers(text.spans)
         if tokens.boundary:
-            self._say(APART if tokens.boundary == "apart" else JOINED)
-        if layout.bos and ids[: len(self._lead)].tolist() != self._lead:
+            self._report(APART if tokens.boundary == "apart" else JOINED)
+        if text.bos and ids[: len(self._lead)].tolist() != self._lead:
             ids = np.concatenate([np.array(self._lead, np.int32), ids])
             trained = np.concatenate([np.zeros(len(self._lead), np.bool_), trained])
-        if layout.eos:
+        if text.eos:
             ids, trained = np.append(ids, np.int32(self._eos)), np.append(trained, True)
         return ids, trained
 
     def _shortened(self, c: Comparison, sequences: Sequences) -> Sequences:
-        """The sequences of a conversation with a prompt that fits, or with as few of its words as there can be."""
+        """The sequences of a conversation with a prompt that fits, or with as few of its words as possible."""
         limit = self.rendering.max_length
         if limit is None or c.text or not prompt_excess(sequences, limit):
             return sequences
-        how = Shortener(limit, self._sequences, lambda text: next(iter(self._encoder.encode([text]))), self._special)
-        fewer, left = how.drop_turns(c, sequences)
+        shortener = Shortener(limit, self._tokenize, lambda text: self._encoder.encode([text])[0], self._special)
+        fewer, left = shortener.drop_turns(c, sequences)
         if fewer is not c:
-            self._say(TURNS_DROPPED)
+            self._report(TURNS_DROPPED)
         if prompt_excess(left, limit):
-            left = how.cut_words(fewer, left)
-            self._say(TURN_CUT)
+            left = shortener.cut_words(fewer, left)
+            self._report(TURN_CUT)
         return left
 
-    def _sequences(self, c: Comparison) -> Sequences | None:
-        laid = self._lay_out(c)
-        if isinstance(laid, Problem):
+    def _tokenize(self, c: Comparison) -> Sequences | None:
+        texts = self._render(c)
+        if isinstance(texts, Problem):
             return None
-        encoded = next(iter(self._encoder.encode_rows([laid])))
-        return [self._sequence(layout, tokens) for layout, tokens in zip(laid, encoded, strict=True)]
+        return list(map(self._sequence, texts, self._encoder.encode_rows([texts])[0]))
 
     def _group(self, c: Comparison, sequences: Sequence[tuple[IntArray, BoolArray]]) -> Rendered | Problem:
         def same(one: int, other: int) -> bool:
@@ -318,7 +304,7 @@ class Renderer:
             if self.rendering.windows and limit and c.text and not any(m.content for m in c.prompt):
                 parts = [Group.from_sequences([part], c.row, ()) for s in sequences for part in windows(*s, limit)]
                 if len(parts) > len(sequences):
-                    self._say(WINDOWS)
+                    self._report(WINDOWS)
                 return Rendered(parts[0], more=tuple(parts[1:]))
             if limit is not None and max(len(ids) for ids, _ in sequences) > limit:
                 bos = self.tokenizer.bos_token_id
@@ -337,24 +323,28 @@ class Renderer:
         return Rendered(group, prompt_cut, responses_cut)
 
 
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def _longest(sequences: Sequences) -> int:
     return max(len(ids) for ids, _ in sequences)
 
 
 def _empty(response: Turns) -> bool:
-    """Whether a turn that is to be learned says and calls nothing."""
+    """Whether a trained turn has neither words nor calls."""
     return any(m.trained and m.role == "assistant" and not (m.content.strip() or m.tool_calls) for m in response)
 
 
-def _broken_off(layout: Layout, response: Response) -> Layout | None:
-    """The layout up to the end of its last words: nothing of what the template puts behind them is trained.
+def _cut_off(text: RenderedText, response: Response) -> RenderedText | None:
+    """The text up to the end of its last words, without what the template puts behind them.
 
     None where the last turn is not shown with its words as they are, or holds more than words.
     """
-    last, (start, end) = response.messages[-1], layout.spans[-1]
-    shown = layout.text[start : end - layout.close].rstrip()
+    last, (start, end) = response.messages[-1], text.spans[-1]
+    shown = text.text[start : end - text.close].rstrip()
     words = last.content.strip()
     if not words or last.tool_calls or not shown.endswith(words):
         return None
     end = start + len(shown)
-    return replace(layout, text=layout.text[:end], spans=(*layout.spans[:-1], (start, end)), eos=False, close=0)
+    return replace(text, text=text.text[:end], spans=(*text.spans[:-1], (start, end)), eos=False, close=0)

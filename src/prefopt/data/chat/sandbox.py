@@ -1,11 +1,9 @@
-"""The sandbox of chat templates with bounds on time and memory.
+"""The sandbox of chat templates, with limits on time and memory.
 
-Jinja's sandbox keeps a template from the machine, and lets it run for ever or fill the memory: loops in loops, macros
-that call themselves twice, ``'a' * 10**10``, ``x ~ x`` forty times over. Here every rendering has a budget. A loop pays
-for what it goes through before it begins, a call for itself, and what makes text or a list for the length of it; what
-would be too long is refused before it is made. A clock is the last resort.
-
-What a template of ordinary size does costs less than a thousandth of the budget.
+Jinja's sandbox keeps a template from the machine, but lets it run forever or fill the memory: nested loops, macros that
+call themselves twice, ``'a' * 10**10``, ``x ~ x`` forty times over. Here every rendering has a budget. A loop pays for
+its items before it begins, a call for itself, and whatever makes text or a list for its length; what would be too long
+is refused before it is made. A clock is the last resort. Ordinary templates use less than a thousandth of the budget.
 """
 
 from __future__ import annotations
@@ -25,29 +23,23 @@ from jinja2.visitor import NodeTransformer
 
 from prefopt.errors import first_line
 
-STEPS = 4_000_000
-"""Items of loops and calls of one rendering; an item that is a character of a text counts less, see CHARACTERS."""
-CALL = 16
-"""Steps that a call costs."""
-CHARACTERS = 64
-"""Characters that are made for the price of a step: 256 million in all."""
+STEPS = 4_000_000  # loop items and calls of one rendering
+CALL = 16  # steps that a call costs
+CHARACTERS = 64  # characters made for the price of a step: 256 million in all
 SECONDS = 20.0
-FREE = 4096
-"""Characters that cost nothing."""
-LONGEST = 1 << 26
-"""Characters or items of one value, at most."""
-NUMBER = 1 << 16
-"""A number given to a filter or to a method of text (a width, a count) is no larger."""
-BITS = 1 << 14
+FREE = 4096  # length of a text that costs nothing
+LONGEST = 1 << 26  # characters or items of one value
+NUMBER = 1 << 16  # largest number given to a filter or to a method of text (a width, a count)
+BITS = 1 << 14  # of an integer
 _WIDE = re.compile(r"\d{7}")
 
 
-class TooMuch(TemplateError):
-    """The template would run, or fill the memory, beyond all measure."""
+class LimitExceeded(TemplateError):
+    """The template exceeds the sandbox's limits of time or memory."""
 
 
 class _Budget(threading.local):
-    """What a rendering may still spend, in each thread its own."""
+    """What the current rendering of a thread may still spend."""
 
     steps = STEPS
     ends = float("inf")
@@ -58,16 +50,16 @@ class _Budget(threading.local):
     def spend(self, steps: int) -> None:
         self.steps -= steps
         if self.steps < 0:
-            raise TooMuch(f"it takes more than {STEPS:,} steps; does it ever end?")
+            raise LimitExceeded(f"it takes more than {STEPS:,} steps")
         if time.monotonic() > self.ends:
-            raise TooMuch(f"it takes more than {SECONDS:g} seconds; does it ever end?")
+            raise LimitExceeded(f"it takes more than {SECONDS:g} seconds")
 
 
 budget = _Budget()
 
 
 def paid(value: Any) -> Any:
-    """A value that was made, once its length is paid for."""
+    """Pay for the length of a value that was made."""
     if isinstance(value, str):
         length = str.__len__(value)
         if length > FREE:
@@ -80,11 +72,11 @@ def paid(value: Any) -> Any:
 
 def _fits(length: int) -> None:
     if length > LONGEST:
-        raise TooMuch(f"it makes a text or list of more than {LONGEST:,}")
+        raise LimitExceeded(f"it makes a text or list of more than {LONGEST:,}")
 
 
 def _spent(items: Any) -> Any:
-    """What a loop goes through, paid for; what has no length pays as it goes."""
+    """Pay for the items of a loop; an iterator pays as it goes."""
     if isinstance(items, Undefined):
         return items
     try:
@@ -101,9 +93,9 @@ def _paying(items: Iterable[Any]) -> Iterator[Any]:
         yield item
 
 
-@pass_context  # so that it is not taken for a constant
+@pass_context  # keeps Jinja from folding it as a constant
 def _tick(_: Any, __: Any) -> None:
-    """Look at the clock: what a step of a loop does may be long and cost nothing, such as comparing long texts."""
+    """Check the clock: a step of a loop may take long and cost nothing, such as comparing long texts."""
     budget.spend(0)
 
 
@@ -122,7 +114,7 @@ def _concat(parts: Iterable[Any]) -> Any:
 def _multiply(left: Any, right: Any) -> Any:
     if isinstance(left, int) and isinstance(right, int):
         if left.bit_length() + right.bit_length() > BITS:
-            raise TooMuch("it makes a number beyond all measure")
+            raise LimitExceeded("it makes a number that is too large")
         return left * right
     for many, times in ((left, right), (right, left)):
         if isinstance(many, (str, list, tuple)) and isinstance(times, int):
@@ -132,7 +124,7 @@ def _multiply(left: Any, right: Any) -> Any:
 
 def _power(left: Any, right: Any) -> Any:
     if isinstance(left, int) and isinstance(right, int) and left.bit_length() * abs(right) > BITS:
-        raise TooMuch("it makes a number beyond all measure")
+        raise LimitExceeded("it makes a number that is too large")
     return left**right
 
 
@@ -144,15 +136,15 @@ def modulo(left: Any, right: Any) -> Any:
 
 
 def _check_format(form: str, given: Iterable[Any]) -> None:
-    """Refuse a format with wide fields, or of long values many times over."""
+    """Refuse a format with wide fields, or with many repetitions of long values."""
     form, given = str.__str__(form), list(given)
     if _WIDE.search(form) or any(isinstance(v, int) and abs(v) > NUMBER for v in given if "*" in form or "{:{" in form):
-        raise TooMuch("it formats text to a width beyond all measure")
+        raise LimitExceeded("it formats text to a width that is too large")
     _fits(_length(form) + (form.count("%") + form.count("{")) * max(map(_length, given), default=0))
 
 
 def _length(value: Any) -> int:
-    """About as many characters as a value has once it is text. Raises :class:`TooMuch` beyond :data:`LONGEST`."""
+    """The approximate length of a value as text. Raises :class:`LimitExceeded` beyond :data:`LONGEST`."""
     if isinstance(value, str):
         return str.__len__(value)
     waiting, length = [value], 0
@@ -168,11 +160,11 @@ def _length(value: Any) -> int:
 
 
 def _check_given(name: str, value: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-    """Refuse to let a filter or a method make more of ``value`` than there is room for."""
+    """Refuse a filter or method that would make too long a result of ``value``."""
     given = [*args, *named.values()]
     numbers = [abs(v) for v in given if isinstance(v, (int, float))] if name not in ("default", "d") else []
     if any(number > NUMBER for number in numbers):
-        raise TooMuch(f"it gives {name} a number beyond all measure")
+        raise LimitExceeded(f"it gives {name} a number that is too large")
     budget.spend(int(max(numbers, default=0)))
     if name in _WRITING:
         _fits(_length(value) * (1 + int(max(numbers, default=0)) if name == "tojson" else 1))
@@ -190,15 +182,15 @@ def _check_given(name: str, value: Any, args: tuple[Any, ...], named: dict[str, 
             _fits((str.__len__(value) + 1) * max(most, 1))
 
 
-# Filters that write the whole of a value down; filters and methods that add to a text in many places.
+# Filters that write out a whole value; filters and methods that insert text in many places.
 _WRITING = {"string", "tojson", "pprint", "escape", "e", "forceescape", "sum", "urlencode", "xmlattr", "safe"}
-_WRITING |= {"sort", "unique", "groupby", "min", "max", "dictsort"}  # in small letters, to compare by them
+_WRITING |= {"sort", "unique", "groupby", "min", "max", "dictsort"}  # they compare lowercased copies
 _GROWING = {"indent", "wordwrap", "expandtabs", "translate", "urlize"}
 _METHODS = {"format", "format_map", "replace", "join", "center", "ljust", "rjust", "zfill", "to_bytes"} | _GROWING
 
 
 def _bounded(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that is checked before it runs, and paid for after."""
+    """A filter that checks its arguments and pays for its result."""
     first = 1 if hasattr(run, "jinja_pass_arg") else 0  # the environment, or the context
 
     @wraps(run)
@@ -214,7 +206,7 @@ def _bounded(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _tested(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A test that is checked as a comparison is."""
+    """A test that checks its arguments as a comparison does."""
 
     @wraps(run)
     def tested(*args: Any, **named: Any) -> Any:
@@ -226,22 +218,14 @@ def _tested(run: Callable[..., Any]) -> Callable[..., Any]:
     return tested
 
 
-def _lipsum(run: Any) -> Callable[..., Any]:
-    def lipsum(*args: Any, **named: Any) -> Any:
-        _check_given("lipsum", None, args, named)
-        return run(*args, **named)
-
-    return lipsum
-
-
 def _shown(value: Any) -> Any:
-    """What is about to be written or compared: lists that share their parts are gone through part by part."""
+    """Check a value that is about to be written or compared: nested lists that share parts can be huge."""
     if isinstance(value, (list, tuple, dict)):
         _length(value)
     return value
 
 
-# What compiled templates call in place of what they say.
+# Filters that compiled templates call in place of loops and operators.
 OWN: dict[str, Callable[..., Any]] = {
     "prefopt_spent": _spent,
     "prefopt_add": _add,
@@ -253,27 +237,27 @@ OWN: dict[str, Callable[..., Any]] = {
 
 
 class Bounded(ImmutableSandboxedEnvironment):
-    """The environment of chat templates, in which a rendering spends :data:`budget`."""
+    """An environment in which a rendering spends :data:`budget`."""
 
     intercepted_binops = frozenset(("*", "**", "%"))
 
     @classmethod
     def like(cls, other: ImmutableSandboxedEnvironment) -> Bounded:
-        """An environment with all that another has, and bounds."""
+        """A bounded environment with everything that another has."""
         made: Bounded = object.__new__(cls)
         made.__dict__.update(other.__dict__)
         made.binop_table = {**other.binop_table, "*": _multiply, "**": _power, "%": modulo}
         made.filters = {name: _bounded(name, run) for name, run in other.filters.items()} | OWN
         tests: dict[str, Any] = other.tests
         made.tests = {name: _tested(run) for name, run in tests.items()}
-        made.globals = {**other.globals, "lipsum": _lipsum(other.globals["lipsum"])}
+        made.globals = {name: value for name, value in other.globals.items() if name != "lipsum"}  # text of any length
         made.finalize = _shown
         made.extensions = {name: extension.bind(made) for name, extension in other.extensions.items()}
         made.cache = None
         return made
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **named: Any) -> Any:
-        """Call what a template calls: a macro, a method of text, ``range``."""
+        """Call a macro, a method of text, ``range``..."""
         budget.spend(CALL)
         method = getattr(__obj, "__wrapped__", __obj)  # text.format is wrapped by the sandbox
         if not isinstance(method, BuiltinMethodType):
@@ -284,18 +268,18 @@ class Bounded(ImmutableSandboxedEnvironment):
 
     @staticmethod
     def concat(parts: Iterable[str]) -> str:
-        """The parts of a rendering, of a macro or of a block as one text."""
+        """Join the parts of a rendering, of a macro or of a block."""
         texts = parts if isinstance(parts, list) else list(parts)
         _fits(sum(map(str.__len__, texts)))
         return str(paid("".join(texts)))
 
     def _generate(self, source: nodes.Template, *args: Any, **named: Any) -> str:
-        budget.start()  # what is constant is worked out here
+        budget.start()  # constants are folded here
         return super()._generate(_Paying().visit(source), *args, **named)
 
 
 class _Paying(NodeTransformer):
-    """Lets loops, sums, ``~``, slices, tuples and comparisons of variables pay, by way of filters."""
+    """Inserts filters that make loops, sums, ``~``, slices, tuples and comparisons of variables pay."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
@@ -306,7 +290,7 @@ class _Paying(NodeTransformer):
     def visit_Add(self, node: nodes.Add) -> nodes.Node:
         self.generic_visit(node)
         if any(isinstance(side, nodes.Const) and _length(side.value) <= CHARACTERS for side in (node.left, node.right)):
-            return node  # what a step adds is no more than it pays for
+            return node  # too short to need paying
         return _filtered("prefopt_add", node.left, node.right)
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
@@ -316,7 +300,7 @@ class _Paying(NodeTransformer):
         return node
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
-        """A key of a dict is gone through part by part, however often its parts share theirs."""
+        """A tuple as a dict key is hashed part by part, however often its parts are shared."""
         self.generic_visit(node)
         return node if node.ctx != "load" or not node.items else _filtered("prefopt_shown", node)
 
@@ -335,7 +319,7 @@ def _filtered(name: str, first: Any, *rest: nodes.Expr) -> nodes.Filter:
 
 @lru_cache(maxsize=1)
 def environment() -> Bounded:
-    """The sandbox of transformers, with its filters and its ``generation`` tag, and bounds."""
+    """The environment of transformers, with its filters and its ``generation`` tag, and limits."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     return Bounded.like(_compile_jinja_template("").environment)
@@ -343,42 +327,42 @@ def environment() -> Bounded:
 
 @lru_cache(maxsize=16)
 def compiled(text: str) -> Any:
-    """The template, in the sandbox of transformers with its filters and its ``generation`` tag, and bounds."""
+    """The template compiled in :func:`environment`."""
     return environment().from_string(text)
 
 
 def render(template: Any, **given: Any) -> str:
-    """What a template makes of ``given``. Raises :class:`sandbox.TooMuch` where that would have no end."""
+    """Render a compiled template. Raises :class:`LimitExceeded` where that takes too much time or memory."""
     budget.start()
     return str(template.render(**given))
 
 
 def syntax_error(text: str) -> str:
-    """What is wrong with a template and on which line, or nothing."""
+    """The syntax error of a template with its line; empty where there is none."""
     try:
         compiled(text)
     except TemplateSyntaxError as error:
         return f"line {error.lineno}: {first_line(error)}"
-    except Exception as error:  # nested too deep for the compiler, say
+    except Exception as error:  # such as nested too deeply for the compiler
         return first_line(error)
     return ""
 
 
 @lru_cache(maxsize=16)
 def variables(text: str) -> frozenset[str]:
-    """The names that whoever renders the template may give: those that neither it nor its environment defines."""
+    """The variables of the template that neither it nor its environment defines."""
     return frozenset(meta.find_undeclared_variables(compiled(text).environment.parse(text)))
 
 
 @lru_cache(maxsize=16)
 def names(text: str) -> frozenset[str]:
-    """Every name that the template uses."""
+    """Every name in the template."""
     return frozenset(node.name for node in compiled(text).environment.parse(text).find_all(nodes.Name))
 
 
 @lru_cache(maxsize=16)
 def fields(text: str) -> frozenset[str]:
-    """Names that the template may look up in a message."""
+    """The names that the template may look up in a message."""
     tree = compiled(text).environment.parse(text)
     constants = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
     return frozenset(constants | {node.attr for node in tree.find_all(nodes.Getattr)})

@@ -1,12 +1,12 @@
-"""Conversations of one shape as fixed text with words in between, so that most rows need no template run at all.
+"""Traces of chat templates: fixed text with words in between, so that most rows need no template run at all.
 
-A template is run once on words that note what it does to them. Where it only passes them on, asks them a question
-(does the text contain ``</think>``?) or does something that leaves them as they are (trims what has no white space
-around it), all other words that answer those questions alike, and are left alone by the same, give the same text with
-other words in it. Whatever else a template does to words, such as taking them apart, means that it is run for each row.
+A template is run once for each shape of conversation, on words that record what it does to them. Where it only copies
+them, asks them a question (does the text contain ``</think>``?) or does something that leaves them unchanged (trims
+words without white space around them), all words that answer the questions alike give the same text around them. For
+templates that do anything else to words, such as splitting them, every row is rendered.
 
-Words keep their kind through ``+``, ``~``, macros and blocks. What would treat them as the text they are (looking for
-them in a text, formatting, filters not known here) is replaced by something that notices.
+Words keep their type through ``+``, ``~``, macros and blocks. Whatever would treat them as plain text (searching for
+them in a text, formatting, unknown filters) is replaced by a version that notices.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from jinja2.visitor import NodeTransformer
 from prefopt.data.chat import sandbox
 from prefopt.data.chat.sandbox import OWN, Bounded, modulo
 
-REMEMBERED = 512  # shapes; a file has as many as it has numbers of turns, times a few
-# In this order, what stands in for words shows whether it was escaped, quoted or put in another case.
+REMEMBERED = 512  # shapes of conversations; a file has a few for each number of turns
+# Shows whether the words were escaped, quoted or changed in case.
 _ODD = '\u00e9<&>"\\\u00cb'
 _QUESTIONS = (
     *("startswith", "endswith", "find", "rfind", "count", "__contains__", "__eq__", "__ne__"),
     *("isdigit", "isalpha", "isalnum", "isnumeric", "isdecimal", "isspace", "isupper", "islower", "istitle"),
 )
-_WHOLE = ("split", "rsplit", "splitlines")  # give a list of one, where there is nothing to split at
+_WHOLE = ("split", "rsplit", "splitlines")  # give a list of one where there is nothing to split at
 _HARMLESS = ("strip", "lstrip", "rstrip", "replace", "removeprefix", "removesuffix", "expandtabs")
 _KEPT = {
     *("__class__", "__doc__", "__new__", "__init__", "__str__", "__add__", "__getattribute__", "__setattr__"),
@@ -40,18 +40,16 @@ _FILTERS = {
     *("trim", "string", "default", "d", "length", "count", "items", "list", "first", "last", "reverse", "map"),
     *("select", "reject", "selectattr", "rejectattr", "tojson", "dictsort", "upper", "lower", "capitalize", "replace"),
 }
-
-
 SAME = object()
 
 
 class _Untraceable(Exception):
-    """The template does something to words that depends on what they are."""
+    """The template does something to words that depends on their text."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Guard:
-    """Words number ``slot``, asked ``method(*args)``, must give ``result``; ``SAME``: themselves, or a list of them."""
+    """``words[slot].method(*args)`` must give ``result``; ``SAME``: the words themselves, or a list of them alone."""
 
     slot: int
     method: str
@@ -71,12 +69,12 @@ class _Log:
         self.failed = False
 
     def fail(self) -> NoReturn:
-        self.failed = True  # noted as well as raised: Jinja's tests swallow exceptions
+        self.failed = True  # recorded as well as raised: Jinja's tests swallow exceptions
         raise _Untraceable
 
 
 class Words(str):
-    """Text that notes what is done to it. ``slot`` numbers the words of a turn; text made from them has none."""
+    """Text that records what is done to it. ``slot`` is the number of the turn; text made from words has none."""
 
     log: _Log
     slot: int | None
@@ -96,7 +94,7 @@ class Words(str):
         return Words(_plain(other) + _plain(self), self.log) if isinstance(other, str) else self.log.fail()
 
     def __bool__(self) -> bool:
-        return True  # traced words are never empty, see Traces.show
+        return True  # traced words are never empty, see Traces.render
 
 
 def _ask(method: str) -> Callable[..., Any]:
@@ -126,13 +124,13 @@ for _name in dir(str):
 
 @dataclass(frozen=True, slots=True)
 class _Trace:
-    """``pieces[0] + words[slots[0]] + pieces[1] + ...``, for words of which all guards hold."""
+    """``pieces[0] + words[slots[0]] + pieces[1] + ...``, for words for which all guards hold."""
 
     pieces: tuple[str, ...]
     slots: tuple[int, ...]
     guards: tuple[_Guard, ...]
 
-    def show(self, words: Sequence[str]) -> str | None:
+    def render(self, words: Sequence[str]) -> str | None:
         for guard in self.guards:
             if not guard.holds(words[guard.slot]):
                 return None
@@ -148,19 +146,19 @@ class Traces:
     def __init__(self) -> None:
         self._traces: dict[object, _Trace | None] = {}
 
-    def show(self, shape: object, words: Sequence[str], render: Callable[[Sequence[str]], str]) -> str | None:
-        """What the template makes of words in a conversation of this shape, if that is known without running it.
+    def render(self, shape: object, words: Sequence[str], run: Callable[[Sequence[str]], str]) -> str | None:
+        """The text for words in a conversation of this shape; None where the template must be run.
 
-        The shape must be all that the template is given beside the words. ``render`` runs it on words.
+        The shape must be all that the template is given beside the words. ``run`` renders it on words.
         """
         if not all(words):
             return None
         if shape not in self._traces:
             if len(self._traces) >= REMEMBERED:
                 return None
-            self._traces[shape] = _trace(len(words), render)
+            self._traces[shape] = _trace(len(words), run)
         trace = self._traces[shape]
-        return None if trace is None else trace.show(words)
+        return None if trace is None else trace.render(words)
 
 
 def _trace(count: int, render: Callable[[Sequence[str]], str]) -> _Trace | None:
@@ -168,7 +166,7 @@ def _trace(count: int, render: Callable[[Sequence[str]], str]) -> _Trace | None:
     marks = [f"{_ODD}{i}{_ODD}" for i in range(count)]
     try:
         text = _plain(render([Words(mark, log, i) for i, mark in enumerate(marks)]))
-    except Exception:  # whatever is wrong is seen again, and said, when the row itself is shown
+    except Exception:  # reported when the row itself is rendered
         return None
     parts = re.split("|".join(map(re.escape, marks)), text)
     slots = tuple(marks.index(found) for found in re.findall("|".join(map(re.escape, marks)), text))
@@ -179,7 +177,7 @@ def _trace(count: int, render: Callable[[Sequence[str]], str]) -> _Trace | None:
 
 @lru_cache(maxsize=16)
 def compiled(source: str) -> Any | None:
-    """The template for tracing, in which words stay what they are; None where that cannot be had."""
+    """The template for tracing; None where it cannot be traced."""
     environment = sandbox.compiled(source).environment.overlay()
     tree = environment.parse(source)
     if not _followed(tree):
@@ -198,7 +196,7 @@ def compiled(source: str) -> Any | None:
 
 
 def _followed(tree: nodes.Template) -> bool:
-    """Whether there is nothing in a template that what is put in its place here does not cover."""
+    """Whether the replacements below cover everything in the template."""
     other = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
     chains = (node for node in tree.find_all(nodes.Compare) if len(node.ops) > 1)
     return not (
@@ -217,7 +215,7 @@ def _of_text(call: nodes.Call) -> bool:
 
 
 class _Noting(NodeTransformer):
-    """Puts something that respects words in place of what would treat them as the text they are."""
+    """Replaces operations that would treat words as plain text."""
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         return self._filter("prefopt_join", node, nodes.List(node.nodes))
@@ -249,7 +247,7 @@ class _Noting(NodeTransformer):
 
 
 def _concat(parts: Iterable[str]) -> str:
-    """Parts as one text, words where some of them are."""
+    """Join parts; the result is words where some part is."""
     given = [part for part in parts if isinstance(part, Words) or part]
     words = [part for part in given if isinstance(part, Words)]
     if not words:
@@ -273,7 +271,7 @@ def _holds(container: Any, value: Any) -> bool:
 
 
 def _alone(value: Any) -> Any:
-    """The value, in which there must be no words."""
+    """The value, after a check that it contains no words."""
     if isinstance(value, Iterator):
         value = list(value)
     waiting = [value]
@@ -289,9 +287,9 @@ def _alone(value: Any) -> Any:
 
 
 def _guarded(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that is not to be given words."""
+    """A filter that must not be given words."""
 
-    @wraps(run)  # with what it says of the arguments that Jinja is to pass
+    @wraps(run)  # with its attributes, which tell Jinja what to pass
     def guarded(*args: Any, **named: Any) -> Any:
         given = [_alone(a) if isinstance(a, (str, list, tuple, dict, Iterator)) else a for a in args]
         return run(*given, **{name: _alone(value) for name, value in named.items()})

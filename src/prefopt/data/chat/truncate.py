@@ -1,17 +1,14 @@
-"""Over-long rows: the prompt is cut from the left, then the end of each response.
+"""Truncation to --max-length: of turns and words of a conversation, then of the end of each response.
 
-Of the prompt of a conversation whole turns go first, the oldest first, then words of the system message.
+A conversation that is cut at a token begins in the middle of a turn or of its header, which no model has seen in
+training. So :class:`Shortener` leaves a conversation: system turns stay, the rest begins with a user turn, and a turn
+that is too long by itself keeps its role and its last words. :func:`truncate` cuts tokens: the start of a plain-text
+prompt, then the end of each response, together with its EOS, so that it is never trained as a finished one.
 
 >>> ids = [1, 2, 3, 4, 5, 6, 7, 8]
 >>> cut = truncate([(ids, [0, 0, 0, 0, 1, 1, 1, 1])], max_length=4)
 >>> cut.sequences[0][0].tolist(), cut.prompt, cut.responses
 ([3, 4, 5, 6], 2, (2,))
-
-A response that lost its end lost its EOS with it: it is never trained as if it were finished.
-
-A conversation that is cut by tokens begins in the middle of a turn, or of the marker that opens one, which no model has
-ever seen. So what is left of it is a conversation again: system turns stay, the rest begins with a turn of the user,
-and a turn that is too long by itself keeps its role and its last words.
 """
 
 from __future__ import annotations
@@ -28,15 +25,20 @@ import numpy.typing as npt
 from prefopt.data.chat.encoding import Encoded
 from prefopt.data.group import BoolArray, IntArray
 from prefopt.errors import ConfigError
-from prefopt.records import Comparison
+from prefopt.records import Comparison, Message
+
+Sequences = Sequence[tuple[IntArray, BoolArray]]
+"""K sequences of one prompt: (ids [L], trained [L]) each."""
 
 KEEP_PROMPT = 128
 DEFAULT_LENGTH = 1024
+TRIES = 4  # cuts of one turn, whose shortened words may be tokenized into more tokens than before
+STEPS = 64  # halvings of the turns to cut; 2 log2(turns) are needed where the template refuses none
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Truncated:
-    """K sequences (ids [L], trained [L]), tokens cut from the prompt they share, and from each response's end."""
+    """K sequences, the number of tokens cut from the prompt they share, and from the end of each response."""
 
     sequences: tuple[tuple[IntArray, BoolArray], ...]
     prompt: int
@@ -50,10 +52,10 @@ def check_max_length(max_length: int | None) -> None:
 
 
 def sequence_limit(max_length: int | None, context: int | None) -> int:
-    """Tokens of prompt and response that a run trains on at most.
+    """The maximum number of tokens of prompt and response in training: ``max_length``, or 1024.
 
-    ``max_length`` is what was asked for, ``context`` the positions that the model has, where it says so. Raises
-    :class:`ConfigError` where more is asked for than it has.
+    ``context`` is the number of positions of the model, if known. Raises :class:`ConfigError` for a ``max_length``
+    beyond it.
     """
     if max_length is None:
         return min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
@@ -63,7 +65,7 @@ def sequence_limit(max_length: int | None, context: int | None) -> int:
 
 
 def longer_limit(rows: int, kept: int, limit: int, context: int | None) -> str | None:
-    """What to say where rows were cut to ``limit`` tokens and the model has positions for more; None elsewhere.
+    """A note for rows that were cut to ``limit`` tokens although the model has more positions; None elsewhere.
 
     >>> longer_limit(137, 300, 1024, 2048)
     '137 of 300 rows are longer than --max-length 1024 and were cut; the model has 2048 positions'
@@ -74,9 +76,8 @@ def longer_limit(rows: int, kept: int, limit: int, context: int | None) -> str |
     return f"{some}; the model has {context} positions"
 
 
-def prompt_excess(sequences: Sequence[tuple[IntArray, BoolArray]], limit: int) -> int:
-    """Tokens that the prompt of K sequences (ids [L], trained [L]) has to lose: until the longest of them fits, or
-    min(128, limit // 2) tokens of it are left, as :func:`truncate` keeps them.
+def prompt_excess(sequences: Sequences, limit: int) -> int:
+    """Tokens that the prompt must lose until the longest sequence fits or min(128, limit // 2) of them are left.
 
     >>> prompt_excess([(np.arange(9), np.arange(9) > 6)], 6), prompt_excess([(np.arange(9), np.arange(9) > 6)], 2)
     (3, 6)
@@ -96,11 +97,11 @@ def truncate(
 ) -> Truncated:
     """Cut K sequences of one prompt to ``max_length`` tokens each.
 
-    The prompt loses tokens on its left, the same ones for all K, until the longest sequence fits or
-    min(128, max_length // 2) tokens of it are left; a BOS at its start stays. A ``whole_prompt``, that of a
-    conversation, loses none. Then each response loses its end, and with it the ``ends`` (ids that may end a turn) that
-    its own words spell out just there: they would say that it is finished. Raises ``ValueError`` where no token of a
-    response fits: its own part of the prompt is too long.
+    The prompt loses tokens at its start, the same ones for all K, until the longest sequence fits or
+    min(128, max_length // 2) of its tokens are left; a BOS at its start stays. A ``whole_prompt``, that of a
+    conversation, loses none. Then each response loses its end, and with it any ``ends`` (ids that may end a turn) that
+    its own words spell out right before the cut, as they would mark it as finished. Raises ``ValueError`` where no
+    token of a response fits.
     """
     check_max_length(max_length)
     whole = [(np.asarray(i, np.int32), np.asarray(t, np.bool_)) for i, t in sequences]
@@ -127,9 +128,9 @@ def truncate(
 
 
 def windows(ids: IntArray, trained: BoolArray, max_length: int) -> list[tuple[IntArray, BoolArray]]:
-    """A text (ids [L], trained [L]) as runs of at most ``max_length`` tokens, as equal in length as can be.
+    """A text (ids [L], trained [L]) as windows of at most ``max_length`` tokens, as equal in length as possible.
 
-    The first token of a run has nothing before it there, and is not trained.
+    The first token of a window has no context and is not trained.
 
     >>> [w.tolist() for w, _ in windows(np.arange(7), np.ones(7, bool), 3)]
     [[0, 1], [2, 3], [4, 5, 6]]
@@ -140,76 +141,90 @@ def windows(ids: IntArray, trained: BoolArray, max_length: int) -> list[tuple[In
 
 
 def _end(ids: IntArray, trained: BoolArray, max_length: int, ends: Collection[int]) -> int:
-    """How many of the first ``max_length`` tokens to keep: up to the last trained one that ends no unfinished turn."""
+    """How many of the first ``max_length`` tokens to keep: up to the last trained one that ends no cut turn."""
     end = max_length
     while end and (not trained[end - 1] or (trained[end] and int(ids[end - 1]) in ends)):
         end -= 1
     return end
 
 
-Sequences = Sequence[tuple[IntArray, BoolArray]]
-
-TRIES = 4
-"""How often a turn is cut again where its words, tokenized anew, have come to more tokens than before."""
-
-
 @dataclass(frozen=True, slots=True)
 class Shortener:
-    """``lay`` gives the K sequences of a row (None where the template refuses it), ``encode`` the tokens of a text with
-    their characters, and ``special`` finds special tokens that are written out, which no cut goes through."""
+    """Shortens the prompt of a conversation to ``limit`` tokens with its responses.
+
+    ``tokenize`` gives the K sequences of a row (None where the template refuses it), ``encode`` the tokens of a text
+    with their characters. ``special`` matches special tokens that are written out, which no cut splits.
+    """
 
     limit: int
-    lay: Callable[[Comparison], Sequences | None]
+    tokenize: Callable[[Comparison], Sequences | None]
     encode: Callable[[str], Encoded]
     special: re.Pattern[str]
 
     def drop_turns(self, c: Comparison, sequences: Sequences) -> tuple[Comparison, Sequences]:
-        """The row without the oldest turns of its prompt: as few as will do, at most all but the last of the user."""
+        """The row without the oldest turns of its prompt: as few as needed, at most all before the last user turn."""
         system = tuple(itertools.takewhile(lambda m: m.role == "system", c.prompt))
         begins = [i for i, m in enumerate(c.prompt) if i > len(system) and m.role == "user"]
         tried: dict[int, tuple[Comparison, Sequences | None]] = {}
 
-        def will_do(k: int) -> bool:
+        def fits(k: int) -> bool:
             fewer = replace(c, prompt=(*system, *c.prompt[begins[k] :]))
-            laid = self.lay(fewer)
-            tried[k] = fewer, laid
-            return laid is None or not prompt_excess(laid, self.limit)
+            found = self.tokenize(fewer)
+            tried[k] = fewer, found
+            return found is None or not prompt_excess(found, self.limit)
 
-        # Halving, for a conversation may have thousands of turns, and each try shows the whole of it.
-        first = bisect_left(range(len(begins)), True, key=will_do) if prompt_excess(sequences, self.limit) else -1
-        for k in (first, first - 1):  # the one before where the template refuses this one, or none will do
-            fewer, laid = tried.get(k, (c, None))
-            if laid is not None:
-                return fewer, laid
+        # Bisection, for a conversation may have thousands of turns, and each try renders the whole of it.
+        first = bisect_left(range(len(begins)), True, key=fits) if prompt_excess(sequences, self.limit) else -1
+        for k in (first, first - 1):  # the one before where the template refuses this one, or none fits
+            fewer, found = tried.get(k, (c, None))
+            if found is not None:
+                return fewer, found
         return c, sequences
 
     def cut_words(self, c: Comparison, sequences: Sequences) -> Sequences:
         """The row with its longest turns cut, one after another: a system turn last, and at its end."""
         order = sorted(range(len(c.prompt)), key=lambda i: (c.prompt[i].role == "system", -len(c.prompt[i].content)))
-        for at in order:
-            if not prompt_excess(sequences, self.limit):
+        waiting = [part for part in (order[1:], order[:1]) if part]
+        # Halving, as for whole turns: where a token each of several turns is still too much, none is rendered alone.
+        for _ in range(STEPS):
+            if not waiting or not prompt_excess(sequences, self.limit):
                 break
-            content = c.prompt[at].content
-            tokens = self.encode(content)
-            keep = len(tokens.ids)
-            for _ in range(TRIES):
-                excess = prompt_excess(sequences, self.limit)
-                if not excess or keep <= 1:
-                    break
-                keep = max(1, keep - excess)
-                shorter = self._cut(content, tokens, keep, at_end=c.prompt[at].role == "system")
-                turns = (*c.prompt[:at], replace(c.prompt[at], content=shorter), *c.prompt[at + 1 :])
-                fewer = replace(c, prompt=turns)
-                laid = self.lay(fewer)
-                if laid is None:
-                    break
-                c, sequences = fewer, laid
+            turns = waiting.pop()
+            if len(turns) == 1:
+                c, sequences = self._cut_turn(c, turns[0], sequences)
+                continue
+            chosen = set(turns)
+            fewer = replace(c, prompt=tuple(self._cut(m, 1) if i in chosen else m for i, m in enumerate(c.prompt)))
+            found = self.tokenize(fewer)
+            if found is not None and prompt_excess(found, self.limit):
+                c, sequences = fewer, found
+            else:
+                waiting += [turns[len(turns) // 2 :], turns[: len(turns) // 2]]
         return sequences
 
-    def _cut(self, content: str, tokens: Encoded, keep: int, *, at_end: bool) -> str:
-        """The last ``keep`` tokens of a text, or the first: whole characters, and no part of a token written out."""
+    def _cut_turn(self, c: Comparison, at: int, sequences: Sequences) -> tuple[Comparison, Sequences]:
+        turn = c.prompt[at]
+        keep = len(self.encode(turn.content).ids)
+        for _ in range(TRIES):
+            excess = prompt_excess(sequences, self.limit)
+            if not excess or keep <= 1:
+                break
+            keep = max(1, keep - excess)
+            fewer = replace(c, prompt=(*c.prompt[:at], self._cut(turn, keep), *c.prompt[at + 1 :]))
+            found = self.tokenize(fewer)
+            if found is None:
+                break
+            c, sequences = fewer, found
+        return c, sequences
+
+    def _cut(self, turn: Message, keep: int) -> Message:
+        """The turn with its last ``keep`` tokens, a system turn with its first: whole characters and special tokens."""
+        content, tokens = turn.content, self.encode(turn.content)
+        if len(tokens.ids) <= keep:
+            return turn
+        at_end = turn.role == "system"
         place = int(tokens.ends[keep - 1]) if at_end else int(tokens.starts[len(tokens.ids) - keep])
         for found in self.special.finditer(content):
             if found.start() < place < found.end():
                 place = found.start() if at_end else found.end()
-        return content[:place].rstrip() if at_end else content[place:].lstrip()
+        return replace(turn, content=content[:place].rstrip() if at_end else content[place:].lstrip())

@@ -1,32 +1,29 @@
-"""Everything that is to be known of files before a run: what they hold, and what is wrong with which row.
+"""`prefopt data check`: reads files as a run would, measures their rows and collects what is wrong with which row.
 
-A row is an error here exactly where a run refuses it, for both ask the same functions:
-:func:`prefopt.data.kinds.check`, and with a tokenizer :class:`prefopt.data.workers.Preparer`. Rows are streamed;
-what is kept of a good one are some numbers and hashes.
+A row is an error here exactly where a run refuses it, since both call the same functions:
+:func:`prefopt.data.validate.check`, and with a tokenizer :class:`prefopt.data.workers.Preparer`. Rows are streamed;
+what is kept of a good one are numbers and hashes.
 """
 
 from __future__ import annotations
 
-import heapq
+from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
-from prefopt.data.check.duplicates import KINDS, Found, Repeats, row_suspicions
-from prefopt.data.check.issues import Ledger, Severity, Tally, stated
-from prefopt.data.check.lengths import Lengths, add_columns
+from prefopt.data.check.statistics import SUSPICIONS, Duplicates, Found, Lengths, row_suspicions
 from prefopt.data.comparisons import open_comparisons
 from prefopt.data.files.sources import Source, find_sources
-from prefopt.data.kinds import Want, check, convert
 from prefopt.data.load import NO_FAULT, PREFERENCES
-from prefopt.data.problems import Problem
 from prefopt.data.table import Array
 from prefopt.data.tokenizer import end_marks
+from prefopt.data.validate import DataKind, Problem, check, convert
 from prefopt.data.workers import Chunk, Preparer, Row, chunks
 from prefopt.errors import DataError
 from prefopt.records import Comparison
@@ -35,205 +32,332 @@ if TYPE_CHECKING:
     from prefopt.data.chat.render_options import Rendering
     from prefopt.data.tokenizer import Tokenizer
 
-TRUNCATED = "truncated"
-NO_END = "no end of turn"
-BROKEN_OFF = "broken off"
+Severity = Literal["error", "warning"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning")
+Place = tuple[str, int]
+"""File and row."""
+Rows: TypeAlias = "array[int]"
 CONTRADICTION = "contradiction"
 
 
 @dataclass(slots=True)
-class Audit:
-    """What was found in files of one purpose. ``examples`` are some of the rows that can be used, in their order."""
+class Issue:
+    """One kind of issue in one file: an error where a run refuses its ``rows``, a warning where the user should look.
 
-    lengths: Lengths
-    files: list[Tally] = field(default_factory=list)
-    ledger: Ledger = field(default_factory=Ledger)
-    notes: list[str] = field(default_factory=list)
-    examples: list[Comparison] = field(default_factory=list)
-    repeats: Repeats = field(default_factory=Repeats)
+    ``what`` describes it, for the first row where that ``varies``; ``example`` shows it there. Without rows it concerns
+    the whole file, without a file all of them. ``others`` are the rows that each row repeats, contradicts or shares its
+    prompt with.
+    """
 
-    @property
-    def rows(self) -> int:
-        """Rows of all files."""
-        return sum(t.rows for t in self.files)
+    severity: Severity
+    kind: str
+    file: str
+    what: str
+    example: str = ""
+    varies: bool = False
+    rows: Rows = field(default_factory=lambda: array("q"))
+    others: list[Place] = field(default_factory=list)
 
-    @property
-    def prompts(self) -> int:
-        """How many different prompts there are."""
-        return len(np.unique(self.repeats.prompts))
+    def to_dict(self) -> dict[str, object]:
+        """As plain values, with all rows."""
+        found: dict[str, object] = {"severity": self.severity, "kind": self.kind, "file": self.file}
+        found |= {"what": self.what, "example": self.example, "count": len(self.rows), "rows": list(self.rows)}
+        if self.others:
+            found["others"] = [{"file": file, "row": row} for file, row in self.others]
+        return found
 
-    def place(self, at: int) -> tuple[str, int]:
-        """File and row of a place in ``repeats``."""
-        return self.files[self.repeats.source[at]].file, self.repeats.row[at]
+
+def purpose(c: Comparison) -> DataKind:
+    """The data that a run could take from a row without inventing any."""
+    if not c.responses:
+        return "prompts"
+    if c.labels is not None and not c.votes and len(c.tiers) < 2:
+        return "labels"
+    if len(c.responses) > 1 and (c.tiers or c.votes is not None or c.scores is not None):
+        return "pairs"
+    return "demonstrations"
+
+
+COUNTS = (
+    *("pairs", "ties", "scored", "desirable", "undesirable"),
+    *("multi_turn", "multi_turn_responses", "system", "tools", "reasoning", "text"),
+)
+
+
+@dataclass(slots=True)
+class FileCounts:
+    """Counts of one file. ``rows`` = ``usable`` + ``refused`` + ``left_out`` (all responses tied: not an error).
+
+    ``responses``: rows by their number of responses; ``stated``: rows by :func:`purpose`. ``counts`` [:data:`COUNTS`]:
+    pairs, rows with a tie, scores, labels of either kind, and rows with further things.
+    """
+
+    file: str
+    layout: str = ""
+    rows: int = 0
+    usable: int = 0
+    refused: int = 0
+    left_out: int = 0
+    responses: Counter[int] = field(default_factory=Counter)
+    stated: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(COUNTS, 0)))
+
+    def add(self, c: Comparison) -> None:
+        """Count a row."""
+        self.responses[len(c.responses)] += 1
+        self.stated[purpose(c)] += 1
+        labels, answers = c.labels or (), [m for r in c.responses for m in r.messages]
+        self.counts.update(
+            pairs=len(c.pairs),
+            ties=any(len(tier) > 1 for tier in c.tiers),
+            scored=c.scores is not None,
+            desirable=sum(labels),
+            undesirable=len(labels) - sum(labels),
+            multi_turn=any(m.role == "assistant" for m in c.prompt),
+            multi_turn_responses=any(len(r.messages) > 1 for r in c.responses),
+            system=any(m.role == "system" for m in c.prompt),
+            tools=bool(c.tools) or any(m.tool_calls or m.role == "tool" for m in (*c.prompt, *answers)),
+            reasoning=any(m.reasoning or "<think>" in m.content for m in answers),
+            text=c.text,
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        """As plain values."""
+        names = ("file", "layout", "rows", "usable", "refused", "left_out")
+        found: dict[str, object] = {name: getattr(self, name) for name in names}
+        responses = {str(k): n for k, n in sorted(self.responses.items())}
+        return {**found, "responses": responses, "stated": dict(self.stated), **self.counts}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class How:
-    """How rows are looked at. Without ``tokenizer`` and ``rendering`` lengths are in characters."""
+class AuditOptions:
+    """Options of an audit. Without ``tokenizer`` and ``rendering`` lengths are in characters."""
 
     tokenizer: Tokenizer | None = None
     rendering: Rendering | None = None
-    want: Want | None = None
+    want: DataKind | None = None
     format: str | None = None
     columns: Sequence[str] | None = None
     show: int = 0
     progress: Callable[[str, int, int], None] | None = None
 
 
-def audit(names: Sequence[str | PathLike[str]], how: How) -> Audit:
-    """Look at all rows that ``names`` stand for (see :func:`find_sources`).
+class Audit:
+    """What was found in files of one purpose. ``examples`` are some of the usable rows, in their order."""
+
+    def __init__(self, options: AuditOptions) -> None:
+        self.lengths = Lengths("characters" if options.tokenizer is None else "tokens")
+        self.duplicates = Duplicates()
+        self.files: list[FileCounts] = []
+        self.notes: list[str] = []
+        self._issues: dict[tuple[str, str, str], Issue] = {}
+        self._examples: list[tuple[int, int, Comparison]] = []
+        self._options, self._seen = options, 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of all files."""
+        return sum(f.rows for f in self.files)
+
+    @property
+    def prompts(self) -> int:
+        """The number of different prompts."""
+        return len(np.unique(self.duplicates.prompts))
+
+    @property
+    def examples(self) -> list[Comparison]:
+        """Up to ``show`` usable rows."""
+        return [c for _, _, c in sorted(self._examples, key=lambda x: x[1])]
+
+    def add_example(self, c: Comparison) -> None:
+        """A row that may be an example: drawn evenly from all, and the same ones every time."""
+        self._seen += 1
+        # A multiplicative hash (Knuth, volume 3, 6.4) of the place; the least ones stay.
+        self._examples.append((self._seen * 0x9E3779B97F4A7C15 % 2**64, self._seen, c))
+        self._examples = sorted(self._examples, key=lambda x: x[:2])[: self._options.show]
+
+    def place(self, at: int) -> Place:
+        """File and row of a place in ``duplicates``."""
+        return self.files[self.duplicates.source[at]].file, self.duplicates.row[at]
+
+    def note(
+        self,
+        severity: Severity,
+        kind: str,
+        file: str,
+        row: int | None,
+        what: str,
+        *,
+        example: str = "",
+        other: Place | None = None,
+    ) -> None:
+        """Add an issue of one row, in the order of the rows; a row that has it twice is counted once."""
+        key = severity, kind, file
+        issue = self._issues[key] = self._issues.get(key) or Issue(severity, kind, file, what, example)
+        issue.varies = issue.varies or issue.what != what
+        if row is not None and issue.rows[-1:] != array("q", [row]):
+            issue.rows.append(row)
+            if other is not None:
+                issue.others.append(other)
+
+    def note_repeats(self, found: Found, kind: str, what: str, place: Callable[[int], Place] | None = None) -> None:
+        """Add a warning for rows that repeat others; ``place`` finds those, in this audit or another."""
+        for at, other in found:
+            self.note("warning", kind, *self.place(at), what, other=(place or self.place)(other))
+
+    def note_purposes(self, file: str, stated: Counter[str]) -> None:
+        """Add a warning where rows have several purposes."""
+        if len(stated) > 1:
+            what = ", ".join(f"{n:,} {kind}" for kind, n in stated.most_common())
+            self.note("warning", "rows of several purposes", file, None, f"{what}; name what a run needs by --want")
+
+    def issues(self, severity: Severity) -> list[Issue]:
+        """Issues of one severity by file, those of most rows first."""
+        files = {file: i for i, file in enumerate(dict.fromkeys(issue.file for issue in self._issues.values()))}
+        found = [issue for issue in self._issues.values() if issue.severity == severity]
+        return sorted(found, key=lambda issue: (files[issue.file], -len(issue.rows)))
+
+    def rows_with(self, severity: Severity) -> int:
+        """The number of rows with one or more issues."""
+        return len({(issue.file, row) for issue in self.issues(severity) for row in issue.rows})
+
+
+def audit(names: Sequence[str | PathLike[str]], options: AuditOptions) -> Audit:
+    """Audit all rows of the files, folders or data sets ``names`` (see :func:`find_sources`).
 
     A file that cannot be read, or whose layout is unknown, is an error of the audit. Raises :class:`DataError` for
-    names that stand for nothing, and :class:`ConfigError` and :class:`ModelError` as :class:`Renderer`.
+    names without any file, and :class:`ConfigError` and :class:`ModelError` as :class:`Renderer`.
     """
-    found = Audit(Lengths("characters" if how.tokenizer is None else "tokens"))
-    examples = _Sample(how.show)
+    found = Audit(options)
     for number, source in enumerate(find_sources(names)):
         found.notes += source.notes
-        found.files.append(Tally(source.name))
+        found.files.append(FileCounts(source.name))
         try:
-            _audit_source(source, number, found, how, examples)
+            _audit_source(source, number, found, options)
         except DataError as error:
-            found.ledger.note("error", "unreadable file", source.name, None, error.what)
-    found.examples = examples.rows
-    purposes = sum((t.stated for t in found.files), Counter[str]())
-    if how.want is None and all(len(t.stated) < len(purposes) for t in found.files):
-        _note_purposes(found.ledger, "", purposes)
-    _note_repeats(found)
+            found.note("error", "unreadable file", source.name, None, error.what)
+    purposes = sum((f.stated for f in found.files), Counter[str]())
+    if options.want is None and all(len(f.stated) < len(purposes) for f in found.files):
+        found.note_purposes("", purposes)
+    found.note_repeats(found.duplicates.duplicates(), "duplicate", "the same prompt, responses and preference")
+    found.note_repeats(found.duplicates.contradictions(), CONTRADICTION, "another row states the opposite")
     bias = found.lengths.bias()
     if bias is not None and bias.large:
-        what = f"the preferred responses are {bias.ratio:.2f} times as long, and longer in {bias.share:.1%} of cases"
-        what += "; a model may learn the length instead of the preference"
-        found.ledger.note("warning", "length bias", "", None, what)
+        what = f"{bias.describe(found.lengths.unit)}; a model may learn the length instead of the preference"
+        found.note("warning", "length bias", "", None, what)
     return found
 
 
 def compare_prompts(train: Audit, held_out: Audit) -> None:
-    """Note which rows to evaluate on have a prompt that is trained on, too."""
-    said = "its prompt is one that is trained on"
-    _note(held_out, held_out.repeats.prompts_of(train.repeats), "prompt in training data", said, train.place)
+    """Add a warning for rows of the evaluation data whose prompt is in the training data, too."""
+    shared = held_out.duplicates.prompts_of(train.duplicates)
+    held_out.note_repeats(shared, "prompt in training data", "its prompt is trained on", train.place)
 
 
-def _audit_source(source: Source, number: int, found: Audit, how: How, examples: _Sample) -> None:
-    reading = open_comparisons(source, format=how.format, columns=how.columns)
-    tally, ledger = found.files[number], found.ledger
-    tally.layout = reading.layout
+def _audit_source(source: Source, number: int, found: Audit, options: AuditOptions) -> None:
+    reading = open_comparisons(source, format=options.format, columns=options.columns)
+    counts = found.files[number]
+    counts.layout = reading.layout
     if reading.lost:
-        severity: Severity = "error" if how.want in PREFERENCES else "warning"
-        ledger.note(severity, "responses that are not read", tally.file, None, reading.lost)
-    checker = _Checker(how, found)
+        severity: Severity = "error" if options.want in PREFERENCES else "warning"
+        found.note(severity, "responses that are not read", counts.file, None, reading.lost)
+    checker = _Checker(options, found)
     for rows in chunks(reading):
-        tally.rows += len(rows)
-        refused, left_out = checker(rows, tally.file)
-        tally.refused += len(refused)
-        tally.left_out += len(left_out)
+        counts.rows += len(rows)
+        refused, left_out = checker(rows, counts.file)
+        counts.refused += len(refused)
+        counts.left_out += len(left_out)
         for row in rows:
             if isinstance(row, Problem):
                 continue
-            tally.add(row)
-            found.repeats.add(row, number)
+            counts.add(row)
+            found.duplicates.add(row, number)
             for kind, place in row_suspicions(row).items():
-                ledger.note("warning", kind, tally.file, row.row, KINDS[kind], example=place)
-            if against := _against_scores(row):
-                ledger.note("warning", "scores against the order", tally.file, row.row, against)
-            if row.row not in refused and row.row not in left_out:
-                examples.see(row)
-        if how.progress is not None:
-            how.progress(tally.file, tally.rows, reading.count)
-    tally.usable = tally.rows - tally.refused - tally.left_out
+                found.note("warning", kind, counts.file, row.row, SUSPICIONS[kind][0], example=place)
+            if what := _against_scores(row):
+                found.note("warning", "scores against the order", counts.file, row.row, what)
+            if options.show and row.row not in refused and row.row not in left_out:
+                found.add_example(row)
+        if options.progress is not None:
+            options.progress(counts.file, counts.rows, reading.count)
+    counts.usable = counts.rows - counts.refused - counts.left_out
     found.notes += [note for note in (*reading.notes, *checker.notes) if note not in found.notes]
-    if how.want is None:
-        _note_purposes(ledger, tally.file, tally.stated)
+    if options.want is None:
+        found.note_purposes(counts.file, counts.stated)
 
 
 class _Checker:
-    """Looks at the rows of one file as a run would: those that it refuses are noted, the others measured."""
+    """Checks the rows of one file as a run would: those that it refuses are noted, the others measured."""
 
-    def __init__(self, how: How, found: Audit) -> None:
-        self.how, self.found = how, found
-        self.preparers: dict[Want, Preparer] = {}
+    def __init__(self, options: AuditOptions, found: Audit) -> None:
+        self.options, self.found = options, found
+        self.preparers: dict[DataKind, Preparer] = {}
         self.notes: list[str] = []
 
     def __call__(self, rows: Sequence[Row], file: str) -> tuple[set[int], set[int]]:
-        """The rows that are refused, and those that are left out without being at fault."""
+        """The rows that are refused, and those that are left out without an error."""
         problems = [row for row in rows if isinstance(row, Problem)]
-        wanted: dict[Want, list[Comparison]] = {}
+        by_purpose: dict[DataKind, list[Comparison]] = {}
         for row in rows:
             if isinstance(row, Comparison):
-                wanted.setdefault(self.how.want or stated(row), []).append(row)
+                by_purpose.setdefault(self.options.want or purpose(row), []).append(row)
         warnings: list[Problem] = []
-        for want, several in wanted.items():
-            bad, doubtful = self._tokens(several, want, file) if self.how.tokenizer else self._words(several, want)
-            problems += bad
-            warnings += doubtful
+        for want, several in by_purpose.items():
+            if self.options.tokenizer is None:
+                problems += self._measure_words(several, want)
+            else:
+                problems += self._measure_tokens(several, want, file, warnings)
         left_out = [p for p in problems if p.kind in NO_FAULT]
         faults = [p for p in problems if p.kind not in NO_FAULT]
         noted: tuple[tuple[Severity, list[Problem]], ...] = (("error", faults), ("warning", left_out + warnings))
         for severity, many in noted:
             for p in sorted(many, key=lambda p: p.row):
-                self.found.ledger.note(severity, p.kind, file, p.row, p.what)
+                self.found.note(severity, p.kind, file, p.row, p.what)
         refused = {p.row for p in faults}
         return refused, {p.row for p in left_out} - refused
 
-    def _words(self, rows: Sequence[Comparison], want: Want) -> tuple[list[Problem], list[Problem]]:
+    def _measure_words(self, rows: Sequence[Comparison], want: DataKind) -> list[Problem]:
         problems = []
         for row in rows:
-            bad = check(row, want)
-            problems += bad
-            if bad:
+            if bad := check(row, want):
+                problems += bad
                 continue
             c = convert(row, want)
             assert isinstance(c, Comparison), "what was checked can be converted"
             prompt = sum(len(m.content) for m in c.prompt)
             self.found.lengths.add(prompt, [len(r.text) for r in c.responses], c.pairs, c.labels)
-        return problems, []
+        return problems
 
-    def _tokens(self, rows: Sequence[Comparison], want: Want, file: str) -> tuple[list[Problem], list[Problem]]:
-        assert self.how.tokenizer is not None and self.how.rendering is not None
+    def _measure_tokens(
+        self, rows: Sequence[Comparison], want: DataKind, file: str, warnings: list[Problem]
+    ) -> list[Problem]:
+        tokenizer, rendering = self.options.tokenizer, self.options.rendering
+        assert tokenizer is not None and rendering is not None
         if want not in self.preparers:
-            self.preparers[want] = Preparer(self.how.tokenizer, self.how.rendering, want)
+            self.preparers[want] = Preparer(tokenizer, rendering, want)
         chunk = self.preparers[want](rows)
-        add_columns(self.found.lengths, chunk.columns)
-        self.notes += [said for said, where in chunk.findings.items() if not where]
-        found = [(said, said, where) for said, where in chunk.findings.items() if where]
-        limit = self.how.rendering.max_length
-        found.append((TRUNCATED, f"is longer than {limit} tokens", _truncated(chunk)))
-        broken = {c.row for c in rows if any(r.cut for r in c.responses)}
-        endless = [row for row in self._endless(chunk.columns) if row not in broken]
-        found.append((NO_END, "a response does not end with an end-of-turn token", endless))
-        found.append(
-            (BROKEN_OFF, "a response was broken off at a limit; it is trained to its last word", sorted(broken))
-        )
-        return chunk.problems, [Problem(kind, row, what, file) for kind, what, where in found for row in where]
-
-    def _endless(self, c: Mapping[str, Array]) -> list[int]:
-        """Rows of which a response that was not cut ends with another token than one that ends a turn."""
-        tokenizer = self.how.tokenizer
-        assert tokenizer is not None
-        if not len(c["length_N"]):
-            return []
-        ends = np.array(tokenizer.convert_tokens_to_ids(list(end_marks(tokenizer))), np.int64)
-        many = c["responses_G"]
-        last = np.repeat(np.cumsum(c["prefix_G"], dtype=np.int64), many) + np.cumsum(c["length_N"], dtype=np.int64) - 1
-        endless = (c["cut_N"] == 0) & ~np.isin(c["ids_T"][last], ends)
-        return list(map(int, np.repeat(c["row_G"], many)[endless]))
+        self.found.lengths.add_columns(chunk.columns)
+        self.notes += [finding for finding, where in chunk.warnings.items() if not where]
+        found = [(finding, finding, where) for finding, where in chunk.warnings.items() if where]
+        found.append(("truncated", f"is longer than {rendering.max_length} tokens", _truncated(chunk)))
+        cut_off = {c.row for c in rows if any(r.cut for r in c.responses)}
+        endless = [row for row in _without_end(chunk.columns, tokenizer) if row not in cut_off]
+        found.append(("no end of turn", "a response does not end with an end-of-turn token", endless))
+        what = "a response was broken off at a limit; it is trained to its last word"
+        found.append(("broken off", what, sorted(cut_off)))
+        warnings += [Problem(kind, row, what, file) for kind, what, where in found for row in where]
+        return chunk.problems
 
 
-def _note_purposes(ledger: Ledger, file: str, stated: Counter[str]) -> None:
-    if len(stated) > 1:
-        what = ", ".join(f"{n:,} {kind}" for kind, n in stated.most_common())
-        ledger.note("warning", "rows of several purposes", file, None, f"{what}; name what a run needs by --want")
-
-
-def _against_scores(c: Comparison) -> str:
-    """What is said of an order that puts a response before one with a higher score, or nothing."""
-    scores = c.scores or ()
-    for tier, below in pairwise(c.tiers if scores else ()):
-        worst, best = min(tier, key=scores.__getitem__), max(below, key=scores.__getitem__)
-        if scores[worst] < scores[best]:
-            better, worse = f"response {worst} with score {scores[worst]:g}", f"{best} with score {scores[best]:g}"
-            return f"the order puts {better} before {worse} (counted from 0); is it worst first?"
-    return ""
+def _without_end(c: Mapping[str, Array], tokenizer: Tokenizer) -> list[int]:
+    """Rows with a response that was not truncated and does not end with an end-of-turn token."""
+    if not len(c["length_N"]):
+        return []
+    ends = np.array(tokenizer.convert_tokens_to_ids(list(end_marks(tokenizer))), np.int64)
+    many = c["responses_G"]
+    last = np.repeat(np.cumsum(c["prefix_G"], dtype=np.int64), many) + np.cumsum(c["length_N"], dtype=np.int64) - 1
+    endless = (c["cut_N"] == 0) & ~np.isin(c["ids_T"][last], ends)
+    return list(map(int, np.repeat(c["row_G"], many)[endless]))
 
 
 def _truncated(chunk: Chunk) -> list[int]:
@@ -242,38 +366,12 @@ def _truncated(chunk: Chunk) -> list[int]:
     return sorted({*rows, *np.repeat(c["row_G"], c["responses_G"])[c["cut_N"] > 0].tolist()})
 
 
-def _note_repeats(found: Audit) -> None:
-    _note(found, found.repeats.duplicates(), "duplicate", "the same prompt, responses and preference", found.place)
-    _note(found, found.repeats.contradictions(), CONTRADICTION, "the opposite is said elsewhere", found.place)
-
-
-def _note(found: Audit, rows: Found, kind: str, what: str, place: Callable[[int], tuple[str, int]]) -> None:
-    for at, other in rows:
-        file, row = found.place(at)
-        found.ledger.note("warning", kind, file, row, what, other=place(other))
-
-
-class _Sample:
-    """Some rows, drawn evenly from all, the same ones every time: those whose hashes are the least."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._heap: list[tuple[int, int, Comparison]] = []
-        self._seen = 0
-
-    def see(self, c: Comparison) -> None:
-        """A row that may be drawn."""
-        if not self.size:
-            return
-        self._seen += 1
-        # A multiplicative hash (Knuth, volume 3, 6.4) of the place, so that no text is hashed again.
-        item = (-(self._seen * 0x9E3779B97F4A7C15 % 2**64), -self._seen, c)
-        if len(self._heap) < self.size:
-            heapq.heappush(self._heap, item)
-        elif item[:2] > self._heap[0][:2]:
-            heapq.heapreplace(self._heap, item)
-
-    @property
-    def rows(self) -> list[Comparison]:
-        """In the order of the files."""
-        return [c for *_, c in sorted(self._heap, key=lambda item: -item[1])]
+def _against_scores(c: Comparison) -> str:
+    """A description of an order that puts a response before one with a higher score; empty where it does not."""
+    scores = c.scores or ()
+    for tier, below in pairwise(c.tiers if scores else ()):
+        worst, best = min(tier, key=scores.__getitem__), max(below, key=scores.__getitem__)
+        if scores[worst] < scores[best]:
+            better, worse = f"response {worst} with score {scores[worst]:g}", f"{best} with score {scores[best]:g}"
+            return f"the order puts {better} before {worse} (counted from 0); is it worst first?"
+    return ""

@@ -1,11 +1,12 @@
-"""What an audit found, for a person (lines of at most so many columns) and for a program (plain values)."""
+"""The report of `prefopt data check`: lines for a terminal, or one JSON document (docs/formats.md lists its keys)."""
 
 from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections import Counter
 from contextlib import ExitStack
+from itertools import zip_longest
 
 from rich.text import Text
 
@@ -14,24 +15,85 @@ from prefopt.core.terminal import Bar, Reporter, Screen, tell_json, visible
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.chat.truncate import sequence_limit
-from prefopt.data.check.audit import CONTRADICTION, Audit, How, audit, compare_prompts
-from prefopt.data.check.issues import SEVERITIES, Entry, Severity, Tally
-from prefopt.data.check.lengths import Lengths, bias_words
-from prefopt.data.problems import NAMED_ROWS
-from prefopt.data.show import show, show_words
+from prefopt.data.check.audit import CONTRADICTION, SEVERITIES, Audit, AuditOptions, Issue, audit, compare_prompts
+from prefopt.data.check.statistics import Lengths
+from prefopt.data.group import show, show_words
 from prefopt.data.tokenizer import load_tokenizer
+from prefopt.data.validate import NAMED_ROWS
 from prefopt.records import Comparison
 
-Line = tuple[str, str]
-"""Text, and its style: nothing, ``title``, ``error``, ``warning``, ``good`` or ``dim``."""
 VERSION = 1
 LIMITS = (512, 1024, 2048, 4096, 8192)
+STYLES = {"title": "bold", "error": "bold red", "warning": "yellow", "good": "green", "dim": "dim", "": ""}
+WIDEST = 100
+BAR_ROWS = 5000  # smaller files need no progress bar
+EXAMPLE_CHARACTERS = 1500
+
+
+def run_check(config: DataCheckConfig, context: int | None = None) -> int:
+    """Print the report; the exit status, 1 where a run would refuse a row. ``context``: positions of the model.
+
+    Raises the same errors as :func:`prefopt.data.check.audit.audit`.
+    """
+    tokenizer = rendering = limit = None
+    if config.model is not None:
+        tokenizer = load_tokenizer(config.model)
+        limit = sequence_limit(config.max_length, context)
+        rendering = Rendering.from_options(config, limit)
+    bars: dict[str, Bar] = {}
+    reporter = Reporter("rich" if sys.stdout.isatty() and not config.json else "none")
+    with ExitStack() as stack:
+
+        def progress(file: str, done: int, total: int) -> None:
+            if file not in bars and total >= BAR_ROWS:
+                stack.close()  # the bar of the file before it
+                bars[file] = stack.enter_context(reporter.bar(file, total, "rows"))
+            if file in bars:
+                bars[file].update(done)
+
+        options = AuditOptions(
+            tokenizer=tokenizer,
+            rendering=rendering,
+            want=config.want,
+            format=config.format,
+            columns=config.column_words,
+            show=config.show,
+            progress=progress,
+        )
+        train = audit(config.data, options)
+        held_out = audit(config.eval_data, options) if config.eval_data else None
+    if held_out is not None:
+        compare_prompts(train, held_out)
+    examples = [{"file": c.file, "row": c.row, "text": _show(c, options)} for c in train.examples]
+    if config.json:
+        tell_json(to_dict(train, held_out, limit) | {"examples": examples}, indent=1)
+    else:
+        report = _Report(Screen())
+        report.all(train, held_out, limit)
+        for example in examples:
+            report.title(f"{example['file']}, row {example['row']}")
+            report.lines.append((f"{example['text']}", ""))
+        report.print()
+    return 1 if any(a.issues("error") for a in (train, held_out) if a) else 0
+
+
+def _show(c: Comparison, options: AuditOptions) -> str:
+    """A row as text; with a tokenizer as the model sees it, the trained tokens marked."""
+    if options.tokenizer is None or not c.responses:
+        return show_words(c, most=EXAMPLE_CHARACTERS)
+    group = Renderer(options.tokenizer, options.rendering).render(c).group
+    return show(group, options.tokenizer, most=EXAMPLE_CHARACTERS)
 
 
 def to_dict(train: Audit, held_out: Audit | None, limit: int | None) -> dict[str, object]:
-    """Everything, with all rows of every problem; docs/formats.md says what the keys are."""
-    found: dict[str, object] = {"version": VERSION, "errors": _count(train, held_out, "error")}
-    found |= {"warnings": _count(train, held_out, "warning"), "max_length": limit, **_values(train)}
+    """Everything as plain values, with all rows of every issue."""
+    audits = [train, *([held_out] if held_out else [])]
+    # A file that cannot be read counts as a row.
+    counts = {
+        f"{severity}s": sum(a.rows_with(severity) + sum(not i.rows for i in a.issues(severity)) for a in audits)
+        for severity in SEVERITIES
+    }
+    found: dict[str, object] = {"version": VERSION, **counts, "max_length": limit, **_values(train)}
     return found | {"eval": None if held_out is None else _values(held_out)}
 
 
@@ -41,265 +103,133 @@ def _values(a: Audit) -> dict[str, object]:
         over = {str(limit): n for limit, n in a.lengths.longer_than(LIMITS).items()}
         lengths |= {"truncated_rows": a.lengths.truncated, "longer_than": over}
         lengths["shared_prefix"] = {"tokens_shared": a.lengths.encoded, "tokens_separate": a.lengths.separate}
-    problems = [e.to_dict() for severity in SEVERITIES for e in a.ledger.entries(severity)]
-    files = [t.to_dict() for t in a.files]
-    counts = {"rows": a.rows, "usable": sum(t.usable for t in a.files), "prompts": a.prompts}
-    return {**counts, "files": files, "lengths": lengths, "problems": problems, "notes": a.notes}
+    issues = [issue.to_dict() for severity in SEVERITIES for issue in a.issues(severity)]
+    files = [f.to_dict() for f in a.files]
+    counts = {"rows": a.rows, "usable": sum(f.usable for f in a.files), "prompts": a.prompts}
+    return {**counts, "files": files, "lengths": lengths, "problems": issues, "notes": a.notes}
 
 
-def _count(train: Audit, held_out: Audit | None, severity: Severity) -> int:
-    """Rows with problems; a file that cannot be read counts as one."""
-    audits = [train, *([held_out] if held_out else [])]
-    files = sum(not e.rows for a in audits for e in a.ledger.entries(severity))
-    return files + sum(a.ledger.concerned(severity) for a in audits)
+class _Report:
+    """The report as lines (text, style) for a screen."""
 
+    def __init__(self, screen: Screen) -> None:
+        self.screen, self.lines = screen, list[tuple[str, str]]()
+        self.width = min(screen.width, WIDEST) if screen.is_terminal else 80
 
-def to_lines(train: Audit, held_out: Audit | None, limit: int | None, width: int, bar: str) -> Iterator[Line]:
-    """The report. ``limit`` is ``--max-length`` or what stands for it; ``bar`` is what bars are made of, if any."""
-    yield from _part(train, "data" if held_out is None else "data to train on", limit, width, bar)
-    if held_out is not None:
-        yield "", ""
-        yield from _part(held_out, "data to evaluate on", limit, width, "")
-    yield "", ""
-    yield from _problems(train, held_out, width)
+    def print(self) -> None:
+        for text, style in self.lines:
+            self.screen.print(Text(visible(text), STYLES[style]))
 
+    def add(self, text: str, indent: int = 0, hang: int | None = None, style: str = "") -> None:
+        """Add text in lines of whole words, the first indented, the others by ``hang``."""
+        indent += len(text) - len(text.lstrip())
+        first, later = " " * indent, " " * (indent + 2 if hang is None else hang)
+        wrapper = textwrap.TextWrapper(self.width, first, later, break_long_words=False, break_on_hyphens=False)
+        self.lines += [(line, style) for line in wrapper.wrap(text.lstrip())]
 
-def _part(a: Audit, title: str, limit: int | None, width: int, bar: str) -> Iterator[Line]:
-    yield title, "title"
-    for tally in a.files:
-        yield from _wrapped(f"{tally.file}: {_file(tally)}", width, 2)
-    if sum(t.usable for t in a.files):
-        yield "", ""
-        yield "rows", "title"
-        for name, value in _facts(a):
-            yield from _wrapped(f"{name:<14}{value}", width, 2, 16)
-        yield "", ""
-        yield from _lengths(a.lengths, limit, width, bar)
-    for note in dict.fromkeys(a.notes):
-        yield from _wrapped(f"note: {note}", width, 0, 6, "dim")
+    def title(self, text: str) -> None:
+        """Add a title, after an empty line unless it is the first."""
+        self.lines += [("", "")] * bool(self.lines) + [(text, "title")]
 
+    def all(self, train: Audit, held_out: Audit | None, limit: int | None) -> None:
+        """Add everything. ``limit`` is ``--max-length`` or its default."""
+        self.data(train, "data" if held_out is None else "data to train on", limit)
+        if held_out is not None:
+            self.data(held_out, "data to evaluate on", limit)
+        self.lines.append(("", ""))
+        self.issues([train, *([held_out] if held_out else [])])
 
-def _file(t: Tally) -> str:
-    if not t.layout:
-        return "cannot be read"
-    refused = f", {t.refused:,} with errors" if t.refused else ""
-    tied = f", {t.left_out:,} left out (all responses tied)" if t.left_out else ""
-    return f"{t.rows:,} row{'s' * (t.rows != 1)} of layout {t.layout}, {t.usable:,} usable{refused}{tied}"
+    def data(self, a: Audit, title: str, limit: int | None) -> None:
+        """Add the files, counts of their rows, their lengths and notes."""
+        self.title(title)
+        for f in a.files:
+            refused = f", {f.refused:,} with errors" if f.refused else ""
+            tied = f", {f.left_out:,} left out (all responses tied)" if f.left_out else ""
+            rows = f"{f.rows:,} row{'s' * (f.rows != 1)} of layout {f.layout}, {f.usable:,} usable{refused}{tied}"
+            self.add(f"{f.file}: {rows if f.layout else 'cannot be read'}", 2)
+        if any(f.usable for f in a.files):
+            self.title("rows")
+            self.rows(a)
+            self.lengths(a.lengths, limit)
+        for note in dict.fromkeys(a.notes):
+            self.add(f"note: {note}", 0, 6, "dim")
 
+    def rows(self, a: Audit) -> None:
+        """Add counts of the rows; those that are 0 are left out."""
+        total, stated, responses = Counter[str](), Counter[str](), Counter[int]()
+        for f in a.files:
+            total.update(f.counts)
+            stated.update(f.stated)
+            responses.update(f.responses)
+        found = {
+            "purpose": ", ".join(f"{kind} {n:,}" for kind, n in stated.most_common()),
+            "responses": ", ".join(f"{k} in {n:,} rows" for k, n in sorted(responses.items())),
+            "prompts": f"{a.prompts:,} different in {stated.total():,} rows",
+            "counts": ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in total.items() if n),
+        }
+        for name, value in found.items():
+            if value:
+                self.add(f"{name:<14}{value}", 2, 16)
 
-def _facts(a: Audit) -> Iterator[tuple[str, str]]:
-    """What the rows are, in words; what there is none of is left out."""
+    def lengths(self, x: Lengths, limit: int | None) -> None:
+        """Add quantiles of lengths, what truncation and shared prefixes change, and the length bias."""
+        self.title(f"lengths in {x.unit}")
+        table = x.quantiles()
+        if len(x.chosen) + len(x.rejected) == len(x.response):
+            table.pop("response", None)  # the same ones as the two rows below it
+        names = {"chosen": "desirable", "rejected": "undesirable"} if x.of_labels else {}
+        columns = list(next(iter(table.values()), {}))
+        self.lines.append((" " * 14 + "".join(f"{c:>8}" for c in columns), "dim"))
+        for name, values in table.items():
+            self.add(f"  {names.get(name, name):<12}" + "".join(f"{round(values[c]):>8,}" for c in columns))
+        bias = x.bias()
+        if bias is not None or x.unit == "tokens":
+            self.lines.append(("", ""))
+        if x.unit == "tokens":
+            rows, over = len(x.prompt), [f"{n:,}: {many:,}" for n, many in x.longer_than(LIMITS).items()]
+            share = x.truncated / max(rows, 1)
+            self.add(f"truncated at {limit:,} tokens: {x.truncated:,} of {rows:,} rows ({share:.1%})", 2)
+            self.add(f"of {len(x.whole) or rows:,} sequences are longer than {'; '.join(over)}", 2)
+            if len(x.whole) > len(x.prompt) and x.encoded:
+                saved = f"{1 - x.encoded / x.separate:.0%} saved, {x.separate / x.encoded:.2f} times fewer"
+                tokens = f"{x.encoded:,} tokens instead of {x.separate:,} ({saved})"
+                self.add(f"shared prefixes: encoded once per row, {tokens}", 2)
+        if bias is not None:
+            self.add(f"length bias: {bias.describe(x.unit)}", 2, 4, "warning" if bias.large else "")
 
-    def total(name: str) -> int:
-        return sum(getattr(t, name) for t in a.files)
+    def issues(self, audits: list[Audit]) -> None:
+        """Add errors, then warnings."""
+        several = len({f.file for a in audits for f in a.files}) > 1
+        consequence = {
+            "error": "a run refuses them, or leaves them out with --on-bad-row skip",
+            "warning": "a run goes on, look at them first",
+        }
+        for severity in SEVERITIES:
+            issues = [issue for a in audits for issue in a.issues(severity)]
+            if not issues:
+                self.lines.append((f"no {severity}s", "good"))
+                continue
+            count = sum(a.rows_with(severity) for a in audits)
+            rows = f"{count:,} row{'s' * (count != 1)}; {consequence[severity]}" if count else "of a file as a whole"
+            self.lines.append((f"{severity}s: {rows}", severity))
+            digits = len(f"{max(len(issue.rows) for issue in issues):,}") if count else 0
+            file = None
+            for issue in issues:
+                if several and issue.file != file:
+                    file = issue.file
+                    self.add(file or "all files", 2, style="dim")
+                self.issue(issue, digits)
 
-    stated = {kind: sum(t.stated[kind] for t in a.files) for t in a.files for kind in t.stated}
-    read = sum(stated.values())
-    yield "purpose", ", ".join(f"{kind} {n:,}" for kind, n in sorted(stated.items(), key=lambda x: -x[1]))
-    many = {k: sum(t.responses[k] for t in a.files) for k in sorted({k for t in a.files for k in t.responses})}
-    yield "responses", ", ".join(f"{k} in {n:,} rows" for k, n in many.items())
-    if pairs := total("pairs"):
-        yield "pairs", f"{pairs:,}" + (f"; ties in {ties:,} rows" if (ties := total("ties")) else "; no ties")
-    if labels := total("desirable") + total("undesirable"):
-        yield "labels", f"{total('desirable'):,} desirable, {total('undesirable'):,} undesirable of {labels:,}"
-    yield "prompts", f"{a.prompts:,} different in {read:,} rows"
-    names = {
-        "multi-turn": "multi_turn",
-        "several turns in a response": "multi_turn_responses",
-        "system turn": "system",
-        "tools": "tools",
-        "reasoning": "reasoning",
-        "scores": "scored",
-        "plain text": "text",
-    }
-    has = [f"{name} {n:,} ({_percent(n, read)})" for name, key in names.items() if (n := total(key))]
-    if has:
-        yield "with", ", ".join(has)
-
-
-def _lengths(x: Lengths, limit: int | None, width: int, bar: str) -> Iterator[Line]:
-    yield f"lengths in {x.unit}", "title"
-    table = x.quantiles()
-    if len(x.chosen) + len(x.rejected) == len(x.response):
-        table.pop("response", None)  # the same ones as the two rows below it
-    names = {"chosen": "desirable", "rejected": "undesirable"} if x.labelled and not len(x.signs) else {}
-    columns = list(next(iter(table.values()), {}))
-    yield "  " + " " * 12 + "".join(f"{c:>8}" for c in columns), "dim"
-    for name, values in table.items():
-        yield f"  {names.get(name, name):<12}" + "".join(f"{round(values[c]):>8,}" for c in columns), ""
-    if bar:
-        yield "", ""
-        yield f"  whole sequences (prompt and response), {x.unit} and how many" if len(x.whole) else "  prompts", "dim"
-        yield from ((f"  {line}", "") for line in _bars(x.histogram(), width - 2, bar))
-    bias = x.bias()
-    if bias is not None or x.unit == "tokens":
-        yield "", ""
-    if x.unit == "tokens":
-        yield from _tokens(x, limit, width)
-    if bias is not None:
-        yield from _wrapped(bias_words(bias, x), width, 2, 4, "warning" if bias.large else "")
-
-
-def _tokens(x: Lengths, limit: int | None, width: int) -> Iterator[Line]:
-    rows = len(x.prompt)
-    said = f"truncated at {limit:,} tokens: {x.truncated:,} of {rows:,} rows ({_percent(x.truncated, rows)})"
-    over = [f"{n:,}: {many:,}" for n, many in x.longer_than(LIMITS).items()]
-    yield from _wrapped(said, width, 2)
-    yield from _wrapped(f"of {len(x.whole) or rows:,} sequences are longer than {'; '.join(over)}", width, 2)
-    if len(x.whole) > len(x.prompt) and x.encoded:
-        saved = 1 - x.encoded / x.separate
-        yield from _wrapped(
-            f"shared prefixes: encoded once per row, {x.encoded:,} tokens instead of {x.separate:,}"
-            f" ({saved:.0%} saved, {x.separate / x.encoded:.2f} times fewer)",
-            width,
-            2,
-        )
-
-
-def _bars(histogram: Sequence[tuple[int, int | None, int]], width: int, bar: str) -> Iterator[str]:
-    most = max((n for *_, n in histogram), default=0)
-    names = [f"{a:,}-{b:,}" if b is not None else f"{a:,} and more" for a, b, _ in histogram]
-    left, right = max(map(len, names), default=0), len(f"{most:,}")
-    room = max(10, min(40, width - left - right - 4))
-    for name, (*_, n) in zip(names, histogram, strict=True):
-        yield f"{name:>{left}}  {n:>{right},}  {bar * -(-n * room // most)}".rstrip()
-
-
-def _problems(train: Audit, held_out: Audit | None, width: int) -> Iterator[Line]:
-    audits = [train, *([held_out] if held_out else [])]
-    files = {t.file for a in audits for t in a.files}
-    words: dict[Severity, str] = {
-        "error": "a run refuses them, or leaves them out with --on-bad-row skip",
-        "warning": "a run goes on, look at them first",
-    }
-    for severity in SEVERITIES:
-        entries = [e for a in audits for e in a.ledger.entries(severity)]
-        if not entries:
-            yield f"no {severity}s", "good"
-            continue
-        count = sum(a.ledger.concerned(severity) for a in audits)
-        rows = f"{count:,} row{'s' * (count != 1)}; {words[severity]}" if count else "of a file as a whole"
-        yield f"{severity}s: {rows}", severity
-        file = None
-        for entry in entries:
-            if len(files) > 1 and entry.file != file:
-                file = entry.file
-                yield from _wrapped(file or "all files", width, 2, style="dim")
-            yield from _entry(entry, len(f"{max(len(e.rows) for e in entries):,}") if count else 0, width)
-
-
-def _entry(e: Entry, digits: int, width: int) -> Iterator[Line]:
-    count = f"{len(e.rows):>{digits},}" if e.rows else " " * digits
-    what = "" if e.kind == e.what else f": {e.what}"
-    if e.varies:
-        what = f", such as row {e.rows[0]}: {e.what}"
-    yield from _wrapped(f"{count}  {e.kind}{what}" if digits else f"{e.kind}{what}", width, 2, digits + 4)
-    if e.rows:
-        others = [""] * NAMED_ROWS
-        if e.others:
+    def issue(self, e: Issue, digits: int) -> None:
+        """Add one kind of issue: how many rows, what it is, the first rows, an example."""
+        what = f", such as row {e.rows[0]}: {e.what}" if e.varies else f": {e.what}" * (e.what != e.kind)
+        count = f"{len(e.rows):>{digits},}  " if e.rows else " " * (digits + 2) * bool(digits)
+        self.add(f"{count}{e.kind}{what}", 2, digits + 4)
+        if e.rows:
             word = "against" if e.kind == CONTRADICTION else "as"
             others = [f" ({word} {f'{file}:' if file != e.file else ''}{row})" for file, row in e.others[:NAMED_ROWS]]
-        first = [f"{row}{other}" for row, other in zip(e.rows[:NAMED_ROWS], others, strict=False)]
-        more = ", ..." if len(e.rows) > NAMED_ROWS else ""
-        yield from _wrapped(f"row{'s' * (len(e.rows) > 1)} {', '.join(first)}{more}", width, digits + 4, None, "dim")
-    if e.example:
-        yield f"{' ' * (digits + 4)}{e.example}  (row {e.rows[0]})", "dim"
-
-
-def _percent(n: int, of: int) -> str:
-    share = n / of if of else 0.0
-    return f"{share:.0%}" if share in (0, 1) or 0.01 <= share <= 0.99 else f"{share:.1%}"
-
-
-def _wrapped(text: str, width: int, indent: int, hang: int | None = None, style: str = "") -> Iterator[Line]:
-    """Lines of whole words, the first indented, the others by ``hang``."""
-    indent = len(text) - len(text.lstrip()) + indent
-    lines = textwrap.wrap(
-        text.lstrip(),
-        width,
-        initial_indent=" " * indent,
-        subsequent_indent=" " * (indent + 2 if hang is None else hang),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    yield from ((line, style) for line in lines)
-
-
-STYLES = {"title": "bold", "error": "bold red", "warning": "yellow", "good": "green", "dim": "dim", "": ""}
-WIDEST = 100
-# Fewer rows are done before anybody wonders.
-BAR_ROWS = 5000
-EXAMPLE_CHARACTERS = 1500
-
-
-def run_check(config: DataCheckConfig, context: int | None = None) -> int:
-    """Print the report; 0, or 1 where a run would refuse a row. ``context``: positions of the model, if it says so.
-
-    Raises what :func:`prefopt.data.check.audit.audit` does.
-    """
-    tokenizer = rendering = limit = None
-    if config.model is not None:
-        tokenizer = load_tokenizer(config.model)
-        limit = sequence_limit(config.max_length, context)
-        rendering = Rendering.from_options(config, limit)
-    with ExitStack() as stack:
-        how = How(
-            tokenizer=tokenizer,
-            rendering=rendering,
-            want=config.want,
-            format=config.format,
-            columns=config.column_words,
-            show=config.show,
-            progress=None if config.json else _Bars(stack),
-        )
-        train = audit(config.data, how)
-        held_out = audit(config.eval_data, how) if config.eval_data else None
-    if held_out is not None:
-        compare_prompts(train, held_out)
-    shown = _examples(train, how)
-    audits = [train, *([held_out] if held_out else [])]
-    if config.json:
-        document = to_dict(train, held_out, limit) | {"examples": shown}
-        tell_json(document, indent=1)
-    else:
-        _print(train, held_out, limit, shown)
-    return 1 if any(a.ledger.entries("error") for a in audits) else 0
-
-
-def _examples(found: Audit, how: How) -> list[dict[str, object]]:
-    """Rows as a model sees them; with a tokenizer the trained tokens stand in marks."""
-    return [{"file": c.file, "row": c.row, "text": _shown(c, how)} for c in found.examples]
-
-
-def _shown(c: Comparison, how: How) -> str:
-    if how.tokenizer is None or not c.responses:
-        return show_words(c, most=EXAMPLE_CHARACTERS)
-    group = Renderer(how.tokenizer, how.rendering).render(c).group
-    return show(group, how.tokenizer, most=EXAMPLE_CHARACTERS)
-
-
-def _print(train: Audit, held_out: Audit | None, limit: int | None, shown: list[dict[str, object]]) -> None:
-    console = Screen()
-    unicode = (console.encoding or "").lower().startswith("utf")
-    width = min(console.width, WIDEST) if console.is_terminal else 80
-    lines: list[Line] = list(to_lines(train, held_out, limit, width, "█" if unicode else "#"))
-    for example in shown:
-        lines += [("", ""), (f"{example['file']}, row {example['row']}", "title"), (str(example["text"]), "")]
-    for text, style in lines:
-        console.print(Text(visible(text), STYLES[style]))
-
-
-class _Bars:
-    """A bar for each long file, on a terminal only."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack, self._reporter = stack, Reporter("rich" if sys.stdout.isatty() else "none")
-        self._bars: dict[str, Bar] = {}
-
-    def __call__(self, file: str, done: int, total: int) -> None:
-        if total < BAR_ROWS:
-            return
-        if file not in self._bars:
-            self._stack.close()  # the bar of the file before it
-            self._bars[file] = self._stack.enter_context(self._reporter.bar(file, total, "rows"))
-        self._bars[file].update(done)
+            first = [f"{row}{other}" for row, other in zip_longest(e.rows[:NAMED_ROWS], others, fillvalue="")]
+            more = ", ..." if len(e.rows) > NAMED_ROWS else ""
+            self.add(f"row{'s' * (len(e.rows) > 1)} {', '.join(first)}{more}", digits + 4, None, "dim")
+        if e.example:
+            self.lines.append((f"{' ' * (digits + 4)}{e.example}  (row {e.rows[0]})", "dim"))

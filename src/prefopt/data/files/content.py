@@ -1,4 +1,4 @@
-"""What a data file is, told from its first bytes, and its bytes as they were before they were compressed."""
+"""The kind of a data file, recognised from its first bytes, and its decompressed contents."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import codecs
 import gzip
 import io
 import lzma
+import re
 import stat
 import zlib
 from collections.abc import Iterator
@@ -19,52 +20,61 @@ from prefopt.errors import DataError
 
 HEAD = 4096
 BUFFER = 1 << 20
-ROW_BYTES = 1 << 26
-"""A row may be this long, in bytes, whatever the kind of file: 64 MiB, a hundred novels. There has to be some end: a
-file of a megabyte can decompress to a row that no memory holds."""
+ROW_BYTES = 1 << 26  # of one row in any kind of file: a megabyte can decompress to a row that no memory holds
+# The decompressed size of a file is bounded by the larger of these: 256 MiB, and a multiple of its size.
 UNPACKED, TIMES = 1 << 28, 250
-"""No compressed file of rows comes to more than 256 MiB and so many times its size; a bomb comes to thousands."""
-SAID = 300  # characters of another library's message, at most
+REASON_CHARACTERS = 300  # of another library's message
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 COMPRESSED_NAMES = (".gz", ".bz2", ".xz", ".zst")
+JSON_NAMES = (".json", ".jsonl", ".ndjson")
+CSV_NAMES = (".csv", ".tsv", ".tab")
+TABLE_NAMES = (".parquet", ".arrow", ".feather")
 PARQUET, ARROW_FILE, ARROW_STREAM = b"PAR1", b"ARROW1\0\0", b"\xff\xff\xff\xff"
+TABLES = (PARQUET, ARROW_FILE, ARROW_STREAM)
+# How JSON rows begin in a file named .csv, whose first column may have a name with a bracket.
+_JSON = re.compile(rb"""\s*(\[\s*[\[{"\]]|\{\s*["}])""")
 
 _PICKLE = "is a Python pickle, which can run code and is never loaded; write JSON lines or parquet"
-# What is not data, or not yet: told by how it begins, so that the message can say what to do.
+# Beginnings of files that hold no rows, with the remedy.
 _REFUSED = {
     b"PK\x03\x04": "is a zip archive; unpack it first",
-    b"PK\x05\x06": "is an empty zip archive",
     b"7z\xbc\xaf": "is a 7z archive; unpack it first",
-    b"Rar!": "is a rar archive; unpack it first",
     b"PARE": "is an encrypted parquet file; write it again without encryption",
     b"\xd0\xcf\x11\xe0": "is an Office document (an old or a password-protected workbook?); export it as CSV in UTF-8",
-    b"-----BEGIN PGP": "is encrypted (PGP); decrypt it first",
     b"SQLite format 3": "is an SQLite database and no study of prefopt collect; export the rows as JSON lines",
     b"%PDF": "is a PDF document, not rows of data",
     **dict.fromkeys((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), _PICKLE),
-    b"\x89HDF": "is an HDF5 file; write JSON lines or parquet",
-    b"\x93NUMPY": "is a numpy array; write JSON lines or parquet",
-    b"Obj\x01": "is an Avro file; write JSON lines or parquet",
     b"FEA1\0": "is a Feather file of version 1; write it again as version 2, or as parquet",
     b"version https://git-lfs": "is a Git LFS pointer, not the data; fetch the data with: git lfs pull",
-    codecs.BOM_UTF32_LE: "is not UTF-8 but UTF-32 text; save it as UTF-8",
-    codecs.BOM_UTF32_BE: "is not UTF-8 but UTF-32 text; save it as UTF-8",
-    codecs.BOM_UTF16_LE: "is not UTF-8 but UTF-16 text; save it as UTF-8",
-    codecs.BOM_UTF16_BE: "is not UTF-8 but UTF-16 text; save it as UTF-8",
+    **dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "is not UTF-8 but UTF-32 text; save it as UTF-8"),
+    **dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "is not UTF-8 but UTF-16 text; save it as UTF-8"),
 }
-# What a damaged stream of bytes raises, whichever the compression (zlib.error has no other base than Exception).
+# What a damaged stream raises, whichever the compression (zlib.error has no base but Exception).
 DAMAGED = (EOFError, OSError, lzma.LZMAError, zlib.error)
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """How a file begins, once decompressed: ``head`` is up to 4096 bytes, ``first`` the first that is not white."""
+    """The beginning of a decompressed file: ``head`` has up to 4096 bytes, ``first`` is the first that is not white."""
 
     path: Path
     compression: str | None
     head: bytes
     first: bytes
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it is parquet or arrow."""
+        return self.head.startswith(TABLES)
+
+    @property
+    def is_json(self) -> bool:
+        """Whether it is JSON, by its name or else by its beginning."""
+        suffix = data_suffix(self.path)
+        if suffix in CSV_NAMES:
+            return bool(_JSON.match(self.head.removeprefix(codecs.BOM_UTF8)))
+        return suffix in JSON_NAMES or self.first in (b"[", b"{")
 
     @contextmanager
     def opened(self) -> Iterator[io.BufferedReader]:
@@ -74,8 +84,8 @@ class Content:
 
 
 def look(path: Path) -> Content:
-    """Tell what a file is. Raises :class:`DataError` for what cannot hold rows: missing, a folder, a pipe, unreadable,
-    empty, an archive, encrypted, binary of another kind, or text in UTF-16 or UTF-32."""
+    """Open a file and recognise its kind. Raises :class:`DataError` for a file that cannot hold rows: missing, a
+    folder, a pipe, unreadable, empty, an archive, encrypted, binary, or text in UTF-16 or UTF-32."""
     file = str(path)
     try:
         mode = path.stat().st_mode
@@ -104,17 +114,21 @@ def look(path: Path) -> Content:
     return Content(path, compression, head, text.lstrip()[:1])
 
 
-def layout_name(path: Path) -> str:
-    """The ending of a name that tells a layout, in small letters, what was added by compression aside."""
+def data_suffix(path: Path) -> str:
+    """The ending of a name in small letters, without those of compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     while suffixes and suffixes[-1] in COMPRESSED_NAMES:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
 
 
+def is_data_name(path: Path) -> bool:
+    """Whether a name says that the file holds rows."""
+    return data_suffix(path) in JSON_NAMES + CSV_NAMES + TABLE_NAMES
+
+
 def read_some(handle: io.BufferedReader, size: int) -> tuple[bytes, Exception | None]:
-    """As many bytes, or fewer at the end of the file or before damage, and what the damage raised: what can be read
-    before it is not lost."""
+    """``size`` bytes, or fewer at the end of the file or before damage, and the error that the damage raised."""
     parts: list[bytes] = []
     held = 0
     try:
@@ -127,7 +141,7 @@ def read_some(handle: io.BufferedReader, size: int) -> tuple[bytes, Exception | 
 
 
 def lines_of(handle: io.BufferedReader) -> Iterator[tuple[bytes, bool]]:
-    """Lines, and whether each is whole: of one that is longer than a row may be, only the beginning is given."""
+    """Lines, and whether each is whole: of a line longer than a row may be, only the beginning is given."""
     while line := handle.readline(ROW_BYTES + 1):
         whole = len(line) <= ROW_BYTES
         if not whole and not line.endswith(b"\n"):
@@ -137,12 +151,17 @@ def lines_of(handle: io.BufferedReader) -> Iterator[tuple[bytes, bool]]:
 
 
 def too_long(where: str = "") -> str:
-    """What to say of a row that is longer than a row may be."""
+    """The message for a row of more than ``ROW_BYTES``."""
     return f"the row{where} is longer than {ROW_BYTES >> 20} MiB, which no row may be; shorten it, or leave it out"
 
 
+def too_large() -> str:
+    """The message for a file that decompresses to far more than its size."""
+    return f"comes to more than {TIMES} times its size when it is unpacked, which rows do not; unpack it first"
+
+
 class _Parts(io.RawIOBase):
-    """A decompressed stream that gives what it has, and only then what stopped it; not without end."""
+    """A decompressed stream of bounded size, whose bytes before damage can be read."""
 
     def __init__(self, stream: Any, path: Path) -> None:
         self._stream, self._file = stream, str(path)
@@ -156,26 +175,21 @@ class _Parts(io.RawIOBase):
         buffer[: len(part)] = part
         self._left -= len(part)
         if self._left < 0:
-            what = f"comes to more than {TIMES} times its size when it is unpacked, which rows do not; unpack it first"
-            raise DataError(what, file=self._file)
+            raise DataError(too_large(), file=self._file)
         return len(part)
 
 
 def _decompressed(path: Path, compression: str | None, stack: ExitStack) -> io.BufferedReader:
     raw = stack.enter_context(path.open("rb"))
-    match compression:
-        case None:
-            return raw
-        case "gzip":
-            stream: Any = gzip.GzipFile(fileobj=raw)
-        case "bzip2":
-            stream = bz2.BZ2File(raw)
-        case "xz":
-            stream = lzma.LZMAFile(raw)  # noqa: SIM115  (entered below)
-        case _:
-            import pyarrow as pa
+    if compression is None:
+        return raw
+    if compression == "zstd":
+        import pyarrow as pa
 
-            stream = pa.CompressedInputStream(raw, "zstd")
+        stream: Any = pa.CompressedInputStream(raw, "zstd")
+    else:
+        openers: dict[str, Any] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+        stream = openers[compression](raw)
     return io.BufferedReader(_Parts(stack.enter_context(stream), path), BUFFER)
 
 
@@ -183,18 +197,16 @@ def _refuse(file: str, head: bytes, compression: str | None) -> None:
     inside = f" inside {compression}" if compression else ""
     if head.startswith(b"PK") and (b"[Content_Types].xml" in head or b"xl/" in head):
         raise DataError("is an Excel workbook; export it as CSV in UTF-8", file=file)
-    if head.startswith(b"PK\x03\x04") and len(head) > 6 and head[6] & 1:
-        raise DataError("is a zip archive with a password; unpack it first", file=file)
     for start, what in _REFUSED.items():
         if head.startswith(start):
             raise DataError(what, file=file)
     if compression and (again := next((n for s, n in COMPRESSED.items() if head.startswith(s)), None)):
         raise DataError(f"is compressed twice ({again}{inside}); unpack it once", file=file)
-    if compression and head.startswith((PARQUET, ARROW_FILE, ARROW_STREAM)):
+    if compression and head.startswith(TABLES):
         raise DataError(f"is a parquet or arrow file{inside}; unpack it first", file=file)
     if head[257:262] == b"ustar":
         raise DataError(f"is a tar archive{inside}; unpack it first", file=file)
-    if head.startswith((PARQUET, ARROW_FILE, ARROW_STREAM)):
+    if head.startswith(TABLES):
         return
     if head.count(0) > 0.1 * len(head):
         halves = head[0::2].count(0), head[1::2].count(0)
@@ -206,20 +218,20 @@ def _refuse(file: str, head: bytes, compression: str | None) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, on one line."""
+    """The message of an exception, on one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     text = " ".join(text.split()) or type(error).__name__
-    return text if len(text) <= SAID else text[:SAID] + "..."
+    return text if len(text) <= REASON_CHARACTERS else text[:REASON_CHARACTERS] + "..."
 
 
 def damaged(error: BaseException, file: str, rows: int = 0) -> DataError:
-    """What to raise for a file that ended, or went wrong, after so many rows."""
+    """The error for a file that is damaged after ``rows`` rows."""
     after = f" after row {rows}" if rows else ""
     return DataError(f"is damaged or cut off{after} ({reason(error)}); download or copy it again", file=file)
 
 
 def not_utf8(error: UnicodeDecodeError, where: str) -> str:
-    """What to say of bytes that are not UTF-8, with a guess at what they are."""
+    """The message for bytes that are not UTF-8, with a guess at their encoding."""
     bad = error.object[error.start]
     alone = not any(byte >= 0x80 for byte in error.object[error.start + 1 : error.start + 2])
     guess = "; it may be Latin-1 or Windows-1252" if alone else ""

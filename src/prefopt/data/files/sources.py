@@ -1,8 +1,8 @@
-"""Where rows come from: files, folders, globs, studies, saved data sets and data sets of the Hub, by name."""
+"""Data sources by name (files, folders, globs, studies, saved data sets, the Hub), and the rows of a file."""
 
 from __future__ import annotations
 
-import difflib
+import codecs
 import glob
 import os
 import re
@@ -12,33 +12,48 @@ from pathlib import Path
 from typing import Protocol
 
 from prefopt.core.cache_folder import file_hashes
-from prefopt.data.files.folder import data_files, is_saved, listed, nearest, saved_split
-from prefopt.data.files.hub import HubSplit
-from prefopt.data.files.read import is_data_name, read_rows
+from prefopt.core.options import nearest as did_you_mean
+from prefopt.data.files import text_rows
+from prefopt.data.files.content import (
+    CSV_NAMES,
+    DAMAGED,
+    TABLE_NAMES,
+    Content,
+    damaged,
+    data_suffix,
+    is_data_name,
+    lines_of,
+    look,
+)
+from prefopt.data.files.hub import HubSplit, choose_split, is_saved, nearest, saved_split
 from prefopt.errors import ConfigError, DataError
-from prefopt.studies.database import is_study
 from prefopt.studies.export import StudyRows
+from prefopt.studies.study import is_study
 
 OPTIONS = ("config", "split", "revision")
+# Names like those of data files, beside the data.
+NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "package.json"}
+# Words in a path that name a split, as on the Hub.
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 
 
 class Origin(Protocol):
-    """What gives the rows of a source: a file, a study, a split that was saved, a split of the Hub."""
+    """A file, a study, a saved split, a split of the Hub or rows in memory; methods as of :class:`Source`."""
 
-    def rows(self, name: str, keep_going: bool) -> Iterator[object]:
-        """See :meth:`Source.rows`."""
-
-    def digest(self) -> str:
-        """See :meth:`Source.digest`."""
+    def rows(self, name: str, keep_going: bool) -> Iterator[object]: ...
+    def digest(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Rows with a name.
+    """Rows with a name for messages: the path of a file, or a Hub name with its options.
 
-    ``name`` is what messages call it: the path of a file, or a Hub name with its options. ``path`` is the file, where
-    it is one. ``entry`` tells which of the names given to :func:`find_sources` led here (from 0). ``notes`` say what
-    was passed over on the way; they stand with the first source of an entry.
+    ``path`` is the file, where it is one; ``entry`` the index of the name given to :func:`find_sources` that led here.
+    ``notes`` names what was passed over; the first source of an entry has them.
 
     >>> [source.name for source in find_sources(["pairs.jsonl", "more/"])]  # doctest: +SKIP
     ['pairs.jsonl', 'more/a.parquet', 'more/b.csv.gz']
@@ -50,48 +65,59 @@ class Source:
     entry: int = 0
     notes: tuple[str, ...] = ()
 
-    def rows(self, *, keep_going: bool = False) -> Iterator[object]:
-        """The rows, streamed, from the start at each call. Raises :class:`DataError` with file and row or line.
+    @property
+    def suffix(self) -> str:
+        """The suffix of a file, without those of compression; empty for other sources."""
+        return data_suffix(self.path) if self.path else ""
 
-        ``keep_going``: a row that cannot be read is given as the :class:`DataError` that tells why, in its place,
-        where the rows after it can be read all the same; see :func:`prefopt.data.files.read.read_rows`.
-        """
+    def rows(self, *, keep_going: bool = False) -> Iterator[object]:
+        """Stream the rows, from the start at each call; ``keep_going`` and errors as in :func:`read_rows`."""
         return self.origin.rows(self.name, keep_going)
 
     def digest(self) -> str:
-        """Hex digest of the contents: the SHA-256 of a file's bytes; for a split that was saved or comes from the Hub
-        that of its arrow files (and its name, config and split); of a study that of the rows its votes give."""
+        """SHA-256 of the contents: of a file's bytes; of the arrow files of a saved split or one from the Hub (with
+        name, config and split); of the rows that the votes of a study give."""
         return self.origin.digest()
 
 
 @dataclass(frozen=True, slots=True)
 class FileOrigin:
-    """One file."""
+    """One file; ``header`` as in :func:`read_rows`."""
 
     path: Path
+    header: bool = True
 
     def rows(self, name: str, keep_going: bool) -> Iterator[object]:
-        """Rows as :func:`prefopt.data.files.read.read_rows` gives them."""
-        return read_rows(self.path, keep_going=keep_going)
+        return read_rows(self.path, keep_going=keep_going, header=self.header)
 
     def digest(self) -> str:
-        """SHA-256 of the file's bytes."""
         return file_hashes([self.path], error=DataError)[0]
 
 
-def find_sources(names: Sequence[str | os.PathLike[str]]) -> list[Source]:
-    """Everything that the names stand for, in their order; the files of a folder or glob sorted by path.
+@dataclass(frozen=True, slots=True)
+class MemoryOrigin:
+    """Rows in memory, which are not cached."""
 
-    A name is a file; a study that people voted in; a folder, for all data files below it or what ``datasets`` saved in
-    it; a glob; or a data set of the Hub. Options follow after commas: ``org/name,config=main,split=train``; a folder
-    takes ``split``. What exists on disk comes first. Raises :class:`DataError` for what is not there or holds
-    no data, and :class:`ConfigError` for options that do not fit and for a file that is named twice, by whatever names.
+    held: Sequence[object]
+
+    def rows(self, name: str, keep_going: bool) -> Iterator[object]:
+        return iter(self.held)
+
+    def digest(self) -> str:
+        raise NotImplementedError
+
+
+def find_sources(names: Sequence[str | os.PathLike[str]]) -> list[Source]:
+    """All sources of the names, in order; the files of a folder or glob are sorted by path.
+
+    A name is a file; a study; a folder, for all data files below it or what ``datasets`` saved in it; a glob; or a data
+    set of the Hub. What exists on disk has precedence. Options follow after commas, ``split`` also for a folder:
+    ``org/name,config=main,split=train``. Raises :class:`DataError` for what does not exist or holds no data,
+    :class:`ConfigError` for options that do not fit and for a file that is named twice, by whatever names.
     """
-    sources: list[Source] = []
-    for entry, given in enumerate(names):
-        found = _find(os.fspath(given))
-        sources += [replace(source, entry=entry) for source in found]
-    _refuse_twice(sources, [os.fspath(name) for name in names])
+    given = [os.fspath(name) for name in names]
+    sources = [replace(source, entry=entry) for entry, name in enumerate(given) for source in _find(name)]
+    _refuse_duplicates(sources, given)
     return sources
 
 
@@ -120,12 +146,12 @@ def _find(name: str) -> list[Source]:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # a name too long, or one that no path may have
+    except (OSError, ValueError):  # too long, or no valid path
         return False
 
 
 def _options(name: str) -> tuple[str, dict[str, str]]:
-    """``base,key=value,...`` in parts; all of it is the base where what follows a comma is no option."""
+    """Base and options of ``base,key=value,...``; a name whose commas are followed by no ``=`` has no options."""
     base, *parts = name.split(",")
     if not parts or not all("=" in part for part in parts):
         return name, {}
@@ -134,9 +160,8 @@ def _options(name: str) -> tuple[str, dict[str, str]]:
         key, _, value = part.partition("=")
         key, value = key.strip(), value.strip()
         if key not in OPTIONS:
-            close = difflib.get_close_matches(key, OPTIONS, 1)
-            hint = f"; did you mean {close[0]}=?" if close else ""
-            raise ConfigError(f"{name}: {key}= is no option of a data set; known are {', '.join(OPTIONS)}{hint}")
+            hint = f"known are {', '.join(OPTIONS)}{did_you_mean(key, OPTIONS)}"
+            raise ConfigError(f"{name}: {key}= is no option of a data set; {hint}")
         if key in options:
             raise ConfigError(f"{name}: {key}= is given twice")
         if not value:
@@ -149,15 +174,14 @@ def _on_disk(path: Path, split: str | None) -> list[Source]:
     if not path.is_dir():
         if split is not None:
             raise ConfigError(f"{path}: is one file, which has no splits; leave ,split={split} away")
-        if is_study(path):
-            votes = StudyRows(path)
-            return [Source(str(path), None, votes, notes=tuple(votes.notes()))]
-        return [_file(path)]
+        if not is_study(path):
+            return _files([path], [])
+        votes = StudyRows(path)
+        return [Source(str(path), None, votes, notes=tuple(votes.notes()))]
     if is_saved(path):
         name = str(path) if split is None else f"{path},split={split}"
         return [Source(name, None, saved_split(path, split))]
-    files, notes = data_files(path, split)
-    return _noted([_file(file) for file in files], notes)
+    return _files(*_folder_files(path, split))
 
 
 def _glob(pattern: str) -> list[Source]:
@@ -168,15 +192,11 @@ def _glob(pattern: str) -> list[Source]:
         what = "matches nothing" if not matches else f"matches no data file, only {matches[0]}"
         raise DataError(f"{what}; check the pattern", file=pattern)
     passed = [str(match) for match in matches if match not in set(files)]
-    notes = [f"{pattern}: passed over {listed(passed)}"] if passed else []
-    return _noted([_file(file) for file in files], notes)
+    return _files(files, [f"{pattern}: passed over {_listed(passed)}"] if passed else [])
 
 
-def _file(path: Path) -> Source:
-    return Source(str(path), path, FileOrigin(path))
-
-
-def _noted(sources: list[Source], notes: list[str]) -> list[Source]:
+def _files(paths: Sequence[Path], notes: Sequence[str]) -> list[Source]:
+    sources = [Source(str(path), path, FileOrigin(path)) for path in paths]
     return [replace(sources[0], notes=tuple(notes)), *sources[1:]]
 
 
@@ -189,7 +209,7 @@ def _absent(base: str) -> DataError:
     return DataError("no such file or folder; check the path", file=base)
 
 
-def _refuse_twice(sources: list[Source], names: list[str]) -> None:
+def _refuse_duplicates(sources: list[Source], names: list[str]) -> None:
     seen: dict[object, Source] = {}
     for source in sources:
         key = source.origin if source.path is None else os.path.realpath(source.path)
@@ -199,3 +219,128 @@ def _refuse_twice(sources: list[Source], names: list[str]) -> None:
         by = [names[each.entry] for each in (other, source) if names[each.entry] != each.name]
         through = f" (through {' and '.join(dict.fromkeys(by))})" if by else ""
         raise ConfigError(f"{same} would be read twice{through}; name it once")
+
+
+def read_rows(path: str | os.PathLike[str], *, keep_going: bool = False, header: bool = True) -> Iterator[object]:
+    """Stream the rows of a file of JSON, comma- or tab-separated values, parquet or arrow as Python values.
+
+    JSON and separated values may be compressed (gzip, bzip2, xz, zstd). The kind of file is recognised from its
+    contents, and from its name where they leave it open. ``header``: the first line of separated values names the
+    columns; else they are called 1, 2, ...
+
+    Raises :class:`DataError` where the file is missing, a folder, unreadable, empty, damaged, not UTF-8 or of no known
+    kind, and where a row cannot be read (with row and line). With ``keep_going``, that error is yielded in place of the
+    row, and the next rows follow, where their beginning is certain: in JSON lines, in a list where a row is JSON but
+    unusable, and where a record has a wrong number of cells.
+    """
+    content = look(Path(path))
+    number = 0
+    try:
+        for row in _reader(content, keep_going, header):
+            number += 1
+            yield row
+    except DAMAGED as error:
+        raise damaged(error, str(path), number) from None
+
+
+def raw_lines(path: Path) -> Iterator[bytes] | None:
+    """The decompressed bytes of each row of a file of JSON lines, with line end; None for any other file.
+
+    Rows and their order are those of :func:`read_rows` with ``keep_going``.
+    """
+    content = look(path)
+    return None if content.is_table or content.first == b"[" or not content.is_json else _lines(content)
+
+
+def _lines(content: Content) -> Iterator[bytes]:
+    with content.opened() as handle:
+        for number, (raw, _) in enumerate(lines_of(handle), 1):
+            line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+            if line.strip(b" \t\r\n"):
+                yield line
+
+
+def _reader(content: Content, keep_going: bool, header: bool) -> Iterator[object]:
+    if content.is_table:
+        from prefopt.data.files.columnar import read_table  # pyarrow takes time to import
+
+        yield from read_table(content)
+    elif content.is_json:
+        with content.opened() as handle:
+            if content.first == b"[":
+                yield from text_rows.read_json_list(handle, str(content.path), keep_going)
+            else:
+                yield from text_rows.read_json_lines(handle, str(content.path), keep_going)
+    elif data_suffix(content.path) in CSV_NAMES:
+        yield from text_rows.read_csv(content, keep_going=keep_going, header=header)
+    else:
+        what = "is of no known kind; name it by what it holds: .jsonl, .json, .csv, .tsv, .parquet or .arrow"
+        if (suffix := data_suffix(content.path)) in TABLE_NAMES:
+            what = f"is no {suffix[1:]} file, whatever its name says; download or copy it again"
+        raise DataError(what, file=str(content.path))
+
+
+def _folder_files(folder: Path, split: str | None) -> tuple[list[Path], list[str]]:
+    """The data files below ``folder``, sorted by path, and notes on what was passed over.
+
+    Where the paths name several splits (``train-00000.parquet``, ``test/rows.jsonl``), ``split`` selects one.
+    """
+    files, passed = _walk(folder)
+    if not files:
+        what = f"holds no data files, only {_listed(passed)}" if passed else "is an empty folder"
+        endings = ".json, .jsonl, .csv, .tsv, .parquet or .arrow, maybe .gz"
+        raise DataError(f"{what}; it should hold files that end in {endings}", file=str(folder))
+    by_split: dict[str, list[str]] = {}
+    for file in files:
+        by_split.setdefault(_split_of(file), []).append(file)
+    named = [name for name in by_split if name]
+    if split is not None or len(named) > 1:
+        chosen = choose_split(split, sorted(named), str(folder))
+        passed += [file for file in files if file not in by_split[chosen]]
+        files = by_split[chosen]
+    notes = [f"{folder}: passed over {_listed(sorted(passed))}"] if passed else []
+    return [folder / file for file in files], notes
+
+
+def _split_of(file: str) -> str:
+    """The split that a relative path names, or nothing: the words before the number of a shard
+    (``train_sft-00000-of-00003.parquet``), or one of the words in the path, the file's name first."""
+    if shard := re.match(r"(\w+)-\d{5}-of-\d{5}", Path(file).name):
+        return shard[1]
+    for part in reversed(Path(file).parts):
+        words = re.split(r"[^a-z]+", part.lower())
+        for name, known in SPLIT_WORDS.items():
+            if any(word in known for word in words):
+                return name
+    return ""
+
+
+def _listed(names: list[str], most: int = 5) -> str:
+    """The first names, in one line."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _walk(folder: Path) -> tuple[list[str], list[str]]:
+    """Relative paths of data files and of other files, sorted; hidden files and folders are left out."""
+    files: list[str] = []
+    passed: list[str] = []
+    seen = set()
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"cannot be read: {error.strerror}", file=str(error.filename or folder))
+
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        real = os.path.realpath(place)
+        if real in seen:  # a link back to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in names:
+            if name.startswith("."):
+                continue
+            path = Path(place, name)
+            is_data = is_data_name(path) and name not in NO_DATA and not re.match(r"cache-.*\.arrow$", name)
+            (files if is_data else passed).append(path.relative_to(folder).as_posix())
+    return sorted(files), sorted(passed)

@@ -1,53 +1,186 @@
-"""Every layout of rows that is read, by name. Their order is their precedence.
+"""Every layout of rows that is read, by name, in order of precedence; layouts from outside the package; their listing.
 
-Where a row has the fields of two, the one that stands first is meant: those with more fields come before those with
-fewer, and of two with the same fields the one whose shape says more. A row that lacks a field of its file's layout
-may still have all fields of a lesser one; :func:`prefopt.data.layouts.recognise.recognise` says what becomes of it.
+A row that has the fields of several layouts has the first of them: layouts with more fields come before those with
+fewer, and of layouts with the same fields the more specific comes first. Layouts of installed packages (entry points
+``prefopt.layouts``) come before all others. A module of a family has ``LAYOUTS``: layouts by precedence, lowest first.
 """
 
 from __future__ import annotations
 
-from prefopt.data.layouts import canonical, llama_factory, providers, public, questions, responses, trl, two_responses
-from prefopt.data.layouts.layout import Layout
+import hashlib
+import importlib
+import inspect
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, partial
+from importlib.metadata import entry_points
+from pathlib import Path
 
-_ORDER = (
-    canonical.BY_INDEX_LAYOUT,
-    responses.RANKS,
-    canonical.CANONICAL,
-    providers.PREFERENCE,
-    llama_factory.V1_PAIR,
-    *public.PUBLIC,
-    responses.SIDES,
-    llama_factory.SHAREGPT_RANKING,
-    llama_factory.ALPACA_RANKING,
-    responses.PAIR,
-    trl.PREFERENCE_CHAT,
-    trl.PREFERENCE_TEXT,
-    llama_factory.MESSAGES_RANKING,
-    providers.TRANSCRIPTS,
-    trl.IMPLICIT_CHAT,
-    trl.IMPLICIT_TEXT,
-    two_responses.TWO_CHAT,
-    two_responses.TWO_TEXT,
-    trl.UNPAIRED_CHAT,
-    trl.UNPAIRED_TEXT,
-    llama_factory.SHAREGPT_KTO,
-    llama_factory.ALPACA_KTO,
-    responses.RATING,
-    responses.GENERATIONS,
-    responses.OUTPUTS,
-    responses.COMPLETIONS,
-    questions.PAIR_LABELS,
-    questions.SOLUTIONS,
-    trl.COMPLETION_CHAT,
-    trl.COMPLETION_TEXT,
-    llama_factory.CONVERSATION,
-    llama_factory.DEMONSTRATION,
-    llama_factory.V1_MESSAGES,
-    providers.MESSAGES,
-    questions.ANSWER,
-    questions.RAW_TEXT,
-    trl.PROMPT_CHAT,
-    trl.PROMPT_TEXT,
+from prefopt.core.options import nearest
+from prefopt.data.layouts import canonical, llama_factory, openai, pairs, rankings, trl
+from prefopt.data.layouts.layout import ColumnMap, Layout
+from prefopt.data.layouts.row import RowReader
+from prefopt.data.layouts.values import BadRow, type_name
+from prefopt.data.validate import DataKind
+from prefopt.errors import ConfigError
+from prefopt.records import Comparison
+
+_FAMILIES = (canonical, openai, llama_factory, trl, pairs, rankings)
+_ORDERED = sorted(
+    ((precedence, x) for family in _FAMILIES for precedence, several in family.LAYOUTS.items() for x in several),
+    key=lambda item: item[0],
 )
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in _ORDER}
+LAYOUTS: dict[str, Layout] = {layout.name: layout for _, layout in _ORDERED}
+GROUP, OURS = "prefopt.layouts", "prefopt."
+
+
+@cache
+def all_layouts() -> Mapping[str, Layout]:
+    """The layouts of installed packages, then :data:`LAYOUTS`. Raises :class:`ConfigError` if one cannot be loaded."""
+    found: dict[str, Layout] = {}
+    for point in entry_points(group=GROUP):
+        place = f"layout {point.name} of the package {point.dist.name if point.dist else '?'}"
+        try:
+            layout = _layout_of(point.load(), point.name)
+        except Exception as error:
+            raise ConfigError(f"{place} failed to load ({error}); fix or uninstall it") from error
+        if layout.name in LAYOUTS or layout.name in found:
+            raise ConfigError(f"{place}: there is a layout {layout.name} already; rename or uninstall it")
+        found[layout.name] = layout
+    return {**found, **LAYOUTS}
+
+
+def named_layout(name: str) -> Layout:
+    """The layout of that name, or ``module:attribute``; dashes, spaces and underscores are one.
+
+    Raises :class:`ConfigError` if there is none.
+    """
+    if ":" in name:
+        return _load(name)
+    known = all_layouts()
+    plain = name if name in known else "-".join(name.replace("_", " ").replace("-", " ").split()).lower()
+    if plain not in known:
+        guess = nearest(plain, list(known)) or f"; there are {', '.join(known)}, and module:function for your own"
+        raise ConfigError(f"{name!r} is no layout{guess}")
+    return known[plain]
+
+
+def writable_layout(name: str) -> Layout:
+    """The layout of that name, to write rows. Raises :class:`ConfigError` if there is none, or it is only read."""
+    layout = named_layout(name)
+    if layout.writer is None:
+        written = ", ".join(x.name for x in all_layouts().values() if x.writer is not None)
+        raise ConfigError(f"--layout {layout.name}: such rows are read, not written; give one of {written}")
+    return layout
+
+
+def _load(name: str) -> Layout:
+    """``module:attribute``; modules are found in the working folder too."""
+    module, _, attribute = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    try:
+        loaded = importlib.import_module(module)
+    except Exception as error:
+        raise ConfigError(f"layout {name}: {error}; is the module installed, or in this folder?") from error
+    if not hasattr(loaded, attribute):
+        raise ConfigError(f"layout {name}: {module} has no {attribute}")
+    return _layout_of(getattr(loaded, attribute), name)
+
+
+def _layout_of(found: object, name: str) -> Layout:
+    """A :class:`Layout`, or one that is read by a function from a row (a dict) to a row in the canonical layout."""
+    if isinstance(found, Layout):
+        return found
+    if not callable(found):
+        raise ConfigError(f"layout {name} is {type_name(found)}, neither a Layout nor a function of a row")
+    return Layout(
+        name=name,
+        fields=(),
+        kind="ranking",
+        description=(inspect.getdoc(found) or "rows that this function converts").partition("\n")[0].rstrip("."),
+        origin=name,
+        example={},
+        reader=partial(_converted, found),
+        own_columns=lambda looks: tuple(looks),
+    )
+
+
+def _converted(function: Callable[[dict[str, object]], object], row: RowReader) -> Comparison:
+    try:
+        made = function(dict(row.values))
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadRow("failed conversion", f"the layout's function failed ({reason})") from error
+    return LAYOUTS["canonical"].parse(made, row.number, row.file, ColumnMap(tags=row.tags))
+
+
+def code_of_layouts(format: str | None) -> str:
+    """A digest of the code of layouts from outside the package that may read a file; empty if there are none."""
+    named = [named_layout(format)] if format is not None else list(all_layouts().values())
+    modules = {_module(x) for x in named}
+    files = [getattr(sys.modules.get(module), "__file__", None) for module in sorted(modules) if module[:8] != OURS]
+    text = "".join(Path(file).read_text("utf-8", "replace") for file in files if file)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest() if text else ""
+
+
+def _module(layout: Layout) -> str:
+    """The name of the module with the function that reads its rows."""
+    function: Callable[..., object] = layout.reader
+    if isinstance(function, partial):
+        function = function.args[0] if function.func is _converted else function.func
+    return str(inspect.unwrap(function).__module__)
+
+
+WIDTH = 100
+HEADINGS: dict[DataKind, str] = {
+    "pairs": "Pairs: one response preferred to another",
+    "ranking": "K responses: orders, scores, votes, right and wrong",
+    "labels": "Labels: a response that is desirable or not",
+    "demonstrations": "Demonstrations: a response to train on",
+    "prompts": "Prompts alone",
+}
+
+
+def families(layouts: Iterable[Layout]) -> dict[str, list[Layout]]:
+    """Layouts under headings, by what their rows can be used for."""
+    every = list(layouts)
+    return {heading: [x for x in every if x.kind == kind] for kind, heading in HEADINGS.items()}
+
+
+def list_layouts() -> str:
+    """Every layout in two lines: its name and columns, its description and who writes it."""
+    parts = []
+    for heading, layouts in families(all_layouts().values()).items():
+        parts.append(heading)
+        for x in layouts:
+            parts.append(f"  {x.name:24}{', '.join(x.fields)}")
+            about = f"{x.description} ({x.origin})"
+            parts += textwrap.wrap(about, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        parts.append("")
+    parts.append("Layouts are recognised from all rows of a file, or named with --format NAME; --columns NAME=COLUMN")
+    parts.append("names columns. prefopt data layouts NAME shows a row of one. NAME may be module:function, your own.")
+    return "\n".join(parts)
+
+
+def describe_layout(layout: Layout) -> str:
+    """One layout with all its columns and an example row."""
+    lines = [
+        f"{layout.name}: {layout.description} ({layout.origin})",
+        f"columns: {', '.join(layout.fields) or 'those that the function reads'}",
+        f"optional: {', '.join(layout.optional) or 'none'}",
+        f"written by data convert: {'no' if layout.writer is None else 'yes'}",
+    ]
+    for title, names in (("also called", layout.aliases), ("--columns also knows", layout.option_names)):
+        if names:
+            lines.append(f"{title}: {', '.join(f'{name} for {field}' for name, field in names.items())}")
+    wrapped = [line for text in lines for line in textwrap.wrap(text, WIDTH, subsequent_indent="  ")]
+    return "\n".join(wrapped + (["a row:", example(layout)] if layout.example else []))
+
+
+def example(layout: Layout) -> str:
+    """The example row as JSON, one column per line."""
+    parts = [f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in layout.example.items()]
+    return "{" + ",\n ".join(parts) + "}"

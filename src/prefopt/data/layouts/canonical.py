@@ -1,69 +1,116 @@
-"""K responses to one prompt: the canonical layout, and orders or votes by index."""
+"""K responses to one prompt: the canonical layout, which is what prefopt writes, and orders or votes by index."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from prefopt.data.layouts.layout import NOT_READ, SIDES, CannotHold, Layout, with_columns, words
+from prefopt.data.layouts.layout import NOT_READ, SIDES, USER, CannotHold, Layout, plain_text, with_columns
 from prefopt.data.layouts.messages import write_messages
-from prefopt.data.layouts.orders import read_order, read_tiers, read_votes, write_order
-from prefopt.data.layouts.row import Row, text_prompt
-from prefopt.data.layouts.shapes import listed_order
-from prefopt.data.layouts.values import BadRow, kind
+from prefopt.data.layouts.row import RowReader, text_prompt
+from prefopt.data.layouts.values import BadRow, index_of, items_of
+from prefopt.data.validate import Tiers
 from prefopt.records import Comparison, Response, tiers_of
 
-# The columns that a row may have beside its own: those of the canonical layout never stand for something else.
-SAID = ("tiers", "scores", "labels", "votes", "tools", "finish")
-# Why responses ended: by the model's own will, or not.
-WHOLE, BROKEN_OFF = ("stop", "tool_calls", "function_call"), ("length", "content_filter", "abort")
-BY_INDEX = ("order", "ranking", "pairs", "top_k")
+Votes = tuple[tuple[int, int, float], ...]
+COLUMNS = ("tiers", "scores", "labels", "votes", "tools", "finish")
+INDEX_COLUMNS = ("order", "ranking", "pairs", "top_k")
+# Finish reasons of OpenAI's interface and vLLM: a complete response, or one that was cut off.
+COMPLETE, CUT = ("stop", "tool_calls", "function_call"), ("length", "content_filter", "abort")
 
 
-def _read(row: Row) -> Comparison:
+def _read(row: RowReader) -> Comparison:
     given = row.given("prompt")
     text = isinstance(given, str)
     prompt = text_prompt(given) if isinstance(given, str) else row.turns("prompt")
     responses = [row.response_of(value, "an item of responses", text=text) for value in row.items("responses")]
     count = len(responses)
     if row.has("finish"):
-        responses = _broken_off(row, responses)
+        responses = _read_finish(row, responses)
     scores = tuple(row.number_of(s, "an item of scores") for s in row.items("scores")) if row.has("scores") else None
     labels = tuple(row.label_of(x, "an item of labels") for x in row.items("labels")) if row.has("labels") else None
-    for name, many in (("scores", scores), ("labels", labels)):
-        if many is not None and len(many) != count:
-            raise BadRow("wrong number", f"has {count} responses and {len(many)} {name}")
-    votes = read_votes(row, name, count) if (name := _one(row, "votes", "pairs")) else None
+    for name, values in (("scores", scores), ("labels", labels)):
+        if values is not None and len(values) != count:
+            raise BadRow("wrong number", f"has {count} responses and {len(values)} {name}")
+    votes = _read_votes(row, name, count) if (name := _only(row, "votes", "pairs")) else None
     tiers = tiers_of(scores) if scores is not None else ()
-    if name := _one(row, "tiers", "order", "ranking"):
-        tiers = (read_tiers if name == "tiers" else read_order)(row, name, count)
+    if name := _only(row, "tiers", "order", "ranking"):
+        tiers = (_read_tiers if name == "tiers" else _read_order)(row, name, count)
     return row.comparison(prompt, responses, tiers, text=text, scores=scores, labels=labels, votes=votes)
 
 
-def _broken_off(row: Row, responses: list[Response]) -> list[Response]:
-    """``finish`` says of each response why it ended, in the words of OpenAI's interface and vLLM's."""
+def _read_finish(row: RowReader, responses: list[Response]) -> list[Response]:
+    """The responses, those cut off marked as such by the finish reasons in ``finish``."""
     reasons = row.items("finish")
     if len(reasons) != len(responses):
         raise BadRow("wrong number", f"has {len(responses)} responses and {len(reasons)} finish")
     for reason in reasons:
-        if not isinstance(reason, str):
-            raise BadRow(
-                "wrong type", f"an item of finish should be text, such as stop or length, and is {kind(reason)}"
-            )
-        if reason not in (*WHOLE, *BROKEN_OFF):
-            raise BadRow("wrong type", f"finish holds {reason!r}; known are {', '.join((*WHOLE, *BROKEN_OFF))}")
-    return [replace(r, cut=reason in BROKEN_OFF) for r, reason in zip(responses, reasons, strict=True)]
+        if reason not in (*COMPLETE, *CUT):
+            raise BadRow("wrong type", f"finish holds {reason!r}; known are {', '.join((*COMPLETE, *CUT))}")
+    return [replace(r, cut=reason in CUT) for r, reason in zip(responses, reasons, strict=True)]
 
 
-def _one(row: Row, *names: str) -> str:
-    """The column that is there of several that say the same, or nothing."""
+def _only(row: RowReader, *names: str) -> str:
+    """The column that is present of several with one meaning, or an empty string."""
     found = [name for name in names if row.has(name)]
     if len(found) > 1:
         raise BadRow("wrong order", f"has both {found[0]} and {found[1]}")
     return found[0] if found else ""
 
 
-def _read_canonical(row: Row) -> Comparison:
+def _read_tiers(row: RowReader, name: str, count: int) -> Tiers:
+    """Lists of indices, best first, that hold every response once. An empty list is no preference."""
+    listed = (items_of(tier, f"an item of {name}") for tier in row.items(name))
+    tiers = tuple(tuple(index_of(k, count, name) for k in tier) for tier in listed)
+    if not all(tiers):
+        raise BadRow("wrong order", f"{name} holds an empty tier")
+    if tiers:
+        _check_complete([k for tier in tiers for k in tier], name, count, count)
+    return tiers
+
+
+def _read_order(row: RowReader, name: str, count: int) -> Tiers:
+    """Indices, best first, each once. With the column ``top_k`` only the best few: the others share the last tier."""
+    order = [index_of(k, count, name) for k in row.items(name)]
+    expected = count
+    if row.has("top_k"):
+        top_k = row.number_of(row.given("top_k"), "top_k")
+        if top_k != len(order) or not order:
+            raise BadRow("wrong order", f"{name} names {len(order)} responses, and top_k is {top_k:g}")
+        expected = len(order)
+    _check_complete(order, name, expected, count)
+    rest = tuple(sorted(set(range(count)) - set(order)))
+    return tuple((k,) for k in order) + ((rest,) if rest else ())
+
+
+def _check_complete(named: Sequence[int], name: str, expected: int, count: int) -> None:
+    times = Counter(named)
+    if twice := [k for k in named if times[k] > 1]:
+        raise BadRow("wrong order", f"{name} names response {twice[0]} twice")
+    if len(named) != expected:
+        missing = ", ".join(str(k) for k in range(count) if k not in times)
+        raise BadRow("wrong order", f"{name} leaves out response {missing}; for the best few alone, add top_k")
+
+
+def _read_votes(row: RowReader, name: str, count: int) -> Votes:
+    """Lists of (preferred, dispreferred) or (preferred, dispreferred, weight), by index."""
+    votes = []
+    for item in row.items(name):
+        vote = items_of(item, f"an item of {name}")
+        if len(vote) not in (2, 3):
+            raise BadRow("wrong type", f"an item of {name} holds {len(vote)} values, not winner, loser and weight")
+        best, worse = index_of(vote[0], count, name), index_of(vote[1], count, name)
+        weight = row.number_of(vote[2], f"the weight of an item of {name}") if len(vote) == 3 else 1.0
+        if best == worse:
+            raise BadRow("wrong order", f"{name} prefers response {best} to itself")
+        if weight <= 0:
+            raise BadRow("wrong type", f"the weight of an item of {name} is {weight:g}; it should be above 0")
+        votes.append((best, worse, weight))
+    return tuple(votes)
+
+
+def _read_canonical(row: RowReader) -> Comparison:
     if row.has("extra"):
         extra = row.given("extra")
         if not isinstance(extra, dict):
@@ -72,65 +119,52 @@ def _read_canonical(row: Row) -> Comparison:
     return _read(row)
 
 
-def _asked(c: Comparison) -> dict[str, object]:
-    if not c.text:
-        sides = [write_messages(response.messages) for response in c.responses]
-        return {"prompt": write_messages(c.prompt), "responses": sides}
-    if len(c.prompt) != 1:
+def _write(c: Comparison) -> dict[str, object]:
+    """Absent values are left out. JSON stays text, so that every row of a table has the same types."""
+    if c.text and len(c.prompt) != 1:
         raise CannotHold("plain text whose prompt is not one text")
-    return {"prompt": words(c.prompt), "responses": [words(response.messages) for response in c.responses]}
-
-
-def _write_canonical(c: Comparison) -> dict[str, object]:
-    """What is not said is left out. JSON stays text, so that every row of a table has the same types."""
-    row = _asked(c)
+    row: dict[str, object] = {
+        "prompt": plain_text(c.prompt) if c.text else write_messages(c.prompt),
+        "responses": [plain_text(r.messages) if c.text else write_messages(r.messages) for r in c.responses],
+    }
     if c.tiers != (tiers_of(c.scores) if c.scores is not None else ()):
         row["tiers"] = [list(tier) for tier in c.tiers]
-    for name, many in (("scores", c.scores), ("labels", c.labels), ("tools", c.tools or None)):
-        if many is not None:
-            row[name] = list(many)
+    for name, values in (("scores", c.scores), ("labels", c.labels), ("tools", c.tools or None)):
+        if values is not None:
+            row[name] = list(values)
     if c.votes is not None:
         row["votes"] = [list(vote) for vote in c.votes]
-    return row | _finish_column(c)
+    if any(r.cut for r in c.responses):
+        row["finish"] = ["length" if r.cut else "stop" for r in c.responses]
+    return row
 
 
-def _finish_column(c: Comparison) -> dict[str, object]:
-    """Only where a response was broken off: without the column none was."""
-    if not any(r.cut for r in c.responses):
-        return {}
-    return {"finish": ["length" if r.cut else "stop" for r in c.responses]}
-
-
-def _aside(row: dict[str, object], extra: Mapping[str, object]) -> dict[str, object]:
-    """The row with its further columns; those whose names mean something are put into a column ``extra``."""
-    meant = {"prompt", "responses", "extra", *SAID, *BY_INDEX, *NOT_READ, *SIDES}
-    aside = {name: value for name, value in extra.items() if name in meant}
-    rest = {name: value for name, value in extra.items() if name not in meant}
+def _add_columns(row: dict[str, object], extra: Mapping[str, object]) -> dict[str, object]:
+    """Further columns whose names have a meaning here go into a column ``extra``."""
+    reserved = {"prompt", "responses", "extra", *COLUMNS, *INDEX_COLUMNS, *NOT_READ, *SIDES}
+    aside = {name: value for name, value in extra.items() if name in reserved}
+    rest = {name: value for name, value in extra.items() if name not in reserved}
     return with_columns(row, rest | ({"extra": aside} if aside else {}))
 
 
-def _write_by_index(c: Comparison) -> dict[str, object]:
-    row: dict[str, object] = {**_asked(c), "tools": list(c.tools)} if c.tools else _asked(c)
-    if c.votes is not None:
-        row["pairs"] = [list(vote) for vote in c.votes]
-    if c.tiers or c.votes is None:
-        order = write_order(c.tiers, len(c.responses))
-        if order is None:
-            raise CannotHold("an order with ties, or none")
-        row |= order
-    for name, many in (("scores", c.scores), ("labels", c.labels)):
-        if many is not None:
-            row[name] = list(many)
-    return row | _finish_column(c)
-
-
-USER = {"role": "user", "content": "What is 2 + 2?"}
+K_WISE = Layout(
+    name="k-wise",
+    fields=("prompt", "responses"),
+    optional=(*COLUMNS, *INDEX_COLUMNS),
+    matches=lambda row: any(row.get(name) is not None for name in ("order", "ranking", "pairs")),
+    accepts=("canonical",),
+    kind="ranking",
+    description="K responses with an order or pairs by index, counted from 0 and best first",
+    origin="rankings of any origin",
+    example={"prompt": "2 + 2 =", "responses": [" 22", " 4", " four"], "order": [1, 2, 0]},
+    reader=_read,
+)
 CANONICAL = Layout(
     name="canonical",
     fields=("prompt", "responses"),
-    optional=(*SAID, "extra"),
-    gives="ranking",
-    says="K responses, in text or turns, with tiers, scores, labels or votes; what prefopt writes",
+    optional=(*COLUMNS, "extra"),
+    kind="ranking",
+    description="K responses, as text or messages, with tiers, scores, labels or votes; the layout prefopt writes",
     origin="prefopt",
     example={
         "prompt": [USER],
@@ -138,20 +172,8 @@ CANONICAL = Layout(
         "tiers": [[0, 1], [2]],
     },
     reader=_read_canonical,
-    writer=_write_canonical,
-    finish=_aside,
+    writer=_write,
+    add_columns=_add_columns,
     verbatim=True,
 )
-BY_INDEX_LAYOUT = Layout(
-    name="k-wise",
-    fields=("prompt", "responses"),
-    optional=(*SAID, *BY_INDEX),
-    shape=listed_order,
-    also=("canonical",),
-    gives="ranking",
-    says="K responses with an order or pairs by index, counted from 0 and best first",
-    origin="rankings of any origin",
-    example={"prompt": "2 + 2 =", "responses": [" 22", " 4", " four"], "order": [1, 2, 0]},
-    reader=_read,
-    writer=_write_by_index,
-)
+LAYOUTS = {0: (K_WISE,), 10: (CANONICAL,)}

@@ -1,30 +1,31 @@
-"""``--columns NAME=COLUMN``: columns and roles by another name, in the words of the layouts and of LLaMA-Factory.
+"""Names of columns: ``--columns NAME=COLUMN`` and its companions, and LLaMA-Factory's ``dataset_info.json``.
 
->>> columns_of(parse_columns(["prompt=question", "user_tag=player"])).names
+>>> column_map(parse_columns(["prompt=question", "user_tag=player"])).names
 {'prompt': 'question'}
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from prefopt.core.options import nearest
-from prefopt.data.layouts import LAYOUTS
-from prefopt.data.layouts.layout import Columns
+from prefopt.data.layouts import LAYOUTS, all_layouts
+from prefopt.data.layouts.layout import ColumnMap
 from prefopt.data.layouts.messages import CALL, TAGS, Tags
 from prefopt.data.layouts.values import parse_means
-from prefopt.errors import ConfigError
+from prefopt.errors import ConfigError, DataError
 
-# What is said of columns beside their names travels with them, as words that no NAME=COLUMN can be.
+# Prefixes of the options other than --columns in ReadOptions.column_words; no NAME=COLUMN begins so.
 MEANS, IGNORED, HEADLESS = "--label-means=", "--ignore-columns=", "--header=none"
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """What a person says of the columns of a file: NAME=COLUMN, what labels mean, what is not read on purpose, and
-    whether the first line of separated values is a row already."""
+class ColumnOptions:
+    """The options about columns: names, meanings of labels, columns to ignore, and whether a table of text has no
+    header."""
 
     pairs: dict[str, str]
     means: dict[str, str]
@@ -32,16 +33,16 @@ class Said:
     headless: bool
 
 
-def said_of_columns(given: Sequence[str] | None) -> Said:
-    """The words of :attr:`prefopt.config.data.ReadOptions.column_words` in parts; raises :class:`ConfigError`."""
+def parse_column_options(given: Sequence[str] | None) -> ColumnOptions:
+    """Parse :attr:`prefopt.config.data.ReadOptions.column_words`. Raises :class:`ConfigError`."""
     words = list(given or ())
     means = parse_means([word.removeprefix(MEANS) for word in words if word.startswith(MEANS)])
     ignored = tuple(word.removeprefix(IGNORED) for word in words if word.startswith(IGNORED))
     named = [word for word in words if not word.startswith((MEANS, IGNORED)) and word != HEADLESS]
-    return Said(parse_columns(named), means, ignored, HEADLESS in words)
+    return ColumnOptions(parse_columns(named), means, ignored, HEADLESS in words)
 
 
-# LLaMA-Factory's names for what a role is spelt as.
+# LLaMA-Factory's options for the names of roles.
 ROLE_TAGS = {
     "user_tag": "user",
     "assistant_tag": "assistant",
@@ -50,21 +51,17 @@ ROLE_TAGS = {
     "system_tag": "system",
 }
 KEY_TAGS = ("role_tag", "content_tag")
-
-
-def known_names() -> list[str]:
-    """Every NAME that ``--columns`` may give."""
-    named = [name for x in LAYOUTS.values() for name in (*x.fields, *x.optional, *x.aliases, *x.words)]
-    return list(dict.fromkeys([*named, *KEY_TAGS, *ROLE_TAGS]))
+MESSAGE_TAGS = (*KEY_TAGS, *ROLE_TAGS)
 
 
 def parse_columns(given: Sequence[str] | None) -> dict[str, str]:
     """Columns by NAME from ``NAME=COLUMN`` words.
 
-    Raises :class:`ConfigError` for a NAME that no layout knows, and one that comes twice.
+    Raises :class:`ConfigError` for a NAME that no layout has, and for one that is given twice.
     """
     pairs: dict[str, str] = {}
-    known = known_names()
+    named = [name for x in all_layouts().values() for name in (*x.fields, *x.optional, *x.aliases, *x.option_names)]
+    known = list(dict.fromkeys([*named, *MESSAGE_TAGS]))
     for word in given or ():
         name, equals, column = word.partition("=")
         if not (name and equals and column):
@@ -80,131 +77,109 @@ def parse_columns(given: Sequence[str] | None) -> dict[str, str]:
 
 
 def shared_column(pairs: Mapping[str, str]) -> str:
-    """The column that two fields are given, and which they are; nothing where each has one of its own."""
+    """A column that is given to two fields, with their names; empty if there is none."""
     named: dict[str, str] = {}
     for name, column in pairs.items():
-        if name in KEY_TAGS or name in ROLE_TAGS:
+        if name in MESSAGE_TAGS:
             continue
         if (other := named.setdefault(column, name)) != name:
             return f"the column {column!r} to both {other} and {name}"
     return ""
 
 
-def columns_of(
+def column_map(
     pairs: Mapping[str, str],
     *,
     refused: Sequence[str] = (),
     cells: bool = False,
     means: Mapping[str, str] | None = None,
     ignored: Sequence[str] = (),
-) -> Columns:
-    """What a layout needs to know of columns and tags; a tag that is given goes before those that are known anyway."""
-    names = {name: column for name, column in pairs.items() if name not in KEY_TAGS and name not in ROLE_TAGS}
-    roles = {spelt: ROLE_TAGS[tag] for tag, spelt in pairs.items() if tag in ROLE_TAGS}
+) -> ColumnMap:
+    """The :class:`ColumnMap` of NAME=COLUMN pairs; a tag among them is tried before the known ones."""
+    names = {name: column for name, column in pairs.items() if name not in MESSAGE_TAGS}
+    roles = {role: ROLE_TAGS[tag] for tag, role in pairs.items() if tag in ROLE_TAGS}
     role, content = (pairs.get(tag) for tag in KEY_TAGS)
-    # The keys go in pairs; one that is given stands in each pair for its half.
+    # Keys go in pairs (role, content): a given one replaces its half in every pair.
     keys = [(role or r, content or c) for r, c in zip(TAGS.role, TAGS.content, strict=True)]
     tags = Tags(tuple(r for r, _ in keys), tuple(c for _, c in keys), {**TAGS.roles, **roles}, unread=set())
-    return Columns(names, tags, tuple(refused), cells, means or {}, tuple(ignored))
+    return ColumnMap(names, tags, tuple(refused), cells, means or {}, tuple(ignored))
 
 
-WORD = re.compile(r"[a-z]+|[A-Z][a-z]*")
-HOLDS = frozenset(
-    "response responses answer answers completion completions output outputs generation generations reply replies"
-    " candidate candidates prediction predictions summary summaries chosen rejected preferred dispreferred"
-    " better worse good bad pos neg positive negative winner loser".split()
-)
-# Beside one of the words above, these say that the column is about responses, or holds those of a reference.
-ABOUT = frozenset(
-    "id ids model models source sources score scores rating ratings rank ranks url urls link links type types label"
-    " labels lang language len length tokens token count num n hash time date created at by author name names policy"
-    " category tag tags reason rationale rationales feedback critique explanation comment comments note notes quotes"
-    " correct incorrect gold reference references expected ground truth final parsed extracted format finish is has"
-    " metadata meta info prompt question system safe safety harm severity aspect key keys index start end list style"
-    " best example examples processed original raw quality level status choice preference annotator worker"
-    " subset domain constraint constraints aliases".split()
-)
-LOOKS = ("text", "transcript", "texts", "messages", "replies", "weighted", "message")
+DATASET_INFO = "dataset_info.json"
+FORMATTINGS = ("alpaca", "sharegpt", "openai")
+MEDIA = ("images", "videos", "audios")
 
 
-def holds_responses(name: str, looks: str) -> bool:
-    """Whether a column of this name, whose values look so, seems to hold responses of a model."""
-    words = {word.lower() for word in WORD.findall(name)}
-    return looks in LOOKS and bool(words & HOLDS) and not words & ABOUT
+@dataclass(frozen=True, slots=True)
+class DatasetInfo:
+    """One data set: its layout, columns and tags by LLaMA-Factory's names, columns with media, and the meaning of
+    labels (``label_means``, a key of prefopt's)."""
+
+    name: str
+    layout: str
+    pairs: Mapping[str, str]
+    media: tuple[str, ...]
+    means: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def note(self) -> str:
+        """For the user."""
+        return f"read as {self.layout}, as {DATASET_INFO} beside it says (entry {self.name})"
 
 
-def responses_among(columns: Mapping[str, str]) -> list[str]:
-    """The columns, by name and look, that seem to hold responses. ``winner`` is one where there is a ``loser``, and
-    else a label."""
-    names = {name.lower() for name in columns}
-    against = dict(POLES)
-    labels = {name for name in LABELS if against.get(name) not in names}
-    return [name for name, looks in columns.items() if holds_responses(name, looks) and name.lower() not in labels]
+def find_dataset_info(path: Path | None) -> DatasetInfo | None:
+    """The entry for a file in the ``dataset_info.json`` beside it, or None.
+
+    Raises :class:`DataError` for two entries that differ, an unknown ``formatting``, and a registry that names the file
+    and is not JSON. A ``dataset_info.json`` of another kind, such as that of ``datasets``, is passed over.
+    """
+    if path is None:
+        return None
+    beside = path.parent / DATASET_INFO
+    text = ""
+    try:
+        text = beside.read_text("utf-8-sig")
+        registry = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        if path.name in text:
+            what = f"is not JSON ({error}), and it names {path.name}; correct it, or give --format"
+            raise DataError(what, file=str(beside)) from None
+        return None
+    if not isinstance(registry, dict):
+        return None
+    named = [(k, e) for k, e in registry.items() if isinstance(e, dict) and e.get("file_name") == path.name]
+    for name, entry in named:
+        if (formatting := entry.get("formatting", "alpaca")) not in FORMATTINGS:
+            what = f"has the formatting {formatting!r} (entry {name}); it should be one of {', '.join(FORMATTINGS)}"
+            raise DataError(f"{what}; correct it, or give --format", file=str(beside))
+    found = [_entry(name, entry) for name, entry in named]
+    if not found:
+        return None
+    if other := next((e for e in found if replace(e, name=found[0].name) != found[0]), None):
+        what = f"{DATASET_INFO} beside it has two entries for it, {found[0].name} and {other.name}; give --format"
+        raise DataError(what, file=str(path))
+    return found[0]
 
 
-def single_messages(columns: Mapping[str, str]) -> str:
-    """What is said of rows that are messages of trees, one each, so that a prompt and its replies are several rows;
-    nothing of others."""
-    if not {"parent_id", "role", "text"} <= columns.keys() or "replies" in columns:
-        return ""
-    what = "each row is one message of a tree (parent_id, role), and no prompt with its replies"
-    row = '{"text": ..., "replies": [{"text": ..., "rank": ...}, ...]}'
-    return f"{what}: take the trees (OpenAssistant's .trees.jsonl), or make a row of each message with replies, {row}"
+def _entry(name: str, entry: Mapping[str, object]) -> DatasetInfo:
+    columns, tags = (_texts(entry.get(key)) for key in ("columns", "tags"))
+    formatting = entry.get("formatting", "alpaca")
+    pairs = columns | {tag: text for tag, text in tags.items() if tag in MESSAGE_TAGS}
+    kind = "ranking" if entry.get("ranking") is True else "kto" if "kto_tag" in columns else ""
+    if formatting in ("sharegpt", "openai"):
+        layout = {"ranking": "sharegpt-ranking", "kto": "kto"}.get(kind, "sharegpt")
+        pairs.setdefault("messages", "conversations")
+    elif {"first", "second"} <= set(columns):
+        layout = "two-responses-chat"
+    elif set(columns) == {"prompt"} and not kind:
+        layout = "raw-text"
+    else:
+        layout = {"ranking": "alpaca-ranking", "kto": "alpaca-kto"}.get(kind, "alpaca")
+    known = LAYOUTS[layout]
+    pairs = {word: column for word, column in pairs.items() if word in MESSAGE_TAGS or known.field_of(word)}
+    means = parse_means([f"{label}={meaning}" for label, meaning in _texts(entry.get("label_means")).items()])
+    return DatasetInfo(name, layout, pairs, tuple(columns[word] for word in MEDIA if word in columns), means)
 
 
-def suggestion(columns: Mapping[str, str]) -> str:
-    """What to type so that two responses, and a label of which is better, are read; nothing where no two are there."""
-    found = responses_among(columns)
-    prompt = next((n for n in columns if n in ("prompt", "instruction", "question", "query", "input", "context")), "")
-    poles = _poles(found)
-    if not poles and len(found) == 2:
-        poles = _one_pole(found)
-    if poles:
-        return f"--columns {f'prompt={prompt} ' * bool(prompt)}chosen={poles[0]} rejected={poles[1]}"
-    if len(found) != 2:
-        return ""
-    label = next((n for n in columns if n.lower() in LABELS or n.lower().startswith(("better", "prefer"))), "")
-    numbers = columns.get(label) in ("number", "truth")  # text may well name a side
-    means = " --label-means 0=first,1=second,2=tie (or as the file has it)" if numbers else ""
-    judged = f"label={label}" if label else "label=COLUMN"
-    return f"--columns prompt={prompt or 'COLUMN'} first={found[0]} second={found[1]} {judged}{means}"
-
-
-LABELS = (
-    "label",
-    "labels",
-    "winner",
-    "choice",
-    "preference",
-    "verdict",
-    "better",
-    "preferred",
-    "judgment",
-    "judgement",
-)
-POLES = (
-    ("chosen", "rejected"),
-    ("preferred", "dispreferred"),
-    ("better", "worse"),
-    ("good", "bad"),
-    ("positive", "negative"),
-    ("pos", "neg"),
-    ("winner", "loser"),
-)
-
-
-def _one_pole(names: Sequence[str]) -> tuple[str, str] | None:
-    """Of two columns the preferred one and the other, where one is called rejected and the other says nothing of it."""
-    bad = [name for name in names if {word.lower() for word in WORD.findall(name)} & {"rejected", "dispreferred"}]
-    return next(((other, bad[0]) for other in names if other != bad[0]), None) if len(bad) == 1 else None
-
-
-def _poles(names: Iterable[str]) -> tuple[str, str] | None:
-    """Of several columns the one that is preferred and the one that is not, where their names say so."""
-    words = {name: {word.lower() for word in WORD.findall(name)} for name in names}
-    for good, bad in POLES:
-        best = [name for name, parts in words.items() if good in parts]
-        worst = [name for name, parts in words.items() if bad in parts]
-        if len(best) == len(worst) == 1:
-            return best[0], worst[0]
-    return None
+def _texts(value: object) -> dict[str, str]:
+    return {k: v for k, v in value.items() if isinstance(v, str)} if isinstance(value, dict) else {}

@@ -1,117 +1,71 @@
-"""What a layout is: how a row of it is told, read into a :class:`Comparison`, and written again."""
+"""What a layout is: how its rows are recognised, read into a :class:`Comparison`, and written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-from prefopt.data.kinds import Want
 from prefopt.data.layouts.messages import TAGS, Tags
-from prefopt.data.layouts.row import Row
-from prefopt.data.layouts.shapes import SCORES, always, look
-from prefopt.data.layouts.values import BadRow, kind
+from prefopt.data.layouts.row import RowReader
+from prefopt.data.layouts.values import SCORES, BadRow, look, scored_sides, type_name
+from prefopt.data.validate import DataKind
 from prefopt.errors import DataError
 from prefopt.records import Comparison, Message, Response
 
 
 class CannotHold(Exception):
-    """A layout has no place for something that a comparison says; the message says for what."""
+    """A layout has no column for something in a comparison, which the message names."""
 
 
-def need_chat(c: Comparison) -> None:
-    """Refuse the plain text of a base model."""
-    if c.text:
-        raise CannotHold("plain text: it has turns")
-
-
-def need_text(c: Comparison) -> None:
-    """Refuse a conversation."""
-    if not c.text:
-        raise CannotHold("turns: it has plain text")
-
-
-def need_pair(c: Comparison) -> tuple[Response, Response]:
-    """Chosen and rejected. Refuses whatever is not one response preferred to another, or as good by its scores."""
+def pair_of(c: Comparison) -> tuple[Response, Response]:
+    """Chosen and rejected. Raises :class:`CannotHold` unless there are two responses and one is preferred."""
     if len(c.responses) != 2:
         raise CannotHold(f"{len(c.responses)} responses: it has a chosen and a rejected one")
-    for name, value in (("labels", c.labels), ("votes", c.votes)):
-        if value is not None:
-            raise CannotHold(name)
-    tied = c.scores is not None and c.scores[0] == c.scores[1]
-    if c.tiers != (((0, 1),) if tied else ((0,), (1,))):
+    if len(c.tiers) < 2 and c.scores is None:
         raise CannotHold("two responses of which none is preferred")
     return c.responses[0], c.responses[1]
 
 
-def need_demonstration(c: Comparison) -> Response:
-    """The one response. Refuses several, and whatever was said of it."""
+def response_of(c: Comparison) -> Response:
+    """The only response. Raises :class:`CannotHold` if there are none or several."""
     if len(c.responses) != 1:
         raise CannotHold(f"{len(c.responses)} responses: it has one")
-    need_no_preference(c)
     return c.responses[0]
 
 
-def need_label(c: Comparison) -> tuple[Response, bool]:
-    """The one response and its label."""
-    if len(c.responses) != 1 or c.labels is None:
-        raise CannotHold(f"{len(c.responses)} responses, or none with a label: it has one with a label")
-    need_no_preference(replace(c, labels=None))
-    return c.responses[0], c.labels[0]
-
-
-def need_no_preference(c: Comparison) -> None:
-    """Refuse tiers, scores, labels and votes."""
-    for name, value in (("an order", c.tiers or None), ("scores", c.scores), ("labels", c.labels), ("votes", c.votes)):
-        if value is not None:
-            raise CannotHold(name)
-
-
-def need_user(c: Comparison) -> str:
-    """The words of a prompt that is one turn of the user."""
-    need_chat(c)
-    if len(c.prompt) != 1 or c.prompt[0].role != "user":
-        raise CannotHold("a prompt of more than one turn of the user")
-    return c.prompt[0].content
-
-
-def need_one_turn(response: Response) -> str:
-    """The words of a response that is one turn of the assistant."""
-    if len(response.messages) != 1 or response.messages[0].role != "assistant":
-        raise CannotHold("responses of several turns")
-    return response.messages[0].content
-
-
-def words(turns: tuple[Message, ...]) -> str:
-    """The words of a prompt or response of plain text."""
+def plain_text(turns: tuple[Message, ...]) -> str:
+    """The text of a prompt or response of plain text."""
     return "".join(m.content for m in turns)
 
 
 def score_columns(c: Comparison) -> dict[str, object]:
-    """The columns :data:`SCORES`, or none where there are no scores."""
+    """The columns :data:`SCORES`, if there are scores."""
     return {} if c.scores is None else dict(zip(SCORES, c.scores, strict=True))
 
 
 def best_first(c: Comparison) -> Comparison:
-    """A pair with the preferred response first, which says the same."""
+    """An equal comparison with the preferred response of a pair first."""
     if c.tiers != ((1,), (0,)) or len(c.responses) != 2 or c.labels is not None or c.votes is not None:
         return c
     scores = None if c.scores is None else (c.scores[1], c.scores[0])
     return replace(c, responses=(c.responses[1], c.responses[0]), tiers=((0,), (1,)), scores=scores)
 
 
-# No row that has these is anything but a pair.
+# Messages for example rows.
+USER = {"role": "user", "content": "What is 2 + 2?"}
+GOOD, BAD = {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "22"}
 SIDES = ("chosen", "rejected")
-# What changes the text that a model sees, so that leaving it out would train on something else.
+# Columns that change what a model sees: a row without them would train on something else, so they are refused.
 NOT_READ = ("images", "videos", "audios", "image", "video", "audio", "functions")
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
-    """Columns by another name (``{"prompt": "question"}``), and the keys and roles of messages.
+class ColumnMap:
+    """Names of columns (``{"prompt": "question"}``), and the keys and roles of messages.
 
-    ``refused`` are further columns that a row may not use, such as pictures. ``cells``: the rows are those of a table
-    of text, where true, false and numbers are written out. ``means`` says what labels mean (``--label-means``), and
-    ``ignored`` are columns that are not read on purpose, whatever the layout knows them as.
+    ``refused`` are further columns that are refused, such as images. ``cells``: the rows come from a table of text,
+    where booleans and numbers are text. ``means`` is the meaning of labels (``--label-means``), ``ignored`` are columns
+    that are not read on purpose (``--ignore-columns``).
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -122,19 +76,16 @@ class Columns:
     ignored: tuple[str, ...] = ()
 
 
-PLAIN = Columns()
+PLAIN = ColumnMap()
 
 
-def _as_it_is(c: Comparison) -> Comparison:
-    return c
-
-
-def _read_only(_: Comparison) -> dict[str, object]:
-    raise CannotHold("what it was read from: it is read, not written; --layout canonical holds everything")
+def always(_: Mapping[str, object]) -> bool:
+    """For layouts that are recognised by their columns alone."""
+    return True
 
 
 def with_columns(row: dict[str, object], extra: Mapping[str, object]) -> dict[str, object]:
-    """A row and its further columns; raises :class:`CannotHold` where one has the name of a field."""
+    """A row with further columns. Raises :class:`CannotHold` if one has the name of a field."""
     if taken := [name for name in extra if name in row]:
         raise CannotHold(f"a further column {taken[0]}, a name it needs for itself")
     return {**row, **extra}
@@ -144,35 +95,33 @@ def with_columns(row: dict[str, object], extra: Mapping[str, object]) -> dict[st
 class Layout:
     """A layout of rows.
 
-    ``fields`` must be there (null counts as absent), ``optional`` may be. ``shape`` is given a row that has the fields
-    and says whether it looks like this layout, where several have the same fields; ``also`` names layouts whose rows
-    this one reads too. ``aliases`` are other names of a field that are read as well; ``words`` are names that only
-    ``--columns`` knows it by, such as LLaMA-Factory's. ``reads`` tells columns whose names are not fixed, given the
-    look of every column (``cell``: text in a table of text). ``gives`` is what a row can be used for, ``says`` what it
-    holds, ``origin`` who writes such rows.
+    ``fields`` must be present (null counts as absent), ``optional`` ones may be. ``kind`` is what a row can be used
+    for, ``description`` what it holds, ``origin`` who writes such rows, ``example`` a row. ``reader`` makes the
+    comparison; ``writer`` makes the row's fields, and a layout without one is only read.
 
-    ``arranged`` is what a comparison looks like after it was written and read (a pair has its best response first), and
-    ``finish`` puts further columns where the layout wants them. ``note`` is what a person is told of rows that are read
-    so, ``joins``: rows of one prompt that follow each other are one comparison. Without a ``writer``, rows are read so
-    and not written.
+    ``matches`` tells layouts with the same fields apart: it is given a row with all fields and looks at their values.
+    ``accepts`` names other layouts whose rows are valid here too. ``aliases`` are other column names of a field;
+    ``option_names`` are its names in ``--columns`` only, such as LLaMA-Factory's. ``own_columns`` finds columns without
+    a fixed name, given the :func:`look` of every column (``cell`` for text in a table of text); by default, scores of a
+    pair under other names. ``add_columns`` adds the unread columns to a written row. ``verbatim`` keeps JSON text as
+    it is. ``note`` is shown to the user. ``joins``: consecutive rows with one prompt are one comparison.
     """
 
     name: str
     fields: tuple[str, ...]
-    gives: Want
-    says: str
+    kind: DataKind
+    description: str
     origin: str
     example: Mapping[str, object]
-    reader: Callable[[Row], Comparison]
-    writer: Callable[[Comparison], dict[str, object]] = _read_only
+    reader: Callable[[RowReader], Comparison]
+    writer: Callable[[Comparison], dict[str, object]] | None = None
     optional: tuple[str, ...] = ()
-    shape: Callable[[Mapping[str, object]], bool] = always
-    also: tuple[str, ...] = ()
+    matches: Callable[[Mapping[str, object]], bool] = always
+    accepts: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
-    words: Mapping[str, str] = field(default_factory=dict)
-    reads: Callable[[Mapping[str, str]], Collection[str]] | None = None
-    arranged: Callable[[Comparison], Comparison] = _as_it_is
-    finish: Callable[[dict[str, object], Mapping[str, object]], dict[str, object]] = with_columns
+    option_names: Mapping[str, str] = field(default_factory=dict)
+    own_columns: Callable[[Mapping[str, str]], Collection[str]] | None = None
+    add_columns: Callable[[dict[str, object], Mapping[str, object]], dict[str, object]] = with_columns
     verbatim: bool = False
     note: str = ""
     joins: bool = False
@@ -180,91 +129,94 @@ class Layout:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "known", frozenset((*self.fields, *self.optional)))
-
-    @property
-    def written(self) -> bool:
-        """Whether rows can be written so."""
-        return self.writer is not _read_only
+        if self.own_columns is None and set(SCORES) <= self.known:
+            object.__setattr__(self, "own_columns", scored_sides)
 
     def field_of(self, name: str) -> str | None:
         """The field that ``--columns`` means by a name, or None."""
-        return name if name in self.known else self.aliases.get(name) or self.words.get(name)
+        return name if name in self.known else self.aliases.get(name) or self.option_names.get(name)
 
-    def column_of(self, name: str, row: Mapping[str, object], columns: Columns = PLAIN) -> str | None:
-        """The column of a row that holds a field, or None where it is absent."""
+    def column_of(self, name: str, row: Mapping[str, object], columns: ColumnMap = PLAIN) -> str | None:
+        """The column of a row that holds a field, or None if it is absent."""
         for given, column in columns.names.items():
             if self.field_of(given) == name:
                 return column if row.get(column) is not None else None
-        # A column that was given to another field is that field's alone, whatever its own name is.
+        # A column that --columns gives to another field is not read under its own name.
         taken = {column for given, column in columns.names.items() if self.field_of(given) is not None}
         taken.update(columns.ignored)
         own = (name, *(a for a, of in self.aliases.items() if of == name))
         return next((c for c in own if c not in taken and row.get(c) is not None), None)
 
-    def own(self, looks: Mapping[str, str], columns: Columns = PLAIN) -> Collection[str]:
-        """The columns it reads that have names of their own, given the look of every column under its field's name."""
-        if self.reads is None:
+    def own(self, looks: Mapping[str, str], columns: ColumnMap = PLAIN) -> Collection[str]:
+        """The columns that :attr:`own_columns` finds among ``looks``, those that are ignored left out."""
+        if self.own_columns is None:
             return ()
         text = "cell" if columns.cells else "text"
         left = {name: text if seen == "text" else seen for name, seen in looks.items() if name not in columns.ignored}
-        return self.reads(left)
+        return self.own_columns(left)
 
-    def fits(self, row: Mapping[str, object], columns: Columns = PLAIN, *, any_shape: bool = False) -> bool:
-        """Whether a row has the fields, and the shape too unless ``any_shape`` will do."""
+    def fits(self, row: Mapping[str, object], columns: ColumnMap = PLAIN, *, fields_only: bool = False) -> bool:
+        """Whether a row has the fields and, unless ``fields_only``, :attr:`matches` too."""
         if any(self.column_of(name, row, columns) is None for name in self.fields):
             return False
-        if any_shape:
+        if fields_only:
             return True
         named = self._named(row, columns)
         sides = (side for side in SIDES if side not in self.known and side not in columns.ignored)
-        return all(named.get(side) is None for side in sides) and self.shape(named)
+        return all(named.get(side) is None for side in sides) and self.matches(named)
 
-    def parse(self, row: object, number: int, file: str, columns: Columns = PLAIN) -> Comparison:
-        """The comparison that row ``number`` (from 1) of a file holds; raises :class:`BadRow` where it holds none."""
+    def parse(self, row: object, number: int, file: str, columns: ColumnMap = PLAIN) -> Comparison:
+        """The comparison in row ``number`` (from 1) of a file. Raises :class:`BadRow` if it cannot be read."""
         if not isinstance(row, dict):
-            raise BadRow("not an object", f"is {kind(row)}, not an object with named fields")
+            raise BadRow("not an object", f"is {type_name(row)}, not an object with named fields")
         values = self._named(row, columns)
         if missing := [name for name in self.fields if values.get(name) is None]:
             raise BadRow("missing field", f"lacks {', '.join(missing)}")
+        own = self.own({str(k): look(v) for k, v in values.items()}, columns) if self.own_columns is not None else ()
         tools = () if "tools" in self.known else ("tools",)
         for name in (*NOT_READ, *columns.refused, *tools):
-            if values.get(name):
-                raise BadRow("field that cannot be used", f"has {name}, which {self.name} rows have no place for")
-        own = self.own({str(k): look(v) for k, v in values.items()}, columns) if self.reads is not None else ()
+            if values.get(name) and name not in own:
+                raise BadRow("field that cannot be used", f"has {name}, which {self.name} rows cannot have")
         extra = {str(k): v for k, v in values.items() if k not in self.known and k not in own}
         if columns.ignored:
             values = {k: v for k, v in values.items() if k not in columns.ignored}
         tags = columns.tags.exactly(self.verbatim)
         try:
             sides = [columns.names.get(name, name) for name in ("first", "second")]
-            return self.reader(Row(values, number, file, tags, extra, columns.cells, columns.means, sides, own))
+            return self.reader(RowReader(values, number, file, tags, extra, columns.cells, columns.means, sides, own))
         except RecursionError:
             raise BadRow("wrong type", "is nested too deeply") from None
 
     def write(self, comparison: Comparison) -> dict[str, object]:
-        """The row that says the same, extra columns included.
+        """The row of a comparison, further columns included.
 
-        It is read again before it is given out, so that nothing is lost. Raises :class:`DataError` with the row and
-        the reason where the layout cannot hold all that the comparison says.
+        It is read again and compared, so that nothing is lost. Raises :class:`DataError` with the row and the reason
+        if the layout cannot hold all of the comparison.
         """
         c = self.arranged(comparison)
         try:
-            row = self.finish(self.writer(c), c.extra)
+            if self.writer is None:
+                raise CannotHold("anything: it is read, not written")
+            row = self.add_columns(self.writer(c), c.extra)
             try:
                 again = self.parse(row, c.row, c.file)
             except BadRow as bad:
                 raise CannotHold(f"it so that it can be read again ({bad.what})") from None
-            if not self.fits(row):
-                raise CannotHold("it so that it is recognised")
             if again != c or again.extra != c.extra:
                 raise CannotHold(_difference(c, again))
+            if not self.fits(row):
+                raise CannotHold("it so that it is recognised")
         except CannotHold as reason:
             what = f"cannot be written as {self.name}, which cannot hold {reason}"
             raise DataError(what, file=c.file or None, row=c.row) from None
         return row
 
-    def _named(self, row: Mapping[str, object], columns: Columns) -> Mapping[str, object]:
-        """The row with every column under the name of its field."""
+    def arranged(self, c: Comparison) -> Comparison:
+        """The comparison as it is read again: pairs are written with the preferred response first."""
+        return best_first(c) if self.kind == "pairs" else c
+
+    def _named(self, row: Mapping[str, object], columns: ColumnMap) -> Mapping[str, object]:
+        """The row with each column under the name of its field."""
         if not columns.names and not columns.ignored and not (self.aliases and any(a in row for a in self.aliases)):
             return row
         found = {name: self.column_of(name, row, columns) for name in (*self.fields, *self.optional)}
@@ -275,10 +227,10 @@ class Layout:
 
 
 def _difference(c: Comparison, again: Comparison) -> str:
-    """What of a comparison would not come back as it was."""
+    """What of a comparison was lost or changed."""
     what = {
-        "plain text beside turns": c.text != again.text,
-        "that responses were cut off": _cuts(c) != _cuts(again),
+        "plain text" if c.text else "turns": c.text != again.text,
+        "responses that were cut off": [r.cut for r in c.responses] != [r.cut for r in again.responses],
         "where its prompt ends and its responses begin": c.prompt != again.prompt or c.responses != again.responses,
         "its scores": c.scores != again.scores,
         "its labels": c.labels != again.labels,
@@ -288,7 +240,3 @@ def _difference(c: Comparison, again: Comparison) -> str:
         "its other columns": True,
     }
     return next(name for name, differs in what.items() if differs)
-
-
-def _cuts(c: Comparison) -> list[bool]:
-    return [r.cut for r in c.responses]

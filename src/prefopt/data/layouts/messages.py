@@ -1,4 +1,4 @@
-"""Conversations as rows spell them: OpenAI's ``role`` and ``content``, ShareGPT's ``from`` and ``value``, tool calls.
+"""Messages in rows: OpenAI's ``role`` and ``content``, ShareGPT's ``from`` and ``value``, tool calls, transcripts.
 
 >>> turns = [{"from": "human", "value": "hi"}, {"role": "assistant", "content": [{"type": "text", "text": "ho"}]}]
 >>> [(m.role, m.content) for m in read_messages(turns)]
@@ -8,14 +8,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from prefopt.data.layouts.values import BadRow, json_of, kind, object_text
+from prefopt.data.layouts.values import BadRow, json_of, object_text, type_name
 from prefopt.records import Message, ToolCall
 
-# A turn of the assistant whose text is a JSON object or a list of them: functions it calls.
+# Role of an assistant turn whose text is JSON: one function call or a list of them.
 CALL = "call"
 ROLES: Mapping[str, str] = MappingProxyType(
     {
@@ -39,10 +40,10 @@ NOT_READ = ("images", "videos", "audios", "image", "video", "audio", "refusal")
 
 @dataclass(frozen=True, slots=True)
 class Tags:
-    """How messages spell role, content and roles; of several keys the first that a message has is taken.
+    """The keys and role names of messages; of several keys the first that a message has is read.
 
-    With ``verbatim``, JSON text and empty text are kept as they stand, as the canonical layout wants them. Keys of
-    messages that nothing reads are put into ``unread``.
+    ``verbatim`` keeps JSON text and empty text unchanged, as the canonical layout needs. Keys of messages that are not
+    read are collected in ``unread``.
     """
 
     role: tuple[str, ...] = ("role", "from")
@@ -60,16 +61,16 @@ TAGS = Tags()
 
 
 def read_messages(value: object, name: str = "messages", tags: Tags = TAGS) -> tuple[Message, ...]:
-    """Messages from a list of objects; ``name`` says where they stand. Raises :class:`BadRow`."""
+    """Messages from a list of objects; ``name`` is its place in the row. Raises :class:`BadRow`."""
     if not isinstance(value, (list, tuple)):
-        raise BadRow("wrong type", f"{name} is {kind(value)}, not a list of messages")
+        raise BadRow("wrong type", f"{name} is {type_name(value)}, not a list of messages")
     return tuple(read_message(item, name, tags) for item in value)
 
 
 def read_message(item: object, name: str = "messages", tags: Tags = TAGS) -> Message:
-    """One message. Content may be text, text in parts, or null beside tool calls or reasoning."""
+    """One message. Content is text, a list of parts, or null with tool calls or reasoning."""
     if not isinstance(item, dict):
-        raise BadRow("wrong type", f"{name} holds {kind(item)}, not a message")
+        raise BadRow("wrong type", f"{name} holds {type_name(item)}, not a message")
     if len(item) == 2 and (plain := _plain(item, tags)) is not None:
         return plain
     pair = next((i for i, key in enumerate(tags.role) if item.get(key) is not None), 0)
@@ -79,17 +80,17 @@ def read_message(item: object, name: str = "messages", tags: Tags = TAGS) -> Mes
             raise BadRow("field that cannot be used", f"a message of {name} has {key}, which is not read")
     key = tags.content[pair]
     content, reasoning, calls = _content(item.get(key), key, name, tags.verbatim)
-    for said in (_text(item, word, name) for word in REASONING):
-        reasoning = reasoning if said is None else (reasoning or "") + said
+    for more in (_text(item, word, name) for word in REASONING):
+        reasoning = reasoning if more is None else (reasoning or "") + more
     calls += _calls(item, name, tags.verbatim)
     if role == CALL:
-        calls, content, role = [*calls, *_spelt_calls(content or "", name)], "", "assistant"
+        calls, content, role = [*calls, *_calls_of_text(content or "", name)], "", "assistant"
     if calls and role != "assistant":
         raise BadRow("wrong type", f"a message of {name} calls a tool, but its role is {role}")
     if content is None and not calls and not reasoning:
         raise BadRow("missing field", f"a message of {name} lacks {key}")
     answers, called = _text(item, "tool_call_id", name), _text(item, "name", name)
-    if not tags.verbatim:  # empty text says nothing
+    if not tags.verbatim:  # empty text counts as absent
         reasoning, answers, called = reasoning or None, answers or None, called or None
     trained = _trained(item, role, name, tags.verbatim)
     if unread := item.keys() - READ:
@@ -98,24 +99,24 @@ def read_message(item: object, name: str = "messages", tags: Tags = TAGS) -> Mes
 
 
 def _plain(item: Mapping[str, object], tags: Tags) -> Message | None:
-    """A message of a role and a text, which nearly all are; None for any other."""
+    """Fast path for a message with a role and text alone; None for any other."""
     for role, content in zip(tags.role, tags.content, strict=True):
-        said, words = item.get(role), item.get(content)
-        if isinstance(said, str) and isinstance(words, str):
-            known = tags.roles.get(said)
-            return None if known is None or known == CALL else Message(known, words)
+        name, text = item.get(role), item.get(content)
+        if isinstance(name, str) and isinstance(text, str):
+            known = tags.roles.get(name)
+            return None if known is None or known == CALL else Message(known, text)
     return None
 
 
 def read_tools(value: object, *, verbatim: bool = False) -> tuple[str, ...]:
-    """The functions that a model may call, as JSON objects: from a list of them, or from JSON text of such a list."""
+    """The functions a model may call, as JSON objects, from a list or the JSON text of a list."""
     if isinstance(value, str):
         value = json_of(value, "tools") if value.strip() else None
     if value is None or value in ([], {}, ()):
         return ()
     items = [value] if isinstance(value, dict) else value
     if not isinstance(items, (list, tuple)):
-        raise BadRow("wrong type", f"tools is {kind(value)}, not a list of functions")
+        raise BadRow("wrong type", f"tools is {type_name(value)}, not a list of functions")
     return tuple(object_text(item, "an item of tools", verbatim=verbatim) for item in items)
 
 
@@ -123,7 +124,7 @@ def _role(value: object, key: str, name: str, tags: Tags) -> str:
     if value is None:
         raise BadRow("missing field", f"a message of {name} lacks {key}")
     if not isinstance(value, str):
-        raise BadRow("wrong type", f"{key} of a message of {name} is {kind(value)}, not text")
+        raise BadRow("wrong type", f"{key} of a message of {name} is {type_name(value)}, not text")
     role = tags.roles.get(value)
     if role is None:
         raise BadRow("unknown role", f"{name} has the role {value!r}; known are {', '.join(tags.roles)}")
@@ -133,16 +134,16 @@ def _role(value: object, key: str, name: str, tags: Tags) -> str:
 def _text(item: Mapping[str, object], key: str, name: str) -> str | None:
     value = item.get(key)
     if value is not None and not isinstance(value, str):
-        raise BadRow("wrong type", f"{key} of a message of {name} is {kind(value)}, not text")
+        raise BadRow("wrong type", f"{key} of a message of {name} is {type_name(value)}, not text")
     return value
 
 
 def _content(value: object, key: str, name: str, verbatim: bool) -> tuple[str | None, str | None, list[ToolCall]]:
-    """Text, reasoning and calls from text, or from parts of the kinds that LLaMA-Factory v1 and OpenAI write."""
+    """Text, reasoning and tool calls from text, or from the parts of LLaMA-Factory v1 and OpenAI."""
     if value is None or isinstance(value, str):
         return value, None, []
     if not isinstance(value, (list, tuple)):
-        raise BadRow("wrong type", f"{key} of a message of {name} is {kind(value)}, not text")
+        raise BadRow("wrong type", f"{key} of a message of {name} is {type_name(value)}, not text")
     text: list[str] = []
     reasoning: list[str] = []
     calls: list[ToolCall] = []
@@ -153,48 +154,48 @@ def _content(value: object, key: str, name: str, verbatim: bool) -> tuple[str | 
         elif what in ("reasoning", "thinking"):
             reasoning.append(_part(part, ("value", "text", "thinking"), name))
         elif what in ("tool_call", "tool_calls"):
-            calls += _spelt_calls(_part(part, ("value",), name), name, verbatim)
+            calls += _calls_of_text(_part(part, ("value",), name), name, verbatim)
         elif isinstance(what, str):
             raise BadRow("field that cannot be used", f"a message of {name} has a part of type {what!r}, not text")
         else:
-            raise BadRow("wrong type", f"{key} of a message of {name} holds {kind(part)}, not parts with a type")
+            raise BadRow("wrong type", f"{key} of a message of {name} holds {type_name(part)}, not parts with a type")
     return "".join(text) if text else None, "".join(reasoning) if reasoning else None, calls
 
 
 def _part(part: Mapping[str, object], keys: Sequence[str], name: str) -> str:
     value = next((part[key] for key in keys if part.get(key) is not None), None)
     if not isinstance(value, str):
-        raise BadRow("wrong type", f"a part of a message of {name} holds {kind(value)}, not text")
+        raise BadRow("wrong type", f"a part of a message of {name} holds {type_name(value)}, not text")
     return value
 
 
 def _calls(item: Mapping[str, object], name: str, verbatim: bool) -> Iterator[ToolCall]:
-    """Calls as OpenAI spells them, ``tool_calls`` and the older ``function_call``."""
+    """OpenAI's ``tool_calls`` and the older ``function_call``."""
     given = item.get("tool_calls")
     if given is not None and not isinstance(given, (list, tuple)):
-        raise BadRow("wrong type", f"tool_calls of a message of {name} is {kind(given)}, not a list")
+        raise BadRow("wrong type", f"tool_calls of a message of {name} is {type_name(given)}, not a list")
     for call in given or ():
         yield _call(call, name, verbatim)
     if item.get("function_call") is not None:
         yield _call(item["function_call"], name, verbatim)
 
 
-def _spelt_calls(text: str, name: str, verbatim: bool = False) -> list[ToolCall]:
-    """Calls from JSON text, as ShareGPT's function_call turns hold them."""
+def _calls_of_text(text: str, name: str, verbatim: bool = False) -> list[ToolCall]:
+    """Tool calls from JSON text, as in ShareGPT's function_call turns."""
     found = json_of(text, f"the call of a message of {name}")
     return [_call(call, name, verbatim) for call in (found if isinstance(found, list) else [found])]
 
 
 def _call(call: object, name: str, verbatim: bool) -> ToolCall:
     if not isinstance(call, dict):
-        raise BadRow("wrong type", f"a tool call of {name} is {kind(call)}, not an object")
+        raise BadRow("wrong type", f"a tool call of {name} is {type_name(call)}, not an object")
     function = call.get("function")
     inner = function if isinstance(function, dict) else call
     called, id = inner.get("name"), call.get("id")
     if not isinstance(called, str) or not (called or verbatim):
         raise BadRow("missing field", f"a tool call of {name} lacks the name of its function")
     if id is not None and not isinstance(id, str):
-        raise BadRow("wrong type", f"the id of a tool call of {name} is {kind(id)}, not text")
+        raise BadRow("wrong type", f"the id of a tool call of {name} is {type_name(id)}, not text")
     arguments = inner.get("arguments")
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         arguments = {}
@@ -203,10 +204,10 @@ def _call(call: object, name: str, verbatim: bool) -> ToolCall:
 
 
 def _trained(item: Mapping[str, object], role: str, name: str, verbatim: bool) -> bool:
-    """Whether a turn is learned: ``trained``, or a weight of 0 or 1. Only the assistant's turns can be."""
-    said = item.get("trained")
-    if said is not None and not isinstance(said, bool):
-        raise BadRow("wrong type", f"trained of a message of {name} is {kind(said)}, not true or false")
+    """Whether a turn is trained on: ``trained``, or a weight of 0 or 1. Only assistant turns can be."""
+    trained = item.get("trained")
+    if trained is not None and not isinstance(trained, bool):
+        raise BadRow("wrong type", f"trained of a message of {name} is {type_name(trained)}, not true or false")
     weight = next((item[key] for key in WEIGHTS if item.get(key) is not None), None)
     if weight is not None:
         if isinstance(weight, bool) or weight not in (0, 1):
@@ -214,19 +215,18 @@ def _trained(item: Mapping[str, object], role: str, name: str, verbatim: bool) -
         if weight and role != "assistant":
             raise BadRow("wrong type", f"a message of {name} has the weight 1, but its role is {role}")
         return role != "assistant" or weight == 1
-    return said is not False or (role != "assistant" and not verbatim)
+    return trained is not False or (role != "assistant" and not verbatim)
 
 
 def write_messages(turns: Sequence[Message], weight: str | None = None) -> list[dict[str, object]]:
-    """Messages as OpenAI spells them; ``weight`` is the key that says 0 of a turn that is not trained.
+    """Messages in OpenAI's layout, with ``reasoning_content`` as in chat templates; absent fields are left out.
 
-    Without it that is ``"trained": false``. What a message does not have is left out.
+    A turn that is not trained has ``"trained": false``, or 0 under the key ``weight`` if that is given.
     """
-    return [write_message(m, weight) for m in turns]
+    return [_write_message(m, weight) for m in turns]
 
 
-def write_message(m: Message, weight: str | None = None) -> dict[str, object]:
-    """One message as OpenAI spells it, with ``reasoning_content`` as chat templates do."""
+def _write_message(m: Message, weight: str | None) -> dict[str, object]:
     written: dict[str, object] = {"role": m.role, "content": m.content}
     if m.reasoning is not None:
         written["reasoning_content"] = m.reasoning
@@ -242,10 +242,36 @@ def write_message(m: Message, weight: str | None = None) -> dict[str, object]:
 
 
 def write_tools(tools: Sequence[str]) -> dict[str, object]:
-    """The column ``tools``, or nothing where there are none."""
+    """The column ``tools``, if there are any."""
     return {"tools": [json.loads(tool) for tool in tools]} if tools else {}
 
 
 def _write_call(call: ToolCall) -> dict[str, object]:
     id = {} if call.id is None else {"id": call.id}
     return {**id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+MARK = re.compile(r"\n\n(Human|Assistant):")
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+
+
+def read_transcript(text: str) -> tuple[tuple[Message, ...], list[int]]:
+    """The turns of text as in Anthropic's HH, which begins with a mark, and the offset of each turn in the text."""
+    marks = list(MARK.finditer(text))
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    turns = (Message(SPEAKERS[m[1]], text[m.end() : end].strip()) for m, end in zip(marks, ends, strict=True))
+    return tuple(turns), [mark.start() for mark in marks]
+
+
+def split_turns(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
+    """The number of turns in the shared prompt: up to an assistant turn that both conversations keep."""
+    limit = min(len(chosen), len(rejected))
+    at = next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
+    while at and not all(at < len(side) and side[at].role == "assistant" for side in (chosen, rejected)):
+        at -= 1
+    return at
+
+
+def last_answer(turns: Sequence[Message]) -> int:
+    """The number of turns before a final assistant turn; all of them if the last is another role's."""
+    return len(turns) - 1 if turns and turns[-1].role == "assistant" else len(turns)

@@ -1,29 +1,25 @@
-"""Which layout the rows of a file have: told from all of them, never from the first alone."""
+"""Recognise the layout of a file from all of its rows, and suggest options where no layout fits."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
-from prefopt.core.options import nearest
-from prefopt.data.layouts import LAYOUTS
-from prefopt.data.layouts.columns import responses_among, single_messages, suggestion
-from prefopt.data.layouts.layout import PLAIN, SIDES, Columns, Layout
-from prefopt.data.layouts.shapes import look
-from prefopt.data.layouts.values import kind
-from prefopt.data.problems import NAMED_ROWS
+from prefopt.data.layouts import all_layouts
+from prefopt.data.layouts.layout import PLAIN, SIDES, ColumnMap, Layout
+from prefopt.data.layouts.values import look, type_name
+from prefopt.data.validate import NAMED_ROWS
 from prefopt.errors import ConfigError, DataError
 
 NAMED_COLUMNS = 20
-NONE: Mapping[str, str] = MappingProxyType({})
-# Kinds of rows (names and looks of their columns) that are remembered; a file has a handful.
-REMEMBERED = 4096
+# Bound on the memo of row signatures (names and looks of columns); a file has a handful.
+MAX_SIGNATURES = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Recognised:
-    """The layout of all rows, how many rows there are, and what a person should know of them; ``lost`` as in
+    """The layout of all rows, their number, and notes for the user; ``lost`` as in
     :class:`prefopt.data.comparisons.Reading`."""
 
     layout: Layout
@@ -33,8 +29,8 @@ class Recognised:
 
 
 @dataclass(slots=True)
-class _Seen:
-    """Rows of one layout: how many, and the first of them."""
+class _RowCount:
+    """The number of rows of one layout, and the first of them."""
 
     count: int = 0
     first: list[int] = field(default_factory=list)
@@ -49,51 +45,40 @@ class _Seen:
         return rows + (f", ..., {self.count} in all" if self.count > len(self.first) else "")
 
 
-def named_layout(name: str) -> Layout:
-    """The layout of ``--format``; dashes, spaces and underscores are one. Raises :class:`ConfigError`."""
-    plain = "-".join(name.replace("_", " ").replace("-", " ").split()).lower()
-    if plain not in LAYOUTS:
-        known = list(LAYOUTS)
-        guess = nearest(plain, known) or f"; there are {', '.join(known)}"
-        raise ConfigError(f"{name!r} is no layout{guess}")
-    return LAYOUTS[plain]
-
-
 def recognise(
     rows: Iterable[object],
     file: str,
     named: Layout | None = None,
-    columns: Columns = PLAIN,
+    columns: ColumnMap = PLAIN,
     *,
-    asked: Mapping[str, str] = NONE,
+    asked: Mapping[str, str] | None = None,
     why: str = "",
 ) -> Recognised:
-    """Look at every row. Raises :class:`DataError` as :func:`prefopt.data.comparisons.open_comparisons` says.
+    """Find the layout of all rows. Raises :class:`DataError` as :func:`prefopt.data.comparisons.open_comparisons`.
 
-    ``named`` is the layout where it is known, and ``why`` says how; ``asked`` are ``--columns`` that must be there.
+    ``named`` is the layout if it is known, and ``why`` the reason; ``asked`` are ``--columns`` that must be present.
 
-    The layout of a row is the first in :data:`LAYOUTS` whose fields it has. Rows of several layouts are mixed, unless
-    those of all others only lack fields of one: then they are rows of that one with a field missing.
+    A row has the first of :func:`all_layouts` whose fields it has. Rows of several layouts are refused as mixed, unless
+    the rows of all others only lack fields of one: then they are rows of that one with a missing field.
     """
-    survey = _Survey([named] if named else _candidates(columns), columns, any_shape=named is not None)
+    survey = _Survey([named] if named else _candidates(columns), columns, fields_only=named is not None)
     for row in rows:
         survey.see(row)
     if not survey.count:
         raise DataError("holds no rows", file=file)
-    if named and (strange := [name for name in asked if name in columns.names and not named.field_of(name)]):
-        known = ", ".join(dict.fromkeys([*named.fields, *named.optional, *named.aliases, *named.words]))
+    if named and (strange := [name for name in asked or () if name in columns.names and not named.field_of(name)]):
+        known = ", ".join(dict.fromkeys([*named.fields, *named.optional, *named.aliases, *named.option_names]))
         raise ConfigError(f"--columns {strange[0]}: {named.name} rows have no such column; they have {known}")
-    for name, column in asked.items():
+    has = listed(list(survey.names)) or "none"
+    for name, column in (asked or {}).items():
         if name in columns.names and column not in survey.names:
-            has = listed(list(survey.names)) or "none"
             raise DataError(f"no row has the column {column}, --columns {name}={column}; there are {has}", file=file)
-    if named is None and (said := single_messages(survey.names)):
-        raise DataError(f"{said}; --format raw-text learns each as plain text", file=file)
-    layout = _decide(survey.layouts, file)
+    if named is None and (fault := _tree_messages(survey.names)):
+        raise DataError(f"{fault}; --format raw-text learns each as plain text", file=file)
+    layout = _decide(survey.layouts, survey.candidates, file)
     if layout is None:
         raise _unknown(survey, file, why)
     if gone := [name for name in columns.ignored if name not in survey.names]:
-        has = listed(list(survey.names)) or "none"
         raise DataError(f"no row has the column {gone[0]}, --ignore-columns {gone[0]}; there are {has}", file=file)
     unread = _unread(layout, survey.names, columns)
     notes = [f"columns not read: {listed(unread)}"] if unread else []
@@ -101,27 +86,22 @@ def recognise(
 
 
 class _Survey:
-    """What was seen of the rows: ``layouts``, the first row of none, and the columns with the look of their values."""
+    """The layouts of the rows seen, the first row without one, and the columns with the look of their values."""
 
-    def __init__(self, candidates: Sequence[Layout], columns: Columns, *, any_shape: bool) -> None:
-        self.candidates, self.columns, self.any_shape = candidates, columns, any_shape
-        self.layouts: dict[str, _Seen] = {}
+    def __init__(self, candidates: Sequence[Layout], columns: ColumnMap, *, fields_only: bool) -> None:
+        self.candidates, self.columns, self.fields_only = candidates, columns, fields_only
+        self.layouts: dict[str, _RowCount] = {}
         self.names: dict[str, str] = {}
         self.odd: tuple[int, object] | None = None
         self.count = 0
         self._memo: dict[object, str | None] = {}
-
-    @property
-    def alone(self) -> bool:
-        """Whether there is one layout that the rows may have."""
-        return len(self.candidates) == 1
 
     def see(self, row: object) -> None:
         """Count one row."""
         self.count += 1
         found = self._layout(row) if isinstance(row, dict) else None
         if found is not None:
-            self.layouts.setdefault(found, _Seen()).add(self.count)
+            self.layouts.setdefault(found, _RowCount()).add(self.count)
         elif self.odd is None:
             self.odd = (self.count, row)
 
@@ -129,85 +109,168 @@ class _Survey:
         signature = tuple((name, look(value)) for name, value in row.items() if value is not None)
         if signature not in self._memo:
             self.names.update({str(name): looks for name, looks in signature})
-            if len(self._memo) >= REMEMBERED:
+            if len(self._memo) >= MAX_SIGNATURES:
                 self._memo.clear()
-            fits = (x.name for x in self.candidates if x.fits(row, self.columns, any_shape=self.any_shape))
+            fits = (x.name for x in self.candidates if x.fits(row, self.columns, fields_only=self.fields_only))
             self._memo[signature] = next(fits, None)
         return self._memo[signature]
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names in a row; of very many the first, and how many there are. One that would break the line is quoted."""
+    """Names, comma-separated: at most the first 20, with their number. Unprintable ones are quoted."""
     more = f", ... ({len(names)} in all)" if len(names) > NAMED_COLUMNS else ""
     return ", ".join(name if name and name.isprintable() else repr(name) for name in names[:NAMED_COLUMNS]) + more
 
 
-def _candidates(columns: Columns) -> list[Layout]:
-    """Layouts that know every name of ``--columns``; those that call a column so themselves go before others."""
-    found = [x for x in LAYOUTS.values() if all(x.field_of(name) for name in columns.names)]
-    found.sort(key=lambda x: sum(name in x.words for name in columns.names))
+def _candidates(columns: ColumnMap) -> list[Layout]:
+    """Layouts that know every name of ``--columns``; those with a field of that name come before others."""
+    found = [x for x in all_layouts().values() if x.fields and all(x.field_of(name) for name in columns.names)]
+    found.sort(key=lambda x: sum(name in x.option_names for name in columns.names))
     if not found:
         names = " and ".join(columns.names)
         raise ConfigError(f"--columns: no layout has {names} together; prefopt data layouts lists what each has")
     return found
 
 
-def _decide(layouts: Mapping[str, _Seen], file: str) -> Layout | None:
-    """The one layout of all rows; None where no row has any."""
+def _decide(layouts: Mapping[str, _RowCount], candidates: Sequence[Layout], file: str) -> Layout | None:
+    """The one layout of all rows; None if no row has any."""
     if not layouts:
         return None
-    for layout in (LAYOUTS[name] for name in layouts):
-        others = [LAYOUTS[name] for name in layouts if name != layout.name]
-        if all(x.name in layout.also or set(x.fields) < set(layout.fields) for x in others):
+    named = {x.name: x for x in candidates}
+    found = [named[name] for name in layouts]
+    for layout in found:
+        others = [x for x in found if x is not layout]
+        if all(x.name in layout.accepts or set(x.fields) < set(layout.fields) for x in others):
             return layout
     parts = "; ".join(f"{name}: {seen}" for name, seen in sorted(layouts.items(), key=lambda item: item[1].first))
     raise DataError(f"mixes layouts ({parts}); give each a file of its own, or name one with --format", file=file)
 
 
 def _lost(unread: Sequence[str], names: Mapping[str, str]) -> str:
-    """What is said of columns that seem to hold responses and are not read, or nothing."""
-    found = [name for name in responses_among(names) if name in unread]
+    """A warning about columns that seem to hold responses and are not read, if there are any."""
+    found = [name for name in _response_columns(names) if name in unread]
     if not found:
         return ""
-    typed = suggestion(names) or "--columns first=COLUMN second=COLUMN label=COLUMN, or another --format"
-    ignore = f"--ignore-columns {' '.join(found)}"
+    options = suggestion(names) or "--columns first=COLUMN second=COLUMN label=COLUMN, or another --format"
     seem = "seems to hold responses and is" if len(found) == 1 else "seem to hold responses and are"
-    return f"{listed(found)} {seem} not read: {typed}; or {ignore}"
+    return f"{listed(found)} {seem} not read: {options}; or --ignore-columns {' '.join(found)}"
 
 
-def _unread(layout: Layout, names: Mapping[str, str], columns: Columns) -> list[str]:
-    meant = {layout.field_of(name): column for name, column in columns.names.items()}
-    fields = {str(name): names[column] for name, column in meant.items() if column in names}
+def _unread(layout: Layout, names: Mapping[str, str], columns: ColumnMap) -> list[str]:
+    """The columns, with the looks of their values, that the layout does not read."""
+    given = {layout.field_of(name): column for name, column in columns.names.items()}
+    fields = {str(name): names[column] for name, column in given.items() if column in names}
     read = {*layout.known, *layout.aliases, *layout.own({**names, **fields}, columns)}
-    return [
-        name
-        for name in names
-        if name not in meant.values() and name not in columns.ignored and (meant.get(name) or name not in read)
-    ]
+    rest = [name for name in names if name not in given.values() and name not in columns.ignored]
+    return [name for name in rest if given.get(name) or name not in read]
 
 
 def _unknown(survey: _Survey, file: str, why: str) -> DataError:
-    """The error for rows of no layout, with what the nearest one lacks."""
+    """The error for rows without a layout, with the fields that the nearest layout needs."""
     assert survey.odd is not None
     number, row = survey.odd
     if isinstance(row, DataError):
         return row
     if not isinstance(row, dict):
-        return DataError(f"unknown layout: it is {kind(row)}, not an object with named fields", file=file, row=number)
+        return DataError(
+            f"unknown layout: it is {type_name(row)}, not an object with named fields", file=file, row=number
+        )
     lacks = {x.name: [f for f in x.fields if x.column_of(f, row, survey.columns) is None] for x in survey.candidates}
-    some = [
-        x
-        for x in survey.candidates
-        if lacks[x.name] and (survey.alone or x.written) and (survey.alone or len(lacks[x.name]) < len(x.fields))
-    ]
-    # Of several that lack as much, the one that knows most of the columns; of those the least particular.
+    alone = len(survey.candidates) == 1
+    some = [x for x in survey.candidates if lacks[x.name] and (alone or len(lacks[x.name]) < len(x.fields))]
+    # Of several that lack as many, the one that knows most of the columns; of those the most general.
     near = min(reversed(some), key=lambda x: (len(lacks[x.name]), -len(x.known & row.keys())), default=None)
     typed = suggestion({str(name): look(value) for name, value in row.items() if value is not None})
-    if typed and not all(side in row for side in SIDES):  # what the nearest layout lacks would mislead
-        remedy = f"which response is better is not said in words known here: {typed}"
+    if typed and not all(side in row for side in SIDES):  # the fields of the nearest layout would mislead
+        remedy = f"no column is known to hold the better response: {typed}"
         return DataError(f"unknown layout: row {number} has {listed([str(n) for n in row])}; {remedy}", file=file)
     hint = f"{near.name} needs {', '.join(lacks[near.name])} as well" if near else "prefopt data layouts lists them all"
     remedy = f"{why}; --format names another layout" if why else "--columns NAME=COLUMN names columns"
     columns = listed([str(name) for name in row]) or "no fields"
     what = f"unknown layout: no row has all fields of one; row {number} has {columns}; {hint}; {remedy}"
     return DataError(what, file=file)
+
+
+WORD = re.compile(r"[a-z]+|[A-Z][a-z]*")
+RESPONSE_WORDS = frozenset(
+    "response responses answer answers completion completions output outputs generation generations reply replies"
+    " candidate candidates prediction predictions summary summaries chosen rejected preferred dispreferred"
+    " better worse good bad pos neg positive negative winner loser".split()
+)
+# With one of these words, a column is about responses, or holds reference answers.
+OTHER_WORDS = frozenset(
+    "id ids model models source sources score scores rating ratings rank ranks url urls link links type types label"
+    " labels lang language len length tokens token count num n hash time date created at by author name names policy"
+    " category tag tags reason rationale rationales feedback critique explanation comment comments note notes quotes"
+    " correct incorrect gold reference references expected ground truth final parsed extracted format finish is has"
+    " metadata meta info prompt question system safe safety harm severity aspect key keys index start end list style"
+    " best example examples processed original raw quality level status choice preference annotator worker"
+    " subset domain constraint constraints aliases".split()
+)
+RESPONSE_LOOKS = ("text", "transcript", "texts", "messages", "replies", "weighted", "message")
+
+
+LABELS = "label labels winner choice preference verdict better preferred judgment judgement".split()
+OPPOSITES = (
+    ("chosen", "rejected"),
+    ("preferred", "dispreferred"),
+    ("better", "worse"),
+    ("good", "bad"),
+    ("positive", "negative"),
+    ("pos", "neg"),
+    ("winner", "loser"),
+)
+
+
+def _words(name: str) -> set[str]:
+    return {word.lower() for word in WORD.findall(name)}
+
+
+def _response_columns(columns: Mapping[str, str]) -> list[str]:
+    """The columns that seem, by name and look, to hold responses. ``winner`` is one beside ``loser``, else a label."""
+    names = {name.lower() for name in columns}
+    labels = {name for name in LABELS if dict(OPPOSITES).get(name) not in names}
+    return [
+        name
+        for name, looks in columns.items()
+        if looks in RESPONSE_LOOKS
+        and _words(name) & RESPONSE_WORDS
+        and not _words(name) & OTHER_WORDS
+        and name.lower() not in labels
+    ]
+
+
+def _tree_messages(columns: Mapping[str, str]) -> str:
+    """A reason if each row is one message of a tree, so that a prompt and its replies are several rows."""
+    if not {"parent_id", "role", "text"} <= columns.keys() or "replies" in columns:
+        return ""
+    what = "each row is one message of a tree (parent_id, role), not a prompt with its replies"
+    row = '{"text": ..., "replies": [{"text": ..., "rank": ...}, ...]}'
+    return f"{what}: take the trees (OpenAssistant's .trees.jsonl), or make a row of each message with replies, {row}"
+
+
+def suggestion(columns: Mapping[str, str]) -> str:
+    """Options that read two of these columns as responses, with a label; empty if no two seem to be responses."""
+    found = _response_columns(columns)
+    prompt = next((n for n in columns if n in ("prompt", "instruction", "question", "query", "input", "context")), "")
+    if pair := _by_opposites(found):
+        return f"--columns {f'prompt={prompt} ' * bool(prompt)}chosen={pair[0]} rejected={pair[1]}"
+    if len(found) != 2:
+        return ""
+    label = next((n for n in columns if n.lower() in LABELS or n.lower().startswith(("better", "prefer"))), "")
+    numbers = columns.get(label) in ("number", "truth")  # text may name a response
+    means = " --label-means 0=first,1=second,2=tie (or as in the file)" if numbers else ""
+    judged = f"label={label}" if label else "label=COLUMN"
+    return f"--columns prompt={prompt or 'COLUMN'} first={found[0]} second={found[1]} {judged}{means}"
+
+
+def _by_opposites(names: Sequence[str]) -> tuple[str, str] | None:
+    """The preferred and the rejected column by their names; of two columns, the name of the rejected is enough."""
+    for good, bad in OPPOSITES:
+        best, worst = ([name for name in names if word in _words(name)] for word in (good, bad))
+        if len(best) == len(worst) == 1:
+            return best[0], worst[0]
+    worst = [name for name in names if _words(name) & {"rejected", "dispreferred"}]
+    if len(names) == 2 and len(worst) == 1:
+        return next(name for name in names if name != worst[0]), worst[0]
+    return None

@@ -1,25 +1,34 @@
-"""One row as its layout names the columns, with getters that say what is wrong with a value."""
+"""One row as its layout names the columns: typed access that raises BadRow, and building the comparison."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from prefopt.data.layouts.messages import Tags, read_messages, read_tools
-from prefopt.data.layouts.shapes import SCORES, SPELT
-from prefopt.data.layouts.values import BadRow, items_of, kind, number_of, spelt
+from prefopt.data.layouts.messages import Tags, read_messages, read_tools, read_transcript
+from prefopt.data.layouts.values import (
+    SCORE_COLUMNS,
+    SCORES,
+    TRANSCRIPT_STARTS,
+    BadRow,
+    items_of,
+    label_text,
+    number_of,
+    type_name,
+)
 from prefopt.records import Comparison, Message, Response
 
 LABELS = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(slots=True)
-class Row:
-    """One row as its layout names the columns; every getter raises :class:`BadRow` for what a value cannot be.
+class RowReader:
+    """One row, its columns under the names of the layout's fields; every method raises :class:`BadRow`.
 
-    ``extra`` holds the columns that the layout does not read, ``own`` names those that it reads under names of their
-    own. ``cells``: values are the cells of a table of text, where true, false and numbers are written out. ``means``
-    says what labels mean, and ``sides`` what the columns of two responses are called in the file.
+    ``extra`` are the columns that the layout does not read, ``own`` the names of those that it reads under other names
+    than its fields. ``cells``: values are cells of a table of text, such as "true" and "1". ``means`` is the meaning of
+    labels, ``sides`` the column names of the two responses in the file.
     """
 
     values: Mapping[str, object]
@@ -33,33 +42,33 @@ class Row:
     own: Collection[str] = ()
 
     def has(self, name: str) -> bool:
-        """Whether there is a value; null is none."""
+        """Whether the column is present and not null."""
         return self.values.get(name) is not None
 
     def given(self, name: str) -> object:
-        """The value, which must be there."""
+        """The value; it must be present."""
         value = self.values.get(name)
         if value is None:
             raise BadRow("missing field", f"lacks {name}")
         return value
 
     def text(self, name: str) -> str:
-        """Text, which must be there."""
+        """Text; it must be present."""
         value = self.given(name)
         if not isinstance(value, str):
-            raise BadRow("wrong type", f"{name} is {kind(value)}, not text")
+            raise BadRow("wrong type", f"{name} is {type_name(value)}, not text")
         return value
 
     def text_or(self, name: str, default: str = "") -> str:
-        """Text, or the default where there is none."""
+        """Text, or the default if it is absent."""
         return self.text(name) if self.has(name) else default
 
     def items(self, name: str) -> Sequence[object]:
-        """A list, which must be there."""
+        """A list; it must be present."""
         return items_of(self.given(name), name)
 
     def number_of(self, value: object, name: str) -> float:
-        """A finite number; ``name`` says where it stands."""
+        """A finite number; ``name`` is its place in the row."""
         if self.cells and isinstance(value, str):
             try:
                 return number_of(float(value), name)
@@ -68,8 +77,8 @@ class Row:
         return number_of(value, name)
 
     def label_of(self, value: object, name: str) -> bool:
-        """True or false, which 1 and 0 stand for too; ``--label-means`` may say ``good`` and ``bad`` of others."""
-        label = spelt(value)
+        """True or false, or 1 or 0; ``--label-means`` gives other labels the meaning ``good`` or ``bad``."""
+        label = label_text(value)
         if self.means:
             label = {"true": "1", "false": "0"}.get(label, label) if label not in self.means else label
             if self.means.get(label) not in ("good", "bad"):
@@ -77,33 +86,40 @@ class Row:
                 raise BadRow("unknown label", f"{name} is {value!r}; --label-means knows {known}")
             return self.means[label] == "good"
         if label not in LABELS or not isinstance(value, (bool, int, float, str)):
-            said = f", {value!r}" if isinstance(value, (int, float)) or (isinstance(value, str) and self.cells) else ""
-            what = f"{name} is {kind(value)}{said}, not true or false"
-            raise BadRow("wrong type", f"{what} (or 1 or 0); --label-means good=good,bad=bad says what others mean")
+            shown = f", {value!r}" if isinstance(value, (int, float)) or (isinstance(value, str) and self.cells) else ""
+            what = f"{name} is {type_name(value)}{shown}, not true or false (or 1 or 0)"
+            raise BadRow(
+                "wrong type", f"{what}; give the meaning of other labels, such as --label-means yes=good,no=bad"
+            )
         return LABELS[label]
 
+    @property
+    def labels(self) -> tuple[bool, ...]:
+        """The label of a single response, in the column ``label``."""
+        return (self.label_of(self.given("label"), "label"),)
+
     def turns(self, name: str) -> tuple[Message, ...]:
-        """A list of messages, which must be there."""
+        """A list of messages; it must be present."""
         return read_messages(self.given(name), name, self.tags)
 
     def chat(self, name: str) -> tuple[Message, ...]:
-        """A list of messages, which must be there, after the column ``system`` where that says something."""
+        """A list of messages, after the column ``system`` if there is one."""
         return self.with_system(self.turns(name))
 
     def response(self, name: str, *, text: bool = False) -> Response:
-        """A side: text, one message, or a list of messages; text alone where the prompt is plain ``text``."""
+        """A response: text, one message, or a list of messages; only text if the prompt is plain ``text``."""
         return self.response_of(self.given(name), name, text=text)
 
     def response_of(self, value: object, name: str, *, text: bool = False) -> Response:
-        """As :meth:`response`, of a value that stands deeper in the row; ``name`` says where."""
+        """As :meth:`response`, for a value at any place in the row, which is called ``name`` in messages."""
         if isinstance(value, str):
             return answer(value)
         if text:
-            raise BadRow("wrong type", f"{name} should be text, as the prompt is, and is {kind(value)}")
+            raise BadRow("wrong type", f"{name} should be text, as the prompt is, and is {type_name(value)}")
         return Response(read_messages([value] if isinstance(value, dict) else value, name, self.tags))
 
     def with_system(self, turns: tuple[Message, ...]) -> tuple[Message, ...]:
-        """The turns after the column ``system``, where that says something."""
+        """The turns after the column ``system``, if there is one."""
         system = self.text_or("system")
         if not system:
             return turns
@@ -111,16 +127,61 @@ class Row:
             raise BadRow("two system turns", "has a column system and a system turn as well")
         return (Message("system", system), *turns)
 
+    def demonstration(self, turns: tuple[Message, ...]) -> Comparison:
+        """A conversation to train on: the response is all turns from the first of the assistant on."""
+        at = next((i for i, m in enumerate(turns) if m.role == "assistant"), len(turns))
+        return self.comparison(turns[:at], [Response(turns[at:])] if turns[at:] else ())
+
+    def at(self, path: str) -> object:
+        """The value at a path such as ``info.post`` or ``summaries.0.text``; it must be present."""
+        value = value_at(self.values, path)
+        if value is None:
+            raise BadRow("missing field", f"lacks {path}")
+        return value
+
+    def prompt_at(self, path: str) -> tuple[Message, ...]:
+        """A prompt at a path: messages, a transcript as in Anthropic's HH, or the text of a user."""
+        value = self.at(path)
+        if isinstance(value, (list, tuple)):
+            return self.with_system(self.response_of(value, path).messages)
+        if not isinstance(value, str):
+            raise BadRow("wrong type", f"{path} is {type_name(value)}, not text or messages")
+        if not value.startswith(TRANSCRIPT_STARTS):
+            return self.with_system((Message("user", value),))
+        turns, _ = read_transcript(value)
+        if turns[-1].role == "assistant" and not turns[-1].content:
+            turns = turns[:-1]
+        return self.with_system(turns)
+
+    def reply(self, value: object, name: str) -> Response:
+        """A response that must be present: text or messages; ``name`` is its place in the row."""
+        if value is None:
+            raise BadRow("missing field", f"lacks {name}")
+        return self.response_of(value, name)
+
+    def texts(self, name: str) -> list[str]:
+        """A list of texts, or the JSON text of one: the turns of one side."""
+        value = self.given(name)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                raise BadRow("wrong type", f"{name} is text that is not a JSON list of turns") from None
+        texts = items_of(value, name)
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise BadRow("wrong type", f"{name} should be a list of texts, one for each turn, none of them null")
+        return [str(text) for text in texts]
+
     @property
     def tools(self) -> tuple[str, ...]:
-        """The functions that the model may call, as JSON objects."""
+        """The functions a model may call, as JSON objects."""
         return read_tools(self.values.get("tools"), verbatim=self.tags.verbatim)
 
     @property
     def pair_scores(self) -> tuple[float, float] | None:
-        """Scores of chosen and rejected from :data:`SCORES`, or else what :func:`scored_sides` found.
+        """Scores of chosen and rejected from :data:`SCORES`, or from the columns that :func:`scored_sides` found.
 
-        Raises :class:`BadRow` where there is one without the other, and where they say that the rejected is better.
+        Raises :class:`BadRow` for one score without the other, and if the rejected response has the higher score.
         """
         names: Sequence[str] = tuple(self.own) if len(self.own) == 2 else SCORES
         values, metadata = self.values, self.values.get("metadata")
@@ -143,8 +204,8 @@ class Row:
         return best, worse
 
     def _lone_scores(self) -> Iterator[str]:
-        """Scores of one side that are not read, since that of the other is null."""
-        for names in SPELT:
+        """Scores of one response that are not read because the other's is null."""
+        for names in SCORE_COLUMNS:
             for name, other in (names, names[::-1]):
                 if self.has(name) and other in self.values and not self.has(other):
                     yield f"{name} where {other} is null"
@@ -152,7 +213,7 @@ class Row:
     def pair(
         self, prompt: tuple[Message, ...], chosen: Response, rejected: Response, *, text: bool = False
     ) -> Comparison:
-        """A chosen response and a rejected one, with their scores where there are any; equal scores are a tie."""
+        """A chosen and a rejected response, with their scores if there are any; equal scores are a tie."""
         scores = self.pair_scores
         tied = scores is not None and scores[0] == scores[1]
         tiers = ((0, 1),) if tied else ((0,), (1,))
@@ -169,20 +230,33 @@ class Row:
         labels: tuple[bool, ...] | None = None,
         votes: tuple[tuple[int, int, float], ...] | None = None,
     ) -> Comparison:
-        """What the row says, with its place, tools, and the columns not read. A prompt's turns are never trained."""
+        """The comparison with row number, tools and the columns not read. Turns of a prompt are never trained."""
         if not self.tags.verbatim and not all(m.trained for m in prompt):
             prompt = tuple(replace(m, trained=True) for m in prompt)
         sides, tools = tuple(responses), self.tools
         if text and tools:
-            raise BadRow("field that cannot be used", "has tools, which plain text has no place for")
+            raise BadRow("field that cannot be used", "has tools, which plain text cannot have")
         return Comparison(prompt, sides, tiers, self.number, self.file, text, self.extra, scores, labels, votes, tools)
 
 
 def answer(text: str) -> Response:
-    """One turn of the assistant."""
+    """A response of one assistant turn."""
     return Response((Message("assistant", text),))
 
 
 def text_prompt(text: str) -> tuple[Message, ...]:
-    """The prompt of a row of plain text; every such row has one, be it empty."""
+    """The prompt of plain text, which may be empty."""
     return (Message("user", text),)
+
+
+def value_at(values: Mapping[str, object], path: str) -> object:
+    """The value at a path of keys and indices, or None."""
+    found: object = values
+    for key in path.split("."):
+        if isinstance(found, Mapping):
+            found = found.get(key)
+        elif isinstance(found, (list, tuple)) and key.isdigit() and int(key) < len(found):
+            found = found[int(key)]
+        else:
+            return None
+    return found

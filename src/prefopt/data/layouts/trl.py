@@ -1,8 +1,8 @@
-"""TRL's layouts: a prompt that is given or implied, plain text or turns, with sides, a completion, a label, or alone.
+"""TRL's layouts: pairs, labels, demonstrations and prompts, each as plain text and as messages; raw text; questions.
 
-A prompt that is text is the plain text of a base model: it and the response are joined as they stand.
+A prompt that is text is the plain text of a base model: it and the response are joined as they are.
 
-A prompt ends where both sides have had the same words so far, and never so late that a side is left without any:
+An implicit prompt ends where both sides last share a word, and before the last word of either:
 
 >>> split_text("The capital is Paris", "The capital is London")
 ('The capital is', ' Paris', ' London')
@@ -15,36 +15,29 @@ A prompt ends where both sides have had the same words so far, and never so late
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 from prefopt.data.layouts.layout import (
+    BAD,
+    GOOD,
+    USER,
+    CannotHold,
     Layout,
-    best_first,
-    need_chat,
-    need_demonstration,
-    need_label,
-    need_no_preference,
-    need_pair,
-    need_text,
+    always,
+    pair_of,
+    plain_text,
+    response_of,
     score_columns,
-    words,
 )
-from prefopt.data.layouts.messages import write_messages, write_tools
-from prefopt.data.layouts.row import Row, answer, text_prompt
-from prefopt.data.layouts.shapes import (
-    SCORES,
-    chat_prompt,
-    chat_prompt_alone,
-    implicit_chat,
-    implicit_text,
-    may_ask,
-    prompt_alone,
-    scored_sides,
-)
-from prefopt.data.layouts.values import BadRow
+from prefopt.data.layouts.messages import split_turns, write_messages, write_tools
+from prefopt.data.layouts.row import RowReader, answer, text_prompt
+from prefopt.data.layouts.values import LISTS, SCORES, BadRow, look
+from prefopt.data.validate import DataKind
 from prefopt.records import Comparison, Message, Response
 
-# Scripts that put no space between words: a word of theirs is taken to be a character.
+# Scripts without spaces between words, where every character counts as a word.
 UNSPACED = (
     (0x0E00, 0x0EFF),  # Thai, Lao
     (0x0F00, 0x0FFF),  # Tibetan
@@ -57,6 +50,7 @@ UNSPACED = (
     (0x20000, 0x3FFFF),  # Han extensions
 )
 JOINERS = "\u200c\u200d"
+Match = Callable[[Mapping[str, object]], bool]
 
 
 def split_text(chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -64,7 +58,7 @@ def split_text(chosen: str, rejected: str) -> tuple[str, str, str]:
     limit = min(len(chosen), len(rejected))
     at = next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
     at = min(at, len(chosen.rstrip()) - 1, len(rejected.rstrip()) - 1)
-    while at > 0 and not (_parts(chosen, at) and _parts(rejected, at)):
+    while at > 0 and not (_is_boundary(chosen, at) and _is_boundary(rejected, at)):
         at -= 1
     at = max(at, 0)
     if at and chosen[at - 1] == " ":
@@ -72,27 +66,8 @@ def split_text(chosen: str, rejected: str) -> tuple[str, str, str]:
     return chosen[:at], chosen[at:], rejected[at:]
 
 
-def split_turns(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
-    """How many turns the prompt has: those in common, up to a turn of the assistant, which both sides keep."""
-    limit = min(len(chosen), len(rejected))
-    at = next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
-    while at and not all(at < len(side) and side[at].role == "assistant" for side in (chosen, rejected)):
-        at -= 1
-    return at
-
-
-def first_answer(turns: Sequence[Message]) -> int:
-    """How many turns stand before the first of the assistant."""
-    return next((i for i, m in enumerate(turns) if m.role == "assistant"), len(turns))
-
-
-def last_answer(turns: Sequence[Message]) -> int:
-    """How many turns stand before the last, where that is the assistant's; else all of them."""
-    return len(turns) - 1 if turns and turns[-1].role == "assistant" else len(turns)
-
-
-def _parts(text: str, at: int) -> bool:
-    """Whether a word ends before ``text[at]``, or one begins there."""
+def _is_boundary(text: str, at: int) -> bool:
+    """Whether a word ends before ``text[at]`` or begins there."""
     before, after = text[at - 1], text[at]
     if unicodedata.combining(after) or unicodedata.category(after) in ("Mn", "Mc", "Me", "Sk") or after in JOINERS:
         return False
@@ -105,250 +80,201 @@ def _unspaced(character: str) -> bool:
     return any(first <= ord(character) <= last for first, last in UNSPACED)
 
 
-ORIGIN = "TRL"
-USER = {"role": "user", "content": "What is 2 + 2?"}
-GOOD, BAD = {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "22"}
-COMPLETION = {"response": "completion"}
-POLES = {"pos": "chosen", "neg": "rejected"}
+# Columns that may hold the prompt: with one of them, no prompt is inferred from what chosen and rejected share.
+PROMPTS = ("prompt", "question", "instruction", "input", "query", "context", "conversations")
+# More of them, which also occur beside whole conversations and texts.
+TOPICS = ("problem", "post", "history", "request", "dialogue", "conversation", "user", "user_prompt", "prompt_text")
+# Columns that may hold responses: with one of them, a row is more than a prompt.
+RESPONSES = ("completion", "response", "responses", "completions", "output", "outputs", "answer", "answers")
 
 
-def _read_pair_chat(row: Row) -> Comparison:
-    return row.pair(row.chat("prompt"), row.response("chosen"), row.response("rejected"))
+def chat_prompt(row: Mapping[str, object]) -> bool:
+    """The prompt is a list of messages."""
+    return look(row["prompt"]) in LISTS
 
 
-def _write_pair_chat(c: Comparison) -> dict[str, object]:
-    need_chat(c)
-    chosen, rejected = need_pair(c)
-    sides = {"chosen": write_messages(chosen.messages), "rejected": write_messages(rejected.messages)}
-    return {"prompt": write_messages(c.prompt), **sides, **score_columns(c), **write_tools(c.tools)}
+def prompt_only(row: Mapping[str, object]) -> bool:
+    """No column may hold a response."""
+    return not any(row.get(name) is not None for name in RESPONSES)
 
 
-def _read_pair_text(row: Row) -> Comparison:
-    chosen, rejected = (row.response(name, text=True) for name in ("chosen", "rejected"))
-    return row.pair(text_prompt(row.text("prompt")), chosen, rejected, text=True)
+def implicit(row: Mapping[str, object]) -> bool:
+    """No column but chosen and rejected holds a prompt."""
+    return not any(row.get(name) is not None for name in PROMPTS)
 
 
-def _write_pair_text(c: Comparison) -> dict[str, object]:
-    need_text(c)
-    chosen, rejected = need_pair(c)
-    sides = {"chosen": words(chosen.messages), "rejected": words(rejected.messages)}
-    return {"prompt": words(c.prompt), **sides, **score_columns(c)}
+def transcripts(row: Mapping[str, object]) -> bool:
+    """Chosen and rejected are transcripts as in Anthropic's HH."""
+    return implicit(row) and all(look(row[name]) == "transcript" for name in ("chosen", "rejected"))
 
 
-def _read_implicit_chat(row: Row) -> Comparison:
-    chosen, rejected = row.turns("chosen"), row.turns("rejected")
-    at = split_turns(chosen, rejected)
-    return row.pair(row.with_system(chosen[:at]), Response(chosen[at:]), Response(rejected[at:]))
+def _implicit_chat(row: Mapping[str, object]) -> bool:
+    return implicit(row) and look(row["chosen"]) in LISTS
 
 
-def _write_implicit_chat(c: Comparison) -> dict[str, object]:
-    need_chat(c)
-    chosen, rejected = (write_messages((*c.prompt, *side.messages)) for side in need_pair(c))
+def _prompt(row: RowReader, text: bool) -> tuple[Message, ...]:
+    return text_prompt(row.text("prompt")) if text else row.chat("prompt")
+
+
+def _written(turns: tuple[Message, ...], text: bool) -> object:
+    return plain_text(turns) if text else write_messages(turns)
+
+
+def _read_pair(row: RowReader, *, text: bool) -> Comparison:
+    prompt = _prompt(row, text)
+    return row.pair(prompt, row.response("chosen", text=text), row.response("rejected", text=text), text=text)
+
+
+def _write_pair(c: Comparison, *, text: bool) -> dict[str, object]:
+    chosen, rejected = (_written(side.messages, text) for side in pair_of(c))
+    sides = {"chosen": chosen, "rejected": rejected}
+    return {"prompt": _written(c.prompt, text), **sides, **score_columns(c), **write_tools(c.tools)}
+
+
+def _read_implicit(row: RowReader, *, text: bool) -> Comparison:
+    if not text:
+        chosen, rejected = row.turns("chosen"), row.turns("rejected")
+        at = split_turns(chosen, rejected)
+        return row.pair(row.with_system(chosen[:at]), Response(chosen[at:]), Response(rejected[at:]))
+    prompt, good, bad = split_text(row.text("chosen"), row.text("rejected"))
+    asking = (name for name, v in row.values.items() if name in TOPICS or look(v) in ("messages", "weighted"))
+    if not prompt and (name := next(asking, "")):
+        what = f"chosen and rejected share no words, and {name} may be their prompt: --columns prompt={name}"
+        raise BadRow("missing field", f"{what}, or --ignore-columns {name}")
+    return row.pair(text_prompt(prompt), answer(good), answer(bad), text=True)
+
+
+def _write_implicit(c: Comparison, *, text: bool) -> dict[str, object]:
+    chosen, rejected = (_written((*c.prompt, *side.messages), text) for side in pair_of(c))
     return {"chosen": chosen, "rejected": rejected, **score_columns(c), **write_tools(c.tools)}
 
 
-def _read_implicit_text(row: Row) -> Comparison:
-    prompt, chosen, rejected = split_text(row.text("chosen"), row.text("rejected"))
-    if not prompt and (name := next((name for name, value in row.values.items() if may_ask(name, value)), "")):
-        what = f"chosen and rejected have no words in common, and {name} may be their prompt: --columns prompt={name}"
-        raise BadRow("missing field", f"{what}, or --ignore-columns {name}")
-    return row.pair(text_prompt(prompt), answer(chosen), answer(rejected), text=True)
+def _read_label(row: RowReader, *, text: bool) -> Comparison:
+    labels, prompt = row.labels, _prompt(row, text)
+    return row.comparison(prompt, [row.response("completion", text=text)], text=text, labels=labels)
 
 
-def _write_implicit_text(c: Comparison) -> dict[str, object]:
-    need_text(c)
-    chosen, rejected = (words(c.prompt) + words(side.messages) for side in need_pair(c))
-    return {"chosen": chosen, "rejected": rejected, **score_columns(c)}
+def _write_label(c: Comparison, *, text: bool) -> dict[str, object]:
+    completion = _written(response_of(c).messages, text)
+    if c.labels is None:
+        raise CannotHold("a response without a label")
+    return {"prompt": _written(c.prompt, text), "completion": completion, "label": c.labels[0], **write_tools(c.tools)}
 
 
-def _read_unpaired_chat(row: Row) -> Comparison:
-    labels = (row.label_of(row.given("label"), "label"),)
-    return row.comparison(row.chat("prompt"), [row.response("completion")], labels=labels)
+def _write_completion(c: Comparison, *, text: bool) -> dict[str, object]:
+    completion = _written(response_of(c).messages, text)
+    return {"prompt": _written(c.prompt, text), "completion": completion, **write_tools(c.tools)}
 
 
-def _write_unpaired_chat(c: Comparison) -> dict[str, object]:
-    need_chat(c)
-    response, label = need_label(c)
-    sides = {"completion": write_messages(response.messages), "label": label}
-    return {"prompt": write_messages(c.prompt), **sides, **write_tools(c.tools)}
+def _chat_and_text(
+    name: str,
+    kind: DataKind,
+    description: str,
+    reader: Callable[..., Comparison],
+    writer: Callable[..., dict[str, object]],
+    *,
+    chat: Mapping[str, object],
+    text: Mapping[str, object],
+    optional: tuple[str, ...] = (),
+    matches: tuple[Match, Match] = (chat_prompt, always),
+    **more: Any,
+) -> tuple[Layout, ...]:
+    """The layouts ``NAME-chat`` and ``NAME-text``; ``chat`` and ``text`` are their example rows."""
+    both = (
+        ("chat", "messages", chat, ("system", "tools", *optional), matches[0]),
+        ("text", "plain text", text, optional, matches[1]),
+    )
+    return tuple(
+        Layout(
+            name=f"{name}-{ending}",
+            fields=tuple(example),
+            optional=columns,
+            kind=kind,
+            description=f"{description}, as {words}",
+            origin="TRL",
+            example=example,
+            reader=partial(reader, text=ending == "text"),
+            writer=partial(writer, text=ending == "text"),
+            matches=match,
+            **more,
+        )
+        for ending, words, example, columns, match in both
+    )
 
 
-def _read_unpaired_text(row: Row) -> Comparison:
-    labels = (row.label_of(row.given("label"), "label"),)
-    prompt = text_prompt(row.text("prompt"))
-    return row.comparison(prompt, [row.response("completion", text=True)], text=True, labels=labels)
-
-
-def _write_unpaired_text(c: Comparison) -> dict[str, object]:
-    need_text(c)
-    response, label = need_label(c)
-    return {"prompt": words(c.prompt), "completion": words(response.messages), "label": label}
-
-
-def _read_completion_chat(row: Row) -> Comparison:
-    return row.comparison(row.chat("prompt"), [row.response("completion")])
-
-
-def _write_completion_chat(c: Comparison) -> dict[str, object]:
-    need_chat(c)
-    completion = write_messages(need_demonstration(c).messages)
-    return {"prompt": write_messages(c.prompt), "completion": completion, **write_tools(c.tools)}
-
-
-def _read_completion_text(row: Row) -> Comparison:
-    return row.comparison(text_prompt(row.text("prompt")), [row.response("completion", text=True)], text=True)
-
-
-def _write_completion_text(c: Comparison) -> dict[str, object]:
-    need_text(c)
-    return {"prompt": words(c.prompt), "completion": words(need_demonstration(c).messages)}
-
-
-def _read_prompt_chat(row: Row) -> Comparison:
-    return row.comparison(row.chat("prompt"), ())
-
-
-def _write_prompt_chat(c: Comparison) -> dict[str, object]:
-    need_chat(c)
-    need_no_preference(c)
-    return {"prompt": write_messages(c.prompt), **write_tools(c.tools)}
-
-
-def _read_prompt_text(row: Row) -> Comparison:
-    return row.comparison(text_prompt(row.text("prompt")), (), text=True)
-
-
-def _write_prompt_text(c: Comparison) -> dict[str, object]:
-    need_text(c)
-    need_no_preference(c)
-    return {"prompt": words(c.prompt)}
-
-
-PREFERENCE_CHAT = Layout(
-    name="preference-chat",
-    fields=("prompt", "chosen", "rejected"),
-    optional=("system", "tools", *SCORES),
-    shape=chat_prompt,
-    aliases=POLES,
-    gives="pairs",
-    says="a prompt and two responses, in turns",
-    origin=ORIGIN,
-    example={"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
-    reader=_read_pair_chat,
-    writer=_write_pair_chat,
-    reads=scored_sides,
-    arranged=best_first,
-)
-PREFERENCE_TEXT = Layout(
-    name="preference-text",
-    fields=("prompt", "chosen", "rejected"),
+PREFERENCE = _chat_and_text(
+    "preference",
+    "pairs",
+    "a prompt and two responses",
+    _read_pair,
+    _write_pair,
+    chat={"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+    text={"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 22"},
     optional=SCORES,
-    aliases=POLES,
-    gives="pairs",
-    says="a prompt and two responses, as plain text",
-    origin=ORIGIN,
-    example={"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 22"},
-    reader=_read_pair_text,
-    writer=_write_pair_text,
-    reads=scored_sides,
-    arranged=best_first,
+    aliases={"pos": "chosen", "neg": "rejected"},
 )
-IMPLICIT_CHAT = Layout(
-    name="implicit-chat",
-    fields=("chosen", "rejected"),
-    optional=("system", "tools", *SCORES),
-    shape=implicit_chat,
-    gives="pairs",
-    says="two whole conversations; the prompt is the turns they share",
-    origin=ORIGIN,
-    example={"chosen": [USER, GOOD], "rejected": [USER, BAD]},
-    reader=_read_implicit_chat,
-    writer=_write_implicit_chat,
-    reads=scored_sides,
-    arranged=best_first,
-)
-IMPLICIT_TEXT = Layout(
-    name="implicit-text",
-    fields=("chosen", "rejected"),
+IMPLICIT = _chat_and_text(
+    "implicit",
+    "pairs",
+    "two conversations or texts that begin with the same prompt",
+    _read_implicit,
+    _write_implicit,
+    chat={"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    text={"chosen": "The capital of France is Paris.", "rejected": "The capital of France is London."},
     optional=SCORES,
-    shape=implicit_text,
-    gives="pairs",
-    says="two whole texts; the prompt is the words they share",
-    origin=ORIGIN,
-    example={"chosen": "The capital of France is Paris.", "rejected": "The capital of France is London."},
-    reader=_read_implicit_text,
-    writer=_write_implicit_text,
-    reads=scored_sides,
-    arranged=best_first,
+    matches=(_implicit_chat, lambda row: implicit(row) and not _implicit_chat(row) and not transcripts(row)),
 )
-UNPAIRED_CHAT = Layout(
-    name="unpaired-chat",
-    fields=("prompt", "completion", "label"),
-    optional=("system", "tools"),
-    aliases=COMPLETION,
-    shape=chat_prompt,
-    gives="labels",
-    says="a prompt and a response that is desirable or not, in turns",
-    origin=ORIGIN,
-    example={"prompt": [USER], "completion": [GOOD], "label": True},
-    reader=_read_unpaired_chat,
-    writer=_write_unpaired_chat,
+UNPAIRED = _chat_and_text(
+    "unpaired",
+    "labels",
+    "a prompt and a response that is desirable or not",
+    _read_label,
+    _write_label,
+    chat={"prompt": [USER], "completion": [GOOD], "label": True},
+    text={"prompt": "2 + 2 =", "completion": " 22", "label": False},
+    aliases={"response": "completion"},
 )
-UNPAIRED_TEXT = Layout(
-    name="unpaired-text",
-    fields=("prompt", "completion", "label"),
-    aliases=COMPLETION,
-    gives="labels",
-    says="a prompt and a response that is desirable or not, as plain text",
-    origin=ORIGIN,
-    example={"prompt": "2 + 2 =", "completion": " 22", "label": False},
-    reader=_read_unpaired_text,
-    writer=_write_unpaired_text,
+COMPLETION = _chat_and_text(
+    "completion",
+    "demonstrations",
+    "a prompt and a response to train on",
+    lambda row, text: row.comparison(_prompt(row, text), [row.response("completion", text=text)], text=text),
+    _write_completion,
+    chat={"prompt": [USER], "completion": [GOOD]},
+    text={"prompt": "2 + 2 =", "completion": " 4"},
+    aliases={"response": "completion"},
 )
-COMPLETION_CHAT = Layout(
-    name="completion-chat",
-    fields=("prompt", "completion"),
-    optional=("system", "tools"),
-    aliases=COMPLETION,
-    shape=chat_prompt,
-    gives="demonstrations",
-    says="a prompt and a response to learn, in turns",
-    origin=ORIGIN,
-    example={"prompt": [USER], "completion": [GOOD]},
-    reader=_read_completion_chat,
-    writer=_write_completion_chat,
+PROMPT = _chat_and_text(
+    "prompt",
+    "prompts",
+    "a prompt alone",
+    lambda row, text: row.comparison(_prompt(row, text), (), text=text),
+    lambda c, text: {"prompt": _written(c.prompt, text), **write_tools(c.tools)},
+    chat={"prompt": [USER]},
+    text={"prompt": "2 + 2 ="},
+    matches=(lambda row: prompt_only(row) and chat_prompt(row), prompt_only),
 )
-COMPLETION_TEXT = Layout(
-    name="completion-text",
-    fields=("prompt", "completion"),
-    aliases=COMPLETION,
-    gives="demonstrations",
-    says="a prompt and a response to learn, as plain text",
-    origin=ORIGIN,
-    example={"prompt": "2 + 2 =", "completion": " 4"},
-    reader=_read_completion_text,
-    writer=_write_completion_text,
+ANSWER = Layout(
+    name="question-answer",
+    fields=("question", "answer"),
+    optional=("system",),
+    kind="demonstrations",
+    description="a question and an answer to train on",
+    origin="GSM8K",
+    example={"question": "What is 2 + 2?", "answer": "2 + 2 = 4\n#### 4"},
+    reader=lambda row: row.comparison(
+        row.with_system((Message("user", row.text("question")),)), [answer(row.text("answer"))]
+    ),
 )
-PROMPT_CHAT = Layout(
-    name="prompt-chat",
-    fields=("prompt",),
-    optional=("system", "tools"),
-    shape=chat_prompt_alone,
-    gives="prompts",
-    says="a prompt alone, in turns",
-    origin=ORIGIN,
-    example={"prompt": [USER]},
-    reader=_read_prompt_chat,
-    writer=_write_prompt_chat,
+RAW_TEXT = Layout(
+    name="raw-text",
+    fields=("text",),
+    option_names={"prompt": "text"},
+    kind="demonstrations",
+    description="text for language modelling; a label beside it is not read",
+    origin="TRL, IMDb",
+    example={"text": "It was the best film that I saw in years."},
+    reader=lambda row: row.comparison(text_prompt(""), [answer(row.text("text"))], text=True),
+    writer=lambda c: {"text": plain_text(c.prompt) + plain_text(response_of(c).messages)},
 )
-PROMPT_TEXT = Layout(
-    name="prompt-text",
-    fields=("prompt",),
-    shape=prompt_alone,
-    gives="prompts",
-    says="a prompt alone, as plain text",
-    origin=ORIGIN,
-    example={"prompt": "2 + 2 ="},
-    reader=_read_prompt_text,
-    writer=_write_prompt_text,
-)
+LAYOUTS = {50: PREFERENCE, 60: IMPLICIT, 70: UNPAIRED, 85: COMPLETION, 92: (ANSWER, RAW_TEXT), 95: PROMPT}

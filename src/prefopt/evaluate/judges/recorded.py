@@ -11,12 +11,11 @@ from typing import Any
 
 from prefopt.data.comparisons import open_comparisons, parse_comparisons
 from prefopt.data.files.sources import find_sources
-from prefopt.data.problems import Problem, refuse
+from prefopt.data.validate import Problem, refuse
 from prefopt.errors import DataError
 from prefopt.records import Comparison
-from prefopt.studies.database import is_study
-from prefopt.studies.export import How, export_rows
-from prefopt.studies.study import Study
+from prefopt.studies.export import ExportOptions, export_rows
+from prefopt.studies.study import Study, is_study
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ def _rows(names: Sequence[str], format: str | None, columns: Sequence[str] | Non
     studies = [Path(name) for name in names if is_study(Path(name))]
     for path in studies:
         with Study(path, read_only=True) as study:
-            exported = export_rows(study, How(provenance=True))
+            exported = export_rows(study, ExportOptions(provenance=True))
         yield from (row for row in parse_comparisons(exported.rows, str(path)) if isinstance(row, Comparison))
     files = [name for name in names if Path(name) not in studies]
     for source in find_sources(files) if files else ():

@@ -1,22 +1,24 @@
-"""Attention over shared prefixes, put under any transformers model through its attention hook.
+"""Attention over shared prefixes for any transformers model, through its attention hook.
 
 The hook receives the packed row's queries, keys and values [1, heads, T, D] and the segments of
-:mod:`prefopt.model.packing`. Three kernels compute the same thing:
+:mod:`prefopt.model.packing`. Three kernels compute the same:
 
-``flash-cpu``   tiles of torch's CPU flash attention merged by their log-sum-exp, forward and backward, in one
-                autograd function: no mask where none is needed, no key copied, exact sinks and windows
+``flash-cpu``   tiles of torch's CPU flash attention merged by their log-sum-exp, forward and backward in one autograd
+                function, without copying keys; exact sinks and windows
 ``varlen``      variable-length flash attention on CUDA, keys and values gathered per segment, one call per layer
 ``loop``        scaled dot-product attention or plain arithmetic, segment by segment: any device, soft-caps too
 """
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import AttentionInterface
 
 from prefopt.errors import ModelError
@@ -27,10 +29,10 @@ from prefopt.model.packing import Segment
 HOOK = "prefopt_shared"
 
 WIDEST = 256
-"""Head width that variable-length flash attention takes at most; widths are multiples of 8."""
+"""Largest head width of variable-length flash attention; widths are multiples of 8."""
 
 TRIAL = "trial"
-"""Instead of a kernel: whether a layer's attention could be served is all that is asked; see :class:`HookReached`."""
+"""In place of a kernel: only test whether a layer's attention is supported; see :class:`HookReached`."""
 
 # What layers hand to an attention function without changing what it should compute.
 _HARMLESS = frozenset(
@@ -41,7 +43,7 @@ _HARMLESS = frozenset(
 
 
 class UnshareableError(ModelError):
-    """A layer wants of its attention what shared prefixes cannot give it; scored separately the model is right."""
+    """A layer needs attention that shared prefixes do not support; separate scoring is exact."""
 
 
 class NotCausalError(ModelError):
@@ -49,26 +51,27 @@ class NotCausalError(ModelError):
 
 
 class HookReached(Exception):
-    """A layer asked the hook for something that it can serve."""
+    """The hook supports what a layer asks for."""
 
 
 def kernel_for(device: torch.device, dtype: torch.dtype, preference: str = "auto") -> str:
-    """The kernel that serves ``device`` and ``dtype``; ``preference`` ``loop`` forces the plain one."""
+    """The kernel for ``device`` and ``dtype``; ``preference`` ``loop`` forces the plain one."""
     if preference == "loop":
         return "loop"
     if device.type == "cpu":
         return "flash-cpu"
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _has_varlen(device):
-        return "varlen"
-    return "loop"
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return "loop"
+    has_varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    return "varlen" if has_varlen and torch.cuda.get_device_capability(device) >= (8, 0) else "loop"
 
 
 def shared_attention(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     *,
     prefix_segments: tuple[Segment, ...] | None = None,
     prefix_kernel: str = "loop",
@@ -77,40 +80,39 @@ def shared_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """The hook. Returns [1, T, heads, D] and no weights.
 
-    Raises :class:`UnshareableError` for anything a layer asks for that would otherwise be swallowed, and
-    :class:`NotCausalError`.
+    Raises :class:`NotCausalError`, and :class:`UnshareableError` for arguments that would otherwise be ignored.
     """
     if prefix_segments is None:
         raise UnshareableError(f"{type(module).__name__} does not hand its keyword arguments to its attention")
     refuse_foreign(module, attention_mask, dropout, others)
     if prefix_kernel == TRIAL:
         raise HookReached
-    segments, kernel, gather = prefix_segments, prefix_kernel, prefix_gather
+    kernel, gather = prefix_kernel, prefix_gather
     width, scale = value.shape[-1], scaling if scaling is not None else query.shape[-1] ** -0.5
     both = max(width, key.shape[-1])  # multi-head latent attention: pad the narrower, cut the result
     query, key, value = (x if x.shape[-1] == both else F.pad(x, (0, both - x.shape[-1])) for x in (query, key, value))
     if kernel == "varlen" and (s_aux is not None or gather is None or both > WIDEST or both % 8):
         kernel = "loop"
     if softcap is not None or kernel == "loop":
-        out = _loop(query, key, value, segments, scale, sliding_window, softcap, s_aux)
+        out = _loop(query, key, value, prefix_segments, scale, sliding_window, softcap, s_aux)
     elif kernel == "varlen":
         assert gather is not None
         out = _varlen(query, key, value, gather, scale, sliding_window)
     else:
-        out = flash_cpu_attention(query, key, value, s_aux, segments, scale, sliding_window)
+        out = flash_cpu_attention(query, key, value, s_aux, prefix_segments, scale, sliding_window)
     return out[..., :width], None
 
 
 AttentionInterface.register(HOOK, shared_attention)
 
 
-def refuse_foreign(module: torch.nn.Module, mask: torch.Tensor | None, dropout: float, others: dict[str, Any]) -> None:
-    """Raise :class:`UnshareableError` for what a layer hands to its attention and our kernels would swallow."""
+def refuse_foreign(module: torch.nn.Module, mask: Tensor | None, dropout: float, others: dict[str, Any]) -> None:
+    """Raise :class:`UnshareableError` for arguments of a layer that our kernels would ignore."""
     name = type(module).__name__
     if not getattr(module, "is_causal", True) or others.get("is_causal") is False:
         raise NotCausalError(f"{name} is not causal: tokens see what comes after them; prefopt takes causal models")
@@ -124,18 +126,18 @@ def refuse_foreign(module: torch.nn.Module, mask: torch.Tensor | None, dropout: 
 
 
 def _loop(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     segments: tuple[Segment, ...],
     scale: float,
     window: int | None,
     softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
+    sinks: Tensor | None,
+) -> Tensor:
     repeat = query.shape[1] // key.shape[1]
     dtype = query.dtype
-    # Every segment's gradient is added to its prefix's: in float32, and rounded once.
+    # Gradients of a prefix are summed over its segments in float32 and rounded once.
     key, value = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (key, value))
     parts = []
     for start, stop, origin, prefix in segments:
@@ -157,12 +159,12 @@ def _loop(
     return torch.cat(parts, 2).transpose(1, 2)
 
 
-def _keys(x: torch.Tensor, start: int, stop: int, origin: int, prefix: int) -> torch.Tensor:
+def _keys(x: Tensor, start: int, stop: int, origin: int, prefix: int) -> Tensor:
     own = x[:, :, start:stop]
     return torch.cat([x[:, :, origin : origin + prefix], own], 2) if prefix else own
 
 
-def visible_keys(rows: int, columns: int, window: int | None, device: torch.device) -> torch.Tensor:
+def visible_keys(rows: int, columns: int, window: int | None, device: torch.device) -> Tensor:
     """Which of ``columns`` keys each of the last ``rows`` positions sees: bool [rows, columns], bottom-right causal."""
     q = torch.arange(columns - rows, columns, device=device)[:, None]
     k = torch.arange(columns, device=device)[None, :]
@@ -170,20 +172,8 @@ def visible_keys(rows: int, columns: int, window: int | None, device: torch.devi
     return mask if window is None else mask & (q - k < window)
 
 
-def _has_varlen(device: torch.device) -> bool:
-    try:
-        import torch.nn.attention.varlen
-    except ImportError:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def _wants_gqa_flag(attend: Callable[..., object]) -> bool:
-    return "enable_gqa" in inspect.signature(attend).parameters
-
-
 def gather_plan(segments: tuple[Segment, ...], device: torch.device) -> dict[str, Any]:
-    """What ``varlen`` needs, made once per pass: the row of every segment's keys, and both cumulative lengths."""
+    """Arguments of ``varlen``, made once per pass: the row of every segment's keys, and both cumulative lengths."""
     rows = [
         torch.cat([torch.arange(o, o + p, dtype=torch.int64), torch.arange(a, b, dtype=torch.int64)])
         for a, b, o, p in segments
@@ -192,7 +182,7 @@ def gather_plan(segments: tuple[Segment, ...], device: torch.device) -> dict[str
     keys = [len(r) for r in rows]
     index = torch.cat(rows)
 
-    def cumulative(lengths: list[int]) -> torch.Tensor:
+    def cumulative(lengths: list[int]) -> Tensor:
         ends = torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return F.pad(ends, (1, 0)).to(device, non_blocking=True)
 
@@ -207,31 +197,17 @@ def gather_plan(segments: tuple[Segment, ...], device: torch.device) -> dict[str
 
 
 def _varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gather: dict[str, Any],
-    scale: float,
-    window: int | None,
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, gather: dict[str, Any], scale: float, window: int | None
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    attend = cast(Callable[..., torch.Tensor], varlen_attn)
+    attend = cast(Callable[..., Tensor], varlen_attn)
     # The window counts the keys to the left of the query; transformers counts the query too.
     left = -1 if window is None else window - 1
     keys, values = (gathered(x[0].transpose(0, 1), gather["index"], gather["sums"]) for x in (key, value))
     # Grouped heads need no flag in torch 2.11; later versions want it.
-    grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if _wants_gqa_flag(varlen_attn) else {}
-    out = attend(
-        query[0].transpose(0, 1).contiguous(),
-        keys,
-        values,
-        gather["cu_q"],
-        gather["cu_k"],
-        gather["max_q"],
-        gather["max_k"],
-        scale=scale,
-        window_size=(left, 0),
-        **grouped,
-    )
-    return out[None]
+    has_flag = "enable_gqa" in inspect.signature(attend).parameters
+    grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if has_flag else {}
+    queries = query[0].transpose(0, 1).contiguous()
+    lengths = (gather["cu_q"], gather["cu_k"], gather["max_q"], gather["max_k"])
+    return attend(queries, keys, values, *lengths, scale=scale, window_size=(left, 0), **grouped)[None]

@@ -1,11 +1,11 @@
-"""Next-token distributions of two models compared at every scored token, a tile of the vocabulary's logits at a time.
+"""Next-token distributions of two models compared at every scored token, in tiles of logits.
 
-Beside a token's log-probability (see ``logprobs.py``), with z the policy's logits and r the reference's::
+Beside a token's log-probability (:mod:`prefopt.model.kernels.head`), with z the policy's logits and r the reference's::
 
     kl     = sum over v of ref(v) (log ref(v) - log pi(v)),   ref = softmax(r), pi = softmax(z)
     square = log of the sum over v of pi(v)^2 = logsumexp(2 z) - 2 logsumexp(z)
 
-The gradient of kl with respect to z is pi - ref. Nothing [M, V] is kept: the backward pass makes the tiles again.
+The gradient of kl with respect to z is pi - ref. Nothing [M, V] is kept: backward computes the tiles again.
 """
 
 from __future__ import annotations
@@ -15,42 +15,43 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from prefopt.model.kernels.head import accumulate, head_logits, tiles, transformed, wide_dtype
+from prefopt.model.kernels.head import HeadGradients, head_logits, tiles, transformed, wide_dtype
 
 
 @dataclass(frozen=True, slots=True)
 class Distributions:
-    """A model's next-token distributions at M positions, by what makes their logits when they are asked for.
+    """A model's next-token distributions at M positions, computed when needed.
 
-    ``logits`` takes a slice of the positions and gives [rows, V], float32 or wider, without gradients.
+    ``logits`` maps a slice of the positions to [rows, V], float32 or wider, without gradients.
     """
 
     vocabulary: int
-    logits: Callable[[slice], torch.Tensor]
+    logits: Callable[[slice], Tensor]
 
 
 class TokenScores(NamedTuple):
-    """What a forward pass tells of M tokens. ``kl_M`` and ``other_logp_M`` where it was given distributions to compare
-    with; ``square_M`` (log of the sum of squared probabilities, without gradient), ``distributions`` and ``hidden_M``
-    [M, H] where asked."""
+    """What a forward pass computes for M tokens. ``kl_M`` and ``other_logp_M`` with distributions to compare with;
+    ``square_M`` (log of the sum of squared probabilities, without gradient), ``distributions`` and ``hidden_M`` [M, H]
+    where requested."""
 
-    logp_M: torch.Tensor
-    square_M: torch.Tensor | None = None
-    kl_M: torch.Tensor | None = None
-    other_logp_M: torch.Tensor | None = None
+    logp_M: Tensor
+    square_M: Tensor | None = None
+    kl_M: Tensor | None = None
+    other_logp_M: Tensor | None = None
     distributions: Distributions | None = None
-    hidden_M: torch.Tensor | None = None
+    hidden_M: Tensor | None = None
 
 
 def head_scores(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
     other: Distributions,
     *,
-    bias: torch.Tensor | None = None,
+    bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> TokenScores:
@@ -60,11 +61,11 @@ def head_scores(
 
 
 def logit_scores(
-    logits: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, target: torch.Tensor, other: Distributions
+    logits: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor, other: Distributions
 ) -> TokenScores:
-    """The same for any other head: ``logits`` maps hidden [rows, H] to [rows, V], in checkpointed tiles."""
+    """The same by any other head: ``logits`` maps hidden [rows, H] to [rows, V], in checkpointed tiles."""
 
-    def tile(h: torch.Tensor, y: torch.Tensor, first: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def tile(h: Tensor, y: Tensor, first: Tensor) -> tuple[Tensor, ...]:
         z, r = logits(h), other.logits(slice(int(first), int(first) + len(y)))
         logp, ref = z.log_softmax(-1), r.log_softmax(-1)
         square = (2 * logp.detach()).logsumexp(-1)
@@ -79,8 +80,8 @@ def logit_scores(
     return TokenScores(logp, square, kl, ref)
 
 
-def squares(logits: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """log of the sum of squared probabilities [M], without gradient."""
+def squares(logits: Callable[[Tensor], Tensor], hidden: Tensor, vocabulary: int) -> Tensor:
+    """Log of the sum of squared probabilities [M], without gradient."""
     with torch.no_grad():
         parts = [
             (2 * logits(hidden[rows]).log_softmax(-1)).logsumexp(-1)
@@ -93,14 +94,14 @@ class _HeadScores(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        target: torch.Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
         scale: float,
         softcap: float | None,
         other: Distributions,
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> tuple[Tensor, ...]:
         ctx.scale, ctx.softcap, ctx.other = scale, softcap, other
         logp = hidden.new_empty(len(target), dtype=wide_dtype(hidden.dtype))
         square, kl, ref_logp, lse, ref_lse = (torch.empty_like(logp) for _ in range(5))
@@ -118,13 +119,10 @@ class _HeadScores(torch.autograd.Function):
         return logp, square, kl, ref_logp
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         g_logp, _, g_kl, _ = grads
         hidden, weight, bias, target, lse, ref_lse = ctx.saved_tensors
-        wants = ctx.needs_input_grad
-        grad_h = torch.empty_like(hidden) if wants[0] else None
-        grad_w = None
-        grad_b = torch.zeros_like(bias, dtype=wide_dtype(weight.dtype)) if bias is not None and wants[2] else None
+        gradients = HeadGradients(ctx.needs_input_grad, hidden, weight, bias)
         for part in tiles(len(target), weight.shape[0], hidden.device):
             z = transformed(head_logits(hidden[part], weight, bias), ctx.scale, ctx.softcap)
             r = ctx.other.logits(part).to(z.dtype)
@@ -134,16 +132,5 @@ class _HeadScores(torch.autograd.Function):
             slope.sub_(r.sub_(ref_lse[part, None]).exp_().mul_(g_kl[part, None]))
             if ctx.softcap is not None:
                 slope *= 1 - (z / ctx.softcap) ** 2
-            slope = slope.mul_(ctx.scale).to(hidden.dtype)
-            if grad_h is not None:
-                grad_h[part] = slope @ weight
-            if wants[1]:
-                grad_w = accumulate(grad_w, slope, hidden[part])
-            if grad_b is not None:
-                grad_b += slope.sum(0, dtype=grad_b.dtype)
-        return (
-            grad_h,
-            None if grad_w is None else grad_w.to(weight.dtype),
-            None if grad_b is None else grad_b.to(weight.dtype),
-            *(None,) * 4,
-        )
+            gradients.add(part, slope.mul_(ctx.scale).to(hidden.dtype))
+        return *gradients.rounded(), *(None,) * 4

@@ -1,9 +1,9 @@
 """Shared-prefix attention on the CPU: flash tiles merged by their log-sum-exp.
 
-Attention over a set of keys can be computed tile by tile. Each tile gives an output and the log-sum-exp of its
-scores; the merged output weighs the tiles by ``exp(lse_tile - lse)``. Backward needs no merging: given the *merged*
-output and log-sum-exp, every tile's backward yields its exact share of the gradients, since the probabilities it
-recomputes are ``exp(score - lse)``. Both live in one autograd function, so no log-sum-exp is ever differentiated.
+Each tile of keys gives an output and the log-sum-exp of its scores; the merged output weighs the tiles by
+``exp(lse_tile - lse)``. Backward needs no merging: given the *merged* output and log-sum-exp, every tile's backward
+yields its exact share of the gradients, since it recomputes probabilities as ``exp(score - lse)``. One autograd
+function does both, so no log-sum-exp is differentiated.
 
 A sink is a key with score s and value zero: ``lse' = logaddexp(lse, s)``, ``out' = out exp(lse - lse')``. In
 backward its score receives ``-exp(s - lse') * (grad_out . out')``.
@@ -11,12 +11,12 @@ backward its score receives ``-exp(s - lse') * (grad_out . out')``.
 Grouped heads share keys without a copy: key heads become the batch of the kernel, and the queries that share one
 become its heads, along which the keys have stride zero.
 
-Many short responses to one prompt, as reinforcement learning draws them, would be many calls with little to do. What
-adjoining responses see of their prompt is therefore one tile, and short responses of one length are one batch.
+Many short responses to one prompt, as in reinforcement learning, would be many small calls: the prompt's keys for
+adjoining responses are one tile, and short responses of one length are one batch.
 
-A prefix's keys and values are picked once for itself and once for each of K responses. Torch's own backward of that
-adds K + 1 terms in the tensor's dtype, on CUDA by atomics, in whatever order they come. Here they are added in the
-order of the segments, in float32, and rounded once.
+A prefix's keys and values are gathered once for itself and once for each of K responses. Torch's backward of that adds
+K + 1 terms in the tensor's dtype, on CUDA by atomics in any order. Here they are added in the order of the segments, in
+float32, and rounded once.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from functools import lru_cache
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from prefopt.model.packing import Segment
 
@@ -35,18 +36,18 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 WINDOW_ROWS = 256
 """Queries per tile where a sliding window needs a mask: small enough to skip most keys outside the window."""
 SHORT = 64
-"""Segments of so many tokens at most are computed together: a copy of them costs less than a call for each."""
+"""Segments of at most this many tokens are computed together: a copy costs less than a call for each."""
 
-Rows = slice | torch.Tensor
+Rows = slice | Tensor
 """A run of the row's tokens, or their indices."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tile:
-    """Queries over keys. ``many``: so many tiles of one shape, whose rows are given end to end.
+    """Queries over keys. ``many``: number of tiles of one shape, whose rows are given end to end.
 
-    ``causal``: the last key is the last query's own. ``offset``: where a window hides keys, the position of the
-    first query minus that of the first key, and ``window`` its width.
+    ``causal``: the last key is the last query's own. ``offset``: where a ``window`` hides keys, the position of the
+    first query minus that of the first key.
     """
 
     queries: Rows
@@ -56,8 +57,8 @@ class Tile:
     offset: int = 0
     window: int | None = None
 
-    def mask(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """Additive mask [rows, columns], only where a window cuts through the tile."""
+    def mask(self, dtype: torch.dtype) -> Tensor | None:
+        """Additive mask [rows, columns]; None where no window cuts through the tile."""
         if self.window is None:
             return None
         rows, columns = (torch.arange(r.stop - r.start) for r in (self.queries, self.keys) if isinstance(r, slice))
@@ -68,7 +69,7 @@ class Tile:
 
 @lru_cache(maxsize=4)  # each layer asks for the same, forward and backward
 def tiles_of(segments: tuple[Segment, ...], window: int | None) -> tuple[list[Tile], list[Tile]]:
-    """The tiles of a row: those of the segments' own keys, which have every query once, and those of prefixes."""
+    """The tiles of a row: of the segments' own keys (every query once), and of prefixes."""
     own: list[Tile] = []
     prefixes: list[Tile] = []
     starts: dict[int, list[int]] = {}  # of short segments, by length
@@ -102,7 +103,7 @@ def _causal(starts: Sequence[int], length: int) -> Tile:
 
 
 def _add_windowed(own: list[Tile], prefixes: list[Tile], segment: Segment, window: int) -> None:
-    """The tiles of a segment that a window cuts through."""
+    """Add the tiles of a segment longer than the window."""
     start, stop, origin, prefix = segment
     for q0 in range(start, stop, WINDOW_ROWS):
         q1 = min(q0 + WINDOW_ROWS, stop)
@@ -116,17 +117,16 @@ def _add_windowed(own: list[Tile], prefixes: list[Tile], segment: Segment, windo
             prefixes.append(Tile(slice(q0, q1), keys, offset=position - hidden, window=None if all_seen else window))
 
 
-def _take(x: torch.Tensor, heads: int, rows: Rows, many: int) -> torch.Tensor:
+def _take(x: Tensor, heads: int, rows: Rows, many: int) -> Tensor:
     """[heads of x, T, ...] to [key heads * many, queries per key head, rows of a tile, ...]; a view for one tile."""
     part = x[:, rows]
-    found: torch.Tensor = part.unflatten(1, (many, -1)).unflatten(0, (heads, -1)).transpose(1, 2).flatten(0, 1)
+    found: Tensor = part.unflatten(1, (many, -1)).unflatten(0, (heads, -1)).transpose(1, 2).flatten(0, 1)
     return found
 
 
-def _back(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """The way back of :func:`_take`: [key heads * many, queries per key head, rows of a tile, ...] to [heads of x,
-    rows, ...]."""
-    found: torch.Tensor = x.unflatten(0, (heads, -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+def _back(x: Tensor, heads: int) -> Tensor:
+    """Inverse of :func:`_take`: [key heads * many, queries per key head, rows of a tile, ...] to [heads, rows, ...]."""
+    found: Tensor = x.unflatten(0, (heads, -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
     return found
 
 
@@ -134,14 +134,14 @@ class _FlashShared(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sinks: torch.Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
         segments: tuple[Segment, ...],
         scale: float,
         window: int | None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """query [Hq, T, D], key and value [Hk, T, D], sinks [Hq] or none; returns [T, Hq, D]."""
         memory = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
         out = memory.transpose(0, 1)
@@ -161,7 +161,7 @@ class _FlashShared(torch.autograd.Function):
         return memory
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, out, lse = ctx.saved_tensors
         segments, scale, window = ctx.plan
         wide = lse.dtype
@@ -186,16 +186,14 @@ class _FlashShared(torch.autograd.Function):
         return grad_q, grad_k.to(key.dtype), grad_v.to(value.dtype), grad_s, None, None, None
 
 
-def _put(total: torch.Tensor, rows: Rows, part: torch.Tensor, first: bool) -> None:
+def _put(total: Tensor, rows: Rows, part: Tensor, first: bool) -> None:
     if first:
         total[:, rows] = part.to(total.dtype)
     else:
         total[:, rows] += part
 
 
-def _tile_forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tile: Tile, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _tile_forward(query: Tensor, key: Tensor, value: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
     """Output [Hq, rows, D] and log-sum-exp [Hq, rows] of a tile."""
     heads = key.shape[0]
     q, k, v = _operands(query, key, value, tile)
@@ -208,82 +206,73 @@ def _tile_forward(
 
 
 def _tile_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    tile: Tile,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients as the kernel has its operands. ``out`` and ``lse`` are the merged ones, of the whole row."""
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, tile: Tile, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the kernel's operands. ``out`` and ``lse`` are the merged ones of the whole row."""
     q, k, v = _operands(query, key, value, tile)
     g, o, norm = (_take(x, key.shape[0], tile.queries, tile.many) for x in (grad, out, lse))
     mask = tile.mask(query.dtype)
     grads = _backward(g, q, k, v, o, norm, 0.0, tile.causal, attn_mask=mask, scale=scale)
-    return cast(tuple[torch.Tensor, torch.Tensor, torch.Tensor], grads)
+    return cast(tuple[Tensor, Tensor, Tensor], grads)
 
 
-def _operands(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tile: Tile) -> list[torch.Tensor]:
+def _operands(query: Tensor, key: Tensor, value: Tensor, tile: Tile) -> list[Tensor]:
     """Queries, keys and values [Hk * many, Hq / Hk, rows of a tile, D] as the kernel takes them."""
     heads = key.shape[0]
     q = _take(query, heads, tile.queries, tile.many)
     return [q, *(_take(x, heads, tile.keys, tile.many).expand(-1, q.shape[1], -1, -1) for x in (key, value))]
 
 
-def _merge(
-    out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, lse_more: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _merge(out: Tensor, lse: Tensor, more: Tensor, lse_more: Tensor) -> tuple[Tensor, Tensor]:
     total = torch.logaddexp(lse, lse_more)
     a, b = (torch.exp(x - total)[..., None] for x in (lse, lse_more))
     return (out.to(total.dtype) * a + more.to(total.dtype) * b).to(out.dtype), total
 
 
 def flash_cpu_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    sinks: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
     segments: tuple[Segment, ...],
     scale: float,
     window: int | None,
-) -> torch.Tensor:
+) -> Tensor:
     """query [1, Hq, T, D], key and value [1, Hk, T, D], sinks [Hq] or none; returns [1, T, Hq, D]."""
     out = _FlashShared.apply(query[0], key[0], value[0], sinks, segments, scale, window)  # type: ignore[no-untyped-call]
-    return cast(torch.Tensor, out)[None]
+    return cast(Tensor, out)[None]
 
 
-Sums = tuple[tuple[torch.Tensor, torch.Tensor], ...]
-"""For the first, second, ... time that a row is picked: which rows, and where in the index. Rows differ within a pair,
-so that adding one pair after the other has an order."""
+Sums = tuple[tuple[Tensor, Tensor], ...]
+"""For the first, second, ... occurrence of a row in an index: rows and positions. Rows within a pair differ, so that
+adding one pair after the other is deterministic."""
 
 
-def occurrences(index: torch.Tensor) -> Sums:
-    """See :data:`Sums`.
+def occurrences(index: Tensor) -> Sums:
+    """The occurrences of each row in ``index``; see :data:`Sums`.
 
     >>> [[x.tolist() for x in pair] for pair in occurrences(torch.tensor([0, 1, 0, 2, 0]))]
     [[[0, 1, 2], [0, 1, 3]], [[0], [2]], [[0], [4]]]
     """
     rows, order = index.sort(stable=True)
-    starts = torch.searchsorted(rows, rows)  # where the row's first place stands
+    starts = torch.searchsorted(rows, rows)
     times = torch.arange(len(rows)) - starts
     return tuple((rows[times == k], order[times == k]) for k in range(int(times.max()) + 1 if len(rows) else 0))
 
 
-def gathered(x: torch.Tensor, index: torch.Tensor, sums: Sums) -> torch.Tensor:
+def gathered(x: Tensor, index: Tensor, sums: Sums) -> Tensor:
     """``x`` [T, ...] at ``index``, as ``index_select`` gives it; ``sums`` from :func:`occurrences`."""
-    return cast(torch.Tensor, _Gathered.apply(x, index, sums))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _Gathered.apply(x, index, sums))  # type: ignore[no-untyped-call]
 
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, index: torch.Tensor, sums: Sums) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, index: Tensor, sums: Sums) -> Tensor:
         ctx.shape, ctx.dtype, ctx.sums = x.shape, x.dtype, sums
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         total = grads[0].new_zeros(ctx.shape, dtype=torch.promote_types(ctx.dtype, torch.float32))
         for rows, places in ctx.sums:
             total[rows] = total[rows] + grads[0][places].to(total.dtype)

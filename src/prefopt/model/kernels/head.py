@@ -1,88 +1,73 @@
-"""The head of a language model: what its class does between the last hidden state and the logits.
+"""The head of a language model: from the last hidden state to logits and token log-probabilities.
 
-Most heads are a linear layer, some with a scale and a soft-cap whose names and meanings differ from class to class
-(Granite divides by ``logits_scaling``, HyperCLOVA X multiplies with it). So what the configuration says is tried
-against the class itself: its own forward is run around a body that answers with given hidden states. A head that no
-reading of the configuration explains is left to the class's own code, which is slower and as exact.
+Most heads are a linear layer, some with a scale and a soft-cap whose names and meanings differ between classes
+(Granite divides by ``logits_scaling``, HyperCLOVA X multiplies by it). What the configuration may mean is therefore
+compared with the class's own forward around given hidden states. A head that this does not explain is left to the
+class's own code, which is slower and as exact.
 
 For hidden states h [M, H], the head's weight W [V, H] and targets y [M]::
 
     z = cap * tanh(scale * (h W^T + b) / cap)      (soft-cap and scale only where the model has them)
     logp = z[y] - logsumexp(z)
 
-computed a tile of rows at a time, sums in float32 (float64 for a float64 model). For backward there are three ways:
+in tiles of rows, with sums in float32 (float64 for a float64 model). Backward works in one of three ways:
 
-frozen head     d logp / d h needs no upstream gradient but a factor per row: it is made in the forward pass, from
-                the probabilities at hand, and kept as [M, H]. 4 units of matrix work instead of 6, and no recomputing.
-kept            the slopes one-hot - p [M, V] stay, in the working dtype, where they fit ``KEEP_BYTES``: 6 units. What
-                is rounded is the difference: 1 - p of a rounded p would be nothing but rounding where p is near 1.
+frozen head     d logp / d h is computed in the forward pass and kept as [M, H]; backward multiplies it by a factor per
+                row. 4 units of matrix work.
+kept            one-hot - p [M, V] is kept in the working dtype where it fits ``KEEP_BYTES``: 6 units. The difference is
+                rounded, since 1 - p of a rounded p would be rounding alone where p is near 1.
 recomputed      otherwise the tiles are computed again: 8 units, no memory.
 
-Where Cut Cross-Entropy and Liger stop at the mean loss, this returns every token's value in float32, since sums over
-hundreds of tokens are compared with the reference's to a few thousandths.
+Unlike Cut Cross-Entropy and Liger this returns every token's value, in float32: sums over hundreds of tokens are
+compared with the reference's to a few thousandths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from prefopt.errors import ModelError
-from prefopt.model.packed_model import body_of
+from prefopt.model.architectures import body_of, logit_transforms
 
 KEEP_BYTES = 256 * 2**20
-"""Slopes kept between forward and backward, at most."""
+"""Largest [M, V] that is kept between forward and backward."""
 
 _TILE_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 """Logits of one tile; on a GPU a tile must be tall enough to keep its matrix product compute-bound."""
 
 
 def token_logprobs(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
     *,
-    bias: torch.Tensor | None = None,
+    bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
-) -> torch.Tensor:
-    """Log-probability of each target: hidden [M, H], weight [V, H], target [M], bias [V] -> float32 or float64 [M]."""
-    return _head(hidden, weight, bias, target, scale, softcap, False)[0]
+    squares: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target: hidden [M, H], weight [V, H], target [M], bias [V] -> float32 or float64 [M].
+
+    With ``squares`` also the log of the sum over the vocabulary of squared probabilities [M], without gradient.
+    """
+    arguments = (hidden, weight, bias, target, scale, softcap, squares, torch.is_grad_enabled())
+    return cast(tuple[Tensor, Tensor], _HeadLogprobs.apply(*arguments))  # type: ignore[no-untyped-call]
 
 
-def token_logprobs_and_squares(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, and the logarithm of the sum over the vocabulary of squared probabilities [M], without gradient."""
-    return _head(hidden, weight, bias, target, scale, softcap, True)
-
-
-def _head(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    out = _HeadLogprobs.apply(*arguments, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
-    return cast(tuple[torch.Tensor, torch.Tensor], out)
-
-
-def module_logprobs(
-    logits: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, target: torch.Tensor, vocabulary: int
-) -> torch.Tensor:
-    """The same for any other head, one that carries an adapter say: ``logits`` maps hidden [rows, H] to [rows, V],
+def module_logprobs(logits: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor, vocabulary: int) -> Tensor:
+    """Log-probabilities by any other head, such as one with an adapter: ``logits`` maps hidden [rows, H] to [rows, V],
     float32 or wider, in checkpointed tiles."""
 
-    def tile(h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def tile(h: Tensor, y: Tensor) -> Tensor:
         z = logits(h)
         return z.gather(-1, y[:, None])[:, 0] - z.logsumexp(-1)
 
@@ -94,32 +79,32 @@ def module_logprobs(
 
 
 def vocabulary_of(head: torch.nn.Module) -> int:
-    """How many logits a head makes, or many where it does not say."""
+    """Logits per token, or many where the head does not give their number."""
     return int(getattr(head, "out_features", 0)) or 2**17
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What logits of this dtype are computed in: float32 or wider."""
+    """The dtype to compute logits in: float32 or wider."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def tiles(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
-    """The rows in even parts, few enough for their logits to be held."""
+    """Even tiles of rows, small enough for their logits."""
     height = max(16, _TILE_ELEMENTS.get(device.type, 2**25) // vocabulary)
     height = -(-rows // -(-rows // height)) if rows else 1  # even tiles
     for start in range(0, rows, height):
         yield slice(start, min(start + height, rows))
 
 
-def transformed(z: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
-    """Logits after scale and soft-cap, where the model has them."""
+def transformed(z: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Logits after scale and soft-cap."""
     if scale != 1.0:
         z = z * scale
     return z if softcap is None else torch.tanh(z / softcap) * softcap
 
 
-def head_logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Logits [rows, V] in float32 or float64, accumulated in it where the device can."""
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Logits [rows, V], accumulated in float32 or float64 where the device can."""
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
         z = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
     else:
@@ -131,15 +116,15 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        target: torch.Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
         scale: float,
         softcap: float | None,
         squares: bool,
         grad: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         rows, vocabulary = len(target), weight.shape[0]
         ctx.scale, ctx.softcap = scale, softcap
         head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -165,16 +150,12 @@ class _HeadLogprobs(torch.autograd.Function):
         return logp, square
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         g, _ = grads
         hidden, weight, bias, target, lse = ctx.saved_tensors
         if ctx.slope is not None:
             return (ctx.slope * g[:, None]).to(ctx.slope.dtype), *(None,) * 7
-        wants = ctx.needs_input_grad
-        grad_h = torch.empty_like(hidden) if wants[0] else None
-        grad_w = None
-        grad_b = torch.zeros_like(bias, dtype=wide_dtype(weight.dtype)) if bias is not None and wants[2] else None
-        # What is kept is there whole: one tall matrix product each, and no sums.
+        gradients = HeadGradients(ctx.needs_input_grad, hidden, weight, bias)
         whole = [slice(0, len(target))] if ctx.kept is not None else None
         for part in whole or tiles(len(target), weight.shape[0], hidden.device):
             if ctx.kept is not None:
@@ -183,34 +164,44 @@ class _HeadLogprobs(torch.autograd.Function):
                 z = transformed(head_logits(hidden[part], weight, bias), ctx.scale, ctx.softcap)
                 z = _slope(z, lse[part], target[part], ctx.scale, ctx.softcap)
                 slope = z.mul_(g[part, None]).to(hidden.dtype)
-            if grad_h is not None:
-                grad_h[part] = slope @ weight
-            if wants[1]:
-                grad_w = accumulate(grad_w, slope, hidden[part])
-            if grad_b is not None:
-                grad_b += slope.sum(0, dtype=grad_b.dtype)
+            gradients.add(part, slope)
         ctx.kept = None
-        return (
-            grad_h,
-            None if grad_w is None else grad_w.to(weight.dtype),
-            None if grad_b is None else grad_b.to(weight.dtype),
-            *(None,) * 5,
-        )
+        return *gradients.rounded(), *(None,) * 5
 
 
-def accumulate(total: torch.Tensor | None, slope: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """``total`` [V, H], in float32 or wider, plus slope^T hidden."""
-    if total is None:
-        return (slope.t() @ hidden).to(wide_dtype(slope.dtype))
-    if slope.dtype == total.dtype:
-        return total.addmm_(slope.t(), hidden)
-    return total.add_(slope.t() @ hidden)
+class HeadGradients:
+    """Gradients of hidden states, head weight and bias, summed over tiles in float32 or wider."""
+
+    def __init__(self, wanted: Sequence[bool], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self._hidden, self._weight, self._weight_trains = hidden, weight, wanted[1]
+        wide = wide_dtype(weight.dtype)
+        self._grad_h = torch.empty_like(hidden) if wanted[0] else None
+        self._grad_w: Tensor | None = None
+        self._grad_b = torch.zeros_like(bias, dtype=wide) if bias is not None and wanted[2] else None
+
+    def add(self, part: slice, slope: Tensor) -> None:
+        """Add a tile, of which ``slope`` [rows, V] is the gradient with respect to h W^T + b."""
+        if self._grad_h is not None:
+            self._grad_h[part] = slope @ self._weight
+        if self._weight_trains:
+            hidden = self._hidden[part]
+            if self._grad_w is None:
+                self._grad_w = (slope.t() @ hidden).to(wide_dtype(slope.dtype))
+            elif slope.dtype == self._grad_w.dtype:
+                self._grad_w.addmm_(slope.t(), hidden)
+            else:
+                self._grad_w.add_(slope.t() @ hidden)
+        if self._grad_b is not None:
+            self._grad_b += slope.sum(0, dtype=self._grad_b.dtype)
+
+    def rounded(self) -> tuple[Tensor | None, ...]:
+        """The three gradients in the dtypes of their tensors; None for those not wanted."""
+        dtype = self._weight.dtype
+        return self._grad_h, *(None if g is None else g.to(dtype) for g in (self._grad_w, self._grad_b))
 
 
-def _slope(
-    z: torch.Tensor, lse: torch.Tensor, target: torch.Tensor, scale: float, softcap: float | None
-) -> torch.Tensor:
-    """d logp / d (h W^T + b) of a tile, [rows, V]: (one-hot - p) times the slopes of soft-cap and scale."""
+def _slope(z: Tensor, lse: Tensor, target: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """d logp / d (h W^T + b) of a tile, [rows, V]: (one-hot - p) times the derivatives of soft-cap and scale."""
     slope = torch.exp(z - lse[:, None]).neg_()
     slope[torch.arange(len(z), device=z.device), target] += 1
     if softcap is not None:
@@ -218,24 +209,20 @@ def _slope(
     return slope.mul_(scale) if scale != 1.0 else slope
 
 
-SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-
 _PROBES, _SPREAD = 4, 30.0
-"""Hidden states that a head is tried on, and how far their logits spread: far enough for any soft-cap to show."""
+"""Hidden states to test a head with, and the standard deviation of their logits: enough for any soft-cap to show."""
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
-_COARSE = 0.03
-"""Difference relative to the largest logit that is still rounding, in narrower types."""
+"""Difference relative to the largest logit that is still rounding; 0.03 in narrower types."""
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What happens between the last hidden state and the logits.
+    """How logits are computed from the last hidden state.
 
-    ``kind``: ``fused`` for a plain linear layer, ``module`` where it carries an adapter or is a module of another kind,
-    ``class`` where only the class's own code knows (hidden states are given to it), and ``model`` where hidden states
-    cannot be told from logits, so that the whole model makes them. In the last two ``scale`` and ``softcap`` are what
-    is applied to the class's own logits.
+    ``kind``: ``fused`` for a plain linear layer, ``module`` for one with an adapter or a module of another kind,
+    ``class`` for the class's own code, which is given hidden states, and ``model`` where body and head cannot be
+    separated, so that the whole model computes logits. In the last two, ``scale`` and ``softcap`` apply to the class's
+    own logits.
     """
 
     kind: str
@@ -244,52 +231,47 @@ class Head:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """How logits are made of hidden states, as ``model``'s own class makes them.
-
-    Raises :class:`ModelError` for a model without a language-model head.
-    """
+    """How ``model``'s class computes logits. Raises :class:`ModelError` for a model without a language-model head."""
     module: Any = model.get_output_embeddings()
     if module is None:
         raise ModelError(f"{type(model).__name__} has no language-model head; load it as a causal language model")
     if body_of(model) is model:
         return Head("model")
     kind = "fused" if type(module) is torch.nn.Linear else "module"
-    readings = _readings(model.config.get_text_config())
+    transforms = logit_transforms(model.config.get_text_config())
     if module.weight.is_meta:
-        return Head(kind, *readings[0])
+        return Head(kind, *transforms[0])
     hidden = _probes(module)
     try:
         with torch.no_grad():
             own = class_logits(model, hidden)
-    except Exception:  # a forward that wants more of its body than hidden states
+    except Exception:  # its forward needs more of the body than hidden states
         return Head("model")
     try:
         with torch.no_grad():
             plain = module(hidden)
         plain = plain.to(wide_dtype(plain.dtype))
-        errors = [_difference(transformed(plain, *reading), own) for reading in readings]
+        errors = [_difference(transformed(plain, *transform), own) for transform in transforms]
     except RuntimeError:  # the class transforms hidden states too, into another shape
         return Head("class")
-    best = min(range(len(readings)), key=errors.__getitem__)
-    if errors[best] <= _TOLERANCE.get(hidden.dtype, _COARSE):
-        return Head(kind, *readings[best])
+    best = min(range(len(transforms)), key=errors.__getitem__)
+    if errors[best] <= _TOLERANCE.get(hidden.dtype, 0.03):
+        return Head(kind, *transforms[best])
     return Head("class")
 
 
-def class_logits(
-    model: PreTrainedModel, hidden: torch.Tensor, weights: dict[str, torch.Tensor] | None = None
-) -> torch.Tensor:
-    """Logits [rows, V] of hidden [rows, H] by the class's own forward, float32 or wider; ``weights`` replace others."""
+def class_logits(model: PreTrainedModel, hidden: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+    """Logits [rows, V] of hidden [rows, H] by the class's own forward, float32 or wider, with ``weights`` replaced."""
     ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
     arguments = {"input_ids": ids, "use_cache": False, "return_dict": True}
     with _answering(model, hidden):
         out: Any = model(**arguments) if weights is None else torch.func.functional_call(model, weights, (), arguments)
-    logits: torch.Tensor = out.logits[0]
+    logits: Tensor = out.logits[0]
     return logits.to(wide_dtype(logits.dtype))
 
 
-def head_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The values now of all that :func:`class_logits` reads, whatever stands in their place later."""
+def head_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The current values of all weights that :func:`class_logits` reads."""
     body = {id(m) for m in body_of(model).modules()}
     return {
         f"{prefix}.{name}" if prefix else name: parameter.data
@@ -299,22 +281,7 @@ def head_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     }
 
 
-def _readings(config: Any) -> list[tuple[float, float | None]]:
-    """What the configuration may mean, scale and soft-cap, the likeliest first."""
-    scales: list[float] = []
-    for name in SCALES:
-        value = getattr(config, name, None)
-        if isinstance(value, int | float) and value:
-            both = (
-                (1.0 / float(value), float(value)) if name == "logits_scaling" else (float(value), 1.0 / float(value))
-            )
-            scales += both
-    found = [getattr(config, name, None) for name in SOFTCAPS]
-    caps: list[float | None] = [float(cap) for cap in found if isinstance(cap, int | float) and cap]
-    return list(product(dict.fromkeys([*scales, 1.0]), dict.fromkeys([*caps, None])))
-
-
-def _probes(module: Any) -> torch.Tensor:
+def _probes(module: Any) -> Tensor:
     weight = module.weight
     width = int(getattr(module, "in_features", 0) or weight.shape[1])
     drawn = torch.randn(_PROBES, width, generator=torch.Generator().manual_seed(0))
@@ -324,7 +291,7 @@ def _probes(module: Any) -> torch.Tensor:
     return hidden * (_SPREAD / spread) if 0 < spread < float("inf") else hidden
 
 
-def _difference(found: torch.Tensor, own: torch.Tensor) -> float:
+def _difference(found: Tensor, own: Tensor) -> float:
     if found.shape != own.shape:
         return float("inf")
     error = float((found - own).abs().max() / own.abs().max().clamp_min(1e-30))
@@ -332,7 +299,7 @@ def _difference(found: torch.Tensor, own: torch.Tensor) -> float:
 
 
 class _Answer(BaseModelOutputWithPast):  # type: ignore[misc]
-    """The output of a body: hidden states, and nothing under any other name."""
+    """The output of a body: hidden states, and None for any other field."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -340,8 +307,8 @@ class _Answer(BaseModelOutputWithPast):  # type: ignore[misc]
 
 
 @contextmanager
-def _answering(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[None]:
-    """Inside this context the layers of ``model`` compute nothing: their last hidden state is ``hidden`` [rows, H]."""
+def _answering(model: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
+    """In this block the layers of ``model`` compute nothing: their last hidden state is ``hidden`` [rows, H]."""
     decoder: Any = model.get_decoder()  # OPT calls it past the body
     body = body_of(model)
     inner = [body, *(m for m in body.modules() if m is decoder and m is not body)]

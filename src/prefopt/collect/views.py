@@ -1,0 +1,169 @@
+"""What a page shows and what its form means: languages, an item with its responses, and the ballot.
+
+>>> language_of("", "fr, zh-CN;q=0.9, en;q=0.8")
+'zh'
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from markupsafe import Markup
+
+from prefopt.collect.markdown import as_html, as_plain
+from prefopt.records import Tiers
+from prefopt.studies.items import Item
+from prefopt.studies.votes import RefusedVote, Vote
+
+LETTERS = "ABCDEFGHI"
+REASONS = ("unclear", "outside", "broken", "offensive")
+LONGEST_FIELD = 20_000
+LANGUAGES: Mapping[str, Mapping[str, str]] = json.loads(
+    (files("prefopt.collect") / "languages.json").read_text("utf-8")
+)
+"""Language code to the texts of the pages."""
+
+Form = Mapping[str, Sequence[str]]
+"""Field names to values."""
+
+
+def language_of(chosen: str, accepted: str) -> str:
+    """The chosen language, else the first available one in an Accept-Language header, else English."""
+    if chosen in LANGUAGES:
+        return chosen
+    wanted: list[tuple[float, str]] = []
+    for entry in accepted[:200].split(","):
+        name, _, quality = entry.strip().partition(";q=")
+        try:
+            wanted.append((-float(quality or 1), name.lower()[:2]))
+        except ValueError:
+            continue
+    return next((name for _, name in sorted(wanted, key=lambda w: w[0]) if name in LANGUAGES), "en")
+
+
+# -- items ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MessageView:
+    """One message: role, content as HTML, reasoning as HTML, and tool calls as text."""
+
+    role: str
+    html: Markup
+    reasoning: Markup | None = None
+    calls: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseView:
+    """A response on the page: ``place`` counts from 0, ``letter`` is its name, ``source`` its text without markup."""
+
+    place: int
+    letter: str
+    messages: tuple[MessageView, ...]
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class ItemView:
+    """A prompt and its responses in the order shown."""
+
+    prompt: tuple[MessageView, ...]
+    tools: tuple[str, ...]
+    responses: tuple[ResponseView, ...]
+
+
+def view_of(item: Item, shown: Sequence[int]) -> ItemView:
+    """An item with the responses in the order ``shown``, a list of their indices."""
+    row = item.row
+    plain = isinstance(row["prompt"], str)
+
+    def messages(role: str, given: Any) -> tuple[MessageView, ...]:
+        return (MessageView(role, as_plain(given) if given else Markup()),) if plain else tuple(map(_message, given))
+
+    responses = []
+    for place, k in enumerate(shown):
+        given = row["responses"][k]
+        source = given if plain else "\n\n".join(str(m.get("content") or "") for m in given)
+        responses.append(ResponseView(place, LETTERS[place], messages("assistant", given), source))
+    prompt = tuple(m for m in messages("user", row["prompt"]) if m.html or m.calls or m.reasoning)
+    return ItemView(prompt, tuple(_indented(tool) for tool in row.get("tools") or ()), tuple(responses))
+
+
+def _message(message: Mapping[str, Any]) -> MessageView:
+    content, reasoning = str(message.get("content") or ""), message.get("reasoning_content")
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", {})
+        calls.append(f"{function.get('name', '')}({_indented(function.get('arguments', ''))})")
+    html = as_html(content) if content else Markup()
+    return MessageView(str(message["role"]), html, as_html(reasoning) if reasoning else None, tuple(calls))
+
+
+def _indented(text: str) -> str:
+    try:
+        return json.dumps(json.loads(text), indent=1, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return text
+
+
+# -- the ballot ----------------------------------------------------------------------------------------------------
+
+
+def field_of(form: Form, name: str) -> str:
+    """The value of a field, or an empty string. Raises :class:`RefusedVote` for a repeated field."""
+    values = form.get(name, ())
+    if len(values) > 1:
+        raise RefusedVote(f"the form has {name} twice")
+    return values[0][:LONGEST_FIELD] if values else ""
+
+
+def read_ballot(form: Form, shown: Sequence[int], tags: Sequence[str]) -> Vote:
+    """The vote of a form on the responses ``shown`` [K]. Raises :class:`RefusedVote`.
+
+    ``choice`` is ``a1`` to ``a3`` or ``b1`` to ``b3`` (the first or second of two is better, with strength), ``tie``,
+    ``bad``, ``skip`` (with a ``reason``), or ``rank`` with a rank for each place in ``rank0``, ``rank1``, ...
+    """
+    choice, count = field_of(form, "choice"), len(shown)
+    rationale = field_of(form, "rationale").replace("\r\n", "\n").strip()
+    given = tuple(dict.fromkeys(form.get("tag", ())))
+    if not set(given) <= set(tags):
+        raise RefusedVote("the form has a tag that the study does not have")
+
+    def vote(*tiers: Sequence[int], strength: int | None = None, bad: bool = False, skipped: str | None = None) -> Vote:
+        by_response = tuple(tuple(shown[place] for place in tier) for tier in tiers)
+        return Vote(by_response, strength, bad, skipped, rationale, given)
+
+    if choice == "skip":
+        reason = field_of(form, "reason")
+        if reason not in REASONS:
+            raise RefusedVote("a skipped item needs a reason")
+        return vote(skipped=reason)
+    if choice == "bad":
+        return vote(bad=True)
+    if choice == "tie":
+        return vote(range(count))
+    if choice == "rank":
+        return vote(*_ranks(form, count))
+    if count == 2 and len(choice) == 2 and choice[0] in "ab" and choice[1] in "123":
+        best = "ab".index(choice[0])
+        return vote([best], [1 - best], strength=int(choice[1]))
+    raise RefusedVote("choose one of the answers")
+
+
+def _ranks(form: Form, count: int) -> Tiers:
+    """Tiers of places from their ranks; places without a rank are left out."""
+    by_rank: dict[int, tuple[int, ...]] = {}
+    for place in range(count):
+        text = field_of(form, f"rank{place}")
+        if text and not (len(text) == 1 and text in "123456789" and int(text) <= count):
+            raise RefusedVote(f"a rank is a number from 1 to {count}")
+        if text:
+            by_rank[int(text)] = (*by_rank.get(int(text), ()), place)
+    if sum(map(len, by_rank.values())) < 2:
+        raise RefusedVote("rank at least two responses")
+    return tuple(by_rank[rank] for rank in sorted(by_rank))

@@ -1,0 +1,307 @@
+"""Trained spans: where the answers are in a rendered conversation, found by rendering, without knowing the template.
+
+- An answer *starts* where the prompt with its generation prompt ends if the whole text begins with that. What the
+  template adds behind it, such as an empty reasoning block, is the model's to write and hence trained. Otherwise the
+  answer starts where the template puts the words of its turn.
+- It *ends* with the end-of-turn token behind its words or behind its last tool call. That place is found by rendering a
+  probe, a word that the row does not hold, in place of the words. The text that a template puts around a probe is
+  remembered: where a text is exactly that around the row's own words, no probe is rendered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from prefopt.data.chat.encoding import RenderedText
+from prefopt.data.chat.template import (
+    EARLIER_REASONING,
+    OTHER_TEMPLATE,
+    ChatTemplate,
+    Turns,
+    Unrenderable,
+    conversation_shape,
+    find_omission,
+    split_reasoning,
+)
+from prefopt.data.table import GroupTable
+from prefopt.data.tokenizer import Tokenizer, end_marks
+from prefopt.errors import DataError, ModelError
+from prefopt.records import Comparison, Message
+
+if TYPE_CHECKING:
+    from prefopt.data.chat.render import Renderer
+
+REMEMBERED = 8  # frames of one template; most have one
+SHAPES = 4096  # conversation shapes for which the template's omissions are remembered
+CHANGED = "the chat template changes the words of the answer"
+NO_END = "the template does not end an answer with anything that could be told from its words"
+ELSEWHERE = "the chat template shows the answer behind something else than its generation prompt"
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """The text between prompt and words, the text behind the words of a last turn, and how much of that is trained."""
+
+    lead: str
+    tail: str
+    close: int
+    ended: bool
+
+
+class SpanFinder:
+    """Finds the trained spans of one template's conversations.
+
+    ``marks`` are the tokens that may end a turn, longest first, EOS one of them. ``report`` is called with warnings
+    about the current row.
+    """
+
+    def __init__(
+        self, template: ChatTemplate, marks: Sequence[str], eos: str | None, report: Callable[[str], None]
+    ) -> None:
+        self._template, self._marks, self._eos, self._report = template, tuple(marks), eos, report
+        self._frames: list[_Frame] = []
+        self._omissions: dict[object, str] = {}
+
+    def render(self, prompt: Turns, responses: Sequence[Turns], tools: Sequence[str]) -> list[RenderedText]:
+        """Each response with its prompt. Raises :class:`Unrenderable` where the template refuses one."""
+        for response in responses:
+            self.check_omissions(prompt + response, tools)
+        row = _Row(self._template, tools)
+        prompt_text = row.render(prompt, generation=True)
+        self.check_inline_reasoning(prompt, prompt_text)
+        return [self._render(row, prompt, response, prompt_text) for response in responses]
+
+    def check_omissions(self, turns: Turns, tools: Sequence[str]) -> None:
+        """Refuse or report what the template leaves out; looked up once for all rows of one shape."""
+        shape = conversation_shape(turns, tools)
+        if shape not in self._omissions:
+            if len(self._omissions) >= SHAPES:
+                self._omissions.clear()
+            self._omissions[shape] = find_omission(self._template, turns, tools)
+        if self._omissions[shape] == EARLIER_REASONING:
+            self._report(EARLIER_REASONING)
+        elif self._omissions[shape]:
+            raise Unrenderable(self._omissions[shape])
+
+    def check_inline_reasoning(self, prompt: Turns, prompt_text: str) -> None:
+        """Report whether the template drops reasoning from the text of earlier answers."""
+        for turn in prompt:
+            inline = turn.role == "assistant" and "</think" in turn.content
+            if inline and split_reasoning(turn.content)[0] not in prompt_text:
+                self._report(EARLIER_REASONING)
+
+    def _render(self, row: _Row, prompt: Turns, response: Turns, prompt_text: str) -> RenderedText:
+        turns = prompt + response
+        full = row.render(turns, keep=False)
+        spans, close, ended = [], 0, False
+        for j in range(len(prompt), len(turns)):
+            if turns[j].role == "assistant" and turns[j].trained:
+                before = prompt_text if j == len(prompt) else row.render(turns[:j], generation=True, keep=False)
+                start, end, close, ended = self._span(row, turns, j, full, before)
+                self._check_words(turns[j], full[start:end], last=j == len(turns) - 1)
+                spans.append((start, end))
+        if not spans:
+            raise Unrenderable("the response has no assistant turn to train")
+        shared = len(prompt_text) if full.startswith(prompt_text) and len(prompt_text) <= spans[0][0] else 0
+        return RenderedText(full[: spans[-1][1]], tuple(spans), eos=not ended, shared=shared, close=close)
+
+    def _check_words(self, turn: Message, shown: str, *, last: bool) -> None:
+        """Report or refuse changes that the template makes to the words."""
+        if turn.content.strip() in shown:
+            return
+        reasoning, content = split_reasoning(turn.content)
+        if content.strip() not in shown:
+            self._report(CHANGED)
+        if reasoning and reasoning not in shown:
+            if last:
+                what = "the template does not show the reasoning inside the answer"
+                raise Unrenderable(f"{what}; use --reasoning strip, or {OTHER_TEMPLATE}")
+            self._report(EARLIER_REASONING)
+
+    def _span(self, row: _Row, turns: Turns, j: int, full: str, before: str) -> tuple[int, int, int, bool]:
+        """Trained characters [start, end) of turn j in ``full``, how many of them close the turn behind its words or
+        calls, and whether an end-of-turn token is among those. ``before``: the turns before it with the generation
+        prompt."""
+        turn, begins = turns[j], full.startswith(before)
+        simple = begins and not turn.tool_calls and turn.reasoning is None
+        if simple:
+            for frame in self._frames:
+                if (end := _framed(full, len(before), turn.content, frame, last=j == len(turns) - 1)) is not None:
+                    return len(before), end, frame.close, frame.ended
+        probe = _unused(full, *(text for m in turns for text in _texts(m)))
+        if begins:
+            start = len(before)
+        else:
+            self._report(ELSEWHERE)
+            start = _start(row, turns, j, full, before, probe)
+        find = self._end_of_calls if turn.tool_calls else self._end_of_words
+        end, frame = find(row, turns, j, full, probe)
+        if start >= end - frame.close:
+            raise Unrenderable("the template leaves no text of an answer that could be told from its prompt")
+        if simple and len(self._frames) < REMEMBERED:
+            framed = full[start : end - frame.close]
+            known = replace(frame, lead=framed.removesuffix(turn.content))
+            if framed.endswith(turn.content) and known not in self._frames:
+                self._frames.append(known)
+        return start, end, frame.close, frame.ended
+
+    def _end_of_words(self, row: _Row, turns: Turns, j: int, full: str, probe: str) -> tuple[int, _Frame]:
+        """Where the answer of turn j ends, and what the template puts behind it (``lead`` is left empty)."""
+        tail = _behind(row.render((*turns[:j], replace(turns[j], content=probe), *turns[j + 1 :])), probe, once=True)
+        if not full.endswith(tail):
+            raise Unrenderable(NO_END)
+        mark, close = self._closing(tail)
+        frame = _Frame("", tail if j == len(turns) - 1 else tail[:close], close, bool(mark))
+        return len(full) - len(tail) + close, frame
+
+    def _end_of_calls(self, row: _Row, turns: Turns, j: int, full: str, probe: str) -> tuple[int, _Frame]:
+        """The same for a turn with tool calls. What closes them, and the turn, is found with the turn as the last."""
+        until, rest = (*turns[:j], _probe_calls(turns[j], probe)), turns[j + 1 :]
+        plain = _behind(row.render((*turns[:j], _bare(turns[j], probe))), probe, once=True)
+        tail = _common_end(row.render(turns[: j + 1]), _behind(row.render(until), probe))
+        mark, close = self._closing_calls(tail, self._closing(plain)[0])
+        tail_there = _common_end(full, _behind(row.render((*until, *rest)), probe)) if rest else tail
+        if not close or not tail_there.startswith(tail[:close]):
+            raise Unrenderable(NO_END)
+        return len(full) - len(tail_there) + close, _Frame("", "", close, bool(mark))
+
+    def _closing(self, tail: str) -> tuple[str, int]:
+        """The end-of-turn token at the start of the text behind an answer (or nothing), and where it ends there.
+
+        Of several tokens in a row it is EOS if that is one of them, else the first.
+        """
+        at = len(tail) - len(tail.lstrip())
+        found: list[tuple[str, int]] = []
+        while mark := next((m for m in self._marks if tail.startswith(m, at)), ""):
+            at += len(mark)
+            found.append((mark, at))
+        return next((f for f in found if f[0] == self._eos), found[0] if found else ("", 0))
+
+    def _closing_calls(self, tail: str, usual: str) -> tuple[str, int]:
+        """The same in the text behind tool calls, up to the end of their turn; it closes the calls first.
+
+        The token is the one that ends answers without calls if it is there, else the last one.
+        """
+        places = {mark: tail.rfind(mark) for mark in self._marks if mark in tail}
+        if not places:
+            return "", len(tail.rstrip())
+        mark = usual if usual in places else max(places, key=lambda m: places[m] + len(m))
+        at = tail.find(mark) if mark == usual else places[mark]
+        return mark, at + len(mark)
+
+
+class _Row:
+    """Template calls for one row; a text that another response may need is kept (``keep``)."""
+
+    def __init__(self, template: ChatTemplate, tools: Sequence[str]) -> None:
+        self._template, self._tools = template, tools
+        self._kept: dict[tuple[Turns, bool], str] = {}
+
+    def render(self, turns: Turns, *, generation: bool = False, keep: bool = True) -> str:
+        if not keep:
+            return self._template.apply(turns, self._tools, generation=generation)
+        if (turns, generation) not in self._kept:
+            self._kept[turns, generation] = self._template.apply(turns, self._tools, generation=generation)
+        return self._kept[turns, generation]
+
+
+def _framed(full: str, at: int, words: str, frame: _Frame, *, last: bool) -> int | None:
+    """Where the answer ends, if the text from ``at`` on is ``words`` in ``frame`` and nothing else."""
+    begin = at + len(frame.lead)
+    end = begin + len(words)
+    if not (full.startswith(frame.lead, at) and full.startswith(words, begin)):
+        return None
+    if last:
+        return end + frame.close if full[end:] == frame.tail else None
+    return end + frame.close if frame.ended and full.startswith(frame.tail[: frame.close], end) else None
+
+
+def _start(row: _Row, turns: Turns, j: int, full: str, before: str, probe: str) -> int:
+    """Where the answer of turn j starts in a text that does not begin with the generation prompt."""
+    head = row.render((*turns[:j], _bare(turns[j], probe), *turns[j + 1 :])).partition(probe)[0]
+    start = _common(full, head)
+    finished = row.render(turns[:j])
+    if full.startswith(finished) and before.startswith(finished):
+        start = min(start, _common(full, before))
+    return start
+
+
+def _bare(turn: Message, words: str) -> Message:
+    return replace(turn, content=words, reasoning=None, tool_calls=())
+
+
+def _probe_calls(turn: Message, probe: str) -> Message:
+    """The turn with the probe as the last call's arguments and, in case they follow the call, as its words."""
+    last = replace(turn.tool_calls[-1], arguments=f'{{"{probe}": "{probe}"}}')
+    content = probe if turn.content.strip() else turn.content
+    return replace(turn, content=content, tool_calls=(*turn.tool_calls[:-1], last))
+
+
+def _behind(text: str, probe: str, *, once: bool = False) -> str:
+    """The text behind the probe, which must be there (``once``: exactly once)."""
+    seen = text.count(probe)
+    if not seen or (once and seen > 1):
+        raise Unrenderable(f"the template shows an answer {seen} times instead of once")
+    return text.rpartition(probe)[2]
+
+
+def _texts(turn: Message) -> Iterator[str]:
+    yield from (turn.content, turn.reasoning or "")
+    for call in turn.tool_calls:
+        yield from (call.name, call.arguments)
+
+
+def _unused(*texts: str) -> str:
+    """A word that none of the texts holds."""
+    return next(word for n in count() if not any((word := f"prefopt{n}probe") in text for text in texts))
+
+
+def _common_end(one: str, other: str) -> str:
+    """The longest common suffix."""
+    return one[len(one) - _common(one[::-1], other[::-1]) :]
+
+
+def _common(one: str, other: str) -> int:
+    """The length of the longest common prefix."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
+
+
+def trained_ends(table: GroupTable, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The special tokens that end responses, in ascending order.
+
+    Each is the last trained token of a response that was not truncated, and no trained token ever follows it. A token
+    that is followed occurs inside answers too, and ended one that was cut off there by chance when it was sampled.
+    """
+    marks = list(map(int, tokenizer.convert_tokens_to_ids(list(end_marks(tokenizer)))))
+    ending: set[int] = set()
+    inside: set[int] = set()
+    for part in table.parts:
+        c = part.columns
+        ids_T, trained_T = c["ids_T"], c["trained_T"]
+        last_N = np.repeat(np.cumsum(c["prefix_G"], dtype=np.int64), c["responses_G"])
+        last_N += np.cumsum(c["length_N"], dtype=np.int64) - 1
+        whole_N = (c["cut_N"] == 0) & trained_T[last_N]
+        ending.update(ids_T[last_N[whole_N]].tolist())
+        others = np.setdiff1d(np.flatnonzero(np.isin(ids_T, marks)), last_N)
+        inside.update(ids_T[others[trained_T[others] & trained_T[others + 1]]].tolist())
+    return tuple(sorted(ending.intersection(marks) - inside))
+
+
+def end_of_turn(renderer: Renderer) -> int | None:
+    """The token that the chat template ends an answer with, found on a probe; None where there is none."""
+    probe = Comparison.pair([Message("user", "?")], chosen="!", rejected="?", row=0)
+    try:
+        group = renderer.render(probe).group
+    except (DataError, ModelError):  # it wants a conversation of another kind
+        return None
+    last = int(group.continuations[0].ids[-1])
+    return last if renderer.tokenizer.convert_ids_to_tokens(last) in end_marks(renderer.tokenizer) else None

@@ -1,0 +1,288 @@
+"""Convert a parsed row to the data a method needs, and report every row that cannot be used.
+
+>>> from prefopt.records import Message
+>>> row = Comparison.scored([Message("user", "2 + 2?")], ["22", "4"], scores=[0, 9], row=1)
+>>> convert(row, "demonstrations").responses[0].text, convert(row, "labels").labels
+('4', (False, True))
+>>> row = Comparison.pair([Message("user", "2 + 2?")], chosen="4", rejected="4", row=7)
+>>> [(problem.row, problem.kind) for problem in check(row, "pairs")]
+[(7, 'identical responses')]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from prefopt.errors import DataError
+from prefopt.records import Comparison, Message, tiers_of
+
+DataKind = Literal["pairs", "scored", "ranking", "labels", "demonstrations", "prompts"]
+Tiers = tuple[tuple[int, ...], ...]
+# Rows with several problems of one kind by number, at most so many of them in a message.
+NAMED_ROWS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One reason why a row cannot be used: rows are counted by ``kind``, ``what`` describes it for this row."""
+
+    kind: str
+    row: int
+    what: str
+    file: str = ""
+
+
+class _Impossible(Exception):
+    def __init__(self, kind: str, what: str) -> None:
+        self.kind, self.what = kind, what
+
+
+def convert(c: Comparison, kind: DataKind) -> Comparison | Problem:
+    """Convert a row to demonstrations, labels, pairs or rankings.
+
+    - ``pairs``: votes, or at least two tiers (from an order, scores, or the labels of several responses)
+    - ``scored``: pairs with a score for every response
+    - ``ranking``: at least two tiers; votes are converted where they agree with an order
+    - ``labels``: labels; of two tiers, the better one is desirable and the other is not
+    - ``demonstrations``: the best response (the first of equally good ones); all responses where there is no preference
+    - ``prompts``: no responses
+
+    Returns a :class:`Problem` where that is not possible, ``only ties`` where all responses are equally good.
+    """
+    try:
+        return _CONVERTERS[kind](c)
+    except _Impossible as why:
+        return Problem(why.kind, c.row, why.what, c.file)
+
+
+def tiers_from_votes(c: Comparison) -> Tiers:
+    """The order that votes agree with; empty where there is none: cycles, missing pairs, ties that are not transitive.
+
+    One response wins against another if the weights of the votes for it exceed those against it. In an order with ties,
+    responses are tied exactly if their wins minus losses are equal, so sorting by that finds the only candidate.
+    """
+    count, margin = len(c.responses), _margins(c)
+    if len({frozenset(vote[:2]) for vote in c.votes or ()}) < count * (count - 1) // 2:
+        return ()
+    sign = [[(m > 0) - (m < 0) for m in row] for row in margin]
+    net = [sum(row) for row in sign]
+    fits = all(sign[i][j] == (net[i] > net[j]) - (net[i] < net[j]) for i in range(count) for j in range(count))
+    return tiers_of(net) if fits else ()
+
+
+def _margins(c: Comparison) -> list[list[float]]:
+    """[K][K] weights of the votes for the first response over the second, minus those for the second."""
+    margin = [[0.0] * len(c.responses) for _ in c.responses]
+    for best, worse, weight in c.votes or ():
+        margin[best][worse] += weight
+        margin[worse][best] -= weight
+    return margin
+
+
+def _by_label(labels: Sequence[bool]) -> Tiers:
+    """Desirable responses, then undesirable ones."""
+    return tuple(tuple(k for k, label in enumerate(labels) if label is good) for good in (True, False))
+
+
+def _tiers(c: Comparison) -> Tiers:
+    """At least two tiers, from an order, scores or labels."""
+    if not c.responses:
+        raise _Impossible(
+            "no response", "holds a prompt alone, without responses to compare; prefopt sample draws some"
+        )
+    if len(c.responses) < 2:
+        if c.labels is not None:
+            what = "has one response and a label; unpaired labels are for prefopt dpo --loss kto"
+        else:
+            what = "has one response; a preference needs two; demonstrations are for prefopt sft"
+        raise _Impossible("too few responses", what)
+    tiers = c.tiers or (tiers_of(c.scores) if c.scores is not None else ())
+    if not tiers and c.labels is not None:
+        tiers = tuple(tier for tier in _by_label(c.labels) if tier)
+    if not tiers:
+        raise _Impossible("no preference", "no response is preferred to another")
+    if len(tiers) < 2:
+        raise _Impossible("only ties", "all responses are equally good, so none is preferred")
+    return tiers
+
+
+def _to_pairs(c: Comparison) -> Comparison:
+    return c if c.votes else replace(c, tiers=_tiers(c), votes=None)
+
+
+def _to_scored(c: Comparison) -> Comparison:
+    if c.scores is None:
+        raise _Impossible("no scores", "has no scores; the loss is on how far they lie apart")
+    return _to_pairs(c)
+
+
+def _to_ranking(c: Comparison) -> Comparison:
+    if c.votes and not c.tiers:
+        c = replace(c, tiers=tiers_from_votes(c))
+        if not c.tiers:
+            raise _Impossible("no order", "its votes form no order (a cycle, a missing pair, or ties among unequals)")
+    return replace(c, tiers=_tiers(c), votes=None)
+
+
+def _to_labels(c: Comparison) -> Comparison:
+    if c.labels is not None:
+        return c
+    tiers = _to_ranking(c).tiers
+    if len(tiers) > 2:
+        raise _Impossible("no label", f"ranks its responses in {len(tiers)} steps; which are desirable is not said")
+    return replace(c, labels=tuple(k in tiers[0] for k in range(len(c.responses))))
+
+
+def _to_demonstrations(c: Comparison) -> Comparison:
+    if not c.responses:
+        raise _Impossible("no response", "holds a prompt alone, without a response to learn from")
+    best: int | None = None
+    if c.tiers:
+        best = min(c.tiers[0])
+    elif c.labels is not None:
+        best = next((k for k, desirable in enumerate(c.labels) if desirable), None)
+        if best is None:
+            raise _Impossible("no desirable response", "every response is labelled undesirable")
+    elif c.votes:
+        best = next((k for k, margin in enumerate(_margins(c)) if max(margin) > 0 and min(margin) >= 0), None)
+        if best is None:
+            raise _Impossible("no best response", "no response wins against another without losing to a third")
+    return replace(_to_prompt(c), responses=c.responses if best is None else (c.responses[best],))
+
+
+def _to_prompt(c: Comparison) -> Comparison:
+    return replace(c, responses=(), tiers=(), scores=None, labels=None, votes=None)
+
+
+_CONVERTERS = {
+    "pairs": _to_pairs,
+    "scored": _to_scored,
+    "ranking": _to_ranking,
+    "labels": _to_labels,
+    "demonstrations": _to_demonstrations,
+    "prompts": _to_prompt,
+}
+
+
+def check(c: Comparison, kind: DataKind) -> list[Problem]:
+    """All problems that keep a row from being used as ``kind``; none where :func:`convert` gives a usable row."""
+    found = validate(c, kind)
+    return found if isinstance(found, list) else []
+
+
+def validate(c: Comparison, kind: DataKind) -> Comparison | list[Problem]:
+    """The row converted to ``kind``, or all of its problems."""
+    found = [Problem(problem, c.row, what, c.file) for problem, what in _content_problems(c, kind)]
+    converted = convert(c, kind)
+    if isinstance(converted, Problem):
+        return [*found, converted]
+    compared = converted.pairs if kind != "demonstrations" else ()
+    if kind == "labels" and len(converted.responses) > 1 and converted.labels is not None:
+        good, bad = _by_label(converted.labels)
+        compared = tuple((g, b) for g in good for b in bad)
+    if any(c.responses[best] == c.responses[worse] for best, worse in compared):
+        found.append(Problem("identical responses", c.row, "the preferred response and the other are the same", c.file))
+    return found or converted
+
+
+def _content_problems(c: Comparison, kind: DataKind) -> Iterator[tuple[str, str]]:
+    responses = () if kind == "prompts" else c.responses
+    messages = [*c.prompt, *(m for r in responses for m in r.messages)]
+    if any(_broken(text) for m in messages for text in _texts(m)) or any(_broken(tool) for tool in c.tools):
+        yield "broken text", "holds half of a surrogate pair, which is no character"
+    if not c.text and not any(m.content.strip() for m in c.prompt if m.role != "system"):
+        yield "empty prompt", "the prompt is empty"
+    elif not c.text and c.prompt[-1].role == "assistant":
+        yield "prompt ends with an answer", "the prompt ends with the assistant's turn, so no answer is asked for"
+    elif c.text and kind == "prompts" and not any(m.content.strip() for m in c.prompt):
+        yield "empty prompt", "the prompt is empty"
+    for k, response in enumerate(responses):
+        name = ("chosen", "rejected")[k] if c.tiers == ((0,), (1,)) else f"{k + 1}."
+        answers = [m for m in response.messages if m.role == "assistant"]
+        if not response.messages or response.messages[-1].role != "assistant":
+            yield "response without an answer", f"the {name} response does not end with the assistant's turn"
+        elif not c.text and response.messages[0].role != "assistant":
+            role = response.messages[0].role
+            what = f"the {name} response begins with a turn of the {role}; a repeated prompt is to be left out"
+            yield "response begins with no answer", what
+        elif any(not m.content.strip() and not m.tool_calls for m in answers):
+            yield "empty response", f"the {name} response is empty"
+        elif not any(m.trained for m in answers):
+            yield "nothing to train", f"no turn of the {name} response is to be trained"
+
+
+def _texts(m: Message) -> Iterator[str]:
+    yield m.content
+    yield m.reasoning or ""
+    for call in m.tool_calls:
+        yield call.name
+        yield call.arguments
+
+
+def _broken(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def refused_rows(problems: Sequence[Problem]) -> int:
+    """Number of rows with a problem; a row with two problems counts once."""
+    return len({(p.file, p.row) for p in problems})
+
+
+def describe(problems: Sequence[Problem]) -> str:
+    """One line: for each kind its count, its first rows and what is wrong (with the first row, where rows differ).
+
+    >>> describe([Problem("empty response", 3, "it is empty"), Problem("empty response", 9, "it is empty")])
+    'empty response: 2 (rows 3, 9; it is empty)'
+    >>> describe([Problem("missing field", 3, "lacks chosen"), Problem("missing field", 9, "lacks prompt")])
+    'missing field: 2 (rows 3, 9; row 3: lacks chosen)'
+    """
+    kinds: dict[str, list[Problem]] = {}
+    for problem in problems:
+        kinds.setdefault(problem.kind, []).append(problem)
+    several = len({p.file for p in problems}) > 1
+    return "; ".join(f"{kind}: {len(found)} ({_rows_and_reason(found, several)})" for kind, found in kinds.items())
+
+
+def _rows_and_reason(found: Sequence[Problem], several_files: bool) -> str:
+    rows = [f"{p.file}:{p.row}" if several_files else str(p.row) for p in found]
+    named = f"row{'s' * (len(rows) > 1)} {_first_rows(rows)}"
+    what = found[0].what
+    if any(p.what != what for p in found):
+        what = f"{'' if several_files else 'row '}{rows[0]}: {what}"
+    return f"{named}; {what}" if what else named
+
+
+def _first_rows(rows: Sequence[object]) -> str:
+    return ", ".join(map(str, rows[:NAMED_ROWS])) + (", ..." if len(rows) > NAMED_ROWS else "")
+
+
+def refuse(problems: Sequence[Problem], read: int) -> DataError:
+    """The error for ``problems`` among ``read`` rows: file, rows, reasons and count."""
+    files = {p.file for p in problems}
+    count = refused_rows(problems)
+    remedy = "; put them right, or leave them out with --on-bad-row skip" if count < read else ""
+    what = f"{count} of {read} rows cannot be used: {describe(problems)}{remedy}"
+    row = problems[0].row if count == 1 else None
+    return DataError(what, file=files.pop() if len(files) == 1 else None, row=row)
+
+
+# Warnings about rows that are used, each with the numbers of the rows; no numbers: it concerns the file.
+Warnings = dict[str, list[int]]
+
+
+def warning_lines(warnings: Mapping[str, Sequence[int]]) -> list[str]:
+    """One line for each warning, with its number of rows and the first of them.
+
+    >>> warning_lines({"no BOS": [], "cut": [3, 9]})
+    ['no BOS', 'cut: 2 rows (3, 9)']
+    """
+    return [
+        f"{what}: {len(rows)} row{'s' * (len(rows) > 1)} ({_first_rows(rows)})" if rows else what
+        for what, rows in warnings.items()
+    ]
