@@ -19,6 +19,7 @@ from hypothesis import given
 import prefopt
 from prefopt import cli
 from prefopt.config.dpo import DpoConfig
+from prefopt.config.rlhf import read_options
 from prefopt.core.options import Option, options
 from prefopt.core.yaml_file import read_document, write_document
 from prefopt.errors import ConfigError, Interrupted, RunError
@@ -378,3 +379,21 @@ def test_python_passes_names_or_objects(ran: list[dict[str, Any]], tmp_path: Pat
 
 def test_every_command_finds_what_it_runs() -> None:
     assert all(callable(verb.function()) for verb in cli.VERBS.values())
+
+
+def test_renamed_options_are_refused_with_the_new_name_and_old_records_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = {"reference_every": 5, "reference_mix": 0.5}
+    for name, new in zip(old, ("ref_model_sync_steps", "ref_model_mixup_alpha"), strict=True):
+        flag = name.replace("_", "-")
+        assert cli.main(["dpo", *NEEDED, f"--{flag}", "1"]) == 2
+        assert f"now called --{new.replace('_', '-')}" in capsys.readouterr().err
+        (tmp_path / "o.yaml").write_text(f"{name}: 1\n", "utf-8")
+        assert cli.main(["dpo", *NEEDED, "--config", str(tmp_path / "o.yaml")]) == 2
+        assert f"now called {new}" in capsys.readouterr().err
+    given = DpoConfig(model="m", data=["d.jsonl"], output="o").to_dict()
+    # A file that --print-config wrote lists all options, those without a value as null.
+    assert DpoConfig.from_dict(given | dict.fromkeys(old)).to_dict() == given
+    read = read_options("dpo", {"model": "m", "data": ["d.jsonl"], "output": "o", **old})
+    assert (read.ref_model_sync_steps, read.ref_model_mixup_alpha) == (5, 0.5)

@@ -378,7 +378,7 @@ def test_what_python_gets_wrong_is_said(base: str) -> None:
         prefopt.sample(model, TEXTS, tokenizer=tokenizer, dtype="float32")
     with pytest.raises(ConfigError, match="engine vllm loads a folder"):
         prefopt.sample(model, TEXTS, tokenizer=tokenizer, engine="vllm")
-    with pytest.raises(ConfigError, match="--resume needs the --output"):
+    with pytest.raises(ConfigError, match="--resume does nothing without --output"):
         prefopt.sample(base, TEXTS, resume=True)
     assert main(["sample", "--model", base, "--prompts", "x.txt"]) == 2
 

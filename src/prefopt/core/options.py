@@ -43,7 +43,7 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 _COMPARE = {"of at least": operator.ge, "above": operator.gt, "of at most": operator.le, "below": operator.lt}
 FIRST, LAST = ("study", "model", "adapter"), "machine"
 """The groups that help and docs show first and last, whichever class brings them."""
-RENAMED = {"ref_model_sync_steps": "ref_model_sync_steps", "ref_model_mixup_alpha": "ref_model_mixup_alpha"}
+RENAMED = {"reference_every": "ref_model_sync_steps", "reference_mix": "ref_model_mixup_alpha"}
 """Options by the name that they had before."""
 BITS = 64
 """Whole numbers have no more."""
