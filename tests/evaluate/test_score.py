@@ -71,7 +71,7 @@ def test_all_in_order_is_not_all_certain_and_rows_of_one_prompt_are_one(
         (ROWS, "lenght", "did you mean length"),
         ([{"prompt": "only a prompt"}], "length", "row 1: has no response to score"),
         ([*ROWS, {"prompt": "q"}], "length", "row 4"),
-        (ROWS, "tests_have_no_such_module:f", "is the module installed"),
+        (ROWS, "tests_have_no_such_module:f", "no module tests_have_no_such_module"),
         (ROWS, "implicit", "give --model and --reference"),
         (ROWS, "./no/such/folder", "no such folder"),
     ],
