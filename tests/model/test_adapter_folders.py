@@ -206,7 +206,7 @@ def test_where_the_base_is_looked_for(
         with pytest.raises(ModelError, match="--model BASE --adapter here/a"):
             prefopt.dpo("here/a", ROWS, output="o", **QUICK)
     named(None)
-    with pytest.raises(ModelError, match=r"here/a does not name the model .*--model BASE --adapter here/a"):
+    with pytest.raises(ModelError, match=r"here/a does not name its base model.*--model BASE --adapter here/a"):
         base_and_adapter("here/a")
 
 
