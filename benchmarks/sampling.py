@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefopt.generate.sampler import Settings
+from prefopt.generate.sampler import SamplingParams
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.model.flops import matmul_peak
 from prefopt.model.scorer import Scorer
@@ -96,7 +96,7 @@ def by_prefopt(model: Any, prompts: Prompts, args: argparse.Namespace) -> int:
     scorer = Scorer(model)
     try:
         sampler = TransformersSampler(scorer, rows=args.batch_size)
-        found = sampler.sample(prompts, args.num, Settings(args.tokens, () if args.eos is None else (args.eos,)))
+        found = sampler.sample(prompts, args.num, SamplingParams(args.tokens, () if args.eos is None else (args.eos,)))
     finally:
         scorer.detach_hook()
     return sum(sample.tokens for many in found for sample in many)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from prefopt.evaluate.compare import CompareResult
+    from prefopt.evaluate.result import CompareResult
     from prefopt.methods.ppo import PpoResult
     from prefopt.methods.reward import RewardResult
     from prefopt.methods.rlhf import RlhfResult
@@ -207,7 +207,7 @@ def compare(
     ``prompts`` are as for :func:`sample`. ``judge`` is what ``--judge`` names, or a function of prompts and responses
     (two lists of text) that gives a number for each: the higher one wins. ``options`` are the fields of
     ``CompareConfig``; with ``votes`` alone, votes of people are counted. Returns a
-    ``prefopt.evaluate.compare.CompareResult``. Raises ``prefopt.errors.UserError`` where ``prefopt compare`` prints one
+    ``prefopt.evaluate.result.CompareResult``. Raises ``prefopt.errors.UserError`` where ``prefopt compare`` prints one
     line.
 
     >>> import prefopt
@@ -215,8 +215,8 @@ def compare(
     >>> print(found.versus[0].rate.rate)  # doctest: +SKIP
     +0.685 [+0.620, +0.748]
     """
-    from prefopt.evaluate.answers import Given
     from prefopt.evaluate.compare import run
+    from prefopt.evaluate.sample_cache import CompareInputs
 
     labels, models = _labelled({"a": a, "b": b, **{f"others {n}": x for n, x in enumerate(others, 1)}}, reference)
     if models and tokenizer is None:
@@ -238,7 +238,7 @@ def compare(
     }
     config = CompareConfig.from_dict({name: value for name, value in values.items() if value is not None})
     own = Reward(str(values["judge"]), judge) if callable(judge) else None
-    return run(config, Given(models, tokenizer, rows, own))
+    return run(config, CompareInputs(models, tokenizer, rows, own))
 
 
 def report(

@@ -96,15 +96,15 @@ def test_a_row_has_a_longest_length_in_every_kind_of_file(
 def test_what_unpacks_to_thousands_of_times_its_size_is_refused(
     name: str, opened: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(content, "UNPACKED", 1 << 22)
+    monkeypatch.setattr(content, "UNPACKED", 1 << 20)
     path, row = tmp_path / name, json.dumps(ROW).encode() + b"\n"
     with opened(path, "wb") as file:
-        file.write(row + b"\n" * (1 << 23))
+        file.write(row + b"\n" * (1 << 22))
     with pytest.raises(DataError, match=r"comes to more than 250 times its size .*; unpack it first"):
         list(read_rows(path))
     with opened(path, "wb") as file:
-        file.write(row * 50_000)  # of repeats, but of no more than a file may hold
-    assert sum(1 for _ in read_rows(path)) == 50_000
+        file.write(row * 15_000)  # of repeats, but of no more than a file may hold
+    assert sum(1 for _ in read_rows(path)) == 15_000
 
 
 @pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])
@@ -152,7 +152,7 @@ def test_a_row_just_short_enough_is_read(tmp_path: Path, monkeypatch: pytest.Mon
 def test_many_names_take_linear_time(tmp_path: Path) -> None:
     names = [f"column {n}" for n in range(50_000)]
     keys = [f'"{name}": 1' for name in [*names, names[-1]]]
-    start = time.monotonic()
+    start = time.process_time()
     (tmp_path / "wide.csv").write_text(f"{','.join(names)}\n{','.join('1' for _ in names)}\n")
     (row,) = read_rows(tmp_path / "wide.csv")
     assert row == dict.fromkeys(names, "1")
@@ -162,7 +162,7 @@ def test_many_names_take_linear_time(tmp_path: Path) -> None:
     (tmp_path / "twice.jsonl").write_text(f"{{{', '.join(keys)}}}\n")
     with pytest.raises(DataError, match="the key 'column 49999' stands twice"):
         list(read_rows(tmp_path / "twice.jsonl"))
-    assert time.monotonic() - start < 10  # it was minutes
+    assert time.process_time() - start < 10  # it was minutes
 
 
 def test_texts_that_rows_share_are_not_held_a_thousand_times(tmp_path: Path) -> None:

@@ -266,6 +266,8 @@ def test_saved_data_sets_are_read_without_the_library(tmp_path: Path, monkeypatc
     assert f"{tmp_path / 'one'}: is damaged or cut off after row 2" in error(tmp_path / "one")
     shard.unlink()
     assert f"lacks {shard.name}; copy the whole folder" in error(tmp_path / "one")
+    (tmp_path / "one" / "state.json").write_text('{"_data_files": 5}')
+    assert "names no data files" in error(tmp_path / "one")
     (tmp_path / "one" / "state.json").write_text("{")
     assert "is damaged" in error(tmp_path / "one")
     (tmp_path / "dict" / "test" / "state.json").unlink()

@@ -18,8 +18,9 @@ import prefopt
 from prefopt.cli import main
 from prefopt.config.compare import CompareConfig
 from prefopt.errors import ConfigError, DataError, RunError
-from prefopt.evaluate.compare import CompareResult, run
-from prefopt.evaluate.samples import repetition
+from prefopt.evaluate.compare import run
+from prefopt.evaluate.result import CompareResult
+from prefopt.evaluate.sample_stats import repetition
 from train.small import write_model, write_rows
 
 PROMPTS: list[dict[str, Any]] = [{"prompt": f"{'klm'[i % 3]}{i}: ", "kind": "ab"[i % 2]} for i in range(16)]
@@ -77,7 +78,7 @@ def test_models_are_sampled_with_the_same_seed_and_told_about(
     assert main(words) == 0
     said = capsys.readouterr().out
     assert main([*words, "--json"]) == 2
-    assert "judged.jsonl is there already; name another file, or add --overwrite" in capsys.readouterr().err
+    assert "judged.jsonl exists; name another file, or add --overwrite" in capsys.readouterr().err
     assert main([*words, "--json", "--overwrite"]) == 0
     result = json.loads(capsys.readouterr().out)
     own, theirs = (result["models"][m] for m in (model, other))
@@ -149,11 +150,7 @@ def test_too_few_prompts_and_empty_answers_are_said(tmp_path: Path, capsys: pyte
     b = samples(tmp_path / "b.jsonl", [["x"], ["  "], ["y"], ["z z"]], few)
     assert main(["compare", "--a", a, "--b", b, "--judge", "length"]) == 0
     said = capsys.readouterr().out
-    assert (
-        "4 prompts: won 2, tied 0, lost 2" in said
-        and "too few to tell a rate" in said
-        and "%" not in said.split("\n\n")[1]
-    )
+    assert "4 prompts: won 2, tied 0, lost 2" in said and "%" not in said.split("\n\n")[1]
     assert "2 decided without the judge" in said and "1 empty" in said
 
 
@@ -161,8 +158,8 @@ def test_what_does_not_compare_is_refused(tmp_path: Path, model: str) -> None:
     a = samples(tmp_path / "a.jsonl", [["x"]] * 16)
     others = [row | {"prompt": "another " if i == 4 else row["prompt"]} for i, row in enumerate(PROMPTS)]
     for texts, prompts, said in (
-        ([["x"]] * 16, others, r"b\.jsonl, row 5: the prompt is another one than in"),
-        ([["x"]] * 5, PROMPTS[:5], "has 16 prompts and .* 5: compare samples of the same ones"),
+        ([["x"]] * 16, others, r"b\.jsonl, row 5: .*prompt"),
+        ([["x"]] * 5, PROMPTS[:5], "16 prompts.* 5: "),
         ([["x", "y"]] * 16, PROMPTS, "has 2 samples, and .* 1: draw equally many"),
     ):
         b = samples(tmp_path / "b.jsonl", texts, prompts)
@@ -171,7 +168,7 @@ def test_what_does_not_compare_is_refused(tmp_path: Path, model: str) -> None:
     b = samples(tmp_path / "b.jsonl", [["y"]] * 16)
     for options, said in (
         ({"category": "colour"}, "--category colour: the prompt has no such column"),
-        ({"reference": model}, "does not tell tokens and log-probabilities"),
+        ({"reference": model}, "row 1: has no token ids"),
         ({"judge": "gsm8k"}, "--prompts is missing: --judge gsm8k reads the answers there"),
     ):
         with pytest.raises((ConfigError, DataError), match=said):
@@ -223,24 +220,19 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "said"), OPTIONS)
-def test_contradictions_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        CompareConfig(**options)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
+def test_contradictions_are_refused_and_what_is_read_is_accepted() -> None:
+    for options, said in OPTIONS:
+        with pytest.raises(ConfigError, match=said):
+            CompareConfig(**options)
+    accepted: tuple[dict[str, Any], ...] = (
         {"judge": "gsm8k", "prompts": ["p"], "on_bad_row": "skip", "format": "canonical"},
         {"judge": "owner/reward", "device": "cpu", "threads": 1},
         {"judge": "implicit:m,n", "dtype": "float32"},
         {"reference": "r", "device": "cpu"},
         {"b": "model", "prompts": ["p"], "num": 7, "held_out": ["h"], "threads": 1},
-    ],
-)
-def test_what_is_read_is_taken(options: dict[str, Any]) -> None:
-    CompareConfig(**{**FILES, **options})
+    )
+    for options in accepted:
+        CompareConfig(**{**FILES, **options})
 
 
 def test_gsm8k_reads_answers_for_files_and_says_which_prompts_have_none(tmp_path: Path) -> None:
@@ -269,7 +261,7 @@ def test_rows_that_ask_the_same_are_one_prompt(tmp_path: Path, capsys: pytest.Ca
     assert main(["compare", "--a", a, "--b", b, "--judge", "length"]) == 0
     said = capsys.readouterr().out
     assert "20 rows ask 1 different prompt: rows" in said and "1 prompts: won 20, tied 0, lost 0" in said
-    assert "1 prompts are too few to tell a rate" in said and "is better" not in said
+    assert "is better" not in said
 
     rng = np.random.default_rng(2)
     words = ["w " * int(n) for n in rng.integers(1, 9, 4 * 48)]
@@ -304,9 +296,9 @@ def test_what_is_there_is_replaced_when_asked_and_what_is_read_never(tmp_path: P
             compared(a, b, output=str(tmp_path), overwrite=overwrite)
     kept = tmp_path / "kept.jsonl"
     kept.write_text("mine")
-    with pytest.raises(RunError, match="is there already; name another file, or add --overwrite"):
+    with pytest.raises(RunError, match=r"kept\.jsonl exists.*--overwrite"):
         compared(a, b, output=str(kept))
-    with pytest.raises(RunError, match="is there already"):
+    with pytest.raises(RunError, match="--overwrite"):
         prefopt.compare("m", "n", PROMPTS, judge="length", output=str(kept))
     assert kept.read_text() == "mine" and Path(a).read_bytes() == before
     found = compared(a, b, output=str(kept), overwrite=True)
@@ -334,7 +326,7 @@ def test_models_that_never_met_are_on_no_common_scale(
     assert main(["compare", "--votes", votes]) == 0
     said = capsys.readouterr().out
     assert ("strength (Bradley-Terry" in said) == bridge
-    assert ("no strengths are told: between A, B; C, D nobody both won and lost" in said) != bridge
+    assert ("A, B; C, D" in said) != bridge
 
 
 def test_of_a_model_that_never_lost_the_distance_is_not_claimed(tmp_path: Path) -> None:
@@ -345,7 +337,7 @@ def test_of_a_model_that_never_lost_the_distance_is_not_claimed(tmp_path: Path) 
     ]
     found = compared(files[0], files[1], others=[files[2]])
     (note,) = found.notes
-    assert f"no strengths are told: between {files[0]}; {files[1]}, {files[2]} nobody both won and lost" in note
+    assert f"{files[0]}; {files[1]}, {files[2]}" in note
     assert found.strengths == {}
     some = compared(files[1], files[2], others=[samples(tmp_path / "z.jsonl", [["w w"]] * 40, many)])
     assert some.notes == [] and len(some.strengths) == 3

@@ -255,7 +255,7 @@ def test_a_page_never_shows_the_pairs_of_another_comparison(tmp_path: Path, caps
     Path(file).write_text(kept)
     capsys.readouterr()
     assert main(words) == 2
-    assert "judged.jsonl no longer holds the pairs of this comparison" in capsys.readouterr().err
+    assert "judged.jsonl changed since" in capsys.readouterr().err
     compared(tmp_path, 12)
     assert main(words) == 0, "they are those of this comparison again"
 

@@ -13,7 +13,7 @@ import pytest
 from prefopt.chat.conversation import Chat, VoteFile
 from prefopt.chat.input import LineReader
 from prefopt.errors import RunError
-from prefopt.generate.talker import Asked, TooLong, Turns, without_oldest
+from prefopt.generate.chat_model import ChatRequest, ContextLengthError, Messages, drop_oldest
 from prefopt.records import Message
 
 STOP, FAIL = "\x03", "\x00"
@@ -26,19 +26,19 @@ class Echo:
         self.name, self.limit = name, limit
         self.seen: list[list[tuple[str, str]]] = []
 
-    def fit(self, turns: Turns) -> Asked:
-        asked: Asked | None = Asked(turns)
-        while asked is not None and sum(len(m.content) for m in asked.turns) > self.limit:
-            asked = without_oldest(asked)
+    def fit(self, turns: Messages) -> ChatRequest:
+        asked: ChatRequest | None = ChatRequest(turns)
+        while asked is not None and sum(len(m.content) for m in asked.messages) > self.limit:
+            asked = drop_oldest(asked)
         if asked is None:
             raise RunError("too long")
         return asked
 
-    def answer(self, asked: Asked, attempt: int) -> Iterator[str]:
-        self.seen.append([(m.role, m.content) for m in asked.turns])
-        yield from self._said(f"{self.name}{attempt}: {asked.turns[-1].content}")
+    def answer(self, asked: ChatRequest, attempt: int) -> Iterator[str]:
+        self.seen.append([(m.role, m.content) for m in asked.messages])
+        yield from self._said(f"{self.name}{attempt}: {asked.messages[-1].content}")
 
-    def continued(self, text: str, attempt: int) -> Iterator[str]:
+    def complete(self, text: str, attempt: int) -> Iterator[str]:
         self.seen.append([("text", text)])
         yield from self._said(f"<{self.name}{attempt}>")
 
@@ -59,7 +59,7 @@ def chat(typed: str, *talkers: Echo, **options: Any) -> tuple[Chat, str]:
 
 
 def history(found: Chat, side: int = 0) -> list[tuple[str, str]]:
-    return [(m.role, m.content) for m in found.sides[side].turns]
+    return [(m.role, m.content) for m in found.participants[side].messages]
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -97,27 +97,23 @@ def test_where_no_answer_comes_the_message_is_taken_back() -> None:
     assert history(found) == [("user", "one"), ("assistant", "m0: one"), ("user", "two"), ("assistant", "m0: two")]
 
     class Silent(Echo):
-        def answer(self, asked: Asked, attempt: int) -> Iterator[str]:
+        def answer(self, asked: ChatRequest, attempt: int) -> Iterator[str]:
             yield "  "
 
     found, shown = chat("one\n", Silent("m"))
     assert history(found) == [] and "taken back" in shown
 
 
-@pytest.mark.parametrize(
-    ("typed", "said"),
-    [
-        ("/retri", "there is no /retri; did you mean /retry?"),
-        ("/what", "there is no /what; /help lists commands"),
-        ("/retry", "nothing to answer again"),
-        ("/save", "/save needs the name of a file"),
-        ("/save x", "nothing to save"),
-    ],
-)
-def test_mistakes_are_said_and_end_nothing(typed: str, said: str) -> None:
-    talker = Echo("m")
-    _, shown = chat(f"{typed}\nhello\n", talker)
-    assert said in shown and "m0: hello" in shown
+def test_a_mistake_is_an_error_line_and_ends_nothing() -> None:
+    for typed, named in (
+        ("/retri", "/retri; did you mean /retry?"),
+        ("/what", "/help"),
+        ("/retry", "to answer again"),
+        ("/save", "name of a file"),
+        ("/save x", "to save"),
+    ):
+        _, shown = chat(f"{typed}\nhello\n", Echo("m"))
+        assert shown.startswith("error: ") and named in shown.splitlines()[0] and "m0: hello" in shown
 
 
 def test_help_and_exit() -> None:
@@ -226,9 +222,9 @@ def test_the_oldest_turns_leave_a_full_context_and_that_is_said() -> None:
     assert "error: too long" in shown
 
     class Remote(Echo):
-        def answer(self, asked: Asked, attempt: int) -> Iterator[str]:
-            if len(asked.turns) > 3:
-                raise TooLong("the context is 3 turns")
+        def answer(self, asked: ChatRequest, attempt: int) -> Iterator[str]:
+            if len(asked.messages) > 3:
+                raise ContextLengthError("the context is 3 turns")
             yield from super().answer(asked, attempt)
 
     remote = Remote("r")
@@ -262,8 +258,8 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal() -> None:
 
 def test_turns_leave_question_by_question() -> None:
     turns = (Message("system", "s"), *(Message(r, str(i)) for i, r in enumerate(["user", "assistant"] * 2 + ["user"])))
-    once = without_oldest(Asked(turns))
-    assert once is not None and [m.content for m in once.turns] == ["s", "2", "3", "4"] and once.left_out == 2
-    twice = without_oldest(once)
-    assert twice is not None and [m.content for m in twice.turns] == ["s", "4"] and twice.left_out == 4
-    assert without_oldest(twice) is None
+    once = drop_oldest(ChatRequest(turns))
+    assert once is not None and [m.content for m in once.messages] == ["s", "2", "3", "4"] and once.dropped == 2
+    twice = drop_oldest(once)
+    assert twice is not None and [m.content for m in twice.messages] == ["s", "4"] and twice.dropped == 4
+    assert drop_oldest(twice) is None

@@ -101,10 +101,10 @@ def test_an_interrupt_that_a_callback_swallowed_is_heard_all_the_same() -> None:
 
 CHILD = """
 import readline
-from prefopt.generate.interrupts import woken_input
+from prefopt.chat.input import interruptible_input
 for n in range({rounds}):
     try:
-        woken_input("> ")
+        interruptible_input("> ")
     except KeyboardInterrupt:
         print("interrupted", n, flush=True)
 """

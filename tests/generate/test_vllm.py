@@ -14,7 +14,7 @@ import torch
 
 from model.architectures import VOCABULARY, build
 from prefopt.errors import ConfigError, ModelError, RunError
-from prefopt.generate.sampler import Settings, compare
+from prefopt.generate.sampler import SamplingParams, compare_logprobs
 from prefopt.generate.vllm import VllmSampler
 from prefopt.model.scorer import Scorer
 
@@ -24,7 +24,7 @@ CONTEXT = 20
 
 
 @dataclass(kw_only=True)
-class SamplingParams:
+class VllmParams:
     """The fields that are used, with vLLM's defaults; another keyword is an error, as it is there."""
 
     n: int = 1
@@ -106,7 +106,7 @@ def install(monkeypatch: pytest.MonkeyPatch, fake: FakeVllm) -> None:
             found: torch.Tensor = fake.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()
         return found
 
-    def one(prompt: list[int], q: SamplingParams) -> Output:
+    def one(prompt: list[int], q: VllmParams) -> Output:
         assert len(prompt) < fake.engine["max_model_len"] and q.max_tokens and q.n == 1
         fake.seeds.append(q.seed)
         generator = torch.Generator().manual_seed(q.seed or 0)
@@ -135,7 +135,7 @@ def install(monkeypatch: pytest.MonkeyPatch, fake: FakeVllm) -> None:
         return Output(prompt, [Completion(ids, logprobs if q.logprobs is not None else None, finish)], raw)
 
     module, lora, request = (types.ModuleType(n) for n in ("vllm", "vllm.lora", "vllm.lora.request"))
-    module.LLM, module.SamplingParams = LLM, SamplingParams  # type: ignore[attr-defined]
+    module.LLM, module.SamplingParams = LLM, VllmParams  # type: ignore[attr-defined]
     request.LoRARequest = lambda name, number, path: (name, number, path)  # type: ignore[attr-defined]
     for name, made in (("vllm", module), ("vllm.lora", lora), ("vllm.lora.request", request)):
         monkeypatch.setitem(sys.modules, name, made)
@@ -150,9 +150,13 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeVllm:
 
 @pytest.mark.parametrize(
     "settings",
-    [Settings(12, STOP), Settings(12, STOP, 3, temperature=0.7, top_k=20), Settings(12, STOP, temperature=0.0)],
+    [
+        SamplingParams(12, STOP),
+        SamplingParams(12, STOP, 3, temperature=0.7, top_k=20),
+        SamplingParams(12, STOP, temperature=0.0),
+    ],
 )
-def test_samples_and_both_log_probabilities(settings: Settings, fake: FakeVllm) -> None:
+def test_samples_and_both_log_probabilities(settings: SamplingParams, fake: FakeVllm) -> None:
     told: list[tuple[int, int]] = []
     with VllmSampler("folder", context=CONTEXT) as sampler:
         found = sampler.sample(PROMPTS, 3, settings, progress=lambda ended, drawn: told.append((ended, drawn)))
@@ -163,7 +167,7 @@ def test_samples_and_both_log_probabilities(settings: Settings, fake: FakeVllm) 
         assert s.finished == (s.ids[-1] in STOP) and len(s.ids) == len(s.logps) == len(s.sampling_logps)
         assert not np.isin(s.ids[: settings.min_new_tokens], STOP).any()
     # The scorer's values are the model's own, whatever was drawn from.
-    assert compare(Scorer(copy.deepcopy(fake.model)), PROMPTS, found).largest < 1e-5
+    assert compare_logprobs(Scorer(copy.deepcopy(fake.model)), PROMPTS, found).largest < 1e-5
     gaps = [np.abs(s.sampling_logps - s.logps).max() for s in samples]
     assert (max(gaps) == 0) == settings.pure
     if settings.temperature == 0:
@@ -174,16 +178,16 @@ def test_samples_and_both_log_probabilities(settings: Settings, fake: FakeVllm) 
 
 def test_every_sample_has_a_seed_of_its_own(fake: FakeVllm) -> None:
     sampler = VllmSampler("folder", context=CONTEXT)
-    sampler.sample([PROMPTS[0], PROMPTS[0]], 3, Settings(2))
+    sampler.sample([PROMPTS[0], PROMPTS[0]], 3, SamplingParams(2))
     assert len(set(fake.seeds)) == 6 and all(s is not None and s >= 0 for s in fake.seeds)
     first = fake.seeds[3:6]
-    sampler.sample([PROMPTS[0]], 3, Settings(2), streams=[1])
+    sampler.sample([PROMPTS[0]], 3, SamplingParams(2), streams=[1])
     assert fake.seeds[6:] == first
 
 
 def test_adapters_precision_and_context_reach_the_engine(fake: FakeVllm) -> None:
     sampler = VllmSampler("folder", adapter="lora", dtype="bfloat16", context=CONTEXT, rank=64)
-    sampler.sample([PROMPTS[0]], 1, Settings(2))
+    sampler.sample([PROMPTS[0]], 1, SamplingParams(2))
     wanted = {
         "model": "folder",
         "dtype": "bfloat16",
@@ -193,8 +197,8 @@ def test_adapters_precision_and_context_reach_the_engine(fake: FakeVllm) -> None
     }
     assert wanted.items() <= fake.engine.items() and fake.lora == [("adapter", 1, "lora")]
     with pytest.raises(ModelError, match="cannot be answered"):
-        sampler.sample([[5] * CONTEXT], 1, Settings(2))
-    assert sampler.sample([], 2, Settings(2)) == []
+        sampler.sample([[5] * CONTEXT], 1, SamplingParams(2))
+    assert sampler.sample([], 2, SamplingParams(2)) == []
 
 
 def test_errors_are_one_line(fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +206,7 @@ def test_errors_are_one_line(fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) ->
         VllmSampler("broken", context=CONTEXT)
     fake.fails = RuntimeError("engine died\ntrace")
     with pytest.raises(RunError, match="vLLM stopped: engine died; try"):
-        VllmSampler("folder", context=CONTEXT).sample(PROMPTS, 1, Settings(2))
+        VllmSampler("folder", context=CONTEXT).sample(PROMPTS, 1, SamplingParams(2))
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match=r"--engine vllm needs vllm.*pip install 'prefopt\[vllm\]'"):
         VllmSampler("folder", context=CONTEXT)

@@ -25,7 +25,7 @@ from prefopt.config.sample import SampleConfig
 from prefopt.data.comparisons import read_comparisons
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.errors import ConfigError
-from prefopt.generate.output import FREE
+from prefopt.generate.sample_file import FREE
 from prefopt.generate.sampler import Sample, group_of
 from prefopt.generate.vllm import VllmSampler
 from prefopt.model.adapter import new_lora
@@ -269,7 +269,7 @@ def test_a_row_that_nobody_counted_is_drawn_again(
     cut.write_bytes(b"".join(lines[:counted]) + json.dumps(added).encode() + b"\n")
     (tmp_path / "s.jsonl.run.json").write_text(json.dumps(record))
     assert main(arguments(base, whole / "p.jsonl", cut, **MANY, resume=True, progress="plain")) == 0
-    assert f"behind its first {counted} rows" in capsys.readouterr().out and cut.read_bytes() == data
+    assert f"after the first {counted}" in capsys.readouterr().out and cut.read_bytes() == data
 
 
 def test_samples_of_an_earlier_version_are_said_to_be_unchecked(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from prefopt.data.group import Group
-from prefopt.generate.sampler import Settings
+from prefopt.generate.sampler import SamplingParams
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.model.check import check_scoring
 from prefopt.model.costs import combine_costs, count_costs, out_of_memory, uncounted
@@ -48,7 +48,7 @@ def test_passes_and_tokens_are_counted_by_what_they_are_for() -> None:
 def test_what_is_drawn_is_counted_and_the_prompt_once_for_its_samples() -> None:
     sampler = TransformersSampler(Scorer(tiny_llama()))
     with count_costs() as costs:
-        drawn = sampler.sample([[5, 6, 7, 8], [9]], 3, Settings(6, stop=(1,)))
+        drawn = sampler.sample([[5, 6, 7, 8], [9]], 3, SamplingParams(6, stop=(1,)))
     lengths = [s.tokens for many in drawn for s in many]
     assert costs.generated_tokens == sum(lengths)
     # All but the last token of each sample goes through the model, and of rows that have ended some more.

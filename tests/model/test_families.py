@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from model.families import FAMILIES, config_of
 from model.oracle import groups_of_every_kind
-from prefopt.generate.sampler import Settings
+from prefopt.generate.sampler import SamplingParams
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.model.check import check_scoring, clone_difference, tiny_clone
 from prefopt.model.flops import FlopCount
@@ -79,7 +79,7 @@ def test_a_family_is_scored_and_trained(family: str) -> None:
 @pytest.mark.parametrize("family", families())
 def test_a_family_is_sampled_from(family: str) -> None:
     scorer = Scorer(built(family, torch.float32))
-    found = TransformersSampler(scorer).sample([[3, 4, 5], [6, 7, 8, 9]], 2, Settings(max_new_tokens=4))
+    found = TransformersSampler(scorer).sample([[3, 4, 5], [6, 7, 8, 9]], 2, SamplingParams(max_new_tokens=4))
     assert [len(sample.ids) for many in found for sample in many] == [4] * 4
 
 

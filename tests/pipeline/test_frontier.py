@@ -19,8 +19,8 @@ from prefopt.config.sample import SampleConfig
 from prefopt.config.sweeps import FrontierConfig
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.errors import ConfigError, DataError, Interrupted, RunError
-from prefopt.evaluate.samples import distance
-from prefopt.generate.sampled_model import SampledModel
+from prefopt.evaluate.sample_stats import kl_to_reference
+from prefopt.generate.model_io import SampledModel
 from prefopt.methods import sample
 from prefopt.records import Comparison
 from prefopt.reference.cache import FillReport, ReferenceCache
@@ -229,7 +229,7 @@ def test_a_point_is_what_its_model_gives_when_sampled_by_hand(sweep: tuple[Front
         rows = [row for row in parse_comparisons(drawn.rows, "rows") if isinstance(row, Comparison)]
         rewards = [world.reward([], [r.text for r in row.responses]) for row in rows]
         assert point.reward == pytest.approx(np.mean(rewards), abs=1e-9)
-        gap = distance(rows, _reference(output))
+        gap = kl_to_reference(rows, _reference(output))
         assert gap is not None and (point.kl, point.kl_se) == pytest.approx((gap.k1.mean, gap.error), abs=1e-9)
 
 

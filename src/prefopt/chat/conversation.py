@@ -1,7 +1,7 @@
 """A conversation in the terminal with one model, or with two that answer one after another.
 
-What is typed is a message, or a command that begins with a slash. An answer is shown as it comes, and Ctrl-C ends it
-and nothing else; what was said until then stays.
+Input is a message, or a command that begins with a slash. An answer is shown as it streams; Ctrl-C stops it and nothing
+else, and what was said so far stays in the conversation.
 """
 
 from __future__ import annotations
@@ -20,22 +20,33 @@ from prefopt.core.options import nearest
 from prefopt.core.terminal import write
 from prefopt.data.layouts.messages import write_messages
 from prefopt.errors import RunError, UserError
-from prefopt.generate.talker import Asked, Talker, TooLong, Turns, system_and, without_oldest
+from prefopt.generate.chat_model import ChatModel, ChatRequest, ContextLengthError, Messages, drop_oldest, with_system
 from prefopt.records import Message
 
 TIERS = {"a": [[0], [1]], "b": [[1], [0]], "tie": [[0, 1]]}
+VOTES = {"a": "a", "b": "b", "t": "tie", "tie": "tie", "s": "skip", "skip": "skip"}
+COMMANDS = {
+    "/system TEXT": "set the system prompt; without TEXT remove it",
+    "/reset": "forget the conversation; the system prompt stays",
+    "/retry": "answer the last message again",
+    "/save FILE": "append the conversation to a file of JSON lines, for --data",
+    "/help": "this list",
+    "/exit": "end, as Ctrl-D does",
+}
+HINTS = (
+    'a line that ends in \\ continues in the next; """ begins and ends a block of lines; // sends a message with a'
+    " slash; Ctrl-C stops an answer"
+)
 
 
 class VoteFile:
-    """JSON lines in the canonical layout, appended to: a vote is on the disk before the next question is asked."""
+    """A file of JSON lines in the canonical layout, to which each vote is appended at once."""
 
     def __init__(self, path: Path, models: Sequence[str]) -> None:
-        """Raises :class:`RunError` where the file holds something else, or ends in the middle of a row."""
+        """Raises :class:`RunError` where the file holds rows of another kind, or ends within a row."""
         self.path = path
         self.wins = dict.fromkeys(models, 0)
         self.ties = 0
-        if path.is_dir():
-            raise RunError(f"--votes {path} is a folder; name a file")
         check_appendable(path, "responses", "--votes")
 
     def add(self, prompt: str | Sequence[Message], answers: Sequence[str], models: Sequence[str], vote: str) -> None:
@@ -44,10 +55,9 @@ class VoteFile:
         ``prompt`` is a conversation, or text that the answers continue.
         """
         text = isinstance(prompt, str)
-        sides = [answer if text else write_messages([Message("assistant", answer)]) for answer in answers]
         row = {
             "prompt": prompt if isinstance(prompt, str) else write_messages(prompt),
-            "responses": sides,
+            "responses": [answer if text else write_messages([Message("assistant", answer)]) for answer in answers],
             "tiers": TIERS[vote],
             "models": list(models),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -58,8 +68,8 @@ class VoteFile:
         else:
             self.wins[models["ab".index(vote)]] += 1
 
-    def tally(self) -> str:
-        """Who won how often, in one line."""
+    def summary(self) -> str:
+        """The wins of each model in one line."""
         total = sum(self.wins.values()) + self.ties
         if not total:
             return "no votes"
@@ -68,18 +78,17 @@ class VoteFile:
 
 
 def check_appendable(path: Path, column: str, option: str) -> None:
-    """Refuse a file that holds rows of another kind, or ends within one. Raises :class:`RunError`."""
-    if not path.exists():
-        return
+    """Refuse a folder, and a file without ``column`` or that ends within a row. Raises :class:`RunError`."""
+    if path.is_dir():
+        raise RunError(f"{option} {path} is a folder; name a file")
     try:
-        data = path.read_bytes()
+        data = path.read_bytes() if path.exists() else b""
     except OSError as error:
         raise RunError(f"{option} {path} cannot be read ({error.strerror}); name another file") from error
     if not data.strip():
         return
-    last = data.splitlines()[-1]
     try:
-        row = json.loads(last)
+        row = json.loads(data.splitlines()[-1])
     except ValueError:
         row = None
     if not data.endswith(b"\n") or not isinstance(row, dict) or column not in row:
@@ -87,7 +96,7 @@ def check_appendable(path: Path, column: str, option: str) -> None:
 
 
 def append_row(path: Path, row: object) -> None:
-    """Add a row to a file of JSON lines; it is on the disk when this returns. Raises :class:`RunError`."""
+    """Append a row to a file of JSON lines; it is on disk when this returns. Raises :class:`RunError`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
@@ -98,43 +107,29 @@ def append_row(path: Path, row: object) -> None:
         raise RunError(f"{path}: cannot be written ({error.strerror}); make room, or name another file") from error
 
 
-HELP = {
-    "/system TEXT": "set the system prompt; without TEXT take it away",
-    "/reset": "forget the conversation; the system prompt stays",
-    "/retry": "answer the last message again",
-    "/save FILE": "append the conversation to a file of JSON lines, for --data",
-    "/help": "this list",
-    "/exit": "end, as Ctrl-D does",
-}
-HINTS = (
-    'a line that ends in \\ goes on in the next; """ begins and ends a block of lines; // sends a message with a slash;'
-    " Ctrl-C stops an answer"
-)
-VOTE = "better: a, b, tie, or skip? "
-
-
-class End(Exception):
-    """A person wants to leave."""
+class ExitChat(Exception):
+    """The user leaves."""
 
 
 @dataclass(slots=True)
-class Side:
-    """One talker with the turns that it has seen, the system turn aside, and how many were left out last."""
+class Participant:
+    """A model with its conversation, without the system message; ``dropped``: messages that last exceeded the
+    context."""
 
-    talker: Talker
-    turns: list[Message] = field(default_factory=list)
-    left_out: int = 0
+    model: ChatModel
+    messages: list[Message] = field(default_factory=list)
+    dropped: int = 0
 
 
 class Chat:
-    """``votes``: two talkers answer blind, as A and B, and the better answer goes on in both conversations.
+    """``votes``: two models answer blind, as A and B, and the better answer continues both conversations.
 
-    ``complete``: what is typed is text that the model continues, without turns. ``seed`` decides who is A.
+    ``complete``: input is text that the model continues, without turns. ``seed`` decides who is A.
     """
 
     def __init__(
         self,
-        talkers: Sequence[Talker],
+        models: Sequence[ChatModel],
         reader: LineReader,
         out: TextIO,
         *,
@@ -143,31 +138,23 @@ class Chat:
         votes: VoteFile | None = None,
         seed: int = 0,
     ) -> None:
-        self.sides = [Side(talker) for talker in talkers]
+        self.participants = [Participant(model) for model in models]
         self.system, self.complete, self.votes = system, complete, votes
         self._reader, self._out = reader, out
         self._interrupts = Interrupts()
         self._order = random.Random(seed)
         self._attempt = 0
-        self._commands: dict[str, Callable[[str], None]] = {
-            "/system": self._set_system,
-            "/reset": self._reset,
-            "/retry": self._retry,
-            "/save": self._save,
-            "/help": self._help,
-            "/exit": self._exit,
-        }
 
     def run(self) -> None:
-        """Until the input ends, or a person does."""
+        """Until the input ends, or the user leaves."""
         with self._interrupts.caught():
             while True:
                 try:
-                    self._one(self._read("> ").encode("utf-8", "replace").decode())
+                    self._handle(self._read("> ").encode("utf-8", "replace").decode())
                 except EOFError:
                     self._say("")
                     break
-                except End:
+                except ExitChat:
                     break
                 except KeyboardInterrupt:
                     self._interrupts.taken()
@@ -175,49 +162,64 @@ class Chat:
                 except UserError as error:
                     self._say(f"error: {' '.join(str(error).split())}")
             if self.votes is not None:
-                self._say(self.votes.tally())
+                self._say(self.votes.summary())
 
     def _read(self, prompt: str) -> str:
         with self._interrupts.section():
             return self._reader.read(prompt)
 
-    def _one(self, typed: str) -> None:
-        if typed.startswith("/") and not typed.startswith("//"):
-            name, _, rest = typed.partition(" ")
-            command = self._commands.get(name.strip())
-            if command is None:
-                raise RunError(f"there is no {name}{nearest(name, list(self._commands)) or '; /help lists commands'}")
-            command(rest.strip())
+    def _handle(self, line: str) -> None:
+        if line.startswith("/") and not line.startswith("//"):
+            name, _, argument = line.partition(" ")
+            names = [command.split()[0] for command in COMMANDS]
+            if name not in names:
+                raise RunError(f"there is no {name}{nearest(name, names) or '; /help lists commands'}")
+            getattr(self, f"_{name[1:]}")(argument.strip())
             return
-        words = typed[1:] if typed.startswith("//") else typed
+        text = line.removeprefix("/") if line.startswith("//") else line
         if self.complete:
             self._attempt = 0
-            self._continue(words)
-        elif words.strip():
+            self._continue(text)
+        elif text.strip():
             self._attempt = 0
-            for side in self.sides:
-                side.turns.append(Message("user", words))
+            for participant in self.participants:
+                participant.messages.append(Message("user", text))
             self._answer()
 
     # -- answers -----------------------------------------------------------------------------------------------
 
-    def _round(self, pieces: Callable[[Side], Iterator[str]]) -> tuple[list[Side], list[str]]:
-        """Every side says something, blind ones in a random order; the sides and what they said."""
-        order = list(self.sides)
+    def _round(self, chunks: Callable[[Participant], Iterator[str]]) -> tuple[list[Participant], list[str]]:
+        """One answer of each participant, blind ones in random order."""
+        order = list(self.participants)
         if self.votes is not None:
             self._order.shuffle(order)
         answers = []
-        for label, side in zip("AB", order, strict=False):
+        for label, participant in zip("AB", order, strict=False):
             if len(order) > 1:
-                self._say(f"[{label if self.votes is not None else side.talker.name}]")
-            answers.append(self._shown(side, pieces))
+                self._say(f"[{label if self.votes is not None else participant.model.name}]")
+            answers.append(self._show(participant, chunks))
         return order, answers
 
-    def _answer(self) -> None:
-        """Every side answers its last turn, which is taken back where no answer came."""
-        prompt = system_and(self.system, self.sides[0].turns)
+    def _show(self, participant: Participant, chunks: Callable[[Participant], Iterator[str]]) -> str:
+        """Show an answer as it streams, until it ends or Ctrl-C; returns what was said."""
+        parts: list[str] = []
         try:
-            order, answers = self._round(self._pieces)
+            with self._interrupts.section():
+                for chunk in chunks(participant):
+                    parts.append(chunk)
+                    self._write(chunk)
+                    self._interrupts.check()
+        except KeyboardInterrupt:
+            self._interrupts.taken()
+            self._write(" (stopped)")
+        self._write("\n")
+        return "".join(parts)
+
+    def _answer(self) -> None:
+        """Everyone answers the last message, which is taken back where no answer comes."""
+        prompt = with_system(self.system, self.participants[0].messages)
+        try:
+            order, answers = self._round(self._answer_chunks)
         except BaseException:
             self._take_back()
             raise
@@ -226,73 +228,58 @@ class Chat:
             self._take_back()
             self._say("(no answer; the message is taken back)")
             return
-        for side, answer in zip(order, answers, strict=True):
-            side.turns.append(Message("assistant", answer))
+        for participant, answer in zip(order, answers, strict=True):
+            participant.messages.append(Message("assistant", answer))
         if self.votes is not None:
             self._vote(order, prompt, answers)
 
     def _take_back(self) -> None:
-        """Forget the last message and what was said to it."""
-        for side in self.sides:
-            while side.turns and side.turns.pop().role != "user":
+        """Forget the last message of the user and what followed."""
+        for participant in self.participants:
+            while participant.messages and participant.messages.pop().role != "user":
                 pass
 
-    def _pieces(self, side: Side) -> Iterator[str]:
-        asked: Asked | None = side.talker.fit(system_and(self.system, side.turns))
-        while asked is not None:
-            pieces = side.talker.answer(asked, self._attempt)
+    def _answer_chunks(self, participant: Participant) -> Iterator[str]:
+        request: ChatRequest | None = participant.model.fit(with_system(self.system, participant.messages))
+        while request is not None:
+            chunks = participant.model.answer(request, self._attempt)
             try:
-                first = next(pieces, "")
-            except TooLong:
-                shorter = without_oldest(asked)
+                first = next(chunks, "")
+            except ContextLengthError:
+                shorter = drop_oldest(request)
                 if shorter is None:
                     raise
-                asked = shorter
+                request = shorter
                 continue
-            if asked.left_out > side.left_out:
-                self._say(f"(the context is full: the {asked.left_out} oldest turns are left out)")
-                side.left_out = asked.left_out
+            if request.dropped > participant.dropped:
+                self._say(f"(the context is full: the {request.dropped} oldest turns are left out)")
+                participant.dropped = request.dropped
             yield first
-            yield from pieces
+            yield from chunks
             return
 
     def _continue(self, text: str, *, again: bool = False) -> None:
-        """Each side continues the text; where it is empty what it wrote last, or ``again`` what that began with."""
-        if not text and not all(side.turns for side in self.sides):
+        """Everyone continues ``text``, or what they wrote last where it is empty; ``again``: what that began with."""
+        if not text and not all(participant.messages for participant in self.participants):
             raise RunError("there is nothing to continue yet: type the beginning of a text")
 
-        def before(side: Side) -> str:
-            return text or "".join(m.content for m in side.turns[: 1 if again else None])
+        def before(participant: Participant) -> str:
+            return text or "".join(m.content for m in participant.messages[: 1 if again else None])
 
-        def pieces(side: Side) -> Iterator[str]:
+        def chunks(participant: Participant) -> Iterator[str]:
             if text or again:
-                self._write(before(side))
-            return side.talker.continued(before(side), self._attempt)
+                self._write(before(participant))
+            return participant.model.complete(before(participant), self._attempt)
 
-        order, answers = self._round(pieces)
+        order, answers = self._round(chunks)
         prompt = before(order[0])
-        for side, answer in zip(order, answers, strict=True):
-            side.turns = [Message("user", before(side)), Message("assistant", answer)]
+        for participant, answer in zip(order, answers, strict=True):
+            participant.messages = [Message("user", before(participant)), Message("assistant", answer)]
         if self.votes is not None:
             self._vote(order, prompt, answers)
 
-    def _shown(self, side: Side, pieces: Callable[[Side], Iterator[str]]) -> str:
-        """Write an answer as it comes; Ctrl-C ends it. What was said."""
-        parts: list[str] = []
-        try:
-            with self._interrupts.section():
-                for piece in pieces(side):
-                    parts.append(piece)
-                    self._write(piece)
-                    self._interrupts.check()
-        except KeyboardInterrupt:
-            self._interrupts.taken()
-            self._write(" (stopped)")
-        self._write("\n")
-        return "".join(parts)
-
-    def _vote(self, order: Sequence[Side], prompt: str | Turns, answers: Sequence[str]) -> None:
-        """Ask which answer is better; it goes on as the answer of both."""
+    def _vote(self, order: Sequence[Participant], prompt: str | Messages, answers: Sequence[str]) -> None:
+        """Ask which answer is better; it continues both conversations."""
         assert self.votes is not None
         vote = "skip"
         try:
@@ -301,73 +288,63 @@ class Chat:
             elif not all(answer.strip() for answer in answers):
                 self._say("(one said nothing: no vote)")
             else:
-                vote = self._asked_vote()
+                while (line := self._read("better: a, b, tie, or skip? ").strip().lower()) not in VOTES:
+                    pass
+                vote = VOTES[line]
             if vote in TIERS:
-                self.votes.add(prompt, answers, [side.talker.name for side in order], vote)
-        finally:  # also where a person leaves without a vote: both go on with the same conversation
+                self.votes.add(prompt, answers, [participant.model.name for participant in order], vote)
+        finally:  # also without a vote: both continue with the same conversation
             kept = answers[1] if vote == "b" or not answers[0].strip() else answers[0]
-            for side in self.sides:
-                side.turns[-1] = Message("assistant", kept)
+            for participant in self.participants:
+                participant.messages[-1] = Message("assistant", kept)
 
-    def _asked_vote(self) -> str:
-        known = {"a": "a", "b": "b", "t": "tie", "tie": "tie", "s": "skip", "skip": "skip"}
-        while True:
-            typed = self._read(VOTE).strip().lower()
-            if typed in known:
-                return known[typed]
+    # -- commands: each is the method of its name --------------------------------------------------------------
 
-    # -- commands ----------------------------------------------------------------------------------------------
-
-    def _set_system(self, words: str) -> None:
+    def _system(self, text: str) -> None:
         if self.complete:
             raise RunError("text to continue has no system prompt")
-        self.system = words or None
-        self._say("(system prompt set)" if words else "(no system prompt)")
+        self.system = text or None
+        self._say("(system prompt set)" if text else "(no system prompt)")
 
     def _reset(self, _: str) -> None:
-        for side in self.sides:
-            side.turns.clear()
-            side.left_out = 0
+        self.participants = [Participant(participant.model) for participant in self.participants]
         self._say("(a new conversation)")
 
     def _retry(self, _: str) -> None:
-        if not any(side.turns for side in self.sides):
+        if not any(participant.messages for participant in self.participants):
             raise RunError("there is nothing to answer again yet")
         self._attempt += 1
         if self.complete:
             self._continue("", again=True)
             return
-        for side in self.sides:
-            while side.turns[-1].role != "user":
-                side.turns.pop()
+        for participant in self.participants:
+            while participant.messages[-1].role != "user":
+                participant.messages.pop()
         self._answer()
 
     def _save(self, name: str) -> None:
         if not name:
             raise RunError("/save needs the name of a file")
-        if not any(side.turns for side in self.sides):
+        if not any(participant.messages for participant in self.participants):
             raise RunError("there is nothing to save yet")
         path = Path(name).expanduser()
-        if path.is_dir():
-            raise RunError(f"{path} is a folder; name a file")
         column = "text" if self.complete else "messages"
         check_appendable(path, column, "/save")
-        sides = self.sides[:1] if self.votes is not None else self.sides  # blind, both have the same conversation
-        for side in sides:
-            whole = system_and(self.system, side.turns)
-            said: object = "".join(m.content for m in side.turns) if self.complete else write_messages(whole)
-            model = {} if self.votes is not None else {"model": side.talker.name}
-            append_row(path, {column: said, **model})
+        blind = self.votes is not None  # then both have the same conversation
+        for participant in self.participants[:1] if blind else self.participants:
+            messages = with_system(self.system, participant.messages)
+            value: object = "".join(m.content for m in messages) if self.complete else write_messages(messages)
+            append_row(path, {column: value} if blind else {column: value, "model": participant.model.name})
         self._say(f"(saved to {path})")
 
     def _help(self, _: str) -> None:
-        width = max(map(len, HELP))
-        for name, what in HELP.items():
-            self._say(f"{name:{width}}  {what}")
+        width = max(map(len, COMMANDS))
+        for name, text in COMMANDS.items():
+            self._say(f"{name:{width}}  {text}")
         self._say(HINTS)
 
     def _exit(self, _: str) -> None:
-        raise End
+        raise ExitChat
 
     # -- the screen --------------------------------------------------------------------------------------------
 

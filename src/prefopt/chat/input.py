@@ -1,40 +1,38 @@
-r"""What a person types: a line, or several where a line ends in a backslash or a block stands between triple quotes.
-
->>> import io
->>> reader = LineReader(io.StringIO('one\\ntwo \\\\\\nthree\\n\"\"\"four\\n\\nfive\"\"\"\\n'), None)
->>> reader.read("> "), reader.read("> "), reader.read("> ")
-('one', 'two \\nthree', 'four\\n\\nfive')
-
-Python raises ``KeyboardInterrupt`` wherever the program happens to be: just behind an answer that was to be stopped, or
-in the lines that deal with the last one. So here it is raised in sections alone. What comes at another time waits for
-the next section and ends that.
-
->>> interrupts = Interrupts()
->>> with interrupts.caught():
-...     signal.raise_signal(signal.SIGINT)  # nothing is asked or answered: it is kept
-...     try:
-...         with interrupts.section():
-...             print("not reached")
-...     except KeyboardInterrupt:
-...         interrupts.taken()
-"""
+"""Input of a chat: lines, or several where one ends in a backslash or a block stands in triple quotes; and Ctrl-C."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TextIO
 
-WAKE = 0.1
-"""Seconds between two looks for a signal while input is waited for."""
+WAKE_SECONDS = 0.1
+"""Time between two looks for a signal while input is waited for."""
+QUOTES = '"""'
+MORE = "... "
 
 
 class Interrupts:
-    """Whoever catches the ``KeyboardInterrupt`` of a section says so by :meth:`taken`."""
+    """Ctrl-C that ends the answer or the question under way, and nothing else.
+
+    Python raises ``KeyboardInterrupt`` wherever the program happens to be, such as just after an answer that was to be
+    stopped. Here it is raised in sections alone; one that comes at another time ends the next section. Whoever catches
+    it calls :meth:`taken`.
+
+    >>> interrupts = Interrupts()
+    >>> with interrupts.caught():
+    ...     signal.raise_signal(signal.SIGINT)  # outside a section: kept
+    ...     try:
+    ...         with interrupts.section():
+    ...             print("not reached")
+    ...     except KeyboardInterrupt:
+    ...         interrupts.taken()
+    """
 
     def __init__(self) -> None:
         self._open = False
@@ -42,11 +40,11 @@ class Interrupts:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Within, Ctrl-C is this object's. Outside the main thread, where Python hears no signals, nothing changes."""
+        """Handle SIGINT here. Does nothing outside the main thread, where Python hears no signals."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGINT, self._came)
+        before = signal.signal(signal.SIGINT, self._handle)
         try:
             yield
         finally:
@@ -54,7 +52,7 @@ class Interrupts:
 
     @contextmanager
     def section(self) -> Iterator[None]:
-        """Within, Ctrl-C raises ``KeyboardInterrupt``, once; also one that came before."""
+        """Raise ``KeyboardInterrupt`` once on Ctrl-C, also on one that came before."""
         self._open = True
         try:
             self.check()
@@ -63,33 +61,32 @@ class Interrupts:
             self._open = False
 
     def check(self) -> None:
-        """Raise what is still to be taken: an exception in a callback, as the garbage collector's, leads nowhere."""
+        """Raise a pending interrupt: an exception in a callback, such as of the garbage collector, is swallowed."""
         if self._pending:
             self._open = False
             raise KeyboardInterrupt
 
     def taken(self) -> None:
-        """The section has ended for it."""
+        """The interrupt was handled."""
         self._pending = False
 
-    def _came(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self._pending = True
         if self._open:
-            self._open = False  # whoever deals with this one is not interrupted by the next
+            self._open = False  # the handling of this interrupt is not interrupted by the next
             raise KeyboardInterrupt
 
 
-def woken_input(prompt: str) -> str:
-    """``input``, for a terminal.
+def interruptible_input(prompt: str) -> str:
+    """``input`` that hears a Ctrl-C as soon as the prompt is shown.
 
-    Between showing its prompt and waiting for keys it does not look for signals, so that a Ctrl-C there would be seen
-    at the next key only (3 of 1500 that were sent as soon as the prompt was there, on a busy machine). A timer's signal
-    ends the waiting, Python looks for all of them, and goes on to wait.
+    Between the prompt and the first key, ``input`` does not look for signals, so that an early Ctrl-C is delayed until
+    a key is pressed (3 of 1500 on a busy machine). The signals of a timer make Python look.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         return input(prompt)
     before = signal.signal(signal.SIGALRM, lambda number, frame: None)
-    signal.setitimer(signal.ITIMER_REAL, WAKE, WAKE)
+    signal.setitimer(signal.ITIMER_REAL, WAKE_SECONDS, WAKE_SECONDS)
     try:
         return input(prompt)
     finally:
@@ -97,33 +94,33 @@ def woken_input(prompt: str) -> str:
         signal.signal(signal.SIGALRM, before)
 
 
-QUOTES = '"""'
-MORE = "... "
-
-
 class LineReader:
-    """Reads from a terminal by ``ask`` (such as ``input``, which shows a prompt), or without one from a file."""
+    """Reads from a terminal by ``ask`` (such as ``input``, which shows a prompt), or without it from a file.
+
+    >>> import io
+    >>> file = io.StringIO(f"one\\ntwo \\\\\\nthree\\n{QUOTES}four\\n\\nfive{QUOTES}\\n")
+    >>> reader = LineReader(file, None)
+    >>> reader.read("> "), reader.read("> "), reader.read("> ")
+    ('one', 'two \\nthree', 'four\\n\\nfive')
+    """
 
     def __init__(self, file: TextIO, ask: Callable[[str], str] | None) -> None:
         self._file, self._ask = file, ask
 
     def read(self, prompt: str) -> str:
-        """One message. Raises ``EOFError`` at the end of the input, and lets ``KeyboardInterrupt`` through."""
+        """One message. Raises ``EOFError`` at the end of the input, and ``KeyboardInterrupt``."""
         line = self._line(prompt)
-        if line.startswith(QUOTES):
-            return self._block(line.removeprefix(QUOTES))
         parts = []
+        if line.startswith(QUOTES):
+            line = line.removeprefix(QUOTES)
+            while not line.rstrip().endswith(QUOTES):
+                parts.append(line)
+                line = self._line(MORE)
+            return "\n".join([*parts, line.rstrip().removesuffix(QUOTES)])
         while line.endswith("\\"):
             parts.append(line[:-1])
             line = self._line(MORE)
         return "\n".join([*parts, line])
-
-    def _block(self, line: str) -> str:
-        parts = []
-        while not line.rstrip().endswith(QUOTES):
-            parts.append(line)
-            line = self._line(MORE)
-        return "\n".join([*parts, line.rstrip().removesuffix(QUOTES)])
 
     def _line(self, prompt: str) -> str:
         if self._ask is not None:
@@ -135,11 +132,9 @@ class LineReader:
 
 
 def terminal_reader() -> LineReader:
-    """Standard input; on a terminal with a prompt, editing and what was typed before."""
-    import sys
-
+    """A reader of standard input, on a terminal with a prompt, line editing and history."""
     if not sys.stdin.isatty():
         return LineReader(sys.stdin, None)
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (importing it is what gives input() its keys)
-    return LineReader(sys.stdin, woken_input)
+        import readline  # noqa: F401  (gives input() its keys)
+    return LineReader(sys.stdin, interruptible_input)

@@ -67,7 +67,7 @@ def list_cache(_: CacheListConfig) -> int:
 
 def verify_cache(config: CacheVerifyConfig) -> int:
     from prefopt.data.token_cache import verify_tokens
-    from prefopt.generate.output import verify_samples
+    from prefopt.generate.sample_file import verify_samples
     from prefopt.reference.blocks import verify
 
     problems = verify(repair=config.repair)
@@ -218,13 +218,12 @@ def check_data(config: DataCheckConfig) -> int:
 
 def compare_models(config: CompareConfig) -> None:
     from prefopt.evaluate.compare import run
-    from prefopt.evaluate.show import lines
 
     result = run(config)
     if config.json:
         tell_json(result.to_dict())
     else:
-        tell_lines(lines(result))
+        tell_lines(result.lines())
 
 
 def show_losses(config: LossesConfig) -> int:

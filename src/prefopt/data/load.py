@@ -93,7 +93,7 @@ class GroupSet:
 
 
 @dataclass(frozen=True, slots=True)
-class _Loader:
+class _GroupLoader:
     """The options of :func:`load_groups` that hold for every source."""
 
     tokenizer: Tokenizer
@@ -203,7 +203,7 @@ def load_groups(
     if on_bad_row not in ("refuse", "skip"):
         raise ConfigError(f"--on-bad-row {on_bad_row} should be refuse or skip")
     rendering, reporter = rendering or Rendering(max_length, add_eos), reporter or Reporter("none")
-    loader = _Loader(tokenizer, rendering, kind, format, columns, workers, reporter, stop)
+    loader = _GroupLoader(tokenizer, rendering, kind, format, columns, workers, reporter, stop)
     readings = [rows for rows in data if isinstance(rows, Reading)]
     if readings:
         assert len(readings) == len(data), "files and rows in memory are loaded apart"

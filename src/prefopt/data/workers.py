@@ -33,7 +33,7 @@ from prefopt.data.validate import DataKind, Problem, Warnings, validate
 from prefopt.errors import DataError, UserError
 from prefopt.records import Comparison
 
-Row = Comparison | Problem
+ParsedRow = Comparison | Problem
 
 # A chunk ends at so many rows, or at so many characters.
 CHUNK_ROWS = 256
@@ -67,7 +67,7 @@ class Preparer:
         """Raises :class:`ConfigError` and :class:`ModelError` as :class:`Renderer`."""
         self.renderer, self.kind = Renderer(tokenizer, rendering), kind
 
-    def __call__(self, rows: Sequence[Row]) -> Chunk:
+    def __call__(self, rows: Sequence[ParsedRow]) -> Chunk:
         """Convert, render and tokenise; a row becomes a group or has a problem, independent of the other rows."""
         problems: list[Problem] = []
         good: list[Comparison] = []
@@ -103,9 +103,9 @@ class Preparer:
             yield ids if isinstance(ids, Problem) else Rendered(Group(ids, (), comparison.row, ()))
 
 
-def chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def chunks(rows: Iterable[ParsedRow]) -> Iterator[list[ParsedRow]]:
     """Consecutive rows in lists, shorter ones where rows are long."""
-    chunk: list[Row] = []
+    chunk: list[ParsedRow] = []
     room = CHUNK_CHARACTERS
     for row in rows:
         chunk.append(row)
@@ -163,7 +163,7 @@ class Workers:
         for worker in self._workers:
             worker.socket.close()
 
-    def map(self, chunks: Iterable[Sequence[Row]], stop: Callable[[], None] | None = None) -> Iterator[Chunk]:
+    def map(self, chunks: Iterable[Sequence[ParsedRow]], stop: Callable[[], None] | None = None) -> Iterator[Chunk]:
         """Prepare each chunk, in order. ``stop`` is called several times a second and may raise.
 
         Raises :class:`DataError` where a process ends by itself.
@@ -178,7 +178,7 @@ class Workers:
         while waiting:
             yield _result(waiting.popleft(), stop)
 
-    def _prepare(self, chunk: Sequence[Row]) -> Chunk:
+    def _prepare(self, chunk: Sequence[ParsedRow]) -> Chunk:
         worker = self._idle.get()
         try:
             found: Chunk = worker.ask(pickle.dumps(chunk))

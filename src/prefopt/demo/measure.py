@@ -16,7 +16,7 @@ from prefopt.data.comparisons import read_comparisons
 from prefopt.data.group import Group
 from prefopt.data.tokenizer import load_tokenizer
 from prefopt.data.validate import Problem
-from prefopt.generate.sampled_model import renderer_for
+from prefopt.generate.model_io import renderer_for
 from prefopt.model.load import load_model
 from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer, response_sums

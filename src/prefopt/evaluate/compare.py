@@ -1,9 +1,10 @@
-"""Which model is better: the same prompts, seeded samples, a judge's votes, and how sure what they say is."""
+"""``prefopt compare``: which model is better on the same prompts, by a judge of seeded samples or by recorded votes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,187 +14,134 @@ import torch
 
 from prefopt.config.compare import CompareConfig, is_file
 from prefopt.core.options import command
-from prefopt.core.statistics import Interval, mean_interval
+from prefopt.core.statistics import MIN_PROMPTS, Interval, mean_interval
 from prefopt.core.terminal import Reporter
 from prefopt.data.layouts import LAYOUTS
 from prefopt.errors import ConfigError, DataError, ModelError
-from prefopt.evaluate.answers import Given, Rows, answers, check_same, identity, prompts_of
-from prefopt.evaluate.judged import Versus, check_output, findings, write_judged
-from prefopt.evaluate.judges import load_judge
-from prefopt.evaluate.judges.judge import Judge, Question, ScoredVote, outcome, with_empty
-from prefopt.evaluate.judges.recorded import recorded
-from prefopt.evaluate.rates import FEWEST, Games, at_equal_length, groups, strengths, win_rate
-from prefopt.evaluate.samples import Floats, Ints, Samples, distance, gathered, numbered, perplexity, seen
+from prefopt.evaluate.judges import Judge, Question, ScoredVote, load_judge, vote_with_empty
+from prefopt.evaluate.recorded_votes import recorded_votes, tier_outcome
+from prefopt.evaluate.result import CompareResult, PairResult, check_output, findings, write_pairs
+from prefopt.evaluate.sample_cache import CompareInputs, Rows, check_same_prompts, load_samples, prompt_rows
+from prefopt.evaluate.sample_stats import (
+    SampleStats,
+    by_prompt,
+    kl_to_reference,
+    perplexity,
+    prompt_numbers,
+    sample_stats,
+)
 from prefopt.evaluate.tasks import Harness, TaskScore, changes, read_task_results
+from prefopt.evaluate.win_rate import Floats, Games, Ints, bradley_terry, connected_groups, length_controlled, win_rate
 from prefopt.model.environment import hardware
 from prefopt.model.load import base_and_adapter
 from prefopt.model.precision import resolve_device, resolve_dtype
 from prefopt.records import Comparison
-from prefopt.runs.trends import Finding
 from prefopt.studies.votes import Vote
 
-
-@dataclass(frozen=True, slots=True)
-class CompareResult:
-    """``versus``: every two models. ``strengths``: Bradley-Terry, in log-odds, of three and more models whose prompts
-    are enough and which comparisons link. ``models``: what the samples of each show; nothing where votes were counted.
-    ``findings``: what is worth a look, in words. ``command`` does it again (empty where Python gave objects),
-    ``identities`` are SHA-256 of what was compared, ``output_sha256`` is that of the file of judged pairs (empty where
-    none was written), ``environment`` is what it ran on."""
-
-    judge: str
-    versus: list[Versus]
-    strengths: dict[str, Interval]
-    models: dict[str, Samples]
-    output: Path | None = None
-    notes: list[str] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-    command: str = ""
-    identities: dict[str, str] = field(default_factory=dict)
-    environment: dict[str, dict[str, str]] = field(default_factory=dict)
-    output_sha256: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(replace(self, output=None)) | {"output": None if self.output is None else str(self.output)}
+SAMPLING_COLUMNS = {"logprobs", "sampling_logprobs", "tokens", "token_ids", "finish"}
+"""Columns of ``prefopt sample`` that hold a value per response; judged pairs leave them out."""
 
 
-def run(config: CompareConfig, given: Given | None = None) -> CompareResult:
-    """Compare what ``config`` names, or what is ``given`` in its place. Raises :class:`prefopt.errors.UserError`."""
-    given = given or Given()
+def run(config: CompareConfig, inputs: CompareInputs | None = None) -> CompareResult:
+    """Compare the models of ``config``, or the ``inputs`` in their place. Raises :class:`prefopt.errors.UserError`."""
+    inputs = inputs or CompareInputs()
     if config.votes is not None:
-        return _of_votes(config)
-    judge = load_judge(config, given.judge)
+        return _compare_votes(config)
+    judge = load_judge(config, inputs.judge)
     if config.judge == "gsm8k" and config.prompts is None:
         raise ConfigError("--prompts is missing: --judge gsm8k reads the answers there")
-    check_output(config, [*(config.prompts or () if given.rows is None else ()), *(config.held_out or ())])
+    check_output(config, [*(config.prompts or () if inputs.rows is None else ()), *(config.held_out or ())])
     if config.threads:
         torch.set_num_threads(config.threads)
-    names, tasks = config.models, _tasks(config, given)
+    names, task_scorer = config.models, _task_scorer(config, inputs)
     reporter = Reporter("none" if config.json else config.progress)
-    samples = {name: answers(config, name, given, reporter) for name in names}
-    check_same(samples)
-    asked, notes = prompts_of(config, given) if config.judge == "gsm8k" else ({}, [])
-    prompt = numbered(row.prompt_key for row in samples[names[0]])
+    samples = {name: load_samples(config, name, inputs, reporter) for name in names}
+    check_same_prompts(samples)
+    answers, notes = prompt_rows(config, inputs) if config.judge == "gsm8k" else ({}, [])
+    prompts = prompt_numbers(row.prompt_key for row in samples[names[0]])
     versus, games, judged = [], [], []
     for i, k in combinations(range(len(names)), 2):
-        questions = _questions(samples[names[i]], samples[names[k]], asked)
-        votes, empty = with_empty(judge, questions)
-        shape = (len(prompt), -1)
-        outcomes = np.array([outcome(v) for v in votes]).reshape(shape)
-        longer = np.array([float(len(a) - len(b)) for a, b in (q.responses for q in questions)]).reshape(shape)
-        versus.append(_versus(config, (names[i], names[k]), samples[names[i]], prompt, outcomes, longer, empty))
-        said = zip(prompt.tolist(), outcomes.tolist(), strict=True)
-        games += [(i, k, p, x) for p, row in said for x in row if x == x]
-        judged += [_judged(q, v, (names[i], names[k]), judge) for q, v in zip(questions, votes, strict=True)]
+        pair = (names[i], names[k])
+        questions = _questions(samples[pair[0]], samples[pair[1]], answers)
+        votes, empty = vote_with_empty(judge, questions)
+        outcomes = np.array([tier_outcome(v.tiers) for v in votes]).reshape(len(prompts), -1)
+        longer = np.array([float(len(a) - len(b)) for a, b in (q.responses for q in questions)]).reshape(outcomes.shape)
+        versus.append(_pair_result(config, pair, samples[pair[0]], prompts, outcomes, longer, empty))
+        by_row = zip(prompts.tolist(), outcomes.tolist(), strict=True)
+        games += [(i, k, prompt, x) for prompt, row in by_row for x in row if not math.isnan(x)]
+        judged += [_judged_row(q, v, pair, judge) for q, v in zip(questions, votes, strict=True)]
     output = None if config.output is None else Path(config.output)
-    digest = "" if output is None else write_judged(output, judged)
-    notes += [*_repeated(prompt), *judge.notes()]
-    shown = {name: _seen(config, name, rows, notes, given) for name, rows in samples.items()}
-    versus = _with_tasks(config, versus, tasks)
+    digest = "" if output is None else write_pairs(output, judged)
+    notes += [*_repeated_prompts(prompts), *judge.notes()]
+    stats = {name: _sample_stats(config, name, rows, notes, inputs) for name, rows in samples.items()}
+    if task_scorer is not None:
+        scores = {name: task_scorer(name) for name in names}
+        versus = [replace(pair, tasks=changes(scores[pair.first], scores[pair.second])) for pair in versus]
     return CompareResult(
         judge.name,
         versus,
         _strengths(config, names, games, versus, notes),
-        shown,
+        stats,
         output,
         notes,
-        [finding for v in versus for finding in findings(v, shown)],
-        "" if given.models or given.rows is not None or given.judge else command("compare", config),
-        {name: identity(config, name, given) for name in names},
+        [finding for pair in versus for finding in findings(pair, stats)],
+        "" if inputs.models or inputs.rows is not None or inputs.judge else command("compare", config),
+        {name: inputs.digest(name, config) for name in names},
         hardware(),
         digest,
     )
 
 
-def _repeated(prompt: Ints) -> list[str]:
-    """What is said of rows that ask the same."""
-    rows, different = len(prompt), len(set(prompt.tolist()))
-    if rows == different:
-        return []
-    prompts = "prompt" if different == 1 else "prompts"
-    return [f"{rows} rows ask {different} different {prompts}: rows that ask the same count as samples of one prompt"]
+def _compare_votes(config: CompareConfig) -> CompareResult:
+    votes = recorded_votes(config.votes or (), format=config.format, columns=config.column_words)
+    names = sorted({name for vote in votes for name in vote.models})
+    keys = {key: n for n, key in enumerate(dict.fromkeys(vote.prompt for vote in votes))}
+    versus, games = [], []
+    for i, k in combinations(range(len(names)), 2):
+        pair = (names[i], names[k])
+        of_pair = [v if v.models == pair else v.swapped() for v in votes if set(v.models) == set(pair)]
+        if not of_pair:
+            continue
+        prompts = prompt_numbers(vote.prompt for vote in of_pair)
+        outcomes = by_prompt(np.array([[vote.outcome] for vote in of_pair], np.float64), prompts)
+        longer = by_prompt(np.array([[vote.longer] for vote in of_pair], np.float64), prompts)
+        versus.append(PairResult(*pair, win_rate(outcomes), length_controlled(outcomes, longer)))
+        games += [(i, k, keys[vote.prompt], vote.outcome) for vote in of_pair]
+    notes: list[str] = []
+    return CompareResult("people", versus, _strengths(config, names, games, versus, notes), {}, notes=notes)
 
 
-def _questions(first: Rows, second: Rows, asked: dict[bytes, Comparison]) -> list[Question]:
+# -- judged samples --------------------------------------------------------------------------------------------
+
+
+def _questions(first: Rows, second: Rows, answers: dict[bytes, Comparison]) -> list[Question]:
     """Sample n of one model against sample n of the other, prompt by prompt."""
     found = []
     for a, b in zip(first, second, strict=True):
         for x, y in zip(a.responses, b.responses, strict=True):
             pair = replace(a, responses=(x, y), tiers=(), scores=None, labels=None, votes=None)
-            found.append(Question(pair, asked.get(a.prompt_key)))
+            found.append(Question(pair, answers.get(a.prompt_key)))
     return found
 
 
-Scores = dict[str, list[TaskScore]]
-
-
-def _tasks(config: CompareConfig, given: Given) -> Scores | Harness | None:
-    """What is known of tasks, or what finds it out: before anything is drawn, so that a mistake costs nothing."""
-    if config.task_results is not None:
-        return {n: read_task_results(file) for n, file in zip(config.models, config.task_results, strict=True)}
-    if config.tasks is None:
-        return None
-    if own := [name for name in config.models if name in given.models]:
-        raise ConfigError(f"--tasks needs models named by their folders; {own[0]} is an object: save it first")
-    return Harness(config.tasks, task_folder=config.task_folder, limit=config.task_limit)
-
-
-def _with_tasks(config: CompareConfig, versus: Sequence[Versus], tasks: Scores | Harness | None) -> list[Versus]:
-    if isinstance(tasks, Harness):
-        device = resolve_device(config.device)
-        dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
-        tasks = {
-            name: tasks.scores(name, *base_and_adapter(name), dtype=dtype, device=str(device)) for name in config.models
-        }
-    if tasks is None:
-        return list(versus)
-    return [replace(v, tasks=changes(tasks[v.first], tasks[v.second])) for v in versus]
-
-
-def _seen(config: CompareConfig, name: str, rows: Rows, notes: list[str], given: Given) -> Samples:
-    gap, held = None, None
-    if config.reference is not None:
-        reference = given.loaded(config.reference, config)
-        if not is_file(name) and given.loaded(name, config).tokenizer.get_vocab() != reference.tokenizer.get_vocab():
-            raise ModelError(f"--reference {config.reference}: it has other tokens than {name}; no KL is between them")
-        gap = distance(rows, reference, seed=config.seed)
-        reference.release()
-    if config.held_out is not None and not is_file(name):
-        model = given.loaded(name, config)
-        how: dict[str, Any] = {"format": config.format, "columns": config.column_words, "on_bad_row": config.on_bad_row}
-        held, cut, left = perplexity(model, config.held_out, **how)
-        model.release()
-        notes += [f"{name}: {left} rows of the held-out data were left out: they cannot be used"] if left else []
-        notes += [f"{name}: {cut} rows of the held-out data were truncated"] if cut else []
-    return seen(rows, gap, held)
-
-
-# -- verdicts --------------------------------------------------------------------------------------------------
-
-
-def _versus(
+def _pair_result(
     config: CompareConfig,
     names: tuple[str, str],
     rows: Rows,
-    prompt: Ints,
+    prompts: Ints,
     outcomes: Floats,
     longer: Floats,
     empty: int,
-) -> Versus:
+) -> PairResult:
     categories = {}
     if config.category is not None:
-        said = np.array([_category(config.category, row) for row in rows])
-        parts = {str(c): said == c for c in sorted(set(said.tolist()))}
-        categories = {c: win_rate(gathered(outcomes[part], prompt[part])) for c, part in parts.items()}
-    outcomes, longer = gathered(outcomes, prompt), gathered(longer, prompt)
-    equal = at_equal_length(outcomes, longer)
-    return Versus(*names, win_rate(outcomes), equal, categories, empty, _longer(longer, seed=config.seed))
-
-
-def _longer(longer: Floats, *, seed: int) -> Interval | None:
-    """The mean difference of lengths over prompts."""
-    return mean_interval(np.nanmean(longer, axis=1), seed=seed) if len(longer) >= FEWEST else None
+        of_row = np.array([_category(config.category, row) for row in rows])
+        for name in sorted(set(of_row.tolist())):
+            chosen = of_row == name
+            categories[str(name)] = win_rate(by_prompt(outcomes[chosen], prompts[chosen]))
+    outcomes, longer = by_prompt(outcomes, prompts), by_prompt(longer, prompts)
+    difference = mean_interval(np.nanmean(longer, axis=1), seed=config.seed) if len(longer) >= MIN_PROMPTS else None
+    return PairResult(*names, win_rate(outcomes), length_controlled(outcomes, longer), categories, empty, difference)
 
 
 def _category(name: str, row: Comparison) -> str:
@@ -202,59 +150,76 @@ def _category(name: str, row: Comparison) -> str:
     return str(row.extra[name])
 
 
+def _judged_row(q: Question, vote: Vote, names: tuple[str, str], judge: Judge) -> dict[str, object]:
+    extra = {name: value for name, value in q.pair.extra.items() if name not in SAMPLING_COLUMNS}
+    extra |= {"models": list(names), "judge": judge.name}
+    extra |= {name: value for name, value in vote.to_json().items() if name in ("rationale", "skipped")}
+    if isinstance(vote, ScoredVote) and vote.scores is not None:
+        extra["judge_scores"] = list(vote.scores)
+    return LAYOUTS["canonical"].write(replace(q.pair, tiers=vote.tiers, extra=extra))
+
+
+def _repeated_prompts(prompts: Ints) -> list[str]:
+    rows, different = len(prompts), len(set(prompts.tolist()))
+    if rows == different:
+        return []
+    noun = "prompt" if different == 1 else "prompts"
+    return [f"{rows} rows ask {different} different {noun}: rows that ask the same count as samples of one prompt"]
+
+
+def _sample_stats(config: CompareConfig, name: str, rows: Rows, notes: list[str], inputs: CompareInputs) -> SampleStats:
+    kl, held_out = None, None
+    if config.reference is not None:
+        reference = inputs.load(config.reference, config)
+        if not is_file(name) and inputs.load(name, config).tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+            raise ModelError(f"--reference {config.reference}: its tokenizer is not that of {name}: no KL is defined")
+        kl = kl_to_reference(rows, reference, seed=config.seed)
+        reference.release()
+    if config.held_out is not None and not is_file(name):
+        model = inputs.load(name, config)
+        how: dict[str, Any] = {"format": config.format, "columns": config.column_words, "on_bad_row": config.on_bad_row}
+        held_out, cut, left_out = perplexity(model, config.held_out, **how)
+        model.release()
+        if left_out:
+            notes.append(f"{name}: {left_out} rows of the held-out data were left out: they cannot be used")
+        if cut:
+            notes.append(f"{name}: {cut} rows of the held-out data were truncated")
+    return sample_stats(rows, kl, held_out)
+
+
+# -- strengths and tasks ---------------------------------------------------------------------------------------
+
+
 def _strengths(
     config: CompareConfig,
     names: Sequence[str],
     games: list[tuple[int, int, int, float]],
-    versus: Sequence[Versus],
+    versus: Sequence[PairResult],
     notes: list[str],
 ) -> dict[str, Interval]:
-    if len(names) < 3 or any(v.rate.rate is None for v in versus):
+    if len(names) < 3 or any(pair.rate.rate is None for pair in versus):
         return {}
-    found = Games.of(games)
-    if len(parts := groups(found, len(names))) > 1:
-        told = "; ".join(", ".join(names[i] for i in part) for part in parts)
+    table = Games.of(games)
+    if len(groups := connected_groups(table, len(names))) > 1:
+        listed = "; ".join(", ".join(names[i] for i in group) for group in groups)
         notes.append(
-            f"no strengths are told: between {told} nobody both won and lost, nor tied, or nobody met, so that no"
-            " number of comparisons says how far apart they are"
+            f"no strengths: between the groups {listed} no model both won and lost, or none met, so that no number of"
+            " comparisons says how far apart they are"
         )
         return {}
-    return dict(zip(names, strengths(found, len(names), seed=config.seed), strict=True))
+    return dict(zip(names, bradley_terry(table, len(names), seed=config.seed), strict=True))
 
 
-def _judged(q: Question, vote: Vote, names: tuple[str, str], judge: Judge) -> dict[str, object]:
-    extra = {name: q.pair.extra[name] for name in q.pair.extra if name not in _DRAWN}
-    said: dict[str, object] = {"models": list(names), "judge": judge.name}
-    said |= {name: value for name, value in vote.to_json().items() if name in ("rationale", "skipped")}
-    if isinstance(vote, ScoredVote) and vote.scores is not None:
-        said["judge_scores"] = list(vote.scores)
-    return LAYOUTS["canonical"].write(replace(q.pair, tiers=vote.tiers, extra={**extra, **said}))
-
-
-_DRAWN = {"logprobs", "sampling_logprobs", "tokens", "token_ids", "finish"}
-
-
-# -- votes that are there --------------------------------------------------------------------------------------
-
-
-def _of_votes(config: CompareConfig) -> CompareResult:
-    found = recorded(config.votes or (), format=config.format, columns=config.column_words)
-    names = sorted({name for one in found for name in one.models})
-    prompts = {key: n for n, key in enumerate(dict.fromkeys(one.prompt for one in found))}
-    versus, games = [], []
-    for i, k in combinations(range(len(names)), 2):
-        said = [
-            (one.prompt, 1 - one.outcome, -one.longer)
-            if one.models[0] != names[i]
-            else (one.prompt, one.outcome, one.longer)
-            for one in found
-            if set(one.models) == {names[i], names[k]}
-        ]
-        if not said:
-            continue
-        prompt = numbered(key for key, _, _ in said)
-        outcomes, longer = (gathered(np.array([[one[n]] for one in said], np.float64), prompt) for n in (1, 2))
-        versus.append(Versus(names[i], names[k], win_rate(outcomes), at_equal_length(outcomes, longer)))
-        games += [(i, k, prompts[key], x) for key, x, _ in said]
-    notes: list[str] = []
-    return CompareResult("people", versus, _strengths(config, names, games, versus, notes), {}, notes=notes)
+def _task_scorer(config: CompareConfig, inputs: CompareInputs) -> Callable[[str], list[TaskScore]] | None:
+    """Task scores of a model by its name. Made before sampling, so that mistakes show early."""
+    if config.task_results is not None:
+        scores = {n: read_task_results(file) for n, file in zip(config.models, config.task_results, strict=True)}
+        return scores.__getitem__
+    if config.tasks is None:
+        return None
+    if objects := [name for name in config.models if name in inputs.models]:
+        raise ConfigError(f"--tasks needs models named by their folders; {objects[0]} is an object: save it first")
+    harness = Harness(config.tasks, task_folder=config.task_folder, limit=config.task_limit)
+    device = resolve_device(config.device)
+    dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
+    return lambda name: harness.scores(name, *base_and_adapter(name), dtype=dtype, device=str(device))

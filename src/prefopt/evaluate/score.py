@@ -1,16 +1,15 @@
-"""Numbers for responses: rows in any layout in, the same rows with scores out."""
+"""``prefopt score``: rows in any layout in, the same rows with a score for each response out."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from prefopt.config.tools import IMPLICIT, ScoreConfig
@@ -26,6 +25,7 @@ from prefopt.data.layouts import LAYOUTS
 from prefopt.data.tokenizer import Tokenizer, load_tokenizer
 from prefopt.data.validate import Problem, refuse
 from prefopt.errors import DataError, ModelError, RunError
+from prefopt.evaluate.win_rate import Floats
 from prefopt.model.architectures import context_length
 from prefopt.model.load import base_and_adapter, load_config, load_model, local_folder
 from prefopt.model.packing import pack, split
@@ -36,26 +36,44 @@ from prefopt.records import Comparison, tiers_of
 from prefopt.reference.identity import tokenizer_of_name
 from prefopt.rewards import Reward, load_reward, prompt_text
 
-TOKENS = {"cpu": 2048, "cuda": 32768, "mps": 4096}
-"""Tokens at once, for each kind of device: no activations are kept."""
+TOKEN_BUDGET = {"cpu": 2048, "cuda": 32768, "mps": 4096}
+"""Tokens of a forward pass by device type; no activations are kept."""
+BATCH = 256
+"""Rows that a scorer gets at once."""
 
-Floats = npt.NDArray[np.float64]
-Numbers = Callable[[Sequence[Group]], Floats]
+
+class RowScorer(Protocol):
+    """Scores [K] for the K responses of each row. ``truncated`` counts rows that were too long for a model."""
+
+    truncated: int
+
+    def __call__(self, rows: Sequence[Comparison]) -> list[tuple[float, ...]]: ...
 
 
-class ModelScores:
-    """Scores [K] of each row's responses; ``truncated`` counts the rows that were too long for the model.
+class TextScorer:
+    """A rule or a function of prompt and response texts."""
 
-    ``words`` says what gives the numbers.
-    """
+    truncated = 0
 
-    def __init__(self, words: str, numbers: Numbers, renderer: Renderer) -> None:
-        self.words, self._numbers, self._renderer = words, numbers, renderer
+    def __init__(self, reward: Reward) -> None:
+        self._reward = reward
+
+    def __call__(self, rows: Sequence[Comparison]) -> list[tuple[float, ...]]:
+        prompts = [prompt_text(c) for c in rows for _ in c.responses]
+        scores = iter(self._reward(prompts, [r.text for c in rows for r in c.responses]))
+        return [tuple(islice(scores, len(c.responses))) for c in rows]
+
+
+class ModelScorer:
+    """A function of tokenised groups to scores [N]; ``description`` names the model in messages."""
+
+    def __init__(self, description: str, score: Callable[[Sequence[Group]], Floats], renderer: Renderer) -> None:
+        self.description, self._score, self._renderer = description, score, renderer
         self.truncated = 0
 
     def __call__(self, rows: Sequence[Comparison]) -> list[tuple[float, ...]]:
-        """One tuple for each row. Raises :class:`DataError` for a row that cannot be shown to the model."""
-        # What is preferred does not matter here; two responses that are the same get the same number.
+        """Raises :class:`DataError` for a row that cannot be rendered, :class:`ModelError` for scores not finite."""
+        # Without preferences: they do not matter here, and equal responses are no mistake.
         bare = [replace(c, tiers=(), scores=None, labels=None, votes=None) for c in rows]
         groups = []
         for c, rendered in zip(rows, self._renderer.render_all(bare), strict=True):
@@ -63,20 +81,26 @@ class ModelScores:
                 raise DataError(f"{rendered.kind}: {rendered.what}", file=c.file or None, row=c.row)
             self.truncated += bool(rendered.prompt_cut or any(rendered.responses_cut))
             groups.append(rendered.group)
-        found = iter(self._numbers(groups).tolist())
-        scores = [tuple(next(found) for _ in group.continuations) for group in groups]
-        for c, several in zip(rows, scores, strict=True):
-            if not np.isfinite(several).all():
-                raise ModelError(f"row {c.row}: {self.words} gave {several}; try --dtype float32, or check its weights")
+        numbers = iter(self._score(groups).tolist())
+        scores = [tuple(islice(numbers, len(group.continuations))) for group in groups]
+        for c, of_row in zip(rows, scores, strict=True):
+            if not np.isfinite(of_row).all():
+                raise ModelError(
+                    f"row {c.row}: {self.description} gave {of_row}; try --dtype float32, or check its weights"
+                )
         return scores
 
 
-def reward_model_scores(config: ScoreConfig) -> ModelScores:
-    """Those of the reward model that ``--reward`` names.
+def load_row_scorer(config: ScoreConfig) -> RowScorer:
+    """The scorer that ``--reward`` names: a rule, a function, a reward model or the implicit reward."""
+    if not config.by_model:
+        return TextScorer(load_reward(config.reward))
+    return implicit_reward_scorer(config) if config.reward == IMPLICIT else reward_model_scorer(config)
 
-    Raises :class:`ModelError` where it is none, or has another number of labels.
-    """
-    source, device, dtype = _place(config, config.reward)
+
+def reward_model_scorer(config: ScoreConfig) -> ModelScorer:
+    """Raises :class:`ModelError` where ``--reward`` is no reward model, or has another number of labels."""
+    source, device, dtype = _load_options(config, config.reward)
     if not has_scalar_head(source):
         raise ModelError(
             f"--reward {config.reward} is a language model, which gives no score: prefopt reward makes one that does,"
@@ -86,19 +110,19 @@ def reward_model_scores(config: ScoreConfig) -> ModelScores:
     model = load_scalar(source, dtype=dtype, device=device, tokenizer=tokenizer).requires_grad_(False)
     scorer = ScalarScorer(freeze_and_cast(model, dtype)).eval()
 
-    def numbers(groups: Sequence[Group]) -> Floats:
-        return response_rewards(scorer, groups, range(len(groups)), TOKENS[device.type])
+    def score(groups: Sequence[Group]) -> Floats:
+        return response_rewards(scorer, groups, range(len(groups)), TOKEN_BUDGET[device.type])
 
-    return ModelScores(f"the reward model {config.reward}", numbers, _renderer(config, tokenizer, source))
+    return ModelScorer(f"the reward model {config.reward}", score, _renderer(config, tokenizer, source))
 
 
-def implicit_scores(config: ScoreConfig) -> ModelScores:
-    """beta log(pi(y|x) / ref(y|x)), Rafailov et al. 2023, equation 5 less its term of the prompt alone.
+def implicit_reward_scorer(config: ScoreConfig) -> ModelScorer:
+    """beta log(pi(y|x) / ref(y|x)): Rafailov et al. 2023, equation 5 without its term of the prompt alone.
 
-    Raises :class:`ModelError` where the two models do not read the same tokens.
+    Raises :class:`ModelError` where the tokenizers of policy and reference differ.
     """
     assert config.model is not None and config.beta is not None
-    _, device, dtype = _place(config, config.model)
+    _, device, dtype = _load_options(config, config.model)
     source, adapter = base_and_adapter(config.model, config.adapter)
     reference = config.reference or (config.model if config.adapter is not None else source)
     other = local_folder(reference)
@@ -107,31 +131,32 @@ def implicit_scores(config: ScoreConfig) -> ModelScores:
         raise ModelError(
             f"--reference {reference} has another tokenizer than --model {config.model}: their tokens differ"
         )
-    pair = [
+    scorers = [
         Scorer(load_model(folder, dtype=dtype, device=device, adapter=a).requires_grad_(False)).eval()
         for folder, a in ((source, adapter), (other, None))
     ]
     beta = config.beta
 
-    def numbers(groups: Sequence[Group]) -> Floats:
-        policy, ref = (_log_probabilities(scorer, groups, device) for scorer in pair)
+    def score(groups: Sequence[Group]) -> Floats:
+        policy, ref = (response_logprobs(scorer, groups, TOKEN_BUDGET[device.type]) for scorer in scorers)
         return beta * (policy - ref)
 
-    words = f"{beta:g} log({config.adapter or config.model} / {reference})"
-    return ModelScores(words, numbers, _renderer(config, tokenizer, source, other))
+    description = f"{beta:g} log({config.adapter or config.model} / {reference})"
+    return ModelScorer(description, score, _renderer(config, tokenizer, source, other))
 
 
 @torch.no_grad()
-def _log_probabilities(scorer: PackedModel, groups: Sequence[Group], device: torch.device) -> Floats:
-    costs = [scorer.layout.cost(g) for g in groups]
+def response_logprobs(scorer: PackedModel, groups: Sequence[Group], token_budget: int) -> Floats:
+    """Log-probability [N] of the trained tokens of every response, group after group."""
+    device = next(scorer.model.parameters()).device
     parts = []
-    for part in split(range(len(groups)), costs, TOKENS[device.type]):
+    for part in split(range(len(groups)), [scorer.layout.cost(g) for g in groups], token_budget):
         batch = pack([groups[i] for i in part], scorer.layout).to(device)
         parts.append(response_sums(scorer(batch), batch).double().cpu().numpy())
-    return np.concatenate(parts)
+    return np.concatenate(parts) if parts else np.empty(0)
 
 
-def _place(config: ScoreConfig, name: str) -> tuple[str, torch.device, torch.dtype]:
+def _load_options(config: ScoreConfig, name: str) -> tuple[str, torch.device, torch.dtype]:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
@@ -139,27 +164,16 @@ def _place(config: ScoreConfig, name: str) -> tuple[str, torch.device, torch.dty
 
 
 def _renderer(config: ScoreConfig, tokenizer: Tokenizer, *sources: str) -> Renderer:
-    contexts: list[Any] = [context_length(load_config(source)) for source in sources]
-    limit = min(sequence_limit(config.max_length, c) for c in contexts)
+    limit = min(sequence_limit(config.max_length, context_length(load_config(source))) for source in sources)
     return Renderer(tokenizer, Rendering.from_options(config, limit))
-
-
-if TYPE_CHECKING:
-    pass  # SELF
-
-BATCH = 256
-"""Rows that a reward is given at once."""
-
-Scores = Callable[[Sequence[Comparison]], list[tuple[float, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreResult:
     """``mean`` and ``spread`` (standard deviation) are over all responses.
 
-    ``agreement``: the part of a row's pairs that the scores order as the row did (a tie counts half), the mean over the
-    prompts of rows that had preferences, with its interval; none where no row had any. ``truncated`` rows were too long
-    for a model.
+    ``agreement``: the fraction of a row's pairs that the scores order as the row does (a tie counts half), averaged
+    over prompts; None where no row has preferences. ``truncated`` rows were too long for a model.
     """
 
     output: Path
@@ -171,25 +185,26 @@ class ScoreResult:
     truncated: int = 0
 
     def lines(self) -> list[str]:
-        """What a person is told."""
-        said = [f"{self.responses} responses of {self.rows} rows: mean {self.mean:.3f}, spread {self.spread:.3f}"]
+        """The lines that ``prefopt score`` prints."""
+        lines = [f"{self.responses} responses of {self.rows} rows: mean {self.mean:.3f}, spread {self.spread:.3f}"]
         if self.truncated:
-            said.append(f"{self.truncated} of {self.rows} rows truncated to what the model takes")
+            lines.append(f"{self.truncated} of {self.rows} rows truncated to what the model takes")
         if self.agreement is not None:
             a = self.agreement
-            said.append(
+            lines.append(
                 f"the scores order {a.mean:.1%} of the pairs as the rows do"
                 f" (95 % interval {a.low:.1%} to {a.high:.1%}, {a.count} prompts)"
             )
-        return [*said, f"written: {self.output}"]
+        return [*lines, f"written: {self.output}"]
 
 
 def run(config: ScoreConfig) -> ScoreResult:
-    """Score what ``config`` names. Raises :class:`prefopt.errors.UserError`; the output appears whole or not at all."""
+    """Score the files of ``config``. Raises :class:`prefopt.errors.UserError`; the output appears whole or not at
+    all."""
     path = Path(config.output)
     if path.exists() and not config.overwrite:
-        raise RunError(f"--output {path} is there already; name another file, or add --overwrite")
-    scores_of, models = scores_for(config)
+        raise RunError(f"--output {path} exists; name another file, or add --overwrite")
+    scorer = load_row_scorer(config)
     values: list[float] = []
     agreements: dict[bytes, list[float]] = {}
     rows = 0
@@ -198,7 +213,7 @@ def run(config: ScoreConfig) -> ScoreResult:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with aside.open("w", encoding="utf-8") as file:
-                for before, scores in scored(_rows(config), scores_of):
+                for before, scores in _scored(config, scorer):
                     after = replace(before, scores=scores, tiers=tiers_of(scores), labels=None, votes=None)
                     file.write(json.dumps(LAYOUTS["canonical"].write(after), ensure_ascii=False) + "\n")
                     rows += 1
@@ -209,52 +224,33 @@ def run(config: ScoreConfig) -> ScoreResult:
         finally:
             aside.unlink(missing_ok=True)
     interval = rate_interval([np.mean(of_prompt) for of_prompt in agreements.values()]) if agreements else None
-    spread, truncated = float(np.std(values)), models.truncated if models else 0
-    return ScoreResult(path, rows, len(values), float(np.mean(values)), spread, interval, truncated)
-
-
-def scores_for(config: ScoreConfig) -> tuple[Scores, ModelScores | None]:
-    """What gives the numbers, and that again where it is a model."""
-    if not config.by_model:
-        return by_text(load_reward(config.reward)), None
-    pass  # SELF
-
-    models = implicit_scores(config) if config.reward == IMPLICIT else reward_model_scores(config)
-    return models, models
-
-
-def by_text(reward: Reward) -> Scores:
-    """A function of texts as one of rows."""
-
-    def scores(rows: Sequence[Comparison]) -> list[tuple[float, ...]]:
-        prompts = [prompt_text(c) for c in rows for _ in c.responses]
-        numbers = iter(reward(prompts, [r.text for c in rows for r in c.responses]))
-        return [tuple(islice(numbers, len(c.responses))) for c in rows]
-
-    return scores
-
-
-def scored(rows: Iterable[Comparison], scores_of: Scores) -> Iterator[tuple[Comparison, tuple[float, ...]]]:
-    """Each row with one score [K] for each of its responses, in order; what gives them sees many rows at once."""
-    given = iter(rows)
-    while batch := list(islice(given, BATCH)):
-        yield from zip(batch, scores_of(batch), strict=True)
+    mean, spread = float(np.mean(values)), float(np.std(values))
+    return ScoreResult(path, rows, len(values), mean, spread, interval, scorer.truncated)
 
 
 def agreement(pairs: Sequence[tuple[int, int]], scores: Sequence[float]) -> float:
-    """The part of (preferred, dispreferred) pairs that scores order likewise; equal scores count half."""
+    """The fraction of (preferred, dispreferred) pairs that scores order likewise; equal scores count half."""
     return float(np.mean([0.5 + 0.5 * np.sign(scores[best] - scores[worse]) for best, worse in pairs]))
 
 
-def _rows(config: ScoreConfig) -> Iterator[Comparison]:
-    for source in find_sources(config.files):
-        reading = open_comparisons(source, format=config.format, columns=config.column_words)
+def _scored(config: ScoreConfig, scorer: RowScorer) -> Iterator[tuple[Comparison, tuple[float, ...]]]:
+    rows = read_rows(config.files, format=config.format, columns=config.column_words)
+    while batch := list(islice(rows, BATCH)):
+        for row in batch:
+            if not row.responses:
+                raise DataError("has no response to score; prefopt sample draws some", file=row.file, row=row.row)
+        yield from zip(batch, scorer(batch), strict=True)
+
+
+def read_rows(names: Sequence[str], *, format: str | None, columns: Sequence[str] | None) -> Iterator[Comparison]:
+    """The rows of files in any layout. Raises :class:`DataError` at the end of a file with rows that cannot be
+    used."""
+    for source in find_sources(names):
+        reading = open_comparisons(source, format=format, columns=columns)
         problems: list[Problem] = []
         for row in reading:
             if isinstance(row, Problem):
                 problems.append(row)
-            elif not row.responses:
-                raise DataError("has no response to score; prefopt sample draws some", file=row.file, row=row.row)
             else:
                 yield row
         if problems:

@@ -1,7 +1,4 @@
-"""Accuracy on tasks before and after: what alignment cost elsewhere (the alignment tax), with standard errors.
-
-Tasks are lm-eval's, run where it is installed, or read from the results that it wrote.
-"""
+"""Alignment tax: metrics of two models on lm-eval tasks with standard errors, run here or read from its results."""
 
 from __future__ import annotations
 
@@ -9,15 +6,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from prefopt.core.files import parsed
-from prefopt.errors import ConfigError, DataError, RunError
-from prefopt.evaluate.rates import Z95
+from prefopt.errors import ConfigError, DataError, RunError, first_line
+from prefopt.evaluate.win_rate import Z95
 from prefopt.model.supported import safe_attention
 
 INSTALL = 'pip install "prefopt[lm-eval]"'
@@ -25,7 +21,7 @@ INSTALL = 'pip install "prefopt[lm-eval]"'
 
 @dataclass(frozen=True, slots=True)
 class TaskScore:
-    """One metric of one task: ``error`` is its standard error. ``of_question``: its value by question, where known."""
+    """One metric of one task with its standard error. ``of_question``: its value by question, where known."""
 
     task: str
     metric: str
@@ -38,8 +34,8 @@ class TaskScore:
 
 @dataclass(frozen=True, slots=True)
 class TaskChange:
-    """A metric of two models. ``difference``: first less second; ``error``: its standard error, from the differences
-    question by question where these are known (``paired``), else as of independent runs, which is the larger one."""
+    """A metric of two models. ``difference``: first less second; ``error``: its standard error, ``paired`` by question
+    where values by question are known, else as of independent runs."""
 
     task: str
     metric: str
@@ -53,16 +49,27 @@ class TaskChange:
 
     @property
     def verdict(self) -> str:
-        """Whether the first model is better, worse, or not shown to be either, at 5 %."""
-        if self.error is None or self.higher_is_better is None:
-            return "without a standard error: nothing is shown" if self.error is None else "which way is better is open"
+        """Whether the first model is better or worse at 5 %."""
+        if self.error is None:
+            return "without a standard error: nothing is shown"
+        if self.higher_is_better is None:
+            return "which way is better is open"
         if abs(self.difference) <= Z95 * self.error:
             return "no difference is shown"
         return "better" if (self.difference > 0) == self.higher_is_better else "worse"
 
+    def line(self) -> str:
+        """The line of a report."""
+        error = "" if self.error is None else f" ± {self.error:.3f}"
+        count = "" if self.questions is None else f", {self.questions:,} questions"
+        return (
+            f"{self.task} {self.metric}: {self.first:.3f} against {self.second:.3f},"
+            f" {self.difference:+.3f}{error}{count}: {self.verdict}"
+        )
+
 
 class Harness:
-    """lm-eval with some of its tasks. ``task_folder`` holds tasks of one's own, ``limit`` bounds questions of each."""
+    """lm-eval with ``tasks``; ``task_folder`` holds your own tasks, ``limit`` bounds the questions of each."""
 
     def __init__(self, tasks: Sequence[str], *, task_folder: str | None = None, limit: int | None = None) -> None:
         """Raises :class:`ConfigError` where lm-eval is not installed or knows no such task."""
@@ -78,9 +85,9 @@ class Harness:
             raise ConfigError(f"--tasks: lm-eval has no task {', '.join(unknown)}; lm_eval ls tasks lists what it has")
 
     def scores(self, name: str, folder: str, adapter: str | None, *, dtype: str, device: str) -> list[TaskScore]:
-        """What the model in ``folder`` reaches, ``adapter`` on it. Raises :class:`RunError` where lm-eval fails."""
+        """The metrics of the model in ``folder`` with ``adapter``. Raises :class:`RunError` where lm-eval fails."""
         try:
-            with redirect_stdout(sys.stderr):  # what it prints is no part of --json
+            with redirect_stdout(sys.stderr):  # stdout is for --json
                 found = self._evaluate(
                     model="hf",
                     model_args={"pretrained": folder, "dtype": dtype, **safe_attention(folder)}
@@ -91,29 +98,27 @@ class Harness:
                     limit=self._limit,
                     log_samples=True,
                 )
-        except Exception as error:  # whatever a task or a download does wrong
-            first = next(iter(str(error).splitlines()), "")
-            raise RunError(f"lm-eval failed on {name}: {type(error).__name__}: {first}") from error
-        return _scores(found, "lm-eval")
+        except Exception as error:  # tasks and downloads raise anything
+            raise RunError(f"lm-eval failed on {name}: {type(error).__name__}: {first_line(error)}") from error
+        return task_scores(found, "lm-eval")
 
 
 def read_task_results(path: str) -> list[TaskScore]:
-    """What lm-eval wrote of one model (``results_*.json``). Raises :class:`DataError`."""
+    """The metrics in a file that lm-eval wrote for one model (``results_*.json``). Raises :class:`DataError`."""
     try:
         found = parsed(Path(path).read_bytes())
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror}); name a results_*.json of lm-eval", file=path) from None
     except ValueError:
         raise DataError("is no JSON; name a results_*.json of lm-eval", file=path) from None
-    return _scores(found, path)
+    return task_scores(found, path)
 
 
-def _scores(results: Any, file: str) -> list[TaskScore]:
-    """Every metric of every task, from what ``simple_evaluate`` gives and lm-eval writes."""
+def task_scores(results: Any, file: str) -> list[TaskScore]:
+    """Every metric of every task in the results of lm-eval's ``simple_evaluate``. Raises :class:`DataError`."""
     try:
-        parts = [_of_task(results, task, values) for task, values in results["results"].items()]
-        scores = list(chain.from_iterable(parts))
-    except Exception:  # written by another program, of whatever version
+        scores = [s for task, values in results["results"].items() for s in _of_task(results, task, values)]
+    except Exception:  # another program, or another version
         raise DataError("holds no results of tasks as lm-eval writes them", file=file) from None
     if not scores:
         raise DataError("holds no metric of any task", file=file)
@@ -153,7 +158,7 @@ def _questions(samples: Sequence[Mapping[str, Any]], metric: str, kind: str) -> 
 
 
 def changes(first: Sequence[TaskScore], second: Sequence[TaskScore]) -> list[TaskChange]:
-    """Each metric that both have."""
+    """The change of each metric that both have."""
     others = {(s.task, s.metric): s for s in second}
     return [_change(a, b) for a in first if (b := others.get((a.task, a.metric))) is not None]
 
@@ -177,7 +182,7 @@ def _change(a: TaskScore, b: TaskScore) -> TaskChange:
 
 
 def _paired(a: TaskScore, b: TaskScore) -> float | None:
-    """The standard error of the mean difference; none where the metric is no mean over the same questions."""
+    """The standard error of the mean difference; None where the metric is no mean over the same questions."""
     if len(a.of_question) < 2 or a.of_question.keys() != b.of_question.keys():
         return None
     one, two = (np.array([s.of_question[k] for k in sorted(s.of_question)]) for s in (a, b))

@@ -1,14 +1,12 @@
-"""One token after another: three ways to feed a causal language model, the fastest that the model at hand can take.
+"""Decoders: three ways to feed a causal language model one token after another, the fastest it supports.
 
 ========  =========================================================================================================
-slots     models that take shared-prefix attention: prompts are encoded in one packed row, then every sample reads and
-          extends its own row of a cache that never moves (:mod:`prefopt.generate.slots`); lengths may differ
-cache     other models that give their cache away (recurrent and hybrid layers, ALiBi): their own cache and attention,
-          on prompts of one length, so that nothing is padded
-whole     the rest: whole sequences again for every token, prompts of one length
+slots     models with shared-prefix attention: prompts are encoded in one packed row, then every sample reads and
+          extends its own row of a static cache (:mod:`prefopt.generate.slots`); lengths may differ
+cache     models with a cache of their own (recurrent and hybrid layers, ALiBi): their cache and attention, for prompts
+          of one length, so that nothing is padded
+whole     the rest: the whole sequence again for every token, for prompts of one length
 ========  =========================================================================================================
-
-All of them encode a prompt once for its K samples (``whole`` alone has nothing to keep).
 """
 
 from __future__ import annotations
@@ -36,15 +34,15 @@ PREFILL_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
 class Decoder(ABC):
     """A batch of sequences that grow by a token at a time.
 
-    ``start`` and ``step`` return what :meth:`logits` makes logits of, a row for each sequence: so that whoever draws
-    can take a few rows at a time, and the logits of a large batch never stand side by side.
+    ``start`` and ``step`` return a row for each sequence that :meth:`logits` turns into logits, so that the caller can
+    take a few rows at a time and the logits of a large batch are never in memory together.
     """
 
     name: str
     same_length = True
     """Whether the prompts of a batch must have one length."""
     hook: str | None = None
-    """The attention that the model must have while decoding; none: its own."""
+    """The attention implementation to use while decoding; None: the model's own."""
 
     def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
@@ -62,7 +60,7 @@ class Decoder(ABC):
 
     @abstractmethod
     def keep(self, index: torch.Tensor) -> None:
-        """Go on with these sequences, in this order; one may come several times."""
+        """Continue with these sequences, in this order; one may occur several times."""
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Logits [n, V] of rows, float32 or float64."""
@@ -70,7 +68,7 @@ class Decoder(ABC):
 
 
 class SlotDecoder(Decoder):
-    """See :mod:`prefopt.generate.slots`."""
+    """Every sequence in a row of a static cache."""
 
     name = "slots"
     same_length = False
@@ -87,11 +85,11 @@ class SlotDecoder(Decoder):
         return self.step(torch.tensor([int(p[-1]) for p in prompts], device=self.device))
 
     def _fill(self, prompts: Sequence[np.ndarray]) -> None:
-        """Encode prompts laid end to end, a segment each, and put their keys and values into slots."""
+        """Encode prompts packed end to end, and put their keys and values into slots."""
         ends = np.cumsum([len(ids) for ids in prompts])
         starts = [int(end) - len(ids) for end, ids in zip(ends, prompts, strict=True)]
         segments = tuple((a, int(b), 0, 0) for a, b in zip(starts, ends, strict=True) if b > a)
-        # Slot j of a row holds token j - (length - end); what lies left of a prompt is hidden, whatever stands there.
+        # Slot j of a row holds token j - (length - end); slots left of a prompt are masked.
         index = torch.arange(self.slots.length) - self.slots.length + torch.from_numpy(ends)[:, None]
         kernel = self.scorer.kernel
         gather = gather_plan(segments, self.device) if kernel == "varlen" else None
@@ -121,7 +119,7 @@ class SlotDecoder(Decoder):
 
 
 class _OwnForward(Decoder):
-    """What the model's own forward, attention and masks need: rows of one length, and only the last token's logits."""
+    """The model's own forward on rows of one length, for the last token's logits."""
 
     def __init__(self, scorer: Scorer) -> None:
         super().__init__(scorer)
@@ -134,13 +132,13 @@ class _OwnForward(Decoder):
 
 
 class CacheDecoder(_OwnForward):
-    """The model's own cache, whatever it holds."""
+    """The model's own cache, whatever it contains."""
 
     name = "cache"
 
     @staticmethod
     def fits(scorer: Scorer) -> bool:
-        """Whether the model gives a cache away that it goes on from and whose rows can be picked: tried on 2 tokens."""
+        """Whether the model returns a cache that it continues from and whose rows can be selected, by trying it."""
         decoder = CacheDecoder(scorer)
         two = torch.zeros(1, 2, dtype=torch.long, device=decoder.device)
         with torch.no_grad(), scorer.attention_by(None):
@@ -155,12 +153,12 @@ class CacheDecoder(_OwnForward):
             except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
                 if isinstance(error, RuntimeError) and out_of_memory(error):
                     raise
-                return False  # an architecture whose cache is of no use: whole sequences are right for all
+                return False  # no usable cache: whole sequences work for every architecture
         return True
 
     @staticmethod
     def _name(out: Any) -> str | None:
-        """The argument that the model takes its cache by."""
+        """The argument name of the model's cache."""
         names = ("past_key_values", "cache_params")
         return next((n for n in names if hasattr(getattr(out, n, None), "reorder_cache")), None)
 
@@ -204,13 +202,10 @@ class WholeDecoder(_OwnForward):
 
 
 def decoder_of(scorer: Scorer) -> tuple[type[Decoder], str | None]:
-    """The fastest decoder that the model can take, and in one line what is lost where that is not the first."""
+    """The fastest decoder that the model supports, and a line on what is slow where that is not the first."""
     if scorer.layout.share:
         return SlotDecoder, None
     if CacheDecoder.fits(scorer):
         return CacheDecoder, f"{scorer.reason}: its own cache is used, and only prompts of one length share a batch"
     name = type(causal_model(scorer.model)).__name__
-    return (
-        WholeDecoder,
-        f"{name} gives no cache away to go on from: every token encodes its whole sequence again, which is slow",
-    )
+    return WholeDecoder, f"{name} returns no cache to continue from: every token encodes its whole sequence, slowly"

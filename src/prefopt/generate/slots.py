@@ -1,14 +1,14 @@
-"""Keys and values of many samples side by side, and the attention hook that reads and extends them.
+"""The key-value cache of a batch of samples, and the attention function that reads and extends it.
 
-All samples of a batch stand in rows of slots. Prompts are aligned at their ends, so that a token drawn at the same
-step goes into the same slot of every row::
+Every sample has a row of slots. Prompts are right-aligned, so that the tokens of one step go into the same slot of
+every row::
 
     slot     0  1  2  3 | 4  5 ...
     row 0    a  b  c  d | x  y          4 prompt tokens, position = slot
     row 1    .  .  e  f | z  w          2 prompt tokens, position = slot - 2
 
-What lies left of a prompt is masked. A step writes one slot and attends over all before it; nothing is copied but when
-the slots are used up or rows leave.
+Slots left of a prompt are masked. A step writes one slot and attends over all before it; the cache is copied only when
+its slots are used up or rows are removed.
 """
 
 from __future__ import annotations
@@ -30,10 +30,8 @@ HOOK = "prefopt_slots"
 """Not among transformers' mask functions, so that models build no mask."""
 GROWTH = 64
 """Slots added at least when they are used up."""
-
-
-Place = tuple[int, int]
-"""A module that attends, and its which call within a forward pass (from 1): some are run several times in one."""
+LayerCall = tuple[int, int]
+"""An attention module, and the number of its call within a forward pass (from 1): some run several times in one."""
 
 
 @dataclass(slots=True)
@@ -50,42 +48,42 @@ class Slots:
 
     start: torch.Tensor
     length: int
-    layers: dict[Place, _Layer] = field(default_factory=dict)
+    layers: dict[LayerCall, _Layer] = field(default_factory=dict)
     called: Counter[int] = field(default_factory=Counter)
     bias: torch.Tensor | None = None
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> Slots:
-        """Rows with so many tokens each, at the same slot at their ends."""
+        """Rows with these numbers of tokens."""
         longest = max(lengths)
         return cls(torch.tensor([longest - n for n in lengths], device=device), longest)
 
     @property
     def positions(self) -> torch.Tensor:
-        """The position [rows] of the token that comes next."""
+        """The position [rows] of the next token."""
         return self.length - self.start
 
     def begin(self) -> None:
-        """A forward pass begins."""
+        """Begin a forward pass."""
         self.called.clear()
 
-    def place(self, module: torch.nn.Module) -> Place:
-        """Where keys and values of this call of ``module`` are kept."""
+    def call_of(self, module: torch.nn.Module) -> LayerCall:
+        """The key of this call of ``module``."""
         self.called[id(module)] += 1
         return id(module), self.called[id(module)]
 
-    def fill(self, layer: Place, key: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> None:
-        """Prompts of more rows: ``index`` [rows, length] picks them from keys and values [heads, T, D]."""
+    def fill(self, layer: LayerCall, key: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> None:
+        """Add prompts as rows: ``index`` [rows, length] selects them from keys and values [heads, T, D]."""
         made = _Layer(*(x[:, index].transpose(0, 1) for x in (key, value)))
         before = self.layers.get(layer)
         if before is not None:
             made = _Layer(torch.cat([before.key, made.key]), torch.cat([before.value, made.value]))
         self.layers[layer] = made
 
-    def extend(self, layer: Place, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the token of this step, [rows, heads, D] each; returns what it sees, [rows, heads, length + 1, D]."""
+    def extend(self, layer: LayerCall, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the tokens of this step [rows, heads, D]; returns what they attend to [rows, heads, length + 1, D]."""
         kept = self.layers.get(layer)
-        if kept is None:  # prompts of one token: nothing came before
+        if kept is None:  # prompts of one token
             kept = self.layers[layer] = _Layer(key[:, :, None, :][:, :, :0], value[:, :, None, :][:, :, :0])
         if kept.key.shape[2] <= self.length:
             kept.key, kept.value = (self._with_room(x[:, :, : self.length]) for x in (kept.key, kept.value))
@@ -94,7 +92,7 @@ class Slots:
         return kept.key[:, :, : self.length + 1], kept.value[:, :, : self.length + 1]
 
     def keep(self, index: torch.Tensor) -> None:
-        """Rows ``index`` alone, in that order; a row may come several times. Slots that no row uses go."""
+        """Keep rows ``index``, in that order; a row may occur several times. Slots that no row uses are dropped."""
         self.start = self.start[index]
         unused = int(self.start.min())
         for layer in self.layers.values():
@@ -107,14 +105,15 @@ class Slots:
 
     @staticmethod
     def _with_room(x: torch.Tensor) -> torch.Tensor:
-        """The same slots with free ones behind them."""
+        """The same slots followed by free ones."""
         rows, heads, used, width = x.shape
         larger = x.new_empty(rows, heads, used + max(GROWTH, used // 2), width)
         larger[:, :, :used] = x
         return larger
 
     def hidden(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """What is added to scores [rows, 1, 1, length + 1] to hide slots before each row's start; often nothing."""
+        """The mask [rows, 1, 1, length + 1] of slots before each row's start, to add to scores; None where all start
+        at 0."""
         if self.bias is None or self.bias.shape[-1] <= self.length:
             slot = torch.arange(self.length + GROWTH, device=self.start.device)
             before = slot < self.start[:, None]
@@ -125,10 +124,8 @@ class Slots:
 
 @dataclass(slots=True)
 class Filling:
-    """A forward pass over whole prompts, laid end to end: ``segments`` of the row, ``index`` as in :meth:`Slots.fill`.
-
-    ``gather``: what the scorer's kernel for variable lengths needs.
-    """
+    """Arguments of a forward pass over prompts packed end to end: ``segments`` of the row, ``index`` as in
+    :meth:`Slots.fill`, ``gather`` for the scorer's variable-length kernel."""
 
     slots: Slots
     segments: tuple[Segment, ...]
@@ -153,12 +150,12 @@ def slot_attention(
     s_aux: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The hook: fills slots with prompts, or steps, every row one token. query [1, heads, T or rows, D].
+    """The attention function: fills slots with prompts, or steps every row by a token. query [1, heads, T or rows, D].
 
-    Returns [1, T or rows, heads, D]. Raises :class:`ModelError` for what a layer asks for and slots do not know.
+    Returns [1, T or rows, heads, D]. Raises :class:`ModelError` for arguments of a layer that are not supported.
     """
     if filling is not None:
-        filling.slots.fill(filling.slots.place(module), key[0], value[0], filling.index)
+        filling.slots.fill(filling.slots.call_of(module), key[0], value[0], filling.index)
         return shared_attention(
             module,
             query,
@@ -176,9 +173,9 @@ def slot_attention(
             **others,
         )
     if slots is None:
-        raise ModelError(f"{type(module).__name__} does not hand its keyword arguments to its attention")
+        raise ModelError(f"{type(module).__name__} does not pass its keyword arguments to its attention")
     refuse_foreign(module, attention_mask, dropout, others)
-    seen_key, seen_value = slots.extend(slots.place(module), key[0].transpose(0, 1), value[0].transpose(0, 1))
+    seen_key, seen_value = slots.extend(slots.call_of(module), key[0].transpose(0, 1), value[0].transpose(0, 1))
     bias = slots.hidden(query.dtype)
     if sliding_window is not None and seen_key.shape[2] > sliding_window:
         seen_key, seen_value = seen_key[:, :, -sliding_window:], seen_value[:, :, -sliding_window:]
@@ -190,11 +187,11 @@ def slot_attention(
     if query.device.type == "cuda" and softcap is None and s_aux is None:
         out = F.scaled_dot_product_attention(grouped, seen_key, seen_value, bias, scale=scale)
     else:
-        out = _plainly(grouped, seen_key, seen_value, bias, scale, softcap, s_aux)
+        out = _matmul_attention(grouped, seen_key, seen_value, bias, scale, softcap, s_aux)
     return out.reshape(1, rows, heads, -1), None
 
 
-def _plainly(
+def _matmul_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -203,7 +200,7 @@ def _plainly(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """For one query per row two matrix products beat the flash kernel of the CPU, and know caps and sinks."""
+    """For one query per row, two matrix products beat the CPU's flash kernel; they support caps and sinks."""
     scores = (query * scale) @ key.transpose(-1, -2)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap

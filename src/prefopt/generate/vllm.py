@@ -1,7 +1,7 @@
-"""vLLM behind the same protocol: many times faster on a GPU, for large sets of prompts (extra ``vllm``).
+"""A sampler on vLLM, many times faster on a GPU for large sets of prompts (extra ``vllm``).
 
-What differs from :class:`TransformersSampler`: the same seed draws other samples, and whether they depend on the batch
-is up to vLLM's kernels.
+Unlike :class:`TransformersSampler`, samples may depend on the batch, as vLLM's kernels do; the same seed gives other
+samples.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ import numpy as np
 
 from prefopt.core.model_folder import vet_folder
 from prefopt.errors import ConfigError, ModelError, RunError, first_line
-from prefopt.generate.draw import key_of
-from prefopt.generate.sampler import FloatArray, Ids, Progress, Sample, Settings, occurrences
+from prefopt.generate.sampler import FloatArray, Ids, ProgressCallback, Sample, SamplingParams, key_of, occurrences
 
 ADAPTER = "adapter"
 
 
 class VllmSampler:
-    """Follows :class:`prefopt.generate.sampler.Sampler`. Use it as a context: leaving it frees the GPU's memory.
+    """A :class:`prefopt.generate.sampler.ResponseSampler`, and a context manager that frees the GPU's memory.
 
-    Log-probabilities are those of the distribution drawn from. Where that is not the model's own, the model's come from
-    a second pass, which encodes prompt and sample and draws one token that is thrown away.
+    vLLM returns log-probabilities of the distribution drawn from. Where that is not the model's own, a second pass over
+    prompt and sample gives the model's; it draws one token that is dropped.
     """
 
     def __init__(
@@ -37,7 +36,7 @@ class VllmSampler:
         dtype: str = "auto",
         rank: int | None = None,
     ) -> None:
-        """``model`` and ``adapter`` are folders; ``rank`` is the adapter's. ``context`` bounds prompt and sample.
+        """``model`` and ``adapter`` are folders, ``rank`` the adapter's; ``context`` bounds prompt and sample.
 
         Raises :class:`ConfigError` where vLLM is not installed, :class:`ModelError` where it cannot load the model.
         """
@@ -56,7 +55,7 @@ class VllmSampler:
             self._lora = _imported("vllm.lora.request").LoRARequest(ADAPTER, 1, adapter)
         try:
             self._engine: Any = self._vllm.LLM(**options)
-        except Exception as error:  # whatever its engine raises
+        except Exception as error:  # its engine raises anything
             raise ModelError(
                 f"{model}: vLLM cannot load it ({first_line(error)}); try --engine transformers"
             ) from error
@@ -73,47 +72,47 @@ class VllmSampler:
         self,
         prompts: Sequence[Ids],
         num: int,
-        settings: Settings,
+        params: SamplingParams,
         *,
         streams: Sequence[int] | None = None,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
     ) -> list[list[Sample]]:
-        """As the protocol says; ``progress`` hears of everything at once. Raises :class:`RunError` if vLLM fails."""
+        """See the protocol; ``progress`` is called once. Raises :class:`RunError` if vLLM fails."""
         streams = occurrences(prompts) if streams is None else streams
-        given, params = [], []
+        given, requests = [], []
         for prompt, stream in zip(prompts, streams, strict=True):
             ids = [int(i) for i in prompt]
-            # The second pass draws a token of its own behind the sample.
-            room = self.context - len(ids) - (not settings.pure)
+            # The second pass draws one more token.
+            room = self.context - len(ids) - (not params.pure)
             if not ids or room < 1:
                 raise ModelError(f"a prompt of {len(ids)} tokens cannot be answered in a context of {self.context}")
             for k in range(num):
                 given.append(ids)
-                seed = key_of(settings.seed, prompt, stream, k) & (2**63 - 1)
-                params.append(self._params(settings, seed, min(room, settings.max_new_tokens)))
-        found = [request.outputs[0] for request in self._generate(given, params)]
+                seed = key_of(params.seed, prompt, stream, k) & (2**63 - 1)
+                requests.append(self._params(params, seed, min(room, params.max_new_tokens)))
+        found = [request.outputs[0] for request in self._generate(given, requests)]
         ids_of = [np.array(out.token_ids, np.int32) for out in found]
         drawn = [_chosen(out.token_ids, out.logprobs) for out in found]
-        own = drawn if settings.pure else self._scored(given, ids_of)
+        own = drawn if params.pure else self._scored(given, ids_of)
         samples = [
-            Sample(ids, np.zeros(len(ids)) if settings.temperature == 0 else d, m, bool(ids[-1] in settings.stop))
+            Sample(ids, np.zeros(len(ids)) if params.temperature == 0 else d, m, bool(ids[-1] in params.stop))
             for ids, d, m in zip(ids_of, drawn, own, strict=True)
         ]
         if progress is not None:
             progress(len(samples), sum(s.tokens for s in samples))
         return [samples[i : i + num] for i in range(0, len(samples), num)] if num else [[] for _ in prompts]
 
-    def _params(self, settings: Settings, seed: int, max_tokens: int) -> Any:
+    def _params(self, params: SamplingParams, seed: int, max_tokens: int) -> Any:
         return self._vllm.SamplingParams(
             n=1,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k or -1,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k or -1,
             seed=seed,
             max_tokens=max_tokens,
-            min_tokens=min(settings.min_new_tokens, max_tokens),
-            stop_token_ids=list(settings.stop),
-            ignore_eos=True,  # the settings alone say what ends a sample
+            min_tokens=min(params.min_new_tokens, max_tokens),
+            stop_token_ids=list(params.stop),
+            ignore_eos=True,  # params.stop alone ends a sample
             logprobs=0,
             detokenize=False,
         )
@@ -125,7 +124,7 @@ class VllmSampler:
         more = {} if self._lora is None else {"lora_request": self._lora}
         try:
             return self._engine.generate(prompts, params, use_tqdm=False, **more)
-        except Exception as error:  # whatever its engine raises
+        except Exception as error:  # its engine raises anything
             raise RunError(f"vLLM stopped: {first_line(error)}; try --engine transformers") from error
 
     def _scored(self, given: list[list[int]], samples: list[Any]) -> list[FloatArray]:
@@ -139,8 +138,8 @@ class VllmSampler:
 
 
 def _chosen(ids: Sequence[int], logprobs: Any) -> FloatArray:
-    """The log-probability of each token: vLLM gives a dict by token id for every place."""
-    return np.array([place[int(i)].logprob for i, place in zip(ids, logprobs, strict=True)], np.float64)
+    """The log-probability of each token, from vLLM's dict by token id for every position."""
+    return np.array([by_id[int(i)].logprob for i, by_id in zip(ids, logprobs, strict=True)], np.float64)
 
 
 def _imported(name: str) -> Any:

@@ -15,10 +15,9 @@ from prefopt.config.tools import is_model_reward
 from prefopt.core.terminal import size
 from prefopt.data.group import Group
 from prefopt.errors import Diverged
-from prefopt.generate.prompts import PromptSet
-from prefopt.generate.rewards import TextJudge
-from prefopt.generate.sampled_model import SampledModel
-from prefopt.generate.sampler import Settings, group_of
+from prefopt.generate.model_io import PromptSet, SampledModel
+from prefopt.generate.rewards import TextRewardScorer
+from prefopt.generate.sampler import SamplingParams, group_of
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.losses.rl import KlController
 from prefopt.model.check import CheckReport, check_scoring
@@ -86,7 +85,7 @@ def run(
         ptx = read_ptx(config, start.tokenizer, start.context, policy.scorer, run.reporter)
         say(policy.leftover())
         say(policy.make_trainable())
-        judge = TextJudge(function, start.tokenizer, settings.stop) if function is not None else None
+        judge = TextRewardScorer(function, start.tokenizer, settings.stop) if function is not None else None
         models = build_models(config, policy, start.source, start.tokenizer, settings.stop, longest, judge)
         for line in models.words():
             say(line)
@@ -141,7 +140,7 @@ def run(
         return _finish(run, policy, models, prompts, state.step, state.seconds)
 
 
-def _check(policy: Policy, prompts: PromptSet, settings: Settings) -> CheckReport:
+def _check(policy: Policy, prompts: PromptSet, settings: SamplingParams) -> CheckReport:
     """Sample a little, and show that the scorer is exact on it."""
     few = [prompts.ids[i] for i in range(min(TRIED, len(prompts.ids)))]
     drawn = TransformersSampler(policy.scorer).sample(few, 2, settings)

@@ -26,7 +26,7 @@ from prefopt.core.terminal import Reporter
 from prefopt.data.files.sources import find_sources
 from prefopt.data.layouts.columns import find_dataset_info
 from prefopt.errors import ConfigError, DataError, Interrupted, RunError
-from prefopt.generate.sampled_model import SampledModel
+from prefopt.generate.model_io import SampledModel
 from prefopt.methods import ppo, reward, sft
 from prefopt.model.load import base_and_adapter
 from prefopt.model.merge import merge_adapter

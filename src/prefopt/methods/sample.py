@@ -18,12 +18,17 @@ from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.files.sources import find_sources
 from prefopt.data.layouts import LAYOUTS
 from prefopt.errors import ConfigError
-from prefopt.generate.output import Place, SampleFile
-from prefopt.generate.prompts import PromptReader, PromptSet
-from prefopt.generate.rewards import BestOf, load_judge
-from prefopt.generate.sampled_model import SampledModel, renderer_for
-from prefopt.generate.sampler import Mismatch, Sample, Sampler, Settings, compare, occurrences
-from prefopt.generate.text import continuation, without_stop
+from prefopt.generate.model_io import PromptReader, PromptSet, SampledModel, continuation, renderer_for, without_stop
+from prefopt.generate.rewards import BestOf, load_reward_scorer
+from prefopt.generate.sample_file import PromptOrigin, SampleFile
+from prefopt.generate.sampler import (
+    LogprobMismatch,
+    ResponseSampler,
+    Sample,
+    SamplingParams,
+    compare_logprobs,
+    occurrences,
+)
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.model.precision import slow_dtype
 from prefopt.records import Message, Response
@@ -54,7 +59,7 @@ class SampleResult:
     tokens: int
     finished: float
     empty: int
-    mismatch: Mismatch | None
+    mismatch: LogprobMismatch | None
 
 
 def run(
@@ -127,9 +132,9 @@ class _Run:
             prompts = reader.take(reading, reading.notes)
         for line in prompts.summary():
             self.reporter.say(f"prompts: {line}")
-        self.settings = Settings(
+        self.settings = SamplingParams(
             config.max_new_tokens,
-            model.stops(renderer),
+            model.stop_ids(renderer),
             config.min_new_tokens,
             config.temperature,
             config.top_p,
@@ -151,8 +156,8 @@ class _Run:
 
     # -- sampling ----------------------------------------------------------------------------------------------
 
-    def _sample(self, model: SampledModel, prompts: PromptSet) -> Mismatch | None:
-        places = [Place(c.file, c.row) for c in prompts.rows]
+    def _sample(self, model: SampledModel, prompts: PromptSet) -> LogprobMismatch | None:
+        places = [PromptOrigin(c.file, c.row) for c in prompts.rows]
         if self.file is not None:
             self.file.same("model", model.identity().digest, "the model")
             self.file.same("prompts", digest_of(prompts.ids), "the prompts")
@@ -181,7 +186,7 @@ class _Run:
 
     def _best_of(self, model: SampledModel, prompts: PromptSet) -> BestOf:
         assert self.config.reward is not None and self.config.best_of is not None
-        judge = load_judge(
+        judge = load_reward_scorer(
             self.config.reward,
             model.tokenizer,
             self.settings.stop,
@@ -197,7 +202,7 @@ class _Run:
         return best
 
     @contextmanager
-    def _sampler(self, model: SampledModel, prompts: PromptSet) -> Iterator[tuple[Sampler, int]]:
+    def _sampler(self, model: SampledModel, prompts: PromptSet) -> Iterator[tuple[ResponseSampler, int]]:
         """The sampler, and how many prompts go through it at once: the same at a resume, so that the batches are."""
         record = self.file.record if self.file else {}
         if self.config.engine == "vllm":
@@ -213,12 +218,14 @@ class _Run:
         longest = max(map(len, prompts.ids)) + self.config.max_new_tokens
         sampler.rows = record.setdefault("rows", self.config.batch_size or sampler.estimate_rows(longest))
         dtype = str(model.dtype).removeprefix("torch.")
-        self.reporter.say(f"sampling: {sampler.rows} side by side ({sampler.way}, {dtype}, {model.device})")
+        self.reporter.say(f"sampling: {sampler.rows} side by side ({sampler.decoder_name}, {dtype}, {model.device})")
         if sampler.note:
             self.reporter.say(f"sampling: {sampler.note}")
         yield sampler, max(1, BATCHES * sampler.rows // self.drawn)
 
-    def _windows(self, sampler: Sampler, model: SampledModel, prompts: PromptSet, window: int, done: int) -> None:
+    def _windows(
+        self, sampler: ResponseSampler, model: SampledModel, prompts: PromptSet, window: int, done: int
+    ) -> None:
         streams = occurrences(prompts.ids)
         stride = -(-len(prompts.ids) // COMPARED)
         each = max(1, COMPARED // len(prompts.ids))
@@ -274,7 +281,7 @@ class _Run:
         whole = replace(prompt, responses=tuple(responses), extra={**prompt.extra, **columns})
         return LAYOUTS["canonical"].write(whole) | {"finish": [s.finish for s in samples]}
 
-    def _finish(self, model: SampledModel, prompts: PromptSet, seconds: float) -> Mismatch | None:
+    def _finish(self, model: SampledModel, prompts: PromptSet, seconds: float) -> LogprobMismatch | None:
         say = self.reporter.say
         mismatch = None
         if self.samples:
@@ -285,7 +292,7 @@ class _Run:
             )
         if self.compared:
             scorer = model.scorer
-            mismatch = compare(scorer, [prompts.ids[i] for i in self.compared], list(self.compared.values()))
+            mismatch = compare_logprobs(scorer, [prompts.ids[i] for i in self.compared], list(self.compared.values()))
             say(mismatch.words(scorer.dtype))
         if self.file is not None:
             gaps = None if mismatch is None else asdict(mismatch)

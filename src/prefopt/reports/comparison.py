@@ -10,7 +10,7 @@ from typing import Any
 
 from prefopt.core.files import read_json
 from prefopt.data.comparisons import read_comparisons
-from prefopt.evaluate.judged import check_judged
+from prefopt.evaluate.result import check_pairs
 from prefopt.evaluate.tasks import TaskChange
 from prefopt.records import Comparison
 from prefopt.rewards import prompt_text
@@ -204,7 +204,7 @@ def _strengths(found: Json) -> list[tuple[str, str]]:
 def _judged(file: str | None, digest: str) -> list[Comparison]:
     if file is None:
         return []
-    check_judged(Path(file), digest)
+    check_pairs(Path(file), digest)
     return [row for row in read_comparisons(file) if isinstance(row, Comparison) and len(row.responses) == 2]
 
 

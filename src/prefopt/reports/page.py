@@ -17,7 +17,7 @@ from prefopt.config.tools import ReportConfig
 from prefopt.core.files import output_errors, replace_file
 from prefopt.core.options import command, options
 from prefopt.errors import UserError
-from prefopt.evaluate.compare import CompareResult
+from prefopt.evaluate.result import CompareResult
 from prefopt.reports.comparison import ComparisonFacts, comparison_facts, read_comparison
 from prefopt.reports.figures import curves, win_rates
 from prefopt.reports.sweep import SweepFacts, is_sweep, sweep_facts

@@ -15,7 +15,7 @@ from prefopt.config.training import LORA_ALPHA_PER_RANK, LORA_RANK
 from prefopt.core.terminal import size
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ConfigError, ModelError
-from prefopt.generate.rewards import Judge, ModelJudge, load_judge
+from prefopt.generate.rewards import RewardModelScorer, RewardScorer, load_reward_scorer
 from prefopt.model.adapter import new_lora
 from prefopt.model.architectures import causal_model, checkpoint_activations, context_length, vocabulary_size
 from prefopt.model.kernels.distributions import TokenScores
@@ -172,7 +172,7 @@ class PpoModels:
 
     actor: Policy
     reference: InMemoryReference
-    judge: Judge
+    judge: RewardScorer
     critic: Critic | None
 
     def memory(self) -> dict[str, int]:
@@ -185,7 +185,7 @@ class PpoModels:
             found["reference"] = sum(_size(value) for value in held.saved().values())
         else:
             found["reference"] = _bytes(self.reference.scorer.model)
-        found["reward"] = _bytes(self.judge.scorer.model) if isinstance(self.judge, ModelJudge) else 0
+        found["reward"] = _bytes(self.judge.scorer.model) if isinstance(self.judge, RewardModelScorer) else 0
         found["critic"] = self.critic.weight_bytes if self.critic is not None else 0
         return found
 
@@ -210,14 +210,14 @@ def build_models(
     tokenizer: Tokenizer,
     stop: tuple[int, ...],
     longest: int,
-    judge: Judge | None,
+    judge: RewardScorer | None,
 ) -> PpoModels:
     """Everything beside the actor, from folder ``source`` where it was named by one. ``longest``: tokens of prompt and
     response; ``judge`` stands in for ``config.reward``. Raises :class:`ModelError` where two models do not fit, and
     :class:`ConfigError` for a critic that cannot be made."""
     dtype, device = actor.dtype, actor.device
     if judge is None:
-        judge = load_judge(
+        judge = load_reward_scorer(
             config.reward, tokenizer, stop, dtype=dtype, device=device, attention=config.attention, longest=longest
         )
     return PpoModels(actor, _reference(config, actor, longest), judge, _critic(config, actor, source, tokenizer))

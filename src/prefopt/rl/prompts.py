@@ -16,9 +16,8 @@ from prefopt.data.load import load_groups
 from prefopt.data.sampler import BatchSampler
 from prefopt.data.table import GroupTable
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.generate.prompts import PromptReader, PromptSet
-from prefopt.generate.sampled_model import SampledModel, renderer_for
-from prefopt.generate.sampler import Settings
+from prefopt.generate.model_io import PromptReader, PromptSet, SampledModel, renderer_for
+from prefopt.generate.sampler import SamplingParams
 from prefopt.model.architectures import causal_model, vocabulary_size
 from prefopt.model.scorer import Scorer
 from prefopt.train.batch import Batch
@@ -27,7 +26,9 @@ from prefopt.train.reference import check_vocabulary
 from prefopt.train.run import steps_of
 
 
-def read_prompts(config: PpoConfig, start: SampledModel, rows: Any, reporter: Reporter) -> tuple[PromptSet, Settings]:
+def read_prompts(
+    config: PpoConfig, start: SampledModel, rows: Any, reporter: Reporter
+) -> tuple[PromptSet, SamplingParams]:
     """Prompts that leave room for a whole response, and the settings of the sampler.
 
     ``rows`` stand in for what ``config`` names. A chat template that is named goes on the tokenizer: the finished model
@@ -53,10 +54,10 @@ def read_prompts(config: PpoConfig, start: SampledModel, rows: Any, reporter: Re
         reporter.say(f"prompts: {repeated} repeat others, whose responses count more for it")
     if template:
         tokenizer.chat_template = template
-    stop = start.stops(renderer)
+    stop = start.stop_ids(renderer)
     if not stop:
         reporter.say("responses end at no token, for the tokenizer names none: all are cut off")
-    return prompts, Settings(config.max_new_tokens, stop, temperature=config.temperature, seed=config.seed)
+    return prompts, SamplingParams(config.max_new_tokens, stop, temperature=config.temperature, seed=config.seed)
 
 
 FEW = 10

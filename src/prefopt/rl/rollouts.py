@@ -22,9 +22,9 @@ import torch
 
 from prefopt.data.group import Group
 from prefopt.errors import RunError
-from prefopt.generate.prompts import PromptSet
-from prefopt.generate.rewards import Judge
-from prefopt.generate.sampler import Progress, Sampler, Settings
+from prefopt.generate.model_io import PromptSet
+from prefopt.generate.rewards import RewardScorer
+from prefopt.generate.sampler import ProgressCallback, ResponseSampler, SamplingParams
 from prefopt.generate.sampler import group_of as group_of
 from prefopt.model.scorer import Scorer
 from prefopt.reference.in_memory import InMemoryReference
@@ -120,16 +120,16 @@ class Collector:
     """
 
     prompts: PromptSet
-    sampler: Sampler
-    settings: Settings
+    sampler: ResponseSampler
+    settings: SamplingParams
     num: int
-    judge: Judge
+    judge: RewardScorer
     scorer: Scorer
     critic: Critic | None
     reference: InMemoryReference
 
     def collect(
-        self, step: int, prompts: Sequence[int], token_budget: int, progress: Progress
+        self, step: int, prompts: Sequence[int], token_budget: int, progress: ProgressCallback
     ) -> tuple[Rollouts, dict[str, float]]:
         """Rollouts of some prompts in step ``step``, and the seconds of each phase.
 

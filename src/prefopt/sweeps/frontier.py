@@ -21,8 +21,8 @@ from prefopt.config.sweeps import AnyConfig, FrontierConfig, Training
 from prefopt.core.files import read_json, write_json
 from prefopt.core.terminal import Reporter
 from prefopt.errors import Diverged
-from prefopt.generate.rewards import kl_bound
-from prefopt.generate.sampled_model import SampledModel
+from prefopt.generate.model_io import SampledModel
+from prefopt.generate.rewards import best_of_n_kl
 from prefopt.methods.rlhf import started_again
 from prefopt.model.load import local_folder
 from prefopt.runs.callbacks import Callback, Metrics, RunInfo
@@ -139,7 +139,7 @@ class _Sweep:
         if one.kind is None:
             assert isinstance(one.value, int)
             found = self.measure(self.config.model, folder / f"{SAMPLES}.jsonl", best_of=one.value)
-            return [replace(_point(found, point), kl=kl_bound(one.value), kl_is="bound")]
+            return [replace(_point(found, point), kl=best_of_n_kl(one.value), kl_is="bound")]
         try:
             return self._trained(one, folder, point)
         except Diverged as error:

@@ -12,8 +12,8 @@ from prefopt.config.sweeps import STAGES, AnyConfig, MethodsConfig
 from prefopt.core.files import output_errors, read_json, replace_file, typed, write_json
 from prefopt.core.terminal import Reporter
 from prefopt.errors import Diverged
-from prefopt.evaluate.samples import perplexity
-from prefopt.generate.sampled_model import SampledModel
+from prefopt.evaluate.sample_stats import perplexity
+from prefopt.generate.model_io import SampledModel
 from prefopt.methods.rlhf import started_again, status_of
 from prefopt.model.costs import combine_costs
 from prefopt.runs.history import read_record

@@ -27,10 +27,9 @@ from prefopt.data.layouts import LAYOUTS
 from prefopt.data.validate import Problem, refuse
 from prefopt.errors import DataError, RunError
 from prefopt.evaluate import score
-from prefopt.evaluate.samples import distance
-from prefopt.evaluate.score import scores_for
-from prefopt.generate.prompts import PromptReader
-from prefopt.generate.sampled_model import SampledModel, renderer_for
+from prefopt.evaluate.sample_stats import kl_to_reference
+from prefopt.evaluate.score import load_row_scorer
+from prefopt.generate.model_io import PromptReader, SampledModel, renderer_for
 from prefopt.methods import sample
 from prefopt.records import Comparison, Message, tiers_of
 
@@ -83,7 +82,7 @@ class Measure:
     def __init__(self, config: SweepOptions, ground: Ground, reference: SampledModel) -> None:
         """Raises :class:`prefopt.errors.ConfigError` where there is no such reward."""
         self._config, self._ground, self._reference = config, ground, reference
-        self._scores, _ = scores_for(_scoring(config, ground.held_out, ground.held_out))
+        self._scores = load_row_scorer(_scoring(config, ground.held_out, ground.held_out))
 
     def __call__(
         self,
@@ -124,7 +123,7 @@ class Measure:
         length = float(np.mean([n for many in lengths for n in many]))
         if best_of is not None:
             return Measured(told, None, None, length)
-        gap = distance(rows, self._reference, seed=config.seed)
+        gap = kl_to_reference(rows, self._reference, seed=config.seed)
         assert gap is not None, "there are at least two held-out prompts"
         return Measured(told, gap.k1.mean, gap.error, length)
 

@@ -25,6 +25,7 @@ from prefopt.data.group import BoolArray, Group, IntArray
 from prefopt.data.table import GroupTable, IndexArray, Part, TableBuilder
 from prefopt.errors import DataError
 from prefopt.losses.declare import Kind
+from prefopt.records import Tiers, tiers_of
 from prefopt.train.batch import Batch, Column, tensor, weighted_sum
 
 Weighted = tuple[int, int, float]  # preferred, dispreferred, weight
@@ -133,13 +134,13 @@ def _tiers(group: Group) -> Sequence[Sequence[int]]:
     return tiers
 
 
-def _tiers_by_wins(group: Group) -> list[list[int]]:
+def _tiers_by_wins(group: Group) -> Tiers:
     """An order where only votes are: by the weight of what was won less that of what was lost."""
     net = [0.0] * len(group.continuations)
     for best, worst, weight in _weighted(group):
         net[best] += weight
         net[worst] -= weight
-    return [[k for k, x in enumerate(net) if x == value] for value in sorted(set(net), reverse=True)]
+    return tiers_of(net)
 
 
 def _merged(pairs: Sequence[Weighted]) -> Iterator[tuple[int, int, float, float]]:

@@ -24,7 +24,7 @@ from prefopt.data.load import NO_FAULT, PREFERENCES
 from prefopt.data.table import Array
 from prefopt.data.tokenizer import end_marks
 from prefopt.data.validate import DataKind, Problem, check, convert
-from prefopt.data.workers import Chunk, Preparer, Row, chunks
+from prefopt.data.workers import Chunk, ParsedRow, Preparer, chunks
 from prefopt.errors import DataError
 from prefopt.records import Comparison
 
@@ -294,7 +294,7 @@ class _Checker:
         self.preparers: dict[DataKind, Preparer] = {}
         self.notes: list[str] = []
 
-    def __call__(self, rows: Sequence[Row], file: str) -> tuple[set[int], set[int]]:
+    def __call__(self, rows: Sequence[ParsedRow], file: str) -> tuple[set[int], set[int]]:
         """The rows that are refused, and those that are left out without an error."""
         problems = [row for row in rows if isinstance(row, Problem)]
         by_purpose: dict[DataKind, list[Comparison]] = {}

@@ -56,7 +56,8 @@ def saved_split(folder: Path, split: str | None) -> SavedSplit:
         what = f"is one data set without splits (saved as {state.get('_split')}); leave ,split={split} away"
         raise DataError(what, file=str(folder))
     entries = state.get("_data_files")
-    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries or ()]
+    entries = entries if isinstance(entries, list) else []
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
     files = [folder / Path(name).name for name in names if isinstance(name, str)]
     if not files or len(files) < len(names):
         raise DataError("names no data files; save the data set again", file=str(folder / STATE))

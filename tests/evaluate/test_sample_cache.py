@@ -63,13 +63,13 @@ def test_a_judge_that_raises_loses_no_sample(models: tuple[str, str, str], monke
 def test_a_server_that_dies_midway_is_gone_on_from(
     models: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("prefopt.evaluate.judges.llm.PAUSE", 0.0)
+    monkeypatch.setattr("prefopt.evaluate.judges.PAUSE", 0.0)
     calls = drawn(monkeypatch)
     a, b, prompts = models
     words = ["compare", "--a", a, "--b", b, "--prompts", prompts, "--judge", "llm", "--judge-model", "big", *WORDS]
-    from prefopt.generate.talker import RemoteTalker
+    from prefopt.generate.chat_model import RemoteChatModel
 
-    whole, left = RemoteTalker.answer, [9]
+    whole, left = RemoteChatModel.answer, [9]
 
     def mortal(self: Any, asked: Any, attempt: int) -> Any:
         if not left[0]:
@@ -80,7 +80,7 @@ def test_a_server_that_dies_midway_is_gone_on_from(
     with serving() as server:
         server.pieces = ["[[tie]]"]
         with monkeypatch.context() as patch:
-            patch.setattr(RemoteTalker, "answer", mortal)
+            patch.setattr(RemoteChatModel, "answer", mortal)
             assert main([*words, "--judge-url", server.url]) == 2
         said = capsys.readouterr().err
         assert "cannot be reached" in said and len(said.splitlines()) == 1
@@ -95,7 +95,7 @@ def test_a_server_that_dies_midway_is_gone_on_from(
 def test_a_kill_while_sampling_costs_what_was_not_written(
     models: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from prefopt.generate.output import SampleFile
+    from prefopt.generate.sample_file import SampleFile
 
     monkeypatch.setattr("prefopt.methods.sample.BATCHES", 1)
     from prefopt.generate.transformers_sampler import TransformersSampler

@@ -15,9 +15,8 @@ from prefopt.config.compare import CompareConfig
 from prefopt.core.cache_folder import cache_root
 from prefopt.errors import ConfigError, DataError, ModelError, RunError
 from prefopt.evaluate.compare import run
-from prefopt.evaluate.judges import load_judge
-from prefopt.evaluate.judges.judge import Judge, Question, outcome, with_empty
-from prefopt.evaluate.judges.recorded import recorded
+from prefopt.evaluate.judges import Judge, Question, load_judge, vote_with_empty
+from prefopt.evaluate.recorded_votes import recorded_votes, tier_outcome
 from prefopt.records import Comparison, Message
 from prefopt.studies.votes import Vote
 from studies.small import new_study, people, say
@@ -38,7 +37,7 @@ def votes(judge: Judge, *pairs: tuple[str, str]) -> list[float]:
     assert all(isinstance(vote, Vote) for vote in found)
     for vote in found:
         vote.check(2)
-    return [outcome(vote) for vote in found]
+    return [tier_outcome(vote.tiers) for vote in found]
 
 
 def test_rules() -> None:
@@ -69,18 +68,15 @@ def test_ones_own_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert votes(judge("my_judge_in_a_test:q"), ("qq", "q"), ("a", "b")) == [1.0, 0.5]
 
 
-@pytest.mark.parametrize(
-    ("text", "right"),
-    [("it is 7", 1.0), ("7.0", 1.0), ("7 is 3 + 4 = 8", 0.5), ("$1,007", 0.5), ("none", 0.5), ("so x = 7.", 1.0)],
-)
-def test_answers_of_gsm8k_are_compared_by_their_last_number(text: str, right: float) -> None:
+def test_answers_of_gsm8k_are_compared_by_their_last_number() -> None:
     row = Comparison(
         (Message("user", "q"),), Comparison.scored("q", ["3 and 4\n#### 7"], scores=[1], row=3).responses, (), 3
     )
-    (vote,) = judge("gsm8k")([question(text, "no number", row=row)])
-    assert outcome(vote) == right
+    right = {"it is 7": 1.0, "7.0": 1.0, "7 is 3 + 4 = 8": 0.5, "$1,007": 0.5, "none": 0.5, "so x = 7.": 1.0}
+    found = judge("gsm8k")([question(text, "no number", row=row) for text in right])
+    assert [tier_outcome(vote.tiers) for vote in found] == list(right.values())
     without = dataclasses.replace(row, responses=Comparison.scored("q", ["7"], scores=[1], row=3).responses)
-    with pytest.raises(DataError, match="row 1: has no answer behind ####"):
+    with pytest.raises(DataError, match="row 1: has no answer after ####"):
         judge("gsm8k")([question("7", "8", row=without)])
     with pytest.raises(DataError, match="row 1: its prompt is not in --prompts"):
         judge("gsm8k")([question("7", "8")])
@@ -100,8 +96,8 @@ def test_an_empty_response_loses_before_the_judge_is_asked() -> None:
             return [Vote(((1,), (0,)))] * len(questions)
 
     given = [question("a", " \n"), question("", "b"), question("", ""), question("a", "b")]
-    found, empty = with_empty(Counting(), given)
-    assert ([outcome(v) for v in found], empty, asked) == ([1.0, 0.0, 0.5, 0.0], 3, [1])
+    found, empty = vote_with_empty(Counting(), given)
+    assert ([tier_outcome(v.tiers) for v in found], empty, asked) == ([1.0, 0.0, 0.5, 0.0], 3, [1])
 
 
 def test_the_implied_reward_is_the_log_ratio(model: str, tmp_path: Path) -> None:
@@ -119,7 +115,7 @@ def test_the_implied_reward_is_the_log_ratio(model: str, tmp_path: Path) -> None
         ratio = torch.stack([response_logprobs(one, g) - response_logprobs(two, g) for g in groups])
     implicit = judge(f"implicit:{model},{other}", dtype="float32", device="cpu")
     asked = [Question(c) for c in parse_comparisons(rows, "data") if isinstance(c, Comparison)]
-    assert [outcome(v) for v in implicit(asked)] == (ratio[:, 0] > ratio[:, 1]).double().tolist()
+    assert [tier_outcome(v.tiers) for v in implicit(asked)] == (ratio[:, 0] > ratio[:, 1]).double().tolist()
     with pytest.raises(ConfigError, match="write implicit:MODEL,REFERENCE"):
         judge("implicit:one")
 
@@ -143,7 +139,7 @@ def test_a_reward_model_judges_by_its_scores(tmp_path: Path) -> None:
     found = judge(str(tmp_path / "reward"), dtype="float64", device="cpu")(
         [question(r["chosen"], r["rejected"], r["prompt"]) for r in rows]
     )
-    assert [outcome(v) for v in found] == [
+    assert [tier_outcome(v.tiers) for v in found] == [
         float(score(r["prompt"] + r["chosen"]) > score(r["prompt"] + r["rejected"])) for r in rows
     ]
 
@@ -161,7 +157,7 @@ def test_models_with_other_tokens_imply_no_reward_together(model: str, tmp_path:
 
 
 def test_a_language_model_is_asked_in_both_orders_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prefopt.evaluate.judges.llm.PAUSE", 0.0)
+    monkeypatch.setattr("prefopt.evaluate.judges.PAUSE", 0.0)
     with serving() as server:
         options = {"judge_url": server.url, "judge_model": "big"}
 
@@ -183,13 +179,13 @@ def test_a_language_model_is_asked_in_both_orders_and_once(monkeypatch: pytest.M
 
 
 def test_a_language_model_that_holds_to_its_view_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    from prefopt.generate.talker import RemoteTalker
+    from prefopt.generate.chat_model import RemoteChatModel
 
     def answer(self: Any, asked: Any, attempt: int) -> Any:
-        text = asked.turns[1].content
+        text = asked.messages[1].content
         yield "because [[2]] no: " + ("[[1]]" if text.index("good") < text.index("bad") else "[[2]]")
 
-    monkeypatch.setattr(RemoteTalker, "answer", answer)
+    monkeypatch.setattr(RemoteChatModel, "answer", answer)
     llm = judge("llm", judge_url="http://localhost:1/v1", judge_model="big")
     assert votes(llm, ("good", "bad"), ("bad", "good")) == [1.0, 0.0]
     (vote,) = llm([question("good", "bad")])
@@ -197,7 +193,7 @@ def test_a_language_model_that_holds_to_its_view_decides(monkeypatch: pytest.Mon
 
 
 def test_a_judge_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prefopt.evaluate.judges.llm.PAUSE", 0.0)
+    monkeypatch.setattr("prefopt.evaluate.judges.PAUSE", 0.0)
     with serving() as server:
         url = server.url
     with pytest.raises(RunError, match="cannot be reached") as caught:
@@ -211,7 +207,7 @@ def test_votes_of_people_are_counted_with_their_weights(tmp_path: Path) -> None:
         {"prompt": "p", "responses": ["a", "b"], "tiers": [[0, 1]], "models": ["n", "m"]},
         {"prompt": "q", "responses": ["a", "b", "c"], "votes": [[0, 1, 3], [1, 0, 1]], "models": ["m", "n", "o"]},
     ]
-    found = recorded([write_rows(tmp_path / "v.jsonl", rows)])
+    found = recorded_votes([write_rows(tmp_path / "v.jsonl", rows)])
     assert [(f.models, f.outcome, f.longer) for f in found] == [
         (("m", "n"), 1.0, 1),
         (("n", "m"), 0.5, 0),
@@ -220,7 +216,7 @@ def test_votes_of_people_are_counted_with_their_weights(tmp_path: Path) -> None:
     assert found[0].prompt == found[1].prompt != found[2].prompt
     bad = write_rows(tmp_path / "w.jsonl", [{"prompt": "p", "responses": ["a", "b"], "tiers": [[0], [1]]}])
     with pytest.raises(DataError, match=r"w\.jsonl, row 1: does not name the model of each response"):
-        recorded([bad])
+        recorded_votes([bad])
 
 
 def test_votes_of_a_study_are_counted_person_by_person(tmp_path: Path) -> None:
@@ -229,7 +225,7 @@ def test_votes_of_a_study_are_counted_person_by_person(tmp_path: Path) -> None:
     for n in range(3):
         say(study, anna, 1, 0)
         say(study, ben, *((0, 1) if n == 1 else (1, 0)))
-    found = recorded([str(tmp_path / "s.db")])
+    found = recorded_votes([str(tmp_path / "s.db")])
     assert {f.models for f in found} == {("model-0", "model-1")} and len({f.prompt for f in found}) == 3
     assert sorted(f.outcome for f in found) == [0.0] * 5 + [1.0]
     (v,) = run(CompareConfig(votes=[str(tmp_path / "s.db")])).versus
@@ -240,4 +236,4 @@ def test_a_planted_preference_is_seen_by_the_implied_reward(model: str, tmp_path
     trained = dpo(model, pairs(32), tmp_path / "out", learning_rate=3e-3).output
     implicit = judge(f"implicit:{trained},{model}", dtype="float32", device="cpu")
     asked = [question(r["chosen"], r["rejected"], r["prompt"]) for r in pairs(12, seed=9)]
-    assert sum(outcome(v) for v in implicit(asked)) >= 10
+    assert sum(tier_outcome(v.tiers) for v in implicit(asked)) >= 10

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 
 from data.small import small_tokenizer
-from prefopt.generate.text import BROKEN, TextStream, continuation, decode, without_stop
+from prefopt.generate.chat_model import BROKEN, TextStream
+from prefopt.generate.model_io import continuation, decode, without_stop
 
 TOKENIZER = small_tokenizer([("a", "b"), ("Ã", "©")])
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters=BROKEN), max_size=30)

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from data.small import small_tokenizer
 from prefopt.errors import RunError
-from prefopt.generate.sampled_model import SampledModel, end_of_turn, renderer_for
-from prefopt.generate.sampler import Settings
-from prefopt.generate.talker import Asked, LocalTalker
+from prefopt.generate.chat_model import ChatRequest, LocalChatModel
+from prefopt.generate.model_io import SampledModel, end_of_turn, renderer_for
+from prefopt.generate.sampler import SamplingParams
 from prefopt.records import Message
 from train.small import tiny_llama, write_model
 
@@ -47,11 +47,11 @@ def says(folder: Path, text: str, *, template: str | None = None, end: str | Non
     return str(folder)
 
 
-def talker(folder: str, **settings: object) -> LocalTalker:
+def talker(folder: str, **settings: object) -> LocalChatModel:
     model = SampledModel(folder, device="cpu", dtype="float32")
     renderer = renderer_for(model.tokenizer)
     given = {"max_new_tokens": 40, "temperature": 0.0, **settings}
-    return LocalTalker(model, renderer, Settings(stop=model.stops(renderer), **given))  # type: ignore[arg-type]
+    return LocalChatModel(model, renderer, SamplingParams(stop=model.stop_ids(renderer), **given))  # type: ignore[arg-type]
 
 
 def asked(*words: str) -> tuple[Message, ...]:
@@ -61,25 +61,25 @@ def asked(*words: str) -> tuple[Message, ...]:
 def test_an_answer_ends_at_the_end_of_the_turn_and_has_no_white_space_before_it(tmp_path: Path) -> None:
     one = talker(says(tmp_path / "m", " grün", template=CHATML, end="<|im_end|>"))
     assert "".join(one.answer(one.fit(asked("hi")), 0)) == "grün"
-    assert one.settings.stop == (1, 3)
+    assert one.params.stop == (1, 3)
 
 
 def test_without_a_template_the_other_side_is_not_played(tmp_path: Path) -> None:
     one = talker(says(tmp_path / "m", " ok\nUser:"))
     assert "".join(one.answer(one.fit(asked("hi")), 0)) == "ok"
-    assert "".join(one.continued("go", 0)).startswith("k\nUser: ok")  # text is only continued
+    assert "".join(one.complete("go", 0)).startswith("k\nUser: ok")  # text is only continued
 
 
 def test_turns_that_do_not_fit_are_left_out_and_a_message_that_never_fits_is_refused(tmp_path: Path) -> None:
     one = talker(write_model(tmp_path / "m", max_position_embeddings=96), max_new_tokens=500)
-    assert one.fit(asked("short")) == Asked(asked("short"))
+    assert one.fit(asked("short")) == ChatRequest(asked("short"))
     long = asked("a" * 20, "b" * 20, "c" * 20, "d" * 10, "e")
     fitted = one.fit(long)
-    assert fitted.left_out in (2, 4) and fitted.turns == long[fitted.left_out :]
+    assert fitted.dropped in (2, 4) and fitted.messages == long[fitted.dropped :]
     list(one.answer(fitted, 0))
     with pytest.raises(RunError, match=r"this message alone has \d+ tokens, and the model's context is 96"):
         one.fit(asked("x" * 90))
-    assert list(one.continued("y" * 300, 0))  # the end of a text that is too long
+    assert list(one.complete("y" * 300, 0))  # the end of a text that is too long
 
 
 def test_a_seed_gives_the_same_answers_and_another_attempt_another(tmp_path: Path) -> None:
@@ -109,6 +109,6 @@ def test_what_the_generation_config_says_ends_answers_too(tmp_path: Path) -> Non
     model.generation_config.eos_token_id = [1, 7]
     model.save_pretrained(folder)
     found = SampledModel(folder, device="cpu")
-    assert found.stops(renderer_for(found.tokenizer)) == (1, 7)
+    assert found.stop_ids(renderer_for(found.tokenizer)) == (1, 7)
     given = SampledModel("given", given=model, tokenizer=small_tokenizer())
-    assert given.stops(renderer_for(given.tokenizer)) == (1, 7)
+    assert given.stop_ids(renderer_for(given.tokenizer)) == (1, 7)

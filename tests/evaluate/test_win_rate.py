@@ -6,27 +6,25 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy import optimize, stats
 
-from prefopt.core.statistics import mean_interval
-from prefopt.evaluate.rates import (
-    FEWEST,
-    AtEqualLength,
+from prefopt.core.statistics import MIN_PROMPTS, mean_interval
+from prefopt.evaluate.win_rate import (
     Games,
-    at_equal_length,
-    fitted,
-    groups,
+    LengthControlled,
+    bradley_terry,
+    connected_groups,
+    fit_strengths,
+    length_controlled,
     sign_test,
-    strengths,
     win_rate,
 )
 
-optimize = pytest.importorskip("scipy.optimize")
-stats = pytest.importorskip("scipy.stats")
 
-
-@pytest.mark.parametrize("split", [(0, 1), (3, 3), (9, 1), (17, 40), (812, 700), (0, 300)])
-def test_the_sign_test_is_scipys_binomial(split: tuple[int, int]) -> None:
-    assert sign_test(*split) == pytest.approx(stats.binomtest(split[0], sum(split)).pvalue, rel=1e-10)
+def test_the_sign_test_is_the_exact_binomial_test() -> None:
+    for split in ((0, 1), (3, 3), (9, 1), (17, 40), (812, 700), (0, 300)):
+        assert sign_test(*split) == pytest.approx(stats.binomtest(split[0], sum(split)).pvalue, rel=1e-10)
+    assert sign_test(0, 0) == 1.0
 
 
 def experiment(rng: np.random.Generator, prompts: int, samples: int, slope: float = 0.0) -> tuple[np.ndarray, ...]:
@@ -92,7 +90,7 @@ def test_intervals_at_equal_length_hold_it_near_1_and_away_from_zero(
     rng, truth, held = np.random.default_rng(11), 1 / (1 + np.exp(-lean)), []
     for _ in range(1000):
         longer = rng.normal(mean, 40, (prompts, samples))
-        found = at_equal_length(
+        found = length_controlled(
             (rng.random(longer.shape) < 1 / (1 + np.exp(-lean - slope * longer / 50))) * 1.0, longer
         )
         if found is not None and found.rate is not None:
@@ -104,11 +102,11 @@ def test_intervals_at_equal_length_hold_it_near_1_and_away_from_zero(
 def test_intervals_at_equal_length_hold_the_truth_as_often_as_they_say() -> None:
     rng = np.random.default_rng(1)
     outcomes, longer = experiment(rng, 400_000, 1, slope=0.8)
-    truth = at_equal_length(outcomes, longer)
+    truth = length_controlled(outcomes, longer)
     assert truth is not None and abs(truth.rate.mean - outcomes.mean()) > 0.03, "length matters here"
     held = []
     for _ in range(1000):
-        found = at_equal_length(*experiment(rng, 150, 2, slope=0.8))
+        found = length_controlled(*experiment(rng, 150, 2, slope=0.8))
         assert found is not None
         held.append(not found.rate.excludes(truth.rate.mean))
     assert abs(np.mean(held) - 0.95) < 0.02
@@ -117,7 +115,7 @@ def test_intervals_at_equal_length_hold_the_truth_as_often_as_they_say() -> None
 def test_the_regression_on_length_is_scipys() -> None:
     outcomes, longer = experiment(np.random.default_rng(2), 60, 3, slope=1.0)
     outcomes[3, 1] = np.nan
-    found = at_equal_length(outcomes, longer)
+    found = length_controlled(outcomes, longer)
     y, d = outcomes[~np.isnan(outcomes)], longer[~np.isnan(outcomes)]
     d = d / np.sqrt((d**2).mean())
 
@@ -135,18 +133,18 @@ def test_the_regression_on_length_is_scipys() -> None:
 def test_where_length_decides_the_rate_at_equal_length_knows_nothing() -> None:
     longer = np.random.default_rng(3).normal(40, 30, (50, 1))
     outcomes = (longer > 0).astype(float)
-    found = at_equal_length(outcomes, longer)
+    found = length_controlled(outcomes, longer)
     assert found is not None and not found.rate.excludes(0.5) and not found.slope.low < 0
     assert win_rate(outcomes).verdict == "better"
-    assert at_equal_length(outcomes, np.zeros((50, 1))) is None
+    assert length_controlled(outcomes, np.zeros((50, 1))) is None
 
 
 def test_nothing_is_told_of_equal_length_where_one_is_always_the_longer() -> None:
     longer = np.abs(np.random.default_rng(8).normal(60, 15, (100, 1))) + 1
     for side, won in ((longer, 1.0), (-longer, 0.0), (longer, 0.0)):
-        assert at_equal_length(np.full((100, 1), won), side) == AtEqualLength(None, None)
+        assert length_controlled(np.full((100, 1), won), side) == LengthControlled(None, None)
     longer[::20] *= -1
-    found = at_equal_length((longer > 0).astype(float), longer)
+    found = length_controlled((longer > 0).astype(float), longer)
     assert found is not None and found.rate is not None and found.rate.high - found.rate.low > 0.4
 
 
@@ -155,7 +153,7 @@ def test_a_judge_of_length_alone_is_never_sure_at_equal_length(spread: float) ->
     """The second is hardly ever the longer one: what is told at zero is told from afar, or not at all."""
     rng = np.random.default_rng(9)
     drawn = [rng.normal(60, spread, (100, 1)) for _ in range(50)]
-    found = [at_equal_length((d > 0).astype(float), d) for d in drawn]
+    found = [length_controlled((d > 0).astype(float), d) for d in drawn]
     told = [f.rate for f in found if f is not None and f.rate is not None]
     assert told and np.mean([rate.excludes(0.5) for rate in told]) <= 0.05
 
@@ -163,7 +161,7 @@ def test_a_judge_of_length_alone_is_never_sure_at_equal_length(spread: float) ->
 def test_who_wins_always_is_not_sure_beyond_what_was_seen() -> None:
     """A hundred of a hundred: by the rule of three, 97 % cannot be told from it."""
     longer = np.random.default_rng(10).normal(0, 50, (100, 1))
-    found = at_equal_length(np.ones((100, 1)), longer)
+    found = length_controlled(np.ones((100, 1)), longer)
     assert found is not None and found.rate is not None and 0.9 < found.rate.low < 0.97 < found.rate.high <= 1
 
 
@@ -176,9 +174,9 @@ def test_counts_ties_and_what_was_not_said() -> None:
 
 
 def test_few_prompts_give_counts_and_no_rate() -> None:
-    few = win_rate(np.ones((FEWEST - 1, 50)))
+    few = win_rate(np.ones((MIN_PROMPTS - 1, 50)))
     assert (few.rate, few.p, few.needed, few.wins) == (None, None, None, 450)
-    assert at_equal_length(np.ones((FEWEST - 1, 2)), np.ones((FEWEST - 1, 2))) is None
+    assert length_controlled(np.ones((MIN_PROMPTS - 1, 2)), np.ones((MIN_PROMPTS - 1, 2))) is None
 
 
 def test_all_alike_is_not_all_certain() -> None:
@@ -212,7 +210,7 @@ def tournament(rng: np.random.Generator, prompts: int) -> Games:
 
 def test_bradley_terry_recovers_planted_strengths_and_is_the_maximum() -> None:
     games = tournament(np.random.default_rng(5), 3000)
-    found = fitted(games.wins(4).sum(0))
+    found = fit_strengths(games.wins(4).sum(0))
     np.testing.assert_allclose(found, PLANTED, atol=0.1)
 
     def loss(v: np.ndarray) -> float:
@@ -228,15 +226,17 @@ def test_intervals_of_strengths_hold_the_truth_as_often_as_they_say() -> None:
     rng = np.random.default_rng(6)
     held = []
     for i in range(1000):
-        found = strengths(tournament(rng, 100), 4, resamples=200, seed=i)
+        found = bradley_terry(tournament(rng, 100), 4, resamples=200, seed=i)
         held.append([not f.excludes(t) for f, t in zip(found, PLANTED, strict=True)])
     assert abs(np.mean(held) - 0.95) < 0.02
 
 
 def test_a_model_that_never_lost_has_a_strength_and_ties_are_half_wins() -> None:
-    found = fitted(Games.of([(0, 1, k, 1.0) for k in range(20)]).wins(2).sum(0))
+    found = fit_strengths(Games.of([(0, 1, k, 1.0) for k in range(20)]).wins(2).sum(0))
     assert np.isfinite(found).all() and found[0] > 2
-    assert fitted(Games.of([(0, 1, k, 0.5) for k in range(20)]).wins(2).sum(0)) == pytest.approx([0, 0], abs=1e-12)
+    assert fit_strengths(Games.of([(0, 1, k, 0.5) for k in range(20)]).wins(2).sum(0)) == pytest.approx(
+        [0, 0], abs=1e-12
+    )
 
 
 def test_groups_are_those_that_losses_link_both_ways() -> None:
@@ -261,6 +261,6 @@ def test_groups_are_those_that_losses_link_both_ways() -> None:
 
         ways = [reach(i) for i in range(many)]
         expected = sorted({tuple(k for k in range(many) if k in ways[i] and i in ways[k]) for i in range(many)})
-        assert groups(Games.of(games), many) == [list(part) for part in expected]
+        assert connected_groups(Games.of(games), many) == [list(part) for part in expected]
         seen.add(len(expected))
     assert {1, 2, 3} <= seen

@@ -1,0 +1,282 @@
+"""Judges: which of two responses is better, by rules, reward models, implicit rewards or a language model.
+
+A judge answers with votes, the same that a person gives.
+
+>>> judge = ScoreJudge("length", TextScorer(load_reward("length")))
+>>> question = Question(Comparison.pair("Say hello.", chosen="Hello there", rejected="Hi", row=1))
+>>> [tier_outcome(vote.tiers) for vote in judge([question])]
+[1.0]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from prefopt.config.compare import CompareConfig
+from prefopt.config.tools import IMPLICIT, ScoreConfig, is_model_reward
+from prefopt.core.cache_folder import cache_root
+from prefopt.core.files import write_json
+from prefopt.core.options import nearest
+from prefopt.errors import ConfigError, DataError, RunError
+from prefopt.evaluate.recorded_votes import tier_outcome
+from prefopt.evaluate.score import RowScorer, TextScorer, load_row_scorer
+from prefopt.generate.chat_model import ChatRequest, ContextLengthError, RemoteChatModel
+from prefopt.records import Comparison, Message
+from prefopt.rewards import RULES, Reward, load_reward, prompt_text
+from prefopt.studies.votes import LONGEST_RATIONALE, Vote
+
+FIRST, SECOND, TIE = Vote(((0,), (1,))), Vote(((1,), (0,))), Vote(((0, 1),))
+NAMED = ("regex:PATTERN", "gsm8k", "implicit:MODEL,REFERENCE", "llm")
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredVote(Vote):
+    """A vote by two ``scores``, the first response's and the second's."""
+
+    scores: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt with the two responses to compare; ``row`` is the row of ``--prompts`` with this prompt, if any."""
+
+    pair: Comparison
+    row: Comparison | None = None
+
+    @property
+    def responses(self) -> tuple[str, str]:
+        """The text of both responses."""
+        first, second = self.pair.responses
+        return first.text, second.text
+
+
+class Judge(Protocol):
+    """Decides which of two responses is better."""
+
+    name: str
+
+    def notes(self) -> list[str]:
+        """Lines for the report on how the votes came about."""
+
+    def __call__(self, questions: Sequence[Question]) -> list[Vote]:
+        """A vote on each question, skipped with a reason where the judge cannot decide. Raises ``UserError``."""
+
+
+def load_judge(config: CompareConfig, reward: Reward | None = None) -> Judge:
+    """The judge that ``config`` names, or a ``reward`` given in Python. Raises :class:`prefopt.errors.UserError`."""
+    if reward is not None:
+        return ScoreJudge(reward.name, TextScorer(reward))
+    name = config.judge
+    assert name is not None
+    kind, colon, rest = name.partition(":")
+    if kind == "regex" and colon:
+        return RegexJudge(rest)
+    if name == "gsm8k":
+        return FinalAnswerJudge()
+    if kind == "implicit" and colon:
+        policy, comma, reference = rest.partition(",")
+        if not (policy and comma and reference):
+            raise ConfigError(f"--judge {name}: write implicit:MODEL,REFERENCE")
+        return _model_judge(name, config, reward=IMPLICIT, model=policy, reference=reference)
+    if name == "llm":
+        assert config.judge_url is not None
+        return LlmJudge(config.judge_url, config.judge_model, key_variable=config.judge_key)
+    if is_model_reward(name):
+        return _model_judge(name, config, reward=name)
+    if not colon and name not in RULES:
+        known = [*RULES, *NAMED]
+        raise ConfigError(
+            f"--judge {name}: there is no such judge{nearest(name, known)}; there are {', '.join(known)}, the folder of"
+            " a reward model, and MODULE:FUNCTION for one of your own"
+        )
+    return ScoreJudge(name, TextScorer(load_reward(name)))
+
+
+def _model_judge(name: str, config: CompareConfig, **options: str) -> ScoreJudge:
+    machine = {"device": config.device, "dtype": config.dtype, "threads": config.threads}
+    unused = {"files": ["samples"], "output": "none"}
+    return ScoreJudge(name, load_row_scorer(ScoreConfig(**unused, **options, **machine)))  # type: ignore[arg-type]
+
+
+def vote_by_score(first: float, second: float) -> Vote:
+    """The higher score wins; equal scores tie."""
+    return TIE if first == second else FIRST if first > second else SECOND
+
+
+def vote_with_empty(judge: Judge, questions: Sequence[Question]) -> tuple[list[Vote], int]:
+    """The judge's votes, and how many were decided without it: an empty response loses against one with text."""
+    votes: list[Vote | None] = []
+    for q in questions:
+        first, second = (bool(text.strip()) for text in q.responses)
+        votes.append(None if first and second else vote_by_score(first, second))
+    judged = iter(judge([q for q, vote in zip(questions, votes, strict=True) if vote is None]))
+    return [next(judged) if vote is None else vote for vote in votes], sum(vote is not None for vote in votes)
+
+
+class ScoreJudge:
+    """The response with the higher score wins; equal scores tie."""
+
+    def __init__(self, name: str, scorer: RowScorer) -> None:
+        self.name, self._scorer = name, scorer
+
+    def notes(self) -> list[str]:
+        cut = self._scorer.truncated
+        return [f"{cut} comparisons were truncated for the judge"] if cut else []
+
+    def __call__(self, questions: Sequence[Question]) -> list[Vote]:
+        scores = self._scorer([q.pair for q in questions]) if questions else []
+        return [ScoredVote(vote_by_score(*pair).tiers, scores=(pair[0], pair[1])) for pair in scores]
+
+
+class RegexJudge:
+    """The response that matches a regular expression wins; both or neither tie."""
+
+    def __init__(self, pattern: str) -> None:
+        """Raises :class:`ConfigError` where it is no regular expression."""
+        try:
+            self._pattern = re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"--judge regex:{pattern}: no regular expression ({error})") from None
+        self.name = f"regex:{pattern}"
+
+    def notes(self) -> list[str]:
+        return []
+
+    def __call__(self, questions: Sequence[Question]) -> list[Vote]:
+        return [vote_by_score(*(bool(self._pattern.search(text)) for text in q.responses)) for q in questions]
+
+
+# -- final answers (GSM8K) -------------------------------------------------------------------------------------
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+class FinalAnswerJudge:
+    """The response whose last number is the answer wins; the answer follows #### in the row of ``--prompts``."""
+
+    name = "gsm8k"
+
+    def notes(self) -> list[str]:
+        return []
+
+    def __call__(self, questions: Sequence[Question]) -> list[Vote]:
+        """Raises :class:`DataError` for a row without an answer."""
+        answers = [_answer(q) for q in questions]
+        return [
+            vote_by_score(*(last_number(text) == answer for text in q.responses))
+            for q, answer in zip(questions, answers, strict=True)
+        ]
+
+
+def last_number(text: str) -> str | None:
+    """The last number of a text, without commas and trailing zeros.
+
+    >>> last_number("3 + 4 = 7, so she has $1,250.00 left.")
+    '1250'
+    """
+    found = NUMBER.findall(text)
+    if not found:
+        return None
+    number = str(found[-1]).replace(",", "")
+    return number.rstrip("0").rstrip(".") if "." in number else number
+
+
+def _answer(q: Question) -> str:
+    file, row = q.pair.file or None, q.pair.row
+    if q.row is None:
+        raise DataError("its prompt is not in --prompts, where --judge gsm8k looks for the answer", file=file, row=row)
+    for response in q.row.responses:
+        _, mark, answer = response.text.rpartition("####")
+        if mark and (number := last_number(answer)) is not None:
+            return number
+    raise DataError("has no answer after ####, which --judge gsm8k compares with", file=file, row=row)
+
+
+# -- a language model as judge ---------------------------------------------------------------------------------
+
+ATTEMPTS = 3
+PAUSE = 2.0
+"""Seconds before the second attempt, doubled before the third."""
+SYSTEM = (
+    "You compare two answers to the same prompt. Judge how well each does what the prompt asks: whether it is right,"
+    " useful, clear and safe. Length by itself is no merit, and which answer comes first means nothing. Explain in a"
+    " few sentences what decides it. Then write a last line that is exactly one of: [[1]] where the first answer is"
+    " better, [[2]] where the second is, [[tie]] where neither is."
+)
+VERDICT = re.compile(r"\[\[\s*(1|2|tie)\s*\]\]", re.I)
+TIERS = {"1": FIRST.tiers, "2": SECOND.tiers, "tie": TIE.tiers}
+
+
+class LlmJudge:
+    """A language model behind an OpenAI-compatible URL, asked twice, once in each order: a preference that does not
+    survive the swap is position bias, and counts as a tie. Answers are cached on disk, so that a question is paid for
+    once. ``asked`` counts questions sent, ``cached`` those found on disk."""
+
+    def __init__(self, url: str, model: str | None, *, key_variable: str | None) -> None:
+        """Raises :class:`prefopt.errors.UserError` where the server cannot be asked."""
+        self._model = RemoteChatModel(url, model, key_variable=key_variable, options={"temperature": 0})
+        self.name = self._model.name
+        self._folder = cache_root() / "judgements"
+        self.asked = self.cached = 0
+
+    def notes(self) -> list[str]:
+        return [f"{self.asked} questions were asked of {self.name}, {self.cached} answers came from the cache"]
+
+    def __call__(self, questions: Sequence[Question]) -> list[Vote]:
+        """Raises :class:`RunError` where no attempt is answered."""
+        return [self._vote(q) for q in questions]
+
+    def _vote(self, q: Question) -> Vote:
+        prompt, (first, second) = prompt_text(q.pair), q.responses
+        answers = [self._answer(prompt, first, second), self._answer(prompt, second, first)]
+        one, two = map(_verdict, answers)
+        if one is None or two is None:
+            return Vote(skipped="the judge gave no verdict")
+        agree = tier_outcome(TIERS[one]) == 1 - tier_outcome(TIERS[two])
+        return Vote(TIERS[one] if agree else TIE.tiers, rationale="\n\n".join(answers)[:LONGEST_RATIONALE])
+
+    def _answer(self, prompt: str, first: str, second: str) -> str:
+        question = f"# Prompt\n\n{prompt}\n\n# First answer\n\n{first}\n\n# Second answer\n\n{second}"
+        path = self._cache_file(question)
+        try:
+            answer = str(json.loads(path.read_text("utf-8"))["answer"])
+            self.cached += 1
+            return answer
+        except Exception:  # absent or damaged: ask again
+            self.asked += 1
+        answer = self._ask(ChatRequest((Message("system", SYSTEM), Message("user", question))))
+        if _verdict(answer) is not None:
+            write_json(path, {"judge": self.name, "answer": answer})
+        return answer
+
+    def _ask(self, request: ChatRequest) -> str:
+        for attempt in range(ATTEMPTS):
+            try:
+                answer = "".join(self._model.answer(request, attempt))
+                if _verdict(answer) is not None or attempt == ATTEMPTS - 1:
+                    return answer
+            except ContextLengthError as error:
+                return f"no verdict: {error}"
+            except RunError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+            time.sleep(PAUSE * 2**attempt)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _cache_file(self, question: str) -> Path:
+        text = json.dumps([self.name, SYSTEM, question]).encode("utf-8", "surrogatepass")
+        name = hashlib.blake2b(text, digest_size=16).hexdigest()
+        return self._folder / name[:2] / f"{name}.json"
+
+
+def _verdict(answer: str) -> str | None:
+    """The last verdict of an answer: 1, 2 or tie."""
+    found = VERDICT.findall(answer)
+    return str(found[-1]).lower() if found else None

@@ -1,0 +1,327 @@
+"""The result of a comparison: dataclasses, the lines that are printed, and findings about how a model was trained.
+
+A training run sees the reward that it raises; only a judge of samples sees whether they got better.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from prefopt.config.compare import CompareConfig, is_file
+from prefopt.core.cache_folder import file_hashes
+from prefopt.core.files import output_errors, replace_file
+from prefopt.core.statistics import MIN_PROMPTS, Interval
+from prefopt.data.files.sources import find_sources
+from prefopt.errors import ConfigError, DataError, RunError
+from prefopt.evaluate.sample_stats import SampleStats
+from prefopt.evaluate.tasks import TaskChange
+from prefopt.evaluate.win_rate import LengthControlled, Verdict, WinRate
+from prefopt.runs.history import History, read_history
+from prefopt.runs.trends import Change, Finding, change
+
+
+@dataclass(frozen=True, slots=True)
+class PairResult:
+    """Two models. ``rate`` is the first's win rate, ``equal_length`` the length-controlled one, ``categories`` the win
+    rates by category. ``empty``: comparisons decided without the judge, as one response was empty. ``longer``: mean
+    difference of length in characters, first less second, None for too few prompts."""
+
+    first: str
+    second: str
+    rate: WinRate
+    equal_length: LengthControlled | None
+    categories: dict[str, WinRate] = field(default_factory=dict)
+    empty: int = 0
+    longer: Interval | None = None
+    tasks: list[TaskChange] = field(default_factory=list)
+
+    def lines(self) -> Iterator[str]:
+        """The lines of a report."""
+        r = self.rate
+        undecided = f", undecided {r.undecided}" if r.undecided else ""
+        yield (
+            f"{self.first} against {self.second}, {r.prompts} prompts: won {r.wins}, tied {r.ties},"
+            f" lost {r.losses}{undecided}"
+        )
+        if self.empty:
+            yield f"  {self.empty} decided without the judge: one response was empty"
+        if r.rate is None:
+            yield f"  {r.prompts} prompts are too few for a win rate; give at least {MIN_PROMPTS}, better 100"
+        else:
+            yield f"  win rate {_percent(r.rate)}, a tie counting half; sign test p = {r.p:.2g}"
+            if self.equal_length is not None:
+                yield f"  at equal length {_length_controlled(self.equal_length)}"
+            yield f"  {_no_difference(r) if r.verdict == 'not shown' else f'{self.first} is {r.verdict} by this judge'}"
+        if (x := self.longer) is not None:
+            yield f"  difference of length {x.mean:+.0f} characters [{x.low:+.0f}, {x.high:+.0f}]"
+        for task in self.tasks:
+            yield f"  {task.line()}"
+        for name, c in self.categories.items():
+            rate = f"{c.prompts} prompts, too few for a rate" if c.rate is None else _percent(c.rate)
+            yield f"  {name}: {rate}"
+
+
+@dataclass(frozen=True, slots=True)
+class CompareResult:
+    """``versus``: every pair of models. ``strengths``: Bradley-Terry, in log-odds, for three and more models whose
+    comparisons connect them. ``models``: statistics of each model's samples; empty where votes were counted.
+    ``command`` repeats the comparison (empty where Python gave objects), ``identities`` are SHA-256 of what was
+    compared, ``output_sha256`` that of the file of judged pairs, ``environment`` the hardware and versions."""
+
+    judge: str
+    versus: list[PairResult]
+    strengths: dict[str, Interval]
+    models: dict[str, SampleStats]
+    output: Path | None = None
+    notes: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    command: str = ""
+    identities: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, dict[str, str]] = field(default_factory=dict)
+    output_sha256: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(replace(self, output=None)) | {"output": None if self.output is None else str(self.output)}
+
+    def lines(self) -> Iterator[str]:
+        """The lines that ``prefopt compare`` prints."""
+        yield f"judge: {self.judge}"
+        yield from self.notes
+        for pair in self.versus:
+            yield ""
+            yield from pair.lines()
+        if self.strengths:
+            yield ""
+            yield "strength (Bradley-Terry, log-odds, 95 % interval over prompts):"
+            for name, s in sorted(self.strengths.items(), key=lambda item: -item[1].mean):
+                yield f"  {s.mean:+.2f} [{s.low:+.2f}, {s.high:+.2f}]  {name}"
+        if self.findings:
+            yield ""
+            yield "what to look at:"
+            yield from (f"  - {finding.text}" for finding in self.findings)
+        for name, stats in self.models.items():
+            yield ""
+            yield f"{name}: {', '.join(_describe_samples(stats))}"
+        if self.output is not None:
+            yield ""
+            yield f"written: {self.output}"
+
+
+def _no_difference(r: WinRate) -> str:
+    if r.rate is not None and r.rate.excludes(0.5):
+        return "no difference is shown: the interval excludes 50 %, but the sign test does not agree"
+    if r.needed is None or r.needed <= r.prompts:
+        return "no difference is shown"
+    return f"no difference is shown; if it is as large as it looks, about {r.needed:,} prompts would show it"
+
+
+def _length_controlled(found: LengthControlled) -> str:
+    if found.rate is None:
+        return "unknown: one model's responses are longer in every comparison"
+    return _percent(found.rate)
+
+
+def _percent(i: Interval) -> str:
+    return f"{i.mean:.1%} [{i.low:.1%}, {i.high:.1%}]"
+
+
+def _describe_samples(s: SampleStats) -> Iterator[str]:
+    yield f"{s.samples} samples of {s.characters:.0f} characters"
+    if s.tokens is not None:
+        yield f"{s.tokens:.1f} tokens"
+    if s.entropy is not None:
+        yield f"entropy {s.entropy:.2f} nats per token"
+    yield f"repetition {s.repetition:.1%}"
+    if s.empty:
+        yield f"{s.empty} empty"
+    if (kl := s.distance) is not None:
+        yield f"KL to the reference {kl.k1.mean:.2f} ± {kl.error:.2f} nats per response (k1), {kl.k3:.2f} (k3)"
+    if s.perplexity is not None:
+        yield f"perplexity of the held-out data {s.perplexity:.2f}"
+
+
+# -- the file of judged pairs ----------------------------------------------------------------------------------
+
+
+def check_output(config: CompareConfig, data: Sequence[str]) -> None:
+    """Refuse an ``--output`` that exists, before anything is computed: :class:`RunError` without ``--overwrite``, and
+    :class:`ConfigError` for a file that the comparison reads, ``data`` among them."""
+    if config.output is None or not (path := Path(config.output)).exists():
+        return
+    if path.is_dir():
+        raise ConfigError(f"--output {path} is a folder; name a file in it")
+    names = [Path(name) for name in (*filter(is_file, config.models), *(config.task_results or ()))]
+    names += [source.path for source in find_sources(data) if source.path is not None]
+    if any(name.exists() and name.samefile(path) for name in names):
+        raise ConfigError(f"--output {path} is read by this comparison; name another file")
+    if not config.overwrite:
+        raise RunError(f"--output {path} exists; name another file, or add --overwrite")
+
+
+def write_pairs(path: Path, rows: Sequence[dict[str, object]]) -> str:
+    """Write judged pairs; returns the SHA-256 of the file."""
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "surrogatepass")
+    with output_errors(path):
+        replace_file(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def check_pairs(path: Path, digest: str) -> None:
+    """Refuse a file that is gone or has another digest. Raises :class:`DataError`."""
+    if file_hashes([path], error=DataError)[0] != digest:
+        raise DataError(f"{path} changed since this comparison wrote it; compare again with an --output of its own")
+
+
+# -- findings --------------------------------------------------------------------------------------------------
+
+REPETITION = 0.1  # repeated 4-grams: this fraction and ...
+REPETITION_RATIO = 2.0  # ... this many times the other model's
+MIN_SAMPLES = 10
+REWARDS = ("objective/scores", "rewards/margins")
+"""Training metrics that optimisation raises: the score of PPO's samples, and the implicit reward margin."""
+TURNED: dict[Verdict, Verdict] = {"better": "worse", "worse": "better", "not shown": "not shown"}
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """A pair of models seen from one of them. ``apart``: one model's responses are longer in every comparison."""
+
+    name: str
+    other: str
+    rate: Interval
+    verdict: Verdict
+    equal: Interval | None
+    apart: bool
+    longer: Interval | None
+
+
+def findings(pair: PairResult, models: Mapping[str, SampleStats]) -> list[Finding]:
+    """Signs of length exploitation, over-optimisation and repetition in either model; none for too few prompts."""
+    found: list[Finding] = []
+    for view in _views(pair):
+        found += [*_length_exploited(view), *_over_optimised(view, models), *_repeats(view, models)]
+    return found
+
+
+def _views(pair: PairResult) -> Iterator[_View]:
+    rate, verdict, longer = pair.rate.rate, pair.rate.verdict, pair.longer
+    if rate is None or verdict is None:
+        return
+    equal = None if pair.equal_length is None else pair.equal_length.rate
+    apart = pair.equal_length is not None and equal is None
+    yield _View(pair.first, pair.second, rate, verdict, equal, apart, longer)
+    yield _View(
+        pair.second,
+        pair.first,
+        _turned(rate, 1.0),
+        TURNED[verdict],
+        None if equal is None else _turned(equal, 1.0),
+        apart,
+        None if longer is None else _turned(longer, 0.0),
+    )
+
+
+def _turned(i: Interval, whole: float) -> Interval:
+    return Interval(whole - i.mean, whole - i.high, whole - i.low, i.count, i.level)
+
+
+def _length_exploited(v: _View) -> Iterator[Finding]:
+    """It wins with longer responses, but not at equal length."""
+    if v.longer is None or v.verdict != "better" or v.longer.low <= 0:
+        return
+    if v.apart:
+        at_equal = "as they are in every comparison, its win rate at equal length is unknown"
+    elif v.equal is not None and v.equal.low <= 0.5:
+        at_equal = f"at equal length it wins {_percent(v.equal)}, which shows no gain"
+    else:
+        return
+    yield Finding(
+        "length exploited",
+        f"{v.name} wins {_percent(v.rate)} against {v.other}, but its responses are longer by {v.longer.mean:.0f}"
+        f" characters [{v.longer.low:.0f}, {v.longer.high:.0f}], and {at_equal}: it may have learnt length alone. Check"
+        " with a judge that ignores length; train on pairs of like length, or with --loss r_dpo or ld_dpo",
+        look=True,
+    )
+
+
+def _over_optimised(v: _View, models: Mapping[str, SampleStats]) -> Iterator[Finding]:
+    """Training raised its reward, and the judge finds it worse than the model it started from, or than one of the same
+    start and data whose reward was raised less."""
+    run = _run_of(v.name)
+    raised = _raised(run)
+    if run is None or raised is None or v.verdict != "worse":
+        return
+    metric, by = raised
+    what = "which it started from"
+    if not _same(run.options.get("model"), v.other):
+        other = _run_of(v.other)
+        before = _raised(other)
+        if other is None or before is None or before[0] != metric or before[1].last >= by.last:
+            return
+        data = run.record.get("data")
+        if (
+            data is None
+            or data != other.record.get("data")
+            or not _same(run.options.get("model"), other.options.get("model"))
+        ):
+            return
+        what = f"which was trained less far (to {before[1].last:.3g})"
+    stats = models.get(v.name)
+    kl = "" if stats is None or stats.distance is None else f"; its KL is {stats.distance.k1.mean:.3g} nats"
+    remedy = (
+        "a larger --beta or a lower --kl-target, fewer steps, or a reward model trained on such samples"
+        if metric == REWARDS[0]
+        else "a larger --beta, a smaller --learning-rate or fewer --epochs"
+    )
+    yield Finding(
+        "over-optimised",
+        f"training raised the reward of {v.name} ({metric} from {by.first:.3g} to {by.last:.3g}), but the judge finds"
+        f" it worse than {v.other}, {what}: it wins {_percent(v.rate)}{kl}. The reward no longer follows the judge:"
+        f" try {remedy}",
+        look=True,
+    )
+
+
+def _repeats(v: _View, models: Mapping[str, SampleStats]) -> Iterator[Finding]:
+    mine, theirs = models.get(v.name), models.get(v.other)
+    if mine is None or theirs is None or mine.samples < MIN_SAMPLES:
+        return
+    if mine.repetition > REPETITION and mine.repetition > REPETITION_RATIO * theirs.repetition:
+        yield Finding(
+            "repeats itself",
+            f"samples of {v.name} repeat themselves: {mine.repetition:.0%} of their 4-grams occurred before in the same"
+            f" sample, and {theirs.repetition:.0%} in those of {v.other}. If preference training did this, try a larger"
+            " --beta, a smaller --learning-rate, or a loss that keeps chosen responses likely",
+            look=True,
+        )
+
+
+def _run_of(name: str) -> History | None:
+    """The run whose output folder a model is."""
+    try:
+        return read_history(name) if (Path(name) / "run.json").is_file() else None
+    except RunError:
+        return None
+
+
+def _same(one: object, two: object) -> bool:
+    """Whether two model names are one folder."""
+    if not isinstance(one, str) or not isinstance(two, str):
+        return False
+    return one == two or (Path(one).exists() and Path(two).exists() and Path(one).samefile(two))
+
+
+def _raised(run: History | None) -> tuple[str, Change] | None:
+    """The reward metric that training raised, if any."""
+    for name in REWARDS if run is not None else ():
+        assert run is not None
+        found = change(run.curve(name))
+        if found is not None and found.direction > 0:
+            return name, found
+    return None

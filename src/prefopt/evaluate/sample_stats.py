@@ -1,0 +1,164 @@
+"""Statistics of a model's samples: length, entropy, repetition, KL to a reference, and perplexity of held-out data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from prefopt.core.statistics import Interval, mean_interval
+from prefopt.data.group import Group
+from prefopt.data.load import load_groups
+from prefopt.data.validate import Problem
+from prefopt.errors import DataError, ModelError
+from prefopt.evaluate.score import response_logprobs
+from prefopt.evaluate.win_rate import Floats, Ints
+from prefopt.generate.model_io import SampledModel, renderer_for
+from prefopt.records import Comparison
+
+TOKEN_BUDGET = 4096
+"""Tokens of a forward pass."""
+MAX_LENGTH = 4096
+"""Tokens of a held-out row where the model has no context limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class KlEstimate:
+    """KL(policy || reference) of whole responses in nats, estimated on the policy's own samples (Schulman 2020).
+
+    With r = reference / policy of a response, ``k1`` is the mean of -log r, unbiased, and ``error`` its standard error
+    over prompts; ``k3`` is the mean of r - 1 - log r, never negative with the same expectation, but dominated by rare
+    responses where the two models are far apart.
+    """
+
+    k1: Interval
+    error: float
+    k3: float
+
+
+@dataclass(frozen=True, slots=True)
+class SampleStats:
+    """Means over samples. ``entropy``: nats per token from the log-probabilities of the sampled tokens, None where they
+    were not sampled from the model's own distribution. ``repetition``: see :func:`repetition`."""
+
+    prompts: int
+    samples: int
+    tokens: float | None
+    characters: float
+    entropy: float | None
+    repetition: float
+    empty: int
+    distance: KlEstimate | None = None
+    perplexity: float | None = None
+
+
+def sample_stats(
+    rows: Sequence[Comparison], kl: KlEstimate | None = None, perplexity: float | None = None
+) -> SampleStats:
+    """Statistics of rows of ``prefopt sample``; rows of another origin have neither tokens nor entropy."""
+    texts = [r.text for row in rows for r in row.responses]
+    tokens, logps, sampling = (_column(rows, name) for name in ("tokens", "logprobs", "sampling_logprobs"))
+    entropy = None
+    if tokens is not None and logps is not None and sampling is not None and np.allclose(logps, sampling, atol=1e-4):
+        entropy = float(-np.sum(logps) / np.sum(tokens))
+    return SampleStats(
+        len({row.prompt_key for row in rows}),
+        len(texts),
+        None if tokens is None else float(np.mean(tokens)),
+        float(np.mean([len(t) for t in texts])),
+        entropy,
+        float(np.mean([repetition(t) for t in texts])),
+        sum(not t.strip() for t in texts),
+        kl,
+        perplexity,
+    )
+
+
+def repetition(text: str, n: int = 4) -> float:
+    """The fraction of word n-grams that occurred before in the text; of characters where it has no spaces.
+
+    >>> round(repetition("a b c d a b c d"), 3), repetition("all of these are different words")
+    (0.2, 0.0)
+    """
+    words = text.split() if " " in text.strip() else list(text.strip())
+    ngrams = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+    return 1 - len(ngrams) / ngrams.total() if ngrams else 0.0
+
+
+def kl_to_reference(rows: Sequence[Comparison], reference: SampledModel, *, seed: int = 0) -> KlEstimate | None:
+    """The KL of the model that drew these samples to ``reference``, which must have the same tokens; None for one
+    prompt.
+
+    Raises :class:`DataError` where samples lack token ids or log-probabilities, or were not drawn from the model's own
+    distribution, and :class:`ModelError` where a token is none of the reference's.
+    """
+    for row in rows:
+        if not all(name in row.extra for name in ("token_ids", "logprobs", "sampling_logprobs")):
+            raise DataError("has no token ids and log-probabilities, which prefopt sample writes", row=row.row)
+        if not np.allclose(_numbers(row, "logprobs"), _numbers(row, "sampling_logprobs"), atol=1e-4):
+            raise DataError("was sampled with a temperature, top-k or top-p, which --reference cannot use", row=row.row)
+    bare = [replace(row, responses=(), tiers=(), scores=None, labels=None, votes=None) for row in rows]
+    groups = []
+    for row, prompt in zip(rows, renderer_for(reference.tokenizer).prompts(bare), strict=True):
+        if isinstance(prompt, Problem):
+            raise DataError(f"{prompt.kind}: {prompt.what}", row=row.row)
+        ids: Any = row.extra["token_ids"]
+        whole = [np.concatenate([prompt, np.asarray(x, np.int32)]) for x in ids]
+        masks = [np.arange(len(x)) >= len(prompt) for x in whole]
+        groups.append(Group.from_sequences(list(zip(whole, masks, strict=True)), row=row.row, pairs=()))
+    if max(int(c.ids.max()) for g in groups for c in g.continuations) >= len(reference.tokenizer):
+        raise ModelError(f"--reference {reference.name}: its vocabulary lacks tokens of the samples")
+    logps = np.concatenate([_numbers(row, "logprobs") for row in rows])
+    log_ratio = logps - response_logprobs(reference.scorer, groups, TOKEN_BUDGET)
+    k3 = np.expm1(-log_ratio) + log_ratio
+    prompts = np.repeat(prompt_numbers(row.prompt_key for row in rows), [len(row.responses) for row in rows])
+    means = np.bincount(prompts, log_ratio) / np.bincount(prompts)
+    if len(means) < 2:
+        return None
+    error = float(means.std(ddof=1) / len(means) ** 0.5)
+    return KlEstimate(mean_interval(means, seed=seed), error, float(k3.mean()))
+
+
+def perplexity(model: SampledModel, names: Sequence[str], **layout: Any) -> tuple[float, int, int]:
+    """The perplexity per token of the best responses of some data, and how many rows were truncated to the model's
+    context and how many left out. Perplexities of models with different tokenizers do not compare."""
+    found = load_groups(names, model.tokenizer, max_length=model.context or MAX_LENGTH, kind="demonstrations", **layout)
+    logps = response_logprobs(model.scorer, list(found.groups), TOKEN_BUDGET)
+    mean = logps.sum() / found.groups.trained_N.sum()
+    return float(np.exp(-mean)), found.truncated, found.refused
+
+
+def prompt_numbers(keys: Iterable[Hashable]) -> Ints:
+    """The number [rows] of each row's prompt, by first occurrence."""
+    known: dict[Hashable, int] = {}
+    return np.array([known.setdefault(key, len(known)) for key in keys], np.int64)
+
+
+def by_prompt(values: Floats, prompt: Ints) -> Floats:
+    """``values`` [rows, samples] of rows with these prompt numbers as [prompts, samples], padded with NaN.
+
+    >>> by_prompt(np.array([[1.0], [0.5], [0.0]]), np.array([0, 1, 0]))
+    array([[1. , 0. ],
+           [0.5, nan]])
+    """
+    _, place, rows = np.unique(prompt, return_inverse=True, return_counts=True)
+    found = np.full((len(rows), int(rows.max(initial=0)), values.shape[1]), np.nan)
+    filled = np.zeros(len(rows), np.int64)
+    for row, p in zip(values, place, strict=True):
+        found[p, filled[p]] = row
+        filled[p] += 1
+    return found.reshape(len(rows), -1)
+
+
+def _column(rows: Sequence[Comparison], name: str) -> Floats | None:
+    if not all(name in row.extra for row in rows):
+        return None
+    return np.concatenate([_numbers(row, name) for row in rows])
+
+
+def _numbers(row: Comparison, name: str) -> Floats:
+    values: Any = row.extra[name]
+    return np.asarray(values, np.float64)

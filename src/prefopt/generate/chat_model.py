@@ -1,0 +1,334 @@
+"""Chat models behind one protocol: a model on this machine, and one behind an OpenAI-compatible URL."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from http.client import HTTPException, HTTPResponse
+from typing import Any, Protocol
+
+from prefopt.data.chat.render import Renderer
+from prefopt.data.tokenizer import Tokenizer
+from prefopt.data.validate import Problem
+from prefopt.errors import ConfigError, RunError
+from prefopt.generate.model_io import CONTEXT_TOKENS, SampledModel, decode
+from prefopt.generate.sampler import Ids, SamplingParams
+from prefopt.generate.transformers_sampler import TransformersSampler
+from prefopt.records import Comparison, Message
+
+Messages = tuple[Message, ...]
+PLAIN_STOPS = ("\nUser:", "\nSystem:")
+"""Text with which a model without a chat template begins a turn of the other side."""
+TIMEOUT = 300.0
+"""Seconds of silence after which a server counts as gone."""
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+CHARACTER_TOKENS = 8
+"""Tokens of one character at most; more that do not decode are shown as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """The messages that a model will answer, and how many of the oldest were dropped to fit its context."""
+
+    messages: Messages
+    dropped: int = 0
+
+
+class ContextLengthError(RunError):
+    """The conversation exceeds the context; without its oldest messages it may fit."""
+
+
+class ChatModel(Protocol):
+    """Answers conversations and completes text, streaming chunks of text."""
+
+    name: str
+
+    def fit(self, messages: Messages) -> ChatRequest:
+        """The messages without the oldest that do not fit. Raises :class:`RunError` where the last one alone is too
+        long."""
+
+    def answer(self, request: ChatRequest, attempt: int) -> Iterator[str]:
+        """The answer; another ``attempt`` is another sample.
+
+        Raises :class:`prefopt.errors.UserError`, before the first chunk :class:`ContextLengthError`.
+        """
+
+    def complete(self, text: str, attempt: int) -> Iterator[str]:
+        """The continuation of a text."""
+
+
+def drop_oldest(request: ChatRequest) -> ChatRequest | None:
+    """The request without its oldest question and answer; the system message stays. None for the last question."""
+    messages = request.messages
+    system, rest = (messages[:1], messages[1:]) if messages and messages[0].role == "system" else ((), messages)
+    later = next((i for i, m in enumerate(rest) if i and m.role == "user"), 0)
+    return ChatRequest(system + rest[later:], request.dropped + later) if later else None
+
+
+def with_system(system: str | None, messages: Sequence[Message]) -> Messages:
+    """A conversation with its system message, if any."""
+    return (*((Message("system", system),) if system else ()), *messages)
+
+
+class LocalChatModel:
+    """A model on this machine. ``note`` says in one line what is slow."""
+
+    def __init__(self, model: SampledModel, renderer: Renderer, params: SamplingParams) -> None:
+        self.model, self.params = model, params
+        self.name = model.label
+        self._renderer, self._sampler = renderer, TransformersSampler(model.scorer, rows=1)
+        self.note = self._sampler.note
+        plain = renderer.rendering.chat_template is None and model.tokenizer.chat_template is None
+        self._stops = PLAIN_STOPS if plain else ()
+
+    def fit(self, messages: Messages) -> ChatRequest:
+        """Leaves room for an answer: ``max_new_tokens``, or a quarter of the context."""
+        request: ChatRequest | None = ChatRequest(messages)
+        while request is not None:
+            ids = self._ids(Comparison(request.messages, (), (), 0))
+            if self.model.context is None or len(ids) <= self._prompt_limit(self.model.context):
+                return request
+            request = drop_oldest(request)
+        raise RunError(
+            f"this message alone has {len(ids)} tokens, and the model's context is {self.model.context}: shorten it"
+        )
+
+    def answer(self, request: ChatRequest, attempt: int) -> Iterator[str]:
+        """The answer without leading white space."""
+        chunks = self._stream(self._ids(Comparison(request.messages, (), (), 0)), attempt, self._stops)
+        for chunk in chunks:
+            if chunk.strip():
+                yield chunk.lstrip()
+                break
+        yield from chunks
+
+    def complete(self, text: str, attempt: int) -> Iterator[str]:
+        """The continuation of a text, of which the end is read where it exceeds the context."""
+        ids = self._ids(Comparison((Message("user", text),), (), (), 0, text=True))
+        if self.model.context is not None:
+            ids = ids[-self._prompt_limit(self.model.context) :]
+        yield from self._stream(ids, attempt, ())
+
+    def _prompt_limit(self, context: int) -> int:
+        return context - min(self.params.max_new_tokens, max(1, context // 4))
+
+    def _ids(self, prompt: Comparison) -> Ids:
+        found = next(iter(self._renderer.prompts([prompt])))
+        if isinstance(found, Problem):
+            raise RunError(f"the chat template cannot render this: {found.what}")
+        return found
+
+    def _stream(self, ids: Ids, attempt: int, stops: Sequence[str]) -> Iterator[str]:
+        text = TextStream(self.model.tokenizer, ids, stops=stops)
+        tokens = self._sampler.stream(ids, self.params, sample=attempt)
+        try:
+            for token in tokens:
+                if token in self.params.stop:
+                    break
+                if chunk := text.add(token):
+                    yield chunk
+                if text.ended:
+                    break
+        finally:
+            tokens.close()
+        if chunk := text.finish():
+            yield chunk
+
+
+class TextStream:
+    """Text of sampled tokens: whole characters as soon as they are complete, held back while they may begin a stop.
+
+    ``stops`` are texts that end it and are left out; ``ended``: one occurred. ``text``: everything returned so far.
+
+    >>> stream = TextStream(tokenizer, prompt_ids, stops=("User:",))  # doctest: +SKIP
+    >>> for token in sampler.stream(prompt_ids, params):  # doctest: +SKIP
+    ...     print(stream.add(token), end="", flush=True)
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Ids, *, stops: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stops = tokenizer, [s for s in stops if s]
+        self._before = [int(i) for i in prompt[-CONTEXT_TOKENS:]]  # tokens whose text was returned
+        self._fresh: list[int] = []
+        self._held = ""
+        self.text = ""
+        self.ended = False
+
+    def add(self, token: int) -> str:
+        """The text to show after one more token."""
+        if self.ended:
+            return ""
+        self._fresh.append(token)
+        return self._release(self._decode(final=False), final=False)
+
+    def finish(self) -> str:
+        """The text that was held back, after the last token."""
+        return "" if self.ended else self._release(self._decode(final=True), final=True)
+
+    def _decode(self, final: bool) -> str:
+        """The text of the fresh tokens, empty while their last character is incomplete."""
+        if not self._fresh:
+            return ""
+        start, whole = decode(self._tokenizer, self._before), decode(self._tokenizer, self._before + self._fresh)
+        new = whole[len(start) :] if whole.startswith(start) else decode(self._tokenizer, self._fresh)
+        if new.endswith(BROKEN) and not final and len(self._fresh) < CHARACTER_TOKENS:
+            return ""
+        self._before = (self._before + self._fresh)[-CONTEXT_TOKENS:]
+        self._fresh = []
+        return new
+
+    def _release(self, new: str, final: bool) -> str:
+        self._held += new
+        found = [at for s in self._stops if (at := self._held.find(s)) >= 0]
+        if found:
+            self.ended = True
+            out, self._held = self._held[: min(found)], ""
+        else:
+            hold = 0 if final else max((_overlap(self._held, s) for s in self._stops), default=0)
+            cut = len(self._held) - hold
+            out, self._held = self._held[:cut], self._held[cut:]
+        self.text += out
+        return out
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of a text may begin a stop."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
+
+
+class RemoteChatModel:
+    """A model behind an OpenAI-compatible URL; ``options`` go with every request (``temperature``, ``max_tokens``)."""
+
+    def __init__(self, url: str, model: str | None, *, key_variable: str | None, options: Mapping[str, Any]) -> None:
+        """``model`` may be None where the server has one; ``key_variable`` names an environment variable.
+
+        Raises :class:`ConfigError` for an invalid URL, and :class:`RunError` where the server cannot be asked.
+        """
+        self._url = _base_url(url)
+        self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream, application/json"}
+        if key_variable is not None:
+            if not (key := os.environ.get(key_variable)):
+                raise ConfigError(f"--url-key {key_variable}: there is no such environment variable, or it is empty")
+            self._headers["Authorization"] = f"Bearer {key}"
+        self._options = dict(options)
+        self._model = model or self._only_model()
+        self.name = f"{self._model} at {urllib.parse.urlsplit(self._url).netloc}"
+
+    def fit(self, messages: Messages) -> ChatRequest:
+        """All messages: only the server knows its context (see :meth:`answer`)."""
+        return ChatRequest(messages)
+
+    def answer(self, request: ChatRequest, attempt: int) -> Iterator[str]:
+        """Raises :class:`ContextLengthError` where the server refuses the length."""
+        messages = [{"role": m.role, "content": m.content} for m in request.messages]
+        yield from self._stream("chat/completions", {"messages": messages}, attempt)
+
+    def complete(self, text: str, attempt: int) -> Iterator[str]:
+        """By the older completions endpoint, which not every server has."""
+        yield from self._stream("completions", {"prompt": text}, attempt)
+
+    def _stream(self, path: str, body: Mapping[str, Any], attempt: int) -> Iterator[str]:
+        options = dict(self._options)
+        if "seed" in options:
+            options["seed"] += attempt
+        request = {"model": self._model, "stream": True, **body, **options}
+        with self._open(path, json.dumps(request).encode()) as response:
+            try:
+                streams = response.headers.get_content_type() == "text/event-stream"
+                yield from self._texts(_events(response) if streams else [json.loads(response.read())])
+            except (OSError, HTTPException, ValueError) as error:
+                raise RunError(f"{self._url}: the answer broke off ({_reason(error)})") from error
+
+    def _texts(self, events: Iterable[Any]) -> Iterator[str]:
+        """The text of events. Reasoning that a server sends apart is put into <think> tags, as models write it."""
+        thinking = False
+        for event in events:
+            if not isinstance(event, dict):
+                continue
+            if "error" in event:
+                raise RunError(f"{self._url}: {_message(event)}")
+            for choice in event.get("choices") or ():
+                part = choice.get("delta") or choice.get("message") or choice
+                thought = part.get("reasoning_content") or part.get("reasoning")
+                text = part.get("content") or part.get("text")
+                if isinstance(thought, str) and thought:
+                    yield thought if thinking else f"<think>\n{thought}"
+                    thinking = True
+                if isinstance(text, str) and text:
+                    yield f"\n</think>\n\n{text}" if thinking else text
+                    thinking = False
+
+    def _only_model(self) -> str:
+        with self._open("models", None) as response:
+            try:
+                names = [str(m["id"]) for m in json.loads(response.read())["data"]]
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunError(f"{self._url}: it does not list its models; name one with --url-model") from error
+        if len(names) != 1:
+            raise ConfigError(f"--url-model is missing: {self._url} has {', '.join(names) or 'no model'}")
+        return names[0]
+
+    def _open(self, path: str, body: bytes | None) -> HTTPResponse:
+        request = urllib.request.Request(f"{self._url}/{path}", data=body, headers=self._headers)
+        try:
+            response: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT)
+        except urllib.error.HTTPError as error:
+            what = _message(error.read())
+            if error.code == 400 and "context" in what and body is not None:
+                raise ContextLengthError(what) from error
+            raise RunError(f"{self._url}: the server answers {error.code} ({what or error.reason})") from error
+        except (OSError, HTTPException) as error:
+            raise RunError(f"{self._url} cannot be reached ({_reason(error)}); is the server running?") from error
+        return response
+
+
+def _base_url(url: str) -> str:
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ConfigError(f"--url {url} should begin with http:// or https://, such as http://localhost:8000/v1")
+    path = parts.path.rstrip("/")
+    for ending in ("/chat/completions", "/completions"):
+        path = path.removesuffix(ending)
+    return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
+
+
+def _events(response: HTTPResponse) -> Iterator[Any]:
+    """The JSON of server-sent events: lines ``data: {...}``, the last of them ``data: [DONE]``. Raises ``ValueError``
+    where the stream ends before the answer does."""
+    ended = False
+    for raw in response:
+        line = raw.decode("utf-8", "replace").strip()
+        if not line.startswith("data:"):
+            continue  # keep-alive comments, names of events
+        data = line.removeprefix("data:").strip()
+        if data == "[DONE]":
+            return
+        event = json.loads(data)
+        yield event
+        choices = event.get("choices") if isinstance(event, dict) else None
+        ended = ended or any(c.get("finish_reason") for c in choices or ())
+    if not ended:
+        raise ValueError("its end is missing")
+
+
+def _message(answer: Any) -> str:
+    """A server's error message in one line, from the body of its answer or the JSON in it."""
+    found = answer
+    if isinstance(answer, bytes):
+        try:
+            found = json.loads(answer)
+        except ValueError:
+            found = answer.decode("utf-8", "replace")
+    for name in ("error", "message", "detail"):
+        if isinstance(found, dict) and name in found:
+            found = found[name]
+    return " ".join(str(found or "").split())[:300]
+
+
+def _reason(error: Exception) -> str:
+    reason = getattr(error, "reason", None) or error
+    return getattr(reason, "strerror", None) or " ".join(str(reason).split()) or type(error).__name__

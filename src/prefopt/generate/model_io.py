@@ -1,0 +1,261 @@
+"""A model to sample from with its tokenizer and stop tokens, its prompts as token ids, and its samples as text."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import GenerationConfig
+
+from prefopt.data.chat.render import Renderer
+from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.spans import end_of_turn
+from prefopt.data.comparisons import open_comparisons
+from prefopt.data.files.content import DAMAGED, damaged, look
+from prefopt.data.files.sources import Source
+from prefopt.data.group import IntArray
+from prefopt.data.tokenizer import Tokenizer, tokenizer_digest
+from prefopt.data.validate import Problem, check, convert, describe, refuse, refused_rows
+from prefopt.errors import ConfigError, DataError
+from prefopt.generate.sampler import Ids
+from prefopt.model.architectures import context_length
+from prefopt.model.load import base_and_adapter, load_config, load_model
+from prefopt.model.precision import MasterWeights, disable_dropout, resolve_device, resolve_dtype
+from prefopt.model.save import end_tokens, ids_of
+from prefopt.model.scorer import Scorer
+from prefopt.records import Comparison, Message
+from prefopt.reference.cache import Identity
+from prefopt.reference.identity import adapter_line, identity_of_folder, identity_of_model, tokenizer_of_name
+
+CONTEXT_TOKENS = 8
+"""Prompt tokens that are decoded along with a response: some tokenizers write a token otherwise at the start of a
+text."""
+
+
+class SampledModel:
+    """A folder, a Hub name, or a model ``given`` in Python with its tokenizer. Weights are loaded when first used.
+
+    ``source`` and ``adapter`` are local folders (empty and None for a given model), ``context`` is the model's context
+    length, ``label`` its name in messages, ``note`` a line about the adapter that ``name`` is.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        adapter: str | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        given: Any = None,
+        tokenizer: Any = None,
+    ) -> None:
+        """Raises :class:`ModelError` and :class:`ConfigError` as loading does."""
+        self.name, self._given = name, given
+        self.label = f"{name} with {Path(adapter).name}" if adapter else name
+        self.generation_config: Any
+        if given is not None:
+            self.device, self.dtype = next(given.parameters()).device, given.dtype
+            self.source, self.adapter, self.note = "", None, None
+            self.tokenizer: Tokenizer = copy.deepcopy(tokenizer)
+            config, self.generation_config = given.config, getattr(given, "generation_config", None)
+        else:
+            self.device = resolve_device(device)
+            self.dtype = resolve_dtype(dtype, self.device)
+            if self.device.type == "mps" and self.dtype == torch.float64:
+                raise ConfigError("--dtype float64: mps has none; take --device cpu")
+            self.source, self.adapter = base_and_adapter(name, adapter)
+            self.note = adapter_line(name)
+            self.tokenizer = tokenizer_of_name(name, adapter)
+            config, self.generation_config = load_config(self.source), _generation_config(self.source)
+        self.context = context_length(config)
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """The model, frozen, in the requested precision."""
+        if self._given is not None:
+            disable_dropout(self._given)
+            return Scorer(self._given)
+        model = load_model(self.source, dtype=self.dtype, device=self.device, adapter=self.adapter)
+        model.requires_grad_(False)
+        MasterWeights(model, self.dtype)  # adapters are loaded in the precision they were saved in
+        return Scorer(model)
+
+    def identity(self) -> Identity:
+        """What decides its log-probabilities."""
+        if self._given is not None:
+            return identity_of_model(self._given, name=self.name)
+        return identity_of_folder(self.source, adapter=self.adapter)
+
+    def generation_digest(self) -> str:
+        """SHA-256 (hex) of what decides its responses: log-probabilities, tokenizer with chat template, stop tokens."""
+        stop = self.stop_ids(renderer_for(self.tokenizer))
+        whole = json.dumps([self.identity().digest, tokenizer_digest(self.tokenizer), stop])
+        return hashlib.sha256(whole.encode()).hexdigest()
+
+    def release(self) -> None:
+        """Give a model from Python its own attention back."""
+        if "scorer" in self.__dict__:
+            self.scorer.detach_hook()
+
+    def stop_ids(self, renderer: Renderer) -> tuple[int, ...]:
+        """Every token that ends a response: EOS, those of the generation config, the template's end of turn."""
+        found = [self.tokenizer.eos_token_id, *ids_of(getattr(self.generation_config, "eos_token_id", None))]
+        found += [end_of_turn(renderer), *((self.adapter and end_tokens(self.adapter)) or ())]
+        return tuple(sorted({i for i in found if isinstance(i, int)}))
+
+
+def _generation_config(source: str) -> Any:
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except Exception:  # absent, or refused by transformers: the tokenizer's EOS is enough
+        return None
+
+
+def renderer_for(tokenizer: Tokenizer, chat_template: str | None = None, variables: Any = None) -> Renderer:
+    """A renderer of prompts; ``chat_template`` is the text of a template."""
+    ends = tokenizer.eos_token_id is not None
+    return Renderer(tokenizer, Rendering(None, ends, chat_template, variables or {}))
+
+
+# -- prompts as token ids --------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class PromptSet:
+    """Prompts in order: ``rows[i]`` without responses and its token ids ``ids[i]``. Every row read is accounted for:
+    ``len(rows) + refused_rows(problems) == read``."""
+
+    rows: list[Comparison] = field(default_factory=list)
+    ids: list[IntArray] = field(default_factory=list)
+    read: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def summary(self) -> list[str]:
+        """Lines that a run prints."""
+        lines = [f"{self.read} read, {len(self.rows)} kept, {refused_rows(self.problems)} refused"]
+        if self.problems:
+            lines.append(f"refused: {describe(self.problems)}")
+        return lines + self.notes
+
+
+class PromptReader:
+    """Reads prompts from files of any layout or lines of text, and tokenises them.
+
+    ``context`` is the model's context length, of which a prompt must leave ``room`` tokens. ``lines``: what a line of a
+    .txt file is, a user turn or text to continue.
+    """
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        *,
+        context: int | None,
+        lines: Literal["user", "text"],
+        on_bad_row: str,
+        room: int = 1,
+    ) -> None:
+        self._renderer, self._context, self._room = renderer, context, room
+        self._lines, self._on_bad_row = lines, on_bad_row
+        self.found = PromptSet()
+
+    def read(
+        self, sources: Sequence[Source], *, format: str | None = None, columns: Sequence[str] | None = None
+    ) -> PromptSet:
+        """The prompts of all sources. Raises :class:`DataError` for bad rows unless they are skipped, and for no
+        prompt at all."""
+        for source in sources:
+            self.found.notes += source.notes
+            if source.path is not None and source.suffix == ".txt":
+                self._add(self._text_rows(source))
+                continue
+            reading = open_comparisons(source, format=format, columns=columns)
+            self._add(reading)
+            self.found.notes += reading.notes
+        return self._finish()
+
+    def take(self, rows: Iterable[Comparison | Problem], notes: Sequence[str] = ()) -> PromptSet:
+        """The prompts of rows in memory. Raises as :meth:`read` does."""
+        self._add(rows)
+        self.found.notes += notes
+        return self._finish()
+
+    def _finish(self) -> PromptSet:
+        found = self.found
+        found.notes += self._renderer.notes
+        if found.problems and self._on_bad_row == "refuse":
+            raise refuse(found.problems, found.read)
+        if not found.rows:
+            why = f": {describe(found.problems)}" if found.problems else ""
+            raise DataError(f"none of the {found.read} rows of --prompts can be used{why}")
+        return found
+
+    def _add(self, rows: Iterable[Comparison | Problem]) -> None:
+        good: list[Comparison] = []
+        for row in rows:
+            self.found.read += 1
+            problems = [row] if isinstance(row, Problem) else check(row, "prompts")
+            prompt = row if isinstance(row, Problem) else convert(row, "prompts")
+            if isinstance(prompt, Problem) or problems:
+                self.found.problems += problems
+            else:
+                good.append(prompt)
+        for prompt, ids in zip(good, self._renderer.prompts(good), strict=True):
+            if isinstance(ids, Problem):
+                self.found.problems.append(ids)
+            elif self._context is not None and len(ids) + self._room > self._context:
+                more = "" if self._room == 1 else f" --max-new-tokens {self._room} more are wanted, and"
+                what = f"has {len(ids)} tokens,{more or ' and'} the model's context is {self._context}"
+                self.found.problems.append(Problem("prompt too long", prompt.row, what, prompt.file))
+            else:
+                self.found.rows.append(prompt)
+                self.found.ids.append(ids)
+
+    def _text_rows(self, source: Source) -> Iterator[Comparison]:
+        assert source.path is not None
+        try:
+            with look(source.path).opened() as file:
+                text = file.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"is not UTF-8 (byte {error.start + 1}); save it as UTF-8", file=source.name) from None
+        except DAMAGED as error:
+            raise damaged(error, source.name) from None
+        empty = 0
+        for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), 1):
+            line = line.rstrip("\r")
+            if line.strip():
+                yield Comparison((Message("user", line),), (), (), number, source.name, self._lines == "text")
+            else:
+                empty += 1
+        if empty:
+            self.found.notes.append(f"{source.name}: {empty} empty line{'s' * (empty > 1)} skipped")
+        kind = "the user's turns" if self._lines == "user" else "text to continue, without a chat template"
+        self.found.notes.append(f"{source.name}: its lines are taken as {kind} (--lines)")
+
+
+# -- samples as text -------------------------------------------------------------------------------------------
+
+
+def decode(tokenizer: Tokenizer, ids: Ids) -> str:
+    """The text of tokens, special tokens included."""
+    return str(tokenizer.decode([int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def continuation(tokenizer: Tokenizer, prompt: Ids, ids: Ids) -> str:
+    """The text that tokens ``ids`` add to the text of their prompt."""
+    before = list(prompt[-CONTEXT_TOKENS:])
+    start, whole = decode(tokenizer, before), decode(tokenizer, [*before, *ids])
+    return whole[len(start) :] if whole.startswith(start) else decode(tokenizer, ids)
+
+
+def without_stop(ids: Ids, stop: Sequence[int]) -> list[int]:
+    """The tokens without a stop token at their end."""
+    kept = [int(i) for i in ids]
+    return kept[:-1] if kept and kept[-1] in stop else kept
