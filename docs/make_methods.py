@@ -6,9 +6,10 @@ import re
 import runpy
 from pathlib import Path
 
+from prefopt.core.options import Option
 from prefopt.losses.common import WEIGHTINGS, Weighting
-from prefopt.losses.declare import INPUTS, Loss, LossOption
-from prefopt.losses.show import default, families, needs, said
+from prefopt.losses.declare import DERIVED, INPUTS, Loss
+from prefopt.losses.parse import condition, details, families, needs
 
 PAGE = Path(__file__).with_name("methods.md")
 MARKS = re.compile(r"(<!-- (losses|weightings|inputs) -->\n).*?(<!-- end -->)", re.S)
@@ -33,7 +34,8 @@ def _losses() -> str:
 
 def _inputs() -> str:
     rows = ["| kind | tensor | |", "| --- | --- | --- |"]
-    rows += [f"| {kind} | `{name}` | {_cell(what)} |" for kind, many in INPUTS.items() for name, what in many.items()]
+    columns = {**INPUTS, "pairs, derived": DERIVED}
+    rows += [f"| {kind} | `{name}` | {_cell(what)} |" for kind, many in columns.items() for name, what in many.items()]
     return "\n".join(rows) + "\n"
 
 
@@ -49,7 +51,7 @@ def _section(found: Loss | Weighting) -> str:
     lines = [f"#### {found.name}\n", f"```text\n{found.formula}\n```\n"]
     if isinstance(found, Loss):
         lines.append(f"![{TITLE.format(name=found.name)}](plots/{found.name}.svg)\n")
-    lines.append(_prose(found.function.__doc__ or "") + "\n")
+    lines.append(_prose(found) + "\n")
     facts = [f"- **Source**: {found.paper}.", f"- **When**: {found.when}"]
     if isinstance(found, Loss):
         facts.append(f"- **Needs**: {', '.join(needs(found)) or 'nothing beyond the policy'}.")
@@ -65,18 +67,17 @@ def _section(found: Loss | Weighting) -> str:
     return "\n".join(lines)
 
 
-def _options(options: list[LossOption]) -> str:
+def _options(options: list[Option]) -> str:
     rows = ["| option | value | default | |", "| --- | --- | --- | --- |"]
     for o in options:
-        only = f"; only with `{o.only[0]}={str(o.only[1]).lower()}`" if o.only else ""
-        rows.append(f"| `{o.name}` | {o.expects} | {default(o)} | {_cell(o.help)}{only} |")
+        only = f"; only with `{condition(o)}`" if o.only else ""
+        rows.append(f"| `{o.name}` | {o.expects} | {o.default_text} | {_cell(o.help)}{only} |")
     return "\n".join(rows) + "\n"
 
 
-def _prose(docstring: str) -> str:
-    """What a docstring says behind its first line, as Markdown: formulas between dollars, names in backquotes."""
-    text = "\n".join(said(docstring))
-    text = re.sub(r":math:`([^`]*)`", lambda m: "$" + " ".join(m[1].split()) + "$", text)
+def _prose(found: Loss | Weighting) -> str:
+    """The docstring without its first line, as Markdown: formulas between dollars, names in backquotes."""
+    text = re.sub(r":math:`([^`]*)`", lambda m: "$" + " ".join(m[1].split()) + "$", details(found))
     return text.replace("``", "`")
 
 

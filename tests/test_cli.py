@@ -20,8 +20,8 @@ from hypothesis import given
 import prefopt
 from prefopt import cli
 from prefopt.config.dpo import DpoConfig
-from prefopt.config.methods import METHODS, method_of
-from prefopt.core.options import Option, options, to_dict
+from prefopt.config.methods import METHODS, method_of, read_options
+from prefopt.core.options import Option, options
 from prefopt.core.yaml_file import read_document, write_document
 from prefopt.errors import ConfigError, Interrupted, RunError
 
@@ -60,8 +60,8 @@ BAD = {
     "device": (["--device", "gpu"], "--device is 'gpu'; it must be cpu, cuda, cuda:N or mps"),
     "precision": (["--device", "mps", "--dtype", "float64"], "--device mps has no float64"),
     "two sources": (["--eval-data", "e", "--eval-fraction", "0.1"], "--eval-data and --eval-fraction"),
-    "nothing to evaluate": (["--eval-every", "5"], "--eval-every needs evaluation pairs"),
-    "nothing to stop on": (["--early-stopping", "2"], "--early-stopping needs evaluation pairs"),
+    "nothing to evaluate": (["--eval-every", "5"], "--eval-every needs evaluation data"),
+    "nothing to stop on": (["--early-stopping", "2"], "--early-stopping needs evaluation data"),
     "no adapter": (["--lora-rank", "8"], "--lora-rank does nothing without --lora"),
     "no adapter, even at its default": (["--lora-dropout", "0"], "--lora-dropout does nothing without --lora"),
     "adapter of its own": (["--lora", "--adapter", "a", "--lora-alpha", "8"], "--lora-alpha shapes a new adapter"),
@@ -91,8 +91,8 @@ BAD_FILES = {
     "text for truth": ("lora: 'yes'\n", "o.yaml: lora is 'yes'; it must be true or false"),
     "null": ("epochs:\n", "o.yaml: epochs has no value; it must be a number above 0"),
     "out of range": ("batch-size: 0\n", "o.yaml: batch_size is 0; it must be a whole number of at least 1"),
-    "twice": ("beta: 1\nseed: 1\nbeta: 2\n", "o.yaml, line 3: beta stands there twice"),
-    "twice, spelt in two ways": ("max_length: 9\nmax-length: 8\n", "o.yaml, line 2: max_length stands there twice"),
+    "twice": ("beta: 1\nseed: 1\nbeta: 2\n", "o.yaml, line 3: beta is a duplicate"),
+    "twice, spelt in two ways": ("max_length: 9\nmax-length: 8\n", "o.yaml, line 2: max_length is a duplicate"),
     "not YAML": ("beta: 1\n seed: [\n", "o.yaml, line 2: not YAML"),
     "no mapping": ("- beta\n", "o.yaml: no options in it"),
     "nothing": ("", "o.yaml: no options in it"),
@@ -189,7 +189,7 @@ def test_print_config_says_what_config_reads(tmp_path_factory: pytest.TempPathFa
     assert read == values
     if expected is not None:
         assert DpoConfig.from_dict(read) == expected
-        assert DpoConfig.from_dict(to_dict(expected)) == expected
+        assert DpoConfig.from_dict(expected.to_dict()) == expected
 
 
 def test_print_config_round_trips_through_config(
@@ -238,6 +238,7 @@ def test_every_option_of_the_command_line_reaches_the_config(ran: list[dict[str,
         "eval_data": "e",
         "track": "wandb",
         "data_weights": "2",
+        "loss": "ipo",
     }
     company = {
         "lora": ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "reference_adapter"],
@@ -245,7 +246,7 @@ def test_every_option_of_the_command_line_reaches_the_config(ran: list[dict[str,
         "track=wandb": ["track_project"],
         "ref-model-sync-steps=5": ["ref_model_mixup_alpha"],
     }
-    plain = to_dict(DpoConfig(model="m", data=["d.jsonl"], output="o"))
+    plain = DpoConfig(model="m", data=["d.jsonl"], output="o").to_dict()
     for o in options(DpoConfig):
         if o.required:
             continue
@@ -402,3 +403,21 @@ def test_values_may_begin_with_a_dash() -> None:
     given = cli.parse("dpo", words)
     assert (given["seed"], given["beta"], given["reference"], given["lora"]) == (-1, -0.5, "- a b", True)
     assert (given["data"], given["eval_data"]) == (["-", "x"], ["-y"])
+
+
+def test_renamed_options_are_refused_with_the_new_name_and_old_records_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = {"reference_every": 5, "reference_mix": 0.5}
+    for name, new in zip(old, ("ref_model_sync_steps", "ref_model_mixup_alpha"), strict=True):
+        flag = name.replace("_", "-")
+        assert cli.main(["dpo", *NEEDED, f"--{flag}", "1"]) == 2
+        assert f"now called --{new.replace('_', '-')}" in capsys.readouterr().err
+        (tmp_path / "o.yaml").write_text(f"{name}: 1\n", "utf-8")
+        assert cli.main(["dpo", *NEEDED, "--config", str(tmp_path / "o.yaml")]) == 2
+        assert f"now called {new}" in capsys.readouterr().err
+    given = DpoConfig(model="m", data=["d.jsonl"], output="o").to_dict()
+    # A file that --print-config wrote lists all options, those without a value as null.
+    assert DpoConfig.from_dict(given | dict.fromkeys(old)).to_dict() == given
+    read = read_options("dpo", {"model": "m", "data": ["d.jsonl"], "output": "o", **old})
+    assert (read.ref_model_sync_steps, read.ref_model_mixup_alpha) == (5, 0.5)

@@ -24,7 +24,7 @@ BAD = {
     "no date": ("beta: 2020-13-45", "not YAML (month must be in 1..12)"),
     "no number": ("beta: !!float x", "not YAML"),
     "a number of 5000 digits": ("beta: " + "9" * 5000, "not YAML"),
-    "a file without end": ("#" * (2 << 20), "longer than 1 MiB"),
+    "a file without end": ("#" * (2 << 20), "larger than 1 MiB"),
     "no base64": ("beta: !!binary abc", "not YAML"),
     "a control character": ("beta: \x07", "not YAML"),
     "a class": ("beta: !!python/object:os.system x", "not YAML"),

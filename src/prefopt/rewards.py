@@ -1,34 +1,35 @@
-"""What gives a response a number: a rule by name, or a function of one's own.
+"""Rewards: rules by name, and functions of your own.
 
 >>> length = load_reward("length")
 >>> length(["Say hello."], ["Hello there"])
 [2.0]
 
-A reward takes prompts and responses, equally many, and gives as many finite numbers; higher is better.
+A reward maps prompts and responses, equally many, to as many finite numbers; higher is better.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefopt.core.options import nearest
+from prefopt.core.plugins import load_function, load_plugin, plugins
 from prefopt.errors import ConfigError, RunError
 from prefopt.records import Comparison
 
+GROUP = "prefopt.rewards"
+"""The entry points of packages with further rewards: a name and its ``module:function``."""
 Function = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """A function of prompts and responses that is held to its word."""
+    """A function of prompts and responses whose output is checked."""
 
     name: str
     function: Function
@@ -52,10 +53,8 @@ class Reward:
         return [float(value) for value in given]
 
     def digest(self) -> str | None:
-        """Of the code that gives the numbers, to tell whether it has changed: of the file of the function's module, and
-        of the function's own lines where that file is a script or a notebook, of which the rest is another matter.
-
-        None for a rule of prefopt's, and where the code is in no file.
+        """A digest of the code, to detect changes: of the file of the function's module; of the function alone where
+        that is a script or a notebook. None for a rule of prefopt, and for code that is in no file.
         """
         if self.name in RULES:
             return None
@@ -70,33 +69,23 @@ class Reward:
 
 
 def load_reward(name: str) -> Reward:
-    """The rule of that name, or the function ``module:function``; modules are found in the working folder too.
-
-    Raises :class:`ConfigError` where there is none.
-    """
+    """A rule, a reward of an installed package (:data:`GROUP`), or ``module:function``. Raises :class:`ConfigError`."""
     if name in RULES:
         return Reward(name, RULES[name]())
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    outside = plugins(GROUP)
+    if name in outside:
+        return Reward(name, load_plugin(outside[name], f"reward {name}"))
+    if ":" not in name:
+        known = [*RULES, *outside]
         raise ConfigError(
-            f"no reward is called {name!r}{nearest(name, list(RULES))}; there are {', '.join(RULES)},"
-            " MODULE:FUNCTION for one of your own, and folders of reward models"
+            f"no reward is called {name!r}{nearest(name, known)}; there are {', '.join(known)}, MODULE:FUNCTION for"
+            " your own, and folders of reward models"
         )
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
-        raise ConfigError(f"reward {name}: {error}; is the module installed, or in this folder?") from error
-    except AttributeError:
-        raise ConfigError(f"reward {name}: {module} has no {attribute}") from None
-    if not callable(function):
-        raise ConfigError(f"reward {name}: {attribute} is no function of prompts and responses")
-    return Reward(name, function)
+    return Reward(name, load_function(name, f"reward {name}"))
 
 
 def prompt_text(c: Comparison) -> str:
-    """The prompt as a reward is given it: text as it stands; of a conversation a line ``role: words`` for each turn."""
+    """The prompt as rewards get it: text unchanged; a conversation as a line ``role: words`` per turn."""
     if c.text:
         return "".join(m.content for m in c.prompt)
     return "\n".join(f"{m.role}: {m.content}" for m in c.prompt)
@@ -107,13 +96,13 @@ def _vader() -> Function:
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError:
-        raise ConfigError('the rule vader needs a package that is not there: pip install "prefopt[demo]"') from None
+        raise ConfigError('the rule vader needs another package: pip install "prefopt[demo]"') from None
     analyzer = SentimentIntensityAnalyzer()
     return lambda prompts, responses: [analyzer.polarity_scores(text)["compound"] for text in responses]
 
 
 def _length() -> Function:
-    """The number of words: what length alone explains."""
+    """The number of words."""
     return lambda prompts, responses: [float(len(text.split())) for text in responses]
 
 

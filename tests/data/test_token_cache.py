@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from data.small import small_tokenizer
 from data.tokenising import TEMPLATE, chat_rows, contents, start, wait_for, write
 from prefopt.cli import main
-from prefopt.core import cache_folder, hashes
+from prefopt.core import cache_folder
 from prefopt.data import load, token_cache, workers
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.render_options import Rendering
@@ -199,7 +199,7 @@ def test_a_damaged_entry_is_made_again_with_a_word(
 ) -> None:
     if not small:  # as for many rows: checksums are remembered
         monkeypatch.setattr("prefopt.data.token_cache.SMALL", 0)
-        monkeypatch.setattr(hashes, "RACY_SECONDS", 0.0)
+        monkeypatch.setattr(cache_folder, "RACY_SECONDS", 0.0)
     file = write(tmp_path / "rows.jsonl", chat_rows(5))
     good = contents(load_groups([file], small_tokenizer()))
     assert load_groups([file], small_tokenizer()).cached

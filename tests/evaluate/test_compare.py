@@ -179,7 +179,7 @@ FILES: dict[str, Any] = {"a": "a.jsonl", "b": "b.jsonl", "judge": "length"}
 OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"a": "m", "b": "n"}, "--judge is missing"),
     ({"a": "m", "judge": "length"}, "--b is missing"),
-    ({"a": "m", "b": "n", "judge": "length"}, "--prompts is missing, which m is to answer"),
+    ({"a": "m", "b": "n", "judge": "length"}, "--prompts is missing: m is to answer"),
     ({"a": "m", "b": "m", "judge": "length", "prompts": ["p"]}, "named twice"),
     ({"a": "m", "b": "n", "judge": "llm", "prompts": ["p"]}, "--judge llm needs --judge-url"),
     (
@@ -191,9 +191,9 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
         "leave --temperature",
     ),
     ({"a": "m", "b": "n", "judge": "length", "prompts": ["p"], "temperature": 0.0, "num": 2}, "leave --num out"),
-    ({"votes": ["v"], "a": "m"}, "--a: --votes counts what was judged already"),
+    ({"votes": ["v"], "a": "m"}, "--a: --votes counts existing votes"),
     *(
-        ({"votes": ["v"], **more}, "--votes counts what was judged already")
+        ({"votes": ["v"], **more}, "--votes counts existing votes")
         for more in (
             {"num": 3},
             {"temperature": 0.5},
@@ -204,19 +204,19 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
             {"threads": 1},
         )
     ),
-    ({**FILES, "prompts": ["nowhere.txt"]}, "--prompts are what models answer"),
+    ({**FILES, "prompts": ["nowhere.txt"]}, "--prompts are for models to answer"),
     ({**FILES, "held_out": ["nowhere.jsonl"]}, "--held-out measures models"),
-    *(({**FILES, **more}, "says how samples are drawn") for more in ({"num": 7}, {"max_new_tokens": 3})),
-    ({**FILES, "temperature": 0.5}, "--temperature says how samples are drawn"),
+    *(({**FILES, **more}, "is about sampling") for more in ({"num": 7}, {"max_new_tokens": 3})),
+    ({**FILES, "temperature": 0.5}, "--temperature is about sampling"),
     *(
         ({**FILES, **more}, "is for prompts and held-out data")
         for more in ({"format": "canonical"}, {"columns": ["prompt=q"]}, {"on_bad_row": "skip"})
     ),
     *(
-        ({**FILES, **more}, "says how models compute, and none does here")
+        ({**FILES, **more}, "is about running models")
         for more in ({"threads": 2}, {"device": "cpu"}, {"dtype": "float32"})
     ),
-    ({**FILES, "overwrite": True}, "--overwrite belongs to --output"),
+    ({**FILES, "overwrite": True}, "--overwrite does nothing without --output"),
 ]
 
 

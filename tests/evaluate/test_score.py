@@ -71,7 +71,7 @@ def test_all_in_order_is_not_all_certain_and_rows_of_one_prompt_are_one(
         (ROWS, "lenght", "did you mean length"),
         ([{"prompt": "only a prompt"}], "length", "row 1: has no response to score"),
         ([*ROWS, {"prompt": "q"}], "length", "row 4"),
-        (ROWS, "tests_have_no_such_module:f", "is the module installed"),
+        (ROWS, "tests_have_no_such_module:f", "no module tests_have_no_such_module"),
         (ROWS, "implicit", "give --model and --reference"),
         (ROWS, "./no/such/folder", "no such folder"),
     ],
@@ -141,7 +141,7 @@ def test_what_is_no_reward_model_is_refused(tmp_path: Path, capsys: pytest.Captu
     data, out = write(tmp_path / "d.jsonl", ROWS), str(tmp_path / "o.jsonl")
     for words, said in [
         (["--reward", policy], "is a language model, which gives no score"),
-        (["--reward", "implicit", "--model", policy], "is compared with nothing"),
+        (["--reward", "implicit", "--model", policy], "give --reference"),
         (["--reward", "implicit", "--model", policy, "--reference", str(tmp_path / "reference")], "another tokenizer"),
         (["--reward", "length", "--model", policy], "--model is read with --reward implicit alone"),
         (["--reward", "length", "--dtype", "float64"], "--dtype is for rewards that are models"),

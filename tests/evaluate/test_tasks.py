@@ -149,9 +149,9 @@ def test_the_error_of_a_difference_is_scipys_where_questions_are_the_same() -> N
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"task_limit": 3}, "--task-limit belongs to --tasks"),
-    ({"task_folder": "f"}, "--task-folder belongs to --tasks"),
-    ({"tasks": ["t"], "task_results": ["a", "b"]}, "leave it or --tasks out"),
+    ({"task_limit": 3}, "--task-limit does nothing without --tasks"),
+    ({"task_folder": "f"}, "--task-folder does nothing without --tasks"),
+    ({"tasks": ["t"], "task_results": ["a", "b"]}, "leave --task-results or --tasks out"),
     ({"tasks": ["t"], "a": "m.jsonl"}, "--tasks needs models, and m.jsonl holds samples"),
     ({"task_results": ["a"]}, "names 1 files for 2 models"),
 ]

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from prefopt.losses.declare import Loss, LossOutput
-from prefopt.losses.parse import State, Term
+from prefopt.losses.common import LossOutput
+from prefopt.losses.declare import Loss
+from prefopt.losses.parse import State, WeightedLoss
 
 Rows = Sequence[torch.Tensor]
 
@@ -66,6 +67,8 @@ def mean(output: LossOutput) -> torch.Tensor:
     return output.numerator_R.sum() / output.weight_R.sum()
 
 
-def total(terms: Sequence[Term], tensors: Mapping[str, torch.Tensor], state: State | None = None) -> torch.Tensor:
+def total(
+    terms: Sequence[WeightedLoss], tensors: Mapping[str, torch.Tensor], state: State | None = None
+) -> torch.Tensor:
     """The loss of a batch under a weighted sum: every part has its own normaliser."""
     return torch.stack([term.weight * mean(term(tensors, state)) for term in terms]).sum()

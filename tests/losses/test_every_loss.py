@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from losses.inputs import drawn, leaves, mean
-from losses.variants import every, label
-from prefopt.losses.common import WEIGHTINGS, wpo
-from prefopt.losses.declare import INPUTS, LOSSES, Loss, LossOutput, Value
+from losses.variants import every, for_each
+from prefopt.losses.common import WEIGHTINGS, LossOutput, wpo
+from prefopt.losses.declare import INPUTS, LOSSES, Loss, Value
 
 Options = dict[str, Value]
-CASES = pytest.mark.parametrize(("name", "options"), every(), ids=label)
+CASES = for_each(every())
+DTYPES = (torch.float32, torch.float64)
 DASHBOARD = {
     *(f"rewards/{what}" for what in ("chosen", "rejected", "margins", "accuracies")),
     *(f"logps/{side}" for side in ("chosen", "rejected")),
@@ -73,8 +74,7 @@ def test_statistics_of_the_batch_carry_no_gradient(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
 
 
-@CASES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@for_each([(*case, dtype) for case in every() for dtype in DTYPES])
 def test_extreme_log_ratios_stay_finite(name: str, options: Options, dtype: torch.dtype) -> None:
     loss, tensors = LOSSES[name], drawn(3, count=18, dtype=dtype)
     sides = torch.tensor(list(itertools.product([-1e4, 0.0, 1e4], repeat=2)) * 2, dtype=dtype)
@@ -89,9 +89,7 @@ def test_extreme_log_ratios_stay_finite(name: str, options: Options, dtype: torc
     check_finite(loss, tensors, options)
 
 
-@CASES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("logp", [-2.5, -1e-8, 0.0])
+@for_each([(*case, dtype, logp) for case in every() for dtype in DTYPES for logp in (-2.5, -1e-8, 0.0)])
 def test_equal_responses_of_one_token_stay_finite(name: str, options: Options, dtype: torch.dtype, logp: float) -> None:
     tensors = drawn(3, dtype=dtype)
     for key, value in tensors.items():
@@ -162,7 +160,7 @@ def by_two_passes(name: str, options: Options, parts: list[torch.Tensor]) -> tup
     return weights.grad, output
 
 
-@pytest.mark.parametrize(("name", "options"), WHOLE, ids=label)
+@for_each(WHOLE)
 def test_whole_batch_losses_are_equal_under_any_split_and_order(name: str, options: Options) -> None:
     gradient, output = by_two_passes(name, options, [torch.arange(12)])
     shuffled = torch.randperm(12, generator=torch.Generator().manual_seed(1))
@@ -186,7 +184,7 @@ def test_metrics_have_the_names_of_dashboards(name: str, options: Options) -> No
     assert not output.weight_R.requires_grad and (output.weight_R >= 0).all()
 
 
-@pytest.mark.parametrize(("name", "options"), [c for c in every(kinds=("pairs",)) if c[0] != "discopop"], ids=label)
+@for_each([case for case in every(kinds=("pairs",)) if case[0] != "discopop"])
 def test_rewards_are_what_the_loss_raises(name: str, options: Options) -> None:
     """A step downhill moves the mean of what the metrics call the margin up (likelihood alone moves the chosen one).
 
@@ -214,7 +212,7 @@ OTHER: dict[str, Value] = {  # another value of each option that is a number
 }
 
 
-@pytest.mark.parametrize(("name", "option"), [(n, o.name) for n, x in LOSSES.items() for o in x.options])
+@for_each([(n, o.name) for n, x in LOSSES.items() for o in x.options])
 def test_an_option_does_something(name: str, option: str) -> None:
     loss, tensors = LOSSES[name], drawn(9)
     (o,) = (o for o in loss.options if o.name == option)
@@ -232,7 +230,7 @@ def test_an_option_does_something(name: str, option: str) -> None:
         assert seen[0] != pytest.approx(seen[1], rel=1e-6), value
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@for_each([(name,) for name in LOSSES])
 def test_a_declaration_is_whole(name: str) -> None:
     loss = LOSSES[name]
     said = " ".join((loss.function.__doc__ or "").split())

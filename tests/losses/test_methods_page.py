@@ -53,16 +53,16 @@ def test_the_list_names_every_loss_with_its_source(capsys: pytest.CaptureFixture
             assert f"{o.name} " in shown
 
 
-@pytest.mark.parametrize("name", [*LOSSES, *WEIGHTINGS])
-def test_everything_about_one(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["losses", name.replace("_", "-")]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    found = LOSSES.get(name) or WEIGHTINGS[name]
-    assert found.formula in shown and found.when in shown
-    for o in found.options:
-        assert f"{o.name}: {o.help}" in shown and o.expects in shown
+def test_everything_about_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, found in {**LOSSES, **WEIGHTINGS}.items():
+        assert main(["losses", name.replace("_", "-")]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert found.formula in shown and found.when in shown, name
+        for o in found.options:
+            assert f"{o.name}: {o.help}" in shown and o.expects in shown, (name, o.name)
 
 
 def test_an_unknown_loss_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["losses", "simpoo"]) == 2
-    assert capsys.readouterr().err == "prefopt: error: there is no loss 'simpoo'; did you mean simpo?\n"
+    message = capsys.readouterr().err
+    assert "'simpoo'; did you mean simpo?" in message and message.count("\n") == 1

@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from losses.inputs import drawn
+from prefopt.cli import main
+from prefopt.config.dpo import loss_names
 from prefopt.errors import ConfigError
 from prefopt.losses import declare
-from prefopt.losses.declare import LOSSES, LossOption, LossOutput, declared
+from prefopt.losses.common import LossOutput, loss_option
+from prefopt.losses.declare import LOSSES, declared
 from prefopt.losses.parse import parse_losses
+from prefopt.rewards import load_reward
 
-OWN = """
+OWN = '''
 from __future__ import annotations
 import torch
-from prefopt.losses.declare import LossOutput, loss
+from prefopt.losses.common import LossOutput, loss_option
+from prefopt.losses.declare import loss
 
 NUMBER = 3
 
 def squared(chosen_logp_P, rejected_logp_P, label_P=None, *, aim=1.0, power: float, twice=False):
+    """One's own.
+
+    A quadratic loss.
+    """
     value = (chosen_logp_P - rejected_logp_P - aim).abs() ** power * (2 if twice else 1)
     return LossOutput(value, torch.ones_like(value), {})
 
-@loss(kind="pairs", formula="0", paper="none", when="never", whole_batch=True, name="own_loss")
+@loss(formula="0", paper="none", when="never", whole_batch=True, name="own_loss")
 def whole(chosen_logp_P, *, beta=0.5):
     return LossOutput(beta * chosen_logp_P, torch.ones_like(chosen_logp_P), {})
 
+def margins(margin_P):
+    return torch.relu(1 - margin_P)
+
+def words(prompts, responses):
+    return [len(text.split()) for text in responses]
+
+def old(chosen_logp_G, rejected_logp_G): ...
 def typo(chosen_logps_P, rejected_logp_P): ...
 def anything(*args): ...
 def nothing(x): ...
 def listed(chosen_logp_P, *, weights=[1]): ...
 def liked(logp_N, label_N): ...
 def ranked(logp_N, group_N): ...
-"""
+'''
 
 
 @pytest.fixture
@@ -92,87 +111,79 @@ def test_weighting_and_its_options() -> None:
     torch.testing.assert_close(term(tensors).numerator_R, LOSSES["dpo"](tensors).numerator_R * torch.tensor(-2.0).exp())
 
 
-WRONG: list[tuple[str, list[str], str]] = [
-    ("dpoo", [], "there is no loss 'dpoo'; did you mean dpo?"),
-    ("", [], "there is no loss ''"),
-    ("dpo,", [], "there is no loss ''"),
-    ("dpo:x", [], "the weight is 'x'; it must be a number above 0"),
-    ("dpo:0", [], "the weight is '0'"),
-    ("dpo:nan", [], "the weight is 'nan'"),
-    ("dpo:-1", [], "the weight is '-1'"),
-    ("dpo:1:2", [], "there is no loss 'dpo'"),
-    ("dpo,nll,dpo", [], "dpo comes twice"),
-    ("dpo,kto", [], "dpo is a loss on pairs and kto one on labels"),
-    ("dpo", ["bta=1"], "--loss-options bta: dpo does not read bta; did you mean beta?"),
-    ("nll", ["beta=1"], "nll does not read beta"),
-    ("dpo,nll", ["gamma=1"], "dpo and nll do not read gamma"),
-    ("dpo", ["simpo.gamma=1"], "simpo is not what --loss names; it is dpo"),
-    ("dpo", ["beta"], "write NAME=VALUE or LOSS.NAME=VALUE"),
-    ("dpo", ["beta="], "write NAME=VALUE"),
-    ("dpo", ["beta=1", "beta=2"], "beta is given twice for dpo"),
-    ("dpo", ["beta=0"], "beta is 0.0; it must be a number above 0"),
-    ("dpo", ["beta=inf"], "beta is inf"),
-    ("dpo", ["label_smoothing=0.5"], "of at least 0 and below 0.5"),
-    ("dpo", ["divergence=jss"], "one of reverse_kl, forward_kl, js, alpha; did you mean js?"),
-    ("dpo", ["divergence_alpha=0.5"], "reads divergence_alpha only with divergence=alpha"),
-    ("nca", ["divergence=js"], "nca does not read divergence"),
-    ("bco", ["shift=false", "decay=0.5"], "reads decay only with shift=true"),
-    ("tdpo", ["version=1", "alpha=0.5"], "reads alpha only with version=2"),
-    ("ipo", ["average=1"], "average is 1.0; it must be true or false"),
-    ("not_there:f", [], "there is no module not_there in"),
-    ("json:lods", [], "json has no lods; did you mean loads?"),
+WRONG: list[tuple[str, list[str], list[str]]] = [  # --loss, --loss-options, facts of the message
+    ("dpoo", [], ["'dpoo'", "did you mean dpo?"]),
+    ("", [], ["no loss ''"]),
+    ("dpo,", [], ["no loss ''"]),
+    ("dpo:x", [], ["--loss dpo:x", "'x'", "number above 0"]),
+    *((f"dpo:{weight}", [], [f"'{weight}'", "number above 0"]) for weight in ("0", "nan", "-1")),
+    ("dpo:1:2", [], ["--loss dpo:1:2"]),
+    ("dpo,nll,dpo", [], ["dpo comes twice"]),
+    ("dpo,kto", [], ["dpo is a loss on pairs", "kto one on labels"]),
+    ("dpo", ["bta=1"], ["--loss-options bta", "dpo", "did you mean beta?"]),
+    ("nll", ["beta=1"], ["nll does not read beta"]),
+    ("dpo,nll", ["gamma=1"], ["dpo and nll", "gamma"]),
+    ("dpo", ["simpo.gamma=1"], ["simpo.gamma", "it is dpo"]),
+    ("dpo", ["beta"], ["NAME=VALUE", "LOSS.NAME=VALUE"]),
+    ("dpo", ["beta="], ["NAME=VALUE"]),
+    ("dpo", ["beta=1", "beta=2"], ["beta", "twice"]),
+    ("dpo", ["beta=0"], ["beta is 0", "a number above 0"]),
+    ("dpo", ["beta=inf"], ["beta is 'inf'", "a number above 0"]),
+    ("dpo", ["label_smoothing=0.5"], ["of at least 0 and below 0.5"]),
+    ("dpo", ["divergence=jss"], ["one of reverse_kl, forward_kl, js, alpha", "did you mean js?"]),
+    ("dpo", ["divergence_alpha=0.5"], ["divergence_alpha only with divergence=alpha"]),
+    ("nca", ["divergence=js"], ["nca does not read divergence"]),
+    ("bco", ["shift=false", "decay=0.5"], ["decay only with shift=true"]),
+    ("tdpo", ["version=1", "alpha=0.5"], ["alpha only with version=2"]),
+    ("ipo", ["average=1"], ["average is 1", "true or false"]),
+    ("not_there:f", [], ["no module not_there"]),
+    ("json:lods", [], ["json has no lods", "did you mean loads?"]),
 ]
 
 
-@pytest.mark.parametrize(("text", "options", "message"), WRONG)
-def test_what_is_wrong_is_said(text: str, options: list[str], message: str) -> None:
+def refused(facts: list[str], text: str, options: list[str] | None = None, **more: Any) -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_losses(text, options)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+        parse_losses(text, options or [], **more)
+    message = str(caught.value)
+    assert all(fact in message for fact in facts) and "\n" not in message, (text, options, message)
 
 
-@pytest.mark.parametrize(
-    ("part", "message"),
-    [
-        (":NUMBER", "NUMBER is no function but of type int"),
-        (":typo", "nothing is called 'chosen_logps_P' for a loss of kind pairs; did you mean chosen_logp_P?"),
-        (":anything", "name every argument; *args tells nothing"),
-        (":nothing", "its arguments are x; name them"),
-        (":listed", "weights has [1] as default; it must be a number or a word"),
-        (":squared", "needs --loss-options power=VALUE, a number"),
-        ("_broken:f", "imports not_there_either, which is not installed"),
-        ("_raises:f", "raised ZeroDivisionError: division by zero"),
-    ],
-)
-def test_what_is_wrong_with_ones_own_is_said(own: str, part: str, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        parse_losses(f"{own}{part}")
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+def test_mistakes_are_refused_in_one_line() -> None:
+    for text, options, facts in WRONG:
+        refused(facts, text, options)
 
 
-@pytest.mark.parametrize(
-    ("text", "weighting", "options", "message"),
-    [
-        ("dpo", "wop", [], "there is no such weighting; did you mean wpo?"),
-        ("aot", "wpo", [], "weighs pair by pair, and aot sorts the batch"),
-        ("kto", "wpo", [], "kto is a loss on labels"),
-        ("dpo", "wpo", ["wpo.clp=true"], "wpo does not read clp; did you mean clip?"),
-        ("dpo", "wpo", ["wpo.clip=2"], "clip is 2.0; it must be true or false"),
-        ("dpo", None, ["wpo.clip=true"], "wpo is not what --loss names"),
-    ],
-)
-def test_what_is_wrong_with_a_weighting_is_said(
-    text: str, weighting: str | None, options: list[str], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        parse_losses(text, options, weighting=weighting)
+def test_mistakes_in_ones_own_loss_are_refused(own: str) -> None:
+    for part, facts in [
+        (":NUMBER", ["NUMBER", "of type int"]),
+        (":typo", ["'chosen_logps_P'", "did you mean chosen_logp_P?"]),
+        (":old", ["'chosen_logp_G'", "it is now called chosen_logp_P"]),
+        (":anything", ["name every argument", "*args"]),
+        (":nothing", ["its arguments are x"]),
+        (":listed", ["weights has [1]", "a number or a word"]),
+        (":squared", ["--loss-options power=VALUE", "a number"]),
+        ("_broken:f", ["imports not_there_either"]),
+        ("_raises:f", ["ZeroDivisionError: division by zero"]),
+    ]:
+        refused(facts, f"{own}{part}")
 
 
-def test_shared_options_that_no_loss_reads_are_refused_by_their_flag() -> None:
-    with pytest.raises(ConfigError, match="--label-smoothing: hinge does not read label_smoothing"):
-        parse_losses("hinge", label_smoothing=0.1)
-    with pytest.raises(ConfigError, match="beta is given twice"):
-        parse_losses("dpo", ["beta=0.1"], beta=0.1)
+def test_mistakes_in_a_weighting_are_refused() -> None:
+    for text, weighting, options, facts in [
+        ("dpo", "wop", [], ["--weighting wop", "did you mean wpo?"]),
+        ("aot", "wpo", [], ["aot sorts the batch"]),
+        ("kto", "wpo", [], ["kto is a loss on labels"]),
+        ("dpo", "wpo", ["wpo.clp=true"], ["wpo does not read clp", "did you mean clip?"]),
+        ("dpo", "wpo", ["wpo.clip=2"], ["clip is 2", "true or false"]),
+        ("dpo", None, ["wpo.clip=true"], ["wpo", "it is dpo"]),
+    ]:
+        refused(facts, text, options, weighting=weighting)
+
+
+def test_flags_that_no_loss_reads_are_refused() -> None:
+    refused(["--label-smoothing", "hinge"], "hinge", label_smoothing=0.1)
+    refused(["--divergence", "nca"], "nca", divergence="js")
+    refused(["beta", "twice"], "dpo", ["beta=0.1"], beta=0.1)
 
 
 def test_a_name_can_be_declared_once() -> None:
@@ -180,7 +191,7 @@ def test_a_name_can_be_declared_once() -> None:
         raise NotImplementedError
 
     with pytest.raises(ConfigError, match="declared already"):
-        declare.loss(kind="pairs", formula="", paper="", when="")(dpo)
+        declare.loss()(dpo)
 
 
 def test_declarations_that_do_not_fit_the_function_are_found() -> None:
@@ -188,6 +199,50 @@ def test_declarations_that_do_not_fit_the_function_are_found() -> None:
         raise NotImplementedError
 
     with pytest.raises(AssertionError, match="does not read"):
-        declared(f, "f", kind="pairs", options=(LossOption(name="gamma"),))
+        declared(f, "f", options=(loss_option("gamma"),))
     with pytest.raises(AssertionError, match="state0 goes with"):
-        declared(f, "f", kind="pairs", state0={"mean": 0.0})
+        declared(f, "f", state0={"mean": 0.0})
+
+
+def test_a_loss_of_the_margin_needs_one_line(own: str) -> None:
+    """It gets the options beta and divergence, and the metrics of losses on pairs."""
+    (mine,) = parse_losses(f"{own}:margins", beta=0.3)
+    (hinge,) = parse_losses("hinge", beta=0.3)
+    tensors = drawn(2)
+    found, expected = mine(tensors), hinge(tensors)
+    assert mine.inputs == hinge.inputs and mine.loss.options == hinge.loss.options
+    assert torch.equal(found.numerator_R, expected.numerator_R) and found.metrics.keys() == expected.metrics.keys()
+    assert torch.equal(found.metrics["rewards/margins"], expected.metrics["rewards/margins"])
+    (other,) = parse_losses(f"{own}:margins", divergence="js")
+    assert not torch.equal(other(tensors).numerator_R, parse_losses(f"{own}:margins")[0](tensors).numerator_R)
+
+
+def test_losses_and_rewards_of_installed_packages_are_found(
+    own: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    info = Path(f"{own}-1.0.dist-info")
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {own}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        f"[prefopt.losses]\nsoft_margin = {own}:margins\nbad = {own}:absent\n[prefopt.rewards]\nwords = {own}:words\n"
+    )
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    (loss,) = parse_losses("soft_margin:2", beta=0.5)
+    assert loss.loss.name == "soft_margin" and loss.weight == 2 and loss.values["beta"] == 0.5
+    refused(["bad", own, "absent"], "bad")
+    refused(["did you mean soft_margin?"], "soft_margn")
+    assert load_reward("words")(["a"], ["b c"]) == [2.0]
+    assert main(["losses"]) == 0 and "soft_margin" in capsys.readouterr().out
+    for name in ("soft_margin", f"{own}:squared"):
+        assert main(["losses", name]) == 0
+        shown = capsys.readouterr().out
+        assert shown.startswith(name) and "On: pairs" in shown
+    assert "power:" in shown and "A quadratic loss" in shown and "default: required" in shown
+
+
+def test_an_unknown_loss_is_refused_without_torch(tmp_path: Path) -> None:
+    assert sorted(loss_names()) == sorted(LOSSES)
+    words = ["dpo", "--model", "m", "--data", "d.jsonl", "--output", "o", "--loss", "dpo:1,ipoo"]
+    script = f"import sys; from prefopt.cli import main; print(main({words}), 'torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert found.stdout == "2 False\n" and "'ipoo'; did you mean ipo?" in found.stderr

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefopt.losses.rl import (
-    AdaptiveKl,
-    FixedKl,
+    KlController,
     gae,
     k1,
     k2,
@@ -186,8 +185,8 @@ def test_as_losses_k2_pulls_to_the_reference_k1_nowhere_and_k3_the_other_way() -
 
 @given(st.lists(st.floats(0, 40), min_size=1, max_size=20))
 def test_controllers(divergences: list[float]) -> None:
-    adaptive: Any = AdaptiveKl(0.15, target=6.0, horizon=10_000)
-    fixed: Any = FixedKl(0.05)
+    adaptive: Any = KlController(0.15, target=6.0, horizon=10_000)
+    fixed: Any = KlController(0.05)
     beta = 0.15
     for kl in divergences:
         error = max(-0.2, min(0.2, (kl - 6.0) / 6.0))

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from prefopt.losses.pairs import LossOutput, dpo
+from prefopt.losses.common import LossOutput
+from prefopt.losses.pairs import dpo
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parents[1] / "golden/dpo.json").read_text("utf-8"))
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from losses.inputs import mean
-from prefopt.losses.declare import LossOutput
+from prefopt.losses.common import LossOutput
 from prefopt.losses.pairs import dpo
 from prefopt.losses.ranking import EXACT, plackett_luce
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from prefopt.losses.declare import LOSSES, Loss, Value
 
@@ -32,3 +34,21 @@ def label(value: object) -> str | None:
     if isinstance(value, dict):
         return ",".join(f"{k}={v}" for k, v in value.items()) or "defaults"
     return None
+
+
+def for_each(cases: Iterable[tuple[Any, ...]]) -> Callable[[Callable[..., None]], Callable[[], None]]:
+    """One test of many cases: a failure names its case."""
+
+    def decorate(check: Callable[..., None]) -> Callable[[], None]:
+        def test() -> None:
+            for case in cases:
+                try:
+                    check(*case)
+                except BaseException as error:
+                    error.add_note(f"in the case {case}")
+                    raise
+
+        test.__doc__ = check.__doc__
+        return test
+
+    return decorate

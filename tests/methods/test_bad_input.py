@@ -96,7 +96,7 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "model: no config.json"),
     "a broken config": (lambda folder: (folder / "config.json").write_text("{"), "model: "),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
-    "weights as pickle": (pickled, "only as pickle"),
+    "weights as pickle": (pickled, "are pickles"),
     "half the weights": (cut_weights, "the weight file is damaged"),
     "a weight missing": (no_tensor, "1 weights are missing, the first is model.layers.0.self_attn.q_proj.weight"),
     "other shapes": (other_shape, "config.json wants"),

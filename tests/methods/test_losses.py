@@ -23,7 +23,7 @@ from prefopt.data.load import load_groups
 from prefopt.errors import ConfigError, DataError
 from prefopt.losses.common import DIVERGENCES
 from prefopt.losses.declare import LOSSES
-from prefopt.losses.variants import ld_dpo
+from prefopt.losses.pairs import ld_dpo
 from prefopt.reference.cache import FillReport
 from prefopt.train.reference import ReferenceRun
 from train.small import dpo, pairs, steps, write_model, write_rows
@@ -70,7 +70,7 @@ def test_a_loss_without_a_reference_touches_none(
     assert f"reference: none is loaded, {name} compares with none" in capsys.readouterr().out
     assert not (cache_root() / "reference").exists()
     assert not any(key.startswith("log_ratios") for key in steps(tmp_path / "out")[0])
-    with pytest.raises(ConfigError, match=f"^--reference: {name} compares with no reference; leave it out$"):
+    with pytest.raises(ConfigError, match=f"^--reference: {name} uses no reference; leave it out$"):
         dpo(model, ROWS, tmp_path / "other", loss=name, reference=model)
 
 
@@ -81,11 +81,11 @@ def test_a_loss_without_a_reference_touches_none(
         ({"loss": "kto", "pairs": "best-worst"}, "--pairs: kto is no loss on pairs"),
         ({"loss": "slic-hf", "beta": 0.1}, "--beta: slic_hf does not read beta"),
         ({"loss": "hinge", "label_smoothing": 0.1}, "--label-smoothing: hinge does not read label_smoothing"),
-        ({"loss": "kto", "divergence": "js"}, "--divergence: kto sees more than a difference of log-ratios"),
+        ({"loss": "kto", "divergence": "js"}, "--divergence: kto does not read divergence"),
         ({"divergence_alpha": 0.3}, "reads divergence_alpha only with divergence=alpha"),
         ({"loss": "dpoo"}, "there is no loss 'dpoo'; did you mean dpo"),
         ({"loss_options": {"gama": 1}, "loss": "simpo"}, "does not read gama; did you mean gamma"),
-        ({"loss": "dpo:1,kto:1"}, "a sum takes one kind"),
+        ({"loss": "dpo:1,kto:1"}, "a sum needs losses of one kind"),
     ],
 )
 def test_what_no_loss_reads_is_refused_before_anything_is_loaded(

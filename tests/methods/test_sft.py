@@ -166,7 +166,7 @@ def test_a_model_and_its_tokenizer_are_made_from_text_alone(tmp_path: Path) -> N
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m")
-    with pytest.raises(ConfigError, match="--train-tokenizer: a trained model has its tokenizer"):
+    with pytest.raises(ConfigError, match="--train-tokenizer does nothing without --from-scratch"):
         sft(model, CHOSEN, tmp_path / "o", train_tokenizer=300)
     with pytest.raises(ConfigError, match="--lora: --from-scratch trains all weights"):
         sft(model, CHOSEN, tmp_path / "o", from_scratch=True, lora=True)

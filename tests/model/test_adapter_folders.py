@@ -206,7 +206,7 @@ def test_where_the_base_is_looked_for(
         with pytest.raises(ModelError, match="--model BASE --adapter here/a"):
             prefopt.dpo("here/a", ROWS, output="o", **QUICK)
     named(None)
-    with pytest.raises(ModelError, match=r"here/a does not name the model .*--model BASE --adapter here/a"):
+    with pytest.raises(ModelError, match=r"here/a does not name its base model.*--model BASE --adapter here/a"):
         base_and_adapter("here/a")
 
 
@@ -235,7 +235,7 @@ def test_a_model_with_an_adapter_inside_is_refused(folders: tuple[str, str], tmp
         lambda: load_scalar(str(both), dtype=torch.float32, device=CPU, tokenizer=small_tokenizer()),
         lambda: prefopt.dpo(str(both), ROWS, output=tmp_path / "o", **QUICK),
     ):
-        with pytest.raises(ModelError, match="both holds a whole model and an adapter, which transformers would put"):
+        with pytest.raises(ModelError, match="both holds a whole model and an adapter"):
             ask()
     assert load_model(base, dtype=torch.float32, device=CPU, adapter=str(both)) is not None  # it is named as one
 

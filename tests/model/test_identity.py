@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.architectures import build
-from prefopt.core import hashes
+from prefopt.core import cache_folder
 from prefopt.core.cache_folder import file_hashes
 from prefopt.errors import ModelError
 from prefopt.model.scorer import Scorer
@@ -81,13 +81,13 @@ def flip(path: Path, position: int) -> None:
 
 def let_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretend that files come to rest at once, so that their hashes are remembered."""
-    monkeypatch.setattr(hashes, "RACY_SECONDS", -1.0)
+    monkeypatch.setattr(cache_folder, "RACY_SECONDS", -1.0)
 
 
 def count_hashing(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     hashed: list[Path] = []
-    real = hashes._hash
-    monkeypatch.setattr(hashes, "_hash", lambda path, error: (hashed.append(path), real(path, error))[1])
+    real = cache_folder._hash
+    monkeypatch.setattr(cache_folder, "_hash", lambda path, error: (hashed.append(path), real(path, error))[1])
     return hashed
 
 
@@ -171,7 +171,7 @@ def test_hashes_are_remembered_until_the_file_changes_even_under_the_same_times(
     second = identity_of_folder(folder, root=root)
     assert second != first and hashed[2:] == [shard.resolve()]
 
-    (root / "hashes.json").write_bytes(b'{"files": {"' + bytes(9))
+    (root / "cache_folder.json").write_bytes(b'{"files": {"' + bytes(9))
     assert identity_of_folder(folder, root=root) == second
 
 
@@ -194,7 +194,7 @@ def test_a_file_that_changes_while_it_is_hashed_is_not_remembered(
 ) -> None:
     let_rest(monkeypatch)
     shard = folder / "model-1.safetensors"
-    real = hashes.hashlib.file_digest
+    real = cache_folder.hashlib.file_digest
 
     def slow(file: Any, name: str) -> Any:
         digest = real(file, name)
@@ -203,7 +203,7 @@ def test_a_file_that_changes_while_it_is_hashed_is_not_remembered(
         return digest
 
     with monkeypatch.context() as patch:
-        patch.setattr(hashes.hashlib, "file_digest", slow)
+        patch.setattr(cache_folder.hashlib, "file_digest", slow)
         old = file_hashes([shard], root)
     assert file_hashes([shard], root) != old
 
@@ -218,7 +218,7 @@ def test_many_writers_lose_nothing(tmp_path: Path, root: Path, monkeypatch: pyte
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(json.loads((root / "hashes.json").read_text())["files"]) == len(files)
+    assert len(json.loads((root / "cache_folder.json").read_text())["files"]) == len(files)
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def broken(place: Path, base: str, how: str) -> dict[str, Any]:
     [
         ("quantised", "q is quantised: .* serve model and adapter side by side"),
         ("another model", "its weights have other shapes than those of the model"),
-        ("no name", "does not name the model it belongs to; give --model"),
+        ("no name", "does not name its base model; give --model"),
         ("no adapter", "it is not a PEFT adapter"),
         ("weights missing", "lacks weights for this model"),
         ("prefix", "of the kind PREFIX_TUNING, which cannot be merged"),

@@ -172,10 +172,10 @@ def test_what_is_no_table_is_said(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"rate_factors": ["x"]}, "--rate-factors x: it must be a number above 0"),
-        ({"rate_factors": ["1", "1.0"]}, "one stands there twice"),
+        ({"rate_factors": ["1", "1.0"]}, "a factor is a duplicate"),
         ({"sft": ["lora=true"]}, "--sft lora"),
         ({"ppo": ["betta=1"]}, "--ppo: unknown option 'betta'"),
-        ({"reward_model": ["model=m"]}, "--reward-model model: the sweep decides it"),
+        ({"reward_model": ["model=m"]}, "--reward-model model: the sweep sets it"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(

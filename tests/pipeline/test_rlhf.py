@@ -201,9 +201,9 @@ def test_a_mistake_in_any_stage_is_told_before_the_first_begins(tmp_path: Path) 
     for changes, said in [
         ({"ppo": ["clipp=0.2"]}, "--ppo: unknown option 'clipp'; did you mean clip"),
         ({"reward": ["centre=-1"]}, "--reward: centre is -1; it must be a number of at least 0"),
-        ({"sft": ["model=x"]}, "--sft model: the chain decides it"),
-        ({"sft": ["from_scratch=true"]}, "--sft from_scratch: the chain decides it"),
-        ({"ppo": ["reward=vader"]}, "--ppo reward: the chain decides it"),
+        ({"sft": ["model=x"]}, "--sft model: the chain sets it"),
+        ({"sft": ["from_scratch=true"]}, "--sft from_scratch: the chain sets it"),
+        ({"ppo": ["reward=vader"]}, "--ppo reward: the chain sets it"),
         ({"sft": ["epochs"]}, "should be NAME=VALUE"),
         ({"sft": ["epochs=1", "epochs=2"]}, "gives epochs twice"),
     ]:

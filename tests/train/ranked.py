@@ -14,7 +14,7 @@ import torch
 from prefopt.data.group import Group
 from prefopt.data.sampler import BatchSampler
 from prefopt.data.table import GroupTable
-from prefopt.losses.parse import Term, parse_losses
+from prefopt.losses.parse import WeightedLoss, parse_losses
 from prefopt.records import tiers_of
 from prefopt.train.columns import columns_of
 from prefopt.train.data import DataBatches
@@ -48,7 +48,7 @@ def mixed(n: int, seed: int = 0) -> GroupTable:
     )
 
 
-def columns_for(chosen: Sequence[Term], which: str = "all") -> Any:
+def columns_for(chosen: Sequence[WeightedLoss], which: str = "all") -> Any:
     """What makes the columns of some groups that these losses read."""
     merge = any("label_P" in (*term.inputs, *term.loss.optional_inputs) for term in chosen)
     return partial(columns_of, kind=chosen[0].loss.kind, which=which, merge=merge)
@@ -64,7 +64,7 @@ def batches_of(
     return DataBatches(data, sampler, columns, reference=reference, mismatched=mismatched)
 
 
-def terms(text: str, *options: str) -> tuple[Term, ...]:
+def terms(text: str, *options: str) -> tuple[WeightedLoss, ...]:
     """Losses as ``--loss`` names them."""
     return parse_losses(text, options)
 

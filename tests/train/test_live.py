@@ -14,7 +14,7 @@ from model.architectures import Float64Throughout
 from prefopt.core.cache_folder import cache_root
 from prefopt.data.table import GroupTable
 from prefopt.errors import ConfigError, ModelError
-from prefopt.losses.parse import Term, parse_losses
+from prefopt.losses.parse import WeightedLoss, parse_losses
 from prefopt.model.adapter import new_lora
 from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights
@@ -43,7 +43,7 @@ def held_logits(model: Any, groups: GroupTable) -> list[torch.Tensor]:
     return found
 
 
-def by_hand(chosen: Sequence[Term], groups: GroupTable, policy: Any, reference: Any) -> tuple[float, Any]:
+def by_hand(chosen: Sequence[WeightedLoss], groups: GroupTable, policy: Any, reference: Any) -> tuple[float, Any]:
     """Loss and gradients of all groups at once, from logits that are held."""
     own = held_logits(policy, groups)
     with torch.no_grad():
@@ -208,11 +208,11 @@ def test_a_reference_that_has_not_moved_yet_is_the_cached_one(model: str, tmp_pa
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"reference_mix": 0.5}, "give --reference-every too"),
-        ({"reference_every": 3, "reference": "m"}, "--reference: the reference that --reference-every moves begins"),
-        ({"reference_every": 3, "loss": "simpo"}, "--reference-every: simpo compares with no reference"),
-        ({"reference_every": 3, "early_stopping": 1, "eval_fraction": 0.2}, "--early-stopping compares losses"),
-        ({"weighting": "wpo", "loss": "kto"}, "--weighting wpo weighs pair by pair"),
+        ({"ref_model_mixup_alpha": 0.5}, "--ref-model-mixup-alpha does nothing without --ref-model-sync-steps"),
+        ({"ref_model_sync_steps": 3, "reference": "m"}, "--reference: with --ref-model-sync-steps"),
+        ({"ref_model_sync_steps": 3, "loss": "simpo"}, "--ref-model-sync-steps: simpo uses no reference"),
+        ({"ref_model_sync_steps": 3, "early_stopping": 1, "eval_fraction": 0.2}, "--early-stopping compares losses"),
+        ({"weighting": "wpo", "loss": "kto"}, "--weighting wpo weights pair by pair"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(options: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from prefopt.data.group import Group
 from prefopt.data.table import GroupTable, keep_responses
 from prefopt.errors import DataError
 from prefopt.losses.declare import LOSSES
-from prefopt.losses.parse import Term
+from prefopt.losses.parse import WeightedLoss
 from prefopt.model.adapter import new_lora
 from prefopt.model.scorer import Scorer
 from prefopt.train.batch import Batch, micro_batches
@@ -59,7 +59,7 @@ def nested(values_M: torch.Tensor, groups: Sequence[Group]) -> list[list[torch.T
 
 
 def prepared(
-    chosen: Sequence[Term], groups: GroupTable, reference: torch.nn.Module
+    chosen: Sequence[WeightedLoss], groups: GroupTable, reference: torch.nn.Module
 ) -> tuple[PreferenceObjective, DataBatches]:
     """The objective, and batches with reference values by the model class's own forward."""
     others = mismatched(groups, 64)[0] if any(t.loss.needs_mismatched for t in chosen) else None
@@ -100,7 +100,7 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 def by_hand(
-    chosen: Sequence[Term], groups: Sequence[Group], policy: Any, reference: Any, others: GroupTable | None
+    chosen: Sequence[WeightedLoss], groups: Sequence[Group], policy: Any, reference: Any, others: GroupTable | None
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of a batch at once, from the models' own forward."""
     own = nested(oracle_logprobs(policy, groups).double(), groups)

@@ -202,7 +202,7 @@ def compare(config: CompareConfig) -> None:
 
 
 def losses(config: tools.LossesConfig) -> int:
-    from prefopt.losses.show import describe_loss, list_losses
+    from prefopt.losses.parse import describe_loss, list_losses
 
     tell(list_losses() if config.name is None else describe_loss(config.name))
     return 0

@@ -1,4 +1,4 @@
-"""What ``prefopt collect`` reads: a study is made, served, counted and exported.
+"""What ``prefopt collect`` reads: create, serve, summarise and export a study.
 
 >>> CollectServeConfig(study="s.db").port
 8700
@@ -11,9 +11,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from prefopt.config.data import ReadOptions
+from prefopt.config.data import RowOptions, SamplingOptions
 from prefopt.config.training import MachineOptions
-from prefopt.core.options import check_all, option
+from prefopt.core.options import Config, option
 from prefopt.errors import ConfigError
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -21,58 +21,54 @@ EVERYWHERE = ("0.0.0.0", "::")
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyOptions:
-    """The file; a class of its own so that it stands first."""
+class StudyOptions(Config):
+    """The study of a command."""
 
-    study: str = option(help="the study: one SQLite file", group="study", positional=True)
+    study: str = option(help="study: one SQLite file", group="study", positional=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportOptions(ReadOptions):
-    """What is read into a study."""
+class ImportOptions(RowOptions):
+    """Items to import into a study."""
 
     responses: list[str] | None = option(
         None,
-        "files with responses, in any layout; what several files (of two models, say) answer to one prompt is compared",
+        "files with responses, in any layout; responses to one prompt are compared, also those of different files",
         group="items",
     )
     gold: list[str] | None = option(
-        None, "files with preferences that are known: shown now and then, to see who judges well", group="items"
-    )
-    on_bad_row: Literal["refuse", "skip"] = option(
-        "refuse", "a row that cannot be used stops everything, or is left out and counted", group="data"
+        None, "files with known preferences, mixed in to measure the quality of annotators", group="items"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectNewConfig(MachineOptions, ImportOptions, StudyOptions):
-    """A new study. Construction checks types, ranges and contradictions, and raises ``ConfigError``."""
+class CollectNewConfig(MachineOptions, SamplingOptions, ImportOptions, StudyOptions):
+    """A new study. Construction raises ``ConfigError``."""
 
     prompts: list[str] | None = option(
         None,
-        "files, folders, globs or Hub data sets with prompts for --model; or .txt, one in every line",
+        "files, folders, globs or Hub data sets with prompts for --model; or .txt, one per line",
         group="items",
     )
     model: list[str] | None = option(
-        None, "models to sample responses from, folders or Hub names; of two, each gives as many", group="items"
+        None, "models to sample responses from, folders or Hub names; several give equally many each", group="items"
     )
-    num: int = option(2, "responses of every prompt, from all models together", group="items", at_least=2, at_most=9)
-    max_new_tokens: int = option(256, "tokens of a response at most", group="sampling", at_least=1)
-    temperature: float = option(1.0, "divides the logits", group="sampling", at_least=0)
+    num: int = option(2, "responses per prompt, from all models together", group="items", at_least=2, at_most=9)
     top_p: float = option(
-        1.0, "draw from the likeliest tokens that together have this probability", group="sampling", above=0, at_most=1
+        1.0, "sample from the most likely tokens with this total probability", group="sampling", above=0, at_most=1
     )
-    seed: int = option(0, "seed of the samples", group="sampling", at_least=0, at_most=2**32 - 1)
 
-    title: str | None = option(None, "what people see above", group="study", default_text="the file's name")
-    instructions: str | None = option(None, "file with what people are told, as markdown", group="study")
-    tags: list[str] | None = option(None, "tags that a vote may be given, one of them each", group="study")
-    overlap: int = option(1, "people who judge every item", group="study", at_least=1)
-    gold_every: int = option(10, "one in so many items is a gold one, while there are any", group="study", at_least=2)
+    title: str | None = option(None, "title of the page", group="study", default_text="the file's name")
+    instructions: str | None = option(None, "file with instructions for annotators, in Markdown", group="study")
+    tags: list[str] | None = option(None, "tags to choose from, at most one per vote", group="study")
+    overlap: int = option(1, "annotators per item", group="study", at_least=1)
+    gold_every: int = option(
+        10, "one in this many items is a gold item, while there are any", group="study", at_least=2
+    )
 
-    def __post_init__(self) -> None:
-        check_all(self)
-        self.check_machine()
+    def check(self) -> None:
+        """Refuse contradictions."""
+        super().check()
         if self.prompts is None and self.responses is None and self.gold is None:
             raise ConfigError(
                 "a study needs items: give --prompts with --model, or --responses with files that have them"
@@ -80,61 +76,61 @@ class CollectNewConfig(MachineOptions, ImportOptions, StudyOptions):
         if (self.prompts is None) != (self.model is None):
             raise ConfigError("--prompts and --model go together: the model answers the prompts")
         if self.model is not None and self.num % len(self.model):
-            raise ConfigError(f"--num {self.num} cannot be shared out evenly among {len(self.model)} models")
+            raise ConfigError(f"--num {self.num} is not divisible by the {len(self.model)} models: make it a multiple")
         if self.temperature == 0 and self.model is not None and self.num > len(self.model):
             raise ConfigError("--temperature 0 draws the same response again and again: raise it")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollectImportConfig(ImportOptions, StudyOptions):
-    """More items for a study."""
+    """More items for a study. Construction raises ``ConfigError``."""
 
-    def __post_init__(self) -> None:
-        check_all(self)
+    def check(self) -> None:
+        """Refuse contradictions."""
+        super().check()
         if self.responses is None and self.gold is None:
             raise ConfigError("nothing to import: give --responses, or --gold")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollectServeConfig(StudyOptions):
-    """The page that people vote on."""
+    """The server of a study. Construction raises ``ConfigError``."""
 
-    host: str = option(
-        "127.0.0.1", "address to listen on; any but this machine's own needs invitations", group="server"
-    )
+    host: str = option("127.0.0.1", "address to listen on; any but localhost needs invitations", group="server")
     port: int = option(8700, "port to listen on; 0 takes a free one", group="server", at_least=0, at_most=65535)
     allowed_hosts: list[str] | None = option(
         None,
-        "names by which browsers reach the server; others are refused",
+        "host names that the server accepts",
         group="server",
         default_text="--host and localhost, or the name in --url",
     )
     url: str | None = option(
         None,
-        "address that people use, such as https://votes.example.org, behind a proxy that speaks TLS",
+        "public address behind a TLS proxy, such as https://votes.example.org",
         group="server",
     )
     trusted_proxies: list[str] | None = option(
         None,
-        "addresses or networks of proxies in front, whose X-Forwarded-For is believed: limits then hold for each"
-        " person's address",
+        "addresses or networks of proxies whose X-Forwarded-For is trusted, so that rate limits count each client's"
+        " address",
         group="server",
     )
 
-    def __post_init__(self) -> None:
-        check_all(self)
+    def check(self) -> None:
+        """Refuse contradictions."""
+        super().check()
         if self.url is not None and not re.fullmatch(r"https?://[A-Za-z0-9.-]+(:\d+)?/?", self.url):
             raise ConfigError(f"--url is {self.url!r}; it must be scheme and name alone, as https://votes.example.org")
         for proxy in self.trusted_proxies or ():
             _check_proxy(proxy)
         if self.host in EVERYWHERE and self.url is None and self.allowed_hosts is None:
             raise ConfigError(
-                f"--host {self.host} has no name of its own: say with --allowed-hosts or --url how it is reached"
+                f"--host {self.host} is no host name: give the names of the server with --allowed-hosts, or --url"
             )
 
 
 def _check_proxy(proxy: str) -> None:
-    """Raises :class:`ConfigError` for what is neither an address nor a network, or is everybody."""
+    """Refuse what is no address or network, or covers every address. Raises ``ConfigError``."""
     try:
         network = ipaddress.ip_network(proxy)
     except ValueError as error:
@@ -142,23 +138,26 @@ def _check_proxy(proxy: str) -> None:
             f"--trusted-proxies is {proxy!r}; it must be an address as 127.0.0.1, or a network as 10.0.0.0/8 ({error})"
         ) from None
     if not network.prefixlen:
-        raise ConfigError(f"--trusted-proxies {proxy} is everybody; name the proxy's own address")
+        raise ConfigError(f"--trusted-proxies {proxy} covers every address; give the proxy's own")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollectInviteConfig(StudyOptions):
-    """A link for one person."""
+    """An invitation link for one annotator. Construction raises ``ConfigError``."""
 
-    name: str = option(help="the person's name; inviting the same name again ends the earlier link", group="invitation")
-    lead: bool = option(False, "the person also sees progress, agreement and all votes", group="invitation")
-    days: float = option(30.0, "days that the link works", group="invitation", above=0)
-    revoke: bool = option(False, "end the person's link and sessions instead; votes stay", group="invitation")
-    url: str = option("http://127.0.0.1:8700", "address of the server, which the link begins with", group="invitation")
+    name: str = option(
+        help="name of the annotator; inviting the same name again revokes the earlier link", group="invitation"
+    )
+    lead: bool = option(False, "the annotator also sees progress, agreement and all votes", group="invitation")
+    days: float = option(30.0, "days that the link is valid", group="invitation", above=0)
+    revoke: bool = option(False, "revoke the annotator's link and sessions instead; votes are kept", group="invitation")
+    url: str = option("http://127.0.0.1:8700", "address of the server, for the link", group="invitation")
 
-    def __post_init__(self) -> None:
-        check_all(self)
+    def check(self) -> None:
+        """Refuse contradictions."""
+        super().check()
         if self.revoke and self.lead:
-            raise ConfigError("--revoke ends an invitation, and --lead makes one: leave one of them out")
+            raise ConfigError("--revoke ends an invitation and --lead makes one: leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,67 +166,59 @@ class CollectStatsConfig(StudyOptions):
 
     json: bool = option(False, "print one JSON document", group="output")
 
-    def __post_init__(self) -> None:
-        check_all(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class CollectExportConfig(StudyOptions):
-    """Votes as rows to train on."""
+    """Votes as training data. Construction raises ``ConfigError``."""
 
     output: str = option(help="file to write: .jsonl or .parquet", group="output")
-    eval_output: str | None = option(None, "file for the prompts that --eval-fraction holds out", group="output")
+    eval_output: str | None = option(None, "file for the prompts of --eval-fraction", group="output")
     overwrite: bool = option(False, "replace files that exist", group="output")
     form: Literal["pairs", "rankings", "soft"] = option(
         "pairs",
-        "rows: two responses each, all of an item in order, or pairs weighed by their share of votes",
+        "rows: pairs, rankings of all responses to an item, or pairs with soft labels, the fraction of votes",
         group="rows",
     )
     disagreement: Literal["majority", "unanimous", "every"] = option(
         "majority",
-        "what counts where people differ: most of them, only what all say, or each vote as a row",
+        "where annotators disagree: use the majority, only unanimous items, or every vote as a row",
         group="rows",
     )
     ties: Literal["drop", "half", "keep"] = option(
-        "drop", "ties: not counted, half a vote for either side, or kept as ties", group="rows"
+        "drop", "ties: dropped, half a vote for each side, or kept as ties", group="rows"
     )
     all_bad: Literal["drop", "tie"] = option(
-        "drop", "votes that no response is good: left out, or counted as ties", group="rows"
+        "drop", "votes that all responses are bad: dropped, or counted as ties", group="rows"
     )
-    min_votes: int = option(1, "leave out items with fewer votes", group="rows", at_least=1)
-    exclude: list[str] | None = option(None, "annotators whose votes are left out, by name or pseudonym", group="rows")
+    min_votes: int = option(1, "drop items with fewer votes", group="rows", at_least=1)
+    exclude: list[str] | None = option(None, "annotators to exclude, by name or pseudonym", group="rows")
     eval_fraction: float = option(
         0.0,
-        "part of the prompts that goes to --eval-output; no prompt is on both sides",
+        "fraction of the prompts for --eval-output; no prompt is on both sides",
         group="rows",
         at_least=0,
         below=1,
     )
-    seed: int = option(0, "another seed holds out other prompts", group="rows")
+    seed: int = option(0, "seed of the held-out prompts", group="rows")
 
-    def __post_init__(self) -> None:
-        check_all(self)
+    def check(self) -> None:
+        """Refuse contradictions."""
+        super().check()
         if (self.eval_output is None) != (self.eval_fraction == 0):
             raise ConfigError("--eval-output and --eval-fraction go together")
         if self.form == "soft" and self.disagreement != "majority":
             raise ConfigError(
-                f"--form soft weighs all votes, so --disagreement {self.disagreement} does nothing: leave it out"
+                f"--form soft uses all votes, so --disagreement {self.disagreement} does nothing: leave it out"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollectCheckConfig(StudyOptions):
-    """Whether a study is as it was written."""
-
-    def __post_init__(self) -> None:
-        check_all(self)
+    """Check of a study for damage and manipulation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollectBackupConfig(StudyOptions):
-    """A copy, also while the study is served."""
+    """A copy, safe while the study is served."""
 
     output: str = option(help="file to write", group="output", positional=True)
-
-    def __post_init__(self) -> None:
-        check_all(self)

@@ -1,4 +1,4 @@
-"""Options that say which data are read, how, and what becomes of a row."""
+"""Options that say which data are read, how rows are parsed and rendered, and what happens to a bad row."""
 
 from __future__ import annotations
 
@@ -6,43 +6,41 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from prefopt.core.options import option
+from prefopt.core.options import Config, option
 from prefopt.errors import ConfigError
 
-# Options that say how rows are understood, for whoever hands them on.
 READING = ("format", "columns", "label_means", "ignore_columns", "header")
+"""The options of :class:`ReadOptions`, for whoever hands them on."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadOptions:
-    """How the rows of a file are understood."""
+class ReadOptions(Config):
+    """How the rows of a file are parsed."""
 
     format: str | None = option(
         None,
-        "layout of the rows, as prefopt data layouts names them",
+        "layout of the rows, by its name in prefopt data layouts",
         group="data",
         default_text="recognised from all rows, or from a dataset_info.json beside the file",
     )
     columns: list[str] | None = option(
-        None,
-        "columns and roles by another name, NAME=COLUMN, such as prompt=question or user_tag=human",
-        group="data",
+        None, "renamed columns and roles, NAME=COLUMN, such as prompt=question or user_tag=human", group="data"
     )
     label_means: list[str] | None = option(
         None,
-        "what labels mean, LABEL=MEANING: first, second, tie; or good, bad; such as 0=first,1=second,2=tie",
+        "meaning of label values, LABEL=MEANING, with first, second, tie, good or bad, such as 0=first,1=second,2=tie",
         group="data",
     )
     ignore_columns: list[str] | None = option(
-        None, "columns that are left unread on purpose, such as responses or scores", group="data"
+        None, "columns to ignore on purpose, such as responses or scores", group="data"
     )
     header: Literal["first-line", "none"] = option(
-        "first-line", "what names the columns of .csv and .tsv files; none: they are called 1, 2, ...", group="data"
+        "first-line", "where .csv and .tsv files name their columns; none: they are called 1, 2, ...", group="data"
     )
 
     @property
     def column_words(self) -> list[str] | None:
-        """What is said of columns, see :func:`prefopt.data.layouts.columns.parse_column_options`; none for nothing."""
+        """The options on columns, as :mod:`prefopt.data.layouts.columns` parses them; None without any."""
         words = list(self.columns or ())
         words += [f"--label-means={word}" for word in self.label_means or ()]
         words += [f"--ignore-columns={word}" for word in self.ignore_columns or ()]
@@ -50,19 +48,55 @@ class ReadOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TemplateOptions:
+class RowOptions(ReadOptions):
+    """The same, and what happens to a row that cannot be used."""
+
+    on_bad_row: Literal["refuse", "skip"] = option(
+        "refuse",
+        "a row that cannot be used: refuse stops with an error, skip leaves it out and counts it",
+        group="data",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions(Config):
+    """The prompts that a model answers."""
+
+    prompts: list[str] = option(
+        help="files, folders, globs or Hub data sets with prompts, in any layout; or .txt, one prompt per line",
+        group="data",
+    )
+    lines: Literal["auto", "user", "text"] = option(
+        "auto",
+        "the lines of a .txt: user turns, or text to continue; auto: user turns if there is a chat template",
+        group="data",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(Config):
+    """How samples are drawn."""
+
+    max_new_tokens: int = option(256, "most tokens of a sample", group="sampling", at_least=1)
+    temperature: float = option(1.0, "divides the logits; 0 is greedy decoding", group="sampling", at_least=0)
+    seed: int = option(
+        0,
+        "seed of the samples; each prompt has its own random stream, whatever else is in its batch",
+        group="sampling",
+        at_least=0,
+        at_most=2**32 - 1,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateOptions(Config):
     """How a conversation becomes text."""
 
     chat_template: str | None = option(
-        None,
-        "file with a chat template (Jinja) to render conversations with",
-        group="data",
-        default_text="the tokenizer's own",
+        None, "file with a chat template (Jinja)", group="data", default_text="the tokenizer's own"
     )
     template_variables: list[str] | None = option(
-        None,
-        "what the chat template is given besides the turns, NAME=VALUE, such as enable_thinking=false",
-        group="data",
+        None, "variables of the chat template, NAME=VALUE, such as enable_thinking=false", group="data"
     )
 
 
@@ -72,44 +106,41 @@ class RenderOptions(TemplateOptions):
 
     max_length: int | None = option(
         None,
-        "tokens of prompt and response together; longer conversations lose their oldest turns, then words of a turn,"
-        " then the ends of responses, and are counted",
+        "most tokens of prompt and response together; longer conversations lose their oldest turns first, then words"
+        " of a turn, then the ends of responses, and are counted",
         group="data",
         default_text="1024, or the model's context where that is smaller",
         at_least=2,
     )
     reasoning: Literal["keep", "strip"] = option(
-        "keep", "reasoning blocks of the answers: trained with them, or left out", group="data"
+        "keep", "reasoning blocks of responses: train on them, or remove them", group="data"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions(RenderOptions, ReadOptions):
-    """The data of a run: part of the config of every verb that trains."""
+class DataOptions(RenderOptions, RowOptions):
+    """The data of a run: part of the config of every command that trains."""
 
     data: list[str] = option(help="files, folders, globs or Hub data sets to train on; one or more", group="data")
     data_weights: list[str] | None = option(
         None,
-        "how often an epoch takes the rows of each --data, in their order: 2 is twice, 0.5 another half every epoch",
+        "how often an epoch repeats the rows of each --data, in their order: 2 is twice, 0.5 another half every epoch",
         group="data",
-        default_text="each once",
+        default_text="once each",
     )
     eval_data: list[str] | None = option(None, "data to evaluate on, named as --data is", group="data")
     eval_fraction: float = option(
         0.0,
-        "part of the prompts to hold out for evaluation; no prompt is on both sides",
+        "fraction of the prompts to hold out for evaluation; no prompt is on both sides",
         group="data",
         at_least=0,
         below=1,
-    )
-    on_bad_row: Literal["refuse", "skip"] = option(
-        "refuse", "a row that cannot be used stops the run, or is left out and counted", group="data"
     )
     shuffle: bool = option(True, "draw a new order every epoch, from the seed", group="data")
 
     @property
     def evaluates(self) -> bool:
-        """Whether rows are held out or given to evaluate on."""
+        """Whether there are rows to evaluate on."""
         return self.eval_data is not None or self.eval_fraction > 0
 
     @property
@@ -122,20 +153,24 @@ class DataOptions(RenderOptions, ReadOptions):
             raise ConfigError(
                 f"--data-weights has {len(given)} numbers and --data {len(names)} names: give one number for each name"
             )
-        return [_weight(text, name) for text, name in zip(given, names, strict=True)]
+        return [
+            positive(text, f"--data-weights {text}: the weight of {n}") for text, n in zip(given, names, strict=True)
+        ]
 
-    def check_data(self) -> None:
-        """Refuse contradictions. Raises ``ConfigError``."""
+    def check(self) -> None:
+        """Refuse evaluation data that are named twice."""
+        super().check()
         _ = self.weights
         if self.eval_data is not None and self.eval_fraction > 0:
-            raise ConfigError("--eval-data and --eval-fraction both name evaluation pairs: give one of them")
+            raise ConfigError("--eval-data and --eval-fraction both name evaluation data: give one of them")
 
 
-def _weight(text: str, name: str) -> float:
+def positive(text: str, name: str) -> float:
+    """``text`` as a number above 0. Raises ``ConfigError`` that begins with ``name``."""
     try:
-        weight = float(text)
+        number = float(text)
     except ValueError:
-        weight = math.nan
-    if not 0 < weight < math.inf:
-        raise ConfigError(f"--data-weights {text}: the weight of {name} must be a number above 0, such as 0.5")
-    return weight
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ConfigError(f"{name} must be a number above 0, such as 0.5")
+    return number

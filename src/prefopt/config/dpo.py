@@ -1,4 +1,4 @@
-"""What ``prefopt dpo`` reads. The command line, a YAML file and ``prefopt.dpo(...)`` fill it; it checks itself.
+"""What ``prefopt dpo`` reads. The command line, a YAML file and ``prefopt.dpo(...)`` fill it.
 
 >>> DpoConfig(model="m", data="pairs.jsonl", output="out", lora=True).learning_rate
 2e-05
@@ -6,35 +6,38 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Literal
 
-from prefopt.config.training import LEARNING_RATE, BalanceOptions, MethodOptions, ModelOptions
-from prefopt.core.options import flag, option
+from prefopt.config.training import BalanceOptions, MethodOptions, ModelOptions, rate_option
+from prefopt.core.options import flag, nearest, option
+from prefopt.core.plugins import plugins
 from prefopt.errors import ConfigError
 
+# Full training: the DPO paper's 1e-6, at the upper end of the 3e-7 to 1e-6 that the field reports. LoRA: 5e-6 to 5e-5
+# is usual, of which 2e-5 is about the geometric mean.
+LEARNING_RATE = {False: 1e-6, True: 2e-5}
 MIXUP_ALPHA = 0.6  # TR-DPO's soft update
 
 
 @dataclass(frozen=True, kw_only=True)
 class DpoConfig(BalanceOptions, MethodOptions, ModelOptions):
-    """One run of DPO. Construction checks types, ranges and contradictions, and raises ``ConfigError``.
+    """One run of DPO, or of another loss. Construction raises ``ConfigError``.
 
-    Defaults that depend on other options are filled in on construction, so that what is read here, and what
-    ``to_dict`` writes, is what the run does: ``learning_rate``; ``lora_rank``, ``lora_alpha`` and ``lora_dropout``
-    where a new adapter is trained; ``lora``, which ``adapter`` implies. What depends on the loss (``beta``,
-    ``label_smoothing``, ``divergence``, ``pairs``) is filled in when the run begins, since to know losses takes torch.
+    Defaults that depend on the loss (``beta``, ``label_smoothing``, ``divergence``, ``pairs``) are None here and
+    filled in when the run begins, since losses need torch.
     """
 
+    learning_rate: float = rate_option(LEARNING_RATE, "; 3e-7 to 1e-6 is usual, with LoRA 5e-6 to 5e-5")
     reference: str | None = option(
-        None,
-        "model that log-ratios are taken against",
-        group="model",
-        default_text="the model before training",
+        None, "reference model of the log-ratios", group="model", default_text="the model before training"
     )
     reference_adapter: str | None = option(
         None,
-        "adapter to put on the reference (on --reference where that is given, else on the model without its own)",
+        "adapter on the reference (on --reference, else on the model without its own adapter)",
         group="model",
     )
 
@@ -46,82 +49,76 @@ class DpoConfig(BalanceOptions, MethodOptions, ModelOptions):
         default_text="the reference is fixed",
         at_least=1,
     )
-    ref_model_mixup_alpha: float = option(
-        None,
-        "reference = alpha * policy + (1 - alpha) * reference at every update; 1 copies the policy",
+    ref_model_mixup_alpha: float | None = option(
+        help="reference = alpha * policy + (1 - alpha) * reference at every update; 1 copies the policy",
         group="loss",
-        default_text="0.6, with --ref-model-sync-steps",
+        computed=lambda c: MIXUP_ALPHA if c.ref_model_sync_steps is not None else None,
+        default_text=f"{MIXUP_ALPHA}, with --ref-model-sync-steps",
         above=0,
         at_most=1,
     )
     loss: str = option(
         "dpo",
-        "what is optimised: a name that prefopt losses lists, a weighted sum such as dpo:1.0,nll:0.2, or one's own as"
-        " module:function",
+        "a loss that prefopt losses lists, a weighted sum such as dpo:1.0,nll:0.2, or your own as module:function",
         group="loss",
     )
     loss_options: list[str] | None = option(
         None,
-        "options of the loss, NAME=VALUE, such as gamma=1.0; LOSS.NAME=VALUE is for one of a sum",
+        "options of the loss, NAME=VALUE, such as gamma=1.0; in a sum LOSS.NAME=VALUE is for one of the losses",
         group="loss",
         default_text="those of each loss, see prefopt losses",
     )
-    beta: float = option(
+    beta: float | None = option(
         None,
-        "strength of the pull to the reference; 0.01 to 0.5 is usual for dpo",
+        "KL penalty coefficient: larger keeps the policy closer to the reference; 0.01 to 0.5 is usual for dpo",
         group="loss",
         default_text="0.1 for dpo; each loss has its own",
         above=0,
     )
-    label_smoothing: float = option(
+    label_smoothing: float | None = option(
         None,
-        "assumed part of labels that are wrong (conservative DPO)",
+        "assumed fraction of wrong labels (conservative DPO)",
         group="loss",
         default_text="0",
         at_least=0,
         below=0.5,
     )
-    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = option(
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] | None = option(
         None,
-        "divergence from the reference that is held small, for losses on the difference of log-ratios",
+        "divergence from the reference to regularise with, for losses on the difference of log-ratios",
         group="loss",
         default_text="reverse_kl",
     )
-    divergence_alpha: float = option(
+    divergence_alpha: float | None = option(
         None,
-        "of the divergence alpha: 0 is reverse_kl, 1 is forward_kl",
+        "alpha of --divergence alpha: 0 is reverse_kl, 1 is forward_kl",
         group="loss",
         default_text="0.5",
         at_least=0,
         at_most=1,
     )
     weighting: Literal["wpo"] | None = option(
-        None, "what the loss of each pair is multiplied by, see prefopt losses", group="loss"
+        None, "weight of each pair in the loss, see prefopt losses", group="loss", default_text="all pairs count alike"
     )
-    pairs: Literal["all", "best-worst"] = option(
+    pairs: Literal["all", "best-worst"] | None = option(
         None,
-        "of more than two responses: every pair, those of a prompt weighing 1 together, or the best against the worst",
+        "pairs of three and more responses: all of them, with weights that sum to 1 per prompt, or best and worst only",
         group="loss",
         default_text="all",
     )
 
-    def __post_init__(self) -> None:
-        self.fill(LEARNING_RATE)
+    def check(self) -> None:
+        """Refuse an unknown loss, and contradictions about the reference."""
+        super().check()
+        self._check_loss()
         if self.reference_adapter is not None and not (self.lora or self.named_adapter or self.reference):
             raise ConfigError(
                 "--reference-adapter under full fine-tuning needs the model it belongs to: give --reference, or train"
                 " with --lora or --adapter"
             )
-        self.check_movement()
-
-    def check_movement(self) -> None:
-        """Refuse what does not go with a reference that moves. Raises ``ConfigError``."""
+        self.need("ref_model_sync_steps", "ref_model_mixup_alpha")
         if self.ref_model_sync_steps is None:
-            if self.ref_model_mixup_alpha is not None:
-                raise ConfigError("--ref-model-mixup-alpha does nothing without --ref-model-sync-steps: add it")
             return
-        if self.ref_model_mixup_alpha is None:
-            object.__setattr__(self, "ref_model_mixup_alpha", MIXUP_ALPHA)
         if self.early_stopping is not None:
             raise ConfigError(
                 "--early-stopping compares losses, and --ref-model-sync-steps changes the reference between them:"
@@ -133,3 +130,20 @@ class DpoConfig(BalanceOptions, MethodOptions, ModelOptions):
                     f"{flag(name)}: with --ref-model-sync-steps the reference starts as a copy of the policy; leave one"
                     " of them out"
                 )
+
+    def _check_loss(self) -> None:
+        """Refuse a misspelt name; a sum and its options are parsed with the losses themselves."""
+        known = {*loss_names(), *plugins("prefopt.losses")}
+        for part in self.loss.split(",") if loss_names() else ():
+            name, colon, _ = (word.strip() for word in part.partition(":"))
+            if not colon and name not in known and name.replace("-", "_") not in known:
+                guess = nearest(name, sorted(known)) or "; prefopt losses lists them"
+                raise ConfigError(f"--loss {self.loss}: there is no loss {name!r}{guess}")
+
+
+@cache
+def loss_names() -> tuple[str, ...]:
+    """The losses of this package, from their source: to import them takes torch, and seconds."""
+    folder = Path(__file__).parents[1] / "losses"
+    declaration = re.compile(r"^@loss\(.*?^def (\w+)", re.S | re.M)
+    return tuple(name for file in sorted(folder.glob("*.py")) for name in declaration.findall(file.read_text("utf-8")))

@@ -9,49 +9,40 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from prefopt.config.training import MethodOptions
+from prefopt.config.training import MethodOptions, rate_option
 from prefopt.core.options import option
 
-# InstructGPT's 9e-6 and Llama 2's 5e-6 to 1e-5 for full training; LoRA about ten times as much.
+# Full training: InstructGPT's 9e-6 and Llama 2's 5e-6 to 1e-5. LoRA: about ten times as much.
 LEARNING_RATE = {False: 1e-5, True: 1e-4}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig(MethodOptions):
-    """One run that trains a reward model."""
+    """One run that trains a reward model. Construction raises ``ConfigError``."""
 
     model: str = option(
-        help="model to begin with: a language model, best the fine-tuned one, or a reward model to go on training",
+        help="model to start from: a language model, best the fine-tuned one, or a reward model to continue training",
         group="model",
     )
     batch_size: int = option(16, "prompts per optimiser step, each with all its pairs", group="optimiser", at_least=1)
-    learning_rate: float = option(
-        None,
-        "peak learning rate; 5e-6 to 1e-5 is usual, with LoRA 5e-5 to 2e-4",
-        group="optimiser",
-        default_text=f"{LEARNING_RATE[False]:g}, with LoRA {LEARNING_RATE[True]:g}",
-        above=0,
-    )
+    learning_rate: float = rate_option(LEARNING_RATE, "; 5e-6 to 1e-5 is usual, with LoRA 5e-5 to 2e-4")
     pairs: Literal["all", "best-worst"] = option(
         "all",
-        "of more than two responses: every pair, those of a prompt weighing 1 together, or the best against the worst",
+        "pairs of three and more responses: all of them, with weights that sum to 1 per prompt, or best and worst only",
         group="loss",
     )
     margin: float | None = option(
         None,
-        "how much further apart rewards must be for each point between the data's scores (Llama 2)",
+        "margin of reward per point of difference between the data's scores (Llama 2)",
         group="loss",
-        default_text="no margins",
+        default_text="no margin",
         above=0,
     )
     centre: float = option(
-        0.01, "weight of the squared sum of a pair's rewards, which holds them near 0", group="loss", at_least=0
+        0.01, "weight of the squared sum of a pair's rewards, which keeps them near 0", group="loss", at_least=0
     )
     zero: Literal["chosen", "all", "none"] = option(
         "chosen",
-        "which responses of the training data have a mean reward of 0, by a shift that is set after training",
+        "responses of the training data whose mean reward is shifted to 0 after training",
         group="loss",
     )
-
-    def __post_init__(self) -> None:
-        self.fill(LEARNING_RATE)

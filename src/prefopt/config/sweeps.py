@@ -10,23 +10,24 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
+from prefopt.config.data import PromptOptions, positive
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.methods import METHODS, MethodConfig
 from prefopt.config.ppo import PpoConfig
-from prefopt.config.training import MachineOptions
-from prefopt.core.options import check_all, flag, from_dict, nearest, option, parse_given, parse_value, to_dict
+from prefopt.config.rlhf import stage_options
+from prefopt.config.training import MachineOptions, ProgressOptions
+from prefopt.core.options import flag, from_dict, nearest, option, parse_given, parse_value
 from prefopt.errors import ConfigError
 
 GIVEN = {"dpo": "dpo", "sft": "sft", "reward": "reward_model", "ppo": "ppo"}
 """The option that holds what differs from the defaults of a command."""
-# What the sweep decides, so that no training may be given it.
+# Options that the sweep sets itself.
 DECIDED = (
     *("model", "data", "prompts", "output", "adapter", "resume", "dry_run", "seed", "epochs", "max_steps"),
     *("save_every", "keep_last", "eval_data", "eval_fraction", "lines", "on_bad_row", "pairs", "loss"),
@@ -36,34 +37,25 @@ OF_PPO = ("reward", "max_new_tokens", "temperature", "schedule")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepOptions(MachineOptions):
+class SweepOptions(MachineOptions, ProgressOptions, PromptOptions):
     """Part of the config of ``prefopt frontier`` and ``prefopt methods``."""
 
     model: str = option(
-        help="model that every method begins at: a folder, or the name of one on the Hugging Face Hub", group="model"
+        help="model that all trainings start from: a folder, or the name of one on the Hugging Face Hub", group="model"
     )
 
-    prompts: list[str] = option(
-        help="files, folders, globs or Hub data sets with prompts, in any layout; or .txt, a prompt in every line",
-        group="data",
-    )
-    lines: Literal["auto", "user", "text"] = option(
-        "auto",
-        "what the lines of a .txt are: the user's turns, or text to continue; auto: turns if there is a chat template",
-        group="data",
-    )
     prefix_min: int | None = option(
         None,
-        "cut prompts that are text to continue to their beginning: so many tokens at least, with --prefix-max",
+        "truncate prompts that are text to continue to this many tokens at least, with --prefix-max",
         group="data",
-        default_text="prompts are taken whole",
+        default_text="prompts are not truncated",
         at_least=1,
     )
     prefix_max: int | None = option(
-        None, "and so many at most; the number is drawn for each prompt", group="data", at_least=1
+        None, "and to this many at most; the number is drawn for each prompt", group="data", at_least=1
     )
     held_out: int = option(
-        32, "different prompts to measure on, dealt by the seed; the others are trained on", group="data", at_least=2
+        32, "distinct prompts to evaluate on, drawn by the seed; the others are trained on", group="data", at_least=2
     )
     data: list[str] | None = option(
         None,
@@ -71,15 +63,13 @@ class SweepOptions(MachineOptions):
         group="data",
         default_text="the model's own samples, as the true reward orders them",
     )
-    samples: int = option(4, "where data are made: samples of a prompt that are compared", group="data", at_least=2)
-    rounds: int = option(
-        1, "where data are made: how often a prompt is sampled so, each time anew", group="data", at_least=1
-    )
-    labels: Literal["order", "bradley-terry"] = option(
-        None,
-        "where data are made: the true reward's order of all samples of a prompt; or pairs of them, of which the better"
-        " one is drawn with the probability sigmoid(difference of rewards)",
+    samples: int = option(4, "without --data: samples of a prompt to compare", group="data", at_least=2)
+    rounds: int = option(1, "without --data: times that each prompt is sampled", group="data", at_least=1)
+    labels: Literal["order", "bradley-terry"] | None = option(
+        help="without --data: the true reward's order of all samples of a prompt; or pairs of them, with labels drawn"
+        " with the probability sigmoid(difference of rewards)",
         group="data",
+        computed=lambda c: "order" if c.data is None else None,
         default_text="order",
     )
 
@@ -88,92 +78,67 @@ class SweepOptions(MachineOptions):
         " name of a reward model",
         group="reward",
     )
-    num: int = option(4, "samples of a held-out prompt that each policy is measured on", group="reward", at_least=1)
+    num: int = option(4, "samples per held-out prompt to measure each policy on", group="reward", at_least=1)
     max_new_tokens: int = option(
-        48, "tokens of a sample at most, in the data, in PPO and in measuring", group="reward", at_least=1
+        48, "most tokens of a sample, in the data, in PPO and in evaluation", group="reward", at_least=1
     )
 
     responses: int = option(
-        4096, "responses that each training learns from, repetitions counted", group="stages", at_least=1
+        4096, "responses that each training learns from, with repetitions", group="stages", at_least=1
     )
-    dpo: list[str] | None = option(
-        None,
-        "options of prefopt dpo, NAME=VALUE, for all its trainings",
-        group="stages",
-        default_text="its own defaults",
-    )
-    sft: list[str] | None = option(None, "the same of prefopt sft", group="stages", default_text="its own defaults")
-    reward_model: list[str] | None = option(
-        None, "the same of prefopt reward", group="stages", default_text="its own defaults"
-    )
-    ppo: list[str] | None = option(None, "the same of prefopt ppo", group="stages", default_text="its own defaults")
+    dpo: list[str] | None = stage_options("dpo")
+    sft: list[str] | None = stage_options("sft")
+    reward_model: list[str] | None = stage_options("reward")
+    ppo: list[str] | None = stage_options("ppo")
 
-    output: str = option(help="folder to write to: a folder for every training in it", group="output")
-    progress: Literal["auto", "rich", "plain", "none"] = option(
-        "auto", "how progress is shown; auto: rich on a terminal, plain lines elsewhere", group="output"
-    )
+    output: str = option(help="folder to write a folder for every training to", group="output")
     seed: int = option(
         0,
-        "seed of the prompts held out, of all samples, and of the first training",
+        "seed of the held-out prompts, of all samples, and of the first training",
         group="machine",
         at_least=0,
         at_most=2**31,
     )
 
-    def check_sweep(self) -> None:
-        """Types, ranges, contradictions. Raises ``ConfigError``."""
-        check_all(self)
-        self.check_machine()
+    def check(self) -> None:
+        """Refuse contradictions about prompts and data."""
+        super().check()
         if (self.prefix_min is None) != (self.prefix_max is None):
-            raise ConfigError("--prefix-min and --prefix-max go together: from so many tokens to so many")
+            raise ConfigError("--prefix-min and --prefix-max go together: give both")
         if self.prefix_min is not None and self.prefix_max is not None and self.prefix_min > self.prefix_max:
             raise ConfigError(f"--prefix-min {self.prefix_min} is more than --prefix-max {self.prefix_max}")
-        if self.data is not None:
-            for name in ("samples", "rounds", "labels"):
-                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                    raise ConfigError(
-                        f"{flag(name)} is for data that are made here, and --data gives some: leave it out"
-                    )
-        elif self.labels is None:
-            object.__setattr__(self, "labels", "order")
+        for name in ("samples", "rounds", "labels"):
+            if self.data is not None and self.is_given(name):
+                raise ConfigError(f"{flag(name)} is about generated data, and --data gives some: leave it out")
 
     def training(self, kind: str, output: Path, given: Mapping[str, object], *, each: float, seed: int) -> MethodConfig:
         """The config of one training of ``kind`` (a name of :data:`METHODS`) that learns from ``responses`` responses.
 
-        ``given`` are options that the sweep sets (``model``, ``data`` and so on); ``each``: responses of a row of its
-        data. What a person gave goes before both. Raises ``ConfigError``.
+        ``given``: options that the sweep sets (``model``, ``data`` and so on). ``each``: responses per row of its
+        data. Raises ``ConfigError``.
         """
         place = flag(GIVEN[kind])
         own = parse_given(GIVEN[kind], getattr(self, GIVEN[kind]) or ())
         for name in own:
             if name in DECIDED or (kind == "ppo" and name in OF_PPO):
-                raise ConfigError(f"{place} {name}: the sweep decides it; leave it out")
+                raise ConfigError(f"{place} {name}: the sweep sets it; leave it out")
             if name in given:
-                raise ConfigError(f"{place} {name}: it is what is swept; leave it out")
+                raise ConfigError(f"{place} {name}: the sweep varies it; leave it out")
         ours: dict[str, Any] = {"output": str(output), "seed": seed, "max_steps": 1, "epochs": 1e9}
         ours |= {name: getattr(self, name) for name in ("device", "dtype", "threads", "progress")}
         if kind == "ppo":
-            # A rate that falls to zero would end every rise: then a plateau says nothing.
+            # Under a learning rate that falls to zero every reward ends in a plateau.
             ours |= {"max_new_tokens": self.max_new_tokens, "schedule": "constant", "lines": self.lines}
         else:
             ours["on_bad_row"] = "skip"  # samples may be empty, or all equally good
-        found = from_dict(METHODS[kind].config, ours | own | dict(given), place)
+        found: MethodConfig = from_dict(METHODS[kind].config, ours | own | dict(given), place)
         per_step = found.batch_size * (found.num if isinstance(found, PpoConfig) else each)
         steps = max(1, round(self.responses / per_step))
-        return from_dict(METHODS[kind].config, found.to_dict() | {"max_steps": steps}, place)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every option with its value, plain enough for YAML."""
-        return to_dict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, object], place: str | None = None) -> Self:
-        """The config that ``to_dict`` wrote; ``place`` names the file it comes from."""
-        return from_dict(cls, values, place)
+        return type(found).from_dict(found.to_dict() | {"max_steps": steps}, place)
 
 
 def evenly(steps: int, parts: int) -> list[int]:
-    """So many of the steps from 1 on, as evenly as whole numbers are, the last one at the end; all, where they are few.
+    """``parts`` of the steps from 1 on, evenly spaced, the last one at the end; all steps where they are fewer.
 
     >>> evenly(128, 2), evenly(5, 3), evenly(2, 3)
     ([64, 128], [2, 3, 5], [1, 2])
@@ -184,53 +149,51 @@ def evenly(steps: int, parts: int) -> list[int]:
 
 FACTORS = ("0.5", "1", "2")
 STAGES = {"dpo": ("sft", "dpo"), "ppo": ("sft", "reward", "ppo")}
-"""Stages of each method that ``prefopt methods`` compares."""
+"""A method by its last stage, and all its stages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodsConfig(SweepOptions):
-    """DPO against reward model and PPO: what each costs, and what it gives. Construction raises ``ConfigError``."""
+    """Cost and quality of DPO and of PPO with a reward model. Construction raises ``ConfigError``."""
 
     seeds: int = option(3, "trainings of every stage, seed after seed", group="stages", at_least=1)
-    rate_factors: list[str] | None = option(
-        None,
-        "DPO and PPO are trained at their learning rate times each of these: how much their end depends on it",
+    rate_factors: list[str] = option(
+        help="train DPO and PPO at their learning rate times each of these",
         group="stages",
+        computed=lambda c: list(FACTORS),
         default_text=" ".join(FACTORS),
     )
     perplexity: list[str] | None = option(
         None,
-        "data whose best responses the perplexity before and after is measured on (the alignment tax)",
+        "data to measure perplexity on before and after, over their best responses (the alignment tax)",
         group="data",
-        default_text="it is not measured",
+        default_text="not measured",
     )
     isolate: bool = option(
         True,
-        "each training in a process of its own, so that its peak memory is its own; false: all in this one, and peak"
-        " memory is not told",
+        "run each training in its own process, to measure its peak memory; false: all in this one, without peak memory",
         group="machine",
     )
 
-    def __post_init__(self) -> None:
-        self.check_sweep()
-        if self.rate_factors is None:
-            object.__setattr__(self, "rate_factors", list(FACTORS))
+    def check(self) -> None:
+        """Refuse a mistake in any training before the first one runs."""
+        super().check()
         if len(set(self.factors)) < len(self.factors):
-            raise ConfigError("--rate-factors: one stands there twice")
+            raise ConfigError(f"--rate-factors {' '.join(self.rate_factors)}: a factor is a duplicate; remove it")
         if parse_given("sft", self.sft or ()).get("lora"):
-            raise ConfigError("--sft lora: the stages after it begin at a whole model; leave it out")
-        for stage in ("sft", "reward", "dpo", "ppo"):  # a mistake in the last one is told before the first has run
+            raise ConfigError("--sft lora: the stages after it need a whole model; leave it out")
+        for stage in ("sft", "reward", "dpo", "ppo"):
             self.stage(stage, self.seed, self.factors[-1], data=["data"], prompts="prompts", each=2.0)
 
     @property
     def factors(self) -> list[float]:
         """``rate_factors`` as numbers. Raises ``ConfigError``."""
-        return [_factor(text) for text in self.rate_factors or ()]
+        return [positive(text, f"--rate-factors {text}: it") for text in self.rate_factors]
 
     def stage(
         self, stage: str, seed: int, factor: float, *, data: list[str], prompts: str, each: float
     ) -> MethodConfig:
-        """The config of one training; ``factor`` is of ``dpo`` and ``ppo`` alone. Raises ``ConfigError``."""
+        """The config of one training; ``factor`` counts for ``dpo`` and ``ppo`` only. Raises ``ConfigError``."""
         given: dict[str, Any] = {"model": self.model if stage == "sft" else str(self.folder("sft", seed))}
         given |= {"prompts": [prompts]} if stage == "ppo" else {"data": data}
         if stage == "ppo":
@@ -240,29 +203,18 @@ class MethodsConfig(SweepOptions):
         found = self.training(stage, folder, given, each=rows, seed=seed)
         if stage not in STAGES:
             return found
-        assert found.learning_rate is not None
         rates = {name: getattr(found, name, None) for name in ("learning_rate", "critic_learning_rate")}
         moved = {name: rate * factor for name, rate in rates.items() if rate is not None}
         return type(found).from_dict(found.to_dict() | moved, f"--{GIVEN[stage]}")
 
     def folder(self, stage: str, seed: int, factor: float | None = None) -> Path:
-        """Where a training is."""
+        """Output folder of a training."""
         rate = "" if factor is None else f"-rate{factor:g}"
         return Path(self.output) / stage / f"seed{seed}{rate}"
 
 
-def _factor(text: str) -> float:
-    try:
-        factor = float(text)
-    except ValueError:
-        factor = math.nan
-    if not 0 < factor < math.inf:
-        raise ConfigError(f"--rate-factors {text}: it must be a number above 0, such as 0.5")
-    return factor
-
-
-# The sweeps of the DPO paper (Rafailov et al. 2023, section 6.1) for DPO, PPO and unlikelihood. It varied the seed of
-# fine-tuning; here it is the learning rate.
+# Sweeps of the DPO paper (Rafailov et al. 2023, section 6.1) for DPO, PPO and unlikelihood. Of fine-tuning it varied
+# the seed; here the learning rate varies.
 DEFAULT_SWEEPS = (
     "dpo:beta=0.05,0.1,1,5",
     "ppo-true:kl_target=3,6,9,12",
@@ -271,7 +223,7 @@ DEFAULT_SWEEPS = (
     "unlikelihood:alpha=0.05,0.1,0.5,1",
     "best-of:n=2,4,8,16",
 )
-TRAINED_BY = {
+TRAINED_BY: dict[str, str | None] = {
     "dpo": "dpo",
     "ppo-true": "ppo",
     "ppo-learned": "ppo",
@@ -279,14 +231,14 @@ TRAINED_BY = {
     "unlikelihood": "dpo",
     "best-of": None,
 }
-"""The command that trains each method; best-of-n trains nothing."""
+"""A method of the sweep, and the command that trains it."""
 FEWEST_STEPS = 3
-"""Of PPO: with fewer there is none two thirds of the way."""
+"""Fewest steps of PPO with one at two thirds of the way."""
 
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """One policy to be made: ``value`` of the option ``name``. ``kind`` is the command, none for best-of."""
+    """One policy to train, with ``value`` for the option ``name``."""
 
     method: str
     name: str
@@ -296,77 +248,78 @@ class Training:
 
     @property
     def kind(self) -> str | None:
-        """The command that trains it."""
+        """The command that trains it; None for best-of."""
         return TRAINED_BY[self.method]
 
     @property
     def setting(self) -> str:
-        """What was swept."""
+        """The option that varies, and its value."""
         return f"{self.name}={self.text}"
 
     @property
     def folder(self) -> str:
-        """Where it is, below the output."""
+        """Its folder, below the output."""
         setting = re.sub(r"[^\w.=+-]", "_", self.setting)
         return f"{self.method}/{setting}-seed{self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrontierConfig(SweepOptions):
-    """Expected reward against divergence, over methods and settings. Construction raises ``ConfigError``."""
+    """Expected reward versus KL, over methods and settings. Construction raises ``ConfigError``."""
 
-    methods: list[str] | None = option(
-        None,
-        "methods with the option that each sweeps and its values, METHOD:NAME=VALUE,VALUE: dpo, ppo-true (the true"
-        " reward), ppo-learned (a reward model of the same data), sft, unlikelihood and best-of; each with as many"
-        " values",
+    methods: list[str] = option(
+        help="methods with an option to vary and its values, METHOD:NAME=VALUE,VALUE: dpo, ppo-true (the true reward),"
+        " ppo-learned (a reward model of the same data), sft, unlikelihood and best-of; each with as many values",
         group="stages",
+        computed=lambda c: list(DEFAULT_SWEEPS),
         default_text=" ".join(DEFAULT_SWEEPS),
     )
     seeds: int = option(1, "trainings of every setting, seed after seed", group="stages", at_least=1)
     checkpoints: int = option(
-        1, "points of each training of dpo, sft and unlikelihood, evenly over its steps", group="stages", at_least=1
+        1,
+        "points of each training of dpo, sft and unlikelihood, evenly spaced over its steps",
+        group="stages",
+        at_least=1,
     )
 
     plateau_share: float = option(
         0.2,
-        "a training of PPO counts where what the true reward gained in the last third of its steps is surely below this"
-        " share of its whole climb; one that rises evenly gains a third of it",
+        "a PPO training has converged if its gain of true reward over the last third of its steps is, with confidence,"
+        " below this fraction of its total gain; a training that rises evenly gains a third",
         group="stages",
         above=0,
         at_most=0.3,
     )
 
-    def __post_init__(self) -> None:
-        self.check_sweep()
-        if self.methods is None:
-            object.__setattr__(self, "methods", list(DEFAULT_SWEEPS))
+    def check(self) -> None:
+        """Refuse a mistake in any training before the first one runs."""
+        super().check()
         trainings = list(self.trainings())
-        for one in trainings:  # a mistake in the last one is told before the first has run
+        for one in trainings:
             if one.kind is not None:
                 self.config_of(one, data=["data"], prompts="prompts", each=2.0)
         if any(t.method == "ppo-learned" for t in trainings):
             self.reward_config(0, data=["data"], each=2.0)
 
     def trainings(self) -> Iterator[Training]:
-        """All trainings, seed by seed, in the order of the methods. Raises ``ConfigError`` for an unknown method."""
-        sweeps = [_sweep(text) for text in self.methods or ()]
+        """All trainings, in the order of the methods, seed by seed. Raises ``ConfigError`` for an unknown method."""
+        sweeps = [_sweep(text) for text in self.methods]
         counts = {len(values) for _, _, values in sweeps}
         if len(counts) > 1:
-            told = ", ".join(f"{method} {len(values)}" for method, _, values in sweeps)
-            raise ConfigError(f"--methods: give all methods the same number of settings, for equal tuning: {told}")
+            found = ", ".join(f"{method} {len(values)}" for method, _, values in sweeps)
+            raise ConfigError(f"--methods: all methods need equally many settings, for a fair comparison: {found}")
         names = [method for method, _, _ in sweeps]
         if len(set(names)) < len(names):
             raise ConfigError("--methods names a method twice; give all its values at once")
         for seed in range(self.seed, self.seed + self.seeds):
             for method, name, values in sweeps:
                 if method == "best-of" and seed != self.seed:
-                    continue  # nothing is trained: another seed would only be another draw
+                    continue  # no training that depends on the seed
                 for text in values:
                     yield Training(method, name, parse_value(text), text, seed)
 
     def config_of(self, one: Training, *, data: list[str], prompts: str, each: float) -> MethodConfig:
-        """The config that trains ``one``; ``each``: responses of a row of ``data``. Raises ``ConfigError``."""
+        """The config that trains ``one``; ``each``: responses per row of ``data``. Raises ``ConfigError``."""
         assert one.kind is not None
         given: dict[str, Any] = {"model": self.model}
         given |= {"prompts": [prompts]} if one.kind == "ppo" else {"data": data}
@@ -378,49 +331,48 @@ class FrontierConfig(SweepOptions):
             given[one.name] = one.value
         if one.method == "unlikelihood":
             given["loss"] = "unlikelihood"
-        # As many rows, not twice the steps: fine-tuning learns from the best response of a row alone.
+        # Fine-tuning learns from the best response of each row: as many rows, not as many responses.
         rows = 1.0 if one.kind == "sft" else each
         found = self.training(one.kind, Path(self.output) / one.folder, given, each=rows, seed=one.seed)
         steps = found.max_steps or 1
-        # More checkpoints, those that are measured, are asked for at the steps of :meth:`marks`.
+        # The checkpoints to measure are requested at the steps of :meth:`marks`.
         every = max(1, steps // 3) if one.kind == "ppo" else steps
         return type(found).from_dict(found.to_dict() | {"save_every": every, "keep_last": steps})
 
     def marks(self, one: MethodConfig) -> list[int]:
-        """The steps of a training whose policies are measured: of PPO the end, and two thirds of the way to it, which
-        together show whether it had stopped rising."""
+        """Steps to measure; for PPO two thirds of the way and the end, which together show whether it converged."""
         steps = one.max_steps or 1
         if isinstance(one, PpoConfig):
             return [steps] if steps < FEWEST_STEPS else [2 * steps // 3, steps]
         return evenly(steps, self.checkpoints)
 
     def reward_folder(self, seed: int) -> Path:
-        """Where the reward model of the methods that learn one is."""
+        """Folder of the reward model of ``ppo-learned``."""
         return Path(self.output) / f"reward-seed{seed}"
 
     def reward_config(self, seed: int, *, data: list[str], each: float) -> MethodConfig:
-        """The config that trains it."""
+        """The config that trains that reward model."""
         return self.training(
             "reward", self.reward_folder(seed), {"model": self.model, "data": data}, each=each, seed=seed
         )
 
 
 def _sweep(text: str) -> tuple[str, str, list[str]]:
-    """``dpo:beta=0.1,1`` taken apart."""
+    """Method, option and values of ``dpo:beta=0.1,1``."""
     method, _, sweep = text.partition(":")
     name, equals, values = sweep.partition("=")
     name, found = name.strip().replace("-", "_"), [v.strip() for v in values.split(",") if v.strip()]
     if method not in TRAINED_BY:
         raise ConfigError(
-            f"--methods {text}: there is no method {method!r}{nearest(method, list(TRAINED_BY))}; there are"
+            f"--methods {text}: no method {method!r}{nearest(method, list(TRAINED_BY))}; there are"
             f" {', '.join(TRAINED_BY)}"
         )
     if not equals or not name or not found:
-        raise ConfigError(f"--methods {text}: it should be METHOD:NAME=VALUE,VALUE, such as dpo:beta=0.05,0.1,1,5")
+        raise ConfigError(f"--methods {text}: write METHOD:NAME=VALUE,VALUE, such as dpo:beta=0.05,0.1,1,5")
     if name in DECIDED or (TRAINED_BY[method] == "ppo" and name in OF_PPO):
-        raise ConfigError(f"--methods {text}: the sweep decides {name}; sweep another option")
+        raise ConfigError(f"--methods {text}: the sweep sets {name}; vary another option")
     if len(set(found)) < len(found):
-        raise ConfigError(f"--methods {text}: a value is given twice")
+        raise ConfigError(f"--methods {text}: a value is a duplicate; remove it")
     if method == "best-of" and (name != "n" or not all(v.isdigit() and int(v) > 1 for v in found)):
-        raise ConfigError(f"--methods {text}: best-of sweeps n, whole numbers from 2 on")
+        raise ConfigError(f"--methods {text}: best-of varies n, with whole numbers from 2")
     return method, name, found

@@ -1,4 +1,4 @@
-"""What ``prefopt data check``, ``convert`` and ``split`` read.
+"""What the commands on data, models, the cache and runs read.
 
 >>> ScoreConfig(files=["samples.jsonl"], reward="length", output="scored.jsonl").reward
 'length'
@@ -10,39 +10,40 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from prefopt.config.data import ReadOptions, RenderOptions
+from prefopt.config.data import ReadOptions, RenderOptions, RowOptions
 from prefopt.config.training import MachineOptions
 from prefopt.core.model_folder import is_adapter
-from prefopt.core.options import check_all, flag, option
+from prefopt.core.options import Config, flag, option
 from prefopt.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataCheckConfig(RenderOptions, ReadOptions):
-    """What is in files of data, and what is wrong with it."""
+    """Contents and problems of data files. Construction raises ``ConfigError``."""
 
     data: list[str] = option(
-        help="files, folders, globs or Hub data sets to look at; one or more", group="data", positional=True
+        help="files, folders, globs or Hub data sets to check; one or more", group="data", positional=True
     )
     eval_data: list[str] | None = option(
-        None, "data that a run evaluates on: looked at too, and compared with the prompts to train on", group="data"
+        None, "evaluation data: checked too, and for prompts that the training data have as well", group="data"
     )
     want: Literal["pairs", "scored", "ranking", "labels", "demonstrations", "prompts"] | None = option(
-        None, "what a run needs of every row", group="data", default_text="what each row says"
+        None, "form that every row must have", group="data", default_text="that of each row"
     )
     model: str | None = option(
         None,
-        "model or tokenizer, a folder or a Hub name: counts tokens, and finds what only tokens show",
+        "model or tokenizer, a folder or a Hub name: counts tokens and checks their rendering",
         group="model",
         default_text="none: lengths are in characters",
     )
-    show: int = option(0, "examples to print, with --model as tokens, those trained in ⟦ ⟧", group="output", at_least=0)
+    show: int = option(0, "examples to print, with --model as tokens, trained ones in ⟦ ⟧", group="output", at_least=0)
     json: bool = option(
         False, "print one JSON document with all rows of every problem, and nothing else", group="output"
     )
 
-    def __post_init__(self) -> None:
-        check_all(self)
+    def check(self) -> None:
+        """Refuse contradictions."""
+        super().check()
         if self.model is not None:
             return
         given = {
@@ -52,51 +53,44 @@ class DataCheckConfig(RenderOptions, ReadOptions):
             "--reasoning": self.reasoning != "keep",
         }
         if unread := [name for name, is_given in given.items() if is_given]:
-            raise ConfigError(f"{unread[0]} is about tokens: name a model or tokenizer with --model")
+            raise ConfigError(f"{unread[0]} is about tokens: add --model with a model or tokenizer")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Written(ReadOptions):
-    on_bad_row: Literal["refuse", "skip"] = option(
-        "refuse", "a row that cannot be read or written stops everything, or is left out and counted", group="data"
-    )
+class WriteOptions(RowOptions):
+    """Part of the config of commands that write rows."""
+
     overwrite: bool = option(False, "replace files that exist", group="output")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConvertConfig(_Written):
-    """Rows into another layout."""
+class DataConvertConfig(WriteOptions):
+    """Conversion of rows to another layout."""
 
     data: list[str] = option(
         help="files, folders, globs or Hub data sets to read; one or more", group="data", positional=True
     )
     output: str = option(help="file to write: .jsonl or .parquet", group="output", positional=True)
-    layout: str = option(
-        "canonical", "layout of the rows that are written, as prefopt data layouts names them", group="output"
-    )
-
-    def __post_init__(self) -> None:
-        check_all(self)
+    layout: str = option("canonical", "layout to write, by its name in prefopt data layouts", group="output")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSplitConfig(_Written):
-    """Rows into two files, by prompt."""
+class DataSplitConfig(WriteOptions):
+    """Split of rows into two files, by prompt."""
 
     data: list[str] = option(
         help="files, folders, globs or Hub data sets to read; one or more", group="data", positional=True
     )
-    fraction: float = option(help="part of the prompts that goes to --output-eval", group="data", above=0, below=1)
-    seed: int = option(0, "another seed draws other prompts; a run with --eval-fraction draws the same", group="data")
+    fraction: float = option(help="fraction of the prompts for --output-eval", group="data", above=0, below=1)
+    seed: int = option(
+        0, "seed of the split; a run with --eval-fraction and this seed holds out the same prompts", group="data"
+    )
     output_train: str = option(
         help="file for the rows to train on: .jsonl or .parquet", group="output", positional=True
     )
     output_eval: str = option(
         help="file for the rows to evaluate on: .jsonl or .parquet", group="output", positional=True
     )
-
-    def __post_init__(self) -> None:
-        check_all(self)
 
 
 IMPLICIT = "implicit"
@@ -106,171 +100,158 @@ RULES = ("vader", "length")
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig(MachineOptions, RenderOptions, ReadOptions):
-    """Giving every response of some files a number.
-
-    ``beta`` is filled in for the implicit reward.
-    """
+    """Scores for all responses of some files. Construction raises ``ConfigError``."""
 
     files: list[str] = option(
         help="files, folders, globs or Hub data sets with responses, in any layout", group="data", positional=True
     )
     reward: str = option(
-        help="what gives the number: a rule (vader: sentiment; length: words), MODULE:FUNCTION of prompts and"
-        " responses, two lists of text, the folder or Hub name of a reward model, or implicit",
+        help="score of a response: a rule (vader: sentiment; length: words), MODULE:FUNCTION of prompts and responses"
+        " (two lists of text), the folder or Hub name of a reward model, or implicit",
         group="reward",
     )
     model: str | None = option(None, "of --reward implicit: the model that was aligned", group="reward")
     adapter: str | None = option(None, "of --reward implicit: LoRA adapter on the model", group="reward")
     reference: str | None = option(
         None,
-        "of --reward implicit: what it was aligned from",
+        "of --reward implicit: the model it was aligned from",
         group="reward",
-        default_text="with an adapter the model without it",
+        default_text="with an adapter, the model without it",
     )
-    beta: float = option(
-        None,
-        "of --reward implicit: what the log-ratio is multiplied by, as in training",
+    beta: float | None = option(
+        help="of --reward implicit: factor of the log-ratio, as in training",
         group="reward",
+        computed=lambda c: BETA if c.reward == IMPLICIT else None,
         default_text=f"{BETA}",
         above=0,
     )
     output: str = option(help="file to write, JSON lines: the same rows with their scores", group="output")
-    overwrite: bool = option(False, "replace the output file where it is there", group="output")
+    overwrite: bool = option(False, "replace an existing output file", group="output")
 
-    def __post_init__(self) -> None:
-        check_all(self)
-        self.check_machine()
+    def check(self) -> None:
+        """Refuse contradictions."""
+        super().check()
         if self.reward == IMPLICIT:
             if self.model is None:
                 raise ConfigError("--reward implicit compares two models: give --model and --reference")
             if self.reference is None and self.adapter is None and not is_adapter(self.model):
-                raise ConfigError("--reward implicit: --model is compared with nothing; give --reference")
-            if self.beta is None:
-                object.__setattr__(self, "beta", BETA)
+                raise ConfigError("--reward implicit: --model has no reference; give --reference")
             return
-        if not self.by_model:
-            for f in (*fields(MachineOptions), *fields(RenderOptions)):
-                if getattr(self, f.name) != f.default:
-                    what = "is for rewards that are models"
-                    raise ConfigError(f"{flag(f.name)} {what}, and {self.reward} is not: leave it out")
+        for f in (*fields(MachineOptions), *fields(RenderOptions)):
+            if not self.by_model and self.is_given(f.name):
+                raise ConfigError(
+                    f"{flag(f.name)} is for rewards that are models, and {self.reward} is not: leave it out"
+                )
         for name in ("model", "adapter", "reference", "beta"):
             if getattr(self, name) is not None:
                 raise ConfigError(f"{flag(name)} is read with --reward implicit alone; leave it out")
 
     @property
     def by_model(self) -> bool:
-        """Whether a model gives the numbers: ``implicit``, a folder, or a name on the Hub."""
+        """Whether a model gives the scores: ``implicit``, a folder, or a name on the Hub."""
         return self.reward == IMPLICIT or is_model_reward(self.reward)
 
 
 def is_model_reward(name: str) -> bool:
-    """Whether a reward is named as models are: ``owner/name``, a path, or a folder that is there; a rule is none."""
+    """Whether a reward is named like a model: ``owner/name``, a path, or an existing folder."""
     return name not in RULES and ":" not in name and ("/" in name or Path(name).expanduser().is_dir())
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeConfig:
-    """A model and the adapter that becomes part of it. ``model`` alone may be an adapter: it is then moved there."""
+class MergeConfig(Config):
+    """A model and the adapter to merge into it. ``model`` alone may be the adapter."""
 
     adapter: str = option(
-        None,
-        "LoRA adapter to fold in: a folder, or a name on the Hugging Face Hub",
+        help="LoRA adapter to merge: a folder, or a name on the Hugging Face Hub",
         group="model",
+        computed=lambda c: c.model if c.model is not None and is_adapter(c.model) else None,
         default_text="--model, where that is an adapter",
     )
     model: str | None = option(
         None, "model that the adapter belongs to", group="model", default_text="the one that the adapter names"
     )
-    output: str = option(help="folder to write the whole model to", group="output")
+    output: str = option(help="folder for the merged model", group="output")
     dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32",
-        "type of the saved weights; those of two bytes halve the folder, and round away the part of a small change"
-        " that the command tells",
+        "type of the saved weights; two-byte types halve the folder and lose part of a small update to rounding, which"
+        " the command reports",
         group="output",
     )
     device: str | None = option(
-        None, "cpu, cuda, cuda:N or mps", group="machine", default_text="cuda, then mps, where there is one, else cpu"
+        None, "cpu, cuda, cuda:N or mps", group="machine", default_text="the first there is of cuda, mps and cpu"
     )
 
-    def __post_init__(self) -> None:
-        check_all(self)
+    def check(self) -> None:
+        """Refuse contradictions."""
+        super().check()
         if self.adapter is None:
-            if self.model is None or not is_adapter(self.model):
-                raise ConfigError("--adapter is missing: LoRA adapter to fold in, a folder or a name on the Hub")
-            object.__setattr__(self, "adapter", self.model)
+            raise ConfigError("--adapter is missing: LoRA adapter to merge, a folder or a name on the Hub")
+        if self.adapter == self.model:
             object.__setattr__(self, "model", None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PushConfig:
-    """A finished folder and where it goes."""
+class PushConfig(Config):
+    """A finished folder and the repository to upload it to."""
 
     folder: str = option(help="folder of a finished model or adapter", group="push", positional=True)
-    repo: str = option(help="repository on the Hugging Face Hub, OWNER/NAME; made where there is none", group="push")
-    private: bool = option(False, "make a new repository private; refused where it is there and public", group="push")
+    repo: str = option(help="repository on the Hugging Face Hub, OWNER/NAME; created if absent", group="push")
+    private: bool = option(False, "create a private repository; refused where it exists and is public", group="push")
     with_run: bool = option(
-        False, "upload run.json, metrics.jsonl and config.yaml too; they name folders of this machine", group="push"
+        False, "upload run.json, metrics.jsonl and config.yaml too; they contain paths of this machine", group="push"
     )
-    with_checkpoints: bool = option(False, "upload checkpoints too, with the optimiser's state", group="push")
-    yes: bool = option(False, "do not ask before anything is sent", group="push")
-
-    def __post_init__(self) -> None:
-        check_all(self)
+    with_checkpoints: bool = option(False, "upload checkpoints too, with optimiser states", group="push")
+    yes: bool = option(False, "do not ask for confirmation", group="push")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheListConfig:
-    """Listing takes no option: the folder is ``PREFOPT_CACHE``."""
+class CacheListConfig(Config):
+    """No options: the folder is ``PREFOPT_CACHE``."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheVerifyConfig:
-    """Checking every stored file against its checksum."""
+class CacheVerifyConfig(Config):
+    """Check of all cached files against their checksums."""
 
     repair: bool = option(
-        False, "take damaged files out of use, so that what they held is made again when needed", group="cache"
+        False, "remove damaged files, so that their contents are computed again when needed", group="cache"
     )
-
-    def __post_init__(self) -> None:
-        check_all(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheClearConfig:
-    """Removing entries. Both conditions together remove what meets both."""
+class CacheClearConfig(Config):
+    """Entries to remove; two conditions must both hold."""
 
     space: list[str] | None = option(
-        None, "ids of what to remove, as prefopt cache list shows them", group="cache", default_text="all"
+        None, "ids of entries to remove, from prefopt cache list", group="cache", default_text="all"
     )
     older_than: float | None = option(
-        None, "remove only what was not used for this many days", group="cache", default_text="any age", at_least=0
+        None, "remove only entries unused for this many days", group="cache", default_text="any age", at_least=0
     )
-
-    def __post_init__(self) -> None:
-        check_all(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-    """Runs to tell about, and the page to write."""
+class ReportConfig(Config):
+    """Runs to report, and the page to write. Construction raises ``ConfigError``."""
 
     run: list[str] | None = option(
         None,
-        "output folders of the runs to tell about, of chains of prefopt rlhf, and of sweeps of prefopt frontier",
+        "output folders of runs, of prefopt rlhf and of prefopt frontier",
         group="report",
         default_text="none; then give --comparisons",
         positional=True,
     )
     comparisons: list[str] | None = option(
-        None, "files of what prefopt compare --json printed: win rates, and some of the samples", group="report"
+        None, "output files of prefopt compare --json: win rates, and some of the samples", group="report"
     )
     output: str = option("report.html", "page to write", group="report")
     title: str | None = option(
         None, "heading of the page", group="report", default_text="the names of the runs' folders"
     )
 
-    def __post_init__(self) -> None:
-        check_all(self)
+    def check(self) -> None:
+        """Refuse contradictions."""
+        super().check()
         if not self.output.lower().endswith((".html", ".htm")):
             raise ConfigError(f"--output {self.output} must end in .html")
 
@@ -279,87 +260,72 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunsConfig:
-    """Folders of runs to list, one run to tell about, or several to compare."""
+class RunsConfig(Config):
+    """Folders of runs to list, one run to describe, or several to compare."""
 
     folder: list[str] | None = option(
         None,
-        "folders whose runs are listed; or the output folders of one run, which is told about, or of several, which"
-        " are compared",
+        "folders to list the runs of; or the output folder of one run to describe, or of several to compare",
         group="runs",
         default_text="the current folder",
         positional=True,
     )
     json: bool = option(False, "print JSON, for programs", group="runs")
 
-    def __post_init__(self) -> None:
-        check_all(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class PlotConfig:
-    """Runs to draw, and how."""
+class PlotConfig(Config):
+    """Runs to plot. Construction raises ``ConfigError``."""
 
     run: list[str] = option(
-        help="output folders of the runs to draw, and of chains of prefopt rlhf", group="plot", positional=True
+        help="output folders of the runs to plot, and of prefopt rlhf", group="plot", positional=True
     )
-    output: str = option("curves.png", "picture to write: .png, .svg or .pdf", group="plot")
+    output: str = option("curves.png", "image to write: .png, .svg or .pdf", group="plot")
     metrics: list[str] | None = option(
         None,
-        "what to draw, by the names of metrics.jsonl; the part before the slash draws chosen and rejected in one panel",
+        "metrics to plot, by their names in metrics.jsonl; a name up to its slash plots chosen and rejected together",
         group="plot",
-        default_text="loss, margin, accuracy and log-ratios, as far as the runs have them",
+        default_text="loss, margin, accuracy and log-ratios, where the runs have them",
     )
-    x: Literal["step", "epoch"] = option(
-        "step", "what the curves run over; epoch compares runs of different batch sizes", group="plot"
-    )
+    x: Literal["step", "epoch"] = option("step", "x axis; epoch compares runs of different batch sizes", group="plot")
 
-    def __post_init__(self) -> None:
-        check_all(self)
+    def check(self) -> None:
+        """Refuse contradictions."""
+        super().check()
         if not self.output.lower().endswith(PICTURES):
             raise ConfigError(f"--output {self.output} must end in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossesConfig:
-    """The list of losses, or one of them."""
+class LossesConfig(Config):
+    """The list of losses, or the description of one."""
 
     name: str | None = option(
-        None, "loss to tell everything of", group="loss", default_text="a list of all", positional=True
+        None,
+        "loss to describe: a name, or your own as module:function",
+        group="loss",
+        default_text="a list of all",
+        positional=True,
     )
-
-    def __post_init__(self) -> None:
-        check_all(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataLayoutsConfig:
-    """The list of layouts, or one of them."""
+class DataLayoutsConfig(Config):
+    """The list of layouts, or the description of one."""
 
-    name: str | None = option(
-        None, "layout to tell everything of", group="layout", default_text="a list of all", positional=True
-    )
-
-    def __post_init__(self) -> None:
-        check_all(self)
+    name: str | None = option(None, "layout to describe", group="layout", default_text="a list of all", positional=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """The demonstration decides everything but where its results go and the seed."""
+class DemoConfig(Config):
+    """The demonstration."""
 
-    output: str = option("runs/demo", "folder to write the results to", group="output")
+    output: str = option("runs/demo", "folder for the results", group="output")
     seed: int = option(0, "seed of prompts, samples and training", group="machine", at_least=0, at_most=2**32 - 1)
 
-    def __post_init__(self) -> None:
-        check_all(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class EnvConfig:
-    """How the state of this installation is printed."""
+class EnvConfig(Config):
+    """The state of this installation."""
 
     json: bool = option(False, "print JSON, for programs", group="env")
-
-    def __post_init__(self) -> None:
-        check_all(self)

@@ -25,7 +25,7 @@ from prefopt.errors import CacheError, ModelError, UserError
 
 
 class Damaged(Exception):
-    """A file of the cache is not what was written."""
+    """A file of the cache is not what was written there."""
 
 
 def cache_root() -> Path:
@@ -37,27 +37,27 @@ def cache_root() -> Path:
 
 
 def reference_folder(root: Path | None = None) -> Path:
-    """Where the spaces of reference values are."""
+    """Folder of the reference log-probabilities."""
     return (root or cache_root()) / "reference"
 
 
 def tokens_folder(root: Path | None = None) -> Path:
-    """Where tokenised data are."""
+    """Folder of the tokenised data."""
     return (root or cache_root()) / "tokens"
 
 
 def samples_folder(root: Path | None = None) -> Path:
-    """Where samples that were drawn to be compared are."""
+    """Folder of the samples drawn for comparisons."""
     return (root or cache_root()) / "samples"
 
 
 def space_lock(folder: Path) -> FileLock:
-    """The lock of an entry of the cache, held by whoever writes into it. It lies beside the folder and outlives it."""
+    """The lock that a writer of an entry holds. It lies beside the folder of the entry and outlives it."""
     return FileLock(folder.with_name(folder.name + ".lock"))
 
 
 def acquired(lock: FileLock, seconds: float = 0) -> bool:
-    """Try to take a lock for so long; the system frees it when its holder dies. Raises ``CacheError``."""
+    """Try to take a lock; the system frees it when its holder dies. Raises ``CacheError``."""
     path = Path(lock.lock_file)
     with cache_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,16 +77,16 @@ def cache_errors(path: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "free some space" if full else "make it accessible"
         raise CacheError(
-            f"cache {path}: {error.strerror or error}; what was stored before is kept; "
-            f"{remedy} or set PREFOPT_CACHE to another folder"
+            f"cache {path}: {error.strerror or error}; existing entries are kept; {remedy} or set"
+            " PREFOPT_CACHE to another folder"
         ) from error
 
 
 def write_cached(path: Path, data: bytes) -> None:
-    """Replace a file of the cache by ``data``, as :func:`replace_file` does. Raises ``CacheError``.
+    """Replace a file of the cache by ``data``, atomically. Raises ``CacheError``.
 
-    The caller holds the lock of the folder: the name written aside is always the same, so that a killed process
-    leaves at most one stray file, which the next writer overwrites.
+    The caller holds the lock of the folder: the temporary name is always the same, so that a killed process leaves at
+    most one file, which the next writer overwrites.
     """
     with cache_errors(path):
         replace_file(path, data, aside="writing.tmp")
@@ -94,26 +94,26 @@ def write_cached(path: Path, data: bytes) -> None:
 
 SAMPLES = "samples.jsonl"
 USED = ("about.json", "manifest.json", f"{SAMPLES}.run.json")
-"""The files whose modification time notes the last use of an entry."""
+"""Files whose modification time is the last use of an entry."""
 
 
 def reference_entries(root: Path | None = None) -> list[Path]:
-    """The spaces of reference values, by id."""
+    """The entries of reference log-probabilities, sorted by id."""
     return _named(reference_folder(root), 12)
 
 
 def token_entries(root: Path | None = None) -> list[Path]:
-    """The folders of tokenised data, by id."""
+    """The entries of tokenised data, sorted by id."""
     return _named(tokens_folder(root), 16)
 
 
 def sample_entries(root: Path | None = None) -> list[Path]:
-    """The folders of samples, by id."""
+    """The entries of samples, sorted by id."""
     return _named(samples_folder(root), 20)
 
 
 def model_of(folder: Path) -> str:
-    """The model that samples were drawn from, as it was named then."""
+    """The name of the model that samples were drawn from."""
     try:
         return str(json.loads((folder / f"{SAMPLES}.run.json").read_text("utf-8"))["options"]["model"])
     except Exception:
@@ -121,7 +121,7 @@ def model_of(folder: Path) -> str:
 
 
 def used(folder: Path) -> None:
-    """Note that an entry was used now."""
+    """Record that an entry is used now."""
     for mark in (folder / name for name in USED):
         if mark.exists():
             mark.touch()
@@ -134,20 +134,20 @@ def _named(parent: Path, digits: int) -> list[Path]:
 
 
 def last_used(folder: Path) -> float:
-    """Seconds since the epoch."""
+    """Time of the last use, in seconds since the epoch."""
     marks = [folder / name for name in USED]
     return next((mark for mark in marks if mark.exists()), folder).stat().st_mtime
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of its files."""
+    """Bytes of the files of an entry."""
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def clear(root: Path | None = None, ids: Collection[str] | None = None, *, older_than_days: float | None = None) -> int:
-    """Remove entries: all, those named, those not used for so long, or both conditions together. Gives bytes freed.
+    """Remove entries that meet the given conditions; returns the bytes freed.
 
-    Raises ``CacheError`` before removing anything where an id is unknown or a process is writing into one of them.
+    Raises ``CacheError``, before removing anything, for an unknown id and for an entry that is being written.
     """
     folders = [*reference_entries(root), *token_entries(root), *sample_entries(root)]
     if ids is not None:
@@ -174,7 +174,7 @@ def clear(root: Path | None = None, ids: Collection[str] | None = None, *, older
 def remove(folder: Path) -> None:
     """Remove an entry whose lock is held. Raises ``CacheError``."""
     with cache_errors(folder):
-        # out of sight first: a reader sees the whole entry or none of it
+        # renamed first: a reader sees the whole entry or none of it
         gone = folder.with_name(folder.name + ".removed")
         shutil.rmtree(gone, ignore_errors=True)
         with suppress(FileNotFoundError):
@@ -184,8 +184,8 @@ def remove(folder: Path) -> None:
 
 log = logging.getLogger(__name__)
 
-# Two writes within one tick of a file system's clock leave the same times behind (FAT's tick is two seconds), so a
-# file touched so recently may change again unseen: it is hashed again each time until it has come to rest.
+# Two writes within one tick of a file system's clock leave the same times (FAT's tick is two seconds): the hash of a
+# file that changed so recently is not remembered.
 RACY_SECONDS = 2.5
 LARGE_BYTES = 1 << 30
 
@@ -195,9 +195,9 @@ Signature = list[int]
 def file_hashes(paths: Sequence[Path], root: Path | None = None, *, error: type[UserError] = ModelError) -> list[str]:
     """SHA-256 (hex) of each file's bytes, in the order of ``paths``.
 
-    Remembered in ``hashes.json`` of the cache by real path, device, inode, size and times. The time of the last
-    change of the inode is among them, because a copy can set a file's modification time back, but not that one.
-    Raises ``error`` where a file cannot be read, ``CacheError`` where the memory cannot be written.
+    Remembered in ``hashes.json`` of the cache by real path, device, inode, size and times, among them the inode's
+    change time, which a copy cannot set back. Raises ``error`` for an unreadable file, ``CacheError`` where the cache
+    cannot be written.
     """
     memo_path = (root or cache_root()) / "hashes.json"
     real = [Path(os.path.realpath(p)) for p in paths]
@@ -221,9 +221,9 @@ def file_hashes(paths: Sequence[Path], root: Path | None = None, *, error: type[
 
 
 def _hash(path: Path, error: type[UserError]) -> tuple[str, Signature | None]:
-    """The digest and the signature to remember it by: None where the file has only just changed.
+    """The digest, and the signature to remember it by, None for a file that has just changed.
 
-    The signature is from before reading, so that of a file written meanwhile differs at the next look.
+    The signature is from before reading, so that a write in the meantime is noticed next time.
     """
     before, started = _signature(path, error), time.time_ns()
     try:
@@ -244,7 +244,7 @@ def _signature(path: Path, error: type[UserError]) -> Signature:
 
 
 def _read_memo(path: Path) -> dict[str, tuple[Signature, str]]:
-    """What is remembered. A memory that cannot be read is only a memory lost: the files are hashed again."""
+    """The remembered hashes; none where they cannot be read: the files are hashed again."""
     try:
         entries = json.loads(path.read_text())["files"]
         return {name: ([int(n) for n in sign], str(digest)) for name, (sign, digest) in entries.items()}
@@ -255,8 +255,8 @@ def _read_memo(path: Path) -> dict[str, tuple[Signature, str]]:
 def _remember(path: Path, new: dict[str, tuple[Signature, str]]) -> None:
     lock = FileLock(path.with_suffix(".lock"))
     while not acquired(lock, seconds=1):
-        pass  # held for the moment of one small write
-    try:  # read again under the lock: another process may have added its own
+        pass  # held only for one small write
+    try:  # read again under the lock: another process may have added hashes
         entries = {name: entry for name, entry in _read_memo(path).items() if Path(name).exists()} | new
         write_cached(path, json.dumps({"files": entries}, indent=0).encode())
     finally:

@@ -1,4 +1,4 @@
-"""The one way to write a file: aside, flushed, renamed; and what is said when that fails.
+"""Files: atomic writes, JSON with one-line errors, and dataclasses from JSON.
 
 >>> from dataclasses import dataclass
 >>> @dataclass
@@ -33,13 +33,13 @@ from safetensors import SafetensorError
 from prefopt.errors import RunError, UserError
 
 LEFT_SECONDS = 3600.0
-"""How long nobody must have written what is taken for a leftover, where no lock says that nobody can."""
+"""Age of a temporary file that counts as left over, where no lock excludes a writer."""
 _ASIDE = re.compile(r"\.(\d{1,9})(?:-\w+)?$")  # SQLite adds -journal
 
 
 @contextmanager
 def output_errors(path: Path) -> Iterator[None]:
-    """A full or forbidden disk, in one line (``RunError``)."""
+    """Turn an error about a full or read-only disk into a one-line ``RunError``."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -48,15 +48,15 @@ def output_errors(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file of a run's output, whole or not at all. Raises ``RunError``."""
+    """Write a JSON file atomically. Raises ``RunError``."""
     with output_errors(path):
         replace_file(path, json.dumps(value, indent=2).encode())
 
 
 def replace_file(path: Path, data: bytes, *, aside: str | None = None) -> None:
-    """Replace ``path`` by ``data``, whole or not at all, also across a power cut; an ``OSError`` leaves it as it was.
+    """Replace the contents of ``path`` atomically, even across a power cut; an ``OSError`` leaves it unchanged.
 
-    ``aside`` names the file that is written first, beside it; without one each process takes its own.
+    ``aside``: name of the temporary file beside it; by default each process has its own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     first = path.with_name(aside) if aside else aside_of(path)
@@ -70,18 +70,17 @@ def replace_file(path: Path, data: bytes, *, aside: str | None = None) -> None:
 
 
 def aside_of(path: Path) -> Path:
-    """Where this process makes what is to become ``path``: ``.NAME.PID`` beside it. What killed ones left goes."""
+    """The temporary name of this process for ``path``, ``.NAME.PID``; removes those of killed processes."""
     if path.parent.is_dir():
         remove_leftovers(path.parent, path.name, seconds=LEFT_SECONDS)
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def remove_leftovers(folder: Path, name: str | None = None, *, seconds: float = 0.0) -> None:
-    """Remove what processes that were killed left aside in a folder, of the file ``name`` or of all: what is called as
-    :func:`aside_of` has it, whose process is gone, and that nobody has written for ``seconds``.
+    """Remove temporary files (:func:`aside_of`) of killed processes, for the file ``name`` or all.
 
-    Whoever does not hold the folder's lock waits that long: on a disk that machines share, a number that is nobody's
-    here may be that of a process elsewhere.
+    Only those unchanged for ``seconds``, which a caller without the folder's lock needs: on a disk that machines share,
+    the number may be that of a process elsewhere.
     """
     for left in folder.glob(f".{glob.escape(name) if name else '*'}.*"):
         found = _ASIDE.search(left.name)
@@ -97,7 +96,7 @@ def remove_leftovers(folder: Path, name: str | None = None, *, seconds: float = 
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, if it is there: renamed aside first, so that a kill never leaves half of it under its name."""
+    """Remove a folder if it exists; renamed first, so that a kill never leaves half of it under its name."""
     aside = aside_of(folder)
     try:
         folder.rename(aside)
@@ -107,7 +106,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def write_flushed(path: Path, data: bytes) -> None:
-    """A file that is on the disk when this returns."""
+    """Write a file and flush it to the disk."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -115,7 +114,7 @@ def write_flushed(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable; a system without folder handles does it by itself."""
+    """Flush renames in a folder to the disk, where the system needs it."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -128,7 +127,7 @@ Made = TypeVar("Made")
 
 
 def parsed(text: bytes) -> Any:
-    """Raises ``ValueError`` for whatever is no JSON in UTF-8, or is nested too deep to be read."""
+    """The value of a JSON text. Raises ``ValueError`` for what is no JSON in UTF-8, or nested too deep."""
     try:
         return json.loads(text.decode("utf-8"))
     except UnicodeDecodeError:
@@ -140,10 +139,9 @@ def parsed(text: bytes) -> Any:
 
 
 def read_json(path: Path, make: Callable[[Any], Made], remedy: str) -> Made:
-    """What ``make`` makes of the JSON in a file; ``make`` may fail in any way on what is not as it was written.
+    """``make`` of the JSON in a file; it may raise anything on a damaged one.
 
-    Raises :class:`RunError` where the file cannot be read, or ``make`` failed: with ``remedy``, what to do then. What
-    ``make`` says to a person itself is let through.
+    Raises :class:`RunError` with ``remedy`` where the file cannot be read or ``make`` fails; passes on user errors.
     """
     try:
         return make(parsed(path.read_bytes()))
@@ -152,15 +150,15 @@ def read_json(path: Path, make: Callable[[Any], Made], remedy: str) -> Made:
     except UserError:
         raise
     except Exception as error:
-        told = " ".join(f"{error}".split())[:100]
-        why = told if isinstance(error, (ValueError, TypeError)) else "it is not what was written there"
+        text = " ".join(f"{error}".split())[:100]
+        why = text if isinstance(error, (ValueError, TypeError)) else "it is not what was written there"
         raise RunError(
             f"{path} cannot be read ({why}): damaged, or of another version; restore it, or {remedy}"
         ) from None
 
 
 def printable(value: Any) -> Any:
-    """The same with what no file and no terminal takes in its texts replaced: halves of surrogate pairs."""
+    """The same value with lone surrogates, which no file and terminal accepts, replaced in its texts."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, list):
@@ -169,18 +167,18 @@ def printable(value: Any) -> Any:
 
 
 MARKS = ("config.json", "adapter_config.json")
-"""A folder with one of these is a model's or an adapter's."""
+"""Files that make a folder a model or an adapter."""
 
 
 def models_below(folder: Path) -> list[Path]:
-    """The folders of models one or two levels down, sorted; none where the folder is a model's itself."""
+    """Folders of models one or two levels down, sorted; none where the folder is a model itself."""
     if any((folder / mark).is_file() for mark in MARKS):
         return []
     return sorted({path.parent for mark in MARKS for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{mark}")})
 
 
 def one_below(folder: Path) -> str:
-    """What to add to the line that says that a folder holds no model; nothing where none is below it."""
+    """A hint to models below a folder that is no model itself; empty without any."""
     found = models_below(folder)
     many = "there are models" if len(found) > 1 else "there is a model"
     return f"; {many} below it: name one, such as {found[0]}" if found else ""
@@ -190,9 +188,9 @@ Record = TypeVar("Record")
 
 
 def typed(kind: type[Record], values: Mapping[str, Any]) -> Record:
-    """The dataclass ``kind`` of ``values``. Raises ``TypeError`` for other types or names, and for what is missing.
+    """The dataclass ``kind`` of ``values``. Raises ``TypeError`` for wrong types and unknown or missing names.
 
-    A whole number will do for a float, which must be finite.
+    A float may be a whole number, and must be finite.
     """
     hints = get_type_hints(kind)
     for name, value in values.items():

@@ -1,6 +1,6 @@
-"""The Hugging Face Hub: what its errors mean, in one line with the remedy, and that it is told no more than asked.
+"""The Hugging Face Hub: one-line explanations of its errors, and no telemetry.
 
-Errors are told by the names of their classes: the library takes a second to import, and more than one raises them.
+Errors are recognised by the names of their classes: several libraries raise them, and importing one takes a second.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NETWORK = {
 
 
 def no_telemetry() -> None:
-    """Keep the library from telling more than a request needs; call it before the first one."""
+    """Switch off the library's telemetry; call it before the first request."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import constants
 
@@ -30,7 +30,7 @@ def no_telemetry() -> None:
 
 
 def fetched(name: str, file: str) -> Path | None:
-    """One file of a model on the Hub, as it lies in the cache; None where there is none (loading it says why)."""
+    """The cached path of a file of a model on the Hub; None where there is none (loading reports why)."""
     no_telemetry()
     from huggingface_hub import hf_hub_download
 
@@ -41,7 +41,7 @@ def fetched(name: str, file: str) -> Path | None:
 
 
 def why_not_read(error: BaseException, name: str) -> str | None:
-    """What kept the model or adapter ``name`` from being read from the Hub, and what to do; none for other errors."""
+    """Why the model or adapter ``name`` could not be read from the Hub, with the remedy; None for other errors."""
     kinds, status = _kinds(error), _status(error)
     if "GatedRepoError" in kinds:
         return f"is gated: ask for access at https://huggingface.co/{name}, then log in with: {LOG_IN}"
@@ -57,7 +57,7 @@ def why_not_read(error: BaseException, name: str) -> str | None:
 
 
 def why_not_written(error: BaseException, repo: str) -> str | None:
-    """What kept ``repo`` from being written, and what to do; none for other errors."""
+    """Why ``repo`` could not be written, with the remedy; None for other errors."""
     kinds, status = _kinds(error), _status(error)
     if status == 401 or "LocalTokenNotFoundError" in kinds:
         return f"the Hub does not know you (401); log in with: {LOG_IN}, or set HF_TOKEN to a token that may write"
@@ -74,7 +74,7 @@ def why_not_written(error: BaseException, repo: str) -> str | None:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, and what it was raised from: uploads wrap what went wrong."""
+    """The error and its causes: uploads wrap errors."""
     seen: BaseException | None = error
     while seen is not None:
         yield seen
@@ -82,12 +82,12 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _kinds(error: BaseException) -> set[str]:
-    """The names of the classes of all of them."""
+    """The names of the classes of all of them, with base classes."""
     return {kind.__name__ for one in _chain(error) for kind in type(one).__mro__}
 
 
 def _status(error: BaseException) -> int | None:
-    """The status of the answer that any of them holds."""
+    """The HTTP status in any of them."""
     found = (getattr(getattr(one, "response", None), "status_code", None) for one in _chain(error))
     return next((status for status in found if isinstance(status, int)), None)
 

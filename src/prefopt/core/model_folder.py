@@ -1,11 +1,11 @@
-"""A model folder looked over before a library opens anything of it: what it names, and what it would have built.
+"""Checks of a model or adapter folder before any library opens it.
 
-Folders come from strangers. Their weights must be safetensors files of the folder itself, for other formats run code;
-and their sizes must be those of the weights, for a configuration of a billion layers is built for days before anybody
-asks for the first weight. Only JSON and the headers of weight files are read here.
+Folders are untrusted. Weights must be safetensors files in the folder itself, since other formats run code; sizes in
+the config must match the weights, since a config with a billion layers would be built for days before the first weight
+is read. Only JSON and the headers of weight files are read here.
 
-A link is followed like the file it leads to: in the Hub's cache every file is one, and its target has another name. But
-what is copied on is a file of the folder itself, see :func:`is_own`.
+Links are followed: in the Hub's cache every file is one, with another name. Only files of the folder itself are copied,
+see :func:`is_own`.
 """
 
 from __future__ import annotations
@@ -24,17 +24,15 @@ from prefopt.errors import ModelError
 MODEL_INDEX, ADAPTER_CONFIG = "*.safetensors.index.json", "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 HEADER_BYTES = 100_000_000
-"""The longest header that safetensors itself reads."""
+"""Longest header that safetensors reads."""
 LAYERS, EXPERTS = 1024, 1 << 15
-"""A configuration may have so many layers or experts, whatever the weights; beyond it, each needs a tensor. (Doge names
-16,384 experts, which are pairs of keys, also where it has none.)"""
+"""Layers and experts that a config may have without a tensor each. (Doge configs name 16,384 experts.)"""
 RANK = 4096
-"""An adapter may have this rank, whatever its weights; beyond it, a tensor must have such a side."""
-# Numbers of modules that are made one by one.
+"""Rank that an adapter may have without a tensor with such a side."""
+# Config fields that count modules.
 _REPEATED = re.compile(r"layers?$|blocks?$|depth$|experts?$|^n_layer|heads?$|replication|num_virtual_tokens|stages$")
-# Fields of an adapter by which PEFT imports a module (LoRA of Megatron), or loads other adapters (X-LoRA) and models.
-# Fields whose words PEFT matches against names as regular expressions, and what makes one go back over a name again
-# and again. PEFT itself writes such as ".*\.gate_up_proj".
+# Fields of an adapter that PEFT matches as regular expressions, and what makes such a match backtrack; then fields by
+# which it imports a module (LoRA of Megatron) or loads other adapters (X-LoRA) and models.
 _PATTERNS = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_pattern")
 _REPEATS = re.compile(r"[*+{]")
 _FOREIGN = ("megatron_config", "adapters", "shadow_model", "prompt_tuning_init_state_dict_path")
@@ -45,9 +43,9 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def vet_folder(name: str | Path) -> None:
-    """Raises :class:`ModelError` where a model or adapter folder names foreign files, or sizes that nothing of it has.
+    """Raises :class:`ModelError` for a model or adapter folder with foreign files, or sizes unlike its weights.
 
-    Of a name on the Hub only the configuration is looked at: its weights are loaded from a folder, which is vetted.
+    Of a name on the Hub only the config is checked: its weights are later loaded from a folder.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -66,8 +64,10 @@ def vet_folder(name: str | Path) -> None:
 
 
 def is_own(file: Path) -> bool:
-    """Whether a file can be taken for one of its folder: a link leads to a file of its own name, or to one of the Hub's
-    cache, whose name is a digest. What a stranger's LICENSE leads to may be a private key, and would be published."""
+    """Whether a file belongs to its folder: no link to another name, except to a digest in the Hub's cache.
+
+    A stranger's LICENSE might link to a private key, which would be published.
+    """
     target = file.resolve()
     return file.is_file() and (target.name == file.name or _DIGEST.fullmatch(target.name) is not None)
 
@@ -76,13 +76,13 @@ _REMEDY = "weights must be *.safetensors files in the folder itself: do not use 
 
 
 def shard_names(index: Path) -> list[str]:
-    """The weight files that an index names, sorted. Raises :class:`ModelError` where one is not beside it."""
+    """The weight files of an index, sorted. Raises :class:`ModelError` for one outside its folder."""
     shards = read_object(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise ModelError(f"{index}: no weight_map; download or copy the model again")
     for weight, name in shards.items():
         if not isinstance(name, str) or not _plain(name):
-            raise ModelError(f"{index}: {_said(weight)} is said to lie in {_said(name)}; {_REMEDY}")
+            raise ModelError(f"{index}: the file of {_said(weight)} is {_said(name)}; {_REMEDY}")
     names = sorted(set(shards.values()))
     for path in (index.parent / name for name in names):
         if path.exists() and not path.is_file():
@@ -91,7 +91,7 @@ def shard_names(index: Path) -> list[str]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; nothing where there is no such file. Raises :class:`ModelError` for anything else."""
+    """The JSON object in a file; empty where there is none. Raises :class:`ModelError` for anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -107,14 +107,14 @@ def read_object(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What weight files hold: tensors, and the longest side of any."""
+    """The number of tensors in weight files, and their longest side."""
 
     tensors: int = 0
     longest: int = 0
 
 
 def held_by(files: Iterable[Path]) -> Held | None:
-    """What the headers of safetensors files say; None where there is no file, or one is damaged (loading says how)."""
+    """The tensors of safetensors files; None without files, or for a damaged one (loading reports it)."""
     shapes: list[list[int]] = []
     seen = False
     for path in files:
@@ -129,7 +129,7 @@ def held_by(files: Iterable[Path]) -> Held | None:
 
 
 def _shapes(path: Path) -> list[list[int]]:
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # a pipe would block
         raise ValueError
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -140,7 +140,7 @@ def _shapes(path: Path) -> list[list[int]]:
 
 
 def _check_counts(path: Path, config: dict[str, Any], held: Held | None) -> None:
-    """Refuse numbers of modules that would be built one after another, and for which there is not even a tensor."""
+    """Refuse more modules than there are tensors."""
     # Experts that are fused, and heads, are a side of a tensor; a vocabulary's side says nothing of either.
     most = max(LAYERS, held.tensors, held.longest if held.longest < 1 << 16 else 0) if held else LAYERS
     for key, value in _numbers(config):
@@ -150,21 +150,21 @@ def _check_counts(path: Path, config: dict[str, Any], held: Held | None) -> None
 
 
 def _vet_adapter(folder: Path) -> None:
-    """An adapter's own numbers, and what it would have imported or loaded from elsewhere."""
+    """Refuse an adapter that imports or loads anything else, or whose ranks do not match its weights."""
     path = folder / ADAPTER_CONFIG
     config = read_object(path)
     if foreign := [field for field in _FOREIGN if config.get(field) is not None]:
         raise ModelError(
-            f"{path}: {foreign[0]} names code or weights that are not in this folder, and are not opened; it is not an"
-            " adapter to load"
+            f"{path}: {foreign[0]} names code or weights outside this folder, which are not opened; it cannot be loaded"
         )
     for field in _PATTERNS:
         value = config.get(field)
         for word in value if isinstance(value, (list, dict)) else [value]:
-            if isinstance(word, str) and _REPEATS.search(word.removeprefix(".*")):
+            # PEFT itself writes .*\.NAME for the weights of experts, which goes back over a name only once.
+            if isinstance(word, str) and _REPEATS.search(word.removeprefix(r".*\.")):
                 raise ModelError(
-                    f"{path}: {field} has the pattern {word[:60]!r}, which may take without end to match; name the"
-                    " modules as they are"
+                    f"{path}: {field} has the pattern {word[:60]!r}, which can take forever to match; write the"
+                    " names of the modules instead"
                 )
     weights = folder / ADAPTER_WEIGHTS
     held = held_by([weights] if weights.exists() else [])
@@ -176,7 +176,7 @@ def _vet_adapter(folder: Path) -> None:
 
 
 def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """Every whole number of a configuration, with the nearest key above it."""
+    """Every whole number of a config, with the nearest key above it."""
     waiting: list[tuple[str, Any]] = list(config.items())
     while waiting:
         key, value = waiting.pop()
@@ -200,7 +200,7 @@ def _said(value: object) -> str:
 
 
 def weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
-    """The files that transformers takes, in its order of preference: named in the config, single, sharded."""
+    """The weight files that transformers loads, by its order: named in the config, single, sharded."""
     named = config.get("transformers_weights")
     for candidate in (folder / n for n in (named, _SINGLE, _INDEX) if n):
         if not candidate.exists():
@@ -213,8 +213,8 @@ def weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
         return files
     if any(file for pattern in _PICKLES for file in folder.glob(pattern)):
         raise ModelError(
-            f"{folder}: weights only as pickle, which can run foreign code and is not opened; "
-            "convert them to safetensors (model.save_pretrained) where you trust them"
+            f"{folder}: the weights are pickles, which can run code and are not opened; convert them to safetensors"
+            " (model.save_pretrained) if you trust them"
         )
     raise ModelError(f"{folder}: no {_SINGLE} or {_INDEX}; download or copy the model again")
 
@@ -223,50 +223,52 @@ WHOLE = ("model*.safetensors", "pytorch_model*.bin")
 
 
 def is_adapter(name: str | Path) -> bool:
-    """Whether a folder on this machine holds an adapter, and no weights of a whole model."""
+    """Whether a local folder holds an adapter without the weights of a whole model."""
     folder = Path(name).expanduser()
     return (folder / ADAPTER_CONFIG).is_file() and not any(file for pattern in WHOLE for file in folder.glob(pattern))
 
 
 def refuse_both(name: str | Path) -> None:
-    """Raises :class:`ModelError` for a folder with a whole model and an adapter: transformers would put the one on the
-    other as it loads, and what it is then is neither in the name of the model nor in what is saved of it."""
+    """Raises :class:`ModelError` for a folder with a whole model and an adapter.
+
+    transformers would combine them on loading, which neither the name nor a saved copy of the model would show.
+    """
     if (Path(name) / ADAPTER_CONFIG).is_file() and not is_adapter(name):
         raise ModelError(
-            f"{name} holds a whole model and an adapter, which transformers would put on it: take {ADAPTER_CONFIG} out,"
-            " or give each a folder of its own, one as --model and one as --adapter"
+            f"{name} holds a whole model and an adapter: remove {ADAPTER_CONFIG}, or put each into its own folder and"
+            " give --model and --adapter"
         )
 
 
 def base_of(folder: str | Path) -> str:
-    """The model that an adapter names: a folder, as it is named or seen from the adapter's, else a name on the Hub.
+    """The base model of an adapter: a folder, also relative to the adapter's, or a name on the Hub.
 
-    Raises :class:`ModelError` where it names none.
+    Raises :class:`ModelError` where the adapter names none.
     """
     name = read_adapter(folder).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
-        raise ModelError(f"{folder} does not name the model it belongs to; give --model BASE --adapter {folder}")
+        raise ModelError(f"{folder} does not name its base model; give --model BASE --adapter {folder}")
     beside = Path(folder).expanduser() / name
     return str(beside) if not Path(name).expanduser().exists() and beside.exists() else name
 
 
 def task_of(folder: str | Path) -> str | None:
-    """What PEFT calls the task of an adapter: ``SEQ_CLS`` has a scalar head. None where nothing is said."""
+    """PEFT's task type of an adapter, or None; ``SEQ_CLS`` has a scalar head."""
     found = read_adapter(folder).get("task_type") if (Path(folder).expanduser() / ADAPTER_CONFIG).is_file() else None
     return found if isinstance(found, str) else None
 
 
 def require_adapter(folder: str | Path) -> None:
-    """Raises :class:`ModelError` for a folder on this machine that is none of a PEFT adapter."""
+    """Raises :class:`ModelError` for a local folder that holds no PEFT adapter."""
     path = Path(folder).expanduser()
     if not path.exists() or (path / ADAPTER_CONFIG).is_file():
         return
-    whole = "it is a whole model and no adapter; name it as --model"
+    whole = "it is a whole model; give it as --model"
     what = whole if (path / "config.json").is_file() else f"it is not a PEFT adapter{one_below(path)}"
     raise ModelError(f"--adapter {folder} holds no {ADAPTER_CONFIG}: {what}")
 
 
 def read_adapter(folder: str | Path) -> dict[str, Any]:
-    """``adapter_config.json`` of a folder. Raises :class:`ModelError` where there is none, or a damaged one."""
+    """``adapter_config.json`` of a folder. Raises :class:`ModelError` where it is missing or damaged."""
     require_adapter(folder)
     return read_object(Path(folder).expanduser() / ADAPTER_CONFIG)

@@ -2,10 +2,13 @@
 
 >>> from dataclasses import dataclass
 >>> @dataclass(frozen=True, kw_only=True)
-... class Config:
-...     beta: float = option(0.1, "strength", group="loss", above=0)
->>> [o.flag for o in options(Config)], checked(options(Config)[0], 2)
+... class Example(Config):
+...     beta: float = option(0.1, "KL penalty", group="loss", above=0)
+>>> [o.flag for o in options(Example)], Example(beta=2).beta
 (['--beta'], 2.0)
+>>> Example(beta=-1)
+Traceback (most recent call last):
+prefopt.core.options.WrongValue: --beta is -1; it must be a number above 0
 
 >>> parse_given("ppo", ["beta=0.02", "critic=head", "learning-rate=1e-5"])
 {'beta': 0.02, 'critic': 'head', 'learning_rate': 1e-05}
@@ -24,21 +27,22 @@ import shutil
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 
 from prefopt.errors import ConfigError
 
-Config = TypeVar("Config")
+AnyConfig = TypeVar("AnyConfig")
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "a list of text"}
 _COMPARE = {"of at least": operator.ge, "above": operator.gt, "of at most": operator.le, "below": operator.lt}
-LAST = "machine"
-"""The group that help and docs show last, whichever class brings it."""
+FIRST, LAST = ("study", "model", "adapter"), "machine"
+"""The groups that help and docs show first and last, whichever class brings them."""
 RENAMED = {"reference_every": "ref_model_sync_steps", "reference_mix": "ref_model_mixup_alpha", "roads": "methods"}
 """Options by the name that they had before."""
 BITS = 64
@@ -47,23 +51,26 @@ SAID = 200
 """Characters that are quoted of a wrong value."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """One option: ``type`` is the field's annotation; ``default_text`` is what help prints; ``limits`` bound a number.
+    """One option of a config or of a loss.
 
-    ``default`` is the field's, or None where the option is required. A ``positional`` one may come without its flag,
-    as the first words after the verb.
+    ``type``: the annotation of its field. ``default_text``: the default as help prints it. ``limits`` bound a number.
+    ``positional``: it may come without its flag, as the first words after the command. ``only``: another option and
+    the value of it without which this one is not read. ``computed``: its default, from the other options.
     """
 
     name: str
-    type: Any
-    help: str
-    group: str
-    required: bool
-    default: Any
-    default_text: str
-    limits: tuple[tuple[str, float], ...]
+    help: str = ""
+    type: Any = float
+    group: str = ""
+    required: bool = False
+    default: Any = None
+    default_text: str = ""
+    limits: tuple[tuple[str, float], ...] = ()
     positional: bool = False
+    only: tuple[str, object] | None = None
+    computed: Callable[[Any], Any] | None = None
 
     @property
     def flag(self) -> str:
@@ -72,7 +79,7 @@ class Option:
 
     @property
     def kinds(self) -> tuple[Any, ...]:
-        """The types a value may have, ``None`` left out."""
+        """The types a value may have, without ``None``."""
         if typing.get_origin(self.type) in (typing.Union, types.UnionType):
             return tuple(a for a in typing.get_args(self.type) if a is not types.NoneType)
         return (self.type,)
@@ -103,44 +110,60 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+_BOUNDS = {"at_least": "of at least", "above": "above", "at_most": "of at most", "below": "below"}
+
+
+def bounds(**limits: float) -> tuple[tuple[str, float], ...]:
+    """The ``limits`` of an :class:`Option`, from ``at_least``, ``above``, ``at_most`` and ``below``."""
+    return tuple((_BOUNDS[word], limit) for word, limit in limits.items())
+
+
 def option(
     default: Any = MISSING,
     help: str = "",
     *,
     group: str,
     default_text: str | None = None,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
     positional: bool = False,
+    computed: Callable[[Any], Any] | None = None,
+    **limits: float,
 ) -> Any:
-    """A dataclass field with its help; required where it has no default. ``default_text`` says what None stands for."""
-    bounds = {"of at least": at_least, "above": above, "of at most": at_most, "below": below}
-    limits = tuple((word, limit) for word, limit in bounds.items() if limit is not None)
-    metadata = {
-        "help": help,
-        "group": group,
-        "default_text": default_text,
-        "limits": limits,
-        "positional": positional,
-    }
-    return field(default=default, metadata=metadata)
+    """A dataclass field with its help; required without a default.
+
+    ``computed`` gives the default from the config, once its other options are checked; ``default_text`` describes it,
+    or says what None stands for. ``limits``: see :func:`bounds`.
+    """
+    about = {"help": help, "group": group, "default_text": default_text, "positional": positional}
+    more = {"computed": computed, "limits": bounds(**limits)}
+    return field(default=None if computed else default, metadata=about | more)
 
 
 def options(config: type) -> tuple[Option, ...]:
     """The options of a config dataclass, group by group, in the order of its fields."""
+    found = _fields(config)
+    groups = list(dict.fromkeys(o.group for o in found))  # configs inherit: a group may be spread over classes
+    groups.sort(key=lambda g: FIRST.index(g) if g in FIRST else len(FIRST) + (g == LAST))
+    return tuple(sorted(found, key=lambda o: groups.index(o.group)))
+
+
+@cache
+def _fields(config: Any) -> tuple[Option, ...]:
     hints = typing.get_type_hints(config)
     found = []
     for f in fields(config):
-        m, required = f.metadata, f.default is MISSING
+        required = f.default is MISSING
         default = None if required else f.default
-        text = m["default_text"] or _shown(default)
-        limits, positional = m["limits"], m["positional"]
-        found.append(Option(f.name, hints[f.name], m["help"], m["group"], required, default, text, limits, positional))
-    groups = list(dict.fromkeys(o.group for o in found))  # configs inherit, so that a group may come in parts
-    groups.sort(key=LAST.__eq__)
-    return tuple(sorted(found, key=lambda o: groups.index(o.group)))
+        about = {**f.metadata, "default_text": f.metadata["default_text"] or _shown(default)}
+        found.append(Option(name=f.name, type=hints[f.name], required=required, default=default, **about))
+    return tuple(found)
+
+
+class WrongValue(ConfigError):
+    """A value that its option does not take."""
+
+    def __init__(self, o: Option, problem: str, place: str | None = None) -> None:
+        super().__init__(f"{f'{place}: {o.name}' if place else o.flag} {problem}")
+        self.option, self.problem = o, problem
 
 
 def checked(o: Option, value: object, place: str | None = None) -> Any:
@@ -152,44 +175,82 @@ def checked(o: Option, value: object, place: str | None = None) -> Any:
         limits = () if isinstance(found, str) else o.limits
         if found is not None and all(_COMPARE[word](found, limit) for word, limit in limits):
             return found
-    name = f"{place}: {o.name}" if place else o.flag
     if value is None:
-        raise ConfigError(f"{name} has no value; it must be {o.expects}")
+        raise WrongValue(o, f"has no value; it must be {o.expects}", place)
     guess = nearest(value, o.choices) if isinstance(value, str) else ""
-    raise ConfigError(f"{name} is {_said(value)}; it must be {o.expects}{guess}")
+    raise WrongValue(o, f"is {_said(value)}; it must be {o.expects}{guess}", place)
 
 
-def check_all(config: Any) -> None:
-    """Give every field of a frozen dataclass its checked value; called by its ``__post_init__``."""
-    for o in options(type(config)):
-        object.__setattr__(config, o.name, checked(o, getattr(config, o.name)))
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A set of options that checks itself on construction. Raises ``ConfigError``."""
+
+    def __post_init__(self) -> None:
+        """Check types and ranges, fill in computed defaults, then refuse contradictions."""
+        kind: Any = type(self)
+        mine = _fields(kind)
+        fill = object.__setattr__  # the dataclass is frozen for everyone else
+        for o in mine:
+            fill(self, o.name, checked(o, getattr(self, o.name)))
+        for o in mine:
+            if o.computed is not None and getattr(self, o.name) is None:
+                fill(self, o.name, o.computed(self))
+        self.check()
+
+    def check(self) -> None:
+        """Refuse contradictions. Raises ``ConfigError``."""
+
+    def is_given(self, name: str) -> bool:
+        """Whether an option has another value than its default."""
+        return bool(getattr(self, name) != self.__dataclass_fields__[name].default)
+
+    def need(self, other: str, *names: str) -> None:
+        """Refuse options that have no effect without ``other``. Raises ``ConfigError``."""
+        for name in names:
+            if self.is_given(name) and not getattr(self, other):
+                raise ConfigError(f"{flag(name)} does nothing without {flag(other)}: add it, or leave {flag(name)} out")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option with its value, plain enough for YAML; :meth:`from_dict` reads it."""
+        values = {o.name: getattr(self, o.name) for o in options(type(self))}
+        return {name: list(v) if isinstance(v, list) else v for name, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object], place: str | None = None) -> Self:
+        """A config from plain values; ``place`` names their file. Raises ``ConfigError``."""
+        return from_dict(cls, values, place)
+
+
+def check_names(config: type, values: Mapping[str, object], place: str | None = None) -> dict[str, Any]:
+    """The same values. Raises ``ConfigError`` for a name that is no option of ``config``."""
+    known = {o.name: o for o in options(config)}
+    # A file that lists all options of an earlier version has those that were renamed too, mostly without a value.
+    found = {name: value for name, value in values.items() if name not in RENAMED or value is not None}
+    for name in found:
+        if name not in known:
+            where = f"{place}: " if place else ""
+            guess = nearest(name, list(known)) or "; see --help for all of them"
+            raise ConfigError(f"{where}unknown option {name!r}{guess}")
+    return found
 
 
 def check_values(config: type, values: Mapping[str, object], place: str | None = None) -> dict[str, Any]:
     """The values of some options, typed; an unknown name or a wrong value raises ``ConfigError``."""
     known = {o.name: o for o in options(config)}
-    # A file that lists all options of an earlier version has those that were renamed too, mostly without a value.
-    values = {name: value for name, value in values.items() if name not in RENAMED or value is not None}
-    for name in values:
-        if name not in known:
-            where = f"{place}: " if place else ""
-            guess = nearest(name, list(known)) or "; see --help for all of them"
-            raise ConfigError(f"{where}unknown option {name!r}{guess}")
-    return {name: checked(known[name], value, place) for name, value in values.items()}
+    return {name: checked(known[name], value, place) for name, value in check_names(config, values, place).items()}
 
 
-def from_dict(config: type[Config], values: Mapping[str, object], place: str | None = None) -> Config:
+def from_dict(config: type[AnyConfig], values: Mapping[str, object], place: str | None = None) -> AnyConfig:
     """A config from plain values, as a YAML file holds them; unknown and missing names raise ``ConfigError``."""
-    typed = check_values(config, values, place)
-    if missing := [o for o in options(config) if o.required and o.name not in typed]:
+    given = check_names(config, values, place)
+    if missing := [o for o in options(config) if o.required and o.name not in given]:
         raise ConfigError("; ".join(f"{o.flag} is missing: {o.help}" for o in missing))
-    return config(**typed)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Every option with its value, lists copied; ``from_dict`` takes it back."""
-    values = {o.name: getattr(config, o.name) for o in options(type(config))}
-    return {name: list(v) if isinstance(v, list) else v for name, v in values.items()}
+    try:
+        return config(**given)
+    except WrongValue as error:
+        if place is None:
+            raise
+        raise WrongValue(error.option, error.problem, place) from None
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

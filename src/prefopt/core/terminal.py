@@ -1,8 +1,8 @@
-"""The one way to a terminal: whatever is shown passes :func:`visible` first.
+"""Output to a terminal, all of it through :func:`visible`; progress bars; and stop signals.
 
-Data, run records, answers of models, file names and other libraries' messages may hold codes that a terminal obeys:
-they write to the clipboard, retitle the window, move the cursor over lines that stand there, or show text in another
-order than it has. Here they are spelt out. Files that are written (rows, JSON) are data and keep every character.
+Data, run records, answers of models, file names and messages of other libraries may contain control codes: they can
+write to the clipboard, retitle the window, overwrite lines, or reorder text. Here they are escaped. Files (rows, JSON)
+keep every character.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud8
 
 
 def visible(text: str, encoding: str | None = "utf-8") -> str:
-    r"""``text`` with what a terminal would obey, and what ``encoding`` lacks, written as escapes; idempotent.
+    r"""``text`` with control codes, and characters that ``encoding`` lacks, as escapes; idempotent.
 
     >>> visible("red: \x1b[31m, other way round: \u202e")
     'red: \\x1b[31m, other way round: \\u202e'
@@ -50,7 +50,7 @@ def visible(text: str, encoding: str | None = "utf-8") -> str:
 
 
 def one_line(text: str) -> str:
-    """``text`` for a place where a line end would begin a line that is not its own."""
+    """``text`` on one line."""
     return visible(" ".join(text.splitlines()) if "\n" in text or "\r" in text else text)
 
 
@@ -67,7 +67,7 @@ def tell(text: str = "", *, end: str = "\n", flush: bool = False) -> None:
 
 
 def tell_lines(lines: Iterable[str]) -> None:
-    """Lines on standard output, each of which stays one."""
+    """Lines on standard output, without line ends of their own."""
     for line in lines:
         tell(one_line(line))
 
@@ -78,7 +78,7 @@ def tell_json(document: object, *, indent: int = 2) -> None:
 
 
 def json_text(document: object, *, indent: int = 2) -> str:
-    """JSON in printable ASCII: nothing for a terminal to obey, and whoever parses it gets every character back."""
+    """JSON in printable ASCII, from which a parser gets every character."""
     return json.dumps(document, indent=indent, ensure_ascii=True).replace("\x7f", "\\u007f")
 
 
@@ -88,33 +88,33 @@ def complain(text: str) -> None:
 
 
 def write(out: TextIO, text: str) -> None:
-    """Text to a stream that a person may be looking at."""
+    """Write text to a stream that may be a terminal."""
     out.write(visible(text, out.encoding or "utf-8"))
 
 
 class Screen(Console):
-    """Rich's console, which shows text as it is (no markup, no names of emoji) and none that a terminal would obey."""
+    """Rich's console without markup and emoji names, with control codes escaped."""
 
     def __init__(self, **more: Any) -> None:
         super().__init__(**{"highlight": False, "soft_wrap": True, "markup": False, "emoji": False, **more})
 
     def render_str(self, text: str, **more: Any) -> Text:
-        """Text as it is; rich would leave some codes out without a word."""
+        """Text with escapes; rich would drop some codes silently."""
         return super().render_str(visible(text, self.encoding), **more)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Segments as rich makes them; those that are codes of its own have ``control``."""
+        """Rich's segments; its own codes are marked ``control``."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else visible(text, self.encoding), style, control)
 
 
 @contextmanager
 def guarded_streams() -> Iterator[None]:
-    """Log records and warnings of every library, and a traceback that ends the program, pass :func:`visible` too."""
+    """Escape log records, warnings and final tracebacks too."""
     factory, form = logging.getLogRecordFactory(), warnings.formatwarning
     logging.setLogRecordFactory(_Record)
     warnings.formatwarning = lambda *args, **named: visible(form(*args, **named))
-    sys.excepthook = _show_traceback  # stays: it is needed when this has been left
+    sys.excepthook = _show_traceback  # not restored: it is needed after this context
     try:
         yield
     finally:
@@ -132,9 +132,9 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
 
 
 PLAIN_SECONDS = 10.0
-"""Where there is no terminal, a line of progress at most this often."""
+"""Without a terminal, seconds between lines of progress."""
 NOTE_LINES = 4
-"""On a terminal, lines of numbers below a bar at most."""
+"""On a terminal, most lines of numbers below a bar."""
 
 
 class Reporter:
@@ -145,17 +145,17 @@ class Reporter:
         self.mode = ("rich" if self._console.is_terminal else "plain") if mode == "auto" else mode
 
     def say(self, line: str) -> None:
-        """One line, whatever is on the screen."""
+        """Print one line."""
         if self.mode != "none":
             self._console.print(one_line(line))
 
     def show(self, text: str) -> None:
-        """Text of several lines, such as a row or a file of options."""
+        """Print text of several lines."""
         if self.mode != "none":
             self._console.print(text)
 
     def bar(self, what: str, total: int, unit: str) -> Bar:
-        """A bar of ``total`` units; use it as a context."""
+        """A bar of ``total`` units, as a context manager."""
         return Bar(self, self._console, what, total, unit)
 
 
@@ -184,9 +184,9 @@ class Bar:
     def update(
         self, done: int, note: str | Sequence[str] = (), *, first: bool = False, work: float | None = None
     ) -> None:
-        """``done`` units in all; ``note``: numbers in words; ``first`` prints a plain line however soon.
+        """Report ``done`` units in total, with ``note``; ``first`` forces a plain line.
 
-        ``work``: units' worth of work that is done, where units are finished many at once.
+        ``work``: the work done, in units, where many units finish at once.
         """
         at = float(done) if work is None else work
         parts = [note] if isinstance(note, str) else list(note)
@@ -201,12 +201,12 @@ class Bar:
             left = ""
             if at > self._first and done < self._total:
                 left = f", {duration((now - self._started) / (at - self._first) * (self._total - at))} left"
-            told = "".join(f", {part}" for part in parts if part)
-            self._reporter.say(f"{self._what}: {done}/{self._total} {self._unit}{left}{told}")
+            notes = "".join(f", {part}" for part in parts if part)
+            self._reporter.say(f"{self._what}: {done}/{self._total} {self._unit}{left}{notes}")
 
 
 class _Noted(Progress):
-    """One bar with its time left, and numbers below it, wrapped between them and never within one."""
+    """One bar with the time left, and numbers below it, wrapped between numbers."""
 
     def __init__(self, unit: str, console: Screen) -> None:
         self.note: Sequence[str] = ()
@@ -227,7 +227,7 @@ class _Noted(Progress):
 
 
 def wrapped(parts: Iterable[str], width: int) -> list[str]:
-    """Lines of whole parts, indented by two, each no wider than ``width`` where one part is not."""
+    """Lines of whole parts, indented by two, no wider than ``width`` where the parts allow."""
     lines: list[str] = []
     for part in filter(None, parts):
         if lines and len(lines[-1]) + 2 + len(part) <= width:
@@ -248,7 +248,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people: ``3.1 GB``."""
+    """Bytes with a unit: ``3.1 GB``."""
     for unit in ("bytes", "kB", "MB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
@@ -257,7 +257,7 @@ def size(count: float) -> str:
 
 
 class StopRequest:
-    """Inside this context the first SIGINT or SIGTERM only sets ``signal``; work looks at it where it can stop."""
+    """Inside this context the first SIGINT or SIGTERM only sets ``signal``, and the second one kills."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -275,9 +275,9 @@ class StopRequest:
         self._restore()
 
     def check(self, where: str = "") -> None:
-        """Raise :class:`Interrupted` where a stop was asked for; ``where`` says how far the work is."""
+        """Raise :class:`Interrupted` after a stop signal; ``where`` describes the progress."""
         if self.signal is not None:
-            raise Interrupted(f"stopped{where}; what was computed is kept, go on with --resume", self.signal)
+            raise Interrupted(f"stopped{where}; what was computed is kept, continue with --resume", self.signal)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.signal = number

@@ -1,4 +1,4 @@
-"""Options in a YAML file: one name and value per line, names spelt with dashes or underscores."""
+"""Options in a YAML file: one name and value per line, names with dashes or underscores."""
 
 from __future__ import annotations
 
@@ -14,16 +14,13 @@ from prefopt.errors import ConfigError
 
 _HALF = re.compile("[\ud800-\udfff]")
 DEPTH = 20
-"""Options hold lists of values at most; deeper, a parser would run out of stack."""
+"""Deepest nesting: options are at most lists, and a parser may run out of stack."""
 MOST = 1 << 20
-"""Bytes of a file of options, at most: a parser takes a second for each megabyte."""
+"""Most bytes of a file: a parser takes a second per megabyte."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: 1e-6 is a number, and a name that comes twice is a mistake.
-
-    No alias: nothing in a list of options needs one, and a few lines of them spell out a billion values.
-    """
+    """YAML with 1e-6 as a number, without duplicate names, and without aliases, which can make a billion values."""
 
     _depth = 0
 
@@ -46,10 +43,10 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that the loader would take for a number."""
+    """Quotes text that the loader would read as a number."""
 
 
-# YAML 1.1, which PyYAML reads, wants a dot in a number with an exponent.
+# YAML 1.1, which PyYAML reads, requires a dot in a number with an exponent.
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
@@ -62,7 +59,7 @@ def read_document(path: str) -> dict[str, object]:
         with Path(path).open("rb") as file:
             raw = file.read(MOST + 1)
         if len(raw) > MOST:
-            raise ConfigError(f"--config {path} is longer than {MOST >> 20} MiB, which no file of options is")
+            raise ConfigError(f"--config {path} is larger than {MOST >> 20} MiB; give a file of options")
         text = raw.decode("utf-8")
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}; give the name of a YAML file") from error
@@ -70,14 +67,14 @@ def read_document(path: str) -> dict[str, object]:
         raise ConfigError(f"--config {path} is not text in UTF-8 (byte {error.start}); give a YAML file") from error
     loader = None
     try:
-        loader = _Loader(text)  # which looks at every character already
+        loader = _Loader(text)  # checks every character
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}: no options in it; write one per line, such as `beta: 0.1`")
         return _pairs(loader, node, path)
     except ConfigError:
         raise
-    except Exception as error:  # of whatever class: an impossible date is a ValueError, half a character another
+    except Exception as error:  # of any class: an impossible date is a ValueError
         mark = getattr(error, "problem_mark", None)
         place = f"{path}, line {mark.line + 1}" if mark else path
         what = getattr(error, "problem", None) or str(error).partition("\n")[0] or "not readable"
@@ -88,9 +85,9 @@ def read_document(path: str) -> dict[str, object]:
 
 
 def write_document(config: type, values: Mapping[str, object]) -> str:
-    """All options of a config as YAML with their help, the values given put in; ``read_document`` takes it back.
+    """All options of a config as YAML with their help and the given values; ``read_document`` reads it.
 
-    A default that depends on other options is written as null, so that it still does when the file is read.
+    A default that depends on other options is written as null, so that it still does on reading.
     """
     lines: list[str] = []
     group = ""
@@ -104,7 +101,7 @@ def write_document(config: type, values: Mapping[str, object]) -> str:
             continue
         value = values.get(o.name, o.default)
         flow = None if isinstance(value, list) else False
-        plain = "".join(value if isinstance(value, list) else str(value)).isprintable()  # else it is escaped
+        plain = "".join(value if isinstance(value, list) else str(value)).isprintable()  # else YAML escapes it
         text = yaml.dump({o.name: value}, None, _Dumper, default_flow_style=flow, allow_unicode=plain, width=2**31)
         lines.append(text.removesuffix("\n"))
     return "\n".join(lines) + "\n"
@@ -115,6 +112,6 @@ def _pairs(loader: _Loader, node: yaml.MappingNode, path: str) -> dict[str, Any]
     for key, value in node.value:
         name = str(loader.construct_object(key, deep=True)).replace("-", "_")
         if name in found:
-            raise ConfigError(f"{path}, line {key.start_mark.line + 1}: {name} stands there twice; leave one out")
+            raise ConfigError(f"{path}, line {key.start_mark.line + 1}: {name} is a duplicate; remove it")
         found[name] = loader.construct_object(value, deep=True)
     return found

@@ -1,43 +1,46 @@
-"""What a loss is: a pure function, and a declaration that says what it computes, where it is from and what it needs.
+"""What a loss is: a pure function, and a declaration of what it computes, where it is from and what it needs.
 
-A loss maps vectors of log-probabilities to numerators, weights and metrics. It reads no configuration and knows no
-model. The loop divides the sum of the numerators by the sum of the weights of the whole global batch, so that
-micro-batches never change the result.
+A loss maps columns of log-probabilities to numerators, weights and metrics. The trainer divides the sum of the
+numerators by the sum of the weights of the whole global batch, so that micro-batches never change the result.
 
 Notation of formulas: w is the chosen response, l the rejected one, |y| the number of trained tokens of y;
 s(y) = log pi(y) - log ref(y), summed over them; h = s(w) - s(l).
 
-**The signature is the declaration of needs**: the names of the tensor arguments are those of :data:`INPUTS`, and
-nothing that no argument asks for is computed. One with the default None is taken where the data have it. What is
-keyword-only is an option, a plain number or word.
+**The signature is the declaration of needs.** Tensor arguments are named as in :data:`INPUTS`, and nothing else is
+computed; one with the default None is given where the data have it. Keyword-only arguments are options: numbers, words
+or truth values. A loss on pairs may ask for ``margin_P`` or rewards (:data:`DERIVED`) instead of log-probabilities, and
+may return the numerators alone, or with a mapping of further metrics: :func:`prefopt.losses.pair_output` does the rest.
 
->>> from prefopt.losses.declare import LOSSES
 >>> from prefopt.losses.pairs import dpo
 >>> LOSSES["dpo"].function is dpo, LOSSES["dpo"].needs_reference, LOSSES["simpo"].needs_reference
 (True, True, False)
 >>> LOSSES["dpo"].inputs
 ('chosen_logp_P', 'rejected_logp_P', 'chosen_ref_logp_P', 'rejected_ref_logp_P')
+>>> declared(lambda margin_P, *, power=2.0: (1 - margin_P) ** power, "mine").defaults
+{'beta': 0.1, 'power': 2.0, 'divergence': 'reverse_kl', 'divergence_alpha': 0.5}
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from prefopt.core.options import Option, checked, nearest
+from prefopt.core.options import Option, nearest
 from prefopt.errors import ConfigError
+from prefopt.losses.common import BETA, DIVERGENCE, LossOutput, implied, loss_option, pair_output
 
 Kind = Literal["pairs", "labels", "ranking"]
 Value = float | str | bool
-Function = Callable[..., "LossOutput"]
-_F = TypeVar("_F", bound=Function)
+Function = Callable[..., LossOutput]
 
-# Sums of log-probabilities are over the trained tokens of a response, natural logarithm. G counts pairs where the kind
-# is pairs, and groups where it is ranking. What comes from data or from the reference carries no gradient.
+# Sums of log-probabilities are over the trained tokens of a response, natural logarithm. P counts pairs, N responses,
+# G groups. What comes from data or from the reference carries no gradient.
 INPUTS: dict[Kind, dict[str, str]] = {
     "pairs": {
         "chosen_logp_P": "log-probability of the chosen response under the policy",
@@ -46,9 +49,9 @@ INPUTS: dict[Kind, dict[str, str]] = {
         "rejected_ref_logp_P": "the same of the rejected response",
         "chosen_length_P": "trained tokens of the chosen response",
         "rejected_length_P": "trained tokens of the rejected response",
-        "chosen_score_P": "score of the chosen response; NaN where it has none",
-        "rejected_score_P": "score of the rejected response; NaN where it has none",
-        "label_P": "probability that the chosen response is the better one",
+        "chosen_score_P": "score of the chosen response; NaN without one",
+        "rejected_score_P": "score of the rejected response; NaN without one",
+        "label_P": "probability that the chosen response is better",
         "chosen_head_logp_P": "log-probability of the chosen response's first min(|w|, |l|) tokens under the policy",
         "rejected_head_logp_P": "the same of the rejected response",
         "chosen_head_ref_logp_P": "the same of the chosen response under the reference",
@@ -70,117 +73,72 @@ INPUTS: dict[Kind, dict[str, str]] = {
         "logp_N": "log-probability of the response under the policy",
         "ref_logp_N": "the same under the reference",
         "length_N": "trained tokens of the response",
-        "tier_N": "rank of the response in its group, 0 the best; equal where tied (whole numbers)",
+        "tier_N": "rank of the response in its group, 0 the best; equal for ties (whole numbers)",
         "group_N": "index of the response's group, 0 to G - 1, the responses of a group together (whole numbers)",
-        "score_N": "score of the response; NaN where it has none",
+        "score_N": "score of the response; NaN without one",
     },
 }
-
-
-class LossOutput(NamedTuple):
-    """What a loss gives.
-
-    ``numerator_R`` and ``weight_R`` [G] ([N] for labels), the latter constant with respect to the policy; ``metrics``
-    [G] without gradients, to be averaged (a NaN is left out: the row has no such value); ``state``, the running state
-    after this batch, of losses that keep one.
-    """
-
-    numerator_R: torch.Tensor
-    weight_R: torch.Tensor
-    metrics: dict[str, torch.Tensor]
-    state: dict[str, torch.Tensor] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossOption:
-    """A number, a truth value or one of some words.
-
-    ``default`` is the one in the function's signature, filled in on declaration; None: it must be given (a number).
-    ``only`` names another option and the value of it with which alone this one is read.
-    """
-
-    name: str
-    help: str = ""
-    default: Value | None = None
-    choices: tuple[str, ...] = ()
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
-    below: float | None = None
-    only: tuple[str, Value] | None = None
-
-    def checked(self, value: object, place: str) -> Value:
-        """The value with its type. Raises ``ConfigError``, which names ``place`` and what would be right."""
-        if isinstance(value, str) and not self.choices and not isinstance(self.default, str):
-            value = _read(value)
-        return checked(self._option, value, place)  # type: ignore[no-any-return]
-
-    @property
-    def expects(self) -> str:
-        """What a value must be, in words: ``a number above 0``."""
-        return self._option.expects
-
-    @property
-    def _option(self) -> Option:
-        bounds = {"of at least": self.at_least, "above": self.above, "of at most": self.at_most, "below": self.below}
-        limits = tuple((word, limit) for word, limit in bounds.items() if limit is not None)
-        kind: Any = float if self.default is None else type(self.default)
-        kind = Literal[self.choices] if self.choices else float if kind is int else kind
-        return Option(self.name, kind, self.help, "loss", True, None, str(self.default), limits)
+DERIVED = {
+    "margin_P": "beta f'(w) - beta f'(l), with f' of the divergence; adds the options beta and divergence",
+    "chosen_reward_P": "beta s(w); adds the option beta",
+    "rejected_reward_P": "beta s(l)",
+    "chosen_log_ratio_P": "s(w)",
+    "rejected_log_ratio_P": "s(l)",
+}
+"""Columns computed from the log-probabilities of pairs under policy and reference."""
+_LOGPS = tuple(INPUTS["pairs"])[:4]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
     """One loss, declared. ``inputs`` and ``optional_inputs`` are names of :data:`INPUTS`.
 
-    ``whole_batch``: the vectors must be those of the whole global batch. ``per_row``: ``numerator_R[i]`` belongs to
-    pair (group, response) i, so that it can be weighted; false where the loss sorts. ``state0`` is the running state
-    that a run begins with, or None where the loss has none.
+    ``whole_batch``: the columns must be those of the whole global batch. ``per_row``: ``numerator_R[i]`` belongs to row
+    i, so that it can be weighted; false where the loss sorts. ``state0``: the running state at the start of a run.
     """
 
     name: str
     kind: Kind
-    formula: str
-    paper: str
-    when: str
     function: Function
     inputs: tuple[str, ...]
     optional_inputs: tuple[str, ...] = ()
-    options: tuple[LossOption, ...] = ()
+    options: tuple[Option, ...] = ()
+    formula: str = ""
+    paper: str = ""
+    when: str = ""
     whole_batch: bool = False
     per_row: bool = True
     state0: Mapping[str, float] | None = None
     notes: str = ""
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether it needs log-probabilities under the reference, or distributions of it."""
-        return any("ref_logp" in name or "_kl_" in name for name in self.inputs)
+    def needs(self, *parts: str) -> bool:
+        """Whether the name of any input contains one of ``parts``."""
+        return any(part in name for name in self.inputs for part in parts)
 
     @property
-    def needs_lengths(self) -> bool:
-        """Whether it needs the number of trained tokens."""
-        return any("length" in name for name in self.inputs)
+    def needs_reference(self) -> bool:
+        """Whether it needs log-probabilities or distributions of the reference."""
+        return self.needs("ref_logp", "_kl_")
 
     @property
     def needs_scores(self) -> bool:
         """Whether it needs scores from the data."""
-        return any("score" in name for name in self.inputs)
+        return self.needs("score")
 
     @property
     def needs_head_values(self) -> bool:
         """Whether it needs sums over the first tokens of a response."""
-        return any("head" in name for name in self.inputs)
+        return self.needs("head")
 
     @property
     def needs_distributions(self) -> bool:
-        """Whether it needs the reference's and the policy's whole distributions at each token."""
-        return any("_kl_" in name for name in self.inputs)
+        """Whether it needs the whole next-token distributions of policy and reference."""
+        return self.needs("_kl_")
 
     @property
     def needs_mismatched(self) -> bool:
         """Whether it needs responses of other rows."""
-        return any("mismatched" in name for name in self.inputs)
+        return self.needs("mismatched")
 
     @property
     def on_difference(self) -> bool:
@@ -189,21 +147,18 @@ class Loss:
 
     @property
     def defaults(self) -> dict[str, Value]:
-        """Options that have a default, with it."""
-        return {o.name: o.default for o in self.options if o.default is not None}
+        """Default values of the options that have one."""
+        return {o.name: o.default for o in self.options if not o.required}
 
-    def start(self, device: torch.device | str = "cpu") -> dict[str, torch.Tensor] | None:
-        """The running state that a run begins with, scalars (float64 where the device has it), or None."""
+    def start(self, device: torch.device | str = "cpu") -> dict[str, Tensor] | None:
+        """The running state at the start of a run, scalars (float64 where the device has it), or None."""
         if self.state0 is None:
             return None
         dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         return {name: torch.tensor(value, dtype=dtype, device=device) for name, value in self.state0.items()}
 
     def __call__(
-        self,
-        tensors: Mapping[str, torch.Tensor],
-        state: dict[str, torch.Tensor] | None = None,
-        **options: Value,
+        self, tensors: Mapping[str, Tensor], state: dict[str, Tensor] | None = None, **options: Value
     ) -> LossOutput:
         """The loss on those of ``tensors`` that it reads; ``state`` as ``start`` or the last output gave it."""
         given: dict[str, Any] = {name: tensors[name] for name in self.inputs}
@@ -216,117 +171,135 @@ class Loss:
 LOSSES: dict[str, Loss] = {}
 
 
-def loss(
-    *,
-    kind: Kind,
-    formula: str,
-    paper: str,
-    when: str,
-    options: tuple[LossOption, ...] = (),
-    whole_batch: bool = False,
-    per_row: bool = True,
-    state0: Mapping[str, float] | None = None,
-    notes: str = "",
-    name: str | None = None,
-) -> Callable[[_F], _F]:
-    """Declare the decorated function in :data:`LOSSES`. What is left out of ``options`` is read from the signature."""
+def loss(*, name: str | None = None, **about: Any) -> Callable[[Callable[..., Any]], Function]:
+    """Declare the decorated function in :data:`LOSSES`.
 
-    def register(function: _F) -> _F:
+    ``about``: ``formula``, ``paper``, ``when``, ``notes``, ``options`` (:func:`prefopt.losses.loss_option`; the others
+    follow from the signature), ``whole_batch``, ``per_row`` and ``state0`` as in :class:`Loss`. The function that
+    comes out takes the columns of ``Loss.inputs`` and returns a :class:`LossOutput`.
+    """
+
+    def register(function: Callable[..., Any]) -> Function:
         label = name or function.__name__
         if label in LOSSES:
             raise ConfigError(f"a loss named {label!r} is declared already; give yours another name")
-        LOSSES[label] = declared(
-            function,
-            label,
-            kind=kind,
-            formula=formula,
-            paper=paper,
-            when=when,
-            options=options,
-            whole_batch=whole_batch,
-            per_row=per_row,
-            state0=state0,
-            notes=notes,
-        )
-        return function
+        LOSSES[label] = declared(function, label, **about)
+        return LOSSES[label].function
 
     return register
 
 
 @dataclass(slots=True)
-class Signature:
-    """The arguments of a function, taken apart."""
+class _Signature:
+    """The arguments of a function by their role."""
 
-    inputs: list[str] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
     optional: list[str] = field(default_factory=list)
-    options: list[LossOption] = field(default_factory=list)
+    options: list[Option] = field(default_factory=list)
     state: bool = False
 
 
-def declared(function: Function, name: str, *, kind: Kind | None = None, **about: Any) -> Loss:
-    """A function with its declaration; where ``kind`` is None the names of its arguments tell.
-
-    Raises ``ConfigError`` where the signature is none of a loss.
-    """
-    signature = _taken_apart(function, name)
-    kind = kind or _kind_of(signature.inputs, name)
-    for argument in signature.inputs + signature.optional:
-        if argument not in INPUTS[kind]:
-            guess = nearest(argument, list(INPUTS[kind]))
+def declared(function: Callable[..., Any], name: str, *, kind: Kind | None = None, **about: Any) -> Loss:
+    """A function as a loss; without ``kind`` the names of its arguments decide. Raises ``ConfigError``."""
+    found = _signature(function, name)
+    kind = kind or _kind_of(found.columns, name)
+    known = [*INPUTS[kind], *(DERIVED if kind == "pairs" else ())]
+    for argument in found.columns + found.optional:
+        if argument not in known:
+            new = f"{argument[:-2]}_P"
+            guess = f"; it is now called {new}" if argument[-2:] == "_G" and new in known else nearest(argument, known)
             raise ConfigError(f"loss {name}: nothing is called {argument!r} for a loss of kind {kind}{guess}")
-    said = {o.name: o for o in about.pop("options", ())}
-    unread = set(said) - {o.name for o in signature.options}
-    assert not unread, f"{name}: the function does not read {unread}"
-    assert signature.state == (about.get("state0") is not None), f"{name}: state0 goes with an argument named state"
-    about = {"formula": "", "paper": "", "when": "", **about}
+    described = {o.name: o for o in about.pop("options", ())}
+    own = [_described(o, described.pop(o.name, o)) for o in found.options]
+    assert not described, f"{name}: the function does not read {set(described)}"
+    assert found.state == (about.get("state0") is not None), f"{name}: state0 goes with an argument named state"
+    names, derived = {o.name for o in own}, [column for column in found.columns if column in DERIVED]
+    penalised = any("log_ratio" not in column for column in derived)
+    before = (BETA,) if penalised and "beta" not in names else ()
+    after = tuple(o for o in DIVERGENCE if "margin_P" in derived and o.name not in names)
+    options = (*before, *own, *after)
+    logps = _LOGPS if derived else ()
+    inputs = (*logps, *(column for column in found.columns if column not in (*DERIVED, *logps)))
     return Loss(
         name=name,
         kind=kind,
-        function=function,
-        inputs=tuple(signature.inputs),
-        optional_inputs=tuple(signature.optional),
-        options=tuple(replace(said.get(o.name, o), default=o.default) for o in signature.options),
+        function=_on_inputs(function, found, inputs, options),
+        inputs=inputs,
+        optional_inputs=tuple(found.optional),
+        options=options,
         **about,
     )
 
 
-def _taken_apart(function: Function, name: str) -> Signature:
-    found, empty = Signature(), inspect.Parameter.empty
+def _on_inputs(
+    function: Callable[..., Any], found: _Signature, inputs: tuple[str, ...], options: tuple[Option, ...]
+) -> Function:
+    """``function`` as one of its inputs: derived columns are computed, and its output is completed."""
+    columns, own = {*found.columns, *found.optional, "state"}, {o.name for o in found.options}
+    names, defaults = (*inputs, *found.optional), {o.name: o.default for o in options if not o.required}
+    derives = not columns.isdisjoint(DERIVED)
+
+    @functools.wraps(function)
+    def on_inputs(*args: Tensor, **named: Any) -> LossOutput:
+        named.update(zip(names, args, strict=False))
+        values = defaults | named
+        derived = _derived(values) if derives else {}
+        given = {name: value for name, value in (named | derived).items() if name in columns or name in own}
+        output = function(**given, **{name: named[name] for name in named.keys() - {*names, *defaults, *given}})
+        if isinstance(output, LossOutput):
+            return output
+        numerator, metrics = output if isinstance(output, tuple) else (output, {})
+        if not derives:
+            return LossOutput(numerator, torch.ones_like(numerator.detach()), metrics)
+        rewards = derived["chosen_reward_P"], derived["rejected_reward_P"]
+        return pair_output(numerator, *rewards, values["chosen_logp_P"], values["rejected_logp_P"], metrics=metrics)
+
+    return on_inputs
+
+
+def _derived(values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The columns of :data:`DERIVED`; a loss without beta has rewards of beta 1."""
+    ratios = [values[f"{side}_logp_P"] - values[f"{side}_ref_logp_P"] for side in ("chosen", "rejected")]
+    divergence, alpha = values.get("divergence", "reverse_kl"), values.get("divergence_alpha", 0.5)
+    chosen, rejected = (values.get("beta", 1.0) * implied(ratio, divergence, alpha) for ratio in ratios)
+    found = {"margin_P": chosen - rejected, "chosen_reward_P": chosen, "rejected_reward_P": rejected}
+    return found | {"chosen_log_ratio_P": ratios[0], "rejected_log_ratio_P": ratios[1]}
+
+
+def _described(o: Option, described: Option) -> Option:
+    """The option as it is described, with the type and default of the signature."""
+    kind = described.type if described.choices else o.type
+    return replace(described, type=kind, required=o.required, default=o.default, default_text=o.default_text)
+
+
+def _signature(function: Callable[..., Any], name: str) -> _Signature:
+    found, empty = _Signature(), inspect.Parameter.empty
     for key, parameter in inspect.signature(function).parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
-            raise ConfigError(f"loss {name}: name every argument; {parameter} tells nothing of what the loss needs")
+            raise ConfigError(f"loss {name}: name every argument; {parameter} does not say what the loss needs")
         if key == "state":
             found.state = True
         elif parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
-            (found.inputs if parameter.default is empty else found.optional).append(key)
+            (found.columns if parameter.default is empty else found.optional).append(key)
         else:
             default = None if parameter.default is empty else parameter.default
             if default is not None and not isinstance(default, (int, float, str, bool)):
                 raise ConfigError(
                     f"loss {name}: option {key} has {default!r} as default; it must be a number or a word"
                 )
-            found.options.append(LossOption(name=key, default=default))
+            found.options.append(loss_option(key, default=default))
     return found
 
 
-def _kind_of(inputs: list[str], name: str) -> Kind:
-    if any(word in INPUTS["pairs"] or word.startswith(("chosen", "rejected")) for word in inputs):
+def _kind_of(columns: list[str], name: str) -> Kind:
+    if any(word.startswith(("chosen", "rejected", "margin")) or word == "label_P" for word in columns):
         return "pairs"
-    if "label_N" in inputs:
+    if "label_N" in columns:
         return "labels"
-    if "tier_N" in inputs or "group_N" in inputs:
+    if "tier_N" in columns or "group_N" in columns:
         return "ranking"
     raise ConfigError(
-        f"loss {name}: its arguments are {', '.join(inputs) or 'none'}; name them chosen_logp_P and rejected_logp_P for"
-        " pairs, logp_N and label_N for labels, or logp_N, tier_N and group_N for rankings (see docs/methods.md)"
+        f"loss {name}: its arguments are {', '.join(columns) or 'none'}; name them margin_P, or chosen_logp_P and"
+        " rejected_logp_P for pairs, logp_N and label_N for labels, or logp_N, tier_N and group_N for rankings (see"
+        " docs/methods.md)"
     )
-
-
-def _read(text: str) -> object:
-    """A number or a truth value, else the text."""
-    if text.strip().lower() in ("true", "false"):
-        return text.strip().lower() == "true"
-    try:
-        return float(text)
-    except ValueError:
-        return text

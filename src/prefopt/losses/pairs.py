@@ -1,77 +1,71 @@
-"""Losses on the difference of two log-ratios: DPO and what changes the curve or the scale of it.
+"""Losses on the difference of two log-ratios: DPO and its variants.
 
-Tensors are [P], one entry per pair, as :data:`prefopt.losses.declare.INPUTS` describes them.
-
-Tensors are [P], one entry per pair, as :data:`prefopt.losses.declare.INPUTS` describes them.
+Columns are [P], one entry per pair, see :data:`prefopt.losses.declare.INPUTS`.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from prefopt.losses.common import BETA, DIVERGENCE, NLL_WEIGHT, SMOOTHING, implied_rewards, logistic, pair_output
-from prefopt.losses.declare import LossOption, LossOutput, loss
-
-__all__ = ["LossOutput", "dpo", "hinge", "ipo"]
+from prefopt.losses.common import (
+    BETA,
+    DIVERGENCE,
+    NLL_WEIGHT,
+    SMOOTHING,
+    LossOutput,
+    Numerators,
+    implied,
+    logistic,
+    loss_option,
+    pair_output,
+)
+from prefopt.losses.declare import loss
 
 
 @loss(
-    kind="pairs",
     formula="-log sigmoid(beta h)",
     paper="Rafailov et al. 2023, arXiv 2305.18290, equation 7; label smoothing: Mitchell 2023 (conservative DPO)",
-    when="The place to begin. Soft labels and smoothing are for data that people disagree on.",
-    options=(BETA, SMOOTHING, *DIVERGENCE),
+    when="The place to begin. Soft labels and smoothing are for data on which annotators disagree.",
+    options=(SMOOTHING,),
 )
-def dpo(
-    chosen_logp_P: torch.Tensor,
-    rejected_logp_P: torch.Tensor,
-    chosen_ref_logp_P: torch.Tensor,
-    rejected_ref_logp_P: torch.Tensor,
-    label_P: torch.Tensor | None = None,
-    *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    divergence: str = "reverse_kl",
-    divergence_alpha: float = 0.5,
-) -> LossOutput:
+def dpo(margin_P: Tensor, label_P: Tensor | None = None, *, label_smoothing: float = 0.0) -> Tensor:
     r"""Direct Preference Optimization, Rafailov et al. 2023 (arXiv 2305.18290), equation 7.
 
     With :math:`h = (\log\pi_w - \log\mathrm{ref}_w) - (\log\pi_l - \log\mathrm{ref}_l)` the loss of a pair is
     :math:`-\log\sigma(\beta h)`.
 
-    ``label_smoothing`` e, in [0, 0.5), assumes that this part of the labels is flipped (conservative DPO, Mitchell
-    2023): :math:`-(1-e)\log\sigma(\beta h) - e\log\sigma(-\beta h)`, least where :math:`\sigma(\beta h) = 1-e`.
-    ``label_P``, the probability that the chosen response is the better one, takes the place of 1 there.
+    ``label_smoothing`` e, in [0, 0.5), assumes that this fraction of the labels is flipped (conservative DPO, Mitchell
+    2023): :math:`-(1-e)\log\sigma(\beta h) - e\log\sigma(-\beta h)`, with its minimum at :math:`\sigma(\beta h) = 1-e`.
+    ``label_P``, the probability that the chosen response is better, takes the place of 1 there.
     """
-    chosen, rejected = implied_rewards(
-        chosen_logp_P - chosen_ref_logp_P, rejected_logp_P - rejected_ref_logp_P, beta, divergence, divergence_alpha
-    )
-    numerator = logistic(chosen - rejected, label_smoothing, label_P)
-    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
+    return logistic(margin_P, label_smoothing, label_P)
 
 
 @loss(
-    kind="pairs",
     formula="(s(w)/|w| - s(l)/|l| - 1/(2 beta))^2, or with sums",
     paper="Azar et al. 2023, arXiv 2310.12036, equation 17",
-    when="Labels that are close to deterministic: the margin has a target, so that the pull to the reference stays.",
+    when="Labels that are nearly deterministic: the margin has a target, so that the KL penalty keeps its effect.",
     options=(
-        LossOption(name="beta", help="tau of the paper: the margin aimed at is 1 / (2 beta)", above=0),
-        LossOption(
-            name="average",
-            help="log-ratios as means over tokens (as TRL does, on its authors' word of what the paper ran) or, false,"
+        loss_option("beta", "tau of the paper: the target margin is 1 / (2 beta)", above=0),
+        loss_option(
+            "average",
+            "log-ratios as means over tokens (as TRL does; its authors confirmed that the paper ran this) or, false,"
             " as sums (the paper's formula, and the original DPO repository)",
         ),
         *DIVERGENCE,
     ),
 )
 def ipo(
-    chosen_logp_P: torch.Tensor,
-    rejected_logp_P: torch.Tensor,
-    chosen_ref_logp_P: torch.Tensor,
-    rejected_ref_logp_P: torch.Tensor,
-    chosen_length_P: torch.Tensor,
-    rejected_length_P: torch.Tensor,
+    chosen_log_ratio_P: Tensor,
+    rejected_log_ratio_P: Tensor,
+    chosen_logp_P: Tensor,
+    rejected_logp_P: Tensor,
+    chosen_length_P: Tensor,
+    rejected_length_P: Tensor,
     *,
     beta: float = 0.1,
     average: bool = True,
@@ -81,12 +75,11 @@ def ipo(
     r"""Identity Preference Optimization, Azar et al. 2023 (arXiv 2310.12036), equation 17.
 
     :math:`(h - 1/(2\beta))^2`. Sources disagree on the scale of h: the formula has sums over tokens, TRL divides each
-    log-ratio by its length and says that the authors confirmed it. ``average`` chooses; beta means something else in
-    each (an average of 5 nats per token, for beta 0.1, is a long way).
+    log-ratio by its length and says that the authors confirmed it. ``average`` chooses; beta has another meaning in
+    each (an average of 5 nats per token, for beta 0.1, is a lot).
     """
-    chosen, rejected = implied_rewards(
-        chosen_logp_P - chosen_ref_logp_P, rejected_logp_P - rejected_ref_logp_P, 1.0, divergence, divergence_alpha
-    )
+    chosen = implied(chosen_log_ratio_P, divergence, divergence_alpha)
+    rejected = implied(rejected_log_ratio_P, divergence, divergence_alpha)
     if average:
         chosen, rejected = chosen / chosen_length_P, rejected / rejected_length_P
     numerator = (chosen - rejected - 1 / (2 * beta)) ** 2
@@ -94,141 +87,221 @@ def ipo(
 
 
 @loss(
-    kind="pairs",
     formula="max(0, 1 - beta h)",
     paper="Liu et al. 2023 (RSO), arXiv 2309.06657",
-    when="A pair stops pulling once its margin is 1: less over-optimisation of what is already told apart.",
-    options=(BETA, *DIVERGENCE),
+    when="A pair has no gradient once its margin is 1: less over-optimisation of pairs that are already separated.",
 )
-def hinge(
-    chosen_logp_P: torch.Tensor,
-    rejected_logp_P: torch.Tensor,
-    chosen_ref_logp_P: torch.Tensor,
-    rejected_ref_logp_P: torch.Tensor,
-    *,
-    beta: float = 0.1,
-    divergence: str = "reverse_kl",
-    divergence_alpha: float = 0.5,
-) -> LossOutput:
+def hinge(margin_P: Tensor) -> Tensor:
     r"""Hinge on normalised likelihoods, Liu et al. 2023 (arXiv 2309.06657): :math:`\max(0, 1 - \beta h)`."""
-    chosen, rejected = implied_rewards(
-        chosen_logp_P - chosen_ref_logp_P, rejected_logp_P - rejected_ref_logp_P, beta, divergence, divergence_alpha
-    )
-    numerator = torch.relu(1 - (chosen - rejected))
-    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
+    return torch.relu(1 - margin_P)
 
 
 @loss(
-    kind="pairs",
-    formula="-log sigmoid(beta (h - lambda max(0, -s(w))))",
-    paper="Pal et al. 2024 (Smaug, DPO-Positive), arXiv 2402.13228",
-    when="Responses that differ in few tokens: the chosen one must not become less likely than under the reference.",
-    options=(
-        BETA,
-        LossOption(name="penalty", help="lambda: how much a fall of the chosen response costs", at_least=0),
-        SMOOTHING,
-    ),
-)
-def dpop(
-    chosen_logp_P: torch.Tensor,
-    rejected_logp_P: torch.Tensor,
-    chosen_ref_logp_P: torch.Tensor,
-    rejected_ref_logp_P: torch.Tensor,
-    label_P: torch.Tensor | None = None,
-    *,
-    beta: float = 0.3,
-    penalty: float = 50.0,
-    label_smoothing: float = 0.0,
-) -> LossOutput:
-    r"""DPO-Positive, Pal et al. 2024 (arXiv 2402.13228).
-
-    :math:`-\log\sigma(\beta(h - \lambda\max(0, \log\mathrm{ref}_w - \log\pi_w)))`; the paper took lambda 50 and beta
-    0.3. Not a loss on the difference, so that no other divergence is valid.
-    """
-    chosen = chosen_logp_P - chosen_ref_logp_P
-    rejected = rejected_logp_P - rejected_ref_logp_P
-    fall = torch.relu(-chosen)
-    more = {"fall/chosen": fall}
-    numerator = logistic(beta * (chosen - rejected - penalty * fall), label_smoothing, label_P)
-    return pair_output(numerator, beta * chosen, beta * rejected, chosen_logp_P, rejected_logp_P, more=more)
-
-
-@loss(
-    kind="pairs",
     formula="-log sigmoid(beta h) - nll_weight log pi(w) / |w|",
     paper="Pang et al. 2024 (Iterative RPO), arXiv 2404.19733, equation 1",
-    when="Reasoning and code, where the chosen answer is right: its likelihood is held up.",
-    options=(BETA, NLL_WEIGHT, SMOOTHING, *DIVERGENCE),
+    when="Reasoning and code, where the chosen answer is correct: its likelihood is kept up.",
+    options=(NLL_WEIGHT, SMOOTHING),
 )
 def rpo(
-    chosen_logp_P: torch.Tensor,
-    rejected_logp_P: torch.Tensor,
-    chosen_ref_logp_P: torch.Tensor,
-    rejected_ref_logp_P: torch.Tensor,
-    chosen_length_P: torch.Tensor,
-    label_P: torch.Tensor | None = None,
+    margin_P: Tensor,
+    chosen_logp_P: Tensor,
+    chosen_length_P: Tensor,
+    label_P: Tensor | None = None,
     *,
-    beta: float = 0.1,
     nll_weight: float = 1.0,
     label_smoothing: float = 0.0,
-    divergence: str = "reverse_kl",
-    divergence_alpha: float = 0.5,
-) -> LossOutput:
+) -> Numerators:
     r"""DPO with the negative log-likelihood of the chosen response, Pang et al. 2024 (arXiv 2404.19733), equation 1.
 
     :math:`-\log\sigma(\beta h) - \alpha\log\pi_w/|w|`: the same as the sum ``dpo:1,nll:alpha``.
     """
-    chosen, rejected = implied_rewards(
-        chosen_logp_P - chosen_ref_logp_P, rejected_logp_P - rejected_ref_logp_P, beta, divergence, divergence_alpha
-    )
     nll = -chosen_logp_P / chosen_length_P
-    numerator = logistic(chosen - rejected, label_smoothing, label_P) + nll_weight * nll
-    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P, more={"nll_loss": nll})
+    return logistic(margin_P, label_smoothing, label_P) + nll_weight * nll, {"nll_loss": nll}
 
 
 @loss(
-    kind="pairs",
-    formula="-log sigmoid(beta (h - alpha (D(l) - sg D(w)))), D(y) = sum over t of KL(ref || pi), sg without gradient",
-    paper="Zeng et al. 2024, arXiv 2404.11999, versions TDPO1 and TDPO2",
-    when="The divergence itself should stay balanced between chosen and rejected. Needs whole distributions: slower.",
+    formula="[-(1 - e) log sigmoid(beta h) + e log sigmoid(-beta h)] / (1 - 2 e)",
+    paper="Chowdhury, Kini, Natarajan 2024 (rDPO), arXiv 2403.00409",
+    when="A known fraction e of the labels is flipped at random: the expected loss is that on clean labels.",
+    options=(loss_option("label_smoothing", "e, the fraction of flipped labels", at_least=0, below=0.5),),
+    notes="For e above 0 the loss falls without bound as the margin grows: stop early.",
+)
+def robust(margin_P: Tensor, *, label_smoothing: float = 0.1) -> Tensor:
+    r"""Provably robust DPO, Chowdhury et al. 2024 (arXiv 2403.00409).
+
+    :math:`[(1-e) L(w, l) - e L(l, w)]/(1-2e)` with DPO's L: an unbiased estimate of the loss on clean labels where a
+    fraction e of them is flipped at random; dpo for e = 0. Unbounded below for e > 0.
+    """
+    e = label_smoothing
+    return (-(1 - e) * F.logsigmoid(margin_P) + e * F.logsigmoid(-margin_P)) / (1 - 2 * e)
+
+
+@loss(
+    formula="-log sigmoid(beta (s(w)/|w| - s(l)/|l|))",
+    paper="Lambert et al. 2024 (Tulu 3), arXiv 2411.15124",
+    when="Responses of very different lengths: the mean over tokens gives length no weight. beta about 5.",
+    options=(loss_option("beta", "scale of the mean log-ratio per token; about 5", above=0), SMOOTHING, *DIVERGENCE),
+)
+def sigmoid_norm(
+    chosen_log_ratio_P: Tensor,
+    rejected_log_ratio_P: Tensor,
+    chosen_logp_P: Tensor,
+    rejected_logp_P: Tensor,
+    chosen_length_P: Tensor,
+    rejected_length_P: Tensor,
+    label_P: Tensor | None = None,
+    *,
+    beta: float = 5.0,
+    label_smoothing: float = 0.0,
+    divergence: str = "reverse_kl",
+    divergence_alpha: float = 0.5,
+) -> LossOutput:
+    r"""Length-normalised DPO, Lambert et al. 2024 (arXiv 2411.15124).
+
+    :math:`-\log\sigma(\beta s_w/|w| - \beta s_l/|l|)`. With another divergence f'(rho) of the whole response is
+    divided by the length, as in TRL.
+    """
+    chosen = beta * implied(chosen_log_ratio_P, divergence, divergence_alpha) / chosen_length_P
+    rejected = beta * implied(rejected_log_ratio_P, divergence, divergence_alpha) / rejected_length_P
+    numerator = logistic(chosen - rejected, label_smoothing, label_P)
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
+
+
+@loss(
+    formula="-log sigmoid(beta h + alpha (|w| - |l|))",
+    paper="Park, Rafailov, Ermon, Finn 2024, arXiv 2403.19159",
+    when="Answers grow longer than they should: the part of a preference that length explains is not learned.",
+    options=(loss_option("alpha", "reward that one more token explains; the paper's scale is 0.01"), SMOOTHING),
+    notes="Some code subtracts the length term; a negative alpha gives that.",
+)
+def r_dpo(
+    margin_P: Tensor,
+    chosen_length_P: Tensor,
+    rejected_length_P: Tensor,
+    label_P: Tensor | None = None,
+    *,
+    alpha: float = 0.01,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""Length-regularised DPO, Park et al. 2024 (arXiv 2403.19159).
+
+    The reward less :math:`\alpha|y|` is maximised, so that the reward itself is :math:`\beta s(y) + \alpha|y|` up to a
+    term of the prompt: :math:`-\log\sigma(\beta h + \alpha|w| - \alpha|l|)`. Length explains a part of a pair whose
+    chosen response is longer, which then has a smaller gradient. With the other sign (some code) the formula rewards
+    length; a negative ``alpha`` gives it.
+    """
+    longer = (chosen_length_P - rejected_length_P).to(margin_P.dtype)
+    return logistic(margin_P + alpha * longer, label_smoothing, label_P)
+
+
+@loss(
+    formula="-log sigmoid(beta h'), where in s'(y) the tokens beyond the first min(|w|, |l|) weigh alpha",
+    paper="Liu et al. 2024, arXiv 2409.06411",
+    when="Length leaks into the reward, but the ends of long answers should count a little.",
     options=(
         BETA,
-        LossOption(
-            name="version",
-            help="2: alpha weighs the divergences, and none flows back through the chosen one; 1: alpha is 1, and both"
-            " carry gradients",
-            choices=("1", "2"),
-        ),
-        LossOption(name="alpha", help="weight of the difference of divergences", at_least=0, only=("version", "2")),
+        loss_option("alpha", "weight of tokens beyond the shorter length; 1 is dpo", at_least=0, at_most=1),
         SMOOTHING,
+        *DIVERGENCE,
     ),
 )
-def tdpo(
-    chosen_logp_P: torch.Tensor,
-    rejected_logp_P: torch.Tensor,
-    chosen_ref_logp_P: torch.Tensor,
-    rejected_ref_logp_P: torch.Tensor,
-    chosen_kl_P: torch.Tensor,
-    rejected_kl_P: torch.Tensor,
-    label_P: torch.Tensor | None = None,
+def ld_dpo(
+    chosen_logp_P: Tensor,
+    rejected_logp_P: Tensor,
+    chosen_ref_logp_P: Tensor,
+    rejected_ref_logp_P: Tensor,
+    chosen_head_logp_P: Tensor,
+    rejected_head_logp_P: Tensor,
+    chosen_head_ref_logp_P: Tensor,
+    rejected_head_ref_logp_P: Tensor,
+    label_P: Tensor | None = None,
     *,
     beta: float = 0.1,
-    version: str = "2",
     alpha: float = 0.5,
     label_smoothing: float = 0.0,
+    divergence: str = "reverse_kl",
+    divergence_alpha: float = 0.5,
 ) -> LossOutput:
-    r"""Token-level DPO, Zeng et al. 2024 (arXiv 2404.11999).
+    r"""Length-desensitised DPO, Liu et al. 2024 (arXiv 2409.06411).
 
-    With :math:`D(y) = \sum_t \mathrm{KL}(\mathrm{ref}_t \parallel \pi_t)`, of the whole distributions at each token of
-    y, TDPO1 is :math:`-\log\sigma(\beta(h - (D_l - D_w)))` and TDPO2
-    :math:`-\log\sigma(\beta(h - \alpha(D_l - \mathrm{sg}(D_w))))`. The reward of a response, in the metrics, is
-    beta (s + D), as in the paper's code.
+    With m = min(|w|, |l|), a log-probability is :math:`\log\pi(y_{\le m}) + \alpha\log\pi(y_{>m}|y_{\le m})`: DPO at
+    alpha 1; at 0 the further tokens of the longer response do not count.
     """
-    chosen = chosen_logp_P - chosen_ref_logp_P
-    rejected = rejected_logp_P - rejected_ref_logp_P
-    anchor = chosen_kl_P.detach() if version == "2" else chosen_kl_P
-    drift = (alpha if version == "2" else 1.0) * (rejected_kl_P - anchor)
-    numerator = logistic(beta * (chosen - rejected - drift), label_smoothing, label_P)
-    more = {"kl/chosen": chosen_kl_P, "kl/rejected": rejected_kl_P}
-    rewards = beta * (chosen + chosen_kl_P), beta * (rejected + rejected_kl_P)
-    return pair_output(numerator, *rewards, chosen_logp_P, rejected_logp_P, more=more)
+
+    def reward(logp: Tensor, head: Tensor, ref: Tensor, ref_head: Tensor) -> Tensor:
+        ratio = (head + alpha * (logp - head)) - (ref_head + alpha * (ref - ref_head))
+        return beta * implied(ratio, divergence, divergence_alpha)
+
+    chosen = reward(chosen_logp_P, chosen_head_logp_P, chosen_ref_logp_P, chosen_head_ref_logp_P)
+    rejected = reward(rejected_logp_P, rejected_head_logp_P, rejected_ref_logp_P, rejected_head_ref_logp_P)
+    numerator = logistic(chosen - rejected, label_smoothing, label_P)
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
+
+
+@loss(
+    formula="KL([sigmoid(beta h), sigmoid(-beta h)] || [1 - e, e])",
+    paper="Ji et al. 2024 (EXO), arXiv 2402.00856, equation 16",
+    when="The reverse direction of DPO's divergence: seeks a mode of the preference instead of covering it.",
+    options=(
+        loss_option("label_smoothing", "e, the fraction of wrong labels; 0.001 in the paper", above=0, below=0.5),
+    ),
+)
+def exo(margin_P: Tensor, *, label_smoothing: float = 0.001) -> Tensor:
+    r"""Efficient exact optimisation, EXO-pref, Ji et al. 2024 (arXiv 2402.00856), equation 16 with two responses.
+
+    With :math:`q = \sigma(\beta h)` the loss is :math:`q\log\frac{q}{1-e} + (1-q)\log\frac{1-q}{e}`.
+    """
+    log_q, log_other = F.logsigmoid(margin_P), F.logsigmoid(-margin_P)
+    return log_q.exp() * (log_q - math.log1p(-label_smoothing)) + log_other.exp() * (
+        log_other - math.log(label_smoothing)
+    )
+
+
+@loss(
+    formula="-(1 - m) log sigmoid(beta h) + m exp(-beta h), m = sigmoid(beta h / tau)",
+    paper="Lu et al. 2024 (DiscoPOP, log-ratio modulated loss), arXiv 2406.08414, equation 5",
+    when="A loss found by search. Not convex: near a margin of zero its gradient is reversed (see its plot).",
+    options=(loss_option("tau", "width of the transition between the two terms", above=0, at_most=1),),
+)
+def discopop(margin_P: Tensor, *, tau: float = 0.05) -> Tensor:
+    r"""Discovered preference optimisation, Lu et al. 2024 (arXiv 2406.08414), equation 5.
+
+    :math:`(1-m)(-\log\sigma(\beta h)) + m e^{-\beta h}` with :math:`m = \sigma(\beta h/\tau)`. The second product is
+    computed as one exponential, which is finite for tau up to 1.
+    """
+    exponential = torch.exp(F.logsigmoid(margin_P / tau) - margin_P)
+    return -torch.sigmoid(-margin_P / tau) * F.logsigmoid(margin_P) + exponential
+
+
+@loss(
+    formula="D(eta (score(w) - score(l)), beta h), D the KL of Bernoullis with these logits, or a square",
+    paper="Adler et al. 2024 (Nemotron-4 340B, RPO), arXiv 2406.11704; Sun et al. 2025, arXiv 2502.00203",
+    when="The data have scores: their difference sets the target margin.",
+    options=(
+        loss_option("eta", "margin of reward per point of score", above=0),
+        loss_option(
+            "distance",
+            "kl: from the Bernoulli of the scores to that of the policy (NeMo's rpo_bwd_kl); reverse_kl: the other"
+            " direction (rpo_fwd_kl); squared: of the logits' difference (rpo_sq)",
+            choices=("kl", "reverse_kl", "squared"),
+        ),
+    ),
+)
+def reward_aware(
+    margin_P: Tensor, chosen_score_P: Tensor, rejected_score_P: Tensor, *, eta: float = 1.0, distance: str = "kl"
+) -> Numerators:
+    r"""Reward-aware preference optimisation (NeMo's RPO), Adler et al. 2024 (arXiv 2406.11704).
+
+    With :math:`a = \beta h` and :math:`b = \eta(r_w - r_l)`, ``kl`` is
+    :math:`\sigma(b)\log\frac{\sigma(b)}{\sigma(a)} + (1-\sigma(b))\log\frac{1-\sigma(b)}{1-\sigma(a)}`, zero where the
+    implied margin is that of the scores; ``squared`` is :math:`(a-b)^2`. A pair without scores gives NaN: leave it out.
+    """
+    target = eta * (chosen_score_P - rejected_score_P).to(margin_P.dtype)
+    metrics = {"rewards/target_margins": target.detach()}
+    if distance == "squared":
+        return (margin_P - target) ** 2, metrics
+    p, q = (target, margin_P) if distance == "kl" else (margin_P, target)
+    numerator = torch.sigmoid(p) * (F.logsigmoid(p) - F.logsigmoid(q)) + torch.sigmoid(-p) * (
+        F.logsigmoid(-p) - F.logsigmoid(-q)
+    )
+    return numerator, metrics

@@ -1,4 +1,4 @@
-"""From what a person writes, ``dpo:1.0,nll:0.2`` and ``beta=0.1``, to losses with their weights and options.
+"""Losses by name: ``dpo:1.0,nll:0.2`` with options such as ``beta=0.1``, and their descriptions in text.
 
 >>> [(t.loss.name, t.weight, t.values["beta"]) for t in parse_losses("dpo:2,simpo", ["simpo.beta=5"], beta=0.3)]
 [('dpo', 2.0, 0.3), ('simpo', 1.0, 5.0)]
@@ -6,27 +6,34 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
+import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-import torch
+from torch import Tensor
 
-from prefopt.core.options import nearest
+from prefopt.core.options import Option, checked, flag, nearest, parse_value
+from prefopt.core.plugins import load_function, load_plugin, plugins
 from prefopt.errors import ConfigError
-from prefopt.losses.common import WEIGHTINGS, Weighting
-from prefopt.losses.declare import LOSSES, Loss, LossOutput, Value, declared
+from prefopt.losses.common import WEIGHTINGS, LossOutput, Weighting
+from prefopt.losses.declare import LOSSES, Loss, Value, declared
 
-State = dict[str, dict[str, torch.Tensor]]
+State = dict[str, dict[str, Tensor]]
+GROUP = "prefopt.losses"
+"""The entry points of packages with further losses: a name and its ``module:function``."""
+WIDTH = 100
+NOTATION = (
+    "w is the chosen response, l the rejected one; pi the policy, ref the reference; |y| the trained tokens of y.",
+    "s(y) = log pi(y) - log ref(y), summed over those tokens; h = s(w) - s(l). The loss of a batch is the mean, unless",
+    "its rows have weights.",
+)
 
 
-class Term(NamedTuple):
-    """One part of a weighted sum: the loss, its weight, and a value for each of its options.
+class WeightedLoss(NamedTuple):
+    """One loss of a weighted sum, with a value for each of its options.
 
-    ``weighting``, where there is one, multiplies the loss pair by pair, under the options ``weighting_values``.
+    ``weighting`` multiplies the loss pair by pair, with the options ``weighting_values``.
     """
 
     loss: Loss
@@ -37,11 +44,11 @@ class Term(NamedTuple):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """What loss and weighting must be given."""
+        """The columns that loss and weighting need."""
         return self.loss.inputs + (self.weighting.inputs if self.weighting else ())
 
-    def __call__(self, tensors: Mapping[str, torch.Tensor], state: State | None = None) -> LossOutput:
-        """The loss, without the term's weight, on tensors named as in ``INPUTS``; ``state`` is that of all terms."""
+    def __call__(self, tensors: Mapping[str, Tensor], state: State | None = None) -> LossOutput:
+        """The loss, without its weight, on columns named as in ``INPUTS``; ``state``: that of all losses, by name."""
         output = self.loss(tensors, (state or {}).get(self.loss.name), **self.values)
         if self.weighting is None:
             return output
@@ -49,111 +56,79 @@ class Term(NamedTuple):
         return self.weighting.function(output, **given, **(self.weighting_values or {}))
 
 
-def parse_losses(
-    text: str,
-    options: Sequence[str] = (),
-    *,
-    beta: float | None = None,
-    label_smoothing: float | None = None,
-    weighting: str | None = None,
-) -> tuple[Term, ...]:
-    """The terms of ``NAME[:WEIGHT],...``, where a name is one of ``LOSSES`` or ``module:function``, one's own.
+def find_loss(name: str, place: str = "--loss") -> Loss:
+    """A loss of this package, of an installed one (:data:`GROUP`), or ``module:function``. Raises ``ConfigError``."""
+    plain = name.replace("-", "_")
+    if plain in LOSSES:
+        return LOSSES[plain]
+    outside = plugins(GROUP)
+    module, _, function = name.partition(":")
+    if name in outside:
+        found = load_plugin(outside[name], f"{place} {name}")
+    elif module and function.isidentifier():
+        found = load_function(name, f"{place} {name}", list(LOSSES))
+    else:
+        guess = nearest(module, [*LOSSES, *outside]) or "; prefopt losses lists them; write your own as module:function"
+        raise ConfigError(f"{place} {name}: there is no loss {module!r}{guess}")
+    return next((loss for loss in LOSSES.values() if loss.function is found), None) or declared(found, name)
 
-    ``options`` are ``NAME=VALUE``, for every chosen loss that reads it, or ``LOSS.NAME=VALUE``, which wins over it;
-    ``beta`` and ``label_smoothing``, where not None, are two more of the first kind. ``weighting`` is one of
-    ``WEIGHTINGS``, whose options are named as a loss's are. Raises ``ConfigError`` for what does not exist, is out of
-    range, comes twice, or is read by no chosen loss.
+
+def parse_losses(
+    text: str, options: Sequence[str] = (), *, weighting: str | None = None, **flags: Value | None
+) -> tuple[WeightedLoss, ...]:
+    """The losses of ``NAME[:WEIGHT],...``, see :func:`find_loss`.
+
+    ``options`` are ``NAME=VALUE``, for every loss that reads it, or ``LOSS.NAME=VALUE``, which overrides it; ``flags``
+    are of the first kind, where they are not None. ``weighting`` is one of ``WEIGHTINGS``; its options are written
+    ``WEIGHTING.NAME=VALUE``. Raises ``ConfigError`` for what is unknown, out of range, given twice, or read by no loss.
     """
     chosen = _chosen(text)
     losses = [loss for loss, _ in chosen]
     factor = _weighting(weighting, losses)
-    factor_values, options = _weighting_values(factor, options)
-    given: dict[str, dict[str, Value]] = {loss.name: {} for loss in losses}
-    shared = {"beta": beta, "label_smoothing": label_smoothing}
-    for name, value in shared.items():
-        if value is not None:
-            _set(given, losses, None, name, value, f"--{name.replace('_', '-')}")
+    common: dict[str, dict[str, Value]] = {loss.name: {} for loss in losses}
     specific: dict[str, dict[str, Value]] = {loss.name: {} for loss in losses}
+    factor_values: dict[str, Value] = {}
+    for name, value in flags.items():
+        if value is not None:
+            for loss, o in _readers(losses, name, flag(name)):
+                _set(common[loss.name], o, value, flag(name))
     for item in options:
         scope, name, word = _split_option(item)
-        name = name.replace("-", "_")
-        place = f"--loss-options {item.partition('=')[0]}"
-        target = given if scope is None else specific
-        _set(target, losses, scope, name, word, place)
-    terms = []
-    for loss, weight in chosen:
-        told = given[loss.name] | specific[loss.name]
-        values = loss.defaults | told
-        for o in loss.options:
-            if o.name not in values:
-                raise ConfigError(f"--loss {loss.name} needs --loss-options {o.name}=VALUE, {o.expects}")
-            if o.only is not None and o.name in told and values[o.only[0]] != o.only[1]:
-                raise ConfigError(
-                    f"--loss {loss.name} reads {o.name} only with {o.only[0]}={str(o.only[1]).lower()}; leave it out"
-                )
-        terms.append(Term(loss, weight, values, factor, factor_values))
-    return tuple(terms)
+        place = f"--loss-options {item.partition('=')[0].strip()}"
+        if factor is not None and scope == factor.name:
+            _set(factor_values, _known(factor, name, place), word, place)
+            continue
+        named = losses if scope is None else _named(losses, scope, place)
+        for loss, o in _readers(named, name, place):
+            _set((common if scope is None else specific)[loss.name], o, word, place)
+    values = [_complete(loss, common[loss.name] | specific[loss.name]) for loss in losses]
+    factor_values = factor.defaults | factor_values if factor else {}
+    return tuple(
+        WeightedLoss(loss, weight, found, factor, factor_values)
+        for (loss, weight), found in zip(chosen, values, strict=True)
+    )
 
 
 def _chosen(text: str) -> list[tuple[Loss, float]]:
     found: list[tuple[Loss, float]] = []
     for part in text.split(","):
-        loss, weight = _one(part.strip(), text)
+        words = [word.strip() for word in part.split(":")]
+        # module:function may be without a weight, a name of one word may have one
+        name = words[0] if words[0].replace("-", "_") in LOSSES or words[0] in plugins(GROUP) else ":".join(words[:2])
+        rest = words[len(name.split(":")) :]
+        if len(rest) > 1:
+            raise ConfigError(f"--loss {text}: {part.strip()} is no NAME:WEIGHT and no module:function:WEIGHT")
+        loss, weight = find_loss(name), _weight(rest[0], part) if rest else 1.0
         for other, _ in found:
             if other.name == loss.name:
                 raise ConfigError(f"--loss {text}: {loss.name} comes twice; give it one weight")
             if other.kind != loss.kind:
                 raise ConfigError(
                     f"--loss {text}: {other.name} is a loss on {other.kind} and {loss.name} one on {loss.kind}; a sum"
-                    " takes one kind"
+                    " needs losses of one kind"
                 )
         found.append((loss, weight))
     return found
-
-
-def _one(part: str, text: str) -> tuple[Loss, float]:
-    """A loss and its weight from ``NAME[:WEIGHT]`` or ``module:function[:WEIGHT]``."""
-    words = [word.strip() for word in part.split(":")]
-    name = words[0].replace("-", "_")
-    if name in LOSSES and len(words) <= 2:
-        return LOSSES[name], _weight(words[1], part) if len(words) == 2 else 1.0
-    own = len(words) in (2, 3) and words[0] and words[1].isidentifier()
-    if not own:
-        guess = nearest(words[0], list(LOSSES)) or "; prefopt losses lists them, and module:function is one's own"
-        raise ConfigError(f"--loss {text}: there is no loss {words[0]!r}{guess}")
-    return _own(words[0], words[1]), _weight(words[2], part) if len(words) == 3 else 1.0
-
-
-def _weighting(name: str | None, losses: Sequence[Loss]) -> Weighting | None:
-    if name is None:
-        return None
-    if name not in WEIGHTINGS:
-        guess = nearest(name, list(WEIGHTINGS)) or f"; there is {', '.join(WEIGHTINGS)}"
-        raise ConfigError(f"--weighting {name}: there is no such weighting{guess}")
-    for loss in losses:
-        if loss.kind != "pairs" or not loss.per_row:
-            why = "sorts the batch" if loss.kind == "pairs" else f"is a loss on {loss.kind}"
-            raise ConfigError(f"--weighting {name} weighs pair by pair, and {loss.name} {why}; leave one of them out")
-    return WEIGHTINGS[name]
-
-
-def _weighting_values(factor: Weighting | None, options: Sequence[str]) -> tuple[dict[str, Value], list[str]]:
-    """The values of the weighting's options, and the options that are not the weighting's."""
-    if factor is None:
-        return {}, list(options)
-    known = {o.name: o for o in factor.options}
-    values = {o.name: o.default for o in factor.options if o.default is not None}
-    others = []
-    for item in options:
-        scope, name, word = _split_option(item)
-        if scope != factor.name:
-            others.append(item)
-        elif name not in known:
-            guess = nearest(name, list(known))
-            raise ConfigError(f"--loss-options {scope}.{name}: {scope} does not read {name}{guess}")
-        else:
-            values[name] = known[name].checked(word, f"--loss-options {scope}.{name}")
-    return values, others
 
 
 def _weight(word: str, part: str) -> float:
@@ -166,27 +141,17 @@ def _weight(word: str, part: str) -> float:
     return weight
 
 
-def _own(module: str, function: str) -> Loss:
-    """A function of the user's, found from the current folder or among what is installed."""
-    label, here = f"{module}:{function}", str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module.split(".")[0] and error.name != module:
-            raise ConfigError(f"--loss {label}: {module} imports {error.name}, which is not installed") from error
-        guess = nearest(module, list(LOSSES))
-        raise ConfigError(f"--loss {label}: there is no module {module} in {here} or installed{guess}") from error
-    except Exception as error:
-        raise ConfigError(f"--loss {label}: importing {module} raised {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(here)
-    what = getattr(found, function, None)
-    if what is None:
-        raise ConfigError(f"--loss {label}: {module} has no {function}{nearest(function, list(vars(found)))}")
-    if not callable(what):
-        raise ConfigError(f"--loss {label}: {function} is no function but of type {type(what).__name__}")
-    return next((loss for loss in LOSSES.values() if loss.function is what), None) or declared(what, label)
+def _weighting(name: str | None, losses: Sequence[Loss]) -> Weighting | None:
+    if name is None:
+        return None
+    if name not in WEIGHTINGS:
+        guess = nearest(name, list(WEIGHTINGS)) or f"; there is {', '.join(WEIGHTINGS)}"
+        raise ConfigError(f"--weighting {name}: there is no such weighting{guess}")
+    for loss in losses:
+        if loss.kind != "pairs" or not loss.per_row:
+            why = "sorts the batch" if loss.kind == "pairs" else f"is a loss on {loss.kind}"
+            raise ConfigError(f"--weighting {name} weights pair by pair, and {loss.name} {why}; leave one of them out")
+    return WEIGHTINGS[name]
 
 
 def _split_option(item: str) -> tuple[str | None, str, str]:
@@ -195,29 +160,141 @@ def _split_option(item: str) -> tuple[str | None, str, str]:
     if not equals or not key.strip() or not value.strip():
         raise ConfigError(f"--loss-options {item}: write NAME=VALUE or LOSS.NAME=VALUE")
     scope, dot, name = key.strip().rpartition(".")
-    return (scope if dot else None), name, value.strip()
+    return (scope if dot else None), name.replace("-", "_"), value.strip()
 
 
-def _set(
-    target: dict[str, dict[str, Value]], losses: list[Loss], scope: str | None, name: str, value: object, place: str
-) -> None:
-    """Check one option and hand it to the losses that read it."""
-    if scope is not None:
-        aimed = [x for x in losses if scope.replace("-", "_") in (x.name, x.name.rpartition(":")[2]) or scope == x.name]
-        if not aimed:
-            names = [x.name for x in losses]
-            guess = nearest(scope, names) or f"; it is {', '.join(names)}"
-            raise ConfigError(f"{place}: {scope} is not what --loss names{guess}")
-        losses = aimed
+def _named(losses: Sequence[Loss], scope: str, place: str) -> list[Loss]:
+    """The losses of that name, or with a function of that name."""
+    plain = scope.replace("-", "_")
+    found = [x for x in losses if scope == x.name or plain in (x.name, x.name.rpartition(":")[2])]
+    if not found:
+        names = ", ".join(x.name for x in losses)
+        raise ConfigError(f"{place}: {scope} is not what --loss names; it is {names}")
+    return found
+
+
+def _known(found: Loss | Weighting, name: str, place: str) -> Option:
+    for o in found.options:
+        if o.name == name:
+            return o
+    guess = nearest(name, [o.name for o in found.options])
+    raise ConfigError(f"{place}: {found.name} does not read {name}{guess}")
+
+
+def _readers(losses: Sequence[Loss], name: str, place: str) -> list[tuple[Loss, Option]]:
     readers = [(loss, o) for loss in losses for o in loss.options if o.name == name]
     if not readers:
         known = sorted({o.name for loss in losses for o in loss.options})
-        guess = (
-            nearest(name, known) or f"; {'what is read is ' + ', '.join(known) if known else 'there are no options'}"
-        )
-        verb = "do" if len(losses) > 1 else "does"
-        raise ConfigError(f"{place}: {' and '.join(x.name for x in losses)} {verb} not read {name}{guess}")
-    for loss, o in readers:
-        if name in target[loss.name]:
-            raise ConfigError(f"{place} is given twice for {loss.name}; leave one out")
-        target[loss.name][name] = o.checked(value, place)
+        guess = nearest(name, known) or (f"; its options are {', '.join(known)}" if known else "; it has no options")
+        raise ConfigError(f"{place}: {' and '.join(x.name for x in losses)} does not read {name}{guess}")
+    return readers
+
+
+def _set(values: dict[str, Value], o: Option, value: object, place: str) -> None:
+    if o.name in values:
+        raise ConfigError(f"{place} is given twice; leave one out")
+    is_word = isinstance(value, str) and not o.choices and o.type is not str
+    values[o.name] = checked(o, parse_value(str(value)) if is_word else value, place)
+
+
+def _complete(loss: Loss, given: dict[str, Value]) -> dict[str, Value]:
+    """The values of all options. Raises ``ConfigError`` for one that is missing, or not read beside the others."""
+    values = loss.defaults | given
+    for o in loss.options:
+        if o.name not in values:
+            raise ConfigError(f"--loss {loss.name} needs --loss-options {o.name}=VALUE, {o.expects}")
+        if o.only is not None and o.name in given and values[o.only[0]] != o.only[1]:
+            raise ConfigError(f"--loss {loss.name} reads {o.name} only with {condition(o)}; leave it out")
+    return values
+
+
+def condition(o: Option) -> str:
+    """``divergence=alpha``: what an option is read with; empty for one that is always read."""
+    return f"{o.only[0]}={str(o.only[1]).lower()}" if o.only else ""
+
+
+def families() -> dict[str, list[Loss]]:
+    """The losses of this package under headings, by their inputs, DPO first."""
+    found: dict[str, list[Loss]] = {
+        "Pairs: on the difference of log-ratios": [],
+        "Pairs: on the log-ratios otherwise": [],
+        "Pairs: without a reference": [],
+        "Labelled responses": [],
+        "Rankings": [],
+    }
+    difference, otherwise, free, labels, ranking = found.values()
+    for loss in sorted(LOSSES.values(), key=lambda x: (x.name != "dpo", x.name)):
+        if loss.kind != "pairs":
+            (labels if loss.kind == "labels" else ranking).append(loss)
+        elif not loss.needs_reference:
+            free.append(loss)
+        else:
+            (difference if loss.on_difference else otherwise).append(loss)
+    return found
+
+
+def needs(loss: Loss) -> list[str]:
+    """What the loss needs beyond the policy's log-probabilities, in words."""
+    found = {
+        "a reference": loss.needs_reference,
+        "lengths": loss.needs("length"),
+        "scores": loss.needs_scores,
+        "log-probabilities of single tokens": loss.needs_head_values,
+        "whole distributions at each token": loss.needs_distributions,
+        "responses of other rows": loss.needs_mismatched,
+        "the whole global batch at once": loss.whole_batch,
+        "a running state": loss.state0 is not None,
+    }
+    return [words for words, needed in found.items() if needed]
+
+
+def list_losses() -> str:
+    """Every loss in a few lines, family by family, the weightings, and the names of losses of other packages."""
+    parts = ["\n".join(NOTATION)]
+    for title, losses in families().items():
+        parts += [title, *(_entry(loss, needs(loss)) for loss in losses)]
+    parts += ["Weightings of pairs", *(_entry(weighting, []) for weighting in WEIGHTINGS.values())]
+    if outside := plugins(GROUP):
+        parts += ["Of other packages", *(f"  {name:<18}{entry.value}" for name, entry in sorted(outside.items()))]
+    parts.append(
+        "prefopt losses NAME describes one, also your own as module:function: options, and where sources disagree."
+    )
+    return "\n\n".join(parts)
+
+
+def describe_loss(name: str) -> str:
+    """The description of a loss (see :func:`find_loss`) or a weighting. Raises ``ConfigError`` where there is none."""
+    found = WEIGHTINGS.get(name.replace("-", "_")) or find_loss(name, "prefopt losses")
+    lines = [found.name, ""]
+    lines += [*_wrapped(found.formula, "  "), ""] if found.formula else []
+    lines += _wrapped(f"Source: {found.paper}.", "") if found.paper else []
+    lines += _wrapped(f"When: {found.when}", "") if found.when else []
+    if isinstance(found, Loss):
+        lines += _wrapped(f"On: {found.kind}. Needs: {', '.join(needs(found)) or 'nothing more'}.", "")
+        inputs = [*found.inputs, *(f"{name} where the data have it" for name in found.optional_inputs)]
+        lines += _wrapped(f"Inputs: {', '.join(inputs)}.", "")
+        lines += _wrapped(f"Note: {found.notes}", "") if found.notes else []
+    if found.options:
+        lines += ["", "Options:"]
+    for o in found.options:
+        only = f"; only with {condition(o)}" if o.only else ""
+        lines += _wrapped(f"{o.name}: {o.help} ({o.expects}; default: {o.default_text}{only})", "  ", "    ")
+    return "\n".join([*lines, "", details(found).replace(":math:`", "`").replace("``", "`")])
+
+
+def details(found: Loss | Weighting) -> str:
+    """The docstring without its first line, dedented."""
+    return textwrap.dedent((found.function.__doc__ or "").partition("\n")[2]).strip()
+
+
+def _entry(found: Loss | Weighting, needed: list[str]) -> str:
+    options = ", ".join(f"{o.name} {o.default_text}" for o in found.options)
+    lines = _wrapped(found.formula, f"  {found.name:<18}", " " * 20)
+    lines += _wrapped(found.when, " " * 20)
+    lines += _wrapped(f"Needs {', '.join(needed)}.", " " * 20) if needed else []
+    lines += _wrapped(f"Options: {options}.", " " * 20) if options else []
+    return "\n".join(lines + _wrapped(f"{found.paper}.", " " * 20))
+
+
+def _wrapped(text: str, first: str, then: str | None = None) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=first if then is None else then)

@@ -1,7 +1,7 @@
 """The Plackett-Luce loss on rankings of K responses, with ties.
 
-Tensors are [N], one entry per response, those of a group together, as :data:`prefopt.losses.declare.INPUTS` describes
-them; the output is [G], one entry per group.
+Columns are [N], one entry per response, those of a group together, see :data:`prefopt.losses.declare.INPUTS`; the
+output is [G], one entry per group.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from prefopt.losses.common import BETA, DIVERGENCE, implied, right
-from prefopt.losses.declare import LossOutput, loss
+from prefopt.losses.common import BETA, DIVERGENCE, LossOutput, accuracy, implied
+from prefopt.losses.declare import loss
 
-EXACT = 4  # so many tied responses have 24 orders, summed over 15 subsets; five would have 120
+EXACT = 4  # 4 tied responses have 24 orders, summed over 15 subsets; 5 would have 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Stage:
 
 
 def stages(tier_N: Sequence[int], group_N: Sequence[int]) -> Iterator[Stage]:
-    """The stages of every group, best tier first; the last tier of a group is no stage, for nothing comes after it."""
+    """The stages of every group, best tier first; the last tier of a group is no stage: nothing comes after it."""
     for group, run in itertools.groupby(range(len(group_N)), key=lambda i: group_N[i]):
         positions = list(run)
         for level in sorted({tier_N[i] for i in positions})[:-1]:
@@ -39,18 +40,17 @@ def stages(tier_N: Sequence[int], group_N: Sequence[int]) -> Iterator[Stage]:
 
 
 @loss(
-    kind="ranking",
     formula="-sum over tiers of log P(this tier before all later ones), P by Plackett-Luce with rewards beta s",
     paper="Rafailov et al. 2023, arXiv 2305.18290, appendix A.3; ties by the marginal over their orders",
-    when="Rankings or scores of three and more responses: one loss on the order, not on its pairs. dpo for K = 2.",
+    when="Rankings or scores of three and more responses: a loss on the order, not on pairs. dpo for K = 2.",
     options=(BETA, *DIVERGENCE),
-    notes=f"Tiers of more than {EXACT} take Breslow's approximation. The last tier adds nothing: a best-few list fits.",
+    notes=f"Tiers of more than {EXACT} use Breslow's approximation. The last tier adds nothing: a top-k list fits.",
 )
 def plackett_luce(
-    logp_N: torch.Tensor,
-    ref_logp_N: torch.Tensor,
-    tier_N: torch.Tensor,
-    group_N: torch.Tensor,
+    logp_N: Tensor,
+    ref_logp_N: Tensor,
+    tier_N: Tensor,
+    group_N: Tensor,
     *,
     beta: float = 0.1,
     divergence: str = "reverse_kl",
@@ -61,14 +61,14 @@ def plackett_luce(
     With rewards :math:`r = \beta s`, responses are drawn one by one without replacement, each with probability
     proportional to :math:`e^r`; without ties the loss is :math:`-\sum_k [r_{(k)} - \log\sum_{j\ge k}e^{r_{(j)}}]`.
 
-    Responses of one tier are tied: their order is not known, and the probability is the sum over all their orders
-    (exact for up to four; a recursion over subsets). A larger tier T takes Breslow's approximation,
-    :math:`|T|! \prod_{i\in T}e^{r_i}/\sum_j e^{r_j}` with every response that is left in each denominator, which is
-    never above the exact one. Nothing is known within the last tier, and its orders sum to 1: a list of the best few,
-    with all others in a last tier, is the marginal probability of that list.
+    Responses of one tier are tied: their order is unknown, and the probability is the sum over all orders (exact for up
+    to four; a recursion over subsets). A larger tier T uses Breslow's approximation,
+    :math:`|T|! \prod_{i\in T}e^{r_i}/\sum_j e^{r_j}` with all remaining responses in each denominator, which is never
+    above the exact one. The orders within the last tier sum to 1: with all other responses in a last tier, a top-k list
+    has its marginal probability.
 
-    ``tier_N`` and ``group_N`` are read on the CPU: leave them there. A group of one tier says nothing and weighs 0.
-    The accuracy of a group is that of its ordered pairs.
+    ``tier_N`` and ``group_N`` are read on the CPU: leave them there. A group of one tier has weight 0. The accuracy of
+    a group is that of its ordered pairs.
     """
     reward = beta * implied(logp_N - ref_logp_N, divergence, divergence_alpha)
     tiers, groups = tier_N.tolist(), group_N.tolist()
@@ -85,15 +85,15 @@ def plackett_luce(
     return LossOutput(numerator, weight, _metrics(reward.detach(), logp_N.detach(), found, len(weight)))
 
 
-def _exact(reward_SD: torch.Tensor, later_S: torch.Tensor) -> torch.Tensor:
+def _exact(reward_SD: Tensor, later_S: Tensor) -> Tensor:
     """Log-probability [S] that D responses, in any order, come before those whose rewards' log-sum-exp is given.
 
     For a set U of the D, the probability that all of U come before the later ones is the sum over i in U of that of i
     being first of all, times that of U without i.
     """
     tied = reward_SD.shape[1]
-    before: dict[frozenset[int], torch.Tensor] = {frozenset(): torch.zeros_like(later_S)}
-    total: dict[frozenset[int], torch.Tensor] = {frozenset(): later_S}
+    before: dict[frozenset[int], Tensor] = {frozenset(): torch.zeros_like(later_S)}
+    total: dict[frozenset[int], Tensor] = {frozenset(): later_S}
     for size in range(1, tied + 1):
         for members in map(frozenset, itertools.combinations(range(tied), size)):
             first = []
@@ -106,12 +106,12 @@ def _exact(reward_SD: torch.Tensor, later_S: torch.Tensor) -> torch.Tensor:
     return before[frozenset(range(tied))]
 
 
-def _breslow(reward_SD: torch.Tensor, later_S: torch.Tensor) -> torch.Tensor:
+def _breslow(reward_SD: Tensor, later_S: Tensor) -> Tensor:
     total_S = torch.logaddexp(reward_SD.logsumexp(1), later_S)
     return math.lgamma(reward_SD.shape[1] + 1) + (reward_SD - total_S[:, None]).sum(1)
 
 
-def _log_sum(values: torch.Tensor, sets: Sequence[Sequence[int]]) -> torch.Tensor:
+def _log_sum(values: Tensor, sets: Sequence[Sequence[int]]) -> Tensor:
     """Log-sum-exp over sets of positions of different sizes, none of them empty."""
     widest = max(len(s) for s in sets)
     index = _index([[*s, *[0] * (widest - len(s))] for s in sets], values.device)
@@ -119,21 +119,21 @@ def _log_sum(values: torch.Tensor, sets: Sequence[Sequence[int]]) -> torch.Tenso
     return values[index].masked_fill(~here, -math.inf).logsumexp(1)
 
 
-def _index(positions: Sequence[object], device: torch.device) -> torch.Tensor:
+def _index(positions: Sequence[object], device: torch.device) -> Tensor:
     return torch.tensor(positions, dtype=torch.int64, device=device)
 
 
-def _metrics(reward: torch.Tensor, logp: torch.Tensor, found: Sequence[Stage], groups: int) -> dict[str, torch.Tensor]:
-    """Means of a group's best and last tier, and the part of its ordered pairs that are right; NaN without an order."""
+def _metrics(reward: Tensor, logp: Tensor, found: Sequence[Stage], groups: int) -> dict[str, Tensor]:
+    """Means of the best and last tier of each group, and the accuracy of its ordered pairs; NaN without an order."""
     best = {s.group: s.tier for s in reversed(found)}
     last = {s.group: s.later for s in found}
     pairs = [(s.group, i, j) for s in found for i in s.tier for j in s.later]
 
-    def mean(values: torch.Tensor, owners: Sequence[int]) -> torch.Tensor:
+    def mean(values: Tensor, owners: Sequence[int]) -> Tensor:
         owner, zero = _index(owners, values.device), torch.zeros(groups, dtype=values.dtype, device=values.device)
         return zero.index_add(0, owner, values) / zero.index_add(0, owner, torch.ones_like(values))
 
-    def of(values: torch.Tensor, sets: dict[int, tuple[int, ...]]) -> torch.Tensor:
+    def of(values: Tensor, sets: dict[int, tuple[int, ...]]) -> Tensor:
         positions = _index([i for members in sets.values() for i in members], values.device)
         return mean(values[positions], [group for group, members in sets.items() for _ in members])
 
@@ -141,5 +141,5 @@ def _metrics(reward: torch.Tensor, logp: torch.Tensor, found: Sequence[Stage], g
     metrics = {f"rewards/{name}": of(reward, sets) for name, sets in sides.items()}
     metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
     better, worse = (reward[_index([pair[side] for pair in pairs], reward.device)] for side in (1, 2))
-    metrics["rewards/accuracies"] = mean(right(better - worse), [group for group, _, _ in pairs])
+    metrics["rewards/accuracies"] = mean(accuracy(better - worse), [group for group, _, _ in pairs])
     return metrics | {f"logps/{name}": of(logp, sets) for name, sets in sides.items()}

@@ -1,31 +1,40 @@
-"""Losses on pairs that need no reference: the policy's own log-probabilities, summed or averaged over tokens."""
+"""Losses on pairs without a reference: log-probabilities of the policy, as sums or means over tokens."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from prefopt.losses.common import NLL_WEIGHT, SMOOTHING, expm1_or_line, log1m_exp, logistic, pair_output
-from prefopt.losses.declare import LossOption, LossOutput, loss
+from prefopt.losses.common import (
+    NLL_WEIGHT,
+    SMOOTHING,
+    LossOutput,
+    expm1_or_line,
+    log1m_exp,
+    logistic,
+    loss_option,
+    pair_output,
+)
+from prefopt.losses.declare import loss
 
 
 @loss(
-    kind="pairs",
     formula="-log pi(w), over |w|, over the tokens of the whole batch, or as a sum",
     paper="Pang et al. 2024 (Iterative RPO), arXiv 2404.19733, as a second term; else maximum likelihood",
-    when="As a second term, such as dpo:1,nll:0.2, where the chosen responses' likelihood must not fall.",
+    when="As a second term, such as dpo:1,nll:0.2, to keep up the likelihood of the chosen responses.",
     options=(
-        LossOption(
-            name="average",
-            help="response: the mean over a response's tokens, then over pairs; tokens: over all tokens of the batch;"
-            " none: the sum over a response's tokens",
+        loss_option(
+            "average",
+            "response: mean over a response's tokens, then over pairs; tokens: mean over all tokens of the batch; none:"
+            " sum over a response's tokens",
             choices=("response", "tokens", "none"),
         ),
     ),
 )
 def nll(
-    chosen_logp_P: torch.Tensor,
-    rejected_logp_P: torch.Tensor,
-    chosen_length_P: torch.Tensor,
+    chosen_logp_P: Tensor,
+    rejected_logp_P: Tensor,
+    chosen_length_P: Tensor,
     *,
     average: str = "response",
 ) -> LossOutput:
@@ -39,25 +48,24 @@ def nll(
     numerator = -chosen_logp_P / length if average == "response" else -chosen_logp_P
     weight = length if average == "tokens" else torch.ones_like(numerator)
     sides = chosen_logp_P, rejected_logp_P
-    return pair_output(numerator, *sides, *sides, weight_R=weight, more={"nll_loss": -chosen_logp_P / length})
+    return pair_output(numerator, *sides, *sides, weight_P=weight, metrics={"nll_loss": -chosen_logp_P / length})
 
 
 @loss(
-    kind="pairs",
     formula="-log pi(w) + alpha log pi(l)",
     paper="Rafailov et al. 2023 (DPO), arXiv 2305.18290, section 6: a baseline",
-    when="As a baseline to compare with: nothing weighs the pairs, and on summaries the paper saw meaningless text.",
+    when="As a baseline: pairs have no weights, and the paper saw meaningless text on summaries.",
     options=(
-        LossOption(name="alpha", help="weight of the rejected response; the paper took 0 to 1", at_least=0, at_most=1),
-        LossOption(name="average", help="log-probabilities as means over tokens; false: as sums (the paper)"),
+        loss_option("alpha", "weight of the rejected response; the paper used 0 to 1", at_least=0, at_most=1),
+        loss_option("average", "log-probabilities as means over tokens; false: as sums (the paper)"),
     ),
-    notes="It has no lower bound: the rejected response's likelihood may fall for ever.",
+    notes="It has no lower bound: the likelihood of the rejected response can fall without end.",
 )
 def unlikelihood(
-    chosen_logp_P: torch.Tensor,
-    rejected_logp_P: torch.Tensor,
-    chosen_length_P: torch.Tensor,
-    rejected_length_P: torch.Tensor,
+    chosen_logp_P: Tensor,
+    rejected_logp_P: Tensor,
+    chosen_length_P: Tensor,
+    rejected_length_P: Tensor,
     *,
     alpha: float = 0.5,
     average: bool = False,
@@ -73,26 +81,25 @@ def unlikelihood(
         chosen, rejected = chosen / chosen_length_P, rejected / rejected_length_P
     nll = -chosen_logp_P / chosen_length_P
     sides = chosen, rejected
-    return pair_output(alpha * rejected - chosen, *sides, chosen_logp_P, rejected_logp_P, more={"nll_loss": nll})
+    return pair_output(alpha * rejected - chosen, *sides, chosen_logp_P, rejected_logp_P, metrics={"nll_loss": nll})
 
 
 @loss(
-    kind="pairs",
     formula="-log sigmoid(beta (log pi(w)/|w| - log pi(l)/|l|) - gamma)",
     paper="Meng, Xia, Chen 2024, arXiv 2405.14734, equation 6",
     when="No memory or time for a reference. Sensitive to the learning rate: watch a benchmark beside the margin.",
     options=(
-        LossOption(name="beta", help="scale of the mean log-probability; the paper took 2 to 10", above=0),
-        LossOption(name="gamma", help="margin aimed at; the paper took 0.3 to 1.6 times beta", at_least=0),
+        loss_option("beta", "scale of the mean log-probability; the paper used 2 to 10", above=0),
+        loss_option("gamma", "target margin; the paper used 0.3 to 1.6 times beta", at_least=0),
         SMOOTHING,
     ),
 )
 def simpo(
-    chosen_logp_P: torch.Tensor,
-    rejected_logp_P: torch.Tensor,
-    chosen_length_P: torch.Tensor,
-    rejected_length_P: torch.Tensor,
-    label_P: torch.Tensor | None = None,
+    chosen_logp_P: Tensor,
+    rejected_logp_P: Tensor,
+    chosen_length_P: Tensor,
+    rejected_length_P: Tensor,
+    label_P: Tensor | None = None,
     *,
     beta: float = 2.0,
     gamma: float = 1.0,
@@ -100,8 +107,8 @@ def simpo(
 ) -> LossOutput:
     r"""SimPO, Meng et al. 2024 (arXiv 2405.14734), equation 6.
 
-    :math:`-\log\sigma(\beta\log\pi_w/|w| - \beta\log\pi_l/|l| - \gamma)`. Their code takes the ratio gamma / beta as
-    its option, TRL gamma as here.
+    :math:`-\log\sigma(\beta\log\pi_w/|w| - \beta\log\pi_l/|l| - \gamma)`. The option of their code is gamma / beta;
+    TRL's is gamma, as here.
     """
     chosen = beta * chosen_logp_P / chosen_length_P
     rejected = beta * rejected_logp_P / rejected_length_P
@@ -110,24 +117,23 @@ def simpo(
 
 
 @loss(
-    kind="pairs",
     formula="-log sigmoid(r(w) - r(l) - gamma), r = beta (1 - p^-alpha) / alpha, p = pi^(1/|y|)",
     paper="Gupta et al. 2025 (AlphaPO), arXiv 2501.03884",
-    when="SimPO with a reward that is not the logarithm: alpha bends how far likelihoods are moved.",
+    when="SimPO with a reward other than the logarithm: alpha controls how far likelihoods move.",
     options=(
-        LossOption(name="beta", help="scale of the reward", above=0),
-        LossOption(name="alpha", help="bend of the reward; 0 is simpo", at_least=-10, at_most=10),
-        LossOption(name="gamma", help="margin aimed at", at_least=0),
+        loss_option("beta", "scale of the reward", above=0),
+        loss_option("alpha", "curvature of the reward; 0 is simpo", at_least=-10, at_most=10),
+        loss_option("gamma", "target margin", at_least=0),
         SMOOTHING,
     ),
-    notes="p^-alpha grows without bound as p falls: beyond exp(30) it goes on as a straight line.",
+    notes="p^-alpha grows without bound as p falls: beyond exp(30) it continues as a straight line.",
 )
 def alphapo(
-    chosen_logp_P: torch.Tensor,
-    rejected_logp_P: torch.Tensor,
-    chosen_length_P: torch.Tensor,
-    rejected_length_P: torch.Tensor,
-    label_P: torch.Tensor | None = None,
+    chosen_logp_P: Tensor,
+    rejected_logp_P: Tensor,
+    chosen_length_P: Tensor,
+    rejected_length_P: Tensor,
+    label_P: Tensor | None = None,
     *,
     beta: float = 2.0,
     alpha: float = 0.25,
@@ -137,11 +143,11 @@ def alphapo(
     r"""AlphaPO, Gupta et al. 2025 (arXiv 2501.03884).
 
     :math:`r(y) = \beta(1 - p^{-\alpha})/\alpha` with :math:`p = \pi(y)^{1/|y|}`, and
-    :math:`-\log\sigma(r_w - r_l - \gamma)`. The limit for alpha 0 is SimPO. :math:`p^{-\alpha}` goes on as a straight
-    line beyond exp(30).
+    :math:`-\log\sigma(r_w - r_l - \gamma)`. The limit for alpha 0 is SimPO. :math:`p^{-\alpha}` continues as a
+    straight line beyond exp(30).
     """
 
-    def reward(logp: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    def reward(logp: Tensor, length: Tensor) -> Tensor:
         mean = logp / length
         return beta * (-expm1_or_line(-alpha * mean) / alpha if alpha else mean)
 
@@ -151,25 +157,24 @@ def alphapo(
 
 
 @loss(
-    kind="pairs",
     formula="-log sigmoid(beta (log pi(w) - log pi(l))) - nll_weight log pi(w) / |w|",
     paper="Xu et al. 2024 (CPO), arXiv 2401.08417",
-    when="DPO under a uniform reference, held up by the likelihood of the chosen responses (translation).",
+    when="DPO with a uniform reference and a likelihood term on the chosen responses (translation).",
     options=(
-        LossOption(name="beta", help="scale of the log-probability", above=0),
+        loss_option("beta", "scale of the log-probability", above=0),
         NLL_WEIGHT,
-        LossOption(
-            name="average",
-            help="the likelihood as a mean over the response's tokens; false: as a sum (the paper)",
+        loss_option(
+            "average",
+            "the likelihood as a mean over the response's tokens; false: as a sum (the paper)",
         ),
         SMOOTHING,
     ),
 )
 def cpo(
-    chosen_logp_P: torch.Tensor,
-    rejected_logp_P: torch.Tensor,
-    chosen_length_P: torch.Tensor,
-    label_P: torch.Tensor | None = None,
+    chosen_logp_P: Tensor,
+    rejected_logp_P: Tensor,
+    chosen_length_P: Tensor,
+    label_P: Tensor | None = None,
     *,
     beta: float = 0.1,
     nll_weight: float = 1.0,
@@ -187,23 +192,22 @@ def cpo(
     numerator = logistic(chosen - rejected, label_smoothing, label_P) + nll_weight * (
         nll if average else -chosen_logp_P
     )
-    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P, more={"nll_loss": nll})
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P, metrics={"nll_loss": nll})
 
 
 @loss(
-    kind="pairs",
     formula="-log p(w) - beta log sigmoid(log odds(w) - log odds(l)), p = pi^(1/|y|), odds = p / (1 - p)",
     paper="Hong, Lee, Thorne 2024 (ORPO), arXiv 2403.07691, equations 6 and 7",
     when="From a base model in one stage: the likelihood term is the fine-tuning. No reference.",
-    options=(LossOption(name="beta", help="lambda of the paper: weight of the odds ratio", above=0), SMOOTHING),
-    notes="The odds diverge where p is 1: there log p is held at -1e-6 in 1 - p.",
+    options=(loss_option("beta", "lambda of the paper: weight of the odds ratio", above=0), SMOOTHING),
+    notes="The odds diverge where p is 1: log p is clamped to -1e-6 in 1 - p.",
 )
 def orpo(
-    chosen_logp_P: torch.Tensor,
-    rejected_logp_P: torch.Tensor,
-    chosen_length_P: torch.Tensor,
-    rejected_length_P: torch.Tensor,
-    label_P: torch.Tensor | None = None,
+    chosen_logp_P: Tensor,
+    rejected_logp_P: Tensor,
+    chosen_length_P: Tensor,
+    rejected_length_P: Tensor,
+    label_P: Tensor | None = None,
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
@@ -216,35 +220,34 @@ def orpo(
     """
     chosen, rejected = chosen_logp_P / chosen_length_P, rejected_logp_P / rejected_length_P
 
-    def log_odds(mean: torch.Tensor) -> torch.Tensor:
+    def log_odds(mean: Tensor) -> Tensor:
         return mean - log1m_exp(mean.clamp(max=-1e-6))
 
     ratio = log_odds(chosen) - log_odds(rejected)
     odds = logistic(ratio, label_smoothing, label_P)
-    more = {"nll_loss": -chosen, "log_odds_ratio": -odds, "log_odds_chosen": ratio}
+    metrics = {"nll_loss": -chosen, "log_odds_ratio": -odds, "log_odds_chosen": ratio}
     sides = beta * chosen, beta * rejected
-    return pair_output(beta * odds - chosen, *sides, chosen_logp_P, rejected_logp_P, more=more)
+    return pair_output(beta * odds - chosen, *sides, chosen_logp_P, rejected_logp_P, metrics=metrics)
 
 
 @loss(
-    kind="pairs",
     formula="max(0, delta - log pi(w) + log pi(l)) - nll_weight log pi(w)",
     paper="Zhao et al. 2023 (SLiC-HF), arXiv 2305.10425",
-    when="The margin is on sequence likelihoods and ends where it is reached; no reference, only a likelihood term.",
+    when="A hinge on sequence likelihoods; instead of a reference only a likelihood term.",
     options=(
-        LossOption(name="delta", help="margin of log-probability aimed at", at_least=0),
+        loss_option("delta", "target margin of the log-probability", at_least=0),
         NLL_WEIGHT,
-        LossOption(
-            name="average",
-            help="all log-probabilities as means over tokens; false: as sums (the paper)",
+        loss_option(
+            "average",
+            "all log-probabilities as means over tokens; false: as sums (the paper)",
         ),
     ),
 )
 def slic_hf(
-    chosen_logp_P: torch.Tensor,
-    rejected_logp_P: torch.Tensor,
-    chosen_length_P: torch.Tensor,
-    rejected_length_P: torch.Tensor,
+    chosen_logp_P: Tensor,
+    rejected_logp_P: Tensor,
+    chosen_length_P: Tensor,
+    rejected_length_P: Tensor,
     *,
     delta: float = 1.0,
     nll_weight: float = 0.1,
@@ -253,11 +256,11 @@ def slic_hf(
     r"""Sequence likelihood calibration from feedback, Zhao et al. 2023 (arXiv 2305.10425).
 
     :math:`\max(0, \delta - \log\pi_w + \log\pi_l) - \lambda\log\pi_{\mathrm{target}}`. The target is the chosen
-    response here, where the paper also takes that of supervised fine-tuning.
+    response here; the paper also uses that of supervised fine-tuning.
     """
     chosen, rejected = chosen_logp_P, rejected_logp_P
     if average:
         chosen, rejected = chosen / chosen_length_P, rejected / rejected_length_P
     numerator = torch.relu(delta - chosen + rejected) - nll_weight * chosen
     nll = -chosen_logp_P / chosen_length_P
-    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P, more={"nll_loss": nll})
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P, metrics={"nll_loss": nll})

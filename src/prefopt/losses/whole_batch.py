@@ -1,32 +1,33 @@
-"""Losses on pairs that sort or measure the whole global batch.
+"""Losses on pairs that sort the whole global batch, or use statistics of it.
 
-Tensors are [P], one entry per pair of the *global* batch, as :data:`prefopt.losses.declare.INPUTS` describes them.
+Columns are [P], one entry per pair of the *global* batch, see :data:`prefopt.losses.declare.INPUTS`.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from prefopt.losses.common import BETA, SMOOTHING, hashed, logistic, pair_output
-from prefopt.losses.declare import LOSSES, LossOption, LossOutput, loss
+from prefopt.losses.common import BETA, SMOOTHING, LossOutput, logistic, loss_option, pair_output
+from prefopt.losses.declare import LOSSES, loss
 
 BETA_FLOOR = 1e-3
 
 
 @loss(
-    kind="pairs",
     formula="-log sigmoid(beta d(i)), d = sorted(log pi(w) - log pi(l)) - sorted(log ref(w) - log ref(l))",
     paper="Melnyk et al. 2024 (AOT, paired), arXiv 2406.05882",
-    when="Margins are to beat the reference's as a distribution, quantile by quantile, not pair by pair.",
+    when="Margins should exceed the reference's as a distribution, quantile by quantile, not pair by pair.",
     options=(BETA, SMOOTHING),
     whole_batch=True,
     per_row=False,
 )
 def aot(
-    chosen_logp_P: torch.Tensor,
-    rejected_logp_P: torch.Tensor,
-    chosen_ref_logp_P: torch.Tensor,
-    rejected_ref_logp_P: torch.Tensor,
+    chosen_logp_P: Tensor,
+    rejected_logp_P: Tensor,
+    chosen_ref_logp_P: Tensor,
+    rejected_ref_logp_P: Tensor,
     *,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
@@ -44,47 +45,82 @@ def aot(
 
 
 @loss(
-    kind="pairs",
     formula="-log sigmoid(beta d(i)), d = sorted(s(w)) - sorted(s(l))",
     paper="Melnyk et al. 2024 (AOT, unpaired), arXiv 2406.05882",
-    when="Chosen and rejected responses do not belong together, or pairs carry little: distributions are compared.",
-    options=(BETA, SMOOTHING),
+    when="Chosen and rejected responses do not belong together, or pairs say little: distributions are compared.",
+    options=(SMOOTHING,),
     whole_batch=True,
     per_row=False,
 )
-def aot_unpaired(
-    chosen_logp_P: torch.Tensor,
-    rejected_logp_P: torch.Tensor,
-    chosen_ref_logp_P: torch.Tensor,
-    rejected_ref_logp_P: torch.Tensor,
-    *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-) -> LossOutput:
+def aot_unpaired(chosen_reward_P: Tensor, rejected_reward_P: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     r"""Alignment via optimal transport on unpaired data, Melnyk et al. 2024 (arXiv 2406.05882).
 
     The log-ratios of chosen and of rejected responses are sorted over the batch, each by itself; the loss is logistic
     on the differences of equal rank.
     """
-    chosen, rejected = beta * (chosen_logp_P - chosen_ref_logp_P), beta * (rejected_logp_P - rejected_ref_logp_P)
-    numerator = logistic(torch.sort(chosen).values - torch.sort(rejected).values, label_smoothing)
-    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
+    return logistic(torch.sort(chosen_reward_P).values - torch.sort(rejected_reward_P).values, label_smoothing)
 
 
 @loss(
-    kind="pairs",
+    formula="-log sigmoid(r(w) - delta) - log sigmoid(-(r(l) - delta)), r = beta s, delta the mean reward so far",
+    paper="Jung et al. 2024 (BCO), arXiv 2404.04656",
+    when="A classifier of good and bad responses: an upper bound of DPO's loss that the shift makes tight.",
+    options=(
+        loss_option("shift", "subtract delta; false: delta is 0, as in TRL's bco_pair"),
+        loss_option(
+            "decay",
+            "weight of earlier batches in the mean, per batch: 1 counts all alike (TRL's BCO trainer), 0 only this one",
+            at_least=0,
+            at_most=1,
+            only=("shift", True),
+        ),
+    ),
+    whole_batch=True,
+    state0={"mean": 0.0, "count": 0.0},
+)
+def bco(
+    chosen_reward_P: Tensor,
+    rejected_reward_P: Tensor,
+    chosen_logp_P: Tensor,
+    rejected_logp_P: Tensor,
+    *,
+    shift: bool = True,
+    decay: float = 1.0,
+    state: dict[str, Tensor] | None = None,
+) -> LossOutput:
+    r"""Binary classifier optimisation, Jung et al. 2024 (arXiv 2404.04656).
+
+    :math:`-\log\sigma(r_w - \delta) - \log\sigma(-(r_l - \delta))`, :math:`r = \beta s`. Delta, without gradient, is
+    the mean reward of all responses, chosen and rejected, this batch included; sources differ on the batches of the
+    mean, and some code has no delta: ``decay`` and ``shift``. ``state`` holds the mean and its number of rewards. For
+    thumbs up and down without pairs there is ``bco_unpaired``.
+    """
+    chosen, rejected = chosen_reward_P, rejected_reward_P
+    state = state or LOSSES["bco"].start(chosen.device)
+    assert state is not None
+    rewards = torch.cat([chosen, rejected]).detach().to(state["mean"].dtype)
+    count = decay * state["count"] + len(rewards)
+    mean = state["mean"] + (rewards.sum() - len(rewards) * state["mean"]) / count
+    delta = mean.to(chosen.dtype) if shift else torch.zeros_like(mean, dtype=chosen.dtype)
+    numerator = -F.logsigmoid(chosen - delta) - F.logsigmoid(delta - rejected)
+    new = {"mean": mean, "count": count}
+    metrics = {"delta": delta.expand_as(numerator)}
+    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P, state=new, metrics=metrics)
+
+
+@loss(
     formula="-log sigmoid(b h), b = beta (1 + alpha (mean h of the batch - running mean of h))",
     paper="Wu et al. 2024 (beta-DPO), arXiv 2407.08639",
-    when="Pairs of mixed quality: batches with wide margins are held closer to the reference, outliers are left out.",
+    when="Pairs of mixed quality: batches with wide margins stay closer to the reference, outliers are left out.",
     options=(
         BETA,
-        LossOption(name="alpha", help="how strongly beta follows the batch's mean log-ratio difference", at_least=0),
-        LossOption(name="momentum", help="of the running mean", at_least=0, below=1),
-        LossOption(name="keep", help="part of the pairs that count", above=0, at_most=1),
-        LossOption(
-            name="filter",
-            help="which pairs count. nearest: those whose h is nearest the running mean; drawn: by lot, with chances"
-            " that fall with the distance as a Gaussian of the running deviation does (the authors' code)",
+        loss_option("alpha", "how strongly beta follows the mean of h in the batch", at_least=0),
+        loss_option("momentum", "momentum of the running mean", at_least=0, below=1),
+        loss_option("keep", "fraction of the pairs that count", above=0, at_most=1),
+        loss_option(
+            "filter",
+            "pairs that count. nearest: those with h nearest to the running mean; drawn: sampled, with probabilities of"
+            " a Gaussian of the running deviation around it (the authors' code)",
             choices=("nearest", "drawn"),
         ),
         SMOOTHING,
@@ -94,11 +130,11 @@ def aot_unpaired(
     notes="beta moves with the batch and carries no gradient: the loss itself need not fall while margins grow.",
 )
 def beta_dpo(
-    chosen_logp_P: torch.Tensor,
-    rejected_logp_P: torch.Tensor,
-    chosen_ref_logp_P: torch.Tensor,
-    rejected_ref_logp_P: torch.Tensor,
-    label_P: torch.Tensor | None = None,
+    chosen_log_ratio_P: Tensor,
+    rejected_log_ratio_P: Tensor,
+    chosen_logp_P: Tensor,
+    rejected_logp_P: Tensor,
+    label_P: Tensor | None = None,
     *,
     beta: float = 0.1,
     alpha: float = 0.6,
@@ -106,46 +142,57 @@ def beta_dpo(
     keep: float = 0.8,
     filter: str = "nearest",
     label_smoothing: float = 0.0,
-    state: dict[str, torch.Tensor] | None = None,
+    state: dict[str, Tensor] | None = None,
 ) -> LossOutput:
     r"""DPO with a beta per batch, Wu et al. 2024 (arXiv 2407.08639).
 
     :math:`m \leftarrow \mu m + (1-\mu)\overline h`, then :math:`b = \beta(1 + \alpha(\overline h_{kept} - m))`, at
-    least 0.001 and without gradient, and :math:`-\log\sigma(b h)` over the pairs that are kept; the others weigh 0.
+    least 0.001 and without gradient, and :math:`-\log\sigma(b h)` over the kept pairs; the others have weight 0.
 
-    Two places where sources differ. The paper measures with :math:`\beta h`, its code with h, as here: alpha of the
-    paper is alpha / beta here. The code draws the pairs that count without replacement, each with a chance
-    proportional to :math:`e^{-(h-m)^2/2v^2}`, v the running deviation of h (``drawn``); ``nearest`` takes the likeliest
-    ones, so that a batch gives one result. A draw depends on how many batches there were and on nothing else, so that
-    a resumed run draws the same. ``state`` holds m, v and the number of batches.
+    Sources differ in two places. The paper measures :math:`\beta h`, its code h, as here: alpha of the paper is
+    alpha / beta here. The code draws the pairs that count without replacement, with probabilities proportional to
+    :math:`e^{-(h-m)^2/2v^2}`, v the running deviation of h (``drawn``); ``nearest`` takes the most likely ones, so that
+    the result is deterministic. A draw depends only on the number of batches so far, so that a resumed run draws the
+    same. ``state`` holds m, v and the number of batches.
     """
-    chosen, rejected = chosen_logp_P - chosen_ref_logp_P, rejected_logp_P - rejected_ref_logp_P
-    difference = chosen - rejected
-    state = state or LOSSES["beta_dpo"].start(chosen.device)
+    difference = chosen_log_ratio_P - rejected_log_ratio_P
+    state = state or LOSSES["beta_dpo"].start(difference.device)
     assert state is not None
     seen = difference.detach().to(state["mean"].dtype)
     mean = momentum * state["mean"] + (1 - momentum) * seen.mean()
     spread = seen.std() if len(seen) > 1 else torch.zeros_like(mean)
     deviation = momentum * state["deviation"] + (1 - momentum) * spread
     count = max(1, int(keep * len(seen) + 1e-9))
-    far = (seen - mean).abs() if filter == "nearest" else _lots(seen, mean, deviation, state["batches"])
+    far = (seen - mean).abs() if filter == "nearest" else _draw(seen, mean, deviation, state["batches"])
     kept = torch.topk(far, count, largest=False).indices
     weight = torch.zeros_like(difference.detach()).index_fill(0, kept, 1.0)
     used = (beta * (1 + alpha * (seen[kept].mean() - mean))).clamp(min=BETA_FLOOR).to(difference.dtype)
     numerator = weight * logistic(used * difference, label_smoothing, label_P)
-    rewards = beta * chosen, beta * rejected
-    more = {"beta": used.expand_as(weight), "kept": weight}
+    rewards = beta * chosen_log_ratio_P, beta * rejected_log_ratio_P
+    metrics = {"beta": used.expand_as(weight), "kept": weight}
     new = {"mean": mean, "deviation": deviation, "batches": state["batches"] + 1}
-    return pair_output(numerator, *rewards, chosen_logp_P, rejected_logp_P, weight_R=weight, state=new, more=more)
+    return pair_output(numerator, *rewards, chosen_logp_P, rejected_logp_P, weight_P=weight, state=new, metrics=metrics)
 
 
-def _lots(seen: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor, batches: torch.Tensor) -> torch.Tensor:
-    """Numbers [G] of which the k least are a draw of k without replacement, by the Gaussian's chances.
+def _draw(seen: Tensor, mean: Tensor, deviation: Tensor, batches: Tensor) -> Tensor:
+    """Numbers [P] whose k smallest are a draw of k pairs without replacement, with the Gaussian's probabilities.
 
-    Log-chances with Gumbel noise give that in log space, where a narrow Gaussian leaves no chance at zero. The noise
-    goes by rank, so that the order of a batch does not matter.
+    This is the Gumbel top-k trick, in log space, where a narrow Gaussian has no probability of exactly zero. The noise
+    depends on the rank, so that the order of a batch does not matter.
     """
     rank = torch.argsort(torch.argsort(seen))
-    chance = hashed(rank * 0x9E3779B9 + hashed(batches.long() + 1)).to(seen.dtype) + 0.5
+    chance = _hashed(rank * 0x9E3779B9 + _hashed(batches.long() + 1)).to(seen.dtype) + 0.5
     gumbel = -torch.log(-torch.log((chance / 2**32).clamp(max=1 - 1e-7)))
     return 0.5 * ((seen - mean) / deviation.clamp(min=1e-6)) ** 2 - gumbel
+
+
+def _hashed(x: Tensor) -> Tensor:
+    """Pseudo-random whole numbers [...] below 2^32, the same for the same int64 ``x`` on any device.
+
+    A random generator's state would have to be synchronised with the device.
+    """
+    mask = 0xFFFFFFFF
+    x = x & mask
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
+    return x ^ (x >> 16)

@@ -14,7 +14,7 @@ from prefopt.runs.metrics import Record
 from prefopt.train.batch import Batch
 from prefopt.train.columns import Values, columns_of
 from prefopt.train.data import DataBatches, load_data
-from prefopt.train.loss_options import data_kind, needs_reference, terms_of, words
+from prefopt.train.loss_options import data_kind, describe, losses_of, needs_reference
 from prefopt.train.objective import PreferenceObjective, check_rows, inspect_first
 from prefopt.train.objectives import balanced, describe_balance
 from prefopt.train.offline import OfflineRun, say_truncated
@@ -39,7 +39,7 @@ def run(
     Returns none for a dry run. Raises :class:`prefopt.errors.UserError`, and
     :class:`prefopt.errors.Interrupted` after a stop, with everything kept.
     """
-    config, terms = terms_of(config)
+    config, terms = losses_of(config)
     paired = terms[0].loss.kind == "pairs"
     pairs = config.pairs or "all"
     with open_run(config, model=model, callbacks=callbacks) as run:
@@ -66,7 +66,7 @@ def run(
         # A forward pass more, a third of a step's work, where a loss sees the whole batch and it is cut.
         offline = OfflineRun(run=run, start=start, data=data, policy=policy, passes=4 / 3 if whole else 1.0)
         check = offline.check(check_scoring)
-        say(f"loss: {words(terms)}")
+        say(f"loss: {describe(terms)}")
         say(describe_balance(policy.scorer.model, config.router_aux_loss_coef))
         reference = None
         if choice and identity:
@@ -101,7 +101,7 @@ def run(
             )
             return None
         digest = identity.digest if identity else "none"
-        offline.take_folder({"reference": (digest, "the reference model")}, loss=words(terms))
+        offline.take_folder({"reference": (digest, "the reference model")}, loss=describe(terms))
         values = plan.values(policy.scorer, run.folder, run.stop)
         say(policy.make_trainable())
         source = DataBatches(data, offline.sampler, columns, reference=values, mismatched=plan.mismatched)
@@ -115,7 +115,7 @@ def run(
                 say(inspect_first(losses, known, record, batch, found))
 
         trainer = offline.fit(goal, source, reference=in_memory, inspect=inspect, movement=plan.movement)
-        title = _TITLES.get(config.loss, f"Preference optimisation ({words(terms)})")
+        title = _TITLES.get(config.loss, f"Preference optimisation ({describe(terms)})")
         return offline.finish(
             trainer,
             title=title,

@@ -19,7 +19,7 @@ from prefopt.generate.model_io import PromptSet, SampledModel
 from prefopt.generate.rewards import TextRewardScorer
 from prefopt.generate.sampler import SamplingParams, group_of
 from prefopt.generate.transformers_sampler import TransformersSampler
-from prefopt.losses.rl import AdaptiveKl, FixedKl, KlController
+from prefopt.losses.rl import KlController
 from prefopt.model.check import CheckReport, check_scoring
 from prefopt.reference.identity import identity_of_name
 from prefopt.rewards import Reward, load_reward
@@ -109,7 +109,15 @@ def run(
             prompts, sampler, settings, config.num, models.judge, policy.scorer, critic, models.reference
         )
         tolerance = check.tolerance(1) / min(1.0, config.temperature)
-        rounds = Rounds(config, collector, order, _controller(config), steps=steps, ratio_tolerance=tolerance, ptx=ptx)
+        rounds = Rounds(
+            config,
+            collector,
+            order,
+            KlController(config.beta, config.kl_target, config.kl_horizon),
+            steps=steps,
+            ratio_tolerance=tolerance,
+            ptx=ptx,
+        )
         networks = {"actor": Network.of(policy.masters, config, steps, config.learning_rate)}
         if critic is not None:
             peak = config.critic_learning_rate or config.learning_rate
@@ -238,12 +246,6 @@ def _given_reward(name: str, function: Scores | None) -> Reward | None:
     if function is not None:
         return Reward(name, function)
     return None if is_model_reward(name) else load_reward(name)
-
-
-def _controller(config: PpoConfig) -> KlController:
-    if config.kl_target is None:
-        return FixedKl(config.beta)
-    return AdaptiveKl(config.beta, config.kl_target, config.kl_horizon)
 
 
 def _largest(prompts: PromptSet, config: PpoConfig) -> Group:

@@ -244,7 +244,7 @@ def _reference(config: PpoConfig, actor: Policy, longest: int) -> InMemoryRefere
 def _critic(config: PpoConfig, actor: Policy, source: str, tokenizer: Tokenizer) -> Critic | None:
     if config.algorithm == "rloo":
         return None
-    kind = config.critic
+    kind = config.critic or "auto"
     if kind == "auto":
         kind = "reward" if is_model_reward(config.reward) else "actor" if source else "head"
     if kind == "reward" and not is_model_reward(config.reward):

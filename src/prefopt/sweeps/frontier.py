@@ -31,7 +31,7 @@ from prefopt.sweeps.data import Measure, Measurement, prepare_data
 from prefopt.sweeps.points import Frontier, Point, plateau
 from prefopt.sweeps.train import model_of, take_folder, train_once
 from prefopt.train import checkpoint
-from prefopt.train.loss_options import terms_of
+from prefopt.train.loss_options import losses_of
 from prefopt.train.policy import Policy, with_base
 
 POINTS = "points.json"
@@ -72,7 +72,7 @@ class _FrontierSweep:
         trainings = list(config.trainings())
         for one in trainings:  # options of losses are checked before anything runs
             if one.kind == "dpo":
-                terms_of(config.config_of(one, data=["data"], prompts="prompts", each=2.0))
+                losses_of(config.config_of(one, data=["data"], prompts="prompts", each=2.0))
         take_folder(config, MAY_GROW)
         self.reference = SampledModel(config.model, device=config.device, dtype=config.dtype)
         self.data = prepare_data(config, self.reference, self.reporter)

@@ -17,7 +17,7 @@ import torch
 from prefopt.data.group import Group
 from prefopt.errors import DataError, RunError
 from prefopt.losses.declare import Kind
-from prefopt.losses.parse import Term
+from prefopt.losses.parse import WeightedLoss
 from prefopt.model.check import CheckReport
 from prefopt.model.kernels.distributions import Distributions
 from prefopt.model.packing import PackedBatch
@@ -77,7 +77,7 @@ class PreferenceObjective(Objective):
     and, where it looks at the first tokens of responses, ``ref_logp_M``, unless these come with the values.
     """
 
-    def __init__(self, terms: Sequence[Term], *, device: torch.device) -> None:
+    def __init__(self, terms: Sequence[WeightedLoss], *, device: torch.device) -> None:
         super().__init__(device)
         self.terms = tuple(terms)
         self.kind: Kind = terms[0].loss.kind
@@ -188,7 +188,7 @@ class PreferenceObjective(Objective):
         return {**found, **values}
 
 
-def check_rows(terms: Sequence[Term], groups: Sequence[Group], which: str) -> None:
+def check_rows(terms: Sequence[WeightedLoss], groups: Sequence[Group], which: str) -> None:
     """Raises :class:`DataError` for a group that lacks what the losses are computed on, or is weighted where they
     cannot weigh rows. ``which``: see :data:`prefopt.train.columns.WHICH`."""
     kind = terms[0].loss.kind

@@ -11,7 +11,7 @@ import numpy as np
 from prefopt.config.dpo import DpoConfig
 from prefopt.core.terminal import Reporter, StopRequest, duration
 from prefopt.data.table import GroupTable, IndexArray
-from prefopt.losses.parse import Term
+from prefopt.losses.parse import WeightedLoss
 from prefopt.model.kernels.distributions import Distributions
 from prefopt.model.packing import PackedBatch, pack
 from prefopt.model.scorer import PackedModel, Scorer, response_sums
@@ -68,7 +68,7 @@ class ReferencePlan:
     def __init__(
         self,
         config: DpoConfig,
-        terms: Sequence[Term],
+        terms: Sequence[WeightedLoss],
         data: TrainingData,
         reference: ReferenceRun | None,
         max_length: int,
@@ -174,11 +174,9 @@ class ReferencePlan:
 
     def _live_reference(self, policy: Policy) -> InMemoryReference:
         assert self.reference is not None
-        moves = self.config.ref_model_sync_steps is not None
-        live = self.reference.in_memory(policy.scorer, policy.masters, self.groups, moves=moves)
-        if moves:
-            assert live.weights is not None and self.config.ref_model_sync_steps is not None
-            self.movement = TrDpoUpdate(
-                live.weights, self.config.ref_model_sync_steps, self.config.ref_model_mixup_alpha
-            )
+        every, alpha = self.config.ref_model_sync_steps, self.config.ref_model_mixup_alpha
+        live = self.reference.in_memory(policy.scorer, policy.masters, self.groups, moves=every is not None)
+        if every is not None and alpha is not None:
+            assert live.weights is not None
+            self.movement = TrDpoUpdate(live.weights, every, alpha)
         return live

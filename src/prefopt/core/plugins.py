@@ -1,0 +1,53 @@
+"""Functions from outside the package: ``module:function``, and entry points of installed packages.
+
+>>> load_function("math:sqrt", "--reward math:sqrt")(4.0)
+2.0
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from prefopt.core.options import nearest
+from prefopt.errors import ConfigError
+
+
+def load_function(name: str, place: str, known: Sequence[str] = ()) -> Callable[..., Any]:
+    """The function ``module:function``; modules are also looked for in the working folder.
+
+    ``place`` begins the messages; ``known`` are names that the module may be a misspelling of. Raises ``ConfigError``.
+    """
+    module, _, attribute = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in (module, module.split(".")[0]):
+            raise ConfigError(f"{place}: {module} imports {error.name}, which is not installed") from error
+        guess = nearest(module, known)
+        raise ConfigError(f"{place}: there is no module {module} in {here} or installed{guess}") from error
+    except Exception as error:
+        raise ConfigError(f"{place}: importing {module} raised {type(error).__name__}: {error}") from error
+    function = getattr(found, attribute, None)
+    if function is None:
+        raise ConfigError(f"{place}: {module} has no {attribute}{nearest(attribute, list(vars(found)))}")
+    if not callable(function):
+        raise ConfigError(f"{place}: {attribute} is no function but of type {type(function).__name__}")
+    return function  # type: ignore[no-any-return]
+
+
+def plugins(group: str) -> dict[str, EntryPoint]:
+    """Entry points of installed packages in a group such as ``prefopt.losses``, by name."""
+    return {entry.name: entry for entry in entry_points(group=group)}
+
+
+def load_plugin(entry: EntryPoint, place: str) -> Callable[..., Any]:
+    """The function of an entry point. Raises ``ConfigError``."""
+    package = f" of {entry.dist.name}" if entry.dist else ""
+    return load_function(entry.value, f"{place} (entry point{package})")
