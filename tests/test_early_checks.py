@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from prefopt.config.dpo import loss_names
 from prefopt.losses.declare import LOSSES
-from prefopt.methods.early_checks import built_in_losses
 from train.small import pairs, write_rows
 
 # What is wrong, and what the message names. Options replace those of a sound command.
@@ -65,4 +65,4 @@ def test_torch_is_not_imported(tmp_path: Path) -> None:
 
 
 def test_the_names_of_losses_are_read_without_importing_them() -> None:
-    assert sorted(built_in_losses()) == sorted(LOSSES)
+    assert sorted(loss_names()) == sorted(LOSSES)

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import platform
-import re
 from contextlib import suppress
-from importlib import resources
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from prefopt.config.methods import method_of
 from prefopt.config.tools import RULES, is_model_reward
 from prefopt.core.hub import no_telemetry, why_not_read
-from prefopt.core.options import nearest
 from prefopt.data.files.content import look
 from prefopt.data.files.sources import FileOrigin, find_sources
 from prefopt.errors import ConfigError, DataError, ModelError
@@ -26,17 +22,14 @@ DATA = ("data", "eval_data", "prompts", "ptx_data", "files")
 TEXT = ".txt"
 CONFIGS = ("config.json", "adapter_config.json")
 GPU_DRIVERS = ("libcuda.so.1", "libamdhip64.so", "nvcuda.dll", "amdhip64.dll")
-LOSS = re.compile(r"^@loss\((?:(?!^def ).)*?^def (\w+)", re.M | re.S)
 
 
 def check_before_torch(config: Any) -> None:
-    """Raise :class:`prefopt.errors.UserError` for a missing device, loss, model, data file or reward, for an empty
+    """Raise :class:`prefopt.errors.UserError` for a missing device, model, data file or reward, for an empty
     data file, and for an output folder that is taken. Configs without a ``device`` pass: they need no torch."""
     if not hasattr(config, "device"):
         return
     _check_device(config.device)
-    if hasattr(config, "loss"):
-        _check_loss(config.loss)
     if method_of(config) and not config.dry_run:
         check_output(Path(config.output), resume=config.resume)
     for option in DATA:
@@ -66,22 +59,6 @@ def _loads(library: str) -> bool:
     with suppress(OSError):
         return bool(ctypes.CDLL(library))
     return False
-
-
-def built_in_losses() -> list[str]:
-    """The names of the losses of this package, read from its source files."""
-    files = sorted((resources.files("prefopt") / "losses").iterdir(), key=lambda file: file.name)
-    return [name for file in files if file.name.endswith(".py") for name in LOSS.findall(file.read_text("utf-8"))]
-
-
-def _check_loss(text: str) -> None:
-    """The losses of ``NAME[:WEIGHT],...``; ``module:function`` is left to the parser, which imports it."""
-    known = [*built_in_losses(), *(point.name for point in entry_points(group="prefopt.losses"))]
-    for part in text.split(","):
-        name, _, rest = (word.strip() for word in part.partition(":"))
-        if name.replace("-", "_") not in known and not rest.partition(":")[0].strip().isidentifier():
-            guess = nearest(name, known) or "; prefopt losses lists them, and module:function is one's own"
-            raise ConfigError(f"--loss {text}: there is no loss {name!r}{guess}")
 
 
 def _check_data(names: list[str]) -> None:
