@@ -170,7 +170,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["--model=m", "--against=n", "--url=http://x"], "--against and --url both name the second model"),
     (["--url=http://x", "--against=n"], "--against and --url both name"),
     (["--against=n"], "--model is missing"),
-    (["--url=http://x", "--adapter=a"], "--adapter needs the --model"),
+    (["--url=http://x", "--adapter=a"], "--adapter does nothing without --model"),
     (["--model=m", "--url-model=n"], "--url-model does nothing without --url"),
     (["--model=m", "--url-key=K"], "--url-key does nothing without --url"),
     (["--model=m", "--blind"], "--blind needs two models"),

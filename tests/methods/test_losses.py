@@ -127,7 +127,8 @@ def test_held_out_rows_are_not_all_in_memory(model: str, tmp_path: Path, monkeyp
             nonlocal living
             living -= 1
 
-    monkeypatch.setattr("prefopt.train.objective.AT_ONCE", 16)
+    for module in ("batch", "data", "objective"):
+        monkeypatch.setattr(f"prefopt.train.{module}.AT_ONCE", 16)
     held_out = write_rows(tmp_path / "eval.jsonl", pairs(150, seed=3))
     told = {}
     for name in ("dpo", "aot", "kto"):

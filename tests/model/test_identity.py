@@ -171,7 +171,7 @@ def test_hashes_are_remembered_until_the_file_changes_even_under_the_same_times(
     second = identity_of_folder(folder, root=root)
     assert second != first and hashed[2:] == [shard.resolve()]
 
-    (root / "cache_folder.json").write_bytes(b'{"files": {"' + bytes(9))
+    (root / "hashes.json").write_bytes(b'{"files": {"' + bytes(9))
     assert identity_of_folder(folder, root=root) == second
 
 
@@ -218,7 +218,7 @@ def test_many_writers_lose_nothing(tmp_path: Path, root: Path, monkeypatch: pyte
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(json.loads((root / "cache_folder.json").read_text())["files"]) == len(files)
+    assert len(json.loads((root / "hashes.json").read_text())["files"]) == len(files)
 
 
 @pytest.mark.parametrize(

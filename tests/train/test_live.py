@@ -184,7 +184,7 @@ def test_a_reference_that_is_copied_from_the_policy_makes_them_equal_again(
     options: dict[str, Any], model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = {"epochs": 2, "token_budget": 70, "eval_fraction": 0.25, "progress": "plain", **options}
-    dpo(model, ROWS, tmp_path / "out", reference_every=2, reference_mix=1.0, **given)
+    dpo(model, ROWS, tmp_path / "out", ref_model_sync_steps=2, ref_model_mixup_alpha=1.0, **given)
     told = [line["loss"] for line in steps(tmp_path / "out")]
     start = 0.5 if options.get("loss") == "kto" else math.log(2)
     close = [abs(loss - start) < 1e-5 for loss in told]
@@ -198,7 +198,7 @@ def test_a_reference_that_is_copied_from_the_policy_makes_them_equal_again(
 def test_a_reference_that_has_not_moved_yet_is_the_cached_one(model: str, tmp_path: Path) -> None:
     given: dict[str, Any] = {"epochs": 2, "dtype": "float64", "learning_rate": 2e-3, "batch_size": 3}
     dpo(model, ROWS, tmp_path / "cached", **given)
-    dpo(model, ROWS, tmp_path / "live", reference_every=100, **given)
+    dpo(model, ROWS, tmp_path / "live", ref_model_sync_steps=100, **given)
     for one, other in zip(steps(tmp_path / "cached"), steps(tmp_path / "live"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-9)
     found, expected = weights(tmp_path / "live"), weights(tmp_path / "cached")

@@ -17,6 +17,7 @@ from prefopt.data.load import load_groups
 from prefopt.data.sampler import BatchSampler
 from prefopt.errors import RunError
 from prefopt.model.packing import pack
+from prefopt.train import budget
 from prefopt.train.optim import Schedule
 from train.flat import flat_dpo
 from train.small import dpo, pairs, steps, tiny_llama, weights
@@ -102,22 +103,30 @@ def test_where_memory_ends_the_step_is_repeated_in_smaller_parts(
     dpo(model, ROWS, tmp_path / "plain", **options)
     largest, sizes = 100, []
 
+    try_largest = budget.try_largest
+
+    def tried(*given: Any) -> Any:  # the trial before the first step fits: memory ends later
+        found = try_largest(*given)
+        monkeypatch.setattr("prefopt.train.batch.pack", limited)
+        return found
+
     def limited(groups: Any, layout: Any) -> Any:
         sizes.append(sum(g.tokens for g in groups))
         if sizes[-1] > largest:
             raise torch.OutOfMemoryError("no more")
         return pack(groups, layout)
 
-    monkeypatch.setattr("prefopt.train.trainer.pack", limited)
+    monkeypatch.setattr(budget, "try_largest", tried)
     dpo(model, ROWS, tmp_path / "tight", **options, save_every=1, progress="plain")
-    assert "out of memory: the step is repeated with" in capsys.readouterr().out
+    assert "out of memory: step 1 is repeated with" in capsys.readouterr().out
     tried = [size for size in sizes if size > largest]
     assert tried and sizes.index(tried[-1]) < 7, "the smaller budget is kept for the steps that follow"
     assert_same_weights(weights(tmp_path / "tight"), weights(tmp_path / "plain"), 1e-6)
     assert len(steps(tmp_path / "tight")) == 3
 
     largest = 1
-    with pytest.raises(RunError, match=r"step 1: one pair of \d+ tokens does not fit"):
+    monkeypatch.setattr("prefopt.train.batch.pack", pack)
+    with pytest.raises(RunError, match=r"step 1: one group of \d+ tokens does not fit"):
         dpo(model, ROWS, tmp_path / "hopeless", **options)
 
 

@@ -135,10 +135,14 @@ class DpoConfig(BalanceOptions, MethodOptions, ModelOptions):
         """Refuse a misspelt name; a sum and its options are parsed with the losses themselves."""
         known = {*loss_names(), *plugins("prefopt.losses")}
         for part in self.loss.split(",") if loss_names() else ():
-            name, colon, _ = (word.strip() for word in part.partition(":"))
-            if not colon and name not in known and name.replace("-", "_") not in known:
+            name, _, weight = (word.strip() for word in part.partition(":"))
+            of_module = weight and not _NUMBER.fullmatch(weight)  # module:function, read with the losses themselves
+            if not of_module and name not in known and name.replace("-", "_") not in known:
                 guess = nearest(name, sorted(known)) or "; prefopt losses lists them"
                 raise ConfigError(f"--loss {self.loss}: there is no loss {name!r}{guess}")
+
+
+_NUMBER = re.compile(r"[-+.\deE]+")
 
 
 @cache

@@ -275,7 +275,7 @@ class Trainer:
     def halve(self, error: RuntimeError, what: str, largest: int = 1) -> None:
         """Halve the token budget after ``error``, to do ``what`` again; raises where it cannot be made smaller."""
         self.token_budget = smaller_budget(error, self.token_budget, what, largest, self.device)
-        self.reporter.say(f"out of memory: {what} is done again with {self.token_budget} tokens at once")
+        self.reporter.say(f"out of memory: {what} is repeated with {self.token_budget} tokens at once")
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
