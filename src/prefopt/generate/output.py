@@ -68,7 +68,8 @@ def _read_record(path: Path) -> dict[str, Any]:
 def _record(found: dict[str, Any]) -> dict[str, Any]:
     """Raises where it is not what a run wrote."""
     dict(found["options"])
-    if found.get("rows", 1) not in range(1, 2**53):
+    rows = found.get("rows", 1)
+    if not isinstance(rows, int) or not 0 < rows < 2**53:  # "in range" would try all numbers for what is none
         raise ValueError("rows is no number of rows")
     return found
 
