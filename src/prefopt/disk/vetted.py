@@ -32,7 +32,8 @@ RANK = 4096
 # Numbers of modules that are made one by one.
 _REPEATED = re.compile(r"layers?$|blocks?$|depth$|experts?$|^n_layer|heads?$|replication|num_virtual_tokens|stages$")
 # Fields of an adapter by which PEFT imports a module (LoRA of Megatron), or loads other adapters (X-LoRA) and models.
-# Fields whose words PEFT matches against names as regular expressions, and what makes one go back over a name.
+# Fields whose words PEFT matches against names as regular expressions, and what makes one go back over a name again
+# and again. PEFT itself writes such as ".*\.gate_up_proj".
 _PATTERNS = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_pattern")
 _REPEATS = re.compile(r"[*+{]")
 _FOREIGN = ("megatron_config", "adapters", "shadow_model", "prompt_tuning_init_state_dict_path")
@@ -157,7 +158,7 @@ def _vet_adapter(folder: Path) -> None:
     for field in _PATTERNS:
         value = config.get(field)
         for word in value if isinstance(value, (list, dict)) else [value]:
-            if isinstance(word, str) and _REPEATS.search(word):
+            if isinstance(word, str) and _REPEATS.search(word.removeprefix(".*")):
                 raise ModelError(
                     f"{path}: {field} has the pattern {word[:60]!r}, which may take without end to match; name the"
                     " modules as they are"
