@@ -215,7 +215,8 @@ def _digests(names: Sequence[str], *, registry: bool) -> list[tuple[int, str, st
             source.entry,
             source.digest(),
             source.suffix,
-            str(find_dataset_info(source.path) if registry else None),
+            # Chains of the first version, which called the class Entry, are still recognised.
+            str(find_dataset_info(source.path) if registry else None).replace("DatasetInfo(", "Entry(", 1),
         )
         for source in find_sources(names)
     ]
