@@ -82,6 +82,13 @@ def test_rows_come_back_from_either_kind_of_file(
     writes_and_reads(name, several, tmp_path_factory.mktemp("rows"))
 
 
+def test_a_null_in_an_object_stays_one(tmp_path: Path) -> None:
+    given: Any = [{"id": {"a": 0, "b": 0}}, {"id": {"a": 0, "b": None}}]
+    rows = [{"prompt": "q", "responses": ["x", "y"], "tiers": [[0], [1]]} | extra for extra in given]
+    found = parse_comparisons(rows, "f", format="canonical").comparisons
+    writes_and_reads("canonical", found, tmp_path)
+
+
 @pytest.mark.slow
 @settings(max_examples=3000, suppress_health_check=list(HealthCheck))
 @given(name=st.sampled_from(["canonical"] * 3 + WRITTEN), several=some())

@@ -322,6 +322,8 @@ def _type_of(value: object, loose: bool) -> Any:
             for item in value:
                 items = _merged(items, _type_of(item, loose), loose)
             return None if items is None else pa.list_(items)
+        case dict() if not loose and None in value.values():
+            return None  # a null in a field of a struct reads as an absent field
         case dict():
             fields = {name: _type_of(inner, loose) for name, inner in value.items() if _encodable(name)}
             whole = fields and len(fields) == len(value) and None not in fields.values()
