@@ -23,7 +23,7 @@ from prefopt.train.objective import Objective
 from prefopt.train.optim import Network
 from prefopt.train.policy import Trained
 from prefopt.train.reference import check_vocabulary, groups_read
-from prefopt.train.run import Run, Start, TrainingResult, steps_of
+from prefopt.train.run import Run, ModelStart, TrainingResult, steps_of
 from prefopt.train.step import Differentiator, ReferenceInMemory
 from prefopt.train.trainer import Inspect, Trainer
 
@@ -34,7 +34,7 @@ class OfflineRun:
     what groups are called in the metric of speed."""
 
     run: Run
-    start: Start
+    start: ModelStart
     data: TrainingData
     policy: Trained[Any]
     unit: str = "pairs"
@@ -193,6 +193,6 @@ class OfflineRun:
 _CARD = {"loss", "rewards", "logps", "lengths", "perplexity", "nll", "router"}
 
 
-def say_truncated(run: Run, start: Start, data: TrainingData) -> None:
+def say_truncated(run: Run, start: ModelStart, data: TrainingData) -> None:
     """What a longer ``--max-length`` would keep."""
     run.say(longer_limit(data.source.truncated, data.source.kept, start.limit, start.positions))

@@ -236,7 +236,7 @@ def open_run(config: Options, *, model: Any = None, callbacks: Sequence[Any] = (
 
 
 @dataclass(slots=True)
-class Start:
+class ModelStart:
     """The model of a run before it is loaded: its folder (empty for one given in Python), its tokenizer, how many
     positions it has, and the ``limit`` of tokens of a sequence."""
 
@@ -246,7 +246,7 @@ class Start:
     limit: int
 
 
-def read_model(run: Run, tokenizer: Any = None) -> Start:
+def read_model(run: Run, tokenizer: Any = None) -> ModelStart:
     """The tokenizer and the configuration of the run's model. ``tokenizer`` is one given in Python.
 
     Raises :class:`prefopt.errors.ModelError` for a model that cannot be trained.
@@ -258,7 +258,7 @@ def read_model(run: Run, tokenizer: Any = None) -> Start:
     configuration = run.given.config if run.given is not None else load_config(source)
     refuse_untrainable(config.model if run.given is None else type(run.given).__name__, configuration)
     positions = context_length(configuration)
-    return Start(source, found, positions, sequence_limit(config.max_length, positions))
+    return ModelStart(source, found, positions, sequence_limit(config.max_length, positions))
 
 
 def steps_of(config: Options, steps_per_epoch: int) -> int:
