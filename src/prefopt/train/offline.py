@@ -23,7 +23,7 @@ from prefopt.train.objective import Objective
 from prefopt.train.optim import Network
 from prefopt.train.policy import Trained
 from prefopt.train.reference import check_vocabulary, groups_read
-from prefopt.train.run import Run, ModelStart, TrainingResult, steps_of
+from prefopt.train.run import ModelStart, Run, TrainingResult, steps_of
 from prefopt.train.step import Differentiator, ReferenceInMemory
 from prefopt.train.trainer import Inspect, Trainer
 
