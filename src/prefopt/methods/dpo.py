@@ -19,8 +19,7 @@ from prefopt.train.objective import PreferenceObjective, check_rows, inspect_fir
 from prefopt.train.objectives import balanced, describe_balance
 from prefopt.train.offline import OfflineRun, say_truncated
 from prefopt.train.policy import Policy
-from prefopt.train.reference import ReferenceRun, choose_reference, identify, without_values
-from prefopt.train.reference_plan import ReferencePlan
+from prefopt.train.reference import ReferencePlan, ReferenceRun, choose_reference, identify, without_values
 from prefopt.train.run import TrainingResult, open_run, read_model
 
 

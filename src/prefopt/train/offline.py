@@ -22,9 +22,9 @@ from prefopt.train.data import DataBatches, TrainingData
 from prefopt.train.objective import Objective
 from prefopt.train.optim import Network
 from prefopt.train.policy import Trained
-from prefopt.train.reference import check_vocabulary, groups_read
+from prefopt.train.reference import check_vocabulary
 from prefopt.train.run import ModelStart, Run, TrainingResult, steps_of
-from prefopt.train.step import Differentiator, ReferenceInMemory
+from prefopt.train.step import Differentiator, InMemoryColumns
 from prefopt.train.trainer import Inspect, Trainer
 
 
@@ -65,10 +65,12 @@ class OfflineRun:
         self.run.take_folder(identity, max_length=self.start.limit, rows=rows, **facts)
 
     def groups_read(self) -> IndexArray | None:
-        """The groups that training and evaluations read, where ``--max-steps`` leaves some out."""
+        """The groups that training and evaluations read, sorted; None where ``--max-steps`` leaves none out."""
         if self.run.config.max_steps is None:
             return None
-        found = groups_read(self.sampler, self.steps, self.data.train, self.data.held_out)
+        train = np.asarray(self.data.train, np.int64)
+        drawn = [train[self.sampler.batch(step)] for step in range(self.steps)]
+        found = np.unique(np.concatenate([*drawn, np.asarray(self.data.held_out, np.int64)]))
         return found if len(found) < len(self.data.groups) else None
 
     def fit(
@@ -76,7 +78,7 @@ class OfflineRun:
         objective: Objective,
         source: DataBatches,
         *,
-        reference: ReferenceInMemory | None = None,
+        reference: InMemoryColumns | None = None,
         inspect: Inspect | None = None,
         movement: Any = None,
     ) -> Trainer:
@@ -105,7 +107,7 @@ class OfflineRun:
         objective: Callable[[], Objective],
         source: DataBatches,
         *,
-        reference: Callable[[], ReferenceInMemory | None] = lambda: None,
+        reference: Callable[[], InMemoryColumns | None] = lambda: None,
         ahead: Callable[[float], float | None] = lambda speed: None,
         say_ahead: Callable[[], None] = lambda: None,
     ) -> None:
@@ -141,7 +143,7 @@ class OfflineRun:
         return self.steps * per_step / speed * (self.passes if per_step > tokens else 1)
 
     def _token_budget(
-        self, objective: Objective, source: DataBatches, reference: ReferenceInMemory | None
+        self, objective: Objective, source: DataBatches, reference: InMemoryColumns | None
     ) -> tuple[int, float]:
         """The budget of ``--token-budget``, of the run's first start, or an estimate; tried either way."""
         run, policy, groups = self.run, self.policy, self.data.groups

@@ -11,28 +11,46 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from prefopt.model.kernels.distributions import Distributions
-from prefopt.model.packing import PackedBatch
-from prefopt.model.scorer import PackedModel
+from prefopt.model.packing import PackedBatch, pack
+from prefopt.model.scorer import PackedModel, response_sums
+from prefopt.reference.in_memory import InMemoryReference
 from prefopt.train.batch import Batch, MicroBatch, State, Sums, micro_batches
 from prefopt.train.columns import Values
 from prefopt.train.objective import DIFFERENTIATED, Normaliser, Objective
 
 
-class ReferenceInMemory(Protocol):
-    """Reference values that are computed anew for each micro-batch, without gradients."""
+class InMemoryColumns:
+    """Values scored without gradients for each micro-batch; they replace columns. These are log-probabilities under a
+    reference in memory, unless whole distributions are compared, and those of mismatched responses.
+
+    ``tokens``: log-probabilities of tokens are needed, not only sums by response.
+    """
+
+    def __init__(self, live: InMemoryReference | None, *, compares: bool, tokens: bool) -> None:
+        self.live, self._compares, self._tokens = live, compares, tokens
 
     def values(self, scorer: PackedModel, micro: MicroBatch) -> Values:
-        """Values to add to the policy's; they take the place of columns."""
-        ...
+        """``ref_logp_N`` (and ``_M``), ``mismatched_logp_N``, ``mismatched_ref_logp_N``: those that are needed."""
+        found: Values = {}
+        if self.live is not None and not self._compares:
+            logp_M = self.live.logprobs(micro.packed)
+            found["ref_logp_N"] = response_sums(logp_M, micro.packed)
+            if self._tokens:
+                found["ref_logp_M"] = logp_M
+        if micro.batch.mismatched is not None:
+            other = pack(micro.batch.mismatched.groups, scorer.layout).to(micro.packed.target.device)
+            found["mismatched_logp_N"] = response_sums(scorer(other), other)
+            if self.live is not None:
+                found["mismatched_ref_logp_N"] = response_sums(self.live.logprobs(other), other)
+        return found
 
     def distributions(self, packed: PackedBatch) -> Distributions | None:
-        """Next-token distributions to compare the policy's with, where the objective does."""
-        ...
+        """The reference's next-token distributions."""
+        return None if self.live is None else self.live.distributions(packed)
 
 
 @dataclass(slots=True)
@@ -51,7 +69,7 @@ class Differentiator:
 
     scorer: PackedModel
     objective: Objective
-    reference: ReferenceInMemory | None = None
+    reference: InMemoryColumns | None = None
 
     def gradients(self, batch: Batch, token_budget: int, *, scale: float = 1.0) -> Gradients:
         """Add the gradients of ``scale`` times the loss of a global batch to the weights'."""

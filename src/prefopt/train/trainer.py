@@ -30,7 +30,7 @@ from prefopt.train.budget import smaller_budget
 from prefopt.train.columns import Values
 from prefopt.train.objective import Objective
 from prefopt.train.optim import Network, grad_norm
-from prefopt.train.step import Differentiator, Gradients, ReferenceInMemory
+from prefopt.train.step import Differentiator, Gradients, InMemoryColumns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +131,7 @@ class Trainer:
     checkpoints: Path
     stop: StopRequest
     token_budget: int
-    reference: ReferenceInMemory | None = None
+    reference: InMemoryColumns | None = None
     measure: Callable[[Sequence[PackedBatch], float], Record] | None = None
     inspect: Inspect | None = None
     movement: TrDpoUpdate | None = None
