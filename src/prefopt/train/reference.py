@@ -38,7 +38,7 @@ from prefopt.train.budget import estimate, smaller_budget
 from prefopt.train.columns import mismatched
 from prefopt.train.data import TrainingData
 from prefopt.train.loss_options import names_of
-from prefopt.train.policy import Policy
+from prefopt.train.policy import Trained
 from prefopt.train.step import InMemoryColumns
 
 SCORING_AHEAD = 4
@@ -86,6 +86,7 @@ class ReferenceChoice:
     model: str
     adapter: str | None
     is_start: bool
+    identity: Identity
 
     @property
     def words(self) -> str:
@@ -94,21 +95,18 @@ class ReferenceChoice:
         return f"{name}{' (the model as it is before training)' if self.is_start else ''}"
 
 
-def choose_reference(config: DpoConfig, given: Any = None) -> ReferenceChoice:
-    """The reference that ``config`` asks for. A model ``given`` in Python is never the same as a named one."""
+def choose_reference(config: DpoConfig, given: torch.nn.Module | None = None) -> ReferenceChoice:
+    """The reference of ``config``, identified by its present contents. ``given``: a policy given in Python, which is
+    never the same as a named model."""
+    model, adapter, is_start = config.model, config.adapter, True
     if config.reference is not None:
-        same = config.reference == config.model and config.reference_adapter == config.adapter and given is None
-        return ReferenceChoice(config.reference, config.reference_adapter, same)
-    if config.reference_adapter is not None:
-        return ReferenceChoice(config.model, config.reference_adapter, config.reference_adapter == config.adapter)
-    return ReferenceChoice(config.model, config.adapter, True)
-
-
-def identify(choice: ReferenceChoice, model: torch.nn.Module | None) -> Identity:
-    """Identity of the reference. ``model``: the policy, if it was given in Python."""
-    if model is not None and choice.is_start:
-        return identity_of_model(model, name=choice.model)
-    return identity_of_name(choice.model, choice.adapter)
+        model, adapter = config.reference, config.reference_adapter
+        is_start = model == config.model and adapter == config.adapter and given is None
+    elif config.reference_adapter is not None:
+        adapter, is_start = config.reference_adapter, config.reference_adapter == config.adapter
+    if given is not None and is_start:
+        return ReferenceChoice(model, adapter, is_start, identity_of_model(given, name=model))
+    return ReferenceChoice(model, adapter, is_start, identity_of_name(model, adapter))
 
 
 class ReferenceRun:
@@ -118,10 +116,8 @@ class ReferenceRun:
     of tokens are needed, not only sums by response.
     """
 
-    def __init__(
-        self, choice: ReferenceChoice, identity: Identity, start: Scorer, config: DpoConfig, *, token_values: bool
-    ) -> None:
-        self.choice, self.identity, self.start, self.config = choice, identity, start, config
+    def __init__(self, choice: ReferenceChoice, start: Scorer, config: DpoConfig, *, token_values: bool) -> None:
+        self.choice, self.start, self.config = choice, start, config
         self.token_values = token_values
         self.device = next(start.model.parameters()).device
         self._scorer: Scorer | None = start if choice.is_start else None
@@ -218,7 +214,7 @@ class ReferenceRun:
         """The key of the values in the cache."""
         # Another reference has the policy's kind of device and dtype; whether it can share, only the model can say.
         scorer = self.start if self.choice.is_start else self._other()
-        return space_of(self.identity, scorer, self.device)
+        return space_of(self.choice.identity, scorer, self.device)
 
     def _other(self) -> Scorer:
         if self._scorer is None:
@@ -273,7 +269,7 @@ class ReferencePlan:
         if reference is None:
             reporter.say(f"reference: none is loaded, {names_of(terms)} compares with none")
         else:
-            reporter.say(f"reference: {reference.choice.words}, {reference.identity.digest[:12]}")
+            reporter.say(f"reference: {reference.choice.words}, {reference.choice.identity.digest[:12]}")
         if self.live:
             why = [f"{' and '.join(whole)} compares whole distributions"] if whole else []
             if config.ref_model_sync_steps is not None:
@@ -315,6 +311,10 @@ class ReferencePlan:
         # Forward alone is a third of a training step's work.
         return int(scorer.layout.costs(groups).sum()) / (3 * speed) if self.reference.missing(groups) else 0.0
 
+    def placeholder(self) -> ReferenceValues | None:
+        """Zeros in the place of :meth:`values`, for a dry run."""
+        return None if self.reference is None or self.live else without_values(self.groups, 0.0)
+
     def values(self, scorer: Scorer, folder: RunFolder, stop: StopRequest) -> ReferenceValues | None:
         """The reference's values for all responses; None where they are not cached.
 
@@ -339,7 +339,7 @@ class ReferencePlan:
         )
         return values
 
-    def in_memory(self, policy: Policy) -> InMemoryColumns | None:
+    def in_memory(self, policy: Trained[Any]) -> InMemoryColumns | None:
         """What is scored with every micro-batch, if anything; ``policy`` is trainable already."""
         live = None
         if self.live and self.reference is not None:

@@ -86,7 +86,7 @@ class Differentiator:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, token_budget: int) -> Sums:
-        """The sums of a batch, without gradients. Memory does not grow with its size, unless the loss is of the whole."""
+        """The sums of a batch, without gradients. Unless the loss is of the whole batch, values are not kept."""
         sums, normaliser = Sums(), self.objective.normaliser(batch)
         micro = micro_batches(self.scorer, batch, token_budget)
         if self.objective.whole_batch:
