@@ -26,7 +26,7 @@ from prefopt.reference.identity import identity_of_name
 from prefopt.rewards import Reward, load_reward
 from prefopt.rl.models import PpoModels, build_models
 from prefopt.rl.objective import PpoObjective
-from prefopt.rl.prompts import PtxTerm, order_of, plan_of, read_prompts, read_ptx, too_few
+from prefopt.rl.prompts import PtxTerm, order_of, plan_of, read_ptx, read_rollout_prompts, too_few
 from prefopt.rl.rollouts import Collector
 from prefopt.rl.rounds import Rounds, keep_last_good
 from prefopt.runs.folder import digest_of, fingerprint
@@ -82,7 +82,7 @@ def run(
             given=model,
             tokenizer=tokenizer,
         )
-        prompts, settings = read_prompts(config, start, rows, run.reporter)
+        prompts, settings = read_rollout_prompts(config, start, rows, run.reporter)
         longest = max(map(len, prompts.ids)) + config.max_new_tokens
         policy = run.loading(Policy(config, start.source, run.dtype, run.device, model))
         check = _check(policy, prompts, settings)

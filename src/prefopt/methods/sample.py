@@ -13,12 +13,9 @@ import torch
 
 from prefopt.config.sample import SampleConfig
 from prefopt.core.terminal import Bar, Reporter, StopRequest, duration
-from prefopt.data.chat.render_options import parse_variables, read_template
-from prefopt.data.comparisons import parse_comparisons
-from prefopt.data.files.sources import find_sources
 from prefopt.data.layouts import LAYOUTS
 from prefopt.errors import ConfigError
-from prefopt.generate.model_io import PromptReader, PromptSet, SampledModel, continuation, renderer_for, without_stop
+from prefopt.generate.model_io import PromptSet, SampledModel, continuation, without_stop
 from prefopt.generate.rewards import BestOf, load_reward_scorer
 from prefopt.generate.sample_file import PromptOrigin, SampleFile
 from prefopt.generate.sampler import (
@@ -32,24 +29,25 @@ from prefopt.generate.sampler import (
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.model.precision import slow_dtype
 from prefopt.records import Message, Response
+from prefopt.rl.prompts import read_prompts
 from prefopt.runs.folder import digest_of
 
 COMPARED = 64
-"""Samples at most, spread over the prompts, that are scored again to compare the log-probabilities."""
+"""The largest number of samples, spread over the prompts, to compare log-probabilities of sampler and scorer on."""
 BATCHES = 4
-"""Batches that are sorted by length and written together: what a kill may cost."""
+"""Batches that are sorted by length and written together. A killed run loses at most these."""
 VLLM_SAMPLES = 4096
-"""The same for vLLM, which makes its own batches."""
+"""The same in samples for vLLM, which makes its own batches."""
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class SampleResult:
-    """What a run gives back. ``rows`` are what was drawn, as an output file would hold it, where there is no file.
+    """``rows`` are those of the output file, if none was written.
 
-    ``finished`` is the part of samples that ended by themselves, ``empty`` how many said nothing; both count what this
-    run drew, and so does ``mismatch``, which compares the sampler with the scorer.
+    ``finished`` is the fraction of samples that ended by themselves, ``empty`` the number without text; ``mismatch``
+    compares the log-probabilities of sampler and scorer. All three are of the samples that this run drew.
     """
 
     output: Path | None
@@ -69,22 +67,21 @@ def run(
     tokenizer: Any = None,
     rows: Iterable[Mapping[str, object]] | None = None,
 ) -> SampleResult:
-    """Sample. ``model``, ``tokenizer`` and ``rows`` stand in for what ``config`` names.
+    """Sample. ``model``, ``tokenizer`` and ``rows`` replace those of ``config``.
 
-    Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop, with what was
-    written kept.
+    Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop: the run can be
+    resumed.
     """
     with StopRequest() as stop:
-        return _Run(config, Reporter(config.progress), stop).run(model, tokenizer, rows)
+        return _SampleRun(config, Reporter(config.progress), stop).run(model, tokenizer, rows)
 
 
-class _Run:
-    """One run, stage by stage."""
-
+class _SampleRun:
     def __init__(self, config: SampleConfig, reporter: Reporter, stop: StopRequest) -> None:
         self.config, self.reporter, self.stop = config, reporter, stop
-        options = config.to_dict()
-        self.file = SampleFile(Path(config.output), options, resume=config.resume) if config.output else None
+        self.file: SampleFile | None = None
+        if config.output:
+            self.file = SampleFile(Path(config.output), config.to_dict(), resume=config.resume)
         self.rows: list[Row] = []
         self.samples = self.tokens = self.ended = self.empty = 0
         self.compared: dict[int, list[Sample]] = {}
@@ -113,28 +110,17 @@ class _Run:
             model.release()
             if self.file is not None:
                 self.file.close()
-        part = self.ended / self.samples if self.samples else 0.0
+        finished = self.ended / self.samples if self.samples else 0.0
         path = self.file.path if self.file else None
-        counts = (len(prompts.rows), self.samples, self.tokens, part, self.empty)
+        counts = (len(prompts.rows), self.samples, self.tokens, finished, self.empty)
         return SampleResult(path, self.rows, *counts, mismatch)
 
     def _prompts(self, model: SampledModel, rows: Iterable[Mapping[str, object]] | None) -> PromptSet:
         config = self.config
-        template = read_template(config.chat_template) if config.chat_template else None
-        renderer = renderer_for(model.tokenizer, template, parse_variables(config.template_variables or ()))
-        chats = template is not None or model.tokenizer.chat_template is not None
-        lines = config.lines if config.lines != "auto" else "user" if chats else "text"
-        reader = PromptReader(renderer, context=model.context, lines=lines, on_bad_row=config.on_bad_row)
-        if rows is None:
-            prompts = reader.read(find_sources(config.prompts), format=config.format, columns=config.column_words)
-        else:
-            reading = parse_comparisons(rows, "prompts", format=config.format, columns=config.column_words)
-            prompts = reader.take(reading, reading.notes)
-        for line in prompts.summary():
-            self.reporter.say(f"prompts: {line}")
+        prompts, stop = read_prompts(config, model, rows, self.reporter)
         self.settings = SamplingParams(
             config.max_new_tokens,
-            model.stop_ids(renderer),
+            stop,
             config.min_new_tokens,
             config.temperature,
             config.top_p,
@@ -143,18 +129,11 @@ class _Run:
         )
         names = ", ".join(map(str, model.tokenizer.convert_ids_to_tokens(list(self.settings.stop))))
         self.reporter.say(f"samples end at {names or 'no token, for the tokenizer names none'}")
-        self._say_room(prompts, model.context)
-        return prompts
-
-    def _say_room(self, prompts: PromptSet, context: int | None) -> None:
-        if context is None:
-            return
-        short = sum(len(ids) + self.config.max_new_tokens > context for ids in prompts.ids)
-        if short:
-            what = f"leave room for fewer than {self.config.max_new_tokens} tokens in the model's context of {context}"
+        context, most = model.context, config.max_new_tokens
+        if context and (short := sum(len(ids) + most > context for ids in prompts.ids)):
+            what = f"leave room for fewer than {most} tokens in the model's context of {context}"
             self.reporter.say(f"prompts: {short} of {len(prompts.ids)} {what}")
-
-    # -- sampling ----------------------------------------------------------------------------------------------
+        return prompts
 
     def _sample(self, model: SampledModel, prompts: PromptSet) -> LogprobMismatch | None:
         places = [PromptOrigin(c.file, c.row) for c in prompts.rows]
@@ -203,7 +182,7 @@ class _Run:
 
     @contextmanager
     def _sampler(self, model: SampledModel, prompts: PromptSet) -> Iterator[tuple[ResponseSampler, int]]:
-        """The sampler, and how many prompts go through it at once: the same at a resume, so that the batches are."""
+        """The sampler, and the number of prompts per call; a resumed run has the same, and so the same batches."""
         record = self.file.record if self.file else {}
         if self.config.engine == "vllm":
             from prefopt.generate.vllm import VllmSampler
@@ -256,12 +235,12 @@ class _Run:
     def _row(
         self, model: SampledModel, prompts: PromptSet, i: int, samples: Sequence[Sample], scores: Sequence[float]
     ) -> Row:
-        """A row of the output, in the canonical layout with columns of its own."""
+        """A row of the output: the canonical layout with additional columns."""
         prompt = prompts.rows[i]
         responses = []
         for sample in samples:
             text = continuation(model.tokenizer, prompts.ids[i], without_stop(sample.ids, self.settings.stop))
-            # Templates put white space around answers as they like; the text of a base model is left as it is.
+            # Chat templates add white space around answers; the text of a base model is not changed.
             text = text if prompt.text else text.strip()
             responses.append(Response((Message("assistant", text),), cut=not sample.finished))
             self.samples += 1
@@ -302,7 +281,7 @@ class _Run:
 
 
 class _Progress:
-    """Tells a bar what a sampler did, and stops it when a person asks."""
+    """Updates a progress bar from a sampler's reports. Raises after a stop request."""
 
     def __init__(self, bar: Bar, stop: StopRequest, done: int, most: int) -> None:
         self._bar, self._stop, self._done = bar, stop, done
@@ -314,10 +293,10 @@ class _Progress:
         self._done += ended
         self._tokens += drawn
         per_second = self._tokens / max(time.monotonic() - self._started, 1e-9)
-        # Samples of a batch end together, most of them, so that their number says little of the time that is left.
+        # Most samples of a batch end together, so that their number is a poor estimate of the remaining time.
         work = max(self._done, self._before + self._tokens / self._most)
         self._bar.update(max(0, self._done), f"{per_second:,.0f} tokens/s", work=work)
 
     def restart(self, done: int) -> None:
-        """Put the count right after a window, of which a part may have been done before."""
+        """Set the number of finished samples, after a window that was partly done before."""
         self._done = done

@@ -1,8 +1,8 @@
-"""Objectives: from a batch and the scores of a model to a loss.
+"""Objectives: from a batch and a model's scores to a loss.
 
 Scoring gives *values*, tensors by name over the responses or tokens of a batch; the loss is computed on those and on
-the batch's columns. The two are apart because a loss may need the values of a whole global batch, which is scored in
-parts (see ``step.py``).
+the batch's columns. These are separate steps because a loss may need the values of a whole global batch, which is
+scored in micro-batches (see ``step.py``).
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from prefopt.train.columns import LossInputs, Values, head_sums, weights_of
 Normaliser = tuple[torch.Tensor, ...]
 
 DIFFERENTIATED = ("logp_N", "reward_N", "kl_N", "chosen_head_logp_P", "rejected_head_logp_P", "router_prob_PE")
-"""Values through which gradients flow."""
-_TINY = 1e-30  # a batch may hold no row that a loss has a weight for; its numerators are zero then
+"""Values that gradients flow through."""
+_TINY = 1e-30  # the weights of a loss may all be zero in a batch; then its numerators are, too
 
 
 class Objective(ABC):
     """What a trainer minimises."""
 
     whole_batch: bool = False
-    """Whether the loss must see the values of the whole global batch at once."""
+    """Whether the loss needs the values of the whole global batch at once."""
     compares: bool = False
-    """Whether scoring compares with the next-token distributions of a reference."""
+    """Whether scoring needs the next-token distributions of a reference."""
     state: State
-    """What losses keep from batch to batch; the trainer sets it once a step is done."""
+    """Running state of losses; the trainer sets it after each update."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.dtype = device, torch.float32 if device.type == "mps" else torch.float64
@@ -49,32 +49,28 @@ class Objective(ABC):
 
     @abstractmethod
     def normaliser(self, batch: Batch) -> Normaliser:
-        """What each loss of a global batch is divided by, from its columns: before anything is scored.
-
-        Not where ``whole_batch``: then the loss sees the whole batch, and takes it from there.
-        """
+        """What each loss of a global batch is divided by, from its columns alone. Not used where ``whole_batch``."""
 
     @abstractmethod
     def score(
         self, scorer: PackedModel, packed: PackedBatch, batch: Batch, reference: Distributions | None = None
     ) -> Values:
-        """Values under the policy, with gradients where they are switched on."""
+        """Values under the policy, with gradients if they are enabled."""
 
     @abstractmethod
     def __call__(self, batch: Batch, values: Values, normaliser: Normaliser) -> LossResult:
-        """The loss of ``batch``, a part of a global batch or the whole of it."""
+        """The loss of ``batch``, which is a micro-batch or a whole global batch."""
 
     def derived(self, record: Record) -> Record:
-        """``record`` with the metrics that follow from the averages of a batch or an evaluation."""
+        """``record`` with metrics that are computed from averages over a batch or an evaluation."""
         return record
 
 
 class PreferenceObjective(Objective):
-    """A weighted sum of losses on pairs, labelled responses or rankings, each over its own normaliser of the whole
-    global batch.
+    """A weighted sum of losses on pairs, labelled responses or rankings, each divided by its own normaliser.
 
-    Columns: those of :func:`prefopt.train.columns.columns_of`; where a loss compares with a reference ``ref_logp_N``
-    and, where it looks at the first tokens of responses, ``ref_logp_M``, unless these come with the values.
+    Columns: those of :func:`prefopt.train.columns.columns_of`; for losses with a reference ``ref_logp_N`` and, if they
+    use the first tokens of responses, ``ref_logp_M``, unless these are among the values.
     """
 
     def __init__(self, terms: Sequence[WeightedLoss], *, device: torch.device) -> None:
@@ -90,14 +86,14 @@ class PreferenceObjective(Objective):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether any loss compares with a reference."""
+        """Whether any loss uses a reference."""
         return any(term.loss.needs_reference for term in self.terms)
 
     @torch.no_grad()
     def normaliser(self, batch: Batch) -> Normaliser:
-        """See :class:`Objective`. A loss tells the weights of its rows whatever the policy gives: here, nothing."""
+        """See :class:`Objective`. The row weights of a loss do not depend on values, which are zero here."""
         sums = torch.zeros(len(self.terms), dtype=self.dtype, device=self.device)
-        if self.whole_batch:  # which rows count may depend on the batch: told when that is seen
+        if self.whole_batch:  # weights may depend on the values of the batch
             return tuple(sums)
         for first in range(0, len(batch), AT_ONCE):
             inputs = self._inputs(batch.select(range(first, min(first + AT_ONCE, len(batch)))))
@@ -108,7 +104,7 @@ class PreferenceObjective(Objective):
     def score(
         self, scorer: PackedModel, packed: PackedBatch, batch: Batch, reference: Distributions | None = None
     ) -> Values:
-        """See :class:`Objective`: ``logp_N`` and what else the losses name."""
+        """``logp_N`` and the other values that the losses need."""
         square = "chosen_wpo_P" in self._needs
         if not square and reference is None:
             return self._sums(scorer(packed), packed, batch, "logp")
@@ -122,7 +118,7 @@ class PreferenceObjective(Objective):
         return values
 
     def _sums(self, logp_M: torch.Tensor, packed: PackedBatch, batch: Batch, name: str) -> Values:
-        """Sums by response and, where a loss needs them, over the first tokens of the responses of each pair."""
+        """Sums by response and, if needed, over the first tokens of the responses of each pair."""
         values = {f"{name}_N": response_sums(logp_M, packed)}
         if f"chosen_head_{name}_P" in self._needs:
             values |= self._heads(logp_M.to(self.dtype), self._inputs(batch), name)
@@ -149,7 +145,7 @@ class PreferenceObjective(Objective):
             weights.append(weight)
             shares.append(term.weight * (output.numerator_R * inputs.weight_R).sum() / weight)
             for name, values_R in output.metrics.items():
-                if self.kind != "labels" or name != "rewards/margins":  # a difference of means: of the whole batch's
+                if self.kind != "labels" or name != "rewards/margins":  # Sums.means computes it
                     metrics.setdefault(name, weighted_sum(values_R, inputs.weight_R))
             if output.state is not None:
                 state[term.loss.name] = output.state
@@ -158,10 +154,10 @@ class PreferenceObjective(Objective):
         if len(shares) > 1:
             names = [f"loss/{term.loss.name}" for term in self.terms]
             named |= {n: x / t.weight for n, t, x in zip(names, self.terms, shares, strict=True)}
-            divided_by = dict(zip(names, weights, strict=True))  # the sum has none of its own
+            divided_by = dict(zip(names, weights, strict=True))  # the sum of losses has none
         return LossResult(total, named, {**metrics, **inputs.response_metrics(values)}, state, divided_by)
 
-    def at_reference(self, batch: Batch, values: Values) -> Values:
+    def values_at_reference(self, batch: Batch, values: Values) -> Values:
         """``values`` as they would be if the policy were the reference."""
         known = self._with_reference(values, self._inputs(batch))
         same = {name: known[n] for name in values if (n := name.replace("logp", "ref_logp")) in known}
@@ -172,7 +168,7 @@ class PreferenceObjective(Objective):
         return LossInputs(batch, self.kind, self.device, self.dtype)
 
     def _with_reference(self, values: Values, inputs: LossInputs) -> Values:
-        """``values`` with the reference's, where those are columns, and its sums over first tokens."""
+        """``values`` with those of the reference that are columns, and its sums over first tokens."""
         found: Values = {}
         batch = inputs.batch
         if "ref_logp_N" in batch.columns:
@@ -189,13 +185,13 @@ class PreferenceObjective(Objective):
 
 
 def check_rows(terms: Sequence[WeightedLoss], groups: Sequence[Group], which: str) -> None:
-    """Raises :class:`DataError` for a group that lacks what the losses are computed on, or is weighted where they
-    cannot weigh rows. ``which``: see :data:`prefopt.train.columns.WHICH`."""
+    """Raises :class:`DataError` for a group without the scores or order that the losses need, or with unequal weights
+    where they cannot weigh rows. ``which``: see :data:`prefopt.train.columns.WHICH`."""
     kind = terms[0].loss.kind
     sorting = [term.loss.name for term in terms if not term.loss.per_row]
     scoring = [term.loss.name for term in terms if term.loss.needs_scores]
     if not sorting and not scoring and kind != "ranking" and which == "all":
-        return  # that there are pairs or labels is seen when rows are read
+        return  # pairs and labels are checked when rows are read
     weights: set[float] = set()
     for group in groups:
         weights.update(weights_of(group, kind, which))
@@ -210,19 +206,18 @@ def check_rows(terms: Sequence[WeightedLoss], groups: Sequence[Group], which: st
 
 
 MANY = 8
-"""Groups in a batch from which an accuracy of exactly 1 is no accident."""
+"""From this number of groups on an accuracy of exactly 1 is not chance."""
 
 
-def at_reference(
+def _loss_at_reference(
     objective: PreferenceObjective, check: CheckReport, batch: Batch, values: Values
 ) -> tuple[float, float]:
-    """The loss of a policy that is its reference, and how far rounding may take it from there."""
-    same = objective.at_reference(batch, values)
-    leaves = [same[name].detach().requires_grad_() for name in DIFFERENTIATED if name in same]
-    named = dict(zip([name for name in DIFFERENTIATED if name in same], leaves, strict=True))
+    """The loss of a policy that is its reference, and the largest deviation by rounding."""
+    same = objective.values_at_reference(batch, values)
+    leaves = {name: same[name].detach().requires_grad_() for name in DIFFERENTIATED if name in same}
     with torch.enable_grad():
-        total = objective(batch, {**same, **named}, objective.normaliser(batch)).total
-        slopes = torch.autograd.grad(total, leaves, allow_unused=True)
+        total = objective(batch, {**same, **leaves}, objective.normaliser(batch)).total
+        slopes = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     tokens = int(batch.length_N.max())
     slope = sum(float(s.abs().sum()) for s in slopes if s is not None)
     expected = float(total.detach())
@@ -232,9 +227,9 @@ def at_reference(
 def inspect_first(
     objective: PreferenceObjective, check: CheckReport | None, record: Record, batch: Batch, values: Values
 ) -> str | None:
-    """What to say of the first step; ``check`` is none where the reference is not the policy as it starts.
+    """Check the first step. Returns a line on it. ``check`` is None where the reference is not the initial policy.
 
-    Raises :class:`RunError` where the loss of an untrained policy is not what it must be.
+    Raises :class:`RunError` where the loss is not that of a policy that equals its reference.
     """
     if not objective.needs_reference:
         return None
@@ -245,7 +240,7 @@ def inspect_first(
                 " reference has not. Is --reference the model that training should be judged from?"
             )
         return None
-    expected, allowed = at_reference(objective, check, batch, values)
+    expected, allowed = _loss_at_reference(objective, check, batch, values)
     number = f"{'ln 2 = ' if abs(expected - math.log(2)) < 1e-6 else ''}{expected:.6f}"
     if not abs(record["loss"] - expected) <= allowed:
         raise RunError(

@@ -1,4 +1,4 @@
-"""Objectives beside those on preferences: likelihood (SFT), Bradley-Terry (reward models), load balancing."""
+"""Objectives of SFT (likelihood) and reward models (Bradley-Terry), and load balancing of experts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from prefopt.train.columns import LossInputs, Values
 from prefopt.train.objective import Normaliser, Objective
 
 Average = Literal["tokens", "rows"]
-MOST_NATS = 700.0  # beyond, a perplexity is no number
+MOST_NATS = 700.0  # above, a perplexity overflows
 
 
 class LikelihoodObjective(Objective):
@@ -33,7 +33,7 @@ class LikelihoodObjective(Objective):
         tokens   - sum_n log pi(y_n) / sum_n |y_n|
         rows     - mean_n (log pi(y_n) / |y_n|)
 
-    ``nll`` is the first of the two whichever is trained, in nats per token, and ``perplexity`` its exponential.
+    ``nll`` is always the first, in nats per token, and ``perplexity`` its exponential.
     """
 
     def __init__(self, average: Average, *, device: torch.device) -> None:
@@ -63,7 +63,7 @@ class LikelihoodObjective(Objective):
         return LossResult(loss, {"loss": loss}, metrics, weights={"loss": normaliser[0]})
 
     def derived(self, record: Record) -> Record:
-        """``perplexity``: of an average, so that it is computed once the average is there."""
+        """With ``perplexity``, the exponential of an average."""
         return record | {"perplexity": math.exp(min(record["nll"], MOST_NATS))}
 
 
@@ -123,9 +123,9 @@ def check_scores(groups: Sequence[Group]) -> None:
 class BalancedObjective(Objective):
     """``inner``, and ``coefficient`` times the load-balancing loss of ``routers``.
 
-    That loss is a product of two averages over all tokens of a batch, so that it is computed on the whole global batch:
-    a micro-batch gives sums, and a batch that is cut takes two passes (see ``step.py``). ``loss`` stays that of
-    ``inner``, to be compared with other runs; the other is the metric ``router/aux_loss``, before it is multiplied.
+    That loss is a product of two averages over all tokens of the global batch: micro-batches give sums, and several of
+    them take two passes (see ``step.py``). The metric ``loss`` is that of ``inner``, to be compared with other runs;
+    ``router/aux_loss`` is the other, without ``coefficient``.
     """
 
     whole_batch = True
@@ -152,19 +152,14 @@ class BalancedObjective(Objective):
     def score(
         self, scorer: PackedModel, packed: PackedBatch, batch: Batch, reference: Distributions | None = None
     ) -> Values:
-        """Those of ``inner``, and a row of sums over the tokens of ``packed``."""
+        """The values of ``inner``, and sums over the tokens of ``packed`` as one row."""
         with self.routers.recording() as calls:
             values = self.inner.score(scorer, packed, batch, reference)
         sums = self.routers.sums(calls, packed)
-        return {
-            **values,
-            "router_prob_PE": sums.prob_E[None],
-            "router_count_PE": sums.count_E[None],
-            "router_rows_P": sums.rows[None],
-        }
+        rows = {"router_prob_PE": sums.prob_E, "router_count_PE": sums.count_E, "router_rows_P": sums.rows}
+        return values | {name: value[None] for name, value in rows.items()}
 
     def __call__(self, batch: Batch, values: Values, normaliser: Normaliser) -> LossResult:
-        """See :class:`Objective`; ``values`` are those of the whole batch."""
         result = self.inner(batch, values, normaliser)
         sums = RoutingSums(
             values["router_prob_PE"].sum(0), values["router_count_PE"].sum(0), values["router_rows_P"].sum()
@@ -180,9 +175,9 @@ class BalancedObjective(Objective):
 
 
 def balanced(inner: Objective, model: torch.nn.Module, asked: float | str | None) -> Objective:
-    """``inner`` as it is where nothing is ``asked``, else with the load-balancing loss.
+    """``inner`` with the load-balancing loss, if it is ``asked`` for.
 
-    Raises :class:`ConfigError` for a model that has no such loss.
+    Raises :class:`ConfigError` for a model without such a loss.
     """
     if asked is None:
         return inner
@@ -191,7 +186,7 @@ def balanced(inner: Objective, model: torch.nn.Module, asked: float | str | None
 
 
 def balance_coefficient(asked: float | str, routers: Routers) -> float:
-    """The value of ``--router-aux-loss-coef``. Raises :class:`ConfigError` where ``auto`` is nothing."""
+    """The value of ``--router-aux-loss-coef``. Raises :class:`ConfigError` for ``auto`` where the model has none."""
     if asked != "auto":
         return float(asked)
     if not routers.coefficient:
@@ -202,7 +197,7 @@ def balance_coefficient(asked: float | str, routers: Routers) -> float:
 
 
 def describe_balance(model: torch.nn.Module, asked: float | str | None) -> str | None:
-    """A line on what is added, where it is asked for. Raises :class:`ConfigError` as :func:`balanced`."""
+    """A line on the load-balancing loss, if it is ``asked`` for. Raises as :func:`balanced`."""
     if asked is None:
         return None
     routers = routers_of(model)
