@@ -15,7 +15,7 @@ from prefopt.config.sample import SampleConfig
 from prefopt.core.terminal import Bar, Reporter, StopRequest, duration
 from prefopt.data.layouts import LAYOUTS
 from prefopt.errors import ConfigError
-from prefopt.generate.model_io import PromptSet, SampledModel, continuation, without_stop
+from prefopt.generate.model_io import SampledModel, continuation, without_stop
 from prefopt.generate.rewards import BestOf, load_reward_scorer
 from prefopt.generate.sample_file import PromptOrigin, SampleFile
 from prefopt.generate.sampler import (
@@ -73,81 +73,85 @@ def run(
     resumed.
     """
     with StopRequest() as stop:
-        return _SampleRun(config, Reporter(config.progress), stop).run(model, tokenizer, rows)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        file = SampleFile(Path(config.output), config.to_dict(), resume=config.resume) if config.output else None
+        source = SampledModel(
+            config.model,
+            adapter=config.adapter,
+            device=config.device,
+            dtype=config.dtype,
+            given=model,
+            tokenizer=tokenizer,
+        )
+        try:
+            return _SampleRun(config, Reporter(config.progress), stop, file, source, rows).run()
+        finally:
+            source.release()
+            if file is not None:
+                file.close()
 
 
 class _SampleRun:
-    def __init__(self, config: SampleConfig, reporter: Reporter, stop: StopRequest) -> None:
-        self.config, self.reporter, self.stop = config, reporter, stop
-        self.file: SampleFile | None = None
-        if config.output:
-            self.file = SampleFile(Path(config.output), config.to_dict(), resume=config.resume)
+    """Prompts, sampling settings, and counts of what was drawn."""
+
+    def __init__(
+        self,
+        config: SampleConfig,
+        reporter: Reporter,
+        stop: StopRequest,
+        file: SampleFile | None,
+        model: SampledModel,
+        rows: Iterable[Mapping[str, object]] | None,
+    ) -> None:
+        self.config, self.reporter, self.stop, self.file, self.model = config, reporter, stop, file, model
         self.rows: list[Row] = []
         self.samples = self.tokens = self.ended = self.empty = 0
         self.compared: dict[int, list[Sample]] = {}
         self.best: BestOf | None = None
         self.drawn = config.num * (config.best_of or 1)  # for each prompt
-
-    def run(self, given: Any, tokenizer: Any, rows: Iterable[Mapping[str, object]] | None) -> SampleResult:
-        config = self.config
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        model = SampledModel(
-            config.model,
-            adapter=config.adapter,
-            device=config.device,
-            dtype=config.dtype,
-            given=given,
-            tokenizer=tokenizer,
-        )
         for line in (model.note, slow_dtype(model.dtype, model.device)):
             if line:
-                self.reporter.say(line)
-        try:
-            prompts = self._prompts(model, rows)
-            mismatch = self._sample(model, prompts)
-        finally:
-            model.release()
-            if self.file is not None:
-                self.file.close()
-        finished = self.ended / self.samples if self.samples else 0.0
-        path = self.file.path if self.file else None
-        counts = (len(prompts.rows), self.samples, self.tokens, finished, self.empty)
-        return SampleResult(path, self.rows, *counts, mismatch)
-
-    def _prompts(self, model: SampledModel, rows: Iterable[Mapping[str, object]] | None) -> PromptSet:
-        config = self.config
-        prompts, stop = read_prompts(config, model, rows, self.reporter)
+                reporter.say(line)
+        self.prompts, stop_ids = read_prompts(config, model, rows, reporter)
         self.settings = SamplingParams(
             config.max_new_tokens,
-            stop,
+            stop_ids,
             config.min_new_tokens,
             config.temperature,
             config.top_p,
             config.top_k,
             config.seed,
         )
-        names = ", ".join(map(str, model.tokenizer.convert_ids_to_tokens(list(self.settings.stop))))
-        self.reporter.say(f"samples end at {names or 'no token, for the tokenizer names none'}")
+        self.longest = max(map(len, self.prompts.ids)) + config.max_new_tokens
+        names = ", ".join(map(str, model.tokenizer.convert_ids_to_tokens(list(stop_ids))))
+        reporter.say(f"samples end at {names or 'no token, for the tokenizer names none'}")
         context, most = model.context, config.max_new_tokens
-        if context and (short := sum(len(ids) + most > context for ids in prompts.ids)):
+        if context and (short := sum(len(ids) + most > context for ids in self.prompts.ids)):
             what = f"leave room for fewer than {most} tokens in the model's context of {context}"
-            self.reporter.say(f"prompts: {short} of {len(prompts.ids)} {what}")
-        return prompts
+            reporter.say(f"prompts: {short} of {len(self.prompts.ids)} {what}")
 
-    def _sample(self, model: SampledModel, prompts: PromptSet) -> LogprobMismatch | None:
-        places = [PromptOrigin(c.file, c.row) for c in prompts.rows]
+    def run(self) -> SampleResult:
+        """Draw, write and compare."""
+        mismatch = self._sample()
+        finished = self.ended / self.samples if self.samples else 0.0
+        path = self.file.path if self.file else None
+        counts = (len(self.prompts.rows), self.samples, self.tokens, finished, self.empty)
+        return SampleResult(path, self.rows, *counts, mismatch)
+
+    def _sample(self) -> LogprobMismatch | None:
+        places = [PromptOrigin(c.file, c.row) for c in self.prompts.rows]
         if self.file is not None:
-            self.file.same("model", model.identity().digest, "the model")
-            self.file.same("prompts", digest_of(prompts.ids), "the prompts")
+            self.file.same("model", self.model.identity().digest, "the model")
+            self.file.same("prompts", digest_of(self.prompts.ids), "the prompts")
             self.file.same("stop", list(self.settings.stop), "what ends an answer")
         if self.file is not None and self.file.finished:
             self._say_notes()
             self.reporter.say(f"{self.file.path} is finished: nothing is left to sample")
             return None
         if self.config.reward is not None:
-            self.best = self._best_of(model, prompts)
-        with self._sampler(model, prompts) as (sampler, window):
+            self.best = self._best_of()
+        with self._sampler() as (sampler, window):
             if self.file is not None:
                 self.file.open(places)
                 self._say_notes()
@@ -155,16 +159,17 @@ class _SampleRun:
             if done:
                 self.reporter.say(f"resumed: {done} of {len(places)} prompts are done")
             started = time.monotonic()
-            self._windows(sampler, model, prompts, window, done)
+            self._draw(sampler, window, done)
             seconds = time.monotonic() - started
-        return self._finish(model, prompts, seconds)
+        return self._finish(seconds)
 
     def _say_notes(self) -> None:
         for note in self.file.notes if self.file else ():
             self.reporter.say(note)
 
-    def _best_of(self, model: SampledModel, prompts: PromptSet) -> BestOf:
+    def _best_of(self) -> BestOf:
         assert self.config.reward is not None and self.config.best_of is not None
+        model = self.model
         judge = load_reward_scorer(
             self.config.reward,
             model.tokenizer,
@@ -172,7 +177,7 @@ class _SampleRun:
             dtype=model.dtype,
             device=model.device,
             attention="auto",
-            longest=max(map(len, prompts.ids)) + self.config.max_new_tokens,
+            longest=self.longest,
         )
         best = BestOf(judge, self.config.best_of)
         self.reporter.say(
@@ -181,30 +186,28 @@ class _SampleRun:
         return best
 
     @contextmanager
-    def _sampler(self, model: SampledModel, prompts: PromptSet) -> Iterator[tuple[ResponseSampler, int]]:
+    def _sampler(self) -> Iterator[tuple[ResponseSampler, int]]:
         """The sampler, and the number of prompts per call; a resumed run has the same, and so the same batches."""
-        record = self.file.record if self.file else {}
+        model, record = self.model, self.file.record if self.file else {}
+        dtype = str(model.dtype).removeprefix("torch.")
         if self.config.engine == "vllm":
             from prefopt.generate.vllm import VllmSampler
 
             if model.context is None:
                 raise ConfigError("--engine vllm needs a model that says how long its context is; leave --engine out")
-            dtype = str(model.dtype).removeprefix("torch.")
             with VllmSampler(model.source, adapter=model.adapter, dtype=dtype, context=model.context) as fast:
                 yield fast, max(1, VLLM_SAMPLES // self.drawn)
             return
         sampler = TransformersSampler(model.scorer)
-        longest = max(map(len, prompts.ids)) + self.config.max_new_tokens
-        sampler.rows = record.setdefault("rows", self.config.batch_size or sampler.estimate_rows(longest))
-        dtype = str(model.dtype).removeprefix("torch.")
+        sampler.rows = record.setdefault("rows", self.config.batch_size or sampler.estimate_rows(self.longest))
         self.reporter.say(f"sampling: {sampler.rows} side by side ({sampler.decoder_name}, {dtype}, {model.device})")
         if sampler.note:
             self.reporter.say(f"sampling: {sampler.note}")
         yield sampler, max(1, BATCHES * sampler.rows // self.drawn)
 
-    def _windows(
-        self, sampler: ResponseSampler, model: SampledModel, prompts: PromptSet, window: int, done: int
-    ) -> None:
+    def _draw(self, sampler: ResponseSampler, window: int, done: int) -> None:
+        """Draw and write ``window`` prompts at a time, from the first that is not ``done``."""
+        prompts = self.prompts
         streams = occurrences(prompts.ids)
         stride = -(-len(prompts.ids) // COMPARED)
         each = max(1, COMPARED // len(prompts.ids))
@@ -224,7 +227,7 @@ class _SampleRun:
                     kept = self.best.keep([prompts.rows[i] for i in part], [prompts.ids[i] for i in part], found)
                     found, scores = [samples for samples, _ in kept], [score for _, score in kept]
                 fresh = [i for i in part if i >= done]
-                rows = [self._row(model, prompts, i, found[i - start], scores[i - start]) for i in fresh]
+                rows = [self._row(i, found[i - start], scores[i - start]) for i in fresh]
                 self.compared |= {i: found[i - start][:each] for i in fresh if i % stride == 0}
                 if self.file is not None:
                     self.file.write(rows)
@@ -232,14 +235,12 @@ class _SampleRun:
                     self.rows += rows
                 tell.restart((part[-1] + 1) * self.drawn)
 
-    def _row(
-        self, model: SampledModel, prompts: PromptSet, i: int, samples: Sequence[Sample], scores: Sequence[float]
-    ) -> Row:
+    def _row(self, i: int, samples: Sequence[Sample], scores: Sequence[float]) -> Row:
         """A row of the output: the canonical layout with additional columns."""
-        prompt = prompts.rows[i]
+        prompt, ids, tokenizer = self.prompts.rows[i], self.prompts.ids[i], self.model.tokenizer
         responses = []
         for sample in samples:
-            text = continuation(model.tokenizer, prompts.ids[i], without_stop(sample.ids, self.settings.stop))
+            text = continuation(tokenizer, ids, without_stop(sample.ids, self.settings.stop))
             # Chat templates add white space around answers; the text of a base model is not changed.
             text = text if prompt.text else text.strip()
             responses.append(Response((Message("assistant", text),), cut=not sample.finished))
@@ -260,8 +261,8 @@ class _SampleRun:
         whole = replace(prompt, responses=tuple(responses), extra={**prompt.extra, **columns})
         return LAYOUTS["canonical"].write(whole) | {"finish": [s.finish for s in samples]}
 
-    def _finish(self, model: SampledModel, prompts: PromptSet, seconds: float) -> LogprobMismatch | None:
-        say = self.reporter.say
+    def _finish(self, seconds: float) -> LogprobMismatch | None:
+        say, prompts = self.reporter.say, self.prompts
         mismatch = None
         if self.samples:
             say(
@@ -270,7 +271,7 @@ class _SampleRun:
                 f" {self.ended / self.samples:.0%} ended by themselves, {self.empty} empty"
             )
         if self.compared:
-            scorer = model.scorer
+            scorer = self.model.scorer
             mismatch = compare_logprobs(scorer, [prompts.ids[i] for i in self.compared], list(self.compared.values()))
             say(mismatch.words(scorer.dtype))
         if self.file is not None:
