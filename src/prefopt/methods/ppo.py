@@ -103,19 +103,13 @@ def run(
         _say_plan(run, prompts, tokens)
         run.folder.remember(token_budget=tokens)
         rounds = _rounds(run, models, prompts, settings, check, ptx)
-        named = model is None
-        state = _train(run, models, rounds, tokens, start.tokenizer, settings.stop, named=named)
+        state = _train(run, models, rounds, tokens, start.tokenizer, settings.stop)
         run.save(policy, start.tokenizer, settings.stop)
         return _finish(run, models, prompts, state.step, state.seconds)
 
 
 def _rounds(
-    run: Run,
-    models: PpoModels,
-    prompts: PromptSet,
-    settings: SamplingParams,
-    check: CheckReport,
-    ptx: PtxTerm | None,
+    run: Run, models: PpoModels, prompts: PromptSet, settings: SamplingParams, check: CheckReport, ptx: PtxTerm | None
 ) -> Rounds:
     """The sampler, and the rounds that are learned from; the number of rows at once is kept for a resume."""
     config, known, scorer = run.config, run.folder.record, models.actor.scorer
@@ -136,21 +130,14 @@ def _rounds(
 
 
 def _train(
-    run: Run,
-    models: PpoModels,
-    rounds: Rounds,
-    token_budget: int,
-    tokenizer: Tokenizer,
-    ends: Sequence[int],
-    *,
-    named: bool,
+    run: Run, models: PpoModels, rounds: Rounds, token_budget: int, tokenizer: Tokenizer, ends: Sequence[int]
 ) -> TrainerState:
     """Train to the end. If the run diverges, its last good weights are kept as a model."""
     config, policy, critic = run.config, models.actor, models.critic
     networks = {"actor": Network.of(policy.masters, config, rounds.steps, config.learning_rate)}
     if critic is not None:
         peak = config.critic_learning_rate or config.learning_rate
-        networks["critic"] = Network.of(critic, config, rounds.steps, peak, critic.train)
+        networks["critic"] = Network.of(critic.weights, config, rounds.steps, peak, critic.train)
     trainer = run.trainer(
         networks,
         policy,
@@ -163,7 +150,7 @@ def _train(
     try:
         return trainer.fit()
     except Diverged as error:
-        kept = keep_last_good(config, run.folder, policy, tokenizer, ends, named=named)
+        kept = keep_last_good(config, run.folder, policy, tokenizer, ends, named=run.given is None)
         raise Diverged(error.reason, f"{error.remedy}; {kept}" if error.remedy else kept) from error
 
 
@@ -221,10 +208,11 @@ def _token_budget(run: Run, models: PpoModels, prompts: PromptSet, ptx: PtxTerm 
     ids = np.concatenate([prompt, np.zeros(config.max_new_tokens, np.int32)])
     sequence = (ids, np.arange(len(ids)) >= len(prompt))
     largest = Group.from_sequences([sequence] * config.num, row=0, pairs=())
+    groups = [largest] if ptx is None else [largest, ptx.groups[int(ptx.groups.tokens_G.argmax())]]
     own = models.critic is not None and not models.critic.is_head
     tokens = budget.estimate(
         policy.scorer,
-        [largest, *([ptx.largest] if ptx else [])],
+        groups,
         checkpointing=config.gradient_checkpointing,
         still_to_come=budget.state_bytes(policy.masters) * (2 if own else 1),
     )

@@ -18,7 +18,8 @@ from prefopt.model.check import CheckReport, check_scalars
 from prefopt.model.scalar import ScalarScorer, response_rewards, set_shift, shift_of
 from prefopt.train.columns import columns_of, preference_batch
 from prefopt.train.data import DataBatches, TrainingData, load_data
-from prefopt.train.objectives import RewardObjective, check_scores
+from prefopt.train.objective import check_scores
+from prefopt.train.objectives import RewardObjective
 from prefopt.train.offline import OfflineRun
 from prefopt.train.policy import ScalarPolicy
 from prefopt.train.reliability import Reliability, draw, reliability
@@ -60,7 +61,7 @@ def run(
         offline = OfflineRun(run=run, start=start, data=data, policy=policy)
         offline.check(_check)
         if config.margin is not None:
-            check_scores(data.groups)
+            check_scores(data.groups, "--margin needs a finite score of every response; leave it out")
         objective = RewardObjective(device=policy.device, margin=config.margin, centre=config.centre)
         say(_describe(config, fresh=policy.fresh))
         source = DataBatches(data, offline.sampler, partial(columns_of, kind="pairs", which=config.pairs, merge=True))

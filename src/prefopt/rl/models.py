@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -29,80 +29,45 @@ from prefopt.reference.in_memory import InMemoryReference, SwappedWeights
 from prefopt.train.policy import Policy, ScalarPolicy
 
 
+@dataclass(frozen=True, slots=True)
 class Critic:
-    """Either a separate network (``scorer``), or a head on the actor's hidden states. ``masters`` are trained.
+    """Either a separate network (``scorer``), or a head ``weight`` [H] on the actor's hidden states.
 
     A separate network is usual in papers (Huang et al. 2024, arXiv 2403.17031): its features need not serve next-token
     prediction as well. A head saves a forward pass and most of the memory; its gradient reaches the actor's layers.
     """
 
-    def __init__(
-        self,
-        words: str,
-        *,
-        head: torch.nn.Parameter | None = None,
-        network: tuple[ScalarScorer, MasterWeights] | None = None,
-        layout: PackLayout | None = None,
-    ) -> None:
-        """A ``head`` [H], or a ``network`` with its trained weights. ``layout``: that of the actor, which batches are
-        packed in."""
-        self.words, self._layout = words, layout
-        self.scorer = network[0] if network is not None else None
-        self._own = network[1] if network is not None else None
-        self.masters = self._own.masters if self._own is not None else {}
-        if head is not None:
-            self.masters = {"weight": head}
+    words: str
+    weights: MasterWeights
+    scorer: ScalarScorer | None = None
 
     @property
     def is_head(self) -> bool:
         """Whether it is a head on the actor."""
         return self.scorer is None
 
-    def values(self, batch: PackedBatch, hidden_M: torch.Tensor | None) -> torch.Tensor:
-        """Values [M], float32 or wider; ``hidden_M`` [M, H] are the actor's, for a head on them."""
+    def values(self, batch: PackedBatch, layout: PackLayout, hidden_M: torch.Tensor | None) -> torch.Tensor:
+        """Values [M], float32 or wider. ``batch`` is in the actor's ``layout``; ``hidden_M`` [M, H] are its hidden
+        states, for a head."""
         if self.scorer is not None:
-            if self._layout != self.scorer.layout:  # of another architecture
+            if layout != self.scorer.layout:  # of another architecture
                 batch = pack(batch.groups, self.scorer.layout).to(batch.target.device)
             values: torch.Tensor = self.scorer(batch, tokens=True)
             return values
         assert hidden_M is not None
         wide = hidden_M.to(wide_dtype(hidden_M.dtype))
-        return wide @ self.masters["weight"].to(wide.dtype)
+        return wide @ self.weights.masters["weight"].to(wide.dtype)
 
     def train(self, mode: bool = True) -> None:
         """Set training mode, in which activation checkpointing works, or evaluation mode. Dropout is off in both."""
         if self.scorer is not None:
             self.scorer.train(mode)
 
-    def publish(self) -> None:
-        """Copy the masters to the network's parameters."""
-        if self._own is not None:
-            self._own.publish()
-
-    def zero_grad(self) -> None:
-        """Clear all gradients."""
-        for master in self.masters.values():
-            master.grad = None
-        if self._own is not None:
-            self._own.zero_grad()
-
-    @torch.no_grad()
-    def load(self, values: dict[str, torch.Tensor]) -> None:
-        """Set the trained weights."""
-        for name, master in self.masters.items():
-            master.copy_(values[name])
-        self.publish()
-
-    def saved(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The trained weights by name, for checkpoints."""
-        for name, master in self.masters.items():
-            yield name, master.detach()
-
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights and masters."""
         own = self.scorer.model.parameters() if self.scorer is not None else ()
-        return bytes_of([*own, *self.masters.values()])
+        return bytes_of([*own, *self.weights.masters.values()])
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
@@ -209,8 +174,9 @@ def _head_critic(actor: Scorer, *, seed: int) -> Critic:
     embedding = causal_model(actor.model).get_input_embeddings()
     width = int(embedding.embedding_dim)
     drawn = torch.randn(width, generator=torch.Generator().manual_seed(seed)) / (width + 1) ** 0.5
-    weight = torch.nn.Parameter(drawn.to(embedding.weight.device, wide_dtype(actor.dtype)))
-    return Critic("a head on the actor's layers", head=weight)
+    head = torch.nn.Module()
+    head.weight = torch.nn.Parameter(drawn.to(embedding.weight.device, wide_dtype(actor.dtype)))
+    return Critic("a head on the actor's layers", MasterWeights(head, wide_dtype(actor.dtype)))
 
 
 def _network_critic(config: PpoConfig, kind: str, actor: Policy, source: str, tokenizer: Tokenizer) -> Critic:
@@ -242,10 +208,10 @@ def _network_critic(config: PpoConfig, kind: str, actor: Policy, source: str, to
         model = new_lora(model, rank=rank, alpha=alpha, dropout=0.0, targets=targets, task=ScalarPolicy.task)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
-    own = MasterWeights(model, dtype)
+    weights = MasterWeights(model, dtype)
     what = "an adapter on a network of its own" if config.lora else "a network of its own"
     scorer = ScalarScorer(model, attention=actor.scorer.attention)
-    return Critic(f"{what}, started from the {kind} model", network=(scorer, own), layout=actor.scorer.layout)
+    return Critic(f"{what}, started from the {kind} model", weights, scorer)
 
 
 def look(
@@ -256,4 +222,4 @@ def look(
     with scorer.at_temperature(temperature):
         found = scorer(packed, asked)
     logp_M, hidden_M = (found.logp_M, found.hidden_M) if isinstance(found, TokenScores) else (found, None)
-    return logp_M, None if critic is None else critic.values(packed, hidden_M)
+    return logp_M, None if critic is None else critic.values(packed, scorer.layout, hidden_M)

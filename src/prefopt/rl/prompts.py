@@ -12,7 +12,6 @@ from prefopt.data.chat.render_options import Rendering, parse_variables, read_te
 from prefopt.data.chat.truncate import sequence_limit
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.files.sources import find_sources
-from prefopt.data.group import Group
 from prefopt.data.load import load_groups
 from prefopt.data.sampler import BatchSampler
 from prefopt.data.table import GroupTable
@@ -115,11 +114,6 @@ class PtxTerm:
     order: BatchSampler
     coefficient: float
     objective: LikelihoodObjective
-
-    @property
-    def largest(self) -> Group:
-        """The longest row."""
-        return self.groups[int(self.groups.tokens_G.argmax())]
 
     def batch(self, update: int) -> Batch:
         """The rows of an update, counted from 0 over the run."""

@@ -1,7 +1,7 @@
 """Rollouts: prompts with sampled responses, their log-probabilities, values and scores.
 
 >>> import numpy as np
->>> from prefopt.generate.sampler import Sample
+>>> from prefopt.generate.sampler import Sample, group_of
 >>> def sample(*ids): return Sample(np.array(ids, np.int32), np.zeros(len(ids)), np.zeros(len(ids)), True)
 >>> groups = (group_of([5, 6], [sample(1, 2), sample(3)]), group_of([5], [sample(4, 2)]))
 >>> M, N = torch.zeros(5), torch.zeros(3)
@@ -24,8 +24,7 @@ from prefopt.data.group import Group
 from prefopt.errors import RunError
 from prefopt.generate.model_io import PromptSet
 from prefopt.generate.rewards import RewardScorer
-from prefopt.generate.sampler import ProgressCallback, ResponseSampler, SamplingParams
-from prefopt.generate.sampler import group_of as group_of
+from prefopt.generate.sampler import ProgressCallback, ResponseSampler, SamplingParams, group_of
 from prefopt.model.scorer import Scorer
 from prefopt.reference.in_memory import InMemoryReference
 from prefopt.rewards import prompt_text

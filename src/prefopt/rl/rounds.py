@@ -82,7 +82,12 @@ class Rounds(BatchSource):
         score_N = final_scores(self.config, rollouts)
         self._measured = rollout_metrics(rollouts, score_N, targets, self.kl.coefficient)
         if fresh:
-            self._refuse_runaway(step, self._measured["objective/kl"])
+            kl = self._measured["objective/kl"]
+            if not (math.isfinite(kl) and kl <= self.config.max_kl):
+                raise Diverged(
+                    f"step {step + 1}: the divergence from the reference is {kl:.4g} nats per response, more than"
+                    f" --max-kl {self.config.max_kl:g}: the policy has run away from its reference"
+                )
             _refuse_not_finite(step, rollouts, targets)
         self._batch = targets.batch(rollouts)
         # The last batch of an epoch may have fewer prompts.
@@ -145,14 +150,6 @@ class Rounds(BatchSource):
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None) -> None:
         self.episodes, self.kl = state["episodes"], self.kl.at(state["beta"])
         self.rollouts = Rollouts.from_tensors(tensors) if tensors is not None else None
-
-    def _refuse_runaway(self, step: int, kl: float) -> None:
-        if math.isfinite(kl) and kl <= self.config.max_kl:
-            return
-        raise Diverged(
-            f"step {step + 1}: the divergence from the reference is {kl:.4g} nats per response, more than"
-            f" --max-kl {self.config.max_kl:g}: the policy has run away from its reference"
-        )
 
     def inspect(self, reporter: Reporter, step: int, update: int, record: Record, batch: Batch, values: Values) -> None:
         """Raises :class:`RunError` where ratios of new to old probabilities are not 1 before any weight moves."""

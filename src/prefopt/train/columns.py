@@ -209,16 +209,6 @@ class LossInputs:
     dtype: torch.dtype
 
     @cached_property
-    def chosen(self) -> IndexArray:
-        """The chosen response [N] of each pair."""
-        return self.batch.at_N("chosen_P")
-
-    @cached_property
-    def rejected(self) -> IndexArray:
-        """The rejected response [N] of each pair."""
-        return self.batch.at_N("rejected_P")
-
-    @cached_property
     def length_N(self) -> torch.Tensor:
         """Trained tokens of each response."""
         return self.tensor(self.batch.length_N, self.dtype)
@@ -230,13 +220,6 @@ class LossInputs:
             return self.tensor(self.batch.columns["weight_P"], self.dtype)
         rows = len(self.batch) if self.kind == "ranking" else len(self.batch.length_N)
         return torch.ones(rows, dtype=self.dtype, device=self.device)
-
-    @cached_property
-    def head_R(self) -> IndexArray:
-        """Tokens of the shorter response of each pair."""
-        length = self.batch.length_N
-        shorter: IndexArray = np.minimum(length[self.chosen], length[self.rejected])
-        return shorter
 
     def tensor(self, column: Column, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A column on the device."""
@@ -260,7 +243,7 @@ class LossInputs:
             if "_head_" in name:
                 return values.get(name, torch.zeros_like(self.weight_R))
             side, _, word = name.removesuffix("_P").partition("_")
-            return self._of_responses(f"{word}_N", values)[self.tensor(getattr(self, side))]
+            return self._of_responses(f"{word}_N", values)[self.tensor(self.batch.at_N(f"{side}_P"))]
         if self.kind == "labels":
             return self.tensor(columns["label_N"]) if name == "label_N" else self._of_responses(name, values)
         if name == "tier_N":  # on the CPU: losses read it number by number
@@ -293,7 +276,8 @@ class LossInputs:
         """Which responses count as ``chosen`` and as ``rejected`` (None: all), and their weights."""
         columns = self.batch.columns
         if self.kind == "pairs":
-            return {side: (self.tensor(getattr(self, side)), self.weight_R) for side in ("chosen", "rejected")}
+            sides = ("chosen", "rejected")
+            return {side: (self.tensor(self.batch.at_N(f"{side}_P")), self.weight_R) for side in sides}
         if self.kind == "labels":
             label = self.tensor(columns["label_N"], self.dtype)
             return {"chosen": (None, self.weight_R * label), "rejected": (None, self.weight_R * (1 - label))}

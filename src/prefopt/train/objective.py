@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 from prefopt.data.group import Group
+from prefopt.data.table import IndexArray
 from prefopt.errors import DataError, RunError
 from prefopt.losses.declare import Kind
 from prefopt.losses.parse import WeightedLoss
@@ -121,14 +122,16 @@ class PreferenceObjective(Objective):
         """Sums by response and, if needed, over the first tokens of the responses of each pair."""
         values = {f"{name}_N": response_sums(logp_M, packed)}
         if f"chosen_head_{name}_P" in self._needs:
-            values |= self._heads(logp_M.to(self.dtype), self._inputs(batch), name)
+            values |= self._heads(logp_M.to(self.dtype), batch, name)
         return values
 
-    def _heads(self, logp_M: torch.Tensor, inputs: LossInputs, name: str) -> Values:
-        length = inputs.batch.length_N
+    def _heads(self, logp_M: torch.Tensor, batch: Batch, name: str) -> Values:
+        """Sums over as many tokens of both responses of a pair as the shorter one has."""
+        length = batch.length_N
         starts = np.cumsum(length) - length
-        sides = {"chosen": inputs.chosen, "rejected": inputs.rejected}
-        return {f"{s}_head_{name}_P": head_sums(logp_M, starts, at, inputs.head_R) for s, at in sides.items()}
+        sides = {side: batch.at_N(f"{side}_P") for side in ("chosen", "rejected")}
+        shorter: IndexArray = np.minimum(*(length[at] for at in sides.values()))
+        return {f"{side}_head_{name}_P": head_sums(logp_M, starts, at, shorter) for side, at in sides.items()}
 
     def __call__(self, batch: Batch, values: Values, normaliser: Normaliser) -> LossResult:
         inputs = self._inputs(batch)
@@ -179,7 +182,7 @@ class PreferenceObjective(Objective):
             tokens = values.get("ref_logp_M")
             if tokens is None:
                 tokens = torch.from_numpy(batch.columns["ref_logp_M"])
-            heads = self._heads(tokens.to(self.dtype), inputs, "ref_logp")
+            heads = self._heads(tokens.to(self.dtype), batch, "ref_logp")
             found |= {name: x.to(inputs.device, inputs.dtype) for name, x in heads.items()}
         return {**found, **values}
 
@@ -195,14 +198,21 @@ def check_rows(terms: Sequence[WeightedLoss], groups: Sequence[Group], which: st
     weights: set[float] = set()
     for group in groups:
         weights.update(weights_of(group, kind, which))
-        if scoring and (group.scores is None or not np.isfinite(group.scores).all()):
-            raise DataError(f"--loss {scoring[0]} needs a finite score of every response", row=group.row)
+        if scoring:
+            check_scores([group], f"--loss {scoring[0]} needs a finite score of every response")
         if sorting and len(weights) > 1:
             raise DataError(
                 f"--loss {sorting[0]} sorts the pairs of a batch, so that all must weigh the same, but this row has"
                 " more or fewer of them than those before; give --pairs best-worst, or another loss",
                 row=group.row,
             )
+
+
+def check_scores(groups: Iterable[Group], message: str) -> None:
+    """Raises :class:`DataError` with ``message`` for a group without finite scores."""
+    for group in groups:
+        if group.scores is None or not np.isfinite(group.scores).all():
+            raise DataError(message, row=group.row)
 
 
 MANY = 8

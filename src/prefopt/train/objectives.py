@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 
-from prefopt.data.group import Group
-from prefopt.errors import ConfigError, DataError
+from prefopt.errors import ConfigError
 from prefopt.losses.rl import bradley_terry
 from prefopt.model.architectures import Routers, RoutingSums, routers_of
 from prefopt.model.kernels.distributions import Distributions
@@ -92,13 +89,14 @@ class RewardObjective(Objective):
     def __call__(self, batch: Batch, values: Values, normaliser: Normaliser) -> LossResult:
         inputs = LossInputs(batch, "pairs", self.device, self.dtype)
         columns, weight_P = batch.columns, inputs.weight_R
-        at = {"chosen": inputs.tensor(inputs.chosen), "rejected": inputs.tensor(inputs.rejected)}
+        places = {side: batch.at_N(f"{side}_P") for side in ("chosen", "rejected")}
+        at = {side: inputs.tensor(place) for side, place in places.items()}
         chosen, rejected = (values["reward_N"][at[side]] for side in at)
         label = inputs.tensor(columns["label_P"], self.dtype) if (columns["label_P"] != 1).any() else None
         margin = None
         if self.margin is not None:
-            score_N = columns["score_N"]
-            margin = inputs.tensor(self.margin * (score_N[inputs.chosen] - score_N[inputs.rejected]), self.dtype)
+            better, worse = (columns["score_N"][place] for place in places.values())
+            margin = inputs.tensor(self.margin * (better - worse), self.dtype)
         loss_P = bradley_terry(chosen, rejected, label, margin, centre=self.centre)
         total = (loss_P * weight_P).sum() / normaliser[0]
         seen = {
@@ -111,13 +109,6 @@ class RewardObjective(Objective):
         }
         metrics = {name: weighted_sum(x, weight_P) for name, x in seen.items()}
         return LossResult(total, {"loss": total}, metrics, weights={"loss": normaliser[0]})
-
-
-def check_scores(groups: Sequence[Group]) -> None:
-    """Raises :class:`DataError` where a margin is asked for and a row has no scores."""
-    for group in groups:
-        if group.scores is None or not np.isfinite(group.scores).all():
-            raise DataError("--margin needs a finite score of every response; leave it out", row=group.row)
 
 
 class BalancedObjective(Objective):
@@ -137,7 +128,6 @@ class BalancedObjective(Objective):
 
     @property
     def state(self) -> State:
-        """That of ``inner``."""
         return self.inner.state
 
     @state.setter
@@ -146,7 +136,6 @@ class BalancedObjective(Objective):
             self.inner.state = state
 
     def normaliser(self, batch: Batch) -> Normaliser:
-        """That of ``inner``."""
         return self.inner.normaliser(batch)
 
     def score(
@@ -170,7 +159,6 @@ class BalancedObjective(Objective):
         return LossResult(total, result.shares, metrics, result.state, result.weights)
 
     def derived(self, record: Record) -> Record:
-        """Those of ``inner``."""
         return self.inner.derived(record)
 
 

@@ -106,13 +106,7 @@ class OfflineRun:
             run.say(f"the weights of step {state.best_step} are saved: the best on held-out {self.data.noun}")
         return trainer
 
-    def preview(
-        self,
-        objective: Objective,
-        source: DataBatches,
-        *,
-        plan: ReferencePlan | None = None,
-    ) -> None:
+    def preview(self, objective: Objective, source: DataBatches, *, plan: ReferencePlan | None = None) -> None:
         """The output of a dry run: rendered examples, options, time and memory."""
         run, policy = self.run, self.policy
         for group in self.data.source.groups[:2]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from prefopt.config.training import RunOptions
 from prefopt.errors import RunError
 from prefopt.model.costs import out_of_memory
+from prefopt.model.precision import MasterWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +55,11 @@ def clip_(parameters: Iterable[torch.nn.Parameter], norm: float, limit: float) -
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], limit / (norm + 1e-6))
 
 
-class Weights(Protocol):
-    """Trained weights: the optimiser moves ``masters``; ``publish`` copies them to the network's parameters."""
-
-    masters: dict[str, torch.nn.Parameter]
-
-    def publish(self) -> None: ...
-    def zero_grad(self) -> None: ...
-    def load(self, values: dict[str, torch.Tensor]) -> None: ...
-    def saved(self) -> Iterable[tuple[str, torch.Tensor]]: ...
-
-
 @dataclass(slots=True)
 class Network:
     """Weights, their optimiser and learning rate. ``train`` sets training or evaluation mode."""
 
-    weights: Weights
+    weights: MasterWeights
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     train: Callable[[bool], object] = lambda mode: None
@@ -78,7 +67,7 @@ class Network:
     @classmethod
     def of(
         cls,
-        weights: Weights,
+        weights: MasterWeights,
         options: RunOptions,
         steps: int,
         peak: float,

@@ -45,7 +45,7 @@ from prefopt.train import budget
 from prefopt.train.objective import Objective
 from prefopt.train.optim import Network
 from prefopt.train.policy import Trained, with_base
-from prefopt.train.trainer import BatchSource, Trainer, TrainerOptions
+from prefopt.train.trainer import BatchSource, Trainer
 
 Options = MethodOptions | PpoConfig
 AnyTrained = TypeVar("AnyTrained", bound="Trained[Any]")
@@ -133,14 +133,12 @@ class Run:
             networks=networks,
             objective=objective,
             source=source,
-            options=TrainerOptions(
-                steps=steps,
-                max_grad_norm=config.max_grad_norm,
-                eval_every=getattr(config, "eval_every", None),
-                early_stopping=getattr(config, "early_stopping", None),
-                save_every=config.save_every,
-                keep_last=config.keep_last,
-            ),
+            steps=steps,
+            max_grad_norm=config.max_grad_norm,
+            eval_every=getattr(config, "eval_every", None),
+            early_stopping=getattr(config, "early_stopping", None),
+            save_every=config.save_every,
+            keep_last=config.keep_last,
             metrics=Metrics(self.folder.path / "metrics.jsonl"),
             reporter=self.reporter,
             checkpoints=self.folder.checkpoints,

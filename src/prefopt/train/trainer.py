@@ -33,18 +33,6 @@ from prefopt.train.optim import Network, grad_norm
 from prefopt.train.step import Differentiator, Gradients, InMemoryColumns
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainerOptions:
-    """``eval_every`` and ``save_every`` count steps; None: each epoch, and :meth:`BatchSource.saves`."""
-
-    steps: int
-    max_grad_norm: float
-    eval_every: int | None = None
-    early_stopping: int | None = None
-    save_every: int | None = None
-    keep_last: int = 2
-
-
 @dataclass(slots=True)
 class TrainerState:
     """The progress of a run, part of every checkpoint. ``done`` counts updates of the step at hand; its ``records`` and
@@ -125,6 +113,7 @@ Inspect = Callable[[int, int, Record, Batch, Values], None]
 class Trainer:
     """Trains ``networks`` (the policy first; with PPO actor and critic) on the batches of ``source``.
 
+    ``eval_every`` and ``save_every`` count steps; None: each epoch, and :meth:`BatchSource.saves`.
     ``checkpoints`` is a folder; ``after_save`` is called after each checkpoint. ``movement``: the reference moves, so
     that losses at different steps are not comparable and no evaluation is the best. ``measure``: speed, from
     packed batches and seconds.
@@ -134,7 +123,12 @@ class Trainer:
     networks: Mapping[str, Network]
     objective: Objective
     source: BatchSource
-    options: TrainerOptions
+    steps: int
+    max_grad_norm: float
+    eval_every: int | None
+    early_stopping: int | None
+    save_every: int | None
+    keep_last: int
     metrics: Metrics
     reporter: Reporter
     checkpoints: Path
@@ -166,17 +160,17 @@ class Trainer:
 
         Raises :class:`Diverged` where numbers are not finite, or where the source finds so.
         """
-        state, steps = self.state, self.options.steps
+        state = self.state
         about = RunInfo(
             output=self.metrics.path.parent,
             options=self.callbacks.options,
             model=self.scorer.model,
-            steps=steps,
+            steps=self.steps,
             step=state.step,
         )
         self.train_mode()
-        with self.callbacks.around(about, self.keep), self.reporter.bar("train", steps, "steps") as bar:
-            while state.step < steps and not state.stopped_early:
+        with self.callbacks.around(about, self.keep), self.reporter.bar("train", self.steps, "steps") as bar:
+            while state.step < self.steps and not state.stopped_early:
                 record, saved = self._step()
                 self.metrics.write({"step": state.step, **record})
                 bar.update(state.step, note(record), first=state.step == 1)
@@ -204,7 +198,7 @@ class Trainer:
             self.keep()
         done = self.state.done
         within = f", {done} of the updates of the next one made" if done else ""
-        self.stop.check(f" after step {self.state.step} of {self.options.steps}{within}")
+        self.stop.check(f" after step {self.state.step} of {self.steps}{within}")
 
     def _step(self) -> tuple[Record, Path | None]:
         state, source, saved, started = self.state, self.source, None, time.monotonic()
@@ -232,7 +226,7 @@ class Trainer:
         return record, saved
 
     def _save_due(self, step: int) -> bool:
-        every = self.options.save_every
+        every = self.save_every
         return step % every == 0 if every else self.source.saves(step)
 
     def _update(self, batch: Batch) -> tuple[Record, dict[str, float]]:
@@ -249,7 +243,7 @@ class Trainer:
         if self.inspect is not None:
             self.inspect(step, update, record, batch, found.values)
         for name, network in norms.items():
-            network.update(step, record[name], self.options.max_grad_norm)
+            network.update(step, record[name], self.max_grad_norm)
         self.objective.state = found.state
         if self.movement is not None:
             self.movement.after(step + 1, self.policy.weights.saved())
@@ -302,8 +296,8 @@ class Trainer:
     def _evaluation_due(self) -> bool:
         if not self._evaluates:
             return False
-        step, every = self.state.step, self.options.eval_every or self.source.steps_per_epoch
-        return step % every == 0 or step == self.options.steps
+        step, every = self.state.step, self.eval_every or self.source.steps_per_epoch
+        return step % every == 0 or step == self.steps
 
     def evaluate(self) -> Record:
         """Metrics on the held-out batch. The weights are saved if its loss is the lowest so far."""
@@ -323,7 +317,7 @@ class Trainer:
             checkpoint.forget_bests(self.checkpoints, state.step)
         elif self.movement is None:
             state.without_gain += 1
-            patience = self.options.early_stopping
+            patience = self.early_stopping
             state.stopped_early = patience is not None and state.without_gain >= patience
             if state.stopped_early:
                 self.reporter.say(f"stopping early: no lower loss in {patience} evaluations since {state.best_step}")
@@ -351,11 +345,11 @@ class Trainer:
             reference=self.movement.weights.saved() if self.movement is not None else None,
             rollouts=self.source.tensors(),
         )
-        path = checkpoint.save(self.checkpoints, saved, keep_last=self.options.keep_last)
+        path = checkpoint.save(self.checkpoints, saved, keep_last=self.keep_last)
         self._saved = (state.step, state.done)
         self.after_save()
         checkpoint.forget_bests(self.checkpoints, state.best_step)
-        if self.options.save_every or self.stop.signal is not None:
+        if self.save_every or self.stop.signal is not None:
             self.reporter.say(f"checkpoint: {path}")
         return path
 
