@@ -70,6 +70,14 @@ class Critic:
         return bytes_of([*own, *self.weights.masters.values()])
 
 
+class HeadWeights(MasterWeights):
+    """The ``weight`` of a head, which is its own master."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        self.model = torch.nn.ParameterDict({"weight": weight})
+        self.masters, self._copies, self._hooks = {"weight": weight}, {}, []
+
+
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of distinct tensors."""
     return sum(x.numel() * x.element_size() for x in {id(x): x for x in tensors}.values())
@@ -101,7 +109,7 @@ class PpoModels:
         """Lines of the log."""
         memory = {name: size(of) for name, of in self.memory().items() if of}
         shared = self.reference.weights is not None
-        reference = "the actor's model as it was" if shared else "a model of its own"
+        reference = "the actor's model as it was" if shared else "a separate model"
         critic = self.critic.words if self.critic is not None else "none"
         return [
             f"actor: {memory['actor']}",
@@ -174,9 +182,8 @@ def _head_critic(actor: Scorer, *, seed: int) -> Critic:
     embedding = causal_model(actor.model).get_input_embeddings()
     width = int(embedding.embedding_dim)
     drawn = torch.randn(width, generator=torch.Generator().manual_seed(seed)) / (width + 1) ** 0.5
-    head = torch.nn.Module()
-    head.weight = torch.nn.Parameter(drawn.to(embedding.weight.device, wide_dtype(actor.dtype)))
-    return Critic("a head on the actor's layers", MasterWeights(head, wide_dtype(actor.dtype)))
+    weight = torch.nn.Parameter(drawn.to(embedding.weight.device, wide_dtype(actor.dtype)))
+    return Critic("a head on the actor's layers", HeadWeights(weight))
 
 
 def _network_critic(config: PpoConfig, kind: str, actor: Policy, source: str, tokenizer: Tokenizer) -> Critic:

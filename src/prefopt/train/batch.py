@@ -150,8 +150,8 @@ class Sums:
         shares, metrics, divided_by = self._last.shares, self._last.metrics, self._last.weights
         norms = norms or {}
         total = torch.stack(self._rows).sum(0)
-        if beside := [*norms.values(), *divided_by.values()]:
-            total = torch.cat([total, torch.stack([x.detach().to(total.dtype) for x in beside])])
+        if more := [*norms.values(), *divided_by.values()]:
+            total = torch.cat([total, torch.stack([x.detach().to(total.dtype) for x in more])])
         numbers = total.tolist()
         record = dict(zip(shares, numbers, strict=False))
         first, many = len(shares), len(metrics)

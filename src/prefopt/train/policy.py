@@ -178,7 +178,7 @@ Config = TypeVar("Config")
 
 
 def with_base(config: Config, say: Callable[[str], None] | None = None) -> Config:
-    """Where ``model`` or ``reference`` is an adapter, put it into the option of its own, and its base in its place.
+    """Where ``model`` or ``reference`` is an adapter, move it to its own option and put its base in its place.
 
     Raises :class:`ConfigError` where that option is set too, :class:`ModelError` where the adapter names no base.
     """

@@ -209,10 +209,10 @@ def open_run(config: Options, *, model: Any = None, callbacks: Sequence[Any] = (
         if model is None:
             config = with_base(config, reporter.say)
         folder = RunFolder(Path(config.output), config.to_dict(), resume=config.resume, dry=config.dry_run)
-        told = Callbacks([*default_callbacks(config, folder), *callbacks], config.to_dict())
+        all_callbacks = Callbacks([*default_callbacks(config, folder), *callbacks], config.to_dict())
         budget.prepare_machine(config, dtype, device, reporter)
         with spending(folder, device) as costs:
-            run = Run(config, model, reporter, stop, folder, device, dtype, costs, told)
+            run = Run(config, model, reporter, stop, folder, device, dtype, costs, all_callbacks)
             try:
                 yield run
             finally:
