@@ -62,7 +62,7 @@ def run(
             return None
         digest = choice.identity.digest if choice else "none"
         offline.take_folder({"reference": (digest, "the reference model")}, loss=describe(terms))
-        source = batches(reference=plan.values(policy.scorer, run.folder, run.stop))
+        source = batches(reference=plan.values(policy.scorer))
         say(policy.make_trainable())
 
         def inspect(step: int, update: int, record: Record, batch: Batch, values: Values) -> None:
@@ -80,20 +80,11 @@ def run(
 
 
 def _reference_plan(offline: OfflineRun, terms: Losses, choice: ReferenceChoice | None) -> ReferencePlan:
-    run, reference = offline.run, None
+    run, reference, read = offline.run, None, offline.groups_read()
     if choice is not None:
         tokens = any(term.loss.needs_head_values for term in terms)
-        reference = ReferenceRun(choice, offline.policy.scorer, run.config, token_values=tokens)
-    return ReferencePlan(
-        run.config,
-        terms,
-        offline.data,
-        reference,
-        offline.start.limit,
-        run.reporter,
-        steps=offline.steps,
-        read=offline.groups_read(),
-    )
+        reference = ReferenceRun(run, choice, offline.policy.scorer, token_values=tokens)
+    return ReferencePlan(run, terms, offline.data, reference, offline.start.limit, steps=offline.steps, read=read)
 
 
 _TITLES = {"dpo": "Direct Preference Optimization"}

@@ -43,14 +43,7 @@ def run(
         start = read_model(run, tokenizer)
         # Texts without a prompt are cut into windows instead of being truncated.
         data = load_data(
-            config,
-            start,
-            rows,
-            run.reporter,
-            run.stop,
-            kind="demonstrations",
-            train_on=config.train_on,
-            windows=True,
+            config, start, rows, run.reporter, run.stop, kind="demonstrations", train_on=config.train_on, windows=True
         )
         given = model
         if config.from_scratch:

@@ -26,6 +26,7 @@ from prefopt.model.scorer import PackedModel, ScoreRequest, response_sums
 from prefopt.runs.metrics import Record
 from prefopt.train.batch import AT_ONCE, Batch, LossResult, State, weighted_sum
 from prefopt.train.columns import LossInputs, Values, head_sums, weights_of
+from prefopt.train.loss_options import needs_reference
 
 Normaliser = tuple[torch.Tensor, ...]
 
@@ -84,11 +85,6 @@ class PreferenceObjective(Objective):
         self.compares = any(term.loss.needs_distributions for term in terms)
         self.state = {term.loss.name: start for term in terms if (start := term.loss.start(device)) is not None}
         self._needs = frozenset(self.names | self.optional)
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether any loss uses a reference."""
-        return any(term.loss.needs_reference for term in self.terms)
 
     @torch.no_grad()
     def normaliser(self, batch: Batch) -> Normaliser:
@@ -241,7 +237,7 @@ def inspect_first(
 
     Raises :class:`RunError` where the loss is not that of a policy that equals its reference.
     """
-    if not objective.needs_reference:
+    if not needs_reference(objective.terms):
         return None
     if check is None:
         if record.get("rewards/accuracies") == 1.0 and len(batch) >= MANY:

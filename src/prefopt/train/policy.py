@@ -137,13 +137,7 @@ class ScalarPolicy(Trained[ScalarScorer]):
     task = "SEQ_CLS"
 
     def __init__(
-        self,
-        config: Options,
-        source: str,
-        dtype: torch.dtype,
-        device: torch.device,
-        given: Any,
-        tokenizer: Tokenizer,
+        self, config: Options, source: str, dtype: torch.dtype, device: torch.device, given: Any, tokenizer: Tokenizer
     ) -> None:
         """See :class:`Policy`. ``tokenizer`` may get a pad token, see :func:`scalar_from`."""
         wide = _loaded_in(config, dtype)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from prefopt.config.dpo import DpoConfig
-from prefopt.core.terminal import Bar, Reporter, StopRequest, duration
+from prefopt.core.terminal import Bar, duration
 from prefopt.data.group import Group
 from prefopt.data.table import GroupTable, IndexArray, Selection, ranges
 from prefopt.errors import ModelError
@@ -33,12 +33,12 @@ from prefopt.reference.cache import (
 )
 from prefopt.reference.identity import identity_of_model, identity_of_name, space_of
 from prefopt.reference.in_memory import InMemoryReference, SwappedWeights, TrDpoUpdate
-from prefopt.runs.folder import RunFolder
 from prefopt.train.budget import estimate, smaller_budget
 from prefopt.train.columns import mismatched
 from prefopt.train.data import TrainingData
 from prefopt.train.loss_options import names_of
 from prefopt.train.policy import Trained
+from prefopt.train.run import Run
 from prefopt.train.step import InMemoryColumns
 
 SCORING_AHEAD = 4
@@ -116,19 +116,14 @@ class ReferenceRun:
     of tokens are needed, not only sums by response.
     """
 
-    def __init__(self, choice: ReferenceChoice, start: Scorer, config: DpoConfig, *, token_values: bool) -> None:
-        self.choice, self.start, self.config = choice, start, config
-        self.token_values = token_values
+    def __init__(self, run: Run, choice: ReferenceChoice, start: Scorer, *, token_values: bool) -> None:
+        self.run, self.choice, self.start = run, choice, start
         self.device = next(start.model.parameters()).device
+        self.token_values = token_values
         self._scorer: Scorer | None = start if choice.is_start else None
 
     def values(
-        self,
-        groups: GroupTable,
-        token_budget: int,
-        reporter: Reporter,
-        stop: StopRequest,
-        read: IndexArray | None = None,
+        self, groups: GroupTable, token_budget: int, read: IndexArray | None = None
     ) -> tuple[ReferenceValues, FillReport]:
         """Fill the cache and read it: for all ``groups``, or only for those at ``read``, with NaN for the others.
 
@@ -140,8 +135,8 @@ class ReferenceRun:
         if missing := cache.missing(wanted, token_values=self.token_values):
             if not self.choice.is_start:  # the policy has been checked already
                 check_scoring(self._other(), wanted)
-            with reporter.bar("reference", missing, "responses") as bar:
-                report = self._fill(cache, wanted, token_budget, reporter, bar, stop)
+            with self.run.reporter.bar("reference", missing, "responses") as bar:
+                report = self._fill(cache, wanted, token_budget, bar)
         else:
             report = FillReport(0, len(wanted.key_N), 0, 0.0)
         if not self.choice.is_start:
@@ -149,15 +144,7 @@ class ReferenceRun:
         found = cache.values(wanted, token_values=self.token_values)
         return (found if read is None else spread(found, read, groups)), report
 
-    def _fill(
-        self,
-        cache: ReferenceCache,
-        groups: GroupTable,
-        token_budget: int,
-        reporter: Reporter,
-        bar: Bar,
-        stop: StopRequest,
-    ) -> FillReport:
+    def _fill(self, cache: ReferenceCache, groups: GroupTable, token_budget: int, bar: Bar) -> FillReport:
         """Score what is missing. On out-of-memory the budget is halved; committed values are kept."""
         while True:
             try:
@@ -167,12 +154,12 @@ class ReferenceRun:
                     token_budget=token_budget,
                     token_values=self.token_values,
                     progress=lambda done, total, seconds: bar.update(done),
-                    stop=stop.check,
+                    stop=self.run.stop.check,
                 )
             except RuntimeError as error:
                 largest = int(cache.space.costs(groups).max())
                 token_budget = smaller_budget(error, token_budget, "scoring the reference", largest, self.device)
-                reporter.say(f"out of memory: the reference is scored with {token_budget} tokens at once")
+                self.run.say(f"out of memory: the reference is scored with {token_budget} tokens at once")
 
     def check_fits(self, groups: Sequence[Group]) -> None:
         """Raises :class:`ModelError` where another model's vocabulary or context is too small for ``groups``."""
@@ -220,7 +207,7 @@ class ReferenceRun:
         if self._scorer is None:
             source, adapter = base_and_adapter(self.choice.model, self.choice.adapter)
             model = load_model(source, dtype=self.start.dtype, device=self.device, adapter=adapter)
-            self._scorer = Scorer(freeze_and_cast(model, self.start.dtype), attention=self.config.attention)
+            self._scorer = Scorer(freeze_and_cast(model, self.start.dtype), attention=self.run.config.attention)
         return self._scorer
 
     def _make_score(self) -> ScoreBatch:
@@ -251,33 +238,32 @@ class ReferencePlan:
 
     def __init__(
         self,
-        config: DpoConfig,
+        run: Run,
         terms: Sequence[WeightedLoss],
         data: TrainingData,
         reference: ReferenceRun | None,
         max_length: int,
-        reporter: Reporter,
         *,
         steps: int,
         read: IndexArray | None,
     ) -> None:
-        self.config, self.terms, self.reference, self.reporter = config, terms, reference, reporter
+        self.run, self.terms, self.reference, config = run, terms, reference, run.config
         self.movement: TrDpoUpdate | None = None
         whole = [term.loss.name for term in terms if term.loss.needs_distributions]
         self.compares = bool(whole)
         self.live = reference is not None and (self.compares or config.ref_model_sync_steps is not None)
         if reference is None:
-            reporter.say(f"reference: none is loaded, {names_of(terms)} compares with none")
+            run.say(f"reference: none is loaded, {names_of(terms)} compares with none")
         else:
-            reporter.say(f"reference: {reference.choice.words}, {reference.choice.identity.digest[:12]}")
+            run.say(f"reference: {reference.choice.words}, {reference.choice.identity.digest[:12]}")
         if self.live:
             why = [f"{' and '.join(whole)} compares whole distributions"] if whole else []
             if config.ref_model_sync_steps is not None:
                 every = config.ref_model_sync_steps
                 why.append(f"it moves by {config.ref_model_mixup_alpha:g} to the policy every {every} steps")
-            reporter.say(f"reference: scored with every batch and not cached, since {', and '.join(why)}")
+            run.say(f"reference: scored with every batch and not cached, since {', and '.join(why)}")
         elif reference is not None and read is not None:
-            reporter.say(
+            run.say(
                 f"reference: {len(read)} of {len(data.groups)} {data.noun} are read in {steps} steps"
                 f"{' and evaluations' if data.held_out else ''}; no others are scored"
             )
@@ -287,7 +273,7 @@ class ReferencePlan:
         if any(term.loss.needs_mismatched for term in terms):
             self.mismatched, cut = mismatched(data.groups, max_length)
             cut_words = f", {cut} of them cut to {max_length} tokens" if cut else ""
-            reporter.say(f"loss: compares with {len(self.mismatched.key_N)} responses to other prompts{cut_words}")
+            run.say(f"loss: compares with {len(self.mismatched.key_N)} responses to other prompts{cut_words}")
             self.groups = data.groups + self.mismatched
             self.read = None if read is None else np.concatenate([read, read + len(data.groups)])
 
@@ -298,7 +284,7 @@ class ReferencePlan:
         self.reference.check_fits(self.groups)
         if not self.live:
             missing = self.reference.missing(self._scored())
-            self.reporter.say(f"reference: {missing or 'no'} responses are still to be scored")
+            self.run.say(f"reference: {missing or 'no'} responses are still to be scored")
 
     def _scored(self) -> GroupTable:
         return self.groups if self.read is None else at(self.groups, self.read)
@@ -315,7 +301,7 @@ class ReferencePlan:
         """Zeros in the place of :meth:`values`, for a dry run."""
         return None if self.reference is None or self.live else without_values(self.groups, 0.0)
 
-    def values(self, scorer: Scorer, folder: RunFolder, stop: StopRequest) -> ReferenceValues | None:
+    def values(self, scorer: Scorer) -> ReferenceValues | None:
         """The reference's values for all responses; None where they are not cached.
 
         Raises :class:`ModelError` where the reference cannot take the data.
@@ -326,13 +312,14 @@ class ReferencePlan:
             self.reference.check_fits(self.groups)
             return None
         # Remembered, since a resumed run must pack as the first one did to give the same bits.
+        folder = self.run.folder
         tokens = folder.record.get("scoring_budget") or SCORING_AHEAD * (
-            self.config.token_budget or estimate(scorer, self.groups, checkpointing=False, still_to_come=0)
+            self.run.config.token_budget or estimate(scorer, self.groups, checkpointing=False, still_to_come=0)
         )
         folder.remember(scoring_budget=tokens)
-        values, report = self.reference.values(self.groups, tokens, self.reporter, stop, self.read)
+        values, report = self.reference.values(self.groups, tokens, self.read)
         scored, reused = report.scored_responses, report.reused_responses
-        self.reporter.say(
+        self.run.say(
             f"reference: {scored} responses scored in {duration(report.seconds)}, {reused} from the cache"
             if scored
             else f"reference: all {reused} responses from the cache"
@@ -343,7 +330,7 @@ class ReferencePlan:
         """What is scored with every micro-batch, if anything; ``policy`` is trainable already."""
         live = None
         if self.live and self.reference is not None:
-            every, alpha = self.config.ref_model_sync_steps, self.config.ref_model_mixup_alpha
+            every, alpha = self.run.config.ref_model_sync_steps, self.run.config.ref_model_mixup_alpha
             live = self.reference.in_memory(policy.scorer, policy.masters, self.groups, moves=every is not None)
             if every is not None and alpha is not None:
                 assert live.weights is not None
