@@ -45,11 +45,6 @@ SCORING_AHEAD = 4
 """The reference is scored in batches this much larger than training's: no activations are kept for backward."""
 
 
-def at(groups: GroupTable, at_G: IndexArray) -> GroupTable:
-    """Some of the groups, in this order."""
-    return GroupTable.of(Selection(groups, at_G.tolist()))
-
-
 def check_vocabulary(groups: Sequence[Group], rows: int, model: str) -> None:
     """Raises :class:`ModelError` for token ids beyond the embedding: the tokenizer is another model's."""
     top = GroupTable.of(groups).max_id
@@ -130,7 +125,7 @@ class ReferenceRun:
         Raises :class:`ModelError` where the reference cannot take the data.
         """
         self.check_fits(groups)
-        wanted = groups if read is None else at(groups, read)
+        wanted = groups if read is None else GroupTable.of(Selection(groups, read.tolist()))
         cache = ReferenceCache(self.space())
         if missing := cache.missing(wanted, token_values=self.token_values):
             if not self.choice.is_start:  # the policy has been checked already
@@ -287,7 +282,7 @@ class ReferencePlan:
             self.run.say(f"reference: {missing or 'no'} responses are still to be scored")
 
     def _scored(self) -> GroupTable:
-        return self.groups if self.read is None else at(self.groups, self.read)
+        return self.groups if self.read is None else GroupTable.of(Selection(self.groups, self.read.tolist()))
 
     def seconds_ahead(self, scorer: Scorer, speed: float) -> float | None:
         """Seconds of scoring before training starts, if it trains ``speed`` tokens per second; None without a cache."""

@@ -90,11 +90,16 @@ class Differentiator:
         sums, normaliser = Sums(), self.objective.normaliser(batch)
         micro = micro_batches(self.scorer, batch, token_budget)
         if self.objective.whole_batch:
-            sums.add(self.objective(batch, joined([self._scored(part) for part in micro]), normaliser))
+            sums.add(self.objective(batch, self.values(micro), normaliser))
             return sums
         for part in micro:
             sums.add(self.objective(part.batch, self._scored(part), normaliser))
         return sums
+
+    @torch.no_grad()
+    def values(self, micro: Iterable[MicroBatch]) -> Values:
+        """The values of a batch, from all its micro-batches."""
+        return joined([self._scored(part) for part in micro])
 
     def _one_pass(self, micro: Iterable[MicroBatch], normaliser: Normaliser, scale: float) -> Gradients:
         sums, packed, found, state = Sums(), [], [], self.objective.state
@@ -109,8 +114,8 @@ class Differentiator:
         return Gradients(sums, packed, joined(found), state)
 
     def _two_passes(self, batch: Batch, cut: Sequence[MicroBatch], normaliser: Normaliser, scale: float) -> Gradients:
-        with same_randomness(next(self.scorer.model.parameters()).device), torch.no_grad():
-            values = joined([self._scored(part) for part in cut])
+        with same_randomness(next(self.scorer.model.parameters()).device):
+            values = self.values(cut)
         leaves = [name for name in DIFFERENTIATED if name in values]
         for name in leaves:
             values[name].requires_grad_()
