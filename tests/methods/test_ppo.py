@@ -281,12 +281,11 @@ def test_what_a_critic_computes_in_and_what_trains_of_it(
     (critic,) = seen
     assert critic.scorer is not None and critic.scorer.dtype == getattr(torch, dtype)
     own = dict(critic.scorer.model.named_parameters())
-    assert {master.dtype for master in critic.masters.values()} == {torch.float64 if lora else torch.float32}
-    assert {name for name, p in own.items() if p.requires_grad} == set(critic.masters)
-    many = sum(p.numel() for p in critic.masters.values())
-    assert (
-        all(("lora_" in n) != ("score" in n) for n in critic.masters) if lora else critic.masters.keys() == own.keys()
-    )
+    assert {master.dtype for master in critic.weights.masters.values()} == {torch.float64 if lora else torch.float32}
+    assert {name for name, p in own.items() if p.requires_grad} == set(critic.weights.masters)
+    masters = critic.weights.masters
+    many = sum(p.numel() for p in masters.values())
+    assert all(("lora_" in n) != ("score" in n) for n in masters) if lora else masters.keys() == own.keys()
     assert (many < 0.6 * sum(p.numel() for p in own.values())) == lora
 
 

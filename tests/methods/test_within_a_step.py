@@ -14,6 +14,7 @@ from methods.test_last_good import AWAY, ran_away
 from methods.test_ppo import ppo, same_bits, stopped
 from prefopt.errors import RunError
 from prefopt.train import checkpoint
+from prefopt.train.checkpoint import Checkpoint
 from train.test_resume import flip
 
 OPTIONS: dict[str, Any] = {"epochs": 2, "minibatches": 2, "ppo_epochs": 2}  # four steps of four updates
@@ -68,7 +69,7 @@ def test_weights_that_were_measured_stay_good(small: str, tmp_path: Path) -> Non
 
 def save(folder: Path, value: float, done: int = 0) -> None:
     state = {"step": 3, "progress": {"done": done}}
-    checkpoint.save(folder, {"w": torch.tensor([value])}, {}, state, keep_last=2)
+    checkpoint.save(folder, Checkpoint({"w": torch.tensor([value])}, {}, state), keep_last=2)
 
 
 def test_a_process_that_is_killed_while_it_replaces_one_leaves_that(
@@ -86,8 +87,8 @@ def test_a_process_that_is_killed_while_it_replaces_one_leaves_that(
         patch.setattr(Path, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 2.0)
-    found = checkpoint.newest(tmp_path)
-    assert found is not None and float(found[1].weights["w"]) == 1.0
+    (found,) = checkpoint.whole(tmp_path)
+    assert float(found[1].weights["w"]) == 1.0
     save(tmp_path, 3.0)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
     assert float(checkpoint.at(tmp_path, 3).weights["w"]) == 3.0
@@ -96,6 +97,7 @@ def test_a_process_that_is_killed_while_it_replaces_one_leaves_that(
 def test_weights_from_within_a_step_are_not_taken_for_those_of_the_step(tmp_path: Path) -> None:
     """As versions before wrote them."""
     save(tmp_path, 1.0, done=2)
+    (tmp_path / "step-00000003-0002").rename(tmp_path / "step-00000003")
     with pytest.raises(RunError, match=r"step-00000003 cannot be read \(an earlier version wrote weights from within"):
         checkpoint.at(tmp_path, 3)
-    assert checkpoint.newest(tmp_path) is not None
+    assert len(list(checkpoint.whole(tmp_path))) == 1

@@ -11,15 +11,18 @@ import pytest
 from data.small import small_tokenizer
 from prefopt.config.dpo import DpoConfig
 from prefopt.core.terminal import Reporter, StopRequest
+from prefopt.data.sampler import BatchSampler
 from prefopt.errors import ConfigError, Interrupted
 from prefopt.train.data import TrainingData, load_data
+from prefopt.train.run import ModelStart
 from train.small import dpo, metrics, pairs, same_bits, steps, write_rows
 from train.test_resume import stopped_at
 
 
 def load(*files: str, stop: StopRequest | None = None, **options: Any) -> TrainingData:
     config = DpoConfig(model="m", data=list(files), output="o", **options)
-    return load_data(config, small_tokenizer(), 64, None, Reporter("plain"), stop=stop)
+    start = ModelStart("", small_tokenizer(), None, 64)
+    return load_data(config, start, None, Reporter("plain"), stop or StopRequest())
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def files(tmp_path: Path) -> tuple[str, str]:
 
 def test_held_out_rows_never_enter_a_mixture(files: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     data = load(*files, data_weights=["2", "0.5"], eval_fraction=0.3, seed=1)
-    sampler = data.sampler(4, seed=1, shuffle=True)
+    sampler = BatchSampler(len(data.train), 4, seed=1, shuffle=True, shares=data.shares)
     taken = Counter(data.train[i] for epoch in range(2) for i in sampler.order(epoch).tolist())
     assert data.held_out and not set(taken) & set(data.held_out) and set(taken) <= set(data.train)
     source = data.groups.source_G

@@ -23,8 +23,7 @@ from prefopt.reference.cache import ReferenceCache
 from prefopt.reference.in_memory import InMemoryReference, SwappedWeights, TrDpoUpdate
 from prefopt.train.columns import preference_batch
 from prefopt.train.objective import PreferenceObjective
-from prefopt.train.reference_plan import InMemoryColumns
-from prefopt.train.step import Differentiator
+from prefopt.train.step import Differentiator, InMemoryColumns
 from train.ranked import mixed, pairs_only
 from train.small import dpo, evaluations, pairs, steps, tiny_llama, weights, write_model
 from train.test_objective import CPU, assert_close, models, taken_grads

@@ -25,8 +25,7 @@ from prefopt.train.columns import mismatched, paired_of, preference_batch
 from prefopt.train.data import DataBatches
 from prefopt.train.objective import PreferenceObjective, check_rows
 from prefopt.train.reference import without_values
-from prefopt.train.reference_plan import InMemoryColumns
-from prefopt.train.step import Differentiator, Gradients
+from prefopt.train.step import Differentiator, Gradients, InMemoryColumns
 from train.ranked import VOCABULARY, batches_of, columns_for, group, inputs_by_hand, mixed, pairs_only, terms
 from train.small import tiny_llama
 

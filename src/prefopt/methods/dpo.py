@@ -1,4 +1,4 @@
-"""Direct Preference Optimization and its kin, from a configuration to a finished model."""
+"""Direct Preference Optimization and related losses, from a configuration to a finished model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from prefopt.runs.metrics import Record
 from prefopt.train.batch import Batch
 from prefopt.train.columns import Values, columns_of
 from prefopt.train.data import DataBatches, load_data
-from prefopt.train.loss_options import data_kind, describe, losses_of, needs_reference
+from prefopt.train.loss_options import Losses, data_kind, describe, losses_of, needs_reference
 from prefopt.train.objective import PreferenceObjective, check_rows, inspect_first
-from prefopt.train.objectives import balanced, describe_balance
-from prefopt.train.offline import OfflineRun, say_truncated
+from prefopt.train.objectives import describe_balance
+from prefopt.train.offline import OfflineRun
 from prefopt.train.policy import Policy
-from prefopt.train.reference import ReferenceRun, choose_reference, identify, without_values
-from prefopt.train.reference_plan import ReferencePlan
+from prefopt.train.reference import ReferenceChoice, ReferencePlan, ReferenceRun, choose_reference
 from prefopt.train.run import TrainingResult, open_run, read_model
 
 
@@ -34,94 +33,58 @@ def run(
 ) -> TrainingResult | None:
     """Run DPO, or the other loss of ``config``. ``callbacks``: see :class:`prefopt.runs.callbacks.Callback`.
 
-    ``model``, ``tokenizer`` and ``rows`` stand in for what ``config`` names (a model is trained in place).
-
-    Returns none for a dry run. Raises :class:`prefopt.errors.UserError`, and
-    :class:`prefopt.errors.Interrupted` after a stop, with everything kept.
+    ``model``, ``tokenizer`` and ``rows`` replace those of ``config`` (a model is trained in place). Returns None for a
+    dry run. Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop: the run can
+    be resumed.
     """
     config, terms = losses_of(config)
-    paired = terms[0].loss.kind == "pairs"
-    pairs = config.pairs or "all"
     with open_run(config, model=model, callbacks=callbacks) as run:
         config, say = run.config, run.say
         start = read_model(run, tokenizer)
-        data = load_data(
-            config,
-            start.tokenizer,
-            start.limit,
-            rows,
-            run.reporter,
-            kind=data_kind(terms),
-            which=pairs if paired else "all",
-            stop=run.stop,
-        )
-        say_truncated(run, start, data)
-        check_rows(terms, data.groups, pairs)
-        # The reference is named by its contents as they are now.
+        which = config.pairs or "all"  # None where the losses are not on pairs
+        data = load_data(config, start, rows, run.reporter, run.stop, kind=data_kind(terms), which=which)
+        check_rows(terms, data.groups, which)
         choice = choose_reference(config, model) if needs_reference(terms) else None
-        identity = identify(choice, model) if choice else None
 
         policy = run.loading(Policy(config, start.source, run.dtype, run.device, model))
-        whole = any(term.loss.whole_batch for term in terms) or config.router_aux_loss_coef is not None
-        # A forward pass more, a third of a step's work, where a loss sees the whole batch and it is cut.
-        offline = OfflineRun(run=run, start=start, data=data, policy=policy, passes=4 / 3 if whole else 1.0)
+        offline = OfflineRun(run=run, start=start, data=data, policy=policy)
         check = offline.check(check_scoring)
         say(f"loss: {describe(terms)}")
         say(describe_balance(policy.scorer.model, config.router_aux_loss_coef))
-        reference = None
-        if choice and identity:
-            tokens = any(term.loss.needs_head_values for term in terms)
-            reference = ReferenceRun(choice, identity, policy.scorer, config, token_values=tokens)
-        plan = ReferencePlan(
-            config,
-            terms,
-            data,
-            reference,
-            start.limit,
-            run.reporter,
-            steps=offline.steps,
-            read=offline.groups_read(),
-        )
+        plan = _reference_plan(offline, terms, choice)
+        objective = PreferenceObjective(terms, device=policy.device)
         merge = any("label_P" in (*term.inputs, *term.loss.optional_inputs) for term in terms)
-        columns = partial(columns_of, kind=terms[0].loss.kind, which=pairs, merge=merge)
-
-        def objective() -> Any:
-            inner = PreferenceObjective(terms, device=policy.device)
-            return balanced(inner, policy.scorer.model, config.router_aux_loss_coef)
+        columns = partial(columns_of, kind=terms[0].loss.kind, which=which, merge=merge)
+        batches = partial(DataBatches, data, offline.sampler, columns, mismatched=plan.mismatched)
 
         if config.dry_run:
-            cached = without_values(plan.groups, 0.0) if reference is not None and not plan.live else None
-            source = DataBatches(data, offline.sampler, columns, reference=cached, mismatched=plan.mismatched)
-            offline.preview(
-                objective,
-                source,
-                reference=lambda: plan.in_memory(policy),
-                say_ahead=plan.say_missing,
-                ahead=lambda speed: plan.seconds_ahead(policy.scorer, speed),
-            )
+            offline.preview(objective, batches(reference=plan.placeholder()), plan=plan)
             return None
-        digest = identity.digest if identity else "none"
+        digest = choice.identity.digest if choice else "none"
         offline.take_folder({"reference": (digest, "the reference model")}, loss=describe(terms))
-        values = plan.values(policy.scorer, run.folder, run.stop)
+        source = batches(reference=plan.values(policy.scorer))
         say(policy.make_trainable())
-        source = DataBatches(data, offline.sampler, columns, reference=values, mismatched=plan.mismatched)
-        goal = objective()
-        in_memory = plan.in_memory(policy)
-        losses = getattr(goal, "inner", goal)  # the loss that is told is that of the preferences
-        known = check if choice and choice.is_start else None
 
-        def inspect(step: int, update: int, record: Record, batch: Batch, found: Values) -> None:
+        def inspect(step: int, update: int, record: Record, batch: Batch, values: Values) -> None:
             if step == 0:
-                say(inspect_first(losses, known, record, batch, found))
+                same = check if choice and choice.is_start else None
+                say(inspect_first(objective, same, record, batch, values))
 
-        trainer = offline.fit(goal, source, reference=in_memory, inspect=inspect, movement=plan.movement)
-        title = _TITLES.get(config.loss, f"Preference optimisation ({describe(terms)})")
+        trainer = offline.fit(objective, source, plan=plan, inspect=inspect)
         return offline.finish(
             trainer,
-            title=title,
+            title=_TITLES.get(config.loss, f"Preference optimisation ({describe(terms)})"),
             tag=terms[0].loss.name.rpartition(":")[2],
             closing=lambda: in_words(diagnose(read_history(run.folder.path))),
         )
+
+
+def _reference_plan(offline: OfflineRun, terms: Losses, choice: ReferenceChoice | None) -> ReferencePlan:
+    run, reference, read = offline.run, None, offline.groups_read()
+    if choice is not None:
+        tokens = any(term.loss.needs_head_values for term in terms)
+        reference = ReferenceRun(run, choice, offline.policy.scorer, token_values=tokens)
+    return ReferencePlan(run, terms, offline.data, reference, offline.start.limit, steps=offline.steps, read=read)
 
 
 _TITLES = {"dpo": "Direct Preference Optimization"}

@@ -1,4 +1,4 @@
-"""Checks of a config that need neither torch nor a model, so that common mistakes are reported within a second."""
+"""Checks of a config without torch or a model, so that common mistakes are reported within a second."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prefopt.config.methods import method_of
 from prefopt.config.tools import RULES, is_model_reward
 from prefopt.core.hub import no_telemetry, why_not_read
 from prefopt.data.files.content import look
-from prefopt.data.files.sources import FileOrigin, find_sources
+from prefopt.data.files.sources import FileOrigin, Source, find_sources
 from prefopt.errors import ConfigError, DataError, ModelError
 from prefopt.rewards import load_reward
 from prefopt.runs.folder import check_output
@@ -33,7 +33,8 @@ def check_before_torch(config: Any) -> None:
     if method_of(config) and not config.dry_run:
         check_output(Path(config.output), resume=config.resume)
     for option in DATA:
-        _check_data(getattr(config, option, None) or [])
+        for source in find_sources(getattr(config, option, None) or []):
+            _check_file(source)
     if getattr(config, "url", None) is None:  # a server knows its own models
         for option in MODELS:
             names = getattr(config, option, None)
@@ -47,7 +48,7 @@ def check_before_torch(config: Any) -> None:
 
 
 def _check_device(name: str | None) -> None:
-    """A GPU without any driver library, or Apple's GPU elsewhere. The number of GPUs is left to torch."""
+    """Refuse a GPU without a driver library, or Apple's GPU on another system. Torch checks the number of GPUs."""
     if name is None or not name.startswith(("cuda", "mps")):
         return
     there = platform.system() == "Darwin" if name.startswith("mps") else any(map(_loads, GPU_DRIVERS))
@@ -61,19 +62,18 @@ def _loads(library: str) -> bool:
     return False
 
 
-def _check_data(names: list[str]) -> None:
-    """Files that exist and are not empty; one of prompts (.txt) is only looked for."""
-    for source in find_sources(names):
-        path = source.origin.path if isinstance(source.origin, FileOrigin) else Path(source.name)
-        is_text = path.suffix.lower() == TEXT
-        if is_text and not path.exists():
+def _check_file(source: Source) -> None:
+    """Refuse absent and empty files; a text file of prompts may be empty."""
+    path = source.origin.path if isinstance(source.origin, FileOrigin) else Path(source.name)
+    if path.suffix.lower() == TEXT:
+        if not path.exists():
             raise DataError("no such file; check the path", file=source.name)
-        if isinstance(source.origin, FileOrigin) and not is_text:
-            look(path)
+    elif isinstance(source.origin, FileOrigin):
+        look(path)
 
 
 def _check_model(name: str | None) -> None:
-    """A folder, or a name of which the Hub (or its cache on this machine) has a configuration."""
+    """Refuse what is neither a folder, nor the name of a model in the Hub's cache or on the Hub."""
     if name is None or name.endswith(".jsonl") or Path(name).expanduser().exists():
         return
     if name.startswith((".", "/", "~")) or name.count("/") > 1:

@@ -14,6 +14,7 @@ from prefopt.config.ppo import PpoConfig
 from prefopt.config.tools import is_model_reward
 from prefopt.core.terminal import size
 from prefopt.data.group import Group
+from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import Diverged
 from prefopt.generate.model_io import PromptSet, SampledModel
 from prefopt.generate.rewards import TextRewardScorer
@@ -23,28 +24,28 @@ from prefopt.losses.rl import KlController
 from prefopt.model.check import CheckReport, check_scoring
 from prefopt.reference.identity import identity_of_name
 from prefopt.rewards import Reward, load_reward
-from prefopt.rl.last_good import keep_last_good
 from prefopt.rl.models import PpoModels, build_models
 from prefopt.rl.objective import PpoObjective
-from prefopt.rl.prompts import PtxTerm, order_of, plan_of, read_prompts, read_ptx, too_few
+from prefopt.rl.prompts import PtxTerm, order_of, plan_of, read_ptx, read_rollout_prompts, too_few
 from prefopt.rl.rollouts import Collector
-from prefopt.rl.rounds import Rounds
+from prefopt.rl.rounds import Rounds, keep_last_good
 from prefopt.runs.folder import digest_of, fingerprint
 from prefopt.runs.history import averages_of, read_history
 from prefopt.train import budget
 from prefopt.train.optim import Network
 from prefopt.train.policy import Policy
 from prefopt.train.run import Run, open_run, steps_of
+from prefopt.train.trainer import TrainerState
 
 TRIED = 4
-"""Prompts that are answered twice before training, to check scoring on real samples."""
+"""Prompts to draw two responses to before training, which scoring is checked on."""
 
 Scores = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
 class PpoResult:
-    """What a run gives back: ``metrics`` are averages over the episodes of the last tenth of the steps."""
+    """``metrics`` are averages over the episodes of the last tenth of the steps."""
 
     output: Path
     steps: int
@@ -62,11 +63,15 @@ def run(
 ) -> PpoResult | None:
     """Run PPO, or RLOO. ``callbacks``: see :class:`prefopt.runs.callbacks.Callback`.
 
-    ``model``, ``tokenizer``, ``rows`` and ``reward`` stand in for what ``config`` names (a model is trained in place).
-    Returns none for a dry run. Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after
-    a stop, with everything kept.
+    ``model``, ``tokenizer``, ``rows`` and ``reward`` replace those of ``config`` (a model is trained in place). Returns
+    None for a dry run. Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop:
+    the run can be resumed.
     """
-    function = _given_reward(config.reward, reward)
+    function = None  # of texts; None for a reward model
+    if reward is not None:
+        function = Reward(config.reward, reward)
+    elif not is_model_reward(config.reward):
+        function = load_reward(config.reward)
     with open_run(config, model=model, callbacks=callbacks) as run:
         config, say = run.config, run.say
         start = SampledModel(
@@ -77,7 +82,7 @@ def run(
             given=model,
             tokenizer=tokenizer,
         )
-        prompts, settings = read_prompts(config, start, rows, run.reporter)
+        prompts, settings = read_rollout_prompts(config, start, rows, run.reporter)
         longest = max(map(len, prompts.ids)) + config.max_new_tokens
         policy = run.loading(Policy(config, start.source, run.dtype, run.device, model))
         check = _check(policy, prompts, settings)
@@ -89,59 +94,68 @@ def run(
         models = build_models(config, policy, start.source, start.tokenizer, settings.stop, longest, judge)
         for line in models.words():
             say(line)
-        tokens = _token_budget(run, policy, models, prompts, ptx)
+        tokens = _token_budget(run, models, prompts, ptx)
         if config.dry_run:
             _preview(run, start, prompts, models, tokens)
             return None
-        run.take_folder(
-            _same(config, start, prompts, ptx, function), algorithm=config.algorithm, memory=models.memory()
-        )
+        same = _same(config, start, prompts, ptx, function)
+        run.take_folder(same, algorithm=config.algorithm, memory=models.memory())
         _say_plan(run, prompts, tokens)
-        sampler = TransformersSampler(policy.scorer)
-        known = run.folder.record
-        sampler.rows = known.get("sampled_at_once") or known.get("rows") or sampler.estimate_rows(longest)
-        run.folder.remember(sampled_at_once=sampler.rows, token_budget=tokens)
-
-        order = order_of(config, len(prompts.ids))
-        steps = steps_of(config, order.steps_per_epoch)
-        critic = models.critic
-        collector = Collector(
-            prompts, sampler, settings, config.num, models.judge, policy.scorer, critic, models.reference
-        )
-        tolerance = check.tolerance(1) / min(1.0, config.temperature)
-        rounds = Rounds(
-            config,
-            collector,
-            order,
-            KlController(config.beta, config.kl_target, config.kl_horizon),
-            steps=steps,
-            ratio_tolerance=tolerance,
-            ptx=ptx,
-        )
-        networks = {"actor": Network.of(policy.masters, config, steps, config.learning_rate)}
-        if critic is not None:
-            peak = config.critic_learning_rate or config.learning_rate
-            networks["critic"] = Network.of(critic, config, steps, peak, critic.train)
-        trainer = run.trainer(
-            networks,
-            policy,
-            PpoObjective(config, critic, device=run.device),
-            rounds,
-            steps=steps,
-            token_budget=tokens,
-            inspect=partial(rounds.inspect, run.reporter),
-        )
-        try:
-            state = trainer.fit()
-        except Diverged as error:
-            kept = keep_last_good(config, run.folder, policy, start.tokenizer, settings.stop, named=model is None)
-            raise Diverged(error.reason, f"{error.remedy}; {kept}" if error.remedy else kept) from error
+        run.folder.remember(token_budget=tokens)
+        rounds = _rounds(run, models, prompts, settings, check, ptx)
+        state = _train(run, models, rounds, tokens, start.tokenizer, settings.stop)
         run.save(policy, start.tokenizer, settings.stop)
-        return _finish(run, policy, models, prompts, state.step, state.seconds)
+        return _finish(run, models, prompts, state.step, state.seconds)
+
+
+def _rounds(
+    run: Run, models: PpoModels, prompts: PromptSet, settings: SamplingParams, check: CheckReport, ptx: PtxTerm | None
+) -> Rounds:
+    """The sampler, and the rounds that are learned from; the number of rows at once is kept for a resume."""
+    config, known, scorer = run.config, run.folder.record, models.actor.scorer
+    sampler = TransformersSampler(scorer)
+    longest = max(map(len, prompts.ids)) + config.max_new_tokens
+    sampler.rows = known.get("sampled_at_once") or known.get("rows") or sampler.estimate_rows(longest)
+    run.folder.remember(sampled_at_once=sampler.rows)
+    order = order_of(config, len(prompts.ids))
+    return Rounds(
+        config,
+        Collector(prompts, sampler, settings, config.num, models.judge, scorer, models.critic, models.reference),
+        order,
+        KlController(config.beta, config.kl_target, config.kl_horizon),
+        steps=steps_of(config, order.steps_per_epoch),
+        ratio_tolerance=check.tolerance(1) / min(1.0, config.temperature),
+        ptx=ptx,
+    )
+
+
+def _train(
+    run: Run, models: PpoModels, rounds: Rounds, token_budget: int, tokenizer: Tokenizer, ends: Sequence[int]
+) -> TrainerState:
+    """Train to the end. If the run diverges, its last good weights are kept as a model."""
+    config, policy, critic = run.config, models.actor, models.critic
+    networks = {"actor": Network.of(policy.masters, config, rounds.steps, config.learning_rate)}
+    if critic is not None:
+        peak = config.critic_learning_rate or config.learning_rate
+        networks["critic"] = Network.of(critic.weights, config, rounds.steps, peak, critic.train)
+    trainer = run.trainer(
+        networks,
+        policy,
+        PpoObjective(config, critic, device=run.device),
+        rounds,
+        steps=rounds.steps,
+        token_budget=token_budget,
+        inspect=partial(rounds.inspect, run.reporter),
+    )
+    try:
+        return trainer.fit()
+    except Diverged as error:
+        kept = keep_last_good(config, run.folder, policy, tokenizer, ends, named=run.given is None)
+        raise Diverged(error.reason, f"{error.remedy}; {kept}" if error.remedy else kept) from error
 
 
 def _check(policy: Policy, prompts: PromptSet, settings: SamplingParams) -> CheckReport:
-    """Sample a little, and show that the scorer is exact on it."""
+    """Check that scoring is exact, on samples of the policy."""
     few = [prompts.ids[i] for i in range(min(TRIED, len(prompts.ids)))]
     drawn = TransformersSampler(policy.scorer).sample(few, 2, settings)
     return check_scoring(policy.scorer, [group_of(ids, many) for ids, many in zip(few, drawn, strict=True)])
@@ -150,7 +164,7 @@ def _check(policy: Policy, prompts: PromptSet, settings: SamplingParams) -> Chec
 def _same(
     config: PpoConfig, start: SampledModel, prompts: PromptSet, ptx: PtxTerm | None, reward: Reward | None
 ) -> dict[str, tuple[Any, str]]:
-    """What must be the same at a resume."""
+    """What a resumed run must not change: names in ``run.json`` to (value, words)."""
     found: dict[str, tuple[Any, str]] = {
         "data": (digest_of(prompts.ids), "the prompts"),
         "model": (start.identity().digest, "the model"),
@@ -167,7 +181,7 @@ def _same(
 
 
 def _preview(run: Run, start: SampledModel, prompts: PromptSet, models: PpoModels, tokens: int) -> None:
-    """What a dry run shows beyond the lines of every run."""
+    """The output of a dry run: prompts, options, plan and memory."""
     for row, ids in list(zip(prompts.rows, prompts.ids, strict=True))[:2]:
         run.reporter.show(f"\nrow {row.row}: {start.tokenizer.decode(ids.tolist())}")
     run.reporter.show("\n" + run.options())
@@ -183,31 +197,37 @@ def _say_plan(run: Run, prompts: PromptSet, tokens: int) -> None:
     run.say(too_few(run.config, len(prompts.ids)))
 
 
-def _token_budget(run: Run, policy: Policy, models: PpoModels, prompts: PromptSet, ptx: PtxTerm | None) -> int:
-    """The budget of ``--token-budget``, of the run's first start, or an estimate, halved where a critic has layers of
-    its own."""
-    given = run.config.token_budget or run.folder.record.get("token_budget")
-    if given:
+def _token_budget(run: Run, models: PpoModels, prompts: PromptSet, ptx: PtxTerm | None) -> int:
+    """The budget of ``--token-budget``, of the run's first start, or an estimate, halved if a critic has layers of its
+    own."""
+    config, policy = run.config, models.actor
+    if given := config.token_budget or run.folder.record.get("token_budget"):
         return int(given)
+    # What memory must hold: the longest prompt with responses of the greatest length.
+    prompt = max(prompts.ids, key=len)
+    ids = np.concatenate([prompt, np.zeros(config.max_new_tokens, np.int32)])
+    sequence = (ids, np.arange(len(ids)) >= len(prompt))
+    largest = Group.from_sequences([sequence] * config.num, row=0, pairs=())
+    groups = [largest] if ptx is None else [largest, ptx.groups[int(ptx.groups.tokens_G.argmax())]]
     own = models.critic is not None and not models.critic.is_head
     tokens = budget.estimate(
         policy.scorer,
-        [_largest(prompts, run.config), *([ptx.largest] if ptx else [])],
-        checkpointing=run.config.gradient_checkpointing,
+        groups,
+        checkpointing=config.gradient_checkpointing,
         still_to_come=budget.state_bytes(policy.masters) * (2 if own else 1),
     )
     return tokens // 2 if own else tokens
 
 
-def _finish(run: Run, policy: Policy, models: PpoModels, prompts: PromptSet, steps: int, seconds: float) -> PpoResult:
-    """The card and the last lines."""
+def _finish(run: Run, models: PpoModels, prompts: PromptSet, steps: int, seconds: float) -> PpoResult:
+    """Write the card and the last lines of the log."""
     config, folder = run.config, run.folder.path
     history = read_history(folder)
     first, ending = history.training[0], history.ending()
     last = averages_of(ending)
     episodes, since = sum(rows for _, rows in ending), ending[0][0]["step"]
-    told = f"averages over the {episodes:.0f} episodes of steps {since} to {steps}"
-    results: dict[str, Any] = {"steps": steps, "training metrics": told}
+    averaged = f"averages over the {episodes:.0f} episodes of steps {since} to {steps}"
+    results: dict[str, Any] = {"steps": steps, "training metrics": averaged}
     for name in _CARD:
         results |= {f"first step: {name}": first.get(name), f"training: {name}": last.get(name)}
     results |= {f"memory of the {name}": size(of) for name, of in models.memory().items() if of}
@@ -225,7 +245,7 @@ def _finish(run: Run, policy: Policy, models: PpoModels, prompts: PromptSet, ste
         )
     files = ", ".join(f"`{Path(d).name}`" for d in config.prompts)
     run.finish(
-        policy,
+        models.actor,
         results,
         seconds=seconds,
         title=_TITLES[config.algorithm],
@@ -239,18 +259,3 @@ def _finish(run: Run, policy: Policy, models: PpoModels, prompts: PromptSet, ste
 
 _TITLES = {"ppo": "Proximal Policy Optimization", "rloo": "REINFORCE with a leave-one-out baseline"}
 _CARD = ("objective/scores", "objective/kl", "objective/rlhf_reward", "objective/entropy", "val/length", "val/eos_rate")
-
-
-def _given_reward(name: str, function: Scores | None) -> Reward | None:
-    """What is asked for a score, unless it is a model: a name that is none is told before any model is loaded."""
-    if function is not None:
-        return Reward(name, function)
-    return None if is_model_reward(name) else load_reward(name)
-
-
-def _largest(prompts: PromptSet, config: PpoConfig) -> Group:
-    """The longest prompt with responses of the greatest length: what memory must hold."""
-    prompt = max(prompts.ids, key=len)
-    whole = np.concatenate([prompt, np.zeros(config.max_new_tokens, np.int32)])
-    trained = np.arange(len(whole)) >= len(prompt)
-    return Group.from_sequences([(whole, trained)] * config.num, row=0, pairs=())

@@ -16,22 +16,22 @@ from prefopt.errors import ConfigError, DataError
 from prefopt.model.architectures import causal_model
 from prefopt.model.check import CheckReport, check_scalars
 from prefopt.model.scalar import ScalarScorer, response_rewards, set_shift, shift_of
-from prefopt.train.columns import columns_of
+from prefopt.train.columns import columns_of, preference_batch
 from prefopt.train.data import DataBatches, TrainingData, load_data
-from prefopt.train.objectives import RewardObjective, check_scores
-from prefopt.train.offline import OfflineRun, say_truncated
+from prefopt.train.objective import check_scores
+from prefopt.train.objectives import RewardObjective
+from prefopt.train.offline import OfflineRun
 from prefopt.train.policy import ScalarPolicy
 from prefopt.train.reliability import Reliability, draw, reliability
 from prefopt.train.run import Run, TrainingResult, open_run, read_model
-from prefopt.train.trainer import Trainer
 
 ZERO_FROM = 1000
-"""Prompts of the training data that the shift is measured on: its error is a thirtieth of the rewards' spread."""
+"""Training prompts to measure the shift on: its standard error is a thirtieth of the rewards' standard deviation."""
 
 
 @dataclass(frozen=True, slots=True)
 class RewardResult(TrainingResult):
-    """The same with the ``shift`` of the saved weights and, where rows were held out, their ``reliability``."""
+    """With the ``shift`` of the saved weights and, if rows were held out, their ``reliability``."""
 
     shift: float
     reliability: Reliability | None
@@ -46,44 +46,43 @@ def run(
     callbacks: Sequence[Any] = (),
 ) -> RewardResult | None:
     """Train a reward model. ``model`` (a language model, whose layers are trained in place), ``tokenizer`` and ``rows``
-    stand in for what ``config`` names.
+    replace those of ``config``.
 
-    Returns none for a dry run. Raises :class:`prefopt.errors.UserError`, and
-    :class:`prefopt.errors.Interrupted` after a stop, with everything kept.
+    Returns None for a dry run. Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after
+    a stop: the run can be resumed.
     """
     if hasattr(model, "peft_config"):
         raise ConfigError("a reward model is made of whole weights: fold the adapter in with merge_and_unload() first")
     with open_run(config, model=model, callbacks=callbacks) as run:
         config, say = run.config, run.say
         start = read_model(run, tokenizer)
-        data = load_data(config, start.tokenizer, start.limit, rows, run.reporter, kind="pairs", stop=run.stop)
-        say_truncated(run, start, data)
+        data = load_data(config, start, rows, run.reporter, run.stop, kind="pairs")
         policy = run.loading(ScalarPolicy(config, start.source, run.dtype, run.device, model, start.tokenizer))
         offline = OfflineRun(run=run, start=start, data=data, policy=policy)
         offline.check(_check)
         if config.margin is not None:
-            check_scores(data.groups)
+            check_scores(data.groups, "--margin needs a finite score of every response; leave it out")
         objective = RewardObjective(device=policy.device, margin=config.margin, centre=config.centre)
         say(_describe(config, fresh=policy.fresh))
         source = DataBatches(data, offline.sampler, partial(columns_of, kind="pairs", which=config.pairs, merge=True))
         if config.dry_run:
-            offline.preview(lambda: objective, source)
+            offline.preview(objective, source)
             return None
         offline.take_folder()
         say(policy.make_trainable())
-        set_shift(causal_model(policy.scorer.model), 0.0)  # of what comes out; the loss centres by itself
+        set_shift(causal_model(policy.scorer.model), 0.0)  # training needs none: only differences count
         trainer = offline.fit(objective, source)
-        found: list[Reliability] = []
-
-        def measure(trainer: Trainer) -> dict[str, Any]:
-            policy.scorer.eval()
-            shifted = _shift(run, policy.scorer, data, trainer.token_budget)
-            return shifted | _reliability(run, policy.scorer, data, trainer.token_budget, found)
-
-        result = offline.finish(trainer, title="Reward model", tag="reward-model", before_save=measure)
+        policy.scorer.eval()
+        measured = _set_shift(run, policy.scorer, data, trainer.token_budget)
+        found = _reliability(run, policy.scorer, data, trainer.token_budget)
+        if found is not None:
+            i = found.interval
+            accuracy = f"{found.accuracy:.3f}" + (f" ({i.low:.3f} to {i.high:.3f})" if i else "")
+            measured |= {"held-out accuracy": accuracy, "held-out calibration error": found.ece}
+        result = offline.finish(trainer, title="Reward model", tag="reward-model", measured=measured)
         shift = shift_of(causal_model(policy.scorer.model))
         made = (result.output, result.steps, result.metrics, result.held_out_loss, result.best_step)
-        return RewardResult(*made, shift, found[0] if found else None)
+        return RewardResult(*made, shift, found)
 
 
 def _describe(config: RewardConfig, *, fresh: bool) -> str:
@@ -94,44 +93,41 @@ def _describe(config: RewardConfig, *, fresh: bool) -> str:
 
 
 def _check(scorer: ScalarScorer, groups: GroupTable) -> CheckReport:
-    """Responses must not end with the token that transformers takes for padding."""
+    """Check scoring. Raises :class:`DataError` for a response that ends with the token that transformers pads with."""
     pad = causal_model(scorer.model).config.get_text_config().pad_token_id
     if pad is not None and any(bool((part.columns["ids_T"] == pad).any()) for part in groups.parts):
         for group in groups:
             if any(int(c.ids[np.nonzero(c.trained)[0][-1]]) == pad for c in group.continuations):
-                raise DataError(f"a response ends with the pad token (id {pad}); take it away", row=group.row)
+                raise DataError(f"a response ends with the pad token (id {pad}); remove it", row=group.row)
     return check_scalars(scorer, groups)
 
 
-def _shift(run: Run, scorer: ScalarScorer, data: TrainingData, token_budget: int) -> dict[str, Any]:
-    """Put the zero of the rewards where ``--zero`` says."""
+def _set_shift(run: Run, scorer: ScalarScorer, data: TrainingData, token_budget: int) -> dict[str, Any]:
+    """Shift the rewards to average 0 over the responses of ``--zero``. Returns the shift for the card."""
     zero = run.config.zero
     if zero == "none":
         return {}
     some = [data.train[i] for i in np.linspace(0, len(data.train) - 1, min(ZERO_FROM, len(data.train)), dtype=int)]
     reward_N = response_rewards(scorer, data.groups, some, token_budget)
-    batch = DataBatches(data, data.sampler(1, seed=0, shuffle=False), partial(columns_of, kind="pairs", merge=True))
-    taken = np.unique(batch.of(some).at_N("chosen_P")) if zero == "chosen" else np.arange(len(reward_N))
+    taken = np.arange(len(reward_N))
+    if zero == "chosen":
+        batch = preference_batch([data.groups[i] for i in some], "pairs", merge=True)
+        taken = np.unique(batch.at_N("chosen_P"))
     set_shift(causal_model(scorer.model), float(reward_N[taken].mean()))
     which = "chosen responses" if zero == "chosen" else "responses"
     run.say(f"shift: {scorer.shift:+.4f}, so that {len(taken)} {which} of the training data average 0")
     return {"shift": scorer.shift}
 
 
-def _reliability(
-    run: Run, scorer: ScalarScorer, data: TrainingData, token_budget: int, found: list[Reliability]
-) -> dict[str, Any]:
-    """What held-out pairs say of the rewards; it is added to ``found``."""
+def _reliability(run: Run, scorer: ScalarScorer, data: TrainingData, token_budget: int) -> Reliability | None:
+    """Measure the rewards on held-out pairs, and write the result; None where no pairs are held out."""
     if not data.held_out:
         run.say("held out: nothing, so that accuracy is not known; give --eval-fraction or --eval-data")
-        return {}
+        return None
     reward_N = response_rewards(scorer, data.groups, data.held_out, token_budget)
-    measured = reliability(reward_N, data.groups, data.held_out, run.config.pairs)
-    found.append(measured)
-    write_json(run.folder.path / "reliability.json", measured.to_dict())
-    draw(measured, run.folder.path / "reliability.svg")
-    for line in measured.lines():
+    found = reliability(reward_N, data.groups, data.held_out, run.config.pairs)
+    write_json(run.folder.path / "reliability.json", found.to_dict())
+    draw(found, run.folder.path / "reliability.svg")
+    for line in found.lines():
         run.say(line)
-    i = measured.interval
-    accuracy = f"{measured.accuracy:.3f}" + (f" ({i.low:.3f} to {i.high:.3f})" if i else "")
-    return {"held-out accuracy": accuracy, "held-out calibration error": measured.ece}
+    return found

@@ -1,15 +1,15 @@
 """``prefopt rlhf``: supervised fine-tuning, then a reward model, then PPO against it.
 
-Each stage has its own folder. ``stages.json`` beside them records a digest of what each stage was made from (options,
-contents of models, data sets and templates) and of its result. A chain that is started again skips finished stages and
-continues a stopped one; if an input or a result has changed, it refuses and changes nothing.
+Each stage has its own folder. ``stages.json`` beside them records digests of the inputs (options, contents of models,
+data sets and templates) and of the result of each stage. A chain that is started again skips finished stages and
+resumes a stopped one. If an input or a result has changed, it refuses and changes nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,21 +28,20 @@ from prefopt.generate.model_io import SampledModel
 from prefopt.model.load import base_and_adapter
 from prefopt.model.merge import merge_adapter
 from prefopt.model.precision import resolve_device
-from prefopt.rl.prompts import read_prompts, too_few
+from prefopt.rl.prompts import read_rollout_prompts, too_few
 from prefopt.runs.folder import FREE
 from prefopt.runs.history import RECORD, read_record
 from prefopt.runs.table import CHAIN
 
 OF_A_MODEL = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
-OF_A_RUN = {RECORD, "reliability.json"}  # no part of the model
+OF_A_RUN = {RECORD, "reliability.json"}  # not of the model
 
 
 def status_of(folder: Path) -> str:
-    """``finished``, ``begun``, or empty where the folder holds no run."""
+    """``finished``, ``begun``, or empty if the folder holds no run."""
     if not (folder / RECORD).exists():
         return ""
-    record = read_record(folder, f"remove {folder}")
-    return "finished" if record.get("status") == "finished" else "begun"
+    return "finished" if read_record(folder, f"remove {folder}").get("status") == "finished" else "begun"
 
 
 def contents_of(folder: Path) -> str:
@@ -51,15 +50,18 @@ def contents_of(folder: Path) -> str:
     if not files:
         raise RunError(f"{folder} holds no model")
     hashes = file_hashes(files, error=DataError)
-    text = json.dumps([[p.name, h] for p, h in zip(files, hashes, strict=True)])
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return _digest(json.dumps([[p.name, h] for p, h in zip(files, hashes, strict=True)]))
 
 
 def contents_of_name(name: str) -> str:
-    """The same of a model by name; for an adapter, of its model too."""
+    """:func:`contents_of` a model by name; for an adapter also of its base."""
     base, adapter = base_and_adapter(name)
     parts = [contents_of(Path(folder)) for folder in (base, adapter) if folder is not None]
-    return parts[0] if len(parts) == 1 else hashlib.blake2b("".join(parts).encode(), digest_size=16).hexdigest()
+    return parts[0] if len(parts) == 1 else _digest("".join(parts))
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 @contextmanager
@@ -69,13 +71,12 @@ def started_again() -> Iterator[None]:
         yield
     except Interrupted as stop:
         where = str(stop).partition(";")[0]
-        said = f"{where}; what was computed is kept: the same command continues"
-        raise Interrupted(said, stop.signal) from None
+        raise Interrupted(f"{where}; what was computed is kept: the same command continues", stop.signal) from None
 
 
 @dataclass(frozen=True, slots=True)
 class RlhfResult:
-    """``output`` is the folder of the aligned model; ``done`` and ``skipped`` are stages of this call."""
+    """``output`` is the folder of the aligned model; ``done`` and ``skipped`` are the stages of this call."""
 
     output: Path
     done: tuple[str, ...]
@@ -83,10 +84,10 @@ class RlhfResult:
 
 
 def run(config: RlhfConfig) -> RlhfResult:
-    """Run the chain, or what is left of it.
+    """Run all stages that are not finished.
 
-    Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop: started again, the
-    stage goes on from its checkpoint.
+    Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop: the same call
+    resumes the stage from its checkpoint.
     """
     with started_again():
         return _Chain(config).run()
@@ -97,12 +98,13 @@ class _Chain:
         self.config, self.reporter = config, Reporter(config.progress)
         self.folder = Path(config.output)
         self.file = self.folder / CHAIN
-        self.record: dict[str, dict[str, str]] = self._read()
+        self.record: dict[str, dict[str, str]] = {}
+        if self.file.exists():
+            self.record = read_json(self.file, _stages, "name another --output")
         self.done: list[str] = []
         self.skipped: list[str] = []
 
     def run(self) -> RlhfResult:
-        """Every stage in turn."""
         with output_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self._check_prompts()
@@ -116,13 +118,13 @@ class _Chain:
         return RlhfResult(folder, tuple(self.done), tuple(self.skipped))
 
     def _check_prompts(self) -> None:
-        """Read the prompts of PPO before the first stage starts, with the tokenizer and context of its model."""
+        """Read the prompts of PPO before the first stage, with the tokenizer and context of its model."""
         first, last = self.config.stage("sft"), self.config.stage("ppo")
         if status_of(self.config.folder("ppo")):
             return
         start = SampledModel(first.model, device=last.device, dtype=last.dtype)
         last = replace(last, chat_template=last.chat_template or first.chat_template)
-        prompts, _ = read_prompts(last, start, None, Reporter("none"))
+        prompts, _ = read_rollout_prompts(last, start, None, Reporter("none"))
         if few := too_few(last, len(prompts.ids)):
             self.reporter.say(f"ppo: {few}; in a chain: --ppo epochs=... batch_size=...")
 
@@ -148,7 +150,7 @@ class _Chain:
             self.reporter.say(f"{name}: {'continues' if status else 'starts'}")
             METHODS[name].run(self.config.stage(name, resume=bool(status)))
             self.done.append(name)
-        # (A chain may have been killed between the end of a stage and this record.)
+        # Also for a finished stage: a chain may have been killed before this record.
         self._remember(name, {"from": made_from, "gave": contents_of(folder)})
 
     def _merge(self) -> None:
@@ -173,11 +175,6 @@ class _Chain:
         self.record[name] = what
         write_json(self.file, self.record)
 
-    def _read(self) -> dict[str, dict[str, str]]:
-        if not self.file.exists():
-            return {}
-        return read_json(self.file, _stages, "name another --output")
-
 
 def _stages(found: Any) -> dict[str, dict[str, str]]:
     stages: dict[str, dict[str, str]] = found
@@ -187,11 +184,12 @@ def _stages(found: Any) -> dict[str, dict[str, str]]:
 
 
 MODELS, DATA, FILES = ("model", "reward", "reference"), ("data", "prompts", "eval_data", "ptx_data"), ("chat_template",)
-"""Options that name models, data and files: their contents count, not their names."""
+"""Options that name models, data and files. Digests are of their contents, not their names."""
 
 
 def _made_from(config: MethodConfig) -> str:
-    """A digest of the options of a stage and the contents of what they name."""
+    """A digest of the options of a stage and the contents of what they name. For each source of data: the number of its
+    option, the digest of its rows, its file ending, and its entry in a ``dataset_info.json``."""
     free = {*FREE, "device", "threads"}
     options = {name: value for name, value in config.to_dict().items() if name not in free}
     named = {name: value for name in (*MODELS, *DATA, *FILES) if (value := options.pop(name, None))}
@@ -201,22 +199,16 @@ def _made_from(config: MethodConfig) -> str:
             contents[name] = contents_of_name(value)
         elif name in FILES:
             contents[name] = file_hashes([Path(value)], error=ConfigError)
-        else:  # (--format goes before what a registry says)
-            contents[name] = _digests(value, registry=options.get("format") is None or name == "ptx_data")
-    text = json.dumps([options, contents], sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _digests(names: Sequence[str], *, registry: bool) -> list[tuple[int, str, str, str]]:
-    """For each source its entry number (which may have a weight), the digest of its rows, its file ending, and with
-    ``registry`` its entry in a ``dataset_info.json``."""
-    return [
-        (
-            source.entry,
-            source.digest(),
-            source.suffix,
-            # Chains of the first version, which called the class Entry, are still recognised.
-            str(find_dataset_info(source.path) if registry else None).replace("DatasetInfo(", "Entry(", 1),
-        )
-        for source in find_sources(names)
-    ]
+        else:  # --format takes precedence over a registry
+            registry = options.get("format") is None or name == "ptx_data"
+            contents[name] = [
+                (
+                    source.entry,
+                    source.digest(),
+                    source.suffix,
+                    # The first version called the class Entry; its chains can still be resumed.
+                    str(find_dataset_info(source.path) if registry else None).replace("DatasetInfo(", "Entry(", 1),
+                )
+                for source in find_sources(value)
+            ]
+    return _digest(json.dumps([options, contents], sort_keys=True, default=str))

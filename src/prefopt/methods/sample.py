@@ -13,12 +13,9 @@ import torch
 
 from prefopt.config.sample import SampleConfig
 from prefopt.core.terminal import Bar, Reporter, StopRequest, duration
-from prefopt.data.chat.render_options import parse_variables, read_template
-from prefopt.data.comparisons import parse_comparisons
-from prefopt.data.files.sources import find_sources
 from prefopt.data.layouts import LAYOUTS
 from prefopt.errors import ConfigError
-from prefopt.generate.model_io import PromptReader, PromptSet, SampledModel, continuation, renderer_for, without_stop
+from prefopt.generate.model_io import SampledModel, continuation, without_stop
 from prefopt.generate.rewards import BestOf, load_reward_scorer
 from prefopt.generate.sample_file import PromptOrigin, SampleFile
 from prefopt.generate.sampler import (
@@ -32,24 +29,25 @@ from prefopt.generate.sampler import (
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.model.precision import slow_dtype
 from prefopt.records import Message, Response
+from prefopt.rl.prompts import read_prompts
 from prefopt.runs.folder import digest_of
 
 COMPARED = 64
-"""Samples at most, spread over the prompts, that are scored again to compare the log-probabilities."""
+"""The largest number of samples, spread over the prompts, to compare log-probabilities of sampler and scorer on."""
 BATCHES = 4
-"""Batches that are sorted by length and written together: what a kill may cost."""
+"""Batches that are sorted by length and written together. A killed run loses at most these."""
 VLLM_SAMPLES = 4096
-"""The same for vLLM, which makes its own batches."""
+"""The same in samples for vLLM, which makes its own batches."""
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class SampleResult:
-    """What a run gives back. ``rows`` are what was drawn, as an output file would hold it, where there is no file.
+    """``rows`` are those of the output file, if none was written.
 
-    ``finished`` is the part of samples that ended by themselves, ``empty`` how many said nothing; both count what this
-    run drew, and so does ``mismatch``, which compares the sampler with the scorer.
+    ``finished`` is the fraction of samples that ended by themselves, ``empty`` the number without text; ``mismatch``
+    compares the log-probabilities of sampler and scorer. All three are of the samples that this run drew.
     """
 
     output: Path | None
@@ -69,106 +67,91 @@ def run(
     tokenizer: Any = None,
     rows: Iterable[Mapping[str, object]] | None = None,
 ) -> SampleResult:
-    """Sample. ``model``, ``tokenizer`` and ``rows`` stand in for what ``config`` names.
+    """Sample. ``model``, ``tokenizer`` and ``rows`` replace those of ``config``.
 
-    Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop, with what was
-    written kept.
+    Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop: the run can be
+    resumed.
     """
     with StopRequest() as stop:
-        return _Run(config, Reporter(config.progress), stop).run(model, tokenizer, rows)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        file = SampleFile(Path(config.output), config.to_dict(), resume=config.resume) if config.output else None
+        source = SampledModel(
+            config.model,
+            adapter=config.adapter,
+            device=config.device,
+            dtype=config.dtype,
+            given=model,
+            tokenizer=tokenizer,
+        )
+        try:
+            return _SampleRun(config, Reporter(config.progress), stop, file, source, rows).run()
+        finally:
+            source.release()
+            if file is not None:
+                file.close()
 
 
-class _Run:
-    """One run, stage by stage."""
+class _SampleRun:
+    """Prompts, sampling settings, and counts of what was drawn."""
 
-    def __init__(self, config: SampleConfig, reporter: Reporter, stop: StopRequest) -> None:
-        self.config, self.reporter, self.stop = config, reporter, stop
-        options = config.to_dict()
-        self.file = SampleFile(Path(config.output), options, resume=config.resume) if config.output else None
+    def __init__(
+        self,
+        config: SampleConfig,
+        reporter: Reporter,
+        stop: StopRequest,
+        file: SampleFile | None,
+        model: SampledModel,
+        rows: Iterable[Mapping[str, object]] | None,
+    ) -> None:
+        self.config, self.reporter, self.stop, self.file, self.model = config, reporter, stop, file, model
         self.rows: list[Row] = []
         self.samples = self.tokens = self.ended = self.empty = 0
         self.compared: dict[int, list[Sample]] = {}
         self.best: BestOf | None = None
         self.drawn = config.num * (config.best_of or 1)  # for each prompt
-
-    def run(self, given: Any, tokenizer: Any, rows: Iterable[Mapping[str, object]] | None) -> SampleResult:
-        config = self.config
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        model = SampledModel(
-            config.model,
-            adapter=config.adapter,
-            device=config.device,
-            dtype=config.dtype,
-            given=given,
-            tokenizer=tokenizer,
-        )
         for line in (model.note, slow_dtype(model.dtype, model.device)):
             if line:
-                self.reporter.say(line)
-        try:
-            prompts = self._prompts(model, rows)
-            mismatch = self._sample(model, prompts)
-        finally:
-            model.release()
-            if self.file is not None:
-                self.file.close()
-        part = self.ended / self.samples if self.samples else 0.0
-        path = self.file.path if self.file else None
-        counts = (len(prompts.rows), self.samples, self.tokens, part, self.empty)
-        return SampleResult(path, self.rows, *counts, mismatch)
-
-    def _prompts(self, model: SampledModel, rows: Iterable[Mapping[str, object]] | None) -> PromptSet:
-        config = self.config
-        template = read_template(config.chat_template) if config.chat_template else None
-        renderer = renderer_for(model.tokenizer, template, parse_variables(config.template_variables or ()))
-        chats = template is not None or model.tokenizer.chat_template is not None
-        lines = config.lines if config.lines != "auto" else "user" if chats else "text"
-        reader = PromptReader(renderer, context=model.context, lines=lines, on_bad_row=config.on_bad_row)
-        if rows is None:
-            prompts = reader.read(find_sources(config.prompts), format=config.format, columns=config.column_words)
-        else:
-            reading = parse_comparisons(rows, "prompts", format=config.format, columns=config.column_words)
-            prompts = reader.take(reading, reading.notes)
-        for line in prompts.summary():
-            self.reporter.say(f"prompts: {line}")
+                reporter.say(line)
+        self.prompts, stop_ids = read_prompts(config, model, rows, reporter)
         self.settings = SamplingParams(
             config.max_new_tokens,
-            model.stop_ids(renderer),
+            stop_ids,
             config.min_new_tokens,
             config.temperature,
             config.top_p,
             config.top_k,
             config.seed,
         )
-        names = ", ".join(map(str, model.tokenizer.convert_ids_to_tokens(list(self.settings.stop))))
-        self.reporter.say(f"samples end at {names or 'no token, for the tokenizer names none'}")
-        self._say_room(prompts, model.context)
-        return prompts
+        self.longest = max(map(len, self.prompts.ids)) + config.max_new_tokens
+        names = ", ".join(map(str, model.tokenizer.convert_ids_to_tokens(list(stop_ids))))
+        reporter.say(f"samples end at {names or 'no token, for the tokenizer names none'}")
+        context, most = model.context, config.max_new_tokens
+        if context and (short := sum(len(ids) + most > context for ids in self.prompts.ids)):
+            what = f"leave room for fewer than {most} tokens in the model's context of {context}"
+            reporter.say(f"prompts: {short} of {len(self.prompts.ids)} {what}")
 
-    def _say_room(self, prompts: PromptSet, context: int | None) -> None:
-        if context is None:
-            return
-        short = sum(len(ids) + self.config.max_new_tokens > context for ids in prompts.ids)
-        if short:
-            what = f"leave room for fewer than {self.config.max_new_tokens} tokens in the model's context of {context}"
-            self.reporter.say(f"prompts: {short} of {len(prompts.ids)} {what}")
+    def run(self) -> SampleResult:
+        """Draw, write and compare."""
+        mismatch = self._sample()
+        finished = self.ended / self.samples if self.samples else 0.0
+        path = self.file.path if self.file else None
+        counts = (len(self.prompts.rows), self.samples, self.tokens, finished, self.empty)
+        return SampleResult(path, self.rows, *counts, mismatch)
 
-    # -- sampling ----------------------------------------------------------------------------------------------
-
-    def _sample(self, model: SampledModel, prompts: PromptSet) -> LogprobMismatch | None:
-        places = [PromptOrigin(c.file, c.row) for c in prompts.rows]
+    def _sample(self) -> LogprobMismatch | None:
+        places = [PromptOrigin(c.file, c.row) for c in self.prompts.rows]
         if self.file is not None:
-            self.file.same("model", model.identity().digest, "the model")
-            self.file.same("prompts", digest_of(prompts.ids), "the prompts")
+            self.file.same("model", self.model.identity().digest, "the model")
+            self.file.same("prompts", digest_of(self.prompts.ids), "the prompts")
             self.file.same("stop", list(self.settings.stop), "what ends an answer")
         if self.file is not None and self.file.finished:
             self._say_notes()
             self.reporter.say(f"{self.file.path} is finished: nothing is left to sample")
             return None
         if self.config.reward is not None:
-            self.best = self._best_of(model, prompts)
-        with self._sampler(model, prompts) as (sampler, window):
+            self.best = self._best_of()
+        with self._sampler() as (sampler, window):
             if self.file is not None:
                 self.file.open(places)
                 self._say_notes()
@@ -176,16 +159,17 @@ class _Run:
             if done:
                 self.reporter.say(f"resumed: {done} of {len(places)} prompts are done")
             started = time.monotonic()
-            self._windows(sampler, model, prompts, window, done)
+            self._draw(sampler, window, done)
             seconds = time.monotonic() - started
-        return self._finish(model, prompts, seconds)
+        return self._finish(seconds)
 
     def _say_notes(self) -> None:
         for note in self.file.notes if self.file else ():
             self.reporter.say(note)
 
-    def _best_of(self, model: SampledModel, prompts: PromptSet) -> BestOf:
+    def _best_of(self) -> BestOf:
         assert self.config.reward is not None and self.config.best_of is not None
+        model = self.model
         judge = load_reward_scorer(
             self.config.reward,
             model.tokenizer,
@@ -193,7 +177,7 @@ class _Run:
             dtype=model.dtype,
             device=model.device,
             attention="auto",
-            longest=max(map(len, prompts.ids)) + self.config.max_new_tokens,
+            longest=self.longest,
         )
         best = BestOf(judge, self.config.best_of)
         self.reporter.say(
@@ -202,30 +186,28 @@ class _Run:
         return best
 
     @contextmanager
-    def _sampler(self, model: SampledModel, prompts: PromptSet) -> Iterator[tuple[ResponseSampler, int]]:
-        """The sampler, and how many prompts go through it at once: the same at a resume, so that the batches are."""
-        record = self.file.record if self.file else {}
+    def _sampler(self) -> Iterator[tuple[ResponseSampler, int]]:
+        """The sampler, and the number of prompts per call; a resumed run has the same, and so the same batches."""
+        model, record = self.model, self.file.record if self.file else {}
+        dtype = str(model.dtype).removeprefix("torch.")
         if self.config.engine == "vllm":
             from prefopt.generate.vllm import VllmSampler
 
             if model.context is None:
                 raise ConfigError("--engine vllm needs a model that says how long its context is; leave --engine out")
-            dtype = str(model.dtype).removeprefix("torch.")
             with VllmSampler(model.source, adapter=model.adapter, dtype=dtype, context=model.context) as fast:
                 yield fast, max(1, VLLM_SAMPLES // self.drawn)
             return
         sampler = TransformersSampler(model.scorer)
-        longest = max(map(len, prompts.ids)) + self.config.max_new_tokens
-        sampler.rows = record.setdefault("rows", self.config.batch_size or sampler.estimate_rows(longest))
-        dtype = str(model.dtype).removeprefix("torch.")
+        sampler.rows = record.setdefault("rows", self.config.batch_size or sampler.estimate_rows(self.longest))
         self.reporter.say(f"sampling: {sampler.rows} side by side ({sampler.decoder_name}, {dtype}, {model.device})")
         if sampler.note:
             self.reporter.say(f"sampling: {sampler.note}")
         yield sampler, max(1, BATCHES * sampler.rows // self.drawn)
 
-    def _windows(
-        self, sampler: ResponseSampler, model: SampledModel, prompts: PromptSet, window: int, done: int
-    ) -> None:
+    def _draw(self, sampler: ResponseSampler, window: int, done: int) -> None:
+        """Draw and write ``window`` prompts at a time, from the first that is not ``done``."""
+        prompts = self.prompts
         streams = occurrences(prompts.ids)
         stride = -(-len(prompts.ids) // COMPARED)
         each = max(1, COMPARED // len(prompts.ids))
@@ -245,7 +227,7 @@ class _Run:
                     kept = self.best.keep([prompts.rows[i] for i in part], [prompts.ids[i] for i in part], found)
                     found, scores = [samples for samples, _ in kept], [score for _, score in kept]
                 fresh = [i for i in part if i >= done]
-                rows = [self._row(model, prompts, i, found[i - start], scores[i - start]) for i in fresh]
+                rows = [self._row(i, found[i - start], scores[i - start]) for i in fresh]
                 self.compared |= {i: found[i - start][:each] for i in fresh if i % stride == 0}
                 if self.file is not None:
                     self.file.write(rows)
@@ -253,15 +235,13 @@ class _Run:
                     self.rows += rows
                 tell.restart((part[-1] + 1) * self.drawn)
 
-    def _row(
-        self, model: SampledModel, prompts: PromptSet, i: int, samples: Sequence[Sample], scores: Sequence[float]
-    ) -> Row:
-        """A row of the output, in the canonical layout with columns of its own."""
-        prompt = prompts.rows[i]
+    def _row(self, i: int, samples: Sequence[Sample], scores: Sequence[float]) -> Row:
+        """A row of the output: the canonical layout with additional columns."""
+        prompt, ids, tokenizer = self.prompts.rows[i], self.prompts.ids[i], self.model.tokenizer
         responses = []
         for sample in samples:
-            text = continuation(model.tokenizer, prompts.ids[i], without_stop(sample.ids, self.settings.stop))
-            # Templates put white space around answers as they like; the text of a base model is left as it is.
+            text = continuation(tokenizer, ids, without_stop(sample.ids, self.settings.stop))
+            # Chat templates add white space around answers; the text of a base model is not changed.
             text = text if prompt.text else text.strip()
             responses.append(Response((Message("assistant", text),), cut=not sample.finished))
             self.samples += 1
@@ -281,8 +261,8 @@ class _Run:
         whole = replace(prompt, responses=tuple(responses), extra={**prompt.extra, **columns})
         return LAYOUTS["canonical"].write(whole) | {"finish": [s.finish for s in samples]}
 
-    def _finish(self, model: SampledModel, prompts: PromptSet, seconds: float) -> LogprobMismatch | None:
-        say = self.reporter.say
+    def _finish(self, seconds: float) -> LogprobMismatch | None:
+        say, prompts = self.reporter.say, self.prompts
         mismatch = None
         if self.samples:
             say(
@@ -291,7 +271,7 @@ class _Run:
                 f" {self.ended / self.samples:.0%} ended by themselves, {self.empty} empty"
             )
         if self.compared:
-            scorer = model.scorer
+            scorer = self.model.scorer
             mismatch = compare_logprobs(scorer, [prompts.ids[i] for i in self.compared], list(self.compared.values()))
             say(mismatch.words(scorer.dtype))
         if self.file is not None:
@@ -302,7 +282,7 @@ class _Run:
 
 
 class _Progress:
-    """Tells a bar what a sampler did, and stops it when a person asks."""
+    """Updates a progress bar from a sampler's reports. Raises after a stop request."""
 
     def __init__(self, bar: Bar, stop: StopRequest, done: int, most: int) -> None:
         self._bar, self._stop, self._done = bar, stop, done
@@ -314,10 +294,10 @@ class _Progress:
         self._done += ended
         self._tokens += drawn
         per_second = self._tokens / max(time.monotonic() - self._started, 1e-9)
-        # Samples of a batch end together, most of them, so that their number says little of the time that is left.
+        # Most samples of a batch end together, so that their number is a poor estimate of the remaining time.
         work = max(self._done, self._before + self._tokens / self._most)
         self._bar.update(max(0, self._done), f"{per_second:,.0f} tokens/s", work=work)
 
     def restart(self, done: int) -> None:
-        """Put the count right after a window, of which a part may have been done before."""
+        """Set the number of finished samples, after a window that was partly done before."""
         self._done = done

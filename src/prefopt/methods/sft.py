@@ -13,9 +13,8 @@ from prefopt.errors import ConfigError
 from prefopt.model.check import check_scoring
 from prefopt.model.load import new_model, new_tokenizer
 from prefopt.train.data import DataBatches, load_data
-from prefopt.train.objective import Objective
-from prefopt.train.objectives import LikelihoodObjective, balanced, describe_balance
-from prefopt.train.offline import OfflineRun, say_truncated
+from prefopt.train.objectives import LikelihoodObjective, describe_balance
+from prefopt.train.offline import OfflineRun
 from prefopt.train.policy import Policy
 from prefopt.train.run import TrainingResult, open_run, read_model
 
@@ -28,14 +27,14 @@ def run(
     rows: Iterable[Mapping[str, object]] | None = None,
     callbacks: Sequence[Any] = (),
 ) -> TrainingResult | None:
-    """Fine-tune. ``model``, ``tokenizer`` and ``rows`` stand in for what ``config`` names; a model is trained in place.
+    """Fine-tune. ``model``, ``tokenizer`` and ``rows`` replace those of ``config``; a model is trained in place.
 
-    Returns none for a dry run. Raises :class:`prefopt.errors.UserError`, and
-    :class:`prefopt.errors.Interrupted` after a stop, with everything kept.
+    Returns None for a dry run. Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after
+    a stop: the run can be resumed.
     """
     if model is not None and config.from_scratch:
         raise ConfigError("from_scratch builds a model from its configuration: name a folder, or leave it out")
-    rows = list(rows) if rows is not None else None  # read twice, where a tokenizer is made
+    rows = list(rows) if rows is not None else None  # read twice if a tokenizer is trained
     with open_run(config, model=model, callbacks=callbacks) as run:
         config, say = run.config, run.say
         if tokenizer is None and config.train_tokenizer is not None:
@@ -44,49 +43,33 @@ def run(
         start = read_model(run, tokenizer)
         # Texts without a prompt are cut into windows instead of being truncated.
         data = load_data(
-            config,
-            start.tokenizer,
-            start.limit,
-            rows,
-            run.reporter,
-            kind="demonstrations",
-            stop=run.stop,
-            train_on=config.train_on,
-            windows=True,
+            config, start, rows, run.reporter, run.stop, kind="demonstrations", train_on=config.train_on, windows=True
         )
-        say_truncated(run, start, data)
         given = model
         if config.from_scratch:
             fitted = config.train_tokenizer is not None
             given = new_model(start.source, start.tokenizer, seed=config.seed, fitted=fitted).to(run.device)
         policy = run.loading(Policy(config, start.source, run.dtype, run.device, given))
-        balance = config.router_aux_loss_coef
-        # A forward pass more, a third of a step's work, where the loss sees the whole batch and it is cut.
-        passes = 1.0 if balance is None else 4 / 3
-        offline = OfflineRun(run=run, start=start, data=data, policy=policy, unit="rows", passes=passes)
+        offline = OfflineRun(run=run, start=start, data=data, policy=policy, unit="rows")
         offline.check(check_scoring)
         tokens = int(data.groups.trained_N[: int(data.source.groups.responses_G.sum())].sum())
         mean = "token" if config.average == "tokens" else "response"
         say(f"loss: negative log-likelihood, mean over every {mean}; {tokens:,} tokens to learn")
-        say(describe_balance(policy.scorer.model, balance))
-
-        def objective() -> Objective:
-            plain = LikelihoodObjective(config.average, device=policy.device)
-            return balanced(plain, policy.scorer.model, balance)
-
+        say(describe_balance(policy.scorer.model, config.router_aux_loss_coef))
+        objective = LikelihoodObjective(config.average, device=policy.device)
         source = DataBatches(data, offline.sampler)
         if config.dry_run:
             offline.preview(objective, source)
             return None
         offline.take_folder()
         say(policy.make_trainable())
-        trainer = offline.fit(objective(), source)
+        trainer = offline.fit(objective, source)
         title = "Training from scratch" if config.from_scratch else "Supervised fine-tuning"
         return offline.finish(trainer, title=title, tag="sft")
 
 
 def _texts(config: SftConfig, rows: Sequence[Mapping[str, object]] | None) -> Iterator[str]:
-    """All words of the data: what a tokenizer is made from."""
+    """The text of all messages, to train a tokenizer on."""
     layout: dict[str, Any] = {"format": config.format, "columns": config.column_words}
     if rows is not None:
         readings = [parse_comparisons(rows, "data", **layout)]
@@ -95,6 +78,6 @@ def _texts(config: SftConfig, rows: Sequence[Mapping[str, object]] | None) -> It
     for reading in readings:
         for row in reading:
             wanted = row if isinstance(row, Problem) else convert(row, "demonstrations")
-            if not isinstance(wanted, Problem):  # those are refused, or skipped, when the data are rendered
+            if not isinstance(wanted, Problem):  # refused or skipped when the data are rendered
                 turns = [*wanted.prompt, *(m for r in wanted.responses for m in r.messages)]
                 yield from (m.content for m in turns if m.content)

@@ -1,11 +1,10 @@
-"""The models of PPO: actor, reference, reward model and critic, with the memory that each takes."""
+"""The models of PPO: actor, reference, reward model and critic, and their memory."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -30,145 +29,64 @@ from prefopt.reference.in_memory import InMemoryReference, SwappedWeights
 from prefopt.train.policy import Policy, ScalarPolicy
 
 
+@dataclass(frozen=True, slots=True)
 class Critic:
-    """Either a network of its own (``scorer``), or a head on the actor's hidden states; ``masters`` are what trains.
+    """Either a separate network (``scorer``), or a head ``weight`` [H] on the actor's hidden states.
 
-    A network of its own is what the papers have (Huang et al. 2024, arXiv 2403.17031): what is good to predict a
-    reward with is not taken from what is good to predict the next token with. A head costs a forward pass less, and
-    next to no memory; its gradient goes on into the actor's layers.
+    A separate network is usual in papers (Huang et al. 2024, arXiv 2403.17031): its features need not serve next-token
+    prediction as well. A head saves a forward pass and most of the memory; its gradient reaches the actor's layers.
     """
 
-    def __init__(
-        self,
-        words: str,
-        *,
-        head: torch.nn.Parameter | None = None,
-        network: tuple[ScalarScorer, MasterWeights] | None = None,
-        layout: PackLayout | None = None,
-    ) -> None:
-        """A ``head`` [H], or a ``network`` with what trains of it. ``layout``: how the batches are packed that the
-        network will be given, which may be another way than its own."""
-        self.words, self._layout = words, layout
-        self.scorer = network[0] if network is not None else None
-        self._own = network[1] if network is not None else None
-        self.masters = self._own.masters if self._own is not None else {}
-        if head is not None:
-            self.masters = {"weight": head}
+    words: str
+    weights: MasterWeights
+    scorer: ScalarScorer | None = None
 
     @property
     def is_head(self) -> bool:
-        """Whether it reads the actor's hidden states."""
+        """Whether it is a head on the actor."""
         return self.scorer is None
 
-    def values(self, batch: PackedBatch, hidden_M: torch.Tensor | None) -> torch.Tensor:
-        """Values [M], float32 or wider; ``hidden_M`` [M, H] are the actor's, for a head on them."""
+    def values(self, batch: PackedBatch, layout: PackLayout, hidden_M: torch.Tensor | None) -> torch.Tensor:
+        """Values [M], float32 or wider. ``batch`` is in the actor's ``layout``; ``hidden_M`` [M, H] are its hidden
+        states, for a head."""
         if self.scorer is not None:
-            values: torch.Tensor = self.scorer(self._packed(batch), tokens=True)
+            if layout != self.scorer.layout:  # of another architecture
+                batch = pack(batch.groups, self.scorer.layout).to(batch.target.device)
+            values: torch.Tensor = self.scorer(batch, tokens=True)
             return values
         assert hidden_M is not None
         wide = hidden_M.to(wide_dtype(hidden_M.dtype))
-        return wide @ self.masters["weight"].to(wide.dtype)
-
-    def _packed(self, batch: PackedBatch) -> PackedBatch:
-        """As the critic takes it: it may be of another architecture than the actor."""
-        assert self.scorer is not None
-        if self._layout == self.scorer.layout:
-            return batch
-        return pack(batch.groups, self.scorer.layout).to(batch.target.device)
+        return wide @ self.weights.masters["weight"].to(wide.dtype)
 
     def train(self, mode: bool = True) -> None:
-        """Into training mode, in which activation checkpointing works, or out of it; dropout is off in both."""
+        """Set training mode, in which activation checkpointing works, or evaluation mode. Dropout is off in both."""
         if self.scorer is not None:
             self.scorer.train(mode)
 
-    def publish(self) -> None:
-        """Let the network compute with what the optimiser made of its weights."""
-        if self._own is not None:
-            self._own.publish()
-
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
-        for master in self.masters.values():
-            master.grad = None
-        if self._own is not None:
-            self._own.zero_grad()
-
-    @torch.no_grad()
-    def load(self, values: dict[str, torch.Tensor]) -> None:
-        """Set the weights that train."""
-        for name, master in self.masters.items():
-            master.copy_(values[name])
-        self.publish()
-
-    def saved(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights that train by name, for checkpoints."""
-        for name, master in self.masters.items():
-            yield name, master.detach()
-
     @property
     def weight_bytes(self) -> int:
-        """Bytes of its weights, masters and all."""
-        own = list(self.scorer.model.parameters()) if self.scorer is not None else []
-        return sum(p.numel() * p.element_size() for p in {id(p): p for p in (*own, *self.masters.values())}.values())
+        """Bytes of weights and masters."""
+        own = self.scorer.model.parameters() if self.scorer is not None else ()
+        return bytes_of([*own, *self.weights.masters.values()])
 
 
-def head_critic(actor: Scorer, *, seed: int) -> Critic:
-    """A new head on ``actor``. Raises :class:`ModelError` where the architecture hides its hidden states."""
-    if actor.head.kind == "model":
-        raise ModelError(f"--critic head: {type(causal_model(actor.model)).__name__} does not show its hidden states")
-    embedding = causal_model(actor.model).get_input_embeddings()
-    width = int(embedding.embedding_dim)
-    drawn = torch.randn(width, generator=torch.Generator().manual_seed(seed)) / (width + 1) ** 0.5
-    weight = torch.nn.Parameter(drawn.to(embedding.weight.device, wide_dtype(actor.dtype)))
-    return Critic("a head on the actor's layers", head=weight)
+class HeadWeights(MasterWeights):
+    """The ``weight`` of a head, which is its own master."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        self.model = torch.nn.ParameterDict({"weight": weight})
+        self.masters, self._copies, self._hooks = {"weight": weight}, {}, []
 
 
-def network_critic(
-    kind: str,
-    actor: Scorer,
-    source: str,
-    tokenizer: Tokenizer,
-    *,
-    dtype: torch.dtype,
-    seed: int,
-    checkpointing: bool,
-    adapter: str | None = None,
-    adapt: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
-) -> Critic:
-    """A critic that starts as the model in folder ``source``, the ``kind`` model of the run: a reward model, or a
-    language model with a new scalar head, with ``adapter`` (a folder) folded in. It computes in ``dtype``.
-
-    All of it trains, or, with ``adapt``, the adapter that this puts on and the scalar head; the rest then needs neither
-    gradients nor masters nor state of the optimiser. Raises :class:`ModelError` where the architecture has no scalar
-    head.
-    """
-    wide, device = torch.promote_types(dtype, torch.float32), next(actor.model.parameters()).device
-    own_tokens = copy.deepcopy(tokenizer)  # a pad token may be put on it, which the actor's has no need of
-    model: torch.nn.Module
-    if adapter is not None:
-        base = load_merged(local_folder(source), adapter, dtype=wide, device=device)
-        model = scalar_from(base, own_tokens, seed=seed)
-    else:
-        loaded_in = dtype if adapt is not None else wide
-        model = load_scalar(local_folder(source), dtype=loaded_in, device=device, tokenizer=own_tokens, seed=seed)
-    if vocabulary_size(causal_model(model)) < len(tokenizer):
-        raise ModelError(f"{source}: its vocabulary is smaller than the tokenizer's; they belong to different models")
-    model.requires_grad_(adapt is None)
-    if adapt is not None:
-        torch.manual_seed(seed)
-        model = adapt(model)
-    if checkpointing:
-        checkpoint_activations(model)
-    own = MasterWeights(model, dtype)
-    what = "a network of its own" if adapt is None else "an adapter on a network of its own"
-    scorer = ScalarScorer(model, attention=actor.attention)
-    return Critic(f"{what}, started from the {kind} model", network=(scorer, own), layout=actor.layout)
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of distinct tensors."""
+    return sum(x.numel() * x.element_size() for x in {id(x): x for x in tensors}.values())
 
 
 @dataclass(frozen=True, slots=True)
 class PpoModels:
-    """``actor`` is trainable already. The reference is the actor's own model with the weights it began with, where no
-    other is named: of a LoRA run it is the same base, with the adapter as it was (a new one changes nothing)."""
+    """``actor`` is trainable. Unless ``--reference`` names another, the reference is the actor's model with its initial
+    weights; in a LoRA run these are the same base with the initial adapter."""
 
     actor: Policy
     reference: InMemoryReference
@@ -176,24 +94,22 @@ class PpoModels:
     critic: Critic | None
 
     def memory(self) -> dict[str, int]:
-        """Bytes of weights by model; what the reference shares with the actor counts as the actor's."""
-        own = _bytes(self.actor.scorer.model)
-        own += sum(_size(p) for p in self.actor.masters.masters.values() if not _is_of(p, self.actor.scorer.model))
-        held = self.reference.weights
-        found = {"actor": own}
-        if held is not None:
-            found["reference"] = sum(_size(value) for value in held.saved().values())
-        else:
-            found["reference"] = _bytes(self.reference.scorer.model)
-        found["reward"] = _bytes(self.judge.scorer.model) if isinstance(self.judge, RewardModelScorer) else 0
-        found["critic"] = self.critic.weight_bytes if self.critic is not None else 0
-        return found
+        """Bytes of weights by model. What the reference shares with the actor counts as the actor's."""
+        actor, held = self.actor, self.reference.weights
+        reference = held.saved().values() if held is not None else self.reference.scorer.model.parameters()
+        judge = self.judge.scorer.model.parameters() if isinstance(self.judge, RewardModelScorer) else ()
+        return {
+            "actor": bytes_of([*actor.scorer.model.parameters(), *actor.masters.masters.values()]),
+            "reference": bytes_of(reference),
+            "reward": bytes_of(judge),
+            "critic": self.critic.weight_bytes if self.critic is not None else 0,
+        }
 
     def words(self) -> list[str]:
-        """Lines that a run prints."""
+        """Lines of the log."""
         memory = {name: size(of) for name, of in self.memory().items() if of}
         shared = self.reference.weights is not None
-        reference = "the actor's model as it was" if shared else "a model of its own"
+        reference = "the actor's model as it was" if shared else "a separate model"
         critic = self.critic.words if self.critic is not None else "none"
         return [
             f"actor: {memory['actor']}",
@@ -212,9 +128,9 @@ def build_models(
     longest: int,
     judge: RewardScorer | None,
 ) -> PpoModels:
-    """Everything beside the actor, from folder ``source`` where it was named by one. ``longest``: tokens of prompt and
-    response; ``judge`` stands in for ``config.reward``. Raises :class:`ModelError` where two models do not fit, and
-    :class:`ConfigError` for a critic that cannot be made."""
+    """Build the other models. ``source`` is the actor's folder, empty for one given in Python; ``longest``: tokens of
+    prompt and response; ``judge`` replaces ``config.reward``. Raises :class:`ModelError` where models do not fit
+    together, and :class:`ConfigError` for a critic that cannot be made."""
     dtype, device = actor.dtype, actor.device
     if judge is None:
         judge = load_reward_scorer(
@@ -247,6 +163,8 @@ def _critic(config: PpoConfig, actor: Policy, source: str, tokenizer: Tokenizer)
     kind = config.critic or "auto"
     if kind == "auto":
         kind = "reward" if is_model_reward(config.reward) else "actor" if source else "head"
+    if kind == "head":
+        return _head_critic(actor.scorer, seed=config.seed)
     if kind == "reward" and not is_model_reward(config.reward):
         raise ModelError(f"--critic reward: --reward {config.reward} is no model to start from; take --critic actor")
     if kind == "actor" and not source:
@@ -254,38 +172,53 @@ def _critic(config: PpoConfig, actor: Policy, source: str, tokenizer: Tokenizer)
             "critic actor: a model given in Python has no folder to load a second one from; name a folder as model, or"
             " take critic head"
         )
-    if kind == "head":
-        return head_critic(actor.scorer, seed=config.seed)
-    return network_critic(
-        kind,
-        actor.scorer,
-        config.reward if kind == "reward" else source,
-        tokenizer,
-        dtype=actor.dtype,
-        seed=config.seed,
-        checkpointing=config.gradient_checkpointing,
-        adapter=local_folder(config.adapter) if kind == "actor" and config.adapter else None,
-        adapt=_adapter(config) if config.lora else None,
-    )
+    return _network_critic(config, kind, actor, source, tokenizer)
 
 
-def _adapter(config: PpoConfig) -> Callable[[torch.nn.Module], torch.nn.Module]:
-    """Puts an adapter on a critic, of the shape of the actor's new one."""
-    rank = config.lora_rank or LORA_RANK
-    alpha = config.lora_alpha or LORA_ALPHA_PER_RANK * rank
-    return partial(new_lora, rank=rank, alpha=alpha, dropout=0.0, targets=config.lora_targets, task=ScalarPolicy.task)
+def _head_critic(actor: Scorer, *, seed: int) -> Critic:
+    """A new head on ``actor``. Raises :class:`ModelError` where the architecture does not return hidden states."""
+    if actor.head.kind == "model":
+        raise ModelError(f"--critic head: {type(causal_model(actor.model)).__name__} does not show its hidden states")
+    embedding = causal_model(actor.model).get_input_embeddings()
+    width = int(embedding.embedding_dim)
+    drawn = torch.randn(width, generator=torch.Generator().manual_seed(seed)) / (width + 1) ** 0.5
+    weight = torch.nn.Parameter(drawn.to(embedding.weight.device, wide_dtype(actor.dtype)))
+    return Critic("a head on the actor's layers", HeadWeights(weight))
 
 
-def _bytes(model: torch.nn.Module) -> int:
-    return sum(_size(p) for p in model.parameters())
+def _network_critic(config: PpoConfig, kind: str, actor: Policy, source: str, tokenizer: Tokenizer) -> Critic:
+    """A critic that starts as the reward model, or as the model in folder ``source`` with its adapter merged and a new
+    scalar head.
 
-
-def _size(x: torch.Tensor) -> int:
-    return x.numel() * x.element_size()
-
-
-def _is_of(parameter: torch.Tensor, model: torch.nn.Module) -> bool:
-    return any(p is parameter for p in model.parameters())
+    All of it trains; in a LoRA run only a new adapter and the scalar head, so that the base needs no gradients, masters
+    or optimiser state. Raises :class:`ModelError` where the architecture has no scalar head.
+    """
+    dtype, seed = actor.dtype, config.seed
+    wide, device = torch.promote_types(dtype, torch.float32), actor.device
+    own_tokens = copy.deepcopy(tokenizer)  # it may get a pad token
+    name = config.reward if kind == "reward" else source
+    model: torch.nn.Module
+    if kind == "actor" and config.adapter:
+        base = load_merged(local_folder(name), local_folder(config.adapter), dtype=wide, device=device)
+        model = scalar_from(base, own_tokens, seed=seed)
+    else:
+        loaded_in = dtype if config.lora else wide
+        model = load_scalar(local_folder(name), dtype=loaded_in, device=device, tokenizer=own_tokens, seed=seed)
+    if vocabulary_size(causal_model(model)) < len(tokenizer):
+        raise ModelError(f"{name}: its vocabulary is smaller than the tokenizer's; they belong to different models")
+    model.requires_grad_(not config.lora)
+    if config.lora:  # an adapter of the same shape as the actor's
+        torch.manual_seed(seed)
+        rank = config.lora_rank or LORA_RANK
+        alpha = config.lora_alpha or LORA_ALPHA_PER_RANK * rank
+        targets = config.lora_targets
+        model = new_lora(model, rank=rank, alpha=alpha, dropout=0.0, targets=targets, task=ScalarPolicy.task)
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
+    weights = MasterWeights(model, dtype)
+    what = "an adapter on a network of its own" if config.lora else "a network of its own"
+    scorer = ScalarScorer(model, attention=actor.scorer.attention)
+    return Critic(f"{what}, started from the {kind} model", weights, scorer)
 
 
 def look(
@@ -296,4 +229,4 @@ def look(
     with scorer.at_temperature(temperature):
         found = scorer(packed, asked)
     logp_M, hidden_M = (found.logp_M, found.hidden_M) if isinstance(found, TokenScores) else (found, None)
-    return logp_M, None if critic is None else critic.values(packed, hidden_M)
+    return logp_M, None if critic is None else critic.values(packed, scorer.layout, hidden_M)

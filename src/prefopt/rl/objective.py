@@ -1,4 +1,4 @@
-"""PPO's and RLOO's objective on rollouts, the targets it moves towards, and what rollouts tell before it is learned."""
+"""PPO and RLOO: targets from rollouts, the objective, and metrics of rollouts."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from prefopt.train.objective import Normaliser, Objective
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Targets:
-    """What the responses of a step are to be moved by, on the CPU, float64.
+    """Advantages and returns of a step, on the CPU in float64.
 
-    ``advantage`` is per token [M] for PPO, per response [N] for RLOO; ``return_M`` is what the critic is to learn.
+    ``advantage`` is per token [M] for PPO, per response [N] for RLOO; ``return_M`` is the critic's target.
     """
 
     advantage: torch.Tensor
@@ -53,13 +53,13 @@ class Targets:
 
 
 def final_scores(config: PpoConfig, rollouts: Rollouts) -> torch.Tensor:
-    """Scores [N] after what is done to responses that did not end."""
+    """Scores [N], with the penalty of responses that did not end."""
     penalty, instead = config.missing_eos_penalty, config.missing_eos_score
     return without_end(rollouts.score_N, rollouts.finished_N, penalty=penalty, instead=instead)
 
 
 def targets_of(config: PpoConfig, rollouts: Rollouts, beta: float) -> Targets:
-    """Rewards of tokens, whitened where asked, to advantages, whitened where asked."""
+    """Advantages and returns from token rewards, each whitened if configured."""
     length_N = rollouts.length_N
     scores_N = final_scores(config, rollouts)
     reward_M = token_rewards(rollouts.logp_M, rollouts.ref_logp_M, scores_N, length_N, beta)
@@ -87,7 +87,7 @@ class PpoObjective(Objective):
         self.config, self.critic = config, critic
 
     def normaliser(self, batch: Batch) -> Normaliser:
-        """Tokens, and responses, of the minibatch."""
+        """Numbers of tokens and responses in the minibatch."""
         return (torch.tensor(float(batch.length_N.sum())), torch.tensor(float(len(batch.length_N))))
 
     def score(
@@ -97,7 +97,7 @@ class PpoObjective(Objective):
         assert isinstance(scorer, Scorer)
         logp_M, value_M = look(scorer, self.critic, self.config.temperature, packed)
         found = {"logp_M": logp_M}
-        if self.critic is None:  # sums by response, which the packed batch knows
+        if self.critic is None:
             old_M = tensor(batch.columns["old_logp_M"], logp_M.device, logp_M.dtype)
             found |= {"logp_N": response_sums(logp_M, packed), "old_logp_N": response_sums(old_M, packed)}
         return found if value_M is None else {**found, "value_M": value_M}
@@ -130,7 +130,7 @@ class PpoObjective(Objective):
         return LossResult(total, {"loss": total, **shares}, metrics)
 
     def derived(self, record: Record) -> Record:
-        """The variance of the ratio in the place of averages of squares."""
+        """With the variance of the ratio in place of averages of squares."""
         found = dict(record)
         found.pop("val/log_ratio_square")
         found["val/ratio_var"] = max(0.0, found.pop("val/ratio_square") - found["val/ratio"] ** 2)
@@ -138,7 +138,7 @@ class PpoObjective(Objective):
 
 
 def _ratio_metrics(logp_M: torch.Tensor, old_M: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """How far the policy has moved since the responses were drawn."""
+    """The policy's change since the responses were drawn."""
     gap_M = logp_M - old_M
     ratio_M = gap_M.exp()
     return {
@@ -155,7 +155,7 @@ def _counted(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rollout_metrics(rollouts: Rollouts, score_N: torch.Tensor, targets: Targets, beta: float) -> Record:
-    """What the responses of a step tell, before anything is learned from them; ``score_N`` after penalties.
+    """Metrics of the responses of a step. ``score_N`` includes penalties.
 
     ``objective/kl`` is the sequence-level k1 on the policy's own samples, ``objective/kl_error`` its standard error,
     ``objective/kl_k3`` the sum over tokens of k3.

@@ -1,4 +1,4 @@
-"""The inputs of reinforcement learning: prompts, sampling settings, and the rows of the pre-training term (PPO-ptx)."""
+"""Prompts and sampling settings of reinforcement learning, and the data of the pre-training term (PPO-ptx)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefopt.config.ppo import PpoConfig
+from prefopt.config.sample import SampleConfig
 from prefopt.core.terminal import Reporter
 from prefopt.data.chat.render_options import Rendering, parse_variables, read_template
 from prefopt.data.chat.truncate import sequence_limit
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.files.sources import find_sources
-from prefopt.data.group import Group
 from prefopt.data.load import load_groups
 from prefopt.data.sampler import BatchSampler
 from prefopt.data.table import GroupTable
@@ -27,21 +27,17 @@ from prefopt.train.run import steps_of
 
 
 def read_prompts(
-    config: PpoConfig, start: SampledModel, rows: Any, reporter: Reporter
-) -> tuple[PromptSet, SamplingParams]:
-    """Prompts that leave room for a whole response, and the settings of the sampler.
+    config: PpoConfig | SampleConfig, start: SampledModel, rows: Any, reporter: Reporter, *, room: int = 1
+) -> tuple[PromptSet, tuple[int, ...]]:
+    """The prompts of ``config``, or ``rows``, and the tokens that end a response.
 
-    ``rows`` stand in for what ``config`` names. A chat template that is named goes on the tokenizer: the finished model
-    is used as it was trained. Raises :class:`prefopt.errors.DataError` where a row is no prompt, or one that is too
-    long, unless such rows are to be skipped.
+    ``room``: tokens that must be left for a response. Raises :class:`prefopt.errors.DataError` for a row without a
+    prompt, or whose prompt is too long, unless such rows are skipped.
     """
-    tokenizer = start.tokenizer
     template = read_template(config.chat_template) if config.chat_template else None
-    renderer = renderer_for(tokenizer, template, parse_variables(config.template_variables or ()))
-    chats = template is not None or tokenizer.chat_template is not None
+    renderer = renderer_for(start.tokenizer, template, parse_variables(config.template_variables or ()))
+    chats = template is not None or start.tokenizer.chat_template is not None
     lines = config.lines if config.lines != "auto" else "user" if chats else "text"
-    # A response that the context cuts short would be punished for what is not its doing.
-    room = config.max_new_tokens
     reader = PromptReader(renderer, context=start.context, lines=lines, on_bad_row=config.on_bad_row, room=room)
     if rows is None:
         prompts = reader.read(find_sources(config.prompts), format=config.format, columns=config.column_words)
@@ -50,27 +46,39 @@ def read_prompts(
         prompts = reader.take(reading, reading.notes)
     for line in prompts.summary():
         reporter.say(f"prompts: {line}")
+    return prompts, start.stop_ids(renderer)
+
+
+def read_rollout_prompts(
+    config: PpoConfig, start: SampledModel, rows: Any, reporter: Reporter
+) -> tuple[PromptSet, SamplingParams]:
+    """Prompts that leave room for a whole response, and the sampling settings.
+
+    A chat template named in ``config`` is put on the tokenizer, so that the finished model has it. Raises as
+    :func:`read_prompts`.
+    """
+    # A response that the context cuts off would be penalised through no fault of the policy.
+    prompts, stop = read_prompts(config, start, rows, reporter, room=config.max_new_tokens)
     if repeated := len(prompts.ids) - len({ids.tobytes() for ids in prompts.ids}):
         reporter.say(f"prompts: {repeated} repeat others, whose responses count more for it")
-    if template:
-        tokenizer.chat_template = template
-    stop = start.stop_ids(renderer)
+    if config.chat_template:
+        start.tokenizer.chat_template = read_template(config.chat_template)
     if not stop:
         reporter.say("responses end at no token, for the tokenizer names none: all are cut off")
     return prompts, SamplingParams(config.max_new_tokens, stop, temperature=config.temperature, seed=config.seed)
 
 
 FEW = 10
-"""Steps below which a person is told: runs that changed a model in a useful way took tens and hundreds."""
+"""Runs of fewer steps get a warning: useful ones take tens to hundreds."""
 
 
 def order_of(config: PpoConfig, prompts: int) -> BatchSampler:
-    """Which of so many prompts a step takes."""
+    """The prompts of each step."""
     return BatchSampler(prompts, config.batch_size, seed=config.seed, shuffle=config.shuffle)
 
 
 def plan_of(config: PpoConfig, prompts: int, tokens: int) -> str:
-    """A line that says it; ``tokens`` at once."""
+    """A line on the steps of a run. ``tokens``: the token budget."""
     size = min(config.batch_size, prompts)
     left = prompts % size
     steps = steps_of(config, order_of(config, prompts).steps_per_epoch)
@@ -82,7 +90,7 @@ def plan_of(config: PpoConfig, prompts: int, tokens: int) -> str:
 
 
 def too_few(config: PpoConfig, prompts: int) -> str | None:
-    """What to tell a person whose run will hardly learn, unless the steps were limited on purpose."""
+    """A warning for a run of few steps, unless ``--max-steps`` limits them."""
     steps = steps_of(config, order_of(config, prompts).steps_per_epoch)
     if steps >= FEW or steps == config.max_steps:
         return None
@@ -97,10 +105,9 @@ def too_few(config: PpoConfig, prompts: int) -> str | None:
 class PtxTerm:
     """``coefficient`` times the negative log-likelihood of the rows of an update, added to the actor's loss.
 
-    The second term of equation 2 of Ouyang et al. 2022 (InstructGPT, arXiv 2203.02155): it keeps what the model could
-    do before, which the reward does not ask for. The mean is over the trained tokens of all rows of an update, as the
-    clipped loss of PPO is a mean over the tokens of a minibatch; log-probabilities are those at temperature 1. Which
-    rows an update takes is a function of the seed and of the update's number.
+    The second term of equation 2 of Ouyang et al. 2022 (InstructGPT, arXiv 2203.02155): it preserves abilities that the
+    reward does not measure. The mean is over the trained tokens of an update, as that of the clipped loss;
+    log-probabilities are at temperature 1. The rows of an update depend on the seed and its number alone.
     """
 
     groups: GroupTable
@@ -108,28 +115,19 @@ class PtxTerm:
     coefficient: float
     objective: LikelihoodObjective
 
-    @property
-    def largest(self) -> Group:
-        """The row that takes most memory."""
-        return self.groups[int(self.groups.tokens_G.argmax())]
-
     def batch(self, update: int) -> Batch:
-        """The rows of an update, which counts optimiser steps from 0."""
+        """The rows of an update, counted from 0 over the run."""
         return Batch([self.groups[i] for i in self.order.batch(update).tolist()])
 
 
 def read_ptx(
-    config: PpoConfig,
-    tokenizer: Tokenizer,
-    context: int | None,
-    scorer: Scorer,
-    reporter: Reporter,
+    config: PpoConfig, tokenizer: Tokenizer, context: int | None, scorer: Scorer, reporter: Reporter
 ) -> PtxTerm | None:
-    """The term of ``config.ptx_data``, read as ``prefopt sft`` reads its data; none where there is no such option.
+    """The term of ``--ptx-data``, read as by ``prefopt sft``; None without it.
 
-    Texts without a prompt are cut into windows of the model's context, or of 1024 tokens where that is longer; other
-    rows are truncated to as much. Raises :class:`prefopt.errors.DataError` as :func:`load_groups`, and
-    :class:`prefopt.errors.ModelError` where the tokenizer has tokens that the model has not.
+    Texts without a prompt are cut into windows of the model's context, at most 1024 tokens; other rows are truncated to
+    that. Raises :class:`prefopt.errors.DataError` as :func:`load_groups`, and :class:`prefopt.errors.ModelError` where
+    the tokenizer has tokens that the model lacks.
     """
     if config.ptx_data is None:
         return None

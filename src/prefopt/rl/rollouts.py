@@ -1,7 +1,7 @@
-"""What one step of reinforcement learning learns from: prompts with sampled responses, and what was known of them.
+"""Rollouts: prompts with sampled responses, their log-probabilities, values and scores.
 
 >>> import numpy as np
->>> from prefopt.generate.sampler import Sample
+>>> from prefopt.generate.sampler import Sample, group_of
 >>> def sample(*ids): return Sample(np.array(ids, np.int32), np.zeros(len(ids)), np.zeros(len(ids)), True)
 >>> groups = (group_of([5, 6], [sample(1, 2), sample(3)]), group_of([5], [sample(4, 2)]))
 >>> M, N = torch.zeros(5), torch.zeros(3)
@@ -24,8 +24,7 @@ from prefopt.data.group import Group
 from prefopt.errors import RunError
 from prefopt.generate.model_io import PromptSet
 from prefopt.generate.rewards import RewardScorer
-from prefopt.generate.sampler import ProgressCallback, ResponseSampler, SamplingParams
-from prefopt.generate.sampler import group_of as group_of
+from prefopt.generate.sampler import ProgressCallback, ResponseSampler, SamplingParams, group_of
 from prefopt.model.scorer import Scorer
 from prefopt.reference.in_memory import InMemoryReference
 from prefopt.rewards import prompt_text
@@ -35,12 +34,11 @@ from prefopt.train.batch import Batch, micro_batches
 
 @dataclass(frozen=True, eq=False)
 class Rollouts:
-    """G prompts with N responses of M tokens, all of which were sampled; tensors lie on the CPU, float64.
+    """G prompts with N responses of M sampled tokens; tensors are on the CPU in float64.
 
-    Log-probabilities are at the sampling temperature: ``logp_M`` under the policy as the scorer has it (the old one,
-    once training moves the weights), ``ref_logp_M`` under the reference, ``sampled_logp_M`` as the sampler had it.
-    ``value_M`` is the critic's value before each token, where there is a critic. ``score_N`` is what the reward said,
-    ``finished_N`` whether a response ended by itself.
+    Log-probabilities are at the sampling temperature: ``logp_M`` by the scorer under the old policy, ``ref_logp_M``
+    under the reference, ``sampled_logp_M`` by the sampler. ``value_M`` is the critic's value before each token.
+    ``score_N`` is the reward, ``finished_N`` whether a response ended by itself.
     """
 
     groups: tuple[Group, ...]
@@ -63,7 +61,7 @@ class Rollouts:
         return torch.repeat_interleave(torch.arange(len(self.groups)), many)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything as tensors, to be saved."""
+        """All contents as tensors, for a checkpoint."""
         continuations = [c for g in self.groups for c in g.continuations]
         found = {
             "prefix": _joined([g.prefix for g in self.groups]),
@@ -81,7 +79,7 @@ class Rollouts:
 
     @classmethod
     def from_tensors(cls, saved: Mapping[str, torch.Tensor]) -> Rollouts:
-        """What :meth:`tensors` gave."""
+        """The inverse of :meth:`tensors`."""
         prompts = saved["prefix"].split(saved["prefix_length"].tolist())
         ids = iter(saved["ids"].split(saved["length"].tolist()))
         groups = []
@@ -90,15 +88,8 @@ class Rollouts:
             whole = [np.concatenate([start, next(ids).numpy()]) for _ in range(many)]
             trained = [np.arange(len(w)) >= len(start) for w in whole]
             groups.append(Group.from_sequences(list(zip(whole, trained, strict=True)), row=0, pairs=()))
-        return cls(
-            tuple(groups),
-            saved["logp"],
-            saved["ref_logp"],
-            saved["sampled_logp"],
-            saved.get("value"),
-            saved["score"],
-            saved["finished"],
-        )
+        logps = (saved["logp"], saved["ref_logp"], saved["sampled_logp"])
+        return cls(tuple(groups), *logps, saved.get("value"), saved["score"], saved["finished"])
 
 
 def _joined(parts: Sequence[np.ndarray]) -> torch.Tensor:
@@ -106,17 +97,16 @@ def _joined(parts: Sequence[np.ndarray]) -> torch.Tensor:
 
 
 SCORING_AHEAD = 4
-"""Where nothing is kept for backward, so many times more tokens are encoded at once."""
+"""Batches are this much larger than training's: no activations are kept for backward."""
 LARGEST_SCORE = 1e18
-"""Float32 holds the square of this, and the sums of many of them."""
+"""Float32 can hold sums of squares of this."""
 
 
 @dataclass(slots=True)
 class Collector:
-    """Makes the rollouts of a step. ``num`` responses to every prompt, drawn as ``settings`` say.
+    """Makes the rollouts of a step: ``num`` responses to every prompt.
 
-    A response is cut at its first token of ``settings.stop``, which it keeps and which is scored; what a reward sees
-    is the text before it.
+    A response ends at its first token of ``settings.stop``, which is scored. The reward sees the text before it.
     """
 
     prompts: PromptSet
@@ -131,20 +121,22 @@ class Collector:
     def collect(
         self, step: int, prompts: Sequence[int], token_budget: int, progress: ProgressCallback
     ) -> tuple[Rollouts, dict[str, float]]:
-        """Rollouts of some prompts in step ``step``, and the seconds of each phase.
+        """Rollouts of some prompts in ``step``, and the seconds of each phase.
 
-        Samples depend on seed, step, prompt and number alone. Raises :class:`prefopt.errors.RunError` where the reward
-        fails, or gives numbers that cannot be computed with.
+        A sample depends on the seed, the step, its prompt and its number alone. Raises
+        :class:`prefopt.errors.RunError` where the reward fails or is too large to compute with.
         """
         times, started = {}, time.monotonic()
-        settings = replace(self.settings, seed=seed_of(self.settings.seed, step))
+        # Another seed in each step: a prompt that is repeated gets new responses.
+        seed = int(np.random.SeedSequence([self.settings.seed, step]).generate_state(1)[0])
+        settings = replace(self.settings, seed=seed)
         drawn = self.sampler.sample([self.prompts.ids[i] for i in prompts], self.num, settings, progress=progress)
         groups = tuple(group_of(self.prompts.ids[i], many) for i, many in zip(prompts, drawn, strict=True))
         samples = [sample for many in drawn for sample in many]
         times["seconds/rollouts"] = time.monotonic() - started
         ahead, started = SCORING_AHEAD * token_budget, time.monotonic()
         scores = self.judge([self.prompts.rows[i] for i in prompts], groups, ahead)
-        self._refuse_absurd(scores, prompts)
+        self._refuse_too_large(scores, prompts)
         times["seconds/reward"] = time.monotonic() - started
         started = time.monotonic()
         logp_M, value_M, ref_logp_M = self._look(groups, ahead)
@@ -160,13 +152,13 @@ class Collector:
         )
         return rollouts, times
 
-    def _refuse_absurd(self, scores: Sequence[float], prompts: Sequence[int]) -> None:
+    def _refuse_too_large(self, scores: Sequence[float], prompts: Sequence[int]) -> None:
         largest, n = max((abs(score), n) for n, score in enumerate(scores))
         if largest > LARGEST_SCORE:
             text = prompt_text(self.prompts.rows[prompts[n // self.num]])
             raise RunError(
                 f"the reward ({self.judge.words}) gave {scores[n]:g} for a response to {text[:60]!r}; beyond"
-                f" {LARGEST_SCORE:g} the critic's squared errors are no numbers any more: scale the reward, or bound it"
+                f" {LARGEST_SCORE:g} the critic's squared errors overflow: scale or bound the reward"
             )
 
     @torch.no_grad()
@@ -182,8 +174,3 @@ class Collector:
             found.append([x if x is None else x.double().cpu() for x in (logp_M, value_M, ref_logp_M)])
         logp, value, ref = zip(*found, strict=True)
         return torch.cat(logp), None if value[0] is None else torch.cat(value), torch.cat(ref)
-
-
-def seed_of(seed: int, step: int) -> int:
-    """The sampler's seed in a step: another one for each, so that a prompt that comes again is answered anew."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])

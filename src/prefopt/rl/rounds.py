@@ -1,39 +1,53 @@
-"""Rounds of reinforcement learning: responses are drawn, learned from in several updates, and drawn anew.
+"""Rounds of reinforcement learning: draw responses, learn from them in several updates, draw again.
 
-A step of the run is one such round. A checkpoint holds where in a step the run is, and the step's rollouts, so that a
-run that is stopped between two minibatches goes on to the same bits.
+A step of the run is one such round. A checkpoint holds the update within the step, and the step's rollouts, so that a
+run that was stopped between two minibatches resumes to the same bits.
+
+Of a run that diverged the last weights whose divergence was measured and small enough are written as a model: resuming
+from a checkpoint would diverge again, since every number of it is determined.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from prefopt.config.ppo import PpoConfig
+from prefopt.core.files import remove_folder
 from prefopt.core.terminal import Reporter
 from prefopt.data.sampler import BatchSampler
+from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import Diverged, RunError
-from prefopt.losses.rl import KlController
+from prefopt.losses.rl import KlController, k1
+from prefopt.model.architectures import causal_model
 from prefopt.model.costs import peak_memory
+from prefopt.model.save import add_end_tokens, repair_generation
 from prefopt.rl.objective import Targets, final_scores, rollout_metrics, targets_of
 from prefopt.rl.prompts import PtxTerm
 from prefopt.rl.rollouts import Collector, Rollouts
+from prefopt.runs.card import save_model
+from prefopt.runs.folder import RunFolder
 from prefopt.runs.metrics import Record
+from prefopt.train import checkpoint
 from prefopt.train.batch import Batch
+from prefopt.train.checkpoint import Checkpoint
 from prefopt.train.columns import Values
-from prefopt.train.objective import Objective
-from prefopt.train.trainer import BatchSource, Trainer
+from prefopt.train.policy import Policy
+from prefopt.train.trainer import AuxiliaryLoss, BatchSource, Trainer
 
 CHECKPOINTS = 10
-"""Without --save-every a run keeps a checkpoint this often, until it is finished: what a divergence cannot spoil."""
+"""Number of checkpoints without --save-every: a run that diverges leaves good weights."""
+OTHERWISE = "a lower --learning-rate or a higher --beta"
 
 
 class Rounds(BatchSource):
-    """Minibatches of rollouts. ``order`` says which prompts a step takes; ``kl`` is where the controller starts."""
+    """Minibatches of rollouts. ``order``: which prompts a step takes. ``ratio_tolerance``: the root mean square of
+    log-ratios per token that rounding explains before any weight moves."""
 
     draws = True
 
@@ -48,7 +62,6 @@ class Rounds(BatchSource):
         ratio_tolerance: float,
         ptx: PtxTerm | None = None,
     ) -> None:
-        """``ratio_tolerance``: root mean square log-ratio per token that rounding explains before any weight moves."""
         self.config, self.collector, self.order, self.kl, self.ptx = config, collector, order, kl, ptx
         self.steps, self.ratio_tolerance = steps, ratio_tolerance
         self.steps_per_epoch = order.steps_per_epoch
@@ -57,12 +70,10 @@ class Rounds(BatchSource):
         self._batch: Batch | None = None
         self._measured: Record = {}
 
-    # -- a step ------------------------------------------------------------------------------------------------
-
     def begin(self, trainer: Trainer) -> bool:
-        """Draw responses, unless those of a resumed step came with its checkpoint.
+        """Draw responses, unless a checkpoint held those of the step.
 
-        Raises :class:`Diverged` where the policy has run away from its reference, or advantages are not finite.
+        Raises :class:`Diverged` where the policy is too far from its reference, or advantages are not finite.
         """
         step = trainer.state.step
         fresh = self.rollouts is None
@@ -71,7 +82,12 @@ class Rounds(BatchSource):
         score_N = final_scores(self.config, rollouts)
         self._measured = rollout_metrics(rollouts, score_N, targets, self.kl.coefficient)
         if fresh:
-            self._refuse_runaway(step, self._measured["objective/kl"])
+            kl = self._measured["objective/kl"]
+            if not (math.isfinite(kl) and kl <= self.config.max_kl):
+                raise Diverged(
+                    f"step {step + 1}: the divergence from the reference is {kl:.4g} nats per response, more than"
+                    f" --max-kl {self.config.max_kl:g}: the policy has run away from its reference"
+                )
             _refuse_not_finite(step, rollouts, targets)
         self._batch = targets.batch(rollouts)
         # The last batch of an epoch may have fewer prompts.
@@ -93,21 +109,22 @@ class Rounds(BatchSource):
                 trainer.halve(error, "scoring the responses")
 
     def batch(self, step: int, update: int) -> Batch:
-        """A minibatch; which prompts are in it depends on seed, step and pass over the rollouts alone."""
+        """A minibatch. Its prompts depend on the seed, the step and the pass over the rollouts alone."""
         assert self._batch is not None
         epoch, number = divmod(update, self._parts)
-        order = shuffled(len(self._batch), (self.config.seed, step, epoch))
+        generator = np.random.Generator(np.random.PCG64([self.config.seed, step, epoch]))
+        order = generator.permutation(len(self._batch))
         return self._batch.select(np.array_split(order, self._parts)[number].tolist())
 
-    def beside(self, step: int, update: int) -> tuple[Objective, Batch, float, str] | None:
-        """The pre-training term, where there is one."""
+    def auxiliary(self, step: int, update: int) -> AuxiliaryLoss | None:
+        """The pre-training term, if there is one."""
         if self.ptx is None:
             return None
         number = step * self.config.ppo_epochs * self.config.minibatches + update
-        return self.ptx.objective, self.ptx.batch(number), self.ptx.coefficient, "loss/ptx_avg"
+        return AuxiliaryLoss(self.ptx.objective, self.ptx.batch(number), self.ptx.coefficient, "loss/ptx_avg")
 
     def end(self, trainer: Trainer, record: Record) -> Record:
-        """See :class:`BatchSource`: with what the rollouts told, and times; the controller takes its step."""
+        """Add metrics of the rollouts, and times; the KL controller takes its step."""
         assert self.rollouts is not None
         times, drawn = trainer.state.times, len(self.rollouts.score_N)
         seconds = sum(times.values())
@@ -120,38 +137,25 @@ class Rounds(BatchSource):
         return record
 
     def saves(self, step: int) -> bool:
-        """Every tenth of the run, and after 1, 2, 4, 8, ..., so that a policy that runs away early leaves more than
-        what it began with."""
+        """Every tenth of the run, and after 1, 2, 4, 8, ... steps: a policy may diverge early."""
         return step % max(1, self.steps // CHECKPOINTS) == 0 or step.bit_count() == 1
-
-    # -- checkpoints -------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         return {"episodes": self.episodes, "beta": self.kl.coefficient}
 
     def tensors(self) -> dict[str, torch.Tensor] | None:
-        """The rollouts of a step that has begun."""
+        """The rollouts of the step at hand."""
         return self.rollouts.tensors() if self.rollouts is not None else None
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None) -> None:
         self.episodes, self.kl = state["episodes"], self.kl.at(state["beta"])
         self.rollouts = Rollouts.from_tensors(tensors) if tensors is not None else None
 
-    # -- refusals ----------------------------------------------------------------------------------------------
-
-    def _refuse_runaway(self, step: int, kl: float) -> None:
-        if math.isfinite(kl) and kl <= self.config.max_kl:
-            return
-        raise Diverged(
-            f"step {step + 1}: the divergence from the reference is {kl:.4g} nats per response, more than"
-            f" --max-kl {self.config.max_kl:g}: the policy has run away from its reference"
-        )
-
     def inspect(self, reporter: Reporter, step: int, update: int, record: Record, batch: Batch, values: Values) -> None:
-        """Before any weight has moved the ratio of new to old probabilities is 1. Raises :class:`RunError`."""
-        gap, allowed = record["val/log_ratio_square"] ** 0.5, self.ratio_tolerance
+        """Raises :class:`RunError` where ratios of new to old probabilities are not 1 before any weight moves."""
         if update:
             return
+        gap, allowed = record["val/log_ratio_square"] ** 0.5, self.ratio_tolerance
         if not gap <= allowed:
             raise RunError(
                 f"step {step + 1}: before any weight has moved, log-probabilities differ from those of the"
@@ -170,6 +174,47 @@ def _refuse_not_finite(step: int, rollouts: Rollouts, targets: Targets) -> None:
     raise Diverged(f"step {step + 1}: the advantages are not finite, with {' and '.join(ranges)}")
 
 
-def shuffled(n: int, seed: tuple[int, ...]) -> np.ndarray:
-    """An order of n groups that depends on the seed alone."""
-    return np.random.Generator(np.random.PCG64(list(seed))).permutation(n)
+def keep_last_good(
+    config: PpoConfig, folder: RunFolder, policy: Policy, tokenizer: Tokenizer, ends: Sequence[int], *, named: bool
+) -> str:
+    """Write ``last-good`` into the folder of a run that diverged. Returns how to continue from it, in words.
+
+    ``policy`` gets those weights too; ``ends`` are the tokens that ended its responses. ``named``: the model was not
+    given in Python.
+    """
+    found = next((kept for _, kept in checkpoint.whole(folder.checkpoints) if _is_good(kept, config.max_kl)), None)
+    step = found.state["step"] if found is not None else 0
+    if found is None or not step:
+        return f"no good weights later than the first ones were kept: start anew elsewhere with {OTHERWISE}"
+    path = folder.last_good
+    try:
+        policy.masters.load(checkpoint.part_of("actor", found.weights))
+        repair_generation(causal_model(policy.scorer.model))
+        remove_folder(path)
+        save_model(path, policy.scorer, policy.masters, tokenizer)
+        add_end_tokens(path, ends, tokenizer, policy.scorer.model)
+    except RunError as error:
+        return f"the weights after step {step} were good, but {error}"
+    return (
+        f"the last good weights that were kept, after step {step}, are a model: go on from them, into another --output,"
+        f" with {_named(config, path, named=named)} and {OTHERWISE}"
+    )
+
+
+def _is_good(kept: Checkpoint, max_kl: float) -> bool:
+    """Whether the weights of a checkpoint themselves drew responses of small enough divergence: within a step they have
+    moved since."""
+    if kept.rollouts is None or kept.state["progress"]["done"]:
+        return False
+    rollouts = Rollouts.from_tensors(kept.rollouts)
+    divergence = float(k1(rollouts.logp_M - rollouts.ref_logp_M).sum()) / len(rollouts.score_N)
+    return divergence <= max_kl
+
+
+def _named(config: PpoConfig, path: Path, *, named: bool) -> str:
+    """Options of a run from the model in ``path``, with the reference of this run."""
+    start = f"--model {path}"
+    if config.lora and named:
+        start = f"--model {config.model} --adapter {path}"
+    reference = config.reference or (config.model if named and config.adapter is None else None)
+    return f"{start} --reference {reference}" if reference else start

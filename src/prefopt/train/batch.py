@@ -1,8 +1,8 @@
-"""A batch: some groups, and named columns of what is known of them.
+"""A batch: groups, and named columns of data about them.
 
 The last letter of a column's name is its axis: ``_G`` groups, ``_N`` responses (those of all groups end to end), ``_M``
 trained tokens (those of all responses end to end), ``_P`` pairs. Positions within a column, such as ``chosen_P``, count
-the responses of their own group, so that a part of a batch is cut out column by column.
+the responses of their own group, so that :meth:`Batch.select` cuts each column by itself.
 
 >>> rows = [([1, 2, n], [False, False, True]) for n in (3, 4)]
 >>> group = Group.from_sequences(rows, row=1)
@@ -54,19 +54,19 @@ class Batch:
         return np.array([int(c.trained.sum()) for g in self.groups for c in g.continuations], np.int64)
 
     @cached_property
-    def starts_G(self) -> IndexArray:
-        """Position of the first response of each group."""
-        starts: IndexArray = np.cumsum(self.responses_G) - self.responses_G
-        return starts
+    def group_N(self) -> IndexArray:
+        """The group of each response."""
+        return np.repeat(np.arange(len(self)), self.responses_G)
 
     def at_N(self, name: str) -> IndexArray:
         """A column of positions within groups (``_P`` or ``_N``) as positions in the whole batch."""
+        starts_G = np.cumsum(self.responses_G) - self.responses_G
         many = self.columns["pairs_G"] if name.endswith("_P") else self.responses_G
-        found: IndexArray = self.columns[name] + np.repeat(self.starts_G, many)
+        found: IndexArray = self.columns[name] + np.repeat(starts_G, many)
         return found
 
     def select(self, groups: Sequence[int]) -> Batch:
-        """Some of the groups, in the order given, with their parts of all columns."""
+        """Some of the groups, in the order given, with their rows of all columns."""
         chosen = np.asarray(groups, np.int64)
         places = {axis: self._places(axis, chosen) for axis in {name[-1] for name in self.columns}}
         columns = {name: column[places[name[-1]]] for name, column in self.columns.items()}
@@ -82,20 +82,19 @@ class Batch:
         elif axis == "N":
             many = self.responses_G
         else:
-            owner = np.repeat(np.arange(len(self)), self.responses_G)
-            many = np.bincount(owner, self.length_N, len(self)).astype(np.int64)
+            many = np.bincount(self.group_N, self.length_N, len(self)).astype(np.int64)
         return ranges(np.cumsum(many) - many, many, groups)
 
 
 class MicroBatch(NamedTuple):
-    """As much of a batch as goes through the model at once, and the same packed for it."""
+    """Some groups of a batch that go through the model at once, also packed."""
 
     batch: Batch
     packed: PackedBatch
 
 
 def micro_batches(scorer: PackedModel, batch: Batch, token_budget: int) -> Iterator[MicroBatch]:
-    """A batch cut, in its order, into parts of at most ``token_budget`` tokens; a larger group stands alone."""
+    """Consecutive groups of at most ``token_budget`` tokens in total; a larger group is alone."""
     device = next(scorer.model.parameters()).device
     costs = [scorer.layout.cost(group) for group in batch.groups]
     for part in split(range(len(batch)), costs, token_budget):
@@ -104,22 +103,21 @@ def micro_batches(scorer: PackedModel, batch: Batch, token_budget: int) -> Itera
 
 
 def tensor(column: Column, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A column on the device."""
+    """A column as a tensor on the device."""
     return torch.from_numpy(np.ascontiguousarray(column)).to(device, dtype, non_blocking=True)
 
 
 State = dict[str, dict[str, torch.Tensor]]
-"""What losses keep from batch to batch, by the name of the loss."""
+"""Running state of losses, by the name of the loss."""
 
 
 @dataclass(frozen=True, slots=True)
 class LossResult:
-    """An objective on one part of a global batch, or on the whole of it.
+    """The loss of one micro-batch, or of a whole global batch.
 
-    ``total`` is the part's share of the loss, to be differentiated. ``shares`` (such as ``loss`` and ``loss/dpo``) add
-    up over the parts; ``metrics`` are pairs (sum, weight of what was summed). ``state`` is the running state after it.
-    ``weights``: what each share was divided by, over the whole global batch, which is its weight in an average over
-    batches.
+    ``total`` is its share of the loss, to be differentiated. ``shares`` (such as ``loss`` and ``loss/dpo``) add up over
+    micro-batches; ``metrics`` are pairs (sum, sum of weights). ``state`` is the losses' state afterwards. ``weights``:
+    the normaliser of each share over the global batch, which is its weight in an average over batches.
     """
 
     total: torch.Tensor
@@ -130,7 +128,7 @@ class LossResult:
 
 
 class Sums:
-    """The sums over the parts of a global batch. ``weights``: of each metric, once :meth:`means` has been called."""
+    """Sums over the micro-batches of a global batch. :meth:`means` sets ``weights``, the weight of each metric."""
 
     def __init__(self) -> None:
         self.weights: dict[str, float] = {}
@@ -138,22 +136,22 @@ class Sums:
         self._rows: list[torch.Tensor] = []
 
     def add(self, result: LossResult) -> None:
-        """Add one part."""
+        """Add one micro-batch."""
         self._last = result
         sums, weights = zip(*result.metrics.values(), strict=True) if result.metrics else ((), ())
         self._rows.append(torch.stack([x.detach() for x in (*result.shares.values(), *sums, *weights)]))
 
     def means(self, norms: Mapping[str, torch.Tensor] | None = None) -> Record:
-        """Shares added up, metrics as means, and ``norms`` by name: the one wait for the device.
+        """Sums of shares, means of metrics, and ``norms`` by name, in one transfer from the device.
 
-        A metric that no row had a value for is left out. Where rows are no pairs, the margin is that of the means.
+        A metric without any value is left out. Where rows are not pairs, the margin is the difference of the means.
         """
         assert self._last is not None
         shares, metrics, divided_by = self._last.shares, self._last.metrics, self._last.weights
         norms = norms or {}
         total = torch.stack(self._rows).sum(0)
-        if beside := [*norms.values(), *divided_by.values()]:
-            total = torch.cat([total, torch.stack([x.detach().to(total.dtype) for x in beside])])
+        if more := [*norms.values(), *divided_by.values()]:
+            total = torch.cat([total, torch.stack([x.detach().to(total.dtype) for x in more])])
         numbers = total.tolist()
         record = dict(zip(shares, numbers, strict=False))
         first, many = len(shares), len(metrics)
@@ -170,7 +168,7 @@ class Sums:
 
 
 def weighted_sum(metric_R: torch.Tensor, weight_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum, weight) of a metric over rows, those that are NaN left out; one number for all rows counts once."""
+    """(weighted sum, sum of weights) of a metric over rows that are not NaN; one number for all rows counts once."""
     if metric_R.ndim == 0 or len(metric_R) != len(weight_R):
         metric_R, weight_R = metric_R.reshape(-1), torch.ones_like(metric_R.reshape(-1))
     there = ~metric_R.isnan()

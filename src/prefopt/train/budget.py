@@ -1,7 +1,8 @@
-"""How many tokens go through the model at once: estimated from its size and the free memory, then tried.
+"""The token budget of a micro-batch, estimated from model size and free memory, then tried; speed measurements.
 
-The estimate counts what a transformer layer keeps for backward, in numbers per token: about 20 times the hidden and 4
-times the intermediate width. With activation checkpointing only a layer's input stays, and one layer's inside.
+The estimate counts the activations that a transformer layer keeps for backward, in numbers per token: about 20 times
+the hidden and 4 times the intermediate width. With activation checkpointing only each layer's input is kept, and the
+activations of one layer.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ from prefopt.train.batch import Batch
 from prefopt.train.step import Differentiator, same_randomness
 
 SHARE = 0.5
-"""Of the free memory, what activations may take: the rest is for gradients, optimiser state and fragmentation."""
-
-# More tokens at once than these gain nothing: matrix products are as fast as they get.
+"""The fraction of free memory for activations; the rest is for gradients, optimiser state and fragmentation."""
 CEILING = {"cpu": 2048, "cuda": 32768, "mps": 4096}
+"""Beyond these numbers of tokens matrix products get no faster."""
+log = logging.getLogger(__name__)
 
 
 def state_bytes(masters: MasterWeights) -> int:
-    """Bytes that gradients and the optimiser's two moments take beside the weights."""
+    """Bytes of gradients and of the optimiser's two moments."""
     return 3 * sum(p.numel() * p.element_size() for p in masters.masters.values())
 
 
 def bytes_per_token(scorer: PackedModel, *, checkpointing: bool) -> int:
-    """Estimated bytes of activations that one token leaves for backward."""
+    """Estimated bytes of activations per token that are kept for backward."""
     config: Any = causal_model(scorer.model).config.get_text_config()
     hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
     inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden
@@ -56,7 +57,7 @@ def bytes_per_token(scorer: PackedModel, *, checkpointing: bool) -> int:
 
 
 def estimate(scorer: PackedModel, groups: Sequence[Group], *, checkpointing: bool, still_to_come: int) -> int:
-    """A token budget for training. ``still_to_come``: bytes that gradients and optimiser state will take."""
+    """A token budget for training. ``still_to_come``: bytes of gradients and optimiser state, not allocated yet."""
     device = next(scorer.model.parameters()).device
     free = free_memory(device) - still_to_come - KEEP_BYTES
     affordable = int(max(0, free) * SHARE) // bytes_per_token(scorer, checkpointing=checkpointing)
@@ -65,7 +66,7 @@ def estimate(scorer: PackedModel, groups: Sequence[Group], *, checkpointing: boo
 
 
 def largest_batch(costs: IndexArray, token_budget: int) -> list[int]:
-    """The groups that strain the memory most: the largest, as many as go into one micro-batch."""
+    """The largest groups that fit into one micro-batch, by their places."""
     order = np.argsort(-costs, kind="stable")
     smallest = int(costs[order[-1]])
     taken: list[int] = []
@@ -81,8 +82,10 @@ def largest_batch(costs: IndexArray, token_budget: int) -> list[int]:
 
 
 def smaller_budget(error: RuntimeError, tokens: int, what: str, largest: int, device: torch.device) -> int:
-    """Half of ``tokens``, where ``error`` says that memory ended; raises ``error`` where it says something else, and
-    :class:`RunError` where one group of ``largest`` tokens is too much already."""
+    """Half of ``tokens``, but at least ``largest``, after an out-of-memory ``error``; any other is raised.
+
+    Raises :class:`RunError` where ``tokens`` was the size of the ``largest`` group already.
+    """
     if not out_of_memory(error):
         raise error
     if device.type == "cuda":
@@ -102,10 +105,10 @@ def try_largest(
     batch_of: Callable[[Sequence[int]], Batch],
     token_budget: int,
 ) -> tuple[int, float]:
-    """Run forward and backward on the largest micro-batch of ``groups``, halving the budget where memory ends.
+    """Run forward and backward on the largest micro-batch of ``groups``, halving the budget on out-of-memory.
 
-    ``batch_of`` makes a batch of groups by their places. Returns the budget that works and the tokens per second it ran
-    at. Weights and random states stay as they were.
+    ``batch_of`` makes a batch of groups by their places. Returns the budget that works and its tokens per second.
+    Weights and random states do not change.
     """
     scorer = differentiator.scorer
     device = next(scorer.model.parameters()).device
@@ -126,17 +129,18 @@ def try_largest(
             weights.zero_grad()
 
 
-log = logging.getLogger(__name__)
-
-
 def measure_of(
     model: torch.nn.Module, device: torch.device, dtype: torch.dtype, unit: str
 ) -> Callable[[Sequence[PackedBatch], float], Record]:
-    """What a step's packed batches and seconds say of ``model`` as it trains; groups are called ``unit``.
+    """A function from the packed batches and the seconds of a step to metrics of speed; groups are called ``unit``.
 
-    Where the utilisation cannot be found out it is left out: no run ends for want of a measurement.
+    ``utilisation`` is left out where it cannot be computed.
     """
-    rate = _rate(model, device, dtype)
+    try:
+        peak, flops = matmul_peak(device, dtype), FlopCount.of(model)
+    except Exception as error:  # of any kind, from the model's configuration
+        log.warning("utilisation is not measured: %s", first_line(error))
+        flops = None
 
     def measure(batches: Sequence[PackedBatch], seconds: float) -> Record:
         tokens, groups = sum(b.tokens for b in batches), sum(len(b.groups) for b in batches)
@@ -145,26 +149,15 @@ def measure_of(
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             f"{unit}_per_second": groups / seconds,
-            **({"utilisation": rate(batches, seconds)} if rate is not None else {}),
+            **({"utilisation": sum(map(flops, batches)) / seconds / peak} if flops is not None else {}),
             "peak_memory_bytes": peak_memory(device),
         }
 
     return measure
 
 
-def _rate(
-    model: torch.nn.Module, device: torch.device, dtype: torch.dtype
-) -> Callable[[Sequence[PackedBatch], float], float] | None:
-    try:
-        peak, flops = matmul_peak(device, dtype), FlopCount.of(model)
-    except Exception as error:  # whatever a configuration refuses to tell
-        log.warning("utilisation is not measured: %s", first_line(error))
-        return None
-    return lambda batches, seconds: sum(map(flops, batches)) / seconds / peak
-
-
 def prepare_machine(options: RunOptions, dtype: torch.dtype, device: torch.device, reporter: Reporter) -> None:
-    """Set torch up for a run. Raises :class:`ConfigError` for a precision that the device has not."""
+    """Set torch up for a run. Raises :class:`ConfigError` for a precision that the device lacks."""
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.deterministic:

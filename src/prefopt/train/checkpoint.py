@@ -1,12 +1,12 @@
-"""Checkpoints: written aside, checked, renamed; a damaged one is told by its checksums and the one before it used.
+"""Checkpoints: written aside, verified by checksums, renamed. A damaged one is skipped for the one before it.
 
-A checkpoint is a folder ``step-00000010`` of ``weights.safetensors`` (the float32 masters of what is trained),
-``optimizer.safetensors``, ``state.json`` and, where the reference moves, ``reference.safetensors``, where a step of
-reinforcement learning has begun, ``rollouts.safetensors``, with ``manifest.json`` that holds the SHA-256 of each.
-Random states and numbers live in ``state.json``; nothing is pickled.
+A checkpoint is a folder ``step-00000010`` of ``weights.safetensors`` (float32 masters of trained weights),
+``optimizer.safetensors``, ``state.json``, ``reference.safetensors`` if the reference moves, ``rollouts.safetensors`` if
+a step of reinforcement learning has begun, and ``manifest.json`` with the SHA-256 of each. Random states and numbers
+are in ``state.json``; nothing is pickled.
 
-One of a run that was stopped within a step, after three of its updates, is ``step-00000010-0003``: its weights have
-left those of step 10, which may be wanted for themselves and stay as they are.
+A run that was stopped within a step, after three of its updates, writes ``step-00000010-0003``. Its weights are no
+longer those of step 10, whose own checkpoint is kept.
 """
 
 from __future__ import annotations
@@ -32,95 +32,82 @@ from prefopt.errors import RunError
 log = logging.getLogger(__name__)
 
 Tensors = Mapping[str, torch.Tensor]
-FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
-REFERENCE = "reference.safetensors"
-ROLLOUTS = "rollouts.safetensors"
+STATE = "state.json"
+REQUIRED, OPTIONAL = ("weights", "optimizer"), ("reference", "rollouts")  # fields, and names of files
+DAMAGED = (OSError, ValueError, KeyError, TypeError, SafetensorError)
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a run needs to go on: ``state`` is plain JSON data."""
-
-    weights: dict[str, torch.Tensor]
-    optimizer: dict[str, torch.Tensor]
-    state: dict[str, Any]
-    reference: dict[str, torch.Tensor] | None = None
-    rollouts: dict[str, torch.Tensor] | None = None
-
-
-def save(
-    folder: Path,
-    weights: Tensors,
-    optimizer: Tensors,
-    state: dict[str, Any],
-    *,
-    keep_last: int,
-    done: int = 0,
-    reference: Tensors | None = None,
-    rollouts: Tensors | None = None,
-) -> Path:
-    """Write the checkpoint of ``state["step"]`` and remove all but the newest ``keep_last``.
-
-    ``done``: the updates made since, of a run that is stopped within the step after; that checkpoint is kept besides,
-    until the next is written. ``reference``: the weights of a reference that moves; ``rollouts``: the responses that a
-    step learns from.
+    """Everything that a run needs to resume. ``state`` is plain JSON data: ``state["step"]`` counts complete steps,
+    ``state["progress"]["done"]`` updates made since. ``reference``: the weights of a moving reference; ``rollouts``:
+    the responses that the step at hand learns from.
     """
-    more = {name: tensors for name, tensors in ((REFERENCE, reference), (ROLLOUTS, rollouts)) if tensors is not None}
-    path = _path(folder, state["step"], done)
-    aside = aside_of(path)
+
+    weights: Tensors
+    optimizer: Tensors
+    state: dict[str, Any]
+    reference: Tensors | None = None
+    rollouts: Tensors | None = None
+
+
+def save(folder: Path, found: Checkpoint, *, keep_last: int) -> Path:
+    """Write a checkpoint and remove all but the newest ``keep_last``.
+
+    One from within a step is kept in addition, until the next is written.
+    """
+    path = _path(folder, found.state["step"], found.state["progress"]["done"])
+    aside, replaced = aside_of(path), path.with_name(f".{path.name}.replaced")
+    files = {f"{name}.safetensors": getattr(found, name) for name in (*REQUIRED, *OPTIONAL)}
     with output_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".step-*"):
             shutil.rmtree(left)
         aside.mkdir()
-        write_tensors(aside / "weights.safetensors", weights)
-        write_tensors(aside / "optimizer.safetensors", optimizer)
-        for name, tensors in more.items():
-            write_tensors(aside / name, tensors)
-        write_flushed(aside / "state.json", json.dumps(state).encode())
-        sums = {name: _sha256(aside / name) for name in (*FILES, *more)}
+        sums = {}
+        for name, tensors in files.items():
+            if tensors is not None:
+                write_tensors(aside / name, tensors)
+                sums[name] = _sha256(aside / name)
+        write_flushed(aside / STATE, json.dumps(found.state).encode())
+        sums[STATE] = _sha256(aside / STATE)
         write_flushed(aside / "manifest.json", json.dumps(sums).encode())
-        if path.exists():  # the same weights without what the step has come to since, or damaged
-            path.rename(_replaced(path))
+        if path.exists():  # the same weights at an earlier point of the step, or damaged
+            path.rename(replaced)
         aside.rename(path)
         sync_folder(folder)
-        # Later ones are damaged and passed over by the run that is here now: they must not count as kept.
-        whole_steps = sorted(p for p in folder.glob("step-*") if not _within(p) and p.name <= path.name)
-        for other in set(folder.glob("step-*")) - {*whole_steps[-keep_last:], path}:
+        # Later ones are damaged, and this run skipped them: they must not count as kept.
+        complete = sorted(p for p in folder.glob("step-*") if p.name.count("-") == 1 and p.name <= path.name)
+        for other in set(folder.glob("step-*")) - {*complete[-keep_last:], path}:
             remove_folder(other)
-        shutil.rmtree(_replaced(path), ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
     return path
 
 
 def whole(folder: Path) -> Iterator[tuple[Path, Checkpoint]]:
-    """The checkpoints that are whole, newest first; damaged ones are named in the log and passed over."""
-    for left in folder.glob(".step-*.replaced"):  # its successor was about to take its name when the process was killed
+    """The undamaged checkpoints, newest first. Damaged ones are logged and skipped."""
+    for left in folder.glob(".step-*.replaced"):  # the process was killed before its successor was renamed
         path = folder / left.name[1:].removesuffix(".replaced")
         if not path.exists():
             left.rename(path)
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             found = _read(path)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except DAMAGED as error:
             log.warning("checkpoint %s is damaged (%s): the one before it is used", path, error)
             continue
         yield path, found
 
 
-def newest(folder: Path) -> tuple[Path, Checkpoint] | None:
-    """The first of them, where there is one."""
-    return next(whole(folder), None)
-
-
 def at(folder: Path, step: int) -> Checkpoint:
-    """The checkpoint of the very weights of ``step``. Raises :class:`RunError` where it is not there, or damaged."""
+    """The checkpoint of the weights after ``step``. Raises :class:`RunError` if it is absent or damaged."""
     path = _path(folder, step)
     try:
         found = _read(path)
         if found.state["progress"].get("done"):
             raise ValueError("an earlier version wrote weights from within the next step there")
         return found
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except DAMAGED as error:
         raise RunError(f"checkpoint {path} cannot be read ({error}); remove the run's folder and train again") from None
 
 
@@ -128,27 +115,18 @@ def _path(folder: Path, step: int, done: int = 0) -> Path:
     return folder / (f"step-{step:08d}-{done:04d}" if done else f"step-{step:08d}")
 
 
-def _within(path: Path) -> bool:
-    return path.name.count("-") > 1
-
-
-def _replaced(path: Path) -> Path:
-    return path.with_name(f".{path.name}.replaced")
-
-
 def _read(path: Path) -> Checkpoint:
     sums = parsed((path / "manifest.json").read_bytes())
-    for name in {*FILES, *sums}:
+    for name in {*(f"{name}.safetensors" for name in REQUIRED), STATE, *sums}:
         if _sha256(path / name) != sums[name]:
             raise ValueError(f"{name} is not what was written")
-    state = json.loads((path / "state.json").read_text())
-    weights, optimizer = (load_file(path / name) for name in FILES[:2])
-    more = (load_file(path / name) if name in sums else None for name in (REFERENCE, ROLLOUTS))
-    return Checkpoint(weights, optimizer, state, *more)
+    names = [name for name in (*REQUIRED, *OPTIONAL) if f"{name}.safetensors" in sums]
+    tensors: dict[str, Any] = {name: load_file(path / f"{name}.safetensors") for name in names}
+    return Checkpoint(state=json.loads((path / STATE).read_text()), **tensors)
 
 
 def write_tensors(path: Path, tensors: Tensors) -> None:
-    """A safetensors file, on the disk when this returns."""
+    """Write a safetensors file and flush it to disk."""
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -160,7 +138,7 @@ def _sha256(path: Path) -> str:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimiser's state, flat: ``INDEX.NAME`` in the order of its parameters."""
+    """The optimiser's state under names ``INDEX.NAME``, in the order of its parameters."""
     state = optimizer.state_dict()["state"]
     return {f"{i}.{name}": value for i, values in state.items() for name, value in values.items()}
 
@@ -175,33 +153,28 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> Non
 
 
 def random_states() -> dict[str, Any]:
-    """The states of torch's generators, the only ones that training draws from, as JSON data."""
-    cuda = [_text(s) for s in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
-    return {"torch": _text(torch.get_rng_state()), "cuda": cuda}
+    """The states of torch's generators as JSON data; training draws from no others."""
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+    first, *cuda = [base64.b64encode(state.numpy().tobytes()).decode() for state in states]
+    return {"torch": first, "cuda": cuda}
 
 
 def restore_random(states: dict[str, Any]) -> None:
     """The inverse of :func:`random_states`."""
-    torch.set_rng_state(_tensor(states["torch"]))
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([_tensor(s) for s in states["cuda"]])
-
-
-def _text(state: torch.Tensor) -> str:
-    return base64.b64encode(state.numpy().tobytes()).decode()
-
-
-def _tensor(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+    texts = [states["torch"], *states["cuda"]]
+    first, *cuda = [torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for text in texts]
+    torch.set_rng_state(first)
+    if torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cuda)
 
 
 def joined(parts: Mapping[str, Iterable[tuple[str, torch.Tensor]] | Tensors]) -> dict[str, torch.Tensor]:
-    """The tensors of all networks under one another's names: ``actor.NAME``; a policy alone has no prefix."""
+    """The tensors of all networks in one mapping, named ``actor.NAME``; a policy has no prefix."""
     return {_prefix(part) + key: value for part, tensors in parts.items() for key, value in dict(tensors).items()}
 
 
 def part_of(name: str, tensors: Tensors) -> dict[str, torch.Tensor]:
-    """What :func:`joined` was given for one network."""
+    """The tensors of one network in a mapping made by :func:`joined`."""
     prefix = _prefix(name)
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
@@ -211,7 +184,7 @@ def _prefix(name: str) -> str:
 
 
 def save_best(folder: Path, step: int, weights: Mapping[str, torch.Tensor]) -> None:
-    """Keep the weights of the best evaluation beside the checkpoints, in a file that its step names."""
+    """Write the weights of the best evaluation beside the checkpoints."""
     path = _best(folder, step)
     aside = folder / ".best.safetensors"
     with output_errors(path):
@@ -221,20 +194,20 @@ def save_best(folder: Path, step: int, weights: Mapping[str, torch.Tensor]) -> N
 
 
 def forget_bests(folder: Path, step: int | None) -> None:
-    """Remove the weights of earlier bests that neither the run nor a checkpoint still names."""
+    """Remove best weights other than those of ``step`` and of the best steps that checkpoints record."""
     named = {step}
     for state in folder.glob("step-*/state.json"):
         try:
             named.add(json.loads(state.read_text())["progress"]["best_step"])
         except Exception:
-            return  # a damaged checkpoint: what it named is not known
+            return  # damaged: its best step is unknown
     for path in folder.glob("best-*.safetensors"):
         if path not in {_best(folder, n) for n in named if n is not None}:
             path.unlink()
 
 
 def load_best(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    """The weights of evaluation ``step``. Raises :class:`RunError` where they are not there."""
+    """The best weights, saved at ``step``. Raises :class:`RunError` where they cannot be read."""
     path = _best(folder, step)
     try:
         return load_file(path)

@@ -1,4 +1,4 @@
-"""Columns of a batch that come from the data alone (pairs, labels, rankings, scores), and inputs of losses by name.
+"""Columns that come from the data alone (pairs, labels, rankings, scores), and the inputs of losses by name.
 
 >>> rows = [([1, 2, n], [False, False, True]) for n in (3, 4, 5)]
 >>> group = Group.from_sequences(rows, row=1, pairs=((0, 1), (0, 2), (1, 2)))
@@ -30,7 +30,7 @@ from prefopt.train.batch import Batch, Column, tensor, weighted_sum
 
 Weighted = tuple[int, int, float]  # preferred, dispreferred, weight
 WHICH = ("all", "best-worst")
-"""``all``: every pair that the data give. ``best-worst``: the best response (or tied best) against the worst."""
+"""``all``: every pair of the data. ``best-worst``: the best responses (more than one if tied) against the worst."""
 
 
 def preference_batch(groups: Sequence[Group], kind: Kind, which: str = "all", *, merge: bool = False) -> Batch:
@@ -39,17 +39,17 @@ def preference_batch(groups: Sequence[Group], kind: Kind, which: str = "all", *,
 
 
 def columns_of(groups: Sequence[Group], kind: Kind, which: str = "all", *, merge: bool = False) -> dict[str, Column]:
-    """``score_N`` (NaN: none) and, by ``kind``, what losses are computed on.
+    """``score_N`` (NaN where absent) and the columns that losses of ``kind`` need.
 
-    ``pairs``: ``pairs_G`` how many a group has, ``chosen_P`` and ``rejected_P`` responses, ``weight_P`` (1 in sum for
-    each group, whatever its K: InstructGPT, otherwise a prompt with many responses is overfitted) and ``label_P``, the
-    probability that the chosen one is better. ``which``: see :data:`WHICH`. ``merge``: votes for both sides of a pair
+    ``pairs``: ``pairs_G`` (pairs of each group), ``chosen_P`` and ``rejected_P`` (responses), ``weight_P`` (sums to 1
+    over a group, whatever its K: InstructGPT, otherwise prompts with many responses are overfitted) and ``label_P``
+    (probability that the chosen one is better). ``which``: see :data:`WHICH`. ``merge``: votes for both sides of a pair
     become one pair with a label between 0 and 1.
 
-    ``labels``: ``label_N``, whether a response is desirable. ``ranking``: ``ranked_N`` the responses of each group,
-    best first, and ``tier_N`` the tier of each of those (0 the best, equal where tied).
+    ``labels``: ``label_N``, whether a response is desirable. ``ranking``: ``ranked_N``, the responses of each group,
+    best first, and ``tier_N``, their tiers (0 is best, equal where tied).
 
-    Raises :class:`DataError` for a group that lacks them.
+    Raises :class:`DataError` for a group without them.
     """
     none = float("nan")
     scores = [s for g in groups for s in (g.scores or [none] * len(g.continuations))]
@@ -70,7 +70,7 @@ def _pair_columns(groups: Sequence[Group], which: str, *, merge: bool) -> dict[s
     rows: list[tuple[int, int, float, float]] = []
     counts = []
     for group in groups:
-        found = _weighted(group) if which == "all" else _best_against_worst(group)
+        found = _weighted(group, which)
         total = sum(w for _, _, w in found)
         labelled = list(_merged(found)) if merge else [(a, b, w, 1.0) for a, b, w in found]
         rows += [(a, b, w / total, p) for a, b, w, p in labelled]
@@ -86,10 +86,10 @@ def _pair_columns(groups: Sequence[Group], which: str, *, merge: bool) -> dict[s
 
 
 def paired_of(groups: Sequence[Group], which: str) -> npt.NDArray[np.bool_]:
-    """Which responses [N] :func:`columns_of` reads: those of its pairs, and where votes alone give an order, all."""
+    """Which responses [N] :func:`columns_of` reads: those in its pairs, or all where only votes give an order."""
     read = []
     for group in groups:
-        found = _weighted(group) if which == "all" else _best_against_worst(group)
+        found = _weighted(group, which)
         everyone = range(len(group.continuations))
         some = {k for pair in found for k in pair[:2]} if group.tiers else everyone
         read += [k in some for k in everyone]
@@ -103,13 +103,18 @@ def weights_of(group: Group, kind: str, which: str) -> list[float]:
         return [1.0]
     if kind == "labels" and group.labels is not None:
         return [1.0]
-    found = _weighted(group) if which == "all" else _best_against_worst(group)
+    found = _weighted(group, which)
     total = sum(w for _, _, w in found)
     return sorted({round(w / total, 9) for _, _, w in found})
 
 
-def _weighted(group: Group) -> list[Weighted]:
-    """All pairs of a group with their weights."""
+def _weighted(group: Group, which: str = "all") -> list[Weighted]:
+    """The pairs of a group with their weights."""
+    if which == "best-worst":
+        tiers = group.tiers or _tiers_by_wins(group)
+        if len(tiers) < 2:
+            raise DataError("no response is preferred to all others; leave --pairs out", row=group.row)
+        return [(best, worst, 1.0) for best in tiers[0] for worst in tiers[-1]]
     weights = group.weights or [1.0] * len(group.pairs)
     found = [(a, b, float(w)) for (a, b), w in zip(group.pairs, weights, strict=True) if w > 0]
     if not found:
@@ -117,17 +122,10 @@ def _weighted(group: Group) -> list[Weighted]:
     return found
 
 
-def _best_against_worst(group: Group) -> list[Weighted]:
-    tiers = group.tiers or _tiers_by_wins(group)
-    if len(tiers) < 2:
-        raise DataError("no response is preferred to all others; leave --pairs out", row=group.row)
-    return [(best, worst, 1.0) for best in tiers[0] for worst in tiers[-1]]
-
-
 def _tiers(group: Group) -> Sequence[Sequence[int]]:
     if group.tiers:
         tiers: Sequence[Sequence[int]] = group.tiers
-    else:  # one pair is an order; votes are none
+    else:  # a single pair is an order, votes are not
         tiers = [list(p) for p in zip(*group.pairs, strict=True)] if len(group.pairs) == 1 else []
     if len(tiers) < 2 or sum(map(len, tiers)) != len(group.continuations):
         raise DataError("its responses have no order; take a loss on pairs, or leave the row out", row=group.row)
@@ -135,7 +133,7 @@ def _tiers(group: Group) -> Sequence[Sequence[int]]:
 
 
 def _tiers_by_wins(group: Group) -> Tiers:
-    """An order where only votes are: by the weight of what was won less that of what was lost."""
+    """An order from votes: by the weight of comparisons won minus those lost."""
     net = [0.0] * len(group.continuations)
     for best, worst, weight in _weighted(group):
         net[best] += weight
@@ -144,7 +142,7 @@ def _tiers_by_wins(group: Group) -> Tiers:
 
 
 def _merged(pairs: Sequence[Weighted]) -> Iterator[tuple[int, int, float, float]]:
-    """Pairs with the part of their votes that went this way; of two sides the one with more comes first."""
+    """One pair for each two responses: (best, worst, weight, fraction of the weight for ``best``, at least half)."""
     votes: dict[tuple[int, int], float] = {}
     for best, worst, weight in pairs:
         votes[best, worst] = votes.get((best, worst), 0.0) + weight
@@ -155,14 +153,13 @@ def _merged(pairs: Sequence[Weighted]) -> Iterator[tuple[int, int, float, float]
 
 
 def mismatched(groups: Sequence[Group], max_length: int) -> tuple[GroupTable, int]:
-    """For each of ``groups`` its prompt with other rows' responses, and how many of those lost their end: a sequence
-    is cut at ``max_length`` tokens.
+    """The prompt of each group with other rows' responses, and how many of these were truncated to ``max_length``.
 
     Raises :class:`DataError` where all rows have the same prompt.
     """
     columns, cut = TableBuilder(), 0
     for index, group in enumerate(groups):
-        prompt, _, _ = _parted(group, 0)
+        prompt, _, _ = _prompt_and_response(group, 0)
         sequences = []
         for ids, trained in islice(_others(groups, index, prompt), len(group.continuations)):
             mask = np.concatenate([np.zeros(len(prompt), np.bool_), trained])
@@ -176,23 +173,23 @@ def mismatched(groups: Sequence[Group], max_length: int) -> tuple[GroupTable, in
 
 
 def _others(groups: Sequence[Group], index: int, prompt: IntArray) -> Iterator[tuple[IntArray, BoolArray]]:
-    """Responses of the rows behind ``index`` whose prompt is not ``prompt``, round and round."""
+    """Responses to prompts other than ``prompt``, from the rows after ``index``, cyclically without end."""
     found = False
     while True:
         for step in range(1, len(groups)):
             other = groups[(index + step) % len(groups)]
-            if np.array_equal(_parted(other, 0)[0], prompt):
+            if np.array_equal(_prompt_and_response(other, 0)[0], prompt):
                 continue
             found = True
             for k in range(len(other.continuations)):
-                _, ids, trained = _parted(other, k)
+                _, ids, trained = _prompt_and_response(other, k)
                 yield ids, trained
         if not found:
             raise DataError("every row has the same prompt, and the loss compares with responses to other prompts")
 
 
-def _parted(group: Group, k: int) -> tuple[IntArray, IntArray, BoolArray]:
-    """Response k in two: the ids before its first trained token, and ids and mask from there on."""
+def _prompt_and_response(group: Group, k: int) -> tuple[IntArray, IntArray, BoolArray]:
+    """The ids of sequence k before its first trained token; the ids and mask from there on."""
     ids, trained = group.sequence(k)
     first = int(np.argmax(trained))
     return ids[:first], ids[first:], trained[first:]
@@ -204,22 +201,12 @@ Values = dict[str, torch.Tensor]
 
 @dataclass
 class LossInputs:
-    """A batch as losses of ``kind`` see it. Their rows R are its pairs, its labelled responses, or its rankings."""
+    """A batch as losses of ``kind`` see it. Rows R are pairs, labelled responses or rankings."""
 
     batch: Batch
     kind: Kind
     device: torch.device
     dtype: torch.dtype
-
-    @cached_property
-    def chosen(self) -> IndexArray:
-        """The chosen response [N] of each pair."""
-        return self.batch.at_N("chosen_P")
-
-    @cached_property
-    def rejected(self) -> IndexArray:
-        """The rejected response [N] of each pair."""
-        return self.batch.at_N("rejected_P")
 
     @cached_property
     def length_N(self) -> torch.Tensor:
@@ -234,26 +221,19 @@ class LossInputs:
         rows = len(self.batch) if self.kind == "ranking" else len(self.batch.length_N)
         return torch.ones(rows, dtype=self.dtype, device=self.device)
 
-    @cached_property
-    def head_R(self) -> IndexArray:
-        """Tokens of the shorter response of each pair."""
-        length = self.batch.length_N
-        shorter: IndexArray = np.minimum(length[self.chosen], length[self.rejected])
-        return shorter
-
     def tensor(self, column: Column, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A column on the device."""
         return tensor(column, self.device, dtype)
 
     def named(self, names: Iterable[str], optional: Iterable[str], values: Values) -> Values:
-        """The tensors that losses ask for by name. What ``values`` lacks stands at zero.
+        """The tensors that losses need, by name; zeros where ``values`` has none.
 
-        Optional ones are left out where the data say nothing by them.
+        ``label_P``, if optional, is left out where all labels are 1.
         """
-        return {name: self._named(name, values) for name in {*names, *(n for n in optional if self._tells(n))}}
-
-    def _tells(self, name: str) -> bool:
-        return name != "label_P" or bool((self.batch.columns["label_P"] != 1).any())
+        wanted = {*names, *optional}
+        if "label_P" in optional and "label_P" not in names and not (self.batch.columns["label_P"] != 1).any():
+            wanted.remove("label_P")
+        return {name: self._named(name, values) for name in wanted}
 
     def _named(self, name: str, values: Values) -> torch.Tensor:
         columns = self.batch.columns
@@ -263,26 +243,21 @@ class LossInputs:
             if "_head_" in name:
                 return values.get(name, torch.zeros_like(self.weight_R))
             side, _, word = name.removesuffix("_P").partition("_")
-            return self._of_responses(f"{word}_N", values)[self.tensor(getattr(self, side))]
+            return self._of_responses(f"{word}_N", values)[self.tensor(self.batch.at_N(f"{side}_P"))]
         if self.kind == "labels":
             return self.tensor(columns["label_N"]) if name == "label_N" else self._of_responses(name, values)
-        if name == "tier_N":  # stays where it is: losses read it number by number
+        if name == "tier_N":  # on the CPU: losses read it number by number
             return torch.from_numpy(columns["tier_N"])
         if name == "group_N":
-            return torch.from_numpy(self._group_N)
+            return torch.from_numpy(self.batch.group_N)
         return self._of_responses(name, values)[self.tensor(self.batch.at_N("ranked_N"))]
-
-    @property
-    def _group_N(self) -> IndexArray:
-        return np.repeat(np.arange(len(self.batch)), self.batch.responses_G)
 
     def _of_responses(self, name: str, values: Values) -> torch.Tensor:
         if name == "length_N":
             return self.length_N
         if name == "score_N":
             return self.tensor(self.batch.columns["score_N"], self.dtype)
-        found = values.get(name)
-        return torch.zeros_like(self.length_N) if found is None else found
+        return values.get(name, torch.zeros_like(self.length_N))
 
     @torch.no_grad()
     def response_metrics(self, values: Values) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -298,14 +273,15 @@ class LossInputs:
         }
 
     def _sides(self) -> dict[str, tuple[torch.Tensor | None, torch.Tensor]]:
-        """Which responses count as ``chosen`` and as ``rejected``, and their weights."""
+        """Which responses count as ``chosen`` and as ``rejected`` (None: all), and their weights."""
         columns = self.batch.columns
         if self.kind == "pairs":
-            return {side: (self.tensor(getattr(self, side)), self.weight_R) for side in ("chosen", "rejected")}
+            sides = ("chosen", "rejected")
+            return {side: (self.tensor(self.batch.at_N(f"{side}_P")), self.weight_R) for side in sides}
         if self.kind == "labels":
             label = self.tensor(columns["label_N"], self.dtype)
             return {"chosen": (None, self.weight_R * label), "rejected": (None, self.weight_R * (1 - label))}
-        tier, group = columns["tier_N"], self._group_N
+        tier, group = columns["tier_N"], self.batch.group_N
         last = np.zeros(len(self.batch), np.int64)
         np.maximum.at(last, group, tier)
         ranked = self.tensor(self.batch.at_N("ranked_N"))
@@ -316,7 +292,7 @@ class LossInputs:
 def head_sums(
     values_M: torch.Tensor, starts_N: IndexArray, response_R: IndexArray, count_R: IndexArray
 ) -> torch.Tensor:
-    """Sums [R] of the first ``count_R`` token values of responses, of which n's values begin at ``starts_N[n]``."""
+    """Sums [R] of the first ``count_R`` token values of each response; those of response n begin at ``starts_N[n]``."""
     ends = np.cumsum(count_R)
     within = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - count_R, count_R)
     at = torch.from_numpy(np.repeat(starts_N[response_R], count_R) + within).to(values_M.device)

@@ -1,4 +1,4 @@
-"""The data of a run: groups to train on and groups held out, and every line a person should read about them."""
+"""The data of a run: groups to train on and groups held out."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from prefopt.config.data import DataOptions
 from prefopt.config.training import MethodOptions
 from prefopt.core.terminal import Reporter, StopRequest
 from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.truncate import longer_limit
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.group import Group
 from prefopt.data.load import GroupSet, load_groups
@@ -23,14 +24,15 @@ from prefopt.errors import ConfigError, DataError, Interrupted
 from prefopt.reference.cache import ReferenceValues
 from prefopt.train.batch import AT_ONCE, Batch, Column
 from prefopt.train.columns import paired_of
+from prefopt.train.run import ModelStart
 from prefopt.train.trainer import BatchSource
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """``groups`` are all of them; ``train`` and ``held_out`` index them. ``source`` is what ``--data`` gave.
+    """``train`` and ``held_out`` index ``groups``. ``source`` is the data of ``--data`` alone.
 
-    ``shares`` are the sources of a mixture, by their places in ``train``; there are none where all weigh the same.
+    ``shares`` are the sources of a mixture, by their places in ``train``; empty without ``--data-weights``.
     """
 
     source: GroupSet
@@ -42,33 +44,24 @@ class TrainingData:
 
     @property
     def noun(self) -> str:
-        """What a person calls a group: a pair where all of them are one."""
+        """What groups are called in messages."""
         if self.kind in ("pairs", "scored") and int(self.groups.responses_G.max(initial=2)) == 2:
             return "pairs"
         return "rankings" if self.kind == "ranking" else "rows"
 
-    @property
-    def responses(self) -> int:
-        """Responses of all groups."""
-        return len(self.groups.key_N)
-
     def in_words(self, files: Sequence[str]) -> str:
-        """How much there is, and from which files, for a card."""
+        """Size and files, for a model card."""
         noun = f"preference {self.noun}" if self.noun == "pairs" else self.noun
         held_out = f", {len(self.held_out)} held out" if self.held_out else ""
         names = ", ".join(f"`{Path(file).name}`" for file in files)
         return f"{len(self.train)} {noun}{held_out}, from {names}. {self.source.summary()[0]}."
 
-    def sampler(self, batch_size: int, *, seed: int, shuffle: bool) -> BatchSampler:
-        """The order in which ``train`` is gone through."""
-        return BatchSampler(len(self.train), batch_size, seed=seed, shuffle=shuffle, shares=self.shares)
-
 
 class DataBatches(BatchSource):
-    """Batches of a data set: those of each step in the sampler's order, and all that is held out, by length.
+    """Batches of a data set: training batches in the sampler's order, and the held-out groups sorted by length.
 
-    ``columns`` makes the columns of some groups. ``reference`` holds values of all groups and, behind them, of all
-    ``mismatched``, the same prompts with responses to other prompts.
+    ``columns`` makes the columns of some groups. ``reference`` holds values of all groups, followed by those of all
+    ``mismatched``: the same prompts with responses to other prompts.
     """
 
     def __init__(
@@ -96,7 +89,7 @@ class DataBatches(BatchSource):
         return self.of([indices[i] for i in np.argsort(tokens, kind="stable").tolist()])
 
     def of(self, indices: Sequence[int]) -> Batch:
-        """A batch of the groups in these places of the data."""
+        """The batch of the groups at ``indices`` of the data."""
         batch = self._of(self.data.groups, indices, 0)
         columns = {**self.columns(batch.groups), **batch.columns}
         other = None
@@ -104,50 +97,47 @@ class DataBatches(BatchSource):
             other = self._of(self.mismatched, indices, len(self.data.groups))
         return Batch(batch.groups, columns, other)
 
-    def _of(self, groups: GroupTable, indices: Sequence[int], behind: int) -> Batch:
+    def _of(self, groups: GroupTable, indices: Sequence[int], offset: int) -> Batch:
         some = [groups[i] for i in indices] if len(indices) <= AT_ONCE else Selection(groups, indices)
-        known = self.reference.columns(np.asarray(indices) + behind) if self.reference is not None else {}
+        known = self.reference.columns(np.asarray(indices) + offset) if self.reference is not None else {}
         return Batch(some, known)
 
 
 def load_data(
     config: MethodOptions,
-    tokenizer: Any,
-    max_length: int,
+    start: ModelStart,
     rows: Iterable[Mapping[str, object]] | None,
     reporter: Reporter,
+    stop: StopRequest,
     *,
     kind: DataKind = "pairs",
     which: str = "all",
-    stop: StopRequest | None = None,
     **rendered: Any,
 ) -> TrainingData:
-    """Read, render and split what ``config`` names, or ``rows`` in place of ``--data``.
+    """Read, render and split the data of ``config``, or ``rows`` in place of ``--data``.
 
-    ``which`` pairs are read (see :data:`prefopt.train.columns.WHICH`): responses that stand in none are left aside.
-
-    Where conversations were rendered with another template than the tokenizer's, it is given that one, so that the
-    finished model is used as it was trained. ``rendered`` are further fields of :class:`Rendering`. Raises
-    :class:`DataError` as :func:`load_groups`, and where nothing is left to train on;
+    ``which``: see :data:`prefopt.train.columns.WHICH`; responses in no such pair are dropped. A chat template named in
+    ``config`` is put on the tokenizer, so that the finished model has it. ``rendered`` are further fields of
+    :class:`Rendering`. Raises :class:`DataError` as :func:`load_groups`, and where nothing is left to train on;
     :class:`prefopt.errors.Interrupted` after a stop.
     """
 
     def check() -> None:
-        if stop is not None and stop.signal is not None:
+        if stop.signal is not None:
             raise Interrupted("stopped while the data were read; nothing was trained", stop.signal)
 
-    rendering = Rendering.from_options(config, max_length, **rendered)
+    rendering = Rendering.from_options(config, start.limit, **rendered)
     how: dict[str, Any] = {"kind": kind, "on_bad_row": config.on_bad_row, "workers": config.threads}
     how |= {"reporter": reporter, "stop": check}
     layout: dict[str, Any] = {"format": config.format, "columns": config.column_words}
     if rows is not None:
-        source = load_groups([parse_comparisons(rows, "data", **layout)], tokenizer, rendering, **how)
+        source = load_groups([parse_comparisons(rows, "data", **layout)], start.tokenizer, rendering, **how)
     else:
-        source = load_groups(config.data, tokenizer, rendering, **how, **layout)
+        source = load_groups(config.data, start.tokenizer, rendering, **how, **layout)
     source = _paired(source, which, "data", reporter)
     more = None
     if config.eval_data:
-        more = load_groups(config.eval_data, tokenizer, rendering, **how, **layout)
+        more = load_groups(config.eval_data, start.tokenizer, rendering, **how, **layout)
         more = _paired(more, which, "evaluation data", reporter)
     groups, train, held_out = _held_out(config, source, more, config.seed, reporter)
     if not train:
@@ -160,12 +150,14 @@ def load_data(
         parts = (f"{s.size} of {len(s.groups)} from {name}" for s, name in zip(shares, config.data, strict=True))
         reporter.say(f"data: an epoch takes {sum(s.size for s in shares)} rows: {', '.join(parts)}")
     if source.template:
-        tokenizer.chat_template = source.template
+        start.tokenizer.chat_template = source.template
+    if longer := longer_limit(source.truncated, source.kept, start.limit, start.positions):
+        reporter.say(longer)
     return data
 
 
 def _paired(source: GroupSet, which: str, name: str, reporter: Reporter) -> GroupSet:
-    """Say what was read, and leave out responses that no pair holds: scoring them would change nothing."""
+    """Report what was read, and drop responses that are in no pair, which need not be scored."""
     for line in source.summary():
         reporter.say(f"{name}: {line}")
     if which == "all":
@@ -181,7 +173,7 @@ def _paired(source: GroupSet, which: str, name: str, reporter: Reporter) -> Grou
 def _held_out(
     config: DataOptions, source: GroupSet, more: GroupSet | None, seed: int, reporter: Reporter
 ) -> tuple[GroupTable, Sequence[int], Sequence[int]]:
-    """All groups, and which of them are trained on and held out: a part of ``source``, or ``more``."""
+    """All groups, and the indices of training and held-out groups: a fraction of ``source``, or ``more``."""
     groups = source.groups
     if config.eval_fraction:
         return groups, *source.split(config.eval_fraction, seed)
@@ -193,7 +185,7 @@ def _held_out(
 
 
 def _shares(config: DataOptions, groups: GroupTable, train: Sequence[int]) -> list[Share]:
-    """What ``--data-weights`` makes of each source. Raises ``ConfigError`` where an epoch would take nothing of one."""
+    """The sources with their weights. Raises :class:`ConfigError` where an epoch would take no row of one."""
     if config.weights is None:
         return []
     source_T = groups.source_G[np.asarray(train)]

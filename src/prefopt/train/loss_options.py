@@ -1,4 +1,4 @@
-"""The losses that a configuration names, with all their options, and refusals of options that they do not read."""
+"""The losses of a configuration with all their options. Options that no loss reads are refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OF_REFERENCE = ("reference", "reference_adapter", "ref_model_sync_steps")
 
 
 def losses_of(config: DpoConfig) -> tuple[DpoConfig, Losses]:
-    """The losses of a run, and its configuration with their defaults filled in.
+    """The configuration with the losses' defaults filled in, and the losses.
 
     Raises :class:`ConfigError` for an unknown loss, and for options that no loss reads.
     """
@@ -32,22 +32,25 @@ def losses_of(config: DpoConfig) -> tuple[DpoConfig, Losses]:
     paired = losses[0].loss.kind == "pairs"
     if not paired and config.pairs is not None:
         raise ConfigError(f"--pairs: {names_of(losses)} is no loss on pairs; leave it out")
-    filled: dict[str, Any] = {name: _common(losses, name) for name in _FLAGS}
+    filled: dict[str, Any] = {}
+    for name in _FLAGS:  # the value that all losses with this option share, else None
+        values = {options[name] for options in map(read_by, losses) if name in options}
+        filled[name] = values.pop() if len(values) == 1 else None
     filled["pairs"] = config.pairs or "all" if paired else None
-    found = copy.copy(config)  # each value has been checked
+    found = copy.copy(config)  # not replace(): values are checked already
     for name, value in filled.items():
         object.__setattr__(found, name, value)
     return found, losses
 
 
 def data_kind(losses: Sequence[WeightedLoss]) -> DataKind:
-    """The form in which the losses need every row."""
+    """The kind of rows that the losses need."""
     kind = losses[0].loss.kind
     return "scored" if kind == "pairs" and any(x.loss.needs_scores for x in losses) else kind
 
 
 def needs_reference(losses: Sequence[WeightedLoss]) -> bool:
-    """Whether any loss compares with a reference."""
+    """Whether any loss needs a reference."""
     return any(x.loss.needs_reference for x in losses)
 
 
@@ -73,7 +76,7 @@ def _with_values(name: str, values: Mapping[str, Value]) -> str:
 
 
 def read_by(x: WeightedLoss) -> dict[str, Value]:
-    """The options that have an effect: some are read only together with a value of another."""
+    """The options that are read: some only apply for one value of another."""
     only = {o.name: o.only for o in x.loss.options if o.only is not None}
     return {n: v for n, v in x.values.items() if n not in only or x.values[only[n][0]] == only[n][1]}
 
@@ -82,9 +85,3 @@ def _plain(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _common(losses: Sequence[WeightedLoss], name: str) -> object:
-    """The value that all losses with this option share, else None."""
-    values = {found[name] for found in map(read_by, losses) if name in found}
-    return values.pop() if len(values) == 1 else None

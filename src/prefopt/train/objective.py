@@ -1,20 +1,21 @@
-"""Objectives: from a batch and the scores of a model to a loss.
+"""Objectives: from a batch and a model's scores to a loss.
 
 Scoring gives *values*, tensors by name over the responses or tokens of a batch; the loss is computed on those and on
-the batch's columns. The two are apart because a loss may need the values of a whole global batch, which is scored in
-parts (see ``step.py``).
+the batch's columns. These are separate steps because a loss may need the values of a whole global batch, which is
+scored in micro-batches (see ``step.py``).
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 from prefopt.data.group import Group
+from prefopt.data.table import IndexArray
 from prefopt.errors import DataError, RunError
 from prefopt.losses.declare import Kind
 from prefopt.losses.parse import WeightedLoss
@@ -25,23 +26,24 @@ from prefopt.model.scorer import PackedModel, ScoreRequest, response_sums
 from prefopt.runs.metrics import Record
 from prefopt.train.batch import AT_ONCE, Batch, LossResult, State, weighted_sum
 from prefopt.train.columns import LossInputs, Values, head_sums, weights_of
+from prefopt.train.loss_options import needs_reference
 
 Normaliser = tuple[torch.Tensor, ...]
 
 DIFFERENTIATED = ("logp_N", "reward_N", "kl_N", "chosen_head_logp_P", "rejected_head_logp_P", "router_prob_PE")
-"""Values through which gradients flow."""
-_TINY = 1e-30  # a batch may hold no row that a loss has a weight for; its numerators are zero then
+"""Values that gradients flow through."""
+_TINY = 1e-30  # the weights of a loss may all be zero in a batch; then its numerators are, too
 
 
 class Objective(ABC):
     """What a trainer minimises."""
 
     whole_batch: bool = False
-    """Whether the loss must see the values of the whole global batch at once."""
+    """Whether the loss needs the values of the whole global batch at once."""
     compares: bool = False
-    """Whether scoring compares with the next-token distributions of a reference."""
+    """Whether scoring needs the next-token distributions of a reference."""
     state: State
-    """What losses keep from batch to batch; the trainer sets it once a step is done."""
+    """Running state of losses; the trainer sets it after each update."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.dtype = device, torch.float32 if device.type == "mps" else torch.float64
@@ -49,32 +51,28 @@ class Objective(ABC):
 
     @abstractmethod
     def normaliser(self, batch: Batch) -> Normaliser:
-        """What each loss of a global batch is divided by, from its columns: before anything is scored.
-
-        Not where ``whole_batch``: then the loss sees the whole batch, and takes it from there.
-        """
+        """What each loss of a global batch is divided by, from its columns alone. Not used where ``whole_batch``."""
 
     @abstractmethod
     def score(
         self, scorer: PackedModel, packed: PackedBatch, batch: Batch, reference: Distributions | None = None
     ) -> Values:
-        """Values under the policy, with gradients where they are switched on."""
+        """Values under the policy, with gradients if they are enabled."""
 
     @abstractmethod
     def __call__(self, batch: Batch, values: Values, normaliser: Normaliser) -> LossResult:
-        """The loss of ``batch``, a part of a global batch or the whole of it."""
+        """The loss of ``batch``, which is a micro-batch or a whole global batch."""
 
     def derived(self, record: Record) -> Record:
-        """``record`` with the metrics that follow from the averages of a batch or an evaluation."""
+        """``record`` with metrics that are computed from averages over a batch or an evaluation."""
         return record
 
 
 class PreferenceObjective(Objective):
-    """A weighted sum of losses on pairs, labelled responses or rankings, each over its own normaliser of the whole
-    global batch.
+    """A weighted sum of losses on pairs, labelled responses or rankings, each divided by its own normaliser.
 
-    Columns: those of :func:`prefopt.train.columns.columns_of`; where a loss compares with a reference ``ref_logp_N``
-    and, where it looks at the first tokens of responses, ``ref_logp_M``, unless these come with the values.
+    Columns: those of :func:`prefopt.train.columns.columns_of`; for losses with a reference ``ref_logp_N`` and, if they
+    use the first tokens of responses, ``ref_logp_M``, unless these are among the values.
     """
 
     def __init__(self, terms: Sequence[WeightedLoss], *, device: torch.device) -> None:
@@ -88,16 +86,11 @@ class PreferenceObjective(Objective):
         self.state = {term.loss.name: start for term in terms if (start := term.loss.start(device)) is not None}
         self._needs = frozenset(self.names | self.optional)
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether any loss compares with a reference."""
-        return any(term.loss.needs_reference for term in self.terms)
-
     @torch.no_grad()
     def normaliser(self, batch: Batch) -> Normaliser:
-        """See :class:`Objective`. A loss tells the weights of its rows whatever the policy gives: here, nothing."""
+        """See :class:`Objective`. The row weights of a loss do not depend on values, which are zero here."""
         sums = torch.zeros(len(self.terms), dtype=self.dtype, device=self.device)
-        if self.whole_batch:  # which rows count may depend on the batch: told when that is seen
+        if self.whole_batch:  # weights may depend on the values of the batch
             return tuple(sums)
         for first in range(0, len(batch), AT_ONCE):
             inputs = self._inputs(batch.select(range(first, min(first + AT_ONCE, len(batch)))))
@@ -108,7 +101,7 @@ class PreferenceObjective(Objective):
     def score(
         self, scorer: PackedModel, packed: PackedBatch, batch: Batch, reference: Distributions | None = None
     ) -> Values:
-        """See :class:`Objective`: ``logp_N`` and what else the losses name."""
+        """``logp_N`` and the other values that the losses need."""
         square = "chosen_wpo_P" in self._needs
         if not square and reference is None:
             return self._sums(scorer(packed), packed, batch, "logp")
@@ -122,17 +115,19 @@ class PreferenceObjective(Objective):
         return values
 
     def _sums(self, logp_M: torch.Tensor, packed: PackedBatch, batch: Batch, name: str) -> Values:
-        """Sums by response and, where a loss needs them, over the first tokens of the responses of each pair."""
+        """Sums by response and, if needed, over the first tokens of the responses of each pair."""
         values = {f"{name}_N": response_sums(logp_M, packed)}
         if f"chosen_head_{name}_P" in self._needs:
-            values |= self._heads(logp_M.to(self.dtype), self._inputs(batch), name)
+            values |= self._heads(logp_M.to(self.dtype), batch, name)
         return values
 
-    def _heads(self, logp_M: torch.Tensor, inputs: LossInputs, name: str) -> Values:
-        length = inputs.batch.length_N
+    def _heads(self, logp_M: torch.Tensor, batch: Batch, name: str) -> Values:
+        """Sums over as many tokens of both responses of a pair as the shorter one has."""
+        length = batch.length_N
         starts = np.cumsum(length) - length
-        sides = {"chosen": inputs.chosen, "rejected": inputs.rejected}
-        return {f"{s}_head_{name}_P": head_sums(logp_M, starts, at, inputs.head_R) for s, at in sides.items()}
+        sides = {side: batch.at_N(f"{side}_P") for side in ("chosen", "rejected")}
+        shorter: IndexArray = np.minimum(*(length[at] for at in sides.values()))
+        return {f"{side}_head_{name}_P": head_sums(logp_M, starts, at, shorter) for side, at in sides.items()}
 
     def __call__(self, batch: Batch, values: Values, normaliser: Normaliser) -> LossResult:
         inputs = self._inputs(batch)
@@ -149,7 +144,7 @@ class PreferenceObjective(Objective):
             weights.append(weight)
             shares.append(term.weight * (output.numerator_R * inputs.weight_R).sum() / weight)
             for name, values_R in output.metrics.items():
-                if self.kind != "labels" or name != "rewards/margins":  # a difference of means: of the whole batch's
+                if self.kind != "labels" or name != "rewards/margins":  # Sums.means computes it
                     metrics.setdefault(name, weighted_sum(values_R, inputs.weight_R))
             if output.state is not None:
                 state[term.loss.name] = output.state
@@ -158,10 +153,10 @@ class PreferenceObjective(Objective):
         if len(shares) > 1:
             names = [f"loss/{term.loss.name}" for term in self.terms]
             named |= {n: x / t.weight for n, t, x in zip(names, self.terms, shares, strict=True)}
-            divided_by = dict(zip(names, weights, strict=True))  # the sum has none of its own
+            divided_by = dict(zip(names, weights, strict=True))  # the sum of losses has none
         return LossResult(total, named, {**metrics, **inputs.response_metrics(values)}, state, divided_by)
 
-    def at_reference(self, batch: Batch, values: Values) -> Values:
+    def values_at_reference(self, batch: Batch, values: Values) -> Values:
         """``values`` as they would be if the policy were the reference."""
         known = self._with_reference(values, self._inputs(batch))
         same = {name: known[n] for name in values if (n := name.replace("logp", "ref_logp")) in known}
@@ -172,7 +167,7 @@ class PreferenceObjective(Objective):
         return LossInputs(batch, self.kind, self.device, self.dtype)
 
     def _with_reference(self, values: Values, inputs: LossInputs) -> Values:
-        """``values`` with the reference's, where those are columns, and its sums over first tokens."""
+        """``values`` with those of the reference that are columns, and its sums over first tokens."""
         found: Values = {}
         batch = inputs.batch
         if "ref_logp_N" in batch.columns:
@@ -183,24 +178,24 @@ class PreferenceObjective(Objective):
             tokens = values.get("ref_logp_M")
             if tokens is None:
                 tokens = torch.from_numpy(batch.columns["ref_logp_M"])
-            heads = self._heads(tokens.to(self.dtype), inputs, "ref_logp")
+            heads = self._heads(tokens.to(self.dtype), batch, "ref_logp")
             found |= {name: x.to(inputs.device, inputs.dtype) for name, x in heads.items()}
         return {**found, **values}
 
 
 def check_rows(terms: Sequence[WeightedLoss], groups: Sequence[Group], which: str) -> None:
-    """Raises :class:`DataError` for a group that lacks what the losses are computed on, or is weighted where they
-    cannot weigh rows. ``which``: see :data:`prefopt.train.columns.WHICH`."""
+    """Raises :class:`DataError` for a group without the scores or order that the losses need, or with unequal weights
+    where they cannot weigh rows. ``which``: see :data:`prefopt.train.columns.WHICH`."""
     kind = terms[0].loss.kind
     sorting = [term.loss.name for term in terms if not term.loss.per_row]
     scoring = [term.loss.name for term in terms if term.loss.needs_scores]
     if not sorting and not scoring and kind != "ranking" and which == "all":
-        return  # that there are pairs or labels is seen when rows are read
+        return  # pairs and labels are checked when rows are read
     weights: set[float] = set()
     for group in groups:
         weights.update(weights_of(group, kind, which))
-        if scoring and (group.scores is None or not np.isfinite(group.scores).all()):
-            raise DataError(f"--loss {scoring[0]} needs a finite score of every response", row=group.row)
+        if scoring:
+            check_scores([group], f"--loss {scoring[0]} needs a finite score of every response")
         if sorting and len(weights) > 1:
             raise DataError(
                 f"--loss {sorting[0]} sorts the pairs of a batch, so that all must weigh the same, but this row has"
@@ -209,20 +204,26 @@ def check_rows(terms: Sequence[WeightedLoss], groups: Sequence[Group], which: st
             )
 
 
+def check_scores(groups: Iterable[Group], message: str) -> None:
+    """Raises :class:`DataError` with ``message`` for a group without finite scores."""
+    for group in groups:
+        if group.scores is None or not np.isfinite(group.scores).all():
+            raise DataError(message, row=group.row)
+
+
 MANY = 8
-"""Groups in a batch from which an accuracy of exactly 1 is no accident."""
+"""From this number of groups on an accuracy of exactly 1 is not chance."""
 
 
-def at_reference(
+def _loss_at_reference(
     objective: PreferenceObjective, check: CheckReport, batch: Batch, values: Values
 ) -> tuple[float, float]:
-    """The loss of a policy that is its reference, and how far rounding may take it from there."""
-    same = objective.at_reference(batch, values)
-    leaves = [same[name].detach().requires_grad_() for name in DIFFERENTIATED if name in same]
-    named = dict(zip([name for name in DIFFERENTIATED if name in same], leaves, strict=True))
+    """The loss of a policy that is its reference, and the largest deviation by rounding."""
+    same = objective.values_at_reference(batch, values)
+    leaves = {name: same[name].detach().requires_grad_() for name in DIFFERENTIATED if name in same}
     with torch.enable_grad():
-        total = objective(batch, {**same, **named}, objective.normaliser(batch)).total
-        slopes = torch.autograd.grad(total, leaves, allow_unused=True)
+        total = objective(batch, {**same, **leaves}, objective.normaliser(batch)).total
+        slopes = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     tokens = int(batch.length_N.max())
     slope = sum(float(s.abs().sum()) for s in slopes if s is not None)
     expected = float(total.detach())
@@ -232,11 +233,11 @@ def at_reference(
 def inspect_first(
     objective: PreferenceObjective, check: CheckReport | None, record: Record, batch: Batch, values: Values
 ) -> str | None:
-    """What to say of the first step; ``check`` is none where the reference is not the policy as it starts.
+    """Check the first step. Returns a line on it. ``check`` is None where the reference is not the initial policy.
 
-    Raises :class:`RunError` where the loss of an untrained policy is not what it must be.
+    Raises :class:`RunError` where the loss is not that of a policy that equals its reference.
     """
-    if not objective.needs_reference:
+    if not needs_reference(objective.terms):
         return None
     if check is None:
         if record.get("rewards/accuracies") == 1.0 and len(batch) >= MANY:
@@ -245,7 +246,7 @@ def inspect_first(
                 " reference has not. Is --reference the model that training should be judged from?"
             )
         return None
-    expected, allowed = at_reference(objective, check, batch, values)
+    expected, allowed = _loss_at_reference(objective, check, batch, values)
     number = f"{'ln 2 = ' if abs(expected - math.log(2)) < 1e-6 else ''}{expected:.6f}"
     if not abs(record["loss"] - expected) <= allowed:
         raise RunError(

@@ -1,16 +1,13 @@
-"""Objectives beside those on preferences: likelihood (SFT), Bradley-Terry (reward models), load balancing."""
+"""Objectives of SFT (likelihood) and reward models (Bradley-Terry), and load balancing of experts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 
-from prefopt.data.group import Group
-from prefopt.errors import ConfigError, DataError
+from prefopt.errors import ConfigError
 from prefopt.losses.rl import bradley_terry
 from prefopt.model.architectures import Routers, RoutingSums, routers_of
 from prefopt.model.kernels.distributions import Distributions
@@ -22,7 +19,7 @@ from prefopt.train.columns import LossInputs, Values
 from prefopt.train.objective import Normaliser, Objective
 
 Average = Literal["tokens", "rows"]
-MOST_NATS = 700.0  # beyond, a perplexity is no number
+MOST_NATS = 700.0  # above, a perplexity overflows
 
 
 class LikelihoodObjective(Objective):
@@ -33,7 +30,7 @@ class LikelihoodObjective(Objective):
         tokens   - sum_n log pi(y_n) / sum_n |y_n|
         rows     - mean_n (log pi(y_n) / |y_n|)
 
-    ``nll`` is the first of the two whichever is trained, in nats per token, and ``perplexity`` its exponential.
+    ``nll`` is always the first, in nats per token, and ``perplexity`` its exponential.
     """
 
     def __init__(self, average: Average, *, device: torch.device) -> None:
@@ -63,7 +60,7 @@ class LikelihoodObjective(Objective):
         return LossResult(loss, {"loss": loss}, metrics, weights={"loss": normaliser[0]})
 
     def derived(self, record: Record) -> Record:
-        """``perplexity``: of an average, so that it is computed once the average is there."""
+        """With ``perplexity``, the exponential of an average."""
         return record | {"perplexity": math.exp(min(record["nll"], MOST_NATS))}
 
 
@@ -92,13 +89,14 @@ class RewardObjective(Objective):
     def __call__(self, batch: Batch, values: Values, normaliser: Normaliser) -> LossResult:
         inputs = LossInputs(batch, "pairs", self.device, self.dtype)
         columns, weight_P = batch.columns, inputs.weight_R
-        at = {"chosen": inputs.tensor(inputs.chosen), "rejected": inputs.tensor(inputs.rejected)}
+        places = {side: batch.at_N(f"{side}_P") for side in ("chosen", "rejected")}
+        at = {side: inputs.tensor(place) for side, place in places.items()}
         chosen, rejected = (values["reward_N"][at[side]] for side in at)
         label = inputs.tensor(columns["label_P"], self.dtype) if (columns["label_P"] != 1).any() else None
         margin = None
         if self.margin is not None:
-            score_N = columns["score_N"]
-            margin = inputs.tensor(self.margin * (score_N[inputs.chosen] - score_N[inputs.rejected]), self.dtype)
+            better, worse = (columns["score_N"][place] for place in places.values())
+            margin = inputs.tensor(self.margin * (better - worse), self.dtype)
         loss_P = bradley_terry(chosen, rejected, label, margin, centre=self.centre)
         total = (loss_P * weight_P).sum() / normaliser[0]
         seen = {
@@ -113,19 +111,12 @@ class RewardObjective(Objective):
         return LossResult(total, {"loss": total}, metrics, weights={"loss": normaliser[0]})
 
 
-def check_scores(groups: Sequence[Group]) -> None:
-    """Raises :class:`DataError` where a margin is asked for and a row has no scores."""
-    for group in groups:
-        if group.scores is None or not np.isfinite(group.scores).all():
-            raise DataError("--margin needs a finite score of every response; leave it out", row=group.row)
-
-
 class BalancedObjective(Objective):
     """``inner``, and ``coefficient`` times the load-balancing loss of ``routers``.
 
-    That loss is a product of two averages over all tokens of a batch, so that it is computed on the whole global batch:
-    a micro-batch gives sums, and a batch that is cut takes two passes (see ``step.py``). ``loss`` stays that of
-    ``inner``, to be compared with other runs; the other is the metric ``router/aux_loss``, before it is multiplied.
+    That loss is a product of two averages over all tokens of the global batch: micro-batches give sums, and several of
+    them take two passes (see ``step.py``). The metric ``loss`` is that of ``inner``, to be compared with other runs;
+    ``router/aux_loss`` is the other, without ``coefficient``.
     """
 
     whole_batch = True
@@ -137,7 +128,6 @@ class BalancedObjective(Objective):
 
     @property
     def state(self) -> State:
-        """That of ``inner``."""
         return self.inner.state
 
     @state.setter
@@ -146,25 +136,19 @@ class BalancedObjective(Objective):
             self.inner.state = state
 
     def normaliser(self, batch: Batch) -> Normaliser:
-        """That of ``inner``."""
         return self.inner.normaliser(batch)
 
     def score(
         self, scorer: PackedModel, packed: PackedBatch, batch: Batch, reference: Distributions | None = None
     ) -> Values:
-        """Those of ``inner``, and a row of sums over the tokens of ``packed``."""
+        """The values of ``inner``, and sums over the tokens of ``packed`` as one row."""
         with self.routers.recording() as calls:
             values = self.inner.score(scorer, packed, batch, reference)
         sums = self.routers.sums(calls, packed)
-        return {
-            **values,
-            "router_prob_PE": sums.prob_E[None],
-            "router_count_PE": sums.count_E[None],
-            "router_rows_P": sums.rows[None],
-        }
+        rows = {"router_prob_PE": sums.prob_E, "router_count_PE": sums.count_E, "router_rows_P": sums.rows}
+        return values | {name: value[None] for name, value in rows.items()}
 
     def __call__(self, batch: Batch, values: Values, normaliser: Normaliser) -> LossResult:
-        """See :class:`Objective`; ``values`` are those of the whole batch."""
         result = self.inner(batch, values, normaliser)
         sums = RoutingSums(
             values["router_prob_PE"].sum(0), values["router_count_PE"].sum(0), values["router_rows_P"].sum()
@@ -175,14 +159,13 @@ class BalancedObjective(Objective):
         return LossResult(total, result.shares, metrics, result.state, result.weights)
 
     def derived(self, record: Record) -> Record:
-        """Those of ``inner``."""
         return self.inner.derived(record)
 
 
 def balanced(inner: Objective, model: torch.nn.Module, asked: float | str | None) -> Objective:
-    """``inner`` as it is where nothing is ``asked``, else with the load-balancing loss.
+    """``inner`` with the load-balancing loss, if it is ``asked`` for.
 
-    Raises :class:`ConfigError` for a model that has no such loss.
+    Raises :class:`ConfigError` for a model without such a loss.
     """
     if asked is None:
         return inner
@@ -191,7 +174,7 @@ def balanced(inner: Objective, model: torch.nn.Module, asked: float | str | None
 
 
 def balance_coefficient(asked: float | str, routers: Routers) -> float:
-    """The value of ``--router-aux-loss-coef``. Raises :class:`ConfigError` where ``auto`` is nothing."""
+    """The value of ``--router-aux-loss-coef``. Raises :class:`ConfigError` for ``auto`` where the model has none."""
     if asked != "auto":
         return float(asked)
     if not routers.coefficient:
@@ -202,7 +185,7 @@ def balance_coefficient(asked: float | str, routers: Routers) -> float:
 
 
 def describe_balance(model: torch.nn.Module, asked: float | str | None) -> str | None:
-    """A line on what is added, where it is asked for. Raises :class:`ConfigError` as :func:`balanced`."""
+    """A line on the load-balancing loss, if it is ``asked`` for. Raises as :func:`balanced`."""
     if asked is None:
         return None
     routers = routers_of(model)

@@ -1,4 +1,4 @@
-"""Training on data that is read once: the stages that SFT, DPO and reward models share."""
+"""Training on a fixed data set: the stages that SFT, DPO and reward models share."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from prefopt.core.terminal import duration, size
 from prefopt.data.chat.spans import trained_ends
-from prefopt.data.chat.truncate import longer_limit
 from prefopt.data.group import show
+from prefopt.data.sampler import BatchSampler
 from prefopt.data.table import IndexArray
 from prefopt.model.architectures import causal_model, vocabulary_size
 from prefopt.model.check import CheckReport
@@ -20,34 +20,34 @@ from prefopt.runs.folder import fingerprint
 from prefopt.train import budget, checkpoint
 from prefopt.train.data import DataBatches, TrainingData
 from prefopt.train.objective import Objective
+from prefopt.train.objectives import balanced
 from prefopt.train.optim import Network
 from prefopt.train.policy import Trained
-from prefopt.train.reference import check_vocabulary, groups_read
+from prefopt.train.reference import ReferencePlan, check_vocabulary
 from prefopt.train.run import ModelStart, Run, TrainingResult, steps_of
-from prefopt.train.step import Differentiator, ReferenceInMemory
+from prefopt.train.step import Differentiator, InMemoryColumns
 from prefopt.train.trainer import Inspect, Trainer
 
 
 @dataclass(kw_only=True)
 class OfflineRun:
-    """A run on ``data``. ``passes``: how often a batch that is cut goes through the model, in training steps; ``unit``:
-    what groups are called in the metric of speed."""
+    """A run on ``data``. ``unit`` is the name of groups in the metric of speed."""
 
     run: Run
     start: ModelStart
     data: TrainingData
     policy: Trained[Any]
     unit: str = "pairs"
-    passes: float = 1.0
 
     def __post_init__(self) -> None:
-        self.sampler = self.data.sampler(
-            self.run.config.batch_size, seed=self.run.config.seed, shuffle=self.run.config.shuffle
+        config, data = self.run.config, self.data
+        self.sampler = BatchSampler(
+            len(data.train), config.batch_size, seed=config.seed, shuffle=config.shuffle, shares=data.shares
         )
-        self.steps = steps_of(self.run.config, self.sampler.steps_per_epoch)
+        self.steps = steps_of(config, self.sampler.steps_per_epoch)
 
     def check(self, check: Callable[..., CheckReport]) -> CheckReport:
-        """Show that scoring is exact for this model and these data."""
+        """Check that scoring is exact for this model and these data."""
         model = causal_model(self.policy.scorer.model)
         check_vocabulary(self.data.groups, vocabulary_size(model), self.run.config.model)
         found = check(self.policy.scorer, self.data.groups)
@@ -58,6 +58,7 @@ class OfflineRun:
         return found
 
     def take_folder(self, same: Mapping[str, tuple[Any, str]] | None = None, **facts: Any) -> None:
+        """See :meth:`Run.take_folder`; the data must be the same, too."""
         data = self.data
         sizes = f"{len(data.train)}+{len(data.held_out)}"
         identity = {**(same or {}), "data": (f"{fingerprint(data.groups)} {sizes}", "the data")}
@@ -65,10 +66,12 @@ class OfflineRun:
         self.run.take_folder(identity, max_length=self.start.limit, rows=rows, **facts)
 
     def groups_read(self) -> IndexArray | None:
-        """The groups that training and evaluations read, where ``--max-steps`` leaves some out."""
+        """The groups that training and evaluations read, sorted; None where ``--max-steps`` leaves none out."""
         if self.run.config.max_steps is None:
             return None
-        found = groups_read(self.sampler, self.steps, self.data.train, self.data.held_out)
+        train = np.asarray(self.data.train, np.int64)
+        drawn = [train[self.sampler.batch(step)] for step in range(self.steps)]
+        found = np.unique(np.concatenate([*drawn, np.asarray(self.data.held_out, np.int64)]))
         return found if len(found) < len(self.data.groups) else None
 
     def fit(
@@ -76,17 +79,17 @@ class OfflineRun:
         objective: Objective,
         source: DataBatches,
         *,
-        reference: ReferenceInMemory | None = None,
+        plan: ReferencePlan | None = None,
         inspect: Inspect | None = None,
-        movement: Any = None,
     ) -> Trainer:
-        """Train to the end; the policy then has the weights to save."""
+        """Train to the end, then load the best weights if rows are held out. ``plan``: the reference, if any."""
         run, config, policy = self.run, self.run.config, self.policy
+        objective = self._balanced(objective)
+        reference = plan.in_memory(policy) if plan is not None else None
         tokens, speed = self._token_budget(objective, source, reference)
-        run.say(self.plan(tokens, speed))
-        network = Network.of(policy.masters, config, self.steps, config.learning_rate)
+        run.say(self._plan(tokens, self._seconds(objective, tokens, speed)))
         trainer = run.trainer(
-            {"policy": network},
+            {"policy": Network.of(policy.masters, config, self.steps, config.learning_rate)},
             policy,
             objective,
             source,
@@ -94,56 +97,58 @@ class OfflineRun:
             token_budget=tokens,
             reference=reference,
             inspect=inspect,
-            movement=movement,
+            movement=plan.movement if plan is not None else None,
             measure=budget.measure_of(policy.scorer.model, run.device, run.dtype, self.unit),
         )
-        trainer.fit()
+        state = trainer.fit()
+        if state.best_step is not None and state.best_step != state.step:
+            policy.masters.load(checkpoint.load_best(trainer.checkpoints, state.best_step))
+            run.say(f"the weights of step {state.best_step} are saved: the best on held-out {self.data.noun}")
         return trainer
 
-    def preview(
-        self,
-        objective: Callable[[], Objective],
-        source: DataBatches,
-        *,
-        reference: Callable[[], ReferenceInMemory | None] = lambda: None,
-        ahead: Callable[[float], float | None] = lambda speed: None,
-        say_ahead: Callable[[], None] = lambda: None,
-    ) -> None:
-        """What a dry run shows beyond the lines of every run: examples, options, what it would take.
-
-        ``ahead``: seconds to be spent before training, at so many tokens per second.
-        """
-        run = self.run
+    def preview(self, objective: Objective, source: DataBatches, *, plan: ReferencePlan | None = None) -> None:
+        """The output of a dry run: rendered examples, options, time and memory."""
+        run, policy = self.run, self.policy
         for group in self.data.source.groups[:2]:
             run.reporter.show(f"\nrow {group.row}, trained tokens in ⟦ ⟧:\n{show(group, self.start.tokenizer)}")
         run.reporter.show("\n" + run.options())
-        say_ahead()
-        run.say(self.policy.make_trainable())
-        tokens, speed = self._token_budget(objective(), source, reference())
-        before = ahead(speed)
-        peak, state = peak_memory(run.device), budget.state_bytes(self.policy.masters)
-        whole = "" if before is None else f", with the reference {duration(before + self._seconds(tokens, speed))}"
-        run.say(self.plan(tokens, speed) + whole)
+        if plan is not None:
+            plan.say_missing()
+        run.say(policy.make_trainable())
+        objective = self._balanced(objective)
+        reference = plan.in_memory(policy) if plan is not None else None
+        tokens, speed = self._token_budget(objective, source, reference)
+        seconds = self._seconds(objective, tokens, speed)
+        before = plan.seconds_ahead(policy.scorer, speed) if plan is not None else None
+        whole = "" if before is None else f", with the reference {duration(before + seconds)}"
+        run.say(self._plan(tokens, seconds) + whole)
+        peak, state = peak_memory(run.device), budget.state_bytes(policy.masters)
         run.say(f"memory: {size(peak)} in the trial, and {size(state)} for the optimiser to come")
         run.say("dry run: nothing was trained, and no output written")
 
-    def plan(self, tokens: int, speed: float) -> str:
-        """A line on how long training takes, at ``speed`` tokens per second."""
+    def _plan(self, tokens: int, seconds: float) -> str:
         return (
             f"{self.steps} steps of {self.run.config.batch_size} {self.data.noun}, {tokens} tokens at once: about"
-            f" {duration(self._seconds(tokens, speed))}"
+            f" {duration(seconds)}"
         )
 
-    def _seconds(self, tokens: int, speed: float) -> float:
+    def _seconds(self, objective: Objective, tokens: int, speed: float) -> float:
+        """Training time at ``speed`` tokens per second."""
         epoch = np.asarray(self.data.train)[self.sampler.order(0)]
         costs = self.policy.scorer.layout.costs(self.data.groups)
         per_step = int(costs[epoch].sum()) / self.sampler.steps_per_epoch
-        return self.steps * per_step / speed * (self.passes if per_step > tokens else 1)
+        # Two passes: a second forward pass is a third of a step's work.
+        return self.steps * per_step / speed * (4 / 3 if objective.whole_batch and per_step > tokens else 1)
+
+    def _balanced(self, objective: Objective) -> Objective:
+        """With the load-balancing loss of ``--router-aux-loss-coef``, over the modules that train."""
+        asked = getattr(self.run.config, "router_aux_loss_coef", None)
+        return balanced(objective, self.policy.scorer.model, asked)
 
     def _token_budget(
-        self, objective: Objective, source: DataBatches, reference: ReferenceInMemory | None
+        self, objective: Objective, source: DataBatches, reference: InMemoryColumns | None
     ) -> tuple[int, float]:
-        """The budget of ``--token-budget``, of the run's first start, or an estimate; tried either way."""
+        """The token budget (of the options, the first start, or estimated) after a trial, and tokens per second."""
         run, policy, groups = self.run, self.policy, self.data.groups
         tokens = run.config.token_budget or run.folder.record.get("token_budget")
         if not tokens:
@@ -164,26 +169,22 @@ class OfflineRun:
         *,
         title: str,
         tag: str,
-        before_save: Callable[[Trainer], Mapping[str, Any]] = lambda trainer: {},
+        measured: Mapping[str, Any] | None = None,
         closing: Callable[[], list[str]] = list,
     ) -> TrainingResult:
-        """Save the best weights, or the last, with their card. ``before_save`` gives further results of those weights;
-        ``closing`` what is told once the folder is finished."""
+        """Save the policy with its card. ``measured``: further results of its weights; ``closing``: the last lines of
+        the log, made when the folder is finished."""
         run, state, data = self.run, trainer.state, self.data
-        metrics, told = trainer.averages.told(run.folder.path, trainer.objective.derived)
-        if state.best_step is not None and state.best_step != state.step:
-            self.policy.masters.load(checkpoint.load_best(trainer.checkpoints, state.best_step))
-            run.say(f"the weights of step {state.best_step} are saved: the best on held-out {data.noun}")
+        metrics, averaged = trainer.averages.told(run.folder.path, trainer.objective.derived)
         held_out_loss = state.best_loss if state.best_step is not None else None
-        more = before_save(trainer)
         run.save(self.policy, self.start.tokenizer, trained_ends(data.groups, self.start.tokenizer))
         results: dict[str, Any] = {
             "steps": state.step,
             "held-out loss": held_out_loss,
             "best step": state.best_step,
-            "training metrics": told,
+            "training metrics": averaged,
             **{f"training: {n}": metrics[n] for n in sorted(metrics) if n.partition("/")[0] in _CARD},
-            **more,
+            **(measured or {}),
         }
         words = data.in_words(run.config.data)
         run.finish(self.policy, results, seconds=state.seconds, title=title, tag=tag, data=words, closing=closing)
@@ -191,8 +192,3 @@ class OfflineRun:
 
 
 _CARD = {"loss", "rewards", "logps", "lengths", "perplexity", "nll", "router"}
-
-
-def say_truncated(run: Run, start: ModelStart, data: TrainingData) -> None:
-    """What a longer ``--max-length`` would keep."""
-    run.say(longer_limit(data.source.truncated, data.source.kept, start.limit, start.positions))

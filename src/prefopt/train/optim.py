@@ -1,17 +1,17 @@
-"""The optimiser, its schedule, the clipping of gradients, and the network that they train."""
+"""A network in training: weights, optimiser, learning-rate schedule, gradient clipping."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from prefopt.config.training import RunOptions
 from prefopt.errors import RunError
 from prefopt.model.costs import out_of_memory
+from prefopt.model.precision import MasterWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Schedule:
     warmup_steps: int
 
     def __call__(self, step: int) -> float:
-        """The rate of step ``step``, counted from 0. The first step of a warm-up already moves."""
+        """The learning rate of ``step``, counted from 0. That of the first warm-up step is not zero."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / (self.warmup_steps + 1)
         if self.kind == "constant":
@@ -34,13 +34,9 @@ class Schedule:
 
 
 def adamw(
-    masters: Mapping[str, torch.nn.Parameter],
-    *,
-    betas: tuple[float, float],
-    epsilon: float,
-    weight_decay: float,
+    masters: Mapping[str, torch.nn.Parameter], *, betas: tuple[float, float], epsilon: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW over named weights; decay spares vectors (norms and biases), as is usual."""
+    """AdamW over named weights, without decay for vectors (norms and biases)."""
     matrices = [p for p in masters.values() if p.ndim > 1]
     vectors = [p for p in masters.values() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -49,32 +45,21 @@ def adamw(
 
 
 def grad_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
-    """The global norm of all gradients, left on the device."""
+    """The global norm of all gradients, on the device."""
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def clip_(parameters: Iterable[torch.nn.Parameter], norm: float, limit: float) -> None:
-    """Scale gradients of global norm ``norm`` down to ``limit``; shorter ones are left alone."""
+    """Scale gradients of global norm ``norm`` down to ``limit``, if it is larger."""
     if norm > limit:
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], limit / (norm + 1e-6))
 
 
-class Weights(Protocol):
-    """Weights that train: an optimiser moves ``masters``, and ``publish`` brings the network's own after them."""
-
-    masters: dict[str, torch.nn.Parameter]
-
-    def publish(self) -> None: ...
-    def zero_grad(self) -> None: ...
-    def load(self, values: dict[str, torch.Tensor]) -> None: ...
-    def saved(self) -> Iterable[tuple[str, torch.Tensor]]: ...
-
-
 @dataclass(slots=True)
 class Network:
-    """A network in training: its weights, their optimiser and the learning rate. ``train`` sets its mode."""
+    """Weights, their optimiser and learning rate. ``train`` sets training or evaluation mode."""
 
-    weights: Weights
+    weights: MasterWeights
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     train: Callable[[bool], object] = lambda mode: None
@@ -82,19 +67,19 @@ class Network:
     @classmethod
     def of(
         cls,
-        weights: Weights,
+        weights: MasterWeights,
         options: RunOptions,
         steps: int,
         peak: float,
         train: Callable[[bool], object] = lambda mode: None,
     ) -> Network:
-        """With the optimiser and the schedule that ``options`` ask for, over so many steps."""
+        """With the optimiser and the schedule of ``options``, over ``steps`` steps to a ``peak`` learning rate."""
         betas = (options.adam_beta1, options.adam_beta2)
         optimizer = adamw(weights.masters, betas=betas, epsilon=options.adam_epsilon, weight_decay=options.weight_decay)
         return cls(weights, optimizer, Schedule(options.schedule, peak, steps, round(options.warmup * steps)), train)
 
     def update(self, step: int, norm: float, limit: float) -> None:
-        """An optimiser step on gradients of global norm ``norm``, scaled down to ``limit``; gradients are forgotten.
+        """One optimiser step on gradients of global norm ``norm``, clipped to ``limit``. Gradients are then cleared.
 
         Raises :class:`RunError` where the optimiser's state does not fit into memory.
         """

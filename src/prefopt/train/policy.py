@@ -1,4 +1,4 @@
-"""The policy: the model that is trained, its scorer, and the float32 masters of what moves."""
+"""The policy: the trained model, its scorer, and the float32 masters of its trained weights."""
 
 from __future__ import annotations
 
@@ -30,17 +30,14 @@ Options = MethodOptions | PpoConfig
 
 
 class Trained(Generic[AnyScorer]):
-    """First the model as it is before training; ``make_trainable`` then adds what trains.
-
-    How a model is loaded, and what scores it, is a subclass's to say.
-    """
+    """The model as it is before training; ``make_trainable`` then adds what trains. Subclasses load and score it."""
 
     task: str
-    """What PEFT calls it."""
+    """PEFT's task type."""
     scorer: AnyScorer
 
     def __init__(self, config: Options, dtype: torch.dtype, model: torch.nn.Module, *, named: bool) -> None:
-        """Take ``model`` to compute in ``dtype``. ``named``: it was loaded by its name, and not given in Python."""
+        """``dtype`` is that of computation. ``named``: the model was not given in Python."""
         self.config, self.dtype, self._named = config, dtype, named
         self._new_lora = config.lora and config.named_adapter is None
         for parameter in model.parameters() if self._new_lora else ():
@@ -54,22 +51,17 @@ class Trained(Generic[AnyScorer]):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return next(self.scorer.model.parameters()).device
 
     @property
-    def targets(self) -> str | None:
-        """Which share of each kind of weight a new adapter reaches, in words; none where there is no new one."""
-        found: str | None = getattr(self.scorer.model, "prefopt_targets", None)
-        return found
-
-    @property
     def adapters(self) -> dict[str, str]:
-        """The same for a card and ``run.json``."""
-        return {"adapters": self.targets} if self.targets else {}
+        """For cards: the fraction of each kind of weight that a new adapter trains, in words; empty without one."""
+        targets: str | None = getattr(self.scorer.model, "prefopt_targets", None)
+        return {"adapters": targets} if targets else {}
 
     def leftover(self) -> str | None:
-        """What becomes of that in the model's folder which is not trained, in words; none where there is nothing."""
+        """A line on the weights in the model's folder that are not trained; None if there are none."""
         origin = origin_of(causal_model(self.scorer.model))
         words = describe_untouched(origin) if origin is not None else None
         if origin is None or words is None or (origin.kept and self.config.lora):
@@ -77,7 +69,7 @@ class Trained(Generic[AnyScorer]):
         return f"not trained, and saved as they are: {words}" if origin.kept else f"not in a reward model: {words}"
 
     def make_trainable(self) -> str:
-        """Put a new LoRA adapter on where one is asked for, and activation checkpointing; says what trains."""
+        """Add a new LoRA adapter and activation checkpointing, as configured. Returns a line on what trains."""
         config = self.config
         torch.manual_seed(config.seed)
         if self._new_lora:
@@ -91,7 +83,7 @@ class Trained(Generic[AnyScorer]):
                 targets=config.lora_targets,
                 task=self.task,
             )
-            if self._named:  # not the folder on this machine that a name on the Hub was resolved to
+            if self._named:  # the name, not the folder in the cache of the Hub
                 for adapter in getattr(model, "peft_config", {}).values():
                     adapter.base_model_name_or_path = config.model
             self.masters = MasterWeights(model, self.dtype)
@@ -100,36 +92,37 @@ class Trained(Generic[AnyScorer]):
             checkpoint_activations(self.scorer.model)
         trained = sum(p.numel() for p in self.masters.masters.values())
         total = sum(p.numel() for p in self.scorer.model.parameters())
-        targets = self.targets
         if not config.lora:
             trained -= tower_weights(causal_model(self.scorer.model))
-        return f"training {trained:,} of {total:,} weights{' (LoRA)' if config.lora else ''}" + (
-            f": adapters of rank {config.lora_rank} on {targets}" if targets else ""
-        )
+        where = [f": adapters of rank {config.lora_rank} on {targets}" for targets in self.adapters.values()]
+        return f"training {trained:,} of {total:,} weights{' (LoRA)' if config.lora else ''}{''.join(where)}"
 
     def save(self, folder: Path, tokenizer: Tokenizer) -> None:
         """Write weights and tokenizer."""
         save_model(folder, self.scorer, self.masters, tokenizer)
 
     def release(self) -> None:
-        """Give the model its own attention and gradients back: one given in Python goes back to its owner."""
+        """Restore the model's own attention and gradient flags, for a model given in Python."""
         self.scorer.detach_hook()
         self.masters.release()
 
 
 class Policy(Trained[Scorer]):
-    """A causal language model, of whose tokens the log-probabilities are trained."""
+    """A causal language model."""
 
     task = "CAUSAL_LM"
 
     def __init__(self, config: Options, source: str, dtype: torch.dtype, device: torch.device, given: Any) -> None:
-        """Load the model in folder ``source``, or take the one ``given`` in Python, to compute in ``dtype``."""
+        """Load the model in folder ``source``, unless one is ``given`` in Python. ``dtype`` is that of computation."""
         model = given
         if model is None:
             adapter = local_folder(config.named_adapter) if config.named_adapter else None
             model = load_model(source, dtype=_loaded_in(config, dtype), device=device, adapter=adapter)
             if adapter is not None:
-                _name_base(model, config.model, adapter)
+                # An adapter may name its base relative to its own folder; what is saved names it as it was found.
+                for peft in getattr(model, "peft_config", {}).values():
+                    if peft.base_model_name_or_path and base_of(adapter) == config.model:
+                        peft.base_model_name_or_path = config.model
         else:
             disable_dropout(model)
         super().__init__(config, dtype, model, named=given is None)
@@ -139,23 +132,14 @@ class Policy(Trained[Scorer]):
 
 
 class ScalarPolicy(Trained[ScalarScorer]):
-    """A model with a scalar head, whose rewards or values are trained.
-
-    ``source`` is a language model, on which a new head is put, or a reward model that goes on training.
-    """
+    """A reward model: ``source`` with its scalar head, or with a new one (``fresh``) if it is a language model."""
 
     task = "SEQ_CLS"
 
     def __init__(
-        self,
-        config: Options,
-        source: str,
-        dtype: torch.dtype,
-        device: torch.device,
-        given: Any,
-        tokenizer: Tokenizer,
+        self, config: Options, source: str, dtype: torch.dtype, device: torch.device, given: Any, tokenizer: Tokenizer
     ) -> None:
-        """See :class:`Policy`; ``tokenizer`` may be given a token to pad with, see :func:`scalar_from`."""
+        """See :class:`Policy`. ``tokenizer`` may get a pad token, see :func:`scalar_from`."""
         wide = _loaded_in(config, dtype)
         self.fresh = given is not None or not has_scalar_head(source)
         if given is None:
@@ -169,7 +153,7 @@ class ScalarPolicy(Trained[ScalarScorer]):
         return ScalarScorer(model, attention=self.config.attention)
 
     def save(self, folder: Path, tokenizer: Tokenizer) -> None:
-        """The whole model, an adapter merged in: its base has neither the head nor the configuration."""
+        """Save the whole model, with an adapter merged: its base has neither the head nor the configuration."""
         if not self.config.lora:
             super().save(folder, tokenizer)
             return
@@ -179,15 +163,8 @@ class ScalarPolicy(Trained[ScalarScorer]):
         save_model(folder, ScalarScorer(whole), MasterWeights(whole, wide), tokenizer)
 
 
-def _name_base(model: Any, name: str, adapter: str) -> None:
-    """Where an adapter names its base as seen from its own folder, what is saved elsewhere names it as it was found."""
-    for config in getattr(model, "peft_config", {}).values():
-        if config.base_model_name_or_path and base_of(adapter) == name:
-            config.base_model_name_or_path = name
-
-
 def _loaded_in(config: Options, dtype: torch.dtype) -> torch.dtype:
-    """A full fine-tuning keeps float32 masters: they come from the file, not from rounded weights."""
+    """The dtype to load in: full fine-tuning needs float32 masters from the file, not rounded ones."""
     return dtype if config.lora else torch.promote_types(dtype, torch.float32)
 
 
@@ -195,11 +172,9 @@ Config = TypeVar("Config")
 
 
 def with_base(config: Config, say: Callable[[str], None] | None = None) -> Config:
-    """The config with an adapter that ``model`` or ``reference`` names in its own option, and the base in its place.
+    """Where ``model`` or ``reference`` is an adapter, move it to its own option and put its base in its place.
 
-    ``say`` is told where ``model`` is one.
-
-    Raises :class:`ConfigError` where an adapter is named beside, :class:`ModelError` where one names no base.
+    Raises :class:`ConfigError` where that option is set too, :class:`ModelError` where the adapter names no base.
     """
     if say is not None and (line := adapter_line(getattr(config, "model"))):  # noqa: B009 - of any config
         say(line)
@@ -209,10 +184,10 @@ def with_base(config: Config, say: Callable[[str], None] | None = None) -> Confi
             continue
         if (other := getattr(config, option)) is not None:
             raise ConfigError(f"--{name} {model} is an adapter itself: leave {other} out, or name the model of both")
-        base_and_adapter(model)  # a base that is not there is told together with its adapter
+        base_and_adapter(model)  # its error names base and adapter
         changed: dict[str, Any] = {name: base_of(source), option: model}
         if isinstance(config, ModelOptions) and name == "model":
-            # A name on the Hub is not known for an adapter's when defaults are filled in.
+            # When defaults were filled in, a name on the Hub was not known to be an adapter's.
             changed |= {shape: None for shape in ADAPTER_SHAPE if getattr(config, shape) == FILLED.get(shape)}
         config = replace(config, **changed)  # type: ignore[type-var]
     return config

@@ -1,10 +1,4 @@
-"""Which model log-ratios are taken against, and its values for a set of groups.
-
->>> from prefopt.data.sampler import BatchSampler
->>> sampler = BatchSampler(6, 2, seed=0)
->>> groups_read(sampler, 1, train=[10, 11, 12, 13, 14, 15], held_out=[20]).tolist()
-[12, 13, 20]
-"""
+"""The reference of a run: which model it is, and its log-probabilities for the data, cached or computed per batch."""
 
 from __future__ import annotations
 
@@ -16,11 +10,11 @@ import numpy as np
 import torch
 
 from prefopt.config.dpo import DpoConfig
-from prefopt.core.terminal import Bar, Reporter, StopRequest
+from prefopt.core.terminal import Bar, duration
 from prefopt.data.group import Group
-from prefopt.data.sampler import BatchSampler
 from prefopt.data.table import GroupTable, IndexArray, Selection, ranges
 from prefopt.errors import ModelError
+from prefopt.losses.parse import WeightedLoss
 from prefopt.model.architectures import causal_model, context_length, vocabulary_size
 from prefopt.model.check import check_scoring
 from prefopt.model.kernels.head import vocabulary_of
@@ -38,25 +32,32 @@ from prefopt.reference.cache import (
     SpaceKey,
 )
 from prefopt.reference.identity import identity_of_model, identity_of_name, space_of
-from prefopt.reference.in_memory import InMemoryReference, SwappedWeights
-from prefopt.train.budget import smaller_budget
+from prefopt.reference.in_memory import InMemoryReference, SwappedWeights, TrDpoUpdate
+from prefopt.train.budget import estimate, smaller_budget
+from prefopt.train.columns import mismatched
+from prefopt.train.data import TrainingData
+from prefopt.train.loss_options import names_of
+from prefopt.train.policy import Trained
+from prefopt.train.run import Run
+from prefopt.train.step import InMemoryColumns
+
+SCORING_AHEAD = 4
+"""The reference is scored in batches this much larger than training's: no activations are kept for backward."""
 
 
-def groups_read(sampler: BatchSampler, steps: int, train: Sequence[int], held_out: Sequence[int]) -> IndexArray:
-    """The groups of the batches of so many steps, which the sampler draws from ``train``, and all held out; sorted."""
-    batches = [sampler.batch(step) for step in range(steps)]
-    drawn = np.asarray(train, np.int64)[np.concatenate([*batches, np.empty(0, np.int64)])]
-    return np.unique(np.concatenate([drawn, np.asarray(held_out, np.int64)]))
-
-
-def at(groups: GroupTable, at_G: IndexArray) -> GroupTable:
-    """Some of the groups, in this order."""
-    return GroupTable.of(Selection(groups, at_G.tolist()))
+def check_vocabulary(groups: Sequence[Group], rows: int, model: str) -> None:
+    """Raises :class:`ModelError` for token ids beyond the embedding: the tokenizer is another model's."""
+    top = GroupTable.of(groups).max_id
+    if top >= rows:
+        raise ModelError(
+            f"{model}: the tokenizer gives token {top}, but the model's vocabulary has {rows}; they belong to different"
+            " models"
+        )
 
 
 def spread(values: ReferenceValues, at_G: IndexArray, table: GroupTable) -> ReferenceValues:
-    """``values`` of the groups ``at_G`` as values of all of ``table``. Those of the others are NaN: a loss that read
-    one would tell at once."""
+    """``values`` of the groups ``at_G`` as values of all of ``table``. The others are NaN, which a loss that read them
+    would show at once."""
     found = without_values(table)
     at_N = ranges(found.starts, np.diff(found.starts), at_G)
     found.sums_N[at_N] = values.sums_N
@@ -67,7 +68,7 @@ def spread(values: ReferenceValues, at_G: IndexArray, table: GroupTable) -> Refe
 
 
 def without_values(table: GroupTable, value: float = np.nan) -> ReferenceValues:
-    """``value`` where the reference's values of a table will stand."""
+    """Reference values of ``table`` that are all ``value``."""
     tokens = np.concatenate([[0], np.cumsum(table.trained_N, dtype=np.int64)])
     sums, each = np.full(len(table.trained_N), value), np.full(int(tokens[-1]), value, np.float32)
     return ReferenceValues(sums, table.trained_N, table.response_starts, tokens, each)
@@ -75,95 +76,71 @@ def without_values(table: GroupTable, value: float = np.nan) -> ReferenceValues:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceChoice:
-    """``model`` and ``adapter`` name it; ``is_start``: it is the policy as it is before training."""
+    """The names of the reference's ``model`` and ``adapter``. ``is_start``: it is the policy before training."""
 
     model: str
     adapter: str | None
     is_start: bool
+    identity: Identity
 
     @property
     def words(self) -> str:
-        """For the line that a run prints."""
+        """For the log."""
         name = f"{self.model} with adapter {self.adapter}" if self.adapter else self.model
         return f"{name}{' (the model as it is before training)' if self.is_start else ''}"
 
 
-def choose_reference(config: DpoConfig, given: Any = None) -> ReferenceChoice:
-    """The reference that a configuration asks for; a model ``given`` in Python is never the one a name stands for."""
+def choose_reference(config: DpoConfig, given: torch.nn.Module | None = None) -> ReferenceChoice:
+    """The reference of ``config``, identified by its present contents. ``given``: a policy given in Python, which is
+    never the same as a named model."""
+    model, adapter, is_start = config.model, config.adapter, True
     if config.reference is not None:
-        same = config.reference == config.model and config.reference_adapter == config.adapter and given is None
-        return ReferenceChoice(config.reference, config.reference_adapter, same)
-    if config.reference_adapter is not None:
-        return ReferenceChoice(config.model, config.reference_adapter, config.reference_adapter == config.adapter)
-    return ReferenceChoice(config.model, config.adapter, True)
-
-
-def identify(choice: ReferenceChoice, model: torch.nn.Module | None) -> Identity:
-    """Identity of the reference; ``model`` is the object given in Python, where one was and it is the reference."""
-    if model is not None and choice.is_start:
-        return identity_of_model(model, name=choice.model)
-    return identity_of_name(choice.model, choice.adapter)
+        model, adapter = config.reference, config.reference_adapter
+        is_start = model == config.model and adapter == config.adapter and given is None
+    elif config.reference_adapter is not None:
+        adapter, is_start = config.reference_adapter, config.reference_adapter == config.adapter
+    if given is not None and is_start:
+        return ReferenceChoice(model, adapter, is_start, identity_of_model(given, name=model))
+    return ReferenceChoice(model, adapter, is_start, identity_of_name(model, adapter))
 
 
 class ReferenceRun:
-    """The reference's values for ``groups``: from the cache, or scored now and cached.
+    """Reference log-probabilities: read from the cache, or scored now and cached.
 
-    ``start`` is the policy's scorer, used where the policy as it stands now is the reference. ``token_values``: the
-    value of every token is wanted, not only the sums.
+    ``start`` is the policy's scorer, used where the reference is the policy before training. ``token_values``: values
+    of tokens are needed, not only sums by response.
     """
 
-    def __init__(
-        self, choice: ReferenceChoice, identity: Identity, start: Scorer, config: DpoConfig, *, token_values: bool
-    ) -> None:
-        self.choice, self.identity, self.start, self.config = choice, identity, start, config
-        self.token_values = token_values
+    def __init__(self, run: Run, choice: ReferenceChoice, start: Scorer, *, token_values: bool) -> None:
+        self.run, self.choice, self.start = run, choice, start
         self.device = next(start.model.parameters()).device
+        self.token_values = token_values
         self._scorer: Scorer | None = start if choice.is_start else None
 
     def values(
-        self,
-        groups: GroupTable,
-        token_budget: int,
-        reporter: Reporter,
-        stop: StopRequest,
-        read: IndexArray | None = None,
+        self, groups: GroupTable, token_budget: int, read: IndexArray | None = None
     ) -> tuple[ReferenceValues, FillReport]:
-        """Fill the cache and read it, for all ``groups``, or for those at ``read`` alone: the others' values are NaN.
+        """Fill the cache and read it: for all ``groups``, or only for those at ``read``, with NaN for the others.
 
         Raises :class:`ModelError` where the reference cannot take the data.
         """
         self.check_fits(groups)
-        if read is None:
-            return self._filled(groups, token_budget, reporter, stop)
-        few, report = self._filled(at(groups, read), token_budget, reporter, stop)
-        return spread(few, read, groups), report
-
-    def _filled(
-        self, groups: GroupTable, token_budget: int, reporter: Reporter, stop: StopRequest
-    ) -> tuple[ReferenceValues, FillReport]:
+        wanted = groups if read is None else GroupTable.of(Selection(groups, read.tolist()))
         cache = ReferenceCache(self.space())
-        missing = cache.missing(groups, token_values=self.token_values)
-        if not missing:
-            report = FillReport(0, len(GroupTable.of(groups).key_N), 0, 0.0)
-        else:
+        if missing := cache.missing(wanted, token_values=self.token_values):
             if not self.choice.is_start:  # the policy has been checked already
-                check_scoring(self._other(), groups)
-            with reporter.bar("reference", missing, "responses") as bar:
-                report = self._fill(cache, groups, token_budget, reporter, bar, stop)
+                check_scoring(self._other(), wanted)
+            with self.run.reporter.bar("reference", missing, "responses") as bar:
+                report = self._fill(cache, wanted, token_budget, bar)
+        else:
+            report = FillReport(0, len(wanted.key_N), 0, 0.0)
         if not self.choice.is_start:
-            self._scorer = None  # its memory is the policy's now
-        return cache.values(groups, token_values=self.token_values), report
+            self._scorer = None  # frees its memory for training
+        found = cache.values(wanted, token_values=self.token_values)
+        return (found if read is None else spread(found, read, groups)), report
 
-    def _fill(
-        self,
-        cache: ReferenceCache,
-        groups: Sequence[Group],
-        token_budget: int,
-        reporter: Reporter,
-        bar: Bar,
-        stop: StopRequest,
-    ) -> FillReport:
-        """Score what is missing, with half as many tokens at once where memory ends; what is scored is kept."""
+    def _fill(self, cache: ReferenceCache, groups: GroupTable, token_budget: int, bar: Bar) -> FillReport:
+        """Score what is missing. On out-of-memory the budget is halved; committed values are kept."""
         while True:
             try:
                 return cache.fill(
@@ -172,15 +149,15 @@ class ReferenceRun:
                     token_budget=token_budget,
                     token_values=self.token_values,
                     progress=lambda done, total, seconds: bar.update(done),
-                    stop=stop.check,
+                    stop=self.run.stop.check,
                 )
             except RuntimeError as error:
-                largest = int(cache.space.costs(GroupTable.of(groups)).max())
+                largest = int(cache.space.costs(groups).max())
                 token_budget = smaller_budget(error, token_budget, "scoring the reference", largest, self.device)
-                reporter.say(f"out of memory: the reference is scored with {token_budget} tokens at once")
+                self.run.say(f"out of memory: the reference is scored with {token_budget} tokens at once")
 
     def check_fits(self, groups: Sequence[Group]) -> None:
-        """Another model than the policy has a vocabulary and a context of its own. Raises :class:`ModelError`."""
+        """Raises :class:`ModelError` where another model's vocabulary or context is too small for ``groups``."""
         if self.choice.is_start:
             return
         model = causal_model(self._other().model)
@@ -195,9 +172,9 @@ class ReferenceRun:
     def in_memory(
         self, policy: Scorer, masters: MasterWeights, groups: Sequence[Group], *, moves: bool
     ) -> InMemoryReference:
-        """The reference to be scored batch by batch. ``policy`` and ``masters`` are the trainable policy's.
+        """The reference, to be scored with each batch. ``policy`` and ``masters`` are the trainable policy's.
 
-        Raises :class:`ModelError` where the two do not make logits of the same tokens.
+        Raises :class:`ModelError` where the two have logits for different vocabularies.
         """
         if self.choice.is_start:
             return InMemoryReference(policy, SwappedWeights(masters, moves=moves))
@@ -212,20 +189,20 @@ class ReferenceRun:
         return InMemoryReference(other)
 
     def missing(self, groups: Sequence[Group]) -> int:
-        """Responses still to be scored."""
+        """Number of distinct responses without a cached value."""
         return ReferenceCache(self.space()).missing(groups, token_values=self.token_values)
 
     def space(self) -> SpaceKey:
-        """Where the values are kept."""
+        """The key of the values in the cache."""
         # Another reference has the policy's kind of device and dtype; whether it can share, only the model can say.
         scorer = self.start if self.choice.is_start else self._other()
-        return space_of(self.identity, scorer, self.device)
+        return space_of(self.choice.identity, scorer, self.device)
 
     def _other(self) -> Scorer:
         if self._scorer is None:
             source, adapter = base_and_adapter(self.choice.model, self.choice.adapter)
             model = load_model(source, dtype=self.start.dtype, device=self.device, adapter=adapter)
-            self._scorer = Scorer(freeze_and_cast(model, self.start.dtype), attention=self.config.attention)
+            self._scorer = Scorer(freeze_and_cast(model, self.start.dtype), attention=self.run.config.attention)
         return self._scorer
 
     def _make_score(self) -> ScoreBatch:
@@ -247,11 +224,113 @@ class ReferenceRun:
         return score
 
 
-def check_vocabulary(groups: Sequence[Group], rows: int, model: str) -> None:
-    """Refuse token ids beyond the embedding: the tokenizer is another model's. Raises :class:`ModelError`."""
-    top = GroupTable.of(groups).max_id
-    if top >= rows:
-        raise ModelError(
-            f"{model}: the tokenizer gives token {top}, but the model's vocabulary has {rows}; they belong to different"
-            " models"
+class ReferencePlan:
+    """Reference values and mismatched responses for the losses of a run.
+
+    ``reference`` is None where no loss needs one; ``max_length`` truncates mismatched sequences. ``read``: the groups
+    that ``steps`` steps read, where those are not all; only these are scored.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        terms: Sequence[WeightedLoss],
+        data: TrainingData,
+        reference: ReferenceRun | None,
+        max_length: int,
+        *,
+        steps: int,
+        read: IndexArray | None,
+    ) -> None:
+        self.run, self.terms, self.reference, config = run, terms, reference, run.config
+        self.movement: TrDpoUpdate | None = None
+        whole = [term.loss.name for term in terms if term.loss.needs_distributions]
+        self.compares = bool(whole)
+        self.live = reference is not None and (self.compares or config.ref_model_sync_steps is not None)
+        if reference is None:
+            run.say(f"reference: none is loaded, {names_of(terms)} compares with none")
+        else:
+            run.say(f"reference: {reference.choice.words}, {reference.choice.identity.digest[:12]}")
+        if self.live:
+            why = [f"{' and '.join(whole)} compares whole distributions"] if whole else []
+            if config.ref_model_sync_steps is not None:
+                every = config.ref_model_sync_steps
+                why.append(f"it moves by {config.ref_model_mixup_alpha:g} to the policy every {every} steps")
+            run.say(f"reference: scored with every batch and not cached, since {', and '.join(why)}")
+        elif reference is not None and read is not None:
+            run.say(
+                f"reference: {len(read)} of {len(data.groups)} {data.noun} are read in {steps} steps"
+                f"{' and evaluations' if data.held_out else ''}; no others are scored"
+            )
+        self.groups, self.read = data.groups, read
+        """The groups of the data, followed by the same with mismatched responses; and the places of those read."""
+        self.mismatched: GroupTable | None = None
+        if any(term.loss.needs_mismatched for term in terms):
+            self.mismatched, cut = mismatched(data.groups, max_length)
+            cut_words = f", {cut} of them cut to {max_length} tokens" if cut else ""
+            run.say(f"loss: compares with {len(self.mismatched.key_N)} responses to other prompts{cut_words}")
+            self.groups = data.groups + self.mismatched
+            self.read = None if read is None else np.concatenate([read, read + len(data.groups)])
+
+    def say_missing(self) -> None:
+        """Report how many responses have no cached value. Raises :class:`ModelError` as :meth:`values`."""
+        if self.reference is None:
+            return
+        self.reference.check_fits(self.groups)
+        if not self.live:
+            missing = self.reference.missing(self._scored())
+            self.run.say(f"reference: {missing or 'no'} responses are still to be scored")
+
+    def _scored(self) -> GroupTable:
+        return self.groups if self.read is None else GroupTable.of(Selection(self.groups, self.read.tolist()))
+
+    def seconds_ahead(self, scorer: Scorer, speed: float) -> float | None:
+        """Seconds of scoring before training starts, if it trains ``speed`` tokens per second; None without a cache."""
+        if self.reference is None or self.live:
+            return None
+        groups = self._scored()
+        # Forward alone is a third of a training step's work.
+        return int(scorer.layout.costs(groups).sum()) / (3 * speed) if self.reference.missing(groups) else 0.0
+
+    def placeholder(self) -> ReferenceValues | None:
+        """Zeros in the place of :meth:`values`, for a dry run."""
+        return None if self.reference is None or self.live else without_values(self.groups, 0.0)
+
+    def values(self, scorer: Scorer) -> ReferenceValues | None:
+        """The reference's values for all responses; None where they are not cached.
+
+        Raises :class:`ModelError` where the reference cannot take the data.
+        """
+        if self.reference is None:
+            return None
+        if self.live:
+            self.reference.check_fits(self.groups)
+            return None
+        # Remembered, since a resumed run must pack as the first one did to give the same bits.
+        folder = self.run.folder
+        tokens = folder.record.get("scoring_budget") or SCORING_AHEAD * (
+            self.run.config.token_budget or estimate(scorer, self.groups, checkpointing=False, still_to_come=0)
         )
+        folder.remember(scoring_budget=tokens)
+        values, report = self.reference.values(self.groups, tokens, self.read)
+        scored, reused = report.scored_responses, report.reused_responses
+        self.run.say(
+            f"reference: {scored} responses scored in {duration(report.seconds)}, {reused} from the cache"
+            if scored
+            else f"reference: all {reused} responses from the cache"
+        )
+        return values
+
+    def in_memory(self, policy: Trained[Any]) -> InMemoryColumns | None:
+        """What is scored with every micro-batch, if anything; ``policy`` is trainable already."""
+        live = None
+        if self.live and self.reference is not None:
+            every, alpha = self.run.config.ref_model_sync_steps, self.run.config.ref_model_mixup_alpha
+            live = self.reference.in_memory(policy.scorer, policy.masters, self.groups, moves=every is not None)
+            if every is not None and alpha is not None:
+                assert live.weights is not None
+                self.movement = TrDpoUpdate(live.weights, every, alpha)
+        if live is None and self.mismatched is None:
+            return None
+        tokens = any(term.loss.needs_head_values for term in self.terms)
+        return InMemoryColumns(live, compares=self.compares, tokens=tokens)

@@ -1,4 +1,4 @@
-"""How far a reward model can be trusted on held-out pairs: accuracy, calibration, and whether length explains it."""
+"""The reliability of a reward model on held-out pairs: accuracy, calibration, and accuracy by length."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BINS = 10
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """Pairs whose confidence is about the same: ``confidence`` and ``accuracy`` are means, ``weight`` their share."""
+    """Pairs of similar confidence: mean ``confidence`` and ``accuracy``, and their fraction of the total ``weight``."""
 
     confidence: float
     accuracy: float
@@ -40,13 +40,13 @@ class LengthBin:
 
 @dataclass(frozen=True, slots=True)
 class Reliability:
-    """What held-out pairs say of a reward model.
+    """Measurements on held-out pairs.
 
-    ``accuracy``: the share of pairs that it orders as the data do (a tie counts half), the mean over prompts, with an
-    interval over prompts (none for a single prompt). ``ece``: expected calibration error (Naeini et al.
-    2015), the mean distance between its confidence sigma(|r1 - r2|) and how often it is right, over ``bins`` of equal
-    width. ``by_length``: accuracy in quarters of the pairs by how much longer the chosen response is. ``longer``: how
-    often the chosen response is the longer one, which is the accuracy of length alone.
+    ``accuracy``: the fraction of pairs in the order of the data (a tie counts half), averaged over prompts, with an
+    interval over prompts (None for a single one). ``ece``: expected calibration error (Naeini et al. 2015), the mean
+    distance of confidence sigma(|r1 - r2|) and accuracy over ``bins`` of equal width. ``by_length``: accuracy in
+    quarters of the pairs by how much longer the chosen response is. ``longer``: the fraction of pairs whose chosen
+    response is longer, which is the accuracy of length alone.
     """
 
     pairs: int
@@ -58,7 +58,7 @@ class Reliability:
     longer: float
 
     def lines(self) -> list[str]:
-        """What a person is told."""
+        """For the log."""
         i = self.interval
         sure = f" (95 % interval {i.low:.1%} to {i.high:.1%}, {i.count} prompts)" if i else ""
         gaps = ", ".join(f"{b.low:+d} to {b.high:+d}: {b.accuracy:.0%}" for b in self.by_length)
@@ -68,7 +68,7 @@ class Reliability:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a file."""
+        """JSON data."""
         i = self.interval
         return {
             "pairs": self.pairs,
@@ -85,16 +85,15 @@ class Reliability:
 
 
 def reliability(reward_N: Floats, groups: GroupTable, indices: Sequence[int], which: str = "all") -> Reliability:
-    """Of ``reward_N``, the rewards of the responses of ``groups[indices]``, one after the other."""
+    """The reliability of ``reward_N``, the rewards of the responses of ``groups[indices]``."""
     batch = preference_batch([groups[i] for i in indices], "pairs", which, merge=True)
     chosen_P, rejected_P = batch.at_N("chosen_P"), batch.at_N("rejected_P")
     weight_P, label_P = batch.columns["weight_P"], batch.columns["label_P"]
-    owner_N = np.repeat(np.arange(len(batch)), batch.responses_G)
     prompt_G = np.unique(groups.prompt_key_G[np.asarray(indices)], return_inverse=True)[1].reshape(-1)
-    prompt_P = prompt_G[owner_N[chosen_P]]
+    prompt_P = prompt_G[batch.group_N[chosen_P]]
     gap_P = reward_N[chosen_P] - reward_N[rejected_P]
     longer_P = batch.length_N[chosen_P] - batch.length_N[rejected_P]
-    # How often the order is right: of votes that went both ways, as often as people agreed with it.
+    # The fraction of votes that agree with the order.
     right_P = 0.5 + (label_P - 0.5) * np.sign(gap_P)
     per_prompt = np.bincount(prompt_P, weight_P * right_P) / np.bincount(prompt_P, weight_P)
     ece, bins = calibration(1 / (1 + np.exp(-np.abs(gap_P))), right_P, weight_P)
@@ -110,7 +109,7 @@ def reliability(reward_N: Floats, groups: GroupTable, indices: Sequence[int], wh
 
 
 def calibration(confidence: Floats, right: Floats, weight: Floats, bins: int = BINS) -> tuple[float, tuple[Bin, ...]]:
-    """The expected calibration error, and the bins that hold anything, of equal width between 0.5 and 1.
+    """The expected calibration error, and the non-empty bins of equal width between 0.5 and 1.
 
     >>> ece, found = calibration(np.array([0.6, 0.6, 0.9]), np.array([1.0, 0.0, 1.0]), np.ones(3))
     >>> round(ece, 3), [(round(b.confidence, 3), b.accuracy, round(b.weight, 3)) for b in found]
@@ -140,7 +139,7 @@ def _by_length(longer_R: npt.NDArray[np.int64], right_R: Floats) -> tuple[Length
 
 
 def draw(found: Reliability, path: Path) -> None:
-    """The reliability plot as SVG: confidence against accuracy, and how many pairs each point stands for."""
+    """Write the reliability plot as SVG: confidence against accuracy, the area of a point by its fraction of pairs."""
     left, top, size = 60, 40, 320
 
     def x(value: float) -> float:
@@ -149,27 +148,26 @@ def draw(found: Reliability, path: Path) -> None:
     def y(value: float) -> float:
         return top + size * (1 - value)
 
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size + 2 * left} {size + 2 * top + 30}"'
-        ' font-family="sans-serif" font-size="12">',
-        '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="{left}" y="24" font-size="14">Reliability on {found.pairs} held-out pairs: calibration error'
-        f" {found.ece:.3f}</text>",
-        f'<path d="M{x(0.5)} {y(0.5)} L{x(1)} {y(1)}" stroke="#888" stroke-dasharray="4 3" fill="none"/>',
-        f'<rect x="{left}" y="{top}" width="{size}" height="{size}" fill="none" stroke="#444"/>',
-        f'<text x="{left + size / 2}" y="{top + size + 36}" text-anchor="middle">confidence, σ(|r₁ − r₂|)</text>',
-        f'<text transform="translate(18 {top + size / 2}) rotate(-90)" text-anchor="middle">share in order</text>',
+    ticks = [
+        *(f'<text x="{x(t)}" y="{top + size + 16}" text-anchor="middle">{t:g}</text>' for t in np.arange(5, 11) / 10),
+        *(f'<text x="{left - 6}" y="{y(t) + 4}" text-anchor="end">{t:g}</text>' for t in np.arange(5) / 4),
     ]
-    for tick in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
-        parts.append(f'<text x="{x(tick)}" y="{top + size + 16}" text-anchor="middle">{tick:g}</text>')
-    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
-        parts.append(f'<text x="{left - 6}" y="{y(tick) + 4}" text-anchor="end">{tick:g}</text>')
-    for b in found.bins:
-        radius = 3 + 15 * b.weight**0.5
-        where = f'cx="{x(b.confidence):.1f}" cy="{y(b.accuracy):.1f}" r="{radius:.1f}"'
-        parts.append(
-            f'<circle {where} fill="#0072B2" fill-opacity="0.7"><title>{b.weight:.0%} of the pairs: confidence'
-            f" {b.confidence:.2f}, in order {b.accuracy:.2f}</title></circle>"
-        )
+    points = [
+        f'<circle cx="{x(b.confidence):.1f}" cy="{y(b.accuracy):.1f}" r="{3 + 15 * b.weight**0.5:.1f}" fill="#0072B2"'
+        f' fill-opacity="0.7"><title>{b.weight:.0%} of the pairs: confidence {b.confidence:.2f},'
+        f" in order {b.accuracy:.2f}</title></circle>"
+        for b in found.bins
+    ]
+    head = f"Reliability on {found.pairs} held-out pairs: calibration error {found.ece:.3f}"
+    svg = f"""\
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size + 2 * left} {size + 2 * top + 30}" font-family="sans-serif"
+ font-size="12">
+<rect width="100%" height="100%" fill="white"/>
+<text x="{left}" y="24" font-size="14">{head}</text>
+<path d="M{x(0.5)} {y(0.5)} L{x(1)} {y(1)}" stroke="#888" stroke-dasharray="4 3" fill="none"/>
+<rect x="{left}" y="{top}" width="{size}" height="{size}" fill="none" stroke="#444"/>
+<text x="{left + size / 2}" y="{top + size + 36}" text-anchor="middle">confidence, σ(|r₁ − r₂|)</text>
+<text transform="translate(18 {top + size / 2}) rotate(-90)" text-anchor="middle">fraction in order</text>
+"""
     with output_errors(path):
-        path.write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
+        path.write_text(svg + "\n".join([*ticks, *points, "</svg>"]) + "\n", encoding="utf-8")

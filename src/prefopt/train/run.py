@@ -1,14 +1,13 @@
-"""A training run: what every method does before and after it trains. Methods (:mod:`prefopt.methods`) are functions
-that call these stages in turn::
+"""A training run: the stages before and after training that all methods share. A method calls them in turn::
 
-    with open_run(config, model=model, callbacks=callbacks) as run:
-        start = read_model(run, tokenizer)              # tokenizer and configuration
-        data = load_data(...)
-        policy = run.loading(Policy(...))               # the model, given back when the run ends
-        ...
-        trainer = run.trainer(policy, objective, source, ...)
-        trainer.fit()
-        return run.finish(...)
+with open_run(config, model=model, callbacks=callbacks) as run:
+    start = read_model(run, tokenizer)              # tokenizer and configuration
+    data = load_data(...)
+    policy = run.loading(Policy(...))               # released when the run ends
+    ...
+    trainer = run.trainer(policy, objective, source, ...)
+    trainer.fit()
+    return run.finish(...)
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ from prefopt.train import budget
 from prefopt.train.objective import Objective
 from prefopt.train.optim import Network
 from prefopt.train.policy import Trained, with_base
-from prefopt.train.trainer import BatchSource, Trainer, TrainerOptions
+from prefopt.train.trainer import BatchSource, Trainer
 
 Options = MethodOptions | PpoConfig
 AnyTrained = TypeVar("AnyTrained", bound="Trained[Any]")
@@ -54,8 +53,8 @@ AnyTrained = TypeVar("AnyTrained", bound="Trained[Any]")
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """What a run gives back: ``metrics`` are averages over the rows of the last epoch (see
-    :class:`prefopt.runs.metrics.Averages`), ``held_out_loss`` is that of the saved weights."""
+    """``metrics`` are averages over the rows of the last epoch (see :class:`prefopt.runs.metrics.Averages`),
+    ``held_out_loss`` is that of the saved weights."""
 
     output: Path
     steps: int
@@ -64,10 +63,9 @@ class TrainingResult:
     best_step: int | None
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Run:
-    """A run in progress: its options, output folder and machine, and who is told of it. ``given`` is a model given in
-    Python, where one was."""
+    """A run in progress: its options, output folder, device, and reports. ``given`` is a model given in Python."""
 
     config: Any
     given: Any
@@ -81,23 +79,23 @@ class Run:
     loaded: list[Trained[Any]] = field(default_factory=list)
 
     def say(self, line: str | None) -> None:
-        """Tell a person, where there is something to tell."""
+        """Print a line, unless it is None."""
         if line is not None:
             self.reporter.say(line)
 
     def loading(self, policy: AnyTrained) -> AnyTrained:
-        """Give the model back to its owner when the run ends."""
+        """Release ``policy`` when the run ends."""
         self.loaded.append(policy)
         if self.config.attention != "auto" and policy.scorer.path == "separate":
             raise ConfigError(f"--attention does nothing here: {policy.scorer.reason}; leave it out")
         return policy
 
     def options(self) -> str:
-        """The options as a file for ``--config``, less what a second run should not repeat."""
+        """The options as a file for ``--config``, without ``--dry-run`` and ``--resume``."""
         return write_document(type(self.config), {**self.config.to_dict(), "dry_run": False, "resume": False})
 
     def say_scoring(self, policy: Trained[Any], check: CheckReport, twin: str = "") -> None:
-        """How the model is scored and how exactly; what of its folder does not train."""
+        """Report how the model is scored, and how exactly."""
         scorer = policy.scorer
         if scorer.reason and scorer.path == "separate":
             self.say(f"scoring: each response separately, since {scorer.reason}")
@@ -107,8 +105,8 @@ class Run:
         )
 
     def take_folder(self, same: Mapping[str, tuple[Any, str]], **facts: Any) -> None:
-        """From here on the output folder is this run's. ``same``: what must be the same at a resume, name in
-        ``run.json`` to (value, words); ``facts`` are told beside."""
+        """Lock the output folder for this run. ``same``: what a resume must not change, name in ``run.json`` to (value,
+        words); ``facts`` are recorded, too."""
         self.folder.take()
         for name, (value, words) in same.items():
             self.folder.same(name, value, words)
@@ -128,22 +126,19 @@ class Run:
         token_budget: int,
         **more: Any,
     ) -> Trainer:
-        """The trainer of ``objective``, where its checkpoint left it at a resume. ``more``: fields of
-        :class:`Trainer`."""
+        """A trainer, at its checkpoint if the run is resumed. ``more``: fields of :class:`Trainer`."""
         config = self.config
         trainer = Trainer(
             scorer=policy.scorer,
             networks=networks,
             objective=objective,
             source=source,
-            options=TrainerOptions(
-                steps=steps,
-                max_grad_norm=config.max_grad_norm,
-                eval_every=getattr(config, "eval_every", None),
-                early_stopping=getattr(config, "early_stopping", None),
-                save_every=config.save_every,
-                keep_last=config.keep_last,
-            ),
+            steps=steps,
+            max_grad_norm=config.max_grad_norm,
+            eval_every=getattr(config, "eval_every", None),
+            early_stopping=getattr(config, "early_stopping", None),
+            save_every=config.save_every,
+            keep_last=config.keep_last,
             metrics=Metrics(self.folder.path / "metrics.jsonl"),
             reporter=self.reporter,
             checkpoints=self.folder.checkpoints,
@@ -176,7 +171,7 @@ class Run:
         licence: str = "The licences of the base model and of the data apply.",
         closing: Callable[[], Sequence[str]] = tuple,
     ) -> None:
-        """The card, and the end of ``run.json``; ``closing`` gives the last lines told before the folder's name."""
+        """Write the card and the results in ``run.json``. ``closing`` makes the last lines of the log."""
         results = {
             **results,
             "training time": duration(seconds),
@@ -201,7 +196,7 @@ class Run:
 
 @contextmanager
 def open_run(config: Options, *, model: Any = None, callbacks: Sequence[Any] = ()) -> Iterator[Run]:
-    """A run of ``config``. Its output folder is looked at, and written to once :meth:`Run.take_folder` is called.
+    """A run of ``config``. Its output folder is checked, but not written to before :meth:`Run.take_folder`.
 
     Raises :class:`prefopt.errors.UserError` where the options do not fit this machine or the folder.
     """
@@ -214,20 +209,10 @@ def open_run(config: Options, *, model: Any = None, callbacks: Sequence[Any] = (
         if model is None:
             config = with_base(config, reporter.say)
         folder = RunFolder(Path(config.output), config.to_dict(), resume=config.resume, dry=config.dry_run)
-        told = Callbacks([*default_callbacks(config, folder), *callbacks], config.to_dict())
+        all_callbacks = Callbacks([*default_callbacks(config, folder), *callbacks], config.to_dict())
         budget.prepare_machine(config, dtype, device, reporter)
         with spending(folder, device) as costs:
-            run = Run(
-                config=config,
-                given=model,
-                reporter=reporter,
-                stop=stop,
-                folder=folder,
-                device=device,
-                dtype=dtype,
-                costs=costs,
-                callbacks=told,
-            )
+            run = Run(config, model, reporter, stop, folder, device, dtype, costs, all_callbacks)
             try:
                 yield run
             finally:
@@ -237,8 +222,8 @@ def open_run(config: Options, *, model: Any = None, callbacks: Sequence[Any] = (
 
 @dataclass(slots=True)
 class ModelStart:
-    """The model of a run before it is loaded: its folder (empty for one given in Python), its tokenizer, how many
-    positions it has, and the ``limit`` of tokens of a sequence."""
+    """A model before it is loaded: its folder (empty for one given in Python), tokenizer and number of positions, and
+    the ``limit`` of tokens in a sequence."""
 
     source: str
     tokenizer: Any
@@ -247,13 +232,13 @@ class ModelStart:
 
 
 def read_model(run: Run, tokenizer: Any = None) -> ModelStart:
-    """The tokenizer and the configuration of the run's model. ``tokenizer`` is one given in Python.
+    """Read the tokenizer and the configuration of the run's model. ``tokenizer`` is one given in Python.
 
     Raises :class:`prefopt.errors.ModelError` for a model that cannot be trained.
     """
     config = run.config
     source = "" if run.given is not None else local_folder(config.model)
-    # A copy: the plain chat template may be put on it.
+    # A copy, since a chat template may be put on it.
     found = copy.deepcopy(tokenizer) if tokenizer is not None else tokenizer_of_name(config.model, config.named_adapter)
     configuration = run.given.config if run.given is not None else load_config(source)
     refuse_untrainable(config.model if run.given is None else type(run.given).__name__, configuration)
@@ -262,6 +247,6 @@ def read_model(run: Run, tokenizer: Any = None) -> ModelStart:
 
 
 def steps_of(config: Options, steps_per_epoch: int) -> int:
-    """How many steps a run takes."""
+    """The number of steps of a run."""
     steps = max(1, math.ceil(config.epochs * steps_per_epoch))
     return min(steps, config.max_steps or steps)

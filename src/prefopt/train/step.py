@@ -1,9 +1,9 @@
-"""The gradient of one global batch, cut into micro-batches that fit into memory.
+"""The gradient of one global batch, in micro-batches that fit into memory.
 
-Where every row's loss is its own, each micro-batch is scored and differentiated in turn. Where a loss must see the
-whole batch (it sorts, or averages over it) there are two passes: one without gradients over all micro-batches gives
-the values of the batch; the loss is differentiated with respect to those; then each micro-batch is scored again and
-the derivatives are handed on into the model. The chain rule makes that exact. One micro-batch needs one pass.
+Where the loss is a sum over rows, each micro-batch is scored and differentiated in turn. A loss of the whole batch (it
+sorts, or averages over it) takes two passes: the first scores all micro-batches without gradients, and the loss is
+differentiated with respect to these values; the second scores each micro-batch again and passes the derivatives on into
+the model. By the chain rule this is exact. A single micro-batch takes one pass.
 """
 
 from __future__ import annotations
@@ -11,33 +11,51 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from prefopt.model.kernels.distributions import Distributions
-from prefopt.model.packing import PackedBatch
-from prefopt.model.scorer import PackedModel
+from prefopt.model.packing import PackedBatch, pack
+from prefopt.model.scorer import PackedModel, response_sums
+from prefopt.reference.in_memory import InMemoryReference
 from prefopt.train.batch import Batch, MicroBatch, State, Sums, micro_batches
 from prefopt.train.columns import Values
 from prefopt.train.objective import DIFFERENTIATED, Normaliser, Objective
 
 
-class ReferenceInMemory(Protocol):
-    """Reference values that are computed anew for each micro-batch, without gradients."""
+class InMemoryColumns:
+    """Values scored without gradients for each micro-batch; they replace columns. These are log-probabilities under a
+    reference in memory, unless whole distributions are compared, and those of mismatched responses.
+
+    ``tokens``: log-probabilities of tokens are needed, not only sums by response.
+    """
+
+    def __init__(self, live: InMemoryReference | None, *, compares: bool, tokens: bool) -> None:
+        self.live, self._compares, self._tokens = live, compares, tokens
 
     def values(self, scorer: PackedModel, micro: MicroBatch) -> Values:
-        """Values to add to the policy's; they take the place of columns."""
-        ...
+        """``ref_logp_N`` (and ``_M``), ``mismatched_logp_N``, ``mismatched_ref_logp_N``: those that are needed."""
+        found: Values = {}
+        if self.live is not None and not self._compares:
+            logp_M = self.live.logprobs(micro.packed)
+            found["ref_logp_N"] = response_sums(logp_M, micro.packed)
+            if self._tokens:
+                found["ref_logp_M"] = logp_M
+        if micro.batch.mismatched is not None:
+            other = pack(micro.batch.mismatched.groups, scorer.layout).to(micro.packed.target.device)
+            found["mismatched_logp_N"] = response_sums(scorer(other), other)
+            if self.live is not None:
+                found["mismatched_ref_logp_N"] = response_sums(self.live.logprobs(other), other)
+        return found
 
     def distributions(self, packed: PackedBatch) -> Distributions | None:
-        """Next-token distributions to compare the policy's with, where the objective does."""
-        ...
+        """The reference's next-token distributions."""
+        return None if self.live is None else self.live.distributions(packed)
 
 
 @dataclass(slots=True)
 class Gradients:
-    """A global batch whose gradients are on the weights: its sums, packed parts, values and the state it leaves."""
+    """What is known of a global batch after its gradients are on the weights. ``state``: that of the losses."""
 
     sums: Sums
     packed: list[PackedBatch]
@@ -47,29 +65,28 @@ class Gradients:
 
 @dataclass(frozen=True, slots=True)
 class Differentiator:
-    """Computes gradients and evaluations of an objective with a scorer; ``reference`` is one in memory."""
+    """Computes gradients and evaluations of an objective with a scorer."""
 
     scorer: PackedModel
     objective: Objective
-    reference: ReferenceInMemory | None = None
+    reference: InMemoryColumns | None = None
 
     def gradients(self, batch: Batch, token_budget: int, *, scale: float = 1.0) -> Gradients:
-        """Add the gradients of ``scale`` times the loss of a global batch to the weights'."""
+        """Add the gradients of ``scale`` times the loss of a global batch to those of the weights."""
         normaliser = self.objective.normaliser(batch)
         micro = micro_batches(self.scorer, batch, token_budget)
-        if self.objective.whole_batch:
-            cut = list(micro)
-            if len(cut) > 1:
-                return self._two_passes(batch, cut, normaliser, scale)
-            micro = iter(cut)
-        return self._one_pass(micro, normaliser, scale)
+        if not self.objective.whole_batch:
+            return self._one_pass(micro, normaliser, scale)
+        parts = list(micro)
+        return (
+            self._one_pass(parts, normaliser, scale)
+            if len(parts) == 1
+            else self._two_passes(batch, parts, normaliser, scale)
+        )
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, token_budget: int) -> Sums:
-        """The sums of a batch without gradients.
-
-        Of a loss of single rows each part is forgotten once its sums are known, so that rows may be many.
-        """
+        """The sums of a batch, without gradients. Unless the loss is of the whole batch, values are not kept."""
         sums, normaliser = Sums(), self.objective.normaliser(batch)
         micro = micro_batches(self.scorer, batch, token_budget)
         if self.objective.whole_batch:
@@ -81,7 +98,7 @@ class Differentiator:
 
     @torch.no_grad()
     def values(self, micro: Iterable[MicroBatch]) -> Values:
-        """The values of a batch that is scored in parts, as if in one."""
+        """The values of a batch, from all its micro-batches."""
         return joined([self._scored(part) for part in micro])
 
     def _one_pass(self, micro: Iterable[MicroBatch], normaliser: Normaliser, scale: float) -> Gradients:
@@ -119,7 +136,7 @@ class Differentiator:
         return Gradients(sums, [p.packed for p in cut], {n: v.detach() for n, v in values.items()}, result.state)
 
     def _scored(self, part: MicroBatch) -> Values:
-        """The values of one part, with gradients where they are switched on."""
+        """The values of one micro-batch: of the policy, and without gradients those of :class:`InMemoryColumns`."""
         known: Values = {}
         if self.reference is not None:
             training = self.scorer.training
@@ -137,13 +154,13 @@ class Differentiator:
 
 
 def joined(parts: Sequence[Values]) -> Values:
-    """Values of parts, end to end."""
+    """Values of micro-batches, concatenated."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 @contextmanager
 def same_randomness(device: torch.device) -> Iterator[None]:
-    """Inside this context random numbers are drawn that will be drawn again behind it: the same dropout, twice."""
+    """Restore the random states on leaving: what follows draws the same numbers again, such as dropout."""
     cuda = device.type == "cuda"
     state, states = torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else []
     try:

@@ -1,8 +1,8 @@
 """The trainer: optimiser steps on batches, evaluations, checkpoints and reports, for every method.
 
-Where batches come from is a :class:`BatchSource`'s to say: data read once, or responses that are sampled as training
-goes on. A step of a run is one batch of data, or one round of sampled responses with several updates on them. A run
-that is stopped goes on to the same bits from its checkpoint, also from between two updates of a step.
+Batches come from a :class:`BatchSource`: data read once, or responses sampled during training. A step is one batch of
+data, or one round of sampled responses with several updates on them. A run that was stopped resumes from its checkpoint
+to the same bits, also between two updates of a step.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,25 +30,13 @@ from prefopt.train.budget import smaller_budget
 from prefopt.train.columns import Values
 from prefopt.train.objective import Objective
 from prefopt.train.optim import Network, grad_norm
-from prefopt.train.step import Differentiator, Gradients, ReferenceInMemory
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainerOptions:
-    """How long and how often. ``eval_every`` counts steps (none: epochs), ``save_every`` too (none: see the source)."""
-
-    steps: int
-    max_grad_norm: float
-    eval_every: int | None = None
-    early_stopping: int | None = None
-    save_every: int | None = None
-    keep_last: int = 2
+from prefopt.train.step import Differentiator, Gradients, InMemoryColumns
 
 
 @dataclass(slots=True)
 class TrainerState:
-    """Where a run stands; goes into every checkpoint. ``done`` updates of the step at hand, whose ``records`` and
-    ``times`` (seconds by phase) are kept until the step is complete."""
+    """The progress of a run, part of every checkpoint. ``done`` counts updates of the step at hand; its ``records`` and
+    ``times`` (seconds by phase) are kept until it is complete."""
 
     step: int = 0
     done: int = 0
@@ -62,42 +50,51 @@ class TrainerState:
     stopped_early: bool = False
 
 
+class AuxiliaryLoss(NamedTuple):
+    """An objective on a batch of its own, ``coefficient`` times whose loss is added. ``name`` is its metric."""
+
+    objective: Objective
+    batch: Batch
+    coefficient: float
+    name: str
+
+
 class BatchSource:
-    """Where the batches of a run come from. This one has none: subclasses say which."""
+    """The batches of a run. Subclasses override :meth:`batch`, and what else differs."""
 
     steps_per_epoch: int
     updates: int = 1
-    """Optimiser updates in the step that was begun."""
+    """Optimiser updates in the step at hand."""
     draws: bool = False
-    """Whether steps begin by drawing responses: then checkpoints are written once these are there."""
+    """Whether steps begin by drawing responses. Checkpoints are then written after that."""
 
     def begin(self, trainer: Trainer) -> bool:
-        """Prepare the next step; whether responses were drawn for it, which a checkpoint should keep."""
+        """Prepare the next step. Returns whether responses were drawn for it, which a checkpoint should keep."""
         return False
 
     def batch(self, step: int, update: int) -> Batch:
         """The global batch of an update of a step, both counted from 0."""
         raise NotImplementedError
 
-    def beside(self, step: int, update: int) -> tuple[Objective, Batch, float, str] | None:
-        """A second objective of an update, with its batch, its coefficient and the name of its metric."""
+    def auxiliary(self, step: int, update: int) -> AuxiliaryLoss | None:
+        """A second loss of an update."""
         return None
 
     def end(self, trainer: Trainer, record: Record) -> Record:
-        """``record``, the averages over the updates of the step, with what is known of the whole step."""
+        """Add metrics of the whole step to ``record``, the averages over its updates."""
         return record
 
     def saves(self, step: int) -> bool:
-        """Without ``save_every``: whether to keep a checkpoint after so many steps."""
+        """Whether to write a checkpoint after ``step``, where ``save_every`` is None."""
         return False
 
     @property
     def held_out(self) -> Batch | None:
-        """What evaluations look at."""
+        """The batch of evaluations."""
         return None
 
     def state(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
+        """JSON data for a checkpoint."""
         return {}
 
     def tensors(self) -> dict[str, torch.Tensor] | None:
@@ -105,33 +102,39 @@ class BatchSource:
         return None
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None) -> None:
-        """Go back to what :meth:`state` and :meth:`tensors` gave."""
+        """The inverse of :meth:`state` and :meth:`tensors`."""
 
 
 Inspect = Callable[[int, int, Record, Batch, Values], None]
-"""Sees step, update, metrics, batch and values of an update before any weight moves; may raise."""
+"""Called with step, update, metrics, batch and values of an update before the weights move; may raise."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Trainer:
-    """One run of ``objective`` on the batches of ``source``.
+    """Trains ``networks`` (the policy first; with PPO actor and critic) on the batches of ``source``.
 
-    ``networks`` are what trains: the policy, or actor and critic. ``checkpoints`` is a folder; ``after_save`` is called
-    once a checkpoint is written. ``movement``: the reference moves; losses against different ones cannot be compared,
-    so that no evaluation is the best. ``measure`` gives metrics of speed from packed batches and seconds.
+    ``eval_every`` and ``save_every`` count steps; None: each epoch, and :meth:`BatchSource.saves`.
+    ``checkpoints`` is a folder; ``after_save`` is called after each checkpoint. ``movement``: the reference moves, so
+    that losses at different steps are not comparable and no evaluation is the best. ``measure``: speed, from
+    packed batches and seconds.
     """
 
     scorer: PackedModel
     networks: Mapping[str, Network]
     objective: Objective
     source: BatchSource
-    options: TrainerOptions
+    steps: int
+    max_grad_norm: float
+    eval_every: int | None
+    early_stopping: int | None
+    save_every: int | None
+    keep_last: int
     metrics: Metrics
     reporter: Reporter
     checkpoints: Path
     stop: StopRequest
     token_budget: int
-    reference: ReferenceInMemory | None = None
+    reference: InMemoryColumns | None = None
     measure: Callable[[Sequence[PackedBatch], float], Record] | None = None
     inspect: Inspect | None = None
     movement: TrDpoUpdate | None = None
@@ -144,30 +147,30 @@ class Trainer:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return next(self.scorer.model.parameters()).device
 
     @property
-    def first_network(self) -> Network:
-        """The policy."""
+    def policy(self) -> Network:
+        """The first network."""
         return next(iter(self.networks.values()))
 
     def fit(self) -> TrainerState:
-        """Train to the end, or to a stop: then :class:`prefopt.errors.Interrupted` follows on a checkpoint.
+        """Train to the end. After a stop: write a checkpoint and raise :class:`prefopt.errors.Interrupted`.
 
-        Raises :class:`Diverged` where numbers are not finite, or the source says so.
+        Raises :class:`Diverged` where numbers are not finite, or where the source finds so.
         """
-        state, steps = self.state, self.options.steps
+        state = self.state
         about = RunInfo(
             output=self.metrics.path.parent,
             options=self.callbacks.options,
             model=self.scorer.model,
-            steps=steps,
+            steps=self.steps,
             step=state.step,
         )
         self.train_mode()
-        with self.callbacks.around(about, self.keep), self.reporter.bar("train", steps, "steps") as bar:
-            while state.step < steps and not state.stopped_early:
+        with self.callbacks.around(about, self.keep), self.reporter.bar("train", self.steps, "steps") as bar:
+            while state.step < self.steps and not state.stopped_early:
                 record, saved = self._step()
                 self.metrics.write({"step": state.step, **record})
                 bar.update(state.step, note(record), first=state.step == 1)
@@ -184,18 +187,18 @@ class Trainer:
         return state
 
     def train_mode(self, mode: bool = True) -> None:
-        """Put all networks into training mode, or out of it."""
+        """Set all networks to training or evaluation mode."""
         self.scorer.train(mode)
         for network in self.networks.values():
             network.train(mode)
 
     def pause(self) -> None:
-        """Leave, with a checkpoint, where that was asked for."""
+        """After a stop request: write a checkpoint and raise."""
         if self.stop.signal is not None:
             self.keep()
         done = self.state.done
         within = f", {done} of the updates of the next one made" if done else ""
-        self.stop.check(f" after step {self.state.step} of {self.options.steps}{within}")
+        self.stop.check(f" after step {self.state.step} of {self.steps}{within}")
 
     def _step(self) -> tuple[Record, Path | None]:
         state, source, saved, started = self.state, self.source, None, time.monotonic()
@@ -210,8 +213,10 @@ class Trainer:
             state.times["seconds/training"] = state.times.get("seconds/training", 0.0) + time.monotonic() - begun
             if state.done < source.updates:
                 self.pause()
-        record = _means(state.records)
-        record["learning_rate"] = self.first_network.schedule(state.step)
+        record = state.records[0]
+        if len(state.records) > 1:
+            record = {name: float(np.mean([r[name] for r in state.records])) for name in record}
+        record["learning_rate"] = self.policy.schedule(state.step)
         record["epoch"] = (state.step + 1) / source.steps_per_epoch
         ends_epoch = (state.step + 1) % source.steps_per_epoch == 0
         self.averages.add(state.step + 1, len(batch), record, weights, ends_epoch=ends_epoch)
@@ -221,19 +226,15 @@ class Trainer:
         return record, saved
 
     def _save_due(self, step: int) -> bool:
-        every = self.options.save_every
+        every = self.save_every
         return step % every == 0 if every else self.source.saves(step)
 
-    # -- an update ---------------------------------------------------------------------------------------------
-
     def _update(self, batch: Batch) -> tuple[Record, dict[str, float]]:
-        """One optimiser update of a global batch; its metrics, and the weights that these were averaged with."""
+        """One optimiser update on a global batch. Returns its metrics, and their weights in an average over steps."""
         step, update = self.state.step, self.state.done
         started = time.monotonic()
         found, extra = self._gradients(batch)
-        norms = {
-            "grad_norm" if n is self.first_network else f"grad_norm/{name}": n for name, n in self.networks.items()
-        }
+        norms = {"grad_norm" if n is self.policy else f"grad_norm/{name}": n for name, n in self.networks.items()}
         record = found.sums.means({name: grad_norm(n.weights.masters.values()) for name, n in norms.items()})
         for name, value in extra.items():
             record["loss"] += value[0]
@@ -242,45 +243,41 @@ class Trainer:
         if self.inspect is not None:
             self.inspect(step, update, record, batch, found.values)
         for name, network in norms.items():
-            network.update(step, record[name], self.options.max_grad_norm)
+            network.update(step, record[name], self.max_grad_norm)
         self.objective.state = found.state
         if self.movement is not None:
-            self.movement.after(step + 1, self.first_network.weights.saved())
+            self.movement.after(step + 1, self.policy.weights.saved())
         record = self.objective.derived(record)
         if self.measure is not None:
             record |= self.measure(found.packed, time.monotonic() - started)
         return record, {"loss": float(len(batch)), **found.sums.weights}
 
     def _gradients(self, batch: Batch) -> tuple[Gradients, dict[str, tuple[float, float]]]:
-        """Gradients of a global batch on the weights; of the objective beside it, its share of the loss and its value.
+        """Add the gradients of a global batch to the weights. Of an auxiliary loss: by name, its share and its value.
 
-        Where memory ends the update is done again with fewer tokens at once.
+        On out-of-memory this is repeated with half the token budget.
         """
-        beside = self.source.beside(self.state.step, self.state.done)
+        auxiliary = self.source.auxiliary(self.state.step, self.state.done)
         while True:
             try:
                 self.train_mode()
                 found = Differentiator(self.scorer, self.objective, self.reference).gradients(batch, self.token_budget)
-                if beside is None:
+                if auxiliary is None:
                     return found, {}
-                objective, other, coefficient, name = beside
+                objective, other, coefficient, name = auxiliary
                 second = Differentiator(self.scorer, objective).gradients(other, self.token_budget, scale=coefficient)
                 value = second.sums.means()["loss"]
                 return found, {name: (coefficient * value, value)}
             except RuntimeError as error:
-                self.zero_grad()
+                for network in self.networks.values():
+                    network.weights.zero_grad()
                 largest = max(self.scorer.layout.cost(group) for group in batch.groups)
                 self.halve(error, f"step {self.state.step + 1}", largest)
 
     def halve(self, error: RuntimeError, what: str, largest: int = 1) -> None:
-        """Halve the token budget after ``error``, to do ``what`` again; raises where it cannot be made smaller."""
+        """Halve the token budget after ``error``, to repeat ``what``. Raises as :func:`smaller_budget`."""
         self.token_budget = smaller_budget(error, self.token_budget, what, largest, self.device)
         self.reporter.say(f"out of memory: {what} is repeated with {self.token_budget} tokens at once")
-
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
-        for network in self.networks.values():
-            network.weights.zero_grad()
 
     def _refuse_nonsense(self, step: int, record: Record, norms: Sequence[str]) -> None:
         for name in ("loss", *norms):
@@ -289,8 +286,6 @@ class Trainer:
                     f"step {step + 1}: {name} is {record[name]}",
                     "lower --learning-rate, or try --dtype float32. Checkpoints written before are kept",
                 )
-
-    # -- evaluation --------------------------------------------------------------------------------------------
 
     @property
     def _evaluates(self) -> bool:
@@ -301,11 +296,11 @@ class Trainer:
     def _evaluation_due(self) -> bool:
         if not self._evaluates:
             return False
-        step, every = self.state.step, self.options.eval_every or self.source.steps_per_epoch
-        return step % every == 0 or step == self.options.steps
+        step, every = self.state.step, self.eval_every or self.source.steps_per_epoch
+        return step % every == 0 or step == self.steps
 
     def evaluate(self) -> Record:
-        """The metrics on what is held out; the weights are kept where its loss is the lowest so far."""
+        """Metrics on the held-out batch. The weights are saved if its loss is the lowest so far."""
         state = self.state
         assert self._held_out is not None
         self.train_mode(False)
@@ -318,52 +313,49 @@ class Trainer:
         self.reporter.say(f"step {state.step}: held out: {', '.join(note(record))}{best}")
         if better:
             state.best_step, state.best_loss, state.without_gain = state.step, record["loss"], 0
-            checkpoint.save_best(self.checkpoints, state.step, dict(self.first_network.weights.saved()))
+            checkpoint.save_best(self.checkpoints, state.step, dict(self.policy.weights.saved()))
             checkpoint.forget_bests(self.checkpoints, state.step)
         elif self.movement is None:
             state.without_gain += 1
-            patience = self.options.early_stopping
+            patience = self.early_stopping
             state.stopped_early = patience is not None and state.without_gain >= patience
             if state.stopped_early:
                 self.reporter.say(f"stopping early: no lower loss in {patience} evaluations since {state.best_step}")
         return record
 
-    # -- checkpoints -------------------------------------------------------------------------------------------
-
     def keep(self) -> Path | None:
-        """Write a checkpoint of where the run stands, unless there is one: what follows may fail."""
+        """Write a checkpoint, unless one of this state exists."""
         state = self.state
         if self._saved == (state.step, state.done):
             return None
         state.token_budget = self.token_budget
-        saved: dict[str, Any] = {
-            "step": state.step,
-            "progress": asdict(state),
-            "random": checkpoint.random_states(),
-            "losses": {name: {k: float(v) for k, v in kept.items()} for name, kept in self.objective.state.items()},
-            "averages": self.averages.to_dict(),
-            "source": self.source.state(),
-        }
-        path = checkpoint.save(
-            self.checkpoints,
-            checkpoint.joined({name: n.weights.saved() for name, n in self.networks.items()}),
-            checkpoint.joined({name: checkpoint.optimizer_tensors(n.optimizer) for name, n in self.networks.items()}),
-            saved,
-            keep_last=self.options.keep_last,
-            done=state.done,
+        saved = checkpoint.Checkpoint(
+            weights=checkpoint.joined({name: n.weights.saved() for name, n in self.networks.items()}),
+            optimizer=checkpoint.joined(
+                {name: checkpoint.optimizer_tensors(n.optimizer) for name, n in self.networks.items()}
+            ),
+            state={
+                "step": state.step,
+                "progress": asdict(state),
+                "random": checkpoint.random_states(),
+                "losses": {name: {k: float(v) for k, v in kept.items()} for name, kept in self.objective.state.items()},
+                "averages": self.averages.to_dict(),
+                "source": self.source.state(),
+            },
             reference=self.movement.weights.saved() if self.movement is not None else None,
             rollouts=self.source.tensors(),
         )
+        path = checkpoint.save(self.checkpoints, saved, keep_last=self.keep_last)
         self._saved = (state.step, state.done)
         self.after_save()
         checkpoint.forget_bests(self.checkpoints, state.best_step)
-        if self.options.save_every or self.stop.signal is not None:
+        if self.save_every or self.stop.signal is not None:
             self.reporter.say(f"checkpoint: {path}")
         return path
 
     def resume(self) -> None:
-        """Go back to the newest whole checkpoint; where there is none the run starts at its first step."""
-        found = checkpoint.newest(self.checkpoints)
+        """Load the newest undamaged checkpoint, if there is one."""
+        found = next(checkpoint.whole(self.checkpoints), None)
         if found is None:
             self.metrics.forget_after(-1)
             none = "no checkpoint that is whole" if self.checkpoints.exists() else "no checkpoint yet"
@@ -382,17 +374,10 @@ class Trainer:
         progress: dict[str, Any] = saved.state["progress"]
         known = {f.name for f in fields(TrainerState)}
         self.state = TrainerState(**{name: value for name, value in progress.items() if name in known})
-        # Checkpoints of earlier versions hold the source's state beside the trainer's.
+        # Earlier versions kept the source's state in the trainer's.
         self.source.restore(saved.state.get("source", progress), saved.rollouts)
         self.averages = Averages.from_dict(saved.state.get("averages", {}))
         self.token_budget = self.state.token_budget
         self._saved = (self.state.step, self.state.done)
         self.metrics.forget_after(self.state.step)
         self.reporter.say(f"resumed: {path}")
-
-
-def _means(records: Sequence[Record]) -> Record:
-    """Averages over the updates of a step."""
-    if len(records) == 1:
-        return records[0]
-    return {name: float(np.mean([r[name] for r in records])) for name in records[0]}
