@@ -67,8 +67,6 @@ class CollectNewConfig(MachineOptions, SamplingOptions, ImportOptions, StudyOpti
     )
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if self.prompts is None and self.responses is None and self.gold is None:
             raise ConfigError(
                 "a study needs items: give --prompts with --model, or --responses with files that have them"
@@ -86,8 +84,6 @@ class CollectImportConfig(ImportOptions, StudyOptions):
     """More items for a study. Construction raises ``ConfigError``."""
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if self.responses is None and self.gold is None:
             raise ConfigError("nothing to import: give --responses, or --gold")
 
@@ -117,8 +113,6 @@ class CollectServeConfig(StudyOptions):
     )
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if self.url is not None and not re.fullmatch(r"https?://[A-Za-z0-9.-]+(:\d+)?/?", self.url):
             raise ConfigError(f"--url is {self.url!r}; it must be scheme and name alone, as https://votes.example.org")
         for proxy in self.trusted_proxies or ():
@@ -154,8 +148,6 @@ class CollectInviteConfig(StudyOptions):
     url: str = option("http://127.0.0.1:8700", "address of the server, for the link", group="invitation")
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if self.revoke and self.lead:
             raise ConfigError("--revoke ends an invitation and --lead makes one: leave one of them out")
 
@@ -202,8 +194,6 @@ class CollectExportConfig(StudyOptions):
     seed: int = option(0, "seed of the held-out prompts", group="rows")
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if (self.eval_output is None) != (self.eval_fraction == 0):
             raise ConfigError("--eval-output and --eval-fraction go together")
         if self.form == "soft" and self.disagreement != "majority":

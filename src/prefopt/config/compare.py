@@ -87,8 +87,6 @@ class CompareConfig(MachineOptions, ProgressOptions, SamplingOptions, RowOptions
     json: bool = option(False, "print one JSON document, and nothing else", group="output")
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if self.votes is not None:
             for name in (o.name for o in options(type(self)) if o.name not in _OF_VOTES and self.is_given(o.name)):
                 raise ConfigError(f"{flag(name)}: --votes counts existing votes; leave one of them out")

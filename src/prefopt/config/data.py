@@ -158,8 +158,6 @@ class DataOptions(RenderOptions, RowOptions):
         ]
 
     def check(self) -> None:
-        """Refuse evaluation data that are named twice."""
-        super().check()
         _ = self.weights
         if self.eval_data is not None and self.eval_fraction > 0:
             raise ConfigError("--eval-data and --eval-fraction both name evaluation data: give one of them")

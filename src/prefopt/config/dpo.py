@@ -108,8 +108,6 @@ class DpoConfig(BalanceOptions, MethodOptions, ModelOptions):
     )
 
     def check(self) -> None:
-        """Refuse an unknown loss, and contradictions about the reference."""
-        super().check()
         self._check_loss()
         if self.reference_adapter is not None and not (self.lora or self.named_adapter or self.reference):
             raise ConfigError(

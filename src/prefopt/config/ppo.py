@@ -94,8 +94,6 @@ class RewardOptions(Config):
     )
 
     def check(self) -> None:
-        """Refuse contradictions about the score, the KL penalty and the ptx term."""
-        super().check()
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             raise ConfigError("--missing-eos-penalty and --missing-eos-score exclude each other: give one of them")
         self.need("kl_target", "kl_horizon")
@@ -199,8 +197,6 @@ class PpoConfig(RunOptions, RewardOptions, TemplateOptions, PromptOptions, RowOp
     )
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if self.lora_dropout:
             raise ConfigError("--lora-dropout: PPO compares log-probabilities, which must not be random: leave it out")
         if self.algorithm == "rloo":

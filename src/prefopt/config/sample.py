@@ -60,8 +60,6 @@ class SampleConfig(MachineOptions, ProgressOptions, TemplateOptions, SamplingOpt
     )
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if self.min_new_tokens > self.max_new_tokens:
             raise ConfigError(
                 f"--min-new-tokens {self.min_new_tokens} is more than --max-new-tokens {self.max_new_tokens}: lower it"
@@ -137,8 +135,6 @@ class ChatConfig(MachineOptions, TemplateOptions):
     )
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if self.model is None and self.url is None:
             raise ConfigError("--model is missing: model to chat with, a folder or a Hub name; or give --url")
         two = self.against is not None or self.against_adapter is not None

@@ -55,10 +55,8 @@ class SftConfig(BalanceOptions, MethodOptions, ModelOptions):
     )
 
     def check(self) -> None:
-        """Refuse what does not go with ``from_scratch``."""
         if self.from_scratch and is_adapter(self.model):
             raise ConfigError(f"--from-scratch: --model {self.model} is an adapter; name a folder with a config.json")
-        super().check()
         for name in ("lora", "adapter"):
             if self.from_scratch and getattr(self, name):
                 raise ConfigError(f"{flag(name)}: --from-scratch trains all weights; leave one of them out")

@@ -18,11 +18,10 @@ from typing import Any, Literal
 
 from prefopt.config.data import PromptOptions, positive
 from prefopt.config.dpo import DpoConfig
-from prefopt.config.methods import METHODS, MethodConfig
+from prefopt.config.methods import METHODS, MethodConfig, stage_options
 from prefopt.config.ppo import PpoConfig
-from prefopt.config.rlhf import stage_options
 from prefopt.config.training import MachineOptions, ProgressOptions
-from prefopt.core.options import flag, from_dict, nearest, option, parse_given, parse_value
+from prefopt.core.options import flag, nearest, option, parse_given, parse_value
 from prefopt.errors import ConfigError
 
 GIVEN = {"dpo": "dpo", "sft": "sft", "reward": "reward_model", "ppo": "ppo"}
@@ -101,8 +100,6 @@ class SweepOptions(MachineOptions, ProgressOptions, PromptOptions):
     )
 
     def check(self) -> None:
-        """Refuse contradictions about prompts and data."""
-        super().check()
         if (self.prefix_min is None) != (self.prefix_max is None):
             raise ConfigError("--prefix-min and --prefix-max go together: give both")
         if self.prefix_min is not None and self.prefix_max is not None and self.prefix_min > self.prefix_max:
@@ -131,7 +128,7 @@ class SweepOptions(MachineOptions, ProgressOptions, PromptOptions):
             ours |= {"max_new_tokens": self.max_new_tokens, "schedule": "constant", "lines": self.lines}
         else:
             ours["on_bad_row"] = "skip"  # samples may be empty, or all equally good
-        found: MethodConfig = from_dict(METHODS[kind].config, ours | own | dict(given), place)
+        found: MethodConfig = METHODS[kind].config.from_dict(ours | own | dict(given), place)
         per_step = found.batch_size * (found.num if isinstance(found, PpoConfig) else each)
         steps = max(1, round(self.responses / per_step))
         return type(found).from_dict(found.to_dict() | {"max_steps": steps}, place)
@@ -176,8 +173,6 @@ class MethodsConfig(SweepOptions):
     )
 
     def check(self) -> None:
-        """Refuse a mistake in any training before the first one runs."""
-        super().check()
         if len(set(self.factors)) < len(self.factors):
             raise ConfigError(f"--rate-factors {' '.join(self.rate_factors)}: a factor is a duplicate; remove it")
         if parse_given("sft", self.sft or ()).get("lora"):
@@ -292,8 +287,6 @@ class FrontierConfig(SweepOptions):
     )
 
     def check(self) -> None:
-        """Refuse a mistake in any training before the first one runs."""
-        super().check()
         trainings = list(self.trainings())
         for one in trainings:
             if one.kind is not None:

@@ -42,8 +42,6 @@ class DataCheckConfig(RenderOptions, ReadOptions):
     )
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if self.model is not None:
             return
         given = {
@@ -129,8 +127,6 @@ class ScoreConfig(MachineOptions, RenderOptions, ReadOptions):
     overwrite: bool = option(False, "replace an existing output file", group="output")
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if self.reward == IMPLICIT:
             if self.model is None:
                 raise ConfigError("--reward implicit compares two models: give --model and --reference")
@@ -182,8 +178,6 @@ class MergeConfig(Config):
     )
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if self.adapter is None:
             raise ConfigError("--adapter is missing: LoRA adapter to merge, a folder or a name on the Hub")
         if self.adapter == self.model:
@@ -250,8 +244,6 @@ class ReportConfig(Config):
     )
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if not self.output.lower().endswith((".html", ".htm")):
             raise ConfigError(f"--output {self.output} must end in .html")
 
@@ -290,8 +282,6 @@ class PlotConfig(Config):
     x: Literal["step", "epoch"] = option("step", "x axis; epoch compares runs of different batch sizes", group="plot")
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if not self.output.lower().endswith(PICTURES):
             raise ConfigError(f"--output {self.output} must end in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}")
 

@@ -39,8 +39,6 @@ class MachineOptions(Config):
     threads: int | None = option(None, "CPU threads", group="machine", default_text="torch's choice", at_least=1)
 
     def check(self) -> None:
-        """Refuse a device that does not exist."""
-        super().check()
         if self.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device):
             near = nearest(self.device, ["cpu", "cuda", "mps"])
             raise ConfigError(f"--device is {self.device!r}; it must be cpu, cuda, cuda:N or mps{near}")
@@ -104,8 +102,6 @@ class LoraOptions(Config):
         return None
 
     def check(self) -> None:
-        """Refuse the shape of a new adapter where none is made."""
-        super().check()
         for name in ADAPTER_SHAPE:
             if getattr(self, name) is not None and self.named_adapter is not None:
                 where = "--adapter" if self.named_adapter != self.model else "--model, which is an adapter,"
@@ -132,12 +128,10 @@ class ModelOptions(LoraOptions):
         return self.adapter or (self.model if is_adapter(self.model) else None)
 
     def check(self) -> None:
-        """Refuse two adapters."""
         if self.adapter is not None and is_adapter(self.model):
             raise ConfigError(
                 f"--model {self.model} is an adapter itself: leave --adapter out, or name the model of both"
             )
-        super().check()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,8 +230,6 @@ class RunOptions(MachineOptions, ProgressOptions):
     )
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if self.resume and self.dry_run:
             raise ConfigError("--dry-run trains nothing that --resume could continue: leave one of them out")
         for name in self.track or ():
@@ -259,8 +251,6 @@ class MethodOptions(RunOptions, DataOptions, LoraOptions):
     )
 
     def check(self) -> None:
-        """Refuse evaluation options without data to evaluate on."""
-        super().check()
         for name in ("eval_every", "early_stopping"):
             if getattr(self, name) is not None and not self.evaluates:
                 raise ConfigError(

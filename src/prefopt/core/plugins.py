@@ -1,7 +1,7 @@
-"""Functions from outside the package: ``module:function``, and entry points of installed packages.
+"""Functions by name, ``module:function``: those of this package, of the user, and entry points of installed packages.
 
->>> load_function("math:sqrt", "--reward math:sqrt")(4.0)
-2.0
+>>> load_function("math:sqrt", "--reward math:sqrt")(4.0), imported("math:sqrt")(4.0)
+(2.0, 2.0)
 """
 
 from __future__ import annotations
@@ -15,6 +15,12 @@ from typing import Any
 
 from prefopt.core.options import nearest
 from prefopt.errors import ConfigError
+
+
+def imported(name: str) -> Callable[..., Any]:
+    """The function ``module:function`` of this package; errors on importing it are bugs, and travel."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
 
 
 def load_function(name: str, place: str, known: Sequence[str] = ()) -> Callable[..., Any]:
