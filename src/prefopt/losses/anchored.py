@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefopt.losses.common import BETA, SMOOTHING, LossOutput, Numerators, logistic, loss_option, pair_output
+from prefopt.losses.common import BETA, LossOutput, Numerators, Target, logistic, loss_option, pair_output
 from prefopt.losses.declare import loss
 
 
@@ -20,26 +20,17 @@ from prefopt.losses.declare import loss
     options=(
         BETA,
         loss_option("penalty", "lambda: cost of a chosen response that is less likely than before", at_least=0),
-        SMOOTHING,
     ),
 )
-def dpop(
-    chosen_log_ratio_P: Tensor,
-    rejected_log_ratio_P: Tensor,
-    label_P: Tensor | None = None,
-    *,
-    beta: float = 0.3,
-    penalty: float = 50.0,
-    label_smoothing: float = 0.0,
-) -> Numerators:
+def dpop(log_ratio_2P: Tensor, target_P: Target, *, beta: float = 0.3, penalty: float = 50.0) -> Numerators:
     r"""DPO-Positive, Pal et al. 2024 (arXiv 2402.13228).
 
     :math:`-\log\sigma(\beta(h - \lambda\max(0, \log\mathrm{ref}_w - \log\pi_w)))`; the paper used lambda 50 and beta
     0.3. Not a loss on the difference, so that no other divergence is valid.
     """
-    fall = torch.relu(-chosen_log_ratio_P)
-    margin = beta * (chosen_log_ratio_P - rejected_log_ratio_P - penalty * fall)
-    return logistic(margin, label_smoothing, label_P), {"fall/chosen": fall}
+    chosen, rejected = log_ratio_2P
+    fall = torch.relu(-chosen)
+    return logistic(beta * (chosen - rejected - penalty * fall), label=target_P), {"fall/chosen": fall}
 
 
 @loss(
@@ -55,22 +46,18 @@ def dpop(
             choices=("1", "2"),
         ),
         loss_option("alpha", "weight of the difference of divergences", at_least=0, only=("version", "2")),
-        SMOOTHING,
     ),
 )
 def tdpo(
-    chosen_log_ratio_P: Tensor,
-    rejected_log_ratio_P: Tensor,
-    chosen_logp_P: Tensor,
-    rejected_logp_P: Tensor,
+    log_ratio_2P: Tensor,
+    logp_2P: Tensor,
     chosen_kl_P: Tensor,
     rejected_kl_P: Tensor,
-    label_P: Tensor | None = None,
+    target_P: Target,
     *,
     beta: float = 0.1,
     version: str = "2",
     alpha: float = 0.5,
-    label_smoothing: float = 0.0,
 ) -> LossOutput:
     r"""Token-level DPO, Zeng et al. 2024 (arXiv 2404.11999).
 
@@ -79,13 +66,12 @@ def tdpo(
     :math:`-\log\sigma(\beta(h - \alpha(D_l - \mathrm{sg}(D_w))))`. The reward of a response, in the metrics, is
     beta (s + D), as in the paper's code.
     """
-    chosen, rejected = chosen_log_ratio_P, rejected_log_ratio_P
+    chosen, rejected = log_ratio_2P
     anchor = chosen_kl_P.detach() if version == "2" else chosen_kl_P
     drift = (alpha if version == "2" else 1.0) * (rejected_kl_P - anchor)
-    numerator = logistic(beta * (chosen - rejected - drift), label_smoothing, label_P)
-    metrics = {"kl/chosen": chosen_kl_P, "kl/rejected": rejected_kl_P}
+    numerator = logistic(beta * (chosen - rejected - drift), label=target_P)
     rewards = beta * (chosen + chosen_kl_P), beta * (rejected + rejected_kl_P)
-    return pair_output(numerator, *rewards, chosen_logp_P, rejected_logp_P, metrics=metrics)
+    return pair_output(numerator, *rewards, *logp_2P, metrics={"kl/chosen": chosen_kl_P, "kl/rejected": rejected_kl_P})
 
 
 @loss(

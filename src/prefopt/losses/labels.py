@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefopt.losses.common import BETA, LossOutput, accuracy, loss_option
-from prefopt.losses.declare import LOSSES, loss
+from prefopt.losses.declare import loss
 
 DESIRABLE = loss_option("desirable_weight", "weight of desirable responses", at_least=0)
 UNDESIRABLE = loss_option("undesirable_weight", "weight of undesirable responses", at_least=0)
@@ -112,7 +112,7 @@ def bco_unpaired(
     shift: bool = True,
     middle: str = "labels",
     decay: float = 1.0,
-    state: dict[str, Tensor] | None = None,
+    state: dict[str, Tensor],
 ) -> LossOutput:
     r"""Binary classifier optimisation on labels, Jung et al. 2024 (arXiv 2404.04656).
 
@@ -125,8 +125,6 @@ def bco_unpaired(
     likely their prompt is rated desirable, from a classifier on prompt embeddings. Its later version drops it.
     """
     reward = beta * (logp_N - ref_logp_N)
-    state = state or LOSSES["bco_unpaired"].start(reward.device)
-    assert state is not None
     new: dict[str, Tensor] = {}
     for side, mask in (("desirable", label_N), ("undesirable", ~label_N)):
         rewards = reward.detach().to(state[side].dtype) * mask

@@ -15,9 +15,9 @@ from prefopt.losses.common import (
     BETA,
     DIVERGENCE,
     NLL_WEIGHT,
-    SMOOTHING,
     LossOutput,
     Numerators,
+    Target,
     implied,
     logistic,
     loss_option,
@@ -30,9 +30,8 @@ from prefopt.losses.declare import loss
     formula="-log sigmoid(beta h)",
     paper="Rafailov et al. 2023, arXiv 2305.18290, equation 7; label smoothing: Mitchell 2023 (conservative DPO)",
     when="The place to begin. Soft labels and smoothing are for data on which annotators disagree.",
-    options=(SMOOTHING,),
 )
-def dpo(margin_P: Tensor, label_P: Tensor | None = None, *, label_smoothing: float = 0.0) -> Tensor:
+def dpo(margin_P: Tensor, target_P: Target) -> Tensor:
     r"""Direct Preference Optimization, Rafailov et al. 2023 (arXiv 2305.18290), equation 7.
 
     With :math:`h = (\log\pi_w - \log\mathrm{ref}_w) - (\log\pi_l - \log\mathrm{ref}_l)` the loss of a pair is
@@ -42,7 +41,7 @@ def dpo(margin_P: Tensor, label_P: Tensor | None = None, *, label_smoothing: flo
     2023): :math:`-(1-e)\log\sigma(\beta h) - e\log\sigma(-\beta h)`, with its minimum at :math:`\sigma(\beta h) = 1-e`.
     ``label_P``, the probability that the chosen response is better, takes the place of 1 there.
     """
-    return logistic(margin_P, label_smoothing, label_P)
+    return logistic(margin_P, label=target_P)
 
 
 @loss(
@@ -56,21 +55,10 @@ def dpo(margin_P: Tensor, label_P: Tensor | None = None, *, label_smoothing: flo
             "log-ratios as means over tokens (as TRL does; its authors confirmed that the paper ran this) or, false,"
             " as sums (the paper's formula, and the original DPO repository)",
         ),
-        *DIVERGENCE,
     ),
 )
 def ipo(
-    chosen_log_ratio_P: Tensor,
-    rejected_log_ratio_P: Tensor,
-    chosen_logp_P: Tensor,
-    rejected_logp_P: Tensor,
-    chosen_length_P: Tensor,
-    rejected_length_P: Tensor,
-    *,
-    beta: float = 0.1,
-    average: bool = True,
-    divergence: str = "reverse_kl",
-    divergence_alpha: float = 0.5,
+    implied_2P: Tensor, logp_2P: Tensor, length_2P: Tensor, *, beta: float = 0.1, average: bool = True
 ) -> LossOutput:
     r"""Identity Preference Optimization, Azar et al. 2023 (arXiv 2310.12036), equation 17.
 
@@ -78,12 +66,8 @@ def ipo(
     log-ratio by its length and says that the authors confirmed it. ``average`` chooses; beta has another meaning in
     each (an average of 5 nats per token, for beta 0.1, is a lot).
     """
-    chosen = implied(chosen_log_ratio_P, divergence, divergence_alpha)
-    rejected = implied(rejected_log_ratio_P, divergence, divergence_alpha)
-    if average:
-        chosen, rejected = chosen / chosen_length_P, rejected / rejected_length_P
-    numerator = (chosen - rejected - 1 / (2 * beta)) ** 2
-    return pair_output(numerator, beta * chosen, beta * rejected, chosen_logp_P, rejected_logp_P)
+    mean_2P = implied_2P / length_2P if average else implied_2P
+    return pair_output((mean_2P[0] - mean_2P[1] - 1 / (2 * beta)) ** 2, *(beta * mean_2P), *logp_2P)
 
 
 @loss(
@@ -100,23 +84,17 @@ def hinge(margin_P: Tensor) -> Tensor:
     formula="-log sigmoid(beta h) - nll_weight log pi(w) / |w|",
     paper="Pang et al. 2024 (Iterative RPO), arXiv 2404.19733, equation 1",
     when="Reasoning and code, where the chosen answer is correct: its likelihood is kept up.",
-    options=(NLL_WEIGHT, SMOOTHING),
+    options=(NLL_WEIGHT,),
 )
 def rpo(
-    margin_P: Tensor,
-    chosen_logp_P: Tensor,
-    chosen_length_P: Tensor,
-    label_P: Tensor | None = None,
-    *,
-    nll_weight: float = 1.0,
-    label_smoothing: float = 0.0,
+    margin_P: Tensor, chosen_logp_P: Tensor, chosen_length_P: Tensor, target_P: Target, *, nll_weight: float = 1.0
 ) -> Numerators:
     r"""DPO with the negative log-likelihood of the chosen response, Pang et al. 2024 (arXiv 2404.19733), equation 1.
 
     :math:`-\log\sigma(\beta h) - \alpha\log\pi_w/|w|`: the same as the sum ``dpo:1,nll:alpha``.
     """
     nll = -chosen_logp_P / chosen_length_P
-    return logistic(margin_P, label_smoothing, label_P) + nll_weight * nll, {"nll_loss": nll}
+    return logistic(margin_P, label=target_P) + nll_weight * nll, {"nll_loss": nll}
 
 
 @loss(
@@ -140,49 +118,28 @@ def robust(margin_P: Tensor, *, label_smoothing: float = 0.1) -> Tensor:
     formula="-log sigmoid(beta (s(w)/|w| - s(l)/|l|))",
     paper="Lambert et al. 2024 (Tulu 3), arXiv 2411.15124",
     when="Responses of very different lengths: the mean over tokens gives length no weight. beta about 5.",
-    options=(loss_option("beta", "scale of the mean log-ratio per token; about 5", above=0), SMOOTHING, *DIVERGENCE),
+    options=(loss_option("beta", "scale of the mean log-ratio per token; about 5", above=0),),
 )
 def sigmoid_norm(
-    chosen_log_ratio_P: Tensor,
-    rejected_log_ratio_P: Tensor,
-    chosen_logp_P: Tensor,
-    rejected_logp_P: Tensor,
-    chosen_length_P: Tensor,
-    rejected_length_P: Tensor,
-    label_P: Tensor | None = None,
-    *,
-    beta: float = 5.0,
-    label_smoothing: float = 0.0,
-    divergence: str = "reverse_kl",
-    divergence_alpha: float = 0.5,
+    implied_2P: Tensor, logp_2P: Tensor, length_2P: Tensor, target_P: Target, *, beta: float = 5.0
 ) -> LossOutput:
     r"""Length-normalised DPO, Lambert et al. 2024 (arXiv 2411.15124).
 
     :math:`-\log\sigma(\beta s_w/|w| - \beta s_l/|l|)`. With another divergence f'(rho) of the whole response is
     divided by the length, as in TRL.
     """
-    chosen = beta * implied(chosen_log_ratio_P, divergence, divergence_alpha) / chosen_length_P
-    rejected = beta * implied(rejected_log_ratio_P, divergence, divergence_alpha) / rejected_length_P
-    numerator = logistic(chosen - rejected, label_smoothing, label_P)
-    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
+    reward_2P = beta * implied_2P / length_2P
+    return pair_output(logistic(reward_2P[0] - reward_2P[1], label=target_P), *reward_2P, *logp_2P)
 
 
 @loss(
     formula="-log sigmoid(beta h + alpha (|w| - |l|))",
     paper="Park, Rafailov, Ermon, Finn 2024, arXiv 2403.19159",
     when="Answers grow longer than they should: the part of a preference that length explains is not learned.",
-    options=(loss_option("alpha", "reward that one more token explains; the paper's scale is 0.01"), SMOOTHING),
+    options=(loss_option("alpha", "reward that one more token explains; the paper's scale is 0.01"),),
     notes="Some code subtracts the length term; a negative alpha gives that.",
 )
-def r_dpo(
-    margin_P: Tensor,
-    chosen_length_P: Tensor,
-    rejected_length_P: Tensor,
-    label_P: Tensor | None = None,
-    *,
-    alpha: float = 0.01,
-    label_smoothing: float = 0.0,
-) -> Tensor:
+def r_dpo(margin_P: Tensor, length_2P: Tensor, target_P: Target, *, alpha: float = 0.01) -> Tensor:
     r"""Length-regularised DPO, Park et al. 2024 (arXiv 2403.19159).
 
     The reward less :math:`\alpha|y|` is maximised, so that the reward itself is :math:`\beta s(y) + \alpha|y|` up to a
@@ -190,8 +147,8 @@ def r_dpo(
     chosen response is longer, which then has a smaller gradient. With the other sign (some code) the formula rewards
     length; a negative ``alpha`` gives it.
     """
-    longer = (chosen_length_P - rejected_length_P).to(margin_P.dtype)
-    return logistic(margin_P + alpha * longer, label_smoothing, label_P)
+    longer_P = (length_2P[0] - length_2P[1]).to(margin_P.dtype)
+    return logistic(margin_P + alpha * longer_P, label=target_P)
 
 
 @loss(
@@ -201,24 +158,18 @@ def r_dpo(
     options=(
         BETA,
         loss_option("alpha", "weight of tokens beyond the shorter length; 1 is dpo", at_least=0, at_most=1),
-        SMOOTHING,
         *DIVERGENCE,
     ),
 )
 def ld_dpo(
-    chosen_logp_P: Tensor,
-    rejected_logp_P: Tensor,
-    chosen_ref_logp_P: Tensor,
-    rejected_ref_logp_P: Tensor,
-    chosen_head_logp_P: Tensor,
-    rejected_head_logp_P: Tensor,
-    chosen_head_ref_logp_P: Tensor,
-    rejected_head_ref_logp_P: Tensor,
-    label_P: Tensor | None = None,
+    logp_2P: Tensor,
+    ref_logp_2P: Tensor,
+    head_logp_2P: Tensor,
+    head_ref_logp_2P: Tensor,
+    target_P: Target,
     *,
     beta: float = 0.1,
     alpha: float = 0.5,
-    label_smoothing: float = 0.0,
     divergence: str = "reverse_kl",
     divergence_alpha: float = 0.5,
 ) -> LossOutput:
@@ -227,15 +178,10 @@ def ld_dpo(
     With m = min(|w|, |l|), a log-probability is :math:`\log\pi(y_{\le m}) + \alpha\log\pi(y_{>m}|y_{\le m})`: DPO at
     alpha 1; at 0 the further tokens of the longer response do not count.
     """
-
-    def reward(logp: Tensor, head: Tensor, ref: Tensor, ref_head: Tensor) -> Tensor:
-        ratio = (head + alpha * (logp - head)) - (ref_head + alpha * (ref - ref_head))
-        return beta * implied(ratio, divergence, divergence_alpha)
-
-    chosen = reward(chosen_logp_P, chosen_head_logp_P, chosen_ref_logp_P, chosen_head_ref_logp_P)
-    rejected = reward(rejected_logp_P, rejected_head_logp_P, rejected_ref_logp_P, rejected_head_ref_logp_P)
-    numerator = logistic(chosen - rejected, label_smoothing, label_P)
-    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
+    policy_2P = head_logp_2P + alpha * (logp_2P - head_logp_2P)
+    reference_2P = head_ref_logp_2P + alpha * (ref_logp_2P - head_ref_logp_2P)
+    reward_2P = beta * implied(policy_2P - reference_2P, divergence, divergence_alpha)
+    return pair_output(logistic(reward_2P[0] - reward_2P[1], label=target_P), *reward_2P, *logp_2P)
 
 
 @loss(
