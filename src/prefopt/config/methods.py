@@ -94,26 +94,24 @@ class RlhfConfig(MachineOptions, ProgressOptions, TemplateOptions, RowOptions):
     """Supervised fine-tuning, reward model and PPO, one after another. Construction raises ``ConfigError``."""
 
     model: str = option(help="model to start from: a folder, or the name of one on the Hugging Face Hub", group="model")
-    lora: bool = option(False, "train LoRA adapters instead of all weights, in every stage", group="model")
+    lora: bool = option(False, "train LoRA adapters instead of all weights, in every stage")
     data: list[str] = option(
         help="files, folders, globs or Hub data sets of preferences: SFT trains on their best responses, the reward"
         " model on all of them, and PPO answers their prompts",
         group="data",
     )
     prompts: list[str] | None = option(
-        None, "prompts of PPO, in any layout, or .txt", group="data", default_text="the prompts of the data"
+        None, "prompts of PPO, in any layout, or .txt", default_text="the prompts of the data"
     )
     eval_fraction: float = option(
         0.1,
         "fraction of the prompts that SFT and reward model are evaluated on instead of trained",
-        group="data",
         at_least=0,
         below=1,
     )
     max_length: int | None = option(
         None,
         "most tokens of prompt and response together; longer rows are truncated and counted",
-        group="data",
         default_text="1024, or the model's context where that is smaller",
         at_least=2,
     )

@@ -29,13 +29,13 @@ class SftConfig(BalanceOptions, MethodOptions, ModelOptions):
         " whose config.json describes the model to build",
         group="model",
     )
-    adapter: str | None = option(None, "existing LoRA adapter on the model to continue training", group="model")
-    from_scratch: bool = option(False, "start from random weights instead of those of the model", group="model")
+    adapter: str | None = option(None, "existing LoRA adapter on the model to continue training")
+    from_scratch: bool = option(False, "start from random weights instead of those of the model")
     train_tokenizer: int | None = option(
         None,
         "with --from-scratch: train a tokenizer with this many tokens on the data (byte-level BPE)",
-        group="model",
         default_text="the model's own",
+        needs="from_scratch",
         at_least=260,
     )
     learning_rate: float = option(
@@ -49,9 +49,7 @@ class SftConfig(BalanceOptions, MethodOptions, ModelOptions):
         "responses", "tokens of a row to train on: its responses, or all of its text", group="loss"
     )
     average: Literal["tokens", "rows"] = option(
-        "tokens",
-        "tokens: the mean over all trained tokens; rows: the mean over responses of the mean of each",
-        group="loss",
+        "tokens", "tokens: the mean over all trained tokens; rows: the mean over responses of the mean of each"
     )
 
     def check(self) -> None:
@@ -60,4 +58,3 @@ class SftConfig(BalanceOptions, MethodOptions, ModelOptions):
         for name in ("lora", "adapter"):
             if self.from_scratch and getattr(self, name):
                 raise ConfigError(f"{flag(name)}: --from-scratch trains all weights; leave one of them out")
-        self.need("from_scratch", "train_tokenizer")

@@ -50,24 +50,20 @@ class SweepOptions(MachineOptions, ProgressOptions, PromptOptions):
         default_text="prompts are not truncated",
         at_least=1,
     )
-    prefix_max: int | None = option(
-        None, "and to this many at most; the number is drawn for each prompt", group="data", at_least=1
-    )
+    prefix_max: int | None = option(None, "and to this many at most; the number is drawn for each prompt", at_least=1)
     held_out: int = option(
-        32, "distinct prompts to evaluate on, drawn by the seed; the others are trained on", group="data", at_least=2
+        32, "distinct prompts to evaluate on, drawn by the seed; the others are trained on", at_least=2
     )
     data: list[str] | None = option(
         None,
         "files, folders, globs or Hub data sets of preferences",
-        group="data",
         default_text="the model's own samples, as the true reward orders them",
     )
-    samples: int = option(4, "without --data: samples of a prompt to compare", group="data", at_least=2)
-    rounds: int = option(1, "without --data: times that each prompt is sampled", group="data", at_least=1)
+    samples: int = option(4, "without --data: samples of a prompt to compare", at_least=2)
+    rounds: int = option(1, "without --data: times that each prompt is sampled", at_least=1)
     labels: Literal["order", "bradley-terry"] | None = option(
         help="without --data: the true reward's order of all samples of a prompt; or pairs of them, with labels drawn"
         " with the probability sigmoid(difference of rewards)",
-        group="data",
         computed=lambda c: "order" if c.data is None else None,
         default_text="order",
     )
@@ -77,10 +73,8 @@ class SweepOptions(MachineOptions, ProgressOptions, PromptOptions):
         " name of a reward model",
         group="reward",
     )
-    num: int = option(4, "samples per held-out prompt to measure each policy on", group="reward", at_least=1)
-    max_new_tokens: int = option(
-        48, "most tokens of a sample, in the data, in PPO and in evaluation", group="reward", at_least=1
-    )
+    num: int = option(4, "samples per held-out prompt to measure each policy on", at_least=1)
+    max_new_tokens: int = option(48, "most tokens of a sample, in the data, in PPO and in evaluation", at_least=1)
 
     responses: int = option(
         4096, "responses that each training learns from, with repetitions", group="stages", at_least=1
@@ -156,7 +150,6 @@ class MethodsConfig(SweepOptions):
     seeds: int = option(3, "trainings of every stage, seed after seed", group="stages", at_least=1)
     rate_factors: list[str] = option(
         help="train DPO and PPO at their learning rate times each of these",
-        group="stages",
         computed=lambda c: list(FACTORS),
         default_text=" ".join(FACTORS),
     )
@@ -269,19 +262,15 @@ class FrontierConfig(SweepOptions):
         computed=lambda c: list(DEFAULT_SWEEPS),
         default_text=" ".join(DEFAULT_SWEEPS),
     )
-    seeds: int = option(1, "trainings of every setting, seed after seed", group="stages", at_least=1)
+    seeds: int = option(1, "trainings of every setting, seed after seed", at_least=1)
     checkpoints: int = option(
-        1,
-        "points of each training of dpo, sft and unlikelihood, evenly spaced over its steps",
-        group="stages",
-        at_least=1,
+        1, "points of each training of dpo, sft and unlikelihood, evenly spaced over its steps", at_least=1
     )
 
     plateau_share: float = option(
         0.2,
         "a PPO training has converged if its gain of true reward over the last third of its steps is, with confidence,"
         " below this fraction of its total gain; a training that rises evenly gains a third",
-        group="stages",
         above=0,
         at_most=0.3,
     )

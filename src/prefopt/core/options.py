@@ -30,7 +30,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -57,7 +57,8 @@ class Option:
 
     ``type``: the annotation of its field. ``default_text``: the default as help prints it. ``limits`` bound a number.
     ``positional``: it may come without its flag, as the first words after the command. ``only``: another option and
-    the value of it without which this one is not read. ``computed``: its default, from the other options.
+    the value of it without which this one is not read. ``needs``: another option without which it has no effect.
+    ``computed``: its default, from the other options.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Option:
     limits: tuple[tuple[str, float], ...] = ()
     positional: bool = False
     only: tuple[str, object] | None = None
+    needs: str | None = None
     computed: Callable[[Any], Any] | None = None
 
     @property
@@ -122,20 +124,33 @@ def option(
     default: Any = MISSING,
     help: str = "",
     *,
-    group: str,
+    group: str = "",
     default_text: str | None = None,
     positional: bool = False,
+    needs: str | None = None,
     computed: Callable[[Any], Any] | None = None,
     **limits: float,
 ) -> Any:
-    """A dataclass field with its help; required without a default.
+    """A dataclass field with its help; required without a default. ``group``: by default that of the field before it.
 
     ``computed`` gives the default from the config, once its other options are checked; ``default_text`` describes it,
-    or says what None stands for. ``limits``: see :func:`bounds`.
+    or says what None stands for. ``needs``: see :class:`Option`. ``limits``: see :func:`bounds`.
     """
     about = {"help": help, "group": group, "default_text": default_text, "positional": positional}
-    more = {"computed": computed, "limits": bounds(**limits)}
+    more = {"needs": needs, "computed": computed, "limits": bounds(**limits)}
     return field(default=None if computed else default, metadata=about | more)
+
+
+def beside(other: str, default: Any, help: str, *, group: str = "", **limits: Any) -> Any:
+    """A field like :func:`option` that is read only with the option ``other``: its default there, else None."""
+    return option(
+        help=help,
+        group=group,
+        needs=other,
+        computed=lambda config: default if getattr(config, other) is not None else None,
+        default_text=f"{default:g}, with {flag(other)}",
+        **limits,
+    )
 
 
 def options(config: type) -> tuple[Option, ...]:
@@ -185,6 +200,14 @@ def checked(o: Option, value: object, place: str | None = None) -> Any:
 class Config:
     """A set of options that checks itself on construction. Raises ``ConfigError``."""
 
+    def __init_subclass__(cls) -> None:
+        """Give fields without a group that of the field before them."""
+        group = ""
+        for own in vars(cls).values():
+            if isinstance(own, Field):
+                group = own.metadata["group"] or group
+                own.metadata = types.MappingProxyType({**own.metadata, "group": group})
+
     def __post_init__(self) -> None:
         """Check types and ranges, fill in computed defaults, then refuse contradictions."""
         kind: Any = type(self)
@@ -195,6 +218,9 @@ class Config:
         for o in mine:
             if o.computed is not None and getattr(self, o.name) is None:
                 fill(self, o.name, o.computed(self))
+        for o in mine:
+            if o.needs is not None:
+                self.need(o.needs, o.name)
         for base in reversed(kind.__mro__):
             if "check" in vars(base):
                 base.check(self)
