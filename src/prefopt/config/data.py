@@ -19,7 +19,7 @@ class ReadOptions(Config):
 
     format: str | None = option(
         None,
-        "layout of the rows, by its name in prefopt data layouts",
+        "layout of the rows: a name that prefopt data layouts lists, or your own as module:function",
         group="data",
         default_text="recognised from all rows, or from a dataset_info.json beside the file",
     )

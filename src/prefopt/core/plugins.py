@@ -23,8 +23,8 @@ def imported(name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
 
 
-def load_function(name: str, place: str, known: Sequence[str] = ()) -> Callable[..., Any]:
-    """The function ``module:function``; modules are also looked for in the working folder.
+def load_object(name: str, place: str, known: Sequence[str] = ()) -> Any:
+    """What ``module:name`` stands for; modules are also looked for in the working folder.
 
     ``place`` begins the messages; ``known`` are names that the module may be a misspelling of. Raises ``ConfigError``.
     """
@@ -40,11 +40,16 @@ def load_function(name: str, place: str, known: Sequence[str] = ()) -> Callable[
         raise ConfigError(f"{place}: there is no module {module} in {here} or installed{guess}") from error
     except Exception as error:
         raise ConfigError(f"{place}: importing {module} raised {type(error).__name__}: {error}") from error
-    function = getattr(found, attribute, None)
-    if function is None:
+    if not hasattr(found, attribute):
         raise ConfigError(f"{place}: {module} has no {attribute}{nearest(attribute, list(vars(found)))}")
+    return getattr(found, attribute)
+
+
+def load_function(name: str, place: str, known: Sequence[str] = ()) -> Callable[..., Any]:
+    """The same for a function."""
+    function = load_object(name, place, known)
     if not callable(function):
-        raise ConfigError(f"{place}: {attribute} is no function but of type {type(function).__name__}")
+        raise ConfigError(f"{place}: {name.partition(':')[2]} is no function but of type {type(function).__name__}")
     return function  # type: ignore[no-any-return]
 
 
