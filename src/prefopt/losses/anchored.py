@@ -23,10 +23,9 @@ from prefopt.losses.declare import loss
     ),
 )
 def dpop(log_ratio_2P: Tensor, target_P: Target, *, beta: float = 0.3, penalty: float = 50.0) -> Numerators:
-    r"""DPO-Positive, Pal et al. 2024 (arXiv 2402.13228).
+    """DPO-Positive, Pal et al. 2024 (arXiv 2402.13228).
 
-    :math:`-\log\sigma(\beta(h - \lambda\max(0, \log\mathrm{ref}_w - \log\pi_w)))`; the paper used lambda 50 and beta
-    0.3. Not a loss on the difference, so that no other divergence is valid.
+    The paper used lambda 50 and beta 0.3. Not a loss on the difference, so that no other divergence is valid.
     """
     chosen, rejected = log_ratio_2P
     fall = torch.relu(-chosen)
@@ -80,10 +79,7 @@ def tdpo(
     when="The chosen response's likelihood should not fall: its reward has an optimum of its own.",
 )
 def nca(chosen_reward_P: Tensor, rejected_reward_P: Tensor) -> Tensor:
-    r"""Noise contrastive alignment on pairs, Chen et al. 2024 (arXiv 2402.05369).
-
-    :math:`-\log\sigma(r_w) - \tfrac12\log\sigma(-r_w) - \tfrac12\log\sigma(-r_l)` with :math:`r = \beta s`.
-    """
+    """Noise contrastive alignment on pairs, Chen et al. 2024 (arXiv 2402.05369)."""
     chosen, rejected = chosen_reward_P, rejected_reward_P
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
@@ -96,7 +92,7 @@ def nca(chosen_reward_P: Tensor, rejected_reward_P: Tensor) -> Tensor:
 def apo_zero(chosen_reward_P: Tensor, rejected_reward_P: Tensor) -> Tensor:
     r"""Anchored preference optimisation, zero, D'Oosterlinck et al. 2024 (arXiv 2408.06266), equation 7.
 
-    :math:`-\sigma(\beta s_w) + \sigma(\beta s_l)`, here with 1 added so that it is not negative.
+    1 is added, so that it is not negative.
     """
     # sigmoid(-x), not 1 - sigmoid(x): the value keeps its digits where it is small.
     return torch.sigmoid(-chosen_reward_P) + torch.sigmoid(rejected_reward_P)
@@ -110,7 +106,7 @@ def apo_zero(chosen_reward_P: Tensor, rejected_reward_P: Tensor) -> Tensor:
 def apo_down(chosen_reward_P: Tensor, rejected_reward_P: Tensor) -> Tensor:
     r"""Anchored preference optimisation, down, D'Oosterlinck et al. 2024 (arXiv 2408.06266), equation 8.
 
-    :math:`\sigma(\beta s_w) - \sigma(\beta h)`, here with 1 added so that it is not negative.
+    1 is added, so that it is not negative.
     """
     return torch.sigmoid(chosen_reward_P) + torch.sigmoid(rejected_reward_P - chosen_reward_P)
 
@@ -124,7 +120,6 @@ def apo_down(chosen_reward_P: Tensor, rejected_reward_P: Tensor) -> Tensor:
 def sppo_hard(chosen_log_ratio_P: Tensor, rejected_log_ratio_P: Tensor, *, beta: float = 0.1) -> Tensor:
     r"""Self-play preference optimisation with hard labels, Wu et al. 2024 (arXiv 2405.00675), equation 4.7.
 
-    :math:`(s_w - \tfrac1{2\beta})^2 + (s_l + \tfrac1{2\beta})^2`: the probability of winning is 1 for the chosen and 0
-    for the rejected response, where the paper estimates it.
+    The probability of winning is 1 for the chosen and 0 for the rejected response, where the paper estimates it.
     """
     return (chosen_log_ratio_P - 0.5 / beta) ** 2 + (rejected_log_ratio_P + 0.5 / beta) ** 2

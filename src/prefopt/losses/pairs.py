@@ -91,7 +91,7 @@ def rpo(
 ) -> Numerators:
     r"""DPO with the negative log-likelihood of the chosen response, Pang et al. 2024 (arXiv 2404.19733), equation 1.
 
-    :math:`-\log\sigma(\beta h) - \alpha\log\pi_w/|w|`: the same as the sum ``dpo:1,nll:alpha``.
+    The same as the sum ``dpo:1,nll:alpha``.
     """
     nll = -chosen_logp_P / chosen_length_P
     return logistic(margin_P, label=target_P) + nll_weight * nll, {"nll_loss": nll}
@@ -125,8 +125,7 @@ def sigmoid_norm(
 ) -> LossOutput:
     r"""Length-normalised DPO, Lambert et al. 2024 (arXiv 2411.15124).
 
-    :math:`-\log\sigma(\beta s_w/|w| - \beta s_l/|l|)`. With another divergence f'(rho) of the whole response is
-    divided by the length, as in TRL.
+    With another divergence f'(rho) of the whole response is divided by the length, as in TRL.
     """
     reward_2P = beta * implied_2P / length_2P
     return pair_output(logistic(reward_2P[0] - reward_2P[1], label=target_P), *reward_2P, *logp_2P)
@@ -143,9 +142,8 @@ def r_dpo(margin_P: Tensor, length_2P: Tensor, target_P: Target, *, alpha: float
     r"""Length-regularised DPO, Park et al. 2024 (arXiv 2403.19159).
 
     The reward less :math:`\alpha|y|` is maximised, so that the reward itself is :math:`\beta s(y) + \alpha|y|` up to a
-    term of the prompt: :math:`-\log\sigma(\beta h + \alpha|w| - \alpha|l|)`. Length explains a part of a pair whose
-    chosen response is longer, which then has a smaller gradient. With the other sign (some code) the formula rewards
-    length; a negative ``alpha`` gives it.
+    term of the prompt. Length explains a part of a pair whose chosen response is longer, which then has a smaller
+    gradient. With the other sign (some code) the formula rewards length.
     """
     longer_P = (length_2P[0] - length_2P[1]).to(margin_P.dtype)
     return logistic(margin_P + alpha * longer_P, label=target_P)
@@ -193,10 +191,7 @@ def ld_dpo(
     ),
 )
 def exo(margin_P: Tensor, *, label_smoothing: float = 0.001) -> Tensor:
-    r"""Efficient exact optimisation, EXO-pref, Ji et al. 2024 (arXiv 2402.00856), equation 16 with two responses.
-
-    With :math:`q = \sigma(\beta h)` the loss is :math:`q\log\frac{q}{1-e} + (1-q)\log\frac{1-q}{e}`.
-    """
+    """Efficient exact optimisation, EXO-pref, Ji et al. 2024 (arXiv 2402.00856), equation 16 with two responses."""
     log_q, log_other = F.logsigmoid(margin_P), F.logsigmoid(-margin_P)
     return log_q.exp() * (log_q - math.log1p(-label_smoothing)) + log_other.exp() * (
         log_other - math.log(label_smoothing)
@@ -212,8 +207,7 @@ def exo(margin_P: Tensor, *, label_smoothing: float = 0.001) -> Tensor:
 def discopop(margin_P: Tensor, *, tau: float = 0.05) -> Tensor:
     r"""Discovered preference optimisation, Lu et al. 2024 (arXiv 2406.08414), equation 5.
 
-    :math:`(1-m)(-\log\sigma(\beta h)) + m e^{-\beta h}` with :math:`m = \sigma(\beta h/\tau)`. The second product is
-    computed as one exponential, which is finite for tau up to 1.
+    The second product is computed as one exponential, which is finite for tau up to 1.
     """
     exponential = torch.exp(F.logsigmoid(margin_P / tau) - margin_P)
     return -torch.sigmoid(-margin_P / tau) * F.logsigmoid(margin_P) + exponential

@@ -34,9 +34,9 @@ from prefopt.losses.declare import loss
 def nll(logp_2P: Tensor, chosen_length_P: Tensor, *, average: str = "response") -> LossOutput:
     r"""Negative log-likelihood of the chosen response, as in supervised fine-tuning.
 
-    :math:`-\log\pi_w/|w|` per pair is the term of Iterative RPO (Pang et al. 2024, arXiv 2404.19733, equation 1).
-    Sources disagree on the average: TRL's ``sft`` and the second term of its CPO take the mean over all tokens of the
-    batch (``tokens``: long responses weigh more), CPO's paper the sum (``none``).
+    The mean per pair is the term of Iterative RPO (Pang et al. 2024, arXiv 2404.19733, equation 1). Sources disagree on
+    the average: TRL's ``sft`` and the second term of its CPO take the mean over all tokens of the batch (``tokens``:
+    long responses weigh more), CPO's paper the sum (``none``).
     """
     chosen = logp_2P[0]
     length = chosen_length_P.to(chosen.dtype)
@@ -58,9 +58,8 @@ def nll(logp_2P: Tensor, chosen_length_P: Tensor, *, average: str = "response") 
 def unlikelihood(logp_2P: Tensor, length_2P: Tensor, *, alpha: float = 0.5, average: bool = False) -> LossOutput:
     r"""The unlikelihood baseline of DPO's paper, Rafailov et al. 2023 (arXiv 2305.18290), section 6.
 
-    :math:`-\log\pi_w + \alpha\log\pi_l`: the probability of the chosen response is raised, that of the rejected one
-    lowered, with a coefficient in [0, 1]. Welleck et al. 2019 (arXiv 1908.04319), whose name it borrows, lower it by
-    :math:`-\log(1 - p)` of each token instead.
+    The probability of the chosen response is raised, that of the rejected one lowered. Welleck et al. 2019 (arXiv
+    1908.04319), whose name it borrows, lower it by :math:`-\log(1 - p)` of each token instead.
     """
     chosen, rejected = logp_2P / length_2P if average else logp_2P
     metrics = {"nll_loss": -logp_2P[0] / length_2P[0]}
@@ -77,10 +76,9 @@ def unlikelihood(logp_2P: Tensor, length_2P: Tensor, *, alpha: float = 0.5, aver
     ),
 )
 def simpo(logp_2P: Tensor, length_2P: Tensor, target_P: Target, *, beta: float = 2.0, gamma: float = 1.0) -> LossOutput:
-    r"""SimPO, Meng et al. 2024 (arXiv 2405.14734), equation 6.
+    """SimPO, Meng et al. 2024 (arXiv 2405.14734), equation 6.
 
-    :math:`-\log\sigma(\beta\log\pi_w/|w| - \beta\log\pi_l/|l| - \gamma)`. The option of their code is gamma / beta;
-    TRL's is gamma, as here.
+    The option of their code is gamma / beta; TRL's is gamma, as here.
     """
     reward_2P = beta * logp_2P / length_2P
     return pair_output(logistic(reward_2P[0] - reward_2P[1] - gamma, label=target_P), *reward_2P, *logp_2P)
@@ -106,12 +104,7 @@ def alphapo(
     alpha: float = 0.25,
     gamma: float = 1.0,
 ) -> LossOutput:
-    r"""AlphaPO, Gupta et al. 2025 (arXiv 2501.03884).
-
-    :math:`r(y) = \beta(1 - p^{-\alpha})/\alpha` with :math:`p = \pi(y)^{1/|y|}`, and
-    :math:`-\log\sigma(r_w - r_l - \gamma)`. The limit for alpha 0 is SimPO. :math:`p^{-\alpha}` continues as a
-    straight line beyond exp(30).
-    """
+    """AlphaPO, Gupta et al. 2025 (arXiv 2501.03884)."""
     mean_2P = logp_2P / length_2P
     reward_2P = beta * (-expm1_or_line(-alpha * mean_2P) / alpha if alpha else mean_2P)
     return pair_output(logistic(reward_2P[0] - reward_2P[1] - gamma, label=target_P), *reward_2P, *logp_2P)
@@ -138,9 +131,9 @@ def cpo(
 ) -> LossOutput:
     r"""Contrastive preference optimisation, Xu et al. 2024 (arXiv 2401.08417).
 
-    :math:`-\log\sigma(\beta\log\pi_w - \beta\log\pi_l) - \log\pi_w`. Sources disagree on the second term: a sum in the
-    paper, the mean over all tokens of the batch in TRL. Here it is the mean over the response's tokens; ``average``
-    false is the paper's, and ``cpo:1,nll:1`` with ``cpo.nll_weight=0`` and ``nll.average=tokens`` TRL's.
+    Sources disagree on the second term: a sum in the paper, the mean over all tokens of the batch in TRL. Here it is
+    the mean over the response's tokens; ``average`` false is the paper's, and ``cpo:1,nll:1`` with ``cpo.nll_weight=0``
+    and ``nll.average=tokens`` TRL's.
     """
     reward_2P = beta * logp_2P
     nll = -logp_2P[0] / chosen_length_P
@@ -159,9 +152,8 @@ def cpo(
 def orpo(logp_2P: Tensor, length_2P: Tensor, target_P: Target, *, beta: float = 0.1) -> LossOutput:
     r"""Odds ratio preference optimisation, Hong et al. 2024 (arXiv 2403.07691), equations 6 and 7.
 
-    With :math:`p(y) = \pi(y)^{1/|y|}` the loss is
-    :math:`-\log p(w) - \lambda\log\sigma(\log\frac{p(w)}{1-p(w)} - \log\frac{p(l)}{1-p(l)})`. Sources disagree on the
-    first term: TRL takes it over the tokens of prompt and response, the paper (and this function) over the response's.
+    Sources disagree on the first term: TRL takes it over the tokens of prompt and response, the paper (and this
+    function) over the response's.
     """
     mean_2P = logp_2P / length_2P
     log_odds_2P = mean_2P - log1m_exp(mean_2P.clamp(max=-1e-6))
@@ -186,8 +178,7 @@ def slic_hf(
 ) -> LossOutput:
     r"""Sequence likelihood calibration from feedback, Zhao et al. 2023 (arXiv 2305.10425).
 
-    :math:`\max(0, \delta - \log\pi_w + \log\pi_l) - \lambda\log\pi_{\mathrm{target}}`. The target is the chosen
-    response here; the paper also uses that of supervised fine-tuning.
+    The likelihood term is of the chosen response here; the paper also uses that of supervised fine-tuning.
     """
     chosen, rejected = logp_2P / length_2P if average else logp_2P
     numerator = torch.relu(delta - chosen + rejected) - nll_weight * chosen

@@ -24,10 +24,10 @@ BETA_FLOOR = 1e-3
     per_row=False,
 )
 def aot(logp_2P: Tensor, ref_logp_2P: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0) -> LossOutput:
-    r"""Alignment via optimal transport on paired data, Melnyk et al. 2024 (arXiv 2406.05882).
+    """Alignment via optimal transport on paired data, Melnyk et al. 2024 (arXiv 2406.05882).
 
-    The margins of policy and of reference, :math:`\log\pi_w - \log\pi_l` and :math:`\log\mathrm{ref}_w -
-    \log\mathrm{ref}_l`, are sorted over the batch; the loss is logistic on the differences of equal rank.
+    The margins of policy and of reference are sorted over the batch; the loss is logistic on the differences of equal
+    rank.
     """
     policy, reference = (torch.sort(logp[0] - logp[1]).values for logp in (logp_2P, ref_logp_2P))
     numerator = logistic(beta * (policy - reference), label_smoothing)
@@ -73,10 +73,9 @@ def bco(
 ) -> LossOutput:
     r"""Binary classifier optimisation, Jung et al. 2024 (arXiv 2404.04656).
 
-    :math:`-\log\sigma(r_w - \delta) - \log\sigma(-(r_l - \delta))`, :math:`r = \beta s`. Delta, without gradient, is
-    the mean reward of all responses, chosen and rejected, this batch included; sources differ on the batches of the
-    mean, and some code has no delta: ``decay`` and ``shift``. ``state`` holds the mean and its number of rewards. For
-    thumbs up and down without pairs there is ``bco_unpaired``.
+    Delta, without gradient, is the mean reward of all responses, chosen and rejected, this batch included; sources
+    differ on the batches of the mean, and some code has no delta: ``decay`` and ``shift``. ``state`` holds the mean and
+    its number of rewards. For thumbs up and down without pairs there is ``bco_unpaired``.
     """
     chosen, rejected = reward_2P
     rewards = reward_2P.detach().flatten().to(state["mean"].dtype)
