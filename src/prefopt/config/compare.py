@@ -127,7 +127,6 @@ class CompareConfig(MachineOptions, ProgressOptions, SamplingOptions, RowOptions
 
     @property
     def models(self) -> list[str]:
-        """All models, in their order."""
         return [name for name in (self.a, self.b, *(self.others or ())) if name is not None]
 
 

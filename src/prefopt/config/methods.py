@@ -80,13 +80,11 @@ STAGES = ("sft", "reward", "ppo")
 OF_THE_CHAIN = ("model", "data", "prompts", "output", "adapter", "resume", "dry_run", "from_scratch", "train_tokenizer")
 
 
-def stage_options(command: str, example: str = "") -> list[str] | None:
+def stage_options(command: str, example: str = "") -> Any:
     """An option with options of another command."""
     such = f", such as {example}" if example else ""
-    given: list[str] | None = option(
-        None, f"options of prefopt {command}, NAME=VALUE{such}", group="stages", default_text="its own defaults"
-    )
-    return given
+    help = f"options of prefopt {command}, NAME=VALUE{such}"
+    return option(None, help, group="stages", default_text="its own defaults")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -196,7 +196,6 @@ class MethodsConfig(SweepOptions):
         return type(found).from_dict(found.to_dict() | moved, f"--{GIVEN[stage]}")
 
     def folder(self, stage: str, seed: int, factor: float | None = None) -> Path:
-        """Output folder of a training."""
         rate = "" if factor is None else f"-rate{factor:g}"
         return Path(self.output) / stage / f"seed{seed}{rate}"
 
@@ -241,12 +240,10 @@ class Training:
 
     @property
     def setting(self) -> str:
-        """The option that varies, and its value."""
         return f"{self.name}={self.text}"
 
     @property
     def folder(self) -> str:
-        """Its folder, below the output."""
         setting = re.sub(r"[^\w.=+-]", "_", self.setting)
         return f"{self.method}/{setting}-seed{self.seed}"
 
@@ -329,11 +326,9 @@ class FrontierConfig(SweepOptions):
         return evenly(steps, self.checkpoints)
 
     def reward_folder(self, seed: int) -> Path:
-        """Folder of the reward model of ``ppo-learned``."""
         return Path(self.output) / f"reward-seed{seed}"
 
     def reward_config(self, seed: int, *, data: list[str], each: float) -> MethodConfig:
-        """The config that trains that reward model."""
         return self.training(
             "reward", self.reward_folder(seed), {"model": self.model, "data": data}, each=each, seed=seed
         )

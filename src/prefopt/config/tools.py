@@ -40,22 +40,18 @@ class DataCheckConfig(RenderOptions, ReadOptions):
     json: bool = option(False, "print one JSON document with all rows of every problem, and nothing else")
 
     def check(self) -> None:
-        if self.model is not None:
-            return
-        given = {
-            "--max-length": self.max_length is not None,
-            "--chat-template": self.chat_template is not None,
-            "--template-variables": self.template_variables is not None,
-            "--reasoning": self.reasoning != "keep",
-        }
-        if unread := [name for name, is_given in given.items() if is_given]:
-            raise ConfigError(f"{unread[0]} is about tokens: add --model with a model or tokenizer")
+        for f in fields(RenderOptions):
+            if self.model is None and self.is_given(f.name):
+                raise ConfigError(f"{flag(f.name)} is about tokens: add --model with a model or tokenizer")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WriteOptions(RowOptions):
     """Part of the config of commands that write rows."""
 
+    data: list[str] = option(
+        help="files, folders, globs or Hub data sets to read; one or more", group="data", positional=True
+    )
     overwrite: bool = option(False, "replace files that exist", group="output")
 
 
@@ -63,9 +59,6 @@ class WriteOptions(RowOptions):
 class DataConvertConfig(WriteOptions):
     """Conversion of rows to another layout."""
 
-    data: list[str] = option(
-        help="files, folders, globs or Hub data sets to read; one or more", group="data", positional=True
-    )
     output: str = option(help="file to write: .jsonl or .parquet", group="output", positional=True)
     layout: str = option("canonical", "layout to write, by its name in prefopt data layouts")
 
@@ -74,10 +67,7 @@ class DataConvertConfig(WriteOptions):
 class DataSplitConfig(WriteOptions):
     """Split of rows into two files, by prompt."""
 
-    data: list[str] = option(
-        help="files, folders, globs or Hub data sets to read; one or more", group="data", positional=True
-    )
-    fraction: float = option(help="fraction of the prompts for --output-eval", above=0, below=1)
+    fraction: float = option(help="fraction of the prompts for --output-eval", group="data", above=0, below=1)
     seed: int = option(0, "seed of the split; a run with --eval-fraction and this seed holds out the same prompts")
     output_train: str = option(
         help="file for the rows to train on: .jsonl or .parquet", group="output", positional=True

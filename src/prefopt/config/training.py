@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from prefopt.config.data import DataOptions
 from prefopt.core.model_folder import is_adapter
@@ -19,8 +19,6 @@ LORA_RANK, LORA_ALPHA_PER_RANK, LORA_DROPOUT = 16, 2, 0.0
 FILLED = {"lora_rank": LORA_RANK, "lora_alpha": LORA_ALPHA_PER_RANK * LORA_RANK, "lora_dropout": LORA_DROPOUT}
 ADAPTER_SHAPE = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
-Rates = dict[bool, float]
-"""Learning rates of full training (False) and of LoRA (True)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,16 +142,15 @@ class BalanceOptions(Config):
     )
 
 
-def rate_option(rates: Rates, usual: str = "") -> float:
-    """The learning rate of a method, with its defaults."""
-    rate: float = option(
+def rate_option(rates: dict[bool, float], usual: str = "") -> Any:
+    """The learning rate of a method, with its defaults for full training (False) and for LoRA (True)."""
+    return option(
         help=f"peak learning rate{usual}",
         group="optimiser",
         computed=lambda c: rates[c.lora or c.named_adapter is not None],
         default_text=f"{rates[False]:g}, with LoRA {rates[True]:g}",
         above=0,
     )
-    return rate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,7 +76,6 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """The spelling of the command line: ``--max-length``."""
         return flag(self.name)
 
     @property

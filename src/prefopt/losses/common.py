@@ -201,7 +201,6 @@ class Weighting:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Default values of the options."""
         return {o.name: o.default for o in self.options}
 
 

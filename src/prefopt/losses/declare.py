@@ -126,7 +126,6 @@ class Loss:
 
     @property
     def needs_scores(self) -> bool:
-        """Whether it needs scores from the data."""
         return self.needs("score")
 
     @property
@@ -141,7 +140,6 @@ class Loss:
 
     @property
     def needs_mismatched(self) -> bool:
-        """Whether it needs responses of other rows."""
         return self.needs("mismatched")
 
     @property
@@ -151,7 +149,6 @@ class Loss:
 
     @property
     def defaults(self) -> dict[str, Value]:
-        """Default values of the options that have one."""
         return {o.name: o.default for o in self.options if not o.required}
 
     def start(self, device: torch.device | str = "cpu") -> dict[str, Tensor] | None:

@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
+from prefopt.config.data import positive
 from prefopt.config.dpo import DpoConfig
 from prefopt.core.options import Option, checked, flag, nearest, parse_value
 from prefopt.core.options import options as config_options
@@ -48,7 +48,6 @@ class WeightedLoss(NamedTuple):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The columns that loss and weighting need."""
         return self.loss.inputs + (self.weighting.inputs if self.weighting else ())
 
     def __call__(self, tensors: Mapping[str, Tensor], state: State | None = None) -> LossOutput:
@@ -125,7 +124,10 @@ def _chosen(text: str) -> list[tuple[Loss, float]]:
         rest = words[len(name.split(":")) :]
         if len(rest) > 1:
             raise ConfigError(f"--loss {text}: {part.strip()} is no NAME:WEIGHT and no module:function:WEIGHT")
-        loss, weight = find_loss(name), _weight(rest[0], part) if rest else 1.0
+        loss, weight = (
+            find_loss(name),
+            positive(rest[0], f"--loss {part}: the weight is {rest[0]!r}; it") if rest else 1.0,
+        )
         for other, _ in found:
             if other.name == loss.name:
                 raise ConfigError(f"--loss {text}: {loss.name} comes twice; give it one weight")
@@ -136,16 +138,6 @@ def _chosen(text: str) -> list[tuple[Loss, float]]:
                 )
         found.append((loss, weight))
     return found
-
-
-def _weight(word: str, part: str) -> float:
-    try:
-        weight = float(word)
-    except ValueError:
-        weight = math.nan
-    if not (math.isfinite(weight) and weight > 0):
-        raise ConfigError(f"--loss {part}: the weight is {word!r}; it must be a number above 0")
-    return weight
 
 
 def _weighting(name: str | None, losses: Sequence[Loss]) -> Weighting | None:
