@@ -96,13 +96,7 @@ def simpo(logp_2P: Tensor, length_2P: Tensor, target_P: Target, *, beta: float =
     notes="p^-alpha grows without bound as p falls: beyond exp(30) it continues as a straight line.",
 )
 def alphapo(
-    logp_2P: Tensor,
-    length_2P: Tensor,
-    target_P: Target,
-    *,
-    beta: float = 2.0,
-    alpha: float = 0.25,
-    gamma: float = 1.0,
+    logp_2P: Tensor, length_2P: Tensor, target_P: Target, *, beta: float = 2.0, alpha: float = 0.25, gamma: float = 1.0
 ) -> LossOutput:
     """AlphaPO, Gupta et al. 2025 (arXiv 2501.03884)."""
     mean_2P = logp_2P / length_2P
