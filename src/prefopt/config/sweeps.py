@@ -125,7 +125,7 @@ class SweepOptions(MachineOptions, ProgressOptions, PromptOptions):
         found: MethodConfig = METHODS[kind].config.from_dict(ours | own | dict(given), place)
         per_step = found.batch_size * (found.num if isinstance(found, PpoConfig) else each)
         steps = max(1, round(self.responses / per_step))
-        return type(found).from_dict(found.to_dict() | {"max_steps": steps}, place)
+        return found.from_dict(found.to_dict() | {"max_steps": steps}, place)
 
 
 def evenly(steps: int, parts: int) -> list[int]:
@@ -193,7 +193,7 @@ class MethodsConfig(SweepOptions):
             return found
         rates = {name: getattr(found, name, None) for name in ("learning_rate", "critic_learning_rate")}
         moved = {name: rate * factor for name, rate in rates.items() if rate is not None}
-        return type(found).from_dict(found.to_dict() | moved, f"--{GIVEN[stage]}")
+        return found.from_dict(found.to_dict() | moved, f"--{GIVEN[stage]}")
 
     def folder(self, stage: str, seed: int, factor: float | None = None) -> Path:
         rate = "" if factor is None else f"-rate{factor:g}"
@@ -210,14 +210,7 @@ DEFAULT_SWEEPS = (
     "unlikelihood:alpha=0.05,0.1,0.5,1",
     "best-of:n=2,4,8,16",
 )
-TRAINED_BY: dict[str, str | None] = {
-    "dpo": "dpo",
-    "ppo-true": "ppo",
-    "ppo-learned": "ppo",
-    "sft": "sft",
-    "unlikelihood": "dpo",
-    "best-of": None,
-}
+TRAINED_BY = {"dpo": "dpo", "ppo-true": "ppo", "ppo-learned": "ppo", "sft": "sft", "unlikelihood": "dpo"}
 """A method of the sweep, and the command that trains it."""
 FEWEST_STEPS = 3
 """Fewest steps of PPO with one at two thirds of the way."""
@@ -236,7 +229,7 @@ class Training:
     @property
     def kind(self) -> str | None:
         """The command that trains it; None for best-of."""
-        return TRAINED_BY[self.method]
+        return TRAINED_BY.get(self.method)
 
     @property
     def setting(self) -> str:
@@ -299,24 +292,26 @@ class FrontierConfig(SweepOptions):
 
     def config_of(self, one: Training, *, data: list[str], prompts: str, each: float) -> MethodConfig:
         """The config that trains ``one``; ``each``: responses per row of ``data``. Raises ``ConfigError``."""
-        assert one.kind is not None
+        kind = TRAINED_BY[one.method]
         given: dict[str, Any] = {"model": self.model}
-        given |= {"prompts": [prompts]} if one.kind == "ppo" else {"data": data}
-        if one.kind == "ppo":
-            given["reward"] = self.reward if one.method == "ppo-true" else str(self.reward_folder(one.seed))
+        if kind == "ppo":
+            reward = self.reward if one.method == "ppo-true" else str(self.reward_folder(one.seed))
+            given |= {"prompts": [prompts], "reward": reward}
+        else:
+            given["data"] = data
+        if one.method == "unlikelihood":
+            given["loss"] = "unlikelihood"
         if one.method == "unlikelihood" and one.name not in {f.name for f in fields(DpoConfig)}:
             given["loss_options"] = [f"{one.name}={one.text}"]
         else:
             given[one.name] = one.value
-        if one.method == "unlikelihood":
-            given["loss"] = "unlikelihood"
         # Fine-tuning learns from the best response of each row: as many rows, not as many responses.
-        rows = 1.0 if one.kind == "sft" else each
-        found = self.training(one.kind, Path(self.output) / one.folder, given, each=rows, seed=one.seed)
+        rows = 1.0 if kind == "sft" else each
+        found = self.training(kind, Path(self.output) / one.folder, given, each=rows, seed=one.seed)
         steps = found.max_steps or 1
         # The checkpoints to measure are requested at the steps of :meth:`marks`.
-        every = max(1, steps // 3) if one.kind == "ppo" else steps
-        return type(found).from_dict(found.to_dict() | {"save_every": every, "keep_last": steps})
+        every = max(1, steps // 3) if kind == "ppo" else steps
+        return found.from_dict(found.to_dict() | {"save_every": every, "keep_last": steps})
 
     def marks(self, one: MethodConfig) -> list[int]:
         """Steps to measure; for PPO two thirds of the way and the end, which together show whether it converged."""
@@ -339,14 +334,13 @@ def _sweep(text: str) -> tuple[str, str, list[str]]:
     method, _, sweep = text.partition(":")
     name, equals, values = sweep.partition("=")
     name, found = name.strip().replace("-", "_"), [v.strip() for v in values.split(",") if v.strip()]
-    if method not in TRAINED_BY:
+    if method not in (known := [*TRAINED_BY, "best-of"]):
         raise ConfigError(
-            f"--methods {text}: no method {method!r}{nearest(method, list(TRAINED_BY))}; there are"
-            f" {', '.join(TRAINED_BY)}"
+            f"--methods {text}: no method {method!r}{nearest(method, known)}; there are {', '.join(known)}"
         )
     if not equals or not name or not found:
         raise ConfigError(f"--methods {text}: write METHOD:NAME=VALUE,VALUE, such as dpo:beta=0.05,0.1,1,5")
-    if name in DECIDED or (TRAINED_BY[method] == "ppo" and name in OF_PPO):
+    if name in DECIDED or (TRAINED_BY.get(method) == "ppo" and name in OF_PPO):
         raise ConfigError(f"--methods {text}: the sweep sets {name}; vary another option")
     if len(set(found)) < len(found):
         raise ConfigError(f"--methods {text}: a value is a duplicate; remove it")
