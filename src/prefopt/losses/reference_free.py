@@ -5,16 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prefopt.losses.common import (
-    NLL_WEIGHT,
-    LossOutput,
-    Target,
-    expm1_or_line,
-    log1m_exp,
-    logistic,
-    loss_option,
-    pair_output,
-)
+from prefopt.losses.common import NLL_WEIGHT, LossOutput, Target, implied, log1m_exp, logistic, loss_option, pair_output
 from prefopt.losses.declare import loss
 
 
@@ -99,8 +90,7 @@ def alphapo(
     logp_2P: Tensor, length_2P: Tensor, target_P: Target, *, beta: float = 2.0, alpha: float = 0.25, gamma: float = 1.0
 ) -> LossOutput:
     """AlphaPO, Gupta et al. 2025 (arXiv 2501.03884)."""
-    mean_2P = logp_2P / length_2P
-    reward_2P = beta * (-expm1_or_line(-alpha * mean_2P) / alpha if alpha else mean_2P)
+    reward_2P = beta * implied(logp_2P / length_2P, "alpha", alpha)
     return pair_output(logistic(reward_2P[0] - reward_2P[1] - gamma, label=target_P), *reward_2P, *logp_2P)
 
 
