@@ -40,27 +40,22 @@ Kind = Literal["pairs", "labels", "ranking"]
 Value = float | str | bool
 Function = Callable[..., LossOutput]
 
+_OF_A_SIDE = {
+    "logp": "log-probability of the {} response under the policy",
+    "ref_logp": "log-probability of the {} response under the reference",
+    "length": "trained tokens of the {} response",
+    "score": "score of the {} response; NaN without one",
+    "head_logp": "log-probability of the {} response's first min(|w|, |l|) tokens under the policy",
+    "head_ref_logp": "log-probability of the same tokens of the {} response under the reference",
+    "kl": "KL(reference || policy) summed over the positions of the {} response, with gradient",
+    "wpo": "mean over the {} response's tokens of log(pi(token) / sum over the vocabulary of pi^2)",
+}
 # Sums of log-probabilities are over the trained tokens of a response, natural logarithm. P counts pairs, N responses,
 # G groups. What comes from data or from the reference carries no gradient.
 INPUTS: dict[Kind, dict[str, str]] = {
     "pairs": {
-        "chosen_logp_P": "log-probability of the chosen response under the policy",
-        "rejected_logp_P": "the same of the rejected response",
-        "chosen_ref_logp_P": "log-probability of the chosen response under the reference",
-        "rejected_ref_logp_P": "the same of the rejected response",
-        "chosen_length_P": "trained tokens of the chosen response",
-        "rejected_length_P": "trained tokens of the rejected response",
-        "chosen_score_P": "score of the chosen response; NaN without one",
-        "rejected_score_P": "score of the rejected response; NaN without one",
+        **{f"{side}_{n}_P": t.format(side) for n, t in _OF_A_SIDE.items() for side in ("chosen", "rejected")},
         "label_P": "probability that the chosen response is better",
-        "chosen_head_logp_P": "log-probability of the chosen response's first min(|w|, |l|) tokens under the policy",
-        "rejected_head_logp_P": "the same of the rejected response",
-        "chosen_head_ref_logp_P": "the same of the chosen response under the reference",
-        "rejected_head_ref_logp_P": "the same of the rejected response under the reference",
-        "chosen_kl_P": "KL(reference || policy) summed over the positions of the chosen response, with gradient",
-        "rejected_kl_P": "the same of the rejected response",
-        "chosen_wpo_P": "mean over the chosen response's tokens of log(pi(token) / sum over the vocabulary of pi^2)",
-        "rejected_wpo_P": "the same of the rejected response",
     },
     "labels": {
         "logp_N": "log-probability of the response under the policy",

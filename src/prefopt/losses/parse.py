@@ -262,7 +262,7 @@ def describe_loss(name: str) -> str:
     for o in found.options:
         only = f"; only with {condition(o)}" if o.only else ""
         lines += _wrapped(f"{o.name}: {o.help} ({o.expects}; default: {o.default_text}{only})", "  ", "    ")
-    return "\n".join([*lines, "", details(found).replace(":math:`", "`").replace("``", "`")])
+    return "\n".join([*lines, "", details(found).replace(":math:`", "`").replace("``", "`")]).rstrip()
 
 
 def details(found: Loss | Weighting) -> str:
