@@ -70,7 +70,7 @@ class CompareConfig(MachineOptions, ProgressOptions, SamplingOptions, RowOptions
     output: str | None = option(
         None, "file for the judged pairs, JSON lines in a layout of preferences", group="output"
     )
-    overwrite: bool = option(False, "replace an existing output file", needs="output")
+    overwrite: bool = option(False, "replace an existing output file")
     json: bool = option(False, "print one JSON document, and nothing else")
 
     def check(self) -> None:
@@ -86,6 +86,7 @@ class CompareConfig(MachineOptions, ProgressOptions, SamplingOptions, RowOptions
             raise ConfigError(f"--prompts is missing: {sampled[0]} is to answer them")
         if not sampled:
             self._check_files()
+        self.need("output", "overwrite")
         if len(set(self.models)) < len(self.models):
             raise ConfigError("one of the models is named twice; a model is not compared with itself")
         if self.judge == "llm" and self.judge_url is None:
