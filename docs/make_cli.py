@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from prefopt.cli.verbs import VERBS
+from prefopt.cli import VERBS
 from prefopt.core.options import Option, options
 
 PAGE = Path(__file__).with_name("cli.md")

@@ -51,7 +51,7 @@ def _section(found: Loss | Weighting) -> str:
     lines = [f"#### {found.name}\n", f"```text\n{found.formula}\n```\n"]
     if isinstance(found, Loss):
         lines.append(f"![{TITLE.format(name=found.name)}](plots/{found.name}.svg)\n")
-    lines.append(_prose(found) + "\n")
+    lines += [prose + "\n"] if (prose := _prose(found)) else []
     facts = [f"- **Source**: {found.paper}.", f"- **When**: {found.when}"]
     if isinstance(found, Loss):
         facts.append(f"- **Needs**: {', '.join(needs(found)) or 'nothing beyond the policy'}.")

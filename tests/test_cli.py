@@ -22,6 +22,7 @@ from prefopt import cli
 from prefopt.config.dpo import DpoConfig
 from prefopt.config.methods import METHODS, method_of, read_options
 from prefopt.core.options import Option, options
+from prefopt.core.plugins import imported
 from prefopt.core.yaml_file import read_document, write_document
 from prefopt.errors import ConfigError, Interrupted, RunError
 
@@ -380,7 +381,7 @@ def test_python_passes_names_or_objects(ran: list[dict[str, Any]], tmp_path: Pat
 
 
 def test_every_command_finds_what_it_runs() -> None:
-    assert all(callable(verb.function()) for verb in cli.VERBS.values())
+    assert all(callable(imported(verb.path)) for verb in cli.VERBS.values())
 
 
 def test_every_row_of_the_table_of_methods_is_a_command_and_a_function() -> None:
@@ -389,7 +390,7 @@ def test_every_row_of_the_table_of_methods_is_a_command_and_a_function() -> None
         verb, function = cli.VERBS[name], getattr(prefopt, name)
         assert (verb.config, verb.help, verb.yaml) == (method.config, method.help, True) and name in dir(prefopt)
         assert function.__name__ == name and method.config.__name__ in function.__doc__
-        arguments = inspect.signature(verb.function()).parameters
+        arguments = inspect.signature(imported(verb.path)).parameters
         assert {"config", "model", "tokenizer", "rows", "callbacks"} <= set(arguments)
         values = {o.name: "x" for o in options(method.config) if o.required}
         assert method_of(method.config.from_dict(values)) == name

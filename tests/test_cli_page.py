@@ -5,7 +5,7 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
-from prefopt.cli.verbs import VERBS
+from prefopt.cli import VERBS
 from prefopt.core.options import options
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

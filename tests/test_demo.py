@@ -12,9 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefopt.cli import main, parse
-from prefopt.cli.verbs import VERBS
-from prefopt.core.options import from_dict, program
+from prefopt.cli import VERBS, main, parse
+from prefopt.core.options import program
 from prefopt.demo import run as demo
 from train.small import pairs, write_rows
 
@@ -55,7 +54,7 @@ def test_the_demonstration_runs_and_every_command_it_prints_is_real(
     for line in commands:
         words = shlex.split(line.removeprefix(program()))
         verb = words[0]
-        configs[verb] = [*configs.get(verb, []), from_dict(VERBS[verb].config, parse(verb, words[1:]))]
+        configs[verb] = [*configs.get(verb, []), VERBS[verb].config.from_dict(parse(verb, words[1:]))]
     assert [len(configs[verb]) for verb in ("sample", "score", "dpo", "chat")] == [3, 3, 3, 1]
     made = json.loads((folder / "aligned" / "run.json").read_text())["options"]
     given = configs["dpo"][0].to_dict()

@@ -20,9 +20,9 @@ import prefopt
 from prefopt import cli
 from prefopt.config.compare import CompareConfig
 from prefopt.config.dpo import DpoConfig
+from prefopt.config.methods import RlhfConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.reward import RewardConfig
-from prefopt.config.rlhf import RlhfConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.config.sft import SftConfig
 from prefopt.core.options import options

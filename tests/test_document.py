@@ -48,7 +48,8 @@ def test_every_bad_document_is_one_line(
 @pytest.mark.parametrize("option", ["seed", "beta", "data"])
 def test_a_number_of_20000_bits_is_one_line(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, number = tmp_path / "options.yaml", "0x" + "f" * 5000
-    file.write_text(f"{option}: {number}\n")
+    needed = {"model": "m", "data": "d", "output": "o"} | {option: number}
+    file.write_text("".join(f"{name}: {value}\n" for name, value in needed.items()))
     assert main(["dpo", "--config", str(file)]) == 2
     said = capsys.readouterr().err
     assert f"{option} is a number beyond all measure; it must be" in said and said.count("\n") == 1

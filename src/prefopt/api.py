@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from prefopt.config.compare import CompareConfig
-from prefopt.config.methods import METHODS
-from prefopt.config.rlhf import STAGES, RlhfConfig
+from prefopt.config.methods import METHODS, STAGES, RlhfConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.config.tools import ReportConfig
 from prefopt.errors import ConfigError

@@ -10,10 +10,9 @@ import torch
 
 from losses.inputs import drawn, leaves, mean
 from losses.variants import label
-from prefopt.losses.anchored import tdpo
 from prefopt.losses.common import DIVERGENCES, implied
 from prefopt.losses.declare import LOSSES, Value
-from prefopt.losses.pairs import dpo, exo, ld_dpo, r_dpo, robust, rpo, sigmoid_norm
+from prefopt.losses.pairs import dpo, exo, ld_dpo, r_dpo, robust, rpo, sigmoid_norm, tdpo
 from prefopt.losses.parse import parse_losses
 from prefopt.losses.reference_free import alphapo, simpo
 from prefopt.losses.whole_batch import bco

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import prefopt
 from prefopt.cli import main
+from prefopt.config.methods import RlhfConfig
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.reward import RewardConfig
-from prefopt.config.rlhf import RlhfConfig
 from prefopt.config.sft import SftConfig
 from prefopt.errors import ConfigError, DataError, Interrupted, RunError
 from prefopt.methods import rlhf

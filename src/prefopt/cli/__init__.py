@@ -16,11 +16,75 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefopt import __version__
-from prefopt.cli.verbs import VERBS
-from prefopt.core.options import Option, check_values, from_dict, nearest, option, options
+from prefopt.config import collect, tools
+from prefopt.config.compare import CompareConfig
+from prefopt.config.methods import METHODS, RlhfConfig
+from prefopt.config.sample import ChatConfig, SampleConfig
+from prefopt.config.sweeps import FrontierConfig, MethodsConfig
+from prefopt.core.options import Config, Option, nearest, option, options
+from prefopt.core.plugins import imported
 from prefopt.core.terminal import complain, guarded_streams, tell
 from prefopt.core.yaml_file import read_document, write_document
 from prefopt.errors import ConfigError, Interrupted, UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One command. ``path``: the ``module:function`` that takes a ``config``, imported when the command runs.
+
+    ``yaml``: options may also come from a file named by ``--config``.
+    """
+
+    help: str
+    config: type[Config]
+    path: str
+    yaml: bool = False
+
+
+ROWS: list[tuple[str, type[Config], str]] = [
+    ("rlhf", RlhfConfig, "run the chain SFT, reward model, PPO; finished stages are skipped"),
+    ("frontier", FrontierConfig, "measure reward against KL for DPO, PPO and other methods on the same data"),
+    ("methods", MethodsConfig, "compare cost and quality of DPO with those of reward model and PPO"),
+    ("sample", SampleConfig, "draw responses from a model for a file of prompts"),
+    ("chat", ChatConfig, "chat with a model in the terminal, or with two and vote for the better answer"),
+    ("compare", CompareConfig, "compare two or more models on prompts: win rates with intervals"),
+    ("losses", tools.LossesConfig, "list the losses, or describe one"),
+    ("merge", tools.MergeConfig, "merge an adapter into its model and check that the outputs agree"),
+    ("push", tools.PushConfig, "upload a finished model to the Hugging Face Hub, after confirmation"),
+    ("runs", tools.RunsConfig, "list runs, describe one, or compare several"),
+    ("plot", tools.PlotConfig, "plot the metrics of runs"),
+    ("report", tools.ReportConfig, "write an HTML report of runs, comparisons and sweeps"),
+    ("data layouts", tools.DataLayoutsConfig, "list the layouts of rows, or describe one"),
+    ("data check", tools.DataCheckConfig, "count rows and report every problem; exit status 1 if there are errors"),
+    ("data convert", tools.DataConvertConfig, "write rows in another layout, or as parquet"),
+    ("data split", tools.DataSplitConfig, "split rows by prompt into two files"),
+    ("collect new", collect.CollectNewConfig, "create a study in which people compare responses"),
+    ("collect serve", collect.CollectServeConfig, "serve the voting page"),
+    ("collect invite", collect.CollectInviteConfig, "create an invitation link for one annotator"),
+    ("collect stats", collect.CollectStatsConfig, "print progress and agreement"),
+    ("collect export", collect.CollectExportConfig, "write votes as pairs, rankings or soft labels to train on"),
+    ("collect import", collect.CollectImportConfig, "add items to a study"),
+    ("collect check", collect.CollectCheckConfig, "check a study against its digests"),
+    ("collect backup", collect.CollectBackupConfig, "copy a study, also while it is served"),
+    ("cache list", tools.CacheListConfig, "list cached log-probabilities, tokenised data and samples"),
+    ("cache verify", tools.CacheVerifyConfig, "check the cache against its checksums"),
+    ("cache clear", tools.CacheClearConfig, "delete the cache, or entries of it"),
+    ("env", tools.EnvConfig, "print versions, devices, folders and missing packages, for bug reports"),
+    ("score", tools.ScoreConfig, "score responses by a rule, a reward model or your own function"),
+    ("demo", tools.DemoConfig, "run the demonstration, offline, in a few minutes"),
+]
+WITH_YAML = {"rlhf", "frontier", "methods", "sample", "collect new"}
+PATHS = {
+    "rlhf": "prefopt.methods.rlhf:run",
+    "chat": "prefopt.chat.session:chat",
+    "data convert": "prefopt.data.convert:run_convert",
+    "data split": "prefopt.data.convert:run_split",
+}
+VERBS = {m.name: Verb(m.help, m.config, m.run_path, yaml=True) for m in METHODS.values()}
+for _name, _config, _help in ROWS:  # functions of cli/tools.py or cli/collect.py, named as the command is
+    _module = "collect" if _name.startswith("collect ") else "tools"
+    _path = PATHS.get(_name, f"prefopt.cli.{_module}:{_name.replace(' ', '_')}")
+    VERBS[_name] = Verb(_help, _config, _path, _name in WITH_YAML)
 
 # Errors of the disk; any other OSError that gets here is a bug.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
@@ -78,20 +142,18 @@ def _run(name: str, words: list[str]) -> int:
         return 0
     given = parse(name, words)
     file, printing = given.pop("config", None), given.pop("print_config", False)
-    values: dict[str, Any] = {}
-    if file:
-        values = check_values(verb.config, read_document(file), place=file)
-    values |= given
+    values = read_document(file) if file else {}
     if printing:
         placeholders = {o.name: "(to be given)" for o in options(verb.config) if o.required}
-        from_dict(verb.config, placeholders | values)
-        tell(write_document(verb.config, values), end="")
+        verb.config.from_dict(placeholders | values, file, given)
+        tell(write_document(verb.config, values | given), end="")
         return 0
-    config: Any = from_dict(verb.config, values)
+    config = verb.config.from_dict(values, file, given)
     from prefopt.methods.early_checks import check_before_torch
 
     check_before_torch(config)
-    return verb.run(config)
+    status = imported(verb.path)(config)
+    return status if isinstance(status, int) else 0
 
 
 @dataclass(frozen=True, kw_only=True)

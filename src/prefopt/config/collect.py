@@ -36,9 +36,7 @@ class ImportOptions(RowOptions):
         "files with responses, in any layout; responses to one prompt are compared, also those of different files",
         group="items",
     )
-    gold: list[str] | None = option(
-        None, "files with known preferences, mixed in to measure the quality of annotators", group="items"
-    )
+    gold: list[str] | None = option(None, "files with known preferences, mixed in to measure the quality of annotators")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,29 +44,23 @@ class CollectNewConfig(MachineOptions, SamplingOptions, ImportOptions, StudyOpti
     """A new study. Construction raises ``ConfigError``."""
 
     prompts: list[str] | None = option(
-        None,
-        "files, folders, globs or Hub data sets with prompts for --model; or .txt, one per line",
-        group="items",
+        None, "files, folders, globs or Hub data sets with prompts for --model; or .txt, one per line", group="items"
     )
     model: list[str] | None = option(
-        None, "models to sample responses from, folders or Hub names; several give equally many each", group="items"
+        None, "models to sample responses from, folders or Hub names; several give equally many each"
     )
-    num: int = option(2, "responses per prompt, from all models together", group="items", at_least=2, at_most=9)
+    num: int = option(2, "responses per prompt, from all models together", at_least=2, at_most=9)
     top_p: float = option(
         1.0, "sample from the most likely tokens with this total probability", group="sampling", above=0, at_most=1
     )
 
     title: str | None = option(None, "title of the page", group="study", default_text="the file's name")
-    instructions: str | None = option(None, "file with instructions for annotators, in Markdown", group="study")
-    tags: list[str] | None = option(None, "tags to choose from, at most one per vote", group="study")
-    overlap: int = option(1, "annotators per item", group="study", at_least=1)
-    gold_every: int = option(
-        10, "one in this many items is a gold item, while there are any", group="study", at_least=2
-    )
+    instructions: str | None = option(None, "file with instructions for annotators, in Markdown")
+    tags: list[str] | None = option(None, "tags to choose from, at most one per vote")
+    overlap: int = option(1, "annotators per item", at_least=1)
+    gold_every: int = option(10, "one in this many items is a gold item, while there are any", at_least=2)
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if self.prompts is None and self.responses is None and self.gold is None:
             raise ConfigError(
                 "a study needs items: give --prompts with --model, or --responses with files that have them"
@@ -86,8 +78,6 @@ class CollectImportConfig(ImportOptions, StudyOptions):
     """More items for a study. Construction raises ``ConfigError``."""
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if self.responses is None and self.gold is None:
             raise ConfigError("nothing to import: give --responses, or --gold")
 
@@ -97,28 +87,18 @@ class CollectServeConfig(StudyOptions):
     """The server of a study. Construction raises ``ConfigError``."""
 
     host: str = option("127.0.0.1", "address to listen on; any but localhost needs invitations", group="server")
-    port: int = option(8700, "port to listen on; 0 takes a free one", group="server", at_least=0, at_most=65535)
+    port: int = option(8700, "port to listen on; 0 takes a free one", at_least=0, at_most=65535)
     allowed_hosts: list[str] | None = option(
-        None,
-        "host names that the server accepts",
-        group="server",
-        default_text="--host and localhost, or the name in --url",
+        None, "host names that the server accepts", default_text="--host and localhost, or the name in --url"
     )
-    url: str | None = option(
-        None,
-        "public address behind a TLS proxy, such as https://votes.example.org",
-        group="server",
-    )
+    url: str | None = option(None, "public address behind a TLS proxy, such as https://votes.example.org")
     trusted_proxies: list[str] | None = option(
         None,
         "addresses or networks of proxies whose X-Forwarded-For is trusted, so that rate limits count each client's"
         " address",
-        group="server",
     )
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if self.url is not None and not re.fullmatch(r"https?://[A-Za-z0-9.-]+(:\d+)?/?", self.url):
             raise ConfigError(f"--url is {self.url!r}; it must be scheme and name alone, as https://votes.example.org")
         for proxy in self.trusted_proxies or ():
@@ -148,14 +128,12 @@ class CollectInviteConfig(StudyOptions):
     name: str = option(
         help="name of the annotator; inviting the same name again revokes the earlier link", group="invitation"
     )
-    lead: bool = option(False, "the annotator also sees progress, agreement and all votes", group="invitation")
-    days: float = option(30.0, "days that the link is valid", group="invitation", above=0)
-    revoke: bool = option(False, "revoke the annotator's link and sessions instead; votes are kept", group="invitation")
-    url: str = option("http://127.0.0.1:8700", "address of the server, for the link", group="invitation")
+    lead: bool = option(False, "the annotator also sees progress, agreement and all votes")
+    days: float = option(30.0, "days that the link is valid", above=0)
+    revoke: bool = option(False, "revoke the annotator's link and sessions instead; votes are kept")
+    url: str = option("http://127.0.0.1:8700", "address of the server, for the link")
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if self.revoke and self.lead:
             raise ConfigError("--revoke ends an invitation and --lead makes one: leave one of them out")
 
@@ -172,38 +150,26 @@ class CollectExportConfig(StudyOptions):
     """Votes as training data. Construction raises ``ConfigError``."""
 
     output: str = option(help="file to write: .jsonl or .parquet", group="output")
-    eval_output: str | None = option(None, "file for the prompts of --eval-fraction", group="output")
-    overwrite: bool = option(False, "replace files that exist", group="output")
+    eval_output: str | None = option(None, "file for the prompts of --eval-fraction")
+    overwrite: bool = option(False, "replace files that exist")
     form: Literal["pairs", "rankings", "soft"] = option(
         "pairs",
         "rows: pairs, rankings of all responses to an item, or pairs with soft labels, the fraction of votes",
         group="rows",
     )
     disagreement: Literal["majority", "unanimous", "every"] = option(
-        "majority",
-        "where annotators disagree: use the majority, only unanimous items, or every vote as a row",
-        group="rows",
+        "majority", "where annotators disagree: use the majority, only unanimous items, or every vote as a row"
     )
-    ties: Literal["drop", "half", "keep"] = option(
-        "drop", "ties: dropped, half a vote for each side, or kept as ties", group="rows"
-    )
-    all_bad: Literal["drop", "tie"] = option(
-        "drop", "votes that all responses are bad: dropped, or counted as ties", group="rows"
-    )
-    min_votes: int = option(1, "drop items with fewer votes", group="rows", at_least=1)
-    exclude: list[str] | None = option(None, "annotators to exclude, by name or pseudonym", group="rows")
+    ties: Literal["drop", "half", "keep"] = option("drop", "ties: dropped, half a vote for each side, or kept as ties")
+    all_bad: Literal["drop", "tie"] = option("drop", "votes that all responses are bad: dropped, or counted as ties")
+    min_votes: int = option(1, "drop items with fewer votes", at_least=1)
+    exclude: list[str] | None = option(None, "annotators to exclude, by name or pseudonym")
     eval_fraction: float = option(
-        0.0,
-        "fraction of the prompts for --eval-output; no prompt is on both sides",
-        group="rows",
-        at_least=0,
-        below=1,
+        0.0, "fraction of the prompts for --eval-output; no prompt is on both sides", at_least=0, below=1
     )
-    seed: int = option(0, "seed of the held-out prompts", group="rows")
+    seed: int = option(0, "seed of the held-out prompts")
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if (self.eval_output is None) != (self.eval_fraction == 0):
             raise ConfigError("--eval-output and --eval-fraction go together")
         if self.form == "soft" and self.disagreement != "majority":

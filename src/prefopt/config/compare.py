@@ -18,7 +18,6 @@ _OF_VOTES = {"votes", *READING, "seed", "json", "progress"}
 _OF_DRAWING = ("num", "max_new_tokens", "temperature")
 _OF_READING = (*READING, "on_bad_row")
 _OF_MACHINES = tuple(field.name for field in fields(MachineOptions))
-_OF_TASKS = ("tasks", "task_folder", "task_limit", "task_results")
 _OF_LLM = ("judge_url", "judge_model", "judge_key")
 
 
@@ -29,13 +28,11 @@ class CompareConfig(MachineOptions, ProgressOptions, SamplingOptions, RowOptions
     a: str | None = option(
         None, "a model, or a .jsonl file of its samples from prefopt sample", group="model", default_text="required"
     )
-    b: str | None = option(None, "the model to compare it with, likewise", group="model", default_text="required")
+    b: str | None = option(None, "the model to compare it with, likewise", default_text="required")
     others: list[str] | None = option(
-        None, "more models: all pairs are compared, and all models get a place on one scale", group="model"
+        None, "more models: all pairs are compared, and all models get a place on one scale"
     )
-    reference: str | None = option(
-        None, "model that each model's KL is measured from, on the model's own samples", group="model"
-    )
+    reference: str | None = option(None, "model that each model's KL is measured from, on the model's own samples")
 
     prompts: list[str] | None = option(
         None,
@@ -43,13 +40,9 @@ class CompareConfig(MachineOptions, ProgressOptions, SamplingOptions, RowOptions
         group="data",
         default_text="required; of files of samples only --judge gsm8k needs them",
     )
-    category: str | None = option(None, "column of the prompts to report rates by", group="data")
-    held_out: list[str] | None = option(
-        None, "data to measure each model's perplexity on, over their best responses", group="data"
-    )
-    votes: list[str] | None = option(
-        None, "count people's votes instead: files of prefopt chat, or studies", group="data"
-    )
+    category: str | None = option(None, "column of the prompts to report rates by")
+    held_out: list[str] | None = option(None, "data to measure each model's perplexity on, over their best responses")
+    votes: list[str] | None = option(None, "count people's votes instead: files of prefopt chat, or studies")
 
     judge: str | None = option(
         None,
@@ -59,23 +52,17 @@ class CompareConfig(MachineOptions, ProgressOptions, SamplingOptions, RowOptions
         group="judge",
         default_text="required",
     )
-    judge_url: str | None = option(
-        None, "OpenAI-compatible server of the judge llm, such as http://localhost:8000/v1", group="judge"
-    )
-    judge_model: str | None = option(None, "its name there", group="judge", default_text="the server's only model")
-    judge_key: str | None = option(
-        None, "environment variable with the server's key", group="judge", default_text="no key is sent"
-    )
+    judge_url: str | None = option(None, "OpenAI-compatible server of the judge llm, such as http://localhost:8000/v1")
+    judge_model: str | None = option(None, "its name there", default_text="the server's only model")
+    judge_key: str | None = option(None, "environment variable with the server's key", default_text="no key is sent")
 
     tasks: list[str] | None = option(
         None, "tasks of lm-eval to run on each model: what alignment costs elsewhere", group="tasks"
     )
-    task_folder: str | None = option(None, "folder with your own tasks, in lm-eval's YAML", group="tasks")
-    task_limit: int | None = option(None, "most questions of a task", group="tasks", default_text="all", at_least=2)
+    task_folder: str | None = option(None, "folder with your own tasks, in lm-eval's YAML", needs="tasks")
+    task_limit: int | None = option(None, "most questions of a task", default_text="all", needs="tasks", at_least=2)
     task_results: list[str] | None = option(
-        None,
-        "existing results of lm-eval, one file per model in this order: --a, --b, --others",
-        group="tasks",
+        None, "existing results of lm-eval, one file per model in this order: --a, --b, --others"
     )
 
     num: int = option(1, "samples per prompt and model", group="sampling", at_least=1)
@@ -83,12 +70,10 @@ class CompareConfig(MachineOptions, ProgressOptions, SamplingOptions, RowOptions
     output: str | None = option(
         None, "file for the judged pairs, JSON lines in a layout of preferences", group="output"
     )
-    overwrite: bool = option(False, "replace an existing output file", group="output")
-    json: bool = option(False, "print one JSON document, and nothing else", group="output")
+    overwrite: bool = option(False, "replace an existing output file")
+    json: bool = option(False, "print one JSON document, and nothing else")
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if self.votes is not None:
             for name in (o.name for o in options(type(self)) if o.name not in _OF_VOTES and self.is_given(o.name)):
                 raise ConfigError(f"{flag(name)}: --votes counts existing votes; leave one of them out")
@@ -131,7 +116,6 @@ class CompareConfig(MachineOptions, ProgressOptions, SamplingOptions, RowOptions
             raise ConfigError(f"{flag(name)} is about running models, and {why}; leave it out")
 
     def _check_tasks(self, sampled: list[str]) -> None:
-        self.need("tasks", "task_folder", "task_limit")
         if self.tasks is not None and self.task_results is not None:
             raise ConfigError("--task-results are existing results: leave --task-results or --tasks out")
         if self.tasks is not None and len(sampled) < len(self.models):
@@ -144,7 +128,6 @@ class CompareConfig(MachineOptions, ProgressOptions, SamplingOptions, RowOptions
 
     @property
     def models(self) -> list[str]:
-        """All models, in their order."""
         return [name for name in (self.a, self.b, *(self.others or ())) if name is not None]
 
 

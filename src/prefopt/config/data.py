@@ -19,23 +19,20 @@ class ReadOptions(Config):
 
     format: str | None = option(
         None,
-        "layout of the rows, by its name in prefopt data layouts",
+        "layout of the rows: a name that prefopt data layouts lists, or your own as module:function",
         group="data",
         default_text="recognised from all rows, or from a dataset_info.json beside the file",
     )
     columns: list[str] | None = option(
-        None, "renamed columns and roles, NAME=COLUMN, such as prompt=question or user_tag=human", group="data"
+        None, "renamed columns and roles, NAME=COLUMN, such as prompt=question or user_tag=human"
     )
     label_means: list[str] | None = option(
         None,
         "meaning of label values, LABEL=MEANING, with first, second, tie, good or bad, such as 0=first,1=second,2=tie",
-        group="data",
     )
-    ignore_columns: list[str] | None = option(
-        None, "columns to ignore on purpose, such as responses or scores", group="data"
-    )
+    ignore_columns: list[str] | None = option(None, "columns to ignore on purpose, such as responses or scores")
     header: Literal["first-line", "none"] = option(
-        "first-line", "where .csv and .tsv files name their columns; none: they are called 1, 2, ...", group="data"
+        "first-line", "where .csv and .tsv files name their columns; none: they are called 1, 2, ..."
     )
 
     @property
@@ -67,9 +64,7 @@ class PromptOptions(Config):
         group="data",
     )
     lines: Literal["auto", "user", "text"] = option(
-        "auto",
-        "the lines of a .txt: user turns, or text to continue; auto: user turns if there is a chat template",
-        group="data",
+        "auto", "the lines of a .txt: user turns, or text to continue; auto: user turns if there is a chat template"
     )
 
 
@@ -78,11 +73,10 @@ class SamplingOptions(Config):
     """How samples are drawn."""
 
     max_new_tokens: int = option(256, "most tokens of a sample", group="sampling", at_least=1)
-    temperature: float = option(1.0, "divides the logits; 0 is greedy decoding", group="sampling", at_least=0)
+    temperature: float = option(1.0, "divides the logits; 0 is greedy decoding", at_least=0)
     seed: int = option(
         0,
         "seed of the samples; each prompt has its own random stream, whatever else is in its batch",
-        group="sampling",
         at_least=0,
         at_most=2**32 - 1,
     )
@@ -96,7 +90,7 @@ class TemplateOptions(Config):
         None, "file with a chat template (Jinja)", group="data", default_text="the tokenizer's own"
     )
     template_variables: list[str] | None = option(
-        None, "variables of the chat template, NAME=VALUE, such as enable_thinking=false", group="data"
+        None, "variables of the chat template, NAME=VALUE, such as enable_thinking=false"
     )
 
 
@@ -112,9 +106,7 @@ class RenderOptions(TemplateOptions):
         default_text="1024, or the model's context where that is smaller",
         at_least=2,
     )
-    reasoning: Literal["keep", "strip"] = option(
-        "keep", "reasoning blocks of responses: train on them, or remove them", group="data"
-    )
+    reasoning: Literal["keep", "strip"] = option("keep", "reasoning blocks of responses: train on them, or remove them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,18 +117,13 @@ class DataOptions(RenderOptions, RowOptions):
     data_weights: list[str] | None = option(
         None,
         "how often an epoch repeats the rows of each --data, in their order: 2 is twice, 0.5 another half every epoch",
-        group="data",
         default_text="once each",
     )
-    eval_data: list[str] | None = option(None, "data to evaluate on, named as --data is", group="data")
+    eval_data: list[str] | None = option(None, "data to evaluate on, named as --data is")
     eval_fraction: float = option(
-        0.0,
-        "fraction of the prompts to hold out for evaluation; no prompt is on both sides",
-        group="data",
-        at_least=0,
-        below=1,
+        0.0, "fraction of the prompts to hold out for evaluation; no prompt is on both sides", at_least=0, below=1
     )
-    shuffle: bool = option(True, "draw a new order every epoch, from the seed", group="data")
+    shuffle: bool = option(True, "draw a new order every epoch, from the seed")
 
     @property
     def evaluates(self) -> bool:
@@ -158,8 +145,6 @@ class DataOptions(RenderOptions, RowOptions):
         ]
 
     def check(self) -> None:
-        """Refuse evaluation data that are named twice."""
-        super().check()
         _ = self.weights
         if self.eval_data is not None and self.eval_fraction > 0:
             raise ConfigError("--eval-data and --eval-fraction both name evaluation data: give one of them")

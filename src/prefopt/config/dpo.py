@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from prefopt.config.training import BalanceOptions, MethodOptions, ModelOptions, rate_option
-from prefopt.core.options import flag, nearest, option
+from prefopt.core.options import beside, flag, nearest, option
 from prefopt.core.plugins import plugins
 from prefopt.errors import ConfigError
 
@@ -36,9 +36,7 @@ class DpoConfig(BalanceOptions, MethodOptions, ModelOptions):
         None, "reference model of the log-ratios", group="model", default_text="the model before training"
     )
     reference_adapter: str | None = option(
-        None,
-        "adapter on the reference (on --reference, else on the model without its own adapter)",
-        group="model",
+        None, "adapter on the reference (on --reference, else on the model without its own adapter)"
     )
 
     ref_model_sync_steps: int | None = option(
@@ -49,74 +47,55 @@ class DpoConfig(BalanceOptions, MethodOptions, ModelOptions):
         default_text="the reference is fixed",
         at_least=1,
     )
-    ref_model_mixup_alpha: float | None = option(
-        help="reference = alpha * policy + (1 - alpha) * reference at every update; 1 copies the policy",
-        group="loss",
-        computed=lambda c: MIXUP_ALPHA if c.ref_model_sync_steps is not None else None,
-        default_text=f"{MIXUP_ALPHA}, with --ref-model-sync-steps",
+    ref_model_mixup_alpha: float | None = beside(
+        "ref_model_sync_steps",
+        MIXUP_ALPHA,
+        "reference = alpha * policy + (1 - alpha) * reference at every update; 1 copies the policy",
         above=0,
         at_most=1,
     )
     loss: str = option(
         "dpo",
         "a loss that prefopt losses lists, a weighted sum such as dpo:1.0,nll:0.2, or your own as module:function",
-        group="loss",
     )
     loss_options: list[str] | None = option(
         None,
         "options of the loss, NAME=VALUE, such as gamma=1.0; in a sum LOSS.NAME=VALUE is for one of the losses",
-        group="loss",
         default_text="those of each loss, see prefopt losses",
     )
     beta: float | None = option(
         None,
         "KL penalty coefficient: larger keeps the policy closer to the reference; 0.01 to 0.5 is usual for dpo",
-        group="loss",
         default_text="0.1 for dpo; each loss has its own",
         above=0,
     )
     label_smoothing: float | None = option(
-        None,
-        "assumed fraction of wrong labels (conservative DPO)",
-        group="loss",
-        default_text="0",
-        at_least=0,
-        below=0.5,
+        None, "assumed fraction of wrong labels (conservative DPO)", default_text="0", at_least=0, below=0.5
     )
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] | None = option(
         None,
         "divergence from the reference to regularise with, for losses on the difference of log-ratios",
-        group="loss",
         default_text="reverse_kl",
     )
     divergence_alpha: float | None = option(
-        None,
-        "alpha of --divergence alpha: 0 is reverse_kl, 1 is forward_kl",
-        group="loss",
-        default_text="0.5",
-        at_least=0,
-        at_most=1,
+        None, "alpha of --divergence alpha: 0 is reverse_kl, 1 is forward_kl", default_text="0.5", at_least=0, at_most=1
     )
     weighting: Literal["wpo"] | None = option(
-        None, "weight of each pair in the loss, see prefopt losses", group="loss", default_text="all pairs count alike"
+        None, "weight of each pair in the loss, see prefopt losses", default_text="all pairs count alike"
     )
     pairs: Literal["all", "best-worst"] | None = option(
         None,
         "pairs of three and more responses: all of them, with weights that sum to 1 per prompt, or best and worst only",
-        group="loss",
         default_text="all",
     )
 
     def check(self) -> None:
-        """Refuse an unknown loss, and contradictions about the reference."""
-        super().check()
         self._check_loss()
         if self.reference_adapter is not None and not (self.lora or self.named_adapter or self.reference):
             raise ConfigError(
                 "--reference-adapter under full fine-tuning needs the model it belongs to: give --reference, or train"
                 " with --lora or --adapter"
             )
-        self.need("ref_model_sync_steps", "ref_model_mixup_alpha")
         if self.ref_model_sync_steps is None:
             return
         if self.early_stopping is not None:

@@ -7,11 +7,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from prefopt.config.data import PromptOptions, RowOptions, TemplateOptions
 from prefopt.config.training import ModelOptions, RunOptions, rate_option
-from prefopt.core.options import Config, flag, option
+from prefopt.core.options import Config, beside, flag, option
 from prefopt.errors import ConfigError
 
 # Full training: Huang et al. 2024 (arXiv 2403.17031). LoRA needs several times as much.
@@ -28,6 +28,28 @@ NUM = {"ppo": 1, "rloo": 4}
 PPO_EPOCHS = {"ppo": 4, "rloo": 1}
 
 
+def by_algorithm(values: dict[str, int], help: str, group: str = "") -> Any:
+    """An option whose default depends on the algorithm."""
+    return option(
+        help=help,
+        group=group,
+        computed=lambda c: values[c.algorithm],
+        default_text=f"{values['ppo']}, with --algorithm rloo {values['rloo']}",
+        at_least=1,
+    )
+
+
+def of_critic(default: Any, help: str, **limits: Any) -> Any:
+    """An option of the critic, which RLOO does without."""
+    return option(
+        help=help,
+        group="critic",
+        computed=lambda c: default if c.algorithm == "ppo" else None,
+        default_text=str(default),
+        **limits,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RewardOptions(Config):
     """What is maximised, and the KL penalty."""
@@ -38,68 +60,49 @@ class RewardOptions(Config):
         group="reward",
     )
     missing_eos_penalty: float | None = option(
-        None, "subtracted from the score of a response without an end token", group="reward", above=0
+        None, "subtracted from the score of a response without an end token", above=0
     )
     missing_eos_score: float | None = option(
-        None, "score of a response without an end token, instead of its own; -1 is usual", group="reward"
+        None, "score of a response without an end token, instead of its own; -1 is usual"
     )
     beta: float = option(
         help="KL penalty coefficient: each token costs beta times its log-ratio; with --kl-target its initial value",
-        group="reward",
         computed=lambda c: KL_FIXED if c.kl_target is None else KL_ADAPTIVE,
         default_text=f"{KL_FIXED}, with --kl-target {KL_ADAPTIVE}",
         at_least=0,
     )
     kl_target: float | None = option(
-        None, "adapt beta to keep the KL at this many nats per response; 6 is usual", group="reward", above=0
+        None, "adapt beta to keep the KL at this many nats per response; 6 is usual", above=0
     )
-    kl_horizon: float | None = option(
-        help="responses over which beta is adapted",
-        group="reward",
-        computed=lambda c: KL_HORIZON if c.kl_target is not None else None,
-        default_text=f"{KL_HORIZON:g}, with --kl-target",
-        above=0,
-    )
+    kl_horizon: float | None = beside("kl_target", KL_HORIZON, "responses over which beta is adapted", above=0)
     max_kl: float = option(
         help="KL in nats per response at which the run stops; the last good weights are saved as a model",
-        group="reward",
         computed=lambda c: MAX_KL if c.kl_target is None else MAX_KL_TARGETS * c.kl_target,
         default_text=f"{MAX_KL:g}, or {MAX_KL_TARGETS:g} times --kl-target",
         above=0,
     )
-    reference: str | None = option(
-        None, "reference model of the KL", group="reward", default_text="the model before training"
-    )
+    reference: str | None = option(None, "reference model of the KL", default_text="the model before training")
 
     ptx_data: list[str] | None = option(
         None,
         "files, folders, globs or Hub data sets of chats, preferences (their best responses) or texts: adds their"
         " negative log-likelihood to every update (PPO-ptx)",
-        group="reward",
         default_text="no such term",
     )
-    ptx_coefficient: float | None = option(
-        help="weight of that term, a mean over its tokens",
-        group="reward",
-        computed=lambda c: PTX_COEFFICIENT if c.ptx_data is not None else None,
-        default_text=f"{PTX_COEFFICIENT:g}, with --ptx-data",
-        above=0,
+    ptx_coefficient: float | None = beside(
+        "ptx_data", PTX_COEFFICIENT, "weight of that term, a mean over its tokens", above=0
     )
     ptx_batch_size: int | None = option(
         help="rows of --ptx-data per update",
-        group="reward",
+        needs="ptx_data",
         computed=lambda c: max(1, c.batch_size // c.minibatches) if c.ptx_data is not None else None,
         default_text="as many as prompts",
         at_least=1,
     )
 
     def check(self) -> None:
-        """Refuse contradictions about the score, the KL penalty and the ptx term."""
-        super().check()
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             raise ConfigError("--missing-eos-penalty and --missing-eos-score exclude each other: give one of them")
-        self.need("kl_target", "kl_horizon")
-        self.need("ptx_data", "ptx_coefficient", "ptx_batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,19 +112,10 @@ class PpoConfig(RunOptions, RewardOptions, TemplateOptions, PromptOptions, RowOp
     shuffle: bool = option(
         True, "draw a new order of the prompts, and of --ptx-data, every epoch, from the seed", group="data"
     )
-    num: int = option(
-        help="responses per prompt; they share its encoding",
-        group="sampling",
-        computed=lambda c: NUM[c.algorithm],
-        default_text=f"{NUM['ppo']}, with --algorithm rloo {NUM['rloo']}",
-        at_least=1,
-    )
-    max_new_tokens: int = option(128, "most tokens of a response", group="sampling", at_least=1)
+    num: int = by_algorithm(NUM, "responses per prompt; they share its encoding", group="sampling")
+    max_new_tokens: int = option(128, "most tokens of a response", at_least=1)
     temperature: float = option(
-        1.0,
-        "divides the logits, in sampling and in all log-probabilities of policy and reference",
-        group="sampling",
-        above=0,
+        1.0, "divides the logits, in sampling and in all log-probabilities of policy and reference", above=0
     )
 
     algorithm: Literal["ppo", "rloo"] = option(
@@ -130,77 +124,37 @@ class PpoConfig(RunOptions, RewardOptions, TemplateOptions, PromptOptions, RowOp
         " responses as baseline, without a critic",
         group="optimiser",
     )
-    epochs: float = option(1.0, "passes over the prompts", group="optimiser", above=0)
-    max_steps: int | None = option(
-        None, "stop after this many batches, even if the epochs are longer", group="optimiser", at_least=1
-    )
-    batch_size: int = option(64, "prompts per step", group="optimiser", at_least=1)
-    ppo_epochs: int = option(
-        help="passes over the responses of a step",
-        group="optimiser",
-        computed=lambda c: PPO_EPOCHS[c.algorithm],
-        default_text=f"{PPO_EPOCHS['ppo']}, with --algorithm rloo {PPO_EPOCHS['rloo']}",
-        at_least=1,
-    )
-    minibatches: int = option(
-        1, "optimiser steps per pass; each gets its share of prompts", group="optimiser", at_least=1
-    )
+    epochs: float = option(1.0, "passes over the prompts", above=0)
+    max_steps: int | None = option(None, "stop after this many batches, even if the epochs are longer", at_least=1)
+    batch_size: int = option(64, "prompts per step", at_least=1)
+    ppo_epochs: int = by_algorithm(PPO_EPOCHS, "passes over the responses of a step")
+    minibatches: int = option(1, "optimiser steps per pass; each gets its share of prompts", at_least=1)
     learning_rate: float = rate_option(LEARNING_RATE)
-    warmup: float = option(
-        0.0, "fraction of the steps with a rising learning rate", group="optimiser", at_least=0, below=1
-    )
-    adam_epsilon: float = option(
-        1e-5, "AdamW's epsilon; PPO needs more than the usual 1e-8", group="optimiser", above=0
-    )
-    clip: float = option(
-        0.2, "PPO clip range: probability ratios are clipped to [1 - eps, 1 + eps]", group="optimiser", above=0, below=1
-    )
-    whiten_advantages: bool = option(
-        True, "scale the advantages of a batch to mean 0 and deviation 1", group="optimiser"
-    )
-    whiten_rewards: bool = option(False, "scale the rewards of a batch to deviation 1, mean kept", group="optimiser")
-    gamma: float = option(1.0, "discount of later rewards", group="optimiser", above=0, at_most=1)
+    warmup: float = option(0.0, "fraction of the steps with a rising learning rate", at_least=0, below=1)
+    adam_epsilon: float = option(1e-5, "AdamW's epsilon; PPO needs more than the usual 1e-8", above=0)
+    clip: float = option(0.2, "PPO clip range: probability ratios are clipped to [1 - eps, 1 + eps]", above=0, below=1)
+    whiten_advantages: bool = option(True, "scale the advantages of a batch to mean 0 and deviation 1")
+    whiten_rewards: bool = option(False, "scale the rewards of a batch to deviation 1, mean kept")
+    gamma: float = option(1.0, "discount of later rewards", above=0, at_most=1)
 
-    critic: Literal["auto", "reward", "actor", "head"] | None = option(
-        help="reward, actor: a network of its own, initialised from the reward model or the actor; head: a head on the"
+    critic: Literal["auto", "reward", "actor", "head"] | None = of_critic(
+        "auto",
+        "reward, actor: a network of its own, initialised from the reward model or the actor; head: a head on the"
         " actor's own layers; auto: reward where that is a model, else actor (head, for a model object in Python)",
-        group="critic",
-        computed=lambda c: "auto" if c.algorithm == "ppo" else None,
-        default_text="auto",
     )
     critic_learning_rate: float | None = option(
         help="the critic's peak learning rate",
-        group="critic",
         computed=lambda c: c.learning_rate if c.algorithm == "ppo" and c.critic != "head" else None,
         default_text="--learning-rate",
         above=0,
     )
-    gae_lambda: float | None = option(
-        help="lambda of generalised advantage estimation: 1 relies on rewards, 0 on the critic",
-        group="critic",
-        computed=lambda c: 0.95 if c.algorithm == "ppo" else None,
-        default_text="0.95",
-        at_least=0,
-        at_most=1,
+    gae_lambda: float | None = of_critic(
+        0.95, "lambda of generalised advantage estimation: 1 relies on rewards, 0 on the critic", at_least=0, at_most=1
     )
-    value_clip: float | None = option(
-        help="clip range of values around those before the update",
-        group="critic",
-        computed=lambda c: 0.2 if c.algorithm == "ppo" else None,
-        default_text="0.2",
-        above=0,
-    )
-    value_coefficient: float | None = option(
-        help="weight of the critic's loss",
-        group="critic",
-        computed=lambda c: 0.1 if c.algorithm == "ppo" else None,
-        default_text="0.1",
-        above=0,
-    )
+    value_clip: float | None = of_critic(0.2, "clip range of values around those before the update", above=0)
+    value_coefficient: float | None = of_critic(0.1, "weight of the critic's loss", above=0)
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if self.lora_dropout:
             raise ConfigError("--lora-dropout: PPO compares log-probabilities, which must not be random: leave it out")
         if self.algorithm == "rloo":

@@ -34,15 +34,10 @@ class RewardConfig(MethodOptions):
     margin: float | None = option(
         None,
         "margin of reward per point of difference between the data's scores (Llama 2)",
-        group="loss",
         default_text="no margin",
         above=0,
     )
-    centre: float = option(
-        0.01, "weight of the squared sum of a pair's rewards, which keeps them near 0", group="loss", at_least=0
-    )
+    centre: float = option(0.01, "weight of the squared sum of a pair's rewards, which keeps them near 0", at_least=0)
     zero: Literal["chosen", "all", "none"] = option(
-        "chosen",
-        "responses of the training data whose mean reward is shifted to 0 after training",
-        group="loss",
+        "chosen", "responses of the training data whose mean reward is shifted to 0 after training"
     )

@@ -22,29 +22,21 @@ class SampleConfig(MachineOptions, ProgressOptions, TemplateOptions, SamplingOpt
     model: str = option(
         help="model to sample from: a folder, or the name of one on the Hugging Face Hub", group="model"
     )
-    adapter: str | None = option(None, "LoRA adapter on the model", group="model")
+    adapter: str | None = option(None, "LoRA adapter on the model")
     num: int = option(1, "samples per prompt", group="sampling", at_least=1)
-    min_new_tokens: int = option(0, "fewest tokens of a sample", group="sampling", at_least=0)
-    top_p: float = option(
-        1.0, "sample from the most likely tokens with this total probability", group="sampling", above=0, at_most=1
-    )
-    top_k: int | None = option(
-        None, "sample from this many most likely tokens", group="sampling", default_text="all", at_least=1
-    )
+    min_new_tokens: int = option(0, "fewest tokens of a sample", at_least=0)
+    top_p: float = option(1.0, "sample from the most likely tokens with this total probability", above=0, at_most=1)
+    top_k: int | None = option(None, "sample from this many most likely tokens", default_text="all", at_least=1)
     best_of: int | None = option(
-        None,
-        "draw this many for each sample and keep the one with the highest --reward (best-of-N)",
-        group="sampling",
-        at_least=2,
+        None, "draw this many for each sample and keep the one with the highest --reward (best-of-N)", at_least=2
     )
     reward: str | None = option(
         None,
         "reward of --best-of: a rule (vader, length), MODULE:FUNCTION of prompts and responses, or the folder or Hub"
         " name of a reward model with one label and this model's tokenizer",
-        group="sampling",
     )
     engine: Literal["transformers", "vllm"] = option(
-        "transformers", "sampling engine; vllm needs a GPU and the extra of that name", group="sampling"
+        "transformers", "sampling engine; vllm needs a GPU and the extra of that name"
     )
 
     output: str | None = option(
@@ -53,20 +45,17 @@ class SampleConfig(MachineOptions, ProgressOptions, TemplateOptions, SamplingOpt
         group="output",
         default_text="required on the command line",
     )
-    resume: bool = option(False, "continue the output file of an interrupted run", group="output")
+    resume: bool = option(False, "continue the output file of an interrupted run", needs="output")
 
     batch_size: int | None = option(
         None, "samples drawn at once", group="machine", default_text="estimated from memory", at_least=1
     )
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if self.min_new_tokens > self.max_new_tokens:
             raise ConfigError(
                 f"--min-new-tokens {self.min_new_tokens} is more than --max-new-tokens {self.max_new_tokens}: lower it"
             )
-        self.need("output", "resume")
         if self.temperature == 0 and (self.top_p < 1 or self.top_k is not None):
             raise ConfigError("--top-p and --top-k do nothing at --temperature 0, which is greedy: leave them out")
         if (self.best_of is None) != (self.reward is None):
@@ -89,56 +78,44 @@ class ChatConfig(MachineOptions, TemplateOptions):
         group="model",
         default_text="the one behind --url",
     )
-    adapter: str | None = option(None, "LoRA adapter on the model", group="model")
-    against: str | None = option(None, "a second model, which answers too", group="model")
+    adapter: str | None = option(None, "LoRA adapter on the model", needs="model")
+    against: str | None = option(None, "a second model, which answers too")
     against_adapter: str | None = option(
-        None, "LoRA adapter on the second model (on --against, else on --model without its own adapter)", group="model"
+        None, "LoRA adapter on the second model (on --against, else on --model without its own adapter)"
     )
     url: str | None = option(
-        None,
-        "an OpenAI-compatible server, such as http://localhost:8000/v1; with --model it is the second model",
-        group="model",
+        None, "an OpenAI-compatible server, such as http://localhost:8000/v1; with --model it is the second model"
     )
-    url_model: str | None = option(None, "name of the model on the server", group="model", default_text="its only one")
+    url_model: str | None = option(None, "name of the model on the server", default_text="its only one", needs="url")
     url_key: str | None = option(
-        None, "environment variable with the server's key", group="model", default_text="no key is sent"
+        None, "environment variable with the server's key", default_text="no key is sent", needs="url"
     )
 
     blind: bool = option(False, "two models answer as A and B, and you vote for the better one", group="chat")
-    votes: str = option("votes.jsonl", "file to append votes to; --data reads it", group="chat")
-    system: str | None = option(None, "system prompt to start with", group="chat")
-    complete: bool = option(False, "continue text, without turns and chat template", group="chat")
+    votes: str = option("votes.jsonl", "file to append votes to; --data reads it", needs="blind")
+    system: str | None = option(None, "system prompt to start with")
+    complete: bool = option(False, "continue text, without turns and chat template")
 
     max_new_tokens: int = option(512, "most tokens of an answer", group="sampling", at_least=1)
     temperature: float | None = option(
         None,
         "divides the logits; 0 is greedy decoding",
-        group="sampling",
         default_text="that of the model's generation_config.json, else 1",
         at_least=0,
     )
     top_p: float | None = option(
         None,
         "sample from the most likely tokens with this total probability",
-        group="sampling",
         default_text="as for --temperature",
         above=0,
         at_most=1,
     )
     top_k: int | None = option(
-        None,
-        "sample from this many most likely tokens",
-        group="sampling",
-        default_text="as for --temperature",
-        at_least=1,
+        None, "sample from this many most likely tokens", default_text="as for --temperature", at_least=1
     )
-    seed: int | None = option(
-        None, "seed of the answers", group="sampling", default_text="random", at_least=0, at_most=2**32 - 1
-    )
+    seed: int | None = option(None, "seed of the answers", default_text="random", at_least=0, at_most=2**32 - 1)
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if self.model is None and self.url is None:
             raise ConfigError("--model is missing: model to chat with, a folder or a Hub name; or give --url")
         two = self.against is not None or self.against_adapter is not None
@@ -146,10 +123,7 @@ class ChatConfig(MachineOptions, TemplateOptions):
             raise ConfigError("--against and --url both name the second model: leave one of them out")
         if two and self.model is None:
             raise ConfigError(f"{flag('against' if self.against else 'against_adapter')} needs --model to compare with")
-        self.need("url", "url_model", "url_key")
-        self.need("model", "adapter")
         if self.blind and not two and (self.url is None or self.model is None):
             raise ConfigError("--blind needs two models: give --against, or --url beside --model")
-        self.need("blind", "votes")
         if self.complete and (self.system or self.chat_template or self.template_variables):
             raise ConfigError("--complete continues text: --system and chat templates are for conversations")

@@ -29,13 +29,13 @@ class SftConfig(BalanceOptions, MethodOptions, ModelOptions):
         " whose config.json describes the model to build",
         group="model",
     )
-    adapter: str | None = option(None, "existing LoRA adapter on the model to continue training", group="model")
-    from_scratch: bool = option(False, "start from random weights instead of those of the model", group="model")
+    adapter: str | None = option(None, "existing LoRA adapter on the model to continue training")
+    from_scratch: bool = option(False, "start from random weights instead of those of the model")
     train_tokenizer: int | None = option(
         None,
         "with --from-scratch: train a tokenizer with this many tokens on the data (byte-level BPE)",
-        group="model",
         default_text="the model's own",
+        needs="from_scratch",
         at_least=260,
     )
     learning_rate: float = option(
@@ -49,17 +49,12 @@ class SftConfig(BalanceOptions, MethodOptions, ModelOptions):
         "responses", "tokens of a row to train on: its responses, or all of its text", group="loss"
     )
     average: Literal["tokens", "rows"] = option(
-        "tokens",
-        "tokens: the mean over all trained tokens; rows: the mean over responses of the mean of each",
-        group="loss",
+        "tokens", "tokens: the mean over all trained tokens; rows: the mean over responses of the mean of each"
     )
 
     def check(self) -> None:
-        """Refuse what does not go with ``from_scratch``."""
         if self.from_scratch and is_adapter(self.model):
             raise ConfigError(f"--from-scratch: --model {self.model} is an adapter; name a folder with a config.json")
-        super().check()
         for name in ("lora", "adapter"):
             if self.from_scratch and getattr(self, name):
                 raise ConfigError(f"{flag(name)}: --from-scratch trains all weights; leave one of them out")
-        self.need("from_scratch", "train_tokenizer")

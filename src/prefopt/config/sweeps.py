@@ -18,11 +18,10 @@ from typing import Any, Literal
 
 from prefopt.config.data import PromptOptions, positive
 from prefopt.config.dpo import DpoConfig
-from prefopt.config.methods import METHODS, MethodConfig
+from prefopt.config.methods import METHODS, MethodConfig, stage_options
 from prefopt.config.ppo import PpoConfig
-from prefopt.config.rlhf import stage_options
 from prefopt.config.training import MachineOptions, ProgressOptions
-from prefopt.core.options import flag, from_dict, nearest, option, parse_given, parse_value
+from prefopt.core.options import flag, nearest, option, parse_given, parse_value
 from prefopt.errors import ConfigError
 
 GIVEN = {"dpo": "dpo", "sft": "sft", "reward": "reward_model", "ppo": "ppo"}
@@ -51,24 +50,20 @@ class SweepOptions(MachineOptions, ProgressOptions, PromptOptions):
         default_text="prompts are not truncated",
         at_least=1,
     )
-    prefix_max: int | None = option(
-        None, "and to this many at most; the number is drawn for each prompt", group="data", at_least=1
-    )
+    prefix_max: int | None = option(None, "and to this many at most; the number is drawn for each prompt", at_least=1)
     held_out: int = option(
-        32, "distinct prompts to evaluate on, drawn by the seed; the others are trained on", group="data", at_least=2
+        32, "distinct prompts to evaluate on, drawn by the seed; the others are trained on", at_least=2
     )
     data: list[str] | None = option(
         None,
         "files, folders, globs or Hub data sets of preferences",
-        group="data",
         default_text="the model's own samples, as the true reward orders them",
     )
-    samples: int = option(4, "without --data: samples of a prompt to compare", group="data", at_least=2)
-    rounds: int = option(1, "without --data: times that each prompt is sampled", group="data", at_least=1)
+    samples: int = option(4, "without --data: samples of a prompt to compare", at_least=2)
+    rounds: int = option(1, "without --data: times that each prompt is sampled", at_least=1)
     labels: Literal["order", "bradley-terry"] | None = option(
         help="without --data: the true reward's order of all samples of a prompt; or pairs of them, with labels drawn"
         " with the probability sigmoid(difference of rewards)",
-        group="data",
         computed=lambda c: "order" if c.data is None else None,
         default_text="order",
     )
@@ -78,10 +73,8 @@ class SweepOptions(MachineOptions, ProgressOptions, PromptOptions):
         " name of a reward model",
         group="reward",
     )
-    num: int = option(4, "samples per held-out prompt to measure each policy on", group="reward", at_least=1)
-    max_new_tokens: int = option(
-        48, "most tokens of a sample, in the data, in PPO and in evaluation", group="reward", at_least=1
-    )
+    num: int = option(4, "samples per held-out prompt to measure each policy on", at_least=1)
+    max_new_tokens: int = option(48, "most tokens of a sample, in the data, in PPO and in evaluation", at_least=1)
 
     responses: int = option(
         4096, "responses that each training learns from, with repetitions", group="stages", at_least=1
@@ -101,8 +94,6 @@ class SweepOptions(MachineOptions, ProgressOptions, PromptOptions):
     )
 
     def check(self) -> None:
-        """Refuse contradictions about prompts and data."""
-        super().check()
         if (self.prefix_min is None) != (self.prefix_max is None):
             raise ConfigError("--prefix-min and --prefix-max go together: give both")
         if self.prefix_min is not None and self.prefix_max is not None and self.prefix_min > self.prefix_max:
@@ -131,10 +122,10 @@ class SweepOptions(MachineOptions, ProgressOptions, PromptOptions):
             ours |= {"max_new_tokens": self.max_new_tokens, "schedule": "constant", "lines": self.lines}
         else:
             ours["on_bad_row"] = "skip"  # samples may be empty, or all equally good
-        found: MethodConfig = from_dict(METHODS[kind].config, ours | own | dict(given), place)
+        found: MethodConfig = METHODS[kind].config.from_dict(ours | own | dict(given), place)
         per_step = found.batch_size * (found.num if isinstance(found, PpoConfig) else each)
         steps = max(1, round(self.responses / per_step))
-        return type(found).from_dict(found.to_dict() | {"max_steps": steps}, place)
+        return found.from_dict(found.to_dict() | {"max_steps": steps}, place)
 
 
 def evenly(steps: int, parts: int) -> list[int]:
@@ -159,7 +150,6 @@ class MethodsConfig(SweepOptions):
     seeds: int = option(3, "trainings of every stage, seed after seed", group="stages", at_least=1)
     rate_factors: list[str] = option(
         help="train DPO and PPO at their learning rate times each of these",
-        group="stages",
         computed=lambda c: list(FACTORS),
         default_text=" ".join(FACTORS),
     )
@@ -176,8 +166,6 @@ class MethodsConfig(SweepOptions):
     )
 
     def check(self) -> None:
-        """Refuse a mistake in any training before the first one runs."""
-        super().check()
         if len(set(self.factors)) < len(self.factors):
             raise ConfigError(f"--rate-factors {' '.join(self.rate_factors)}: a factor is a duplicate; remove it")
         if parse_given("sft", self.sft or ()).get("lora"):
@@ -205,10 +193,9 @@ class MethodsConfig(SweepOptions):
             return found
         rates = {name: getattr(found, name, None) for name in ("learning_rate", "critic_learning_rate")}
         moved = {name: rate * factor for name, rate in rates.items() if rate is not None}
-        return type(found).from_dict(found.to_dict() | moved, f"--{GIVEN[stage]}")
+        return found.from_dict(found.to_dict() | moved, f"--{GIVEN[stage]}")
 
     def folder(self, stage: str, seed: int, factor: float | None = None) -> Path:
-        """Output folder of a training."""
         rate = "" if factor is None else f"-rate{factor:g}"
         return Path(self.output) / stage / f"seed{seed}{rate}"
 
@@ -223,14 +210,7 @@ DEFAULT_SWEEPS = (
     "unlikelihood:alpha=0.05,0.1,0.5,1",
     "best-of:n=2,4,8,16",
 )
-TRAINED_BY: dict[str, str | None] = {
-    "dpo": "dpo",
-    "ppo-true": "ppo",
-    "ppo-learned": "ppo",
-    "sft": "sft",
-    "unlikelihood": "dpo",
-    "best-of": None,
-}
+TRAINED_BY = {"dpo": "dpo", "ppo-true": "ppo", "ppo-learned": "ppo", "sft": "sft", "unlikelihood": "dpo"}
 """A method of the sweep, and the command that trains it."""
 FEWEST_STEPS = 3
 """Fewest steps of PPO with one at two thirds of the way."""
@@ -249,16 +229,14 @@ class Training:
     @property
     def kind(self) -> str | None:
         """The command that trains it; None for best-of."""
-        return TRAINED_BY[self.method]
+        return TRAINED_BY.get(self.method)
 
     @property
     def setting(self) -> str:
-        """The option that varies, and its value."""
         return f"{self.name}={self.text}"
 
     @property
     def folder(self) -> str:
-        """Its folder, below the output."""
         setting = re.sub(r"[^\w.=+-]", "_", self.setting)
         return f"{self.method}/{setting}-seed{self.seed}"
 
@@ -274,26 +252,20 @@ class FrontierConfig(SweepOptions):
         computed=lambda c: list(DEFAULT_SWEEPS),
         default_text=" ".join(DEFAULT_SWEEPS),
     )
-    seeds: int = option(1, "trainings of every setting, seed after seed", group="stages", at_least=1)
+    seeds: int = option(1, "trainings of every setting, seed after seed", at_least=1)
     checkpoints: int = option(
-        1,
-        "points of each training of dpo, sft and unlikelihood, evenly spaced over its steps",
-        group="stages",
-        at_least=1,
+        1, "points of each training of dpo, sft and unlikelihood, evenly spaced over its steps", at_least=1
     )
 
     plateau_share: float = option(
         0.2,
         "a PPO training has converged if its gain of true reward over the last third of its steps is, with confidence,"
         " below this fraction of its total gain; a training that rises evenly gains a third",
-        group="stages",
         above=0,
         at_most=0.3,
     )
 
     def check(self) -> None:
-        """Refuse a mistake in any training before the first one runs."""
-        super().check()
         trainings = list(self.trainings())
         for one in trainings:
             if one.kind is not None:
@@ -320,24 +292,26 @@ class FrontierConfig(SweepOptions):
 
     def config_of(self, one: Training, *, data: list[str], prompts: str, each: float) -> MethodConfig:
         """The config that trains ``one``; ``each``: responses per row of ``data``. Raises ``ConfigError``."""
-        assert one.kind is not None
+        kind = TRAINED_BY[one.method]
         given: dict[str, Any] = {"model": self.model}
-        given |= {"prompts": [prompts]} if one.kind == "ppo" else {"data": data}
-        if one.kind == "ppo":
-            given["reward"] = self.reward if one.method == "ppo-true" else str(self.reward_folder(one.seed))
+        if kind == "ppo":
+            reward = self.reward if one.method == "ppo-true" else str(self.reward_folder(one.seed))
+            given |= {"prompts": [prompts], "reward": reward}
+        else:
+            given["data"] = data
+        if one.method == "unlikelihood":
+            given["loss"] = "unlikelihood"
         if one.method == "unlikelihood" and one.name not in {f.name for f in fields(DpoConfig)}:
             given["loss_options"] = [f"{one.name}={one.text}"]
         else:
             given[one.name] = one.value
-        if one.method == "unlikelihood":
-            given["loss"] = "unlikelihood"
         # Fine-tuning learns from the best response of each row: as many rows, not as many responses.
-        rows = 1.0 if one.kind == "sft" else each
-        found = self.training(one.kind, Path(self.output) / one.folder, given, each=rows, seed=one.seed)
+        rows = 1.0 if kind == "sft" else each
+        found = self.training(kind, Path(self.output) / one.folder, given, each=rows, seed=one.seed)
         steps = found.max_steps or 1
         # The checkpoints to measure are requested at the steps of :meth:`marks`.
-        every = max(1, steps // 3) if one.kind == "ppo" else steps
-        return type(found).from_dict(found.to_dict() | {"save_every": every, "keep_last": steps})
+        every = max(1, steps // 3) if kind == "ppo" else steps
+        return found.from_dict(found.to_dict() | {"save_every": every, "keep_last": steps})
 
     def marks(self, one: MethodConfig) -> list[int]:
         """Steps to measure; for PPO two thirds of the way and the end, which together show whether it converged."""
@@ -347,11 +321,9 @@ class FrontierConfig(SweepOptions):
         return evenly(steps, self.checkpoints)
 
     def reward_folder(self, seed: int) -> Path:
-        """Folder of the reward model of ``ppo-learned``."""
         return Path(self.output) / f"reward-seed{seed}"
 
     def reward_config(self, seed: int, *, data: list[str], each: float) -> MethodConfig:
-        """The config that trains that reward model."""
         return self.training(
             "reward", self.reward_folder(seed), {"model": self.model, "data": data}, each=each, seed=seed
         )
@@ -362,14 +334,13 @@ def _sweep(text: str) -> tuple[str, str, list[str]]:
     method, _, sweep = text.partition(":")
     name, equals, values = sweep.partition("=")
     name, found = name.strip().replace("-", "_"), [v.strip() for v in values.split(",") if v.strip()]
-    if method not in TRAINED_BY:
+    if method not in (known := [*TRAINED_BY, "best-of"]):
         raise ConfigError(
-            f"--methods {text}: no method {method!r}{nearest(method, list(TRAINED_BY))}; there are"
-            f" {', '.join(TRAINED_BY)}"
+            f"--methods {text}: no method {method!r}{nearest(method, known)}; there are {', '.join(known)}"
         )
     if not equals or not name or not found:
         raise ConfigError(f"--methods {text}: write METHOD:NAME=VALUE,VALUE, such as dpo:beta=0.05,0.1,1,5")
-    if name in DECIDED or (TRAINED_BY[method] == "ppo" and name in OF_PPO):
+    if name in DECIDED or (TRAINED_BY.get(method) == "ppo" and name in OF_PPO):
         raise ConfigError(f"--methods {text}: the sweep sets {name}; vary another option")
     if len(set(found)) < len(found):
         raise ConfigError(f"--methods {text}: a value is a duplicate; remove it")

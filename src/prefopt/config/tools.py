@@ -25,10 +25,10 @@ class DataCheckConfig(RenderOptions, ReadOptions):
         help="files, folders, globs or Hub data sets to check; one or more", group="data", positional=True
     )
     eval_data: list[str] | None = option(
-        None, "evaluation data: checked too, and for prompts that the training data have as well", group="data"
+        None, "evaluation data: checked too, and for prompts that the training data have as well"
     )
     want: Literal["pairs", "scored", "ranking", "labels", "demonstrations", "prompts"] | None = option(
-        None, "form that every row must have", group="data", default_text="that of each row"
+        None, "form that every row must have", default_text="that of each row"
     )
     model: str | None = option(
         None,
@@ -37,29 +37,21 @@ class DataCheckConfig(RenderOptions, ReadOptions):
         default_text="none: lengths are in characters",
     )
     show: int = option(0, "examples to print, with --model as tokens, trained ones in ⟦ ⟧", group="output", at_least=0)
-    json: bool = option(
-        False, "print one JSON document with all rows of every problem, and nothing else", group="output"
-    )
+    json: bool = option(False, "print one JSON document with all rows of every problem, and nothing else")
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
-        if self.model is not None:
-            return
-        given = {
-            "--max-length": self.max_length is not None,
-            "--chat-template": self.chat_template is not None,
-            "--template-variables": self.template_variables is not None,
-            "--reasoning": self.reasoning != "keep",
-        }
-        if unread := [name for name, is_given in given.items() if is_given]:
-            raise ConfigError(f"{unread[0]} is about tokens: add --model with a model or tokenizer")
+        for f in fields(RenderOptions):
+            if self.model is None and self.is_given(f.name):
+                raise ConfigError(f"{flag(f.name)} is about tokens: add --model with a model or tokenizer")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WriteOptions(RowOptions):
     """Part of the config of commands that write rows."""
 
+    data: list[str] = option(
+        help="files, folders, globs or Hub data sets to read; one or more", group="data", positional=True
+    )
     overwrite: bool = option(False, "replace files that exist", group="output")
 
 
@@ -67,30 +59,20 @@ class WriteOptions(RowOptions):
 class DataConvertConfig(WriteOptions):
     """Conversion of rows to another layout."""
 
-    data: list[str] = option(
-        help="files, folders, globs or Hub data sets to read; one or more", group="data", positional=True
-    )
     output: str = option(help="file to write: .jsonl or .parquet", group="output", positional=True)
-    layout: str = option("canonical", "layout to write, by its name in prefopt data layouts", group="output")
+    layout: str = option("canonical", "layout to write, by its name in prefopt data layouts")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSplitConfig(WriteOptions):
     """Split of rows into two files, by prompt."""
 
-    data: list[str] = option(
-        help="files, folders, globs or Hub data sets to read; one or more", group="data", positional=True
-    )
     fraction: float = option(help="fraction of the prompts for --output-eval", group="data", above=0, below=1)
-    seed: int = option(
-        0, "seed of the split; a run with --eval-fraction and this seed holds out the same prompts", group="data"
-    )
+    seed: int = option(0, "seed of the split; a run with --eval-fraction and this seed holds out the same prompts")
     output_train: str = option(
         help="file for the rows to train on: .jsonl or .parquet", group="output", positional=True
     )
-    output_eval: str = option(
-        help="file for the rows to evaluate on: .jsonl or .parquet", group="output", positional=True
-    )
+    output_eval: str = option(help="file for the rows to evaluate on: .jsonl or .parquet", positional=True)
 
 
 IMPLICIT = "implicit"
@@ -110,27 +92,23 @@ class ScoreConfig(MachineOptions, RenderOptions, ReadOptions):
         " (two lists of text), the folder or Hub name of a reward model, or implicit",
         group="reward",
     )
-    model: str | None = option(None, "of --reward implicit: the model that was aligned", group="reward")
-    adapter: str | None = option(None, "of --reward implicit: LoRA adapter on the model", group="reward")
+    model: str | None = option(None, "of --reward implicit: the model that was aligned")
+    adapter: str | None = option(None, "of --reward implicit: LoRA adapter on the model")
     reference: str | None = option(
         None,
         "of --reward implicit: the model it was aligned from",
-        group="reward",
         default_text="with an adapter, the model without it",
     )
     beta: float | None = option(
         help="of --reward implicit: factor of the log-ratio, as in training",
-        group="reward",
         computed=lambda c: BETA if c.reward == IMPLICIT else None,
         default_text=f"{BETA}",
         above=0,
     )
     output: str = option(help="file to write, JSON lines: the same rows with their scores", group="output")
-    overwrite: bool = option(False, "replace an existing output file", group="output")
+    overwrite: bool = option(False, "replace an existing output file")
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if self.reward == IMPLICIT:
             if self.model is None:
                 raise ConfigError("--reward implicit compares two models: give --model and --reference")
@@ -167,23 +145,18 @@ class MergeConfig(Config):
         computed=lambda c: c.model if c.model is not None and is_adapter(c.model) else None,
         default_text="--model, where that is an adapter",
     )
-    model: str | None = option(
-        None, "model that the adapter belongs to", group="model", default_text="the one that the adapter names"
-    )
+    model: str | None = option(None, "model that the adapter belongs to", default_text="the one that the adapter names")
     output: str = option(help="folder for the merged model", group="output")
     dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32",
         "type of the saved weights; two-byte types halve the folder and lose part of a small update to rounding, which"
         " the command reports",
-        group="output",
     )
     device: str | None = option(
         None, "cpu, cuda, cuda:N or mps", group="machine", default_text="the first there is of cuda, mps and cpu"
     )
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if self.adapter is None:
             raise ConfigError("--adapter is missing: LoRA adapter to merge, a folder or a name on the Hub")
         if self.adapter == self.model:
@@ -195,13 +168,13 @@ class PushConfig(Config):
     """A finished folder and the repository to upload it to."""
 
     folder: str = option(help="folder of a finished model or adapter", group="push", positional=True)
-    repo: str = option(help="repository on the Hugging Face Hub, OWNER/NAME; created if absent", group="push")
-    private: bool = option(False, "create a private repository; refused where it exists and is public", group="push")
+    repo: str = option(help="repository on the Hugging Face Hub, OWNER/NAME; created if absent")
+    private: bool = option(False, "create a private repository; refused where it exists and is public")
     with_run: bool = option(
-        False, "upload run.json, metrics.jsonl and config.yaml too; they contain paths of this machine", group="push"
+        False, "upload run.json, metrics.jsonl and config.yaml too; they contain paths of this machine"
     )
-    with_checkpoints: bool = option(False, "upload checkpoints too, with optimiser states", group="push")
-    yes: bool = option(False, "do not ask for confirmation", group="push")
+    with_checkpoints: bool = option(False, "upload checkpoints too, with optimiser states")
+    yes: bool = option(False, "do not ask for confirmation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +199,7 @@ class CacheClearConfig(Config):
         None, "ids of entries to remove, from prefopt cache list", group="cache", default_text="all"
     )
     older_than: float | None = option(
-        None, "remove only entries unused for this many days", group="cache", default_text="any age", at_least=0
+        None, "remove only entries unused for this many days", default_text="any age", at_least=0
     )
 
 
@@ -242,16 +215,12 @@ class ReportConfig(Config):
         positional=True,
     )
     comparisons: list[str] | None = option(
-        None, "output files of prefopt compare --json: win rates, and some of the samples", group="report"
+        None, "output files of prefopt compare --json: win rates, and some of the samples"
     )
-    output: str = option("report.html", "page to write", group="report")
-    title: str | None = option(
-        None, "heading of the page", group="report", default_text="the names of the runs' folders"
-    )
+    output: str = option("report.html", "page to write")
+    title: str | None = option(None, "heading of the page", default_text="the names of the runs' folders")
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if not self.output.lower().endswith((".html", ".htm")):
             raise ConfigError(f"--output {self.output} must end in .html")
 
@@ -270,7 +239,7 @@ class RunsConfig(Config):
         default_text="the current folder",
         positional=True,
     )
-    json: bool = option(False, "print JSON, for programs", group="runs")
+    json: bool = option(False, "print JSON, for programs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,18 +249,15 @@ class PlotConfig(Config):
     run: list[str] = option(
         help="output folders of the runs to plot, and of prefopt rlhf", group="plot", positional=True
     )
-    output: str = option("curves.png", "image to write: .png, .svg or .pdf", group="plot")
+    output: str = option("curves.png", "image to write: .png, .svg or .pdf")
     metrics: list[str] | None = option(
         None,
         "metrics to plot, by their names in metrics.jsonl; a name up to its slash plots chosen and rejected together",
-        group="plot",
         default_text="loss, margin, accuracy and log-ratios, where the runs have them",
     )
-    x: Literal["step", "epoch"] = option("step", "x axis; epoch compares runs of different batch sizes", group="plot")
+    x: Literal["step", "epoch"] = option("step", "x axis; epoch compares runs of different batch sizes")
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if not self.output.lower().endswith(PICTURES):
             raise ConfigError(f"--output {self.output} must end in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from prefopt.config.data import DataOptions
 from prefopt.core.model_folder import is_adapter
@@ -19,8 +19,6 @@ LORA_RANK, LORA_ALPHA_PER_RANK, LORA_DROPOUT = 16, 2, 0.0
 FILLED = {"lora_rank": LORA_RANK, "lora_alpha": LORA_ALPHA_PER_RANK * LORA_RANK, "lora_dropout": LORA_DROPOUT}
 ADAPTER_SHAPE = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
-Rates = dict[bool, float]
-"""Learning rates of full training (False) and of LoRA (True)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +32,11 @@ class MachineOptions(Config):
         group="machine",
     )
     device: str | None = option(
-        None, "cpu, cuda, cuda:N or mps", group="machine", default_text="the first there is of cuda, mps and cpu"
+        None, "cpu, cuda, cuda:N or mps", default_text="the first there is of cuda, mps and cpu"
     )
-    threads: int | None = option(None, "CPU threads", group="machine", default_text="torch's choice", at_least=1)
+    threads: int | None = option(None, "CPU threads", default_text="torch's choice", at_least=1)
 
     def check(self) -> None:
-        """Refuse a device that does not exist."""
-        super().check()
         if self.device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device):
             near = nearest(self.device, ["cpu", "cuda", "mps"])
             raise ConfigError(f"--device is {self.device!r}; it must be cpu, cuda, cuda:N or mps{near}")
@@ -70,21 +66,18 @@ class LoraOptions(Config):
     lora: bool = option(False, "train a LoRA adapter instead of all weights", group="adapter")
     lora_rank: int | None = option(
         help="rank of a new adapter",
-        group="adapter",
         computed=lambda c: LORA_RANK if _new_adapter(c) else None,
         default_text=f"{LORA_RANK}",
         at_least=1,
     )
     lora_alpha: int | None = option(
         help="scale of a new adapter: its output is multiplied by alpha / rank",
-        group="adapter",
         computed=lambda c: LORA_ALPHA_PER_RANK * c.lora_rank if _new_adapter(c) else None,
         default_text="twice the rank",
         at_least=1,
     )
     lora_dropout: float | None = option(
         help="dropout of a new adapter",
-        group="adapter",
         computed=lambda c: LORA_DROPOUT if _new_adapter(c) else None,
         default_text="0",
         at_least=0,
@@ -94,7 +87,6 @@ class LoraOptions(Config):
         None,
         "modules that a new adapter changes: kinds (all-linear, attention, mlp, experts, shared-experts, mixer, other,"
         " router) or names of layers and of fused weights (experts.gate_up_proj)",
-        group="adapter",
         default_text="all linear layers and experts, without heads and routers",
     )
 
@@ -104,8 +96,6 @@ class LoraOptions(Config):
         return None
 
     def check(self) -> None:
-        """Refuse the shape of a new adapter where none is made."""
-        super().check()
         for name in ADAPTER_SHAPE:
             if getattr(self, name) is not None and self.named_adapter is not None:
                 where = "--adapter" if self.named_adapter != self.model else "--model, which is an adapter,"
@@ -132,12 +122,10 @@ class ModelOptions(LoraOptions):
         return self.adapter or (self.model if is_adapter(self.model) else None)
 
     def check(self) -> None:
-        """Refuse two adapters."""
         if self.adapter is not None and is_adapter(self.model):
             raise ConfigError(
                 f"--model {self.model} is an adapter itself: leave --adapter out, or name the model of both"
             )
-        super().check()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,16 +142,15 @@ class BalanceOptions(Config):
     )
 
 
-def rate_option(rates: Rates, usual: str = "") -> float:
-    """The learning rate of a method, with its defaults."""
-    rate: float = option(
+def rate_option(rates: dict[bool, float], usual: str = "") -> Any:
+    """The learning rate of a method, with its defaults for full training (False) and for LoRA (True)."""
+    return option(
         help=f"peak learning rate{usual}",
         group="optimiser",
         computed=lambda c: rates[c.lora or c.named_adapter is not None],
         default_text=f"{rates[False]:g}, with LoRA {rates[True]:g}",
         above=0,
     )
-    return rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,40 +158,29 @@ class RunOptions(MachineOptions, ProgressOptions):
     """Optimiser, output and machine."""
 
     epochs: float = option(1.0, "passes over the data", group="optimiser", above=0)
-    max_steps: int | None = option(
-        None, "stop after this many steps, even if the epochs are longer", group="optimiser", at_least=1
-    )
+    max_steps: int | None = option(None, "stop after this many steps, even if the epochs are longer", at_least=1)
     batch_size: int = option(
         16,
         "rows or pairs per optimiser step, however many fit into memory at once; with hundreds of rows, more steps help"
         " more than larger batches",
-        group="optimiser",
         at_least=1,
     )
-    learning_rate: float = option(help="peak learning rate", group="optimiser", above=0)
+    learning_rate: float = option(help="peak learning rate", above=0)
     schedule: Literal["linear", "cosine", "constant"] = option(
-        "linear", "learning rate after the warm-up: falls to zero, or is constant", group="optimiser"
+        "linear", "learning rate after the warm-up: falls to zero, or is constant"
     )
-    warmup: float = option(
-        0.1, "fraction of the steps with a rising learning rate", group="optimiser", at_least=0, below=1
-    )
-    weight_decay: float = option(0.0, "AdamW's weight decay", group="optimiser", at_least=0)
-    adam_beta1: float = option(0.9, "AdamW's decay of the mean", group="optimiser", at_least=0, below=1)
-    adam_beta2: float = option(0.999, "AdamW's decay of the square", group="optimiser", at_least=0, below=1)
-    adam_epsilon: float = option(1e-8, "AdamW's epsilon", group="optimiser", above=0)
-    max_grad_norm: float = option(
-        1.0, "gradients are scaled down to this norm; a huge number clips nothing", group="optimiser", above=0
-    )
+    warmup: float = option(0.1, "fraction of the steps with a rising learning rate", at_least=0, below=1)
+    weight_decay: float = option(0.0, "AdamW's weight decay", at_least=0)
+    adam_beta1: float = option(0.9, "AdamW's decay of the mean", at_least=0, below=1)
+    adam_beta2: float = option(0.999, "AdamW's decay of the square", at_least=0, below=1)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon", above=0)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; a huge number clips nothing", above=0)
 
     output: str = option(help="folder for the model, its card and the metrics", group="output")
-    save_every: int | None = option(
-        None, "steps between checkpoints", group="output", default_text="only on interruption", at_least=1
-    )
-    keep_last: int = option(2, "newest checkpoints to keep", group="output", at_least=1)
-    resume: bool = option(False, "continue from the newest complete checkpoint in the output folder", group="output")
-    dry_run: bool = option(
-        False, "show options, rows, rendered examples and estimates; train and write nothing", group="output"
-    )
+    save_every: int | None = option(None, "steps between checkpoints", default_text="only on interruption", at_least=1)
+    keep_last: int = option(2, "newest checkpoints to keep", at_least=1)
+    resume: bool = option(False, "continue from the newest complete checkpoint in the output folder")
+    dry_run: bool = option(False, "show options, rows, rendered examples and estimates; train and write nothing")
 
     track: list[str] | None = option(
         None,
@@ -213,7 +189,7 @@ class RunOptions(MachineOptions, ProgressOptions):
         group="tracking",
         default_text="nothing leaves the output folder",
     )
-    track_project: str = option("prefopt", "project or experiment name in the trackers", group="tracking")
+    track_project: str = option("prefopt", "project or experiment name in the trackers")
 
     token_budget: int | None = option(
         None,
@@ -223,21 +199,15 @@ class RunOptions(MachineOptions, ProgressOptions):
         at_least=1,
     )
     gradient_checkpointing: bool = option(
-        False, "recompute activations in the backward pass: less memory, about a third slower", group="machine"
+        False, "recompute activations in the backward pass: less memory, about a third slower"
     )
     attention: Literal["auto", "loop"] = option(
-        "auto", "attention kernel; loop: one call per segment, as a reference to compare with", group="machine"
+        "auto", "attention kernel; loop: one call per segment, as a reference to compare with"
     )
-    seed: int = option(
-        0, "seed of order, held-out split, dropout and new adapters", group="machine", at_least=0, at_most=2**32 - 1
-    )
-    deterministic: bool = option(
-        False, "deterministic kernels on a GPU, so that a resumed run is bit-identical", group="machine"
-    )
+    seed: int = option(0, "seed of order, held-out split, dropout and new adapters", at_least=0, at_most=2**32 - 1)
+    deterministic: bool = option(False, "deterministic kernels on a GPU, so that a resumed run is bit-identical")
 
     def check(self) -> None:
-        """Refuse contradictions."""
-        super().check()
         if self.resume and self.dry_run:
             raise ConfigError("--dry-run trains nothing that --resume could continue: leave one of them out")
         for name in self.track or ():
@@ -254,13 +224,9 @@ class MethodOptions(RunOptions, DataOptions, LoraOptions):
     eval_every: int | None = option(
         None, "steps between evaluations", group="evaluation", default_text="once per epoch, at its end", at_least=1
     )
-    early_stopping: int | None = option(
-        None, "stop after this many evaluations without a lower loss", group="evaluation", at_least=1
-    )
+    early_stopping: int | None = option(None, "stop after this many evaluations without a lower loss", at_least=1)
 
     def check(self) -> None:
-        """Refuse evaluation options without data to evaluate on."""
-        super().check()
         for name in ("eval_every", "early_stopping"):
             if getattr(self, name) is not None and not self.evaluates:
                 raise ConfigError(

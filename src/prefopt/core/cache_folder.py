@@ -37,17 +37,14 @@ def cache_root() -> Path:
 
 
 def reference_folder(root: Path | None = None) -> Path:
-    """Folder of the reference log-probabilities."""
     return (root or cache_root()) / "reference"
 
 
 def tokens_folder(root: Path | None = None) -> Path:
-    """Folder of the tokenised data."""
     return (root or cache_root()) / "tokens"
 
 
 def samples_folder(root: Path | None = None) -> Path:
-    """Folder of the samples drawn for comparisons."""
     return (root or cache_root()) / "samples"
 
 
@@ -103,12 +100,10 @@ def reference_entries(root: Path | None = None) -> list[Path]:
 
 
 def token_entries(root: Path | None = None) -> list[Path]:
-    """The entries of tokenised data, sorted by id."""
     return _named(tokens_folder(root), 16)
 
 
 def sample_entries(root: Path | None = None) -> list[Path]:
-    """The entries of samples, sorted by id."""
     return _named(samples_folder(root), 20)
 
 

@@ -106,7 +106,6 @@ def remove_folder(folder: Path) -> None:
 
 
 def write_flushed(path: Path, data: bytes) -> None:
-    """Write a file and flush it to the disk."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()

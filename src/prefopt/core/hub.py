@@ -11,14 +11,9 @@ from pathlib import Path
 
 LOG_IN = "hf auth login"
 TOKENS = "https://huggingface.co/settings/tokens"
-_NETWORK = {
-    "ConnectionError",
-    "TimeoutError",
-    "OfflineModeIsEnabled",
-    "LocalEntryNotFoundError",
-    "TransportError",
-    "RequestException",
-}
+_NETWORK = set(
+    "ConnectionError TimeoutError OfflineModeIsEnabled LocalEntryNotFoundError TransportError RequestException".split()
+)
 
 
 def no_telemetry() -> None:

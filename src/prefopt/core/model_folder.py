@@ -57,8 +57,8 @@ def vet_folder(name: str | Path) -> None:
         shard_names(index)
     config = read_object(folder / "config.json")
     named = config.get("transformers_weights")
-    if named is not None and not (isinstance(named, str) and _plain(named.removesuffix(".index.json"))):
-        raise ModelError(f"{folder / 'config.json'}: transformers_weights is {_said(named)}; {_REMEDY}")
+    if named is not None and not (isinstance(named, str) and _PLAIN.fullmatch(named.removesuffix(".index.json"))):
+        raise ModelError(f"{folder / 'config.json'}: transformers_weights is {named!r:.80}; {_REMEDY}")
     _check_counts(folder / "config.json", config, held_by(sorted(folder.glob("*.safetensors"))))
     _vet_adapter(folder)
 
@@ -81,8 +81,8 @@ def shard_names(index: Path) -> list[str]:
     if not isinstance(shards, dict) or not shards:
         raise ModelError(f"{index}: no weight_map; download or copy the model again")
     for weight, name in shards.items():
-        if not isinstance(name, str) or not _plain(name):
-            raise ModelError(f"{index}: the file of {_said(weight)} is {_said(name)}; {_REMEDY}")
+        if not isinstance(name, str) or not _PLAIN.fullmatch(name):
+            raise ModelError(f"{index}: the file of {weight!r:.80} is {name!r:.80}; {_REMEDY}")
     names = sorted(set(shards.values()))
     for path in (index.parent / name for name in names):
         if path.exists() and not path.is_file():
@@ -188,15 +188,6 @@ def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
             yield key, int(value)
         elif isinstance(value, int) and not isinstance(value, bool):
             yield key, value
-
-
-def _plain(name: str) -> bool:
-    return _PLAIN.fullmatch(name) is not None
-
-
-def _said(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:80] + "..."
 
 
 def weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:

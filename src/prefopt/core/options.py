@@ -16,6 +16,7 @@ prefopt.core.options.WrongValue: --beta is -1; it must be a number above 0
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import numbers
@@ -29,16 +30,15 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 import yaml
 
 from prefopt.errors import ConfigError
 
-AnyConfig = TypeVar("AnyConfig")
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "a list of text"}
 _COMPARE = {"of at least": operator.ge, "above": operator.gt, "of at most": operator.le, "below": operator.lt}
 FIRST, LAST = ("study", "model", "adapter"), "machine"
@@ -47,7 +47,7 @@ RENAMED = {"reference_every": "ref_model_sync_steps", "reference_mix": "ref_mode
 """Options by the name that they had before."""
 BITS = 64
 """Whole numbers have no more."""
-SAID = 200
+QUOTED = 200
 """Characters that are quoted of a wrong value."""
 
 
@@ -57,7 +57,8 @@ class Option:
 
     ``type``: the annotation of its field. ``default_text``: the default as help prints it. ``limits`` bound a number.
     ``positional``: it may come without its flag, as the first words after the command. ``only``: another option and
-    the value of it without which this one is not read. ``computed``: its default, from the other options.
+    the value of it without which this one is not read. ``needs``: another option without which it has no effect.
+    ``computed``: its default, from the other options.
     """
 
     name: str
@@ -70,11 +71,11 @@ class Option:
     limits: tuple[tuple[str, float], ...] = ()
     positional: bool = False
     only: tuple[str, object] | None = None
+    needs: str | None = None
     computed: Callable[[Any], Any] | None = None
 
     @property
     def flag(self) -> str:
-        """The spelling of the command line: ``--max-length``."""
         return flag(self.name)
 
     @property
@@ -122,20 +123,33 @@ def option(
     default: Any = MISSING,
     help: str = "",
     *,
-    group: str,
+    group: str = "",
     default_text: str | None = None,
     positional: bool = False,
+    needs: str | None = None,
     computed: Callable[[Any], Any] | None = None,
     **limits: float,
 ) -> Any:
-    """A dataclass field with its help; required without a default.
+    """A dataclass field with its help; required without a default. ``group``: by default that of the field before it.
 
     ``computed`` gives the default from the config, once its other options are checked; ``default_text`` describes it,
-    or says what None stands for. ``limits``: see :func:`bounds`.
+    or says what None stands for. ``needs``: see :class:`Option`. ``limits``: see :func:`bounds`.
     """
     about = {"help": help, "group": group, "default_text": default_text, "positional": positional}
-    more = {"computed": computed, "limits": bounds(**limits)}
+    more = {"needs": needs, "computed": computed, "limits": bounds(**limits)}
     return field(default=None if computed else default, metadata=about | more)
+
+
+def beside(other: str, default: Any, help: str, *, group: str = "", **limits: Any) -> Any:
+    """A field like :func:`option` that is read only with the option ``other``: its default there, else None."""
+    return option(
+        help=help,
+        group=group,
+        needs=other,
+        computed=lambda config: default if getattr(config, other) is not None else None,
+        default_text=f"{default:g}, with {flag(other)}",
+        **limits,
+    )
 
 
 def options(config: type) -> tuple[Option, ...]:
@@ -178,12 +192,20 @@ def checked(o: Option, value: object, place: str | None = None) -> Any:
     if value is None:
         raise WrongValue(o, f"has no value; it must be {o.expects}", place)
     guess = nearest(value, o.choices) if isinstance(value, str) else ""
-    raise WrongValue(o, f"is {_said(value)}; it must be {o.expects}{guess}", place)
+    raise WrongValue(o, f"is {_quoted(value)}; it must be {o.expects}{guess}", place)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A set of options that checks itself on construction. Raises ``ConfigError``."""
+
+    def __init_subclass__(cls) -> None:
+        """Give fields without a group that of the field before them."""
+        group = ""
+        for own in vars(cls).values():
+            if isinstance(own, Field):
+                group = own.metadata["group"] or group
+                own.metadata = types.MappingProxyType({**own.metadata, "group": group})
 
     def __post_init__(self) -> None:
         """Check types and ranges, fill in computed defaults, then refuse contradictions."""
@@ -195,10 +217,15 @@ class Config:
         for o in mine:
             if o.computed is not None and getattr(self, o.name) is None:
                 fill(self, o.name, o.computed(self))
-        self.check()
+        for o in mine:
+            if o.needs is not None:
+                self.need(o.needs, o.name)
+        for base in reversed(kind.__mro__):
+            if "check" in vars(base):
+                base.check(self)
 
     def check(self) -> None:
-        """Refuse contradictions. Raises ``ConfigError``."""
+        """Refuse contradictions among the options of this class; those of its bases are checked before."""
 
     def is_given(self, name: str) -> bool:
         """Whether an option has another value than its default."""
@@ -212,45 +239,32 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Every option with its value, plain enough for YAML; :meth:`from_dict` reads it."""
-        values = {o.name: getattr(self, o.name) for o in options(type(self))}
-        return {name: list(v) if isinstance(v, list) else v for name, v in values.items()}
+        return {o.name: copy.copy(getattr(self, o.name)) for o in options(type(self))}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, object], place: str | None = None) -> Self:
-        """A config from plain values; ``place`` names their file. Raises ``ConfigError``."""
-        return from_dict(cls, values, place)
+    def from_dict(
+        cls, values: Mapping[str, Any], place: str | None = None, given: Mapping[str, Any] | None = None
+    ) -> Self:
+        """A config from plain values, which ``given`` overrides. Raises ``ConfigError``.
 
-
-def check_names(config: type, values: Mapping[str, object], place: str | None = None) -> dict[str, Any]:
-    """The same values. Raises ``ConfigError`` for a name that is no option of ``config``."""
-    known = {o.name: o for o in options(config)}
-    # A file that lists all options of an earlier version has those that were renamed too, mostly without a value.
-    found = {name: value for name, value in values.items() if name not in RENAMED or value is not None}
-    for name in found:
-        if name not in known:
+        ``place``: the YAML file or the option that holds ``values``, for messages.
+        """
+        known = {o.name: o for o in options(cls)}
+        # A file that lists all options of an earlier version has those that were renamed too, mostly without a value.
+        plain = {name: value for name, value in values.items() if name not in RENAMED or value is not None}
+        if unknown := [name for name in plain if name not in known]:
             where = f"{place}: " if place else ""
-            guess = nearest(name, list(known)) or "; see --help for all of them"
-            raise ConfigError(f"{where}unknown option {name!r}{guess}")
-    return found
-
-
-def check_values(config: type, values: Mapping[str, object], place: str | None = None) -> dict[str, Any]:
-    """The values of some options, typed; an unknown name or a wrong value raises ``ConfigError``."""
-    known = {o.name: o for o in options(config)}
-    return {name: checked(known[name], value, place) for name, value in check_names(config, values, place).items()}
-
-
-def from_dict(config: type[AnyConfig], values: Mapping[str, object], place: str | None = None) -> AnyConfig:
-    """A config from plain values, as a YAML file holds them; unknown and missing names raise ``ConfigError``."""
-    given = check_names(config, values, place)
-    if missing := [o for o in options(config) if o.required and o.name not in given]:
-        raise ConfigError("; ".join(f"{o.flag} is missing: {o.help}" for o in missing))
-    try:
-        return config(**given)
-    except WrongValue as error:
-        if place is None:
-            raise
-        raise WrongValue(error.option, error.problem, place) from None
+            guess = nearest(unknown[0], list(known)) or "; see --help for all of them"
+            raise ConfigError(f"{where}unknown option {unknown[0]!r}{guess}")
+        plain |= given or {}
+        if missing := [o for o in known.values() if o.required and o.name not in plain]:
+            raise ConfigError("; ".join(f"{o.flag} is missing: {o.help}" for o in missing))
+        try:
+            return cls(**plain)
+        except WrongValue as error:
+            if place is None or error.option.name in (given or {}):
+                raise
+            raise WrongValue(error.option, error.problem, place) from None
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -292,13 +306,13 @@ def _finite(value: numbers.Real) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _said(value: object) -> str:
-    """A value that an option cannot have, however long it is."""
+def _quoted(value: object) -> str:
+    """A wrong value for a message, cut where it is long."""
     try:
         text = repr(value)
     except ValueError:  # Python spells no number of more than 4300 digits
         text = "a number beyond all measure"
-    return text if len(text) <= SAID else f"{text[:SAID]}..."
+    return text if len(text) <= QUOTED else f"{text[:QUOTED]}..."
 
 
 def _shown(default: object) -> str:

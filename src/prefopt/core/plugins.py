@@ -1,7 +1,7 @@
-"""Functions from outside the package: ``module:function``, and entry points of installed packages.
+"""Functions by name, ``module:function``: those of this package, of the user, and entry points of installed packages.
 
->>> load_function("math:sqrt", "--reward math:sqrt")(4.0)
-2.0
+>>> load_function("math:sqrt", "--reward math:sqrt")(4.0), imported("math:sqrt")(4.0)
+(2.0, 2.0)
 """
 
 from __future__ import annotations
@@ -17,8 +17,14 @@ from prefopt.core.options import nearest
 from prefopt.errors import ConfigError
 
 
-def load_function(name: str, place: str, known: Sequence[str] = ()) -> Callable[..., Any]:
-    """The function ``module:function``; modules are also looked for in the working folder.
+def imported(name: str) -> Callable[..., Any]:
+    """The function ``module:function`` of this package; errors on importing it are bugs, and travel."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+
+
+def load_object(name: str, place: str, known: Sequence[str] = ()) -> Any:
+    """What ``module:name`` stands for; modules are also looked for in the working folder.
 
     ``place`` begins the messages; ``known`` are names that the module may be a misspelling of. Raises ``ConfigError``.
     """
@@ -34,11 +40,16 @@ def load_function(name: str, place: str, known: Sequence[str] = ()) -> Callable[
         raise ConfigError(f"{place}: there is no module {module} in {here} or installed{guess}") from error
     except Exception as error:
         raise ConfigError(f"{place}: importing {module} raised {type(error).__name__}: {error}") from error
-    function = getattr(found, attribute, None)
-    if function is None:
+    if not hasattr(found, attribute):
         raise ConfigError(f"{place}: {module} has no {attribute}{nearest(attribute, list(vars(found)))}")
+    return getattr(found, attribute)
+
+
+def load_function(name: str, place: str, known: Sequence[str] = ()) -> Callable[..., Any]:
+    """The same for a function."""
+    function = load_object(name, place, known)
     if not callable(function):
-        raise ConfigError(f"{place}: {attribute} is no function but of type {type(function).__name__}")
+        raise ConfigError(f"{place}: {name.partition(':')[2]} is no function but of type {type(function).__name__}")
     return function  # type: ignore[no-any-return]
 
 

@@ -33,7 +33,6 @@ class Interval:
     level: float = 0.95
 
     def excludes(self, value: float) -> bool:
-        """Whether ``value`` lies outside."""
         return not self.low <= value <= self.high
 
     def __str__(self) -> str:

@@ -50,7 +50,6 @@ def visible(text: str, encoding: str | None = "utf-8") -> str:
 
 
 def one_line(text: str) -> str:
-    """``text`` on one line."""
     return visible(" ".join(text.splitlines()) if "\n" in text or "\r" in text else text)
 
 
@@ -60,7 +59,6 @@ def _escape(found: re.Match[str]) -> str:
 
 
 def tell(text: str = "", *, end: str = "\n", flush: bool = False) -> None:
-    """Lines on standard output."""
     write(sys.stdout, text + end)
     if flush:
         sys.stdout.flush()
@@ -73,7 +71,6 @@ def tell_lines(lines: Iterable[str]) -> None:
 
 
 def tell_json(document: object, *, indent: int = 2) -> None:
-    """A JSON document on standard output."""
     tell(json_text(document, indent=indent))
 
 
@@ -83,7 +80,6 @@ def json_text(document: object, *, indent: int = 2) -> str:
 
 
 def complain(text: str) -> None:
-    """A line on standard error."""
     write(sys.stderr, text + "\n")
 
 
@@ -145,12 +141,10 @@ class Reporter:
         self.mode = ("rich" if self._console.is_terminal else "plain") if mode == "auto" else mode
 
     def say(self, line: str) -> None:
-        """Print one line."""
         if self.mode != "none":
             self._console.print(one_line(line))
 
     def show(self, text: str) -> None:
-        """Print text of several lines."""
         if self.mode != "none":
             self._console.print(text)
 
@@ -220,7 +214,6 @@ class _Noted(Progress):
         )
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """The bar, then the numbers."""
         yield self.make_tasks_table(self.tasks)
         for line in wrapped(self.note, self._screen.width)[:NOTE_LINES]:
             yield Text(visible(line), no_wrap=True, overflow="ellipsis", style="dim")

@@ -25,7 +25,6 @@ class _Loader(yaml.SafeLoader):
     _depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """One value, not too deep."""
         if self.check_event(yaml.AliasEvent):
             raise self._refused("an alias; write the value out")
         self._depth += 1

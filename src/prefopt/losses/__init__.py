@@ -5,7 +5,6 @@
 ...     return logistic(margin_P / temperature)
 """
 
-from prefopt.losses import anchored as anchored
 from prefopt.losses import labels as labels
 from prefopt.losses import pairs as pairs
 from prefopt.losses import ranking as ranking

@@ -79,16 +79,23 @@ def accuracy(margin: Tensor) -> Tensor:
     return (margin > 0).to(margin.dtype) + 0.5 * (margin == 0).to(margin.dtype)
 
 
-def logistic(margin: Tensor, label_smoothing: float = 0.0, label: Tensor | None = None) -> Tensor:
-    """-p log sigmoid(margin) - (1 - p) log sigmoid(-margin), element by element.
+Target = Tensor | float | None
+"""Probability that the chosen response is better; None for 1."""
 
-    p is the probability that the chosen response is better: ``label``, 1 by default, of which the fraction
-    ``label_smoothing`` e is assumed to be flipped: p (1 - e) + (1 - p) e.
-    """
+
+def smoothed(label: Target, label_smoothing: float, dtype: torch.dtype) -> Target:
+    """p (1 - e) + (1 - p) e: the probability p = ``label``, where a fraction e = ``label_smoothing`` is flipped."""
     if label is None and not label_smoothing:
+        return None
+    right = label.to(dtype) if isinstance(label, Tensor) else 1.0 if label is None else label
+    return right * (1 - label_smoothing) + (1 - right) * label_smoothing
+
+
+def logistic(margin: Tensor, label_smoothing: float = 0.0, label: Target = None) -> Tensor:
+    """-p log sigmoid(margin) - (1 - p) log sigmoid(-margin), element by element, with p of :func:`smoothed`."""
+    p = smoothed(label, label_smoothing, margin.dtype)
+    if p is None:
         return -F.logsigmoid(margin)
-    right = 1.0 if label is None else label.to(margin.dtype)
-    p = right * (1 - label_smoothing) + (1 - right) * label_smoothing
     return -p * F.logsigmoid(margin) - (1 - p) * F.logsigmoid(-margin)
 
 
@@ -158,7 +165,9 @@ BETA = loss_option(
     default=0.1,
     above=0,
 )
-SMOOTHING = loss_option("label_smoothing", "assumed fraction of wrong labels (conservative DPO)", at_least=0, below=0.5)
+SMOOTHING = loss_option(
+    "label_smoothing", "assumed fraction of wrong labels (conservative DPO)", default=0.0, at_least=0, below=0.5
+)
 NLL_WEIGHT = loss_option("nll_weight", "weight of the chosen response's negative log-likelihood", at_least=0)
 DIVERGENCE = (
     loss_option(
@@ -192,7 +201,6 @@ class Weighting:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Default values of the options."""
         return {o.name: o.default for o in self.options}
 
 

@@ -10,6 +10,7 @@ s(y) = log pi(y) - log ref(y), summed over them; h = s(w) - s(l).
 computed; one with the default None is given where the data have it. Keyword-only arguments are options: numbers, words
 or truth values. A loss on pairs may ask for ``margin_P`` or rewards (:data:`DERIVED`) instead of log-probabilities, and
 may return the numerators alone, or with a mapping of further metrics: :func:`prefopt.losses.pair_output` does the rest.
+``NAME_2P`` is ``chosen_NAME_P`` and ``rejected_NAME_P`` stacked, [2, P].
 
 >>> from prefopt.losses.pairs import dpo
 >>> LOSSES["dpo"].function is dpo, LOSSES["dpo"].needs_reference, LOSSES["simpo"].needs_reference
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -33,33 +34,28 @@ from torch import Tensor
 
 from prefopt.core.options import Option, nearest
 from prefopt.errors import ConfigError
-from prefopt.losses.common import BETA, DIVERGENCE, LossOutput, implied, loss_option, pair_output
+from prefopt.losses.common import BETA, DIVERGENCE, SMOOTHING, LossOutput, implied, loss_option, pair_output, smoothed
 
 Kind = Literal["pairs", "labels", "ranking"]
 Value = float | str | bool
 Function = Callable[..., LossOutput]
 
+_OF_A_SIDE = {
+    "logp": "log-probability of the {} response under the policy",
+    "ref_logp": "log-probability of the {} response under the reference",
+    "length": "trained tokens of the {} response",
+    "score": "score of the {} response; NaN without one",
+    "head_logp": "log-probability of the {} response's first min(|w|, |l|) tokens under the policy",
+    "head_ref_logp": "log-probability of the same tokens of the {} response under the reference",
+    "kl": "KL(reference || policy) summed over the positions of the {} response, with gradient",
+    "wpo": "mean over the {} response's tokens of log(pi(token) / sum over the vocabulary of pi^2)",
+}
 # Sums of log-probabilities are over the trained tokens of a response, natural logarithm. P counts pairs, N responses,
 # G groups. What comes from data or from the reference carries no gradient.
 INPUTS: dict[Kind, dict[str, str]] = {
     "pairs": {
-        "chosen_logp_P": "log-probability of the chosen response under the policy",
-        "rejected_logp_P": "the same of the rejected response",
-        "chosen_ref_logp_P": "log-probability of the chosen response under the reference",
-        "rejected_ref_logp_P": "the same of the rejected response",
-        "chosen_length_P": "trained tokens of the chosen response",
-        "rejected_length_P": "trained tokens of the rejected response",
-        "chosen_score_P": "score of the chosen response; NaN without one",
-        "rejected_score_P": "score of the rejected response; NaN without one",
+        **{f"{side}_{n}_P": t.format(side) for n, t in _OF_A_SIDE.items() for side in ("chosen", "rejected")},
         "label_P": "probability that the chosen response is better",
-        "chosen_head_logp_P": "log-probability of the chosen response's first min(|w|, |l|) tokens under the policy",
-        "rejected_head_logp_P": "the same of the rejected response",
-        "chosen_head_ref_logp_P": "the same of the chosen response under the reference",
-        "rejected_head_ref_logp_P": "the same of the rejected response under the reference",
-        "chosen_kl_P": "KL(reference || policy) summed over the positions of the chosen response, with gradient",
-        "rejected_kl_P": "the same of the rejected response",
-        "chosen_wpo_P": "mean over the chosen response's tokens of log(pi(token) / sum over the vocabulary of pi^2)",
-        "rejected_wpo_P": "the same of the rejected response",
     },
     "labels": {
         "logp_N": "log-probability of the response under the policy",
@@ -84,8 +80,11 @@ DERIVED = {
     "rejected_reward_P": "beta s(l)",
     "chosen_log_ratio_P": "s(w)",
     "rejected_log_ratio_P": "s(l)",
+    "chosen_implied_P": "f'(w) of the divergence; adds the option divergence",
+    "rejected_implied_P": "f'(l)",
+    "target_P": "label_P where the data have it, else 1, with label_smoothing, which it adds; for logistic(label=)",
 }
-"""Columns computed from the log-probabilities of pairs under policy and reference."""
+"""Columns of pairs computed from log-probabilities under policy and reference, and from labels."""
 _LOGPS = tuple(INPUTS["pairs"])[:4]
 
 
@@ -122,7 +121,6 @@ class Loss:
 
     @property
     def needs_scores(self) -> bool:
-        """Whether it needs scores from the data."""
         return self.needs("score")
 
     @property
@@ -137,7 +135,6 @@ class Loss:
 
     @property
     def needs_mismatched(self) -> bool:
-        """Whether it needs responses of other rows."""
         return self.needs("mismatched")
 
     @property
@@ -147,7 +144,6 @@ class Loss:
 
     @property
     def defaults(self) -> dict[str, Value]:
-        """Default values of the options that have one."""
         return {o.name: o.default for o in self.options if not o.required}
 
     def start(self, device: torch.device | str = "cpu") -> dict[str, Tensor] | None:
@@ -189,6 +185,103 @@ def loss(*, name: str | None = None, **about: Any) -> Callable[[Callable[..., An
     return register
 
 
+def declared(
+    function: Callable[..., Any],
+    name: str,
+    *,
+    kind: Kind | None = None,
+    options: Iterable[Option] = (),
+    state0: Mapping[str, float] | None = None,
+    **about: Any,
+) -> Loss:
+    """A function as a loss; without ``kind`` the names of its arguments decide. Raises ``ConfigError``."""
+    found = _signature(function, name)
+    kind = kind or _kind_of(found.columns, name)
+    read = [part for column in found.columns for part in _parts(column)]
+    known = [*INPUTS[kind], *(DERIVED if kind == "pairs" else ())]
+    for argument in read + found.optional:
+        if argument not in known:
+            new = f"{argument[:-2]}_P"
+            guess = f"; it is now called {new}" if argument[-2:] == "_G" and new in known else nearest(argument, known)
+            raise ConfigError(f"loss {name}: nothing is called {argument!r} for a loss of kind {kind}{guess}")
+    described = {o.name: o for o in options}
+    own = [_described(o, described.pop(o.name, o)) for o in found.options]
+    assert not described, f"{name}: the function does not read {set(described)}"
+    assert found.state == (state0 is not None), f"{name}: state0 goes with an argument named state"
+    derived = set(read) & DERIVED.keys()
+    before = [BETA] if any("margin" in column or "reward" in column for column in derived) else []
+    after = [SMOOTHING] if "target_P" in read else []
+    after += DIVERGENCE if any("margin" in column or "implied" in column for column in derived) else ()
+    names = {o.name for o in own}
+    logps = _LOGPS if derived - {"target_P"} else ()
+    loss = Loss(
+        name=name,
+        kind=kind,
+        function=function,
+        inputs=(*logps, *(column for column in read if column not in (*DERIVED, *logps))),
+        optional_inputs=(*found.optional, *(["label_P"] if "target_P" in read else [])),
+        options=(*(o for o in before if o.name not in names), *own, *(o for o in after if o.name not in names)),
+        state0=state0,
+        **about,
+    )
+    return replace(loss, function=_on_inputs(loss, found.columns))
+
+
+def _parts(column: str) -> tuple[str, ...]:
+    """The two columns that a stacked one holds; any other by itself."""
+    name = column.removesuffix("_2P")
+    return (column,) if name == column else (f"chosen_{name}_P", f"rejected_{name}_P")
+
+
+def _on_inputs(loss: Loss, columns: Sequence[str]) -> Function:
+    """The function of ``loss`` as one of its inputs: derived columns are computed, and its output is completed."""
+    function, defaults, names = loss.function, loss.defaults, (*loss.inputs, *loss.optional_inputs)
+    stacked = [column for column in columns if _parts(column) != (column,)]
+    on_ratios = any(part in DERIVED and part != "target_P" for column in columns for part in _parts(column))
+    unread = {*names, *defaults, *DERIVED} - inspect.signature(function).parameters.keys()
+
+    @functools.wraps(function)
+    def on_inputs(*args: Tensor, **named: Any) -> LossOutput:
+        named.update(zip(names, args, strict=False))
+        values = defaults | named
+        first = values[names[0]]
+        if loss.state0 is not None and not named.get("state"):
+            named["state"] = loss.start(first.device)
+        derived = _derived(values) if on_ratios else {}
+        if "target_P" in columns:
+            derived["target_P"] = smoothed(values.get("label_P"), values["label_smoothing"], first.dtype)
+        found = named | derived
+        found |= {column: torch.stack([found[part] for part in _parts(column)]) for column in stacked}
+        output = function(**{name: value for name, value in found.items() if name not in unread})
+        if isinstance(output, LossOutput):
+            return output
+        numerator, metrics = output if isinstance(output, tuple) else (output, {})
+        if not on_ratios:
+            return LossOutput(numerator, torch.ones_like(numerator.detach()), metrics)
+        rewards = derived["chosen_reward_P"], derived["rejected_reward_P"]
+        return pair_output(numerator, *rewards, values["chosen_logp_P"], values["rejected_logp_P"], metrics=metrics)
+
+    return on_inputs
+
+
+def _derived(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of :data:`DERIVED` on log-ratios; a loss without beta has rewards of beta 1."""
+    divergence, alpha = values.get("divergence", "reverse_kl"), values.get("divergence_alpha", 0.5)
+    found: dict[str, Any] = {}
+    for side in ("chosen", "rejected"):
+        ratio = values[f"{side}_logp_P"] - values[f"{side}_ref_logp_P"]
+        slope = implied(ratio, divergence, alpha)
+        found |= {f"{side}_log_ratio_P": ratio, f"{side}_implied_P": slope}
+        found[f"{side}_reward_P"] = values.get("beta", 1.0) * slope
+    return found | {"margin_P": found["chosen_reward_P"] - found["rejected_reward_P"]}
+
+
+def _described(o: Option, described: Option) -> Option:
+    """The option as it is described, with the type and default of the signature."""
+    kind = described.type if described.choices else o.type
+    return replace(described, type=kind, required=o.required, default=o.default, default_text=o.default_text)
+
+
 @dataclass(slots=True)
 class _Signature:
     """The arguments of a function by their role."""
@@ -197,79 +290,6 @@ class _Signature:
     optional: list[str] = field(default_factory=list)
     options: list[Option] = field(default_factory=list)
     state: bool = False
-
-
-def declared(function: Callable[..., Any], name: str, *, kind: Kind | None = None, **about: Any) -> Loss:
-    """A function as a loss; without ``kind`` the names of its arguments decide. Raises ``ConfigError``."""
-    found = _signature(function, name)
-    kind = kind or _kind_of(found.columns, name)
-    known = [*INPUTS[kind], *(DERIVED if kind == "pairs" else ())]
-    for argument in found.columns + found.optional:
-        if argument not in known:
-            new = f"{argument[:-2]}_P"
-            guess = f"; it is now called {new}" if argument[-2:] == "_G" and new in known else nearest(argument, known)
-            raise ConfigError(f"loss {name}: nothing is called {argument!r} for a loss of kind {kind}{guess}")
-    described = {o.name: o for o in about.pop("options", ())}
-    own = [_described(o, described.pop(o.name, o)) for o in found.options]
-    assert not described, f"{name}: the function does not read {set(described)}"
-    assert found.state == (about.get("state0") is not None), f"{name}: state0 goes with an argument named state"
-    names, derived = {o.name for o in own}, [column for column in found.columns if column in DERIVED]
-    penalised = any("log_ratio" not in column for column in derived)
-    before = (BETA,) if penalised and "beta" not in names else ()
-    after = tuple(o for o in DIVERGENCE if "margin_P" in derived and o.name not in names)
-    options = (*before, *own, *after)
-    logps = _LOGPS if derived else ()
-    inputs = (*logps, *(column for column in found.columns if column not in (*DERIVED, *logps)))
-    return Loss(
-        name=name,
-        kind=kind,
-        function=_on_inputs(function, found, inputs, options),
-        inputs=inputs,
-        optional_inputs=tuple(found.optional),
-        options=options,
-        **about,
-    )
-
-
-def _on_inputs(
-    function: Callable[..., Any], found: _Signature, inputs: tuple[str, ...], options: tuple[Option, ...]
-) -> Function:
-    """``function`` as one of its inputs: derived columns are computed, and its output is completed."""
-    columns, own = {*found.columns, *found.optional, "state"}, {o.name for o in found.options}
-    names, defaults = (*inputs, *found.optional), {o.name: o.default for o in options if not o.required}
-    derives = not columns.isdisjoint(DERIVED)
-
-    @functools.wraps(function)
-    def on_inputs(*args: Tensor, **named: Any) -> LossOutput:
-        named.update(zip(names, args, strict=False))
-        values = defaults | named
-        derived = _derived(values) if derives else {}
-        given = {name: value for name, value in (named | derived).items() if name in columns or name in own}
-        output = function(**given, **{name: named[name] for name in named.keys() - {*names, *defaults, *given}})
-        if isinstance(output, LossOutput):
-            return output
-        numerator, metrics = output if isinstance(output, tuple) else (output, {})
-        if not derives:
-            return LossOutput(numerator, torch.ones_like(numerator.detach()), metrics)
-        rewards = derived["chosen_reward_P"], derived["rejected_reward_P"]
-        return pair_output(numerator, *rewards, values["chosen_logp_P"], values["rejected_logp_P"], metrics=metrics)
-
-    return on_inputs
-
-
-def _derived(values: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The columns of :data:`DERIVED`; a loss without beta has rewards of beta 1."""
-    ratios = [values[f"{side}_logp_P"] - values[f"{side}_ref_logp_P"] for side in ("chosen", "rejected")]
-    divergence, alpha = values.get("divergence", "reverse_kl"), values.get("divergence_alpha", 0.5)
-    chosen, rejected = (values.get("beta", 1.0) * implied(ratio, divergence, alpha) for ratio in ratios)
-    found = {"margin_P": chosen - rejected, "chosen_reward_P": chosen, "rejected_reward_P": rejected}
-    return found | {"chosen_log_ratio_P": ratios[0], "rejected_log_ratio_P": ratios[1]}
-
-
-def _described(o: Option, described: Option) -> Option:
-    """The option as it is described, with the type and default of the signature."""
-    kind = described.type if described.choices else o.type
-    return replace(described, type=kind, required=o.required, default=o.default, default_text=o.default_text)
 
 
 def _signature(function: Callable[..., Any], name: str) -> _Signature:
@@ -292,7 +312,7 @@ def _signature(function: Callable[..., Any], name: str) -> _Signature:
 
 
 def _kind_of(columns: list[str], name: str) -> Kind:
-    if any(word.startswith(("chosen", "rejected", "margin")) or word == "label_P" for word in columns):
+    if any(word.startswith(("chosen", "rejected")) or word.endswith("P") for word in columns):
         return "pairs"
     if "label_N" in columns:
         return "labels"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefopt.losses.common import BETA, LossOutput, accuracy, loss_option
-from prefopt.losses.declare import LOSSES, loss
+from prefopt.losses.declare import loss
 
 DESIRABLE = loss_option("desirable_weight", "weight of desirable responses", at_least=0)
 UNDESIRABLE = loss_option("undesirable_weight", "weight of undesirable responses", at_least=0)
@@ -36,10 +36,9 @@ def kto(
 ) -> LossOutput:
     r"""Kahneman-Tversky optimisation, Ethayarajh et al. 2024 (arXiv 2402.01306), equation 7.
 
-    :math:`\lambda_y - \lambda_y\sigma(\pm\beta(s - z))`, plus for desirable responses. z estimates KL(policy ||
-    reference) by the mean log-ratio over the batch of responses to other prompts, clamped at 0, without gradient. The
-    mean of the losses is over all responses of the batch, so that lambda_D times the number of desirable responses
-    should be 1 to 4/3 times lambda_U times that of undesirable ones (equation 8).
+    z estimates KL(policy || reference) by the mean log-ratio over the batch of responses to other prompts, clamped at
+    0, without gradient. The mean of the losses is over all responses of the batch, so that lambda_D times the number of
+    desirable responses should be 1 to 4/3 times lambda_U times that of undesirable ones (equation 8).
     """
     reward = beta * (logp_N - ref_logp_N)
     z = beta * (mismatched_logp_N - mismatched_ref_logp_N).detach().mean().clamp(min=0)
@@ -112,21 +111,18 @@ def bco_unpaired(
     shift: bool = True,
     middle: str = "labels",
     decay: float = 1.0,
-    state: dict[str, Tensor] | None = None,
+    state: dict[str, Tensor],
 ) -> LossOutput:
     r"""Binary classifier optimisation on labels, Jung et al. 2024 (arXiv 2404.04656).
 
-    :math:`-\lambda_y\log\sigma(\pm(r - \delta))`, :math:`r = \beta s`, plus for desirable responses. Delta, without
-    gradient, is between the mean rewards of both labels (``middle``), this batch included. The mean of the losses is
-    over all responses, as in TRL; the paper's mean per label results from weights in inverse proportion to the number
-    of responses of a label. ``state`` holds the mean of each label and its number of rewards.
+    Delta, without gradient, is between the mean rewards of both labels (``middle``), this batch included. The mean of
+    the losses is over all responses, as in TRL; the paper's mean per label results from weights in inverse proportion
+    to the number of responses of a label. ``state`` holds the mean of each label and its number of rewards.
 
     Not implemented: the distribution matching of the paper's first version, which weights undesirable rows by how
     likely their prompt is rated desirable, from a classifier on prompt embeddings. Its later version drops it.
     """
     reward = beta * (logp_N - ref_logp_N)
-    state = state or LOSSES["bco_unpaired"].start(reward.device)
-    assert state is not None
     new: dict[str, Tensor] = {}
     for side, mask in (("desirable", label_N), ("undesirable", ~label_N)):
         rewards = reward.detach().to(state[side].dtype) * mask

@@ -1,6 +1,8 @@
-"""Losses on the difference of two log-ratios: DPO and its variants.
+"""Losses on pairs with a reference: DPO and its variants.
 
-Columns are [P], one entry per pair, see :data:`prefopt.losses.declare.INPUTS`.
+The first ones see the difference of two log-ratios. Those from :func:`dpop` on see each response by itself: its
+log-ratio against a fixed point, not against the other's. Columns are [P], one entry per pair, see
+:data:`prefopt.losses.declare.INPUTS`.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from prefopt.losses.common import (
     BETA,
     DIVERGENCE,
     NLL_WEIGHT,
-    SMOOTHING,
     LossOutput,
     Numerators,
+    Target,
     implied,
     logistic,
     loss_option,
@@ -30,9 +32,8 @@ from prefopt.losses.declare import loss
     formula="-log sigmoid(beta h)",
     paper="Rafailov et al. 2023, arXiv 2305.18290, equation 7; label smoothing: Mitchell 2023 (conservative DPO)",
     when="The place to begin. Soft labels and smoothing are for data on which annotators disagree.",
-    options=(SMOOTHING,),
 )
-def dpo(margin_P: Tensor, label_P: Tensor | None = None, *, label_smoothing: float = 0.0) -> Tensor:
+def dpo(margin_P: Tensor, target_P: Target) -> Tensor:
     r"""Direct Preference Optimization, Rafailov et al. 2023 (arXiv 2305.18290), equation 7.
 
     With :math:`h = (\log\pi_w - \log\mathrm{ref}_w) - (\log\pi_l - \log\mathrm{ref}_l)` the loss of a pair is
@@ -42,7 +43,7 @@ def dpo(margin_P: Tensor, label_P: Tensor | None = None, *, label_smoothing: flo
     2023): :math:`-(1-e)\log\sigma(\beta h) - e\log\sigma(-\beta h)`, with its minimum at :math:`\sigma(\beta h) = 1-e`.
     ``label_P``, the probability that the chosen response is better, takes the place of 1 there.
     """
-    return logistic(margin_P, label_smoothing, label_P)
+    return logistic(margin_P, label=target_P)
 
 
 @loss(
@@ -56,21 +57,10 @@ def dpo(margin_P: Tensor, label_P: Tensor | None = None, *, label_smoothing: flo
             "log-ratios as means over tokens (as TRL does; its authors confirmed that the paper ran this) or, false,"
             " as sums (the paper's formula, and the original DPO repository)",
         ),
-        *DIVERGENCE,
     ),
 )
 def ipo(
-    chosen_log_ratio_P: Tensor,
-    rejected_log_ratio_P: Tensor,
-    chosen_logp_P: Tensor,
-    rejected_logp_P: Tensor,
-    chosen_length_P: Tensor,
-    rejected_length_P: Tensor,
-    *,
-    beta: float = 0.1,
-    average: bool = True,
-    divergence: str = "reverse_kl",
-    divergence_alpha: float = 0.5,
+    implied_2P: Tensor, logp_2P: Tensor, length_2P: Tensor, *, beta: float = 0.1, average: bool = True
 ) -> LossOutput:
     r"""Identity Preference Optimization, Azar et al. 2023 (arXiv 2310.12036), equation 17.
 
@@ -78,12 +68,8 @@ def ipo(
     log-ratio by its length and says that the authors confirmed it. ``average`` chooses; beta has another meaning in
     each (an average of 5 nats per token, for beta 0.1, is a lot).
     """
-    chosen = implied(chosen_log_ratio_P, divergence, divergence_alpha)
-    rejected = implied(rejected_log_ratio_P, divergence, divergence_alpha)
-    if average:
-        chosen, rejected = chosen / chosen_length_P, rejected / rejected_length_P
-    numerator = (chosen - rejected - 1 / (2 * beta)) ** 2
-    return pair_output(numerator, beta * chosen, beta * rejected, chosen_logp_P, rejected_logp_P)
+    mean_2P = implied_2P / length_2P if average else implied_2P
+    return pair_output((mean_2P[0] - mean_2P[1] - 1 / (2 * beta)) ** 2, *(beta * mean_2P), *logp_2P)
 
 
 @loss(
@@ -100,23 +86,17 @@ def hinge(margin_P: Tensor) -> Tensor:
     formula="-log sigmoid(beta h) - nll_weight log pi(w) / |w|",
     paper="Pang et al. 2024 (Iterative RPO), arXiv 2404.19733, equation 1",
     when="Reasoning and code, where the chosen answer is correct: its likelihood is kept up.",
-    options=(NLL_WEIGHT, SMOOTHING),
+    options=(NLL_WEIGHT,),
 )
 def rpo(
-    margin_P: Tensor,
-    chosen_logp_P: Tensor,
-    chosen_length_P: Tensor,
-    label_P: Tensor | None = None,
-    *,
-    nll_weight: float = 1.0,
-    label_smoothing: float = 0.0,
+    margin_P: Tensor, chosen_logp_P: Tensor, chosen_length_P: Tensor, target_P: Target, *, nll_weight: float = 1.0
 ) -> Numerators:
     r"""DPO with the negative log-likelihood of the chosen response, Pang et al. 2024 (arXiv 2404.19733), equation 1.
 
-    :math:`-\log\sigma(\beta h) - \alpha\log\pi_w/|w|`: the same as the sum ``dpo:1,nll:alpha``.
+    The same as the sum ``dpo:1,nll:alpha``.
     """
     nll = -chosen_logp_P / chosen_length_P
-    return logistic(margin_P, label_smoothing, label_P) + nll_weight * nll, {"nll_loss": nll}
+    return logistic(margin_P, label=target_P) + nll_weight * nll, {"nll_loss": nll}
 
 
 @loss(
@@ -140,58 +120,35 @@ def robust(margin_P: Tensor, *, label_smoothing: float = 0.1) -> Tensor:
     formula="-log sigmoid(beta (s(w)/|w| - s(l)/|l|))",
     paper="Lambert et al. 2024 (Tulu 3), arXiv 2411.15124",
     when="Responses of very different lengths: the mean over tokens gives length no weight. beta about 5.",
-    options=(loss_option("beta", "scale of the mean log-ratio per token; about 5", above=0), SMOOTHING, *DIVERGENCE),
+    options=(loss_option("beta", "scale of the mean log-ratio per token; about 5", above=0),),
 )
 def sigmoid_norm(
-    chosen_log_ratio_P: Tensor,
-    rejected_log_ratio_P: Tensor,
-    chosen_logp_P: Tensor,
-    rejected_logp_P: Tensor,
-    chosen_length_P: Tensor,
-    rejected_length_P: Tensor,
-    label_P: Tensor | None = None,
-    *,
-    beta: float = 5.0,
-    label_smoothing: float = 0.0,
-    divergence: str = "reverse_kl",
-    divergence_alpha: float = 0.5,
+    implied_2P: Tensor, logp_2P: Tensor, length_2P: Tensor, target_P: Target, *, beta: float = 5.0
 ) -> LossOutput:
     r"""Length-normalised DPO, Lambert et al. 2024 (arXiv 2411.15124).
 
-    :math:`-\log\sigma(\beta s_w/|w| - \beta s_l/|l|)`. With another divergence f'(rho) of the whole response is
-    divided by the length, as in TRL.
+    With another divergence f'(rho) of the whole response is divided by the length, as in TRL.
     """
-    chosen = beta * implied(chosen_log_ratio_P, divergence, divergence_alpha) / chosen_length_P
-    rejected = beta * implied(rejected_log_ratio_P, divergence, divergence_alpha) / rejected_length_P
-    numerator = logistic(chosen - rejected, label_smoothing, label_P)
-    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
+    reward_2P = beta * implied_2P / length_2P
+    return pair_output(logistic(reward_2P[0] - reward_2P[1], label=target_P), *reward_2P, *logp_2P)
 
 
 @loss(
     formula="-log sigmoid(beta h + alpha (|w| - |l|))",
     paper="Park, Rafailov, Ermon, Finn 2024, arXiv 2403.19159",
     when="Answers grow longer than they should: the part of a preference that length explains is not learned.",
-    options=(loss_option("alpha", "reward that one more token explains; the paper's scale is 0.01"), SMOOTHING),
+    options=(loss_option("alpha", "reward that one more token explains; the paper's scale is 0.01"),),
     notes="Some code subtracts the length term; a negative alpha gives that.",
 )
-def r_dpo(
-    margin_P: Tensor,
-    chosen_length_P: Tensor,
-    rejected_length_P: Tensor,
-    label_P: Tensor | None = None,
-    *,
-    alpha: float = 0.01,
-    label_smoothing: float = 0.0,
-) -> Tensor:
+def r_dpo(margin_P: Tensor, length_2P: Tensor, target_P: Target, *, alpha: float = 0.01) -> Tensor:
     r"""Length-regularised DPO, Park et al. 2024 (arXiv 2403.19159).
 
     The reward less :math:`\alpha|y|` is maximised, so that the reward itself is :math:`\beta s(y) + \alpha|y|` up to a
-    term of the prompt: :math:`-\log\sigma(\beta h + \alpha|w| - \alpha|l|)`. Length explains a part of a pair whose
-    chosen response is longer, which then has a smaller gradient. With the other sign (some code) the formula rewards
-    length; a negative ``alpha`` gives it.
+    term of the prompt. Length explains a part of a pair whose chosen response is longer, which then has a smaller
+    gradient. With the other sign (some code) the formula rewards length.
     """
-    longer = (chosen_length_P - rejected_length_P).to(margin_P.dtype)
-    return logistic(margin_P + alpha * longer, label_smoothing, label_P)
+    longer_P = (length_2P[0] - length_2P[1]).to(margin_P.dtype)
+    return logistic(margin_P + alpha * longer_P, label=target_P)
 
 
 @loss(
@@ -201,24 +158,18 @@ def r_dpo(
     options=(
         BETA,
         loss_option("alpha", "weight of tokens beyond the shorter length; 1 is dpo", at_least=0, at_most=1),
-        SMOOTHING,
         *DIVERGENCE,
     ),
 )
 def ld_dpo(
-    chosen_logp_P: Tensor,
-    rejected_logp_P: Tensor,
-    chosen_ref_logp_P: Tensor,
-    rejected_ref_logp_P: Tensor,
-    chosen_head_logp_P: Tensor,
-    rejected_head_logp_P: Tensor,
-    chosen_head_ref_logp_P: Tensor,
-    rejected_head_ref_logp_P: Tensor,
-    label_P: Tensor | None = None,
+    logp_2P: Tensor,
+    ref_logp_2P: Tensor,
+    head_logp_2P: Tensor,
+    head_ref_logp_2P: Tensor,
+    target_P: Target,
     *,
     beta: float = 0.1,
     alpha: float = 0.5,
-    label_smoothing: float = 0.0,
     divergence: str = "reverse_kl",
     divergence_alpha: float = 0.5,
 ) -> LossOutput:
@@ -227,15 +178,10 @@ def ld_dpo(
     With m = min(|w|, |l|), a log-probability is :math:`\log\pi(y_{\le m}) + \alpha\log\pi(y_{>m}|y_{\le m})`: DPO at
     alpha 1; at 0 the further tokens of the longer response do not count.
     """
-
-    def reward(logp: Tensor, head: Tensor, ref: Tensor, ref_head: Tensor) -> Tensor:
-        ratio = (head + alpha * (logp - head)) - (ref_head + alpha * (ref - ref_head))
-        return beta * implied(ratio, divergence, divergence_alpha)
-
-    chosen = reward(chosen_logp_P, chosen_head_logp_P, chosen_ref_logp_P, chosen_head_ref_logp_P)
-    rejected = reward(rejected_logp_P, rejected_head_logp_P, rejected_ref_logp_P, rejected_head_ref_logp_P)
-    numerator = logistic(chosen - rejected, label_smoothing, label_P)
-    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
+    policy_2P = head_logp_2P + alpha * (logp_2P - head_logp_2P)
+    reference_2P = head_ref_logp_2P + alpha * (ref_logp_2P - head_ref_logp_2P)
+    reward_2P = beta * implied(policy_2P - reference_2P, divergence, divergence_alpha)
+    return pair_output(logistic(reward_2P[0] - reward_2P[1], label=target_P), *reward_2P, *logp_2P)
 
 
 @loss(
@@ -247,10 +193,7 @@ def ld_dpo(
     ),
 )
 def exo(margin_P: Tensor, *, label_smoothing: float = 0.001) -> Tensor:
-    r"""Efficient exact optimisation, EXO-pref, Ji et al. 2024 (arXiv 2402.00856), equation 16 with two responses.
-
-    With :math:`q = \sigma(\beta h)` the loss is :math:`q\log\frac{q}{1-e} + (1-q)\log\frac{1-q}{e}`.
-    """
+    """Efficient exact optimisation, EXO-pref, Ji et al. 2024 (arXiv 2402.00856), equation 16 with two responses."""
     log_q, log_other = F.logsigmoid(margin_P), F.logsigmoid(-margin_P)
     return log_q.exp() * (log_q - math.log1p(-label_smoothing)) + log_other.exp() * (
         log_other - math.log(label_smoothing)
@@ -266,8 +209,7 @@ def exo(margin_P: Tensor, *, label_smoothing: float = 0.001) -> Tensor:
 def discopop(margin_P: Tensor, *, tau: float = 0.05) -> Tensor:
     r"""Discovered preference optimisation, Lu et al. 2024 (arXiv 2406.08414), equation 5.
 
-    :math:`(1-m)(-\log\sigma(\beta h)) + m e^{-\beta h}` with :math:`m = \sigma(\beta h/\tau)`. The second product is
-    computed as one exponential, which is finite for tau up to 1.
+    The second product is computed as one exponential, which is finite for tau up to 1.
     """
     exponential = torch.exp(F.logsigmoid(margin_P / tau) - margin_P)
     return -torch.sigmoid(-margin_P / tau) * F.logsigmoid(margin_P) + exponential
@@ -305,3 +247,115 @@ def reward_aware(
         F.logsigmoid(-p) - F.logsigmoid(-q)
     )
     return numerator, metrics
+
+
+@loss(
+    formula="-log sigmoid(beta (h - lambda max(0, -s(w))))",
+    paper="Pal et al. 2024 (Smaug, DPO-Positive), arXiv 2402.13228",
+    when="Responses that differ in few tokens: the chosen one must not become less likely than under the reference.",
+    options=(
+        BETA,
+        loss_option("penalty", "lambda: cost of a chosen response that is less likely than before", at_least=0),
+    ),
+)
+def dpop(log_ratio_2P: Tensor, target_P: Target, *, beta: float = 0.3, penalty: float = 50.0) -> Numerators:
+    """DPO-Positive, Pal et al. 2024 (arXiv 2402.13228).
+
+    The paper used lambda 50 and beta 0.3. Not a loss on the difference, so that no other divergence is valid.
+    """
+    chosen, rejected = log_ratio_2P
+    fall = torch.relu(-chosen)
+    return logistic(beta * (chosen - rejected - penalty * fall), label=target_P), {"fall/chosen": fall}
+
+
+@loss(
+    formula="-log sigmoid(beta (h - alpha (D(l) - sg D(w)))), D(y) = sum over t of KL(ref || pi), sg without gradient",
+    paper="Zeng et al. 2024, arXiv 2404.11999, versions TDPO1 and TDPO2",
+    when="The divergence itself should stay balanced between chosen and rejected. Needs whole distributions: slower.",
+    options=(
+        BETA,
+        loss_option(
+            "version",
+            "2: alpha weights the divergences, and the chosen one has no gradient; 1: alpha is 1, and both have"
+            " gradients",
+            choices=("1", "2"),
+        ),
+        loss_option("alpha", "weight of the difference of divergences", at_least=0, only=("version", "2")),
+    ),
+)
+def tdpo(
+    log_ratio_2P: Tensor,
+    logp_2P: Tensor,
+    chosen_kl_P: Tensor,
+    rejected_kl_P: Tensor,
+    target_P: Target,
+    *,
+    beta: float = 0.1,
+    version: str = "2",
+    alpha: float = 0.5,
+) -> LossOutput:
+    r"""Token-level DPO, Zeng et al. 2024 (arXiv 2404.11999).
+
+    With :math:`D(y) = \sum_t \mathrm{KL}(\mathrm{ref}_t \parallel \pi_t)`, of the whole distributions at each token of
+    y, TDPO1 is :math:`-\log\sigma(\beta(h - (D_l - D_w)))` and TDPO2
+    :math:`-\log\sigma(\beta(h - \alpha(D_l - \mathrm{sg}(D_w))))`. The reward of a response, in the metrics, is
+    beta (s + D), as in the paper's code.
+    """
+    chosen, rejected = log_ratio_2P
+    anchor = chosen_kl_P.detach() if version == "2" else chosen_kl_P
+    drift = (alpha if version == "2" else 1.0) * (rejected_kl_P - anchor)
+    numerator = logistic(beta * (chosen - rejected - drift), label=target_P)
+    rewards = beta * (chosen + chosen_kl_P), beta * (rejected + rejected_kl_P)
+    return pair_output(numerator, *rewards, *logp_2P, metrics={"kl/chosen": chosen_kl_P, "kl/rejected": rejected_kl_P})
+
+
+@loss(
+    formula="-log sigmoid(r(w)) - log sigmoid(-r(w)) / 2 - log sigmoid(-r(l)) / 2, r = beta s",
+    paper="Chen et al. 2024 (NCA), arXiv 2402.05369",
+    when="The chosen response's likelihood should not fall: its reward has an optimum of its own.",
+)
+def nca(chosen_reward_P: Tensor, rejected_reward_P: Tensor) -> Tensor:
+    """Noise contrastive alignment on pairs, Chen et al. 2024 (arXiv 2402.05369)."""
+    chosen, rejected = chosen_reward_P, rejected_reward_P
+    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+@loss(
+    formula="1 - sigmoid(beta s(w)) + sigmoid(beta s(l))",
+    paper="D'Oosterlinck et al. 2024 (APO), arXiv 2408.06266, equation 7",
+    when="The chosen responses are better than the model's own: they become more likely, the rejected ones less.",
+)
+def apo_zero(chosen_reward_P: Tensor, rejected_reward_P: Tensor) -> Tensor:
+    r"""Anchored preference optimisation, zero, D'Oosterlinck et al. 2024 (arXiv 2408.06266), equation 7.
+
+    1 is added, so that it is not negative.
+    """
+    # sigmoid(-x), not 1 - sigmoid(x): the value keeps its digits where it is small.
+    return torch.sigmoid(-chosen_reward_P) + torch.sigmoid(rejected_reward_P)
+
+
+@loss(
+    formula="sigmoid(beta s(w)) + 1 - sigmoid(beta h)",
+    paper="D'Oosterlinck et al. 2024 (APO), arXiv 2408.06266, equation 8",
+    when="The model is already better than the chosen responses: both become less likely, the rejected more so.",
+)
+def apo_down(chosen_reward_P: Tensor, rejected_reward_P: Tensor) -> Tensor:
+    r"""Anchored preference optimisation, down, D'Oosterlinck et al. 2024 (arXiv 2408.06266), equation 8.
+
+    1 is added, so that it is not negative.
+    """
+    return torch.sigmoid(chosen_reward_P) + torch.sigmoid(rejected_reward_P - chosen_reward_P)
+
+
+@loss(
+    formula="(s(w) - 1/(2 beta))^2 + (s(l) + 1/(2 beta))^2",
+    paper="Wu et al. 2024 (SPPO), arXiv 2405.00675, equation 4.7 with hard labels",
+    when="Rounds of self-play on the model's own samples: each response has a target, so that neither diverges.",
+    options=(loss_option("beta", "1 / eta of the paper: the targets are +-1 / (2 beta)", above=0),),
+)
+def sppo_hard(chosen_log_ratio_P: Tensor, rejected_log_ratio_P: Tensor, *, beta: float = 0.1) -> Tensor:
+    r"""Self-play preference optimisation with hard labels, Wu et al. 2024 (arXiv 2405.00675), equation 4.7.
+
+    The probability of winning is 1 for the chosen and 0 for the rejected response, where the paper estimates it.
+    """
+    return (chosen_log_ratio_P - 0.5 / beta) ** 2 + (rejected_log_ratio_P + 0.5 / beta) ** 2

@@ -6,22 +6,26 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
+from prefopt.config.data import positive
+from prefopt.config.dpo import DpoConfig
 from prefopt.core.options import Option, checked, flag, nearest, parse_value
+from prefopt.core.options import options as config_options
 from prefopt.core.plugins import load_function, load_plugin, plugins
 from prefopt.errors import ConfigError
 from prefopt.losses.common import WEIGHTINGS, LossOutput, Weighting
 from prefopt.losses.declare import LOSSES, Loss, Value, declared
 
 State = dict[str, dict[str, Tensor]]
+Reader = TypeVar("Reader", bound=Loss | Weighting)
 GROUP = "prefopt.losses"
 """The entry points of packages with further losses: a name and its ``module:function``."""
+LIMITS = {o.name: o.limits for o in config_options(DpoConfig)}
 WIDTH = 100
 NOTATION = (
     "w is the chosen response, l the rejected one; pi the policy, ref the reference; |y| the trained tokens of y.",
@@ -44,7 +48,6 @@ class WeightedLoss(NamedTuple):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The columns that loss and weighting need."""
         return self.loss.inputs + (self.weighting.inputs if self.weighting else ())
 
     def __call__(self, tensors: Mapping[str, Tensor], state: State | None = None) -> LossOutput:
@@ -86,26 +89,29 @@ def parse_losses(
     losses = [loss for loss, _ in chosen]
     factor = _weighting(weighting, losses)
     common: dict[str, dict[str, Value]] = {loss.name: {} for loss in losses}
-    specific: dict[str, dict[str, Value]] = {loss.name: {} for loss in losses}
-    factor_values: dict[str, Value] = {}
+    specific: dict[str, dict[str, Value]] = {found.name: {} for found in (*losses, factor) if found}
     for name, value in flags.items():
-        if value is not None:
-            for loss, o in _readers(losses, name, flag(name)):
-                _set(common[loss.name], o, value, flag(name))
+        if value is None:
+            continue
+        for loss, o in _readers(losses, name, flag(name)):  # the config has checked it, by the limits of most losses
+            common[loss.name][name] = value if o.limits == LIMITS[name] else checked(o, value, flag(name))
     for item in options:
         scope, name, word = _split_option(item)
         place = f"--loss-options {item.partition('=')[0].strip()}"
+        among: Sequence[Loss | Weighting] = losses
         if factor is not None and scope == factor.name:
-            _set(factor_values, _known(factor, name, place), word, place)
-            continue
-        named = losses if scope is None else _named(losses, scope, place)
-        for loss, o in _readers(named, name, place):
-            _set((common if scope is None else specific)[loss.name], o, word, place)
-    values = [_complete(loss, common[loss.name] | specific[loss.name]) for loss in losses]
-    factor_values = factor.defaults | factor_values if factor else {}
+            among = [factor]
+        elif scope is not None:
+            among = _named(losses, scope, place)
+        for found, o in _readers(among, name, place):
+            values = (common if scope is None else specific)[found.name]
+            if o.name in values:
+                raise ConfigError(f"{place} is given twice; leave one out")
+            values[o.name] = checked(o, word if o.choices or o.type is str else parse_value(word), place)
+    factor_values = factor.defaults | specific[factor.name] if factor else {}
     return tuple(
-        WeightedLoss(loss, weight, found, factor, factor_values)
-        for (loss, weight), found in zip(chosen, values, strict=True)
+        WeightedLoss(loss, weight, _complete(loss, common[loss.name] | specific[loss.name]), factor, factor_values)
+        for loss, weight in chosen
     )
 
 
@@ -118,7 +124,10 @@ def _chosen(text: str) -> list[tuple[Loss, float]]:
         rest = words[len(name.split(":")) :]
         if len(rest) > 1:
             raise ConfigError(f"--loss {text}: {part.strip()} is no NAME:WEIGHT and no module:function:WEIGHT")
-        loss, weight = find_loss(name), _weight(rest[0], part) if rest else 1.0
+        loss, weight = (
+            find_loss(name),
+            positive(rest[0], f"--loss {part}: the weight is {rest[0]!r}; it") if rest else 1.0,
+        )
         for other, _ in found:
             if other.name == loss.name:
                 raise ConfigError(f"--loss {text}: {loss.name} comes twice; give it one weight")
@@ -129,16 +138,6 @@ def _chosen(text: str) -> list[tuple[Loss, float]]:
                 )
         found.append((loss, weight))
     return found
-
-
-def _weight(word: str, part: str) -> float:
-    try:
-        weight = float(word)
-    except ValueError:
-        weight = math.nan
-    if not (math.isfinite(weight) and weight > 0):
-        raise ConfigError(f"--loss {part}: the weight is {word!r}; it must be a number above 0")
-    return weight
 
 
 def _weighting(name: str | None, losses: Sequence[Loss]) -> Weighting | None:
@@ -164,7 +163,6 @@ def _split_option(item: str) -> tuple[str | None, str, str]:
 
 
 def _named(losses: Sequence[Loss], scope: str, place: str) -> list[Loss]:
-    """The losses of that name, or with a function of that name."""
     plain = scope.replace("-", "_")
     found = [x for x in losses if scope == x.name or plain in (x.name, x.name.rpartition(":")[2])]
     if not found:
@@ -173,28 +171,13 @@ def _named(losses: Sequence[Loss], scope: str, place: str) -> list[Loss]:
     return found
 
 
-def _known(found: Loss | Weighting, name: str, place: str) -> Option:
-    for o in found.options:
-        if o.name == name:
-            return o
-    guess = nearest(name, [o.name for o in found.options])
-    raise ConfigError(f"{place}: {found.name} does not read {name}{guess}")
-
-
-def _readers(losses: Sequence[Loss], name: str, place: str) -> list[tuple[Loss, Option]]:
-    readers = [(loss, o) for loss in losses for o in loss.options if o.name == name]
+def _readers(among: Sequence[Reader], name: str, place: str) -> list[tuple[Reader, Option]]:
+    readers = [(found, o) for found in among for o in found.options if o.name == name]
     if not readers:
-        known = sorted({o.name for loss in losses for o in loss.options})
+        known = sorted({o.name for found in among for o in found.options})
         guess = nearest(name, known) or (f"; its options are {', '.join(known)}" if known else "; it has no options")
-        raise ConfigError(f"{place}: {' and '.join(x.name for x in losses)} does not read {name}{guess}")
+        raise ConfigError(f"{place}: {' and '.join(x.name for x in among)} does not read {name}{guess}")
     return readers
-
-
-def _set(values: dict[str, Value], o: Option, value: object, place: str) -> None:
-    if o.name in values:
-        raise ConfigError(f"{place} is given twice; leave one out")
-    is_word = isinstance(value, str) and not o.choices and o.type is not str
-    values[o.name] = checked(o, parse_value(str(value)) if is_word else value, place)
 
 
 def _complete(loss: Loss, given: dict[str, Value]) -> dict[str, Value]:
@@ -279,7 +262,7 @@ def describe_loss(name: str) -> str:
     for o in found.options:
         only = f"; only with {condition(o)}" if o.only else ""
         lines += _wrapped(f"{o.name}: {o.help} ({o.expects}; default: {o.default_text}{only})", "  ", "    ")
-    return "\n".join([*lines, "", details(found).replace(":math:`", "`").replace("``", "`")])
+    return "\n".join([*lines, "", details(found).replace(":math:`", "`").replace("``", "`")]).rstrip()
 
 
 def details(found: Loss | Weighting) -> str:

@@ -5,16 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prefopt.losses.common import (
-    NLL_WEIGHT,
-    SMOOTHING,
-    LossOutput,
-    expm1_or_line,
-    log1m_exp,
-    logistic,
-    loss_option,
-    pair_output,
-)
+from prefopt.losses.common import NLL_WEIGHT, LossOutput, Target, implied, log1m_exp, logistic, loss_option, pair_output
 from prefopt.losses.declare import loss
 
 
@@ -31,24 +22,18 @@ from prefopt.losses.declare import loss
         ),
     ),
 )
-def nll(
-    chosen_logp_P: Tensor,
-    rejected_logp_P: Tensor,
-    chosen_length_P: Tensor,
-    *,
-    average: str = "response",
-) -> LossOutput:
+def nll(logp_2P: Tensor, chosen_length_P: Tensor, *, average: str = "response") -> LossOutput:
     r"""Negative log-likelihood of the chosen response, as in supervised fine-tuning.
 
-    :math:`-\log\pi_w/|w|` per pair is the term of Iterative RPO (Pang et al. 2024, arXiv 2404.19733, equation 1).
-    Sources disagree on the average: TRL's ``sft`` and the second term of its CPO take the mean over all tokens of the
-    batch (``tokens``: long responses weigh more), CPO's paper the sum (``none``).
+    The mean per pair is the term of Iterative RPO (Pang et al. 2024, arXiv 2404.19733, equation 1). Sources disagree on
+    the average: TRL's ``sft`` and the second term of its CPO take the mean over all tokens of the batch (``tokens``:
+    long responses weigh more), CPO's paper the sum (``none``).
     """
-    length = chosen_length_P.to(chosen_logp_P.dtype)
-    numerator = -chosen_logp_P / length if average == "response" else -chosen_logp_P
+    chosen = logp_2P[0]
+    length = chosen_length_P.to(chosen.dtype)
+    numerator = -chosen / length if average == "response" else -chosen
     weight = length if average == "tokens" else torch.ones_like(numerator)
-    sides = chosen_logp_P, rejected_logp_P
-    return pair_output(numerator, *sides, *sides, weight_P=weight, metrics={"nll_loss": -chosen_logp_P / length})
+    return pair_output(numerator, *logp_2P, *logp_2P, weight_P=weight, metrics={"nll_loss": -chosen / length})
 
 
 @loss(
@@ -61,27 +46,15 @@ def nll(
     ),
     notes="It has no lower bound: the likelihood of the rejected response can fall without end.",
 )
-def unlikelihood(
-    chosen_logp_P: Tensor,
-    rejected_logp_P: Tensor,
-    chosen_length_P: Tensor,
-    rejected_length_P: Tensor,
-    *,
-    alpha: float = 0.5,
-    average: bool = False,
-) -> LossOutput:
+def unlikelihood(logp_2P: Tensor, length_2P: Tensor, *, alpha: float = 0.5, average: bool = False) -> LossOutput:
     r"""The unlikelihood baseline of DPO's paper, Rafailov et al. 2023 (arXiv 2305.18290), section 6.
 
-    :math:`-\log\pi_w + \alpha\log\pi_l`: the probability of the chosen response is raised, that of the rejected one
-    lowered, with a coefficient in [0, 1]. Welleck et al. 2019 (arXiv 1908.04319), whose name it borrows, lower it by
-    :math:`-\log(1 - p)` of each token instead.
+    The probability of the chosen response is raised, that of the rejected one lowered. Welleck et al. 2019 (arXiv
+    1908.04319), whose name it borrows, lower it by :math:`-\log(1 - p)` of each token instead.
     """
-    chosen, rejected = chosen_logp_P, rejected_logp_P
-    if average:
-        chosen, rejected = chosen / chosen_length_P, rejected / rejected_length_P
-    nll = -chosen_logp_P / chosen_length_P
-    sides = chosen, rejected
-    return pair_output(alpha * rejected - chosen, *sides, chosen_logp_P, rejected_logp_P, metrics={"nll_loss": nll})
+    chosen, rejected = logp_2P / length_2P if average else logp_2P
+    metrics = {"nll_loss": -logp_2P[0] / length_2P[0]}
+    return pair_output(alpha * rejected - chosen, chosen, rejected, *logp_2P, metrics=metrics)
 
 
 @loss(
@@ -91,29 +64,15 @@ def unlikelihood(
     options=(
         loss_option("beta", "scale of the mean log-probability; the paper used 2 to 10", above=0),
         loss_option("gamma", "target margin; the paper used 0.3 to 1.6 times beta", at_least=0),
-        SMOOTHING,
     ),
 )
-def simpo(
-    chosen_logp_P: Tensor,
-    rejected_logp_P: Tensor,
-    chosen_length_P: Tensor,
-    rejected_length_P: Tensor,
-    label_P: Tensor | None = None,
-    *,
-    beta: float = 2.0,
-    gamma: float = 1.0,
-    label_smoothing: float = 0.0,
-) -> LossOutput:
-    r"""SimPO, Meng et al. 2024 (arXiv 2405.14734), equation 6.
+def simpo(logp_2P: Tensor, length_2P: Tensor, target_P: Target, *, beta: float = 2.0, gamma: float = 1.0) -> LossOutput:
+    """SimPO, Meng et al. 2024 (arXiv 2405.14734), equation 6.
 
-    :math:`-\log\sigma(\beta\log\pi_w/|w| - \beta\log\pi_l/|l| - \gamma)`. The option of their code is gamma / beta;
-    TRL's is gamma, as here.
+    The option of their code is gamma / beta; TRL's is gamma, as here.
     """
-    chosen = beta * chosen_logp_P / chosen_length_P
-    rejected = beta * rejected_logp_P / rejected_length_P
-    numerator = logistic(chosen - rejected - gamma, label_smoothing, label_P)
-    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
+    reward_2P = beta * logp_2P / length_2P
+    return pair_output(logistic(reward_2P[0] - reward_2P[1] - gamma, label=target_P), *reward_2P, *logp_2P)
 
 
 @loss(
@@ -124,36 +83,15 @@ def simpo(
         loss_option("beta", "scale of the reward", above=0),
         loss_option("alpha", "curvature of the reward; 0 is simpo", at_least=-10, at_most=10),
         loss_option("gamma", "target margin", at_least=0),
-        SMOOTHING,
     ),
     notes="p^-alpha grows without bound as p falls: beyond exp(30) it continues as a straight line.",
 )
 def alphapo(
-    chosen_logp_P: Tensor,
-    rejected_logp_P: Tensor,
-    chosen_length_P: Tensor,
-    rejected_length_P: Tensor,
-    label_P: Tensor | None = None,
-    *,
-    beta: float = 2.0,
-    alpha: float = 0.25,
-    gamma: float = 1.0,
-    label_smoothing: float = 0.0,
+    logp_2P: Tensor, length_2P: Tensor, target_P: Target, *, beta: float = 2.0, alpha: float = 0.25, gamma: float = 1.0
 ) -> LossOutput:
-    r"""AlphaPO, Gupta et al. 2025 (arXiv 2501.03884).
-
-    :math:`r(y) = \beta(1 - p^{-\alpha})/\alpha` with :math:`p = \pi(y)^{1/|y|}`, and
-    :math:`-\log\sigma(r_w - r_l - \gamma)`. The limit for alpha 0 is SimPO. :math:`p^{-\alpha}` continues as a
-    straight line beyond exp(30).
-    """
-
-    def reward(logp: Tensor, length: Tensor) -> Tensor:
-        mean = logp / length
-        return beta * (-expm1_or_line(-alpha * mean) / alpha if alpha else mean)
-
-    chosen, rejected = reward(chosen_logp_P, chosen_length_P), reward(rejected_logp_P, rejected_length_P)
-    numerator = logistic(chosen - rejected - gamma, label_smoothing, label_P)
-    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
+    """AlphaPO, Gupta et al. 2025 (arXiv 2501.03884)."""
+    reward_2P = beta * implied(logp_2P / length_2P, "alpha", alpha)
+    return pair_output(logistic(reward_2P[0] - reward_2P[1] - gamma, label=target_P), *reward_2P, *logp_2P)
 
 
 @loss(
@@ -163,71 +101,50 @@ def alphapo(
     options=(
         loss_option("beta", "scale of the log-probability", above=0),
         NLL_WEIGHT,
-        loss_option(
-            "average",
-            "the likelihood as a mean over the response's tokens; false: as a sum (the paper)",
-        ),
-        SMOOTHING,
+        loss_option("average", "the likelihood as a mean over the response's tokens; false: as a sum (the paper)"),
     ),
 )
 def cpo(
-    chosen_logp_P: Tensor,
-    rejected_logp_P: Tensor,
+    logp_2P: Tensor,
     chosen_length_P: Tensor,
-    label_P: Tensor | None = None,
+    target_P: Target,
     *,
     beta: float = 0.1,
     nll_weight: float = 1.0,
     average: bool = True,
-    label_smoothing: float = 0.0,
 ) -> LossOutput:
     r"""Contrastive preference optimisation, Xu et al. 2024 (arXiv 2401.08417).
 
-    :math:`-\log\sigma(\beta\log\pi_w - \beta\log\pi_l) - \log\pi_w`. Sources disagree on the second term: a sum in the
-    paper, the mean over all tokens of the batch in TRL. Here it is the mean over the response's tokens; ``average``
-    false is the paper's, and ``cpo:1,nll:1`` with ``cpo.nll_weight=0`` and ``nll.average=tokens`` TRL's.
+    Sources disagree on the second term: a sum in the paper, the mean over all tokens of the batch in TRL. Here it is
+    the mean over the response's tokens; ``average`` false is the paper's, and ``cpo:1,nll:1`` with ``cpo.nll_weight=0``
+    and ``nll.average=tokens`` TRL's.
     """
-    chosen, rejected = beta * chosen_logp_P, beta * rejected_logp_P
-    nll = -chosen_logp_P / chosen_length_P
-    numerator = logistic(chosen - rejected, label_smoothing, label_P) + nll_weight * (
-        nll if average else -chosen_logp_P
-    )
-    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P, metrics={"nll_loss": nll})
+    reward_2P = beta * logp_2P
+    nll = -logp_2P[0] / chosen_length_P
+    numerator = logistic(reward_2P[0] - reward_2P[1], label=target_P)
+    numerator = numerator + nll_weight * (nll if average else -logp_2P[0])
+    return pair_output(numerator, *reward_2P, *logp_2P, metrics={"nll_loss": nll})
 
 
 @loss(
     formula="-log p(w) - beta log sigmoid(log odds(w) - log odds(l)), p = pi^(1/|y|), odds = p / (1 - p)",
     paper="Hong, Lee, Thorne 2024 (ORPO), arXiv 2403.07691, equations 6 and 7",
     when="From a base model in one stage: the likelihood term is the fine-tuning. No reference.",
-    options=(loss_option("beta", "lambda of the paper: weight of the odds ratio", above=0), SMOOTHING),
+    options=(loss_option("beta", "lambda of the paper: weight of the odds ratio", above=0),),
     notes="The odds diverge where p is 1: log p is clamped to -1e-6 in 1 - p.",
 )
-def orpo(
-    chosen_logp_P: Tensor,
-    rejected_logp_P: Tensor,
-    chosen_length_P: Tensor,
-    rejected_length_P: Tensor,
-    label_P: Tensor | None = None,
-    *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-) -> LossOutput:
+def orpo(logp_2P: Tensor, length_2P: Tensor, target_P: Target, *, beta: float = 0.1) -> LossOutput:
     r"""Odds ratio preference optimisation, Hong et al. 2024 (arXiv 2403.07691), equations 6 and 7.
 
-    With :math:`p(y) = \pi(y)^{1/|y|}` the loss is
-    :math:`-\log p(w) - \lambda\log\sigma(\log\frac{p(w)}{1-p(w)} - \log\frac{p(l)}{1-p(l)})`. Sources disagree on the
-    first term: TRL takes it over the tokens of prompt and response, the paper (and this function) over the response's.
+    Sources disagree on the first term: TRL takes it over the tokens of prompt and response, the paper (and this
+    function) over the response's.
     """
-    chosen, rejected = chosen_logp_P / chosen_length_P, rejected_logp_P / rejected_length_P
-
-    def log_odds(mean: Tensor) -> Tensor:
-        return mean - log1m_exp(mean.clamp(max=-1e-6))
-
-    ratio = log_odds(chosen) - log_odds(rejected)
-    odds = logistic(ratio, label_smoothing, label_P)
-    metrics = {"nll_loss": -chosen, "log_odds_ratio": -odds, "log_odds_chosen": ratio}
-    sides = beta * chosen, beta * rejected
-    return pair_output(beta * odds - chosen, *sides, chosen_logp_P, rejected_logp_P, metrics=metrics)
+    mean_2P = logp_2P / length_2P
+    log_odds_2P = mean_2P - log1m_exp(mean_2P.clamp(max=-1e-6))
+    ratio = log_odds_2P[0] - log_odds_2P[1]
+    odds = logistic(ratio, label=target_P)
+    metrics = {"nll_loss": -mean_2P[0], "log_odds_ratio": -odds, "log_odds_chosen": ratio}
+    return pair_output(beta * odds - mean_2P[0], *(beta * mean_2P), *logp_2P, metrics=metrics)
 
 
 @loss(
@@ -237,30 +154,17 @@ def orpo(
     options=(
         loss_option("delta", "target margin of the log-probability", at_least=0),
         NLL_WEIGHT,
-        loss_option(
-            "average",
-            "all log-probabilities as means over tokens; false: as sums (the paper)",
-        ),
+        loss_option("average", "all log-probabilities as means over tokens; false: as sums (the paper)"),
     ),
 )
 def slic_hf(
-    chosen_logp_P: Tensor,
-    rejected_logp_P: Tensor,
-    chosen_length_P: Tensor,
-    rejected_length_P: Tensor,
-    *,
-    delta: float = 1.0,
-    nll_weight: float = 0.1,
-    average: bool = False,
+    logp_2P: Tensor, length_2P: Tensor, *, delta: float = 1.0, nll_weight: float = 0.1, average: bool = False
 ) -> LossOutput:
     r"""Sequence likelihood calibration from feedback, Zhao et al. 2023 (arXiv 2305.10425).
 
-    :math:`\max(0, \delta - \log\pi_w + \log\pi_l) - \lambda\log\pi_{\mathrm{target}}`. The target is the chosen
-    response here; the paper also uses that of supervised fine-tuning.
+    The likelihood term is of the chosen response here; the paper also uses that of supervised fine-tuning.
     """
-    chosen, rejected = chosen_logp_P, rejected_logp_P
-    if average:
-        chosen, rejected = chosen / chosen_length_P, rejected / rejected_length_P
+    chosen, rejected = logp_2P / length_2P if average else logp_2P
     numerator = torch.relu(delta - chosen + rejected) - nll_weight * chosen
-    nll = -chosen_logp_P / chosen_length_P
-    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P, metrics={"nll_loss": nll})
+    metrics = {"nll_loss": -logp_2P[0] / length_2P[0]}
+    return pair_output(numerator, chosen, rejected, *logp_2P, metrics=metrics)

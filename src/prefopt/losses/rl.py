@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from prefopt.losses.common import logistic
 
@@ -25,11 +26,11 @@ from prefopt.losses.common import logistic
 class Clipped(NamedTuple):
     """``numerator`` carries the gradient; ``clipped`` is 1 where the clipped branch was the larger loss, else 0."""
 
-    numerator: torch.Tensor
-    clipped: torch.Tensor
+    numerator: Tensor
+    clipped: Tensor
 
 
-def policy_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantage: torch.Tensor, clip: float) -> Clipped:
+def policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor, clip: float) -> Clipped:
     """max(-A r, -A clip(r, 1 - clip, 1 + clip)), r = exp(logp - old_logp) (equation 7, as a loss).
 
     Per token for PPO; per response, with sums of log-probabilities, for RLOO. At r = 1 the gradient is that of
@@ -40,7 +41,7 @@ def policy_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantage: torch.Ten
     return Clipped(torch.maximum(plain, held), (held > plain).to(logp.dtype).detach())
 
 
-def value_loss(value: torch.Tensor, old_value: torch.Tensor, target: torch.Tensor, clip: float | None) -> Clipped:
+def value_loss(value: Tensor, old_value: Tensor, target: Tensor, clip: float | None) -> Clipped:
     """Half the larger of (V - R)^2 and (clip(V, V_old - clip, V_old + clip) - R)^2, as in OpenAI's baselines.
 
     Without ``clip`` half of (V - R)^2.
@@ -53,24 +54,24 @@ def value_loss(value: torch.Tensor, old_value: torch.Tensor, target: torch.Tenso
     return Clipped(0.5 * torch.maximum(plain, held), (held > plain).to(value.dtype).detach())
 
 
-def ends(length_N: torch.Tensor) -> torch.Tensor:
+def ends(length_N: Tensor) -> Tensor:
     """Index of each response's last token, [N]."""
     return length_N.cumsum(0) - 1
 
 
-def owners(length_N: torch.Tensor) -> torch.Tensor:
+def owners(length_N: Tensor) -> Tensor:
     """The response that each token belongs to, [M]."""
     return torch.repeat_interleave(torch.arange(len(length_N), device=length_N.device), length_N)
 
 
-def per_response(value_M: torch.Tensor, length_N: torch.Tensor) -> torch.Tensor:
+def per_response(value_M: Tensor, length_N: Tensor) -> Tensor:
     """Sums over each response's tokens, [N]."""
     return value_M.new_zeros(len(length_N)).index_add(0, owners(length_N), value_M)
 
 
 def without_end(
-    score_N: torch.Tensor, finished_N: torch.Tensor, *, penalty: float | None = None, instead: float | None = None
-) -> torch.Tensor:
+    score_N: Tensor, finished_N: Tensor, *, penalty: float | None = None, instead: float | None = None
+) -> Tensor:
     """Scores [N] with a penalty for responses without an end token.
 
     ``instead`` replaces their score (Stiennon et al. 2020 and Huang et al. 2024, arXiv 2403.17031: -1); ``penalty`` is
@@ -81,9 +82,7 @@ def without_end(
     return score_N if penalty is None else torch.where(finished_N, score_N, score_N - penalty)
 
 
-def token_rewards(
-    logp_M: torch.Tensor, ref_logp_M: torch.Tensor, score_N: torch.Tensor, length_N: torch.Tensor, beta: float
-) -> torch.Tensor:
+def token_rewards(logp_M: Tensor, ref_logp_M: Tensor, score_N: Tensor, length_N: Tensor, beta: float) -> Tensor:
     """-beta (log pi - log ref) at every token, and the response's score at its last one, [M].
 
     Ziegler et al. 2019 (arXiv 1909.08593), equation 2, with the penalty at each token; no gradients.
@@ -91,9 +90,7 @@ def token_rewards(
     return (-beta * (logp_M - ref_logp_M)).index_add(0, ends(length_N), score_N.to(logp_M.dtype))
 
 
-def gae(
-    reward_M: torch.Tensor, value_M: torch.Tensor, length_N: torch.Tensor, *, gamma: float, lam: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gae(reward_M: Tensor, value_M: Tensor, length_N: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Advantages [M] and returns [M] by generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438).
 
     delta_t = r_t + gamma V_{t+1} - V_t, with V = 0 after the last token, and A_t = delta_t + gamma lam A_{t+1}
@@ -110,7 +107,7 @@ def gae(
     return advantage_M, advantage_M + value_M
 
 
-def leave_one_out(return_N: torch.Tensor, group_N: torch.Tensor) -> torch.Tensor:
+def leave_one_out(return_N: Tensor, group_N: Tensor) -> Tensor:
     """Each response's return less the mean of the others to the same prompt, [N]: the advantage of RLOO.
 
     Ahmadian et al. 2024 (arXiv 2402.14740), equation 4. ``group_N`` numbers the prompts from 0. Raises ``ValueError``
@@ -124,24 +121,24 @@ def leave_one_out(return_N: torch.Tensor, group_N: torch.Tensor) -> torch.Tensor
     return return_N - (sum_G[group_N] - return_N) / (many_G[group_N] - 1)
 
 
-def whiten(x: torch.Tensor, *, shift_mean: bool = True) -> torch.Tensor:
+def whiten(x: Tensor, *, shift_mean: bool = True) -> Tensor:
     """``x`` with a standard deviation of 1 and, with ``shift_mean``, a mean of 0; one number is only shifted."""
     mean = x.mean()
     scaled = (x - mean) * torch.rsqrt(x.var(unbiased=False) + 1e-8)
     return scaled if shift_mean else scaled + mean
 
 
-def k1(log_ratio: torch.Tensor) -> torch.Tensor:
+def k1(log_ratio: Tensor) -> Tensor:
     """log p - log q: unbiased, with high variance (negative at some samples)."""
     return log_ratio
 
 
-def k2(log_ratio: torch.Tensor) -> torch.Tensor:
+def k2(log_ratio: Tensor) -> Tensor:
     """(log p - log q)^2 / 2: biased, with low variance where the two are close."""
     return 0.5 * log_ratio.square()
 
 
-def k3(log_ratio: torch.Tensor) -> torch.Tensor:
+def k3(log_ratio: Tensor) -> Tensor:
     """q / p - 1 + log p - log q: unbiased, and never negative."""
     return torch.expm1(-log_ratio) + log_ratio
 
@@ -173,13 +170,13 @@ class KlController:
 
 
 def bradley_terry(
-    chosen_reward_P: torch.Tensor,
-    rejected_reward_P: torch.Tensor,
-    label_P: torch.Tensor | None = None,
-    margin_P: torch.Tensor | None = None,
+    chosen_reward_P: Tensor,
+    rejected_reward_P: Tensor,
+    label_P: Tensor | None = None,
+    margin_P: Tensor | None = None,
     *,
     centre: float = 0.0,
-) -> torch.Tensor:
+) -> Tensor:
     r"""Loss of each pair: :math:`-\log\sigma(r_w - r_l - m) + \eta (r_w + r_l)^2`.
 
     The first term is Bradley and Terry 1952, as Stiennon et al. 2020 (arXiv 2009.01325) take it; the margin m is Llama

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefopt.losses.common import BETA, SMOOTHING, LossOutput, logistic, loss_option, pair_output
-from prefopt.losses.declare import LOSSES, loss
+from prefopt.losses.common import BETA, SMOOTHING, LossOutput, Target, logistic, loss_option, pair_output
+from prefopt.losses.declare import loss
 
 BETA_FLOOR = 1e-3
 
@@ -23,25 +23,15 @@ BETA_FLOOR = 1e-3
     whole_batch=True,
     per_row=False,
 )
-def aot(
-    chosen_logp_P: Tensor,
-    rejected_logp_P: Tensor,
-    chosen_ref_logp_P: Tensor,
-    rejected_ref_logp_P: Tensor,
-    *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-) -> LossOutput:
-    r"""Alignment via optimal transport on paired data, Melnyk et al. 2024 (arXiv 2406.05882).
+def aot(logp_2P: Tensor, ref_logp_2P: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0) -> LossOutput:
+    """Alignment via optimal transport on paired data, Melnyk et al. 2024 (arXiv 2406.05882).
 
-    The margins of policy and of reference, :math:`\log\pi_w - \log\pi_l` and :math:`\log\mathrm{ref}_w -
-    \log\mathrm{ref}_l`, are sorted over the batch; the loss is logistic on the differences of equal rank.
+    The margins of policy and of reference are sorted over the batch; the loss is logistic on the differences of equal
+    rank.
     """
-    policy = torch.sort(chosen_logp_P - rejected_logp_P).values
-    reference = torch.sort(chosen_ref_logp_P - rejected_ref_logp_P).values
+    policy, reference = (torch.sort(logp[0] - logp[1]).values for logp in (logp_2P, ref_logp_2P))
     numerator = logistic(beta * (policy - reference), label_smoothing)
-    chosen, rejected = beta * (chosen_logp_P - chosen_ref_logp_P), beta * (rejected_logp_P - rejected_ref_logp_P)
-    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P)
+    return pair_output(numerator, *(beta * (logp_2P - ref_logp_2P)), *logp_2P)
 
 
 @loss(
@@ -79,33 +69,22 @@ def aot_unpaired(chosen_reward_P: Tensor, rejected_reward_P: Tensor, *, label_sm
     state0={"mean": 0.0, "count": 0.0},
 )
 def bco(
-    chosen_reward_P: Tensor,
-    rejected_reward_P: Tensor,
-    chosen_logp_P: Tensor,
-    rejected_logp_P: Tensor,
-    *,
-    shift: bool = True,
-    decay: float = 1.0,
-    state: dict[str, Tensor] | None = None,
+    reward_2P: Tensor, logp_2P: Tensor, *, shift: bool = True, decay: float = 1.0, state: dict[str, Tensor]
 ) -> LossOutput:
     r"""Binary classifier optimisation, Jung et al. 2024 (arXiv 2404.04656).
 
-    :math:`-\log\sigma(r_w - \delta) - \log\sigma(-(r_l - \delta))`, :math:`r = \beta s`. Delta, without gradient, is
-    the mean reward of all responses, chosen and rejected, this batch included; sources differ on the batches of the
-    mean, and some code has no delta: ``decay`` and ``shift``. ``state`` holds the mean and its number of rewards. For
-    thumbs up and down without pairs there is ``bco_unpaired``.
+    Delta, without gradient, is the mean reward of all responses, chosen and rejected, this batch included; sources
+    differ on the batches of the mean, and some code has no delta: ``decay`` and ``shift``. ``state`` holds the mean and
+    its number of rewards. For thumbs up and down without pairs there is ``bco_unpaired``.
     """
-    chosen, rejected = chosen_reward_P, rejected_reward_P
-    state = state or LOSSES["bco"].start(chosen.device)
-    assert state is not None
-    rewards = torch.cat([chosen, rejected]).detach().to(state["mean"].dtype)
+    chosen, rejected = reward_2P
+    rewards = reward_2P.detach().flatten().to(state["mean"].dtype)
     count = decay * state["count"] + len(rewards)
     mean = state["mean"] + (rewards.sum() - len(rewards) * state["mean"]) / count
     delta = mean.to(chosen.dtype) if shift else torch.zeros_like(mean, dtype=chosen.dtype)
     numerator = -F.logsigmoid(chosen - delta) - F.logsigmoid(delta - rejected)
     new = {"mean": mean, "count": count}
-    metrics = {"delta": delta.expand_as(numerator)}
-    return pair_output(numerator, chosen, rejected, chosen_logp_P, rejected_logp_P, state=new, metrics=metrics)
+    return pair_output(numerator, *reward_2P, *logp_2P, state=new, metrics={"delta": delta.expand_as(numerator)})
 
 
 @loss(
@@ -123,26 +102,22 @@ def bco(
             " a Gaussian of the running deviation around it (the authors' code)",
             choices=("nearest", "drawn"),
         ),
-        SMOOTHING,
     ),
     whole_batch=True,
     state0={"mean": 0.0, "deviation": 0.0, "batches": 0.0},
     notes="beta moves with the batch and carries no gradient: the loss itself need not fall while margins grow.",
 )
 def beta_dpo(
-    chosen_log_ratio_P: Tensor,
-    rejected_log_ratio_P: Tensor,
-    chosen_logp_P: Tensor,
-    rejected_logp_P: Tensor,
-    label_P: Tensor | None = None,
+    log_ratio_2P: Tensor,
+    logp_2P: Tensor,
+    target_P: Target,
     *,
     beta: float = 0.1,
     alpha: float = 0.6,
     momentum: float = 0.9,
     keep: float = 0.8,
     filter: str = "nearest",
-    label_smoothing: float = 0.0,
-    state: dict[str, Tensor] | None = None,
+    state: dict[str, Tensor],
 ) -> LossOutput:
     r"""DPO with a beta per batch, Wu et al. 2024 (arXiv 2407.08639).
 
@@ -155,9 +130,7 @@ def beta_dpo(
     the result is deterministic. A draw depends only on the number of batches so far, so that a resumed run draws the
     same. ``state`` holds m, v and the number of batches.
     """
-    difference = chosen_log_ratio_P - rejected_log_ratio_P
-    state = state or LOSSES["beta_dpo"].start(difference.device)
-    assert state is not None
+    difference = log_ratio_2P[0] - log_ratio_2P[1]
     seen = difference.detach().to(state["mean"].dtype)
     mean = momentum * state["mean"] + (1 - momentum) * seen.mean()
     spread = seen.std() if len(seen) > 1 else torch.zeros_like(mean)
@@ -167,11 +140,11 @@ def beta_dpo(
     kept = torch.topk(far, count, largest=False).indices
     weight = torch.zeros_like(difference.detach()).index_fill(0, kept, 1.0)
     used = (beta * (1 + alpha * (seen[kept].mean() - mean))).clamp(min=BETA_FLOOR).to(difference.dtype)
-    numerator = weight * logistic(used * difference, label_smoothing, label_P)
-    rewards = beta * chosen_log_ratio_P, beta * rejected_log_ratio_P
+    numerator = weight * logistic(used * difference, label=target_P)
+    rewards = beta * log_ratio_2P
     metrics = {"beta": used.expand_as(weight), "kept": weight}
     new = {"mean": mean, "deviation": deviation, "batches": state["batches"] + 1}
-    return pair_output(numerator, *rewards, chosen_logp_P, rejected_logp_P, weight_P=weight, state=new, metrics=metrics)
+    return pair_output(numerator, *rewards, *logp_2P, weight_P=weight, state=new, metrics=metrics)
 
 
 def _draw(seen: Tensor, mean: Tensor, deviation: Tensor, batches: Tensor) -> Tensor:

@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prefopt.config.methods import METHODS, MethodConfig
-from prefopt.config.rlhf import RlhfConfig
+from prefopt.config.methods import METHODS, MethodConfig, RlhfConfig
 from prefopt.core.cache_folder import file_hashes
 from prefopt.core.files import output_errors, read_json, write_json
 from prefopt.core.model_folder import is_adapter

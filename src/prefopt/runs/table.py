@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config.dpo import DpoConfig
-from prefopt.config.rlhf import STAGES
+from prefopt.config.methods import STAGES
 from prefopt.core.options import options
 from prefopt.core.terminal import json_text
 from prefopt.errors import RunError

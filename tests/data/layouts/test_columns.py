@@ -11,7 +11,6 @@ import pytest
 from data.small import small_tokenizer
 from prefopt.cli import main
 from prefopt.config.dpo import DpoConfig
-from prefopt.core.options import check_values, from_dict
 from prefopt.core.yaml_file import read_document
 from prefopt.data.comparisons import open_comparisons, read_comparisons
 from prefopt.data.files.sources import find_sources
@@ -37,7 +36,7 @@ def test_labels_mean_the_same_on_the_command_line_in_yaml_and_in_python(tmp_path
     document = tmp_path / "run.yaml"
     means = "label-means: [0=first, 1=second]"
     document.write_text(f"data: [{file}]\nmodel: m\noutput: o\ncolumns: [{', '.join(NAMES)}]\n{means}\n", "utf-8")
-    config = from_dict(DpoConfig, check_values(DpoConfig, read_document(document), place="run.yaml"))
+    config = DpoConfig.from_dict(read_document(str(document)), "run.yaml")
     assert chosen(file, config.column_words) == ["a", "b"] * 3
     python = DpoConfig(data=[str(file)], model="m", output="o", columns=NAMES, label_means=["0=second,1=first"])
     assert chosen(file, python.column_words) == ["b", "a"] * 3

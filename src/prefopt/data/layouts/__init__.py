@@ -8,17 +8,16 @@ fewer, and of layouts with the same fields the more specific comes first. Layout
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 import json
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
-from importlib.metadata import entry_points
 from pathlib import Path
 
 from prefopt.core.options import nearest
+from prefopt.core.plugins import load_object, plugins
 from prefopt.data.layouts import canonical, llama_factory, openai, pairs, rankings, trl
 from prefopt.data.layouts.layout import ColumnMap, Layout
 from prefopt.data.layouts.row import RowReader
@@ -40,12 +39,12 @@ GROUP, OURS = "prefopt.layouts", "prefopt."
 def all_layouts() -> Mapping[str, Layout]:
     """The layouts of installed packages, then :data:`LAYOUTS`. Raises :class:`ConfigError` if one cannot be loaded."""
     found: dict[str, Layout] = {}
-    for point in entry_points(group=GROUP):
-        place = f"layout {point.name} of the package {point.dist.name if point.dist else '?'}"
+    for name, point in plugins(GROUP).items():
+        place = f"layout {name} of the package {point.dist.name if point.dist else '?'}"
         try:
-            layout = _layout_of(point.load(), point.name)
-        except Exception as error:
-            raise ConfigError(f"{place} failed to load ({error}); fix or uninstall it") from error
+            layout = _layout_of(load_object(point.value, place), name)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; fix or uninstall it") from error
         if layout.name in LAYOUTS or layout.name in found:
             raise ConfigError(f"{place}: there is a layout {layout.name} already; rename or uninstall it")
         found[layout.name] = layout
@@ -58,7 +57,7 @@ def named_layout(name: str) -> Layout:
     Raises :class:`ConfigError` if there is none.
     """
     if ":" in name:
-        return _load(name)
+        return _layout_of(load_object(name, f"layout {name}"), name)
     known = all_layouts()
     plain = name if name in known else "-".join(name.replace("_", " ").replace("-", " ").split()).lower()
     if plain not in known:
@@ -74,20 +73,6 @@ def writable_layout(name: str) -> Layout:
         written = ", ".join(x.name for x in all_layouts().values() if x.writer is not None)
         raise ConfigError(f"--layout {layout.name}: such rows are read, not written; give one of {written}")
     return layout
-
-
-def _load(name: str) -> Layout:
-    """``module:attribute``; modules are found in the working folder too."""
-    module, _, attribute = name.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)
-    try:
-        loaded = importlib.import_module(module)
-    except Exception as error:
-        raise ConfigError(f"layout {name}: {error}; is the module installed, or in this folder?") from error
-    if not hasattr(loaded, attribute):
-        raise ConfigError(f"layout {name}: {module} has no {attribute}")
-    return _layout_of(getattr(loaded, attribute), name)
 
 
 def _layout_of(found: object, name: str) -> Layout:
