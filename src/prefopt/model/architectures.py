@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging as transformers_logging
 
 from prefopt.errors import ConfigError, ModelError
@@ -162,6 +163,59 @@ def logit_transforms(config: Any) -> list[tuple[float, float | None]]:
     found = [getattr(config, name, None) for name in SOFTCAPS]
     caps: list[float | None] = [float(cap) for cap in found if isinstance(cap, int | float) and cap]
     return list(product(dict.fromkeys([*scales, 1.0]), dict.fromkeys([*caps, None])))
+
+
+def class_logits(
+    model: PreTrainedModel, hidden: torch.Tensor, weights: dict[str, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Logits [rows, V] of hidden [rows, H] by the class's own forward, float32 or wider, with ``weights`` replaced."""
+    ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+    arguments = {"input_ids": ids, "use_cache": False, "return_dict": True}
+    with _answering(model, hidden):
+        out: Any = model(**arguments) if weights is None else torch.func.functional_call(model, weights, (), arguments)
+    logits: torch.Tensor = out.logits[0]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def head_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The current values of all weights that :func:`class_logits` reads."""
+    body = {id(m) for m in body_of(model).modules()}
+    return {
+        f"{prefix}.{name}" if prefix else name: parameter.data
+        for prefix, module in model.named_modules()
+        if id(module) not in body
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+
+
+class _Answer(BaseModelOutputWithPast):  # type: ignore[misc]
+    """The output of a body: hidden states, and None for any other field."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+@contextmanager
+def _answering(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[None]:
+    """In this block the layers of ``model`` compute nothing: their last hidden state is ``hidden`` [rows, H]."""
+    decoder: Any = model.get_decoder()  # OPT calls it past the body
+    body = body_of(model)
+    inner = [body, *(m for m in body.modules() if m is decoder and m is not body)]
+    asked = []
+
+    def answer(*_: Any, **__: Any) -> _Answer:
+        asked.append(True)
+        return _Answer(last_hidden_state=hidden[None])
+
+    for module in inner:
+        module.forward = answer
+    try:
+        yield
+        assert asked, "logits were made of other hidden states"
+    finally:
+        for module in inner:
+            del module.forward
 
 
 def without_mtp(config: Any) -> None:

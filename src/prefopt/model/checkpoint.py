@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from prefopt.core.terminal import size
 from prefopt.errors import ModelError
 from prefopt.model.architectures import MTP_COUNTS
 
-_ATTRIBUTE = "prefopt_origin"
 _HEAD_FILE = "value_head.safetensors"
 HEAD_NAMES = re.compile(r"^(score|value_head|v_head|reward_head|regression_head|regression_layer|rm_head)\.")
 _MTP_LAYERS = "layers for multi-token prediction"
@@ -92,12 +91,13 @@ class WeightFiles:
             raise ModelError(f"{folder}: its files cannot be read ({error}); copy the model again") from error
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor; see :meth:`StoredTensor.read`."""
+        """One tensor, read from its file."""
         return self.tensors[name].read(name)
 
-    def nbytes(self, names: Iterable[str]) -> int:
-        """Bytes of these tensors."""
-        return sum(self.tensors[name].nbytes for name in names)
+    def size_of(self, names: Sequence[str]) -> str:
+        """Number and bytes of these tensors, in words."""
+        count = sum(self.tensors[name].nbytes for name in names)
+        return f"{len(names)} tensor{'s' if len(names) > 1 else ''}, {size(count)}"
 
 
 def _headers(file: Path) -> dict[str, StoredTensor]:
@@ -147,7 +147,9 @@ class ModelOrigin:
         ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
         found = dict(plain)
         for name, value in reverted.items():
-            same = name if name in self.converted else _same_but_prefix(name, self.converted)
+            # Of names that differ by the prefix of the base model alone, the checkpoint's.
+            prefixed = (n for n in self.converted if n.endswith(f".{name}") or name.endswith(f".{n}"))
+            same = name if name in self.converted else next(prefixed, None)
             if same is not None:
                 found[same] = value
             elif _storage(value) not in shared and name not in ignored:
@@ -177,24 +179,19 @@ def trace_origin(model: Any, checkpoint: WeightFiles, config: Any) -> ModelOrigi
 
 
 def set_origin(model: Any, origin: ModelOrigin) -> None:
-    """Note on a model where it comes from."""
-    setattr(model, _ATTRIBUTE, origin)
+    """Record the checkpoint that a model comes from."""
+    model.prefopt_origin = origin
 
 
 def origin_of(model: Any) -> ModelOrigin | None:
-    """Where a model comes from; None for one built in Python, or made of another."""
-    found: ModelOrigin | None = getattr(model, _ATTRIBUTE, None)
+    """The checkpoint that a model comes from; None for one built in Python, or made of another."""
+    found: ModelOrigin | None = getattr(model, "prefopt_origin", None)
     return found
 
 
 def _storage(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Equal for tensors that share their memory."""
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape)
-
-
-def _same_but_prefix(name: str, names: Iterable[str]) -> str | None:
-    """The one of ``names`` that differs from ``name`` by the prefix of the base model alone."""
-    return next((n for n in names if n.endswith(f".{name}") or name.endswith(f".{n}")), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,11 +205,6 @@ class ScalarHead:
     def weight(self) -> str:
         """The name of its weight, or of the first of several."""
         return next((n for n in self.tensors if n.endswith("weight")), next(iter(self.tensors)))
-
-    @property
-    def beside_a_language_model(self) -> bool:
-        """Whether such a head is added to a language model's head, and does not replace it."""
-        return self.weight.startswith("v_head.")
 
     def read(self, width: int) -> tuple[torch.Tensor, float]:
         """Its weight [1, width] and its bias. Raises :class:`ModelError` where it is another kind of head."""
@@ -262,8 +254,8 @@ def describe_untouched(origin: ModelOrigin) -> str | None:
     parts = []
     for kind in (*reversed(_KINDS), OTHER):
         if names := kinds.get(kind):
-            count = f"{len(names)} tensor{'s' if len(names) > 1 else ''}, {size(origin.checkpoint.nbytes(names))}"
-            parts.append(f"{kind} ({count}{f', the first is {names[0]}' if kind == OTHER else ''})")
+            first = f", the first is {names[0]}" if kind == OTHER else ""
+            parts.append(f"{kind} ({origin.checkpoint.size_of(names)}{first})")
     return ", ".join(parts) or None
 
 
@@ -286,10 +278,10 @@ def check_layers(name: str, model: Any, origin: ModelOrigin) -> None:
         if not ignored and not any(_MTP.search(n) for n in names):
             beyond.setdefault(stem, []).extend(names)
     for stem, names in beyond.items():
-        stored = size(origin.checkpoint.nbytes(names))
         raise ModelError(
-            f"{name}: config.json ends at {stem}.{last[stem]}, but {len(names)} tensors ({stored}) are of later ones,"
-            f" such as {names[0]}; set the number of layers in config.json right, or remove those tensors"
+            f"{name}: config.json ends at {stem}.{last[stem]}, but there are later layers"
+            f" ({origin.checkpoint.size_of(names)}), such as {names[0]}; correct the number of layers in config.json, or"
+            " remove those tensors"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from dataclasses import dataclass
@@ -11,13 +10,13 @@ from typing import Any
 
 from prefopt.core.files import MARKS, one_below
 from prefopt.core.hub import no_telemetry, why_not_written
+from prefopt.core.model_folder import ADAPTER_CONFIG, read_object
 from prefopt.core.terminal import size
 from prefopt.errors import ConfigError, ModelError, RunError
 
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".gguf")
 MODEL_NAMES = ("LICENSE", "LICENCE", "NOTICE")
 RUN_FILES = ("run.json", "metrics.jsonl", "config.yaml")
-CHECKPOINTS = "checkpoints"
 _TEXT = (".json", ".md", ".yaml", ".jsonl", ".txt")
 
 
@@ -70,19 +69,17 @@ def push(planned: UploadPlan, repo: str, *, private: bool = False) -> str:
     """
     no_telemetry()
     import huggingface_hub
-    import huggingface_hub.utils
 
+    hub: Any = huggingface_hub
     if not sys.stderr.isatty():
-        bars: Any = huggingface_hub.utils
-        bars.disable_progress_bars()
-    api: Any = huggingface_hub.HfApi()
+        hub.utils.disable_progress_bars()
+    api = hub.HfApi()
     try:
-        made = api.create_repo(repo, private=private, exist_ok=True)
-        name = getattr(made, "repo_id", None) or repo
+        name = api.create_repo(repo, private=private, exist_ok=True).repo_id
         if private and not api.repo_info(name).private:
             raise RunError(
                 f"--repo {repo} is there already and public, so that --private would hide nothing: make it private on"
-                f" its page, name another, or leave --private out. Nothing was sent"
+                " its page, name another, or leave --private out. Nothing was sent"
             )
         commit = api.upload_folder(
             repo_id=name,
@@ -90,13 +87,11 @@ def push(planned: UploadPlan, repo: str, *, private: bool = False) -> str:
             allow_patterns=list(planned.files),
             commit_message=f"Upload {planned.folder.resolve().name} with prefopt",
         )
-    except RunError:
-        raise
     except Exception as error:
         if (why := why_not_written(error, repo)) is None:
             raise
         raise RunError(f"--repo {repo}: {why}") from error
-    return str(getattr(commit, "commit_url", commit))
+    return str(commit.commit_url)
 
 
 def confirmed(yes: bool) -> bool:
@@ -116,7 +111,7 @@ def _why_not(path: Path, *, run: bool, checkpoints: bool) -> str | None:
         return "a link out of the folder"
     if path.name in RUN_FILES:
         return None if run else "the record of the run; --with-run sends it"
-    if path.name == CHECKPOINTS or path.stem == "optimizer":
+    if path.name == "checkpoints" or path.stem == "optimizer":
         return None if checkpoints else "to go on training; --with-checkpoints sends it"
     if path.is_dir() or not (path.suffix in MODEL_FILES or path.stem in MODEL_NAMES):
         return "no part of a model"
@@ -129,22 +124,14 @@ def _warnings(folder: Path, files: dict[str, int]) -> list[str]:
     personal = re.compile(rf"{re.escape(str(Path.home()))}(?=/)|/(?:home|Users)/[\w.-]+")
     for name in files:
         path = folder / name
-        if path.suffix in _TEXT and files[name] < 5_000_000 and (seen := personal.search(_text(path))):
+        if path.suffix not in _TEXT or files[name] >= 5_000_000:
+            continue
+        if seen := personal.search(path.read_text("utf-8", errors="replace")):
             found.append(f"{name} names folders of this machine ({seen[0]}); whoever may read the repository sees them")
-    try:
-        base = str(json.loads(_text(folder / "adapter_config.json")).get("base_model_name_or_path", ""))
-    except (ValueError, AttributeError):
-        return found
-    if base.startswith((".", "/", "~")) or Path(base).exists():
+    base = str(read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path", ""))
+    if base and (base.startswith((".", "/", "~")) or Path(base).exists()):
         found.append(
-            f"adapter_config.json names its model by a folder of this machine ({base}), where nobody else will find it:"
+            f"{ADAPTER_CONFIG} names its model by a folder of this machine ({base}), where nobody else will find it:"
             " put its name on the Hub there, or merge the adapter first (prefopt merge)"
         )
     return found
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError):
-        return ""

@@ -1,8 +1,4 @@
-"""Saving: a model folder under the names of the checkpoint that it came from, readable by transformers 4 and 5.
-
-Transformers 4 has other names for the tokenizer's class and its extra special tokens, reads rotary embeddings from
-fields of their own (version 5: ``rope_parameters``), and calls ``dtype`` ``torch_dtype``.
-"""
+"""Saving: a model folder under the names of the checkpoint that it came from, readable by transformers 4 and 5."""
 
 from __future__ import annotations
 
@@ -12,7 +8,9 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,9 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.utils import cached_file
 
 from prefopt.core.files import output_errors, write_json
-from prefopt.core.model_folder import is_own
+from prefopt.core.model_folder import is_own, read_object
 from prefopt.data.tokenizer import Tokenizer
+from prefopt.errors import ModelError
 from prefopt.model.architectures import causal_model, transformers_log_level
 from prefopt.model.checkpoint import ModelOrigin, WeightFiles, origin_of
 
@@ -38,8 +37,8 @@ _SIDE_FILES = """
     audio_tokenizer_config.json chat_template.json additional_chat_templates/*.jinja value_head.safetensors
     LICENSE* NOTICE*
 """.split()
-ANY_CLASS = "PreTrainedTokenizerFast"
 ONLY_NEW = {"TokenizersBackend", "PythonBackend", "SentencePieceBackend", "MistralCommonBackend"}
+"""Tokenizer classes that transformers 4 does not have."""
 _NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 # Fields with another name in transformers 4, by model type.
 _RENAMED: dict[str, dict[str, str]] = {
@@ -94,19 +93,20 @@ def _whole_config(model: Any, origin: ModelOrigin | None, dtype: torch.dtype) ->
     """The configuration to write: that of the checkpoint's class, with the model's in its place inside it. Its dtype is
     that of the weights, not the one the model computes in, to which a reader would round them."""
     config = copy.deepcopy(model.config)
-    if origin is not None and origin.kept:
-        whole = copy.deepcopy(origin.config)
-        parts = getattr(whole, "sub_configs", {})
-        place = next((name for name in parts if type(getattr(whole, name, None)) is type(config)), None)
-        if type(whole) is not type(config) and place is not None:
-            config.architectures = None
-            config.dtype = dtype
-            setattr(whole, place, config)
-            if hasattr(whole, "tie_word_embeddings"):
-                whole.tie_word_embeddings = config.tie_word_embeddings
-            config = whole
     config.dtype = dtype
-    return config
+    if origin is None or not origin.kept or type(origin.config) is type(config):
+        return config
+    whole: Any = copy.deepcopy(origin.config)
+    parts = getattr(whole, "sub_configs", {})
+    place = next((name for name in parts if type(getattr(whole, name, None)) is type(config)), None)
+    if place is None:
+        return config
+    config.architectures = None
+    setattr(whole, place, config)
+    whole.dtype = dtype
+    if hasattr(whole, "tie_word_embeddings"):
+        whole.tie_word_embeddings = config.tie_word_embeddings
+    return whole
 
 
 def _write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], origin: ModelOrigin) -> None:
@@ -124,10 +124,9 @@ def _write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], origin: Mod
             used = 0
         shards[-1].append(name)
         used += count
-    files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        files = ["model.safetensors"]
-    else:
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
         where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -151,42 +150,41 @@ def repair_generation(model: Any) -> str | None:
     """Repair a generation config that transformers would refuse to save; a line on what was changed, if anything. Some
     published models set a temperature without sampling, which loads but cannot be saved."""
     config = getattr(model, "generation_config", None)
-    if config is None:
+    if config is None or _is_valid(config):
         return None
-    problem = "the model as it was given cannot be saved: its generation config"
+    config.do_sample = True
+    if _is_valid(config):
+        return "the generation config sets sampling options without sampling: do_sample is switched on"
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    return "the generation config is not valid and cannot be saved: a plain one is saved"
+
+
+def _is_valid(config: GenerationConfig) -> bool:
     try:
         config.validate(strict=True)
-        return None
     except ValueError:
-        config.do_sample = True
-    try:
-        config.validate(strict=True)
-        return f"{problem} sets sampling options without sampling: do_sample is switched on"
-    except ValueError:
-        model.generation_config = GenerationConfig.from_model_config(model.config)
-        return f"{problem} is not valid: a plain one is saved"
+        return False
+    return True
 
 
 def add_end_tokens(folder: Path, ends: Iterable[int], tokenizer: Tokenizer, model: Any) -> str | None:
     """Append the tokens ``ends`` to ``eos_token_id`` of a saved folder; a line on it, None where all were there. An
     adapter's folder without a generation config gets that of ``model``, for servers and for ``prefopt merge``."""
     ends, plain = tuple(ends), causal_model(model)
-    if not ends or not plain.can_generate():  # a reward model generates nothing
-        return None
+    config: Any = getattr(plain, "generation_config", None)
     path = folder / GENERATION_CONFIG
-    config = getattr(plain, "generation_config", None)
+    if not ends or not plain.can_generate() or (config is None and not path.is_file()):
+        return None
     with output_errors(path):
         if not path.is_file():
-            if config is None:
-                return None
             config.save_pretrained(folder)
         document = json.loads(path.read_text("utf-8"))
-        before = ids_of(document.get("eos_token_id"))
-        new = [i for i in dict.fromkeys(ends) if i not in before]
-        if not new:
-            return None
-        document.pop("_from_model_config", None)  # with it generate() may go back to config.json
-        write_json(path, {**document, "eos_token_id": before + new if before else new})
+    before = ids_of(document.get("eos_token_id"))
+    new = [i for i in dict.fromkeys(ends) if i not in before]
+    if not new:
+        return None
+    document.pop("_from_model_config", None)  # with it generate() may go back to config.json
+    write_json(path, {**document, "eos_token_id": before + new})
     names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(new)))
     return f"answers end with {names}: added to eos_token_id of {GENERATION_CONFIG}"
 
@@ -211,29 +209,25 @@ def write_transformers4_fields(folder: Path, tokenizer: Tokenizer) -> None:
     Transformers 5 reads the same from them as before; fields that it would read differently are left out.
     ``tokenizer`` is the saved one: its class keeps the name that it has in the folder it came from.
     """
-    with output_errors(folder):
-        _change(folder / "tokenizer_config.json", lambda found: _transformers4_tokenizer(found, tokenizer))
-        _change(folder / "config.json", transformers4_config)
+    changes: dict[str, Callable[[Json], Json]] = {
+        "tokenizer_config.json": partial(_transformers4_tokenizer, tokenizer),
+        "config.json": transformers4_config,
+    }
+    for name, change in changes.items():
+        found = read_object(folder / name)
+        if found and (changed := change(found)) != found:
+            write_json(folder / name, changed)
 
 
-def _change(path: Path, change: Any) -> None:
-    if not path.is_file():
-        return
-    found = json.loads(path.read_text("utf-8"))
-    if (changed := change(found)) != found:
-        write_json(path, changed)
-
-
-def _transformers4_tokenizer(found: Json, tokenizer: Tokenizer) -> Json:
+def _transformers4_tokenizer(tokenizer: Tokenizer, found: Json) -> Json:
     changed = dict(found)
     if found.get("tokenizer_class") in ONLY_NEW:
-        try:
+        name = None
+        with suppress(OSError, ValueError, ModelError):  # it was made in memory, or its folder is gone
             path = cached_file(tokenizer.name_or_path, "tokenizer_config.json", local_files_only=True)
-            name = json.loads(Path(path).read_text("utf-8")).get("tokenizer_class") if path else None
-        except (OSError, ValueError, AttributeError):  # it was made in memory, or its folder is gone
-            name = None
+            name = read_object(Path(path)).get("tokenizer_class") if path else None
         usable = isinstance(name, str) and name and name not in ONLY_NEW
-        changed["tokenizer_class"] = name if usable else ANY_CLASS
+        changed["tokenizer_class"] = name if usable else "PreTrainedTokenizerFast"
     if isinstance(found.get("extra_special_tokens"), list):  # in transformers 4 a dictionary has this name
         changed["additional_special_tokens"] = changed.pop("extra_special_tokens")
     return changed
@@ -251,8 +245,7 @@ def transformers4_config(found: Json) -> Json:
 
 def transformers_versions(folder: Path) -> str:
     """The versions of transformers that read a folder of :func:`write_transformers4_fields`, for its card."""
-    path = folder / "config.json"
-    found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    found = read_object(folder / "config.json")
     if found != _with_older_fields(found):
         return "transformers 5: these rotary embeddings cannot be written for version 4"
     return "transformers 5, and version 4 (tried with 4.57) where it knows the architecture"
@@ -298,13 +291,10 @@ def _rope_scaling(rope: Json, config: Json) -> Json:
 def _as_parsed(document: Json) -> Json | None:
     """What transformers 5 makes of the document; None where it does not know the model, or warns of a field."""
     config: Any = AutoConfig
-    try:
-        with warnings.catch_warnings(), transformers_log_level(logging.CRITICAL):  # it logged them at loading
-            warnings.simplefilter("error")
-            found: Json = config.for_model(**copy.deepcopy(document)).to_dict()
-    except Exception:  # whatever a class of transformers objects to
-        return None
-    return found
+    with suppress(Exception), warnings.catch_warnings(), transformers_log_level(logging.CRITICAL):
+        warnings.simplefilter("error")
+        return dict(config.for_model(**copy.deepcopy(document)).to_dict())
+    return None
 
 
 def _contains(more: Any, less: Any) -> bool:

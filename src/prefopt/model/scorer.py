@@ -17,16 +17,17 @@ import torch
 from transformers import PreTrainedModel
 
 from prefopt.errors import ModelError, UserError, first_line
-from prefopt.model.architectures import body_of, causal_model, rope_limit, sharing_obstacle
+from prefopt.model.architectures import body_of, causal_model, class_logits, head_weights, rope_limit, sharing_obstacle
 from prefopt.model.costs import Purpose, count_pass, out_of_memory
 from prefopt.model.kernels.attention import HOOK, TRIAL, HookReached, UnshareableError, gather_plan, kernel_for
-from prefopt.model.kernels.distributions import Distributions, TokenScores, head_scores, logit_scores, squares
 from prefopt.model.kernels.head import (
+    Distributions,
     Head,
-    class_logits,
+    TokenScores,
     head_logits,
     head_of,
-    head_weights,
+    head_scores,
+    logit_scores,
     module_logprobs,
     token_logprobs,
     transformed,
@@ -220,33 +221,21 @@ class Scorer(PackedModel):
             hidden = self._own_logits(batch)
         else:  # Mamba ends with its residual in float32, whatever its weights are in
             hidden = self.hidden(batch).index_select(0, batch.read).to(self.dtype)
-        if request is None or request.reference is None:
-            logp_M, square_M = self._logprobs(hidden, batch.target, request is not None and request.squares)
-            return logp_M if request is None else self._complete(TokenScores(logp_M, square_M), hidden, request)
-        if how.kind != "fused":
-            scores = logit_scores(self.logits, hidden, batch.target, request.reference)
+        fused, squares = how.kind == "fused", request is not None and request.squares
+        options = {"bias": head.bias, "scale": how.scale, "softcap": how.softcap} if fused else {}
+        if request is not None and request.reference is not None:
+            if fused:
+                scores = head_scores(hidden, head.weight, batch.target, request.reference, **options)
+            else:
+                scores = logit_scores(self.logits, hidden, batch.target, request.reference)
+            return self._complete(scores, hidden, request)
+        if fused:
+            logp_M, square_M = token_logprobs(hidden, head.weight, batch.target, squares=squares, **options)
         else:
-            scores = head_scores(
-                hidden,
-                head.weight,
-                batch.target,
-                request.reference,
-                bias=head.bias,
-                scale=how.scale,
-                softcap=how.softcap,
-            )
-        return self._complete(scores, hidden, request)
-
-    def _logprobs(
-        self, hidden: torch.Tensor, target: torch.Tensor, square: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        head, how = self._head_module(), self.head
-        if how.kind != "fused":
-            logp_M = module_logprobs(self.logits, hidden, target, self._vocabulary)
-            return logp_M, squares(self.logits, hidden, self._vocabulary) if square else None
-        options: dict[str, Any] = {"bias": head.bias, "scale": how.scale, "softcap": how.softcap}
-        logp_M, square_M = token_logprobs(hidden, head.weight, target, squares=square, **options)
-        return logp_M, square_M if square else None
+            logp_M, square_M = module_logprobs(self.logits, hidden, batch.target, self._vocabulary, squares=squares)
+        if request is None:
+            return logp_M
+        return self._complete(TokenScores(logp_M, square_M if squares else None), hidden, request)
 
     def _complete(self, scores: TokenScores, hidden: torch.Tensor, request: ScoreRequest) -> TokenScores:
         """Add hidden states and distributions where they are requested."""

@@ -1,4 +1,4 @@
-"""Which models prefopt takes, and why one cannot be loaded or trained, in one line.
+"""Models that prefopt takes, and in one line why one cannot be loaded or trained.
 
 A quantised model can be sampled and scored where its library is installed. Training needs unquantised weights; MXFP4
 (gpt-oss) is unquantised as it is loaded, and is a model like any other from then on.
@@ -31,53 +31,50 @@ log = logging.getLogger(__name__)
 ATTENTION = {None, "eager", "sdpa", "flex_attention"}
 UNQUANTISED = ("mxfp4",)
 """Methods whose weights are unquantised at loading, on every device."""
-_SAME_NAME = "aqlm auto-round bitsandbytes compressed-tensors fouroversix fp_quant hqq sinq torchao vptq"
+_SAME_NAME = "aqlm auto-round bitsandbytes compressed-tensors hqq torchao vptq"
 PACKAGES = {name: name for name in _SAME_NAME.split()} | {
     "awq": "gptqmodel",
     "eetq": "kernels",
-    "fbgemm_fp8": "fbgemm-gpu",
     "gptq": "optimum gptqmodel",
-    "higgs": "flute-kernel",
     "quanto": "optimum-quanto",
     "quark": "amd-quark",
-    "spqr": "spqr_quant",
 }
-"""What pip installs to read the weights of a method, beside transformers and accelerate."""
+"""Packages to install for common methods, beside transformers and accelerate."""
 
 
 def refuse_untrainable(name: str, config: Any) -> None:
     """Raise :class:`ModelError` for a model that cannot be trained, before data or weights are read."""
     if not any(a.endswith("ForSequenceClassification") for a in architectures_of(config)):  # of any architecture
         refuse_other_kinds(name, config)
-    how, fields = quantisation_of(config), _quantisation(config)
+    fields = _quantisation(config)
     if fields is not None and _method(fields) not in UNQUANTISED:
         raise ModelError(
-            f"{name} is quantised ({how}); prefopt trains unquantised weights: give the model it was quantised from"
+            f"{name} is quantised ({quantisation_of(config)}); prefopt trains unquantised weights: give the model it"
+            " was quantised from"
         )
 
 
 def refuse_other_kinds(name: str, config: Any) -> None:
     """Raise :class:`ModelError` for encoders, encoder-decoders, and models that AutoModelForCausalLM does not load."""
     what = next(iter(architectures_of(config)), f"a model of type {config.model_type}")
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{name}: {what} is an encoder-decoder; prefopt trains causal language models")
-    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
-        raise ModelError(f"{name}: {what} is an encoder; prefopt trains causal language models")
     mapping: Any = AutoModelForCausalLM._model_mapping
-    if type(config) in mapping:
-        return
     text = config.get_text_config()
-    if text is config:
+    if getattr(config, "is_encoder_decoder", False):
+        problem = "an encoder-decoder"
+    elif config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        problem = "an encoder"
+    elif type(config) in mapping:
+        return
+    elif text is config:
+        problem = "no causal language model of transformers (AutoModelForCausalLM does not know it)"
+    else:
+        remedy = "give a language model of text alone"
+        if type(text) in mapping:
+            remedy = f"give its language model by itself, saved as {mapping[type(text)].__name__}"
         raise ModelError(
-            f"{name}: {what} is no causal language model of transformers (AutoModelForCausalLM does not know it);"
-            " prefopt trains causal language models"
+            f"{name}: its class is {what}, made for more than text, and AutoModelForCausalLM does not load it; {remedy}"
         )
-    remedy = "give a language model of text alone"
-    if type(text) in mapping:
-        remedy = f"give its language model by itself, saved as {mapping[type(text)].__name__}"
-    raise ModelError(
-        f"{name}: its class is {what}, made for more than text, and AutoModelForCausalLM does not load it; {remedy}"
-    )
+    raise ModelError(f"{name}: {what} is {problem}; prefopt trains causal language models")
 
 
 def drop_foreign_attention(config: PreTrainedConfig, name: str) -> None:
@@ -156,14 +153,11 @@ def keep_unpacked_names(model: Any, config: Any) -> None:
 def backend_errors(name: str, config: Any) -> Iterator[None]:
     """Turn errors of a quantised model's library, or its absence, into a :class:`ModelError` of one line."""
     how = quantisation_of(config)
-    if how is None:
-        yield
-        return
     try:
         yield
-    except ModelError:
-        raise
     except Exception as error:  # every backend has errors of its own
+        if how is None or isinstance(error, ModelError):
+            raise
         why = f"and cannot be read here: {first_line(error)}; give"
         if isinstance(error, ImportError):
             package = PACKAGES.get(how.split(",")[0])
@@ -204,9 +198,8 @@ def _explain(name: str, error: Exception) -> str:
     text = str(error)
     folder = Path(name)
     if not folder.exists():
-        if is_path(name):
-            return f"{name}: no such folder"
-        return f"{name}: {why_not_read(error, name) or f'the Hub did not give it ({first_line(error)})'}"
+        why = "no such folder" if is_path(name) else why_not_read(error, name)
+        return f"{name}: {why or f'the Hub did not give it ({first_line(error)})'}"
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         if below := one_below(folder):
             return f"{name} holds no model of its own{below}"
@@ -222,10 +215,8 @@ def _explain(name: str, error: Exception) -> str:
     if isinstance(error, MemoryError):
         return f"{name}: does not fit into the memory"
     if isinstance(error, KeyError) and (key := _key_of(folder, error.args)):
-        return (
-            f"{name}: config.json has {key} {error.args[0]!r}, which transformers {transformers_version} does not know"
-        )
-    if isinstance(error, (OSError, ValueError, RuntimeError)) and str(error).strip():
+        return f"{name}: config.json has {key} {error.args[0]!r}; transformers {transformers_version} does not know it"
+    if isinstance(error, (OSError, ValueError, RuntimeError)) and text.strip():
         return f"{name}: {first_line(error)}"
     return f"{name}: cannot be loaded ({type(error).__name__}: {first_line(error)}); is config.json as it was saved?"
 

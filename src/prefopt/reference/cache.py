@@ -5,8 +5,7 @@ token ids and mask, so that beta, loss, seed, order, learning rate, LoRA rank an
 appended data cost only themselves. The caller brings the function that scores a batch; nothing here needs torch.
 
 Finished batches are committed in blocks every few seconds: a killed process loses what it did since the last commit, an
-interrupted one nothing that was finished. Batches are planned beforehand (``plan.py``), so that continuing after an
-interruption gives the same bits.
+interrupted one nothing that was finished.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ from prefopt.core.cache_folder import acquired, cache_errors, reference_folder, 
 from prefopt.data.group import Group
 from prefopt.data.table import Array, GroupTable, IndexArray, KeyArray, ranges
 from prefopt.errors import CacheError, ModelError
-from prefopt.reference.blocks import Arrays, Index, write_block
-from prefopt.reference.plan import NamedGroups, ScoringPlan, plan_file
+from prefopt.reference.blocks import Arrays, Index, NamedGroups, ScoringPlan, plan_file, write_block
 
 log = logging.getLogger(__name__)
 
@@ -155,17 +153,9 @@ class ReferenceCache:
         """The values of ``groups``, in their order. Raises ``CacheError`` where ``fill`` was not called for them."""
         table = GroupTable.of(groups)
         keys, index = table.key_N, self._index
-
-        def rows_of() -> tuple[IndexArray, IndexArray]:
-            rows = index.find(keys)
-            return rows, index.find(keys, token_values=True) if token_values else rows
-
-        rows, token_rows = rows_of()
-        if (rows < 0).any() or (token_rows < 0).any():
-            index.refresh()
-            rows, token_rows = rows_of()
-        if absent := int(((rows < 0) | (token_rows < 0)).sum()):
+        if absent := len(self._missing(keys, token_values)):
             raise CacheError(f"cache {self.folder}: {absent} of {len(keys)} values are missing; run the command again")
+        rows, token_rows = index.find(keys), index.find(keys, token_values=token_values)
         counts = index.counts[rows]
         token_starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         tokens = None
@@ -206,7 +196,11 @@ class ReferenceCache:
                 if len(missing):
                     self._describe()
                     named = NamedGroups.of(table.key_N, table.response_starts)
-                    plan = self._plan(named, self.space.costs(table), missing, token_budget, token_values)
+                    path = plan_file(self.folder, named, token_values)
+                    plan = ScoringPlan.read(path, self.space.id)
+                    if plan is None or 2 * token_budget <= plan.token_budget or not plan.covers(missing):
+                        plan = ScoringPlan.make(named, self.space.costs(table), missing, token_budget)
+                        plan.write(path, self.space.id)
                     scored = self._scored(plan, table, named.find(plan.groups.names_G), missing, make_score(), stop)
                     calls, seconds = self._commit_all(scored, len(missing), token_values, progress)
                     self._index.refresh()
@@ -219,17 +213,6 @@ class ReferenceCache:
         if (self._index.find(keys, token_values=token_values) < 0).any():
             self._index.refresh()
         return keys[self._index.find(keys, token_values=token_values) < 0]
-
-    def _plan(
-        self, groups: NamedGroups, costs_G: IndexArray, missing: KeyArray, token_budget: int, token_values: bool
-    ) -> ScoringPlan:
-        path = plan_file(self.folder, groups, token_values)
-        plan = ScoringPlan.read(path, self.space.id)
-        if plan is not None and 2 * token_budget > plan.token_budget and plan.covers(missing):
-            return plan
-        plan = ScoringPlan.make(groups, costs_G, missing, token_budget)
-        plan.write(path, self.space.id)
-        return plan
 
     def _scored(
         self,

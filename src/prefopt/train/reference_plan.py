@@ -12,7 +12,7 @@ from prefopt.config.dpo import DpoConfig
 from prefopt.core.terminal import Reporter, StopRequest, duration
 from prefopt.data.table import GroupTable, IndexArray
 from prefopt.losses.parse import WeightedLoss
-from prefopt.model.kernels.distributions import Distributions
+from prefopt.model.kernels.head import Distributions
 from prefopt.model.packing import PackedBatch, pack
 from prefopt.model.scorer import PackedModel, Scorer, response_sums
 from prefopt.reference.cache import ReferenceValues

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from prefopt.model.kernels.distributions import Distributions
+from prefopt.model.kernels.head import Distributions
 from prefopt.model.packing import PackedBatch
 from prefopt.model.scorer import PackedModel
 from prefopt.train.batch import Batch, MicroBatch, State, Sums, micro_batches
