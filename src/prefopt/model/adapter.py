@@ -14,7 +14,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,8 @@ ADDED_ROWS = 1 << 16
 """Rows that an adapter may add for tokens that it trains without holding their rows."""
 PREFIX = "base_model.model."
 """PEFT's prefix of module names."""
+Names = tuple[tuple[str, str], ...]
+"""Pairs of module names: of parts of a language model, and of the same parts in the larger model that it is in."""
 
 
 def new_lora(
@@ -55,9 +56,9 @@ def new_lora(
     type: with ``SEQ_CLS`` the scalar head trains in full, and is saved with the adapter.
     """
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import Linear
     from transformers.pytorch_utils import Conv1D
 
-    transposed = any(isinstance(m, Conv1D) for m in model.modules())
     plain = causal_model(model)
     found = lora_targets(plain, targets)
     config = LoraConfig(
@@ -66,7 +67,7 @@ def new_lora(
         lora_dropout=0.0 if found.parameters else dropout,
         target_modules=found.modules,
         target_parameters=found.parameters,
-        fan_in_fan_out=transposed,
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
         task_type=task,
     )
     try:
@@ -75,21 +76,12 @@ def new_lora(
     except ValueError as error:
         raise ConfigError(f"--lora-targets {' '.join(targets or [])}: {first_line(error)}") from error
     wrapped.prefopt_targets = found.words
-    if found.parameters and dropout:
-        _add_dropout(wrapped, dropout)
+    if found.parameters and dropout:  # PEFT refuses dropout on all layers where an adapter is on a parameter
         wrapped.prefopt_targets += "; no dropout on fused weights"
+        for layer in (m for m in wrapped.modules() if isinstance(m, Linear)):
+            layer.lora_dropout.update({name: torch.nn.Dropout(dropout) for name in layer.lora_dropout})
     adapted: torch.nn.Module = wrapped
     return adapted
-
-
-def _add_dropout(model: torch.nn.Module, rate: float) -> None:
-    """Dropout on linear layers: PEFT refuses it for all where an adapter is on a parameter."""
-    from peft.tuners.lora import Linear
-
-    for layer in model.modules():
-        if isinstance(layer, Linear):
-            for name in list(layer.lora_dropout):
-                layer.lora_dropout[name] = torch.nn.Dropout(rate)
 
 
 def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
@@ -188,27 +180,9 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
         return {key.removeprefix(PREFIX): file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
 
 
-@dataclass(frozen=True, slots=True)
-class Nesting:
-    """Where the parts of a language model are in the larger model: pairs of module names, inner and outer."""
-
-    parts: tuple[tuple[str, str], ...]
-
-    def outward(self, name: str) -> str:
-        """A name of the language model, in the larger one."""
-        return _moved(name, self.parts) or name
-
-    def inward(self, name: str) -> str | None:
-        """A name of the larger model, in the language model; None where it is of another part."""
-        return _moved(name, tuple((outer, inner) for inner, outer in self.parts))
-
-    def is_outer(self, name: str) -> bool:
-        """Whether a name is of the larger model alone."""
-        return any(_under(name, outer) for inner, outer in self.parts if inner != outer)
-
-
-def nesting_of(model: Any) -> Nesting | None:
-    """None for a model of the very class that its folder's ``config.json`` names, or one that came from no folder."""
+def nesting_of(model: Any) -> Names | None:
+    """Where the parts of ``model`` are in the class that its folder's ``config.json`` names; None where that is its own
+    class, or it came from no folder."""
     origin = origin_of(model)
     if origin is None or not origin.kept:
         return None
@@ -217,33 +191,44 @@ def nesting_of(model: Any) -> Nesting | None:
     if type(config) is type(model.config) or not named or (whole := _empty_model(named[0], config)) is None:
         return None
     if (place := _place(whole, type(model))) is not None:  # with its head
-        return Nesting((("", place),))
+        return (("", place),)
     prefix = model.base_model_prefix
     place = _place(whole, type(getattr(model, prefix, None)))
     heads = [next((n for n, m in of.named_modules() if m is of.get_output_embeddings()), None) for of in (model, whole)]
-    parts = [(inner, outer) for inner, outer in ((prefix, place), tuple(heads)) if inner and outer]
-    return Nesting(tuple(parts)) if any(inner != outer for inner, outer in parts) else None
+    parts = tuple((inner, outer) for inner, outer in ((prefix, place), tuple(heads)) if inner and outer)
+    return parts if any(inner != outer for inner, outer in parts) else None
 
 
-def write_nested(folder: Path, model: Any, nesting: Nesting) -> None:
-    """Rename what PEFT has saved of ``model``, the adapted one, in ``folder``. Targets are written in full, so that
-    towers whose layers have the same names get none."""
+def write_nested(folder: Path, model: Any, nesting: Names) -> None:
+    """Rename the saved adapter of ``model`` to the names of the larger model. Targets are written in full: towers
+    whose layers have the same names get none."""
+
+    def outward(name: str) -> str:
+        return _moved(name, nesting) or name
+
     config = read_adapter(folder)
-    modules, parameters = _adapted(model)
-    config["target_modules"] = [nesting.outward(name) for name in modules]
-    config["target_parameters"] = [nesting.outward(name) for name in parameters] or None
-    _rename(folder, folder, {name: nesting.outward(name) for name in _shapes(folder)}, config)
+    targets: dict[str, list[str]] = {"target_modules": [], "target_parameters": []}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and (len(module.lora_A) or len(module.lora_embedding_A)):
+            plain = name.replace(".base_layer", "").removeprefix(PREFIX)
+            if (field := getattr(module, "parameter_name", None)) is None:
+                targets["target_modules"].append(outward(plain))
+            else:
+                targets["target_parameters"].append(outward(f"{plain}.{field}"))
+    config |= targets | {"target_parameters": targets["target_parameters"] or None}
+    _rename(folder, folder, {name: outward(name) for name in _shapes(folder)}, config)
 
 
 @contextmanager
 def with_inner_names(folder: str, model: Any) -> Iterator[str]:
     """The folder of an adapter with the names of ``model``, a language model: itself, or a temporary copy."""
     found = _shapes(Path(folder))
-    nesting = nesting_of(model)
-    if nesting is None or not any(map(nesting.is_outer, found)):
+    inward = tuple((outer, inner) for inner, outer in nesting_of(model) or ())
+    moved = tuple((outer, inner) for outer, inner in inward if inner != outer)
+    if all(_moved(name, moved) is None for name in found):
         yield folder
         return
-    names = {name: nesting.inward(name) for name in found}
+    names = {name: _moved(name, inward) for name in found}
     if others := [name for name, inner in names.items() if inner is None]:
         warnings.warn(
             f"{folder}: {len(others)} tensors of the adapter are on layers that text does not reach, the first is"
@@ -253,7 +238,7 @@ def with_inner_names(folder: str, model: Any) -> Iterator[str]:
     config = read_adapter(folder)
     for field in ("target_modules", "target_parameters"):
         if isinstance(config.get(field), list):
-            config[field] = [nesting.inward(name) or name for name in config[field]]
+            config[field] = [_moved(name, inward) or name for name in config[field]]
     with tempfile.TemporaryDirectory(prefix="prefopt-adapter-") as copied:
         _rename(Path(folder), Path(copied), {n: inner for n, inner in names.items() if inner is not None}, config)
         yield copied
@@ -280,27 +265,12 @@ def _place(whole: Any, kind: type) -> str | None:
     return next((name for name, module in whole.named_modules() if name and type(module) is kind), None)
 
 
-def _under(name: str, place: str) -> bool:
-    return not place or name == place or name.startswith(f"{place}.")
-
-
-def _moved(name: str, parts: tuple[tuple[str, str], ...]) -> str | None:
+def _moved(name: str, parts: Names) -> str | None:
+    """A name under the first of some modules, under the second; None where it is under none of the first."""
     for place, other in parts:
-        if _under(name, place):
+        if not place or name == place or name.startswith(f"{place}."):
             return ".".join(part for part in (other, name.removeprefix(place).lstrip(".")) if part)
     return None
-
-
-def _adapted(model: Any) -> tuple[list[str], list[str]]:
-    """Names of the layers, and of the parameters, that have an adapter; as they are in the model without it."""
-    modules: list[str] = []
-    parameters: list[str] = []
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A") and (len(module.lora_A) or len(module.lora_embedding_A)):
-            plain = name.replace(".base_layer", "").removeprefix(PREFIX)
-            field = getattr(module, "parameter_name", None)
-            (modules if field is None else parameters).append(plain if field is None else f"{plain}.{field}")
-    return modules, parameters
 
 
 def _rename(source: Path, folder: Path, names: dict[str, str], config: dict[str, Any]) -> None:

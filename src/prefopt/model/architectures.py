@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -130,10 +131,8 @@ def attention_shapes(config: Any) -> list[AttentionShape]:
     """A shape for every layer with attention."""
     text = config.get_text_config()
     window = getattr(text, "sliding_window", None)
-    types = (
-        getattr(text, "layer_types", None)
-        or ["sliding_attention" if window else "full_attention"] * text.num_hidden_layers
-    )
+    default = "sliding_attention" if window else "full_attention"
+    types = getattr(text, "layer_types", None) or [default] * text.num_hidden_layers
     per_layer = getattr(text, "per_layer_config", None)  # where layers differ, the common fields must not be read
     return [
         _attention_shape(per_layer[n] if per_layer else text, window if layer == "sliding_attention" else None)
@@ -220,10 +219,9 @@ def _answering(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[None]:
 
 def without_mtp(config: Any) -> None:
     """Remove layers for multi-token prediction from a configuration."""
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        for count in MTP_COUNTS:
-            if getattr(part, count, None):
-                setattr(part, count, 0)
+    for part, count in product((config, config.get_text_config()), MTP_COUNTS):
+        if getattr(part, count, None):
+            setattr(part, count, 0)
 
 
 def expert_fraction(config: Any) -> float:
@@ -242,17 +240,14 @@ class RoutingSums(NamedTuple):
     rows: torch.Tensor
 
     def loss(self) -> torch.Tensor:
-        """E sum_e f_e P_e, with f_e the average number of choices and P_e the average probability of expert e.
-
-        Fedus et al. 2021 (Switch Transformer, arXiv 2101.03961), equations 4 to 6, as ``load_balancing_loss_func`` of
-        transformers computes it. Gradients flow through P alone.
-        """
+        """E sum_e f_e P_e, with f_e the average number of choices and P_e the average probability of expert e (Fedus et
+        al. 2021, Switch Transformer, arXiv 2101.03961, equations 4 to 6). Gradients flow through P alone."""
         return len(self.prob_E) * (self.count_E / self.rows * (self.prob_E / self.rows)).sum()
 
 
 @dataclass(frozen=True, slots=True)
 class Routers:
-    """The routers of a model: modules and the index of the logits in their output. ``chosen``: experts per token;
+    """The routers of a model, each with the index of the logits in its output. ``chosen``: experts per token;
     ``coefficient``: of the load-balancing loss in the model's configuration."""
 
     modules: tuple[tuple[torch.nn.Module, int], ...]
@@ -264,7 +259,7 @@ class Routers:
         """Record the logits of every call in this block, one list per router."""
         recorded: list[list[torch.Tensor]] = [[] for _ in self.modules]
         pairs = zip(self.modules, recorded, strict=True)
-        hooks = [module.register_forward_hook(_recorder(calls, index)) for (module, index), calls in pairs]
+        hooks = [module.register_forward_hook(partial(_record, calls, index)) for (module, index), calls in pairs]
         try:
             yield recorded
         finally:
@@ -326,8 +321,5 @@ def _router_modules(causal: Any) -> Iterator[tuple[torch.nn.Module, int]]:
         return
 
 
-def _recorder(calls: list[torch.Tensor], index: int) -> Any:
-    def record(module: torch.nn.Module, args: Any, output: Any) -> None:
-        calls.append(output[index] if isinstance(output, tuple) else output)
-
-    return record
+def _record(calls: list[torch.Tensor], index: int, module: torch.nn.Module, args: Any, output: Any) -> None:
+    calls.append(output[index] if isinstance(output, tuple) else output)

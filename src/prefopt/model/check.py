@@ -4,9 +4,8 @@ A tiny float64 model of the architecture is scored packed and by the class's own
 and gradients. Then a few real groups are scored by the real model: shared, separately and in two packings, which also
 measures the noise of the working dtype; and a few tokens by its own logits.
 
-Variable-length flash attention does not take float64. On CUDA the tiny model is therefore also scored in the run's
-dtype, by both kernels, values and gradients, with a window shorter than its rows. The truth is the same rounded weights
-in float64; the error that rounding explains is measured on the plain kernel.
+Variable-length flash attention does not take float64. On CUDA the tiny model is also scored in the run's dtype by both
+kernels, and compared with the same rounded weights in float64.
 """
 
 from __future__ import annotations
@@ -84,8 +83,9 @@ def _build(config: Any) -> PreTrainedModel:
 def _shrunk(config: PreTrainedConfig, heads_too: bool) -> Any:
     small: Any = copy.deepcopy(config.get_text_config())
     old_layers = small.num_hidden_layers
-    kinds = getattr(small, "layer_types", None)
-    layers = _period(kinds) if kinds else min(2, old_layers)
+    kinds = getattr(small, "layer_types", None) or []
+    # Until every type of layer has occurred, at least two where there are two.
+    layers = max([min(2, len(kinds) or old_layers), *(kinds.index(kind) + 1 for kind in kinds)])
     for name, value in list(vars(small).items()):
         if isinstance(value, list) and len(value) == old_layers:
             setattr(small, name, value[:layers])
@@ -106,35 +106,23 @@ def _shrunk(config: PreTrainedConfig, heads_too: bool) -> Any:
 
 
 def _shrink_heads(small: Any) -> None:
-    heads = small.num_attention_heads
-    shared = getattr(small, "num_key_value_heads", None)
-    width = 16
+    """Four query heads, with key heads as the model has them: one each, in groups, or one for all."""
+    heads, width = small.num_attention_heads, 16
+    shared = {name: getattr(small, name, None) for name in ("num_kv_heads", "num_key_value_heads")}  # Falcon, others
     _set(small, num_attention_heads=4, hidden_size=4 * width)
-    if isinstance(getattr(small, "num_kv_heads", None), int):  # Falcon
-        small.num_kv_heads = _shared_heads(small.num_kv_heads, heads)
-    if shared is not None:
-        small.num_key_value_heads = _shared_heads(shared, heads)
+    for name, count in shared.items():
+        if count is not None:
+            setattr(small, name, 4 if count == heads else 2 if count > 1 else 1)
     if vars(small).get("head_dim") is not None:  # where it is a property (Falcon), it follows from the rest
         small.head_dim = width
     if getattr(small, "word_embed_proj_dim", None) is not None:
         small.word_embed_proj_dim = small.hidden_size
 
 
-def _shared_heads(shared: int, heads: int) -> int:
-    """Key heads for four query heads, as the model has them: one each, in groups, or one for all."""
-    return 4 if shared == heads else 2 if shared > 1 else 1
-
-
 def _set(config: Any, **values: Any) -> None:
     for name, value in values.items():
         if hasattr(config, name):
             setattr(config, name, value)
-
-
-def _period(kinds: list[str]) -> int:
-    """Layers until every type has occurred, at least two where there are two."""
-    n = max(kinds.index(kind) for kind in set(kinds)) + 1
-    return max(n, min(2, len(kinds)))
 
 
 def check_kernel(

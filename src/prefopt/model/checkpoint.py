@@ -1,13 +1,8 @@
 """The tensors in a model folder, from the headers of its files, and their names in the loaded model.
 
 A class of transformers ignores tensors that it has no place for: the vision tower of a checkpoint whose language model
-is loaded alone, layers for multi-token prediction, a value head. :class:`ModelOrigin` knows those, and the name in the
-checkpoint of each weight of the model, so that a trained model is saved as the checkpoint that it came from::
-
-    origin = origin_of(model)               # set by prefopt.model.load; None for a model built in Python
-    origin.untouched                        # names in the checkpoint that are in no weight of the model
-    origin.checkpoint.tensor(name)          # one of them
-    origin.stored(model, state)             # the model's weights, under the checkpoint's names
+is loaded alone, layers for multi-token prediction, a value head. :class:`ModelOrigin` has their names, and the name in
+the checkpoint of each weight of the model, so that a trained model is saved as the checkpoint that it came from.
 
 Trainers store scalar heads under names of their own: ``score`` (transformers' sequence classifiers), ``value_head``
 (OpenRLHF), ``v_head.summary`` (TRL; LLaMA-Factory in a file of its own).
@@ -90,10 +85,6 @@ class WeightFiles:
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"{folder}: its files cannot be read ({error}); copy the model again") from error
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, read from its file."""
-        return self.tensors[name].read(name)
-
     def size_of(self, names: Sequence[str]) -> str:
         """Number and bytes of these tensors, in words."""
         count = sum(self.tensors[name].nbytes for name in names)
@@ -112,8 +103,7 @@ class ModelOrigin:
 
     ``renamed``: name in the checkpoint to name in the model (or the name it would have). ``converted``: tensors that
     are part of a weight, or several weights (fused experts). ``untouched``: in no weight. ``kept``: whether untouched
-    tensors are saved with the model; not with a reward model made of a language model. ``config``: the folder's
-    configuration, held because the folder may be gone when the model is saved.
+    tensors are saved with the model; not with a reward model made of a language model. ``config``: the folder's.
     """
 
     checkpoint: WeightFiles
@@ -234,10 +224,7 @@ def scalar_head(folder: str | Path) -> ScalarHead | None:
         try:
             tensors |= _headers(file)
         except (OSError, SafetensorError) as error:
-            raise ModelError(
-                f"{file}: this scalar head cannot be read ({error}); copy it again, or remove it to begin with a new"
-                " one"
-            ) from error
+            raise ModelError(f"{file}: this scalar head cannot be read ({error}); copy or remove it") from error
     found = {name: stored for name, stored in tensors.items() if HEAD_NAMES.match(name)}
     return ScalarHead(Path(folder), found) if found else None
 
@@ -280,8 +267,7 @@ def check_layers(name: str, model: Any, origin: ModelOrigin) -> None:
     for stem, names in beyond.items():
         raise ModelError(
             f"{name}: config.json ends at {stem}.{last[stem]}, but there are later layers"
-            f" ({origin.checkpoint.size_of(names)}), such as {names[0]}; correct the number of layers in config.json, or"
-            " remove those tensors"
+            f" ({origin.checkpoint.size_of(names)}), such as {names[0]}; correct config.json or remove those tensors"
         )
 
 

@@ -121,8 +121,8 @@ def load_weights(
     kind: Any, name: str, config: PreTrainedConfig, dtype: torch.dtype, *, lacking: Collection[str] = ()
 ) -> PreTrainedModel:
     """The model that the auto class ``kind`` makes of folder ``name``, dropout off, with its :class:`ModelOrigin` and
-    all weights but ``lacking``. Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, needs code
-    of its own, has more layers than its configuration, or holds a reward model in place of a language model."""
+    all weights but ``lacking``. Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, needs its
+    own code, has more layers than its configuration, or holds a reward model in place of a language model."""
     own_config = copy.deepcopy(config)
     disable_dropout(config)
     source = local_folder(name)

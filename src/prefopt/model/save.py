@@ -139,7 +139,7 @@ def _shard(names: list[str], tensors: Mapping[str, torch.Tensor], checkpoint: We
     found: dict[str, torch.Tensor] = {}
     places: set[tuple[Any, int]] = set()
     for name in names:
-        value = tensors[name].contiguous() if name in tensors else checkpoint.tensor(name)
+        value = tensors[name].contiguous() if name in tensors else checkpoint.tensors[name].read(name)
         place = (value.device, value.data_ptr())
         found[name] = value.clone() if place in places else value
         places.add(place)

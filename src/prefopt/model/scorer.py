@@ -47,15 +47,6 @@ def version_of(dtype: torch.dtype) -> int:
     return VERSION if dtype == wide_dtype(dtype) else NARROW_VERSION
 
 
-def _layout(model: PreTrainedModel) -> tuple[PackLayout, str | None]:
-    """How to pack for ``model``, and why prefixes are not shared, where they are not. Raises :class:`ModelError`."""
-    config = model.config.get_text_config()
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ModelError(f"{type(model).__name__} is an encoder-decoder; prefopt trains causal language models")
-    reason = sharing_obstacle(model, config)
-    return PackLayout(share=reason is None, rope_limit=rope_limit(config)), reason
-
-
 class PackedModel(torch.nn.Module):
     """Last hidden states of packed batches, by a transformers model or one wrapped by PEFT.
 
@@ -67,9 +58,11 @@ class PackedModel(torch.nn.Module):
         super().__init__()
         self.model = model
         causal = causal_model(model)
-        self.layout, self.reason = _layout(causal)
-        if not share:
-            self.layout, self.reason = PackLayout(False, self.layout.rope_limit), "sharing is switched off"
+        if getattr(causal.config, "is_encoder_decoder", False):
+            raise ModelError(f"{type(causal).__name__} is an encoder-decoder; prefopt trains causal language models")
+        config = causal.config.get_text_config()
+        self.reason = sharing_obstacle(causal, config) if share else "sharing is switched off"
+        self.layout = PackLayout(self.reason is None, rope_limit(config))
         self.attention = attention
         self._configs = _configs(causal)
         self._attention_before = [getattr(c, "_attn_implementation", None) for c in self._configs]

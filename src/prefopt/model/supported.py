@@ -46,8 +46,7 @@ def refuse_untrainable(name: str, config: Any) -> None:
     """Raise :class:`ModelError` for a model that cannot be trained, before data or weights are read."""
     if not any(a.endswith("ForSequenceClassification") for a in architectures_of(config)):  # of any architecture
         refuse_other_kinds(name, config)
-    fields = _quantisation(config)
-    if fields is not None and _method(fields) not in UNQUANTISED:
+    if _quantisation(config)[0] not in (None, *UNQUANTISED):
         raise ModelError(
             f"{name} is quantised ({quantisation_of(config)}); prefopt trains unquantised weights: give the model it"
             " was quantised from"
@@ -110,22 +109,19 @@ def _is_built_in(asked: object) -> bool:
 
 def quantisation_of(config: Any) -> str | None:
     """How a model is quantised, such as "bitsandbytes, 4 bits"; None where it is not."""
-    fields = _quantisation(config)
-    if fields is None:
-        return None
+    method, fields = _quantisation(config)
     names = ("bits", "w_bit", "nbits", "weight_bits")
     bits = 4 if fields.get("load_in_4bit") else 8 if fields.get("load_in_8bit") else None
     bits = bits or next((fields[name] for name in names if name in fields), None)
-    return _method(fields) + (f", {bits} bits" if bits and isinstance(bits, int) else "")
+    return f"{method}, {bits} bits" if bits and isinstance(bits, int) else method
 
 
 def loading_options(name: str, config: Any) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` for a quantised model. Raises :class:`ModelError` for a method that transformers
     does not know: it would read the packed weights as plain."""
-    fields = _quantisation(config)
-    if fields is None:
+    method, _ = _quantisation(config)
+    if method is None:
         return {}
-    method = _method(fields)
     if method not in {m.removesuffix("_4bit").removesuffix("_8bit") for m in AUTO_QUANTIZER_MAPPING}:
         raise ModelError(
             f"{name} is quantised in a way that transformers does not know ({method}); give the model it was quantised"
@@ -140,8 +136,7 @@ def loading_options(name: str, config: Any) -> dict[str, Any]:
 
 def keep_unpacked_names(model: Any, config: Any) -> None:
     """Save a model that was unquantised at loading under its own names: transformers would write the packed ones."""
-    fields = _quantisation(config)
-    if fields is not None and _method(fields) in UNQUANTISED:
+    if _quantisation(config)[0] in UNQUANTISED:
         model._weight_conversions = [
             conversion
             for conversion in getattr(model, "_weight_conversions", None) or ()
@@ -166,21 +161,16 @@ def backend_errors(name: str, config: Any) -> Iterator[None]:
         raise ModelError(f"{name} is quantised ({how}) {why} the model it was quantised from") from error
 
 
-def _quantisation(config: Any) -> dict[str, Any] | None:
-    """The fields of ``quantization_config``."""
+def _quantisation(config: Any) -> tuple[str | None, dict[str, Any]]:
+    """The method of ``quantization_config`` and its fields; None and no fields without one."""
     text = config.get_text_config()
-    found = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
-    if found is None or isinstance(found, dict):
-        return found or None
-    fields: dict[str, Any] = found.to_dict()
-    return fields
-
-
-def _method(fields: dict[str, Any]) -> str:
+    found = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None) or {}
+    fields: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
     if fields.get("load_in_4bit") or fields.get("load_in_8bit"):
-        return "bitsandbytes"
+        return "bitsandbytes", fields
     method = fields.get("quant_method")
-    return str(getattr(method, "value", method) or "by a method that config.json does not name")
+    named = str(getattr(method, "value", method) or "by a method that config.json does not name")
+    return (named, fields) if fields else (None, {})
 
 
 @contextmanager

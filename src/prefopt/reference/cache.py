@@ -1,8 +1,8 @@
-"""The reference's log-probabilities, computed once and kept.
+"""Cache of the reference's log-probabilities.
 
 Values are in a *space*: one folder per reference identity and way of scoring. Within it a response is named by its
-token ids and mask, so that beta, loss, seed, order, learning rate, LoRA rank and output folder change nothing, and
-appended data cost only themselves. The caller brings the function that scores a batch; nothing here needs torch.
+token ids and mask, so that no other option matters, and appended data cost only themselves. The caller brings the
+function that scores a batch; nothing here needs torch.
 
 Finished batches are committed in blocks every few seconds: a killed process loses what it did since the last commit, an
 interrupted one nothing that was finished.
@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from prefopt.core.cache_folder import acquired, cache_errors, reference_folder, space_lock, write_cached
 from prefopt.data.group import Group
-from prefopt.data.table import Array, GroupTable, IndexArray, KeyArray, ranges
+from prefopt.data.table import Array, GroupTable, IndexArray, KeyArray, Selection, ranges
 from prefopt.errors import CacheError, ModelError
 from prefopt.reference.blocks import Arrays, Index, NamedGroups, ScoringPlan, plan_file, write_block
 
@@ -102,6 +102,8 @@ ScoreBatch = Callable[[list[Group]], Sequence[Sequence[ResponseScore]]]
 """Scores one packed batch: for each group, for each of its responses, in order."""
 ProgressCallback = Callable[[int, int, float], None]
 """Called after every batch with responses done, responses in all, and seconds since the first batch began."""
+StopCallback = Callable[[], None] | None
+"""Called between batches; it may raise."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,18 +175,15 @@ class ReferenceCache:
         token_budget: int,
         token_values: bool = False,
         progress: ProgressCallback | None = None,
-        stop: Callable[[], None] | None = None,
+        stop: StopCallback = None,
     ) -> FillReport:
-        """Score and keep the missing values of ``groups``.
+        """Score and keep the missing values of ``groups``; waits for another process that scores into the same space.
 
         ``make_score`` is called at most once, and only where a value is missing: it may load a model. Its function gets
         groups of at most ``token_budget`` tokens (``SpaceKey.costs``), or one larger group. The plan of an interrupted
-        run keeps its budget, unless that is at least twice this one: a budget halved on out-of-memory plans anew, one
-        estimated a little differently does not. ``stop`` is called between batches and may raise; finished batches are
-        committed first.
-
-        Waits for another process that scores into the same space. Raises ``CacheError`` where the disk refuses,
-        ``ModelError`` where the reference gives no finite number.
+        run keeps its budget, unless that is at least twice this one (halved on out-of-memory). Finished
+        batches are committed before ``stop`` raises. Raises ``CacheError`` where the disk refuses, ``ModelError`` where
+        the reference gives no finite number.
         """
         table = GroupTable.of(groups)
         requested = np.unique(table.key_N)
@@ -201,7 +200,8 @@ class ReferenceCache:
                     if plan is None or 2 * token_budget <= plan.token_budget or not plan.covers(missing):
                         plan = ScoringPlan.make(named, self.space.costs(table), missing, token_budget)
                         plan.write(path, self.space.id)
-                    scored = self._scored(plan, table, named.find(plan.groups.names_G), missing, make_score(), stop)
+                    planned = Selection(table, named.find(plan.groups.names_G).tolist())
+                    scored = self._scored(plan, planned, missing, make_score(), stop)
                     calls, seconds = self._commit_all(scored, len(missing), token_values, progress)
                     self._index.refresh()
                 self._remove_finished_plans()
@@ -215,22 +215,16 @@ class ReferenceCache:
         return keys[self._index.find(keys, token_values=token_values) < 0]
 
     def _scored(
-        self,
-        plan: ScoringPlan,
-        table: GroupTable,
-        place: IndexArray,
-        missing: KeyArray,
-        score: ScoreBatch,
-        stop: Callable[[], None] | None,
+        self, plan: ScoringPlan, groups: Selection, missing: KeyArray, score: ScoreBatch, stop: StopCallback
     ) -> Iterator[tuple[KeyArray, list[ResponseScore]]]:
-        """The ``missing`` responses of ``plan``, batch by batch; its groups are at ``place`` in ``table``."""
+        """The ``missing`` responses of ``plan``, whose groups are given, batch by batch."""
         for batch, take in plan.work(missing):
             if stop is not None:
                 stop()
-            groups = [table[g] for g in place[batch.start : batch.stop].tolist()]
+            here = groups[batch.start : batch.stop]
             scores = [
                 (scored, group, k)
-                for group, result in zip(groups, score(groups), strict=True)
+                for group, result in zip(here, score(here), strict=True)
                 for k, scored in enumerate(result)
             ]
             first = plan.groups.starts[batch.start]
@@ -286,7 +280,7 @@ class ReferenceCache:
                     path.unlink()
 
     @contextmanager
-    def _locked(self, stop: Callable[[], None] | None) -> Iterator[None]:
+    def _locked(self, stop: StopCallback) -> Iterator[None]:
         lock = space_lock(self.folder)
         if not acquired(lock):
             log.warning("another process is scoring the same reference (space %s): waiting for it", self.space.id)
