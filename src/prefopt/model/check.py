@@ -214,12 +214,9 @@ def check_scalars(scorer: ScalarScorer, groups: Sequence[Group]) -> CheckReport:
     with torch.no_grad():
         together = scorer(pack(some, scorer.layout).to(device))
         noise = _rms(together - torch.cat([scorer(pack([g], scorer.layout).to(device)) for g in some]))
-        scorer.detach_hook()
-        own = []
-        for ids, trained in _sequences(some):
-            row = ids[: int(trained.nonzero()[-1]) + 1].to(device)[None]
-            own.append(model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[0, 0])
-        scorer.attach_hook()
+        rows = [ids[: int(trained.nonzero()[-1]) + 1].to(device)[None] for ids, trained in _sequences(some)]
+        with scorer.attention_by(None):
+            own = [model(input_ids=x, attention_mask=torch.ones_like(x), use_cache=False).logits[0, 0] for x in rows]
     sharing = _rms(together + scorer.shift - torch.stack(own).to(together.dtype))
     gross = _GROSS[scorer.dtype] * max(1.0, float(together.abs().max()))
     if not max(sharing, noise) < gross:
@@ -233,7 +230,7 @@ def check_scalars(scorer: ScalarScorer, groups: Sequence[Group]) -> CheckReport:
 
 def _checked_clone(scorer: PackedModel) -> float | None:
     """The error on the tiny model of the scorer's architecture; None where it cannot be built."""
-    model = causal_model(scorer.model)
+    model, head = causal_model(scorer.model), getattr(scorer, "head", None)
     clone = tiny_clone(model.config)
     if clone is None:
         return None
@@ -243,16 +240,14 @@ def _checked_clone(scorer: PackedModel) -> float | None:
                 f"{type(model).__name__} is not causal: on a small copy logits change by {ahead:.1e} (relative) with"
                 " what comes after them; prefopt trains causal language models"
             )
-        error = clone_difference(clone, scorer.attention, head=getattr(scorer, "head", None))
-    if not error < CLONE_TOLERANCE:
-        raise ModelError(
-            f"{type(model).__name__}: packed scoring differs from the model's own forward by {error:.1e}"
-            " (relative) on a small copy; please report this architecture"
-        )
-    if scorer.layout.share and scorer.kernel == "varlen":
-        with uncounted():
-            device = next(scorer.model.parameters()).device
-            check_kernel(clone, _random_groups(), device, scorer.dtype, getattr(scorer, "head", None))
+        error = clone_difference(clone, scorer.attention, head=head)
+        if not error < CLONE_TOLERANCE:
+            raise ModelError(
+                f"{type(model).__name__}: packed scoring differs from the model's own forward by {error:.1e}"
+                " (relative) on a small copy; please report this architecture"
+            )
+        if scorer.layout.share and scorer.kernel == "varlen":
+            check_kernel(clone, _random_groups(), next(model.parameters()).device, scorer.dtype, head)
     return error
 
 
@@ -322,10 +317,9 @@ def _real_differences(scorer: Scorer, groups: Sequence[Group]) -> tuple[float, f
     noise = _rms(together - apart)
     if not scorer.layout.share:
         return 0.0, noise
-    scorer.detach_hook()
-    plain = Scorer(scorer.model, share=False, head=scorer.head)
-    separate = plain(pack(some[:1], plain.layout).to(device))
-    scorer.attach_hook()
+    with scorer.attention_by(None):
+        plain = Scorer(scorer.model, share=False, head=scorer.head)
+        separate = plain(pack(some[:1], plain.layout).to(device))
     return _rms(apart[: len(separate)] - separate), noise
 
 
@@ -335,10 +329,8 @@ def _head_difference(scorer: Scorer, group: Group) -> float:
     ids = group.sequence(0)[0][:HEAD_TOKENS]
     start = [Group.from_sequences([(ids, np.arange(len(ids)) > 0)], row=0)]
     found = scorer(pack(start, scorer.layout).to(next(scorer.model.parameters()).device))
-    scorer.detach_hook()
-    own = _separately(causal_model(scorer.model), start)
-    scorer.attach_hook()
-    return _rms(found - own)
+    with scorer.attention_by(None):
+        return _rms(found - _separately(causal_model(scorer.model), start))
 
 
 def _rms(x: torch.Tensor) -> float:

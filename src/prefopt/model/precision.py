@@ -20,12 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from prefopt.errors import ConfigError
 from prefopt.model.architectures import causal_model
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES: dict[str, torch.dtype] = {n: getattr(torch, n) for n in ("float32", "bfloat16", "float16", "float64")}
 AUTO_DTYPE = "PREFOPT_DTYPE"
 """The variable that sets ``--dtype auto``, for different machines that should compute alike."""
 _DROPOUT = re.compile(r"drop(out|_rate)?$|_pdrop$|dropout|layerdrop|jitter_noise")

@@ -235,12 +235,8 @@ def _transformers4_tokenizer(tokenizer: Tokenizer, found: Json) -> Json:
 
 def transformers4_config(found: Json) -> Json:
     """A ``config.json`` with the fields of transformers 4 beside those of transformers 5."""
-    now = _as_parsed(found)
-    for scaling in (True, False):
-        changed = _with_older_fields(found, scaling=scaling)
-        if now is not None and _contains(_as_parsed(changed), now):
-            return changed
-    return found
+    changed, now = _with_older_fields(found), _as_parsed(found)
+    return changed if now is not None and _contains(_as_parsed(changed), now) else found
 
 
 def transformers_versions(folder: Path) -> str:
@@ -251,12 +247,12 @@ def transformers_versions(folder: Path) -> str:
     return "transformers 5, and version 4 (tried with 4.57) where it knows the architecture"
 
 
-def _with_older_fields(found: Json, *, scaling: bool = True) -> Json:
-    """With older fields in every configuration of a document, nested ones too; ``scaling``: also ``rope_scaling``."""
+def _with_older_fields(found: Json) -> Json:
+    """With older fields in every configuration of a document, nested ones too."""
     nested = {k: v for k, v in found.items() if k.endswith("_config") and isinstance(v, dict)}
-    changed = found | {name: _with_older_fields(config, scaling=scaling) for name, config in nested.items()}
+    changed = found | {name: _with_older_fields(config) for name, config in nested.items()}
     older = {"torch_dtype": found["dtype"]} if isinstance(found.get("dtype"), str) else {}
-    older |= _older_rope(found, scaling=scaling)
+    older |= _older_rope(found)
     names = _RENAMED.get(str(found.get("model_type")), {})
     older |= {name: found[name] for name in names if name in found}
     for name, value in older.items():
@@ -264,7 +260,7 @@ def _with_older_fields(found: Json, *, scaling: bool = True) -> Json:
     return changed
 
 
-def _older_rope(config: Json, *, scaling: bool) -> Json:
+def _older_rope(config: Json) -> Json:
     """Rotary embeddings in the fields of transformers 4; where layers differ, those of full attention."""
     rope = config.get("rope_parameters")
     wide: Any = rope.get(_FULL, rope) if isinstance(rope, dict) else None
@@ -274,18 +270,13 @@ def _older_rope(config: Json, *, scaling: bool) -> Json:
     narrow = rope.get(_SLIDING)
     if isinstance(narrow, dict) and narrow.get("rope_theta") not in (None, wide["rope_theta"]):
         older["rope_local_base_freq"] = narrow["rope_theta"]
-    if scaling and (rest := _rope_scaling(wide, config)):
-        older["rope_scaling"] = rest
-    return older
-
-
-def _rope_scaling(rope: Json, config: Json) -> Json:
-    """What transformers 4 calls ``rope_scaling``: empty for plain rotary embeddings."""
-    kind = rope.get("rope_type", "default")
-    rest = {k: v for k, v in rope.items() if k not in (_FULL, _SLIDING, "rope_theta", "partial_rotary_factor")}
+    kind = wide.get("rope_type", "default")
+    scaling = {k: v for k, v in wide.items() if k not in (_FULL, _SLIDING, "rope_theta", "partial_rotary_factor")}
     if kind == "longrope" and "original_max_position_embeddings" in config:  # Phi-3 takes these three and no other
-        return {"type": kind, "short_factor": rope.get("short_factor"), "long_factor": rope.get("long_factor")}
-    return rest if kind != "default" or rest.keys() - {"rope_type", "type"} else {}
+        scaling = {"type": kind, "short_factor": wide.get("short_factor"), "long_factor": wide.get("long_factor")}
+    if kind != "default" or scaling.keys() - {"rope_type", "type"}:
+        older["rope_scaling"] = scaling
+    return older
 
 
 def _as_parsed(document: Json) -> Json | None:

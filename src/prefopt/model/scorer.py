@@ -36,15 +36,10 @@ from prefopt.model.kernels.head import (
 )
 from prefopt.model.packing import ForwardPass, PackedBatch, PackLayout
 
-VERSION = 1
-"""Part of the key of cached values: raised whenever the scorer's results change beyond rounding."""
-NARROW_VERSION = 2
-"""The same for bfloat16 and float16, whose rounding has changed where float32's has not."""
-
 
 def version_of(dtype: torch.dtype) -> int:
-    """The version for values computed in ``dtype``."""
-    return VERSION if dtype == wide_dtype(dtype) else NARROW_VERSION
+    """Part of the key of cached values computed in ``dtype``: raised whenever they change beyond rounding."""
+    return 1 if dtype == wide_dtype(dtype) else 2
 
 
 class PackedModel(torch.nn.Module):
@@ -64,7 +59,9 @@ class PackedModel(torch.nn.Module):
         self.reason = sharing_obstacle(causal, config) if share else "sharing is switched off"
         self.layout = PackLayout(self.reason is None, rope_limit(config))
         self.attention = attention
-        self._configs = _configs(causal)
+        # All configurations that a layer may read: the model's, its text part's, and those of inner models.
+        configs = [causal.config, config, *(m.config for m in causal.modules() if isinstance(m, PreTrainedModel))]
+        self._configs = list({id(c): c for c in configs}.values())
         self._attention_before = [getattr(c, "_attn_implementation", None) for c in self._configs]
         self.attach_hook()
         if self.layout.share and (reason := self._try_hook()):
@@ -163,13 +160,6 @@ class PackedModel(torch.nn.Module):
         out = body(input_ids=row.ids[None], use_cache=False, return_dict=True, **extra)
         hidden: torch.Tensor = out.last_hidden_state[0]
         return hidden
-
-
-def _configs(model: PreTrainedModel) -> list[Any]:
-    """Every configuration that a layer may read: the model's, its text part's, and those of inner models."""
-    found = [model.config, model.config.get_text_config()]
-    found += [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
-    return list({id(c): c for c in found}.values())
 
 
 class ScoreRequest(NamedTuple):

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from prefopt.core.cache_folder import acquired, cache_errors, reference_folder, space_lock, write_cached
+from prefopt.core.cache_folder import acquired, cache_errors, reference_folder, space_lock, used, write_cached
 from prefopt.data.group import Group
 from prefopt.data.table import Array, GroupTable, IndexArray, KeyArray, Selection, ranges
 from prefopt.errors import CacheError, ModelError
@@ -164,7 +163,8 @@ class ReferenceCache:
         if token_values:
             shift = index.token_starts[token_rows] - token_starts[:-1]
             tokens = index.token_values[np.repeat(shift, counts) + np.arange(token_starts[-1])]
-        self._touch()
+        with suppress(OSError):  # of a read-only cache
+            used(self.folder)
         return ReferenceValues(index.sums[rows], counts, table.response_starts, token_starts, tokens)
 
     def fill(
@@ -205,7 +205,8 @@ class ReferenceCache:
                     calls, seconds = self._commit_all(scored, len(missing), token_values, progress)
                     self._index.refresh()
                 self._remove_finished_plans()
-        self._touch()
+        with suppress(OSError):
+            used(self.folder)
         return FillReport(len(missing), len(requested) - len(missing), calls, seconds)
 
     def _missing(self, keys: KeyArray, token_values: bool) -> KeyArray:
@@ -299,11 +300,6 @@ class ReferenceCache:
             created = datetime.now(UTC).isoformat("T", "seconds")
             about = {"model": self.space.identity.name, **asdict(self.space), "created": created}
             write_cached(path, json.dumps(about, indent=2).encode())
-
-    def _touch(self) -> None:
-        """Note the use, by which old spaces are found; a read-only cache keeps no such note."""
-        with suppress(OSError):
-            os.utime(self.folder / "about.json")
 
 
 def _checked(scored: ResponseScore, group: Group, k: int) -> ResponseScore:

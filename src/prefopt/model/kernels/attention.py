@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from prefopt.errors import ModelError
-from prefopt.model.kernels.flash_cpu import flash_cpu_attention, gathered, occurrences
+from prefopt.model.kernels.flash_cpu import FlashShared, gathered, occurrences
 from prefopt.model.packing import Segment
 
 # An unregistered mask function makes transformers build no [T, T] mask at all; the name must not contain "flash".
@@ -92,19 +92,20 @@ def shared_attention(
     refuse_foreign(module, attention_mask, dropout, others)
     if prefix_kernel == TRIAL:
         raise HookReached
-    kernel, gather = prefix_kernel, prefix_gather
+    kernel = prefix_kernel
     width, scale = value.shape[-1], scaling if scaling is not None else query.shape[-1] ** -0.5
     both = max(width, key.shape[-1])  # multi-head latent attention: pad the narrower, cut the result
     query, key, value = (x if x.shape[-1] == both else F.pad(x, (0, both - x.shape[-1])) for x in (query, key, value))
-    if kernel == "varlen" and (s_aux is not None or gather is None or both > WIDEST or both % 8):
+    if kernel == "varlen" and (s_aux is not None or prefix_gather is None or both > WIDEST or both % 8):
         kernel = "loop"
     if softcap is not None or kernel == "loop":
         out = _loop(query, key, value, prefix_segments, scale, sliding_window, softcap, s_aux)
     elif kernel == "varlen":
-        assert gather is not None
-        out = _varlen(query, key, value, gather, scale, sliding_window)
+        assert prefix_gather is not None
+        out = _varlen(query, key, value, prefix_gather, scale, sliding_window)
     else:
-        out = flash_cpu_attention(query, key, value, s_aux, prefix_segments, scale, sliding_window)
+        row = (query[0], key[0], value[0], s_aux, prefix_segments, scale, sliding_window)
+        out = FlashShared.apply(*row)[None]  # type: ignore[no-untyped-call]
     return out[..., :width], None
 
 

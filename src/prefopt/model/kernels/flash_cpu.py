@@ -130,7 +130,9 @@ def _back(x: Tensor, heads: int) -> Tensor:
     return found
 
 
-class _FlashShared(torch.autograd.Function):
+class FlashShared(torch.autograd.Function):
+    """Attention of a row with shared prefixes, forward and backward."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -227,20 +229,6 @@ def _merge(out: Tensor, lse: Tensor, more: Tensor, lse_more: Tensor) -> tuple[Te
     total = torch.logaddexp(lse, lse_more)
     a, b = (torch.exp(x - total)[..., None] for x in (lse, lse_more))
     return (out.to(total.dtype) * a + more.to(total.dtype) * b).to(out.dtype), total
-
-
-def flash_cpu_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None,
-    segments: tuple[Segment, ...],
-    scale: float,
-    window: int | None,
-) -> Tensor:
-    """query [1, Hq, T, D], key and value [1, Hk, T, D], sinks [Hq] or none; returns [1, T, Hq, D]."""
-    out = _FlashShared.apply(query[0], key[0], value[0], sinks, segments, scale, window)  # type: ignore[no-untyped-call]
-    return cast(Tensor, out)[None]
 
 
 Sums = tuple[tuple[Tensor, Tensor], ...]
