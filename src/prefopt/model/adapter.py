@@ -1,6 +1,6 @@
 """PEFT adapters: new LoRA adapters, and saved ones put on a model.
 
-Of a checkpoint with a vision tower the language model is trained alone, in a class whose layers have other names than
+For a checkpoint with a vision tower only the language model is trained, in a class whose layers have other names than
 those of the class in ``config.json``. Adapters are saved under the latter names, which servers and other readers use.
 """
 
@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -50,10 +50,9 @@ def new_lora(
     targets: list[str] | None,
     task: str = "CAUSAL_LM",
 ) -> torch.nn.Module:
-    """Wrap ``model`` in a new LoRA adapter (which changes nothing yet); all other weights are frozen.
+    """Wrap ``model`` in a new LoRA adapter, drawn from torch's generator; all other weights are frozen.
 
-    ``targets``: see :func:`lora_targets`. The initial weights come from torch's generator. ``task`` is PEFT's task
-    type: with ``SEQ_CLS`` the scalar head trains in full, and is saved with the adapter.
+    ``targets``: see :func:`lora_targets`. ``task``: PEFT's; with ``SEQ_CLS`` the scalar head trains in full.
     """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import Linear
@@ -80,8 +79,7 @@ def new_lora(
         wrapped.prefopt_targets += "; no dropout on fused weights"
         for layer in (m for m in wrapped.modules() if isinstance(m, Linear)):
             layer.lora_dropout.update({name: torch.nn.Dropout(dropout) for name in layer.lora_dropout})
-    adapted: torch.nn.Module = wrapped
-    return adapted
+    return cast(torch.nn.Module, wrapped)
 
 
 def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
@@ -103,13 +101,12 @@ def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
             )
         wrapped.prefopt_saves_embedding = saves_embedding
     disable_dropout(wrapped)
-    trainable: torch.nn.Module = wrapped
-    return trainable
+    return cast(torch.nn.Module, wrapped)
 
 
 def _with_plain_targets(model: torch.nn.Module, folder: Path) -> Any:
-    """The adapter's configuration. Patterns in it give way to the modules that its weights are for: matching a
-    stranger's pattern might never end."""
+    """The adapter's configuration, with patterns replaced by the modules that its weights are for: an untrusted pattern
+    might never stop matching."""
     from peft import PeftConfig
 
     config: Any = PeftConfig.from_pretrained(str(folder))
@@ -149,14 +146,14 @@ def _saves_embedding(model: Any, folder: Path) -> bool:
 
 
 def _rows(model: Any, folder: Path) -> Iterator[int]:
-    """Rows of embedding and head that the adapter's weights and trained tokens need. A weight of another width counts
-    none: the adapter belongs to another model, and loading says so."""
+    """Rows of embedding and head that the adapter's weights and trained tokens need. A weight of another width is
+    skipped: the adapter belongs to another model, which loading reports."""
     rows, width = (int(n) for n in model.get_input_embeddings().weight.shape[:2])
     indices = read_adapter(folder).get("trainable_token_indices")
     for several in indices.values() if isinstance(indices, dict) else [indices]:
         for needed in (int(i) + 1 for i in several or ()):
             if needed > rows + ADDED_ROWS:
-                raise ModelError(f"{folder}: it trains token {needed - 1:,}, which the model is far from having")
+                raise ModelError(f"{folder}: it trains token {needed - 1:,}, far beyond the vocabulary of the model")
             yield needed
     names = _embedding_names(model)
     for key, shape in _shapes(folder).items():
@@ -254,9 +251,7 @@ def _empty_model(name: str, config: Any) -> PreTrainedModel | None:
         with torch.device("meta"):
             return kind(copy.deepcopy(config))
     except Exception as error:  # vision towers of other libraries
-        log.warning(
-            "adapters of this model are for its language model alone: %s cannot be built (%s)", name, first_line(error)
-        )
+        log.warning("adapters are for the language model alone: %s cannot be built (%s)", name, first_line(error))
         return None
 
 

@@ -1,4 +1,4 @@
-"""What differs between families of architectures: where layers and head are, attention, logits, experts.
+"""Differences between families of architectures: places of layers and head, attention, logits, experts.
 
 transformers adds the load-balancing loss of a mixture of experts to a model's own forward, which packed scoring does
 not call. :class:`Routers` reads the router logits while a batch is scored. A token counts once for every response that
@@ -108,11 +108,8 @@ def rope_limit(config: Any) -> int | None:
     ``max_position_embeddings``, which no row may exceed."""
     parameters = getattr(config, "rope_parameters", None) or {}
     sets = [parameters, *(v for v in parameters.values() if isinstance(v, dict))]
-    limits = [
-        s.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-        for s in sets
-        if s.get("rope_type") == "longrope"
-    ]
+    common = getattr(config, "original_max_position_embeddings", None)
+    limits = [s.get("original_max_position_embeddings") or common for s in sets if s.get("rope_type") == "longrope"]
     return min((int(x) for x in limits if x), default=None)
 
 
@@ -211,7 +208,7 @@ def _answering(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[None]:
         module.forward = answer
     try:
         yield
-        assert asked, "logits were made of other hidden states"
+        assert asked, "logits do not depend on these hidden states"
     finally:
         for module in inner:
             del module.forward
@@ -307,7 +304,7 @@ def _responses_per_token(segments: Sequence[Segment], tokens: int) -> torch.Tens
 
 
 def _router_modules(causal: Any) -> Iterator[tuple[torch.nn.Module, int]]:
-    """What transformers itself records as ``router_logits``, in the order of the layers."""
+    """The modules that transformers records as ``router_logits``, in the order of the layers."""
     for owner in causal.modules():
         recorders = (getattr(owner, "_can_record_outputs", None) or {}).get("router_logits")
         if recorders is None:

@@ -58,7 +58,7 @@ def tiny_clone(config: PreTrainedConfig) -> PreTrainedModel | None:
     architecture cannot be built that small."""
     with transformers_log_level(logging.ERROR), torch.random.fork_rng(devices=[]):
         for heads_too in (True, False):
-            with suppress(Exception):  # whatever a configuration refuses: the report says that it is unchecked
+            with suppress(Exception):  # any class of error: the report states that the model is unchecked
                 return _build(_shrunk(config, heads_too))
     return None
 
@@ -169,11 +169,9 @@ def _error(found: torch.Tensor, right: torch.Tensor) -> float:
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """``clone_error``: largest relative difference on the tiny model (None: it could not be built).
-
-    ``sharing_error`` and ``noise``: root mean square difference of a token's log-probability, in nats, between shared
-    and separate scoring and between two packings.
-    """
+    """``clone_error``: largest relative difference on the tiny model (None: it could not be built). ``sharing_error``
+    and ``noise``: root mean square difference of a token's log-probability, in nats, between shared and separate
+    scoring and between two packings."""
 
     clone_error: float | None
     sharing_error: float

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,7 +28,7 @@ from prefopt.model.architectures import MTP_COUNTS
 _HEAD_FILE = "value_head.safetensors"
 HEAD_NAMES = re.compile(r"^(score|value_head|v_head|reward_head|regression_head|regression_layer|rm_head)\.")
 _MTP_LAYERS = "layers for multi-token prediction"
-# What an untouched tensor belongs to, by a part of its name; the first that matches.
+# Kinds of untouched tensors by a part of the name; the first that matches.
 _KINDS = {
     "value head": HEAD_NAMES.pattern,
     _MTP_LAYERS: r"mtp|nextn|\.(eh_proj|enorm|hnorm|shared_head)\.",
@@ -62,8 +62,7 @@ class StoredTensor:
         """The tensor, on the CPU, in its stored type. Raises :class:`ModelError` where the file is gone."""
         try:
             with safe_open(self.file, framework="pt") as file:
-                found: torch.Tensor = file.get_tensor(name)
-            return found
+                return cast(torch.Tensor, file.get_tensor(name))
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{self.file}: {name} cannot be read ({error}); put the model back") from error
 
@@ -174,9 +173,8 @@ def set_origin(model: Any, origin: ModelOrigin) -> None:
 
 
 def origin_of(model: Any) -> ModelOrigin | None:
-    """The checkpoint that a model comes from; None for one built in Python, or made of another."""
-    found: ModelOrigin | None = getattr(model, "prefopt_origin", None)
-    return found
+    """The checkpoint that a model comes from; None for one built in Python."""
+    return cast(ModelOrigin | None, getattr(model, "prefopt_origin", None))
 
 
 def _storage(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -214,7 +212,7 @@ class ScalarHead:
 
 def scalar_head(folder: str | Path) -> ScalarHead | None:
     """The scalar head in a model folder or beside an adapter; None without one, or where the weights cannot be read
-    (loading says why). Raises :class:`ModelError` where a separate file of the head cannot be read."""
+    (loading reports it). Raises :class:`ModelError` where a separate file of the head cannot be read."""
     try:
         tensors = dict(WeightFiles.read(folder).tensors)
     except ModelError:

@@ -1,10 +1,4 @@
-"""Costs of a run: forward passes, tokens, models in memory, and the memory itself.
-
->>> with count_costs() as costs:
-...     count_generated(3)
->>> costs.generated_tokens
-3
-"""
+"""Costs of a run: forward passes, tokens, models in memory, and the memory itself."""
 
 from __future__ import annotations
 
@@ -12,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
@@ -23,9 +17,6 @@ if TYPE_CHECKING:
     import torch  # imported where it is needed: run folders are read without it
 
 Purpose = Literal["train", "score", "decode"]
-COUNTS = """
-    forward_passes trained_tokens scored_tokens decoded_tokens generated_tokens models model_bytes
-""".split()
 LARGEST = ("models", "model_bytes", "peak_memory_bytes")
 """Maxima over several stages; all others are sums."""
 
@@ -58,7 +49,7 @@ class Costs:
 
     def to_dict(self) -> dict[str, int]:
         """The counts by name."""
-        return {name: getattr(self, name) for name in COUNTS}
+        return {count.name: getattr(self, count.name) for count in fields(self) if count.repr}
 
 
 _open: list[Costs] = []

@@ -20,7 +20,7 @@ from prefopt.core.cache_folder import cache_root
 from prefopt.core.terminal import size
 
 LIBRARIES = "torch transformers tokenizers peft safetensors huggingface_hub numpy rich".split()
-# Variables whose values say how things run and name nobody; of all others not even the name is shown.
+# Variables that affect runs and hold no secrets; no other variable is shown, not even its name.
 VARIABLES = """
     PREFOPT_CACHE PREFOPT_DTYPE HF_HOME HF_HUB_OFFLINE CUDA_VISIBLE_DEVICES PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF
     OMP_NUM_THREADS MKL_NUM_THREADS TOKENIZERS_PARALLELISM CUBLAS_WORKSPACE_CONFIG WANDB_MODE
@@ -38,7 +38,7 @@ def environment() -> dict[str, Section]:
 
 
 def hardware() -> dict[str, Section]:
-    """What results may depend on, and is quick to find out: versions, machine and devices."""
+    """Versions, machine and devices, for run records."""
     versions = {"prefopt": prefopt.__version__, "python": platform.python_version()}
     versions |= {name: _version(name) or "not installed" for name in LIBRARIES}
     return _anonymous({"versions": versions, "machine": _machine(), "devices": _devices()})
@@ -107,23 +107,13 @@ def _devices() -> Section:
 def _folders() -> Section:
     from huggingface_hub import constants
 
-    cache, hub = cache_root(), Path(constants.HF_HUB_CACHE)
+    cache = cache_root()
     return {
-        "reference cache": f"{cache} ({size(_bytes(cache))})",
-        "hub cache": f"{hub} ({size(_bytes(hub))})",
+        "reference cache": str(cache),
+        "hub cache": constants.HF_HUB_CACHE,
         "free there": size(shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free),
         "python": sys.executable,
     }
-
-
-def _bytes(folder: Path) -> int:
-    """Bytes below a folder, without following links; files that disappear meanwhile do not count."""
-    total = 0
-    for path, _, names in os.walk(folder):
-        for name in names:
-            with suppress(OSError):
-                total += os.lstat(os.path.join(path, name)).st_size  # noqa: PTH118
-    return total
 
 
 def _extras() -> Section:

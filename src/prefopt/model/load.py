@@ -99,9 +99,8 @@ def load_config(name: str) -> PreTrainedConfig:
 def context_of(name: str) -> int | None:
     """Positions of a model folder or Hub name, where it gives them; None for a folder with a tokenizer alone."""
     folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file() and not is_adapter(folder):
-        return None
-    return context_length(load_config(str(folder) if folder.exists() else name))
+    bare = folder.is_dir() and not (folder / "config.json").is_file() and not is_adapter(folder)
+    return None if bare else context_length(load_config(str(folder) if folder.exists() else name))
 
 
 def load_model(name: str, *, dtype: torch.dtype, device: torch.device, adapter: str | None = None) -> torch.nn.Module:
@@ -182,8 +181,7 @@ def _parameters(kind: Any, name: str, config: PreTrainedConfig) -> int:
 
 def _check_language_model(name: str, model: PreTrainedModel, origin: ModelOrigin) -> None:
     """Raises :class:`ModelError` for a reward model: its scalar head is in the place of a language model's head."""
-    head = scalar_head(name)
-    if head is None:
+    if (head := scalar_head(name)) is None:
         return
     classes = architectures_of(load_config(name))
     if head.weight.startswith("v_head.") and all(a.endswith(_LANGUAGE_MODELS) for a in classes):

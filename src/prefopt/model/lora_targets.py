@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -40,11 +40,8 @@ _NOT_CALLED_IN_MAMBA = ("out_proj", "conv1d")
 
 @dataclass(frozen=True, slots=True)
 class WeightMatrix:
-    """A matrix of a model: the name of its layer, and of the parameter.
-
-    ``fused``: an adapter goes on the parameter, since the layer is not linear (experts in one tensor of three axes,
-    routers with their own weight, grouped linear layers). ``reachable``: whether an adapter has an effect.
-    """
+    """A matrix of a model. ``fused``: an adapter goes on the parameter, since its layer is not linear (experts in one
+    tensor, routers, grouped linear layers). ``reachable``: whether an adapter has an effect."""
 
     module: str
     parameter: str
@@ -210,8 +207,7 @@ def _former_names(model: Any) -> Collection[str]:
     from peft.utils import transformers_weight_conversion as conversion
 
     pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(getattr(model.config, "model_type", ""), "")
-    former: Collection[str] = conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, ())
-    return former
+    return cast(Collection[str], conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, ()))
 
 
 def _short(matrices: list[WeightMatrix], wanted: Collection[str]) -> list[str]:
@@ -242,7 +238,6 @@ def _words(matrices: list[WeightMatrix], wanted: list[WeightMatrix]) -> str:
         for share, kinds in sorted(shares.items(), reverse=True)
     ]
     parts += [f"{m.kind} {_leaf(m)}" for m in wanted if m.kind in ("head", "embedding", "convolution")][:4]
-    left = {_leaf(m) for m in matrices if m.kind in KINDS and not m.reachable}
-    if left:
+    if left := {_leaf(m) for m in matrices if m.kind in KINDS and not m.reachable}:
         parts.append(f"{', '.join(sorted(left))} cannot have one")
     return "; ".join(parts)

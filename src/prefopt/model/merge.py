@@ -80,21 +80,21 @@ class MergeReport:
             lines.append(f"kept as they are: {self.kept}")
         if self.effect == 0:
             lines.append("the adapter changes nothing: was it trained?")
-        lines += [self.ends] if self.ends else []
-        return [*lines, f"loaded again by transformers, with the same logits and {self.tensors} tensors: {self.output}"]
+        if self.ends:
+            lines.append(self.ends)
+        lines.append(f"loaded again: the same logits, its {self.tensors} tensors under the same names: {self.output}")
+        return lines
 
 
 def merge_adapter(
     adapter: str, output: str | Path, *, model: str | None = None, dtype: torch.dtype, device: torch.device
 ) -> MergeReport:
-    """Write ``model`` with ``adapter`` merged in, its tokenizer, chat template and generation config to ``output``.
-
-    ``model``: by default the one that the adapter names. Raises :class:`ModelError` for adapters and models that cannot
-    be merged, :class:`RunError` where ``output`` exists, or the outputs are not those of the adapter.
-    """
+    """Write ``model`` (by default the one that the adapter names) with ``adapter`` merged in, its tokenizer, chat
+    template and generation config to ``output``. Raises :class:`ModelError` for adapters and models that cannot be
+    merged, :class:`RunError` where ``output`` exists, or the outputs are not those of the adapter."""
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RunError(f"--output {output} is there already; name a new folder")
+        raise RunError(f"--output {output} exists; name a new folder")
     source = local_folder(adapter)
     require_adapter(source)
     if model is not None and is_adapter(local_folder(model)):
@@ -197,8 +197,7 @@ def _untie(model: Any) -> bool:
     if outputs is None:
         return False
     plain = [layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer for layer in (inputs, outputs)]
-    adapted = plain[0] is not inputs or plain[1] is not outputs
-    if not adapted or plain[0].weight is not plain[1].weight:
+    if plain == [inputs, outputs] or plain[0].weight is not plain[1].weight:
         return False
     plain[1].weight = torch.nn.Parameter(plain[1].weight.detach().clone(), requires_grad=False)
     return True

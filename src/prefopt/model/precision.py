@@ -65,9 +65,8 @@ def native_bfloat16(device: torch.device) -> bool:
 
 def slow_dtype(dtype: torch.dtype, device: torch.device) -> str | None:
     """A warning in one line where the device has to emulate the precision."""
-    if dtype != torch.bfloat16 or native_bfloat16(device):
-        return None
-    return "bfloat16: this device emulates it, many times slower than float32; leave --dtype out to use float32"
+    slow = "bfloat16: this device emulates it, many times slower than float32; leave --dtype out to use float32"
+    return slow if dtype == torch.bfloat16 and not native_bfloat16(device) else None
 
 
 class MasterWeights:

@@ -30,7 +30,7 @@ class UploadPlan:
     warnings: list[str]
 
     def in_words(self, repo: str, private: bool) -> list[str]:
-        """What is shown before anything is sent."""
+        """Lines to show before anything is sent."""
         width = max(map(len, self.files))
         lines = [f"{self.folder} to https://huggingface.co/{repo} ({'private' if private else 'public'}):"]
         lines += [f"  {name:{width}}  {size(count):>9}" for name, count in self.files.items()]
@@ -52,8 +52,7 @@ def plan_upload(folder: str | Path, *, run: bool = False, checkpoints: bool = Fa
     files: dict[str, int] = {}
     left_out: dict[str, str] = {}
     for path in sorted(folder.iterdir()):
-        why = _why_not(path, run=run, checkpoints=checkpoints)
-        if why:
+        if why := _why_not(path, run=run, checkpoints=checkpoints):
             left_out[path.name + "/" * path.is_dir()] = why
         else:
             inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -62,11 +61,8 @@ def plan_upload(folder: str | Path, *, run: bool = False, checkpoints: bool = Fa
 
 
 def push(planned: UploadPlan, repo: str, *, private: bool = False) -> str:
-    """Send the planned files without confirmation; returns the address of the commit.
-
-    Raises :class:`RunError` for errors of the Hub or the network, in one line with the remedy, and where a repository
-    that should be private exists and is public.
-    """
+    """Send the planned files without confirmation; returns the address of the commit. Raises :class:`RunError` for
+    errors of the Hub or the network, and where a repository that should be private is public."""
     no_telemetry()
     import huggingface_hub
 
@@ -78,8 +74,8 @@ def push(planned: UploadPlan, repo: str, *, private: bool = False) -> str:
         name = api.create_repo(repo, private=private, exist_ok=True).repo_id
         if private and not api.repo_info(name).private:
             raise RunError(
-                f"--repo {repo} is there already and public, so that --private would hide nothing: make it private on"
-                " its page, name another, or leave --private out. Nothing was sent"
+                f"--repo {repo} exists and is public: nothing was sent. Make it private on its page, name another, or"
+                " leave --private out"
             )
         commit = api.upload_folder(
             repo_id=name,
@@ -112,7 +108,7 @@ def _why_not(path: Path, *, run: bool, checkpoints: bool) -> str | None:
     if path.name in RUN_FILES:
         return None if run else "the record of the run; --with-run sends it"
     if path.name == "checkpoints" or path.stem == "optimizer":
-        return None if checkpoints else "to go on training; --with-checkpoints sends it"
+        return None if checkpoints else "for resuming; --with-checkpoints sends it"
     if path.is_dir() or not (path.suffix in MODEL_FILES or path.stem in MODEL_NAMES):
         return "no part of a model"
     return None
@@ -131,7 +127,7 @@ def _warnings(folder: Path, files: dict[str, int]) -> list[str]:
     base = str(read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path", ""))
     if base and (base.startswith((".", "/", "~")) or Path(base).exists()):
         found.append(
-            f"{ADAPTER_CONFIG} names its model by a folder of this machine ({base}), where nobody else will find it:"
-            " put its name on the Hub there, or merge the adapter first (prefopt merge)"
+            f"{ADAPTER_CONFIG} names its model by a folder of this machine ({base}): put its name on the Hub"
+            " there, or merge the adapter first (prefopt merge)"
         )
     return found

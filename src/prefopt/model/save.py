@@ -39,12 +39,9 @@ _SIDE_FILES = """
 """.split()
 ONLY_NEW = {"TokenizersBackend", "PythonBackend", "SentencePieceBackend", "MistralCommonBackend"}
 """Tokenizer classes that transformers 4 does not have."""
-_NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 # Fields with another name in transformers 4, by model type.
 _RENAMED: dict[str, dict[str, str]] = {
-    "gpt_neox": _NEOX,
-    "gpt_neox_japanese": _NEOX,
-    "modernbert-decoder": {"rope_theta": "global_rope_theta", "rope_local_base_freq": "local_rope_theta"},
+    "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
     "qwen3_moe": {"num_local_experts": "num_experts"},
     "qwen3_vl_moe_text": {"num_local_experts": "num_experts"},
 }
@@ -54,9 +51,8 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 def save_weights(folder: Path, model: Any, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
     """Write the weights ``state`` of ``model``, its configuration (of ``dtype``) and its generation configuration.
 
-    A model that was loaded from a folder keeps that folder's names, and byte for byte every tensor of it that is in no
-    weight of the model; its configuration names the same class. Raises :class:`ModelError` where there are such
-    tensors, and the folder is gone.
+    A model that was loaded from a folder keeps that folder's names and class, and byte for byte every tensor that is in
+    no weight of the model. Raises :class:`ModelError` where there are such tensors, and the folder is gone.
     """
     origin = origin_of(model)
     if origin is None or not origin.kept:
@@ -204,11 +200,8 @@ def ids_of(value: Any) -> list[int]:
 
 
 def write_transformers4_fields(folder: Path, tokenizer: Tokenizer) -> None:
-    """Add what transformers 4 reads to ``config.json`` and ``tokenizer_config.json`` of ``folder``, where they exist.
-
-    Transformers 5 reads the same from them as before; fields that it would read differently are left out.
-    ``tokenizer`` is the saved one: its class keeps the name that it has in the folder it came from.
-    """
+    """Add what transformers 4 reads to ``config.json`` and ``tokenizer_config.json``, where transformers 5 reads the
+    same as before. The class of ``tokenizer``, the saved one, keeps its original name. Raises :class:`RunError`."""
     changes: dict[str, Callable[[Json], Json]] = {
         "tokenizer_config.json": partial(_transformers4_tokenizer, tokenizer),
         "config.json": transformers4_config,
@@ -280,7 +273,7 @@ def _older_rope(config: Json) -> Json:
 
 
 def _as_parsed(document: Json) -> Json | None:
-    """What transformers 5 makes of the document; None where it does not know the model, or warns of a field."""
+    """The document as transformers 5 parses it; None where it does not know the model, or warns of a field."""
     config: Any = AutoConfig
     with suppress(Exception), warnings.catch_warnings(), transformers_log_level(logging.CRITICAL):
         warnings.simplefilter("error")

@@ -10,15 +10,15 @@ not the pad token: the pad token must not be EOS.
     reward_N = scorer(pack(groups, scorer.layout))                 # one per response, at its last scored token
     value_M = scorer(pack(groups, scorer.layout), tokens=True)     # one per scored token, in the state before it
 
-:class:`ScalarScorer` subtracts ``prefopt_reward_shift`` of the configuration from its results. (transformers' heads
-have no bias: their ``logits`` are the rewards before the shift. Differences of rewards, and so preferences, are equal.)
+:class:`ScalarScorer` subtracts ``prefopt_reward_shift`` of the configuration from its results: transformers' heads
+have no bias, and their ``logits`` are the rewards before the shift.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,7 @@ from prefopt.model.kernels.head import wide_dtype
 from prefopt.model.load import base_and_adapter, load_config, load_model, load_weights
 from prefopt.model.merge import load_merged
 from prefopt.model.packing import PackedBatch, pack, split
+from prefopt.model.save import ids_of
 from prefopt.model.scorer import PackedModel
 
 SHIFT = "prefopt_reward_shift"
@@ -97,8 +98,7 @@ def load_scalar(
     Raises :class:`ModelError` for a folder that is damaged, has another number of labels, pads with EOS, or is of an
     architecture without such a class.
     """
-    model: torch.nn.Module = _load(name, dtype, device, tokenizer, seed).to(device)
-    return model
+    return cast(torch.nn.Module, _load(name, dtype, device, tokenizer, seed).to(device))
 
 
 def _load(name: str, dtype: torch.dtype, device: torch.device, tokenizer: Tokenizer, seed: int) -> PreTrainedModel:
@@ -106,8 +106,7 @@ def _load(name: str, dtype: torch.dtype, device: torch.device, tokenizer: Tokeni
         return _adapted(name, dtype, device, tokenizer, seed).requires_grad_(True)
     config: Any = load_config(name)
     if not _names_classifier(config):
-        head = scalar_head(name)
-        if head is not None:
+        if (head := scalar_head(name)) is not None:
             return _with_own_head(name, config, head, dtype, tokenizer)
         return scalar_from(load_model(name, dtype=dtype, device=device), tokenizer, seed=seed)
     if config.num_labels != 1:
@@ -151,8 +150,7 @@ def _with_own_head(
     loaded.config.get_text_config().pad_token_id = loaded.config.pad_token_id = pad
     _set_head(loaded, *values)
     loaded.config.architectures = [type(loaded).__name__]
-    origin = origin_of(loaded)
-    if origin is not None and set(head.tensors) != {"score.weight"}:
+    if (origin := origin_of(loaded)) is not None and set(head.tensors) != {"score.weight"}:
         set_origin(loaded, origin.left_behind([*head.tensors, "lm_head.weight"]))
     return loaded
 
@@ -181,8 +179,7 @@ def _adapted(name: str, dtype: torch.dtype, device: torch.device, tokenizer: Tok
     bare = load_scalar(base, dtype=wide, device=device, tokenizer=tokenizer, seed=seed)
     merge: Any = add_adapter(bare, adapter).merge_and_unload
     with peft_warnings_off():
-        merged: PreTrainedModel = merge().to(dtype)
-    return merged
+        return cast(PreTrainedModel, merge().to(dtype))
 
 
 def scalar_from(model: torch.nn.Module, tokenizer: Tokenizer, *, seed: int = 0) -> PreTrainedModel:
@@ -249,15 +246,12 @@ def merge_trained_adapter(
             if name in trained:
                 parameter.copy_(trained[name])
         merge: Any = model.merge_and_unload
-        merged: PreTrainedModel = merge()
-    return merged
+        return cast(PreTrainedModel, merge())
 
 
 def end_ids(config: Any, tokenizer: Tokenizer) -> set[int]:
     """End tokens of configuration and tokenizer."""
-    ends = config.get_text_config().eos_token_id
-    ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    return {int(i) for i in ids if i is not None}
+    return {*ids_of(config.get_text_config().eos_token_id), *ids_of(tokenizer.eos_token_id)}
 
 
 def _pad_token(model: PreTrainedModel, tokenizer: Tokenizer) -> int:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -89,13 +89,13 @@ class PackedModel(torch.nn.Module):
             return str(refusal)
         except UserError:
             raise
-        except Exception as error:  # of whatever class: it depends on config.json
+        except Exception as error:  # any class: it depends on config.json
             if out_of_memory(error):
                 raise
             raise ModelError(
                 f"{type(model).__name__} cannot compute two tokens ({first_line(error)}); is its config.json as saved?"
             ) from error
-        return f"{type(model).__name__} never asks the attention hook of transformers"
+        return f"{type(model).__name__} never calls the attention hook of transformers"
 
     @property
     def path(self) -> str:
@@ -158,12 +158,11 @@ class PackedModel(torch.nn.Module):
             if kernel == "varlen":
                 extra["prefix_gather"] = gather_plan(row.segments, row.ids.device)
         out = body(input_ids=row.ids[None], use_cache=False, return_dict=True, **extra)
-        hidden: torch.Tensor = out.last_hidden_state[0]
-        return hidden
+        return cast(torch.Tensor, out.last_hidden_state[0])
 
 
 class ScoreRequest(NamedTuple):
-    """What a forward pass returns beside log-probabilities: the log of summed ``squares`` of probabilities, the
+    """Values that a forward pass returns beside log-probabilities: the log of summed ``squares`` of probabilities, the
     divergence from ``reference`` distributions, its own ``distributions``, and the ``hidden`` states."""
 
     squares: bool = False

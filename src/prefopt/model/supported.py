@@ -83,7 +83,7 @@ def drop_foreign_attention(config: PreTrainedConfig, name: str) -> None:
         inner = waiting.pop()
         asked = getattr(inner, "_attn_implementation_internal", None)
         if not _is_built_in(asked):
-            log.warning("%s: its configuration asks for attention %r, which is not built in: not used", name, asked)
+            log.warning("%s: its configuration names attention %r, which is not built in: not used", name, asked)
             inner._attn_implementation_internal = None
         waiting += [value for value in vars(inner).values() if isinstance(value, PreTrainedConfig)]
 
@@ -180,7 +180,7 @@ def model_errors(name: str) -> Iterator[None]:
         yield
     except (UserError, Warning):  # warnings are errors while adapters are merged
         raise
-    except Exception as error:  # of whatever class: it depends on the folder's contents
+    except Exception as error:  # any class: it depends on the folder
         raise ModelError(_explain(name, error)) from error
 
 
@@ -212,7 +212,7 @@ def _explain(name: str, error: Exception) -> str:
 
 
 def _key_of(folder: Path, args: tuple[object, ...]) -> str:
-    """The key of config.json whose value a library did not know; empty where there is none."""
+    """The key of config.json with the value that a library did not know; empty where there is none."""
     waiting = [*read_object(folder / "config.json").items()] if args and isinstance(args[0], str) else []
     while waiting:
         key, value = waiting.pop()

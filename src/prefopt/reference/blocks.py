@@ -9,7 +9,7 @@ A block is a safetensors file with
 
 It carries a SHA-256 over its contents and its space, is written once and never changed.
 
-A plan says which groups are scored together, since the rounding of a value depends on what shares its forward pass. It
+A plan lists the groups that are scored together, since the rounding of a value depends on its whole forward pass. It
 is kept until all of it is done: an interrupted run continues with the batches that are left, and ends with the same
 bits as an uninterrupted one. Nothing here needs torch.
 """
@@ -190,11 +190,8 @@ class ScoringPlan:
 
     @classmethod
     def make(cls, groups: NamedGroups, costs_G: IndexArray, wanted: KeyArray, token_budget: int) -> ScoringPlan:
-        """Batches that cover the keys ``wanted`` (sorted); ``costs_G``: tokens of each group.
-
-        Longest first, so that memory runs out at once or never, and the remaining time is never underestimated. A group
-        is planned if it is the first to hold a wanted response.
-        """
+        """Batches that cover the keys ``wanted`` (sorted); ``costs_G``: tokens of each group. Longest first, so that
+        memory runs out at once or never. A group is planned if it is the first to hold a wanted response."""
         order = np.lexsort((groups.names_G, -costs_G))  # by name where costs are equal, whatever the data's order
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order))
@@ -212,11 +209,8 @@ class ScoringPlan:
         return cls(token_budget, groups.take(needed), np.array([*starts, len(needed)], np.int64))
 
     def work(self, wanted: KeyArray) -> Iterator[tuple[range, IndexArray]]:
-        """The batches left for the keys ``wanted`` (sorted): their groups, and the responses whose values count.
-
-        Responses are numbered over the whole plan. One that several groups hold is taken from the first, so that an
-        interruption does not change which.
-        """
+        """The batches left for the keys ``wanted`` (sorted): their groups, and the responses whose values count, as
+        numbered over the whole plan. One that several groups hold is taken from the first."""
         keys, starts = self.groups.keys_N, self.groups.starts
         take = np.zeros(len(keys), np.bool_)
         take[np.unique(keys, return_index=True)[1]] = True
@@ -280,10 +274,12 @@ def list_spaces(root: Path | None = None) -> list[SpaceInfo]:
     """All spaces, last used first. Reads the keys in the blocks, not the values; ``verify`` checks those."""
     spaces = []
     for folder in reference_entries(root):
-        keys = [_keys_in(path) for path in block_files(folder)]
-        distinct = len(np.unique(np.concatenate(keys))) if keys else 0
-        used = datetime.fromtimestamp(last_used(folder), UTC)
-        spaces.append(SpaceInfo(folder.name, _about(folder), distinct, len(keys), size_of(folder), used))
+        blocks, keys = block_files(folder), [np.empty(0, KEY)]
+        for path in blocks:
+            with suppress(SafetensorError, ValueError, OSError), safe_open(path, framework="numpy") as file:
+                keys.append(np.ascontiguousarray(file.get_tensor("keys")).reshape(-1).view(KEY))
+        distinct, used = len(np.unique(np.concatenate(keys))), datetime.fromtimestamp(last_used(folder), UTC)
+        spaces.append(SpaceInfo(folder.name, _about(folder), distinct, len(blocks), size_of(folder), used))
     return sorted(spaces, key=lambda s: s.last_used, reverse=True)
 
 
@@ -308,15 +304,6 @@ def verify(root: Path | None = None, *, repair: bool = False) -> list[tuple[Path
 def _move_aside(path: Path) -> None:
     with cache_errors(path), suppress(FileNotFoundError):  # another process may be first
         path.rename(path.with_name(path.name + ".damaged"))
-
-
-def _keys_in(path: Path) -> KeyArray:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            keys = file.get_tensor("keys")
-        return np.ascontiguousarray(keys).reshape(-1).view(KEY)
-    except (SafetensorError, ValueError, OSError):
-        return np.empty(0, KEY)  # `verify` reports it
 
 
 def _about(folder: Path) -> dict[str, Any]:

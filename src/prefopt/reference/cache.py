@@ -129,7 +129,7 @@ class ReferenceValues:
 
 
 class FillReport(NamedTuple):
-    """What ``fill`` did, in distinct responses; ``seconds`` spent scoring."""
+    """Work of ``fill`` in distinct responses; ``seconds`` spent scoring."""
 
     scored_responses: int
     reused_responses: int

@@ -65,11 +65,8 @@ def space_of(identity: Identity, scorer: Scorer, device: torch.device) -> SpaceK
 
 
 def identity_of_folder(path: str | Path, *, adapter: str | Path | None = None, root: Path | None = None) -> Identity:
-    """The identity of a model folder as transformers loads it, with a PEFT ``adapter`` folder on top.
-
-    File hashes are remembered under ``root`` (default ``cache_root()``). Raises ``ModelError`` where the folder is
-    incomplete or holds only pickled weights.
-    """
+    """The identity of a model folder as transformers loads it, with a PEFT ``adapter`` folder on top. File hashes are
+    kept under ``root``. Raises ``ModelError`` where the folder is incomplete or holds only pickled weights."""
     folder = Path(path)
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such model folder")
@@ -109,7 +106,7 @@ def identity_of_model(model: torch.nn.Module, *, name: str = "") -> Identity:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         whole.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     config = getattr(model, "config", None)
-    fields = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+    fields = config.to_dict() if hasattr(config, "to_dict") else {}
     adapters = {
         str(key): _relevant(value.to_dict(), _ADAPTER_IRRELEVANT)
         for key, value in sorted((getattr(model, "peft_config", None) or {}).items())
@@ -143,8 +140,7 @@ def _relevant(config: Mapping[str, Any], irrelevant: frozenset[str]) -> dict[str
 
 def _quantization(config: Mapping[str, Any]) -> str:
     saved = config.get("quantization_config")
-    if saved is not None and hasattr(saved, "to_dict"):
-        saved = saved.to_dict()
+    saved = saved.to_dict() if hasattr(saved, "to_dict") else saved
     return json_digest([saved, None]) if saved else ""  # the second is a part of keys in existing caches
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -89,16 +90,13 @@ class InMemoryReference:
     def logprobs(self, batch: PackedBatch) -> torch.Tensor:
         """Log-probability [M] of every scored token."""
         with self._as_reference(batch) as packed:
-            logp_M: torch.Tensor = self.scorer(packed)
-        return logp_M
+            return cast(torch.Tensor, self.scorer(packed))
 
     @torch.no_grad()
     def distributions(self, batch: PackedBatch) -> Distributions:
         """Next-token distributions at every scored token."""
         with self._as_reference(batch) as packed:
-            found = self.scorer(packed, ScoreRequest(distributions=True)).distributions
-        assert isinstance(found, Distributions)
-        return found
+            return cast(Distributions, self.scorer(packed, ScoreRequest(distributions=True)).distributions)
 
     @contextmanager
     def _as_reference(self, batch: PackedBatch) -> Iterator[PackedBatch]:

@@ -34,7 +34,7 @@ WIDEST = 256
 TRIAL = "trial"
 """In place of a kernel: only test whether a layer's attention is supported; see :class:`HookReached`."""
 
-# What layers hand to an attention function without changing what it should compute.
+# Arguments of attention functions that do not change the result.
 _HARMLESS = frozenset(
     "position_ids cache_position output_attentions output_hidden_states output_router_logits use_cache"
     " num_items_in_batch position_embeddings is_causal cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k"
@@ -51,7 +51,7 @@ class NotCausalError(ModelError):
 
 
 class HookReached(Exception):
-    """The hook supports what a layer asks for."""
+    """The hook supports the attention of a layer."""
 
 
 def kernel_for(device: torch.device, dtype: torch.dtype, preference: str = "auto") -> str:
@@ -83,10 +83,8 @@ def shared_attention(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """The hook. Returns [1, T, heads, D] and no weights.
-
-    Raises :class:`NotCausalError`, and :class:`UnshareableError` for arguments that would otherwise be ignored.
-    """
+    """The hook. Returns [1, T, heads, D] and no weights. Raises :class:`NotCausalError`, and :class:`UnshareableError`
+    for arguments that would otherwise be ignored."""
     if prefix_segments is None:
         raise UnshareableError(f"{type(module).__name__} does not hand its keyword arguments to its attention")
     refuse_foreign(module, attention_mask, dropout, others)

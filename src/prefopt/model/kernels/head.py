@@ -48,17 +48,15 @@ _TILE_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 
 @dataclass(frozen=True, slots=True)
 class Distributions:
-    """A model's next-token distributions at M positions, computed when needed.
-
-    ``logits`` maps a slice of the positions to [rows, V], float32 or wider, without gradients.
-    """
+    """A model's next-token distributions at M positions, computed when needed: ``logits`` maps a slice of the positions
+    to [rows, V], float32 or wider, without gradients."""
 
     vocabulary: int
     logits: Callable[[slice], Tensor]
 
 
 class TokenScores(NamedTuple):
-    """What a forward pass computes for M tokens. ``kl_M`` and ``other_logp_M`` with distributions to compare with;
+    """Scores of M tokens by one forward pass. ``kl_M`` and ``other_logp_M`` with distributions to compare with;
     ``square_M`` (log of the sum of squared probabilities, without gradient), ``distributions`` and ``hidden_M`` [M, H]
     where requested."""
 
@@ -351,7 +349,13 @@ def head_of(model: PreTrainedModel) -> Head:
     transforms = logit_transforms(model.config.get_text_config())
     if module.weight.is_meta:
         return Head(kind, *transforms[0])
-    hidden = _probes(module)
+    width = int(getattr(module, "in_features", 0) or module.weight.shape[1])
+    drawn = torch.randn(_PROBES, width, generator=torch.Generator().manual_seed(0))
+    hidden = drawn.to(module.weight.device, module.weight.dtype)
+    with torch.no_grad():
+        spread = float(module(hidden).float().std())
+    if 0 < spread < float("inf"):
+        hidden = hidden * (_SPREAD / spread)
     try:
         with torch.no_grad():
             own = class_logits(model, hidden)
@@ -368,16 +372,6 @@ def head_of(model: PreTrainedModel) -> Head:
     if errors[best] <= _TOLERANCE.get(hidden.dtype, 0.03):
         return Head(kind, *transforms[best])
     return Head("class")
-
-
-def _probes(module: Any) -> Tensor:
-    weight = module.weight
-    width = int(getattr(module, "in_features", 0) or weight.shape[1])
-    drawn = torch.randn(_PROBES, width, generator=torch.Generator().manual_seed(0))
-    hidden = drawn.to(weight.device, weight.dtype)
-    with torch.no_grad():
-        spread = float(module(hidden).float().std())
-    return hidden * (_SPREAD / spread) if 0 < spread < float("inf") else hidden
 
 
 def _difference(found: Tensor, own: Tensor) -> float:
