@@ -105,7 +105,7 @@ def identity_of_model(model: torch.nn.Module, *, name: str = "") -> Identity:
         whole.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         whole.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     fields = config.to_dict() if hasattr(config, "to_dict") else {}
     adapters = {
         str(key): _relevant(value.to_dict(), _ADAPTER_IRRELEVANT)
@@ -139,7 +139,7 @@ def _relevant(config: Mapping[str, Any], irrelevant: frozenset[str]) -> dict[str
 
 
 def _quantization(config: Mapping[str, Any]) -> str:
-    saved = config.get("quantization_config")
+    saved: Any = config.get("quantization_config")
     saved = saved.to_dict() if hasattr(saved, "to_dict") else saved
     return json_digest([saved, None]) if saved else ""  # the second is a part of keys in existing caches
 
