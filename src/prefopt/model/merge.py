@@ -167,8 +167,7 @@ def _load(base: str, adapter: str, dtype: torch.dtype, device: torch.device) -> 
     with model_errors(adapter):
         config: Any = PeftConfig.from_pretrained(adapter)
     if config.is_prompt_learning:
-        kind = config.peft_type.value
-        raise ModelError(f"--adapter {adapter} is of the kind {kind}, which cannot be merged into weights")
+        raise ModelError(f"--adapter {adapter} is of the kind {config.peft_type.value}, which cannot be merged")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")

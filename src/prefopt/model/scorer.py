@@ -107,8 +107,7 @@ class PackedModel(torch.nn.Module):
         """The attention kernel in use: part of the key of cached values."""
         if not self.layout.share:
             return str(self._attention_before[0])
-        weight = next(self.model.parameters())
-        return kernel_for(weight.device, self.dtype, self.attention)
+        return kernel_for(next(self.model.parameters()).device, self.dtype, self.attention)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -79,10 +79,11 @@ def identity_of_folder(path: str | Path, *, adapter: str | Path | None = None, r
     hashes = file_hashes(weight_files(folder, config), root)
     on_top = ""
     if adapter is not None:
+        relevant = _relevant(read_adapter(adapter), _ADAPTER_IRRELEVANT)
         weights = Path(adapter) / ADAPTER_WEIGHTS
         if not weights.exists():
             raise ModelError(f"adapter {adapter}: no {weights.name} (pickles are not opened); save it as safetensors")
-        on_top = json_digest([*file_hashes([weights], root), _relevant(read_adapter(adapter), _ADAPTER_IRRELEVANT)])
+        on_top = json_digest([*file_hashes([weights], root), relevant])
     return Identity(
         weights=json_digest(sorted(hashes)),
         config=json_digest(_relevant(config, _IRRELEVANT)),
