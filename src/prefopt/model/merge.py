@@ -80,8 +80,7 @@ class MergeReport:
             lines.append(f"kept as they are: {self.kept}")
         if self.effect == 0:
             lines.append("the adapter changes nothing: was it trained?")
-        if self.ends:
-            lines.append(self.ends)
+        lines += [self.ends] if self.ends else []
         lines.append(f"loaded again: the same logits, its {self.tensors} tensors under the same names: {self.output}")
         return lines
 

@@ -42,6 +42,8 @@ ONLY_NEW = {"TokenizersBackend", "PythonBackend", "SentencePieceBackend", "Mistr
 # Fields with another name in transformers 4, by model type.
 _RENAMED: dict[str, dict[str, str]] = {
     "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+    "gpt_neox_japanese": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+    "modernbert-decoder": {"rope_theta": "global_rope_theta", "rope_local_base_freq": "local_rope_theta"},
     "qwen3_moe": {"num_local_experts": "num_experts"},
     "qwen3_vl_moe_text": {"num_local_experts": "num_experts"},
 }

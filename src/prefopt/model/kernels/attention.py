@@ -90,15 +90,14 @@ def shared_attention(
     refuse_foreign(module, attention_mask, dropout, others)
     if prefix_kernel == TRIAL:
         raise HookReached
-    kernel = prefix_kernel
     width, scale = value.shape[-1], scaling if scaling is not None else query.shape[-1] ** -0.5
     both = max(width, key.shape[-1])  # multi-head latent attention: pad the narrower, cut the result
     query, key, value = (x if x.shape[-1] == both else F.pad(x, (0, both - x.shape[-1])) for x in (query, key, value))
-    if kernel == "varlen" and (s_aux is not None or prefix_gather is None or both > WIDEST or both % 8):
-        kernel = "loop"
-    if softcap is not None or kernel == "loop":
+    if prefix_kernel == "varlen" and (s_aux is not None or prefix_gather is None or both > WIDEST or both % 8):
+        prefix_kernel = "loop"
+    if softcap is not None or prefix_kernel == "loop":
         out = _loop(query, key, value, prefix_segments, scale, sliding_window, softcap, s_aux)
-    elif kernel == "varlen":
+    elif prefix_kernel == "varlen":
         assert prefix_gather is not None
         out = _varlen(query, key, value, prefix_gather, scale, sliding_window)
     else:
