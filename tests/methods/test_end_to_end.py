@@ -221,4 +221,4 @@ def test_tiny_imdb_with_an_adapter(shared: Path, tmp_path: Path, trained: list[t
     assert all(t.dtype == torch.float32 for t in weights(output).values())
     card = (output / "README.md").read_text()
     assert "library_name: peft" in card and "| lora_rank | 4 |" in card
-    assert "| adapters | 100 % of attention, MLP |" in card
+    assert "| adapters | 100 % of attention, mlp |" in card

@@ -123,9 +123,9 @@ def test_a_head_with_a_transform_that_we_do_not_know_is_stopped(
 
 def test_a_wrong_gradient_is_stopped(llama: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The values are right, and every gradient through attention is a little too large."""
-    right = flash_cpu._FlashShared.backward
+    right = flash_cpu.FlashShared.backward
     monkeypatch.setattr(
-        flash_cpu._FlashShared,
+        flash_cpu.FlashShared,
         "backward",
         staticmethod(lambda ctx, *g: tuple(None if x is None else x * 1.001 for x in right(ctx, *g))),
     )

@@ -12,8 +12,7 @@ from model.oracle import groups_of_every_kind
 from model.test_logprobs import TRANSFORMS, LargestTensor, M, V, inputs
 from prefopt.model.adapter import new_lora
 from prefopt.model.kernels import head as logprobs
-from prefopt.model.kernels.distributions import Distributions, TokenScores, head_scores, logit_scores
-from prefopt.model.kernels.head import token_logprobs
+from prefopt.model.kernels.head import Distributions, TokenScores, head_scores, logit_scores, token_logprobs
 from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer, ScoreRequest
 

@@ -158,7 +158,7 @@ def test_attention_is_never_fetched(asked: Any, key: str, folder: Path, monkeypa
         ({"vocab_size": 10**12}, "config.json wants"),
         ({"intermediate_size": 10**8}, "config.json wants"),
         ({"head_dim": 10**8}, "config.json wants"),
-        ({"hidden_act": "no_such"}, "hidden_act 'no_such', which transformers"),
+        ({"hidden_act": "no_such"}, "hidden_act 'no_such'; transformers"),
         ({"rope_parameters": {"rope_type": "no_such", "rope_theta": 1e4}}, "no_such"),
         ({"rope_scaling": {"rope_type": "no_such"}}, "no_such"),
         ({"rope_parameters": 5}, ""),

@@ -11,8 +11,9 @@ from transformers.models.llama import modeling_llama
 from model.architectures import build
 from model.oracle import groups_of_every_kind
 from model.test_families import built
+from prefopt.model.architectures import class_logits
 from prefopt.model.check import check_scoring, clone_difference
-from prefopt.model.kernels.head import Head, class_logits, head_of
+from prefopt.model.kernels.head import Head, head_of
 from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer, ScoreRequest
 

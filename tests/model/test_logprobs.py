@@ -94,7 +94,7 @@ def test_a_module_head_gives_the_same(transform: str, monkeypatch: pytest.Monkey
         head.weight.copy_(weight)
         head.bias.copy_(bias)
     how = {"scale": 1.0, "softcap": None, **TRANSFORMS[transform]}
-    found = module_logprobs(lambda h: transformed(head(h), **how), hidden, target, V)
+    found, _ = module_logprobs(lambda h: transformed(head(h), **how), hidden, target, V)
     expected = plainly(hidden, head.weight, target, head.bias, **TRANSFORMS[transform])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     leaves = [hidden, head.weight, head.bias]

@@ -138,7 +138,7 @@ def test_a_name_of_nothing_is_refused_with_those_there_are() -> None:
 
 def test_the_run_is_told_the_share_of_each_kind() -> None:
     words = adapted(built("deepseek_v3", torch.float64)).prefopt_targets
-    assert words.startswith("100 % of attention, MLP, experts, shared experts; none of routers")
+    assert words.startswith("100 % of attention, mlp, experts, shared-experts; none of router")
     words = adapted(built("mamba", torch.float64)).prefopt_targets
     share = float(words.split(" %")[0])
     there = weight_matrices(built("mamba", torch.float64))

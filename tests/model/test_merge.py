@@ -208,7 +208,7 @@ def broken(place: Path, base: str, how: str) -> dict[str, Any]:
         ("no adapter", "it is not a PEFT adapter"),
         ("weights missing", "lacks weights for this model"),
         ("prefix", "of the kind PREFIX_TUNING, which cannot be merged"),
-        ("taken", "out is there already; name a new folder"),
+        ("taken", "out exists; name a new folder"),
     ],
 )
 def test_what_cannot_be_merged_is_one_line(how: str, said: str, base: str, tmp_path: Path) -> None:

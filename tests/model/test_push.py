@@ -80,7 +80,7 @@ def test_a_person_at_a_terminal_is_asked(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_public_repository_cannot_be_made_private_by_this(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Hub(repos={"me/x": {}}, private={"me/x": False}).served() as hub:
         done = prefopt(hub, monkeypatch, "push", str(folder), "--repo", "me/x", "--private", "--yes")
-        assert done.status == 2 and "is there already and public" in done.err and hub.repos["me/x"] == {}
+        assert done.status == 2 and "exists and is public: nothing was sent" in done.err and hub.repos["me/x"] == {}
         assert prefopt(hub, monkeypatch, "push", str(folder), "--repo", "me/x", "--yes").status == 0
     assert set(hub.repos["me/x"]) == MODEL | {"README.md"}
 

@@ -25,9 +25,16 @@ from prefopt.data.group import Group
 from prefopt.data.table import KEY
 from prefopt.errors import CacheError, Interrupted, ModelError
 from prefopt.reference import cache as reference
-from prefopt.reference.blocks import block_files, list_spaces, read_sealed, verify, write_sealed
+from prefopt.reference.blocks import (
+    NamedGroups,
+    ScoringPlan,
+    block_files,
+    list_spaces,
+    read_sealed,
+    verify,
+    write_sealed,
+)
 from prefopt.reference.cache import ReferenceCache, ResponseScore
-from prefopt.reference.plan import NamedGroups, ScoringPlan
 
 
 def test_nothing_is_scored_twice(tmp_path: Path) -> None:

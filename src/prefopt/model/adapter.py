@@ -1,6 +1,6 @@
 """PEFT adapters: new LoRA adapters, and saved ones put on a model.
 
-Of a checkpoint with a vision tower the language model is trained alone, in a class whose layers have other names than
+For a checkpoint with a vision tower only the language model is trained, in a class whose layers have other names than
 those of the class in ``config.json``. Adapters are saved under the latter names, which servers and other readers use.
 """
 
@@ -14,9 +14,8 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -38,6 +37,8 @@ ADDED_ROWS = 1 << 16
 """Rows that an adapter may add for tokens that it trains without holding their rows."""
 PREFIX = "base_model.model."
 """PEFT's prefix of module names."""
+Names = tuple[tuple[str, str], ...]
+"""Pairs of module names: of parts of a language model, and of the same parts in the larger model that it is in."""
 
 
 def new_lora(
@@ -49,15 +50,14 @@ def new_lora(
     targets: list[str] | None,
     task: str = "CAUSAL_LM",
 ) -> torch.nn.Module:
-    """Wrap ``model`` in a new LoRA adapter (which changes nothing yet); all other weights are frozen.
+    """Wrap ``model`` in a new LoRA adapter, drawn from torch's generator; all other weights are frozen.
 
-    ``targets``: see :func:`lora_targets`. The initial weights come from torch's generator. ``task`` is PEFT's task
-    type: with ``SEQ_CLS`` the scalar head trains in full, and is saved with the adapter.
+    ``targets``: see :func:`lora_targets`. ``task``: PEFT's; with ``SEQ_CLS`` the scalar head trains in full.
     """
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import Linear
     from transformers.pytorch_utils import Conv1D
 
-    transposed = any(isinstance(m, Conv1D) for m in model.modules())
     plain = causal_model(model)
     found = lora_targets(plain, targets)
     config = LoraConfig(
@@ -66,7 +66,7 @@ def new_lora(
         lora_dropout=0.0 if found.parameters else dropout,
         target_modules=found.modules,
         target_parameters=found.parameters,
-        fan_in_fan_out=transposed,
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.modules()),
         task_type=task,
     )
     try:
@@ -75,21 +75,11 @@ def new_lora(
     except ValueError as error:
         raise ConfigError(f"--lora-targets {' '.join(targets or [])}: {first_line(error)}") from error
     wrapped.prefopt_targets = found.words
-    if found.parameters and dropout:
-        _add_dropout(wrapped, dropout)
+    if found.parameters and dropout:  # PEFT refuses dropout on all layers where an adapter is on a parameter
         wrapped.prefopt_targets += "; no dropout on fused weights"
-    adapted: torch.nn.Module = wrapped
-    return adapted
-
-
-def _add_dropout(model: torch.nn.Module, rate: float) -> None:
-    """Dropout on linear layers: PEFT refuses it for all where an adapter is on a parameter."""
-    from peft.tuners.lora import Linear
-
-    for layer in model.modules():
-        if isinstance(layer, Linear):
-            for name in list(layer.lora_dropout):
-                layer.lora_dropout[name] = torch.nn.Dropout(rate)
+        for layer in (m for m in wrapped.modules() if isinstance(m, Linear)):
+            layer.lora_dropout.update({name: torch.nn.Dropout(dropout) for name in layer.lora_dropout})
+    return cast(torch.nn.Module, wrapped)
 
 
 def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
@@ -111,13 +101,12 @@ def add_adapter(model: torch.nn.Module, folder: str) -> torch.nn.Module:
             )
         wrapped.prefopt_saves_embedding = saves_embedding
     disable_dropout(wrapped)
-    trainable: torch.nn.Module = wrapped
-    return trainable
+    return cast(torch.nn.Module, wrapped)
 
 
 def _with_plain_targets(model: torch.nn.Module, folder: Path) -> Any:
-    """The adapter's configuration. Patterns in it give way to the modules that its weights are for: matching a
-    stranger's pattern might never end."""
+    """The adapter's configuration, with patterns replaced by the modules that its weights are for: an untrusted pattern
+    might never stop matching."""
     from peft import PeftConfig
 
     config: Any = PeftConfig.from_pretrained(str(folder))
@@ -157,14 +146,14 @@ def _saves_embedding(model: Any, folder: Path) -> bool:
 
 
 def _rows(model: Any, folder: Path) -> Iterator[int]:
-    """Rows of embedding and head that the adapter's weights and trained tokens need. A weight of another width counts
-    none: the adapter belongs to another model, and loading says so."""
+    """Rows of embedding and head that the adapter's weights and trained tokens need. A weight of another width is
+    skipped: the adapter belongs to another model, which loading reports."""
     rows, width = (int(n) for n in model.get_input_embeddings().weight.shape[:2])
     indices = read_adapter(folder).get("trainable_token_indices")
     for several in indices.values() if isinstance(indices, dict) else [indices]:
         for needed in (int(i) + 1 for i in several or ()):
             if needed > rows + ADDED_ROWS:
-                raise ModelError(f"{folder}: it trains token {needed - 1:,}, which the model is far from having")
+                raise ModelError(f"{folder}: it trains token {needed - 1:,}, far beyond the vocabulary of the model")
             yield needed
     names = _embedding_names(model)
     for key, shape in _shapes(folder).items():
@@ -188,27 +177,9 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
         return {key.removeprefix(PREFIX): file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
 
 
-@dataclass(frozen=True, slots=True)
-class Nesting:
-    """Where the parts of a language model are in the larger model: pairs of module names, inner and outer."""
-
-    parts: tuple[tuple[str, str], ...]
-
-    def outward(self, name: str) -> str:
-        """A name of the language model, in the larger one."""
-        return _moved(name, self.parts) or name
-
-    def inward(self, name: str) -> str | None:
-        """A name of the larger model, in the language model; None where it is of another part."""
-        return _moved(name, tuple((outer, inner) for inner, outer in self.parts))
-
-    def is_outer(self, name: str) -> bool:
-        """Whether a name is of the larger model alone."""
-        return any(_under(name, outer) for inner, outer in self.parts if inner != outer)
-
-
-def nesting_of(model: Any) -> Nesting | None:
-    """None for a model of the very class that its folder's ``config.json`` names, or one that came from no folder."""
+def nesting_of(model: Any) -> Names | None:
+    """Where the parts of ``model`` are in the class that its folder's ``config.json`` names; None where that is its own
+    class, or it came from no folder."""
     origin = origin_of(model)
     if origin is None or not origin.kept:
         return None
@@ -217,33 +188,44 @@ def nesting_of(model: Any) -> Nesting | None:
     if type(config) is type(model.config) or not named or (whole := _empty_model(named[0], config)) is None:
         return None
     if (place := _place(whole, type(model))) is not None:  # with its head
-        return Nesting((("", place),))
+        return (("", place),)
     prefix = model.base_model_prefix
     place = _place(whole, type(getattr(model, prefix, None)))
     heads = [next((n for n, m in of.named_modules() if m is of.get_output_embeddings()), None) for of in (model, whole)]
-    parts = [(inner, outer) for inner, outer in ((prefix, place), tuple(heads)) if inner and outer]
-    return Nesting(tuple(parts)) if any(inner != outer for inner, outer in parts) else None
+    parts = tuple((inner, outer) for inner, outer in ((prefix, place), tuple(heads)) if inner and outer)
+    return parts if any(inner != outer for inner, outer in parts) else None
 
 
-def write_nested(folder: Path, model: Any, nesting: Nesting) -> None:
-    """Rename what PEFT has saved of ``model``, the adapted one, in ``folder``. Targets are written in full, so that
-    towers whose layers have the same names get none."""
+def write_nested(folder: Path, model: Any, nesting: Names) -> None:
+    """Rename the saved adapter of ``model`` to the names of the larger model. Targets are written in full: towers
+    whose layers have the same names get none."""
+
+    def outward(name: str) -> str:
+        return _moved(name, nesting) or name
+
     config = read_adapter(folder)
-    modules, parameters = _adapted(model)
-    config["target_modules"] = [nesting.outward(name) for name in modules]
-    config["target_parameters"] = [nesting.outward(name) for name in parameters] or None
-    _rename(folder, folder, {name: nesting.outward(name) for name in _shapes(folder)}, config)
+    targets: dict[str, list[str]] = {"target_modules": [], "target_parameters": []}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and (len(module.lora_A) or len(module.lora_embedding_A)):
+            plain = name.replace(".base_layer", "").removeprefix(PREFIX)
+            if (field := getattr(module, "parameter_name", None)) is None:
+                targets["target_modules"].append(outward(plain))
+            else:
+                targets["target_parameters"].append(outward(f"{plain}.{field}"))
+    config |= targets | {"target_parameters": targets["target_parameters"] or None}
+    _rename(folder, folder, {name: outward(name) for name in _shapes(folder)}, config)
 
 
 @contextmanager
 def with_inner_names(folder: str, model: Any) -> Iterator[str]:
     """The folder of an adapter with the names of ``model``, a language model: itself, or a temporary copy."""
     found = _shapes(Path(folder))
-    nesting = nesting_of(model)
-    if nesting is None or not any(map(nesting.is_outer, found)):
+    inward = tuple((outer, inner) for inner, outer in nesting_of(model) or ())
+    moved = tuple((outer, inner) for outer, inner in inward if inner != outer)
+    if all(_moved(name, moved) is None for name in found):
         yield folder
         return
-    names = {name: nesting.inward(name) for name in found}
+    names = {name: _moved(name, inward) for name in found}
     if others := [name for name, inner in names.items() if inner is None]:
         warnings.warn(
             f"{folder}: {len(others)} tensors of the adapter are on layers that text does not reach, the first is"
@@ -253,7 +235,7 @@ def with_inner_names(folder: str, model: Any) -> Iterator[str]:
     config = read_adapter(folder)
     for field in ("target_modules", "target_parameters"):
         if isinstance(config.get(field), list):
-            config[field] = [nesting.inward(name) or name for name in config[field]]
+            config[field] = [_moved(name, inward) or name for name in config[field]]
     with tempfile.TemporaryDirectory(prefix="prefopt-adapter-") as copied:
         _rename(Path(folder), Path(copied), {n: inner for n, inner in names.items() if inner is not None}, config)
         yield copied
@@ -269,9 +251,7 @@ def _empty_model(name: str, config: Any) -> PreTrainedModel | None:
         with torch.device("meta"):
             return kind(copy.deepcopy(config))
     except Exception as error:  # vision towers of other libraries
-        log.warning(
-            "adapters of this model are for its language model alone: %s cannot be built (%s)", name, first_line(error)
-        )
+        log.warning("adapters are for the language model alone: %s cannot be built (%s)", name, first_line(error))
         return None
 
 
@@ -280,27 +260,12 @@ def _place(whole: Any, kind: type) -> str | None:
     return next((name for name, module in whole.named_modules() if name and type(module) is kind), None)
 
 
-def _under(name: str, place: str) -> bool:
-    return not place or name == place or name.startswith(f"{place}.")
-
-
-def _moved(name: str, parts: tuple[tuple[str, str], ...]) -> str | None:
+def _moved(name: str, parts: Names) -> str | None:
+    """A name under the first of some modules, under the second; None where it is under none of the first."""
     for place, other in parts:
-        if _under(name, place):
+        if not place or name == place or name.startswith(f"{place}."):
             return ".".join(part for part in (other, name.removeprefix(place).lstrip(".")) if part)
     return None
-
-
-def _adapted(model: Any) -> tuple[list[str], list[str]]:
-    """Names of the layers, and of the parameters, that have an adapter; as they are in the model without it."""
-    modules: list[str] = []
-    parameters: list[str] = []
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A") and (len(module.lora_A) or len(module.lora_embedding_A)):
-            plain = name.replace(".base_layer", "").removeprefix(PREFIX)
-            field = getattr(module, "parameter_name", None)
-            (modules if field is None else parameters).append(plain if field is None else f"{plain}.{field}")
-    return modules, parameters
 
 
 def _rename(source: Path, folder: Path, names: dict[str, str], config: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What differs between families of architectures: where layers and head are, attention, logits, experts.
+"""Differences between families of architectures: places of layers and head, attention, logits, experts.
 
 transformers adds the load-balancing loss of a mixture of experts to a model's own forward, which packed scoring does
 not call. :class:`Routers` reads the router logits while a batch is scored. A token counts once for every response that
@@ -11,11 +11,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging as transformers_logging
 
 from prefopt.errors import ConfigError, ModelError
@@ -106,11 +108,8 @@ def rope_limit(config: Any) -> int | None:
     ``max_position_embeddings``, which no row may exceed."""
     parameters = getattr(config, "rope_parameters", None) or {}
     sets = [parameters, *(v for v in parameters.values() if isinstance(v, dict))]
-    limits = [
-        s.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-        for s in sets
-        if s.get("rope_type") == "longrope"
-    ]
+    common = getattr(config, "original_max_position_embeddings", None)
+    limits = [s.get("original_max_position_embeddings") or common for s in sets if s.get("rope_type") == "longrope"]
     return min((int(x) for x in limits if x), default=None)
 
 
@@ -129,10 +128,8 @@ def attention_shapes(config: Any) -> list[AttentionShape]:
     """A shape for every layer with attention."""
     text = config.get_text_config()
     window = getattr(text, "sliding_window", None)
-    types = (
-        getattr(text, "layer_types", None)
-        or ["sliding_attention" if window else "full_attention"] * text.num_hidden_layers
-    )
+    default = "sliding_attention" if window else "full_attention"
+    types = getattr(text, "layer_types", None) or [default] * text.num_hidden_layers
     per_layer = getattr(text, "per_layer_config", None)  # where layers differ, the common fields must not be read
     return [
         _attention_shape(per_layer[n] if per_layer else text, window if layer == "sliding_attention" else None)
@@ -164,12 +161,64 @@ def logit_transforms(config: Any) -> list[tuple[float, float | None]]:
     return list(product(dict.fromkeys([*scales, 1.0]), dict.fromkeys([*caps, None])))
 
 
+def class_logits(
+    model: PreTrainedModel, hidden: torch.Tensor, weights: dict[str, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Logits [rows, V] of hidden [rows, H] by the class's own forward, float32 or wider, with ``weights`` replaced."""
+    ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+    arguments = {"input_ids": ids, "use_cache": False, "return_dict": True}
+    with _answering(model, hidden):
+        out: Any = model(**arguments) if weights is None else torch.func.functional_call(model, weights, (), arguments)
+    logits: torch.Tensor = out.logits[0]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def head_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The current values of all weights that :func:`class_logits` reads."""
+    body = {id(m) for m in body_of(model).modules()}
+    return {
+        f"{prefix}.{name}" if prefix else name: parameter.data
+        for prefix, module in model.named_modules()
+        if id(module) not in body
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+
+
+class _Answer(BaseModelOutputWithPast):  # type: ignore[misc]
+    """The output of a body: hidden states, and None for any other field."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+@contextmanager
+def _answering(model: PreTrainedModel, hidden: torch.Tensor) -> Iterator[None]:
+    """In this block the layers of ``model`` compute nothing: their last hidden state is ``hidden`` [rows, H]."""
+    decoder: Any = model.get_decoder()  # OPT calls it past the body
+    body = body_of(model)
+    inner = [body, *(m for m in body.modules() if m is decoder and m is not body)]
+    asked = []
+
+    def answer(*_: Any, **__: Any) -> _Answer:
+        asked.append(True)
+        return _Answer(last_hidden_state=hidden[None])
+
+    for module in inner:
+        module.forward = answer
+    try:
+        yield
+        assert asked, "logits do not depend on these hidden states"
+    finally:
+        for module in inner:
+            del module.forward
+
+
 def without_mtp(config: Any) -> None:
     """Remove layers for multi-token prediction from a configuration."""
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        for count in MTP_COUNTS:
-            if getattr(part, count, None):
-                setattr(part, count, 0)
+    for part, count in product((config, config.get_text_config()), MTP_COUNTS):
+        if getattr(part, count, None):
+            setattr(part, count, 0)
 
 
 def expert_fraction(config: Any) -> float:
@@ -188,17 +237,14 @@ class RoutingSums(NamedTuple):
     rows: torch.Tensor
 
     def loss(self) -> torch.Tensor:
-        """E sum_e f_e P_e, with f_e the average number of choices and P_e the average probability of expert e.
-
-        Fedus et al. 2021 (Switch Transformer, arXiv 2101.03961), equations 4 to 6, as ``load_balancing_loss_func`` of
-        transformers computes it. Gradients flow through P alone.
-        """
+        """E sum_e f_e P_e, with f_e the average number of choices and P_e the average probability of expert e (Fedus et
+        al. 2021, Switch Transformer, arXiv 2101.03961, equations 4 to 6). Gradients flow through P alone."""
         return len(self.prob_E) * (self.count_E / self.rows * (self.prob_E / self.rows)).sum()
 
 
 @dataclass(frozen=True, slots=True)
 class Routers:
-    """The routers of a model: modules and the index of the logits in their output. ``chosen``: experts per token;
+    """The routers of a model, each with the index of the logits in its output. ``chosen``: experts per token;
     ``coefficient``: of the load-balancing loss in the model's configuration."""
 
     modules: tuple[tuple[torch.nn.Module, int], ...]
@@ -210,7 +256,7 @@ class Routers:
         """Record the logits of every call in this block, one list per router."""
         recorded: list[list[torch.Tensor]] = [[] for _ in self.modules]
         pairs = zip(self.modules, recorded, strict=True)
-        hooks = [module.register_forward_hook(_recorder(calls, index)) for (module, index), calls in pairs]
+        hooks = [module.register_forward_hook(partial(_record, calls, index)) for (module, index), calls in pairs]
         try:
             yield recorded
         finally:
@@ -258,7 +304,7 @@ def _responses_per_token(segments: Sequence[Segment], tokens: int) -> torch.Tens
 
 
 def _router_modules(causal: Any) -> Iterator[tuple[torch.nn.Module, int]]:
-    """What transformers itself records as ``router_logits``, in the order of the layers."""
+    """The modules that transformers records as ``router_logits``, in the order of the layers."""
     for owner in causal.modules():
         recorders = (getattr(owner, "_can_record_outputs", None) or {}).get("router_logits")
         if recorders is None:
@@ -272,8 +318,5 @@ def _router_modules(causal: Any) -> Iterator[tuple[torch.nn.Module, int]]:
         return
 
 
-def _recorder(calls: list[torch.Tensor], index: int) -> Any:
-    def record(module: torch.nn.Module, args: Any, output: Any) -> None:
-        calls.append(output[index] if isinstance(output, tuple) else output)
-
-    return record
+def _record(calls: list[torch.Tensor], index: int, module: torch.nn.Module, args: Any, output: Any) -> None:
+    calls.append(output[index] if isinstance(output, tuple) else output)

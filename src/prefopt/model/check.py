@@ -4,9 +4,8 @@ A tiny float64 model of the architecture is scored packed and by the class's own
 and gradients. Then a few real groups are scored by the real model: shared, separately and in two packings, which also
 measures the noise of the working dtype; and a few tokens by its own logits.
 
-Variable-length flash attention does not take float64. On CUDA the tiny model is therefore also scored in the run's
-dtype, by both kernels, values and gradients, with a window shorter than its rows. The truth is the same rounded weights
-in float64; the error that rounding explains is measured on the plain kernel.
+Variable-length flash attention does not take float64. On CUDA the tiny model is also scored in the run's dtype by both
+kernels, and compared with the same rounded weights in float64.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def tiny_clone(config: PreTrainedConfig) -> PreTrainedModel | None:
     architecture cannot be built that small."""
     with transformers_log_level(logging.ERROR), torch.random.fork_rng(devices=[]):
         for heads_too in (True, False):
-            with suppress(Exception):  # whatever a configuration refuses: the report says that it is unchecked
+            with suppress(Exception):  # any class of error: the report states that the model is unchecked
                 return _build(_shrunk(config, heads_too))
     return None
 
@@ -84,8 +83,9 @@ def _build(config: Any) -> PreTrainedModel:
 def _shrunk(config: PreTrainedConfig, heads_too: bool) -> Any:
     small: Any = copy.deepcopy(config.get_text_config())
     old_layers = small.num_hidden_layers
-    kinds = getattr(small, "layer_types", None)
-    layers = _period(kinds) if kinds else min(2, old_layers)
+    kinds = getattr(small, "layer_types", None) or []
+    # Until every type of layer has occurred, at least two where there are two.
+    layers = max([min(2, len(kinds) or old_layers), *(kinds.index(kind) + 1 for kind in kinds)])
     for name, value in list(vars(small).items()):
         if isinstance(value, list) and len(value) == old_layers:
             setattr(small, name, value[:layers])
@@ -106,35 +106,23 @@ def _shrunk(config: PreTrainedConfig, heads_too: bool) -> Any:
 
 
 def _shrink_heads(small: Any) -> None:
-    heads = small.num_attention_heads
-    shared = getattr(small, "num_key_value_heads", None)
-    width = 16
+    """Four query heads, with key heads as the model has them: one each, in groups, or one for all."""
+    heads, width = small.num_attention_heads, 16
+    shared = {name: getattr(small, name, None) for name in ("num_kv_heads", "num_key_value_heads")}  # Falcon, others
     _set(small, num_attention_heads=4, hidden_size=4 * width)
-    if isinstance(getattr(small, "num_kv_heads", None), int):  # Falcon
-        small.num_kv_heads = _shared_heads(small.num_kv_heads, heads)
-    if shared is not None:
-        small.num_key_value_heads = _shared_heads(shared, heads)
+    for name, count in shared.items():
+        if count is not None:
+            setattr(small, name, 4 if count == heads else 2 if count > 1 else 1)
     if vars(small).get("head_dim") is not None:  # where it is a property (Falcon), it follows from the rest
         small.head_dim = width
     if getattr(small, "word_embed_proj_dim", None) is not None:
         small.word_embed_proj_dim = small.hidden_size
 
 
-def _shared_heads(shared: int, heads: int) -> int:
-    """Key heads for four query heads, as the model has them: one each, in groups, or one for all."""
-    return 4 if shared == heads else 2 if shared > 1 else 1
-
-
 def _set(config: Any, **values: Any) -> None:
     for name, value in values.items():
         if hasattr(config, name):
             setattr(config, name, value)
-
-
-def _period(kinds: list[str]) -> int:
-    """Layers until every type has occurred, at least two where there are two."""
-    n = max(kinds.index(kind) for kind in set(kinds)) + 1
-    return max(n, min(2, len(kinds)))
 
 
 def check_kernel(
@@ -181,11 +169,9 @@ def _error(found: torch.Tensor, right: torch.Tensor) -> float:
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """``clone_error``: largest relative difference on the tiny model (None: it could not be built).
-
-    ``sharing_error`` and ``noise``: root mean square difference of a token's log-probability, in nats, between shared
-    and separate scoring and between two packings.
-    """
+    """``clone_error``: largest relative difference on the tiny model (None: it could not be built). ``sharing_error``
+    and ``noise``: root mean square difference of a token's log-probability, in nats, between shared and separate
+    scoring and between two packings."""
 
     clone_error: float | None
     sharing_error: float
@@ -226,12 +212,9 @@ def check_scalars(scorer: ScalarScorer, groups: Sequence[Group]) -> CheckReport:
     with torch.no_grad():
         together = scorer(pack(some, scorer.layout).to(device))
         noise = _rms(together - torch.cat([scorer(pack([g], scorer.layout).to(device)) for g in some]))
-        scorer.detach_hook()
-        own = []
-        for ids, trained in _sequences(some):
-            row = ids[: int(trained.nonzero()[-1]) + 1].to(device)[None]
-            own.append(model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[0, 0])
-        scorer.attach_hook()
+        rows = [ids[: int(trained.nonzero()[-1]) + 1].to(device)[None] for ids, trained in _sequences(some)]
+        with scorer.attention_by(None):
+            own = [model(input_ids=x, attention_mask=torch.ones_like(x), use_cache=False).logits[0, 0] for x in rows]
     sharing = _rms(together + scorer.shift - torch.stack(own).to(together.dtype))
     gross = _GROSS[scorer.dtype] * max(1.0, float(together.abs().max()))
     if not max(sharing, noise) < gross:
@@ -245,7 +228,7 @@ def check_scalars(scorer: ScalarScorer, groups: Sequence[Group]) -> CheckReport:
 
 def _checked_clone(scorer: PackedModel) -> float | None:
     """The error on the tiny model of the scorer's architecture; None where it cannot be built."""
-    model = causal_model(scorer.model)
+    model, head = causal_model(scorer.model), getattr(scorer, "head", None)
     clone = tiny_clone(model.config)
     if clone is None:
         return None
@@ -255,16 +238,14 @@ def _checked_clone(scorer: PackedModel) -> float | None:
                 f"{type(model).__name__} is not causal: on a small copy logits change by {ahead:.1e} (relative) with"
                 " what comes after them; prefopt trains causal language models"
             )
-        error = clone_difference(clone, scorer.attention, head=getattr(scorer, "head", None))
-    if not error < CLONE_TOLERANCE:
-        raise ModelError(
-            f"{type(model).__name__}: packed scoring differs from the model's own forward by {error:.1e}"
-            " (relative) on a small copy; please report this architecture"
-        )
-    if scorer.layout.share and scorer.kernel == "varlen":
-        with uncounted():
-            device = next(scorer.model.parameters()).device
-            check_kernel(clone, _random_groups(), device, scorer.dtype, getattr(scorer, "head", None))
+        error = clone_difference(clone, scorer.attention, head=head)
+        if not error < CLONE_TOLERANCE:
+            raise ModelError(
+                f"{type(model).__name__}: packed scoring differs from the model's own forward by {error:.1e}"
+                " (relative) on a small copy; please report this architecture"
+            )
+        if scorer.layout.share and scorer.kernel == "varlen":
+            check_kernel(clone, _random_groups(), next(model.parameters()).device, scorer.dtype, head)
     return error
 
 
@@ -334,10 +315,9 @@ def _real_differences(scorer: Scorer, groups: Sequence[Group]) -> tuple[float, f
     noise = _rms(together - apart)
     if not scorer.layout.share:
         return 0.0, noise
-    scorer.detach_hook()
-    plain = Scorer(scorer.model, share=False, head=scorer.head)
-    separate = plain(pack(some[:1], plain.layout).to(device))
-    scorer.attach_hook()
+    with scorer.attention_by(None):
+        plain = Scorer(scorer.model, share=False, head=scorer.head)
+        separate = plain(pack(some[:1], plain.layout).to(device))
     return _rms(apart[: len(separate)] - separate), noise
 
 
@@ -347,10 +327,8 @@ def _head_difference(scorer: Scorer, group: Group) -> float:
     ids = group.sequence(0)[0][:HEAD_TOKENS]
     start = [Group.from_sequences([(ids, np.arange(len(ids)) > 0)], row=0)]
     found = scorer(pack(start, scorer.layout).to(next(scorer.model.parameters()).device))
-    scorer.detach_hook()
-    own = _separately(causal_model(scorer.model), start)
-    scorer.attach_hook()
-    return _rms(found - own)
+    with scorer.attention_by(None):
+        return _rms(found - _separately(causal_model(scorer.model), start))
 
 
 def _rms(x: torch.Tensor) -> float:

@@ -1,13 +1,8 @@
 """The tensors in a model folder, from the headers of its files, and their names in the loaded model.
 
 A class of transformers ignores tensors that it has no place for: the vision tower of a checkpoint whose language model
-is loaded alone, layers for multi-token prediction, a value head. :class:`ModelOrigin` knows those, and the name in the
-checkpoint of each weight of the model, so that a trained model is saved as the checkpoint that it came from::
-
-    origin = origin_of(model)               # set by prefopt.model.load; None for a model built in Python
-    origin.untouched                        # names in the checkpoint that are in no weight of the model
-    origin.checkpoint.tensor(name)          # one of them
-    origin.stored(model, state)             # the model's weights, under the checkpoint's names
+is loaded alone, layers for multi-token prediction, a value head. :class:`ModelOrigin` has their names, and the name in
+the checkpoint of each weight of the model, so that a trained model is saved as the checkpoint that it came from.
 
 Trainers store scalar heads under names of their own: ``score`` (transformers' sequence classifiers), ``value_head``
 (OpenRLHF), ``v_head.summary`` (TRL; LLaMA-Factory in a file of its own).
@@ -17,10 +12,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,11 +25,10 @@ from prefopt.core.terminal import size
 from prefopt.errors import ModelError
 from prefopt.model.architectures import MTP_COUNTS
 
-_ATTRIBUTE = "prefopt_origin"
 _HEAD_FILE = "value_head.safetensors"
 HEAD_NAMES = re.compile(r"^(score|value_head|v_head|reward_head|regression_head|regression_layer|rm_head)\.")
 _MTP_LAYERS = "layers for multi-token prediction"
-# What an untouched tensor belongs to, by a part of its name; the first that matches.
+# Kinds of untouched tensors by a part of the name; the first that matches.
 _KINDS = {
     "value head": HEAD_NAMES.pattern,
     _MTP_LAYERS: r"mtp|nextn|\.(eh_proj|enorm|hnorm|shared_head)\.",
@@ -68,8 +62,7 @@ class StoredTensor:
         """The tensor, on the CPU, in its stored type. Raises :class:`ModelError` where the file is gone."""
         try:
             with safe_open(self.file, framework="pt") as file:
-                found: torch.Tensor = file.get_tensor(name)
-            return found
+                return cast(torch.Tensor, file.get_tensor(name))
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{self.file}: {name} cannot be read ({error}); put the model back") from error
 
@@ -91,13 +84,10 @@ class WeightFiles:
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"{folder}: its files cannot be read ({error}); copy the model again") from error
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """One tensor; see :meth:`StoredTensor.read`."""
-        return self.tensors[name].read(name)
-
-    def nbytes(self, names: Iterable[str]) -> int:
-        """Bytes of these tensors."""
-        return sum(self.tensors[name].nbytes for name in names)
+    def size_of(self, names: Sequence[str]) -> str:
+        """Number and bytes of these tensors, in words."""
+        count = sum(self.tensors[name].nbytes for name in names)
+        return f"{len(names)} tensor{'s' if len(names) > 1 else ''}, {size(count)}"
 
 
 def _headers(file: Path) -> dict[str, StoredTensor]:
@@ -112,8 +102,7 @@ class ModelOrigin:
 
     ``renamed``: name in the checkpoint to name in the model (or the name it would have). ``converted``: tensors that
     are part of a weight, or several weights (fused experts). ``untouched``: in no weight. ``kept``: whether untouched
-    tensors are saved with the model; not with a reward model made of a language model. ``config``: the folder's
-    configuration, held because the folder may be gone when the model is saved.
+    tensors are saved with the model; not with a reward model made of a language model. ``config``: the folder's.
     """
 
     checkpoint: WeightFiles
@@ -147,7 +136,9 @@ class ModelOrigin:
         ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
         found = dict(plain)
         for name, value in reverted.items():
-            same = name if name in self.converted else _same_but_prefix(name, self.converted)
+            # Of names that differ by the prefix of the base model alone, the checkpoint's.
+            prefixed = (n for n in self.converted if n.endswith(f".{name}") or name.endswith(f".{n}"))
+            same = name if name in self.converted else next(prefixed, None)
             if same is not None:
                 found[same] = value
             elif _storage(value) not in shared and name not in ignored:
@@ -177,24 +168,18 @@ def trace_origin(model: Any, checkpoint: WeightFiles, config: Any) -> ModelOrigi
 
 
 def set_origin(model: Any, origin: ModelOrigin) -> None:
-    """Note on a model where it comes from."""
-    setattr(model, _ATTRIBUTE, origin)
+    """Record the checkpoint that a model comes from."""
+    model.prefopt_origin = origin
 
 
 def origin_of(model: Any) -> ModelOrigin | None:
-    """Where a model comes from; None for one built in Python, or made of another."""
-    found: ModelOrigin | None = getattr(model, _ATTRIBUTE, None)
-    return found
+    """The checkpoint that a model comes from; None for one built in Python."""
+    return cast(ModelOrigin | None, getattr(model, "prefopt_origin", None))
 
 
 def _storage(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Equal for tensors that share their memory."""
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape)
-
-
-def _same_but_prefix(name: str, names: Iterable[str]) -> str | None:
-    """The one of ``names`` that differs from ``name`` by the prefix of the base model alone."""
-    return next((n for n in names if n.endswith(f".{name}") or name.endswith(f".{n}")), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,11 +193,6 @@ class ScalarHead:
     def weight(self) -> str:
         """The name of its weight, or of the first of several."""
         return next((n for n in self.tensors if n.endswith("weight")), next(iter(self.tensors)))
-
-    @property
-    def beside_a_language_model(self) -> bool:
-        """Whether such a head is added to a language model's head, and does not replace it."""
-        return self.weight.startswith("v_head.")
 
     def read(self, width: int) -> tuple[torch.Tensor, float]:
         """Its weight [1, width] and its bias. Raises :class:`ModelError` where it is another kind of head."""
@@ -232,7 +212,7 @@ class ScalarHead:
 
 def scalar_head(folder: str | Path) -> ScalarHead | None:
     """The scalar head in a model folder or beside an adapter; None without one, or where the weights cannot be read
-    (loading says why). Raises :class:`ModelError` where a separate file of the head cannot be read."""
+    (loading reports it). Raises :class:`ModelError` where a separate file of the head cannot be read."""
     try:
         tensors = dict(WeightFiles.read(folder).tensors)
     except ModelError:
@@ -242,10 +222,7 @@ def scalar_head(folder: str | Path) -> ScalarHead | None:
         try:
             tensors |= _headers(file)
         except (OSError, SafetensorError) as error:
-            raise ModelError(
-                f"{file}: this scalar head cannot be read ({error}); copy it again, or remove it to begin with a new"
-                " one"
-            ) from error
+            raise ModelError(f"{file}: this scalar head cannot be read ({error}); copy or remove it") from error
     found = {name: stored for name, stored in tensors.items() if HEAD_NAMES.match(name)}
     return ScalarHead(Path(folder), found) if found else None
 
@@ -262,8 +239,8 @@ def describe_untouched(origin: ModelOrigin) -> str | None:
     parts = []
     for kind in (*reversed(_KINDS), OTHER):
         if names := kinds.get(kind):
-            count = f"{len(names)} tensor{'s' if len(names) > 1 else ''}, {size(origin.checkpoint.nbytes(names))}"
-            parts.append(f"{kind} ({count}{f', the first is {names[0]}' if kind == OTHER else ''})")
+            first = f", the first is {names[0]}" if kind == OTHER else ""
+            parts.append(f"{kind} ({origin.checkpoint.size_of(names)}{first})")
     return ", ".join(parts) or None
 
 
@@ -286,10 +263,9 @@ def check_layers(name: str, model: Any, origin: ModelOrigin) -> None:
         if not ignored and not any(_MTP.search(n) for n in names):
             beyond.setdefault(stem, []).extend(names)
     for stem, names in beyond.items():
-        stored = size(origin.checkpoint.nbytes(names))
         raise ModelError(
-            f"{name}: config.json ends at {stem}.{last[stem]}, but {len(names)} tensors ({stored}) are of later ones,"
-            f" such as {names[0]}; set the number of layers in config.json right, or remove those tensors"
+            f"{name}: config.json ends at {stem}.{last[stem]}, but there are later layers"
+            f" ({origin.checkpoint.size_of(names)}), such as {names[0]}; correct config.json or remove those tensors"
         )
 
 

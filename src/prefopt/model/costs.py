@@ -1,10 +1,4 @@
-"""What a run costs, counted where it is spent: forward passes, tokens, models in memory, and the memory itself.
-
->>> with count_costs() as costs:
-...     count_generated(3)
->>> costs.generated_tokens
-3
-"""
+"""Costs of a run: forward passes, tokens, models in memory, and the memory itself."""
 
 from __future__ import annotations
 
@@ -12,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
@@ -23,11 +17,8 @@ if TYPE_CHECKING:
     import torch  # imported where it is needed: run folders are read without it
 
 Purpose = Literal["train", "score", "decode"]
-COUNTS = """
-    forward_passes trained_tokens scored_tokens decoded_tokens generated_tokens models model_bytes
-""".split()
 LARGEST = ("models", "model_bytes", "peak_memory_bytes")
-"""Over several stages these are maxima; all others are sums."""
+"""Maxima over several stages; all others are sums."""
 
 
 @dataclass(slots=True)
@@ -35,10 +26,9 @@ class Costs:
     """Counts of one run.
 
     A forward pass is one call of a model's layers: with gradients (``trained_tokens``), without (``scored_tokens``) or
-    while sampling (``decoded_tokens``, prompt and response). A shared prefix counts once. ``generated_tokens`` were
-    sampled. ``models``: the most models in memory at once, of those used, with ``model_bytes`` of weights; a second set
-    of weights for a whole model is another model. The load check's small model is not counted; its check on real rows
-    and the trial of the token budget are.
+    while sampling (``decoded_tokens``, prompt and response). A shared prefix counts once. ``models``: the most models
+    in memory at once, with ``model_bytes`` of weights; a second set of weights for a whole model is another model. The
+    load check's small model is not counted.
     """
 
     forward_passes: int = 0
@@ -59,7 +49,7 @@ class Costs:
 
     def to_dict(self) -> dict[str, int]:
         """The counts by name."""
-        return {name: getattr(self, name) for name in COUNTS}
+        return {count.name: getattr(self, count.name) for count in fields(self) if count.repr}
 
 
 _open: list[Costs] = []
@@ -134,25 +124,19 @@ def peak_memory(device: torch.device) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    for line in lines:  # what getrusage reports on Linux is inherited from the parent process
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
+    status = Path("/proc/self/status")  # on Linux, where getrusage reports the parent's peak
+    if status.exists() and (peak := re.search(r"^VmHWM:\s*(\d+)", status.read_text(), re.M)):
+        return int(peak[1]) * 1024
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-# torch on the CPU; CUDA, as a plain error where it comes from a kernel or a copy; and CUDA's libraries.
-_OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|CU\w+_STATUS_\w*ALLOC(ATION)?_FAILED")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether torch, or a library of the device, ran out of memory."""
+    """Whether torch, CUDA or a library of CUDA ran out of memory."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+    pattern = r"can't allocate memory|out of memory|CU\w+_STATUS_\w*ALLOC(ATION)?_FAILED"
+    return isinstance(error, RuntimeError) and re.search(pattern, str(error)) is not None

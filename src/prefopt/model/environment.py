@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from prefopt.core.cache_folder import cache_root
 from prefopt.core.terminal import size
 
 LIBRARIES = "torch transformers tokenizers peft safetensors huggingface_hub numpy rich".split()
-# Variables whose values say how things run and name nobody; of all others not even the name is shown.
+# Variables that affect runs and hold no secrets; no other variable is shown, not even its name.
 VARIABLES = """
     PREFOPT_CACHE PREFOPT_DTYPE HF_HOME HF_HUB_OFFLINE CUDA_VISIBLE_DEVICES PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF
     OMP_NUM_THREADS MKL_NUM_THREADS TOKENIZERS_PARALLELISM CUBLAS_WORKSPACE_CONFIG WANDB_MODE
@@ -32,16 +33,12 @@ def environment() -> dict[str, Section]:
     """Names and values by section: versions, machine, devices, folders, extras and variables."""
     found = hardware()
     found["machine"]["memory"] += f", {size(psutil.virtual_memory().available)} free"
-    found |= {
-        "folders": _folders(),
-        "extras": _extras(),
-        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
-    }
-    return _anonymous(found)
+    variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    return found | _anonymous({"folders": _folders(), "extras": _extras(), "variables": variables})
 
 
 def hardware() -> dict[str, Section]:
-    """What results may depend on, and is quick to find out: versions, machine and devices."""
+    """Versions, machine and devices, for run records."""
     versions = {"prefopt": prefopt.__version__, "python": platform.python_version()}
     versions |= {name: _version(name) or "not installed" for name in LIBRARIES}
     return _anonymous({"versions": versions, "machine": _machine(), "devices": _devices()})
@@ -53,8 +50,8 @@ def in_words(found: Mapping[str, Section]) -> list[str]:
     for title, rows in found.items():
         if rows:
             width = max(map(len, rows))
-            lines += [*([""] if lines else []), f"{title}:", *(f"  {name:{width}}  {rows[name]}" for name in rows)]
-    return lines
+            lines += ["", f"{title}:", *(f"  {name:{width}}  {value}" for name, value in rows.items())]
+    return lines[1:]
 
 
 def _anonymous(found: Mapping[str, Section]) -> dict[str, Section]:
@@ -70,17 +67,14 @@ def anonymous(text: str) -> str:
 
 
 def _version(name: str) -> str | None:
-    try:
+    with suppress(metadata.PackageNotFoundError):
         return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def _machine() -> Section:
-    try:  # platform.processor() is empty on many systems
-        named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        named = None
+    cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty on many systems
+    named = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = f"{psutil.cpu_count(logical=False) or '?'} of {psutil.cpu_count()} logical ones"
     return {
@@ -98,13 +92,13 @@ def _devices() -> Section:
 
     bfloat16 = "native" if native_bfloat16(torch.device("cpu")) else "emulated (slow)"
     found = {"cpu": f"{torch.get_num_threads()} threads, bfloat16 {bfloat16}"}
-    for i in range(torch.cuda.device_count()) if torch.cuda.is_available() else ():
-        about: Any = torch.cuda.get_device_properties(i)
-        kind = f"capability {about.major}.{about.minor}, CUDA {torch.version.cuda}"
-        found[f"cuda:{i}"] = f"{about.name}, {size(about.total_memory)}, {kind}"
+    built = torch.version.cuda
     if not torch.cuda.is_available():
-        built = torch.version.cuda
         found["cuda"] = f"none found, by a torch built for CUDA {built}" if built else "none: this torch has no CUDA"
+    for i in range(torch.cuda.device_count()):
+        about: Any = torch.cuda.get_device_properties(i)
+        kind = f"capability {about.major}.{about.minor}, CUDA {built}"
+        found[f"cuda:{i}"] = f"{about.name}, {size(about.total_memory)}, {kind}"
     if torch.backends.mps.is_available():
         found["mps"] = "available"
     return found
@@ -113,33 +107,20 @@ def _devices() -> Section:
 def _folders() -> Section:
     from huggingface_hub import constants
 
-    cache, hub = cache_root(), Path(constants.HF_HUB_CACHE)
+    cache = cache_root()
     return {
-        "reference cache": f"{cache} ({size(_bytes(cache))})",
-        "hub cache": f"{hub} ({size(_bytes(hub))})",
+        "reference cache": str(cache),
+        "hub cache": constants.HF_HUB_CACHE,
         "free there": size(shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free),
         "python": sys.executable,
     }
 
 
-def _bytes(folder: Path) -> int:
-    """Bytes below a folder, without following links; files that disappear meanwhile do not count."""
-    total = 0
-    for path, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.lstat(os.path.join(path, name)).st_size  # noqa: PTH118
-            except OSError:
-                continue
-    return total
-
-
 def _extras() -> Section:
     """Each extra of prefopt but ``dev``, with the versions of its packages or how to install it."""
-    try:
+    requirements: list[str] = []
+    with suppress(metadata.PackageNotFoundError):
         requirements = metadata.requires("prefopt") or []
-    except metadata.PackageNotFoundError:
-        requirements = []
     packages: dict[str, list[str]] = {}
     for text in requirements:
         condition, name = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", text), re.match(r"[\w.-]+", text)

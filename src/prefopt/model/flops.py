@@ -1,7 +1,7 @@
 """Floating-point operations of a batch, and the peak rate of the device; their quotient is the utilisation of a run.
 
-Counted are the matrix products of forward and backward that any exact implementation needs. Recomputation to save
-memory (activation checkpointing, tiles of the head) is not counted. A product of [m, k] and [k, n] is 2 m k n.
+Matrix products of forward and backward that any exact implementation needs are counted; recomputation to save memory
+is not. A product of [m, k] and [k, n] is 2 m k n.
 
 ==============================  ==============================================================
 a weight, per token             2 forward, 2 for the gradient of its input, 2 for its own
@@ -33,11 +33,9 @@ _SEARCH_SECONDS, _PRODUCT_SECONDS = 0.3, 0.02
 
 @dataclass(frozen=True, slots=True)
 class FlopCount:
-    """Operations of a model, forward and, where it ``trains``, backward.
-
-    ``per_token``: its layers. ``per_scored``: its head. ``per_pair``: one query and one key in one layer, all heads.
-    ``windows``: number of layers per sliding window (None: full attention).
-    """
+    """Operations of a model, forward and, where it ``trains``, backward: of its layers ``per_token``, of its head
+    ``per_scored``, of one query and one key in one layer ``per_pair``. ``windows``: number of layers per sliding window
+    (None: full attention)."""
 
     per_token: float
     per_scored: float
@@ -96,10 +94,10 @@ def _widths(model: PreTrainedModel) -> tuple[float, tuple[tuple[int | None, floa
     """Multiplications per (query, key) pair of one layer, and the number of such layers per window."""
     shapes = attention_shapes(model.config)
     widths = [s.heads * (s.key_width + s.value_width) for s in shapes]
-    unit = next((w for w in widths if w), 0)
+    unit = next((w for w in widths if w), 1)
     layers: dict[int | None, float] = {}
     for shape, width in zip(shapes, widths, strict=True):
-        layers[shape.window] = layers.get(shape.window, 0) + (1 if width == unit else width / unit)
+        layers[shape.window] = layers.get(shape.window, 0) + width / unit
     return unit, tuple(layers.items())
 
 
@@ -123,20 +121,13 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 def _best_seconds(size: int, device: torch.device, dtype: torch.dtype, began: float) -> float:
     """Shortest time of a product of this size: of two, or of as many as the search has time for."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = _product_seconds(a, b)  # the first one also loads a kernel
-    while True:
-        seconds = min(seconds, _product_seconds(a, b))
-        if seconds < _PRODUCT_SECONDS and size < 16384:
-            return seconds
-        if time.perf_counter() - began > _SEARCH_SECONDS:
-            return seconds
-
-
-def _product_seconds(a: torch.Tensor, b: torch.Tensor) -> float:
-    began = time.perf_counter()
-    torch.mm(a, b)
-    if a.is_cuda:
-        torch.cuda.synchronize(a.device)
-    elif a.device.type == "mps":
-        torch.mps.synchronize()
-    return time.perf_counter() - began
+    times: list[float] = []
+    while True:  # the first product also loads a kernel
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(a.device)
+        times.append(time.perf_counter() - start)
+        small = min(times) < _PRODUCT_SECONDS and size < 16384
+        if len(times) > 1 and (small or time.perf_counter() - began > _SEARCH_SECONDS):
+            return min(times)

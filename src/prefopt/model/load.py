@@ -42,8 +42,6 @@ TURNS = ("<|im_start|>", "<|im_end|>")
 """Special tokens of new tokenizers for a ChatML template that fine-tuning may add."""
 SLACK, SMALL = 4, 10_000_000
 """A configuration may describe this multiple of the parameters that its weights hold, and this many more."""
-PACKED = 32
-"""Weights that one number in a quantised file may hold, at most: bits in 32."""
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -101,9 +99,8 @@ def load_config(name: str) -> PreTrainedConfig:
 def context_of(name: str) -> int | None:
     """Positions of a model folder or Hub name, where it gives them; None for a folder with a tokenizer alone."""
     folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file() and not is_adapter(folder):
-        return None
-    return context_length(load_config(str(folder) if folder.exists() else name))
+    bare = folder.is_dir() and not (folder / "config.json").is_file() and not is_adapter(folder)
+    return None if bare else context_length(load_config(str(folder) if folder.exists() else name))
 
 
 def load_model(name: str, *, dtype: torch.dtype, device: torch.device, adapter: str | None = None) -> torch.nn.Module:
@@ -122,19 +119,17 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device, adapter: 
 def load_weights(
     kind: Any, name: str, config: PreTrainedConfig, dtype: torch.dtype, *, lacking: Collection[str] = ()
 ) -> PreTrainedModel:
-    """The model that the auto class ``kind`` makes of folder ``name``, dropout off, with all weights but ``lacking``.
-    It carries its :class:`ModelOrigin`: what else the folder holds.
-
-    Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, needs code of its own, has more layers
-    than its configuration says, or holds a reward model in place of a language model.
-    """
+    """The model that the auto class ``kind`` makes of folder ``name``, dropout off, with its :class:`ModelOrigin` and
+    all weights but ``lacking``. Raises :class:`ModelError` for a folder that is missing, incomplete, pickled, needs its
+    own code, has more layers than its configuration, or holds a reward model in place of a language model."""
     own_config = copy.deepcopy(config)
     disable_dropout(config)
     source = local_folder(name)
     refuse_both(source)
     check_size(kind, source, config)
-    extra: dict[str, Any] = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
-    extra |= loading_options(name, config)
+    extra = loading_options(name, config)
+    if dtype == torch.float64:
+        extra["experts_implementation"] = "eager"
     with model_errors(name), backend_errors(name, config), quiet_loading():
         model, info = kind.from_pretrained(
             source,
@@ -151,15 +146,10 @@ def load_weights(
     if kind is AutoModelForCausalLM:
         _check_language_model(name, model, origin)
     if info["mismatched_keys"]:
-        weight, found, expected = sorted(info["mismatched_keys"])[0]
-        raise ModelError(
-            f"{name}: {weight} is {list(found)}, config.json wants {list(expected)}; they do not belong together"
-        )
-    missing = sorted(set(info["missing_keys"]) - set(lacking))
-    if missing:
-        raise ModelError(
-            f"{name}: {len(missing)} weights are missing, the first is {missing[0]}; the folder is incomplete"
-        )
+        weight, found, expected = min(info["mismatched_keys"])
+        raise ModelError(f"{name}: {weight} is {list(found)}, config.json wants {list(expected)}")
+    if missing := sorted(set(info["missing_keys"]) - set(lacking)):
+        raise ModelError(f"{name}: incomplete: {len(missing)} weights are missing, the first is {missing[0]}")
     model.name_or_path = model.config.name_or_path = name
     check_layers(name, model, origin)
     set_origin(model, origin)
@@ -174,8 +164,8 @@ def check_size(kind: Any, folder: str, config: PreTrainedConfig) -> None:
         return
     held = sum(math.prod(stored.shape) for stored in tensors.values())
     described = _parameters(kind, folder, config)
-    slack = SLACK * (PACKED if quantisation_of(config) else 1)
-    if described > slack * held + SMALL:
+    packed = 32 if quantisation_of(config) else 1  # weights in one number, at most
+    if described > SLACK * packed * held + SMALL:
         raise ModelError(
             f"{folder}: config.json wants {described:,} parameters, the weights hold {held:,}; they do not belong"
             " together"
@@ -191,20 +181,19 @@ def _parameters(kind: Any, name: str, config: PreTrainedConfig) -> int:
 
 def _check_language_model(name: str, model: PreTrainedModel, origin: ModelOrigin) -> None:
     """Raises :class:`ModelError` for a reward model: its scalar head is in the place of a language model's head."""
-    head = scalar_head(name)
-    if head is None:
+    if (head := scalar_head(name)) is None:
         return
     classes = architectures_of(load_config(name))
+    if head.weight.startswith("v_head.") and all(a.endswith(_LANGUAGE_MODELS) for a in classes):
+        return  # a value head, beside that of the language model
     outputs: Any = model.get_output_embeddings()
     own = {n for n, p in model.named_parameters(remove_duplicate=False) if outputs and p is outputs.weight}
     own -= {n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight}
     if any("Classification" in a for a in classes) or not own & origin.covered:
-        if head.beside_a_language_model and all(a.endswith(_LANGUAGE_MODELS) for a in classes):
-            return
-        named = f"config.json names {', '.join(classes)}" if classes else "config.json names no class"
         raise ModelError(
-            f"{name} holds the head of a reward model ({head.weight}; {named}): it is no language model; give the model"
-            " that it was made from, or this one as --reward, or to prefopt reward"
+            f"{name} holds the head of a reward model ({head.weight}; config.json names"
+            f" {', '.join(classes) or 'no class'}): it is no language model; give the model that it was made from, or"
+            " this one as --reward, or to prefopt reward"
         )
 
 
@@ -212,29 +201,26 @@ def _check_language_model(name: str, model: PreTrainedModel, origin: ModelOrigin
 def quiet_loading() -> Iterator[None]:
     """Without transformers' progress bars, and without its table of unused weights, which
     :mod:`prefopt.model.checkpoint` describes."""
+
+    def is_no_table(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return "LOAD REPORT" not in message or "CONVERSION" in message  # an error that follows points to the latter
+
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(_is_no_table)
+    logger.addFilter(is_no_table)
     try:
         yield
     finally:
-        logger.removeFilter(_is_no_table)
+        logger.removeFilter(is_no_table)
         if shown:
             transformers_logging.enable_progress_bar()
 
 
-def _is_no_table(record: logging.LogRecord) -> bool:
-    message = record.getMessage()
-    return "LOAD REPORT" not in message or "CONVERSION" in message  # an error that follows points to the latter
-
-
 def new_model(folder: str, tokenizer: Tokenizer, *, seed: int, fitted: bool) -> torch.nn.Module:
-    """The causal language model that ``config.json`` of a folder describes, initialised from ``seed``, in float32.
-
-    ``fitted``: with the vocabulary and special tokens of ``tokenizer``, whatever the file says. Raises
-    :class:`ModelError` where the file describes none, or one that does not fit into memory.
-    """
+    """The causal language model of a folder's ``config.json``, initialised from ``seed``, in float32. ``fitted``: with
+    the vocabulary and special tokens of ``tokenizer``. Raises :class:`ModelError` where it does not fit into memory."""
     config: Any = load_config(folder)
     disable_dropout(config)
     if fitted:
@@ -251,11 +237,8 @@ def new_model(folder: str, tokenizer: Tokenizer, *, seed: int, fitted: bool) -> 
 
 
 def new_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
-    """Byte-level BPE (as GPT-2's) of ``size`` tokens, from ``texts``; the same texts give the same tokenizer.
-
-    It ends texts with ``<|endoftext|>`` and pads with a token of its own. Raises :class:`ModelError` where the text is
-    too short for so many tokens.
-    """
+    """Byte-level BPE (as GPT-2's) of ``size`` tokens, from ``texts``; the same texts give the same tokenizer. It ends
+    texts with ``<|endoftext|>``. Raises :class:`ModelError` where the text is too short for so many tokens."""
     raw = RawTokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""The weights that a new LoRA adapter is on, and the percentage of each kind that it reaches.
+"""Weights that a new LoRA adapter is on, and the percentage of each kind that it reaches.
 
 By default all matrices but embeddings, head, routers and towers, which text does not train. PEFT's own ``all-linear``
 is made for dense models: of mixtures of experts it reaches the experts of some and the dense layers of others, so each
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -31,14 +31,6 @@ _NOT_CALLED = {("mixer", "dt_proj"), ("router", "classifier")}
 """Layers whose owner (Mamba, LongCat) reads their weights and never calls them."""
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _MLP = re.compile(r"mlp|feed_?forward|ffn|^fc\d|^fc_(in|out)$|dense_\w*4h|^(gate|up|down)_proj$", re.IGNORECASE)
-_WORDS = {
-    "mlp": "MLP",
-    "shared-experts": "shared experts",
-    "mixer": "recurrent mixers",
-    "other": "other layers",
-    "router": "routers",
-    "tower": "towers",
-}
 # Names of experts' layers before transformers 5 fused them.
 _FORMER = dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj") | {"w2": "down_proj"}
 _MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
@@ -48,11 +40,8 @@ _NOT_CALLED_IN_MAMBA = ("out_proj", "conv1d")
 
 @dataclass(frozen=True, slots=True)
 class WeightMatrix:
-    """A matrix of a model: the name of its layer, and of the parameter.
-
-    ``fused``: an adapter goes on the parameter, since the layer is not linear (experts in one tensor of three axes,
-    routers with their own weight, grouped linear layers). ``reachable``: whether an adapter has an effect.
-    """
+    """A matrix of a model. ``fused``: an adapter goes on the parameter, since its layer is not linear (experts in one
+    tensor, routers, grouped linear layers). ``reachable``: whether an adapter has an effect."""
 
     module: str
     parameter: str
@@ -127,8 +116,7 @@ def _text_model(model: Any) -> str | None:
     if model.config.get_text_config() is model.config or not hasattr(model, "get_decoder"):
         return None
     decoder = model.get_decoder()
-    name = next((name for name, module in model.named_modules() if module is decoder), "")
-    return name or None
+    return next((name for name, module in model.named_modules() if module is decoder), None) or None
 
 
 def tower_weights(model: Any) -> int:
@@ -150,12 +138,12 @@ class LoraTargets:
 
 
 def lora_targets(model: Any, named: Sequence[str] | None) -> LoraTargets:
-    """What ``named`` of ``--lora-targets`` means for ``model``; None is the default. Raises :class:`ConfigError` where
-    a name matches no weight, or an adapter on it would have no effect."""
+    """The weights that ``named`` (``--lora-targets``; None: the default) stands for. Raises :class:`ConfigError` for a
+    name that matches no weight, or where an adapter would have no effect."""
     matrices = list(weight_matrices(model))
     tensors = (*model.named_parameters(), *model.named_buffers())
     if named and any(name.endswith(".qweight") for name, _ in tensors):  # GPTQ and AWQ layers, which PEFT knows
-        return LoraTargets(list(named), None, ", ".join(named))
+        return LoraTargets([*named], None, ", ".join(named))
     wanted = _named(matrices, named) if named else [m for m in matrices if _default(m)]
     if not wanted:
         raise ConfigError("--lora: no weight of this model can have an adapter; leave it out to train the whole model")
@@ -182,15 +170,19 @@ def _named(matrices: list[WeightMatrix], named: Sequence[str]) -> list[WeightMat
         found = [m for m in found if m.kind != "tower"] or found  # a tower's layer only by its full name
         if not found and name in _FORMER:
             found = [m for m in matrices if m.kind == "experts" and m.parameter.endswith(f".{_FORMER[name]}")]
-        if not found:
-            raise ConfigError(f"--lora-targets {name}: no weight of this model has that name; {_nameable(matrices)}")
-        able = [m for m in found if m.reachable]
+        able = {m.parameter for m in found if m.reachable}
         if not able:
+            problem = "no weight of this model has that name"
+            if found:
+                problem = f"an adapter would change nothing, since another layer reads {found[0].parameter}"
+            reachable = [m for m in matrices if m.reachable]
+            kinds = [ALL, *(kind for kind in KINDS if any(m.kind == kind for m in reachable))]
+            names = sorted({_leaf(m) for m in reachable if m.kind != "tower"})
             raise ConfigError(
-                f"--lora-targets {name}: an adapter would change nothing, for {found[0].parameter} is read by another"
-                f" layer than its own; {_nameable(matrices)}"
+                f"--lora-targets {name}: {problem}; there are the kinds {', '.join(kinds)}, and the names"
+                f" {', '.join(names)}"
             )
-        chosen |= {m.parameter for m in able}
+        chosen |= able
     return [m for m in matrices if m.parameter in chosen]
 
 
@@ -199,13 +191,7 @@ def _means(name: str, matrix: WeightMatrix) -> bool:
         return _default(matrix)
     if name in KINDS and name == matrix.kind:
         return True
-    return any(full == name or full.endswith(f".{name}") for full in (matrix.module, matrix.parameter))
-
-
-def _nameable(matrices: list[WeightMatrix]) -> str:
-    kinds = [ALL, *(kind for kind in KINDS if any(m.kind == kind and m.reachable for m in matrices))]
-    names = {_leaf(m) for m in matrices if m.reachable and m.kind != "tower"}
-    return f"there are the kinds {', '.join(kinds)}, and the names {', '.join(sorted(names))}"
+    return any(f".{full}".endswith(f".{name}") for full in (matrix.module, matrix.parameter))
 
 
 def _leaf(matrix: WeightMatrix) -> str:
@@ -218,11 +204,10 @@ def _leaf(matrix: WeightMatrix) -> str:
 def _former_names(model: Any) -> Collection[str]:
     """Former names of experts' layers, which PEFT maps to the fused experts: dense layers and shared experts of such a
     name would get no adapter."""
-    from peft.utils import transformers_weight_conversion as peft_conversion
+    from peft.utils import transformers_weight_conversion as conversion
 
-    patterns: dict[str, str] = peft_conversion._MODEL_TO_CONVERSION_PATTERN
-    mapping: dict[str, dict[str, str]] = peft_conversion._MOE_TARGET_MODULE_MAPPING
-    return mapping.get(patterns.get(getattr(model.config, "model_type", ""), ""), {})
+    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(getattr(model.config, "model_type", ""), "")
+    return cast(Collection[str], conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, ()))
 
 
 def _short(matrices: list[WeightMatrix], wanted: Collection[str]) -> list[str]:
@@ -247,13 +232,12 @@ def _words(matrices: list[WeightMatrix], wanted: list[WeightMatrix]) -> str:
         of = [m for m in matrices if m.kind == kind]
         if total := sum(m.numel for m in of):
             share = sum(m.numel for m in of if m.parameter in chosen) / total
-            shares.setdefault(share, []).append(_WORDS.get(kind, kind))
+            shares.setdefault(share, []).append(kind)
     parts = [
         f"{100 * share:.3g} % of {', '.join(kinds)}" if share else f"none of {', '.join(kinds)}"
         for share, kinds in sorted(shares.items(), reverse=True)
     ]
     parts += [f"{m.kind} {_leaf(m)}" for m in wanted if m.kind in ("head", "embedding", "convolution")][:4]
-    left = {_leaf(m) for m in matrices if m.kind in KINDS and not m.reachable}
-    if left:
+    if left := {_leaf(m) for m in matrices if m.kind in KINDS and not m.reachable}:
         parts.append(f"{', '.join(sorted(left))} cannot have one")
     return "; ".join(parts)

@@ -39,15 +39,16 @@ from prefopt.model.supported import model_errors
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Relative difference of logits that rounding explains: float32 sums in another order (1e-7 a step); a bfloat16 weight
 is within 2^-9 of itself, a float16 one within 2^-12, and layers add up."""
-PROBES, PROBE_TOKENS = 3, 24
+PROBES = (3, 24)
+"""Random sequences whose logits are compared, and tokens of each."""
 
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What was measured, relative to the norm of the logits: ``difference`` of the merged model from the one with its
-    adapter, ``effect`` of the adapter. ``rounding``: how far the saved dtype moves the merged weights, relative to how
-    far the adapter does. ``tensors``: their number, under the names of the model's files; ``kept``: those that are in
-    no weight of the language model. ``ends``: end tokens that were added."""
+    """Relative to the norm of the logits: ``difference`` of the merged model from the one with its adapter, ``effect``
+    of the adapter. ``rounding``: how far the saved dtype moves the merged weights, relative to how far the adapter
+    does. ``tensors``: number of tensors written; ``kept``: those that are in no weight of the language model. ``ends``:
+    a line on end tokens that were added."""
 
     output: Path
     dtype: torch.dtype
@@ -63,37 +64,36 @@ class MergeReport:
     def in_words(self) -> list[str]:
         """The report in lines."""
         kind = str(self.dtype).removeprefix("torch.")
-        lines = [
-            f"{self.layers} layers merged in float32, saved in {kind}",
-            f"rounding to {kind} moves these weights {self.rounding:.2g} times as far as the adapter does; --dtype"
-            " float32 keeps its change whole"
-            if self.rounding > 0.01
-            else None,
-            "the head shared the embedding's weights, one of which the adapter changes: it has its own now"
-            if self.untied
-            else None,
+        lines = [f"{self.layers} layers merged in float32, saved in {kind}"]
+        if self.rounding > 0.01:
+            lines.append(
+                f"rounding to {kind} moves these weights {self.rounding:.2g} times as far as the adapter does; --dtype"
+                " float32 keeps its change whole"
+            )
+        if self.untied:
+            lines.append("the head shared the embedding's weights, and the adapter changes one: it has its own now")
+        lines.append(
             f"logits: {self.difference:.0e} of their size from the model with its adapter, which itself is"
-            f" {self.effect:.0e} from the model without it",
-            f"kept as they are: {self.kept}" if self.kept is not None else None,
-            "the adapter changes nothing: is it one that was never trained?" if self.effect == 0 else None,
-            self.ends,
-            f"loaded again by transformers, with the same logits, its {self.tensors} tensors under the same names:"
-            f" {self.output}",
-        ]
-        return [line for line in lines if line]
+            f" {self.effect:.0e} from the model without it"
+        )
+        if self.kept is not None:
+            lines.append(f"kept as they are: {self.kept}")
+        if self.effect == 0:
+            lines.append("the adapter changes nothing: was it trained?")
+        lines += [self.ends] if self.ends else []
+        lines.append(f"loaded again: the same logits, its {self.tensors} tensors under the same names: {self.output}")
+        return lines
 
 
 def merge_adapter(
     adapter: str, output: str | Path, *, model: str | None = None, dtype: torch.dtype, device: torch.device
 ) -> MergeReport:
-    """Write ``model`` with ``adapter`` merged in, its tokenizer, chat template and generation config to ``output``.
-
-    ``model``: by default the one that the adapter names. Raises :class:`ModelError` for adapters and models that cannot
-    be merged, :class:`RunError` where ``output`` exists, or the outputs are not those of the adapter.
-    """
+    """Write ``model`` (by default the one that the adapter names) with ``adapter`` merged in, its tokenizer, chat
+    template and generation config to ``output``. Raises :class:`ModelError` for adapters and models that cannot be
+    merged, :class:`RunError` where ``output`` exists, or the outputs are not those of the adapter."""
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RunError(f"--output {output} is there already; name a new folder")
+        raise RunError(f"--output {output} exists; name a new folder")
     source = local_folder(adapter)
     require_adapter(source)
     if model is not None and is_adapter(local_folder(model)):
@@ -101,16 +101,16 @@ def merge_adapter(
     base = local_folder(model) if model is not None else base_and_adapter(adapter)[0]
     wrapped = _load(base, source, _loading_dtype(base, dtype), device)
     causal = causal_model(wrapped)
-    probes_2 = _probes(vocabulary_size(causal))
-    expected = _logits(wrapped, probes_2)
+    probes = torch.randint(vocabulary_size(causal), PROBES, generator=torch.Generator().manual_seed(0))
+    expected = _logits(wrapped, probes)
     with wrapped.disable_adapter():
-        without = _logits(wrapped, probes_2)
+        without = _logits(wrapped, probes)
     untied = _untie(causal)
     layers, rounding = _merge_layers(wrapped, dtype)
     with peft_warnings_off():
         merged = wrapped.merge_and_unload().to(dtype)
     own_head = _note_own_head(merged)
-    found = _logits(merged, probes_2)
+    found = _logits(merged, probes)
     difference, effect = _distance(found, expected), _distance(without, expected)
     if not difference <= ROUNDING[dtype]:
         raise ModelError(
@@ -118,12 +118,19 @@ def merge_adapter(
             f" {ROUNDING[dtype]:.0e}; nothing was written: serve model and adapter side by side"
         )
     tokenizer = load_tokenizer(source if has_tokenizer(source) else base)
-    _save(merged, output, tokenizer)
+    repair_generation(merged)
+    with output_errors(output), quiet_loading():
+        save_weights(output, merged, dict(merged.state_dict()), dtype)
+        tokenizer.save_pretrained(output)
+        write_transformers4_fields(output, tokenizer)
+        apply_umask(output)
     ends = add_end_tokens(output, _ends(source, tokenizer), tokenizer, merged)
     _write_card(output, model or base_of(source), adapter, Path(source) / "README.md", dtype)
     origin, rows = origin_of(merged), vocabulary_size(merged)
     del merged, wrapped, causal
-    _check_saved(output, dtype, device, probes_2, found)
+    saved = load_model(str(output), dtype=dtype, device=device).eval()
+    if not (distance := _distance(_logits(saved, probes), found)) <= ROUNDING[dtype]:  # NaN too
+        raise RunError(f"{output}: the saved model differs by {distance:.1e}; do not use it, and report this")
     tensors = _check_names(output, Path(base), own_head=own_head, rows=rows)
     kept = describe_untouched(origin) if origin is not None else None
     return MergeReport(output, dtype, layers, difference, effect, rounding, untied, tensors, kept, ends)
@@ -159,8 +166,7 @@ def _load(base: str, adapter: str, dtype: torch.dtype, device: torch.device) -> 
     with model_errors(adapter):
         config: Any = PeftConfig.from_pretrained(adapter)
     if config.is_prompt_learning:
-        kind = config.peft_type.value
-        raise ModelError(f"--adapter {adapter} is of the kind {kind}, which cannot be merged into weights")
+        raise ModelError(f"--adapter {adapter} is of the kind {config.peft_type.value}, which cannot be merged")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
@@ -171,17 +177,11 @@ def _load(base: str, adapter: str, dtype: torch.dtype, device: torch.device) -> 
     return wrapped.eval()
 
 
-def _probes(vocabulary: int) -> torch.Tensor:
-    """A few random sequences of tokens [PROBES, PROBE_TOKENS], always the same."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocabulary, (PROBES, PROBE_TOKENS), generator=generator)
-
-
 @torch.no_grad()
-def _logits(model: Any, probes_2: torch.Tensor) -> torch.Tensor:
+def _logits(model: Any, probes: torch.Tensor) -> torch.Tensor:
     """Float32 logits on the CPU, one sequence at a time."""
     device = next(model.parameters()).device
-    return torch.cat([model(input_ids=row[None].to(device)).logits.float().cpu() for row in probes_2])
+    return torch.cat([model(input_ids=row[None].to(device)).logits.float().cpu() for row in probes])
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -195,8 +195,7 @@ def _untie(model: Any) -> bool:
     if outputs is None:
         return False
     plain = [layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer for layer in (inputs, outputs)]
-    adapted = plain[0] is not inputs or plain[1] is not outputs
-    if not adapted or plain[0].weight is not plain[1].weight:
+    if plain == [inputs, outputs] or plain[0].weight is not plain[1].weight:
         return False
     plain[1].weight = torch.nn.Parameter(plain[1].weight.detach().clone(), requires_grad=False)
     return True
@@ -242,15 +241,6 @@ def _ends(adapter: str, tokenizer: Tokenizer) -> Sequence[int]:
     return ends or ()
 
 
-def _save(model: Any, output: Path, tokenizer: Tokenizer) -> None:
-    repair_generation(model)
-    with output_errors(output), quiet_loading():
-        save_weights(output, model, dict(model.state_dict()), model.dtype)
-        tokenizer.save_pretrained(output)
-        write_transformers4_fields(output, tokenizer)
-        apply_umask(output)
-
-
 def _write_card(output: Path, model: str, adapter: str, card: Path, dtype: torch.dtype) -> None:
     """A card that names both parts, followed by the adapter's card."""
     names = [Path(name).name if Path(name).exists() else name for name in (model, adapter)]
@@ -261,15 +251,6 @@ def _write_card(output: Path, model: str, adapter: str, card: Path, dtype: torch
     text = f"# {output.name}\n\n`{names[0]}` with the adapter `{names[1]}` folded in, in {kind}, by prefopt merge.\n"
     with output_errors(output):
         (output / "README.md").write_text("\n".join([*front, "", text, body]).rstrip() + "\n", encoding="utf-8")
-
-
-def _check_saved(
-    output: Path, dtype: torch.dtype, device: torch.device, probes_2: torch.Tensor, expected: torch.Tensor
-) -> None:
-    """Raise :class:`RunError` where the saved model, loaded again, gives other logits."""
-    saved = load_model(str(output), dtype=dtype, device=device).eval()
-    if not (distance := _distance(_logits(saved, probes_2), expected)) <= ROUNDING[dtype]:  # NaN too
-        raise RunError(f"{output}: the saved model differs by {distance:.1e}; do not use it, and report this")
 
 
 def _check_names(output: Path, base: Path, *, own_head: bool, rows: int) -> int:

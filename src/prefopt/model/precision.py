@@ -11,6 +11,7 @@ import copy
 import os
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from prefopt.errors import ConfigError
 from prefopt.model.architectures import causal_model
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES: dict[str, torch.dtype] = {n: getattr(torch, n) for n in ("float32", "bfloat16", "float16", "float64")}
 AUTO_DTYPE = "PREFOPT_DTYPE"
 """The variable that sets ``--dtype auto``, for different machines that should compute alike."""
 _DROPOUT = re.compile(r"drop(out|_rate)?$|_pdrop$|dropout|layerdrop|jitter_noise")
@@ -63,16 +59,14 @@ def native_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions for bfloat16 matrix products."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        return bool(torch.cpu._is_avx512_bf16_supported()) if torch.backends.mkldnn.is_available() else False
-    return False
+    mkldnn = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return mkldnn and bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def slow_dtype(dtype: torch.dtype, device: torch.device) -> str | None:
     """A warning in one line where the device has to emulate the precision."""
-    if dtype != torch.bfloat16 or native_bfloat16(device):
-        return None
-    return "bfloat16: this device emulates it, many times slower than float32; leave --dtype out to use float32"
+    slow = "bfloat16: this device emulates it, many times slower than float32; leave --dtype out to use float32"
+    return slow if dtype == torch.bfloat16 and not native_bfloat16(device) else None
 
 
 class MasterWeights:
@@ -93,20 +87,8 @@ class MasterWeights:
             parameter.data = wide.to(target)
             self.masters[name] = torch.nn.Parameter(wide)
             self._copies[name] = parameter
-            hook = parameter.register_post_accumulate_grad_hook(self._collector(self.masters[name]))
-            self._hooks.append(hook)
-
-    @staticmethod
-    def _collector(master: torch.nn.Parameter) -> Callable[[torch.Tensor], None]:
-        def collect(copy: torch.Tensor) -> None:
-            assert copy.grad is not None
-            if master.grad is None:
-                master.grad = copy.grad.to(master.dtype)
-            else:
-                master.grad.add_(copy.grad)
-            copy.grad = None
-
-        return collect
+            hook = partial(_collect, self.masters[name])
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
 
     def release(self) -> None:
         """Remove the hooks: gradients stay on the model's own weights again."""
@@ -138,9 +120,19 @@ class MasterWeights:
             yield name, master.detach()
 
 
+def _collect(master: torch.nn.Parameter, copy: torch.Tensor) -> None:
+    """Add the gradient of a rounded copy to that of its master."""
+    assert copy.grad is not None
+    if master.grad is None:
+        master.grad = copy.grad.to(master.dtype)
+    else:
+        master.grad.add_(copy.grad)
+    copy.grad = None
+
+
 def freeze_and_cast(model: torch.nn.Module, compute: torch.dtype) -> torch.nn.Module:
-    """Freeze ``model`` and cast it to ``compute`` in place as :class:`MasterWeights` casts frozen weights.
-    ``model.to(compute)`` would also round what its class keeps in float32: rotary tables, the gates of some experts."""
+    """Freeze ``model`` and cast it to ``compute`` in place, except what its class keeps in float32: rotary tables, the
+    gates of some experts."""
     for _ in _cast_frozen(model.requires_grad_(False), compute):
         pass
     return model
@@ -161,12 +153,9 @@ def _cast_frozen(model: torch.nn.Module, compute: torch.dtype) -> Iterator[tuple
 def _kept_in_float32(model: PreTrainedModel) -> Callable[[str], bool]:
     """Whether the model's class keeps a parameter of this name in float32, whatever it computes in. As in transformers,
     the class gives names of modules or parameters anywhere in the path, or several joined by dots."""
-    names = {
-        name
-        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-        for name in getattr(model, attribute, None) or ()
-        if "." not in name or attribute.endswith("strict")  # the others apply to float16 alone
-    }
+    plain = getattr(model, "_keep_in_fp32_modules", None) or ()
+    names = {name for name in plain if "." not in name}  # the others apply to float16 alone
+    names |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if not names:
         return lambda _: False
     pattern = re.compile("|".join(rf"(^|\.){re.escape(name)}($|\.)" for name in sorted(names)))
@@ -198,17 +187,13 @@ def _cast_buffers(model: PreTrainedModel, compute: torch.dtype) -> None:
 def disable_dropout(target: PreTrainedConfig | torch.nn.Module) -> None:
     """Set every dropout and jitter of a configuration to zero, since log-probabilities must not be random; of a model
     also its dropout modules and the rates that its layers hold."""
+    config: Any = target
+    holders: list[Any] = []
     if isinstance(target, torch.nn.Module):
-        for module in target.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-            _zero_rates(module)
-    config: Any = causal_model(target).config if isinstance(target, torch.nn.Module) else target
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        _zero_rates(part)
-
-
-def _zero_rates(holder: object) -> None:
-    for field, value in list(vars(holder).items()):
-        if _DROPOUT.search(field) and isinstance(value, float):
-            setattr(holder, field, 0.0)
+        config, holders = causal_model(target).config, list(target.modules())
+    for holder in (*holders, config, config.get_text_config()):
+        if isinstance(holder, torch.nn.Dropout):
+            holder.p = 0.0
+        for field, value in list(vars(holder).items()):
+            if _DROPOUT.search(field) and isinstance(value, float):
+                setattr(holder, field, 0.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from dataclasses import dataclass
@@ -11,13 +10,13 @@ from typing import Any
 
 from prefopt.core.files import MARKS, one_below
 from prefopt.core.hub import no_telemetry, why_not_written
+from prefopt.core.model_folder import ADAPTER_CONFIG, read_object
 from prefopt.core.terminal import size
 from prefopt.errors import ConfigError, ModelError, RunError
 
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".gguf")
 MODEL_NAMES = ("LICENSE", "LICENCE", "NOTICE")
 RUN_FILES = ("run.json", "metrics.jsonl", "config.yaml")
-CHECKPOINTS = "checkpoints"
 _TEXT = (".json", ".md", ".yaml", ".jsonl", ".txt")
 
 
@@ -31,7 +30,7 @@ class UploadPlan:
     warnings: list[str]
 
     def in_words(self, repo: str, private: bool) -> list[str]:
-        """What is shown before anything is sent."""
+        """Lines to show before anything is sent."""
         width = max(map(len, self.files))
         lines = [f"{self.folder} to https://huggingface.co/{repo} ({'private' if private else 'public'}):"]
         lines += [f"  {name:{width}}  {size(count):>9}" for name, count in self.files.items()]
@@ -53,8 +52,7 @@ def plan_upload(folder: str | Path, *, run: bool = False, checkpoints: bool = Fa
     files: dict[str, int] = {}
     left_out: dict[str, str] = {}
     for path in sorted(folder.iterdir()):
-        why = _why_not(path, run=run, checkpoints=checkpoints)
-        if why:
+        if why := _why_not(path, run=run, checkpoints=checkpoints):
             left_out[path.name + "/" * path.is_dir()] = why
         else:
             inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -63,26 +61,21 @@ def plan_upload(folder: str | Path, *, run: bool = False, checkpoints: bool = Fa
 
 
 def push(planned: UploadPlan, repo: str, *, private: bool = False) -> str:
-    """Send the planned files without confirmation; returns the address of the commit.
-
-    Raises :class:`RunError` for errors of the Hub or the network, in one line with the remedy, and where a repository
-    that should be private exists and is public.
-    """
+    """Send the planned files without confirmation; returns the address of the commit. Raises :class:`RunError` for
+    errors of the Hub or the network, and where a repository that should be private is public."""
     no_telemetry()
     import huggingface_hub
-    import huggingface_hub.utils
 
+    hub: Any = huggingface_hub
     if not sys.stderr.isatty():
-        bars: Any = huggingface_hub.utils
-        bars.disable_progress_bars()
-    api: Any = huggingface_hub.HfApi()
+        hub.utils.disable_progress_bars()
+    api = hub.HfApi()
     try:
-        made = api.create_repo(repo, private=private, exist_ok=True)
-        name = getattr(made, "repo_id", None) or repo
+        name = api.create_repo(repo, private=private, exist_ok=True).repo_id
         if private and not api.repo_info(name).private:
             raise RunError(
-                f"--repo {repo} is there already and public, so that --private would hide nothing: make it private on"
-                f" its page, name another, or leave --private out. Nothing was sent"
+                f"--repo {repo} exists and is public: nothing was sent. Make it private on its page, name another, or"
+                " leave --private out"
             )
         commit = api.upload_folder(
             repo_id=name,
@@ -90,13 +83,11 @@ def push(planned: UploadPlan, repo: str, *, private: bool = False) -> str:
             allow_patterns=list(planned.files),
             commit_message=f"Upload {planned.folder.resolve().name} with prefopt",
         )
-    except RunError:
-        raise
     except Exception as error:
         if (why := why_not_written(error, repo)) is None:
             raise
         raise RunError(f"--repo {repo}: {why}") from error
-    return str(getattr(commit, "commit_url", commit))
+    return str(commit.commit_url)
 
 
 def confirmed(yes: bool) -> bool:
@@ -116,8 +107,8 @@ def _why_not(path: Path, *, run: bool, checkpoints: bool) -> str | None:
         return "a link out of the folder"
     if path.name in RUN_FILES:
         return None if run else "the record of the run; --with-run sends it"
-    if path.name == CHECKPOINTS or path.stem == "optimizer":
-        return None if checkpoints else "to go on training; --with-checkpoints sends it"
+    if path.name == "checkpoints" or path.stem == "optimizer":
+        return None if checkpoints else "for resuming; --with-checkpoints sends it"
     if path.is_dir() or not (path.suffix in MODEL_FILES or path.stem in MODEL_NAMES):
         return "no part of a model"
     return None
@@ -129,22 +120,14 @@ def _warnings(folder: Path, files: dict[str, int]) -> list[str]:
     personal = re.compile(rf"{re.escape(str(Path.home()))}(?=/)|/(?:home|Users)/[\w.-]+")
     for name in files:
         path = folder / name
-        if path.suffix in _TEXT and files[name] < 5_000_000 and (seen := personal.search(_text(path))):
+        if path.suffix not in _TEXT or files[name] >= 5_000_000:
+            continue
+        if seen := personal.search(path.read_text("utf-8", errors="replace")):
             found.append(f"{name} names folders of this machine ({seen[0]}); whoever may read the repository sees them")
-    try:
-        base = str(json.loads(_text(folder / "adapter_config.json")).get("base_model_name_or_path", ""))
-    except (ValueError, AttributeError):
-        return found
-    if base.startswith((".", "/", "~")) or Path(base).exists():
+    base = str(read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path", ""))
+    if base and (base.startswith((".", "/", "~")) or Path(base).exists()):
         found.append(
-            f"adapter_config.json names its model by a folder of this machine ({base}), where nobody else will find it:"
-            " put its name on the Hub there, or merge the adapter first (prefopt merge)"
+            f"{ADAPTER_CONFIG} names its model by a folder of this machine ({base}): put its name on the Hub"
+            " there, or merge the adapter first (prefopt merge)"
         )
     return found
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError):
-        return ""

@@ -1,8 +1,4 @@
-"""Saving: a model folder under the names of the checkpoint that it came from, readable by transformers 4 and 5.
-
-Transformers 4 has other names for the tokenizer's class and its extra special tokens, reads rotary embeddings from
-fields of their own (version 5: ``rope_parameters``), and calls ``dtype`` ``torch_dtype``.
-"""
+"""Saving: a model folder under the names of the checkpoint that it came from, readable by transformers 4 and 5."""
 
 from __future__ import annotations
 
@@ -12,7 +8,9 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,9 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.utils import cached_file
 
 from prefopt.core.files import output_errors, write_json
-from prefopt.core.model_folder import is_own
+from prefopt.core.model_folder import is_own, read_object
 from prefopt.data.tokenizer import Tokenizer
+from prefopt.errors import ModelError
 from prefopt.model.architectures import causal_model, transformers_log_level
 from prefopt.model.checkpoint import ModelOrigin, WeightFiles, origin_of
 
@@ -38,13 +37,12 @@ _SIDE_FILES = """
     audio_tokenizer_config.json chat_template.json additional_chat_templates/*.jinja value_head.safetensors
     LICENSE* NOTICE*
 """.split()
-ANY_CLASS = "PreTrainedTokenizerFast"
 ONLY_NEW = {"TokenizersBackend", "PythonBackend", "SentencePieceBackend", "MistralCommonBackend"}
-_NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+"""Tokenizer classes that transformers 4 does not have."""
 # Fields with another name in transformers 4, by model type.
 _RENAMED: dict[str, dict[str, str]] = {
-    "gpt_neox": _NEOX,
-    "gpt_neox_japanese": _NEOX,
+    "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+    "gpt_neox_japanese": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
     "modernbert-decoder": {"rope_theta": "global_rope_theta", "rope_local_base_freq": "local_rope_theta"},
     "qwen3_moe": {"num_local_experts": "num_experts"},
     "qwen3_vl_moe_text": {"num_local_experts": "num_experts"},
@@ -55,9 +53,8 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 def save_weights(folder: Path, model: Any, state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
     """Write the weights ``state`` of ``model``, its configuration (of ``dtype``) and its generation configuration.
 
-    A model that was loaded from a folder keeps that folder's names, and byte for byte every tensor of it that is in no
-    weight of the model; its configuration names the same class. Raises :class:`ModelError` where there are such
-    tensors, and the folder is gone.
+    A model that was loaded from a folder keeps that folder's names and class, and byte for byte every tensor that is in
+    no weight of the model. Raises :class:`ModelError` where there are such tensors, and the folder is gone.
     """
     origin = origin_of(model)
     if origin is None or not origin.kept:
@@ -94,19 +91,20 @@ def _whole_config(model: Any, origin: ModelOrigin | None, dtype: torch.dtype) ->
     """The configuration to write: that of the checkpoint's class, with the model's in its place inside it. Its dtype is
     that of the weights, not the one the model computes in, to which a reader would round them."""
     config = copy.deepcopy(model.config)
-    if origin is not None and origin.kept:
-        whole = copy.deepcopy(origin.config)
-        parts = getattr(whole, "sub_configs", {})
-        place = next((name for name in parts if type(getattr(whole, name, None)) is type(config)), None)
-        if type(whole) is not type(config) and place is not None:
-            config.architectures = None
-            config.dtype = dtype
-            setattr(whole, place, config)
-            if hasattr(whole, "tie_word_embeddings"):
-                whole.tie_word_embeddings = config.tie_word_embeddings
-            config = whole
     config.dtype = dtype
-    return config
+    if origin is None or not origin.kept or type(origin.config) is type(config):
+        return config
+    whole: Any = copy.deepcopy(origin.config)
+    parts = getattr(whole, "sub_configs", {})
+    place = next((name for name in parts if type(getattr(whole, name, None)) is type(config)), None)
+    if place is None:
+        return config
+    config.architectures = None
+    setattr(whole, place, config)
+    whole.dtype = dtype
+    if hasattr(whole, "tie_word_embeddings"):
+        whole.tie_word_embeddings = config.tie_word_embeddings
+    return whole
 
 
 def _write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], origin: ModelOrigin) -> None:
@@ -124,10 +122,9 @@ def _write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], origin: Mod
             used = 0
         shards[-1].append(name)
         used += count
-    files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        files = ["model.safetensors"]
-    else:
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
         where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -140,7 +137,7 @@ def _shard(names: list[str], tensors: Mapping[str, torch.Tensor], checkpoint: We
     found: dict[str, torch.Tensor] = {}
     places: set[tuple[Any, int]] = set()
     for name in names:
-        value = tensors[name].contiguous() if name in tensors else checkpoint.tensor(name)
+        value = tensors[name].contiguous() if name in tensors else checkpoint.tensors[name].read(name)
         place = (value.device, value.data_ptr())
         found[name] = value.clone() if place in places else value
         places.add(place)
@@ -151,42 +148,41 @@ def repair_generation(model: Any) -> str | None:
     """Repair a generation config that transformers would refuse to save; a line on what was changed, if anything. Some
     published models set a temperature without sampling, which loads but cannot be saved."""
     config = getattr(model, "generation_config", None)
-    if config is None:
+    if config is None or _is_valid(config):
         return None
-    problem = "the model as it was given cannot be saved: its generation config"
+    config.do_sample = True
+    if _is_valid(config):
+        return "the generation config sets sampling options without sampling: do_sample is switched on"
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    return "the generation config is not valid and cannot be saved: a plain one is saved"
+
+
+def _is_valid(config: GenerationConfig) -> bool:
     try:
         config.validate(strict=True)
-        return None
     except ValueError:
-        config.do_sample = True
-    try:
-        config.validate(strict=True)
-        return f"{problem} sets sampling options without sampling: do_sample is switched on"
-    except ValueError:
-        model.generation_config = GenerationConfig.from_model_config(model.config)
-        return f"{problem} is not valid: a plain one is saved"
+        return False
+    return True
 
 
 def add_end_tokens(folder: Path, ends: Iterable[int], tokenizer: Tokenizer, model: Any) -> str | None:
     """Append the tokens ``ends`` to ``eos_token_id`` of a saved folder; a line on it, None where all were there. An
     adapter's folder without a generation config gets that of ``model``, for servers and for ``prefopt merge``."""
     ends, plain = tuple(ends), causal_model(model)
-    if not ends or not plain.can_generate():  # a reward model generates nothing
-        return None
+    config: Any = getattr(plain, "generation_config", None)
     path = folder / GENERATION_CONFIG
-    config = getattr(plain, "generation_config", None)
+    if not ends or not plain.can_generate() or (config is None and not path.is_file()):
+        return None
     with output_errors(path):
         if not path.is_file():
-            if config is None:
-                return None
             config.save_pretrained(folder)
         document = json.loads(path.read_text("utf-8"))
-        before = ids_of(document.get("eos_token_id"))
-        new = [i for i in dict.fromkeys(ends) if i not in before]
-        if not new:
-            return None
-        document.pop("_from_model_config", None)  # with it generate() may go back to config.json
-        write_json(path, {**document, "eos_token_id": before + new if before else new})
+    before = ids_of(document.get("eos_token_id"))
+    new = [i for i in dict.fromkeys(ends) if i not in before]
+    if not new:
+        return None
+    document.pop("_from_model_config", None)  # with it generate() may go back to config.json
+    write_json(path, {**document, "eos_token_id": before + new})
     names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(new)))
     return f"answers end with {names}: added to eos_token_id of {GENERATION_CONFIG}"
 
@@ -206,34 +202,27 @@ def ids_of(value: Any) -> list[int]:
 
 
 def write_transformers4_fields(folder: Path, tokenizer: Tokenizer) -> None:
-    """Add what transformers 4 reads to ``config.json`` and ``tokenizer_config.json`` of ``folder``, where they exist.
-
-    Transformers 5 reads the same from them as before; fields that it would read differently are left out.
-    ``tokenizer`` is the saved one: its class keeps the name that it has in the folder it came from.
-    """
-    with output_errors(folder):
-        _change(folder / "tokenizer_config.json", lambda found: _transformers4_tokenizer(found, tokenizer))
-        _change(folder / "config.json", transformers4_config)
-
-
-def _change(path: Path, change: Any) -> None:
-    if not path.is_file():
-        return
-    found = json.loads(path.read_text("utf-8"))
-    if (changed := change(found)) != found:
-        write_json(path, changed)
+    """Add what transformers 4 reads to ``config.json`` and ``tokenizer_config.json``, where transformers 5 reads the
+    same as before. The class of ``tokenizer``, the saved one, keeps its original name. Raises :class:`RunError`."""
+    changes: dict[str, Callable[[Json], Json]] = {
+        "tokenizer_config.json": partial(_transformers4_tokenizer, tokenizer),
+        "config.json": transformers4_config,
+    }
+    for name, change in changes.items():
+        found = read_object(folder / name)
+        if found and (changed := change(found)) != found:
+            write_json(folder / name, changed)
 
 
-def _transformers4_tokenizer(found: Json, tokenizer: Tokenizer) -> Json:
+def _transformers4_tokenizer(tokenizer: Tokenizer, found: Json) -> Json:
     changed = dict(found)
     if found.get("tokenizer_class") in ONLY_NEW:
-        try:
+        name = None
+        with suppress(OSError, ValueError, ModelError):  # it was made in memory, or its folder is gone
             path = cached_file(tokenizer.name_or_path, "tokenizer_config.json", local_files_only=True)
-            name = json.loads(Path(path).read_text("utf-8")).get("tokenizer_class") if path else None
-        except (OSError, ValueError, AttributeError):  # it was made in memory, or its folder is gone
-            name = None
+            name = read_object(Path(path)).get("tokenizer_class") if path else None
         usable = isinstance(name, str) and name and name not in ONLY_NEW
-        changed["tokenizer_class"] = name if usable else ANY_CLASS
+        changed["tokenizer_class"] = name if usable else "PreTrainedTokenizerFast"
     if isinstance(found.get("extra_special_tokens"), list):  # in transformers 4 a dictionary has this name
         changed["additional_special_tokens"] = changed.pop("extra_special_tokens")
     return changed
@@ -241,29 +230,24 @@ def _transformers4_tokenizer(found: Json, tokenizer: Tokenizer) -> Json:
 
 def transformers4_config(found: Json) -> Json:
     """A ``config.json`` with the fields of transformers 4 beside those of transformers 5."""
-    now = _as_parsed(found)
-    for scaling in (True, False):
-        changed = _with_older_fields(found, scaling=scaling)
-        if now is not None and _contains(_as_parsed(changed), now):
-            return changed
-    return found
+    changed, now = _with_older_fields(found), _as_parsed(found)
+    return changed if now is not None and _contains(_as_parsed(changed), now) else found
 
 
 def transformers_versions(folder: Path) -> str:
     """The versions of transformers that read a folder of :func:`write_transformers4_fields`, for its card."""
-    path = folder / "config.json"
-    found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    found = read_object(folder / "config.json")
     if found != _with_older_fields(found):
         return "transformers 5: these rotary embeddings cannot be written for version 4"
     return "transformers 5, and version 4 (tried with 4.57) where it knows the architecture"
 
 
-def _with_older_fields(found: Json, *, scaling: bool = True) -> Json:
-    """With older fields in every configuration of a document, nested ones too; ``scaling``: also ``rope_scaling``."""
+def _with_older_fields(found: Json) -> Json:
+    """With older fields in every configuration of a document, nested ones too."""
     nested = {k: v for k, v in found.items() if k.endswith("_config") and isinstance(v, dict)}
-    changed = found | {name: _with_older_fields(config, scaling=scaling) for name, config in nested.items()}
+    changed = found | {name: _with_older_fields(config) for name, config in nested.items()}
     older = {"torch_dtype": found["dtype"]} if isinstance(found.get("dtype"), str) else {}
-    older |= _older_rope(found, scaling=scaling)
+    older |= _older_rope(found)
     names = _RENAMED.get(str(found.get("model_type")), {})
     older |= {name: found[name] for name in names if name in found}
     for name, value in older.items():
@@ -271,7 +255,7 @@ def _with_older_fields(found: Json, *, scaling: bool = True) -> Json:
     return changed
 
 
-def _older_rope(config: Json, *, scaling: bool) -> Json:
+def _older_rope(config: Json) -> Json:
     """Rotary embeddings in the fields of transformers 4; where layers differ, those of full attention."""
     rope = config.get("rope_parameters")
     wide: Any = rope.get(_FULL, rope) if isinstance(rope, dict) else None
@@ -281,30 +265,22 @@ def _older_rope(config: Json, *, scaling: bool) -> Json:
     narrow = rope.get(_SLIDING)
     if isinstance(narrow, dict) and narrow.get("rope_theta") not in (None, wide["rope_theta"]):
         older["rope_local_base_freq"] = narrow["rope_theta"]
-    if scaling and (rest := _rope_scaling(wide, config)):
-        older["rope_scaling"] = rest
+    kind = wide.get("rope_type", "default")
+    scaling = {k: v for k, v in wide.items() if k not in (_FULL, _SLIDING, "rope_theta", "partial_rotary_factor")}
+    if kind == "longrope" and "original_max_position_embeddings" in config:  # Phi-3 takes these three and no other
+        scaling = {"type": kind, "short_factor": wide.get("short_factor"), "long_factor": wide.get("long_factor")}
+    if kind != "default" or scaling.keys() - {"rope_type", "type"}:
+        older["rope_scaling"] = scaling
     return older
 
 
-def _rope_scaling(rope: Json, config: Json) -> Json:
-    """What transformers 4 calls ``rope_scaling``: empty for plain rotary embeddings."""
-    kind = rope.get("rope_type", "default")
-    rest = {k: v for k, v in rope.items() if k not in (_FULL, _SLIDING, "rope_theta", "partial_rotary_factor")}
-    if kind == "longrope" and "original_max_position_embeddings" in config:  # Phi-3 takes these three and no other
-        return {"type": kind, "short_factor": rope.get("short_factor"), "long_factor": rope.get("long_factor")}
-    return rest if kind != "default" or rest.keys() - {"rope_type", "type"} else {}
-
-
 def _as_parsed(document: Json) -> Json | None:
-    """What transformers 5 makes of the document; None where it does not know the model, or warns of a field."""
+    """The document as transformers 5 parses it; None where it does not know the model, or warns of a field."""
     config: Any = AutoConfig
-    try:
-        with warnings.catch_warnings(), transformers_log_level(logging.CRITICAL):  # it logged them at loading
-            warnings.simplefilter("error")
-            found: Json = config.for_model(**copy.deepcopy(document)).to_dict()
-    except Exception:  # whatever a class of transformers objects to
-        return None
-    return found
+    with suppress(Exception), warnings.catch_warnings(), transformers_log_level(logging.CRITICAL):
+        warnings.simplefilter("error")
+        return dict(config.for_model(**copy.deepcopy(document)).to_dict())
+    return None
 
 
 def _contains(more: Any, less: Any) -> bool:

@@ -1,8 +1,7 @@
 """Models with a scalar head: reward models, and the value functions (critics) that start from them.
 
-They are transformers' ``...ForSequenceClassification`` with one label. Saved folders open with
-``AutoModelForSequenceClassification`` and give the same scores: those classes read the score at the last token that is
-not the pad token, so that the pad token must not be EOS.
+They are transformers' ``...ForSequenceClassification`` with one label, which read the score at the last token that is
+not the pad token: the pad token must not be EOS.
 
 ::
 
@@ -11,15 +10,15 @@ not the pad token, so that the pad token must not be EOS.
     reward_N = scorer(pack(groups, scorer.layout))                 # one per response, at its last scored token
     value_M = scorer(pack(groups, scorer.layout), tokens=True)     # one per scored token, in the state before it
 
-:class:`ScalarScorer` subtracts ``prefopt_reward_shift`` of the configuration from its results. (transformers' heads
-have no bias: their ``logits`` are the rewards before the shift. Differences of rewards, and so preferences, are equal.)
+:class:`ScalarScorer` subtracts ``prefopt_reward_shift`` of the configuration from its results: transformers' heads
+have no bias, and their ``logits`` are the rewards before the shift.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +36,7 @@ from prefopt.model.kernels.head import wide_dtype
 from prefopt.model.load import base_and_adapter, load_config, load_model, load_weights
 from prefopt.model.merge import load_merged
 from prefopt.model.packing import PackedBatch, pack, split
+from prefopt.model.save import ids_of
 from prefopt.model.scorer import PackedModel
 
 SHIFT = "prefopt_reward_shift"
@@ -48,13 +48,13 @@ class ScalarScorer(PackedModel):
     """Rewards or values of packed batches by a model of :func:`load_scalar`, or one wrapped by PEFT."""
 
     def __init__(self, model: torch.nn.Module, *, attention: str = "auto", share: bool = True) -> None:
-        """See :class:`PackedModel`. Raises :class:`ModelError` for a model without a scalar head."""
+        """Raises :class:`ModelError` for a model without a scalar head."""
         check_scalar_model(causal_model(model))
         super().__init__(model, attention=attention, share=share)
 
     @property
     def shift(self) -> float:
-        """What is subtracted from every result; 0 by default."""
+        """The reward shift, which is subtracted from every result."""
         return shift_of(causal_model(self.model))
 
     def forward(self, batch: PackedBatch, tokens: bool = False) -> torch.Tensor:
@@ -74,10 +74,10 @@ def response_rewards(
 ) -> npt.NDArray[np.float64]:
     """Rewards [N] of the responses of ``groups[indices]`` in order, scored in batches within ``token_budget``."""
     device = next(scorer.model.parameters()).device
-    order = sorted(range(len(indices)), key=lambda n: scorer.layout.cost(groups[indices[n]]))
-    costs = [scorer.layout.cost(groups[indices[n]]) for n in order]
+    costs = [scorer.layout.cost(groups[i]) for i in indices]
+    order = sorted(range(len(indices)), key=costs.__getitem__)
     found: dict[int, npt.NDArray[np.float64]] = {}
-    for part in split(order, costs, token_budget):
+    for part in split(order, [costs[n] for n in order], token_budget):
         batch = pack([groups[indices[n]] for n in part], scorer.layout).to(device)
         rewards = scorer(batch).double().cpu().numpy()
         counts = [len(g.continuations) for g in batch.groups]
@@ -90,16 +90,15 @@ def load_scalar(
 ) -> torch.nn.Module:
     """A model with a scalar head, dropout off, from any of these folders (or names on the Hub):
 
-    - a causal language model: with a new head initialised from ``seed``; see :func:`scalar_from`
+    - a causal language model: with a new head initialised from ``seed`` (:func:`scalar_from`)
     - a sequence classifier with one label, such as ``prefopt reward`` writes
-    - a model with a scalar head of another trainer: with that head, see :mod:`prefopt.model.checkpoint`
+    - a model with a scalar head of another trainer (:mod:`prefopt.model.checkpoint`)
     - an adapter of either kind, which is merged into its model
 
     Raises :class:`ModelError` for a folder that is damaged, has another number of labels, pads with EOS, or is of an
     architecture without such a class.
     """
-    model: torch.nn.Module = _load(name, dtype, device, tokenizer, seed).to(device)
-    return model
+    return cast(torch.nn.Module, _load(name, dtype, device, tokenizer, seed).to(device))
 
 
 def _load(name: str, dtype: torch.dtype, device: torch.device, tokenizer: Tokenizer, seed: int) -> PreTrainedModel:
@@ -107,8 +106,7 @@ def _load(name: str, dtype: torch.dtype, device: torch.device, tokenizer: Tokeni
         return _adapted(name, dtype, device, tokenizer, seed).requires_grad_(True)
     config: Any = load_config(name)
     if not _names_classifier(config):
-        head = scalar_head(name)
-        if head is not None:
+        if (head := scalar_head(name)) is not None:
             return _with_own_head(name, config, head, dtype, tokenizer)
         return scalar_from(load_model(name, dtype=dtype, device=device), tokenizer, seed=seed)
     if config.num_labels != 1:
@@ -119,10 +117,8 @@ def _load(name: str, dtype: torch.dtype, device: torch.device, tokenizer: Tokeni
             f"{name}: its pad_token_id {pad} is EOS, so that transformers reads the score before EOS; set pad_token_id"
             " in its config.json to another token"
         )
-    kind: Any = AutoModelForSequenceClassification
-    if type(config) not in kind._model_mapping:
-        raise ModelError(f"{name}: {_no_class(config)}")
-    loaded = load_weights(kind, name, config, dtype)
+    _class_of(config, f"{name}: ")
+    loaded = load_weights(AutoModelForSequenceClassification, name, config, dtype)
     check_scalar_model(loaded)
     return loaded
 
@@ -143,21 +139,18 @@ def _with_own_head(
     name: str, config: Any, head: ScalarHead, dtype: torch.dtype, tokenizer: Tokenizer
 ) -> PreTrainedModel:
     """The sequence classifier of a folder that names another class, with the head and bias in it."""
-    kind: Any = AutoModelForSequenceClassification
-    if type(config) not in kind._model_mapping:
-        raise ModelError(f"{name} holds a scalar head ({head.weight}); {_no_class(config)}")
+    _class_of(config, f"{name} holds a scalar head ({head.weight}); ")
     _one_label(config)
-    weight, bias = head.read(config.get_text_config().hidden_size)
-    loaded = load_weights(kind, name, config, dtype, lacking=("score.weight",))
+    values = head.read(config.get_text_config().hidden_size)
+    loaded = load_weights(AutoModelForSequenceClassification, name, config, dtype, lacking=("score.weight",))
     check_scalar_model(loaded)
     pad = config.get_text_config().pad_token_id
     if pad is None or pad in end_ids(config, tokenizer):
         pad = _pad_token(loaded, tokenizer)
     loaded.config.get_text_config().pad_token_id = loaded.config.pad_token_id = pad
-    _set_head(loaded, weight, bias)
+    _set_head(loaded, *values)
     loaded.config.architectures = [type(loaded).__name__]
-    origin = origin_of(loaded)
-    if origin is not None and set(head.tensors) != {"score.weight"}:
+    if (origin := origin_of(loaded)) is not None and set(head.tensors) != {"score.weight"}:
         set_origin(loaded, origin.left_behind([*head.tensors, "lm_head.weight"]))
     return loaded
 
@@ -186,8 +179,7 @@ def _adapted(name: str, dtype: torch.dtype, device: torch.device, tokenizer: Tok
     bare = load_scalar(base, dtype=wide, device=device, tokenizer=tokenizer, seed=seed)
     merge: Any = add_adapter(bare, adapter).merge_and_unload
     with peft_warnings_off():
-        merged: PreTrainedModel = merge().to(dtype)
-    return merged
+        return cast(PreTrainedModel, merge().to(dtype))
 
 
 def scalar_from(model: torch.nn.Module, tokenizer: Tokenizer, *, seed: int = 0) -> PreTrainedModel:
@@ -198,10 +190,7 @@ def scalar_from(model: torch.nn.Module, tokenizer: Tokenizer, *, seed: int = 0) 
     embedding may grow. Raises :class:`ModelError` where transformers has no such class for the architecture.
     """
     causal = causal_model(model)
-    mapping: Any = AutoModelForSequenceClassification._model_mapping
-    if type(causal.config) not in mapping:
-        raise ModelError(_no_class(causal.config))
-    kind = mapping[type(causal.config)]
+    kind = _class_of(causal.config)
     pad = _pad_token(causal, tokenizer)
     config = copy.deepcopy(causal.config)
     _one_label(config)
@@ -211,7 +200,7 @@ def scalar_from(model: torch.nn.Module, tokenizer: Tokenizer, *, seed: int = 0) 
         made = kind(config)
     body, prefix = body_of(causal), made.base_model_prefix
     if type(getattr(made, prefix, None)) is not type(body) or not _has_head(made):
-        raise ModelError(_no_class(causal.config))
+        raise _no_class(causal.config)
     setattr(made, prefix, body)
     width = made.score.in_features
     drawn = torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) / (width + 1) ** 0.5
@@ -257,15 +246,12 @@ def merge_trained_adapter(
             if name in trained:
                 parameter.copy_(trained[name])
         merge: Any = model.merge_and_unload
-        merged: PreTrainedModel = merge()
-    return merged
+        return cast(PreTrainedModel, merge())
 
 
 def end_ids(config: Any, tokenizer: Tokenizer) -> set[int]:
     """End tokens of configuration and tokenizer."""
-    ends = config.get_text_config().eos_token_id
-    ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    return {int(i) for i in ids if i is not None}
+    return {*ids_of(config.get_text_config().eos_token_id), *ids_of(tokenizer.eos_token_id)}
 
 
 def _pad_token(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
@@ -287,8 +273,16 @@ def _has_head(model: torch.nn.Module) -> bool:
     return isinstance(head, torch.nn.Linear)
 
 
-def _no_class(config: Any) -> str:
-    return (
-        f"transformers has no sequence classifier with a head on its last token for {config.model_type} models, so no"
-        " reward model can be made of it; take another architecture, such as Llama or Qwen"
+def _class_of(config: Any, place: str = "") -> Any:
+    """The sequence classifier of an architecture. Raises :class:`ModelError` where transformers has none."""
+    mapping: Any = AutoModelForSequenceClassification._model_mapping
+    if type(config) not in mapping:
+        raise _no_class(config, place)
+    return mapping[type(config)]
+
+
+def _no_class(config: Any, place: str = "") -> ModelError:
+    return ModelError(
+        f"{place}transformers has no sequence classifier with a head on its last token for {config.model_type} models,"
+        " so no reward model can be made of it; take another architecture, such as Llama or Qwen"
     )

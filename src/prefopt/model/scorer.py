@@ -11,22 +11,23 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import PreTrainedModel
 
 from prefopt.errors import ModelError, UserError, first_line
-from prefopt.model.architectures import body_of, causal_model, rope_limit, sharing_obstacle
+from prefopt.model.architectures import body_of, causal_model, class_logits, head_weights, rope_limit, sharing_obstacle
 from prefopt.model.costs import Purpose, count_pass, out_of_memory
 from prefopt.model.kernels.attention import HOOK, TRIAL, HookReached, UnshareableError, gather_plan, kernel_for
-from prefopt.model.kernels.distributions import Distributions, TokenScores, head_scores, logit_scores, squares
 from prefopt.model.kernels.head import (
+    Distributions,
     Head,
-    class_logits,
+    TokenScores,
     head_logits,
     head_of,
-    head_weights,
+    head_scores,
+    logit_scores,
     module_logprobs,
     token_logprobs,
     transformed,
@@ -35,24 +36,10 @@ from prefopt.model.kernels.head import (
 )
 from prefopt.model.packing import ForwardPass, PackedBatch, PackLayout
 
-VERSION = 1
-"""Part of the key of cached values: raised whenever the scorer's results change beyond rounding."""
-NARROW_VERSION = 2
-"""The same for bfloat16 and float16, whose rounding has changed where float32's has not."""
-
 
 def version_of(dtype: torch.dtype) -> int:
-    """The version for values computed in ``dtype``."""
-    return VERSION if dtype == wide_dtype(dtype) else NARROW_VERSION
-
-
-def _layout(model: PreTrainedModel) -> tuple[PackLayout, str | None]:
-    """How to pack for ``model``, and why prefixes are not shared, where they are not. Raises :class:`ModelError`."""
-    config = model.config.get_text_config()
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ModelError(f"{type(model).__name__} is an encoder-decoder; prefopt trains causal language models")
-    reason = sharing_obstacle(model, config)
-    return PackLayout(share=reason is None, rope_limit=rope_limit(config)), reason
+    """Part of the key of cached values computed in ``dtype``: raised whenever they change beyond rounding."""
+    return 1 if dtype == wide_dtype(dtype) else 2
 
 
 class PackedModel(torch.nn.Module):
@@ -66,11 +53,15 @@ class PackedModel(torch.nn.Module):
         super().__init__()
         self.model = model
         causal = causal_model(model)
-        self.layout, self.reason = _layout(causal)
-        if not share:
-            self.layout, self.reason = PackLayout(False, self.layout.rope_limit), "sharing is switched off"
+        if getattr(causal.config, "is_encoder_decoder", False):
+            raise ModelError(f"{type(causal).__name__} is an encoder-decoder; prefopt trains causal language models")
+        config = causal.config.get_text_config()
+        self.reason = sharing_obstacle(causal, config) if share else "sharing is switched off"
+        self.layout = PackLayout(self.reason is None, rope_limit(config))
         self.attention = attention
-        self._configs = _configs(causal)
+        # All configurations that a layer may read: the model's, its text part's, and those of inner models.
+        configs = [causal.config, config, *(m.config for m in causal.modules() if isinstance(m, PreTrainedModel))]
+        self._configs = list({id(c): c for c in configs}.values())
         self._attention_before = [getattr(c, "_attn_implementation", None) for c in self._configs]
         self.attach_hook()
         if self.layout.share and (reason := self._try_hook()):
@@ -98,13 +89,13 @@ class PackedModel(torch.nn.Module):
             return str(refusal)
         except UserError:
             raise
-        except Exception as error:  # of whatever class: it depends on config.json
+        except Exception as error:  # any class: it depends on config.json
             if out_of_memory(error):
                 raise
             raise ModelError(
                 f"{type(model).__name__} cannot compute two tokens ({first_line(error)}); is its config.json as saved?"
             ) from error
-        return f"{type(model).__name__} never asks the attention hook of transformers"
+        return f"{type(model).__name__} never calls the attention hook of transformers"
 
     @property
     def path(self) -> str:
@@ -116,8 +107,7 @@ class PackedModel(torch.nn.Module):
         """The attention kernel in use: part of the key of cached values."""
         if not self.layout.share:
             return str(self._attention_before[0])
-        weight = next(self.model.parameters())
-        return kernel_for(weight.device, self.dtype, self.attention)
+        return kernel_for(next(self.model.parameters()).device, self.dtype, self.attention)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -167,19 +157,11 @@ class PackedModel(torch.nn.Module):
             if kernel == "varlen":
                 extra["prefix_gather"] = gather_plan(row.segments, row.ids.device)
         out = body(input_ids=row.ids[None], use_cache=False, return_dict=True, **extra)
-        hidden: torch.Tensor = out.last_hidden_state[0]
-        return hidden
-
-
-def _configs(model: PreTrainedModel) -> list[Any]:
-    """Every configuration that a layer may read: the model's, its text part's, and those of inner models."""
-    found = [model.config, model.config.get_text_config()]
-    found += [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
-    return list({id(c): c for c in found}.values())
+        return cast(torch.Tensor, out.last_hidden_state[0])
 
 
 class ScoreRequest(NamedTuple):
-    """What a forward pass returns beside log-probabilities: the log of summed ``squares`` of probabilities, the
+    """Values that a forward pass returns beside log-probabilities: the log of summed ``squares`` of probabilities, the
     divergence from ``reference`` distributions, its own ``distributions``, and the ``hidden`` states."""
 
     squares: bool = False
@@ -220,33 +202,21 @@ class Scorer(PackedModel):
             hidden = self._own_logits(batch)
         else:  # Mamba ends with its residual in float32, whatever its weights are in
             hidden = self.hidden(batch).index_select(0, batch.read).to(self.dtype)
-        if request is None or request.reference is None:
-            logp_M, square_M = self._logprobs(hidden, batch.target, request is not None and request.squares)
-            return logp_M if request is None else self._complete(TokenScores(logp_M, square_M), hidden, request)
-        if how.kind != "fused":
-            scores = logit_scores(self.logits, hidden, batch.target, request.reference)
+        fused, squares = how.kind == "fused", request is not None and request.squares
+        options = {"bias": head.bias, "scale": how.scale, "softcap": how.softcap} if fused else {}
+        if request is not None and request.reference is not None:
+            if fused:
+                scores = head_scores(hidden, head.weight, batch.target, request.reference, **options)
+            else:
+                scores = logit_scores(self.logits, hidden, batch.target, request.reference)
+            return self._complete(scores, hidden, request)
+        if fused:
+            logp_M, square_M = token_logprobs(hidden, head.weight, batch.target, squares=squares, **options)
         else:
-            scores = head_scores(
-                hidden,
-                head.weight,
-                batch.target,
-                request.reference,
-                bias=head.bias,
-                scale=how.scale,
-                softcap=how.softcap,
-            )
-        return self._complete(scores, hidden, request)
-
-    def _logprobs(
-        self, hidden: torch.Tensor, target: torch.Tensor, square: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        head, how = self._head_module(), self.head
-        if how.kind != "fused":
-            logp_M = module_logprobs(self.logits, hidden, target, self._vocabulary)
-            return logp_M, squares(self.logits, hidden, self._vocabulary) if square else None
-        options: dict[str, Any] = {"bias": head.bias, "scale": how.scale, "softcap": how.softcap}
-        logp_M, square_M = token_logprobs(hidden, head.weight, target, squares=square, **options)
-        return logp_M, square_M if square else None
+            logp_M, square_M = module_logprobs(self.logits, hidden, batch.target, self._vocabulary, squares=squares)
+        if request is None:
+            return logp_M
+        return self._complete(TokenScores(logp_M, square_M if squares else None), hidden, request)
 
     def _complete(self, scores: TokenScores, hidden: torch.Tensor, request: ScoreRequest) -> TokenScores:
         """Add hidden states and distributions where they are requested."""

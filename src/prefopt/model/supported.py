@@ -1,4 +1,4 @@
-"""Which models prefopt takes, and why one cannot be loaded or trained, in one line.
+"""Models that prefopt takes, and in one line why one cannot be loaded or trained.
 
 A quantised model can be sampled and scored where its library is installed. Training needs unquantised weights; MXFP4
 (gpt-oss) is unquantised as it is loaded, and is a model like any other from then on.
@@ -31,53 +31,49 @@ log = logging.getLogger(__name__)
 ATTENTION = {None, "eager", "sdpa", "flex_attention"}
 UNQUANTISED = ("mxfp4",)
 """Methods whose weights are unquantised at loading, on every device."""
-_SAME_NAME = "aqlm auto-round bitsandbytes compressed-tensors fouroversix fp_quant hqq sinq torchao vptq"
+_SAME_NAME = "aqlm auto-round bitsandbytes compressed-tensors hqq torchao vptq"
 PACKAGES = {name: name for name in _SAME_NAME.split()} | {
     "awq": "gptqmodel",
     "eetq": "kernels",
-    "fbgemm_fp8": "fbgemm-gpu",
     "gptq": "optimum gptqmodel",
-    "higgs": "flute-kernel",
     "quanto": "optimum-quanto",
     "quark": "amd-quark",
-    "spqr": "spqr_quant",
 }
-"""What pip installs to read the weights of a method, beside transformers and accelerate."""
+"""Packages to install for common methods, beside transformers and accelerate."""
 
 
 def refuse_untrainable(name: str, config: Any) -> None:
     """Raise :class:`ModelError` for a model that cannot be trained, before data or weights are read."""
     if not any(a.endswith("ForSequenceClassification") for a in architectures_of(config)):  # of any architecture
         refuse_other_kinds(name, config)
-    how, fields = quantisation_of(config), _quantisation(config)
-    if fields is not None and _method(fields) not in UNQUANTISED:
+    if _quantisation(config)[0] not in (None, *UNQUANTISED):
         raise ModelError(
-            f"{name} is quantised ({how}); prefopt trains unquantised weights: give the model it was quantised from"
+            f"{name} is quantised ({quantisation_of(config)}); prefopt trains unquantised weights: give the model it"
+            " was quantised from"
         )
 
 
 def refuse_other_kinds(name: str, config: Any) -> None:
     """Raise :class:`ModelError` for encoders, encoder-decoders, and models that AutoModelForCausalLM does not load."""
     what = next(iter(architectures_of(config)), f"a model of type {config.model_type}")
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{name}: {what} is an encoder-decoder; prefopt trains causal language models")
-    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
-        raise ModelError(f"{name}: {what} is an encoder; prefopt trains causal language models")
     mapping: Any = AutoModelForCausalLM._model_mapping
-    if type(config) in mapping:
-        return
     text = config.get_text_config()
-    if text is config:
+    if getattr(config, "is_encoder_decoder", False):
+        problem = "an encoder-decoder"
+    elif config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        problem = "an encoder"
+    elif type(config) in mapping:
+        return
+    elif text is config:
+        problem = "no causal language model of transformers (AutoModelForCausalLM does not know it)"
+    else:
+        remedy = "give a language model of text alone"
+        if type(text) in mapping:
+            remedy = f"give its language model by itself, saved as {mapping[type(text)].__name__}"
         raise ModelError(
-            f"{name}: {what} is no causal language model of transformers (AutoModelForCausalLM does not know it);"
-            " prefopt trains causal language models"
+            f"{name}: its class is {what}, made for more than text, and AutoModelForCausalLM does not load it; {remedy}"
         )
-    remedy = "give a language model of text alone"
-    if type(text) in mapping:
-        remedy = f"give its language model by itself, saved as {mapping[type(text)].__name__}"
-    raise ModelError(
-        f"{name}: its class is {what}, made for more than text, and AutoModelForCausalLM does not load it; {remedy}"
-    )
+    raise ModelError(f"{name}: {what} is {problem}; prefopt trains causal language models")
 
 
 def drop_foreign_attention(config: PreTrainedConfig, name: str) -> None:
@@ -87,7 +83,7 @@ def drop_foreign_attention(config: PreTrainedConfig, name: str) -> None:
         inner = waiting.pop()
         asked = getattr(inner, "_attn_implementation_internal", None)
         if not _is_built_in(asked):
-            log.warning("%s: its configuration asks for attention %r, which is not built in: not used", name, asked)
+            log.warning("%s: its configuration names attention %r, which is not built in: not used", name, asked)
             inner._attn_implementation_internal = None
         waiting += [value for value in vars(inner).values() if isinstance(value, PreTrainedConfig)]
 
@@ -113,22 +109,19 @@ def _is_built_in(asked: object) -> bool:
 
 def quantisation_of(config: Any) -> str | None:
     """How a model is quantised, such as "bitsandbytes, 4 bits"; None where it is not."""
-    fields = _quantisation(config)
-    if fields is None:
-        return None
+    method, fields = _quantisation(config)
     names = ("bits", "w_bit", "nbits", "weight_bits")
     bits = 4 if fields.get("load_in_4bit") else 8 if fields.get("load_in_8bit") else None
     bits = bits or next((fields[name] for name in names if name in fields), None)
-    return _method(fields) + (f", {bits} bits" if bits and isinstance(bits, int) else "")
+    return f"{method}, {bits} bits" if bits and isinstance(bits, int) else method
 
 
 def loading_options(name: str, config: Any) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` for a quantised model. Raises :class:`ModelError` for a method that transformers
     does not know: it would read the packed weights as plain."""
-    fields = _quantisation(config)
-    if fields is None:
+    method, _ = _quantisation(config)
+    if method is None:
         return {}
-    method = _method(fields)
     if method not in {m.removesuffix("_4bit").removesuffix("_8bit") for m in AUTO_QUANTIZER_MAPPING}:
         raise ModelError(
             f"{name} is quantised in a way that transformers does not know ({method}); give the model it was quantised"
@@ -143,8 +136,7 @@ def loading_options(name: str, config: Any) -> dict[str, Any]:
 
 def keep_unpacked_names(model: Any, config: Any) -> None:
     """Save a model that was unquantised at loading under its own names: transformers would write the packed ones."""
-    fields = _quantisation(config)
-    if fields is not None and _method(fields) in UNQUANTISED:
+    if _quantisation(config)[0] in UNQUANTISED:
         model._weight_conversions = [
             conversion
             for conversion in getattr(model, "_weight_conversions", None) or ()
@@ -156,14 +148,11 @@ def keep_unpacked_names(model: Any, config: Any) -> None:
 def backend_errors(name: str, config: Any) -> Iterator[None]:
     """Turn errors of a quantised model's library, or its absence, into a :class:`ModelError` of one line."""
     how = quantisation_of(config)
-    if how is None:
-        yield
-        return
     try:
         yield
-    except ModelError:
-        raise
     except Exception as error:  # every backend has errors of its own
+        if how is None or isinstance(error, ModelError):
+            raise
         why = f"and cannot be read here: {first_line(error)}; give"
         if isinstance(error, ImportError):
             package = PACKAGES.get(how.split(",")[0])
@@ -172,21 +161,16 @@ def backend_errors(name: str, config: Any) -> Iterator[None]:
         raise ModelError(f"{name} is quantised ({how}) {why} the model it was quantised from") from error
 
 
-def _quantisation(config: Any) -> dict[str, Any] | None:
-    """The fields of ``quantization_config``."""
+def _quantisation(config: Any) -> tuple[str | None, dict[str, Any]]:
+    """The method of ``quantization_config`` and its fields; None and no fields without one."""
     text = config.get_text_config()
-    found = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
-    if found is None or isinstance(found, dict):
-        return found or None
-    fields: dict[str, Any] = found.to_dict()
-    return fields
-
-
-def _method(fields: dict[str, Any]) -> str:
+    found = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None) or {}
+    fields: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
     if fields.get("load_in_4bit") or fields.get("load_in_8bit"):
-        return "bitsandbytes"
+        return "bitsandbytes", fields
     method = fields.get("quant_method")
-    return str(getattr(method, "value", method) or "by a method that config.json does not name")
+    named = str(getattr(method, "value", method) or "by a method that config.json does not name")
+    return (named, fields) if fields else (None, {})
 
 
 @contextmanager
@@ -196,7 +180,7 @@ def model_errors(name: str) -> Iterator[None]:
         yield
     except (UserError, Warning):  # warnings are errors while adapters are merged
         raise
-    except Exception as error:  # of whatever class: it depends on the folder's contents
+    except Exception as error:  # any class: it depends on the folder
         raise ModelError(_explain(name, error)) from error
 
 
@@ -204,9 +188,8 @@ def _explain(name: str, error: Exception) -> str:
     text = str(error)
     folder = Path(name)
     if not folder.exists():
-        if is_path(name):
-            return f"{name}: no such folder"
-        return f"{name}: {why_not_read(error, name) or f'the Hub did not give it ({first_line(error)})'}"
+        why = "no such folder" if is_path(name) else why_not_read(error, name)
+        return f"{name}: {why or f'the Hub did not give it ({first_line(error)})'}"
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         if below := one_below(folder):
             return f"{name} holds no model of its own{below}"
@@ -222,16 +205,14 @@ def _explain(name: str, error: Exception) -> str:
     if isinstance(error, MemoryError):
         return f"{name}: does not fit into the memory"
     if isinstance(error, KeyError) and (key := _key_of(folder, error.args)):
-        return (
-            f"{name}: config.json has {key} {error.args[0]!r}, which transformers {transformers_version} does not know"
-        )
-    if isinstance(error, (OSError, ValueError, RuntimeError)) and str(error).strip():
+        return f"{name}: config.json has {key} {error.args[0]!r}; transformers {transformers_version} does not know it"
+    if isinstance(error, (OSError, ValueError, RuntimeError)) and text.strip():
         return f"{name}: {first_line(error)}"
     return f"{name}: cannot be loaded ({type(error).__name__}: {first_line(error)}); is config.json as it was saved?"
 
 
 def _key_of(folder: Path, args: tuple[object, ...]) -> str:
-    """The key of config.json whose value a library did not know; empty where there is none."""
+    """The key of config.json with the value that a library did not know; empty where there is none."""
     waiting = [*read_object(folder / "config.json").items()] if args and isinstance(args[0], str) else []
     while waiting:
         key, value = waiting.pop()

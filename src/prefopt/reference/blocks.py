@@ -1,4 +1,4 @@
-"""Files of the reference cache: blocks of values, the index over the blocks of a space, and their checks.
+"""Files of the reference cache: blocks of values with their index, plans of what is scored together, and their checks.
 
 A block is a safetensors file with
 
@@ -7,7 +7,11 @@ A block is a safetensors file with
 - ``counts`` int32 [n]: number of these tokens;
 - ``token_values`` float32 [sum of counts]: their log-probabilities, where a loss needs them.
 
-It carries a SHA-256 over its contents and its space, is written once and never changed. Nothing here needs torch.
+It carries a SHA-256 over its contents and its space, is written once and never changed.
+
+A plan lists the groups that are scored together, since the rounding of a value depends on its whole forward pass. It
+is kept until all of it is done: an interrupted run continues with the batches that are left, and ends with the same
+bits as an uninterrupted one. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -16,9 +20,11 @@ import hashlib
 import json
 import logging
 import secrets
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +34,7 @@ import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 from prefopt.core.cache_folder import Damaged, cache_errors, last_used, reference_entries, size_of, write_cached
-from prefopt.data.table import KEY, Array, IndexArray, KeyArray
+from prefopt.data.table import KEY, Array, IndexArray, KeyArray, ranges
 
 log = logging.getLogger(__name__)
 
@@ -71,14 +77,6 @@ def write_block(folder: Path, arrays: Arrays, space: str) -> None:
     write_sealed(folder / name, arrays, space)
 
 
-def read_block(path: Path, space: str) -> Arrays:
-    """Read and check a block. Raises ``Damaged`` and ``OSError``."""
-    arrays = read_sealed(path, space)
-    if absent := {"keys", "sums", "counts"} - arrays.keys():
-        raise Damaged(f"no {', '.join(sorted(absent))}")
-    return arrays
-
-
 def block_files(folder: Path) -> list[Path]:
     """The blocks of a space, oldest first."""
     return sorted(folder.glob("block-*.safetensors"))
@@ -93,8 +91,8 @@ def find_sorted(keys: KeyArray, among: KeyArray) -> tuple[IndexArray, npt.NDArra
 
 
 class Index:
-    """Where each response's values are, over all blocks of one space. Where two blocks hold the same response (token
-    values were requested later, say) its sum is that of the older block: a value once returned never changes."""
+    """Positions of each response's values, over all blocks of one space. Where two blocks hold the same response, its
+    sum is that of the older block: a value once returned never changes."""
 
     def __init__(self, folder: Path, space: str) -> None:
         self.folder, self.space = folder, space
@@ -104,7 +102,8 @@ class Index:
         self.token_values = np.empty(0, np.float32)
         self.token_starts = np.empty(0, np.int64)  # into token_values, -1 where a row has none
         self._keys = np.empty(0, KEY)
-        self._first = [self._first_rows(np.empty(0, np.int64))] * 2  # of all rows, and of those with token values
+        # Distinct keys, sorted, with the first row of each: of all rows, and of those with token values.
+        self._first = [(np.empty(0, KEY), np.empty(0, np.int64))] * 2
 
     def refresh(self) -> None:
         """Read new blocks. A damaged one is moved aside with a warning; its values are missing."""
@@ -114,7 +113,7 @@ class Index:
                 continue
             try:
                 with cache_errors(path), suppress(FileNotFoundError):  # cleared since it was listed
-                    new.append(read_block(path, self.space))
+                    new.append(read_sealed(path, self.space))
                     self._read.add(path.name)
             except Damaged as damage:
                 _move_aside(path)
@@ -129,28 +128,134 @@ class Index:
         return np.where(found, rows[at], -1) if len(rows) else np.full(len(keys), -1, np.int64)
 
     def _append(self, blocks: list[Arrays]) -> None:
-        starts = []
+        starts, tokens = [self.token_starts], [self.token_values]
         total = len(self.token_values)
         for block in blocks:
             if "token_values" in block:
-                ends = total + np.cumsum(block["counts"], dtype=np.int64)
-                starts.append(ends - block["counts"])
+                starts.append(total + np.cumsum(block["counts"], dtype=np.int64) - block["counts"])
+                tokens.append(block["token_values"])
                 total += len(block["token_values"])
             else:
                 starts.append(np.full(len(block["keys"]), -1, np.int64))
-        tokens = [b["token_values"] for b in blocks if "token_values" in b]
         self._keys = np.concatenate([self._keys, *(b["keys"].reshape(-1).view(KEY) for b in blocks)])
         self.sums = np.concatenate([self.sums, *(b["sums"] for b in blocks)])
         self.counts = np.concatenate([self.counts, *(b["counts"] for b in blocks)])
-        self.token_values = np.concatenate([self.token_values, *tokens])
-        self.token_starts = np.concatenate([self.token_starts, *starts])
-        with_tokens = np.flatnonzero(self.token_starts >= 0)
-        self._first = [self._first_rows(np.arange(len(self._keys))), self._first_rows(with_tokens)]
+        self.token_values, self.token_starts = np.concatenate(tokens), np.concatenate(starts)
+        self._first = []
+        for rows in (np.arange(len(self._keys)), np.flatnonzero(self.token_starts >= 0)):
+            keys, first = np.unique(self._keys[rows], return_index=True)
+            self._first.append((keys, rows[first]))
 
-    def _first_rows(self, rows: IndexArray) -> tuple[KeyArray, IndexArray]:
-        """The distinct keys of ``rows``, sorted, and the first row of each."""
-        keys, first = np.unique(self._keys[rows], return_index=True)
-        return keys, rows[first]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NamedGroups:
+    """G groups by the keys of their N responses: group g has ``keys_N[starts[g]:starts[g + 1]]``, ``names_G`` [G]."""
+
+    keys_N: KeyArray
+    starts: IndexArray
+    names_G: KeyArray
+
+    @classmethod
+    def of(cls, keys_N: KeyArray, starts: IndexArray) -> NamedGroups:
+        """Name groups by a hash over the keys of their responses."""
+        data = np.ascontiguousarray(keys_N).view(np.uint8).data
+        names = bytearray()
+        for first in range(0, len(starts) - 1, 1 << 14):  # in chunks: there may be millions
+            bounds = (starts[first : first + (1 << 14) + 1] * KEY.itemsize).tolist()
+            names += b"".join(hashlib.blake2b(data[a:b], digest_size=16).digest() for a, b in pairwise(bounds))
+        return cls(keys_N, starts, np.frombuffer(bytes(names), KEY))
+
+    def find(self, names: KeyArray) -> IndexArray:
+        """Positions of the groups of these names; each must be there."""
+        order = np.argsort(self.names_G, kind="stable")
+        at: IndexArray = order[np.searchsorted(self.names_G[order], names)]
+        assert (self.names_G[at] == names).all()
+        return at
+
+    def take(self, groups: IndexArray) -> NamedGroups:
+        """Some of the groups, in the order given."""
+        sizes = np.diff(self.starts)
+        starts = np.concatenate([[0], np.cumsum(sizes[groups], dtype=np.int64)])
+        return NamedGroups(self.keys_N[ranges(self.starts, sizes, groups)], starts, self.names_G[groups])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoringPlan:
+    """Batches of groups: batch b has the groups ``batch_starts[b]:batch_starts[b + 1]``; it fits ``token_budget``. A
+    group larger than the budget has a batch to itself."""
+
+    token_budget: int
+    groups: NamedGroups
+    batch_starts: IndexArray
+
+    @classmethod
+    def make(cls, groups: NamedGroups, costs_G: IndexArray, wanted: KeyArray, token_budget: int) -> ScoringPlan:
+        """Batches that cover the keys ``wanted`` (sorted); ``costs_G``: tokens of each group. Longest first, so that
+        memory runs out at once or never. A group is planned if it is the first to hold a wanted response."""
+        order = np.lexsort((groups.names_G, -costs_G))  # by name where costs are equal, whatever the data's order
+        rank = np.empty(len(order), np.int64)
+        rank[order] = np.arange(len(order))
+        at, needed_N = find_sorted(groups.keys_N, wanted)
+        first = np.full(len(wanted), len(order))
+        np.minimum.at(first, at[needed_N], np.repeat(rank, np.diff(groups.starts))[needed_N])
+        needed = order[np.unique(first[first < len(order)])]
+        starts: list[int] = []
+        room = 0
+        for g, cost in enumerate(costs_G[needed].tolist()):
+            if not starts or cost > room:
+                starts.append(g)
+                room = token_budget
+            room -= cost
+        return cls(token_budget, groups.take(needed), np.array([*starts, len(needed)], np.int64))
+
+    def work(self, wanted: KeyArray) -> Iterator[tuple[range, IndexArray]]:
+        """The batches left for the keys ``wanted`` (sorted): their groups, and the responses whose values count, as
+        numbered over the whole plan. One that several groups hold is taken from the first."""
+        keys, starts = self.groups.keys_N, self.groups.starts
+        take = np.zeros(len(keys), np.bool_)
+        take[np.unique(keys, return_index=True)[1]] = True
+        take &= find_sorted(keys, wanted)[1]
+        for first, last in pairwise(self.batch_starts.tolist()):
+            here: IndexArray = np.flatnonzero(take[starts[first] : starts[last]]) + starts[first]
+            if len(here):
+                yield range(first, last), here
+
+    def covers(self, wanted: KeyArray) -> bool:
+        """Whether all of ``wanted`` was planned (a block damaged since then was not)."""
+        return bool(find_sorted(wanted, np.unique(self.groups.keys_N))[1].all())
+
+    def write(self, path: Path, space: str) -> None:
+        """Write the plan. Raises ``CacheError``."""
+        arrays = {
+            "keys": np.frombuffer(self.groups.keys_N.tobytes(), np.uint8),
+            "group_sizes": np.diff(self.groups.starts),
+            "batch_sizes": np.diff(self.batch_starts),
+            "token_budget": np.array([self.token_budget], np.int64),
+        }
+        write_sealed(path, arrays, space)
+
+    @classmethod
+    def read(cls, path: Path, space: str) -> ScoringPlan | None:
+        """The plan at ``path``; None where there is none or it is damaged, and a new one must be made."""
+        try:
+            with cache_errors(path):
+                if not path.exists():
+                    return None
+                arrays = read_sealed(path, space)
+        except Damaged as damage:
+            log.warning("cache plan %s is damaged (%s): planning again what is missing", path, damage)
+            return None
+        keys = np.frombuffer(arrays["keys"].tobytes(), KEY)
+        starts, batches = (
+            np.concatenate([[0], np.cumsum(arrays[name], dtype=np.int64)]) for name in ("group_sizes", "batch_sizes")
+        )
+        return cls(int(arrays["token_budget"][0]), NamedGroups.of(keys, starts), batches)
+
+
+def plan_file(folder: Path, groups: NamedGroups, token_values: bool) -> Path:
+    """The file of the plan for a set of groups, in whatever order."""
+    digest = hashlib.sha256(np.unique(groups.names_G).tobytes())
+    return folder / f"plan-{'tokens' if token_values else 'sums'}-{digest.hexdigest()[:16]}.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,25 +274,24 @@ def list_spaces(root: Path | None = None) -> list[SpaceInfo]:
     """All spaces, last used first. Reads the keys in the blocks, not the values; ``verify`` checks those."""
     spaces = []
     for folder in reference_entries(root):
-        keys = [_keys_in(path) for path in block_files(folder)]
-        distinct = len(np.unique(np.concatenate(keys))) if keys else 0
-        used = datetime.fromtimestamp(last_used(folder), UTC)
-        spaces.append(SpaceInfo(folder.name, _about(folder), distinct, len(keys), size_of(folder), used))
+        blocks, keys = block_files(folder), [np.empty(0, KEY)]
+        for path in blocks:
+            with suppress(SafetensorError, ValueError, OSError), safe_open(path, framework="numpy") as file:
+                keys.append(np.ascontiguousarray(file.get_tensor("keys")).reshape(-1).view(KEY))
+        distinct, used = len(np.unique(np.concatenate(keys))), datetime.fromtimestamp(last_used(folder), UTC)
+        spaces.append(SpaceInfo(folder.name, _about(folder), distinct, len(blocks), size_of(folder), used))
     return sorted(spaces, key=lambda s: s.last_used, reverse=True)
 
 
 def verify(root: Path | None = None, *, repair: bool = False) -> list[tuple[Path, str]]:
-    """Check every file of every space against its checksum; the damaged files, each with the reason.
-
-    ``repair`` takes them out of use: blocks are kept as ``*.damaged`` and their responses are scored again when they
-    are next needed; a plan or description is made anew.
-    """
+    """Check every file of every space against its checksum; the damaged files, each with the reason. ``repair`` renames
+    them to ``*.damaged``: their responses are scored again when they are next needed."""
     damaged = []
     for folder in reference_entries(root):
         for path in sorted(folder.glob("*.safetensors")):
             try:
                 with cache_errors(path):
-                    (read_block if path.name.startswith("block-") else read_sealed)(path, folder.name)
+                    read_sealed(path, folder.name)
             except Damaged as damage:
                 damaged.append((path, str(damage)))
         if (folder / "about.json").exists() and not _about(folder):
@@ -202,18 +306,8 @@ def _move_aside(path: Path) -> None:
         path.rename(path.with_name(path.name + ".damaged"))
 
 
-def _keys_in(path: Path) -> KeyArray:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            keys = file.get_tensor("keys")
-        return np.ascontiguousarray(keys).reshape(-1).view(KEY)
-    except (SafetensorError, ValueError, OSError):
-        return np.empty(0, KEY)  # `verify` reports it
-
-
 def _about(folder: Path) -> dict[str, Any]:
     try:
-        about = json.loads((folder / "about.json").read_text())
-    except (OSError, ValueError):
+        return dict(json.loads((folder / "about.json").read_text()))
+    except (OSError, ValueError, TypeError):
         return {}
-    return about if isinstance(about, dict) else {}

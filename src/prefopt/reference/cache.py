@@ -1,12 +1,11 @@
-"""The reference's log-probabilities, computed once and kept.
+"""Cache of the reference's log-probabilities.
 
 Values are in a *space*: one folder per reference identity and way of scoring. Within it a response is named by its
-token ids and mask, so that beta, loss, seed, order, learning rate, LoRA rank and output folder change nothing, and
-appended data cost only themselves. The caller brings the function that scores a batch; nothing here needs torch.
+token ids and mask, so that no other option matters, and appended data cost only themselves. The caller brings the
+function that scores a batch; nothing here needs torch.
 
 Finished batches are committed in blocks every few seconds: a killed process loses what it did since the last commit, an
-interrupted one nothing that was finished. Batches are planned beforehand (``plan.py``), so that continuing after an
-interruption gives the same bits.
+interrupted one nothing that was finished.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,12 +25,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from prefopt.core.cache_folder import acquired, cache_errors, reference_folder, space_lock, write_cached
+from prefopt.core.cache_folder import acquired, cache_errors, reference_folder, space_lock, used, write_cached
 from prefopt.data.group import Group
-from prefopt.data.table import Array, GroupTable, IndexArray, KeyArray, ranges
+from prefopt.data.table import Array, GroupTable, IndexArray, KeyArray, Selection, ranges
 from prefopt.errors import CacheError, ModelError
-from prefopt.reference.blocks import Arrays, Index, write_block
-from prefopt.reference.plan import NamedGroups, ScoringPlan, plan_file
+from prefopt.reference.blocks import Arrays, Index, NamedGroups, ScoringPlan, plan_file, write_block
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +101,8 @@ ScoreBatch = Callable[[list[Group]], Sequence[Sequence[ResponseScore]]]
 """Scores one packed batch: for each group, for each of its responses, in order."""
 ProgressCallback = Callable[[int, int, float], None]
 """Called after every batch with responses done, responses in all, and seconds since the first batch began."""
+StopCallback = Callable[[], None] | None
+"""Called between batches; it may raise."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,7 +129,7 @@ class ReferenceValues:
 
 
 class FillReport(NamedTuple):
-    """What ``fill`` did, in distinct responses; ``seconds`` spent scoring."""
+    """Work of ``fill`` in distinct responses; ``seconds`` spent scoring."""
 
     scored_responses: int
     reused_responses: int
@@ -155,24 +154,17 @@ class ReferenceCache:
         """The values of ``groups``, in their order. Raises ``CacheError`` where ``fill`` was not called for them."""
         table = GroupTable.of(groups)
         keys, index = table.key_N, self._index
-
-        def rows_of() -> tuple[IndexArray, IndexArray]:
-            rows = index.find(keys)
-            return rows, index.find(keys, token_values=True) if token_values else rows
-
-        rows, token_rows = rows_of()
-        if (rows < 0).any() or (token_rows < 0).any():
-            index.refresh()
-            rows, token_rows = rows_of()
-        if absent := int(((rows < 0) | (token_rows < 0)).sum()):
+        if absent := len(self._missing(keys, token_values)):
             raise CacheError(f"cache {self.folder}: {absent} of {len(keys)} values are missing; run the command again")
+        rows, token_rows = index.find(keys), index.find(keys, token_values=token_values)
         counts = index.counts[rows]
         token_starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         tokens = None
         if token_values:
             shift = index.token_starts[token_rows] - token_starts[:-1]
             tokens = index.token_values[np.repeat(shift, counts) + np.arange(token_starts[-1])]
-        self._touch()
+        with suppress(OSError):  # of a read-only cache
+            used(self.folder)
         return ReferenceValues(index.sums[rows], counts, table.response_starts, token_starts, tokens)
 
     def fill(
@@ -183,18 +175,15 @@ class ReferenceCache:
         token_budget: int,
         token_values: bool = False,
         progress: ProgressCallback | None = None,
-        stop: Callable[[], None] | None = None,
+        stop: StopCallback = None,
     ) -> FillReport:
-        """Score and keep the missing values of ``groups``.
+        """Score and keep the missing values of ``groups``; waits for another process that scores into the same space.
 
         ``make_score`` is called at most once, and only where a value is missing: it may load a model. Its function gets
         groups of at most ``token_budget`` tokens (``SpaceKey.costs``), or one larger group. The plan of an interrupted
-        run keeps its budget, unless that is at least twice this one: a budget halved on out-of-memory plans anew, one
-        estimated a little differently does not. ``stop`` is called between batches and may raise; finished batches are
-        committed first.
-
-        Waits for another process that scores into the same space. Raises ``CacheError`` where the disk refuses,
-        ``ModelError`` where the reference gives no finite number.
+        run keeps its budget, unless that is at least twice this one (halved on out-of-memory). Finished
+        batches are committed before ``stop`` raises. Raises ``CacheError`` where the disk refuses, ``ModelError`` where
+        the reference gives no finite number.
         """
         table = GroupTable.of(groups)
         requested = np.unique(table.key_N)
@@ -206,12 +195,18 @@ class ReferenceCache:
                 if len(missing):
                     self._describe()
                     named = NamedGroups.of(table.key_N, table.response_starts)
-                    plan = self._plan(named, self.space.costs(table), missing, token_budget, token_values)
-                    scored = self._scored(plan, table, named.find(plan.groups.names_G), missing, make_score(), stop)
+                    path = plan_file(self.folder, named, token_values)
+                    plan = ScoringPlan.read(path, self.space.id)
+                    if plan is None or 2 * token_budget <= plan.token_budget or not plan.covers(missing):
+                        plan = ScoringPlan.make(named, self.space.costs(table), missing, token_budget)
+                        plan.write(path, self.space.id)
+                    planned = Selection(table, named.find(plan.groups.names_G).tolist())
+                    scored = self._scored(plan, planned, missing, make_score(), stop)
                     calls, seconds = self._commit_all(scored, len(missing), token_values, progress)
                     self._index.refresh()
                 self._remove_finished_plans()
-        self._touch()
+        with suppress(OSError):
+            used(self.folder)
         return FillReport(len(missing), len(requested) - len(missing), calls, seconds)
 
     def _missing(self, keys: KeyArray, token_values: bool) -> KeyArray:
@@ -220,34 +215,17 @@ class ReferenceCache:
             self._index.refresh()
         return keys[self._index.find(keys, token_values=token_values) < 0]
 
-    def _plan(
-        self, groups: NamedGroups, costs_G: IndexArray, missing: KeyArray, token_budget: int, token_values: bool
-    ) -> ScoringPlan:
-        path = plan_file(self.folder, groups, token_values)
-        plan = ScoringPlan.read(path, self.space.id)
-        if plan is not None and 2 * token_budget > plan.token_budget and plan.covers(missing):
-            return plan
-        plan = ScoringPlan.make(groups, costs_G, missing, token_budget)
-        plan.write(path, self.space.id)
-        return plan
-
     def _scored(
-        self,
-        plan: ScoringPlan,
-        table: GroupTable,
-        place: IndexArray,
-        missing: KeyArray,
-        score: ScoreBatch,
-        stop: Callable[[], None] | None,
+        self, plan: ScoringPlan, groups: Selection, missing: KeyArray, score: ScoreBatch, stop: StopCallback
     ) -> Iterator[tuple[KeyArray, list[ResponseScore]]]:
-        """The ``missing`` responses of ``plan``, batch by batch; its groups are at ``place`` in ``table``."""
+        """The ``missing`` responses of ``plan``, whose groups are given, batch by batch."""
         for batch, take in plan.work(missing):
             if stop is not None:
                 stop()
-            groups = [table[g] for g in place[batch.start : batch.stop].tolist()]
+            here = groups[batch.start : batch.stop]
             scores = [
                 (scored, group, k)
-                for group, result in zip(groups, score(groups), strict=True)
+                for group, result in zip(here, score(here), strict=True)
                 for k, scored in enumerate(result)
             ]
             first = plan.groups.starts[batch.start]
@@ -303,7 +281,7 @@ class ReferenceCache:
                     path.unlink()
 
     @contextmanager
-    def _locked(self, stop: Callable[[], None] | None) -> Iterator[None]:
+    def _locked(self, stop: StopCallback) -> Iterator[None]:
         lock = space_lock(self.folder)
         if not acquired(lock):
             log.warning("another process is scoring the same reference (space %s): waiting for it", self.space.id)
@@ -322,11 +300,6 @@ class ReferenceCache:
             created = datetime.now(UTC).isoformat("T", "seconds")
             about = {"model": self.space.identity.name, **asdict(self.space), "created": created}
             write_cached(path, json.dumps(about, indent=2).encode())
-
-    def _touch(self) -> None:
-        """Note the use, by which old spaces are found; a read-only cache keeps no such note."""
-        with suppress(OSError):
-            os.utime(self.folder / "about.json")
 
 
 def _checked(scored: ResponseScore, group: Group, k: int) -> ResponseScore:

@@ -1,4 +1,4 @@
-"""The identity of a reference model, and of the space of values it gives: all that log-probabilities depend on.
+"""Identity of a reference model and of the space of its values: all that log-probabilities depend on.
 
 Two identities are equal only if weights, adapter, configuration and quantisation are. The converse does not hold: the
 same weights in other shards count as another model. A value computed twice is better than a wrong one.
@@ -14,7 +14,16 @@ from typing import Any
 import torch
 
 from prefopt.core.cache_folder import file_hashes
-from prefopt.core.model_folder import base_of, is_adapter, read_object, vet_folder, weight_files
+from prefopt.core.model_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    base_of,
+    is_adapter,
+    read_adapter,
+    read_object,
+    vet_folder,
+    weight_files,
+)
 from prefopt.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from prefopt.errors import ModelError
 from prefopt.model.load import base_and_adapter, local_folder
@@ -48,46 +57,39 @@ def space_of(identity: Identity, scorer: Scorer, device: torch.device) -> SpaceK
     dtype = str(scorer.dtype).removeprefix("torch.")
     kernel, kind = scorer.kernel, device.type
     if device.type == "cuda":
-        kernel, kind = f"{kernel}, {_flash()}", f"cuda, {torch.cuda.get_device_name(device)}"
+        flash = f"torch {torch.__version__}"
+        if (of := getattr(torch.nn.attention, "current_flash_attention_impl", None)) is not None:  # since torch 2.12
+            flash = f"{of() or 'FA2'} of {flash}"
+        kernel, kind = f"{kernel}, {flash}", f"cuda, {torch.cuda.get_device_name(device)}"
     return SpaceKey(identity, dtype, scorer.path, kernel, kind, version_of(scorer.dtype))
 
 
-def _flash() -> str:
-    """The flash attention that torch calls, and the version of torch."""
-    try:
-        from torch.nn.attention import current_flash_attention_impl
-    except ImportError:  # torch before 2.12
-        return f"torch {torch.__version__}"
-    return f"{current_flash_attention_impl() or 'FA2'} of torch {torch.__version__}"
-
-
 def identity_of_folder(path: str | Path, *, adapter: str | Path | None = None, root: Path | None = None) -> Identity:
-    """The identity of a model folder as transformers loads it, with a PEFT ``adapter`` folder on top.
-
-    File hashes are remembered under ``root`` (default ``cache_root()``). Raises ``ModelError`` where the folder is
-    incomplete or holds only pickled weights.
-    """
+    """The identity of a model folder as transformers loads it, with a PEFT ``adapter`` folder on top. File hashes are
+    kept under ``root``. Raises ``ModelError`` where the folder is incomplete or holds only pickled weights."""
     folder = Path(path)
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such model folder")
-    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
-        raise ModelError(f"{folder} is an adapter, not a model: name its base model and give this one as the adapter")
+    if not (folder / "config.json").exists():
+        if (folder / ADAPTER_CONFIG).exists():
+            raise ModelError(f"{folder} is an adapter, not a model: name its base model, and give this as the adapter")
+        raise ModelError(f"{folder}: no config.json; download or copy the model again")
     vet_folder(folder)
-    config = _read_json(folder / "config.json")
-    files = weight_files(folder, config)
-    name = str(folder)
-    adapter_files, adapter_config = [], {}
+    config = read_object(folder / "config.json")
+    hashes = file_hashes(weight_files(folder, config), root)
+    on_top = ""
     if adapter is not None:
-        name += f" + {adapter}"
-        adapter_config = _read_json(Path(adapter) / "adapter_config.json")
-        adapter_files = [_adapter_weights(Path(adapter))]
-    hashes = file_hashes([*files, *adapter_files], root)
+        relevant = _relevant(read_adapter(adapter), _ADAPTER_IRRELEVANT)
+        weights = Path(adapter) / ADAPTER_WEIGHTS
+        if not weights.exists():
+            raise ModelError(f"adapter {adapter}: no {weights.name} (pickles are not opened); save it as safetensors")
+        on_top = json_digest([*file_hashes([weights], root), relevant])
     return Identity(
-        weights=json_digest(sorted(hashes[: len(files)])),
+        weights=json_digest(sorted(hashes)),
         config=json_digest(_relevant(config, _IRRELEVANT)),
-        adapter=json_digest([hashes[-1], _relevant(adapter_config, _ADAPTER_IRRELEVANT)]) if adapter_files else "",
+        adapter=on_top,
         quantization=_quantization(config),
-        name=name,
+        name=str(folder) if adapter is None else f"{folder} + {adapter}",
     )
 
 
@@ -104,41 +106,23 @@ def identity_of_model(model: torch.nn.Module, *, name: str = "") -> Identity:
         whole.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         whole.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-    config = getattr(model, "config", None)
-    fields = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+    config: Any = getattr(model, "config", None)
+    fields = config.to_dict() if hasattr(config, "to_dict") else {}
     adapters = {
         str(key): _relevant(value.to_dict(), _ADAPTER_IRRELEVANT)
         for key, value in sorted((getattr(model, "peft_config", None) or {}).items())
     }
+    # Adapters that are active, merged or switched off, in each layer.
+    switches = ("active_adapters", "merged_adapters", "disable_adapters")
+    layers = [m for m in model.modules() if hasattr(m, "merged_adapters")]
+    states = {repr([getattr(layer, switch, None) for switch in switches]) for layer in layers}
     return Identity(
         weights=whole.hexdigest(),
         config=json_digest([type(model).__name__, _relevant(fields, _IRRELEVANT)]),
-        adapter=json_digest([adapters, _adapter_states(model)]) if adapters else "",
+        adapter=json_digest([adapters, sorted(states)]) if adapters else "",
         quantization=_quantization(fields),
         name=name or str(getattr(config, "_name_or_path", "") or type(model).__name__),
     )
-
-
-def _adapter_states(model: Any) -> list[str]:
-    """Which adapters are active, merged or switched off in the layers of a PEFT model."""
-    names = ("active_adapters", "merged_adapters", "disable_adapters")
-    layers = [m for m in model.modules() if hasattr(m, "merged_adapters")]
-    return sorted({repr([getattr(layer, name, None) for name in names]) for layer in layers})
-
-
-def _adapter_weights(folder: Path) -> Path:
-    path = folder / "adapter_model.safetensors"
-    if not path.exists():
-        pickled = (folder / "adapter_model.bin").exists()
-        what = "weights only as pickle, which is not opened; save it as safetensors" if pickled else "no weights"
-        raise ModelError(f"adapter {folder}: {what}" + ("" if pickled else f" ({path.name}); save the adapter again"))
-    return path
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise ModelError(f"{path.parent}: no {path.name}; download or copy the model again")
-    return read_object(path)
 
 
 def _relevant(config: Mapping[str, Any], irrelevant: frozenset[str]) -> dict[str, Any]:
@@ -156,9 +140,8 @@ def _relevant(config: Mapping[str, Any], irrelevant: frozenset[str]) -> dict[str
 
 
 def _quantization(config: Mapping[str, Any]) -> str:
-    saved = config.get("quantization_config")
-    if saved is not None and hasattr(saved, "to_dict"):
-        saved = saved.to_dict()
+    saved: Any = config.get("quantization_config")
+    saved = saved.to_dict() if hasattr(saved, "to_dict") else saved
     return json_digest([saved, None]) if saved else ""  # the second is a part of keys in existing caches
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
 from prefopt.model.costs import count_held
-from prefopt.model.kernels.distributions import Distributions
+from prefopt.model.kernels.head import Distributions
 from prefopt.model.packing import PackedBatch, pack
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer, ScoreRequest
@@ -88,29 +89,25 @@ class InMemoryReference:
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch) -> torch.Tensor:
         """Log-probability [M] of every scored token."""
-        with self._as_reference():
-            logp_M: torch.Tensor = self.scorer(self._packed(batch))
-        return logp_M
+        with self._as_reference(batch) as packed:
+            return cast(torch.Tensor, self.scorer(packed))
 
     @torch.no_grad()
     def distributions(self, batch: PackedBatch) -> Distributions:
         """Next-token distributions at every scored token."""
-        with self._as_reference():
-            found = self.scorer(self._packed(batch), ScoreRequest(distributions=True)).distributions
-        assert isinstance(found, Distributions)
-        return found
-
-    def _packed(self, batch: PackedBatch) -> PackedBatch:
-        """The batch in the reference's own layout."""
-        own = self.weights is None
-        return pack(batch.groups, self.scorer.layout).to(batch.target.device) if own else batch
+        with self._as_reference(batch) as packed:
+            return cast(Distributions, self.scorer(packed, ScoreRequest(distributions=True)).distributions)
 
     @contextmanager
-    def _as_reference(self) -> Iterator[None]:
+    def _as_reference(self, batch: PackedBatch) -> Iterator[PackedBatch]:
+        """In this block the scorer is the reference; the batch in the reference's own layout."""
         training = self.scorer.training
         self.scorer.eval()
         try:
-            with nullcontext() if self.weights is None else self.weights.applied():
-                yield
+            if self.weights is None:
+                yield pack(batch.groups, self.scorer.layout).to(batch.target.device)
+            else:
+                with self.weights.applied():
+                    yield batch
         finally:
             self.scorer.train(training)

@@ -17,8 +17,7 @@ from prefopt.errors import ConfigError, ModelError
 from prefopt.generate.rewards import RewardModelScorer, RewardScorer, load_reward_scorer
 from prefopt.model.adapter import new_lora
 from prefopt.model.architectures import causal_model, checkpoint_activations, context_length, vocabulary_size
-from prefopt.model.kernels.distributions import TokenScores
-from prefopt.model.kernels.head import wide_dtype
+from prefopt.model.kernels.head import TokenScores, wide_dtype
 from prefopt.model.load import load_model, local_folder
 from prefopt.model.merge import load_merged
 from prefopt.model.packing import PackedBatch, PackLayout, pack

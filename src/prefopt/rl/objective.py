@@ -20,7 +20,7 @@ from prefopt.losses.rl import (
     whiten,
     without_end,
 )
-from prefopt.model.kernels.distributions import Distributions
+from prefopt.model.kernels.head import Distributions
 from prefopt.model.packing import PackedBatch
 from prefopt.model.scorer import PackedModel, Scorer, response_sums
 from prefopt.rl.models import Critic, look

@@ -20,7 +20,7 @@ from prefopt.errors import DataError, RunError
 from prefopt.losses.declare import Kind
 from prefopt.losses.parse import WeightedLoss
 from prefopt.model.check import CheckReport
-from prefopt.model.kernels.distributions import Distributions
+from prefopt.model.kernels.head import Distributions
 from prefopt.model.packing import PackedBatch
 from prefopt.model.scorer import PackedModel, ScoreRequest, response_sums
 from prefopt.runs.metrics import Record

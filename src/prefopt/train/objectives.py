@@ -10,7 +10,7 @@ import torch
 from prefopt.errors import ConfigError
 from prefopt.losses.rl import bradley_terry
 from prefopt.model.architectures import Routers, RoutingSums, routers_of
-from prefopt.model.kernels.distributions import Distributions
+from prefopt.model.kernels.head import Distributions
 from prefopt.model.packing import PackedBatch
 from prefopt.model.scorer import PackedModel, response_sums
 from prefopt.runs.metrics import Record

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from prefopt.model.kernels.distributions import Distributions
+from prefopt.model.kernels.head import Distributions
 from prefopt.model.packing import PackedBatch, pack
 from prefopt.model.scorer import PackedModel, response_sums
 from prefopt.reference.in_memory import InMemoryReference

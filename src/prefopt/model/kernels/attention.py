@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from prefopt.errors import ModelError
-from prefopt.model.kernels.flash_cpu import flash_cpu_attention, gathered, occurrences
+from prefopt.model.kernels.flash_cpu import FlashShared, gathered, occurrences
 from prefopt.model.packing import Segment
 
 # An unregistered mask function makes transformers build no [T, T] mask at all; the name must not contain "flash".
@@ -34,7 +34,7 @@ WIDEST = 256
 TRIAL = "trial"
 """In place of a kernel: only test whether a layer's attention is supported; see :class:`HookReached`."""
 
-# What layers hand to an attention function without changing what it should compute.
+# Arguments of attention functions that do not change the result.
 _HARMLESS = frozenset(
     "position_ids cache_position output_attentions output_hidden_states output_router_logits use_cache"
     " num_items_in_batch position_embeddings is_causal cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k"
@@ -51,7 +51,7 @@ class NotCausalError(ModelError):
 
 
 class HookReached(Exception):
-    """The hook supports what a layer asks for."""
+    """The hook supports the attention of a layer."""
 
 
 def kernel_for(device: torch.device, dtype: torch.dtype, preference: str = "auto") -> str:
@@ -83,28 +83,26 @@ def shared_attention(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """The hook. Returns [1, T, heads, D] and no weights.
-
-    Raises :class:`NotCausalError`, and :class:`UnshareableError` for arguments that would otherwise be ignored.
-    """
+    """The hook. Returns [1, T, heads, D] and no weights. Raises :class:`NotCausalError`, and :class:`UnshareableError`
+    for arguments that would otherwise be ignored."""
     if prefix_segments is None:
         raise UnshareableError(f"{type(module).__name__} does not hand its keyword arguments to its attention")
     refuse_foreign(module, attention_mask, dropout, others)
     if prefix_kernel == TRIAL:
         raise HookReached
-    kernel, gather = prefix_kernel, prefix_gather
     width, scale = value.shape[-1], scaling if scaling is not None else query.shape[-1] ** -0.5
     both = max(width, key.shape[-1])  # multi-head latent attention: pad the narrower, cut the result
     query, key, value = (x if x.shape[-1] == both else F.pad(x, (0, both - x.shape[-1])) for x in (query, key, value))
-    if kernel == "varlen" and (s_aux is not None or gather is None or both > WIDEST or both % 8):
-        kernel = "loop"
-    if softcap is not None or kernel == "loop":
+    if prefix_kernel == "varlen" and (s_aux is not None or prefix_gather is None or both > WIDEST or both % 8):
+        prefix_kernel = "loop"
+    if softcap is not None or prefix_kernel == "loop":
         out = _loop(query, key, value, prefix_segments, scale, sliding_window, softcap, s_aux)
-    elif kernel == "varlen":
-        assert gather is not None
-        out = _varlen(query, key, value, gather, scale, sliding_window)
+    elif prefix_kernel == "varlen":
+        assert prefix_gather is not None
+        out = _varlen(query, key, value, prefix_gather, scale, sliding_window)
     else:
-        out = flash_cpu_attention(query, key, value, s_aux, prefix_segments, scale, sliding_window)
+        row = (query[0], key[0], value[0], s_aux, prefix_segments, scale, sliding_window)
+        out = FlashShared.apply(*row)[None]  # type: ignore[no-untyped-call]
     return out[..., :width], None
 
 

@@ -11,12 +11,9 @@ backward its score receives ``-exp(s - lse') * (grad_out . out')``.
 Grouped heads share keys without a copy: key heads become the batch of the kernel, and the queries that share one
 become its heads, along which the keys have stride zero.
 
-Many short responses to one prompt, as in reinforcement learning, would be many small calls: the prompt's keys for
-adjoining responses are one tile, and short responses of one length are one batch.
-
-A prefix's keys and values are gathered once for itself and once for each of K responses. Torch's backward of that adds
-K + 1 terms in the tensor's dtype, on CUDA by atomics in any order. Here they are added in the order of the segments, in
-float32, and rounded once.
+For many short responses to one prompt the prompt's keys for adjoining responses are one tile, and short responses of
+one length are one batch. Gradients of a prefix's keys are added in the order of the segments, in float32, and rounded
+once; torch's own backward of a gather adds them in the tensor's dtype, on CUDA in any order.
 """
 
 from __future__ import annotations
@@ -44,11 +41,9 @@ Rows = slice | Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tile:
-    """Queries over keys. ``many``: number of tiles of one shape, whose rows are given end to end.
-
-    ``causal``: the last key is the last query's own. ``offset``: where a ``window`` hides keys, the position of the
-    first query minus that of the first key.
-    """
+    """Queries over keys. ``many``: number of tiles of one shape, whose rows are given end to end. ``causal``: the last
+    key is the last query's own. ``offset``: where a ``window`` hides keys, the position of the first query minus that
+    of the first key."""
 
     queries: Rows
     keys: Rows
@@ -120,17 +115,17 @@ def _add_windowed(own: list[Tile], prefixes: list[Tile], segment: Segment, windo
 def _take(x: Tensor, heads: int, rows: Rows, many: int) -> Tensor:
     """[heads of x, T, ...] to [key heads * many, queries per key head, rows of a tile, ...]; a view for one tile."""
     part = x[:, rows]
-    found: Tensor = part.unflatten(1, (many, -1)).unflatten(0, (heads, -1)).transpose(1, 2).flatten(0, 1)
-    return found
+    return cast(Tensor, part.unflatten(1, (many, -1)).unflatten(0, (heads, -1)).transpose(1, 2).flatten(0, 1))
 
 
 def _back(x: Tensor, heads: int) -> Tensor:
     """Inverse of :func:`_take`: [key heads * many, queries per key head, rows of a tile, ...] to [heads, rows, ...]."""
-    found: Tensor = x.unflatten(0, (heads, -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
-    return found
+    return cast(Tensor, x.unflatten(0, (heads, -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2))
 
 
-class _FlashShared(torch.autograd.Function):
+class FlashShared(torch.autograd.Function):
+    """Attention of a row with shared prefixes, forward and backward."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -227,20 +222,6 @@ def _merge(out: Tensor, lse: Tensor, more: Tensor, lse_more: Tensor) -> tuple[Te
     total = torch.logaddexp(lse, lse_more)
     a, b = (torch.exp(x - total)[..., None] for x in (lse, lse_more))
     return (out.to(total.dtype) * a + more.to(total.dtype) * b).to(out.dtype), total
-
-
-def flash_cpu_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None,
-    segments: tuple[Segment, ...],
-    scale: float,
-    window: int | None,
-) -> Tensor:
-    """query [1, Hq, T, D], key and value [1, Hk, T, D], sinks [Hq] or none; returns [1, T, Hq, D]."""
-    out = _FlashShared.apply(query[0], key[0], value[0], sinks, segments, scale, window)  # type: ignore[no-untyped-call]
-    return cast(Tensor, out)[None]
 
 
 Sums = tuple[tuple[Tensor, Tensor], ...]

@@ -1,16 +1,19 @@
-"""The head of a language model: from the last hidden state to logits and token log-probabilities.
+"""The head of a language model: from the last hidden state to logits, log-probabilities and divergences.
 
 Most heads are a linear layer, some with a scale and a soft-cap whose names and meanings differ between classes
 (Granite divides by ``logits_scaling``, HyperCLOVA X multiplies by it). What the configuration may mean is therefore
 compared with the class's own forward around given hidden states. A head that this does not explain is left to the
 class's own code, which is slower and as exact.
 
-For hidden states h [M, H], the head's weight W [V, H] and targets y [M]::
+For hidden states h [M, H], the head's weight W [V, H], targets y [M] and another model's logits r [M, V]::
 
-    z = cap * tanh(scale * (h W^T + b) / cap)      (soft-cap and scale only where the model has them)
-    logp = z[y] - logsumexp(z)
+    z      = cap * tanh(scale * (h W^T + b) / cap)      (soft-cap and scale only where the model has them)
+    logp   = z[y] - logsumexp(z)
+    square = logsumexp(2 z) - 2 logsumexp(z)            (log of the sum of squared probabilities)
+    kl     = sum over v of ref(v) (log ref(v) - log pi(v)),  ref = softmax(r), pi = softmax(z)
 
-in tiles of rows, with sums in float32 (float64 for a float64 model). Backward works in one of three ways:
+in tiles of rows, with sums in float32 (float64 for a float64 model). Backward of kl computes the tiles again, that of
+logp works in one of three ways:
 
 frozen head     d logp / d h is computed in the forward pass and kept as [M, H]; backward multiplies it by a factor per
                 row. 4 units of matrix work.
@@ -25,24 +28,44 @@ compared with the reference's to a few thousandths.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from prefopt.errors import ModelError
-from prefopt.model.architectures import body_of, logit_transforms
+from prefopt.model.architectures import body_of, class_logits, logit_transforms
 
 KEEP_BYTES = 256 * 2**20
 """Largest [M, V] that is kept between forward and backward."""
 
 _TILE_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 """Logits of one tile; on a GPU a tile must be tall enough to keep its matrix product compute-bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Distributions:
+    """A model's next-token distributions at M positions, computed when needed: ``logits`` maps a slice of the positions
+    to [rows, V], float32 or wider, without gradients."""
+
+    vocabulary: int
+    logits: Callable[[slice], Tensor]
+
+
+class TokenScores(NamedTuple):
+    """Scores of M tokens by one forward pass. ``kl_M`` and ``other_logp_M`` with distributions to compare with;
+    ``square_M`` (log of the sum of squared probabilities, without gradient), ``distributions`` and ``hidden_M`` [M, H]
+    where requested."""
+
+    logp_M: Tensor
+    square_M: Tensor | None = None
+    kl_M: Tensor | None = None
+    other_logp_M: Tensor | None = None
+    distributions: Distributions | None = None
+    hidden_M: Tensor | None = None
 
 
 def token_logprobs(
@@ -63,19 +86,58 @@ def token_logprobs(
     return cast(tuple[Tensor, Tensor], _HeadLogprobs.apply(*arguments))  # type: ignore[no-untyped-call]
 
 
-def module_logprobs(logits: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor, vocabulary: int) -> Tensor:
-    """Log-probabilities by any other head, such as one with an adapter: ``logits`` maps hidden [rows, H] to [rows, V],
-    float32 or wider, in checkpointed tiles."""
+def module_logprobs(
+    logits: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor, vocabulary: int, *, squares: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The same by any other head, such as one with an adapter: ``logits`` maps hidden [rows, H] to [rows, V], float32
+    or wider, in checkpointed tiles."""
 
-    def tile(h: Tensor, y: Tensor) -> Tensor:
+    def tile(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         z = logits(h)
-        return z.gather(-1, y[:, None])[:, 0] - z.logsumexp(-1)
+        square = (2 * z.detach().log_softmax(-1)).logsumexp(-1) if squares else z.new_empty(0)
+        return z.gather(-1, y[:, None])[:, 0] - z.logsumexp(-1), square
 
-    parts = [
+    done = [
         checkpoint(tile, hidden[rows], target[rows], use_reentrant=False)
         for rows in tiles(len(target), vocabulary, hidden.device)
     ]
-    return torch.cat(parts)
+    logp, square = map(torch.cat, zip(*done, strict=True))
+    return logp, square
+
+
+def head_scores(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    other: Distributions,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> TokenScores:
+    """Scores of hidden [M, H] under a head weight [V, H], compared with ``other``; target [M], bias [V]."""
+    found = _HeadScores.apply(hidden, weight, bias, target, scale, softcap, other)  # type: ignore[no-untyped-call]
+    return TokenScores(*found)
+
+
+def logit_scores(
+    logits: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor, other: Distributions
+) -> TokenScores:
+    """The same by any other head: ``logits`` maps hidden [rows, H] to [rows, V], in checkpointed tiles."""
+
+    def tile(h: Tensor, y: Tensor, first: Tensor) -> tuple[Tensor, ...]:
+        z, r = logits(h), other.logits(slice(int(first), int(first) + len(y)))
+        logp, ref = z.log_softmax(-1), r.log_softmax(-1)
+        square = (2 * logp.detach()).logsumexp(-1)
+        kl = (ref.exp() * (ref - logp)).sum(-1)
+        return logp.gather(-1, y[:, None])[:, 0], square, kl, ref.gather(-1, y[:, None])[:, 0]
+
+    done = [
+        checkpoint(tile, hidden[rows], target[rows], torch.tensor(rows.start), use_reentrant=False)
+        for rows in tiles(len(target), other.vocabulary, hidden.device)
+    ]
+    logp, square, kl, ref = map(torch.cat, zip(*done, strict=True))
+    return TokenScores(logp, square, kl, ref)
 
 
 def vocabulary_of(head: torch.nn.Module) -> int:
@@ -169,6 +231,52 @@ class _HeadLogprobs(torch.autograd.Function):
         return *gradients.rounded(), *(None,) * 5
 
 
+class _HeadScores(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        scale: float,
+        softcap: float | None,
+        other: Distributions,
+    ) -> tuple[Tensor, ...]:
+        ctx.scale, ctx.softcap, ctx.other = scale, softcap, other
+        logp = hidden.new_empty(len(target), dtype=wide_dtype(hidden.dtype))
+        square, kl, ref_logp, lse, ref_lse = (torch.empty_like(logp) for _ in range(5))
+        for part in tiles(len(target), weight.shape[0], hidden.device):
+            z = transformed(head_logits(hidden[part], weight, bias), scale, softcap)
+            r = other.logits(part).to(z.dtype)
+            lse[part], ref_lse[part] = z.logsumexp(-1), r.logsumexp(-1)
+            square[part] = (2 * z).logsumexp(-1) - 2 * lse[part]
+            logp[part] = z.gather(-1, target[part, None])[:, 0] - lse[part]
+            ref_logp[part] = r.gather(-1, target[part, None])[:, 0] - ref_lse[part]
+            r.sub_(ref_lse[part, None])
+            kl[part] = (r.exp() * (r - z.sub_(lse[part, None]))).sum(-1)
+        ctx.save_for_backward(hidden, weight, bias, target, lse, ref_lse)
+        ctx.mark_non_differentiable(square, ref_logp)
+        return logp, square, kl, ref_logp
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        g_logp, _, g_kl, _ = grads
+        hidden, weight, bias, target, lse, ref_lse = ctx.saved_tensors
+        gradients = HeadGradients(ctx.needs_input_grad, hidden, weight, bias)
+        for part in tiles(len(target), weight.shape[0], hidden.device):
+            z = transformed(head_logits(hidden[part], weight, bias), ctx.scale, ctx.softcap)
+            r = ctx.other.logits(part).to(z.dtype)
+            # d logp / dz is one-hot - pi, d kl / dz is pi - ref.
+            slope = torch.exp(z - lse[part, None]).mul_((g_kl[part] - g_logp[part])[:, None])
+            slope[torch.arange(len(z), device=z.device), target[part]] += g_logp[part]
+            slope.sub_(r.sub_(ref_lse[part, None]).exp_().mul_(g_kl[part, None]))
+            if ctx.softcap is not None:
+                slope *= 1 - (z / ctx.softcap) ** 2
+            gradients.add(part, slope.mul_(ctx.scale).to(hidden.dtype))
+        return *gradients.rounded(), *(None,) * 4
+
+
 class HeadGradients:
     """Gradients of hidden states, head weight and bias, summed over tiles in float32 or wider."""
 
@@ -241,7 +349,13 @@ def head_of(model: PreTrainedModel) -> Head:
     transforms = logit_transforms(model.config.get_text_config())
     if module.weight.is_meta:
         return Head(kind, *transforms[0])
-    hidden = _probes(module)
+    width = int(getattr(module, "in_features", 0) or module.weight.shape[1])
+    drawn = torch.randn(_PROBES, width, generator=torch.Generator().manual_seed(0))
+    hidden = drawn.to(module.weight.device, module.weight.dtype)
+    with torch.no_grad():
+        spread = float(module(hidden).float().std())
+    if 0 < spread < float("inf"):
+        hidden = hidden * (_SPREAD / spread)
     try:
         with torch.no_grad():
             own = class_logits(model, hidden)
@@ -260,69 +374,8 @@ def head_of(model: PreTrainedModel) -> Head:
     return Head("class")
 
 
-def class_logits(model: PreTrainedModel, hidden: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
-    """Logits [rows, V] of hidden [rows, H] by the class's own forward, float32 or wider, with ``weights`` replaced."""
-    ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-    arguments = {"input_ids": ids, "use_cache": False, "return_dict": True}
-    with _answering(model, hidden):
-        out: Any = model(**arguments) if weights is None else torch.func.functional_call(model, weights, (), arguments)
-    logits: Tensor = out.logits[0]
-    return logits.to(wide_dtype(logits.dtype))
-
-
-def head_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The current values of all weights that :func:`class_logits` reads."""
-    body = {id(m) for m in body_of(model).modules()}
-    return {
-        f"{prefix}.{name}" if prefix else name: parameter.data
-        for prefix, module in model.named_modules()
-        if id(module) not in body
-        for name, parameter in module.named_parameters(recurse=False)
-    }
-
-
-def _probes(module: Any) -> Tensor:
-    weight = module.weight
-    width = int(getattr(module, "in_features", 0) or weight.shape[1])
-    drawn = torch.randn(_PROBES, width, generator=torch.Generator().manual_seed(0))
-    hidden = drawn.to(weight.device, weight.dtype)
-    with torch.no_grad():
-        spread = float(module(hidden).float().std())
-    return hidden * (_SPREAD / spread) if 0 < spread < float("inf") else hidden
-
-
 def _difference(found: Tensor, own: Tensor) -> float:
     if found.shape != own.shape:
         return float("inf")
     error = float((found - own).abs().max() / own.abs().max().clamp_min(1e-30))
     return error if error == error else float("inf")
-
-
-class _Answer(BaseModelOutputWithPast):  # type: ignore[misc]
-    """The output of a body: hidden states, and None for any other field."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-
-@contextmanager
-def _answering(model: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
-    """In this block the layers of ``model`` compute nothing: their last hidden state is ``hidden`` [rows, H]."""
-    decoder: Any = model.get_decoder()  # OPT calls it past the body
-    body = body_of(model)
-    inner = [body, *(m for m in body.modules() if m is decoder and m is not body)]
-    asked = []
-
-    def answer(*_: Any, **__: Any) -> _Answer:
-        asked.append(True)
-        return _Answer(last_hidden_state=hidden[None])
-
-    for module in inner:
-        module.forward = answer
-    try:
-        yield
-        assert asked, "logits were made of other hidden states"
-    finally:
-        for module in inner:
-            del module.forward
