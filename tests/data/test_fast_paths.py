@@ -19,7 +19,7 @@ from data.templates import TEMPLATES
 from data.test_round_trip import MERGES, conversations, decode, renderer_of, spelled, texts
 from prefopt.data.chat import encoding, spans
 from prefopt.data.chat.render import Rendered, Renderer
-from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.template import Rendering
 from prefopt.data.comparisons import read_comparisons
 from prefopt.data.validate import Problem
 from prefopt.records import Comparison, Message, Response

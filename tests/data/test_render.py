@@ -11,8 +11,8 @@ import pytest
 from data.small import small_tokenizer
 from prefopt.data.chat.encoding import Encoder
 from prefopt.data.chat.render import APART, EOS_ADDED, SPECIAL, Rendered, Renderer
-from prefopt.data.chat.render_options import Rendering
 from prefopt.data.chat.spans import NO_END
+from prefopt.data.chat.template import Rendering
 from prefopt.data.tokenizer import leading_ids, vocabulary_size
 from prefopt.data.validate import Problem
 from prefopt.errors import DataError, ModelError

@@ -14,7 +14,7 @@ from data.small import small_tokenizer
 from data.test_as_written import CHATML, with_template
 from prefopt.data.chat.encoding import Encoder
 from prefopt.data.chat.render import TURN_CUT, TURNS_DROPPED, Rendered, Renderer
-from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.template import Rendering
 from prefopt.data.chat.truncate import Shortener
 from prefopt.data.validate import Problem
 from prefopt.records import Comparison, Message, ToolCall

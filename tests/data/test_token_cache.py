@@ -19,7 +19,7 @@ from prefopt.cli import main
 from prefopt.core import cache_folder
 from prefopt.data import load, token_cache, workers
 from prefopt.data.chat.render import Renderer
-from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.template import Rendering
 from prefopt.data.comparisons import Reading, parse_comparisons
 from prefopt.data.load import GroupSet, load_groups
 from prefopt.data.validate import check

@@ -72,8 +72,8 @@ WITH_YAML = {"rlhf", "frontier", "methods", "sample", "collect new"}
 PATHS = {
     "rlhf": "prefopt.methods.rlhf:run",
     "chat": "prefopt.chat.session:chat",
-    "data convert": "prefopt.data.convert:run_convert",
-    "data split": "prefopt.data.convert:run_split",
+    "data convert": "prefopt.data.comparisons:run_convert",
+    "data split": "prefopt.data.comparisons:run_split",
 }
 """Commands that are not functions of ``cli/tools.py`` or ``cli/collect.py``, named as they are."""
 

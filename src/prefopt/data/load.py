@@ -14,7 +14,7 @@ from typing import Literal
 
 from prefopt.core.terminal import Reporter
 from prefopt.data.chat.render import Renderer
-from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.template import Rendering
 from prefopt.data.comparisons import Reading, open_comparisons
 from prefopt.data.files.sources import Origin, Source, find_sources
 from prefopt.data.layouts import code_of_layouts

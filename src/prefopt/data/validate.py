@@ -190,7 +190,7 @@ def validate(c: Comparison, kind: DataKind) -> Comparison | list[Problem]:
 def _content_problems(c: Comparison, kind: DataKind) -> Iterator[tuple[str, str]]:
     responses = () if kind == "prompts" else c.responses
     messages = [*c.prompt, *(m for r in responses for m in r.messages)]
-    if any(_broken(text) for m in messages for text in _texts(m)) or any(_broken(tool) for tool in c.tools):
+    if any(_broken(text) for m in messages for text in texts_of(m)) or any(_broken(tool) for tool in c.tools):
         yield "broken text", "holds half of a surrogate pair, which is no character"
     if not c.text and not any(m.content.strip() for m in c.prompt if m.role != "system"):
         yield "empty prompt", "the prompt is empty"
@@ -213,7 +213,8 @@ def _content_problems(c: Comparison, kind: DataKind) -> Iterator[tuple[str, str]
             yield "nothing to train", f"no turn of the {name} response is to be trained"
 
 
-def _texts(m: Message) -> Iterator[str]:
+def texts_of(m: Message) -> Iterator[str]:
+    """All texts of a turn: words, reasoning, and the names and arguments of calls."""
     yield m.content
     yield m.reasoning or ""
     for call in m.tool_calls:

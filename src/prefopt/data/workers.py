@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.data.chat.render import Rendered, Renderer
-from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.template import Rendering
 from prefopt.data.group import Group
 from prefopt.data.table import Array, TableBuilder
 from prefopt.data.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ import torch
 
 from prefopt.config.sample import SampleConfig
 from prefopt.core.terminal import Bar, Reporter, StopRequest, duration
-from prefopt.data.chat.render_options import parse_variables, read_template
+from prefopt.data.chat.template import parse_variables, read_template
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.files.sources import find_sources
 from prefopt.data.layouts import LAYOUTS

@@ -18,10 +18,10 @@ from itertools import chain, islice
 import numpy as np
 
 from prefopt.data.chat.encoding import Encoded, Encoder, RenderedText
-from prefopt.data.chat.render_options import Rendering
 from prefopt.data.chat.spans import SpanFinder
 from prefopt.data.chat.template import (
     ChatTemplate,
+    Rendering,
     Turns,
     Unrenderable,
     field_reasoning,

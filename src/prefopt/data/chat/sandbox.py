@@ -1,9 +1,9 @@
 """The sandbox of chat templates, with limits on time and memory.
 
 Jinja's sandbox keeps a template from the machine, but lets it run forever or fill the memory: nested loops, macros that
-call themselves twice, ``'a' * 10**10``, ``x ~ x`` forty times over. Here every rendering has a budget. A loop pays for
-its items before it begins, a call for itself, and whatever makes text or a list for its length; what would be too long
-is refused before it is made. A clock is the last resort. Ordinary templates use less than a thousandth of the budget.
+call themselves twice, ``'a' * 10**10``. Here every rendering has a budget. A loop pays for its items before it begins,
+a call for itself, and whatever makes text or a list for its length; what would be too long is refused before it is
+made. A clock is the last resort. Ordinary templates use less than a thousandth of the budget.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, wraps
 from types import BuiltinMethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes, pass_context
 from jinja2.runtime import Undefined
@@ -99,16 +99,9 @@ def _tick(_: Any, __: Any) -> None:
     budget.spend(0)
 
 
-def _add(left: Any, right: Any) -> Any:
-    """``a + b``."""
-    return paid(left + right)
-
-
-def _concat(parts: Iterable[Any]) -> Any:
+def _concat(parts: Iterable[Any]) -> str:
     """``a ~ b``."""
-    texts = [part if isinstance(part, str) else str(_shown(part)) for part in parts]
-    _fits(sum(map(str.__len__, texts)))
-    return paid("".join(texts))
+    return Bounded.concat([part if isinstance(part, str) else str(_shown(part)) for part in parts])
 
 
 def _multiply(left: Any, right: Any) -> Any:
@@ -228,7 +221,7 @@ def _shown(value: Any) -> Any:
 # Filters that compiled templates call in place of loops and operators.
 OWN: dict[str, Callable[..., Any]] = {
     "prefopt_spent": _spent,
-    "prefopt_add": _add,
+    "prefopt_add": lambda left, right: paid(left + right),
     "prefopt_concat": _concat,
     "prefopt_shown": _shown,
     "prefopt_paid": paid,
@@ -243,7 +236,7 @@ class Bounded(ImmutableSandboxedEnvironment):
 
     @classmethod
     def like(cls, other: ImmutableSandboxedEnvironment) -> Bounded:
-        """A bounded environment with everything that another has."""
+        """A bounded environment with all that another has."""
         made: Bounded = object.__new__(cls)
         made.__dict__.update(other.__dict__)
         made.binop_table = {**other.binop_table, "*": _multiply, "**": _power, "%": modulo}
@@ -257,7 +250,6 @@ class Bounded(ImmutableSandboxedEnvironment):
         return made
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **named: Any) -> Any:
-        """Call a macro, a method of text, ``range``..."""
         budget.spend(CALL)
         method = getattr(__obj, "__wrapped__", __obj)  # text.format is wrapped by the sandbox
         if not isinstance(method, BuiltinMethodType):
@@ -348,21 +340,18 @@ def syntax_error(text: str) -> str:
     return ""
 
 
-@lru_cache(maxsize=16)
-def variables(text: str) -> frozenset[str]:
-    """The variables of the template that neither it nor its environment defines."""
-    return frozenset(meta.find_undeclared_variables(compiled(text).environment.parse(text)))
+class Mentioned(NamedTuple):
+    """Variables that neither the template nor its environment defines, all names, and fields it may look up."""
+
+    variables: set[str]
+    names: set[str]
+    fields: set[str]
 
 
 @lru_cache(maxsize=16)
-def names(text: str) -> frozenset[str]:
-    """Every name in the template."""
-    return frozenset(node.name for node in compiled(text).environment.parse(text).find_all(nodes.Name))
-
-
-@lru_cache(maxsize=16)
-def fields(text: str) -> frozenset[str]:
-    """The names that the template may look up in a message."""
-    tree = compiled(text).environment.parse(text)
-    constants = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-    return frozenset(constants | {node.attr for node in tree.find_all(nodes.Getattr)})
+def mentioned(text: str) -> Mentioned:
+    """What a template mentions."""
+    tree = environment().parse(text)
+    fields = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    fields |= {node.attr for node in tree.find_all(nodes.Getattr)}
+    return Mentioned(meta.find_undeclared_variables(tree), {node.name for node in tree.find_all(nodes.Name)}, fields)
