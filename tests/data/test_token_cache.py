@@ -90,7 +90,7 @@ def test_groups_are_those_of_rendering_row_by_row(tmp_path: Path) -> None:
             for mine, theirs in zip(group.continuations, expected.group.continuations, strict=True):
                 assert mine.ids.tolist() == theirs.ids.tolist() and mine.trained.tolist() == theirs.trained.tolist()
             assert data.groups.prompt_key_G[n] == comparison.prompt_key.rstrip(b"\0")
-            assert int(data.groups.column("prompt_cut_G")[n]) == expected.prompt_cut
+            assert int(data.groups.prompt_cut_G[n]) == expected.prompt_cut
 
 
 def same_size_and_times(file: Path) -> None:

@@ -82,8 +82,8 @@ class GroupSet:
             some = "" if self.cached == self.read else f" of {self.read}"
             lines.append(f"{self.cached}{some} rows from the token cache")
         if truncated := self.truncated:
-            prompts = int((self.groups.column("prompt_cut_G") > 0).sum())
-            responses = int((self.groups.column("cut_N") > 0).sum())
+            prompts = int((self.groups.prompt_cut_G > 0).sum())
+            responses = int((self.groups.cut_N > 0).sum())
             lines.append(f"{truncated} of {self.kept} rows truncated ({prompts} prompts, {responses} responses)")
         return lines + self.notes
 
