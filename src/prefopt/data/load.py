@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -103,7 +103,7 @@ class _GroupLoader:
     columns: Sequence[str] | None
     workers: int | None
     reporter: Reporter
-    stop: Callable[[], None] | None
+    stop: Callable[[], None]
 
     def cached(self, source: Source, rendering_digest: str) -> Tokenised:
         """The groups of a source from the token cache, tokenised first where they are not there."""
@@ -116,7 +116,7 @@ class _GroupLoader:
 
         def make(append: Append) -> Report:
             if source.path and source.path.stat().st_size >= LARGE:
-                self.reporter.say(f"data: {source.name}: looking at all rows to tell their layout")
+                self.reporter.say(f"data: {source.name}: reading all rows to recognise their layout")
             report = self.tokenise(open_comparisons(source, format=self.format, columns=self.columns), append)
             if source.digest() != contents:
                 raise DataError("changed while it was read; run the command again", file=source.name)
@@ -137,38 +137,38 @@ class _GroupLoader:
         problems: list[Problem] = []
         warnings: Warnings = {}
         conversations, done = False, 0
-        with ExitStack() as stack:
-            bar = None
-            if reading.count >= PARALLEL_ROWS:
-                bar = stack.enter_context(self.reporter.bar(f"tokenising {reading.file}", reading.count, "rows"))
-            for chunk in self._prepared(reading, stack):
+        reporter = self.reporter if reading.count >= PARALLEL_ROWS else Reporter("none")
+        with (
+            reporter.bar(f"tokenising {reading.file}", reading.count, "rows") as bar,
+            closing(self._prepared(reading)) as prepared,
+        ):
+            for chunk in prepared:
                 append(chunk.columns)
                 problems += chunk.problems
                 for what, rows in chunk.warnings.items():
                     warnings.setdefault(what, []).extend(rows)
                 conversations = conversations or chunk.conversations
                 done += chunk.rows
-                if bar is not None:
-                    bar.update(done)
+                bar.update(done)
         template = Renderer(self.tokenizer, self.rendering).template if conversations else None
         notes = list(reading.notes)  # complete after the last row only
         return Report(reading.file, reading.count, problems, notes, warnings, template)
 
-    def _prepared(self, reading: Reading, stack: ExitStack) -> Iterator[Chunk]:
+    def _prepared(self, reading: Reading) -> Generator[Chunk]:
         """The chunks of a source, in order; other processes make them where there are many rows."""
-        count = min(self.workers or _processors(), MAX_WORKERS)
+        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count = min(self.workers or processors, MAX_WORKERS)
+        how = self.tokenizer, self.rendering, self.kind
         if count > 1 and reading.count >= PARALLEL_ROWS:
             try:
-                pool = stack.enter_context(Workers(self.tokenizer, self.rendering, self.kind, count, file=reading.file))
+                with Workers(*how, count, file=reading.file) as pool:
+                    yield from pool.map(chunks(reading), self.stop)
+                return
             except CannotStart as why:
                 log.warning("%s is tokenised by one process: %s", reading.file, why)
-            else:
-                yield from pool.map(chunks(reading), self.stop)
-                return
-        prepare = Preparer(self.tokenizer, self.rendering, self.kind)
+        prepare = Preparer(*how)
         for chunk in chunks(reading):
-            if self.stop is not None:
-                self.stop()
+            self.stop()
             yield prepare(chunk)
 
 
@@ -185,7 +185,7 @@ def load_groups(
     columns: Sequence[str] | None = None,
     workers: int | None = None,
     reporter: Reporter | None = None,
-    stop: Callable[[], None] | None = None,
+    stop: Callable[[], None] = lambda: None,
 ) -> GroupSet:
     """Read, check and tokenise ``data``, or take it from the token cache.
 
@@ -243,18 +243,12 @@ class _Stoppable:
     """An origin that calls ``stop`` before each row."""
 
     origin: Origin
-    stop: Callable[[], None] | None
+    stop: Callable[[], None]
 
     def rows(self, name: str, keep_going: bool) -> Iterator[object]:
         for row in self.origin.rows(name, keep_going):
-            if self.stop is not None:
-                self.stop()
+            self.stop()
             yield row
 
     def digest(self) -> str:
         return self.origin.digest()
-
-
-def _processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

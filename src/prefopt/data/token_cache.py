@@ -246,7 +246,7 @@ class TokenCache:
         *,
         file: str,
         source: int = 0,
-        stop: Callable[[], None] | None = None,
+        stop: Callable[[], None] = lambda: None,
     ) -> Tokenised:
         """The entry of ``key``; where it is missing or damaged, ``make`` appends its columns chunk by chunk.
 
@@ -313,13 +313,12 @@ class TokenCache:
                 lock.release()
 
     @contextmanager
-    def _locked(self, folder: Path, stop: Callable[[], None] | None) -> Iterator[None]:
+    def _locked(self, folder: Path, stop: Callable[[], None]) -> Iterator[None]:
         lock = space_lock(folder)
         if not acquired(lock):
             log.warning("another process is tokenising the same data (%s): waiting for it", folder.name)
             while not acquired(lock, seconds=0.2):
-                if stop is not None:
-                    stop()
+                stop()
         try:
             yield
         finally:

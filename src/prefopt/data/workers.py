@@ -2,7 +2,7 @@
 
 Worker processes are started afresh, because the threads of torch and tokenizers do not survive a fork, and without the
 caller's main module, which may not be guarded against a second import. Messages are pickled and travel over a socket
-that no other process can open. A worker whose parent is gone reads the end of the stream and leaves.
+pair. A worker whose parent is gone reads the end of the stream and leaves.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -48,10 +48,7 @@ SERVE = "import sys; from prefopt.data.workers import serve; serve(int(sys.argv[
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """``rows`` consecutive rows: the columns of their groups, and problems in the order of the rows.
-
-    ``conversations``: some of the groups went through a chat template.
-    """
+    """The groups and problems of ``rows`` rows, in order; ``conversations``: some went through a chat template."""
 
     rows: int
     columns: dict[str, Array]
@@ -61,10 +58,9 @@ class Chunk:
 
 
 class Preparer:
-    """Makes chunks with one tokenizer."""
+    """Makes chunks with one tokenizer. Raises :class:`ConfigError` and :class:`ModelError` as :class:`Renderer`."""
 
     def __init__(self, tokenizer: Tokenizer, rendering: Rendering, kind: DataKind) -> None:
-        """Raises :class:`ConfigError` and :class:`ModelError` as :class:`Renderer`."""
         self.renderer, self.kind = Renderer(tokenizer, rendering), kind
 
     def __call__(self, rows: Sequence[ParsedRow]) -> Chunk:
@@ -128,7 +124,7 @@ class Workers:
     def __init__(
         self, tokenizer: Tokenizer, rendering: Rendering, kind: DataKind, count: int, *, file: str = ""
     ) -> None:
-        """Start them. Raises :class:`CannotStart`, and :class:`UserError` as :class:`Preparer`."""
+        """Raises :class:`CannotStart`, and :class:`UserError` as :class:`Preparer`."""
         if os.name != "posix":
             raise CannotStart("it needs sockets that a process inherits")
         try:
@@ -163,7 +159,7 @@ class Workers:
         for worker in self._workers:
             worker.socket.close()
 
-    def map(self, chunks: Iterable[Sequence[ParsedRow]], stop: Callable[[], None] | None = None) -> Iterator[Chunk]:
+    def map(self, chunks: Iterable[Sequence[ParsedRow]], stop: Callable[[], None] = lambda: None) -> Iterator[Chunk]:
         """Prepare each chunk, in order. ``stop`` is called several times a second and may raise.
 
         Raises :class:`DataError` where a process ends by itself.
@@ -171,10 +167,9 @@ class Workers:
         waiting: deque[Future[Chunk]] = deque()
         for chunk in chunks:
             waiting.append(self._threads.submit(self._prepare, chunk))
+            stop()
             if len(waiting) >= READ_AHEAD * len(self._workers):
                 yield _result(waiting.popleft(), stop)
-            elif stop is not None:
-                stop()
         while waiting:
             yield _result(waiting.popleft(), stop)
 
@@ -187,15 +182,10 @@ class Workers:
             self._idle.put(worker)
 
 
-def _result(future: Future[Chunk], stop: Callable[[], None] | None) -> Chunk:
-    while True:
-        try:
-            return future.result(timeout=0.2)
-        except NotYet:
-            if future.done():  # the work itself raised it
-                raise
-            if stop is not None:
-                stop()
+def _result(future: Future[Chunk], stop: Callable[[], None]) -> Chunk:
+    while not wait([future], timeout=0.2).done:
+        stop()
+    return future.result()
 
 
 class _Worker:
@@ -240,30 +230,20 @@ def serve(handle: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection: Connection[bytes, bytes] = Connection(handle)
     prepare: Preparer | None = None
-    while True:
-        answer: object = None
-        error: Exception | None = None
-        try:
+    with suppress(EOFError, OSError):
+        while True:
             data = connection.recv_bytes()
-        except (EOFError, OSError):
-            return
-        try:
-            if prepare is None:
-                prepare = Preparer(*_task(data))
-            else:
-                answer = prepare(pickle.loads(data))
-        except (UserError, CannotStart) as known:
-            error = known
-        except BaseException:  # a bug: the parent shows its traceback
-            error = RuntimeError(f"in a process that tokenises:\n{traceback.format_exc()}")
-        try:
+            answer: object = None
+            error: Exception | None = None
+            try:
+                if prepare is None:
+                    prepare = Preparer(*pickle.loads(data))
+                else:
+                    answer = prepare(pickle.loads(data))
+            except UserError as known:
+                error = known
+            except BaseException as bug:  # the parent shows its traceback, or meets it too
+                error = RuntimeError(f"in a process that tokenises:\n{traceback.format_exc()}")
+                if prepare is None:
+                    error = CannotStart(f"the tokenizer cannot be used in another process: {bug}")
             connection.send_bytes(pickle.dumps((answer, error)))
-        except OSError:
-            return
-
-
-def _task(data: bytes) -> Any:
-    try:
-        return pickle.loads(data)
-    except Exception as error:  # its class cannot be imported here, say
-        raise CannotStart(f"the tokenizer cannot be unpickled: {error}") from error

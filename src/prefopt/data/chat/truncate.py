@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prefopt.data.chat.encoding import Encoded
-from prefopt.data.group import BoolArray, IntArray
+from prefopt.data.group import BoolArray, IntArray, common_length
 from prefopt.errors import ConfigError
 from prefopt.records import Comparison, Message
 
@@ -107,12 +107,8 @@ def truncate(
     whole = [(np.asarray(i, np.int32), np.asarray(t, np.bool_)) for i, t in sequences]
     prompts = [int(np.argmax(trained)) for _, trained in whole]
     need = max(len(ids) for ids, _ in whole) - max_length
-    first = whole[0][0]
-    shared = min(prompts)
-    for ids, _ in whole[1:]:
-        differs = np.nonzero(ids[:shared] != first[:shared])[0]
-        shared = int(differs[0]) if len(differs) else shared
-    start = 1 if shared and bos is not None and first[0] == bos else 0
+    shared = common_length([ids for ids, _ in whole], min(prompts))
+    start = 1 if shared and bos is not None and whole[0][0][0] == bos else 0
     cut = max(0, min(need, min(prompts) - min(KEEP_PROMPT, max_length // 2), shared - start))
     cut = 0 if whole_prompt else cut
     kept, lost = [], []
