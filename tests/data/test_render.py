@@ -229,7 +229,7 @@ def test_truncation_of_a_group() -> None:
 def test_offsets_cover_every_character(gpt2: Any, minimind: Any, stories: Any) -> None:
     words = "  Hi  there 你好 👍🏽\n\n  end "
     for tokenizer in (gpt2, minimind, stories):
-        (encoded,) = Encoder(tokenizer).encode([words])
+        encoded = Encoder(tokenizer).encode(words)
         ids = encoded.ids
         assert tokenizer.decode(ids.tolist()).strip() == words.strip()
         assert encoded.covers([(0, len(words))]).all()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
@@ -105,10 +105,10 @@ class Renderer:
 
         Covers the tokenizer, the template, the rendering options, and the date where the template shows it.
         """
-        values = asdict(self.rendering)
-        date = values.pop("date") * self._template.reads_date
-        options = _digest(json.dumps(values, sort_keys=True))
-        return _digest(json.dumps([tokenizer_digest(self.tokenizer), options, *self._template.sources, date]))
+        options = asdict(self.rendering)
+        options["date"] *= self._template.reads_date
+        parts = [tokenizer_digest(self.tokenizer), options, self._template.sources]
+        return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def render(self, comparison: Comparison) -> Rendered:
         """One comparison as a group. Raises :class:`DataError` where that is not possible."""
@@ -119,22 +119,16 @@ class Renderer:
 
     def render_all(self, comparisons: Iterable[Comparison]) -> Iterator[Rendered | Problem]:
         """Each comparison as a group or the problem that prevents it, in order."""
-        rows = iter(comparisons)
-        while batch := list(islice(rows, BATCH)):
-            texts = [self._render(c) for c in batch]
-            encoded = iter(self._encoder.encode_rows([row for row in texts if not isinstance(row, Problem)]))
-            for comparison, row in zip(batch, texts, strict=True):
-                if isinstance(row, Problem):
-                    yield row
-                    continue
-                self._row = comparison.row
-                sequences = list(map(self._sequence, row, next(encoded)))
-                shorter = self._shortened(comparison, sequences)
-                result = self._group(comparison, shorter)
-                if isinstance(result, Rendered) and shorter is not sequences:
-                    dropped = _longest(sequences) - _longest(shorter)
-                    result = replace(result, prompt_cut=result.prompt_cut + dropped)
-                yield result
+        for c, sequences in self._tokenized(comparisons, self._render):
+            if isinstance(sequences, Problem):
+                yield sequences
+                continue
+            shorter = self._shortened(c, sequences)
+            result = self._group(c, shorter)
+            if isinstance(result, Rendered):
+                longest, left = (max(len(ids) for ids, _ in some) for some in (sequences, shorter))
+                result = replace(result, prompt_cut=result.prompt_cut + longest - left)
+            yield result
 
     def prompts(self, comparisons: Iterable[Comparison]) -> Iterator[IntArray | Problem]:
         """Token ids [P] of each prompt with its generation prompt, or the problem that prevents it, in order.
@@ -143,28 +137,36 @@ class Renderer:
         behind something else than its generation prompt (``warnings`` of :meth:`render_all` names them). Responses are
         ignored, and nothing is truncated.
         """
+        for c, found in self._tokenized(comparisons, self._render_prompt):
+            if isinstance(found, Problem):
+                yield found
+                continue
+            ((ids, _),) = found
+            yield ids if len(ids) else Problem("empty prompt", c.row, "the prompt has no token", c.file)
+
+    def _tokenized(
+        self, comparisons: Iterable[Comparison], render: Callable[[Comparison], list[RenderedText] | Problem]
+    ) -> Iterator[tuple[Comparison, Sequences | Problem]]:
+        """Each row with its texts as sequences, or the problem that prevents them, in order."""
         rows = iter(comparisons)
         while batch := list(islice(rows, BATCH)):
-            texts = [self._render_prompt(c) for c in batch]
-            encoded = iter(self._encoder.encode([x.text for x in texts if not isinstance(x, Problem)]))
-            for c, text in zip(batch, texts, strict=True):
-                if isinstance(text, Problem):
-                    yield text
-                    continue
-                ids, _ = self._sequence(text, next(encoded))
-                yield ids if len(ids) else Problem("empty prompt", c.row, "the prompt has no token", c.file)
+            texts = [render(c) for c in batch]
+            encoded = self._encoder.encode_rows([row for row in texts if not isinstance(row, Problem)])
+            for c, row in zip(batch, texts, strict=True):
+                self._row = c.row
+                yield c, row if isinstance(row, Problem) else list(map(self._sequence, row, next(encoded)))
 
-    def _render_prompt(self, c: Comparison) -> RenderedText | Problem:
+    def _render_prompt(self, c: Comparison) -> list[RenderedText] | Problem:
         self._row = c.row
         c = self._reasoned(c)
         self._report_template(c.text)
         if c.text:
-            return RenderedText("".join(m.content for m in c.prompt), (), bos=True)
+            return [RenderedText("".join(m.content for m in c.prompt), (), bos=True)]
         try:
             text = self._template.apply(c.prompt, c.tools, generation=True)
             self._spans.check_omissions(c.prompt, c.tools)
             self._spans.check_inline_reasoning(c.prompt, text)
-            return RenderedText(text, ())
+            return [RenderedText(text, ())]
         except Unrenderable as error:
             return Problem("chat template", c.row, str(error), c.file)
 
@@ -187,19 +189,16 @@ class Renderer:
             texts = self._spans.render(c.prompt, turns, c.tools)
         except Unrenderable as error:
             return Problem("chat template", c.row, str(error), c.file)
-        ended = [_cut_off(x, r) if r.cut else self._ended(x) for x, r in zip(texts, c.responses, strict=True)]
-        found = [text for text in ended if text is not None]
-        if len(found) < len(ended):
-            what = "a response was cut off at a limit, and the chat template does not show where its words end"
-            return Problem("cut answer", c.row, what, c.file)
+        found = []
+        for rendered, response in zip(texts, c.responses, strict=True):
+            text = _cut_off(rendered, response) if response.cut else rendered
+            if text is None:
+                what = "a response was cut off at a limit, and the chat template does not show where its words end"
+                return Problem("cut answer", c.row, what, c.file)
+            if text.eos:  # the template ends no answer
+                self._report(EOS_ADDED if self.rendering.add_eos else EOS_MISSING, once=True)
+            found.append(replace(text, eos=text.eos and self.rendering.add_eos))
         return found
-
-    def _ended(self, text: RenderedText) -> RenderedText:
-        """Add EOS where the template ends no answer, unless the options forbid it."""
-        if not text.eos:
-            return text
-        self._report(EOS_ADDED if self.rendering.add_eos else EOS_MISSING, once=True)
-        return replace(text, eos=self.rendering.add_eos)
 
     def _plain_text(self, prompt: str, response: Response) -> RenderedText:
         text = prompt + "".join(m.content for m in response.messages)
@@ -277,7 +276,7 @@ class Renderer:
         limit = self.rendering.max_length
         if limit is None or c.text or not prompt_excess(sequences, limit):
             return sequences
-        shortener = Shortener(limit, self._tokenize, lambda text: self._encoder.encode([text])[0], self._special)
+        shortener = Shortener(limit, self._tokenize, self._encoder.encode, self._special)
         fewer, left = shortener.drop_turns(c, sequences)
         if fewer is not c:
             self._report(TURNS_DROPPED)
@@ -287,10 +286,8 @@ class Renderer:
         return left
 
     def _tokenize(self, c: Comparison) -> Sequences | None:
-        texts = self._render(c)
-        if isinstance(texts, Problem):
-            return None
-        return list(map(self._sequence, texts, self._encoder.encode_rows([texts])[0]))
+        ((_, sequences),) = self._tokenized([c], self._render)
+        return None if isinstance(sequences, Problem) else sequences
 
     def _group(self, c: Comparison, sequences: Sequence[tuple[IntArray, BoolArray]]) -> Rendered | Problem:
         def same(one: int, other: int) -> bool:
@@ -321,14 +318,6 @@ class Renderer:
         weights = None if c.votes is None else tuple(weight for *_, weight in c.votes)
         group = replace(group, weights=weights, tiers=c.tiers, scores=c.scores, labels=c.labels)
         return Rendered(group, prompt_cut, responses_cut)
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _longest(sequences: Sequences) -> int:
-    return max(len(ids) for ids, _ in sequences)
 
 
 def _empty(response: Turns) -> bool:

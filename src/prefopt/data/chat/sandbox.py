@@ -350,7 +350,6 @@ class Mentioned(NamedTuple):
 
 @lru_cache(maxsize=16)
 def mentioned(text: str) -> Mentioned:
-    """What a template mentions."""
     tree = environment().parse(text)
     fields = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
     fields |= {node.attr for node in tree.find_all(nodes.Getattr)}

@@ -5,8 +5,8 @@ them, asks them a question (does the text contain ``</think>``?) or does somethi
 words without white space around them), all words that answer the questions alike give the same text around them. For
 templates that do anything else to words, such as splitting them, every row is rendered.
 
-Words keep their type through ``+``, ``~``, macros and blocks. Whatever would treat them as plain text (searching for
-them in a text, formatting, unknown filters) is replaced by a version that notices.
+Words keep their type through ``+``, ``~``, macros and blocks. Operations that would treat them as plain text (searching
+for them in a text, formatting, unknown filters) are replaced by versions that notice.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ _FILTERS = {
     *("select", "reject", "selectattr", "rejectattr", "tojson", "dictsort", "upper", "lower", "capitalize", "replace"),
 }
 SAME = object()
+_plain = str.__str__
 
 
 class _Untraceable(Exception):
@@ -62,7 +63,7 @@ class _Guard:
 
 
 class _Log:
-    """What a template did to words."""
+    """The questions that a template asked of words, and whether it did anything else to them."""
 
     def __init__(self) -> None:
         self.guards: dict[tuple[object, ...], _Guard] = {}
@@ -149,7 +150,7 @@ class Traces:
     def render(self, shape: object, words: Sequence[str], run: Callable[[Sequence[str]], str]) -> str | None:
         """The text for words in a conversation of this shape; None where the template must be run.
 
-        The shape must be all that the template is given beside the words. ``run`` renders it on words.
+        The shape is all that the template is given beside the words. ``run`` renders it on words.
         """
         if not all(words):
             return None
@@ -168,11 +169,11 @@ def _trace(count: int, render: Callable[[Sequence[str]], str]) -> _Trace | None:
         text = _plain(render([Words(mark, log, i) for i, mark in enumerate(marks)]))
     except Exception:  # reported when the row itself is rendered
         return None
-    parts = re.split("|".join(map(re.escape, marks)), text)
-    slots = tuple(marks.index(found) for found in re.findall("|".join(map(re.escape, marks)), text))
-    if log.failed or set(slots) != set(range(count)) or any(_ODD in part for part in parts):
+    parts = re.split(f"({'|'.join(map(re.escape, marks))})", text)
+    pieces, slots = tuple(parts[::2]), tuple(map(marks.index, parts[1::2]))
+    if log.failed or set(slots) != set(range(count)) or any(_ODD in piece for piece in pieces):
         return None
-    return _Trace(tuple(parts), slots, tuple(log.guards.values()))
+    return _Trace(pieces, slots, tuple(log.guards.values()))
 
 
 @lru_cache(maxsize=16)
@@ -183,11 +184,13 @@ def compiled(source: str) -> Any | None:
     if not _followed(tree):
         return None
     environment.concat = _concat
-    environment.filters = {
-        **{
-            name: run if name in _FILTERS or name in OWN else _guarded(run) for name, run in environment.filters.items()
-        },
-        **{"prefopt_alone": _alone, "prefopt_join": _join, "prefopt_holds": _holds, "prefopt_modulo": _modulo},
+    known: dict[str, Callable[..., Any]] = environment.filters
+    guarded = {name: run if name in _FILTERS or name in OWN else _guarded(run) for name, run in known.items()}
+    environment.filters = guarded | {
+        "prefopt_alone": _alone,
+        "prefopt_join": lambda parts: _concat(part if isinstance(part, Words) else str(part) for part in parts),
+        "prefopt_holds": _holds,
+        "prefopt_modulo": lambda left, right: modulo(left, _alone(right) if isinstance(left, str) else right),
     }
     environment.tests = {**environment.tests, "in": lambda value, container: _holds(container, value)}
     tree = _Noting().visit(tree)
@@ -202,12 +205,8 @@ def _followed(tree: nodes.Template) -> bool:
     return not (
         any(True for _ in tree.find_all(other))
         or any(op.op in ("in", "notin") for node in chains for op in node.ops)
-        or any(_dynamic(call) for call in tree.find_all(nodes.Call))
+        or any(_of_text(call) and (call.dyn_args or call.dyn_kwargs) for call in tree.find_all(nodes.Call))
     )
-
-
-def _dynamic(call: nodes.Call) -> bool:
-    return _of_text(call) and (call.dyn_args is not None or call.dyn_kwargs is not None)
 
 
 def _of_text(call: nodes.Call) -> bool:
@@ -255,16 +254,6 @@ def _concat(parts: Iterable[str]) -> str:
     return words[0] if len(given) == 1 else Words(Bounded.concat(list(map(_plain, given))), words[0].log)
 
 
-def _join(parts: Iterable[object]) -> str:
-    """``a ~ b``."""
-    return _concat(part if isinstance(part, Words) else str(part) for part in parts)
-
-
-def _modulo(left: Any, right: Any) -> Any:
-    """``a % b``."""
-    return modulo(left, _alone(right) if isinstance(left, str) else right)
-
-
 def _holds(container: Any, value: Any) -> bool:
     """``value in container``."""
     return (_alone(value) if isinstance(container, str) else value) in container
@@ -295,7 +284,3 @@ def _guarded(run: Callable[..., Any]) -> Callable[..., Any]:
         return run(*given, **{name: _alone(value) for name, value in named.items()})
 
     return guarded
-
-
-def _plain(text: str) -> str:
-    return str.__str__(text)
