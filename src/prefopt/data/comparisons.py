@@ -12,9 +12,10 @@ pass reads them again, so memory does not grow with the file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain, groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,10 @@ from prefopt.data.files.write import row_files
 from prefopt.data.layouts import LAYOUTS, named_layout, writable_layout
 from prefopt.data.layouts.columns import column_map, find_dataset_info, parse_column_options, shared_column
 from prefopt.data.layouts.layout import ColumnMap, Layout
-from prefopt.data.layouts.recognise import listed, recognise
+from prefopt.data.layouts.recognise import Recognised, listed, recognise
 from prefopt.data.layouts.values import BadRow
 from prefopt.data.sampler import split_by_prompt
-from prefopt.data.table import KEY, KeyArray
+from prefopt.data.table import KEY
 from prefopt.data.validate import Problem, describe, refuse, refused_rows
 from prefopt.errors import ConfigError, DataError
 from prefopt.records import Comparison, tiers_of
@@ -55,33 +56,37 @@ class Reading:
     """
 
     def __init__(
-        self, source: Source, layout: Layout, columns: ColumnMap, count: int, notes: Sequence[str], lost: str = ""
+        self,
+        file: str,
+        rows: Callable[[], Iterator[object]],
+        found: Recognised,
+        columns: ColumnMap,
+        notes: Sequence[str],
     ) -> None:
-        self.file, self.layout, self.count = source.name, layout.name, count
-        self.joined, self.lost = layout.joins, lost
+        self.file, self.layout, self.count = file, found.layout.name, found.count
+        self.joined, self.lost = found.layout.joins, found.lost
         self.notes = [f"{self.file}: {note}" for note in notes]
-        self._source, self._layout, self._columns = source, layout, columns
-        self._unread_noted, self._rows = False, count
-        if layout.joins:
+        self._rows, self._found, self._columns, self._unread_noted = rows, found, columns, False
+        if self.joined:
             self.count = sum(1 for _ in self)
             what = "consecutive rows of one prompt are compared"
-            self.notes.append(f"{self.file}: {count} rows are {self.count} prompts: {what}")
+            self.notes.append(f"{self.file}: {found.count} rows are {self.count} prompts: {what}")
 
     def __iter__(self) -> Iterator[Comparison | Problem]:
         return _join_prompts(self._each()) if self.joined else self._each()
 
     def _each(self) -> Iterator[Comparison | Problem]:
         number = 0
-        for number, row in enumerate(_rows(self._source, self._columns), 1):
+        for number, row in enumerate(self._rows(), 1):
             if isinstance(row, DataError):
                 yield Problem("unreadable", number, row.what, self.file)
                 continue
             try:
-                yield self._layout.parse(row, number, self.file, self._columns)
+                yield self._found.layout.parse(row, number, self.file, self._columns)
             except BadRow as bad:
                 yield Problem(bad.kind, number, bad.what, self.file)
-        if number != self._rows:
-            raise DataError(f"had {self._rows} rows and now has {number}: it changed while it was read", file=self.file)
+        if number != (count := self._found.count):
+            raise DataError(f"had {count} rows and now has {number}: it changed while it was read", file=self.file)
         if not self._unread_noted and (unread := self._columns.tags.unread):
             self.notes.append(f"{self.file}: keys inside of columns not read: {listed(sorted(unread))}")
         self._unread_noted = True
@@ -114,12 +119,18 @@ def parse_comparisons(
     return open_comparisons(Source(file, None, MemoryOrigin(held)), format=format, columns=columns)
 
 
-def open_comparisons(source: Source, *, format: str | None = None, columns: Sequence[str] | None = None) -> Reading:
+def open_comparisons(
+    source: Source,
+    *,
+    format: str | None = None,
+    columns: Sequence[str] | None = None,
+    stop: Callable[[], None] = lambda: None,
+) -> Reading:
     """The rows of a source as comparisons.
 
     The layout is the one named by ``format``; or by a ``dataset_info.json`` beside the file that lists it; or it is
     recognised from all rows. ``columns`` (``NAME=COLUMN``) renames columns and has precedence over
-    ``dataset_info.json``.
+    ``dataset_info.json``. ``stop`` is called before each row and may raise.
 
     Raises :class:`DataError` where there is no row, no row has a known layout, layouts are mixed, or a column of
     ``columns`` does not exist; :class:`ConfigError` for an unknown layout or NAME. A bad row (a missing field, an
@@ -141,34 +152,24 @@ def open_comparisons(source: Source, *, format: str | None = None, columns: Sequ
             raise ConfigError(f"--header none is for .csv and .tsv files; {source.name} is neither")
         source = replace(source, origin=FileOrigin(source.path, header=False))
     named = LAYOUTS[entry.layout] if entry else named
-    rows = _rows(source, understood)
-    found = recognise(rows, source.name, named, understood, asked=given, why=entry.note if entry else "")
-    notes = [entry.note, *found.notes] if entry else found.notes
-    return Reading(source, found.layout, understood, found.count, notes, found.lost)
 
+    def rows() -> Iterator[object]:
+        for row in source.rows(keep_going=True):
+            stop()
+            if cells and isinstance(row, dict):  # empty cells are null
+                row = {k: None if v == "" else v for k, v in row.items()}
+            yield row
 
-def _rows(source: Source, columns: ColumnMap) -> Iterator[object]:
-    """Rows; empty cells of separated values are null."""
-    rows = source.rows(keep_going=True)
-    if not columns.cells:
-        return rows
-    return ({k: None if v == "" else v for k, v in r.items()} if isinstance(r, dict) else r for r in rows)
+    found = recognise(rows(), source.name, named, understood, asked=given, why=entry.note if entry else "")
+    return Reading(source.name, rows, found, understood, [entry.note, *found.notes] if entry else found.notes)
 
 
 def _join_prompts(rows: Iterable[Comparison | Problem]) -> Iterator[Comparison | Problem]:
     """One comparison for consecutive rows of one prompt, with the number of the first row."""
-    held: list[Comparison] = []
-    for row in rows:
-        same = isinstance(row, Comparison) and held and row.prompt == held[0].prompt and len(held) < MAX_JOINED_ROWS
-        if held and not same:
-            yield _joined(held)
-            held = []
-        if isinstance(row, Comparison):
-            held.append(row)
-        else:
-            yield row
-    if held:
-        yield _joined(held)
+    for _, group in groupby(rows, lambda row: row.prompt if isinstance(row, Comparison) else None):
+        while held := list(islice(group, MAX_JOINED_ROWS)):
+            found = [c for c in held if isinstance(c, Comparison)]
+            yield from [_joined(found)] if found else held
 
 
 def _joined(rows: list[Comparison]) -> Comparison:
@@ -232,7 +233,14 @@ def run_split(config: DataSplitConfig) -> int:
             and len(paths) == len(sources)
             and all(raw_lines(path) is not None for path in paths)
         )
-        keys, problems = _prompt_keys(readings, check=not copied)
+        known, problems = bytearray(), []
+        for c in chain.from_iterable(readings):
+            row = c if copied else _written(c, CANONICAL)
+            if isinstance(row, Problem):
+                problems.append(row)
+            elif isinstance(c, Comparison):
+                known += c.prompt_key
+        keys = np.frombuffer(bytes(known), KEY)
         _settle(problems, sum(reading.count for reading in readings), config.on_bad_row, reporter)
         _, held = split_by_prompt(keys, config.fraction, config.seed)
         side = np.zeros(len(keys), np.int8)
@@ -256,18 +264,6 @@ def run_split(config: DataSplitConfig) -> int:
     for source, reading in zip(sources, readings, strict=True):
         _report_notes(source, reading, reporter, unread=copied)
     return 0
-
-
-def _prompt_keys(readings: Sequence[Reading], *, check: bool) -> tuple[KeyArray, list[Problem]]:
-    """[rows] prompt keys of usable rows, and the problems of the others; ``check``: the canonical layout holds them."""
-    keys, problems = bytearray(), []
-    for c in (row for reading in readings for row in reading):
-        row = _written(c, CANONICAL) if check else c
-        if isinstance(row, Problem):
-            problems.append(row)
-        elif isinstance(c, Comparison):
-            keys += c.prompt_key
-    return np.frombuffer(bytes(keys), KEY), problems
 
 
 def loose_columns(layout: Layout) -> set[str]:

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from prefopt.core.terminal import Reporter
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.template import Rendering
 from prefopt.data.comparisons import Reading, open_comparisons
-from prefopt.data.files.sources import Origin, Source, find_sources
+from prefopt.data.files.sources import Source, find_sources
 from prefopt.data.layouts import code_of_layouts
 from prefopt.data.layouts.columns import find_dataset_info
 from prefopt.data.sampler import Indices, split_by_prompt
@@ -31,8 +31,6 @@ log = logging.getLogger(__name__)
 
 OnBadRow = Literal["refuse", "skip"]
 
-# Recognising the layout of a file of this size takes seconds.
-LARGE = 100_000_000
 # With fewer rows, one process is done before a second one has started.
 PARALLEL_ROWS = 4000
 # Problems that are not errors: such rows are left out and counted.
@@ -106,29 +104,21 @@ class _GroupLoader:
     stop: Callable[[], None]
 
     def cached(self, source: Source, rendering_digest: str) -> Tokenised:
-        """The groups of a source from the token cache, tokenised first where they are not there."""
+        """The groups of a source from the token cache, tokenised at first."""
         contents = source.digest()
         # How a file is read also depends on its ending and on a dataset_info.json beside it.
-        reading = (str(self.format), str(self.columns), source.suffix, code_of_layouts(self.format))
         beside = find_dataset_info(source.path) if self.format is None else None
-        key = TokenKey(contents, (*reading, str(beside)), self.kind, rendering_digest)
-        source = replace(source, origin=_Stoppable(source.origin, self.stop))
+        how = (self.format, self.columns, source.suffix, code_of_layouts(self.format), beside)
+        key = TokenKey(contents, tuple(map(str, how)), self.kind, rendering_digest)
 
         def make(append: Append) -> Report:
-            if source.path and source.path.stat().st_size >= LARGE:
-                self.reporter.say(f"data: {source.name}: reading all rows to recognise their layout")
-            report = self.tokenise(open_comparisons(source, format=self.format, columns=self.columns), append)
+            reading = open_comparisons(source, format=self.format, columns=self.columns, stop=self.stop)
+            report = self.tokenise(reading, append)
             if source.digest() != contents:
                 raise DataError("changed while it was read; run the command again", file=source.name)
             return report
 
         return TokenCache().get(key, make, file=source.name, source=source.entry, stop=self.stop)
-
-    def in_memory(self, reading: Reading, number: int) -> Tokenised:
-        """The groups of rows in memory; nothing is cached."""
-        made: list[Columns] = []
-        report = self.tokenise(reading, made.append)
-        return Tokenised(Part(joined(made), source=number), report)
 
     def tokenise(self, reading: Reading, append: Append) -> Report:
         """Append the columns of all groups, chunk by chunk; the report accounts for the other rows."""
@@ -200,18 +190,18 @@ def load_groups(
     """
     if not data:
         raise ConfigError("no data file is named; use --data FILE")
-    if on_bad_row not in ("refuse", "skip"):
-        raise ConfigError(f"--on-bad-row {on_bad_row} should be refuse or skip")
     rendering, reporter = rendering or Rendering(max_length, add_eos), reporter or Reporter("none")
     loader = _GroupLoader(tokenizer, rendering, kind, format, columns, workers, reporter, stop)
-    readings = [rows for rows in data if isinstance(rows, Reading)]
-    if readings:
-        assert len(readings) == len(data), "files and rows in memory are loaded apart"
-        return _group_set([loader.in_memory(rows, n) for n, rows in enumerate(readings)], [], on_bad_row)
+    found = []
+    for number, reading in enumerate(rows for rows in data if isinstance(rows, Reading)):
+        made: list[Columns] = []
+        report = loader.tokenise(reading, made.append)
+        found.append(Tokenised(Part(joined(made), source=number), report))
     sources = find_sources([name for name in data if not isinstance(name, Reading)])
-    digest = Renderer(tokenizer, rendering).digest()
+    assert not (found and sources), "files and rows in memory are loaded apart"
+    digest = Renderer(tokenizer, rendering).digest() if sources else ""
     notes = [note for source in sources for note in source.notes]
-    return _group_set([loader.cached(source, digest) for source in sources], notes, on_bad_row)
+    return _group_set([*found, *(loader.cached(source, digest) for source in sources)], notes, on_bad_row)
 
 
 def _group_set(found: Sequence[Tokenised], notes: Sequence[str], on_bad_row: OnBadRow) -> GroupSet:
@@ -236,19 +226,3 @@ def _group_set(found: Sequence[Tokenised], notes: Sequence[str], on_bad_row: OnB
         file = reports[0].file if len(reports) == 1 else None
         raise DataError(f"none of {result.read} rows can be used: {describe(result.problems)}", file=file)
     return result
-
-
-@dataclass(frozen=True, slots=True)
-class _Stoppable:
-    """An origin that calls ``stop`` before each row."""
-
-    origin: Origin
-    stop: Callable[[], None]
-
-    def rows(self, name: str, keep_going: bool) -> Iterator[object]:
-        for row in self.origin.rows(name, keep_going):
-            self.stop()
-            yield row
-
-    def digest(self) -> str:
-        return self.origin.digest()

@@ -26,7 +26,7 @@ import numpy as np
 from prefopt.data.table import IndexArray, KeyArray
 from prefopt.errors import ConfigError, DataError
 
-# Whole numbers of eight bytes: a sequence of ints, small enough for a million rows.
+# A sequence of ints of eight bytes.
 Indices: TypeAlias = "array[int]"
 
 
@@ -35,7 +35,7 @@ class Share:
     """One source of a mixture: the indices of its groups, [n], and its weight.
 
     An epoch takes every group floor(weight) times and some of them once more, round(weight * n) in all. The latter move
-    on around a fixed permutation, so that after any number of epochs the counts of two groups differ by one at most.
+    on around a fixed permutation, so that the counts of two groups never differ by more than one.
     """
 
     groups: IndexArray
@@ -71,25 +71,23 @@ class BatchSampler:
 
     def order(self, epoch: int) -> IndexArray:
         """The indices of one epoch, [epoch_size]."""
-        if self._last is None or self._last[0] != epoch:  # every step asks for its epoch
-            self._last = epoch, self._order(epoch)
-        return self._last[1]
+        if self._last is not None and self._last[0] == epoch:  # every step asks for its epoch
+            return self._last[1]
+        taken = []
+        for source, share in enumerate(self.shares):
+            # The 1 keeps these seeds apart from those of the epochs, which numpy extends with zeros.
+            circle = np.random.Generator(np.random.PCG64([self.seed, source, 1])).permutation(len(share.groups))
+            taken.append(share.taken(epoch, circle))
+        indices = np.concatenate(taken) if taken else np.arange(self.size)
+        if self.shuffle:
+            indices = indices[np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(indices))]
+        self._last = epoch, indices
+        return indices
 
     def batch(self, step: int) -> IndexArray:
         """The indices of global step ``step``, counted from 0 over all epochs."""
         epoch, within = divmod(step, self.steps_per_epoch)
         return self.order(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
-
-    def _order(self, epoch: int) -> IndexArray:
-        taken = [share.taken(epoch, self._circle(s, len(share.groups))) for s, share in enumerate(self.shares)]
-        indices = np.concatenate(taken) if taken else np.arange(self.size)
-        if not self.shuffle:
-            return indices
-        return indices[np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(indices))]
-
-    def _circle(self, source: int, n: int) -> IndexArray:
-        # The 1 keeps these seeds apart from those of the epochs, which numpy extends with zeros.
-        return np.random.Generator(np.random.PCG64([self.seed, source, 1])).permutation(n)
 
 
 def split_by_prompt(keys: KeyArray, fraction: float, seed: int) -> tuple[Indices, Indices]:

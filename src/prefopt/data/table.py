@@ -7,8 +7,8 @@
 >>> len(table), table.tokens_G.tolist(), table.longest_G.tolist(), table[0].continuations[1].ids.tolist()
 (1, [5], [4], [9])
 
-A table has parts, one per tokenised file: arrays in memory, or mapped from the token cache. Lengths, keys and rows of
-all groups are arrays; a :class:`Group` is made when it is asked for, and its token ids are views into the part.
+A table has parts, one per tokenised file: arrays in memory, or mapped from the token cache. A :class:`Group` is made
+when it is asked for, and its token ids are views into the part.
 """
 
 from __future__ import annotations
@@ -79,14 +79,14 @@ class Part:
         responses, pairs = slice(*self.response_starts[g : g + 2]), slice(*self.pair_starts[g : g + 2])
         cuts = accumulate(c["length_N"][responses].tolist(), initial=start + prefix)
         weights, scores = c["weight_P"][pairs].tolist(), c["score_N"][responses].tolist()
-        labels = c["label_N"][responses].tolist()
+        labels, tier = c["label_N"][responses].tolist(), c["tier_N"][responses].tolist()
         return Group(
             ids[start : start + prefix],
             tuple(Continuation(ids[a:b], trained[a:b]) for a, b in pairwise(cuts)),
             int(c["row_G"][g]),
             tuple(map(tuple, c["pair_P"][pairs].tolist())),
             weights=tuple(weights) if weights and weights[0] == weights[0] else None,
-            tiers=_tiers(c["tier_N"][responses].tolist()),
+            tiers=tuple(tuple(k for k, t in enumerate(tier) if t == best) for best in sorted({*tier} - {-1})),
             scores=tuple(scores) if scores and scores[0] == scores[0] else None,
             labels=tuple(map(bool, labels)) if labels and labels[0] >= 0 else None,
         )
@@ -205,18 +205,17 @@ class TableBuilder:
     """Builds columns in memory, group by group."""
 
     def __init__(self) -> None:
-        self._tokens: list[tuple[Array, Array]] = []
-        self._rows: dict[str, list[Any]] = {name: [] for name in COLUMNS if not name.endswith("_T")}
+        self._rows: dict[str, list[Any]] = {name: [] for name in COLUMNS}
 
     def add(
         self, group: Group, *, prompt_key: bytes = bytes(16), prompt_cut: int = 0, cuts: Sequence[int] | None = None
     ) -> None:
         """``prompt_cut``, ``cuts`` [K]: tokens that truncation removed from the prompt and from each response."""
         many, count = group.continuations, len(group.continuations)
-        self._tokens.append((group.prefix, np.zeros(len(group.prefix), np.bool_)))
-        self._tokens += [(c.ids, c.trained) for c in many]
         tier = {k: t for t, members in enumerate(group.tiers) for k in members}
         values: dict[str, Sequence[Any]] = {
+            "ids_T": [group.prefix, *(c.ids for c in many)],
+            "trained_T": [np.zeros(len(group.prefix), np.bool_), *(c.trained for c in many)],
             "prefix_G": [len(group.prefix)],
             "tokens_G": [group.tokens],
             "responses_G": [count],
@@ -240,11 +239,11 @@ class TableBuilder:
     def columns(self) -> dict[str, Array]:
         """All added groups, by the names in ``COLUMNS``."""
         found: dict[str, Array] = {}
-        for place, name in enumerate(("ids_T", "trained_T")):
-            found[name] = np.concatenate([np.empty(0, COLUMNS[name][0]), *(pair[place] for pair in self._tokens)])
         for name, values in self._rows.items():
             dtype, width = COLUMNS[name]
-            if dtype == KEY:
+            if name.endswith("_T"):
+                found[name] = np.concatenate([np.empty(0, dtype), *values])
+            elif dtype == KEY:
                 found[name] = np.frombuffer(b"".join(values), KEY)
             else:
                 found[name] = np.array(values, dtype).reshape(-1, *width)
@@ -268,10 +267,6 @@ def _starts(counts: Array) -> IndexArray:
     starts = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=starts[1:])
     return starts
-
-
-def _tiers(tier: list[int]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(k for k, t in enumerate(tier) if t == best) for best in sorted({t for t in tier if t >= 0}))
 
 
 def keep_responses(groups: GroupTable, keep_N: BoolArray) -> GroupTable:

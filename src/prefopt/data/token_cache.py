@@ -198,7 +198,7 @@ def check_files(folder: Path, manifest: Mapping[str, Any], *, root: Path | None 
     paths = [folder / name for name in files]
     try:
         anew = anew or _small(files)
-        found = [_sha256(path) for path in paths] if anew else file_hashes(paths, root, error=CacheError)
+        found = list(map(_sha256, paths)) if anew else file_hashes(paths, root, error=CacheError)
     except (OSError, CacheError) as error:
         raise Damaged(str(error)) from error
     for name, digest in zip(files, found, strict=True):
@@ -288,8 +288,11 @@ class TokenCache:
 
     def _make(self, folder: Path, key: TokenKey, make: Callable[[Append], Report]) -> None:
         aside = folder.with_name(folder.name + BUILDING)
-        self._sweep(folder)
-        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+        for left in self.folder.glob(f"*{BUILDING}"):  # by processes that were killed
+            lock = space_lock(left.with_name(left.name.removesuffix(BUILDING)))
+            if left == aside or acquired(lock):
+                shutil.rmtree(left, ignore_errors=True)
+                lock.release()
         try:
             with TableWriter(aside) as writer:
                 report = make(writer.append)
@@ -302,15 +305,6 @@ class TokenCache:
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-
-    def _sweep(self, mine: Path) -> None:
-        """Remove unfinished entries of killed processes."""
-        for aside in self.folder.glob(f"*{BUILDING}"):
-            folder = aside.with_name(aside.name.removesuffix(BUILDING))
-            lock = space_lock(folder)
-            if folder != mine and acquired(lock):
-                shutil.rmtree(aside, ignore_errors=True)
-                lock.release()
 
     @contextmanager
     def _locked(self, folder: Path, stop: Callable[[], None]) -> Iterator[None]:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import importlib.util
 import json
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -164,10 +165,7 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
 
 
 def check_expansion(path: Path) -> None:
-    """Raise :class:`ModelError` for a tokenizer that could expand a text without bound.
-
-    A normaliser replaces what another one has replaced: forty steps of a kilobyte make a terabyte of one letter.
-    """
+    """Raise :class:`ModelError` for a tokenizer whose steps, one after another, could expand a text without bound."""
     try:
         described = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -184,10 +182,8 @@ def expansion(step: Any) -> float:
     """Characters that a step, with the steps inside it, can make of one."""
     if not isinstance(step, dict):
         return 1.0
-    inner = [step[name] for name in ("normalizers", "pretokenizers", "decoders", "processors") if name in step]
-    most = 1.0
-    for one in inner[0] if inner and isinstance(inner[0], list) else []:
-        most *= expansion(one)
+    inner = (step.get(name) for name in ("normalizers", "pretokenizers", "decoders", "processors"))
+    most: float = math.prod(expansion(one) for steps in inner if isinstance(steps, list) for one in steps)
     match step.get("type"):
         case "Replace":
             most *= _replaced(step.get("pattern"), step.get("content"))
@@ -200,7 +196,7 @@ def expansion(step: Any) -> float:
             most *= _mapped(step.get("precompiled_charsmap"))
         case "TemplateProcessing":
             shapes = [step.get(name) for name in ("single", "pair")]
-            most *= max((len(shape) for shape in shapes if isinstance(shape, list)), default=1)
+            most *= max(1, *(len(shape) if isinstance(shape, list) else 1 for shape in shapes))
     return min(most, 1e300)
 
 
@@ -216,11 +212,9 @@ def _replaced(pattern: Any, content: Any) -> float:
 
 def _mapped(encoded: Any) -> float:
     """The longest text in a SentencePiece map: the size of a trie, the trie, then texts that end in a zero byte."""
-    if not isinstance(encoded, str):
-        return 1.0
     try:
         raw = base64.b64decode(encoded)
-    except ValueError:
+    except (TypeError, ValueError):
         return 1.0
     texts = raw[4 + int.from_bytes(raw[:4], "little") :].split(b"\0")
     return max(1.0, max((len(text.decode("utf-8", "replace")) for text in texts), default=1))

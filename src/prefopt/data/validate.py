@@ -178,7 +178,9 @@ def validate(c: Comparison, kind: DataKind) -> Comparison | list[Problem]:
 def _content_problems(c: Comparison, kind: DataKind) -> Iterator[tuple[str, str]]:
     responses = () if kind == "prompts" else c.responses
     messages = [*c.prompt, *(m for r in responses for m in r.messages)]
-    if any(_broken(text) for m in messages for text in texts_of(m)) or any(_broken(tool) for tool in c.tools):
+    try:
+        "".join([*(text for m in messages for text in texts_of(m)), *c.tools]).encode()
+    except UnicodeEncodeError:
         yield "broken text", "holds half of a surrogate pair, which is no character"
     if not c.text and not any(m.content.strip() for m in c.prompt if m.role != "system"):
         yield "empty prompt", "the prompt is empty"
@@ -210,40 +212,28 @@ def texts_of(m: Message) -> Iterator[str]:
         yield call.arguments
 
 
-def _broken(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
 def refused_rows(problems: Sequence[Problem]) -> int:
-    """Number of rows with a problem; a row with two problems counts once."""
+    """Number of rows with a problem."""
     return len({(p.file, p.row) for p in problems})
 
 
 def describe(problems: Sequence[Problem]) -> str:
     """One line: for each kind its count, its first rows and what is wrong (with the first row, where rows differ).
 
-    >>> describe([Problem("empty response", 3, "it is empty"), Problem("empty response", 9, "it is empty")])
-    'empty response: 2 (rows 3, 9; it is empty)'
     >>> describe([Problem("missing field", 3, "lacks chosen"), Problem("missing field", 9, "lacks prompt")])
     'missing field: 2 (rows 3, 9; row 3: lacks chosen)'
     """
-    kinds: dict[str, list[Problem]] = {}
-    for problem in problems:
-        kinds.setdefault(problem.kind, []).append(problem)
     several = len({p.file for p in problems}) > 1
-    return "; ".join(f"{kind}: {len(found)} ({_rows_and_reason(found, several)})" for kind, found in kinds.items())
-
-
-def _rows_and_reason(found: Sequence[Problem], several_files: bool) -> str:
-    rows = [f"{p.file}:{p.row}" if several_files else str(p.row) for p in found]
-    what = found[0].what
-    if any(p.what != what for p in found):
-        what = f"{'' if several_files else 'row '}{rows[0]}: {what}"
-    return f"row{'s' * (len(rows) > 1)} {_first_rows(rows)}" + (f"; {what}" if what else "")
+    lines = []
+    for kind in dict.fromkeys(p.kind for p in problems):
+        found = [p for p in problems if p.kind == kind]
+        rows = [f"{p.file}:{p.row}" if several else str(p.row) for p in found]
+        what = found[0].what
+        if any(p.what != what for p in found):
+            what = f"{'' if several else 'row '}{rows[0]}: {what}"
+        reason = f"; {what}" if what else ""
+        lines.append(f"{kind}: {len(found)} (row{'s' * (len(rows) > 1)} {_first_rows(rows)}{reason})")
+    return "; ".join(lines)
 
 
 def _first_rows(rows: Sequence[object]) -> str:

@@ -75,17 +75,11 @@ class Encoded:
 
     def straddles(self, place: int) -> bool:
         """Whether one token covers characters on both sides of ``place``."""
-        next_one = self.until(place) - self.skipped
-        return next_one < len(self.starts) and bool(self.starts[next_one] < place)
-
-    def between(self, start: int, end: int) -> list[int]:
-        """The tokens that end in (start, end]; ``start`` is not before ``cut``."""
-        ids: list[int] = self.ids[self.until(start) : self.until(end)].tolist()
-        return ids
+        return bool(np.any((self.starts < place) & (self.ends > place)))
 
 
 class Encoder:
-    """Encodes texts in batches, without adding special tokens. What the responses of a row share is encoded once.
+    """Encodes texts in batches, without special tokens around them. What the responses of a row share is encoded once.
 
     A tokenizer splits a text at its added tokens first and encodes what lies between them separately. So a text may be
     cut before any of them, and the pieces give the ids of the whole.
@@ -106,7 +100,6 @@ class Encoder:
         self._anchor, self._anchor_ids = ("", []) if plain else ("\n", line)
 
     def encode(self, text: str) -> Encoded:
-        """One text."""
         return Encoded(*self._whole([text])[0])
 
     def encode_rows(self, rows: Sequence[Sequence[RenderedText]]) -> Iterator[list[Encoded]]:
@@ -132,7 +125,7 @@ class Encoder:
         text = row[0].text
         at = self._last_added(text, shared, shared - NEAR) or self._last_added(text, shared, 0)
         found = [self._added.match(rendered.text, at) for rendered in row]
-        return at if all(match and self._is_fixed(match[0]) for match in found) else 0
+        return at if all(match is not None and self._is_fixed(match[0]) for match in found) else 0
 
     def _last_added(self, text: str, end: int, start: int) -> int:
         """Where the last added token before ``end`` begins, or 0."""
@@ -175,7 +168,7 @@ class Encoder:
                 return False
             at = tokens.cut
         encode = self._end if start - at <= NEAR else self._ids
-        return encode(text[at:start]) != tokens.between(at, start)
+        return bool(encode(text[at:start]) != tokens.ids[tokens.until(at) : tokens.until(start)].tolist())
 
     def _encode_piece(self, text: str, start: int, end: int) -> Tokens | None:
         """The tokens of text[start:end] as in the middle of the text; None where this tokenizer cannot do that."""

@@ -22,7 +22,6 @@ from prefopt.data.chat.spans import SpanFinder
 from prefopt.data.chat.template import (
     ChatTemplate,
     Rendering,
-    Turns,
     Unrenderable,
     field_reasoning,
     inline_reasoning,
@@ -57,10 +56,7 @@ JOINED = "the tokenizer joins the end of the prompt to the answer, which samplin
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rendered:
-    """A group, the number of tokens cut from its prompt, and from the end of each response.
-
-    ``more``: the groups of further windows of a text.
-    """
+    """A group, the tokens cut from its prompt and from the end of each response; ``more``: a text's other windows."""
 
     group: Group
     prompt_cut: int = 0
@@ -101,10 +97,7 @@ class Renderer:
         return warning_lines(self.warnings)
 
     def digest(self) -> str:
-        """A cache key, 16 bytes in hexadecimal: all that ids and masks depend on beside the rows.
-
-        Covers the tokenizer, the template, the rendering options, and the date where the template shows it.
-        """
+        """A cache key, 32 hex digits: tokenizer, template, options, and the date where the template shows it."""
         options = asdict(self.rendering)
         options["date"] *= self._template.reads_date
         parts = [tokenizer_digest(self.tokenizer), options, self._template.sources]
@@ -177,7 +170,8 @@ class Renderer:
         turns = [r.messages for r in c.responses]
         if not turns:
             return Problem("no response", c.row, "the row is a prompt without a response", c.file)
-        if any(map(_empty, turns)):
+        answers = [m for r in turns for m in r if m.trained and m.role == "assistant"]
+        if not all(m.content.strip() or m.tool_calls for m in answers):
             return Problem("empty response", c.row, "an answer holds no words, or nothing but reasoning", c.file)
         self._report_template(c.text)
         if c.text:
@@ -212,14 +206,13 @@ class Renderer:
         if keep and (c.text or not self._template.shows_blocks):
             return c
         change = field_reasoning if keep else strip_reasoning
-        prompt: Turns = tuple(map(change, c.prompt))
         responses = tuple(replace(r, messages=tuple(map(change, r.messages))) for r in c.responses)
-        if keep and any(map(inline_reasoning, (*prompt, *(m for r in responses for m in r.messages)))):
+        changed = replace(c, prompt=tuple(map(change, c.prompt)), responses=responses)
+        if keep and any(map(inline_reasoning, chain(changed.prompt, *(r.messages for r in responses)))):
             self._report(LEFT_INSIDE)
-        if prompt == c.prompt and responses == c.responses:
-            return c
-        self._report(INTO_FIELD if keep else STRIPPED)
-        return replace(c, prompt=prompt, responses=responses)
+        if changed != c:
+            self._report(INTO_FIELD if keep else STRIPPED)
+        return changed
 
     def _report_special_tokens(self, c: Comparison) -> None:
         eos, bos = self.tokenizer.eos_token or "", self.tokenizer.bos_token or ""
@@ -236,19 +229,15 @@ class Renderer:
             if self.rendering.chat_template is not None or self.rendering.variables:
                 self._report(PLAIN_TEXT)
             return
-        if self._template.plain:
-            self._report(NO_TEMPLATE, once=True)
-        if self._lacks_bos:
-            self._report(NO_BOS, once=True)
-        if self._template.reads_date:
-            self._report(DATED, once=True)
+        for what in self._about_template:
+            self._report(what, once=True)
 
     @cached_property
-    def _lacks_bos(self) -> bool:
-        if not self._lead:
-            return False
+    def _about_template(self) -> list[str]:
         start = "".join(self.tokenizer.convert_ids_to_tokens(self._lead))
-        return not self._template.sample().startswith(start)
+        lacks_bos = not self._template.sample().startswith(start)
+        found = {NO_TEMPLATE: self._template.plain, NO_BOS: lacks_bos, DATED: self._template.reads_date}
+        return [what for what, applies in found.items() if applies]
 
     @cached_property
     def _eos(self) -> int:
@@ -318,11 +307,6 @@ class Renderer:
         weights = None if c.votes is None else tuple(weight for *_, weight in c.votes)
         group = replace(group, weights=weights, tiers=c.tiers, scores=c.scores, labels=c.labels)
         return Rendered(group, prompt_cut, responses_cut)
-
-
-def _empty(response: Turns) -> bool:
-    """Whether a trained turn has neither words nor calls."""
-    return any(m.trained and m.role == "assistant" and not (m.content.strip() or m.tool_calls) for m in response)
 
 
 def _cut_off(text: RenderedText, response: Response) -> RenderedText | None:

@@ -14,10 +14,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, wraps
 from types import BuiltinMethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes, pass_context
-from jinja2.runtime import Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
@@ -77,8 +76,6 @@ def _fits(length: int) -> None:
 
 def _spent(items: Any) -> Any:
     """Pay for the items of a loop; an iterator pays as it goes."""
-    if isinstance(items, Undefined):
-        return items
     try:
         length = str.__len__(items) if isinstance(items, str) else len(items)
     except TypeError:
@@ -340,17 +337,10 @@ def syntax_error(text: str) -> str:
     return ""
 
 
-class Mentioned(NamedTuple):
-    """Variables that neither the template nor its environment defines, all names, and fields it may look up."""
-
-    variables: set[str]
-    names: set[str]
-    fields: set[str]
-
-
 @lru_cache(maxsize=16)
-def mentioned(text: str) -> Mentioned:
+def mentioned(text: str) -> tuple[set[str], set[str]]:
+    """Variables that neither the template nor its environment defines, and fields that it may look up."""
     tree = environment().parse(text)
     fields = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
     fields |= {node.attr for node in tree.find_all(nodes.Getattr)}
-    return Mentioned(meta.find_undeclared_variables(tree), {node.name for node in tree.find_all(nodes.Name)}, fields)
+    return meta.find_undeclared_variables(tree), fields

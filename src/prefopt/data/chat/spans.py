@@ -141,8 +141,12 @@ class SpanFinder:
 
     def _end_of_calls(self, row: Row, turns: Turns, j: int, full: str, probe: str) -> tuple[int, int, bool]:
         """The same for a turn with tool calls. What closes them, and the turn, is found with the turn as the last."""
-        until, rest = (*turns[:j], _probe_calls(turns[j], probe)), turns[j + 1 :]
-        plain = _behind(row((*turns[:j], _bare(turns[j], probe))), probe, once=True)
+        turn, rest = turns[j], turns[j + 1 :]
+        # The probe is the last call's arguments and, in case they follow the call, the words.
+        last = replace(turn.tool_calls[-1], arguments=f'{{"{probe}": "{probe}"}}')
+        content = probe if turn.content.strip() else turn.content
+        until = (*turns[:j], replace(turn, content=content, tool_calls=(*turn.tool_calls[:-1], last)))
+        plain = _behind(row((*turns[:j], _bare(turn, probe))), probe, once=True)
         tail = _common_end(row(turns[: j + 1]), _behind(row(until), probe))
         mark, close = self._closing_calls(tail, self._closing(plain)[0])
         tail_there = _common_end(full, _behind(row((*until, *rest)), probe)) if rest else tail
@@ -187,13 +191,6 @@ def _start(row: Row, turns: Turns, j: int, full: str, before: str, probe: str) -
 
 def _bare(turn: Message, words: str) -> Message:
     return replace(turn, content=words, reasoning=None, tool_calls=())
-
-
-def _probe_calls(turn: Message, probe: str) -> Message:
-    """The turn with the probe as the last call's arguments and, in case they follow the call, as its words."""
-    last = replace(turn.tool_calls[-1], arguments=f'{{"{probe}": "{probe}"}}')
-    content = probe if turn.content.strip() else turn.content
-    return replace(turn, content=content, tool_calls=(*turn.tool_calls[:-1], last))
 
 
 def _behind(text: str, probe: str, *, once: bool = False) -> str:

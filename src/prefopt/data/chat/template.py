@@ -23,8 +23,6 @@ from prefopt.config.data import RenderOptions
 from prefopt.core.options import nearest
 from prefopt.data.chat import sandbox, tracing
 from prefopt.data.chat.sandbox import LimitExceeded
-from prefopt.data.chat.tracing import Traces
-from prefopt.data.chat.truncate import check_max_length
 from prefopt.data.tokenizer import Tokenizer, plain_template
 from prefopt.errors import ConfigError, ModelError, first_line
 from prefopt.records import Message, ToolCall
@@ -66,7 +64,8 @@ class Rendering:
 
     def __post_init__(self) -> None:
         """Raise :class:`ConfigError` for a length under 2 and for variables that are not plain values."""
-        check_max_length(self.max_length)
+        if self.max_length is not None and self.max_length < 2:
+            raise ConfigError(f"--max-length {self.max_length} is too small; it should be at least 2 tokens")
         try:
             json.dumps(dict(self.variables), allow_nan=False)
             datetime.date.fromisoformat(self.date)
@@ -182,31 +181,32 @@ class ChatTemplate:
         if reason := next(filter(None, map(sandbox.syntax_error, self.sources)), ""):
             raise ModelError(f"{tokenizer.name_or_path}: the chat template is not valid Jinja: {reason}")
         mentioned = [sandbox.mentioned(source) for source in self.sources]
-        self._fields = set[str]().union(*(m.fields for m in mentioned))
+        self._fields = set[str]().union(*(fields for _, fields in mentioned))
         # Whether the template reads reasoning from a field of the message.
         self.reads_reasoning = not self._fields.isdisjoint(REASONING_FIELDS)
-        _check_variables(rendering.variables, set[str]().union(*(m.variables for m in mentioned)))
+        _check_variables(rendering.variables, set[str]().union(*(variables for variables, _ in mentioned)))
         self.carried = given
         if rendering.variables and len(set(self.sources)) == 1:
-            self.carried = with_defaults(self.sources[0], rendering.variables)
+            # Jinja reads values as Python writes them, and drops a line break behind a block.
+            default = "{{% if {0} is not defined %}}{{% set {0} = {1!r} %}}{{% endif %}}\n"
+            defaults = "".join(default.format(*item) for item in rendering.variables.items())
+            self.carried = defaults + self.sources[0]
         special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
         self._date, self._asked_date = datetime.datetime.fromisoformat(rendering.date), False
         known = {"documents": None, "strftime_now": self._strftime, **special}
         self._given: dict[str, Any] = {**known, **rendering.variables}
-        self._traced, self._traces, self._patience = None, Traces(), 0
-        self._content_form = "text"
+        self._traces: dict[object, tracing.Trace | None] = {}
+        self._traced, self._patience = None, 0
+        self._in_parts = False
         if _WORD not in self.sample():
-            self._content_form = "parts"
-            self._content_form = "parts" if _WORD in self.sample() else "text"
+            self._in_parts = True
+            self._in_parts = _WORD in self.sample()
         self._traced = tracing.compiled(self.sources[0])
         self._patience = RUNAWAYS
 
     @cached_property
     def shows_blocks(self) -> bool:
-        """Whether ``<think>`` tags in the content stay text although reasoning in its field is formatted otherwise.
-
-        Reasoning belongs into the field then: the tags are not part of the model's format.
-        """
+        """Whether ``<think>`` tags in the content stay text although reasoning in its field is formatted otherwise."""
         if not self.reads_reasoning:
             return False
         question, block = Message("user", "q"), join_reasoning(_WORD, _OTHER)
@@ -217,7 +217,7 @@ class ChatTemplate:
     @cached_property
     def reads_date(self) -> bool:
         """Whether the text changes with the day it is rendered on."""
-        if not any("strftime_now" in sandbox.mentioned(source).names for source in self.sources):
+        if not any("strftime_now" in source for source in self.sources):
             return False
         for tools in ((), ('{"name": "f"}',)):
             self._try(Message("user", _WORD), tools=tools)
@@ -243,17 +243,17 @@ class ChatTemplate:
 
     def _from_trace(self, turns: Turns, generation: bool) -> str | None:
         """The turns as text if they hold nothing but words and the template has been traced for their roles."""
-        roles = []
-        for turn in turns:
-            if turn.reasoning is not None or turn.tool_calls or turn.tool_call_id is not None or turn.name is not None:
-                return None
-            roles.append(turn.role)
+        if any(
+            m.reasoning is not None or m.tool_calls or m.tool_call_id is not None or m.name is not None for m in turns
+        ):
+            return None
+        roles = [turn.role for turn in turns]
 
         def render(words: Sequence[str]) -> str:
             messages = [{"role": r, "content": self._content(w)} for r, w in zip(roles, words, strict=True)]
             return self._render(self._traced, messages, None, generation)
 
-        return self._traces.render((generation, *roles), [turn.content for turn in turns], render)
+        return tracing.from_trace(self._traces, (generation, *roles), [turn.content for turn in turns], render)
 
     def _render(self, template: Any, messages: list[dict[str, Any]], tools: Any, generation: bool) -> str:
         given = self._given
@@ -296,7 +296,7 @@ class ChatTemplate:
         return message
 
     def _content(self, words: str) -> str | list[dict[str, str]]:
-        return words if self._content_form == "text" else [{"type": "text", "text": words}]
+        return [{"type": "text", "text": words}] if self._in_parts else words
 
     @cached_property
     def _call_form(self) -> tuple[bool, bool]:
@@ -310,13 +310,6 @@ class ChatTemplate:
             if _OTHER in text and _WORD in text and not printed_by_python:
                 return form
         return (False, False)
-
-
-def with_defaults(source: str, variables: Mapping[str, object]) -> str:
-    """The template with default values for variables, which Jinja reads as Python writes them."""
-    block = "{{% if {0} is not defined %}}{{% set {0} = {1!r} %}}{{% endif %}}\n"
-    # The environment of chat templates drops a line break behind a block.
-    return "".join(block.format(*item) for item in variables.items()) + source
 
 
 def _call(call: ToolCall, as_text: bool) -> dict[str, Any]:
@@ -334,7 +327,7 @@ def _tool(text: str) -> dict[str, Any]:
     try:
         tool = json.loads(text)
     except ValueError:
-        raise Unrenderable(f"a tool is not JSON: {text[:60]!r}") from None
+        tool = None
     if not isinstance(tool, dict):
         raise Unrenderable(f"a tool is not a JSON object: {text[:60]!r}")
     return tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}

@@ -124,7 +124,7 @@ for _name in dir(str):
 
 
 @dataclass(frozen=True, slots=True)
-class _Trace:
+class Trace:
     """``pieces[0] + words[slots[0]] + pieces[1] + ...``, for words for which all guards hold."""
 
     pieces: tuple[str, ...]
@@ -141,28 +141,21 @@ class _Trace:
         return "".join(parts)
 
 
-class Traces:
-    """The traces of one template."""
+def from_trace(
+    traces: dict[object, Trace | None], shape: object, words: Sequence[str], run: Callable[[Sequence[str]], str]
+) -> str | None:
+    """The text for words in a conversation of this shape; None where the template must be run.
 
-    def __init__(self) -> None:
-        self._traces: dict[object, _Trace | None] = {}
-
-    def render(self, shape: object, words: Sequence[str], run: Callable[[Sequence[str]], str]) -> str | None:
-        """The text for words in a conversation of this shape; None where the template must be run.
-
-        The shape is all that the template is given beside the words. ``run`` renders it on words.
-        """
-        if not all(words):
-            return None
-        if shape not in self._traces:
-            if len(self._traces) >= REMEMBERED:
-                return None
-            self._traces[shape] = _trace(len(words), run)
-        trace = self._traces[shape]
-        return None if trace is None else trace.render(words)
+    The shape is all that the template is given beside the words. ``run`` renders it on words. ``traces`` are those of
+    the template so far.
+    """
+    if shape not in traces and len(traces) < REMEMBERED and all(words):
+        traces[shape] = _trace(len(words), run)
+    trace = traces.get(shape)
+    return None if trace is None or not all(words) else trace.render(words)
 
 
-def _trace(count: int, render: Callable[[Sequence[str]], str]) -> _Trace | None:
+def _trace(count: int, render: Callable[[Sequence[str]], str]) -> Trace | None:
     log = _Log()
     marks = [f"{_ODD}{i}{_ODD}" for i in range(count)]
     try:
@@ -173,7 +166,7 @@ def _trace(count: int, render: Callable[[Sequence[str]], str]) -> _Trace | None:
     pieces, slots = tuple(parts[::2]), tuple(map(marks.index, parts[1::2]))
     if log.failed or set(slots) != set(range(count)) or any(_ODD in piece for piece in pieces):
         return None
-    return _Trace(pieces, slots, tuple(log.guards.values()))
+    return Trace(pieces, slots, tuple(log.guards.values()))
 
 
 @lru_cache(maxsize=16)
