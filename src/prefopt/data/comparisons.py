@@ -36,6 +36,8 @@ from prefopt.data.validate import Problem, describe, refuse, refused_rows
 from prefopt.errors import ConfigError, DataError
 from prefopt.records import Comparison, tiers_of
 
+Rows = Callable[[], Iterator[object]]
+
 # Rows of one prompt that become one comparison, at most; it bounds the memory.
 MAX_JOINED_ROWS = 64
 CANONICAL = LAYOUTS["canonical"]
@@ -55,14 +57,7 @@ class Reading:
     one comparison, and counted as one.
     """
 
-    def __init__(
-        self,
-        file: str,
-        rows: Callable[[], Iterator[object]],
-        found: Recognised,
-        columns: ColumnMap,
-        notes: Sequence[str],
-    ) -> None:
+    def __init__(self, file: str, rows: Rows, found: Recognised, columns: ColumnMap, notes: Sequence[str]) -> None:
         self.file, self.layout, self.count = file, found.layout.name, found.count
         self.joined, self.lost = found.layout.joins, found.lost
         self.notes = [f"{self.file}: {note}" for note in notes]
@@ -272,7 +267,6 @@ def loose_columns(layout: Layout) -> set[str]:
 
 
 def _written(c: Comparison | Problem, layout: Layout) -> Mapping[str, object] | Problem:
-    """The row as ``layout`` writes it, or the problem."""
     if isinstance(c, Problem):
         return c
     try:

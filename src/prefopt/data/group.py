@@ -116,11 +116,10 @@ def show(group: Group, tokenizer: Tokenizer, *, most: int | None = None) -> str:
 
     Responses are labelled chosen or rejected, or with rank, score or label. ``most`` cuts longer texts in the middle.
     """
+    prefix = shortened(_decode(tokenizer, group.prefix), most)
     if not group.continuations:
-        return f"prompt ({_count(len(group.prefix))})\n{shortened(_decode(tokenizer, group.prefix), most)}"
-    lines = [f"shared prefix ({_count(len(group.prefix))})"]
-    if len(group.prefix):
-        lines.append(shortened(_decode(tokenizer, group.prefix), most))
+        return f"prompt ({_count(len(group.prefix))})\n{prefix}"
+    lines = [f"shared prefix ({_count(len(group.prefix))})", *([prefix] if prefix else [])]
     for k, c in enumerate(group.continuations):
         name = _name(group, len(group.continuations), k)
         lines.append(f"{name} ({_count(len(c.ids))}, {int(c.trained.sum())} trained)")
@@ -139,11 +138,7 @@ def show_words(c: Comparison, *, most: int | None = None) -> str:
 
 
 def shortened(text: str, most: int | None) -> str:
-    """The text, or its beginning and end around the number of characters left out.
-
-    >>> shortened("0123456789", 4)
-    '01 [... 6 characters ...] 89'
-    """
+    """The text, or its beginning and end: ``01 [... 6 characters ...] 89``."""
     if most is None or len(text) <= most:
         return text
     half = most // 2

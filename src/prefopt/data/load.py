@@ -43,8 +43,7 @@ PREFERENCES = ("pairs", "scored", "ranking", "labels")
 class GroupSet:
     """Groups of all sources in order, and what became of every row.
 
-    ``template`` is the chat template that a model trained on these groups should carry, where its tokenizer has another
-    or none. ``cached`` counts the rows whose groups came from the token cache.
+    ``template`` is that of :class:`Renderer`. ``cached`` counts the rows whose groups came from the token cache.
     """
 
     groups: GroupTable = field(default_factory=GroupTable)
@@ -180,10 +179,10 @@ def load_groups(
     """Read, check and tokenise ``data``, or take it from the token cache.
 
     ``data`` holds names (see :func:`find_sources`), or rows in memory (see :func:`parse_comparisons`), which are not
-    cached. ``max_length`` and ``add_eos`` give a rendering where there is none. ``kind`` is what rows are converted to
-    (:func:`prefopt.data.validate.convert`); ``format`` and ``columns`` are those of :func:`open_comparisons`.
-    ``workers`` is the largest number of processes that tokenise a large file, by default one per processor. ``stop`` is
-    called now and then and may raise. The groups of ``data[i]`` have the number i in ``groups.source_G``.
+    cached. ``max_length`` and ``add_eos`` make a rendering where there is none. ``kind`` is that of :func:`convert`,
+    ``format`` and ``columns`` are those of :func:`open_comparisons`. At most ``workers`` processes tokenise a large
+    file, by default one per processor. ``stop`` is called now and then and may raise. ``groups.source_G`` is i for
+    ``data[i]``.
 
     Raises :class:`DataError` for a file that cannot be read, for bad rows under ``on_bad_row="refuse"`` (it names all
     of them), and where no row is left; :class:`ConfigError` and :class:`ModelError` as :class:`Renderer`.

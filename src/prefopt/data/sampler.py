@@ -56,10 +56,8 @@ class Share:
 
 
 class BatchSampler:
-    """Global batches of ``batch_size`` indices of ``size`` groups; the last batch of an epoch may be smaller.
-
-    ``shares`` make it a mixture; without them an epoch takes every group once.
-    """
+    """Global batches of ``batch_size`` indices of ``size`` groups; the last one of an epoch may be smaller. Without
+    ``shares``, which make it a mixture, an epoch takes every group once."""
 
     def __init__(
         self, size: int, batch_size: int, *, seed: int, shuffle: bool = True, shares: Sequence[Share] = ()
@@ -102,7 +100,9 @@ def split_by_prompt(keys: KeyArray, fraction: float, seed: int) -> tuple[Indices
     prompts, prompt = np.unique(keys, return_inverse=True)
     data, width = prompts.tobytes(), prompts.itemsize  # with trailing zero bytes, which numpy drops from an item
     names = [data[start : start + width] for start in range(0, len(data), width)]
-    place = np.array([_place(name, seed) for name in names])
+    salt = seed.to_bytes(16, "little", signed=True)
+    digests = (hashlib.blake2b(name, digest_size=8, salt=salt).digest() for name in names)
+    place = np.array([int.from_bytes(digest, "little") / 2**64 for digest in digests])
     if len(place) < 2:
         raise DataError("all rows have the same prompt, so none can be held out; name a file with --eval-data")
     held = place < fraction
@@ -115,12 +115,4 @@ def split_by_prompt(keys: KeyArray, fraction: float, seed: int) -> tuple[Indices
 
 def indices(numbers: IndexArray) -> Indices:
     """The same numbers as a sequence of ints."""
-    found: Indices = array("q")
-    found.frombytes(np.ascontiguousarray(numbers, np.int64).tobytes())
-    return found
-
-
-def _place(key: bytes, seed: int) -> float:
-    """A number in [0, 1) that depends on seed and prompt alone."""
-    digest = hashlib.blake2b(key, digest_size=8, salt=seed.to_bytes(16, "little", signed=True)).digest()
-    return int.from_bytes(digest, "little") / 2**64
+    return array("q", np.ascontiguousarray(numbers, np.int64).tobytes())

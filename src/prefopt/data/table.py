@@ -264,8 +264,7 @@ def ranges(first: IndexArray, many: IndexArray, some: IndexArray) -> IndexArray:
 
 
 def _starts(counts: Array) -> IndexArray:
-    starts = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=starts[1:])
+    starts: IndexArray = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
     return starts
 
 
@@ -274,9 +273,8 @@ def keep_responses(groups: GroupTable, keep_N: BoolArray) -> GroupTable:
 
     The result is in memory, even where the parts are mapped from disk.
     """
-    ends = np.cumsum([0, *(len(part.columns["length_N"]) for part in groups.parts)]).tolist()
-    parts = zip(groups.parts, ends[:-1], ends[1:], strict=True)
-    return GroupTable([_fewer(part, keep_N[start:end]) for part, start, end in parts])
+    ends = np.cumsum([len(part.columns["length_N"]) for part in groups.parts], dtype=np.int64)
+    return GroupTable(list(map(_fewer, groups.parts, np.split(keep_N, ends[:-1]))))
 
 
 def _fewer(part: Part, keep_N: BoolArray) -> Part:

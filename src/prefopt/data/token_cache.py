@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -61,11 +60,8 @@ Append = Callable[[Columns], None]
 
 @dataclass(frozen=True, slots=True)
 class TokenKey:
-    """Everything that the tokens of a source depend on.
-
-    ``source`` is the digest of its contents, ``reading`` how its rows are parsed, ``kind`` what they are converted to,
-    ``rendering`` the digest of tokenizer, template and options (``Renderer.digest``).
-    """
+    """All that tokens depend on: digest of the ``source``, how its rows are parsed (``reading``) and converted
+    (``kind``), and the digest of tokenizer, template and options (``Renderer.digest``)."""
 
     source: str
     reading: tuple[str, ...]
@@ -82,7 +78,7 @@ class TokenKey:
 
 @lru_cache
 def code_digest(places: tuple[Path, ...]) -> str:
-    """SHA-256 of the Python sources among files and below folders, and of their names."""
+    """SHA-256 of the names and contents of Python sources, among files and below folders."""
     digest = hashlib.sha256()
     for place in places:
         for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
@@ -208,15 +204,13 @@ def check_files(folder: Path, manifest: Mapping[str, Any], *, root: Path | None 
 
 def open_part(folder: Path, manifest: Mapping[str, Any], *, source: int = 0) -> Part:
     """The columns of a folder, mapped."""
-    columns = {name: _mapped(_file(folder, name), dtype).reshape(-1, *w) for name, (dtype, w) in COLUMNS.items()}
+    columns: dict[str, Array] = {}
+    for name, (dtype, width) in COLUMNS.items():
+        path = _file(folder, name)
+        # An empty file cannot be mapped.
+        column = np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
+        columns[name] = column.reshape(-1, *width)
     return Part(columns, max_id=int(manifest["max_id"]), source=source)
-
-
-def _mapped(path: Path, dtype: np.dtype[Any]) -> Array:
-    with path.open("rb") as file:
-        if not os.fstat(file.fileno()).st_size:  # an empty file cannot be mapped
-            return np.empty(0, dtype)
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)
 
 
 def _small(files: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -254,10 +248,9 @@ class TokenCache:
         ``CacheError`` where the disk refuses.
         """
         folder = self.folder / key.id
-        try:
+        found = None
+        with suppress(Damaged):  # checked again, with a warning, under the lock
             found = self._open(folder, file, source)
-        except Damaged:
-            found = None  # checked again, with a warning, under the lock
         if found is None:
             with self._locked(folder, stop):
                 try:

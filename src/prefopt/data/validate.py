@@ -156,8 +156,7 @@ _CONVERTERS = {
 
 def check(c: Comparison, kind: DataKind) -> list[Problem]:
     """All problems that keep a row from being used as ``kind``."""
-    found = validate(c, kind)
-    return found if isinstance(found, list) else []
+    return found if isinstance(found := validate(c, kind), list) else []
 
 
 def validate(c: Comparison, kind: DataKind) -> Comparison | list[Problem]:
@@ -255,12 +254,6 @@ Warnings = dict[str, list[int]]
 
 
 def warning_lines(warnings: Mapping[str, Sequence[int]]) -> list[str]:
-    """One line for each warning, with its number of rows and the first of them.
-
-    >>> warning_lines({"no BOS": [], "cut": [3, 9]})
-    ['no BOS', 'cut: 2 rows (3, 9)']
-    """
-    return [
-        f"{what}: {len(rows)} row{'s' * (len(rows) > 1)} ({_first_rows(rows)})" if rows else what
-        for what, rows in warnings.items()
-    ]
+    """One line for each warning, with its number of rows and the first of them: ``cut: 2 rows (3, 9)``."""
+    counts = {what: f"{len(rows)} row{'s' * (len(rows) > 1)} ({_first_rows(rows)})" for what, rows in warnings.items()}
+    return [f"{what}: {counts[what]}" if rows else what for what, rows in warnings.items()]

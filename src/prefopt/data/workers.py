@@ -78,14 +78,10 @@ class Preparer:
             if isinstance(rendered, Problem):
                 problems.append(rendered)
                 continue
-            builder.add(
-                rendered.group,
-                prompt_key=comparison.prompt_key,
-                prompt_cut=rendered.prompt_cut,
-                cuts=rendered.responses_cut or None,
-            )
+            key, cuts = comparison.prompt_key, rendered.responses_cut or None
+            builder.add(rendered.group, prompt_key=key, prompt_cut=rendered.prompt_cut, cuts=cuts)
             for group in rendered.more:
-                builder.add(group, prompt_key=comparison.prompt_key)
+                builder.add(group, prompt_key=key)
         warnings = {what: list(numbers) for what, numbers in self.renderer.warnings.items()}
         self.renderer.warnings.clear()
         problems.sort(key=lambda p: p.row)
@@ -137,8 +133,7 @@ class Workers:
         try:
             for _ in range(count):
                 self._workers.append(_Worker(file))
-            for _ in self._threads.map(lambda worker: worker.ask(task), self._workers):
-                pass  # raises what a worker raised
+            list(self._threads.map(lambda worker: worker.ask(task), self._workers))  # raises what a worker raised
         except BaseException as error:
             self.__exit__()
             if isinstance(error, OSError):

@@ -67,16 +67,13 @@ class Rendered:
 class Renderer:
     """Turns comparisons into groups with one tokenizer.
 
-    A conversation goes through the chat template or, where there is none, is written as ``User: ...``,
-    ``Assistant: ...`` (see :func:`plain_template`). A ``text`` comparison is prompt and response without a template,
-    after a BOS where the tokenizer wants it. ``template`` is the source to save with a model trained on conversations
-    where its tokenizer has another or none. ``warnings`` maps what to tell the user to the rows concerned (empty: it
-    concerns all); see :func:`prefopt.data.validate.warning_lines`.
+    A conversation goes through the chat template or :func:`plain_template`; a ``text`` comparison is prompt and
+    response, after a BOS where the tokenizer wants it. ``template`` is the source to save with a model trained on
+    conversations where its tokenizer has another or none. ``warnings`` maps each to the rows concerned (empty: all).
     """
 
     def __init__(self, tokenizer: Tokenizer, rendering: Rendering | None = None) -> None:
-        """Raises :class:`ConfigError` for template variables that the template never reads, :class:`ModelError` for a
-        template that is not Jinja and where EOS is needed and the tokenizer has none."""
+        """Raises :class:`ConfigError` and :class:`ModelError` as :class:`ChatTemplate`."""
         self.rendering = rendering or Rendering()
         self.tokenizer = tokenizer
         self.warnings: Warnings = {}
@@ -126,9 +123,8 @@ class Renderer:
     def prompts(self, comparisons: Iterable[Comparison]) -> Iterator[IntArray | Problem]:
         """Token ids [P] of each prompt with its generation prompt, or the problem that prevents it, in order.
 
-        This is the input for sampling. Trained sequences begin with it, except in rows whose answers the template shows
-        behind something else than its generation prompt (``warnings`` of :meth:`render_all` names them). Responses are
-        ignored, and nothing is truncated.
+        This is the input for sampling. Trained sequences begin with it, except in rows with the warning ``ELSEWHERE``.
+        Responses are ignored, and nothing is truncated.
         """
         for c, found in self._tokenized(comparisons, self._render_prompt):
             if isinstance(found, Problem):

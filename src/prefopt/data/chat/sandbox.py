@@ -97,7 +97,6 @@ def _tick(_: Any, __: Any) -> None:
 
 
 def _concat(parts: Iterable[Any]) -> str:
-    """``a ~ b``."""
     return Bounded.concat([part if isinstance(part, str) else str(_shown(part)) for part in parts])
 
 
@@ -257,7 +256,6 @@ class Bounded(ImmutableSandboxedEnvironment):
 
     @staticmethod
     def concat(parts: Iterable[str]) -> str:
-        """Join the parts of a rendering, of a macro or of a block."""
         texts = parts if isinstance(parts, list) else list(parts)
         _fits(sum(map(str.__len__, texts)))
         return str(paid("".join(texts)))

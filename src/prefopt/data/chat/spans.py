@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 Row = Callable[..., str]  # a conversation of one row as text; each is rendered once
 
-SHAPES = 4096  # conversation shapes for which the template's omissions are remembered
+SHAPES = 4096  # conversation shapes whose omissions are remembered
 CHANGED = "the chat template changes the words of the answer"
 PROBE = "prefoptshown"
 NO_END = "the template does not end an answer with anything that could be told from its words"
@@ -146,7 +146,8 @@ class SpanFinder:
         last = replace(turn.tool_calls[-1], arguments=f'{{"{probe}": "{probe}"}}')
         content = probe if turn.content.strip() else turn.content
         until = (*turns[:j], replace(turn, content=content, tool_calls=(*turn.tool_calls[:-1], last)))
-        plain = _behind(row((*turns[:j], _bare(turn, probe))), probe, once=True)
+        bare = replace(turn, content=probe, reasoning=None, tool_calls=())
+        plain = _behind(row((*turns[:j], bare)), probe, once=True)
         tail = _common_end(row(turns[: j + 1]), _behind(row(until), probe))
         mark, close = self._closing_calls(tail, self._closing(plain)[0])
         tail_there = _common_end(full, _behind(row((*until, *rest)), probe)) if rest else tail
@@ -181,16 +182,13 @@ class SpanFinder:
 
 def _start(row: Row, turns: Turns, j: int, full: str, before: str, probe: str) -> int:
     """Where the answer of turn j starts in a text that does not begin with the generation prompt."""
-    head = row((*turns[:j], _bare(turns[j], probe), *turns[j + 1 :])).partition(probe)[0]
+    bare = replace(turns[j], content=probe, reasoning=None, tool_calls=())
+    head = row((*turns[:j], bare, *turns[j + 1 :])).partition(probe)[0]
     start = _common(full, head)
     finished = row(turns[:j])
     if full.startswith(finished) and before.startswith(finished):
         start = min(start, _common(full, before))
     return start
-
-
-def _bare(turn: Message, words: str) -> Message:
-    return replace(turn, content=words, reasoning=None, tool_calls=())
 
 
 def _behind(text: str, probe: str, *, once: bool = False) -> str:
@@ -202,7 +200,6 @@ def _behind(text: str, probe: str, *, once: bool = False) -> str:
 
 
 def _common_end(one: str, other: str) -> str:
-    """The longest common suffix."""
     return one[len(one) - _common(one[::-1], other[::-1]) :]
 
 

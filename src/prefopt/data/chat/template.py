@@ -1,8 +1,7 @@
 r"""Chat templates: rendering options, a conversation as text, and reasoning inside answers.
 
-Templates run in the environment of transformers, so that training sees what ``tokenizer.apply_chat_template`` gives
-for the finished model. Which input a template expects (content as text or as parts, a tool call's arguments as an
-object or as text) is found by rendering probe conversations once.
+Templates run in the environment of transformers, as in ``tokenizer.apply_chat_template``. Which input a template
+expects (content as text or as parts, a tool call's arguments as an object or as text) is found by rendering probes.
 
 >>> split_reasoning("<think>\n2 + 2\n</think>\n\n4"), split_reasoning("4")
 (('2 + 2', '4'), ('', '4'))
@@ -14,6 +13,7 @@ import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -39,7 +39,7 @@ FILLED_IN = (
     *("messages", "tools", "add_generation_prompt", "continue_final_message"),
     *("bos_token", "eos_token", "pad_token", "unk_token"),
 )
-_PYTHON_SPELLING = {"True": True, "False": False, "None": None}
+_PYTHON_SPELLING = {"True": "true", "False": "false", "None": "null"}
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,8 @@ class Rendering:
 
     @classmethod
     def from_options(cls, options: RenderOptions, max_length: int | None = None, **more: Any) -> Rendering:
-        """The options of a run, with the file of ``--chat-template`` read; ``more`` are further fields.
-
-        Raises :class:`ConfigError` for a template that cannot be read or is not Jinja, and for variables that are not
-        NAME=VALUE. Whether the template reads them is checked by :class:`ChatTemplate`.
-        """
+        """The options of a run; ``more`` are further fields. Raises :class:`ConfigError` as :func:`read_template` and
+        :func:`parse_variables`; :class:`ChatTemplate` checks whether the template reads the variables."""
         template = None if options.chat_template is None else read_template(options.chat_template)
         variables = parse_variables(options.template_variables or ())
         return cls(max_length, True, template, variables, options.reasoning, **more)
@@ -130,7 +127,11 @@ def parse_variables(given: Sequence[str]) -> dict[str, object]:
             raise ConfigError(f"--template-variables {item!r} should be NAME=VALUE, such as enable_thinking=false")
         if name in variables:
             raise ConfigError(f"--template-variables gives {name} twice; leave one out")
-        variables[name] = _value(value.strip())
+        variables[name] = value.strip()
+        with suppress(ValueError, RecursionError):
+            # int refuses NaN and Infinity, which JSON lacks.
+            spelling = _PYTHON_SPELLING.get(value.strip(), value)
+            variables[name] = json.loads(spelling, parse_constant=int)
     _check_variables(variables)
     return variables
 
@@ -146,17 +147,8 @@ def _check_variables(variables: Mapping[str, object], mentioned: set[str] | None
             raise ConfigError(f"--template-variables: the chat template never reads {name}{rest}")
 
 
-def _value(text: str) -> object:
-    if text in _PYTHON_SPELLING:
-        return _PYTHON_SPELLING[text]
-    try:
-        return json.loads(text, parse_constant=int)  # int refuses NaN and Infinity, which JSON lacks
-    except (ValueError, RecursionError):
-        return text
-
-
 class Unrenderable(Exception):
-    """The template cannot render a conversation; the message says why in one line."""
+    """The template cannot render a conversation, for the reason in the message."""
 
 
 class ChatTemplate:

@@ -1,9 +1,9 @@
 """Traces of chat templates: fixed text with words in between, so that most rows need no template run at all.
 
 A template is run once for each shape of conversation, on words that record what it does to them. Where it only copies
-them, asks them a question (does the text contain ``</think>``?) or does something that leaves them unchanged (trims
-words without white space around them), all words that answer the questions alike give the same text around them. For
-templates that do anything else to words, such as splitting them, every row is rendered.
+them, asks them a question (does the text contain ``</think>``?) or leaves them unchanged (trims words without white
+space around them), all words that answer the questions alike give the same text around them. A template that does
+anything else to words, such as splitting them, renders every row.
 
 Words keep their type through ``+``, ``~``, macros and blocks. Operations that would treat them as plain text (searching
 for them in a text, formatting, unknown filters) are replaced by versions that notice.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, wraps
 from typing import Any, NoReturn
 
@@ -44,10 +44,6 @@ SAME = object()
 _plain = str.__str__
 
 
-class _Untraceable(Exception):
-    """The template does something to words that depends on their text."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Guard:
     """``words[slot].method(*args)`` must give ``result``; ``SAME``: the words themselves, or a list of them alone."""
@@ -62,16 +58,16 @@ class _Guard:
         return found in (words, [words]) if self.result is SAME else bool(found == self.result)
 
 
+@dataclass
 class _Log:
     """The questions that a template asked of words, and whether it did anything else to them."""
 
-    def __init__(self) -> None:
-        self.guards: dict[tuple[object, ...], _Guard] = {}
-        self.failed = False
+    guards: dict[tuple[object, ...], _Guard] = field(default_factory=dict)
+    failed: bool = False
 
     def fail(self) -> NoReturn:
         self.failed = True  # recorded as well as raised: Jinja's tests swallow exceptions
-        raise _Untraceable
+        raise RuntimeError("what the template does depends on the words")
 
 
 class Words(str):
@@ -174,7 +170,13 @@ def compiled(source: str) -> Any | None:
     """The template for tracing; None where it cannot be traced."""
     environment = sandbox.compiled(source).environment.overlay()
     tree = environment.parse(source)
-    if not _followed(tree):
+    # The replacements below must cover everything in the template.
+    chains = (node for node in tree.find_all(nodes.Compare) if len(node.ops) > 1)
+    if (
+        any(True for _ in tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)))
+        or any(op.op in ("in", "notin") for node in chains for op in node.ops)
+        or any(_of_text(call) and (call.dyn_args or call.dyn_kwargs) for call in tree.find_all(nodes.Call))
+    ):
         return None
     environment.concat = _concat
     known: dict[str, Callable[..., Any]] = environment.filters
@@ -189,17 +191,6 @@ def compiled(source: str) -> Any | None:
     tree = _Noting().visit(tree)
     tree.set_environment(environment)
     return environment.from_string(tree)
-
-
-def _followed(tree: nodes.Template) -> bool:
-    """Whether the replacements below cover everything in the template."""
-    other = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
-    chains = (node for node in tree.find_all(nodes.Compare) if len(node.ops) > 1)
-    return not (
-        any(True for _ in tree.find_all(other))
-        or any(op.op in ("in", "notin") for node in chains for op in node.ops)
-        or any(_of_text(call) and (call.dyn_args or call.dyn_kwargs) for call in tree.find_all(nodes.Call))
-    )
 
 
 def _of_text(call: nodes.Call) -> bool:
@@ -248,7 +239,6 @@ def _concat(parts: Iterable[str]) -> str:
 
 
 def _holds(container: Any, value: Any) -> bool:
-    """``value in container``."""
     return (_alone(value) if isinstance(container, str) else value) in container
 
 

@@ -26,8 +26,7 @@ from prefopt.data.group import BoolArray, IntArray, common_length
 from prefopt.errors import ConfigError
 from prefopt.records import Comparison, Message
 
-Sequences = Sequence[tuple[IntArray, BoolArray]]
-"""K sequences of one prompt: (ids [L], trained [L]) each."""
+Sequences = Sequence[tuple[IntArray, BoolArray]]  # K sequences of one prompt: (ids [L], trained [L]) each
 
 KEEP_PROMPT = 128
 DEFAULT_LENGTH = 1024
