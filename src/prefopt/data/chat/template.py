@@ -319,7 +319,7 @@ def _tool(text: str) -> dict[str, Any]:
     try:
         tool = json.loads(text)
     except ValueError:
-        tool = None
+        raise Unrenderable(f"a tool is not JSON: {text[:60]!r}") from None
     if not isinstance(tool, dict):
         raise Unrenderable(f"a tool is not a JSON object: {text[:60]!r}")
     return tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}
