@@ -132,17 +132,17 @@ def open_comparisons(
     unknown role) is a :class:`Problem` instead.
     """
     named = named_layout(format) if format is not None else None
-    said = parse_column_options(columns)
-    given = said.pairs
+    options = parse_column_options(columns)
+    given = options.pairs
     entry = find_dataset_info(source.path) if named is None else None
     cells = source.suffix in CSV_NAMES
     pairs, refused = ({**entry.pairs, **given}, entry.media) if entry else (given, ())
     if entry and (clash := shared_column(pairs)):
         who = "dataset_info.json beside it, with --columns," if given else "dataset_info.json beside it"
         raise DataError(f"{who} gives {clash} (entry {entry.name}); correct it", file=source.name)
-    means = {**(entry.means if entry else {}), **said.means}
-    understood = column_map(pairs, refused=refused, cells=cells, means=means, ignored=said.ignored)
-    if said.headless:
+    means = {**(entry.means if entry else {}), **options.means}
+    understood = column_map(pairs, refused=refused, cells=cells, means=means, ignored=options.ignored)
+    if options.headless:
         if source.path is None or not cells:
             raise ConfigError(f"--header none is for .csv and .tsv files; {source.name} is neither")
         source = replace(source, origin=FileOrigin(source.path, header=False))
