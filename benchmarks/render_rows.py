@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from prefopt.data.chat.render import Rendered, Renderer
-from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.template import Rendering
 from prefopt.data.comparisons import read_comparisons
 from prefopt.data.tokenizer import Tokenizer, load_tokenizer
 from prefopt.data.validate import check

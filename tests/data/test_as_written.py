@@ -14,7 +14,7 @@ from pyarrow import feather
 from data.small import small_tokenizer
 from prefopt.api import _names_or_rows
 from prefopt.data.chat.render import INTO_FIELD, LEFT_INSIDE, TURNS_DROPPED, Renderer
-from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.template import Rendering
 from prefopt.data.comparisons import open_comparisons, parse_comparisons, read_comparisons
 from prefopt.data.files import columnar
 from prefopt.data.files.sources import find_sources, read_rows

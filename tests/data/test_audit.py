@@ -20,7 +20,7 @@ from data.small import small_tokenizer
 from data.tokenising import TEMPLATE, chat_rows, write
 from prefopt.cli import main
 from prefopt.data.chat.render import Renderer
-from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.template import Rendering
 from prefopt.data.check.audit import Audit, AuditOptions, audit, compare_prompts
 from prefopt.data.check.statistics import SUSPICIONS, suspicions
 from prefopt.data.layouts import LAYOUTS

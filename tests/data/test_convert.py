@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from data.layouts.generated import comparisons
 from data.tokenising import write
 from prefopt.cli import main
-from prefopt.data.comparisons import parse_comparisons, read_comparisons
-from prefopt.data.convert import loose_columns
+from prefopt.data.comparisons import loose_columns, parse_comparisons, read_comparisons
 from prefopt.data.files.sources import read_rows
 from prefopt.data.files.write import RowFile
 from prefopt.data.layouts import LAYOUTS, writable_layout

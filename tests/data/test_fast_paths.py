@@ -1,4 +1,4 @@
-"""What makes rendering fast changes nothing: traces, frames and shared prompts against none of them."""
+"""What makes rendering fast changes nothing: traces and shared prompts against neither of them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from data.small import small_tokenizer
 from data.templates import TEMPLATES
 from data.test_round_trip import MERGES, conversations, decode, renderer_of, spelled, texts
-from prefopt.data.chat import encoding, spans
+from prefopt.data.chat import encoding
 from prefopt.data.chat.render import Rendered, Renderer
-from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.template import Rendering
 from prefopt.data.comparisons import read_comparisons
 from prefopt.data.validate import Problem
 from prefopt.records import Comparison, Message, Response
@@ -33,11 +33,9 @@ def outcome(rendered: Rendered | Problem) -> object:
 
 
 def slowly(renderer: Renderer, rows: list[Comparison]) -> list[object]:
-    """Every response by itself, every text by the template, every place by a probe."""
+    """Every response by itself, every text by the template."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(renderer._template, "_traced", None))
-        stack.enter_context(mock.patch.object(renderer._spans, "_frames", []))
-        stack.enter_context(mock.patch.object(spans, "REMEMBERED", 0))
         stack.enter_context(mock.patch.object(encoding, "WORTH_SHARING", 10**9))
         return [outcome(x) for x in renderer.render_all(rows)]
 

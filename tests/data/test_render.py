@@ -11,8 +11,8 @@ import pytest
 from data.small import small_tokenizer
 from prefopt.data.chat.encoding import Encoder
 from prefopt.data.chat.render import APART, EOS_ADDED, SPECIAL, Rendered, Renderer
-from prefopt.data.chat.render_options import Rendering
 from prefopt.data.chat.spans import NO_END
+from prefopt.data.chat.template import Rendering
 from prefopt.data.tokenizer import leading_ids, vocabulary_size
 from prefopt.data.validate import Problem
 from prefopt.errors import DataError, ModelError
@@ -229,7 +229,7 @@ def test_truncation_of_a_group() -> None:
 def test_offsets_cover_every_character(gpt2: Any, minimind: Any, stories: Any) -> None:
     words = "  Hi  there 你好 👍🏽\n\n  end "
     for tokenizer in (gpt2, minimind, stories):
-        (encoded,) = Encoder(tokenizer).encode([words])
+        encoded = Encoder(tokenizer).encode(words)
         ids = encoded.ids
         assert tokenizer.decode(ids.tolist()).strip() == words.strip()
         assert encoded.covers([(0, len(words))]).all()

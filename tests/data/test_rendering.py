@@ -17,7 +17,7 @@ from data.small import small_tokenizer
 from data.templates import CHATML, TEMPLATES
 from prefopt.config.data import RenderOptions
 from prefopt.data.chat.render import DATED, NO_BOS, Renderer
-from prefopt.data.chat.render_options import Rendering, parse_variables, read_template
+from prefopt.data.chat.template import Rendering, parse_variables, read_template
 from prefopt.data.tokenizer import tokenizer_digest
 from prefopt.data.validate import Problem
 from prefopt.errors import ConfigError, ModelError

@@ -13,8 +13,7 @@ import pytest
 from data.small import small_tokenizer
 from data.templates import TEMPLATES
 from prefopt.data.chat import sandbox
-from prefopt.data.chat.render_options import Rendering
-from prefopt.data.chat.template import ChatTemplate, Unrenderable
+from prefopt.data.chat.template import ChatTemplate, Rendering, Unrenderable
 from prefopt.errors import ModelError
 from prefopt.records import Message
 

@@ -14,7 +14,7 @@ from data.small import small_tokenizer
 from data.test_as_written import CHATML, with_template
 from prefopt.data.chat.encoding import Encoder
 from prefopt.data.chat.render import TURN_CUT, TURNS_DROPPED, Rendered, Renderer
-from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.template import Rendering
 from prefopt.data.chat.truncate import Shortener
 from prefopt.data.validate import Problem
 from prefopt.records import Comparison, Message, ToolCall
@@ -159,7 +159,7 @@ def test_thousands_of_long_turns_are_not_cut_one_by_one(refused: bool) -> None:
     whole = Comparison.pair(asked, chosen="a", rejected="b", row=1)
     sequences = tokenize(whole)
     assert sequences is not None
-    shortener = Shortener(50_000, tokenize, lambda text: encoder.encode([text])[0], re.compile("(?!)"))
+    shortener = Shortener(50_000, tokenize, encoder.encode, re.compile("(?!)"))
     left = shortener.cut_words(whole, sequences)
     assert len(tried) < 100
     lengths = [len(m.content) for m in tried[-1].prompt[1:]]

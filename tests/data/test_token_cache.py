@@ -19,7 +19,7 @@ from prefopt.cli import main
 from prefopt.core import cache_folder
 from prefopt.data import load, token_cache, workers
 from prefopt.data.chat.render import Renderer
-from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.template import Rendering
 from prefopt.data.comparisons import Reading, parse_comparisons
 from prefopt.data.load import GroupSet, load_groups
 from prefopt.data.validate import check
@@ -90,7 +90,7 @@ def test_groups_are_those_of_rendering_row_by_row(tmp_path: Path) -> None:
             for mine, theirs in zip(group.continuations, expected.group.continuations, strict=True):
                 assert mine.ids.tolist() == theirs.ids.tolist() and mine.trained.tolist() == theirs.trained.tolist()
             assert data.groups.prompt_key_G[n] == comparison.prompt_key.rstrip(b"\0")
-            assert int(data.groups.column("prompt_cut_G")[n]) == expected.prompt_cut
+            assert int(data.groups.prompt_cut_G[n]) == expected.prompt_cut
 
 
 def same_size_and_times(file: Path) -> None:

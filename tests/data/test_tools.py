@@ -12,9 +12,8 @@ import pytest
 from data.small import small_tokenizer
 from data.templates import CHATML, TEMPLATES
 from prefopt.data.chat.render import NO_FIELD, STRIPPED, Rendered, Renderer
-from prefopt.data.chat.render_options import Rendering
 from prefopt.data.chat.spans import ELSEWHERE
-from prefopt.data.chat.template import EARLIER_REASONING
+from prefopt.data.chat.template import EARLIER_REASONING, Rendering
 from prefopt.data.validate import Problem
 from prefopt.errors import ConfigError
 from prefopt.records import Comparison, Message, Response, ToolCall

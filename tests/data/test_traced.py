@@ -17,8 +17,7 @@ from data.templates import TEMPLATES
 from data.test_round_trip import conversations, renderer_of, texts
 from prefopt.data.chat import tracing
 from prefopt.data.chat.render import Renderer
-from prefopt.data.chat.render_options import Rendering
-from prefopt.data.chat.template import ChatTemplate, Turns, Unrenderable
+from prefopt.data.chat.template import ChatTemplate, Rendering, Turns, Unrenderable
 from prefopt.records import Comparison, Message
 
 # What depends on words in ways that are easily overlooked. True: such a template can be traced all the same.

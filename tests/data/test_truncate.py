@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefopt.data.chat.template import Rendering
 from prefopt.data.chat.truncate import KEEP_PROMPT, truncate
 from prefopt.data.group import Group
 from prefopt.errors import ConfigError
@@ -65,7 +66,7 @@ def test_no_room_for_a_response() -> None:
     with pytest.raises(ValueError, match="no room"):
         truncate(apart, 4)
     with pytest.raises(ConfigError, match="--max-length 1 "):
-        truncate(sequences, 1)
+        Rendering(max_length=1)
 
 
 def test_a_cut_answer_does_not_end_like_a_finished_one() -> None:

@@ -21,7 +21,7 @@ from prefopt.core.cache_folder import tokens_folder
 from prefopt.core.terminal import Reporter
 from prefopt.data import load
 from prefopt.data import workers as prepare
-from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.template import Rendering
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.load import load_groups
 from prefopt.data.workers import CannotStart, Chunk, Preparer, Workers, chunks

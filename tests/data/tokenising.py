@@ -53,7 +53,7 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 def contents(data: GroupSet) -> dict[str, Any]:
     """All that a set of groups says, to be compared."""
-    columns = {name: data.groups.column(name).tobytes() for name in COLUMNS}
+    columns = {name: getattr(data.groups, name).tobytes() for name in COLUMNS}
     return columns | {"read": data.read, "problems": data.problems, "notes": data.notes, "template": data.template}
 
 

@@ -13,7 +13,7 @@ from prefopt.chat.conversation import Chat, VoteFile
 from prefopt.chat.input import terminal_reader
 from prefopt.config.sample import ChatConfig
 from prefopt.core.terminal import Reporter
-from prefopt.data.chat.render_options import parse_variables, read_template
+from prefopt.data.chat.template import parse_variables, read_template
 from prefopt.generate.chat_model import ChatModel, LocalChatModel, RemoteChatModel
 from prefopt.generate.model_io import SampledModel, renderer_for
 from prefopt.generate.sampler import SamplingParams

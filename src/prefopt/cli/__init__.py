@@ -77,8 +77,8 @@ WITH_YAML = {"rlhf", "frontier", "methods", "sample", "collect new"}
 PATHS = {
     "rlhf": "prefopt.methods.rlhf:run",
     "chat": "prefopt.chat.session:chat",
-    "data convert": "prefopt.data.convert:run_convert",
-    "data split": "prefopt.data.convert:run_split",
+    "data convert": "prefopt.data.comparisons:run_convert",
+    "data split": "prefopt.data.comparisons:run_split",
 }
 VERBS = {m.name: Verb(m.help, m.config, m.run_path, yaml=True) for m in METHODS.values()}
 for _name, _config, _help in ROWS:  # functions of cli/tools.py or cli/collect.py, named as the command is

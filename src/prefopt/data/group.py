@@ -7,8 +7,7 @@
 >>> group.prefix.tolist(), [c.ids.tolist() for c in group.continuations], group.tokens
 ([1, 2], [[3, 4], [3, 9, 9]], 7)
 
-The shared prefix ends before the first trained token of any response (token 3 above is common, but trained), so it is
-right whatever the chat template or the tokenizer did at the boundary. :func:`show` prints a group as text.
+The shared prefix ends before the first trained token of any response: token 3 above is common, but trained.
 """
 
 from __future__ import annotations
@@ -67,20 +66,17 @@ class Group:
         Raises ``ValueError`` where a sequence has no trained token after its first token, which is never scored.
         """
         whole = [(np.asarray(i, np.int32), np.array(t, np.bool_)) for i, t in sequences]
-        length = min(_first_trained(ids, trained) for ids, trained in whole)
-        first = whole[0][0]
-        for ids, _ in whole[1:]:
-            differs = np.nonzero(ids[:length] != first[:length])[0]
-            length = int(differs[0]) if len(differs) else length
-        continuations = []
         for ids, trained in whole:
-            rest = trained[length:].copy()
-            if length == 0:
-                rest[0] = False
-            if not rest.any():
+            if ids.shape != trained.shape or ids.ndim != 1:
+                raise ValueError(f"ids {ids.shape} and mask {trained.shape} differ in shape")
+            if not trained[1:].any():
                 raise ValueError("a response has no token to train")
-            continuations.append(Continuation(ids[length:], rest))
-        return cls(first[:length], tuple(continuations), row, pairs)
+        length = common_length([ids for ids, _ in whole], min(int(trained.argmax()) for _, trained in whole))
+        if not length:
+            for _, trained in whole:
+                trained[0] = False
+        continuations = tuple(Continuation(ids[length:], trained[length:]) for ids, trained in whole)
+        return cls(whole[0][0][:length], continuations, row, pairs)
 
     @property
     def tokens(self) -> int:
@@ -107,13 +103,12 @@ class Group:
         return digest.digest()
 
 
-def _first_trained(ids: IntArray, trained: BoolArray) -> int:
-    if ids.shape != trained.shape or ids.ndim != 1:
-        raise ValueError(f"ids {ids.shape} and mask {trained.shape} differ in shape")
-    where = np.nonzero(trained)[0]
-    if not len(where):
-        raise ValueError("a response has no token to train")
-    return int(where[0])
+def common_length(sequences: Sequence[IntArray], most: int) -> int:
+    """How many tokens all sequences begin with, at most ``most``."""
+    for ids in sequences[1:]:
+        differs = np.flatnonzero(ids[:most] != sequences[0][:most])
+        most = int(differs[0]) if len(differs) else most
+    return most
 
 
 def show(group: Group, tokenizer: Tokenizer, *, most: int | None = None) -> str:
@@ -121,11 +116,10 @@ def show(group: Group, tokenizer: Tokenizer, *, most: int | None = None) -> str:
 
     Responses are labelled chosen or rejected, or with rank, score or label. ``most`` cuts longer texts in the middle.
     """
+    prefix = shortened(_decode(tokenizer, group.prefix), most)
     if not group.continuations:
-        return f"prompt ({_count(len(group.prefix))})\n{shortened(_decode(tokenizer, group.prefix), most)}"
-    lines = [f"shared prefix ({_count(len(group.prefix))})"]
-    if len(group.prefix):
-        lines.append(shortened(_decode(tokenizer, group.prefix), most))
+        return f"prompt ({_count(len(group.prefix))})\n{prefix}"
+    lines = [f"shared prefix ({_count(len(group.prefix))})", *([prefix] if prefix else [])]
     for k, c in enumerate(group.continuations):
         name = _name(group, len(group.continuations), k)
         lines.append(f"{name} ({_count(len(c.ids))}, {int(c.trained.sum())} trained)")
@@ -144,11 +138,7 @@ def show_words(c: Comparison, *, most: int | None = None) -> str:
 
 
 def shortened(text: str, most: int | None) -> str:
-    """The text, or its beginning and end around the number of characters left out.
-
-    >>> shortened("0123456789", 4)
-    '01 [... 6 characters ...] 89'
-    """
+    """The text, or its beginning and end: ``01 [... 6 characters ...] 89``."""
     if most is None or len(text) <= most:
         return text
     half = most // 2

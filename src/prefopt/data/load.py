@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Literal
 
 from prefopt.core.terminal import Reporter
 from prefopt.data.chat.render import Renderer
-from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.template import Rendering
 from prefopt.data.comparisons import Reading, open_comparisons
-from prefopt.data.files.sources import Origin, Source, find_sources
+from prefopt.data.files.sources import Source, find_sources
 from prefopt.data.layouts import code_of_layouts
 from prefopt.data.layouts.columns import find_dataset_info
 from prefopt.data.sampler import Indices, split_by_prompt
@@ -31,8 +31,6 @@ log = logging.getLogger(__name__)
 
 OnBadRow = Literal["refuse", "skip"]
 
-# Recognising the layout of a file of this size takes seconds.
-LARGE = 100_000_000
 # With fewer rows, one process is done before a second one has started.
 PARALLEL_ROWS = 4000
 # Problems that are not errors: such rows are left out and counted.
@@ -45,8 +43,7 @@ PREFERENCES = ("pairs", "scored", "ranking", "labels")
 class GroupSet:
     """Groups of all sources in order, and what became of every row.
 
-    ``template`` is the chat template that a model trained on these groups should carry, where its tokenizer has another
-    or none. ``cached`` counts the rows whose groups came from the token cache.
+    ``template`` is that of :class:`Renderer`. ``cached`` counts the rows whose groups came from the token cache.
     """
 
     groups: GroupTable = field(default_factory=GroupTable)
@@ -82,8 +79,8 @@ class GroupSet:
             some = "" if self.cached == self.read else f" of {self.read}"
             lines.append(f"{self.cached}{some} rows from the token cache")
         if truncated := self.truncated:
-            prompts = int((self.groups.column("prompt_cut_G") > 0).sum())
-            responses = int((self.groups.column("cut_N") > 0).sum())
+            prompts = int((self.groups.prompt_cut_G > 0).sum())
+            responses = int((self.groups.cut_N > 0).sum())
             lines.append(f"{truncated} of {self.kept} rows truncated ({prompts} prompts, {responses} responses)")
         return lines + self.notes
 
@@ -103,32 +100,24 @@ class _GroupLoader:
     columns: Sequence[str] | None
     workers: int | None
     reporter: Reporter
-    stop: Callable[[], None] | None
+    stop: Callable[[], None]
 
     def cached(self, source: Source, rendering_digest: str) -> Tokenised:
-        """The groups of a source from the token cache, tokenised first where they are not there."""
+        """The groups of a source from the token cache, tokenised at first."""
         contents = source.digest()
         # How a file is read also depends on its ending and on a dataset_info.json beside it.
-        reading = (str(self.format), str(self.columns), source.suffix, code_of_layouts(self.format))
         beside = find_dataset_info(source.path) if self.format is None else None
-        key = TokenKey(contents, (*reading, str(beside)), self.kind, rendering_digest)
-        source = replace(source, origin=_Stoppable(source.origin, self.stop))
+        how = (self.format, self.columns, source.suffix, code_of_layouts(self.format), beside)
+        key = TokenKey(contents, tuple(map(str, how)), self.kind, rendering_digest)
 
         def make(append: Append) -> Report:
-            if source.path and source.path.stat().st_size >= LARGE:
-                self.reporter.say(f"data: {source.name}: looking at all rows to tell their layout")
-            report = self.tokenise(open_comparisons(source, format=self.format, columns=self.columns), append)
+            reading = open_comparisons(source, format=self.format, columns=self.columns, stop=self.stop)
+            report = self.tokenise(reading, append)
             if source.digest() != contents:
                 raise DataError("changed while it was read; run the command again", file=source.name)
             return report
 
         return TokenCache().get(key, make, file=source.name, source=source.entry, stop=self.stop)
-
-    def in_memory(self, reading: Reading, number: int) -> Tokenised:
-        """The groups of rows in memory; nothing is cached."""
-        made: list[Columns] = []
-        report = self.tokenise(reading, made.append)
-        return Tokenised(Part(joined(made), source=number), report)
 
     def tokenise(self, reading: Reading, append: Append) -> Report:
         """Append the columns of all groups, chunk by chunk; the report accounts for the other rows."""
@@ -137,38 +126,38 @@ class _GroupLoader:
         problems: list[Problem] = []
         warnings: Warnings = {}
         conversations, done = False, 0
-        with ExitStack() as stack:
-            bar = None
-            if reading.count >= PARALLEL_ROWS:
-                bar = stack.enter_context(self.reporter.bar(f"tokenising {reading.file}", reading.count, "rows"))
-            for chunk in self._prepared(reading, stack):
+        reporter = self.reporter if reading.count >= PARALLEL_ROWS else Reporter("none")
+        with (
+            reporter.bar(f"tokenising {reading.file}", reading.count, "rows") as bar,
+            closing(self._prepared(reading)) as prepared,
+        ):
+            for chunk in prepared:
                 append(chunk.columns)
                 problems += chunk.problems
                 for what, rows in chunk.warnings.items():
                     warnings.setdefault(what, []).extend(rows)
                 conversations = conversations or chunk.conversations
                 done += chunk.rows
-                if bar is not None:
-                    bar.update(done)
+                bar.update(done)
         template = Renderer(self.tokenizer, self.rendering).template if conversations else None
         notes = list(reading.notes)  # complete after the last row only
         return Report(reading.file, reading.count, problems, notes, warnings, template)
 
-    def _prepared(self, reading: Reading, stack: ExitStack) -> Iterator[Chunk]:
+    def _prepared(self, reading: Reading) -> Generator[Chunk]:
         """The chunks of a source, in order; other processes make them where there are many rows."""
-        count = min(self.workers or _processors(), MAX_WORKERS)
+        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count = min(self.workers or processors, MAX_WORKERS)
+        how = self.tokenizer, self.rendering, self.kind
         if count > 1 and reading.count >= PARALLEL_ROWS:
             try:
-                pool = stack.enter_context(Workers(self.tokenizer, self.rendering, self.kind, count, file=reading.file))
+                with Workers(*how, count, file=reading.file) as pool:
+                    yield from pool.map(chunks(reading), self.stop)
+                return
             except CannotStart as why:
                 log.warning("%s is tokenised by one process: %s", reading.file, why)
-            else:
-                yield from pool.map(chunks(reading), self.stop)
-                return
-        prepare = Preparer(self.tokenizer, self.rendering, self.kind)
+        prepare = Preparer(*how)
         for chunk in chunks(reading):
-            if self.stop is not None:
-                self.stop()
+            self.stop()
             yield prepare(chunk)
 
 
@@ -185,33 +174,33 @@ def load_groups(
     columns: Sequence[str] | None = None,
     workers: int | None = None,
     reporter: Reporter | None = None,
-    stop: Callable[[], None] | None = None,
+    stop: Callable[[], None] = lambda: None,
 ) -> GroupSet:
     """Read, check and tokenise ``data``, or take it from the token cache.
 
     ``data`` holds names (see :func:`find_sources`), or rows in memory (see :func:`parse_comparisons`), which are not
-    cached. ``max_length`` and ``add_eos`` give a rendering where there is none. ``kind`` is what rows are converted to
-    (:func:`prefopt.data.validate.convert`); ``format`` and ``columns`` are those of :func:`open_comparisons`.
-    ``workers`` is the largest number of processes that tokenise a large file, by default one per processor. ``stop`` is
-    called now and then and may raise. The groups of ``data[i]`` have the number i in ``groups.source_G``.
+    cached. ``max_length`` and ``add_eos`` make a rendering where there is none. ``kind`` is that of :func:`convert`,
+    ``format`` and ``columns`` are those of :func:`open_comparisons`. At most ``workers`` processes tokenise a large
+    file, by default one per processor. ``stop`` is called now and then and may raise. ``groups.source_G`` is i for
+    ``data[i]``.
 
     Raises :class:`DataError` for a file that cannot be read, for bad rows under ``on_bad_row="refuse"`` (it names all
     of them), and where no row is left; :class:`ConfigError` and :class:`ModelError` as :class:`Renderer`.
     """
     if not data:
         raise ConfigError("no data file is named; use --data FILE")
-    if on_bad_row not in ("refuse", "skip"):
-        raise ConfigError(f"--on-bad-row {on_bad_row} should be refuse or skip")
     rendering, reporter = rendering or Rendering(max_length, add_eos), reporter or Reporter("none")
     loader = _GroupLoader(tokenizer, rendering, kind, format, columns, workers, reporter, stop)
-    readings = [rows for rows in data if isinstance(rows, Reading)]
-    if readings:
-        assert len(readings) == len(data), "files and rows in memory are loaded apart"
-        return _group_set([loader.in_memory(rows, n) for n, rows in enumerate(readings)], [], on_bad_row)
+    found = []
+    for number, reading in enumerate(rows for rows in data if isinstance(rows, Reading)):
+        made: list[Columns] = []
+        report = loader.tokenise(reading, made.append)
+        found.append(Tokenised(Part(joined(made), source=number), report))
     sources = find_sources([name for name in data if not isinstance(name, Reading)])
-    digest = Renderer(tokenizer, rendering).digest()
+    assert not (found and sources), "files and rows in memory are loaded apart"
+    digest = Renderer(tokenizer, rendering).digest() if sources else ""
     notes = [note for source in sources for note in source.notes]
-    return _group_set([loader.cached(source, digest) for source in sources], notes, on_bad_row)
+    return _group_set([*found, *(loader.cached(source, digest) for source in sources)], notes, on_bad_row)
 
 
 def _group_set(found: Sequence[Tokenised], notes: Sequence[str], on_bad_row: OnBadRow) -> GroupSet:
@@ -236,25 +225,3 @@ def _group_set(found: Sequence[Tokenised], notes: Sequence[str], on_bad_row: OnB
         file = reports[0].file if len(reports) == 1 else None
         raise DataError(f"none of {result.read} rows can be used: {describe(result.problems)}", file=file)
     return result
-
-
-@dataclass(frozen=True, slots=True)
-class _Stoppable:
-    """An origin that calls ``stop`` before each row."""
-
-    origin: Origin
-    stop: Callable[[], None] | None
-
-    def rows(self, name: str, keep_going: bool) -> Iterator[object]:
-        for row in self.origin.rows(name, keep_going):
-            if self.stop is not None:
-                self.stop()
-            yield row
-
-    def digest(self) -> str:
-        return self.origin.digest()
-
-
-def _processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -26,7 +26,7 @@ import numpy as np
 from prefopt.data.table import IndexArray, KeyArray
 from prefopt.errors import ConfigError, DataError
 
-# Whole numbers of eight bytes: a sequence of ints, small enough for a million rows.
+# A sequence of ints of eight bytes.
 Indices: TypeAlias = "array[int]"
 
 
@@ -35,7 +35,7 @@ class Share:
     """One source of a mixture: the indices of its groups, [n], and its weight.
 
     An epoch takes every group floor(weight) times and some of them once more, round(weight * n) in all. The latter move
-    on around a fixed permutation, so that after any number of epochs the counts of two groups differ by one at most.
+    on around a fixed permutation, so that the counts of two groups never differ by more than one.
     """
 
     groups: IndexArray
@@ -56,10 +56,8 @@ class Share:
 
 
 class BatchSampler:
-    """Global batches of ``batch_size`` indices of ``size`` groups; the last batch of an epoch may be smaller.
-
-    ``shares`` make it a mixture; without them an epoch takes every group once.
-    """
+    """Global batches of ``batch_size`` indices of ``size`` groups; the last one of an epoch may be smaller. Without
+    ``shares``, which make it a mixture, an epoch takes every group once."""
 
     def __init__(
         self, size: int, batch_size: int, *, seed: int, shuffle: bool = True, shares: Sequence[Share] = ()
@@ -71,25 +69,23 @@ class BatchSampler:
 
     def order(self, epoch: int) -> IndexArray:
         """The indices of one epoch, [epoch_size]."""
-        if self._last is None or self._last[0] != epoch:  # every step asks for its epoch
-            self._last = epoch, self._order(epoch)
-        return self._last[1]
+        if self._last is not None and self._last[0] == epoch:  # every step asks for its epoch
+            return self._last[1]
+        taken = []
+        for source, share in enumerate(self.shares):
+            # The 1 keeps these seeds apart from those of the epochs, which numpy extends with zeros.
+            circle = np.random.Generator(np.random.PCG64([self.seed, source, 1])).permutation(len(share.groups))
+            taken.append(share.taken(epoch, circle))
+        indices = np.concatenate(taken) if taken else np.arange(self.size)
+        if self.shuffle:
+            indices = indices[np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(indices))]
+        self._last = epoch, indices
+        return indices
 
     def batch(self, step: int) -> IndexArray:
         """The indices of global step ``step``, counted from 0 over all epochs."""
         epoch, within = divmod(step, self.steps_per_epoch)
         return self.order(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
-
-    def _order(self, epoch: int) -> IndexArray:
-        taken = [share.taken(epoch, self._circle(s, len(share.groups))) for s, share in enumerate(self.shares)]
-        indices = np.concatenate(taken) if taken else np.arange(self.size)
-        if not self.shuffle:
-            return indices
-        return indices[np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(len(indices))]
-
-    def _circle(self, source: int, n: int) -> IndexArray:
-        # The 1 keeps these seeds apart from those of the epochs, which numpy extends with zeros.
-        return np.random.Generator(np.random.PCG64([self.seed, source, 1])).permutation(n)
 
 
 def split_by_prompt(keys: KeyArray, fraction: float, seed: int) -> tuple[Indices, Indices]:
@@ -104,7 +100,9 @@ def split_by_prompt(keys: KeyArray, fraction: float, seed: int) -> tuple[Indices
     prompts, prompt = np.unique(keys, return_inverse=True)
     data, width = prompts.tobytes(), prompts.itemsize  # with trailing zero bytes, which numpy drops from an item
     names = [data[start : start + width] for start in range(0, len(data), width)]
-    place = np.array([_place(name, seed) for name in names])
+    salt = seed.to_bytes(16, "little", signed=True)
+    digests = (hashlib.blake2b(name, digest_size=8, salt=salt).digest() for name in names)
+    place = np.array([int.from_bytes(digest, "little") / 2**64 for digest in digests])
     if len(place) < 2:
         raise DataError("all rows have the same prompt, so none can be held out; name a file with --eval-data")
     held = place < fraction
@@ -117,12 +115,4 @@ def split_by_prompt(keys: KeyArray, fraction: float, seed: int) -> tuple[Indices
 
 def indices(numbers: IndexArray) -> Indices:
     """The same numbers as a sequence of ints."""
-    found: Indices = array("q")
-    found.frombytes(np.ascontiguousarray(numbers, np.int64).tobytes())
-    return found
-
-
-def _place(key: bytes, seed: int) -> float:
-    """A number in [0, 1) that depends on seed and prompt alone."""
-    digest = hashlib.blake2b(key, digest_size=8, salt=seed.to_bytes(16, "little", signed=True)).digest()
-    return int.from_bytes(digest, "little") / 2**64
+    return array("q", np.ascontiguousarray(numbers, np.int64).tobytes())

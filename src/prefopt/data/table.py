@@ -7,16 +7,18 @@
 >>> len(table), table.tokens_G.tolist(), table.longest_G.tolist(), table[0].continuations[1].ids.tolist()
 (1, [5], [4], [9])
 
-A table has parts, one per tokenised file: arrays in memory, or mapped from the token cache. Lengths, keys and rows of
-all groups are arrays; a :class:`Group` is made when it is asked for, and its token ids are views into the part.
+A table has parts, one per tokenised file: arrays in memory, or mapped from the token cache. A :class:`Group` is made
+when it is asked for, and its token ids are views into the part.
 """
 
 from __future__ import annotations
 
 import operator
+from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any, overload
 
 import numpy as np
@@ -72,43 +74,41 @@ class Part:
 
     def group(self, g: int) -> Group:
         """Group g; its arrays are views."""
-        c = self.columns
-        prefix = int(c["prefix_G"][g])
-        start = int(self.token_starts[g])
+        c, start, prefix = self.columns, int(self.token_starts[g]), int(self.columns["prefix_G"][g])
         ids, trained = c["ids_T"], c["trained_T"]
-        responses = slice(int(self.response_starts[g]), int(self.response_starts[g + 1]))
-        pairs = slice(int(self.pair_starts[g]), int(self.pair_starts[g + 1]))
-        continuations = []
-        at = start + prefix
-        for length in c["length_N"][responses].tolist():
-            continuations.append(Continuation(ids[at : at + length], trained[at : at + length]))
-            at += length
+        responses, pairs = slice(*self.response_starts[g : g + 2]), slice(*self.pair_starts[g : g + 2])
+        cuts = accumulate(c["length_N"][responses].tolist(), initial=start + prefix)
         weights, scores = c["weight_P"][pairs].tolist(), c["score_N"][responses].tolist()
-        labels = c["label_N"][responses].tolist()
+        labels, tier = c["label_N"][responses].tolist(), c["tier_N"][responses].tolist()
         return Group(
             ids[start : start + prefix],
-            tuple(continuations),
+            tuple(Continuation(ids[a:b], trained[a:b]) for a, b in pairwise(cuts)),
             int(c["row_G"][g]),
             tuple(map(tuple, c["pair_P"][pairs].tolist())),
             weights=tuple(weights) if weights and weights[0] == weights[0] else None,
-            tiers=_tiers(c["tier_N"][responses].tolist()),
+            tiers=tuple(tuple(k for k, t in enumerate(tier) if t == best) for best in sorted({*tier} - {-1})),
             scores=tuple(scores) if scores and scores[0] == scores[0] else None,
             labels=tuple(map(bool, labels)) if labels and labels[0] >= 0 else None,
         )
 
 
-class _Column:
-    """One of ``COLUMNS`` over all parts of a table, concatenated at first use."""
+class _Groups(Sequence[Group]):
+    """Groups that are made by ``_at`` at each access, and not kept; a slice is a list."""
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
+    @overload
+    def __getitem__(self, index: int) -> Group: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Group]: ...
+    def __getitem__(self, index: int | slice) -> Group | list[Group]:
+        if isinstance(index, slice):
+            return [self._at(i) for i in range(*index.indices(len(self)))]
+        return self._at(index)
 
-    def __get__(self, table: GroupTable, owner: type) -> Array:
-        found = table.__dict__[self.name] = table.column(self.name)
-        return found
+    @abstractmethod
+    def _at(self, index: int) -> Group: ...
 
 
-class GroupTable(Sequence[Group]):
+class GroupTable(_Groups):
     """G groups with N responses in all, in ``parts``; columns are attributes, see ``COLUMNS``."""
 
     def __init__(self, parts: Sequence[Part] = ()) -> None:
@@ -131,13 +131,7 @@ class GroupTable(Sequence[Group]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    @overload
-    def __getitem__(self, index: int) -> Group: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Group]: ...
-    def __getitem__(self, index: int | slice) -> Group | list[Group]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def _at(self, index: int) -> Group:
         i = operator.index(index)
         i += len(self) if i < 0 else 0
         if not 0 <= i < len(self):
@@ -145,22 +139,14 @@ class GroupTable(Sequence[Group]):
         p = bisect_right(self._ends, i)
         return self.parts[p].group(i - (self._ends[p - 1] if p else 0))
 
-    def column(self, name: str) -> Array:
-        """One of ``COLUMNS`` over all parts; a single part's own array."""
+    def __getattr__(self, name: str) -> Array:
+        """One of ``COLUMNS`` over all parts, concatenated at first use; a single part's own array."""
+        if name not in COLUMNS:
+            raise AttributeError(name)
         found = [part.columns[name] for part in self.parts]
-        if len(found) == 1:
-            return found[0]
-        dtype, width = COLUMNS[name]
-        return np.concatenate(found) if found else np.empty((0, *width), dtype)
-
-    tokens_G = _Column()
-    prefix_G = _Column()
-    responses_G = _Column()
-    row_G = _Column()
-    prompt_key_G = _Column()
-    length_N = _Column()
-    trained_N = _Column()
-    key_N = _Column()
+        whole: Array = found[0] if len(found) == 1 else joined([part.columns for part in self.parts], [name])[name]
+        self.__dict__[name] = whole
+        return whole
 
     @cached_property
     def response_starts(self) -> IndexArray:
@@ -185,8 +171,8 @@ class GroupTable(Sequence[Group]):
     @cached_property
     def truncated_G(self) -> BoolArray:
         """[G] whether prompt or a response was truncated."""
-        found = self.column("prompt_cut_G") > 0
-        found[np.repeat(np.arange(len(found)), self.responses_G)[self.column("cut_N") > 0]] = True
+        found: BoolArray = self.prompt_cut_G > 0
+        found[_owners(self.responses_G)[self.cut_N > 0]] = True
         return found
 
     @property
@@ -202,8 +188,8 @@ class GroupTable(Sequence[Group]):
         return found
 
 
-class Selection(Sequence[Group]):
-    """The groups at ``indices``, made at each access and not kept."""
+class Selection(_Groups):
+    """The groups at ``indices``."""
 
     def __init__(self, groups: Sequence[Group], indices: Sequence[int]) -> None:
         self._groups, self._indices = groups, indices
@@ -211,13 +197,7 @@ class Selection(Sequence[Group]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    @overload
-    def __getitem__(self, index: int) -> Group: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Group]: ...
-    def __getitem__(self, index: int | slice) -> Group | list[Group]:
-        if isinstance(index, slice):
-            return [self._groups[i] for i in self._indices[index]]
+    def _at(self, index: int) -> Group:
         return self._groups[self._indices[index]]
 
 
@@ -225,56 +205,55 @@ class TableBuilder:
     """Builds columns in memory, group by group."""
 
     def __init__(self) -> None:
-        self._tokens: list[tuple[Array, Array]] = []
-        self._rows: dict[str, list[Any]] = {name: [] for name in COLUMNS if not name.endswith("_T")}
+        self._rows: dict[str, list[Any]] = {name: [] for name in COLUMNS}
 
     def add(
         self, group: Group, *, prompt_key: bytes = bytes(16), prompt_cut: int = 0, cuts: Sequence[int] | None = None
     ) -> None:
         """``prompt_cut``, ``cuts`` [K]: tokens that truncation removed from the prompt and from each response."""
-        many, rows = group.continuations, self._rows
-        self._tokens.append((group.prefix, np.zeros(len(group.prefix), np.bool_)))
-        self._tokens += [(c.ids, c.trained) for c in many]
-        values = {
-            "prefix_G": len(group.prefix),
-            "tokens_G": group.tokens,
-            "responses_G": len(many),
-            "pairs_G": len(group.pairs),
-            "row_G": group.row,
-            "prompt_cut_G": prompt_cut,
-            "prompt_key_G": prompt_key,
-        }
-        for name, value in values.items():
-            rows[name].append(value)
-        rows["length_N"] += [len(c.ids) for c in many]
-        rows["trained_N"] += [int(c.trained.sum()) for c in many]
-        rows["cut_N"] += [0] * len(many) if cuts is None else cuts
-        rows["key_N"] += [group.key(k) for k in range(len(many))]
+        many, count = group.continuations, len(group.continuations)
         tier = {k: t for t, members in enumerate(group.tiers) for k in members}
-        rows["tier_N"] += [tier.get(k, -1) for k in range(len(many))]
-        rows["score_N"] += [np.nan] * len(many) if group.scores is None else group.scores
-        rows["label_N"] += [-1] * len(many) if group.labels is None else group.labels
-        rows["pair_P"] += group.pairs
-        rows["weight_P"] += [np.nan] * len(group.pairs) if group.weights is None else group.weights
+        values: dict[str, Sequence[Any]] = {
+            "ids_T": [group.prefix, *(c.ids for c in many)],
+            "trained_T": [np.zeros(len(group.prefix), np.bool_), *(c.trained for c in many)],
+            "prefix_G": [len(group.prefix)],
+            "tokens_G": [group.tokens],
+            "responses_G": [count],
+            "pairs_G": [len(group.pairs)],
+            "row_G": [group.row],
+            "prompt_cut_G": [prompt_cut],
+            "prompt_key_G": [prompt_key],
+            "length_N": [len(c.ids) for c in many],
+            "trained_N": [int(c.trained.sum()) for c in many],
+            "cut_N": [0] * count if cuts is None else cuts,
+            "key_N": [group.key(k) for k in range(count)],
+            "tier_N": [tier.get(k, -1) for k in range(count)],
+            "score_N": [np.nan] * count if group.scores is None else group.scores,
+            "label_N": [-1] * count if group.labels is None else group.labels,
+            "pair_P": group.pairs,
+            "weight_P": [np.nan] * len(group.pairs) if group.weights is None else group.weights,
+        }
+        for name, new in values.items():
+            self._rows[name] += new
 
     def columns(self) -> dict[str, Array]:
         """All added groups, by the names in ``COLUMNS``."""
         found: dict[str, Array] = {}
-        for place, name in enumerate(("ids_T", "trained_T")):
-            found[name] = np.concatenate([np.empty(0, COLUMNS[name][0]), *(pair[place] for pair in self._tokens)])
         for name, values in self._rows.items():
             dtype, width = COLUMNS[name]
-            if dtype == KEY:
+            if name.endswith("_T"):
+                found[name] = np.concatenate([np.empty(0, dtype), *values])
+            elif dtype == KEY:
                 found[name] = np.frombuffer(b"".join(values), KEY)
             else:
                 found[name] = np.array(values, dtype).reshape(-1, *width)
         return found
 
 
-def joined(chunks: Sequence[Columns]) -> dict[str, Array]:
+def joined(chunks: Sequence[Columns], names: Iterable[str] = COLUMNS) -> dict[str, Array]:
     """Columns of consecutive chunks, concatenated."""
-    empty = {name: np.empty((0, *width), dtype) for name, (dtype, width) in COLUMNS.items()}
-    return {name: np.concatenate([empty[name], *(chunk[name] for chunk in chunks)]) for name in COLUMNS}
+    empty = {name: np.empty((0, *COLUMNS[name][1]), COLUMNS[name][0]) for name in names}
+    return {name: np.concatenate([none, *(chunk[name] for chunk in chunks)]) for name, none in empty.items()}
 
 
 def ranges(first: IndexArray, many: IndexArray, some: IndexArray) -> IndexArray:
@@ -285,13 +264,8 @@ def ranges(first: IndexArray, many: IndexArray, some: IndexArray) -> IndexArray:
 
 
 def _starts(counts: Array) -> IndexArray:
-    starts = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=starts[1:])
+    starts: IndexArray = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
     return starts
-
-
-def _tiers(tier: list[int]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(k for k, t in enumerate(tier) if t == best) for best in sorted({t for t in tier if t >= 0}))
 
 
 def keep_responses(groups: GroupTable, keep_N: BoolArray) -> GroupTable:
@@ -299,9 +273,8 @@ def keep_responses(groups: GroupTable, keep_N: BoolArray) -> GroupTable:
 
     The result is in memory, even where the parts are mapped from disk.
     """
-    ends = np.cumsum([0, *(len(part.columns["length_N"]) for part in groups.parts)]).tolist()
-    parts = zip(groups.parts, ends[:-1], ends[1:], strict=True)
-    return GroupTable([_fewer(part, keep_N[start:end]) for part, start, end in parts])
+    ends = np.cumsum([len(part.columns["length_N"]) for part in groups.parts], dtype=np.int64)
+    return GroupTable(list(map(_fewer, groups.parts, np.split(keep_N, ends[:-1]))))
 
 
 def _fewer(part: Part, keep_N: BoolArray) -> Part:

@@ -1,9 +1,9 @@
 """Cache of tokenised data: each source is tokenised once and mapped from disk afterwards.
 
-An entry is one source (a file, say) tokenised in one way. Its key holds the contents of the source and everything else
-that the tokens depend on, never the path or the time of writing. The report on rows that became no group is stored with
-it. An entry is one raw file per column of :data:`prefopt.data.table.COLUMNS`, written chunk by chunk and mapped, and a
-manifest with sizes and checksums. It is written aside and renamed when complete; its writer holds a lock.
+An entry is one source tokenised in one way. Its key holds the contents of the source and everything else that the
+tokens depend on, never the path or the time of writing. It consists of one raw file per column of
+:data:`prefopt.data.table.COLUMNS`, written chunk by chunk and mapped, and a manifest with checksums and the report on
+rows that became no group. It is written aside and renamed when complete; its writer holds a lock.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -39,6 +38,7 @@ from prefopt.core.cache_folder import (
     space_lock,
     token_entries,
     tokens_folder,
+    used,
 )
 from prefopt.core.files import sync_folder, write_flushed
 from prefopt.data.table import COLUMNS, Array, Columns, Part
@@ -52,8 +52,7 @@ LIBRARIES = ("transformers", "tokenizers", "jinja2")
 # The code that makes groups of rows. Its digest is part of the key: a version number would be forgotten.
 CODE = (Path(__file__).parent, Path(records.__file__))
 MANIFEST, BUILDING = "manifest.json", ".building"
-# Smaller entries are not flushed to disk, and their checksums are verified at every opening: a flush takes longer than
-# reading so few bytes. What a power cut damages is made again.
+# Smaller entries are not flushed to disk, which takes longer than verifying their checksums at every opening.
 SMALL = 64 << 20
 
 Append = Callable[[Columns], None]
@@ -61,11 +60,8 @@ Append = Callable[[Columns], None]
 
 @dataclass(frozen=True, slots=True)
 class TokenKey:
-    """Everything that the tokens of a source depend on.
-
-    ``source`` is the digest of its contents, ``reading`` how its rows are parsed, ``kind`` what they are converted to,
-    ``rendering`` the digest of tokenizer, template and options (``Renderer.digest``).
-    """
+    """All that tokens depend on: digest of the ``source``, how its rows are parsed (``reading``) and converted
+    (``kind``), and the digest of tokenizer, template and options (``Renderer.digest``)."""
 
     source: str
     reading: tuple[str, ...]
@@ -82,7 +78,7 @@ class TokenKey:
 
 @lru_cache
 def code_digest(places: tuple[Path, ...]) -> str:
-    """SHA-256 of the Python sources among files and below folders, and of their names."""
+    """SHA-256 of the names and contents of Python sources, among files and below folders."""
     digest = hashlib.sha256()
     for place in places:
         for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
@@ -92,7 +88,7 @@ def code_digest(places: tuple[Path, ...]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What became of the ``read`` rows of ``file``: problems, notes and warnings, and ``Renderer.template``."""
+    """The ``read`` rows of ``file``: problems, notes and warnings, and ``Renderer.template``."""
 
     file: str
     read: int
@@ -164,12 +160,13 @@ class TableWriter:
         manifest = {"files": files, "max_id": self._max_id, "groups": self.groups, "about": about, "report": report}
         text = json.dumps(manifest)  # unsorted, since the order of warnings is that of the notes
         sealed = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "manifest": manifest}
+        small = _small(files)
         with cache_errors(self.folder):
             for file in self._files.values():
                 file.flush()
-                if not _small(files):
+                if not small:
                     os.fsync(file.fileno())
-            write = Path.write_bytes if _small(files) else write_flushed
+            write = Path.write_bytes if small else write_flushed
             write(self.folder / MANIFEST, json.dumps(sealed, indent=1).encode())
 
 
@@ -189,39 +186,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, manifest: Mapping[str, Any], *, root: Path | None = None, anew: bool = False) -> None:
-    """Raise ``Damaged`` where size or checksum of a file differ from the manifest.
+    """Raise ``Damaged`` where the checksum of a file differs from the manifest.
 
     Checksums of large, unchanged files are remembered (see :func:`file_hashes`); ``anew`` computes them all.
     """
-    files = {folder / name: entry for name, entry in manifest["files"].items()}
-    for path, entry in files.items():
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise Damaged(f"{path.name} cannot be read ({error.strerror})") from error
-        if size != entry["bytes"]:
-            raise Damaged(f"{path.name} has {size} bytes instead of {entry['bytes']}")
+    files = manifest["files"]
+    paths = [folder / name for name in files]
     try:
-        anew = anew or _small(manifest["files"])
-        found = [_sha256(path) for path in files] if anew else file_hashes(list(files), root, error=CacheError)
+        anew = anew or _small(files)
+        found = list(map(_sha256, paths)) if anew else file_hashes(paths, root, error=CacheError)
     except (OSError, CacheError) as error:
         raise Damaged(str(error)) from error
-    for (path, entry), digest in zip(files.items(), found, strict=True):
-        if digest != entry["sha256"]:
-            raise Damaged(f"the bytes of {path.name} do not give the checksum written with them")
+    for name, digest in zip(files, found, strict=True):
+        if digest != files[name]["sha256"]:
+            raise Damaged(f"the bytes of {name} do not give the checksum written with them")
 
 
 def open_part(folder: Path, manifest: Mapping[str, Any], *, source: int = 0) -> Part:
     """The columns of a folder, mapped."""
-    columns = {name: _mapped(_file(folder, name), dtype).reshape(-1, *w) for name, (dtype, w) in COLUMNS.items()}
+    columns: dict[str, Array] = {}
+    for name, (dtype, width) in COLUMNS.items():
+        path = _file(folder, name)
+        # An empty file cannot be mapped.
+        column = np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
+        columns[name] = column.reshape(-1, *width)
     return Part(columns, max_id=int(manifest["max_id"]), source=source)
-
-
-def _mapped(path: Path, dtype: np.dtype[Any]) -> Array:
-    with path.open("rb") as file:
-        if not os.fstat(file.fileno()).st_size:  # an empty file cannot be mapped
-            return np.empty(0, dtype)
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)
 
 
 def _small(files: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -251,7 +240,7 @@ class TokenCache:
         *,
         file: str,
         source: int = 0,
-        stop: Callable[[], None] | None = None,
+        stop: Callable[[], None] = lambda: None,
     ) -> Tokenised:
         """The entry of ``key``; where it is missing or damaged, ``make`` appends its columns chunk by chunk.
 
@@ -259,10 +248,9 @@ class TokenCache:
         ``CacheError`` where the disk refuses.
         """
         folder = self.folder / key.id
-        try:
+        found = None
+        with suppress(Damaged):  # checked again, with a warning, under the lock
             found = self._open(folder, file, source)
-        except Damaged:
-            found = None  # checked again, with a warning, under the lock
         if found is None:
             with self._locked(folder, stop):
                 try:
@@ -274,8 +262,8 @@ class TokenCache:
                     self._make(folder, key, make)
                     found = self._open(folder, file, source, fresh=True)
         assert found is not None
-        with suppress(OSError):  # the time of last use, unless the cache is read-only
-            os.utime(folder / MANIFEST)
+        with suppress(OSError):  # a read-only cache
+            used(folder)
         return found
 
     def _open(self, folder: Path, file: str, source: int, *, fresh: bool = False) -> Tokenised | None:
@@ -293,19 +281,17 @@ class TokenCache:
 
     def _make(self, folder: Path, key: TokenKey, make: Callable[[Append], Report]) -> None:
         aside = folder.with_name(folder.name + BUILDING)
-        self._sweep(folder)
-        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+        for left in self.folder.glob(f"*{BUILDING}"):  # by processes that were killed
+            lock = space_lock(left.with_name(left.name.removesuffix(BUILDING)))
+            if left == aside or acquired(lock):
+                shutil.rmtree(left, ignore_errors=True)
+                lock.release()
         try:
             with TableWriter(aside) as writer:
                 report = make(writer.append)
-                about = {
-                    "file": report.file,
-                    "read": report.read,
-                    "tokens": writer.tokens,
-                    "key": asdict(key),
-                    "created": datetime.now(UTC).isoformat("T", "seconds"),
-                }
-                writer.finish(about, report.to_dict())
+                created = datetime.now(UTC).isoformat("T", "seconds")
+                about = {"file": report.file, "read": report.read, "tokens": writer.tokens, "created": created}
+                writer.finish(about | {"key": asdict(key)}, report.to_dict())
             with cache_errors(folder):
                 aside.rename(folder)
                 sync_folder(folder.parent)
@@ -313,23 +299,13 @@ class TokenCache:
             shutil.rmtree(aside, ignore_errors=True)
             raise
 
-    def _sweep(self, mine: Path) -> None:
-        """Remove unfinished entries of killed processes."""
-        for aside in self.folder.glob(f"*{BUILDING}"):
-            folder = aside.with_name(aside.name.removesuffix(BUILDING))
-            lock = space_lock(folder)
-            if folder != mine and acquired(lock):
-                shutil.rmtree(aside, ignore_errors=True)
-                lock.release()
-
     @contextmanager
-    def _locked(self, folder: Path, stop: Callable[[], None] | None) -> Iterator[None]:
+    def _locked(self, folder: Path, stop: Callable[[], None]) -> Iterator[None]:
         lock = space_lock(folder)
         if not acquired(lock):
             log.warning("another process is tokenising the same data (%s): waiting for it", folder.name)
             while not acquired(lock, seconds=0.2):
-                if stop is not None:
-                    stop()
+                stop()
         try:
             yield
         finally:
@@ -338,7 +314,7 @@ class TokenCache:
 
 @dataclass(frozen=True, slots=True)
 class TokenInfo:
-    """One entry: ``about`` from its manifest (empty if unreadable), number of groups, size on disk."""
+    """One entry; ``about`` is from its manifest, empty if unreadable."""
 
     id: str
     about: dict[str, Any]
@@ -355,16 +331,13 @@ def list_tokens(root: Path | None = None) -> list[TokenInfo]:
             manifest = read_manifest(folder)
         except (Damaged, OSError):
             manifest = {"about": {}, "groups": 0}
-        used = datetime.fromtimestamp(last_used(folder), UTC)
-        found.append(TokenInfo(folder.name, manifest["about"], manifest["groups"], size_of(folder), used))
+        last = datetime.fromtimestamp(last_used(folder), UTC)
+        found.append(TokenInfo(folder.name, manifest["about"], manifest["groups"], size_of(folder), last))
     return sorted(found, key=lambda entry: entry.last_used, reverse=True)
 
 
 def verify_tokens(root: Path | None = None, *, repair: bool = False) -> list[tuple[Path, str]]:
-    """Verify the checksum of every file. Returns damaged folders with the reason; ``repair`` removes them.
-
-    Raises ``CacheError``.
-    """
+    """Damaged folders with the reason; every file is hashed. ``repair`` removes them. Raises ``CacheError``."""
     problems = []
     for folder in token_entries(root):
         try:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import importlib.util
 import json
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -29,6 +29,13 @@ UNICODE_EXPANSION = 18
 TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # a token in base64 and its rank; SentencePiece's are binary
 PROBE = "Once upon a time, there was a little girl"
 VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "tekken.json"}
+# With one of these, transformers converts no *.model.
+CONVERTED = VOCABULARIES - {"tekken.json"}
+# Packages that read a *.model, and their modules.
+READERS = {
+    "SentencePiece": ("sentencepiece protobuf", ("sentencepiece", "google", "google.protobuf")),
+    "tiktoken": ("tiktoken", ("tiktoken",)),
+}
 
 # The prompt ends in "Assistant:" without a space: byte-level tokenizers join the space to the first word of the answer.
 PLAIN_TURNS = (
@@ -61,69 +68,42 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
             raise ModelError(f"{source} holds no model of its own{below}")
         raise ModelError(f"{source}: the folder has no tokenizer (tokenizer.json); copy it there, or name one that has")
     vet_folder(path)
-    if lacking := _lacking(path, here):
-        raise ModelError(f"{source}: {lacking}, or convert it to tokenizer.json")
+    models = [] if here & CONVERTED else _sentencepiece_models(path)
     file = path / "tokenizer.json" if path.exists() else fetched(str(source), "tokenizer.json")
     if file is not None:
         check_expansion(file)
     described = here & {"tokenizer.json", "tokenizer_config.json", "config.json"}
     bare = {"vocab.json", "merges.txt"} <= here and not described
     try:
-        if bare:
-            tokenizer: Tokenizer = GPT2Tokenizer.from_pretrained(str(source))
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+        kind = GPT2Tokenizer if bare else AutoTokenizer
+        tokenizer: Tokenizer = kind.from_pretrained(str(source), trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain Exception for a damaged file
         raise ModelError(f"{source}: the tokenizer cannot be loaded: {first_line(error)}") from None
     if not tokenizer.is_fast:
         what = "the tokenizer gives no character offsets, so trained tokens cannot be told from the prompt"
         raise ModelError(f"{source}: {what}; convert it to tokenizer.json")
-    if name := _read_otherwise(tokenizer, path, here):
-        what = "transformers reads it otherwise than SentencePiece does, for no tokenizer_config.json names its class"
-        raise ModelError(f"{source}: {name}: {what}; add one (tokenizer_class: LlamaTokenizer, say), or tokenizer.json")
+    for model in models:
+        processor: Any = importlib.import_module("sentencepiece").SentencePieceProcessor
+        pieces = processor(model_file=str(model)).encode(PROBE, out_type=str)
+        if tokenizer.convert_ids_to_tokens(tokenizer(PROBE, add_special_tokens=False)["input_ids"]) != pieces:
+            what = "transformers and SentencePiece read it differently, for no tokenizer_config.json names its class"
+            remedy = "add one (tokenizer_class: LlamaTokenizer, say), or tokenizer.json"
+            raise ModelError(f"{source}: {model.name}: {what}; {remedy}")
     return tokenizer
 
 
-def _lacking(folder: Path, here: set[str]) -> str | None:
-    """What must be installed to read the vocabulary of a folder."""
-    for name in _models(here):
-        kind, packages = "SentencePiece's", "sentencepiece protobuf"
-        modules: tuple[str, ...] = ("sentencepiece", "google.protobuf")
-        if _is_tiktoken(folder / name):
-            kind, modules, packages = "tiktoken's", ("tiktoken",), "tiktoken"
-        if not all(map(_installed, modules)):
-            return f"{name} is {kind}, which is read with a package that is not here: pip install {packages}"
-    return None
-
-
-def _read_otherwise(tokenizer: Tokenizer, folder: Path, here: set[str]) -> str | None:
-    """The SentencePiece file whose pieces the tokenizer does not reproduce."""
-    for name in _models(here):
-        if _is_tiktoken(folder / name):
-            continue
-        processor: Any = importlib.import_module("sentencepiece").SentencePieceProcessor
-        pieces = processor(model_file=str(folder / name)).encode(PROBE, out_type=str)
-        if tokenizer.convert_ids_to_tokens(tokenizer(PROBE, add_special_tokens=False)["input_ids"]) != pieces:
-            return name
-    return None
-
-
-def _models(here: set[str]) -> list[str]:
-    """Vocabulary files that transformers converts, where a folder has no other."""
-    converted = {"tokenizer.json", "vocab.json", "vocab.txt"}
-    return [] if here & converted else sorted(name for name in here if name.endswith(".model"))
-
-
-def _is_tiktoken(path: Path) -> bool:
-    with path.open("rb") as file:
-        return TIKTOKEN.match(file.read(200)) is not None
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package that it would be in
-        return False
+def _sentencepiece_models(folder: Path) -> list[Path]:
+    """SentencePiece vocabularies of a folder. Raises :class:`ModelError` where a package to read one is absent."""
+    found = []
+    for path in sorted(folder.glob("*.model")):
+        with path.open("rb") as file:
+            kind = "tiktoken" if TIKTOKEN.match(file.read(200)) else "SentencePiece"
+        packages, modules = READERS[kind]
+        if not all(map(importlib.util.find_spec, modules)):
+            what = f"{path.name} is {kind}'s, and a package to read it is not installed: pip install {packages}"
+            raise ModelError(f"{folder}: {what}, or convert it to tokenizer.json")
+        found += [path] if kind == "SentencePiece" else []
+    return found
 
 
 def has_tokenizer(folder: str | Path) -> bool:
@@ -185,10 +165,7 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
 
 
 def check_expansion(path: Path) -> None:
-    """Raise :class:`ModelError` for a tokenizer that could expand a text without bound.
-
-    A normaliser replaces what another one has replaced: forty steps of a kilobyte make a terabyte of one letter.
-    """
+    """Raise :class:`ModelError` for a tokenizer whose steps, one after another, could expand a text without bound."""
     try:
         described = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -196,8 +173,8 @@ def check_expansion(path: Path) -> None:
     if not isinstance(described, dict):
         return
     for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
-        if (grows := expansion(described.get(part))) > MAX_EXPANSION:
-            what = f"its {part} can make {'over a billion' if grows > 1e9 else f'{grows:,.0f}'} characters of one"
+        if expansion(described.get(part)) > MAX_EXPANSION:
+            what = f"its {part} can make over {MAX_EXPANSION:,} characters of one"
             raise ModelError(f"{path}: {what}, which no real tokenizer does; it is not loaded")
 
 
@@ -205,10 +182,8 @@ def expansion(step: Any) -> float:
     """Characters that a step, with the steps inside it, can make of one."""
     if not isinstance(step, dict):
         return 1.0
-    inner = [step[name] for name in ("normalizers", "pretokenizers", "decoders", "processors") if name in step]
-    most = 1.0
-    for one in inner[0] if inner and isinstance(inner[0], list) else []:
-        most *= expansion(one)
+    inner = (step.get(name) for name in ("normalizers", "pretokenizers", "decoders", "processors"))
+    most: float = math.prod(expansion(one) for steps in inner if isinstance(steps, list) for one in steps)
     match step.get("type"):
         case "Replace":
             most *= _replaced(step.get("pattern"), step.get("content"))
@@ -221,7 +196,7 @@ def expansion(step: Any) -> float:
             most *= _mapped(step.get("precompiled_charsmap"))
         case "TemplateProcessing":
             shapes = [step.get(name) for name in ("single", "pair")]
-            most *= max((len(shape) for shape in shapes if isinstance(shape, list)), default=1)
+            most *= max(1, *(len(shape) if isinstance(shape, list) else 1 for shape in shapes))
     return min(most, 1e300)
 
 
@@ -237,11 +212,9 @@ def _replaced(pattern: Any, content: Any) -> float:
 
 def _mapped(encoded: Any) -> float:
     """The longest text in a SentencePiece map: the size of a trie, the trie, then texts that end in a zero byte."""
-    if not isinstance(encoded, str):
-        return 1.0
     try:
         raw = base64.b64decode(encoded)
-    except (ValueError, binascii.Error):
+    except (TypeError, ValueError):
         return 1.0
     texts = raw[4 + int.from_bytes(raw[:4], "little") :].split(b"\0")
     return max(1.0, max((len(text.decode("utf-8", "replace")) for text in texts), default=1))

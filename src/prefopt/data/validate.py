@@ -16,12 +16,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from prefopt.errors import DataError
-from prefopt.records import Comparison, Message, tiers_of
+from prefopt.records import Comparison, Message, Tiers, tiers_of, tiers_of_signs
 
 DataKind = Literal["pairs", "scored", "ranking", "labels", "demonstrations", "prompts"]
-Tiers = tuple[tuple[int, ...], ...]
-# Rows with several problems of one kind by number, at most so many of them in a message.
-NAMED_ROWS = 10
+NAMED_ROWS = 10  # rows with one problem that a message names
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +56,14 @@ def convert(c: Comparison, kind: DataKind) -> Comparison | Problem:
 
 
 def tiers_from_votes(c: Comparison) -> Tiers:
-    """The order that votes agree with; empty where there is none: cycles, missing pairs, ties that are not transitive.
-
-    One response wins against another if the weights of the votes for it exceed those against it. In an order with ties,
-    responses are tied exactly if their wins minus losses are equal, so sorting by that finds the only candidate.
-    """
-    count, margin = len(c.responses), _margins(c)
-    if len({frozenset(vote[:2]) for vote in c.votes or ()}) < count * (count - 1) // 2:
-        return ()
-    sign = [[(m > 0) - (m < 0) for m in row] for row in margin]
-    net = [sum(row) for row in sign]
-    fits = all(sign[i][j] == (net[i] > net[j]) - (net[i] < net[j]) for i in range(count) for j in range(count))
-    return tiers_of(net) if fits else ()
+    """The order that the weights of the votes agree with; empty where there is none, as in :func:`tiers_of_signs`."""
+    margin = _margins(c)
+    pairs = ((min(vote[:2]), max(vote[:2])) for vote in c.votes or ())
+    return tiers_of_signs({(i, j): (margin[i][j] > 0) - (margin[i][j] < 0) for i, j in pairs}, len(c.responses))
 
 
 def _margins(c: Comparison) -> list[list[float]]:
-    """[K][K] weights of the votes for the first response over the second, minus those for the second."""
+    """[K][K] weight of the votes for the first response over the second, minus that of the opposite votes."""
     margin = [[0.0] * len(c.responses) for _ in c.responses]
     for best, worse, weight in c.votes or ():
         margin[best][worse] += weight
@@ -89,18 +79,16 @@ def _by_label(labels: Sequence[bool]) -> Tiers:
 def _tiers(c: Comparison) -> Tiers:
     """At least two tiers, from an order, scores or labels."""
     if not c.responses:
-        raise _Impossible(
-            "no response", "holds a prompt alone, without responses to compare; prefopt sample draws some"
-        )
+        what = "holds a prompt alone, without responses to compare; prefopt sample draws some"
+        raise _Impossible("no response", what)
     if len(c.responses) < 2:
+        what = "has one response; a preference needs two; demonstrations are for prefopt sft"
         if c.labels is not None:
             what = "has one response and a label; unpaired labels are for prefopt dpo --loss kto"
-        else:
-            what = "has one response; a preference needs two; demonstrations are for prefopt sft"
         raise _Impossible("too few responses", what)
-    tiers = c.tiers or (tiers_of(c.scores) if c.scores is not None else ())
+    tiers = c.tiers or tiers_of(c.scores or ())
     if not tiers and c.labels is not None:
-        tiers = tuple(tier for tier in _by_label(c.labels) if tier)
+        tiers = tuple(filter(None, _by_label(c.labels)))
     if not tiers:
         raise _Impossible("no preference", "no response is preferred to another")
     if len(tiers) < 2:
@@ -131,7 +119,7 @@ def _to_labels(c: Comparison) -> Comparison:
         return c
     tiers = _to_ranking(c).tiers
     if len(tiers) > 2:
-        raise _Impossible("no label", f"ranks its responses in {len(tiers)} steps; which are desirable is not said")
+        raise _Impossible("no label", f"has {len(tiers)} ranks; which of them are desirable is unknown")
     return replace(c, labels=tuple(k in tiers[0] for k in range(len(c.responses))))
 
 
@@ -167,9 +155,8 @@ _CONVERTERS = {
 
 
 def check(c: Comparison, kind: DataKind) -> list[Problem]:
-    """All problems that keep a row from being used as ``kind``; none where :func:`convert` gives a usable row."""
-    found = validate(c, kind)
-    return found if isinstance(found, list) else []
+    """All problems that keep a row from being used as ``kind``."""
+    return found if isinstance(found := validate(c, kind), list) else []
 
 
 def validate(c: Comparison, kind: DataKind) -> Comparison | list[Problem]:
@@ -190,7 +177,9 @@ def validate(c: Comparison, kind: DataKind) -> Comparison | list[Problem]:
 def _content_problems(c: Comparison, kind: DataKind) -> Iterator[tuple[str, str]]:
     responses = () if kind == "prompts" else c.responses
     messages = [*c.prompt, *(m for r in responses for m in r.messages)]
-    if any(_broken(text) for m in messages for text in _texts(m)) or any(_broken(tool) for tool in c.tools):
+    try:
+        "".join([*(text for m in messages for text in texts_of(m)), *c.tools]).encode()
+    except UnicodeEncodeError:
         yield "broken text", "holds half of a surrogate pair, which is no character"
     if not c.text and not any(m.content.strip() for m in c.prompt if m.role != "system"):
         yield "empty prompt", "the prompt is empty"
@@ -205,15 +194,16 @@ def _content_problems(c: Comparison, kind: DataKind) -> Iterator[tuple[str, str]
             yield "response without an answer", f"the {name} response does not end with the assistant's turn"
         elif not c.text and response.messages[0].role != "assistant":
             role = response.messages[0].role
-            what = f"the {name} response begins with a turn of the {role}; a repeated prompt is to be left out"
+            what = f"the {name} response begins with a turn of the {role}; leave out a repeated prompt"
             yield "response begins with no answer", what
         elif any(not m.content.strip() and not m.tool_calls for m in answers):
             yield "empty response", f"the {name} response is empty"
         elif not any(m.trained for m in answers):
-            yield "nothing to train", f"no turn of the {name} response is to be trained"
+            yield "nothing to train", f"no turn of the {name} response is trained"
 
 
-def _texts(m: Message) -> Iterator[str]:
+def texts_of(m: Message) -> Iterator[str]:
+    """All texts of a turn: words, reasoning, and the names and arguments of calls."""
     yield m.content
     yield m.reasoning or ""
     for call in m.tool_calls:
@@ -221,41 +211,28 @@ def _texts(m: Message) -> Iterator[str]:
         yield call.arguments
 
 
-def _broken(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
 def refused_rows(problems: Sequence[Problem]) -> int:
-    """Number of rows with a problem; a row with two problems counts once."""
+    """Number of rows with a problem."""
     return len({(p.file, p.row) for p in problems})
 
 
 def describe(problems: Sequence[Problem]) -> str:
     """One line: for each kind its count, its first rows and what is wrong (with the first row, where rows differ).
 
-    >>> describe([Problem("empty response", 3, "it is empty"), Problem("empty response", 9, "it is empty")])
-    'empty response: 2 (rows 3, 9; it is empty)'
     >>> describe([Problem("missing field", 3, "lacks chosen"), Problem("missing field", 9, "lacks prompt")])
     'missing field: 2 (rows 3, 9; row 3: lacks chosen)'
     """
-    kinds: dict[str, list[Problem]] = {}
-    for problem in problems:
-        kinds.setdefault(problem.kind, []).append(problem)
     several = len({p.file for p in problems}) > 1
-    return "; ".join(f"{kind}: {len(found)} ({_rows_and_reason(found, several)})" for kind, found in kinds.items())
-
-
-def _rows_and_reason(found: Sequence[Problem], several_files: bool) -> str:
-    rows = [f"{p.file}:{p.row}" if several_files else str(p.row) for p in found]
-    named = f"row{'s' * (len(rows) > 1)} {_first_rows(rows)}"
-    what = found[0].what
-    if any(p.what != what for p in found):
-        what = f"{'' if several_files else 'row '}{rows[0]}: {what}"
-    return f"{named}; {what}" if what else named
+    lines = []
+    for kind in dict.fromkeys(p.kind for p in problems):
+        found = [p for p in problems if p.kind == kind]
+        rows = [f"{p.file}:{p.row}" if several else str(p.row) for p in found]
+        what = found[0].what
+        if any(p.what != what for p in found):
+            what = f"{'' if several else 'row '}{rows[0]}: {what}"
+        reason = f"; {what}" if what else ""
+        lines.append(f"{kind}: {len(found)} (row{'s' * (len(rows) > 1)} {_first_rows(rows)}{reason})")
+    return "; ".join(lines)
 
 
 def _first_rows(rows: Sequence[object]) -> str:
@@ -266,7 +243,7 @@ def refuse(problems: Sequence[Problem], read: int) -> DataError:
     """The error for ``problems`` among ``read`` rows: file, rows, reasons and count."""
     files = {p.file for p in problems}
     count = refused_rows(problems)
-    remedy = "; put them right, or leave them out with --on-bad-row skip" if count < read else ""
+    remedy = "; correct them, or leave them out with --on-bad-row skip" if count < read else ""
     what = f"{count} of {read} rows cannot be used: {describe(problems)}{remedy}"
     row = problems[0].row if count == 1 else None
     return DataError(what, file=files.pop() if len(files) == 1 else None, row=row)
@@ -277,12 +254,6 @@ Warnings = dict[str, list[int]]
 
 
 def warning_lines(warnings: Mapping[str, Sequence[int]]) -> list[str]:
-    """One line for each warning, with its number of rows and the first of them.
-
-    >>> warning_lines({"no BOS": [], "cut": [3, 9]})
-    ['no BOS', 'cut: 2 rows (3, 9)']
-    """
-    return [
-        f"{what}: {len(rows)} row{'s' * (len(rows) > 1)} ({_first_rows(rows)})" if rows else what
-        for what, rows in warnings.items()
-    ]
+    """One line for each warning, with its number of rows and the first of them: ``cut: 2 rows (3, 9)``."""
+    counts = {what: f"{len(rows)} row{'s' * (len(rows) > 1)} ({_first_rows(rows)})" for what, rows in warnings.items()}
+    return [f"{what}: {counts[what]}" if rows else what for what, rows in warnings.items()]

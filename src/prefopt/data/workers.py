@@ -2,7 +2,7 @@
 
 Worker processes are started afresh, because the threads of torch and tokenizers do not survive a fork, and without the
 caller's main module, which may not be guarded against a second import. Messages are pickled and travel over a socket
-that no other process can open. A worker whose parent is gone reads the end of the stream and leaves.
+pair. A worker whose parent is gone reads the end of the stream and leaves.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from prefopt.data.chat.render import Rendered, Renderer
-from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.template import Rendering
 from prefopt.data.group import Group
 from prefopt.data.table import Array, TableBuilder
 from prefopt.data.tokenizer import Tokenizer
@@ -48,10 +48,7 @@ SERVE = "import sys; from prefopt.data.workers import serve; serve(int(sys.argv[
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """``rows`` consecutive rows: the columns of their groups, and problems in the order of the rows.
-
-    ``conversations``: some of the groups went through a chat template.
-    """
+    """The groups and problems of ``rows`` rows, in order; ``conversations``: some went through a chat template."""
 
     rows: int
     columns: dict[str, Array]
@@ -61,10 +58,9 @@ class Chunk:
 
 
 class Preparer:
-    """Makes chunks with one tokenizer."""
+    """Makes chunks with one tokenizer. Raises :class:`ConfigError` and :class:`ModelError` as :class:`Renderer`."""
 
     def __init__(self, tokenizer: Tokenizer, rendering: Rendering, kind: DataKind) -> None:
-        """Raises :class:`ConfigError` and :class:`ModelError` as :class:`Renderer`."""
         self.renderer, self.kind = Renderer(tokenizer, rendering), kind
 
     def __call__(self, rows: Sequence[ParsedRow]) -> Chunk:
@@ -82,14 +78,10 @@ class Preparer:
             if isinstance(rendered, Problem):
                 problems.append(rendered)
                 continue
-            builder.add(
-                rendered.group,
-                prompt_key=comparison.prompt_key,
-                prompt_cut=rendered.prompt_cut,
-                cuts=rendered.responses_cut or None,
-            )
+            key, cuts = comparison.prompt_key, rendered.responses_cut or None
+            builder.add(rendered.group, prompt_key=key, prompt_cut=rendered.prompt_cut, cuts=cuts)
             for group in rendered.more:
-                builder.add(group, prompt_key=comparison.prompt_key)
+                builder.add(group, prompt_key=key)
         warnings = {what: list(numbers) for what, numbers in self.renderer.warnings.items()}
         self.renderer.warnings.clear()
         problems.sort(key=lambda p: p.row)
@@ -128,7 +120,7 @@ class Workers:
     def __init__(
         self, tokenizer: Tokenizer, rendering: Rendering, kind: DataKind, count: int, *, file: str = ""
     ) -> None:
-        """Start them. Raises :class:`CannotStart`, and :class:`UserError` as :class:`Preparer`."""
+        """Raises :class:`CannotStart`, and :class:`UserError` as :class:`Preparer`."""
         if os.name != "posix":
             raise CannotStart("it needs sockets that a process inherits")
         try:
@@ -141,8 +133,7 @@ class Workers:
         try:
             for _ in range(count):
                 self._workers.append(_Worker(file))
-            for _ in self._threads.map(lambda worker: worker.ask(task), self._workers):
-                pass  # raises what a worker raised
+            list(self._threads.map(lambda worker: worker.ask(task), self._workers))  # raises what a worker raised
         except BaseException as error:
             self.__exit__()
             if isinstance(error, OSError):
@@ -163,7 +154,7 @@ class Workers:
         for worker in self._workers:
             worker.socket.close()
 
-    def map(self, chunks: Iterable[Sequence[ParsedRow]], stop: Callable[[], None] | None = None) -> Iterator[Chunk]:
+    def map(self, chunks: Iterable[Sequence[ParsedRow]], stop: Callable[[], None] = lambda: None) -> Iterator[Chunk]:
         """Prepare each chunk, in order. ``stop`` is called several times a second and may raise.
 
         Raises :class:`DataError` where a process ends by itself.
@@ -171,10 +162,9 @@ class Workers:
         waiting: deque[Future[Chunk]] = deque()
         for chunk in chunks:
             waiting.append(self._threads.submit(self._prepare, chunk))
+            stop()
             if len(waiting) >= READ_AHEAD * len(self._workers):
                 yield _result(waiting.popleft(), stop)
-            elif stop is not None:
-                stop()
         while waiting:
             yield _result(waiting.popleft(), stop)
 
@@ -187,15 +177,10 @@ class Workers:
             self._idle.put(worker)
 
 
-def _result(future: Future[Chunk], stop: Callable[[], None] | None) -> Chunk:
-    while True:
-        try:
-            return future.result(timeout=0.2)
-        except NotYet:
-            if future.done():  # the work itself raised it
-                raise
-            if stop is not None:
-                stop()
+def _result(future: Future[Chunk], stop: Callable[[], None]) -> Chunk:
+    while not wait([future], timeout=0.2).done:
+        stop()
+    return future.result()
 
 
 class _Worker:
@@ -240,30 +225,20 @@ def serve(handle: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection: Connection[bytes, bytes] = Connection(handle)
     prepare: Preparer | None = None
-    while True:
-        answer: object = None
-        error: Exception | None = None
-        try:
+    with suppress(EOFError, OSError):
+        while True:
             data = connection.recv_bytes()
-        except (EOFError, OSError):
-            return
-        try:
-            if prepare is None:
-                prepare = Preparer(*_task(data))
-            else:
-                answer = prepare(pickle.loads(data))
-        except (UserError, CannotStart) as known:
-            error = known
-        except BaseException:  # a bug: the parent shows its traceback
-            error = RuntimeError(f"in a process that tokenises:\n{traceback.format_exc()}")
-        try:
+            answer: object = None
+            error: Exception | None = None
+            try:
+                if prepare is None:
+                    prepare = Preparer(*pickle.loads(data))
+                else:
+                    answer = prepare(pickle.loads(data))
+            except UserError as known:
+                error = known
+            except BaseException as bug:  # the parent shows its traceback, or meets it too
+                error = RuntimeError(f"in a process that tokenises:\n{traceback.format_exc()}")
+                if prepare is None:
+                    error = CannotStart(f"the tokenizer cannot be used in another process: {bug}")
             connection.send_bytes(pickle.dumps((answer, error)))
-        except OSError:
-            return
-
-
-def _task(data: bytes) -> Any:
-    try:
-        return pickle.loads(data)
-    except Exception as error:  # its class cannot be imported here, say
-        raise CannotStart(f"the tokenizer cannot be unpickled: {error}") from error

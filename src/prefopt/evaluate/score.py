@@ -16,7 +16,7 @@ from prefopt.config.tools import IMPLICIT, ScoreConfig
 from prefopt.core.files import output_errors
 from prefopt.core.statistics import Interval, rate_interval
 from prefopt.data.chat.render import Renderer
-from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.template import Rendering
 from prefopt.data.chat.truncate import sequence_limit
 from prefopt.data.comparisons import open_comparisons
 from prefopt.data.files.sources import find_sources

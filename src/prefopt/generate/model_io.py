@@ -15,8 +15,8 @@ import torch
 from transformers import GenerationConfig
 
 from prefopt.data.chat.render import Renderer
-from prefopt.data.chat.render_options import Rendering
 from prefopt.data.chat.spans import end_of_turn
+from prefopt.data.chat.template import Rendering
 from prefopt.data.comparisons import open_comparisons
 from prefopt.data.files.content import DAMAGED, damaged, look
 from prefopt.data.files.sources import Source

@@ -8,7 +8,7 @@ from typing import Any
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.sample import SampleConfig
 from prefopt.core.terminal import Reporter
-from prefopt.data.chat.render_options import Rendering, parse_variables, read_template
+from prefopt.data.chat.template import Rendering, parse_variables, read_template
 from prefopt.data.chat.truncate import sequence_limit
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.files.sources import find_sources

@@ -12,7 +12,7 @@ import numpy as np
 from prefopt.config.data import DataOptions
 from prefopt.config.training import MethodOptions
 from prefopt.core.terminal import Reporter, StopRequest
-from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.template import Rendering
 from prefopt.data.chat.truncate import longer_limit
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.group import Group

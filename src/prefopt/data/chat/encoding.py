@@ -1,9 +1,9 @@
 """From rendered texts to token ids, with the characters that each token covers.
 
 The ids are those of the whole text, with one exception. At inference the prompt is tokenized by itself, and some
-tokenizers give its end other tokens when an answer follows: they join the last space to the first word, or split two
-line breaks. There prompt and answer are tokenized apart, so that training sees the prompt as sampling does and exactly
-the answer is trained.
+tokenizers give its end other tokens when an answer follows, such as the last space joined to the first word. There
+prompt and answer are tokenized apart, so that training sees the prompt as sampling does and exactly the answer is
+trained.
 """
 
 from __future__ import annotations
@@ -49,11 +49,10 @@ class RenderedText:
 class Encoded:
     """Token ids [L] of a text, and the characters [starts, ends) of all but the first ``skipped`` tokens.
 
-    Tokenizers may leave the space that belongs to a token out of its offsets: a token covers all characters since the
-    end of the one before it. Tokens that share the bytes of one character all cover it, and a token without characters
-    covers the one at its place. So ``ends`` never decrease. The skipped tokens encode the text before character
-    ``cut``. ``boundary``: prompt and answer had to be tokenized ``apart``, or are ``joined`` because this tokenizer
-    cannot do that.
+    A token covers all characters since the end of the one before it, also a space that its offsets leave out. Tokens
+    that share the bytes of one character all cover it, and a token without characters covers the one at its place. So
+    ``ends`` never decrease. The skipped tokens encode the text before character ``cut``. ``boundary``: prompt and
+    answer had to be tokenized ``apart``, or are ``joined`` because this tokenizer cannot do that.
     """
 
     ids: IntArray
@@ -76,21 +75,14 @@ class Encoded:
 
     def straddles(self, place: int) -> bool:
         """Whether one token covers characters on both sides of ``place``."""
-        next_one = self.until(place) - self.skipped
-        return next_one < len(self.starts) and bool(self.starts[next_one] < place)
-
-    def between(self, start: int, end: int) -> list[int]:
-        """The tokens that end in (start, end]; ``start`` is not before ``cut``."""
-        ids: list[int] = self.ids[self.until(start) : self.until(end)].tolist()
-        return ids
+        return bool(np.any((self.starts < place) & (self.ends > place)))
 
 
 class Encoder:
-    """Encodes texts in batches, without adding special tokens. What the responses of a row share is encoded once.
+    """Encodes texts in batches, without special tokens around them. What the responses of a row share is encoded once.
 
     A tokenizer splits a text at its added tokens first and encodes what lies between them separately. So a text may be
-    cut before any of them, and the pieces give the ids of the whole. (The cut is before the token, since some
-    tokenizers treat the very start of a text in their own way.)
+    cut before any of them, and the pieces give the ids of the whole.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -107,22 +99,23 @@ class Encoder:
         plain = any(self._ids("\n" + letter) == line + self._ids(letter) for letter in "aQ7~")
         self._anchor, self._anchor_ids = ("", []) if plain else ("\n", line)
 
-    def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Each text by itself."""
-        return [Encoded(*tokens) for tokens in self._whole(texts)]
+    def encode(self, text: str) -> Encoded:
+        return Encoded(*self._whole([text])[0])
 
-    def encode_rows(self, rows: Sequence[Sequence[RenderedText]]) -> list[list[Encoded]]:
-        """The responses of each row."""
+    def encode_rows(self, rows: Sequence[Sequence[RenderedText]]) -> Iterator[list[Encoded]]:
+        """The texts of each row."""
         cuts = [self._cut(row) for row in rows]
         pieces: list[str] = []
         for row, cut in zip(rows, cuts, strict=True):
             pieces += [row[0].text[:cut]] * bool(cut) + [rendered.text[cut:] for rendered in row]
         encoded = iter(self._whole(pieces))
-        found = []
         for row, cut in zip(rows, cuts, strict=True):
-            tokens = list(_joined(encoded, len(row), cut))
-            found.append(list(map(self._split_at_answers, row, tokens)))
-        return found
+            head = next(encoded)[0] if cut else np.empty(0, np.int32)
+            found = []
+            for rendered, (ids, starts, ends) in zip(row, encoded, strict=False):  # no more than the row has
+                tokens = Encoded(np.concatenate([head, ids]), starts + cut, ends + cut, len(head), cut)
+                found.append(self._split_at_answers(rendered, tokens))
+            yield found
 
     def _cut(self, row: Sequence[RenderedText]) -> int:
         """Where the texts of a row may be cut, within what they share; 0 for nowhere."""
@@ -131,16 +124,13 @@ class Encoder:
             return 0
         text = row[0].text
         at = self._last_added(text, shared, shared - NEAR) or self._last_added(text, shared, 0)
-        return at if all(self._cuttable(rendered.text, at) for rendered in row) else 0
+        found = [self._added.match(rendered.text, at) for rendered in row]
+        return at if all(match is not None and self._is_fixed(match[0]) for match in found) else 0
 
     def _last_added(self, text: str, end: int, start: int) -> int:
         """Where the last added token before ``end`` begins, or 0."""
         found = [m.start() for m in self._added.finditer(text, max(start, 0), end) if self._is_fixed(m[0])]
         return found[-1] if found else 0
-
-    def _cuttable(self, text: str, at: int) -> bool:
-        match = self._added.match(text, at)
-        return match is not None and self._is_fixed(match[0])
 
     def _is_fixed(self, token: str) -> bool:
         """Whether an added token is one wherever it is written: no other that begins before it can overlap it."""
@@ -178,7 +168,7 @@ class Encoder:
                 return False
             at = tokens.cut
         encode = self._end if start - at <= NEAR else self._ids
-        return encode(text[at:start]) != tokens.between(at, start)
+        return bool(encode(text[at:start]) != tokens.ids[tokens.until(at) : tokens.until(start)].tolist())
 
     def _encode_piece(self, text: str, start: int, end: int) -> Tokens | None:
         """The tokens of text[start:end] as in the middle of the text; None where this tokenizer cannot do that."""
@@ -191,7 +181,7 @@ class Encoder:
         return ids[skip:], np.maximum(starts[skip:] + move, start), ends[skip:] + move
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._whole([text])[0][0].tolist()
+        ids: list[int] = self.encode(text).ids.tolist()
         return ids
 
     def _whole(self, texts: Sequence[str]) -> list[Tokens]:
@@ -204,17 +194,6 @@ class Encoder:
             self._backend.encode_special_tokens = self._tokenizer.split_special_tokens
         batch = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [(np.array(e.ids, np.int32), *_covered(e.offsets)) for e in batch]
-
-
-def _joined(encoded: Iterator[Tokens], texts: int, cut: int) -> Iterator[Encoded]:
-    """Each text of a row, joined from its shared start and its own rest."""
-    if not cut:
-        yield from (Encoded(*next(encoded)) for _ in range(texts))
-        return
-    head = next(encoded)[0]
-    for _ in range(texts):
-        ids, starts, ends = next(encoded)
-        yield Encoded(np.concatenate([head, ids]), starts + cut, ends + cut, len(head), cut)
 
 
 def _covered(offsets: Sequence[tuple[int, int]]) -> tuple[OffsetArray, OffsetArray]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
@@ -18,11 +18,10 @@ from itertools import chain, islice
 import numpy as np
 
 from prefopt.data.chat.encoding import Encoded, Encoder, RenderedText
-from prefopt.data.chat.render_options import Rendering
 from prefopt.data.chat.spans import SpanFinder
 from prefopt.data.chat.template import (
     ChatTemplate,
-    Turns,
+    Rendering,
     Unrenderable,
     field_reasoning,
     inline_reasoning,
@@ -57,10 +56,7 @@ JOINED = "the tokenizer joins the end of the prompt to the answer, which samplin
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rendered:
-    """A group, the number of tokens cut from its prompt, and from the end of each response.
-
-    ``more``: the groups of further windows of a text.
-    """
+    """A group, the tokens cut from its prompt and from the end of each response; ``more``: a text's other windows."""
 
     group: Group
     prompt_cut: int = 0
@@ -71,16 +67,13 @@ class Rendered:
 class Renderer:
     """Turns comparisons into groups with one tokenizer.
 
-    A conversation goes through the chat template or, where there is none, is written as ``User: ...``,
-    ``Assistant: ...`` (see :func:`plain_template`). A ``text`` comparison is prompt and response without a template,
-    after a BOS where the tokenizer wants it. ``template`` is the source to save with a model trained on conversations
-    where its tokenizer has another or none. ``warnings`` maps what to tell the user to the rows concerned (empty: it
-    concerns all); see :func:`prefopt.data.validate.warning_lines`.
+    A conversation goes through the chat template or :func:`plain_template`; a ``text`` comparison is prompt and
+    response, after a BOS where the tokenizer wants it. ``template`` is the source to save with a model trained on
+    conversations where its tokenizer has another or none. ``warnings`` maps each to the rows concerned (empty: all).
     """
 
     def __init__(self, tokenizer: Tokenizer, rendering: Rendering | None = None) -> None:
-        """Raises :class:`ConfigError` for template variables that the template never reads, :class:`ModelError` for a
-        template that is not Jinja and where EOS is needed and the tokenizer has none."""
+        """Raises :class:`ConfigError` and :class:`ModelError` as :class:`ChatTemplate`."""
         self.rendering = rendering or Rendering()
         self.tokenizer = tokenizer
         self.warnings: Warnings = {}
@@ -101,14 +94,11 @@ class Renderer:
         return warning_lines(self.warnings)
 
     def digest(self) -> str:
-        """A cache key, 16 bytes in hexadecimal: all that ids and masks depend on beside the rows.
-
-        Covers the tokenizer, the template, the rendering options, and the date where the template shows it.
-        """
-        values = asdict(self.rendering)
-        date = values.pop("date") * self._template.reads_date
-        options = _digest(json.dumps(values, sort_keys=True))
-        return _digest(json.dumps([tokenizer_digest(self.tokenizer), options, *self._template.sources, date]))
+        """A cache key, 32 hex digits: tokenizer, template, options, and the date where the template shows it."""
+        options = asdict(self.rendering)
+        options["date"] *= self._template.reads_date
+        parts = [tokenizer_digest(self.tokenizer), options, self._template.sources]
+        return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def render(self, comparison: Comparison) -> Rendered:
         """One comparison as a group. Raises :class:`DataError` where that is not possible."""
@@ -119,52 +109,53 @@ class Renderer:
 
     def render_all(self, comparisons: Iterable[Comparison]) -> Iterator[Rendered | Problem]:
         """Each comparison as a group or the problem that prevents it, in order."""
-        rows = iter(comparisons)
-        while batch := list(islice(rows, BATCH)):
-            texts = [self._render(c) for c in batch]
-            encoded = iter(self._encoder.encode_rows([row for row in texts if not isinstance(row, Problem)]))
-            for comparison, row in zip(batch, texts, strict=True):
-                if isinstance(row, Problem):
-                    yield row
-                    continue
-                self._row = comparison.row
-                sequences = list(map(self._sequence, row, next(encoded)))
-                shorter = self._shortened(comparison, sequences)
-                result = self._group(comparison, shorter)
-                if isinstance(result, Rendered) and shorter is not sequences:
-                    dropped = _longest(sequences) - _longest(shorter)
-                    result = replace(result, prompt_cut=result.prompt_cut + dropped)
-                yield result
+        for c, sequences in self._tokenized(comparisons, self._render):
+            if isinstance(sequences, Problem):
+                yield sequences
+                continue
+            shorter = self._shortened(c, sequences)
+            result = self._group(c, shorter)
+            if isinstance(result, Rendered):
+                longest, left = (max(len(ids) for ids, _ in some) for some in (sequences, shorter))
+                result = replace(result, prompt_cut=result.prompt_cut + longest - left)
+            yield result
 
     def prompts(self, comparisons: Iterable[Comparison]) -> Iterator[IntArray | Problem]:
         """Token ids [P] of each prompt with its generation prompt, or the problem that prevents it, in order.
 
-        This is the input for sampling. Trained sequences begin with it, except in rows whose answers the template shows
-        behind something else than its generation prompt (``warnings`` of :meth:`render_all` names them). Responses are
-        ignored, and nothing is truncated.
+        This is the input for sampling. Trained sequences begin with it, except in rows with the warning ``ELSEWHERE``.
+        Responses are ignored, and nothing is truncated.
         """
+        for c, found in self._tokenized(comparisons, self._render_prompt):
+            if isinstance(found, Problem):
+                yield found
+                continue
+            ((ids, _),) = found
+            yield ids if len(ids) else Problem("empty prompt", c.row, "the prompt has no token", c.file)
+
+    def _tokenized(
+        self, comparisons: Iterable[Comparison], render: Callable[[Comparison], list[RenderedText] | Problem]
+    ) -> Iterator[tuple[Comparison, Sequences | Problem]]:
+        """Each row with its texts as sequences, or the problem that prevents them, in order."""
         rows = iter(comparisons)
         while batch := list(islice(rows, BATCH)):
-            texts = [self._render_prompt(c) for c in batch]
-            encoded = iter(self._encoder.encode([x.text for x in texts if not isinstance(x, Problem)]))
-            for c, text in zip(batch, texts, strict=True):
-                if isinstance(text, Problem):
-                    yield text
-                    continue
-                ids, _ = self._sequence(text, next(encoded))
-                yield ids if len(ids) else Problem("empty prompt", c.row, "the prompt has no token", c.file)
+            texts = [render(c) for c in batch]
+            encoded = self._encoder.encode_rows([row for row in texts if not isinstance(row, Problem)])
+            for c, row in zip(batch, texts, strict=True):
+                self._row = c.row
+                yield c, row if isinstance(row, Problem) else list(map(self._sequence, row, next(encoded)))
 
-    def _render_prompt(self, c: Comparison) -> RenderedText | Problem:
+    def _render_prompt(self, c: Comparison) -> list[RenderedText] | Problem:
         self._row = c.row
         c = self._reasoned(c)
         self._report_template(c.text)
         if c.text:
-            return RenderedText("".join(m.content for m in c.prompt), (), bos=True)
+            return [RenderedText("".join(m.content for m in c.prompt), (), bos=True)]
         try:
             text = self._template.apply(c.prompt, c.tools, generation=True)
             self._spans.check_omissions(c.prompt, c.tools)
             self._spans.check_inline_reasoning(c.prompt, text)
-            return RenderedText(text, ())
+            return [RenderedText(text, ())]
         except Unrenderable as error:
             return Problem("chat template", c.row, str(error), c.file)
 
@@ -175,7 +166,8 @@ class Renderer:
         turns = [r.messages for r in c.responses]
         if not turns:
             return Problem("no response", c.row, "the row is a prompt without a response", c.file)
-        if any(map(_empty, turns)):
+        answers = [m for r in turns for m in r if m.trained and m.role == "assistant"]
+        if not all(m.content.strip() or m.tool_calls for m in answers):
             return Problem("empty response", c.row, "an answer holds no words, or nothing but reasoning", c.file)
         self._report_template(c.text)
         if c.text:
@@ -187,19 +179,16 @@ class Renderer:
             texts = self._spans.render(c.prompt, turns, c.tools)
         except Unrenderable as error:
             return Problem("chat template", c.row, str(error), c.file)
-        ended = [_cut_off(x, r) if r.cut else self._ended(x) for x, r in zip(texts, c.responses, strict=True)]
-        found = [text for text in ended if text is not None]
-        if len(found) < len(ended):
-            what = "a response was cut off at a limit, and the chat template does not show where its words end"
-            return Problem("cut answer", c.row, what, c.file)
+        found = []
+        for rendered, response in zip(texts, c.responses, strict=True):
+            text = _cut_off(rendered, response) if response.cut else rendered
+            if text is None:
+                what = "a response was cut off at a limit, and the chat template does not show where its words end"
+                return Problem("cut answer", c.row, what, c.file)
+            if text.eos:  # the template ends no answer
+                self._report(EOS_ADDED if self.rendering.add_eos else EOS_MISSING, once=True)
+            found.append(replace(text, eos=text.eos and self.rendering.add_eos))
         return found
-
-    def _ended(self, text: RenderedText) -> RenderedText:
-        """Add EOS where the template ends no answer, unless the options forbid it."""
-        if not text.eos:
-            return text
-        self._report(EOS_ADDED if self.rendering.add_eos else EOS_MISSING, once=True)
-        return replace(text, eos=self.rendering.add_eos)
 
     def _plain_text(self, prompt: str, response: Response) -> RenderedText:
         text = prompt + "".join(m.content for m in response.messages)
@@ -213,14 +202,13 @@ class Renderer:
         if keep and (c.text or not self._template.shows_blocks):
             return c
         change = field_reasoning if keep else strip_reasoning
-        prompt: Turns = tuple(map(change, c.prompt))
         responses = tuple(replace(r, messages=tuple(map(change, r.messages))) for r in c.responses)
-        if keep and any(map(inline_reasoning, (*prompt, *(m for r in responses for m in r.messages)))):
+        changed = replace(c, prompt=tuple(map(change, c.prompt)), responses=responses)
+        if keep and any(map(inline_reasoning, chain(changed.prompt, *(r.messages for r in responses)))):
             self._report(LEFT_INSIDE)
-        if prompt == c.prompt and responses == c.responses:
-            return c
-        self._report(INTO_FIELD if keep else STRIPPED)
-        return replace(c, prompt=prompt, responses=responses)
+        if changed != c:
+            self._report(INTO_FIELD if keep else STRIPPED)
+        return changed
 
     def _report_special_tokens(self, c: Comparison) -> None:
         eos, bos = self.tokenizer.eos_token or "", self.tokenizer.bos_token or ""
@@ -237,19 +225,15 @@ class Renderer:
             if self.rendering.chat_template is not None or self.rendering.variables:
                 self._report(PLAIN_TEXT)
             return
-        if self._template.plain:
-            self._report(NO_TEMPLATE, once=True)
-        if self._lacks_bos:
-            self._report(NO_BOS, once=True)
-        if self._template.reads_date:
-            self._report(DATED, once=True)
+        for what in self._about_template:
+            self._report(what, once=True)
 
     @cached_property
-    def _lacks_bos(self) -> bool:
-        if not self._lead:
-            return False
+    def _about_template(self) -> list[str]:
         start = "".join(self.tokenizer.convert_ids_to_tokens(self._lead))
-        return not self._template.sample().startswith(start)
+        lacks_bos = not self._template.sample().startswith(start)
+        found = {NO_TEMPLATE: self._template.plain, NO_BOS: lacks_bos, DATED: self._template.reads_date}
+        return [what for what, applies in found.items() if applies]
 
     @cached_property
     def _eos(self) -> int:
@@ -277,7 +261,7 @@ class Renderer:
         limit = self.rendering.max_length
         if limit is None or c.text or not prompt_excess(sequences, limit):
             return sequences
-        shortener = Shortener(limit, self._tokenize, lambda text: self._encoder.encode([text])[0], self._special)
+        shortener = Shortener(limit, self._tokenize, self._encoder.encode, self._special)
         fewer, left = shortener.drop_turns(c, sequences)
         if fewer is not c:
             self._report(TURNS_DROPPED)
@@ -287,10 +271,8 @@ class Renderer:
         return left
 
     def _tokenize(self, c: Comparison) -> Sequences | None:
-        texts = self._render(c)
-        if isinstance(texts, Problem):
-            return None
-        return list(map(self._sequence, texts, self._encoder.encode_rows([texts])[0]))
+        ((_, sequences),) = self._tokenized([c], self._render)
+        return None if isinstance(sequences, Problem) else sequences
 
     def _group(self, c: Comparison, sequences: Sequence[tuple[IntArray, BoolArray]]) -> Rendered | Problem:
         def same(one: int, other: int) -> bool:
@@ -321,19 +303,6 @@ class Renderer:
         weights = None if c.votes is None else tuple(weight for *_, weight in c.votes)
         group = replace(group, weights=weights, tiers=c.tiers, scores=c.scores, labels=c.labels)
         return Rendered(group, prompt_cut, responses_cut)
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _longest(sequences: Sequences) -> int:
-    return max(len(ids) for ids, _ in sequences)
-
-
-def _empty(response: Turns) -> bool:
-    """Whether a trained turn has neither words nor calls."""
-    return any(m.trained and m.role == "assistant" and not (m.content.strip() or m.tool_calls) for m in response)
 
 
 def _cut_off(text: RenderedText, response: Response) -> RenderedText | None:

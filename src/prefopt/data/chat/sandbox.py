@@ -1,9 +1,9 @@
 """The sandbox of chat templates, with limits on time and memory.
 
 Jinja's sandbox keeps a template from the machine, but lets it run forever or fill the memory: nested loops, macros that
-call themselves twice, ``'a' * 10**10``, ``x ~ x`` forty times over. Here every rendering has a budget. A loop pays for
-its items before it begins, a call for itself, and whatever makes text or a list for its length; what would be too long
-is refused before it is made. A clock is the last resort. Ordinary templates use less than a thousandth of the budget.
+call themselves twice, ``'a' * 10**10``. Here every rendering has a budget. A loop pays for its items before it begins,
+a call for itself, and whatever makes text or a list for its length; what would be too long is refused before it is
+made. A clock is the last resort. Ordinary templates use less than a thousandth of the budget.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from types import BuiltinMethodType
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes, pass_context
-from jinja2.runtime import Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
@@ -77,8 +76,6 @@ def _fits(length: int) -> None:
 
 def _spent(items: Any) -> Any:
     """Pay for the items of a loop; an iterator pays as it goes."""
-    if isinstance(items, Undefined):
-        return items
     try:
         length = str.__len__(items) if isinstance(items, str) else len(items)
     except TypeError:
@@ -99,16 +96,8 @@ def _tick(_: Any, __: Any) -> None:
     budget.spend(0)
 
 
-def _add(left: Any, right: Any) -> Any:
-    """``a + b``."""
-    return paid(left + right)
-
-
-def _concat(parts: Iterable[Any]) -> Any:
-    """``a ~ b``."""
-    texts = [part if isinstance(part, str) else str(_shown(part)) for part in parts]
-    _fits(sum(map(str.__len__, texts)))
-    return paid("".join(texts))
+def _concat(parts: Iterable[Any]) -> str:
+    return Bounded.concat([part if isinstance(part, str) else str(_shown(part)) for part in parts])
 
 
 def _multiply(left: Any, right: Any) -> Any:
@@ -228,7 +217,7 @@ def _shown(value: Any) -> Any:
 # Filters that compiled templates call in place of loops and operators.
 OWN: dict[str, Callable[..., Any]] = {
     "prefopt_spent": _spent,
-    "prefopt_add": _add,
+    "prefopt_add": lambda left, right: paid(left + right),
     "prefopt_concat": _concat,
     "prefopt_shown": _shown,
     "prefopt_paid": paid,
@@ -243,7 +232,7 @@ class Bounded(ImmutableSandboxedEnvironment):
 
     @classmethod
     def like(cls, other: ImmutableSandboxedEnvironment) -> Bounded:
-        """A bounded environment with everything that another has."""
+        """A bounded environment with all that another has."""
         made: Bounded = object.__new__(cls)
         made.__dict__.update(other.__dict__)
         made.binop_table = {**other.binop_table, "*": _multiply, "**": _power, "%": modulo}
@@ -257,7 +246,6 @@ class Bounded(ImmutableSandboxedEnvironment):
         return made
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **named: Any) -> Any:
-        """Call a macro, a method of text, ``range``..."""
         budget.spend(CALL)
         method = getattr(__obj, "__wrapped__", __obj)  # text.format is wrapped by the sandbox
         if not isinstance(method, BuiltinMethodType):
@@ -268,7 +256,6 @@ class Bounded(ImmutableSandboxedEnvironment):
 
     @staticmethod
     def concat(parts: Iterable[str]) -> str:
-        """Join the parts of a rendering, of a macro or of a block."""
         texts = parts if isinstance(parts, list) else list(parts)
         _fits(sum(map(str.__len__, texts)))
         return str(paid("".join(texts)))
@@ -349,20 +336,9 @@ def syntax_error(text: str) -> str:
 
 
 @lru_cache(maxsize=16)
-def variables(text: str) -> frozenset[str]:
-    """The variables of the template that neither it nor its environment defines."""
-    return frozenset(meta.find_undeclared_variables(compiled(text).environment.parse(text)))
-
-
-@lru_cache(maxsize=16)
-def names(text: str) -> frozenset[str]:
-    """Every name in the template."""
-    return frozenset(node.name for node in compiled(text).environment.parse(text).find_all(nodes.Name))
-
-
-@lru_cache(maxsize=16)
-def fields(text: str) -> frozenset[str]:
-    """The names that the template may look up in a message."""
-    tree = compiled(text).environment.parse(text)
-    constants = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-    return frozenset(constants | {node.attr for node in tree.find_all(nodes.Getattr)})
+def mentioned(text: str) -> tuple[set[str], set[str]]:
+    """Variables that neither the template nor its environment defines, and fields that it may look up."""
+    tree = environment().parse(text)
+    fields = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    fields |= {node.attr for node in tree.find_all(nodes.Getattr)}
+    return meta.find_undeclared_variables(tree), fields

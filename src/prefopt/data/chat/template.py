@@ -1,8 +1,7 @@
-r"""Chat templates: a conversation as text, what a template leaves out of it, and reasoning inside of answers.
+r"""Chat templates: rendering options, a conversation as text, and reasoning inside answers.
 
-Templates run in the environment of transformers, so that training sees what ``tokenizer.apply_chat_template`` gives
-for the finished model. Which input a template expects (content as text or as parts, a tool call's arguments as an
-object or as text) is found by rendering probe conversations once.
+Templates run in the environment of transformers, as in ``tokenizer.apply_chat_template``. Which input a template
+expects (content as text or as parts, a tool call's arguments as an object or as text) is found by rendering probes.
 
 >>> split_reasoning("<think>\n2 + 2\n</think>\n\n4"), split_reasoning("4")
 (('2 + 2', '4'), ('', '4'))
@@ -14,16 +13,18 @@ import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
+from prefopt.config.data import RenderOptions
+from prefopt.core.options import nearest
 from prefopt.data.chat import sandbox, tracing
-from prefopt.data.chat.render_options import Rendering, check_mentioned, check_names
 from prefopt.data.chat.sandbox import LimitExceeded
-from prefopt.data.chat.tracing import Traces
 from prefopt.data.tokenizer import Tokenizer, plain_template
-from prefopt.errors import ModelError, first_line
+from prefopt.errors import ConfigError, ModelError, first_line
 from prefopt.records import Message, ToolCall
 
 Turns = tuple[Message, ...]
@@ -32,11 +33,122 @@ REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 RUNAWAYS = 3  # conversations that may exceed the sandbox's limits before the template itself is refused
 OTHER_TEMPLATE = "give a template that does with --chat-template"
 EARLIER_REASONING = "the chat template leaves out the reasoning of earlier answers"
-_WORD, _OTHER, _PROBE = "prefoptword", "prefoptother", "prefoptshown"
+_WORD, _OTHER = "prefoptword", "prefoptother"
+# Template variables that rendering itself sets.
+FILLED_IN = (
+    *("messages", "tools", "add_generation_prompt", "continue_final_message"),
+    *("bos_token", "eos_token", "pad_token", "unk_token"),
+)
+_PYTHON_SPELLING = {"True": "true", "False": "false", "None": "null"}
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """Everything beside the tokenizer and the rows that determines the tokens, as plain values.
+
+    ``max_length`` bounds prompt and response together. ``add_eos`` ends answers with EOS where the template does not.
+    ``chat_template`` is the source of a template to use instead of the tokenizer's; ``variables`` are passed to either.
+    ``reasoning``: whether reasoning blocks of the assistant are kept or stripped. ``train_on``: the answers, or every
+    token. ``windows``: a text without a prompt that is too long becomes several groups of about equal length; other
+    rows are truncated. ``date`` is shown by templates that ask for today's: one for all processes of a run.
+    """
+
+    max_length: int | None = None
+    add_eos: bool = True
+    chat_template: str | None = None
+    variables: Mapping[str, object] = field(default_factory=dict, hash=False)
+    reasoning: Literal["keep", "strip"] = "keep"
+    train_on: Literal["responses", "all"] = "responses"
+    windows: bool = False
+    date: str = field(default_factory=lambda: datetime.date.today().isoformat())
+
+    def __post_init__(self) -> None:
+        """Raise :class:`ConfigError` for a length under 2 and for variables that are not plain values."""
+        if self.max_length is not None and self.max_length < 2:
+            raise ConfigError(f"--max-length {self.max_length} is too small; it should be at least 2 tokens")
+        try:
+            json.dumps(dict(self.variables), allow_nan=False)
+            datetime.date.fromisoformat(self.date)
+        except (TypeError, ValueError) as error:
+            what = f"rendering takes plain values, as in JSON, and a date such as 2026-11-23: {error}"
+            raise ConfigError(what) from None
+
+    @classmethod
+    def from_options(cls, options: RenderOptions, max_length: int | None = None, **more: Any) -> Rendering:
+        """The options of a run; ``more`` are further fields. Raises :class:`ConfigError` as :func:`read_template` and
+        :func:`parse_variables`; :class:`ChatTemplate` checks whether the template reads the variables."""
+        template = None if options.chat_template is None else read_template(options.chat_template)
+        variables = parse_variables(options.template_variables or ())
+        return cls(max_length, True, template, variables, options.reasoning, **more)
+
+
+def read_template(path: str) -> str:
+    """The text of a chat template: a Jinja file, or the ``chat_template`` of a ``tokenizer_config.json``.
+
+    Raises :class:`ConfigError` in one line for a file that cannot be read and for a syntax error, with its line.
+    """
+    name = f"--chat-template {path}"
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: is not UTF-8 (byte {error.start + 1}); save it as UTF-8") from None
+    except OSError as error:
+        what = "is a folder; name the file in it" if Path(path).is_dir() else f"{error.strerror}; check the path"
+        raise ConfigError(f"{name}: {what}") from None
+    if path.endswith(".json"):
+        try:
+            config = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{name}: is not JSON: {error}") from None
+        if not isinstance(config, dict) or not isinstance(config.get("chat_template"), str):
+            what = "holds no text chat_template, as a tokenizer_config.json does; give a Jinja file"
+            raise ConfigError(f"{name}: {what}")
+        text = config["chat_template"]
+    if not text.strip():
+        raise ConfigError(f"{name}: is empty; it should hold a Jinja template")
+    if reason := sandbox.syntax_error(text):
+        raise ConfigError(f"{name}: is not a valid Jinja template: {reason}")
+    return text
+
+
+def parse_variables(given: Sequence[str]) -> dict[str, object]:
+    """NAME=VALUE as a dict; a value is read as JSON if it is JSON, else as text. ``True``, ``False``, ``None`` too.
+
+    >>> parse_variables(["enable_thinking=false", "date_string=26 Jul 2024"])
+    {'enable_thinking': False, 'date_string': '26 Jul 2024'}
+
+    Raises :class:`ConfigError` for an entry without a name, a name given twice, and names that rendering sets.
+    """
+    variables: dict[str, object] = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        name = name.strip()
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"--template-variables {item!r} should be NAME=VALUE, such as enable_thinking=false")
+        if name in variables:
+            raise ConfigError(f"--template-variables gives {name} twice; leave one out")
+        variables[name] = value.strip()
+        with suppress(ValueError, RecursionError):
+            # int refuses NaN and Infinity, which JSON lacks.
+            spelling = _PYTHON_SPELLING.get(value.strip(), value)
+            variables[name] = json.loads(spelling, parse_constant=int)
+    _check_variables(variables)
+    return variables
+
+
+def _check_variables(variables: Mapping[str, object], mentioned: set[str] | None = None) -> None:
+    """Raise :class:`ConfigError` for a variable that rendering itself sets, or that the template never mentions."""
+    known = sorted((mentioned or set()) - set(FILLED_IN))
+    for name in variables:
+        if name in FILLED_IN:
+            raise ConfigError(f"--template-variables: {name} is filled in by prefopt; leave it out")
+        if mentioned is not None and name not in mentioned:
+            rest = nearest(name, known) or (f"; it reads {', '.join(known)}" if known else "; it reads none")
+            raise ConfigError(f"--template-variables: the chat template never reads {name}{rest}")
 
 
 class Unrenderable(Exception):
-    """The template cannot render a conversation; the message says why in one line."""
+    """The template cannot render a conversation, for the reason in the message."""
 
 
 class ChatTemplate:
@@ -53,55 +165,51 @@ class ChatTemplate:
         plain = plain_template(tokenizer, add_eos=rendering.add_eos) if self.plain else None
         given = plain or rendering.chat_template
         try:
-            self.sources: tuple[str, str] = (
-                tokenizer.get_chat_template(given),
-                tokenizer.get_chat_template(given, tools=[]),
-            )
+            without, with_tools = tokenizer.get_chat_template(given), tokenizer.get_chat_template(given, tools=[])
         except ValueError as error:
             what = f"{first_line(error)}; give one with --chat-template"
             raise ModelError(f"{tokenizer.name_or_path}: {what}") from None
+        self.sources: tuple[str, str] = (without, with_tools)
         if reason := next(filter(None, map(sandbox.syntax_error, self.sources)), ""):
             raise ModelError(f"{tokenizer.name_or_path}: the chat template is not valid Jinja: {reason}")
-        self._fields = frozenset[str]().union(*map(sandbox.fields, self.sources))
-        check_names(rendering.variables)
-        check_mentioned(rendering.variables, frozenset[str]().union(*map(sandbox.variables, self.sources)))
+        mentioned = [sandbox.mentioned(source) for source in self.sources]
+        self._fields = set[str]().union(*(fields for _, fields in mentioned))
+        # Whether the template reads reasoning from a field of the message.
+        self.reads_reasoning = not self._fields.isdisjoint(REASONING_FIELDS)
+        _check_variables(rendering.variables, set[str]().union(*(variables for variables, _ in mentioned)))
         self.carried = given
         if rendering.variables and len(set(self.sources)) == 1:
-            self.carried = with_defaults(self.sources[0], rendering.variables)
+            # Jinja reads values as Python writes them, and drops a line break behind a block.
+            default = "{{% if {0} is not defined %}}{{% set {0} = {1!r} %}}{{% endif %}}\n"
+            defaults = "".join(default.format(*item) for item in rendering.variables.items())
+            self.carried = defaults + self.sources[0]
         special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
         self._date, self._asked_date = datetime.datetime.fromisoformat(rendering.date), False
-        self._given: dict[str, Any] = {"documents": None, "strftime_now": self._strftime, **special}
-        self._given.update(rendering.variables)
-        self._traced, self._traces, self._patience = None, Traces(), 0
-        self._content_form = "text"
+        known = {"documents": None, "strftime_now": self._strftime, **special}
+        self._given: dict[str, Any] = {**known, **rendering.variables}
+        self._traces: dict[object, tracing.Trace | None] = {}
+        self._traced, self._patience = None, 0
+        self._in_parts = False
         if _WORD not in self.sample():
-            self._content_form = "parts"
-            self._content_form = "parts" if _WORD in self.sample() else "text"
+            self._in_parts = True
+            self._in_parts = _WORD in self.sample()
         self._traced = tracing.compiled(self.sources[0])
         self._patience = RUNAWAYS
 
-    @property
-    def reads_reasoning(self) -> bool:
-        """Whether the template reads reasoning from a field of the message."""
-        return not self._fields.isdisjoint(REASONING_FIELDS)
-
     @cached_property
     def shows_blocks(self) -> bool:
-        """Whether ``<think>`` tags in the content stay text although reasoning in its field is formatted otherwise.
-
-        Reasoning belongs into the field then: the tags are not part of the model's format.
-        """
+        """Whether ``<think>`` tags in the content stay text although reasoning in its field is formatted otherwise."""
         if not self.reads_reasoning:
             return False
         question, block = Message("user", "q"), join_reasoning(_WORD, _OTHER)
         inline = self._try(question, Message("assistant", block))
-        field = self._try(question, Message("assistant", _OTHER, reasoning=_WORD))
-        return block in inline and _WORD in field and _OTHER in field and f"<think>\n{_WORD}" not in field
+        apart = self._try(question, Message("assistant", _OTHER, reasoning=_WORD))
+        return block in inline and _WORD in apart and _OTHER in apart and f"<think>\n{_WORD}" not in apart
 
     @cached_property
     def reads_date(self) -> bool:
         """Whether the text changes with the day it is rendered on."""
-        if not any("strftime_now" in sandbox.names(source) for source in self.sources):
+        if not any("strftime_now" in source for source in self.sources):
             return False
         for tools in ((), ('{"name": "f"}',)):
             self._try(Message("user", _WORD), tools=tools)
@@ -127,17 +235,17 @@ class ChatTemplate:
 
     def _from_trace(self, turns: Turns, generation: bool) -> str | None:
         """The turns as text if they hold nothing but words and the template has been traced for their roles."""
-        roles = []
-        for turn in turns:
-            if turn.reasoning is not None or turn.tool_calls or turn.tool_call_id is not None or turn.name is not None:
-                return None
-            roles.append(turn.role)
+        if any(
+            m.reasoning is not None or m.tool_calls or m.tool_call_id is not None or m.name is not None for m in turns
+        ):
+            return None
+        roles = [turn.role for turn in turns]
 
         def render(words: Sequence[str]) -> str:
             messages = [{"role": r, "content": self._content(w)} for r, w in zip(roles, words, strict=True)]
             return self._render(self._traced, messages, None, generation)
 
-        return self._traces.render((generation, *roles), [turn.content for turn in turns], render)
+        return tracing.from_trace(self._traces, (generation, *roles), [turn.content for turn in turns], render)
 
     def _render(self, template: Any, messages: list[dict[str, Any]], tools: Any, generation: bool) -> str:
         given = self._given
@@ -154,7 +262,7 @@ class ChatTemplate:
             return ""
 
     def _strftime(self, form: str) -> str:
-        """One date for all rows of a run, in every process, also past midnight."""
+        """One date for all rows of a run, also past midnight."""
         self._asked_date = True
         if len(form) > 1000:
             raise ValueError("the date format is longer than 1000 characters")
@@ -164,8 +272,8 @@ class ChatTemplate:
         content = turn.content
         message: dict[str, Any] = {"role": turn.role}
         if turn.reasoning is not None and self.reads_reasoning:
-            known = not self._fields.isdisjoint(REASONING_FIELDS[:2])
-            message.update(dict.fromkeys(REASONING_FIELDS[:2] if known else REASONING_FIELDS[2:], turn.reasoning))
+            both = not self._fields.isdisjoint(REASONING_FIELDS[:2])
+            message |= dict.fromkeys(REASONING_FIELDS[:2] if both else REASONING_FIELDS[2:], turn.reasoning)
         elif turn.reasoning is not None:
             content = join_reasoning(turn.reasoning, content)
         if turn.tool_calls:
@@ -180,7 +288,7 @@ class ChatTemplate:
         return message
 
     def _content(self, words: str) -> str | list[dict[str, str]]:
-        return words if self._content_form == "text" else [{"type": "text", "text": words}]
+        return [{"type": "text", "text": words}] if self._in_parts else words
 
     @cached_property
     def _call_form(self) -> tuple[bool, bool]:
@@ -194,24 +302,6 @@ class ChatTemplate:
             if _OTHER in text and _WORD in text and not printed_by_python:
                 return form
         return (False, False)
-
-
-def with_defaults(source: str, variables: Mapping[str, object]) -> str:
-    """The template with default values for variables."""
-    lines = [
-        f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}\n"
-        for name, value in variables.items()
-    ]
-    return "".join(lines) + source  # the environment of chat templates drops a line break behind a block
-
-
-def _literal(value: object) -> str:
-    """A plain value in Jinja's syntax."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(str(k))}: {_literal(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_literal, value)) + "]"
-    return "none" if value is None else json.dumps(value)
 
 
 def _call(call: ToolCall, as_text: bool) -> dict[str, Any]:
@@ -233,62 +323,6 @@ def _tool(text: str) -> dict[str, Any]:
     if not isinstance(tool, dict):
         raise Unrenderable(f"a tool is not a JSON object: {text[:60]!r}")
     return tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}
-
-
-def conversation_shape(turns: Turns, tools: Sequence[str]) -> object:
-    """What :func:`find_omission` depends on: the roles of the turns and what they hold, but not the words."""
-    return bool(tools), tuple(
-        [(m.role, not m.content or m.content.isspace(), m.reasoning is None, len(m.tool_calls)) for m in turns]
-    )
-
-
-def find_omission(template: ChatTemplate, turns: Turns, tools: Sequence[str]) -> str:
-    """What the template leaves out of a conversation, found by rendering unique words in place of its own.
-
-    Empty where it shows everything; :data:`EARLIER_REASONING`, the design of many thinking models, is no reason to
-    refuse the row, everything else is.
-    """
-    probes, reasoning, required = [], [], dict[str, str]()
-    for i, turn in enumerate(turns):
-        content, thought = turn.content, None
-        if content.strip():
-            content = f"{_PROBE}c{i}x"
-            required[content] = f"the {turn.role} turn"
-        if turn.reasoning is not None:
-            thought = f"{_PROBE}r{i}x"
-            reasoning.append(thought)
-        calls = tuple(replace(call, name=f"{_PROBE}t{i}n{k}x") for k, call in enumerate(turn.tool_calls))
-        required.update(dict.fromkeys((call.name for call in calls), "a tool call"))
-        probes.append(replace(turn, content=content, reasoning=thought, tool_calls=calls))
-    functions = []
-    for k, tool in enumerate(tools):
-        name = f"{_PROBE}f{k}x"
-        functions.append(_renamed(tool, name))
-        if name in functions[-1]:
-            required[name] = "the tools"
-    try:
-        text = template.apply(tuple(probes), functions)
-    except Unrenderable:
-        return ""  # it may check names or words; whether it accepts the row itself is seen on rendering that
-    missing = list(dict.fromkeys(what for probe, what in required.items() if probe not in text))
-    if missing:
-        return f"the template does not show {' and '.join(missing)} of the row; {OTHER_TEMPLATE}"
-    dropped = [probe for probe in reasoning if probe not in text]
-    if dropped and dropped[-1] == reasoning[-1] and turns[-1].reasoning is not None:
-        return f"the template does not show the reasoning of the answer; use --reasoning strip, or {OTHER_TEMPLATE}"
-    return EARLIER_REASONING if dropped else ""
-
-
-def _renamed(tool: str, name: str) -> str:
-    """The tool, a JSON object as text, under another name; unchanged where it has none."""
-    try:
-        value = json.loads(tool)
-    except ValueError:
-        return tool
-    function = value.get("function", value) if isinstance(value, dict) else None
-    if isinstance(function, dict) and isinstance(function.get("name"), str):
-        function["name"] = name
-    return json.dumps(value)
 
 
 _BLOCK = re.compile(r"\s*<(think|thinking)>(.*?)</\1>\s*", re.DOTALL)
@@ -313,7 +347,7 @@ def split_reasoning(content: str) -> tuple[str, str]:
 
 
 def join_reasoning(reasoning: str, content: str) -> str:
-    """Reasoning and answer as one text, in the format of most thinking models."""
+    """Reasoning and answer as one text, as most thinking models write them."""
     return f"<think>\n{reasoning}\n</think>\n\n{content}"
 
 
@@ -322,30 +356,25 @@ def field_reasoning(turn: Message) -> Message:
 
     The first may lack its opening tag, as in :func:`split_reasoning`.
     """
-    if turn.role != "assistant" or turn.reasoning or not _has_tag(turn.content):
+    if turn.role != "assistant" or turn.reasoning:
         return turn
     found, content = [], turn.content
     while match := _BLOCK.match(content):
         found.append(match[2].strip())
         content = content[match.end() :]
-    if not found and not _UNCLOSED.match(content) and (match := _OPENED.match(content)):
+    if not found and "</think>" in content and not _UNCLOSED.match(content) and (match := _OPENED.match(content)):
         found, content = [match[1].strip()], content[match.end() :]
     return replace(turn, reasoning="\n\n".join(filter(None, found)) or None, content=content) if found else turn
 
 
 def inline_reasoning(turn: Message) -> bool:
     """Whether the text of an answer begins with reasoning, closed or not."""
-    return turn.role == "assistant" and _has_tag(turn.content) and split_reasoning(turn.content)[1] != turn.content
+    return turn.role == "assistant" and split_reasoning(turn.content)[1] != turn.content
 
 
 def strip_reasoning(turn: Message) -> Message:
     """The turn without its reasoning; the same object where it has none."""
-    if turn.role != "assistant" or (turn.reasoning is None and not _has_tag(turn.content)):
-        return turn
     _, content = split_reasoning(turn.content)
-    same = turn.reasoning is None and content == turn.content
-    return turn if same else replace(turn, reasoning=None, content=content)
-
-
-def _has_tag(content: str) -> bool:
-    return "<think" in content or "</think>" in content
+    if turn.role != "assistant" or (turn.reasoning is None and content == turn.content):
+        return turn
+    return replace(turn, reasoning=None, content=content)

@@ -1,19 +1,19 @@
 """Traces of chat templates: fixed text with words in between, so that most rows need no template run at all.
 
 A template is run once for each shape of conversation, on words that record what it does to them. Where it only copies
-them, asks them a question (does the text contain ``</think>``?) or does something that leaves them unchanged (trims
-words without white space around them), all words that answer the questions alike give the same text around them. For
-templates that do anything else to words, such as splitting them, every row is rendered.
+them, asks them a question (does the text contain ``</think>``?) or leaves them unchanged (trims words without white
+space around them), all words that answer the questions alike give the same text around them. A template that does
+anything else to words, such as splitting them, renders every row.
 
-Words keep their type through ``+``, ``~``, macros and blocks. Whatever would treat them as plain text (searching for
-them in a text, formatting, unknown filters) is replaced by a version that notices.
+Words keep their type through ``+``, ``~``, macros and blocks. Operations that would treat them as plain text (searching
+for them in a text, formatting, unknown filters) are replaced by versions that notice.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, wraps
 from typing import Any, NoReturn
 
@@ -41,10 +41,7 @@ _FILTERS = {
     *("select", "reject", "selectattr", "rejectattr", "tojson", "dictsort", "upper", "lower", "capitalize", "replace"),
 }
 SAME = object()
-
-
-class _Untraceable(Exception):
-    """The template does something to words that depends on their text."""
+_plain = str.__str__
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +58,16 @@ class _Guard:
         return found in (words, [words]) if self.result is SAME else bool(found == self.result)
 
 
+@dataclass
 class _Log:
-    """What a template did to words."""
+    """The questions that a template asked of words, and whether it did anything else to them."""
 
-    def __init__(self) -> None:
-        self.guards: dict[tuple[object, ...], _Guard] = {}
-        self.failed = False
+    guards: dict[tuple[object, ...], _Guard] = field(default_factory=dict)
+    failed: bool = False
 
     def fail(self) -> NoReturn:
         self.failed = True  # recorded as well as raised: Jinja's tests swallow exceptions
-        raise _Untraceable
+        raise RuntimeError("what the template does depends on the words")
 
 
 class Words(str):
@@ -123,7 +120,7 @@ for _name in dir(str):
 
 
 @dataclass(frozen=True, slots=True)
-class _Trace:
+class Trace:
     """``pieces[0] + words[slots[0]] + pieces[1] + ...``, for words for which all guards hold."""
 
     pieces: tuple[str, ...]
@@ -140,39 +137,32 @@ class _Trace:
         return "".join(parts)
 
 
-class Traces:
-    """The traces of one template."""
+def from_trace(
+    traces: dict[object, Trace | None], shape: object, words: Sequence[str], run: Callable[[Sequence[str]], str]
+) -> str | None:
+    """The text for words in a conversation of this shape; None where the template must be run.
 
-    def __init__(self) -> None:
-        self._traces: dict[object, _Trace | None] = {}
-
-    def render(self, shape: object, words: Sequence[str], run: Callable[[Sequence[str]], str]) -> str | None:
-        """The text for words in a conversation of this shape; None where the template must be run.
-
-        The shape must be all that the template is given beside the words. ``run`` renders it on words.
-        """
-        if not all(words):
-            return None
-        if shape not in self._traces:
-            if len(self._traces) >= REMEMBERED:
-                return None
-            self._traces[shape] = _trace(len(words), run)
-        trace = self._traces[shape]
-        return None if trace is None else trace.render(words)
+    The shape is all that the template is given beside the words. ``run`` renders it on words. ``traces`` are those of
+    the template so far.
+    """
+    if shape not in traces and len(traces) < REMEMBERED and all(words):
+        traces[shape] = _trace(len(words), run)
+    trace = traces.get(shape)
+    return None if trace is None or not all(words) else trace.render(words)
 
 
-def _trace(count: int, render: Callable[[Sequence[str]], str]) -> _Trace | None:
+def _trace(count: int, render: Callable[[Sequence[str]], str]) -> Trace | None:
     log = _Log()
     marks = [f"{_ODD}{i}{_ODD}" for i in range(count)]
     try:
         text = _plain(render([Words(mark, log, i) for i, mark in enumerate(marks)]))
     except Exception:  # reported when the row itself is rendered
         return None
-    parts = re.split("|".join(map(re.escape, marks)), text)
-    slots = tuple(marks.index(found) for found in re.findall("|".join(map(re.escape, marks)), text))
-    if log.failed or set(slots) != set(range(count)) or any(_ODD in part for part in parts):
+    parts = re.split(f"({'|'.join(map(re.escape, marks))})", text)
+    pieces, slots = tuple(parts[::2]), tuple(map(marks.index, parts[1::2]))
+    if log.failed or set(slots) != set(range(count)) or any(_ODD in piece for piece in pieces):
         return None
-    return _Trace(tuple(parts), slots, tuple(log.guards.values()))
+    return Trace(pieces, slots, tuple(log.guards.values()))
 
 
 @lru_cache(maxsize=16)
@@ -180,34 +170,27 @@ def compiled(source: str) -> Any | None:
     """The template for tracing; None where it cannot be traced."""
     environment = sandbox.compiled(source).environment.overlay()
     tree = environment.parse(source)
-    if not _followed(tree):
+    # The replacements below must cover everything in the template.
+    chains = (node for node in tree.find_all(nodes.Compare) if len(node.ops) > 1)
+    if (
+        any(True for _ in tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)))
+        or any(op.op in ("in", "notin") for node in chains for op in node.ops)
+        or any(_of_text(call) and (call.dyn_args or call.dyn_kwargs) for call in tree.find_all(nodes.Call))
+    ):
         return None
     environment.concat = _concat
-    environment.filters = {
-        **{
-            name: run if name in _FILTERS or name in OWN else _guarded(run) for name, run in environment.filters.items()
-        },
-        **{"prefopt_alone": _alone, "prefopt_join": _join, "prefopt_holds": _holds, "prefopt_modulo": _modulo},
+    known: dict[str, Callable[..., Any]] = environment.filters
+    guarded = {name: run if name in _FILTERS or name in OWN else _guarded(run) for name, run in known.items()}
+    environment.filters = guarded | {
+        "prefopt_alone": _alone,
+        "prefopt_join": lambda parts: _concat(part if isinstance(part, Words) else str(part) for part in parts),
+        "prefopt_holds": _holds,
+        "prefopt_modulo": lambda left, right: modulo(left, _alone(right) if isinstance(left, str) else right),
     }
     environment.tests = {**environment.tests, "in": lambda value, container: _holds(container, value)}
     tree = _Noting().visit(tree)
     tree.set_environment(environment)
     return environment.from_string(tree)
-
-
-def _followed(tree: nodes.Template) -> bool:
-    """Whether the replacements below cover everything in the template."""
-    other = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
-    chains = (node for node in tree.find_all(nodes.Compare) if len(node.ops) > 1)
-    return not (
-        any(True for _ in tree.find_all(other))
-        or any(op.op in ("in", "notin") for node in chains for op in node.ops)
-        or any(_dynamic(call) for call in tree.find_all(nodes.Call))
-    )
-
-
-def _dynamic(call: nodes.Call) -> bool:
-    return _of_text(call) and (call.dyn_args is not None or call.dyn_kwargs is not None)
 
 
 def _of_text(call: nodes.Call) -> bool:
@@ -255,18 +238,7 @@ def _concat(parts: Iterable[str]) -> str:
     return words[0] if len(given) == 1 else Words(Bounded.concat(list(map(_plain, given))), words[0].log)
 
 
-def _join(parts: Iterable[object]) -> str:
-    """``a ~ b``."""
-    return _concat(part if isinstance(part, Words) else str(part) for part in parts)
-
-
-def _modulo(left: Any, right: Any) -> Any:
-    """``a % b``."""
-    return modulo(left, _alone(right) if isinstance(left, str) else right)
-
-
 def _holds(container: Any, value: Any) -> bool:
-    """``value in container``."""
     return (_alone(value) if isinstance(container, str) else value) in container
 
 
@@ -295,7 +267,3 @@ def _guarded(run: Callable[..., Any]) -> Callable[..., Any]:
         return run(*given, **{name: _alone(value) for name, value in named.items()})
 
     return guarded
-
-
-def _plain(text: str) -> str:
-    return str.__str__(text)

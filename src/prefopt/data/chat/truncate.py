@@ -1,9 +1,8 @@
 """Truncation to --max-length: of turns and words of a conversation, then of the end of each response.
 
-A conversation that is cut at a token begins in the middle of a turn or of its header, which no model has seen in
-training. So :class:`Shortener` leaves a conversation: system turns stay, the rest begins with a user turn, and a turn
-that is too long by itself keeps its role and its last words. :func:`truncate` cuts tokens: the start of a plain-text
-prompt, then the end of each response, together with its EOS, so that it is never trained as a finished one.
+:class:`Shortener` leaves a conversation, as models know them: system turns stay, the rest begins with a user turn, and
+a turn that is too long by itself keeps its role and its last words. :func:`truncate` cuts tokens: the start of a
+plain-text prompt, then the end of each response with its EOS, so that it is never trained as a finished one.
 
 >>> ids = [1, 2, 3, 4, 5, 6, 7, 8]
 >>> cut = truncate([(ids, [0, 0, 0, 0, 1, 1, 1, 1])], max_length=4)
@@ -23,12 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from prefopt.data.chat.encoding import Encoded
-from prefopt.data.group import BoolArray, IntArray
+from prefopt.data.group import BoolArray, IntArray, common_length
 from prefopt.errors import ConfigError
 from prefopt.records import Comparison, Message
 
-Sequences = Sequence[tuple[IntArray, BoolArray]]
-"""K sequences of one prompt: (ids [L], trained [L]) each."""
+Sequences = Sequence[tuple[IntArray, BoolArray]]  # K sequences of one prompt: (ids [L], trained [L]) each
 
 KEEP_PROMPT = 128
 DEFAULT_LENGTH = 1024
@@ -45,12 +43,6 @@ class Truncated:
     responses: tuple[int, ...]
 
 
-def check_max_length(max_length: int | None) -> None:
-    """Raise :class:`ConfigError` for a length that cannot hold a token of prompt and one of response."""
-    if max_length is not None and max_length < 2:
-        raise ConfigError(f"--max-length {max_length} is too small; it should be at least 2 tokens")
-
-
 def sequence_limit(max_length: int | None, context: int | None) -> int:
     """The maximum number of tokens of prompt and response in training: ``max_length``, or 1024.
 
@@ -65,15 +57,10 @@ def sequence_limit(max_length: int | None, context: int | None) -> int:
 
 
 def longer_limit(rows: int, kept: int, limit: int, context: int | None) -> str | None:
-    """A note for rows that were cut to ``limit`` tokens although the model has more positions; None elsewhere.
-
-    >>> longer_limit(137, 300, 1024, 2048)
-    '137 of 300 rows are longer than --max-length 1024 and were cut; the model has 2048 positions'
-    """
+    """A note for rows that were cut to ``limit`` tokens although the model has more positions; None elsewhere."""
     if not rows or context is None or context <= limit:
         return None
-    some = f"{rows} of {kept} rows are longer than --max-length {limit} and were cut"
-    return f"{some}; the model has {context} positions"
+    return f"{rows} of {kept} rows are longer than --max-length {limit} and were cut; the model has {context} positions"
 
 
 def prompt_excess(sequences: Sequences, limit: int) -> int:
@@ -99,27 +86,24 @@ def truncate(
 
     The prompt loses tokens at its start, the same ones for all K, until the longest sequence fits or
     min(128, max_length // 2) of its tokens are left; a BOS at its start stays. A ``whole_prompt``, that of a
-    conversation, loses none. Then each response loses its end, and with it any ``ends`` (ids that may end a turn) that
-    its own words spell out right before the cut, as they would mark it as finished. Raises ``ValueError`` where no
-    token of a response fits.
+    conversation, loses none. Then each response loses its end, and with it any ``ends`` (ids that may end a turn) right
+    before the cut, as they would mark it as finished. Raises ``ValueError`` where no token of a response fits.
     """
-    check_max_length(max_length)
     whole = [(np.asarray(i, np.int32), np.asarray(t, np.bool_)) for i, t in sequences]
     prompts = [int(np.argmax(trained)) for _, trained in whole]
     need = max(len(ids) for ids, _ in whole) - max_length
-    first = whole[0][0]
-    shared = min(prompts)
-    for ids, _ in whole[1:]:
-        differs = np.nonzero(ids[:shared] != first[:shared])[0]
-        shared = int(differs[0]) if len(differs) else shared
-    start = 1 if shared and bos is not None and first[0] == bos else 0
+    shared = common_length([ids for ids, _ in whole], min(prompts))
+    start = 1 if shared and bos is not None and whole[0][0][0] == bos else 0
     cut = max(0, min(need, min(prompts) - min(KEEP_PROMPT, max_length // 2), shared - start))
     cut = 0 if whole_prompt else cut
     kept, lost = [], []
     for ids, trained in whole:
         left = np.concatenate([ids[:start], ids[start + cut :]])
         mask = np.concatenate([trained[:start], trained[start + cut :]])
-        end = _end(left, mask, max_length, ends) if len(left) > max_length else len(left)
+        end = min(len(left), max_length)
+        # A cut response ends with a trained token that ends no cut turn.
+        while 0 < end < len(left) and (not mask[end - 1] or (mask[end] and int(left[end - 1]) in ends)):
+            end -= 1
         if not mask[:end].any():
             raise ValueError("the prompt leaves no room for the response")
         kept.append((left[:end], mask[:end]))
@@ -138,14 +122,6 @@ def windows(ids: IntArray, trained: BoolArray, max_length: int) -> list[tuple[In
     count = -(-len(ids) // max_length)
     cuts = [len(ids) * i // count for i in range(count + 1)]
     return [(ids[a:b], trained[a:b]) for a, b in itertools.pairwise(cuts)]
-
-
-def _end(ids: IntArray, trained: BoolArray, max_length: int, ends: Collection[int]) -> int:
-    """How many of the first ``max_length`` tokens to keep: up to the last trained one that ends no cut turn."""
-    end = max_length
-    while end and (not trained[end - 1] or (trained[end] and int(ids[end - 1]) in ends)):
-        end -= 1
-    return end
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from prefopt.errors import DataError
 from prefopt.records import Comparison
 
 if TYPE_CHECKING:
-    from prefopt.data.chat.render_options import Rendering
+    from prefopt.data.chat.template import Rendering
     from prefopt.data.tokenizer import Tokenizer
 
 Severity = Literal["error", "warning"]

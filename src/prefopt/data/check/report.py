@@ -13,7 +13,7 @@ from rich.text import Text
 from prefopt.config.tools import DataCheckConfig
 from prefopt.core.terminal import Bar, Reporter, Screen, tell_json, visible
 from prefopt.data.chat.render import Renderer
-from prefopt.data.chat.render_options import Rendering
+from prefopt.data.chat.template import Rendering
 from prefopt.data.chat.truncate import sequence_limit
 from prefopt.data.check.audit import CONTRADICTION, SEVERITIES, Audit, AuditOptions, Issue, audit, compare_prompts
 from prefopt.data.check.statistics import Lengths

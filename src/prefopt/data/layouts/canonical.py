@@ -10,8 +10,7 @@ from prefopt.data.layouts.layout import NOT_READ, SIDES, USER, CannotHold, Layou
 from prefopt.data.layouts.messages import write_messages
 from prefopt.data.layouts.row import RowReader, text_prompt
 from prefopt.data.layouts.values import BadRow, index_of, items_of
-from prefopt.data.validate import Tiers
-from prefopt.records import Comparison, Response, tiers_of
+from prefopt.records import Comparison, Response, Tiers, tiers_of
 
 Votes = tuple[tuple[int, int, float], ...]
 COLUMNS = ("tiers", "scores", "labels", "votes", "tools", "finish")

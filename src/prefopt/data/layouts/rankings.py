@@ -13,8 +13,7 @@ from prefopt.data.layouts.layout import BAD, GOOD, USER, Layout
 from prefopt.data.layouts.llama_factory import instruction_prompt
 from prefopt.data.layouts.row import RowReader, answer, text_prompt, value_at
 from prefopt.data.layouts.values import BadRow, items_of, look, number_of, type_name
-from prefopt.data.validate import Tiers
-from prefopt.records import Comparison, Message, Response, tiers_of
+from prefopt.records import Comparison, Message, Response, Tiers, tiers_of
 
 PREDICTION = re.compile(r"prediction \d+")
 
