@@ -143,8 +143,11 @@ UNUSABLE: list[tuple[str | bytes, str]] = [
     (json.dumps([{"a": 1, "b": 2}]), "unknown layout: no row has all fields of one; row 1 has a, b"),
     (json.dumps([{"prompt": "a", "rejected": "b"}]), "needs chosen as well"),
     ("[1, 2]", "row 1: unknown layout: it is a number"),
-    (json.dumps([TEXT, TEXT, SHAREGPT]), "mixes layouts (preference-text: rows 1, 2; sharegpt-ranking: row 3)"),
-    (json.dumps([CHAT, TEXT]), "mixes layouts (preference-chat: row 1; preference-text: row 2)"),
+    (
+        json.dumps([TEXT, TEXT, SHAREGPT]),
+        "(preference-text: 2 from row 1; sharegpt-ranking: 1 from row 3)",
+    ),
+    (json.dumps([CHAT, TEXT]), "mixes layouts (preference-chat: 1 from row 1; preference-text: 1 from row 2)"),
 ]
 
 
