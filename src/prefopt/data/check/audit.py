@@ -196,7 +196,7 @@ class Audit:
 
     def note_purposes(self, file: str, stated: Counter[str]) -> None:
         """Add a warning where rows have several purposes."""
-        if len(stated) > 1:
+        if self._options.want is None and len(stated) > 1:
             what = ", ".join(f"{n:,} {kind}" for kind, n in stated.most_common())
             self.note("warning", "rows of several purposes", file, None, f"{what}; name what a run needs by --want")
 
@@ -225,7 +225,7 @@ def audit(names: Sequence[str | PathLike[str]], options: AuditOptions) -> Audit:
         except DataError as error:
             found.note("error", "unreadable file", source.name, None, error.what)
     purposes = sum((f.stated for f in found.files), Counter[str]())
-    if options.want is None and all(len(f.stated) < len(purposes) for f in found.files):
+    if all(len(f.stated) < len(purposes) for f in found.files):
         found.note_purposes("", purposes)
     found.note_repeats(found.duplicates.duplicates(), "duplicate", "the same prompt, responses and preference")
     found.note_repeats(found.duplicates.contradictions(), CONTRADICTION, "another row states the opposite")
@@ -271,8 +271,7 @@ def _audit_source(source: Source, number: int, found: Audit, options: AuditOptio
             bar.update(counts.rows)
     counts.usable = counts.rows - counts.refused - counts.left_out
     found.notes += [note for note in (*reading.notes, *checker.notes) if note not in found.notes]
-    if options.want is None:
-        found.note_purposes(counts.file, counts.stated)
+    found.note_purposes(counts.file, counts.stated)
 
 
 class _Checker:

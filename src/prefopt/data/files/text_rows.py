@@ -20,6 +20,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from io import BufferedReader
 from typing import Any
 
@@ -231,8 +232,8 @@ def read_csv(content: Content, *, header: bool = True) -> Iterator[object]:
             problem = ""
             if len(cells) != len(names):
                 few, count = "few" if len(cells) < len(names) else "many", len(names)
-                problem = f"too {few} cells at line {line}: {len(cells)}, where the first line names {count} columns"
-                problem += f"; put quotes around text that holds {_delimiter(content)!r}, a quote or a line end"
+                what = f"too {few} cells at line {line}: {len(cells)}, where the first line names {count} columns"
+                problem = f"{what}; put quotes around text that holds {_delimiter(content)!r}, a quote or a line end"
             for name in () if problem else structured:
                 cell = str(row[name])
                 try:
@@ -309,25 +310,22 @@ def _delimiter(content: Content) -> str:
 
 def _structured_columns(content: Content, header: bool) -> list[str]:
     """Names of the columns to decode. Reads until every column is decided, most often one row."""
-    names: list[str] = []
-    decoded: dict[int, bool] = {}  # undecided columns: was any cell decoded?
-    with content.opened() as handle:
-        try:
-            records = _records(handle, content, header)
-            _, names = next(records, (1, []))
-            decoded = dict.fromkeys(range(len(names)), False)
-            for _, cells in records:
-                for at in [at for at in decoded if at < len(cells) and cells[at].strip()]:
-                    try:
-                        decoded[at] = _structure(cells[at]) is not None or decoded[at]
-                    except (ValueError, RecursionError):
-                        if not BROKEN.match(cells[at]):
-                            del decoded[at]
-                if not decoded:
-                    break
-        except (DataError, *DAMAGED):
-            pass  # raised again when the rows are read
-    return [names[at] for at, seen in decoded.items() if seen]
+    decoded: dict[int, str] = {}  # undecided columns, with their name once a cell was decoded
+    with suppress(DataError, *DAMAGED), content.opened() as handle:  # errors are raised again when the rows are read
+        records = _records(handle, content, header)
+        _, names = next(records, (1, []))
+        decoded = dict.fromkeys(range(len(names)), "")
+        for _, cells in records:
+            for at in [at for at in decoded if at < len(cells) and cells[at].strip()]:
+                try:
+                    _structure(cells[at])
+                    decoded[at] = names[at]
+                except (ValueError, RecursionError):
+                    if not BROKEN.match(cells[at]):
+                        del decoded[at]
+            if not decoded:
+                break
+    return [name for name in decoded.values() if name]
 
 
 def _structure(cell: str) -> object:

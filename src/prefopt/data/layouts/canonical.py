@@ -6,15 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from prefopt.data.layouts.layout import (
-    NOT_READ,
-    SIDES,
-    USER,
-    CannotHold,
-    plain_text,
-    ranking_layout,
-    with_columns,
-)
+from prefopt.data.layouts.layout import NOT_READ, SIDES, USER, CannotHold, plain_text, ranking_layout, with_columns
 from prefopt.data.layouts.messages import write_messages
 from prefopt.data.layouts.row import RowReader, text_prompt
 from prefopt.data.layouts.values import BadRow, index_of, items_of

@@ -223,7 +223,7 @@ PUBLIC = (
         optional=("winner_tie",),
         description="lists of the turns of a user and of two models, and a column that is 1 for each outcome",
         origin="Chatbot Arena (55k, LMSYS on Kaggle)",
-        example={"prompt": "[QUESTION]", "response_a": '["22"]', "response_b": '["4"]'}
+        example={"prompt": f'["{QUESTION}"]', "response_a": '["22"]', "response_b": '["4"]'}
         | {"winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0},
         reader=_read_arena_columns,
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from prefopt.data.layouts.messages import Tags, read_messages, read_tools, read_transcript
@@ -164,7 +164,9 @@ class RowReader:
                 self.tags.unread.update(f"metadata.{key}" for key in rest)
         chosen, rejected = (values.get(name) for name in names)
         if chosen is None and rejected is None:
-            self.tags.unread.update(self._lone_scores())
+            for name, other in (pair for names in SCORE_COLUMNS for pair in (names, names[::-1])):
+                if self.has(name) and other in self.values and not self.has(other):
+                    self.tags.unread.add(f"{name} where {other} is null")
             return None
         if chosen is None or rejected is None:
             has, lacks = names if rejected is None else names[::-1]
@@ -174,13 +176,6 @@ class RowReader:
             what = f"{names[0]} is {best:g} and {names[1]} {worse:g}: the rejected response would be the better"
             raise BadRow("scores against the preference", f"{what}; --ignore-columns {' '.join(names)} leaves both out")
         return best, worse
-
-    def _lone_scores(self) -> Iterator[str]:
-        """Scores of one response that are not read because the other's is null."""
-        for names in SCORE_COLUMNS:
-            for name, other in (names, names[::-1]):
-                if self.has(name) and other in self.values and not self.has(other):
-                    yield f"{name} where {other} is null"
 
     def pair(
         self, prompt: tuple[Message, ...], chosen: Response, rejected: Response, *, text: bool = False
