@@ -98,7 +98,7 @@ def test_reading_in_windows_equals_reading_whole(
         try:
             expected = json.loads(mark.strip("\ufeff") + text, object_pairs_hook=unique)
         except KeyError:  # the damage made two keys one
-            with pytest.raises(DataError, match="stands twice"):
+            with pytest.raises(DataError, match="occurs twice"):
                 list(read_rows(path))
         except json.JSONDecodeError as error:
             with pytest.raises(

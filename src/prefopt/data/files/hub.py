@@ -52,7 +52,7 @@ def saved_split(folder: Path, split: str | None) -> SavedSplit:
         split = None
     state = _read(folder / STATE)
     if split is not None and split != str(state.get("_split")):
-        what = f"is one data set without splits (saved as {state.get('_split')}); leave ,split={split} away"
+        what = f"is one data set without splits (saved as {state.get('_split')}); remove ,split={split}"
         raise DataError(what, file=str(folder))
     try:
         files = [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
@@ -147,7 +147,7 @@ def _load(wanted: HubSplit) -> Any:
             raise DataError(_which_config(wanted, list(builder.builder_configs)), file=wanted.name)
         if wanted.revision and type(builder).__module__.endswith(".cache.cache"):
             what = f"the Hub cannot be reached, and what is cached may be another revision than {wanted.revision}"
-            raise DataError(f"{what}; go online, or leave the revision away", file=wanted.name)
+            raise DataError(f"{what}; go online, or remove revision=", file=wanted.name)
         builder.download_and_prepare()
         splits = list(builder.info.splits)
         split = wanted.split or ("train" if "train" in splits else choose_split(None, splits, wanted.name))
@@ -169,15 +169,15 @@ def _which_config(wanted: HubSplit, configs: list[str]) -> str:
 
 def _explain(error: Exception, wanted: HubSplit) -> str:
     """One line for an error of the library: cause and remedy."""
-    said, near = reason(error), nearest(wanted.repo)
+    message, near = reason(error), nearest(wanted.repo)
     kinds = {kind.__name__ for kind in type(error).__mro__}
     absent = f"is no file or folder here{f' (did you mean {near}?)' if near else ''}"
-    if isinstance(error, ValueError) and (configs := re.search(r"(?:Available|configs): (\[.*\])", said)):
+    if isinstance(error, ValueError) and (configs := re.search(r"(?:Available|configs): (\[.*\])", message)):
         return _which_config(wanted, re.findall(r"'([^']*)'", configs[1]))
-    if re.search(r"\bgated\b", said) or "GatedRepoError" in kinds:
+    if re.search(r"\bgated\b", message) or "GatedRepoError" in kinds:
         page = f"https://huggingface.co/datasets/{wanted.repo}"
         return f"is gated: ask for access at {page}, then log in with: hf auth login"
-    if said.startswith("Revision ") or "RevisionNotFoundError" in kinds:
+    if message.startswith("Revision ") or "RevisionNotFoundError" in kinds:
         return f"has no revision {wanted.revision!r}; name a branch, a tag or a commit of it"
     if kinds & {"EmptyDatasetError", "DataFilesNotFoundError"}:
         return "holds no data files that can be read"
@@ -185,13 +185,13 @@ def _explain(error: Exception, wanted: HubSplit) -> str:
         return f"{absent} and no data set on the Hub; check the spelling (a private one needs: hf auth login)"
     if kinds & {"ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "TransportError", "HTTPError"}:
         offline = "; HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0") else ""
-        return f"{absent}, and the Hub cannot be asked ({said}{offline}); check path and network"
-    if "scripts are no longer supported" in said:
+        return f"{absent}, and the Hub cannot be asked ({message}{offline}); check path and network"
+    if "scripts are no longer supported" in message:
         return "is made by a script of its author, which is not run; use a copy of it in parquet or JSON"
     if isinstance(error, OSError) and error.errno is not None:
-        return f"cannot be loaded: {said}; the library keeps its files below HF_HOME, or ~/.cache/huggingface"
+        return f"cannot be loaded: {message}; the library keeps its files below HF_HOME, or ~/.cache/huggingface"
     cause = f": {reason(error.__cause__)}" if error.__cause__ is not None else ""
-    return f"cannot be loaded ({said}{cause}); download its files and name them instead"
+    return f"cannot be loaded ({message}{cause}); download its files and name them instead"
 
 
 def nearest(name: str) -> Path | None:

@@ -124,7 +124,7 @@ def _find(name: str) -> list[Source]:
     path = Path(base).expanduser()
     if options and _exists(path):
         if extra := sorted(options.keys() - {"split"}):
-            raise ConfigError(f"{name}: {extra[0]}= is for data sets of the Hub, and {base} is on disk; leave it away")
+            raise ConfigError(f"{name}: {extra[0]}= is for data sets of the Hub, and {base} is on disk; remove it")
         return _on_disk(path, options["split"])
     if glob.has_magic(base):
         if options:
@@ -163,7 +163,7 @@ def _options(name: str) -> tuple[str, dict[str, str]]:
 def _on_disk(path: Path, split: str | None) -> list[Source]:
     if not path.is_dir():
         if split is not None:
-            raise ConfigError(f"{path}: is one file, which has no splits; leave ,split={split} away")
+            raise ConfigError(f"{path}: is one file, which has no splits; remove ,split={split}")
         if not is_study(path):
             return _files([path], str(path))
         votes = StudyRows(path)

@@ -46,7 +46,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = _twice([key for key, _ in pairs])
-        raise _DuplicateKey(f"the key {twice[:60]!r} stands twice in one object; keep one of them")
+        raise _DuplicateKey(f"the key {twice[:60]!r} occurs twice in one object; keep one of them")
     return found
 
 
@@ -242,7 +242,7 @@ def read_csv(content: Content, *, header: bool = True) -> Iterator[object]:
                     problem = problem or f"the cell of column {name!r} at line {line} is no JSON ({error})"
             yield DataError(problem, file=file, row=number) if problem else row
     if not number:
-        raise DataError("names its columns and holds no rows; if its line is a row, say --header none", file=file)
+        raise DataError("names its columns and holds no rows; if its line is a row, give --header none", file=file)
 
 
 def _records(handle: BufferedReader, content: Content, header: bool) -> Iterator[tuple[int, list[str]]]:
