@@ -258,7 +258,7 @@ PUBLIC = (
         ("context", "response1", "response2", "overall_preference"),
         BY_STRENGTH,
         name="helpsteer3",
-        description="a conversation and two responses; overall_preference is below 0 if the first is better, else above",
+        description="a conversation and two responses; overall_preference is below 0 if the first is better, or above",
         origin="HelpSteer3",
         example={"context": [USER], "response1": "22", "response2": "4", "overall_preference": 3},
     ),
