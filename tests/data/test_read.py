@@ -98,7 +98,7 @@ def test_reading_in_windows_equals_reading_whole(
         try:
             expected = json.loads(mark.strip("\ufeff") + text, object_pairs_hook=unique)
         except KeyError:  # the damage made two keys one
-            with pytest.raises(DataError, match="stands twice"):
+            with pytest.raises(DataError, match="occurs twice"):
                 list(read_rows(path))
         except json.JSONDecodeError as error:
             with pytest.raises(
@@ -143,8 +143,11 @@ UNUSABLE: list[tuple[str | bytes, str]] = [
     (json.dumps([{"a": 1, "b": 2}]), "unknown layout: no row has all fields of one; row 1 has a, b"),
     (json.dumps([{"prompt": "a", "rejected": "b"}]), "needs chosen as well"),
     ("[1, 2]", "row 1: unknown layout: it is a number"),
-    (json.dumps([TEXT, TEXT, SHAREGPT]), "mixes layouts (preference-text: rows 1, 2; sharegpt-ranking: row 3)"),
-    (json.dumps([CHAT, TEXT]), "mixes layouts (preference-chat: row 1; preference-text: row 2)"),
+    (
+        json.dumps([TEXT, TEXT, SHAREGPT]),
+        "(preference-text: 2 from row 1; sharegpt-ranking: 1 from row 3)",
+    ),
+    (json.dumps([CHAT, TEXT]), "mixes layouts (preference-chat: 1 from row 1; preference-text: 1 from row 2)"),
 ]
 
 

@@ -215,7 +215,7 @@ def test_files_that_hold_no_rows(tmp_path: Path) -> None:
 
 def test_names_that_do_not_fit_the_contents(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("hello")
-    assert "is no parquet file, whatever its name says" in error(tmp_path / "a.parquet")
+    assert "is no parquet file, in spite of its name" in error(tmp_path / "a.parquet")
     (tmp_path / "a.txt").write_text("hello")
     assert "is of no known kind; name it by what it holds" in error(tmp_path / "a.txt")
 
@@ -271,7 +271,7 @@ def test_saved_data_sets_are_read_without_the_library(tmp_path: Path, monkeypatc
     (tmp_path / "one" / "state.json").write_text("{")
     assert "is damaged" in error(tmp_path / "one")
     (tmp_path / "dict" / "test" / "state.json").unlink()
-    assert "is not there; copy the whole folder" in error(f"{tmp_path / 'dict'},split=test")
+    assert "is absent; copy the whole folder" in error(f"{tmp_path / 'dict'},split=test")
 
 
 @pytest.fixture

@@ -179,7 +179,7 @@ def data_layouts(config: tools.DataLayoutsConfig) -> int:
 
 
 def data_check(config: tools.DataCheckConfig) -> int:
-    from prefopt.data.check.report import run_check
+    from prefopt.data.check import run_check
 
     if config.model is None:  # without torch
         return run_check(config)

@@ -76,7 +76,7 @@ PAIRS: list[tuple[dict[str, Any], str, Any]] = [
     (ARGILLA | {"responses": {"q": []}}, "argilla", "missing field"),
     ({"messages": [USER, said("a")], "rejected_messages": [USER, said("b")]}, "swift-preference", FIRST),
     ({"messages": [USER, said("a")], "rejected_messages": [said("b")]}, "swift-preference", FIRST),
-    ({"messages": [USER, said("a")], "rejected_response": "b"}, "swift-rejected-response", FIRST),
+    ({"messages": [USER, said("a")], "rejected_response": "b"}, "swift-preference", FIRST),
     ({"prompt": "Why?", "pos": "a", "neg": "b"}, "preference-text", FIRST),
 ]
 
@@ -94,21 +94,26 @@ def ranking(key: str, *values: Any, text: str = "text") -> list[dict[str, Any]]:
     return [{text: word, key: value} for word, value in zip("abc", values, strict=False)]
 
 
+def tree(*ranks: Any) -> dict[str, Any]:
+    return {"message_tree_id": "t", "prompt": {"text": "Why?", "replies": ranking("rank", *ranks)}}
+
+
 RANKINGS: list[tuple[dict[str, Any], str, Any]] = [
     ({"prompt": "Why?", "answers": ranking("rank", 3.0, 1.0, 2.0, text="answer")}, "nectar", ((1,), (2,), (0,))),
     ({"prompt": "Why?", "answers": ranking("rank", 2, 1, 1, text="answer")}, "nectar", ((1, 2), (0,))),
     ({"question": "Why?", "answers": ranking("pm_score", 2, 7, 2)}, "stack-exchange", ((1,), (0, 2))),
     ({"question": "Why?", "answers": ranking("pm_score", 2, None)}, "stack-exchange", "missing score"),
-    ({"text": "Why?", "replies": ranking("rank", 1, 0)}, "oasst-replies", SECOND),
-    ({"text": "Why?", "replies": ranking("rank", None, None)}, "oasst-replies", ()),
-    ({"text": "Why?", "replies": ranking("rank", None, 0)}, "oasst-replies", "missing score"),
-    ({"text": "Why?", "replies": ranking("rank", 0)}, "oasst-replies", ()),
-    ({"message_tree_id": "t", "prompt": {"text": "Why?", "replies": ranking("rank", 1, 0)}}, "oasst-trees", SECOND),
+    (tree(None, None), "oasst-trees", ()),
+    (
+        {"message_tree_id": "t", "prompt": {"text": "Why?", "replies": ranking("rank", None, 0)}},
+        "oasst-trees",
+        "missing score",
+    ),
+    (tree(0), "oasst-trees", ()),
+    (tree(1, 0), "oasst-trees", SECOND),
     ({"instruction": "Why?", "generations": ["a", "b"], "ratings": [2.0, 5.0]}, "distilabel", SECOND),
     ({"instruction": "Why?", "generations": ["a", "b"], "ratings": [2.0]}, "distilabel", "wrong number"),
     ({"instruction": "Why?", "generations": ["a", "b"], "ratings": [2, None]}, "distilabel", "missing score"),
-    ({"instruction": "Why?", "output": ["a", "b", "c"]}, "alpaca-outputs", ((0,), (1,), (2,))),
-    ({"instruction": "Why?", "output": ["a"]}, "alpaca-outputs", ()),
     ({"prompt": "Why?", "chosen": ["a"], "rejected": ["b", "c"]}, "lists-of-sides", ((0,), (1, 2))),
     ({"prompt": "Why?", "chosen": ["a"], "rejected": []}, "lists-of-sides", "missing field"),
     ({"prompt": "Why?", "responses": ["a", "b", "c"], "ranks": [2, 1, 2]}, "ranks", ((1,), (0, 2))),
@@ -142,15 +147,13 @@ def test_messages_of_trees_are_read_with_their_replies_and_not_alone() -> None:
     assert "\n" not in str(caught.value)
     assert parse_comparisons(flat, "f", format="raw-text").count == 2  # what the message says to type
     replies = [{"text": "A", "rank": 0}, {"text": "B", "rank": 0}, {"text": "C", "rank": 1}]
-    asked = {"text": "Q", "role": "prompter", "parent_id": None, "replies": replies}
-    assert tiers(asked, {**asked, "role": "assistant"}) == [((0, 1), (2,)), "unknown role"]
     tree = {"message_tree_id": "t", "prompt": {"text": "Q", "role": "prompter", "replies": replies}}
     reading = read(tree)
     assert reading.comparisons[0].tiers == ((0, 1), (2,))
     assert reading.notes == ["f: of each tree, the replies to its first message are compared; deeper ones are not read"]
 
 
-CASES_A_SYSTEM_TURN_I = ["shp", "nectar", "pku-saferlhf", "oasst-replies", "argilla", "helpsteer3"]
+CASES_A_SYSTEM_TURN_I = ["shp", "nectar", "pku-saferlhf", "argilla", "helpsteer3"]
 
 
 def test_a_system_turn_is_read_and_not_said_to_be_unread() -> None:
@@ -245,7 +248,7 @@ SIDES: dict[str, dict[str, Any]] = {
     for name in (
         *("preference-text", "preference-chat", "implicit-text", "implicit-chat", "ultrafeedback-binarized", "hh"),
         *("sharegpt-ranking", "alpaca-ranking", "messages-ranking", "v1-preference", "openai-preference"),
-        *("swift-preference", "swift-rejected-response"),
+        "swift-preference",
     )
 }
 

@@ -79,7 +79,7 @@ def test_mixed_layouts_are_refused_with_the_rows() -> None:
         with pytest.raises(DataError) as caught:
             parse_comparisons(rows, "f")
         said = str(caught.value)
-        assert f"f: mixes layouts ({one}: rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ..., 12 in all; {other}: row 13)" in said
+        assert f"f: mixes layouts ({one}: 12 from row 1; {other}: 1 from row 13)" in said
         assert "--format" in said and "\n" not in said
         reading = parse_comparisons(rows, "f", format=one)
         assert (reading.layout, reading.count, [p.row for p in reading.problems]) == (one, 13, [13])
@@ -181,7 +181,7 @@ def test_a_dataset_info_beside_the_file_says_how_it_is_read(tmp_path: Path) -> N
     assert reading.layout == "kto" and found.labels == (True,)
     assert found.prompt == (Message("system", "s"), Message("user", "q"))
     assert reading.notes == [
-        f"{path}: read as kto, as dataset_info.json beside it says (entry mine)",
+        f"{path}: read as kto, by the entry mine of dataset_info.json beside it",
         f"{path}: columns not read: text",
     ]
     # What a person says goes before it.

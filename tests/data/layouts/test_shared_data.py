@@ -36,7 +36,7 @@ FILES: list[tuple[str, str, DataKind, int, dict[str, int]]] = [
     ("llamafactory_demo/dpo_zh_demo.json", "sharegpt-ranking", "pairs", 300, {}),
     ("llamafactory_demo/kto_en_demo.json", "kto", "labels", 300, {}),
     ("llamafactory_demo/v1_dpo_demo.jsonl", "v1-preference", "pairs", 10, {}),
-    ("llamafactory_demo/v1_sft_demo.jsonl", "v1-messages", "demonstrations", 500, {}),
+    ("llamafactory_demo/v1_sft_demo.jsonl", "messages", "demonstrations", 500, {}),
     ("finegrained_qa/dev_feedback.json", "pair-labels", "pairs", 500, {"only ties": 12}),
     ("gsm8k/train.jsonl", "question-answer", "demonstrations", 7473, {}),
     ("gsm8k/test.jsonl", "question-answer", "demonstrations", 1319, {}),

@@ -1,7 +1,7 @@
 """`prefopt data check`: reads files as a run would, measures their rows and collects what is wrong with which row.
 
 A row is an error here exactly where a run refuses it, since both call the same functions:
-:func:`prefopt.data.validate.check`, and with a tokenizer :class:`prefopt.data.workers.Preparer`. Rows are streamed;
+:func:`prefopt.data.validate.validate`, and with a tokenizer :class:`prefopt.data.workers.Preparer`. Rows are streamed;
 what is kept of a good one are numbers and hashes.
 """
 
@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
+from prefopt.core.terminal import Reporter
 from prefopt.data.check.statistics import SUSPICIONS, Duplicates, Found, Lengths, row_suspicions
 from prefopt.data.comparisons import open_comparisons
 from prefopt.data.files.sources import Source, find_sources
 from prefopt.data.load import NO_FAULT, PREFERENCES
 from prefopt.data.table import Array
 from prefopt.data.tokenizer import end_marks
-from prefopt.data.validate import DataKind, Problem, check, convert
-from prefopt.data.workers import Chunk, ParsedRow, Preparer, chunks
+from prefopt.data.validate import DataKind, Problem, validate
+from prefopt.data.workers import ParsedRow, Preparer, chunks
 from prefopt.errors import DataError
 from prefopt.records import Comparison
 
@@ -38,6 +39,7 @@ Place = tuple[str, int]
 """File and row."""
 Rows: TypeAlias = "array[int]"
 CONTRADICTION = "contradiction"
+BAR_ROWS = 5000  # smaller files need no progress bar
 
 
 @dataclass(slots=True)
@@ -59,12 +61,10 @@ class Issue:
     others: list[Place] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, object]:
-        """As plain values, with all rows."""
         found: dict[str, object] = {"severity": self.severity, "kind": self.kind, "file": self.file}
         found |= {"what": self.what, "example": self.example, "count": len(self.rows), "rows": list(self.rows)}
-        if self.others:
-            found["others"] = [{"file": file, "row": row} for file, row in self.others]
-        return found
+        others = [{"file": file, "row": row} for file, row in self.others]
+        return found | ({"others": others} if others else {})
 
 
 def purpose(c: Comparison) -> DataKind:
@@ -103,7 +103,6 @@ class FileCounts:
     counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(COUNTS, 0)))
 
     def add(self, c: Comparison) -> None:
-        """Count a row."""
         self.responses[len(c.responses)] += 1
         self.stated[purpose(c)] += 1
         labels, answers = c.labels or (), [m for r in c.responses for m in r.messages]
@@ -122,10 +121,9 @@ class FileCounts:
         )
 
     def to_dict(self) -> dict[str, object]:
-        """As plain values."""
         names = ("file", "layout", "rows", "usable", "refused", "left_out")
-        found: dict[str, object] = {name: getattr(self, name) for name in names}
         responses = {str(k): n for k, n in sorted(self.responses.items())}
+        found = {name: getattr(self, name) for name in names}
         return {**found, "responses": responses, "stated": dict(self.stated), **self.counts}
 
 
@@ -139,7 +137,7 @@ class AuditOptions:
     format: str | None = None
     columns: Sequence[str] | None = None
     show: int = 0
-    progress: Callable[[str, int, int], None] | None = None
+    reporter: Reporter = field(default_factory=lambda: Reporter("none"))
 
 
 class Audit:
@@ -155,13 +153,7 @@ class Audit:
         self._options, self._seen = options, 0
 
     @property
-    def rows(self) -> int:
-        """Rows of all files."""
-        return sum(f.rows for f in self.files)
-
-    @property
     def prompts(self) -> int:
-        """The number of different prompts."""
         return len(np.unique(self.duplicates.prompts))
 
     @property
@@ -177,7 +169,6 @@ class Audit:
         self._examples = sorted(self._examples, key=lambda x: x[:2])[: self._options.show]
 
     def place(self, at: int) -> Place:
-        """File and row of a place in ``duplicates``."""
         return self.files[self.duplicates.source[at]].file, self.duplicates.row[at]
 
     def note(
@@ -192,8 +183,7 @@ class Audit:
         other: Place | None = None,
     ) -> None:
         """Add an issue of one row, in the order of the rows; a row that has it twice is counted once."""
-        key = severity, kind, file
-        issue = self._issues[key] = self._issues.get(key) or Issue(severity, kind, file, what, example)
+        issue = self._issues.setdefault((severity, kind, file), Issue(severity, kind, file, what, example))
         issue.varies = issue.varies or issue.what != what
         if row is not None and issue.rows[-1:] != array("q", [row]):
             issue.rows.append(row)
@@ -201,13 +191,12 @@ class Audit:
                 issue.others.append(other)
 
     def note_repeats(self, found: Found, kind: str, what: str, place: Callable[[int], Place] | None = None) -> None:
-        """Add a warning for rows that repeat others; ``place`` finds those, in this audit or another."""
         for at, other in found:
             self.note("warning", kind, *self.place(at), what, other=(place or self.place)(other))
 
     def note_purposes(self, file: str, stated: Counter[str]) -> None:
         """Add a warning where rows have several purposes."""
-        if len(stated) > 1:
+        if self._options.want is None and len(stated) > 1:
             what = ", ".join(f"{n:,} {kind}" for kind, n in stated.most_common())
             self.note("warning", "rows of several purposes", file, None, f"{what}; name what a run needs by --want")
 
@@ -218,7 +207,6 @@ class Audit:
         return sorted(found, key=lambda issue: (files[issue.file], -len(issue.rows)))
 
     def rows_with(self, severity: Severity) -> int:
-        """The number of rows with one or more issues."""
         return len({(issue.file, row) for issue in self.issues(severity) for row in issue.rows})
 
 
@@ -237,7 +225,7 @@ def audit(names: Sequence[str | PathLike[str]], options: AuditOptions) -> Audit:
         except DataError as error:
             found.note("error", "unreadable file", source.name, None, error.what)
     purposes = sum((f.stated for f in found.files), Counter[str]())
-    if options.want is None and all(len(f.stated) < len(purposes) for f in found.files):
+    if all(len(f.stated) < len(purposes) for f in found.files):
         found.note_purposes("", purposes)
     found.note_repeats(found.duplicates.duplicates(), "duplicate", "the same prompt, responses and preference")
     found.note_repeats(found.duplicates.contradictions(), CONTRADICTION, "another row states the opposite")
@@ -262,28 +250,28 @@ def _audit_source(source: Source, number: int, found: Audit, options: AuditOptio
         severity: Severity = "error" if options.want in PREFERENCES else "warning"
         found.note(severity, "responses that are not read", counts.file, None, reading.lost)
     checker = _Checker(options, found)
-    for rows in chunks(reading):
-        counts.rows += len(rows)
-        refused, left_out = checker(rows, counts.file)
-        counts.refused += len(refused)
-        counts.left_out += len(left_out)
-        for row in rows:
-            if isinstance(row, Problem):
-                continue
-            counts.add(row)
-            found.duplicates.add(row, number)
-            for kind, place in row_suspicions(row).items():
-                found.note("warning", kind, counts.file, row.row, SUSPICIONS[kind][0], example=place)
-            if what := _against_scores(row):
-                found.note("warning", "scores against the order", counts.file, row.row, what)
-            if options.show and row.row not in refused and row.row not in left_out:
-                found.add_example(row)
-        if options.progress is not None:
-            options.progress(counts.file, counts.rows, reading.count)
+    reporter = options.reporter if reading.count >= BAR_ROWS else Reporter("none")
+    with reporter.bar(counts.file, reading.count, "rows") as bar:
+        for rows in chunks(reading):
+            counts.rows += len(rows)
+            refused, left_out = checker(rows, counts.file)
+            counts.refused += len(refused)
+            counts.left_out += len(left_out)
+            for row in rows:
+                if isinstance(row, Problem):
+                    continue
+                counts.add(row)
+                found.duplicates.add(row, number)
+                for kind, place in row_suspicions(row).items():
+                    found.note("warning", kind, counts.file, row.row, SUSPICIONS[kind][0], example=place)
+                if what := _against_scores(row):
+                    found.note("warning", "scores against the order", counts.file, row.row, what)
+                if options.show and row.row not in refused and row.row not in left_out:
+                    found.add_example(row)
+            bar.update(counts.rows)
     counts.usable = counts.rows - counts.refused - counts.left_out
     found.notes += [note for note in (*reading.notes, *checker.notes) if note not in found.notes]
-    if options.want is None:
-        found.note_purposes(counts.file, counts.stated)
+    found.note_purposes(counts.file, counts.stated)
 
 
 class _Checker:
@@ -307,23 +295,21 @@ class _Checker:
                 problems += self._measure_words(several, want)
             else:
                 problems += self._measure_tokens(several, want, file, warnings)
-        left_out = [p for p in problems if p.kind in NO_FAULT]
-        faults = [p for p in problems if p.kind not in NO_FAULT]
-        noted: tuple[tuple[Severity, list[Problem]], ...] = (("error", faults), ("warning", left_out + warnings))
-        for severity, many in noted:
-            for p in sorted(many, key=lambda p: p.row):
-                self.found.note(severity, p.kind, file, p.row, p.what)
-        refused = {p.row for p in faults}
-        return refused, {p.row for p in left_out} - refused
+        problems.sort(key=lambda p: p.row)
+        for p in problems:
+            self.found.note("warning" if p.kind in NO_FAULT else "error", p.kind, file, p.row, p.what)
+        for p in sorted(warnings, key=lambda p: p.row):
+            self.found.note("warning", p.kind, file, p.row, p.what)
+        refused = {p.row for p in problems if p.kind not in NO_FAULT}
+        return refused, {p.row for p in problems} - refused
 
     def _measure_words(self, rows: Sequence[Comparison], want: DataKind) -> list[Problem]:
         problems = []
         for row in rows:
-            if bad := check(row, want):
-                problems += bad
+            c = validate(row, want)
+            if isinstance(c, list):
+                problems += c
                 continue
-            c = convert(row, want)
-            assert isinstance(c, Comparison), "what was checked can be converted"
             prompt = sum(len(m.content) for m in c.prompt)
             self.found.lengths.add(prompt, [len(r.text) for r in c.responses], c.pairs, c.labels)
         return problems
@@ -336,15 +322,19 @@ class _Checker:
         if want not in self.preparers:
             self.preparers[want] = Preparer(tokenizer, rendering, want)
         chunk = self.preparers[want](rows)
-        self.found.lengths.add_columns(chunk.columns)
+        c = chunk.columns
+        self.found.lengths.add_columns(c)
+        truncated = {*c["row_G"][c["prompt_cut_G"] > 0].tolist()}
+        truncated |= {*np.repeat(c["row_G"], c["responses_G"])[c["cut_N"] > 0].tolist()}
         self.notes += [finding for finding, where in chunk.warnings.items() if not where]
-        found = [(finding, finding, where) for finding, where in chunk.warnings.items() if where]
-        found.append(("truncated", f"is longer than {rendering.max_length} tokens", _truncated(chunk)))
-        cut_off = {c.row for c in rows if any(r.cut for r in c.responses)}
-        endless = [row for row in _without_end(chunk.columns, tokenizer) if row not in cut_off]
-        found.append(("no end of turn", "a response does not end with an end-of-turn token", endless))
-        what = "a response was broken off at a limit; it is trained to its last word"
-        found.append(("broken off", what, sorted(cut_off)))
+        cut_off = {row.row for row in rows if any(r.cut for r in row.responses)}
+        endless = [row for row in _without_end(c, tokenizer) if row not in cut_off]
+        found = [
+            *((finding, finding, where) for finding, where in chunk.warnings.items() if where),
+            ("truncated", f"is longer than {rendering.max_length} tokens", sorted(truncated)),
+            ("no end of turn", "a response does not end with an end-of-turn token", endless),
+            ("broken off", "a response was broken off at a limit; it is trained to its last word", sorted(cut_off)),
+        ]
         warnings += [Problem(kind, row, what, file) for kind, what, where in found for row in where]
         return chunk.problems
 
@@ -358,12 +348,6 @@ def _without_end(c: Mapping[str, Array], tokenizer: Tokenizer) -> list[int]:
     last = np.repeat(np.cumsum(c["prefix_G"], dtype=np.int64), many) + np.cumsum(c["length_N"], dtype=np.int64) - 1
     endless = (c["cut_N"] == 0) & ~np.isin(c["ids_T"][last], ends)
     return list(map(int, np.repeat(c["row_G"], many)[endless]))
-
-
-def _truncated(chunk: Chunk) -> list[int]:
-    c = chunk.columns
-    rows = c["row_G"][c["prompt_cut_G"] > 0].tolist()
-    return sorted({*rows, *np.repeat(c["row_G"], c["responses_G"])[c["cut_N"] > 0].tolist()})
 
 
 def _against_scores(c: Comparison) -> str:

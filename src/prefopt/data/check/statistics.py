@@ -5,13 +5,6 @@ r"""Statistics of the rows that ``prefopt data check`` reports: lengths, length 
 >>> lengths.quantiles()["chosen"]["max"], lengths.bias().longer
 (30, 1)
 
->>> from prefopt.records import Comparison
->>> seen = Duplicates()
->>> for row, sides in enumerate([("4", "22"), ("22", "4"), ("4", "22")], 1):
-...     seen.add(Comparison.pair("2 + 2 =", chosen=sides[0], rejected=sides[1], row=row), source=0)
->>> seen.duplicates(), seen.contradictions()
-([(2, 0)], [(0, 1), (1, 0), (2, 1)])
-
 >>> list(suspicions("It\u00e2\u20ac\u2122s &quot;fine&quot;"))
 ['mojibake', 'HTML entities']
 """
@@ -35,7 +28,6 @@ from prefopt.data.table import Array
 from prefopt.records import Comparison, Response
 
 QUANTILES = {"min": 0, "25%": 25, "50%": 50, "75%": 75, "95%": 95, "99%": 99, "max": 100}
-BINS = 12
 # A length bias is worth a warning where it is this large and not chance (at 1 %).
 LARGE_SHARE, LARGE_RATIO, CERTAIN = 0.1, 1.25, 2.576
 
@@ -67,7 +59,6 @@ class LengthBias:
         return abs(self.z) > CERTAIN and (abs(self.share - 0.5) >= LARGE_SHARE or ratio >= LARGE_RATIO)
 
     def describe(self, unit: str) -> str:
-        """The bias in words."""
         interval = f"95 % interval {self.low:.1%} to {self.high:.1%}"
         means = f"{abs(self.difference):,.1f} {unit} {'longer' if self.difference >= 0 else 'shorter'} on average"
         what = f"preferred responses are longer in {self.share:.1%} of comparisons ({interval})"
@@ -118,7 +109,8 @@ class Lengths:
         """
         prefix_G = (c["prefix_G"] + c["prompt_cut_G"]).astype(np.int64)
         whole_N = np.repeat(prefix_G, c["responses_G"]) + c["length_N"] + c["cut_N"]
-        first_N, first_T, first_P = (_starts(c[name]) for name in ("responses_G", "tokens_G", "pairs_G"))
+        counts = (c[name] for name in ("responses_G", "tokens_G", "pairs_G"))
+        first_N, first_T, first_P = (np.append(0, np.cumsum(many, dtype=np.int64)) for many in counts)
         trained = np.flatnonzero(c["trained_T"])
         for g in range(len(c["row_G"])):
             prompt, responses = int(prefix_G[g]), slice(int(first_N[g]), int(first_N[g + 1]))
@@ -139,44 +131,30 @@ class Lengths:
         """Minimum, maximum, mean and quantiles of each kind of length; kinds without any are left out."""
         found = {}
         for name in ("prompt", "response", "chosen", "rejected", "whole"):
-            values = _numbers(getattr(self, name))
+            values = np.asarray(getattr(self, name))
             if len(values):
                 at = np.percentile(values, list(QUANTILES.values()), method="inverted_cdf")
                 found[name] = dict(zip(QUANTILES, map(int, at), strict=True)) | {"mean": float(values.mean())}
         return found
 
-    def histogram(self) -> list[dict[str, int | None]]:
-        """Counts of whole sequences by length; the last bin is open and holds the longest 1 %."""
-        values = _numbers(self.whole or self.prompt)
-        if not len(values):
-            return []
-        step = _round_step((int(np.percentile(values, 99)) + 1) / BINS)
-        counts = np.bincount(np.minimum(values // step, BINS), minlength=BINS + 1)
-        last = int(np.flatnonzero(counts)[-1])
-        ends = [(i + 1) * step - 1 if i < BINS else None for i in range(last + 1)]
-        return [{"from": i * step, "to": end, "count": int(counts[i])} for i, end in enumerate(ends)]
-
     def longer_than(self, limits: Sequence[int]) -> dict[int, int]:
-        """The number of whole sequences longer than each limit."""
-        values = _numbers(self.whole or self.prompt)
+        values = np.asarray(self.whole or self.prompt)
         return {limit: int((values > limit).sum()) for limit in limits}
 
     def bias(self) -> LengthBias | None:
         """Preferred compared with other responses; None where either is missing."""
         if not self.chosen or not self.rejected:
             return None
-        chosen, rejected = _numbers(self.chosen), _numbers(self.rejected)
+        chosen, rejected = np.asarray(self.chosen), np.asarray(self.rejected)
         mean, other = float(chosen.mean()), float(rejected.mean())
         ratio = mean / other if other else math.inf
         if self.of_labels:
             return _bias_of_labels(chosen, rejected, mean - other, ratio)
-        signs = np.frombuffer(self.signs, np.int8)
-        longer, shorter = int((signs > 0).sum()), int((signs < 0).sum())
-        n = longer + shorter
+        longer, shorter = self.signs.count(1), self.signs.count(-1)
+        n, rows = longer + shorter, len(self.signs)
         share = longer / n if n else 0.5
-        low, high = wilson(share, n)
         z = (longer - shorter) / math.sqrt(n) if n else 0.0
-        return LengthBias(longer, shorter, len(signs) - n, share, low, high, z, self.difference / len(signs), ratio)
+        return LengthBias(longer, shorter, rows - n, share, *wilson(share, n), z, self.difference / rows, ratio)
 
     @property
     def of_labels(self) -> bool:
@@ -184,14 +162,9 @@ class Lengths:
         return self.labelled and not self.signs
 
     def to_dict(self) -> dict[str, object]:
-        """Everything as plain values."""
         bias = self.bias()
-        return {
-            "unit": self.unit,
-            "quantiles": self.quantiles(),
-            "histogram": self.histogram(),
-            "length_bias": None if bias is None else asdict(bias) | {"large": bias.large},
-        }
+        bias_values = None if bias is None else asdict(bias) | {"large": bias.large}
+        return {"unit": self.unit, "quantiles": self.quantiles(), "length_bias": bias_values}
 
 
 def _bias_of_labels(good: Array, bad: Array, difference: float, ratio: float) -> LengthBias:
@@ -206,20 +179,6 @@ def _bias_of_labels(good: Array, bad: Array, difference: float, ratio: float) ->
     low, high = max(0.0, share - 1.96 * error), min(1.0, share + 1.96 * error)
     shorter, equal = n * m - not_shorter, not_shorter - longer
     return LengthBias(longer, shorter, equal, share, low, high, (share - 0.5) / error, difference, ratio)
-
-
-def _round_step(least: float) -> int:
-    """The least of 1, 2, 4, 5 or 8 times a power of ten that is not below ``least``."""
-    power = 10 ** max(0, math.floor(math.log10(max(least, 1))))
-    return next(int(f * power) for f in (1, 2, 4, 5, 8, 10) if f * power >= least)
-
-
-def _numbers(values: array[int]) -> npt.NDArray[np.int32]:
-    return np.frombuffer(values, np.int32) if values else np.empty(0, np.int32)
-
-
-def _starts(counts: Array) -> Array:
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
 Found = list[tuple[int, int]]
@@ -240,9 +199,6 @@ class Duplicates:
 
     def add(self, c: Comparison, source: int) -> None:
         """Add a row; ``source`` is the number of its file."""
-        place = len(self.row)
-        self.source.append(source)
-        self.row.append(c.row)
         prompt = c.prompt_key
         names = list(map(_response_key, c.responses))
         self._prompts.append(int.from_bytes(prompt[:8], "little"))
@@ -250,16 +206,18 @@ class Duplicates:
         for better, worse in _claims(c, names):
             # The last bit says which of the two is better.
             self._claims.append(_hash(prompt, *sorted((better, worse))) & ~1 | (better < worse))
-            self._claim_places.append(place)
+            self._claim_places.append(len(self.row))
+        self.source.append(source)
+        self.row.append(c.row)
 
     @property
     def prompts(self) -> npt.NDArray[np.uint64]:
         """[rows] a hash of each row's prompt."""
-        return np.frombuffer(self._prompts, np.uint64)
+        return np.asarray(self._prompts)
 
     def duplicates(self) -> Found:
         """Rows with the prompt, the responses and the preference of an earlier row."""
-        rows = np.frombuffer(self._rows, np.uint64)
+        rows = np.asarray(self._rows)
         return [(place, first) for place, first in _first_places(rows, rows) if place != first]
 
     def contradictions(self) -> Found:
@@ -267,7 +225,7 @@ class Duplicates:
 
         A label claims that a response is better, or worse, than nothing.
         """
-        claims = np.frombuffer(self._claims, np.uint64)
+        claims = np.asarray(self._claims)
         found: dict[int, int] = {}
         for at, other in _first_places(claims ^ np.uint64(1), claims):
             row, opposite = self._claim_places[at], self._claim_places[other]
@@ -303,7 +261,7 @@ def _claims(c: Comparison, names: Sequence[bytes]) -> Iterator[tuple[bytes, byte
 
 
 def _preference_key(c: Comparison, k: int) -> bytes:
-    """What the row says of response k: its tier, its label, how often it wins and loses."""
+    """The tier of response k, its label, how often it wins and loses."""
     tier = next((t for t, tier in enumerate(c.tiers) if k in tier), -1)
     label = -1 if c.labels is None else int(c.labels[k])
     votes = c.votes or ()
@@ -366,9 +324,17 @@ _PATTERNS = {kind: re.compile(pattern) for kind, (_, pattern) in SUSPICIONS.item
 
 def suspicions(text: str, *, response: bool = False) -> dict[str, str]:
     """The kinds of suspicious text found, each with its first place; turns are looked for in a ``response`` only."""
+    ruled_out = {
+        "replacement character": text.isascii(),
+        "mojibake": text.isascii(),
+        "invisible characters": text.isprintable(),
+        "HTML entities": any(mark in text for mark in CODE),
+        "escaped line ends": "\n" in text,
+        "turns inside a response": not response,
+    }
     found = {}
-    for kind in _possible(text, response):
-        if match := _PATTERNS[kind].search(text):
+    for kind, pattern in _PATTERNS.items():
+        if not ruled_out.get(kind) and (match := pattern.search(text)):
             start, end = max(match.start() - BESIDE, 0), min(match.end(), match.start() + LONGEST) + BESIDE
             found[kind] = ascii(text[start:end]) if not match[0].isprintable() else repr(text[start:end])
     return found
@@ -381,20 +347,4 @@ def row_suspicions(c: Comparison) -> dict[str, str]:
         for m in turns:
             for text in filter(None, (m.content, m.reasoning)):
                 found = suspicions(text, response=k > 0 and m.role == "assistant" and text is m.content) | found
-    return {kind: found[kind] for kind in SUSPICIONS if kind in found} if found else found
-
-
-def _possible(text: str, response: bool) -> Iterator[str]:
-    """The kinds that a quick look does not rule out: almost all texts have none."""
-    if not text.isascii():
-        yield from ("replacement character", "mojibake")
-    if not text.isprintable():
-        yield "invisible characters"
-    if ("&" in text or "<" in text) and not any(mark in text for mark in CODE):
-        yield "HTML entities"
-    if "\\" in text and "\n" not in text:
-        yield "escaped line ends"
-    if "<" in text or "[" in text or "#" in text:
-        yield "template text"
-    if response and ("Human:" in text or "User:" in text or "Assistant:" in text):
-        yield "turns inside a response"
+    return {kind: found[kind] for kind in SUSPICIONS if kind in found}

@@ -15,6 +15,7 @@ import decimal
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice, repeat
@@ -42,10 +43,10 @@ REPEATED_BYTES, SHARED_BYTES, FEWEST_ROWS = 1 << 27, 64, 16
 # A decimal with a larger exponent stays text: as a whole number it could fill the memory.
 MAX_EXPONENT = 400
 LISTS = (pa.ListType, pa.LargeListType, pa.FixedSizeListType, pa.ListViewType, pa.LargeListViewType)
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which UTF-8 cannot hold
 
 
 def read_table(content: Content) -> Iterator[object]:
-    """Rows of a parquet or arrow file."""
     batches = _parquet_batches if content.head.startswith(PARQUET) else arrow_batches
     return table_rows(lambda: batches(content), str(content.path))
 
@@ -109,34 +110,24 @@ def _check_unpacked(message: Any, file: str) -> None:
 def table_rows(batches: Callable[[], Iterable[Any]], file: str) -> Iterator[object]:
     """Rows of record batches. Raises :class:`DataError` where they are damaged or there is none."""
     number = 0
-    source = iter(batches())
-    while True:
-        try:
-            batch = next(source, None)
-            if batch is None:
-                break
+    try:
+        for batch in batches():
             batch.validate(full=True)  # unchecked offsets of a damaged file would read foreign memory
             step = _rows_of_a_batch(batch.nbytes, batch.num_rows)
-        except DataError:
-            raise
-        except Exception as error:  # of any class: the file caused it
-            raise damaged(error, file, number) from None
-        at = 0
-        while at < batch.num_rows:
-            part = batch.slice(at, step)
-            wide = part.nbytes > ROW_BYTES
-            part = part.slice(0, 1) if wide else part
-            try:
-                rows = _rows(part.to_struct_array())
-            except DataError as error:
-                raise DataError(error.what, file=file) from None
-            except Exception as error:  # invalid decimals, dates and the like
-                raise damaged(error, file, number) from None
-            if wide and _characters(rows) > ROW_BYTES:
-                raise DataError(too_long(), file=file, row=number + 1)
-            at += len(rows)
-            number += len(rows)
-            yield from rows
+            at = 0
+            while at < batch.num_rows:
+                part = batch.slice(at, step)
+                wide = part.nbytes > ROW_BYTES
+                rows = _rows((part.slice(0, 1) if wide else part).to_struct_array())
+                if wide and _characters(rows) > ROW_BYTES:
+                    raise DataError(too_long(), row=number + 1)
+                at += len(rows)
+                number += len(rows)
+                yield from rows
+    except DataError as error:
+        raise DataError(error.what, file=error.file or file, row=error.row) from None
+    except Exception as error:  # of any class: the file caused it
+        raise damaged(error, file, number) from None
     if not number:
         raise DataError("holds no rows", file=file)
 
@@ -151,7 +142,6 @@ def _rows_of_repeats(size: int, rows: int) -> int:
 
 
 def _characters(value: Any) -> int:
-    """Characters of all text in a value."""
     if isinstance(value, str):
         return len(value)
     inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value
@@ -162,25 +152,21 @@ def _values(array: Any, key: str = "") -> list[Any]:
     """The values of an array below ``key``, converted column by column: many times faster than row by row."""
     kind, types = array.type, pa.types
     if types.is_struct(kind):
-        values: list[Any] = _structs(array, key)
-    elif isinstance(kind, LISTS):
+        return _structs(array, key)
+    if isinstance(kind, LISTS):
         inner, lengths = iter(_values(array.flatten(), key)), pc.list_value_length(array).to_pylist()
-        values = [None if length is None else list(islice(inner, length)) for length in lengths]
-    elif types.is_map(kind):
-        values = _maps(array, key)
-    elif types.is_dictionary(kind):
+        return [None if length is None else list(islice(inner, length)) for length in lengths]
+    if types.is_map(kind):
+        return _maps(array, key)
+    if types.is_dictionary(kind):
         return _shared(array) if _is_text(kind.value_type) else _values(array.dictionary_decode(), key)
-    elif isinstance(kind, pa.JsonType):
-        values = [None if text is None else _json(text) for text in array.storage.to_pylist()]
-    elif isinstance(kind, pa.BaseExtensionType):
+    if isinstance(kind, pa.JsonType):
+        return [None if text is None else _json(text) for text in array.storage.to_pylist()]
+    if isinstance(kind, pa.BaseExtensionType):
         return _values(array.storage, key)
-    elif _is_text(kind):
-        values = array.to_numpy(zero_copy_only=False).tolist()  # None where it is null
-    elif types.is_integer(kind) or types.is_boolean(kind) or types.is_null(kind):
-        values = array.to_pylist()
-    else:
-        values = [_plain(value) for value in array.to_pylist(maps_as_pydicts="strict")]
-    return values
+    if _is_text(kind):
+        return list(array.to_numpy(zero_copy_only=False).tolist())  # None where it is null
+    return [_plain(value) for value in array.to_pylist(maps_as_pydicts="strict")]
 
 
 def _is_text(kind: Any) -> bool:
@@ -194,13 +180,13 @@ def _shared(array: Any) -> list[str | None]:
     return [None if at is None else texts[at] for at in array.indices.to_pylist()]
 
 
-def _structs(array: Any, key: str) -> list[dict[str, Any] | None]:
+def _structs(array: Any, key: str) -> list[Any]:
     """Objects without the fields that they lack."""
     rows = _rows(array, key)
     kept = () if key in (*NAMING, ARGUMENTS) else NULLABLE
     rows = [{name: v for name, v in row.items() if v is not None or name in kept} for row in rows]
     if not array.null_count:
-        return list(rows)
+        return rows
     return [row if valid else None for row, valid in zip(rows, array.is_valid().to_pylist(), strict=True)]
 
 
@@ -228,16 +214,11 @@ def _rows(array: Any, key: str = "") -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON can hold it."""
     match value:
         case None | str() | bool() | int():
             return value
         case float():
             return None if math.isnan(value) else value
-        case dict():
-            return {str(key): _plain(inner) for key, inner in value.items()}
-        case list() | tuple():
-            return [_plain(inner) for inner in value]
         case bytes():
             try:
                 return value.decode("utf-8")
@@ -316,7 +297,7 @@ def _type_of(value: object, loose: bool) -> Any:
         case float():
             return pa.float64()
         case str():
-            return pa.string() if _encodable(value) else None
+            return None if SURROGATE.search(value) else pa.string()
         case list():
             items = pa.null()
             for item in value:
@@ -325,8 +306,8 @@ def _type_of(value: object, loose: bool) -> Any:
         case dict() if not loose and None in value.values():
             return None  # a null in a field of a struct reads as an absent field
         case dict():
-            fields = {name: _type_of(inner, loose) for name, inner in value.items() if _encodable(name)}
-            whole = fields and len(fields) == len(value) and None not in fields.values()
+            fields = {name: _type_of(inner, loose) for name, inner in value.items()}
+            whole = fields and None not in fields.values() and not any(map(SURROGATE.search, fields))
             return pa.struct(fields.items()) if whole else None
     raise TypeError(f"{type(value).__name__} is no value of JSON")
 
@@ -352,11 +333,3 @@ def _merged(a: Any, b: Any, loose: bool) -> Any:
 
 def _has_null(kind: Any) -> bool:
     return pa.types.is_null(kind) or any(_has_null(kind.field(at).type) for at in range(kind.num_fields))
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

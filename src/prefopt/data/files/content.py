@@ -11,19 +11,18 @@ import re
 import stat
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefopt.errors import DataError
+from prefopt.errors import LONGEST, DataError
 
 HEAD = 4096
 BUFFER = 1 << 20
 ROW_BYTES = 1 << 26  # of one row in any kind of file: a megabyte can decompress to a row that no memory holds
 # The decompressed size of a file is bounded by the larger of these: 256 MiB, and a multiple of its size.
 UNPACKED, TIMES = 1 << 28, 250
-REASON_CHARACTERS = 300  # of another library's message
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 COMPRESSED_NAMES = (".gz", ".bz2", ".xz", ".zst")
@@ -50,6 +49,7 @@ _REFUSED = {
     **dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "is not UTF-8 but UTF-32 text; save it as UTF-8"),
     **dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "is not UTF-8 but UTF-16 text; save it as UTF-8"),
 }
+_HTML = (b"<!doctype html", b"<html")
 # What a damaged stream raises, whichever the compression (zlib.error has no base but Exception).
 DAMAGED = (EOFError, OSError, lzma.LZMAError, zlib.error)
 
@@ -65,7 +65,6 @@ class Content:
 
     @property
     def is_table(self) -> bool:
-        """Whether it is parquet or arrow."""
         return self.head.startswith(TABLES)
 
     @property
@@ -76,11 +75,8 @@ class Content:
             return bool(_JSON.match(self.head.removeprefix(codecs.BOM_UTF8)))
         return suffix in JSON_NAMES or self.first in (b"[", b"{")
 
-    @contextmanager
-    def opened(self) -> Iterator[io.BufferedReader]:
-        """The bytes from the start, decompressed as they are read."""
-        with ExitStack() as stack:
-            yield _decompressed(self.path, self.compression, stack)
+    def opened(self) -> AbstractContextManager[io.BufferedReader]:
+        return _decompressed(self.path, self.compression)
 
 
 def look(path: Path) -> Content:
@@ -100,8 +96,7 @@ def look(path: Path) -> Content:
     except (OSError, ValueError) as error:
         raise DataError(f"cannot be opened: {reason(error)}", file=file) from None
     compression = next((name for start, name in COMPRESSED.items() if magic.startswith(start)), None)
-    with ExitStack() as stack:
-        handle = _decompressed(path, compression, stack)
+    with _decompressed(path, compression) as handle:
         head, failure = read_some(handle, HEAD)
         _refuse(file, head, compression)
         text = head.removeprefix(codecs.BOM_UTF8)
@@ -123,7 +118,6 @@ def data_suffix(path: Path) -> str:
 
 
 def is_data_name(path: Path) -> bool:
-    """Whether a name says that the file holds rows."""
     return data_suffix(path) in JSON_NAMES + CSV_NAMES + TABLE_NAMES
 
 
@@ -141,22 +135,22 @@ def read_some(handle: io.BufferedReader, size: int) -> tuple[bytes, Exception | 
 
 
 def lines_of(handle: io.BufferedReader) -> Iterator[tuple[bytes, bool]]:
-    """Lines, and whether each is whole: of a line longer than a row may be, only the beginning is given."""
+    """Lines without the byte order mark, and whether each is whole: of one longer than ``ROW_BYTES``, the beginning."""
+    mark = codecs.BOM_UTF8
     while line := handle.readline(ROW_BYTES + 1):
         whole = len(line) <= ROW_BYTES
         if not whole and not line.endswith(b"\n"):
             while (rest := handle.readline(BUFFER)) and not rest.endswith(b"\n"):
                 pass
-        yield line, whole
+        yield line.removeprefix(mark), whole
+        mark = b""
 
 
 def too_long(where: str = "") -> str:
-    """The message for a row of more than ``ROW_BYTES``."""
     return f"the row{where} is longer than {ROW_BYTES >> 20} MiB, which no row may be; shorten it, or leave it out"
 
 
 def too_large() -> str:
-    """The message for a file that decompresses to far more than its size."""
     return f"comes to more than {TIMES} times its size when it is unpacked, which rows do not; unpack it first"
 
 
@@ -179,49 +173,49 @@ class _Parts(io.RawIOBase):
         return len(part)
 
 
-def _decompressed(path: Path, compression: str | None, stack: ExitStack) -> io.BufferedReader:
-    raw = stack.enter_context(path.open("rb"))
-    if compression is None:
-        return raw
-    if compression == "zstd":
-        import pyarrow as pa
+def _zstd(raw: io.BufferedReader) -> Any:
+    import pyarrow as pa  # takes time to import
 
-        stream: Any = pa.CompressedInputStream(raw, "zstd")
-    else:
-        openers: dict[str, Any] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
-        stream = openers[compression](raw)
-    return io.BufferedReader(_Parts(stack.enter_context(stream), path), BUFFER)
+    return pa.CompressedInputStream(raw, "zstd")
+
+
+_OPENERS: dict[str, Any] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open, "zstd": _zstd}
+
+
+@contextmanager
+def _decompressed(path: Path, compression: str | None) -> Iterator[io.BufferedReader]:
+    with path.open("rb") as raw:
+        if compression is None:
+            yield raw
+            return
+        with _OPENERS[compression](raw) as stream:
+            yield io.BufferedReader(_Parts(stream, path), BUFFER)
 
 
 def _refuse(file: str, head: bytes, compression: str | None) -> None:
     inside = f" inside {compression}" if compression else ""
-    if head.startswith(b"PK") and (b"[Content_Types].xml" in head or b"xl/" in head):
-        raise DataError("is an Excel workbook; export it as CSV in UTF-8", file=file)
-    for start, what in _REFUSED.items():
-        if head.startswith(start):
-            raise DataError(what, file=file)
-    if compression and (again := next((n for s, n in COMPRESSED.items() if head.startswith(s)), None)):
-        raise DataError(f"is compressed twice ({again}{inside}); unpack it once", file=file)
-    if compression and head.startswith(TABLES):
-        raise DataError(f"is a parquet or arrow file{inside}; unpack it first", file=file)
-    if head[257:262] == b"ustar":
-        raise DataError(f"is a tar archive{inside}; unpack it first", file=file)
-    if head.startswith(TABLES):
-        return
-    if head.count(0) > 0.1 * len(head):
-        halves = head[0::2].count(0), head[1::2].count(0)
-        if max(halves) > 0.4 * (len(head) // 2) and min(halves) < 0.1 * (len(head) // 2):
-            raise DataError("is not UTF-8, it looks like UTF-16 text; save it as UTF-8", file=file)
-        raise DataError("is neither text nor parquet nor arrow; write the rows as JSON lines", file=file)
-    if head.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
-        raise DataError("is a web page; download the data file itself", file=file)
+    excel = head.startswith(b"PK") and (b"[Content_Types].xml" in head or b"xl/" in head)
+    binary = head.count(0) > 0.1 * len(head) and not head.startswith(TABLES)
+    halves = sorted((head[0::2].count(0), head[1::2].count(0)))
+    utf_16 = binary and halves[1] > 0.4 * (len(head) // 2) and halves[0] < 0.1 * (len(head) // 2)
+    faults = {
+        "is an Excel workbook; export it as CSV in UTF-8": excel,
+        **{what: True for start, what in _REFUSED.items() if head.startswith(start)},
+        f"is compressed twice{inside}; unpack it once": compression and head.startswith(tuple(COMPRESSED)),
+        f"is a parquet or arrow file{inside}; unpack it first": compression and head.startswith(TABLES),
+        f"is a tar archive{inside}; unpack it first": head[257:262] == b"ustar",
+        "is not UTF-8, it looks like UTF-16 text; save it as UTF-8": utf_16,
+        "is neither text nor parquet nor arrow; write the rows as JSON lines": binary,
+        "is a web page; download the data file itself": head.lstrip()[:15].lower().startswith(_HTML),
+    }
+    if what := next((what for what, found in faults.items() if found), ""):
+        raise DataError(what, file=file)
 
 
 def reason(error: BaseException) -> str:
-    """The message of an exception, on one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     text = " ".join(text.split()) or type(error).__name__
-    return text if len(text) <= REASON_CHARACTERS else text[:REASON_CHARACTERS] + "..."
+    return text if len(text) <= LONGEST else text[:LONGEST] + "..."
 
 
 def damaged(error: BaseException, file: str, rows: int = 0) -> DataError:

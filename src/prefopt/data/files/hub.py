@@ -8,18 +8,18 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from prefopt.core.cache_folder import file_hashes
+from prefopt.core.options import nearest as did_you_mean
 from prefopt.data.files.content import look, reason
 from prefopt.errors import DataError
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
-NAMED_CONFIGS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,6 @@ class SavedSplit:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether ``save_to_disk`` made a folder."""
     return (folder / SPLITS).is_file() or ((folder / STATE).is_file() and (folder / "dataset_info.json").is_file())
 
 
@@ -53,13 +52,13 @@ def saved_split(folder: Path, split: str | None) -> SavedSplit:
         split = None
     state = _read(folder / STATE)
     if split is not None and split != str(state.get("_split")):
-        what = f"is one data set without splits (saved as {state.get('_split')}); leave ,split={split} away"
+        what = f"is one data set without splits (saved as {state.get('_split')}); remove ,split={split}"
         raise DataError(what, file=str(folder))
-    entries = state.get("_data_files")
-    entries = entries if isinstance(entries, list) else []
-    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
-    files = [folder / Path(name).name for name in names if isinstance(name, str)]
-    if not files or len(files) < len(names):
+    try:
+        files = [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
+    except (KeyError, TypeError):
+        files = []
+    if not files:
         raise DataError("names no data files; save the data set again", file=str(folder / STATE))
     if state.get("_indices_data_files"):
         what = "selects rows by a table of indices, as old versions of datasets saved it; save the data set again"
@@ -71,27 +70,22 @@ def saved_split(folder: Path, split: str | None) -> SavedSplit:
 
 def choose_split(split: str | None, splits: list[str], name: str) -> str:
     """The named split, or the only one. Raises :class:`DataError` that lists the splits."""
-    if split is None and len(splits) == 1:
-        return splits[0]
+    if split in splits or (split is None and len(splits) == 1):
+        return split or splits[0]
     known = ", ".join(splits) or "none"
     if split is None:
         likely = "train" if "train" in splits else splits[0]
         raise DataError(f"has several splits ({known}); name one: {name},split={likely}", file=name)
-    if split not in splits:
-        raise DataError(f"has no split {split!r}; its splits are {known}", file=name)
-    return split
+    raise DataError(f"has no split {split!r}; its splits are {known}", file=name)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text("utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("not an object")
+        return dict(json.loads(path.read_text("utf-8")).items())
     except FileNotFoundError:
-        raise DataError("is not there; copy the whole folder", file=str(path)) from None
-    except (OSError, ValueError, RecursionError) as error:
+        raise DataError("is absent; copy the whole folder", file=str(path)) from None
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"is damaged ({error}); copy the folder again", file=str(path)) from None
-    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +99,6 @@ class HubSplit:
 
     @property
     def name(self) -> str:
-        """As it is given on a command line."""
         options = {"config": self.config, "split": self.split, "revision": self.revision}
         return ",".join([self.repo, *(f"{key}={value}" for key, value in options.items() if value)])
 
@@ -154,7 +147,7 @@ def _load(wanted: HubSplit) -> Any:
             raise DataError(_which_config(wanted, list(builder.builder_configs)), file=wanted.name)
         if wanted.revision and type(builder).__module__.endswith(".cache.cache"):
             what = f"the Hub cannot be reached, and what is cached may be another revision than {wanted.revision}"
-            raise DataError(f"{what}; go online, or leave the revision away", file=wanted.name)
+            raise DataError(f"{what}; go online, or remove revision=", file=wanted.name)
         builder.download_and_prepare()
         splits = list(builder.info.splits)
         split = wanted.split or ("train" if "train" in splits else choose_split(None, splits, wanted.name))
@@ -168,26 +161,23 @@ def _load(wanted: HubSplit) -> Any:
 
 
 def _which_config(wanted: HubSplit, configs: list[str]) -> str:
-    more = f" and {len(configs) - NAMED_CONFIGS} more" if len(configs) > NAMED_CONFIGS else ""
-    shown = ", ".join(configs[:NAMED_CONFIGS]) + more
+    shown = listed(configs, 20)
     if wanted.config is None:
         return f"has several configs ({shown}); name one: {wanted.repo},config={configs[0]}"
-    close = difflib.get_close_matches(wanted.config, configs, 1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    return f"has no config {wanted.config!r}; its configs are {shown}{hint}"
+    return f"has no config {wanted.config!r}; its configs are {shown}{did_you_mean(wanted.config, configs)}"
 
 
 def _explain(error: Exception, wanted: HubSplit) -> str:
     """One line for an error of the library: cause and remedy."""
-    said, near = reason(error), nearest(wanted.repo)
+    message, near = reason(error), nearest(wanted.repo)
     kinds = {kind.__name__ for kind in type(error).__mro__}
     absent = f"is no file or folder here{f' (did you mean {near}?)' if near else ''}"
-    if isinstance(error, ValueError) and (configs := re.search(r"(?:Available|configs): (\[.*\])", said)):
+    if isinstance(error, ValueError) and (configs := re.search(r"(?:Available|configs): (\[.*\])", message)):
         return _which_config(wanted, re.findall(r"'([^']*)'", configs[1]))
-    if re.search(r"\bgated\b", said) or "GatedRepoError" in kinds:
+    if re.search(r"\bgated\b", message) or "GatedRepoError" in kinds:
         page = f"https://huggingface.co/datasets/{wanted.repo}"
         return f"is gated: ask for access at {page}, then log in with: hf auth login"
-    if said.startswith("Revision ") or "RevisionNotFoundError" in kinds:
+    if message.startswith("Revision ") or "RevisionNotFoundError" in kinds:
         return f"has no revision {wanted.revision!r}; name a branch, a tag or a commit of it"
     if kinds & {"EmptyDatasetError", "DataFilesNotFoundError"}:
         return "holds no data files that can be read"
@@ -195,26 +185,27 @@ def _explain(error: Exception, wanted: HubSplit) -> str:
         return f"{absent} and no data set on the Hub; check the spelling (a private one needs: hf auth login)"
     if kinds & {"ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "TransportError", "HTTPError"}:
         offline = "; HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0") else ""
-        return f"{absent}, and the Hub cannot be asked ({said}{offline}); check path and network"
-    if "scripts are no longer supported" in said:
+        return f"{absent}, and the Hub cannot be asked ({message}{offline}); check path and network"
+    if "scripts are no longer supported" in message:
         return "is made by a script of its author, which is not run; use a copy of it in parquet or JSON"
     if isinstance(error, OSError) and error.errno is not None:
-        return f"cannot be loaded: {said}; the library keeps its files below HF_HOME, or ~/.cache/huggingface"
+        return f"cannot be loaded: {message}; the library keeps its files below HF_HOME, or ~/.cache/huggingface"
     cause = f": {reason(error.__cause__)}" if error.__cause__ is not None else ""
-    return f"cannot be loaded ({said}{cause}); download its files and name them instead"
+    return f"cannot be loaded ({message}{cause}); download its files and name them instead"
 
 
 def nearest(name: str) -> Path | None:
     """An existing path whose name is spelt almost like ``name``."""
     path = Path(name).expanduser()
     try:
-        names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
+        names = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
     except (OSError, ValueError):
         return None
-    stems = {_stem(name): name for name in sorted(names)}  # equal endings are no similarity
-    close = difflib.get_close_matches(_stem(path.name), stems, 1, cutoff=0.75)
+    stems = {name.partition(".")[0]: name for name in names}  # equal endings are no similarity
+    close = difflib.get_close_matches(path.name.partition(".")[0] or path.name, stems, 1, cutoff=0.75)
     return path.parent / stems[close[0]] if close else None
 
 
-def _stem(name: str) -> str:
-    return name.partition(".")[0] or name
+def listed(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

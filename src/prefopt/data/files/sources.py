@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import glob
 import os
 import re
@@ -25,7 +24,7 @@ from prefopt.data.files.content import (
     lines_of,
     look,
 )
-from prefopt.data.files.hub import HubSplit, choose_split, is_saved, nearest, saved_split
+from prefopt.data.files.hub import HubSplit, choose_split, is_saved, listed, nearest, saved_split
 from prefopt.errors import ConfigError, DataError
 from prefopt.studies.export import StudyRows
 from prefopt.studies.study import is_study
@@ -54,9 +53,6 @@ class Source:
 
     ``path`` is the file, where it is one; ``entry`` the index of the name given to :func:`find_sources` that led here.
     ``notes`` names what was passed over; the first source of an entry has them.
-
-    >>> [source.name for source in find_sources(["pairs.jsonl", "more/"])]  # doctest: +SKIP
-    ['pairs.jsonl', 'more/a.parquet', 'more/b.csv.gz']
     """
 
     name: str
@@ -67,7 +63,6 @@ class Source:
 
     @property
     def suffix(self) -> str:
-        """The suffix of a file, without those of compression; empty for other sources."""
         return data_suffix(self.path) if self.path else ""
 
     def rows(self, *, keep_going: bool = False) -> Iterator[object]:
@@ -82,8 +77,6 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class FileOrigin:
-    """One file; ``header`` as in :func:`read_rows`."""
-
     path: Path
     header: bool = True
 
@@ -131,7 +124,7 @@ def _find(name: str) -> list[Source]:
     path = Path(base).expanduser()
     if options and _exists(path):
         if extra := sorted(options.keys() - {"split"}):
-            raise ConfigError(f"{name}: {extra[0]}= is for data sets of the Hub, and {base} is on disk; leave it away")
+            raise ConfigError(f"{name}: {extra[0]}= is for data sets of the Hub, and {base} is on disk; remove it")
         return _on_disk(path, options["split"])
     if glob.has_magic(base):
         if options:
@@ -157,15 +150,12 @@ def _options(name: str) -> tuple[str, dict[str, str]]:
         return name, {}
     options: dict[str, str] = {}
     for part in parts:
-        key, _, value = part.partition("=")
-        key, value = key.strip(), value.strip()
+        key, value = (word.strip() for word in part.split("=", 1))
         if key not in OPTIONS:
             hint = f"known are {', '.join(OPTIONS)}{did_you_mean(key, OPTIONS)}"
             raise ConfigError(f"{name}: {key}= is no option of a data set; {hint}")
-        if key in options:
-            raise ConfigError(f"{name}: {key}= is given twice")
-        if not value:
-            raise ConfigError(f"{name}: {key}= has no value")
+        if key in options or not value:
+            raise ConfigError(f"{name}: {key}= {'is given twice' if key in options else 'has no value'}")
         options[key] = value
     return base.strip(), options
 
@@ -173,15 +163,16 @@ def _options(name: str) -> tuple[str, dict[str, str]]:
 def _on_disk(path: Path, split: str | None) -> list[Source]:
     if not path.is_dir():
         if split is not None:
-            raise ConfigError(f"{path}: is one file, which has no splits; leave ,split={split} away")
+            raise ConfigError(f"{path}: is one file, which has no splits; remove ,split={split}")
         if not is_study(path):
-            return _files([path], [])
+            return _files([path], str(path))
         votes = StudyRows(path)
         return [Source(str(path), None, votes, notes=tuple(votes.notes()))]
     if is_saved(path):
         name = str(path) if split is None else f"{path},split={split}"
         return [Source(name, None, saved_split(path, split))]
-    return _files(*_folder_files(path, split))
+    files, passed = _folder_files(path, split)
+    return _files(files, str(path), passed)
 
 
 def _glob(pattern: str) -> list[Source]:
@@ -191,22 +182,18 @@ def _glob(pattern: str) -> list[Source]:
     if not files:
         what = "matches nothing" if not matches else f"matches no data file, only {matches[0]}"
         raise DataError(f"{what}; check the pattern", file=pattern)
-    passed = [str(match) for match in matches if match not in set(files)]
-    return _files(files, [f"{pattern}: passed over {_listed(passed)}"] if passed else [])
+    return _files(files, pattern, [str(match) for match in matches if match not in set(files)])
 
 
-def _files(paths: Sequence[Path], notes: Sequence[str]) -> list[Source]:
-    sources = [Source(str(path), path, FileOrigin(path)) for path in paths]
-    return [replace(sources[0], notes=tuple(notes)), *sources[1:]]
+def _files(paths: Sequence[Path], name: str, passed: Sequence[str] = ()) -> list[Source]:
+    notes = (f"{name}: passed over {listed(passed)}",) if passed else ()
+    return [Source(str(path), path, FileOrigin(path), notes=() if at else notes) for at, path in enumerate(paths)]
 
 
 def _absent(base: str) -> DataError:
-    parent = Path(base).expanduser().parent
-    if close := nearest(base):
-        return DataError(f"no such file or folder; did you mean {close}?", file=base)
-    if not _exists(parent):
-        return DataError(f"no such file or folder: there is no folder {parent}; check the path", file=base)
-    return DataError("no such file or folder; check the path", file=base)
+    parent, close = Path(base).expanduser().parent, nearest(base)
+    hint = "check the path" if _exists(parent) else f"there is no folder {parent}"
+    return DataError(f"no such file or folder; {f'did you mean {close}?' if close else hint}", file=base)
 
 
 def _refuse_duplicates(sources: list[Source], names: list[str]) -> None:
@@ -236,7 +223,9 @@ def read_rows(path: str | os.PathLike[str], *, keep_going: bool = False, header:
     content = look(Path(path))
     number = 0
     try:
-        for row in _reader(content, keep_going, header):
+        for row in _reader(content, header):
+            if isinstance(row, DataError) and not keep_going:
+                raise row
             number += 1
             yield row
     except DAMAGED as error:
@@ -254,40 +243,37 @@ def raw_lines(path: Path) -> Iterator[bytes] | None:
 
 def _lines(content: Content) -> Iterator[bytes]:
     with content.opened() as handle:
-        for number, (raw, _) in enumerate(lines_of(handle), 1):
-            line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+        for line, _ in lines_of(handle):
             if line.strip(b" \t\r\n"):
                 yield line
 
 
-def _reader(content: Content, keep_going: bool, header: bool) -> Iterator[object]:
+def _reader(content: Content, header: bool) -> Iterator[object]:
     if content.is_table:
         from prefopt.data.files.columnar import read_table  # pyarrow takes time to import
 
         yield from read_table(content)
     elif content.is_json:
+        read = text_rows.read_json_list if content.first == b"[" else text_rows.read_json_lines
         with content.opened() as handle:
-            if content.first == b"[":
-                yield from text_rows.read_json_list(handle, str(content.path), keep_going)
-            else:
-                yield from text_rows.read_json_lines(handle, str(content.path), keep_going)
+            yield from read(handle, str(content.path))
     elif data_suffix(content.path) in CSV_NAMES:
-        yield from text_rows.read_csv(content, keep_going=keep_going, header=header)
+        yield from text_rows.read_csv(content, header=header)
     else:
         what = "is of no known kind; name it by what it holds: .jsonl, .json, .csv, .tsv, .parquet or .arrow"
         if (suffix := data_suffix(content.path)) in TABLE_NAMES:
-            what = f"is no {suffix[1:]} file, whatever its name says; download or copy it again"
+            what = f"is no {suffix[1:]} file, in spite of its name; download or copy it again"
         raise DataError(what, file=str(content.path))
 
 
 def _folder_files(folder: Path, split: str | None) -> tuple[list[Path], list[str]]:
-    """The data files below ``folder``, sorted by path, and notes on what was passed over.
+    """The data files below ``folder``, and the names of those that were passed over, sorted.
 
     Where the paths name several splits (``train-00000.parquet``, ``test/rows.jsonl``), ``split`` selects one.
     """
     files, passed = _walk(folder)
     if not files:
-        what = f"holds no data files, only {_listed(passed)}" if passed else "is an empty folder"
+        what = f"holds no data files, only {listed(passed)}" if passed else "is an empty folder"
         endings = ".json, .jsonl, .csv, .tsv, .parquet or .arrow, maybe .gz"
         raise DataError(f"{what}; it should hold files that end in {endings}", file=str(folder))
     by_split: dict[str, list[str]] = {}
@@ -298,8 +284,7 @@ def _folder_files(folder: Path, split: str | None) -> tuple[list[Path], list[str
         chosen = choose_split(split, sorted(named), str(folder))
         passed += [file for file in files if file not in by_split[chosen]]
         files = by_split[chosen]
-    notes = [f"{folder}: passed over {_listed(sorted(passed))}"] if passed else []
-    return [folder / file for file in files], notes
+    return [folder / file for file in files], sorted(passed)
 
 
 def _split_of(file: str) -> str:
@@ -313,12 +298,6 @@ def _split_of(file: str) -> str:
             if any(word in known for word in words):
                 return name
     return ""
-
-
-def _listed(names: list[str], most: int = 5) -> str:
-    """The first names, in one line."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _walk(folder: Path) -> tuple[list[str], list[str]]:

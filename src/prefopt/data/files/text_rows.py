@@ -20,6 +20,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from io import BufferedReader
 from typing import Any
 
@@ -33,6 +34,7 @@ DEPTH = 100  # deeper than any row of data, and far below the limit of Python's 
 TOO_DEEP = f"nested more than {DEPTH} deep"
 # How a list of messages begins: a cell that begins so and cannot be decoded is damaged, not text.
 BROKEN = re.compile(r"""\s*\[\s*\{\s*["']""")
+LINE_HINT = "each line should hold one row, or the file a list of rows; comma-separated values go by the name .csv"
 NAME_LIMIT = 200  # a longer column name shows that the first line is a row
 
 
@@ -44,7 +46,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = _twice([key for key, _ in pairs])
-        raise _DuplicateKey(f"the key {twice[:60]!r} stands twice in one object; keep one of them")
+        raise _DuplicateKey(f"the key {twice[:60]!r} occurs twice in one object; keep one of them")
     return found
 
 
@@ -85,8 +87,8 @@ def _check_depth(text: str, start: int, end: int) -> None:
             raise RecursionError(TOO_DEEP)
 
 
-def read_json_lines(handle: BufferedReader, file: str, keep_going: bool = False) -> Iterator[object]:
-    """Rows of JSON lines without blank lines; ``keep_going`` as in :func:`prefopt.data.files.sources.read_rows`."""
+def read_json_lines(handle: BufferedReader, file: str) -> Iterator[object]:
+    """Rows of JSON lines without blank lines; in place of a row that cannot be read, the error."""
     row = 0
     for number, (raw, whole) in enumerate(lines_of(handle), 1):
         problem = None
@@ -94,37 +96,23 @@ def read_json_lines(handle: BufferedReader, file: str, keep_going: bool = False)
         try:
             if not whole:
                 raise ValueError(too_long())
-            line = (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).decode("utf-8").strip(" \t\r\n")
+            line = raw.decode("utf-8").strip(" \t\r\n")
             if not line:
                 continue
             value = decode(line)
         except UnicodeDecodeError as error:
             problem = not_utf8(error, f"at line {number}")
         except json.JSONDecodeError as error:
-            problem = f"not JSON at line {number} ({error.msg}, column {error.colno}); {_line_hint(line, error)}"
+            ends = "the row does not end in its line: " if error.pos >= len(line) and line[0] in "[{" else ""
+            problem = f"not JSON at line {number} ({error.msg}, column {error.colno}); {ends}{LINE_HINT}"
             if row == 0 and line[0] == "{" and line[-1] in "{[":
                 what = "is one JSON object over several lines, not a list of rows nor a row in each line"
-                raise DataError(
-                    f"{what}; save its list of rows alone, or put the object into a list", file=file
-                ) from None
+                remedy = "save its list of rows alone, or put the object into a list"
+                raise DataError(f"{what}; {remedy}", file=file) from None
         except (ValueError, RecursionError) as error:
             problem = f"not readable at line {number}: {error}"
         row += 1
-        if problem is None:
-            yield value
-        elif keep_going:
-            yield DataError(problem, file=file, row=row)
-        else:
-            raise DataError(problem, file=file, row=row)
-
-
-def _line_hint(line: str, error: json.JSONDecodeError) -> str:
-    hint = "each line should hold one row, or the file a list of rows"
-    if line[0] not in "[{":
-        return f"{hint}; comma-separated values go by the name .csv"
-    if error.pos >= len(line):
-        return f"the row does not end in its line: {hint}"
-    return hint
+        yield value if problem is None else DataError(problem, file=file, row=row)
 
 
 class _Window:
@@ -167,7 +155,6 @@ class _Window:
         return self.line + lines, (at - 1 - self.text.rfind("\n", 0, at) if lines else self.column + at)
 
     def peek(self) -> str:
-        """The next character that is not white space; empty at the end of the file."""
         while True:
             while self.at < len(self.text):
                 if self.text[self.at] not in " \t\r\n":
@@ -210,8 +197,8 @@ class _Window:
                 raise self.fail(what, why="not readable") from None
 
 
-def read_json_list(handle: BufferedReader, file: str, keep_going: bool = False) -> Iterator[object]:
-    """Rows of a JSON list; ``keep_going`` as in :func:`prefopt.data.files.sources.read_rows`."""
+def read_json_list(handle: BufferedReader, file: str) -> Iterator[object]:
+    """Rows of a JSON list; in place of a row that is JSON and unusable, the error."""
     window = _Window(handle, file)
     window.peek()
     window.at += 1
@@ -222,10 +209,7 @@ def read_json_list(handle: BufferedReader, file: str, keep_going: bool = False) 
     while mark == ",":
         window.row += 1
         window.peek()
-        value = window.value()
-        if isinstance(value, DataError) and not keep_going:
-            raise value
-        yield value
+        yield window.value()
         mark = window.peek()
         if mark not in (",", "]"):
             raise window.fail("a comma or the end of the list should follow a row" if mark else "the list never ends")
@@ -235,9 +219,8 @@ def read_json_list(handle: BufferedReader, file: str, keep_going: bool = False) 
         raise window.fail("text after the end of the list")
 
 
-def read_csv(content: Content, *, keep_going: bool = False, header: bool = True) -> Iterator[object]:
-    """Rows of separated values by column name; ``header`` and ``keep_going`` as in
-    :func:`prefopt.data.files.sources.read_rows`."""
+def read_csv(content: Content, *, header: bool = True) -> Iterator[object]:
+    """Rows of separated values by column name; in place of a row with a wrong number of cells, the error."""
     file = str(content.path)
     structured = _structured_columns(content, header)
     number = 0
@@ -249,19 +232,17 @@ def read_csv(content: Content, *, keep_going: bool = False, header: bool = True)
             problem = ""
             if len(cells) != len(names):
                 few, count = "few" if len(cells) < len(names) else "many", len(names)
-                problem = f"too {few} cells at line {line}: {len(cells)}, where the first line names {count} columns"
-                problem += f"; put quotes around text that holds {_delimiter(content)!r}, a quote or a line end"
+                what = f"too {few} cells at line {line}: {len(cells)}, where the first line names {count} columns"
+                problem = f"{what}; put quotes around text that holds {_delimiter(content)!r}, a quote or a line end"
             for name in () if problem else structured:
                 cell = str(row[name])
                 try:
                     row[name] = _structure(cell) if cell.strip() else cell
                 except (ValueError, RecursionError) as error:
                     problem = problem or f"the cell of column {name!r} at line {line} is no JSON ({error})"
-            if problem and not keep_going:
-                raise DataError(problem, file=file, row=number)
             yield DataError(problem, file=file, row=number) if problem else row
     if not number:
-        raise DataError("names its columns and holds no rows; if its line is a row, say --header none", file=file)
+        raise DataError("names its columns and holds no rows; if its line is a row, give --header none", file=file)
 
 
 def _records(handle: BufferedReader, content: Content, header: bool) -> Iterator[tuple[int, list[str]]]:
@@ -275,11 +256,11 @@ def _records(handle: BufferedReader, content: Content, header: bool) -> Iterator
     def lines() -> Iterator[str]:
         nonlocal held
         number = 0
-        for at, (raw, _) in enumerate(lines_of(handle)):
+        for raw, _ in lines_of(handle):
             held += len(raw)
             if held > ROW_BYTES:
                 raise endless()
-            for line in (raw.removeprefix(codecs.BOM_UTF8) if at == 0 else raw).splitlines(keepends=True):
+            for line in raw.splitlines(keepends=True):
                 number += 1
                 try:
                     yield line.decode("utf-8")
@@ -329,25 +310,22 @@ def _delimiter(content: Content) -> str:
 
 def _structured_columns(content: Content, header: bool) -> list[str]:
     """Names of the columns to decode. Reads until every column is decided, most often one row."""
-    names: list[str] = []
-    decoded: dict[int, bool] = {}  # undecided columns: was any cell decoded?
-    with content.opened() as handle:
-        try:
-            records = _records(handle, content, header)
-            _, names = next(records, (1, []))
-            decoded = dict.fromkeys(range(len(names)), False)
-            for _, cells in records:
-                for at in [at for at in decoded if at < len(cells) and cells[at].strip()]:
-                    try:
-                        decoded[at] = _structure(cells[at]) is not None or decoded[at]
-                    except (ValueError, RecursionError):
-                        if not BROKEN.match(cells[at]):
-                            del decoded[at]
-                if not decoded:
-                    break
-        except (DataError, *DAMAGED):
-            pass  # raised again when the rows are read
-    return [names[at] for at, seen in decoded.items() if seen]
+    decoded: dict[int, str] = {}  # undecided columns, with their name once a cell was decoded
+    with suppress(DataError, *DAMAGED), content.opened() as handle:  # errors are raised again when the rows are read
+        records = _records(handle, content, header)
+        _, names = next(records, (1, []))
+        decoded = dict.fromkeys(range(len(names)), "")
+        for _, cells in records:
+            for at in [at for at in decoded if at < len(cells) and cells[at].strip()]:
+                try:
+                    _structure(cells[at])
+                    decoded[at] = names[at]
+                except (ValueError, RecursionError):
+                    if not BROKEN.match(cells[at]):
+                        del decoded[at]
+            if not decoded:
+                break
+    return [name for name in decoded.values() if name]
 
 
 def _structure(cell: str) -> object:

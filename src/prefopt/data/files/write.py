@@ -23,7 +23,7 @@ class RowFile:
 
     def __init__(self, path: Path, loose: Collection[str] = ()) -> None:
         self.path, self.written, self._loose = path, 0, loose
-        self._aside = aside_of(path)
+        self._aside, self._table = aside_of(path), aside_of(path.with_name(f"{path.name}.table"))
         self._file: BinaryIO
 
     def __enter__(self) -> Self:
@@ -39,19 +39,13 @@ class RowFile:
             with suppress(OSError):
                 left.unlink(missing_ok=True)
 
-    @property
-    def _table(self) -> Path:
-        return aside_of(self.path.with_name(f"{self.path.name}.table"))
-
     def write(self, row: Mapping[str, object]) -> None:
-        """Write one row."""
         try:
             self.write_line(json.dumps(row, ensure_ascii=False).encode("utf-8"))
         except UnicodeEncodeError:  # half of a surrogate pair, which JSON can only escape
             self.write_line(json.dumps(row).encode("ascii"))
 
     def write_line(self, line: bytes) -> None:
-        """Write one row of JSON; a line end is added."""
         with output_errors(self.path):
             self._file.write(line + b"\n")
         self.written += 1

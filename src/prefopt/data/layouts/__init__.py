@@ -18,7 +18,7 @@ from pathlib import Path
 
 from prefopt.core.options import nearest
 from prefopt.core.plugins import load_object, plugins
-from prefopt.data.layouts import canonical, llama_factory, openai, pairs, rankings, trl
+from prefopt.data.layouts import canonical, conversations, pairs, rankings, trl
 from prefopt.data.layouts.layout import ColumnMap, Layout
 from prefopt.data.layouts.row import RowReader
 from prefopt.data.layouts.values import BadRow, type_name
@@ -26,20 +26,16 @@ from prefopt.data.validate import DataKind
 from prefopt.errors import ConfigError
 from prefopt.records import Comparison
 
-_FAMILIES = (canonical, openai, llama_factory, trl, pairs, rankings)
-_ORDERED = sorted(
-    ((precedence, x) for family in _FAMILIES for precedence, several in family.LAYOUTS.items() for x in several),
-    key=lambda item: item[0],
-)
-LAYOUTS: dict[str, Layout] = {layout.name: layout for _, layout in _ORDERED}
-GROUP, OURS = "prefopt.layouts", "prefopt."
+_FAMILIES = (canonical, conversations, trl, pairs, rankings)
+_BY_PRECEDENCE = {at: layouts for family in _FAMILIES for at, layouts in family.LAYOUTS.items()}
+LAYOUTS: dict[str, Layout] = {x.name: x for _, layouts in sorted(_BY_PRECEDENCE.items()) for x in layouts}
 
 
 @cache
 def all_layouts() -> Mapping[str, Layout]:
     """The layouts of installed packages, then :data:`LAYOUTS`. Raises :class:`ConfigError` if one cannot be loaded."""
     found: dict[str, Layout] = {}
-    for name, point in plugins(GROUP).items():
+    for name, point in plugins("prefopt.layouts").items():
         place = f"layout {name} of the package {point.dist.name if point.dist else '?'}"
         try:
             layout = _layout_of(load_object(point.value, place), name)
@@ -83,7 +79,6 @@ def _layout_of(found: object, name: str) -> Layout:
         raise ConfigError(f"layout {name} is {type_name(found)}, neither a Layout nor a function of a row")
     return Layout(
         name=name,
-        fields=(),
         kind="ranking",
         description=(inspect.getdoc(found) or "rows that this function converts").partition("\n")[0].rstrip("."),
         origin=name,
@@ -105,14 +100,13 @@ def _converted(function: Callable[[dict[str, object]], object], row: RowReader) 
 def code_of_layouts(format: str | None) -> str:
     """A digest of the code of layouts from outside the package that may read a file; empty if there are none."""
     named = [named_layout(format)] if format is not None else list(all_layouts().values())
-    modules = {_module(x) for x in named}
-    files = [getattr(sys.modules.get(module), "__file__", None) for module in sorted(modules) if module[:8] != OURS]
+    modules = sorted({_module(x) for x in named})
+    files = [getattr(sys.modules.get(x), "__file__", None) for x in modules if not x.startswith("prefopt.")]
     text = "".join(Path(file).read_text("utf-8", "replace") for file in files if file)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest() if text else ""
 
 
 def _module(layout: Layout) -> str:
-    """The name of the module with the function that reads its rows."""
     function: Callable[..., object] = layout.reader
     if isinstance(function, partial):
         function = function.args[0] if function.func is _converted else function.func
@@ -166,6 +160,5 @@ def describe_layout(layout: Layout) -> str:
 
 
 def example(layout: Layout) -> str:
-    """The example row as JSON, one column per line."""
     parts = [f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in layout.example.items()]
     return "{" + ",\n ".join(parts) + "}"

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from prefopt.data.layouts.layout import NOT_READ, SIDES, USER, CannotHold, Layout, plain_text, with_columns
+from prefopt.data.layouts.layout import NOT_READ, SIDES, USER, CannotHold, plain_text, ranking_layout, with_columns
 from prefopt.data.layouts.messages import write_messages
 from prefopt.data.layouts.row import RowReader, text_prompt
 from prefopt.data.layouts.values import BadRow, index_of, items_of
@@ -20,18 +20,17 @@ COMPLETE, CUT = ("stop", "tool_calls", "function_call"), ("length", "content_fil
 
 
 def _read(row: RowReader) -> Comparison:
-    given = row.given("prompt")
-    text = isinstance(given, str)
-    prompt = text_prompt(given) if isinstance(given, str) else row.turns("prompt")
+    text = isinstance(row.given("prompt"), str)
+    prompt = text_prompt(row.text("prompt")) if text else row.turns("prompt")
     responses = [row.response_of(value, "an item of responses", text=text) for value in row.items("responses")]
     count = len(responses)
+    for name in ("finish", "scores", "labels"):
+        if row.has(name) and len(row.items(name)) != count:
+            raise BadRow("wrong number", f"has {count} responses and {len(row.items(name))} {name}")
     if row.has("finish"):
-        responses = _read_finish(row, responses)
+        responses = [_finished(r, reason) for r, reason in zip(responses, row.items("finish"), strict=True)]
     scores = tuple(row.number_of(s, "an item of scores") for s in row.items("scores")) if row.has("scores") else None
     labels = tuple(row.label_of(x, "an item of labels") for x in row.items("labels")) if row.has("labels") else None
-    for name, values in (("scores", scores), ("labels", labels)):
-        if values is not None and len(values) != count:
-            raise BadRow("wrong number", f"has {count} responses and {len(values)} {name}")
     votes = _read_votes(row, name, count) if (name := _only(row, "votes", "pairs")) else None
     tiers = tiers_of(scores) if scores is not None else ()
     if name := _only(row, "tiers", "order", "ranking"):
@@ -39,15 +38,10 @@ def _read(row: RowReader) -> Comparison:
     return row.comparison(prompt, responses, tiers, text=text, scores=scores, labels=labels, votes=votes)
 
 
-def _read_finish(row: RowReader, responses: list[Response]) -> list[Response]:
-    """The responses, those cut off marked as such by the finish reasons in ``finish``."""
-    reasons = row.items("finish")
-    if len(reasons) != len(responses):
-        raise BadRow("wrong number", f"has {len(responses)} responses and {len(reasons)} finish")
-    for reason in reasons:
-        if reason not in (*COMPLETE, *CUT):
-            raise BadRow("wrong type", f"finish holds {reason!r}; known are {', '.join((*COMPLETE, *CUT))}")
-    return [replace(r, cut=reason in CUT) for r, reason in zip(responses, reasons, strict=True)]
+def _finished(response: Response, reason: object) -> Response:
+    if reason not in (*COMPLETE, *CUT):
+        raise BadRow("wrong type", f"finish holds {reason!r}; known are {', '.join((*COMPLETE, *CUT))}")
+    return replace(response, cut=reason in CUT)
 
 
 def _only(row: RowReader, *names: str) -> str:
@@ -110,11 +104,10 @@ def _read_votes(row: RowReader, name: str, count: int) -> Votes:
 
 
 def _read_canonical(row: RowReader) -> Comparison:
-    if row.has("extra"):
-        extra = row.given("extra")
-        if not isinstance(extra, dict):
-            raise BadRow("wrong type", "extra should be an object of further columns")
-        row.extra.update(extra)
+    extra = row.given("extra") if row.has("extra") else {}
+    if not isinstance(extra, dict):
+        raise BadRow("wrong type", "extra should be an object of further columns")
+    row.extra.update(extra)
     return _read(row)
 
 
@@ -122,15 +115,12 @@ def _write(c: Comparison) -> dict[str, object]:
     """Absent values are left out. JSON stays text, so that every row of a table has the same types."""
     if c.text and len(c.prompt) != 1:
         raise CannotHold("plain text whose prompt is not one text")
-    row: dict[str, object] = {
-        "prompt": plain_text(c.prompt) if c.text else write_messages(c.prompt),
-        "responses": [plain_text(r.messages) if c.text else write_messages(r.messages) for r in c.responses],
-    }
+    written = plain_text if c.text else write_messages
+    row: dict[str, object] = {"prompt": written(c.prompt), "responses": [written(r.messages) for r in c.responses]}
     if c.tiers != (tiers_of(c.scores) if c.scores is not None else ()):
         row["tiers"] = [list(tier) for tier in c.tiers]
-    for name, values in (("scores", c.scores), ("labels", c.labels), ("tools", c.tools or None)):
-        if values is not None:
-            row[name] = list(values)
+    columns = {"scores": c.scores, "labels": c.labels, "tools": c.tools or None}
+    row |= {name: list(values) for name, values in columns.items() if values is not None}
     if c.votes is not None:
         row["votes"] = [list(vote) for vote in c.votes]
     if any(r.cut for r in c.responses):
@@ -146,23 +136,19 @@ def _add_columns(row: dict[str, object], extra: Mapping[str, object]) -> dict[st
     return with_columns(row, rest | ({"extra": aside} if aside else {}))
 
 
-K_WISE = Layout(
+K_WISE = ranking_layout(
     name="k-wise",
-    fields=("prompt", "responses"),
     optional=(*COLUMNS, *INDEX_COLUMNS),
     matches=lambda row: any(row.get(name) is not None for name in ("order", "ranking", "pairs")),
     accepts=("canonical",),
-    kind="ranking",
     description="K responses with an order or pairs by index, counted from 0 and best first",
     origin="rankings of any origin",
     example={"prompt": "2 + 2 =", "responses": [" 22", " 4", " four"], "order": [1, 2, 0]},
     reader=_read,
 )
-CANONICAL = Layout(
+CANONICAL = ranking_layout(
     name="canonical",
-    fields=("prompt", "responses"),
     optional=(*COLUMNS, "extra"),
-    kind="ranking",
     description="K responses, as text or messages, with tiers, scores, labels or votes; the layout prefopt writes",
     origin="prefopt",
     example={

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from prefopt.core.options import nearest
 from prefopt.data.layouts import LAYOUTS, all_layouts
@@ -22,10 +23,8 @@ from prefopt.errors import ConfigError, DataError
 MEANS, IGNORED, HEADLESS = "--label-means=", "--ignore-columns=", "--header=none"
 
 
-@dataclass(frozen=True, slots=True)
-class ColumnOptions:
-    """The options about columns: names, meanings of labels, columns to ignore, and whether a table of text has no
-    header."""
+class ColumnOptions(NamedTuple):
+    """Columns by name, meanings of labels, columns to ignore, and whether a table of text has no header."""
 
     pairs: dict[str, str]
     means: dict[str, str]
@@ -33,9 +32,9 @@ class ColumnOptions:
     headless: bool
 
 
-def parse_column_options(given: Sequence[str] | None) -> ColumnOptions:
+def parse_column_options(words: Sequence[str] | None) -> ColumnOptions:
     """Parse :attr:`prefopt.config.data.ReadOptions.column_words`. Raises :class:`ConfigError`."""
-    words = list(given or ())
+    words = words or ()
     means = parse_means([word.removeprefix(MEANS) for word in words if word.startswith(MEANS)])
     ignored = tuple(word.removeprefix(IGNORED) for word in words if word.startswith(IGNORED))
     named = [word for word in words if not word.startswith((MEANS, IGNORED)) and word != HEADLESS]
@@ -54,7 +53,7 @@ KEY_TAGS = ("role_tag", "content_tag")
 MESSAGE_TAGS = (*KEY_TAGS, *ROLE_TAGS)
 
 
-def parse_columns(given: Sequence[str] | None) -> dict[str, str]:
+def parse_columns(given: Sequence[str]) -> dict[str, str]:
     """Columns by NAME from ``NAME=COLUMN`` words.
 
     Raises :class:`ConfigError` for a NAME that no layout has, and for one that is given twice.
@@ -62,7 +61,7 @@ def parse_columns(given: Sequence[str] | None) -> dict[str, str]:
     pairs: dict[str, str] = {}
     named = [name for x in all_layouts().values() for name in (*x.fields, *x.optional, *x.aliases, *x.option_names)]
     known = list(dict.fromkeys([*named, *MESSAGE_TAGS]))
-    for word in given or ():
+    for word in given:
         name, equals, column = word.partition("=")
         if not (name and equals and column):
             raise ConfigError(f"--columns {word!r} should be NAME=COLUMN, such as prompt=question")
@@ -80,9 +79,7 @@ def shared_column(pairs: Mapping[str, str]) -> str:
     """A column that is given to two fields, with their names; empty if there is none."""
     named: dict[str, str] = {}
     for name, column in pairs.items():
-        if name in MESSAGE_TAGS:
-            continue
-        if (other := named.setdefault(column, name)) != name:
+        if name not in MESSAGE_TAGS and (other := named.setdefault(column, name)) != name:
             return f"the column {column!r} to both {other} and {name}"
     return ""
 
@@ -123,8 +120,7 @@ class DatasetInfo:
 
     @property
     def note(self) -> str:
-        """For the user."""
-        return f"read as {self.layout}, as {DATASET_INFO} beside it says (entry {self.name})"
+        return f"read as {self.layout}, by the entry {self.name} of {DATASET_INFO} beside it"
 
 
 def find_dataset_info(path: Path | None) -> DatasetInfo | None:
@@ -147,23 +143,19 @@ def find_dataset_info(path: Path | None) -> DatasetInfo | None:
         return None
     if not isinstance(registry, dict):
         return None
-    named = [(k, e) for k, e in registry.items() if isinstance(e, dict) and e.get("file_name") == path.name]
-    for name, entry in named:
-        if (formatting := entry.get("formatting", "alpaca")) not in FORMATTINGS:
-            what = f"has the formatting {formatting!r} (entry {name}); it should be one of {', '.join(FORMATTINGS)}"
-            raise DataError(f"{what}; correct it, or give --format", file=str(beside))
-    found = [_entry(name, entry) for name, entry in named]
-    if not found:
-        return None
+    named = {k: e for k, e in registry.items() if isinstance(e, dict) and e.get("file_name") == path.name}
+    found = [_entry(name, entry, str(beside)) for name, entry in named.items()]
     if other := next((e for e in found if replace(e, name=found[0].name) != found[0]), None):
         what = f"{DATASET_INFO} beside it has two entries for it, {found[0].name} and {other.name}; give --format"
         raise DataError(what, file=str(path))
-    return found[0]
+    return found[0] if found else None
 
 
-def _entry(name: str, entry: Mapping[str, object]) -> DatasetInfo:
+def _entry(name: str, entry: Mapping[str, object], file: str) -> DatasetInfo:
     columns, tags = (_texts(entry.get(key)) for key in ("columns", "tags"))
-    formatting = entry.get("formatting", "alpaca")
+    if (formatting := entry.get("formatting", "alpaca")) not in FORMATTINGS:
+        what = f"has the formatting {formatting!r} (entry {name}); it should be one of {', '.join(FORMATTINGS)}"
+        raise DataError(f"{what}; correct it, or give --format", file=file)
     pairs = columns | {tag: text for tag, text in tags.items() if tag in MESSAGE_TAGS}
     kind = "ranking" if entry.get("ranking") is True else "kto" if "kto_tag" in columns else ""
     if formatting in ("sharegpt", "openai"):

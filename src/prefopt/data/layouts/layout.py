@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from prefopt.data.layouts.messages import TAGS, Tags
 from prefopt.data.layouts.row import RowReader
@@ -27,32 +28,23 @@ def pair_of(c: Comparison) -> tuple[Response, Response]:
 
 
 def response_of(c: Comparison) -> Response:
-    """The only response. Raises :class:`CannotHold` if there are none or several."""
+    """The only response, or :class:`CannotHold`."""
     if len(c.responses) != 1:
         raise CannotHold(f"{len(c.responses)} responses: it has one")
     return c.responses[0]
 
 
 def plain_text(turns: tuple[Message, ...]) -> str:
-    """The text of a prompt or response of plain text."""
     return "".join(m.content for m in turns)
 
 
 def score_columns(c: Comparison) -> dict[str, object]:
-    """The columns :data:`SCORES`, if there are scores."""
     return {} if c.scores is None else dict(zip(SCORES, c.scores, strict=True))
 
 
-def best_first(c: Comparison) -> Comparison:
-    """An equal comparison with the preferred response of a pair first."""
-    if c.tiers != ((1,), (0,)) or len(c.responses) != 2 or c.labels is not None or c.votes is not None:
-        return c
-    scores = None if c.scores is None else (c.scores[1], c.scores[0])
-    return replace(c, responses=(c.responses[1], c.responses[0]), tiers=((0,), (1,)), scores=scores)
-
-
 # Messages for example rows.
-USER = {"role": "user", "content": "What is 2 + 2?"}
+QUESTION = "What is 2 + 2?"
+USER = {"role": "user", "content": QUESTION}
 GOOD, BAD = {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "22"}
 SIDES = ("chosen", "rejected")
 # Columns that change what a model sees: a row without them would train on something else, so they are refused.
@@ -80,7 +72,6 @@ PLAIN = ColumnMap()
 
 
 def always(_: Mapping[str, object]) -> bool:
-    """For layouts that are recognised by their columns alone."""
     return True
 
 
@@ -95,9 +86,10 @@ def with_columns(row: dict[str, object], extra: Mapping[str, object]) -> dict[st
 class Layout:
     """A layout of rows.
 
-    ``fields`` must be present (null counts as absent), ``optional`` ones may be. ``kind`` is what a row can be used
-    for, ``description`` what it holds, ``origin`` who writes such rows, ``example`` a row. ``reader`` makes the
-    comparison; ``writer`` makes the row's fields, and a layout without one is only read.
+    ``fields`` must be present (null counts as absent), ``optional`` ones may be; by default the fields are the columns
+    of the ``example`` that are not optional. ``kind`` is what a row can be used for, ``description`` what it holds,
+    ``origin`` who writes such rows, ``example`` a row. ``reader`` makes the comparison; ``writer`` makes the row's
+    fields, and a layout without one is only read.
 
     ``matches`` tells layouts with the same fields apart: it is given a row with all fields and looks at their values.
     ``accepts`` names other layouts whose rows are valid here too. ``aliases`` are other column names of a field;
@@ -108,13 +100,13 @@ class Layout:
     """
 
     name: str
-    fields: tuple[str, ...]
     kind: DataKind
     description: str
     origin: str
     example: Mapping[str, object]
     reader: Callable[[RowReader], Comparison]
     writer: Callable[[Comparison], dict[str, object]] | None = None
+    fields: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     matches: Callable[[Mapping[str, object]], bool] = always
     accepts: tuple[str, ...] = ()
@@ -128,12 +120,13 @@ class Layout:
     known: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "known", frozenset((*self.fields, *self.optional)))
+        fields = self.fields or tuple(name for name in self.example if name not in self.optional)
+        object.__setattr__(self, "fields", fields)
+        object.__setattr__(self, "known", frozenset((*fields, *self.optional)))
         if self.own_columns is None and set(SCORES) <= self.known:
             object.__setattr__(self, "own_columns", scored_sides)
 
     def field_of(self, name: str) -> str | None:
-        """The field that ``--columns`` means by a name, or None."""
         return name if name in self.known else self.aliases.get(name) or self.option_names.get(name)
 
     def column_of(self, name: str, row: Mapping[str, object], columns: ColumnMap = PLAIN) -> str | None:
@@ -159,11 +152,9 @@ class Layout:
         """Whether a row has the fields and, unless ``fields_only``, :attr:`matches` too."""
         if any(self.column_of(name, row, columns) is None for name in self.fields):
             return False
-        if fields_only:
-            return True
         named = self._named(row, columns)
         sides = (side for side in SIDES if side not in self.known and side not in columns.ignored)
-        return all(named.get(side) is None for side in sides) and self.matches(named)
+        return fields_only or (all(named.get(side) is None for side in sides) and self.matches(named))
 
     def parse(self, row: object, number: int, file: str, columns: ColumnMap = PLAIN) -> Comparison:
         """The comparison in row ``number`` (from 1) of a file. Raises :class:`BadRow` if it cannot be read."""
@@ -173,9 +164,8 @@ class Layout:
         if missing := [name for name in self.fields if values.get(name) is None]:
             raise BadRow("missing field", f"lacks {', '.join(missing)}")
         own = self.own({str(k): look(v) for k, v in values.items()}, columns) if self.own_columns is not None else ()
-        tools = () if "tools" in self.known else ("tools",)
-        for name in (*NOT_READ, *columns.refused, *tools):
-            if values.get(name) and name not in own:
+        for name in (*NOT_READ, *columns.refused, "tools"):
+            if values.get(name) and name not in own and (name != "tools" or name not in self.known):
                 raise BadRow("field that cannot be used", f"has {name}, which {self.name} rows cannot have")
         extra = {str(k): v for k, v in values.items() if k not in self.known and k not in own}
         if columns.ignored:
@@ -198,25 +188,26 @@ class Layout:
             if self.writer is None:
                 raise CannotHold("anything: it is read, not written")
             row = self.add_columns(self.writer(c), c.extra)
-            try:
-                again = self.parse(row, c.row, c.file)
-            except BadRow as bad:
-                raise CannotHold(f"it so that it can be read again ({bad.what})") from None
+            again = self.parse(row, c.row, c.file)
             if again != c or again.extra != c.extra:
                 raise CannotHold(_difference(c, again))
             if not self.fits(row):
                 raise CannotHold("it so that it is recognised")
-        except CannotHold as reason:
-            what = f"cannot be written as {self.name}, which cannot hold {reason}"
-            raise DataError(what, file=c.file or None, row=c.row) from None
-        return row
+            return row
+        except CannotHold as error:
+            reason = str(error)
+        except BadRow as bad:
+            reason = f"it so that it can be read again ({bad.what})"
+        what = f"cannot be written as {self.name}, which cannot hold {reason}"
+        raise DataError(what, file=c.file or None, row=c.row)
 
     def arranged(self, c: Comparison) -> Comparison:
         """The comparison as it is read again: pairs are written with the preferred response first."""
-        return best_first(c) if self.kind == "pairs" else c
+        if self.kind != "pairs" or c.tiers != ((1,), (0,)) or c.labels is not None or c.votes is not None:
+            return c
+        return replace(c, responses=c.responses[::-1], tiers=((0,), (1,)), scores=c.scores and c.scores[::-1])
 
     def _named(self, row: Mapping[str, object], columns: ColumnMap) -> Mapping[str, object]:
-        """The row with each column under the name of its field."""
         if not columns.names and not columns.ignored and not (self.aliases and any(a in row for a in self.aliases)):
             return row
         found = {name: self.column_of(name, row, columns) for name in (*self.fields, *self.optional)}
@@ -224,6 +215,10 @@ class Layout:
         values = {column: value for column, value in row.items() if column not in used and column not in found}
         values |= {name: row[column] for name, column in found.items() if column is not None}
         return values
+
+
+pair_layout = partial(Layout, kind="pairs")
+ranking_layout = partial(Layout, kind="ranking")
 
 
 def _difference(c: Comparison, again: Comparison) -> str:

@@ -11,31 +11,29 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 
 from prefopt.data.layouts.values import BadRow, json_of, object_text, type_name
 from prefopt.records import Message, ToolCall
 
 # Role of an assistant turn whose text is JSON: one function call or a list of them.
 CALL = "call"
-ROLES: Mapping[str, str] = MappingProxyType(
-    {
-        "user": "user",
-        "human": "user",
-        "assistant": "assistant",
-        "gpt": "assistant",
-        "system": "system",
-        "developer": "system",
-        "tool": "tool",
-        "observation": "tool",
-        "function": "tool",
-        "function_call": CALL,
-    }
-)
+ROLES: Mapping[str, str] = {
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("tool", "observation", "function"), "tool"),
+    "function_call": CALL,
+}
 REASONING = ("reasoning_content", "reasoning", "thinking")
 WEIGHTS = ("loss_weight", "weight")
 READ = frozenset((*REASONING, *WEIGHTS, "trained", "tool_calls", "function_call", "tool_call_id", "name"))
 NOT_READ = ("images", "videos", "audios", "image", "video", "audio", "refusal")
+# What the parts of a message hold, by their type, and the keys that hold it.
+PARTS = {
+    "text": ("text", ("text", "value")),
+    **dict.fromkeys(("reasoning", "thinking"), ("reasoning", ("value", "text", "thinking"))),
+    **dict.fromkeys(("tool_call", "tool_calls"), ("calls", ("value",))),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,6 @@ class Tags:
     unread: set[str] = field(default_factory=set, compare=False)
 
     def exactly(self, verbatim: bool) -> Tags:
-        """The same tags, with or without ``verbatim``."""
         return self if verbatim == self.verbatim else replace(self, verbatim=verbatim)
 
 
@@ -74,7 +71,7 @@ def read_message(item: object, name: str = "messages", tags: Tags = TAGS) -> Mes
     if len(item) == 2 and (plain := _plain(item, tags)) is not None:
         return plain
     pair = next((i for i, key in enumerate(tags.role) if item.get(key) is not None), 0)
-    role = _role(item.get(tags.role[pair]), tags.role[pair], name, tags)
+    role = _role(item, tags.role[pair], name, tags)
     for key in NOT_READ:
         if item.get(key):
             raise BadRow("field that cannot be used", f"a message of {name} has {key}, which is not read")
@@ -102,9 +99,8 @@ def _plain(item: Mapping[str, object], tags: Tags) -> Message | None:
     """Fast path for a message with a role and text alone; None for any other."""
     for role, content in zip(tags.role, tags.content, strict=True):
         name, text = item.get(role), item.get(content)
-        if isinstance(name, str) and isinstance(text, str):
-            known = tags.roles.get(name)
-            return None if known is None or known == CALL else Message(known, text)
+        if isinstance(name, str) and isinstance(text, str) and tags.roles.get(name, CALL) != CALL:
+            return Message(tags.roles[name], text)
     return None
 
 
@@ -120,15 +116,13 @@ def read_tools(value: object, *, verbatim: bool = False) -> tuple[str, ...]:
     return tuple(object_text(item, "an item of tools", verbatim=verbatim) for item in items)
 
 
-def _role(value: object, key: str, name: str, tags: Tags) -> str:
+def _role(item: Mapping[str, object], key: str, name: str, tags: Tags) -> str:
+    value = _text(item, key, name)
     if value is None:
         raise BadRow("missing field", f"a message of {name} lacks {key}")
-    if not isinstance(value, str):
-        raise BadRow("wrong type", f"{key} of a message of {name} is {type_name(value)}, not text")
-    role = tags.roles.get(value)
-    if role is None:
+    if value not in tags.roles:
         raise BadRow("unknown role", f"{name} has the role {value!r}; known are {', '.join(tags.roles)}")
-    return role
+    return tags.roles[value]
 
 
 def _text(item: Mapping[str, object], key: str, name: str) -> str | None:
@@ -144,33 +138,24 @@ def _content(value: object, key: str, name: str, verbatim: bool) -> tuple[str | 
         return value, None, []
     if not isinstance(value, (list, tuple)):
         raise BadRow("wrong type", f"{key} of a message of {name} is {type_name(value)}, not text")
-    text: list[str] = []
-    reasoning: list[str] = []
-    calls: list[ToolCall] = []
+    found: dict[str, list[str]] = {"text": [], "reasoning": [], "calls": []}
     for part in value:
         what = part.get("type") if isinstance(part, dict) else None
-        if what == "text":
-            text.append(_part(part, ("text", "value"), name))
-        elif what in ("reasoning", "thinking"):
-            reasoning.append(_part(part, ("value", "text", "thinking"), name))
-        elif what in ("tool_call", "tool_calls"):
-            calls += _calls_of_text(_part(part, ("value",), name), name, verbatim)
-        elif isinstance(what, str):
-            raise BadRow("field that cannot be used", f"a message of {name} has a part of type {what!r}, not text")
-        else:
+        if not isinstance(what, str):
             raise BadRow("wrong type", f"{key} of a message of {name} holds {type_name(part)}, not parts with a type")
-    return "".join(text) if text else None, "".join(reasoning) if reasoning else None, calls
-
-
-def _part(part: Mapping[str, object], keys: Sequence[str], name: str) -> str:
-    value = next((part[key] for key in keys if part.get(key) is not None), None)
-    if not isinstance(value, str):
-        raise BadRow("wrong type", f"a part of a message of {name} holds {type_name(value)}, not text")
-    return value
+        if what not in PARTS:
+            raise BadRow("field that cannot be used", f"a message of {name} has a part of type {what!r}, not text")
+        kind, keys = PARTS[what]
+        text = next((part[key] for key in keys if part.get(key) is not None), None)
+        if not isinstance(text, str):
+            raise BadRow("wrong type", f"a part of a message of {name} holds {type_name(text)}, not text")
+        found[kind].append(text)
+    calls = [call for text in found["calls"] for call in _calls_of_text(text, name, verbatim)]
+    content, reasoning = ("".join(found[kind]) if found[kind] else None for kind in ("text", "reasoning"))
+    return content, reasoning, calls
 
 
 def _calls(item: Mapping[str, object], name: str, verbatim: bool) -> Iterator[ToolCall]:
-    """OpenAI's ``tool_calls`` and the older ``function_call``."""
     given = item.get("tool_calls")
     if given is not None and not isinstance(given, (list, tuple)):
         raise BadRow("wrong type", f"tool_calls of a message of {name} is {type_name(given)}, not a list")
@@ -223,32 +208,21 @@ def write_messages(turns: Sequence[Message], weight: str | None = None) -> list[
 
     A turn that is not trained has ``"trained": false``, or 0 under the key ``weight`` if that is given.
     """
-    return [_write_message(m, weight) for m in turns]
+    untrained = {weight: 0} if weight else {"trained": False}
+    return [_write_message(m) | ({} if m.trained else untrained) for m in turns]
 
 
-def _write_message(m: Message, weight: str | None) -> dict[str, object]:
-    written: dict[str, object] = {"role": m.role, "content": m.content}
-    if m.reasoning is not None:
-        written["reasoning_content"] = m.reasoning
-    if m.tool_calls:
-        written["tool_calls"] = [_write_call(call) for call in m.tool_calls]
-    if m.tool_call_id is not None:
-        written["tool_call_id"] = m.tool_call_id
-    if m.name is not None:
-        written["name"] = m.name
-    if not m.trained:
-        written |= {weight: 0} if weight else {"trained": False}
-    return written
+def _write_message(m: Message) -> dict[str, object]:
+    ids = [{} if call.id is None else {"id": call.id} for call in m.tool_calls]
+    functions = [{"name": call.name, "arguments": call.arguments} for call in m.tool_calls]
+    calls = [{**id, "type": "function", "function": f} for id, f in zip(ids, functions, strict=True)] or None
+    found = {"role": m.role, "content": m.content, "reasoning_content": m.reasoning, "tool_calls": calls}
+    found |= {"tool_call_id": m.tool_call_id, "name": m.name}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def write_tools(tools: Sequence[str]) -> dict[str, object]:
-    """The column ``tools``, if there are any."""
     return {"tools": [json.loads(tool) for tool in tools]} if tools else {}
-
-
-def _write_call(call: ToolCall) -> dict[str, object]:
-    id = {} if call.id is None else {"id": call.id}
-    return {**id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 MARK = re.compile(r"\n\n(Human|Assistant):")
@@ -274,4 +248,4 @@ def split_turns(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
 
 def last_answer(turns: Sequence[Message]) -> int:
     """The number of turns before a final assistant turn; all of them if the last is another role's."""
-    return len(turns) - 1 if turns and turns[-1].role == "assistant" else len(turns)
+    return len(turns) - bool(turns and turns[-1].role == "assistant")

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prefopt.data.layouts.layout import BAD, GOOD, USER, Layout
-from prefopt.data.layouts.llama_factory import instruction_prompt
+from prefopt.data.layouts.conversations import instruction_prompt
+from prefopt.data.layouts.layout import BAD, GOOD, QUESTION, SIDES, USER, Layout, pair_layout
 from prefopt.data.layouts.messages import read_transcript, split_turns
-from prefopt.data.layouts.row import RowReader, text_prompt, value_at
+from prefopt.data.layouts.row import RowReader, text_prompt
 from prefopt.data.layouts.trl import chat_prompt, transcripts
-from prefopt.data.layouts.values import (
-    LISTS,
-    SCORES,
-    TIERS,
-    TRANSCRIPT_STARTS,
-    BadRow,
-    look,
-    type_name,
-    verdict,
-)
-from prefopt.records import Comparison, Message, Response, tiers_of
+from prefopt.data.layouts.values import LISTS, SCORES, TIERS, TRANSCRIPT_STARTS, BadRow, look, type_name, verdict
+from prefopt.records import Comparison, Message, Response, Tiers, tiers_of
 
 JUDGEMENTS = ("label", "score_first", "score_second", "votes_first", "votes_second")
 
 
 def _judged(row: Mapping[str, object]) -> bool:
-    """There are two responses and a label, scores or votes."""
     sides = [look(row[name]) for name in ("first", "second")]
     return not {"number", "truth"} & set(sides) and any(row.get(name) is not None for name in JUDGEMENTS)
 
@@ -44,12 +34,11 @@ def _read_two(row: RowReader, prompt: tuple[Message, ...], *, text: bool) -> Com
     return _by_votes(row, prompt, sides, votes, text=text)
 
 
-def _two_numbers(row: RowReader, first: str, second: str) -> tuple[float, ...] | None:
-    if not (row.has(first) or row.has(second)):
-        return None
-    if not (row.has(first) and row.has(second)):
-        raise BadRow("missing score", f"has only one of {first} and {second}")
-    return tuple(row.number_of(row.given(name), name) for name in (first, second))
+def _two_numbers(row: RowReader, *names: str) -> tuple[float, ...] | None:
+    found = [name for name in names if row.has(name)]
+    if len(found) == 1:
+        raise BadRow("missing score", f"has only one of {' and '.join(names)}")
+    return tuple(row.number_of(row.given(name), name) for name in names) if found else None
 
 
 def _by_votes(
@@ -64,13 +53,12 @@ def _by_votes(
 
 
 def _read_two_responses(row: RowReader) -> Comparison:
-    chat = look(row.given("prompt")) not in ("text", "transcript")
-    prompt = row.chat("prompt") if chat else text_prompt(row.text("prompt"))
-    return _read_two(row, prompt, text=not chat)
+    text = isinstance(row.given("prompt"), str)
+    return _read_two(row, text_prompt(row.text("prompt")) if text else row.chat("prompt"), text=text)
 
 
 def _read_transcripts(row: RowReader) -> Comparison:
-    (before, prompt, chosen), (other, _, rejected) = (_last_answer_of(row, name) for name in ("chosen", "rejected"))
+    (before, prompt, chosen), (other, _, rejected) = (_last_answer_of(row, name) for name in SIDES)
     if before != other:
         raise BadRow("differing prompts", "the sides differ before their last answers, so they answer two prompts")
     return row.pair(prompt, Response(chosen), Response(rejected))
@@ -121,10 +109,8 @@ def _read_arena_columns(row: RowReader) -> Comparison:
 def _arena_side(users: list[str], answers: list[str], name: str) -> Response:
     if len(users) != len(answers):
         raise BadRow("wrong number", f"prompt has {len(users)} turns and {name} has {len(answers)}")
-    turns = [Message("assistant", answers[0])]
-    for question, reply in zip(users[1:], answers[1:], strict=True):
-        turns += [Message("user", question), Message("assistant", reply)]
-    return Response(tuple(turns))
+    turns = [m for u, a in zip(users, answers, strict=True) for m in (Message("user", u), Message("assistant", a))]
+    return Response(tuple(turns[1:]))
 
 
 ARGILLA_PROMPTS = ("prompt", "instruction", "question", "input", "context", "query")
@@ -144,11 +130,11 @@ def _read_argilla(row: RowReader) -> Comparison:
     if not answers:
         raise BadRow("missing field", "has no answer of an annotator")
     prompt = row.prompt_at(f"fields.{key}")
-    responses = [row.reply(fields[name], f"fields.{name}") for name in names]
+    responses = [row.response_of(fields[name], f"fields.{name}") for name in names]
     if isinstance(answers[0], (list, tuple)):
         if len(answers) > 1:
             raise BadRow("wrong number", f"has {len(answers)} rankings; export one for each record")
-        return row.comparison(prompt, responses, tiers_of([-r for r in _argilla_ranks(row, answers[0], names)]))
+        return row.comparison(prompt, responses, _argilla_ranking(row, answers[0], names))
     if len(names) != 2:
         raise BadRow("wrong number", f"has {len(names)} responses and a label; a label compares two")
     verdicts = [verdict(value, "an answer", row.means, names) for value in answers]
@@ -166,7 +152,7 @@ def _argilla_answers(given: Mapping[str, object]) -> list[object]:
     return [item for value in found.values() for item in value]
 
 
-def _argilla_ranks(row: RowReader, ranking: list[object] | tuple[object, ...], names: list[str]) -> list[float]:
+def _argilla_ranking(row: RowReader, ranking: Sequence[object], names: Sequence[str]) -> Tiers:
     ranks = {}
     for item in ranking:
         if not isinstance(item, Mapping):
@@ -174,186 +160,158 @@ def _argilla_ranks(row: RowReader, ranking: list[object] | tuple[object, ...], n
         ranks[str(item.get("value"))] = row.number_of(item.get("rank"), "a rank")
     if lacking := [name for name in names if name not in ranks]:
         raise BadRow("wrong order", f"the ranking leaves out {', '.join(lacking)}")
-    return [ranks[name] for name in names]
+    return tiers_of([-ranks[name] for name in names])
 
 
-def _labelled(
-    name: str, origin: str, description: str, paths: tuple[str, str, str, str], means: Mapping[str, str], **more: Any
-) -> Layout:
+def _labelled(paths: tuple[str, str, str, str], means: Mapping[str, str], **more: Any) -> Layout:
     """A data set with labelled pairs. ``paths``, such as ``info.post``, lead to prompt, first and second response, and
     label; ``means`` is the meaning of its labels."""
     prompt, first, second, label = paths
 
     def read(row: RowReader) -> Comparison:
-        sides = [row.reply(value_at(row.values, path), path) for path in (first, second)]
+        sides = [row.response(path) for path in (first, second)]
         asked = row.prompt_at(prompt)
-        return row.comparison(asked, sides, TIERS[verdict(row.at(label), label, row.means or means)])
+        return row.comparison(asked, sides, TIERS[verdict(row.given(label), label, row.means or means)])
 
-    return Layout(
-        name=name,
-        fields=tuple(dict.fromkeys(path.partition(".")[0] for path in paths)),
-        optional=("system",),
-        option_names={"label": label},
-        kind="pairs",
-        description=description,
-        origin=origin,
-        reader=read,
-        **more,
-    )
+    return pair_layout(optional=("system",), option_names={"label": label}, reader=read, **more)
 
 
 def _read_webgpt(row: RowReader) -> Comparison:
-    sides = [row.reply(row.values.get(name), name) for name in ("answer_0", "answer_1")]
+    sides = [row.response(name) for name in ("answer_0", "answer_1")]
     prompt = row.prompt_at("question.full_text")
     scores = tuple(row.number_of(row.given(name), name) for name in ("score_0", "score_1"))
     return row.comparison(prompt, sides, tiers_of(scores), scores=scores)
 
 
 def _one_prompt(row: Mapping[str, object]) -> bool:
-    return look(row["prompt"]) in ("text", "transcript", *LISTS)
+    return isinstance(row["prompt"], (str, list, tuple))
 
 
 BY_NUMBER = {"0": "first", "1": "second"}
 BY_STRENGTH = {str(k): "first" if k < 0 else "second" if k > 0 else "tie" for k in range(-3, 4)}
 PUBLIC = (
     _labelled(
-        "shp",
-        "SHP",
-        "a post and two replies to it; labels is 1 where A is preferred and 0 where B is",
         ("history", "human_ref_A", "human_ref_B", "labels"),
         {"1": "first", "0": "second"},
-        example={"history": "What is 2 + 2?", "human_ref_A": "22", "human_ref_B": "4", "labels": 0},
+        name="shp",
+        description="a post and two replies to it; labels is 1 where A is preferred and 0 where B is",
+        origin="SHP",
+        example={"history": QUESTION, "human_ref_A": "22", "human_ref_B": "4", "labels": 0},
     ),
     _labelled(
-        "pku-saferlhf",
-        "PKU-SafeRLHF",
-        "a prompt and two responses, and the number of the better, 0 or 1",
         ("prompt", "response_0", "response_1", "better_response_id"),
         BY_NUMBER,
-        example={"prompt": "What is 2 + 2?", "response_0": "22", "response_1": "4", "better_response_id": 1},
+        name="pku-saferlhf",
+        description="a prompt and two responses, and the number of the better, 0 or 1",
+        origin="PKU-SafeRLHF",
+        example={"prompt": QUESTION, "response_0": "22", "response_1": "4", "better_response_id": 1},
         matches=_one_prompt,
         note="better_response_id says which response is preferred; --columns label=safer_response_id takes the safer",
     ),
-    Layout(
+    pair_layout(
         name="arena",
-        fields=("conversation_a", "conversation_b", "winner"),
         optional=("system", "tools"),
         option_names={"label": "winner"},
-        kind="pairs",
         description="two conversations, and which won: model_a, model_b, tie or tie (bothbad), which is a tie too",
         origin="Chatbot Arena (33k)",
         example={"conversation_a": [USER, BAD], "conversation_b": [USER, GOOD], "winner": "model_b"},
         reader=_read_arena,
     ),
-    Layout(
+    pair_layout(
         name="arena-columns",
-        fields=("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b"),
         optional=("winner_tie",),
-        kind="pairs",
         description="lists of the turns of a user and of two models, and a column that is 1 for each outcome",
         origin="Chatbot Arena (55k, LMSYS on Kaggle)",
-        example={"prompt": '["What is 2 + 2?"]', "response_a": '["22"]', "response_b": '["4"]'}
+        example={"prompt": f'["{QUESTION}"]', "response_a": '["22"]', "response_b": '["4"]'}
         | {"winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0},
         reader=_read_arena_columns,
     ),
-    Layout(
+    pair_layout(
         name="webgpt",
-        fields=("question", "answer_0", "answer_1", "score_0", "score_1"),
         optional=("system",),
         matches=lambda row: look(row["question"]) == "object",
-        kind="pairs",
         description="a question and two answers with scores from -1 to 1, the higher is better",
         origin="WebGPT comparisons",
-        example={"question": {"full_text": "What is 2 + 2?"}, "answer_0": "22", "answer_1": "4"}
+        example={"question": {"full_text": QUESTION}, "answer_0": "22", "answer_1": "4"}
         | {"score_0": -1.0, "score_1": 1.0},
         reader=_read_webgpt,
     ),
     _labelled(
-        "summaries",
-        "OpenAI, summarize from feedback",
-        "a post and two summaries of it, and the number of the better, 0 or 1",
         ("info.post", "summaries.0.text", "summaries.1.text", "choice"),
         BY_NUMBER,
+        name="summaries",
+        description="a post and two summaries of it, and the number of the better, 0 or 1",
+        origin="OpenAI, summarize from feedback",
         example={"info": {"post": "2 and 2 are 4."}, "summaries": [{"text": "22"}, {"text": "4"}], "choice": 1},
     ),
     _labelled(
-        "helpsteer-preference",
-        "HelpSteer2, preference",
-        "a prompt and two responses; preference_strength is below 0 where the first is better, else above",
         ("prompt", "response_1", "response_2", "preference_strength"),
         BY_STRENGTH,
-        example={"prompt": "What is 2 + 2?", "response_1": "22", "response_2": "4", "preference_strength": 3},
+        name="helpsteer-preference",
+        description="a prompt and two responses; preference_strength is below 0 where the first is better, else above",
+        origin="HelpSteer2, preference",
+        example={"prompt": QUESTION, "response_1": "22", "response_2": "4", "preference_strength": 3},
         matches=_one_prompt,
     ),
     _labelled(
-        "helpsteer3",
-        "HelpSteer3",
-        "a conversation and two responses; overall_preference is below 0 where the first is better, else above",
         ("context", "response1", "response2", "overall_preference"),
         BY_STRENGTH,
+        name="helpsteer3",
+        description="a conversation and two responses; overall_preference is below 0 if the first is better, or above",
+        origin="HelpSteer3",
         example={"context": [USER], "response1": "22", "response2": "4", "overall_preference": 3},
     ),
-    Layout(
+    pair_layout(
         name="argilla",
-        fields=("fields", "responses"),
         optional=("system",),
         matches=lambda row: isinstance(row["fields"], Mapping) and isinstance(row["responses"], Mapping),
-        kind="pairs",
         description="a record with a prompt and responses, and the annotators' answers: labels of two, or a ranking",
         origin="Argilla, exported records",
         example={
-            "fields": {"prompt": "What is 2 + 2?", "response-a": "22", "response-b": "4"},
+            "fields": {"prompt": QUESTION, "response-a": "22", "response-b": "4"},
             "responses": {"preference": [{"value": "b", "user_id": "u"}]},
         },
         reader=_read_argilla,
     ),
 )
-BINARIZED = Layout(
+BINARIZED = pair_layout(
     name="ultrafeedback-binarized",
-    fields=("prompt", "chosen", "rejected"),
     optional=("system", "tools", *SCORES),
-    matches=lambda row: not chat_prompt(row) and all(look(row[name]) in LISTS for name in ("chosen", "rejected")),
-    kind="pairs",
+    matches=lambda row: not chat_prompt(row) and all(look(row[name]) in LISTS for name in SIDES),
     description="a prompt as text, and two conversations that begin with it",
     origin="UltraFeedback binarized (Zephyr)",
-    example={"prompt": "What is 2 + 2?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    example={"prompt": QUESTION, "chosen": [USER, GOOD], "rejected": [USER, BAD]}
     | {"score_chosen": 9.0, "score_rejected": 1.0},
     reader=_read_binarized,
 )
-TRANSCRIPTS = Layout(
+TRANSCRIPT = f"\n\nHuman: {QUESTION}\n\nAssistant: "
+TRANSCRIPTS = pair_layout(
     name="hh",
-    fields=("chosen", "rejected"),
     optional=SCORES,
     matches=transcripts,
-    kind="pairs",
     description="two transcripts; the prompt is all before the last answer",
     origin="Anthropic HH-RLHF",
     example={
-        "chosen": "\n\nHuman: What is 2 + 2?\n\nAssistant: 4",
-        "rejected": "\n\nHuman: What is 2 + 2?\n\nAssistant: 22",
+        name: f"\n\nHuman: {QUESTION}\n\nAssistant: {text}" for name, text in zip(SIDES, ("4", "22"), strict=True)
     },
     reader=_read_transcripts,
 )
 BETTER = "two responses, and a label that says which is better (--label-means), scores, or votes"
-TWO_CHAT = Layout(
+TWO_CHAT = pair_layout(
     name="two-responses-chat",
-    fields=("instruction", "first", "second"),
     optional=("input", "system", "history", *JUDGEMENTS),
     matches=_judged,
     aliases={"question": "instruction"},
     option_names={"prompt": "instruction", "query": "input"},
-    kind="pairs",
     description=f"an instruction, {BETTER}",
     origin="judges and annotators",
-    example={"instruction": "What is 2 + 2?", "first": "22", "second": "4", "label": "second"},
+    example={"instruction": QUESTION, "first": "22", "second": "4", "label": "second"},
     reader=lambda row: _read_two(row, instruction_prompt(row), text=False),
 )
-TWO = Layout(
+TWO = pair_layout(
     name="two-responses",
-    fields=("prompt", "first", "second"),
     optional=("system", "tools", *JUDGEMENTS),
     matches=_judged,
-    kind="pairs",
     description=f"a prompt, as messages or plain text, {BETTER}",
     origin="judges and annotators",
     example={"prompt": "2 + 2 =", "first": " 22", "second": " 4", "score_first": 1.0, "score_second": 9.0},

@@ -9,17 +9,16 @@ from itertools import combinations
 from typing import Any
 
 from prefopt.data.layouts.canonical import Votes
-from prefopt.data.layouts.layout import BAD, GOOD, USER, Layout
-from prefopt.data.layouts.llama_factory import instruction_prompt
+from prefopt.data.layouts.conversations import instruction_prompt
+from prefopt.data.layouts.layout import BAD, GOOD, QUESTION, SIDES, USER, Layout, ranking_layout
 from prefopt.data.layouts.row import RowReader, answer, text_prompt, value_at
-from prefopt.data.layouts.values import BadRow, items_of, look, number_of, type_name
-from prefopt.records import Comparison, Message, Response, Tiers, tiers_of
+from prefopt.data.layouts.values import BadRow, items_of, look, type_name
+from prefopt.records import Comparison, Response, Tiers, tiers_of
 
 PREDICTION = re.compile(r"prediction \d+")
 
 
 def _numbers(row: RowReader, values: Sequence[object], name: str, count: int) -> tuple[float, ...]:
-    """A number for each of ``count`` responses. Raises :class:`BadRow` if one is missing."""
     if (lacking := next((k for k, value in enumerate(values, 1) if value is None), None)) is not None:
         raise BadRow("missing score", f"response {lacking} has no {name}, and another has one")
     numbers = tuple(row.number_of(value, name) for value in values)
@@ -29,21 +28,10 @@ def _numbers(row: RowReader, values: Sequence[object], name: str, count: int) ->
 
 
 def _by_rank(ranks: tuple[float, ...]) -> Tiers:
-    """Tiers by rank, the lowest best; a single response has no order."""
     return tiers_of([-rank for rank in ranks]) if len(ranks) > 1 else ()
 
 
-def _listed(
-    name: str,
-    origin: str,
-    description: str,
-    paths: tuple[str, str, str],
-    *,
-    rank: str = "",
-    score: str = "",
-    fields: tuple[str, ...] = (),
-    **more: Any,
-) -> Layout:
+def _listed(paths: tuple[str, str, str], *, rank: str = "", score: str = "", **more: Any) -> Layout:
     """A data set with a list of objects. ``paths`` lead to prompt and list, and within its objects to the response.
 
     Each object has a rank (the lowest is best) or a score (the highest is best); equal ones are a tie. If no object has
@@ -53,10 +41,10 @@ def _listed(
 
     def read(row: RowReader) -> Comparison:
         responses, given = [], []
-        for k, item in enumerate(items_of(row.at(items), items), 1):
+        for k, item in enumerate(items_of(row.given(items), items), 1):
             if not isinstance(item, Mapping):
                 raise BadRow("wrong type", f"{items} holds {type_name(item)}, not an object with {response}")
-            responses.append(row.reply(item.get(response), f"{response} of item {k} of {items}"))
+            responses.append(row.response_of(item.get(response), f"{response} of item {k} of {items}"))
             given.append(item.get(key))
             row.tags.unread.update(f"{items}.{other}" for other in item if other not in (response, key))
         asked = row.prompt_at(prompt)
@@ -72,17 +60,7 @@ def _listed(
         listed = found if isinstance(found, (list, tuple)) else ()
         return any(isinstance(item, Mapping) and {response, key} <= item.keys() for item in listed)
 
-    return Layout(
-        name=name,
-        fields=fields or (prompt, items),
-        kind="ranking",
-        description=description,
-        origin=origin,
-        reader=read,
-        matches=matches,
-        optional=("system",),
-        **more,
-    )
+    return ranking_layout(reader=read, matches=matches, optional=("system",), **more)
 
 
 def _read_ranks(row: RowReader) -> Comparison:
@@ -94,19 +72,13 @@ def _read_ranks(row: RowReader) -> Comparison:
 
 
 def _read_generations(row: RowReader) -> Comparison:
-    responses = [row.reply(value, "an item of generations") for value in row.items("generations")]
+    responses = [row.response_of(value, "an item of generations") for value in row.items("generations")]
     scores = _numbers(row, row.items("ratings"), "rating", len(responses))
     return row.comparison(instruction_prompt(row), responses, tiers_of(scores), scores=scores)
 
 
-def _read_outputs(row: RowReader) -> Comparison:
-    responses = [row.reply(value, "an item of output") for value in row.items("output")]
-    tiers = tuple((k,) for k in range(len(responses))) if len(responses) > 1 else ()
-    return row.comparison(instruction_prompt(row), responses, tiers)
-
-
 def _read_sides(row: RowReader) -> Comparison:
-    sides = [[row.reply(text, f"an item of {name}") for text in row.items(name)] for name in ("chosen", "rejected")]
+    sides = [[row.response_of(text, f"an item of {name}") for text in row.items(name)] for name in SIDES]
     if not all(sides):
         raise BadRow("missing field", "has an empty list of chosen or rejected responses")
     good, bad = map(len, sides)
@@ -115,8 +87,8 @@ def _read_sides(row: RowReader) -> Comparison:
 
 
 def _lists_of_texts(row: Mapping[str, object]) -> bool:
-    sides = [look(row[name]) for name in ("chosen", "rejected")]
-    return "texts" in sides and set(sides) <= {"texts", "list"}
+    sides = {look(row[name]) for name in SIDES}
+    return "texts" in sides and sides <= {"texts", "list"}
 
 
 def _read_rating(row: RowReader) -> Comparison:
@@ -137,8 +109,7 @@ def _read_ultrafeedback(row: RowReader) -> Comparison:
         scores.append(_overall_score(row, completion, k))
         unread = completion.keys() - {"response", "overall_score", "score"}
         row.tags.unread.update(f"completions.{key}" for key in unread)
-    prompt = row.with_system((Message("user", row.text("instruction")),))
-    return row.comparison(prompt, responses, tiers_of(scores), scores=tuple(scores))
+    return row.comparison(row.user_prompt("instruction"), responses, tiers_of(scores), scores=tuple(scores))
 
 
 def _overall_score(row: RowReader, completion: dict[str, object], k: int) -> float:
@@ -147,28 +118,13 @@ def _overall_score(row: RowReader, completion: dict[str, object], k: int) -> flo
         if completion.get(name) is not None:
             return row.number_of(completion[name], f"{name} of completion {k}")
     annotations = completion.get("annotations")
-    rated = [_rating(a) for a in annotations.values()] if isinstance(annotations, dict) else []
-    found = [rating for rating in rated if rating is not None]
-    if not found:
+    rated = annotations.values() if isinstance(annotations, dict) else ()
+    given = [annotation.get("Rating") for annotation in rated if isinstance(annotation, dict)]
+    given = [x for x in given if x is not None and not (isinstance(x, str) and x.strip().upper() in ("N/A", ""))]
+    if not given:
         raise BadRow("missing score", f"completion {k} has neither overall_score nor ratings")
-    return sum(found) / len(found)
-
-
-def _rating(annotation: object) -> float | None:
-    """An annotator's rating, which is text in these files ("4"); None for "N/A"."""
-    given = annotation.get("Rating") if isinstance(annotation, dict) else None
-    if given is None or (isinstance(given, str) and given.strip().upper() in ("N/A", "")):
-        return None
-    if not isinstance(given, str):
-        return number_of(given, "a Rating")
-    try:
-        return number_of(float(given), "a Rating")
-    except ValueError:
-        raise BadRow("wrong type", f"a Rating is {given[:20]!r}, not a number") from None
-
-
-def _question(row: RowReader) -> tuple[Message, ...]:
-    return row.with_system((Message("user", row.text("question")),))
+    cells = replace(row, cells=True)  # ratings are text in these files ("4")
+    return sum(cells.number_of(rating, "a Rating") for rating in given) / len(given)
 
 
 def _read_pair_labels(row: RowReader) -> Comparison:
@@ -180,14 +136,11 @@ def _read_pair_labels(row: RowReader) -> Comparison:
     if len(labels) != count * (count - 1) // 2:
         what = f"has {count} predictions, so {count * (count - 1) // 2} pairs, and {len(labels)} labels"
         raise BadRow("wrong number", what)
-    numbers = []
-    for label in labels:
-        number = row.number_of(label, "an item of preference")
-        if number not in (0, 1, 2):
-            raise BadRow("wrong type", f"preference holds {number:g}; it should be 0 (equal), 1 (first) or 2 (second)")
-        numbers.append(int(number))
-    tiers, votes = from_pair_labels(numbers, count)
-    return row.comparison(_question(row), responses, tiers, votes=votes)
+    numbers = [row.number_of(label, "an item of preference") for label in labels]
+    if strange := [n for n in numbers if n not in (0, 1, 2)]:
+        raise BadRow("wrong type", f"preference holds {strange[0]:g}; it should be 0 (equal), 1 (first) or 2 (second)")
+    tiers, votes = from_pair_labels([int(n) for n in numbers], count)
+    return row.comparison(row.user_prompt("question"), responses, tiers, votes=votes)
 
 
 def from_pair_labels(labels: Sequence[int], count: int) -> tuple[Tiers, Votes | None]:
@@ -226,159 +179,117 @@ def _read_solutions(row: RowReader) -> Comparison:
     if "solutions" in row.extra:
         raise BadRow("field that cannot be used", "has a column solutions, which names the columns of solutions")
     row.extra["solutions"] = names
-    return row.comparison(_question(row), responses, labels=tuple(labels))
-
-
-RANKED_REPLIES = [{"text": "22", "rank": 1}, {"text": "4", "rank": 0}]
-REPLIES = _listed(
-    "oasst-replies",
-    "OpenAssistant",
-    "a message and its replies with a rank each, 0 the best",
-    ("text", "replies", "text"),
-    rank="rank",
-    example={"text": "What is 2 + 2?", "replies": RANKED_REPLIES},
-)
-
-
-def _read_replies(row: RowReader) -> Comparison:
-    """Only replies to a user's message: what users reply to the assistant is not a response to train on."""
-    if row.has("role") and row.given("role") != "prompter":
-        role = str(row.given("role"))[:20]
-        raise BadRow("unknown role", f"role is {role!r}: only replies to a prompter are responses")
-    return REPLIES.reader(row)
+    return row.comparison(row.user_prompt("question"), responses, labels=tuple(labels))
 
 
 PUBLIC = (
     _listed(
-        "nectar",
-        "Nectar",
-        "a prompt and answers with a rank each, 1 the best",
         ("prompt", "answers", "answer"),
+        name="nectar",
+        description="a prompt and answers with a rank each, 1 the best",
+        origin="Nectar",
         rank="rank",
-        example={"prompt": "What is 2 + 2?", "answers": [{"answer": "22", "rank": 2}, {"answer": "4", "rank": 1}]},
+        example={"prompt": QUESTION, "answers": [{"answer": "22", "rank": 2}, {"answer": "4", "rank": 1}]},
     ),
     _listed(
-        "stack-exchange",
-        "Stack Exchange preferences",
-        "a question and answers with a score each, the higher is better",
         ("question", "answers", "text"),
+        name="stack-exchange",
+        description="a question and answers with a score each, the higher is better",
+        origin="Stack Exchange preferences",
         score="pm_score",
-        example={"question": "What is 2 + 2?"}
-        | {"answers": [{"text": "22", "pm_score": 0}, {"text": "4", "pm_score": 9}]},
+        example={"question": QUESTION, "answers": [{"text": "22", "pm_score": 0}, {"text": "4", "pm_score": 9}]},
     ),
     _listed(
-        "nemo-ranks",
-        "NeMo RL",
-        "a conversation and completions with a rank each, the lowest the best",
         ("context", "completions", "completion"),
+        name="nemo-ranks",
+        description="a conversation and completions with a rank each, the lowest the best",
+        origin="NeMo RL",
         rank="rank",
         example={"context": [USER]}
         | {"completions": [{"completion": [BAD], "rank": 1}, {"completion": [GOOD], "rank": 0}]},
     ),
-    replace(REPLIES, optional=("system", "role"), reader=_read_replies),
     _listed(
-        "oasst-trees",
-        "OpenAssistant, trees",
-        "a tree of messages: its prompt, and the replies to it with a rank each, 0 the best",
         ("prompt.text", "prompt.replies", "text"),
+        name="oasst-trees",
+        description="a tree of messages: its prompt, and the replies to it with a rank each, 0 the best",
+        origin="OpenAssistant, trees",
         rank="rank",
-        fields=("message_tree_id", "prompt"),
-        example={"message_tree_id": "t", "prompt": {"text": "What is 2 + 2?", "replies": RANKED_REPLIES}},
+        example={
+            "message_tree_id": "t",
+            "prompt": {"text": QUESTION, "replies": [{"text": "22", "rank": 1}, {"text": "4", "rank": 0}]},
+        },
         note="of each tree, the replies to its first message are compared; deeper ones are not read",
     ),
 )
-RANKS = Layout(
+RANKS = ranking_layout(
     name="ranks",
-    fields=("prompt", "responses", "ranks"),
     optional=("system", "tools"),
-    kind="ranking",
     description="K responses with a rank each, the lowest best; if the highest is best, --columns scores=... names it",
     origin="rankings of any origin",
     example={"prompt": "2 + 2 =", "responses": [" 22", " 4", " four"], "ranks": [2, 1, 1]},
     reader=_read_ranks,
 )
-SIDES = Layout(
+LISTS_OF_SIDES = ranking_layout(
     name="lists-of-sides",
-    fields=("prompt", "chosen", "rejected"),
     optional=("system",),
     matches=_lists_of_texts,
     accepts=("ultrafeedback-binarized", "preference-text", "preference-chat"),
-    kind="ranking",
     description="a prompt, a list of good responses and a list of bad ones, each without an order",
     origin="RewardBench 2",
-    example={"prompt": "What is 2 + 2?", "chosen": ["4"], "rejected": ["22", "Five."]},
+    example={"prompt": QUESTION, "chosen": ["4"], "rejected": ["22", "Five."]},
     reader=_read_sides,
 )
-RATING = Layout(
+RATING = ranking_layout(
     name="helpsteer",
-    fields=("prompt", "response", "helpfulness"),
     optional=("system",),
     option_names={"score": "helpfulness"},
     accepts=("completion-text", "completion-chat"),
-    kind="ranking",
     description="a response and its ratings; consecutive rows with one prompt are compared",
     origin="HelpSteer, HelpSteer2",
-    example={"prompt": "What is 2 + 2?", "response": "4", "helpfulness": 4},
+    example={"prompt": QUESTION, "response": "4", "helpfulness": 4},
     reader=_read_rating,
     joins=True,
     note="helpfulness is the score; --columns score=correctness takes another rating",
 )
-GENERATIONS = Layout(
+GENERATIONS = ranking_layout(
     name="distilabel",
-    fields=("instruction", "generations", "ratings"),
     optional=("system",),
     option_names={"responses": "generations", "scores": "ratings", "prompt": "instruction"},
-    kind="ranking",
     description="an instruction and responses with a rating each",
     origin="distilabel",
-    example={"instruction": "What is 2 + 2?", "generations": ["22", "4"], "ratings": [1.0, 5.0]},
+    example={"instruction": QUESTION, "generations": ["22", "4"], "ratings": [1.0, 5.0]},
     reader=_read_generations,
 )
-OUTPUTS = Layout(
-    name="alpaca-outputs",
-    fields=("instruction", "output"),
-    optional=("input", "system", "history"),
-    matches=lambda row: look(row["output"]) == "texts",
-    kind="ranking",
-    description="an instruction and a list of responses, best first",
-    origin="LLaMA-Factory before 0.7",
-    example={"instruction": "What is 2 + 2?", "output": ["4", "Four, I think.", "22"]},
-    reader=_read_outputs,
-)
-ULTRAFEEDBACK = Layout(
+ULTRAFEEDBACK = ranking_layout(
     name="ultrafeedback",
-    fields=("instruction", "completions"),
     optional=("system",),
-    kind="ranking",
     description="an instruction and responses with scores",
     origin="UltraFeedback",
-    example={"instruction": "What is 2 + 2?"}
+    example={"instruction": QUESTION}
     | {"completions": [{"response": "22", "overall_score": 1.0}, {"response": "4", "overall_score": 9.0}]},
     reader=_read_ultrafeedback,
 )
-PAIR_LABELS = Layout(
+PAIR_LABELS = ranking_layout(
     name="pair-labels",
     fields=("question", "prediction 1", "prediction 2", "preference"),
     optional=("system",),
     own_columns=lambda looks: [name for name in looks if PREDICTION.fullmatch(name)],
-    kind="ranking",
     description="K predictions and a label of each pair, in the order 12, 13, ..., 23, ...: 0 equal, 1 first, 2 second",
     origin="FineGrainedRLHF",
-    example={"question": "What is 2 + 2?", "prediction 1": "4", "prediction 2": "22", "prediction 3": "Four."}
+    example={"question": QUESTION, "prediction 1": "4", "prediction 2": "22", "prediction 3": "Four."}
     | {"preference": [1, 0, 2]},
     reader=_read_pair_labels,
 )
-SOLUTIONS = Layout(
+SOLUTIONS = ranking_layout(
     name="solutions",
     fields=("question",),
     optional=("system",),
     matches=lambda row: any(look(value) == "solution" for value in row.values()),
     own_columns=lambda looks: [name for name, seen in looks.items() if seen == "solution"],
-    kind="ranking",
     description="a question, and columns of any name that hold solutions, correct or not",
     origin="GSM8K's example_model_solutions",
     example={
-        "question": "What is 2 + 2?",
+        "question": QUESTION,
         "small model": {"is_correct": False, "solution": "22"},
         "large model": {"is_correct": True, "solution": "4"},
     },
@@ -386,6 +297,6 @@ SOLUTIONS = Layout(
 )
 LAYOUTS = {
     5: (RANKS,),
-    30: (*PUBLIC, SIDES),
-    80: (RATING, GENERATIONS, OUTPUTS, ULTRAFEEDBACK, PAIR_LABELS, SOLUTIONS),
+    30: (*PUBLIC, LISTS_OF_SIDES),
+    80: (RATING, GENERATIONS, ULTRAFEEDBACK, PAIR_LABELS, SOLUTIONS),
 }

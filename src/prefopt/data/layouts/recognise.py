@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from prefopt.data.layouts import all_layouts
 from prefopt.data.layouts.layout import PLAIN, SIDES, ColumnMap, Layout
 from prefopt.data.layouts.values import look, type_name
-from prefopt.data.validate import NAMED_ROWS
 from prefopt.errors import ConfigError, DataError
 
 NAMED_COLUMNS = 20
-# Bound on the memo of row signatures (names and looks of columns); a file has a handful.
-MAX_SIGNATURES = 4096
+MAX_SIGNATURES = 4096  # of rows (names and looks of columns) that are remembered; a file has a handful
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,23 +25,6 @@ class Recognised:
     count: int
     notes: list[str]
     lost: str = ""
-
-
-@dataclass(slots=True)
-class _RowCount:
-    """The number of rows of one layout, and the first of them."""
-
-    count: int = 0
-    first: list[int] = field(default_factory=list)
-
-    def add(self, number: int) -> None:
-        self.count += 1
-        if len(self.first) < NAMED_ROWS:
-            self.first.append(number)
-
-    def __str__(self) -> str:
-        rows = f"row{'s' * (self.count > 1)} {', '.join(map(str, self.first))}"
-        return rows + (f", ..., {self.count} in all" if self.count > len(self.first) else "")
 
 
 def recognise(
@@ -62,8 +44,7 @@ def recognise(
     the rows of all others only lack fields of one: then they are rows of that one with a missing field.
     """
     survey = _Survey([named] if named else _candidates(columns), columns, fields_only=named is not None)
-    for row in rows:
-        survey.see(row)
+    survey.see(rows)
     if not survey.count:
         raise DataError("holds no rows", file=file)
     if named and (strange := [name for name in asked or () if name in columns.names and not named.field_of(name)]):
@@ -73,11 +54,12 @@ def recognise(
     for name, column in (asked or {}).items():
         if name in columns.names and column not in survey.names:
             raise DataError(f"no row has the column {column}, --columns {name}={column}; there are {has}", file=file)
-    if named is None and (fault := _tree_messages(survey.names)):
-        raise DataError(f"{fault}; --format raw-text learns each as plain text", file=file)
-    layout = _decide(survey.layouts, survey.candidates, file)
-    if layout is None:
+    if named is None and {"parent_id", "role", "text"} <= survey.names.keys():
+        what = "each row is one message of a tree (parent_id, role), not a prompt with its replies"
+        raise DataError(f"{what}: use OpenAssistant's .trees.jsonl; --format raw-text reads plain text", file=file)
+    if not survey.layouts:
         raise _unknown(survey, file, why)
+    layout = _decide(survey, file)
     if gone := [name for name in columns.ignored if name not in survey.names]:
         raise DataError(f"no row has the column {gone[0]}, --ignore-columns {gone[0]}; there are {has}", file=file)
     unread = _unread(layout, survey.names, columns)
@@ -86,24 +68,26 @@ def recognise(
 
 
 class _Survey:
-    """The layouts of the rows seen, the first row without one, and the columns with the look of their values."""
+    """The number of rows of each layout and the first of them, the first row without a layout, and the columns with the
+    look of their values."""
 
     def __init__(self, candidates: Sequence[Layout], columns: ColumnMap, *, fields_only: bool) -> None:
         self.candidates, self.columns, self.fields_only = candidates, columns, fields_only
-        self.layouts: dict[str, _RowCount] = {}
+        self.layouts = Counter[str]()
+        self.first: dict[str, int] = {}
         self.names: dict[str, str] = {}
         self.odd: tuple[int, object] | None = None
         self.count = 0
         self._memo: dict[object, str | None] = {}
 
-    def see(self, row: object) -> None:
-        """Count one row."""
-        self.count += 1
-        found = self._layout(row) if isinstance(row, dict) else None
-        if found is not None:
-            self.layouts.setdefault(found, _RowCount()).add(self.count)
-        elif self.odd is None:
-            self.odd = (self.count, row)
+    def see(self, rows: Iterable[object]) -> None:
+        for self.count, row in enumerate(rows, 1):
+            found = self._layout(row) if isinstance(row, dict) else None
+            if found is not None:
+                self.layouts[found] += 1
+                self.first.setdefault(found, self.count)
+            elif self.odd is None:
+                self.odd = (self.count, row)
 
     def _layout(self, row: Mapping[str, object]) -> str | None:
         signature = tuple((name, look(value)) for name, value in row.items() if value is not None)
@@ -132,17 +116,15 @@ def _candidates(columns: ColumnMap) -> list[Layout]:
     return found
 
 
-def _decide(layouts: Mapping[str, _RowCount], candidates: Sequence[Layout], file: str) -> Layout | None:
-    """The one layout of all rows; None if no row has any."""
-    if not layouts:
-        return None
-    named = {x.name: x for x in candidates}
-    found = [named[name] for name in layouts]
+def _decide(survey: _Survey, file: str) -> Layout:
+    """The one layout of all rows."""
+    named = {x.name: x for x in survey.candidates}
+    found = [named[name] for name in survey.layouts]
     for layout in found:
         others = [x for x in found if x is not layout]
         if all(x.name in layout.accepts or set(x.fields) < set(layout.fields) for x in others):
             return layout
-    parts = "; ".join(f"{name}: {seen}" for name, seen in sorted(layouts.items(), key=lambda item: item[1].first))
+    parts = "; ".join(f"{name}: {n:,} from row {survey.first[name]}" for name, n in survey.layouts.items())
     raise DataError(f"mixes layouts ({parts}); give each a file of its own, or name one with --format", file=file)
 
 
@@ -172,9 +154,8 @@ def _unknown(survey: _Survey, file: str, why: str) -> DataError:
     if isinstance(row, DataError):
         return row
     if not isinstance(row, dict):
-        return DataError(
-            f"unknown layout: it is {type_name(row)}, not an object with named fields", file=file, row=number
-        )
+        what = f"unknown layout: it is {type_name(row)}, not an object with named fields"
+        return DataError(what, file=file, row=number)
     lacks = {x.name: [f for f in x.fields if x.column_of(f, row, survey.columns) is None] for x in survey.candidates}
     alone = len(survey.candidates) == 1
     some = [x for x in survey.candidates if lacks[x.name] and (alone or len(lacks[x.name]) < len(x.fields))]
@@ -207,19 +188,9 @@ OTHER_WORDS = frozenset(
     " best example examples processed original raw quality level status choice preference annotator worker"
     " subset domain constraint constraints aliases".split()
 )
-RESPONSE_LOOKS = ("text", "transcript", "texts", "messages", "replies", "weighted", "message")
-
-
+RESPONSE_LOOKS = ("text", "transcript", "texts", "messages", "replies", "message")
 LABELS = "label labels winner choice preference verdict better preferred judgment judgement".split()
-OPPOSITES = (
-    ("chosen", "rejected"),
-    ("preferred", "dispreferred"),
-    ("better", "worse"),
-    ("good", "bad"),
-    ("positive", "negative"),
-    ("pos", "neg"),
-    ("winner", "loser"),
-)
+WORSE = frozenset("rejected dispreferred worse bad negative neg loser".split())
 
 
 def _words(name: str) -> set[str]:
@@ -228,49 +199,22 @@ def _words(name: str) -> set[str]:
 
 def _response_columns(columns: Mapping[str, str]) -> list[str]:
     """The columns that seem, by name and look, to hold responses. ``winner`` is one beside ``loser``, else a label."""
-    names = {name.lower() for name in columns}
-    labels = {name for name in LABELS if dict(OPPOSITES).get(name) not in names}
-    return [
-        name
-        for name, looks in columns.items()
-        if looks in RESPONSE_LOOKS
-        and _words(name) & RESPONSE_WORDS
-        and not _words(name) & OTHER_WORDS
-        and name.lower() not in labels
-    ]
-
-
-def _tree_messages(columns: Mapping[str, str]) -> str:
-    """A reason if each row is one message of a tree, so that a prompt and its replies are several rows."""
-    if not {"parent_id", "role", "text"} <= columns.keys() or "replies" in columns:
-        return ""
-    what = "each row is one message of a tree (parent_id, role), not a prompt with its replies"
-    row = '{"text": ..., "replies": [{"text": ..., "rank": ...}, ...]}'
-    return f"{what}: take the trees (OpenAssistant's .trees.jsonl), or make a row of each message with replies, {row}"
+    labels = () if any(_words(name) & WORSE for name in columns) else LABELS
+    found = [name for name, looks in columns.items() if looks in RESPONSE_LOOKS and name.lower() not in labels]
+    return [name for name in found if _words(name) & RESPONSE_WORDS and not _words(name) & OTHER_WORDS]
 
 
 def suggestion(columns: Mapping[str, str]) -> str:
     """Options that read two of these columns as responses, with a label; empty if no two seem to be responses."""
     found = _response_columns(columns)
     prompt = next((n for n in columns if n in ("prompt", "instruction", "question", "query", "input", "context")), "")
-    if pair := _by_opposites(found):
-        return f"--columns {f'prompt={prompt} ' * bool(prompt)}chosen={pair[0]} rejected={pair[1]}"
     if len(found) != 2:
         return ""
+    best, worst = sorted(found, key=lambda name: bool(_words(name) & WORSE))
+    if _words(worst) & WORSE and not _words(best) & WORSE:
+        return f"--columns {f'prompt={prompt} ' * bool(prompt)}chosen={best} rejected={worst}"
     label = next((n for n in columns if n.lower() in LABELS or n.lower().startswith(("better", "prefer"))), "")
     numbers = columns.get(label) in ("number", "truth")  # text may name a response
     means = " --label-means 0=first,1=second,2=tie (or as in the file)" if numbers else ""
-    judged = f"label={label}" if label else "label=COLUMN"
-    return f"--columns prompt={prompt or 'COLUMN'} first={found[0]} second={found[1]} {judged}{means}"
-
-
-def _by_opposites(names: Sequence[str]) -> tuple[str, str] | None:
-    """The preferred and the rejected column by their names; of two columns, the name of the rejected is enough."""
-    for good, bad in OPPOSITES:
-        best, worst = ([name for name in names if word in _words(name)] for word in (good, bad))
-        if len(best) == len(worst) == 1:
-            return best[0], worst[0]
-    worst = [name for name in names if _words(name) & {"rejected", "dispreferred"}]
-    if len(names) == 2 and len(worst) == 1:
-        return next(name for name in names if name != worst[0]), worst[0]
-    return None
+    words = f"prompt={prompt or 'COLUMN'} first={found[0]} second={found[1]} label={label or 'COLUMN'}"
+    return f"--columns {words}{means}"

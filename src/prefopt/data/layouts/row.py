@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from prefopt.data.layouts.messages import Tags, read_messages, read_tools, read_transcript
@@ -13,6 +12,7 @@ from prefopt.data.layouts.values import (
     TRANSCRIPT_STARTS,
     BadRow,
     items_of,
+    json_of,
     label_text,
     number_of,
     type_name,
@@ -42,29 +42,22 @@ class RowReader:
     own: Collection[str] = ()
 
     def has(self, name: str) -> bool:
-        """Whether the column is present and not null."""
         return self.values.get(name) is not None
 
-    def given(self, name: str) -> object:
-        """The value; it must be present."""
-        value = self.values.get(name)
+    def given(self, path: str) -> object:
+        """The value of a column, or at a path such as ``summaries.0.text``; it must be present."""
+        value = value_at(self.values, path)
         if value is None:
-            raise BadRow("missing field", f"lacks {name}")
+            raise BadRow("missing field", f"lacks {path}")
         return value
 
     def text(self, name: str) -> str:
-        """Text; it must be present."""
         value = self.given(name)
         if not isinstance(value, str):
             raise BadRow("wrong type", f"{name} is {type_name(value)}, not text")
         return value
 
-    def text_or(self, name: str, default: str = "") -> str:
-        """Text, or the default if it is absent."""
-        return self.text(name) if self.has(name) else default
-
     def items(self, name: str) -> Sequence[object]:
-        """A list; it must be present."""
         return items_of(self.given(name), name)
 
     def number_of(self, value: object, name: str) -> float:
@@ -88,18 +81,15 @@ class RowReader:
         if label not in LABELS or not isinstance(value, (bool, int, float, str)):
             shown = f", {value!r}" if isinstance(value, (int, float)) or (isinstance(value, str) and self.cells) else ""
             what = f"{name} is {type_name(value)}{shown}, not true or false (or 1 or 0)"
-            raise BadRow(
-                "wrong type", f"{what}; give the meaning of other labels, such as --label-means yes=good,no=bad"
-            )
+            remedy = "give the meaning of other labels, such as --label-means yes=good,no=bad"
+            raise BadRow("wrong type", f"{what}; {remedy}")
         return LABELS[label]
 
     @property
     def labels(self) -> tuple[bool, ...]:
-        """The label of a single response, in the column ``label``."""
         return (self.label_of(self.given("label"), "label"),)
 
     def turns(self, name: str) -> tuple[Message, ...]:
-        """A list of messages; it must be present."""
         return read_messages(self.given(name), name, self.tags)
 
     def chat(self, name: str) -> tuple[Message, ...]:
@@ -114,34 +104,32 @@ class RowReader:
         """As :meth:`response`, for a value at any place in the row, which is called ``name`` in messages."""
         if isinstance(value, str):
             return answer(value)
+        if value is None:
+            raise BadRow("missing field", f"lacks {name}")
         if text:
             raise BadRow("wrong type", f"{name} should be text, as the prompt is, and is {type_name(value)}")
         return Response(read_messages([value] if isinstance(value, dict) else value, name, self.tags))
 
     def with_system(self, turns: tuple[Message, ...]) -> tuple[Message, ...]:
         """The turns after the column ``system``, if there is one."""
-        system = self.text_or("system")
-        if not system:
+        if not self.has("system") or not self.text("system"):
             return turns
         if turns and turns[0].role == "system":
             raise BadRow("two system turns", "has a column system and a system turn as well")
-        return (Message("system", system), *turns)
+        return (Message("system", self.text("system")), *turns)
+
+    def user_prompt(self, name: str) -> tuple[Message, ...]:
+        """A prompt of one user turn, after the column ``system`` if there is one."""
+        return self.with_system((Message("user", self.text(name)),))
 
     def demonstration(self, turns: tuple[Message, ...]) -> Comparison:
         """A conversation to train on: the response is all turns from the first of the assistant on."""
         at = next((i for i, m in enumerate(turns) if m.role == "assistant"), len(turns))
         return self.comparison(turns[:at], [Response(turns[at:])] if turns[at:] else ())
 
-    def at(self, path: str) -> object:
-        """The value at a path such as ``info.post`` or ``summaries.0.text``; it must be present."""
-        value = value_at(self.values, path)
-        if value is None:
-            raise BadRow("missing field", f"lacks {path}")
-        return value
-
     def prompt_at(self, path: str) -> tuple[Message, ...]:
         """A prompt at a path: messages, a transcript as in Anthropic's HH, or the text of a user."""
-        value = self.at(path)
+        value = self.given(path)
         if isinstance(value, (list, tuple)):
             return self.with_system(self.response_of(value, path).messages)
         if not isinstance(value, str):
@@ -153,29 +141,13 @@ class RowReader:
             turns = turns[:-1]
         return self.with_system(turns)
 
-    def reply(self, value: object, name: str) -> Response:
-        """A response that must be present: text or messages; ``name`` is its place in the row."""
-        if value is None:
-            raise BadRow("missing field", f"lacks {name}")
-        return self.response_of(value, name)
-
     def texts(self, name: str) -> list[str]:
         """A list of texts, or the JSON text of one: the turns of one side."""
         value = self.given(name)
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except (ValueError, RecursionError):
-                raise BadRow("wrong type", f"{name} is text that is not a JSON list of turns") from None
-        texts = items_of(value, name)
+        texts = items_of(json_of(value, name) if isinstance(value, str) else value, name)
         if not texts or not all(isinstance(text, str) for text in texts):
             raise BadRow("wrong type", f"{name} should be a list of texts, one for each turn, none of them null")
         return [str(text) for text in texts]
-
-    @property
-    def tools(self) -> tuple[str, ...]:
-        """The functions a model may call, as JSON objects."""
-        return read_tools(self.values.get("tools"), verbatim=self.tags.verbatim)
 
     @property
     def pair_scores(self) -> tuple[float, float] | None:
@@ -192,7 +164,9 @@ class RowReader:
                 self.tags.unread.update(f"metadata.{key}" for key in rest)
         chosen, rejected = (values.get(name) for name in names)
         if chosen is None and rejected is None:
-            self.tags.unread.update(self._lone_scores())
+            for name, other in (pair for names in SCORE_COLUMNS for pair in (names, names[::-1])):
+                if self.has(name) and other in self.values and not self.has(other):
+                    self.tags.unread.add(f"{name} where {other} is null")
             return None
         if chosen is None or rejected is None:
             has, lacks = names if rejected is None else names[::-1]
@@ -202,13 +176,6 @@ class RowReader:
             what = f"{names[0]} is {best:g} and {names[1]} {worse:g}: the rejected response would be the better"
             raise BadRow("scores against the preference", f"{what}; --ignore-columns {' '.join(names)} leaves both out")
         return best, worse
-
-    def _lone_scores(self) -> Iterator[str]:
-        """Scores of one response that are not read because the other's is null."""
-        for names in SCORE_COLUMNS:
-            for name, other in (names, names[::-1]):
-                if self.has(name) and other in self.values and not self.has(other):
-                    yield f"{name} where {other} is null"
 
     def pair(
         self, prompt: tuple[Message, ...], chosen: Response, rejected: Response, *, text: bool = False
@@ -233,14 +200,14 @@ class RowReader:
         """The comparison with row number, tools and the columns not read. Turns of a prompt are never trained."""
         if not self.tags.verbatim and not all(m.trained for m in prompt):
             prompt = tuple(replace(m, trained=True) for m in prompt)
-        sides, tools = tuple(responses), self.tools
+        tools = read_tools(self.values.get("tools"), verbatim=self.tags.verbatim)
         if text and tools:
             raise BadRow("field that cannot be used", "has tools, which plain text cannot have")
+        sides = tuple(responses)
         return Comparison(prompt, sides, tiers, self.number, self.file, text, self.extra, scores, labels, votes, tools)
 
 
 def answer(text: str) -> Response:
-    """A response of one assistant turn."""
     return Response((Message("assistant", text),))
 
 

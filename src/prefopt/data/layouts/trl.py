@@ -14,6 +14,7 @@ An implicit prompt ends where both sides last share a word, and before the last 
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,6 +23,8 @@ from typing import Any
 from prefopt.data.layouts.layout import (
     BAD,
     GOOD,
+    QUESTION,
+    SIDES,
     USER,
     CannotHold,
     Layout,
@@ -37,17 +40,10 @@ from prefopt.data.layouts.values import LISTS, SCORES, BadRow, look
 from prefopt.data.validate import DataKind
 from prefopt.records import Comparison, Message, Response
 
-# Scripts without spaces between words, where every character counts as a word.
-UNSPACED = (
-    (0x0E00, 0x0EFF),  # Thai, Lao
-    (0x0F00, 0x0FFF),  # Tibetan
-    (0x1000, 0x109F),  # Burmese
-    (0x1780, 0x17FF),  # Khmer
-    (0x2E80, 0x312F),  # Han radicals, CJK punctuation, kana, Bopomofo
-    (0x31A0, 0xA4CF),  # kana extensions, Han, Yi
-    (0xF900, 0xFAFF),  # Han compatibility
-    (0xFF00, 0xFFEF),  # full-width forms
-    (0x20000, 0x3FFFF),  # Han extensions
+# Scripts without spaces between words, where every character counts as a word: Thai, Lao, Tibetan and Burmese; Khmer;
+# kana, Bopomofo, Han, Yi and full-width forms.
+UNSPACED = re.compile(
+    "[\u0e00-\u109f\u1780-\u17ff\u2e80-\u312f\u31a0-\ua4cf\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
 )
 JOINERS = "\u200c\u200d"
 Match = Callable[[Mapping[str, object]], bool]
@@ -69,15 +65,10 @@ def split_text(chosen: str, rejected: str) -> tuple[str, str, str]:
 def _is_boundary(text: str, at: int) -> bool:
     """Whether a word ends before ``text[at]`` or begins there."""
     before, after = text[at - 1], text[at]
-    if unicodedata.combining(after) or unicodedata.category(after) in ("Mn", "Mc", "Me", "Sk") or after in JOINERS:
+    marked = unicodedata.combining(after) or unicodedata.category(after) in ("Mn", "Mc", "Me", "Sk")
+    if marked or after in JOINERS or before in JOINERS:
         return False
-    if before in JOINERS:
-        return False
-    return before.isspace() or after.isspace() or _unspaced(before) or _unspaced(after)
-
-
-def _unspaced(character: str) -> bool:
-    return any(first <= ord(character) <= last for first, last in UNSPACED)
+    return before.isspace() or after.isspace() or bool(UNSPACED.search(before + after))
 
 
 # Columns that may hold the prompt: with one of them, no prompt is inferred from what chosen and rejected share.
@@ -89,27 +80,25 @@ RESPONSES = ("completion", "response", "responses", "completions", "output", "ou
 
 
 def chat_prompt(row: Mapping[str, object]) -> bool:
-    """The prompt is a list of messages."""
     return look(row["prompt"]) in LISTS
 
 
-def prompt_only(row: Mapping[str, object]) -> bool:
-    """No column may hold a response."""
+def _prompt_only(row: Mapping[str, object]) -> bool:
     return not any(row.get(name) is not None for name in RESPONSES)
 
 
-def implicit(row: Mapping[str, object]) -> bool:
+def _implicit(row: Mapping[str, object]) -> bool:
     """No column but chosen and rejected holds a prompt."""
     return not any(row.get(name) is not None for name in PROMPTS)
 
 
 def transcripts(row: Mapping[str, object]) -> bool:
     """Chosen and rejected are transcripts as in Anthropic's HH."""
-    return implicit(row) and all(look(row[name]) == "transcript" for name in ("chosen", "rejected"))
+    return _implicit(row) and all(look(row[name]) == "transcript" for name in SIDES)
 
 
 def _implicit_chat(row: Mapping[str, object]) -> bool:
-    return implicit(row) and look(row["chosen"]) in LISTS
+    return _implicit(row) and look(row["chosen"]) in LISTS
 
 
 def _prompt(row: RowReader, text: bool) -> tuple[Message, ...]:
@@ -137,7 +126,7 @@ def _read_implicit(row: RowReader, *, text: bool) -> Comparison:
         at = split_turns(chosen, rejected)
         return row.pair(row.with_system(chosen[:at]), Response(chosen[at:]), Response(rejected[at:]))
     prompt, good, bad = split_text(row.text("chosen"), row.text("rejected"))
-    asking = (name for name, v in row.values.items() if name in TOPICS or look(v) in ("messages", "weighted"))
+    asking = (name for name, v in row.values.items() if name in TOPICS or look(v) == "messages")
     if not prompt and (name := next(asking, "")):
         what = f"chosen and rejected share no words, and {name} may be their prompt: --columns prompt={name}"
         raise BadRow("missing field", f"{what}, or --ignore-columns {name}")
@@ -154,16 +143,12 @@ def _read_label(row: RowReader, *, text: bool) -> Comparison:
     return row.comparison(prompt, [row.response("completion", text=text)], text=text, labels=labels)
 
 
-def _write_label(c: Comparison, *, text: bool) -> dict[str, object]:
+def _write_completion(c: Comparison, *, text: bool, labelled: bool = False) -> dict[str, object]:
     completion = _written(response_of(c).messages, text)
-    if c.labels is None:
+    if labelled and c.labels is None:
         raise CannotHold("a response without a label")
-    return {"prompt": _written(c.prompt, text), "completion": completion, "label": c.labels[0], **write_tools(c.tools)}
-
-
-def _write_completion(c: Comparison, *, text: bool) -> dict[str, object]:
-    completion = _written(response_of(c).messages, text)
-    return {"prompt": _written(c.prompt, text), "completion": completion, **write_tools(c.tools)}
+    label = {"label": c.labels[0]} if labelled and c.labels else {}
+    return {"prompt": _written(c.prompt, text), "completion": completion, **label, **write_tools(c.tools)}
 
 
 def _chat_and_text(
@@ -180,25 +165,20 @@ def _chat_and_text(
     **more: Any,
 ) -> tuple[Layout, ...]:
     """The layouts ``NAME-chat`` and ``NAME-text``; ``chat`` and ``text`` are their example rows."""
-    both = (
-        ("chat", "messages", chat, ("system", "tools", *optional), matches[0]),
-        ("text", "plain text", text, optional, matches[1]),
-    )
     return tuple(
         Layout(
-            name=f"{name}-{ending}",
-            fields=tuple(example),
-            optional=columns,
+            name=f"{name}-{'text' if plain else 'chat'}",
+            optional=optional if plain else ("system", "tools", *optional),
             kind=kind,
-            description=f"{description}, as {words}",
+            description=f"{description}, as {'plain text' if plain else 'messages'}",
             origin="TRL",
-            example=example,
-            reader=partial(reader, text=ending == "text"),
-            writer=partial(writer, text=ending == "text"),
-            matches=match,
+            example=text if plain else chat,
+            reader=partial(reader, text=plain),
+            writer=partial(writer, text=plain),
+            matches=matches[plain],
             **more,
         )
-        for ending, words, example, columns, match in both
+        for plain in (False, True)
     )
 
 
@@ -222,14 +202,14 @@ IMPLICIT = _chat_and_text(
     chat={"chosen": [USER, GOOD], "rejected": [USER, BAD]},
     text={"chosen": "The capital of France is Paris.", "rejected": "The capital of France is London."},
     optional=SCORES,
-    matches=(_implicit_chat, lambda row: implicit(row) and not _implicit_chat(row) and not transcripts(row)),
+    matches=(_implicit_chat, lambda row: _implicit(row) and not _implicit_chat(row) and not transcripts(row)),
 )
 UNPAIRED = _chat_and_text(
     "unpaired",
     "labels",
     "a prompt and a response that is desirable or not",
     _read_label,
-    _write_label,
+    partial(_write_completion, labelled=True),
     chat={"prompt": [USER], "completion": [GOOD], "label": True},
     text={"prompt": "2 + 2 =", "completion": " 22", "label": False},
     aliases={"response": "completion"},
@@ -252,23 +232,19 @@ PROMPT = _chat_and_text(
     lambda c, text: {"prompt": _written(c.prompt, text), **write_tools(c.tools)},
     chat={"prompt": [USER]},
     text={"prompt": "2 + 2 ="},
-    matches=(lambda row: prompt_only(row) and chat_prompt(row), prompt_only),
+    matches=(lambda row: _prompt_only(row) and chat_prompt(row), _prompt_only),
 )
 ANSWER = Layout(
     name="question-answer",
-    fields=("question", "answer"),
     optional=("system",),
     kind="demonstrations",
     description="a question and an answer to train on",
     origin="GSM8K",
-    example={"question": "What is 2 + 2?", "answer": "2 + 2 = 4\n#### 4"},
-    reader=lambda row: row.comparison(
-        row.with_system((Message("user", row.text("question")),)), [answer(row.text("answer"))]
-    ),
+    example={"question": QUESTION, "answer": "2 + 2 = 4\n#### 4"},
+    reader=lambda row: row.comparison(row.user_prompt("question"), [answer(row.text("answer"))]),
 )
 RAW_TEXT = Layout(
     name="raw-text",
-    fields=("text",),
     option_names={"prompt": "text"},
     kind="demonstrations",
     description="text for language modelling; a label beside it is not read",

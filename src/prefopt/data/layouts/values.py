@@ -6,29 +6,25 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 
-from prefopt.errors import ConfigError
-
-MAX_REASON = 300  # characters: a reason may quote from the row
+from prefopt.errors import LONGEST, ConfigError
 
 
 class BadRow(Exception):
     """A row that cannot be read. Rows are counted by ``kind``; ``what`` is the reason for this one."""
 
     def __init__(self, kind: str, what: str) -> None:
-        self.kind, self.what = kind, what if len(what) <= MAX_REASON else f"{what[:MAX_REASON]}..."
+        self.kind, self.what = kind, what if len(what) <= LONGEST else f"{what[:LONGEST]}..."
         super().__init__(self.what)
 
 
 def type_name(value: object) -> str:
     """The type of a value in words, such as ``a list``."""
-    names = {dict: "an object", list: "a list", tuple: "a list", str: "text", bool: "true or false"}
-    if value is None:
-        return "null"
+    names = {dict: "an object", list: "a list", tuple: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")
 
 
 def items_of(value: object, name: str) -> Sequence[object]:
-    """The value as a list or tuple; ``name`` is its place in the row, for messages."""
+    """The value as a list or tuple; ``name`` is its place in the row."""
     if not isinstance(value, (list, tuple)):
         raise BadRow("wrong type", f"{name} is {type_name(value)}, not a list")
     return value
@@ -58,18 +54,19 @@ def index_of(value: object, count: int, name: str) -> int:
 
 def object_text(value: object, name: str, *, verbatim: bool = False) -> str:
     """A JSON object, given as an object or as text, written as ``json.dumps`` does; ``verbatim`` keeps given text."""
-    if isinstance(value, str):
-        found = json_of(value, name)
-        if not isinstance(found, dict):
-            raise BadRow("wrong type", f"{name} is {type_name(found)} written as text, not an object")
-        return value if verbatim else dumps(found, name)
-    if not isinstance(value, dict):
-        raise BadRow("wrong type", f"{name} is {type_name(value)}, not an object")
-    return dumps(value, name)
+    found = json_of(value, name) if isinstance(value, str) else value
+    if not isinstance(found, dict):
+        written = " written as text" * isinstance(value, str)
+        raise BadRow("wrong type", f"{name} is {type_name(found)}{written}, not an object")
+    if verbatim and isinstance(value, str):
+        return value
+    try:
+        return json.dumps(found, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRow("wrong type", f"{name} cannot be written as JSON ({error})") from None
 
 
 def json_of(text: str, name: str) -> object:
-    """Decoded JSON text."""
     try:
         found: object = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -77,42 +74,31 @@ def json_of(text: str, name: str) -> object:
     return found
 
 
-def dumps(value: object, name: str) -> str:
-    """JSON text without ASCII escapes, as chat templates show objects."""
-    try:
-        return json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise BadRow("wrong type", f"{name} cannot be written as JSON ({error})") from None
-
-
 TRANSCRIPT_STARTS = ("\n\nHuman:", "\n\nAssistant:")
-LISTS = ("messages", "replies", "weighted", "texts", "list")  # results of look() for a list
+LISTS = ("messages", "replies", "texts", "list")  # results of look() for a list
 
 # Scores of a pair, and their other column names: chosen_rating, rating_chosen, chosen-rating and the like.
 # Ranks, counts and rewards are not read as scores.
 SCORES = ("score_chosen", "score_rejected")
-_MEASURES = [f"{mean}{what}" for what in ("score", "rating") for mean in ("", "avg_", "average_", "mean_", "overall_")]
-_UNDERSCORED = [
-    pair
-    for what in _MEASURES
-    for pair in ((f"chosen_{what}", f"rejected_{what}"), (f"{what}_chosen", f"{what}_rejected"))
+SCORE_COLUMNS = [
+    (form.format("chosen", what).replace("_", sign), form.format("rejected", what).replace("_", sign))
+    for sign in "_-"
+    for what in (f"{mean}{w}" for w in ("score", "rating") for mean in ("", "avg_", "average_", "mean_", "overall_"))
+    for form in ("{0}_{1}", "{1}_{0}")
 ]
-SCORE_COLUMNS = [(good.replace("_", sign), bad.replace("_", sign)) for sign in "_-" for good, bad in _UNDERSCORED]
 
 
 def look(value: object) -> str:
     """The kind of a value, finer than its type, so that layouts with the same columns can be told apart.
 
-    ``replies`` are messages that begin with the assistant, ``weighted`` messages are LLaMA-Factory v1's,
-    ``transcript`` is text as in Anthropic's HH, ``scores`` is an object with the scores of chosen and rejected.
+    ``replies`` are messages that begin with the assistant, ``transcript`` is text as in Anthropic's HH, ``scores`` is
+    an object with the scores of chosen and rejected.
     """
     if isinstance(value, str):
         return "transcript" if value.startswith(TRANSCRIPT_STARTS) else "text"
     if isinstance(value, (list, tuple)):
         first = value[0] if value else None
         if isinstance(first, dict):
-            if _weighted(first):
-                return "weighted"
             return "replies" if first.get("role", first.get("from")) in ("assistant", "gpt") else "messages"
         return "texts" if isinstance(first, str) else "list"
     if isinstance(value, dict):
@@ -124,12 +110,6 @@ def look(value: object) -> str:
     if isinstance(value, bool):
         return "truth"
     return "null" if value is None else "number"
-
-
-def _weighted(message: dict[object, object]) -> bool:
-    content = message.get("content")
-    part = content[0] if isinstance(content, list) and content else None
-    return message.get("loss_weight") is not None or (isinstance(part, dict) and part.get("value") is not None)
 
 
 def scored_sides(looks: Mapping[str, str]) -> tuple[str, ...]:
@@ -149,10 +129,8 @@ TIERS: Mapping[str, tuple[tuple[int, ...], ...]] = {"first": ((0,), (1,)), "seco
 LABEL_NAMES: Mapping[str, str] = {
     **dict.fromkeys(("first", "a", "model_a", "response_a"), "first"),
     **dict.fromkeys(("second", "b", "model_b", "response_b"), "second"),
-    **dict.fromkeys(
-        ("tie", "equal", "draw", "tie (bothbad)", "tie (both bad)", "tie_bothbad", "both_bad", "bothbad", "both bad"),
-        "tie",
-    ),
+    **dict.fromkeys(("tie", "equal", "draw", "tie (bothbad)", "tie (both bad)", "tie_bothbad"), "tie"),
+    **dict.fromkeys(("both_bad", "bothbad", "both bad"), "tie"),
 }
 
 
