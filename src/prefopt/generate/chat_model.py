@@ -16,7 +16,7 @@ from prefopt.data.chat.render import Renderer
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.data.validate import Problem
 from prefopt.errors import ConfigError, RunError
-from prefopt.generate.model_io import CONTEXT_TOKENS, SampledModel, decode
+from prefopt.generate.model_io import CONTEXT_TOKENS, SampledModel, continuation
 from prefopt.generate.sampler import Ids, SamplingParams
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.records import Comparison, Message
@@ -173,8 +173,7 @@ class TextStream:
         """The text of the fresh tokens, empty while their last character is incomplete."""
         if not self._fresh:
             return ""
-        start, whole = decode(self._tokenizer, self._before), decode(self._tokenizer, self._before + self._fresh)
-        new = whole[len(start) :] if whole.startswith(start) else decode(self._tokenizer, self._fresh)
+        new = continuation(self._tokenizer, self._before, self._fresh)
         if new.endswith(BROKEN) and not final and len(self._fresh) < CHARACTER_TOKENS:
             return ""
         self._before = (self._before + self._fresh)[-CONTEXT_TOKENS:]

@@ -17,7 +17,7 @@ from prefopt.generate.model_io import continuation, without_stop
 from prefopt.generate.sampler import Ids, Sample, group_of
 from prefopt.model.architectures import causal_model, context_length, vocabulary_size
 from prefopt.model.load import local_folder
-from prefopt.model.packing import pack, split
+from prefopt.model.packing import packed_batches
 from prefopt.model.precision import freeze_and_cast
 from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar
 from prefopt.records import Comparison
@@ -38,15 +38,16 @@ class RewardScorer(Protocol):
 
 
 class TextRewardScorer:
-    """A rule or a function of texts, which are cut at the first stop token."""
+    """A rule or a function of texts, without their stop tokens."""
 
     def __init__(self, reward: Reward, tokenizer: Tokenizer, stop: Sequence[int]) -> None:
         self._reward, self._tokenizer, self._stop = reward, tokenizer, stop
         self.words = f"{reward.name}, of the text"
 
     def __call__(self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int) -> list[float]:
-        prompts = [prompt_text(row) for row, group in zip(rows, groups, strict=True) for _ in group.continuations]
-        return self._reward(prompts, [t for row, g in zip(rows, groups, strict=True) for t in self.texts(row, g)])
+        texts = [self.texts(row, group) for row, group in zip(rows, groups, strict=True)]
+        prompts = [prompt_text(row) for row, several in zip(rows, texts, strict=True) for _ in several]
+        return self._reward(prompts, [text for several in texts for text in several])
 
     def texts(self, row: Comparison, group: Group) -> list[str]:
         """The texts of the responses to one prompt."""
@@ -67,11 +68,8 @@ class RewardModelScorer:
     @torch.no_grad()
     def __call__(self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int) -> list[float]:
         device = next(self.scorer.model.parameters()).device
-        costs = [self.scorer.layout.cost(g) for g in groups]
-        scores: list[float] = []
-        for part in split(range(len(groups)), costs, token_budget):
-            batch = pack([groups[i] for i in part], self.scorer.layout).to(device)
-            scores += self.scorer(batch).double().tolist()
+        batches = packed_batches(groups, self.scorer.layout, token_budget, device)
+        scores: list[float] = [score for batch in batches for score in self.scorer(batch).double().tolist()]
         owners = [row for row, group in zip(rows, groups, strict=True) for _ in group.continuations]
         for row, score in zip(owners, scores, strict=True):
             if not math.isfinite(score):
@@ -125,9 +123,9 @@ def _check_tokenizer(name: str, its: Tokenizer, policy: Tokenizer) -> None:
     theirs = its.get_vocab()
     for token, i in policy.get_vocab().items():
         if theirs.get(token) != i:
-            there = f"token {theirs[token]}" if token in theirs else "none of its tokens"
+            there = f"token {theirs[token]} of its own" if token in theirs else "none of its own"
             raise ModelError(
-                f"--reward {name} has another tokenizer: {token!r} is token {i} of the policy, and {there}; take a"
+                f"--reward {name} has another tokenizer: {token!r} is token {i} of the policy, and {there}; use a"
                 " reward model that was made from this policy"
             )
 
@@ -137,11 +135,6 @@ class BestOf:
 
     def __init__(self, scorer: RewardScorer, n: int) -> None:
         self._scorer, self._n = scorer, n
-
-    @property
-    def kl(self) -> float:
-        """:func:`best_of_n_kl`."""
-        return best_of_n_kl(self._n)
 
     def keep(
         self, rows: Sequence[Comparison], prompts: Sequence[Ids], samples: Sequence[Sequence[Sample]]

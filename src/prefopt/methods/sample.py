@@ -19,7 +19,7 @@ from prefopt.data.files.sources import find_sources
 from prefopt.data.layouts import LAYOUTS
 from prefopt.errors import ConfigError
 from prefopt.generate.model_io import PromptReader, PromptSet, SampledModel, continuation, renderer_for, without_stop
-from prefopt.generate.rewards import BestOf, load_reward_scorer
+from prefopt.generate.rewards import BestOf, best_of_n_kl, load_reward_scorer
 from prefopt.generate.sample_file import PromptOrigin, SampleFile
 from prefopt.generate.sampler import (
     LogprobMismatch,
@@ -197,7 +197,8 @@ class _Run:
         )
         best = BestOf(judge, self.config.best_of)
         self.reporter.say(
-            f"best of {self.config.best_of}, by {judge.words}: at most {best.kl:.2f} nats from the model's own samples"
+            f"best of {self.config.best_of}, by {judge.words}: at most"
+            f" {best_of_n_kl(self.config.best_of):.2f} nats from the model's own samples"
         )
         return best
 
