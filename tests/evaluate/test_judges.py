@@ -14,9 +14,9 @@ from generate.fake_server import serving
 from prefopt.config.compare import CompareConfig
 from prefopt.core.cache_folder import cache_root
 from prefopt.errors import ConfigError, DataError, ModelError, RunError
-from prefopt.evaluate.compare import run
+from prefopt.evaluate.compare import recorded_votes, run
 from prefopt.evaluate.judges import Judge, Question, load_judge, vote_with_empty
-from prefopt.evaluate.recorded_votes import recorded_votes, tier_outcome
+from prefopt.evaluate.win_rate import tier_outcome
 from prefopt.records import Comparison, Message
 from prefopt.studies.votes import Vote
 from studies.small import new_study, people, say

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,26 +16,42 @@ from prefopt.config.compare import CompareConfig, is_file
 from prefopt.core.options import command
 from prefopt.core.statistics import MIN_PROMPTS, Interval, mean_interval
 from prefopt.core.terminal import Reporter
+from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.layouts import LAYOUTS
 from prefopt.errors import ConfigError, DataError, ModelError
 from prefopt.evaluate.judges import Judge, Question, ScoredVote, load_judge, vote_with_empty
-from prefopt.evaluate.recorded_votes import recorded_votes, tier_outcome
 from prefopt.evaluate.result import CompareResult, PairResult, check_output, findings, write_pairs
-from prefopt.evaluate.sample_cache import CompareInputs, Rows, check_same_prompts, load_samples, prompt_rows
-from prefopt.evaluate.sample_stats import (
+from prefopt.evaluate.samples import (
+    CompareInputs,
+    Rows,
     SampleStats,
     by_prompt,
+    check_same_prompts,
     kl_to_reference,
+    load_samples,
     perplexity,
     prompt_numbers,
+    prompt_rows,
     sample_stats,
 )
+from prefopt.evaluate.score import read_rows
 from prefopt.evaluate.tasks import Harness, TaskScore, changes, read_task_results
-from prefopt.evaluate.win_rate import Floats, Games, Ints, bradley_terry, connected_groups, length_controlled, win_rate
+from prefopt.evaluate.win_rate import (
+    Floats,
+    Games,
+    Ints,
+    bradley_terry,
+    connected_groups,
+    length_controlled,
+    tier_outcome,
+    win_rate,
+)
 from prefopt.model.environment import hardware
 from prefopt.model.load import base_and_adapter
 from prefopt.model.precision import resolve_device, resolve_dtype
 from prefopt.records import Comparison
+from prefopt.studies.export import ExportOptions, export_rows
+from prefopt.studies.study import Study, is_study
 from prefopt.studies.votes import Vote
 
 SAMPLING_COLUMNS = {"logprobs", "sampling_logprobs", "tokens", "token_ids", "finish"}
@@ -90,25 +106,6 @@ def run(config: CompareConfig, inputs: CompareInputs | None = None) -> CompareRe
         hardware(),
         digest,
     )
-
-
-def _compare_votes(config: CompareConfig) -> CompareResult:
-    votes = recorded_votes(config.votes or (), format=config.format, columns=config.column_words)
-    names = sorted({name for vote in votes for name in vote.models})
-    keys = {key: n for n, key in enumerate(dict.fromkeys(vote.prompt for vote in votes))}
-    versus, games = [], []
-    for i, k in combinations(range(len(names)), 2):
-        pair = (names[i], names[k])
-        of_pair = [v if v.models == pair else v.swapped() for v in votes if set(v.models) == set(pair)]
-        if not of_pair:
-            continue
-        prompts = prompt_numbers(vote.prompt for vote in of_pair)
-        outcomes = by_prompt(np.array([[vote.outcome] for vote in of_pair], np.float64), prompts)
-        longer = by_prompt(np.array([[vote.longer] for vote in of_pair], np.float64), prompts)
-        versus.append(PairResult(*pair, win_rate(outcomes), length_controlled(outcomes, longer)))
-        games += [(i, k, keys[vote.prompt], vote.outcome) for vote in of_pair]
-    notes: list[str] = []
-    return CompareResult("people", versus, _strengths(config, names, games, versus, notes), {}, notes=notes)
 
 
 # -- judged samples --------------------------------------------------------------------------------------------
@@ -223,3 +220,92 @@ def _task_scorer(config: CompareConfig, inputs: CompareInputs) -> Callable[[str]
     device = resolve_device(config.device)
     dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
     return lambda name: harness.scores(name, *base_and_adapter(name), dtype=dtype, device=str(device))
+
+
+# -- recorded votes -------------------------------------------------------------------------------------------
+
+
+def _compare_votes(config: CompareConfig) -> CompareResult:
+    votes = recorded_votes(config.votes or (), format=config.format, columns=config.column_words)
+    names = sorted({name for vote in votes for name in vote.models})
+    keys = {key: n for n, key in enumerate(dict.fromkeys(vote.prompt for vote in votes))}
+    versus, games = [], []
+    for i, k in combinations(range(len(names)), 2):
+        pair = (names[i], names[k])
+        of_pair = [v if v.models == pair else v.swapped() for v in votes if set(v.models) == set(pair)]
+        if not of_pair:
+            continue
+        prompts = prompt_numbers(vote.prompt for vote in of_pair)
+        outcomes = by_prompt(np.array([[vote.outcome] for vote in of_pair], np.float64), prompts)
+        longer = by_prompt(np.array([[vote.longer] for vote in of_pair], np.float64), prompts)
+        versus.append(PairResult(*pair, win_rate(outcomes), length_controlled(outcomes, longer)))
+        games += [(i, k, keys[vote.prompt], vote.outcome) for vote in of_pair]
+    notes: list[str] = []
+    return CompareResult("people", versus, _strengths(config, names, games, versus, notes), {}, notes=notes)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedVote:
+    """One comparison of two ``models`` on the prompt with this key. ``outcome`` is 1 where the first won, 1/2 for a
+    tie; ``longer``: characters of the first response less those of the second."""
+
+    models: tuple[str, str]
+    prompt: bytes
+    outcome: float
+    longer: int
+
+    def swapped(self) -> RecordedVote:
+        """The same vote with the second model first."""
+        return RecordedVote(self.models[::-1], self.prompt, 1 - self.outcome, -self.longer)
+
+
+def recorded_votes(
+    names: Sequence[str], *, format: str | None = None, columns: Sequence[str] | None = None
+) -> list[RecordedVote]:
+    """A vote for every pair of responses of different models that a row judges.
+
+    Raises :class:`DataError` for rows that do not name their models, and where no row compares two models.
+    """
+    votes = [vote for row in _rows(names, format, columns) for vote in _votes(row)]
+    if not votes:
+        raise DataError(f"{', '.join(names)}: no row compares responses of two models")
+    return votes
+
+
+def _rows(names: Sequence[str], format: str | None, columns: Sequence[str] | None) -> Iterator[Comparison]:
+    studies = [name for name in names if is_study(Path(name))]
+    for name in studies:
+        with Study(Path(name), read_only=True) as study:
+            exported = export_rows(study, ExportOptions(provenance=True))
+        yield from parse_comparisons(exported.rows, name).comparisons
+    if files := [name for name in names if name not in studies]:
+        yield from read_rows(files, format=format, columns=columns)
+
+
+def _votes(row: Comparison) -> Iterator[RecordedVote]:
+    models = row.extra.get("models")
+    named = isinstance(models, list) and all(isinstance(model, str) and model for model in models)
+    if not named or not isinstance(models, list) or len(models) != len(row.responses):
+        raise DataError(
+            "does not name the model of each response in a column models, as votes of prefopt chat and of studies do",
+            file=row.file or None,
+            row=row.row,
+        )
+    for i, k in combinations(range(len(models)), 2):
+        first, second = (len(row.responses[j].text) for j in (i, k))
+        for outcome in _outcomes(row, i, k):
+            if models[i] != models[k] and not math.isnan(outcome):
+                yield RecordedVote((models[i], models[k]), row.prompt_key, outcome, first - second)
+
+
+def _outcomes(row: Comparison, i: int, k: int) -> list[float]:
+    """An outcome per annotator for a row of a study; else the one of the row's weighted votes or tiers."""
+    annotations: Any = row.extra.get("annotations")
+    numbers: Any = row.extra.get("numbers")
+    if isinstance(annotations, list) and isinstance(numbers, list):
+        return [tier_outcome(vote.get("tiers") or (), numbers[i], numbers[k]) for vote in annotations]
+    if row.votes is None:
+        return [tier_outcome(row.tiers, i, k)]
+    won = sum(weight for a, b, weight in row.votes if (a, b) == (i, k))
+    lost = sum(weight for a, b, weight in row.votes if (a, b) == (k, i))
+    return [won / (won + lost) if won + lost else math.nan]

@@ -25,8 +25,8 @@ from prefopt.core.cache_folder import cache_root
 from prefopt.core.files import write_json
 from prefopt.core.options import nearest
 from prefopt.errors import ConfigError, DataError, RunError
-from prefopt.evaluate.recorded_votes import tier_outcome
 from prefopt.evaluate.score import RowScorer, TextScorer, load_row_scorer
+from prefopt.evaluate.win_rate import tier_outcome
 from prefopt.generate.chat_model import ChatRequest, ContextLengthError, RemoteChatModel
 from prefopt.records import Comparison, Message
 from prefopt.rewards import RULES, Reward, load_reward, prompt_text

@@ -18,7 +18,7 @@ from prefopt.core.files import output_errors, replace_file
 from prefopt.core.statistics import MIN_PROMPTS, Interval
 from prefopt.data.files.sources import find_sources
 from prefopt.errors import ConfigError, DataError, RunError
-from prefopt.evaluate.sample_stats import SampleStats
+from prefopt.evaluate.samples import SampleStats
 from prefopt.evaluate.tasks import TaskChange
 from prefopt.evaluate.win_rate import LengthControlled, Verdict, WinRate
 from prefopt.runs.diagnose import Change, Finding, change

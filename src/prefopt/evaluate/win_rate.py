@@ -14,7 +14,7 @@ correlated, so prompts are counted, not samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -33,6 +33,14 @@ Z95 = float(ndtri(0.975))
 PRIOR = 1e-3
 """Precision of a normal prior on Bradley-Terry strengths in log-odds: it only keeps fits finite where a model never
 lost."""
+
+
+def tier_outcome(tiers: Iterable[Iterable[int]], i: int = 0, k: int = 1) -> float:
+    """1 where tiers rank response ``i`` above ``k``, 1/2 for the same tier, 0 below; NaN where one is not ranked."""
+    rank = {response: n for n, tier in enumerate(tiers) for response in tier}
+    if i not in rank or k not in rank:
+        return math.nan
+    return 0.5 if rank[i] == rank[k] else float(rank[i] < rank[k])
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from prefopt.data.layouts import LAYOUTS
 from prefopt.data.validate import Problem, refuse
 from prefopt.errors import DataError, RunError
 from prefopt.evaluate import score
-from prefopt.evaluate.sample_stats import kl_to_reference
+from prefopt.evaluate.samples import kl_to_reference
 from prefopt.evaluate.score import load_row_scorer
 from prefopt.generate.model_io import PromptReader, SampledModel, renderer_for
 from prefopt.methods import sample
