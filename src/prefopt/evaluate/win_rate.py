@@ -63,6 +63,17 @@ class WinRate:
     needed: int | None
     verdict: Verdict | None = None
 
+    def swapped(self) -> WinRate:
+        """The rate of the second model."""
+        opposite: dict[Verdict | None, Verdict] = {"better": "worse", "worse": "better"}
+        verdict = opposite.get(self.verdict, self.verdict)
+        return replace(self, wins=self.losses, losses=self.wins, rate=swapped(self.rate, 1.0), verdict=verdict)
+
+
+def swapped(i: Interval | None, total: float) -> Interval | None:
+    """The interval of ``total`` minus a value."""
+    return None if i is None else replace(i, mean=total - i.mean, low=total - i.high, high=total - i.low)
+
 
 def win_rate(outcomes: npt.ArrayLike) -> WinRate:
     """The win rate of outcomes [prompts, samples], NaN where undecided, with the interval of :func:`rate_interval`."""
