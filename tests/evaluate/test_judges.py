@@ -210,7 +210,7 @@ def test_votes_of_people_are_counted_with_their_weights(tmp_path: Path) -> None:
     found = recorded_votes([write_rows(tmp_path / "v.jsonl", rows)])
     assert [(f.models, f.outcome, f.longer) for f in found] == [
         (("m", "n"), 1.0, 1),
-        (("n", "m"), 0.5, 0),
+        (("m", "n"), 0.5, 0),
         (("m", "n"), 0.75, 0),
     ]
     assert found[0].prompt == found[1].prompt != found[2].prompt

@@ -199,7 +199,7 @@ def test_who_is_a_changes_from_question_to_question(tmp_path: Path) -> None:
 
 def test_equal_and_empty_answers_get_no_vote(tmp_path: Path) -> None:
     _, shown = chat("q\n", Echo("m"), Echo("m"), votes=VoteFile(tmp_path / "v.jsonl", ["m (1)", "m (2)"]))
-    assert "both said the same" in shown and not (tmp_path / "v.jsonl").exists() and "no votes" in shown
+    assert "both answers are the same" in shown and not (tmp_path / "v.jsonl").exists() and "no votes" in shown
 
 
 def test_votes_are_never_added_to_a_file_of_something_else(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """A conversation in the terminal with one model, or with two that answer one after another.
 
 Input is a message, or a command that begins with a slash. An answer is shown as it streams; Ctrl-C stops it and nothing
-else, and what was said so far stays in the conversation.
+else, and the part shown so far stays in the conversation.
 """
 
 from __future__ import annotations
@@ -107,10 +107,6 @@ def append_row(path: Path, row: object) -> None:
         raise RunError(f"{path}: cannot be written ({error.strerror}); make room, or name another file") from error
 
 
-class ExitChat(Exception):
-    """The user leaves."""
-
-
 @dataclass(slots=True)
 class Participant:
     """A model with its conversation, without the system message; ``dropped``: messages that last exceeded the
@@ -146,15 +142,13 @@ class Chat:
         self._attempt = 0
 
     def run(self) -> None:
-        """Until the input ends, or the user leaves."""
+        """Talk until the input ends, or the user leaves."""
         with self._interrupts.caught():
             while True:
                 try:
                     self._handle(self._read("> ").encode("utf-8", "replace").decode())
                 except EOFError:
                     self._say("")
-                    break
-                except ExitChat:
                     break
                 except KeyboardInterrupt:
                     self._interrupts.taken()
@@ -177,11 +171,10 @@ class Chat:
             getattr(self, f"_{name[1:]}")(argument.strip())
             return
         text = line.removeprefix("/") if line.startswith("//") else line
+        self._attempt = 0
         if self.complete:
-            self._attempt = 0
             self._continue(text)
         elif text.strip():
-            self._attempt = 0
             for participant in self.participants:
                 participant.messages.append(Message("user", text))
             self._answer()
@@ -201,7 +194,7 @@ class Chat:
         return order, answers
 
     def _show(self, participant: Participant, chunks: Callable[[Participant], Iterator[str]]) -> str:
-        """Show an answer as it streams, until it ends or Ctrl-C; returns what was said."""
+        """Show an answer as it streams, until it ends or Ctrl-C; returns the text shown."""
         parts: list[str] = []
         try:
             with self._interrupts.section():
@@ -284,9 +277,9 @@ class Chat:
         vote = "skip"
         try:
             if answers[0] == answers[1]:
-                self._say("(both said the same: no vote)")
+                self._say("(both answers are the same: no vote)")
             elif not all(answer.strip() for answer in answers):
-                self._say("(one said nothing: no vote)")
+                self._say("(one answer is empty: no vote)")
             else:
                 while (line := self._read("better: a, b, tie, or skip? ").strip().lower()) not in VOTES:
                     pass
@@ -344,9 +337,7 @@ class Chat:
         self._say(HINTS)
 
     def _exit(self, _: str) -> None:
-        raise ExitChat
-
-    # -- the screen --------------------------------------------------------------------------------------------
+        raise EOFError
 
     def _say(self, line: str) -> None:
         self._write(line + "\n")

@@ -38,12 +38,12 @@ from prefopt.evaluate.score import read_rows
 from prefopt.evaluate.tasks import Harness, TaskScore, changes, read_task_results
 from prefopt.evaluate.win_rate import (
     Floats,
-    Games,
     Ints,
     bradley_terry,
     connected_groups,
     length_controlled,
     tier_outcome,
+    win_counts,
     win_rate,
 )
 from prefopt.model.environment import hardware
@@ -132,19 +132,16 @@ def _pair_result(
 ) -> PairResult:
     categories = {}
     if config.category is not None:
-        of_row = np.array([_category(config.category, row) for row in rows])
+        for row in rows:
+            if config.category not in row.extra:
+                raise DataError(f"--category {config.category}: the prompt has no such column", row=row.row)
+        of_row = np.array([str(row.extra[config.category]) for row in rows])
         for name in sorted(set(of_row.tolist())):
             chosen = of_row == name
             categories[str(name)] = win_rate(by_prompt(outcomes[chosen], prompts[chosen]))
     outcomes, longer = by_prompt(outcomes, prompts), by_prompt(longer, prompts)
     difference = mean_interval(np.nanmean(longer, axis=1), seed=config.seed) if len(longer) >= MIN_PROMPTS else None
     return PairResult(*names, win_rate(outcomes), length_controlled(outcomes, longer), categories, empty, difference)
-
-
-def _category(name: str, row: Comparison) -> str:
-    if name not in row.extra:
-        raise DataError(f"--category {name}: the prompt has no such column", row=row.row)
-    return str(row.extra[name])
 
 
 def _judged_row(q: Question, vote: Vote, names: tuple[str, str], judge: Judge) -> dict[str, object]:
@@ -196,15 +193,15 @@ def _strengths(
 ) -> dict[str, Interval]:
     if len(names) < 3 or any(pair.rate.rate is None for pair in versus):
         return {}
-    table = Games.of(games)
-    if len(groups := connected_groups(table, len(names))) > 1:
+    wins = win_counts(games, len(names))
+    if len(groups := connected_groups(wins)) > 1:
         listed = "; ".join(", ".join(names[i] for i in group) for group in groups)
         notes.append(
             f"no strengths: between the groups {listed} no model both won and lost, or none met, so that no number of"
             " comparisons says how far apart they are"
         )
         return {}
-    return dict(zip(names, bradley_terry(table, len(names), seed=config.seed), strict=True))
+    return dict(zip(names, bradley_terry(wins, seed=config.seed), strict=True))
 
 
 def _task_scorer(config: CompareConfig, inputs: CompareInputs) -> Callable[[str], list[TaskScore]] | None:
@@ -232,8 +229,7 @@ def _compare_votes(config: CompareConfig) -> CompareResult:
     versus, games = [], []
     for i, k in combinations(range(len(names)), 2):
         pair = (names[i], names[k])
-        of_pair = [v if v.models == pair else v.swapped() for v in votes if set(v.models) == set(pair)]
-        if not of_pair:
+        if not (of_pair := [vote for vote in votes if vote.models == pair]):
             continue
         prompts = prompt_numbers(vote.prompt for vote in of_pair)
         outcomes = by_prompt(np.array([[vote.outcome] for vote in of_pair], np.float64), prompts)
@@ -246,17 +242,13 @@ def _compare_votes(config: CompareConfig) -> CompareResult:
 
 @dataclass(frozen=True, slots=True)
 class RecordedVote:
-    """One comparison of two ``models`` on the prompt with this key. ``outcome`` is 1 where the first won, 1/2 for a
-    tie; ``longer``: characters of the first response less those of the second."""
+    """One comparison of two ``models``, in alphabetical order, on the prompt with this key. ``outcome`` is 1 where the
+    first won, 1/2 for a tie; ``longer``: characters of the first response minus those of the second."""
 
     models: tuple[str, str]
     prompt: bytes
     outcome: float
     longer: int
-
-    def swapped(self) -> RecordedVote:
-        """The same vote with the second model first."""
-        return RecordedVote(self.models[::-1], self.prompt, 1 - self.outcome, -self.longer)
 
 
 def recorded_votes(
@@ -283,19 +275,21 @@ def _rows(names: Sequence[str], format: str | None, columns: Sequence[str] | Non
 
 
 def _votes(row: Comparison) -> Iterator[RecordedVote]:
-    models = row.extra.get("models")
+    models: Any = row.extra.get("models")
     named = isinstance(models, list) and all(isinstance(model, str) and model for model in models)
-    if not named or not isinstance(models, list) or len(models) != len(row.responses):
+    if not named or len(models) != len(row.responses):
         raise DataError(
             "does not name the model of each response in a column models, as votes of prefopt chat and of studies do",
             file=row.file or None,
             row=row.row,
         )
     for i, k in combinations(range(len(models)), 2):
-        first, second = (len(row.responses[j].text) for j in (i, k))
+        longer = len(row.responses[i].text) - len(row.responses[k].text)
         for outcome in _outcomes(row, i, k):
-            if models[i] != models[k] and not math.isnan(outcome):
-                yield RecordedVote((models[i], models[k]), row.prompt_key, outcome, first - second)
+            if models[i] < models[k] and not math.isnan(outcome):
+                yield RecordedVote((models[i], models[k]), row.prompt_key, outcome, longer)
+            elif models[i] > models[k] and not math.isnan(outcome):
+                yield RecordedVote((models[k], models[i]), row.prompt_key, 1 - outcome, -longer)
 
 
 def _outcomes(row: Comparison, i: int, k: int) -> list[float]:

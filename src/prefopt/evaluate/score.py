@@ -28,7 +28,7 @@ from prefopt.errors import DataError, ModelError, RunError
 from prefopt.evaluate.win_rate import Floats
 from prefopt.model.architectures import context_length
 from prefopt.model.load import base_and_adapter, load_config, load_model, local_folder
-from prefopt.model.packing import pack, split
+from prefopt.model.packing import packed_batches
 from prefopt.model.precision import freeze_and_cast, resolve_device, resolve_dtype
 from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar, response_rewards
 from prefopt.model.scorer import PackedModel, Scorer, response_sums
@@ -149,10 +149,8 @@ def implicit_reward_scorer(config: ScoreConfig) -> ModelScorer:
 def response_logprobs(scorer: PackedModel, groups: Sequence[Group], token_budget: int) -> Floats:
     """Log-probability [N] of the trained tokens of every response, group after group."""
     device = next(scorer.model.parameters()).device
-    parts = []
-    for part in split(range(len(groups)), [scorer.layout.cost(g) for g in groups], token_budget):
-        batch = pack([groups[i] for i in part], scorer.layout).to(device)
-        parts.append(response_sums(scorer(batch), batch).double().cpu().numpy())
+    batches = packed_batches(groups, scorer.layout, token_budget, device)
+    parts = [response_sums(scorer(batch), batch).double().cpu().numpy() for batch in batches]
     return np.concatenate(parts) if parts else np.empty(0)
 
 
@@ -219,18 +217,15 @@ def run(config: ScoreConfig) -> ScoreResult:
                     rows += 1
                     values += scores
                     if before.pairs:
-                        agreements.setdefault(before.prompt_key, []).append(agreement(before.pairs, scores))
+                        # Equal scores count half.
+                        ordered = [0.5 + 0.5 * np.sign(scores[best] - scores[worse]) for best, worse in before.pairs]
+                        agreements.setdefault(before.prompt_key, []).append(float(np.mean(ordered)))
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
     interval = rate_interval([np.mean(of_prompt) for of_prompt in agreements.values()]) if agreements else None
     mean, spread = float(np.mean(values)), float(np.std(values))
     return ScoreResult(path, rows, len(values), mean, spread, interval, scorer.truncated)
-
-
-def agreement(pairs: Sequence[tuple[int, int]], scores: Sequence[float]) -> float:
-    """The fraction of (preferred, dispreferred) pairs that scores order likewise; equal scores count half."""
-    return float(np.mean([0.5 + 0.5 * np.sign(scores[best] - scores[worse]) for best, worse in pairs]))
 
 
 def _scored(config: ScoreConfig, scorer: RowScorer) -> Iterator[tuple[Comparison, tuple[float, ...]]]:

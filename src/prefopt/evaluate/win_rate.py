@@ -185,40 +185,27 @@ def _logistic_regression(x: Floats, y: Floats, prior: Floats) -> Floats:
 # -- Bradley-Terry strengths -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Games:
-    """Comparisons [n]: ``first`` and ``second`` model, ``prompt``, ``outcome`` (1 the first won, 1/2, 0)."""
-
-    first: Ints
-    second: Ints
-    prompt: Ints
-    outcome: Floats
-
-    @classmethod
-    def of(cls, rows: Sequence[tuple[int, int, int, float]]) -> Games:
-        """From rows (first, second, prompt, outcome)."""
-        table = np.array(rows, np.float64).reshape(-1, 4)
-        first, second, prompt = table[:, :3].astype(np.int64).T
-        return cls(first, second, prompt, table[:, 3])
-
-    def wins(self, models: int) -> Floats:
-        """[prompts, models, models]: wins of one model over another, a tie half a win of each."""
-        names, place = np.unique(self.prompt, return_inverse=True)
-        found = np.zeros((len(names), models, models))
-        np.add.at(found, (place, self.first, self.second), self.outcome)
-        np.add.at(found, (place, self.second, self.first), 1 - self.outcome)
-        return found
+def win_counts(games: Sequence[tuple[int, int, int, float]], models: int) -> Floats:
+    """Wins of one model over another, [prompts, models, models], of games (first, second, prompt, outcome); a tie is
+    half a win of each."""
+    table = np.array(games, np.float64).reshape(-1, 4)
+    first, second, prompt = table[:, :3].astype(np.int64).T
+    names, place = np.unique(prompt, return_inverse=True)
+    found = np.zeros((len(names), models, models))
+    np.add.at(found, (place, first, second), table[:, 3])
+    np.add.at(found, (place, second, first), 1 - table[:, 3])
+    return found
 
 
-def connected_groups(games: Games, models: int) -> list[list[int]]:
-    """Strongly connected components of the graph "won against or tied with". Strengths are finite within one component
-    only: between two of them the likelihood has no maximum (Ford 1957).
+def connected_groups(wins: Floats) -> list[list[int]]:
+    """Strongly connected components of the graph "won against or tied with", from :func:`win_counts`. Strengths are
+    finite within one component only: between two of them the likelihood has no maximum (Ford 1957).
 
     >>> both = [(0, 1, 0, 1.0), (0, 1, 1, 0.0)]
-    >>> connected_groups(Games.of([*both, (1, 2, 0, 0.5)]), 3), connected_groups(Games.of([*both, (1, 2, 0, 1.0)]), 3)
-    ([[0, 1, 2]], [[0, 1], [2]])
+    >>> [connected_groups(win_counts([*both, (1, 2, 0, outcome)], 3)) for outcome in (0.5, 1.0)]
+    [[[0, 1, 2]], [[0, 1], [2]]]
     """
-    _, label = connected_components(games.wins(models).sum(0) > 0, connection="strong")
+    _, label = connected_components(wins.sum(0) > 0, connection="strong")
     return sorted(np.flatnonzero(label == n).tolist() for n in np.unique(label))
 
 
@@ -243,18 +230,18 @@ def fit_strengths(wins: Floats) -> Floats:
     return centred
 
 
-def bradley_terry(games: Games, models: int, *, resamples: int = 1000, seed: int = 0) -> list[Interval]:
-    """The strength of each model of one connected group, with percentile bootstrap intervals over prompts.
+def bradley_terry(wins: Floats, *, resamples: int = 1000, seed: int = 0) -> list[Interval]:
+    """The strength of each model of one connected group, with percentile bootstrap intervals over prompts, from
+    :func:`win_counts`.
 
     Intervals are too narrow where one model wins nearly always: at 4 and more log-odds apart they covered 75 to 83 % in
     simulations.
 
-    >>> games = Games.of([(0, 1, k, 1.0) for k in range(30)] + [(0, 1, k, 0.0) for k in range(10)])  # won 30 of 40
-    >>> (a, b) = bradley_terry(games, 2)
+    >>> games = [(0, 1, k, 1.0) for k in range(30)] + [(0, 1, k, 0.0) for k in range(10)]  # won 30 of 40
+    >>> (a, b) = bradley_terry(win_counts(games, 2))
     >>> round(a.mean - b.mean, 2), round(math.log(30 / 10), 2)
     (1.1, 1.1)
     """
-    wins = games.wins(models)
     prompts = len(wins)
     rng = np.random.Generator(np.random.PCG64(seed))
     times = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples).astype(np.float64)

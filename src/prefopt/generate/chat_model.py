@@ -160,34 +160,27 @@ class TextStream:
 
     def add(self, token: int) -> str:
         """The text to show after one more token."""
-        if self.ended:
-            return ""
         self._fresh.append(token)
-        return self._release(self._decode(final=False), final=False)
+        return self._release(final=False)
 
     def finish(self) -> str:
         """The text that was held back, after the last token."""
-        return "" if self.ended else self._release(self._decode(final=True), final=True)
+        return self._release(final=True)
 
-    def _decode(self, final: bool) -> str:
-        """The text of the fresh tokens, empty while their last character is incomplete."""
-        if not self._fresh:
+    def _release(self, final: bool) -> str:
+        if self.ended:
             return ""
-        new = continuation(self._tokenizer, self._before, self._fresh)
-        if new.endswith(BROKEN) and not final and len(self._fresh) < CHARACTER_TOKENS:
-            return ""
-        self._before = (self._before + self._fresh)[-CONTEXT_TOKENS:]
-        self._fresh = []
-        return new
-
-    def _release(self, new: str, final: bool) -> str:
-        self._held += new
-        found = [at for s in self._stops if (at := self._held.find(s)) >= 0]
+        new = continuation(self._tokenizer, self._before, self._fresh) if self._fresh else ""
+        # The last character may be incomplete.
+        if final or not new.endswith(BROKEN) or len(self._fresh) >= CHARACTER_TOKENS:
+            self._held += new
+            self._before, self._fresh = (self._before + self._fresh)[-CONTEXT_TOKENS:], []
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             self.ended = True
             out, self._held = self._held[: min(found)], ""
         else:
-            hold = 0 if final else max((_overlap(self._held, s) for s in self._stops), default=0)
+            hold = 0 if final else max((_overlap(self._held, stop) for stop in self._stops), default=0)
             cut = len(self._held) - hold
             out, self._held = self._held[:cut], self._held[cut:]
         self.text += out
