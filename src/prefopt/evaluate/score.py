@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -42,16 +41,8 @@ BATCH = 256
 """Rows that a scorer gets at once."""
 
 
-class RowScorer(Protocol):
-    """Scores [K] for the K responses of each row. ``truncated`` counts rows that were too long for a model."""
-
-    truncated: int
-
-    def __call__(self, rows: Sequence[Comparison]) -> list[tuple[float, ...]]: ...
-
-
 class TextScorer:
-    """A rule or a function of prompt and response texts."""
+    """A rule or a function of prompt and response texts. ``truncated`` counts rows that were too long for a model."""
 
     truncated = 0
 
@@ -59,6 +50,7 @@ class TextScorer:
         self._reward = reward
 
     def __call__(self, rows: Sequence[Comparison]) -> list[tuple[float, ...]]:
+        """Scores [K] for the K responses of each row."""
         prompts = [prompt_text(c) for c in rows for _ in c.responses]
         scores = iter(self._reward(prompts, [r.text for c in rows for r in c.responses]))
         return [tuple(islice(scores, len(c.responses))) for c in rows]
@@ -72,7 +64,8 @@ class ModelScorer:
         self.truncated = 0
 
     def __call__(self, rows: Sequence[Comparison]) -> list[tuple[float, ...]]:
-        """Raises :class:`DataError` for a row that cannot be rendered, :class:`ModelError` for scores not finite."""
+        """As :meth:`TextScorer.__call__`. Raises :class:`DataError` for a row that cannot be rendered, and
+        :class:`ModelError` for scores that are not finite."""
         # Without preferences: they do not matter here, and equal responses are no mistake.
         bare = [replace(c, tiers=(), scores=None, labels=None, votes=None) for c in rows]
         groups = []
@@ -89,6 +82,9 @@ class ModelScorer:
                     f"row {c.row}: {self.description} gave {of_row}; try --dtype float32, or check its weights"
                 )
         return scores
+
+
+RowScorer = TextScorer | ModelScorer
 
 
 def load_row_scorer(config: ScoreConfig) -> RowScorer:

@@ -87,13 +87,10 @@ def win_rate(outcomes: npt.ArrayLike) -> WinRate:
         return counts
     above, below = int((means > 0.5).sum()), int((means < 0.5).sum())
     rate, p = rate_interval(means), sign_test(above, below)
-    return replace(counts, rate=rate, p=p, needed=_needed(means), verdict=_verdict(rate, p, above - below))
-
-
-def _verdict(rate: Interval, p: float, lean: int) -> Verdict:
-    if p >= 0.05 or not rate.excludes(0.5) or (lean > 0) != (rate.mean > 0.5):
-        return "not shown"
-    return "better" if lean > 0 else "worse"
+    verdict: Verdict = "better" if above > below else "worse"
+    if p >= 0.05 or not rate.excludes(0.5) or (above > below) != (rate.mean > 0.5):
+        verdict = "not shown"
+    return replace(counts, rate=rate, p=p, needed=_needed(means), verdict=verdict)
 
 
 def sign_test(above: int, below: int) -> float:

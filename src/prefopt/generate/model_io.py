@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +17,9 @@ from transformers import GenerationConfig
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.render_options import Rendering
 from prefopt.data.chat.spans import end_of_turn
-from prefopt.data.comparisons import open_comparisons
+from prefopt.data.comparisons import Reading, open_comparisons, parse_comparisons
 from prefopt.data.files.content import DAMAGED, damaged, look
-from prefopt.data.files.sources import Source
+from prefopt.data.files.sources import Source, find_sources
 from prefopt.data.group import IntArray
 from prefopt.data.tokenizer import Tokenizer, tokenizer_digest
 from prefopt.data.validate import Problem, check, convert, describe, refuse, refused_rows
@@ -167,28 +167,21 @@ class PromptReader:
         self.found = PromptSet()
 
     def read(
-        self, sources: Sequence[Source], *, format: str | None = None, columns: Sequence[str] | None = None
+        self, names: Sequence[str], rows: Iterable[Mapping[str, object]] | None = None, **layout: Any
     ) -> PromptSet:
-        """The prompts of all sources. Raises :class:`DataError` for bad rows unless they are skipped, and for no
-        prompt at all."""
-        for source in sources:
-            self.found.notes += source.notes
+        """The prompts of files and data sets, or of ``rows`` in their place; ``layout``: format and columns.
+
+        Raises :class:`DataError` for bad rows unless they are skipped, and for no prompt at all.
+        """
+        found = self.found
+        for source in find_sources(names) if rows is None else ():
+            found.notes += source.notes
             if source.path is not None and source.suffix == ".txt":
                 self._add(self._text_rows(source))
-                continue
-            reading = open_comparisons(source, format=format, columns=columns)
-            self._add(reading)
-            self.found.notes += reading.notes
-        return self._finish()
-
-    def take(self, rows: Iterable[Comparison | Problem], notes: Sequence[str] = ()) -> PromptSet:
-        """The prompts of rows in memory. Raises as :meth:`read` does."""
-        self._add(rows)
-        self.found.notes += notes
-        return self._finish()
-
-    def _finish(self) -> PromptSet:
-        found = self.found
+            else:
+                self._add_reading(open_comparisons(source, **layout))
+        if rows is not None:
+            self._add_reading(parse_comparisons(rows, "prompts", **layout))
         found.notes += self._renderer.notes
         if found.problems and self._on_bad_row == "refuse":
             raise refuse(found.problems, found.read)
@@ -196,6 +189,10 @@ class PromptReader:
             why = f": {describe(found.problems)}" if found.problems else ""
             raise DataError(f"none of the {found.read} rows of --prompts can be used{why}")
         return found
+
+    def _add_reading(self, reading: Reading) -> None:
+        self._add(reading)
+        self.found.notes += reading.notes
 
     def _add(self, rows: Iterable[Comparison | Problem]) -> None:
         good: list[Comparison] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,24 +26,15 @@ TOKEN_BUDGET = 8192
 """Tokens of a reward model's forward pass in best-of-n."""
 
 
-class RewardScorer(Protocol):
-    """Scores the responses [N] of groups whose prompts are ``rows``; ``words`` names the reward in messages."""
-
-    words: str
-
-    def __call__(self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int) -> list[float]:
-        """A finite number for each response. Raises :class:`RunError` that names the reward and the prompt."""
-        ...
-
-
 class TextRewardScorer:
-    """A rule or a function of texts, without their stop tokens."""
+    """A rule or a function of texts, without their stop tokens; ``words`` names it in messages."""
 
     def __init__(self, reward: Reward, tokenizer: Tokenizer, stop: Sequence[int]) -> None:
         self._reward, self._tokenizer, self._stop = reward, tokenizer, stop
         self.words = f"{reward.name}, of the text"
 
     def __call__(self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int) -> list[float]:
+        """A finite number for each response [N] of groups whose prompts are ``rows``. Raises :class:`RunError`."""
         texts = [self.texts(row, group) for row, group in zip(rows, groups, strict=True)]
         prompts = [prompt_text(row) for row, several in zip(rows, texts, strict=True) for _ in several]
         return self._reward(prompts, [text for several in texts for text in several])
@@ -59,7 +49,8 @@ class TextRewardScorer:
 
 
 class RewardModelScorer:
-    """A reward model, which reads the sampled tokens and scores the last one of each response."""
+    """A reward model, which reads the sampled tokens and scores the last one of each response; ``words`` names it in
+    messages."""
 
     def __init__(self, name: str, scorer: ScalarScorer) -> None:
         self.scorer, self._name = scorer.eval(), name
@@ -67,6 +58,7 @@ class RewardModelScorer:
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int) -> list[float]:
+        """As :meth:`TextRewardScorer.__call__`."""
         device = next(self.scorer.model.parameters()).device
         batches = packed_batches(groups, self.scorer.layout, token_budget, device)
         scores: list[float] = [score for batch in batches for score in self.scorer(batch).double().tolist()]
@@ -78,6 +70,9 @@ class RewardModelScorer:
                     " be a finite number: try --dtype float32, or check its weights"
                 )
         return scores
+
+
+RewardScorer = TextRewardScorer | RewardModelScorer
 
 
 def load_reward_scorer(
@@ -102,7 +97,14 @@ def load_reward_scorer(
         raise ModelError(
             f"--reward {name} is a language model, which gives no score: prefopt reward makes one that does"
         )
-    _check_tokenizer(name, load_tokenizer(source), tokenizer)
+    theirs = load_tokenizer(source).get_vocab()
+    for token, i in tokenizer.get_vocab().items():
+        if theirs.get(token) != i:
+            there = f"token {theirs[token]} of its own" if token in theirs else "none of its own"
+            raise ModelError(
+                f"--reward {name} has another tokenizer: {token!r} is token {i} of the policy, and {there}; use a"
+                " reward model that was made from this policy"
+            )
     model = load_scalar(source, dtype=dtype, device=device, tokenizer=tokenizer).requires_grad_(False)
     scorer = ScalarScorer(freeze_and_cast(model, dtype), attention=attention)
     context = context_length(causal_model(model).config)
@@ -118,39 +120,23 @@ def load_reward_scorer(
     return RewardModelScorer(name, scorer)
 
 
-def _check_tokenizer(name: str, its: Tokenizer, policy: Tokenizer) -> None:
-    """Raises :class:`ModelError` where a reward model does not read the policy's tokens."""
-    theirs = its.get_vocab()
-    for token, i in policy.get_vocab().items():
-        if theirs.get(token) != i:
-            there = f"token {theirs[token]} of its own" if token in theirs else "none of its own"
-            raise ModelError(
-                f"--reward {name} has another tokenizer: {token!r} is token {i} of the policy, and {there}; use a"
-                " reward model that was made from this policy"
-            )
-
-
-class BestOf:
-    """Best-of-n: keeps the sample of highest reward of every ``n``, of equals the first."""
-
-    def __init__(self, scorer: RewardScorer, n: int) -> None:
-        self._scorer, self._n = scorer, n
-
-    def keep(
-        self, rows: Sequence[Comparison], prompts: Sequence[Ids], samples: Sequence[Sequence[Sample]]
-    ) -> list[tuple[list[Sample], list[float]]]:
-        """The samples kept for every prompt with their rewards: one of every ``n`` in turn.
-
-        Raises :class:`prefopt.errors.RunError` where the reward fails.
-        """
-        groups = [group_of(prompt, many) for prompt, many in zip(prompts, samples, strict=True)]
-        scores = iter(self._scorer(rows, groups, TOKEN_BUDGET))
-        kept = []
-        for many in samples:
-            score_kN = np.array([next(scores) for _ in many]).reshape(-1, self._n)
-            best = [many[k * self._n + int(n)] for k, n in enumerate(score_kN.argmax(axis=1))]
-            kept.append((best, score_kN.max(axis=1).tolist()))
-        return kept
+def best_of(
+    n: int,
+    scorer: RewardScorer,
+    rows: Sequence[Comparison],
+    prompts: Sequence[Ids],
+    samples: Sequence[Sequence[Sample]],
+) -> list[tuple[list[Sample], list[float]]]:
+    """Best-of-n: the samples kept for every prompt with their rewards. Of every ``n`` in turn the one of highest reward
+    is kept, of equals the first. Raises :class:`prefopt.errors.RunError` where the reward fails."""
+    groups = [group_of(prompt, many) for prompt, many in zip(prompts, samples, strict=True)]
+    scores = iter(scorer(rows, groups, TOKEN_BUDGET))
+    kept = []
+    for many in samples:
+        score_kN = np.array([next(scores) for _ in many]).reshape(-1, n)
+        best = [many[k * n + int(first)] for k, first in enumerate(score_kN.argmax(axis=1))]
+        kept.append((best, score_kN.max(axis=1).tolist()))
+    return kept
 
 
 def best_of_n_kl(n: int) -> float:

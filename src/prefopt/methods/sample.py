@@ -14,12 +14,10 @@ import torch
 from prefopt.config.sample import SampleConfig
 from prefopt.core.terminal import Bar, Reporter, StopRequest, duration
 from prefopt.data.chat.render_options import parse_variables, read_template
-from prefopt.data.comparisons import parse_comparisons
-from prefopt.data.files.sources import find_sources
 from prefopt.data.layouts import LAYOUTS
 from prefopt.errors import ConfigError
 from prefopt.generate.model_io import PromptReader, PromptSet, SampledModel, continuation, renderer_for, without_stop
-from prefopt.generate.rewards import BestOf, best_of_n_kl, load_reward_scorer
+from prefopt.generate.rewards import RewardScorer, best_of, best_of_n_kl, load_reward_scorer
 from prefopt.generate.sample_file import PromptOrigin, SampleFile
 from prefopt.generate.sampler import (
     LogprobMismatch,
@@ -88,7 +86,7 @@ class _Run:
         self.rows: list[Row] = []
         self.samples = self.tokens = self.ended = self.empty = 0
         self.compared: dict[int, list[Sample]] = {}
-        self.best: BestOf | None = None
+        self.reward: RewardScorer | None = None
         self.drawn = config.num * (config.best_of or 1)  # for each prompt
 
     def run(self, given: Any, tokenizer: Any, rows: Iterable[Mapping[str, object]] | None) -> SampleResult:
@@ -125,11 +123,7 @@ class _Run:
         chats = template is not None or model.tokenizer.chat_template is not None
         lines = config.lines if config.lines != "auto" else "user" if chats else "text"
         reader = PromptReader(renderer, context=model.context, lines=lines, on_bad_row=config.on_bad_row)
-        if rows is None:
-            prompts = reader.read(find_sources(config.prompts), format=config.format, columns=config.column_words)
-        else:
-            reading = parse_comparisons(rows, "prompts", format=config.format, columns=config.column_words)
-            prompts = reader.take(reading, reading.notes)
+        prompts = reader.read(config.prompts, rows, format=config.format, columns=config.column_words)
         for line in prompts.summary():
             self.reporter.say(f"prompts: {line}")
         self.settings = SamplingParams(
@@ -167,7 +161,7 @@ class _Run:
             self.reporter.say(f"{self.file.path} is finished: nothing is left to sample")
             return None
         if self.config.reward is not None:
-            self.best = self._best_of(model, prompts)
+            self.reward = self._reward(model, prompts)
         with self._sampler(model, prompts) as (sampler, window):
             if self.file is not None:
                 self.file.open(places)
@@ -184,9 +178,9 @@ class _Run:
         for note in self.file.notes if self.file else ():
             self.reporter.say(note)
 
-    def _best_of(self, model: SampledModel, prompts: PromptSet) -> BestOf:
+    def _reward(self, model: SampledModel, prompts: PromptSet) -> RewardScorer:
         assert self.config.reward is not None and self.config.best_of is not None
-        judge = load_reward_scorer(
+        reward = load_reward_scorer(
             self.config.reward,
             model.tokenizer,
             self.settings.stop,
@@ -195,12 +189,11 @@ class _Run:
             attention="auto",
             longest=max(map(len, prompts.ids)) + self.config.max_new_tokens,
         )
-        best = BestOf(judge, self.config.best_of)
         self.reporter.say(
-            f"best of {self.config.best_of}, by {judge.words}: at most"
+            f"best of {self.config.best_of}, by {reward.words}: at most"
             f" {best_of_n_kl(self.config.best_of):.2f} nats from the model's own samples"
         )
-        return best
+        return reward
 
     @contextmanager
     def _sampler(self, model: SampledModel, prompts: PromptSet) -> Iterator[tuple[ResponseSampler, int]]:
@@ -242,8 +235,9 @@ class _Run:
                     progress=tell,
                 )
                 scores: list[list[float]] = [[] for _ in part]
-                if self.best is not None:
-                    kept = self.best.keep([prompts.rows[i] for i in part], [prompts.ids[i] for i in part], found)
+                if self.reward is not None:
+                    asked, ids = [prompts.rows[i] for i in part], [prompts.ids[i] for i in part]
+                    kept = best_of(self.config.best_of or 1, self.reward, asked, ids, found)
                     found, scores = [samples for samples, _ in kept], [score for _, score in kept]
                 fresh = [i for i in part if i >= done]
                 rows = [self._row(model, prompts, i, found[i - start], scores[i - start]) for i in fresh]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +28,6 @@ Bounds = tuple[float, float, float]
 """A rate with the two ends of its interval."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """A row of the table of win rates. ``bounds`` are None for too few prompts; ``at_equal_length`` may say why there
-    are none."""
-
-    name: str
-    prompts: int
-    counts: str
-    bounds: Bounds | None
-    at_equal_length: Bounds | str
-    p: float | None
-
-
 def read_comparison(name: str) -> dict[str, Any]:
     """Read the output of ``prefopt compare --json``. Raises :class:`RunError` for another file."""
     return read_json(Path(name), comparison_report, "write what prefopt compare --json prints into a file, and name it")
@@ -54,6 +40,7 @@ def comparison_report(found: Json) -> dict[str, Any]:
     name, questions, first, second, difference and verdict.
     """
     rows, versus, models = _judged(found["output"], found["output_sha256"]), found["versus"], found["models"]
+    strengths = sorted(found["strengths"].items(), key=lambda item: -item[1]["mean"])
     ranked = any(_behind(row) is not None for row in rows)
     return {
         **{name: found[name] for name in ("judge", "command", "environment")},
@@ -65,7 +52,7 @@ def comparison_report(found: Json) -> dict[str, Any]:
         "samples": _samples(models),
         "lengths": [words for v in versus if (words := _longer(v, models))],
         "tasks": [_task(v, c) for v in versus for c in v["tasks"]],
-        "strengths": _strengths(found["strengths"]),
+        "strengths": [(name, f"{s['mean']:+.2f} ({s['low']:+.2f} to {s['high']:+.2f})") for name, s in strengths],
         "drawn": [_pair(row) for row in random.Random(0).sample(rows, min(SHOWN, len(rows)))],
         "lost": _worst(rows),
         "lost_title": f"The worst samples: {RANKED}" if ranked else "Samples that lost, drawn at random",
@@ -86,13 +73,19 @@ def _sentence(versus: Json, judge: str) -> str:
     return f"{first} is {rate['verdict']} than {second} ({numbers})"
 
 
-def _rates(versus: Json) -> Iterator[Rate]:
+def _rates(versus: Json) -> Iterator[Json]:
+    """Rows of the table of win rates. ``bounds`` are None for too few prompts."""
     pair = f"{versus['first']} against {versus['second']}"
     of_category = {f"{pair}: {category}": rate for category, rate in versus["categories"].items()}
     for name, rate in {pair: versus["rate"], **of_category}.items():
-        counts = f"{rate['wins']} / {rate['ties']} / {rate['losses']}"
-        equal = _at_equal_length(versus) if name == pair else "-"
-        yield Rate(name, int(rate["prompts"]), counts, _bounds(rate["rate"]), equal, rate["p"])
+        yield {
+            "name": name,
+            "prompts": int(rate["prompts"]),
+            "counts": f"{rate['wins']} / {rate['ties']} / {rate['losses']}",
+            "bounds": _bounds(rate["rate"]),
+            "at_equal_length": _at_equal_length(versus) if name == pair else "-",
+            "p": rate["p"],
+        }
 
 
 def _at_equal_length(versus: Json) -> Bounds | str:
@@ -119,17 +112,16 @@ def _samples(models: Json) -> list[tuple[str, Sequence[str]]]:
         "perplexity": "perplexity of held-out data",
         "empty": "empty",
     }
-    rows = [(title, [_number(m[name]) for m in models.values()]) for name, title in titles.items()]
+
+    def number(value: float | None) -> str:
+        return "0" if value is not None and abs(value) < 5e-4 else as_number(value)
+
+    rows = [(title, [number(m[name]) for m in models.values()]) for name, title in titles.items()]
     gaps = [m["distance"] for m in models.values()]
     k1 = ["-" if g is None else f"{g['k1']['mean']:.2f} ± {g['error']:.2f}" for g in gaps]
     rows.append(("KL to the reference, nats per response (k1)", k1))
     rows.append(("the same by k3", ["-" if g is None else f"{g['k3']:.2f}" for g in gaps]))
     return [(title, values) for title, values in rows if set(values) != {"-"}]
-
-
-def _number(value: float | None) -> str:
-    """Values below a thousandth are shown as 0."""
-    return "0" if value is not None and abs(value) < 5e-4 else as_number(value)
 
 
 def _longer(versus: Json, models: Json) -> str | None:
@@ -152,11 +144,6 @@ def _task(versus: Json, c: Json) -> Sequence[str]:
     count = "-" if change.questions is None else f"{change.questions:,}"
     names = (f"{versus['first']} against {versus['second']}: {change.task} {change.metric}", count)
     return (*names, f"{change.first:.3f}", f"{change.second:.3f}", f"{change.difference:+.3f}{error}", change.verdict)
-
-
-def _strengths(found: Json) -> list[tuple[str, str]]:
-    ranked = sorted(found.items(), key=lambda item: -item[1]["mean"])
-    return [(name, f"{s['mean']:+.2f} ({s['low']:+.2f} to {s['high']:+.2f})") for name, s in ranked]
 
 
 def _judged(file: str | None, digest: str) -> list[Comparison]:

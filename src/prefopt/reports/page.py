@@ -203,14 +203,14 @@ def curves(runs: Sequence[History]) -> list[tuple[Markup, list[str]]]:
 
 def in_words(panel: Panel, runs: Sequence[History]) -> list[str]:
     """A line for each curve of a panel: its start, its end, and whether it changed beyond noise."""
-    told = []
+    lines = []
     for run, name in zip(runs, labels(runs), strict=True):
         for side in SIDES if panel.sides else ("",):
             metric = f"{panel.name}/{side}" if side else panel.name
             of = ", ".join(part for part in (name if len(runs) > 1 else "", side) if part)
             if words := _curve_words(run, metric):
-                told.append(f"{of}: {words}" if of else words)
-    return told
+                lines.append(f"{of}: {words}" if of else words)
+    return lines
 
 
 def _curve_words(run: History, metric: str) -> str:
@@ -232,7 +232,7 @@ def win_rates(found: Mapping[str, Any], *, name: str) -> Markup | None:
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    rates = [(rate.name, rate.bounds) for rate in found["rates"] if rate.bounds is not None]
+    rates = [(rate["name"], rate["bounds"]) for rate in found["rates"] if rate["bounds"] is not None]
     if not rates:
         return None
     figure: Any = Figure(figsize=(7.5, 0.9 + 0.34 * len(rates)), layout="constrained")

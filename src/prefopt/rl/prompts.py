@@ -9,8 +9,6 @@ from prefopt.config.ppo import PpoConfig
 from prefopt.core.terminal import Reporter
 from prefopt.data.chat.render_options import Rendering, parse_variables, read_template
 from prefopt.data.chat.truncate import sequence_limit
-from prefopt.data.comparisons import parse_comparisons
-from prefopt.data.files.sources import find_sources
 from prefopt.data.group import Group
 from prefopt.data.load import load_groups
 from prefopt.data.sampler import BatchSampler
@@ -43,11 +41,7 @@ def read_prompts(
     # A response that the context cuts short would be punished for what is not its doing.
     room = config.max_new_tokens
     reader = PromptReader(renderer, context=start.context, lines=lines, on_bad_row=config.on_bad_row, room=room)
-    if rows is None:
-        prompts = reader.read(find_sources(config.prompts), format=config.format, columns=config.column_words)
-    else:
-        reading = parse_comparisons(rows, "prompts", format=config.format, columns=config.column_words)
-        prompts = reader.take(reading, reading.notes)
+    prompts = reader.read(config.prompts, rows, format=config.format, columns=config.column_words)
     for line in prompts.summary():
         reporter.say(f"prompts: {line}")
     if repeated := len(prompts.ids) - len({ids.tobytes() for ids in prompts.ids}):

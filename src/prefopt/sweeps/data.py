@@ -136,7 +136,7 @@ def _prompts(config: SweepOptions, reference: SampledModel, reporter: Reporter) 
     # Prompts that are cut to their beginning may be longer than the model can read.
     context, room = None if config.prefix_max else reference.context, config.max_new_tokens
     reader = PromptReader(renderer, context=context, lines=lines, on_bad_row="refuse", room=room)
-    found = reader.read(find_sources(config.prompts))
+    found = reader.read(config.prompts)
     for line in found.notes:
         reporter.say(f"prompts: {line}")
     rows = found.rows
