@@ -20,7 +20,7 @@ from prefopt.core.options import nearest
 from prefopt.core.terminal import write
 from prefopt.data.layouts.messages import write_messages
 from prefopt.errors import RunError, UserError
-from prefopt.generate.chat_model import ChatModel, ChatRequest, ContextLengthError, Messages, drop_oldest, with_system
+from prefopt.generate.chat_model import ChatModel, ContextLengthError, Messages, drop_oldest, with_system
 from prefopt.records import Message
 
 TIERS = {"a": [[0], [1]], "b": [[1], [0]], "tie": [[0, 1]]}
@@ -233,23 +233,21 @@ class Chat:
                 pass
 
     def _answer_chunks(self, participant: Participant) -> Iterator[str]:
-        request: ChatRequest | None = participant.model.fit(with_system(self.system, participant.messages))
-        while request is not None:
-            chunks = participant.model.answer(request, self._attempt)
+        messages = whole = with_system(self.system, participant.messages)
+        first = None
+        while first is None:
+            chunks = participant.model.answer(messages, self._attempt)
             try:
                 first = next(chunks, "")
             except ContextLengthError:
-                shorter = drop_oldest(request)
-                if shorter is None:
+                if (shorter := drop_oldest(messages)) is None:
                     raise
-                request = shorter
-                continue
-            if request.dropped > participant.dropped:
-                self._say(f"(the context is full: the {request.dropped} oldest turns are left out)")
-                participant.dropped = request.dropped
-            yield first
-            yield from chunks
-            return
+                messages = shorter
+        if (dropped := len(whole) - len(messages)) > participant.dropped:
+            self._say(f"(the context is full: the {dropped} oldest turns are left out)")
+            participant.dropped = dropped
+        yield first
+        yield from chunks
 
     def _continue(self, text: str, *, again: bool = False) -> None:
         """Everyone continues ``text``, or what they wrote last where it is empty; ``again``: what that began with."""

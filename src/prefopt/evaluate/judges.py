@@ -17,7 +17,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from prefopt.config.compare import CompareConfig
 from prefopt.config.tools import IMPLICIT, ScoreConfig, is_model_reward
@@ -27,7 +26,7 @@ from prefopt.core.options import nearest
 from prefopt.errors import ConfigError, DataError, RunError
 from prefopt.evaluate.score import RowScorer, TextScorer, load_row_scorer
 from prefopt.evaluate.win_rate import tier_outcome
-from prefopt.generate.chat_model import ChatRequest, ContextLengthError, RemoteChatModel
+from prefopt.generate.chat_model import ContextLengthError, Messages, RemoteChatModel
 from prefopt.records import Comparison, Message
 from prefopt.rewards import RULES, Reward, load_reward, prompt_text
 from prefopt.studies.votes import LONGEST_RATIONALE, Vote
@@ -231,22 +230,24 @@ class LlmJudge(Judge):
 
     def _answer(self, prompt: str, first: str, second: str) -> str:
         question = f"# Prompt\n\n{prompt}\n\n# First answer\n\n{first}\n\n# Second answer\n\n{second}"
-        path = self._cache_file(question)
+        key = json.dumps([self.name, SYSTEM, question]).encode("utf-8", "surrogatepass")
+        name = hashlib.blake2b(key, digest_size=16).hexdigest()
+        path = self._folder / name[:2] / f"{name}.json"
         try:
             answer = str(json.loads(path.read_text("utf-8"))["answer"])
             self.cached += 1
             return answer
         except Exception:  # absent or damaged: ask again
             self.asked += 1
-        answer = self._ask(ChatRequest((Message("system", SYSTEM), Message("user", question))))
+        answer = self._ask((Message("system", SYSTEM), Message("user", question)))
         if _verdict(answer) is not None:
             write_json(path, {"judge": self.name, "answer": answer})
         return answer
 
-    def _ask(self, request: ChatRequest) -> str:
+    def _ask(self, messages: Messages) -> str:
         for attempt in range(ATTEMPTS):
             try:
-                answer = "".join(self._model.answer(request, attempt))
+                answer = "".join(self._model.answer(messages, attempt))
                 if _verdict(answer) is not None or attempt == ATTEMPTS - 1:
                     return answer
             except ContextLengthError as error:
@@ -256,11 +257,6 @@ class LlmJudge(Judge):
                     raise
             time.sleep(PAUSE * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
-
-    def _cache_file(self, question: str) -> Path:
-        text = json.dumps([self.name, SYSTEM, question]).encode("utf-8", "surrogatepass")
-        name = hashlib.blake2b(text, digest_size=16).hexdigest()
-        return self._folder / name[:2] / f"{name}.json"
 
 
 def _verdict(answer: str) -> str | None:

@@ -91,12 +91,17 @@ def load_row_scorer(config: ScoreConfig) -> RowScorer:
     """The scorer that ``--reward`` names: a rule, a function, a reward model or the implicit reward."""
     if not config.by_model:
         return TextScorer(load_reward(config.reward))
-    return implicit_reward_scorer(config) if config.reward == IMPLICIT else reward_model_scorer(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    load = implicit_reward_scorer if config.reward == IMPLICIT else reward_model_scorer
+    return load(config, device, dtype)
 
 
-def reward_model_scorer(config: ScoreConfig) -> ModelScorer:
+def reward_model_scorer(config: ScoreConfig, device: torch.device, dtype: torch.dtype) -> ModelScorer:
     """Raises :class:`ModelError` where ``--reward`` is no reward model, or has another number of labels."""
-    source, device, dtype = _load_options(config, config.reward)
+    source = local_folder(config.reward)
     if not has_scalar_head(source):
         raise ModelError(
             f"--reward {config.reward} is a language model, which gives no score: prefopt reward makes one that does,"
@@ -112,13 +117,12 @@ def reward_model_scorer(config: ScoreConfig) -> ModelScorer:
     return ModelScorer(f"the reward model {config.reward}", score, _renderer(config, tokenizer, source))
 
 
-def implicit_reward_scorer(config: ScoreConfig) -> ModelScorer:
+def implicit_reward_scorer(config: ScoreConfig, device: torch.device, dtype: torch.dtype) -> ModelScorer:
     """beta log(pi(y|x) / ref(y|x)): Rafailov et al. 2023, equation 5 without its term of the prompt alone.
 
     Raises :class:`ModelError` where the tokenizers of policy and reference differ.
     """
     assert config.model is not None and config.beta is not None
-    _, device, dtype = _load_options(config, config.model)
     source, adapter = base_and_adapter(config.model, config.adapter)
     reference = config.reference or (config.model if config.adapter is not None else source)
     other = local_folder(reference)
@@ -148,13 +152,6 @@ def response_logprobs(scorer: PackedModel, groups: Sequence[Group], token_budget
     batches = packed_batches(groups, scorer.layout, token_budget, device)
     parts = [response_sums(scorer(batch), batch).double().cpu().numpy() for batch in batches]
     return np.concatenate(parts) if parts else np.empty(0)
-
-
-def _load_options(config: ScoreConfig, name: str) -> tuple[str, torch.device, torch.dtype]:
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = resolve_device(config.device)
-    return local_folder(name), device, resolve_dtype(config.dtype, device)
 
 
 def _renderer(config: ScoreConfig, tokenizer: Tokenizer, *sources: str) -> Renderer:

@@ -8,7 +8,6 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from typing import Any, Protocol
 
@@ -31,14 +30,6 @@ CHARACTER_TOKENS = 8
 """Tokens of one character at most; more that do not decode are shown as they are."""
 
 
-@dataclass(frozen=True, slots=True)
-class ChatRequest:
-    """The messages that a model will answer, and how many of the oldest were dropped to fit its context."""
-
-    messages: Messages
-    dropped: int = 0
-
-
 class ContextLengthError(RunError):
     """The conversation exceeds the context; without its oldest messages it may fit."""
 
@@ -48,11 +39,7 @@ class ChatModel(Protocol):
 
     name: str
 
-    def fit(self, messages: Messages) -> ChatRequest:
-        """The messages without the oldest that do not fit. Raises :class:`RunError` where the last one alone is too
-        long."""
-
-    def answer(self, request: ChatRequest, attempt: int) -> Iterator[str]:
+    def answer(self, messages: Messages, attempt: int) -> Iterator[str]:
         """The answer; another ``attempt`` is another sample.
 
         Raises :class:`prefopt.errors.UserError`, before the first chunk :class:`ContextLengthError`.
@@ -62,12 +49,11 @@ class ChatModel(Protocol):
         """The continuation of a text."""
 
 
-def drop_oldest(request: ChatRequest) -> ChatRequest | None:
-    """The request without its oldest question and answer; the system message stays. None for the last question."""
-    messages = request.messages
+def drop_oldest(messages: Messages) -> Messages | None:
+    """The conversation without its oldest question and answer; the system message stays. None for the last question."""
     system, rest = (messages[:1], messages[1:]) if messages and messages[0].role == "system" else ((), messages)
     later = next((i for i, m in enumerate(rest) if i and m.role == "user"), 0)
-    return ChatRequest(system + rest[later:], request.dropped + later) if later else None
+    return system + rest[later:] if later else None
 
 
 def with_system(system: str | None, messages: Sequence[Message]) -> Messages:
@@ -86,21 +72,14 @@ class LocalChatModel:
         plain = renderer.rendering.chat_template is None and model.tokenizer.chat_template is None
         self._stops = PLAIN_STOPS if plain else ()
 
-    def fit(self, messages: Messages) -> ChatRequest:
-        """Leaves room for an answer: ``max_new_tokens``, or a quarter of the context."""
-        request: ChatRequest | None = ChatRequest(messages)
-        while request is not None:
-            ids = self._ids(Comparison(request.messages, (), (), 0))
-            if self.model.context is None or len(ids) <= self._prompt_limit(self.model.context):
-                return request
-            request = drop_oldest(request)
-        raise RunError(
-            f"this message alone has {len(ids)} tokens, and the model's context is {self.model.context}: shorten it"
-        )
-
-    def answer(self, request: ChatRequest, attempt: int) -> Iterator[str]:
-        """The answer without leading white space."""
-        chunks = self._stream(self._ids(Comparison(request.messages, (), (), 0)), attempt, self._stops)
+    def answer(self, messages: Messages, attempt: int) -> Iterator[str]:
+        """The answer without leading white space. Raises :class:`ContextLengthError` where the context has no room for
+        ``max_new_tokens`` more, or for a quarter of it."""
+        ids, context = self._ids(Comparison(messages, (), (), 0)), self.model.context
+        if context is not None and len(ids) > self._prompt_limit(context):
+            what = f"{len(ids)} tokens are too many for the model's context of {context}"
+            raise ContextLengthError(f"{what}: shorten the message")
+        chunks = self._stream(ids, attempt, self._stops)
         for chunk in chunks:
             if chunk.strip():
                 yield chunk.lstrip()
@@ -210,14 +189,10 @@ class RemoteChatModel:
         self._model = model or self._only_model()
         self.name = f"{self._model} at {urllib.parse.urlsplit(self._url).netloc}"
 
-    def fit(self, messages: Messages) -> ChatRequest:
-        """All messages: only the server knows its context (see :meth:`answer`)."""
-        return ChatRequest(messages)
-
-    def answer(self, request: ChatRequest, attempt: int) -> Iterator[str]:
+    def answer(self, messages: Messages, attempt: int) -> Iterator[str]:
         """Raises :class:`ContextLengthError` where the server refuses the length."""
-        messages = [{"role": m.role, "content": m.content} for m in request.messages]
-        yield from self._stream("chat/completions", {"messages": messages}, attempt)
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        yield from self._stream("chat/completions", {"messages": turns}, attempt)
 
     def complete(self, text: str, attempt: int) -> Iterator[str]:
         """By the older completions endpoint, which not every server has."""

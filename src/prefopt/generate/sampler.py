@@ -21,7 +21,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -164,8 +164,7 @@ FIRST_SORTED = 256
 """Likeliest tokens that are sorted first to find the top-p set, which usually suffices."""
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """Tokens [n] with their log-probabilities, under the distribution drawn from and under the model."""
 
     token_n: torch.Tensor
@@ -253,12 +252,8 @@ def _at(x: torch.Tensor, index_n: torch.Tensor) -> torch.Tensor:
 # -- random numbers --------------------------------------------------------------------------------------------
 
 
-def _signed(x: int) -> int:
-    x &= 2**64 - 1
-    return x - 2**64 if x >= 2**63 else x
-
-
-_GOLDEN, _MIX1, _MIX2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+# As signed 64-bit integers.
+_GOLDEN, _MIX1, _MIX2 = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def key_of(seed: int, prompt: Ids, stream: int, sample: int) -> int:

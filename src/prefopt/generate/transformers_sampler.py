@@ -225,14 +225,12 @@ class _Batch:
         for start in range(0, len(self.held), height):
             rows = slice(start, start + height)
             parts.append(choose(self.decoder.logits(hidden[rows]), self.params, keys[rows], self.step))
-        token_n = torch.cat([p.token_n for p in parts])
+        token_n, *logps = (torch.cat(column) for column in zip(*parts, strict=True))
         living = self.held[self.living]
         self.ids[living, self.step] = token_n.cpu().numpy()[self.living]
-        for n, name in enumerate(("sampling_logp_n", "logp_n")):
-            logp = torch.cat([getattr(p, name) for p in parts]).cpu().numpy()[self.living]
-            if not np.isfinite(logp).all():
-                raise ModelError("the model's logits are not finite; try --dtype float32, or check its weights")
-            self.logps[n, living, self.step] = logp
+        self.logps[:, living, self.step] = torch.stack(logps).cpu().numpy()[:, self.living]
+        if not np.isfinite(self.logps[:, living, self.step]).all():
+            raise ModelError("the model's logits are not finite; try --dtype float32, or check its weights")
         self.length[living] += 1
         count_generated(len(living))
         self.step += 1

@@ -16,7 +16,7 @@ from prefopt.core.terminal import Bar, Reporter, StopRequest, duration
 from prefopt.data.chat.render_options import parse_variables, read_template
 from prefopt.data.layouts import LAYOUTS
 from prefopt.errors import ConfigError
-from prefopt.generate.model_io import PromptReader, PromptSet, SampledModel, continuation, renderer_for, without_stop
+from prefopt.generate.model_io import PromptSet, SampledModel, continuation, read_prompt_set, renderer_for, without_stop
 from prefopt.generate.rewards import RewardScorer, best_of, best_of_n_kl, load_reward_scorer
 from prefopt.generate.sample_file import PromptOrigin, SampleFile
 from prefopt.generate.sampler import (
@@ -120,10 +120,16 @@ class _Run:
         config = self.config
         template = read_template(config.chat_template) if config.chat_template else None
         renderer = renderer_for(model.tokenizer, template, parse_variables(config.template_variables or ()))
-        chats = template is not None or model.tokenizer.chat_template is not None
-        lines = config.lines if config.lines != "auto" else "user" if chats else "text"
-        reader = PromptReader(renderer, context=model.context, lines=lines, on_bad_row=config.on_bad_row)
-        prompts = reader.read(config.prompts, rows, format=config.format, columns=config.column_words)
+        prompts = read_prompt_set(
+            config.prompts,
+            renderer,
+            rows=rows,
+            context=model.context,
+            lines=config.lines,
+            on_bad_row=config.on_bad_row,
+            format=config.format,
+            columns=config.column_words,
+        )
         for line in prompts.summary():
             self.reporter.say(f"prompts: {line}")
         self.settings = SamplingParams(

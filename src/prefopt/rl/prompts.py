@@ -14,7 +14,7 @@ from prefopt.data.load import load_groups
 from prefopt.data.sampler import BatchSampler
 from prefopt.data.table import GroupTable
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.generate.model_io import PromptReader, PromptSet, SampledModel, renderer_for
+from prefopt.generate.model_io import PromptSet, SampledModel, read_prompt_set, renderer_for
 from prefopt.generate.sampler import SamplingParams
 from prefopt.model.architectures import causal_model, vocabulary_size
 from prefopt.model.scorer import Scorer
@@ -36,12 +36,17 @@ def read_prompts(
     tokenizer = start.tokenizer
     template = read_template(config.chat_template) if config.chat_template else None
     renderer = renderer_for(tokenizer, template, parse_variables(config.template_variables or ()))
-    chats = template is not None or tokenizer.chat_template is not None
-    lines = config.lines if config.lines != "auto" else "user" if chats else "text"
-    # A response that the context cuts short would be punished for what is not its doing.
-    room = config.max_new_tokens
-    reader = PromptReader(renderer, context=start.context, lines=lines, on_bad_row=config.on_bad_row, room=room)
-    prompts = reader.read(config.prompts, rows, format=config.format, columns=config.column_words)
+    prompts = read_prompt_set(
+        config.prompts,
+        renderer,
+        rows=rows,
+        context=start.context,
+        room=config.max_new_tokens,  # a response that the context cuts short would be punished for it
+        lines=config.lines,
+        on_bad_row=config.on_bad_row,
+        format=config.format,
+        columns=config.column_words,
+    )
     for line in prompts.summary():
         reporter.say(f"prompts: {line}")
     if repeated := len(prompts.ids) - len({ids.tobytes() for ids in prompts.ids}):
