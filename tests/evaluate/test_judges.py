@@ -182,7 +182,7 @@ def test_a_language_model_that_holds_to_its_view_decides(monkeypatch: pytest.Mon
     from prefopt.generate.chat_model import RemoteChatModel
 
     def answer(self: Any, asked: Any, attempt: int) -> Any:
-        text = asked.messages[1].content
+        text = asked[1].content
         yield "because [[2]] no: " + ("[[1]]" if text.index("good") < text.index("bad") else "[[2]]")
 
     monkeypatch.setattr(RemoteChatModel, "answer", answer)

@@ -179,8 +179,6 @@ class Chat:
                 participant.messages.append(Message("user", text))
             self._answer()
 
-    # -- answers -----------------------------------------------------------------------------------------------
-
     def _round(self, chunks: Callable[[Participant], Iterator[str]]) -> tuple[list[Participant], list[str]]:
         """One answer of each participant, blind ones in random order."""
         order = list(self.participants)

@@ -88,7 +88,10 @@ def run(config: CompareConfig, inputs: CompareInputs | None = None) -> CompareRe
         judged += [_judged_row(q, v, pair, judge) for q, v in zip(questions, votes, strict=True)]
     output = None if config.output is None else Path(config.output)
     digest = "" if output is None else write_pairs(output, judged)
-    notes += [*_repeated_prompts(prompts), *judge.notes()]
+    if (different := len(set(prompts.tolist()))) < len(prompts):
+        asked = f"{len(prompts)} rows ask {different} different prompt{'s' * (different > 1)}"
+        notes.append(f"{asked}: rows that ask the same count as samples of one prompt")
+    notes += judge.notes()
     stats = {name: _sample_stats(config, name, rows, notes, inputs) for name, rows in samples.items()}
     if task_scorer is not None:
         scores = {name: task_scorer(name) for name in names}
@@ -106,9 +109,6 @@ def run(config: CompareConfig, inputs: CompareInputs | None = None) -> CompareRe
         hardware(),
         digest,
     )
-
-
-# -- judged samples --------------------------------------------------------------------------------------------
 
 
 def _questions(first: Rows, second: Rows, answers: dict[bytes, Comparison]) -> list[Question]:
@@ -153,14 +153,6 @@ def _judged_row(q: Question, vote: Vote, names: tuple[str, str], judge: Judge) -
     return LAYOUTS["canonical"].write(replace(q.pair, tiers=vote.tiers, extra=extra))
 
 
-def _repeated_prompts(prompts: Ints) -> list[str]:
-    rows, different = len(prompts), len(set(prompts.tolist()))
-    if rows == different:
-        return []
-    noun = "prompt" if different == 1 else "prompts"
-    return [f"{rows} rows ask {different} different {noun}: rows that ask the same count as samples of one prompt"]
-
-
 def _sample_stats(config: CompareConfig, name: str, rows: Rows, notes: list[str], inputs: CompareInputs) -> SampleStats:
     kl, held_out = None, None
     if config.reference is not None:
@@ -171,17 +163,14 @@ def _sample_stats(config: CompareConfig, name: str, rows: Rows, notes: list[str]
         reference.release()
     if config.held_out is not None and not is_file(name):
         model = inputs.load(name, config)
-        how: dict[str, Any] = {"format": config.format, "columns": config.column_words, "on_bad_row": config.on_bad_row}
-        held_out, cut, left_out = perplexity(model, config.held_out, **how)
+        layout: dict[str, Any] = {"format": config.format, "columns": config.column_words}
+        held_out, cut, left_out = perplexity(model, config.held_out, on_bad_row=config.on_bad_row, **layout)
         model.release()
         if left_out:
             notes.append(f"{name}: {left_out} rows of the held-out data were left out: they cannot be used")
         if cut:
             notes.append(f"{name}: {cut} rows of the held-out data were truncated")
     return sample_stats(rows, kl, held_out)
-
-
-# -- strengths and tasks ---------------------------------------------------------------------------------------
 
 
 def _strengths(
@@ -217,9 +206,6 @@ def _task_scorer(config: CompareConfig, inputs: CompareInputs) -> Callable[[str]
     device = resolve_device(config.device)
     dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
     return lambda name: harness.scores(name, *base_and_adapter(name), dtype=dtype, device=str(device))
-
-
-# -- recorded votes -------------------------------------------------------------------------------------------
 
 
 def _compare_votes(config: CompareConfig) -> CompareResult:

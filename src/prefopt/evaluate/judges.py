@@ -78,7 +78,11 @@ def load_judge(config: CompareConfig, reward: Reward | None = None) -> Judge:
     assert name is not None
     kind, colon, rest = name.partition(":")
     if kind == "regex" and colon:
-        return _regex_judge(rest)
+        try:
+            pattern = re.compile(rest)
+        except re.error as error:
+            raise ConfigError(f"--judge {name}: no regular expression ({error})") from None
+        return TextJudge(name, lambda q, text: bool(pattern.search(text)))
     if name == "gsm8k":
         return TextJudge(name, lambda q, text: last_number(text) == _final_answer(q))
     if kind == "implicit" and colon:
@@ -146,15 +150,6 @@ class TextJudge(Judge):
         return [vote_by_score(*(self._good(q, text) for text in q.responses)) for q in questions]
 
 
-def _regex_judge(pattern: str) -> TextJudge:
-    """The response that matches a regular expression wins. Raises :class:`ConfigError` for another text."""
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"--judge regex:{pattern}: no regular expression ({error})") from None
-    return TextJudge(f"regex:{pattern}", lambda q, text: bool(compiled.search(text)))
-
-
 # -- final answers (GSM8K): the last number of a response is right, where it follows #### in the row of --prompts ---
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -184,8 +179,6 @@ def _final_answer(q: Question) -> str:
             return number
     raise DataError("has no answer after ####, which --judge gsm8k compares with", file=file, row=row)
 
-
-# -- a language model as judge ---------------------------------------------------------------------------------
 
 ATTEMPTS = 3
 PAUSE = 2.0

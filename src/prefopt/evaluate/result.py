@@ -104,23 +104,17 @@ class CompareResult:
         yield f"judge: {self.judge}"
         yield from self.notes
         for pair in self.versus:
-            yield ""
-            yield from pair.lines()
+            yield from ("", *pair.lines())
         if self.strengths:
-            yield ""
-            yield "strength (Bradley-Terry, log-odds, 95 % interval over prompts):"
+            yield from ("", "strength (Bradley-Terry, log-odds, 95 % interval over prompts):")
             for name, s in sorted(self.strengths.items(), key=lambda item: -item[1].mean):
                 yield f"  {s.mean:+.2f} [{s.low:+.2f}, {s.high:+.2f}]  {name}"
         if self.findings:
-            yield ""
-            yield "what to look at:"
-            yield from (f"  - {finding.text}" for finding in self.findings)
+            yield from ("", "what to look at:", *(f"  - {finding.text}" for finding in self.findings))
         for name, stats in self.models.items():
-            yield ""
-            yield f"{name}: {', '.join(_describe_samples(stats))}"
+            yield from ("", f"{name}: {', '.join(_describe_samples(stats))}")
         if self.output is not None:
-            yield ""
-            yield f"written: {self.output}"
+            yield from ("", f"written: {self.output}")
 
 
 def _no_difference(r: WinRate) -> str:
@@ -148,9 +142,6 @@ def _describe_samples(s: SampleStats) -> Iterator[str]:
         yield f"KL to the reference {kl.k1.mean:.2f} ± {kl.error:.2f} nats per response (k1), {kl.k3:.2f} (k3)"
     if s.perplexity is not None:
         yield f"perplexity of the held-out data {s.perplexity:.2f}"
-
-
-# -- the file of judged pairs ----------------------------------------------------------------------------------
 
 
 def check_output(config: CompareConfig, data: Sequence[str]) -> None:

@@ -156,9 +156,6 @@ def prompt_rows(config: CompareConfig, inputs: CompareInputs) -> tuple[dict[byte
     return found, [f"{left_out} rows of the prompts were left out: they cannot be used"] if left_out else []
 
 
-# -- statistics -----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class KlEstimate:
     """KL(policy || reference) of whole responses in nats, estimated on the policy's own samples (Schulman 2020).
@@ -240,9 +237,9 @@ def kl_to_reference(rows: Sequence[Comparison], reference: SampledModel, *, seed
         if isinstance(prompt, Problem):
             raise DataError(f"{prompt.kind}: {prompt.what}", row=row.row)
         ids: Any = row.extra["token_ids"]
-        whole = [np.concatenate([prompt, np.asarray(x, np.int32)]) for x in ids]
-        masks = [np.arange(len(x)) >= len(prompt) for x in whole]
-        groups.append(Group.from_sequences(list(zip(whole, masks, strict=True)), row=row.row, pairs=()))
+        wholes = [np.concatenate([prompt, np.asarray(x, np.int32)]) for x in ids]
+        sequences = [(whole, np.arange(len(whole)) >= len(prompt)) for whole in wholes]
+        groups.append(Group.from_sequences(sequences, row=row.row, pairs=()))
     if max(int(c.ids.max()) for g in groups for c in g.continuations) >= len(reference.tokenizer):
         raise ModelError(f"--reference {reference.name}: its vocabulary lacks tokens of the samples")
     logps = np.concatenate([_numbers(row, "logprobs") for row in rows])
@@ -278,13 +275,11 @@ def by_prompt(values: Floats, prompt: Ints) -> Floats:
     array([[1. , 0. ],
            [0.5, nan]])
     """
-    _, place, rows = np.unique(prompt, return_inverse=True, return_counts=True)
-    found = np.full((len(rows), int(rows.max(initial=0)), values.shape[1]), np.nan)
-    filled = np.zeros(len(rows), np.int64)
-    for row, p in zip(values, place, strict=True):
-        found[p, filled[p]] = row
-        filled[p] += 1
-    return found.reshape(len(rows), -1)
+    found: dict[int, list[float]] = {}
+    for number, row in zip(prompt.tolist(), values.tolist(), strict=True):
+        found.setdefault(number, []).extend(row)
+    longest = max(map(len, found.values()), default=0)
+    return np.array([found[n] + [np.nan] * (longest - len(found[n])) for n in sorted(found)])
 
 
 def _column(rows: Sequence[Comparison], name: str) -> Floats | None:

@@ -90,7 +90,11 @@ def win_rate(outcomes: npt.ArrayLike) -> WinRate:
     verdict: Verdict = "better" if above > below else "worse"
     if p >= 0.05 or not rate.excludes(0.5) or (above > below) != (rate.mean > 0.5):
         verdict = "not shown"
-    return replace(counts, rate=rate, p=p, needed=_needed(means), verdict=verdict)
+    needed = None
+    if difference := float(means.mean()) - 0.5:
+        variance = float(means.var(ddof=1)) or 1 / len(means)
+        needed = max(MIN_PROMPTS, math.ceil((Z95 + float(ndtri(0.8))) ** 2 * variance / difference**2))
+    return replace(counts, rate=rate, p=p, needed=needed, verdict=verdict)
 
 
 def sign_test(above: int, below: int) -> float:
@@ -100,17 +104,6 @@ def sign_test(above: int, below: int) -> float:
     (0.021484375, 1.0)
     """
     return min(1.0, 2 * float(bdtr(min(above, below), above + below, 0.5)))
-
-
-def _needed(means: Floats) -> int | None:
-    difference = float(means.mean()) - 0.5
-    if not difference:
-        return None
-    variance = float(means.var(ddof=1)) or 1 / len(means)
-    return max(MIN_PROMPTS, math.ceil((Z95 + float(ndtri(0.8))) ** 2 * variance / difference**2))
-
-
-# -- win rate at equal length ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,15 +148,12 @@ def length_controlled(outcomes: npt.ArrayLike, longer: npt.ArrayLike) -> LengthC
     half = student(prompts + 1) * np.sqrt(np.diag(cover))
     low, high = (beta - half).tolist(), (beta + half).tolist()
     slope = Interval(float(beta[1]), low[1], high[1], prompts)
-    return LengthControlled(_rate_at_zero(float(beta[0]), float(half[0]), prompts), slope)
-
-
-def _rate_at_zero(log_odds: float, half: float, prompts: int) -> Interval:
-    """On each side the wider of two intervals: of the log-odds, and of the rate itself (delta method), clipped to
-    [0, 1]. Near 1 the former excludes rates that so few losses cannot rule out."""
-    rate, below, above = (float(expit(v)) for v in (log_odds, log_odds - half, log_odds + half))
-    delta = rate * (1 - rate) * half
-    return Interval(rate, max(0.0, min(below, rate - delta)), min(1.0, max(above, rate + delta)), prompts)
+    # On each side the wider of two intervals: of the log-odds, and of the rate itself (delta method). Near 1 the former
+    # excludes rates that so few losses cannot rule out.
+    rate, below, above = (float(expit(v)) for v in (beta[0], low[0], high[0]))
+    delta = rate * (1 - rate) * float(half[0])
+    bounds = (max(0.0, min(below, rate - delta)), min(1.0, max(above, rate + delta)))
+    return LengthControlled(Interval(rate, *bounds, prompts), slope)
 
 
 def _logistic_regression(x: Floats, y: Floats, prior: Floats) -> Floats:
@@ -177,9 +167,6 @@ def _logistic_regression(x: Floats, y: Floats, prior: Floats) -> Floats:
         if np.abs(step).max() < 1e-12:
             break
     return beta
-
-
-# -- Bradley-Terry strengths -----------------------------------------------------------------------------------
 
 
 def win_counts(games: Sequence[tuple[int, int, int, float]], models: int) -> Floats:

@@ -9,7 +9,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from http.client import HTTPException, HTTPResponse
-from typing import Any, Protocol
+from typing import Any
 
 from prefopt.data.chat.render import Renderer
 from prefopt.data.tokenizer import Tokenizer
@@ -34,21 +34,6 @@ class ContextLengthError(RunError):
     """The conversation exceeds the context; without its oldest messages it may fit."""
 
 
-class ChatModel(Protocol):
-    """Answers conversations and completes text, streaming chunks of text."""
-
-    name: str
-
-    def answer(self, messages: Messages, attempt: int) -> Iterator[str]:
-        """The answer; another ``attempt`` is another sample.
-
-        Raises :class:`prefopt.errors.UserError`, before the first chunk :class:`ContextLengthError`.
-        """
-
-    def complete(self, text: str, attempt: int) -> Iterator[str]:
-        """The continuation of a text."""
-
-
 def drop_oldest(messages: Messages) -> Messages | None:
     """The conversation without its oldest question and answer; the system message stays. None for the last question."""
     system, rest = (messages[:1], messages[1:]) if messages and messages[0].role == "system" else ((), messages)
@@ -62,7 +47,7 @@ def with_system(system: str | None, messages: Sequence[Message]) -> Messages:
 
 
 class LocalChatModel:
-    """A model on this machine. ``note`` says in one line what is slow."""
+    """A model on this machine. ``note`` says in one line what is slow; another ``attempt`` is another sample."""
 
     def __init__(self, model: SampledModel, renderer: Renderer, params: SamplingParams) -> None:
         self.model, self.params = model, params
@@ -251,6 +236,10 @@ class RemoteChatModel:
         except (OSError, HTTPException) as error:
             raise RunError(f"{self._url} cannot be reached ({_reason(error)}); is the server running?") from error
         return response
+
+
+ChatModel = LocalChatModel | RemoteChatModel
+"""Answers conversations and completes text, streaming chunks of text."""
 
 
 def _base_url(url: str) -> str:

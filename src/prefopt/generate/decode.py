@@ -48,7 +48,6 @@ class Decoder(ABC):
         self.scorer = scorer
         self.model = causal_model(scorer.model)
         self.device = next(scorer.model.parameters()).device
-        self.wide = torch.promote_types(scorer.dtype, torch.float32)
 
     @abstractmethod
     def start(self, prompts: Sequence[Ids]) -> torch.Tensor:
@@ -64,7 +63,7 @@ class Decoder(ABC):
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Logits [n, V] of rows, float32 or float64."""
-        return rows.to(self.wide)
+        return rows.to(torch.promote_types(self.scorer.dtype, torch.float32))
 
 
 class SlotDecoder(Decoder):
@@ -148,10 +147,7 @@ class CacheDecoder(_OwnForward):
         two = torch.zeros(1, 2, dtype=torch.long, device=decoder.device)
         with torch.no_grad(), scorer.attention_by(None):
             try:
-                out = decoder._forward(two, use_cache=True)
-                if decoder._name(out) is None:
-                    return False
-                decoder._take(out)
+                decoder._take(decoder._forward(two, use_cache=True))
                 decoder.keep(torch.zeros(2, dtype=torch.long, device=decoder.device))
                 with uncounted():
                     decoder.step(two[0])
@@ -161,12 +157,6 @@ class CacheDecoder(_OwnForward):
                 return False  # no usable cache: whole sequences work for every architecture
         return True
 
-    @staticmethod
-    def _name(out: Any) -> str | None:
-        """The argument name of the model's cache."""
-        names = ("past_key_values", "cache_params")
-        return next((n for n in names if hasattr(getattr(out, n, None), "reorder_cache")), None)
-
     def start(self, prompts: Sequence[Ids]) -> torch.Tensor:
         return self._take(self._forward(self._ids(prompts), use_cache=True))
 
@@ -174,8 +164,11 @@ class CacheDecoder(_OwnForward):
         return self._take(self._forward(token_n[:, None], use_cache=True, **{self._argument: self.cache}))
 
     def _take(self, out: Any) -> torch.Tensor:
-        name = self._name(out)
-        assert name is not None
+        """Keep the cache, and the name of its argument; returns logits of the last token."""
+        names = ("past_key_values", "cache_params")
+        name = next((n for n in names if hasattr(getattr(out, n, None), "reorder_cache")), None)
+        if name is None:
+            raise TypeError("the model returns no cache to continue from")
         self._argument, self.cache = name, getattr(out, name)
         last: torch.Tensor = out.logits[:, -1]
         return last

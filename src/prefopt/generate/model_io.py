@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -73,7 +74,9 @@ class SampledModel:
             self.source, self.adapter = base_and_adapter(name, adapter)
             self.note = adapter_line(name)
             self.tokenizer = tokenizer_of_name(name, adapter)
-            config, self.generation_config = load_config(self.source), _generation_config(self.source)
+            config, self.generation_config = load_config(self.source), None
+            with suppress(Exception):  # absent, or refused by transformers: the tokenizer's EOS is enough
+                self.generation_config = GenerationConfig.from_pretrained(self.source)
         self.context = context_length(config)
 
     @cached_property
@@ -111,20 +114,10 @@ class SampledModel:
         return tuple(sorted({i for i in found if isinstance(i, int)}))
 
 
-def _generation_config(source: str) -> Any:
-    try:
-        return GenerationConfig.from_pretrained(source)
-    except Exception:  # absent, or refused by transformers: the tokenizer's EOS is enough
-        return None
-
-
 def renderer_for(tokenizer: Tokenizer, chat_template: str | None = None, variables: Any = None) -> Renderer:
     """A renderer of prompts; ``chat_template`` is the text of a template."""
     ends = tokenizer.eos_token_id is not None
     return Renderer(tokenizer, Rendering(None, ends, chat_template, variables or {}))
-
-
-# -- prompts as token ids --------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -226,9 +219,6 @@ def _lines_of(source: Source, text: bool, notes: list[str]) -> Iterator[Comparis
         notes.append(f"{source.name}: {empty} empty line{'s' * (empty > 1)} skipped")
     kind = "text to continue, without a chat template" if text else "the user's turns"
     notes.append(f"{source.name}: its lines are taken as {kind} (--lines)")
-
-
-# -- samples as text -------------------------------------------------------------------------------------------
 
 
 def decode(tokenizer: Tokenizer, ids: Ids) -> str:

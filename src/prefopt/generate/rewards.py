@@ -35,17 +35,13 @@ class TextRewardScorer:
 
     def __call__(self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int) -> list[float]:
         """A finite number for each response [N] of groups whose prompts are ``rows``. Raises :class:`RunError`."""
-        texts = [self.texts(row, group) for row, group in zip(rows, groups, strict=True)]
-        prompts = [prompt_text(row) for row, several in zip(rows, texts, strict=True) for _ in several]
-        return self._reward(prompts, [text for several in texts for text in several])
-
-    def texts(self, row: Comparison, group: Group) -> list[str]:
-        """The texts of the responses to one prompt."""
-        found = []
-        for c in group.continuations:
-            text = continuation(self._tokenizer, group.prefix, without_stop(c.ids, self._stop))
-            found.append(text if row.text else text.strip())  # white space around an answer is the template's
-        return found
+        prompts, texts = [], []
+        for row, group in zip(rows, groups, strict=True):
+            for c in group.continuations:
+                text = continuation(self._tokenizer, group.prefix, without_stop(c.ids, self._stop))
+                prompts.append(prompt_text(row))
+                texts.append(text if row.text else text.strip())  # white space around an answer is the template's
+        return self._reward(prompts, texts)
 
 
 class RewardModelScorer:

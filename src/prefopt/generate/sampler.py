@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from prefopt.data.group import BoolArray, Group, IntArray
+from prefopt.data.group import Group, IntArray
 from prefopt.errors import ConfigError
 from prefopt.model.packing import packed_batches
 from prefopt.model.scorer import Scorer
@@ -148,10 +148,8 @@ def occurrences(prompts: Sequence[Ids]) -> list[int]:
 def group_of(prompt: Ids, samples: Sequence[Sample], row: int = 0) -> Group:
     """A prompt and its samples as a group without preferences, in which every sampled token is scored."""
     start = np.asarray(prompt, np.int32)
-    sequences: list[tuple[IntArray, BoolArray]] = []
-    for sample in samples:
-        ids = np.concatenate([start, sample.ids])
-        sequences.append((ids, np.arange(len(ids)) >= len(start)))
+    wholes = [np.concatenate([start, sample.ids]) for sample in samples]
+    sequences = [(ids, np.arange(len(ids)) >= len(start)) for ids in wholes]
     return Group.from_sequences(sequences, row=row, pairs=())
 
 
@@ -286,8 +284,6 @@ def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
     right: torch.Tensor = (x >> bits) & ((1 << 64 - bits) - 1)
     return right
 
-
-# -- sampler against scorer ------------------------------------------------------------------------------------
 
 # Mean difference of a token's log-probability, in nats, that is rounding: a tenth of what the load check allows between
 # two ways of scoring as root mean square.

@@ -166,31 +166,19 @@ def _step_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if query.device.type == "cuda" and softcap is None and s_aux is None:
         out = F.scaled_dot_product_attention(grouped, seen_key, seen_value, bias, scale=scale)
-    else:
-        out = _matmul_attention(grouped, seen_key, seen_value, bias, scale, softcap, s_aux)
-    return out.reshape(1, rows, heads, -1)
-
-
-def _matmul_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """For one query per row, two matrix products beat the CPU's flash kernel; they support caps and sinks."""
-    scores = (query * scale) @ key.transpose(-1, -2)
+        return out.reshape(1, rows, heads, -1)
+    # For one query per row, two matrix products beat the CPU's flash kernel. They support caps and sinks.
+    scores = (grouped * scale) @ seen_key.transpose(-1, -2)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if bias is not None:
         scores = scores + bias
     scores = scores.to(torch.promote_types(query.dtype, torch.float32))
-    if sinks is not None:
-        column = sinks.to(scores.dtype).view(1, scores.shape[1], scores.shape[2], 1).expand(len(scores), -1, -1, 1)
-        return torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1].to(value.dtype) @ value
-    return torch.softmax(scores, -1).to(value.dtype) @ value
+    if s_aux is not None:
+        sink = s_aux.to(scores.dtype).view(1, scores.shape[1], scores.shape[2], 1).expand(len(scores), -1, -1, 1)
+        scores = torch.cat([scores, sink], -1)
+    chance = torch.softmax(scores, -1)[..., : seen_key.shape[2]].to(seen_value.dtype)
+    return (chance @ seen_value).reshape(1, rows, heads, -1)
 
 
 AttentionInterface.register(HOOK, slot_attention)

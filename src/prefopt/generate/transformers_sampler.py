@@ -198,7 +198,9 @@ class _Batch:
             with torch.no_grad(), self.scorer.attention_by(self.decoder.hook), _evaluating(self.scorer):
                 token_n = self._draw_step(self._advance())
             before = int(self.living.sum())
-            self.living &= ~self._ended()
+            stopped = np.isin(self.ids[self.held, self.step - 1], self.params.stop) & self.living
+            self.finished[self.held] |= stopped
+            self.living &= ~(stopped | (self.step >= self.room[self.held]))
             if self.living.any() and (~self.living).sum() >= max(1, COMPACT_FRACTION * len(self.held)):
                 index = torch.from_numpy(np.nonzero(self.living)[0]).to(self.decoder.device)
                 self.decoder.keep(index)
@@ -235,13 +237,6 @@ class _Batch:
         count_generated(len(living))
         self.step += 1
         return token_n
-
-    def _ended(self) -> np.ndarray:
-        """Which of the held rows have had their last token."""
-        stopped = np.isin(self.ids[self.held, self.step - 1], self.params.stop) & self.living
-        self.finished[self.held] |= stopped
-        ended: np.ndarray = stopped | (self.step >= self.room[self.held])
-        return ended
 
 
 @contextmanager

@@ -26,13 +26,7 @@ class VllmSampler:
     """
 
     def __init__(
-        self,
-        model: str,
-        *,
-        adapter: str | None = None,
-        context: int,
-        dtype: str = "auto",
-        rank: int | None = None,
+        self, model: str, *, adapter: str | None = None, context: int, dtype: str = "auto", rank: int | None = None
     ) -> None:
         """``model`` and ``adapter`` are folders, ``rank`` the adapter's; ``context`` bounds prompt and sample.
 

@@ -39,7 +39,11 @@ def comparison_report(found: Json) -> dict[str, Any]:
     ``lost`` are samples of the first model that lost, ``lengths`` sentences on how lengths differ, ``tasks`` rows of
     name, questions, first, second, difference and verdict.
     """
-    rows, versus, models = _judged(found["output"], found["output_sha256"]), found["versus"], found["models"]
+    versus, models = found["versus"], found["models"]
+    rows: list[Comparison] = []
+    if file := found["output"]:
+        check_pairs(Path(file), found["output_sha256"])
+        rows += [row for row in read_comparisons(file) if isinstance(row, Comparison) and len(row.responses) == 2]
     strengths = sorted(found["strengths"].items(), key=lambda item: -item[1]["mean"])
     ranked = any(_behind(row) is not None for row in rows)
     return {
@@ -76,6 +80,10 @@ def _sentence(versus: Json, judge: str) -> str:
 def _rates(versus: Json) -> Iterator[Json]:
     """Rows of the table of win rates. ``bounds`` are None for too few prompts."""
     pair = f"{versus['first']} against {versus['second']}"
+    if (equal := versus["equal_length"]) is None:
+        at_equal_length: Bounds | str = "too few" if versus["rate"]["rate"] is None else "all are equally long"
+    else:
+        at_equal_length = _bounds(equal["rate"]) or "not measurable: one model's are always the longer ones"
     of_category = {f"{pair}: {category}": rate for category, rate in versus["categories"].items()}
     for name, rate in {pair: versus["rate"], **of_category}.items():
         yield {
@@ -83,16 +91,9 @@ def _rates(versus: Json) -> Iterator[Json]:
             "prompts": int(rate["prompts"]),
             "counts": f"{rate['wins']} / {rate['ties']} / {rate['losses']}",
             "bounds": _bounds(rate["rate"]),
-            "at_equal_length": _at_equal_length(versus) if name == pair else "-",
+            "at_equal_length": at_equal_length if name == pair else "-",
             "p": rate["p"],
         }
-
-
-def _at_equal_length(versus: Json) -> Bounds | str:
-    equal = versus["equal_length"]
-    if equal is None:
-        return "too few" if versus["rate"]["rate"] is None else "all are equally long"
-    return _bounds(equal["rate"]) or "not measurable: one model's are always the longer ones"
 
 
 def _bounds(interval: Json | None) -> Bounds | None:
@@ -144,13 +145,6 @@ def _task(versus: Json, c: Json) -> Sequence[str]:
     count = "-" if change.questions is None else f"{change.questions:,}"
     names = (f"{versus['first']} against {versus['second']}: {change.task} {change.metric}", count)
     return (*names, f"{change.first:.3f}", f"{change.second:.3f}", f"{change.difference:+.3f}{error}", change.verdict)
-
-
-def _judged(file: str | None, digest: str) -> list[Comparison]:
-    if file is None:
-        return []
-    check_pairs(Path(file), digest)
-    return [row for row in read_comparisons(file) if isinstance(row, Comparison) and len(row.responses) == 2]
 
 
 def _worst(rows: Sequence[Comparison]) -> list[Json]:
