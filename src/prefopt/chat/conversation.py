@@ -50,10 +50,8 @@ class VoteFile:
         check_appendable(path, "responses", "--votes")
 
     def add(self, prompt: str | Sequence[Message], answers: Sequence[str], models: Sequence[str], vote: str) -> None:
-        """A vote ``a``, ``b`` or ``tie`` on two answers, in the order they were shown. Raises :class:`RunError`.
-
-        ``prompt`` is a conversation, or text that the answers continue.
-        """
+        """A vote ``a``, ``b`` or ``tie`` on two answers in the order they were shown. ``prompt`` is a conversation, or
+        text that they continue. Raises :class:`RunError`."""
         text = isinstance(prompt, str)
         row = {
             "prompt": prompt if isinstance(prompt, str) else write_messages(prompt),

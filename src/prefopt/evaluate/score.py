@@ -128,9 +128,8 @@ def implicit_reward_scorer(config: ScoreConfig, device: torch.device, dtype: tor
     other = local_folder(reference)
     tokenizer = tokenizer_of_name(config.model, config.adapter)
     if load_tokenizer(other).get_vocab() != tokenizer.get_vocab():
-        raise ModelError(
-            f"--reference {reference} has another tokenizer than --model {config.model}: their tokens differ"
-        )
+        what = f"has another tokenizer than --model {config.model}: their tokens differ"
+        raise ModelError(f"--reference {reference} {what}")
     scorers = [
         Scorer(load_model(folder, dtype=dtype, device=device, adapter=a).requires_grad_(False)).eval()
         for folder, a in ((source, adapter), (other, None))

@@ -16,8 +16,6 @@ from prefopt.errors import ConfigError, DataError, RunError, first_line
 from prefopt.evaluate.win_rate import Z95
 from prefopt.model.supported import safe_attention
 
-INSTALL = 'pip install "prefopt[lm-eval]"'
-
 
 @dataclass(frozen=True, slots=True)
 class TaskScore:
@@ -75,7 +73,8 @@ class Harness:
             import lm_eval
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise ConfigError(f"--tasks needs lm-eval, which is not installed ({error}): {INSTALL}") from None
+            install = 'pip install "prefopt[lm-eval]"'
+            raise ConfigError(f"--tasks needs lm-eval, which is not installed ({error}): {install}") from None
         self._evaluate, self._manager = lm_eval.simple_evaluate, TaskManager(include_path=task_folder)
         self._tasks, self._limit = list(tasks), limit
         known = [*self._manager.all_tasks]

@@ -90,9 +90,8 @@ def load_reward_scorer(
         return TextRewardScorer(load_reward(name), tokenizer, stop)
     source = local_folder(name)
     if not has_scalar_head(source):
-        raise ModelError(
-            f"--reward {name} is a language model, which gives no score: prefopt reward makes one that does"
-        )
+        what = "is a language model, which gives no score"
+        raise ModelError(f"--reward {name} {what}: prefopt reward makes one that does")
     theirs = load_tokenizer(source).get_vocab()
     for token, i in tokenizer.get_vocab().items():
         if theirs.get(token) != i:
@@ -105,14 +104,11 @@ def load_reward_scorer(
     scorer = ScalarScorer(freeze_and_cast(model, dtype), attention=attention)
     context = context_length(causal_model(model).config)
     if context is not None and longest > context:
-        raise ModelError(
-            f"--reward {name}: its context is {context} tokens, but prompt and response may have {longest}; lower"
-            " --max-new-tokens"
-        )
+        what = f"its context is {context} tokens, but prompt and response may have {longest}"
+        raise ModelError(f"--reward {name}: {what}; lower --max-new-tokens")
     if vocabulary_size(causal_model(model)) < len(tokenizer):
-        raise ModelError(
-            f"--reward {name}: its vocabulary is smaller than the tokenizer's; they belong to different models"
-        )
+        what = "its vocabulary is smaller than the tokenizer's"
+        raise ModelError(f"--reward {name}: {what}; they belong to different models")
     return RewardModelScorer(name, scorer)
 
 

@@ -64,9 +64,8 @@ class SampleFile:
             before = self.record["options"]
             if changed := [n for n in options if n not in FREE and before.get(n) != options[n]]:
                 listed = ", ".join(f"{flag(n)} was {before.get(n)!r} and is {options[n]!r}" for n in changed)
-                raise RunError(
-                    f"--resume goes on with the same run, but {listed}; put it back, or name another --output"
-                )
+                what = f"--resume goes on with the same run, but {listed}"
+                raise RunError(f"{what}; put it back, or name another --output")
             if wrong := _altered(path, self.record):
                 raise RunError(f"--resume: {path} {wrong}; put it back, or name another --output")
             if WRITTEN not in self.record:
