@@ -145,7 +145,7 @@ def compare(
     +0.685 [+0.620, +0.748]
     """
     from prefopt.evaluate.compare import run
-    from prefopt.evaluate.sample_cache import CompareInputs
+    from prefopt.evaluate.samples import CompareInputs
 
     labels, models = _labelled({"a": a, "b": b, **{f"others {n}": x for n, x in enumerate(others, 1)}}, reference)
     if models and tokenizer is None:

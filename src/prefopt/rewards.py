@@ -101,12 +101,12 @@ def _vader() -> Function:
     return lambda prompts, responses: [analyzer.polarity_scores(text)["compound"] for text in responses]
 
 
-def _length() -> Function:
+def _length(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """The number of words."""
-    return lambda prompts, responses: [float(len(text.split())) for text in responses]
+    return [float(len(text.split())) for text in responses]
 
 
-RULES: dict[str, Callable[[], Function]] = {"vader": _vader, "length": _length}
+RULES: dict[str, Callable[[], Function]] = {"vader": _vader, "length": lambda: _length}
 
 
 def _finite(value: object) -> bool:

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import expit, log_expit, log_softmax, logsumexp
 
 FloatArray = npt.NDArray[np.float64]
 Floats = npt.ArrayLike
@@ -47,26 +48,9 @@ def responses(vocabulary: int, longest: int, stop: int) -> list[tuple[int, ...]]
     return found
 
 
-def logsumexp(x: Floats) -> FloatArray:
-    """log of the sum of exp over the last axis, which is kept with length 1."""
-    x = _array(x)
-    top = x.max(axis=-1, keepdims=True)
-    return _array(top + np.log(np.exp(x - top).sum(axis=-1, keepdims=True)))
-
-
 def normalised(score: Floats) -> FloatArray:
     """Log-probabilities [..., Y] in proportion to exp(score)."""
-    return _array(score) - logsumexp(score)
-
-
-def log_sigmoid(x: Floats) -> FloatArray:
-    """log of the logistic function."""
-    return _array(-np.logaddexp(0.0, -_array(x)))
-
-
-def sigmoid(x: Floats) -> FloatArray:
-    """The logistic function."""
-    return _array(np.exp(log_sigmoid(x)))
+    return _array(log_softmax(score, axis=-1))
 
 
 # -- the objective and its optimum ---------------------------------------------------------------------------------
@@ -94,7 +78,7 @@ def objective(logp: Floats, ref: Floats, reward: Floats, beta: float) -> FloatAr
 
 def log_partition(ref: Floats, reward: Floats, beta: float) -> FloatArray:
     """log Z = log sum over y of ref(y) exp(r(y) / beta), [..., 1] (below equation 4)."""
-    return logsumexp(_array(ref) + _array(reward) / beta)
+    return _array(logsumexp(_array(ref) + _array(reward) / beta, axis=-1, keepdims=True))
 
 
 def optimal_logp(ref: Floats, reward: Floats, beta: float) -> FloatArray:
@@ -116,7 +100,7 @@ def implied_reward(logp: Floats, ref: Floats, beta: float, log_z: Floats = 0.0) 
 def bradley_terry(reward: Floats) -> FloatArray:
     """p[..., i, j] = sigma(r_i - r_j): the probability that i is preferred to j (equation 1)."""
     r = _array(reward)
-    return sigmoid(r[..., :, None] - r[..., None, :])
+    return _array(expit(r[..., :, None] - r[..., None, :]))
 
 
 def plackett_luce(reward: Floats, ranking: Sequence[int]) -> float:
@@ -125,7 +109,7 @@ def plackett_luce(reward: Floats, ranking: Sequence[int]) -> float:
     The best of those that are left is drawn in proportion to exp(r), again and again; for two it is Bradley-Terry.
     """
     r = _array(reward)[list(ranking)]
-    return float(sum(r[k] - logsumexp(r[k:])[0] for k in range(len(r))))
+    return float(sum(r[k] - logsumexp(r[k:]) for k in range(len(r))))
 
 
 def same_class(one: Floats, other: Floats, tolerance: float = 1e-12) -> bool:
@@ -153,14 +137,14 @@ def pair_weights(preference: Floats, drawn: Floats) -> FloatArray:
 def dpo_loss(logp: Floats, ref: Floats, weight: Floats, beta: float) -> float:
     """The sum over pairs of -w[i, j] log sigma(beta (h_i - h_j)), h = log pi - log ref [Y] (equation 7)."""
     h = beta * (_array(logp) - _array(ref))
-    return float(-(_array(weight) * log_sigmoid(h[:, None] - h[None, :])).sum())
+    return float(-(_array(weight) * log_expit(h[:, None] - h[None, :])).sum())
 
 
 def dpo_gradient(logp: Floats, ref: Floats, weight: Floats, beta: float) -> FloatArray:
     """Its derivative [Y] with respect to each log pi(y), the others held: section 4 of the paper, where a pair weighs
     beta sigma(r_l - r_w), which is large where it is ordered wrongly."""
     h = beta * (_array(logp) - _array(ref))
-    pull = beta * _array(weight) * sigmoid(h[None, :] - h[:, None])
+    pull = beta * _array(weight) * expit(h[None, :] - h[:, None])
     return _array(pull.sum(axis=0) - pull.sum(axis=1))
 
 

@@ -20,7 +20,7 @@ from prefopt.config.compare import CompareConfig
 from prefopt.errors import ConfigError, DataError, RunError
 from prefopt.evaluate.compare import run
 from prefopt.evaluate.result import CompareResult
-from prefopt.evaluate.sample_stats import repetition
+from prefopt.evaluate.samples import repetition
 from train.small import write_model, write_rows
 
 PROMPTS: list[dict[str, Any]] = [{"prompt": f"{'klm'[i % 3]}{i}: ", "kind": "ab"[i % 2]} for i in range(16)]

@@ -13,7 +13,7 @@ import prefopt
 from evaluate.small import write_run
 from prefopt.core.statistics import mean_interval
 from prefopt.evaluate.result import PairResult, findings
-from prefopt.evaluate.sample_stats import SampleStats
+from prefopt.evaluate.samples import SampleStats
 from prefopt.evaluate.win_rate import length_controlled, win_rate
 from train.small import dpo, write_model, write_rows
 

@@ -99,7 +99,7 @@ def test_the_lines_tell_of_trainings_and_of_methods_of_which_none_counts() -> No
     (row,) = [line for line in told.splitlines() if "unknown" in line]
     assert row.startswith("ppo-learned") and "still rising" in row
     alone = "\n".join(lines(Frontier("m", "vader", 32, 4, 48, True, points=tuple(points[:2]))))
-    assert "fewer than two methods" in alone
+    assert "Fewer than two methods" in alone
 
 
 def held_out(rng: np.random.Generator, mean: float) -> np.ndarray:

@@ -14,9 +14,9 @@ from generate.fake_server import serving
 from prefopt.config.compare import CompareConfig
 from prefopt.core.cache_folder import cache_root
 from prefopt.errors import ConfigError, DataError, ModelError, RunError
-from prefopt.evaluate.compare import run
+from prefopt.evaluate.compare import recorded_votes, run
 from prefopt.evaluate.judges import Judge, Question, load_judge, vote_with_empty
-from prefopt.evaluate.recorded_votes import recorded_votes, tier_outcome
+from prefopt.evaluate.win_rate import tier_outcome
 from prefopt.records import Comparison, Message
 from prefopt.studies.votes import Vote
 from studies.small import new_study, people, say
@@ -182,7 +182,7 @@ def test_a_language_model_that_holds_to_its_view_decides(monkeypatch: pytest.Mon
     from prefopt.generate.chat_model import RemoteChatModel
 
     def answer(self: Any, asked: Any, attempt: int) -> Any:
-        text = asked.messages[1].content
+        text = asked[1].content
         yield "because [[2]] no: " + ("[[1]]" if text.index("good") < text.index("bad") else "[[2]]")
 
     monkeypatch.setattr(RemoteChatModel, "answer", answer)
@@ -210,7 +210,7 @@ def test_votes_of_people_are_counted_with_their_weights(tmp_path: Path) -> None:
     found = recorded_votes([write_rows(tmp_path / "v.jsonl", rows)])
     assert [(f.models, f.outcome, f.longer) for f in found] == [
         (("m", "n"), 1.0, 1),
-        (("n", "m"), 0.5, 0),
+        (("m", "n"), 0.5, 0),
         (("m", "n"), 0.75, 0),
     ]
     assert found[0].prompt == found[1].prompt != found[2].prompt

@@ -13,7 +13,7 @@ import pytest
 from prefopt.chat.conversation import Chat, VoteFile
 from prefopt.chat.input import LineReader
 from prefopt.errors import RunError
-from prefopt.generate.chat_model import ChatRequest, ContextLengthError, Messages, drop_oldest
+from prefopt.generate.chat_model import ContextLengthError, Messages, drop_oldest
 from prefopt.records import Message
 
 STOP, FAIL = "\x03", "\x00"
@@ -26,17 +26,11 @@ class Echo:
         self.name, self.limit = name, limit
         self.seen: list[list[tuple[str, str]]] = []
 
-    def fit(self, turns: Messages) -> ChatRequest:
-        asked: ChatRequest | None = ChatRequest(turns)
-        while asked is not None and sum(len(m.content) for m in asked.messages) > self.limit:
-            asked = drop_oldest(asked)
-        if asked is None:
-            raise RunError("too long")
-        return asked
-
-    def answer(self, asked: ChatRequest, attempt: int) -> Iterator[str]:
-        self.seen.append([(m.role, m.content) for m in asked.messages])
-        yield from self._said(f"{self.name}{attempt}: {asked.messages[-1].content}")
+    def answer(self, messages: Messages, attempt: int) -> Iterator[str]:
+        if sum(len(m.content) for m in messages) > self.limit:
+            raise ContextLengthError("too long")
+        self.seen.append([(m.role, m.content) for m in messages])
+        yield from self._said(f"{self.name}{attempt}: {messages[-1].content}")
 
     def complete(self, text: str, attempt: int) -> Iterator[str]:
         self.seen.append([("text", text)])
@@ -97,7 +91,7 @@ def test_where_no_answer_comes_the_message_is_taken_back() -> None:
     assert history(found) == [("user", "one"), ("assistant", "m0: one"), ("user", "two"), ("assistant", "m0: two")]
 
     class Silent(Echo):
-        def answer(self, asked: ChatRequest, attempt: int) -> Iterator[str]:
+        def answer(self, messages: Messages, attempt: int) -> Iterator[str]:
             yield "  "
 
     found, shown = chat("one\n", Silent("m"))
@@ -199,7 +193,7 @@ def test_who_is_a_changes_from_question_to_question(tmp_path: Path) -> None:
 
 def test_equal_and_empty_answers_get_no_vote(tmp_path: Path) -> None:
     _, shown = chat("q\n", Echo("m"), Echo("m"), votes=VoteFile(tmp_path / "v.jsonl", ["m (1)", "m (2)"]))
-    assert "both said the same" in shown and not (tmp_path / "v.jsonl").exists() and "no votes" in shown
+    assert "both answers are the same" in shown and not (tmp_path / "v.jsonl").exists() and "no votes" in shown
 
 
 def test_votes_are_never_added_to_a_file_of_something_else(tmp_path: Path) -> None:
@@ -222,10 +216,10 @@ def test_the_oldest_turns_leave_a_full_context_and_that_is_said() -> None:
     assert "error: too long" in shown
 
     class Remote(Echo):
-        def answer(self, asked: ChatRequest, attempt: int) -> Iterator[str]:
-            if len(asked.messages) > 3:
+        def answer(self, messages: Messages, attempt: int) -> Iterator[str]:
+            if len(messages) > 3:
                 raise ContextLengthError("the context is 3 turns")
-            yield from super().answer(asked, attempt)
+            yield from super().answer(messages, attempt)
 
     remote = Remote("r")
     _, shown = chat("a\nb\nc\nd\n", remote)
@@ -258,8 +252,8 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal() -> None:
 
 def test_turns_leave_question_by_question() -> None:
     turns = (Message("system", "s"), *(Message(r, str(i)) for i, r in enumerate(["user", "assistant"] * 2 + ["user"])))
-    once = drop_oldest(ChatRequest(turns))
-    assert once is not None and [m.content for m in once.messages] == ["s", "2", "3", "4"] and once.dropped == 2
+    once = drop_oldest(turns)
+    assert once is not None and [m.content for m in once] == ["s", "2", "3", "4"]
     twice = drop_oldest(once)
-    assert twice is not None and [m.content for m in twice.messages] == ["s", "4"] and twice.dropped == 4
+    assert twice is not None and [m.content for m in twice] == ["s", "4"]
     assert drop_oldest(twice) is None

@@ -9,8 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from data.small import small_tokenizer
-from prefopt.errors import RunError
-from prefopt.generate.chat_model import ChatRequest, LocalChatModel
+from prefopt.generate.chat_model import ContextLengthError, LocalChatModel
 from prefopt.generate.model_io import SampledModel, end_of_turn, renderer_for
 from prefopt.generate.sampler import SamplingParams
 from prefopt.records import Message
@@ -60,36 +59,33 @@ def asked(*words: str) -> tuple[Message, ...]:
 
 def test_an_answer_ends_at_the_end_of_the_turn_and_has_no_white_space_before_it(tmp_path: Path) -> None:
     one = talker(says(tmp_path / "m", " grün", template=CHATML, end="<|im_end|>"))
-    assert "".join(one.answer(one.fit(asked("hi")), 0)) == "grün"
+    assert "".join(one.answer(asked("hi"), 0)) == "grün"
     assert one.params.stop == (1, 3)
 
 
 def test_without_a_template_the_other_side_is_not_played(tmp_path: Path) -> None:
     one = talker(says(tmp_path / "m", " ok\nUser:"))
-    assert "".join(one.answer(one.fit(asked("hi")), 0)) == "ok"
+    assert "".join(one.answer(asked("hi"), 0)) == "ok"
     assert "".join(one.complete("go", 0)).startswith("k\nUser: ok")  # text is only continued
 
 
-def test_turns_that_do_not_fit_are_left_out_and_a_message_that_never_fits_is_refused(tmp_path: Path) -> None:
+def test_a_conversation_beyond_the_context_is_refused(tmp_path: Path) -> None:
     one = talker(write_model(tmp_path / "m", max_position_embeddings=96), max_new_tokens=500)
-    assert one.fit(asked("short")) == ChatRequest(asked("short"))
-    long = asked("a" * 20, "b" * 20, "c" * 20, "d" * 10, "e")
-    fitted = one.fit(long)
-    assert fitted.dropped in (2, 4) and fitted.messages == long[fitted.dropped :]
-    list(one.answer(fitted, 0))
-    with pytest.raises(RunError, match=r"this message alone has \d+ tokens, and the model's context is 96"):
-        one.fit(asked("x" * 90))
+    list(one.answer(asked("short"), 0))
+    for long in (asked("a" * 20, "b" * 20, "c" * 20, "d" * 10, "e"), asked("x" * 90)):
+        with pytest.raises(ContextLengthError, match=r"\d+ tokens are too many for the model's context of 96"):
+            list(one.answer(long, 0))
     assert list(one.complete("y" * 300, 0))  # the end of a text that is too long
 
 
 def test_a_seed_gives_the_same_answers_and_another_attempt_another(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m")
     one, two = (talker(folder, temperature=1.0, seed=4) for _ in range(2))
-    first = "".join(one.answer(one.fit(asked("hi")), 0))
-    assert first == "".join(two.answer(two.fit(asked("hi")), 0))
-    assert first != "".join(one.answer(one.fit(asked("hi")), 1))
+    first = "".join(one.answer(asked("hi"), 0))
+    assert first == "".join(two.answer(asked("hi"), 0))
+    assert first != "".join(one.answer(asked("hi"), 1))
     other = talker(folder, temperature=1.0, seed=5)
-    assert first != "".join(other.answer(other.fit(asked("hi")), 0))
+    assert first != "".join(other.answer(asked("hi"), 0))
 
 
 def test_the_end_of_a_turn_is_read_off_the_template() -> None:

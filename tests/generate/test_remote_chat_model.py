@@ -9,7 +9,7 @@ import pytest
 
 from generate.fake_server import serving
 from prefopt.errors import ConfigError, RunError
-from prefopt.generate.chat_model import ChatRequest, ContextLengthError, Messages, RemoteChatModel
+from prefopt.generate.chat_model import ContextLengthError, Messages, RemoteChatModel
 from prefopt.records import Message
 
 TURNS: Messages = (Message("system", "s"), Message("user", "hi"))
@@ -24,7 +24,7 @@ def test_an_answer_comes_in_pieces_and_the_request_says_all(monkeypatch: pytest.
     with serving() as server:
         remote = talker(server.url, key="SECRET", max_tokens=7, seed=3)
         assert remote.name == f"tiny at {server.url.removeprefix('http://')}"
-        assert list(remote.answer(ChatRequest(TURNS), 2)) == ["Hel", "lo ", "wörld"]
+        assert list(remote.answer(TURNS, 2)) == ["Hel", "lo ", "wörld"]
         path, headers, body = server.requests[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer abc"
     assert body == {
@@ -45,7 +45,7 @@ def test_text_is_continued_by_the_older_interface() -> None:
 @pytest.mark.parametrize("path", ["", "/v1/", "/v1/chat/completions"])
 def test_urls_as_people_copy_them(path: str) -> None:
     with serving(streams=False) as server:
-        assert list(talker(server.url + path).answer(ChatRequest(TURNS), 0)) == ["Hello wörld"]
+        assert list(talker(server.url + path).answer(TURNS, 0)) == ["Hello wörld"]
         assert server.requests[0][0] == "/v1/chat/completions"
 
 
@@ -53,7 +53,7 @@ def test_reasoning_kept_apart_is_shown_as_models_write_it() -> None:
     parts = ['{"reasoning_content": "hm"}', '{"reasoning_content": "!"}', '{"content": "yes"}', '{"content": "."}']
     events = [f'data: {{"choices": [{{"delta": {part}}}]}}' for part in parts]
     with serving(events=[*events, "data: [DONE]", "data: never"]) as server:
-        assert "".join(talker(server.url).answer(ChatRequest(TURNS), 0)) == "<think>\nhm!\n</think>\n\nyes."
+        assert "".join(talker(server.url).answer(TURNS, 0)) == "<think>\nhm!\n</think>\n\nyes."
 
 
 def test_the_only_model_of_a_server_needs_no_name() -> None:
@@ -75,13 +75,13 @@ def test_the_only_model_of_a_server_needs_no_name() -> None:
 )
 def test_what_goes_wrong_is_one_line(options: dict[str, Any], said: str) -> None:
     with serving(**options) as server, pytest.raises(RunError, match=said) as error:
-        list(talker(server.url).answer(ChatRequest(TURNS), 0))
+        list(talker(server.url).answer(TURNS, 0))
     assert "\n" not in str(error.value)
 
 
 def test_a_conversation_that_is_too_long_is_told_apart() -> None:
     with serving(limit=1) as server, pytest.raises(ContextLengthError, match="context length"):
-        list(talker(server.url).answer(ChatRequest(TURNS), 0))
+        list(talker(server.url).answer(TURNS, 0))
 
 
 def test_no_server_no_url_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_no_server_no_url_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(RunError, match=r"cannot be reached .* is the server running"):
-        list(talker(f"http://127.0.0.1:{port}").answer(ChatRequest(TURNS), 0))
+        list(talker(f"http://127.0.0.1:{port}").answer(TURNS, 0))
     for url in ("localhost:8000", "file:///etc/passwd", "ftp://x/y", ""):
         with pytest.raises(ConfigError, match="should begin with http"):
             talker(url)
@@ -100,6 +100,6 @@ def test_no_server_no_url_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_answer_that_is_not_wanted_any_more_closes_the_connection() -> None:
     with serving(pieces=["x"] * 200, pause=0.05) as server:
-        pieces = talker(server.url).answer(ChatRequest(TURNS), 0)
+        pieces = talker(server.url).answer(TURNS, 0)
         assert next(pieces) == "x"
         pieces.close()  # the server would hang on shutdown otherwise

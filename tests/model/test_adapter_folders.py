@@ -20,7 +20,7 @@ from prefopt.config.dpo import DpoConfig
 from prefopt.config.tools import ScoreConfig
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.errors import ConfigError, ModelError
-from prefopt.evaluate.score import implicit_reward_scorer
+from prefopt.evaluate.score import load_row_scorer
 from prefopt.model.adapter import add_adapter, new_lora
 from prefopt.model.load import base_and_adapter, load_config, load_model
 from prefopt.model.merge import merge_adapter
@@ -179,8 +179,8 @@ def test_implicit_rewards_are_against_its_base(folders: tuple[str, str]) -> None
     base, adapter = folders
     options: dict[str, Any] = {"files": ["x"], "reward": "implicit", "output": "o", "device": "cpu", "dtype": "float32"}
     rows: Any = list(parse_comparisons(ROWS, "data"))
-    one = implicit_reward_scorer(ScoreConfig(model=base, adapter=adapter, **options))(rows)
-    other = implicit_reward_scorer(ScoreConfig(model=adapter, **options))(rows)
+    one = load_row_scorer(ScoreConfig(model=base, adapter=adapter, **options))(rows)
+    other = load_row_scorer(ScoreConfig(model=adapter, **options))(rows)
     assert one == other and any(abs(x) > 1e-4 for scores in one for x in scores)
 
 

@@ -19,7 +19,7 @@ from prefopt.config.sample import SampleConfig
 from prefopt.config.sweeps import FrontierConfig
 from prefopt.data.comparisons import parse_comparisons
 from prefopt.errors import ConfigError, DataError, Interrupted, RunError
-from prefopt.evaluate.sample_stats import kl_to_reference
+from prefopt.evaluate.samples import kl_to_reference
 from prefopt.generate.model_io import SampledModel
 from prefopt.methods import sample
 from prefopt.records import Comparison

@@ -1,7 +1,7 @@
 """A conversation in the terminal with one model, or with two that answer one after another.
 
 Input is a message, or a command that begins with a slash. An answer is shown as it streams; Ctrl-C stops it and nothing
-else, and what was said so far stays in the conversation.
+else, and the part shown so far stays in the conversation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from prefopt.core.options import nearest
 from prefopt.core.terminal import write
 from prefopt.data.layouts.messages import write_messages
 from prefopt.errors import RunError, UserError
-from prefopt.generate.chat_model import ChatModel, ChatRequest, ContextLengthError, Messages, drop_oldest, with_system
+from prefopt.generate.chat_model import ChatModel, ContextLengthError, Messages, drop_oldest, with_system
 from prefopt.records import Message
 
 TIERS = {"a": [[0], [1]], "b": [[1], [0]], "tie": [[0, 1]]}
@@ -50,10 +50,8 @@ class VoteFile:
         check_appendable(path, "responses", "--votes")
 
     def add(self, prompt: str | Sequence[Message], answers: Sequence[str], models: Sequence[str], vote: str) -> None:
-        """A vote ``a``, ``b`` or ``tie`` on two answers, in the order they were shown. Raises :class:`RunError`.
-
-        ``prompt`` is a conversation, or text that the answers continue.
-        """
+        """A vote ``a``, ``b`` or ``tie`` on two answers in the order they were shown. ``prompt`` is a conversation, or
+        text that they continue. Raises :class:`RunError`."""
         text = isinstance(prompt, str)
         row = {
             "prompt": prompt if isinstance(prompt, str) else write_messages(prompt),
@@ -107,10 +105,6 @@ def append_row(path: Path, row: object) -> None:
         raise RunError(f"{path}: cannot be written ({error.strerror}); make room, or name another file") from error
 
 
-class ExitChat(Exception):
-    """The user leaves."""
-
-
 @dataclass(slots=True)
 class Participant:
     """A model with its conversation, without the system message; ``dropped``: messages that last exceeded the
@@ -146,15 +140,13 @@ class Chat:
         self._attempt = 0
 
     def run(self) -> None:
-        """Until the input ends, or the user leaves."""
+        """Talk until the input ends, or the user leaves."""
         with self._interrupts.caught():
             while True:
                 try:
                     self._handle(self._read("> ").encode("utf-8", "replace").decode())
                 except EOFError:
                     self._say("")
-                    break
-                except ExitChat:
                     break
                 except KeyboardInterrupt:
                     self._interrupts.taken()
@@ -177,16 +169,13 @@ class Chat:
             getattr(self, f"_{name[1:]}")(argument.strip())
             return
         text = line.removeprefix("/") if line.startswith("//") else line
+        self._attempt = 0
         if self.complete:
-            self._attempt = 0
             self._continue(text)
         elif text.strip():
-            self._attempt = 0
             for participant in self.participants:
                 participant.messages.append(Message("user", text))
             self._answer()
-
-    # -- answers -----------------------------------------------------------------------------------------------
 
     def _round(self, chunks: Callable[[Participant], Iterator[str]]) -> tuple[list[Participant], list[str]]:
         """One answer of each participant, blind ones in random order."""
@@ -201,7 +190,7 @@ class Chat:
         return order, answers
 
     def _show(self, participant: Participant, chunks: Callable[[Participant], Iterator[str]]) -> str:
-        """Show an answer as it streams, until it ends or Ctrl-C; returns what was said."""
+        """Show an answer as it streams, until it ends or Ctrl-C; returns the text shown."""
         parts: list[str] = []
         try:
             with self._interrupts.section():
@@ -240,23 +229,21 @@ class Chat:
                 pass
 
     def _answer_chunks(self, participant: Participant) -> Iterator[str]:
-        request: ChatRequest | None = participant.model.fit(with_system(self.system, participant.messages))
-        while request is not None:
-            chunks = participant.model.answer(request, self._attempt)
+        messages = whole = with_system(self.system, participant.messages)
+        first = None
+        while first is None:
+            chunks = participant.model.answer(messages, self._attempt)
             try:
                 first = next(chunks, "")
             except ContextLengthError:
-                shorter = drop_oldest(request)
-                if shorter is None:
+                if (shorter := drop_oldest(messages)) is None:
                     raise
-                request = shorter
-                continue
-            if request.dropped > participant.dropped:
-                self._say(f"(the context is full: the {request.dropped} oldest turns are left out)")
-                participant.dropped = request.dropped
-            yield first
-            yield from chunks
-            return
+                messages = shorter
+        if (dropped := len(whole) - len(messages)) > participant.dropped:
+            self._say(f"(the context is full: the {dropped} oldest turns are left out)")
+            participant.dropped = dropped
+        yield first
+        yield from chunks
 
     def _continue(self, text: str, *, again: bool = False) -> None:
         """Everyone continues ``text``, or what they wrote last where it is empty; ``again``: what that began with."""
@@ -284,9 +271,9 @@ class Chat:
         vote = "skip"
         try:
             if answers[0] == answers[1]:
-                self._say("(both said the same: no vote)")
+                self._say("(both answers are the same: no vote)")
             elif not all(answer.strip() for answer in answers):
-                self._say("(one said nothing: no vote)")
+                self._say("(one answer is empty: no vote)")
             else:
                 while (line := self._read("better: a, b, tie, or skip? ").strip().lower()) not in VOTES:
                     pass
@@ -344,9 +331,7 @@ class Chat:
         self._say(HINTS)
 
     def _exit(self, _: str) -> None:
-        raise ExitChat
-
-    # -- the screen --------------------------------------------------------------------------------------------
+        raise EOFError
 
     def _say(self, line: str) -> None:
         self._write(line + "\n")

@@ -11,7 +11,7 @@ import numpy as np
 
 from prefopt.core.statistics import Interval, mean_interval
 from prefopt.data.comparisons import read_comparisons
-from prefopt.evaluate.sample_stats import kl_to_reference
+from prefopt.evaluate.samples import kl_to_reference
 from prefopt.generate.model_io import SampledModel
 from prefopt.records import Comparison
 

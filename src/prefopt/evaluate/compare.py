@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,26 +16,42 @@ from prefopt.config.compare import CompareConfig, is_file
 from prefopt.core.options import command
 from prefopt.core.statistics import MIN_PROMPTS, Interval, mean_interval
 from prefopt.core.terminal import Reporter
+from prefopt.data.comparisons import parse_comparisons
 from prefopt.data.layouts import LAYOUTS
 from prefopt.errors import ConfigError, DataError, ModelError
 from prefopt.evaluate.judges import Judge, Question, ScoredVote, load_judge, vote_with_empty
-from prefopt.evaluate.recorded_votes import recorded_votes, tier_outcome
 from prefopt.evaluate.result import CompareResult, PairResult, check_output, findings, write_pairs
-from prefopt.evaluate.sample_cache import CompareInputs, Rows, check_same_prompts, load_samples, prompt_rows
-from prefopt.evaluate.sample_stats import (
+from prefopt.evaluate.samples import (
+    CompareInputs,
+    Rows,
     SampleStats,
     by_prompt,
+    check_same_prompts,
     kl_to_reference,
+    load_samples,
     perplexity,
     prompt_numbers,
+    prompt_rows,
     sample_stats,
 )
+from prefopt.evaluate.score import read_rows
 from prefopt.evaluate.tasks import Harness, TaskScore, changes, read_task_results
-from prefopt.evaluate.win_rate import Floats, Games, Ints, bradley_terry, connected_groups, length_controlled, win_rate
+from prefopt.evaluate.win_rate import (
+    Floats,
+    Ints,
+    bradley_terry,
+    connected_groups,
+    length_controlled,
+    tier_outcome,
+    win_counts,
+    win_rate,
+)
 from prefopt.model.environment import hardware
 from prefopt.model.load import base_and_adapter
 from prefopt.model.precision import resolve_device, resolve_dtype
 from prefopt.records import Comparison
+from prefopt.studies.export import ExportOptions, export_rows
+from prefopt.studies.study import Study, is_study
 from prefopt.studies.votes import Vote
 
 SAMPLING_COLUMNS = {"logprobs", "sampling_logprobs", "tokens", "token_ids", "finish"}
@@ -72,7 +88,10 @@ def run(config: CompareConfig, inputs: CompareInputs | None = None) -> CompareRe
         judged += [_judged_row(q, v, pair, judge) for q, v in zip(questions, votes, strict=True)]
     output = None if config.output is None else Path(config.output)
     digest = "" if output is None else write_pairs(output, judged)
-    notes += [*_repeated_prompts(prompts), *judge.notes()]
+    if (different := len(set(prompts.tolist()))) < len(prompts):
+        asked = f"{len(prompts)} rows ask {different} different prompt{'s' * (different > 1)}"
+        notes.append(f"{asked}: rows that ask the same count as samples of one prompt")
+    notes += judge.notes()
     stats = {name: _sample_stats(config, name, rows, notes, inputs) for name, rows in samples.items()}
     if task_scorer is not None:
         scores = {name: task_scorer(name) for name in names}
@@ -90,28 +109,6 @@ def run(config: CompareConfig, inputs: CompareInputs | None = None) -> CompareRe
         hardware(),
         digest,
     )
-
-
-def _compare_votes(config: CompareConfig) -> CompareResult:
-    votes = recorded_votes(config.votes or (), format=config.format, columns=config.column_words)
-    names = sorted({name for vote in votes for name in vote.models})
-    keys = {key: n for n, key in enumerate(dict.fromkeys(vote.prompt for vote in votes))}
-    versus, games = [], []
-    for i, k in combinations(range(len(names)), 2):
-        pair = (names[i], names[k])
-        of_pair = [v if v.models == pair else v.swapped() for v in votes if set(v.models) == set(pair)]
-        if not of_pair:
-            continue
-        prompts = prompt_numbers(vote.prompt for vote in of_pair)
-        outcomes = by_prompt(np.array([[vote.outcome] for vote in of_pair], np.float64), prompts)
-        longer = by_prompt(np.array([[vote.longer] for vote in of_pair], np.float64), prompts)
-        versus.append(PairResult(*pair, win_rate(outcomes), length_controlled(outcomes, longer)))
-        games += [(i, k, keys[vote.prompt], vote.outcome) for vote in of_pair]
-    notes: list[str] = []
-    return CompareResult("people", versus, _strengths(config, names, games, versus, notes), {}, notes=notes)
-
-
-# -- judged samples --------------------------------------------------------------------------------------------
 
 
 def _questions(first: Rows, second: Rows, answers: dict[bytes, Comparison]) -> list[Question]:
@@ -135,19 +132,16 @@ def _pair_result(
 ) -> PairResult:
     categories = {}
     if config.category is not None:
-        of_row = np.array([_category(config.category, row) for row in rows])
+        for row in rows:
+            if config.category not in row.extra:
+                raise DataError(f"--category {config.category}: the prompt has no such column", row=row.row)
+        of_row = np.array([str(row.extra[config.category]) for row in rows])
         for name in sorted(set(of_row.tolist())):
             chosen = of_row == name
             categories[str(name)] = win_rate(by_prompt(outcomes[chosen], prompts[chosen]))
     outcomes, longer = by_prompt(outcomes, prompts), by_prompt(longer, prompts)
     difference = mean_interval(np.nanmean(longer, axis=1), seed=config.seed) if len(longer) >= MIN_PROMPTS else None
     return PairResult(*names, win_rate(outcomes), length_controlled(outcomes, longer), categories, empty, difference)
-
-
-def _category(name: str, row: Comparison) -> str:
-    if name not in row.extra:
-        raise DataError(f"--category {name}: the prompt has no such column", row=row.row)
-    return str(row.extra[name])
 
 
 def _judged_row(q: Question, vote: Vote, names: tuple[str, str], judge: Judge) -> dict[str, object]:
@@ -157,14 +151,6 @@ def _judged_row(q: Question, vote: Vote, names: tuple[str, str], judge: Judge) -
     if isinstance(vote, ScoredVote) and vote.scores is not None:
         extra["judge_scores"] = list(vote.scores)
     return LAYOUTS["canonical"].write(replace(q.pair, tiers=vote.tiers, extra=extra))
-
-
-def _repeated_prompts(prompts: Ints) -> list[str]:
-    rows, different = len(prompts), len(set(prompts.tolist()))
-    if rows == different:
-        return []
-    noun = "prompt" if different == 1 else "prompts"
-    return [f"{rows} rows ask {different} different {noun}: rows that ask the same count as samples of one prompt"]
 
 
 def _sample_stats(config: CompareConfig, name: str, rows: Rows, notes: list[str], inputs: CompareInputs) -> SampleStats:
@@ -177,17 +163,14 @@ def _sample_stats(config: CompareConfig, name: str, rows: Rows, notes: list[str]
         reference.release()
     if config.held_out is not None and not is_file(name):
         model = inputs.load(name, config)
-        how: dict[str, Any] = {"format": config.format, "columns": config.column_words, "on_bad_row": config.on_bad_row}
-        held_out, cut, left_out = perplexity(model, config.held_out, **how)
+        layout: dict[str, Any] = {"format": config.format, "columns": config.column_words}
+        held_out, cut, left_out = perplexity(model, config.held_out, on_bad_row=config.on_bad_row, **layout)
         model.release()
         if left_out:
             notes.append(f"{name}: {left_out} rows of the held-out data were left out: they cannot be used")
         if cut:
             notes.append(f"{name}: {cut} rows of the held-out data were truncated")
     return sample_stats(rows, kl, held_out)
-
-
-# -- strengths and tasks ---------------------------------------------------------------------------------------
 
 
 def _strengths(
@@ -199,15 +182,15 @@ def _strengths(
 ) -> dict[str, Interval]:
     if len(names) < 3 or any(pair.rate.rate is None for pair in versus):
         return {}
-    table = Games.of(games)
-    if len(groups := connected_groups(table, len(names))) > 1:
+    wins = win_counts(games, len(names))
+    if len(groups := connected_groups(wins)) > 1:
         listed = "; ".join(", ".join(names[i] for i in group) for group in groups)
         notes.append(
             f"no strengths: between the groups {listed} no model both won and lost, or none met, so that no number of"
             " comparisons says how far apart they are"
         )
         return {}
-    return dict(zip(names, bradley_terry(table, len(names), seed=config.seed), strict=True))
+    return dict(zip(names, bradley_terry(wins, seed=config.seed), strict=True))
 
 
 def _task_scorer(config: CompareConfig, inputs: CompareInputs) -> Callable[[str], list[TaskScore]] | None:
@@ -223,3 +206,86 @@ def _task_scorer(config: CompareConfig, inputs: CompareInputs) -> Callable[[str]
     device = resolve_device(config.device)
     dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
     return lambda name: harness.scores(name, *base_and_adapter(name), dtype=dtype, device=str(device))
+
+
+def _compare_votes(config: CompareConfig) -> CompareResult:
+    votes = recorded_votes(config.votes or (), format=config.format, columns=config.column_words)
+    names = sorted({name for vote in votes for name in vote.models})
+    keys = {key: n for n, key in enumerate(dict.fromkeys(vote.prompt for vote in votes))}
+    versus, games = [], []
+    for i, k in combinations(range(len(names)), 2):
+        pair = (names[i], names[k])
+        if not (of_pair := [vote for vote in votes if vote.models == pair]):
+            continue
+        prompts = prompt_numbers(vote.prompt for vote in of_pair)
+        outcomes = by_prompt(np.array([[vote.outcome] for vote in of_pair], np.float64), prompts)
+        longer = by_prompt(np.array([[vote.longer] for vote in of_pair], np.float64), prompts)
+        versus.append(PairResult(*pair, win_rate(outcomes), length_controlled(outcomes, longer)))
+        games += [(i, k, keys[vote.prompt], vote.outcome) for vote in of_pair]
+    notes: list[str] = []
+    return CompareResult("people", versus, _strengths(config, names, games, versus, notes), {}, notes=notes)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedVote:
+    """One comparison of two ``models``, in alphabetical order, on the prompt with this key. ``outcome`` is 1 where the
+    first won, 1/2 for a tie; ``longer``: characters of the first response minus those of the second."""
+
+    models: tuple[str, str]
+    prompt: bytes
+    outcome: float
+    longer: int
+
+
+def recorded_votes(
+    names: Sequence[str], *, format: str | None = None, columns: Sequence[str] | None = None
+) -> list[RecordedVote]:
+    """A vote for every pair of responses of different models that a row judges.
+
+    Raises :class:`DataError` for rows that do not name their models, and where no row compares two models.
+    """
+    votes = [vote for row in _rows(names, format, columns) for vote in _votes(row)]
+    if not votes:
+        raise DataError(f"{', '.join(names)}: no row compares responses of two models")
+    return votes
+
+
+def _rows(names: Sequence[str], format: str | None, columns: Sequence[str] | None) -> Iterator[Comparison]:
+    studies = [name for name in names if is_study(Path(name))]
+    for name in studies:
+        with Study(Path(name), read_only=True) as study:
+            exported = export_rows(study, ExportOptions(provenance=True))
+        yield from parse_comparisons(exported.rows, name).comparisons
+    if files := [name for name in names if name not in studies]:
+        yield from read_rows(files, format=format, columns=columns)
+
+
+def _votes(row: Comparison) -> Iterator[RecordedVote]:
+    models: Any = row.extra.get("models")
+    named = isinstance(models, list) and all(isinstance(model, str) and model for model in models)
+    if not named or len(models) != len(row.responses):
+        raise DataError(
+            "does not name the model of each response in a column models, as votes of prefopt chat and of studies do",
+            file=row.file or None,
+            row=row.row,
+        )
+    for i, k in combinations(range(len(models)), 2):
+        longer = len(row.responses[i].text) - len(row.responses[k].text)
+        for outcome in _outcomes(row, i, k):
+            if models[i] < models[k] and not math.isnan(outcome):
+                yield RecordedVote((models[i], models[k]), row.prompt_key, outcome, longer)
+            elif models[i] > models[k] and not math.isnan(outcome):
+                yield RecordedVote((models[k], models[i]), row.prompt_key, 1 - outcome, -longer)
+
+
+def _outcomes(row: Comparison, i: int, k: int) -> list[float]:
+    """An outcome per annotator for a row of a study; else the one of the row's weighted votes or tiers."""
+    annotations: Any = row.extra.get("annotations")
+    numbers: Any = row.extra.get("numbers")
+    if isinstance(annotations, list) and isinstance(numbers, list):
+        return [tier_outcome(vote.get("tiers") or (), numbers[i], numbers[k]) for vote in annotations]
+    if row.votes is None:
+        return [tier_outcome(row.tiers, i, k)]
+    won = sum(weight for a, b, weight in row.votes if (a, b) == (i, k))
+    lost = sum(weight for a, b, weight in row.votes if (a, b) == (k, i))
+    return [won / (won + lost) if won + lost else math.nan]

@@ -14,10 +14,9 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 from prefopt.config.compare import CompareConfig
 from prefopt.config.tools import IMPLICIT, ScoreConfig, is_model_reward
@@ -25,9 +24,9 @@ from prefopt.core.cache_folder import cache_root
 from prefopt.core.files import write_json
 from prefopt.core.options import nearest
 from prefopt.errors import ConfigError, DataError, RunError
-from prefopt.evaluate.recorded_votes import tier_outcome
 from prefopt.evaluate.score import RowScorer, TextScorer, load_row_scorer
-from prefopt.generate.chat_model import ChatRequest, ContextLengthError, RemoteChatModel
+from prefopt.evaluate.win_rate import tier_outcome
+from prefopt.generate.chat_model import ContextLengthError, Messages, RemoteChatModel
 from prefopt.records import Comparison, Message
 from prefopt.rewards import RULES, Reward, load_reward, prompt_text
 from prefopt.studies.votes import LONGEST_RATIONALE, Vote
@@ -57,14 +56,16 @@ class Question:
         return first.text, second.text
 
 
-class Judge(Protocol):
+class Judge(ABC):
     """Decides which of two responses is better."""
 
     name: str
 
     def notes(self) -> list[str]:
         """Lines for the report on how the votes came about."""
+        return []
 
+    @abstractmethod
     def __call__(self, questions: Sequence[Question]) -> list[Vote]:
         """A vote on each question, skipped with a reason where the judge cannot decide. Raises ``UserError``."""
 
@@ -77,9 +78,13 @@ def load_judge(config: CompareConfig, reward: Reward | None = None) -> Judge:
     assert name is not None
     kind, colon, rest = name.partition(":")
     if kind == "regex" and colon:
-        return RegexJudge(rest)
+        try:
+            pattern = re.compile(rest)
+        except re.error as error:
+            raise ConfigError(f"--judge {name}: no regular expression ({error})") from None
+        return TextJudge(name, lambda q, text: bool(pattern.search(text)))
     if name == "gsm8k":
-        return FinalAnswerJudge()
+        return TextJudge(name, lambda q, text: last_number(text) == _final_answer(q))
     if kind == "implicit" and colon:
         policy, comma, reference = rest.partition(",")
         if not (policy and comma and reference):
@@ -120,7 +125,7 @@ def vote_with_empty(judge: Judge, questions: Sequence[Question]) -> tuple[list[V
     return [next(judged) if vote is None else vote for vote in votes], sum(vote is not None for vote in votes)
 
 
-class ScoreJudge:
+class ScoreJudge(Judge):
     """The response with the higher score wins; equal scores tie."""
 
     def __init__(self, name: str, scorer: RowScorer) -> None:
@@ -135,44 +140,19 @@ class ScoreJudge:
         return [ScoredVote(vote_by_score(*pair).tiers, scores=(pair[0], pair[1])) for pair in scores]
 
 
-class RegexJudge:
-    """The response that matches a regular expression wins; both or neither tie."""
+class TextJudge(Judge):
+    """The response for which ``good`` holds wins; both or neither tie."""
 
-    def __init__(self, pattern: str) -> None:
-        """Raises :class:`ConfigError` where it is no regular expression."""
-        try:
-            self._pattern = re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(f"--judge regex:{pattern}: no regular expression ({error})") from None
-        self.name = f"regex:{pattern}"
-
-    def notes(self) -> list[str]:
-        return []
+    def __init__(self, name: str, good: Callable[[Question, str], bool]) -> None:
+        self.name, self._good = name, good
 
     def __call__(self, questions: Sequence[Question]) -> list[Vote]:
-        return [vote_by_score(*(bool(self._pattern.search(text)) for text in q.responses)) for q in questions]
+        return [vote_by_score(*(self._good(q, text) for text in q.responses)) for q in questions]
 
 
-# -- final answers (GSM8K) -------------------------------------------------------------------------------------
+# -- final answers (GSM8K): the last number of a response is right, where it follows #### in the row of --prompts ---
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-
-
-class FinalAnswerJudge:
-    """The response whose last number is the answer wins; the answer follows #### in the row of ``--prompts``."""
-
-    name = "gsm8k"
-
-    def notes(self) -> list[str]:
-        return []
-
-    def __call__(self, questions: Sequence[Question]) -> list[Vote]:
-        """Raises :class:`DataError` for a row without an answer."""
-        answers = [_answer(q) for q in questions]
-        return [
-            vote_by_score(*(last_number(text) == answer for text in q.responses))
-            for q, answer in zip(questions, answers, strict=True)
-        ]
 
 
 def last_number(text: str) -> str | None:
@@ -188,7 +168,8 @@ def last_number(text: str) -> str | None:
     return number.rstrip("0").rstrip(".") if "." in number else number
 
 
-def _answer(q: Question) -> str:
+def _final_answer(q: Question) -> str:
+    """Raises :class:`DataError` for a row without an answer."""
     file, row = q.pair.file or None, q.pair.row
     if q.row is None:
         raise DataError("its prompt is not in --prompts, where --judge gsm8k looks for the answer", file=file, row=row)
@@ -198,8 +179,6 @@ def _answer(q: Question) -> str:
             return number
     raise DataError("has no answer after ####, which --judge gsm8k compares with", file=file, row=row)
 
-
-# -- a language model as judge ---------------------------------------------------------------------------------
 
 ATTEMPTS = 3
 PAUSE = 2.0
@@ -214,7 +193,7 @@ VERDICT = re.compile(r"\[\[\s*(1|2|tie)\s*\]\]", re.I)
 TIERS = {"1": FIRST.tiers, "2": SECOND.tiers, "tie": TIE.tiers}
 
 
-class LlmJudge:
+class LlmJudge(Judge):
     """A language model behind an OpenAI-compatible URL, asked twice, once in each order: a preference that does not
     survive the swap is position bias, and counts as a tie. Answers are cached on disk, so that a question is paid for
     once. ``asked`` counts questions sent, ``cached`` those found on disk."""
@@ -244,22 +223,24 @@ class LlmJudge:
 
     def _answer(self, prompt: str, first: str, second: str) -> str:
         question = f"# Prompt\n\n{prompt}\n\n# First answer\n\n{first}\n\n# Second answer\n\n{second}"
-        path = self._cache_file(question)
+        key = json.dumps([self.name, SYSTEM, question]).encode("utf-8", "surrogatepass")
+        name = hashlib.blake2b(key, digest_size=16).hexdigest()
+        path = self._folder / name[:2] / f"{name}.json"
         try:
             answer = str(json.loads(path.read_text("utf-8"))["answer"])
             self.cached += 1
             return answer
         except Exception:  # absent or damaged: ask again
             self.asked += 1
-        answer = self._ask(ChatRequest((Message("system", SYSTEM), Message("user", question))))
+        answer = self._ask((Message("system", SYSTEM), Message("user", question)))
         if _verdict(answer) is not None:
             write_json(path, {"judge": self.name, "answer": answer})
         return answer
 
-    def _ask(self, request: ChatRequest) -> str:
+    def _ask(self, messages: Messages) -> str:
         for attempt in range(ATTEMPTS):
             try:
-                answer = "".join(self._model.answer(request, attempt))
+                answer = "".join(self._model.answer(messages, attempt))
                 if _verdict(answer) is not None or attempt == ATTEMPTS - 1:
                     return answer
             except ContextLengthError as error:
@@ -269,11 +250,6 @@ class LlmJudge:
                     raise
             time.sleep(PAUSE * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
-
-    def _cache_file(self, question: str) -> Path:
-        text = json.dumps([self.name, SYSTEM, question]).encode("utf-8", "surrogatepass")
-        name = hashlib.blake2b(text, digest_size=16).hexdigest()
-        return self._folder / name[:2] / f"{name}.json"
 
 
 def _verdict(answer: str) -> str | None:

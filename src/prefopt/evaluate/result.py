@@ -18,9 +18,9 @@ from prefopt.core.files import output_errors, replace_file
 from prefopt.core.statistics import MIN_PROMPTS, Interval
 from prefopt.data.files.sources import find_sources
 from prefopt.errors import ConfigError, DataError, RunError
-from prefopt.evaluate.sample_stats import SampleStats
+from prefopt.evaluate.samples import SampleStats
 from prefopt.evaluate.tasks import TaskChange
-from prefopt.evaluate.win_rate import LengthControlled, Verdict, WinRate
+from prefopt.evaluate.win_rate import LengthControlled, WinRate, swapped
 from prefopt.runs.diagnose import Change, Finding, change
 from prefopt.runs.history import History, read_history
 
@@ -40,6 +40,15 @@ class PairResult:
     longer: Interval | None = None
     tasks: list[TaskChange] = field(default_factory=list)
 
+    def swapped(self) -> PairResult:
+        """The second model against the first, without tasks."""
+        equal = self.equal_length
+        if equal is not None:
+            equal = replace(equal, rate=swapped(equal.rate, 1.0))  # the slope is the same
+        categories = {name: rate.swapped() for name, rate in self.categories.items()}
+        longer = swapped(self.longer, 0.0)
+        return PairResult(self.second, self.first, self.rate.swapped(), equal, categories, self.empty, longer)
+
     def lines(self) -> Iterator[str]:
         """The lines of a report."""
         r = self.rate
@@ -54,8 +63,9 @@ class PairResult:
             yield f"  {r.prompts} prompts are too few for a win rate; give at least {MIN_PROMPTS}, better 100"
         else:
             yield f"  win rate {_percent(r.rate)}, a tie counting half; sign test p = {r.p:.2g}"
-            if self.equal_length is not None:
-                yield f"  at equal length {_length_controlled(self.equal_length)}"
+            if (equal := self.equal_length) is not None:
+                why = ": one model's responses are longer in every comparison" if equal.rate is None else ""
+                yield f"  at equal length {_percent(equal.rate)}{why}"
             yield f"  {_no_difference(r) if r.verdict == 'not shown' else f'{self.first} is {r.verdict} by this judge'}"
         if (x := self.longer) is not None:
             yield f"  difference of length {x.mean:+.0f} characters [{x.low:+.0f}, {x.high:+.0f}]"
@@ -94,23 +104,17 @@ class CompareResult:
         yield f"judge: {self.judge}"
         yield from self.notes
         for pair in self.versus:
-            yield ""
-            yield from pair.lines()
+            yield from ("", *pair.lines())
         if self.strengths:
-            yield ""
-            yield "strength (Bradley-Terry, log-odds, 95 % interval over prompts):"
+            yield from ("", "strength (Bradley-Terry, log-odds, 95 % interval over prompts):")
             for name, s in sorted(self.strengths.items(), key=lambda item: -item[1].mean):
                 yield f"  {s.mean:+.2f} [{s.low:+.2f}, {s.high:+.2f}]  {name}"
         if self.findings:
-            yield ""
-            yield "what to look at:"
-            yield from (f"  - {finding.text}" for finding in self.findings)
+            yield from ("", "what to look at:", *(f"  - {finding.text}" for finding in self.findings))
         for name, stats in self.models.items():
-            yield ""
-            yield f"{name}: {', '.join(_describe_samples(stats))}"
+            yield from ("", f"{name}: {', '.join(_describe_samples(stats))}")
         if self.output is not None:
-            yield ""
-            yield f"written: {self.output}"
+            yield from ("", f"written: {self.output}")
 
 
 def _no_difference(r: WinRate) -> str:
@@ -121,14 +125,8 @@ def _no_difference(r: WinRate) -> str:
     return f"no difference is shown; if it is as large as it looks, about {r.needed:,} prompts would show it"
 
 
-def _length_controlled(found: LengthControlled) -> str:
-    if found.rate is None:
-        return "unknown: one model's responses are longer in every comparison"
-    return _percent(found.rate)
-
-
-def _percent(i: Interval) -> str:
-    return f"{i.mean:.1%} [{i.low:.1%}, {i.high:.1%}]"
+def _percent(i: Interval | None) -> str:
+    return "unknown" if i is None else f"{i.mean:.1%} [{i.low:.1%}, {i.high:.1%}]"
 
 
 def _describe_samples(s: SampleStats) -> Iterator[str]:
@@ -144,9 +142,6 @@ def _describe_samples(s: SampleStats) -> Iterator[str]:
         yield f"KL to the reference {kl.k1.mean:.2f} ± {kl.error:.2f} nats per response (k1), {kl.k3:.2f} (k3)"
     if s.perplexity is not None:
         yield f"perplexity of the held-out data {s.perplexity:.2f}"
-
-
-# -- the file of judged pairs ----------------------------------------------------------------------------------
 
 
 def check_output(config: CompareConfig, data: Sequence[str]) -> None:
@@ -185,94 +180,59 @@ REPETITION_RATIO = 2.0  # ... this many times the other model's
 MIN_SAMPLES = 10
 REWARDS = ("objective/scores", "rewards/margins")
 """Training metrics that optimisation raises: the score of PPO's samples, and the implicit reward margin."""
-TURNED: dict[Verdict, Verdict] = {"better": "worse", "worse": "better", "not shown": "not shown"}
-
-
-@dataclass(frozen=True, slots=True)
-class _View:
-    """A pair of models seen from one of them. ``apart``: one model's responses are longer in every comparison."""
-
-    name: str
-    other: str
-    rate: Interval
-    verdict: Verdict
-    equal: Interval | None
-    apart: bool
-    longer: Interval | None
 
 
 def findings(pair: PairResult, models: Mapping[str, SampleStats]) -> list[Finding]:
     """Signs of length exploitation, over-optimisation and repetition in either model; none for too few prompts."""
-    found: list[Finding] = []
-    for view in _views(pair):
-        found += [*_length_exploited(view), *_over_optimised(view, models), *_repeats(view, models)]
-    return found
+    if pair.rate.rate is None:
+        return []
+    sides = (pair, pair.swapped())
+    checks = (_length_exploited, _over_optimised, _repeats)
+    return [finding for side in sides for check in checks for finding in check(side, models)]
 
 
-def _views(pair: PairResult) -> Iterator[_View]:
-    rate, verdict, longer = pair.rate.rate, pair.rate.verdict, pair.longer
-    if rate is None or verdict is None:
+def _length_exploited(v: PairResult, models: Mapping[str, SampleStats]) -> Iterator[Finding]:
+    """The first model wins with longer responses, but not at equal length."""
+    if v.longer is None or v.rate.verdict != "better" or v.longer.low <= 0 or v.equal_length is None:
         return
-    equal = None if pair.equal_length is None else pair.equal_length.rate
-    apart = pair.equal_length is not None and equal is None
-    yield _View(pair.first, pair.second, rate, verdict, equal, apart, longer)
-    yield _View(
-        pair.second,
-        pair.first,
-        _turned(rate, 1.0),
-        TURNED[verdict],
-        None if equal is None else _turned(equal, 1.0),
-        apart,
-        None if longer is None else _turned(longer, 0.0),
-    )
-
-
-def _turned(i: Interval, whole: float) -> Interval:
-    return Interval(whole - i.mean, whole - i.high, whole - i.low, i.count, i.level)
-
-
-def _length_exploited(v: _View) -> Iterator[Finding]:
-    """It wins with longer responses, but not at equal length."""
-    if v.longer is None or v.verdict != "better" or v.longer.low <= 0:
-        return
-    if v.apart:
+    equal = v.equal_length.rate
+    if equal is None:
         at_equal = "as they are in every comparison, its win rate at equal length is unknown"
-    elif v.equal is not None and v.equal.low <= 0.5:
-        at_equal = f"at equal length it wins {_percent(v.equal)}, which shows no gain"
+    elif equal.low <= 0.5:
+        at_equal = f"at equal length it wins {_percent(equal)}, which shows no gain"
     else:
         return
     yield Finding(
         "length exploited",
-        f"{v.name} wins {_percent(v.rate)} against {v.other}, but its responses are longer by {v.longer.mean:.0f}"
-        f" characters [{v.longer.low:.0f}, {v.longer.high:.0f}], and {at_equal}: it may have learnt length alone. Check"
-        " with a judge that ignores length; train on pairs of like length, or with --loss r_dpo or ld_dpo",
+        f"{v.first} wins {_percent(v.rate.rate)} against {v.second}, but its responses are longer by"
+        f" {v.longer.mean:.0f} characters [{v.longer.low:.0f}, {v.longer.high:.0f}], and {at_equal}: it may have learnt"
+        " length alone. Check with a judge that ignores length; train on pairs of like length, or with --loss r_dpo or"
+        " ld_dpo",
         look=True,
     )
 
 
-def _over_optimised(v: _View, models: Mapping[str, SampleStats]) -> Iterator[Finding]:
-    """Training raised its reward, and the judge finds it worse than the model it started from, or than one of the same
-    start and data whose reward was raised less."""
-    run = _run_of(v.name)
-    raised = _raised(run)
-    if run is None or raised is None or v.verdict != "worse":
+def _over_optimised(v: PairResult, models: Mapping[str, SampleStats]) -> Iterator[Finding]:
+    """Training raised the first model's reward, and the judge finds it worse than the model it started from, or than
+    one of the same start and data whose reward was raised less."""
+    run = _run_of(v.first)
+    raised = None if run is None else _raised(run)
+    if run is None or raised is None or v.rate.verdict != "worse":
         return
     metric, by = raised
     what = "which it started from"
-    if not _same(run.options.get("model"), v.other):
-        other = _run_of(v.other)
-        before = _raised(other)
-        if other is None or before is None or before[0] != metric or before[1].last >= by.last:
+    start, data = run.options.get("model"), run.record.get("data")
+    if not _same(start, v.second):
+        other = _run_of(v.second)
+        if other is None or data is None or data != other.record.get("data"):
             return
-        data = run.record.get("data")
-        if (
-            data is None
-            or data != other.record.get("data")
-            or not _same(run.options.get("model"), other.options.get("model"))
-        ):
+        before = _raised(other)
+        if before is None or before[0] != metric or before[1].last >= by.last:
+            return
+        if not _same(start, other.options.get("model")):
             return
         what = f"which was trained less far (to {before[1].last:.3g})"
-    stats = models.get(v.name)
+    stats = models.get(v.first)
     kl = "" if stats is None or stats.distance is None else f"; its KL is {stats.distance.k1.mean:.3g} nats"
     remedy = (
         "a larger --beta or a lower --kl-target, fewer steps, or a reward model trained on such samples"
@@ -281,23 +241,24 @@ def _over_optimised(v: _View, models: Mapping[str, SampleStats]) -> Iterator[Fin
     )
     yield Finding(
         "over-optimised",
-        f"training raised the reward of {v.name} ({metric} from {by.first:.3g} to {by.last:.3g}), but the judge finds"
-        f" it worse than {v.other}, {what}: it wins {_percent(v.rate)}{kl}. The reward no longer follows the judge:"
-        f" try {remedy}",
+        f"training raised the reward of {v.first} ({metric} from {by.first:.3g} to {by.last:.3g}), but the judge finds"
+        f" it worse than {v.second}, {what}: it wins {_percent(v.rate.rate)}{kl}. The reward no longer follows the"
+        f" judge: try {remedy}",
         look=True,
     )
 
 
-def _repeats(v: _View, models: Mapping[str, SampleStats]) -> Iterator[Finding]:
-    mine, theirs = models.get(v.name), models.get(v.other)
+def _repeats(v: PairResult, models: Mapping[str, SampleStats]) -> Iterator[Finding]:
+    """More of the first model's words repeat than of the second's."""
+    mine, theirs = models.get(v.first), models.get(v.second)
     if mine is None or theirs is None or mine.samples < MIN_SAMPLES:
         return
     if mine.repetition > REPETITION and mine.repetition > REPETITION_RATIO * theirs.repetition:
         yield Finding(
             "repeats itself",
-            f"samples of {v.name} repeat themselves: {mine.repetition:.0%} of their 4-grams occurred before in the same"
-            f" sample, and {theirs.repetition:.0%} in those of {v.other}. If preference training did this, try a larger"
-            " --beta, a smaller --learning-rate, or a loss that keeps chosen responses likely",
+            f"samples of {v.first} repeat themselves: {mine.repetition:.0%} of their 4-grams occurred before in the"
+            f" same sample, and {theirs.repetition:.0%} in those of {v.second}. If preference training did this, try a"
+            " larger --beta, a smaller --learning-rate, or a loss that keeps chosen responses likely",
             look=True,
         )
 
@@ -317,10 +278,9 @@ def _same(one: object, two: object) -> bool:
     return one == two or (Path(one).exists() and Path(two).exists() and Path(one).samefile(two))
 
 
-def _raised(run: History | None) -> tuple[str, Change] | None:
+def _raised(run: History) -> tuple[str, Change] | None:
     """The reward metric that training raised, if any."""
-    for name in REWARDS if run is not None else ():
-        assert run is not None
+    for name in REWARDS:
         found = change(run.curve(name))
         if found is not None and found.direction > 0:
             return name, found

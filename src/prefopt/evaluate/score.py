@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from prefopt.errors import DataError, ModelError, RunError
 from prefopt.evaluate.win_rate import Floats
 from prefopt.model.architectures import context_length
 from prefopt.model.load import base_and_adapter, load_config, load_model, local_folder
-from prefopt.model.packing import pack, split
+from prefopt.model.packing import packed_batches
 from prefopt.model.precision import freeze_and_cast, resolve_device, resolve_dtype
 from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar, response_rewards
 from prefopt.model.scorer import PackedModel, Scorer, response_sums
@@ -42,16 +41,8 @@ BATCH = 256
 """Rows that a scorer gets at once."""
 
 
-class RowScorer(Protocol):
-    """Scores [K] for the K responses of each row. ``truncated`` counts rows that were too long for a model."""
-
-    truncated: int
-
-    def __call__(self, rows: Sequence[Comparison]) -> list[tuple[float, ...]]: ...
-
-
 class TextScorer:
-    """A rule or a function of prompt and response texts."""
+    """A rule or a function of prompt and response texts. ``truncated`` counts rows that were too long for a model."""
 
     truncated = 0
 
@@ -59,6 +50,7 @@ class TextScorer:
         self._reward = reward
 
     def __call__(self, rows: Sequence[Comparison]) -> list[tuple[float, ...]]:
+        """Scores [K] for the K responses of each row."""
         prompts = [prompt_text(c) for c in rows for _ in c.responses]
         scores = iter(self._reward(prompts, [r.text for c in rows for r in c.responses]))
         return [tuple(islice(scores, len(c.responses))) for c in rows]
@@ -72,7 +64,8 @@ class ModelScorer:
         self.truncated = 0
 
     def __call__(self, rows: Sequence[Comparison]) -> list[tuple[float, ...]]:
-        """Raises :class:`DataError` for a row that cannot be rendered, :class:`ModelError` for scores not finite."""
+        """As :meth:`TextScorer.__call__`. Raises :class:`DataError` for a row that cannot be rendered, and
+        :class:`ModelError` for scores that are not finite."""
         # Without preferences: they do not matter here, and equal responses are no mistake.
         bare = [replace(c, tiers=(), scores=None, labels=None, votes=None) for c in rows]
         groups = []
@@ -91,16 +84,24 @@ class ModelScorer:
         return scores
 
 
+RowScorer = TextScorer | ModelScorer
+
+
 def load_row_scorer(config: ScoreConfig) -> RowScorer:
     """The scorer that ``--reward`` names: a rule, a function, a reward model or the implicit reward."""
     if not config.by_model:
         return TextScorer(load_reward(config.reward))
-    return implicit_reward_scorer(config) if config.reward == IMPLICIT else reward_model_scorer(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    load = implicit_reward_scorer if config.reward == IMPLICIT else reward_model_scorer
+    return load(config, device, dtype)
 
 
-def reward_model_scorer(config: ScoreConfig) -> ModelScorer:
+def reward_model_scorer(config: ScoreConfig, device: torch.device, dtype: torch.dtype) -> ModelScorer:
     """Raises :class:`ModelError` where ``--reward`` is no reward model, or has another number of labels."""
-    source, device, dtype = _load_options(config, config.reward)
+    source = local_folder(config.reward)
     if not has_scalar_head(source):
         raise ModelError(
             f"--reward {config.reward} is a language model, which gives no score: prefopt reward makes one that does,"
@@ -116,21 +117,19 @@ def reward_model_scorer(config: ScoreConfig) -> ModelScorer:
     return ModelScorer(f"the reward model {config.reward}", score, _renderer(config, tokenizer, source))
 
 
-def implicit_reward_scorer(config: ScoreConfig) -> ModelScorer:
+def implicit_reward_scorer(config: ScoreConfig, device: torch.device, dtype: torch.dtype) -> ModelScorer:
     """beta log(pi(y|x) / ref(y|x)): Rafailov et al. 2023, equation 5 without its term of the prompt alone.
 
     Raises :class:`ModelError` where the tokenizers of policy and reference differ.
     """
     assert config.model is not None and config.beta is not None
-    _, device, dtype = _load_options(config, config.model)
     source, adapter = base_and_adapter(config.model, config.adapter)
     reference = config.reference or (config.model if config.adapter is not None else source)
     other = local_folder(reference)
     tokenizer = tokenizer_of_name(config.model, config.adapter)
     if load_tokenizer(other).get_vocab() != tokenizer.get_vocab():
-        raise ModelError(
-            f"--reference {reference} has another tokenizer than --model {config.model}: their tokens differ"
-        )
+        what = f"has another tokenizer than --model {config.model}: their tokens differ"
+        raise ModelError(f"--reference {reference} {what}")
     scorers = [
         Scorer(load_model(folder, dtype=dtype, device=device, adapter=a).requires_grad_(False)).eval()
         for folder, a in ((source, adapter), (other, None))
@@ -149,18 +148,9 @@ def implicit_reward_scorer(config: ScoreConfig) -> ModelScorer:
 def response_logprobs(scorer: PackedModel, groups: Sequence[Group], token_budget: int) -> Floats:
     """Log-probability [N] of the trained tokens of every response, group after group."""
     device = next(scorer.model.parameters()).device
-    parts = []
-    for part in split(range(len(groups)), [scorer.layout.cost(g) for g in groups], token_budget):
-        batch = pack([groups[i] for i in part], scorer.layout).to(device)
-        parts.append(response_sums(scorer(batch), batch).double().cpu().numpy())
+    batches = packed_batches(groups, scorer.layout, token_budget, device)
+    parts = [response_sums(scorer(batch), batch).double().cpu().numpy() for batch in batches]
     return np.concatenate(parts) if parts else np.empty(0)
-
-
-def _load_options(config: ScoreConfig, name: str) -> tuple[str, torch.device, torch.dtype]:
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = resolve_device(config.device)
-    return local_folder(name), device, resolve_dtype(config.dtype, device)
 
 
 def _renderer(config: ScoreConfig, tokenizer: Tokenizer, *sources: str) -> Renderer:
@@ -219,18 +209,15 @@ def run(config: ScoreConfig) -> ScoreResult:
                     rows += 1
                     values += scores
                     if before.pairs:
-                        agreements.setdefault(before.prompt_key, []).append(agreement(before.pairs, scores))
+                        # Equal scores count half.
+                        ordered = [0.5 + 0.5 * np.sign(scores[best] - scores[worse]) for best, worse in before.pairs]
+                        agreements.setdefault(before.prompt_key, []).append(float(np.mean(ordered)))
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
     interval = rate_interval([np.mean(of_prompt) for of_prompt in agreements.values()]) if agreements else None
     mean, spread = float(np.mean(values)), float(np.std(values))
     return ScoreResult(path, rows, len(values), mean, spread, interval, scorer.truncated)
-
-
-def agreement(pairs: Sequence[tuple[int, int]], scores: Sequence[float]) -> float:
-    """The fraction of (preferred, dispreferred) pairs that scores order likewise; equal scores count half."""
-    return float(np.mean([0.5 + 0.5 * np.sign(scores[best] - scores[worse]) for best, worse in pairs]))
 
 
 def _scored(config: ScoreConfig, scorer: RowScorer) -> Iterator[tuple[Comparison, tuple[float, ...]]]:

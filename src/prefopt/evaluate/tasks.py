@@ -16,8 +16,6 @@ from prefopt.errors import ConfigError, DataError, RunError, first_line
 from prefopt.evaluate.win_rate import Z95
 from prefopt.model.supported import safe_attention
 
-INSTALL = 'pip install "prefopt[lm-eval]"'
-
 
 @dataclass(frozen=True, slots=True)
 class TaskScore:
@@ -34,7 +32,7 @@ class TaskScore:
 
 @dataclass(frozen=True, slots=True)
 class TaskChange:
-    """A metric of two models. ``difference``: first less second; ``error``: its standard error, ``paired`` by question
+    """A metric of two models. ``difference``: first minus second; ``error``: its standard error, ``paired`` by question
     where values by question are known, else as of independent runs."""
 
     task: str
@@ -62,10 +60,8 @@ class TaskChange:
         """The line of a report."""
         error = "" if self.error is None else f" ± {self.error:.3f}"
         count = "" if self.questions is None else f", {self.questions:,} questions"
-        return (
-            f"{self.task} {self.metric}: {self.first:.3f} against {self.second:.3f},"
-            f" {self.difference:+.3f}{error}{count}: {self.verdict}"
-        )
+        values = f"{self.first:.3f} against {self.second:.3f}, {self.difference:+.3f}{error}{count}"
+        return f"{self.task} {self.metric}: {values}: {self.verdict}"
 
 
 class Harness:
@@ -77,7 +73,8 @@ class Harness:
             import lm_eval
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise ConfigError(f"--tasks needs lm-eval, which is not installed ({error}): {INSTALL}") from None
+            install = 'pip install "prefopt[lm-eval]"'
+            raise ConfigError(f"--tasks needs lm-eval, which is not installed ({error}): {install}") from None
         self._evaluate, self._manager = lm_eval.simple_evaluate, TaskManager(include_path=task_folder)
         self._tasks, self._limit = list(tasks), limit
         known = [*self._manager.all_tasks]
@@ -86,12 +83,14 @@ class Harness:
 
     def scores(self, name: str, folder: str, adapter: str | None, *, dtype: str, device: str) -> list[TaskScore]:
         """The metrics of the model in ``folder`` with ``adapter``. Raises :class:`RunError` where lm-eval fails."""
+        arguments = {"pretrained": folder, "dtype": dtype, **safe_attention(folder)}
+        if adapter:
+            arguments["peft"] = adapter
         try:
             with redirect_stdout(sys.stderr):  # stdout is for --json
                 found = self._evaluate(
                     model="hf",
-                    model_args={"pretrained": folder, "dtype": dtype, **safe_attention(folder)}
-                    | ({"peft": adapter} if adapter else {}),
+                    model_args=arguments,
                     tasks=self._tasks,
                     task_manager=self._manager,
                     device=device,
@@ -142,13 +141,13 @@ def _of_task(results: Mapping[str, Any], task: str, values: Mapping[str, Any]) -
                 float(error) if isinstance(error, (int, float)) else None,
                 int(count) if isinstance(count, int) else None,
                 better.get(metric),
-                _questions((results.get("samples") or {}).get(task) or [], metric, kind),
+                _of_questions((results.get("samples") or {}).get(task) or [], metric, kind),
             )
         )
     return scores
 
 
-def _questions(samples: Sequence[Mapping[str, Any]], metric: str, kind: str) -> dict[int, float]:
+def _of_questions(samples: Sequence[Mapping[str, Any]], metric: str, kind: str) -> dict[int, float]:
     found: dict[int, float] = {}
     for sample in samples:
         if sample.get("filter", kind) == kind:
@@ -164,21 +163,12 @@ def changes(first: Sequence[TaskScore], second: Sequence[TaskScore]) -> list[Tas
 
 
 def _change(a: TaskScore, b: TaskScore) -> TaskChange:
-    difference, paired = a.value - b.value, _paired(a, b)
-    error = paired
+    error = paired = _paired(a, b)
     if error is None and a.error is not None and b.error is not None:
         error = float(np.hypot(a.error, b.error))
-    return TaskChange(
-        a.task,
-        a.metric,
-        a.value,
-        b.value,
-        difference,
-        error,
-        paired is not None,
-        a.questions if a.questions == b.questions else None,
-        a.higher_is_better,
-    )
+    questions = a.questions if a.questions == b.questions else None
+    values = (a.value, b.value, a.value - b.value)
+    return TaskChange(a.task, a.metric, *values, error, paired is not None, questions, a.higher_is_better)
 
 
 def _paired(a: TaskScore, b: TaskScore) -> float | None:

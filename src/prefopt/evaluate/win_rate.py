@@ -14,7 +14,7 @@ correlated, so prompts are counted, not samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -33,6 +33,14 @@ Z95 = float(ndtri(0.975))
 PRIOR = 1e-3
 """Precision of a normal prior on Bradley-Terry strengths in log-odds: it only keeps fits finite where a model never
 lost."""
+
+
+def tier_outcome(tiers: Iterable[Iterable[int]], i: int = 0, k: int = 1) -> float:
+    """1 where tiers rank response ``i`` above ``k``, 1/2 for the same tier, 0 below; NaN where one is not ranked."""
+    rank = {response: n for n, tier in enumerate(tiers) for response in tier}
+    if i not in rank or k not in rank:
+        return math.nan
+    return 0.5 if rank[i] == rank[k] else float(rank[i] < rank[k])
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +63,17 @@ class WinRate:
     needed: int | None
     verdict: Verdict | None = None
 
+    def swapped(self) -> WinRate:
+        """The rate of the second model."""
+        opposite: dict[Verdict | None, Verdict] = {"better": "worse", "worse": "better"}
+        verdict = opposite.get(self.verdict, self.verdict)
+        return replace(self, wins=self.losses, losses=self.wins, rate=swapped(self.rate, 1.0), verdict=verdict)
+
+
+def swapped(i: Interval | None, total: float) -> Interval | None:
+    """The interval of ``total`` minus a value."""
+    return None if i is None else replace(i, mean=total - i.mean, low=total - i.high, high=total - i.low)
+
 
 def win_rate(outcomes: npt.ArrayLike) -> WinRate:
     """The win rate of outcomes [prompts, samples], NaN where undecided, with the interval of :func:`rate_interval`."""
@@ -68,13 +87,14 @@ def win_rate(outcomes: npt.ArrayLike) -> WinRate:
         return counts
     above, below = int((means > 0.5).sum()), int((means < 0.5).sum())
     rate, p = rate_interval(means), sign_test(above, below)
-    return replace(counts, rate=rate, p=p, needed=_needed(means), verdict=_verdict(rate, p, above - below))
-
-
-def _verdict(rate: Interval, p: float, lean: int) -> Verdict:
-    if p >= 0.05 or not rate.excludes(0.5) or (lean > 0) != (rate.mean > 0.5):
-        return "not shown"
-    return "better" if lean > 0 else "worse"
+    verdict: Verdict = "better" if above > below else "worse"
+    if p >= 0.05 or not rate.excludes(0.5) or (above > below) != (rate.mean > 0.5):
+        verdict = "not shown"
+    needed = None
+    if difference := float(means.mean()) - 0.5:
+        variance = float(means.var(ddof=1)) or 1 / len(means)
+        needed = max(MIN_PROMPTS, math.ceil((Z95 + float(ndtri(0.8))) ** 2 * variance / difference**2))
+    return replace(counts, rate=rate, p=p, needed=needed, verdict=verdict)
 
 
 def sign_test(above: int, below: int) -> float:
@@ -84,17 +104,6 @@ def sign_test(above: int, below: int) -> float:
     (0.021484375, 1.0)
     """
     return min(1.0, 2 * float(bdtr(min(above, below), above + below, 0.5)))
-
-
-def _needed(means: Floats) -> int | None:
-    difference = float(means.mean()) - 0.5
-    if not difference:
-        return None
-    variance = float(means.var(ddof=1)) or 1 / len(means)
-    return max(MIN_PROMPTS, math.ceil((Z95 + float(ndtri(0.8))) ** 2 * variance / difference**2))
-
-
-# -- win rate at equal length ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,15 +148,12 @@ def length_controlled(outcomes: npt.ArrayLike, longer: npt.ArrayLike) -> LengthC
     half = student(prompts + 1) * np.sqrt(np.diag(cover))
     low, high = (beta - half).tolist(), (beta + half).tolist()
     slope = Interval(float(beta[1]), low[1], high[1], prompts)
-    return LengthControlled(_rate_at_zero(float(beta[0]), float(half[0]), prompts), slope)
-
-
-def _rate_at_zero(log_odds: float, half: float, prompts: int) -> Interval:
-    """On each side the wider of two intervals: of the log-odds, and of the rate itself (delta method), clipped to
-    [0, 1]. Near 1 the former excludes rates that so few losses cannot rule out."""
-    rate, below, above = (float(expit(v)) for v in (log_odds, log_odds - half, log_odds + half))
-    delta = rate * (1 - rate) * half
-    return Interval(rate, max(0.0, min(below, rate - delta)), min(1.0, max(above, rate + delta)), prompts)
+    # On each side the wider of two intervals: of the log-odds, and of the rate itself (delta method). Near 1 the former
+    # excludes rates that so few losses cannot rule out.
+    rate, below, above = (float(expit(v)) for v in (beta[0], low[0], high[0]))
+    delta = rate * (1 - rate) * float(half[0])
+    bounds = (max(0.0, min(below, rate - delta)), min(1.0, max(above, rate + delta)))
+    return LengthControlled(Interval(rate, *bounds, prompts), slope)
 
 
 def _logistic_regression(x: Floats, y: Floats, prior: Floats) -> Floats:
@@ -163,43 +169,27 @@ def _logistic_regression(x: Floats, y: Floats, prior: Floats) -> Floats:
     return beta
 
 
-# -- Bradley-Terry strengths -----------------------------------------------------------------------------------
+def win_counts(games: Sequence[tuple[int, int, int, float]], models: int) -> Floats:
+    """Wins of one model over another, [prompts, models, models], of games (first, second, prompt, outcome); a tie is
+    half a win of each."""
+    table = np.array(games, np.float64).reshape(-1, 4)
+    first, second, prompt = table[:, :3].astype(np.int64).T
+    names, place = np.unique(prompt, return_inverse=True)
+    found = np.zeros((len(names), models, models))
+    np.add.at(found, (place, first, second), table[:, 3])
+    np.add.at(found, (place, second, first), 1 - table[:, 3])
+    return found
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Games:
-    """Comparisons [n]: ``first`` and ``second`` model, ``prompt``, ``outcome`` (1 the first won, 1/2, 0)."""
-
-    first: Ints
-    second: Ints
-    prompt: Ints
-    outcome: Floats
-
-    @classmethod
-    def of(cls, rows: Sequence[tuple[int, int, int, float]]) -> Games:
-        """From rows (first, second, prompt, outcome)."""
-        table = np.array(rows, np.float64).reshape(-1, 4)
-        first, second, prompt = table[:, :3].astype(np.int64).T
-        return cls(first, second, prompt, table[:, 3])
-
-    def wins(self, models: int) -> Floats:
-        """[prompts, models, models]: wins of one model over another, a tie half a win of each."""
-        names, place = np.unique(self.prompt, return_inverse=True)
-        found = np.zeros((len(names), models, models))
-        np.add.at(found, (place, self.first, self.second), self.outcome)
-        np.add.at(found, (place, self.second, self.first), 1 - self.outcome)
-        return found
-
-
-def connected_groups(games: Games, models: int) -> list[list[int]]:
-    """Strongly connected components of the graph "won against or tied with". Strengths are finite within one component
-    only: between two of them the likelihood has no maximum (Ford 1957).
+def connected_groups(wins: Floats) -> list[list[int]]:
+    """Strongly connected components of the graph "won against or tied with", from :func:`win_counts`. Strengths are
+    finite within one component only: between two of them the likelihood has no maximum (Ford 1957).
 
     >>> both = [(0, 1, 0, 1.0), (0, 1, 1, 0.0)]
-    >>> connected_groups(Games.of([*both, (1, 2, 0, 0.5)]), 3), connected_groups(Games.of([*both, (1, 2, 0, 1.0)]), 3)
-    ([[0, 1, 2]], [[0, 1], [2]])
+    >>> [connected_groups(win_counts([*both, (1, 2, 0, outcome)], 3)) for outcome in (0.5, 1.0)]
+    [[[0, 1, 2]], [[0, 1], [2]]]
     """
-    _, label = connected_components(games.wins(models).sum(0) > 0, connection="strong")
+    _, label = connected_components(wins.sum(0) > 0, connection="strong")
     return sorted(np.flatnonzero(label == n).tolist() for n in np.unique(label))
 
 
@@ -224,18 +214,18 @@ def fit_strengths(wins: Floats) -> Floats:
     return centred
 
 
-def bradley_terry(games: Games, models: int, *, resamples: int = 1000, seed: int = 0) -> list[Interval]:
-    """The strength of each model of one connected group, with percentile bootstrap intervals over prompts.
+def bradley_terry(wins: Floats, *, resamples: int = 1000, seed: int = 0) -> list[Interval]:
+    """The strength of each model of one connected group, with percentile bootstrap intervals over prompts, from
+    :func:`win_counts`.
 
     Intervals are too narrow where one model wins nearly always: at 4 and more log-odds apart they covered 75 to 83 % in
     simulations.
 
-    >>> games = Games.of([(0, 1, k, 1.0) for k in range(30)] + [(0, 1, k, 0.0) for k in range(10)])  # won 30 of 40
-    >>> (a, b) = bradley_terry(games, 2)
+    >>> games = [(0, 1, k, 1.0) for k in range(30)] + [(0, 1, k, 0.0) for k in range(10)]  # won 30 of 40
+    >>> (a, b) = bradley_terry(win_counts(games, 2))
     >>> round(a.mean - b.mean, 2), round(math.log(30 / 10), 2)
     (1.1, 1.1)
     """
-    wins = games.wins(models)
     prompts = len(wins)
     rng = np.random.Generator(np.random.PCG64(seed))
     times = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples).astype(np.float64)

@@ -8,15 +8,14 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
-from typing import Any, Protocol
+from typing import Any
 
 from prefopt.data.chat.render import Renderer
 from prefopt.data.tokenizer import Tokenizer
 from prefopt.data.validate import Problem
 from prefopt.errors import ConfigError, RunError
-from prefopt.generate.model_io import CONTEXT_TOKENS, SampledModel, decode
+from prefopt.generate.model_io import CONTEXT_TOKENS, SampledModel, continuation
 from prefopt.generate.sampler import Ids, SamplingParams
 from prefopt.generate.transformers_sampler import TransformersSampler
 from prefopt.records import Comparison, Message
@@ -31,43 +30,15 @@ CHARACTER_TOKENS = 8
 """Tokens of one character at most; more that do not decode are shown as they are."""
 
 
-@dataclass(frozen=True, slots=True)
-class ChatRequest:
-    """The messages that a model will answer, and how many of the oldest were dropped to fit its context."""
-
-    messages: Messages
-    dropped: int = 0
-
-
 class ContextLengthError(RunError):
     """The conversation exceeds the context; without its oldest messages it may fit."""
 
 
-class ChatModel(Protocol):
-    """Answers conversations and completes text, streaming chunks of text."""
-
-    name: str
-
-    def fit(self, messages: Messages) -> ChatRequest:
-        """The messages without the oldest that do not fit. Raises :class:`RunError` where the last one alone is too
-        long."""
-
-    def answer(self, request: ChatRequest, attempt: int) -> Iterator[str]:
-        """The answer; another ``attempt`` is another sample.
-
-        Raises :class:`prefopt.errors.UserError`, before the first chunk :class:`ContextLengthError`.
-        """
-
-    def complete(self, text: str, attempt: int) -> Iterator[str]:
-        """The continuation of a text."""
-
-
-def drop_oldest(request: ChatRequest) -> ChatRequest | None:
-    """The request without its oldest question and answer; the system message stays. None for the last question."""
-    messages = request.messages
+def drop_oldest(messages: Messages) -> Messages | None:
+    """The conversation without its oldest question and answer; the system message stays. None for the last question."""
     system, rest = (messages[:1], messages[1:]) if messages and messages[0].role == "system" else ((), messages)
     later = next((i for i, m in enumerate(rest) if i and m.role == "user"), 0)
-    return ChatRequest(system + rest[later:], request.dropped + later) if later else None
+    return system + rest[later:] if later else None
 
 
 def with_system(system: str | None, messages: Sequence[Message]) -> Messages:
@@ -76,7 +47,7 @@ def with_system(system: str | None, messages: Sequence[Message]) -> Messages:
 
 
 class LocalChatModel:
-    """A model on this machine. ``note`` says in one line what is slow."""
+    """A model on this machine. ``note`` says in one line what is slow; another ``attempt`` is another sample."""
 
     def __init__(self, model: SampledModel, renderer: Renderer, params: SamplingParams) -> None:
         self.model, self.params = model, params
@@ -86,21 +57,14 @@ class LocalChatModel:
         plain = renderer.rendering.chat_template is None and model.tokenizer.chat_template is None
         self._stops = PLAIN_STOPS if plain else ()
 
-    def fit(self, messages: Messages) -> ChatRequest:
-        """Leaves room for an answer: ``max_new_tokens``, or a quarter of the context."""
-        request: ChatRequest | None = ChatRequest(messages)
-        while request is not None:
-            ids = self._ids(Comparison(request.messages, (), (), 0))
-            if self.model.context is None or len(ids) <= self._prompt_limit(self.model.context):
-                return request
-            request = drop_oldest(request)
-        raise RunError(
-            f"this message alone has {len(ids)} tokens, and the model's context is {self.model.context}: shorten it"
-        )
-
-    def answer(self, request: ChatRequest, attempt: int) -> Iterator[str]:
-        """The answer without leading white space."""
-        chunks = self._stream(self._ids(Comparison(request.messages, (), (), 0)), attempt, self._stops)
+    def answer(self, messages: Messages, attempt: int) -> Iterator[str]:
+        """The answer without leading white space. Raises :class:`ContextLengthError` where the context has no room for
+        ``max_new_tokens`` more, or for a quarter of it."""
+        ids, context = self._ids(Comparison(messages, (), (), 0)), self.model.context
+        if context is not None and len(ids) > self._prompt_limit(context):
+            what = f"{len(ids)} tokens are too many for the model's context of {context}"
+            raise ContextLengthError(f"{what}: shorten the message")
+        chunks = self._stream(ids, attempt, self._stops)
         for chunk in chunks:
             if chunk.strip():
                 yield chunk.lstrip()
@@ -160,35 +124,27 @@ class TextStream:
 
     def add(self, token: int) -> str:
         """The text to show after one more token."""
-        if self.ended:
-            return ""
         self._fresh.append(token)
-        return self._release(self._decode(final=False), final=False)
+        return self._release(final=False)
 
     def finish(self) -> str:
         """The text that was held back, after the last token."""
-        return "" if self.ended else self._release(self._decode(final=True), final=True)
+        return self._release(final=True)
 
-    def _decode(self, final: bool) -> str:
-        """The text of the fresh tokens, empty while their last character is incomplete."""
-        if not self._fresh:
+    def _release(self, final: bool) -> str:
+        if self.ended:
             return ""
-        start, whole = decode(self._tokenizer, self._before), decode(self._tokenizer, self._before + self._fresh)
-        new = whole[len(start) :] if whole.startswith(start) else decode(self._tokenizer, self._fresh)
-        if new.endswith(BROKEN) and not final and len(self._fresh) < CHARACTER_TOKENS:
-            return ""
-        self._before = (self._before + self._fresh)[-CONTEXT_TOKENS:]
-        self._fresh = []
-        return new
-
-    def _release(self, new: str, final: bool) -> str:
-        self._held += new
-        found = [at for s in self._stops if (at := self._held.find(s)) >= 0]
+        new = continuation(self._tokenizer, self._before, self._fresh) if self._fresh else ""
+        # The last character may be incomplete.
+        if final or not new.endswith(BROKEN) or len(self._fresh) >= CHARACTER_TOKENS:
+            self._held += new
+            self._before, self._fresh = (self._before + self._fresh)[-CONTEXT_TOKENS:], []
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             self.ended = True
             out, self._held = self._held[: min(found)], ""
         else:
-            hold = 0 if final else max((_overlap(self._held, s) for s in self._stops), default=0)
+            hold = 0 if final else max((_overlap(self._held, stop) for stop in self._stops), default=0)
             cut = len(self._held) - hold
             out, self._held = self._held[:cut], self._held[cut:]
         self.text += out
@@ -218,14 +174,10 @@ class RemoteChatModel:
         self._model = model or self._only_model()
         self.name = f"{self._model} at {urllib.parse.urlsplit(self._url).netloc}"
 
-    def fit(self, messages: Messages) -> ChatRequest:
-        """All messages: only the server knows its context (see :meth:`answer`)."""
-        return ChatRequest(messages)
-
-    def answer(self, request: ChatRequest, attempt: int) -> Iterator[str]:
+    def answer(self, messages: Messages, attempt: int) -> Iterator[str]:
         """Raises :class:`ContextLengthError` where the server refuses the length."""
-        messages = [{"role": m.role, "content": m.content} for m in request.messages]
-        yield from self._stream("chat/completions", {"messages": messages}, attempt)
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        yield from self._stream("chat/completions", {"messages": turns}, attempt)
 
     def complete(self, text: str, attempt: int) -> Iterator[str]:
         """By the older completions endpoint, which not every server has."""
@@ -284,6 +236,10 @@ class RemoteChatModel:
         except (OSError, HTTPException) as error:
             raise RunError(f"{self._url} cannot be reached ({_reason(error)}); is the server running?") from error
         return response
+
+
+ChatModel = LocalChatModel | RemoteChatModel
+"""Answers conversations and completes text, streaming chunks of text."""
 
 
 def _base_url(url: str) -> str:

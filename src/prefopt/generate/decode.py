@@ -48,7 +48,6 @@ class Decoder(ABC):
         self.scorer = scorer
         self.model = causal_model(scorer.model)
         self.device = next(scorer.model.parameters()).device
-        self.wide = torch.promote_types(scorer.dtype, torch.float32)
 
     @abstractmethod
     def start(self, prompts: Sequence[Ids]) -> torch.Tensor:
@@ -64,7 +63,7 @@ class Decoder(ABC):
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Logits [n, V] of rows, float32 or float64."""
-        return rows.to(self.wide)
+        return rows.to(torch.promote_types(self.scorer.dtype, torch.float32))
 
 
 class SlotDecoder(Decoder):
@@ -77,10 +76,11 @@ class SlotDecoder(Decoder):
     def start(self, prompts: Sequence[Ids]) -> torch.Tensor:
         # The last token of every prompt is the first step: the head sees no other.
         before = [np.asarray(p, np.int64)[:-1] for p in prompts]
-        self.slots = Slots.of_lengths([len(ids) for ids in before], self.device)
-        if self.slots.length:
-            budget = PREFILL_TOKENS[self.device.type]
-            for part in split(range(len(before)), [len(ids) for ids in before], budget):
+        lengths = [len(ids) for ids in before]
+        longest = max(lengths)
+        self.slots = Slots(torch.tensor([longest - n for n in lengths], device=self.device), longest)
+        if longest:
+            for part in split(range(len(before)), lengths, PREFILL_TOKENS[self.device.type]):
                 self._fill([before[i] for i in part])
         return self.step(torch.tensor([int(p[-1]) for p in prompts], device=self.device))
 
@@ -95,19 +95,19 @@ class SlotDecoder(Decoder):
         gather = gather_plan(segments, self.device) if kernel == "varlen" else None
         filling = Filling(self.slots, segments, index.clamp_(min=0).to(self.device), kernel, gather)
         positions = np.concatenate([np.arange(len(ids)) for ids in prompts])
-        row = [torch.from_numpy(x).to(self.device)[None] for x in (np.concatenate(prompts), positions)]
-        count_pass(self.model, row[0].numel(), "decode")
-        self.slots.begin()
-        body_of(self.model)(input_ids=row[0], position_ids=row[1], use_cache=False, return_dict=True, filling=filling)
+        row = [torch.from_numpy(x).to(self.device) for x in (np.concatenate(prompts), positions)]
+        self._forward(*row, filling=filling)
 
     def step(self, token_n: torch.Tensor) -> torch.Tensor:
-        count_pass(self.model, token_n.numel(), "decode")
-        positions = self.slots.positions[None]
-        self.slots.begin()
-        out = body_of(self.model)(
-            input_ids=token_n[None], position_ids=positions, use_cache=False, return_dict=True, slots=self.slots
-        )
+        hidden = self._forward(token_n, self.slots.positions, slots=self.slots)
         self.slots.length += 1
+        return hidden
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, **cache: Any) -> torch.Tensor:
+        count_pass(self.model, ids.numel(), "decode")
+        self.slots.called.clear()
+        ids, positions = ids[None], positions[None]
+        out = body_of(self.model)(input_ids=ids, position_ids=positions, use_cache=False, return_dict=True, **cache)
         hidden: torch.Tensor = out.last_hidden_state[0]
         return hidden
 
@@ -126,6 +126,10 @@ class _OwnForward(Decoder):
         known = inspect.signature(type(self.model).forward).parameters
         self._last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
+    def _ids(self, prompts: Sequence[Ids]) -> torch.Tensor:
+        """Prompts of one length, [n, length]."""
+        return torch.from_numpy(np.array([np.asarray(p, np.int64) for p in prompts])).to(self.device)
+
     def _forward(self, ids: torch.Tensor, **more: Any) -> Any:
         count_pass(self.model, ids.numel(), "decode")
         return self.model(input_ids=ids, return_dict=True, **self._last, **more)
@@ -143,10 +147,7 @@ class CacheDecoder(_OwnForward):
         two = torch.zeros(1, 2, dtype=torch.long, device=decoder.device)
         with torch.no_grad(), scorer.attention_by(None):
             try:
-                out = decoder._forward(two, use_cache=True)
-                if decoder._name(out) is None:
-                    return False
-                decoder._take(out)
+                decoder._take(decoder._forward(two, use_cache=True))
                 decoder.keep(torch.zeros(2, dtype=torch.long, device=decoder.device))
                 with uncounted():
                     decoder.step(two[0])
@@ -156,22 +157,18 @@ class CacheDecoder(_OwnForward):
                 return False  # no usable cache: whole sequences work for every architecture
         return True
 
-    @staticmethod
-    def _name(out: Any) -> str | None:
-        """The argument name of the model's cache."""
-        names = ("past_key_values", "cache_params")
-        return next((n for n in names if hasattr(getattr(out, n, None), "reorder_cache")), None)
-
     def start(self, prompts: Sequence[Ids]) -> torch.Tensor:
-        ids = torch.from_numpy(np.array([np.asarray(p, np.int64) for p in prompts])).to(self.device)
-        return self._take(self._forward(ids, use_cache=True))
+        return self._take(self._forward(self._ids(prompts), use_cache=True))
 
     def step(self, token_n: torch.Tensor) -> torch.Tensor:
         return self._take(self._forward(token_n[:, None], use_cache=True, **{self._argument: self.cache}))
 
     def _take(self, out: Any) -> torch.Tensor:
-        name = self._name(out)
-        assert name is not None
+        """Keep the cache, and the name of its argument; returns logits of the last token."""
+        names = ("past_key_values", "cache_params")
+        name = next((n for n in names if hasattr(getattr(out, n, None), "reorder_cache")), None)
+        if name is None:
+            raise TypeError("the model returns no cache to continue from")
         self._argument, self.cache = name, getattr(out, name)
         last: torch.Tensor = out.logits[:, -1]
         return last
@@ -186,7 +183,7 @@ class WholeDecoder(_OwnForward):
     name = "whole"
 
     def start(self, prompts: Sequence[Ids]) -> torch.Tensor:
-        self.ids = torch.from_numpy(np.array([np.asarray(p, np.int64) for p in prompts])).to(self.device)
+        self.ids = self._ids(prompts)
         return self._last_logits()
 
     def step(self, token_n: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from prefopt.data.chat.spans import end_of_turn
 from prefopt.data.chat.template import Rendering
 from prefopt.data.comparisons import open_comparisons
 from prefopt.data.files.content import DAMAGED, damaged, look
-from prefopt.data.files.sources import Source
+from prefopt.data.files.sources import MemoryOrigin, Source, find_sources
 from prefopt.data.group import IntArray
 from prefopt.data.tokenizer import Tokenizer, tokenizer_digest
 from prefopt.data.validate import Problem, check, convert, describe, refuse, refused_rows
@@ -73,7 +74,9 @@ class SampledModel:
             self.source, self.adapter = base_and_adapter(name, adapter)
             self.note = adapter_line(name)
             self.tokenizer = tokenizer_of_name(name, adapter)
-            config, self.generation_config = load_config(self.source), _generation_config(self.source)
+            config, self.generation_config = load_config(self.source), None
+            with suppress(Exception):  # absent, or refused by transformers: the tokenizer's EOS is enough
+                self.generation_config = GenerationConfig.from_pretrained(self.source)
         self.context = context_length(config)
 
     @cached_property
@@ -111,20 +114,10 @@ class SampledModel:
         return tuple(sorted({i for i in found if isinstance(i, int)}))
 
 
-def _generation_config(source: str) -> Any:
-    try:
-        return GenerationConfig.from_pretrained(source)
-    except Exception:  # absent, or refused by transformers: the tokenizer's EOS is enough
-        return None
-
-
 def renderer_for(tokenizer: Tokenizer, chat_template: str | None = None, variables: Any = None) -> Renderer:
     """A renderer of prompts; ``chat_template`` is the text of a template."""
     ends = tokenizer.eos_token_id is not None
     return Renderer(tokenizer, Rendering(None, ends, chat_template, variables or {}))
-
-
-# -- prompts as token ids --------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -145,102 +138,87 @@ class PromptSet:
             lines.append(f"refused: {describe(self.problems)}")
         return lines + self.notes
 
-
-class PromptReader:
-    """Reads prompts from files of any layout or lines of text, and tokenises them.
-
-    ``context`` is the model's context length, of which a prompt must leave ``room`` tokens. ``lines``: what a line of a
-    .txt file is, a user turn or text to continue.
-    """
-
-    def __init__(
-        self,
-        renderer: Renderer,
-        *,
-        context: int | None,
-        lines: Literal["user", "text"],
-        on_bad_row: str,
-        room: int = 1,
-    ) -> None:
-        self._renderer, self._context, self._room = renderer, context, room
-        self._lines, self._on_bad_row = lines, on_bad_row
-        self.found = PromptSet()
-
-    def read(
-        self, sources: Sequence[Source], *, format: str | None = None, columns: Sequence[str] | None = None
-    ) -> PromptSet:
-        """The prompts of all sources. Raises :class:`DataError` for bad rows unless they are skipped, and for no
-        prompt at all."""
-        for source in sources:
-            self.found.notes += source.notes
-            if source.path is not None and source.suffix == ".txt":
-                self._add(self._text_rows(source))
-                continue
-            reading = open_comparisons(source, format=format, columns=columns)
-            self._add(reading)
-            self.found.notes += reading.notes
-        return self._finish()
-
-    def take(self, rows: Iterable[Comparison | Problem], notes: Sequence[str] = ()) -> PromptSet:
-        """The prompts of rows in memory. Raises as :meth:`read` does."""
-        self._add(rows)
-        self.found.notes += notes
-        return self._finish()
-
-    def _finish(self) -> PromptSet:
-        found = self.found
-        found.notes += self._renderer.notes
-        if found.problems and self._on_bad_row == "refuse":
-            raise refuse(found.problems, found.read)
-        if not found.rows:
-            why = f": {describe(found.problems)}" if found.problems else ""
-            raise DataError(f"none of the {found.read} rows of --prompts can be used{why}")
-        return found
-
-    def _add(self, rows: Iterable[Comparison | Problem]) -> None:
+    def add(self, rows: Iterable[Comparison | Problem], renderer: Renderer, context: int | None, room: int) -> None:
+        """Tokenise rows; ``context`` and ``room`` as in :func:`read_prompt_set`."""
         good: list[Comparison] = []
         for row in rows:
-            self.found.read += 1
+            self.read += 1
             problems = [row] if isinstance(row, Problem) else check(row, "prompts")
             prompt = row if isinstance(row, Problem) else convert(row, "prompts")
             if isinstance(prompt, Problem) or problems:
-                self.found.problems += problems
+                self.problems += problems
             else:
                 good.append(prompt)
-        for prompt, ids in zip(good, self._renderer.prompts(good), strict=True):
+        for prompt, ids in zip(good, renderer.prompts(good), strict=True):
             if isinstance(ids, Problem):
-                self.found.problems.append(ids)
-            elif self._context is not None and len(ids) + self._room > self._context:
-                more = "" if self._room == 1 else f" --max-new-tokens {self._room} more are wanted, and"
-                what = f"has {len(ids)} tokens,{more or ' and'} the model's context is {self._context}"
-                self.found.problems.append(Problem("prompt too long", prompt.row, what, prompt.file))
+                self.problems.append(ids)
+            elif context is not None and len(ids) + room > context:
+                more = "" if room == 1 else f" --max-new-tokens {room} more are wanted, and"
+                what = f"has {len(ids)} tokens,{more or ' and'} the model's context is {context}"
+                self.problems.append(Problem("prompt too long", prompt.row, what, prompt.file))
             else:
-                self.found.rows.append(prompt)
-                self.found.ids.append(ids)
-
-    def _text_rows(self, source: Source) -> Iterator[Comparison]:
-        assert source.path is not None
-        try:
-            with look(source.path).opened() as file:
-                text = file.read().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(f"is not UTF-8 (byte {error.start + 1}); save it as UTF-8", file=source.name) from None
-        except DAMAGED as error:
-            raise damaged(error, source.name) from None
-        empty = 0
-        for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), 1):
-            line = line.rstrip("\r")
-            if line.strip():
-                yield Comparison((Message("user", line),), (), (), number, source.name, self._lines == "text")
-            else:
-                empty += 1
-        if empty:
-            self.found.notes.append(f"{source.name}: {empty} empty line{'s' * (empty > 1)} skipped")
-        kind = "the user's turns" if self._lines == "user" else "text to continue, without a chat template"
-        self.found.notes.append(f"{source.name}: its lines are taken as {kind} (--lines)")
+                self.rows.append(prompt)
+                self.ids.append(ids)
 
 
-# -- samples as text -------------------------------------------------------------------------------------------
+def read_prompt_set(
+    names: Sequence[str],
+    renderer: Renderer,
+    *,
+    rows: Iterable[Mapping[str, object]] | None = None,
+    context: int | None,
+    room: int = 1,
+    lines: Literal["auto", "user", "text"],
+    on_bad_row: str = "refuse",
+    **layout: Any,
+) -> PromptSet:
+    """Read prompts from files of any layout or lines of text, or from ``rows`` in their place, and tokenise them.
+
+    ``context`` is the model's context length, of which a prompt must leave ``room`` tokens. ``lines``: what a line of a
+    .txt file is, a user turn or text to continue; a user turn for models with a chat template by default. ``layout``:
+    format and columns. Raises :class:`DataError` for bad rows unless they are skipped, and for no prompt at all.
+    """
+    chats = renderer.rendering.chat_template is not None or renderer.tokenizer.chat_template is not None
+    text = lines == "text" or (lines == "auto" and not chats)
+    found = PromptSet()
+    for source in find_sources(names) if rows is None else [Source("prompts", None, MemoryOrigin(list(rows)))]:
+        found.notes += source.notes
+        if source.path is not None and source.suffix == ".txt":
+            found.add(_lines_of(source, text, found.notes), renderer, context, room)
+            continue
+        reading = open_comparisons(source, **layout)
+        found.add(reading, renderer, context, room)
+        found.notes += reading.notes
+    found.notes += renderer.notes
+    if found.problems and on_bad_row == "refuse":
+        raise refuse(found.problems, found.read)
+    if not found.rows:
+        why = f": {describe(found.problems)}" if found.problems else ""
+        raise DataError(f"none of the {found.read} rows of --prompts can be used{why}")
+    return found
+
+
+def _lines_of(source: Source, text: bool, notes: list[str]) -> Iterator[Comparison]:
+    """The lines of a file as prompts; adds to ``notes`` how they are taken."""
+    assert source.path is not None
+    try:
+        with look(source.path).opened() as file:
+            whole = file.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"is not UTF-8 (byte {error.start + 1}); save it as UTF-8", file=source.name) from None
+    except DAMAGED as error:
+        raise damaged(error, source.name) from None
+    empty = 0
+    for number, line in enumerate(whole.removesuffix("\n").split("\n") if whole else (), 1):
+        line = line.rstrip("\r")
+        if line.strip():
+            yield Comparison((Message("user", line),), (), (), number, source.name, text)
+        else:
+            empty += 1
+    if empty:
+        notes.append(f"{source.name}: {empty} empty line{'s' * (empty > 1)} skipped")
+    kind = "text to continue, without a chat template" if text else "the user's turns"
+    notes.append(f"{source.name}: its lines are taken as {kind} (--lines)")
 
 
 def decode(tokenizer: Tokenizer, ids: Ids) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from prefopt.generate.model_io import continuation, without_stop
 from prefopt.generate.sampler import Ids, Sample, group_of
 from prefopt.model.architectures import causal_model, context_length, vocabulary_size
 from prefopt.model.load import local_folder
-from prefopt.model.packing import pack, split
+from prefopt.model.packing import packed_batches
 from prefopt.model.precision import freeze_and_cast
 from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar
 from prefopt.records import Comparison
@@ -27,38 +26,27 @@ TOKEN_BUDGET = 8192
 """Tokens of a reward model's forward pass in best-of-n."""
 
 
-class RewardScorer(Protocol):
-    """Scores the responses [N] of groups whose prompts are ``rows``; ``words`` names the reward in messages."""
-
-    words: str
-
-    def __call__(self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int) -> list[float]:
-        """A finite number for each response. Raises :class:`RunError` that names the reward and the prompt."""
-        ...
-
-
 class TextRewardScorer:
-    """A rule or a function of texts, which are cut at the first stop token."""
+    """A rule or a function of texts, without their stop tokens; ``words`` names it in messages."""
 
     def __init__(self, reward: Reward, tokenizer: Tokenizer, stop: Sequence[int]) -> None:
         self._reward, self._tokenizer, self._stop = reward, tokenizer, stop
         self.words = f"{reward.name}, of the text"
 
     def __call__(self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int) -> list[float]:
-        prompts = [prompt_text(row) for row, group in zip(rows, groups, strict=True) for _ in group.continuations]
-        return self._reward(prompts, [t for row, g in zip(rows, groups, strict=True) for t in self.texts(row, g)])
-
-    def texts(self, row: Comparison, group: Group) -> list[str]:
-        """The texts of the responses to one prompt."""
-        found = []
-        for c in group.continuations:
-            text = continuation(self._tokenizer, group.prefix, without_stop(c.ids, self._stop))
-            found.append(text if row.text else text.strip())  # white space around an answer is the template's
-        return found
+        """A finite number for each response [N] of groups whose prompts are ``rows``. Raises :class:`RunError`."""
+        prompts, texts = [], []
+        for row, group in zip(rows, groups, strict=True):
+            for c in group.continuations:
+                text = continuation(self._tokenizer, group.prefix, without_stop(c.ids, self._stop))
+                prompts.append(prompt_text(row))
+                texts.append(text if row.text else text.strip())  # white space around an answer is the template's
+        return self._reward(prompts, texts)
 
 
 class RewardModelScorer:
-    """A reward model, which reads the sampled tokens and scores the last one of each response."""
+    """A reward model, which reads the sampled tokens and scores the last one of each response; ``words`` names it in
+    messages."""
 
     def __init__(self, name: str, scorer: ScalarScorer) -> None:
         self.scorer, self._name = scorer.eval(), name
@@ -66,12 +54,10 @@ class RewardModelScorer:
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int) -> list[float]:
+        """As :meth:`TextRewardScorer.__call__`."""
         device = next(self.scorer.model.parameters()).device
-        costs = [self.scorer.layout.cost(g) for g in groups]
-        scores: list[float] = []
-        for part in split(range(len(groups)), costs, token_budget):
-            batch = pack([groups[i] for i in part], self.scorer.layout).to(device)
-            scores += self.scorer(batch).double().tolist()
+        batches = packed_batches(groups, self.scorer.layout, token_budget, device)
+        scores: list[float] = [score for batch in batches for score in self.scorer(batch).double().tolist()]
         owners = [row for row, group in zip(rows, groups, strict=True) for _ in group.continuations]
         for row, score in zip(owners, scores, strict=True):
             if not math.isfinite(score):
@@ -80,6 +66,9 @@ class RewardModelScorer:
                     " be a finite number: try --dtype float32, or check its weights"
                 )
         return scores
+
+
+RewardScorer = TextRewardScorer | RewardModelScorer
 
 
 def load_reward_scorer(
@@ -101,63 +90,45 @@ def load_reward_scorer(
         return TextRewardScorer(load_reward(name), tokenizer, stop)
     source = local_folder(name)
     if not has_scalar_head(source):
-        raise ModelError(
-            f"--reward {name} is a language model, which gives no score: prefopt reward makes one that does"
-        )
-    _check_tokenizer(name, load_tokenizer(source), tokenizer)
+        what = "is a language model, which gives no score"
+        raise ModelError(f"--reward {name} {what}: prefopt reward makes one that does")
+    theirs = load_tokenizer(source).get_vocab()
+    for token, i in tokenizer.get_vocab().items():
+        if theirs.get(token) != i:
+            there = f"token {theirs[token]} of its own" if token in theirs else "none of its own"
+            raise ModelError(
+                f"--reward {name} has another tokenizer: {token!r} is token {i} of the policy, and {there}; use a"
+                " reward model that was made from this policy"
+            )
     model = load_scalar(source, dtype=dtype, device=device, tokenizer=tokenizer).requires_grad_(False)
     scorer = ScalarScorer(freeze_and_cast(model, dtype), attention=attention)
     context = context_length(causal_model(model).config)
     if context is not None and longest > context:
-        raise ModelError(
-            f"--reward {name}: its context is {context} tokens, but prompt and response may have {longest}; lower"
-            " --max-new-tokens"
-        )
+        what = f"its context is {context} tokens, but prompt and response may have {longest}"
+        raise ModelError(f"--reward {name}: {what}; lower --max-new-tokens")
     if vocabulary_size(causal_model(model)) < len(tokenizer):
-        raise ModelError(
-            f"--reward {name}: its vocabulary is smaller than the tokenizer's; they belong to different models"
-        )
+        what = "its vocabulary is smaller than the tokenizer's"
+        raise ModelError(f"--reward {name}: {what}; they belong to different models")
     return RewardModelScorer(name, scorer)
 
 
-def _check_tokenizer(name: str, its: Tokenizer, policy: Tokenizer) -> None:
-    """Raises :class:`ModelError` where a reward model does not read the policy's tokens."""
-    theirs = its.get_vocab()
-    for token, i in policy.get_vocab().items():
-        if theirs.get(token) != i:
-            there = f"token {theirs[token]}" if token in theirs else "none of its tokens"
-            raise ModelError(
-                f"--reward {name} has another tokenizer: {token!r} is token {i} of the policy, and {there}; take a"
-                " reward model that was made from this policy"
-            )
-
-
-class BestOf:
-    """Best-of-n: keeps the sample of highest reward of every ``n``, of equals the first."""
-
-    def __init__(self, scorer: RewardScorer, n: int) -> None:
-        self._scorer, self._n = scorer, n
-
-    @property
-    def kl(self) -> float:
-        """:func:`best_of_n_kl`."""
-        return best_of_n_kl(self._n)
-
-    def keep(
-        self, rows: Sequence[Comparison], prompts: Sequence[Ids], samples: Sequence[Sequence[Sample]]
-    ) -> list[tuple[list[Sample], list[float]]]:
-        """The samples kept for every prompt with their rewards: one of every ``n`` in turn.
-
-        Raises :class:`prefopt.errors.RunError` where the reward fails.
-        """
-        groups = [group_of(prompt, many) for prompt, many in zip(prompts, samples, strict=True)]
-        scores = iter(self._scorer(rows, groups, TOKEN_BUDGET))
-        kept = []
-        for many in samples:
-            score_kN = np.array([next(scores) for _ in many]).reshape(-1, self._n)
-            best = [many[k * self._n + int(n)] for k, n in enumerate(score_kN.argmax(axis=1))]
-            kept.append((best, score_kN.max(axis=1).tolist()))
-        return kept
+def best_of(
+    n: int,
+    scorer: RewardScorer,
+    rows: Sequence[Comparison],
+    prompts: Sequence[Ids],
+    samples: Sequence[Sequence[Sample]],
+) -> list[tuple[list[Sample], list[float]]]:
+    """Best-of-n: the samples kept for every prompt with their rewards. Of every ``n`` in turn the one of highest reward
+    is kept, of equals the first. Raises :class:`prefopt.errors.RunError` where the reward fails."""
+    groups = [group_of(prompt, many) for prompt, many in zip(prompts, samples, strict=True)]
+    scores = iter(scorer(rows, groups, TOKEN_BUDGET))
+    kept = []
+    for many in samples:
+        score_kN = np.array([next(scores) for _ in many]).reshape(-1, n)
+        best = [many[k * n + int(first)] for k, first in enumerate(score_kN.argmax(axis=1))]
+        kept.append((best, score_kN.max(axis=1).tolist()))
+    return kept
 
 
 def best_of_n_kl(n: int) -> float:

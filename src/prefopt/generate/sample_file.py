@@ -43,7 +43,7 @@ class PromptOrigin:
 
 
 class SampleFile:
-    """An output file, new or resumed; ``done`` rows are in it already. ``notes`` tell about the rows found."""
+    """An output file, new or resumed; ``done`` rows are in it already. ``notes`` are lines about the rows found."""
 
     def __init__(self, path: Path, options: Mapping[str, Any], *, resume: bool) -> None:
         """Raises :class:`RunError` where the file exists without ``resume``, or was written with other options."""
@@ -61,7 +61,11 @@ class SampleFile:
         self._digests = ""
         if self._found:
             self.record = {**_read_record(path), "status": "resumed"}
-            self._refuse_other_options(options)
+            before = self.record["options"]
+            if changed := [n for n in options if n not in FREE and before.get(n) != options[n]]:
+                listed = ", ".join(f"{flag(n)} was {before.get(n)!r} and is {options[n]!r}" for n in changed)
+                what = f"--resume goes on with the same run, but {listed}"
+                raise RunError(f"{what}; put it back, or name another --output")
             if wrong := _altered(path, self.record):
                 raise RunError(f"--resume: {path} {wrong}; put it back, or name another --output")
             if WRITTEN not in self.record:
@@ -142,13 +146,6 @@ class SampleFile:
             end += len(line)
         return end
 
-    def _refuse_other_options(self, now: Mapping[str, Any]) -> None:
-        before = self.record["options"]
-        changed = [n for n in now if n not in FREE and before.get(n) != now[n]]
-        if changed:
-            listed = ", ".join(f"{flag(n)} was {before.get(n)!r} and is {now[n]!r}" for n in changed)
-            raise RunError(f"--resume goes on with the same run, but {listed}; put it back, or name another --output")
-
 
 def sample_file_error(path: Path) -> str | None:
     """How a file of samples differs from what its record says was written; None where it does not."""
@@ -160,13 +157,10 @@ def sample_file_error(path: Path) -> str | None:
 
 def verify_samples(*, repair: bool) -> list[tuple[Path, str]]:
     """Cached samples that differ from what was written, and how; ``repair`` removes them."""
-    problems = []
-    for folder in sample_entries():
-        path = folder / SAMPLES
-        if wrong := sample_file_error(path):
-            problems.append((path, wrong))
-            if repair:
-                clear(ids=[folder.name])
+    paths = [folder / SAMPLES for folder in sample_entries()]
+    problems = [(path, wrong) for path in paths if (wrong := sample_file_error(path))]
+    if repair and problems:
+        clear(ids=[path.parent.name for path, _ in problems])
     return problems
 
 
@@ -187,7 +181,7 @@ def _altered(path: Path, record: Mapping[str, Any]) -> str | None:
             count += 1
     if count < len(digests):
         return f"holds {count} of the {len(digests)} rows that were written"
-    # A run that was killed may have written rows that it had not counted yet; one that finished has not.
+    # A killed run may have written rows that it had not counted yet.
     return "holds more rows than were written" if more and "results" in record else None
 
 
@@ -196,8 +190,6 @@ def _record_path(path: Path) -> Path:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    """Raises :class:`RunError` where the record is absent or damaged."""
-
     def check(found: dict[str, Any]) -> dict[str, Any]:
         dict(found["options"])
         rows = found.get("rows", 1)

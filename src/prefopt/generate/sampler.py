@@ -21,15 +21,15 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from prefopt.data.group import BoolArray, Group, IntArray
+from prefopt.data.group import Group, IntArray
 from prefopt.errors import ConfigError
-from prefopt.model.packing import pack, split
+from prefopt.model.packing import packed_batches
 from prefopt.model.scorer import Scorer
 
 FloatArray = npt.NDArray[np.float64]
@@ -131,7 +131,7 @@ class ResponseSampler(Protocol):
 
 
 def occurrences(prompts: Sequence[Ids]) -> list[int]:
-    """How often each prompt occurred before: the ``streams`` of a sampler.
+    """How often each prompt occurred before.
 
     >>> occurrences([[1, 2], [3], [1, 2]])
     [0, 0, 1]
@@ -148,10 +148,8 @@ def occurrences(prompts: Sequence[Ids]) -> list[int]:
 def group_of(prompt: Ids, samples: Sequence[Sample], row: int = 0) -> Group:
     """A prompt and its samples as a group without preferences, in which every sampled token is scored."""
     start = np.asarray(prompt, np.int32)
-    sequences: list[tuple[IntArray, BoolArray]] = []
-    for sample in samples:
-        ids = np.concatenate([start, sample.ids])
-        sequences.append((ids, np.arange(len(ids)) >= len(start)))
+    wholes = [np.concatenate([start, sample.ids]) for sample in samples]
+    sequences = [(ids, np.arange(len(ids)) >= len(start)) for ids in wholes]
     return Group.from_sequences(sequences, row=row, pairs=())
 
 
@@ -164,8 +162,7 @@ FIRST_SORTED = 256
 """Likeliest tokens that are sorted first to find the top-p set, which usually suffices."""
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """Tokens [n] with their log-probabilities, under the distribution drawn from and under the model."""
 
     token_n: torch.Tensor
@@ -190,35 +187,25 @@ def choose(z: torch.Tensor, params: SamplingParams, key_n: torch.Tensor, step: i
     w = _truncated(w, params)
     total_n = None if w is z else z.logsumexp(-1)
     e = w.sub_(w.amax(-1, keepdim=True)).exp_()
-    sums = _block_sums(e)
-    token_n = _draw(e, sums, key_n, step)
+    token_n, sums = _draw(e, key_n, step)
     sampling_logp_n = _at(e, token_n).log_() - sums.sum(-1).log_()
     return Choice(token_n, sampling_logp_n, sampling_logp_n if total_n is None else _at(z, token_n) - total_n)
 
 
-def _width(vocabulary: int) -> int:
-    """Tokens of a block: about the square root, so that both stages draw about as many numbers."""
-    return 1 << round(math.log2(vocabulary) / 2)
-
-
-def _block_sums(e: torch.Tensor) -> torch.Tensor:
-    """The sum of each block of tokens [n, B]."""
+def _draw(e: torch.Tensor, key_n: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token by weights ``e`` [n, V], in two stages of Gumbel-max: a block by its sum, a token of it. Returns tokens
+    [n] and the sums of blocks [n, B]."""
     vocabulary = e.shape[1]
-    width = _width(vocabulary)
+    width = 1 << round(math.log2(vocabulary) / 2)  # about the square root: both stages draw about as many numbers
     whole = vocabulary // width * width
     sums = e[:, :whole].unflatten(1, (-1, width)).sum(-1)
-    return sums if whole == vocabulary else torch.cat([sums, e[:, whole:].sum(-1, keepdim=True)], 1)
-
-
-def _draw(e: torch.Tensor, sums: torch.Tensor, key_n: torch.Tensor, step: int) -> torch.Tensor:
-    """A token by weights ``e`` [n, V], in two stages of Gumbel-max: a block by ``sums`` [n, B], a token of it."""
-    vocabulary = e.shape[1]
-    width = _width(vocabulary)
+    if whole < vocabulary:
+        sums = torch.cat([sums, e[:, whole:].sum(-1, keepdim=True)], 1)
     every = torch.arange(sums.shape[1], device=e.device)
     block_n = (sums.log() + gumbel(key_n, step, every + BLOCKS)).argmax(-1)
     token = block_n[:, None] * width + torch.arange(width, device=e.device)
     inside = e.gather(1, token.clamp(max=vocabulary - 1)).masked_fill_(token >= vocabulary, 0)
-    return _at(token, (inside.log_() + gumbel(key_n, step, token)).argmax(-1))
+    return _at(token, (inside.log_() + gumbel(key_n, step, token)).argmax(-1)), sums
 
 
 def _truncated(w: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -263,12 +250,8 @@ def _at(x: torch.Tensor, index_n: torch.Tensor) -> torch.Tensor:
 # -- random numbers --------------------------------------------------------------------------------------------
 
 
-def _signed(x: int) -> int:
-    x &= 2**64 - 1
-    return x - 2**64 if x >= 2**63 else x
-
-
-_GOLDEN, _MIX1, _MIX2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+# As signed 64-bit integers.
+_GOLDEN, _MIX1, _MIX2 = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def key_of(seed: int, prompt: Ids, stream: int, sample: int) -> int:
@@ -280,8 +263,7 @@ def key_of(seed: int, prompt: Ids, stream: int, sample: int) -> int:
 
 def gumbel(key_n: torch.Tensor, step: int, counter: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel numbers [n, m] for keys [n] (int64) at ``step``; ``counter`` [m] or [n, m], below 2**32."""
-    u = uniform(key_n, step, counter)
-    return u.log_().neg_().log_().neg_()
+    return uniform(key_n, step, counter).log_().neg_().log_().neg_()
 
 
 def uniform(key_n: torch.Tensor, step: int, counter: torch.Tensor) -> torch.Tensor:
@@ -303,8 +285,6 @@ def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
     return right
 
 
-# -- sampler against scorer ------------------------------------------------------------------------------------
-
 # Mean difference of a token's log-probability, in nats, that is rounding: a tenth of what the load check allows between
 # two ways of scoring as root mean square.
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.05}
@@ -313,8 +293,8 @@ TOKEN_BUDGET = 2048
 
 @dataclass(frozen=True, slots=True)
 class LogprobMismatch:
-    """Mean and largest absolute difference over ``tokens`` of ``samples``, in nats. Beyond rounding, training would
-    see importance ratios that are not there."""
+    """Mean and largest absolute difference over ``tokens`` of ``samples``, in nats. Beyond rounding it would bias
+    importance ratios."""
 
     samples: int
     tokens: int
@@ -335,12 +315,12 @@ class LogprobMismatch:
 @torch.no_grad()
 def compare_logprobs(scorer: Scorer, prompts: Sequence[Ids], samples: Sequence[Sequence[Sample]]) -> LogprobMismatch:
     """Score the samples of each prompt again and compare log-probabilities."""
+    drawn = [sample.logps for many in samples for sample in many]
+    if not drawn:
+        return LogprobMismatch(0, 0, 0.0, 0.0)
+    groups = [group_of(prompt, many) for prompt, many in zip(prompts, samples, strict=True) if many]
     device = next(scorer.model.parameters()).device
-    sampled = [(group_of(prompt, many), many) for prompt, many in zip(prompts, samples, strict=True) if many]
-    parts = []
-    for part in split(range(len(sampled)), [scorer.layout.cost(group) for group, _ in sampled], TOKEN_BUDGET):
-        scored = scorer(pack([sampled[i][0] for i in part], scorer.layout).to(device)).double().cpu().numpy()
-        parts.append(np.abs(scored - np.concatenate([s.logps for i in part for s in sampled[i][1]])))
-    gaps = np.concatenate(parts) if parts else np.zeros(0)
-    mean = float(gaps.mean()) if len(gaps) else 0.0
-    return LogprobMismatch(sum(len(many) for _, many in sampled), len(gaps), mean, float(gaps.max(initial=0.0)))
+    batches = packed_batches(groups, scorer.layout, TOKEN_BUDGET, device)
+    scored = np.concatenate([scorer(batch).double().cpu().numpy() for batch in batches])
+    gaps = np.abs(scored - np.concatenate(drawn))
+    return LogprobMismatch(len(drawn), len(gaps), float(gaps.mean()), float(gaps.max()))

@@ -14,7 +14,6 @@ its slots are used up or rows are removed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,14 +31,8 @@ GROWTH = 64
 """Slots added at least when they are used up."""
 LayerCall = tuple[int, int]
 """An attention module, and the number of its call within a forward pass (from 1): some run several times in one."""
-
-
-@dataclass(slots=True)
-class _Layer:
-    """Keys and values [rows, key heads, slots, D] of one attention layer."""
-
-    key: torch.Tensor
-    value: torch.Tensor
+KeysAndValues = tuple[torch.Tensor, torch.Tensor]
+"""Of one attention layer, [rows, key heads, slots, D]."""
 
 
 @dataclass(slots=True)
@@ -48,24 +41,14 @@ class Slots:
 
     start: torch.Tensor
     length: int
-    layers: dict[LayerCall, _Layer] = field(default_factory=dict)
+    layers: dict[LayerCall, KeysAndValues] = field(default_factory=dict)
     called: Counter[int] = field(default_factory=Counter)
     bias: torch.Tensor | None = None
-
-    @classmethod
-    def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> Slots:
-        """Rows with these numbers of tokens."""
-        longest = max(lengths)
-        return cls(torch.tensor([longest - n for n in lengths], device=device), longest)
 
     @property
     def positions(self) -> torch.Tensor:
         """The position [rows] of the next token."""
         return self.length - self.start
-
-    def begin(self) -> None:
-        """Begin a forward pass."""
-        self.called.clear()
 
     def call_of(self, module: torch.nn.Module) -> LayerCall:
         """The key of this call of ``module``."""
@@ -74,31 +57,29 @@ class Slots:
 
     def fill(self, layer: LayerCall, key: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> None:
         """Add prompts as rows: ``index`` [rows, length] selects them from keys and values [heads, T, D]."""
-        made = _Layer(*(x[:, index].transpose(0, 1) for x in (key, value)))
-        before = self.layers.get(layer)
-        if before is not None:
-            made = _Layer(torch.cat([before.key, made.key]), torch.cat([before.value, made.value]))
-        self.layers[layer] = made
+        key, value = key[:, index].transpose(0, 1), value[:, index].transpose(0, 1)
+        if (before := self.layers.get(layer)) is not None:
+            key, value = torch.cat([before[0], key]), torch.cat([before[1], value])
+        self.layers[layer] = key, value
 
-    def extend(self, layer: LayerCall, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def extend(self, layer: LayerCall, key: torch.Tensor, value: torch.Tensor) -> KeysAndValues:
         """Write the tokens of this step [rows, heads, D]; returns what they attend to [rows, heads, length + 1, D]."""
-        kept = self.layers.get(layer)
-        if kept is None:  # prompts of one token
-            kept = self.layers[layer] = _Layer(key[:, :, None, :][:, :, :0], value[:, :, None, :][:, :, :0])
-        if kept.key.shape[2] <= self.length:
-            kept.key, kept.value = (self._with_room(x[:, :, : self.length]) for x in (kept.key, kept.value))
-        kept.key[:, :, self.length] = key
-        kept.value[:, :, self.length] = value
-        return kept.key[:, :, : self.length + 1], kept.value[:, :, : self.length + 1]
+        # Nothing was filled in for prompts of one token.
+        keys, values = self.layers.get(layer) or (key[:, :, None][:, :, :0], value[:, :, None][:, :, :0])
+        if keys.shape[2] <= self.length:
+            keys, values = (self._with_room(x[:, :, : self.length]) for x in (keys, values))
+            self.layers[layer] = keys, values
+        keys[:, :, self.length] = key
+        values[:, :, self.length] = value
+        return keys[:, :, : self.length + 1], values[:, :, : self.length + 1]
 
     def keep(self, index: torch.Tensor) -> None:
         """Keep rows ``index``, in that order; a row may occur several times. Slots that no row uses are dropped."""
         self.start = self.start[index]
         unused = int(self.start.min())
-        for layer in self.layers.values():
-            layer.key, layer.value = (
-                self._with_room(x[index, :, unused : self.length]) for x in (layer.key, layer.value)
-            )
+        for layer, kept in self.layers.items():
+            key, value = (self._with_room(x[index, :, unused : self.length]) for x in kept)
+            self.layers[layer] = key, value
         self.start = self.start - unused
         self.length -= unused
         self.bias = None
@@ -143,12 +124,7 @@ def slot_attention(
     *,
     slots: Slots | None = None,
     filling: Filling | None = None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **others: Any,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function: fills slots with prompts, or steps every row by a token. query [1, heads, T or rows, D].
 
@@ -156,24 +132,28 @@ def slot_attention(
     """
     if filling is not None:
         filling.slots.fill(filling.slots.call_of(module), key[0], value[0], filling.index)
-        return shared_attention(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            prefix_segments=filling.segments,
-            prefix_kernel=filling.kernel,
-            prefix_gather=filling.gather,
-            scaling=scaling,
-            dropout=dropout,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            s_aux=s_aux,
-            **others,
-        )
+        options |= {"prefix_segments": filling.segments, "prefix_kernel": filling.kernel}
+        return shared_attention(module, query, key, value, attention_mask, prefix_gather=filling.gather, **options)
     if slots is None:
         raise ModelError(f"{type(module).__name__} does not pass its keyword arguments to its attention")
+    return _step_attention(module, query, key, value, attention_mask, slots, **options), None
+
+
+def _step_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    slots: Slots,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **others: Any,
+) -> torch.Tensor:
     refuse_foreign(module, attention_mask, dropout, others)
     seen_key, seen_value = slots.extend(slots.call_of(module), key[0].transpose(0, 1), value[0].transpose(0, 1))
     bias = slots.hidden(query.dtype)
@@ -186,31 +166,19 @@ def slot_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if query.device.type == "cuda" and softcap is None and s_aux is None:
         out = F.scaled_dot_product_attention(grouped, seen_key, seen_value, bias, scale=scale)
-    else:
-        out = _matmul_attention(grouped, seen_key, seen_value, bias, scale, softcap, s_aux)
-    return out.reshape(1, rows, heads, -1), None
-
-
-def _matmul_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """For one query per row, two matrix products beat the CPU's flash kernel; they support caps and sinks."""
-    scores = (query * scale) @ key.transpose(-1, -2)
+        return out.reshape(1, rows, heads, -1)
+    # For one query per row, two matrix products beat the CPU's flash kernel. They support caps and sinks.
+    scores = (grouped * scale) @ seen_key.transpose(-1, -2)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if bias is not None:
         scores = scores + bias
     scores = scores.to(torch.promote_types(query.dtype, torch.float32))
-    if sinks is not None:
-        column = sinks.to(scores.dtype).view(1, scores.shape[1], scores.shape[2], 1).expand(len(scores), -1, -1, 1)
-        return torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1].to(value.dtype) @ value
-    return torch.softmax(scores, -1).to(value.dtype) @ value
+    if s_aux is not None:
+        sink = s_aux.to(scores.dtype).view(1, scores.shape[1], scores.shape[2], 1).expand(len(scores), -1, -1, 1)
+        scores = torch.cat([scores, sink], -1)
+    chance = torch.softmax(scores, -1)[..., : seen_key.shape[2]].to(seen_value.dtype)
+    return (chance @ seen_value).reshape(1, rows, heads, -1)
 
 
 AttentionInterface.register(HOOK, slot_attention)

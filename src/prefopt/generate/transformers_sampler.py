@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from prefopt.errors import ModelError, RunError
+from prefopt.errors import ModelError
 from prefopt.generate.decode import Decoder, WholeDecoder, decoder_of
 from prefopt.generate.sampler import Choice, Ids, ProgressCallback, Sample, SamplingParams, choose, key_of, occurrences
 from prefopt.model.architectures import attention_shapes, causal_model, context_length, vocabulary_size
-from prefopt.model.costs import count_generated, free_memory, out_of_memory
+from prefopt.model.costs import count_generated, free_memory, halved
 from prefopt.model.scorer import Scorer
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ LOGITS_AT_ONCE = 2**20
 """Logits in memory at once, about, and at least 64 rows of them."""
 COMPACT_FRACTION = 0.1
 """Fraction of the rows that must have ended before they are removed, which copies the cache."""
+TOO_LARGE = "one sample does not fit into the device's memory; give a smaller --max-new-tokens, or shorter prompts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,32 +66,32 @@ class TransformersSampler:
         streams: Sequence[int] | None = None,
         progress: ProgressCallback | None = None,
     ) -> list[list[Sample]]:
-        """See the protocol. Raises :class:`ModelError` for a prompt that leaves no room for a token."""
+        """See the protocol. Raises :class:`ModelError` for a prompt that leaves no room for a token, and
+        :class:`prefopt.errors.RunError` where one sample does not fit into memory."""
         self._check(prompts, params)
         streams = occurrences(prompts) if streams is None else streams
         found: list[list[Sample | None]] = [[None] * num for _ in prompts]
+        report = progress or (lambda ended, drawn: None)
         rows = self.rows or self.estimate_rows(max(map(len, prompts), default=1) + params.max_new_tokens)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # longest first: memory runs out early
         work = [_Job(i, 0, num) for i in order if num]
         while work:
             jobs, rest = self._next(work, rows, prompts, params)
             batch = _Batch(self, prompts, jobs, streams, params)
+            all_ended = all_drawn = 0
             try:
-                batch.draw(progress)
+                for ended, drawn in batch.steps():
+                    all_ended, all_drawn = all_ended + ended, all_drawn + drawn
+                    report(ended, drawn)
             except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                if len(batch.rows) == 1:
-                    raise RunError(
-                        "one sample does not fit into the device's memory; give a smaller --max-new-tokens, or shorter"
-                        " prompts"
-                    ) from error
-            else:
-                work = rest
-                for job, k, sample in batch.samples():
-                    found[job.prompt][k] = sample
+                total = len(batch.rows)
+                self.rows = rows = halved(error, total, 1, TOO_LARGE, batch.decoder.device)
+                log.warning("out of memory with %d samples at once: going on with %d", total, rows)
+                report(-all_ended, -all_drawn)
                 continue
-            rows = self._halve(batch, progress)  # here, where the error no longer holds the batch in memory
+            work = rest
+            for job, k, sample in batch.samples():
+                found[job.prompt][k] = sample
         return [[sample for sample in many if sample is not None] for many in found]
 
     def stream(
@@ -133,10 +135,8 @@ class TransformersSampler:
     def _batch_key(self, length: int, params: SamplingParams) -> tuple[int, str]:
         """What prompts of a batch have in common: their length where the decoder needs that, and the side of longrope's
         limit that prompt and sample lie on."""
-        limit = self.scorer.layout.rope_limit
-        side = "" if limit is None or length + params.max_new_tokens <= limit else "long"
-        if side and limit is not None and length <= limit:
-            side = "across"
+        limit = self.scorer.layout.rope_limit or math.inf
+        side = "long" if length > limit else "across" if length + params.max_new_tokens > limit else "short"
         return length if self._decoder.same_length or side == "across" else 0, side
 
     def decoder_for(self, length: int, params: SamplingParams) -> Decoder:
@@ -144,18 +144,6 @@ class TransformersSampler:
         no cache can be kept."""
         across = self._batch_key(length, params)[1] == "across"
         return (WholeDecoder if across else self._decoder)(self.scorer)
-
-    def _halve(self, batch: _Batch, progress: ProgressCallback | None) -> int:
-        """Free a batch that ran out of memory; returns the number of rows from now on."""
-        total = len(batch.rows)
-        self.rows = total // 2
-        log.warning("out of memory with %d samples at once: going on with %d", total, self.rows)
-        if progress is not None:
-            progress(-batch.reported[0], -batch.reported[1])
-        del batch.decoder
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return self.rows
 
     def estimate_rows(self, tokens: int) -> int:
         """Rows of so many tokens each whose cache fits into :data:`CACHE_FRACTION` of the free memory."""
@@ -193,16 +181,8 @@ class _Batch:
         self.length = np.zeros(n, np.int64)
         self.finished = np.zeros(n, np.bool_)
         self.step = 0
-        self.reported = (0, 0)
         self.held = np.arange(n)  # rows in the decoder; some of them may have ended
         self.living = np.ones(n, np.bool_)
-
-    def draw(self, progress: ProgressCallback | None) -> None:
-        """Draw every token; ``reported`` sums up the calls of ``progress``."""
-        for ended, drawn in self.steps():
-            self.reported = (self.reported[0] + ended, self.reported[1] + drawn)
-            if progress is not None:
-                progress(ended, drawn)
 
     def samples(self) -> Iterator[tuple[_Job, int, Sample]]:
         """Every row's sample, with its job and its number."""
@@ -218,7 +198,9 @@ class _Batch:
             with torch.no_grad(), self.scorer.attention_by(self.decoder.hook), _evaluating(self.scorer):
                 token_n = self._draw_step(self._advance())
             before = int(self.living.sum())
-            self.living &= ~self._ended()
+            stopped = np.isin(self.ids[self.held, self.step - 1], self.params.stop) & self.living
+            self.finished[self.held] |= stopped
+            self.living &= ~(stopped | (self.step >= self.room[self.held]))
             if self.living.any() and (~self.living).sum() >= max(1, COMPACT_FRACTION * len(self.held)):
                 index = torch.from_numpy(np.nonzero(self.living)[0]).to(self.decoder.device)
                 self.decoder.keep(index)
@@ -245,25 +227,16 @@ class _Batch:
         for start in range(0, len(self.held), height):
             rows = slice(start, start + height)
             parts.append(choose(self.decoder.logits(hidden[rows]), self.params, keys[rows], self.step))
-        token_n = torch.cat([p.token_n for p in parts])
+        token_n, *logps = (torch.cat(column) for column in zip(*parts, strict=True))
         living = self.held[self.living]
         self.ids[living, self.step] = token_n.cpu().numpy()[self.living]
-        for n, name in enumerate(("sampling_logp_n", "logp_n")):
-            logp = torch.cat([getattr(p, name) for p in parts]).cpu().numpy()[self.living]
-            if not np.isfinite(logp).all():
-                raise ModelError("the model's logits are not finite; try --dtype float32, or check its weights")
-            self.logps[n, living, self.step] = logp
+        self.logps[:, living, self.step] = torch.stack(logps).cpu().numpy()[:, self.living]
+        if not np.isfinite(self.logps[:, living, self.step]).all():
+            raise ModelError("the model's logits are not finite; try --dtype float32, or check its weights")
         self.length[living] += 1
         count_generated(len(living))
         self.step += 1
         return token_n
-
-    def _ended(self) -> np.ndarray:
-        """Which of the held rows have had their last token."""
-        stopped = np.isin(self.ids[self.held, self.step - 1], self.params.stop) & self.living
-        self.finished[self.held] |= stopped
-        ended: np.ndarray = stopped | (self.step >= self.room[self.held])
-        return ended
 
 
 @contextmanager

@@ -17,8 +17,6 @@ from prefopt.core.model_folder import vet_folder
 from prefopt.errors import ConfigError, ModelError, RunError, first_line
 from prefopt.generate.sampler import FloatArray, Ids, ProgressCallback, Sample, SamplingParams, key_of, occurrences
 
-ADAPTER = "adapter"
-
 
 class VllmSampler:
     """A :class:`prefopt.generate.sampler.ResponseSampler`, and a context manager that frees the GPU's memory.
@@ -28,13 +26,7 @@ class VllmSampler:
     """
 
     def __init__(
-        self,
-        model: str,
-        *,
-        adapter: str | None = None,
-        context: int,
-        dtype: str = "auto",
-        rank: int | None = None,
+        self, model: str, *, adapter: str | None = None, context: int, dtype: str = "auto", rank: int | None = None
     ) -> None:
         """``model`` and ``adapter`` are folders, ``rank`` the adapter's; ``context`` bounds prompt and sample.
 
@@ -43,18 +35,13 @@ class VllmSampler:
         self._vllm = _imported("vllm")
         for folder in filter(None, (model, adapter)):
             vet_folder(folder)
-        options: dict[str, Any] = {
-            "model": model,
-            "dtype": dtype,
-            "max_model_len": context,
-            "logprobs_mode": "processed_logprobs",
-        }
+        options: dict[str, Any] = {"dtype": dtype, "max_model_len": context, "logprobs_mode": "processed_logprobs"}
         self._lora: Any = None
         if adapter is not None:
             options |= {"enable_lora": True, "max_loras": 1, **({"max_lora_rank": rank} if rank else {})}
-            self._lora = _imported("vllm.lora.request").LoRARequest(ADAPTER, 1, adapter)
+            self._lora = _imported("vllm.lora.request").LoRARequest("adapter", 1, adapter)
         try:
-            self._engine: Any = self._vllm.LLM(**options)
+            self._engine: Any = self._vllm.LLM(model=model, **options)
         except Exception as error:  # its engine raises anything
             raise ModelError(
                 f"{model}: vLLM cannot load it ({first_line(error)}); try --engine transformers"
@@ -131,10 +118,10 @@ class VllmSampler:
         """The model's own log-probabilities of the samples."""
         whole = [[*ids, *map(int, sample)] for ids, sample in zip(given, samples, strict=True)]
         params = self._vllm.SamplingParams(n=1, temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        found = []
-        for ids, sample, request in zip(given, samples, self._generate(whole, params), strict=True):
-            found.append(_chosen(sample, request.prompt_logprobs[len(ids) :]))
-        return found
+        return [
+            _chosen(sample, request.prompt_logprobs[len(ids) :])
+            for ids, sample, request in zip(given, samples, self._generate(whole, params), strict=True)
+        ]
 
 
 def _chosen(ids: Sequence[int], logprobs: Any) -> FloatArray:

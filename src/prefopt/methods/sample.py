@@ -16,7 +16,7 @@ from prefopt.core.terminal import Bar, Reporter, StopRequest, duration
 from prefopt.data.layouts import LAYOUTS
 from prefopt.errors import ConfigError
 from prefopt.generate.model_io import SampledModel, continuation, without_stop
-from prefopt.generate.rewards import BestOf, load_reward_scorer
+from prefopt.generate.rewards import RewardScorer, best_of, best_of_n_kl, load_reward_scorer
 from prefopt.generate.sample_file import PromptOrigin, SampleFile
 from prefopt.generate.sampler import (
     LogprobMismatch,
@@ -108,7 +108,7 @@ class _SampleRun:
         self.rows: list[Row] = []
         self.samples = self.tokens = self.ended = self.empty = 0
         self.compared: dict[int, list[Sample]] = {}
-        self.best: BestOf | None = None
+        self.reward: RewardScorer | None = None
         self.drawn = config.num * (config.best_of or 1)  # for each prompt
         for line in (model.note, slow_dtype(model.dtype, model.device)):
             if line:
@@ -150,7 +150,7 @@ class _SampleRun:
             self.reporter.say(f"{self.file.path} is finished: nothing is left to sample")
             return None
         if self.config.reward is not None:
-            self.best = self._best_of()
+            self.reward = self._reward()
         with self._sampler() as (sampler, window):
             if self.file is not None:
                 self.file.open(places)
@@ -167,10 +167,10 @@ class _SampleRun:
         for note in self.file.notes if self.file else ():
             self.reporter.say(note)
 
-    def _best_of(self) -> BestOf:
+    def _reward(self) -> RewardScorer:
         assert self.config.reward is not None and self.config.best_of is not None
         model = self.model
-        judge = load_reward_scorer(
+        reward = load_reward_scorer(
             self.config.reward,
             model.tokenizer,
             self.settings.stop,
@@ -179,11 +179,11 @@ class _SampleRun:
             attention="auto",
             longest=self.longest,
         )
-        best = BestOf(judge, self.config.best_of)
         self.reporter.say(
-            f"best of {self.config.best_of}, by {judge.words}: at most {best.kl:.2f} nats from the model's own samples"
+            f"best of {self.config.best_of}, by {reward.words}: at most"
+            f" {best_of_n_kl(self.config.best_of):.2f} nats from the model's own samples"
         )
-        return best
+        return reward
 
     @contextmanager
     def _sampler(self) -> Iterator[tuple[ResponseSampler, int]]:
@@ -223,8 +223,9 @@ class _SampleRun:
                     progress=tell,
                 )
                 scores: list[list[float]] = [[] for _ in part]
-                if self.best is not None:
-                    kept = self.best.keep([prompts.rows[i] for i in part], [prompts.ids[i] for i in part], found)
+                if self.reward is not None:
+                    asked, ids = [prompts.rows[i] for i in part], [prompts.ids[i] for i in part]
+                    kept = best_of(self.config.best_of or 1, self.reward, asked, ids, found)
                     found, scores = [samples for samples, _ in kept], [score for _, score in kept]
                 fresh = [i for i in part if i >= done]
                 rows = [self._row(i, found[i - start], scores[i - start]) for i in fresh]

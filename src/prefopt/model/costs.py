@@ -13,6 +13,8 @@ from weakref import WeakKeyDictionary
 
 import psutil
 
+from prefopt.errors import RunError
+
 if TYPE_CHECKING:
     import torch  # imported where it is needed: run folders are read without it
 
@@ -140,3 +142,19 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     pattern = r"can't allocate memory|out of memory|CU\w+_STATUS_\w*ALLOC(ATION)?_FAILED"
     return isinstance(error, RuntimeError) and re.search(pattern, str(error)) is not None
+
+
+def halved(error: RuntimeError, size: int, smallest: int, too_large: str, device: torch.device) -> int:
+    """Half of ``size``, at least ``smallest``, after work of that size ran out of memory with ``error``.
+
+    Raises ``error`` if it is another one, and :class:`RunError` with ``too_large`` for work of the smallest size.
+    """
+    if not out_of_memory(error):
+        raise error
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+    if size <= smallest:
+        raise RunError(too_large) from error
+    return max(smallest, size // 2)

@@ -195,3 +195,11 @@ def split(items: Sequence[int], tokens: Sequence[int], token_budget: int) -> Ite
         used += size
     if batch:
         yield batch
+
+
+def packed_batches(
+    groups: Sequence[Group], layout: PackLayout, token_budget: int, device: torch.device
+) -> Iterator[PackedBatch]:
+    """The groups in order, packed into batches of at most ``token_budget`` tokens, on ``device``."""
+    for part in split(range(len(groups)), [layout.cost(group) for group in groups], token_budget):
+        yield pack([groups[i] for i in part], layout).to(device)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import quoteattr
 
 import jinja2
 from markupsafe import Markup
@@ -18,43 +21,14 @@ from prefopt.core.files import output_errors, replace_file
 from prefopt.core.options import command, options
 from prefopt.errors import UserError
 from prefopt.evaluate.result import CompareResult
-from prefopt.reports.comparison import ComparisonReport, comparison_report, read_comparison
-from prefopt.reports.figures import curves, win_rates
-from prefopt.runs.diagnose import Finding, diagnose
+from prefopt.reports.comparison import comparison_report, read_comparison
+from prefopt.runs.diagnose import change_of, diagnose
 from prefopt.runs.history import History
-from prefopt.runs.plot import shortened
+from prefopt.runs.plot import COLOURS, SIDES, Panel, figure_of, panels_by_method, require_matplotlib, shortened
 from prefopt.runs.table import as_number, caveats, differing, labels, reached, runs_of, shown, summary
 
 Row = tuple[str, str]
 """A name and its value."""
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """An option of a run; ``given``: it differs from the default."""
-
-    name: str
-    value: str
-    given: bool
-
-
-@dataclass(frozen=True, slots=True)
-class RunReport:
-    """One run. ``command`` repeats it, empty where this version has other options. ``samples`` is a sentence on the
-    reward of a run that learns from its own samples, else empty."""
-
-    name: str
-    summary: Mapping[str, str]
-    findings: Sequence[Finding]
-    warnings: Sequence[Finding]
-    held_out: Sequence[Row]
-    training: Sequence[Row]
-    data: Sequence[Row]
-    identity: Sequence[Row]
-    settings: Sequence[Setting]
-    environment: Mapping[str, Mapping[str, str]]
-    command: str
-    samples: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,23 +41,23 @@ class Section:
     caveats: Sequence[str]
 
 
-def run_report(run: History, name: str) -> RunReport:
-    """What the page shows of a run, under a ``name`` that distinguishes it from the others."""
+def run_report(run: History, name: str) -> dict[str, Any]:
+    """The template's values for a run, under a ``name`` that distinguishes it from the others."""
     found, values = diagnose(run), reached(run)
-    return RunReport(
-        name=name,
-        summary=summary(run),
-        findings=[f for f in found if not f.look],
-        warnings=[f for f in found if f.look],
-        held_out=[(key, as_number(value)) for key, value in values["held_out"].items()],
-        training=[(key, as_number(value)) for key, value in values["training"].items()],
-        data=_data(run),
-        identity=[(title, str(run.record[key])) for key, title in HASHED.items() if run.record.get(key)],
-        settings=_settings(run),
-        environment=run.record.get("environment", {}),
-        command=_command(run),
-        samples=_samples(run),
-    )
+    return {
+        "name": name,
+        "summary": summary(run),
+        "findings": [f.text for f in found if not f.look],
+        "warnings": [f.text for f in found if f.look],
+        "held_out": [(key, as_number(value)) for key, value in values["held_out"].items()],
+        "training": [(key, as_number(value)) for key, value in values["training"].items()],
+        "data": _data(run),
+        "identity": [(title, str(run.record[key])) for key, title in HASHED.items() if run.record.get(key)],
+        "settings": _settings(run),
+        "environment": run.record.get("environment", {}),
+        "command": _command(run),
+        "samples": _samples(run),
+    }
 
 
 def _data(run: History) -> list[Row]:
@@ -98,15 +72,17 @@ def _data(run: History) -> list[Row]:
     return found
 
 
-def _settings(run: History) -> list[Setting]:
+def _settings(run: History) -> list[tuple[str, str, bool]]:
+    """Name and value of each option, and whether it differs from the default."""
     defaults = {o.name: o.default for o in options(METHODS[run.method].config)} if run.method in METHODS else {}
     return [
-        Setting(name.replace("_", "-"), shown(value), name not in defaults or value != defaults[name])
+        (name.replace("_", "-"), shown(value), name not in defaults or value != defaults[name])
         for name, value in run.options.items()
     ]
 
 
 def _command(run: History) -> str:
+    """The command that repeats a run; empty where this version has other options."""
     try:
         return command(run.method, read_options(run.method, run.options)) if run.method in METHODS else ""
     except UserError:
@@ -114,6 +90,7 @@ def _command(run: History) -> str:
 
 
 def _samples(run: History) -> str:
+    """A sentence on the reward of a run that learns from its own samples, else empty."""
     scores, ending = run.curve("objective/scores").values, reached(run)["training"]
     if not scores or "objective/scores" not in ending:
         return ""
@@ -150,25 +127,25 @@ def write_report(config: ReportConfig, results: Sequence[CompareResult] = (), se
 
 def page(
     runs: Sequence[History],
-    comparisons: Sequence[ComparisonReport] = (),
+    comparisons: Sequence[Mapping[str, Any]] = (),
     sections: Sequence[Section] = (),
     *,
     title: str | None = None,
 ) -> str:
-    """The whole page. The template engine escapes everything that comes from runs and their data."""
+    """The page as text."""
     names = labels(runs) if runs else []
     reports = [run_report(run, name) for run, name in zip(runs, names, strict=True)]
     several = len(runs) > 1
     names += [section.name for section in sections]
-    title = title or ", ".join(names) or " and ".join(dict.fromkeys(m for c in comparisons for m in c.models))
+    title = title or ", ".join(names) or " and ".join(dict.fromkeys(m for c in comparisons for m in c["models"]))
     different = differing(runs) if several else []
     return template("prefopt.reports", "report.html.j2").render(
         title=title,
         heading=shortened(title, 70),  # of a browser's tab
         version=prefopt.__version__,
         written=time.strftime("%Y-%m-%d %H:%M %Z"),
-        verdict=[s for c in comparisons for s in c.sentences]
-        or [*(verdict(run) for run in reports), *(s for section in sections for s in section.sentences)],
+        verdict=[s for c in comparisons for s in c["sentences"]]
+        or [*(_verdict(run) for run in reports), *(s for section in sections for s in section.sentences)],
         sections=sections,
         comparisons=[(c, win_rates(c, name=f"rates{n}")) for n, c in enumerate(comparisons)],
         runs=reports,
@@ -183,17 +160,17 @@ def page(
     )
 
 
-def verdict(run: RunReport) -> str:
+def _verdict(run: Mapping[str, Any]) -> str:
     """One sentence on a run: its held-out loss and accuracy, or the reward of its samples."""
-    values = dict(run.held_out)
-    if run.samples:
-        return f"{run.name}: {run.samples}"
+    name, values = run["name"], dict(run["held_out"])
+    if run["samples"]:
+        return f"{name}: {run['samples']}"
     if "loss" not in values:
-        return f"{run.name}: no row was held out, so that nothing is known about rows outside the training data"
+        return f"{name}: no row was held out, so that nothing is known about rows outside the training data"
     parts = [f"the loss on held-out rows is {values['loss']} at step {values['step']}"]
     if "rewards/accuracies" in values:
         parts.append(f"{float(values['rewards/accuracies']):.1%} of their pairs are ranked as in the data")
-    return f"{run.name}: " + "; ".join(parts)
+    return f"{name}: " + "; ".join(parts)
 
 
 def template(package: str, name: str) -> jinja2.Template:
@@ -205,15 +182,96 @@ def template(package: str, name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["capitalise"] = _capitalised
     found: jinja2.Template = environment.get_template(name)
     return found
 
 
-def _capitalised(text: str) -> str:
-    """A sentence with a capital, unless it begins with a name."""
-    first = text.split(" ", 1)[0]
-    return text[:1].upper() + text[1:] if first in _FIRST_WORDS else text
+# -- figures: inline SVG in which text stays text and no two share an id --------------------------------------
+
+WRAPPING = re.compile(r"<\?xml.*?\?>|<!DOCTYPE.*?>|<metadata>.*?</metadata>|<!--.*?-->", re.S)
 
 
-_FIRST_WORDS = {"no", "responses", "fewer"}
+def curves(runs: Sequence[History]) -> list[tuple[Markup, list[str]]]:
+    """The standard panels of these runs, each as a figure with sentences on what it shows."""
+    found = []
+    for n, (panel, several) in enumerate(panels_by_method(runs)):
+        figure, of = figure_of(several, metrics=[panel.name], titled=False), ", ".join(labels(several))
+        figure.axes[0].set_title(panel.title, fontsize=10, loc="left")
+        found.append((inline(figure, name=f"curve{n}", label=f"{panel.title}: {of}"), in_words(panel, several)))
+    return found
+
+
+def in_words(panel: Panel, runs: Sequence[History]) -> list[str]:
+    """A line for each curve of a panel: its start, its end, and whether it changed beyond noise."""
+    lines = []
+    for run, name in zip(runs, labels(runs), strict=True):
+        for side in SIDES if panel.sides else ("",):
+            metric = f"{panel.name}/{side}" if side else panel.name
+            of = ", ".join(part for part in (name if len(runs) > 1 else "", side) if part)
+            if words := _curve_words(run, metric):
+                lines.append(f"{of}: {words}" if of else words)
+    return lines
+
+
+def _curve_words(run: History, metric: str) -> str:
+    parts = []
+    if (found := change_of(run, metric)) is not None:
+        verb = {1: "rose", -1: "fell", 0: "did not change beyond noise:"}[found.direction]
+        parts.append(f"{verb} from {as_number(found.first)} to {as_number(found.last)} (noise {found.noise:.2g})")
+    if held := run.curve(metric, held_out=True):
+        if len(held.steps) > 1:
+            first, last = as_number(held.values[0]), as_number(held.values[-1])
+            parts.append(f"on held-out rows from {first} at step {held.steps[0]} to {last} at step {held.steps[-1]}")
+        else:
+            parts.append(f"on held-out rows {as_number(held.values[0])} at step {held.steps[0]}")
+    return "; ".join(parts)
+
+
+def win_rates(found: Mapping[str, Any], *, name: str) -> Markup | None:
+    """Win rates with their intervals and the line of no difference; None without any interval."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    rates = [(rate["name"], rate["bounds"]) for rate in found["rates"] if rate["bounds"] is not None]
+    if not rates:
+        return None
+    figure: Any = Figure(figsize=(7.5, 0.9 + 0.34 * len(rates)), layout="constrained")
+    axes = figure.subplots()
+    for y, (_, (mean, low, high)) in enumerate(rates):
+        axes.plot([low, high], [y, y], color=COLOURS[0], linewidth=2)
+        axes.plot([mean], [y], color=COLOURS[0], marker="o", markersize=6)
+    axes.axvline(0.5, color="0.45", linewidth=0.9, linestyle=":")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(len(rates) - 0.5, -0.5)
+    axes.set_yticks(range(len(rates)), [plain(shortened(text, 48)) for text, _ in rates], fontsize=9)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_xlabel("win rate, a tie counting half; the line is its 95 % interval", fontsize=9)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return inline(figure, name=name, label=f"Win rates by the judge {found['judge']}")
+
+
+def inline(figure: Any, *, name: str, label: str) -> Markup:
+    """A matplotlib figure as an ``svg`` element that fills the width it is given.
+
+    ``name`` keeps the ids of several figures of one page apart; ``label`` is read out in the figure's place.
+    """
+    import matplotlib
+
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = WRAPPING.sub("", file.getvalue()).strip().replace("xlink:href", "href")
+    # Some ids are hashes, others names such as figure_1 that every figure has.
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
+    text = re.sub(r'(href="|url\()#', rf"\1#{name}-", text)
+    head, body = text.split(">", 1)
+    box = re.search(r'viewBox="[^"]*"', head)
+    assert box is not None, "matplotlib gives every picture a viewBox"
+    return Markup(f'<svg {box[0]} role="img" aria-label={quoteattr(label)}>{body}')
+
+
+def plain(text: str) -> str:
+    """As text for matplotlib, to which a dollar begins mathematics, and an underscore in front hides a label."""
+    found = text.replace("$", r"\$")
+    return f" {found}" if found.startswith("_") else found

@@ -10,13 +10,11 @@ from prefopt.config.sample import SampleConfig
 from prefopt.core.terminal import Reporter
 from prefopt.data.chat.template import Rendering, parse_variables, read_template
 from prefopt.data.chat.truncate import sequence_limit
-from prefopt.data.comparisons import parse_comparisons
-from prefopt.data.files.sources import find_sources
 from prefopt.data.load import load_groups
 from prefopt.data.sampler import BatchSampler
 from prefopt.data.table import GroupTable
 from prefopt.data.tokenizer import Tokenizer
-from prefopt.generate.model_io import PromptReader, PromptSet, SampledModel, renderer_for
+from prefopt.generate.model_io import PromptSet, SampledModel, read_prompt_set, renderer_for
 from prefopt.generate.sampler import SamplingParams
 from prefopt.model.architectures import causal_model, vocabulary_size
 from prefopt.model.scorer import Scorer
@@ -36,14 +34,17 @@ def read_prompts(
     """
     template = read_template(config.chat_template) if config.chat_template else None
     renderer = renderer_for(start.tokenizer, template, parse_variables(config.template_variables or ()))
-    chats = template is not None or start.tokenizer.chat_template is not None
-    lines = config.lines if config.lines != "auto" else "user" if chats else "text"
-    reader = PromptReader(renderer, context=start.context, lines=lines, on_bad_row=config.on_bad_row, room=room)
-    if rows is None:
-        prompts = reader.read(find_sources(config.prompts), format=config.format, columns=config.column_words)
-    else:
-        reading = parse_comparisons(rows, "prompts", format=config.format, columns=config.column_words)
-        prompts = reader.take(reading, reading.notes)
+    prompts = read_prompt_set(
+        config.prompts,
+        renderer,
+        rows=rows,
+        context=start.context,
+        room=room,
+        lines=config.lines,
+        on_bad_row=config.on_bad_row,
+        format=config.format,
+        columns=config.column_words,
+    )
     for line in prompts.summary():
         reporter.say(f"prompts: {line}")
     return prompts, start.stop_ids(renderer)

@@ -27,9 +27,9 @@ from prefopt.data.layouts import LAYOUTS
 from prefopt.data.validate import Problem, refuse
 from prefopt.errors import DataError, RunError
 from prefopt.evaluate import score
-from prefopt.evaluate.sample_stats import kl_to_reference
+from prefopt.evaluate.samples import kl_to_reference
 from prefopt.evaluate.score import load_row_scorer
-from prefopt.generate.model_io import PromptReader, SampledModel, renderer_for
+from prefopt.generate.model_io import SampledModel, read_prompt_set, renderer_for
 from prefopt.methods import sample
 from prefopt.records import Comparison, Message, tiers_of
 
@@ -131,12 +131,9 @@ class Measure:
 def _prompts(config: SweepOptions, reference: SampledModel, reporter: Reporter) -> list[Comparison]:
     """Every different prompt, cut to a prefix where the config says so."""
     renderer = renderer_for(reference.tokenizer)
-    chats = reference.tokenizer.chat_template is not None
-    lines = config.lines if config.lines != "auto" else "user" if chats else "text"
     # Prompts that are cut to their beginning may be longer than the model can read.
     context, room = None if config.prefix_max else reference.context, config.max_new_tokens
-    reader = PromptReader(renderer, context=context, lines=lines, on_bad_row="refuse", room=room)
-    found = reader.read(find_sources(config.prompts))
+    found = read_prompt_set(config.prompts, renderer, context=context, room=room, lines=config.lines)
     for line in found.notes:
         reporter.say(f"prompts: {line}")
     rows = found.rows

@@ -17,7 +17,7 @@ from prefopt.config.sweeps import STAGES, MethodsConfig
 from prefopt.core.files import output_errors, read_json, replace_file, typed, write_json
 from prefopt.core.terminal import Reporter, duration, size
 from prefopt.errors import Diverged
-from prefopt.evaluate.sample_stats import perplexity
+from prefopt.evaluate.samples import perplexity
 from prefopt.generate.model_io import SampledModel
 from prefopt.methods.rlhf import started_again, status_of
 from prefopt.model.costs import combine_costs

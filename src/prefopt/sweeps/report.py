@@ -14,7 +14,6 @@ from prefopt.core.files import output_errors
 from prefopt.core.terminal import duration
 from prefopt.evaluate.result import CompareResult
 from prefopt.reports import page
-from prefopt.reports.figures import inline, plain
 from prefopt.runs.plot import COLOURS, require_matplotlib
 from prefopt.runs.table import columns
 from prefopt.sweeps.points import FILE, Frontier, Point, dominated, frontier, read_frontier
@@ -65,7 +64,7 @@ def sentences(sweep: Frontier) -> Iterator[str]:
     """Which method dominates which, by the numbers and beyond their errors."""
     methods = list(dict.fromkeys(p.method for p in sweep.points if p.stands))
     if len(methods) < 2:
-        yield "fewer than two methods have an included point, so nothing is compared"
+        yield "Fewer than two methods have an included point, so nothing is compared"
     for one in methods:
         for other in methods:
             count, of = dominated(sweep.points, one, other)
@@ -177,12 +176,12 @@ def frontier_section(folder: str | Path, *, number: int = 0) -> page.Section:
         ("preferences", sweep.made),
         ("status", "finished" if sweep.finished else "unfinished: more points are to come"),
     ]
-    drawn = [replace(p, method=plain(p.method)) for p in sweep.points if None not in (p.reward, p.interval, p.kl)]
+    drawn = [replace(p, method=page.plain(p.method)) for p in sweep.points if None not in (p.reward, p.interval, p.kl)]
     figure = None
     if drawn:
-        found = figure_of_frontier(replace(sweep, reward=plain(sweep.reward), points=tuple(drawn)), titled=False)
+        found = figure_of_frontier(replace(sweep, reward=page.plain(sweep.reward), points=tuple(drawn)), titled=False)
         label = "Expected reward against KL to the reference; the table has the numbers"
-        figure = inline(found, name=f"frontier{number}", label=label)
+        figure = page.inline(found, name=f"frontier{number}", label=label)
     said = list(sentences(sweep))
     rendered = page.template("prefopt.sweeps", "frontier.html.j2").render(
         sweep={

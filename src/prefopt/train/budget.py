@@ -20,9 +20,9 @@ from prefopt.config.training import RunOptions
 from prefopt.core.terminal import Reporter
 from prefopt.data.group import Group
 from prefopt.data.table import GroupTable, IndexArray
-from prefopt.errors import ConfigError, RunError, first_line
+from prefopt.errors import ConfigError, first_line
 from prefopt.model.architectures import causal_model
-from prefopt.model.costs import free_memory, out_of_memory, peak_memory
+from prefopt.model.costs import free_memory, halved, peak_memory
 from prefopt.model.flops import FlopCount, matmul_peak
 from prefopt.model.kernels.head import KEEP_BYTES
 from prefopt.model.packing import PackedBatch
@@ -82,20 +82,12 @@ def largest_batch(costs: IndexArray, token_budget: int) -> list[int]:
 
 
 def smaller_budget(error: RuntimeError, tokens: int, what: str, largest: int, device: torch.device) -> int:
-    """Half of ``tokens``, but at least ``largest``, after an out-of-memory ``error``; any other is raised.
-
-    Raises :class:`RunError` where ``tokens`` was the size of the ``largest`` group already.
-    """
-    if not out_of_memory(error):
-        raise error
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    if tokens <= largest:
-        raise RunError(
-            f"{what}: one group of {largest} tokens does not fit into the device's memory; give"
-            " --gradient-checkpointing, --lora or shorter sequences (--max-length, --max-new-tokens)"
-        ) from error
-    return max(largest, tokens // 2)
+    """Half of ``tokens``, at least the ``largest`` group's, after ``error``; see :func:`prefopt.model.costs.halved`."""
+    too_large = (
+        f"{what}: one group of {largest} tokens does not fit into the device's memory; give"
+        " --gradient-checkpointing, --lora or shorter sequences (--max-length, --max-new-tokens)"
+    )
+    return halved(error, tokens, largest, too_large, device)
 
 
 def try_largest(
