@@ -132,10 +132,6 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"record": {"rows": {"read": 1000, "kept": 1000, "truncated": 120}}},
         r"120 of 1000 rows \(12%\) .* 512 tokens",
     ),
-    "left out": (
-        {"record": {"rows": {"read": 1000, "kept": 900, "truncated": 10}}},
-        r"100 of 1000 rows \(10%\)",
-    ),
     "another reference": (
         {
             "training": {"log_ratios_per_token/chosen": noisy(lambda t: 0.3 + 0.05 * t, 0.002)},
@@ -154,7 +150,6 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         r"grew from 2\d.* to 39.* tokens while the reward rose",
     ),
     "ended early": ({"record": {"steps": 90}}, "ended at step 60 of 90"),
-    "few steps": ({"training": {"loss": [0.69, 0.6, 0.5]}}, "3 steps: too few"),
 }
 
 
@@ -176,7 +171,6 @@ NEARLY: dict[str, dict[str, Any]] = {
     "chosen fell far": {"training": {"log_ratios_per_token/chosen": noisy(lambda t: -0.2 * t, 0.002)}},
     "spike": {"training": {"grad_norm": [5.0 if i == 40 else 0.8 for i in range(N)]}},
     "truncated": {"record": {"rows": {"kept": 1000, "truncated": 40}}},
-    "left out": {"record": {"rows": {"read": 1000, "kept": 960}}},
     "another reference": {"training": {"log_ratios_per_token/chosen": noisy(lambda t: 0.01 + 0.05 * t, 0.002)}},
     "reward rose": {"training": {"objective/scores": noisy(lambda t: 0.02 * t, 0.1)}},
     "reward fell": {"training": {"objective/scores": noisy(lambda t: -0.02 * t, 0.1)}},
@@ -186,7 +180,6 @@ NEARLY: dict[str, dict[str, Any]] = {
     },
     "ended early": {"record": {"status": "interrupted", "steps": 90}},
     "nothing held out": {"held_out": NONE_HELD_OUT, "record": {"status": "interrupted"}},
-    "few steps": {"training": {"loss": noisy(lambda t: 1 - t, n=12)}},
 }
 
 

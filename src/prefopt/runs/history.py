@@ -1,11 +1,9 @@
 """A run read from its output folder, ``run.json`` and ``metrics.jsonl``, without torch.
 
->>> from prefopt.runs.history import read_history
+Types of values are checked. Unknown keys are kept; a known key with a value of another type is an error with its place.
+
 >>> read_history("OUTPUT").curve("loss")  # doctest: +SKIP
 Curve(steps=[1, 2, 3], values=[0.693, 0.688, 0.671])
-
-Every reader of a run uses this module, which checks the types of values. Unknown keys are kept; a known key with a
-value of another type is an error with its place.
 
 >>> check_record({"status": "finished", "steps": 3})
 {'status': 'finished', 'steps': 3}
@@ -67,16 +65,17 @@ def numbered_lines(path: Path) -> Iterator[tuple[bytes, Line]]:
     for number, text in enumerate(lines, 1):
         if not text.strip():
             continue
+        cut = number == len(lines)
         try:
             values = parsed(text)
-        except ValueError as error:
-            if number == len(lines):  # cut off by a kill
-                return
-            raise _no_metrics(path, number, str(error)) from None
-        try:
+            cut = False
             line = _check_line(values)
         except ValueError as error:
-            raise _no_metrics(path, number, str(error)) from None
+            if cut:  # by a kill
+                return
+            raise RunError(
+                f"{path}, line {number} holds no metrics ({error}); remove it, or leave this run out"
+            ) from None
         yield text, line
 
 
@@ -105,10 +104,6 @@ def _check_line(values: Any) -> Line:
         else:
             line[name] = value
     return line
-
-
-def _no_metrics(path: Path, number: int, why: str) -> RunError:
-    return RunError(f"{path}, line {number} holds no metrics ({why}); remove it, or leave this run out")
 
 
 def _short(value: Any) -> str:
@@ -268,8 +263,7 @@ def read_history(folder: str | Path) -> History:
     """Read an output folder. Raises :class:`RunError` if it holds no run, or a damaged one."""
     folder = Path(folder)
     record = read_record(folder)
-    training: list[Line] = []
-    held_out: list[Line] = []
+    training, held_out = list[Line](), list[Line]()
     for line in read_metrics(folder):
         evaluated = {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
         if evaluated:

@@ -1,7 +1,7 @@
 """Metrics of a run: the lines of ``metrics.jsonl``, averages over the last epoch, and costs.
 
-The last batch of an epoch may be small, and its metrics noise. So final metrics are averages over all rows since the
-last whole epoch began, each with the weights that it had in its batches.
+The last batch of an epoch may be small. So final metrics are averages over all rows since the last whole epoch began,
+each with the weights that it had in its batches.
 
 >>> found = Averages()
 >>> for step, rows, loss in ((1, 8, 0.7), (2, 2, 0.2)):
@@ -128,11 +128,10 @@ class Averages:
 
     def means(self) -> Record:
         """The metrics of the last step, averaged if they are per row or per time."""
-        found = dict(self.record)
-        for name in {**self.whole.sums, **self.begun.sums}:
+        found, averaged = dict(self.record), {**self.whole.sums, **self.begun.sums}
+        for name in averaged:
             parts = [part.sums[name] for part in (self.whole, self.begun) if name in part.sums]
             found[name] = sum(total for total, _ in parts) / sum(weight for _, weight in parts)
-        averaged = {*self.whole.sums, *self.begun.sums}
         if "rewards/chosen" in found and "rewards/rejected" in found and "rewards/margins" not in averaged:
             found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
         return found
@@ -167,9 +166,10 @@ class Spending:
 
     def note(self) -> None:
         """Write them to ``run.json``, if this process holds the folder."""
-        seconds = time.monotonic() - self._started
-        now = {**self._costs.to_dict(), "seconds": seconds, "peak_memory_bytes": peak_memory(self._device)}
-        self._folder.spent(combine_costs([self._before, now]))
+        if self._folder.taken:
+            seconds = time.monotonic() - self._started
+            now = {**self._costs.to_dict(), "seconds": seconds, "peak_memory_bytes": peak_memory(self._device)}
+            self._folder.remember(costs=combine_costs([self._before, now]))
 
 
 @contextmanager

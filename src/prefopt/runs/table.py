@@ -87,7 +87,7 @@ def show_runs(folders: Sequence[str], *, as_json: bool = False) -> list[str]:
         for line in (line for _, damaged in found for line in damaged):
             log.warning("%s", line)
         return json_text([run_as_json(run) for run in runs]).split("\n")
-    single = [Path(folder, "run.json").exists() for folder in folders]
+    single = [Path(folder, RECORD).exists() for folder in folders]
     if len(folders) == 1 and single[0]:
         return describe(runs[0])
     if all(single):
@@ -110,7 +110,7 @@ def describe(run: History) -> list[str]:
     lines = columns([[f"{name}:", value] for name, value in summary(run).items()])
     curve, held_out = run.curve("loss"), run.curve("loss", held_out=True)
     title = f"loss of training batches{f', and {MARK} of held-out rows' if held_out else ''}"
-    if scores := run.curve("objective/scores"):  # the loss of such a run says nothing
+    if scores := run.curve("objective/scores"):  # the loss of such a run is not informative
         curve, title = scores, "reward of the policy's samples"
     if len(curve.steps) > 1:
         lines += ["", *chart(curve, held_out, title=title, width=WIDTH)]
@@ -166,19 +166,15 @@ def list_of(runs: Sequence[History], base: Path) -> list[str]:
     rows = [["run", "status", "steps", "loss", "held-out loss", "held-out accuracy", "options that differ"]]
     for run in runs:
         values = reached(run)
-        steps = f"{run.step}" if run.steps in (None, run.step) else f"{run.step} of {run.steps}"
-        rows.append(
-            [
-                _name(run, base),
-                run.status,
-                steps,
-                as_number(values["training"].get("loss")),
-                as_number(values["held_out"].get("loss")),
-                as_number(values["held_out"].get("rewards/accuracies")),
-                " ".join(f"{name}={shown(run.options.get(name))}" for name in different) or "none",
-            ]
-        )
+        results = (("training", "loss"), ("held_out", "loss"), ("held_out", "rewards/accuracies"))
+        numbers = [as_number(values[side].get(name)) for side, name in results]
+        own = " ".join(f"{name}={shown(run.options.get(name))}" for name in different) or "none"
+        rows.append([str(run.folder.relative_to(base)), run.status, _steps(run), *numbers, own])
     return columns(rows)
+
+
+def _steps(run: History) -> str:
+    return f"{run.step}" if run.steps in (None, run.step) else f"{run.step} of {run.steps}"
 
 
 def comparison(runs: Sequence[History]) -> list[str]:
@@ -256,13 +252,6 @@ def columns(rows: Sequence[Sequence[str]], *, indent: int = 0) -> list[str]:
     return [" " * indent + line.rstrip() for line in padded]
 
 
-def _name(run: History, base: Path) -> str:
-    try:
-        return str(run.folder.relative_to(base))
-    except ValueError:
-        return str(run.folder)
-
-
 def as_number(value: float | None) -> str:
     """A metric with four digits; a dash for None."""
     if value is None:
@@ -272,11 +261,10 @@ def as_number(value: float | None) -> str:
 
 def summary(run: History) -> Mapping[str, str]:
     """Method, status, steps, times, model and data of a run."""
-    steps = f"{run.step}" if run.steps in (None, run.step) else f"{run.step} of {run.steps}"
     values = {
         "method": run.algorithm,
         "status": run.status,
-        "steps": steps,
+        "steps": _steps(run),
         "started": run.record.get("started"),
         "finished": run.record.get("finished"),
         "model": run.options.get("model"),
