@@ -3,7 +3,7 @@
 ``units[u]`` maps each annotator who voted on unit u to the value of the vote, an integer.
 
 >>> units = [{1: 0, 2: 0}, {1: 1, 2: 1}, {1: 0, 2: 1}, {1: 0, 2: 0}]
->>> raw_agreement(units), round(alpha(units), 4), round(kappa([(0, 0), (1, 1), (0, 1), (0, 0)]), 4)
+>>> raw_agreement(units), round(alpha_interval(units).value, 4), round(kappa([(0, 0), (1, 1), (0, 1), (0, 0)]), 4)
 (0.75, 0.5333, 0.5)
 
 Sources: J. Cohen, A coefficient of agreement for nominal scales, Educational and Psychological Measurement 20 (1960);
@@ -60,12 +60,6 @@ def kappa(pairs: Sequence[tuple[int, int]]) -> float:
     return (observed - expected) / (1 - expected) if expected < 1 else math.nan
 
 
-def alpha(units: Sequence[Unit], metric: Metric = "nominal") -> float:
-    """Krippendorff's alpha, 1 - Do / De; nan where no unit has two values, or all values are the same."""
-    counts, _ = _coincidences(units)
-    return float(_alphas(counts.sum(axis=0)[None], metric)[0]) if len(counts) else math.nan
-
-
 def alpha_interval(
     units: Sequence[Unit],
     metric: Metric = "nominal",
@@ -74,10 +68,11 @@ def alpha_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
-    """Alpha with a percentile bootstrap interval over units, or over ``clusters`` (one key per unit).
+    """Krippendorff's alpha, 1 - Do / De, with a percentile bootstrap interval over units, or over ``clusters`` (one key
+    per unit); nan where no unit has two values, or all values are the same.
 
-    Units of one cluster, such as the pairs of one ranking, are resampled together. Resamples in which all values are
-    the same have no alpha and are left out.
+    Units of one cluster, such as the pairs of one ranking, are resampled together. Resamples without an alpha are left
+    out.
     """
     counts, kept = _coincidences(units)
     if not len(counts):

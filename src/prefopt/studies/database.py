@@ -55,9 +55,7 @@ def check_version(connection: sqlite3.Connection, file: str) -> int:
     """The schema version of a study. Raises :class:`StudyError` for one of a newer prefopt."""
     version: int = connection.execute("PRAGMA user_version").fetchone()[0]
     if version > VERSION:
-        raise StudyError(
-            f"{file}: is a study of version {version}, and this prefopt knows versions up to {VERSION}; update prefopt"
-        )
+        raise StudyError(f"{file}: is a study of version {version}, newer than {VERSION}; update prefopt")
     return version
 
 
@@ -73,7 +71,7 @@ def migrate(connection: sqlite3.Connection, file: str) -> None:
         version = connection.execute("PRAGMA user_version").fetchone()[0]  # another process may have been first
         for number in range(version + 1, VERSION + 1):
             script = files("prefopt.studies") / "migrations" / f"{number}.sql"
-            for statement in _statements(script.read_text("utf-8")):
+            for statement in script.read_text("utf-8").split(";\n"):  # executescript() would commit first
                 connection.execute(statement)
         if 0 < version < VERSION:
             rebuild(connection)
@@ -85,16 +83,6 @@ def migrate(connection: sqlite3.Connection, file: str) -> None:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
-
-
-def _statements(script: str) -> Iterator[str]:
-    """The statements of a script, one by one: ``executescript`` would commit first."""
-    held = ""
-    for line in script.splitlines():
-        held += line + "\n"
-        if sqlite3.complete_statement(held):
-            yield held.strip()
-            held = ""
 
 
 def _seal_all(connection: sqlite3.Connection) -> None:

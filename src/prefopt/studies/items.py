@@ -2,8 +2,8 @@
 
 The next item is found by an index, whatever the size of the study. Items that others have begun come first, so that
 votes overlap early; then new ones, in the order of the file. Begun items that need more votes wait in a queue, at
-places that only grow. Items up to an annotator's ``cursor`` they have seen, or are full: each search starts there and
-passes every place once. An item that needs votes again goes to the end of the queue, beyond all cursors.
+places that only grow. Up to an annotator's ``cursor`` all items are seen or full: each search starts there. An item
+that needs votes again goes to the end of the queue, beyond all cursors.
 """
 
 from __future__ import annotations
@@ -83,19 +83,16 @@ def add_items(study: Study, items: Iterable[NewItem]) -> tuple[int, int]:
 
     Raises :class:`StudyError`.
     """
-    counts = [0, 0]
     with study.writing() as connection:
-        for item in items:
-            if not 2 <= len(item.origins) <= MOST_RESPONSES:
-                raise StudyError(
-                    f"{item.file}, row {item.file_row}: has {len(item.origins)} responses;"
-                    f" an item has 2 to {MOST_RESPONSES}"
-                )
-            counts[not _add(connection, item)] += 1
-    return counts[0], counts[1]
+        added = [_add(connection, item) for item in items]
+    return sum(added), len(added) - sum(added)
 
 
 def _add(connection: sqlite3.Connection, item: NewItem) -> bool:
+    """Add an item; False for a duplicate."""
+    if not 2 <= (count := len(item.origins)) <= MOST_RESPONSES:
+        place = f"{item.file}, row {item.file_row}"
+        raise StudyError(f"{place}: has {count} responses; an item has 2 to {MOST_RESPONSES}")
     origins = [{"model": o.model, "sampling": _sampling_id(connection, o.sampling)} for o in item.origins]
     row = json.dumps(item.row, ensure_ascii=False)
     try:
@@ -108,7 +105,7 @@ def _add(connection: sqlite3.Connection, item: NewItem) -> bool:
         "digest": hashlib.blake2b(identity.encode(), digest_size=16).digest(),
         "prompt_key": item.prompt_key,
         "row": row,
-        "count": len(item.origins),
+        "count": count,
         "origins": json.dumps(origins, ensure_ascii=False),
         "gold": None if item.gold is None else json.dumps(item.gold),
         "file": item.file,
@@ -239,35 +236,29 @@ def _new_place(connection: sqlite3.Connection) -> int:
 
 def _lapse(connection: sqlite3.Connection, overlap: int, moment: float) -> None:
     """Release the items of annotators who left them unanswered."""
-    rows = connection.execute(
-        "SELECT annotator, item FROM assignment WHERE state = 'pending' AND until < ? ORDER BY until LIMIT ?",
-        (moment, LAPSE_AT_ONCE),
-    ).fetchall()
-    for row in rows:
-        query = "UPDATE assignment SET state = 'lapsed' WHERE annotator = ? AND item = ?"
-        connection.execute(query, (row["annotator"], row["item"]))
-        change_taken(connection, row["item"], -1, overlap)
+    query = "SELECT annotator, item FROM assignment WHERE state = 'pending' AND until < ? ORDER BY until LIMIT ?"
+    for annotator, item in connection.execute(query, (moment, LAPSE_AT_ONCE)).fetchall():
+        update = "UPDATE assignment SET state = 'lapsed' WHERE annotator = ? AND item = ?"
+        connection.execute(update, (annotator, item))
+        change_taken(connection, item, -1, overlap)
 
 
 def _resume(connection: sqlite3.Connection, study: Study, annotator: Annotator, moment: float) -> int | None:
     """The last unanswered item that still needs a vote, its lease renewed."""
     overlap = study.settings.overlap
-    rows = connection.execute(
-        "SELECT a.item, a.state, q.taken FROM assignment a LEFT JOIN queue q ON q.item = a.item"
-        " WHERE a.annotator = ? AND a.state IN ('pending', 'lapsed') ORDER BY a.since DESC LIMIT 20",
-        (annotator.id,),
-    ).fetchall()
-    for row in rows:
-        if row["state"] == "lapsed":
-            if row["taken"] is not None and row["taken"] >= overlap:
-                continue
-            change_taken(connection, row["item"], 1, overlap)
-        connection.execute(
-            "UPDATE assignment SET state = 'pending', until = ? WHERE annotator = ? AND item = ?",
-            (moment + study.settings.lease, annotator.id, row["item"]),
-        )
-        return int(row["item"])
-    return None
+    found = connection.execute(
+        "SELECT a.item, a.state FROM assignment a LEFT JOIN queue q ON q.item = a.item"
+        " WHERE a.annotator = ? AND a.state IN ('pending', 'lapsed')"
+        " AND (a.state = 'pending' OR coalesce(q.taken, 0) < ?) ORDER BY a.since DESC LIMIT 1",
+        (annotator.id, overlap),
+    ).fetchone()
+    if found is None:
+        return None
+    if found["state"] == "lapsed":
+        change_taken(connection, found["item"], 1, overlap)
+    update = "UPDATE assignment SET state = 'pending', until = ? WHERE annotator = ? AND item = ?"
+    connection.execute(update, (moment + study.settings.lease, annotator.id, found["item"]))
+    return int(found["item"])
 
 
 def _choose(connection: sqlite3.Connection, study: Study, annotator: Annotator) -> int | None:
@@ -300,11 +291,9 @@ def _gold_is_due(study: Study, annotator: Annotator, seen: int) -> bool:
 
 
 def _next_gold(connection: sqlite3.Connection, annotator: Annotator) -> int | None:
-    found = connection.execute(
-        "SELECT id FROM item WHERE gold IS NOT NULL AND NOT EXISTS"
-        " (SELECT 1 FROM assignment a WHERE a.annotator = ? AND a.item = item.id) ORDER BY id LIMIT 1",
-        (annotator.id,),
-    ).fetchone()
+    query = "SELECT id FROM item WHERE gold IS NOT NULL AND NOT EXISTS"
+    query += " (SELECT 1 FROM assignment a WHERE a.annotator = ? AND a.item = item.id) ORDER BY id LIMIT 1"
+    found = connection.execute(query, (annotator.id,)).fetchone()
     return int(found["id"]) if found else None
 
 

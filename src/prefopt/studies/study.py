@@ -73,11 +73,11 @@ class Study:
         Raises :class:`StudyError` for a file that is not a study, is damaged, or was written by a newer version.
         """
         self.path, self.read_only = path, read_only
-        self._all: list[sqlite3.Connection] = []
-        self._idle: list[sqlite3.Connection] = []
         self._turn = threading.Lock()
         check_file(path)
         with errors_of(path):
+            self.connection = connect(path, read_only=read_only)
+            self._all, self._idle = [self.connection], [self.connection]
             if not read_only:
                 migrate(self.connection, str(path))
             self.version = check_version(self.connection, str(path))
@@ -96,24 +96,14 @@ class Study:
             connection.close()
         return cls(path)
 
-    @property
-    def connection(self) -> sqlite3.Connection:
-        """The first connection, for reading from one thread."""
-        if not self._all:
-            self._idle.append(self._connect())
-        return self._all[0]
-
-    def _connect(self) -> sqlite3.Connection:
-        self._all.append(connect(self.path, read_only=self.read_only))
-        return self._all[-1]
-
     @contextmanager
     def _borrowed(self) -> Iterator[sqlite3.Connection]:
         """A connection from the pool: threads come and go, and connections must not accumulate with them."""
         try:
             connection = self._idle.pop()
         except IndexError:
-            connection = self._connect()
+            connection = connect(self.path, read_only=self.read_only)
+            self._all.append(connection)
         try:
             yield connection
         finally:
@@ -193,10 +183,8 @@ def backup(path: Path, output: Path) -> int:
             copy.row_factory = sqlite3.Row
             found = list(problems(copy))
         if found:
-            raise StudyError(
-                f"{path}: is damaged ({found[0]}); list all damage with prefopt collect check {path}; go back to an"
-                " earlier backup"
-            )
+            remedy = f"list all damage with prefopt collect check {path}; go back to an earlier backup"
+            raise StudyError(f"{path}: is damaged ({found[0]}); {remedy}")
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
     return output.stat().st_size
@@ -269,10 +257,8 @@ def errors_of(path: Path) -> Iterator[None]:
     try:
         yield
     except DamagedRow as error:
-        raise StudyError(
-            f"{path}: is damaged: {error}; list all damage with prefopt collect check {path}; go back to a copy made by"
-            " prefopt collect backup"
-        ) from error
+        remedy = f"list all damage with prefopt collect check {path}; go back to a copy made by prefopt collect backup"
+        raise StudyError(f"{path}: is damaged: {error}; {remedy}") from error
     except sqlite3.Error as error:
         code, message = getattr(error, "sqlite_errorname", "") or "", str(error)
         if code.startswith("SQLITE_FULL") or "full" in message:

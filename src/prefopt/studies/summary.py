@@ -154,11 +154,9 @@ def summarise(study: Study, *, resamples: int = 1000) -> StudySummary:
 def answer_kind(v: StoredVote) -> str:
     """Which of the answers on the page a vote is, or ``ranking``."""
     vote = v.vote
-    if not vote.tiers:
-        return "all bad"
-    if len(vote.tiers) == 1:
-        return "tie"
-    return {1: "slightly better", 2: "better", 3: "much better"}[vote.strength] if vote.strength else "ranking"
+    if vote.strength:
+        return {1: "slightly better", 2: "better", 3: "much better"}[vote.strength]
+    return {0: "all bad", 1: "tie"}.get(len(vote.tiers), "ranking")
 
 
 def first_shown(votes: Iterable[StoredVote]) -> Estimate:
