@@ -181,7 +181,7 @@ class Guard:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         refused = await self._refused(scope)
         if refused is None and scope["method"] == "POST":
-            refused = _read_form(scope, await _body(receive))
+            refused = await _read_form(scope, receive)
         await (refused or self.app)(scope, receive, send)
 
     async def _wait(self, scope: Scope) -> float:
@@ -209,10 +209,8 @@ class Guard:
             return refusal(429, "Too many requests; wait a moment.", {"Retry-After": str(int(wait) + 1)})
         if scope["method"] != "POST":
             return None
-        origins = headers.getlist("origin")
-        if len(origins) != 1 or origins[0].lower() not in self.origins:
-            return refusal(403, "The request does not come from a page of this server.")
-        if headers.get("sec-fetch-site", "same-origin") != "same-origin":
+        origins, site = headers.getlist("origin"), headers.get("sec-fetch-site", "same-origin")
+        if len(origins) != 1 or origins[0].lower() not in self.origins or site != "same-origin":
             return refusal(403, "The request does not come from a page of this server.")
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/x-www-form-urlencoded":
             return refusal(415, "Only forms.")
@@ -222,31 +220,22 @@ class Guard:
         return None
 
 
-async def _body(receive: Receive) -> bytes | None:
-    """The body, or None for one that is too large or too slow."""
-    held = bytearray()
+async def _read_form(scope: Scope, receive: Receive) -> Response | None:
+    """Read the form, or refuse one that is too large, too slow or invalid."""
+    refused, held, more = refusal(413, "The form is too large, or came too slowly."), bytearray(), True
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            while True:
+            while more:
                 message = await receive()
-                if message["type"] != "http.request":
-                    return None
                 held += message.get("body", b"")
-                if len(held) > LARGEST_BODY:
-                    return None
-                if not message.get("more_body"):
-                    return bytes(held)
+                more = message.get("more_body", False)
+                if message["type"] != "http.request" or len(held) > LARGEST_BODY:
+                    return refused
     except TimeoutError:
-        return None
-
-
-def _read_form(scope: Scope, body: bytes | None) -> Response | None:
-    if body is None:
-        return refusal(413, "The form is too large, or came too slowly.")
+        return refused
+    text = held.decode("ascii", "replace")
     try:
-        scope["form"] = parse_qs(
-            body.decode("ascii", "replace"), keep_blank_values=True, max_num_fields=MOST_FIELDS, errors="replace"
-        )
+        scope["form"] = parse_qs(text, keep_blank_values=True, max_num_fields=MOST_FIELDS, errors="replace")
     except ValueError:
         return refusal(400, "The form cannot be read.")
     return None
