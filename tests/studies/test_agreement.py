@@ -11,7 +11,7 @@ import krippendorff
 import numpy as np
 import pytest
 
-from prefopt.studies.agreement import Metric, alpha_interval, kappa, raw_agreement, share_of
+from prefopt.studies.summary import Metric, alpha_interval, kappa, raw_agreement, share_of
 
 # K. Krippendorff, Computing Krippendorff's Alpha-Reliability (2011): examples A, B and C.
 BINARY = ["0100000010", "1110010000"]

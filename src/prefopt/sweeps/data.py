@@ -17,7 +17,7 @@ import numpy as np
 
 from prefopt.config.sample import SampleConfig
 from prefopt.config.sweeps import SweepOptions
-from prefopt.config.tools import ScoreConfig
+from prefopt.config.tools import ScoreConfig, is_model_reward
 from prefopt.core.files import output_errors, replace_file
 from prefopt.core.statistics import Interval, mean_interval
 from prefopt.core.terminal import Reporter
@@ -66,7 +66,7 @@ def prepare_data(config: SweepOptions, reference: SampledModel, reporter: Report
     train, held_out = _split(config, _prompts(config, reference, reporter))
     files = folder / "train.jsonl", folder / "held_out.jsonl"
     for path, rows in zip(files, (train, held_out), strict=True):
-        _write_once(path, _lines(rows), "the prompts")
+        _write_once(path, rows, "the prompts")
     reporter.say(f"prompts: {len(train)} to train on, {len(held_out)} to measure on")
     if config.data is not None:
         preferences, made = _given(config, folder, {row.prompt_key for row in held_out}, reporter), "given"
@@ -117,7 +117,9 @@ class Measure:
         )
         rows = [row for row in parse_comparisons(drawn.rows, name) if isinstance(row, Comparison)]
         scores = self._scores(rows)
-        _write(file, (replace(r, scores=s, tiers=tiers_of(s)) for r, s in zip(rows, scores, strict=True)))
+        scored = _lines(replace(r, scores=s, tiers=tiers_of(s)) for r, s in zip(rows, scores, strict=True))
+        with output_errors(file):
+            replace_file(file, scored)
         lengths: list[Any] = [row.extra["tokens"] for row in rows]
         reward = mean_interval([float(np.mean(s)) for s in scores], seed=config.seed)
         length = float(np.mean([n for many in lengths for n in many]))
@@ -158,10 +160,8 @@ def _cut(row: Comparison, size: int, tokenizer: Any) -> Comparison:
 def _split(config: SweepOptions, rows: list[Comparison]) -> tuple[list[Comparison], list[Comparison]]:
     """Training prompts and held-out prompts."""
     if len(rows) <= config.held_out:
-        raise DataError(
-            f"--prompts has {len(rows)} different prompts, of which --held-out {config.held_out} leaves none to train"
-            " on: give more, or lower it"
-        )
+        left = f"--held-out {config.held_out} leaves none to train on: give more, or lower it"
+        raise DataError(f"--prompts has {len(rows)} different prompts, of which {left}")
     random.Random(config.seed).shuffle(rows)
     return rows[config.held_out :], rows[: config.held_out]
 
@@ -169,7 +169,7 @@ def _split(config: SweepOptions, rows: list[Comparison]) -> tuple[list[Compariso
 def _sampled(config: SweepOptions, folder: Path, train: Sequence[Comparison]) -> tuple[Path, str]:
     """Preferences of the true reward between samples of the model."""
     asked, drawn, scored = (folder / f"{name}.jsonl" for name in ("asked", "samples", "scored"))
-    _write_once(asked, _lines([*train] * config.rounds), "the prompts")
+    _write_once(asked, [*train] * config.rounds, "the prompts")
     if not scored.exists():
         sample.run(
             SampleConfig(
@@ -188,7 +188,7 @@ def _sampled(config: SweepOptions, folder: Path, train: Sequence[Comparison]) ->
     if config.labels == "order":
         return scored, f"{config.samples} samples of a prompt in the order of {config.reward}"
     pairs = folder / "pairs.jsonl"
-    _write_once(pairs, _lines(bradley_terry(_read([str(scored)]), config.seed)), "the preferences")
+    _write_once(pairs, bradley_terry(_read([str(scored)]), config.seed), "the preferences")
     return pairs, f"pairs of samples, drawn by Bradley-Terry on {config.reward}"
 
 
@@ -216,7 +216,7 @@ def _given(config: SweepOptions, folder: Path, held_out: set[bytes], reporter: R
         raise DataError(f"all {len(rows)} rows of --data have prompts that are held out: give other --prompts")
     if len(kept) < len(rows):
         reporter.say(f"data: {len(rows) - len(kept)} of {len(rows)} rows are skipped: their prompts are held out")
-    _write_once(path, _lines(kept), "the data")
+    _write_once(path, kept, "the data")
     return path
 
 
@@ -238,8 +238,7 @@ def _machine(config: SweepOptions) -> dict[str, Any]:
 
 
 def _scoring(config: SweepOptions, file: Path, output: Path) -> ScoreConfig:
-    by_model = ScoreConfig(files=[str(file)], reward=config.reward, output=str(output)).by_model
-    machine = _machine(config) if by_model else {}
+    machine = _machine(config) if is_model_reward(config.reward) else {}
     return ScoreConfig(files=[str(file)], reward=config.reward, output=str(output), **machine)
 
 
@@ -248,13 +247,9 @@ def _lines(rows: Iterable[Comparison]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written).encode("utf-8", "surrogatepass")
 
 
-def _write(path: Path, rows: Iterable[Comparison]) -> None:
-    with output_errors(path):
-        replace_file(path, _lines(rows))
-
-
-def _write_once(path: Path, data: bytes, what: str) -> None:
+def _write_once(path: Path, rows: Iterable[Comparison], what: str) -> None:
     """Write a file, or raise :class:`RunError` where it exists with other content."""
+    data = _lines(rows)
     if not path.exists():
         with output_errors(path):
             replace_file(path, data)

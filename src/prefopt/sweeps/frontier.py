@@ -38,7 +38,7 @@ POINTS = "points.json"
 SAMPLES = "samples"
 """``samples.jsonl`` is drawn from the final policy, ``samples-84.jsonl`` from that of step 84."""
 MAY_GROW = {"methods", "seeds", "plateau_share", "progress", "output", "threads"}
-"""Options that may change when a sweep is continued: they add points, or change only what is said of them."""
+"""Options that may change when a sweep is continued: they add points, or change only how points are reported."""
 
 
 def run(config: FrontierConfig) -> Frontier:
@@ -80,12 +80,24 @@ class _FrontierSweep:
         self._once(self.folder / "reference", self._start)
         for n, one in enumerate(trainings, 1):
             folder = self.folder / one.folder
-            done = ", done already" if (folder / POINTS).exists() else ""
+            done = f", done already{self._other_steps(one, folder)}" if (folder / POINTS).exists() else ""
             self.reporter.say(f"{n} of {len(trainings)}: {one.method} {one.setting}, seed {one.seed}{done}")
             self._once(folder, partial(self._points, one, folder))
             self._write(trainings, finished=False)
         self.reference.release()
         return self._write(trainings, finished=True)
+
+    def _other_steps(self, one: Training, folder: Path) -> str:
+        """A note where another version, which divided the steps otherwise, trained for another number of them."""
+        done = max(point.step for point in _read(folder))
+        steps = self.config.marks(self._config_of(one))[-1] if one.kind is not None else done
+        if done in (0, steps):  # a training that diverged has no step
+            return ""
+        return f" (by another version: {done} steps, not {steps}; remove {folder} to redo it)"
+
+    def _config_of(self, one: Training) -> MethodConfig:
+        data, prompts = [str(self.data.preferences)], str(self.data.train)
+        return self.config.config_of(one, data=data, prompts=prompts, each=self.data.each)
 
     def _once(self, folder: Path, make: Callable[[], list[Point]]) -> None:
         if not (folder / POINTS).exists():
@@ -102,9 +114,8 @@ class _FrontierSweep:
             before = [config.reward_folder(one.seed)] if one.method == "ppo-learned" else []
             for point in _read(folder):
                 if one.kind is not None:
-                    point = update_point(
-                        point, folder, start=start[0].reward, share=config.plateau_share, before=before
-                    )
+                    given = {"start": start[0].reward, "share": config.plateau_share}
+                    point = update_point(point, folder, **given, before=before)
                 found.append(point)
         sizes = (config.held_out, config.num, config.max_new_tokens)
         sweep = Frontier(config.model, config.reward, *sizes, finished, self.data.made, (*start, *found))
@@ -131,10 +142,10 @@ class _FrontierSweep:
             return [replace(point, counted=False, why_not=error.reason)]
 
     def _trained(self, one: Training, folder: Path, point: Point) -> list[Point]:
-        names, each = {"data": [str(self.data.preferences)]}, self.data.each
         if one.method == "ppo-learned":
-            train_once(self.config.reward_config(one.seed, **names, each=each))
-        config = self.config.config_of(one, **names, prompts=str(self.data.train), each=each)
+            data = [str(self.data.preferences)]
+            train_once(self.config.reward_config(one.seed, data=data, each=self.data.each))
+        config = self._config_of(one)
         marks = self.config.marks(config)
         train_once(config, [_SaveAt(marks)])
         # (An interrupted run has left other checkpoints too.)

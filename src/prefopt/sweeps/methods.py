@@ -23,6 +23,7 @@ from prefopt.methods.rlhf import started_again, status_of
 from prefopt.model.costs import combine_costs
 from prefopt.runs.history import read_record
 from prefopt.sweeps.data import Measure, prepare_data
+from prefopt.sweeps.points import parse_result
 from prefopt.sweeps.train import model_of, take_folder, train_alone, train_once
 
 MAY_GROW = {"seeds", "rate_factors", "progress", "output", "threads"}
@@ -96,14 +97,8 @@ def _table(found: dict[str, Any]) -> MethodsTable:
         raise ValueError(f"it is of version {version}, and this prefopt reads version {VERSION}")
     starts = tuple(typed(Start, s) for s in found.pop("starts"))
     isolated = found.pop("isolated", False)  # of all policies, in files of first versions
-    outcomes = tuple(_read_outcome({"isolated": isolated, **o}) for o in found.pop("outcomes"))
+    outcomes = tuple(parse_result(Outcome, {"isolated": isolated, **o}) for o in found.pop("outcomes"))
     return typed(MethodsTable, {**found, "starts": starts, "outcomes": outcomes})
-
-
-def _read_outcome(values: dict[str, Any]) -> Outcome:
-    values = {"method" if name == "road" else name: value for name, value in values.items()}  # of first versions
-    interval = values.get("interval")
-    return typed(Outcome, {**values, "interval": None if interval is None else tuple(interval)})
 
 
 def run(config: MethodsConfig) -> MethodsTable:
@@ -147,7 +142,8 @@ class _MethodsSweep:
                 file = config.folder(method, seed, factor) / "outcome.json"
                 if not file.exists():
                     write_json(file, asdict(self._outcome(method, seed, factor, measure)))
-                self.outcomes.append(read_json(file, _read_outcome, "remove it to measure again"))
+                outcome = read_json(file, lambda found: parse_result(Outcome, found), "remove it to measure again")
+                self.outcomes.append(outcome)
                 self._write(finished=False)
         reference.release()
 
@@ -164,9 +160,11 @@ class _MethodsSweep:
             return replace(found, diverged=error.reason)
         policy = model_of(configs[-1])
         measured = measure(file=folder / "samples.jsonl", **policy)
+        remedy = f"remove {folder} to train again"
+        costs = [read_record(Path(stage.output), remedy).get("costs", {}) for stage in configs]
         return replace(
             found,
-            costs=combine_costs([_costs(Path(c.output)) for c in configs]),
+            costs=combine_costs(costs),
             reward=measured.reward.mean,
             interval=(measured.reward.low, measured.reward.high),
             kl=measured.kl,
@@ -220,11 +218,6 @@ class _MethodsSweep:
         with output_errors(path):
             replace_file(path, ("\n".join(markdown(found)) + "\n").encode())
         return found
-
-
-def _costs(folder: Path) -> dict[str, float]:
-    found: dict[str, float] = read_record(folder, f"remove {folder} to train again").get("costs", {})
-    return found
 
 
 # -- the table -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Expected reward against divergence: points that were measured, which of them dominate which, and their file.
+"""Expected reward against divergence: measured points, dominance between them, and their file.
 
 >>> a = Point("dpo", "beta=0.1", 0, 50, reward=0.6, interval=(0.5, 0.7), kl=4.0, kl_se=0.5)
 >>> b = Point("ppo", "kl_target=6", 0, 80, reward=0.4, interval=(0.3, 0.5), kl=6.0, kl_se=0.5)
@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from prefopt.core.statistics import mean_interval
 
 VERSION = 1
 FILE = "frontier.json"
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +99,8 @@ class Point:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Point:
         """What ``asdict`` wrote. Raises ``TypeError`` and ``ValueError`` for other names, types or ranges."""
-        given = {
-            "method" if name == "road" else name: value for name, value in values.items()
-        }  # as first versions wrote
-        if given.get("interval") is not None:
-            given["interval"] = tuple(given["interval"])
-        if given.get("plateau") is not None:
-            given["plateau"] = typed(Plateau, given["plateau"])
-        point = typed(cls, given)
+        plateau = values.get("plateau")
+        point = parse_result(cls, {**values, "plateau": None if plateau is None else typed(Plateau, plateau)})
         if point.kl_se is not None and point.kl_se < 0:
             raise ValueError(f"kl_se is {point.kl_se!r:.80}")
         return point
@@ -114,9 +109,7 @@ class Point:
 @dataclass(frozen=True, slots=True)
 class Frontier:
     """All points of a sweep: ``samples`` responses of at most ``max_new_tokens`` to each of ``prompts`` prompts.
-
-    ``finished``: no point is missing. ``made`` describes the preferences.
-    """
+    ``made`` describes the preferences."""
 
     reference: str
     reward: str
@@ -145,6 +138,13 @@ def _sweep(found: dict[str, Any]) -> Frontier:
     found = printable(found)
     points = tuple(Point.from_dict(p) for p in found.pop("points"))
     return typed(Frontier, {**found, "points": points})
+
+
+def parse_result(kind: type[Result], values: Mapping[str, Any]) -> Result:
+    """The dataclass of one policy, also as first versions wrote it (``road``). Raises as :func:`typed`."""
+    given = {"method" if name == "road" else name: value for name, value in values.items()}
+    interval = given.get("interval")
+    return typed(kind, {**given, "interval": None if interval is None else tuple(interval)})
 
 
 def dominates(one: Point, other: Point, *, clearly: bool = False) -> bool:

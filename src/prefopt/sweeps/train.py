@@ -85,17 +85,14 @@ def train_alone(config: MethodConfig, file: Path) -> None:
 
     Raises what it would: :class:`Diverged`, :class:`Interrupted`, and any other :class:`UserError` as ``RunError``.
     """
-    outcome = _outcome(file)
-    outcome.unlink(missing_ok=True)
     write_json(file, {"method": method_of(config), "options": config.to_dict()})
     with StopRequest() as stop:
         # In a session of its own: Ctrl-C would reach it twice, once from the terminal and once from here.
         process = subprocess.Popen([sys.executable, "-m", "prefopt.sweeps.train", str(file)], start_new_session=True)
         sent = False
-        while True:
+        while (status := process.poll()) is None:
             try:
-                status = process.wait(timeout=0.2)
-                break
+                process.wait(timeout=0.2)
             except subprocess.TimeoutExpired:
                 if stop.signal is not None and not sent:
                     process.send_signal(stop.signal)
@@ -103,7 +100,7 @@ def train_alone(config: MethodConfig, file: Path) -> None:
             except BaseException:
                 process.kill()
                 raise
-        kind, message = _read(outcome) or ("", "")
+        kind, message = read_json(file, lambda found: (found.get("kind"), str(found.get("what"))), "remove it")
         if kind == "done":
             stop.check(" once this training was finished")  # the signal came too late for it
     if kind == "diverged":
@@ -112,12 +109,12 @@ def train_alone(config: MethodConfig, file: Path) -> None:
         raise Interrupted(message, stop.signal or 2)
     if kind == "refused":
         raise RunError(message)
-    if not kind:
+    if kind is None:
         raise RunError(f"{config.output}: its process ended with status {status}; it may have run out of memory")
 
 
-def main(file: Path) -> int:
-    """The process of :func:`train_alone`."""
+def main(file: Path) -> None:
+    """The process of :func:`train_alone`: replaces the options in ``file`` by the outcome."""
     given = json.loads(file.read_text())
     kind, message = "done", ""
     try:
@@ -128,20 +125,8 @@ def main(file: Path) -> int:
         kind, message = "interrupted", str(error)
     except UserError as error:
         kind, message = "refused", str(error)
-    write_json(_outcome(file), {"kind": kind, "what": message})
-    return 0
-
-
-def _outcome(file: Path) -> Path:
-    return file.with_suffix(".outcome.json")
-
-
-def _read(path: Path) -> tuple[str, str] | None:
-    try:
-        return read_json(path, lambda found: (str(found["kind"]), str(found["what"])), "")
-    except RunError:
-        return None
+    write_json(file, {"kind": kind, "what": message})
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    main(Path(sys.argv[1]))
