@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -145,11 +146,13 @@ class _Pages:
         """Store a vote; it is on the disk before the response is sent."""
         annotator, form = self.posted(request)
         try:
-            ticket = field_of(form, "ticket")
+            ticket, active = field_of(form, "ticket"), None
+            with suppress(ValueError):  # browsers without scripts send none
+                active = float(field_of(form, "active"))
             with self.study.reading() as connection:
                 shown = shown_order(connection, annotator, ticket)
             vote = read_ballot(form, shown, self.study.settings.tags)
-            outcome = record(self.study, annotator, ticket, vote, active=_seconds(field_of(form, "active")))
+            outcome = record(self.study, annotator, ticket, vote, active=active)
         except RefusedVote as refused:
             return self.item(request, str(refused), form)
         return _redirect("/", "saved" if outcome == "stored" else outcome)
@@ -266,10 +269,3 @@ class _Pages:
 
 def _redirect(path: str, notice: str = "") -> RedirectResponse:
     return RedirectResponse(f"{path}?notice={notice.replace(' ', '+')}" if notice else path, 303)
-
-
-def _seconds(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None

@@ -70,18 +70,15 @@ class Buckets:
             full = self.rate.burst / self.rate.per_second
             self._held = {n: held for n, held in list(self._held.items()) if now - held[1] < full}
         self._held[name] = (level if level < 1 else level - 1, now)
-        return self._wait(level)
+        return max(0.0, 1 - level) / self.rate.per_second
 
     def wait(self, name: str) -> float:
         """The seconds to wait for a token."""
-        return self._wait(self._level(name, time.monotonic()))
+        return max(0.0, 1 - self._level(name, time.monotonic())) / self.rate.per_second
 
     def _level(self, name: str, now: float) -> float:
         level, since = self._held.get(name, (self.rate.burst, now))
         return min(self.rate.burst, level + (now - since) * self.rate.per_second)
-
-    def _wait(self, level: float) -> float:
-        return 0.0 if level >= 1 else (1 - level) / self.rate.per_second
 
 
 @dataclass(slots=True)
@@ -95,10 +92,6 @@ class Sessions:
     live: Callable[[str], bool]
     seconds: float = 600.0
     _known: dict[str, float] = field(default_factory=dict)
-
-    def secret(self, scope: Scope) -> str:
-        """The session cookie of a request, live or not; empty without one."""
-        return Request(scope).cookies.get(self.cookie, "")
 
     def known(self, secret: str) -> bool:
         """Whether the session was live recently, from the cache alone."""
@@ -189,7 +182,7 @@ class Guard:
 
         Looking up a secret reads the study, so lookups per address are limited as well.
         """
-        address, secret = address_of(scope), self.sessions.secret(scope)
+        address, secret = address_of(scope), Request(scope).cookies.get(self.sessions.cookie, "")
         if secret and (
             self.sessions.known(secret) or (not self.looked_up.take(address) and await self.sessions.found(secret))
         ):

@@ -58,8 +58,7 @@ class RunInfo:
 
 class Callback:
     """Subclass it and override what you need. Hooks are called when a step is complete, with its evaluation and
-    checkpoint: ``on_step`` first. If they draw from torch's random generator and do not restore its state, the run
-    changes.
+    checkpoint: ``on_step`` first. Hooks that draw from torch's random generator change the run.
     """
 
     def on_start(self, run: RunInfo) -> None:
@@ -134,12 +133,9 @@ class Callbacks:
         """Call the hooks of a complete step."""
         assert self.run is not None
         self.run.step = step
-        if record is not None:
-            self._call("on_step", step, record)
-        if evaluation is not None:
-            self._call("on_evaluation", step, evaluation)
-        if checkpoint is not None:
-            self._call("on_checkpoint", step, checkpoint)
+        for hook, value in (("on_step", record), ("on_evaluation", evaluation), ("on_checkpoint", checkpoint)):
+            if value is not None:
+                self._call(hook, step, value)
 
     def _call(self, hook: str, *arguments: object) -> None:
         assert self.run is not None
@@ -163,20 +159,21 @@ class Callbacks:
             raise failed
 
 
+@dataclass(slots=True)
 class Recorder(Callback):
     """Writes to ``run.json`` when and on what machine training started, its number of steps, and how it ended."""
 
-    def __init__(self, folder: RunFolder, method: str | None) -> None:
-        self._folder, self._method = folder, method
+    folder: RunFolder
+    method: str | None
 
     def on_start(self, run: RunInfo) -> None:
         from prefopt.model.environment import hardware
 
-        started = self._folder.record.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        self._folder.remember(started=started, steps=run.steps, environment=hardware(), method=self._method)
+        started = self.folder.record.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self.folder.remember(started=started, steps=run.steps, environment=hardware(), method=self.method)
 
     def on_end(self, run: RunInfo, status: str) -> None:
-        self._folder.remember(status=status)
+        self.folder.remember(status=status)
 
 
 def default_callbacks(config: RunOptions, folder: RunFolder) -> list[Callback]:
@@ -263,7 +260,7 @@ def _mlflow(run: RunInfo, project: str, id: str | None) -> Tracker:
         for name, value in run.options.items():
             client.log_param(id, name, value)
 
-    def log(values: Mapping[str, float], step: int) -> None:
+    def log(values: Metrics, step: int) -> None:
         for name, value in values.items():
             client.log_metric(id, name, value, step=step)
 

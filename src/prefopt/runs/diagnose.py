@@ -1,8 +1,5 @@
-"""What the metrics of a run show, in sentences with their numbers.
-
-A sentence is written only where the numbers support it: a trend beyond the noise of batches, an accuracy with its
-interval. Thresholds that are rules of thumb are constants here.
-"""
+"""What the metrics of a run show, in sentences with their numbers, where the numbers support them: a trend beyond the
+noise of batches, an accuracy with its interval. Thresholds are rules of thumb."""
 
 from __future__ import annotations
 
@@ -19,7 +16,6 @@ from prefopt.runs.history import Curve, History
 LEAST = 4  # steps in a window: fewer say nothing about their spread
 HARDLY_MOVED = 0.002  # nats per token: a token is 0.2 % more or less likely
 CHOSEN_FELL = 0.3  # nats per token: a token of chosen responses is a quarter less likely
-SPIKE = 10.0  # times the median gradient norm
 OFTEN = 0.05  # fraction of rows that are truncated
 ELSEWHERE = 0.05  # nats per token between policy and reference before any step
 LOST = 0.1  # of what the best evaluation had gained
@@ -216,17 +212,6 @@ def _reference(run: History) -> Iterator[Finding]:
         yield Finding("another reference", text, look=True)
 
 
-def _gradients(run: History) -> Iterator[Finding]:
-    norms = run.curve("grad_norm")
-    if len(norms.values) < 2 * LEAST:
-        return
-    median, largest = statistics.median(norms.values), max(norms.values)
-    if largest > SPIKE * median:
-        at = norms.steps[norms.values.index(largest)]
-        text = f"the gradient norm was {largest:.3g} at step {at} (median {median:.3g}): look at the rows of that batch"
-        yield Finding("spike", text, look=True)
-
-
 def _rows(run: History) -> Iterator[Finding]:
     kept, truncated = (run.rows.get(name, 0) for name in ("kept", "truncated"))
     if kept and truncated / kept >= OFTEN:
@@ -262,7 +247,7 @@ def _reward(run: History) -> Iterator[Finding]:
         yield Finding("samples grew", text, look=True)
 
 
-CHECKS = (_length, _loss, _moved, _held_out, _accuracy, _chosen, _gradients, _rows, _reference, _reward)
+CHECKS = (_length, _loss, _moved, _held_out, _accuracy, _chosen, _rows, _reference, _reward)
 
 
 def _rate(run: History) -> str:

@@ -64,7 +64,6 @@ class RunFolder:
         return self._lock.is_locked
 
     def leave(self) -> None:
-        """Release the folder."""
         if self.taken:
             (self.path / _LOCK).unlink(missing_ok=True)
             self._lock.release()

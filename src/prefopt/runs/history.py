@@ -183,12 +183,10 @@ class History:
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """The options that the run was started with."""
         return dict(self.record.get("options", {}))
 
     @property
     def step(self) -> int:
-        """Steps done."""
         return max((line["step"] for line in self.training), default=0)
 
     @property
@@ -224,9 +222,8 @@ class History:
 
     def curve(self, name: str, *, held_out: bool = False) -> Curve:
         """A metric over the steps that have a finite value of it."""
-        lines = self.held_out if held_out else self.training
-        found = [(int(line["step"]), float(line[name])) for line in lines if line.get(name) is not None]
-        return Curve([step for step, _ in found], [value for _, value in found])
+        lines = [line for line in (self.held_out if held_out else self.training) if line.get(name) is not None]
+        return Curve([int(line["step"]) for line in lines], [float(line[name]) for line in lines])
 
     def ending(self) -> list[tuple[Line, float]]:
         """The lines of the last tenth of the steps, each with the rows of its batch, to average over rows.
@@ -255,8 +252,8 @@ class History:
     def names(self) -> list[str]:
         """All metrics, in the order in which they are written."""
         lines = (*self.training, *self.held_out)
-        there = (name for line in lines for name, value in line.items() if name != "step" and value is not None)
-        return list(dict.fromkeys(there))
+        found = (name for line in lines for name, value in line.items() if name != "step" and value is not None)
+        return list(dict.fromkeys(found))
 
 
 def read_history(folder: str | Path) -> History:

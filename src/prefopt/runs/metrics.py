@@ -57,7 +57,7 @@ class Metrics:
 
 def note(record: Mapping[str, float]) -> list[str]:
     """The metrics of a step or an evaluation for the progress line."""
-    sides = [record.get(f"log_ratios_per_token/{side}") for side in ("chosen", "rejected")]
+    ratios = [record.get(f"log_ratios_per_token/{side}") for side in ("chosen", "rejected")]
     pattern = {
         "objective/scores": "score {:.3f}",
         "objective/kl": "KL {:.3g}",
@@ -75,10 +75,8 @@ def note(record: Mapping[str, float]) -> list[str]:
         "eps": "{:.1f} responses/s",
         "grad_norm": "gradient norm {:.3g}",
     }
-    found = {name: [record[name]] for name in pattern if record.get(name) is not None}
-    if None not in sides:
-        found[""] = sides  # type: ignore[assignment]
-    return [text.format(*found[name]) for name, text in pattern.items() if name in found]
+    values = {name: ratios if not name else [record.get(name)] for name in pattern}
+    return [text.format(*values[name]) for name, text in pattern.items() if None not in values[name]]
 
 
 RATES = ("tokens_per_second", "pairs_per_second", "rows_per_second", "utilisation")
@@ -145,15 +143,12 @@ class Averages:
         return {"step": last, **means, **derived(means)}, f"averages over the {rows} rows of steps {first} to {last}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As a checkpoint keeps it."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, kept: Mapping[str, Any]) -> Averages:
         """From :meth:`to_dict`; empty for a checkpoint without it."""
-        if not kept:
-            return cls()
-        return cls(Pass(**kept["whole"]), Pass(**kept["begun"]), dict(kept["record"]))
+        return cls(Pass(**kept["whole"]), Pass(**kept["begun"]), dict(kept["record"])) if kept else cls()
 
 
 class Spending:

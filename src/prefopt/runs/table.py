@@ -14,6 +14,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,8 @@ def show_runs(folders: Sequence[str], *, as_json: bool = False) -> list[str]:
         return comparison(runs)
     if any(single):
         one, other = folders[single.index(False)], folders[single.index(True)]
-        raise RunError(
-            f"{one} holds no run of its own, {other} does: name output folders to compare, or folders to list"
-        )
+        remedy = "name output folders to compare, or folders to list"
+        raise RunError(f"{one} holds no run of its own, {other} does: {remedy}")
     lines: list[str] = []
     for folder, (several, damaged) in zip(folders, found, strict=True):
         lines += [f"{folder}:"] if len(folders) > 1 else []
@@ -119,32 +119,27 @@ def describe(run: History) -> list[str]:
 
 
 def of_one_method(runs: Sequence[History]) -> bool:
-    """Whether the losses of these runs are comparable: those of different methods are not."""
     return len({run.method for run in runs}) < 2
 
 
 def differing(runs: Sequence[History]) -> list[str]:
     """Options that differ and affect results; for runs of several methods, those that all of them have."""
-    names = dict.fromkeys(name for run in runs for name in run.options if name not in FREE)
-    if not of_one_method(runs):
-        names = dict.fromkeys(name for name in names if all(name in run.options for run in runs))
-    return [name for name in names if any(run.options.get(name) != runs[0].options.get(name) for run in runs)]
+    every = [run.options for run in runs]
+    names = dict.fromkeys(name for own in every for name in own if name not in FREE)
+    shared = names if of_one_method(runs) else [name for name in names if all(name in own for own in every)]
+    return [name for name in shared if any(own.get(name) != every[0].get(name) for own in every)]
 
 
 def reached(run: History) -> dict[str, dict[str, float]]:
     """``training``: metrics averaged over the rows of the last tenth of the steps. ``held_out``: the metrics and the
     ``step`` of the evaluation with the lowest loss."""
     training = {n: value for n, value in averages_of(run.ending()).items() if n not in CLOCK}
-    found: dict[str, dict[str, float]] = {"training": training, "held_out": {}}
     scored = [line for line in run.held_out if line.get("loss") is not None]
-    if scored:
-        best = min(scored, key=lambda line: float(line["loss"]))
-        found["held_out"] = {name: float(value) for name, value in best.items() if value is not None}
-    return found
+    best = min(scored, key=lambda line: float(line["loss"]), default={})
+    return {"training": training, "held_out": {n: float(value) for n, value in best.items() if value is not None}}
 
 
 def run_as_json(run: History) -> dict[str, Any]:
-    """A run as plain values."""
     return {
         "folder": str(run.folder),
         "method": run.record.get("method"),
@@ -227,9 +222,8 @@ def labels(runs: Sequence[History]) -> list[str]:
 def what_differs(runs: Sequence[History]) -> list[str]:
     """A name per run for a legend: the options that differ, or else the ends of the paths."""
     different = differing(runs)
-    names = [
-        ", ".join(f"{name.replace('_', ' ')} {shown(run.options.get(name))}" for name in different) for run in runs
-    ]
+    titles = {name: name.replace("_", " ") for name in different}
+    names = [", ".join(f"{title} {shown(run.options.get(n))}" for n, title in titles.items()) for run in runs]
     short = of_one_method(runs) and len(different) <= 3 and len(set(names)) == len(names) and all(names)
     return names if short else labels(runs)
 
@@ -276,22 +270,21 @@ def summary(run: History) -> Mapping[str, str]:
 # Bits of a Braille character by row, from the top, and column.
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 MARK = "●"
+NO_CURVE = Curve([], [])
 
 
 def chart(
-    curve: Curve, marks: Curve | None = None, *, title: str = "", unit: str = "step", width: int = 60, height: int = 8
+    curve: Curve, marks: Curve = NO_CURVE, *, title: str = "", unit: str = "step", width: int = 60, height: int = 8
 ) -> list[str]:
     """``curve`` as lines of Braille characters, with ``marks`` (held-out points) as ●, ``width`` by ``height``.
 
     Steps that share a column of dots are averaged. A curve without points gives only the title.
     """
     lines = [title] if title else []
-    points = list(zip(curve.steps, curve.values, strict=True))
-    others = list(zip(marks.steps, marks.values, strict=True)) if marks else []
-    finite = [(x, y) for x, y in points if math.isfinite(y)]
+    finite, others = ([p for p in zip(c.steps, c.values, strict=True) if math.isfinite(p[1])] for c in (curve, marks))
     if not finite:
         return lines
-    seen = [y for _, y in finite + others if math.isfinite(y)]
+    seen = [y for _, y in finite + others]
     low, high = min(seen), max(seen)
     names = _numbers(high, low)
     room = max(4, width - len(names[0]) - 1)
@@ -304,39 +297,27 @@ def chart(
         return column, row
 
     cells = [[0] * room for _ in range(height)]
-    before: tuple[int, int] | None = None
-    for column, row in _means([place(x, y) for x, y in finite]):
-        for c, r in _between(before, (column, row)):
+    rows: dict[int, list[int]] = {}
+    for column, row in (place(x, y) for x, y in finite):
+        rows.setdefault(column, []).append(row)
+    means = [(column, round(sum(many) / len(many))) for column, many in sorted(rows.items())]
+    for start, end in pairwise([means[0], *means]):
+        for c, r in _line(start, end):
             cells[r // 4][c // 2] |= DOTS[r % 4][c % 2]
-        before = column, row
     signs = [[chr(0x2800 + bits) for bits in line] for line in cells]
-    for x, y in others:
-        if math.isfinite(y):
-            column, row = place(x, y)
-            signs[row // 4][column // 2] = MARK
+    for column, row in (place(x, y) for x, y in others):
+        signs[row // 4][column // 2] = MARK
     margins = [names[0], *[" " * len(names[0])] * (height - 2), names[1]] if height > 1 else [names[0]]
     lines += [f"{name} {''.join(line)}" for name, line in zip(margins, signs, strict=True)]
     left, right = f"{unit} {first}", f"{last}"
     return [*lines, " " * (len(names[0]) + 1) + left + right.rjust(room - len(left))]
 
 
-def _means(points: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """One point per column of dots."""
-    rows: dict[int, list[int]] = {}
-    for column, row in points:
-        rows.setdefault(column, []).append(row)
-    return [(column, round(sum(many) / len(many))) for column, many in sorted(rows.items())]
-
-
-def _between(start: tuple[int, int] | None, end: tuple[int, int]) -> list[tuple[int, int]]:
-    """The dots of a straight line, without its start."""
-    if start is None:
-        return [end]
-    steps = max(abs(end[0] - start[0]), abs(end[1] - start[1]), 1)
-    return [
-        (round(start[0] + (end[0] - start[0]) * i / steps), round(start[1] + (end[1] - start[1]) * i / steps))
-        for i in range(1, steps + 1)
-    ]
+def _line(start: tuple[int, int], end: tuple[int, int]) -> list[tuple[int, int]]:
+    """The dots of a straight line."""
+    across, down = end[0] - start[0], end[1] - start[1]
+    steps = max(abs(across), abs(down), 1)
+    return [(round(start[0] + across * i / steps), round(start[1] + down * i / steps)) for i in range(steps + 1)]
 
 
 def _numbers(high: float, low: float) -> tuple[str, str]:

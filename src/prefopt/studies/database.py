@@ -1,7 +1,7 @@
 """Tables of a study, their migrations, and the digests that detect a changed or missing row.
 
 Items and events (an item was shown, a vote, a skip, an undo) are appended and never changed. ``assignment`` and
-``queue`` follow from them. They are updated in the same transaction, so that the next item and the votes in force are
+``queue`` follow from them and are updated in the same transaction, so that the next item and the votes in force are
 found by an index; :func:`rebuild` derives them from the events alone.
 
 SQLite detects a broken page, but not a changed letter in a vote. Each row of the tables in :data:`SEALED` therefore has
@@ -19,6 +19,7 @@ import json
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -185,18 +186,15 @@ def problems(connection: sqlite3.Connection) -> Iterator[str]:
     for (line,) in connection.execute("PRAGMA integrity_check(20)").fetchall():
         if line != "ok":
             yield f"SQLite: {line}"
+    checks = [partial(check_complete, connection, table) for table in NUMBERED]
     for table in SEALED:
-        for row in _rows(connection, table):
-            try:
-                if table != "setting" or row["name"] != COUNTER:
-                    check_row(table, row)
-            except DamagedRow as error:
-                yield str(error)
-        if table in NUMBERED:
-            try:
-                check_complete(connection, table)
-            except DamagedRow as error:
-                yield str(error)
+        rows = [row for row in _rows(connection, table) if (table, row[0]) != ("setting", COUNTER)]
+        checks += [partial(check_row, table, row) for row in rows]
+    for check in checks:
+        try:
+            check()
+        except DamagedRow as error:
+            yield str(error)
     yield from _wrong_assignments(connection)
 
 

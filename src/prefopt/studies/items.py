@@ -132,7 +132,6 @@ def get_item(connection: sqlite3.Connection, id: int) -> Item | None:
 
 
 def all_items(connection: sqlite3.Connection) -> Iterable[Item]:
-    """All items by number."""
     check_complete(connection, "item")
     samplings: dict[int, Mapping[str, Any]] = {}
     for found in connection.execute("SELECT * FROM item ORDER BY id"):
@@ -197,7 +196,6 @@ def next_item(study: Study, annotator: Annotator, *, at: float | None = None) ->
 
 
 def items_seen(connection: sqlite3.Connection, annotator: Annotator) -> int:
-    """How many items the annotator has been shown."""
     return int(connection.execute("SELECT seen FROM annotator WHERE id = ?", (annotator.id,)).fetchone()[0])
 
 
@@ -218,20 +216,15 @@ def change_taken(connection: sqlite3.Connection, item: int, change: int, overlap
     taken, place = found["taken"] + change, found["place"]
     if taken >= overlap:
         place = None if change > 0 else place
-    elif not place:
-        place = _new_place(connection)
+    elif not place:  # one behind all that were ever given: those of full items are not given again
+        connection.execute(
+            "INSERT INTO setting (name, value) VALUES (?,"
+            " (SELECT coalesce(max(place), 0) + 1 FROM queue WHERE place IS NOT NULL))"
+            " ON CONFLICT (name) DO UPDATE SET value = CAST(value AS INTEGER) + 1",
+            (COUNTER,),
+        )
+        place = int(connection.execute("SELECT value FROM setting WHERE name = ?", (COUNTER,)).fetchone()[0])
     connection.execute("UPDATE queue SET taken = ?, fresh = 0, place = ? WHERE item = ?", (taken, place, item))
-
-
-def _new_place(connection: sqlite3.Connection) -> int:
-    """A place behind all that were ever given: those of full items are not given again."""
-    connection.execute(
-        "INSERT INTO setting (name, value) VALUES (?,"
-        " (SELECT coalesce(max(place), 0) + 1 FROM queue WHERE place IS NOT NULL))"
-        " ON CONFLICT (name) DO UPDATE SET value = CAST(value AS INTEGER) + 1",
-        (COUNTER,),
-    )
-    return int(connection.execute("SELECT value FROM setting WHERE name = ?", (COUNTER,)).fetchone()[0])
 
 
 def _lapse(connection: sqlite3.Connection, overlap: int, moment: float) -> None:
@@ -262,9 +255,12 @@ def _resume(connection: sqlite3.Connection, study: Study, annotator: Annotator, 
 
 
 def _choose(connection: sqlite3.Connection, study: Study, annotator: Annotator) -> int | None:
-    query = "SELECT seen, cursor FROM annotator WHERE id = ?"
+    query, every = "SELECT seen, cursor FROM annotator WHERE id = ?", study.settings.gold_every
     seen, cursor = connection.execute(query, (annotator.id,)).fetchone()
-    if _gold_is_due(study, annotator, seen) and (gold := _next_gold(connection, annotator)) is not None:
+    # One item of every block of ``every`` is a gold item, at a place that annotators cannot guess.
+    block = f"{study.settings.seed}/gold/{annotator.id}/{seen // every}".encode()
+    slot = int.from_bytes(hashlib.blake2b(block, digest_size=4).digest(), "little") % every
+    if seen % every == slot and (gold := _next_gold(connection, annotator)) is not None:
         return gold
     begun = connection.execute(
         "SELECT item, place FROM queue WHERE place > ? AND NOT EXISTS"
@@ -280,14 +276,6 @@ def _choose(connection: sqlite3.Connection, study: Study, annotator: Annotator) 
         return int(begun["item"])
     fresh = connection.execute("SELECT item FROM queue WHERE fresh = 1 ORDER BY item LIMIT 1").fetchone()
     return int(fresh["item"]) if fresh else _next_gold(connection, annotator)
-
-
-def _gold_is_due(study: Study, annotator: Annotator, seen: int) -> bool:
-    """One item of every block of ``gold_every`` is a gold item, at a place that annotators cannot guess."""
-    every = study.settings.gold_every
-    block = f"{study.settings.seed}/gold/{annotator.id}/{seen // every}".encode()
-    slot = int.from_bytes(hashlib.blake2b(block, digest_size=4).digest(), "little") % every
-    return seen % every == slot
 
 
 def _next_gold(connection: sqlite3.Connection, annotator: Annotator) -> int | None:

@@ -134,7 +134,6 @@ class Study:
         return event, items
 
     def close(self) -> None:
-        """Close the connections of all threads."""
         for connection in self._all:
             connection.close()
         self._all.clear()

@@ -32,7 +32,7 @@ from prefopt.studies.annotators import Annotator, annotators
 from prefopt.studies.database import check_complete, check_row
 from prefopt.studies.items import gold_tiers
 from prefopt.studies.study import Study
-from prefopt.studies.votes import StoredVote, stored_votes
+from prefopt.studies.votes import STRENGTHS, StoredVote, stored_votes
 
 ALL_BAD = 9
 """The value of a pair of responses that are both bad, beside 1, 0 and -1."""
@@ -134,11 +134,8 @@ class StudySummary:
 
 
 def summarise(study: Study, *, resamples: int = 1000) -> StudySummary:
-    """Compute all statistics from one view of the study."""
     with study.reading() as connection:
-        gold = gold_tiers(connection)
-        everyone = annotators(connection)
-        found = list(stored_votes(connection))
+        gold, everyone, found = gold_tiers(connection), annotators(connection), list(stored_votes(connection))
         prompts, origins = {}, {}
         check_complete(connection, "item")
         for row in connection.execute("SELECT * FROM item WHERE gold IS NULL"):
@@ -183,7 +180,7 @@ def answer_kind(v: StoredVote) -> str:
     """The answer on the page that a vote is, or ``ranking``."""
     vote = v.vote
     if vote.strength:
-        return {1: "slightly better", 2: "better", 3: "much better"}[vote.strength]
+        return STRENGTHS[vote.strength]
     return {0: "all bad", 1: "tie"}.get(len(vote.tiers), "ranking")
 
 

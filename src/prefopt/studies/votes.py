@@ -22,7 +22,7 @@ from prefopt.studies.database import DamagedRow, check_complete, check_row, deco
 from prefopt.studies.items import change_taken, parse_tiers
 from prefopt.studies.study import Study, now
 
-STRENGTHS = {1: "slightly", 2: "better", 3: "much"}
+STRENGTHS = {1: "slightly better", 2: "better", 3: "much better"}
 LONGEST_RATIONALE = 4000
 MOST_TAGS = 20
 

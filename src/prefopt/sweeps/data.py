@@ -1,7 +1,5 @@
-"""Data shared by all trainings of a sweep (prompt split, preferences) and the measurement of every policy.
-
-Files are written below ``data`` of the sweep's output, and reused when the sweep is continued.
-"""
+"""Data shared by all trainings of a sweep (prompt split, preferences) and the measurement of every policy. Files are
+written below ``data`` of the sweep's output, and reused when the sweep is continued."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from prefopt.config.sample import SampleConfig
 from prefopt.config.sweeps import SweepOptions
 from prefopt.config.tools import ScoreConfig, is_model_reward
 from prefopt.core.files import output_errors, replace_file
-from prefopt.core.statistics import Interval, mean_interval
+from prefopt.core.statistics import mean_interval
 from prefopt.core.terminal import Reporter
 from prefopt.data.comparisons import open_comparisons, parse_comparisons
 from prefopt.data.files.sources import find_sources
@@ -48,12 +46,13 @@ class SweepData:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """A policy on the held-out prompts: mean true reward, KL to the reference in nats per response with its standard
-    error over prompts (None where not measured), and tokens per response."""
+    """A policy on the held-out prompts: mean true reward with its 95 % interval, KL to the reference in nats per
+    response with its standard error over prompts (None where not measured), and tokens per response."""
 
-    reward: Interval
+    reward: float
+    interval: tuple[float, float]
     kl: float | None
-    kl_error: float | None
+    kl_se: float | None
     length: float
 
 
@@ -62,8 +61,12 @@ def prepare_data(config: SweepOptions, reference: SampledModel, reporter: Report
 
     Raises :class:`DataError` for too few prompts, and :class:`RunError` where the folder holds other ones.
     """
-    folder = Path(config.output) / "data"
-    train, held_out = _split(config, _prompts(config, reference, reporter))
+    folder, prompts = Path(config.output) / "data", _prompts(config, reference, reporter)
+    if len(prompts) <= config.held_out:
+        left = f"--held-out {config.held_out} leaves none to train on: give more, or lower it"
+        raise DataError(f"--prompts has {len(prompts)} different prompts, of which {left}")
+    random.Random(config.seed).shuffle(prompts)
+    train, held_out = prompts[config.held_out :], prompts[: config.held_out]
     files = folder / "train.jsonl", folder / "held_out.jsonl"
     for path, rows in zip(files, (train, held_out), strict=True):
         _write_once(path, rows, "the prompts")
@@ -123,19 +126,17 @@ class Measure:
         lengths: list[Any] = [row.extra["tokens"] for row in rows]
         reward = mean_interval([float(np.mean(s)) for s in scores], seed=config.seed)
         length = float(np.mean([n for many in lengths for n in many]))
-        if best_of is not None:
-            return Measurement(reward, None, None, length)
-        kl = kl_to_reference(rows, self._reference, seed=config.seed)
-        assert kl is not None, "there are at least two held-out prompts"
-        return Measurement(reward, kl.k1.mean, kl.error, length)
+        gap = None if best_of is not None else kl_to_reference(rows, self._reference, seed=config.seed)
+        kl, kl_se = (None, None) if gap is None else (gap.k1.mean, gap.error)
+        return Measurement(reward.mean, (reward.low, reward.high), kl, kl_se, length)
 
 
 def _prompts(config: SweepOptions, reference: SampledModel, reporter: Reporter) -> list[Comparison]:
-    """Every different prompt, cut to a prefix where the config says so."""
+    """The distinct prompts, truncated with ``prefix_min``."""
     renderer = renderer_for(reference.tokenizer)
     chats = reference.tokenizer.chat_template is not None
     lines = config.lines if config.lines != "auto" else "user" if chats else "text"
-    # Prompts that are cut to their beginning may be longer than the model can read.
+    # Prompts that are truncated may be longer than the model's context.
     context, room = None if config.prefix_max else reference.context, config.max_new_tokens
     reader = PromptReader(renderer, context=context, lines=lines, on_bad_row="refuse", room=room)
     found = reader.read(find_sources(config.prompts))
@@ -155,15 +156,6 @@ def _cut(row: Comparison, size: int, tokenizer: Any) -> Comparison:
         raise DataError("is a conversation, and --prefix-min cuts text to continue", file=row.file, row=row.row)
     ids = tokenizer(row.prompt[0].content, add_special_tokens=False)["input_ids"][:size]
     return replace(row, prompt=(Message("user", tokenizer.decode(ids)),))
-
-
-def _split(config: SweepOptions, rows: list[Comparison]) -> tuple[list[Comparison], list[Comparison]]:
-    """Training prompts and held-out prompts."""
-    if len(rows) <= config.held_out:
-        left = f"--held-out {config.held_out} leaves none to train on: give more, or lower it"
-        raise DataError(f"--prompts has {len(rows)} different prompts, of which {left}")
-    random.Random(config.seed).shuffle(rows)
-    return rows[config.held_out :], rows[: config.held_out]
 
 
 def _sampled(config: SweepOptions, folder: Path, train: Sequence[Comparison]) -> tuple[Path, str]:
@@ -225,11 +217,10 @@ def _read(names: Sequence[str]) -> list[Comparison]:
     found: list[Comparison] = []
     for source in find_sources(names):
         reading = open_comparisons(source)
-        problems: list[Problem] = []
-        for row in reading:
-            problems.append(row) if isinstance(row, Problem) else found.append(row)
-        if problems:
+        rows = list(reading)
+        if problems := [row for row in rows if isinstance(row, Problem)]:
             raise refuse(problems, reading.count)
+        found += [row for row in rows if not isinstance(row, Problem)]
     return found
 
 

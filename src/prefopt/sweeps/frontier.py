@@ -1,7 +1,7 @@
 """``prefopt frontier``: every method at every setting, each trained into its own folder and measured alike.
 
 The results of a training are kept in ``points.json`` of its folder: a stopped sweep continues where it was, and new
-methods, settings or seeds are added. Any other change of options is refused, since points would not be comparable.
+methods, settings or seeds are added. Any other change of options is refused: points would not be comparable.
 """
 
 from __future__ import annotations
@@ -52,8 +52,6 @@ def run(config: FrontierConfig) -> Frontier:
 
 
 class _SaveAt(Callback):
-    """Writes checkpoints at some steps."""
-
     def __init__(self, steps: Sequence[int]) -> None:
         self._steps = steps
 
@@ -102,7 +100,7 @@ class _FrontierSweep:
     def _once(self, folder: Path, make: Callable[[], list[Point]]) -> None:
         if not (folder / POINTS).exists():
             place = str(folder.relative_to(self.folder))
-            write_json(folder / POINTS, [asdict(replace(p, folder=place)) for p in make()])
+            write_json(folder / POINTS, [asdict(p) | {"folder": place} for p in make()])
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only now: until here they were still to be measured
 
     def _write(self, trainings: list[Training], *, finished: bool) -> Frontier:
@@ -127,14 +125,14 @@ class _FrontierSweep:
     def _start(self) -> list[Point]:
         """The model that every method starts from: no divergence."""
         found = self.measure(self.config.model, self.folder / "reference" / f"{SAMPLES}.jsonl")
-        return [_measured(Point("reference", "", self.config.seed, 0, kl_se=0.0), found)]
+        return [Point("reference", "", self.config.seed, 0, **asdict(found))]
 
     def _points(self, one: Training, folder: Path) -> list[Point]:
         point = Point(one.method, one.setting, one.seed, 0)
         if one.kind is None:
             assert isinstance(one.value, int)
             found = self.measure(self.config.model, folder / f"{SAMPLES}.jsonl", best_of=one.value)
-            return [replace(_measured(point, found), kl=best_of_n_kl(one.value), kl_is="bound")]
+            return [replace(point, **asdict(found) | {"kl": best_of_n_kl(one.value), "kl_is": "bound"})]
         try:
             return self._trained(one, folder, point)
         except Diverged as error:
@@ -150,11 +148,11 @@ class _FrontierSweep:
         train_once(config, [_SaveAt(marks)])
         # (An interrupted run has left other checkpoints too.)
         if not isinstance(config, PpoConfig):
-            return [_measured(replace(point, step=step), self._at(config, step)) for step in marks]
+            return [replace(point, step=step, **asdict(self._at(config, step))) for step in marks]
         for step in marks[:-1]:  # their samples say whether the end is on a plateau
             self._at(config, step)
         found = self.measure(file=folder / f"{SAMPLES}.jsonl", **model_of(config))
-        return [replace(_measured(point, found), step=marks[-1])]
+        return [replace(point, step=marks[-1], **asdict(found))]
 
     def _at(self, config: MethodConfig, step: int) -> Measurement:
         """The policy at a step of its training."""
@@ -174,24 +172,17 @@ class _FrontierSweep:
             policy.release()
 
 
-def _measured(point: Point, found: Measurement) -> Point:
-    reward = found.reward
-    bounds, kl_se = (reward.low, reward.high), found.kl_error
-    return replace(point, reward=reward.mean, interval=bounds, kl=found.kl, kl_se=kl_se, length=found.length)
-
-
 def _read(folder: Path) -> list[Point]:
     """The points of a training, none where they are not made yet. Raises :class:`RunError` for a damaged file."""
+
+    def parse(found: list[dict[str, Any]]) -> list[Point]:
+        if not found:
+            raise ValueError("it holds no point")
+        # Plateaus are tested anew; first versions kept another object here.
+        return [Point.from_dict({**p, "plateau": None}) for p in found]
+
     file = folder / POINTS
-    return read_json(file, _parse_points, f"remove {folder} to redo it") if file.exists() else []
-
-
-def _parse_points(found: list[dict[str, Any]]) -> list[Point]:
-    # Plateaus are tested anew; first versions kept another object here.
-    points = [Point.from_dict({**p, "plateau": None}) for p in found]
-    if not points:
-        raise ValueError("it holds no point")
-    return points
+    return read_json(file, parse, f"remove {folder} to redo it") if file.exists() else []
 
 
 # -- what follows from a run folder, recomputed each time -------------------------------------------------------

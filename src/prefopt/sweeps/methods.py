@@ -38,9 +38,8 @@ class Outcome:
     """One policy: the stages of ``method``, trained with ``seed`` at ``factor`` times the learning rate.
 
     ``costs`` are those of all its stages (:class:`prefopt.model.costs.Costs`, ``seconds``, ``peak_memory_bytes``).
-    ``reward`` has its ``interval`` (95 %, prompts resampled), ``kl`` is to the fine-tuned start in nats per response,
-    ``length`` in tokens, ``perplexity`` that of the reference text; a diverged training has none of them. ``isolated``:
-    each stage ran in its own process, so the peak memory is that of the training.
+    Results are as in :class:`Measurement`, with ``kl`` to the fine-tuned start, and ``perplexity`` of the reference
+    text; a diverged training has none. ``isolated``: each stage ran in its own process, which had this peak memory.
     """
 
     method: str
@@ -165,11 +164,7 @@ class _MethodsSweep:
         return replace(
             found,
             costs=combine_costs(costs),
-            reward=measured.reward.mean,
-            interval=(measured.reward.low, measured.reward.high),
-            kl=measured.kl,
-            kl_se=measured.kl_error,
-            length=measured.length,
+            **asdict(measured),
             perplexity=self._perplexity(policy["name"], policy["adapter"]),
         )
 
@@ -193,7 +188,7 @@ class _MethodsSweep:
         file = folder / "start.json"
         if not file.exists():
             found = Measure(self.config, self.data, reference)(model, folder / "samples.jsonl")
-            write_json(file, asdict(Start(name, found.reward.mean, self._perplexity(model, None))))
+            write_json(file, asdict(Start(name, found.reward, self._perplexity(model, None))))
         return read_json(file, lambda found: typed(Start, found), "remove it to measure again")
 
     def _perplexity(self, name: str, adapter: str | None) -> float | None:
@@ -252,6 +247,8 @@ def _column(table: MethodsTable, outcomes: Sequence[Outcome]) -> dict[str, str]:
     def most(name: str) -> float:
         return max((o.costs.get(name, 0.0) for o in good), default=float("nan"))
 
+    apart = all(o.isolated for o in good)
+    peak = size(most("peak_memory_bytes")) if apart else "not measured: all trainings in one process"
     cells = {
         "stages": str(len(STAGES[outcomes[0].method])),
         "models in memory at once": f"{most('models'):.0f}, {size(most('model_bytes'))} of weights",
@@ -261,11 +258,9 @@ def _column(table: MethodsTable, outcomes: Sequence[Outcome]) -> dict[str, str]:
         "tokens decoded": f"{mean('decoded_tokens'):,.0f}",
         "tokens generated": f"{mean('generated_tokens'):,.0f}",
         "wall time": duration(mean("seconds")) if good else "",
-        "peak memory": size(most("peak_memory_bytes")) if good else "",
+        "peak memory": peak if good else "",
         "policies": f"{len(outcomes)}, {len(outcomes) - len(good)} diverged",
     }
-    if good and not all(o.isolated for o in good):
-        cells["peak memory"] = "not measured: all trainings in one process"
     if not good:
         return cells | dict.fromkeys(("reward", "spread of rewards", "KL", "perplexity"), "")
     return cells | {

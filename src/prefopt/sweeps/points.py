@@ -177,11 +177,7 @@ def dominated(points: Sequence[Point], by: str, of: str, *, clearly: bool = Fals
     Only last points of trainings of the same seed are compared: else a method with more checkpoints or seeds would
     have more chances. Untrained points (step 0) have no seed of their own.
     """
-    last: dict[tuple[str, str, int], Point] = {}
-    for p in points:
-        key = p.method, p.setting, p.seed
-        if key not in last or p.step > last[key].step:
-            last[key] = p
+    last = {(p.method, p.setting, p.seed): p for p in sorted(points, key=lambda p: p.step)}
     ours = [p for p in last.values() if p.method == by and p.stands]
     theirs = [p for p in last.values() if p.method == of and p.stands]
     meets = [[p for p in ours if p.seed == q.seed or 0 in (p.step, q.step)] for q in theirs]

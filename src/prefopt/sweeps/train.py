@@ -42,9 +42,8 @@ def take_folder(config: SweepOptions, may_grow: Collection[str]) -> None:
         return
     before = read_json(file, lambda found: {name: found[name] for name in now}, "name another --output")
     old: dict[str, Any] = dict(before["options"])
-    changed = [
-        f"{flag(n)} was {old[n]!r} and is {options[n]!r}" for n in options if old.get(n, options[n]) != options[n]
-    ]
+    other = [n for n in options if old.get(n, options[n]) != options[n]]
+    changed = [f"{flag(n)} was {old[n]!r} and is {options[n]!r}" for n in other]
     if before["command"] != now["command"]:
         what = "another kind of sweep"
     elif changed:
