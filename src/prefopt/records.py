@@ -71,8 +71,8 @@ class Comparison:
 
     Judgements are any of these:
 
-    - ``tiers``: the responses best first; those of one tier are tied. A list of the best few ends in a tier that holds
-      all others: among the last, no order is known.
+    - ``tiers``: the responses best first; those of one tier are tied. A list of the best few ends in a tier of all
+      others, whose order is unknown.
     - ``scores`` [K]: a number for each response. Tiers follow from them, see :meth:`scored`.
     - ``labels`` [K]: whether each response is desirable; no response need be compared with another.
     - ``votes``: (preferred, dispreferred, weight), where they form no order: cycles, ties that are not transitive.
@@ -108,11 +108,8 @@ class Comparison:
 
     @property
     def prompt_key(self) -> bytes:
-        """16 bytes that name the prompt by its roles and words, white space around each message aside.
-
-        Tools and tool calls belong to it; ids and reasoning do not. A row without a prompt, such as raw text, is named
-        by its responses, so that rows are still told apart.
-        """
+        """16 bytes that identify the prompt: roles, contents without surrounding white space, tools and tool calls, but
+        no ids and no reasoning. A row without a prompt, such as raw text, is identified by its responses."""
         parts = [part for m in self.prompt for part in _parts(m)]
         parts += [part for tool in self.tools for part in ("tools", tool)]
         if not any(m.content.strip() or m.tool_calls for m in self.prompt):

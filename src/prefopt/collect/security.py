@@ -83,10 +83,8 @@ class Buckets:
 
 @dataclass(slots=True)
 class Sessions:
-    """Recently live sessions: each has its own rate limit, whatever its address.
-
-    Only rate limits use this cache. Permissions are looked up in the study at every request.
-    """
+    """Recently live sessions: each has its own rate limit, whatever its address. Only rate limits use this cache;
+    permissions are looked up in the study at every request."""
 
     cookie: str
     live: Callable[[str], bool]

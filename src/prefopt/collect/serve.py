@@ -90,7 +90,7 @@ def _announce(study: Study, config: CollectServeConfig, site: Site, port: int) -
         if not site.secure:
             tell("note: without TLS cookies and votes can be read on the network; use a proxy with TLS (--url)")
     if site.secure and not config.trusted_proxies:
-        tell("note: without --trusted-proxies all who come through the proxy share one address and its limits")
+        tell("note: without --trusted-proxies all clients of the proxy share one address and its limits")
     tell("Ctrl-C stops; acknowledged votes are stored", flush=True)
 
 

@@ -106,10 +106,8 @@ def _timed(times: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def run_demo(output: str, seed: int = 0) -> DemoResult:
-    """Sample, score, align, measure and print. Results of an earlier demonstration in ``output`` are replaced.
-
-    Raises :class:`RunError` where the folder holds anything else, :class:`ConfigError` where a package is missing.
-    """
+    """Sample, score, align, measure and print; replaces an earlier demonstration in ``output``. Raises
+    :class:`RunError` where the folder holds anything else, :class:`ConfigError` where a package is missing."""
     load_reward(JUDGE)
     require_matplotlib()
     console, files = Screen(), _files(Path(output))

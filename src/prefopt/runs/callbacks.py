@@ -177,10 +177,8 @@ class Recorder(Callback):
 
 
 def default_callbacks(config: RunOptions, folder: RunFolder) -> list[Callback]:
-    """The callbacks of every run, called before those given in Python. Create them before the run is resumed.
-
-    Raises :class:`prefopt.errors.ConfigError` if a tracker is not installed.
-    """
+    """The callbacks of every run, called before those given in Python. Create them before the run is resumed. Raises
+    :class:`prefopt.errors.ConfigError` if a tracker is not installed."""
     found: list[Callback] = [Recorder(folder, method_of(config))]
     return [*found, Tracking(config.track, config.track_project, folder)] if config.track else found
 

@@ -23,10 +23,8 @@ from prefopt.model.scorer import PackedModel
 
 
 def save_model(folder: Path, scorer: PackedModel, masters: MasterWeights, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write weights, tokenizer, template and generation config.
-
-    Trained weights are written in float32: in bfloat16 the changes of a short run would round away.
-    """
+    """Write weights, tokenizer, template and generation config. Trained weights are written in float32: in bfloat16 the
+    changes of a short run would round away."""
     scorer.detach_hook()
     model: Any = scorer.model
     causal = causal_model(model)

@@ -116,7 +116,7 @@ def _length(run: History) -> Iterator[Finding]:
 def _loss(run: History) -> Iterator[Finding]:
     start, found = loss_at_start(run), change_of(run, "loss")
     if found is None or run.curve("objective/scores"):
-        return  # the loss on samples that change with the policy says nothing
+        return  # the loss on samples that change with the policy shows no progress
     before = "the model before training" if start is not None else f"average of the first {found.window}"
     numbers = (
         f"from {found.first:.4f} to {found.last:.4f} ({before}, and average of the last {found.window} of"
@@ -188,7 +188,7 @@ def _accuracy(run: History) -> Iterator[Finding]:
     elif high < 0.5:
         yield Finding("worse than chance", f"{numbers}: worse than chance; are chosen and rejected swapped?", look=True)
     else:
-        yield Finding("no better than chance", f"{numbers}: it cannot be told from chance", look=True)
+        yield Finding("no better than chance", f"{numbers}: within chance", look=True)
 
 
 def _chosen(run: History) -> Iterator[Finding]:

@@ -42,7 +42,7 @@ class RunFolder:
             old = before.get("options", {})
             if changed := [n for n in options if n not in FREE and n in old and old[n] != options[n]]:
                 listed = ", ".join(f"{flag(n)} was {old[n]!r} and is {options[n]!r}" for n in changed)
-                raise RunError(f"--resume goes on with the same run, but {listed}; restore it, or start a new run")
+                raise RunError(f"--resume continues the same run, but {listed}; restore it, or start a new run")
             self.record = {**before, "status": "resumed"}
 
     def take(self) -> None:
@@ -75,10 +75,8 @@ class RunFolder:
             write_json(self.path / RECORD, self.record)
 
     def finish(self, results: Mapping[str, Any], *, keep_checkpoints: bool) -> None:
-        """Record that the model is written, then remove checkpoints unless they are to be kept.
-
-        In this order: a run killed in between is finished, and does not start again.
-        """
+        """Record that the model is written, then remove checkpoints unless they are to be kept: a run killed in between
+        is finished, and does not start again."""
         self.record["checkpoints_kept"] = keep_checkpoints
         self.remember(status="finished", finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), results=dict(results))
         if not keep_checkpoints:
@@ -96,11 +94,8 @@ class RunFolder:
 
 
 def check_output(path: Path, *, resume: bool) -> dict[str, Any] | None:
-    """The ``run.json`` of the unfinished run in ``path`` that ``resume`` continues; None for a new run.
-
-    Raises :class:`RunError` where the folder holds a finished run, an unfinished one without ``resume``, or other
-    files.
-    """
+    """The ``run.json`` of the unfinished run in ``path`` that ``resume`` continues; None for a new run. Raises
+    :class:`RunError` where the folder holds a finished run, an unfinished one without ``resume``, or other files."""
     if path.exists() and not path.is_dir():
         raise RunError(f"--output {path} is a file; name a folder")
     if (path / RECORD).exists():

@@ -4,7 +4,6 @@ Types of values are checked. Unknown keys are kept; a known key with a value of 
 
 >>> read_history("OUTPUT").curve("loss")  # doctest: +SKIP
 Curve(steps=[1, 2, 3], values=[0.693, 0.688, 0.671])
-
 >>> check_record({"status": "finished", "steps": 3})
 {'status': 'finished', 'steps': 3}
 >>> check_record({"steps": "many"})
@@ -37,20 +36,16 @@ Line = dict[str, Any]
 
 
 def read_record(folder: Path, remedy: str = "leave this run out") -> dict[str, Any]:
-    """The ``run.json`` of an output folder.
-
-    Raises :class:`RunError`, with ``remedy``, if it is absent, unreadable, or has a value of another type.
-    """
+    """The ``run.json`` of an output folder. Raises :class:`RunError`, with ``remedy``, if it is absent, unreadable, or
+    has a value of another type."""
     if not (folder / RECORD).exists():
         raise RunError(f"{folder}: no run of prefopt (no {RECORD} in it); name its output folder")
     return read_json(folder / RECORD, check_record, remedy)
 
 
 def read_metrics(folder: Path) -> list[Line]:
-    """The lines of ``metrics.jsonl``, empty without that file. A last line that a kill cut off is ignored.
-
-    Raises :class:`RunError` for any other line without metrics.
-    """
+    """The lines of ``metrics.jsonl``, empty without that file. A last line that a kill cut off is ignored. Raises
+    :class:`RunError` for any other line without metrics."""
     return [line for _, line in numbered_lines(folder / METRICS)]
 
 

@@ -37,10 +37,8 @@ CHAIN = "stages.json"
 
 
 def find_runs(folder: str | Path) -> tuple[list[History], list[str]]:
-    """The run in ``folder``, or all runs below it by start time; and a line for each damaged one.
-
-    Raises :class:`RunError` for an absent folder, or if the run in ``folder`` itself is damaged.
-    """
+    """The run in ``folder``, or all runs below it by start time; and a line for each damaged one. Raises
+    :class:`RunError` for an absent folder, or if the run in ``folder`` itself is damaged."""
     folder = Path(folder)
     if not folder.is_dir():
         raise RunError(f"{folder}: no such folder; name an output folder, or one above some")
@@ -61,10 +59,7 @@ def find_runs(folder: str | Path) -> tuple[list[History], list[str]]:
 
 
 def runs_of(folder: str | Path) -> list[History]:
-    """The run in an output folder, or the stages of a chain (``prefopt rlhf``).
-
-    Raises :class:`RunError` if it is neither, or damaged.
-    """
+    """The run in an output folder, or the stages of ``prefopt rlhf``. Raises :class:`RunError` for any other folder."""
     folder = Path(folder)
     if (folder / RECORD).exists():
         return [read_history(folder)]
@@ -78,10 +73,8 @@ def runs_of(folder: str | Path) -> list[History]:
 
 
 def show_runs(folders: Sequence[str], *, as_json: bool = False) -> list[str]:
-    """Lines: one output folder is described, several are compared, and of any other folder the runs are listed.
-
-    Raises :class:`RunError` as :func:`find_runs`, and for a mix of output folders and other folders.
-    """
+    """One output folder is described, several are compared, and the runs of any other folder are listed, as lines.
+    Raises :class:`RunError` as :func:`find_runs`, and for a mix of output folders and other folders."""
     found = [find_runs(folder) for folder in folders]
     runs = [run for several, _ in found for run in several]
     if as_json:

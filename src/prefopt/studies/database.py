@@ -61,10 +61,7 @@ def check_version(connection: sqlite3.Connection, file: str) -> int:
 
 
 def migrate(connection: sqlite3.Connection, file: str) -> None:
-    """Migrate an empty database or an older study to :data:`VERSION`, in one transaction.
-
-    Raises :class:`StudyError`.
-    """
+    """Migrate an empty database or an older study to :data:`VERSION` in one transaction. Raises :class:`StudyError`."""
     if check_version(connection, file) == VERSION:
         return
     connection.execute("BEGIN IMMEDIATE")
@@ -100,10 +97,8 @@ def _seal_all(connection: sqlite3.Connection) -> None:
 
 
 def rebuild(connection: sqlite3.Connection) -> None:
-    """Derive assignments and queue from items and events, in the caller's transaction.
-
-    Items shown without an answer become lapsed: their annotators resume them on their next visit.
-    """
+    """Derive assignments and queue from items and events, in the caller's transaction. Items shown without an answer
+    become lapsed: their annotators resume them on their next visit."""
     connection.execute("DELETE FROM assignment")
     connection.execute("DELETE FROM queue")
     connection.execute("DELETE FROM setting WHERE name = ?", (COUNTER,))
@@ -160,10 +155,8 @@ def check_row(table: str, row: sqlite3.Row) -> None:
 
 
 def check_complete(connection: sqlite3.Connection, table: str) -> None:
-    """Raises :class:`DamagedRow` where a row of a numbered table is missing.
-
-    Counts the table itself (NOT INDEXED): an index has no digests, and SQLite does not compare it with the table.
-    """
+    """Raises :class:`DamagedRow` where a row of a numbered table is missing. Counts the table itself (NOT INDEXED): an
+    index has no digests, and SQLite does not compare it with the table."""
     count, last = connection.execute(f"SELECT count(*), coalesce(max(id), 0) FROM {table} NOT INDEXED").fetchone()
     query = "SELECT max(CAST(seq AS INTEGER)) FROM sqlite_sequence WHERE name = ?"  # AUTOINCREMENT: events alone
     known = connection.execute(query, (table,)).fetchone()[0]

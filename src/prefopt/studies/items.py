@@ -39,11 +39,8 @@ class ResponseOrigin:
 
 @dataclass(frozen=True, slots=True)
 class NewItem:
-    """An item to add.
-
-    ``row`` holds prompt and responses (and tools) in the canonical layout, ``prompt_key`` identifies the prompt,
-    ``gold`` is the known order of a gold item; ``file`` and ``file_row`` say where it was read.
-    """
+    """An item to add: ``row`` holds prompt and responses (and tools) in the canonical layout, ``prompt_key`` identifies
+    the prompt, ``gold`` is the known order of a gold item; it was read from ``file_row`` of ``file``."""
 
     row: Mapping[str, Any]
     prompt_key: bytes
@@ -79,10 +76,7 @@ class Assignment:
 
 
 def add_items(study: Study, items: Iterable[NewItem]) -> tuple[int, int]:
-    """Add items in order, all or none; returns how many were added and how many were duplicates.
-
-    Raises :class:`StudyError`.
-    """
+    """Add items in order, all or none; returns the numbers of new items and duplicates. Raises :class:`StudyError`."""
     with study.writing() as connection:
         added = [_add(connection, item) for item in items]
     return sum(added), len(added) - sum(added)
@@ -206,10 +200,8 @@ def order_shown(seed: str, annotator: int, item: int, count: int) -> tuple[int, 
 
 
 def change_taken(connection: sqlite3.Connection, item: int, change: int, overlap: int) -> None:
-    """Count one annotator more (1) or less (-1) for an item.
-
-    At ``overlap`` annotators it leaves the queue; where it needs votes again, it goes to the end.
-    """
+    """Count one annotator more (1) or less (-1) for an item. At ``overlap`` annotators it leaves the queue; where it
+    needs votes again, it goes to the end."""
     found = connection.execute("SELECT taken, place FROM queue WHERE item = ?", (item,)).fetchone()
     if found is None:
         return  # gold items are shown to everyone

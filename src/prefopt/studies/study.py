@@ -15,7 +15,7 @@ import secrets
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -165,10 +165,8 @@ def now() -> str:
 
 
 def backup(path: Path, output: Path) -> int:
-    """Copy a study to a single file, also while it is served; returns the size in bytes.
-
-    Raises :class:`StudyError` where ``output`` exists or cannot be written, and for a study that is damaged.
-    """
+    """Copy a study to a single file, also while it is served; returns the size in bytes. Raises :class:`StudyError`
+    where ``output`` exists or cannot be written, and for a study that is damaged."""
     check_file(path)
     if output.exists():
         raise StudyError(f"{output}: exists; name another file")
@@ -206,11 +204,10 @@ def check_study_file(path: Path) -> list[str]:
 
 def is_study(path: Path) -> bool:
     """Whether :func:`check_file` accepts a path."""
-    try:
+    with suppress(StudyError):
         check_file(path)
-    except StudyError:
-        return False
-    return True
+        return True
+    return False
 
 
 def check_file(path: Path) -> None:
@@ -289,9 +286,7 @@ def _new_file(path: Path) -> Iterator[Path]:
         yield aside
         try:
             os.link(aside, path)
-        except FileExistsError:
-            raise
-        except OSError as error:  # a disk without hard links
+        except OSError as error:  # it exists, or the disk has no hard links
             if path.exists():
                 raise FileExistsError(path) from error
             aside.rename(path)

@@ -185,10 +185,8 @@ def answer_kind(v: StoredVote) -> str:
 
 
 def first_shown(votes: Iterable[StoredVote]) -> Estimate:
-    """The fraction of preferences for the response shown before the other; 0.5 without a position bias.
-
-    A ranking counts as one vote, by the fraction of its pairs.
-    """
+    """The fraction of preferences for the response shown before the other; 0.5 without a position bias. A ranking
+    counts as one vote, by the fraction of its pairs."""
     fractions = []
     for v in votes:
         position = {k: n for n, k in enumerate(v.shown)}

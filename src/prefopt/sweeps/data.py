@@ -57,10 +57,8 @@ class Measurement:
 
 
 def prepare_data(config: SweepOptions, reference: SampledModel, reporter: Reporter) -> SweepData:
-    """Split the prompts, and make or copy the preferences, unless that is done.
-
-    Raises :class:`DataError` for too few prompts, and :class:`RunError` where the folder holds other ones.
-    """
+    """Split the prompts, and make or copy the preferences, unless that is done. Raises :class:`DataError` for too few
+    prompts, and :class:`RunError` where the folder holds other ones."""
     folder, prompts = Path(config.output) / "data", _prompts(config, reference, reporter)
     if len(prompts) <= config.held_out:
         left = f"--held-out {config.held_out} leaves none to train on: give more, or lower it"

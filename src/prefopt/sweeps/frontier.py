@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,12 @@ def run(config: FrontierConfig) -> Frontier:
         return _FrontierSweep(config).run()
 
 
+@dataclass
 class _SaveAt(Callback):
-    def __init__(self, steps: Sequence[int]) -> None:
-        self._steps = steps
+    steps: Sequence[int]
 
     def on_step(self, run: RunInfo, step: int, metrics: Metrics) -> None:
-        if step in self._steps:
+        if step in self.steps:
             run.save()
 
 
@@ -178,7 +178,7 @@ def _read(folder: Path) -> list[Point]:
     def parse(found: list[dict[str, Any]]) -> list[Point]:
         if not found:
             raise ValueError("it holds no point")
-        # Plateaus are tested anew; first versions kept another object here.
+        # Plateaus are recomputed; first versions kept another object here.
         return [Point.from_dict({**p, "plateau": None}) for p in found]
 
     file = folder / POINTS

@@ -92,8 +92,8 @@ class Point:
     plateau: Plateau | None = None
 
     @property
-    def stands(self) -> bool:
-        """Whether it is compared with others: it is included and has numbers."""
+    def included(self) -> bool:
+        """Whether it counts and has numbers: then it is compared with others."""
         return self.counted and self.reward is not None and self.kl is not None
 
     @classmethod
@@ -153,7 +153,7 @@ def dominates(one: Point, other: Point, *, clearly: bool = False) -> bool:
     ``clearly``: beyond the errors, with disjoint intervals of reward, and KL apart by two standard errors of each.
     False where a point is excluded or has no numbers.
     """
-    if not (one.stands and other.stands):
+    if not (one.included and other.included):
         return False
     assert one.reward is not None and one.kl is not None and other.reward is not None and other.kl is not None
     if clearly:
@@ -166,8 +166,8 @@ def dominates(one: Point, other: Point, *, clearly: bool = False) -> bool:
 
 def frontier(points: Sequence[Point]) -> list[Point]:
     """The points that no other dominates, by increasing KL."""
-    standing = [p for p in points if p.stands]
-    best = [p for p in standing if not any(dominates(q, p) for q in standing)]
+    included = [p for p in points if p.included]
+    best = [p for p in included if not any(dominates(q, p) for q in included)]
     return sorted(best, key=lambda p: (p.kl or 0.0, -(p.reward or 0.0)))
 
 
@@ -178,8 +178,8 @@ def dominated(points: Sequence[Point], by: str, of: str, *, clearly: bool = Fals
     have more chances. Untrained points (step 0) have no seed of their own.
     """
     last = {(p.method, p.setting, p.seed): p for p in sorted(points, key=lambda p: p.step)}
-    ours = [p for p in last.values() if p.method == by and p.stands]
-    theirs = [p for p in last.values() if p.method == of and p.stands]
+    ours = [p for p in last.values() if p.method == by and p.included]
+    theirs = [p for p in last.values() if p.method == of and p.included]
     meets = [[p for p in ours if p.seed == q.seed or 0 in (p.step, q.step)] for q in theirs]
     beaten = [any(dominates(p, q, clearly=clearly) for p in met) for q, met in zip(theirs, meets, strict=True)]
     return sum(beaten), len(theirs)

@@ -56,13 +56,13 @@ def _row(p: Point, best: str) -> FrontierRow:
     setting = f"{p.setting}, seed {p.seed}, step {p.step}"
     tokens = "-" if p.length is None else f"{p.length:.1f}"
     training = "unknown" if p.seconds is None else duration(p.seconds) if p.seconds else "-"
-    included = "yes" if p.stands else f"no: {p.why_not or 'it has no numbers'}"
+    included = "yes" if p.included else f"no: {p.why_not or 'it has no numbers'}"
     return FrontierRow(p.method, setting, best, reward, kl, tokens, training, included)
 
 
 def sentences(sweep: Frontier) -> Iterator[str]:
     """Which method dominates which, by the numbers and beyond their errors."""
-    methods = list(dict.fromkeys(p.method for p in sweep.points if p.stands))
+    methods = list(dict.fromkeys(p.method for p in sweep.points if p.included))
     if len(methods) < 2:
         yield "fewer than two methods have an included point, so nothing is compared"
     for one in methods:
@@ -74,7 +74,7 @@ def sentences(sweep: Frontier) -> Iterator[str]:
                     f"{one} has more reward at no more KL than {count} of the {of} included trainings of {other}, each"
                     f" at its last step and within a seed; beyond the errors, than {sure}"
                 )
-    if out := sum(not p.stands for p in sweep.points):
+    if out := sum(not p.included for p in sweep.points):
         yield f"{out} of {len(sweep.points)} points are excluded; the table says why"
 
 
@@ -102,10 +102,8 @@ def plot_frontier(sweep: Frontier, *paths: Path) -> None:
 
 
 def figure_of_frontier(sweep: Frontier, *, titled: bool = True) -> Any:
-    """Reward over KL with intervals. Excluded points are hollow; points without numbers are left out.
-
-    Raises :class:`prefopt.errors.ConfigError` where matplotlib is not installed.
-    """
+    """Reward over KL with intervals. Excluded points are hollow; points without numbers are left out. Raises
+    :class:`prefopt.errors.ConfigError` where matplotlib is not installed."""
     require_matplotlib()
     from matplotlib.figure import Figure
 

@@ -22,10 +22,8 @@ from prefopt.rewards import load_reward
 
 
 def take_folder(config: SweepOptions, may_grow: Collection[str]) -> None:
-    """Start a sweep in its output folder, or continue one with the same options, model and reward.
-
-    Options of ``may_grow`` may differ. Raises :class:`RunError` for another sweep, or other content.
-    """
+    """Start a sweep in its output folder, or continue one with the same options (apart from ``may_grow``), model and
+    reward. Raises :class:`RunError` for another sweep, or other content."""
     folder = Path(config.output)
     file = folder / "sweep.json"
     options = {name: value for name, value in config.to_dict().items() if name not in may_grow}
