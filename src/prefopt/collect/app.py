@@ -204,10 +204,8 @@ class _Pages:
         answer.set_cookie(name, value, age, httponly=True, samesite="strict", secure=self.site.secure, path="/")
 
     def _invited(self, request: Request, secret: str) -> Annotator:
-        """The annotator of an invitation. Raises :class:`Refusal`.
-
-        Wrong secrets count against the address, valid ones against the annotator: many may come from one address.
-        """
+        """The annotator of an invitation. Raises :class:`Refusal`. Wrong secrets count against the address, valid ones
+        against the annotator: many may come from one address."""
         address = address_of(request.scope)
         if self.strangers.wait(address):
             raise Refusal(429, "too many")

@@ -169,11 +169,8 @@ class Spending:
 
 @contextmanager
 def spending(folder: RunFolder, device: torch.device) -> Iterator[Spending]:
-    """Count costs inside this block, write them as ``costs`` of ``run.json``, and release the folder.
-
-    They are those of :class:`prefopt.model.costs.Costs`, ``seconds``, and ``peak_memory_bytes`` of the process (on a
-    GPU of the device's tensors).
-    """
+    """Count costs inside this block, write them as ``costs`` of ``run.json``, and release the folder: those of
+    :class:`prefopt.model.costs.Costs`, ``seconds``, and ``peak_memory_bytes`` of the process (on a GPU, of tensors)."""
     with count_costs() as costs:
         found = Spending(folder, device, costs)
         try:

@@ -81,10 +81,7 @@ def figure_of(
     runs: Sequence[History], *, metrics: Sequence[str] | None = None, x: str = "step", titled: bool = True
 ) -> Any:
     """A matplotlib figure, ``titled`` with what the runs have in common. Without ``metrics``, each method has its own
-    panels.
-
-    Raises :class:`ConfigError` for metrics that no run has, and if matplotlib is not installed.
-    """
+    panels. Raises :class:`ConfigError` for metrics that no run has, and if matplotlib is not installed."""
     require_matplotlib()
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -125,15 +122,12 @@ def panels_of(runs: Sequence[History], metrics: Sequence[str]) -> list[Panel]:
 
 def panels_by_method(runs: Sequence[History]) -> list[tuple[Panel, Sequence[History]]]:
     """The standard panels with their runs, by method: losses of different methods are not comparable."""
-    by_method: dict[str, list[History]] = {}
-    for run in runs:
-        by_method.setdefault(run.method, []).append(run)
     found: list[tuple[Panel, Sequence[History]]] = []
-    for method, several in by_method.items():
-        there = set().union(*_names(several))
-        panels = [panel for panel in STANDARD if panel.name in there]
-        if len(by_method) > 1:
-            panels = [replace(panel, title=f"{method}: {panel.title}") for panel in panels]
+    for method in dict.fromkeys(run.method for run in runs):
+        several = [run for run in runs if run.method == method]
+        there, families = _names(several)
+        prefix = f"{method}: " if len(several) < len(runs) else ""
+        panels = [replace(p, title=prefix + p.title) for p in STANDARD if p.name in there | families]
         found += [(panel, several) for panel in panels]
     return found
 

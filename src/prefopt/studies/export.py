@@ -1,7 +1,5 @@
-"""Convert votes to training rows: pairs, rankings or soft labels, with their provenance.
-
-Rows are in the canonical layout of ``prefopt data layouts``. Gold items are left out.
-"""
+"""Convert votes to training rows in the canonical layout: pairs, rankings or soft labels, with their provenance. Gold
+items are left out."""
 
 from __future__ import annotations
 
@@ -108,16 +106,15 @@ class _Exporter:
                 counts["rows"] += 1
 
     def _usable(self, v: StoredVote) -> bool:
-        why = ""
         if self.pseudonyms[v.annotator] in self.options.exclude:
-            why = "votes of excluded annotators left out"
+            self.counts["votes of excluded annotators left out"] += 1
         elif v.vote.skipped is not None:
-            why = "skips left out"
+            self.counts["skips left out"] += 1
         elif not v.vote.tiers and self.options.all_bad == "drop":
-            why = "votes that all responses are bad left out (--all-bad)"
-        if why:
-            self.counts[why] += 1
-        return not why
+            self.counts["votes that all responses are bad left out (--all-bad)"] += 1
+        else:
+            return True
+        return False
 
     def _majorities(self, item: Item, group: Sequence[StoredVote]) -> dict[Pair, int]:
         """For each decided pair 1 where the first is preferred, -1 where the second is, 0 for a tie."""

@@ -155,10 +155,8 @@ def record(
 
 
 def undo(study: Study, annotator: Annotator, ticket: str | None = None) -> bool:
-    """Undo the annotator's last vote or skip, by a new event; False where there is none.
-
-    With a ``ticket``, only that of the last vote or skip: the same request twice undoes one vote.
-    """
+    """Undo the annotator's last vote or skip, by a new event; False where there is none. A ``ticket`` must be that of
+    the last vote or skip: the same request twice undoes one vote."""
     moment = time.time()
     with study.writing() as connection:
         found = _last_answered(connection, annotator)
@@ -208,10 +206,8 @@ def _shown(connection: sqlite3.Connection, annotator: Annotator, ticket: str) ->
 
 
 def stored_votes(connection: sqlite3.Connection, item: int | None = None) -> Iterator[StoredVote]:
-    """All votes and skips in force, or those on one item, by item and time.
-
-    Read from the events alone. Raises :class:`DamagedRow` for an event that was changed or is missing.
-    """
+    """All votes and skips in force, or those on one item, by item and time, from the events alone. Raises
+    :class:`DamagedRow` for an event that was changed or is missing."""
     if item is None:
         check_complete(connection, "event")
     # An index has no digests: only the page of a single item uses one.

@@ -42,11 +42,9 @@ MAY_GROW = {"methods", "seeds", "plateau_share", "progress", "output", "threads"
 
 
 def run(config: FrontierConfig) -> Frontier:
-    """Make all points that are not done yet; ``frontier.json`` is written after each training.
-
-    Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop; the same command
-    continues. A diverged training is an excluded point.
-    """
+    """Make all points that are not done yet; ``frontier.json`` is written after each training. Raises
+    :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop; the same command continues.
+    A diverged training is an excluded point."""
     with started_again():
         return _FrontierSweep(config).run()
 

@@ -1,7 +1,5 @@
-"""``prefopt methods``: SFT and DPO against SFT, reward model and PPO, over seeds and learning rates.
-
-The result of each policy is kept in ``outcome.json`` of its folder, so a stopped sweep continues where it was.
-"""
+"""``prefopt methods``: SFT and DPO against SFT, reward model and PPO, over seeds and learning rates. The result of each
+policy is kept in ``outcome.json`` of its folder, so that a stopped sweep continues where it was."""
 
 from __future__ import annotations
 
@@ -101,11 +99,9 @@ def _table(found: dict[str, Any]) -> MethodsTable:
 
 
 def run(config: MethodsConfig) -> MethodsTable:
-    """Train and measure all policies that are not done yet; ``methods.json`` is written after each.
-
-    Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop; the same command
-    continues. A diverged training is recorded as such.
-    """
+    """Train and measure all policies that are not done yet; ``methods.json`` is written after each. Raises
+    :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop; the same command continues.
+    A diverged training is recorded as such."""
     with started_again():
         return _MethodsSweep(config).run()
 
