@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 
 from prefopt.runs.callbacks import RunInfo, Tracking
+from prefopt.runs.folder import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 
 
 def track(name: str, output: Path) -> str:
     """Steps 1 to 5, a kill, and 4 to 8 from the checkpoint of step 3; returns the run's id."""
-    ids: dict[str, str] = {}
+    folder = RunFolder(output, {}, resume=False, dry=True)
     for first, last in ((0, 5), (3, 8)):
-        tracking = Tracking([name], project="films", output=output, ids=dict(ids), remember=ids.update)
+        tracking = Tracking([name], "films", folder)
         run = RunInfo(output=output, options={"beta": 0.1, "data": ["a", "b"]}, model=None, steps=8, step=first)
         tracking.on_start(run)
         for step in range(first + 1, last + 1):
@@ -27,7 +28,8 @@ def track(name: str, output: Path) -> str:
             tracking.on_step(run, step, {"loss": 1 / step, "rewards/chosen": 1.0})
         tracking.on_end(run, "trained" if last == 8 else "interrupted")
         assert list(tracking._running) == [name], "it did not fail on the way"
-    return ids[name]
+    found: str = folder.record["tracking"][name]
+    return found
 
 
 @pytest.fixture

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     Scores: TypeAlias = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
 
+NAME = (str, os.PathLike)
+
+
 def method_function(name: str) -> Callable[..., Any]:
     """``prefopt.NAME`` for a row of :data:`prefopt.config.methods.METHODS`.
 
     >>> import prefopt
     >>> prefopt.dpo("my-model", "pairs.jsonl", output="aligned", beta=0.05, lora=True)  # doctest: +SKIP
-    >>> prefopt.dpo(
-    ...     "my-model", "pairs.jsonl", output="aligned", loss="simpo", loss_options={"gamma": 1.0}
-    ... )  # doctest: +SKIP
     >>> prefopt.sft("my-model", [{"prompt": "2 + 2 =", "completion": " 4"}], output="tuned")  # doctest: +SKIP
     >>> found = prefopt.reward("tuned", "pairs.jsonl", output="reward", eval_fraction=0.1)  # doctest: +SKIP
     >>> print(found.reliability.interval)  # doctest: +SKIP
@@ -56,9 +56,14 @@ def method_function(name: str) -> Callable[..., Any]:
         callbacks: Sequence[Any] = (),
         **options: Any,
     ) -> Any:
-        named = _is_named(name, model, tokenizer)
+        named = isinstance(model, NAME)
+        _check_tokenizer(name, named, tokenizer)
         if not named:
-            _refuse_for_objects(model, options)
+            _refuse(options, "adapter")
+            if options.get("reference_adapter") and not options.get("reference"):
+                raise ConfigError("reference_adapter with a model object needs the model it belongs to: give reference")
+            if options.get("lora") and hasattr(model, "peft_config"):
+                raise ConfigError("lora adds an adapter, but this model has one, which is trained; leave lora out")
         names, rows = _names_or_rows(options.pop(method.rows, None) if data is None else data)
         functions = {"reward": options["reward"]} if callable(options.get("reward")) else {}
         values = {
@@ -105,7 +110,8 @@ def sample(
     >>> found.rows[0]["responses"]  # doctest: +SKIP
     [' 4', ' 4', ' four', ' 22']
     """
-    named = _is_named("sample", model, tokenizer)
+    named = isinstance(model, NAME)
+    _check_tokenizer("sample", named, tokenizer)
     if not named:
         _refuse(options, "adapter", "device", "dtype")
     if not named and options.get("engine") == "vllm":
@@ -148,10 +154,7 @@ def compare(
     from prefopt.evaluate.samples import CompareInputs
 
     labels, models = _labelled({"a": a, "b": b, **{f"others {n}": x for n, x in enumerate(others, 1)}}, reference)
-    if models and tokenizer is None:
-        raise ConfigError("a model object needs its tokenizer: prefopt.compare(model, ..., tokenizer=tokenizer)")
-    if tokenizer is not None and not models:
-        raise ConfigError("tokenizer goes with a model object; a model named by its folder brings its own")
+    _check_tokenizer("compare", not models, tokenizer)
     compared = [name for name in labels if name != "reference"]
     if compared and all(labels[name] in models for name in compared):
         _refuse(options, "device", "dtype")
@@ -189,14 +192,14 @@ def report(
     """
     from prefopt.sweeps.report import write_report
 
-    folders = [runs] if isinstance(runs, (str, os.PathLike)) else list(runs)
-    files = [os.fspath(x) for x in comparisons if isinstance(x, (str, os.PathLike))]
-    results = [x for x in comparisons if not isinstance(x, (str, os.PathLike))]
-    values = {"run": [os.fspath(folder) for folder in folders] or None, "comparisons": files or None, "title": title}
-    given = {name: value for name, value in values.items() if value is not None}
+    folders = [runs] if isinstance(runs, NAME) else list(runs)
+    files = [os.fspath(x) for x in comparisons if isinstance(x, NAME)]
+    results = [x for x in comparisons if not isinstance(x, NAME)]
     if not folders and not files and not results:
         raise ConfigError("there is nothing to report: name runs, or give comparisons")
-    return write_report(ReportConfig(output=os.fspath(output), **given), results)  # type: ignore[arg-type]
+    run = [os.fspath(folder) for folder in folders] or None
+    values = {"run": run, "comparisons": files or None, "title": title, "output": os.fspath(output)}
+    return write_report(ReportConfig.from_dict({k: v for k, v in values.items() if v is not None}), results)
 
 
 def rlhf(
@@ -227,14 +230,11 @@ def _plain(value: object) -> object:
     return [f"{name}={item}" for name, item in value.items()] or None if isinstance(value, Mapping) else value
 
 
-def _is_named(function: str, model: object, tokenizer: object) -> bool:
-    """Whether the model is given by name. An object needs its tokenizer."""
-    named = isinstance(model, (str, os.PathLike))
+def _check_tokenizer(function: str, named: bool, tokenizer: object) -> None:
     if named and tokenizer is not None:
         raise ConfigError("tokenizer goes with a model object; a model named by its folder brings its own")
     if not named and tokenizer is None:
         raise ConfigError(f"a model object needs its tokenizer: prefopt.{function}(model, tokenizer=tokenizer, ...)")
-    return named
 
 
 def _labelled(models: Mapping[str, Any], reference: Any) -> tuple[dict[str, str], dict[str, Any]]:
@@ -243,15 +243,11 @@ def _labelled(models: Mapping[str, Any], reference: Any) -> tuple[dict[str, str]
     Objects of the same name, as before and after training, have their argument in the label.
     """
     given = {name: model for name, model in {**models, "reference": reference}.items() if model is not None}
-    named = {name: isinstance(model, (str, os.PathLike)) for name, model in given.items()}
+    named = {name: isinstance(model, NAME) for name, model in given.items()}
     labels = {name: os.fspath(m) if named[name] else _name_of(m) for name, m in given.items()}
     alike = {name for name in labels if not named[name] and list(labels.values()).count(labels[name]) > 1}
     labels = {name: f"{label} ({name})" if name in alike else label for name, label in labels.items()}
     return labels, {labels[name]: given[name] for name in given if not named[name]}
-
-
-def _function_name(function: Any) -> str:
-    return str(getattr(function, "__qualname__", "function given in Python"))
 
 
 def _refuse(options: Mapping[str, Any], *names: str) -> None:
@@ -261,21 +257,17 @@ def _refuse(options: Mapping[str, Any], *names: str) -> None:
             raise ConfigError(f"{name} is for a model named by its folder; this one is an object, used as it is")
 
 
+def _function_name(function: Any) -> str:
+    return str(getattr(function, "__qualname__", "function given in Python"))
+
+
 def _name_of(model: object) -> str:
     return str(getattr(model, "name_or_path", "")) or "model given in Python"
 
 
-def _refuse_for_objects(model: Any, options: Mapping[str, Any]) -> None:
-    _refuse(options, "adapter")
-    if options.get("reference_adapter") and not options.get("reference"):
-        raise ConfigError("reference_adapter with a model object needs the model it belongs to: give reference")
-    if options.get("lora") and hasattr(model, "peft_config"):
-        raise ConfigError("lora adds a new adapter, but this model has one already, which is trained; leave lora out")
-
-
 def _names_or_rows(data: object) -> tuple[object, list[Mapping[str, object]] | None]:
     """What the config holds as ``data``, and the rows if rows were given."""
-    if isinstance(data, (str, os.PathLike)):
+    if isinstance(data, NAME):
         return data, None
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise ConfigError("data must be names of files, or a list of rows (dicts)")
@@ -288,11 +280,7 @@ def _names_or_rows(data: object) -> tuple[object, list[Mapping[str, object]] | N
     return (["rows given in Python"], rows) if rows else (items, None)
 
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {name: method_function(name) for name in METHODS} | {
-    "compare": compare,
-    "report": report,
-    "rlhf": rlhf,
-    "sample": sample,
-}
+OTHERS: tuple[Callable[..., Any], ...] = (compare, report, rlhf, sample)
+FUNCTIONS = {name: method_function(name) for name in METHODS} | {f.__name__: f for f in OTHERS}
 """What ``prefopt.NAME`` may be."""
 globals().update(FUNCTIONS)

@@ -3,7 +3,7 @@
 ::
 
     PrefoptError
-    ├── UserError            one line for a person: what, where, what to do; exit status 2
+    ├── UserError            one line for the user: what, where, what to do; exit status 2
     │   ├── ConfigError      an option: unknown, misspelt, out of range, or at odds with another
     │   ├── DataError        a file or a row of it
     │   ├── ModelError       a model folder, its tokenizer, or a model that cannot be scored as asked
@@ -24,7 +24,7 @@ class PrefoptError(Exception):
 
 
 class UserError(PrefoptError):
-    """Something a person can put right. The message is one line: what, where, what to do."""
+    """A mistake that the user can fix. The message is one line: what, where, what to do."""
 
 
 class ConfigError(UserError):
@@ -35,7 +35,7 @@ class DataError(UserError):
     """A data file, or one row of it, cannot be used."""
 
     def __init__(self, what: str, *, file: str | None = None, row: int | None = None) -> None:
-        """``row`` counts records from 1, as a person does."""
+        """``row`` counts records from 1."""
         self.what, self.file, self.row = what, file, row
         place = ", ".join(p for p in (file, f"row {row}" if row is not None else None) if p)
         super().__init__(f"{place}: {what}" if place else what)
@@ -54,14 +54,14 @@ class StudyError(UserError):
 
 
 class RunError(UserError):
-    """An output folder, a checkpoint, the disk or a preflight check stands in the way."""
+    """An output folder or a checkpoint cannot be used, the disk failed, or a preflight check failed."""
 
 
 class Diverged(RunError):
-    """Training ran away from its reference, or its numbers are not finite: these settings lead nowhere."""
+    """Training diverged from its reference, or its numbers are not finite."""
 
     def __init__(self, reason: str, remedy: str = "") -> None:
-        """``remedy`` is for who runs this training by itself; a sweep, which goes on without it, tells the reason."""
+        """``remedy`` is for a training run by itself; a sweep, which continues without it, reports the reason alone."""
         self.reason, self.remedy = reason, remedy
         super().__init__(f"{reason}; {remedy}" if remedy else reason)
 
@@ -79,7 +79,7 @@ LONGEST = 300
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error, and the second where the first ends in a colon; its type where it says nothing."""
+    """The first line of an error, and the second where the first ends in a colon; its type where it is empty."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     line = " ".join(part.strip() for part in lines[: 2 if lines[0].endswith(":") else 1])
     return line if len(line) <= LONGEST else line[:LONGEST] + "..."

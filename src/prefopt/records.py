@@ -1,4 +1,4 @@
-"""What a row of preference data says, before any tokenizer has seen it.
+"""A row of preference data, before tokenization.
 
 >>> row = Comparison.pair([Message("user", "2 + 2?")], chosen="4", rejected="22", row=1)
 >>> row.responses[0].text, row.tiers, row.pairs
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 ROLES = ("system", "user", "assistant", "tool")
 Tiers = tuple[tuple[int, ...], ...]
@@ -32,8 +32,8 @@ class ToolCall:
 class Message:
     """One turn of a conversation; ``role`` is ``system``, ``user``, ``assistant`` or ``tool``.
 
-    ``reasoning`` is what a thinking model wrote before its answer. ``trained`` is false for a turn of the assistant
-    that stands in a response but is not to be learned.
+    ``reasoning`` is what a thinking model wrote before its answer. ``trained`` is false for an assistant turn of a
+    response that is not trained on.
     """
 
     role: str
@@ -49,7 +49,7 @@ class Message:
 class Response:
     """One answer to a prompt: a last assistant turn, or several turns of which the assistant's are trained.
 
-    ``cut``: a sampler broke it off at its limit. Its end is nobody's choice, and no end-of-turn token is trained.
+    ``cut``: truncated by a sampler's limit, so no end-of-turn token is trained.
     """
 
     messages: tuple[Message, ...]
@@ -63,16 +63,16 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One prompt, its K responses, and what people said of them.
+    """One prompt, its K responses, and the judgements of them.
 
     ``prompt`` is a conversation, or plain text for a base model: then ``text`` is true, the prompt is one message of
-    the user (empty where there is none), each response one of the assistant, and they are joined as they stand,
-    without a chat template. ``tools`` are the functions that the model may call, JSON objects as text.
+    the user (empty where there is none), each response one of the assistant, and they are joined without a chat
+    template. ``tools`` are the functions that the model may call, JSON objects as text.
 
-    What people said is any of these:
+    Judgements are any of these:
 
-    - ``tiers``: the responses best first; those of one tier are tied. A list of the best few ends in a tier that holds
-      all others: among the last, no order is known.
+    - ``tiers``: the responses best first; those of one tier are tied. A list of the best few ends in a tier of all
+      others, whose order is unknown.
     - ``scores`` [K]: a number for each response. Tiers follow from them, see :meth:`scored`.
     - ``labels`` [K]: whether each response is desirable; no response need be compared with another.
     - ``votes``: (preferred, dispreferred, weight), where they form no order: cycles, ties that are not transitive.
@@ -108,11 +108,8 @@ class Comparison:
 
     @property
     def prompt_key(self) -> bytes:
-        """16 bytes that name the prompt by its roles and words, white space around each message aside.
-
-        Tools and tool calls belong to it; ids and reasoning do not. A row without a prompt, such as raw text, is named
-        by its responses, so that rows are still told apart.
-        """
+        """16 bytes that identify the prompt: roles, contents without surrounding white space, tools and tool calls, but
+        no ids and no reasoning. A row without a prompt, such as raw text, is identified by its responses."""
         parts = [part for m in self.prompt for part in _parts(m)]
         parts += [part for tool in self.tools for part in ("tools", tool)]
         if not any(m.content.strip() or m.tool_calls for m in self.prompt):
@@ -128,8 +125,8 @@ class Comparison:
         cls, prompt: Sequence[Message] | str, *, chosen: str, rejected: str, row: int, file: str = ""
     ) -> Comparison:
         """One response preferred to another; a prompt given as a string is plain text."""
-        turns, sides = _turns(prompt), _responses([chosen, rejected])
-        return cls(turns, sides, ((0,), (1,)), row, file, isinstance(prompt, str))
+        scored = cls.scored(prompt, [chosen, rejected], scores=[1, 0], row=row, file=file)
+        return replace(scored, scores=None)
 
     @classmethod
     def scored(
@@ -142,9 +139,10 @@ class Comparison:
         file: str = "",
     ) -> Comparison:
         """Responses with a number each, higher is better; a prompt given as a string is plain text."""
-        turns, sides = _turns(prompt), _responses(responses)
-        given = tuple(float(s) for s in scores)
-        return cls(turns, sides, tiers_of(given), row, file, isinstance(prompt, str), scores=given)
+        text, given = isinstance(prompt, str), tuple(float(s) for s in scores)
+        turns = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
+        sides = tuple(Response((Message("assistant", response),)) for response in responses)
+        return cls(turns, sides, tiers_of(given), row, file, text, scores=given)
 
 
 def tiers_of(scores: Sequence[float]) -> Tiers:
@@ -173,11 +171,3 @@ def tiers_of_signs(signs: Mapping[tuple[int, int], int], count: int) -> Tiers:
 
 def _parts(m: Message) -> list[str]:
     return [m.role, m.content.strip(), *(part for call in m.tool_calls for part in ("call", call.name, call.arguments))]
-
-
-def _turns(prompt: Sequence[Message] | str) -> tuple[Message, ...]:
-    return (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
-
-
-def _responses(texts: Sequence[str]) -> tuple[Response, ...]:
-    return tuple(Response((Message("assistant", text),)) for text in texts)

@@ -50,7 +50,7 @@ def test_the_frontier_is_what_a_search_over_all_pairs_leaves() -> None:
     best = frontier(points)
     # Walking to the right, only what rises above all before is on it.
     highest, expected = -1.0, []
-    for p in sorted((p for p in points if p.stands), key=lambda p: p.kl or 0.0):
+    for p in sorted((p for p in points if p.included), key=lambda p: p.kl or 0.0):
         assert p.reward is not None
         if p.reward > highest:
             highest = p.reward

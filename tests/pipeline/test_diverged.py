@@ -41,5 +41,5 @@ def test_who_trains_it_alone_is_told_both(place: Path, tmp_path: Path) -> None:
     file = tmp_path / "other.json"
     file.write_text(json.dumps({"method": "sft", "options": options | {"output": str(tmp_path / "other")}}))
     train.main(file)
-    told = json.loads((tmp_path / "other.outcome.json").read_text())
+    told = json.loads(file.read_text())
     assert told == {"kind": "diverged", "what": caught.value.reason} and re.fullmatch(NO_NUMBER, told["what"])

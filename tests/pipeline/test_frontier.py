@@ -270,6 +270,20 @@ def test_checkpoints_are_as_even_as_steps_allow_and_all_steps_are_made(place: Pa
     assert 0 < seconds[0] < seconds[1] < seconds[2]
 
 
+def test_a_training_of_other_steps_by_another_version_is_reported(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = config(place, tmp_path / "out", methods=["sft:average=rows"], checkpoints=3, responses=20, progress="plain")
+    frontier.run(given)
+    frontier.run(given)
+    assert "by another version" not in capsys.readouterr().out
+    file = tmp_path / "out/sft/average=rows-seed0/points.json"
+    file.write_text(json.dumps(json.loads(file.read_text())[:2]))  # the first version made three steps of five
+    frontier.run(given)
+    said = capsys.readouterr().out
+    assert f"done already (by another version: 3 steps, not 5; remove {file.parent} to redo it)" in said
+
+
 @pytest.mark.parametrize("at", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_sweep_that_was_stopped_goes_on_and_comes_to_the_same(at: int, place: Path, tmp_path: Path) -> None:
     methods = ["dpo:beta=0.1", "ppo-learned:kl_target=3"]

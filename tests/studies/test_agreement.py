@@ -11,7 +11,7 @@ import krippendorff
 import numpy as np
 import pytest
 
-from prefopt.studies.agreement import alpha, alpha_interval, kappa, raw_agreement, share_of
+from prefopt.studies.summary import Metric, alpha_interval, kappa, raw_agreement, share_of
 
 # K. Krippendorff, Computing Krippendorff's Alpha-Reliability (2011): examples A, B and C.
 BINARY = ["0100000010", "1110010000"]
@@ -39,6 +39,10 @@ def test_kappa_equals_published_examples() -> None:
     pairs = [(i, k) for i, row in enumerate(table) for k, count in enumerate(row) for _ in range(count)]
     assert kappa(pairs) == pytest.approx(0.676, abs=5e-4)
     assert kappa([(1, 1)] * 20 + [(1, 0)] * 5 + [(0, 1)] * 10 + [(0, 0)] * 15) == pytest.approx(0.4)
+
+
+def alpha(units: list[dict[int, int]], metric: Metric = "nominal") -> float:
+    return alpha_interval(units, metric, resamples=1).value
 
 
 def some_units(seed: int, values: int) -> list[dict[int, int]]:

@@ -345,7 +345,7 @@ def test_files_that_are_no_study_are_refused_in_one_line(tmp_path: Path) -> None
         "empty.db": "is empty",
         "text.db": "is no SQLite file",
         "other.db": "not a study",
-        "newer.db": f"is a study of version 99, and this prefopt knows versions up to {VERSION}; update prefopt",
+        "newer.db": f"is a study of version 99, newer than {VERSION}; update prefopt",
         "damaged.db": "is damaged",
     }
     for name, said in expected.items():

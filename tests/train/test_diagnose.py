@@ -124,17 +124,9 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"training": {"log_ratios_per_token/chosen": noisy(lambda t: -0.7 * t, 0.002)}},
         "by 0.6.* nats per token",
     ),
-    "spike": (
-        {"training": {"grad_norm": [30.0 if i == 40 else 0.8 for i in range(N)]}},
-        r"was 30 at step 41 \(median 0.8\)",
-    ),
     "truncated": (
         {"record": {"rows": {"read": 1000, "kept": 1000, "truncated": 120}}},
         r"120 of 1000 rows \(12%\) .* 512 tokens",
-    ),
-    "left out": (
-        {"record": {"rows": {"read": 1000, "kept": 900, "truncated": 10}}},
-        r"100 of 1000 rows \(10%\)",
     ),
     "another reference": (
         {
@@ -154,7 +146,6 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         r"grew from 2\d.* to 39.* tokens while the reward rose",
     ),
     "ended early": ({"record": {"steps": 90}}, "ended at step 60 of 90"),
-    "few steps": ({"training": {"loss": [0.69, 0.6, 0.5]}}, "3 steps: too few"),
 }
 
 
@@ -174,9 +165,7 @@ NEARLY: dict[str, dict[str, Any]] = {
     "accuracy": {"record": {"data": "0123abcd 900+10"}},
     "no better than chance": {"record": {"data": "0123abcd 900+1000"}, "held_out": {"rewards/accuracies": [0.55] * 3}},
     "chosen fell far": {"training": {"log_ratios_per_token/chosen": noisy(lambda t: -0.2 * t, 0.002)}},
-    "spike": {"training": {"grad_norm": [5.0 if i == 40 else 0.8 for i in range(N)]}},
     "truncated": {"record": {"rows": {"kept": 1000, "truncated": 40}}},
-    "left out": {"record": {"rows": {"read": 1000, "kept": 960}}},
     "another reference": {"training": {"log_ratios_per_token/chosen": noisy(lambda t: 0.01 + 0.05 * t, 0.002)}},
     "reward rose": {"training": {"objective/scores": noisy(lambda t: 0.02 * t, 0.1)}},
     "reward fell": {"training": {"objective/scores": noisy(lambda t: -0.02 * t, 0.1)}},
@@ -186,7 +175,6 @@ NEARLY: dict[str, dict[str, Any]] = {
     },
     "ended early": {"record": {"status": "interrupted", "steps": 90}},
     "nothing held out": {"held_out": NONE_HELD_OUT, "record": {"status": "interrupted"}},
-    "few steps": {"training": {"loss": noisy(lambda t: 1 - t, n=12)}},
 }
 
 
@@ -205,7 +193,7 @@ def test_every_sentence_is_tested_both_ways() -> None:
     good = {"loss fell", "held out", "accuracy"}
     assert said == set(CASES) | good
     assert said - set(NEARLY) == {"loss flat", "held out", "worse than chance"}  # said above
-    assert len(CHECKS) == 10
+    assert len(CHECKS) == 9
 
 
 def test_losses_of_other_kinds_are_told_too(tmp_path: Path) -> None:
@@ -222,12 +210,6 @@ def test_a_run_of_ppo_is_told_of_its_samples_and_not_of_rows(tmp_path: Path) -> 
     only = dict.fromkeys(name for name in GOOD["training"] if name != "epoch")
     rising = {"objective/scores": noisy(lambda t: t), "val/length": noisy(lambda t: 40, 1)}
     assert names(write(tmp_path, training={**only, **rising}, held_out=NONE_HELD_OUT)) == {"reward rose"}
-
-
-def test_gradients_of_nothing_are_told_too(tmp_path: Path) -> None:
-    """A run at an absurd learning rate: after a few steps every sigmoid is flat."""
-    write(tmp_path, training={"grad_norm": [5.0, 5.0] + [0.0] * (N - 2)})
-    assert "was 5 at step 1 (median 0)" in "\n".join(in_words(diagnose(read_history(tmp_path))))
 
 
 PLANTED: dict[str, dict[str, Any]] = {

@@ -16,6 +16,7 @@ import prefopt
 from prefopt.errors import ConfigError, RunError
 from prefopt.runs import callbacks
 from prefopt.runs.callbacks import RunInfo, Tracking
+from prefopt.runs.folder import RunFolder
 from train.small import CLOCKS, dpo, evaluations, pairs, same_bits, steps
 
 ROWS = pairs(12)
@@ -85,10 +86,9 @@ def test_a_resumed_run_continues_its_curves(stand_ins: dict[str, Any], model: st
 
 def test_a_killed_run_tells_no_step_twice(stand_ins: dict[str, Any], tmp_path: Path) -> None:
     """Its last checkpoint is of step 3, its last word of step 5."""
-    ids: dict[str, str] = {}
+    folder = RunFolder(tmp_path, {}, resume=False, dry=True)
     for first, last, status in ((0, 5, None), (3, 8, "trained")):
-        names = [*STAND_INS, "tensorboard"]
-        tracking = Tracking(names, project="p", output=tmp_path, ids=dict(ids), remember=ids.update)
+        tracking = Tracking([*STAND_INS, "tensorboard"], "p", folder)
         run = RunInfo(output=tmp_path, options={"beta": 1.0}, model=None, steps=8, step=first)
         tracking.on_start(run)
         for step in range(first + 1, last + 1):
@@ -102,7 +102,7 @@ def test_a_killed_run_tells_no_step_twice(stand_ins: dict[str, Any], tmp_path: P
             tracking.on_end(run, status)
     whole = [{"train/loss": 1 / step} for step in range(1, 9)]
     for name, module in stand_ins.items():
-        assert rows_of(module.runs[ids[name]].told) == whole, name
+        assert rows_of(module.runs[folder.record["tracking"][name]].told) == whole, name
     assert scalars(tmp_path)["train/loss"] == [(step, pytest.approx(1 / step)) for step in range(1, 9)]
 
 

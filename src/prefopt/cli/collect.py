@@ -17,12 +17,11 @@ from prefopt.data.files.write import row_files
 from prefopt.data.sampler import split_by_prompt
 from prefopt.data.table import KEY
 from prefopt.errors import ConfigError, DataError, StudyError
-from prefopt.studies.agreement import Estimate
 from prefopt.studies.annotators import annotators, invite, revoke
 from prefopt.studies.export import Exported, ExportOptions, export_rows
 from prefopt.studies.items import NewItem, add_items
 from prefopt.studies.study import Study, StudySettings, backup, check_study_file
-from prefopt.studies.summary import StudySummary, summarise
+from prefopt.studies.summary import Estimate, StudySummary, summarise
 
 MISSING = "prefopt collect serve needs the extra: pip install 'prefopt[collect]'"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -16,10 +17,9 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from prefopt.collect.lead import Lead, number
 from prefopt.collect.markdown import as_html
 from prefopt.collect.security import Buckets, Guard, RateLimit, Sessions, address_of, csrf_token, same_secret
-from prefopt.collect.views import LANGUAGES, REASONS, Form, field_of, language_of, read_ballot, view_of
+from prefopt.collect.views import LANGUAGES, REASONS, Form, Lead, field_of, language_of, number, read_ballot, view_of
 from prefopt.errors import StudyError
 from prefopt.studies.annotators import DAY, SESSION_DAYS, Annotator, close_session, invited, open_session, session_of
 from prefopt.studies.items import items_seen, next_item
@@ -50,24 +50,20 @@ class Refusal(HTTPException):
 def build_app(study: Study, site: Site) -> ASGIApp:
     """The application inside its :class:`Guard`."""
     pages = _Pages(study, site)
-    routes = [
-        Route("/", pages.item, methods=["GET"]),
-        Route("/vote", pages.vote, methods=["POST"]),
-        Route("/undo", pages.undo, methods=["POST"]),
-        Route("/join/{secret}", pages.invitation, methods=["GET"]),
-        Route("/join", pages.join, methods=["POST"]),
-        Route("/leave", pages.leave, methods=["POST"]),
-        Route("/display", pages.display, methods=["POST"]),
-        Route("/lead", pages.lead, methods=["GET"]),
-        Route("/lead/item/{number:int}", pages.lead_item, methods=["GET"]),
-        Route("/static/{name}", pages.static, methods=["GET"]),
-        Route("/favicon.ico", pages.icon, methods=["GET"]),
-    ]
-    handlers: dict[Any, Any] = {
-        HTTPException: pages.http_error,
-        StudyError: pages.study_error,
-        Exception: pages.error,
+    get = {
+        "/": pages.item,
+        "/join/{secret}": pages.invitation,
+        "/lead": pages.lead,
+        "/lead/item/{number:int}": pages.lead_item,
+        "/static/{name}": pages.static,
+        "/favicon.ico": pages.static,
     }
+    post = {"/vote": pages.vote, "/undo": pages.undo, "/join": pages.join}
+    post |= {"/leave": pages.leave, "/display": pages.display}
+    routes = [Route(path, handler, methods=["GET"]) for path, handler in get.items()]
+    routes += [Route(path, handler, methods=["POST"]) for path, handler in post.items()]
+    handlers: dict[Any, Any]
+    handlers = {HTTPException: pages.http_error, StudyError: pages.study_error, Exception: pages.error}
     app = Starlette(debug=False, routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
     return Guard(app, site.origins, pages.sessions, site.rate)
@@ -85,11 +81,7 @@ class _Pages:
         self.templates = Environment(
             loader=PackageLoader("prefopt.collect"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
         )
-        self.templates.globals |= {
-            "settings": study.settings,
-            "languages": LANGUAGES,
-            "themes": THEMES,
-        }
+        self.templates.globals |= {"settings": study.settings, "languages": LANGUAGES, "themes": THEMES}
         self.templates.filters["number"] = number
         self.instructions = as_html(study.settings.instructions) if study.settings.instructions else None
         folder = files("prefopt.collect") / "static"
@@ -105,11 +97,11 @@ class _Pages:
 
     def posted(self, request: Request) -> tuple[Annotator, Form]:
         """Who sent a form, and its fields. Raises :class:`Refusal` without the token of their session."""
-        annotator = self.annotator(request)
-        return annotator, self._form(request, request.cookies[self.cookie])
+        return self.annotator(request), self._form(request)
 
-    def _form(self, request: Request, session: str) -> Form:
+    def _form(self, request: Request) -> Form:
         form: Form = request.scope["form"]
+        session = request.cookies.get(self.cookie, "")
         if session and not same_secret(field_of(form, "token"), csrf_token(session)):
             raise Refusal(403, "refused")
         return form
@@ -134,10 +126,9 @@ class _Pages:
 
     # -- voting ------------------------------------------------------------------------------------------------
 
-    def item(self, request: Request) -> Response:
-        return self._item(request, self.annotator(request))
-
-    def _item(self, request: Request, annotator: Annotator, problem: str = "", form: Form | None = None) -> Response:
+    def item(self, request: Request, problem: str = "", form: Form | None = None) -> Response:
+        """The next item, with the ``problem`` of a refused ``form`` where there was one."""
+        annotator = self.annotator(request)
         found = next_item(self.study, annotator)
         with self.study.reading() as connection:
             values: dict[str, Any] = {
@@ -148,26 +139,22 @@ class _Pages:
             }
         if found is None:
             return self.render(request, "done.html", **values)
-        values |= {
-            "view": view_of(found.item, found.shown),
-            "ticket": found.ticket,
-            "reasons": REASONS,
-            "problem": problem,
-            "given": form or {},
-        }
-        return self.render(request, "vote.html", 422 if problem else 200, **values)
+        values |= {"view": view_of(found.item, found.shown), "ticket": found.ticket, "reasons": REASONS}
+        return self.render(request, "vote.html", 422 if problem else 200, **values, problem=problem, given=form or {})
 
     def vote(self, request: Request) -> Response:
         """Store a vote; it is on the disk before the response is sent."""
         annotator, form = self.posted(request)
         try:
-            ticket = field_of(form, "ticket")
+            ticket, active = field_of(form, "ticket"), None
+            with suppress(ValueError):  # browsers without scripts send none
+                active = float(field_of(form, "active"))
             with self.study.reading() as connection:
                 shown = shown_order(connection, annotator, ticket)
             vote = read_ballot(form, shown, self.study.settings.tags)
-            outcome = record(self.study, annotator, ticket, vote, active=_seconds(field_of(form, "active")))
+            outcome = record(self.study, annotator, ticket, vote, active=active)
         except RefusedVote as refused:
-            return self._item(request, annotator, str(refused), form)
+            return self.item(request, str(refused), form)
         return _redirect("/", "saved" if outcome == "stored" else outcome)
 
     def undo(self, request: Request) -> Response:
@@ -204,7 +191,7 @@ class _Pages:
 
     def display(self, request: Request) -> Response:
         """Set language, theme and keyboard shortcuts."""
-        form = self._form(request, request.cookies.get(self.cookie, ""))
+        form = self._form(request)
         back = field_of(form, "back")
         answer = _redirect(back if back in PAGES else "/")
         for name, known in PREFERENCES.items():
@@ -217,10 +204,8 @@ class _Pages:
         answer.set_cookie(name, value, age, httponly=True, samesite="strict", secure=self.site.secure, path="/")
 
     def _invited(self, request: Request, secret: str) -> Annotator:
-        """The annotator of an invitation. Raises :class:`Refusal`.
-
-        Wrong secrets count against the address, valid ones against the annotator: many may come from one address.
-        """
+        """The annotator of an invitation. Raises :class:`Refusal`. Wrong secrets count against the address, valid ones
+        against the annotator: many may come from one address."""
         address = address_of(request.scope)
         if self.strangers.wait(address):
             raise Refusal(429, "too many")
@@ -255,19 +240,15 @@ class _Pages:
 
     def static(self, request: Request) -> Response:
         """Script, style and icon, from memory: a path cannot lead anywhere else."""
-        name = request.path_params["name"]
+        name = request.path_params.get("name", "icon.svg")
         if name not in STATIC:
             raise Refusal(404, "not found")
         return Response(self.files[name], media_type=STATIC[name], headers={"Cache-Control": "no-cache"})
 
-    def icon(self, request: Request) -> Response:
-        """The icon at the path that browsers try first."""
-        return Response(self.files["icon.svg"], media_type=STATIC["icon.svg"])
-
     def http_error(self, request: Request, error: HTTPException) -> Response:
         """Refusals, and unknown routes and methods."""
-        text = "not found" if error.status_code == 404 else "refused"
-        text = error.detail if isinstance(error, Refusal) else text
+        known = "not found" if error.status_code == 404 else "refused"
+        text = error.detail if isinstance(error, Refusal) else known
         return self.render(request, "message.html", error.status_code, text=text)
 
     def study_error(self, request: Request, error: StudyError) -> Response:
@@ -286,10 +267,3 @@ class _Pages:
 
 def _redirect(path: str, notice: str = "") -> RedirectResponse:
     return RedirectResponse(f"{path}?notice={notice.replace(' ', '+')}" if notice else path, 303)
-
-
-def _seconds(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None

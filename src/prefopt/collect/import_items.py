@@ -27,7 +27,7 @@ Answer = tuple[Response, ResponseOrigin]
 
 @dataclass(slots=True)
 class ImportedItems:
-    """Imported items, and what became of every row."""
+    """Imported items, rows that were refused, and counts of what was left out."""
 
     items: list[NewItem] = field(default_factory=list)
     read: int = 0
@@ -35,7 +35,7 @@ class ImportedItems:
     counts: Counter[str] = field(default_factory=Counter)
 
     def report(self, on_bad_row: str) -> list[str]:
-        """What became of the rows, as text. Raises :class:`DataError` for bad rows unless skipped, and for no items."""
+        """Counts of rows and items as text. Raises :class:`DataError` for bad rows unless skipped, and for no items."""
         if self.problems and on_bad_row == "refuse":
             raise refuse(self.problems, self.read)
         if not self.items:
@@ -63,25 +63,21 @@ class ImportedItems:
             else:
                 kept.append((response, origin))
         responses = tuple(response for response, _ in kept)
-        if len(kept) < 2:
-            self._refuse(c, "has fewer than two different responses to compare")
-        elif len(kept) > MOST_RESPONSES:
-            self._refuse(c, f"has {len(kept)} responses; an item has at most {MOST_RESPONSES}")
-        elif not all(any(m.content.strip() or m.tool_calls for m in r.messages) for r in responses):
-            self._refuse(c, "has an empty response")
-        else:
+        try:
+            if len(kept) < 2:
+                raise DataError("has fewer than two different responses to compare")
+            if len(kept) > MOST_RESPONSES:
+                raise DataError(f"has {len(kept)} responses; an item has at most {MOST_RESPONSES}")
+            if not all(any(m.content.strip() or m.tool_calls for m in r.messages) for r in responses):
+                raise DataError("has an empty response")
             bare = replace(c, responses=responses, tiers=(), scores=None, labels=None, votes=None, extra={})
-            try:
-                row = LAYOUTS["canonical"].write(bare)
-            except DataError as error:
-                self._refuse(c, error.what)
-                return
-            file, number = str(c.extra.get("source", c.file)), c.extra.get("source_row", c.row)
-            row_number = number if isinstance(number, int) else c.row
-            self.items.append(NewItem(row, c.prompt_key, [origin for _, origin in kept], gold, file, row_number))
-
-    def _refuse(self, c: Comparison, what: str) -> None:
-        self.problems.append(Problem("cannot be compared", c.row, what, c.file))
+            row = LAYOUTS["canonical"].write(bare)
+        except DataError as error:
+            self.problems.append(Problem("cannot be compared", c.row, error.what, c.file))
+            return
+        file, number = str(c.extra.get("source", c.file)), c.extra.get("source_row", c.row)
+        row_number = number if isinstance(number, int) else c.row
+        self.items.append(NewItem(row, c.prompt_key, [origin for _, origin in kept], gold, file, row_number))
 
 
 def items_from_files(names: Sequence[str], options: ImportOptions) -> ImportedItems:
@@ -143,10 +139,8 @@ def items_from_models(config: CollectNewConfig, folder: Path) -> ImportedItems:
         except RunError as error:
             if not values["resume"]:
                 raise
-            raise RunError(
-                f"{folder}: holds samples drawn with other options ({error}); give the same options again, or remove"
-                " this folder"
-            ) from error
+            remedy = "give the same options again, or remove this folder"
+            raise RunError(f"{folder}: holds samples drawn with other options ({error}); {remedy}") from error
         paths.append(str(path))
     return items_from_files(paths, ImportOptions(on_bad_row="skip"))  # rows with too few different responses
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -37,8 +37,7 @@ _MATH_ATTRIBUTES = set(
     " largeop symmetric separator".split()
 )
 _ATTRIBUTES = {
-    "p": {"dir"},
-    **{tag: {"dir"} for tag in ("h1", "h2", "h3", "h4", "h5", "h6", "li", "blockquote", "th", "td", "div")},
+    **{tag: {"dir"} for tag in "p h1 h2 h3 h4 h5 h6 li blockquote th td div".split()},
     "pre": {"dir", "tabindex"},
     "ol": {"start"},
     "span": {"class", "title", "tabindex"},
@@ -138,18 +137,14 @@ def _block_math(state: StateBlock, start: int, end: int, silent: bool) -> bool:
     return True
 
 
-def _image(self: RendererHTML, tokens: Sequence[Token], at: int, options: Any, env: Mapping[str, Any]) -> str:
-    return f'<span class="image">[{html.escape(tokens[at].content or "image")}]</span>'
-
-
-def _link_close(self: RendererHTML, tokens: Sequence[Token], at: int, options: Any, env: Mapping[str, Any]) -> str:
+def _link_close(self: RendererHTML, tokens: Sequence[Token], at: int, *_: object) -> str:
     """The address of a link as text, not to be followed."""
     opening = next(t for t in reversed(tokens[:at]) if t.type == "link_open")
     address = str(opening.attrGet("href") or "")
     return f' <span class="url">({html.escape(address)})</span>' if address else ""
 
 
-def _plain_fence(self: RendererHTML, tokens: Sequence[Token], at: int, options: Any, env: Mapping[str, Any]) -> str:
+def _code(self: RendererHTML, tokens: Sequence[Token], at: int, *_: object) -> str:
     return f'<pre dir="ltr" tabindex="0"><code>{html.escape(tokens[at].content)}</code></pre>\n'
 
 
@@ -166,12 +161,13 @@ def _parser() -> MarkdownIt:
     markdown.block.ruler.before("fence", "math", _block_math, {"alt": ["paragraph", "blockquote", "list"]})
     markdown.core.ruler.push("directed", _directed)
     markdown.validateLink = lambda url: True  # type: ignore[method-assign]  # an address becomes text
-    rules = {
-        "image": _image,
+    rules: dict[str, Callable[..., str]] = {
+        "image": lambda self, tokens, at, *_: (
+            f'<span class="image">[{html.escape(tokens[at].content or "image")}]</span>'
+        ),
         "link_open": lambda *_: "",
         "link_close": _link_close,
-        "fence": _plain_fence,
-        "code_block": _plain_fence,
+        **dict.fromkeys(("fence", "code_block"), _code),
         "math": lambda self, tokens, at, *_: formula(tokens[at].content, bool(tokens[at].meta["display"])),
         "math_block": lambda self, tokens, at, *_: f"<div>{formula(tokens[at].content, True)}</div>\n",
     }

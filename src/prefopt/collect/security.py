@@ -70,35 +70,26 @@ class Buckets:
             full = self.rate.burst / self.rate.per_second
             self._held = {n: held for n, held in list(self._held.items()) if now - held[1] < full}
         self._held[name] = (level if level < 1 else level - 1, now)
-        return self._wait(level)
+        return max(0.0, 1 - level) / self.rate.per_second
 
     def wait(self, name: str) -> float:
         """The seconds to wait for a token."""
-        return self._wait(self._level(name, time.monotonic()))
+        return max(0.0, 1 - self._level(name, time.monotonic())) / self.rate.per_second
 
     def _level(self, name: str, now: float) -> float:
         level, since = self._held.get(name, (self.rate.burst, now))
         return min(self.rate.burst, level + (now - since) * self.rate.per_second)
 
-    def _wait(self, level: float) -> float:
-        return 0.0 if level >= 1 else (1 - level) / self.rate.per_second
-
 
 @dataclass(slots=True)
 class Sessions:
-    """Recently live sessions: each has its own rate limit, whatever its address.
-
-    Only rate limits use this cache. Permissions are looked up in the study at every request.
-    """
+    """Recently live sessions: each has its own rate limit, whatever its address. Only rate limits use this cache;
+    permissions are looked up in the study at every request."""
 
     cookie: str
     live: Callable[[str], bool]
     seconds: float = 600.0
     _known: dict[str, float] = field(default_factory=dict)
-
-    def secret(self, scope: Scope) -> str:
-        """The session cookie of a request, live or not; empty without one."""
-        return Request(scope).cookies.get(self.cookie, "")
 
     def known(self, secret: str) -> bool:
         """Whether the session was live recently, from the cache alone."""
@@ -181,7 +172,7 @@ class Guard:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         refused = await self._refused(scope)
         if refused is None and scope["method"] == "POST":
-            refused = _read_form(scope, await _body(receive))
+            refused = await _read_form(scope, receive)
         await (refused or self.app)(scope, receive, send)
 
     async def _wait(self, scope: Scope) -> float:
@@ -189,7 +180,7 @@ class Guard:
 
         Looking up a secret reads the study, so lookups per address are limited as well.
         """
-        address, secret = address_of(scope), self.sessions.secret(scope)
+        address, secret = address_of(scope), Request(scope).cookies.get(self.sessions.cookie, "")
         if secret and (
             self.sessions.known(secret) or (not self.looked_up.take(address) and await self.sessions.found(secret))
         ):
@@ -209,10 +200,8 @@ class Guard:
             return refusal(429, "Too many requests; wait a moment.", {"Retry-After": str(int(wait) + 1)})
         if scope["method"] != "POST":
             return None
-        origins = headers.getlist("origin")
-        if len(origins) != 1 or origins[0].lower() not in self.origins:
-            return refusal(403, "The request does not come from a page of this server.")
-        if headers.get("sec-fetch-site", "same-origin") != "same-origin":
+        origins, site = headers.getlist("origin"), headers.get("sec-fetch-site", "same-origin")
+        if len(origins) != 1 or origins[0].lower() not in self.origins or site != "same-origin":
             return refusal(403, "The request does not come from a page of this server.")
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/x-www-form-urlencoded":
             return refusal(415, "Only forms.")
@@ -222,31 +211,22 @@ class Guard:
         return None
 
 
-async def _body(receive: Receive) -> bytes | None:
-    """The body, or None for one that is too large or too slow."""
-    held = bytearray()
+async def _read_form(scope: Scope, receive: Receive) -> Response | None:
+    """Read the form, or refuse one that is too large, too slow or invalid."""
+    refused, held, more = refusal(413, "The form is too large, or came too slowly."), bytearray(), True
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            while True:
+            while more:
                 message = await receive()
-                if message["type"] != "http.request":
-                    return None
                 held += message.get("body", b"")
-                if len(held) > LARGEST_BODY:
-                    return None
-                if not message.get("more_body"):
-                    return bytes(held)
+                more = message.get("more_body", False)
+                if message["type"] != "http.request" or len(held) > LARGEST_BODY:
+                    return refused
     except TimeoutError:
-        return None
-
-
-def _read_form(scope: Scope, body: bytes | None) -> Response | None:
-    if body is None:
-        return refusal(413, "The form is too large, or came too slowly.")
+        return refused
+    text = held.decode("ascii", "replace")
     try:
-        scope["form"] = parse_qs(
-            body.decode("ascii", "replace"), keep_blank_values=True, max_num_fields=MOST_FIELDS, errors="replace"
-        )
+        scope["form"] = parse_qs(text, keep_blank_values=True, max_num_fields=MOST_FIELDS, errors="replace")
     except ValueError:
         return refusal(400, "The form cannot be read.")
     return None

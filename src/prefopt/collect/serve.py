@@ -1,8 +1,5 @@
-"""The server of a study: one process, one address, and a bounded number of connections.
-
-Connections that occupy a place without sending a request lose it, so that annotators are served while others hold
-connections open.
-"""
+"""The server of a study: one process, one address, and a bounded number of connections. Those without a request are
+closed when places run out, so that annotators are served while others hold connections open."""
 
 from __future__ import annotations
 
@@ -12,7 +9,6 @@ import signal
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 
@@ -94,7 +90,7 @@ def _announce(study: Study, config: CollectServeConfig, site: Site, port: int) -
         if not site.secure:
             tell("note: without TLS cookies and votes can be read on the network; use a proxy with TLS (--url)")
     if site.secure and not config.trusted_proxies:
-        tell("note: without --trusted-proxies all who come through the proxy share one address and its limits")
+        tell("note: without --trusted-proxies all clients of the proxy share one address and its limits")
     tell("Ctrl-C stops; acknowledged votes are stored", flush=True)
 
 
@@ -122,14 +118,9 @@ def site_of(config: CollectServeConfig, port: int) -> Site:
     names = config.allowed_hosts
     if names is None:
         names = ["127.0.0.1", "localhost", "[::1]"] if config.host in LOCAL else [_in_url(config.host)]
-    origins = [f"http://{name}" if _has_port(name) else f"http://{name}:{port}" for name in names]
-    if port == 80:
-        origins += [f"http://{name}" for name in names]
-    return Site(origins)
-
-
-def _has_port(name: str) -> bool:
-    return name.rpartition(":")[2].isdecimal() and not name.endswith("]")
+    with_port = {name for name in names if name.rpartition(":")[2].isdecimal()}  # [::1] ends in a bracket
+    origins = [f"http://{name}" if name in with_port else f"http://{name}:{port}" for name in names]
+    return Site(origins + [f"http://{name}" for name in names if port == 80])
 
 
 def _in_url(host: str) -> str:
@@ -163,11 +154,6 @@ class Connection(H11Protocol):
     def answering(self) -> bool:
         """Whether a request has no complete response yet."""
         return self.cycle is not None and not self.cycle.response_complete
-
-    @property
-    def waits(self) -> bool:
-        """Whether the connection may be closed: no request, or one whose body is incomplete."""
-        return not self.answering or self.conn.their_state is h11.SEND_BODY
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a place; where there is none, the connection that has waited longest is closed."""
@@ -217,7 +203,8 @@ class Connection(H11Protocol):
 
 def _make_room(connections: Iterable[Connection]) -> bool:
     """Close the connection that has waited longest, first one without any request; False where none waits."""
-    waiting = [c for c in connections if c.waits]
+    # Without a request, or with one whose body is incomplete.
+    waiting = [c for c in connections if not c.answering or c.conn.their_state is h11.SEND_BODY]
     if not waiting:
         return False
     oldest = min(waiting, key=lambda c: (c.cycle is not None, c.since))
@@ -232,11 +219,5 @@ async def _full(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def _trusts(proxies: Sequence[str] | None, client: tuple[str, int] | None) -> bool:
-    if not proxies or client is None:
-        return False
-    return any(ipaddress.ip_address(client[0]) in network for network in _networks(tuple(proxies)))
-
-
-@lru_cache
-def _networks(proxies: tuple[str, ...]) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
-    return [ipaddress.ip_network(proxy) for proxy in proxies]
+    known = [ipaddress.ip_network(proxy) for proxy in proxies or ()]
+    return client is not None and any(ipaddress.ip_address(client[0]) in network for network in known)

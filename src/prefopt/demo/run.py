@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import shlex
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from prefopt.config.dpo import DpoConfig
@@ -20,68 +24,19 @@ from prefopt.config.sample import SampleConfig
 from prefopt.config.tools import ScoreConfig
 from prefopt.core.files import output_errors, write_json
 from prefopt.core.options import command, program
+from prefopt.core.statistics import Interval, mean_interval
 from prefopt.core.terminal import Screen, duration
-from prefopt.demo.measure import DemoResult, measure
+from prefopt.data.comparisons import read_comparisons
 from prefopt.errors import RunError
 from prefopt.evaluate import score
+from prefopt.evaluate.samples import kl_to_reference
+from prefopt.generate.model_io import SampledModel
 from prefopt.methods import dpo, sample
+from prefopt.records import Comparison
 from prefopt.rewards import load_reward
 from prefopt.runs.history import read_history
 from prefopt.runs.plot import plot_runs, require_matplotlib
 from prefopt.runs.table import chart
-
-
-def tell(console: Screen, title: str, *lines: str) -> None:
-    """Print the title of a stage, and lines about it."""
-    console.print(f"\n{title}", style="bold")
-    for line in lines:
-        console.print(line)
-
-
-def tell_result(console: Screen, result: DemoResult, run: Path) -> None:
-    """Print the measurement, three openings side by side, and the loss."""
-    change = "a change that chance does not explain" if result.change.excludes(0) else "which chance could explain"
-    tell(
-        console,
-        "6. What changed",
-        f"sentiment of {result.before.count} openings' continuations, -1 to 1, with 95 % intervals over openings:",
-        f"  before {result.before}",
-        f"  after  {result.after}",
-        f"  change {result.change}: {change}",
-        f"KL to the model before, on samples: {result.kl.mean:.1f} nats [{result.kl.low:.1f}, {result.kl.high:.1f}]",
-        f"length: {result.tokens[0]:.1f} tokens before, {result.tokens[1]:.1f} after",
-        f"variety: {result.variety[0]:.1%} of all sequences of three words are distinct before,"
-        f" {result.variety[1]:.1%} after",
-    )
-    table = Table(show_header=True, show_lines=True, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("before", "after"):
-        table.add_column(name, ratio=1)
-    for e in result.examples:
-        table.add_row(
-            *(_sample(e.opening, text, score) for text, score in ((e.before, e.before_score), (e.after, e.after_score)))
-        )
-    console.print()
-    console.print(table, soft_wrap=False)
-    history = read_history(run)
-    tell(console, "The loss, step by step (ln 2 = 0.693 is where it starts)", *chart(history.curve("loss")))
-
-
-def _sample(opening: str, text: str, score: float) -> str:
-    return f"[{score:+.2f}] {opening}{' '.join(text.split(' '))}".replace("\n", " ") + "\n"
-
-
-def tell_next(console: Screen, model: Path, again: DpoConfig, aligned: Path, picture: Path) -> None:
-    """Print three commands to continue with. ``again``: the demonstration's training with another loss."""
-    start = program()
-    tell(
-        console,
-        "7. What to try next",
-        f"talk to it: {start} chat --model {shlex.quote(str(aligned))} --against {shlex.quote(str(model))}",
-        f"another loss, the same reference from the cache: {command('dpo', again)}",
-        f"your model and your pairs: {start} dpo --model MODEL --data PAIRS.jsonl --output OUTPUT --eval-fraction 0.05",
-        f"{aligned} is an ordinary Hugging Face folder, with its card in README.md; {picture} shows the curves",
-    )
-
 
 MARK = "demo.json"
 HELD_OUT = 32
@@ -94,7 +49,6 @@ MEASURED = 8
 """Continuations of a held-out opening."""
 TOKENS = 48
 JUDGE = "vader"
-
 
 MADE = {
     "model": "model",
@@ -112,14 +66,36 @@ MADE = {
 """What the demonstration writes: the next one replaces this, and nothing else."""
 
 
-class Files:
-    """The files of the demonstration, by their names in :data:`MADE`."""
+@dataclass(frozen=True, slots=True)
+class Example:
+    """An opening with the first continuation of each model, and its score."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    opening: str
+    before: tuple[str, float]
+    after: tuple[str, float]
 
-    def __getattr__(self, name: str) -> Path:
-        return self.folder / MADE[name]
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """Averages over samples, with intervals over openings. ``change`` is that of the score, paired by opening.
+
+    ``kl``: KL(aligned || model) of whole continuations in nats, estimated on samples of the aligned model (k1).
+    ``tokens``: average length before and after. ``variety``: distinct word trigrams as a fraction of all, before and
+    after; a model that repeats itself has little.
+    """
+
+    before: Interval
+    after: Interval
+    change: Interval
+    kl: Interval
+    tokens: tuple[float, float]
+    variety: tuple[float, float]
+    examples: tuple[Example, ...]
+
+
+def _files(folder: Path) -> SimpleNamespace:
+    """``folder``, and the files of the demonstration by their names in :data:`MADE`."""
+    return SimpleNamespace(folder=folder, **{name: folder / file for name, file in MADE.items()})
 
 
 @contextmanager
@@ -130,13 +106,11 @@ def _timed(times: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def run_demo(output: str, seed: int = 0) -> DemoResult:
-    """Sample, score, align, measure and print. Results of an earlier demonstration in ``output`` are replaced.
-
-    Raises :class:`RunError` where the folder holds anything else, :class:`ConfigError` where a package is missing.
-    """
+    """Sample, score, align, measure and print; replaces an earlier demonstration in ``output``. Raises
+    :class:`RunError` where the folder holds anything else, :class:`ConfigError` where a package is missing."""
     load_reward(JUDGE)
     require_matplotlib()
-    console, files = Screen(), Files(Path(output))
+    console, files = Screen(), _files(Path(output))
     times: dict[str, float] = {}
     _make_room(files.folder)
     _write_start(files, seed)
@@ -166,28 +140,25 @@ def run_demo(output: str, seed: int = 0) -> DemoResult:
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in times.items())
     console.print(f"\ntime: {parts}; {duration(sum(times.values()))} in all")
     # The same options but for the loss: the rows that are left out, the pairs and the precision name what is cached.
-    again = replace(train, loss="ipo", output=str(_free(files.folder / "aligned-again")))
+    numbers = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+    free = next(path for n in numbers if not (path := files.folder / f"aligned-again{n}").exists())
+    again = replace(train, loss="ipo", output=str(free))
     tell_next(console, files.model, again, files.aligned, files.picture)
     return result
 
 
-def _measure(console: Screen, files: Files, seed: int) -> DemoResult:
+def _measure(console: Screen, files: SimpleNamespace, seed: int) -> DemoResult:
     """Both models continue the held-out openings with the same seed, and are scored."""
-    draws = [
-        _sampling(files.model, files.held_out, files.before, MEASURED, seed),
-        _sampling(files.aligned, files.held_out, files.after, MEASURED, seed),
-    ]
-    judges = [
-        ScoreConfig(files=[str(path)], reward=JUDGE, output=str(out))
-        for path, out in ((files.before, files.before_scored), (files.after, files.after_scored))
-    ]
+    both = (files.model, files.before, files.before_scored), (files.aligned, files.after, files.after_scored)
+    draws = [_sampling(model, files.held_out, drawn, MEASURED, seed) for model, drawn, _ in both]
+    judges = [ScoreConfig(files=[str(drawn)], reward=JUDGE, output=str(scored)) for _, drawn, scored in both]
     commands = [*(command("sample", d) for d in draws), *(command("score", j) for j in judges)]
     tell(console, "5. Did it get better? Both write on openings that neither was trained on", *commands)
     for d in draws:
         sample.run(d)
     for j in judges:
         score.run(j)
-    return measure(files.before_scored, files.after_scored, reference=files.model, seed=seed)
+    return compare(files.before_scored, files.after_scored, reference=files.model, seed=seed)
 
 
 def _sampling(model: Path, prompts: Path, output: Path, num: int, seed: int) -> SampleConfig:
@@ -203,7 +174,7 @@ def _sampling(model: Path, prompts: Path, output: Path, num: int, seed: int) -> 
     )
 
 
-def _training(files: Files, seed: int) -> DpoConfig:
+def _training(files: SimpleNamespace, seed: int) -> DpoConfig:
     # A model this small takes a rate that would wreck a large one: two hundred times the default.
     return DpoConfig(
         model=str(files.model),
@@ -219,12 +190,6 @@ def _training(files: Files, seed: int) -> DpoConfig:
     )
 
 
-def _free(path: Path) -> Path:
-    """``path``, with a number appended if it exists."""
-    numbered = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
-    return next(p for p in itertools.chain([path], numbered) if not p.exists())
-
-
 def _make_room(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise RunError(f"--output {folder} is a file; name a folder")
@@ -233,14 +198,11 @@ def _make_room(folder: Path) -> None:
     for name in (*MADE.values(), *(f"{name}.run.json" for name in MADE.values())):
         path = folder / name
         with output_errors(path):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     write_json(folder / MARK, {"made_by": "prefopt demo", "replaced_by_the_next_one": list(MADE.values())})
 
 
-def _write_start(files: Files, seed: int) -> None:
+def _write_start(files: SimpleNamespace, seed: int) -> None:
     """Copy the model of the package, and split its openings by the seed."""
     with output_errors(files.folder):
         with resources.as_file(resources.files("prefopt.demo").joinpath("tiny_imdb")) as folder:
@@ -249,3 +211,91 @@ def _write_start(files: Files, seed: int) -> None:
         random.Random(seed).shuffle(openings)
         files.held_out.write_text("\n".join(openings[:HELD_OUT]) + "\n", "utf-8")
         files.prompts.write_text("\n".join(openings[HELD_OUT:] * TIMES) + "\n", "utf-8")
+
+
+# -- measurement and its presentation --------------------------------------------------------------------------------
+
+
+def compare(before: Path, after: Path, *, reference: Path, seed: int) -> DemoResult:
+    """Compare two files of scored samples of the same prompts in the same order."""
+    one, two = _rows(before), _rows(after)
+    assert [r["prompt"] for r in one] == [r["prompt"] for r in two]
+    scores = [np.array([np.mean(r["scores"]) for r in rows]) for rows in (one, two)]
+    lengths = [float(np.mean([r["tokens"] for r in rows])) for rows in (one, two)]
+    sampled = [row for row in read_comparisons(after) if isinstance(row, Comparison)]
+    gap = kl_to_reference(sampled, SampledModel(str(reference), device="cpu", dtype="float32"))
+    assert gap is not None, "there are several openings"
+    chosen = np.random.Generator(np.random.PCG64(seed)).choice(len(one), 3, replace=False)
+    return DemoResult(
+        mean_interval(scores[0]),
+        mean_interval(scores[1]),
+        mean_interval(scores[1] - scores[0]),
+        gap.k1,
+        (lengths[0], lengths[1]),
+        (_variety(one), _variety(two)),
+        tuple(
+            Example(one[i]["prompt"], *((r[i]["responses"][0], r[i]["scores"][0]) for r in (one, two))) for i in chosen
+        ),
+    )
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    # Not splitlines(): texts may hold characters that it takes for ends of lines.
+    with path.open("rb") as file:
+        return [json.loads(line) for line in file]
+
+
+def _variety(rows: list[dict[str, Any]]) -> float:
+    words = [text.split() for row in rows for text in row["responses"]]
+    triples = [triple for w in words for triple in zip(w, w[1:], w[2:], strict=False)]
+    return len(set(triples)) / max(1, len(triples))
+
+
+def tell(console: Screen, title: str, *lines: str) -> None:
+    """Print the title of a stage, and lines about it."""
+    console.print(f"\n{title}", style="bold")
+    for line in lines:
+        console.print(line)
+
+
+def tell_result(console: Screen, result: DemoResult, run: Path) -> None:
+    """Print the measurement, three openings side by side, and the loss."""
+    change = "a change that chance does not explain" if result.change.excludes(0) else "which chance could explain"
+    tell(
+        console,
+        "6. What changed",
+        f"sentiment of {result.before.count} openings' continuations, -1 to 1, with 95 % intervals over openings:",
+        f"  before {result.before}",
+        f"  after  {result.after}",
+        f"  change {result.change}: {change}",
+        f"KL to the model before, on samples: {result.kl.mean:.1f} nats [{result.kl.low:.1f}, {result.kl.high:.1f}]",
+        f"length: {result.tokens[0]:.1f} tokens before, {result.tokens[1]:.1f} after",
+        f"variety: {result.variety[0]:.1%} of all sequences of three words are distinct before,"
+        f" {result.variety[1]:.1%} after",
+    )
+    table = Table(show_header=True, show_lines=True, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("before", "after"):
+        table.add_column(name, ratio=1)
+    for e in result.examples:
+        table.add_row(*(_sample(e.opening, text, score) for text, score in (e.before, e.after)))
+    console.print()
+    console.print(table, soft_wrap=False)
+    history = read_history(run)
+    tell(console, "The loss, step by step (ln 2 = 0.693 is where it starts)", *chart(history.curve("loss")))
+
+
+def _sample(opening: str, text: str, score: float) -> str:
+    return f"[{score:+.2f}] {opening}{text}".replace("\n", " ") + "\n"
+
+
+def tell_next(console: Screen, model: Path, again: DpoConfig, aligned: Path, picture: Path) -> None:
+    """Print three commands to continue with. ``again``: the demonstration's training with another loss."""
+    start = program()
+    tell(
+        console,
+        "7. What to try next",
+        f"talk to it: {start} chat --model {shlex.quote(str(aligned))} --against {shlex.quote(str(model))}",
+        f"another loss, the same reference from the cache: {command('dpo', again)}",
+        f"your model and your pairs: {start} dpo --model MODEL --data PAIRS.jsonl --output OUTPUT --eval-fraction 0.05",
+        f"{aligned} is an ordinary Hugging Face folder, with its card in README.md; {picture} shows the curves",
+    )

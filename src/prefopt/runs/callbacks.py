@@ -1,4 +1,4 @@
-"""Callbacks, called after steps, evaluations and checkpoints, and the trackers, which are callbacks too.
+"""Callbacks, called after steps, evaluations and checkpoints; trackers are callbacks too.
 
 >>> class Patience(Callback):
 ...     def on_evaluation(self, run, step, metrics):
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -31,8 +31,7 @@ Metrics = Mapping[str, float]
 
 @dataclass(slots=True, kw_only=True)
 class RunInfo:
-    """The run as callbacks see it: ``step`` of ``steps`` are done, ``options`` are those of ``run.json``. ``keep``
-    implements :meth:`save`."""
+    """The run as callbacks see it: ``step`` of ``steps`` are done, ``options`` are those of ``run.json``."""
 
     output: Path
     options: Mapping[str, Any]
@@ -41,6 +40,11 @@ class RunInfo:
     step: int
     stopping: bool = False
     keep: Callable[[], object] | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the output folder."""
+        return self.output.resolve().name
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one; ``keep_last`` removes older ones."""
@@ -54,8 +58,7 @@ class RunInfo:
 
 class Callback:
     """Subclass it and override what you need. Hooks are called when a step is complete, with its evaluation and
-    checkpoint: ``on_step`` first. If they draw from torch's random generator and do not restore its state, the run
-    changes.
+    checkpoint: ``on_step`` first. Hooks that draw from torch's random generator change the run.
     """
 
     def on_start(self, run: RunInfo) -> None:
@@ -113,7 +116,12 @@ class Callbacks:
             keep()
             raise
         finally:
-            self._end(status)
+            try:
+                self._call("on_end", status)
+            except CallbackFailed as error:
+                if status == "trained":
+                    raise
+                log.warning("%s", error)  # the first error is the one to raise
 
     def done(
         self,
@@ -125,20 +133,9 @@ class Callbacks:
         """Call the hooks of a complete step."""
         assert self.run is not None
         self.run.step = step
-        if record is not None:
-            self._call("on_step", step, record)
-        if evaluation is not None:
-            self._call("on_evaluation", step, evaluation)
-        if checkpoint is not None:
-            self._call("on_checkpoint", step, checkpoint)
-
-    def _end(self, status: str) -> None:
-        try:
-            self._call("on_end", status)
-        except CallbackFailed as error:
-            if status == "trained":
-                raise
-            log.warning("%s", error)  # the first error is the one to raise
+        for hook, value in (("on_step", record), ("on_evaluation", evaluation), ("on_checkpoint", checkpoint)):
+            if value is not None:
+                self._call(hook, step, value)
 
     def _call(self, hook: str, *arguments: object) -> None:
         assert self.run is not None
@@ -149,72 +146,51 @@ class Callbacks:
                 continue
             try:
                 method(self.run, *arguments)
-            except CallbackFailed as error:
-                failed = failed or error
             except Exception as error:
-                what = _one_line(error)
-                failed = failed or CallbackFailed(
-                    f"callback {type(one).__name__} failed in {hook} at step {self.run.step} ({what});"
-                    " fix it and continue with --resume: what was computed is kept"
-                )
-                failed.__cause__ = failed.__cause__ or error
+                if failed is None and isinstance(error, CallbackFailed):
+                    failed = error
+                elif failed is None:
+                    failed = CallbackFailed(
+                        f"callback {type(one).__name__} failed in {hook} at step {self.run.step} ({_one_line(error)});"
+                        " fix it and continue with --resume: what was computed is kept"
+                    )
+                    failed.__cause__ = error
         if failed is not None:
             raise failed
 
 
+@dataclass(slots=True)
 class Recorder(Callback):
     """Writes to ``run.json`` when and on what machine training started, its number of steps, and how it ended."""
 
-    def __init__(self, folder: RunFolder, method: str | None) -> None:
-        self._folder, self._method = folder, method
+    folder: RunFolder
+    method: str | None
 
     def on_start(self, run: RunInfo) -> None:
         from prefopt.model.environment import hardware
 
-        started = self._folder.record.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        self._folder.remember(started=started, steps=run.steps, environment=hardware(), method=self._method)
+        started = self.folder.record.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self.folder.remember(started=started, steps=run.steps, environment=hardware(), method=self.method)
 
     def on_end(self, run: RunInfo, status: str) -> None:
-        self._folder.remember(status=status)
+        self.folder.remember(status=status)
 
 
 def default_callbacks(config: RunOptions, folder: RunFolder) -> list[Callback]:
-    """The callbacks of every run, called before those given in Python. Create them before the run is resumed.
-
-    Raises :class:`prefopt.errors.ConfigError` if a tracker is not installed.
-    """
+    """The callbacks of every run, called before those given in Python. Create them before the run is resumed. Raises
+    :class:`prefopt.errors.ConfigError` if a tracker is not installed."""
     found: list[Callback] = [Recorder(folder, method_of(config))]
-    if config.track:
-        ids = folder.record.get("tracking", {})
-        names = list(dict.fromkeys(config.track))
-        tracking = Tracking(
-            names,
-            project=config.track_project,
-            output=folder.path,
-            ids=ids,
-            remember=lambda ids: folder.remember(tracking=ids),
-        )
-        found.append(tracking)
-    return found
+    return [*found, Tracking(config.track, config.track_project, folder)] if config.track else found
 
 
 # -- trackers --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class TrackedRun:
-    """What a tracker is given to start or continue a run. ``id`` is what it returned at the first start."""
-
-    project: str
-    name: str
-    run: RunInfo
-    id: str | None = None
-
-
 class Tracker(NamedTuple):
     """A tracker in use. ``log`` takes finite numbers and a step, ``finish`` the status of :meth:`Callback.on_end`.
 
-    ``purges``: it drops steps after a resumed run's checkpoint by itself; others are sent no step twice.
+    ``purges``: it drops steps after a resumed run's checkpoint by itself; others are sent no step twice. ``id`` is what
+    a later process continues with.
     """
 
     id: str
@@ -223,13 +199,13 @@ class Tracker(NamedTuple):
     purges: bool = False
 
 
-def _tensorboard(of: TrackedRun) -> Tracker:
+def _tensorboard(run: RunInfo, project: str, id: str | None) -> Tracker:
     """Event files in ``tensorboard`` of the output folder."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer: Any = SummaryWriter(str(of.run.output / "tensorboard"), purge_step=of.run.step + 1 if of.id else None)
-    if of.id is None:
-        rows = [f"| {name} | {value} |" for name, value in of.run.options.items()]
+    writer: Any = SummaryWriter(str(run.output / "tensorboard"), purge_step=run.step + 1 if id else None)
+    if id is None:
+        rows = [f"| {name} | {value} |" for name, value in run.options.items()]
         writer.add_text("options", "\n".join(["| option | value |", "| --- | --- |", *rows]))
 
     def log(values: Mapping[str, float], step: int) -> None:
@@ -240,50 +216,49 @@ def _tensorboard(of: TrackedRun) -> Tracker:
     return Tracker("tensorboard", log, lambda status: writer.close(), purges=True)
 
 
-def _wandb(of: TrackedRun) -> Tracker:
+def _wandb(run: RunInfo, project: str, id: str | None) -> Tracker:
     """Its server gets numbers, options, and what wandb itself reports of the machine; no code, no terminal output."""
     import wandb
 
-    run = wandb.init(
-        project=of.project,
-        name=of.name,
-        id=of.id or secrets.token_hex(4),
+    found = wandb.init(
+        project=project,
+        name=run.name,
+        id=id or secrets.token_hex(4),
         resume="allow",
-        dir=str(of.run.output),
-        config=dict(of.run.options),
+        dir=str(run.output),
+        config=dict(run.options),
         settings=wandb.Settings(console="off", disable_code=True, disable_git=True),
         reinit="create_new",
     )
-    finish: Callable[[str], object] = lambda status: run.finish(exit_code=int(status != "trained"))  # noqa: E731
-    return Tracker(str(run.id), lambda values, step: run.log(dict(values), step=step), finish)
+    finish: Callable[[str], object] = lambda status: found.finish(exit_code=int(status != "trained"))  # noqa: E731
+    return Tracker(str(found.id), lambda values, step: found.log(dict(values), step=step), finish)
 
 
-def _trackio(of: TrackedRun) -> Tracker:
+def _trackio(run: RunInfo, project: str, id: str | None) -> Tracker:
     """A local database. The id is the name, which must be unique."""
     import trackio
 
-    name, quiet = of.id or f"{of.name}-{secrets.token_hex(3)}", {"auto_log_gpu": False, "auto_log_cpu": False}
-    options = dict(of.run.options)
-    run = trackio.init(project=of.project, name=name, config=options, resume="allow", embed=False, **quiet)
-    return Tracker(name, lambda values, step: run.log(dict(values), step=step), lambda status: run.finish())
+    name, quiet = id or f"{run.name}-{secrets.token_hex(3)}", {"auto_log_gpu": False, "auto_log_cpu": False}
+    options = dict(run.options)
+    found = trackio.init(project=project, name=name, config=options, resume="allow", embed=False, **quiet)
+    return Tracker(name, lambda values, step: found.log(dict(values), step=step), lambda status: found.finish())
 
 
-def _mlflow(of: TrackedRun) -> Tracker:
+def _mlflow(run: RunInfo, project: str, id: str | None) -> Tracker:
     """The server of ``MLFLOW_TRACKING_URI``, by a client of its own: the caller's active run stays as it is."""
     import mlflow
 
     client = mlflow.MlflowClient()
-    if of.id is None:
-        found = client.get_experiment_by_name(of.project)
-        experiment = found.experiment_id if found else client.create_experiment(of.project)
-        id = str(client.create_run(experiment, run_name=of.name).info.run_id)
-        for name, value in of.run.options.items():
-            client.log_param(id, name, value)
-    else:
-        id = of.id
+    if id is not None:
         client.update_run(id, status="RUNNING")
+    else:
+        found = client.get_experiment_by_name(project)
+        experiment = found.experiment_id if found else client.create_experiment(project)
+        id = str(client.create_run(experiment, run_name=run.name).info.run_id)
+        for name, value in run.options.items():
+            client.log_param(id, name, value)
 
-    def log(values: Mapping[str, float], step: int) -> None:
+    def log(values: Metrics, step: int) -> None:
         for name, value in values.items():
             client.log_metric(id, name, value, step=step)
 
@@ -298,38 +273,29 @@ class Tracking(Callback):
     """Sends the metrics of a run to trackers, as ``train/NAME`` and ``eval/NAME``. A tracker that fails to start stops
     the run; one that fails later is dropped with a warning.
 
-    Create it before the metrics after a resumed run's checkpoint are dropped. ``ids`` is what ``remember`` was given
-    in an earlier process.
+    Create it before the metrics after a resumed run's checkpoint are dropped.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        *,
-        project: str,
-        output: Path,
-        ids: Mapping[str, str],
-        remember: Callable[[dict[str, str]], None],
-    ) -> None:
+    def __init__(self, names: Iterable[str], project: str, folder: RunFolder) -> None:
         """Raises :class:`ConfigError` where a package is not installed."""
-        for name in names:
+        self._names, self._project, self._folder = list(dict.fromkeys(names)), project, folder
+        for name in self._names:
             if find_spec(name) is None:
                 raise ConfigError(f'--track {name}: it is not installed; run pip install "prefopt[{name}]"')
-        self._names, self._project, self._ids, self._remember = names, project, dict(ids), remember
+        self._ids: dict[str, str] = dict(folder.record.get("tracking", {}))
         self._running: dict[str, Tracker] = {}
-        last = max((line["step"] for line in read_metrics(output)), default=0)
-        self._sent = {name: last for name in names if name in ids}
+        last = max((line["step"] for line in read_metrics(folder.path)), default=0)
+        self._sent = dict.fromkeys(self._ids, last)
 
     def on_start(self, run: RunInfo) -> None:
         for name in self._names:
-            of = TrackedRun(self._project, run.output.resolve().name, run, self._ids.get(name))
             try:
-                self._running[name] = TRACKERS[name](of)
+                self._running[name] = TRACKERS[name](run, self._project, self._ids.get(name))
             except Exception as error:
                 message = f"--track {name} failed to start ({_one_line(error)}); fix it or remove it from --track"
                 raise CallbackFailed(message) from error
             self._ids[name] = self._running[name].id
-        self._remember(self._ids)
+        self._folder.remember(tracking=self._ids)
 
     def on_step(self, run: RunInfo, step: int, metrics: Metrics) -> None:
         self._log("train", metrics, step)

@@ -23,10 +23,8 @@ from prefopt.model.scorer import PackedModel
 
 
 def save_model(folder: Path, scorer: PackedModel, masters: MasterWeights, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write weights, tokenizer, template and generation config.
-
-    Trained weights are written in float32: in bfloat16 the changes of a short run would round away.
-    """
+    """Write weights, tokenizer, template and generation config. Trained weights are written in float32: in bfloat16 the
+    changes of a short run would round away."""
     scorer.detach_hook()
     model: Any = scorer.model
     causal = causal_model(model)
@@ -37,8 +35,8 @@ def save_model(folder: Path, scorer: PackedModel, masters: MasterWeights, tokeni
         else:
             weights = dict(masters.saved())
             state = {**dict(model.state_dict()), **weights}
-            # Without being told, PEFT would ask the Hub whether the base's embedding is another one, and store it whole
-            # beside an adapter on the head.
+            # By default PEFT asks the Hub whether the base's embedding differs, and stores it beside an adapter on the
+            # head.
             whole = getattr(model, "prefopt_saves_embedding", False)
             model.save_pretrained(folder, state_dict=state, safe_serialization=True, save_embedding_layers=whole)
             if task_of(folder) == "CAUSAL_LM" and (nesting := nesting_of(causal)) is not None:
@@ -73,35 +71,17 @@ def write_card(
 ) -> None:
     """Write README.md: front matter for the Hub, data, results and settings."""
     local = Path(model).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model)
-    front = [
-        "---",
-        "library_name: transformers" if not (folder / "adapter_config.json").exists() else "library_name: peft",
-    ]
-    front += [] if local else [f"base_model: {model}"]
-    front += ["tags:", f"- {tag}", "- preference-optimization", "- prefopt", "---", ""]
+    library = "peft" if (folder / "adapter_config.json").exists() else "transformers"
+    base = [] if local else [f"base_model: {model}"]
+    versions = f"prefopt {prefopt.__version__} (torch {torch.__version__.split('+')[0]})"
     lines = [
-        *front,
-        f"# {folder.name}",
-        "",
-        f"{title} of `{Path(model).name if local else model}` with prefopt"
-        f" {prefopt.__version__} (torch {torch.__version__.split('+')[0]}).",
-        "",
-        "## Data",
-        "",
-        data,
-        "",
-        "## Results",
-        "",
-        *_table("measure", results),
-        "",
-        "## Settings",
-        "",
-        *_table("option", settings),
-        "",
-        f"Read by {transformers_versions(folder)}.",
-        "",
-        license,
-        "",
+        *("---", f"library_name: {library}", *base),
+        *("tags:", f"- {tag}", "- preference-optimization", "- prefopt", "---", ""),
+        *(f"# {folder.name}", "", f"{title} of `{Path(model).name if local else model}` with {versions}.", ""),
+        *("## Data", "", data, ""),
+        *("## Results", "", *_table("measure", results), ""),
+        *("## Settings", "", *_table("option", settings), ""),
+        *(f"Read by {transformers_versions(folder)}.", "", license, ""),
     ]
     path = folder / "README.md"
     with output_errors(path):

@@ -1,15 +1,12 @@
-"""What the metrics of a run show, in sentences with their numbers.
-
-A sentence is written only where the numbers support it: a trend beyond the noise of batches, an accuracy with its
-interval. Thresholds that are rules of thumb are constants here.
-"""
+"""What the metrics of a run show, in sentences with their numbers, where the numbers support them: a trend beyond the
+noise of batches, an accuracy with its interval. Thresholds are rules of thumb."""
 
 from __future__ import annotations
 
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +16,7 @@ from prefopt.runs.history import Curve, History
 LEAST = 4  # steps in a window: fewer say nothing about their spread
 HARDLY_MOVED = 0.002  # nats per token: a token is 0.2 % more or less likely
 CHOSEN_FELL = 0.3  # nats per token: a token of chosen responses is a quarter less likely
-SPIKE = 10.0  # times the median gradient norm
-OFTEN = 0.05  # fraction of rows that are truncated or skipped
+OFTEN = 0.05  # fraction of rows that are truncated
 ELSEWHERE = 0.05  # nats per token between policy and reference before any step
 LOST = 0.1  # of what the best evaluation had gained
 GREW = 1.25  # times the tokens of the first samples
@@ -113,25 +109,22 @@ def in_words(findings: list[Finding]) -> list[str]:
 
 
 def _length(run: History) -> Iterator[Finding]:
-    done = len(run.training)
     if run.steps is not None and run.status == "finished" and run.step < run.steps:
         yield Finding("ended early", f"training ended at step {run.step} of {run.steps}, before its schedule did")
-    if done < 2 * LEAST:
-        yield Finding("few steps", f"{done} step{'s' * (done != 1)}: too few to tell a trend from the noise of batches")
 
 
 def _loss(run: History) -> Iterator[Finding]:
     start, found = loss_at_start(run), change_of(run, "loss")
     if found is None or run.curve("objective/scores"):
-        return  # the loss on samples that change with the policy says nothing
+        return  # the loss on samples that change with the policy shows no progress
     before = "the model before training" if start is not None else f"average of the first {found.window}"
     numbers = (
         f"from {found.first:.4f} to {found.last:.4f} ({before}, and average of the last {found.window} of"
         f" {found.steps} steps; noise {found.noise:.2g})"
     )
     if found.direction > 0:
-        advice = f"the learning rate{_rate(run)} may be too large: try a third of it; or preferences contradict"
-        yield Finding("loss rose", f"the training loss rose {numbers}: {advice} each other", look=True)
+        advice = f"try a third of the learning rate{_rate(run)}; or preferences contradict each other"
+        yield Finding("loss rose", f"the training loss rose {numbers}: {advice}", look=True)
     elif found.direction < 0:
         yield Finding("loss fell", f"the training loss fell {numbers}")
     else:
@@ -145,12 +138,11 @@ def _moved(run: History) -> Iterator[Finding]:
     window = max(LEAST, len(sides[0]) // 10)
     ends = [statistics.fmean(values[-window:]) - values[0] for values in sides]
     if max(map(abs, ends)) < HARDLY_MOVED:
-        yield Finding(
-            "hardly moved",
+        text = (
             f"the policy hardly moved: the log-ratio per token changed by {ends[0]:+.1g} (chosen) and {ends[1]:+.1g}"
-            f" (rejected) nats; raise the learning rate{_rate(run)}, or train for more than {run.step} steps",
-            look=True,
+            f" (rejected) nats; raise the learning rate{_rate(run)}, or train for more than {run.step} steps"
         )
+        yield Finding("hardly moved", text, look=True)
 
 
 def _held_out(run: History) -> Iterator[Finding]:
@@ -163,21 +155,14 @@ def _held_out(run: History) -> Iterator[Finding]:
     best, last = min(curve.values), curve.values[-1]
     at = curve.steps[curve.values.index(best)]
     if start is not None and best >= start:
-        yield Finding(
-            "never better",
-            f"the held-out loss never fell below the {start:.4f} of the model before training: at best {best:.4f}, at"
-            f" step {at}; try a tenth of the learning rate{_rate(run)}",
-            look=True,
-        )
+        text = f"the held-out loss never fell below the {start:.4f} of the model before training: at best {best:.4f},"
+        text += f" at step {at}; try a tenth of the learning rate{_rate(run)}"
+        yield Finding("never better", text, look=True)
     elif last - best > LOST * (max(curve.values[0], start or 0.0) - best) and last > best:
         results: Any = run.record.get("results", {})
         saved = f" The weights of step {at} were saved." if results.get("best step") == at else ""
-        yield Finding(
-            "over-trained",
-            f"the held-out loss was lowest at step {at} ({best:.4f}) and {last:.4f} at the end.{saved} Try fewer"
-            " --epochs, a smaller --learning-rate or more data",
-            look=True,
-        )
+        text = f"the held-out loss was lowest at step {at} ({best:.4f}) and {last:.4f} at the end.{saved} Try fewer"
+        yield Finding("over-trained", f"{text} --epochs, a smaller --learning-rate or more data", look=True)
     else:
         more = ", still falling" if at == curve.steps[-1] and len(curve.steps) > 1 else ""
         yield Finding("held out", f"the held-out loss was lowest at step {at}: {best:.4f}{more}")
@@ -203,19 +188,15 @@ def _accuracy(run: History) -> Iterator[Finding]:
     elif high < 0.5:
         yield Finding("worse than chance", f"{numbers}: worse than chance; are chosen and rejected swapped?", look=True)
     else:
-        yield Finding("no better than chance", f"{numbers}: it cannot be told from chance", look=True)
+        yield Finding("no better than chance", f"{numbers}: within chance", look=True)
 
 
 def _chosen(run: History) -> Iterator[Finding]:
     found = change_of(run, "log_ratios_per_token/chosen")
     if found is not None and found.direction < 0 and -found.by >= CHOSEN_FELL:
-        yield Finding(
-            "chosen fell far",
-            f"chosen responses became much less likely (by {-found.by:.3g} nats per token): probability went to"
-            " responses outside the data, so look at samples; a larger --beta, a smaller --learning-rate or fewer steps"
-            " prevent it",
-            look=True,
-        )
+        text = f"chosen responses became much less likely (by {-found.by:.3g} nats per token), and others outside the"
+        text += " data likelier: look at samples; a larger --beta, a smaller --learning-rate or fewer steps prevent it"
+        yield Finding("chosen fell far", text, look=True)
 
 
 def _reference(run: History) -> Iterator[Finding]:
@@ -223,35 +204,20 @@ def _reference(run: History) -> Iterator[Finding]:
     first = run.training[0]
     gaps = [first.get(f"log_ratios_per_token/{side}") or 0.0 for side in ("chosen", "rejected")]
     if first["step"] == 1 and max(map(abs, gaps)) > ELSEWHERE:
-        yield Finding(
-            "another reference",
+        text = (
             f"the policy did not start at its reference, {run.options.get('reference') or 'the one given'}: log-ratios"
             f" per token were {gaps[0]:+.2g} (chosen) and {gaps[1]:+.2g} (rejected) before any step; leave --reference"
-            " out unless that is intended",
-            look=True,
+            " out unless that is intended"
         )
-
-
-def _gradients(run: History) -> Iterator[Finding]:
-    norms = run.curve("grad_norm")
-    if len(norms.values) < 2 * LEAST:
-        return
-    median, largest = statistics.median(norms.values), max(norms.values)
-    if largest > SPIKE * median:
-        at = norms.steps[norms.values.index(largest)]
-        text = f"the gradient norm was {largest:.3g} at step {at} (median {median:.3g}): look at the rows of that batch"
-        yield Finding("spike", text, look=True)
+        yield Finding("another reference", text, look=True)
 
 
 def _rows(run: History) -> Iterator[Finding]:
-    read, kept, truncated = (run.rows.get(name, 0) for name in ("read", "kept", "truncated"))
+    kept, truncated = (run.rows.get(name, 0) for name in ("kept", "truncated"))
     if kept and truncated / kept >= OFTEN:
         limit = f" to {found} tokens" if (found := run.record.get("max_length")) else ""
         text = f"{truncated} of {kept} rows ({truncated / kept:.0%}) were truncated{limit}: raise --max-length"
         yield Finding("truncated", text, look=True)
-    if kept and read and (read - kept) / read >= OFTEN:
-        text = f"{read - kept} of {read} rows ({(read - kept) / read:.0%}) were skipped: see prefopt data check"
-        yield Finding("left out", text, look=True)
 
 
 def _reward(run: History) -> Iterator[Finding]:
@@ -274,18 +240,14 @@ def _reward(run: History) -> Iterator[Finding]:
         text = f"the reward of the policy's samples did not change beyond noise: {numbers}; {advice}"
         yield Finding("reward flat", text, look=True)
     if lengths and min(lengths.direction, reward.direction) > 0 and lengths.last > GREW * lengths.first:
-        yield Finding(
-            "samples grew",
+        text = (
             f"samples grew from {lengths.first:.3g} to {lengths.last:.3g} tokens while the reward rose: it may reward"
-            " length; prefopt compare shows the win rate at equal length",
-            look=True,
         )
+        text += " length; prefopt compare shows the win rate at equal length"
+        yield Finding("samples grew", text, look=True)
 
 
-Check = Callable[[History], Iterator[Finding]]
-CHECKS: tuple[Check, ...] = (
-    *(_length, _loss, _moved, _held_out, _accuracy, _chosen, _gradients, _rows, _reference, _reward),
-)
+CHECKS = (_length, _loss, _moved, _held_out, _accuracy, _chosen, _rows, _reference, _reward)
 
 
 def _rate(run: History) -> str:

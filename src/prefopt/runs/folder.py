@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from prefopt.core.files import output_errors, remove_folder, remove_leftovers, write_json
+from prefopt.core.options import flag
 from prefopt.data.group import Group, IntArray
 from prefopt.data.table import GroupTable
 from prefopt.errors import RunError
@@ -23,75 +24,64 @@ _LOCK, CHECKPOINTS, LAST_GOOD = ".lock", "checkpoints", "last-good"
 
 
 class RunFolder:
-    """An output folder, opened for a new run or to resume the one in it."""
+    """An output folder, opened for a new run or to resume the one in it. ``last_good``: where a diverged run keeps a
+    model."""
 
     def __init__(self, path: Path, options: Mapping[str, Any], *, resume: bool, dry: bool = False) -> None:
         """Raises :class:`RunError` if the folder holds something else, or the run with other options. ``dry``: nothing
         is written."""
         self.path, self._dry = path, dry
-        self._lock: FileLock | None = None
-        self.file = path / RECORD
+        self._lock = FileLock(path / _LOCK)
+        self.checkpoints, self.last_good = path / CHECKPOINTS, path / LAST_GOOD
         self.record: dict[str, Any] = {"status": "started", "options": dict(options)}
         if dry:
             return
         before = check_output(path, resume=resume)
         if before is not None:
             read_metrics(path)  # a damaged file is reported before anything slow
-            self._refuse_other_options(before.get("options", {}), options)
+            old = before.get("options", {})
+            if changed := [n for n in options if n not in FREE and n in old and old[n] != options[n]]:
+                listed = ", ".join(f"{flag(n)} was {old[n]!r} and is {options[n]!r}" for n in changed)
+                raise RunError(f"--resume continues the same run, but {listed}; restore it, or start a new run")
             self.record = {**before, "status": "resumed"}
 
     def take(self) -> None:
         """Create and lock the folder. Raises :class:`RunError` if another process holds it."""
         with output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            there = self.file.exists()
-            self._lock = FileLock(self.path / _LOCK)
+            there = (self.path / RECORD).exists()
             try:
                 self._lock.acquire(timeout=0)
             except Timeout:
                 there = True
-        if (there and self.record["status"] == "started") or not self._lock.is_locked:
+        if (there and self.record["status"] == "started") or not self.taken:
             raise RunError(f"--output {self.path} is in use by another process; wait for it, or name another folder")
         remove_leftovers(self.path)
 
+    @property
+    def taken(self) -> bool:
+        """Whether this process holds the folder."""
+        return self._lock.is_locked
+
     def leave(self) -> None:
-        """Release the folder."""
-        if self._lock is not None and self._lock.is_locked:
+        if self.taken:
             (self.path / _LOCK).unlink(missing_ok=True)
             self._lock.release()
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.path / CHECKPOINTS
-
-    @property
-    def last_good(self) -> Path:
-        """Folder of the model that a diverged run keeps."""
-        return self.path / LAST_GOOD
 
     def remember(self, **values: Any) -> None:
         """Add values to ``run.json``."""
         self.record.update(values)
-        if self._dry:
-            return
-        write_json(self.file, self.record)
+        if not self._dry:
+            write_json(self.path / RECORD, self.record)
 
     def finish(self, results: Mapping[str, Any], *, keep_checkpoints: bool) -> None:
-        """Record that the model is written, then remove checkpoints unless they are to be kept.
-
-        In this order: a run killed in between is finished, and does not start again.
-        """
+        """Record that the model is written, then remove checkpoints unless they are to be kept: a run killed in between
+        is finished, and does not start again."""
         self.record["checkpoints_kept"] = keep_checkpoints
         self.remember(status="finished", finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), results=dict(results))
         if not keep_checkpoints:
             remove_folder(self.checkpoints)
         remove_folder(self.last_good)  # of an earlier start of this run that diverged
-
-    def spent(self, costs: Mapping[str, float]) -> None:
-        """Record the costs of all processes of the run so far."""
-        if self._lock is not None and self._lock.is_locked:
-            self.remember(costs=dict(costs))
 
     def same(self, name: str, value: Any, what: str) -> None:
         """Record ``value`` at the first start; refuse a different one at a resume."""
@@ -102,19 +92,10 @@ class RunFolder:
             )
         self.record[name] = value
 
-    def _refuse_other_options(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        changed = [n for n in now if n not in FREE and n in before and before[n] != now[n]]
-        if changed:
-            listed = ", ".join(f"--{n.replace('_', '-')} was {before[n]!r} and is {now[n]!r}" for n in changed)
-            raise RunError(f"--resume goes on with the same run, but {listed}; restore it, or start a new run")
-
 
 def check_output(path: Path, *, resume: bool) -> dict[str, Any] | None:
-    """The ``run.json`` of the unfinished run in ``path`` that ``resume`` continues; None for a new run.
-
-    Raises :class:`RunError` where the folder holds a finished run, an unfinished one without ``resume``, or other
-    files.
-    """
+    """The ``run.json`` of the unfinished run in ``path`` that ``resume`` continues; None for a new run. Raises
+    :class:`RunError` where the folder holds a finished run, an unfinished one without ``resume``, or other files."""
     if path.exists() and not path.is_dir():
         raise RunError(f"--output {path} is a file; name a folder")
     if (path / RECORD).exists():

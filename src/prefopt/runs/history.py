@@ -1,12 +1,9 @@
 """A run read from its output folder, ``run.json`` and ``metrics.jsonl``, without torch.
 
->>> from prefopt.runs.history import read_history
+Types of values are checked. Unknown keys are kept; a known key with a value of another type is an error with its place.
+
 >>> read_history("OUTPUT").curve("loss")  # doctest: +SKIP
 Curve(steps=[1, 2, 3], values=[0.693, 0.688, 0.671])
-
-Every reader of a run uses this module, which checks the types of values. Unknown keys are kept; a known key with a
-value of another type is an error with its place.
-
 >>> check_record({"status": "finished", "steps": 3})
 {'status': 'finished', 'steps': 3}
 >>> check_record({"steps": "many"})
@@ -39,20 +36,16 @@ Line = dict[str, Any]
 
 
 def read_record(folder: Path, remedy: str = "leave this run out") -> dict[str, Any]:
-    """The ``run.json`` of an output folder.
-
-    Raises :class:`RunError`, with ``remedy``, if it is absent, unreadable, or has a value of another type.
-    """
+    """The ``run.json`` of an output folder. Raises :class:`RunError`, with ``remedy``, if it is absent, unreadable, or
+    has a value of another type."""
     if not (folder / RECORD).exists():
         raise RunError(f"{folder}: no run of prefopt (no {RECORD} in it); name its output folder")
     return read_json(folder / RECORD, check_record, remedy)
 
 
 def read_metrics(folder: Path) -> list[Line]:
-    """The lines of ``metrics.jsonl``, empty without that file. A last line that a kill cut off is ignored.
-
-    Raises :class:`RunError` for any other line without metrics.
-    """
+    """The lines of ``metrics.jsonl``, empty without that file. A last line that a kill cut off is ignored. Raises
+    :class:`RunError` for any other line without metrics."""
     return [line for _, line in numbered_lines(folder / METRICS)]
 
 
@@ -67,16 +60,17 @@ def numbered_lines(path: Path) -> Iterator[tuple[bytes, Line]]:
     for number, text in enumerate(lines, 1):
         if not text.strip():
             continue
+        cut = number == len(lines)
         try:
             values = parsed(text)
-        except ValueError as error:
-            if number == len(lines):  # cut off by a kill
-                return
-            raise _no_metrics(path, number, str(error)) from None
-        try:
+            cut = False
             line = _check_line(values)
         except ValueError as error:
-            raise _no_metrics(path, number, str(error)) from None
+            if cut:  # by a kill
+                return
+            raise RunError(
+                f"{path}, line {number} holds no metrics ({error}); remove it, or leave this run out"
+            ) from None
         yield text, line
 
 
@@ -105,10 +99,6 @@ def _check_line(values: Any) -> Line:
         else:
             line[name] = value
     return line
-
-
-def _no_metrics(path: Path, number: int, why: str) -> RunError:
-    return RunError(f"{path}, line {number} holds no metrics ({why}); remove it, or leave this run out")
 
 
 def _short(value: Any) -> str:
@@ -188,12 +178,10 @@ class History:
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """The options that the run was started with."""
         return dict(self.record.get("options", {}))
 
     @property
     def step(self) -> int:
-        """Steps done."""
         return max((line["step"] for line in self.training), default=0)
 
     @property
@@ -229,9 +217,8 @@ class History:
 
     def curve(self, name: str, *, held_out: bool = False) -> Curve:
         """A metric over the steps that have a finite value of it."""
-        lines = self.held_out if held_out else self.training
-        found = [(int(line["step"]), float(line[name])) for line in lines if line.get(name) is not None]
-        return Curve([step for step, _ in found], [value for _, value in found])
+        lines = [line for line in (self.held_out if held_out else self.training) if line.get(name) is not None]
+        return Curve([int(line["step"]) for line in lines], [float(line[name]) for line in lines])
 
     def ending(self) -> list[tuple[Line, float]]:
         """The lines of the last tenth of the steps, each with the rows of its batch, to average over rows.
@@ -260,16 +247,15 @@ class History:
     def names(self) -> list[str]:
         """All metrics, in the order in which they are written."""
         lines = (*self.training, *self.held_out)
-        there = (name for line in lines for name, value in line.items() if name != "step" and value is not None)
-        return list(dict.fromkeys(there))
+        found = (name for line in lines for name, value in line.items() if name != "step" and value is not None)
+        return list(dict.fromkeys(found))
 
 
 def read_history(folder: str | Path) -> History:
     """Read an output folder. Raises :class:`RunError` if it holds no run, or a damaged one."""
     folder = Path(folder)
     record = read_record(folder)
-    training: list[Line] = []
-    held_out: list[Line] = []
+    training, held_out = list[Line](), list[Line]()
     for line in read_metrics(folder):
         evaluated = {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
         if evaluated:

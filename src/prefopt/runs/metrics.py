@@ -1,7 +1,7 @@
 """Metrics of a run: the lines of ``metrics.jsonl``, averages over the last epoch, and costs.
 
-The last batch of an epoch may be small, and its metrics noise. So final metrics are averages over all rows since the
-last whole epoch began, each with the weights that it had in its batches.
+The last batch of an epoch may be small. So final metrics are averages over all rows since the last whole epoch began,
+each with the weights that it had in its batches.
 
 >>> found = Averages()
 >>> for step, rows, loss in ((1, 8, 0.7), (2, 2, 0.2)):
@@ -57,7 +57,7 @@ class Metrics:
 
 def note(record: Mapping[str, float]) -> list[str]:
     """The metrics of a step or an evaluation for the progress line."""
-    sides = [record.get(f"log_ratios_per_token/{side}") for side in ("chosen", "rejected")]
+    ratios = [record.get(f"log_ratios_per_token/{side}") for side in ("chosen", "rejected")]
     pattern = {
         "objective/scores": "score {:.3f}",
         "objective/kl": "KL {:.3g}",
@@ -75,10 +75,8 @@ def note(record: Mapping[str, float]) -> list[str]:
         "eps": "{:.1f} responses/s",
         "grad_norm": "gradient norm {:.3g}",
     }
-    found = {name: [record[name]] for name in pattern if record.get(name) is not None}
-    if None not in sides:
-        found[""] = sides  # type: ignore[assignment]
-    return [text.format(*found[name]) for name, text in pattern.items() if name in found]
+    values = {name: ratios if not name else [record.get(name)] for name in pattern}
+    return [text.format(*values[name]) for name, text in pattern.items() if None not in values[name]]
 
 
 RATES = ("tokens_per_second", "pairs_per_second", "rows_per_second", "utilisation")
@@ -128,11 +126,10 @@ class Averages:
 
     def means(self) -> Record:
         """The metrics of the last step, averaged if they are per row or per time."""
-        found = dict(self.record)
-        for name in {**self.whole.sums, **self.begun.sums}:
+        found, averaged = dict(self.record), {**self.whole.sums, **self.begun.sums}
+        for name in averaged:
             parts = [part.sums[name] for part in (self.whole, self.begun) if name in part.sums]
             found[name] = sum(total for total, _ in parts) / sum(weight for _, weight in parts)
-        averaged = {*self.whole.sums, *self.begun.sums}
         if "rewards/chosen" in found and "rewards/rejected" in found and "rewards/margins" not in averaged:
             found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
         return found
@@ -146,15 +143,12 @@ class Averages:
         return {"step": last, **means, **derived(means)}, f"averages over the {rows} rows of steps {first} to {last}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As a checkpoint keeps it."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, kept: Mapping[str, Any]) -> Averages:
         """From :meth:`to_dict`; empty for a checkpoint without it."""
-        if not kept:
-            return cls()
-        return cls(Pass(**kept["whole"]), Pass(**kept["begun"]), dict(kept["record"]))
+        return cls(Pass(**kept["whole"]), Pass(**kept["begun"]), dict(kept["record"])) if kept else cls()
 
 
 class Spending:
@@ -167,18 +161,16 @@ class Spending:
 
     def note(self) -> None:
         """Write them to ``run.json``, if this process holds the folder."""
-        seconds = time.monotonic() - self._started
-        now = {**self._costs.to_dict(), "seconds": seconds, "peak_memory_bytes": peak_memory(self._device)}
-        self._folder.spent(combine_costs([self._before, now]))
+        if self._folder.taken:
+            seconds = time.monotonic() - self._started
+            now = {**self._costs.to_dict(), "seconds": seconds, "peak_memory_bytes": peak_memory(self._device)}
+            self._folder.remember(costs=combine_costs([self._before, now]))
 
 
 @contextmanager
 def spending(folder: RunFolder, device: torch.device) -> Iterator[Spending]:
-    """Count costs inside this block, write them as ``costs`` of ``run.json``, and release the folder.
-
-    They are those of :class:`prefopt.model.costs.Costs`, ``seconds``, and ``peak_memory_bytes`` of the process (on a
-    GPU of the device's tensors).
-    """
+    """Count costs inside this block, write them as ``costs`` of ``run.json``, and release the folder: those of
+    :class:`prefopt.model.costs.Costs`, ``seconds``, and ``peak_memory_bytes`` of the process (on a GPU, of tensors)."""
     with count_costs() as costs:
         found = Spending(folder, device, costs)
         try:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,10 @@ def figure_of(
     runs: Sequence[History], *, metrics: Sequence[str] | None = None, x: str = "step", titled: bool = True
 ) -> Any:
     """A matplotlib figure, ``titled`` with what the runs have in common. Without ``metrics``, each method has its own
-    panels.
-
-    Raises :class:`ConfigError` for metrics that no run has, and if matplotlib is not installed.
-    """
+    panels. Raises :class:`ConfigError` for metrics that no run has, and if matplotlib is not installed."""
     require_matplotlib()
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     panels = [(p, runs) for p in panels_of(runs, metrics)] if metrics is not None else panels_by_method(runs)
     if not panels:
@@ -98,13 +97,16 @@ def figure_of(
         figure.suptitle(_title(runs, 48 * across), fontsize=11)
     all_axes: list[Any] = list(figure.subplots(down, across, squeeze=False).flat)
     known_start = any(loss_at_start(run) is not None for run in runs if run.training)
-    colours = {id(run): colour for run, colour in zip(runs, _colours(len(runs)), strict=True)}
+    colours = {id(run): COLOURS[i % len(COLOURS)] for i, run in enumerate(runs)}
     for axes, (panel, several) in zip(all_axes, panels, strict=False):
         panel = panel if panel.name != "loss" or known_start else replace(panel, line=None)
         _draw(axes, panel, several, [colours[id(run)] for run in several], x)
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
-    _legend(figure, runs, names)
+    if names:
+        drawn = zip(cycle(COLOURS), names, strict=False)
+        lines = [Line2D([], [], color=colour, linewidth=2.5, label=name) for colour, name in drawn]
+        figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
     return figure
 
 
@@ -120,15 +122,12 @@ def panels_of(runs: Sequence[History], metrics: Sequence[str]) -> list[Panel]:
 
 def panels_by_method(runs: Sequence[History]) -> list[tuple[Panel, Sequence[History]]]:
     """The standard panels with their runs, by method: losses of different methods are not comparable."""
-    by_method: dict[str, list[History]] = {}
-    for run in runs:
-        by_method.setdefault(run.method, []).append(run)
     found: list[tuple[Panel, Sequence[History]]] = []
-    for method, several in by_method.items():
-        there = set().union(*_names(several))
-        panels = [panel for panel in STANDARD if panel.name in there]
-        if len(by_method) > 1:
-            panels = [replace(panel, title=f"{method}: {panel.title}") for panel in panels]
+    for method in dict.fromkeys(run.method for run in runs):
+        several = [run for run in runs if run.method == method]
+        there, families = _names(several)
+        prefix = f"{method}: " if len(several) < len(runs) else ""
+        panels = [replace(p, title=prefix + p.title) for p in STANDARD if p.name in there | families]
         found += [(panel, several) for panel in panels]
     return found
 
@@ -152,33 +151,20 @@ def _draw(axes: Any, panel: Panel, runs: Sequence[History], colours: Sequence[st
                 if smooth != curve.values:
                     axes.plot(_along(run, curve, x), curve.values, color=colour, alpha=0.18, linewidth=0.8)
                 axes.plot(_along(run, curve, x), smooth, color=colour, linestyle=style, linewidth=1.6)
-                shown_values += [*smooth, *_near(curve.values, smooth)]
+                low, high = min(smooth), max(smooth)  # values beyond them by more than their height are outliers
+                shown_values += [*smooth, *(v for v in curve.values if 2 * low - high <= v <= 2 * high - low)]
             if marks:
                 held_out = True
-                filled = colour if side != "rejected" else "white"
+                edge, face = (colour, "white") if side == "rejected" else ("white", colour)
+                marker = {"marker": "o", "markersize": 5, "markeredgecolor": edge, "markerfacecolor": face}
                 every = math.ceil(len(marks.steps) / MOST_MARKERS)
-                axes.plot(
-                    _along(run, marks, x)[::every],
-                    marks.values[::every],
-                    linestyle="none",
-                    marker="o",
-                    markersize=5,
-                    markeredgecolor=colour if side == "rejected" else "white",
-                    markerfacecolor=filled,
-                    markeredgewidth=0.9,
-                    zorder=3,
-                )
+                x_values, y_values = _along(run, marks, x)[::every], marks.values[::every]
+                axes.plot(x_values, y_values, linestyle="none", markeredgewidth=0.9, zorder=3, **marker)
                 shown_values += marks.values
     _frame(axes, panel, shown_values, x)
     widths = {window(len(run.training)) for run in runs}
     width = 1 if panel.name in EXACT else widths.pop() if len(widths) == 1 else None
     _key(axes, panel, held_out, width)
-
-
-def _near(values: Sequence[float], smooth: Sequence[float]) -> list[float]:
-    """Values no further from the range of the smoothed curve than its height: others are outliers."""
-    low, high = min(smooth), max(smooth)
-    return [v for v in values if 2 * low - high <= v <= 2 * high - low]
 
 
 def _frame(axes: Any, panel: Panel, values: Sequence[float], x: str) -> None:
@@ -194,16 +180,8 @@ def _frame(axes: Any, panel: Panel, values: Sequence[float], x: str) -> None:
         axes.axhline(panel.line, color="0.45", linewidth=0.9, linestyle=":", zorder=1)
         low, high = min(low, panel.line), max(high, panel.line)
         if panel.line_name:
-            axes.annotate(
-                panel.line_name,
-                (1.0, panel.line),
-                xycoords=("axes fraction", "data"),
-                xytext=(2, 0),
-                textcoords="offset points",
-                fontsize=7.5,
-                color="0.35",
-                va="center",
-            )
+            at: Any = {"xycoords": ("axes fraction", "data"), "xytext": (2, 0), "textcoords": "offset points"}
+            axes.annotate(panel.line_name, (1.0, panel.line), **at, fontsize=7.5, color="0.35", va="center")
     room = 0.08 * (high - low) or max(abs(high), 1.0) * 0.05
     axes.set_ylim(low - room, high + room)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5), useMathText=True)
@@ -229,17 +207,6 @@ def _key(axes: Any, panel: Panel, held_out: bool, width: int | None) -> None:
         lines.append(Line2D([], [], color=grey, linestyle="none", marker="o", markersize=5, label="held out"))
     if lines:
         axes.legend(handles=lines, fontsize=7.5, frameon=True, framealpha=0.8, edgecolor="none", loc="best")
-
-
-def _legend(figure: Any, runs: Sequence[History], names: Sequence[str]) -> None:
-    from matplotlib.lines import Line2D
-
-    if names:
-        lines = [
-            Line2D([], [], color=colour, linewidth=2.5, label=name)
-            for name, colour in zip(names, _colours(len(runs)), strict=True)
-        ]
-        figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
 
 
 def _title(runs: Sequence[History], width: int) -> str:
@@ -285,7 +252,3 @@ def smoothed(values: Sequence[float]) -> list[float]:
 def window(count: int) -> int:
     """Steps of the moving average: a tenth of the curve, 1 for a short one."""
     return 2 * (count // 20) + 1 if count > 20 else 1
-
-
-def _colours(count: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]

@@ -14,6 +14,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,8 @@ CHAIN = "stages.json"
 
 
 def find_runs(folder: str | Path) -> tuple[list[History], list[str]]:
-    """The run in ``folder``, or all runs below it by start time; and a line for each damaged one.
-
-    Raises :class:`RunError` for an absent folder, or if the run in ``folder`` itself is damaged.
-    """
+    """The run in ``folder``, or all runs below it by start time; and a line for each damaged one. Raises
+    :class:`RunError` for an absent folder, or if the run in ``folder`` itself is damaged."""
     folder = Path(folder)
     if not folder.is_dir():
         raise RunError(f"{folder}: no such folder; name an output folder, or one above some")
@@ -60,10 +59,7 @@ def find_runs(folder: str | Path) -> tuple[list[History], list[str]]:
 
 
 def runs_of(folder: str | Path) -> list[History]:
-    """The run in an output folder, or the stages of a chain (``prefopt rlhf``).
-
-    Raises :class:`RunError` if it is neither, or damaged.
-    """
+    """The run in an output folder, or the stages of ``prefopt rlhf``. Raises :class:`RunError` for any other folder."""
     folder = Path(folder)
     if (folder / RECORD).exists():
         return [read_history(folder)]
@@ -77,26 +73,23 @@ def runs_of(folder: str | Path) -> list[History]:
 
 
 def show_runs(folders: Sequence[str], *, as_json: bool = False) -> list[str]:
-    """Lines: one output folder is described, several are compared, and of any other folder the runs are listed.
-
-    Raises :class:`RunError` as :func:`find_runs`, and for a mix of output folders and other folders.
-    """
+    """One output folder is described, several are compared, and the runs of any other folder are listed, as lines.
+    Raises :class:`RunError` as :func:`find_runs`, and for a mix of output folders and other folders."""
     found = [find_runs(folder) for folder in folders]
     runs = [run for several, _ in found for run in several]
     if as_json:
         for line in (line for _, damaged in found for line in damaged):
             log.warning("%s", line)
         return json_text([run_as_json(run) for run in runs]).split("\n")
-    single = [Path(folder, "run.json").exists() for folder in folders]
+    single = [Path(folder, RECORD).exists() for folder in folders]
     if len(folders) == 1 and single[0]:
         return describe(runs[0])
     if all(single):
         return comparison(runs)
     if any(single):
         one, other = folders[single.index(False)], folders[single.index(True)]
-        raise RunError(
-            f"{one} holds no run of its own, {other} does: name output folders to compare, or folders to list"
-        )
+        remedy = "name output folders to compare, or folders to list"
+        raise RunError(f"{one} holds no run of its own, {other} does: {remedy}")
     lines: list[str] = []
     for folder, (several, damaged) in zip(folders, found, strict=True):
         lines += [f"{folder}:"] if len(folders) > 1 else []
@@ -110,7 +103,7 @@ def describe(run: History) -> list[str]:
     lines = columns([[f"{name}:", value] for name, value in summary(run).items()])
     curve, held_out = run.curve("loss"), run.curve("loss", held_out=True)
     title = f"loss of training batches{f', and {MARK} of held-out rows' if held_out else ''}"
-    if scores := run.curve("objective/scores"):  # the loss of such a run says nothing
+    if scores := run.curve("objective/scores"):  # the loss of such a run is not informative
         curve, title = scores, "reward of the policy's samples"
     if len(curve.steps) > 1:
         lines += ["", *chart(curve, held_out, title=title, width=WIDTH)]
@@ -119,32 +112,27 @@ def describe(run: History) -> list[str]:
 
 
 def of_one_method(runs: Sequence[History]) -> bool:
-    """Whether the losses of these runs are comparable: those of different methods are not."""
     return len({run.method for run in runs}) < 2
 
 
 def differing(runs: Sequence[History]) -> list[str]:
     """Options that differ and affect results; for runs of several methods, those that all of them have."""
-    names = dict.fromkeys(name for run in runs for name in run.options if name not in FREE)
-    if not of_one_method(runs):
-        names = dict.fromkeys(name for name in names if all(name in run.options for run in runs))
-    return [name for name in names if any(run.options.get(name) != runs[0].options.get(name) for run in runs)]
+    every = [run.options for run in runs]
+    names = dict.fromkeys(name for own in every for name in own if name not in FREE)
+    shared = names if of_one_method(runs) else [name for name in names if all(name in own for own in every)]
+    return [name for name in shared if any(own.get(name) != every[0].get(name) for own in every)]
 
 
 def reached(run: History) -> dict[str, dict[str, float]]:
     """``training``: metrics averaged over the rows of the last tenth of the steps. ``held_out``: the metrics and the
     ``step`` of the evaluation with the lowest loss."""
     training = {n: value for n, value in averages_of(run.ending()).items() if n not in CLOCK}
-    found: dict[str, dict[str, float]] = {"training": training, "held_out": {}}
     scored = [line for line in run.held_out if line.get("loss") is not None]
-    if scored:
-        best = min(scored, key=lambda line: float(line["loss"]))
-        found["held_out"] = {name: float(value) for name, value in best.items() if value is not None}
-    return found
+    best = min(scored, key=lambda line: float(line["loss"]), default={})
+    return {"training": training, "held_out": {n: float(value) for n, value in best.items() if value is not None}}
 
 
 def run_as_json(run: History) -> dict[str, Any]:
-    """A run as plain values."""
     return {
         "folder": str(run.folder),
         "method": run.record.get("method"),
@@ -166,19 +154,15 @@ def list_of(runs: Sequence[History], base: Path) -> list[str]:
     rows = [["run", "status", "steps", "loss", "held-out loss", "held-out accuracy", "options that differ"]]
     for run in runs:
         values = reached(run)
-        steps = f"{run.step}" if run.steps in (None, run.step) else f"{run.step} of {run.steps}"
-        rows.append(
-            [
-                _name(run, base),
-                run.status,
-                steps,
-                as_number(values["training"].get("loss")),
-                as_number(values["held_out"].get("loss")),
-                as_number(values["held_out"].get("rewards/accuracies")),
-                " ".join(f"{name}={shown(run.options.get(name))}" for name in different) or "none",
-            ]
-        )
+        results = (("training", "loss"), ("held_out", "loss"), ("held_out", "rewards/accuracies"))
+        numbers = [as_number(values[side].get(name)) for side, name in results]
+        own = " ".join(f"{name}={shown(run.options.get(name))}" for name in different) or "none"
+        rows.append([str(run.folder.relative_to(base)), run.status, _steps(run), *numbers, own])
     return columns(rows)
+
+
+def _steps(run: History) -> str:
+    return f"{run.step}" if run.steps in (None, run.step) else f"{run.step} of {run.steps}"
 
 
 def comparison(runs: Sequence[History]) -> list[str]:
@@ -231,9 +215,8 @@ def labels(runs: Sequence[History]) -> list[str]:
 def what_differs(runs: Sequence[History]) -> list[str]:
     """A name per run for a legend: the options that differ, or else the ends of the paths."""
     different = differing(runs)
-    names = [
-        ", ".join(f"{name.replace('_', ' ')} {shown(run.options.get(name))}" for name in different) for run in runs
-    ]
+    titles = {name: name.replace("_", " ") for name in different}
+    names = [", ".join(f"{title} {shown(run.options.get(n))}" for n, title in titles.items()) for run in runs]
     short = of_one_method(runs) and len(different) <= 3 and len(set(names)) == len(names) and all(names)
     return names if short else labels(runs)
 
@@ -256,13 +239,6 @@ def columns(rows: Sequence[Sequence[str]], *, indent: int = 0) -> list[str]:
     return [" " * indent + line.rstrip() for line in padded]
 
 
-def _name(run: History, base: Path) -> str:
-    try:
-        return str(run.folder.relative_to(base))
-    except ValueError:
-        return str(run.folder)
-
-
 def as_number(value: float | None) -> str:
     """A metric with four digits; a dash for None."""
     if value is None:
@@ -272,11 +248,10 @@ def as_number(value: float | None) -> str:
 
 def summary(run: History) -> Mapping[str, str]:
     """Method, status, steps, times, model and data of a run."""
-    steps = f"{run.step}" if run.steps in (None, run.step) else f"{run.step} of {run.steps}"
     values = {
         "method": run.algorithm,
         "status": run.status,
-        "steps": steps,
+        "steps": _steps(run),
         "started": run.record.get("started"),
         "finished": run.record.get("finished"),
         "model": run.options.get("model"),
@@ -288,22 +263,21 @@ def summary(run: History) -> Mapping[str, str]:
 # Bits of a Braille character by row, from the top, and column.
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 MARK = "●"
+NO_CURVE = Curve([], [])
 
 
 def chart(
-    curve: Curve, marks: Curve | None = None, *, title: str = "", unit: str = "step", width: int = 60, height: int = 8
+    curve: Curve, marks: Curve = NO_CURVE, *, title: str = "", unit: str = "step", width: int = 60, height: int = 8
 ) -> list[str]:
     """``curve`` as lines of Braille characters, with ``marks`` (held-out points) as ●, ``width`` by ``height``.
 
     Steps that share a column of dots are averaged. A curve without points gives only the title.
     """
     lines = [title] if title else []
-    points = list(zip(curve.steps, curve.values, strict=True))
-    others = list(zip(marks.steps, marks.values, strict=True)) if marks else []
-    finite = [(x, y) for x, y in points if math.isfinite(y)]
+    finite, others = ([p for p in zip(c.steps, c.values, strict=True) if math.isfinite(p[1])] for c in (curve, marks))
     if not finite:
         return lines
-    seen = [y for _, y in finite + others if math.isfinite(y)]
+    seen = [y for _, y in finite + others]
     low, high = min(seen), max(seen)
     names = _numbers(high, low)
     room = max(4, width - len(names[0]) - 1)
@@ -316,39 +290,27 @@ def chart(
         return column, row
 
     cells = [[0] * room for _ in range(height)]
-    before: tuple[int, int] | None = None
-    for column, row in _means([place(x, y) for x, y in finite]):
-        for c, r in _between(before, (column, row)):
+    rows: dict[int, list[int]] = {}
+    for column, row in (place(x, y) for x, y in finite):
+        rows.setdefault(column, []).append(row)
+    means = [(column, round(sum(many) / len(many))) for column, many in sorted(rows.items())]
+    for start, end in pairwise([means[0], *means]):
+        for c, r in _line(start, end):
             cells[r // 4][c // 2] |= DOTS[r % 4][c % 2]
-        before = column, row
     signs = [[chr(0x2800 + bits) for bits in line] for line in cells]
-    for x, y in others:
-        if math.isfinite(y):
-            column, row = place(x, y)
-            signs[row // 4][column // 2] = MARK
+    for column, row in (place(x, y) for x, y in others):
+        signs[row // 4][column // 2] = MARK
     margins = [names[0], *[" " * len(names[0])] * (height - 2), names[1]] if height > 1 else [names[0]]
     lines += [f"{name} {''.join(line)}" for name, line in zip(margins, signs, strict=True)]
     left, right = f"{unit} {first}", f"{last}"
     return [*lines, " " * (len(names[0]) + 1) + left + right.rjust(room - len(left))]
 
 
-def _means(points: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """One point per column of dots."""
-    rows: dict[int, list[int]] = {}
-    for column, row in points:
-        rows.setdefault(column, []).append(row)
-    return [(column, round(sum(many) / len(many))) for column, many in sorted(rows.items())]
-
-
-def _between(start: tuple[int, int] | None, end: tuple[int, int]) -> list[tuple[int, int]]:
-    """The dots of a straight line, without its start."""
-    if start is None:
-        return [end]
-    steps = max(abs(end[0] - start[0]), abs(end[1] - start[1]), 1)
-    return [
-        (round(start[0] + (end[0] - start[0]) * i / steps), round(start[1] + (end[1] - start[1]) * i / steps))
-        for i in range(1, steps + 1)
-    ]
+def _line(start: tuple[int, int], end: tuple[int, int]) -> list[tuple[int, int]]:
+    """The dots of a straight line."""
+    across, down = end[0] - start[0], end[1] - start[1]
+    steps = max(abs(across), abs(down), 1)
+    return [(round(start[0] + across * i / steps), round(start[1] + down * i / steps)) for i in range(steps + 1)]
 
 
 def _numbers(high: float, low: float) -> tuple[str, str]:

@@ -98,7 +98,6 @@ def live_invitations(study: Study) -> int:
 
 
 def annotators(connection: sqlite3.Connection) -> list[Annotator]:
-    """All annotators by number."""
     check_complete(connection, "annotator")
     return [_annotator(row) for row in connection.execute("SELECT * FROM annotator ORDER BY id")]
 

@@ -1,7 +1,7 @@
 """Tables of a study, their migrations, and the digests that detect a changed or missing row.
 
 Items and events (an item was shown, a vote, a skip, an undo) are appended and never changed. ``assignment`` and
-``queue`` follow from them. They are updated in the same transaction, so that the next item and the votes in force are
+``queue`` follow from them and are updated in the same transaction, so that the next item and the votes in force are
 found by an index; :func:`rebuild` derives them from the events alone.
 
 SQLite detects a broken page, but not a changed letter in a vote. Each row of the tables in :data:`SEALED` therefore has
@@ -19,6 +19,7 @@ import json
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -55,17 +56,12 @@ def check_version(connection: sqlite3.Connection, file: str) -> int:
     """The schema version of a study. Raises :class:`StudyError` for one of a newer prefopt."""
     version: int = connection.execute("PRAGMA user_version").fetchone()[0]
     if version > VERSION:
-        raise StudyError(
-            f"{file}: is a study of version {version}, and this prefopt knows versions up to {VERSION}; update prefopt"
-        )
+        raise StudyError(f"{file}: is a study of version {version}, newer than {VERSION}; update prefopt")
     return version
 
 
 def migrate(connection: sqlite3.Connection, file: str) -> None:
-    """Migrate an empty database or an older study to :data:`VERSION`, in one transaction.
-
-    Raises :class:`StudyError`.
-    """
+    """Migrate an empty database or an older study to :data:`VERSION` in one transaction. Raises :class:`StudyError`."""
     if check_version(connection, file) == VERSION:
         return
     connection.execute("BEGIN IMMEDIATE")
@@ -73,7 +69,7 @@ def migrate(connection: sqlite3.Connection, file: str) -> None:
         version = connection.execute("PRAGMA user_version").fetchone()[0]  # another process may have been first
         for number in range(version + 1, VERSION + 1):
             script = files("prefopt.studies") / "migrations" / f"{number}.sql"
-            for statement in _statements(script.read_text("utf-8")):
+            for statement in script.read_text("utf-8").split(";\n"):  # executescript() would commit first
                 connection.execute(statement)
         if 0 < version < VERSION:
             rebuild(connection)
@@ -85,16 +81,6 @@ def migrate(connection: sqlite3.Connection, file: str) -> None:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
-
-
-def _statements(script: str) -> Iterator[str]:
-    """The statements of a script, one by one: ``executescript`` would commit first."""
-    held = ""
-    for line in script.splitlines():
-        held += line + "\n"
-        if sqlite3.complete_statement(held):
-            yield held.strip()
-            held = ""
 
 
 def _seal_all(connection: sqlite3.Connection) -> None:
@@ -111,10 +97,8 @@ def _seal_all(connection: sqlite3.Connection) -> None:
 
 
 def rebuild(connection: sqlite3.Connection) -> None:
-    """Derive assignments and queue from items and events, in the caller's transaction.
-
-    Items shown without an answer become lapsed: their annotators resume them on their next visit.
-    """
+    """Derive assignments and queue from items and events, in the caller's transaction. Items shown without an answer
+    become lapsed: their annotators resume them on their next visit."""
     connection.execute("DELETE FROM assignment")
     connection.execute("DELETE FROM queue")
     connection.execute("DELETE FROM setting WHERE name = ?", (COUNTER,))
@@ -171,10 +155,8 @@ def check_row(table: str, row: sqlite3.Row) -> None:
 
 
 def check_complete(connection: sqlite3.Connection, table: str) -> None:
-    """Raises :class:`DamagedRow` where a row of a numbered table is missing.
-
-    Counts the table itself (NOT INDEXED): an index has no digests, and SQLite does not compare it with the table.
-    """
+    """Raises :class:`DamagedRow` where a row of a numbered table is missing. Counts the table itself (NOT INDEXED): an
+    index has no digests, and SQLite does not compare it with the table."""
     count, last = connection.execute(f"SELECT count(*), coalesce(max(id), 0) FROM {table} NOT INDEXED").fetchone()
     query = "SELECT max(CAST(seq AS INTEGER)) FROM sqlite_sequence WHERE name = ?"  # AUTOINCREMENT: events alone
     known = connection.execute(query, (table,)).fetchone()[0]
@@ -197,18 +179,15 @@ def problems(connection: sqlite3.Connection) -> Iterator[str]:
     for (line,) in connection.execute("PRAGMA integrity_check(20)").fetchall():
         if line != "ok":
             yield f"SQLite: {line}"
+    checks = [partial(check_complete, connection, table) for table in NUMBERED]
     for table in SEALED:
-        for row in _rows(connection, table):
-            try:
-                if table != "setting" or row["name"] != COUNTER:
-                    check_row(table, row)
-            except DamagedRow as error:
-                yield str(error)
-        if table in NUMBERED:
-            try:
-                check_complete(connection, table)
-            except DamagedRow as error:
-                yield str(error)
+        rows = [row for row in _rows(connection, table) if (table, row[0]) != ("setting", COUNTER)]
+        checks += [partial(check_row, table, row) for row in rows]
+    for check in checks:
+        try:
+            check()
+        except DamagedRow as error:
+            yield str(error)
     yield from _wrong_assignments(connection)
 
 

@@ -1,14 +1,12 @@
-"""Convert votes to training rows: pairs, rankings or soft labels, with their provenance.
-
-Rows are in the canonical layout of ``prefopt data layouts``. Gold items are left out.
-"""
+"""Convert votes to training rows in the canonical layout: pairs, rankings or soft labels, with their provenance. Gold
+items are left out."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import combinations
@@ -24,6 +22,8 @@ from prefopt.studies.votes import StoredVote, stored_votes
 
 ExportedRow = dict[str, Any]
 Pair = tuple[int, int]
+RowParts = Iterator[tuple[ExportedRow, Sequence[int]]]
+"""Values of a row, and the indices of its responses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,6 @@ class Exported:
     counts: Counter[str] = field(default_factory=Counter)
 
     def lines(self) -> list[str]:
-        """The counts as text."""
         return [f"{count:,} {what}" for what, count in self.counts.items()]
 
 
@@ -81,7 +80,7 @@ class _Exporter:
     def __init__(self, options: ExportOptions, study: str, everyone: Sequence[Annotator]) -> None:
         self.options, self.study, self.found = options, study, Exported()
         self.counts = self.found.counts
-        self.pseudonyms: Mapping[int, str] = {a.id: a.pseudonym for a in everyone}
+        self.pseudonyms = {a.id: a.pseudonym for a in everyone}
 
     def add(self, item: Item, votes: Sequence[StoredVote]) -> None:
         options, counts = self.options, self.counts
@@ -93,14 +92,10 @@ class _Exporter:
             counts["items with too few votes left out (--min-votes)"] += 1
             return
         counts["votes used"] += len(usable)
-        forms: dict[str, Callable[[Item, Sequence[StoredVote]], Iterator[tuple[ExportedRow, Sequence[int]]]]] = {
-            "pairs": self._pairs,
-            "rankings": self._rankings,
-            "soft": self._soft,
-        }
+        convert = {"pairs": self._pairs, "rankings": self._rankings, "soft": self._soft}[options.form]
         every = options.disagreement == "every" and options.form != "soft"
         for group in [[v] for v in usable] if every else [usable]:
-            for values, indices in forms[options.form](item, group):
+            for values, indices in convert(item, group):
                 row = dict(item.row) | {"responses": [item.row["responses"][k] for k in indices]} | values
                 if options.provenance:
                     row |= self._provenance(item, indices, group)
@@ -111,16 +106,15 @@ class _Exporter:
                 counts["rows"] += 1
 
     def _usable(self, v: StoredVote) -> bool:
-        why = ""
         if self.pseudonyms[v.annotator] in self.options.exclude:
-            why = "votes of excluded annotators left out"
+            self.counts["votes of excluded annotators left out"] += 1
         elif v.vote.skipped is not None:
-            why = "skips left out"
+            self.counts["skips left out"] += 1
         elif not v.vote.tiers and self.options.all_bad == "drop":
-            why = "votes that all responses are bad left out (--all-bad)"
-        if why:
-            self.counts[why] += 1
-        return not why
+            self.counts["votes that all responses are bad left out (--all-bad)"] += 1
+        else:
+            return True
+        return False
 
     def _majorities(self, item: Item, group: Sequence[StoredVote]) -> dict[Pair, int]:
         """For each decided pair 1 where the first is preferred, -1 where the second is, 0 for a tie."""
@@ -138,11 +132,11 @@ class _Exporter:
                 self.counts["pairs that are ties left out (--ties)"] += 1
         return found
 
-    def _pairs(self, item: Item, group: Sequence[StoredVote]) -> Iterator[tuple[ExportedRow, Sequence[int]]]:
+    def _pairs(self, item: Item, group: Sequence[StoredVote]) -> RowParts:
         for (i, k), sign in self._majorities(item, group).items():
             yield {"tiers": [[0], [1]] if sign else [[0, 1]]}, (i, k) if sign >= 0 else (k, i)
 
-    def _rankings(self, item: Item, group: Sequence[StoredVote]) -> Iterator[tuple[ExportedRow, Sequence[int]]]:
+    def _rankings(self, item: Item, group: Sequence[StoredVote]) -> RowParts:
         signs = self._majorities(item, group)
         if tiers := tiers_of_signs(signs, item.count):
             yield {"tiers": [list(tier) for tier in tiers]}, range(item.count)
@@ -152,7 +146,7 @@ class _Exporter:
         else:
             self.counts["items without a decided pair left out"] += 1
 
-    def _soft(self, item: Item, group: Sequence[StoredVote]) -> Iterator[tuple[ExportedRow, Sequence[int]]]:
+    def _soft(self, item: Item, group: Sequence[StoredVote]) -> RowParts:
         votes: list[list[float]] = []
         signs: dict[Pair, int] = {}
         for (i, k), (first, second, ties) in _votes_by_pair(item, group).items():
@@ -175,13 +169,9 @@ class _Exporter:
     def _provenance(self, item: Item, indices: Sequence[int], group: Sequence[StoredVote]) -> ExportedRow:
         annotations = []
         for v in group:
-            annotation = v.vote.to_json() | {
-                "annotator": self.pseudonyms[v.annotator],
-                "shown": list(v.shown),
-                "seconds": v.seconds,
-                "at": v.at,
-            }
-            annotations.append(annotation if v.active is None else annotation | {"active_seconds": v.active})
+            annotation = {"annotator": self.pseudonyms[v.annotator], "shown": list(v.shown), "seconds": v.seconds}
+            active = {} if v.active is None else {"active_seconds": v.active}
+            annotations.append(v.vote.to_json() | annotation | {"at": v.at} | active)
         origins = [item.origins[k] for k in indices]
         return {
             "study": self.study,
@@ -207,12 +197,12 @@ def _votes_by_pair(item: Item, group: Sequence[StoredVote]) -> dict[Pair, tuple[
 
 @dataclass(frozen=True, slots=True)
 class StudyRows:
-    """The rows of a study as training data, with soft labels; the study may be served meanwhile."""
+    """The rows of a study as training data: prompt, responses, votes (soft labels), tiers where they form an order, and
+    models. The study may be served meanwhile."""
 
     path: Path
 
     def rows(self, name: str, keep_going: bool) -> Iterator[object]:
-        """Rows in the canonical layout: prompt, responses, votes, tiers where they form an order, models."""
         return iter(self._read().rows)
 
     def digest(self) -> str:
@@ -223,7 +213,7 @@ class StudyRows:
         return digest.hexdigest()
 
     def notes(self) -> list[str]:
-        """What became of the votes, as text."""
+        """How many votes were used or left out, as text."""
         lines = "; ".join(line for line in self._read().lines() if not line.endswith(" rows"))
         return [f"{self.path}: {lines}"] if lines else []
 

@@ -2,8 +2,8 @@
 
 The next item is found by an index, whatever the size of the study. Items that others have begun come first, so that
 votes overlap early; then new ones, in the order of the file. Begun items that need more votes wait in a queue, at
-places that only grow. Items up to an annotator's ``cursor`` they have seen, or are full: each search starts there and
-passes every place once. An item that needs votes again goes to the end of the queue, beyond all cursors.
+places that only grow. Up to an annotator's ``cursor`` all items are seen or full: each search starts there. An item
+that needs votes again goes to the end of the queue, beyond all cursors.
 """
 
 from __future__ import annotations
@@ -39,11 +39,8 @@ class ResponseOrigin:
 
 @dataclass(frozen=True, slots=True)
 class NewItem:
-    """An item to add.
-
-    ``row`` holds prompt and responses (and tools) in the canonical layout, ``prompt_key`` identifies the prompt,
-    ``gold`` is the known order of a gold item; ``file`` and ``file_row`` say where it was read.
-    """
+    """An item to add: ``row`` holds prompt and responses (and tools) in the canonical layout, ``prompt_key`` identifies
+    the prompt, ``gold`` is the known order of a gold item; it was read from ``file_row`` of ``file``."""
 
     row: Mapping[str, Any]
     prompt_key: bytes
@@ -79,23 +76,17 @@ class Assignment:
 
 
 def add_items(study: Study, items: Iterable[NewItem]) -> tuple[int, int]:
-    """Add items in order, all or none; returns how many were added and how many were duplicates.
-
-    Raises :class:`StudyError`.
-    """
-    counts = [0, 0]
+    """Add items in order, all or none; returns the numbers of new items and duplicates. Raises :class:`StudyError`."""
     with study.writing() as connection:
-        for item in items:
-            if not 2 <= len(item.origins) <= MOST_RESPONSES:
-                raise StudyError(
-                    f"{item.file}, row {item.file_row}: has {len(item.origins)} responses;"
-                    f" an item has 2 to {MOST_RESPONSES}"
-                )
-            counts[not _add(connection, item)] += 1
-    return counts[0], counts[1]
+        added = [_add(connection, item) for item in items]
+    return sum(added), len(added) - sum(added)
 
 
 def _add(connection: sqlite3.Connection, item: NewItem) -> bool:
+    """Add an item; False for a duplicate."""
+    if not 2 <= (count := len(item.origins)) <= MOST_RESPONSES:
+        place = f"{item.file}, row {item.file_row}"
+        raise StudyError(f"{place}: has {count} responses; an item has 2 to {MOST_RESPONSES}")
     origins = [{"model": o.model, "sampling": _sampling_id(connection, o.sampling)} for o in item.origins]
     row = json.dumps(item.row, ensure_ascii=False)
     try:
@@ -108,7 +99,7 @@ def _add(connection: sqlite3.Connection, item: NewItem) -> bool:
         "digest": hashlib.blake2b(identity.encode(), digest_size=16).digest(),
         "prompt_key": item.prompt_key,
         "row": row,
-        "count": len(item.origins),
+        "count": count,
         "origins": json.dumps(origins, ensure_ascii=False),
         "gold": None if item.gold is None else json.dumps(item.gold),
         "file": item.file,
@@ -135,7 +126,6 @@ def get_item(connection: sqlite3.Connection, id: int) -> Item | None:
 
 
 def all_items(connection: sqlite3.Connection) -> Iterable[Item]:
-    """All items by number."""
     check_complete(connection, "item")
     samplings: dict[int, Mapping[str, Any]] = {}
     for found in connection.execute("SELECT * FROM item ORDER BY id"):
@@ -200,7 +190,6 @@ def next_item(study: Study, annotator: Annotator, *, at: float | None = None) ->
 
 
 def items_seen(connection: sqlite3.Connection, annotator: Annotator) -> int:
-    """How many items the annotator has been shown."""
     return int(connection.execute("SELECT seen FROM annotator WHERE id = ?", (annotator.id,)).fetchone()[0])
 
 
@@ -211,69 +200,59 @@ def order_shown(seed: str, annotator: int, item: int, count: int) -> tuple[int, 
 
 
 def change_taken(connection: sqlite3.Connection, item: int, change: int, overlap: int) -> None:
-    """Count one annotator more (1) or less (-1) for an item.
-
-    At ``overlap`` annotators it leaves the queue; where it needs votes again, it goes to the end.
-    """
+    """Count one annotator more (1) or less (-1) for an item. At ``overlap`` annotators it leaves the queue; where it
+    needs votes again, it goes to the end."""
     found = connection.execute("SELECT taken, place FROM queue WHERE item = ?", (item,)).fetchone()
     if found is None:
         return  # gold items are shown to everyone
     taken, place = found["taken"] + change, found["place"]
     if taken >= overlap:
         place = None if change > 0 else place
-    elif not place:
-        place = _new_place(connection)
+    elif not place:  # one behind all that were ever given: those of full items are not given again
+        connection.execute(
+            "INSERT INTO setting (name, value) VALUES (?,"
+            " (SELECT coalesce(max(place), 0) + 1 FROM queue WHERE place IS NOT NULL))"
+            " ON CONFLICT (name) DO UPDATE SET value = CAST(value AS INTEGER) + 1",
+            (COUNTER,),
+        )
+        place = int(connection.execute("SELECT value FROM setting WHERE name = ?", (COUNTER,)).fetchone()[0])
     connection.execute("UPDATE queue SET taken = ?, fresh = 0, place = ? WHERE item = ?", (taken, place, item))
-
-
-def _new_place(connection: sqlite3.Connection) -> int:
-    """A place behind all that were ever given: those of full items are not given again."""
-    connection.execute(
-        "INSERT INTO setting (name, value) VALUES (?,"
-        " (SELECT coalesce(max(place), 0) + 1 FROM queue WHERE place IS NOT NULL))"
-        " ON CONFLICT (name) DO UPDATE SET value = CAST(value AS INTEGER) + 1",
-        (COUNTER,),
-    )
-    return int(connection.execute("SELECT value FROM setting WHERE name = ?", (COUNTER,)).fetchone()[0])
 
 
 def _lapse(connection: sqlite3.Connection, overlap: int, moment: float) -> None:
     """Release the items of annotators who left them unanswered."""
-    rows = connection.execute(
-        "SELECT annotator, item FROM assignment WHERE state = 'pending' AND until < ? ORDER BY until LIMIT ?",
-        (moment, LAPSE_AT_ONCE),
-    ).fetchall()
-    for row in rows:
-        query = "UPDATE assignment SET state = 'lapsed' WHERE annotator = ? AND item = ?"
-        connection.execute(query, (row["annotator"], row["item"]))
-        change_taken(connection, row["item"], -1, overlap)
+    query = "SELECT annotator, item FROM assignment WHERE state = 'pending' AND until < ? ORDER BY until LIMIT ?"
+    for annotator, item in connection.execute(query, (moment, LAPSE_AT_ONCE)).fetchall():
+        update = "UPDATE assignment SET state = 'lapsed' WHERE annotator = ? AND item = ?"
+        connection.execute(update, (annotator, item))
+        change_taken(connection, item, -1, overlap)
 
 
 def _resume(connection: sqlite3.Connection, study: Study, annotator: Annotator, moment: float) -> int | None:
     """The last unanswered item that still needs a vote, its lease renewed."""
     overlap = study.settings.overlap
-    rows = connection.execute(
-        "SELECT a.item, a.state, q.taken FROM assignment a LEFT JOIN queue q ON q.item = a.item"
-        " WHERE a.annotator = ? AND a.state IN ('pending', 'lapsed') ORDER BY a.since DESC LIMIT 20",
-        (annotator.id,),
-    ).fetchall()
-    for row in rows:
-        if row["state"] == "lapsed":
-            if row["taken"] is not None and row["taken"] >= overlap:
-                continue
-            change_taken(connection, row["item"], 1, overlap)
-        connection.execute(
-            "UPDATE assignment SET state = 'pending', until = ? WHERE annotator = ? AND item = ?",
-            (moment + study.settings.lease, annotator.id, row["item"]),
-        )
-        return int(row["item"])
-    return None
+    found = connection.execute(
+        "SELECT a.item, a.state FROM assignment a LEFT JOIN queue q ON q.item = a.item"
+        " WHERE a.annotator = ? AND a.state IN ('pending', 'lapsed')"
+        " AND (a.state = 'pending' OR coalesce(q.taken, 0) < ?) ORDER BY a.since DESC LIMIT 1",
+        (annotator.id, overlap),
+    ).fetchone()
+    if found is None:
+        return None
+    if found["state"] == "lapsed":
+        change_taken(connection, found["item"], 1, overlap)
+    update = "UPDATE assignment SET state = 'pending', until = ? WHERE annotator = ? AND item = ?"
+    connection.execute(update, (moment + study.settings.lease, annotator.id, found["item"]))
+    return int(found["item"])
 
 
 def _choose(connection: sqlite3.Connection, study: Study, annotator: Annotator) -> int | None:
-    query = "SELECT seen, cursor FROM annotator WHERE id = ?"
+    query, every = "SELECT seen, cursor FROM annotator WHERE id = ?", study.settings.gold_every
     seen, cursor = connection.execute(query, (annotator.id,)).fetchone()
-    if _gold_is_due(study, annotator, seen) and (gold := _next_gold(connection, annotator)) is not None:
+    # One item of every block of ``every`` is a gold item, at a place that annotators cannot guess.
+    block = f"{study.settings.seed}/gold/{annotator.id}/{seen // every}".encode()
+    slot = int.from_bytes(hashlib.blake2b(block, digest_size=4).digest(), "little") % every
+    if seen % every == slot and (gold := _next_gold(connection, annotator)) is not None:
         return gold
     begun = connection.execute(
         "SELECT item, place FROM queue WHERE place > ? AND NOT EXISTS"
@@ -291,20 +270,10 @@ def _choose(connection: sqlite3.Connection, study: Study, annotator: Annotator) 
     return int(fresh["item"]) if fresh else _next_gold(connection, annotator)
 
 
-def _gold_is_due(study: Study, annotator: Annotator, seen: int) -> bool:
-    """One item of every block of ``gold_every`` is a gold item, at a place that annotators cannot guess."""
-    every = study.settings.gold_every
-    block = f"{study.settings.seed}/gold/{annotator.id}/{seen // every}".encode()
-    slot = int.from_bytes(hashlib.blake2b(block, digest_size=4).digest(), "little") % every
-    return seen % every == slot
-
-
 def _next_gold(connection: sqlite3.Connection, annotator: Annotator) -> int | None:
-    found = connection.execute(
-        "SELECT id FROM item WHERE gold IS NOT NULL AND NOT EXISTS"
-        " (SELECT 1 FROM assignment a WHERE a.annotator = ? AND a.item = item.id) ORDER BY id LIMIT 1",
-        (annotator.id,),
-    ).fetchone()
+    query = "SELECT id FROM item WHERE gold IS NOT NULL AND NOT EXISTS"
+    query += " (SELECT 1 FROM assignment a WHERE a.annotator = ? AND a.item = item.id) ORDER BY id LIMIT 1"
+    found = connection.execute(query, (annotator.id,)).fetchone()
     return int(found["id"]) if found else None
 
 

@@ -15,7 +15,7 @@ import secrets
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -73,11 +73,11 @@ class Study:
         Raises :class:`StudyError` for a file that is not a study, is damaged, or was written by a newer version.
         """
         self.path, self.read_only = path, read_only
-        self._all: list[sqlite3.Connection] = []
-        self._idle: list[sqlite3.Connection] = []
         self._turn = threading.Lock()
         check_file(path)
         with errors_of(path):
+            self.connection = connect(path, read_only=read_only)
+            self._all, self._idle = [self.connection], [self.connection]
             if not read_only:
                 migrate(self.connection, str(path))
             self.version = check_version(self.connection, str(path))
@@ -96,24 +96,14 @@ class Study:
             connection.close()
         return cls(path)
 
-    @property
-    def connection(self) -> sqlite3.Connection:
-        """The first connection, for reading from one thread."""
-        if not self._all:
-            self._idle.append(self._connect())
-        return self._all[0]
-
-    def _connect(self) -> sqlite3.Connection:
-        self._all.append(connect(self.path, read_only=self.read_only))
-        return self._all[-1]
-
     @contextmanager
     def _borrowed(self) -> Iterator[sqlite3.Connection]:
         """A connection from the pool: threads come and go, and connections must not accumulate with them."""
         try:
             connection = self._idle.pop()
         except IndexError:
-            connection = self._connect()
+            connection = connect(self.path, read_only=self.read_only)
+            self._all.append(connection)
         try:
             yield connection
         finally:
@@ -144,7 +134,6 @@ class Study:
         return event, items
 
     def close(self) -> None:
-        """Close the connections of all threads."""
         for connection in self._all:
             connection.close()
         self._all.clear()
@@ -176,10 +165,8 @@ def now() -> str:
 
 
 def backup(path: Path, output: Path) -> int:
-    """Copy a study to a single file, also while it is served; returns the size in bytes.
-
-    Raises :class:`StudyError` where ``output`` exists or cannot be written, and for a study that is damaged.
-    """
+    """Copy a study to a single file, also while it is served; returns the size in bytes. Raises :class:`StudyError`
+    where ``output`` exists or cannot be written, and for a study that is damaged."""
     check_file(path)
     if output.exists():
         raise StudyError(f"{output}: exists; name another file")
@@ -193,10 +180,8 @@ def backup(path: Path, output: Path) -> int:
             copy.row_factory = sqlite3.Row
             found = list(problems(copy))
         if found:
-            raise StudyError(
-                f"{path}: is damaged ({found[0]}); list all damage with prefopt collect check {path}; go back to an"
-                " earlier backup"
-            )
+            remedy = f"list all damage with prefopt collect check {path}; go back to an earlier backup"
+            raise StudyError(f"{path}: is damaged ({found[0]}); {remedy}")
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
     return output.stat().st_size
@@ -219,11 +204,10 @@ def check_study_file(path: Path) -> list[str]:
 
 def is_study(path: Path) -> bool:
     """Whether :func:`check_file` accepts a path."""
-    try:
+    with suppress(StudyError):
         check_file(path)
-    except StudyError:
-        return False
-    return True
+        return True
+    return False
 
 
 def check_file(path: Path) -> None:
@@ -269,10 +253,8 @@ def errors_of(path: Path) -> Iterator[None]:
     try:
         yield
     except DamagedRow as error:
-        raise StudyError(
-            f"{path}: is damaged: {error}; list all damage with prefopt collect check {path}; go back to a copy made by"
-            " prefopt collect backup"
-        ) from error
+        remedy = f"list all damage with prefopt collect check {path}; go back to a copy made by prefopt collect backup"
+        raise StudyError(f"{path}: is damaged: {error}; {remedy}") from error
     except sqlite3.Error as error:
         code, message = getattr(error, "sqlite_errorname", "") or "", str(error)
         if code.startswith("SQLITE_FULL") or "full" in message:
@@ -304,9 +286,7 @@ def _new_file(path: Path) -> Iterator[Path]:
         yield aside
         try:
             os.link(aside, path)
-        except FileExistsError:
-            raise
-        except OSError as error:  # a disk without hard links
+        except OSError as error:  # it exists, or the disk has no hard links
             if path.exists():
                 raise FileExistsError(path) from error
             aside.rename(path)

@@ -1,4 +1,4 @@
-"""Votes: what one annotator says about the responses of an item, appended as an event, once.
+"""Votes: one annotator's judgement of the responses of an item, appended as an event, once.
 
 >>> Vote.read({"tiers": [[1], [0]], "strength": 3}, count=2)
 Vote(tiers=((1,), (0,)), strength=3, all_bad=False, skipped=None, rationale='', tags=())
@@ -11,7 +11,7 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from prefopt.studies.database import DamagedRow, check_complete, check_row, deco
 from prefopt.studies.items import change_taken, parse_tiers
 from prefopt.studies.study import Study, now
 
-STRENGTHS = {1: "slightly", 2: "better", 3: "much"}
+STRENGTHS = {1: "slightly better", 2: "better", 3: "much better"}
 LONGEST_RATIONALE = 4000
 MOST_TAGS = 20
 
@@ -37,7 +37,7 @@ class Vote:
 
     ``tiers`` are indices of responses, best first; responses of one tier are tied, those left out are not judged.
     ``strength`` (1 slightly, 2 better, 3 much better) applies to two responses of which one is preferred. ``all_bad``:
-    no response is good; without tiers nothing else is said. ``skipped`` is the reason for skipping the item.
+    no response is good; without tiers nothing else is known. ``skipped`` is the reason for skipping the item.
     """
 
     tiers: Tiers = ()
@@ -86,14 +86,7 @@ class Vote:
 
     def to_json(self) -> dict[str, Any]:
         """The fields that are set."""
-        body = {
-            "tiers": [list(tier) for tier in self.tiers],
-            "strength": self.strength,
-            "all_bad": self.all_bad,
-            "skipped": self.skipped,
-            "rationale": self.rationale,
-            "tags": list(self.tags),
-        }
+        body = asdict(self) | {"tiers": [list(tier) for tier in self.tiers], "tags": list(self.tags)}
         return {name: value for name, value in body.items() if value not in (None, "", False, [])}
 
     def matches(self, gold: Tiers) -> bool:
@@ -135,11 +128,8 @@ def record(
     """
     moment = time.time() if at is None else at
     overlap = study.settings.overlap
-    query = "SELECT a.*, i.count FROM assignment a JOIN item i ON i.id = a.item WHERE a.ticket = ? AND a.annotator = ?"
     with study.writing() as connection:
-        found = connection.execute(query, (ticket, annotator.id)).fetchone()
-        if found is None:
-            raise RefusedVote("this page is out of date, or belongs to another annotator; open the next item")
+        found = _shown(connection, annotator, ticket)
         if found["state"] in ("voted", "skipped"):
             return "already stored"
         vote.check(found["count"])
@@ -165,10 +155,8 @@ def record(
 
 
 def undo(study: Study, annotator: Annotator, ticket: str | None = None) -> bool:
-    """Undo the annotator's last vote or skip, by a new event; False where there is none.
-
-    With a ``ticket``, only that of the last vote or skip: the same request twice undoes one vote.
-    """
+    """Undo the annotator's last vote or skip, by a new event; False where there is none. A ``ticket`` must be that of
+    the last vote or skip: the same request twice undoes one vote."""
     moment = time.time()
     with study.writing() as connection:
         found = _last_answered(connection, annotator)
@@ -203,21 +191,23 @@ def latest_ticket(connection: sqlite3.Connection, annotator: Annotator) -> str |
 
 def shown_order(connection: sqlite3.Connection, annotator: Annotator, ticket: str) -> list[int]:
     """The indices of the responses [K] as the ticket showed them. Raises :class:`RefusedVote`."""
-    query = "SELECT shown FROM assignment WHERE ticket = ? AND annotator = ?"
-    found = connection.execute(query, (ticket, annotator.id)).fetchone()
-    if found is None:
-        raise RefusedVote("this page is out of date, or belongs to another annotator")
     with decoding("the assignment of ticket", ticket):
-        shown: list[int] = json.loads(found["shown"])
+        shown: list[int] = json.loads(_shown(connection, annotator, ticket)["shown"])
         return shown
 
 
-def stored_votes(connection: sqlite3.Connection, item: int | None = None) -> Iterator[StoredVote]:
-    """All votes and skips in force, or those on one item, by item and time.
+def _shown(connection: sqlite3.Connection, annotator: Annotator, ticket: str) -> sqlite3.Row:
+    """The assignment of a ticket, with the item's ``count``. Raises :class:`RefusedVote`."""
+    query = "SELECT a.*, i.count FROM assignment a JOIN item i ON i.id = a.item WHERE a.ticket = ? AND a.annotator = ?"
+    found: sqlite3.Row | None = connection.execute(query, (ticket, annotator.id)).fetchone()
+    if found is None:
+        raise RefusedVote("this page is out of date, or belongs to another annotator; open the next item")
+    return found
 
-    Read from the events alone. Raises :class:`~prefopt.studies.database.DamagedRow` for an event that was changed or is
-    missing.
-    """
+
+def stored_votes(connection: sqlite3.Connection, item: int | None = None) -> Iterator[StoredVote]:
+    """All votes and skips in force, or those on one item, by item and time, from the events alone. Raises
+    :class:`DamagedRow` for an event that was changed or is missing."""
     if item is None:
         check_complete(connection, "event")
     # An index has no digests: only the page of a single item uses one.
@@ -228,11 +218,9 @@ def stored_votes(connection: sqlite3.Connection, item: int | None = None) -> Ite
         check_row("event", event)
         if event["kind"] in ("vote", "skip") and event["id"] not in undone:
             with decoding("event", event["id"]):
-                yield _stored_vote(event, json.loads(event["body"]))
-
-
-def _stored_vote(event: sqlite3.Row, body: Any) -> StoredVote:
-    if event["count"] is None:
-        raise DamagedRow(f"item {event['item']} is gone")
-    vote, order, seconds = Vote.read(body, event["count"]), tuple(body["order"]), float(body["seconds"])
-    return StoredVote(event["annotator"], event["item"], vote, order, event["at"], seconds, body.get("active_seconds"))
+                if event["count"] is None:
+                    raise DamagedRow(f"item {event['item']} is gone")
+                body = json.loads(event["body"])
+                vote, order, seconds = Vote.read(body, event["count"]), tuple(body["order"]), float(body["seconds"])
+                place, at, active = (event["annotator"], event["item"]), event["at"], body.get("active_seconds")
+                yield StoredVote(*place, vote, order, at, seconds, active)

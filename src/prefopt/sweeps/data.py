@@ -1,7 +1,5 @@
-"""Data shared by all trainings of a sweep (prompt split, preferences) and the measurement of every policy.
-
-Files are written below ``data`` of the sweep's output, and reused when the sweep is continued.
-"""
+"""Data shared by all trainings of a sweep (prompt split, preferences) and the measurement of every policy. Files are
+written below ``data`` of the sweep's output, and reused when the sweep is continued."""
 
 from __future__ import annotations
 
@@ -17,9 +15,9 @@ import numpy as np
 
 from prefopt.config.sample import SampleConfig
 from prefopt.config.sweeps import SweepOptions
-from prefopt.config.tools import ScoreConfig
+from prefopt.config.tools import ScoreConfig, is_model_reward
 from prefopt.core.files import output_errors, replace_file
-from prefopt.core.statistics import Interval, mean_interval
+from prefopt.core.statistics import mean_interval
 from prefopt.core.terminal import Reporter
 from prefopt.data.comparisons import open_comparisons, parse_comparisons
 from prefopt.data.files.sources import find_sources
@@ -48,25 +46,28 @@ class SweepData:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """A policy on the held-out prompts: mean true reward, KL to the reference in nats per response with its standard
-    error over prompts (None where not measured), and tokens per response."""
+    """A policy on the held-out prompts: mean true reward with its 95 % interval, KL to the reference in nats per
+    response with its standard error over prompts (None where not measured), and tokens per response."""
 
-    reward: Interval
+    reward: float
+    interval: tuple[float, float]
     kl: float | None
-    kl_error: float | None
+    kl_se: float | None
     length: float
 
 
 def prepare_data(config: SweepOptions, reference: SampledModel, reporter: Reporter) -> SweepData:
-    """Split the prompts, and make or copy the preferences, unless that is done.
-
-    Raises :class:`DataError` for too few prompts, and :class:`RunError` where the folder holds other ones.
-    """
-    folder = Path(config.output) / "data"
-    train, held_out = _split(config, _prompts(config, reference, reporter))
+    """Split the prompts, and make or copy the preferences, unless that is done. Raises :class:`DataError` for too few
+    prompts, and :class:`RunError` where the folder holds other ones."""
+    folder, prompts = Path(config.output) / "data", _prompts(config, reference, reporter)
+    if len(prompts) <= config.held_out:
+        left = f"--held-out {config.held_out} leaves none to train on: give more, or lower it"
+        raise DataError(f"--prompts has {len(prompts)} different prompts, of which {left}")
+    random.Random(config.seed).shuffle(prompts)
+    train, held_out = prompts[config.held_out :], prompts[: config.held_out]
     files = folder / "train.jsonl", folder / "held_out.jsonl"
     for path, rows in zip(files, (train, held_out), strict=True):
-        _write_once(path, _lines(rows), "the prompts")
+        _write_once(path, rows, "the prompts")
     reporter.say(f"prompts: {len(train)} to train on, {len(held_out)} to measure on")
     if config.data is not None:
         preferences, made = _given(config, folder, {row.prompt_key for row in held_out}, reporter), "given"
@@ -117,21 +118,21 @@ class Measure:
         )
         rows = [row for row in parse_comparisons(drawn.rows, name) if isinstance(row, Comparison)]
         scores = self._scores(rows)
-        _write(file, (replace(r, scores=s, tiers=tiers_of(s)) for r, s in zip(rows, scores, strict=True)))
+        scored = _lines(replace(r, scores=s, tiers=tiers_of(s)) for r, s in zip(rows, scores, strict=True))
+        with output_errors(file):
+            replace_file(file, scored)
         lengths: list[Any] = [row.extra["tokens"] for row in rows]
         reward = mean_interval([float(np.mean(s)) for s in scores], seed=config.seed)
         length = float(np.mean([n for many in lengths for n in many]))
-        if best_of is not None:
-            return Measurement(reward, None, None, length)
-        kl = kl_to_reference(rows, self._reference, seed=config.seed)
-        assert kl is not None, "there are at least two held-out prompts"
-        return Measurement(reward, kl.k1.mean, kl.error, length)
+        gap = None if best_of is not None else kl_to_reference(rows, self._reference, seed=config.seed)
+        kl, kl_se = (None, None) if gap is None else (gap.k1.mean, gap.error)
+        return Measurement(reward.mean, (reward.low, reward.high), kl, kl_se, length)
 
 
 def _prompts(config: SweepOptions, reference: SampledModel, reporter: Reporter) -> list[Comparison]:
-    """Every different prompt, cut to a prefix where the config says so."""
+    """The distinct prompts, truncated with ``prefix_min``."""
     renderer = renderer_for(reference.tokenizer)
-    # Prompts that are cut to their beginning may be longer than the model can read.
+    # Prompts that are truncated may be longer than the model's context.
     context, room = None if config.prefix_max else reference.context, config.max_new_tokens
     found = read_prompt_set(config.prompts, renderer, context=context, room=room, lines=config.lines)
     for line in found.notes:
@@ -152,21 +153,10 @@ def _cut(row: Comparison, size: int, tokenizer: Any) -> Comparison:
     return replace(row, prompt=(Message("user", tokenizer.decode(ids)),))
 
 
-def _split(config: SweepOptions, rows: list[Comparison]) -> tuple[list[Comparison], list[Comparison]]:
-    """Training prompts and held-out prompts."""
-    if len(rows) <= config.held_out:
-        raise DataError(
-            f"--prompts has {len(rows)} different prompts, of which --held-out {config.held_out} leaves none to train"
-            " on: give more, or lower it"
-        )
-    random.Random(config.seed).shuffle(rows)
-    return rows[config.held_out :], rows[: config.held_out]
-
-
 def _sampled(config: SweepOptions, folder: Path, train: Sequence[Comparison]) -> tuple[Path, str]:
     """Preferences of the true reward between samples of the model."""
     asked, drawn, scored = (folder / f"{name}.jsonl" for name in ("asked", "samples", "scored"))
-    _write_once(asked, _lines([*train] * config.rounds), "the prompts")
+    _write_once(asked, [*train] * config.rounds, "the prompts")
     if not scored.exists():
         sample.run(
             SampleConfig(
@@ -185,7 +175,7 @@ def _sampled(config: SweepOptions, folder: Path, train: Sequence[Comparison]) ->
     if config.labels == "order":
         return scored, f"{config.samples} samples of a prompt in the order of {config.reward}"
     pairs = folder / "pairs.jsonl"
-    _write_once(pairs, _lines(bradley_terry(_read([str(scored)]), config.seed)), "the preferences")
+    _write_once(pairs, bradley_terry(_read([str(scored)]), config.seed), "the preferences")
     return pairs, f"pairs of samples, drawn by Bradley-Terry on {config.reward}"
 
 
@@ -213,7 +203,7 @@ def _given(config: SweepOptions, folder: Path, held_out: set[bytes], reporter: R
         raise DataError(f"all {len(rows)} rows of --data have prompts that are held out: give other --prompts")
     if len(kept) < len(rows):
         reporter.say(f"data: {len(rows) - len(kept)} of {len(rows)} rows are skipped: their prompts are held out")
-    _write_once(path, _lines(kept), "the data")
+    _write_once(path, kept, "the data")
     return path
 
 
@@ -222,11 +212,10 @@ def _read(names: Sequence[str]) -> list[Comparison]:
     found: list[Comparison] = []
     for source in find_sources(names):
         reading = open_comparisons(source)
-        problems: list[Problem] = []
-        for row in reading:
-            problems.append(row) if isinstance(row, Problem) else found.append(row)
-        if problems:
+        rows = list(reading)
+        if problems := [row for row in rows if isinstance(row, Problem)]:
             raise refuse(problems, reading.count)
+        found += [row for row in rows if not isinstance(row, Problem)]
     return found
 
 
@@ -235,8 +224,7 @@ def _machine(config: SweepOptions) -> dict[str, Any]:
 
 
 def _scoring(config: SweepOptions, file: Path, output: Path) -> ScoreConfig:
-    by_model = ScoreConfig(files=[str(file)], reward=config.reward, output=str(output)).by_model
-    machine = _machine(config) if by_model else {}
+    machine = _machine(config) if is_model_reward(config.reward) else {}
     return ScoreConfig(files=[str(file)], reward=config.reward, output=str(output), **machine)
 
 
@@ -245,13 +233,9 @@ def _lines(rows: Iterable[Comparison]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written).encode("utf-8", "surrogatepass")
 
 
-def _write(path: Path, rows: Iterable[Comparison]) -> None:
-    with output_errors(path):
-        replace_file(path, _lines(rows))
-
-
-def _write_once(path: Path, data: bytes, what: str) -> None:
+def _write_once(path: Path, rows: Iterable[Comparison], what: str) -> None:
     """Write a file, or raise :class:`RunError` where it exists with other content."""
+    data = _lines(rows)
     if not path.exists():
         with output_errors(path):
             replace_file(path, data)

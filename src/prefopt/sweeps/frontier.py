@@ -1,14 +1,14 @@
 """``prefopt frontier``: every method at every setting, each trained into its own folder and measured alike.
 
 The results of a training are kept in ``points.json`` of its folder: a stopped sweep continues where it was, and new
-methods, settings or seeds are added. Any other change of options is refused, since points would not be comparable.
+methods, settings or seeds are added. Any other change of options is refused: points would not be comparable.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,27 +38,23 @@ POINTS = "points.json"
 SAMPLES = "samples"
 """``samples.jsonl`` is drawn from the final policy, ``samples-84.jsonl`` from that of step 84."""
 MAY_GROW = {"methods", "seeds", "plateau_share", "progress", "output", "threads"}
-"""Options that may change when a sweep is continued: they add points, or change only what is said of them."""
+"""Options that may change when a sweep is continued: they add points, or change only how points are reported."""
 
 
 def run(config: FrontierConfig) -> Frontier:
-    """Make all points that are not done yet; ``frontier.json`` is written after each training.
-
-    Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop; the same command
-    continues. A diverged training is an excluded point.
-    """
+    """Make all points that are not done yet; ``frontier.json`` is written after each training. Raises
+    :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop; the same command continues.
+    A diverged training is an excluded point."""
     with started_again():
         return _FrontierSweep(config).run()
 
 
+@dataclass
 class _SaveAt(Callback):
-    """Writes checkpoints at some steps."""
-
-    def __init__(self, steps: Sequence[int]) -> None:
-        self._steps = steps
+    steps: Sequence[int]
 
     def on_step(self, run: RunInfo, step: int, metrics: Metrics) -> None:
-        if step in self._steps:
+        if step in self.steps:
             run.save()
 
 
@@ -80,17 +76,29 @@ class _FrontierSweep:
         self._once(self.folder / "reference", self._start)
         for n, one in enumerate(trainings, 1):
             folder = self.folder / one.folder
-            done = ", done already" if (folder / POINTS).exists() else ""
+            done = f", done already{self._other_steps(one, folder)}" if (folder / POINTS).exists() else ""
             self.reporter.say(f"{n} of {len(trainings)}: {one.method} {one.setting}, seed {one.seed}{done}")
             self._once(folder, partial(self._points, one, folder))
             self._write(trainings, finished=False)
         self.reference.release()
         return self._write(trainings, finished=True)
 
+    def _other_steps(self, one: Training, folder: Path) -> str:
+        """A note where another version, which divided the steps otherwise, trained for another number of them."""
+        done = max(point.step for point in _read(folder))
+        steps = self.config.marks(self._config_of(one))[-1] if one.kind is not None else done
+        if done in (0, steps):  # a training that diverged has no step
+            return ""
+        return f" (by another version: {done} steps, not {steps}; remove {folder} to redo it)"
+
+    def _config_of(self, one: Training) -> MethodConfig:
+        data, prompts = [str(self.data.preferences)], str(self.data.train)
+        return self.config.config_of(one, data=data, prompts=prompts, each=self.data.each)
+
     def _once(self, folder: Path, make: Callable[[], list[Point]]) -> None:
         if not (folder / POINTS).exists():
             place = str(folder.relative_to(self.folder))
-            write_json(folder / POINTS, [asdict(replace(p, folder=place)) for p in make()])
+            write_json(folder / POINTS, [asdict(p) | {"folder": place} for p in make()])
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only now: until here they were still to be measured
 
     def _write(self, trainings: list[Training], *, finished: bool) -> Frontier:
@@ -102,9 +110,8 @@ class _FrontierSweep:
             before = [config.reward_folder(one.seed)] if one.method == "ppo-learned" else []
             for point in _read(folder):
                 if one.kind is not None:
-                    point = update_point(
-                        point, folder, start=start[0].reward, share=config.plateau_share, before=before
-                    )
+                    given = {"start": start[0].reward, "share": config.plateau_share}
+                    point = update_point(point, folder, **given, before=before)
                 found.append(point)
         sizes = (config.held_out, config.num, config.max_new_tokens)
         sweep = Frontier(config.model, config.reward, *sizes, finished, self.data.made, (*start, *found))
@@ -116,14 +123,14 @@ class _FrontierSweep:
     def _start(self) -> list[Point]:
         """The model that every method starts from: no divergence."""
         found = self.measure(self.config.model, self.folder / "reference" / f"{SAMPLES}.jsonl")
-        return [_measured(Point("reference", "", self.config.seed, 0, kl_se=0.0), found)]
+        return [Point("reference", "", self.config.seed, 0, **asdict(found))]
 
     def _points(self, one: Training, folder: Path) -> list[Point]:
         point = Point(one.method, one.setting, one.seed, 0)
         if one.kind is None:
             assert isinstance(one.value, int)
             found = self.measure(self.config.model, folder / f"{SAMPLES}.jsonl", best_of=one.value)
-            return [replace(_measured(point, found), kl=best_of_n_kl(one.value), kl_is="bound")]
+            return [replace(point, **asdict(found) | {"kl": best_of_n_kl(one.value), "kl_is": "bound"})]
         try:
             return self._trained(one, folder, point)
         except Diverged as error:
@@ -131,19 +138,19 @@ class _FrontierSweep:
             return [replace(point, counted=False, why_not=error.reason)]
 
     def _trained(self, one: Training, folder: Path, point: Point) -> list[Point]:
-        names, each = {"data": [str(self.data.preferences)]}, self.data.each
         if one.method == "ppo-learned":
-            train_once(self.config.reward_config(one.seed, **names, each=each))
-        config = self.config.config_of(one, **names, prompts=str(self.data.train), each=each)
+            data = [str(self.data.preferences)]
+            train_once(self.config.reward_config(one.seed, data=data, each=self.data.each))
+        config = self._config_of(one)
         marks = self.config.marks(config)
         train_once(config, [_SaveAt(marks)])
         # (An interrupted run has left other checkpoints too.)
         if not isinstance(config, PpoConfig):
-            return [_measured(replace(point, step=step), self._at(config, step)) for step in marks]
+            return [replace(point, step=step, **asdict(self._at(config, step))) for step in marks]
         for step in marks[:-1]:  # their samples say whether the end is on a plateau
             self._at(config, step)
         found = self.measure(file=folder / f"{SAMPLES}.jsonl", **model_of(config))
-        return [replace(_measured(point, found), step=marks[-1])]
+        return [replace(point, step=marks[-1], **asdict(found))]
 
     def _at(self, config: MethodConfig, step: int) -> Measurement:
         """The policy at a step of its training."""
@@ -163,24 +170,17 @@ class _FrontierSweep:
             policy.release()
 
 
-def _measured(point: Point, found: Measurement) -> Point:
-    reward = found.reward
-    bounds, kl_se = (reward.low, reward.high), found.kl_error
-    return replace(point, reward=reward.mean, interval=bounds, kl=found.kl, kl_se=kl_se, length=found.length)
-
-
 def _read(folder: Path) -> list[Point]:
     """The points of a training, none where they are not made yet. Raises :class:`RunError` for a damaged file."""
+
+    def parse(found: list[dict[str, Any]]) -> list[Point]:
+        if not found:
+            raise ValueError("it holds no point")
+        # Plateaus are recomputed; first versions kept another object here.
+        return [Point.from_dict({**p, "plateau": None}) for p in found]
+
     file = folder / POINTS
-    return read_json(file, _parse_points, f"remove {folder} to redo it") if file.exists() else []
-
-
-def _parse_points(found: list[dict[str, Any]]) -> list[Point]:
-    # Plateaus are tested anew; first versions kept another object here.
-    points = [Point.from_dict({**p, "plateau": None}) for p in found]
-    if not points:
-        raise ValueError("it holds no point")
-    return points
+    return read_json(file, parse, f"remove {folder} to redo it") if file.exists() else []
 
 
 # -- what follows from a run folder, recomputed each time -------------------------------------------------------

@@ -1,7 +1,5 @@
-"""``prefopt methods``: SFT and DPO against SFT, reward model and PPO, over seeds and learning rates.
-
-The result of each policy is kept in ``outcome.json`` of its folder, so a stopped sweep continues where it was.
-"""
+"""``prefopt methods``: SFT and DPO against SFT, reward model and PPO, over seeds and learning rates. The result of each
+policy is kept in ``outcome.json`` of its folder, so that a stopped sweep continues where it was."""
 
 from __future__ import annotations
 
@@ -23,6 +21,7 @@ from prefopt.methods.rlhf import started_again, status_of
 from prefopt.model.costs import combine_costs
 from prefopt.runs.history import read_record
 from prefopt.sweeps.data import Measure, prepare_data
+from prefopt.sweeps.points import parse_result
 from prefopt.sweeps.train import model_of, take_folder, train_alone, train_once
 
 MAY_GROW = {"seeds", "rate_factors", "progress", "output", "threads"}
@@ -37,9 +36,8 @@ class Outcome:
     """One policy: the stages of ``method``, trained with ``seed`` at ``factor`` times the learning rate.
 
     ``costs`` are those of all its stages (:class:`prefopt.model.costs.Costs`, ``seconds``, ``peak_memory_bytes``).
-    ``reward`` has its ``interval`` (95 %, prompts resampled), ``kl`` is to the fine-tuned start in nats per response,
-    ``length`` in tokens, ``perplexity`` that of the reference text; a diverged training has none of them. ``isolated``:
-    each stage ran in its own process, so the peak memory is that of the training.
+    Results are as in :class:`Measurement`, with ``kl`` to the fine-tuned start, and ``perplexity`` of the reference
+    text; a diverged training has none. ``isolated``: each stage ran in its own process, which had this peak memory.
     """
 
     method: str
@@ -96,22 +94,14 @@ def _table(found: dict[str, Any]) -> MethodsTable:
         raise ValueError(f"it is of version {version}, and this prefopt reads version {VERSION}")
     starts = tuple(typed(Start, s) for s in found.pop("starts"))
     isolated = found.pop("isolated", False)  # of all policies, in files of first versions
-    outcomes = tuple(_read_outcome({"isolated": isolated, **o}) for o in found.pop("outcomes"))
+    outcomes = tuple(parse_result(Outcome, {"isolated": isolated, **o}) for o in found.pop("outcomes"))
     return typed(MethodsTable, {**found, "starts": starts, "outcomes": outcomes})
 
 
-def _read_outcome(values: dict[str, Any]) -> Outcome:
-    values = {"method" if name == "road" else name: value for name, value in values.items()}  # of first versions
-    interval = values.get("interval")
-    return typed(Outcome, {**values, "interval": None if interval is None else tuple(interval)})
-
-
 def run(config: MethodsConfig) -> MethodsTable:
-    """Train and measure all policies that are not done yet; ``methods.json`` is written after each.
-
-    Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop; the same command
-    continues. A diverged training is recorded as such.
-    """
+    """Train and measure all policies that are not done yet; ``methods.json`` is written after each. Raises
+    :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop; the same command continues.
+    A diverged training is recorded as such."""
     with started_again():
         return _MethodsSweep(config).run()
 
@@ -147,7 +137,8 @@ class _MethodsSweep:
                 file = config.folder(method, seed, factor) / "outcome.json"
                 if not file.exists():
                     write_json(file, asdict(self._outcome(method, seed, factor, measure)))
-                self.outcomes.append(read_json(file, _read_outcome, "remove it to measure again"))
+                outcome = read_json(file, lambda found: parse_result(Outcome, found), "remove it to measure again")
+                self.outcomes.append(outcome)
                 self._write(finished=False)
         reference.release()
 
@@ -164,14 +155,12 @@ class _MethodsSweep:
             return replace(found, diverged=error.reason)
         policy = model_of(configs[-1])
         measured = measure(file=folder / "samples.jsonl", **policy)
+        remedy = f"remove {folder} to train again"
+        costs = [read_record(Path(stage.output), remedy).get("costs", {}) for stage in configs]
         return replace(
             found,
-            costs=combine_costs([_costs(Path(c.output)) for c in configs]),
-            reward=measured.reward.mean,
-            interval=(measured.reward.low, measured.reward.high),
-            kl=measured.kl,
-            kl_se=measured.kl_error,
-            length=measured.length,
+            costs=combine_costs(costs),
+            **asdict(measured),
             perplexity=self._perplexity(policy["name"], policy["adapter"]),
         )
 
@@ -195,7 +184,7 @@ class _MethodsSweep:
         file = folder / "start.json"
         if not file.exists():
             found = Measure(self.config, self.data, reference)(model, folder / "samples.jsonl")
-            write_json(file, asdict(Start(name, found.reward.mean, self._perplexity(model, None))))
+            write_json(file, asdict(Start(name, found.reward, self._perplexity(model, None))))
         return read_json(file, lambda found: typed(Start, found), "remove it to measure again")
 
     def _perplexity(self, name: str, adapter: str | None) -> float | None:
@@ -220,11 +209,6 @@ class _MethodsSweep:
         with output_errors(path):
             replace_file(path, ("\n".join(markdown(found)) + "\n").encode())
         return found
-
-
-def _costs(folder: Path) -> dict[str, float]:
-    found: dict[str, float] = read_record(folder, f"remove {folder} to train again").get("costs", {})
-    return found
 
 
 # -- the table -------------------------------------------------------------------------------------------------
@@ -259,6 +243,8 @@ def _column(table: MethodsTable, outcomes: Sequence[Outcome]) -> dict[str, str]:
     def most(name: str) -> float:
         return max((o.costs.get(name, 0.0) for o in good), default=float("nan"))
 
+    apart = all(o.isolated for o in good)
+    peak = size(most("peak_memory_bytes")) if apart else "not measured: all trainings in one process"
     cells = {
         "stages": str(len(STAGES[outcomes[0].method])),
         "models in memory at once": f"{most('models'):.0f}, {size(most('model_bytes'))} of weights",
@@ -268,11 +254,9 @@ def _column(table: MethodsTable, outcomes: Sequence[Outcome]) -> dict[str, str]:
         "tokens decoded": f"{mean('decoded_tokens'):,.0f}",
         "tokens generated": f"{mean('generated_tokens'):,.0f}",
         "wall time": duration(mean("seconds")) if good else "",
-        "peak memory": size(most("peak_memory_bytes")) if good else "",
+        "peak memory": peak if good else "",
         "policies": f"{len(outcomes)}, {len(outcomes) - len(good)} diverged",
     }
-    if good and not all(o.isolated for o in good):
-        cells["peak memory"] = "not measured: all trainings in one process"
     if not good:
         return cells | dict.fromkeys(("reward", "spread of rewards", "KL", "perplexity"), "")
     return cells | {

@@ -1,4 +1,4 @@
-"""Expected reward against divergence: points that were measured, which of them dominate which, and their file.
+"""Expected reward against divergence: measured points, dominance between them, and their file.
 
 >>> a = Point("dpo", "beta=0.1", 0, 50, reward=0.6, interval=(0.5, 0.7), kl=4.0, kl_se=0.5)
 >>> b = Point("ppo", "kl_target=6", 0, 80, reward=0.4, interval=(0.3, 0.5), kl=6.0, kl_se=0.5)
@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from prefopt.core.statistics import mean_interval
 
 VERSION = 1
 FILE = "frontier.json"
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,21 +92,15 @@ class Point:
     plateau: Plateau | None = None
 
     @property
-    def stands(self) -> bool:
-        """Whether it is compared with others: it is included and has numbers."""
+    def included(self) -> bool:
+        """Whether it counts and has numbers: then it is compared with others."""
         return self.counted and self.reward is not None and self.kl is not None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Point:
         """What ``asdict`` wrote. Raises ``TypeError`` and ``ValueError`` for other names, types or ranges."""
-        given = {
-            "method" if name == "road" else name: value for name, value in values.items()
-        }  # as first versions wrote
-        if given.get("interval") is not None:
-            given["interval"] = tuple(given["interval"])
-        if given.get("plateau") is not None:
-            given["plateau"] = typed(Plateau, given["plateau"])
-        point = typed(cls, given)
+        plateau = values.get("plateau")
+        point = parse_result(cls, {**values, "plateau": None if plateau is None else typed(Plateau, plateau)})
         if point.kl_se is not None and point.kl_se < 0:
             raise ValueError(f"kl_se is {point.kl_se!r:.80}")
         return point
@@ -114,9 +109,7 @@ class Point:
 @dataclass(frozen=True, slots=True)
 class Frontier:
     """All points of a sweep: ``samples`` responses of at most ``max_new_tokens`` to each of ``prompts`` prompts.
-
-    ``finished``: no point is missing. ``made`` describes the preferences.
-    """
+    ``made`` describes the preferences."""
 
     reference: str
     reward: str
@@ -147,13 +140,20 @@ def _sweep(found: dict[str, Any]) -> Frontier:
     return typed(Frontier, {**found, "points": points})
 
 
+def parse_result(kind: type[Result], values: Mapping[str, Any]) -> Result:
+    """The dataclass of one policy, also as first versions wrote it (``road``). Raises as :func:`typed`."""
+    given = {"method" if name == "road" else name: value for name, value in values.items()}
+    interval = given.get("interval")
+    return typed(kind, {**given, "interval": None if interval is None else tuple(interval)})
+
+
 def dominates(one: Point, other: Point, *, clearly: bool = False) -> bool:
     """Whether ``one`` has at least the reward of ``other`` at no more KL, and differs in one of them.
 
     ``clearly``: beyond the errors, with disjoint intervals of reward, and KL apart by two standard errors of each.
     False where a point is excluded or has no numbers.
     """
-    if not (one.stands and other.stands):
+    if not (one.included and other.included):
         return False
     assert one.reward is not None and one.kl is not None and other.reward is not None and other.kl is not None
     if clearly:
@@ -166,8 +166,8 @@ def dominates(one: Point, other: Point, *, clearly: bool = False) -> bool:
 
 def frontier(points: Sequence[Point]) -> list[Point]:
     """The points that no other dominates, by increasing KL."""
-    standing = [p for p in points if p.stands]
-    best = [p for p in standing if not any(dominates(q, p) for q in standing)]
+    included = [p for p in points if p.included]
+    best = [p for p in included if not any(dominates(q, p) for q in included)]
     return sorted(best, key=lambda p: (p.kl or 0.0, -(p.reward or 0.0)))
 
 
@@ -177,13 +177,9 @@ def dominated(points: Sequence[Point], by: str, of: str, *, clearly: bool = Fals
     Only last points of trainings of the same seed are compared: else a method with more checkpoints or seeds would
     have more chances. Untrained points (step 0) have no seed of their own.
     """
-    last: dict[tuple[str, str, int], Point] = {}
-    for p in points:
-        key = p.method, p.setting, p.seed
-        if key not in last or p.step > last[key].step:
-            last[key] = p
-    ours = [p for p in last.values() if p.method == by and p.stands]
-    theirs = [p for p in last.values() if p.method == of and p.stands]
+    last = {(p.method, p.setting, p.seed): p for p in sorted(points, key=lambda p: p.step)}
+    ours = [p for p in last.values() if p.method == by and p.included]
+    theirs = [p for p in last.values() if p.method == of and p.included]
     meets = [[p for p in ours if p.seed == q.seed or 0 in (p.step, q.step)] for q in theirs]
     beaten = [any(dominates(p, q, clearly=clearly) for p in met) for q, met in zip(theirs, meets, strict=True)]
     return sum(beaten), len(theirs)

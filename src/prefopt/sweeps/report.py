@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +28,24 @@ CAVEATS = (
 
 @dataclass(frozen=True, slots=True)
 class FrontierRow:
-    """One point as text; ``best``: no other point dominates it."""
+    """One point as text; ``best`` is * where no other point dominates it."""
 
     method: str
     setting: str
+    best: str
     reward: str
     kl: str
     tokens: str
     training: str
     included: str
-    best: bool
 
 
 def rows_of(sweep: Frontier) -> list[FrontierRow]:
-    """The table of points."""
     best = frontier(sweep.points)
-    return [_row(p, p in best) for p in sweep.points]
+    return [_row(p, "*" if p in best else "") for p in sweep.points]
 
 
-def _row(p: Point, best: bool) -> FrontierRow:
+def _row(p: Point, best: str) -> FrontierRow:
     reward = "-" if p.reward is None else f"{p.reward:.3f}"
     if p.reward is not None and p.interval is not None:
         reward += f" ({p.interval[0]:.3f} to {p.interval[1]:.3f})"
@@ -56,13 +55,13 @@ def _row(p: Point, best: bool) -> FrontierRow:
     setting = f"{p.setting}, seed {p.seed}, step {p.step}"
     tokens = "-" if p.length is None else f"{p.length:.1f}"
     training = "unknown" if p.seconds is None else duration(p.seconds) if p.seconds else "-"
-    included = "yes" if p.stands else f"no: {p.why_not or 'it has no numbers'}"
-    return FrontierRow(p.method, setting, reward, kl, tokens, training, included, best)
+    included = "yes" if p.included else f"no: {p.why_not or 'it has no numbers'}"
+    return FrontierRow(p.method, setting, best, reward, kl, tokens, training, included)
 
 
 def sentences(sweep: Frontier) -> Iterator[str]:
     """Which method dominates which, by the numbers and beyond their errors."""
-    methods = list(dict.fromkeys(p.method for p in sweep.points if p.stands))
+    methods = list(dict.fromkeys(p.method for p in sweep.points if p.included))
     if len(methods) < 2:
         yield "Fewer than two methods have an included point, so nothing is compared"
     for one in methods:
@@ -74,7 +73,7 @@ def sentences(sweep: Frontier) -> Iterator[str]:
                     f"{one} has more reward at no more KL than {count} of the {of} included trainings of {other}, each"
                     f" at its last step and within a seed; beyond the errors, than {sure}"
                 )
-    if out := sum(not p.stands for p in sweep.points):
+    if out := sum(not p.included for p in sweep.points):
         yield f"{out} of {len(sweep.points)} points are excluded; the table says why"
 
 
@@ -85,11 +84,7 @@ def lines(sweep: Frontier) -> Iterator[str]:
     if not sweep.finished:
         yield "the sweep is not finished: more points are to come"
     yield ""
-    cells = [
-        (r.method, r.setting, "*" if r.best else "", r.reward, r.kl, r.tokens, r.training, r.included)
-        for r in rows_of(sweep)
-    ]
-    yield from columns([HEAD, *cells])
+    yield from columns([HEAD, *map(astuple, rows_of(sweep))])
     yield ""
     yield from sentences(sweep)
 
@@ -106,10 +101,8 @@ def plot_frontier(sweep: Frontier, *paths: Path) -> None:
 
 
 def figure_of_frontier(sweep: Frontier, *, titled: bool = True) -> Any:
-    """Reward over KL with intervals. Excluded points are hollow; points without numbers are left out.
-
-    Raises :class:`prefopt.errors.ConfigError` where matplotlib is not installed.
-    """
+    """Reward over KL with intervals. Excluded points are hollow; points without numbers are left out. Raises
+    :class:`prefopt.errors.ConfigError` where matplotlib is not installed."""
     require_matplotlib()
     from matplotlib.figure import Figure
 
@@ -182,14 +175,8 @@ def frontier_section(folder: str | Path, *, number: int = 0) -> page.Section:
         found = figure_of_frontier(replace(sweep, reward=page.plain(sweep.reward), points=tuple(drawn)), titled=False)
         label = "Expected reward against KL to the reference; the table has the numbers"
         figure = page.inline(found, name=f"frontier{number}", label=label)
-    said = list(sentences(sweep))
-    rendered = page.template("prefopt.sweeps", "frontier.html.j2").render(
-        sweep={
-            "name": name,
-            "about": [(title, value) for title, value in about if value],
-            "sentences": said,
-            "rows": rows_of(sweep),
-            "figure": figure,
-        }
-    )
-    return page.Section(name, Markup(rendered), said, CAVEATS)
+    texts = list(sentences(sweep))
+    values: dict[str, Any] = {"name": name, "about": [(title, value) for title, value in about if value]}
+    values |= {"sentences": texts, "rows": rows_of(sweep), "figure": figure}
+    rendered = page.template("prefopt.sweeps", "frontier.html.j2").render(sweep=values)
+    return page.Section(name, Markup(rendered), texts, CAVEATS)

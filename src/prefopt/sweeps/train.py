@@ -22,10 +22,8 @@ from prefopt.rewards import load_reward
 
 
 def take_folder(config: SweepOptions, may_grow: Collection[str]) -> None:
-    """Start a sweep in its output folder, or continue one with the same options, model and reward.
-
-    Options of ``may_grow`` may differ. Raises :class:`RunError` for another sweep, or other content.
-    """
+    """Start a sweep in its output folder, or continue one with the same options (apart from ``may_grow``), model and
+    reward. Raises :class:`RunError` for another sweep, or other content."""
     folder = Path(config.output)
     file = folder / "sweep.json"
     options = {name: value for name, value in config.to_dict().items() if name not in may_grow}
@@ -42,9 +40,8 @@ def take_folder(config: SweepOptions, may_grow: Collection[str]) -> None:
         return
     before = read_json(file, lambda found: {name: found[name] for name in now}, "name another --output")
     old: dict[str, Any] = dict(before["options"])
-    changed = [
-        f"{flag(n)} was {old[n]!r} and is {options[n]!r}" for n in options if old.get(n, options[n]) != options[n]
-    ]
+    other = [n for n in options if old.get(n, options[n]) != options[n]]
+    changed = [f"{flag(n)} was {old[n]!r} and is {options[n]!r}" for n in other]
     if before["command"] != now["command"]:
         what = "another kind of sweep"
     elif changed:
@@ -85,17 +82,14 @@ def train_alone(config: MethodConfig, file: Path) -> None:
 
     Raises what it would: :class:`Diverged`, :class:`Interrupted`, and any other :class:`UserError` as ``RunError``.
     """
-    outcome = _outcome(file)
-    outcome.unlink(missing_ok=True)
     write_json(file, {"method": method_of(config), "options": config.to_dict()})
     with StopRequest() as stop:
         # In a session of its own: Ctrl-C would reach it twice, once from the terminal and once from here.
         process = subprocess.Popen([sys.executable, "-m", "prefopt.sweeps.train", str(file)], start_new_session=True)
         sent = False
-        while True:
+        while (status := process.poll()) is None:
             try:
-                status = process.wait(timeout=0.2)
-                break
+                process.wait(timeout=0.2)
             except subprocess.TimeoutExpired:
                 if stop.signal is not None and not sent:
                     process.send_signal(stop.signal)
@@ -103,7 +97,7 @@ def train_alone(config: MethodConfig, file: Path) -> None:
             except BaseException:
                 process.kill()
                 raise
-        kind, message = _read(outcome) or ("", "")
+        kind, message = read_json(file, lambda found: (found.get("kind"), str(found.get("what"))), "remove it")
         if kind == "done":
             stop.check(" once this training was finished")  # the signal came too late for it
     if kind == "diverged":
@@ -112,12 +106,12 @@ def train_alone(config: MethodConfig, file: Path) -> None:
         raise Interrupted(message, stop.signal or 2)
     if kind == "refused":
         raise RunError(message)
-    if not kind:
+    if kind is None:
         raise RunError(f"{config.output}: its process ended with status {status}; it may have run out of memory")
 
 
-def main(file: Path) -> int:
-    """The process of :func:`train_alone`."""
+def main(file: Path) -> None:
+    """The process of :func:`train_alone`: replaces the options in ``file`` by the outcome."""
     given = json.loads(file.read_text())
     kind, message = "done", ""
     try:
@@ -128,20 +122,8 @@ def main(file: Path) -> int:
         kind, message = "interrupted", str(error)
     except UserError as error:
         kind, message = "refused", str(error)
-    write_json(_outcome(file), {"kind": kind, "what": message})
-    return 0
-
-
-def _outcome(file: Path) -> Path:
-    return file.with_suffix(".outcome.json")
-
-
-def _read(path: Path) -> tuple[str, str] | None:
-    try:
-        return read_json(path, lambda found: (str(found["kind"]), str(found["what"])), "")
-    except RunError:
-        return None
+    write_json(file, {"kind": kind, "what": message})
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    main(Path(sys.argv[1]))
