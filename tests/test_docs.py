@@ -173,6 +173,13 @@ def link_problems(path: Path, root: Path) -> Iterator[str]:
             yield f"{path.name}: {target}: that page has no such heading"
 
 
+def file_problems(path: Path) -> Iterator[str]:
+    """Python files named with their folder are in the repository or in the package."""
+    for name in re.findall(r"`((?:[\w-]+/)+\w+\.py)`", path.read_text("utf-8")):
+        if not any((folder / name).exists() for folder in (ROOT, ROOT / "src/prefopt")):
+            yield f"{path.name}: there is no {name}"
+
+
 def anchors(path: Path) -> set[str]:
     headings = re.findall(r"^#+\s+(.*?)\s*#*$", path.read_text("utf-8"), flags=re.M)
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
@@ -206,6 +213,7 @@ def problems(root: Path) -> Iterator[str]:
             yield f"there is no {page.name}"
             continue
         yield from link_problems(page, root)
+        yield from file_problems(page)
         for block in blocks(page):
             if block.language in checks:
                 yield from checks[block.language](block)
@@ -262,6 +270,7 @@ PLANTED = {
     "link": "see [this](docs/none.md)",
     "link by reference": "see [this]\n\n[this]: docs/none.md",
     "anchor": "see [this](#none)",
+    "file": "see `train/none.py`",
 }
 
 
