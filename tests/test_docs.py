@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 import yaml
 
 import prefopt
@@ -274,10 +273,10 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("text", PLANTED.values(), ids=PLANTED.keys())
-def test_a_planted_mistake_is_found(text: str, tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text(f"# Title\n\n{text}\n", "utf-8")
-    assert len(list(problems(tmp_path))) == 1
+def test_a_planted_mistake_is_found(tmp_path: Path) -> None:
+    for mistake, text in PLANTED.items():
+        (tmp_path / "README.md").write_text(f"# Title\n\n{text}\n", "utf-8")
+        assert len(list(problems(tmp_path))) == 1, mistake
 
 
 def test_what_is_right_passes(tmp_path: Path) -> None:
