@@ -77,7 +77,7 @@ def test_turns_that_do_not_fit_are_left_out_and_a_message_that_never_fits_is_ref
     fitted = one.fit(long)
     assert fitted.dropped in (2, 4) and fitted.messages == long[fitted.dropped :]
     list(one.answer(fitted, 0))
-    with pytest.raises(RunError, match=r"message .*\d+ tokens.*context is 96"):
+    with pytest.raises(RunError, match=r"this message alone has \d+ tokens, and the model's context is 96"):
         one.fit(asked("x" * 90))
     assert list(one.complete("y" * 300, 0))  # the end of a text that is too long
 
