@@ -1,5 +1,6 @@
 # make demo       set everything up and run the demonstration
-# make test       set everything up, check style and types, run the quick tests
+# make quick      set everything up, run the strongest tests: under a minute
+# make test       set everything up, check style and types, run all tests but the slow ones
 # make test-slow  run the tests that take longer
 # make lint       style and types only
 #
@@ -15,10 +16,13 @@ TORCH := $(shell grep "^torch==" constraints.txt)
 # One thread per test process: tensors in tests are small, and two processes use two cores better than threads do.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-slow lint setup clean
+.PHONY: demo quick test test-slow lint setup clean
 
 demo: setup
 	$(BIN)/python -m prefopt demo
+
+quick: setup
+	$(PYTEST) -m "not slow and not gpu" @tests/quick.txt
 
 test: lint
 	$(PYTEST) -m "not slow and not gpu"

@@ -2,7 +2,7 @@
 
     python examples/closed_form.py
 
-Equations are those of Rafailov et al. 2023 (arXiv 2305.18290); docs/derivation.md tells the same in words.
+Equations are those of Rafailov et al. 2023 (arXiv 2305.18290); docs/derivation.md explains them.
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "guide" / "troubleshooting.md"
 HEADINGS = re.findall(r"^### `(.+)`$", PAGE.read_text("utf-8"), re.M)
@@ -20,13 +18,9 @@ def messages() -> str:
     return " ".join(re.sub(r"\{[^{}]*\}", " ", joined).split())
 
 
-@pytest.mark.parametrize("heading", HEADINGS)
-def test_what_it_explains_is_what_is_printed(heading: str) -> None:
-    said = messages()
-    for part in filter(None, (part.strip() for part in heading.split("..."))):
-        words = " ".join(re.sub(r"\bnan\b", " ", part).split())
-        assert words in said, f"nothing prints {words!r}"
-
-
-def test_the_page_explains_something() -> None:
+def test_what_it_explains_is_what_is_printed() -> None:
+    printed = messages()
     assert len(HEADINGS) > 20
+    parts = [part.strip() for heading in HEADINGS for part in heading.split("...")]
+    lines = [" ".join(re.sub(r"\bnan\b", " ", part).split()) for part in parts]
+    assert not [line for line in lines if line not in printed], "nothing prints these"

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from losses.inputs import of_tokens, total
+from losses.variants import for_each
 from prefopt.losses.parse import parse_losses
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parents[1] / "golden/losses.json").read_text("utf-8"))
@@ -18,11 +19,17 @@ RTOL = {"float64": 1e-11, "float32": 3e-5}
 SIDES = ("chosen", "rejected")
 
 
-def name(case: dict[str, Any]) -> str:
-    return " ".join([case["loss"], *case["options"], *filter(None, [case["weighting"]])])
+class Case(dict[str, Any]):
+    """A golden case; as text it is its loss and options."""
+
+    def __repr__(self) -> str:
+        return " ".join([self["loss"], *self["options"], *filter(None, [self["weighting"]])])
 
 
-@pytest.mark.parametrize("case", [c for c in GOLDEN["cases"] if c["trl"]["trainer"] != "KTOTrainer"], ids=name)
+CASES = [Case(case) for case in GOLDEN["cases"]]
+
+
+@for_each([(case,) for case in CASES if case["trl"]["trainer"] != "KTOTrainer"])
 def test_losses_on_pairs_are_those_of_trl(case: dict[str, Any]) -> None:
     count, rtol = case["pairs"], RTOL[case["dtype"]]
 
@@ -42,7 +49,7 @@ def test_losses_on_pairs_are_those_of_trl(case: dict[str, Any]) -> None:
     torch.testing.assert_close(torch.cat(gradients), torch.cat(golden), rtol=rtol, atol=rtol * 1e-3 * largest)
 
 
-@pytest.mark.parametrize("case", [c for c in GOLDEN["cases"] if c["trl"]["trainer"] == "KTOTrainer"], ids=name)
+@for_each([(case,) for case in CASES if case["trl"]["trainer"] == "KTOTrainer"])
 def test_losses_on_labels_are_those_of_trl(case: dict[str, Any]) -> None:
     given = {k: torch.tensor(v, dtype=torch.float64) for k, v in GOLDEN["labels"].items() if k != "label"}
     leaf = given["logp"].requires_grad_()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from losses.inputs import drawn, leaves, mean
-from losses.variants import label
+from losses.variants import for_each
 from prefopt.losses.common import DIVERGENCES, implied
 from prefopt.losses.declare import LOSSES, Value
 from prefopt.losses.pairs import dpo, exo, ld_dpo, r_dpo, robust, rpo, sigmoid_norm, tdpo
@@ -52,8 +52,7 @@ def at_zero(count: int = 6) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize(("name", "value"), AT_ZERO.items())
+@for_each([(*case, divergence) for case in AT_ZERO.items() for divergence in DIVERGENCES])
 def test_values_at_zero_log_ratio(name: str, value: float, divergence: str) -> None:
     loss = LOSSES[name]
     options: dict[str, Value] = {"divergence": divergence} if loss.on_difference else {}
@@ -128,7 +127,7 @@ BY_HAND: list[tuple[str, dict[str, Value], float]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "value"), BY_HAND, ids=label)
+@for_each(BY_HAND)
 def test_one_pair_by_hand(name: str, options: dict[str, Value], value: float) -> None:
     tensors = {key: torch.tensor([number]).double() for key, number in ONE_PAIR.items()}
     loss = LOSSES[name]
@@ -172,25 +171,24 @@ IDENTITIES = {
 }
 
 
-@pytest.mark.parametrize("name", IDENTITIES)
+@for_each([(name,) for name in IDENTITIES])
 def test_where_one_loss_is_another(name: str) -> None:
     same(*IDENTITIES[name], drawn(1))
 
 
-@pytest.mark.parametrize(
-    ("near", "limit"),
+@for_each(
     [
         (call(dpo, divergence="alpha", divergence_alpha=1e-9), call(dpo)),
         (call(alphapo, alpha=1e-9), call(simpo)),
         (call(alphapo, alpha=-1e-9), call(simpo)),
         (call(robust, label_smoothing=1e-9), call(dpo)),
-    ],
+    ]
 )
 def test_limits_are_approached(near: Any, limit: Any) -> None:
     same(near, limit, drawn(2), tolerance=1e-6)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@for_each([(divergence,) for divergence in DIVERGENCES])
 def test_divergences_agree_to_first_order_and_differ_beyond(divergence: str) -> None:
     """f' of each is log rho near rho = 1 (but for JS, whose curvature there is half of it)."""
     small = torch.linspace(-1e-5, 1e-5, 5, dtype=torch.float64)
@@ -224,7 +222,7 @@ def test_the_line_behind_an_exponential_is_its_tangent() -> None:
     assert value[2].item() == pytest.approx(1 - 11 * math.exp(30), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", [n for n, loss in LOSSES.items() if "label_P" in loss.optional_inputs], ids=label)
+@for_each([(name,) for name, loss in LOSSES.items() if "label_P" in loss.optional_inputs])
 def test_soft_labels_mix_the_two_directions(name: str) -> None:
     """A label of 1 is none, 1/2 is symmetric, and p is smoothing with 1 - p."""
     loss, tensors = LOSSES[name], drawn(3)
@@ -260,7 +258,7 @@ def test_exo_is_least_where_the_policy_is_as_sure_as_its_target() -> None:
     assert slope[0] < 0 < slope[2] and abs(slope[1]) < 1e-15 and value[1].abs() < 1e-15
 
 
-@pytest.mark.parametrize("distance", ["kl", "reverse_kl", "squared"])
+@for_each([("kl",), ("reverse_kl",), ("squared",)])
 def test_reward_aware_is_zero_where_margins_are_those_of_scores(distance: str) -> None:
     tensors = drawn(5)
     target = 2.0 * (tensors["chosen_score_P"] - tensors["rejected_score_P"])
@@ -292,8 +290,7 @@ def test_the_shift_of_bco_is_the_mean_reward_so_far() -> None:
         assert none.metrics["delta"].eq(0).all()
 
 
-@pytest.mark.parametrize("middle", ["labels", "responses"])
-@pytest.mark.parametrize("decay", [1.0, 0.6, 0.0])
+@for_each([(middle, decay) for middle in ("labels", "responses") for decay in (1.0, 0.6, 0.0)])
 def test_the_shift_of_bco_on_labels_lies_between_the_means_of_both(middle: str, decay: float) -> None:
     state, seen = LOSSES["bco_unpaired"].start(), []
     for step, rated in enumerate(([1, 1, 1, 0], [1, 1], [0, 0, 1], [0, 0, 0])):

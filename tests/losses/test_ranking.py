@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from losses.inputs import mean
+from losses.variants import for_each
 from prefopt.losses.common import LossOutput
 from prefopt.losses.pairs import dpo
 from prefopt.losses.ranking import EXACT, plackett_luce
@@ -50,14 +51,14 @@ def breslow(reward: list[float], tiers: list[int]) -> float:
 REWARDS = [0.3, -1.2, 2.0, 0.9, -0.4, 1.1]
 
 
-@pytest.mark.parametrize("k", [2, 3, 4, 5])
+@for_each([(2,), (3,), (4,), (5,)])
 def test_probabilities_of_all_orders_sum_to_one(k: int) -> None:
     ranks = [[order.index(i) for i in range(k)] for order in itertools.permutations(range(k))]
     output = run([REWARDS[:k]] * len(ranks), ranks)
     assert (-output.numerator_R).exp().sum().item() == pytest.approx(1, rel=1e-13)
 
 
-@pytest.mark.parametrize("tiers", [t for k in (2, 3, 4) for t in itertools.product(range(3), repeat=k)])
+@for_each([(tiers,) for k in (2, 3, 4) for tiers in itertools.product(range(3), repeat=k)])
 def test_ties_are_the_sum_over_their_orders(tiers: tuple[int, ...]) -> None:
     output = run([REWARDS[: len(tiers)]], [list(tiers)])
     expected = over_orders(REWARDS[: len(tiers)], list(tiers))

@@ -50,7 +50,7 @@ def test_a_critic_of_a_model_given_in_python_is_a_head_unless_another_was_asked_
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = {"reward": world.reward, **QUICK, "max_steps": 1, "tokenizer": world.tokenizer()}
-    with pytest.raises(ConfigError, match=r"critic actor: a model given in Python has no folder .* take critic head"):
+    with pytest.raises(ConfigError, match=r"critic actor: .*critic head"):
         prefopt.ppo(world.model(), ROWS, output=tmp_path / "a", critic="actor", **options)
     prefopt.ppo(world.model(), ROWS, output=tmp_path / "b", **{**options, "progress": "plain"})
     assert "critic: a head on the actor's layers" in capsys.readouterr().out

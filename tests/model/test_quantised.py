@@ -77,7 +77,7 @@ def test_the_package_that_is_missing_is_named(plain: Path, tmp_path: Path) -> No
 
 def test_an_unknown_method_is_not_skipped(plain: Path, tmp_path: Path) -> None:
     folder = quantised(plain, tmp_path / "odd", METHODS["unheard of"][0])
-    with pytest.raises(ModelError, match=r"in a way that transformers does not know \(unheard-of\)"):
+    with pytest.raises(ModelError, match="unheard-of"):
         load_model(folder, dtype=torch.float32, device=torch.device("cpu"))
 
 

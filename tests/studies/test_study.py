@@ -369,7 +369,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path: Path) -> None:
     kept, seen = say(study, ann, 0, 1), shown(study, ann)
     pages = study.connection.execute("PRAGMA page_count").fetchone()[0]
     study.connection.execute(f"PRAGMA max_page_count = {pages}")
-    with pytest.raises(StudyError, match="the disk is full, so nothing was stored; make room"):
+    with pytest.raises(StudyError, match=r"disk is full.*make room"):
         for n in range(100):
             add_items(study, [new_item(1000 + n, prompt="x" * 5000 + str(n))])
     with pytest.raises(StudyError, match="the disk is full"):
