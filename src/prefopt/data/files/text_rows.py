@@ -81,16 +81,21 @@ def _check_depth(text: str, start: int, end: int) -> None:
     if text.count("[", start, end) + text.count("{", start, end) <= DEPTH:
         return
     depth = 0
-    for sign in _BRACKET.findall(_STRING.sub("", _ESCAPE.sub("", text[start:end]))):
-        depth += 1 if sign in "[{" else -1
+    for step in _nesting(text[start:end]):
+        depth += step
         if depth > DEPTH:
             raise RecursionError(TOO_DEEP)
 
 
+def _nesting(text: str) -> Iterator[int]:
+    """1 for each bracket that opens, -1 for each that closes."""
+    return (1 if sign in "[{" else -1 for sign in _BRACKET.findall(_STRING.sub("", _ESCAPE.sub("", text))))
+
+
 def read_json_lines(handle: BufferedReader, file: str) -> Iterator[object]:
     """Rows of JSON lines without blank lines; in place of a row that cannot be read, the error."""
-    row = 0
-    for number, (raw, whole) in enumerate(lines_of(handle), 1):
+    row, lines = 0, lines_of(handle)
+    for number, (raw, whole) in enumerate(lines, 1):
         problem = None
         value: object = None
         try:
@@ -106,6 +111,10 @@ def read_json_lines(handle: BufferedReader, file: str) -> Iterator[object]:
             ends = "the row does not end in its line: " if error.pos >= len(line) and line[0] in "[{" else ""
             problem = f"not JSON at line {number} ({error.msg}, column {error.colno}); {ends}{LINE_HINT}"
             if row == 0 and line[0] == "{" and line[-1] in "{[":
+                rest = (sum(_nesting(more.decode("utf-8", "replace"))) for more, _ in lines)
+                if sum(_nesting(line)) + sum(rest) > 0:
+                    what = f"the file ends within the object that begins at line {number}; it may be cut off"
+                    raise DataError(f"not JSON ({what})", file=file) from None
                 what = "is one JSON object over several lines, not a list of rows nor a row in each line"
                 remedy = "save its list of rows alone, or put the object into a list"
                 raise DataError(f"{what}; {remedy}", file=file) from None
