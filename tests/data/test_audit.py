@@ -22,7 +22,7 @@ from prefopt.cli import main
 from prefopt.data.chat.render import Renderer
 from prefopt.data.chat.template import Rendering
 from prefopt.data.check.audit import Audit, AuditOptions, audit, compare_prompts
-from prefopt.data.check.statistics import Lengths, SUSPICIONS, suspicions
+from prefopt.data.check.statistics import SUSPICIONS, Lengths, suspicions
 from prefopt.data.layouts import LAYOUTS
 from prefopt.data.load import NO_FAULT, load_groups
 from prefopt.data.validate import DataKind
