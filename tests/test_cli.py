@@ -306,6 +306,29 @@ def test_a_bug_keeps_its_traceback(ran: list[dict[str, Any]], monkeypatch: pytes
         cli.main(["dpo", *NEEDED])
 
 
+@pytest.mark.parametrize("name", ["~nosuch", "~nosuch/x", "x" * 300])
+def test_a_name_that_is_no_path_is_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
+    for words in (
+        ["dpo", "--model", name, "--data", "rows.jsonl", "--output", "o"],
+        ["dpo", "--model", ".", "--data", name, "--output", "o"],
+        ["data", "check", name],
+        ["data", "check", "rows.jsonl", "--model", name],
+        ["score", "rows.jsonl", "--reward", name, "--output", "s.jsonl"],
+        ["sample", "--model", name, "--prompts", "rows.jsonl", "--output", "s.jsonl"],
+        ["merge", "--adapter", name, "--output", "o"],
+        ["runs", name],
+    ):
+        assert cli.main(words) == 2, words
+        said = capsys.readouterr().err
+        assert said.startswith("prefopt: error: ") and said.count("\n") == 1, said
+        assert name[:60] in said, words
+
+
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     command = f"{sys.executable} -m prefopt dpo --help | head -n 1; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)

@@ -210,6 +210,9 @@ def test_bad_rows_are_refused_or_skipped_on_request(tmp_path: Path) -> None:
     path = write(tmp_path, "\n".join(json.dumps(row) for row in (CHAT, CHAT | {"chosen": []}, CHAT)))
     with pytest.raises(DataError, match="row 2: 1 of 3 rows cannot be used"):
         load_groups([path], small_tokenizer())
+    misspelt: Any = "skp"
+    with pytest.raises(DataError, match="row 2: 1 of 3 rows cannot be used"):
+        load_groups([path], small_tokenizer(), on_bad_row=misspelt)
     data = load_groups([path], small_tokenizer(), on_bad_row="skip")
     assert (data.read, data.kept, data.refused) == (3, 2, 1) and data.groups.row_G.tolist() == [1, 3]
     assert any("row 2" in line and "response without an answer" in line for line in data.summary())

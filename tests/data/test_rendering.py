@@ -176,6 +176,8 @@ def test_the_model_carries_variables_as_defaults() -> None:
         trained_on = tokenizer.decode(prompt.tolist())
         assert trained_on == f"{start}q|'\"\\\n{{{{ é }}}}%}}|None|True|2.5-"
         tokenizer.chat_template = renderer.template
+        # Other readers of Jinja know only its own spelling.
+        assert all(f"= {word} %}}" in renderer.template for word in ("none", "true", "false"))
         asked = [{"role": "user", "content": "q"}]
         assert tokenizer.apply_chat_template(asked, tokenize=False) == trained_on
         assert tokenizer.apply_chat_template(asked, tokenize=False, w=True) == trained_on[:-1] + "w"

@@ -151,7 +151,7 @@ NOTHING = [
     ("nope.jsonl", "no such file or folder; check the path"),
     ("nothing/like/it", "no such file or folder"),
     ("a\0b.jsonl", "no such file or folder"),
-    ("x" * 5000, "no such file or folder"),
+    ("x" * 5000, "too long for the name of a file or folder"),
     ("org/name,spilt=train", "known are config, split, revision; did you mean split?"),
     ("org/name,split=train,split=test", "split= is given twice"),
     ("org/name,split=", "split= has no value"),
@@ -200,6 +200,7 @@ NO_ROWS: list[tuple[Callable[[Path], object], str]] = [
     (lambda p: os.mkfifo(p), "is a pipe or device"),
     (lambda p: p.write_text("prompt,chosen\n1,2\n"), "comma-separated values go by the name .csv"),
     (lambda p: p.write_text('{\n "a": 1\n}'), "is one JSON object over several lines"),
+    (lambda p: p.write_text('{\n "a": "}",\n "b": {}\n'), "ends within the object that begins at line 1"),
     (lambda p: p.write_text('{"a": 1\n}'), "the row does not end in its line"),
 ]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from prefopt.chat.input import Interrupts, LineReader
+from prefopt.core.files import expanded
 from prefopt.core.options import nearest
 from prefopt.core.terminal import write
 from prefopt.data.layouts.messages import write_messages
@@ -314,7 +315,7 @@ class Chat:
             raise RunError("/save needs the name of a file")
         if not any(participant.messages for participant in self.participants):
             raise RunError("there is nothing to save yet")
-        path = Path(name).expanduser()
+        path = expanded(name)
         column = "text" if self.complete else "messages"
         check_appendable(path, column, "/save")
         blind = self.votes is not None  # then both have the same conversation

@@ -86,8 +86,9 @@ for _name, _config, _help in ROWS:  # functions of cli/tools.py or cli/collect.p
     _path = PATHS.get(_name, f"prefopt.cli.{_module}:{_name.replace(' ', '_')}")
     VERBS[_name] = Verb(_help, _config, _path, _name in WITH_YAML)
 
-# Errors of the disk; any other OSError that gets here is a bug.
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+# Errors of the disk and of names; any other OSError that gets here is a bug.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in DISK:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        return _complain(f"error: {place}{error.strerror}; free some space, or name another folder", 2)
+        remedy = f"{'free some space, or ' if error.errno in FULL else ''}name another file or folder"
+        return _complain(f"error: {place}{error.strerror}; {remedy}", 2)
 
 
 def _dispatch(words: list[str]) -> int:

@@ -7,11 +7,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Literal
 
 from prefopt.config.data import ReadOptions, RenderOptions, RowOptions
 from prefopt.config.training import MachineOptions
+from prefopt.core.files import expanded
 from prefopt.core.model_folder import is_adapter
 from prefopt.core.options import Config, flag, option
 from prefopt.errors import ConfigError
@@ -132,7 +132,7 @@ class ScoreConfig(MachineOptions, RenderOptions, ReadOptions):
 
 def is_model_reward(name: str) -> bool:
     """Whether a reward is named like a model: ``owner/name``, a path, or an existing folder."""
-    return name not in RULES and ":" not in name and ("/" in name or Path(name).expanduser().is_dir())
+    return name not in RULES and ":" not in name and ("/" in name or expanded(name).is_dir())
 
 
 @dataclass(frozen=True, kw_only=True)

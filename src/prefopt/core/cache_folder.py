@@ -20,7 +20,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from prefopt.core.files import replace_file
+from prefopt.core.files import expanded, replace_file
 from prefopt.errors import CacheError, ModelError, UserError
 
 
@@ -31,7 +31,7 @@ class Damaged(Exception):
 def cache_root() -> Path:
     """``PREFOPT_CACHE``, else ``$XDG_CACHE_HOME/prefopt``, else ``~/.cache/prefopt``; it need not exist yet."""
     if named := os.environ.get("PREFOPT_CACHE"):
-        return Path(named).expanduser()
+        return expanded(named)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "prefopt"
 

@@ -14,6 +14,7 @@ TypeError: reward is 'abc'
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import math
@@ -30,11 +31,23 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import psutil
 from safetensors import SafetensorError
 
-from prefopt.errors import RunError, UserError
+from prefopt.errors import ConfigError, RunError, UserError
 
 LEFT_SECONDS = 3600.0
 """Age of a temporary file that counts as left over, where no lock excludes a writer."""
 _ASIDE = re.compile(r"\.(\d{1,9})(?:-\w+)?$")  # SQLite adds -journal
+
+
+def expanded(name: str | Path) -> Path:
+    """The path that a user named, with ``~`` expanded. Raises :class:`ConfigError` where no system has one so long."""
+    path = Path(os.path.expanduser(name))  # noqa: PTH111  (Path.expanduser fails where there is no such user)
+    with suppress(ValueError):
+        try:
+            path.lstat()
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise ConfigError(f"{str(name)[:60]}...: too long for the name of a file or folder") from None
+    return path
 
 
 @contextmanager

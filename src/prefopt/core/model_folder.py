@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefopt.core.files import one_below
+from prefopt.core.files import expanded, one_below
 from prefopt.core.hub import fetched
 from prefopt.errors import ModelError
 
@@ -215,7 +215,7 @@ WHOLE = ("model*.safetensors", "pytorch_model*.bin")
 
 def is_adapter(name: str | Path) -> bool:
     """Whether a local folder holds an adapter without the weights of a whole model."""
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     return (folder / ADAPTER_CONFIG).is_file() and not any(file for pattern in WHOLE for file in folder.glob(pattern))
 
 
@@ -239,19 +239,19 @@ def base_of(folder: str | Path) -> str:
     name = read_adapter(folder).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise ModelError(f"{folder} does not name its base model; give --model BASE --adapter {folder}")
-    beside = Path(folder).expanduser() / name
-    return str(beside) if not Path(name).expanduser().exists() and beside.exists() else name
+    beside = expanded(folder) / name
+    return str(beside) if not expanded(name).exists() and beside.exists() else name
 
 
 def task_of(folder: str | Path) -> str | None:
     """PEFT's task type of an adapter, or None; ``SEQ_CLS`` has a scalar head."""
-    found = read_adapter(folder).get("task_type") if (Path(folder).expanduser() / ADAPTER_CONFIG).is_file() else None
+    found = read_adapter(folder).get("task_type") if (expanded(folder) / ADAPTER_CONFIG).is_file() else None
     return found if isinstance(found, str) else None
 
 
 def require_adapter(folder: str | Path) -> None:
     """Raises :class:`ModelError` for a local folder that holds no PEFT adapter."""
-    path = Path(folder).expanduser()
+    path = expanded(folder)
     if not path.exists() or (path / ADAPTER_CONFIG).is_file():
         return
     whole = "it is a whole model; give it as --model"
@@ -262,4 +262,4 @@ def require_adapter(folder: str | Path) -> None:
 def read_adapter(folder: str | Path) -> dict[str, Any]:
     """``adapter_config.json`` of a folder. Raises :class:`ModelError` where it is missing or damaged."""
     require_adapter(folder)
-    return read_object(Path(folder).expanduser() / ADAPTER_CONFIG)
+    return read_object(expanded(folder) / ADAPTER_CONFIG)

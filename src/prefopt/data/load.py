@@ -219,7 +219,7 @@ def _group_set(found: Sequence[Tokenised], notes: Sequence[str], on_bad_row: OnB
         about_rows = {what: rows for what, rows in r.warnings.items() if rows}
         result.notes += [place + line for line in warning_lines(about_rows)]
     errors = [p for p in result.problems if p.kind not in NO_FAULT]
-    if errors and on_bad_row == "refuse":
+    if errors and on_bad_row != "skip":
         raise refuse(errors, result.read)
     if not result.kept:
         file = reports[0].file if len(reports) == 1 else None

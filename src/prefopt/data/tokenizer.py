@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from prefopt.core.files import one_below
+from prefopt.core.files import expanded, one_below
 from prefopt.core.hub import fetched
 from prefopt.core.model_folder import base_of, is_adapter, vet_folder
 from prefopt.errors import ModelError, first_line
@@ -58,7 +58,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
     if is_adapter(source) and not has_tokenizer(source):
         source = base_of(source)
-    path = Path(source).expanduser()
+    path = expanded(source)
     source = path if path.exists() else source
     here = {p.name for p in path.iterdir()} if path.is_dir() else set()
     if not path.exists() and (path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1):

@@ -10,6 +10,7 @@ from typing import Any
 
 from prefopt.config.methods import method_of
 from prefopt.config.tools import RULES, is_model_reward
+from prefopt.core.files import expanded
 from prefopt.core.hub import no_telemetry, why_not_read
 from prefopt.data.files.content import look
 from prefopt.data.files.sources import FileOrigin, Source, find_sources
@@ -74,7 +75,7 @@ def _check_file(source: Source) -> None:
 
 def _check_model(name: str | None) -> None:
     """Refuse what is neither a folder, nor the name of a model in the Hub's cache or on the Hub."""
-    if name is None or name.endswith(".jsonl") or Path(name).expanduser().exists():
+    if name is None or name.endswith(".jsonl") or expanded(name).exists():
         return
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"{name}: no such folder")

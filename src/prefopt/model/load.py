@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from prefopt.core.files import expanded
 from prefopt.core.hub import no_telemetry
 from prefopt.core.model_folder import base_of, is_adapter, refuse_both, task_of, vet_folder
 from prefopt.core.terminal import size
@@ -47,7 +47,7 @@ _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 def local_folder(name: str) -> str:
     """The folder of a model or adapter: ``name`` itself, or the local copy of a repository of the Hub."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.exists():
         vet_folder(path)
         return str(path)
@@ -98,7 +98,7 @@ def load_config(name: str) -> PreTrainedConfig:
 
 def context_of(name: str) -> int | None:
     """Positions of a model folder or Hub name, where it gives them; None for a folder with a tokenizer alone."""
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     bare = folder.is_dir() and not (folder / "config.json").is_file() and not is_adapter(folder)
     return None if bare else context_length(load_config(str(folder) if folder.exists() else name))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from prefopt.data.comparisons import open_comparisons, parse_comparisons, read_comparisons
 from prefopt.data.files.sources import find_sources
-from prefopt.data.layouts import LAYOUTS
+from prefopt.data.layouts import LAYOUTS, REPLACED, named_layout
 from prefopt.data.validate import Problem
 from prefopt.errors import ConfigError, DataError
 from prefopt.records import Comparison, Message
@@ -111,6 +112,10 @@ def test_a_named_layout_is_taken_at_its_word() -> None:
     row = TEXT | {"instruction": "q"}
     assert layout_of(row) == "alpaca-ranking"
     assert layout_of(row, format="preference-text") == layout_of(row, format="Preference Text") == "preference-text"
+    for gone, remedy in REPLACED.items():
+        with pytest.raises(ConfigError, match=f"no layout {gone} any more; {re.escape(remedy)}"):
+            named_layout(gone)
+    assert all(any(name in remedy.split() for name in LAYOUTS) for remedy in REPLACED.values())
     with pytest.raises(ConfigError, match=r"'preference-txt' is no layout; did you mean preference-text\?"):
         layout_of(row, format="preference-txt")
     with pytest.raises(DataError, match="hh needs chosen, rejected as well"):

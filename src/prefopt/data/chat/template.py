@@ -179,9 +179,9 @@ class ChatTemplate:
         _check_variables(rendering.variables, set[str]().union(*(variables for variables, _ in mentioned)))
         self.carried = given
         if rendering.variables and len(set(self.sources)) == 1:
-            # Jinja reads values as Python writes them, and drops a line break behind a block.
-            default = "{{% if {0} is not defined %}}{{% set {0} = {1!r} %}}{{% endif %}}\n"
-            defaults = "".join(default.format(*item) for item in rendering.variables.items())
+            # The environment of chat templates drops a line break behind a block.
+            default = "{{% if {0} is not defined %}}{{% set {0} = {1} %}}{{% endif %}}\n"
+            defaults = "".join(default.format(name, _literal(x)) for name, x in rendering.variables.items())
             self.carried = defaults + self.sources[0]
         special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
         self._date, self._asked_date = datetime.datetime.fromisoformat(rendering.date), False
@@ -302,6 +302,15 @@ class ChatTemplate:
             if _OTHER in text and _WORD in text and not printed_by_python:
                 return form
         return (False, False)
+
+
+def _literal(value: object) -> str:
+    """A plain value as every implementation of Jinja reads it: ``true``, ``false`` and ``none`` in small letters."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(str(k))}: {_literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value)
 
 
 def _call(call: ToolCall, as_text: bool) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from prefopt.core.statistics import wilson
 from prefopt.data.table import Array
 from prefopt.records import Comparison, Response
 
+BINS = 12
 QUANTILES = {"min": 0, "25%": 25, "50%": 50, "75%": 75, "95%": 95, "99%": 99, "max": 100}
 # A length bias is worth a warning where it is this large and not chance (at 1 %).
 LARGE_SHARE, LARGE_RATIO, CERTAIN = 0.1, 1.25, 2.576
@@ -137,6 +138,21 @@ class Lengths:
                 found[name] = dict(zip(QUANTILES, map(int, at), strict=True)) | {"mean": float(values.mean())}
         return found
 
+    def histogram(self) -> list[dict[str, int | None]]:
+        """Counts of whole sequences by length; the last bin has no end and holds about the longest 1 %."""
+        values = np.asarray(self.whole or self.prompt)
+        if not len(values):
+            return []
+        least = max((int(np.percentile(values, 99)) + 1) / BINS, 1)
+        power = 10 ** math.floor(math.log10(least))
+        step = next(factor * power for factor in (1, 2, 4, 5, 8, 10) if factor * power >= least)
+        counts = np.trim_zeros(np.bincount(np.minimum(values // step, BINS)), "b")
+        last = BINS * step
+        return [
+            {"from": at, "to": at + step - 1 if at < last else None, "count": int(count)}
+            for at, count in zip(range(0, last + 1, step), counts, strict=False)
+        ]
+
     def longer_than(self, limits: Sequence[int]) -> dict[int, int]:
         values = np.asarray(self.whole or self.prompt)
         return {limit: int((values > limit).sum()) for limit in limits}
@@ -164,7 +180,8 @@ class Lengths:
     def to_dict(self) -> dict[str, object]:
         bias = self.bias()
         bias_values = None if bias is None else asdict(bias) | {"large": bias.large}
-        return {"unit": self.unit, "quantiles": self.quantiles(), "length_bias": bias_values}
+        lengths = {"quantiles": self.quantiles(), "histogram": self.histogram()}
+        return {"unit": self.unit, **lengths, "length_bias": bias_values}
 
 
 def _bias_of_labels(good: Array, bad: Array, difference: float, ratio: float) -> LengthBias:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.core.cache_folder import file_hashes
+from prefopt.core.files import expanded
 from prefopt.core.options import nearest as did_you_mean
 from prefopt.data.files.content import look, reason
 from prefopt.errors import DataError
@@ -196,7 +197,7 @@ def _explain(error: Exception, wanted: HubSplit) -> str:
 
 def nearest(name: str) -> Path | None:
     """An existing path whose name is spelt almost like ``name``."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     try:
         names = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
     except (OSError, ValueError):

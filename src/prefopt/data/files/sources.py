@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from prefopt.core.cache_folder import file_hashes
+from prefopt.core.files import expanded
 from prefopt.core.options import nearest as did_you_mean
 from prefopt.data.files import text_rows
 from prefopt.data.files.content import (
@@ -117,11 +118,11 @@ def find_sources(names: Sequence[str | os.PathLike[str]]) -> list[Source]:
 def _find(name: str) -> list[Source]:
     if not name.strip():
         raise ConfigError("the name of a data file is empty")
-    path = Path(name).expanduser()
+    path = expanded(name)
     if _exists(path):
         return _on_disk(path, None)
     base, options = _options(name)
-    path = Path(base).expanduser()
+    path = expanded(base)
     if options and _exists(path):
         if extra := sorted(options.keys() - {"split"}):
             raise ConfigError(f"{name}: {extra[0]}= is for data sets of the Hub, and {base} is on disk; remove it")
@@ -139,7 +140,7 @@ def _find(name: str) -> list[Source]:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # too long, or no valid path
+    except OSError:  # a folder above it cannot be read
         return False
 
 
@@ -176,7 +177,7 @@ def _on_disk(path: Path, split: str | None) -> list[Source]:
 
 
 def _glob(pattern: str) -> list[Source]:
-    found = glob.iglob(str(Path(pattern).expanduser()), recursive=True)  # noqa: PTH207  (absolute patterns too)
+    found = glob.iglob(str(expanded(pattern)), recursive=True)  # noqa: PTH207  (absolute patterns too)
     matches = sorted(Path(match) for match in found)
     files = [match for match in matches if match.is_file() and is_data_name(match)]
     if not files:
@@ -191,7 +192,7 @@ def _files(paths: Sequence[Path], name: str, passed: Sequence[str] = ()) -> list
 
 
 def _absent(base: str) -> DataError:
-    parent, close = Path(base).expanduser().parent, nearest(base)
+    parent, close = expanded(base).parent, nearest(base)
     hint = "check the path" if _exists(parent) else f"there is no folder {parent}"
     return DataError(f"no such file or folder; {f'did you mean {close}?' if close else hint}", file=base)
 

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from io import BufferedReader
+from itertools import islice
 from typing import Any
 
 from prefopt.data.files.content import DAMAGED, ROW_BYTES, Content, data_suffix, lines_of, not_utf8, read_some, too_long
@@ -35,6 +36,7 @@ TOO_DEEP = f"nested more than {DEPTH} deep"
 # How a list of messages begins: a cell that begins so and cannot be decoded is damaged, not text.
 BROKEN = re.compile(r"""\s*\[\s*\{\s*["']""")
 LINE_HINT = "each line should hold one row, or the file a list of rows; comma-separated values go by the name .csv"
+SEARCHED = 100_000  # lines that are searched for the end of an object that is no row
 NAME_LIMIT = 200  # a longer column name shows that the first line is a row
 
 
@@ -81,16 +83,21 @@ def _check_depth(text: str, start: int, end: int) -> None:
     if text.count("[", start, end) + text.count("{", start, end) <= DEPTH:
         return
     depth = 0
-    for sign in _BRACKET.findall(_STRING.sub("", _ESCAPE.sub("", text[start:end]))):
-        depth += 1 if sign in "[{" else -1
+    for step in _nesting(text[start:end]):
+        depth += step
         if depth > DEPTH:
             raise RecursionError(TOO_DEEP)
 
 
+def _nesting(text: str) -> Iterator[int]:
+    """1 for each bracket that opens, -1 for each that closes."""
+    return (1 if sign in "[{" else -1 for sign in _BRACKET.findall(_STRING.sub("", _ESCAPE.sub("", text))))
+
+
 def read_json_lines(handle: BufferedReader, file: str) -> Iterator[object]:
     """Rows of JSON lines without blank lines; in place of a row that cannot be read, the error."""
-    row = 0
-    for number, (raw, whole) in enumerate(lines_of(handle), 1):
+    row, lines = 0, lines_of(handle)
+    for number, (raw, whole) in enumerate(lines, 1):
         problem = None
         value: object = None
         try:
@@ -106,6 +113,10 @@ def read_json_lines(handle: BufferedReader, file: str) -> Iterator[object]:
             ends = "the row does not end in its line: " if error.pos >= len(line) and line[0] in "[{" else ""
             problem = f"not JSON at line {number} ({error.msg}, column {error.colno}); {ends}{LINE_HINT}"
             if row == 0 and line[0] == "{" and line[-1] in "{[":
+                rest = [sum(_nesting(more.decode("utf-8", "replace"))) for more, _ in islice(lines, SEARCHED)]
+                if next(lines, None) is None and sum(_nesting(line)) + sum(rest) > 0:
+                    what = f"the file ends within the object that begins at line {number}; it may be cut off"
+                    raise DataError(f"not JSON ({what})", file=file) from None
                 what = "is one JSON object over several lines, not a list of rows nor a row in each line"
                 remedy = "save its list of rows alone, or put the object into a list"
                 raise DataError(f"{what}; {remedy}", file=file) from None

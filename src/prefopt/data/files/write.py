@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from prefopt.core.files import aside_of, output_errors, sync_folder
+from prefopt.core.files import aside_of, expanded, output_errors, sync_folder
 from prefopt.errors import ConfigError
 
 ENDINGS = (".jsonl", ".parquet")
@@ -74,7 +74,7 @@ def row_files(
     Raises :class:`ConfigError` for an unknown ending, a folder, a file that is named twice or is one of ``inputs``, and
     an existing file unless ``overwrite``.
     """
-    paths = {name: Path(path).expanduser() for name, path in outputs.items()}
+    paths = {name: expanded(path) for name, path in outputs.items()}
     real = {os.path.realpath(path) for path in inputs}
     for name, path in paths.items():
         if path.suffix not in ENDINGS:

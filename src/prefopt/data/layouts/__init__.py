@@ -28,6 +28,13 @@ from prefopt.records import Comparison
 
 _FAMILIES = (canonical, conversations, trl, pairs, rankings)
 _BY_PRECEDENCE = {at: layouts for family in _FAMILIES for at, layouts in family.LAYOUTS.items()}
+REPLACED = {
+    "v1-messages": "it is now called messages",
+    "swift-rejected-response": "it is now called swift-preference",
+    "alpaca-outputs": "write the list as k-wise rows do: responses, and their order, such as [0, 1, 2]",
+    "oasst-replies": "give the whole trees, which are oasst-trees",
+}
+"""Layouts of earlier versions, with what to do."""
 LAYOUTS: dict[str, Layout] = {x.name: x for _, layouts in sorted(_BY_PRECEDENCE.items()) for x in layouts}
 
 
@@ -57,6 +64,8 @@ def named_layout(name: str) -> Layout:
     known = all_layouts()
     plain = name if name in known else "-".join(name.replace("_", " ").replace("-", " ").split()).lower()
     if plain not in known:
+        if plain in REPLACED:
+            raise ConfigError(f"there is no layout {plain} any more; {REPLACED[plain]}")
         guess = nearest(plain, list(known)) or f"; there are {', '.join(known)}, and module:function for your own"
         raise ConfigError(f"{name!r} is no layout{guess}")
     return known[plain]
