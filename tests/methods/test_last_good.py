@@ -95,5 +95,5 @@ def test_weights_that_were_never_measured_are_not_taken_for_good(
 
 def test_a_run_that_runs_away_at_once_says_that_there_is_nothing_to_go_on_from(start: str, tmp_path: Path) -> None:
     said = ran_away(start, tmp_path / "out", learning_rate=1.0)
-    assert re.search(r"no good weights .* kept: start anew elsewhere with a lower --learning-rate .* --beta$", said)
+    assert re.search(r"no good weights .* kept: start a new run elsewhere with a lower .* --beta$", said)
     assert not (tmp_path / "out/last-good").exists()

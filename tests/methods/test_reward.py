@@ -202,7 +202,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         reward(model, [{"prompt": "p", "completion": "c"}], tmp_path / "o")
     with pytest.raises(DataError, match="a response ends with the pad token"):
         reward(model, [{"prompt": "p", "chosen": "a<s>", "rejected": "b"}], tmp_path / "o", max_length=3)
-    with pytest.raises(ConfigError, match="fold the adapter in"):
+    with pytest.raises(ConfigError, match="merge the adapter"):
         from peft import LoraConfig, get_peft_model
 
         wrapped = get_peft_model(tiny_llama(), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))

@@ -118,7 +118,7 @@ def test_a_trained_adapter_goes_with_its_tokenizer_template_and_card(base: str, 
     assert mine.chat_template == theirs.chat_template is not None
     assert mine.apply_chat_template(chats[0]["prompt"]) == theirs.apply_chat_template(chats[0]["prompt"])
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "library_name: transformers" in card and "folded in, in float32" in card and "peft" not in card
+    assert "library_name: transformers" in card and "merged in, in float32" in card and "peft" not in card
     assert "## Settings" in card, "what the adapter's card told is kept"
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     torch.testing.assert_close(found, with_adapter(base, str(tmp_path / "a")), rtol=1e-4, atol=1e-4)

@@ -56,7 +56,7 @@ def test_a_prompt_on_both_sides_is_counted_and_said(
     rows = [row | {"chosen": "other"} for row in pairs(20)[3:6]] + pairs(2, seed=9)
     more = write_rows(tmp_path / "more.jsonl", rows)
     data = load(*files, eval_data=[more])
-    assert "evaluation data: 3 prompts stand in the training data too" in capsys.readouterr().out
+    assert "evaluation data: 3 prompts are in the training data too" in capsys.readouterr().out
     assert list(data.held_out) == [34, 35, 36, 37, 38] and list(data.train) == list(range(34))
     assert [data.groups[i].row for i in data.held_out] == [1, 2, 3, 4, 5]
 

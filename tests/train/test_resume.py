@@ -256,6 +256,15 @@ def test_changed_options_are_refused_by_name(options: dict[str, Any], said: str,
     assert before == sorted((p, p.stat().st_mtime_ns) for p in begun.rglob("out/**/*"))
 
 
+def test_options_of_a_run_of_an_earlier_version_are_refused_by_their_new_names(model: str, tmp_path: Path) -> None:
+    stopped_at(1, model, ROWS, tmp_path / "out", ref_model_sync_steps=2)
+    path = tmp_path / "out/run.json"
+    text = path.read_text().replace("ref_model_sync_steps", "reference_every")
+    path.write_text(text.replace("ref_model_mixup_alpha", "reference_mix"))
+    with pytest.raises(RunError, match=r"--ref-model-sync-steps was 2 and is None, --ref-model-mixup-alpha was 0\.6"):
+        dpo(model, ROWS, tmp_path / "out", resume=True)
+
+
 def test_changed_data_are_refused(model: str, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     for changed in (ROWS[:-1], [*ROWS, *pairs(1, seed=9)], ROWS[::-1]):

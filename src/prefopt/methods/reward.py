@@ -52,7 +52,7 @@ def run(
     a stop: the run can be resumed.
     """
     if hasattr(model, "peft_config"):
-        raise ConfigError("a reward model is made of whole weights: fold the adapter in with merge_and_unload() first")
+        raise ConfigError("a reward model is made of whole weights: merge the adapter with merge_and_unload() first")
     with open_run(config, model=model, callbacks=callbacks) as run:
         config, say = run.config, run.say
         start = read_model(run, tokenizer)

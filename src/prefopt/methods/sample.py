@@ -194,7 +194,7 @@ class _SampleRun:
             from prefopt.generate.vllm import VllmSampler
 
             if model.context is None:
-                raise ConfigError("--engine vllm needs a model that says how long its context is; leave --engine out")
+                raise ConfigError("--engine vllm needs a model with a known context length; leave --engine out")
             with VllmSampler(model.source, adapter=model.adapter, dtype=dtype, context=model.context) as fast:
                 yield fast, max(1, VLLM_SAMPLES // self.drawn)
             return

@@ -73,7 +73,7 @@ class MergeReport:
         if self.untied:
             lines.append("the head shared the embedding's weights, and the adapter changes one: it has its own now")
         lines.append(
-            f"logits: {self.difference:.0e} of their size from the model with its adapter, which itself is"
+            f"logits: {self.difference:.0e} of their size from the model with its adapter, which is"
             f" {self.effect:.0e} from the model without it"
         )
         if self.kept is not None:
@@ -248,7 +248,7 @@ def _write_card(output: Path, model: str, adapter: str, card: Path, dtype: torch
     body = card.read_text("utf-8") if is_own(card) else ""
     body = re.sub(r"\A---\n.*?\n---\n", "", body, flags=re.S)
     kind = str(dtype).removeprefix("torch.")
-    text = f"# {output.name}\n\n`{names[0]}` with the adapter `{names[1]}` folded in, in {kind}, by prefopt merge.\n"
+    text = f"# {output.name}\n\n`{names[0]}` with the adapter `{names[1]}` merged in, in {kind}, by prefopt merge.\n"
     with output_errors(output):
         (output / "README.md").write_text("\n".join([*front, "", text, body]).rstrip() + "\n", encoding="utf-8")
 

@@ -146,7 +146,7 @@ def _reference(config: PpoConfig, actor: Policy, longest: int) -> InMemoryRefere
     context = context_length(other.config)
     if vocabulary_size(other) != vocabulary_size(causal_model(actor.scorer.model)):
         raise ModelError(
-            f"--reference {config.reference}: its vocabulary is another than the model's; take its own kin"
+            f"--reference {config.reference}: its vocabulary is not the model's; take a model of the same family"
         )
     if context is not None and longest > context:
         raise ModelError(

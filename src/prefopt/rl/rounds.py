@@ -185,7 +185,7 @@ def keep_last_good(
     found = next((kept for _, kept in checkpoint.whole(folder.checkpoints) if _is_good(kept, config.max_kl)), None)
     step = found.state["step"] if found is not None else 0
     if found is None or not step:
-        return f"no good weights later than the first ones were kept: start anew elsewhere with {OTHERWISE}"
+        return f"no good weights later than the first ones were kept: start a new run elsewhere with {OTHERWISE}"
     path = folder.last_good
     try:
         policy.masters.load(checkpoint.part_of("actor", found.weights))

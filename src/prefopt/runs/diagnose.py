@@ -20,6 +20,7 @@ OFTEN = 0.05  # fraction of rows that are truncated
 ELSEWHERE = 0.05  # nats per token between policy and reference before any step
 LOST = 0.1  # of what the best evaluation had gained
 GREW = 1.25  # times the tokens of the first samples
+SPIKE = 10.0  # times the median gradient norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +200,17 @@ def _chosen(run: History) -> Iterator[Finding]:
         yield Finding("chosen fell far", text, look=True)
 
 
+def _gradients(run: History) -> Iterator[Finding]:
+    norms = run.curve("grad_norm")
+    if len(norms.values) < 2 * LEAST:
+        return
+    median, largest = statistics.median(norms.values), max(norms.values)
+    if largest > SPIKE * median:
+        at = norms.steps[norms.values.index(largest)]
+        text = f"the gradient norm was {largest:.3g} at step {at}, and its median {median:.3g}"
+        yield Finding("spike", f"{text}: look at the loss and the rows of that batch", look=True)
+
+
 def _reference(run: History) -> Iterator[Finding]:
     """The log-ratios of the first step are those of the model before training: zero if that is the reference."""
     first = run.training[0]
@@ -247,7 +259,7 @@ def _reward(run: History) -> Iterator[Finding]:
         yield Finding("samples grew", text, look=True)
 
 
-CHECKS = (_length, _loss, _moved, _held_out, _accuracy, _chosen, _rows, _reference, _reward)
+CHECKS = (_length, _loss, _moved, _held_out, _accuracy, _chosen, _gradients, _rows, _reference, _reward)
 
 
 def _rate(run: History) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from prefopt.core.files import parsed, printable, read_json
+from prefopt.core.options import RENAMED
 from prefopt.errors import RunError
 
 RECORD, METRICS = "run.json", "metrics.jsonl"
@@ -75,13 +76,17 @@ def numbered_lines(path: Path) -> Iterator[tuple[bytes, Line]]:
 
 
 def check_record(record: Any) -> dict[str, Any]:
-    """``record`` without nulls and half surrogates. Raises ``ValueError`` for a value of another type."""
+    """``record`` without nulls and half surrogates, renamed options by their new names. Raises ``ValueError`` for a
+    value of another type."""
     if not isinstance(record, dict):
         raise ValueError("it is not an object")
     for name, value in record.items():
         if name in TYPES and value is not None and not TYPES[name](value):
             raise ValueError(f"{name} is {_short(value)}")
-    return {name: value for name, value in printable(record).items() if value is not None}
+    found = {name: value for name, value in printable(record).items() if value is not None}
+    if "options" in found:
+        found["options"] = {RENAMED.get(name, name): value for name, value in found["options"].items()}
+    return found
 
 
 def _check_line(values: Any) -> Line:

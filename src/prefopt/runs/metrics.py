@@ -134,7 +134,7 @@ class Averages:
             found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
         return found
 
-    def told(self, folder: Path, derived: Callable[[Record], Record]) -> tuple[Record, str]:
+    def final(self, folder: Path, derived: Callable[[Record], Record]) -> tuple[Record, str]:
         """The final metrics of the run in ``folder``, and a phrase on what they average. ``derived`` computes metrics
         from averages."""
         if not self.record:  # nothing was left to do after a checkpoint of a first version

@@ -180,7 +180,7 @@ def _held_out(
     if more is None:
         return groups, range(len(groups)), ()
     if both := len(np.intersect1d(groups.prompt_key_G, more.groups.prompt_key_G)):
-        reporter.say(f"evaluation data: {both} prompts stand in the training data too")
+        reporter.say(f"evaluation data: {both} prompts are in the training data too")
     return groups + more.groups, range(len(groups)), range(len(groups), len(groups) + len(more.groups))
 
 

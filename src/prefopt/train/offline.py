@@ -175,7 +175,7 @@ class OfflineRun:
         """Save the policy with its card. ``measured``: further results of its weights; ``closing``: the last lines of
         the log, made when the folder is finished."""
         run, state, data = self.run, trainer.state, self.data
-        metrics, averaged = trainer.averages.told(run.folder.path, trainer.objective.derived)
+        metrics, averaged = trainer.averages.final(run.folder.path, trainer.objective.derived)
         held_out_loss = state.best_loss if state.best_step is not None else None
         run.save(self.policy, self.start.tokenizer, trained_ends(data.groups, self.start.tokenizer))
         results: dict[str, Any] = {
