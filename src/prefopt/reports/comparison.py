@@ -30,7 +30,7 @@ Bounds = tuple[float, float, float]
 
 def read_comparison(name: str) -> dict[str, Any]:
     """Read the output of ``prefopt compare --json``. Raises :class:`RunError` for another file."""
-    return read_json(Path(name), comparison_report, "write what prefopt compare --json prints into a file, and name it")
+    return read_json(Path(name), comparison_report, "name a file with the output of prefopt compare --json")
 
 
 def comparison_report(found: Json) -> dict[str, Any]:
