@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import inspect
+import re
 import signal
 import subprocess
 import sys
@@ -341,11 +342,14 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"prefopt {prefopt.__version__}\n"
     for words in (["--help"], ["cache", "--help"]):
         assert cli.main(words) == 0
-        assert "cache verify" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        listed = [name for name in cli.VERBS if re.search(rf"^  {name} +{re.escape(cli.VERBS[name].help)}$", out, re.M)]
+        assert listed == [name for name in cli.VERBS if len(words) == 1 or name.startswith("cache ")]
     for name, verb in cli.VERBS.items():
         assert cli.main([*name.split(), "--help"]) == 0
         out = capsys.readouterr().out
         assert all(o.flag in out for o in options(verb.config)), name
+        assert not re.search(r"--[a-z-]*-\n", out), "a name is broken over lines"
     assert cli.main([]) == 2
 
 

@@ -29,6 +29,9 @@ MISTAKES: list[tuple[str, dict[str, str], list[str]]] = [
     ("ppo", {"reward": "./none"}, ["./none"]),
     ("sample", {"prompts": "missing.txt", "output": "s.jsonl"}, ["missing.txt"]),
     ("rlhf", {"data": "missing.json"}, ["missing.json"]),
+    ("compare", {"a": "missing.jsonl", "b": "model", "judge": "length"}, ["missing.jsonl"]),
+    ("report", {"run": "missing"}, ["missing"]),
+    ("score", {"files": "data.jsonl", "reward": "vadder", "output": "s.jsonl"}, ["vadder", "vader"]),
     ("score", {"files": "missing.json", "reward": "length", "output": "s.jsonl"}, ["missing.json"]),
 ]
 
@@ -45,8 +48,9 @@ def test_torch_is_not_imported(tmp_path: Path) -> None:
     words = []
     for verb, wrong, _ in MISTAKES:
         sound = {"prompts": "data.jsonl", "reward": "length"} if verb == "ppo" else {"data": "data.jsonl"}
-        sound = {} if verb in ("sample", "score") else {**sound, "output": "new"}
-        sound |= {} if verb == "score" else {"model": "model"}
+        sound = {"prompts": "data.jsonl"} if verb == "compare" else sound
+        sound = {} if verb in ("sample", "score", "report") else {**sound, "output": "new"}
+        sound |= {} if verb in ("compare", "report", "score") else {"model": "model"}
         words.append([verb, *(f"--{name}={value}" for name, value in (sound | wrong).items())])
     script = (
         "import sys\nfrom prefopt.cli import main\n"

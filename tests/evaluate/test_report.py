@@ -178,6 +178,19 @@ def test_a_page_says_why_nothing_is_told_at_equal_length(longer: int, tmp_path: 
         assert ("one model's are always the longer ones" in page.words) == bool(longer)
 
 
+def test_votes_have_the_models_as_title_and_no_table_of_samples(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"prompt": "a", "responses": ["b", "c"], "tiers": [[0], [1]], "models": ["one", "two"]}
+    votes, found, output = (tmp_path / name for name in ("votes.jsonl", "found.json", "report.html"))
+    votes.write_text("".join(json.dumps(row | {"prompt": f"a{n}"}) + "\n" for n in range(3)))
+    assert main(["compare", "--votes", str(votes), "--json"]) == 0
+    found.write_text(capsys.readouterr().out)
+    assert main(["report", "--comparisons", str(found), "--output", str(output)]) == 0
+    text = output.read_text()
+    assert "<h1>one and two</h1>" in text and "What the samples show" not in text
+
+
 def test_a_comparison_tells_all_that_it_found(tmp_path: Path) -> None:
     """Without a run, and without samples, which it says; with tasks, lengths, strengths, hashes and its command."""
     for name in "abc":

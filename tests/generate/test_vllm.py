@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 import types
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -185,8 +187,11 @@ def test_every_sample_has_a_seed_of_its_own(fake: FakeVllm) -> None:
     assert fake.seeds[6:] == first
 
 
-def test_adapters_precision_and_context_reach_the_engine(fake: FakeVllm) -> None:
-    sampler = VllmSampler("folder", adapter="lora", dtype="bfloat16", context=CONTEXT, rank=64)
+def test_adapters_precision_and_context_reach_the_engine(fake: FakeVllm, tmp_path: Path) -> None:
+    """The engine takes 16 by default, and only some ranks."""
+    adapter = str(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 24, "rank_pattern": {"q_proj": 48}}))
+    sampler = VllmSampler("folder", adapter=adapter, dtype="bfloat16", context=CONTEXT)
     sampler.sample([PROMPTS[0]], 1, SamplingParams(2))
     wanted = {
         "model": "folder",
@@ -195,7 +200,7 @@ def test_adapters_precision_and_context_reach_the_engine(fake: FakeVllm) -> None
         "enable_lora": True,
         "max_lora_rank": 64,
     }
-    assert wanted.items() <= fake.engine.items() and fake.lora == [("adapter", 1, "lora")]
+    assert wanted.items() <= fake.engine.items() and fake.lora == [("adapter", 1, adapter)]
     with pytest.raises(ModelError, match="cannot be answered"):
         sampler.sample([[5] * CONTEXT], 1, SamplingParams(2))
     assert sampler.sample([], 2, SamplingParams(2)) == []

@@ -249,9 +249,9 @@ def help_of(name: str) -> str:
         for o in (o for o in known if o.group == group):
             left = f"  {o.flag} {_metavar(o)}"
             text = f"{o.help} ({'required' if o.required else f'default: {o.default_text}'})"
-            wrapped = textwrap.wrap(text, width, initial_indent=" " * 24, subsequent_indent=" " * 24)
-            lines += [left.ljust(24) + wrapped.pop(0)[24:]] if len(left) < 23 else [left]
-            lines += wrapped
+            wrapped = textwrap.wrap(text, width - 24, break_on_hyphens=False)  # an option's name stays whole
+            lines += [left.ljust(24) + wrapped.pop(0)] if len(left) < 23 else [left]
+            lines += [" " * 24 + line for line in wrapped]
     return "\n".join(lines)
 
 
@@ -267,7 +267,7 @@ def _metavar(o: Option) -> str:
 
 
 def _overview(verbs: list[str]) -> str:
-    lines = "\n".join(f"  {name:14}{VERBS[name].help}" for name in verbs)
+    lines = "\n".join(f"  {name:15}{VERBS[name].help}" for name in verbs)
     return (
         "usage: prefopt COMMAND [options]\n\n"
         "Align a language model with preferences on the hardware you have.\n\n"

@@ -121,10 +121,15 @@ def plot(config: tools.PlotConfig) -> int:
 
 
 def report(config: tools.ReportConfig) -> int:
-    from prefopt.sweeps.report import write_report
+    from prefopt.runs.table import runs_of
 
     if not config.run and not config.comparisons:
         raise ConfigError("there is nothing to report: name output folders, or --comparisons")
+    for name in config.run or ():
+        if not Path(name).exists():
+            runs_of(name)  # refuses it, before torch is imported
+    from prefopt.sweeps.report import write_report
+
     tell(f"written: {write_report(config)}")
     return 0
 

@@ -188,18 +188,18 @@ def _content_problems(c: Comparison, kind: DataKind) -> Iterator[tuple[str, str]
     elif c.text and kind == "prompts" and not any(m.content.strip() for m in c.prompt):
         yield "empty prompt", "the prompt is empty"
     for k, response in enumerate(responses):
-        name = ("chosen", "rejected")[k] if c.tiers == ((0,), (1,)) else f"{k + 1}."
+        name = f"the {('chosen', 'rejected')[k]} response" if c.tiers == ((0,), (1,)) else f"response {k + 1}"
         answers = [m for m in response.messages if m.role == "assistant"]
         if not response.messages or response.messages[-1].role != "assistant":
-            yield "response without an answer", f"the {name} response does not end with the assistant's turn"
+            yield "response without an answer", f"{name} does not end with the assistant's turn"
         elif not c.text and response.messages[0].role != "assistant":
             role = response.messages[0].role
-            what = f"the {name} response begins with a turn of the {role}; leave out a repeated prompt"
+            what = f"{name} begins with a turn of the {role}; leave out a repeated prompt"
             yield "response begins with no answer", what
         elif any(not m.content.strip() and not m.tool_calls for m in answers):
-            yield "empty response", f"the {name} response is empty"
+            yield "empty response", f"{name} is empty"
         elif not any(m.trained for m in answers):
-            yield "nothing to train", f"no turn of the {name} response is trained"
+            yield "nothing to train", f"no turn of {name} is trained"
 
 
 def texts_of(m: Message) -> Iterator[str]:

@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.core.model_folder import vet_folder
+from prefopt.core.model_folder import read_adapter, vet_folder
 from prefopt.errors import ConfigError, ModelError, RunError, first_line
 from prefopt.generate.sampler import FloatArray, Ids, ProgressCallback, Sample, SamplingParams, key_of, occurrences
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as ``max_lora_rank``."""
 
 
 class VllmSampler:
@@ -25,10 +28,8 @@ class VllmSampler:
     prompt and sample gives the model's; it draws one token that is dropped.
     """
 
-    def __init__(
-        self, model: str, *, adapter: str | None = None, context: int, dtype: str = "auto", rank: int | None = None
-    ) -> None:
-        """``model`` and ``adapter`` are folders, ``rank`` the adapter's; ``context`` bounds prompt and sample.
+    def __init__(self, model: str, *, adapter: str | None = None, context: int, dtype: str = "auto") -> None:
+        """``model`` and ``adapter`` are folders; ``context`` bounds prompt and sample.
 
         Raises :class:`ConfigError` where vLLM is not installed, :class:`ModelError` where it cannot load the model.
         """
@@ -38,7 +39,7 @@ class VllmSampler:
         options: dict[str, Any] = {"dtype": dtype, "max_model_len": context, "logprobs_mode": "processed_logprobs"}
         self._lora: Any = None
         if adapter is not None:
-            options |= {"enable_lora": True, "max_loras": 1, **({"max_lora_rank": rank} if rank else {})}
+            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _max_lora_rank(adapter)}
             self._lora = _imported("vllm.lora.request").LoRARequest("adapter", 1, adapter)
         try:
             self._engine: Any = self._vllm.LLM(model=model, **options)
@@ -122,6 +123,13 @@ class VllmSampler:
             _chosen(sample, request.prompt_logprobs[len(ids) :])
             for ids, sample, request in zip(given, samples, self._generate(whole, params), strict=True)
         ]
+
+
+def _max_lora_rank(adapter: str) -> int:
+    """The least ``max_lora_rank`` that admits an adapter: vLLM refuses one above its default of 16."""
+    config = read_adapter(adapter)
+    rank = max(config.get("r", 8), *(config.get("rank_pattern") or {}).values())
+    return next((n for n in LORA_RANKS if n >= rank), rank)
 
 
 def _chosen(ids: Sequence[int], logprobs: Any) -> FloatArray:

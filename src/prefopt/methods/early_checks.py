@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config.methods import method_of
-from prefopt.config.tools import RULES, is_model_reward
+from prefopt.config.tools import IMPLICIT, RULES, is_model_reward
 from prefopt.core.files import expanded
 from prefopt.core.hub import no_telemetry, why_not_read
 from prefopt.data.files.content import look
@@ -44,7 +44,7 @@ def check_before_torch(config: Any) -> None:
     reward = getattr(config, "reward", None)
     if isinstance(reward, str) and is_model_reward(reward):
         _check_model(reward)
-    elif method_of(config) and isinstance(reward, str) and reward not in RULES and ":" not in reward:
+    elif isinstance(reward, str) and reward not in (*RULES, IMPLICIT) and ":" not in reward:
         load_reward(reward)  # refuses the name
 
 
@@ -74,9 +74,12 @@ def _check_file(source: Source) -> None:
 
 
 def _check_model(name: str | None) -> None:
-    """Refuse what is neither a folder, nor the name of a model in the Hub's cache or on the Hub."""
-    if name is None or name.endswith(".jsonl") or expanded(name).exists():
+    """Refuse what is neither a folder, nor the name of a model in the Hub's cache or on the Hub, nor a file of
+    samples."""
+    if name is None or expanded(name).exists():
         return
+    if name.endswith(".jsonl"):
+        raise DataError("no such file; check the path", file=name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"{name}: no such folder")
     no_telemetry()

@@ -30,14 +30,15 @@ Bounds = tuple[float, float, float]
 
 def read_comparison(name: str) -> dict[str, Any]:
     """Read the output of ``prefopt compare --json``. Raises :class:`RunError` for another file."""
-    return read_json(Path(name), comparison_report, "write what prefopt compare --json prints into a file, and name it")
+    return read_json(Path(name), comparison_report, "name a file with the output of prefopt compare --json")
 
 
 def comparison_report(found: Json) -> dict[str, Any]:
     """The template's values for a comparison given as plain values.
 
-    ``lost`` are samples of the first model that lost, ``lengths`` sentences on how lengths differ, ``tasks`` rows of
-    name, questions, first, second, difference and verdict.
+    ``compared`` are the names of all models, ``models`` of those with samples. ``lost`` are samples of the first model
+    that lost, ``lengths`` sentences on how lengths differ, ``tasks`` rows of name, questions, first, second, difference
+    and verdict.
     """
     versus, models = found["versus"], found["models"]
     rows: list[Comparison] = []
@@ -49,6 +50,7 @@ def comparison_report(found: Json) -> dict[str, Any]:
     return {
         **{name: found[name] for name in ("judge", "command", "environment")},
         "models": list(models),
+        "compared": list(dict.fromkeys(v[side] for v in versus for side in ("first", "second"))),
         "identities": list(found["identities"].items()),
         "findings": [f["text"] for f in found["findings"]],
         "sentences": [_sentence(v, found["judge"]) for v in versus],
@@ -122,7 +124,7 @@ def _samples(models: Json) -> list[tuple[str, Sequence[str]]]:
     k1 = ["-" if g is None else f"{g['k1']['mean']:.2f} ± {g['error']:.2f}" for g in gaps]
     rows.append(("KL to the reference, nats per response (k1)", k1))
     rows.append(("the same by k3", ["-" if g is None else f"{g['k3']:.2f}" for g in gaps]))
-    return [(title, values) for title, values in rows if set(values) != {"-"}]
+    return [(title, values) for title, values in rows if set(values) - {"-"}]
 
 
 def _longer(versus: Json, models: Json) -> str | None:

@@ -137,7 +137,7 @@ def page(
     reports = [run_report(run, name) for run, name in zip(runs, names, strict=True)]
     several = len(runs) > 1
     names += [section.name for section in sections]
-    title = title or ", ".join(names) or " and ".join(dict.fromkeys(m for c in comparisons for m in c["models"]))
+    title = title or ", ".join(names) or " and ".join(dict.fromkeys(m for c in comparisons for m in c["compared"]))
     different = differing(runs) if several else []
     return template("prefopt.reports", "report.html.j2").render(
         title=title,

@@ -42,7 +42,7 @@ class Panel:
 STANDARD = (
     Panel("loss", "Loss", "loss", math.log(2), "ln 2"),
     Panel("rewards/margins", "Margin of rewards, chosen − rejected", "margin (reward)", 0.0),
-    Panel("rewards/accuracies", "Accuracy: chosen above rejected", "share of rows", 0.5, "chance"),
+    Panel("rewards/accuracies", "Accuracy: chosen above rejected", "fraction of rows", 0.5, "chance"),
     Panel("log_ratios_per_token", "Log-ratio to the reference", "nats per token", 0.0, sides=True),
     Panel("objective/scores", "Reward of the policy's samples", "reward"),
     Panel("objective/kl", "KL to the reference", "nats per response", 0.0),
