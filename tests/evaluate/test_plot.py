@@ -38,7 +38,8 @@ def test_curves_are_the_runs_numbers(tmp_path: Path) -> None:
     assert low < min(curve.values) and high > max(held_out.values)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles[0] == "Loss" and titles[3] == "Log-ratio to the reference"
-    assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "margin (reward)", "fraction of rows", "nats per token"]
+    labels = [axes.get_ylabel() for axes in figure.axes]
+    assert labels == ["loss", "margin (reward)", "fraction of rows", "nats per token"]
     assert {axes.get_xlabel() for axes in figure.axes} == {"step"}
     assert legend(loss) == ["training, average of 3 steps", "held out"]
     assert legend(ratios) == ["chosen", "rejected", "held out"]

@@ -229,9 +229,14 @@ def _transformers4_tokenizer(tokenizer: Tokenizer, found: Json) -> Json:
 
 
 def transformers4_config(found: Json) -> Json:
-    """A ``config.json`` with the fields of transformers 4 beside those of transformers 5."""
-    changed, now = _with_older_fields(found), _as_parsed(found)
-    return changed if now is not None and _contains(_as_parsed(changed), now) else found
+    """A ``config.json`` with the fields of transformers 4 too, as far as version 5 still reads the same: all of them, all
+    but the scaling of rotary embeddings, or none."""
+    now = _as_parsed(found)
+    for scaling in (True, False):
+        changed = _with_older_fields(found, scaling=scaling)
+        if now is not None and _contains(_as_parsed(changed), now):
+            return changed
+    return found
 
 
 def transformers_versions(folder: Path) -> str:
@@ -242,12 +247,14 @@ def transformers_versions(folder: Path) -> str:
     return "transformers 5, and version 4 (tried with 4.57) where it knows the architecture"
 
 
-def _with_older_fields(found: Json) -> Json:
-    """With older fields in every configuration of a document, nested ones too."""
+def _with_older_fields(found: Json, *, scaling: bool = True) -> Json:
+    """With older fields in every configuration of a document, nested ones too; ``scaling``: with ``rope_scaling``."""
     nested = {k: v for k, v in found.items() if k.endswith("_config") and isinstance(v, dict)}
-    changed = found | {name: _with_older_fields(config) for name, config in nested.items()}
+    changed = found | {name: _with_older_fields(config, scaling=scaling) for name, config in nested.items()}
     older = {"torch_dtype": found["dtype"]} if isinstance(found.get("dtype"), str) else {}
     older |= _older_rope(found)
+    if not scaling:
+        older.pop("rope_scaling", None)
     names = _RENAMED.get(str(found.get("model_type")), {})
     older |= {name: found[name] for name in names if name in found}
     for name, value in older.items():
