@@ -229,8 +229,8 @@ def _transformers4_tokenizer(tokenizer: Tokenizer, found: Json) -> Json:
 
 
 def transformers4_config(found: Json) -> Json:
-    """A ``config.json`` with the fields of transformers 4 too, as far as version 5 still reads the same: all of them, all
-    but the scaling of rotary embeddings, or none."""
+    """A ``config.json`` with the fields of transformers 4 too, as far as version 5 still reads the same: all of them,
+    all but the scaling of rotary embeddings, or none."""
     now = _as_parsed(found)
     for scaling in (True, False):
         changed = _with_older_fields(found, scaling=scaling)
