@@ -287,7 +287,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(write_run(tmp_path / "run"))
     assert main(["report"]) == 2 and "there is nothing to report" in capsys.readouterr().err
     for text, said in (
-        ("{}", "what prefopt compare --json prints"),
+        ("{}", "prefopt compare --json"),
         ("[" * 100_000, "nested too deep"),
         (None, "cannot be read"),
     ):

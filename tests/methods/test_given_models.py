@@ -62,7 +62,7 @@ def test_options_that_would_do_nothing_to_an_object(
 
 def test_lora_on_an_object_that_has_an_adapter(folder: str, tmp_path: Path) -> None:
     model = adapted(load(folder))
-    with pytest.raises(ConfigError, match="has one already"):
+    with pytest.raises(ConfigError, match="lora adds an adapter"):
         dpo(model, ROWS, tmp_path / "out", tokenizer=AutoTokenizer.from_pretrained(folder), lora=True)
 
 
