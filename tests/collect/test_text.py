@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from jinja2 import Environment, PackageLoader
 
 from collect.hostile import TEXTS
 from prefopt.collect.markdown import _MATH_ATTRIBUTES, _TAGS, as_html, as_plain
+from prefopt.collect.views import view_of
 
 
 class Seen(HTMLParser):
@@ -85,3 +87,25 @@ def test_names_in_charts_are_escaped() -> None:
     charts = Environment(loader=PackageLoader("prefopt.collect"), autoescape=True).get_template("charts.html").module
     drawn = charts.bars([("<script>", 1)], '"><script>')  # type: ignore[attr-defined]
     assert "&lt;script" in drawn and "<script" not in drawn
+
+
+def test_tools_and_their_calls_are_shown_indented_and_as_they_are_where_they_are_no_json() -> None:
+    call = {"function": {"name": "look", "arguments": '{"a": 2}'}}
+    row = {
+        "prompt": [{"role": "user", "content": "weather?"}],
+        "tools": ['{"name": "look", "x": 1}', "not json"],
+        "responses": [
+            [
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [{"function": {"name": "look", "arguments": '{"a": 2}'}}],
+                }
+            ],
+            [{"role": "assistant", "content": "sunny"}],
+        ],
+    }
+    view = view_of(SimpleNamespace(row=row, origins=(None, None)), [0, 1])
+    assert view.tools == ('{\n "name": "look",\n "x": 1\n}', "not json")
+    assert view.responses[0].messages[0].calls == ('look({\n "a": 2\n})',)
+    assert view.responses[1].messages[0].calls == ()

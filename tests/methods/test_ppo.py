@@ -389,3 +389,14 @@ def test_reward_models_that_do_not_fit_are_refused(small: str, reward_model: str
     (three / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="has 3 labels"):
         ppo(small, tmp_path / "c", reward=str(three))
+
+
+def test_a_dry_run_shows_prompts_plan_and_memory_and_writes_nothing(
+    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"reward": world.reward, **QUICK, "progress": "plain", "dry_run": True}
+    assert prefopt.ppo(small, ROWS, output=tmp_path / "out", **options) is None
+    shown = capsys.readouterr().out
+    for fact in ("row 1:", "max_new_tokens:", "memory:", "dry run: nothing was trained"):
+        assert fact in shown, fact
+    assert not (tmp_path / "out").exists()
