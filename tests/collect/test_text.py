@@ -99,7 +99,7 @@ def test_tools_and_their_calls_are_shown_indented_and_as_they_are_where_they_are
                 {
                     "role": "assistant",
                     "content": "",
-                    "tool_calls": [{"function": {"name": "look", "arguments": '{"a": 2}'}}],
+                    "tool_calls": [call],
                 }
             ],
             [{"role": "assistant", "content": "sunny"}],
