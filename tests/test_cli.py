@@ -245,7 +245,7 @@ def test_every_option_of_the_command_line_reaches_the_config(ran: list[dict[str,
     }
     plain = DpoConfig(model="m", data=["d.jsonl"], output="o").to_dict()
     for o in options(DpoConfig):
-        if o.required:
+        if o.required or o.name == "shard":  # which one process refuses: tests/parallel
             continue
         value: Any = other.get(o.name) or (next((c for c in o.choices if c != o.default), None))
         if value is None:

@@ -117,6 +117,10 @@ def command_problems(place: str, words: list[str]) -> Iterator[str]:
     if verb is None:
         yield f"{place}: prefopt has no command {' '.join(words[:2])!r}"
         return
+    if verb == "launch" and "--" in words:  # what is behind it is a command of its own
+        cut = words.index("--")
+        yield from command_problems(place, words[cut + 1 :])
+        words = words[:cut]
     for word in words[len(verb.split()) :]:
         flag = word.partition("=")[0]
         if flag.startswith("-") and not re.match(r"-[\d.]", flag) and flag not in flags_of(verb):
@@ -264,6 +268,7 @@ PLANTED = {
     "unknown command": "```bash\nprefopt dpoo --model m\n```",
     "unknown option": "```bash\nprefopt dpo --model m \\\n  --betta 1\n```",
     "option of another command": "```bash\n.venv/bin/prefopt cache list --repair\n```",
+    "option of a launched command": "```bash\nprefopt launch --gpus 2 -- dpo --betta 1\n```",
     "option behind a pipe": "```bash\necho x | PREFOPT_CACHE=c prefopt demo --beta 1\n```",
     "in a console block": "```console\n$ prefopt dpo --lerning-rate 1\n```",
     "make target": "```bash\nmake tests\n```",

@@ -71,7 +71,10 @@ class Interrupted(PrefoptError):
 
     def __init__(self, what: str, signal: int) -> None:
         self.signal = signal
-        super().__init__(what)
+        super().__init__(what, signal)  # both, so that one process can send it to another
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 LONGEST = 300

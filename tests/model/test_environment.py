@@ -92,3 +92,13 @@ def test_paths_name_nobody(text: str, expected: str, tmp_path: Path, monkeypatch
     home = tmp_path / "ada"
     monkeypatch.setenv("HOME", str(home))
     assert anonymous(text.format(home=home)) == expected.format(home=home)
+
+
+def test_of_several_processes_it_tells_which_this_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "processes" not in environment()
+    for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = environment()["processes"]
+    assert (found["rank"], found["local rank"]) == ("5 of 8", "1 of 4 on this machine")
+    assert (found["backend"], found["device"], found["restarts"]) == ("gloo", "cpu", "0")

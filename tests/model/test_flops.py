@@ -21,7 +21,7 @@ from prefopt.model.flops import FlopCount, matmul_peak, visible_pairs
 from prefopt.model.packing import pack
 from prefopt.model.scorer import Scorer
 from prefopt.train import budget
-from prefopt.train.budget import measure_of
+from prefopt.train.budget import Speed
 
 GROUPS = groups_of_every_kind()[:6]
 
@@ -142,7 +142,8 @@ def test_a_measurement_that_cannot_be_had_is_left_out(
 
     monkeypatch.setattr(budget, "matmul_peak", lambda *_: 1e10)
     monkeypatch.setattr(FlopCount, "of", failing)
-    record = measure_of(build("llama"), torch.device("cpu"), torch.float32, "pairs")([], 2.0)
+    speed = Speed(build("llama"), torch.device("cpu"), torch.float32, "pairs")
+    record = speed.record(speed.work([]), 2.0)
     assert "utilisation" not in record
     assert record["step_seconds"] == 2.0
     assert caplog.messages == ["utilisation is not measured: this configuration has no such field"]

@@ -18,7 +18,8 @@ from prefopt.model.adapter import new_lora
 from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights, freeze_and_cast
 from prefopt.model.scorer import Scorer, response_sums
-from prefopt.train.optim import adamw, clip_, grad_norm
+from prefopt.parallel.gradients import clip_, grad_norm
+from prefopt.train.optim import adamw
 
 RATE, STEPS = 1e-6, 50
 

@@ -308,6 +308,12 @@ def deterministic(place: Place) -> None:
         torch.use_deterministic_algorithms(False)
 
 
+def shard(place: Place) -> None:
+    """One process refuses it; what it does in several is shown in tests/parallel."""
+    with pytest.raises(ConfigError, match=r"--shard full .*prefopt launch"):
+        place.run(shard="full")
+
+
 def seed(place: Place) -> None:
     moves("seed", 1)(place)  # the order
     # An adapter's first matrices have no gradient while the second ones are zero: after a step they are as they began.
@@ -396,6 +402,7 @@ SHOWN: dict[str, Callable[[Place], None]] = {
     "gradient_checkpointing": gradient_checkpointing,
     "attention": attention,
     "seed": seed,
+    "shard": shard,
     "deterministic": deterministic,
 }
 

@@ -18,11 +18,13 @@ from typing import Any
 from prefopt import __version__
 from prefopt.config import collect, tools
 from prefopt.config.compare import CompareConfig
-from prefopt.config.methods import METHODS, RlhfConfig
+from prefopt.config.launch import LaunchConfig
+from prefopt.config.methods import METHODS, RlhfConfig, method_of
 from prefopt.config.sample import ChatConfig, SampleConfig
 from prefopt.config.sweeps import FrontierConfig, MethodsConfig
 from prefopt.core.options import Config, Option, nearest, option, options
 from prefopt.core.plugins import imported
+from prefopt.core.ranks import RANK_VARIABLES, check_ranks, ranks_in
 from prefopt.core.terminal import complain, guarded_streams, tell
 from prefopt.core.yaml_file import read_document, write_document
 from prefopt.errors import ConfigError, Interrupted, UserError
@@ -43,6 +45,7 @@ class Verb:
 
 ROWS: list[tuple[str, type[Config], str]] = [
     ("rlhf", RlhfConfig, "run the chain SFT, reward model, PPO; finished stages are skipped"),
+    ("launch", LaunchConfig, "run a training on several GPUs, or write the job that runs it on a cluster"),
     ("frontier", FrontierConfig, "measure reward against KL for DPO, PPO and other methods on the same data"),
     ("methods", MethodsConfig, "compare cost and quality of DPO with those of reward model and PPO"),
     ("sample", SampleConfig, "draw responses from a model for a file of prompts"),
@@ -142,20 +145,27 @@ def _run(name: str, words: list[str]) -> int:
     if {"-h", "--help"} & set(words):
         tell(help_of(name))
         return 0
-    given = parse(name, words)
-    file, printing = given.pop("config", None), given.pop("print_config", False)
-    values = read_document(file) if file else {}
+    values, file, given, printing = values_of(name, words)
     if printing:
         placeholders = {o.name: "(to be given)" for o in options(verb.config) if o.required}
         verb.config.from_dict(placeholders | values, file, given)
         tell(write_document(verb.config, values | given), end="")
         return 0
     config = verb.config.from_dict(values, file, given)
+    if name not in ("env", "launch"):
+        check_ranks(config, method_of(config), ranks_in())
     from prefopt.methods.early_checks import check_before_torch
 
     check_before_torch(config)
     status = imported(verb.path)(config)
     return status if isinstance(status, int) else 0
+
+
+def values_of(name: str, words: list[str]) -> tuple[dict[str, Any], str | None, dict[str, Any], bool]:
+    """The options of a command: those of its YAML file, the file, those of its words, and whether to print them."""
+    given = parse(name, words)
+    file, printing = given.pop("config", None), given.pop("print_config", False)
+    return read_document(file) if file else {}, file, given, printing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,9 +185,13 @@ def options_of(name: str) -> dict[str, Option]:
 
 
 def parse(name: str, words: list[str]) -> dict[str, Any]:
-    """The options given on the command line, numbers and booleans converted. Raises ``ConfigError``."""
+    """The options given on the command line, numbers and booleans converted; words behind ``--`` are values of the
+    first positional option. Raises ``ConfigError``."""
     known = options_of(name)
     found: dict[str, list[str]] = {}
+    if "--" in words and (places := [o.flag for o in known.values() if o.positional]):
+        cut = words.index("--")
+        words, found[places[0]] = words[:cut], words[cut + 1 :]
     current = ""
     for word in _with_flags(words, [o for o in known.values() if o.positional]):
         if FLAG.match(word):
@@ -277,6 +291,11 @@ def _overview(verbs: list[str]) -> str:
 
 
 def _complain(message: str, status: int) -> int:
+    if any(name in os.environ for name in RANK_VARIABLES):
+        from prefopt.parallel.world import speaks_for_all
+
+        if not speaks_for_all():  # another process of the run has said why
+            return status
     complain("prefopt: " + " ".join(message.split()))
     return status
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
 from datetime import datetime
 from pathlib import Path
 
 from prefopt.config import tools
 from prefopt.config.compare import CompareConfig
+from prefopt.config.launch import LaunchConfig
+from prefopt.config.methods import METHODS
 from prefopt.config.sample import SampleConfig
 from prefopt.config.sweeps import FrontierConfig, MethodsConfig
 from prefopt.core import cache_folder
+from prefopt.core.ranks import Ranks, check_ranks
 from prefopt.core.terminal import size, tell, tell_json, tell_lines
 from prefopt.errors import ConfigError
 
@@ -90,6 +96,35 @@ def push(config: tools.PushConfig) -> int:
         return 0
     tell(f"sent: {push(planned, config.repo, private=config.private)}")
     return 0
+
+
+def launch(config: LaunchConfig) -> int:
+    from prefopt.cli import values_of
+    from prefopt.parallel.launch import job_file, on_this_machine, run_here, threads_each
+
+    name, *words = config.command
+    if name not in METHODS:
+        raise ConfigError(f"prefopt {name} runs in one process; launch starts {', '.join(METHODS)}")
+    values, file, given, _ = values_of(name, words)
+    run = METHODS[name].config.from_dict(values, file, given)  # refused here, and not by every process of a job
+    gpus = config.gpus
+    if gpus is None:
+        import torch
+
+        gpus = torch.cuda.device_count()
+        if not gpus:
+            raise ConfigError("this machine has no GPU that torch can use; --gpus N starts N processes on its CPU")
+    check_ranks(run, name, Ranks(size=config.nodes * gpus, local_size=gpus))
+    if config.manager != "here":
+        tell(job_file(config), end="")
+        return 0
+    command = on_this_machine(config)
+    if config.dry_run:
+        tell(shlex.join(command))
+        return 0
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_each(gpus)))
+    sys.stdout.flush()
+    return run_here(command)
 
 
 def env(config: tools.EnvConfig) -> int:

@@ -204,6 +204,11 @@ class RunOptions(MachineOptions, ProgressOptions):
     attention: Literal["auto", "loop"] = option(
         "auto", "attention kernel; loop: one call per segment, as a reference to compare with"
     )
+    shard: Literal["auto", "none", "full", "hybrid"] = option(
+        "auto",
+        "of several processes (prefopt launch, torchrun): none, every one has the whole model; full, each has a part of"
+        " every weight; hybrid, each node has the whole model between its processes; auto: by memory",
+    )
     seed: int = option(0, "seed of order, held-out split, dropout and new adapters", at_least=0, at_most=2**32 - 1)
     deterministic: bool = option(False, "deterministic kernels on a GPU, so that a resumed run is bit-identical")
 

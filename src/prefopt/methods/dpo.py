@@ -42,7 +42,9 @@ def run(
         config, say = run.config, run.say
         start = read_model(run, tokenizer)
         which = config.pairs or "all"  # None where the losses are not on pairs
-        data = load_data(config, start, rows, run.reporter, run.stop, kind=data_kind(terms), which=which)
+        data = run.world.first_on_node(
+            lambda: load_data(config, start, rows, run.reporter, run.stop, kind=data_kind(terms), which=which)
+        )
         check_rows(terms, data.groups, which)
         choice = choose_reference(config, model) if needs_reference(terms) else None
 
@@ -63,7 +65,7 @@ def run(
         digest = choice.identity.digest if choice else "none"
         offline.take_folder({"reference": (digest, "the reference model")}, loss=describe(terms))
         source = batches(reference=plan.values(policy.scorer))
-        say(policy.make_trainable())
+        say(policy.make_trainable(run.world))
 
         def inspect(step: int, update: int, record: Record, batch: Batch, values: Values) -> None:
             if step == 0:

@@ -12,6 +12,7 @@ from prefopt.config.methods import method_of
 from prefopt.config.tools import IMPLICIT, RULES, is_model_reward
 from prefopt.core.files import expanded
 from prefopt.core.hub import no_telemetry, why_not_read
+from prefopt.core.ranks import ranks_in, restarted
 from prefopt.data.files.content import look
 from prefopt.data.files.sources import FileOrigin, Source, find_sources
 from prefopt.errors import ConfigError, DataError, ModelError
@@ -31,8 +32,8 @@ def check_before_torch(config: Any) -> None:
     if not hasattr(config, "device"):
         return
     _check_device(config.device)
-    if method_of(config) and not config.dry_run:
-        check_output(Path(config.output), resume=config.resume)
+    if method_of(config) and not config.dry_run and ranks_in().alone:  # several look at it together, later
+        check_output(Path(config.output), resume=config.resume or restarted())
     for option in DATA:
         for source in find_sources(getattr(config, option, None) or []):
             _check_file(source)

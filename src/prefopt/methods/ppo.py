@@ -89,12 +89,12 @@ def run(
         run.say_scoring(policy, check)
         ptx = read_ptx(config, start.tokenizer, start.context, policy.scorer, run.reporter)
         say(policy.leftover())
-        say(policy.make_trainable())
+        say(policy.make_trainable(run.world, whole=True))
         judge = TextRewardScorer(function, start.tokenizer, settings.stop) if function is not None else None
         models = build_models(config, policy, start.source, start.tokenizer, settings.stop, longest, judge)
         for line in models.words():
             say(line)
-        tokens = _token_budget(run, models, prompts, ptx)
+        tokens = run.world.smallest(_token_budget(run, models, prompts, ptx))
         if config.dry_run:
             _preview(run, start, prompts, models, tokens)
             return None
@@ -120,7 +120,9 @@ def _rounds(
     order = order_of(config, len(prompts.ids))
     return Rounds(
         config,
-        Collector(prompts, sampler, settings, config.num, models.judge, scorer, models.critic, models.reference),
+        Collector(
+            prompts, sampler, settings, config.num, models.judge, scorer, models.critic, models.reference, run.world
+        ),
         order,
         KlController(config.beta, config.kl_target, config.kl_horizon),
         steps=steps_of(config, order.steps_per_epoch),
@@ -150,7 +152,9 @@ def _train(
     try:
         return trainer.fit()
     except Diverged as error:
-        kept = keep_last_good(config, run.folder, policy, tokenizer, ends, named=run.given is None)
+        kept = run.world.on_first(
+            lambda: keep_last_good(config, run.folder, policy, tokenizer, ends, named=run.given is None)
+        )
         raise Diverged(error.reason, f"{error.remedy}; {kept}" if error.remedy else kept) from error
 
 
@@ -222,7 +226,7 @@ def _token_budget(run: Run, models: PpoModels, prompts: PromptSet, ptx: PtxTerm 
 def _finish(run: Run, models: PpoModels, prompts: PromptSet, steps: int, seconds: float) -> PpoResult:
     """Write the card and the last lines of the log."""
     config, folder = run.config, run.folder.path
-    history = read_history(folder)
+    history = run.world.on_first(lambda: read_history(folder))
     first, ending = history.training[0], history.ending()
     last = averages_of(ending)
     episodes, since = sum(rows for _, rows in ending), ending[0][0]["step"]

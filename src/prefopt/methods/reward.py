@@ -56,7 +56,7 @@ def run(
     with open_run(config, model=model, callbacks=callbacks) as run:
         config, say = run.config, run.say
         start = read_model(run, tokenizer)
-        data = load_data(config, start, rows, run.reporter, run.stop, kind="pairs")
+        data = run.world.first_on_node(lambda: load_data(config, start, rows, run.reporter, run.stop, kind="pairs"))
         policy = run.loading(ScalarPolicy(config, start.source, run.dtype, run.device, model, start.tokenizer))
         offline = OfflineRun(run=run, start=start, data=data, policy=policy)
         offline.check(_check)
@@ -69,7 +69,7 @@ def run(
             offline.preview(objective, source)
             return None
         offline.take_folder()
-        say(policy.make_trainable())
+        say(policy.make_trainable(run.world))
         set_shift(causal_model(policy.scorer.model), 0.0)  # training needs none: only differences count
         trainer = offline.fit(objective, source)
         policy.scorer.eval()
@@ -126,8 +126,12 @@ def _reliability(run: Run, scorer: ScalarScorer, data: TrainingData, token_budge
         return None
     reward_N = response_rewards(scorer, data.groups, data.held_out, token_budget)
     found = reliability(reward_N, data.groups, data.held_out, run.config.pairs)
-    write_json(run.folder.path / "reliability.json", found.to_dict())
-    draw(found, run.folder.path / "reliability.svg")
+
+    def write() -> None:
+        write_json(run.folder.path / "reliability.json", found.to_dict())
+        draw(found, run.folder.path / "reliability.svg")
+
+    run.world.on_first(write)
     for line in found.lines():
         run.say(line)
     return found

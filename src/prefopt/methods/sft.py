@@ -38,13 +38,13 @@ def run(
     with open_run(config, model=model, callbacks=callbacks) as run:
         config, say = run.config, run.say
         if tokenizer is None and config.train_tokenizer is not None:
-            tokenizer = new_tokenizer(_texts(config, rows), config.train_tokenizer)
+            size = config.train_tokenizer
+            tokenizer = run.world.on_first(lambda: new_tokenizer(_texts(config, rows), size))
             say(f"tokenizer: {len(tokenizer)} tokens, made from the data")
         start = read_model(run, tokenizer)
         # Texts without a prompt are cut into windows instead of being truncated.
-        data = load_data(
-            config, start, rows, run.reporter, run.stop, kind="demonstrations", train_on=config.train_on, windows=True
-        )
+        options: dict[str, Any] = {"kind": "demonstrations", "train_on": config.train_on, "windows": True}
+        data = run.world.first_on_node(lambda: load_data(config, start, rows, run.reporter, run.stop, **options))
         given = model
         if config.from_scratch:
             fitted = config.train_tokenizer is not None
@@ -62,7 +62,7 @@ def run(
             offline.preview(objective, source)
             return None
         offline.take_folder()
-        say(policy.make_trainable())
+        say(policy.make_trainable(run.world))
         trainer = offline.fit(objective, source)
         title = "Training from scratch" if config.from_scratch else "Supervised fine-tuning"
         return offline.finish(trainer, title=title, tag="sft")

@@ -120,6 +120,15 @@ def free_memory(device: torch.device) -> int:
     return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that the device has in all."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().total)
+    import torch
+
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
 def peak_memory(device: torch.device) -> int:
     """Most bytes held so far: by the device's tensors, or by this process."""
     if device.type == "cuda":

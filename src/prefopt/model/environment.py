@@ -17,13 +17,15 @@ import psutil
 
 import prefopt
 from prefopt.core.cache_folder import cache_root
+from prefopt.core.ranks import backend_of, ranks_in
 from prefopt.core.terminal import size
 
 LIBRARIES = "torch transformers tokenizers peft safetensors huggingface_hub numpy rich".split()
 # Variables that affect runs and hold no secrets; no other variable is shown, not even its name.
 VARIABLES = """
-    PREFOPT_CACHE PREFOPT_DTYPE HF_HOME HF_HUB_OFFLINE CUDA_VISIBLE_DEVICES PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF
-    OMP_NUM_THREADS MKL_NUM_THREADS TOKENIZERS_PARALLELISM CUBLAS_WORKSPACE_CONFIG WANDB_MODE
+    PREFOPT_CACHE PREFOPT_DTYPE PREFOPT_TIMEOUT_MINUTES HF_HOME HF_HUB_OFFLINE CUDA_VISIBLE_DEVICES
+    PYTORCH_CUDA_ALLOC_CONF PYTORCH_ALLOC_CONF OMP_NUM_THREADS MKL_NUM_THREADS TOKENIZERS_PARALLELISM
+    CUBLAS_WORKSPACE_CONFIG WANDB_MODE
 """.split()
 
 Section = dict[str, str]
@@ -38,10 +40,11 @@ def environment() -> dict[str, Section]:
 
 
 def hardware() -> dict[str, Section]:
-    """Versions, machine and devices, for run records."""
+    """Versions, machine and devices, for run records; of several processes also which this one is."""
     versions = {"prefopt": prefopt.__version__, "python": platform.python_version()}
     versions |= {name: _version(name) or "not installed" for name in LIBRARIES}
-    return _anonymous({"versions": versions, "machine": _machine(), "devices": _devices()})
+    found = {"versions": versions, "machine": _machine(), "devices": _devices(), "processes": _processes()}
+    return _anonymous({title: rows for title, rows in found.items() if rows})
 
 
 def in_words(found: Mapping[str, Section]) -> list[str]:
@@ -102,6 +105,23 @@ def _devices() -> Section:
     if torch.backends.mps.is_available():
         found["mps"] = "available"
     return found
+
+
+def _processes() -> Section:
+    """What this process is among several; nothing where it is alone. The others are not asked."""
+    ranks = ranks_in()
+    if ranks.alone:
+        return {}
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {
+        "rank": f"{ranks.rank} of {ranks.size}",
+        "local rank": f"{ranks.local_rank} of {ranks.local_size} on this machine",
+        "backend": backend_of(gpus),
+        "device": f"cuda:{ranks.local_rank % gpus}" if gpus else "cpu",
+        "restarts": str(ranks.restarts),
+    }
 
 
 def _folders() -> Section:

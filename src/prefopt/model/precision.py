@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -96,6 +96,9 @@ class MasterWeights:
             hook.remove()
         self._hooks.clear()
 
+    def reshard(self) -> None:
+        """Nothing to do where every process has whole weights."""
+
     def zero_grad(self) -> None:
         """Drop all gradients."""
         for parameter in (*self.masters.values(), *self._copies.values()):
@@ -108,7 +111,7 @@ class MasterWeights:
             rounded.copy_(self.masters[name])
 
     @torch.no_grad()
-    def load(self, values: dict[str, torch.Tensor]) -> None:
+    def load(self, values: Mapping[str, torch.Tensor]) -> None:
         """Set the masters, and the model's weights from them."""
         for name, master in self.masters.items():
             master.copy_(values[name])
@@ -140,7 +143,7 @@ def freeze_and_cast(model: torch.nn.Module, compute: torch.dtype) -> torch.nn.Mo
 
 def _cast_frozen(model: torch.nn.Module, compute: torch.dtype) -> Iterator[tuple[str, torch.nn.Parameter, torch.dtype]]:
     """Cast buffers and frozen parameters; yields trainable ones by name, with the dtype that they compute in."""
-    kept = _kept_in_float32(causal_model(model))
+    kept = kept_in_float32(causal_model(model))
     _cast_buffers(causal_model(model), compute)
     for name, parameter in model.named_parameters():
         target = parameter.dtype if kept(name) else compute
@@ -150,7 +153,7 @@ def _cast_frozen(model: torch.nn.Module, compute: torch.dtype) -> Iterator[tuple
             parameter.data = parameter.data.to(target)
 
 
-def _kept_in_float32(model: PreTrainedModel) -> Callable[[str], bool]:
+def kept_in_float32(model: PreTrainedModel) -> Callable[[str], bool]:
     """Whether the model's class keeps a parameter of this name in float32, whatever it computes in. As in transformers,
     the class gives names of modules or parameters anywhere in the path, or several joined by dots."""
     plain = getattr(model, "_keep_in_fp32_modules", None) or ()

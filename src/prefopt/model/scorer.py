@@ -59,6 +59,7 @@ class PackedModel(torch.nn.Module):
         self.reason = sharing_obstacle(causal, config) if share else "sharing is switched off"
         self.layout = PackLayout(self.reason is None, rope_limit(config))
         self.attention = attention
+        self.compute_dtype: torch.dtype | None = None  # set where weights are gathered in another dtype than they have
         # All configurations that a layer may read: the model's, its text part's, and those of inner models.
         configs = [causal.config, config, *(m.config for m in causal.modules() if isinstance(m, PreTrainedModel))]
         self._configs = list({id(c): c for c in configs}.values())
@@ -112,6 +113,8 @@ class PackedModel(torch.nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype the model computes in."""
+        if self.compute_dtype is not None:
+            return self.compute_dtype
         weight: torch.Tensor = causal_model(self.model).get_input_embeddings().weight
         return weight.dtype
 
@@ -241,7 +244,10 @@ class Scorer(PackedModel):
         """The current weights of the head, also after others are swapped in."""
         if self.head.kind == "class":
             return head_weights(causal_model(self.model))
-        return {name: p.data for name, p in self._head_module().named_parameters()}
+        weights = {name: p.data for name, p in self._head_module().named_parameters()}
+        if self.compute_dtype is not None:  # what was gathered for this pass will be forgotten
+            weights = {name: w.clone() for name, w in weights.items()}
+        return weights
 
     def logits(self, hidden: torch.Tensor, weights: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
         """Logits [rows, V] of hidden [rows, H], float32 or wider, by the head, with other ``weights`` where given."""

@@ -15,10 +15,12 @@ import json
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,7 @@ from prefopt.core.cache_folder import acquired, cache_errors, reference_folder, 
 from prefopt.data.group import Group
 from prefopt.data.table import Array, GroupTable, IndexArray, KeyArray, Selection, ranges
 from prefopt.errors import CacheError, ModelError
+from prefopt.parallel.world import ALONE, World
 from prefopt.reference.blocks import Arrays, Index, NamedGroups, ScoringPlan, plan_file, write_block
 
 log = logging.getLogger(__name__)
@@ -98,6 +101,7 @@ class ResponseScore:
 
 
 ScoreBatch = Callable[[list[Group]], Sequence[Sequence[ResponseScore]]]
+Scored = tuple[KeyArray, list[ResponseScore]]
 """Scores one packed batch: for each group, for each of its responses, in order."""
 ProgressCallback = Callable[[int, int, float], None]
 """Called after every batch with responses done, responses in all, and seconds since the first batch began."""
@@ -176,38 +180,54 @@ class ReferenceCache:
         token_values: bool = False,
         progress: ProgressCallback | None = None,
         stop: StopCallback = None,
+        world: World = ALONE,
     ) -> FillReport:
         """Score and keep the missing values of ``groups``; waits for another process that scores into the same space.
 
         ``make_score`` is called at most once, and only where a value is missing: it may load a model. Its function gets
         groups of at most ``token_budget`` tokens (``SpaceKey.costs``), or one larger group. The plan of an interrupted
         run keeps its budget, unless that is at least twice this one (halved on out-of-memory). Finished
-        batches are committed before ``stop`` raises. Raises ``CacheError`` where the disk refuses, ``ModelError`` where
-        the reference gives no finite number.
+        batches are committed before ``stop`` raises. Every rank of ``world`` calls this: each scores batches in turn,
+        and the first one plans and commits, so that the values are those of one process. Raises ``CacheError`` where
+        the disk refuses, ``ModelError`` where the reference gives no finite number.
         """
         table = GroupTable.of(groups)
         requested = np.unique(table.key_N)
-        missing = self._missing(requested, token_values)
+        missing = world.on_first(lambda: self._missing(requested, token_values))
         calls, seconds = 0, 0.0
         if len(missing):
-            with self._locked(stop):
-                missing = self._missing(requested, token_values)
-                if len(missing):
-                    self._describe()
+            with self._locked(stop) if world.first else nullcontext():
+                missing, plan = world.on_first(lambda: self._plan(table, requested, token_budget, token_values))
+                if plan is not None:
                     named = NamedGroups.of(table.key_N, table.response_starts)
-                    path = plan_file(self.folder, named, token_values)
-                    plan = ScoringPlan.read(path, self.space.id)
-                    if plan is None or 2 * token_budget <= plan.token_budget or not plan.covers(missing):
-                        plan = ScoringPlan.make(named, self.space.costs(table), missing, token_budget)
-                        plan.write(path, self.space.id)
                     planned = Selection(table, named.find(plan.groups.names_G).tolist())
-                    scored = self._scored(plan, planned, missing, make_score(), stop)
-                    calls, seconds = self._commit_all(scored, len(missing), token_values, progress)
-                    self._index.refresh()
-                self._remove_finished_plans()
+                    scored = self._scored(plan, planned, missing, make_score(), stop, world)
+                    if world.first:
+                        calls, seconds = self._commit_all(scored, len(missing), token_values, progress)
+                        self._index.refresh()
+                    else:
+                        deque(scored, maxlen=0)
+                if world.first:
+                    self._remove_finished_plans()
         with suppress(OSError):
             used(self.folder)
-        return FillReport(len(missing), len(requested) - len(missing), calls, seconds)
+        return world.from_first(FillReport(len(missing), len(requested) - len(missing), calls, seconds))
+
+    def _plan(
+        self, table: GroupTable, requested: KeyArray, token_budget: int, token_values: bool
+    ) -> tuple[KeyArray, ScoringPlan | None]:
+        """What is missing now that the space is locked, and the plan to score it; none where nothing is."""
+        missing = self._missing(requested, token_values)
+        if not len(missing):
+            return missing, None
+        self._describe()
+        named = NamedGroups.of(table.key_N, table.response_starts)
+        path = plan_file(self.folder, named, token_values)
+        plan = ScoringPlan.read(path, self.space.id)
+        if plan is None or 2 * token_budget <= plan.token_budget or not plan.covers(missing):
+            plan = ScoringPlan.make(named, self.space.costs(table), missing, token_budget)
+            plan.write(path, self.space.id)
+        return missing, plan
 
     def _missing(self, keys: KeyArray, token_values: bool) -> KeyArray:
         """Those of ``keys`` without a value."""
@@ -216,10 +236,17 @@ class ReferenceCache:
         return keys[self._index.find(keys, token_values=token_values) < 0]
 
     def _scored(
-        self, plan: ScoringPlan, groups: Selection, missing: KeyArray, score: ScoreBatch, stop: StopCallback
-    ) -> Iterator[tuple[KeyArray, list[ResponseScore]]]:
-        """The ``missing`` responses of ``plan``, whose groups are given, batch by batch."""
-        for batch, take in plan.work(missing):
+        self,
+        plan: ScoringPlan,
+        groups: Selection,
+        missing: KeyArray,
+        score: ScoreBatch,
+        stop: StopCallback,
+        world: World,
+    ) -> Iterator[Scored]:
+        """The ``missing`` responses of ``plan``, whose groups are given, batch by batch; ranks take turns."""
+
+        def of(batch: range, take: IndexArray) -> Scored:
             if stop is not None:
                 stop()
             here = groups[batch.start : batch.stop]
@@ -229,11 +256,17 @@ class ReferenceCache:
                 for k, scored in enumerate(result)
             ]
             first = plan.groups.starts[batch.start]
-            yield plan.groups.keys_N[take], [_checked(*scores[n]) for n in (take - first).tolist()]
+            return plan.groups.keys_N[take], [_checked(*scores[n]) for n in (take - first).tolist()]
+
+        work = iter(plan.work(missing))
+        while turn := list(islice(work, world.size)):
+            mine = turn[world.rank] if world.rank < len(turn) else None
+            found = world.together(lambda mine=mine: of(*mine) if mine is not None else None)  # type: ignore[misc]
+            yield from (scored for scored in world.gather(found) if scored is not None)
 
     def _commit_all(
         self,
-        batches: Iterator[tuple[KeyArray, list[ResponseScore]]],
+        batches: Iterator[Scored],
         total: int,
         token_values: bool,
         progress: ProgressCallback | None,
@@ -241,7 +274,7 @@ class ReferenceCache:
         """Commit batches every few seconds as they are scored; returns their number and the seconds."""
         calls = done = 0
         started = committed = time.monotonic()
-        pending: list[tuple[KeyArray, list[ResponseScore]]] = []
+        pending: list[Scored] = []
         try:
             for batch in batches:
                 calls, done = calls + 1, done + len(batch[1])
@@ -256,7 +289,7 @@ class ReferenceCache:
             self._commit(pending, token_values)
         return calls, time.monotonic() - started
 
-    def _commit(self, pending: list[tuple[KeyArray, list[ResponseScore]]], token_values: bool) -> None:
+    def _commit(self, pending: list[Scored], token_values: bool) -> None:
         ready = pending.copy()
         pending.clear()  # first: what the disk refused is not tried again
         if not ready:

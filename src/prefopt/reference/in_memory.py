@@ -14,6 +14,7 @@ from prefopt.model.kernels.head import Distributions
 from prefopt.model.packing import PackedBatch, pack
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import Scorer, ScoreRequest
+from prefopt.parallel.tensors import is_sharded, local_of, sharded_as
 
 
 class SwappedWeights:
@@ -25,8 +26,9 @@ class SwappedWeights:
 
     def __init__(self, masters: MasterWeights, *, moves: bool = False) -> None:
         own = dict(masters.model.named_parameters())
+        self._masters = masters
         self._parameters = {name: own[name] for name in masters.masters}
-        self._values = {name: p.data.clone() for name, p in self._parameters.items()}
+        self._values = {name: p.detach().clone() for name, p in self._parameters.items()}
         size = sum(v.numel() for v in self._values.values())
         if 2 * size > sum(p.numel() for p in own.values()):  # not of an adapter
             count_held(self, sum(v.numel() * v.element_size() for v in self._values.values()))
@@ -42,9 +44,17 @@ class SwappedWeights:
         finally:
             self._exchange()
 
+    @torch.no_grad()
     def _exchange(self) -> None:
+        self._masters.reshard()
         for name, parameter in self._parameters.items():
-            parameter.data, self._values[name] = self._values[name], parameter.data
+            if is_sharded(parameter):  # layers are gathered from this memory, and not from what the name stands for
+                here, there = local_of(parameter.detach()), local_of(self._values[name])
+                kept = here.clone()
+                here.copy_(there)
+                there.copy_(kept)
+            else:
+                parameter.data, self._values[name] = self._values[name], parameter.data
 
     @torch.no_grad()
     def mix(self, weights: Mapping[str, torch.Tensor], amount: float) -> None:
@@ -60,8 +70,8 @@ class SwappedWeights:
         return self._values | self._wide
 
     def load(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Set the values."""
-        self.mix(values, 1.0)
+        """Set the values to whole tensors, which every rank has."""
+        self.mix({name: sharded_as(values[name], value) for name, value in self._values.items()}, 1.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,10 @@ from prefopt.data.group import Group
 from prefopt.errors import RunError
 from prefopt.generate.model_io import PromptSet
 from prefopt.generate.rewards import RewardScorer
-from prefopt.generate.sampler import ProgressCallback, ResponseSampler, SamplingParams, group_of
+from prefopt.generate.sampler import ProgressCallback, ResponseSampler, SamplingParams, group_of, occurrences
 from prefopt.model.scorer import Scorer
+from prefopt.parallel.balance import balanced
+from prefopt.parallel.world import ALONE, World
 from prefopt.reference.in_memory import InMemoryReference
 from prefopt.rewards import prompt_text
 from prefopt.rl.models import Critic, look
@@ -96,6 +98,23 @@ def _joined(parts: Sequence[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
+def in_order(parts: Sequence[Rollouts], order: np.ndarray) -> Rollouts:
+    """The rollouts of several ranks as one; group g of them all, end to end, becomes group ``order[g]``."""
+    groups = [group for part in parts for group in part.groups]
+    back = np.argsort(order)
+    batch = Batch(groups)
+    at_N, at_M = (torch.from_numpy(batch.places(axis, back)) for axis in "NM")
+
+    def joined(name: str) -> torch.Tensor:
+        return torch.cat([getattr(part, name) for part in parts])[at_N if name.endswith("_N") else at_M]
+
+    return Rollouts(
+        groups=tuple(groups[g] for g in back),
+        value_M=None if parts[0].value_M is None else joined("value_M"),
+        **{name: joined(name) for name in ("logp_M", "ref_logp_M", "sampled_logp_M", "score_N", "finished_N")},
+    )
+
+
 SCORING_AHEAD = 4
 """Batches are this much larger than training's: no activations are kept for backward."""
 LARGEST_SCORE = 1e18
@@ -117,9 +136,39 @@ class Collector:
     scorer: Scorer
     critic: Critic | None
     reference: InMemoryReference
+    world: World = ALONE
+
+    def collect_together(
+        self, step: int, prompts: Sequence[int], token_budget: int, progress: ProgressCallback
+    ) -> tuple[Rollouts, dict[str, float]]:
+        """:meth:`collect`, the prompts dealt to the ranks by length; every rank gets the rollouts of all. What fails on
+        one rank fails on all, so that they can repeat it."""
+        if self.world.alone:
+            return self.collect(step, prompts, token_budget, progress)
+        length = np.array([len(self.prompts.ids[i]) for i in prompts])
+        dealt = balanced(self.num * (length + self.settings.max_new_tokens), self.world.size)
+        streams = occurrences([self.prompts.ids[i] for i in prompts])
+        mine = dealt[self.world.rank].tolist()
+
+        def collect() -> tuple[Rollouts, dict[str, float]] | None:
+            if not mine:
+                return None
+            some = [prompts[n] for n in mine]
+            return self.collect(step, some, token_budget, progress, streams=[streams[n] for n in mine])
+
+        every = [found for found in self.world.gather(self.world.together(collect)) if found is not None]
+        names = every[0][1]
+        times = {name: max(times[name] for _, times in every) for name in names}
+        return in_order([rollouts for rollouts, _ in every], np.concatenate(dealt)), times
 
     def collect(
-        self, step: int, prompts: Sequence[int], token_budget: int, progress: ProgressCallback
+        self,
+        step: int,
+        prompts: Sequence[int],
+        token_budget: int,
+        progress: ProgressCallback,
+        *,
+        streams: Sequence[int] | None = None,
     ) -> tuple[Rollouts, dict[str, float]]:
         """Rollouts of some prompts in ``step``, and the seconds of each phase.
 
@@ -130,7 +179,8 @@ class Collector:
         # Another seed in each step: a prompt that is repeated gets new responses.
         seed = int(np.random.SeedSequence([self.settings.seed, step]).generate_state(1)[0])
         settings = replace(self.settings, seed=seed)
-        drawn = self.sampler.sample([self.prompts.ids[i] for i in prompts], self.num, settings, progress=progress)
+        ids = [self.prompts.ids[i] for i in prompts]
+        drawn = self.sampler.sample(ids, self.num, settings, streams=streams, progress=progress)
         groups = tuple(group_of(self.prompts.ids[i], many) for i, many in zip(prompts, drawn, strict=True))
         samples = [sample for many in drawn for sample in many]
         times["seconds/rollouts"] = time.monotonic() - started

@@ -38,7 +38,8 @@ from prefopt.train.batch import Batch
 from prefopt.train.checkpoint import Checkpoint
 from prefopt.train.columns import Values
 from prefopt.train.policy import Policy
-from prefopt.train.trainer import AuxiliaryLoss, BatchSource, Trainer
+from prefopt.train.source import AuxiliaryLoss, BatchSource
+from prefopt.train.trainer import Trainer
 
 CHECKPOINTS = 10
 """Number of checkpoints without --save-every: a run that diverges leaves good weights."""
@@ -101,7 +102,7 @@ class Rounds(BatchSource):
         while True:
             try:
                 trainer.train_mode(False)
-                rollouts, trainer.state.times = self.collector.collect(
+                rollouts, trainer.state.times = self.collector.collect_together(
                     step, prompts, trainer.token_budget, lambda ended, drawn: trainer.pause()
                 )
                 return rollouts
@@ -180,7 +181,7 @@ def keep_last_good(
     """Write ``last-good`` into the folder of a run that diverged. Returns how to continue from it, in words.
 
     ``policy`` gets those weights too; ``ends`` are the tokens that ended its responses. ``named``: the model was not
-    given in Python.
+    given in Python. Of several processes the first one calls this.
     """
     found = next((kept for _, kept in checkpoint.whole(folder.checkpoints) if _is_good(kept, config.max_kl)), None)
     step = found.state["step"] if found is not None else 0

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from prefopt.config.methods import method_of
 from prefopt.config.training import RunOptions
 from prefopt.errors import ConfigError, Interrupted, RunError
+from prefopt.parallel.world import ALONE, World
 from prefopt.runs.folder import RunFolder
 from prefopt.runs.history import read_metrics
 
@@ -47,12 +48,13 @@ class RunInfo:
         return self.output.resolve().name
 
     def save(self) -> None:
-        """Write a checkpoint of this step, unless there is one; ``keep_last`` removes older ones."""
+        """Write a checkpoint of this step, unless there is one; ``keep_last`` removes older ones. Of several processes
+        any may ask for it; it is written when the hooks of all have returned."""
         if self.keep is not None:
             self.keep()
 
     def stop(self) -> None:
-        """End training after this step; the model is saved."""
+        """End training after this step; the model is saved. Of several processes any may say so."""
         self.stopping = True
 
 
@@ -79,6 +81,13 @@ class Callback:
 
 
 HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_"))
+OF_STEPS = ("on_step", "on_evaluation", "on_checkpoint")
+
+
+def _has_steps(one: object) -> bool:
+    """Whether an object does anything in the hooks of steps."""
+    methods = [(getattr(one, name, None), getattr(Callback, name)) for name in OF_STEPS]
+    return any(m is not None and getattr(m, "__func__", None) is not empty for m, empty in methods)
 
 
 class CallbackFailed(RunError):
@@ -87,11 +96,19 @@ class CallbackFailed(RunError):
 
 @dataclass(slots=True)
 class Callbacks:
-    """Calls the hooks of several objects in turn. Raises :class:`ConfigError` for an object without any hook."""
+    """Calls the hooks of several objects in turn. Raises :class:`ConfigError` for an object without any hook.
+
+    Of several ranks each has objects of its own: where one of them stops, saves or fails in a hook, all ranks do, when
+    the hooks of the step have been called.
+    """
 
     many: Sequence[Any] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    world: World = ALONE
     run: RunInfo | None = None
+    _keep: Callable[[], object] = lambda: None
+    _asks: bool = False
+    _of_steps: bool = True
 
     def __post_init__(self) -> None:
         for one in self.many:
@@ -103,10 +120,12 @@ class Callbacks:
     @contextmanager
     def around(self, run: RunInfo, keep: Callable[[], object]) -> Iterator[RunInfo]:
         """``on_start`` and ``on_end`` around the training loop. If a callback fails, ``keep`` is called."""
-        self.run, run.keep = run, keep
+        self.run, self._keep = run, keep
+        run.keep = keep if self.world.alone else self._ask
+        self._of_steps = self.world.alone or any(self.world.gather(any(map(_has_steps, self.many))))
         status = "failed"
         try:
-            self._call("on_start")
+            self._together(lambda: self._call("on_start"))
             yield run
             status = "trained"
         except Interrupted:
@@ -133,9 +152,37 @@ class Callbacks:
         """Call the hooks of a complete step."""
         assert self.run is not None
         self.run.step = step
-        for hook, value in (("on_step", record), ("on_evaluation", evaluation), ("on_checkpoint", checkpoint)):
-            if value is not None:
-                self._call(hook, step, value)
+
+        def call() -> None:
+            for hook, value in zip(OF_STEPS, (record, evaluation, checkpoint), strict=True):
+                if value is not None:
+                    self._call(hook, step, value)
+
+        if self._of_steps:
+            self._together(call)
+
+    def _ask(self) -> None:
+        self._asks = True
+
+    def _together(self, call: Callable[[], None]) -> None:
+        """Call hooks. What those of one rank ask for is done on all, and the first error is raised on all."""
+        assert self.run is not None
+        failed: CallbackFailed | None = None
+        try:
+            call()
+        except CallbackFailed as error:
+            if self.world.alone:
+                raise
+            failed = error
+        if self.world.alone:
+            return
+        every = self.world.gather((self.run.stopping, self._asks, failed))
+        stops, asks, errors = zip(*every, strict=True)
+        self.run.stopping, self._asks = any(stops), False
+        if any(asks):
+            self._keep()
+        if any(errors):
+            raise failed or next(error for error in errors if error is not None)
 
     def _call(self, hook: str, *arguments: object) -> None:
         assert self.run is not None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,23 +17,39 @@ from prefopt.core.terminal import visible
 from prefopt.model.adapter import nesting_of, write_nested
 from prefopt.model.architectures import causal_model
 from prefopt.model.load import quiet_loading
-from prefopt.model.precision import MasterWeights
 from prefopt.model.save import apply_umask, save_weights, transformers_versions, write_transformers4_fields
 from prefopt.model.scorer import PackedModel
+from prefopt.parallel.tensors import whole_tensors
 
 
-def save_model(folder: Path, scorer: PackedModel, masters: MasterWeights, tokenizer: PreTrainedTokenizerBase) -> None:
+class TrainedWeights(Protocol):
+    """Weights to be written, by name."""
+
+    def saved(self) -> Iterable[tuple[str, torch.Tensor]]: ...
+
+
+def save_model(
+    folder: Path,
+    scorer: PackedModel,
+    masters: TrainedWeights,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    writes: bool = True,
+) -> None:
     """Write weights, tokenizer, template and generation config. Trained weights are written in float32: in bfloat16 the
-    changes of a short run would round away."""
-    scorer.detach_hook()
+    changes of a short run would round away. Where weights are in shards all ranks call this, and one ``writes``."""
     model: Any = scorer.model
     causal = causal_model(model)
+    weights = whole_tensors(masters.saved(), keep=writes)
+    rest = whole_tensors(model.state_dict().items(), keep=writes) if model is causal else {}
+    if not writes:
+        return
+    scorer.detach_hook()
     with output_errors(folder), quiet_loading():
         if model is causal:
-            dtype = next(weight.dtype for _, weight in masters.saved())
-            save_weights(folder, causal, _state(causal, masters), dtype)
+            dtype = next(weight.dtype for weight in weights.values())
+            save_weights(folder, causal, _state(causal, rest, weights), dtype)
         else:
-            weights = dict(masters.saved())
             state = {**dict(model.state_dict()), **weights}
             # By default PEFT asks the Hub whether the base's embedding differs, and stores it beside an adapter on the
             # head.
@@ -48,14 +64,15 @@ def save_model(folder: Path, scorer: PackedModel, masters: MasterWeights, tokeni
     scorer.attach_hook()
 
 
-def _state(model: Any, masters: MasterWeights) -> dict[str, torch.Tensor]:
-    """The whole state with the master weights; shared weights under each of their names."""
-    weights = dict(masters.saved())
-    state = {name: weights.get(name, value) for name, value in model.state_dict().items()}
+def _state(
+    model: Any, state: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The whole ``state`` with the master ``weights``; shared ones under each of their names."""
+    found = {name: weights.get(name, value) for name, value in state.items()}
     for name, value in model.named_parameters(remove_duplicate=False):
         tied = next((n for n, p in model.named_parameters() if p is value), name)
-        state[name] = weights.get(tied, value.detach())
-    return state
+        found[name] = weights.get(tied, found.get(tied, value.detach()))
+    return found
 
 
 def write_card(

@@ -18,7 +18,9 @@ from prefopt.errors import RunError
 from prefopt.runs.history import RECORD, read_metrics, read_record
 
 # Options that may change at a resume: they never affect the weights.
-FREE = frozenset({"resume", "progress", "save_every", "keep_last", "output", "dry_run", "track", "track_project"})
+FREE = frozenset(
+    {"resume", "shard", "progress", "save_every", "keep_last", "output", "dry_run", "track", "track_project"}
+)
 
 _LOCK, CHECKPOINTS, LAST_GOOD = ".lock", "checkpoints", "last-good"
 
@@ -26,6 +28,9 @@ _LOCK, CHECKPOINTS, LAST_GOOD = ".lock", "checkpoints", "last-good"
 class RunFolder:
     """An output folder, opened for a new run or to resume the one in it. ``last_good``: where a diverged run keeps a
     model."""
+
+    writes = True
+    """Whether this process writes it: of several, the first alone does, and the others only know the record."""
 
     def __init__(self, path: Path, options: Mapping[str, Any], *, resume: bool, dry: bool = False) -> None:
         """Raises :class:`RunError` if the folder holds something else, or the run with other options. ``dry``: nothing
@@ -44,6 +49,13 @@ class RunFolder:
                 listed = ", ".join(f"{flag(n)} was {old[n]!r} and is {options[n]!r}" for n in changed)
                 raise RunError(f"--resume continues the same run, but {listed}; restore it, or start a new run")
             self.record = {**before, "status": "resumed"}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes of the run, none of which holds the folder."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=FileLock(state["path"] / _LOCK))
 
     def take(self) -> None:
         """Create and lock the folder. Raises :class:`RunError` if another process holds it."""
@@ -71,7 +83,7 @@ class RunFolder:
     def remember(self, **values: Any) -> None:
         """Add values to ``run.json``."""
         self.record.update(values)
-        if not self._dry:
+        if self.writes and not self._dry:
             write_json(self.path / RECORD, self.record)
 
     def finish(self, results: Mapping[str, Any], *, keep_checkpoints: bool) -> None:
@@ -79,6 +91,8 @@ class RunFolder:
         is finished, and does not start again."""
         self.record["checkpoints_kept"] = keep_checkpoints
         self.remember(status="finished", finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), results=dict(results))
+        if not self.writes:
+            return
         if not keep_checkpoints:
             remove_folder(self.checkpoints)
         remove_folder(self.last_good)  # of an earlier start of this run that diverged

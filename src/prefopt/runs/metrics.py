@@ -25,6 +25,7 @@ import torch
 
 from prefopt.core.files import output_errors
 from prefopt.model.costs import Costs, combine_costs, count_costs, peak_memory
+from prefopt.parallel.world import ALONE, World
 from prefopt.runs.folder import RunFolder
 from prefopt.runs.history import numbered_lines, read_history
 
@@ -34,20 +35,27 @@ Record = dict[str, float]
 class Metrics:
     """Writes ``metrics.jsonl``: a line per step and per evaluation."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        """``writes``: not where another process does."""
+        self.path, self._writes = path, writes
+        if not writes:
+            return
         with output_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Append a line. Numbers that are not finite become null."""
+        if not self._writes:
+            return
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with output_errors(self.path), self.path.open("a") as file:
             file.write(json.dumps(plain) + "\n")
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of later steps, which a resumed run repeats. Raises :class:`RunError` for a damaged line."""
+        if not self._writes:
+            return
         kept = [text.decode() for text, line in numbered_lines(self.path) if line["step"] <= step]
         aside = self.path.with_name(f".{self.path.name}")
         with output_errors(self.path):
@@ -152,29 +160,33 @@ class Averages:
 
 
 class Spending:
-    """The costs of a run: those of this process added to those of earlier ones."""
+    """The costs of a run: those of its processes added to those of earlier starts."""
 
-    def __init__(self, folder: RunFolder, device: torch.device, costs: Costs) -> None:
-        self._folder, self._device, self._costs = folder, device, costs
+    def __init__(self, folder: RunFolder, device: torch.device, costs: Costs, world: World) -> None:
+        self._folder, self._device, self._costs, self._world = folder, device, costs, world
+        self._others: list[dict[str, float]] = []
         self._before: dict[str, float] = dict(folder.record.get("costs", {}))
         self._started = time.monotonic()
 
-    def note(self) -> None:
-        """Write them to ``run.json``, if this process holds the folder."""
+    def note(self, *, together: bool = True) -> None:
+        """Write them to ``run.json``, if this process holds the folder. ``together``: all ranks call this."""
+        seconds = time.monotonic() - self._started
+        now = {**self._costs.to_dict(), "seconds": seconds, "peak_memory_bytes": peak_memory(self._device)}
+        if together:
+            every = self._world.gather(now)
+            self._others = [{n: x for n, x in one.items() if n != "seconds"} for one in every[1:]]
         if self._folder.taken:
-            seconds = time.monotonic() - self._started
-            now = {**self._costs.to_dict(), "seconds": seconds, "peak_memory_bytes": peak_memory(self._device)}
-            self._folder.remember(costs=combine_costs([self._before, now]))
+            self._folder.remember(costs=combine_costs([self._before, now, *self._others]))
 
 
 @contextmanager
-def spending(folder: RunFolder, device: torch.device) -> Iterator[Spending]:
+def spending(folder: RunFolder, device: torch.device, world: World = ALONE) -> Iterator[Spending]:
     """Count costs inside this block, write them as ``costs`` of ``run.json``, and release the folder: those of
     :class:`prefopt.model.costs.Costs`, ``seconds``, and ``peak_memory_bytes`` of the process (on a GPU, of tensors)."""
     with count_costs() as costs:
-        found = Spending(folder, device, costs)
+        found = Spending(folder, device, costs, world)
         try:
             yield found
         finally:
-            found.note()
+            found.note(together=False)  # the others may have failed
             folder.leave()

@@ -1,8 +1,9 @@
 """A batch: groups, and named columns of data about them.
 
 The last letter of a column's name is its axis: ``_G`` groups, ``_N`` responses (those of all groups end to end), ``_M``
-trained tokens (those of all responses end to end), ``_P`` pairs. Positions within a column, such as ``chosen_P``, count
-the responses of their own group, so that :meth:`Batch.select` cuts each column by itself.
+trained tokens (those of all responses end to end), ``_P`` pairs; of scored values also ``_B`` micro-batches. Positions
+within a column, such as ``chosen_P``, count the responses of their own group, so that :meth:`Batch.select` cuts each
+column by itself.
 
 >>> rows = [([1, 2, n], [False, False, True]) for n in (3, 4)]
 >>> group = Group.from_sequences(rows, row=1)
@@ -68,13 +69,14 @@ class Batch:
     def select(self, groups: Sequence[int]) -> Batch:
         """Some of the groups, in the order given, with their rows of all columns."""
         chosen = np.asarray(groups, np.int64)
-        places = {axis: self._places(axis, chosen) for axis in {name[-1] for name in self.columns}}
+        places = {axis: self.places(axis, chosen) for axis in {name[-1] for name in self.columns}}
         columns = {name: column[places[name[-1]]] for name, column in self.columns.items()}
         few = len(groups) <= AT_ONCE
         some = [self.groups[i] for i in groups] if few else Selection(self.groups, groups)
         return Batch(some, columns, self.mismatched.select(groups) if self.mismatched is not None else None)
 
-    def _places(self, axis: str, groups: IndexArray) -> IndexArray:
+    def places(self, axis: str, groups: IndexArray) -> IndexArray:
+        """The positions on an axis (``G``, ``N``, ``P`` or ``M``) of what belongs to some groups, in their order."""
         if axis == "G":
             return groups
         if axis == "P":
@@ -87,10 +89,12 @@ class Batch:
 
 
 class MicroBatch(NamedTuple):
-    """Some groups of a batch that go through the model at once, also packed."""
+    """Some groups of a batch that go through the model at once, also packed. ``counts``: they are part of the loss, and
+    are not passed through for the sake of other ranks."""
 
     batch: Batch
     packed: PackedBatch
+    counts: bool = True
 
 
 def micro_batches(scorer: PackedModel, batch: Batch, token_budget: int) -> Iterator[MicroBatch]:
@@ -141,10 +145,33 @@ class Sums:
         sums, weights = zip(*result.metrics.values(), strict=True) if result.metrics else ((), ())
         self._rows.append(torch.stack([x.detach() for x in (*result.shares.values(), *sums, *weights)]))
 
+    def numbers(self) -> dict[str, float]:
+        """The sums by kind and name, for :meth:`of_ranks`; none where nothing was added."""
+        if self._last is None:
+            return {}
+        names = [f"share/{n}" for n in self._last.shares]
+        names += [f"{kind}/{n}" for kind in ("sum", "weight") for n in self._last.metrics]
+        found = dict(zip(names, torch.stack(self._rows).sum(0).tolist(), strict=True))
+        # Normalisers are those of the global batch on every rank that has a row: averages of the same.
+        known = {f"normaliser/{n}": float(x) for n, x in self._last.weights.items()}
+        return found | known | {f"count/{n.partition('/')[2]}": 1.0 for n in known}
+
+    def of_ranks(self, totals: Mapping[str, float]) -> Record:
+        """The record of :meth:`means` from the :meth:`numbers` of all ranks, added up."""
+        kinds: dict[str, dict[str, float]] = {k: {} for k in ("share", "sum", "weight", "normaliser", "count")}
+        for key, value in totals.items():
+            kind, _, name = key.partition("/")
+            if kind in kinds:
+                kinds[kind][name] = value
+        self.weights = {n: x / kinds["count"][n] for n, x in kinds["normaliser"].items() if kinds["count"][n]}
+        weights = {name: weight for name, weight in kinds["weight"].items() if weight}
+        self.weights |= weights
+        return _with_margin(kinds["share"] | {name: kinds["sum"][name] / w for name, w in weights.items()})
+
     def means(self, norms: Mapping[str, torch.Tensor] | None = None) -> Record:
         """Sums of shares, means of metrics, and ``norms`` by name, in one transfer from the device.
 
-        A metric without any value is left out. Where rows are not pairs, the margin is the difference of the means.
+        A metric without any value is left out.
         """
         assert self._last is not None
         shares, metrics, divided_by = self._last.shares, self._last.metrics, self._last.weights
@@ -162,9 +189,14 @@ class Sums:
             if weight:
                 record[name] = value / weight
                 self.weights[name] = weight
-        if "rewards/chosen" in record and "rewards/rejected" in record:
-            record.setdefault("rewards/margins", record["rewards/chosen"] - record["rewards/rejected"])
-        return record | dict(zip(norms, behind, strict=False))
+        return _with_margin(record) | dict(zip(norms, behind, strict=False))
+
+
+def _with_margin(record: Record) -> Record:
+    """Where rows are not pairs, the margin is the difference of the means."""
+    if "rewards/chosen" in record and "rewards/rejected" in record:
+        record.setdefault("rewards/margins", record["rewards/chosen"] - record["rewards/rejected"])
+    return record
 
 
 def weighted_sum(metric_R: torch.Tensor, weight_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,15 @@ from prefopt.config.training import RunOptions
 from prefopt.core.terminal import Reporter
 from prefopt.data.group import Group
 from prefopt.data.table import GroupTable, IndexArray
-from prefopt.errors import ConfigError, first_line
+from prefopt.errors import ConfigError, RunError, first_line
 from prefopt.model.architectures import causal_model
-from prefopt.model.costs import free_memory, halved, peak_memory
+from prefopt.model.costs import free_memory, halved, out_of_memory, peak_memory
 from prefopt.model.flops import FlopCount, matmul_peak
 from prefopt.model.kernels.head import KEEP_BYTES
 from prefopt.model.packing import PackedBatch
 from prefopt.model.precision import MasterWeights, slow_dtype
 from prefopt.model.scorer import PackedModel
+from prefopt.parallel.tensors import local_of
 from prefopt.runs.metrics import Record
 from prefopt.train.batch import Batch
 from prefopt.train.step import Differentiator, same_randomness
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 
 def state_bytes(masters: MasterWeights) -> int:
     """Bytes of gradients and of the optimiser's two moments."""
-    return 3 * sum(p.numel() * p.element_size() for p in masters.masters.values())
+    return 3 * sum(local_of(p).numel() * p.element_size() for p in masters.masters.values())
 
 
 def bytes_per_token(scorer: PackedModel, *, checkpointing: bool) -> int:
@@ -90,6 +91,16 @@ def smaller_budget(error: RuntimeError, tokens: int, what: str, largest: int, de
     return halved(error, tokens, largest, too_large, device)
 
 
+def fatal_in_shards(error: RuntimeError, what: str, tokens: int) -> RuntimeError | RunError:
+    """What to raise where ``what`` failed on a rank that holds shards of the others' weights, and cannot repeat it."""
+    if not out_of_memory(error):
+        return error
+    return RunError(
+        f"{what}: out of memory with the model in shards, where a rank repeats nothing by itself; start again with"
+        f" --token-budget {max(1, tokens // 2)}, or with --gradient-checkpointing"
+    )
+
+
 def try_largest(
     differentiator: Differentiator,
     weights: MasterWeights,
@@ -99,7 +110,8 @@ def try_largest(
 ) -> tuple[int, float]:
     """Run forward and backward on the largest micro-batch of ``groups``, halving the budget on out-of-memory.
 
-    ``batch_of`` makes a batch of groups by their places. Returns the budget that works and its tokens per second.
+    ``batch_of`` makes a batch of groups by their places. Returns the budget that works and its tokens per second. In
+    lockstep (shards), running out of memory is fatal.
     Weights and random states do not change.
     """
     scorer = differentiator.scorer
@@ -116,36 +128,43 @@ def try_largest(
                 torch.cuda.synchronize(device)
             return token_budget, sum(p.tokens for p in found.packed) / (time.monotonic() - started)
         except RuntimeError as error:
+            if differentiator.lockstep:
+                raise fatal_in_shards(error, "the largest batch", token_budget) from error
             token_budget = smaller_budget(error, token_budget, "the largest batch", int(costs.max()), device)
         finally:
             weights.zero_grad()
 
 
-def measure_of(
-    model: torch.nn.Module, device: torch.device, dtype: torch.dtype, unit: str
-) -> Callable[[Sequence[PackedBatch], float], Record]:
-    """A function from the packed batches and the seconds of a step to metrics of speed; groups are called ``unit``.
+class Speed:
+    """Metrics of speed of a step by ``ranks`` devices; groups are called ``unit``. ``utilisation`` is left out where
+    the model's FLOPs cannot be counted."""
 
-    ``utilisation`` is left out where it cannot be computed.
-    """
-    try:
-        peak, flops = matmul_peak(device, dtype), FlopCount.of(model)
-    except Exception as error:  # of any kind, from the model's configuration
-        log.warning("utilisation is not measured: %s", first_line(error))
-        flops = None
+    def __init__(
+        self, model: torch.nn.Module, device: torch.device, dtype: torch.dtype, unit: str, ranks: int = 1
+    ) -> None:
+        self.unit, self.device, self.peak = unit, device, 0.0
+        self._flops: FlopCount | None = None
+        try:
+            self.peak, self._flops = ranks * matmul_peak(device, dtype), FlopCount.of(model)
+        except Exception as error:  # of any kind, from the model's configuration
+            log.warning("utilisation is not measured: %s", first_line(error))
 
-    def measure(batches: Sequence[PackedBatch], seconds: float) -> Record:
-        tokens, groups = sum(b.tokens for b in batches), sum(len(b.groups) for b in batches)
+    def work(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
+        """What packed batches were to compute; that of several ranks adds up."""
+        flops = sum(map(self._flops, batches)) if self._flops is not None else 0
+        return {"tokens": sum(b.tokens for b in batches), "groups": sum(len(b.groups) for b in batches), "flops": flops}
+
+    def record(self, work: Mapping[str, float], seconds: float) -> Record:
+        """The metrics of a step that did ``work`` in ``seconds``."""
+        tokens = int(work["tokens"])
         return {
             "step_seconds": seconds,
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
-            f"{unit}_per_second": groups / seconds,
-            **({"utilisation": sum(map(flops, batches)) / seconds / peak} if flops is not None else {}),
-            "peak_memory_bytes": peak_memory(device),
+            f"{self.unit}_per_second": work["groups"] / seconds,
+            **({"utilisation": work["flops"] / seconds / self.peak} if self._flops is not None else {}),
+            "peak_memory_bytes": peak_memory(self.device),
         }
-
-    return measure
 
 
 def prepare_machine(options: RunOptions, dtype: torch.dtype, device: torch.device, reporter: Reporter) -> None:

@@ -3,7 +3,8 @@
 A checkpoint is a folder ``step-00000010`` of ``weights.safetensors`` (float32 masters of trained weights),
 ``optimizer.safetensors``, ``state.json``, ``reference.safetensors`` if the reference moves, ``rollouts.safetensors`` if
 a step of reinforcement learning has begun, and ``manifest.json`` with the SHA-256 of each. Random states and numbers
-are in ``state.json``; nothing is pickled.
+are in ``state.json``; nothing is pickled. Of weights in shards each rank writes its part, ``weights-00001-of-00004``
+and so on; a run of another number of processes puts them together.
 
 A run that was stopped within a step, after three of its updates, writes ``step-00000010-0003``. Its weights are no
 longer those of step 10, whose own checkpoint is kept.
@@ -16,18 +17,21 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from prefopt.core.files import aside_of, output_errors, parsed, remove_folder, sync_folder, write_flushed
 from prefopt.errors import RunError
+from prefopt.parallel.tensors import local_of, sharded_as, shards_of
+from prefopt.parallel.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
@@ -51,26 +55,51 @@ class Checkpoint:
     rollouts: Tensors | None = None
 
 
-def save(folder: Path, found: Checkpoint, *, keep_last: int) -> Path:
-    """Write a checkpoint and remove all but the newest ``keep_last``.
+def save(folder: Path, found: Checkpoint, *, keep_last: int, world: World = ALONE) -> Path:
+    """Write a checkpoint and remove all but the newest ``keep_last``, and best weights that none of them names.
 
-    One from within a step is kept in addition, until the next is written.
+    One from within a step is kept in addition, until the next is written. Every rank of ``world`` calls this and writes
+    its own shards; the first one writes everything else, and gives the folder its name when all are done.
     """
     path = _path(folder, found.state["step"], found.state["progress"]["done"])
-    aside, replaced = aside_of(path), path.with_name(f".{path.name}.replaced")
-    files = {f"{name}.safetensors": getattr(found, name) for name in (*REQUIRED, *OPTIONAL)}
-    with output_errors(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".step-*"):
-            shutil.rmtree(left)
-        aside.mkdir()
+    aside = world.from_first(aside_of(path))
+    files = {name: getattr(found, name) for name in (*REQUIRED, *OPTIONAL) if getattr(found, name) is not None}
+    sharded = any(shards_of(t) > 1 for t in found.weights.values())
+
+    def begin() -> None:
+        with output_errors(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob(".step-*"):
+                shutil.rmtree(left)
+            aside.mkdir()
+
+    def write() -> dict[str, str]:
+        """This rank's files, with their checksums."""
         sums = {}
-        for name, tensors in files.items():
-            if tensors is not None:
-                write_tensors(aside / name, tensors)
-                sums[name] = _sha256(aside / name)
-        write_flushed(aside / STATE, json.dumps(found.state).encode())
-        sums[STATE] = _sha256(aside / STATE)
+        with output_errors(path):
+            for name, tensors in files.items():
+                # Of shards whose replicas are on other nodes, those of the first node are enough.
+                parts = {n: local_of(t) for n, t in tensors.items() if world.rank < shards_of(t)}
+                if parts or world.first:  # an optimiser that has not moved yet has no tensors
+                    ranks = max(map(shards_of, tensors.values()), default=1)
+                    file = _file(name, world.rank, ranks)
+                    write_tensors(aside / file, parts, [n for n, t in tensors.items() if shards_of(t) > 1])
+                    sums[file] = _sha256(aside / file)
+        return sums
+
+    world.on_first(begin)
+    every = world.gather(world.together(write)) if sharded else [write() if world.first else {}]
+    sums = {name: digest for one in every for name, digest in one.items()}
+    world.on_first(lambda: _commit(aside, path, found.state, sums, keep_last))
+    return path
+
+
+def _commit(aside: Path, path: Path, state: dict[str, Any], sums: dict[str, str], keep_last: int) -> None:
+    """Write the manifest beside complete files, and rename their folder."""
+    folder, replaced = path.parent, path.with_name(f".{path.name}.replaced")
+    with output_errors(path):
+        write_flushed(aside / STATE, json.dumps(state).encode())
+        sums = {**sums, STATE: _sha256(aside / STATE)}
         write_flushed(aside / "manifest.json", json.dumps(sums).encode())
         if path.exists():  # the same weights at an earlier point of the step, or damaged
             path.rename(replaced)
@@ -81,7 +110,7 @@ def save(folder: Path, found: Checkpoint, *, keep_last: int) -> Path:
         for other in set(folder.glob("step-*")) - {*complete[-keep_last:], path}:
             remove_folder(other)
         shutil.rmtree(replaced, ignore_errors=True)
-    return path
+    forget_bests(folder, state["progress"].get("best_step"))
 
 
 def whole(folder: Path) -> Iterator[tuple[Path, Checkpoint]]:
@@ -97,6 +126,26 @@ def whole(folder: Path) -> Iterator[tuple[Path, Checkpoint]]:
             log.warning("checkpoint %s is damaged (%s): the one before it is used", path, error)
             continue
         yield path, found
+
+
+def newest(folder: Path, world: World = ALONE) -> tuple[Path, Checkpoint] | None:
+    """The newest undamaged checkpoint, the same on every rank; None if there is none."""
+    if world.alone:
+        return next(whole(folder), None)
+    path = world.on_first(lambda: next((path for path, _ in whole(folder)), None))
+
+    def read() -> tuple[Path, Checkpoint] | None:
+        if path is None:
+            return None
+        try:
+            return path, _read(path, verify=False)  # the first rank has
+        except DAMAGED as error:
+            raise RunError(
+                f"checkpoint {path} cannot be read on rank {world.rank} ({error}); --output must be a folder that all"
+                " machines share"
+            ) from error
+
+    return world.together(read)
 
 
 def at(folder: Path, step: int) -> Checkpoint:
@@ -115,19 +164,61 @@ def _path(folder: Path, step: int, done: int = 0) -> Path:
     return folder / (f"step-{step:08d}-{done:04d}" if done else f"step-{step:08d}")
 
 
-def _read(path: Path) -> Checkpoint:
+def _file(name: str, rank: int = 0, ranks: int = 1) -> str:
+    """The file of one rank's tensors; as in the model folders of the Hub, where there are several."""
+    return f"{name}.safetensors" if ranks == 1 else f"{name}-{rank + 1:05d}-of-{ranks:05d}.safetensors"
+
+
+def _files(name: str, sums: Mapping[str, str]) -> list[str]:
+    """The files of a field: one, or one for each shard."""
+    found = [re.fullmatch(rf"{name}-\d+-of-(\d+)\.safetensors", file) for file in sums]
+    ranks = next((int(match[1]) for match in found if match), 1)
+    return [_file(name, rank, ranks) for rank in range(ranks)]
+
+
+def _read(path: Path, *, verify: bool = True) -> Checkpoint:
     sums = parsed((path / "manifest.json").read_bytes())
-    for name in {*(f"{name}.safetensors" for name in REQUIRED), STATE, *sums}:
-        if _sha256(path / name) != sums[name]:
+    files = {name: _files(name, sums) for name in (*REQUIRED, *OPTIONAL)}
+    required = [file for name in REQUIRED for file in files[name]]
+    for name in {*required, STATE, *sums} if verify else ():
+        if name not in sums or _sha256(path / name) != sums[name]:
             raise ValueError(f"{name} is not what was written")
-    names = [name for name in (*REQUIRED, *OPTIONAL) if f"{name}.safetensors" in sums]
-    tensors: dict[str, Any] = {name: load_file(path / f"{name}.safetensors") for name in names}
+    tensors: dict[str, Any] = {
+        name: load_file(path / some[0]) if len(some) == 1 else ShardedTensors([path / file for file in some])
+        for name, some in files.items()
+        if some[0] in sums
+    }
     return Checkpoint(state=json.loads((path / STATE).read_text()), **tensors)
 
 
-def write_tensors(path: Path, tensors: Tensors) -> None:
-    """Write a safetensors file and flush it to disk."""
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+class ShardedTensors(Mapping[str, torch.Tensor]):
+    """Tensors of which each of several files has consecutive rows, read and put together when they are asked for."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files: list[Any] = [safe_open(file, framework="pt") for file in files]
+        self._shards = set(json.loads(self._files[0].metadata()["shards"]))
+        self._names = list(self._files[0].keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._shards:
+            whole: torch.Tensor = self._files[0].get_tensor(name)
+            return whole
+        return torch.cat([file.get_tensor(name) for file in self._files])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def write_tensors(path: Path, tensors: Tensors, shards: Iterable[str] = ()) -> None:
+    """Write a safetensors file and flush it to disk. ``shards``: the names of those that are parts."""
+    parts = sorted(shards)
+    metadata = {"shards": json.dumps(parts)} if parts else None
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata)
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -146,9 +237,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
     """The inverse of :func:`optimizer_tensors`."""
     state: dict[int, dict[str, torch.Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        state.setdefault(int(index), {})[name] = sharded_as(value, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -159,13 +251,24 @@ def random_states() -> dict[str, Any]:
     return {"torch": first, "cuda": cuda}
 
 
-def restore_random(states: dict[str, Any]) -> None:
-    """The inverse of :func:`random_states`."""
+def states_of_ranks(world: World) -> dict[str, Any]:
+    """The random states of all ranks, for ``state``."""
+    first, *others = world.gather(random_states())
+    return {"random": first, **({"random_of_other_ranks": others} if others else {})}
+
+
+def restore_random(state: Mapping[str, Any], world: World = ALONE) -> str | None:
+    """Set this rank's random states. Returns a line where a run of another number of processes wrote ``state``."""
+    every = [state["random"], *state.get("random_of_other_ranks", [])]
+    if len(every) != world.size:
+        return f"written by {len(every)} processes, resumed by {world.size}: equal up to rounding, and other dropout"
+    states = every[world.rank]
     texts = [states["torch"], *states["cuda"]]
     first, *cuda = [torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for text in texts]
     torch.set_rng_state(first)
     if torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(cuda)
+    return None
 
 
 def joined(parts: Mapping[str, Iterable[tuple[str, torch.Tensor]] | Tensors]) -> dict[str, torch.Tensor]:
@@ -173,9 +276,11 @@ def joined(parts: Mapping[str, Iterable[tuple[str, torch.Tensor]] | Tensors]) ->
     return {_prefix(part) + key: value for part, tensors in parts.items() for key, value in dict(tensors).items()}
 
 
-def part_of(name: str, tensors: Tensors) -> dict[str, torch.Tensor]:
+def part_of(name: str, tensors: Tensors) -> Tensors:
     """The tensors of one network in a mapping made by :func:`joined`."""
     prefix = _prefix(name)
+    if not prefix:
+        return tensors
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 

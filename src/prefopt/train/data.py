@@ -25,7 +25,7 @@ from prefopt.reference.cache import ReferenceValues
 from prefopt.train.batch import AT_ONCE, Batch, Column
 from prefopt.train.columns import paired_of
 from prefopt.train.run import ModelStart
-from prefopt.train.trainer import BatchSource
+from prefopt.train.source import BatchSource
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,13 +145,13 @@ class BalancedObjective(Objective):
         with self.routers.recording() as calls:
             values = self.inner.score(scorer, packed, batch, reference)
         sums = self.routers.sums(calls, packed)
-        rows = {"router_prob_PE": sums.prob_E, "router_count_PE": sums.count_E, "router_rows_P": sums.rows}
+        rows = {"router_prob_BE": sums.prob_E, "router_count_BE": sums.count_E, "router_rows_B": sums.rows}
         return values | {name: value[None] for name, value in rows.items()}
 
     def __call__(self, batch: Batch, values: Values, normaliser: Normaliser) -> LossResult:
         result = self.inner(batch, values, normaliser)
         sums = RoutingSums(
-            values["router_prob_PE"].sum(0), values["router_count_PE"].sum(0), values["router_rows_P"].sum()
+            values["router_prob_BE"].sum(0), values["router_count_BE"].sum(0), values["router_rows_B"].sum()
         )
         loss = sums.loss().to(result.total.dtype)
         metrics = {**result.metrics, "router/aux_loss": (loss.detach(), torch.ones_like(loss))}

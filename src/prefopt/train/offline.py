@@ -98,7 +98,7 @@ class OfflineRun:
             reference=reference,
             inspect=inspect,
             movement=plan.movement if plan is not None else None,
-            measure=budget.measure_of(policy.scorer.model, run.device, run.dtype, self.unit),
+            speed=budget.Speed(policy.scorer.model, run.device, run.dtype, self.unit, run.world.size),
         )
         state = trainer.fit()
         if state.best_step is not None and state.best_step != state.step:
@@ -114,7 +114,7 @@ class OfflineRun:
         run.reporter.show("\n" + run.options())
         if plan is not None:
             plan.say_missing()
-        run.say(policy.make_trainable())
+        run.say(policy.make_trainable(run.world))
         objective = self._balanced(objective)
         reference = plan.in_memory(policy) if plan is not None else None
         tokens, speed = self._token_budget(objective, source, reference)
@@ -158,10 +158,12 @@ class OfflineRun:
                 checkpointing=run.config.gradient_checkpointing,
                 still_to_come=budget.state_bytes(policy.masters),
             )
-        differentiator = Differentiator(policy.scorer, objective, reference)
-        tokens, speed = budget.try_largest(differentiator, policy.masters, groups, source.of, int(tokens))
+        tokens = run.world.smallest(int(tokens))
+        differentiator = Differentiator(policy.scorer, objective, reference, lockstep=policy.sharded)
+        tokens, speed = budget.try_largest(differentiator, policy.masters, groups, source.of, tokens)
+        tokens = run.world.smallest(tokens)
         run.folder.remember(token_budget=tokens)
-        return tokens, speed
+        return tokens, speed * run.world.size
 
     def finish(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from prefopt.config.training import RunOptions
 from prefopt.errors import RunError
 from prefopt.model.costs import out_of_memory
 from prefopt.model.precision import MasterWeights
+from prefopt.parallel.gradients import clip_
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +43,6 @@ def adamw(
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     fused = all(p.device.type in ("cpu", "cuda") for p in masters.values())
     return torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=epsilon, fused=fused)
-
-
-def grad_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
-    """The global norm of all gradients, on the device."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-
-
-def clip_(parameters: Iterable[torch.nn.Parameter], norm: float, limit: float) -> None:
-    """Scale gradients of global norm ``norm`` down to ``limit``, if it is larger."""
-    if norm > limit:
-        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], limit / (norm + 1e-6))
 
 
 @dataclass(slots=True)

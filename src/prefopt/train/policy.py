@@ -22,6 +22,8 @@ from prefopt.model.lora_targets import tower_weights
 from prefopt.model.precision import MasterWeights, disable_dropout
 from prefopt.model.scalar import ScalarScorer, has_scalar_head, load_scalar, merge_trained_adapter, scalar_from
 from prefopt.model.scorer import PackedModel, Scorer
+from prefopt.parallel.tensors import digest_of
+from prefopt.parallel.world import ALONE, World
 from prefopt.reference.identity import adapter_line
 from prefopt.runs.card import save_model
 
@@ -38,6 +40,8 @@ class Trained(Generic[AnyScorer]):
 
     def __init__(self, config: Options, dtype: torch.dtype, model: torch.nn.Module, *, named: bool) -> None:
         """``dtype`` is that of computation. ``named``: the model was not given in Python."""
+        self.sharded = False
+        """Whether each of several processes holds a part of every weight."""
         self.config, self.dtype, self._named = config, dtype, named
         self._new_lora = config.lora and config.named_adapter is None
         for parameter in model.parameters() if self._new_lora else ():
@@ -68,8 +72,9 @@ class Trained(Generic[AnyScorer]):
             return None  # an adapter is saved without its model
         return f"not trained, and saved as they are: {words}" if origin.kept else f"not in a reward model: {words}"
 
-    def make_trainable(self) -> str:
-        """Add a new LoRA adapter and activation checkpointing, as configured. Returns a line on what trains."""
+    def make_trainable(self, world: World = ALONE, *, whole: bool = False) -> str:
+        """Add a new LoRA adapter and activation checkpointing, and cut the weights into shards, as configured. Returns
+        a line on what trains. ``whole``: not into shards, however large they are."""
         config = self.config
         torch.manual_seed(config.seed)
         if self._new_lora:
@@ -94,12 +99,24 @@ class Trained(Generic[AnyScorer]):
         total = sum(p.numel() for p in self.scorer.model.parameters())
         if not config.lora:
             trained -= tower_weights(causal_model(self.scorer.model))
+        if not world.alone:
+            from prefopt.parallel.shard import choose, shard
+
+            # One given in Python may have been made on each rank, of numbers drawn at random.
+            world.agree("weights at the start", digest_of(self.scorer.model.parameters()))
+            mode, why = choose("none" if whole else config.shard, world, self.scorer, self.masters.masters)
+            if mode != "none":
+                self.masters = shard(self.scorer, self.masters, world, self.dtype, hybrid=mode == "hybrid")
+                self.sharded = True
         where = [f": adapters of rank {config.lora_rank} on {targets}" for targets in self.adapters.values()]
+        if not world.alone:
+            where.append(f"; {why}")
         return f"training {trained:,} of {total:,} weights{' (LoRA)' if config.lora else ''}{''.join(where)}"
 
-    def save(self, folder: Path, tokenizer: Tokenizer) -> None:
-        """Write weights and tokenizer."""
-        save_model(folder, self.scorer, self.masters, tokenizer)
+    def save(self, folder: Path, tokenizer: Tokenizer, *, writes: bool = True) -> None:
+        """Write weights and tokenizer; not where another process ``writes``, to which all send their shards."""
+        if writes or self.sharded:
+            save_model(folder, self.scorer, self.masters, tokenizer, writes=writes)
 
     def release(self) -> None:
         """Restore the model's own attention and gradient flags, for a model given in Python."""
@@ -152,15 +169,25 @@ class ScalarPolicy(Trained[ScalarScorer]):
     def score_with(self, model: torch.nn.Module) -> ScalarScorer:
         return ScalarScorer(model, attention=self.config.attention)
 
-    def save(self, folder: Path, tokenizer: Tokenizer) -> None:
+    def save(self, folder: Path, tokenizer: Tokenizer, *, writes: bool = True) -> None:
         """Save the whole model, with an adapter merged: its base has neither the head nor the configuration."""
         if not self.config.lora:
-            super().save(folder, tokenizer)
+            super().save(folder, tokenizer, writes=writes)
+            return
+        if self.sharded:
+            from prefopt.parallel.shard import made_whole
+
+            made_whole(self.scorer, keep=writes)
+        if not writes:
             return
         wide = torch.promote_types(self.dtype, torch.float32)
         self.scorer.detach_hook()
-        whole = merge_trained_adapter(self.scorer.model, dict(self.masters.saved()), wide).requires_grad_(True)
-        save_model(folder, ScalarScorer(whole), MasterWeights(whole, wide), tokenizer)
+        trained = {} if self.sharded else dict(self.masters.saved())  # of shards they are the model's own weights
+        whole = merge_trained_adapter(self.scorer.model, trained, wide).requires_grad_(True)
+        # What was in shards can be saved, but no longer scored, which a new scorer would try.
+        scorer = self.scorer if self.sharded else ScalarScorer(whole)
+        scorer.model = whole
+        save_model(folder, scorer, MasterWeights(whole, wide), tokenizer)
 
 
 def _loaded_in(config: Options, dtype: torch.dtype) -> torch.dtype:

@@ -127,7 +127,8 @@ class ReferenceRun:
         self.check_fits(groups)
         wanted = groups if read is None else GroupTable.of(Selection(groups, read.tolist()))
         cache = ReferenceCache(self.space())
-        if missing := cache.missing(wanted, token_values=self.token_values):
+        missing = self.run.world.on_first(lambda: cache.missing(wanted, token_values=self.token_values))
+        if missing:
             if not self.choice.is_start:  # the policy has been checked already
                 check_scoring(self._other(), wanted)
             with self.run.reporter.bar("reference", missing, "responses") as bar:
@@ -136,7 +137,7 @@ class ReferenceRun:
             report = FillReport(0, len(wanted.key_N), 0, 0.0)
         if not self.choice.is_start:
             self._scorer = None  # frees its memory for training
-        found = cache.values(wanted, token_values=self.token_values)
+        found = self.run.world.on_first(lambda: cache.values(wanted, token_values=self.token_values))
         return (found if read is None else spread(found, read, groups)), report
 
     def _fill(self, cache: ReferenceCache, groups: GroupTable, token_budget: int, bar: Bar) -> FillReport:
@@ -150,6 +151,7 @@ class ReferenceRun:
                     token_values=self.token_values,
                     progress=lambda done, total, seconds: bar.update(done),
                     stop=self.run.stop.check,
+                    world=self.run.world,
                 )
             except RuntimeError as error:
                 largest = int(cache.space.costs(groups).max())
@@ -190,7 +192,8 @@ class ReferenceRun:
 
     def missing(self, groups: Sequence[Group]) -> int:
         """Number of distinct responses without a cached value."""
-        return ReferenceCache(self.space()).missing(groups, token_values=self.token_values)
+        cache = ReferenceCache(self.space())
+        return self.run.world.on_first(lambda: cache.missing(groups, token_values=self.token_values))
 
     def space(self) -> SpaceKey:
         """The key of the values in the cache."""
@@ -311,6 +314,7 @@ class ReferencePlan:
         tokens = folder.record.get("scoring_budget") or SCORING_AHEAD * (
             self.run.config.token_budget or estimate(scorer, self.groups, checkpointing=False, still_to_come=0)
         )
+        tokens = self.run.world.smallest(tokens)
         folder.remember(scoring_budget=tokens)
         values, report = self.reference.values(self.groups, tokens, self.read)
         scored, reused = report.scored_responses, report.reused_responses

@@ -16,15 +16,18 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from prefopt import __version__ as VERSION
+from prefopt.config.methods import method_of
 from prefopt.config.ppo import PpoConfig
 from prefopt.config.training import MethodOptions
 from prefopt.core.files import output_errors
+from prefopt.core.ranks import check_ranks, ranks_in, restarted
 from prefopt.core.terminal import Reporter, StopRequest, duration, size
 from prefopt.core.yaml_file import write_document
 from prefopt.data.chat.truncate import sequence_limit
@@ -36,6 +39,7 @@ from prefopt.model.load import load_config, local_folder
 from prefopt.model.precision import resolve_device, resolve_dtype
 from prefopt.model.save import add_end_tokens, repair_generation
 from prefopt.model.supported import refuse_untrainable
+from prefopt.parallel.world import ALONE, World, is_of_peers, open_world, peer_failed
 from prefopt.reference.identity import tokenizer_of_name
 from prefopt.runs.callbacks import Callbacks, default_callbacks
 from prefopt.runs.card import write_card
@@ -45,9 +49,12 @@ from prefopt.train import budget
 from prefopt.train.objective import Objective
 from prefopt.train.optim import Network
 from prefopt.train.policy import Trained, with_base
-from prefopt.train.trainer import BatchSource, Trainer
+from prefopt.train.source import BatchSource
+from prefopt.train.trainer import Trainer
 
 Options = MethodOptions | PpoConfig
+RANK_SEED = 1_000_003
+"""Ranks draw dropout from seeds that lie so far apart."""
 AnyTrained = TypeVar("AnyTrained", bound="Trained[Any]")
 
 
@@ -76,6 +83,7 @@ class Run:
     dtype: torch.dtype
     costs: Spending
     callbacks: Callbacks
+    world: World = ALONE
     loaded: list[Trained[Any]] = field(default_factory=list)
 
     def say(self, line: str | None) -> None:
@@ -107,13 +115,15 @@ class Run:
     def take_folder(self, same: Mapping[str, tuple[Any, str]], **facts: Any) -> None:
         """Lock the output folder for this run. ``same``: what a resume must not change, name in ``run.json`` to (value,
         words); ``facts`` are recorded, too."""
-        self.folder.take()
+        self.world.on_first(self.folder.take)
         for name, (value, words) in same.items():
+            self.world.agree(words.removeprefix("the "), value)
             self.folder.same(name, value, words)
         self.folder.remember(**facts)
         path = self.folder.path / "config.yaml"
-        with output_errors(path):
-            path.write_text(self.options(), encoding="utf-8")
+        if self.world.first:
+            with output_errors(path):
+                path.write_text(self.options(), encoding="utf-8")
 
     def trainer(
         self,
@@ -139,16 +149,18 @@ class Run:
             early_stopping=getattr(config, "early_stopping", None),
             save_every=config.save_every,
             keep_last=config.keep_last,
-            metrics=Metrics(self.folder.path / "metrics.jsonl"),
+            metrics=Metrics(self.folder.path / "metrics.jsonl", writes=self.world.first),
             reporter=self.reporter,
             checkpoints=self.folder.checkpoints,
             stop=self.stop,
             token_budget=token_budget,
             callbacks=self.callbacks,
             after_save=self.costs.note,
+            world=self.world,
+            lockstep=policy.sharded,
             **more,
         )
-        torch.manual_seed(config.seed + 1)
+        torch.manual_seed(config.seed + 1 + RANK_SEED * self.world.rank)
         if config.resume:
             trainer.resume()
         return trainer
@@ -156,8 +168,9 @@ class Run:
     def save(self, policy: Trained[Any], tokenizer: Any, ends: Sequence[int]) -> None:
         """Write the model; ``ends`` are the tokens that ended trained answers."""
         self.say(repair_generation(causal_model(policy.scorer.model)))
-        policy.save(self.folder.path, tokenizer)
-        self.say(add_end_tokens(self.folder.path, ends, tokenizer, policy.scorer.model))
+        policy.save(self.folder.path, tokenizer, writes=self.world.first)
+        if self.world.first:
+            self.say(add_end_tokens(self.folder.path, ends, tokenizer, policy.scorer.model))
 
     def finish(
         self,
@@ -178,19 +191,22 @@ class Run:
             "peak memory": size(peak_memory(self.device)),
             **policy.adapters,
         }
-        write_card(
-            self.folder.path,
-            model=self.config.model,
-            title=title,
-            tag=tag,
-            data=data,
-            settings={n: v for n, v in self.config.to_dict().items() if n not in FREE},
-            results=results,
-            license=licence,
-        )
-        self.folder.finish(results, keep_checkpoints=bool(self.config.save_every))
-        for line in closing():
-            self.say(line)
+        self.costs.note()
+        if self.world.first:
+            write_card(
+                self.folder.path,
+                model=self.config.model,
+                title=title,
+                tag=tag,
+                data=data,
+                settings={n: v for n, v in self.config.to_dict().items() if n not in FREE},
+                results=results,
+                license=licence,
+            )
+            self.folder.finish(results, keep_checkpoints=bool(self.config.save_every))
+            for line in closing():
+                self.say(line)
+        self.world.barrier()  # whoever reads the folder next, on any rank, finds it finished
         self.say(f"done in {duration(seconds)}: {self.folder.path}")
 
 
@@ -201,20 +217,40 @@ def open_run(config: Options, *, model: Any = None, callbacks: Sequence[Any] = (
     Raises :class:`prefopt.errors.UserError` where the options do not fit this machine or the folder.
     """
     with StopRequest() as stop:
-        reporter = Reporter(config.progress)
-        device = resolve_device(config.device) if model is None else next(model.parameters()).device
+        check_ranks(config, method_of(config), ranks_in())
+        world = open_world()
+        # Of several machines, torchrun counts the restart only on the one where a process failed.
+        if any(world.gather(restarted())) and not (config.resume or config.dry_run):
+            config = replace(config, resume=True)
+        reporter = Reporter(config.progress if world.first else "none")
+        name = config.device
+        if not world.alone and name in (None, "cuda") and torch.cuda.is_available():
+            name = f"cuda:{torch.cuda.current_device()}"
+        device = resolve_device(name) if model is None else next(model.parameters()).device
         if config.device and torch.device(config.device).type != device.type:
             raise ConfigError(f"--device {config.device}: the model given is on {device}; move it with model.to()")
         dtype = resolve_dtype(config.dtype, device)
         if model is None:
             config = with_base(config, reporter.say)
-        folder = RunFolder(Path(config.output), config.to_dict(), resume=config.resume, dry=config.dry_run)
-        all_callbacks = Callbacks([*default_callbacks(config, folder), *callbacks], config.to_dict())
+        world.agree("options", config.to_dict())
+        world.agree("versions of prefopt and torch, device or dtype", (VERSION, torch.__version__, device.type, dtype))
+        folder = world.on_first(
+            lambda: RunFolder(Path(config.output), config.to_dict(), resume=config.resume, dry=config.dry_run)
+        )
+        folder.writes = world.first
+        own = default_callbacks(config, folder) if world.first else []
+        told = Callbacks([*own, *callbacks], config.to_dict(), world)
         budget.prepare_machine(config, dtype, device, reporter)
-        with spending(folder, device) as costs:
-            run = Run(config, model, reporter, stop, folder, device, dtype, costs, all_callbacks)
+        if not world.alone:
+            reporter.say(f"processes: {world.size}, {world.ranks.local_size} on each machine")
+        with spending(folder, device, world) as costs:
+            run = Run(config, model, reporter, stop, folder, device, dtype, costs, told, world)
             try:
                 yield run
+            except RuntimeError as error:
+                if not world.alone and is_of_peers(error):
+                    raise peer_failed() from error
+                raise
             finally:
                 for policy in run.loaded:
                     policy.release()
@@ -237,7 +273,7 @@ def read_model(run: Run, tokenizer: Any = None) -> ModelStart:
     Raises :class:`prefopt.errors.ModelError` for a model that cannot be trained.
     """
     config = run.config
-    source = "" if run.given is not None else local_folder(config.model)
+    source = "" if run.given is not None else run.world.first_on_node(lambda: local_folder(config.model))
     # A copy, since a chat template may be put on it.
     found = copy.deepcopy(tokenizer) if tokenizer is not None else tokenizer_of_name(config.model, config.named_adapter)
     configuration = run.given.config if run.given is not None else load_config(source)

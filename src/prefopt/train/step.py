@@ -11,12 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
+from prefopt.data.table import GroupTable, IndexArray
 from prefopt.model.kernels.head import Distributions
 from prefopt.model.packing import PackedBatch, pack
 from prefopt.model.scorer import PackedModel, response_sums
+from prefopt.parallel.balance import balanced
+from prefopt.parallel.world import ALONE, World
 from prefopt.reference.in_memory import InMemoryReference
 from prefopt.train.batch import Batch, MicroBatch, State, Sums, micro_batches
 from prefopt.train.columns import Values
@@ -65,46 +70,85 @@ class Gradients:
 
 @dataclass(frozen=True, slots=True)
 class Differentiator:
-    """Computes gradients and evaluations of an objective with a scorer."""
+    """Computes gradients and evaluations of an objective with a scorer.
+
+    Every rank of ``world`` calls it with the same global batch, and computes the groups that are dealt to it by tokens.
+    The normaliser is that of the global batch; a loss of the whole batch sees the values of all ranks. What comes back
+    is of this rank alone: sums and gradients are still to be added up. ``lockstep``: passes through the model
+    communicate (shards), so that every rank makes equally many; those that count for nothing use the smallest group.
+    """
 
     scorer: PackedModel
     objective: Objective
     reference: InMemoryColumns | None = None
+    world: World = ALONE
+    lockstep: bool = False
 
     def gradients(self, batch: Batch, token_budget: int, *, scale: float = 1.0) -> Gradients:
         """Add the gradients of ``scale`` times the loss of a global batch to those of the weights."""
         normaliser = self.objective.normaliser(batch)
-        micro = micro_batches(self.scorer, batch, token_budget)
+        dealt = self._deal(batch)
+        micro = self._micro_batches(batch, dealt, token_budget)
         if not self.objective.whole_batch:
             return self._one_pass(micro, normaliser, scale)
         parts = list(micro)
-        return (
-            self._one_pass(parts, normaliser, scale)
-            if len(parts) == 1
-            else self._two_passes(batch, parts, normaliser, scale)
-        )
+        if len(parts) == 1 and self.world.alone:
+            return self._one_pass(parts, normaliser, scale)
+        return self._two_passes(batch, dealt, parts, normaliser, scale)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, token_budget: int) -> Sums:
         """The sums of a batch, without gradients. Unless the loss is of the whole batch, values are not kept."""
         sums, normaliser = Sums(), self.objective.normaliser(batch)
-        micro = micro_batches(self.scorer, batch, token_budget)
+        dealt = self._deal(batch)
+        micro = self._micro_batches(batch, dealt, token_budget)
         if self.objective.whole_batch:
-            sums.add(self.objective(batch, self.values(micro), normaliser))
+            values = self._of_all(batch, dealt, self.values(micro))
+            if self.world.first:
+                sums.add(self.objective(batch, values, normaliser))
             return sums
         for part in micro:
-            sums.add(self.objective(part.batch, self._scored(part), normaliser))
+            values = self._scored(part)
+            if part.counts:
+                sums.add(self.objective(part.batch, values, normaliser))
         return sums
 
     @torch.no_grad()
     def values(self, micro: Iterable[MicroBatch]) -> Values:
-        """The values of a batch, from all its micro-batches."""
-        return joined([self._scored(part) for part in micro])
+        """The values of this rank's part of a batch, from all its micro-batches."""
+        scored = ((part, self._scored(part)) for part in micro)
+        return joined([values for part, values in scored if part.counts])
+
+    def values_of_all(self, batch: Batch, values: Values) -> Values:
+        """The ``values`` of all ranks, each its part of ``batch``, in the order of the batch."""
+        return self._of_all(batch, self._deal(batch), values)
+
+    def _deal(self, batch: Batch) -> list[IndexArray]:
+        """The groups of each rank, as positions in the global batch."""
+        if self.world.alone:
+            return [np.arange(len(batch))]
+        costs = self.scorer.layout.costs(GroupTable.of(batch.groups))
+        return balanced(costs, self.world.size)
+
+    def _micro_batches(self, batch: Batch, dealt: Sequence[IndexArray], token_budget: int) -> Iterator[MicroBatch]:
+        """This rank's groups, cut; in lockstep as many micro-batches as the rank with the most has."""
+        mine = dealt[self.world.rank]
+        some = batch if self.world.alone else batch.select(mine.tolist())
+        micro = micro_batches(self.scorer, some, token_budget)
+        if not self.lockstep:
+            return micro
+        parts = list(micro)
+        smallest = batch.select([int(np.argmin(self.scorer.layout.costs(GroupTable.of(batch.groups))))])
+        idle = next(micro_batches(self.scorer, smallest, token_budget))._replace(counts=False)
+        return iter(parts + [idle] * (self.world.largest(len(parts)) - len(parts)))
 
     def _one_pass(self, micro: Iterable[MicroBatch], normaliser: Normaliser, scale: float) -> Gradients:
         sums, packed, found, state = Sums(), [], [], self.objective.state
-        for part in micro:
+        for part in self._reduced_last(micro):
             values = self._scored(part)
+            if not part.counts:
+                _backward_nothing(values)
+                continue
             result = self.objective(part.batch, values, normaliser)
             (result.total if scale == 1 else scale * result.total).backward()
             sums.add(result)
@@ -113,18 +157,32 @@ class Differentiator:
             found.append({name: value.detach() for name, value in values.items()})
         return Gradients(sums, packed, joined(found), state)
 
-    def _two_passes(self, batch: Batch, cut: Sequence[MicroBatch], normaliser: Normaliser, scale: float) -> Gradients:
+    def _two_passes(
+        self,
+        batch: Batch,
+        dealt: Sequence[IndexArray],
+        cut: Sequence[MicroBatch],
+        normaliser: Normaliser,
+        scale: float,
+    ) -> Gradients:
         with same_randomness(next(self.scorer.model.parameters()).device):
-            values = self.values(cut)
+            # What fails on one rank fails on all, so that all repeat it; in lockstep all end.
+            mine = self.values(cut) if self.lockstep else self.world.together(lambda: self.values(cut))
+        values = self._of_all(batch, dealt, mine)
+        counts = self.world.gather(sum(part.counts for part in cut))  # after this, nothing is sent before it is over
         leaves = [name for name in DIFFERENTIATED if name in values]
         for name in leaves:
             values[name].requires_grad_()
         result = self.objective(batch, values, normaliser)
         wanted = torch.autograd.grad(scale * result.total, [values[name] for name in leaves], allow_unused=True)
         slopes = {name: slope for name, slope in zip(leaves, wanted, strict=True) if slope is not None}
+        slopes = self._of_mine(batch, dealt, slopes, counts)
         done = dict.fromkeys(slopes, 0)
-        for part in cut:
+        for part in self._reduced_last(cut):
             again = self._policy(part)
+            if not part.counts:
+                _backward_nothing(again)
+                continue
             pieces = []
             for name, slope in slopes.items():
                 size = len(again[name])
@@ -132,8 +190,53 @@ class Differentiator:
                 done[name] += size
             torch.autograd.backward([again[name] for name in slopes], pieces)
         sums = Sums()
-        sums.add(result)
-        return Gradients(sums, [p.packed for p in cut], {n: v.detach() for n, v in values.items()}, result.state)
+        if self.world.first:  # every rank has computed the same
+            sums.add(result)
+        packed = [part.packed for part in cut if part.counts]
+        return Gradients(sums, packed, {n: v.detach() for n, v in values.items()}, result.state)
+
+    def _reduced_last(self, micro: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+        """The micro-batches; between replicas of shards, gradients are summed after the last of them alone."""
+        if not self.lockstep:
+            yield from micro
+            return
+        parts = list(micro)
+        sharded: Any = self.scorer
+        for i, part in enumerate(parts):
+            sharded.set_requires_all_reduce(i == len(parts) - 1)
+            yield part
+
+    def _of_all(self, batch: Batch, dealt: Sequence[IndexArray], mine: Values) -> Values:
+        """The values of all ranks in the order of the global batch, as if one had scored it."""
+        if self.world.alone:
+            return mine
+        device = next(self.scorer.model.parameters()).device
+        every = self.world.gather({name: value.cpu().numpy() for name, value in mine.items()})
+        order = np.concatenate(dealt)
+        found: Values = {}
+        for name in next(values for values in every if values):
+            parts = [values[name] for values in every if values]
+            whole = np.concatenate(parts)
+            if (axis := axis_of(name)) != "B":
+                whole[batch.places(axis, order)] = whole.copy()
+            found[name] = torch.from_numpy(whole).to(device)
+        return found
+
+    def _of_mine(self, batch: Batch, dealt: Sequence[IndexArray], values: Values, counts: Sequence[int]) -> Values:
+        """The parts of values of the global batch that belong to this rank's groups, or to its micro-batches, of which
+        every rank has ``counts``."""
+        if self.world.alone:
+            return values
+        device = next(self.scorer.model.parameters()).device
+        before, micro = sum(counts[: self.world.rank]), counts[self.world.rank]
+        found: Values = {}
+        for name, value in values.items():
+            if (axis := axis_of(name)) == "B":
+                found[name] = value[before : before + micro]
+            else:
+                at = batch.places(axis, dealt[self.world.rank])
+                found[name] = value[torch.from_numpy(at).to(device)]
+        return found
 
     def _scored(self, part: MicroBatch) -> Values:
         """The values of one micro-batch: of the policy, and without gradients those of :class:`InMemoryColumns`."""
@@ -153,8 +256,20 @@ class Differentiator:
         return self.objective.score(self.scorer, part.packed, part.batch, compared)
 
 
+def axis_of(name: str) -> str:
+    """The first axis of values of this name: ``N`` of ``logp_N``, ``B`` (micro-batches) of ``router_prob_BE``."""
+    return name.rpartition("_")[2][0]
+
+
+def _backward_nothing(values: Values) -> None:
+    """A backward pass whose gradients are zero."""
+    sum(value.sum() * 0 for value in values.values() if value.requires_grad).backward()  # type: ignore[union-attr]
+
+
 def joined(parts: Sequence[Values]) -> Values:
     """Values of micro-batches, concatenated."""
+    if not parts:
+        return {}
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -12,24 +12,28 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from prefopt.core.terminal import Reporter, StopRequest
 from prefopt.errors import Diverged
-from prefopt.model.packing import PackedBatch
+from prefopt.model.costs import out_of_memory
 from prefopt.model.scorer import PackedModel
+from prefopt.parallel.gradients import grad_norm, sum_gradients
+from prefopt.parallel.tensors import whole_tensors
+from prefopt.parallel.world import ALONE, World
 from prefopt.reference.in_memory import TrDpoUpdate
 from prefopt.runs.callbacks import Callbacks, RunInfo
 from prefopt.runs.metrics import Averages, Metrics, Record, note
 from prefopt.train import checkpoint
 from prefopt.train.batch import Batch
-from prefopt.train.budget import smaller_budget
+from prefopt.train.budget import Speed, fatal_in_shards, smaller_budget
 from prefopt.train.columns import Values
 from prefopt.train.objective import Objective
-from prefopt.train.optim import Network, grad_norm
+from prefopt.train.optim import Network
+from prefopt.train.source import BatchSource
 from prefopt.train.step import Differentiator, Gradients, InMemoryColumns
 
 
@@ -50,61 +54,6 @@ class TrainerState:
     stopped_early: bool = False
 
 
-class AuxiliaryLoss(NamedTuple):
-    """An objective on a batch of its own, ``coefficient`` times whose loss is added. ``name`` is its metric."""
-
-    objective: Objective
-    batch: Batch
-    coefficient: float
-    name: str
-
-
-class BatchSource:
-    """The batches of a run. Subclasses override :meth:`batch`, and what else differs."""
-
-    steps_per_epoch: int
-    updates: int = 1
-    """Optimiser updates in the step at hand."""
-    draws: bool = False
-    """Whether steps begin by drawing responses. Checkpoints are then written after that."""
-
-    def begin(self, trainer: Trainer) -> bool:
-        """Prepare the next step. Returns whether responses were drawn for it, which a checkpoint should keep."""
-        return False
-
-    def batch(self, step: int, update: int) -> Batch:
-        """The global batch of an update of a step, both counted from 0."""
-        raise NotImplementedError
-
-    def auxiliary(self, step: int, update: int) -> AuxiliaryLoss | None:
-        """A second loss of an update."""
-        return None
-
-    def end(self, trainer: Trainer, record: Record) -> Record:
-        """Add metrics of the whole step to ``record``, the averages over its updates."""
-        return record
-
-    def saves(self, step: int) -> bool:
-        """Whether to write a checkpoint after ``step``, where ``save_every`` is None."""
-        return False
-
-    @property
-    def held_out(self) -> Batch | None:
-        """The batch of evaluations."""
-        return None
-
-    def state(self) -> dict[str, Any]:
-        """JSON data for a checkpoint."""
-        return {}
-
-    def tensors(self) -> dict[str, torch.Tensor] | None:
-        """Tensors for a checkpoint."""
-        return None
-
-    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None) -> None:
-        """The inverse of :meth:`state` and :meth:`tensors`."""
-
-
 Inspect = Callable[[int, int, Record, Batch, Values], None]
 """Called with step, update, metrics, batch and values of an update before the weights move; may raise."""
 
@@ -115,8 +64,10 @@ class Trainer:
 
     ``eval_every`` and ``save_every`` count steps; None: each epoch, and :meth:`BatchSource.saves`.
     ``checkpoints`` is a folder; ``after_save`` is called after each checkpoint. ``movement``: the reference moves, so
-    that losses at different steps are not comparable and no evaluation is the best. ``measure``: speed, from
-    packed batches and seconds.
+    that losses at different steps are not comparable and no evaluation is the best.
+
+    Every rank of ``world`` has a trainer and makes the same calls; files and lines are those of the first one (whose
+    ``metrics`` and ``reporter`` alone write). ``lockstep``: see :class:`Differentiator`.
     """
 
     scorer: PackedModel
@@ -135,13 +86,16 @@ class Trainer:
     stop: StopRequest
     token_budget: int
     reference: InMemoryColumns | None = None
-    measure: Callable[[Sequence[PackedBatch], float], Record] | None = None
+    speed: Speed | None = None
     inspect: Inspect | None = None
     movement: TrDpoUpdate | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
     after_save: Callable[[], None] = lambda: None
     state: TrainerState = field(default_factory=TrainerState)
     averages: Averages = field(default_factory=Averages)
+    world: World = ALONE
+    lockstep: bool = False
+    _stop_signal: int | None = None
     _saved: tuple[int, int] | None = None
     _held_out: Batch | None = None
 
@@ -193,7 +147,11 @@ class Trainer:
             network.train(mode)
 
     def pause(self) -> None:
-        """After a stop request: write a checkpoint and raise."""
+        """After a stop request: write a checkpoint and raise. Several ranks stop at the update that they agreed on."""
+        if not self.world.alone:
+            if self._stop_signal is None:
+                return
+            self.stop.signal = self._stop_signal
         if self.stop.signal is not None:
             self.keep()
         done = self.state.done
@@ -233,46 +191,96 @@ class Trainer:
         """One optimiser update on a global batch. Returns its metrics, and their weights in an average over steps."""
         step, update = self.state.step, self.state.done
         started = time.monotonic()
-        found, extra = self._gradients(batch)
+        found, record, work = self._gradients(batch)
         norms = {"grad_norm" if n is self.policy else f"grad_norm/{name}": n for name, n in self.networks.items()}
-        record = found.sums.means({name: grad_norm(n.weights.masters.values()) for name, n in norms.items()})
-        for name, value in extra.items():
-            record["loss"] += value[0]
-            record[name] = value[1]
         self._refuse_nonsense(step, record, [*norms])
         if self.inspect is not None:
-            self.inspect(step, update, record, batch, found.values)
+            values = found.values
+            if step == update == 0 and not self.objective.whole_batch:
+                values = self._differentiator(self.objective).values_of_all(batch, values)
+            self.inspect(step, update, record, batch, values)
         for name, network in norms.items():
             network.update(step, record[name], self.max_grad_norm)
         self.objective.state = found.state
         if self.movement is not None:
             self.movement.after(step + 1, self.policy.weights.saved())
         record = self.objective.derived(record)
-        if self.measure is not None:
-            record |= self.measure(found.packed, time.monotonic() - started)
+        if self.speed is not None:
+            record |= self.speed.record(work, time.monotonic() - started)
         return record, {"loss": float(len(batch)), **found.sums.weights}
 
-    def _gradients(self, batch: Batch) -> tuple[Gradients, dict[str, tuple[float, float]]]:
-        """Add the gradients of a global batch to the weights. Of an auxiliary loss: by name, its share and its value.
+    def _gradients(self, batch: Batch) -> tuple[Gradients, Record, dict[str, float]]:
+        """Add the gradients of a global batch to the weights. Returns them with the metrics, loss and norms of all
+        ranks, and the work done.
 
-        On out-of-memory this is repeated with half the token budget.
+        On out-of-memory, on any rank, this is repeated with half the token budget.
         """
         auxiliary = self.source.auxiliary(self.state.step, self.state.done)
         while True:
+            found = second = error = None
             try:
                 self.train_mode()
-                found = Differentiator(self.scorer, self.objective, self.reference).gradients(batch, self.token_budget)
-                if auxiliary is None:
-                    return found, {}
-                objective, other, coefficient, name = auxiliary
-                second = Differentiator(self.scorer, objective).gradients(other, self.token_budget, scale=coefficient)
-                value = second.sums.means()["loss"]
-                return found, {name: (coefficient * value, value)}
-            except RuntimeError as error:
-                for network in self.networks.values():
-                    network.weights.zero_grad()
-                largest = max(self.scorer.layout.cost(group) for group in batch.groups)
-                self.halve(error, f"step {self.state.step + 1}", largest)
+                found = self._differentiator(self.objective).gradients(batch, self.token_budget)
+                if auxiliary is not None:
+                    second = self._differentiator(auxiliary.objective, None).gradients(
+                        auxiliary.batch, self.token_budget, scale=auxiliary.coefficient
+                    )
+            except RuntimeError as caught:
+                error = caught
+                if self.lockstep or not out_of_memory(error):
+                    raise fatal_in_shards(error, f"step {self.state.step + 1}", self.token_budget) from error
+            totals = self._exchange(found, second, error)
+            if found is not None and not totals.get("failed"):
+                return found, *self._record(found, second, totals)
+            for network in self.networks.values():
+                network.weights.zero_grad()
+            largest = max(self.scorer.layout.cost(group) for group in batch.groups)
+            self.halve(error or torch.OutOfMemoryError("out of memory"), f"step {self.state.step + 1}", largest)
+
+    def _differentiator(self, objective: Objective, reference: InMemoryColumns | str | None = "own") -> Differentiator:
+        known = self.reference if reference == "own" else None
+        return Differentiator(self.scorer, objective, known, self.world, self.lockstep)
+
+    def _exchange(
+        self, found: Gradients | None, second: Gradients | None, error: RuntimeError | None
+    ) -> dict[str, float]:
+        """The numbers of an update that all ranks add up, in one message: sums, work, failures and stop requests."""
+        if self.world.alone:
+            return {"failed": float(error is not None)}
+        mine: dict[str, float] = {"failed": float(error is not None)}
+        if found is not None and error is None:
+            mine |= found.sums.numbers()
+            mine |= {f"work/{n}": x for n, x in self.speed.work(found.packed).items()} if self.speed else {}
+            mine |= {f"auxiliary/{n}": x for n, x in second.sums.numbers().items()} if second is not None else {}
+        if self.stop.signal is not None:
+            mine[f"signal/{self.stop.signal}"] = 1.0
+        totals = self.world.totals(mine)
+        signals = [int(n.removeprefix("signal/")) for n, count in totals.items() if n.startswith("signal/") and count]
+        self._stop_signal = max(signals, default=None)
+        return totals
+
+    def _record(
+        self, found: Gradients, second: Gradients | None, totals: dict[str, float]
+    ) -> tuple[Record, dict[str, float]]:
+        """Metrics, loss and gradient norms of an update, and its work; gradients become those of all ranks."""
+        networks = {"grad_norm" if n is self.policy else f"grad_norm/{name}": n for name, n in self.networks.items()}
+        for network in networks.values():
+            sum_gradients(self.world, network.weights.masters.values())
+        norms = {name: grad_norm(n.weights.masters.values()) for name, n in networks.items()}
+        if self.world.alone:
+            record = found.sums.means(norms)
+            work = self.speed.work(found.packed) if self.speed is not None else {}
+            value = second.sums.means()["loss"] if second is not None else 0.0
+        else:
+            record = found.sums.of_ranks(totals) | dict(
+                zip(norms, torch.stack([*norms.values()]).tolist(), strict=True)
+            )
+            work = {n.removeprefix("work/"): x for n, x in totals.items() if n.startswith("work/")}
+            value = totals.get("auxiliary/share/loss", 0.0)
+        if (auxiliary := self.source.auxiliary(self.state.step, self.state.done)) is not None:
+            record["loss"] += auxiliary.coefficient * value
+            record[auxiliary.name] = value
+        return record, work
 
     def halve(self, error: RuntimeError, what: str, largest: int = 1) -> None:
         """Halve the token budget after ``error``, to repeat ``what``. Raises as :func:`smaller_budget`."""
@@ -304,8 +312,9 @@ class Trainer:
         state = self.state
         assert self._held_out is not None
         self.train_mode(False)
-        sums = Differentiator(self.scorer, self.objective, self.reference).evaluate(self._held_out, self.token_budget)
-        record = self.objective.derived(sums.means())
+        sums = self._differentiator(self.objective).evaluate(self._held_out, self.token_budget)
+        record = sums.means() if self.world.alone else sums.of_ranks(self.world.totals(sums.numbers()))
+        record = self.objective.derived(record)
         self.train_mode()
         self.metrics.write({"step": state.step, **{f"eval_{name}": value for name, value in record.items()}})
         better = self.movement is None and record["loss"] < state.best_loss
@@ -313,8 +322,8 @@ class Trainer:
         self.reporter.say(f"step {state.step}: held out: {', '.join(note(record))}{best}")
         if better:
             state.best_step, state.best_loss, state.without_gain = state.step, record["loss"], 0
-            checkpoint.save_best(self.checkpoints, state.step, dict(self.policy.weights.saved()))
-            checkpoint.forget_bests(self.checkpoints, state.step)
+            best_weights = whole_tensors(self.policy.weights.saved(), keep=self.world.first)
+            self.world.on_first(lambda: checkpoint.save_best(self.checkpoints, state.step, best_weights))
         elif self.movement is None:
             state.without_gain += 1
             patience = self.early_stopping
@@ -337,7 +346,7 @@ class Trainer:
             state={
                 "step": state.step,
                 "progress": asdict(state),
-                "random": checkpoint.random_states(),
+                **checkpoint.states_of_ranks(self.world),
                 "losses": {name: {k: float(v) for k, v in kept.items()} for name, kept in self.objective.state.items()},
                 "averages": self.averages.to_dict(),
                 "source": self.source.state(),
@@ -345,17 +354,16 @@ class Trainer:
             reference=self.movement.weights.saved() if self.movement is not None else None,
             rollouts=self.source.tensors(),
         )
-        path = checkpoint.save(self.checkpoints, saved, keep_last=self.keep_last)
+        path = checkpoint.save(self.checkpoints, saved, keep_last=self.keep_last, world=self.world)
         self._saved = (state.step, state.done)
         self.after_save()
-        checkpoint.forget_bests(self.checkpoints, state.best_step)
         if self.save_every or self.stop.signal is not None:
             self.reporter.say(f"checkpoint: {path}")
         return path
 
     def resume(self) -> None:
         """Load the newest undamaged checkpoint, if there is one."""
-        found = next(checkpoint.whole(self.checkpoints), None)
+        found = checkpoint.newest(self.checkpoints, self.world)
         if found is None:
             self.metrics.forget_after(-1)
             none = "no checkpoint that is whole" if self.checkpoints.exists() else "no checkpoint yet"
@@ -365,7 +373,8 @@ class Trainer:
         for name, network in self.networks.items():
             network.weights.load(checkpoint.part_of(name, saved.weights))
             checkpoint.restore_optimizer(network.optimizer, checkpoint.part_of(name, saved.optimizer))
-        checkpoint.restore_random(saved.state["random"])
+        if (line := checkpoint.restore_random(saved.state, self.world)) is not None:
+            self.reporter.say(line)
         if self.movement is not None and saved.reference is not None:
             self.movement.weights.load(saved.reference)
         for name, kept in saved.state.get("losses", {}).items():

@@ -1,0 +1,1 @@
+"""Several processes: the only user of torch.distributed."""

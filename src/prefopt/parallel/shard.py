@@ -1,0 +1,169 @@
+"""Weights in shards: FSDP2 on the layers of a scorer's model, then on the scorer.
+
+The optimiser moves float32 shards. A layer is gathered in the dtype of computation when it is needed and forgotten
+afterwards, so that the whole model is never in one place; gradients are summed in float32 by the reduction that also
+scatters them. Log-probabilities and gradients are those of :class:`prefopt.model.precision.MasterWeights`.
+
+Every rank makes the same forward and backward passes, since each of them communicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from prefopt.core.terminal import size
+from prefopt.model.architectures import causal_model
+from prefopt.model.costs import memory_of
+from prefopt.model.precision import MasterWeights, kept_in_float32
+from prefopt.model.scorer import PackedModel
+from prefopt.parallel.tensors import is_sharded, local_of, sharded_as, whole_of
+from prefopt.parallel.world import World
+
+Mesh = DeviceMesh
+
+
+def mesh_of(world: World, device: torch.device, *, hybrid: bool) -> Mesh:
+    """All ranks in one row; ``hybrid``: replicas of shards, those of one replica on one node."""
+    if not hybrid:
+        return init_device_mesh(device.type, (world.size,))
+    nodes = world.size // world.ranks.local_size
+    return init_device_mesh(device.type, (nodes, world.ranks.local_size), mesh_dim_names=("replicate", "shard"))
+
+
+OF_TRAINED = 18
+"""Bytes of a trained weight that is whole: its master, gradient, two moments, and the copy that computes."""
+ROOM = 0.6
+"""Of a device's memory, what weights may take of it: the rest is for activations."""
+
+
+def choose(
+    asked: str, world: World, scorer: PackedModel, trained: Mapping[str, torch.Tensor]
+) -> tuple[Literal["none", "full", "hybrid"], str]:
+    """What ``--shard`` comes to, and a phrase that says so."""
+    whole = sum(p.numel() * p.element_size() for p in scorer.model.parameters())
+    need = whole + OF_TRAINED * sum(p.numel() for p in trained.values())
+    machines = world.size // world.ranks.local_size
+    if asked in ("none", "full", "hybrid"):
+        return cast(Any, asked), {"none": "every process has all weights"}.get(asked, f"weights in shards ({asked})")
+    device = next(scorer.model.parameters()).device
+    room = ROOM * world.smallest(memory_of(device) // (1 if device.type == "cuda" else world.ranks.local_size))
+    told = f"they need {size(need)} of {size(room)} on each"
+    if need <= room:
+        return "none", f"every process has all weights: {told}"
+    if machines > 1 and need / world.ranks.local_size <= room:
+        return "hybrid", f"weights in shards on each machine (hybrid): {told}"
+    return "full", f"weights in shards (full): {told}"
+
+
+def shard(
+    scorer: PackedModel, weights: MasterWeights, world: World, dtype: torch.dtype, *, hybrid: bool
+) -> ShardedWeights:
+    """Cut the weights of a scorer's model into shards over all ranks."""
+    device = next(scorer.model.parameters()).device
+    return ShardedWeights(scorer, weights, mesh_of(world, device, hybrid=hybrid), dtype)
+
+
+class ShardedWeights(MasterWeights):
+    """Trainable weights of which a rank holds a part. ``masters`` are DTensors, by the names of the model's parameters.
+
+    It takes the place of ``weights``, which are released: the scorer's model computes in the same dtype as before, but
+    holds its shards of the masters. Weights that the class keeps in float32 stay whole on every rank.
+    """
+
+    def __init__(self, scorer: PackedModel, weights: MasterWeights, mesh: Mesh, dtype: torch.dtype) -> None:
+        """Shard ``scorer`` in place. ``dtype``: that of computation."""
+        self.scorer, self.mesh = scorer, mesh
+        self.model = weights.model
+        weights.release()
+        for name, parameter in self.model.named_parameters():
+            if name in weights.masters:
+                parameter.data = weights.masters[name].data
+        scorer.compute_dtype = dtype
+        kept = kept_in_float32(causal_model(scorer.model)) if dtype.itemsize < 4 else lambda name: False
+        whole = {p for n, p in self.model.named_parameters() if kept(n)}
+        # Frozen weights have the dtype of computation already; those that train are float32 until they are gathered.
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
+        options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "ignored_params": whole}
+        for layer in layers_of(scorer.model):
+            fully_shard(layer, **options)
+        fully_shard(scorer, **options)
+        for module in _sharded(scorer):
+            module.set_gradient_divide_factor(1.0)  # sums, not averages: the loss has its normaliser already
+            module.set_force_sum_reduction_for_comms(True)
+        self.masters = {n: p for n, p in self.model.named_parameters() if n in weights.masters}
+
+    def publish(self) -> None:
+        """Nothing to do: layers are gathered from the masters at their next use."""
+
+    def release(self) -> None:
+        """Nothing to give back."""
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for parameter in self.masters.values():
+            parameter.grad = None
+
+    @torch.no_grad()
+    def load(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Set the masters to whole tensors, which every rank has."""
+        self.reshard()
+        for name, master in self.masters.items():
+            local_of(master).copy_(local_of(sharded_as(values[name], master)))
+
+    def saved(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The masters by name, in shards."""
+        for name, master in self.masters.items():
+            yield name, master.detach()
+
+    def reshard(self) -> None:
+        """Forget what was gathered, so that shards may be changed."""
+        for module in _sharded(self.scorer):
+            module.reshard()
+
+
+def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The blocks that transformers never splits: the layers of a model."""
+    names = set(getattr(causal_model(model), "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def _sharded(scorer: torch.nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in scorer.modules() if isinstance(module, FSDPModule))
+
+
+def made_whole(scorer: PackedModel, *, keep: bool) -> None:
+    """Put whole weights, on the CPU, in the place of shards for good, to be changed and saved. All ranks call this, and
+    only where ``keep`` the model is changed."""
+    for sharded in _sharded(scorer):
+        sharded.reshard()
+    for module in scorer.model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            whole = whole_of(parameter.detach()).cpu() if is_sharded(parameter) else None
+            if keep and whole is not None:
+                setattr(module, name, torch.nn.Parameter(whole, requires_grad=parameter.requires_grad))
+    for sharded in list(_sharded(scorer)) if keep else ():
+        cast(Any, sharded).__class__ = type(sharded).__bases__[1]  # fully_shard put a class of its own before it
+
+
+@contextmanager
+def gathered(scorer: PackedModel) -> Iterator[None]:
+    """In this block every rank has all weights, for what does not call the scorer: generation, the class's own forward.
+
+    They take the memory of the whole model in the dtype of computation.
+    """
+    modules = list(_sharded(scorer))
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(cast(Any, module) is not scorer, recurse=False)
+            module.reshard()

@@ -1,0 +1,153 @@
+"""Weights in shards compute what whole ones do: values, gradients, steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from parallel.ranks import on_ranks
+from prefopt.data.group import Group
+from prefopt.model.adapter import new_lora
+from prefopt.model.architectures import checkpoint_activations
+from prefopt.model.packing import pack
+from prefopt.model.precision import MasterWeights
+from prefopt.model.scorer import Scorer
+from prefopt.parallel.gradients import clip_, grad_norm, sum_gradients
+from prefopt.parallel.shard import ShardedWeights, gathered, mesh_of
+from prefopt.parallel.tensors import whole_of
+from prefopt.parallel.world import open_world
+from prefopt.train.optim import adamw
+
+VOCABULARY = 97
+
+
+def groups() -> list[Group]:
+    random = np.random.default_rng(0)
+    found = []
+    for prefix, *lengths in ((11, 7, 13), (3, 17, 2), (1, 5, 8), (9, 4, 4)):
+        start = random.integers(0, VOCABULARY, prefix)
+        rows = [np.concatenate([start, random.integers(0, VOCABULARY, n)]) for n in lengths]
+        found.append(Group.from_sequences([(ids, np.arange(len(ids)) >= prefix) for ids in rows], row=0))
+    return found
+
+
+def model(kind: str, *, tied: bool = False, lora: bool = False) -> torch.nn.Module:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = AutoConfig.for_model(
+        kind, vocab_size=VOCABULARY, num_key_value_heads=2, head_dim=16, tie_word_embeddings=tied, **shape
+    )
+    made: torch.nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    if lora:
+        made.requires_grad_(False)
+        made = new_lora(made, rank=4, alpha=8, dropout=0.0, targets=None)
+        with torch.no_grad():
+            for name, weight in made.named_parameters():
+                if "lora_B" in name:
+                    weight.normal_(std=0.05)
+    return made
+
+
+def _steps(kind: str, options: dict[str, bool], dtype_name: str, sharded: bool, split: bool) -> dict[str, Any]:
+    """Two steps on two groups a rank: log-probabilities, gradients and weights, whole."""
+    world = open_world()
+    dtype = getattr(torch, dtype_name)
+    made = model(kind, tied=options.get("tied", False), lora=options.get("lora", False))
+    if options.get("checkpointing"):
+        checkpoint_activations(made)
+    weights: Any = MasterWeights(made, dtype)
+    scorer = Scorer(made)
+    scorer.train()
+    if sharded:
+        weights = ShardedWeights(scorer, weights, mesh_of(world, torch.device("cpu"), hybrid=False), dtype)
+    optimizer = adamw(weights.masters, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.01)
+    every = groups()
+    mine = [every[world.rank :: world.size]] if split else [every[0::2], every[1::2]]
+    found: dict[str, Any] = {"dtype": str(scorer.dtype), "norm": []}
+    for _ in range(2):
+        for part in mine:
+            logp_M = scorer(pack(part, scorer.layout))
+            found.setdefault("logp", []).append(logp_M.detach().numpy())
+            (logp_M * torch.linspace(-1, 1, len(logp_M))).sum().backward()
+        sum_gradients(world, weights.masters.values())
+        found.setdefault("gradients", {n: whole_of(p.grad).numpy().copy() for n, p in weights.masters.items()})
+        norm = float(grad_norm(weights.masters.values()))
+        found["norm"].append(norm)
+        clip_(weights.masters.values(), norm, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3
+        optimizer.step()
+        weights.publish()
+        weights.zero_grad()
+    found["weights"] = {n: w.numpy().copy() for n, w in ((n, whole_of(w)) for n, w in weights.saved())}
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("llama", {}), ("qwen3", {"tied": True, "checkpointing": True}), ("llama", {"lora": True})],
+)
+def test_shards_are_the_master_weights_to_the_bit(kind: str, options: dict[str, bool], dtype: str) -> None:
+    """One micro-batch a rank on two ranks against two micro-batches of one process."""
+    alone = on_ranks(1, _steps, kind, options, dtype, False, False)[0]
+    for sharded in (True, False):
+        ranks = on_ranks(2, _steps, kind, options, dtype, sharded, True)
+        for rank, found in enumerate(ranks):
+            assert found["dtype"] == alone["dtype"]
+            assert all(g is not None for g in found["gradients"].values())
+            assert np.array_equal(found["logp"][0], alone["logp"][rank])
+            for name, wanted in alone["gradients"].items():
+                assert np.array_equal(found["gradients"][name], wanted), name
+            np.testing.assert_allclose(found["norm"], alone["norm"], rtol=1e-6)
+            for name, wanted in alone["weights"].items():
+                gap = np.linalg.norm(found["weights"][name] - wanted) / np.linalg.norm(wanted)
+                assert gap < 1e-6, (name, gap)
+
+
+def _around() -> dict[str, Any]:
+    """What is done with shards beside steps: loaded, gathered for the class's own forward, scored again."""
+    world = open_world()
+    made = model("llama")
+    other = {n: p.detach().clone() * 1.1 for n, p in made.named_parameters()}
+    scorer = Scorer(made)
+    weights = ShardedWeights(
+        scorer, MasterWeights(made, torch.float32), mesh_of(world, torch.device("cpu"), hybrid=False), torch.float32
+    )
+    batch = pack(groups()[:2], scorer.layout)
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        before = scorer(batch)
+        with gathered(scorer):
+            scorer.detach_hook()
+            own = made(input_ids=ids).logits
+            scorer.attach_hook()
+        again = scorer(batch)
+        weights.load(other)
+        moved = scorer(batch)
+    biggest = max(p.to_local().numel() / p.numel() for p in weights.masters.values())
+    return {"before": before, "own": own, "again": again, "moved": moved, "share": biggest, "size": world.size}
+
+
+def test_shards_are_loaded_and_gathered() -> None:
+    one, two = on_ranks(3, _around)[:2]
+    assert one["share"] < 0.5
+    scorer = Scorer(model("llama"))
+    with torch.no_grad():
+        batch = pack(groups()[:2], scorer.layout)
+        wanted = scorer(batch)
+        scorer.detach_hook()
+        own = scorer.model(input_ids=torch.arange(9)[None]).logits
+        scorer.attach_hook()
+        for weight in scorer.model.parameters():
+            weight.mul_(1.1)
+        moved = scorer(batch)
+    for found in (one, two):
+        assert torch.equal(found["before"], wanted)
+        assert torch.equal(found["again"], wanted)
+        torch.testing.assert_close(found["own"], own, rtol=1e-6, atol=1e-6)
+        assert torch.equal(found["moved"], moved)
