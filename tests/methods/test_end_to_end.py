@@ -50,8 +50,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
     found: list[torch.Tensor] = []
     save = policy.save_model
 
-    def noted(folder: Path, scorer: Any, *more: Any) -> None:
-        save(folder, scorer, *more)
+    def noted(folder: Path, scorer: Any, *more: Any, **named: Any) -> None:
+        save(folder, scorer, *more, **named)
         scorer.detach_hook()
         with torch.no_grad():
             found.append(scorer.model.eval()(input_ids=PROBE).logits)

@@ -154,7 +154,9 @@ def test_a_rank_that_ends_is_named(
         f"os.kill(os.getpid(), {-status}) if {status} < 0 else sys.exit({status})\n"
     )
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert run_here(command) == code
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     error = "".join(line for line in capfd.readouterr().err.splitlines(True) if line.startswith("prefopt"))
     assert (told in error and "rank 1" in error and "--resume" in error) if told else not error
 

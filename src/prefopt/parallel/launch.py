@@ -47,6 +47,8 @@ def run_here(command: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
     try:
         main(list(command[command.index("torch.distributed.run") + 1 :]))
     except SignalException as stop:
@@ -56,6 +58,9 @@ def run_here(command: Sequence[str]) -> int:
         if failure.exitcode not in (2, 130, 143):  # then the process has said why
             complain(f"prefopt: rank {rank} {_how(failure.exitcode)}; the others were stopped. Go on with --resume")
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    finally:  # torchrun leaves its own handlers behind
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
 
 
