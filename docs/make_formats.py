@@ -1,4 +1,4 @@
-"""Writes what docs/formats.md says of each layout, from the layouts themselves: python docs/make_formats.py."""
+"""Writes the descriptions of layouts in docs/formats.md, from the layouts themselves: python docs/make_formats.py."""
 
 from __future__ import annotations
 

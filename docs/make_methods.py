@@ -1,4 +1,4 @@
-"""Writes what docs/methods.md says of each loss, from the declarations, and the plots: python docs/make_methods.py."""
+"""Writes the descriptions of losses in docs/methods.md and their plots: python docs/make_methods.py."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def of_pairs(loss: Loss, h: torch.Tensor) -> tuple[torch.Tensor, Curves]:
 
 
 def _in_one_batch(loss: Loss, h: torch.Tensor, margin: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Pairs with these h and reference margins: the loss of each, weighted as in the mean, and its gradients."""
+    """Pairs with these h and reference margins: the loss of each, with its weight in the average, and its gradients."""
     tensors: dict[str, torch.Tensor] = {}
     for side, sign in (("chosen", 0.5), ("rejected", -0.5)):
         reference = POLICY + sign * margin

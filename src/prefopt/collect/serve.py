@@ -155,6 +155,7 @@ class Connection(H11Protocol):
         """Whether a request has no complete response yet."""
         return self.cycle is not None and not self.cycle.response_complete
 
+    # uvicorn declares a narrower transport than asyncio.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a place; where there is none, the connection that has waited longest is closed."""
         super().connection_made(transport)

@@ -111,7 +111,7 @@ def model_of(folder: Path) -> str:
     """The name of the model that samples were drawn from."""
     try:
         return str(json.loads((folder / f"{SAMPLES}.run.json").read_text("utf-8"))["options"]["model"])
-    except Exception:
+    except Exception:  # absent, or damaged in any way: the other entries are still listed
         return "description unreadable"
 
 

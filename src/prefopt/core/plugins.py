@@ -20,7 +20,8 @@ from prefopt.errors import ConfigError
 def imported(name: str) -> Callable[..., Any]:
     """The function ``module:function`` of this package; errors on importing it are bugs, and travel."""
     module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+    function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    return function
 
 
 def load_object(name: str, place: str, known: Sequence[str] = ()) -> Any:
@@ -47,10 +48,10 @@ def load_object(name: str, place: str, known: Sequence[str] = ()) -> Any:
 
 def load_function(name: str, place: str, known: Sequence[str] = ()) -> Callable[..., Any]:
     """The same for a function."""
-    function = load_object(name, place, known)
+    function: Callable[..., Any] = load_object(name, place, known)
     if not callable(function):
         raise ConfigError(f"{place}: {name.partition(':')[2]} is no function but of type {type(function).__name__}")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def plugins(group: str) -> dict[str, EntryPoint]:

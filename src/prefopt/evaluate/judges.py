@@ -17,6 +17,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from prefopt.config.compare import CompareConfig
 from prefopt.config.tools import IMPLICIT, ScoreConfig, is_model_reward
@@ -104,10 +105,10 @@ def load_judge(config: CompareConfig, reward: Reward | None = None) -> Judge:
     return ScoreJudge(name, TextScorer(load_reward(name)))
 
 
-def _model_judge(name: str, config: CompareConfig, **options: str) -> ScoreJudge:
-    machine = {"device": config.device, "dtype": config.dtype, "threads": config.threads}
-    unused = {"files": ["samples"], "output": "none"}
-    return ScoreJudge(name, load_row_scorer(ScoreConfig(**unused, **options, **machine)))  # type: ignore[arg-type]
+def _model_judge(name: str, config: CompareConfig, **options: Any) -> ScoreJudge:
+    options |= {"device": config.device, "dtype": config.dtype, "threads": config.threads}
+    # The config of `prefopt score` requires files, which a judge does not read.
+    return ScoreJudge(name, load_row_scorer(ScoreConfig(files=["samples"], output="none", **options)))
 
 
 def vote_by_score(first: float, second: float) -> Vote:

@@ -91,7 +91,7 @@ def apo_zero_unpaired(
         ),
         loss_option(
             "decay",
-            "weight of earlier batches in the means, per batch: 1 counts all alike, 0 only this one",
+            "weight of earlier batches in the running means: 1 counts all alike, 0 only this one",
             at_least=0,
             at_most=1,
             only=("shift", True),

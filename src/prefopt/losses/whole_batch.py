@@ -59,7 +59,7 @@ def aot_unpaired(chosen_reward_P: Tensor, rejected_reward_P: Tensor, *, label_sm
         loss_option("shift", "subtract delta; false: delta is 0, as in TRL's bco_pair"),
         loss_option(
             "decay",
-            "weight of earlier batches in the mean, per batch: 1 counts all alike (TRL's BCO trainer), 0 only this one",
+            "weight of earlier batches in the running mean: 1 counts all alike (TRL's BCO trainer), 0 only this one",
             at_least=0,
             at_most=1,
             only=("shift", True),

@@ -174,7 +174,7 @@ def _embedding_names(model: Any) -> tuple[str, ...]:
 def _shapes(folder: Path) -> dict[str, list[int]]:
     """Shapes of all weights of an adapter, by their names in the model."""
     with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
-        return {key.removeprefix(PREFIX): file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        return {key.removeprefix(PREFIX): file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (not a mapping)
 
 
 def nesting_of(model: Any) -> Names | None:

@@ -1,7 +1,7 @@
 """Starting a command on several processes: the torchrun command for this machine, and job files for clusters.
 
-A job that reaches its time limit is told minutes before: it writes a checkpoint and ends; the next start of the same
-command goes on by itself, see :func:`prefopt.core.ranks.restarted`.
+A job gets a signal some minutes before its time limit, writes a checkpoint and ends. The same command, started again,
+resumes by itself, see :func:`prefopt.core.ranks.restarted`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from prefopt.core.terminal import complain
 SHUTDOWN_SECONDS = 270
 """What torchrun leaves the ranks to write a checkpoint in, after a signal; 30 by default."""
 WARNING_SECONDS = 600
-"""How long before the time limit a job is told."""
+"""How long before its time limit a job gets the signal."""
 
 
 def torchrun(config: LaunchConfig, *where: str, python: str = "python") -> list[str]:

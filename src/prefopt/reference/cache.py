@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -246,23 +247,25 @@ class ReferenceCache:
     ) -> Iterator[Scored]:
         """The ``missing`` responses of ``plan``, whose groups are given, batch by batch; ranks take turns."""
 
-        def of(batch: range, take: IndexArray) -> Scored:
+        def scored(turn: tuple[range, IndexArray] | None) -> Scored | None:
+            if turn is None:  # the last round has fewer batches than ranks
+                return None
+            batch, take = turn
             if stop is not None:
                 stop()
             here = groups[batch.start : batch.stop]
             scores = [
-                (scored, group, k)
+                (value, group, k)
                 for group, result in zip(here, score(here), strict=True)
-                for k, scored in enumerate(result)
+                for k, value in enumerate(result)
             ]
             first = plan.groups.starts[batch.start]
             return plan.groups.keys_N[take], [_checked(*scores[n]) for n in (take - first).tolist()]
 
         work = iter(plan.work(missing))
         while turn := list(islice(work, world.size)):
-            mine = turn[world.rank] if world.rank < len(turn) else None
-            found = world.together(lambda mine=mine: of(*mine) if mine is not None else None)  # type: ignore[misc]
-            yield from (scored for scored in world.gather(found) if scored is not None)
+            found = world.together(partial(scored, turn[world.rank] if world.rank < len(turn) else None))
+            yield from (batch for batch in world.gather(found) if batch is not None)
 
     def _commit_all(
         self,
