@@ -65,3 +65,19 @@ def test_what_is_not_too_deep_is_read(tmp_path: Path) -> None:
     for _ in range(deep):
         (value,) = value  # type: ignore[misc]
     assert value == "x"
+
+
+def test_a_mistake_in_an_option_of_a_stage_is_placed_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text('model: m\ndata: [d.jsonl]\noutput: o\nppo: ["beta=0.05"]\n')
+    assert main(["rlhf", "--config", str(file), "--ppo", "batch_size=0"]) == 2
+    assert "--ppo: batch_size is 0" in capsys.readouterr().err
+
+
+def test_a_wrong_value_of_a_file_is_refused_also_where_it_is_overridden(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "w.yaml"
+    file.write_text("model: m\ndata: [d.jsonl]\noutput: o\nbeta: -1\n")
+    assert main(["dpo", "--config", str(file), "--beta", "0.2"]) == 2
+    assert "w.yaml: beta is -1" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from data.small import small_tokenizer
 from data.templates import TEMPLATES
 from data.test_round_trip import MERGES, conversations, decode, renderer_of, spelled, texts
-from prefopt.data.chat import encoding
+from prefopt.data.chat import encoding, spans
 from prefopt.data.chat.render import Rendered, Renderer
 from prefopt.data.chat.template import Rendering
 from prefopt.data.comparisons import read_comparisons
@@ -33,9 +33,11 @@ def outcome(rendered: Rendered | Problem) -> object:
 
 
 def slowly(renderer: Renderer, rows: list[Comparison]) -> list[object]:
-    """Every response by itself, every text by the template."""
+    """Every response by itself, every text by the template, every place by a probe."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(renderer._template, "_traced", None))
+        stack.enter_context(mock.patch.object(renderer._spans, "_frames", []))
+        stack.enter_context(mock.patch.object(spans, "REMEMBERED", 0))
         stack.enter_context(mock.patch.object(encoding, "WORTH_SHARING", 10**9))
         return [outcome(x) for x in renderer.render_all(rows)]
 

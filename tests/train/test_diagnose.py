@@ -132,6 +132,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"record": {"rows": {"read": 1000, "kept": 1000, "truncated": 120}}},
         r"120 of 1000 rows \(12%\) .* 512 tokens",
     ),
+    "left out": (
+        {"record": {"rows": {"read": 1000, "kept": 900, "truncated": 10}}},
+        r"100 of 1000 rows \(10%\)",
+    ),
     "another reference": (
         {
             "training": {"log_ratios_per_token/chosen": noisy(lambda t: 0.3 + 0.05 * t, 0.002)},
@@ -150,6 +154,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         r"grew from 2\d.* to 39.* tokens while the reward rose",
     ),
     "ended early": ({"record": {"steps": 90}}, "ended at step 60 of 90"),
+    "few steps": ({"training": {"loss": [0.69, 0.6, 0.5]}}, "3 steps: too few"),
 }
 
 
@@ -171,6 +176,7 @@ NEARLY: dict[str, dict[str, Any]] = {
     "chosen fell far": {"training": {"log_ratios_per_token/chosen": noisy(lambda t: -0.2 * t, 0.002)}},
     "spike": {"training": {"grad_norm": [0.8] * 29 + [7.2] + [0.8] * 30}},
     "truncated": {"record": {"rows": {"kept": 1000, "truncated": 40}}},
+    "left out": {"record": {"rows": {"read": 1000, "kept": 960}}},
     "another reference": {"training": {"log_ratios_per_token/chosen": noisy(lambda t: 0.01 + 0.05 * t, 0.002)}},
     "reward rose": {"training": {"objective/scores": noisy(lambda t: 0.02 * t, 0.1)}},
     "reward fell": {"training": {"objective/scores": noisy(lambda t: -0.02 * t, 0.1)}},
@@ -180,6 +186,7 @@ NEARLY: dict[str, dict[str, Any]] = {
     },
     "ended early": {"record": {"status": "interrupted", "steps": 90}},
     "nothing held out": {"held_out": NONE_HELD_OUT, "record": {"status": "interrupted"}},
+    "few steps": {"training": {"loss": noisy(lambda t: 1 - t, n=12)}},
 }
 
 
@@ -215,6 +222,12 @@ def test_a_run_of_ppo_is_told_of_its_samples_and_not_of_rows(tmp_path: Path) -> 
     only = dict.fromkeys(name for name in GOOD["training"] if name != "epoch")
     rising = {"objective/scores": noisy(lambda t: t), "val/length": noisy(lambda t: 40, 1)}
     assert names(write(tmp_path, training={**only, **rising}, held_out=NONE_HELD_OUT)) == {"reward rose"}
+
+
+def test_gradients_of_nothing_are_found(tmp_path: Path) -> None:
+    """A run at an absurd learning rate: after a few steps every sigmoid is flat."""
+    write(tmp_path, training={"grad_norm": [5.0, 5.0] + [0.0] * (N - 2)})
+    assert "was 5 at step 1, and its median 0" in "\n".join(in_words(diagnose(read_history(tmp_path))))
 
 
 PLANTED: dict[str, dict[str, Any]] = {

@@ -177,7 +177,7 @@ class WrongValue(ConfigError):
 
     def __init__(self, o: Option, problem: str, place: str | None = None) -> None:
         super().__init__(f"{f'{place}: {o.name}' if place else o.flag} {problem}")
-        self.option, self.problem = o, problem
+        self.option, self.problem, self.place = o, problem, place
 
 
 def checked(o: Option, value: object, place: str | None = None) -> Any:
@@ -256,13 +256,15 @@ class Config:
             where = f"{place}: " if place else ""
             guess = nearest(unknown[0], list(known)) or "; see --help for all of them"
             raise ConfigError(f"{where}unknown option {unknown[0]!r}{guess}")
+        for name in plain.keys() & (given or {}).keys():  # the file is checked whole, also where it is overridden
+            checked(known[name], plain[name], place)
         plain |= given or {}
         if missing := [o for o in known.values() if o.required and o.name not in plain]:
             raise ConfigError("; ".join(f"{o.flag} is missing: {o.help}" for o in missing))
         try:
             return cls(**plain)
         except WrongValue as error:
-            if place is None or error.option.name in (given or {}):
+            if place is None or error.place is not None or error.option.name in (given or {}):
                 raise
             raise WrongValue(error.option, error.problem, place) from None
 

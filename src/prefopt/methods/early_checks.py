@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config.methods import method_of
-from prefopt.config.tools import IMPLICIT, RULES, is_model_reward
+from prefopt.config.tools import IMPLICIT, RULES, ScoreConfig, is_model_reward
 from prefopt.core.files import expanded
 from prefopt.core.hub import no_telemetry, why_not_read
 from prefopt.core.ranks import ranks_in, restarted
@@ -45,7 +45,9 @@ def check_before_torch(config: Any) -> None:
     reward = getattr(config, "reward", None)
     if isinstance(reward, str) and is_model_reward(reward):
         _check_model(reward)
-    elif isinstance(reward, str) and reward not in (*RULES, IMPLICIT) and ":" not in reward:
+        return
+    known = (*RULES, *([IMPLICIT] if isinstance(config, ScoreConfig) else []))
+    if isinstance(reward, str) and reward not in known and ":" not in reward:
         load_reward(reward)  # refuses the name
 
 

@@ -16,7 +16,7 @@ from prefopt.runs.history import Curve, History
 LEAST = 4  # steps in a window: fewer say nothing about their spread
 HARDLY_MOVED = 0.002  # nats per token: a token is 0.2 % more or less likely
 CHOSEN_FELL = 0.3  # nats per token: a token of chosen responses is a quarter less likely
-OFTEN = 0.05  # fraction of rows that are truncated
+OFTEN = 0.05  # fraction of rows that are truncated or skipped
 ELSEWHERE = 0.05  # nats per token between policy and reference before any step
 LOST = 0.1  # of what the best evaluation had gained
 GREW = 1.25  # times the tokens of the first samples
@@ -110,8 +110,11 @@ def in_words(findings: list[Finding]) -> list[str]:
 
 
 def _length(run: History) -> Iterator[Finding]:
+    done = len(run.training)
     if run.steps is not None and run.status == "finished" and run.step < run.steps:
         yield Finding("ended early", f"training ended at step {run.step} of {run.steps}, before its schedule did")
+    if done < 2 * LEAST:
+        yield Finding("few steps", f"{done} step{'s' * (done != 1)}: too few to tell a trend from the noise of batches")
 
 
 def _loss(run: History) -> Iterator[Finding]:
@@ -225,11 +228,14 @@ def _reference(run: History) -> Iterator[Finding]:
 
 
 def _rows(run: History) -> Iterator[Finding]:
-    kept, truncated = (run.rows.get(name, 0) for name in ("kept", "truncated"))
+    read, kept, truncated = (run.rows.get(name, 0) for name in ("read", "kept", "truncated"))
     if kept and truncated / kept >= OFTEN:
         limit = f" to {found} tokens" if (found := run.record.get("max_length")) else ""
         text = f"{truncated} of {kept} rows ({truncated / kept:.0%}) were truncated{limit}: raise --max-length"
         yield Finding("truncated", text, look=True)
+    if kept and read and (read - kept) / read >= OFTEN:
+        text = f"{read - kept} of {read} rows ({(read - kept) / read:.0%}) were skipped: see prefopt data check"
+        yield Finding("left out", text, look=True)
 
 
 def _reward(run: History) -> Iterator[Finding]:

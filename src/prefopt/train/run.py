@@ -5,7 +5,7 @@ with open_run(config, model=model, callbacks=callbacks) as run:
     data = load_data(...)
     policy = run.loading(Policy(...))               # released when the run ends
     ...
-    trainer = run.trainer(policy, objective, source, ...)
+    trainer = run.trainer({"policy": network}, policy, objective, source, steps=steps, token_budget=tokens)
     trainer.fit()
     return run.finish(...)
 """

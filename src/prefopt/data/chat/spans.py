@@ -4,14 +4,15 @@
   template adds behind it, such as an empty reasoning block, is the model's to write and hence trained. Otherwise the
   answer starts where the template puts the words of its turn.
 - It *ends* with the end-of-turn token behind its words or behind its last tool call. That place is found by rendering a
-  probe, a word that the row does not hold, in place of the words.
+  probe, a word that the row does not hold, in place of the words. The text that a template puts around a probe is
+  remembered: where a text is exactly that around the row's own words, no probe is rendered.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import count
 from typing import TYPE_CHECKING
@@ -38,11 +39,22 @@ if TYPE_CHECKING:
 
 Row = Callable[..., str]  # a conversation of one row as text; each is rendered once
 
+REMEMBERED = 8  # frames of one template; most have one
 SHAPES = 4096  # conversation shapes whose omissions are remembered
 CHANGED = "the chat template changes the words of the answer"
 PROBE = "prefoptshown"
 NO_END = "the template does not end an answer with anything that could be told from its words"
 ELSEWHERE = "the chat template shows the answer behind something else than its generation prompt"
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """The text between prompt and words, the text behind the words of a last turn, and how much of that is trained."""
+
+    lead: str
+    tail: str
+    close: int
+    ended: bool
 
 
 class SpanFinder:
@@ -56,6 +68,7 @@ class SpanFinder:
         self, template: ChatTemplate, marks: Sequence[str], eos: str | None, report: Callable[[str], None]
     ) -> None:
         self._template, self._marks, self._eos, self._report = template, tuple(marks), eos, report
+        self._frames: list[_Frame] = []
         self._omissions: dict[object, str] = {}
 
     def render(self, prompt: Turns, responses: Sequence[Turns], tools: Sequence[str]) -> list[RenderedText]:
@@ -119,27 +132,38 @@ class SpanFinder:
         """Trained characters [start, end) of turn j in ``full``, how many of them close the turn behind its words or
         calls, and whether an end-of-turn token is among those. ``before``: the turns before it with the generation
         prompt."""
+        turn, begins = turns[j], full.startswith(before)
+        simple = begins and not turn.tool_calls and turn.reasoning is None
+        for frame in self._frames if simple else ():
+            if (end := _framed(full, len(before), turn.content, frame, last=j == len(turns) - 1)) is not None:
+                return len(before), end, frame.close, frame.ended
         texts = (full, *(text for m in turns for text in texts_of(m)))
         probe = next(word for n in count() if not any((word := f"prefopt{n}probe") in text for text in texts))
         start = len(before)
-        if not full.startswith(before):
+        if not begins:
             self._report(ELSEWHERE)
             start = _start(row, turns, j, full, before, probe)
-        find = self._end_of_calls if turns[j].tool_calls else self._end_of_words
-        end, close, ended = find(row, turns, j, full, probe)
-        if start >= end - close:
+        find = self._end_of_calls if turn.tool_calls else self._end_of_words
+        end, frame = find(row, turns, j, full, probe)
+        if start >= end - frame.close:
             raise Unrenderable("the template leaves no text of an answer that could be told from its prompt")
-        return start, end, close, ended
+        if simple and len(self._frames) < REMEMBERED:
+            framed = full[start : end - frame.close]
+            known = replace(frame, lead=framed.removesuffix(turn.content))
+            if framed.endswith(turn.content) and known not in self._frames:
+                self._frames.append(known)
+        return start, end, frame.close, frame.ended
 
-    def _end_of_words(self, row: Row, turns: Turns, j: int, full: str, probe: str) -> tuple[int, int, bool]:
-        """Where the answer of turn j ends, how many of its characters close it, and whether a token ends it."""
+    def _end_of_words(self, row: Row, turns: Turns, j: int, full: str, probe: str) -> tuple[int, _Frame]:
+        """Where the answer of turn j ends, and what the template puts behind it (``lead`` is left empty)."""
         tail = _behind(row((*turns[:j], replace(turns[j], content=probe), *turns[j + 1 :])), probe, once=True)
         if not full.endswith(tail):
             raise Unrenderable(NO_END)
         mark, close = self._closing(tail)
-        return len(full) - len(tail) + close, close, bool(mark)
+        frame = _Frame("", tail if j == len(turns) - 1 else tail[:close], close, bool(mark))
+        return len(full) - len(tail) + close, frame
 
-    def _end_of_calls(self, row: Row, turns: Turns, j: int, full: str, probe: str) -> tuple[int, int, bool]:
+    def _end_of_calls(self, row: Row, turns: Turns, j: int, full: str, probe: str) -> tuple[int, _Frame]:
         """The same for a turn with tool calls. What closes them, and the turn, is found with the turn as the last."""
         turn, rest = turns[j], turns[j + 1 :]
         # The probe is the last call's arguments and, in case they follow the call, the words.
@@ -153,7 +177,7 @@ class SpanFinder:
         tail_there = _common_end(full, _behind(row((*until, *rest)), probe)) if rest else tail
         if not close or not tail_there.startswith(tail[:close]):
             raise Unrenderable(NO_END)
-        return len(full) - len(tail_there) + close, close, bool(mark)
+        return len(full) - len(tail_there) + close, _Frame("", "", close, bool(mark))
 
     def _closing(self, tail: str) -> tuple[str, int]:
         """The end-of-turn token at the start of the text behind an answer (or nothing), and where it ends there.
@@ -178,6 +202,17 @@ class SpanFinder:
         mark = usual if usual in places else max(places, key=lambda m: places[m] + len(m))
         at = tail.find(mark) if mark == usual else places[mark]
         return mark, at + len(mark)
+
+
+def _framed(full: str, at: int, words: str, frame: _Frame, *, last: bool) -> int | None:
+    """Where the answer ends, if the text from ``at`` on is ``words`` in ``frame`` and nothing else."""
+    begin = at + len(frame.lead)
+    end = begin + len(words)
+    if not (full.startswith(frame.lead, at) and full.startswith(words, begin)):
+        return None
+    if last:
+        return end + frame.close if full[end:] == frame.tail else None
+    return end + frame.close if frame.ended and full.startswith(frame.tail[: frame.close], end) else None
 
 
 def _start(row: Row, turns: Turns, j: int, full: str, before: str, probe: str) -> int:
@@ -205,8 +240,11 @@ def _common_end(one: str, other: str) -> str:
 
 def _common(one: str, other: str) -> int:
     """The length of the longest common prefix."""
-    places = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in places if a != b), min(len(one), len(other)))
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
 
 
 def _find_omission(template: ChatTemplate, turns: Turns, tools: Sequence[str]) -> str:
