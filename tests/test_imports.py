@@ -95,6 +95,7 @@ def test_what_is_torch_free_imports_no_torch() -> None:
         "    importlib.import_module(name)\n"
         "    if 'torch' in sys.modules: sys.exit(name + ' imports torch')\n"
     )
+    script += "import prefopt; prefopt.Callback\nif 'torch' in sys.modules: sys.exit('prefopt.Callback imports torch')"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

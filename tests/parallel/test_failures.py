@@ -8,6 +8,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parallel.ranks import on_ranks, results, started
+from parallel.ranks import Failure, on_ranks, results, started
 from parallel.test_runs import CASES, MACHINE, OPTIONS, prepared, same, train, weights
 from prefopt.cli import main
 from train.small import pairs, write_rows
@@ -188,3 +190,24 @@ def test_a_checkpoint_without_a_shard_is_passed_over_by_all_ranks(tmp_path: Path
     )
     assert found[0]["loss"] == found[1]["loss"]
     assert trained(tmp_path / "out") == 60 > steps
+
+
+@pytest.mark.parametrize("words", [["dpo", "--model", "absent/of/all", "--data", "d", "--output", "o"], ["runs"]])
+def test_a_rank_that_no_store_knows_says_what_is_wrong(words: list[str], tmp_path: Path) -> None:
+    """Of another launcher than torchrun, before the processes are connected; and of a stray variable."""
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    environment = {**os.environ, **(variables if words[0] == "dpo" else {"RANK": "1"})}
+    told = subprocess.run([sys.executable, "-m", "prefopt", *words], env=environment, cwd=tmp_path, capture_output=True)
+    assert told.returncode == 2
+    assert told.stderr.count(b"\n") == 1 and b"error: " in told.stderr
+
+
+def test_a_chain_is_refused_in_python_too() -> None:
+    for found in on_ranks(2, _chain, failing=True):
+        assert isinstance(found, Failure) and "one process" in found.message
+
+
+def _chain() -> None:
+    import prefopt
+
+    prefopt.rlhf("m", "d.jsonl", output="o")

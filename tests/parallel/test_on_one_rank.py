@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from parallel.ranks import Failure, on_ranks
 from parallel.test_runs import MACHINE, OPTIONS, PPO, prepared, same, train, weights
 from prefopt.core.ranks import ranks_in
 from prefopt.rl.rollouts import Collector
+from prefopt.train import batch
 from prefopt.train.reference import ReferenceRun
 from prefopt.train.step import Differentiator
 from prefopt.train.trainer import Trainer
@@ -76,6 +78,29 @@ def test_out_of_memory_on_one_rank_is_repeated_by_all(loss: str, tmp_path: Path)
     on_ranks(1, train, "dpo", data, {"loss": loss, "token_budget": 200}, model, str(tmp_path / "one"))
     on_ranks(3, _out_of_memory, data, model, str(tmp_path / "three"), loss, 3)
     same(tmp_path / "one", tmp_path / "three")
+
+
+def _out_of_memory_in_packing(data: str, model: str, output: str) -> Any:
+    """On rank 1, in its second step."""
+    own, calls = batch.pack, []
+
+    def pack(*arguments: Any) -> Any:
+        if inspect.stack()[1].function == "micro_batches":
+            calls.append(1)
+            if ranks_in().rank == 1 and len(calls) == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return own(*arguments)
+
+    batch.pack = pack
+    return train("dpo", data, {"loss": "aot", "token_budget": 200}, model, output)
+
+
+def test_out_of_memory_while_a_whole_batch_is_packed_is_repeated_by_all(tmp_path: Path) -> None:
+    model, data = prepared(tmp_path, "pairs")
+    on_ranks(1, train, "dpo", data, {"loss": "aot", "token_budget": 200}, model, str(tmp_path / "one"))
+    on_ranks(3, _out_of_memory_in_packing, data, model, str(tmp_path / "three"))
+    same(tmp_path / "one", tmp_path / "three")
+    assert len((tmp_path / "three" / "metrics.jsonl").read_text().splitlines()) == 4
 
 
 def _given(output: str, method: str, apart: bool) -> int:

@@ -13,7 +13,7 @@ from prefopt.core.ranks import Ranks, ranks_in
 from prefopt.errors import ConfigError, DataError, Interrupted
 from prefopt.parallel.balance import balanced
 from prefopt.parallel.gradients import grad_norm, sum_gradients
-from prefopt.parallel.world import ALONE, open_world
+from prefopt.parallel.world import ALONE, PeerFailed, open_world, peer_errors
 
 
 def _messages() -> dict[str, Any]:
@@ -158,6 +158,14 @@ def test_ranks_of_an_environment() -> None:
             ranks_in(launched | wrong)
     with pytest.raises(ConfigError, match="WORLD_SIZE"):
         ranks_in({"RANK": "0"})
+    assert ranks_in({"RANK": "0", "WORLD_SIZE": "1"}).alone  # as some job managers set it
+
+
+def test_an_error_of_ones_own_device_is_not_blamed_on_the_others() -> None:
+    with pytest.raises(RuntimeError, match="device-side assert"), peer_errors():
+        raise RuntimeError("CUDA error: device-side assert triggered")
+    with pytest.raises(PeerFailed), peer_errors():
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer")
 
 
 def test_a_batch_is_dealt_by_tokens() -> None:

@@ -51,7 +51,7 @@ def ranks_in(environment: Mapping[str, str] = os.environ) -> Ranks:
 
     Raises :class:`ConfigError` where a variable is absent or no number, or the ranks do not fit their sizes.
     """
-    if not any(name in environment for name in RANK_VARIABLES):
+    if not any(name in environment for name in RANK_VARIABLES) or environment.get("WORLD_SIZE") == "1":
         return Ranks()
     values = {}
     for field, name in _VARIABLES.items():

@@ -19,6 +19,7 @@ from prefopt.config.methods import METHODS, MethodConfig, RlhfConfig
 from prefopt.core.cache_folder import file_hashes
 from prefopt.core.files import output_errors, read_json, write_json
 from prefopt.core.model_folder import is_adapter
+from prefopt.core.ranks import check_ranks, ranks_in
 from prefopt.core.terminal import Reporter
 from prefopt.data.files.sources import find_sources
 from prefopt.data.layouts.columns import find_dataset_info
@@ -88,6 +89,7 @@ def run(config: RlhfConfig) -> RlhfResult:
     Raises :class:`prefopt.errors.UserError`, and :class:`prefopt.errors.Interrupted` after a stop: the same call
     resumes the stage from its checkpoint.
     """
+    check_ranks(config, None, ranks_in())  # its stages run in several processes, one by one
     with started_again():
         return _Chain(config).run()
 

@@ -19,6 +19,7 @@ import prefopt
 from prefopt.core.cache_folder import cache_root
 from prefopt.core.ranks import backend_of, ranks_in
 from prefopt.core.terminal import size
+from prefopt.errors import ConfigError
 
 LIBRARIES = "torch transformers tokenizers peft safetensors huggingface_hub numpy rich".split()
 # Variables that affect runs and hold no secrets; no other variable is shown, not even its name.
@@ -109,7 +110,10 @@ def _devices() -> Section:
 
 def _processes() -> Section:
     """What this process is among several; nothing where it is alone. The others are not asked."""
-    ranks = ranks_in()
+    try:
+        ranks = ranks_in()
+    except ConfigError as error:
+        return {"mistake": str(error)}
     if ranks.alone:
         return {}
     import torch

@@ -10,7 +10,6 @@ Every rank makes the same forward and backward passes, since each of them commun
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
@@ -36,8 +35,6 @@ def mesh_of(world: World, device: torch.device, *, hybrid: bool) -> Mesh:
     return init_device_mesh(device.type, (nodes, world.ranks.local_size), mesh_dim_names=("replicate", "shard"))
 
 
-OF_TRAINED = 18
-"""Bytes of a trained weight that is whole: its master, gradient, two moments, and the copy that computes."""
 ROOM = 0.6
 """Of a device's memory, what weights may take of it: the rest is for activations."""
 
@@ -46,8 +43,10 @@ def choose(
     asked: str, world: World, scorer: PackedModel, trained: Mapping[str, torch.Tensor]
 ) -> tuple[Literal["none", "full", "hybrid"], str]:
     """What ``--shard`` comes to, and a phrase that says so."""
-    whole = sum(p.numel() * p.element_size() for p in scorer.model.parameters())
-    need = whole + OF_TRAINED * sum(p.numel() for p in trained.values())
+    own = list(scorer.model.parameters())
+    held = {id(p): p for p in (*own, *trained.values())}.values()  # a master may be the model's own weight
+    # Beside the weights: the gradient and two moments of each that trains.
+    need = sum(p.numel() * p.element_size() for p in (*held, *(3 * [*trained.values()])))
     machines = world.size // world.ranks.local_size
     if asked in ("none", "full", "hybrid"):
         return cast(Any, asked), {"none": "every process has all weights"}.get(asked, f"weights in shards ({asked})")
@@ -144,26 +143,8 @@ def made_whole(scorer: PackedModel, *, keep: bool) -> None:
         sharded.reshard()
     for module in scorer.model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            whole = whole_of(parameter.detach()).cpu() if is_sharded(parameter) else None
+            whole = whole_of(parameter.detach()) if is_sharded(parameter) else None
             if keep and whole is not None:
-                setattr(module, name, torch.nn.Parameter(whole, requires_grad=parameter.requires_grad))
+                setattr(module, name, torch.nn.Parameter(whole.cpu(), requires_grad=parameter.requires_grad))
     for sharded in list(_sharded(scorer)) if keep else ():
         cast(Any, sharded).__class__ = type(sharded).__bases__[1]  # fully_shard put a class of its own before it
-
-
-@contextmanager
-def gathered(scorer: PackedModel) -> Iterator[None]:
-    """In this block every rank has all weights, for what does not call the scorer: generation, the class's own forward.
-
-    They take the memory of the whole model in the dtype of computation.
-    """
-    modules = list(_sharded(scorer))
-    for module in modules:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.set_reshard_after_forward(cast(Any, module) is not scorer, recurse=False)
-            module.reshard()

@@ -31,9 +31,9 @@ def whole_tensors(tensors: Iterable[tuple[str, torch.Tensor]], *, keep: bool) ->
     """Tensors by name, sharded ones whole and on the CPU. All ranks take part; only where ``keep`` they are kept."""
     found: dict[str, torch.Tensor] = {}
     for name, value in tensors:
-        whole = whole_of(value).cpu() if is_sharded(value) else value
+        whole = whole_of(value)
         if keep:
-            found[name] = whole
+            found[name] = whole.cpu() if is_sharded(value) else whole
     return found
 
 

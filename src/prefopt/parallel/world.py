@@ -12,12 +12,13 @@ import datetime
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from prefopt.core.ranks import Ranks, backend_of, ranks_in
 from prefopt.errors import PrefoptError, RunError
+
+if TYPE_CHECKING:
+    import torch  # imported where it is needed: run folders and callbacks do without
 
 T = TypeVar("T")
 
@@ -112,6 +113,7 @@ class World:
 
     def _numbers(self, numbers: Sequence[float]) -> torch.Tensor:
         """The numbers of all ranks [ranks, numbers], float64."""
+        import torch
         import torch.distributed as dist
 
         mine = torch.tensor(numbers, dtype=torch.float64)
@@ -218,8 +220,8 @@ def peer_errors() -> Iterator[None]:
     """Turn a broken connection into :class:`PeerFailed`."""
     try:
         yield
-    except RuntimeError as error:  # torch.distributed.DistBackendError, and gloo's plain ones
-        if isinstance(error, torch.OutOfMemoryError):
+    except RuntimeError as error:
+        if not is_of_peers(error):  # of this rank's own device, which shows where it is waited for
             raise
         raise peer_failed() from error
 
@@ -233,7 +235,7 @@ def peer_failed() -> PeerFailed:
 
 
 def is_of_peers(error: RuntimeError) -> bool:
-    """Whether an error, out of a pass through a model in shards, is of a broken connection.
+    """Whether an error is of a broken connection: torch.distributed's own, and gloo's plain ones.
 
     >>> is_of_peers(RuntimeError("[.../gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
     True
@@ -257,6 +259,7 @@ def open_world() -> World:
 
 
 def _connect(ranks: Ranks) -> None:
+    import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
@@ -293,16 +296,16 @@ def speaks_for_all() -> bool:
     """Whether this process, which has failed, is the one that says so: the first that failed of all processes."""
     global _failed
     _failed = True
-    first = os.environ.get("RANK") in (None, "0")
     try:
         store, restarts = _store(), ranks_in().restarts
-        return first if store is None else bool(store.add(f"prefopt/failed/{restarts}", 1) == 1)
+        return store is None or bool(store.add(f"prefopt/failed/{restarts}", 1) == 1)
     except Exception:  # it ended with the process that held it, or the environment is not a launcher's
-        return first
+        return True  # two lines are better than none
 
 
 def _store() -> Any:
     """Numbers that all processes see, also before they are connected: torchrun's, which outlives them, or the run's."""
+    import torch
     import torch.distributed as dist
 
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":

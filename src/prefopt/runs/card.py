@@ -25,6 +25,8 @@ from prefopt.parallel.tensors import whole_tensors
 class TrainedWeights(Protocol):
     """Weights to be written, by name."""
 
+    masters: dict[str, torch.nn.Parameter]
+
     def saved(self) -> Iterable[tuple[str, torch.Tensor]]: ...
 
 
@@ -41,20 +43,24 @@ def save_model(
     model: Any = scorer.model
     causal = causal_model(model)
     weights = whole_tensors(masters.saved(), keep=writes)
-    rest = whole_tensors(model.state_dict().items(), keep=writes) if model is causal else {}
+    tied = _first_names(causal) if model is causal else {}
+    state = model.state_dict() if model is causal else {}
+    others = ((name, value) for name, value in state.items() if tied.get(name, name) not in masters.masters)
+    rest = whole_tensors(others, keep=writes)  # those that do not train
     if not writes:
         return
     scorer.detach_hook()
     with output_errors(folder), quiet_loading():
         if model is causal:
             dtype = next(weight.dtype for weight in weights.values())
-            save_weights(folder, causal, _state(causal, rest, weights), dtype)
+            found = {n: rest[n] if n in rest else weights[tied.get(n, n)] for n in (*state, *tied)}
+            save_weights(folder, causal, found, dtype)
         else:
-            state = {**dict(model.state_dict()), **weights}
+            adapted = {**dict(model.state_dict()), **weights}
             # By default PEFT asks the Hub whether the base's embedding differs, and stores it beside an adapter on the
             # head.
             whole = getattr(model, "prefopt_saves_embedding", False)
-            model.save_pretrained(folder, state_dict=state, safe_serialization=True, save_embedding_layers=whole)
+            model.save_pretrained(folder, state_dict=adapted, safe_serialization=True, save_embedding_layers=whole)
             if task_of(folder) == "CAUSAL_LM" and (nesting := nesting_of(causal)) is not None:
                 write_nested(folder, model, nesting)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
@@ -64,15 +70,10 @@ def save_model(
     scorer.attach_hook()
 
 
-def _state(
-    model: Any, state: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The whole ``state`` with the master ``weights``; shared ones under each of their names."""
-    found = {name: weights.get(name, value) for name, value in state.items()}
-    for name, value in model.named_parameters(remove_duplicate=False):
-        tied = next((n for n, p in model.named_parameters() if p is value), name)
-        found[name] = weights.get(tied, found.get(tied, value.detach()))
-    return found
+def _first_names(model: torch.nn.Module) -> dict[str, str]:
+    """Each parameter's name, shared ones under every name, to the first name of that parameter."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    return {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def write_card(

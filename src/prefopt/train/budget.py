@@ -91,10 +91,8 @@ def smaller_budget(error: RuntimeError, tokens: int, what: str, largest: int, de
     return halved(error, tokens, largest, too_large, device)
 
 
-def fatal_in_shards(error: RuntimeError, what: str, tokens: int) -> RuntimeError | RunError:
-    """What to raise where ``what`` failed on a rank that holds shards of the others' weights, and cannot repeat it."""
-    if not out_of_memory(error):
-        return error
+def fatal_in_shards(what: str, tokens: int) -> RunError:
+    """The error of ``what`` running out of memory on a rank with shards of the others' weights: it cannot repeat it."""
     return RunError(
         f"{what}: out of memory with the model in shards, where a rank repeats nothing by itself; start again with"
         f" --token-budget {max(1, tokens // 2)}, or with --gradient-checkpointing"
@@ -128,8 +126,8 @@ def try_largest(
                 torch.cuda.synchronize(device)
             return token_budget, sum(p.tokens for p in found.packed) / (time.monotonic() - started)
         except RuntimeError as error:
-            if differentiator.lockstep:
-                raise fatal_in_shards(error, "the largest batch", token_budget) from error
+            if differentiator.lockstep and out_of_memory(error):
+                raise fatal_in_shards("the largest batch", token_budget) from error
             token_budget = smaller_budget(error, token_budget, "the largest batch", int(costs.max()), device)
         finally:
             weights.zero_grad()

@@ -91,10 +91,9 @@ class Differentiator:
         micro = self._micro_batches(batch, dealt, token_budget)
         if not self.objective.whole_batch:
             return self._one_pass(micro, normaliser, scale)
-        parts = list(micro)
-        if len(parts) == 1 and self.world.alone:
+        if self.world.alone and len(parts := list(micro)) == 1:
             return self._one_pass(parts, normaliser, scale)
-        return self._two_passes(batch, dealt, parts, normaliser, scale)
+        return self._two_passes(batch, dealt, parts if self.world.alone else micro, normaliser, scale)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, token_budget: int) -> Sums:
@@ -103,7 +102,7 @@ class Differentiator:
         dealt = self._deal(batch)
         micro = self._micro_batches(batch, dealt, token_budget)
         if self.objective.whole_batch:
-            values = self._of_all(batch, dealt, self.values(micro))
+            values, _ = self._of_all(batch, dealt, self.values(micro))
             if self.world.first:
                 sums.add(self.objective(batch, values, normaliser))
             return sums
@@ -121,7 +120,8 @@ class Differentiator:
 
     def values_of_all(self, batch: Batch, values: Values) -> Values:
         """The ``values`` of all ranks, each its part of ``batch``, in the order of the batch."""
-        return self._of_all(batch, self._deal(batch), values)
+        found, _ = self._of_all(batch, self._deal(batch), values)
+        return found
 
     def _deal(self, batch: Batch) -> list[IndexArray]:
         """The groups of each rank, as positions in the global batch."""
@@ -161,15 +161,19 @@ class Differentiator:
         self,
         batch: Batch,
         dealt: Sequence[IndexArray],
-        cut: Sequence[MicroBatch],
+        micro: Iterable[MicroBatch],
         normaliser: Normaliser,
         scale: float,
     ) -> Gradients:
+        def scored() -> tuple[list[MicroBatch], Values]:
+            cut = list(micro)
+            return cut, self.values(cut)
+
         with same_randomness(next(self.scorer.model.parameters()).device):
             # What fails on one rank fails on all, so that all repeat it; in lockstep all end.
-            mine = self.values(cut) if self.lockstep else self.world.together(lambda: self.values(cut))
-        values = self._of_all(batch, dealt, mine)
-        counts = self.world.gather(sum(part.counts for part in cut))  # after this, nothing is sent before it is over
+            cut, mine = scored() if self.lockstep else self.world.together(scored)
+        # After this nothing is sent before the update's sums are.
+        values, counts = self._of_all(batch, dealt, mine, sum(part.counts for part in cut))
         leaves = [name for name in DIFFERENTIATED if name in values]
         for name in leaves:
             values[name].requires_grad_()
@@ -206,12 +210,16 @@ class Differentiator:
             sharded.set_requires_all_reduce(i == len(parts) - 1)
             yield part
 
-    def _of_all(self, batch: Batch, dealt: Sequence[IndexArray], mine: Values) -> Values:
-        """The values of all ranks in the order of the global batch, as if one had scored it."""
+    def _of_all(
+        self, batch: Batch, dealt: Sequence[IndexArray], mine: Values, micro: int = 0
+    ) -> tuple[Values, list[int]]:
+        """The values of all ranks in the order of the global batch, as if one had scored it, and each rank's ``micro``,
+        the number of its micro-batches."""
         if self.world.alone:
-            return mine
+            return mine, [micro]
         device = next(self.scorer.model.parameters()).device
-        every = self.world.gather({name: value.cpu().numpy() for name, value in mine.items()})
+        gathered = self.world.gather(({name: value.cpu().numpy() for name, value in mine.items()}, micro))
+        every, counts = [values for values, _ in gathered], [count for _, count in gathered]
         order = np.concatenate(dealt)
         found: Values = {}
         for name in next(values for values in every if values):
@@ -220,7 +228,7 @@ class Differentiator:
             if (axis := axis_of(name)) != "B":
                 whole[batch.places(axis, order)] = whole.copy()
             found[name] = torch.from_numpy(whole).to(device)
-        return found
+        return found, counts
 
     def _of_mine(self, batch: Batch, dealt: Sequence[IndexArray], values: Values, counts: Sequence[int]) -> Values:
         """The parts of values of the global batch that belong to this rank's groups, or to its micro-batches, of which

@@ -33,7 +33,7 @@ from prefopt.train.budget import Speed, fatal_in_shards, smaller_budget
 from prefopt.train.columns import Values
 from prefopt.train.objective import Objective
 from prefopt.train.optim import Network
-from prefopt.train.source import BatchSource
+from prefopt.train.source import AuxiliaryLoss, BatchSource
 from prefopt.train.step import Differentiator, Gradients, InMemoryColumns
 
 
@@ -206,7 +206,8 @@ class Trainer:
             self.movement.after(step + 1, self.policy.weights.saved())
         record = self.objective.derived(record)
         if self.speed is not None:
-            record |= self.speed.record(work, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            record |= self.speed.record(work or self.speed.work(found.packed), seconds)
         return record, {"loss": float(len(batch)), **found.sums.weights}
 
     def _gradients(self, batch: Batch) -> tuple[Gradients, Record, dict[str, float]]:
@@ -227,11 +228,13 @@ class Trainer:
                     )
             except RuntimeError as caught:
                 error = caught
-                if self.lockstep or not out_of_memory(error):
-                    raise fatal_in_shards(error, f"step {self.state.step + 1}", self.token_budget) from error
+                if not out_of_memory(error):
+                    raise
+                if self.lockstep:
+                    raise fatal_in_shards(f"step {self.state.step + 1}", self.token_budget) from error
             totals = self._exchange(found, second, error)
             if found is not None and not totals.get("failed"):
-                return found, *self._record(found, second, totals)
+                return found, *self._record(found, auxiliary, second, totals)
             for network in self.networks.values():
                 network.weights.zero_grad()
             largest = max(self.scorer.layout.cost(group) for group in batch.groups)
@@ -260,7 +263,7 @@ class Trainer:
         return totals
 
     def _record(
-        self, found: Gradients, second: Gradients | None, totals: dict[str, float]
+        self, found: Gradients, auxiliary: AuxiliaryLoss | None, second: Gradients | None, totals: dict[str, float]
     ) -> tuple[Record, dict[str, float]]:
         """Metrics, loss and gradient norms of an update, and its work; gradients become those of all ranks."""
         networks = {"grad_norm" if n is self.policy else f"grad_norm/{name}": n for name, n in self.networks.items()}
@@ -269,7 +272,7 @@ class Trainer:
         norms = {name: grad_norm(n.weights.masters.values()) for name, n in networks.items()}
         if self.world.alone:
             record = found.sums.means(norms)
-            work = self.speed.work(found.packed) if self.speed is not None else {}
+            work = {}  # counted when the clock has stopped
             value = second.sums.means()["loss"] if second is not None else 0.0
         else:
             record = found.sums.of_ranks(totals) | dict(
@@ -277,7 +280,7 @@ class Trainer:
             )
             work = {n.removeprefix("work/"): x for n, x in totals.items() if n.startswith("work/")}
             value = totals.get("auxiliary/share/loss", 0.0)
-        if (auxiliary := self.source.auxiliary(self.state.step, self.state.done)) is not None:
+        if auxiliary is not None:
             record["loss"] += auxiliary.coefficient * value
             record[auxiliary.name] = value
         return record, work
