@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 
 from prefopt.config.launch import LaunchConfig
@@ -50,7 +51,9 @@ def run_here(command: Sequence[str]) -> int:
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
     try:
-        main(list(command[command.index("torch.distributed.run") + 1 :]))
+        with warnings.catch_warnings():  # where standard error is no file, as in a notebook
+            warnings.filterwarnings("ignore", message="Unable to enable fault handler")
+            main(list(command[command.index("torch.distributed.run") + 1 :]))
     except SignalException as stop:
         return 128 + int(stop.sigval)
     except ChildFailedError as error:  # torchrun would print a traceback of its own
