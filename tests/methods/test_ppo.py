@@ -126,8 +126,8 @@ def test_ratios_that_are_not_one_stop_the_run(small: str, tmp_path: Path, monkey
     look = Collector._look
 
     def shifted(self: Collector, *arguments: Any) -> Any:
-        logp, value, ref = look(self, *arguments)
-        return logp + 0.01, value, ref
+        logp, value = look(self, *arguments)
+        return logp + 0.01, value
 
     monkeypatch.setattr(Collector, "_look", shifted)
     with pytest.raises(RunError, match="before any weight has moved"):

@@ -52,7 +52,6 @@ def test_the_command_for_this_machine(capsys: pytest.CaptureFixture[str]) -> Non
         (["--gpus", "128", *DPO], ["--batch-size 64", "128 processes"]),
         (["--gpus", "8", *DPO, "--shard", "hybrid"], ["--shard hybrid", "--shard full"]),
         (["--gpus", "1", *DPO, "--shard", "full"], ["--shard full", "several processes"]),
-        (["--slurm", "--gpus", "4", "--", *PPO, "--shard", "full"], ["--shard full", "PPO"]),
     ],
 )
 def test_what_cannot_be_launched_is_refused(

@@ -89,8 +89,6 @@ def check_ranks(config: object, method: str | None, ranks: Ranks) -> None:
         raise ConfigError(f"this command runs in one process, and a launcher started {ranks.size}; run it by itself")
     if shard == "hybrid" and ranks.size == ranks.local_size:
         raise ConfigError("--shard hybrid keeps a whole model on each of several machines; on one give --shard full")
-    if shard in ("full", "hybrid") and method == "ppo":
-        raise ConfigError(f"--shard {shard}: PPO draws responses with whole weights; leave it out")
     batch = getattr(config, "batch_size", ranks.size)
     if batch < ranks.size:
         raise ConfigError(f"--batch-size {batch} is less than the {ranks.size} processes; give each a row at least")

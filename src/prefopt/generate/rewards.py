@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -33,6 +34,10 @@ class TextRewardScorer:
         self._reward, self._tokenizer, self._stop = reward, tokenizer, stop
         self.words = f"{reward.name}, of the text"
 
+    def gathered(self) -> AbstractContextManager[None]:
+        """As :meth:`RewardModelScorer.gathered`: there is nothing to gather."""
+        return nullcontext()
+
     def __call__(self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int) -> list[float]:
         """A finite number for each response [N] of groups whose prompts are ``rows``. Raises :class:`RunError`."""
         prompts, texts = [], []
@@ -51,6 +56,10 @@ class RewardModelScorer:
     def __init__(self, name: str, scorer: ScalarScorer) -> None:
         self.scorer, self._name = scorer.eval(), name
         self.words = f"{name}, a reward model"
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """In this block the model has its weights, see :meth:`prefopt.model.scorer.PackedModel.gathered`."""
+        return self.scorer.gathered()
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[Comparison], groups: Sequence[Group], token_budget: int) -> list[float]:

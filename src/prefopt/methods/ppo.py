@@ -24,7 +24,7 @@ from prefopt.losses.rl import KlController
 from prefopt.model.check import CheckReport, check_scoring
 from prefopt.reference.identity import identity_of_name
 from prefopt.rewards import Reward, load_reward
-from prefopt.rl.models import PpoModels, build_models
+from prefopt.rl.models import PpoModels, build_models, bytes_of_others
 from prefopt.rl.objective import PpoObjective
 from prefopt.rl.prompts import PtxTerm, order_of, plan_of, read_ptx, read_rollout_prompts, too_few
 from prefopt.rl.rollouts import Collector
@@ -89,9 +89,9 @@ def run(
         run.say_scoring(policy, check)
         ptx = read_ptx(config, start.tokenizer, start.context, policy.scorer, run.reporter)
         say(policy.leftover())
-        say(policy.make_trainable(run.world, whole=True))
+        say(policy.make_trainable(run.world, draws=True, others=lambda: bytes_of_others(config, policy, start.source)))
         judge = TextRewardScorer(function, start.tokenizer, settings.stop) if function is not None else None
-        models = build_models(config, policy, start.source, start.tokenizer, settings.stop, longest, judge)
+        models = build_models(config, policy, start.source, start.tokenizer, settings.stop, longest, judge, run.world)
         for line in models.words():
             say(line)
         tokens = run.world.smallest(_token_budget(run, models, prompts, ptx))
@@ -112,17 +112,17 @@ def _rounds(
     run: Run, models: PpoModels, prompts: PromptSet, settings: SamplingParams, check: CheckReport, ptx: PtxTerm | None
 ) -> Rounds:
     """The sampler, and the rounds that are learned from; the number of rows at once is kept for a resume."""
-    config, known, scorer = run.config, run.folder.record, models.actor.scorer
-    sampler = TransformersSampler(scorer)
+    config, known, scorer = run.config, run.folder.record, models.actor.apart
     longest = max(map(len, prompts.ids)) + config.max_new_tokens
-    sampler.rows = known.get("sampled_at_once") or known.get("rows") or sampler.estimate_rows(longest)
+    with scorer.gathered():
+        sampler = TransformersSampler(scorer)
+        sampler.rows = known.get("sampled_at_once") or known.get("rows") or sampler.estimate_rows(longest)
     run.folder.remember(sampled_at_once=sampler.rows)
     order = order_of(config, len(prompts.ids))
+    critic = models.critic.of_rollouts if models.critic is not None else None
     return Rounds(
         config,
-        Collector(
-            prompts, sampler, settings, config.num, models.judge, scorer, models.critic, models.reference, run.world
-        ),
+        Collector(prompts, sampler, settings, config.num, models.judge, scorer, critic, models.reference, run.world),
         order,
         KlController(config.beta, config.kl_target, config.kl_horizon),
         steps=steps_of(config, order.steps_per_epoch),
@@ -152,9 +152,7 @@ def _train(
     try:
         return trainer.fit()
     except Diverged as error:
-        kept = run.world.on_first(
-            lambda: keep_last_good(config, run.folder, policy, tokenizer, ends, named=run.given is None)
-        )
+        kept = keep_last_good(config, run.folder, policy, tokenizer, ends, run.world, named=run.given is None)
         raise Diverged(error.reason, f"{error.remedy}; {kept}" if error.remedy else kept) from error
 
 

@@ -8,10 +8,10 @@ last hidden states; :mod:`prefopt.model.scalar` reads rewards and values from th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -42,6 +42,16 @@ def version_of(dtype: torch.dtype) -> int:
     return 1 if dtype == wide_dtype(dtype) else 2
 
 
+class HeldElsewhere(Protocol):
+    """Weights by the names of a scorer's parameters, which have them within ``gathered`` alone."""
+
+    weights: Mapping[str, torch.Tensor]
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """In this block the parameters have their values."""
+        ...
+
+
 class PackedModel(torch.nn.Module):
     """Last hidden states of packed batches, by a transformers model or one wrapped by PEFT.
 
@@ -60,6 +70,7 @@ class PackedModel(torch.nn.Module):
         self.layout = PackLayout(self.reason is None, rope_limit(config))
         self.attention = attention
         self.compute_dtype: torch.dtype | None = None  # set where weights are gathered in another dtype than they have
+        self.shards: HeldElsewhere | None = None  # set where the parameters are empty outside of ``gathered``
         # All configurations that a layer may read: the model's, its text part's, and those of inner models.
         configs = [causal.config, config, *(m.config for m in causal.modules() if isinstance(m, PreTrainedModel))]
         self._configs = list({id(c): c for c in configs}.values())
@@ -67,6 +78,13 @@ class PackedModel(torch.nn.Module):
         self.attach_hook()
         if self.layout.share and (reason := self._try_hook()):
             self.separate(reason)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """In this block the parameters have their values. They always do, unless they are held in ``shards``: then all
+        ranks enter and leave the block together, and no other pass is made."""
+        with nullcontext() if self.shards is None else self.shards.gathered():
+            yield
 
     def separate(self, reason: str) -> None:
         """Encode every response in a row of its own from now on, for this reason."""

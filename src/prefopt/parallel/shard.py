@@ -9,7 +9,7 @@ Every rank makes the same forward and backward passes, since each of them commun
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -40,16 +40,21 @@ ROOM = 0.6
 
 
 def choose(
-    asked: str, world: World, scorer: PackedModel, trained: Mapping[str, torch.Tensor]
+    asked: str,
+    world: World,
+    scorer: PackedModel,
+    trained: Mapping[str, torch.Tensor],
+    others: Callable[[], int] = int,
 ) -> tuple[Literal["none", "full", "hybrid"], str]:
-    """What ``--shard`` comes to, and a phrase that says so."""
+    """What ``--shard`` comes to, and a phrase that says so. ``others``: bytes of models that are still to be loaded,
+    and of their training."""
+    if asked in ("none", "full", "hybrid"):
+        return cast(Any, asked), {"none": "every process has all weights"}.get(asked, f"weights in shards ({asked})")
     own = list(scorer.model.parameters())
     held = {id(p): p for p in (*own, *trained.values())}.values()  # a master may be the model's own weight
     # Beside the weights: the gradient and two moments of each that trains.
-    need = sum(p.numel() * p.element_size() for p in (*held, *(3 * [*trained.values()])))
+    need = others() + sum(p.numel() * p.element_size() for p in (*held, *(3 * [*trained.values()])))
     machines = world.size // world.ranks.local_size
-    if asked in ("none", "full", "hybrid"):
-        return cast(Any, asked), {"none": "every process has all weights"}.get(asked, f"weights in shards ({asked})")
     device = next(scorer.model.parameters()).device
     room = ROOM * world.smallest(memory_of(device) // (1 if device.type == "cuda" else world.ranks.local_size))
     told = f"they need {size(need)} of {size(room)} on each"

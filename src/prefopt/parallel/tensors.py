@@ -54,6 +54,16 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return local
 
 
+def shard_of(whole: torch.Tensor, mesh: Any) -> torch.Tensor:
+    """A tensor that every rank has, cut over the last dimension of ``mesh``; nothing is sent. A number stays whole."""
+    if not whole.ndim:
+        return whole
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    placements = [*(Replicate() for _ in range(mesh.ndim - 1)), Shard(0)]
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None).clone()  # of its own, not a view of the whole
+
+
 def sharded_as(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A tensor that every rank has, cut as ``like`` is if it has the same shape; nothing is sent."""
     if not is_sharded(like) or whole.shape != like.shape:

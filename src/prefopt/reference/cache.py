@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
@@ -123,6 +123,11 @@ class ReferenceValues:
     starts: IndexArray
     token_starts: IndexArray
     token_values_M: npt.NDArray[np.float32] | None = None
+
+    def arrays(self) -> dict[str, Array]:
+        """The fields that are there, by name."""
+        found = {column.name: getattr(self, column.name) for column in fields(self)}
+        return {name: array for name, array in found.items() if array is not None}
 
     def columns(self, groups: IndexArray) -> dict[str, Array]:
         """``ref_logp_N`` and, where there are token values, ``ref_logp_M`` of some groups, in the order given."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,13 +18,16 @@ from prefopt.errors import ConfigError, ModelError
 from prefopt.generate.rewards import RewardModelScorer, RewardScorer, load_reward_scorer
 from prefopt.model.adapter import new_lora
 from prefopt.model.architectures import causal_model, checkpoint_activations, context_length, vocabulary_size
+from prefopt.model.checkpoint import WeightFiles
 from prefopt.model.kernels.head import TokenScores, wide_dtype
-from prefopt.model.load import load_model, local_folder
+from prefopt.model.load import base_and_adapter, load_model, local_folder
 from prefopt.model.merge import load_merged
 from prefopt.model.packing import PackedBatch, PackLayout, pack
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scalar import ScalarScorer, load_scalar, scalar_from
-from prefopt.model.scorer import Scorer, ScoreRequest
+from prefopt.model.scorer import PackedModel, Scorer, ScoreRequest
+from prefopt.parallel.tensors import local_of
+from prefopt.parallel.world import ALONE, World
 from prefopt.reference.in_memory import InMemoryReference, SwappedWeights
 from prefopt.train.policy import Policy, ScalarPolicy
 
@@ -39,11 +43,18 @@ class Critic:
     words: str
     weights: MasterWeights
     scorer: ScalarScorer | None = None
+    apart: ScalarScorer | None = None
+    """The scorer for passes that other ranks do not make, where the weights are in shards."""
 
     @property
     def is_head(self) -> bool:
         """Whether it is a head on the actor."""
         return self.scorer is None
+
+    @property
+    def of_rollouts(self) -> Critic:
+        """The critic of passes that other ranks do not make."""
+        return self if self.apart is None else replace(self, scorer=self.apart)
 
     def values(self, batch: PackedBatch, layout: PackLayout, hidden_M: torch.Tensor | None) -> torch.Tensor:
         """Values [M], float32 or wider. ``batch`` is in the actor's ``layout``; ``hidden_M`` [M, H] are its hidden
@@ -64,8 +75,8 @@ class Critic:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights and masters."""
-        own = self.scorer.model.parameters() if self.scorer is not None else ()
+        """Bytes of weights and masters on this process."""
+        own = weights_of(self.apart or self.scorer) if self.scorer is not None else ()
         return bytes_of([*own, *self.weights.masters.values()])
 
 
@@ -78,8 +89,13 @@ class HeadWeights(MasterWeights):
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of distinct tensors."""
-    return sum(x.numel() * x.element_size() for x in {id(x): x for x in tensors}.values())
+    """Bytes of distinct tensors on this process."""
+    return sum(local_of(x).numel() * x.element_size() for x in {id(x): x for x in tensors}.values())
+
+
+def weights_of(scorer: PackedModel) -> list[torch.Tensor]:
+    """The weights that a scorer has, or that it gathers."""
+    return [*(scorer.model.parameters() if scorer.shards is None else scorer.shards.weights.values())]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +107,18 @@ class PpoModels:
     reference: InMemoryReference
     judge: RewardScorer
     critic: Critic | None
+    is_start: bool
+    """Whether the reference is the actor's model with its initial weights."""
 
     def memory(self) -> dict[str, int]:
-        """Bytes of weights by model. What the reference shares with the actor counts as the actor's."""
-        actor, held = self.actor, self.reference.weights
-        reference = held.saved().values() if held is not None else self.reference.scorer.model.parameters()
-        judge = self.judge.scorer.model.parameters() if isinstance(self.judge, RewardModelScorer) else ()
+        """Bytes of weights by model on this process. What the reference shares with the actor counts as the actor's."""
+        actor, held = [*weights_of(self.actor.apart), *self.actor.masters.masters.values()], self.reference.weights
+        reference = held.saved().values() if held is not None else weights_of(self.reference.scorer)
+        shared = {id(weight) for weight in actor}
+        judge = weights_of(self.judge.scorer) if isinstance(self.judge, RewardModelScorer) else ()
         return {
-            "actor": bytes_of([*actor.scorer.model.parameters(), *actor.masters.masters.values()]),
-            "reference": bytes_of(reference),
+            "actor": bytes_of(actor),
+            "reference": bytes_of(weight for weight in reference if id(weight) not in shared),
             "reward": bytes_of(judge),
             "critic": self.critic.weight_bytes if self.critic is not None else 0,
         }
@@ -107,7 +126,7 @@ class PpoModels:
     def words(self) -> list[str]:
         """Lines of the log."""
         memory = {name: size(of) for name, of in self.memory().items() if of}
-        shared = self.reference.weights is not None
+        shared = self.is_start
         reference = "the actor's model as it was" if shared else "a separate model"
         critic = self.critic.words if self.critic is not None else "none"
         return [
@@ -126,19 +145,35 @@ def build_models(
     stop: tuple[int, ...],
     longest: int,
     judge: RewardScorer | None,
+    world: World = ALONE,
 ) -> PpoModels:
     """Build the other models. ``source`` is the actor's folder, empty for one given in Python; ``longest``: tokens of
-    prompt and response; ``judge`` replaces ``config.reward``. Raises :class:`ModelError` where models do not fit
-    together, and :class:`ConfigError` for a critic that cannot be made."""
+    prompt and response; ``judge`` replaces ``config.reward``. All are cut into shards if the actor is. Raises
+    :class:`ModelError` where models do not fit together, and :class:`ConfigError` for a critic that cannot be made."""
     dtype, device = actor.dtype, actor.device
     if judge is None:
         judge = load_reward_scorer(
             config.reward, tokenizer, stop, dtype=dtype, device=device, attention=config.attention, longest=longest
         )
-    return PpoModels(actor, _reference(config, actor, longest), judge, _critic(config, actor, source, tokenizer))
+    if isinstance(judge, RewardModelScorer):
+        _cut_frozen(judge.scorer, actor, world)
+    reference, critic = _reference(config, actor, longest, world), _critic(config, actor, source, tokenizer, world)
+    return PpoModels(actor, reference, judge, critic, config.reference is None)
 
 
-def _reference(config: PpoConfig, actor: Policy, longest: int) -> InMemoryReference:
+def _cut_frozen(scorer: PackedModel, actor: Policy, world: World) -> None:
+    """Cut a frozen model into shards if the actor is in shards."""
+    if actor.sharded:
+        from prefopt.parallel.gathered import cut
+
+        cut(scorer, actor.masters, world)
+
+
+def _reference(config: PpoConfig, actor: Policy, longest: int, world: World) -> InMemoryReference:
+    if config.reference is None and actor.sharded:
+        from prefopt.parallel.gathered import copy_as_it_is
+
+        return InMemoryReference(copy_as_it_is(actor.apart, world))
     if config.reference is None:
         return InMemoryReference(actor.scorer, SwappedWeights(actor.masters))
     model = load_model(local_folder(config.reference), dtype=actor.dtype, device=actor.device).requires_grad_(False)
@@ -153,15 +188,24 @@ def _reference(config: PpoConfig, actor: Policy, longest: int) -> InMemoryRefere
             f"--reference {config.reference}: its context is {context} tokens, but prompt and response may have"
             f" {longest}; lower --max-new-tokens"
         )
-    return InMemoryReference(Scorer(model, attention=config.attention))
+    scorer = Scorer(model, attention=config.attention)
+    _cut_frozen(scorer, actor, world)
+    return InMemoryReference(scorer)
 
 
-def _critic(config: PpoConfig, actor: Policy, source: str, tokenizer: Tokenizer) -> Critic | None:
+def _kind_of_critic(config: PpoConfig, source: str) -> str:
+    """``reward``, ``actor`` or ``head``; empty for RLOO."""
     if config.algorithm == "rloo":
+        return ""
+    if config.critic not in (None, "auto"):
+        return config.critic
+    return "reward" if is_model_reward(config.reward) else "actor" if source else "head"
+
+
+def _critic(config: PpoConfig, actor: Policy, source: str, tokenizer: Tokenizer, world: World) -> Critic | None:
+    kind = _kind_of_critic(config, source)
+    if not kind:
         return None
-    kind = config.critic or "auto"
-    if kind == "auto":
-        kind = "reward" if is_model_reward(config.reward) else "actor" if source else "head"
     if kind == "head":
         return _head_critic(actor.scorer, seed=config.seed)
     if kind == "reward" and not is_model_reward(config.reward):
@@ -171,7 +215,7 @@ def _critic(config: PpoConfig, actor: Policy, source: str, tokenizer: Tokenizer)
             "critic actor: a model given in Python has no folder to load a second one from; name a folder as model, or"
             " take critic head"
         )
-    return _network_critic(config, kind, actor, source, tokenizer)
+    return _network_critic(config, kind, actor, source, tokenizer, world)
 
 
 def _head_critic(actor: Scorer, *, seed: int) -> Critic:
@@ -185,7 +229,9 @@ def _head_critic(actor: Scorer, *, seed: int) -> Critic:
     return Critic("a head on the actor's layers", HeadWeights(weight))
 
 
-def _network_critic(config: PpoConfig, kind: str, actor: Policy, source: str, tokenizer: Tokenizer) -> Critic:
+def _network_critic(
+    config: PpoConfig, kind: str, actor: Policy, source: str, tokenizer: Tokenizer, world: World
+) -> Critic:
     """A critic that starts as the reward model, or as the model in folder ``source`` with its adapter merged and a new
     scalar head.
 
@@ -217,7 +263,36 @@ def _network_critic(config: PpoConfig, kind: str, actor: Policy, source: str, to
     weights = MasterWeights(model, dtype)
     what = "an adapter on a network of its own" if config.lora else "a network of its own"
     scorer = ScalarScorer(model, attention=actor.scorer.attention)
-    return Critic(f"{what}, started from the {kind} model", weights, scorer)
+    apart = None
+    if actor.sharded:
+        from prefopt.parallel.gathered import shard_like
+
+        weights, apart = shard_like(actor.masters, scorer, weights, world)
+    return Critic(f"{what}, started from the {kind} model", weights, scorer, apart)
+
+
+def bytes_of_others(config: PpoConfig, actor: Policy, source: str) -> int:
+    """About the bytes that the models of :func:`build_models` take if none is in shards, with what training the critic
+    needs. ``actor`` trains already."""
+    each, total = actor.dtype.itemsize, sum(p.numel() for p in actor.scorer.model.parameters())
+    trained = sum(p.numel() for p in actor.masters.masters.values())
+    judge = _weights_in(config.reward) if is_model_reward(config.reward) else 0
+    found = judge * each
+    found += each * (trained if config.reference is None else _weights_in(config.reference))
+    kind = _kind_of_critic(config, source)
+    if kind in ("reward", "actor"):
+        size = judge if kind == "reward" else total
+        trains = trained if config.lora else size
+        wide = torch.promote_types(actor.dtype, torch.float32).itemsize
+        # A master, a gradient and two moments for each weight that trains, and a rounded copy if it is narrower.
+        found += 4 * wide * trains + each * (size - trains + (trains if each < wide else 0))
+    return found
+
+
+def _weights_in(name: str) -> int:
+    """The number of weights of a model, by the headers of its files."""
+    base, _ = base_and_adapter(name)
+    return sum(math.prod(tensor.shape) for tensor in WeightFiles.read(base).tensors.values())
 
 
 def look(

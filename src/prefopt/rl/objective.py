@@ -85,6 +85,8 @@ class PpoObjective(Objective):
     def __init__(self, config: PpoConfig, critic: Critic | None, *, device: torch.device) -> None:
         super().__init__(device)
         self.config, self.critic = config, critic
+        if critic is not None and critic.scorer is not None:
+            self.other_models = (critic.scorer,)
 
     def normaliser(self, batch: Batch) -> Normaliser:
         """Numbers of tokens and responses in the minibatch."""

@@ -13,9 +13,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,14 +25,24 @@ from prefopt.data.group import Group
 from prefopt.errors import RunError
 from prefopt.generate.model_io import PromptSet
 from prefopt.generate.rewards import RewardScorer
-from prefopt.generate.sampler import ProgressCallback, ResponseSampler, SamplingParams, group_of, occurrences
+from prefopt.generate.sampler import (
+    ProgressCallback,
+    ResponseSampler,
+    Sample,
+    SamplingParams,
+    group_of,
+    occurrences,
+)
 from prefopt.model.scorer import Scorer
+from prefopt.parallel.arrays import gather_tensors
 from prefopt.parallel.balance import balanced
 from prefopt.parallel.world import ALONE, World
 from prefopt.reference.in_memory import InMemoryReference
 from prefopt.rewards import prompt_text
 from prefopt.rl.models import Critic, look
-from prefopt.train.batch import Batch, micro_batches
+from prefopt.train.batch import Batch, MicroBatch, micro_batches
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +137,7 @@ class Collector:
     """Makes the rollouts of a step: ``num`` responses to every prompt.
 
     A response ends at its first token of ``settings.stop``, which is scored. The reward sees the text before it.
+    Models in shards are gathered one at a time (:meth:`prefopt.model.scorer.PackedModel.gathered`).
     """
 
     prompts: PromptSet
@@ -138,69 +150,88 @@ class Collector:
     reference: InMemoryReference
     world: World = ALONE
 
-    def collect_together(
-        self, step: int, prompts: Sequence[int], token_budget: int, progress: ProgressCallback
-    ) -> tuple[Rollouts, dict[str, float]]:
-        """:meth:`collect`, the prompts dealt to the ranks by length; every rank gets the rollouts of all. What fails on
-        one rank fails on all, so that they can repeat it."""
-        if self.world.alone:
-            return self.collect(step, prompts, token_budget, progress)
-        length = np.array([len(self.prompts.ids[i]) for i in prompts])
-        dealt = balanced(self.num * (length + self.settings.max_new_tokens), self.world.size)
-        streams = occurrences([self.prompts.ids[i] for i in prompts])
-        mine = dealt[self.world.rank].tolist()
-
-        def collect() -> tuple[Rollouts, dict[str, float]] | None:
-            if not mine:
-                return None
-            some = [prompts[n] for n in mine]
-            return self.collect(step, some, token_budget, progress, streams=[streams[n] for n in mine])
-
-        every = [found for found in self.world.gather(self.world.together(collect)) if found is not None]
-        names = every[0][1]
-        times = {name: max(times[name] for _, times in every) for name in names}
-        return in_order([rollouts for rollouts, _ in every], np.concatenate(dealt)), times
-
     def collect(
-        self,
-        step: int,
-        prompts: Sequence[int],
-        token_budget: int,
-        progress: ProgressCallback,
-        *,
-        streams: Sequence[int] | None = None,
+        self, step: int, prompts: Sequence[int], token_budget: int, progress: ProgressCallback
     ) -> tuple[Rollouts, dict[str, float]]:
         """Rollouts of some prompts in ``step``, and the seconds of each phase.
 
-        A sample depends on the seed, the step, its prompt and its number alone. Raises
-        :class:`prefopt.errors.RunError` where the reward fails or is too large to compute with.
+        A sample depends on the seed, the step, its prompt and its number alone. Prompts are dealt to the ranks by
+        length, and every rank gets the rollouts of all; what fails on one rank fails on all, so that they can repeat
+        it. Raises :class:`prefopt.errors.RunError` where the reward fails or is too large to compute with.
         """
-        times, started = {}, time.monotonic()
+        ids = [self.prompts.ids[i] for i in prompts]
+        dealt, streams = [np.arange(len(ids))], occurrences(ids)
+        if not self.world.alone:
+            length = np.array([len(prompt) for prompt in ids])
+            dealt = balanced(self.num * (length + self.settings.max_new_tokens), self.world.size)
+        mine = dealt[self.world.rank].tolist()
+
+        def collect() -> tuple[Rollouts | None, dict[str, float]]:
+            return self._of_mine(step, [prompts[n] for n in mine], [streams[n] for n in mine], token_budget, progress)
+
+        rollouts, times = collect() if self._in_shards else self.world.together(collect)
+        if self.world.alone:
+            assert rollouts is not None
+            return rollouts, times
+        found = gather_tensors(self.world, rollouts.tensors() if rollouts is not None else {})
+        every = self.world.gather(times)
+        times = {name: max(other[name] for other in every) for name in times}
+        return in_order([Rollouts.from_tensors(some) for some in found if some], np.concatenate(dealt)), times
+
+    @property
+    def _in_shards(self) -> bool:
+        return self.scorer.shards is not None
+
+    def _do(self, work: Callable[[], T]) -> T:
+        """The result of one model's work. In shards models are gathered one after the other: then all ranks must have
+        done it before any goes on."""
+        return self.world.together(work) if self._in_shards else work()
+
+    def _of_mine(
+        self, step: int, prompts: Sequence[int], streams: Sequence[int], token_budget: int, progress: ProgressCallback
+    ) -> tuple[Rollouts | None, dict[str, float]]:
+        """The rollouts of this rank's prompts, if it has any, and the seconds of each phase."""
+        ahead, clock = SCORING_AHEAD * token_budget, _Clock()
+        with self.scorer.gathered():
+            groups, samples = self._do(lambda: self._draw(step, prompts, streams, progress))
+            clock.stop("seconds/rollouts")
+            micro = self._do(lambda: list(micro_batches(self.scorer, Batch(groups), ahead)) if groups else [])
+            logp_M, value_M = self._do(lambda: self._look(micro))
+            clock.stop("seconds/scoring")
+        with self.judge.gathered():
+            scores = self._do(lambda: self._judged(prompts, groups, ahead))
+            clock.stop("seconds/reward")
+        with self.reference.scorer.gathered():
+            ref_logp_M = self._do(lambda: self._reference_logps(micro))
+        if self.critic is not None and self.critic.scorer is not None:
+            with self.critic.scorer.gathered():
+                value_M = self._do(lambda: self._own_values(micro))
+        clock.stop("seconds/scoring")
+        if not groups:
+            return None, clock.seconds
+        sampled_M = torch.from_numpy(np.concatenate([s.sampling_logps for s in samples]))
+        score_N, finished_N = torch.tensor(scores, dtype=torch.float64), torch.tensor([s.finished for s in samples])
+        return Rollouts(groups, logp_M, ref_logp_M, sampled_M, value_M, score_N, finished_N), clock.seconds
+
+    def _draw(
+        self, step: int, prompts: Sequence[int], streams: Sequence[int], progress: ProgressCallback
+    ) -> tuple[tuple[Group, ...], list[Sample]]:
+        """Prompts with their responses, and these."""
         # Another seed in each step: a prompt that is repeated gets new responses.
         seed = int(np.random.SeedSequence([self.settings.seed, step]).generate_state(1)[0])
         settings = replace(self.settings, seed=seed)
         ids = [self.prompts.ids[i] for i in prompts]
         drawn = self.sampler.sample(ids, self.num, settings, streams=streams, progress=progress)
-        groups = tuple(group_of(self.prompts.ids[i], many) for i, many in zip(prompts, drawn, strict=True))
-        samples = [sample for many in drawn for sample in many]
-        times["seconds/rollouts"] = time.monotonic() - started
-        ahead, started = SCORING_AHEAD * token_budget, time.monotonic()
-        scores = self.judge([self.prompts.rows[i] for i in prompts], groups, ahead)
+        groups = tuple(group_of(prompt, many) for prompt, many in zip(ids, drawn, strict=True))
+        return groups, [sample for many in drawn for sample in many]
+
+    def _judged(self, prompts: Sequence[int], groups: Sequence[Group], token_budget: int) -> list[float]:
+        """The scores of responses."""
+        if not groups:
+            return []
+        scores = self.judge([self.prompts.rows[i] for i in prompts], groups, token_budget)
         self._refuse_too_large(scores, prompts)
-        times["seconds/reward"] = time.monotonic() - started
-        started = time.monotonic()
-        logp_M, value_M, ref_logp_M = self._look(groups, ahead)
-        times["seconds/scoring"] = time.monotonic() - started
-        rollouts = Rollouts(
-            groups,
-            logp_M,
-            ref_logp_M,
-            torch.from_numpy(np.concatenate([s.sampling_logps for s in samples])),
-            value_M,
-            torch.tensor(scores, dtype=torch.float64),
-            torch.tensor([s.finished for s in samples]),
-        )
-        return rollouts, times
+        return scores
 
     def _refuse_too_large(self, scores: Sequence[float], prompts: Sequence[int]) -> None:
         largest, n = max((abs(score), n) for n, score in enumerate(scores))
@@ -212,15 +243,40 @@ class Collector:
             )
 
     @torch.no_grad()
-    def _look(
-        self, groups: Sequence[Group], token_budget: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Log-probabilities [M], values [M] and the reference's log-probabilities [M], all at the temperature."""
-        found, temperature = [], self.settings.temperature
-        for micro in micro_batches(self.scorer, Batch(groups), token_budget):
-            logp_M, value_M = look(self.scorer, self.critic, temperature, micro.packed)
-            with self.reference.scorer.at_temperature(temperature):
-                ref_logp_M = self.reference.logprobs(micro.packed)
-            found.append([x if x is None else x.double().cpu() for x in (logp_M, value_M, ref_logp_M)])
-        logp, value, ref = zip(*found, strict=True)
-        return torch.cat(logp), None if value[0] is None else torch.cat(value), torch.cat(ref)
+    def _look(self, micro: Sequence[MicroBatch]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities [M] at the temperature, and values [M] where the critic is a head on the actor."""
+        head = self.critic if self.critic is not None and self.critic.is_head else None
+        found = [look(self.scorer, head, self.settings.temperature, part.packed) for part in micro]
+        logp_M = _all([logp_M for logp_M, _ in found])
+        return logp_M, None if head is None else _all([value_M for _, value_M in found if value_M is not None])
+
+    @torch.no_grad()
+    def _reference_logps(self, micro: Sequence[MicroBatch]) -> torch.Tensor:
+        """The reference's log-probabilities [M] at the temperature."""
+        with self.reference.scorer.at_temperature(self.settings.temperature):
+            return _all([self.reference.logprobs(part.packed) for part in micro])
+
+    @torch.no_grad()
+    def _own_values(self, micro: Sequence[MicroBatch]) -> torch.Tensor:
+        """Values [M] of a critic that is a network of its own."""
+        assert self.critic is not None
+        return _all([self.critic.values(part.packed, self.scorer.layout, None) for part in micro])
+
+
+def _all(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Values of micro-batches end to end, on the CPU in float64."""
+    return torch.cat([part.double().cpu() for part in parts]) if parts else torch.zeros(0, dtype=torch.float64)
+
+
+class _Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("seconds/rollouts", "seconds/reward", "seconds/scoring"), 0.0)
+        self._since = time.monotonic()
+
+    def stop(self, phase: str) -> None:
+        """Count the time since the last stop for ``phase``."""
+        now = time.monotonic()
+        self.seconds[phase] += now - self._since
+        self._since = now

@@ -27,10 +27,10 @@ from prefopt.losses.rl import KlController, k1
 from prefopt.model.architectures import causal_model
 from prefopt.model.costs import peak_memory
 from prefopt.model.save import add_end_tokens, repair_generation
+from prefopt.parallel.world import World
 from prefopt.rl.objective import Targets, final_scores, rollout_metrics, targets_of
 from prefopt.rl.prompts import PtxTerm
 from prefopt.rl.rollouts import Collector, Rollouts
-from prefopt.runs.card import save_model
 from prefopt.runs.folder import RunFolder
 from prefopt.runs.metrics import Record
 from prefopt.train import checkpoint
@@ -102,7 +102,7 @@ class Rounds(BatchSource):
         while True:
             try:
                 trainer.train_mode(False)
-                rollouts, trainer.state.times = self.collector.collect_together(
+                rollouts, trainer.state.times = self.collector.collect(
                     step, prompts, trainer.token_budget, lambda ended, drawn: trainer.pause()
                 )
                 return rollouts
@@ -176,26 +176,38 @@ def _refuse_not_finite(step: int, rollouts: Rollouts, targets: Targets) -> None:
 
 
 def keep_last_good(
-    config: PpoConfig, folder: RunFolder, policy: Policy, tokenizer: Tokenizer, ends: Sequence[int], *, named: bool
+    config: PpoConfig,
+    folder: RunFolder,
+    policy: Policy,
+    tokenizer: Tokenizer,
+    ends: Sequence[int],
+    world: World,
+    *,
+    named: bool,
 ) -> str:
     """Write ``last-good`` into the folder of a run that diverged. Returns how to continue from it, in words.
 
     ``policy`` gets those weights too; ``ends`` are the tokens that ended its responses. ``named``: the model was not
-    given in Python. Of several processes the first one calls this.
+    given in Python. All ranks of ``world`` call this.
     """
-    found = next((kept for _, kept in checkpoint.whole(folder.checkpoints) if _is_good(kept, config.max_kl)), None)
+    newest = checkpoint.newest(folder.checkpoints, world, lambda kept: _is_good(kept, config.max_kl))
+    found = newest[1] if newest is not None else None
     step = found.state["step"] if found is not None else 0
     if found is None or not step:
         return f"no good weights later than the first ones were kept: start a new run elsewhere with {OTHERWISE}"
     path = folder.last_good
+    failed = None
     try:
         policy.masters.load(checkpoint.part_of("actor", found.weights))
         repair_generation(causal_model(policy.scorer.model))
-        remove_folder(path)
-        save_model(path, policy.scorer, policy.masters, tokenizer)
-        add_end_tokens(path, ends, tokenizer, policy.scorer.model)
+        world.on_first(lambda: remove_folder(path))
+        policy.save(path, tokenizer, writes=world.first)
+        if world.first:
+            add_end_tokens(path, ends, tokenizer, policy.scorer.model)
     except RunError as error:
-        return f"the weights after step {step} were good, but {error}"
+        failed = str(error)
+    if (failed := world.from_first(failed)) is not None:
+        return f"the weights after step {step} were good, but {failed}"
     return (
         f"the last good weights that were kept, after step {step}, are a model: go on from them, into another --output,"
         f" with {_named(config, path, named=named)} and {OTHERWISE}"

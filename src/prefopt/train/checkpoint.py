@@ -19,7 +19,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,11 +128,13 @@ def whole(folder: Path) -> Iterator[tuple[Path, Checkpoint]]:
         yield path, found
 
 
-def newest(folder: Path, world: World = ALONE) -> tuple[Path, Checkpoint] | None:
-    """The newest undamaged checkpoint, the same on every rank; None if there is none."""
+def newest(
+    folder: Path, world: World = ALONE, good: Callable[[Checkpoint], bool] = lambda found: True
+) -> tuple[Path, Checkpoint] | None:
+    """The newest undamaged checkpoint that is ``good``, the same on every rank; None if there is none."""
     if world.alone:
-        return next(whole(folder), None)
-    path = world.on_first(lambda: next((path for path, _ in whole(folder)), None))
+        return next((found for found in whole(folder) if good(found[1])), None)
+    path = world.on_first(lambda: next((path for path, found in whole(folder) if good(found)), None))
 
     def read() -> tuple[Path, Checkpoint] | None:
         if path is None:

@@ -42,6 +42,8 @@ class Objective(ABC):
     """Whether the loss needs the values of the whole global batch at once."""
     compares: bool = False
     """Whether scoring needs the next-token distributions of a reference."""
+    other_models: Sequence[PackedModel] = ()
+    """Models beside the policy that scoring passes through and that train, such as a critic."""
     state: State
     """Running state of losses; the trainer sets it after each update."""
 

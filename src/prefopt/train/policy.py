@@ -48,6 +48,12 @@ class Trained(Generic[AnyScorer]):
             parameter.requires_grad_(False)
         self.masters = MasterWeights(model, dtype)
         self.scorer = self.score_with(model)
+        self._apart: AnyScorer | None = None
+
+    @property
+    def apart(self) -> AnyScorer:
+        """The scorer for passes that the other ranks do not make, within its ``gathered``."""
+        return self.scorer if self._apart is None else self._apart
 
     def score_with(self, model: torch.nn.Module) -> AnyScorer:
         """The scorer of a model."""
@@ -72,9 +78,9 @@ class Trained(Generic[AnyScorer]):
             return None  # an adapter is saved without its model
         return f"not trained, and saved as they are: {words}" if origin.kept else f"not in a reward model: {words}"
 
-    def make_trainable(self, world: World = ALONE, *, whole: bool = False) -> str:
+    def make_trainable(self, world: World = ALONE, *, draws: bool = False, others: Callable[[], int] = int) -> str:
         """Add a new LoRA adapter and activation checkpointing, and cut the weights into shards, as configured. Returns
-        a line on what trains. ``whole``: not into shards, however large they are."""
+        a line on what trains. ``draws``: :attr:`apart` is used; ``others``: see :func:`prefopt.parallel.shard.choose`."""
         config = self.config
         torch.manual_seed(config.seed)
         if self._new_lora:
@@ -100,13 +106,18 @@ class Trained(Generic[AnyScorer]):
         if not config.lora:
             trained -= tower_weights(causal_model(self.scorer.model))
         if not world.alone:
+            from prefopt.parallel.gathered import shard_with_copy
             from prefopt.parallel.shard import choose, shard
 
             # One given in Python may have been made on each rank, of numbers drawn at random.
             world.agree("weights at the start", digest_of(self.scorer.model.parameters()))
-            mode, why = choose("none" if whole else config.shard, world, self.scorer, self.masters.masters)
+            mode, why = choose(config.shard, world, self.scorer, self.masters.masters, others)
             if mode != "none":
-                self.masters = shard(self.scorer, self.masters, world, self.dtype, hybrid=mode == "hybrid")
+                given = (self.scorer, self.masters, world, self.dtype)
+                if draws:
+                    self.masters, self._apart = shard_with_copy(*given, hybrid=mode == "hybrid")
+                else:
+                    self.masters = shard(*given, hybrid=mode == "hybrid")
                 self.sharded = True
         where = [f": adapters of rank {config.lora_rank} on {targets}" for targets in self.adapters.values()]
         if not world.alone:

@@ -22,6 +22,7 @@ from prefopt.model.load import base_and_adapter, load_model
 from prefopt.model.packing import pack
 from prefopt.model.precision import MasterWeights, freeze_and_cast
 from prefopt.model.scorer import Scorer, response_sums
+from prefopt.parallel.arrays import arrays_from_first
 from prefopt.reference.cache import (
     FillReport,
     Identity,
@@ -137,7 +138,10 @@ class ReferenceRun:
             report = FillReport(0, len(wanted.key_N), 0, 0.0)
         if not self.choice.is_start:
             self._scorer = None  # frees its memory for training
-        found = self.run.world.on_first(lambda: cache.values(wanted, token_values=self.token_values))
+        arrays = arrays_from_first(
+            self.run.world, lambda: cache.values(wanted, token_values=self.token_values).arrays()
+        )
+        found = ReferenceValues(**arrays)
         return (found if read is None else spread(found, read, groups)), report
 
     def _fill(self, cache: ReferenceCache, groups: GroupTable, token_budget: int, bar: Bar) -> FillReport:

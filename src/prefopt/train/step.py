@@ -20,12 +20,16 @@ from prefopt.data.table import GroupTable, IndexArray
 from prefopt.model.kernels.head import Distributions
 from prefopt.model.packing import PackedBatch, pack
 from prefopt.model.scorer import PackedModel, response_sums
+from prefopt.parallel.arrays import gather_tensors
 from prefopt.parallel.balance import balanced
 from prefopt.parallel.world import ALONE, World
 from prefopt.reference.in_memory import InMemoryReference
 from prefopt.train.batch import Batch, MicroBatch, State, Sums, micro_batches
 from prefopt.train.columns import Values
 from prefopt.train.objective import DIFFERENTIATED, Normaliser, Objective
+
+_MICRO = "micro-batches"
+"""The name under which their number travels with values."""
 
 
 class InMemoryColumns:
@@ -205,9 +209,10 @@ class Differentiator:
             yield from micro
             return
         parts = list(micro)
-        sharded: Any = self.scorer
+        models: list[Any] = [self.scorer, *self.objective.other_models]
         for i, part in enumerate(parts):
-            sharded.set_requires_all_reduce(i == len(parts) - 1)
+            for model in models:
+                model.set_requires_all_reduce(i == len(parts) - 1)
             yield part
 
     def _of_all(
@@ -218,16 +223,15 @@ class Differentiator:
         if self.world.alone:
             return mine, [micro]
         device = next(self.scorer.model.parameters()).device
-        gathered = self.world.gather(({name: value.cpu().numpy() for name, value in mine.items()}, micro))
-        every, counts = [values for values, _ in gathered], [count for _, count in gathered]
+        every = gather_tensors(self.world, {**mine, _MICRO: torch.tensor(micro)})
+        counts = [int(values.pop(_MICRO)) for values in every]
         order = np.concatenate(dealt)
         found: Values = {}
         for name in next(values for values in every if values):
-            parts = [values[name] for values in every if values]
-            whole = np.concatenate(parts)
+            whole = torch.cat([values[name] for values in every if values])
             if (axis := axis_of(name)) != "B":
-                whole[batch.places(axis, order)] = whole.copy()
-            found[name] = torch.from_numpy(whole).to(device)
+                whole[torch.from_numpy(batch.places(axis, order))] = whole.clone()
+            found[name] = whole.to(device)
         return found, counts
 
     def _of_mine(self, batch: Batch, dealt: Sequence[IndexArray], values: Values, counts: Sequence[int]) -> Values:
