@@ -34,11 +34,12 @@ LABELLED = [
     for i in range(10)
 ]
 PPO = {"num": 2, "max_new_tokens": 6, "reward": "length", "max_kl": 1e6, "minibatches": 2, "token_budget": 60}
+LORA = {"lora": True, "lora_rank": 2, "gradient_checkpointing": True}
 FILES = {"pairs": lambda: pairs(10), "ranked": lambda: RANKED, "labels": lambda: LABELLED}
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dpo": ("dpo", "pairs", {"eval_fraction": 0.3}),
-    "lora": ("dpo", "pairs", {"lora": True, "lora_rank": 2, "gradient_checkpointing": True}),
+    "lora": ("dpo", "pairs", LORA),
     "sft": ("sft", "pairs", {"eval_fraction": 0.3}),
     "kto": ("dpo", "labels", {"loss": "kto"}),
     "bco": ("dpo", "pairs", {"loss": "bco"}),
@@ -50,6 +51,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "reward": ("reward", "pairs", {"eval_fraction": 0.3}),
     "ppo": ("ppo", "pairs", PPO),
     "rloo": ("ppo", "pairs", {**PPO, "algorithm": "rloo"}),
+    "ppo-lora": ("ppo", "pairs", {**PPO, **LORA}),
+    "rloo-lora": ("ppo", "pairs", {**PPO, **LORA, "algorithm": "rloo"}),
 }
 QUICK = ["dpo", "lora", "aot", "ppo"]
 
@@ -159,31 +162,35 @@ def test_a_peer_that_dies_within_a_pass_through_shards_is_told_in_words(tmp_path
     assert "--resume" in first.message
 
 
-def _recorded(*arguments: Any) -> list[str]:
+def recorded(*arguments: Any) -> list[str]:
     """The collectives that a run issues, by name and size of what is sent."""
     import torch.distributed as dist
+    from torch.distributed import _functional_collectives as of_dtensors
 
     calls: list[str] = []
 
-    def note(name: str) -> None:
-        inner = getattr(dist, name)
+    def note(name: str, module: Any = dist) -> None:
+        inner = getattr(module, name)
 
         def call(*args: Any, **named: Any) -> Any:
             sizes = [tuple(x.shape) for x in args if isinstance(x, torch.Tensor)]
             calls.append(f"{name} {sizes}")
             return inner(*args, **named)
 
-        setattr(dist, name, call)
+        setattr(module, name, call)
 
     for name in (
         "all_gather",
         "all_reduce",
+        "broadcast",
         "all_gather_object",
         "broadcast_object_list",
         "all_gather_into_tensor",
         "reduce_scatter_tensor",
     ):
         note(name)
+    for name in ("all_gather_tensor", "all_reduce", "reduce_scatter_tensor"):
+        note(name, of_dtensors)
     train(*arguments)
     return calls
 
@@ -193,7 +200,7 @@ def test_every_rank_issues_the_same_collectives(shard: str, tmp_path: Path) -> N
     method, data, options = CASES["dpo"]
     model, file = prepared(tmp_path, data)
     given = {**options, "shard": shard, "loss": "aot", "max_steps": 3}
-    first, *others = on_ranks(3, _recorded, method, file, given, model, str(tmp_path / "out"))
+    first, *others = on_ranks(3, recorded, method, file, given, model, str(tmp_path / "out"))
     assert len(first) > 20
     assert all(calls == first for calls in others)
 
@@ -201,7 +208,7 @@ def test_every_rank_issues_the_same_collectives(shard: str, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("case", list(CASES))
 def test_every_method_on_2_3_and_4_ranks(case: str, tmp_path: Path) -> None:
-    check(case, [2, 3, 4], ["none"] if CASES[case][0] == "ppo" else ["none", "full"], tmp_path)
+    check(case, [2, 3, 4], ["none", "full"], tmp_path)
 
 
 def _every_loss(folder: str, output: str, cases: list[tuple[str, str]], options: dict[str, Any]) -> int:

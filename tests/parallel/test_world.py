@@ -11,6 +11,8 @@ import torch
 from parallel.ranks import Failure, on_ranks
 from prefopt.core.ranks import Ranks, ranks_in
 from prefopt.errors import ConfigError, DataError, Interrupted
+from prefopt.parallel import arrays
+from prefopt.parallel.arrays import arrays_from_first, gather_tensors
 from prefopt.parallel.balance import balanced
 from prefopt.parallel.gradients import grad_norm, sum_gradients
 from prefopt.parallel.world import ALONE, PeerFailed, open_world, peer_errors
@@ -179,3 +181,46 @@ def test_a_batch_is_dealt_by_tokens() -> None:
             loads = [int(costs[part].sum()) for part in parts]
             if groups:
                 assert max(loads) <= max(4 / 3 * max(costs.sum() / ranks, costs.max()), costs.max())
+
+
+def _arrays(piece: int) -> dict[str, Any]:
+    arrays.PIECE = piece
+    world = open_world()
+    rank = world.rank
+    mine = {} if rank == 1 else {"logp": torch.arange(7 + rank) / 3, "done": torch.tensor([rank == 2, True])}
+    if rank == 2:
+        mine |= {
+            "only here": torch.full((2, 3), 9, dtype=torch.int64),
+            "none": torch.zeros(0),
+            "one": torch.tensor(2.5),
+        }
+    rows = np.arange(40, dtype=np.int16)[::2].reshape(4, 5)
+    told = []
+    for fails in (False, True):
+
+        def made(fails: bool = fails) -> dict[str, Any]:
+            assert rank == 0
+            if fails:
+                raise DataError("bad", file="a.jsonl", row=3)
+            return {"rows": rows, "empty": np.zeros((0, 2))}
+
+        try:
+            told.append({n: (a.dtype.str, a.tolist()) for n, a in arrays_from_first(world, made).items()})
+        except DataError as error:
+            told.append({"error": (str(error), [])})
+    return {"gathered": gather_tensors(world, mine), "first": told}
+
+
+@pytest.mark.parametrize("piece", [3, 50, 2**20])
+def test_arrays_arrive_as_they_were_sent_in_pieces_of_any_size(piece: int) -> None:
+    one, *others = on_ranks(3, _arrays, piece)
+    for found in (one, *others):
+        first, second, third = found["gathered"]
+        assert second == {} and list(first) == ["logp", "done"]
+        assert torch.equal(first["logp"], torch.arange(7) / 3) and torch.equal(third["logp"], torch.arange(9) / 3)
+        assert first["done"].tolist() == [False, True] and third["done"].tolist() == [True, True]
+        assert torch.equal(third["only here"], torch.full((2, 3), 9)) and third["only here"].dtype == torch.int64
+        assert third["none"].shape == (0,) and third["one"].item() == 2.5 and third["one"].ndim == 0
+        rows, error = found["first"]
+        assert rows == {"rows": ("<i2", np.arange(0, 40, 2).reshape(4, 5).tolist()), "empty": ("<f8", [])}
+        assert "bad" in error["error"][0]

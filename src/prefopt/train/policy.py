@@ -80,7 +80,7 @@ class Trained(Generic[AnyScorer]):
 
     def make_trainable(self, world: World = ALONE, *, draws: bool = False, others: Callable[[], int] = int) -> str:
         """Add a new LoRA adapter and activation checkpointing, and cut the weights into shards, as configured. Returns
-        a line on what trains. ``draws``: :attr:`apart` is used; ``others``: see :func:`prefopt.parallel.shard.choose`."""
+        a line on what trains. ``draws``: :attr:`apart` is used; ``others``: as of :func:`choose`."""
         config = self.config
         torch.manual_seed(config.seed)
         if self._new_lora:
