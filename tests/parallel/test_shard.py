@@ -155,3 +155,6 @@ def test_auto_counts_every_weight_once(dtype: torch.dtype, each: int, monkeypatc
         memory = room / shard.ROOM * 2  # two processes share the memory of a machine
         monkeypatch.setattr(shard, "memory_of", lambda device, memory=memory: int(memory))
         assert choose("auto", world, Scorer(made), masters)[0] == wanted, room
+        assert choose("auto", world, Scorer(made), masters, lambda: need)[0] == (
+            "hybrid" if wanted == "none" else "full"
+        )

@@ -55,6 +55,7 @@ class Costs:
 
 
 _open: list[Costs] = []
+_same: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -84,14 +85,19 @@ def count_pass(model: Any, tokens: int, purpose: Purpose) -> None:
         costs.forward_passes += 1
         name = {"train": "trained_tokens", "score": "scored_tokens", "decode": "decoded_tokens"}[purpose]
         setattr(costs, name, getattr(costs, name) + tokens)
-        if model not in costs._in_memory:
-            costs.add_model(model, sum(p.numel() * p.element_size() for p in model.parameters()))
+        if _same.get(model, model) not in costs._in_memory:
+            costs.add_model(_same.get(model, model), sum(p.numel() * p.element_size() for p in model.parameters()))
 
 
 def count_generated(tokens: int) -> None:
     """Count sampled tokens."""
     for costs in _open:
         costs.generated_tokens += tokens
+
+
+def count_as(copy: Any, model: Any) -> None:
+    """Count ``copy``, which has weights at times, as the ``model`` whose weights they are."""
+    _same[copy] = _same.get(model, model)
 
 
 def count_held(owner: Any, size: int) -> None:

@@ -19,7 +19,7 @@ from prefopt.core.terminal import size
 from prefopt.errors import RunError
 from prefopt.model.architectures import causal_model
 from prefopt.model.checkpoint import origin_of
-from prefopt.model.costs import out_of_memory
+from prefopt.model.costs import count_as, out_of_memory
 from prefopt.model.precision import MasterWeights
 from prefopt.model.scorer import PackedModel
 from prefopt.parallel.shard import ShardedWeights, shard
@@ -96,6 +96,7 @@ def shard_with_copy(
     apart = without_weights(scorer)
     sharded = shard(scorer, weights, world, dtype, hybrid=hybrid)
     Shards(apart, dict(scorer.named_parameters()), world)
+    count_as(causal_model(apart.model), causal_model(scorer.model))
     return sharded, apart
 
 
@@ -111,13 +112,12 @@ def copy_as_it_is(apart: AnyModel, world: World) -> AnyModel:
     """A scorer of the weights that ``apart`` gathers now, whatever training makes of them; those that do not train are
     shared."""
     assert apart.shards is not None
-    found = without_weights(apart)
+    found, now = without_weights(apart), apart.shards.weights
     dtypes = {name: parameter.dtype for name, parameter in found.named_parameters()}
-    weights = {
-        name: weight.detach().to(dtypes[name], copy=True) if weight.requires_grad else weight
-        for name, weight in apart.shards.weights.items()
-    }
-    Shards(found, weights, world)
+    trained = {n: weight.detach().to(dtypes[n], copy=True) for n, weight in now.items() if weight.requires_grad}
+    Shards(found, {**now, **trained}, world)
+    if 2 * sum(w.numel() for w in trained.values()) <= sum(w.numel() for w in now.values()):  # it is an adapter
+        count_as(causal_model(found.model), causal_model(apart.model))
     return found
 
 

@@ -17,7 +17,7 @@ from prefopt.data.tokenizer import Tokenizer
 from prefopt.errors import ConfigError, ModelError
 from prefopt.generate.rewards import RewardModelScorer, RewardScorer, load_reward_scorer
 from prefopt.model.adapter import new_lora
-from prefopt.model.architectures import causal_model, checkpoint_activations, context_length, vocabulary_size
+from prefopt.model.architectures import body_of, causal_model, checkpoint_activations, context_length, vocabulary_size
 from prefopt.model.checkpoint import WeightFiles
 from prefopt.model.kernels.head import TokenScores, wide_dtype
 from prefopt.model.load import base_and_adapter, load_model, local_folder
@@ -274,18 +274,19 @@ def _network_critic(
 def bytes_of_others(config: PpoConfig, actor: Policy, source: str) -> int:
     """About the bytes that the models of :func:`build_models` take if none is in shards, with what training the critic
     needs. ``actor`` trains already."""
-    each, total = actor.dtype.itemsize, sum(p.numel() for p in actor.scorer.model.parameters())
+    each = actor.dtype.itemsize
     trained = sum(p.numel() for p in actor.masters.masters.values())
     judge = _weights_in(config.reward) if is_model_reward(config.reward) else 0
     found = judge * each
     found += each * (trained if config.reference is None else _weights_in(config.reference))
     kind = _kind_of_critic(config, source)
     if kind in ("reward", "actor"):
-        size = judge if kind == "reward" else total
-        trains = trained if config.lora else size
+        layers = body_of(causal_model(actor.scorer.model)).parameters()
+        own = judge if kind == "reward" else sum(p.numel() for p in layers)
+        trains, frozen = (trained, own) if config.lora else (own, 0)
         wide = torch.promote_types(actor.dtype, torch.float32).itemsize
         # A master, a gradient and two moments for each weight that trains, and a rounded copy if it is narrower.
-        found += 4 * wide * trains + each * (size - trains + (trains if each < wide else 0))
+        found += 4 * wide * trains + each * (frozen + (trains if each < wide else 0))
     return found
 
 
