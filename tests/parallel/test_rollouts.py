@@ -210,9 +210,9 @@ def test_whole_weights_that_do_not_fit_end_the_run_on_all_ranks(tmp_path: Path) 
         assert found.kind == "RunError" and "whole weights of one model" in found.message, found
 
 
-def _little_memory(*arguments: Any) -> None:
+def _little_memory(*arguments: Any) -> Any:
     shard.ROOM = 1e-9
-    train(*arguments)
+    return train(*arguments)
 
 
 @pytest.mark.slow
