@@ -98,6 +98,7 @@ def test_replicas_of_shards_draw_and_learn_as_one_process(options: dict[str, Any
     check("models", 4, "hybrid", tmp_path, node=2, batch_size=8, token_budget=30, dtype="float64", **options)
 
 
+@pytest.mark.slow
 def test_every_rank_issues_the_same_collectives(tmp_path: Path) -> None:
     """Also where the last batch has fewer prompts than there are ranks, so that one draws nothing."""
     base, data = prepared(tmp_path, "pairs")
