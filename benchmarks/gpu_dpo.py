@@ -8,8 +8,8 @@ run is a process of its own. Speeds are of whole steps, optimiser included, the 
 check and the reference's log-probabilities are not timed.
 
 Utilisation counts useful work: each prompt once, no padding, nothing recomputed (`prefopt/model/flops.py`), over the
-figure of the card's data sheet where it is known, else over a measured matrix product. Beside it stands the naive
-figure, which counts the prompt of a pair twice.
+figure of the card's data sheet where it is known, else over a measured matrix product. Beside it stands the
+figure that counts the prompt of a pair twice.
 
 Profiles: prompts and responses of the lengths of six data sets (medians of the table in the README of
 github.com/frankxwang/dpo-prefix-sharing, arXiv:2410.20305), each length drawn from a log-normal distribution of that
@@ -147,25 +147,15 @@ def run_prefopt(spec: dict[str, Any]) -> dict[str, Any]:
     lines = map(json.loads, (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     timed = [line for line in lines if "step_seconds" in line][WARM_UP:]
     seconds = sum(line["step_seconds"] for line in timed)
-    shared, apart = work_of(spec, model)
-    utilisation = sum(line["utilisation"] * line["step_seconds"] for line in timed) / seconds
     return {
         "pairs_per_second": len(timed) * spec["batch_size"] / seconds,
         "tokens_per_second": sum(line["tokens"] for line in timed) / seconds,
-        "utilisation": utilisation,
-        "naive_utilisation": utilisation * apart / shared,
+        **{
+            name: sum(line[name] * line["step_seconds"] for line in timed) / seconds
+            for name in ("utilisation", "utilisation_unshared")
+        },
         "peak_bytes": timed[-1]["peak_memory_bytes"],
     }
-
-
-def work_of(spec: dict[str, Any], model: torch.nn.Module) -> tuple[float, float]:
-    """Operations of a pair of the run's median lengths, prompt once and twice."""
-    from prefopt.model.flops import FlopCount
-    from prefopt.model.packing import pack
-
-    count = FlopCount.of(model)
-    shared, apart = groups_of([(spec["prompt"], spec["response"], spec["response"])])
-    return count(pack(shared)), count(pack(apart))
 
 
 def run_trl(spec: dict[str, Any]) -> dict[str, Any]:
@@ -304,11 +294,11 @@ def in_a_process(spec: dict[str, Any], seconds: float) -> dict[str, Any]:
 
 def rows_of(found: dict[str, dict[str, Any]]) -> Iterator[str]:
     """The tables, as Markdown."""
-    yield "| run | pairs/s | tokens/s | utilisation | naive | peak memory |"
+    yield "| run | pairs/s | tokens/s | utilisation | unshared | peak memory |"
     yield "|---|---|---|---|---|---|"
     for name, one in found.items():
         if "pairs_per_second" in one:
-            used = [f"{one[n]:.1%}" if n in one else "" for n in ("utilisation", "naive_utilisation")]
+            used = [f"{one[n]:.1%}" if n in one else "" for n in ("utilisation", "utilisation_unshared")]
             tokens = f"{one['tokens_per_second']:,.0f}" if "tokens_per_second" in one else ""
             peak = f"{one['peak_bytes'] / GIB:.1f} GiB"
             yield f"| {name} | {one['pairs_per_second']:.2f} | {tokens} | {' | '.join(used)} | {peak} |"
