@@ -109,6 +109,7 @@ class Callbacks:
     _keep: Callable[[], object] = lambda: None
     _asks: bool = False
     _of_steps: bool = True
+    _failed: bool = False
 
     def __post_init__(self) -> None:
         for one in self.many:
@@ -147,19 +148,23 @@ class Callbacks:
         step: int,
         record: Metrics | None = None,
         evaluation: Metrics | None = None,
-        checkpoint: Path | None = None,
     ) -> None:
         """Call the hooks of a complete step."""
         assert self.run is not None
         self.run.step = step
 
         def call() -> None:
-            for hook, value in zip(OF_STEPS, (record, evaluation, checkpoint), strict=True):
+            for hook, value in (("on_step", record), ("on_evaluation", evaluation)):
                 if value is not None:
                     self._call(hook, step, value)
 
         if self._of_steps:
             self._together(call)
+
+    def saved(self, step: int, path: Path) -> None:
+        """Call the hooks of a checkpoint that is there. Not after a hook has failed, which ends the run."""
+        if self._of_steps and not self._failed:
+            self._together(lambda: self._call("on_checkpoint", step, path))
 
     def _ask(self) -> None:
         self._asks = True
@@ -172,6 +177,7 @@ class Callbacks:
             call()
         except CallbackFailed as error:
             if self.world.alone:
+                self._failed = True
                 raise
             failed = error
         if self.world.alone:
@@ -182,6 +188,7 @@ class Callbacks:
         if any(asks):
             self._keep()
         if any(errors):
+            self._failed = True
             raise failed or next(error for error in errors if error is not None)
 
     def _call(self, hook: str, *arguments: object) -> None:
