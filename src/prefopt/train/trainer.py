@@ -137,7 +137,7 @@ class Trainer:
                 if self.saver.due:
                     self.saver.settle()
                 if not self.source.draws and self._save_due(state.step):
-                    self.keep(wait=False)
+                    self.keep(due=True)
                 if about.stopping:
                     state.stopped_early = True
                     if self._evaluates and evaluation is None:
@@ -167,7 +167,7 @@ class Trainer:
     def _step(self) -> Record:
         state, source, started = self.state, self.source, time.monotonic()
         if source.begin(self) and self._save_due(state.step):
-            self.keep(wait=False)
+            self.keep(due=True)
         while state.done < source.updates:
             begun = time.monotonic()
             batch = source.batch(state.step, state.done)
@@ -341,10 +341,11 @@ class Trainer:
                 self.reporter.say(f"stopping early: no lower loss in {patience} evaluations since {state.best_step}")
         return record
 
-    def keep(self, *, wait: bool = True) -> None:
-        """Write a checkpoint, unless one of this state exists; ``wait`` until it is there, or write it while training
-        goes on, and tell callbacks when it is there."""
+    def keep(self, *, due: bool = False) -> None:
+        """Write a checkpoint, unless one of this state exists, and wait until it is there. One that is ``due`` is
+        written while training goes on, if it does; callbacks are told of it when it is there."""
         state, now = self.state, (self.state.step, self.state.done)
+        wait = not due or state.step == self.steps or state.stopped_early
         if self._saved != now:
             state.token_budget = self.token_budget
             step, note_costs = state.step, self.measure_costs()
@@ -353,12 +354,12 @@ class Trainer:
                 note_costs()
                 if self.save_every or self.stop.signal is not None:
                     self.reporter.say(f"checkpoint: {path}")
-                if not wait:
+                if due:
                     self.callbacks.saved(step, path)
 
             self.saver.save(snapshot.take(self), keep_last=self.keep_last, wait=wait, then=there)
             self._saved = now
-        elif not wait:  # a callback asked for it
+        elif due:  # a callback asked for it
             self.callbacks.saved(state.step, checkpoint.path_of(self.saver.folder, *now))
         if wait:
             self.saver.settle()
