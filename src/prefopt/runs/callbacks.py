@@ -48,8 +48,8 @@ class RunInfo:
         return self.output.resolve().name
 
     def save(self) -> None:
-        """Write a checkpoint of this step, unless there is one; ``keep_last`` removes older ones. Of several processes
-        any may ask for it; it is written when the hooks of all have returned."""
+        """Write a checkpoint of this step, unless there is one, and wait for it; ``keep_last`` removes older ones. Of
+        several processes any may ask for it; it is written when the hooks of all have returned."""
         if self.keep is not None:
             self.keep()
 
@@ -59,8 +59,8 @@ class RunInfo:
 
 
 class Callback:
-    """Subclass it and override what you need. Hooks are called when a step is complete, with its evaluation and
-    checkpoint: ``on_step`` first. Hooks that draw from torch's random generator change the run.
+    """Subclass it and override what you need. Hooks are called when a step is complete, ``on_step`` first, then that of
+    its evaluation. Hooks that draw from torch's random generator change the run.
     """
 
     def on_start(self, run: RunInfo) -> None:
@@ -73,7 +73,8 @@ class Callback:
         """After an evaluation on held-out rows; metric names as in training."""
 
     def on_checkpoint(self, run: RunInfo, step: int, path: Path) -> None:
-        """After a checkpoint was written to the folder ``path``."""
+        """When the checkpoint of ``step`` is there, in the folder ``path``. It was written while training went on, so
+        that ``run.step`` may be larger; the next one is not begun before the hook has returned."""
 
     def on_end(self, run: RunInfo, status: str) -> None:
         """Once after ``on_start``, before the model is saved; ``status`` is ``trained``, ``interrupted`` or
