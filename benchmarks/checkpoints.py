@@ -5,9 +5,9 @@
 A GPT-2 of 124M weights, random, in float32, with AdamW: 1.5 GB a checkpoint, written to ``FOLDER``. Three ways take
 turns in one process. *As before* is how prefopt wrote them before: ``save_file``, flush, read again for the checksum,
 rename.
-*Stopped* is the time between two steps that the loop spends on a checkpoint. *Longer* is that time and what the next
-steps take longer than steps without a checkpoint, until all is on the disk. *Memory* is the most that the process held
-meanwhile, above what it held before (Linux alone).
+*Stopped* is the time between two steps that the loop spends on a checkpoint, *processor* its processor time. *Longer*
+is that time and what the next steps take longer than steps without a checkpoint, until all is on the disk. *Memory* is
+the most that the process held meanwhile, above what it held before (Linux alone).
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ def main() -> None:
         "in the background": lambda: saver.save(found(), keep_last=1, wait=False),
     }
     stopped: dict[str, list[float]] = {name: [] for name in ways}
+    processor: dict[str, list[float]] = {name: [] for name in ways}
     longer: dict[str, list[float]] = {name: [] for name in ways}
     memory: dict[str, list[float]] = {name: [] for name in ways}
     step()
@@ -93,24 +94,26 @@ def main() -> None:
             plain = statistics.median(step() for _ in range(3))
             forget_peak()
             before, number = peak_bytes(), number + 1
-            started = time.monotonic()
+            started, worked = time.monotonic(), time.thread_time()
             save()
-            held, steps = time.monotonic() - started, 0
+            held, work, steps = time.monotonic() - started, time.thread_time() - worked, 0
             while not saver.written:
                 step()
                 steps += 1
-            settled = time.monotonic()
+            settled, worked = time.monotonic(), time.thread_time()
             saver.settle()
             held += time.monotonic() - settled
+            work += time.thread_time() - worked
             if turn:
                 stopped[name].append(held)
+                processor[name].append(work)
                 longer[name].append(time.monotonic() - started - steps * plain)
                 memory[name].append((peak_bytes() - before) / 1e9)
     shutil.rmtree(folder)
-    print(f"{'':20}{'stopped':>10}{'longer':>10}{'memory':>10}")
+    print(f"{'':20}{'stopped':>10}{'processor':>11}{'longer':>10}{'memory':>10}")
     for name in ways:
-        row = [statistics.median(values[name]) for values in (stopped, longer, memory)]
-        print(f"{name:20}{row[0]:8.2f} s{row[1]:8.2f} s{row[2]:7.2f} GB")
+        row = [statistics.median(values[name]) for values in (stopped, processor, longer, memory)]
+        print(f"{name:20}{row[0]:8.2f} s{row[1]:9.2f} s{row[2]:8.2f} s{row[3]:7.2f} GB")
 
 
 if __name__ == "__main__":
